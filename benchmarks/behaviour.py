@@ -23,7 +23,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim.laws import bound_law, checked_batch_multiplier, checked_multiplier, get_law
+from rankaware_optim.laws import (
+    bound_law,
+    checked_batch_multiplier,
+    checked_multiplier,
+    get_law,
+)
 from rankaware_optim.sweeps import fit_sweep
 
 Cases = dict[str, list[Value]]
@@ -80,8 +85,12 @@ def laws(family: str) -> Cases:
     """Multipliers of the laws, bound to the family's optimizers, over ranks, alphas, inits and widths."""
     cases: Cases = {}
     for name, settings in FAMILIES[family]:
-        words = ", ".join([name, *(f"{key}={value}" for key, value in settings.items())])
-        kind = type(name, (torch.optim.Optimizer,), {})  # of a base that no family knows
+        words = ", ".join(
+            [name, *(f"{key}={value}" for key, value in settings.items())]
+        )
+        kind = type(
+            name, (torch.optim.Optimizer,), {}
+        )  # of a base that no family knows
         for text in LAWS if family == "adam" else DEFAULTS:
             law = tried(partial(bound_law, get_law(text), kind, settings))
             if isinstance(law, str):
@@ -94,7 +103,8 @@ def laws(family: str) -> Cases:
                 for target, factors in targets().items():
                     case = f"{words}: {text}, {origin} to {target}"
                     cases[case] = [
-                        tried(partial(checked_multiplier, law, each, reference)) for each in factors
+                        tried(partial(checked_multiplier, law, each, reference))
+                        for each in factors
                     ]
     return cases
 
@@ -112,7 +122,9 @@ def targets() -> dict[str, list[ra.Factor]]:
                 for width in WIDTHS
                 for rank in RANKS
             ]
-    found["B's rate"] = [ra.Factor("w", "B", 64, 1024, 1024, 1.0, init) for init in ("A", "B")]
+    found["B's rate"] = [
+        ra.Factor("w", "B", 64, 1024, 1024, 1.0, init) for init in ("A", "B")
+    ]
     found["full"] = [ra.Factor("w", "full", None, width, width) for width in WIDTHS]
     return found
 
@@ -143,7 +155,9 @@ class Owner(nn.Module):
 
 
 def by_name(**adapters: nn.Parameter) -> nn.ModuleDict:
-    return nn.ModuleDict({name: Owner(weight=value) for name, value in adapters.items()})
+    return nn.ModuleDict(
+        {name: Owner(weight=value) for name, value in adapters.items()}
+    )
 
 
 def owners() -> dict[str, nn.Module]:
@@ -153,13 +167,19 @@ def owners() -> dict[str, nn.Module]:
     said = {"r": {"default": 4}, "scaling": {"default": 2.0}}
     return {
         "peft": Owner(
-            lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=zeros(20, 4)), **said
+            lora_A=by_name(default=drawn(4, 12)),
+            lora_B=by_name(default=zeros(20, 4)),
+            **said,
         ),
         "peft, Init[B]": Owner(
-            lora_A=by_name(default=zeros(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said
+            lora_A=by_name(default=zeros(4, 12)),
+            lora_B=by_name(default=drawn(20, 4)),
+            **said,
         ),
         "peft, both drawn": Owner(
-            lora_A=by_name(default=drawn(4, 12)), lora_B=by_name(default=drawn(20, 4)), **said
+            lora_A=by_name(default=drawn(4, 12)),
+            lora_B=by_name(default=drawn(20, 4)),
+            **said,
         ),
         "peft, two adapters": Owner(
             lora_A=by_name(one=drawn(4, 12), two=drawn(2, 12)),
@@ -183,7 +203,9 @@ def owners() -> dict[str, nn.Module]:
             lora_E=nn.ParameterDict({"default": zeros(4, 1)}),
             **said,
         ),
-        "loralib": Owner(frozen=frozen, lora_A=drawn(4, 12), lora_B=zeros(20, 4), r=4, scaling=2.0),
+        "loralib": Owner(
+            frozen=frozen, lora_A=drawn(4, 12), lora_B=zeros(20, 4), r=4, scaling=2.0
+        ),
         "loralib, merged": Owner(
             lora_A=drawn(8, 12),
             lora_B=zeros(20, 4),
@@ -195,7 +217,10 @@ def owners() -> dict[str, nn.Module]:
             lora_A=drawn(12, 9), lora_B=zeros(24, 12), conv=conv, r=4, scaling=2.0
         ),
         "torchtune": Owner(
-            lora_a=Owner(weight=drawn(4, 12)), lora_b=Owner(weight=zeros(20, 4)), rank=4, alpha=8.0
+            lora_a=Owner(weight=drawn(4, 12)),
+            lora_b=Owner(weight=zeros(20, 4)),
+            rank=4,
+            alpha=8.0,
         ),
         "kohya": Owner(
             lora_down=Owner(weight=drawn(4, 12)),
@@ -224,7 +249,9 @@ def owners() -> dict[str, nn.Module]:
             alpha=8,
         ),
         "deepspeed-chat": Owner(
-            lora_right_weight=drawn(12, 4), lora_left_weight=zeros(4, 20), lora_scaling=2.0
+            lora_right_weight=drawn(12, 4),
+            lora_left_weight=zeros(4, 20),
+            lora_scaling=2.0,
         ),
         "diffusers-legacy": Owner(
             down=Owner(weight=drawn(4, 12)),
@@ -262,7 +289,9 @@ def inspection() -> Cases:
     cases: Cases = {}
     for name, owner in owners().items():
         found = tried(partial(ra.inspect_model, nn.Sequential(owner)))
-        cases[f"model: {name}"] = described(found) if isinstance(found, ra.Survey) else [found]
+        cases[f"model: {name}"] = (
+            described(found) if isinstance(found, ra.Survey) else [found]
+        )
     full = nn.Sequential(
         nn.Linear(12, 20), nn.LayerNorm(20), nn.Conv2d(3, 8, 3), nn.Embedding(30, 8)
     )
@@ -272,7 +301,9 @@ def inspection() -> Cases:
             path = Path(folder) / f"{name}.safetensors"
             save_file(tensors, path)
             found = tried(partial(ra.inspect_file, path))
-            cases[f"file: {name}"] = described(found) if isinstance(found, ra.Survey) else [found]
+            cases[f"file: {name}"] = (
+                described(found) if isinstance(found, ra.Survey) else [found]
+            )
     return cases
 
 
@@ -286,9 +317,21 @@ def files() -> dict[str, dict[str, torch.Tensor]]:
             f"base_model.model.{q}.lora_A.weight": a,
             f"base_model.model.{q}.lora_B.weight": b,
         },
-        "kohya": {"lora_q.lora_down.weight": a, "lora_q.lora_up.weight": b, "lora_q.alpha": alpha},
-        "diffusers": {f"{q}.lora.down.weight": a, f"{q}.lora.up.weight": b, f"{q}.alpha": alpha},
-        "lora_A, lora_B": {f"{q}.lora_A.weight": a, f"{q}.lora_B.weight": b, f"{q}.alpha": alpha},
+        "kohya": {
+            "lora_q.lora_down.weight": a,
+            "lora_q.lora_up.weight": b,
+            "lora_q.alpha": alpha,
+        },
+        "diffusers": {
+            f"{q}.lora.down.weight": a,
+            f"{q}.lora.up.weight": b,
+            f"{q}.alpha": alpha,
+        },
+        "lora_A, lora_B": {
+            f"{q}.lora_A.weight": a,
+            f"{q}.lora_B.weight": b,
+            f"{q}.alpha": alpha,
+        },
     }
 
 
@@ -310,10 +353,15 @@ class Layer(nn.Module):
 
 
 def two_layers(
-    init: str = "A", ranks: Sequence[int] = (4, 8), scalings: Sequence[float] = (1.0, 2.0)
+    init: str = "A",
+    ranks: Sequence[int] = (4, 8),
+    scalings: Sequence[float] = (1.0, 2.0),
 ) -> nn.Module:
     """Two adapted layers of 16 inputs, and a head that trains whole."""
-    layers = [Layer(16, rank, scaling, init) for rank, scaling in zip(ranks, scalings, strict=True)]
+    layers = [
+        Layer(16, rank, scaling, init)
+        for rank, scaling in zip(ranks, scalings, strict=True)
+    ]
     head = nn.Linear(16, 3, bias=False, dtype=torch.float64)
     head.weight = drawn(3, 16)
     return nn.Sequential(*layers, head)
@@ -352,7 +400,10 @@ def optimizer() -> Cases:
     for init in ("A", "B"):
         for name, options in WRAPPED.items():
             cases |= stepped(
-                f"AdamW, Init[{init}], {name}", two_layers(init), torch.optim.AdamW, options
+                f"AdamW, Init[{init}], {name}",
+                two_layers(init),
+                torch.optim.AdamW,
+                options,
             )
     cases |= of_classes(STEPPED)
     cases |= continued()
@@ -373,7 +424,9 @@ def of_classes(classes: Mapping[str, tuple[Any, dict[str, Any]]]) -> Cases:
     return cases
 
 
-def stepped(name: str, model: nn.Module, kind: Any, options: Mapping[str, Any]) -> Cases:
+def stepped(
+    name: str, model: nn.Module, kind: Any, options: Mapping[str, Any]
+) -> Cases:
     """Rates as trained with, and parameters after three steps, the second at half the base rate."""
     opt: Any = tried(lambda: ra.RankAwareOptimizer(model, kind, lr=0.01, **options))
     if isinstance(opt, str):
@@ -401,7 +454,9 @@ def train(model: nn.Module, opt: Any) -> None:
 
 
 def norms(model: nn.Module) -> list[Value]:
-    return [float(each.detach().norm()) for each in model.parameters() if each.requires_grad]
+    return [
+        float(each.detach().norm()) for each in model.parameters() if each.requires_grad
+    ]
 
 
 def continued() -> Cases:
@@ -412,7 +467,9 @@ def continued() -> Cases:
         options = {"tuned_at": AT, "on_rank_change": "reset"}
         saved: Any = ra.RankAwareOptimizer(first, torch.optim.AdamW, lr=0.01, **options)
         train(first, saved)
-        loaded: Any = ra.RankAwareOptimizer(second, torch.optim.AdamW, lr=0.01, **options)
+        loaded: Any = ra.RankAwareOptimizer(
+            second, torch.optim.AdamW, lr=0.01, **options
+        )
         loaded.load_state_dict(saved.state_dict())
         train(second, loaded)
         cases[f"from a checkpoint of {name}"] = norms(second)
@@ -479,7 +536,9 @@ def fit() -> Cases:
     cases: Cases = {}
     for domain, scheme, init, gamma, kind in FITTED:
         rows = list(swept(domain, scheme, init, gamma))
-        recipe = fit_sweep(rows, fit=kind, init=init, fan_in=256, full_fan_in=1024, steps=100)
+        recipe = fit_sweep(
+            rows, fit=kind, init=init, fan_in=256, full_fan_in=1024, steps=100
+        )
         cases |= {
             f"{domain}, {scheme}, by {kind}, {name}": values
             for name, values in rates(recipe, ASKED | LONGER).items()
@@ -487,7 +546,9 @@ def fit() -> Cases:
     return cases
 
 
-def swept(domain: str, scheme: str, init: str, gamma: float) -> Iterator[dict[str, Any]]:
+def swept(
+    domain: str, scheme: str, init: str, gamma: float
+) -> Iterator[dict[str, Any]]:
     """A domain's runs of seed 0, of a configuration and of full finetuning, as rows of a sweep."""
     for line in (SWEEPS / f"{domain}.jsonl").read_text().splitlines():
         run = json.loads(line)
@@ -517,7 +578,11 @@ CALIBRATED: dict[str, dict[str, Any]] = {
         "target_steps": 1000,
     },
     "Init[A], full runs in a budget": {"full_trials": 3, "budget": 700},
-    "Init[A], three ranks, one seed, until": {"ranks": (4, 16, 64), "seeds": (0,), "until": 1.5},
+    "Init[A], three ranks, one seed, until": {
+        "ranks": (4, 16, 64),
+        "seeds": (0,),
+        "until": 1.5,
+    },
     "Init[B]": {"init": "B", "drift": -1 / 3},
     "Init[B], by falling": {
         "init": "B",
@@ -551,7 +616,9 @@ def calibration_of(
 
     def train(trial: Any) -> Iterator[float]:
         rank = trial.rank
-        model = nn.Sequential(Layer(64, rank, scaling(rank), init) if rank else nn.Linear(64, 64))
+        model = nn.Sequential(
+            Layer(64, rank, scaling(rank), init) if rank else nn.Linear(64, 64)
+        )
         trial.optimizer(model)
         order.extend([rank, trial.seed, trial.lr])
         u = math.log2(trial.lr) - best - drift * math.log2((rank or 64) / 16)
@@ -561,7 +628,11 @@ def calibration_of(
             yield (
                 2.0
                 + rough
-                + (0.5 * part * (u - 2) if u > 2.5 else -0.5 * part**0.5 / (1 + u * u / 4))
+                + (
+                    0.5 * part * (u - 2)
+                    if u > 2.5
+                    else -0.5 * part**0.5 / (1 + u * u / 4)
+                )
             )
 
     given = {"ranks": (4, 64), "steps": 50, **options}
@@ -578,8 +649,15 @@ def calibration(names: Iterable[str]) -> Cases:
     cases: Cases = {}
     for name in names:
         recipe = calibrated(name)[0]
-        cases[f"{name}, fitted"] = [recipe.lr, recipe.fitted_lr, recipe.lean, recipe.ceiling]
-        cases |= {f"{name}, {asked}": values for asked, values in rates(recipe, ASKED).items()}
+        cases[f"{name}, fitted"] = [
+            recipe.lr,
+            recipe.fitted_lr,
+            recipe.lean,
+            recipe.ceiling,
+        ]
+        cases |= {
+            f"{name}, {asked}": values for asked, values in rates(recipe, ASKED).items()
+        }
     return cases
 
 
@@ -588,7 +666,10 @@ def horizon() -> Cases:
     cases: Cases = {}
     for name in CALIBRATED:
         recipe = calibrated(name)[0]
-        cases |= {f"{name}, {asked}": values for asked, values in rates(recipe, LONGER).items()}
+        cases |= {
+            f"{name}, {asked}": values
+            for asked, values in rates(recipe, LONGER).items()
+        }
     return cases
 
 
@@ -602,7 +683,9 @@ def ceilings() -> Cases:
     for name, recipe in made.items():
         for where, options in ASKED.items():
             rate = tried(partial(recipe.at, **options))
-            cases[f"{name}, {where}"] = [rate.ceiling if isinstance(rate, ra.Rate) else rate]
+            cases[f"{name}, {where}"] = [
+                rate.ceiling if isinstance(rate, ra.Rate) else rate
+            ]
     return cases
 
 
@@ -626,7 +709,10 @@ def scores() -> Cases:
                     off = (
                         []
                         if best is None
-                        else [lost(done, cell, cell, best + octaves) for octaves in (-1.0, 1.0)]
+                        else [
+                            lost(done, cell, cell, best + octaves)
+                            for octaves in (-1.0, 1.0)
+                        ]
                     )
                     cases[f"{domain}, {scheme}, rank {rank or 'full'}"] = [
                         best,
@@ -645,7 +731,9 @@ def transfer() -> Cases:
     sites = {
         "r=16 alpha=32 n=4096": ra.Reference(rank=16, alpha=32, fan_in=4096),
         "r=64 alpha=64 n=1024": ra.Reference(rank=64, alpha=64, fan_in=1024),
-        "r=8 alpha=16 Init[B] n=1024": ra.Reference(rank=8, alpha=16, init="B", fan_in=1024),
+        "r=8 alpha=16 Init[B] n=1024": ra.Reference(
+            rank=8, alpha=16, init="B", fan_in=1024
+        ),
         "full n=4096": ra.Reference(method="full", fan_in=4096),
     }
     for name, site in sites.items():
@@ -654,11 +742,19 @@ def transfer() -> Cases:
                 found: Any = tried(
                     partial(ra.suggest_lr, site, kind, task=task, method=site.method)
                 )
-                said = [found] if isinstance(found, str) else [found.lr, found.low, found.high]
+                said = (
+                    [found]
+                    if isinstance(found, str)
+                    else [found.lr, found.low, found.high]
+                )
                 cases[f"suggested for {name}, {kind}, {task}"] = said
         for other, target in sites.items():
             found = tried(partial(ra.convert_lr, 1e-3, from_=site, to=target))
-            said = [found] if isinstance(found, str) else [found.lr, found.lr_a, found.lr_b]
+            said = (
+                [found]
+                if isinstance(found, str)
+                else [found.lr, found.lr_a, found.lr_b]
+            )
             cases[f"converted from {name} to {other}"] = said
     return cases
 

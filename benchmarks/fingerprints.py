@@ -65,7 +65,11 @@ def marks(named: Sequence[str], of: Mapping[str, Cases] | None = None) -> list[s
 def rests_on() -> str:
     """What the running script's tables rest on, in words."""
     named = getattr(sys.modules["__main__"], "RESTS_ON", None)
-    return "unknown" if named is None else " ".join(marks(named)) or "its machine and versions"
+    return (
+        "unknown"
+        if named is None
+        else " ".join(marks(named)) or "its machine and versions"
+    )
 
 
 class Change(NamedTuple):
@@ -121,7 +125,9 @@ def now(only: Sequence[str] = ()) -> dict[str, Cases]:
 def main(writes: bool) -> None:
     """Say which fingerprints differ from those on file. Exit with status 1 if any does and is not written."""
     old, new = stored(), now()
-    changes = {name: change(old.get(name, {}), new.get(name, {})) for name in {**old, **new}}
+    changes = {
+        name: change(old.get(name, {}), new.get(name, {})) for name in {**old, **new}
+    }
     for name, each in changes.items():
         print(f"{name}: {in_words(each)}")
     if writes:
@@ -176,7 +182,9 @@ def with_kept_digits(old: Cases, new: Cases, changed: Change) -> Cases:
 def renew(mark: str, other: str) -> None:
     """Replace a mark in all tables, or leave it out if there is no other."""
     for path in sorted(RESULTS.rglob("*.*")):
-        if path.suffix not in (".md", ".json") or mark not in (text := path.read_text()):
+        if path.suffix not in (".md", ".json") or mark not in (
+            text := path.read_text()
+        ):
             continue
         if not other:
             text = text.replace(f"{mark} ", "").replace(f" {mark}", "")
@@ -192,7 +200,8 @@ def text_of(fingerprints: Mapping[str, Cases]) -> str:
     blocks = []
     for name, cases in fingerprints.items():
         lines = ",\n".join(
-            f"  {json.dumps(case)}: {json.dumps(values)}" for case, values in cases.items()
+            f"  {json.dumps(case)}: {json.dumps(values)}"
+            for case, values in cases.items()
         )
         blocks.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
     return "{\n" + ",\n".join(blocks) + "\n}\n"

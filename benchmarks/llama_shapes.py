@@ -37,5 +37,6 @@ class Pair(nn.Module):
 def adapters(blocks: int, shapes: dict[str, tuple[int, int]]) -> nn.Module:
     """A model of LoRA pairs only: `blocks` blocks, each with one pair for every entry of `shapes`."""
     return nn.ModuleList(
-        nn.ModuleDict({name: Pair(*fans) for name, fans in shapes.items()}) for _ in range(blocks)
+        nn.ModuleDict({name: Pair(*fans) for name, fans in shapes.items()})
+        for _ in range(blocks)
     )

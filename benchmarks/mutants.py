@@ -59,14 +59,25 @@ FILE = RESULTS / "mutants.jsonl"
 EQUIVALENT = Path(__file__).with_suffix(".toml")
 SEED = 39
 ROOMS = {
-    "laws": (0.90, ["laws", "test_optimizers_table.py", "testing", "recipe/test_foreign_code.py"]),
+    "laws": (
+        0.90,
+        ["laws", "test_optimizers_table.py", "testing", "recipe/test_foreign_code.py"],
+    ),
     "fitting": (0.85, ["fitting", "sweeps"]),
     "optimizer": (0.90, ["optimizer"]),
     "recipe": (0.85, ["recipe"]),
 }
 """The bar and the tests of each package."""
 
-HEAVY = ("torch", "torch._dynamo", "numpy", "optuna", "optuna.storages", "sqlalchemy", "jinja2")
+HEAVY = (
+    "torch",
+    "torch._dynamo",
+    "numpy",
+    "optuna",
+    "optuna.storages",
+    "sqlalchemy",
+    "jinja2",
+)
 OPTIONS = (
     *("-p", "no:cacheprovider"),
     *("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"),
@@ -116,12 +127,18 @@ class Reach:
         lines = self.tests.get(mutant.file, {})
         span = range(mutant.line, mutant.last_line + 1)
         reach = {test for line in span for test in lines.get(str(line), ())}
-        return sorted(self.seconds, key=lambda test: (test not in reach, self.seconds[test]))
+        return sorted(
+            self.seconds, key=lambda test: (test not in reach, self.seconds[test])
+        )
 
 
 @click.command()
-@click.option("--only", type=click.Choice(list(ROOMS)), help="One package instead of all.")
-@click.option("--count", default=300, show_default=True, help="Mutants drawn of each package.")
+@click.option(
+    "--only", type=click.Choice(list(ROOMS)), help="One package instead of all."
+)
+@click.option(
+    "--count", default=300, show_default=True, help="Mutants drawn of each package."
+)
 @click.option("--again", is_flag=True, help="Run the survivors on file again.")
 @click.option("--workers", default=2, show_default=True, help="Processes at a time.")
 def main(only: str | None, count: int, again: bool, workers: int) -> None:
@@ -131,9 +148,13 @@ def main(only: str | None, count: int, again: bool, workers: int) -> None:
         import_module(name)
     outcomes = {row["key"]: row for row in map(json.loads, lines_of(FILE))}
     if again:
-        outcomes = {key: row for key, row in outcomes.items() if row["outcome"] != "survived"}
+        outcomes = {
+            key: row for key, row in outcomes.items() if row["outcome"] != "survived"
+        }
     for room in [only] if only else ROOMS:
-        missing = [mutant for mutant in draw(room, count)[1] if mutant.key not in outcomes]
+        missing = [
+            mutant for mutant in draw(room, count)[1] if mutant.key not in outcomes
+        ]
         for row in run(room, missing, workers):
             outcomes[row["key"]] = row
             kept = "".join(json.dumps(each) + "\n" for each in outcomes.values())
@@ -184,18 +205,26 @@ class Visitor(MutationVisitor):
 
     def __init__(self) -> None:
         kinds = [pair for pair in mutators.mutation_operators if pair[1] in KINDS]
-        super().__init__([*kinds, (cst.Call, without_keyword)], IgnoredCode(set(), set(), set()))
+        super().__init__(
+            [*kinds, (cst.Call, without_keyword)], IgnoredCode(set(), set(), set())
+        )
 
     def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
         if isinstance(node, cst.FunctionDef):
-            names = {cst.Module([]).code_for_node(each.decorator) for each in node.decorators}
+            names = {
+                cst.Module([]).code_for_node(each.decorator) for each in node.decorators
+            }
             return "overload" in names
         if isinstance(node, cst.Raise):
             return True
         if isinstance(node, cst.Call):
             name = cst.Module([]).code_for_node(node.func)
             return name in ("cast", "len", "isinstance", "TypeVar") or "warn" in name
-        if isinstance(node, cst.Arg) and node.keyword and node.keyword.value == "strict":
+        if (
+            isinstance(node, cst.Arg)
+            and node.keyword
+            and node.keyword.value == "strict"
+        ):
             return True
         return bool(super()._skip_node_and_children(node))
 
@@ -219,7 +248,9 @@ def run(room: str, mutants: Sequence[Mutant], workers: int) -> Iterator[dict[str
         slots = [copied(Path(folder) / str(number)) for number in range(workers)]
         reach = reached(room, slots[0])
         total = sum(reach.seconds.values())
-        print(f"{room}: {len(reach.seconds)} tests, {total:.0f} CPU seconds", flush=True)
+        print(
+            f"{room}: {len(reach.seconds)} tests, {total:.0f} CPU seconds", flush=True
+        )
         limit = AT_LEAST_S + CPU_TIMES * total
         try:
             while waiting or running:
@@ -292,9 +323,14 @@ def reached(room: str, slot: Path) -> Reach:
     _, status = os.waitpid(child, 0)
     stop(child)
     if not (slot / "reach").exists():
-        raise click.ClickException(f"The tests did not run: {(slot / 'log').read_text()[-2000:]}")
+        raise click.ClickException(
+            f"The tests did not run: {(slot / 'log').read_text()[-2000:]}"
+        )
     if status:
-        print(f"Left out, since they fail: {(slot / 'log').read_text()[-2000:]}", flush=True)
+        print(
+            f"Left out, since they fail: {(slot / 'log').read_text()[-2000:]}",
+            flush=True,
+        )
     return Reach(**json.loads((slot / "reach").read_text()))
 
 
@@ -328,7 +364,9 @@ class Watch:
             Path(path).relative_to(self.root).as_posix(): data.contexts_by_lineno(path)
             for path in data.measured_files()
         }
-        passed = {test: s for test, s in self.seconds.items() if test not in self.failed}
+        passed = {
+            test: s for test, s in self.seconds.items() if test not in self.failed
+        }
         return Reach(passed, lines)
 
 
@@ -343,12 +381,19 @@ def attempt(slot: Path, mutant: Mutant, reach: Reach, limit: float) -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.alarm(int(20 * limit))
-    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a failure need not shrink
-    quick = hypothesis.settings(deadline=None, derandomize=True, database=None, phases=phases)
+    phases = [
+        hypothesis.Phase.explicit,
+        hypothesis.Phase.generate,
+    ]  # a failure need not shrink
+    quick = hypothesis.settings(
+        deadline=None, derandomize=True, database=None, phases=phases
+    )
     hypothesis.settings.register_profile("quick", quick)
     tests = reach.order(mutant)
     by_file = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    return tested(slot, by_file, Ordered(slot, tests), "-x", "--hypothesis-profile=quick")
+    return tested(
+        slot, by_file, Ordered(slot, tests), "-x", "--hypothesis-profile=quick"
+    )
 
 
 class Ordered:
@@ -368,7 +413,9 @@ class Ordered:
             self.file.write_text(node.nodeid)
 
 
-def outcome(room: str, slot: Path, mutant: Mutant, status: int, seconds: float) -> dict[str, Any]:
+def outcome(
+    room: str, slot: Path, mutant: Mutant, status: int, seconds: float
+) -> dict[str, Any]:
     """What came of a mutant. The copy of the package gets its file back."""
     (slot / mutant.file).write_text(mutant.source, encoding="utf-8")
     by = slot / "killed by"
@@ -385,7 +432,10 @@ def outcome(room: str, slot: Path, mutant: Mutant, status: int, seconds: float) 
         "test": by.read_text() if word == "killed" and by.exists() else "",
         "seconds": round(seconds, 1),
     }
-    print(f"{word:9} {row['place']} {short(row)} {row['test']} {seconds:.0f} s", flush=True)
+    print(
+        f"{word:9} {row['place']} {short(row)} {row['test']} {seconds:.0f} s",
+        flush=True,
+    )
     return row
 
 
@@ -394,7 +444,11 @@ def outcome(room: str, slot: Path, mutant: Mutant, status: int, seconds: float) 
 
 def write(count: int, outcomes: dict[str, dict[str, Any]]) -> None:
     """Write results/mutants.md: the score of each package that has mutants on file, and its survivors."""
-    reasons = tomli.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else {}
+    reasons = (
+        tomli.loads(EQUIVALENT.read_text(encoding="utf-8"))
+        if EQUIVALENT.exists()
+        else {}
+    )
     named = {
         (row["file"], row["before"], row["after"]): row["why"]
         for row in reasons.get("equivalent", [])
@@ -415,7 +469,14 @@ def write(count: int, outcomes: dict[str, dict[str, Any]]) -> None:
                 survivors.append([f"`{row['place']}`", short(row), why or "–"])
         killed = len(rows) - counts["survived"]
         score, bar = killed / max(1, len(rows) - same), ROOMS[room][0]
-        cells = [total, len(rows), killed, counts["killed by time"], counts["survived"], same]
+        cells = [
+            total,
+            len(rows),
+            killed,
+            counts["killed by time"],
+            counts["survived"],
+            same,
+        ]
         scores.append([room, *map(str, cells), f"{score:.0%}", f"{bar:.0%}"])
     heads = ["package", "mutants", "drawn", "killed", "of them by time", "survived"]
     heads += ["of them equivalent", "score", "bar"]

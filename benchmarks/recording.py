@@ -40,10 +40,20 @@ def machine(threads: int) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the working tree, with " and changes" if the code differs from it; "unknown" outside a clone."""
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=8", "--exclude=*"]
+    git = [
+        "git",
+        "-C",
+        str(RESULTS.parent),
+        "describe",
+        "--always",
+        "--abbrev=8",
+        "--exclude=*",
+    ]
     code = [":/rankaware_optim", ":/benchmarks/*.py"]
     try:
-        found = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+        found = subprocess.run(
+            git, check=True, capture_output=True, text=True
+        ).stdout.strip()
         differs = subprocess.run(
             [*git[:3], "diff", "--quiet", "HEAD", "--", *code], check=False
         ).returncode
@@ -56,19 +66,29 @@ def cpu_model() -> str:
     """The processor's name, from /proc/cpuinfo if it exists."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    named = (
+        line.partition(":")[2].strip()
+        for line in lines
+        if line.startswith("model name")
+    )
     return next(named, platform.processor() or platform.machine())
 
 
 def in_fresh_process(script: str, *options: str) -> dict[str, Any]:
     """Run a script with these options in a new process, and parse the JSON that it prints."""
-    done = subprocess.run([sys.executable, script, *options], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, script, *options], check=True, stdout=subprocess.PIPE
+    )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def record(
-    name: str, title: str, rows: Sequence[dict[str, Any]], on: dict[str, Any], notes: Sequence[str]
+    name: str,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    on: dict[str, Any],
+    notes: Sequence[str],
 ) -> None:
     """Print `rows`, and write them to results/<name>.json and .md with the machine and the notes."""
     document = {"title": title, "machine": on, "notes": list(notes), "rows": list(rows)}
@@ -86,10 +106,16 @@ def record(
 
 
 def page(
-    title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], on: dict[str, Any], notes: Any
+    title: str,
+    heads: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    on: dict[str, Any],
+    notes: Any,
 ) -> str:
     """A page with one table: title, table, notes, machine and command."""
-    return "\n\n".join([f"# {title}", table_of(heads, cells), *notes, made_on(on)]) + "\n"
+    return (
+        "\n\n".join([f"# {title}", table_of(heads, cells), *notes, made_on(on)]) + "\n"
+    )
 
 
 def block(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -98,7 +124,9 @@ def block(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows]
+    )
 
 
 def made_on(on: Mapping[str, Any]) -> str:
@@ -117,11 +145,15 @@ def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
     listed = list(machines)
     each = {
         ", ".join(
-            f"{key} {value}" for key, value in one.items() if key != "weights" and value is not None
+            f"{key} {value}"
+            for key, value in one.items()
+            if key != "weights" and value is not None
         )
         for one in listed
     }
-    weights = ", ".join(dict.fromkeys(str(one["weights"]) for one in listed if "weights" in one))
+    weights = ", ".join(
+        dict.fromkeys(str(one["weights"]) for one in listed if "weights" in one)
+    )
     on = "; ".join(sorted(each)) or "not noted"
     return f"Machine: {on}." + (f" Networks: {weights}." if weights else "")
 
@@ -129,7 +161,9 @@ def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
 def searched_with(rows: Iterable[Mapping[str, Any]]) -> str:
     """The commits and networks of searches on file, in words."""
     each = Counter(f"commit {row['commit']}, network {row['weights']}" for row in rows)
-    return f"Searches: {'; '.join(f'{n} by {made}' for made, n in sorted(each.items()))}."
+    return (
+        f"Searches: {'; '.join(f'{n} by {made}' for made, n in sorted(each.items()))}."
+    )
 
 
 def shown(value: object) -> str:

@@ -66,7 +66,10 @@ napoleon_numpy_docstring = False
 
 # Trimmed to the names used, in Sphinx's plain-text format, so that the build needs no network.
 intersphinx_mapping = {
-    "torch": ("https://docs.pytorch.org/docs/stable/", str(HERE / "inventories" / "torch.inv")),
+    "torch": (
+        "https://docs.pytorch.org/docs/stable/",
+        str(HERE / "inventories" / "torch.inv"),
+    ),
     "optuna": (
         "https://optuna.readthedocs.io/en/stable/",
         str(HERE / "inventories" / "optuna.inv"),

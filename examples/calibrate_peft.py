@@ -31,7 +31,9 @@ def train(trial):
         yield loss
 
 
-recipe = ra.calibrate(train, torch.optim.AdamW, ranks=(1, 16), steps=20, batch=8, name="tiny")
+recipe = ra.calibrate(
+    train, torch.optim.AdamW, ranks=(1, 16), steps=20, batch=8, name="tiny"
+)
 print(recipe)
 
 # %%

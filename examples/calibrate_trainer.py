@@ -12,7 +12,10 @@ from transformers import Trainer, TrainingArguments
 
 import rankaware_optim as ra
 
-data = [{"input_ids": row, "labels": row} for row in tiny.tokenizer()(tiny.TEXTS)["input_ids"]]
+data = [
+    {"input_ids": row, "labels": row}
+    for row in tiny.tokenizer()(tiny.TEXTS)["input_ids"]
+]
 
 
 def make_trainer(trial: ra.Trial) -> Trainer:
@@ -26,5 +29,7 @@ def make_trainer(trial: ra.Trial) -> Trainer:
     return Trainer(peft.get_peft_model(tiny.model(), config), args, train_dataset=data)
 
 
-recipe = ra.calibrate_trainer(make_trainer, torch.optim.AdamW, ranks=(1, 16), steps=10, name="tiny")
+recipe = ra.calibrate_trainer(
+    make_trainer, torch.optim.AdamW, ranks=(1, 16), steps=10, name="tiny"
+)
 print(recipe.at(rank=8))

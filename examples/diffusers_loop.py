@@ -33,7 +33,9 @@ opt = ra.RankAwareOptimizer(
     unet, torch.optim.AdamW, lr=1e-4, tuned_at=ra.Reference(rank=4, alpha=4)
 )
 print(opt.report())
-schedule = get_scheduler("cosine", optimizer=opt, num_warmup_steps=1, num_training_steps=4)
+schedule = get_scheduler(
+    "cosine", optimizer=opt, num_warmup_steps=1, num_training_steps=4
+)
 noises = DDPMScheduler(num_train_timesteps=100)
 
 for _ in range(4):

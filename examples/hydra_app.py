@@ -20,7 +20,9 @@ def main(config: DictConfig) -> None:
     )
     model = peft.get_peft_model(tiny.model(), lora)
     opt: ra.RankAwareOptimizer = hydra.utils.instantiate(config.optimizer)(model)
-    for batch in tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"].split(8):
+    for batch in tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"].split(
+        8
+    ):
         model(input_ids=batch, labels=batch).loss.backward()
         opt.step()
         opt.zero_grad()

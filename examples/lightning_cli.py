@@ -18,11 +18,15 @@ class Finetune(lightning.LightningModule):
     """A causal language model with adapters. optimizer: builds the optimizer from the model."""
 
     def __init__(
-        self, optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], rank: int = 16
+        self,
+        optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+        rank: int = 16,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]
+        )
         self.model = peft.get_peft_model(tiny.model(), config)
 
     def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
@@ -37,5 +41,7 @@ class Finetune(lightning.LightningModule):
 
 
 if __name__ == "__main__":
-    cli = LightningCLI(Finetune, save_config_callback=None, auto_configure_optimizers=False)
+    cli = LightningCLI(
+        Finetune, save_config_callback=None, auto_configure_optimizers=False
+    )
     print(cli.trainer.optimizers[0].report())

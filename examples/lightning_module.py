@@ -19,7 +19,9 @@ class Finetune(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        config = peft.LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"])
+        config = peft.LoraConfig(
+            r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"]
+        )
         self.model = peft.get_peft_model(tiny.model(), config)
 
     def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:

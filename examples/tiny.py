@@ -51,7 +51,9 @@ TEXTS = [
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per word."""
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the"))
+    made = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="the")
+    )
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     chat = "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' ' }}{% endfor %}"
     return PreTrainedTokenizerFast(
@@ -87,7 +89,9 @@ def write(folder: Path) -> None:
     """Write the model, the tokenizer and rows.jsonl."""
     model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    rows = [json.dumps({"text": text, "query": text, "response": text}) for text in TEXTS]
+    rows = [
+        json.dumps({"text": text, "query": text, "response": text}) for text in TEXTS
+    ]
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
 
 

@@ -15,7 +15,14 @@ import rankaware_optim as ra
 
 trainer = SFTTrainer(
     tiny.model(),
-    SFTConfig("sft-out", max_steps=4, max_length=32, logging_steps=1, report_to="none", bf16=False),
+    SFTConfig(
+        "sft-out",
+        max_steps=4,
+        max_length=32,
+        logging_steps=1,
+        report_to="none",
+        bf16=False,
+    ),
     train_dataset=Dataset.from_dict({"text": tiny.TEXTS}),
     processing_class=tiny.tokenizer(),
     peft_config=LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"]),

@@ -116,7 +116,9 @@ def plain_lr(lr: Any) -> Any:
     """Return a rate as an optimizer stores it: the float of a `Rate` or of NumPy's number, anything
     else unchanged.
     """
-    return float(lr) if isinstance(lr, Rate) else lr if hasattr(lr, "numel") else plain(lr)
+    return (
+        float(lr) if isinstance(lr, Rate) else lr if hasattr(lr, "numel") else plain(lr)
+    )
 
 
 def check_lr(lr: object, what: str = "lr") -> float:
@@ -124,7 +126,11 @@ def check_lr(lr: object, what: str = "lr") -> float:
     `OptimizerError`.
     """
     lr = plain_lr(lr)
-    value = lr.item() if getattr(lr, "numel", lambda: 0)() == 1 else lr  # type: ignore[attr-defined]
+    value: Any = lr
+    if hasattr(value, "numel") and value.numel() == 1:
+        value = value.item()
     if not is_positive(value) or value > sys.float_info.max:  # an int may be larger
-        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.", what)
+        raise OptimizerError(
+            f"{what} is {lr!r}.", "Give a positive finite number.", what
+        )
     return float(value)

@@ -22,7 +22,8 @@ def figure_of(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PlotError(
-            "Plots need matplotlib.", 'In a clone of this package: pip install ".[plots]".'
+            "Plots need matplotlib.",
+            'In a clone of this package: pip install ".[plots]".',
         ) from error
     made = Figure(figsize=(width, height), layout="constrained")
     return made, made.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()

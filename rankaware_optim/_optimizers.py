@@ -39,16 +39,22 @@ _ROWS = {
     "nadam nadamw radam": Known("sign-like", "steps of AdamW's size"),
     "lion": Known("sign-like", "Lion's rule"),
     "adamwschedulefree": Known("sign-like", "schedule-free's rule"),
-    "adamax sparseadam rmsprop rprop adabelief adabound adamod adamp adopt": Known("sign-like"),
+    "adamax sparseadam rmsprop rprop adabelief adabound adamod adamp adopt": Known(
+        "sign-like"
+    ),
     "diffgrad yogi qhadam madgrad ranger adan": Known("sign-like"),
     "sgd asgd sgdw sgdp accsgd aggmo qhm pid sgdschedulefree": Known("gradient-like"),
     "muon": Known("spectral"),
     "lamb": Known("relative-scale"),
     "adafactor": Known("floored-scale"),
     "lars": Known("first-step", needs_decay=True),
-    "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(one_rate=_ESTIMATES),
+    "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(
+        one_rate=_ESTIMATES
+    ),
     "lbfgs": Known(one_rate="takes one parameter group only"),
-    "lorarite lorafaoptimizer": Known(one_rate="steps A and B as one pair out of one group"),
+    "lorarite lorafaoptimizer": Known(
+        one_rate="steps A and B as one pair out of one group"
+    ),
     "bsam": Known(steps=("third_step",)),
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
 }
@@ -78,7 +84,9 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
     return name, _KNOWN.get(name, Known())
 
 
-def optimizer_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
+def optimizer_family(
+    optimizer_class: type, settings: Mapping[str, Any] | None = None
+) -> str:
     """Return the family of an optimizer, "unknown" if no class along its bases is known.
 
     Adafactor with `scale_parameter=False` (of transformers and fairseq) is sign-like. torch's has
@@ -117,7 +125,8 @@ def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     kind: Any = _class_named(optimizer) if isinstance(optimizer, str) else optimizer
     if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
         raise OptimizerError(
-            f"{kind!r} is not a torch optimizer class.", "Give a class such as torch.optim.AdamW."
+            f"{kind!r} is not a torch optimizer class.",
+            "Give a class such as torch.optim.AdamW.",
         )
     return kind
 
@@ -129,13 +138,21 @@ def _class_named(text: str) -> type[Optimizer]:
         module = import_module(package)
     except (Exception, SystemExit) as error:  # a third-party module may raise anything
         raise OptimizerError(
-            f"The package {package!r} cannot be imported: {error}.", "Install it, or fix it."
+            f"The package {package!r} cannot be imported: {error}.",
+            "Install it, or fix it.",
         ) from error
-    classes = {key.lower(): value for key, value in vars(module).items() if _is_optimizer(value)}
+    classes = {
+        key.lower(): value
+        for key, value in vars(module).items()
+        if _is_optimizer(value)
+    }
     if name.lower() not in classes:
-        known = ", ".join(sorted({kind.__name__ for kind in classes.values()} - {"Optimizer"}))
+        known = ", ".join(
+            sorted({kind.__name__ for kind in classes.values()} - {"Optimizer"})
+        )
         raise OptimizerError(
-            f"Unknown optimizer {name!r} in {package}.", f"Give one of {known}, or 'package:Class'."
+            f"Unknown optimizer {name!r} in {package}.",
+            f"Give one of {known}, or 'package:Class'.",
         )
     return classes[name.lower()]
 
@@ -154,4 +171,6 @@ def defaults_of(function: Any) -> dict[str, Any]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return {}
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {
+        name: p.default for name, p in parameters.items() if p.default is not p.empty
+    }

@@ -34,7 +34,10 @@ def text_table(
     from rich.table import Table
 
     table = Table(
-        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True
+        title=title or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
     )
     for heading in headings:
         table.add_column(heading, justify="left" if heading in left else "right")

@@ -48,7 +48,9 @@ class Rate:
 
     def explain(self) -> str:
         """Return the rate as text, one fact per line: the number, its bounds, and the notes."""
-        return printable("\n".join([*self._facts(), *(f"note: {note}" for note in self.notes)]))
+        return printable(
+            "\n".join([*self._facts(), *(f"note: {note}" for note in self.notes)])
+        )
 
     @property
     def band(self) -> str:

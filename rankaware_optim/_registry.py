@@ -49,8 +49,12 @@ class Registry:
 
     def _installed(self) -> dict[str, Callable[..., Any]]:
         if self._plugins is None:
-            found = ((point.name, _load(point)) for point in entry_points(group=self._group))
-            self._plugins = {name: factory for name, factory in found if factory is not None}
+            found = (
+                (point.name, _load(point)) for point in entry_points(group=self._group)
+            )
+            self._plugins = {
+                name: factory for name, factory in found if factory is not None
+            }
         return self._plugins
 
 
@@ -62,5 +66,7 @@ def _load(point: EntryPoint) -> Callable[..., Any] | None:
         Exception,
         SystemExit,
     ) as error:  # a third-party package may raise anything on import, or exit
-        warn(f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}.")
+        warn(
+            f"The plug-in {point.name!r} ({point.value}) could not be loaded: {error}."
+        )
         return None

@@ -141,7 +141,11 @@ class Survey:
         Args:
             init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).
         """
-        return self.width if init == "B" else max((f.fan_in for f in self._dense()), default=1.0)
+        return (
+            self.width
+            if init == "B"
+            else max((f.fan_in for f in self._dense()), default=1.0)
+        )
 
     def dominant(self) -> Reference:
         """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
@@ -163,7 +167,9 @@ class Survey:
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
 
-    def explain(self, *, per_module: bool = False, rates: Mapping[str, Rated] | None = None) -> str:
+    def explain(
+        self, *, per_module: bool = False, rates: Mapping[str, Rated] | None = None
+    ) -> str:
         """Return a table of the factors with their rates and reasons, and sentences on what to
         check.
 
@@ -181,15 +187,30 @@ class Survey:
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
         width = 200 if per_module else 140
-        return text_table(headings, rows, lines=remarks, left=_LEFT_ALIGNED, width=width)
+        return text_table(
+            headings, rows, lines=remarks, left=_LEFT_ALIGNED, width=width
+        )
 
     def _lines(self) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
         """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
         for f in self.factors:
-            pair = ("", "") if f.role == "full" else (f"{f.scaling:g}", init_text(f.init))
+            pair = (
+                ("", "") if f.role == "full" else (f"{f.scaling:g}", init_text(f.init))
+            )
             fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
-            reason = NO_LAW if f.init == "other" else "a LoRA pair" if f.rank else "a whole weight"
-            yield f.name, f.convention, (f.kind, f.role, str(f.rank or ""), *pair, *fans), reason
+            reason = (
+                NO_LAW
+                if f.init == "other"
+                else "a LoRA pair"
+                if f.rank
+                else "a whole weight"
+            )
+            yield (
+                f.name,
+                f.convention,
+                (f.kind, f.role, str(f.rank or ""), *pair, *fans),
+                reason,
+            )
         for name in self.other:
             kind = self.unsupported.get(name, "")
             reason = reason_of_other([kind] if kind else [])
@@ -211,7 +232,11 @@ class Survey:
         pairs = [f for f in self.factors if f.role != "full"]
         dense = [f for f in pairs if f.rank and f.kind != "embedding"]
         for names, what, problem in (
-            (self.frozen, "LoRA factor", "trained: an inactive adapter, or one frozen by mistake"),
+            (
+                self.frozen,
+                "LoRA factor",
+                "trained: an inactive adapter, or one frozen by mistake",
+            ),
             (
                 self.unadapted,
                 "frozen stack",
@@ -234,7 +259,11 @@ class Survey:
                 "low-rank: the rank is above the fan-in",
             ),
             (
-                [f.name for f in pairs if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING],
+                [
+                    f.name
+                    for f in pairs
+                    if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING
+                ],
                 "factor",
                 "scaled as usual: alpha / rank is above 8 or below 1/64",
             ),
@@ -342,7 +371,10 @@ class Reference:
         if self.fan_in is not None:
             return self
         return replace(
-            self, fan_in=survey.full_width(self.init) if self.method == "full" else survey.width
+            self,
+            fan_in=survey.full_width(self.init)
+            if self.method == "full"
+            else survey.width,
         )
 
     def __str__(self) -> str:
@@ -356,7 +388,12 @@ class Reference:
 
 # γ of every rule. "as swept" is for a sweep without alpha. It has the middle of the conventions and
 # a wider drift.
-GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0, "as swept": 0.5}
+GAMMA: dict[Scaling, float] = {
+    "fixed": 0.0,
+    "rslora": 0.5,
+    "alpha": 1.0,
+    "as swept": 0.5,
+}
 
 
 def scaling_factor(rule: Scaling, at: float, rank: float) -> float:

@@ -10,7 +10,9 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -38,7 +40,9 @@ def own_module(tmp_path, monkeypatch):
         "        return -1.0",
     ]
     (tmp_path / "test_law_module.py").write_text("\n".join(source))
-    (tmp_path / "test_broken_module.py").write_text("raise RuntimeError('no weights here')")
+    (tmp_path / "test_broken_module.py").write_text(
+        "raise RuntimeError('no weights here')"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path

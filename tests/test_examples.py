@@ -71,7 +71,10 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for block in (own_loop, no_rate):
             exec(compile(block, str(README), "exec"), names)
     assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
-    assert rankaware_optim.Recipe.load(tmp_path / "recipes" / "digits.toml").name == "digits"
+    assert (
+        rankaware_optim.Recipe.load(tmp_path / "recipes" / "digits.toml").name
+        == "digits"
+    )
 
 
 def test_readme_holds_the_two_commands() -> None:

@@ -85,10 +85,10 @@ FACES = [
 
 def imported_by(code: str) -> set[str]:
     """Which of the heavy packages a fresh interpreter holds after running `code`."""
-    probe = (
-        f"import sys\n{code}\nprint('HELD', *(name for name in {HEAVY!r} if name in sys.modules))"
+    probe = f"import sys\n{code}\nprint('HELD', *(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     return set(done.stdout.rsplit("HELD", 1)[1].split())
 
 

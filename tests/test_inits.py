@@ -18,7 +18,10 @@ LORA = [
     for r in (8, 64)
     for x in range(-14, -8)
 ]
-FULL = [{"method": "full", "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for x in range(-14, -8)]
+FULL = [
+    {"method": "full", "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
+    for x in range(-14, -8)
+]
 
 
 def recipe() -> ra.Recipe:
@@ -34,7 +37,9 @@ TAKERS = {
     "Reference, full": lambda init: ra.Reference(method="full", init=init),
     "from_scaling": lambda init: ra.Reference.from_scaling(4, 1.0, init=init),
     "inspect_model": lambda init: ra.inspect_model(mlp(), init=init),
-    "inspect_model, full": lambda init: ra.inspect_model(nn.Linear(3, 3), method="full", init=init),
+    "inspect_model, full": lambda init: ra.inspect_model(
+        nn.Linear(3, 3), method="full", init=init
+    ),
     "initialize": lambda init: ra.initialize(mlp(), init),
     "Convention": lambda init: ra.register_convention(
         ra.Convention("none", "first", "second", init=init)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from rankaware_optim._optimizers import _KNOWN, known_name, known_optimizer, optimizer_family
+from rankaware_optim._optimizers import (
+    _KNOWN,
+    known_name,
+    known_optimizer,
+    optimizer_family,
+)
 from rankaware_optim.laws import FORMS
 from rankaware_optim.transfer._suggest import RULES
 
@@ -35,14 +40,20 @@ VARIANTS = [
 def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
     """8-bit, 4-bit, fp8 and paged variants are of their base's family, and so are their subclasses."""
     assert known_name(name) == known
-    assert optimizer_family(named(name)) == optimizer_family(named("Mine", named(name))) == family
+    assert (
+        optimizer_family(named(name))
+        == optimizer_family(named("Mine", named(name)))
+        == family
+    )
 
 
 def test_settings_decide_where_the_class_does_not():
     """Adafactor without parameter scale is sign-like, and torch_optimizer's LARS without decay is SGD."""
     lars = type("LARS", (), {"__module__": "torch_optimizer.lars"})
     assert optimizer_family(named("Adafactor")) == "floored-scale"
-    assert optimizer_family(named("Adafactor"), {"scale_parameter": False}) == "sign-like"
+    assert (
+        optimizer_family(named("Adafactor"), {"scale_parameter": False}) == "sign-like"
+    )
     assert optimizer_family(lars) == "gradient-like"
     assert (
         optimizer_family(lars, {"weight_decay": 0.1})

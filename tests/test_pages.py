@@ -35,17 +35,25 @@ def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
 
 def test_no_page_with_python_is_left_out() -> None:
     """Every page of docs/ that has a Python block is among those that are run."""
-    ours = {path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")}
-    made = {page for page in ours if page.startswith(("_build/", "generated/", "examples/"))}
+    ours = {
+        path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")
+    }
+    made = {
+        page for page in ours if page.startswith(("_build/", "generated/", "examples/"))
+    }
     assert {page for page in ours - made if blocks_of(page)} == set(PAGES)
 
 
 def test_the_api_page_names_what_is_public() -> None:
     """Every name that `rankaware_optim` exports, other than its packages, is on the API page."""
-    stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(encoding="utf-8")
+    stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(
+        encoding="utf-8"
+    )
     public = set(re.findall(r"^from \.[\w.]+ import (\w+) as \1$", stub, re.M))
     listed = set(
-        re.findall(r"^   ([A-Za-z_.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
+        re.findall(
+            r"^   ([A-Za-z_.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.M
+        )
     )
     assert public
     assert public - listed == set()

@@ -18,7 +18,12 @@ from .helpers.recipes import RECIPE
 EVIL = "\x1b[2J[/bold]\x9b1m\x07\x08\u202e\r\ud800é"
 PLAIN = "[2J[/bold]1m"
 BAD = replace(
-    RECIPE, name=EVIL, notes=(EVIL,), optimizer=EVIL, versions={EVIL: EVIL}, settings={EVIL: EVIL}
+    RECIPE,
+    name=EVIL,
+    notes=(EVIL,),
+    optimizer=EVIL,
+    versions={EVIL: EVIL},
+    settings={EVIL: EVIL},
 )
 
 

@@ -37,7 +37,9 @@ CROSSING = names_across_borders()
 def test_few_names_cross_a_border(package: str) -> None:
     """Other packages import at most 25 names from a package."""
     names = sorted(CROSSING[package])
-    assert len(names) <= ABOVE.get(package, MOST), f"{len(names)} names: {', '.join(names)}"
+    assert len(names) <= ABOVE.get(package, MOST), (
+        f"{len(names)} names: {', '.join(names)}"
+    )
 
 
 def test_borders_are_seen() -> None:

@@ -45,12 +45,18 @@ class Made:
                 else bytes(min(size, 10**6))
             )
             place = [len(data), len(data) + len(one)]
-            self.header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
+            self.header[name] = {
+                "dtype": dtype,
+                "shape": list(shape),
+                "data_offsets": place,
+            }
             data += one
         self.header |= {"__metadata__": self.metadata} if self.metadata else {}
         text = json.dumps(self.header).encode()
         self.file = len(text).to_bytes(8, "little") + text + data
-        self.config_file = None if self.config is None else json.dumps(self.config).encode()
+        self.config_file = (
+            None if self.config is None else json.dumps(self.config).encode()
+        )
 
 
 # --- valid files ----------------------------------------------------------------------------------------------------
@@ -78,7 +84,9 @@ def peft() -> Made:
         "init_lora_weights": True,
         "use_rslora": False,
     }
-    return Made(tensors, {**config, "rank_pattern": {"v": 2}, "alpha_pattern": {"l.0.v": 8}})
+    return Made(
+        tensors, {**config, "rank_pattern": {"v": 2}, "alpha_pattern": {"l.0.v": 8}}
+    )
 
 
 def experts() -> Made:
@@ -86,7 +94,8 @@ def experts() -> Made:
     tensors = pair(at, "lora_A.weight", "lora_B.weight", 12)
     tensors |= pair(f"{at}.base_layer", "lora_A.weight", "lora_B.weight", 12)
     return Made(
-        tensors, {"r": 4, "lora_alpha": 8, "target_parameters": ["experts.up", "experts.down"]}
+        tensors,
+        {"r": 4, "lora_alpha": 8, "target_parameters": ["experts.up", "experts.down"]},
     )
 
 
@@ -109,7 +118,8 @@ def adalora() -> Made:
 def loha() -> Made:
     names = [f"base_model.model.q.hada_w{i}_{half}" for i in (1, 2) for half in "ab"]
     return Made(
-        dict.fromkeys(names, ("F32", (4, 4), 0.0)), {"peft_type": "LOHA", "r": 4, "alpha": 8}
+        dict.fromkeys(names, ("F32", (4, 4), 0.0)),
+        {"peft_type": "LOHA", "r": 4, "alpha": 8},
     )
 
 
@@ -149,7 +159,9 @@ def legacy() -> Made:
 
 
 def torchtune() -> Made:
-    return Made(pair("layers.0.q", "lora_a.weight", "lora_b.weight"), {"r": 4, "lora_alpha": 8})
+    return Made(
+        pair("layers.0.q", "lora_a.weight", "lora_b.weight"), {"r": 4, "lora_alpha": 8}
+    )
 
 
 def merged() -> Made:
@@ -273,9 +285,17 @@ def harm_tensor(made: Made, at: int, value: Any) -> None:
             made.tensors[name] = (dtype, nth(SHAPES, at // 7), number)
         case 2 if shape:
             i = at // 7 % len(shape)
-            made.tensors[name] = (dtype, (*shape[:i], nth(DIMS, at // 11), *shape[i + 1 :]), number)
+            made.tensors[name] = (
+                dtype,
+                (*shape[:i], nth(DIMS, at // 11), *shape[i + 1 :]),
+                number,
+            )
         case 3:
-            made.tensors[name] = (nth([*SIZES, "F4", "BOOL", "odd"], at // 7), shape, number)
+            made.tensors[name] = (
+                nth([*SIZES, "F4", "BOOL", "odd"], at // 7),
+                shape,
+                number,
+            )
         case 4:
             alpha = value if isinstance(value, float) else float(at % 5)
             made.tensors[f"{name.split('.lora')[0]}.alpha"] = ("F32", (), alpha)
@@ -286,7 +306,11 @@ def harm_tensor(made: Made, at: int, value: Any) -> None:
 def harm_entry(made: Made, at: int, value: Any) -> None:
     """Change or remove one entry of the configuration, of the metadata or of diffusers' nested metadata."""
     inner = made.metadata.get("lora_adapter_metadata")
-    tables = [t for t in (made.config, made.metadata, inner, inner) if isinstance(t, dict) and t]
+    tables = [
+        t
+        for t in (made.config, made.metadata, inner, inner)
+        if isinstance(t, dict) and t
+    ]
     table = nth(tables, at)
     if table is None:
         return
@@ -313,9 +337,13 @@ def harm_header(made: Made, at: int, value: Any) -> None:
         return
     entry = made.header[name]
     if isinstance(entry, dict) and entry and at // 5 % 4:
-        entry[nth(entry, at // 7)] = value if at // 11 % 2 else [value, nth(DIMS, at // 13)]
+        entry[nth(entry, at // 7)] = (
+            value if at // 11 % 2 else [value, nth(DIMS, at // 13)]
+        )
     elif isinstance(entry, dict) and at // 11 % 2:
-        made.header[name] = [*entry.values()]  # some readers take the fields in this order
+        made.header[name] = [
+            *entry.values()
+        ]  # some readers take the fields in this order
     else:
         made.header[name] = value
     start = 8 + int.from_bytes(made.file[:8], "little")
@@ -338,11 +366,16 @@ def harm_bytes(made: Made, at: int, value: Any) -> None:
             data = data[:i] + piece + data[i:]
         case 3:
             data = (
-                nth([0, 1, len(data), 10**8, 2**63, 2**64 - 1], at).to_bytes(8, "little") + data[8:]
+                nth([0, 1, len(data), 10**8, 2**63, 2**64 - 1], at).to_bytes(
+                    8, "little"
+                )
+                + data[8:]
             )
         case _:
             data = data[: at % 9] + piece
-    made.file, made.config_file = (made.file, data) if on_config else (data, made.config_file)
+    made.file, made.config_file = (
+        (made.file, data) if on_config else (data, made.config_file)
+    )
 
 
 EARLY = {"tensor": harm_tensor, "entry": harm_entry}
@@ -372,7 +405,9 @@ def damaged(kind: Callable[[], Made], steps: list[tuple[str, int, Any]]) -> Made
         if name in EARLY:
             EARLY[name](made, at, copy.deepcopy(value))
     if isinstance(made.metadata.get("lora_adapter_metadata"), dict):
-        made.metadata["lora_adapter_metadata"] = json.dumps(made.metadata["lora_adapter_metadata"])
+        made.metadata["lora_adapter_metadata"] = json.dumps(
+            made.metadata["lora_adapter_metadata"]
+        )
     made.lay_out()
     for name, at, value in steps:
         if name in LATE:

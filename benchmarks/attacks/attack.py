@@ -94,7 +94,12 @@ NOTES = (
 )
 @click.option("--size", type=int, hidden=True)
 def main(
-    only: str, workers: int, share: float, tables: bool, piece: tuple[str, str] | None, size: int
+    only: str,
+    workers: int,
+    share: float,
+    tables: bool,
+    piece: tuple[str, str] | None,
+    size: int,
 ) -> None:
     """Attack the package, and count the outcomes."""
     if piece:
@@ -120,15 +125,26 @@ def pieces(share: float) -> list[tuple[Attack, int, int]]:
     made = []
     for attack in ATTACKS.values():
         sizes = [
-            min(attack.piece, attack.total - done) for done in range(0, attack.total, attack.piece)
+            min(attack.piece, attack.total - done)
+            for done in range(0, attack.total, attack.piece)
         ]
         chosen = sizes[: max(1, round(share * len(sizes)))]
-        made += [(attack, FIRST_SEED + number, size) for number, size in enumerate(chosen)]
+        made += [
+            (attack, FIRST_SEED + number, size) for number, size in enumerate(chosen)
+        ]
     return made
 
 
 def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--piece", attack.name, str(seed), "--size", str(size)]
+    command = [
+        sys.executable,
+        __file__,
+        "--piece",
+        attack.name,
+        str(seed),
+        "--size",
+        str(size),
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -137,10 +153,16 @@ def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"counts": {FAILED: size}, "slowest": 0.0}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=attack.patience
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=attack.patience,
         )
         if done.returncode:
-            found["failures"] = [f"the process ended with {done.returncode}: {done.stderr[-300:]}"]
+            found["failures"] = [
+                f"the process ended with {done.returncode}: {done.stderr[-300:]}"
+            ]
         else:
             found = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
@@ -179,7 +201,9 @@ def write_table() -> None:
         shown = {outcome: counts[outcome] for outcome in (HELD, REFUSED, FAILED)}
         slowest = max((row["slowest"] for row in mine), default=0.0)
         newest = next((row.get("commit") for row in reversed(mine)), None)
-        new = sum(sum(row["counts"].values()) for row in mine if row.get("commit") == newest)
+        new = sum(
+            sum(row["counts"].values()) for row in mine if row.get("commit") == newest
+        )
         at = {"attempts": counts.total(), "newest": new, "at commit": newest}
         rows.append({"attack": name, **at, **shown, "slowest s": slowest})
     notes = [*NOTES, f"Seeds from {FIRST_SEED}, one a piece.", *failures[:40]]

@@ -89,7 +89,9 @@ def run_saves(how: How) -> Run:
             with acting(0, fail, reads=how is fails) as calls:
                 work(mine / "adapter" / "rankaware" / "recipe.toml")
             for at in range(1, calls() + 1):
-                outcomes.attempt((work.__name__, at), partial(torn, how, work, mine, at))
+                outcomes.attempt(
+                    (work.__name__, at), partial(torn, how, work, mine, at)
+                )
         return outcomes
 
     return run
@@ -129,7 +131,9 @@ def resumed(how: How, folder: Path, expected: str, seconds: float, at: int) -> N
 def run_studies(how: How) -> Run:
     def run(seed: int, count: int, folder: Path) -> Outcomes:
         prepare()
-        expected = study(folder / "first.journal").tag  # also imports what a study needs
+        expected = study(
+            folder / "first.journal"
+        ).tag  # also imports what a study needs
         began = time.perf_counter()
         with acting(0, fail, reads=how is fails) as calls:
             study(folder / "straight.journal")
@@ -137,7 +141,9 @@ def run_studies(how: How) -> Run:
         every = range(1, calls() + 1)
         for at in sorted(random.Random(seed).sample(every, min(count, len(every)))):
             outcomes.attempt(
-                (seed, at), partial(resumed, how, folder, expected, seconds, at), limit=60.0
+                (seed, at),
+                partial(resumed, how, folder, expected, seconds, at),
+                limit=60.0,
             )
         return outcomes
 
@@ -146,7 +152,9 @@ def run_studies(how: How) -> Run:
 
 ATTACKS = (
     Attack("ended between calls, saves", 1, 1, run_saves(end)),
-    Attack("ended between calls, journal", EVERY, EVERY, run_studies(end), patience=1800.0),
+    Attack(
+        "ended between calls, journal", EVERY, EVERY, run_studies(end), patience=1800.0
+    ),
     Attack("failing calls, saves", 1, 1, run_saves(fails)),
     Attack("failing calls, journal", 200, 50, run_studies(fails)),
 )

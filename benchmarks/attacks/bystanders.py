@@ -39,7 +39,9 @@ def is_one_of(path: Path, *recipes: ra.Recipe) -> None:
 
 
 def tensors_of(path: Path) -> Path:
-    return path.with_name(tomli.loads(path.read_text(encoding="utf-8"))["tensors"]["file"])
+    return path.with_name(
+        tomli.loads(path.read_text(encoding="utf-8"))["tensors"]["file"]
+    )
 
 
 # --- files that look like ours --------------------------------------------------------------------------------------
@@ -119,7 +121,9 @@ def others_of(path: Path) -> dict[Path, bytes]:
 def are_there(others: dict[Path, bytes]) -> None:
     lost = [file.name for file in others if not file.exists()]
     changed = [
-        file.name for file, held in others.items() if file.exists() and file.read_bytes() != held
+        file.name
+        for file, held in others.items()
+        if file.exists() and file.read_bytes() != held
     ]
     if lost or changed:
         raise AssertionError(f"of others, {lost} are gone and {changed} changed")
@@ -156,7 +160,9 @@ def run_moved(seed: int, count: int, folder: Path) -> Outcomes:
         for number in (1, 2):  # saves afterwards
             mine = folder / f"{way.__name__}-{number}"
             mine.mkdir()
-            outcomes.attempt((way.__name__, number), partial(kept, way, mine / "r.toml", number))
+            outcomes.attempt(
+                (way.__name__, number), partial(kept, way, mine / "r.toml", number)
+            )
     return outcomes
 
 
@@ -176,7 +182,9 @@ def names_a_model(folder: Path) -> list[Path]:
     """The recipe names a file of others, and has its hash."""
     model = folder / "model.safetensors"
     save_file({"weight": np.ones(4)}, model)
-    naming(folder / "r.toml", model.name, hashlib.sha256(model.read_bytes()).hexdigest())
+    naming(
+        folder / "r.toml", model.name, hashlib.sha256(model.read_bytes()).hexdigest()
+    )
     return [model]
 
 
@@ -193,7 +201,11 @@ def names_what_lies_elsewhere(folder: Path) -> list[Path]:
     (folder / "other").mkdir()
     model = folder / "other" / tensors_of(folder / "r.toml").name
     shutil.copy(tensors_of(folder / "r.toml"), model)
-    naming(folder / "r.toml", f"other/{model.name}", hashlib.sha256(model.read_bytes()).hexdigest())
+    naming(
+        folder / "r.toml",
+        f"other/{model.name}",
+        hashlib.sha256(model.read_bytes()).hexdigest(),
+    )
     return [model]
 
 
@@ -208,7 +220,12 @@ def read_only(folder: Path) -> list[Path]:
     return [folder / "r.toml", tensors_of(folder / "r.toml")]
 
 
-STATES = (names_a_model, names_what_it_did_not_write, names_what_lies_elsewhere, read_only)
+STATES = (
+    names_a_model,
+    names_what_it_did_not_write,
+    names_what_lies_elsewhere,
+    read_only,
+)
 
 
 def run_states(seed: int, count: int, folder: Path) -> Outcomes:
@@ -220,7 +237,9 @@ def run_states(seed: int, count: int, folder: Path) -> Outcomes:
     for linked in ("README.md", "rankaware", "rankaware/recipe.toml"):
         mine = folder / linked.replace("/", "-")
         mine.mkdir()
-        outcomes.attempt(f"{linked} is a link", partial(inside, linked, mine), ra.RecipeError)
+        outcomes.attempt(
+            f"{linked} is a link", partial(inside, linked, mine), ra.RecipeError
+        )
     return outcomes
 
 

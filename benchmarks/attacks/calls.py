@@ -57,7 +57,9 @@ class _File:
 
 
 @contextmanager
-def acting(at: int, act: Callable[[], None], reads: bool = False) -> Iterator[Callable[[], int]]:
+def acting(
+    at: int, act: Callable[[], None], reads: bool = False
+) -> Iterator[Callable[[], int]]:
     """Run `act` at call number `at` of those that change files, or also of those that read; yields their number."""
     lock, count = threading.Lock(), 0
 
@@ -91,7 +93,9 @@ def acting(at: int, act: Callable[[], None], reads: bool = False) -> Iterator[Ca
     names = CHANGING + (READING if reads else ())
     with ExitStack() as patches:
         patches.enter_context(
-            patch.multiple(os, open=os_open, **{name: wrapped(getattr(os, name)) for name in names})
+            patch.multiple(
+                os, open=os_open, **{name: wrapped(getattr(os, name)) for name in names}
+            )
         )
         patches.enter_context(patch.object(builtins, "open", opened))
         patches.enter_context(patch.object(io, "open", opened))

@@ -75,7 +75,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
         if chance.random() < 0.5:
             step(model, opt)
         outcomes.attempt(
-            (seed, number, kind), lambda m=model, o=opt, s=state: load(m, o, s), ra.CheckpointError
+            (seed, number, kind),
+            lambda m=model, o=opt, s=state: load(m, o, s),
+            ra.CheckpointError,
         )
     return outcomes
 
@@ -95,7 +97,9 @@ def each_rate(seed: int, count: int, folder: Path) -> Outcomes:
             state = copy.deepcopy(opt.state_dict())
             state["param_groups"][0][key] = value
             outcomes.attempt(
-                (key, str(value)), partial(must_refuse, model, opt, state), ra.CheckpointError
+                (key, str(value)),
+                partial(must_refuse, model, opt, state),
+                ra.CheckpointError,
             )
     return outcomes
 
@@ -134,7 +138,11 @@ def harm_tensor(state: dict[Any, Any], chance: random.Random) -> None:
         case 1 if isinstance(mine[name], torch.Tensor):
             mine[name] = mine[name].to(chance.choice(DTYPES))
         case 2 if isinstance(mine[name], torch.Tensor):
-            mine[name] = mine[name].to_sparse() if chance.random() < 0.3 else mine[name].to("meta")
+            mine[name] = (
+                mine[name].to_sparse()
+                if chance.random() < 0.3
+                else mine[name].to("meta")
+            )
         case 3:
             mine[chance.choice((*mine, "odd"))] = mine[name]
         case 4:
@@ -157,7 +165,9 @@ def contents(opt: Any) -> Any:
         for group in opt.param_groups
     ]
     state = {
-        id(p): {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+        id(p): {
+            k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()
+        }
         for p, s in opt.state.items()
     }
     return copy.deepcopy(groups), state
@@ -180,7 +190,9 @@ def load(model: nn.Module, opt: Any, state: Any) -> None:
         opt.load_state_dict(state)
     except ra.CheckpointError as error:
         if not same(contents(opt), before):
-            raise AssertionError(f"refused ({error}), but the optimizer changed") from error
+            raise AssertionError(
+                f"refused ({error}), but the optimizer changed"
+            ) from error
         raise
     for group in opt.param_groups:
         rate = float(group["lr"]) * group["rank_multiplier"]

@@ -55,7 +55,9 @@ def damaged_values(document: Any, chance: random.Random, times: int = 2) -> Any:
             case 1:
                 other, there = chance.choice(found)
                 inner[key] = copy.deepcopy(other[there])
-            case 2 if isinstance(inner[key], (int, float)) and not isinstance(inner[key], bool):
+            case 2 if isinstance(inner[key], (int, float)) and not isinstance(
+                inner[key], bool
+            ):
                 inner[key] *= chance.choice((-1, 0, 1e-6, 1e6, 1e-300, 1e300, 2, 0.5))
             case _:
                 inner[key] = copy.deepcopy(chance.choice(VALUES))

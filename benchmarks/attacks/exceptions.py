@@ -34,7 +34,9 @@ class RaisesAt(TorchDispatchMode):
         super().__init__()
         self.at, self.count = at, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.count += 1
         if self.count == self.at:
             raise Injected(f"injected at operation {self.at}, {func}")
@@ -55,7 +57,9 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for pair in (self.first, self.second):
-            x = self.norm(x @ pair.weight.T + pair.scaling * (x @ pair.lora_A.T) @ pair.lora_B.T)
+            x = self.norm(
+                x @ pair.weight.T + pair.scaling * (x @ pair.lora_A.T) @ pair.lora_B.T
+            )
         return self.head(x)
 
 
@@ -93,7 +97,9 @@ def values(model: nn.Module) -> dict[str, Any]:
         )
         for name, t in tensors
     }
-    return found | {f"mode of {name}": module.training for name, module in model.named_modules()}
+    return found | {
+        f"mode of {name}": module.training for name, module in model.named_modules()
+    }
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -101,7 +107,9 @@ def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             return torch.equal(a, b)
         return (
-            all(map(alike, a, b)) if isinstance(a, tuple) and isinstance(b, tuple) else bool(a == b)
+            all(map(alike, a, b))
+            if isinstance(a, tuple) and isinstance(b, tuple)
+            else bool(a == b)
         )
 
     return [
@@ -121,7 +129,11 @@ def run_in_place(seed: int, count: int, folder: Path) -> Outcomes:
     total = in_place(model, 0)
     for number in range(count):
         # half of them among the last operations, where the model is restored
-        at = chance.randint(max(1, total - 200), total) if number % 2 else chance.randint(1, total)
+        at = (
+            chance.randint(max(1, total - 200), total)
+            if number % 2
+            else chance.randint(1, total)
+        )
         outcomes.attempt((seed, number, at), lambda at=at: put_back(model, at))
     return outcomes
 
@@ -137,7 +149,9 @@ def put_back(model: nn.Module, at: int) -> None:
         found.append("the global random state")
     unsaid = [name for name in found if name not in said]
     if unsaid:
-        raise AssertionError(f"left changed, but the error ({said!r}) does not name: {unsaid}")
+        raise AssertionError(
+            f"left changed, but the error ({said!r}) does not name: {unsaid}"
+        )
 
 
 ATTACKS = (Attack("errors, in place", 300, 50, run_in_place),)

@@ -81,7 +81,11 @@ def interrupted(folder: Path, url: str, name: str, delay: float, limit: float) -
     recipe = calibration(storage, name=name)
     signal.alarm(0)
     trials = Trials.read(trials_of(storage, name))
-    if len(trials.counted()) != TRIALS or trials.running() or len(recipe.tensors["lr"]) != TRIALS:
+    if (
+        len(trials.counted()) != TRIALS
+        or trials.running()
+        or len(recipe.tensors["lr"]) != TRIALS
+    ):
         raise AssertionError(
             f"counted {len(trials.counted())} of {TRIALS}, running {len(trials.running())}"
         )

@@ -29,7 +29,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
     for number in range(count):
         path = folder / "study.journal"
         path.write_bytes(damaged_journal(whole.read_bytes(), chance))
-        outcomes.attempt((seed, number), lambda path=path: use(path), ra.CalibrationError)
+        outcomes.attempt(
+            (seed, number), lambda path=path: use(path), ra.CalibrationError
+        )
     return outcomes
 
 
@@ -45,7 +47,10 @@ def damaged_journal(data: bytes, chance: random.Random) -> bytes:
             case 1:
                 lines.insert(chance.randrange(len(lines) + 1), lines[i])
             case _:
-                lines[i] = json.dumps(damaged_values(json.loads(lines[i]), chance)).encode() + b"\n"
+                lines[i] = (
+                    json.dumps(damaged_values(json.loads(lines[i]), chance)).encode()
+                    + b"\n"
+                )
         lines = lines or [b"\n"]
     return b"".join(lines)
 
@@ -62,13 +67,19 @@ TRIAL_VALUES: dict[str, tuple[Any, ...]] = {
 def each_value(seed: int, count: int, folder: Path) -> Outcomes:
     """Every value that a stored trial holds, with each impossible one in turn."""
     prepare()
-    outcomes, whole, path = Outcomes(), folder / "whole.journal", folder / "study.journal"
+    outcomes, whole, path = (
+        Outcomes(),
+        folder / "whole.journal",
+        folder / "study.journal",
+    )
     calibration(whole, pause=0.0)
     lines = whole.read_bytes().splitlines(keepends=True)
     for name, values in TRIAL_VALUES.items():
         for value in values:
             path.write_bytes(b"".join(with_value(lines, name, value)))
-            outcomes.attempt((name, str(value)), partial(must_refuse, path), ra.CalibrationError)
+            outcomes.attempt(
+                (name, str(value)), partial(must_refuse, path), ra.CalibrationError
+            )
     return outcomes
 
 
@@ -78,7 +89,11 @@ def with_value(lines: list[bytes], name: str, value: Any) -> Iterator[bytes]:
     for line in lines:
         entry = json.loads(line)
         for key in ("user_attr", "user_attrs"):
-            if not changed and entry["op_code"] in (4, 8) and name in (entry.get(key) or {}):
+            if (
+                not changed
+                and entry["op_code"] in (4, 8)
+                and name in (entry.get(key) or {})
+            ):
                 entry[key][name], changed = value, True
         yield json.dumps(entry).encode() + b"\n"
 
@@ -134,7 +149,9 @@ def run_others(seed: int, count: int, folder: Path) -> Outcomes:
     chance, outcomes = random.Random(seed), Outcomes()
     for number in range(count):
         for path in other_files(folder, chance):
-            outcomes.attempt((seed, number), lambda path=path: refuse(path), ra.CalibrationError)
+            outcomes.attempt(
+                (seed, number), lambda path=path: refuse(path), ra.CalibrationError
+            )
     return outcomes
 
 

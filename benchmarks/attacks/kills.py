@@ -26,7 +26,9 @@ def on(url: str) -> Any:
         chance, outcomes = random.Random(seed), Outcomes()
         with victims() as victim:
             for number in range(2):  # the first also waits for the server's imports
-                straight = job_in(folder / f"straight-{number}", url, f"straight-{seed}-{number}")
+                straight = job_in(
+                    folder / f"straight-{number}", url, f"straight-{seed}-{number}"
+                )
                 seconds = victim(**straight)
             expected, kills = recipe_of(straight), 0
             while kills < count:
@@ -35,7 +37,9 @@ def on(url: str) -> Any:
                 before = outcomes.counts[HELD]
                 attempt = partial(killed, victim, job, times, seconds, chance, expected)
                 outcomes.attempt((seed, kills), attempt, limit=100.0)
-                outcomes.counts[HELD if outcomes.counts[HELD] > before else FAILED] += times - 1
+                outcomes.counts[HELD if outcomes.counts[HELD] > before else FAILED] += (
+                    times - 1
+                )
                 kills += times
         return outcomes
 

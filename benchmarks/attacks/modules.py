@@ -32,7 +32,13 @@ from rankaware_optim.reports import diff_recipes, write_report
 from rankaware_optim.sweeps import fit_sweep
 
 PAYLOAD = "class Adam: pass\nLaw = Adam\ncreate_network = Adam\n"
-NAMES = ("payload:Adam", "payload.Adam", "payload", "payload:Law?exponent=1", "payload.Adam(lr=1)")
+NAMES = (
+    "payload:Adam",
+    "payload.Adam",
+    "payload",
+    "payload:Law?exponent=1",
+    "payload.Adam(lr=1)",
+)
 LAWS: tuple[dict[str, Any], ...] = (
     {"name": "payload:Law"},
     {"name": "power", "law": {"name": "payload:Law"}},
@@ -54,7 +60,11 @@ LAWS: tuple[dict[str, Any], ...] = (
 
 def renamed(document: Any) -> Iterator[Any]:
     """Copies of a nested document, each with one text replaced by a module's name."""
-    texts = [i for i, (inner, key) in enumerate(places(document)) if isinstance(inner[key], str)]
+    texts = [
+        i
+        for i, (inner, key) in enumerate(places(document))
+        if isinstance(inner[key], str)
+    ]
     for i in texts:
         for name in NAMES:
             made = copy.deepcopy(document)
@@ -72,7 +82,11 @@ def imports_nothing(read: Callable[[], object]) -> None:
             redirect_stdout(io.StringIO()),
         ):
             read()
-        new = {name for name in set(sys.modules) - before if name.partition(".")[0] == "payload"}
+        new = {
+            name
+            for name in set(sys.modules) - before
+            if name.partition(".")[0] == "payload"
+        }
     finally:
         sys.modules.pop("payload", None)
     if new:
@@ -148,7 +162,10 @@ METADATA = {
 def run_adapters(seed: int, count: int, folder: Path) -> Outcomes:
     outcomes = prepared(folder)
     names = ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight")
-    tensors = {names[0]: np.zeros((4, 8), np.float32), names[1]: np.zeros((8, 4), np.float32)}
+    tensors = {
+        names[0]: np.zeros((4, 8), np.float32),
+        names[1]: np.zeros((8, 4), np.float32),
+    }
     file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     for made in renamed({"config": CONFIG, "metadata": METADATA}):
         config.write_text(json.dumps(made["config"]))
@@ -158,7 +175,9 @@ def run_adapters(seed: int, count: int, folder: Path) -> Outcomes:
             ("convert", "--from", file, "--to", "r=64"),
             ("suggest", folder),
         ):
-            outcomes.attempt(words[0], partial(imports_nothing, partial(run_command, *words)))
+            outcomes.attempt(
+                words[0], partial(imports_nothing, partial(run_command, *words))
+            )
     return outcomes
 
 
@@ -170,7 +189,9 @@ def run_checkpoints(seed: int, count: int, folder: Path) -> Outcomes:
     for group in state["param_groups"]:
         group |= {"optimizer": "AdamW", "law": "mua", "recipe": "digits"}
     for made in renamed(state):
-        outcomes.attempt("checkpoint", partial(imports_nothing, partial(opt.load_state_dict, made)))
+        outcomes.attempt(
+            "checkpoint", partial(imports_nothing, partial(opt.load_state_dict, made))
+        )
     return outcomes
 
 
@@ -193,7 +214,8 @@ def run_sweeps(seed: int, count: int, folder: Path) -> Outcomes:
         ]
         path.write_text(json.dumps(rows))
         outcomes.attempt(
-            "sweep", partial(imports_nothing, partial(fit_sweep, path, optimizer="adamw"))
+            "sweep",
+            partial(imports_nothing, partial(fit_sweep, path, optimizer="adamw")),
         )
     return outcomes
 

@@ -67,7 +67,11 @@ class Outcomes:
             self.failures.append(f"{what}: {failure}"[:400])
 
     def as_dict(self) -> dict[str, Any]:
-        return {"counts": dict(self.counts), "failures": self.failures, "slowest": self.slowest}
+        return {
+            "counts": dict(self.counts),
+            "failures": self.failures,
+            "slowest": self.slowest,
+        }
 
 
 @dataclass(frozen=True)

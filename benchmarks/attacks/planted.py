@@ -91,7 +91,9 @@ BUGS = (
 
 
 @click.command()
-@click.option("--only", default="", help="Plant the bugs of files whose name has this word.")
+@click.option(
+    "--only", default="", help="Plant the bugs of files whose name has this word."
+)
 @click.option("--workers", default=2, show_default=True)
 def main(only: str, workers: int) -> None:
     """Plant the bugs, and write which are seen."""
@@ -102,10 +104,17 @@ def main(only: str, workers: int) -> None:
     ):
         kinds = sorted({(bug.attack, bug.count) for bug in bugs})
         controls = dict(
-            zip(kinds, pool.map(lambda kind: attacked(PACKAGE.parent, *kind), kinds), strict=True)
+            zip(
+                kinds,
+                pool.map(lambda kind: attacked(PACKAGE.parent, *kind), kinds),
+                strict=True,
+            )
         )
         for (attack, count), (failures, _, seconds) in controls.items():
-            print(f"control: {attack}, {count}: {failures} failed, {seconds:.0f} s", flush=True)
+            print(
+                f"control: {attack}, {count}: {failures} failed, {seconds:.0f} s",
+                flush=True,
+            )
 
         def planted(number: int) -> dict[str, Any]:
             bug = bugs[number]
@@ -132,7 +141,9 @@ def with_bug(bug: Bug, folder: Path) -> Path:
     path = copy / bug.file
     text = path.read_text(encoding="utf-8")
     if text.count(bug.before) != 1:
-        raise click.ClickException(f"{bug.file} has {text.count(bug.before)} times: {bug.before}")
+        raise click.ClickException(
+            f"{bug.file} has {text.count(bug.before)} times: {bug.before}"
+        )
     path.write_text(text.replace(bug.before, bug.after), encoding="utf-8")
     return folder
 
@@ -152,9 +163,15 @@ def attacked(
         str(count),
     ]
     paths = [str(package), str(script.parents[1]), *filter(None, sys.path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+    }
     began = time.perf_counter()
-    limit = ATTACKS[attack].patience if not control else max(AT_LEAST_S, SLOWER * control)
+    limit = (
+        ATTACKS[attack].patience if not control else max(AT_LEAST_S, SLOWER * control)
+    )
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=limit
@@ -163,14 +180,19 @@ def attacked(
         return 1, f"more than {limit:.0f} s", time.perf_counter() - began
     seconds = time.perf_counter() - began
     if done.returncode:
-        return 1, f"the process ended with {done.returncode}: {done.stderr[-200:]}", seconds
+        return (
+            1,
+            f"the process ended with {done.returncode}: {done.stderr[-200:]}",
+            seconds,
+        )
     found = json.loads(done.stdout.splitlines()[-1])
     return found["counts"].get(FAILED, 0), next(iter(found["failures"]), ""), seconds
 
 
 def row_of(bug: Bug, failures: int, without: int) -> dict[str, Any]:
     change = " becomes ".join(
-        f"`{' '.join(text.split())}`".replace("|", "\\|") for text in (bug.before, bug.after)
+        f"`{' '.join(text.split())}`".replace("|", "\\|")
+        for text in (bug.before, bug.after)
     )
     return {
         "file": bug.file,
@@ -188,7 +210,9 @@ def write(rows: list[dict[str, Any]]) -> None:
     notes = [f"Of {len(rows)} bugs, {seen} are seen. Bar: all but two."]
     for bug, row in zip(BUGS, rows, strict=True):
         if not row["seen"]:
-            notes.append(f"Missed in {bug.file}: {bug.missed_because or 'not known why'}.")
+            notes.append(
+                f"Missed in {bug.file}: {bug.missed_because or 'not known why'}."
+            )
     notes.append(
         "An attack of which all calls are tried counts as one attempt. SQLite's own calls are not reached, since it makes "
         "them in C: it is attacked by kills at random moments."

@@ -48,7 +48,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
     for number in range(count):
         path, foreign = write(chance.choice(SHIPPED), chance, folder)
         page = number % 8 == 0  # a page takes ten times as long as all else
-        outcomes.attempt((seed, number), partial(use, path, page, foreign), ra.RecipeError)
+        outcomes.attempt(
+            (seed, number), partial(use, path, page, foreign), ra.RecipeError
+        )
     return outcomes
 
 
@@ -68,7 +70,11 @@ def write(source: Path, chance: random.Random, folder: Path) -> tuple[Path, bool
     elif where < 6:
         text = as_toml(unprintable(document, chance))
     else:
-        tensors = damaged_tensors(tensors, chance) if where < 9 else damaged_bytes(tensors, chance)
+        tensors = (
+            damaged_tensors(tensors, chance)
+            if where < 9
+            else damaged_bytes(tensors, chance)
+        )
     if tensors != whole and rehashed:
         document["tensors"]["sha256"] = hashlib.sha256(tensors).hexdigest()
         text = as_toml(document)
@@ -87,12 +93,16 @@ def each_number(seed: int, count: int, folder: Path) -> Outcomes:
     for name, tensor in whole.items():
         for number in NUMBERS if tensor.is_floating_point() else (-1.0, 2.0**62):
             damaged = tensor.clone()
-            damaged.view(-1)[0] = torch.tensor(number, dtype=torch.float64).to(tensor.dtype)
+            damaged.view(-1)[0] = torch.tensor(number, dtype=torch.float64).to(
+                tensor.dtype
+            )
             data = bytes(save({**whole, name: damaged}))
             beside.write_bytes(data)
             document["tensors"]["sha256"] = hashlib.sha256(data).hexdigest()
             path.write_bytes(as_toml(document))
-            outcomes.attempt((name, number), partial(use, path, False, False), ra.RecipeError)
+            outcomes.attempt(
+                (name, number), partial(use, path, False, False), ra.RecipeError
+            )
     return outcomes
 
 
@@ -145,14 +155,20 @@ def damaged_tensors(data: bytes, chance: random.Random) -> bytes:
             case 0:
                 del tensors[name]
             case 1:
-                tensors[chance.choice([*tensors, "trial.odd", "fit.other"])] = tensor.clone()
+                tensors[chance.choice([*tensors, "trial.odd", "fit.other"])] = (
+                    tensor.clone()
+                )
             case 2:
                 tensors[name] = tensor.to(chance.choice(DTYPES))
             case 3:
                 shapes = ((-1,), (1, -1), (-1, 1, 1))
-                tensors[name] = tensor.reshape(chance.choice(shapes))[: chance.randrange(3)].clone()
+                tensors[name] = tensor.reshape(chance.choice(shapes))[
+                    : chance.randrange(3)
+                ].clone()
             case 4 if tensor.numel() and tensor.is_floating_point():
-                number = torch.tensor(chance.choice(NUMBERS), dtype=torch.float64).to(tensor.dtype)
+                number = torch.tensor(chance.choice(NUMBERS), dtype=torch.float64).to(
+                    tensor.dtype
+                )
                 tensor.view(-1)[chance.randrange(tensor.numel())] = number
             case _:
                 if tensor.numel():
@@ -204,19 +220,30 @@ KINDS |= dict.fromkeys(("lr", "own_lr", "value", "curve", "planned_batch"), "f")
 def are_possible(trials: Mapping[str, Any]) -> None:
     """Check the trials of a recipe by the table in recipes/SCHEMA.md."""
     for name in trials.keys() & {*POSITIVE}:
-        values = trials[name][~np.isnan(trials[name])] if name == "own_lr" else trials[name]
+        values = (
+            trials[name][~np.isnan(trials[name])] if name == "own_lr" else trials[name]
+        )
         if not bool(
-            (np.isfinite(values) & ((values > 0) | (values == 0) & (name in MAY_BE_ZERO))).all()
+            (
+                np.isfinite(values)
+                & ((values > 0) | (values == 0) & (name in MAY_BE_ZERO))
+            ).all()
         ):
             raise AssertionError(f"trial.{name} has an impossible value")
     wrong = [
-        name for name in trials.keys() & KINDS.keys() if trials[name].dtype.kind not in KINDS[name]
+        name
+        for name in trials.keys() & KINDS.keys()
+        if trials[name].dtype.kind not in KINDS[name]
     ]
     wrong += [
-        name for name in trials.keys() & KINDS.keys() if trials[name].ndim != 1 + (name == "curve")
+        name
+        for name in trials.keys() & KINDS.keys()
+        if trials[name].ndim != 1 + (name == "curve")
     ]
     if wrong or len({len(values) for values in trials.values()}) > 1:
-        raise AssertionError(f"trials have other lengths, or another type or shape: {wrong}")
+        raise AssertionError(
+            f"trials have other lengths, or another type or shape: {wrong}"
+        )
 
 
 ATTACKS = (

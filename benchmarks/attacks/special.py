@@ -73,7 +73,9 @@ def replaced_recipe(folder: Path, make: Callable[[Path], None]) -> None:
         NEW.save(folder / "recipe.toml")
     except ra.RecipeError:
         if len(list(folder.iterdir())) != 1:
-            raise AssertionError("the save was refused, but has written something") from None
+            raise AssertionError(
+                "the save was refused, but has written something"
+            ) from None
         raise
     if make is link_to_nowhere:
         raise ra.RecipeError("It was made.", "")
@@ -143,7 +145,10 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
             mine.mkdir()
             what = f"{make.__name__} as {read.__name__}"
             outcomes.attempt(
-                what, partial(refused, read, mine, make, limit), Refused, limit=2 * limit
+                what,
+                partial(refused, read, mine, make, limit),
+                Refused,
+                limit=2 * limit,
             )
     return outcomes
 
@@ -163,7 +168,10 @@ def refused(
     limit: float,
 ) -> None:
     def with_little_memory() -> None:
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        mapped = (
+            int(Path("/proc/self/statm").read_text().split()[0])
+            * resource.getpagesize()
+        )
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY,) * 2)
         read(folder, make)
 

@@ -59,7 +59,9 @@ def before_call(at: int, act: Callable[[], object]) -> Iterator[list[str]]:
     with ExitStack() as patches:
         for kind in (JournalStorage, _CachedStorage):
             own = {
-                name: wrapped(vars(kind)[name]) for name in public if callable(vars(kind).get(name))
+                name: wrapped(vars(kind)[name])
+                for name in public
+                if callable(vars(kind).get(name))
             }
             patches.enter_context(patch.multiple(kind, **own))
         yield names
@@ -77,7 +79,14 @@ def run_starts(url: str) -> Any:
                 mine.mkdir()
                 outcomes.attempt(
                     at,
-                    partial(raced, other, storage_in(mine, url), mine, f"race-{seed}-{at}", at),
+                    partial(
+                        raced,
+                        other,
+                        storage_in(mine, url),
+                        mine,
+                        f"race-{seed}-{at}",
+                        at,
+                    ),
                     limit=60,
                 )
         return outcomes
@@ -88,7 +97,8 @@ def run_starts(url: str) -> Any:
 def raced(other: Any, storage: Any, folder: Path, name: str, at: int) -> None:
     ran: list[float] = []
     with before_call(
-        at, lambda: ran.append(other(storage=str(storage), folder=str(folder), name=name))
+        at,
+        lambda: ran.append(other(storage=str(storage), folder=str(folder), name=name)),
     ):
         recipe = calibration(storage, name=name, pause=0.0)
     if not ran or len(recipe.tensors["lr"]) != TRIALS:
@@ -112,7 +122,9 @@ def run_stopped(url: str) -> Any:
             mine.mkdir()
             limit = 3 * seconds + 4 * SILENCE_S + HANG_S
             outcomes.attempt(
-                where, partial(stopped, storage_in(mine, url), where, limit), limit=3 * limit
+                where,
+                partial(stopped, storage_in(mine, url), where, limit),
+                limit=3 * limit,
             )
         return outcomes
 
@@ -122,7 +134,9 @@ def run_stopped(url: str) -> Any:
 def stopped(storage: Any, where: tuple[int, int], limit: float) -> None:
     """A worker is stopped in a run. Another ends the study, and what the first does when it goes on changes nothing."""
     child = forked(
-        lambda: calibration(storage, at=where, act=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        lambda: calibration(
+            storage, at=where, act=lambda: os.kill(os.getpid(), signal.SIGSTOP)
+        )
     )
     if not os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
         raise AssertionError("the worker was not stopped")
@@ -174,7 +188,15 @@ def replaced_by_folder(path: Path, copy: bytes) -> None:
     path.mkdir()
 
 
-CHANGES = (gone, empty, cut, replaced_by_text, restored, replaced_by_older, replaced_by_folder)
+CHANGES = (
+    gone,
+    empty,
+    cut,
+    replaced_by_text,
+    restored,
+    replaced_by_older,
+    replaced_by_folder,
+)
 
 
 def run_changed(url: str) -> Any:
@@ -188,7 +210,10 @@ def run_changed(url: str) -> Any:
                 mine.mkdir()
                 what = f"{change.__name__} in trial {where[0]}"
                 outcomes.attempt(
-                    what, partial(changed, mine, url, change, where), Refused, limit=60.0
+                    what,
+                    partial(changed, mine, url, change, where),
+                    Refused,
+                    limit=60.0,
                 )
         return outcomes
 
@@ -196,9 +221,15 @@ def run_changed(url: str) -> Any:
 
 
 def changed(
-    folder: Path, url: str, change: Callable[[Path, bytes], None], where: tuple[int, int]
+    folder: Path,
+    url: str,
+    change: Callable[[Path, bytes], None],
+    where: tuple[int, int],
 ) -> None:
-    storage, path = storage_in(folder, url), folder / ("study.db" if url else "study.journal")
+    storage, path = (
+        storage_in(folder, url),
+        folder / ("study.db" if url else "study.journal"),
+    )
     calibration(storage, trials=1)  # what a copy holds
     shutil.copy(path, folder / "copy")
     copy = (folder / "copy").read_bytes()

@@ -41,7 +41,9 @@ def run(seed: int, count: int, folder: Path) -> Outcomes:
         rows = list(csv.DictReader(file))
     for number in range(count):
         path = write(rows, chance, folder)
-        outcomes.attempt((seed, number), lambda path=path: use(path), ra.CalibrationError)
+        outcomes.attempt(
+            (seed, number), lambda path=path: use(path), ra.CalibrationError
+        )
     return outcomes
 
 

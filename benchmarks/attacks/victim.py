@@ -81,14 +81,20 @@ def storage_in(folder: Path, url: str) -> Any:
     return url.format(folder=folder) if url else folder / "study.journal"
 
 
-def trials_of(storage: Any, name: str = "calibration") -> list[optuna.trial.FrozenTrial]:
+def trials_of(
+    storage: Any, name: str = "calibration"
+) -> list[optuna.trial.FrozenTrial]:
     """The trials of a study; none if there is no storage or no study."""
     if "://" not in str(storage) and not Path(storage).exists():
         return []
     held = open_storage(storage)
     try:
         names = optuna.get_all_study_names(held)
-        return optuna.load_study(study_name=name, storage=held).trials if name in names else []
+        return (
+            optuna.load_study(study_name=name, storage=held).trials
+            if name in names
+            else []
+        )
     finally:
         close_storage(held)
 
@@ -96,7 +102,11 @@ def trials_of(storage: Any, name: str = "calibration") -> list[optuna.trial.Froz
 def finished(storage: Any, name: str = "calibration") -> dict[int, Any]:
     """When each finished trial ended, and its value, by its number."""
     trials = trials_of(storage, name)
-    return {t.number: (t.datetime_complete, t.value) for t in trials if t.state.is_finished()}
+    return {
+        t.number: (t.datetime_complete, t.value)
+        for t in trials
+        if t.state.is_finished()
+    }
 
 
 def is_complete(
@@ -119,7 +129,9 @@ def is_complete(
 def do(job: dict[str, Any]) -> None:
     """Do one job, in the forked process."""
     storage = job["storage"]
-    recipe = calibration(storage if "://" in storage else Path(storage), name=job["name"])
+    recipe = calibration(
+        storage if "://" in storage else Path(storage), name=job["name"]
+    )
     recipe.save(Path(job["folder"]) / "recipe.toml")
 
 
@@ -162,5 +174,7 @@ def main() -> None:
             os._exit(0)
         if job["kill"] is not None:
             time.sleep(job["kill"])
-            os.kill(child, signal.SIGKILL)  # not waited for yet, so its process id is not reused
+            os.kill(
+                child, signal.SIGKILL
+            )  # not waited for yet, so its process id is not reused
         print(os.waitpid(child, 0)[1], flush=True)

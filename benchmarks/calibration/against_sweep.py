@@ -67,14 +67,25 @@ def main() -> None:
 )
 def run(name: str, workers: int, only: str | None) -> None:
     """Append every missing run and search of a domain to the results."""
-    domain, run_one, made = get_domain(name), partial(run_at, warmup=WARMUP), provenance(name)
+    domain, run_one, made = (
+        get_domain(name),
+        partial(run_at, warmup=WARMUP),
+        provenance(name),
+    )
     if only in (None, "sweep"):
         for grid in (starts(name, SCORING), truth(domain), tuned_once(domain)):
             complete(grid, run_one, RUNS, workers, click.echo, made)
     if only in (None, "search"):
         search_all(domain, workers, made)
     if only in (None, "score"):
-        complete(Listed(scoring(domain, read(RUNS))), run_one, RUNS, workers, click.echo, made)
+        complete(
+            Listed(scoring(domain, read(RUNS))),
+            run_one,
+            RUNS,
+            workers,
+            click.echo,
+            made,
+        )
 
 
 def search_all(domain: Domain, workers: int, made: Mapping[str, Any]) -> None:
@@ -88,7 +99,11 @@ def search_all(domain: Domain, workers: int, made: Mapping[str, Any]) -> None:
     ) as pool:
         for future in as_completed([pool.submit(searched, each) for each in todo]):
             with SEARCHES.open("a") as file:
-                row = {**future.result(), "commit": made["commit"], "weights": made["weights"]}
+                row = {
+                    **future.result(),
+                    "commit": made["commit"],
+                    "weights": made["weights"],
+                }
                 file.write(json.dumps(row) + "\n")
 
 
@@ -97,26 +112,46 @@ def table() -> None:
     """Write results/calibration.md, .json and two figures from what is on file; what was not run yet is a dash."""
     done, on = read(RUNS), machine(1)
     domains = [
-        get_domain(name) for name in DOMAINS if any(row["domain"] == name for row in on_file())
+        get_domain(name)
+        for name in DOMAINS
+        if any(row["domain"] == name for row in on_file())
     ]
     start = {domain.name: start_of(domain.name, done) for domain in domains}
-    scores = [score for domain in domains for score in scores_of(domain, done, start[domain.name])]
+    scores = [
+        score
+        for domain in domains
+        for score in scores_of(domain, done, start[domain.name])
+    ]
     draw_costs(domains, scores, RESULTS / "calibration-cost.png")
     draw_contenders(domains, scores, RESULTS / "calibration-contenders.png")
-    document = {"machine": on, "start": start, "scores": [score._asdict() for score in scores]}
+    document = {
+        "machine": on,
+        "start": start,
+        "scores": [score._asdict() for score in scores],
+    }
     (RESULTS / "calibration.json").write_text(json.dumps(document) + "\n")
     figures = [f"![Regret](calibration-{name}.png)" for name in ("cost", "contenders")]
     left = {
-        domain.name: sum(job not in done for job in scoring(domain, done)) for domain in domains
+        domain.name: sum(job not in done for job in scoring(domain, done))
+        for domain in domains
     }
     missing = [
         f"Not run yet: {n} scoring runs of {name}; its dashes, and 5 % in the figure, wait for them."
         for name, n in left.items()
         if n
     ]
-    missing += [f"Not run yet: the searches of {name}." for name in DOMAINS if name not in left]
+    missing += [
+        f"Not run yet: the searches of {name}." for name in DOMAINS if name not in left
+    ]
     bars, *rest = page(domains, scores, start, done)
-    parts = ["# Calibration against the sweep", __doc__ or "", *missing, bars, *rest, *figures]
+    parts = [
+        "# Calibration against the sweep",
+        __doc__ or "",
+        *missing,
+        bars,
+        *rest,
+        *figures,
+    ]
     parts += [searched_with(on_file()), made_by(on, RUNS)]
     (RESULTS / "calibration.md").write_text("\n\n".join(parts) + "\n")
     click.echo("\n\n".join([*missing, bars]))

@@ -38,7 +38,10 @@ NOTE = (
 
 
 def page(
-    domains: Sequence[Domain], scores: Sequence[Score], start: Mapping[str, float], done: Losses
+    domains: Sequence[Domain],
+    scores: Sequence[Score],
+    start: Mapping[str, float],
+    done: Losses,
 ) -> list[str]:
     """The page's parts."""
     costs = {domain.name: costs_of(domain, done) for domain in domains}
@@ -58,7 +61,9 @@ def page(
                 *(f"r = {r}" for r in ranks),
                 "full",
             ]
-            by_name = {name: [s for s in here if matches(s.name, name)] for name in ROWS}
+            by_name = {
+                name: [s for s in here if matches(s.name, name)] for name in ROWS
+            }
             spent = costs[domain.name][config]
             rows = [
                 row_of(name, found, ranks, spent.get(name))
@@ -67,7 +72,9 @@ def page(
             ]
             title = f"{domain.name}, {config} (loss before training {start[domain.name]:.3f})"
             parts.append(block(title, heads, rows))
-    asked = block("The bars", ["bar", "asked", *(d.name for d in domains)], bars(domains, scores))
+    asked = block(
+        "The bars", ["bar", "asked", *(d.name for d in domains)], bars(domains, scores)
+    )
     return [asked, within(domains, scores, costs), *parts]
 
 
@@ -75,13 +82,18 @@ def matches(scored: str, name: str) -> bool:
     return scored == name or scored.startswith(f"{name}, seed")
 
 
-def row_of(name: str, mine: Sequence[Score], ranks: Sequence[int], cost: Cost | None) -> list[str]:
-    by_rank = {rank: [s.regret for s in mine if s.rank == rank] for rank in (*ranks, FULL)}
+def row_of(
+    name: str, mine: Sequence[Score], ranks: Sequence[int], cost: Cost | None
+) -> list[str]:
+    by_rank = {
+        rank: [s.regret for s in mine if s.rank == rank] for rank in (*ranks, FULL)
+    }
     lora = [s for s in mine if s.rank != FULL]
     figures = ["–"] * 4
     if all(by_rank[rank] for rank in ranks):  # no worst and no median of a part
         medians = sorted(
-            statistics.median(each) for each in zip(*(s.by_seed for s in lora), strict=True)
+            statistics.median(each)
+            for each in zip(*(s.by_seed for s in lora), strict=True)
         )
         figures = [
             percent(max(s.regret for s in lora)),
@@ -108,7 +120,9 @@ def within(
         cells = []
         for domain in domains:
             spent = [own[name] for own in costs[domain.name].values() if name in own]
-            mine = [s for s in scores if s.domain == domain.name and matches(s.name, name)]
+            mine = [
+                s for s in scores if s.domain == domain.name and matches(s.name, name)
+            ]
             near = [s.regret <= WITHIN for s in mine]
             cells += [
                 number(statistics.fmean(c.runs for c in spent), 1) if spent else "–",
@@ -118,13 +132,19 @@ def within(
         rows.append([name, *cells])
     heads = [
         "",
-        *(f"{d.name}: {what}" for d in domains for what in ("runs", "minutes", "within 1 %")),
+        *(
+            f"{d.name}: {what}"
+            for d in domains
+            for what in ("runs", "minutes", "within 1 %")
+        ),
     ]
     text = (
         "For all five ranks and full finetuning of one configuration, on one core: runs, minutes of training, and how "
         "many of all rates (configurations, ranks, full, search seeds) lose at most 1 % of the gain on fresh seeds."
     )
-    return block("What it costs to be within 1 % of the best", heads, rows) + "\n\n" + text
+    return (
+        block("What it costs to be within 1 % of the best", heads, rows) + "\n\n" + text
+    )
 
 
 def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
@@ -151,7 +171,10 @@ def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
             lambda d: max(regrets(scores, d, WITH_FULL, 0.2, True)),
         ),
     ]
-    rows = [[what, bar, *(percent(figure(d)) for d in domains)] for what, bar, figure in asked]
+    rows = [
+        [what, bar, *(percent(figure(d)) for d in domains)]
+        for what, bar, figure in asked
+    ]
     beside = [
         max(
             r["beside_training"]
@@ -162,7 +185,11 @@ def bars(domains: Sequence[Domain], scores: Sequence[Score]) -> list[list[str]]:
     ]
     return [
         *rows,
-        ["calibration's own time beside training: worst", "≤ 5 %", *map(percent, beside)],
+        [
+            "calibration's own time beside training: worst",
+            "≤ 5 %",
+            *map(percent, beside),
+        ],
     ]
 
 
@@ -173,7 +200,9 @@ def regrets(
     return [
         s.regret
         for s in scores
-        if s.domain == domain.name and matches(s.name, name) and (s.rank == FULL) == full
+        if s.domain == domain.name
+        and matches(s.name, name)
+        and (s.rank == FULL) == full
     ]
 
 
@@ -193,8 +222,12 @@ def draw_costs(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -
         for axis, (title, full, of) in zip(line, panels, strict=True):
             for plan, colour in COLOURS.items():
                 xs = SHARES[plan]
-                ys = [100 * of(regrets(scores, domain, plan, share, full)) for share in xs]
-                axis.plot([100 * x for x in xs], ys, marker="o", color=colour, label=plan)
+                ys = [
+                    100 * of(regrets(scores, domain, plan, share, full)) for share in xs
+                ]
+                axis.plot(
+                    [100 * x for x in xs], ys, marker="o", color=colour, label=plan
+                )
             axis.set_title(f"{domain.name}: {title}", fontsize=9)
             axis.set_yscale("symlog", linthresh=1)
             axis.yaxis.set_major_formatter("{x:g}")
@@ -202,12 +235,17 @@ def draw_costs(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -
             axis.axhline(0, color="#999999", linewidth=0.8)
         line[0].set_ylabel("regret, %", fontsize=8)
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
     )
     figure.savefig(path, dpi=110)
 
 
-def draw_contenders(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -> None:
+def draw_contenders(
+    domains: Sequence[Domain], scores: Sequence[Score], path: Path
+) -> None:
     """Regret of every contender over all configurations and ranks, a dot each."""
     names = [
         ORACLE,
@@ -220,12 +258,23 @@ def draw_contenders(domains: Sequence[Domain], scores: Sequence[Score], path: Pa
     ]
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     for axis, domain in zip(
-        figure.subplots(1, len(domains), sharey=True, squeeze=False)[0], domains, strict=True
+        figure.subplots(1, len(domains), sharey=True, squeeze=False)[0],
+        domains,
+        strict=True,
     ):
         for y, name in enumerate(reversed(names)):
-            for full, marker, colour in ((False, "o", "#0072B2"), (True, "D", "#D55E00")):
-                mine = [s for s in scores if s.domain == domain.name and matches(s.name, name)]
-                found = [min(100 * s.regret, 300.0) for s in mine if (s.rank == FULL) == full]
+            for full, marker, colour in (
+                (False, "o", "#0072B2"),
+                (True, "D", "#D55E00"),
+            ):
+                mine = [
+                    s
+                    for s in scores
+                    if s.domain == domain.name and matches(s.name, name)
+                ]
+                found = [
+                    min(100 * s.regret, 300.0) for s in mine if (s.rank == FULL) == full
+                ]
                 axis.plot(
                     found,
                     [y + (0.15 if full else -0.1)] * len(found),
@@ -238,7 +287,8 @@ def draw_contenders(domains: Sequence[Domain], scores: Sequence[Score], path: Pa
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlim(
-            min(-3.0, 130 * min(s.regret for s in scores if s.domain == domain.name)), 330
+            min(-3.0, 130 * min(s.regret for s in scores if s.domain == domain.name)),
+            330,
         )
         axis.set_xlabel("regret, % (300: that or diverged)", fontsize=8)
         axis.set_title(f"{domain.name}: LoRA ranks (blue), full (orange)", fontsize=9)

@@ -55,7 +55,9 @@ COARSE = {
 
 def truth(domain: Domain) -> Grid:
     """Every configuration and rank, and full finetuning, on three seeds."""
-    cells = [(domain.name, config, rank) for config in CONFIGS for rank in domain.ranks_swept]
+    cells = [
+        (domain.name, config, rank) for config in CONFIGS for rank in domain.ranks_swept
+    ]
     return Grid([*cells, (domain.name, "full", FULL)], COARSE, SEEDS, half=2)
 
 
@@ -94,7 +96,9 @@ def scoring(domain: Domain, done: Losses) -> list[Job]:
         for cell, x in winners(domain, done)
         for half in range(-round(2 * NEAR), round(2 * NEAR) + 1)
     ]
-    named = [rates for config in CONFIGS for rates in picks(domain, config, done).values()]
+    named = [
+        rates for config in CONFIGS for rates in picks(domain, config, done).values()
+    ]
     chosen = [
         at for rates in reversed(named) for at in rates.values()
     ]  # the searches' before the contenders'
@@ -121,12 +125,15 @@ def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]
     rates["Prodigy"] = dict.fromkeys((*known.ranks, FULL), 0.0)
     for name, jobs in swept_once(known).items():
         rates[name] = {
-            rank: lowest({job.x: or_inf(done[job]) for job in of}) for rank, of in jobs.items()
+            rank: lowest({job.x: or_inf(done[job]) for job in of})
+            for rank, of in jobs.items()
         }
     for row in on_file():
         if (row["domain"], row["config"]) == (domain.name, config):
             name = f"{row['plan']}, {row['share']:.0%}, seed {row['seed']}"
-            rates[name] = {int(rank): math.log2(rate[0]) for rank, rate in row["rates"].items()}
+            rates[name] = {
+                int(rank): math.log2(rate[0]) for rank, rate in row["rates"].items()
+            }
     best = dict(winners(domain, done))
     return {
         name: {rank: placed(known, best, name, rank, x) for rank, x in of.items()}
@@ -140,15 +147,21 @@ def swept_once(known: Known) -> dict[str, dict[int, list[Job]]]:
     for rank in (*known.ranks, FULL):
         cell = cell_of(known.domain, known.config, rank)
         coarse = COARSE[cell[1]]
-        found[ONE_SEED][rank] = [job for job in known.done if job[:3] == cell and job.seed == 0]
+        found[ONE_SEED][rank] = [
+            job for job in known.done if job[:3] == cell and job.seed == 0
+        ]
         found[EVERY_FOURTH][rank] = [Job(*cell, float(x), 0) for x in coarse]
     return found
 
 
-def placed(known: Known, best: Mapping[Cell, float], name: str, rank: int, x: float) -> At:
+def placed(
+    known: Known, best: Mapping[Cell, float], name: str, rank: int, x: float
+) -> At:
     """The cell and the rate: as it is near the sweep's best, to the nearest half octave elsewhere."""
     scheme = "full" if rank == FULL else known.config
-    own = {"Prodigy": PRODIGY, "LoRA+ 16": "" if rank == FULL else LORAPLUS}.get(name, "")
+    own = {"Prodigy": PRODIGY, "LoRA+ 16": "" if rank == FULL else LORAPLUS}.get(
+        name, ""
+    )
     cell = (known.domain.name, scheme + own, rank)
     return (cell, x) if is_near(best, cell, x) else (cell, round(2 * x) / 2)
 
@@ -179,11 +192,14 @@ def scores_of(domain: Domain, done: Losses, start: float) -> Iterator[Score]:
             for rank, (cell, x) in rates.items():
                 own, run = cell_of(domain, config, rank), fresh_curve(done, cell)
                 if run and min(run) <= x <= max(run):
-                    yield score(done, start, (config, name, rank), (cell, x), (own, best[own]))
+                    yield score(
+                        done, start, (config, name, rank), (cell, x), (own, best[own])
+                    )
         for rank in (*domain.ranks_swept, FULL):
             own = cell_of(domain, config, rank)
             x = min(
-                (best[own] + half / 2 for half in range(-3, 4)), key=lambda x: fresh(done, own, x)
+                (best[own] + half / 2 for half in range(-3, 4)),
+                key=lambda x: fresh(done, own, x),
             )
             yield score(done, start, (config, ORACLE, rank), (own, best[own]), (own, x))
 
@@ -192,17 +208,23 @@ def cell_of(domain: Domain, config: str, rank: int) -> Cell:
     return (domain.name, "full" if rank == FULL else config, rank)
 
 
-def score(done: Losses, start: float, named: tuple[str, str, int], at: At, best: At) -> Score:
+def score(
+    done: Losses, start: float, named: tuple[str, str, int], at: At, best: At
+) -> Score:
     """Regret: (loss at a rate − loss at the best) / (loss before training − loss at the best)."""
     losses = [
         (fresh(done, *at, seeds), fresh(done, *best, seeds))
         for seeds in (SCORING, *((s,) for s in SCORING))
     ]
-    regret, *by_seed = ((loss - at_best) / (start - at_best) for loss, at_best in losses)
+    regret, *by_seed = (
+        (loss - at_best) / (start - at_best) for loss, at_best in losses
+    )
     return Score(at[0][0], *named, regret, losses[0][0] - losses[0][1], tuple(by_seed))
 
 
-def fresh(done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING) -> float:
+def fresh(
+    done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING
+) -> float:
     """Mean loss over scoring seeds at 2^x: as run, or by a monotone spline between runs; infinite beside one that
     diverged."""
     means = fresh_curve(done, cell, seeds)
@@ -214,14 +236,19 @@ def fresh(done: Losses, cell: Cell, x: float, seeds: tuple[int, ...] = SCORING) 
     return between({at: loss for at, loss in means.items() if math.isfinite(loss)}, x)
 
 
-def fresh_curve(done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING) -> dict[float, float]:
+def fresh_curve(
+    done: Losses, cell: Cell, seeds: tuple[int, ...] = SCORING
+) -> dict[float, float]:
     """{log2 rate: mean loss} of the rates that every scoring seed has run, by rising rate."""
     jobs = {
         x: [Job(*cell, x, seed) for seed in SCORING]
         for x in sorted({job.x for job in done if job[:3] == cell})
     }
     whole = [x for x, each in jobs.items() if all(job in done for job in each)]
-    return {x: statistics.fmean(or_inf(done[Job(*cell, x, seed)]) for seed in seeds) for x in whole}
+    return {
+        x: statistics.fmean(or_inf(done[Job(*cell, x, seed)]) for seed in seeds)
+        for x in whole
+    }
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
@@ -241,7 +268,9 @@ def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
     Seconds are steps times the median seconds of a step at the rank, over all searches: the range test runs at every
     rank. A law's rates cost the sweep at the rank tuned at.
     """
-    rows = [(row, by_arm(row["runs"])) for row in on_file() if row["domain"] == domain.name]
+    rows = [
+        (row, by_arm(row["runs"])) for row in on_file() if row["domain"] == domain.name
+    ]
     taken = [
         (rank, seconds / steps)
         for _, arms in rows
@@ -252,7 +281,11 @@ def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
         rank: statistics.median(t for at, t in taken if at == rank)
         for rank in {rank for rank, _ in taken}
     }
-    whole = RATES_SWEPT * domain.steps * sum(step[rank] for rank in (*domain.ranks_swept, FULL))
+    whole = (
+        RATES_SWEPT
+        * domain.steps
+        * sum(step[rank] for rank in (*domain.ranks_swept, FULL))
+    )
 
     def sweep(cells: Mapping[Cell, int]) -> list[tuple[int, float]]:
         return [
@@ -271,17 +304,22 @@ def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
                 spent.setdefault(named(row["plan"], row["share"]), []).append(
                     (len(row["runs"]), seconds)
                 )
-        for name, jobs in swept_once(Known(domain, config, domain.ranks_swept, done)).items():
+        for name, jobs in swept_once(
+            Known(domain, config, domain.ranks_swept, done)
+        ).items():
             spent[name] = sweep(
                 {cell_of(domain, config, rank): len(of) for rank, of in jobs.items()}
             )
         for name in CONTENDERS:
-            added, rank = {"LoRA+ 16": (LORAPLUS, TUNED), "ten times full": ("", FULL)}.get(
-                name, ("", TUNED)
-            )
+            added, rank = {
+                "LoRA+ 16": (LORAPLUS, TUNED),
+                "ten times full": ("", FULL),
+            }.get(name, ("", TUNED))
             own, scheme, _ = cell_of(domain, config, rank)
             cell = (own, scheme + added, rank)
-            spent[name] = sweep({cell: sum(job[:3] == cell and job.seed == 0 for job in done)})
+            spent[name] = sweep(
+                {cell: sum(job[:3] == cell and job.seed == 0 for job in done)}
+            )
         means = {
             name: [statistics.fmean(part) for part in zip(*each, strict=True)]
             for name, each in spent.items()

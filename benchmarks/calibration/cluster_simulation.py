@@ -121,11 +121,14 @@ class Replay:
         x = np.log2(tensors["lr"][lora])
         self.x, self.lost = (x - x[0]).tolist(), tensors["diverged"][lora].tolist()
         self.curves = [
-            curve[: np.isfinite(curve).sum()].tolist() for curve in tensors["curve"][lora]
+            curve[: np.isfinite(curve).sum()].tolist()
+            for curve in tensors["curve"][lora]
         ]
         self.steps = tensors["curve"].shape[1]
         whole = [i for i, curve in enumerate(self.curves) if len(curve) == self.steps]
-        self._best = self.curves[min(whole, key=lambda i: statistics.fmean(self.curves[i][-5:]))]
+        self._best = self.curves[
+            min(whole, key=lambda i: statistics.fmean(self.curves[i][-5:]))
+        ]
 
     def values(self, x: float) -> list[float]:
         """The losses of the run whose rate is nearest to `x`, a pruned one continued to the last step."""
@@ -211,13 +214,18 @@ def simulated(
         "last": (total - min(idle_from)) / total,
         "idle": 1 - sum(busy) / (workers * total),
         "x": math.log2(calibrated_recipe(calibration).lr),
-        "length": statistics.fmean(len(trial.curve or []) / replay.steps for trial in ran),
+        "length": statistics.fmean(
+            len(trial.curve or []) / replay.steps for trial in ran
+        ),
         "trials": len(ran),
     }
 
 
 def row_of(
-    trials: int, workers: int, found: list[dict[str, float]], one: list[dict[str, float]]
+    trials: int,
+    workers: int,
+    found: list[dict[str, float]],
+    one: list[dict[str, float]],
 ) -> dict[str, Any]:
     """A row of the table: means over calibrations and draws."""
     pairs = list(zip(found, one, strict=True))
@@ -228,9 +236,12 @@ def row_of(
         "speed-up": statistics.fmean(gains),
         "its standard deviation": statistics.stdev(gains),
         "of ideal, %": 100 * statistics.fmean(gains) / workers,
-        "last round, % of the time": 100 * statistics.fmean(many["last"] for many, _ in pairs),
-        "idle, % of the workers' time": 100 * statistics.fmean(many["idle"] for many, _ in pairs),
-        "run length, % of a whole one": 100 * statistics.fmean(many["length"] for many, _ in pairs),
+        "last round, % of the time": 100
+        * statistics.fmean(many["last"] for many, _ in pairs),
+        "idle, % of the workers' time": 100
+        * statistics.fmean(many["idle"] for many, _ in pairs),
+        "run length, % of a whole one": 100
+        * statistics.fmean(many["length"] for many, _ in pairs),
         "octaves apart, median": statistics.median(
             abs(many["x"] - alone["x"]) for many, alone in pairs
         ),
@@ -246,7 +257,9 @@ def rows_of(
         w: [simulated(r, w, trials, times, s) for r in replays for s in range(draws)]
         for w in WORKERS
     }
-    steady = {w: [simulated(r, w, trials, alike, 0)["time"] for r in replays] for w in WORKERS}
+    steady = {
+        w: [simulated(r, w, trials, alike, 0)["time"] for r in replays] for w in WORKERS
+    }
     rows = []
     for workers in WORKERS:
         row = row_of(trials, workers, drawn[workers], drawn[1])
@@ -265,7 +278,10 @@ def rows_of(
     help="Draws of the step times. Fewer are not written.",
 )
 @click.option(
-    "--most", default=max(TRIALS), show_default=True, help="Trials at most. Fewer are not written."
+    "--most",
+    default=max(TRIALS),
+    show_default=True,
+    help="Trials at most. Fewer are not written.",
 )
 def main(draws: int, most: int) -> None:
     torch.set_num_threads(1)
@@ -273,7 +289,11 @@ def main(draws: int, most: int) -> None:
     times, replays, rows = step_times(), [Replay(name) for name in REPLAYED], []
     for trials in (n for n in TRIALS if n <= most):
         rows += rows_of(trials, replays, times, draws)
-        click.echo("\n".join("  ".join(map(shown, row.values())) for row in rows[-len(WORKERS) :]))
+        click.echo(
+            "\n".join(
+                "  ".join(map(shown, row.values())) for row in rows[-len(WORKERS) :]
+            )
+        )
     if draws >= DRAWS and most >= max(TRIALS):
         on = {
             **machine(1),

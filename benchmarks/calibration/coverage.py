@@ -92,7 +92,9 @@ class Bowl:
         """The gap at `u` octaves from the optimum. On the cliff it also depends on `noise`, in standard deviations."""
         bent = float(np.interp(u, self.u, self.bent))
         wild = noise * self.far * min(max(bent - 2.0, 0.0), 1.0) * (u > 0)
-        return float(min(BEND * math.sinh(max(bent + wild, 0.0)), 1.0 if u < 0 else HIGHEST))
+        return float(
+            min(BEND * math.sinh(max(bent + wild, 0.0)), 1.0 if u < 0 else HIGHEST)
+        )
 
 
 def bowls_of(domain: str) -> dict[int, Bowl]:
@@ -133,13 +135,18 @@ def _curve(gaps: Mapping[float, Array]) -> tuple[Array, Array]:
     It is made to rise on both sides of the lowest point, and continued beyond the grid with its slopes at the ends.
     """
     spline = CubicSpline(
-        list(gaps), [np.arcsinh(g.mean() / BEND) for g in gaps.values()], bc_type="natural"
+        list(gaps),
+        [np.arcsinh(g.mean() / BEND) for g in gaps.values()],
+        bc_type="natural",
     )
     x = np.linspace(spline.x[0], spline.x[-1], 400)
     bent = spline(x)
     lowest = int(bent.argmin())
     bent = np.concatenate(
-        [np.maximum.accumulate(bent[lowest::-1])[::-1], np.maximum.accumulate(bent[lowest + 1 :])]
+        [
+            np.maximum.accumulate(bent[lowest::-1])[::-1],
+            np.maximum.accumulate(bent[lowest + 1 :]),
+        ]
     )
     left, right = (float(spline(end, 1)) for end in spline.x[[0, -1]])
     ends = (bent[0] + BEYOND * max(-left, 0.3), bent[-1] + BEYOND * max(right, 0.3))
@@ -157,15 +164,21 @@ class World:
     """
 
     def __init__(
-        self, best: Mapping[int, float], bowls: Mapping[int, Bowl], rng: np.random.Generator
+        self,
+        best: Mapping[int, float],
+        bowls: Mapping[int, Bowl],
+        rng: np.random.Generator,
     ) -> None:
         self._best, self._rng = best, rng
-        nearest = {rank: min(bowls, key=lambda r: abs(math.log2(r / rank))) for rank in best}
+        nearest = {
+            rank: min(bowls, key=lambda r: abs(math.log2(r / rank))) for rank in best
+        }
         self.bowls = {rank: bowls[near] for rank, near in nearest.items()}
         cells = [(rank, seed) for rank in best for seed in SEEDS]
         self._level = {cell: rng.normal() for cell in cells}
         self._waves = {
-            cell: (rng.normal(size=24), rng.uniform(0, 2 * math.pi, 24)) for cell in cells
+            cell: (rng.normal(size=24), rng.uniform(0, 2 * math.pi, 24))
+            for cell in cells
         }
 
     def run(self, rank: int, seed: int, x: float) -> Observation:
@@ -177,7 +190,9 @@ class World:
         value = gap + bowl.offset * self._level[rank, seed] + bowl.near * noise
         start = 1.0 + START_SD * self._rng.normal()
         lost = gap > LOST
-        return Observation(rank, seed, x, math.inf if lost else value, start, value, stopped=lost)
+        return Observation(
+            rank, seed, x, math.inf if lost else value, start, value, stopped=lost
+        )
 
 
 @dataclass(frozen=True)
@@ -207,12 +222,16 @@ def study_of(init: Literal["A", "B"], trials: int = 8) -> Simulated:
     return study
 
 
-def truth_of(study: Simulated, case: Case, rng: np.random.Generator) -> dict[int | None, float]:
+def truth_of(
+    study: Simulated, case: Case, rng: np.random.Generator
+) -> dict[int | None, float]:
     """By rank (None: full finetuning), log2 of the base rate that the law at its prior means moves to the best."""
     prior, about = study.prior, study.centred_law().exponent
     base, drift, factor = rng.normal(-10, 1), case.drift(rng), rng.normal(0, FULL_SD)
     lora = {
-        rank: base + (drift - about) * math.log2(rank / prior.pivot) + rng.normal(0, SCATTER)
+        rank: base
+        + (drift - about) * math.log2(rank / prior.pivot)
+        + rng.normal(0, SCATTER)
         for rank in ASKED
         if rank
     }
@@ -227,14 +246,20 @@ def simulated(
     truth = truth_of(study, case, rng)
     world = World({rank: x for rank, x in truth.items() if rank}, bowls, rng)
     study.start = truth[16] + rng.normal(0, GUESS_SD)
-    recipe = searched(study, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x))
+    recipe = searched(
+        study, 0.0, lambda trial, x: world.run(trial.rank or 0, trial.seed, x)
+    )
     for rank, x in truth.items():
         rate = recipe.at(rank, alpha=float(rank)) if rank else recipe.at(method="full")
-        target = replace(study.reference, rank=rank, alpha=rank, method="lora" if rank else "full")
+        target = replace(
+            study.reference, rank=rank, alpha=rank, method="lora" if rank else "full"
+        )
         best = x + math.log2(
             checked_multiplier(study.centred_law(), target.as_factor(), study.reference)
         )
-        low, quoted, high = (math.log2(v) - best for v in (rate.low, rate.lr, rate.high))
+        low, quoted, high = (
+            math.log2(v) - best for v in (rate.low, rate.lr, rate.high)
+        )
         bowl = world.bowls[rank or 256]
         yield {
             "rank": rank,
@@ -251,7 +276,9 @@ def simulated(
 
 def row_of(case: str, rank: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row of the table."""
-    regret, middle = (100 * np.array([one[key] for one in found]) for key in ("regret", "middle"))
+    regret, middle = (
+        100 * np.array([one[key] for one in found]) for key in ("regret", "middle")
+    )
     return {
         "truth": case,
         "rank": rank,
@@ -291,7 +318,9 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 )
 def main(studies: int, seed: int, trials: int) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
+    warnings.simplefilter(
+        "ignore", RankAwareWarning
+    )  # extrapolations are asked for on purpose
     bowls = list(map(bowls_of, SWEEPS))
     rows, everything = [], []
     for number, case in enumerate(CASES):
@@ -299,11 +328,16 @@ def main(studies: int, seed: int, trials: int) -> None:
         for i in range(studies):
             found += list(
                 simulated(
-                    case, bowls[i % len(bowls)], trials, np.random.default_rng([seed, number, i])
+                    case,
+                    bowls[i % len(bowls)],
+                    trials,
+                    np.random.default_rng([seed, number, i]),
                 )
             )
         rows += [
-            row_of(case.name, str(r or "full"), [one for one in found if one["rank"] == r])
+            row_of(
+                case.name, str(r or "full"), [one for one in found if one["rank"] == r]
+            )
             for r in ASKED
         ]
         rows.append(row_of(case.name, "all", found))

@@ -39,10 +39,15 @@ BLOCKS, STEPS, TRIALS, LARGE = 32, 5, 6, 64
 
 @click.command()
 @click.option(
-    "--interruptions", default=100, show_default=True, help="Ctrl-C's sent, and as many in pairs."
+    "--interruptions",
+    default=100,
+    show_default=True,
+    help="Ctrl-C's sent, and as many in pairs.",
 )
 @click.option("--threads", default=1, show_default=True)
-@click.option("--worker", default="", hidden=True, help="Run one measured process and print JSON.")
+@click.option(
+    "--worker", default="", hidden=True, help="Run one measured process and print JSON."
+)
 def main(interruptions: int, threads: int, worker: str) -> None:
     """Measure, print the table, and write it to the results. Exit with status 1 if a model was not restored."""
     torch.set_num_threads(threads)
@@ -137,12 +142,22 @@ def between_trials() -> dict[str, Any]:
         "last": end - ended[-1],
         "step": statistics.median(taken),
     }
-    return {"gaps": gaps, **whole, "pairs": sum(isinstance(m, Adapted) for m in model.modules())}
+    return {
+        "gaps": gaps,
+        **whole,
+        "pairs": sum(isinstance(m, Adapted) for m in model.modules()),
+    }
 
 
 def calibrate(model: nn.Module, step: Any, ranks: tuple[int | None, ...]) -> None:
     ra.calibrate_in_place(
-        model, step, AdamW, ranks=ranks, steps=STEPS, trials=TRIALS, lr_range=(1e-5, 1e-4)
+        model,
+        step,
+        AdamW,
+        ranks=ranks,
+        steps=STEPS,
+        trials=TRIALS,
+        lr_range=(1e-5, 1e-4),
     )
 
 
@@ -151,11 +166,19 @@ def plain() -> dict[str, Any]:
     model = build()
     for module in model.modules():
         if isinstance(module, Adapted):
-            module.lora_A["default"] = nn.Linear(module.base_layer.in_features, LARGE, bias=False)
-            module.lora_B["default"] = nn.Linear(LARGE, module.base_layer.out_features, bias=False)
+            module.lora_A["default"] = nn.Linear(
+                module.base_layer.in_features, LARGE, bias=False
+            )
+            module.lora_B["default"] = nn.Linear(
+                LARGE, module.base_layer.out_features, bias=False
+            )
             nn.init.zeros_(module.lora_B["default"].weight)
     trained = [p for p in model.parameters() if p.requires_grad]
-    found = {"before": resident(), "model": size(model.parameters()), "trained": size(trained)}
+    found = {
+        "before": resident(),
+        "model": size(model.parameters()),
+        "trained": size(trained),
+    }
     opt = AdamW(trained, lr=1e-5)
     for i in range(STEPS):
         step(model, i).backward()
@@ -215,10 +238,18 @@ def time_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             )
         )
     rows.append(
-        row("from the call to the first step", f"{found['first']:.2f} s", "with Optuna's import")
+        row(
+            "from the call to the first step",
+            f"{found['first']:.2f} s",
+            "with Optuna's import",
+        )
     )
     rows.append(
-        row("from the last step to the recipe", f"{found['last']:.2f} s", "model put back, fit")
+        row(
+            "from the last step to the recipe",
+            f"{found['last']:.2f} s",
+            "model put back, fit",
+        )
     )
     return [*rows, row("a training step beside it", f"{found['step']:.2f} s", "4 rows")]
 
@@ -233,7 +264,13 @@ def memory_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     for name, words in names.items():
         memory = found[name]
         text = f"{memory['peak'] - memory['before']:.0f} MB"
-        rows.append(row(f"peak beside the model: {words}", text, f"model {memory['model']:.0f} MB"))
+        rows.append(
+            row(
+                f"peak beside the model: {words}",
+                text,
+                f"model {memory['model']:.0f} MB",
+            )
+        )
     return rows
 
 
@@ -242,11 +279,18 @@ def interrupt(count: int, twice: bool) -> dict[str, Any]:
     source, ends, differed = random.Random(0), Counter[str](), 0
     command = [sys.executable, "-m", "tests.helpers.interrupted", str(count)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes: dict[str, Any] = {"text": True, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {
+        "text": True,
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+    }
     with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as child:
         for _ in range(count):
             assert child.stdout.readline() == "go\n"
-            for pause in (source.uniform(0, 0.3), *([source.uniform(0, 0.003)] * twice)):
+            for pause in (
+                source.uniform(0, 0.3),
+                *([source.uniform(0, 0.003)] * twice),
+            ):
                 time.sleep(pause)
                 child.send_signal(signal.SIGINT)
             ended, *differs = child.stdout.readline().split()
@@ -255,9 +299,7 @@ def interrupt(count: int, twice: bool) -> dict[str, Any]:
             child.stdin.write("next\n")
             child.stdin.flush()
     words = ", ".join(f"{kind} {number}" for kind, number in ends.most_common())
-    what = (
-        f"models changed by {count} interruptions at random moments{', each of two Ctrl-C' * twice}"
-    )
+    what = f"models changed by {count} interruptions at random moments{', each of two Ctrl-C' * twice}"
     return row(what, str(differed), words, differed == 0)
 
 

@@ -63,7 +63,9 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
             path.parent.mkdir(exist_ok=True)
             own = {"full_trials": FULL_TRIALS, "name": path.stem}
             click.echo(
-                recipe_of(get_domain(name), config, SHARE, seed, [], WARMUP, **own).save(path)
+                recipe_of(
+                    get_domain(name), config, SHARE, seed, [], WARMUP, **own
+                ).save(path)
             )
     if not chosen:
         given = {
@@ -73,7 +75,9 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
             "batch": BATCH,
             "warmup": 0.0,
         }
-        recipe = calibrate(digits, torch.optim.AdamW, **given, name="efficientnet-lite0-digits")
+        recipe = calibrate(
+            digits, torch.optim.AdamW, **given, name="efficientnet-lite0-digits"
+        )
         click.echo(recipe.save(RECIPES / f"{recipe.name}.toml"))
 
 
@@ -97,7 +101,11 @@ def paths_of(domain: str, config: str) -> list[Path]:
 
 def path_of(domain: str, config: str, seed: int) -> Path:
     """Init[A], s = 1/r, of image_generation is image-generation-a-inverse-rank.toml; seed 1's name ends in -1."""
-    short = {"Init[A], s = 1": "a", "Init[A], s = 1/r": "a-inverse-rank", "Init[B], s = 1": "b"}
+    short = {
+        "Init[A], s = 1": "a",
+        "Init[A], s = 1/r": "a-inverse-rank",
+        "Init[B], s = 1": "b",
+    }
     name = f"{domain.replace('_', '-')}-{short[config]}"
     return OTHER_SEEDS / f"{name}-{seed}.toml" if seed else RECIPES / f"{name}.toml"
 

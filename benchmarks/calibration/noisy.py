@@ -44,7 +44,10 @@ BEST, CLIFF, GAIN = (
     2.5,
     0.2,
 )  # log2 of the best rate at the lowest rank; octaves above it; loss
-NOISES, SHIFTS = (0.0, 0.5, 1.0, 2.0, 4.0), (-3.0, 0.0, 3.0)  # shares of the gain; octaves
+NOISES, SHIFTS = (
+    (0.0, 0.5, 1.0, 2.0, 4.0),
+    (-3.0, 0.0, 3.0),
+)  # shares of the gain; octaves
 
 
 class Outcome(NamedTuple):
@@ -70,7 +73,9 @@ def main(searches: int) -> None:
         for rules, context in (("with", nullcontext), ("without", without)):
             with context():
                 found = [
-                    searched(noise, shift, seed) for shift in SHIFTS for seed in range(searches)
+                    searched(noise, shift, seed)
+                    for shift in SHIFTS
+                    for seed in range(searches)
                 ]
             rows.append(row_of(noise, rules, found))
             click.echo("  ".join(map(str, rows[-1].values())))
@@ -98,29 +103,45 @@ def searched(noise: float, shift: float, seed: int) -> Outcome:
     def train(trial: ra.Trial) -> Iterator[float]:
         opt = trial.optimizer(Pair(trial.rank))
         group = opt.param_groups[0]
-        u = octaves_above_best(group["lr"] * group["rank_multiplier"], trial.rank, shift)
+        u = octaves_above_best(
+            group["lr"] * group["rank_multiplier"], trial.rank, shift
+        )
         batches, own = (
             np.random.default_rng([seed, *key])
             for key in ((trial.seed,), (trial.seed, trial.number))
         )
         for step in range(trial.steps):
             drawn = math.sqrt(0.5) * (batches.standard_normal() + own.standard_normal())
-            yield 1.0 - GAIN * (learned(u, step / trial.steps) * (step > 0) - noise * drawn)
+            yield 1.0 - GAIN * (
+                learned(u, step / trial.steps) * (step > 0) - noise * drawn
+            )
 
     try:
         recipe = ra.calibrate(
-            train, "adamw", ranks=RANKS, steps=STEPS, trials=TRIALS, seed=seed, progress=False
+            train,
+            "adamw",
+            ranks=RANKS,
+            steps=STEPS,
+            trials=TRIALS,
+            seed=seed,
+            progress=False,
         )
     except CalibrationError:
         return Outcome(None)
     runs = zip(
-        recipe.tensors["own_lr"], recipe.tensors["rank"], recipe.tensors["diverged"], strict=True
+        recipe.tensors["own_lr"],
+        recipe.tensors["rank"],
+        recipe.tensors["diverged"],
+        strict=True,
     )
     for lr, rank, diverged in runs:
         if octaves_above_best(lr, rank, shift) < CLIFF:
             tried[bool(diverged)] += 1
     most = max(learned(u, 1.0) for u in np.linspace(-1, 1, 201))
-    ends = [learned(octaves_above_best(recipe.at(rank).lr, rank, shift), 1.0) for rank in RANKS]
+    ends = [
+        learned(octaves_above_best(recipe.at(rank).lr, rank, shift), 1.0)
+        for rank in RANKS
+    ]
     return Outcome(1 - min(ends) / most, tried.total(), tried[True])
 
 
@@ -142,7 +163,9 @@ def row_of(noise: float, rules: str, found: list[Outcome]) -> dict[str, Any]:
         "noise / gain": noise,
         "rules": rules,
         "failed": f"{len(found) - len(regrets)} of {len(found)}",
-        "taken for diverged": percent(sum(one.lost for one in found) / below) if below else "–",
+        "taken for diverged": percent(sum(one.lost for one in found) / below)
+        if below
+        else "–",
         "regret, median": percent(float(np.median(regrets))),
         "regret, worst tenth": percent(float(np.quantile(regrets, 0.9))),
         "worst": percent(max(regrets)),

@@ -101,7 +101,9 @@ def clocked(
     finally:
         at, finite = x(), loss is not None and math.isfinite(loss)
         rate = None if at is None else round(at, 4)
-        spent.append(Run(rank, rate, seed, steps, round(seconds, 3), loss if finite else None))
+        spent.append(
+            Run(rank, rate, seed, steps, round(seconds, 3), loss if finite else None)
+        )
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
@@ -112,7 +114,10 @@ def calibrated(**options: Any) -> Callable[[Search, Domain, Spent], Rates]:
 
     def run(of: Search, domain: Domain, spent: Spent) -> Rates:
         recipe = recipe_of(domain, of.config, of.share, of.seed, spent, **options)
-        return {rank: rate_of(recipe, of.config, rank) for rank in (*domain.ranks_swept, FULL)}
+        return {
+            rank: rate_of(recipe, of.config, rank)
+            for rank in (*domain.ranks_swept, FULL)
+        }
 
     return run
 
@@ -146,7 +151,11 @@ def recipe_of(
         own = replace(domain, steps=trial.steps)
         return (
             yield from trained(
-                own, model, opt, trial.seed, partial(shape, steps=trial.steps, warmup=warmup)
+                own,
+                model,
+                opt,
+                trial.seed,
+                partial(shape, steps=trial.steps, warmup=warmup),
             )
         )
 
@@ -194,13 +203,21 @@ def by_tpe(of: Search, domain: Domain, spent: Spent) -> Rates:
             opt = optimizer(model, domain, Job(domain.name, of.config, TUNED, x, seed))
             share = partial(shape, steps=domain.steps, warmup=WARMUP)
             return scored(
-                clocked(trained(domain, model, opt, seed, share), spent, TUNED, seed, lambda: x)
+                clocked(
+                    trained(domain, model, opt, seed, share),
+                    spent,
+                    TUNED,
+                    seed,
+                    lambda: x,
+                )
             )
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
     study.optimize(score, n_trials=max(1, budget_of(of.share, domain) // domain.steps))
-    return dict.fromkeys((*domain.ranks_swept, FULL), [2.0 ** study.best_params["log2_lr"]] * 3)
+    return dict.fromkeys(
+        (*domain.ranks_swept, FULL), [2.0 ** study.best_params["log2_lr"]] * 3
+    )
 
 
 def scored(run: Generator[Any, None, float]) -> float:
@@ -215,7 +232,8 @@ def scored(run: Generator[Any, None, float]) -> float:
 def by_range_test(of: Search, domain: Domain, spent: Spent) -> Rates:
     """Smith's test at every arm: the rate rises from 2^-15 to 2^-2 in one run; taken where the loss falls fastest."""
     return {
-        rank: [2.0 ** steepest(of, domain, spent, rank)] * 3 for rank in (*domain.ranks_swept, FULL)
+        rank: [2.0 ** steepest(of, domain, spent, rank)] * 3
+        for rank in (*domain.ranks_swept, FULL)
     }
 
 

@@ -83,7 +83,10 @@ SEEDS, LEFT_OUT, SEARCHED = (
     20,
 )  # of the oracle, of the score, and the first that searches draw
 PRICE, FULL_RUNS, FIFTH = 2, 3, 5
-WIDE, MOST = 2, 12  # octaves of the oracle's first grid to either side, and of a grid at most
+WIDE, MOST = (
+    2,
+    12,
+)  # octaves of the oracle's first grid to either side, and of a grid at most
 LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the fifth know of
 SHORT, MOVED = "short alone", "short, moved"
 TPE, A_FIFTH = "TPE at the target", "a fifth of the steps"
@@ -149,7 +152,9 @@ class Oracle:
                 break
             low, high = low - (best <= low), high + (best >= high)
         fine = [
-            Job(*self.cell, best + half / 2, seed) for half in range(-2, 3) for seed in range(SEEDS)
+            Job(*self.cell, best + half / 2, seed)
+            for half in range(-2, 3)
+            for seed in range(SEEDS)
         ]
         return [job for job in fine if job not in done]
 
@@ -161,14 +166,18 @@ def oracles(task: Task) -> list[Oracle]:
     for cell in task.cells:
         config = cell[1].partition(" | ")[0]
         if known := best_rates(done, task.name, config):
-            near = min(known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1))))
+            near = min(
+                known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1)))
+            )
             found.append(Oracle(cell, round(known[near])))
         else:
             model, method = (
                 built(task.domain, config, cell[2], 0),
                 "full" if cell[2] == FULL else "lora",
             )
-            found.append(Oracle(cell, round(math.log2(ra.suggest_lr(model, method=method).lr))))
+            found.append(
+                Oracle(cell, round(math.log2(ra.suggest_lr(model, method=method).lr)))
+            )
     return found
 
 
@@ -189,7 +198,9 @@ def searched(task: Task, config: str, plan: str) -> dict[str, Any]:
     }
 
 
-def calibrated(task: Task, config: str, spent: Spent, moved: bool) -> dict[int, list[float]]:
+def calibrated(
+    task: Task, config: str, spent: Spent, moved: bool
+) -> dict[int, list[float]]:
     """By `ra.calibrate`, in runs of the study's steps, the rates moved to the target's or not."""
     own = get_domain(task.name)
     target = {"target_steps": task.domain.steps} if moved else {}
@@ -204,7 +215,10 @@ def by_tpe(task: Task, config: str, spent: Spent) -> dict[int, list[float]]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
     study.optimize(
-        lambda trial: _tuned(task.domain, config, trial.suggest_float("x", LOW, HIGH), spent), PRICE
+        lambda trial: _tuned(
+            task.domain, config, trial.suggest_float("x", LOW, HIGH), spent
+        ),
+        PRICE,
     )
     return {rank: [2.0 ** study.best_params["x"]] for rank in (*task.ranks, FULL)}
 
@@ -258,7 +272,9 @@ def main() -> None:
     type=click.Choice(("search", "oracle", "score")),
     help="One; by default all, in turn.",
 )
-@click.option("--config", "configs", multiple=True, default=tuple(CONFIGS), show_default=True)
+@click.option(
+    "--config", "configs", multiple=True, default=tuple(CONFIGS), show_default=True
+)
 @click.option("--plan", "plans", multiple=True, default=tuple(PLANS), show_default=True)
 @click.option("--workers", default=2, show_default=True)
 def run(
@@ -274,8 +290,12 @@ def run(
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ra.RankAwareWarning)
     if stage in (None, "search"):
-        have = {(row["name"], row["times"], row["config"], row["plan"]) for row in on_file()}
-        for which in ((name, times, config, plan) for config in configs for plan in plans):
+        have = {
+            (row["name"], row["times"], row["config"], row["plan"]) for row in on_file()
+        }
+        for which in (
+            (name, times, config, plan) for config in configs for plan in plans
+        ):
             if which not in have:
                 row = {
                     **searched(task, *which[2:]),
@@ -298,7 +318,12 @@ def run(
         )
     if stage in (None, "score"):
         complete(
-            Listed(list(scoring(task, read(store)))), run_one, store, workers, click.echo, made
+            Listed(list(scoring(task, read(store)))),
+            run_one,
+            store,
+            workers,
+            click.echo,
+            made,
         )
 
 
@@ -315,7 +340,11 @@ def picks(task: Task) -> Iterator[tuple[Cell, float, dict[str, Any]]]:
     for row in on_file():
         if (row["name"], row["times"]) == task and row["plan"] in PLANS:
             for rank, rate in row["rates"].items():
-                yield task.cell(row["config"], int(rank)), round(math.log2(rate[0]), 3), row
+                yield (
+                    task.cell(row["config"], int(rank)),
+                    round(math.log2(rate[0]), 3),
+                    row,
+                )
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -340,7 +369,9 @@ def scores(task: Task) -> Iterator[Score]:
     done = read(STORE / f"{task.name}.jsonl")
     start = start_of(task.name, done) if done else math.nan
     oracle = {
-        job: loss for job, loss in done.items() if job.seed != LEFT_OUT or job.scheme == START
+        job: loss
+        for job, loss in done.items()
+        if job.seed != LEFT_OUT or job.scheme == START
     }
     for config in CONFIGS:
         for rank in (*task.ranks, FULL):
@@ -348,7 +379,11 @@ def scores(task: Task) -> Iterator[Score]:
                 yield Score(task, config, FLOOR, rank, floor, None)
     for cell, x, row in picks(task):
         means, job = curve(done, cell, SEEDS), Job(*cell, x, LEFT_OUT)
-        if not means or job not in done or Job(*cell, lowest(means), LEFT_OUT) not in done:
+        if (
+            not means
+            or job not in done
+            or Job(*cell, lowest(means), LEFT_OUT) not in done
+        ):
             continue
         at_best = or_inf(done[Job(*cell, lowest(means), LEFT_OUT)])
         rate, best = row["rates"][str(cell[2])], best_rate(means, start)
@@ -397,8 +432,15 @@ def table() -> None:
 def provenance_of(task: Task) -> str:
     """The losses that regret is a share of, and the commits and networks of searches and runs."""
     store = STORE / f"{task.name}.jsonl"
-    done, rows = read(store), [row for row in on_file() if (row["name"], row["times"]) == task]
-    at_best = [min(means.values()) for cell in task.cells if (means := curve(done, cell, SEEDS))]
+    done, rows = (
+        read(store),
+        [row for row in on_file() if (row["name"], row["times"]) == task],
+    )
+    at_best = [
+        min(means.values())
+        for cell in task.cells
+        if (means := curve(done, cell, SEEDS))
+    ]
     networks = ", ".join(sorted({each["weights"] for each in machines(store)}))
     return (
         f"Loss before training {start_of(task.name, done):.3f}, at the oracle's rates {min(at_best):.3f} to "
@@ -406,7 +448,15 @@ def provenance_of(task: Task) -> str:
     )
 
 
-HEADS = ("configuration", "plan", "lowest rank", "16", "highest", "full", "bands that hold")
+HEADS = (
+    "configuration",
+    "plan",
+    "lowest rank",
+    "16",
+    "highest",
+    "full",
+    "bands that hold",
+)
 
 
 def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
@@ -414,10 +464,13 @@ def rows(task: Task, found: list[Score]) -> Iterator[list[str]]:
     for config in CONFIGS:
         for plan in (FLOOR, *PLANS):
             mine: Mapping[int, Score] = {
-                s.rank: s for s in found if (s.task, s.config, s.plan) == (task, config, plan)
+                s.rank: s
+                for s in found
+                if (s.task, s.config, s.plan) == (task, config, plan)
             }
             cells = [
-                percent(mine[rank].regret) if rank in mine else "–" for rank in (*task.ranks, FULL)
+                percent(mine[rank].regret) if rank in mine else "–"
+                for rank in (*task.ranks, FULL)
             ]
             yield [config, plan, *cells, holding(mine.values())]
 
@@ -442,7 +495,10 @@ def verdict(found: list[Score]) -> str:
     mine = [score for score in found if score.plan == MOVED]
     if not mine:
         return f"{MOVED}: nothing was run yet."
-    worst, median = max(s.regret for s in mine), statistics.median(s.regret for s in mine)
+    worst, median = (
+        max(s.regret for s in mine),
+        statistics.median(s.regret for s in mine),
+    )
     held = [s.held for s in mine if s.held is not None]
     share = statistics.fmean(held) if held else math.nan
     met = worst <= 0.05 and median <= 0.005 and 0.85 <= share <= 0.95

@@ -78,7 +78,13 @@ class Plan(NamedTuple):
 
 
 REAL = Plan(ENDS, 0.2, 3)  # of the recipes on file
-PLANS = (Plan(ENDS, 0.1, 0), Plan(ENDS, 0.2, 0), REAL, Plan(INNER, 0.1, 0), Plan(INNER, 0.2, 0))
+PLANS = (
+    Plan(ENDS, 0.1, 0),
+    Plan(ENDS, 0.2, 0),
+    REAL,
+    Plan(INNER, 0.1, 0),
+    Plan(INNER, 0.2, 0),
+)
 RUNS = (3, 4, 5, 6, 8, 12, 16)  # of a small budget; more if some diverge
 FEW = tuple(Plan(ENDS, runs / (RATES * 6), 0) for runs in RUNS)
 SURFACES = {"study": study_surfaces, "other": other_surfaces}
@@ -87,7 +93,9 @@ SURFACES = {"study": study_surfaces, "other": other_surfaces}
 # --- one calibration ------------------------------------------------------------------------------------------------
 
 
-def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None = None) -> Recipe:
+def calibrated(
+    on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None = None
+) -> Recipe:
     """The recipe of a study that takes its losses from a surface. `prior` is the law that it starts from."""
     rng = np.random.default_rng(seed)
     seeds = seeds_of(on, rng)
@@ -96,7 +104,9 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int], prior: Law | None =
     schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
     study = Simulated(Options(torch.optim.AdamW, prior or get_law(PRIOR_LAW), schedule))
     study.settle(reference_of(on, schedule.anchor), on.full_fan_in)
-    return searched(study, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x))
+    return searched(
+        study, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x)
+    )
 
 
 def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
@@ -107,11 +117,20 @@ def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
 def run(on: Surface, study: Calibration, trial: TrialRecord, x: float) -> Observation:
     """Simulate a trial at log2 base rate `x`."""
     rank, at = trial.rank or FULL, reference_of(on, trial.rank)
-    own = x + math.log2(checked_multiplier(study.centred_law(), at.as_factor(), study.settled()))
+    own = x + math.log2(
+        checked_multiplier(study.centred_law(), at.as_factor(), study.settled())
+    )
     loss = on.loss(rank, trial.seed, own)
     lost = loss > on.best[rank] + LOST * (on.start - on.best[rank])
     return Observation(
-        trial.rank, trial.seed, x, math.inf if lost else loss, on.start, loss, True, stopped=lost
+        trial.rank,
+        trial.seed,
+        x,
+        math.inf if lost else loss,
+        on.start,
+        loss,
+        True,
+        stopped=lost,
     )
 
 
@@ -157,13 +176,21 @@ def main() -> None:
 
 @main.command("run")
 @click.option(
-    "--surfaces", "which", type=click.Choice(tuple(SURFACES)), default="study", show_default=True
+    "--surfaces",
+    "which",
+    type=click.Choice(tuple(SURFACES)),
+    default="study",
+    show_default=True,
 )
-@click.option("--studies", default=10, show_default=True, help="Of every surface and plan.")
+@click.option(
+    "--studies", default=10, show_default=True, help="Of every surface and plan."
+)
 def run_all(which: str, studies: int) -> None:
     """Simulate every missing study, and append each to the results as it ends."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
+    warnings.simplefilter(
+        "ignore", RankAwareWarning
+    )  # extrapolations are asked for on purpose
     have = {(o.surfaces, o.domain, o.config, o.plan, o.draw) for o in outcomes()}
     for index, on in enumerate(SURFACES[which]()):
         for plan in (*PLANS, *(FEW if which == "study" else ())):
@@ -180,7 +207,13 @@ def run_all(which: str, studies: int) -> None:
                     }
                     with STORE.open("a") as file:
                         file.write(
-                            json.dumps({**row, "steepness": round(recipe.steepness, 3), "at": at})
+                            json.dumps(
+                                {
+                                    **row,
+                                    "steepness": round(recipe.steepness, 3),
+                                    "at": at,
+                                }
+                            )
                             + "\n"
                         )
         click.echo(f"{which}: {on.domain}, {on.config}")
@@ -200,9 +233,16 @@ def outcomes() -> Iterator[Outcome]:
     """The outcome of every study on file, at every rank."""
     for line in STORE.read_text().splitlines() if STORE.exists() else ():
         row = json.loads(line)
-        which = row["surfaces"], row["domain"], row["config"], Plan(*row["plan"]), row["draw"]
+        which = (
+            row["surfaces"],
+            row["domain"],
+            row["config"],
+            Plan(*row["plan"]),
+            row["draw"],
+        )
         yield from (
-            Outcome(*which, int(rank), *of, row["steepness"]) for rank, of in row["at"].items()
+            Outcome(*which, int(rank), *of, row["steepness"])
+            for rank, of in row["at"].items()
         )
 
 
@@ -218,9 +258,14 @@ def on_unseen(found: Sequence[Outcome]) -> Iterator[Seen]:
     """What the rates of studies lose on every seed that the study has not trained on."""
     for of in found:
         known = surfaces(of.surfaces)
-        on, index = known[of.domain, of.config], list(known).index((of.domain, of.config))
+        on, index = (
+            known[of.domain, of.config],
+            list(known).index((of.domain, of.config)),
+        )
         seen = seeds_of(on, np.random.default_rng((index, of.draw)))
-        yield from (on_seed(on, of.rank, seed, of.rate) for seed in on.seeds if seed not in seen)
+        yield from (
+            on_seed(on, of.rank, seed, of.rate) for seed in on.seeds if seed not in seen
+        )
 
 
 def swept_once(full: bool) -> Iterator[Seen]:
@@ -229,7 +274,9 @@ def swept_once(full: bool) -> Iterator[Seen]:
         for rank in [FULL] if full else on.ranks:
             for own in on.seeds:
                 x = min(on.rates[rank], key=on.by_seed[rank, own])
-                yield from (on_seed(on, rank, seed, x) for seed in on.seeds if seed != own)
+                yield from (
+                    on_seed(on, rank, seed, x) for seed in on.seeds if seed != own
+                )
 
 
 def on_seed(on: Surface, rank: int, seed: int, x: float) -> Seen:
@@ -253,7 +300,13 @@ def of_seeds(found: Sequence[Outcome]) -> Iterator[list[str]]:
             *means(on_unseen(lora)),
             *means(on_unseen(full)),
         ]
-    yield ["a sweep of one seed", "100%", "–", *means(swept_once(False)), *means(swept_once(True))]
+    yield [
+        "a sweep of one seed",
+        "100%",
+        "–",
+        *means(swept_once(False)),
+        *means(swept_once(True)),
+    ]
 
 
 def means(rows: Iterable[Sequence[float]]) -> list[str]:
@@ -287,14 +340,19 @@ def real() -> Iterator[Real]:
             best = best_tried(recipe)
             for rank, regret_at in on.mean.items():
                 own = regret_at(best[rank]) if rank in best else None
-                yield Real(on.config, rank, regret_at(rate_of(recipe, on, rank)[0]), own)
+                yield Real(
+                    on.config, rank, regret_at(rate_of(recipe, on, rank)[0]), own
+                )
 
 
 def best_tried(recipe: Recipe) -> dict[int, float]:
     """log2 of the rate of the best run that ended, at each rank that a recipe's search tried."""
     found = recipe.tensors
     ended = ~(found["diverged"] | found["pruned"])
-    runs = zip(*(found[key][ended].tolist() for key in ("value", "own_lr", "rank")), strict=True)
+    runs = zip(
+        *(found[key][ended].tolist() for key in ("value", "own_lr", "rank")),
+        strict=True,
+    )
     return {
         rank: math.log2(rate) for _, rate, rank in sorted(runs, reverse=True)
     }  # the lowest loss comes last
@@ -303,7 +361,9 @@ def best_tried(recipe: Recipe) -> dict[int, float]:
 def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
     """Rows of the table: a configuration's mean regret, simulated and in real searches by the same plan."""
     recipes = list(real())
-    for named, configs in ({config: [config] for config in CONFIGS} | {"all": [*CONFIGS]}).items():
+    for named, configs in (
+        {config: [config] for config in CONFIGS} | {"all": [*CONFIGS]}
+    ).items():
         for whole in (False, True):
             simulated = [
                 o
@@ -311,7 +371,9 @@ def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
                 if o.plan == REAL and o.config in configs and (o.rank == FULL) == whole
             ]
             mine = [
-                each for each in recipes if each.config in configs and (each.rank == FULL) == whole
+                each
+                for each in recipes
+                if each.config in configs and (each.rank == FULL) == whole
             ]
             tried = [(each.lost, each.tried) for each in mine if each.tried is not None]
             lost = (
@@ -328,8 +390,12 @@ def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
 
 def compared(unseen: Sequence[Sequence[str]], against: Sequence[Sequence[str]]) -> str:
     """What the two tables say, in sentences."""
-    other, own = ([float(row[at]) / float(row[3]) for row in unseen[:-1]] for at in (4, 5))
-    real = {row[0]: float(row[3]) / float(row[2]) for row in against if row[1] == "LoRA"}
+    other, own = (
+        [float(row[at]) / float(row[3]) for row in unseen[:-1]] for at in (4, 5)
+    )
+    real = {
+        row[0]: float(row[3]) / float(row[2]) for row in against if row[1] == "LoRA"
+    }
     by_config = "; ".join(f"{config}: {times:.1f}" for config, times in real.items())
     return (
         f"On a seed that the search has not seen, LoRA's mean regret is {min(other):.1f} to {max(other):.1f} times "
@@ -408,7 +474,12 @@ def table() -> None:
         made_on(on),
     ]
     (RESULTS / "simulated.md").write_text("\n\n".join(parts) + "\n")
-    document = {"machine": on, "regret": [heads, *rows, *few], "bands": held, "caps": caps}
+    document = {
+        "machine": on,
+        "regret": [heads, *rows, *few],
+        "bands": held,
+        "caps": caps,
+    }
     document |= {"unseen": unseen, "real": against}
     (RESULTS / "simulated.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts[2:-1]))
@@ -417,11 +488,16 @@ def table() -> None:
 def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     """A row of the table: a plan's regret."""
     lora, full = (
-        [regret(o, o.rate) for o in found if (o.rank == FULL) == whole] for whole in (False, True)
+        [regret(o, o.rate) for o in found if (o.rank == FULL) == whole]
+        for whole in (False, True)
     )
     yield from (plan.ranks, f"{plan.share:.0%}", str(plan.full), str(len(full)))
-    yield from map(percent, (statistics.fmean(lora), np.quantile(lora, 0.99), max(lora)))
-    yield from map(percent, (statistics.fmean(full), np.quantile(full, 0.95), max(full)))
+    yield from map(
+        percent, (statistics.fmean(lora), np.quantile(lora, 0.99), max(lora))
+    )
+    yield from map(
+        percent, (statistics.fmean(full), np.quantile(full, 0.95), max(full))
+    )
 
 
 def of_cap(cap: float, found: Sequence[Outcome]) -> Iterator[str]:
@@ -463,21 +539,27 @@ def of_bands(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     lora = [o for o in found if o.rank != FULL]
     yield from (plan.ranks, f"{plan.share:.0%}", str(plan.full))
     yield from (
-        number(100 * share_held([o for o in lora if o.domain == domain]), 0) for domain in STUDY
+        number(100 * share_held([o for o in lora if o.domain == domain]), 0)
+        for domain in STUDY
     )
     yield from (
-        number(100 * share_held(of), 0) for of in (lora, [o for o in found if o.rank == FULL])
+        number(100 * share_held(of), 0)
+        for of in (lora, [o for o in found if o.rank == FULL])
     )
 
 
 def verdict(found: Sequence[Outcome]) -> str:
     """Whether each bar was met, in sentences."""
     lora = {
-        plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank != FULL]
+        plan: [
+            100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank != FULL
+        ]
         for plan in PLANS
     }
     full = {
-        plan: [100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank == FULL]
+        plan: [
+            100 * regret(o, o.rate) for o in found if o.plan == plan and o.rank == FULL
+        ]
         for plan in PLANS
     }
     bars = (
@@ -490,7 +572,11 @@ def verdict(found: Sequence[Outcome]) -> str:
         mean, high = statistics.fmean(of[plan]), float(np.quantile(of[plan], share))
         what = "LoRA" if of is lora else "full finetuning"
         met = "met" if mean <= most and high <= highest else "NOT met"
-        asked = f"bars {most:g} and {highest:g}" if math.isfinite(most) else f"bar {highest:g}"
+        asked = (
+            f"bars {most:g} and {highest:g}"
+            if math.isfinite(most)
+            else f"bar {highest:g}"
+        )
         said.append(
             f"{what}, {plan.share:.0%} of a sweep, {plan.full} full runs: mean {mean:.2f} %, "
             f"{share:.0%} below {high:.1f} % ({asked}): {met}."
@@ -510,7 +596,11 @@ def scatter() -> None:
             line = np.polyval(np.polyfit(octaves, x, 1), octaves)
             off.append(((x - line) ** 2).sum() / (len(x) - 2))
             seeds = [
-                [v for v in optimum(done, (domain, config, rank)).by_seed if v is not None]
+                [
+                    v
+                    for v in optimum(done, (domain, config, rank)).by_seed
+                    if v is not None
+                ]
                 for rank in best
             ]
             noise += [statistics.variance(of) / 3 for of in seeds if len(of) == 3]

@@ -18,7 +18,9 @@ from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 
 STEPS = 20  # steps of a run, if nothing depends on them
-Run = Callable[[TrialRecord, float], Observation]  # a trial's outcome at log2 base rate x
+Run = Callable[
+    [TrialRecord, float], Observation
+]  # a trial's outcome at log2 base rate x
 
 
 class Simulated(Calibration):
@@ -52,9 +54,13 @@ def searched(study: Simulated, guess: float, run: Run) -> Recipe:
         study.start = start + guess
         seen = run(trial, sampler.propose(study.trials(), trial, within))
         study.start = start
-        curve = np.linspace(seen.start, seen.tail, study.schedule.steps // (1 + seen.stopped))
+        curve = np.linspace(
+            seen.start, seen.tail, study.schedule.steps // (1 + seen.stopped)
+        )
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
         study.done.append(
-            replace(trial, x=seen.x, curve=curve.tolist(), observation=seen, state=state)
+            replace(
+                trial, x=seen.x, curve=curve.tolist(), observation=seen, state=state
+            )
         )
     return calibrated_recipe(study)

@@ -58,7 +58,9 @@ class Surface:
 
     def loss(self, rank: int, seed: int, x: float) -> float:
         """Loss of a seed's run at rate 2^x."""
-        return self.best[rank] + (self.start - self.best[rank]) * self.by_seed[rank, seed](x)
+        return self.best[rank] + (self.start - self.best[rank]) * self.by_seed[
+            rank, seed
+        ](x)
 
 
 def study_surfaces() -> Iterator[Surface]:
@@ -71,7 +73,9 @@ def study_surfaces() -> Iterator[Surface]:
 def other_surfaces() -> Iterator[Surface]:
     """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`."""
     done = {
-        job: loss for job, loss in read(RESULTS / "calibration_runs.jsonl").items() if job.seed < 6
+        job: loss
+        for job, loss in read(RESULTS / "calibration_runs.jsonl").items()
+        if job.seed < 6
     }
     for domain in ("image_generation", "vision_classification"):
         yield from (surface_of(domain, config, done, (0, 1, 2)) for config in CONFIGS)
@@ -100,14 +104,17 @@ def surface_of(
             if not any(loss != loss for loss in losses)
         }
         means = {
-            x: None if None in losses else statistics.fmean(losses) for x, losses in whole.items()
+            x: None if None in losses else statistics.fmean(losses)
+            for x, losses in whole.items()
         }
         rank = cell[2]
         rates[rank] = list(whole)
         best[rank] = min(loss for loss in means.values() if loss is not None)
         mean[rank] = _gap(means, best[rank], start)
         by_seed |= {
-            (rank, seed): _gap({x: losses[i] for x, losses in whole.items()}, best[rank], start)
+            (rank, seed): _gap(
+                {x: losses[i] for x, losses in whole.items()}, best[rank], start
+            )
             for i, seed in enumerate(seeds)
         }
     init = "b" if CONFIGS[config].init == "B" else "a"
@@ -140,7 +147,10 @@ def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap
         if xs[0] <= x <= xs[-1]:
             return regret_between(gaps, x)
         if x < xs[0]:
-            y = min(bent[0] + max(SLOPE, bent[0] - bent[1]) * (xs[0] - x), max(untrained, bent[0]))
+            y = min(
+                bent[0] + max(SLOPE, bent[0] - bent[1]) * (xs[0] - x),
+                max(untrained, bent[0]),
+            )
         else:
             y = min(bent[-1] + max(1.0, bent[-1] - bent[-2]) * (x - xs[-1]), highest)
         return BEND * math.sinh(y)

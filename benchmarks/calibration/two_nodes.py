@@ -52,7 +52,8 @@ def main() -> None:
     )
     sys.exit(
         any(
-            row["runs"] != TRIALS or row["points"] != TRIALS or row["kept"] is False for row in rows
+            row["runs"] != TRIALS or row["points"] != TRIALS or row["kept"] is False
+            for row in rows
         )
     )
 
@@ -60,7 +61,9 @@ def main() -> None:
 def calibrated(kills: bool) -> dict[str, Any]:
     """A row of the table: one calibration on a new cluster; `kills` says whether a node is killed."""
     start = time.perf_counter()
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**NODE, "include_dashboard": False}
+    )
     second = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     started, memory = time.perf_counter() - start, sum(ray_memory())
@@ -99,7 +102,9 @@ def kill(cluster: Cluster, node: Any, storage: str, ended: list[list[Any]]) -> N
     """Kill a node once each of two workers has ended `KILL_AFTER` trials. Append all ended trials to `ended`."""
     while True:
         time.sleep(0.2)
-        workers = [t.worker for t in Trials.read(trials_in(storage)).counted() if t.worker]
+        workers = [
+            t.worker for t in Trials.read(trials_in(storage)).counted() if t.worker
+        ]
         if len(set(workers)) == 2 and min(map(workers.count, workers)) >= KILL_AFTER:
             break
     cluster.remove_node(node, allow_graceful=False)
@@ -122,7 +127,9 @@ def ray_memory() -> Iterator[int]:
             if b"/ray/" in command or command.startswith(b"ray::"):
                 lines = (folder / "smaps_rollup").read_text().splitlines()
                 yield from (
-                    1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")
+                    1024 * int(line.split()[1])
+                    for line in lines
+                    if line.startswith("Pss:")
                 )
         except OSError:
             continue

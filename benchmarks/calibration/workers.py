@@ -58,13 +58,17 @@ def train(trial: ra.Trial) -> Iterator[float]:
     domain = get_domain(DOMAIN)
     model = domain.build(trial.rank, float(trial.rank), "A", trial.seed)
     opt = trial.optimizer(model, **ADAMW)
-    return trained(domain, model, opt, trial.seed, lambda step: shape(step, domain.steps, 0.3))
+    return trained(
+        domain, model, opt, trial.seed, lambda step: shape(step, domain.steps, 0.3)
+    )
 
 
 @click.command()
 @click.option("--rounds", default=1, show_default=True)
 @click.option(
-    "--trials", type=int, help="One number of trials instead of both: a look, not written."
+    "--trials",
+    type=int,
+    help="One number of trials instead of both: a look, not written.",
 )
 def main(rounds: int, trials: int | None) -> None:
     """Measure, print the table, and write it. Exit with status 1 if a bar is missed at the larger number of trials."""
@@ -75,7 +79,9 @@ def main(rounds: int, trials: int | None) -> None:
             order = list(ARMS) if number % 2 else list(ARMS)[::-1]
             rows.append(row(count, {name: timed(ARMS[name], count) for name in order}))
     if trials:
-        click.echo("\n".join(f"{key}: {shown(value)}" for key, value in rows[-1].items()))
+        click.echo(
+            "\n".join(f"{key}: {shown(value)}" for key, value in rows[-1].items())
+        )
         return
     record(
         "workers",
@@ -90,7 +96,10 @@ def main(rounds: int, trials: int | None) -> None:
 def row(trials: int, took: dict[str, Timed]) -> dict[str, Any]:
     """A row of the table."""
     one, two, ray = (took[name] for name in ARMS)
-    ratio, beside = one.whole / two.whole, (ray.whole - ray.start) / (two.whole - two.start)
+    ratio, beside = (
+        one.whole / two.whole,
+        (ray.whole - ray.start) / (two.whole - two.start),
+    )
     return {
         "trials": trials,
         "one, s": one.whole,
@@ -109,7 +118,13 @@ def timed(options: list[str], trials: int) -> Timed:
     """Time the command, and the same command once more."""
     with tempfile.TemporaryDirectory() as folder:
         steps = get_domain(DOMAIN).steps
-        given = {"ranks": "4,64", "steps": steps, "trials": trials, "lr-range": RATES, "warmup": 1}
+        given = {
+            "ranks": "4,64",
+            "steps": steps,
+            "trials": trials,
+            "lr-range": RATES,
+            "warmup": 1,
+        }
         named = [f"--{key}={value}" for key, value in given.items()]
         command = [
             "-m",

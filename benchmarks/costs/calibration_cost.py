@@ -34,7 +34,9 @@ def main() -> None:
         begun.append(time.process_time())
         yield from train(trial)
 
-    ra.calibrate(timed, "adamw", ranks=(2, 64), steps=10, trials=AT[-1] + 6, progress=False)
+    ra.calibrate(
+        timed, "adamw", ranks=(2, 64), steps=10, trials=AT[-1] + 6, progress=False
+    )
     cost = {at: (begun[at + 5] - begun[at - 5]) * 100 for at in AT}
     rows = [
         {"trials": at, "ms a trial": ms, "met": at != BAR[0] or ms <= BAR[1]}
@@ -43,7 +45,9 @@ def main() -> None:
     notes = [
         f"Bar: {BAR[1]:g} ms at {BAR[0]} trials. Means over ten trials, processor time of one thread."
     ]
-    record("calibration_cost", "What a calibration costs between two runs", rows, on, notes)
+    record(
+        "calibration_cost", "What a calibration costs between two runs", rows, on, notes
+    )
     sys.exit(not all(row["met"] for row in rows))
 
 

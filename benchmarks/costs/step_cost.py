@@ -36,10 +36,16 @@ IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = (2, 16, 448)
 PAIRS = [
-    pair for n in LAYOUTS for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))
+    pair
+    for n in LAYOUTS
+    for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))
 ]
 PAIRS += [(f"native {n}", "native 1") for n in LAYOUTS] + [("peft", "native 1")]
-SAME_GROUPS = {2: 1.02, 16: 1.02, 448: 1.05}  # bars by number of groups, for a float rate
+SAME_GROUPS = {
+    2: 1.02,
+    16: 1.02,
+    448: 1.05,
+}  # bars by number of groups, for a float rate
 TENSOR_GROUPS = {16: 1.05}  # the bar for tensor rates
 ONE_GROUP, BUILD_MS = 1.05, 40.0
 LOADS = {
@@ -72,7 +78,10 @@ def milliseconds(step: Step) -> float:
 )
 @click.option("--threads", default=1, show_default=True)
 @click.option(
-    "--worker", is_flag=True, hidden=True, help="Run one measured process and print JSON."
+    "--worker",
+    is_flag=True,
+    hidden=True,
+    help="Run one measured process and print JSON.",
 )
 def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
     """Measure, print the table, and write it to the results. Exit with status 1 if a bar is not met."""
@@ -85,7 +94,13 @@ def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
     runs = [in_fresh_process(__file__, *options) for _ in range(processes)]
     rows = [row for name in IMPLEMENTATIONS for row in step_rows(name, runs)]
     rows += [build_row(runs), *(load_row(blocks, runs) for blocks in LOADS)]
-    record("step_cost", "Cost of a step, and of building", rows, on, notes(processes, rounds))
+    record(
+        "step_cost",
+        "Cost of a step, and of building",
+        rows,
+        on,
+        notes(processes, rounds),
+    )
     sys.exit(not all(row["met"] for row in rows if row["met"] is not None))
 
 
@@ -102,8 +117,14 @@ def measure(rounds: int) -> dict[str, Any]:
         name: measure_pairs(contestants(model, flags), rounds)
         for name, flags in IMPLEMENTATIONS.items()
     }
-    loads = {str(blocks): time_loads(adapters(blocks, LLAMA_8B_EIGHTH)) for blocks in LOADS}
-    return {"ratios": ratios, "build": time_build(adapters(80, LLAMA_8B_EIGHTH)), "loads": loads}
+    loads = {
+        str(blocks): time_loads(adapters(blocks, LLAMA_8B_EIGHTH)) for blocks in LOADS
+    }
+    return {
+        "ratios": ratios,
+        "build": time_build(adapters(80, LLAMA_8B_EIGHTH)),
+        "loads": loads,
+    }
 
 
 def measure_pairs(
@@ -143,7 +164,10 @@ def contestants(
         assert len(ours.param_groups) == count, (
             f"{len(ours.param_groups)} groups in place of {count}"
         )
-        by_hand = [{"params": group["params"], "lr": group["lr"]} for group in ours.param_groups]
+        by_hand = [
+            {"params": group["params"], "lr": group["lr"]}
+            for group in ours.param_groups
+        ]
         made |= {f"native {count}": kind(by_hand, **settings), f"ours {count}": ours}
     made |= {} if "lr" in flags or kind is not AdamW else peft_loraplus(model, flags)
     for optimizer in made.values():
@@ -155,7 +179,9 @@ def spread_scalings(model: nn.Module, distinct: int) -> None:
     """Give equal shares of the pairs `distinct` different scalings, so that the law needs twice as many groups."""
     pairs = [module for module in model.modules() if isinstance(module, Pair)]
     for i, pair in enumerate(pairs):
-        pair.scaling["default"] = 32 / RANK * (1 + (i * distinct // len(pairs)) / distinct)
+        pair.scaling["default"] = (
+            32 / RANK * (1 + (i * distinct // len(pairs)) / distinct)
+        )
 
 
 def peft_loraplus(model: nn.Module, flags: dict[str, Any]) -> dict[str, Optimizer]:
@@ -164,11 +190,20 @@ def peft_loraplus(model: nn.Module, flags: dict[str, Any]) -> dict[str, Optimize
         from peft.optimizers import create_loraplus_optimizer
     except ImportError:
         return {}
-    plus = {"loraplus_lr_ratio": 16.0, "loraplus_weight_decay": SETTINGS["weight_decay"]}
-    return {"peft": create_loraplus_optimizer(model, AdamW, lr=SETTINGS["lr"], **plus, **flags)}
+    plus = {
+        "loraplus_lr_ratio": 16.0,
+        "loraplus_weight_decay": SETTINGS["weight_decay"],
+    }
+    return {
+        "peft": create_loraplus_optimizer(
+            model, AdamW, lr=SETTINGS["lr"], **plus, **flags
+        )
+    }
 
 
-def interleave(a: Step, b: Step, rounds: int, timed: Timer) -> list[tuple[float, float]]:
+def interleave(
+    a: Step, b: Step, rounds: int, timed: Timer
+) -> list[tuple[float, float]]:
     """Mean milliseconds of a and b in each ABBA turn, where each step follows itself as often as the other."""
     taken = []
     for _ in range(3 + rounds // 2):  # the first three warm up
@@ -181,7 +216,8 @@ def time_build(model: nn.Module) -> float:
     """Median milliseconds to build the optimizer for 1,120 factors: inspection, grouping and AdamW itself."""
     assert sum(1 for _ in model.parameters()) == 1120
     return statistics.median(
-        milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4)) for _ in range(21)
+        milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4))
+        for _ in range(21)
     )
 
 
@@ -190,19 +226,28 @@ def time_loads(model: nn.Module) -> tuple[float, float]:
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     ours = RankAwareOptimizer(model, AdamW, init="A", **SETTINGS)
-    native = AdamW([{"params": group["params"]} for group in ours.param_groups], **SETTINGS)
+    native = AdamW(
+        [{"params": group["params"]} for group in ours.param_groups], **SETTINGS
+    )
     for optimizer in (ours, native):
         optimizer.step()
     states = ours.state_dict(), native.state_dict()
-    loads = lambda: ours.load_state_dict(states[0]), lambda: native.load_state_dict(states[1])
+    loads = (
+        lambda: ours.load_state_dict(states[0]),
+        lambda: native.load_state_dict(states[1]),
+    )
     taken = interleave(*loads, 4, milliseconds)
-    return statistics.median(a for a, _ in taken), statistics.median(b for _, b in taken)
+    return statistics.median(a for a, _ in taken), statistics.median(
+        b for _, b in taken
+    )
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def step_rows(implementation: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def step_rows(
+    implementation: str, runs: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """One row per layout: median ratios over processes, the range of the first ratio, and whether the bars hold."""
     ratios = [run["ratios"][implementation] for run in runs]
     rows = []
@@ -218,17 +263,25 @@ def step_rows(implementation: str, runs: Sequence[dict[str, Any]]) -> list[dict[
                 "range": f"{min(same):.3f} to {max(same):.3f}",
                 "native / one group": middle(ratios, f"native {n} / native 1"),
                 "ours / one group": one,
-                "PEFT LoRA+ / one group": middle(ratios, "peft / native 1") if n == 2 else None,
+                "PEFT LoRA+ / one group": middle(ratios, "peft / native 1")
+                if n == 2
+                else None,
                 "met": met(implementation, n, statistics.median(same), one),
             }
         )
     return rows
 
 
-def met(implementation: str, groups: int, same: float, one: float | None) -> bool | None:
+def met(
+    implementation: str, groups: int, same: float, one: float | None
+) -> bool | None:
     """Whether the bars hold; None if there is none."""
     bar = (TENSOR_GROUPS if implementation == TENSOR else SAME_GROUPS).get(groups)
-    return None if bar is None else same <= bar and (groups != 2 or one is None or one <= ONE_GROUP)
+    return (
+        None
+        if bar is None
+        else same <= bar and (groups != 2 or one is None or one <= ONE_GROUP)
+    )
 
 
 def middle(ratios: Sequence[dict[str, float]], name: str) -> float | None:
@@ -262,7 +315,9 @@ def load_row(blocks: int, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "groups": 2,
         "ours / native, same groups": ratio,
     }
-    fast = (most_ms is None or ours <= most_ms) and (most_ratio is None or ratio <= most_ratio)
+    fast = (most_ms is None or ours <= most_ms) and (
+        most_ratio is None or ratio <= most_ratio
+    )
     return columns | {"range": f"{ours:.0f} ms, native {native:.0f} ms", "met": fast}
 
 

@@ -27,12 +27,17 @@ from rankaware_optim import inspect_model, rank_aware_param_groups
 RESTS_ON = ()  # times: made again at a release
 BLOCKS = (20, 40, 80, 160)  # 140, 280, 560 and 1,120 layers
 BARS_MS = {"meta": 30.0, "cpu": 60.0}  # for 560 layers
-LINEAR = 1.25  # bar: time per layer over that at half the layers; quadratic cost would be 2
+LINEAR = (
+    1.25  # bar: time per layer over that at half the layers; quadratic cost would be 2
+)
 
 
 @click.command()
 @click.option(
-    "--repeats", default=25, show_default=True, help="Calls timed; their median is reported."
+    "--repeats",
+    default=25,
+    show_default=True,
+    help="Calls timed; their median is reported.",
 )
 @click.option("--threads", default=1, show_default=True)
 def main(repeats: int, threads: int) -> None:
@@ -90,7 +95,10 @@ def frozen_linear(fan_in: int, fan_out: int, device: str) -> nn.Linear:
 def time_both(model: nn.Module, repeats: int) -> tuple[float, float, float]:
     """Median milliseconds: processor time of inspection, processor and wall time of inspection and grouping."""
     inspecting = [milliseconds(lambda: inspect_model(model)) for _ in range(repeats)]
-    both = [milliseconds(lambda: rank_aware_param_groups(model, lr=1e-4)) for _ in range(repeats)]
+    both = [
+        milliseconds(lambda: rank_aware_param_groups(model, lr=1e-4))
+        for _ in range(repeats)
+    ]
     (cpu, _), (both_cpu, both_wall) = (
         [statistics.median(t) for t in zip(*x, strict=True)] for x in (inspecting, both)
     )

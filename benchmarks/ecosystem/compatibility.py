@@ -62,11 +62,18 @@ def main() -> None:
     """Write results/compatibility.md."""
     lines = ["# Compatibility, from real runs", "", LEGEND, ""]
     for title, paths in SUITES.items():
-        lines += [f"## {title}", "", "| check | ours | native, groups by hand |", "|---|---|---|"]
+        lines += [
+            f"## {title}",
+            "",
+            "| check | ours | native, groups by hand |",
+            "|---|---|---|",
+        ]
         lines += [line(row) for path in paths for row in rows(path)] + [""]
     lines += ["## Limits", "", *(f"* {limit}" for limit in LIMITS), ""]
     lines += [
-        "Versions: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES.split()) + ".",
+        "Versions: "
+        + ", ".join(f"{name} {_version(name)}" for name in PACKAGES.split())
+        + ".",
         "",
     ]
     lines.append(
@@ -112,10 +119,16 @@ def rows(path: str, *options: str) -> list[Row]:
             *options,
         ]
         subprocess.run(
-            command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            cwd=ROOT,
+            check=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         cases = list(ET.parse(report).iter("testcase"))
-    sentences = {name: text for file in files(path) for name, text in docstrings(file).items()}
+    sentences = {
+        name: text for file in files(path) for name, text in docstrings(file).items()
+    }
     grouped: dict[str, list[ET.Element]] = defaultdict(list)
     for case in cases:
         file = case.get("classname", "").rpartition(".")[2]
@@ -127,9 +140,12 @@ def rows(path: str, *options: str) -> list[Row]:
 
 
 def _row(name: str, sentence: str, cases: list[ET.Element]) -> Row:
-    skipped = [case.find("skipped") for case in cases if case.find("skipped") is not None]
+    skipped = [
+        case.find("skipped") for case in cases if case.find("skipped") is not None
+    ]
     failed = sum(
-        case.find("failure") is not None or case.find("error") is not None for case in cases
+        case.find("failure") is not None or case.find("error") is not None
+        for case in cases
     )
     limits = Counter(s.get("message", "") for s in skipped if s is not None)
     return Row(name, sentence, len(cases) - len(skipped) - failed, limits, failed)
@@ -140,9 +156,17 @@ def line(row: Row) -> str:
     ours = f"pass ({row.passed})" if row.passed else ""
     reasons = [f"limit ({n}): {reason}" for reason, n in row.limits.items()]
     failed = [f"**fail ({row.failed})**"] if row.failed else []
-    cell = "; ".join(filter(None, [ours, *reasons, *failed])).replace("|", "\\|").replace("\n", " ")
-    compared = any(word in row.sentence.lower() for word in ("native", "by hand", "written out"))
-    native = NATIVE[row.name]() if row.name in NATIVE else "reference" if compared else "–"
+    cell = (
+        "; ".join(filter(None, [ours, *reasons, *failed]))
+        .replace("|", "\\|")
+        .replace("\n", " ")
+    )
+    compared = any(
+        word in row.sentence.lower() for word in ("native", "by hand", "written out")
+    )
+    native = (
+        NATIVE[row.name]() if row.name in NATIVE else "reference" if compared else "–"
+    )
     return f"| {row.sentence} | {cell} | {native} |"
 
 
@@ -152,8 +176,14 @@ def files(path: str) -> list[Path]:
 
 
 def docstrings(file: Path) -> dict[str, str]:
-    functions = (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef))
-    return {f.name: " ".join((ast.get_docstring(f) or f.name).split()) for f in functions}
+    functions = (
+        n
+        for n in ast.walk(ast.parse(file.read_text()))
+        if isinstance(n, ast.FunctionDef)
+    )
+    return {
+        f.name: " ".join((ast.get_docstring(f) or f.name).split()) for f in functions
+    }
 
 
 def _version(name: str) -> str:
@@ -189,7 +219,9 @@ def _another_rank() -> str:
     try:
         opt.step()
     except RuntimeError as error:
-        return f"loads in silence; the first step fails: {str(error).splitlines()[0][:70]}"
+        return (
+            f"loads in silence; the first step fails: {str(error).splitlines()[0][:70]}"
+        )
     return f"loads in silence and steps on with moments of shape {tuple(opt.state[params[0]]['exp_avg'].shape)}"
 
 
@@ -207,7 +239,9 @@ def _one_limit() -> str:
     opt = _stepped(_adapter(4))
     lr_scheduler.OneCycleLR(opt, 1e-2, total_steps=10)
     rates = {group["lr"] for group in opt.param_groups}
-    return "silent: OneCycleLR puts every group at one rate" if len(rates) == 1 else "pass"
+    return (
+        "silent: OneCycleLR puts every group at one rate" if len(rates) == 1 else "pass"
+    )
 
 
 NATIVE = {

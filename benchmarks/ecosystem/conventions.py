@@ -52,7 +52,13 @@ def main() -> None:
             rows[case.name] = measured(case)
     order = [case.name for case in (*CASES, *REPLICAS)]
     shown = [rows[name] for name in order if name in rows]
-    record("conventions", "Adapter conventions", shown, machine(torch.get_num_threads()), NOTES)
+    record(
+        "conventions",
+        "Adapter conventions",
+        shown,
+        machine(torch.get_num_threads()),
+        NOTES,
+    )
 
 
 def stored() -> dict[str, dict[str, Any]]:
@@ -64,15 +70,25 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def measured(case: Case) -> dict[str, Any]:
     """An adapter's row of the table."""
-    library = ROW_ONLY if case in REPLICAS else f"{case.package} {version(case.package)}"
+    library = (
+        ROW_ONLY if case in REPLICAS else f"{case.package} {version(case.package)}"
+    )
     row = {"adapter": case.name, "convention": case.convention, "library": library}
     try:
         torch.manual_seed(0)
         found = check_convention(case.make, *case.inputs(), convention=case.convention)
         probe = None if found.probe is None else f"{found.probe:.0e}"
-        return row | _read(case) | {"ones-probe": probe, "oracle error": f"{found.oracle:.0e}"}
+        return (
+            row
+            | _read(case)
+            | {"ones-probe": probe, "oracle error": f"{found.oracle:.0e}"}
+        )
     except RankAwareError as error:
-        return row | dict.fromkeys(COLUMNS, None) | {"found": False, "oracle error": error.cause}
+        return (
+            row
+            | dict.fromkeys(COLUMNS, None)
+            | {"found": False, "oracle error": error.cause}
+        )
 
 
 COLUMNS = ("found", "rank", "fan-in", "scaling", "init", "ones-probe", "oracle error")
@@ -82,7 +98,10 @@ def _read(case: Case) -> dict[str, Any]:
     found, expected = read(case.make(RANK, ALPHA)), case.expected(RANK, ALPHA)
     columns = {
         "rank": (found.ranks, expected.ranks),
-        "fan-in": ([fan_in for fan_in, _ in found.fans], [fan_in for fan_in, _ in expected.fans]),
+        "fan-in": (
+            [fan_in for fan_in, _ in found.fans],
+            [fan_in for fan_in, _ in expected.fans],
+        ),
         "scaling": (found.scalings, expected.scalings),
         "init": (found.inits, expected.inits),
     }
@@ -94,7 +113,8 @@ def _read(case: Case) -> dict[str, Any]:
     cells = {}
     for name, (values, wanted) in columns.items():
         text = ", ".join(
-            f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in values
+            f"{value:g}" if isinstance(value, (int, float)) else str(value)
+            for value in values
         )
         cells[name] = text if values == wanted else f"NO: {text}"
     return {"found": same} | cells

@@ -56,15 +56,24 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = [row(loop) for loop in LOOPS]
     record(
-        "loops", "Loops that set rates, and the law", rows, machine(torch.get_num_threads()), NOTES
+        "loops",
+        "Loops that set rates, and the law",
+        rows,
+        machine(torch.get_num_threads()),
+        NOTES,
     )
 
 
 def row(loop: Loop) -> dict[str, Any]:
     native = get_optimizer_class(loop.optimizer)
-    wanted = moves(loop, lambda model: native([model.head.weight], lr=BASE))["head.weight"]
+    wanted = moves(loop, lambda model: native([model.head.weight], lr=BASE))[
+        "head.weight"
+    ]
     builders = {"ours": wrapped, "native groups, multiplied by hand": by_hand}
-    found = {name: error(loop, partial(build, native), wanted) for name, build in builders.items()}
+    found = {
+        name: error(loop, partial(build, native), wanted)
+        for name, build in builders.items()
+    }
     return {
         "package": loop.package,
         "loop": loop.name,
@@ -97,7 +106,9 @@ def wrapped(native: type[Optimizer], model: nn.Module) -> Optimizer:
 
 
 def by_hand(native: type[Optimizer], model: nn.Module) -> Optimizer:
-    return native(ra.rank_aware_param_groups(model, lr=BASE, law=LAW, tuned_at=AT), lr=BASE)
+    return native(
+        ra.rank_aware_param_groups(model, lr=BASE, law=LAW, tuned_at=AT), lr=BASE
+    )
 
 
 def moves(loop: Loop, build: Callable[[Any], Optimizer]) -> dict[str, list[float]]:
@@ -127,7 +138,9 @@ def error(loop: Loop, build: Callable[[Any], Optimizer], wanted: list[float]) ->
     multipliers = {"small": 1.0, "large": 0.25, "head": 1.0}
     try:
         found = moves(loop, build)
-    except Exception as stopped:  # a loop that cannot run on these groups has an infinite error
+    except (
+        Exception
+    ) as stopped:  # a loop that cannot run on these groups has an infinite error
         warnings.warn(f"{loop.name}: {stopped}", stacklevel=1)
         return math.inf
     return max(
@@ -281,7 +294,11 @@ PYTORCH_OPTIMIZER: Mapping[str, Mapping[str, Any]] = {
     "REXScheduler": {"total_steps": STEPS + 1, "max_lr": 2 * BASE, "min_lr": BASE / 10},
 }
 DEEPSPEED: Mapping[str, Mapping[str, Any]] = {
-    "WarmupLR": {"warmup_min_lr": BASE / 100, "warmup_max_lr": BASE, "warmup_num_steps": 4},
+    "WarmupLR": {
+        "warmup_min_lr": BASE / 100,
+        "warmup_max_lr": BASE,
+        "warmup_num_steps": 4,
+    },
     "WarmupDecayLR": {
         "total_num_steps": 20,
         "warmup_min_lr": 0.0,
@@ -310,7 +327,9 @@ def cosine_of(step: int) -> float:
     """nanoGPT's get_lr: a warm-up, then a cosine to a floor."""
     if step < 3:
         return BASE * (step + 1) / 4
-    return BASE / 10 + 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3))) * (BASE - BASE / 10)
+    return BASE / 10 + 0.5 * (1 + math.cos(math.pi * (step - 3) / (STEPS - 3))) * (
+        BASE - BASE / 10
+    )
 
 
 def nanogpt(opt: Any) -> Advance:
@@ -417,7 +436,13 @@ LOOPS = (
         for name, options in table.items()
     ),
     *(
-        Loop(package, f"{name}, {words}", without_schedule(by_hand), True, f"{package}:{name}")
+        Loop(
+            package,
+            f"{name}, {words}",
+            without_schedule(by_hand),
+            True,
+            f"{package}:{name}",
+        )
         for package, name in (
             ("schedulefree", "SGDScheduleFree"),
             ("pytorch_optimizer", "ScheduleFreeSGD"),

@@ -32,7 +32,9 @@ def main() -> None:
         page = playwright.chromium.launch(**options).new_page(
             viewport={"width": 1100, "height": 800}
         )
-        page.goto(write_report(Recipe.load(RECIPE), Path(folder) / "report.html").as_uri())
+        page.goto(
+            write_report(Recipe.load(RECIPE), Path(folder) / "report.html").as_uri()
+        )
         page.get_by_label("Rank", exact=True).fill("32")
         page.get_by_label("Alpha", exact=True).fill("16")
         page.screenshot(path=RESULT, full_page=True)

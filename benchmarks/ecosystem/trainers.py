@@ -49,7 +49,10 @@ TOOLS = (
         "transformers_trainer.py",
         (
             (TRAINERS, "not lightning and not accelerate and not SFT"),
-            (ATTACH, "arguments or given or refused or second_run or another or groups_that"),
+            (
+                ATTACH,
+                "arguments or given or refused or second_run or another or groups_that",
+            ),
             (EXAMPLES, "transformers"),
         ),
     ),
@@ -78,8 +81,20 @@ TOOLS = (
         "lightning_module.py, lightning_cli.py",
         ((TRAINERS, "lightning"), (EXAMPLES, "lightning")),
     ),
-    Tool("Hydra", "hydra-core", "YAML `_partial_: true`", "hydra_app.py", ((EXAMPLES, "hydra"),)),
-    Tool("accelerate", "accelerate", "`accelerator.prepare(opt)`", "", ((TRAINERS, "accelerate"),)),
+    Tool(
+        "Hydra",
+        "hydra-core",
+        "YAML `_partial_: true`",
+        "hydra_app.py",
+        ((EXAMPLES, "hydra"),),
+    ),
+    Tool(
+        "accelerate",
+        "accelerate",
+        "`accelerator.prepare(opt)`",
+        "",
+        ((TRAINERS, "accelerate"),),
+    ),
     Tool(
         "diffusers' loop",
         "diffusers",
@@ -152,14 +167,18 @@ NOTES = (
 def main(only: str | None) -> None:
     """Run what is installed here, and write results/trainers.json and .md."""
     chosen = [
-        tool for tool in TOOLS if only in (None, tool.name) and (installed(tool) or not tool.tests)
+        tool
+        for tool in TOOLS
+        if only in (None, tool.name) and (installed(tool) or not tool.tests)
     ]
     made = {tool.name: row_of(tool) for tool in chosen}
     file = (
         RESULTS / "trainers.json"
     )  # read now: another environment may have written while the tests ran
     known = (
-        {row["tool"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
+        {row["tool"]: row for row in json.loads(file.read_text())["rows"]}
+        if file.exists()
+        else {}
     )
     known |= made
     ordered = [known[tool.name] for tool in TOOLS if tool.name in known]
@@ -173,7 +192,9 @@ def installed(tool: Tool) -> str:
         if not Path(clone, "networks").is_dir():
             return ""
         git = ["git", "-C", clone, "rev-parse", "--short=8", "HEAD"]
-        return subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            git, check=False, capture_output=True, text=True
+        ).stdout.strip()
     try:
         return version(tool.package)
     except (PackageNotFoundError, ValueError):
@@ -183,7 +204,11 @@ def installed(tool: Tool) -> str:
 def row_of(tool: Tool) -> dict[str, str]:
     """A tool's row of the table, from its tests."""
     at = commit()
-    found = [row for path, chosen in tool.tests for row in rows(path, "-W", "ignore", "-k", chosen)]
+    found = [
+        row
+        for path, chosen in tool.tests
+        for row in rows(path, "-W", "ignore", "-k", chosen)
+    ]
     passed, failed = sum(row.passed for row in found), sum(row.failed for row in found)
     skipped = {reason for row in found for reason in row.limits}
     cell = [f"{passed} passed"] * bool(passed) + [f"**{failed} failed**"] * bool(failed)
@@ -192,7 +217,9 @@ def row_of(tool: Tool) -> dict[str, str]:
         "tool": tool.name,
         "version": installed(tool) or "–",
         "beside": ", ".join(
-            f"{name} {found}" for name in ("transformers", "torch") if (found := _version(name))
+            f"{name} {found}"
+            for name in ("transformers", "torch")
+            if (found := _version(name))
         ),
         "line": tool.line,
         "example": tool.example or "–",

@@ -38,7 +38,9 @@ def run(setup: Setup) -> None:
             str(TESTS),
         ]
         environment = {**os.environ, "RANKAWARE_DEVICE": setup.device}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         if not report.exists():
             raise click.ClickException(
                 f"The tests did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}"
@@ -51,8 +53,12 @@ def run(setup: Setup) -> None:
 
 def row_of(case: ElementTree.Element) -> dict[str, str]:
     """A test's name, its outcome (passed, skipped or failed), and the reason if it did not pass."""
-    other = next((child for child in case if child.tag in ("skipped", "failure", "error")), None)
-    outcome = "passed" if other is None else {"skipped": "skipped"}.get(other.tag, "failed")
+    other = next(
+        (child for child in case if child.tag in ("skipped", "failure", "error")), None
+    )
+    outcome = (
+        "passed" if other is None else {"skipped": "skipped"}.get(other.tag, "failed")
+    )
     why = "" if other is None else (other.get("message") or "").splitlines()[0]
     return {"test": case.get("name", ""), "outcome": outcome, "why": why}
 
@@ -72,7 +78,11 @@ def blocks(setup: Setup) -> Iterator[str]:
         count = Counter(row["outcome"] for row in rows)
         why = "; ".join(dict.fromkeys(row["why"] for row in rows if row["why"]))
         cells.append(
-            [name, *(str(count[outcome]) for outcome in outcomes), why.replace("|", "\\|") or "–"]
+            [
+                name,
+                *(str(count[outcome]) for outcome in outcomes),
+                why.replace("|", "\\|") or "–",
+            ]
         )
     yield block("The wrapper's tests", ["test", *outcomes, "why"], cells)
     yield made_with([document["machine"]])

@@ -57,8 +57,15 @@ def main() -> None:
 
 
 OPTIONS = (
-    click.option("--device", type=click.Choice(("cuda", "cpu")), default="cuda", show_default=True),
-    click.option("--smallest", is_flag=True, help="Shapes that a CPU runs in a minute."),
+    click.option(
+        "--device",
+        type=click.Choice(("cuda", "cpu")),
+        default="cuda",
+        show_default=True,
+    ),
+    click.option(
+        "--smallest", is_flag=True, help="Shapes that a CPU runs in a minute."
+    ),
     click.option(
         "--into",
         type=click.Path(path_type=Path),
@@ -84,10 +91,17 @@ def shaped(command: Callable[..., None]) -> Callable[..., None]:
     help="Pieces [default: all].",
 )
 @click.option(
-    "--minutes", default=9.0, show_default=True, help="Start no run after so many minutes."
+    "--minutes",
+    default=9.0,
+    show_default=True,
+    help="Start no run after so many minutes.",
 )
 def run(
-    chosen: tuple[str, ...], minutes: float, device: str, smallest: bool, into: Path | None
+    chosen: tuple[str, ...],
+    minutes: float,
+    device: str,
+    smallest: bool,
+    into: Path | None,
 ) -> None:
     """Run what is missing."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -95,13 +109,18 @@ def run(
             "There is no CUDA device here. To try the kit, use --device cpu --smallest."
         )
     setup = Setup(
-        device, smallest, folder_of(device, smallest, into), time.monotonic() + 60 * minutes
+        device,
+        smallest,
+        folder_of(device, smallest, into),
+        time.monotonic() + 60 * minutes,
     )
     for name in chosen or PIECES:
         try:
             PIECES[name].run(setup)
         except DomainError as error:
-            raise click.ClickException(f"{name}: {error} Finished runs are kept.") from error
+            raise click.ClickException(
+                f"{name}: {error} Finished runs are kept."
+            ) from error
 
 
 @main.command()
@@ -117,7 +136,10 @@ def table(device: str, smallest: bool, into: Path | None) -> None:
         )
     page = folder.with_suffix(".md")
     page.write_text(
-        "\n\n".join([f"# On {' and '.join(cards(folder))}", *parts, written_by(machine(1))]) + "\n"
+        "\n\n".join(
+            [f"# On {' and '.join(cards(folder))}", *parts, written_by(machine(1))]
+        )
+        + "\n"
     )
     click.echo(page.read_text())
 
@@ -127,7 +149,9 @@ def cards(folder: Path) -> list[str]:
     rows = [row for store in sorted(folder.glob("*.jsonl")) for row in rows_in(store)]
     tests = folder / checks.STORE
     rows += [json.loads(tests.read_text())] if tests.exists() else []
-    return list(dict.fromkeys(row["machine"]["device"] for row in rows if "machine" in row))
+    return list(
+        dict.fromkeys(row["machine"]["device"] for row in rows if "machine" in row)
+    )
 
 
 def folder_of(device: str, smallest: bool, into: Path | None) -> Path:

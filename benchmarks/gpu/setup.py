@@ -51,7 +51,13 @@ class Setup:
         changing = ("rests on", "command", "date", "load_before")
         here = {key: value for key, value in machine(1).items() if key not in changing}
         precision = {"matmul": torch.get_float32_matmul_precision()}
-        return {"device": self.name, "cuda": torch.version.cuda, **precision, **here, **versions()}
+        return {
+            "device": self.name,
+            "cuda": torch.version.cuda,
+            **precision,
+            **here,
+            **versions(),
+        }
 
     def provenance(self, domain: Domain) -> dict[str, Any]:
         """The machine and versions, and the hash of the network before training."""

@@ -52,7 +52,10 @@ def sweep_of(setup: Setup) -> Sweep:
     else:
         domain = setup.place(replace(get_domain(NAME), large=False))
         swept = study(domain.ranks_swept, domain.ranks_swept, SEEDS, HALF, COARSE)
-        tasks = [starts(NAME, range(SEEDS)), *(part.grid(part.cells(NAME)) for part in swept)]
+        tasks = [
+            starts(NAME, range(SEEDS)),
+            *(part.grid(part.cells(NAME)) for part in swept),
+        ]
     return Sweep(domain, tasks, setup.folder / f"{domain.name}.jsonl")
 
 
@@ -75,7 +78,9 @@ def finished(done: Losses, sweep: Sweep) -> Losses:
     if sweep.domain.name != NAME:
         return done
     cells = {job[:3] for job in done}
-    parts = study(sweep.domain.ranks_swept, sweep.domain.ranks_swept, SEEDS, HALF, COARSE)
+    parts = study(
+        sweep.domain.ranks_swept, sweep.domain.ranks_swept, SEEDS, HALF, COARSE
+    )
     whole = {
         cell
         for part in parts
@@ -83,7 +88,9 @@ def finished(done: Losses, sweep: Sweep) -> Losses:
         if cell in cells and not part.grid([cell]).wanted(done)
     }
     return {
-        job: loss for job, loss in done.items() if job[:3] in whole or job in sweep.tasks[0].jobs
+        job: loss
+        for job, loss in done.items()
+        if job[:3] in whole or job in sweep.tasks[0].jobs
     }
 
 

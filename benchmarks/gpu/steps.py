@@ -14,7 +14,14 @@ from typing import Any
 
 import click
 import torch
-from costs.step_cost import LAYOUTS, SETTINGS, Step, contestants, measure_pairs, milliseconds
+from costs.step_cost import (
+    LAYOUTS,
+    SETTINGS,
+    Step,
+    contestants,
+    measure_pairs,
+    milliseconds,
+)
 from gpu.setup import Setup, append, rows_in
 from llama_shapes import LLAMA_8B, LLAMA_8B_EIGHTH, adapters
 from recording import block, made_with, number
@@ -32,7 +39,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False},
     COMPILED: {},
 }
-TWO_GROUPS = (2,)  # the only layout if building takes minutes, or the network has one block
+TWO_GROUPS = (
+    2,
+)  # the only layout if building takes minutes, or the network has one block
 STORE = "step_cost.jsonl"
 
 
@@ -45,7 +54,11 @@ def run(setup: Setup) -> None:
             why = left_out(name, setup)
             click.echo(f"step cost: {name}" + (f" is left out: {why}" if why else ""))
             if not why:
-                row = {"device": setup.name, "implementation": name, "ratios": measure(name, setup)}
+                row = {
+                    "device": setup.name,
+                    "implementation": name,
+                    "ratios": measure(name, setup),
+                }
                 append(store, {**row, "machine": setup.machine()})
 
 
@@ -66,7 +79,9 @@ def left_out(name: str, setup: Setup) -> str | None:
 def measure(name: str, setup: Setup) -> list[dict[str, float]]:
     """The ratios of all pairs, one dict for each build."""
     layouts = TWO_GROUPS if setup.smallest or name == COMPILED else LAYOUTS
-    pairs = [(f"{who} {n}", f"native {n}") for n in layouts for who in ("ours", "native")]
+    pairs = [
+        (f"{who} {n}", f"native {n}") for n in layouts for who in ("ours", "native")
+    ]
     pairs += [(f"native {n}", "native 1") for n in layouts]
     builds = 1 if setup.smallest or name == COMPILED else BUILDS
     found = []
@@ -74,14 +89,18 @@ def measure(name: str, setup: Setup) -> list[dict[str, float]]:
         torch.compiler.reset()
         steps = contestants(model(setup), flags(name, setup), kind(name), layouts)
         made = {who: prepared(name, step, setup) for who, step in steps.items()}
-        found.append(measure_pairs(made, 2 if setup.smallest else ROUNDS, pairs, timer(setup)))
+        found.append(
+            measure_pairs(made, 2 if setup.smallest else ROUNDS, pairs, timer(setup))
+        )
     return found
 
 
 def model(setup: Setup) -> nn.Module:
     """The adapters on the device, with random gradients."""
     torch.manual_seed(0)
-    made = adapters(*((1, LLAMA_8B_EIGHTH) if setup.smallest else (32, LLAMA_8B))).to(setup.device)
+    made = adapters(*((1, LLAMA_8B_EIGHTH) if setup.smallest else (32, LLAMA_8B))).to(
+        setup.device
+    )
     for param in made.parameters():
         param.grad = torch.randn_like(param)
     return made
@@ -110,7 +129,9 @@ def prepared(name: str, step: Step, setup: Setup) -> Step:
         return captured(step)
     if name == COMPILED:
         # On a CPU Inductor takes a minute to compile, and aot_eager traces the same code.
-        return torch.compile(step, backend="aot_eager" if setup.smallest else "inductor")
+        return torch.compile(
+            step, backend="aot_eager" if setup.smallest else "inductor"
+        )
     return step
 
 
@@ -155,7 +176,11 @@ def blocks(setup: Setup) -> Iterator[str]:
     """The table of the rows on file."""
     rows = list(rows_in(setup.folder / STORE))
     if rows:
-        yield block("What a step costs", HEADS, [cells for row in rows for cells in cells_of(row)])
+        yield block(
+            "What a step costs",
+            HEADS,
+            [cells for row in rows for cells in cells_of(row)],
+        )
         yield (__doc__ or "").partition("\n\n")[2].strip()
         yield made_with([row["machine"] for row in rows])
 

@@ -62,7 +62,14 @@ from recording import block, made_with, number
 from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, language
 from study.domains._adapters import adapt
-from study.domains._llama import LAYERS, VOCABULARY, llama, new_llama, token_loss, windows
+from study.domains._llama import (
+    LAYERS,
+    VOCABULARY,
+    llama,
+    new_llama,
+    token_loss,
+    windows,
+)
 from study.grids import FULL, Job, Listed, Wanting
 from study.optima import best_rates
 from study.runs_on_file import complete, machines, read
@@ -74,7 +81,12 @@ from rankaware_optim.calibration import seeded
 
 STORE, MLP, COMMON = "width.jsonl", 5 / 2, 16
 STUDY_MEAN = 263.1  # mean fan-in of the study's Llama of width 192
-BOXES = {512: 2.5, 1024: 2.5, 2048: 4.0, 4096: 9.0}  # minutes that a command spends on a width
+BOXES = {
+    512: 2.5,
+    1024: 2.5,
+    2048: 4.0,
+    4096: 9.0,
+}  # minutes that a command spends on a width
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,9 @@ class Shape:
         return tuple(rank for rank in self.ranks if rank <= width)
 
 
-WHOLE = Shape((512, 1024, 2048, 4096), (4, 16, 64, 256, 1024), 64, 1000, 2, language.BATCH)
+WHOLE = Shape(
+    (512, 1024, 2048, 4096), (4, 16, 64, 256, 1024), 64, 1000, 2, language.BATCH
+)
 SMALLEST = Shape((32, 64), (4, 16), 2, 0, 1, 2)  # no pretraining, random tokens
 
 
@@ -109,10 +123,21 @@ def domain_of(width: int, setup: Setup) -> Domain:
 
     def build(rank: int | None, alpha: float, init: str, seed: int) -> torch.nn.Module:
         start = network(width, shape.pretraining, setup.device)
-        return adapt(copy.deepcopy(start), rank, alpha, init, seed, LAYERS).to(setup.device)
+        return adapt(copy.deepcopy(start), rank, alpha, init, seed, LAYERS).to(
+            setup.device
+        )
 
-    own = {"name": name_of(width), "steps": shape.steps, "batch": shape.batch, "build": build}
-    made_up = {} if shape.pretraining else {"batches": made_up_batches, "evaluate": made_up_loss}
+    own = {
+        "name": name_of(width),
+        "steps": shape.steps,
+        "batch": shape.batch,
+        "build": build,
+    }
+    made_up = (
+        {}
+        if shape.pretraining
+        else {"batches": made_up_batches, "evaluate": made_up_loss}
+    )
     return replace(language.DOMAIN, **own, **made_up)
 
 
@@ -130,7 +155,9 @@ def network(width: int, pretraining: int, device: str) -> torch.nn.Module:
 
 @cache
 def made_up_tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        3, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def made_up_batches(seed: int, batch: int) -> Iterator[torch.Tensor]:
@@ -148,7 +175,10 @@ Key = tuple[int, str, int]  # width, configuration, rank
 def cells(shape: Shape) -> list[Key]:
     """Every cell, in the order of the docstring: the most informative first."""
     outer = (*shape.widths[-1:], *shape.widths[:1])
-    by_worth = (*outer, *(width for width in reversed(shape.widths) if width not in outer))
+    by_worth = (
+        *outer,
+        *(width for width in reversed(shape.widths) if width not in outer),
+    )
     first = [
         (width, *each)
         for width in by_worth
@@ -174,7 +204,11 @@ def task_of(key: Key, shape: Shape) -> Wanting:
     if shape is WHOLE:
         return Around(cell, x, shape.seeds)
     return Listed(
-        [Job(*cell, x + half / 2, seed) for half in range(-2, 3) for seed in range(shape.seeds)]
+        [
+            Job(*cell, x + half / 2, seed)
+            for half in range(-2, 3)
+            for seed in range(shape.seeds)
+        ]
     )
 
 
@@ -183,7 +217,9 @@ def guess(key: Key) -> int:
     _, config, _ = key
     at_study = FULL if config == "full" else COMMON
     known = best_rates(read(STORES / "language.jsonl"), "language", config)[at_study]
-    return round(by_law(Falling())(Place(config, at_study, STUDY_MEAN), place_of(key), known))
+    return round(
+        by_law(Falling())(Place(config, at_study, STUDY_MEAN), place_of(key), known)
+    )
 
 
 def run(setup: Setup) -> None:
@@ -192,7 +228,9 @@ def run(setup: Setup) -> None:
     shape, store, spent = shape_of(setup), setup.folder / STORE, dict[int, float]()
     for key in cells(shape):
         begun, width = time.monotonic(), key[0]
-        until = min(setup.until, begun + 60 * BOXES.get(width, math.inf) - spent.get(width, 0.0))
+        until = min(
+            setup.until, begun + 60 * BOXES.get(width, math.inf) - spent.get(width, 0.0)
+        )
         missing = [
             task
             for task in (starts(name_of(width), range(1)), task_of(key, shape))
@@ -242,7 +280,10 @@ class Place(NamedTuple):
         if self.config == "full":
             return Reference(method="full", fan_in=self.width)
         return Reference(
-            self.rank, self.rank, init="B" if self.config == AT_B else "A", fan_in=self.width
+            self.rank,
+            self.rank,
+            init="B" if self.config == AT_B else "A",
+            fan_in=self.width,
         )
 
 
@@ -343,9 +384,13 @@ def verdict(question: Question, by: Sequence[Rates]) -> str:
     if every[PACKAGE] <= min(0.35, every[best] + 0.1):
         return f"{question.name}: the package's law holds ({said})."
     widest = sorted({key[0] for rates in by for key in rates})[-2:]
-    at_widest = [{key: x for key, x in rates.items() if key[0] in widest} for rates in by]
+    at_widest = [
+        {key: x for key, x in rates.items() if key[0] in widest} for rates in by
+    ]
     apart = [errors(question, each) for each in (*([rates] for rates in by), at_widest)]
-    if best != PACKAGE and all(min(each, key=each.__getitem__) == best for each in apart):
+    if best != PACKAGE and all(
+        min(each, key=each.__getitem__) == best for each in apart
+    ):
         return f"{question.name}: {best} in place of the package's law ({said})."
     return f"{question.name}: nothing is settled ({said})."
 
@@ -359,25 +404,45 @@ def blocks(setup: Setup) -> Iterator[str]:
     if not found:
         return
     by = [rates_of(found, which) for which in WHICH]
-    floor = ", ".join(f"{number(noise(found, which))} by the {which}" for which in WHICH)
+    floor = ", ".join(
+        f"{number(noise(found, which))} by the {which}" for which in WHICH
+    )
     yield f"## Width\n\n{' '.join(verdict(q, by) for q in QUESTIONS)} Noise of a rate, octaves: {floor}."
     yield block("Best rates, log2 (seed by seed)", RATE_HEADS, list(rate_rows(found)))
-    rows = [[q.name, *(number(errors(q, by).get(law)) for law in MOVES)] for q in QUESTIONS]
+    rows = [
+        [q.name, *(number(errors(q, by).get(law)) for law in MOVES)] for q in QUESTIONS
+    ]
     yield block("Error of a law, octaves", ["question", *MOVES], rows)
     yield "### Experiment\n\n**" + (__doc__ or "").partition("\n\n**")[2].strip()
     yield made_with(machines(store))
 
 
-RATE_HEADS = ("width", "mean fan-in", "configuration", "rank", *WHICH, "loss before", "lowest")
+RATE_HEADS = (
+    "width",
+    "mean fan-in",
+    "configuration",
+    "rank",
+    *WHICH,
+    "loss before",
+    "lowest",
+)
 
 
 def rate_rows(found: Mapping[Key, Found]) -> Iterator[list[str]]:
     for key, each in sorted(found.items()):
         width, config, rank = key
-        seeds = {which: [getattr(one, which, None) for one in each.by_seed] for which in WHICH}
+        seeds = {
+            which: [getattr(one, which, None) for one in each.by_seed]
+            for which in WHICH
+        }
         rates = [
             f"{number(getattr(each.both, w))} ({', '.join(number(x, 1) for x in seeds[w])})"
             for w in WHICH
         ]
         at = [str(width), number(mean_fan_in(width), 0), config, str(rank or "–")]
-        yield [*at, *rates, number(each.start, 3), number(min(each.both.means.values()), 3)]
+        yield [
+            *at,
+            *rates,
+            number(each.start, 3),
+            number(min(each.both.means.values()), 3),
+        ]

@@ -73,9 +73,19 @@ FORMS = (
     Form("µA, level", RATIO, {"b": EIGHT, "o": LEVELS}),
     Form("µA, largest, level", RATIO, {"b": EIGHT, "o": LEVELS}, full_width="largest"),
     Form("µA, largest, tokens", RATIO, {"b": TOKENS}, full_width="largest"),
-    Form("µA, largest, tokens, level", RATIO, {"b": TOKENS, "o": LEVELS}, full_width="largest"),
+    Form(
+        "µA, largest, tokens, level",
+        RATIO,
+        {"b": TOKENS, "o": LEVELS},
+        full_width="largest",
+    ),
     Form("one constant", one_constant, {"T": TIMES, "b": EIGHT}),
-    Form("one constant, largest", one_constant, {"T": TIMES, "b": EIGHT}, full_width="largest"),
+    Form(
+        "one constant, largest",
+        one_constant,
+        {"T": TIMES, "b": EIGHT},
+        full_width="largest",
+    ),
     Form("one constant, tokens", one_constant, {"T": TIMES, "b": TOKENS}),
     Form(
         "one constant, largest, tokens",
@@ -99,10 +109,13 @@ def main() -> None:
 
 def verdict(fitted: Sequence[Fit]) -> str:
     """State which form the rule names, with its figures."""
-    named = {criterion: winner(judged(scores(fitted, criterion))) for criterion in CRITERIA}
+    named = {
+        criterion: winner(judged(scores(fitted, criterion))) for criterion in CRITERIA
+    }
     first, tied = named[CRITERIA[0]]
     others = ", ".join(
-        f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:]
+        f"by {criterion} it names {form.name}"
+        for criterion, (form, _) in list(named.items())[1:]
     )
     figures = [
         f"{use.capitalize()}, rms octaves by vertex / cliff, median and worst regret: "

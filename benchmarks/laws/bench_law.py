@@ -78,11 +78,26 @@ def sweep() -> None:
 
 
 def append(
-    model: str, rank: int | str, alpha: float | None, width: int, lr: float, seed: int, loss: str
+    model: str,
+    rank: int | str,
+    alpha: float | None,
+    width: int,
+    lr: float,
+    seed: int,
+    loss: str,
 ) -> None:
     """Append a run to the package's sweep."""
     with DEMO_SWEEP.open("a", newline="") as file:
-        row = [model, rank, alpha, width, repr(lr), seed, f"{untrained(seed):.4f}", loss]
+        row = [
+            model,
+            rank,
+            alpha,
+            width,
+            repr(lr),
+            seed,
+            f"{untrained(seed):.4f}",
+            loss,
+        ]
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
@@ -92,7 +107,8 @@ def _runs() -> Iterator[tuple[str, int, int, float, int]]:
             alpha = ALPHA if model == KEPT else rank
             low = LOWEST if (rank, model, seeds) == (256, FOLLOWS, SEEDS) else ()
             yield from (
-                (model, rank, alpha, 2.0**exponent, seed) for exponent in (*low, *exponents[model])
+                (model, rank, alpha, 2.0**exponent, seed)
+                for exponent in (*low, *exponents[model])
             )
 
 
@@ -116,12 +132,23 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-AT_INIT_A = tuple(law for law in COMPARED if law != "falling")  # at Init[A] it equals "mua"
-LAWS = ("mua", "mua?tokens=4", "mua?tokens=8", "mua?tokens=16", "mua?tokens=32", *AT_INIT_A[1:])
+AT_INIT_A = tuple(
+    law for law in COMPARED if law != "falling"
+)  # at Init[A] it equals "mua"
+LAWS = (
+    "mua",
+    "mua?tokens=4",
+    "mua?tokens=8",
+    "mua?tokens=16",
+    "mua?tokens=32",
+    *AT_INIT_A[1:],
+)
 # Candidates for leave-one-model-out: the law with the lowest mean error on the other models is chosen.
 FAMILIES: dict[str, list[Law]] = {
     "tokens of mua": [MuA(tokens=2.0 ** (half / 2)) for half in range(-4, 19)],
-    "a power of the rank": [Power(exponent=step / 50, law=Constant()) for step in range(-30, 31)],
+    "a power of the rank": [
+        Power(exponent=step / 50, law=Constant()) for step in range(-30, 31)
+    ],
     "tokens and a power": [
         Power(exponent=step / 20, law=MuA(tokens=2.0**t))
         for step in range(-6, 7)
@@ -132,7 +159,9 @@ FAMILIES: dict[str, list[Law]] = {
 
 @main.command()
 @click.argument("published", type=click.Path(exists=True, path_type=Path))
-@click.option("--alpha", default=32.0, show_default=True, help="Alpha of the published sweep.")
+@click.option(
+    "--alpha", default=32.0, show_default=True, help="Alpha of the published sweep."
+)
 def table(published: Path, alpha: float) -> None:
     """Write results/bench_law.json and .md."""
     rows: list[dict[str, Any]] = []
@@ -146,7 +175,8 @@ def table(published: Path, alpha: float) -> None:
                     for name, laws in FAMILIES.items()
                 ]
             rows += [
-                {"sweep": source.name, "best rate by": best, **score.row()} for score in scores
+                {"sweep": source.name, "best rate by": best, **score.row()}
+                for score in scores
             ]
     record(
         "bench_law",
@@ -158,14 +188,25 @@ def table(published: Path, alpha: float) -> None:
 
 
 @main.command()
-@click.argument("sweep", type=click.Path(exists=True, path_type=Path), default=DEMO_SWEEP)
-@click.option(
-    "--law", "laws", multiple=True, default=COMPARED, help="A law, as for get_law. Repeatable."
+@click.argument(
+    "sweep", type=click.Path(exists=True, path_type=Path), default=DEMO_SWEEP
 )
 @click.option(
-    "--best", type=click.Choice(["parabola", "bowl"]), default="parabola", show_default=True
+    "--law",
+    "laws",
+    multiple=True,
+    default=COMPARED,
+    help="A law, as for get_law. Repeatable.",
 )
-@click.option("--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one.")
+@click.option(
+    "--best",
+    type=click.Choice(["parabola", "bowl"]),
+    default="parabola",
+    show_default=True,
+)
+@click.option(
+    "--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one."
+)
 @_options.ALPHA
 @_options.OPTIMIZER
 @_options.COLUMN
@@ -187,7 +228,8 @@ def _left_out(label: str, laws: Sequence[Law], curves: Sequence[LossCurve]) -> L
     moves: list[Move] = []
     for model in dict.fromkeys(curve.model for curve in curves):
         others = [
-            [abs(move.octaves) for move in score.moves if move.model != model] for score in scored
+            [abs(move.octaves) for move in score.moves if move.model != model]
+            for score in scored
         ]
         best = min(range(len(laws)), key=lambda i: statistics.fmean(others[i]))
         moves += [move for move in scored[best].moves if move.model == model]

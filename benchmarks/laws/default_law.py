@@ -140,7 +140,10 @@ class Sweep:
 
     def sources(self, cell: Cell) -> dict[str, list[float]]:
         """log2 of a cell's best rate: over all seeds, and of each seed alone. The grid's where there is no vertex."""
-        return {ALL_SEEDS: [best_at(self.done, cell)], ONE_SEED: best_by_seed(self.done, cell)}
+        return {
+            ALL_SEEDS: [best_at(self.done, cell)],
+            ONE_SEED: best_by_seed(self.done, cell),
+        }
 
     def regret(self, cell: Cell) -> Callable[[float], tuple[float, float]]:
         """A cell's regret by log2 of the rate: by the spline, and on straight lines."""
@@ -175,7 +178,9 @@ def moves(sweep: Sweep, ways: Sequence[Way] = WAYS) -> Iterator[Moved]:
     for config, column in COLUMNS.items():
         ranks = ranks_in(sweep.done, sweep.domain, config)
         whole = () if config in RSLORA else full
-        regrets = {rank: sweep.regret(sweep.cell(config, rank)) for rank in (*ranks, *whole)}
+        regrets = {
+            rank: sweep.regret(sweep.cell(config, rank)) for rank in (*ranks, *whole)
+        }
         into_full = FROM_B if column == AT_B else FROM_A
         for a in ranks:
             for source, rates in sweep.sources(sweep.cell(config, a)).items():
@@ -207,7 +212,10 @@ def outside() -> Iterator[Sweep]:
     for store in sorted((RESULTS / "one_constant").glob("*.jsonl")):
         yield from of_seeds("batch, steps or warm-up changed", store, 3, " | ")
     yield from of_seeds(
-        "Init[B], batch, steps or warm-up changed", RESULTS / "init_b_runs.jsonl", 2, "; "
+        "Init[B], batch, steps or warm-up changed",
+        RESULTS / "init_b_runs.jsonl",
+        2,
+        "; ",
     )
     yield from other_optimizers()
     yield from base_rates()
@@ -226,7 +234,9 @@ def of_seeds(group: str, store: Path, seeds: int, mark: str = " | ") -> Iterator
             and config in (*CONFIGS, "full")
             and "frozen" not in change
         ):
-            sweeps.setdefault((job.domain, change), {})[job._replace(scheme=config)] = loss
+            sweeps.setdefault((job.domain, change), {})[job._replace(scheme=config)] = (
+                loss
+            )
     for (domain, change), done in sweeps.items():
         start = {job: loss for job, loss in every.items() if job[:2] == (domain, START)}
         yield Sweep(
@@ -242,11 +252,15 @@ def other_optimizers() -> Iterator[Sweep]:
     """Adam and its variants of law_check.py's first sweep, at alpha = rank."""
     every, domain = read(RESULTS / "law_check.jsonl"), "image_generation"
     mine = {
-        job._replace(domain=domain): loss for job, loss in every.items() if job.domain != domain
+        job._replace(domain=domain): loss
+        for job, loss in every.items()
+        if job.domain != domain
     }
     for name in ("AdamW", "Lion", "schedule-free AdamW"):
         done = {
-            job if job.scheme == START else job._replace(scheme=next(iter(CONFIGS))): loss
+            job
+            if job.scheme == START
+            else job._replace(scheme=next(iter(CONFIGS))): loss
             for job, loss in mine.items()
             if job.scheme in (START, name)
         }
@@ -262,19 +276,31 @@ def other_optimizers() -> Iterator[Sweep]:
 def base_rates() -> Iterator[Sweep]:
     """One rate of two_rates.py. Its base rates are those of rank 16, which the law with 8 tokens moved to the run's."""
     every, config = read(RESULTS / "two_rates.jsonl"), next(iter(CONFIGS))
-    for domain, start in json.loads((RESULTS / "two_rates.json").read_text())["starts"].items():
+    for domain, start in json.loads((RESULTS / "two_rates.json").read_text())[
+        "starts"
+    ].items():
         done: dict[Job, float | None] = {Job(domain, START, FULL, 0.0, 0): start}
         for job, loss in every.items():
             if job[:2] == (domain, "one rate"):
                 x = job.x + octaves(domain, config, job.rank, MuA(tokens=8.0))
                 done[job._replace(scheme=config, x=x)] = loss
-        yield Sweep("moved by 8 tokens in the runs", domain, domain, done, partial(by_law, domain))
+        yield Sweep(
+            "moved by 8 tokens in the runs",
+            domain,
+            domain,
+            done,
+            partial(by_law, domain),
+        )
 
 
 def widths() -> Iterator[Sweep]:
     """The networks of width.py, from rank 16 to full finetuning."""
     for name in width.NETWORKS:
-        done = {job: loss for job, loss in read(width.store_of(name)).items() if job.domain == name}
+        done = {
+            job: loss
+            for job, loss in read(width.store_of(name)).items()
+            if job.domain == name
+        }
         yield Sweep("other widths", name, name, done, partial(to_full, name))
 
 
@@ -288,7 +314,9 @@ def to_full(network: str, config: str, law: Law) -> Shift:
 # --- the rule -------------------------------------------------------------------------------------------------------
 
 
-def figures(moved: Sequence[Moved], by: str = "on_lines") -> dict[str, dict[str, float]]:
+def figures(
+    moved: Sequence[Moved], by: str = "on_lines"
+) -> dict[str, dict[str, float]]:
     """{way: {domain: its figure}}: the mean over columns of the mean over sources of the mean over moves."""
     found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
     for each in moved:
@@ -298,10 +326,15 @@ def figures(moved: Sequence[Moved], by: str = "on_lines") -> dict[str, dict[str,
             ).append(getattr(each, by))
     by_way: dict[str, dict[str, float]] = {}
     for (
-        way,
-        domain,
-    ), cells in found.items():  # both sources are in every column, so they weigh the same
-        by_way.setdefault(way, {})[domain] = statistics.fmean(map(statistics.fmean, cells.values()))
+        (
+            way,
+            domain,
+        ),
+        cells,
+    ) in found.items():  # both sources are in every column, so they weigh the same
+        by_way.setdefault(way, {})[domain] = statistics.fmean(
+            map(statistics.fmean, cells.values())
+        )
     return by_way
 
 
@@ -315,21 +348,27 @@ def least(of: Mapping[str, Mapping[str, float]], left_out: str | None = None) ->
 
 
 def over_domains(by_domain: Mapping[str, float], left_out: str | None = None) -> float:
-    return statistics.fmean(figure for domain, figure in by_domain.items() if domain != left_out)
+    return statistics.fmean(
+        figure for domain, figure in by_domain.items() if domain != left_out
+    )
 
 
 def keeps_distance(of: Mapping[str, Mapping[str, float]], tokens: float) -> bool:
     """Whether the distance is supported: it lowers the mean over domains, and the mean without each domain."""
     near, far = (of[default_of(tokens, added).name] for added in (0.0, DISTANCE))
     return all(
-        over_domains(far, left_out) < over_domains(near, left_out) for left_out in (None, *near)
+        over_domains(far, left_out) < over_domains(near, left_out)
+        for left_out in (None, *near)
     )
 
 
 def scores(moved: Iterable[Moved], source: str) -> dict[tuple[str, str], Score]:
     """{(way, column): score} of moves whose rates come from a source."""
     mine = sorted((each for each in moved if each.source == source), key=cell_of)
-    return {cell: score(each.regret for each in moves) for cell, moves in groupby(mine, cell_of)}
+    return {
+        cell: score(each.regret for each in moves)
+        for cell, moves in groupby(mine, cell_of)
+    }
 
 
 def cell_of(moved: Moved) -> tuple[str, str]:
@@ -339,11 +378,20 @@ def cell_of(moved: Moved) -> tuple[str, str]:
 def bar(of: Mapping[tuple[str, str], Score], way: Way) -> Iterator[tuple[str, str]]:
     """Every column and whether the bar holds there, in words."""
     for column in JUDGED:
-        mine, others = of[way.name, column], [of[other.name, column] for other in (ONE_RATE, PAPER)]
-        mean, high = min(each.mean for each in others), min(each.high for each in others)
+        mine, others = (
+            of[way.name, column],
+            [of[other.name, column] for other in (ONE_RATE, PAPER)],
+        )
+        mean, high = (
+            min(each.mean for each in others),
+            min(each.high for each in others),
+        )
         said = [
             f"{what} {percent(own)} against {percent(best)}"
-            for what, own, best in (("mean", mine.mean, mean), ("95th percentile", mine.high, high))
+            for what, own, best in (
+                ("mean", mine.mean, mean),
+                ("95th percentile", mine.high, high),
+            )
             if own > best
         ]
         yield column, "does NOT hold: " + ", ".join(said) if said else "holds"
@@ -372,11 +420,16 @@ def priors(tokens: float) -> dict[str, Simulation]:
     laws = MuA(tokens=8.0), MuA(tokens=tokens)
     regrets: dict[str, dict[str, list[tuple[float, ...]]]] = {"LoRA": {}, "full": {}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RankAwareWarning)  # extrapolations are asked for on purpose
+        warnings.simplefilter(
+            "ignore", RankAwareWarning
+        )  # extrapolations are asked for on purpose
         for index, on in enumerate(study_surfaces()):
             for plan in PLANS:
                 for draw in range(STUDIES):
-                    both = [losses_of(on, calibrated(on, plan, (index, draw), law)) for law in laws]
+                    both = [
+                        losses_of(on, calibrated(on, plan, (index, draw), law))
+                        for law in laws
+                    ]
                     for what, pairs in regrets.items():
                         ranks = on.ranks if what == "LoRA" else [FULL]
                         pairs.setdefault(on.domain, []).extend(
@@ -387,7 +440,9 @@ def priors(tokens: float) -> dict[str, Simulation]:
 
 def losses_of(on: Surface, recipe: Recipe) -> dict[int, float]:
     """Regret of a recipe's rates, by rank."""
-    return {rank: on.mean[rank](rate_of(recipe, on, rank)[0]) for rank in (*on.ranks, FULL)}
+    return {
+        rank: on.mean[rank](rate_of(recipe, on, rank)[0]) for rank in (*on.ranks, FULL)
+    }
 
 
 def compared(by_domain: Mapping[str, Sequence[tuple[float, ...]]]) -> Simulation:
@@ -420,7 +475,9 @@ IN_LOSS = (
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
+)
 def main(files: tuple[Path, ...]) -> None:
     """Apply the rule, make the checks, and write results/default_law.md and .json."""
     on = machine(1)
@@ -429,7 +486,11 @@ def main(files: tuple[Path, ...]) -> None:
     tokens = least(by_way)
     distance = keeps_distance(by_way, tokens)
     shown = (ONE_RATE, PAPER, TODAY, default_of(tokens), default_of(tokens, DISTANCE))
-    beyond = [each for sweep in outside() for each in moves(sweep, tuple(dict.fromkeys(shown)))]
+    beyond = [
+        each
+        for sweep in outside()
+        for each in moves(sweep, tuple(dict.fromkeys(shown)))
+    ]
     simulated = priors(tokens)
     in_loss = [row for path in files for row in rows_of(path, shown)]
     parts = [
@@ -439,7 +500,9 @@ def main(files: tuple[Path, ...]) -> None:
         said_of_prior(tokens, simulated),
         (__doc__ or "").partition("json\n")[2].strip(),
         block(
-            "The figure of each candidate, %", ["way", "mean", *STUDY], list(figure_rows(by_way))
+            "The figure of each candidate, %",
+            ["way", "mean", *STUDY],
+            list(figure_rows(by_way)),
         ),
         block(
             "The same by the spline",
@@ -452,9 +515,15 @@ def main(files: tuple[Path, ...]) -> None:
             for source in SOURCES
         ),
         SCORED,
-        block("The bar", ["way", "column", *SOURCES], list(bar_rows(inside, shown[-2:]))),
+        block(
+            "The bar", ["way", "column", *SOURCES], list(bar_rows(inside, shown[-2:]))
+        ),
         *outside_tables(beyond, shown),
-        block("Published sweeps, in loss", list(in_loss[0]), [[*row.values()] for row in in_loss]),
+        block(
+            "Published sweeps, in loss",
+            list(in_loss[0]),
+            [[*row.values()] for row in in_loss],
+        ),
         IN_LOSS,
         made_on(on),
     ]
@@ -485,9 +554,14 @@ FOLDS = [
 ]
 
 
-def verdict(by_way: Mapping[str, Mapping[str, float]], tokens: float, distance: bool) -> str:
+def verdict(
+    by_way: Mapping[str, Mapping[str, float]], tokens: float, distance: bool
+) -> str:
     """What the rule names, with its figures."""
-    near, far = (over_domains(by_way[default_of(tokens, added).name]) for added in (0.0, DISTANCE))
+    near, far = (
+        over_domains(by_way[default_of(tokens, added).name])
+        for added in (0.0, DISTANCE)
+    )
     others = ", ".join(
         f"{way.name} {number(100 * over_domains(by_way[way.name]), 2)} %"
         for way in map(default_of, TOKENS)
@@ -535,18 +609,26 @@ def fold_rows(by_way: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
         ]
 
 
-def in_columns(title: str, of: Mapping[tuple[str, str], Score], ways: Sequence[Way]) -> str:
+def in_columns(
+    title: str, of: Mapping[tuple[str, str], Score], ways: Sequence[Way]
+) -> str:
     """A table of scores, a column of the study each."""
     columns = [
         column
         for column in (FOLLOWS, KEPT, RS, AT_B, FROM_A, FROM_B)
         if (ways[0].name, column) in of
     ]
-    heads = ["way", *(f"{column} ({of[ways[0].name, column].count})" for column in columns)]
+    heads = [
+        "way",
+        *(f"{column} ({of[ways[0].name, column].count})" for column in columns),
+    ]
     return block(
         title,
         heads,
-        [[way.name, *(of[way.name, column].words(2) for column in columns)] for way in ways],
+        [
+            [way.name, *(of[way.name, column].words(2) for column in columns)]
+            for way in ways
+        ],
     )
 
 
@@ -555,7 +637,9 @@ def bar_rows(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[list[str]]
     by_source = [scores(moved, source) for source in SOURCES]
     for way in ways:
         held = [dict(bar(of, way)) for of in by_source]
-        yield from ([way.name, column, *(each[column] for each in held)] for column in JUDGED)
+        yield from (
+            [way.name, column, *(each[column] for each in held)] for column in JUDGED
+        )
 
 
 def outside_tables(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[str]:

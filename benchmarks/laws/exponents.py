@@ -41,14 +41,28 @@ RESTS_ON = ("laws.adam", "laws.lamb")
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (4, 64, 512)
-SEEDS = {4: 6, 64: 2, 512: 1}  # draws to average, by tokens: with few tokens, draws differ more
+SEEDS = {
+    4: 6,
+    64: 2,
+    512: 1,
+}  # draws to average, by tokens: with few tokens, draws differ more
 GAMMAS = (0.0, 0.5, 1.0)
-PLAIN_ADAFACTOR = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+PLAIN_ADAFACTOR = {
+    "scale_parameter": False,
+    "relative_step": False,
+    "warmup_init": False,
+}
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("adamw", {}),
     "RMSprop": ("rmsprop", {}),
-    "transformers' Adafactor, unscaled": ("transformers.optimization:Adafactor", PLAIN_ADAFACTOR),
-    "torch_optimizer's Lamb": ("torch_optimizer:Lamb", {"debias": True, "clamp_value": 1e9}),
+    "transformers' Adafactor, unscaled": (
+        "transformers.optimization:Adafactor",
+        PLAIN_ADAFACTOR,
+    ),
+    "torch_optimizer's Lamb": (
+        "torch_optimizer:Lamb",
+        {"debias": True, "clamp_value": 1e9},
+    ),
 }
 BARS = {"sign-like": 0.1}
 STEPS = 4
@@ -61,7 +75,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--only", default=None, help="The optimizers to run, by a part of their name.")
+@click.option(
+    "--only", default=None, help="The optimizers to run, by a part of their name."
+)
 @click.option("--widest", default=max(WIDTHS), help="Leave out wider layers.")
 def run(only: str | None, widest: int) -> None:
     """Solve for every missing rate and store it."""
@@ -71,9 +87,12 @@ def run(only: str | None, widest: int) -> None:
     for label in OPTIMIZERS:
         if only is not None and only not in label:
             continue
-        for tokens, width in itertools.product(TOKENS, [w for w in WIDTHS if w <= widest]):
+        for tokens, width in itertools.product(
+            TOKENS, [w for w in WIDTHS if w <= widest]
+        ):
             points = [
-                (label, tokens, width, *rest) for rest in itertools.product("AB", GAMMAS, RANKS)
+                (label, tokens, width, *rest)
+                for rest in itertools.product("AB", GAMMAS, RANKS)
             ]
             missing = [key for key in points if _key(*key) not in rates]
             for key in missing:
@@ -82,7 +101,9 @@ def run(only: str | None, widest: int) -> None:
             if missing:
                 store["machine"] = measured_on()
                 STORE.write_text(json.dumps(store, indent=0) + "\n")
-                click.echo(f"{label}, {tokens} tokens, width {width}: {len(missing)} rates")
+                click.echo(
+                    f"{label}, {tokens} tokens, width {width}: {len(missing)} rates"
+                )
 
 
 @main.command()
@@ -101,7 +122,9 @@ def table() -> None:
         if any(row["optimizer"] == label for row in rows)
     ]
     notes = [__doc__.split("\n\n")[-1].replace("\n", " ").strip(), "\n".join(notes)]
-    text = page("Exponents of the best rate: formula and check", heads, cells, made_on(), notes)
+    text = page(
+        "Exponents of the best rate: formula and check", heads, cells, made_on(), notes
+    )
     (RESULTS / "exponents.md").write_text(text)
     click.echo("\n\n".join(notes))
 
@@ -137,7 +160,9 @@ def _law(label: str, tokens: int) -> MuA:
     return bound
 
 
-def _solve(label: str, tokens: int, width: int, init: str, gamma: float, rank: int) -> float | None:
+def _solve(
+    label: str, tokens: int, width: int, init: str, gamma: float, rank: int
+) -> float | None:
     """log2 of the rate that changes the output by an rms of 1, as a mean over seeds; None where no rate does."""
     name, settings = OPTIMIZERS[label]
     stepper, scaling = Stepper(get_optimizer_class(name), settings, STEPS), rank**-gamma
@@ -150,7 +175,8 @@ def _solve(label: str, tokens: int, width: int, init: str, gamma: float, rank: i
         )
         return math.log2(
             rates_for(
-                lambda lr: change_of(batch, step_pair(batch, start, stepper, lr, lr)), start=guess
+                lambda lr: change_of(batch, step_pair(batch, start, stepper, lr, lr)),
+                start=guess,
             )
         )
 
@@ -168,13 +194,17 @@ def _batch(width: int, tokens: int, seed: int) -> Batch:
 def rows_of(label: str, rates: dict[str, float | None]) -> list[dict[str, Any]]:
     rows = []
     for init, gamma, tokens in itertools.product("AB", GAMMAS, TOKENS):
-        widths = [w for w in WIDTHS if _key(label, tokens, w, init, gamma, RANKS[-1]) in rates]
+        widths = [
+            w for w in WIDTHS if _key(label, tokens, w, init, gamma, RANKS[-1]) in rates
+        ]
         grid = list(itertools.product(widths, RANKS))
         check = [rates[_key(label, tokens, w, init, gamma, r)] for w, r in grid]
         if not check:
             continue
         law = _law(label, tokens)
-        formula = [math.log2(law.sigma(init, r, float(r) ** -gamma, w)) for w, r in grid]
+        formula = [
+            math.log2(law.sigma(init, r, float(r) ** -gamma, w)) for w, r in grid
+        ]
         start = {
             "optimizer": label,
             "family": law.family,
@@ -183,7 +213,11 @@ def rows_of(label: str, rates: dict[str, float | None]) -> list[dict[str, Any]]:
             "tokens": tokens,
         }
         rows.append(
-            {**start, "widths": f"{widths[0]}–{widths[-1]}", **_compared(grid, formula, check)}
+            {
+                **start,
+                "widths": f"{widths[0]}–{widths[-1]}",
+                **_compared(grid, formula, check),
+            }
         )
     return rows
 
@@ -194,7 +228,8 @@ def _compared(
     solved = [i for i, value in enumerate(check) if value is not None]
     if len(solved) < len(grid):
         return dict.fromkeys(
-            ("r: formula", "r: check", "r: off", "n: formula", "n: check", "n: off"), "not reached"
+            ("r: formula", "r: check", "r: off", "n: formula", "n: check", "n: off"),
+            "not reached",
         )
     ours, theirs = _exponents(grid, formula), _exponents(grid, check)
     pairs = zip("rn", ours, theirs, strict=True)
@@ -205,7 +240,9 @@ def _compared(
     }
 
 
-def _exponents(grid: list[tuple[int, int]], log2_rates: list[Any]) -> tuple[float, float]:
+def _exponents(
+    grid: list[tuple[int, int]], log2_rates: list[Any]
+) -> tuple[float, float]:
     """Exponents in rank and in width, fitted together to log2 rates on a grid of (rank, width)."""
     design = np.array([(1.0, math.log2(r), math.log2(w)) for w, r in grid])
     fitted = np.linalg.lstsq(design, np.array(log2_rates, dtype=float), rcond=None)[0]
@@ -225,7 +262,9 @@ def summary(rows: list[dict[str, Any]], label: str) -> str:
     worst = {x: max(abs(float(row[f"{x}: off"])) for row in reached) for x in "rn"}
     bar = BARS.get(mine[0]["family"])
     verdict = (
-        "" if bar is None else f", bar {bar}: {'met' if max(worst.values()) <= bar else 'MISSED'}"
+        ""
+        if bar is None
+        else f", bar {bar}: {'met' if max(worst.values()) <= bar else 'MISSED'}"
     )
     return f"* {label} ({mine[0]['family']}): worst {worst['r']:.2f} in rank, {worst['n']:.2f} in width{verdict}{missed}."
 

@@ -41,7 +41,9 @@ KNOWN = [
     ("DiT", "B", 32, -8.0, -9.7, BLOCK_128),
     ("SmolLM2-135M", "B", 64, -11.7, -12.8, SMOLLM2),
 ]
-DRIFT_B = -0.45  # prior exponent of Init[B]'s drift in rank, applied from the rank up to the width
+DRIFT_B = (
+    -0.45
+)  # prior exponent of Init[B]'s drift in rank, applied from the rank up to the width
 
 
 @click.group()
@@ -60,7 +62,15 @@ def sweep() -> None:
                 run = (rank, 2.0**exponent, seed)
                 if run not in done:
                     width = LITE0[2] if rank is None else LITE0[1]
-                    append(FOLLOWS, rank or "full", rank, width, run[1], seed, f"{run_at(run):.4f}")
+                    append(
+                        FOLLOWS,
+                        rank or "full",
+                        rank,
+                        width,
+                        run[1],
+                        seed,
+                        f"{run_at(run):.4f}",
+                    )
 
 
 @main.command()
@@ -75,7 +85,16 @@ def table() -> None:
             if r
         ),
     ]
-    heads = ("network", "init", "rank", "best LoRA", "best full", "model width", "mean", "largest")
+    heads = (
+        "network",
+        "init",
+        "rank",
+        "best LoRA",
+        "best full",
+        "model width",
+        "mean",
+        "largest",
+    )
     lines = [
         "# Which width decides full finetuning",
         "",
@@ -91,7 +110,10 @@ def table() -> None:
             + " | ".join(f"{e:+.2f}" for e in errors)
             + " |"
         )
-    lines += ["", f"Made by `python benchmarks/laws/full_width.py table` on {machine(1)}"]
+    lines += [
+        "",
+        f"Made by `python benchmarks/laws/full_width.py table` on {machine(1)}",
+    ]
     lines.append(
         f"EfficientNet-lite0: {STEPS} steps, seeds {SEEDS}, grid of one octave, the package's `demo_sweep.csv`."
     )
@@ -102,7 +124,9 @@ def table() -> None:
 def _story(rows: list) -> str:
     def summary(init: str, index: int) -> str:
         errors = [
-            _error(i, r, lora, full, w[1], w[index]) for _, i, r, lora, full, w in rows if i == init
+            _error(i, r, lora, full, w[1], w[index])
+            for _, i, r, lora, full, w in rows
+            if i == init
         ]
         mean = sum(errors) / len(errors)
         return f"{mean:+.2f} ± {math.sqrt(sum((e - mean) ** 2 for e in errors) / (len(errors) - 1)):.2f}"
@@ -116,11 +140,15 @@ def _story(rows: list) -> str:
     )
 
 
-def _error(init: str, rank: int, lora: float, full: float, mean: float, width: float) -> float:
+def _error(
+    init: str, rank: int, lora: float, full: float, mean: float, width: float
+) -> float:
     """Octaves by which the law's full rate lies above the best one found."""
     reference = Reference(rank, rank, init=init, fan_in=mean)  # type: ignore[arg-type]
     moved = math.log2(
-        MuA(tokens=8.0).multiplier(Factor("full", "full", None, width, width), reference)
+        MuA(tokens=8.0).multiplier(
+            Factor("full", "full", None, width, width), reference
+        )
     )
     drift = DRIFT_B * math.log2(width / rank) if init == "B" else 0.0
     return lora + moved + drift - full

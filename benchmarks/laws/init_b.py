@@ -62,7 +62,10 @@ from rankaware_optim import Falling, MuA
 from rankaware_optim.transfer import capture
 
 RESTS_ON = ("laws.adam", "scores")
-KNEES, POWER = (1.0, 2.0, 4.0, 8.0, 16.0), 0.5  # of `Falling` at the time of the rule above
+KNEES, POWER = (
+    (1.0, 2.0, 4.0, 8.0, 16.0),
+    0.5,
+)  # of `Falling` at the time of the rule above
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
 COARSE = range(-13, -2, 2)
@@ -100,10 +103,19 @@ def step(chosen: tuple[str, ...]) -> None:
 
 def exponents_of(domain: Domain) -> dict[str, Any]:
     by_rank = {rank: steps_of(domain, rank) for rank in (1, *domain.ranks)}
-    layers = [layer for layer in by_rank[1] if all(layer in steps for steps in by_rank.values())]
+    layers = [
+        layer
+        for layer in by_rank[1]
+        if all(layer in steps for steps in by_rank.values())
+    ]
     found = {
         what: [
-            slope({r: math.log2(getattr(steps[layer], what)) for r, steps in by_rank.items()})
+            slope(
+                {
+                    r: math.log2(getattr(steps[layer], what))
+                    for r, steps in by_rank.items()
+                }
+            )
             for layer in layers
         ]
         for what in Step._fields
@@ -115,7 +127,9 @@ def exponents_of(domain: Domain) -> dict[str, Any]:
     return {
         "layers": len(layers),
         "exponents": {what: statistics.median(each) for what, each in found.items()},
-        "quartiles": {what: statistics.quantiles(each, n=4)[::2] for what, each in found.items()},
+        "quartiles": {
+            what: statistics.quantiles(each, n=4)[::2] for what, each in found.items()
+        },
         "cosine": whole,
     }
 
@@ -129,7 +143,11 @@ def steps_of(domain: Domain, rank: int) -> dict[str, Step]:
         for name, module in model.named_modules()
         if name in seen
     }
-    return {name: step_of(x, g, factors[name]) for name, (x, g) in seen.items() if g.norm() > 0}
+    return {
+        name: step_of(x, g, factors[name])
+        for name, (x, g) in seen.items()
+        if g.norm() > 0
+    }
 
 
 def step_of(x: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> Step:
@@ -175,7 +193,10 @@ SETTINGS = {
 @click.option("--domain", "name", type=click.Choice(names()), required=True)
 @click.option("--workers", default=2, show_default=True)
 @click.option(
-    "--settings", default=len(SETTINGS), show_default=True, help="The first so many only."
+    "--settings",
+    default=len(SETTINGS),
+    show_default=True,
+    help="The first so many only.",
 )
 def sweep(name: str, workers: int, settings: int) -> None:
     """Append every missing run of a domain."""
@@ -197,7 +218,9 @@ def run_one(job: Job) -> float | None:
         round(domain.steps * setting.steps),
         frozen(domain) if setting.frozen_b else domain.build,
     )
-    altered = replace(domain, steps=steps, build=build, **in_batches_of(domain, setting.batch))
+    altered = replace(
+        domain, steps=steps, build=build, **in_batches_of(domain, setting.batch)
+    )
     return run_in(altered, job, setting.warmup)
 
 
@@ -255,7 +278,11 @@ def table() -> None:
             ["domain", "layers", *Step._fields, "cosine at each rank"],
             [step_row(name, found) for name, found in steps.items()],
         ),
-        block("The best rate: log2, and its exponent in rank", heads, [shown(row) for row in rows]),
+        block(
+            "The best rate: log2, and its exponent in rank",
+            heads,
+            [shown(row) for row in rows],
+        ),
         block(
             "The study's best rates against `Falling`: rms octaves over its ranks, about their mean, by knee",
             ["domain", "no fall", *(f"r₀ = {knee:g}" for knee in KNEES)],
@@ -264,7 +291,9 @@ def table() -> None:
         made_by(on, RUNS),
     ]
     (RESULTS / "init_b.md").write_text("\n\n".join(parts) + "\n")
-    (RESULTS / "init_b.json").write_text(json.dumps({"machine": on, "rows": rows}) + "\n")
+    (RESULTS / "init_b.json").write_text(
+        json.dumps({"machine": on, "rows": rows}) + "\n"
+    )
     click.echo("\n\n".join(parts[2:]))
 
 
@@ -277,14 +306,18 @@ def knee_rows() -> Iterator[list[str]]:
             mua = MuA(tokens=8.0)  # the default when the rule was written
             laws = [mua, *(Falling(knee, POWER, mua) for knee in KNEES)]
             off = [
-                statistics.pstdev(x - octaves(name, SCHEME, rank, law) for rank, x in found.items())
+                statistics.pstdev(
+                    x - octaves(name, SCHEME, rank, law) for rank, x in found.items()
+                )
                 for law in laws
             ]
             yield [name, *(number(octave, 2) for octave in off)]
 
 
 def step_row(name: str, found: Mapping[str, Any]) -> list[str]:
-    cosines = ", ".join(f"{value:.2f} ({rank})" for rank, value in found["cosine"].items())
+    cosines = ", ".join(
+        f"{value:.2f} ({rank})" for rank, value in found["cosine"].items()
+    )
     return [
         name,
         str(found["layers"]),
@@ -319,12 +352,18 @@ def bests(done: Losses, cell: Cell) -> list[float | None]:
     if len(means) < 3:
         return []
     start = start_of(cell[0], done)
-    return [best_rate(each, start) for each in (means, *curves_by_seed(done, cell, SEEDS))]
+    return [
+        best_rate(each, start) for each in (means, *curves_by_seed(done, cell, SEEDS))
+    ]
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:
     setting = row["setting"]
-    how = [f"× {setting['steps']:g}", f"× {setting['batch']}", f"{setting['warmup']:.0%}"]
+    how = [
+        f"× {setting['steps']:g}",
+        f"× {setting['batch']}",
+        f"{setting['warmup']:.0%}",
+    ]
     how.append("A alone" if setting["frozen_b"] else "A and B")
     first, *by_seed = (number(x, 2, sign=True) for x in row["slopes"])
     return [

@@ -100,7 +100,8 @@ KNEES, POWERS, LEVELS = (
     eighths(-2.5, 2.5),
 )
 FALL, ON_FULL, ON_MUA = (
-    partial(by_level, level) for level in (falling, partial(power, full), partial(power, mua))
+    partial(by_level, level)
+    for level in (falling, partial(power, full), partial(power, mua))
 )
 THIRD = (1 / 3,)
 FORMS = (
@@ -124,7 +125,9 @@ FORMS = (
     ),
     Form("Falling, k = 4", FALL, {"k": (4.0,)}, judged=False),
     Form("power 1/3, o = -1/8", ON_FULL, {"p": THIRD, "o": (-0.125,)}, judged=False),
-    Form("power 1/3 on µA, o = -1/8", ON_MUA, {"p": THIRD, "o": (-0.125,)}, judged=False),
+    Form(
+        "power 1/3 on µA, o = -1/8", ON_MUA, {"p": THIRD, "o": (-0.125,)}, judged=False
+    ),
 )
 BEFORE, SHOWN = (
     next(form for form in FORMS if form.name == "Falling, k = 4"),
@@ -150,17 +153,22 @@ def main() -> None:
 def verdict(fitted: Sequence[Fit]) -> str:
     """State which form the rule names, with its figures."""
     by_criterion = {criterion: scores(fitted, criterion) for criterion in CRITERIA}
-    named = {criterion: winner(judged(each)) for criterion, each in by_criterion.items()}
+    named = {
+        criterion: winner(judged(each)) for criterion, each in by_criterion.items()
+    }
     first, tied = named[CRITERIA[0]]
     others = ", ".join(
-        f"by {criterion} it names {form.name}" for criterion, (form, _) in list(named.items())[1:]
+        f"by {criterion} it names {form.name}"
+        for criterion, (form, _) in list(named.items())[1:]
     )
     scored = by_criterion[CRITERIA[0]]
     known, _ = winner(judged(scored) | {BEFORE: scored[BEFORE]})
     shown = (first, *(form for form in FORMS if form is BEFORE or form.name in SHOWN))
     figures = [
         f"{use.capitalize()}, rms octaves by vertex / cliff, median and worst regret: "
-        + "; ".join(f"{form.name} {scores(fitted, CRITERIA[0], use)[form]}" for form in shown)
+        + "; ".join(
+            f"{form.name} {scores(fitted, CRITERIA[0], use)[form]}" for form in shown
+        )
         for use in USES
     ]
     return (

@@ -32,7 +32,14 @@ PUBLISHED_ALPHA = 32.0
 LAWS = dict(
     zip(
         bench_law.AT_INIT_A,
-        ("µA, 1 token (the default)", "µA, the paper's", "constant", "LoRA+", "1/r", "r^-1/2"),
+        (
+            "µA, 1 token (the default)",
+            "µA, the paper's",
+            "constant",
+            "LoRA+",
+            "1/r",
+            "r^-1/2",
+        ),
         strict=True,
     )
 )
@@ -54,11 +61,20 @@ def main(published: Path) -> None:
     """Write results/laws.md and its figures."""
     _make_missing(published)
     rates = exponents.load()["log2_rates"]
-    found = [row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)]
+    found = [
+        row for label in exponents.OPTIMIZERS for row in exponents.rows_of(label, rates)
+    ]
     _draw_exponents(found, RESULTS / "laws-exponents.png")
     _draw_errors(published, RESULTS / "laws-errors.png")
-    parts = ["# The laws, shown", OF_FAMILIES, *_exponents_page(found), *_yardstick_page()]
-    (RESULTS / "laws.md").write_text("\n\n".join([*parts, written_by(machine(1))]) + "\n")
+    parts = [
+        "# The laws, shown",
+        OF_FAMILIES,
+        *_exponents_page(found),
+        *_yardstick_page(),
+    ]
+    (RESULTS / "laws.md").write_text(
+        "\n\n".join([*parts, written_by(machine(1))]) + "\n"
+    )
     click.echo(f"{RESULTS / 'laws.md'}, laws-exponents.png, laws-errors.png")
 
 
@@ -130,7 +146,9 @@ def _worst(rows: Rows) -> str:
     reached = [row for row in rows if _reached(row)]
     if not reached:
         return "not reached" if rows else "–"
-    worst = ", ".join(f"{max(abs(float(row[f'{x}: off'])) for row in reached):.2f}" for x in "rn")
+    worst = ", ".join(
+        f"{max(abs(float(row[f'{x}: off'])) for row in reached):.2f}" for x in "rn"
+    )
     missed = len(rows) - len(reached)
     return f"{worst} ({missed} of {len(rows)} not reached)" if missed else worst
 
@@ -157,19 +175,32 @@ def _draw_exponents(rows: Rows, path: Path) -> None:
 
 def _draw_family(axis: Any, family: str, rows: Rows) -> None:
     bar = exponents.BARS.get(family)
-    values = [float(row[f"{x}: {by}"]) for row in rows for x in "rn" for by in ("check", "formula")]
+    values = [
+        float(row[f"{x}: {by}"])
+        for row in rows
+        for x in "rn"
+        for by in ("check", "formula")
+    ]
     ends = [min(values) - 0.3, max(values) + 0.3]
     axis.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
     if bar is not None:
         axis.fill_between(
-            ends, [e - bar for e in ends], [e + bar for e in ends], color="0.88", lw=0, zorder=-1
+            ends,
+            [e - bar for e in ends],
+            [e + bar for e in ends],
+            color="0.88",
+            lw=0,
+            zorder=-1,
         )
     for label, colour in zip(
         dict.fromkeys(row["optimizer"] for row in rows), COLOURS, strict=False
     ):
         mine = [row for row in rows if row["optimizer"] == label]
         for x, face in (("r", colour), ("n", "none")):
-            pairs = [[float(row[f"{x}: {by}"]) for row in mine] for by in ("check", "formula")]
+            pairs = [
+                [float(row[f"{x}: {by}"]) for row in mine]
+                for by in ("check", "formula")
+            ]
             axis.plot(
                 *pairs,
                 "o",
@@ -180,7 +211,9 @@ def _draw_family(axis: Any, family: str, rows: Rows) -> None:
             )
     axis.set(xlim=ends, ylim=ends, aspect="equal", xlabel="exponent by the check")
     axis.set_title(f"{family}{'' if bar is None else f', bar {bar:g}'}", fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axis.legend(
+        frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18)
+    )
     axis.set_anchor("N")
 
 
@@ -201,7 +234,9 @@ def _yardstick_page() -> Iterator[str]:
     for sweep in dict.fromkeys(row["sweep"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["sweep"] == sweep]
         yield _demoted(
-            page(f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes)
+            page(
+                f"Laws on {sweep}", *_yardstick_cells(rows), document["machine"], notes
+            )
         )
         notes = []  # only under the first table
 
@@ -210,7 +245,11 @@ def _yardstick_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
     finders = list(dict.fromkeys(row["best rate by"] for row in rows))
     heads = [
         "law",
-        *(f"{by}: {what}" for by in finders for what in ("octaves", "loss lost", "off the grid")),
+        *(
+            f"{by}: {what}"
+            for by in finders
+            for what in ("octaves", "loss lost", "off the grid")
+        ),
     ]
     found = {(row["law"], row["best rate by"]): row for row in rows}
     laws = dict.fromkeys(row["law"] for row in rows)
@@ -222,7 +261,11 @@ def _yardstick_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 def _law_name(text: str) -> str:
     tokens = text.removeprefix("mua?tokens=")
-    return f"µA, {tokens} tokens" if tokens != text else LAWS.get(text, text.replace("mua", "µA"))
+    return (
+        f"µA, {tokens} tokens"
+        if tokens != text
+        else LAWS.get(text, text.replace("mua", "µA"))
+    )
 
 
 def _score_cells(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -244,7 +287,9 @@ def _share(loss: float | str | None) -> str:
 
 def _draw_errors(published: Path, path: Path) -> None:
     """Draw a panel per sweep and a strip per law, with the error of every move."""
-    sources = {DEMO_SWEEP: None} | ({published: PUBLISHED_ALPHA} if published.exists() else {})
+    sources = {DEMO_SWEEP: None} | (
+        {published: PUBLISHED_ALPHA} if published.exists() else {}
+    )
     figure = Figure(figsize=(1.5 + 5.0 * len(sources), 4.2), layout="constrained")
     axes = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
     for axis, (source, alpha) in zip(axes, sources.items(), strict=True):
@@ -262,17 +307,27 @@ def _draw_errors(published: Path, path: Path) -> None:
 def _draw_strips(axis: Any, scores: Sequence[LawScore]) -> None:
     """Draw moves to higher ranks only, as moves back have the opposite errors; the axis is linear within an octave."""
     for y, score in enumerate(scores):
-        errors = sorted(move.octaves for move in score.moves if move.target.rank > move.source.rank)
+        errors = sorted(
+            move.octaves for move in score.moves if move.target.rank > move.source.rank
+        )
         spread = [y + 0.3 * ((7 * i) % 11 - 5) / 5 for i in range(len(errors))]
         axis.plot(
-            errors, spread, "o", color=COLOURS[y == 0], alpha=0.45, markersize=4, markeredgewidth=0
+            errors,
+            spread,
+            "o",
+            color=COLOURS[y == 0],
+            alpha=0.45,
+            markersize=4,
+            markeredgewidth=0,
         )
         axis.vlines(median(errors), y - 0.4, y + 0.4, color="black", linewidth=1.5)
     axis.axvline(0.0, color="0.5", linestyle="--", linewidth=1, zorder=0)
     axis.set_xscale("symlog", base=2, linthresh=1.0)
     axis.set_xlim(-10, 10)
     axis.set_xticks([-8, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, 8])
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}".replace("0.5", "½").replace("-", "−"))
+    axis.xaxis.set_major_formatter(
+        lambda x, _: f"{x:g}".replace("0.5", "½").replace("-", "−")
+    )
     axis.minorticks_off()
     axis.set_xlabel("error, octaves (line: the median)")
 

@@ -106,7 +106,9 @@ def cell_of(domain: str, config: str, arm: str) -> tuple[str, str, int]:
 
 def changed(domain: Domain, arm: Arm) -> Domain:
     return replace(
-        domain, steps=round(domain.steps * arm.steps), batch=round(domain.batch * arm.batch)
+        domain,
+        steps=round(domain.steps * arm.steps),
+        batch=round(domain.batch * arm.batch),
     )
 
 
@@ -119,7 +121,12 @@ def run_one(job: Job) -> float | None:
         return domain.evaluate(model)
     plain = job._replace(scheme=config)
     return train(
-        changed(domain, own), model, optimizer(model, domain, plain), job.seed, CLIP, own.warmup
+        changed(domain, own),
+        model,
+        optimizer(model, domain, plain),
+        job.seed,
+        CLIP,
+        own.warmup,
     )
 
 
@@ -179,14 +186,21 @@ def estimate(
     return Estimate(middle, cliff_of(tried, best, start), tried)
 
 
-def standard_error(done: Losses, cell: tuple[str, str, int], best: float, seeds: int) -> float:
+def standard_error(
+    done: Losses, cell: tuple[str, str, int], best: float, seeds: int
+) -> float:
     """Standard error over seeds of the change in loss from the best rate to half an octave beside it.
 
     This is the larger one of the two sides. It is 0 where both sides diverged, and where there is one seed.
     """
     at_best, beside = losses_at(done, cell, best, seeds), (best - 0.5, best + 0.5)
     changes = [
-        [there - here for there, here in zip(losses_at(done, cell, x, seeds), at_best, strict=True)]
+        [
+            there - here
+            for there, here in zip(
+                losses_at(done, cell, x, seeds), at_best, strict=True
+            )
+        ]
         for x in beside
         if Job(*cell, x, seeds - 1) in done
     ]
@@ -213,7 +227,10 @@ def width(domain: str) -> float:
 
 def site(domain: str, config: str) -> Site:
     """Init, rank, scaling and fan-in of a configuration, which its condition depends on."""
-    rank, init = RANKS[config] or 1, "full" if config == "full" else "B" if config == AT_B else "A"
+    rank, init = (
+        RANKS[config] or 1,
+        "full" if config == "full" else "B" if config == AT_B else "A",
+    )
     scaling = 1.0 / rank if config == BY_RANK else 1.0
     return Site(init, rank, scaling, width(domain))
 
@@ -227,7 +244,11 @@ def constant_at(at: Site, x: float) -> float:
 def rate_for(at: Site, c: float) -> float:
     """log2 of the rate at which the condition is c."""
     p, q = (term / c for term in sign_terms(TOKENS, at))
-    tau = in_quadrature(p, q) if at.init == "B" else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
+    tau = (
+        in_quadrature(p, q)
+        if at.init == "B"
+        else 2.0 / (p + math.sqrt(p * p + 4.0 * q))
+    )
     return math.log2(tau / T)
 
 
@@ -271,7 +292,10 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
             store, own = STORE / f"{domain}.jsonl", ARMS[arm]
             cells = [
                 Around(
-                    cell_of(domain, config, arm), guess(domain, config, arm), own.seeds, own.wide
+                    cell_of(domain, config, arm),
+                    guess(domain, config, arm),
+                    own.seeds,
+                    own.wide,
                 )
                 for config in RANKS
             ]
@@ -282,7 +306,9 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
 def guess(domain: str, config: str, arm: str) -> int:
     """First guess of log2 rate: the study's best, rounded; for × 4, the lowest of × 1/4 mirrored at the base's."""
     if arm not in MIRRORED:
-        return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
+        return round(
+            best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]]
+        )
     done = read(STORE / f"{domain}.jsonl")
     base, quarter = (
         lowest(curve(done, cell_of(domain, config, which), SEEDS))
@@ -309,7 +335,9 @@ def cells() -> Iterator[Cell]:
         start = start_of(domain, done) if done else math.nan
         for config in RANKS:
             for arm in ARMS:
-                found = estimate(done, cell_of(domain, config, arm), start, ARMS[arm].seeds)
+                found = estimate(
+                    done, cell_of(domain, config, arm), start, ARMS[arm].seeds
+                )
                 if found is not None:
                     yield Cell(domain, config, arm, found)
 
@@ -317,9 +345,16 @@ def cells() -> Iterator[Cell]:
 @main.command()
 def table() -> None:
     """Write the verdict and the tables from the runs on file."""
-    found, on = {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()}, machine(1)
+    found, on = (
+        {(cell.domain, cell.config, cell.arm): cell.found for cell in cells()},
+        machine(1),
+    )
     by = [
-        {key: x for key, each in found.items() if (x := getattr(each, which)) is not None}
+        {
+            key: x
+            for key, each in found.items()
+            if (x := getattr(each, which)) is not None
+        }
         for which in WHICH
     ]
     verdict = [rule_1(by), rule_2(by), rule_3(found, by)]
@@ -331,7 +366,9 @@ def table() -> None:
             MOVE_HEADS,
             [*move_rows(found)],
         ),
-        block("Shifts and levels, rms error in octaves", ERROR_HEADS, list(error_rows(by))),
+        block(
+            "Shifts and levels, rms error in octaves", ERROR_HEADS, list(error_rows(by))
+        ),
         block(
             "Octaves an octave of batch or steps, by the middle",
             EXPONENT_HEADS,
@@ -373,7 +410,11 @@ def rms(errors: Iterable[float]) -> float:
 
 def below(x: Rates, errors: Errors) -> list[str]:
     """The domains where one constant has a lower rms error than the ratio law."""
-    return [d for d in DOMAINS if rms(errors(x, d, "one constant")) < rms(errors(x, d, "ratio"))]
+    return [
+        d
+        for d in DOMAINS
+        if rms(errors(x, d, "one constant")) < rms(errors(x, d, "ratio"))
+    ]
 
 
 def pooled(x: Rates, errors: Errors, law: str) -> float:
@@ -381,8 +422,12 @@ def pooled(x: Rates, errors: Errors, law: str) -> float:
 
 
 def holds_for_shifts(by: Sequence[Rates]) -> bool:
-    own, free = (max(pooled(x, shift_errors, law) for x in by) for law in ("one constant", FREE))
-    return own <= free + 0.1 and all(len(below(x, shift_errors)) >= len(DOMAINS) - 1 for x in by)
+    own, free = (
+        max(pooled(x, shift_errors, law) for x in by) for law in ("one constant", FREE)
+    )
+    return own <= free + 0.1 and all(
+        len(below(x, shift_errors)) >= len(DOMAINS) - 1 for x in by
+    )
 
 
 def holds_for_levels(by: Sequence[Rates]) -> bool:
@@ -413,7 +458,9 @@ def against(by: Sequence[Rates], errors: Errors, laws: Sequence[str]) -> str:
 def shift_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
     for config in RANKS:
         for arm in CHANGES:
-            keys = [(domain, which, at) for which in (SOURCE, config) for at in (arm, BASE)]
+            keys = [
+                (domain, which, at) for which in (SOURCE, config) for at in (arm, BASE)
+            ]
             if config == SOURCE or not x.keys() >= set(keys):
                 continue
             source, source_base, there, there_base = (x[key] for key in keys)
@@ -450,7 +497,10 @@ def level_errors(x: Rates, domain: str, law: str) -> Iterator[float]:
                 and config != SOURCE
                 and x.keys() >= {(domain, SOURCE, arm), (domain, config, arm)}
             ):
-                yield LAWS[law](domain, config, x[domain, SOURCE, arm]) - x[domain, config, arm]
+                yield (
+                    LAWS[law](domain, config, x[domain, SOURCE, arm])
+                    - x[domain, config, arm]
+                )
 
 
 # --- rule 3: moves to another batch or length -----------------------------------------------------------------------
@@ -479,7 +529,9 @@ class Move(NamedTuple):
     config: str
     arm: str
     lost: float
-    floor: float  # of the cell where it lands; if that has one seed, of the unchanged task
+    floor: (
+        float  # of the cell where it lands; if that has one seed, of the unchanged task
+    )
 
 
 def moves(found: Found, way: str) -> Iterator[Move]:
@@ -491,10 +543,15 @@ def moves(found: Found, way: str) -> Iterator[Move]:
         done = stored(domain)
         best, start = min(there.means.values()), start_of(domain, done)
         lost = share_lost(
-            there.means, best, start, moved(found, way, (domain, config, arm), home.middle)
+            there.means,
+            best,
+            start,
+            moved(found, way, (domain, config, arm), home.middle),
         )
         floors = (noise_floor(done, cell_of(domain, config, at)) for at in (arm, BASE))
-        yield Move(domain, config, arm, lost, next((f for f in floors if f is not None), 0.0))
+        yield Move(
+            domain, config, arm, lost, next((f for f in floors if f is not None), 0.0)
+        )
 
 
 @cache
@@ -518,7 +575,10 @@ def moved(found: Found, way: str, key: tuple[str, str, str], x: float) -> float:
 
 def beyond(found: Found, way: str) -> float:
     """Worst loss beyond the noise floor, over all moves in one of the ways."""
-    return max((max(0.0, move.lost - move.floor) for move in moves(found, way)), default=math.nan)
+    return max(
+        (max(0.0, move.lost - move.floor) for move in moves(found, way)),
+        default=math.nan,
+    )
 
 
 def rule_3(found: Found, by: Sequence[Rates]) -> str:
@@ -546,20 +606,30 @@ def exponent(
 ) -> float:
     """Octaves of `of` per octave of batch or steps: mean over domains except `but`, all configurations or `only`."""
     slopes = [
-        (of(domain, config, there.middle) - of(domain, config, home.middle)) / SCALED[arm][1]
+        (of(domain, config, there.middle) - of(domain, config, home.middle))
+        / SCALED[arm][1]
         for (domain, config, arm), there in found.items()
         if domain != but
         and SCALED.get(arm, ("",))[0] == what
         and only in (None, config)
         and there.middle is not None
-        if (home := found.get((domain, config, BASE))) is not None and home.middle is not None
+        if (home := found.get((domain, config, BASE))) is not None
+        and home.middle is not None
     ]
     return statistics.fmean(slopes) if slopes else 0.0
 
 
 # --- the page's rows ------------------------------------------------------------------------------------------------
 
-MOVE_HEADS = ("way", "changed", "rates", "median", "worst", "worst beyond the floor", "where it is")
+MOVE_HEADS = (
+    "way",
+    "changed",
+    "rates",
+    "median",
+    "worst",
+    "worst beyond the floor",
+    "where it is",
+)
 ERROR_HEADS = ("of", "estimator", "law", *DOMAINS, "all")
 EXPONENT_HEADS = ("domain", "configuration", *SCALED)
 RATE_HEADS = ("domain", "configuration", "estimator", *ARMS)
@@ -593,7 +663,13 @@ def error_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
         for which, x in zip(WHICH, by, strict=True):
             for law in laws:
                 each = [rms(errors(x, domain, law)) for domain in DOMAINS]
-                yield [name, which, law, *map(number, each), number(pooled(x, errors, law))]
+                yield [
+                    name,
+                    which,
+                    law,
+                    *map(number, each),
+                    number(pooled(x, errors, law)),
+                ]
 
 
 def exponent_rows(found: Found) -> Iterator[list[str]]:
@@ -614,7 +690,10 @@ def rate_rows(found: Found) -> Iterator[list[str]]:
     for domain in DOMAINS:
         for config in RANKS:
             for which in WHICH:
-                own = (getattr(found.get((domain, config, arm)), which, None) for arm in ARMS)
+                own = (
+                    getattr(found.get((domain, config, arm)), which, None)
+                    for arm in ARMS
+                )
                 yield [domain, config, which, *map(number, own)]
 
 

@@ -60,9 +60,7 @@ class Source:
     reading: str
 
     def words(self, name: str) -> str:
-        return (
-            f"**{name}**: {self.origin}, {self.licence}, sha256 {self.sha256[:16]}. {self.reading}"
-        )
+        return f"**{name}**: {self.origin}, {self.licence}, sha256 {self.sha256[:16]}. {self.reading}"
 
 
 def grid(path: Path) -> Rows:
@@ -113,7 +111,9 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
+)
 def table(files: tuple[Path, ...]) -> None:
     """Write results/published.json and .md."""
     rows = [row for path in files for row in rows_of(path)]

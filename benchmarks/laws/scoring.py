@@ -23,7 +23,12 @@ from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._io import Source, SweepRun, read_sweep
-from rankaware_optim.sweeps._runs import mean_losses, observation_of, site_of, with_alpha
+from rankaware_optim.sweeps._runs import (
+    mean_losses,
+    observation_of,
+    site_of,
+    with_alpha,
+)
 
 Best = Literal["parabola", "bowl"]
 COMPARED = (
@@ -186,7 +191,9 @@ def bench_law(
 
 
 def score_of(
-    law: str | Law, curves: Sequence[LossCurve], optimizer: type[Optimizer] | str = "AdamW"
+    law: str | Law,
+    curves: Sequence[LossCurve],
+    optimizer: type[Optimizer] | str = "AdamW",
 ) -> LawScore:
     """Score one law on the moves between all comparable ranks."""
     found, moves = get_law(law), []
@@ -197,7 +204,13 @@ def score_of(
                 checked_multiplier(bound, target.at.as_factor(), source.at)
             )
             moves.append(
-                Move(source.model, source.at, target.at, moved - target.best, target.lost_at(moved))
+                Move(
+                    source.model,
+                    source.at,
+                    target.at,
+                    moved - target.best,
+                    target.lost_at(moved),
+                )
             )
     return LawScore(law if isinstance(law, str) else repr(law), found, tuple(moves))
 
@@ -252,20 +265,34 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
         ]
         fit = fit_observations(seen, Prior())
         vertices = {} if fit is None else fit.vertices
-        placed += [replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)]
+        placed += [
+            replace(curve, best=vertices[i][0]) for i, curve in enumerate(mine, 1)
+        ]
     return placed
 
 
 def score_table(scores: Sequence[LawScore]) -> str:
     """Return scores as a plain table."""
-    heads = ("law", "octaves: median", "worst", "loss lost: median", "worst", "off the grid")
+    heads = (
+        "law",
+        "octaves: median",
+        "worst",
+        "loss lost: median",
+        "worst",
+        "off the grid",
+    )
     rows = []
     for score in scores:
         row = score.row()
         lost = [row["median_loss"], row["worst_loss"]]
-        shares = ["" if x is None else "diverged" if math.isinf(x) else f"{x:.2%}" for x in lost]
+        shares = [
+            "" if x is None else "diverged" if math.isinf(x) else f"{x:.2%}"
+            for x in lost
+        ]
         off = f"{score.off_grid} of {len(score.moves)}"
-        rows.append([score.label, f"{score.median:.2f}", f"{score.worst:.2f}", *shares, off])
+        rows.append(
+            [score.label, f"{score.median:.2f}", f"{score.worst:.2f}", *shares, off]
+        )
     moves = scores[0].moves if scores else ()
     ends = {(move.model, move.source) for move in moves}
     below = f"{len(moves)} moves between {len(ends)} ranks of {len({model for model, _ in ends})} models"

@@ -26,23 +26,48 @@ from study.loss_curves import vertex_of
 from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.transfer import suggest_lr
-from rankaware_optim.transfer._suggest import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
+from rankaware_optim.transfer._suggest import (
+    LOG2_RATE,
+    MARGIN,
+    PUBLISHED,
+    SPREAD,
+    TASK_SD,
+    Z90,
+)
 
 RESTS_ON = ("laws.adam", "transfer")
 
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {
     **dict.fromkeys(
-        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "meta-llama/Llama-3.2-1B"), 2048
+        (
+            "Qwen/Qwen3-30B-A3B",
+            "Qwen/Qwen3-30B-A3B-Instruct-2507",
+            "meta-llama/Llama-3.2-1B",
+        ),
+        2048,
     ),
-    **dict.fromkeys(("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3.5-35B-A3B-Base"), 2048),
-    **dict.fromkeys(("Qwen/Qwen3-8B-Base", "Qwen/Qwen3.5-9B-Base", "Qwen/Qwen3.5-397B-A17B"), 4096),
     **dict.fromkeys(
-        ("Qwen/Qwen3-VL-235B-A22B-Instruct", "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"), 4096
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3.5-35B-A3B-Base"), 2048
+    ),
+    **dict.fromkeys(
+        ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3.5-9B-Base", "Qwen/Qwen3.5-397B-A17B"), 4096
+    ),
+    **dict.fromkeys(
+        (
+            "Qwen/Qwen3-VL-235B-A22B-Instruct",
+            "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16",
+        ),
+        4096,
     ),
     **dict.fromkeys(("Qwen/Qwen3-32B", "Qwen/Qwen3.6-27B"), 5120),
     **dict.fromkeys(
-        ("deepseek-ai/DeepSeek-V3.1-Base", "moonshotai/Kimi-K2.5", "moonshotai/Kimi-K2.6"), 7168
+        (
+            "deepseek-ai/DeepSeek-V3.1-Base",
+            "moonshotai/Kimi-K2.5",
+            "moonshotai/Kimi-K2.6",
+        ),
+        7168,
     ),
     **{
         "Qwen/Qwen3-4B-Instruct-2507": 2560,
@@ -61,7 +86,13 @@ SMALL: dict[str, tuple[int, int, dict[int, float], dict[int, float], float]] = {
         {4: -6.8, 16: -7.5, 64: -8.2},
         -9.2,
     ),
-    "DiT": (128, 512, {2: -5.8, 8: -6.9, 32: -7.8, 96: -8.7}, {8: -6.5, 32: -8.0, 96: -8.8}, -9.7),
+    "DiT": (
+        128,
+        512,
+        {2: -5.8, 8: -6.9, 32: -7.8, 96: -8.7},
+        {8: -6.5, 32: -8.0, 96: -8.8},
+        -9.7,
+    ),
     "SmolLM2-135M": (576, 1536, {4: -7.8, 64: -10.1}, {4: -10.1, 64: -11.7}, -12.8),
 }
 
@@ -91,7 +122,9 @@ def main(sweep: Path) -> None:
 
 
 def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> list[Cell]:
-    curves: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    curves: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for row in csv.DictReader(sweep.open()):
         curves[row["model"], int(row["rank"])][math.log2(float(row["lr"]))].append(
             float(list(row.values())[-1])
@@ -100,8 +133,12 @@ def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> lis
     for (model, rank), curve in curves.items():
         if len(curve) > 1:  # one rate does not show where the best one is
             at = Reference(rank, PUBLISHED.alpha, fan_in=width(model))
-            moved = math.log2(checked_multiplier(MuA(tokens=8.0), at.as_factor(), PUBLISHED))
-            low, high = bounds({lr: statistics.mean(losses) for lr, losses in curve.items()})
+            moved = math.log2(
+                checked_multiplier(MuA(tokens=8.0), at.as_factor(), PUBLISHED)
+            )
+            low, high = bounds(
+                {lr: statistics.mean(losses) for lr, losses in curve.items()}
+            )
             cells.append(Cell(model, low - moved, high - moved))
     return cells
 
@@ -134,7 +171,9 @@ def one(cell: Cell, middle: float, spread: float) -> float:
     low, high = (cell.low - middle) / spread, (cell.high - middle) / spread
     if low == high:
         return -low * low / 2 - math.log(spread * math.sqrt(2 * math.pi))
-    return math.log(max((math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2, 1e-300))
+    return math.log(
+        max((math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2, 1e-300)
+    )
 
 
 def left_out(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -162,10 +201,19 @@ def own_tasks() -> list[dict[str, Any]]:
     rows = []
     for task, (width, largest, init_a, init_b, full) in SMALL.items():
         asked = [(Reference(r, r, fan_in=width), best) for r, best in init_a.items()]
-        other = [(Reference(r, r, init="B", fan_in=width), best) for r, best in init_b.items()]
+        other = [
+            (Reference(r, r, init="B", fan_in=width), best)
+            for r, best in init_b.items()
+        ]
         whole = [(Reference(method="full", fan_in=largest), full)]
-        for name, points in (("Init[A]", asked), ("Init[B]", other), ("full finetuning", whole)):
-            rows.append(summary(f"{task}, {name}", [away(at, best) for at, best in points]))
+        for name, points in (
+            ("Init[A]", asked),
+            ("Init[B]", other),
+            ("full finetuning", whole),
+        ):
+            rows.append(
+                summary(f"{task}, {name}", [away(at, best) for at, best in points])
+            )
     return rows
 
 
@@ -179,7 +227,9 @@ def summary(case: str, found: Sequence[tuple[float, float, float]]) -> dict[str,
     return {
         "case": case,
         "rates": len(found),
-        "best above the middle, mean, octaves": statistics.mean(error for error, _, _ in found),
+        "best above the middle, mean, octaves": statistics.mean(
+            error for error, _, _ in found
+        ),
         "farthest": max(size for _, _, size in found),
         "half the band": statistics.mean(half for _, half, _ in found),
         "inside, %": 100.0 * sum(size <= half for _, half, size in found) / len(found),
@@ -190,7 +240,9 @@ def notes(sweep: Path, cells: Sequence[Cell]) -> list[str]:
     edges = sum(c.low != c.high for c in cells)
     chat = Z90 * SPREAD
     seen = {c.model for c in cells if c.low == c.high}
-    missed = {c.model for c in cells if c.low == c.high and abs(outside(c, LOG2_RATE)) > chat}
+    missed = {
+        c.model for c in cells if c.low == c.high and abs(outside(c, LOG2_RATE)) > chat
+    }
     return [
         f"Published: {sweep.name}, as published with the tinker-cookbook (Apache-2.0): {len(HIDDEN)} models, each "
         f"judged by the fit of the others; {len(cells)} cells, of which {edges} have their best at an edge of the grid "
@@ -205,7 +257,10 @@ def notes(sweep: Path, cells: Sequence[Cell]) -> list[str]:
 def compared(sweep: Path) -> str:
     """Other fits of the sweep: without the cells at an edge, and with one width for all models."""
     found = []
-    for name, width in (("by the law", HIDDEN.__getitem__), ("left out", lambda model: 4096.0)):
+    for name, width in (
+        ("by the law", HIDDEN.__getitem__),
+        ("left out", lambda model: 4096.0),
+    ):
         cells = read(sweep, width)
         for what, chosen in (
             ("all cells", cells),
@@ -216,7 +271,9 @@ def compared(sweep: Path) -> str:
                 f"{what}, width {name}: {middle:.2f} ± {spread:.2f} (log-likelihood "
                 f"{likelihood(chosen, middle, spread):.1f})"
             )
-    return f"Log2 of the best rate at {PUBLISHED}, fan-in 4096: " + "; ".join(found) + "."
+    return (
+        f"Log2 of the best rate at {PUBLISHED}, fan-in 4096: " + "; ".join(found) + "."
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,15 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from laws.one_constant import AT_B, SOURCE, Around, Estimate, constant_at, estimate, rate_for
+from laws.one_constant import (
+    AT_B,
+    SOURCE,
+    Around,
+    Estimate,
+    constant_at,
+    estimate,
+    rate_for,
+)
 from recording import RESULTS, block, machine, number
 from study.best_rates import slope
 from study.configurations import START, run_in, start_of, starts
@@ -113,7 +121,10 @@ NETWORKS = {  # the most decisive first
     "DiT 256": Network("DiT", 256, 1024),
     "DiT 128": Network("DiT", 128, 512),
 }
-ALIKE = {"Llama": ("Llama 96", "Llama 192", "Llama 384"), "DiT": ("DiT 64", "DiT 128", "DiT 256")}
+ALIKE = {
+    "Llama": ("Llama 96", "Llama 192", "Llama 384"),
+    "DiT": ("DiT 64", "DiT 128", "DiT 256"),
+}
 USUAL, *OTHER_MLPS = (
     name for name, net in NETWORKS.items() if (net.kind, net.width) == ("Llama", 192)
 )
@@ -146,7 +157,8 @@ def cell_of(name: str, config: str) -> Cell:
 def task_of(name: str) -> Together:
     """Jobs of a network: loss before training, and every configuration around the study's best rate."""
     cells = [
-        Around(cell_of(name, config), guess(name, config), SEEDS) for config in configs_of(name)
+        Around(cell_of(name, config), guess(name, config), SEEDS)
+        for config in configs_of(name)
     ]
     return Together([starts(name, range(1)), *cells])
 
@@ -154,7 +166,9 @@ def task_of(name: str) -> Together:
 def guess(name: str, config: str) -> int:
     """First guess of log2 rate: the study's best rate on this kind of network, rounded."""
     domain = KINDS[NETWORKS[name].kind].module.DOMAIN.name
-    return round(best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]])
+    return round(
+        best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]]
+    )
 
 
 def run_one(job: Job) -> float | None:
@@ -186,7 +200,12 @@ def run(chosen: tuple[str, ...], workers: int) -> None:
         pool.map(warm, names, chunksize=1)
     for name in names:
         complete(
-            task_of(name), run_one, store_of(name), workers, click.echo, provenance(domain_of(name))
+            task_of(name),
+            run_one,
+            store_of(name),
+            workers,
+            click.echo,
+            provenance(domain_of(name)),
         )
 
 
@@ -232,12 +251,18 @@ def alone(done: Losses, cell: Cell, start: float) -> tuple[Estimate | None, ...]
 
 def rates_of(found: Mapping[Key, Found], which: str) -> dict[Key, float]:
     """log2 best rates by one estimator, for the cells where it has an estimate."""
-    return {key: x for key, each in found.items() if (x := getattr(each.both, which)) is not None}
+    return {
+        key: x
+        for key, each in found.items()
+        if (x := getattr(each.both, which)) is not None
+    }
 
 
 def noise(found: Mapping[Key, Found], which: str) -> float:
     """Standard error of an estimate over two seeds: half their difference, rms over cells."""
-    pairs = [[getattr(one, which, None) for one in each.by_seed] for each in found.values()]
+    pairs = [
+        [getattr(one, which, None) for one in each.by_seed] for each in found.values()
+    ]
     return rms((a - b) / 2 for a, b in pairs if a is not None and b is not None)
 
 
@@ -270,7 +295,9 @@ def surveyed(name: str) -> Survey:
     """The package's survey of a network, which does not depend on the weights."""
     kind, width, mlp = NETWORKS[name]
     bare = _llama.new_llama(width, mlp) if kind == "Llama" else _dit.DiT(width)
-    return inspect_model(adapt(bare.requires_grad_(False), RANK, RANK, "A", 0, KINDS[kind].layers))
+    return inspect_model(
+        adapt(bare.requires_grad_(False), RANK, RANK, "A", 0, KINDS[kind].layers)
+    )
 
 
 class Place(NamedTuple):
@@ -283,7 +310,9 @@ class Place(NamedTuple):
     def reference(self) -> Reference:
         if self.config == "full":
             return Reference(method="full", fan_in=self.width)
-        return Reference(RANK, RANK, init="B" if self.config == AT_B else "A", fan_in=self.width)
+        return Reference(
+            RANK, RANK, init="B" if self.config == AT_B else "A", fan_in=self.width
+        )
 
     @property
     def site(self) -> Site:
@@ -339,7 +368,9 @@ def moved(rates: Rates, kind: str, config: str, law: str) -> Iterator[float]:
 def exponent(rates: Rates, kind: str, config: str) -> float:
     """Least-squares slope of log2 best rate on log2 n."""
     known = {
-        widths(name).mean: rates[name, config] for name in ALIKE[kind] if (name, config) in rates
+        widths(name).mean: rates[name, config]
+        for name in ALIKE[kind]
+        if (name, config) in rates
     }
     return slope(known) if len(known) > 1 else math.nan
 
@@ -349,13 +380,17 @@ def rule_1(by: Sequence[Rates], config: str) -> str:
 
     def errors(kinds: Iterable[str]) -> dict[str, float]:
         return {
-            law: rms(e for kind in kinds for x in by for e in moved(x, kind, config, law))
+            law: rms(
+                e for kind in kinds for x in by for e in moved(x, kind, config, law)
+            )
             for law in candidates(config)
         }
 
     every, own = errors(ALIKE), PACKAGE[config]
     if any(math.isnan(exponent(x, kind, config)) for kind in ALIKE for x in by):
-        return f"{config}: the exponent in width is not settled (an estimate is missing)."
+        return (
+            f"{config}: the exponent in width is not settled (an estimate is missing)."
+        )
     best = min(every, key=every.__getitem__)
     said = f"{own} is {every[own]:.2f} octaves off, the best candidate, {best}, {every[best]:.2f}"
     if every[own] <= min(0.35, every[best] + 0.1):
@@ -373,7 +408,9 @@ def log_constant(rates: Rates, name: str, config: str) -> float | None:
     """log2 of c at a network's best rate."""
     if (name, config) not in rates:
         return None
-    return math.log2(constant_at(Place(config, widths(name).mean).site, rates[name, config]))
+    return math.log2(
+        constant_at(Place(config, widths(name).mean).site, rates[name, config])
+    )
 
 
 def growth(rates: Rates, kind: str, config: str) -> float:
@@ -382,7 +419,9 @@ def growth(rates: Rates, kind: str, config: str) -> float:
     return math.nan if narrow is None or wide is None else wide - narrow
 
 
-def level_errors(rates: Rates, names: Iterable[str], law: str, which: str = "mean") -> list[float]:
+def level_errors(
+    rates: Rates, names: Iterable[str], law: str, which: str = "mean"
+) -> list[float]:
     """Errors in octaves of full's rate at the width `which`, predicted by `law` from Init[A] at the mean fan-in."""
     return [
         MOVES[law](
@@ -399,8 +438,14 @@ def level_errors(rates: Rates, names: Iterable[str], law: str, which: str = "mea
 def rule_2(by: Sequence[Rates]) -> Iterator[str]:
     for config in RANKS:
         grown = [growth(x, kind, config) for kind in ALIKE for x in by]
-        same = "the same" if all(abs(octaves) < 0.5 for octaves in grown) else "not the same"
-        said = f"{', '.join(number(octaves, 1, sign=True) for octaves in grown)} octaves"
+        same = (
+            "the same"
+            if all(abs(octaves) < 0.5 for octaves in grown)
+            else "not the same"
+        )
+        said = (
+            f"{', '.join(number(octaves, 1, sign=True) for octaves in grown)} octaves"
+        )
         if any(map(math.isnan, grown)):
             same, said = "not known to be the same", "an estimate is missing"
         yield f"{config}: c is {same} at every width ({said})."
@@ -408,8 +453,14 @@ def rule_2(by: Sequence[Rates]) -> Iterator[str]:
         law: [rms(level_errors(x, sum(ALIKE.values(), ()), law)) for x in by]
         for law in ("one constant", "µA")
     }
-    better = "" if all(one < ratio for one, ratio in zip(*errors.values(), strict=True)) else "not "
-    said = "; ".join(f"{law} {' and '.join(map(number, found))}" for law, found in errors.items())
+    better = (
+        ""
+        if all(one < ratio for one, ratio in zip(*errors.values(), strict=True))
+        else "not "
+    )
+    said = "; ".join(
+        f"{law} {' and '.join(map(number, found))}" for law, found in errors.items()
+    )
     yield f"From Init[A] to full at the mean fan-in, one constant is {better}the better law ({said} octaves)."
 
 
@@ -423,7 +474,9 @@ def shift(rates: Rates, name: str, config: str) -> float:
 
 def shift_by(which: str, name: str) -> float:
     """Octaves by which full's rate moves to network `name` by 1/κ(W), where W is the width `which`."""
-    here, there = (Place("full", getattr(widths(each), which)) for each in (USUAL, name))
+    here, there = (
+        Place("full", getattr(widths(each), which)) for each in (USUAL, name)
+    )
     return MOVES["µA"](here, there, 0.0)
 
 
@@ -445,7 +498,8 @@ def level_spread(by: Sequence[Rates], which: str) -> float:
 
 def rule_3(by: Sequence[Rates]) -> str:
     shifts, levels = (
-        {which: of(by, which) for which in Widths._fields} for of in (shift_error, level_spread)
+        {which: of(by, which) for which in Widths._fields}
+        for of in (shift_error, level_spread)
     )
     first, second = sorted(shifts, key=shifts.__getitem__)[:2]
     said = "; ".join(
@@ -455,7 +509,11 @@ def rule_3(by: Sequence[Rates]) -> str:
         shifts[first] <= min(0.5, shifts[second] - 0.2)
         and min(levels, key=levels.__getitem__) == first
     )
-    what = "nothing is settled" if not settled else f"the {WORDS[first]} decides full finetuning"
+    what = (
+        "nothing is settled"
+        if not settled
+        else f"the {WORDS[first]} decides full finetuning"
+    )
     return f"Where layers are unequal, {what} (errors of full's shifts, spread of its level from Init[A]: {said})."
 
 
@@ -512,7 +570,14 @@ def table() -> None:
     click.echo("\n\n".join(parts[:-2]))
 
 
-RATE_HEADS = ("network", *Widths._fields, "configuration", *WHICH, "loss before", "lowest")
+RATE_HEADS = (
+    "network",
+    *Widths._fields,
+    "configuration",
+    *WHICH,
+    "loss before",
+    "lowest",
+)
 SHIFT_HEADS = (
     "MLP",
     "estimator",
@@ -527,10 +592,17 @@ def row_of(key: Key, found: Found) -> dict[str, Any]:
     name, config = key
     own = {which: getattr(found.both, which) for which in WHICH}
     seeds = {
-        f"{which} by seed": [getattr(one, which, None) for one in found.by_seed] for which in WHICH
+        f"{which} by seed": [getattr(one, which, None) for one in found.by_seed]
+        for which in WHICH
     }
     lowest = min(found.both.means.values())
-    return {"network": name, **widths(name)._asdict(), "configuration": config, **own, **seeds} | {
+    return {
+        "network": name,
+        **widths(name)._asdict(),
+        "configuration": config,
+        **own,
+        **seeds,
+    } | {
         "before": found.start,
         "lowest": lowest,
     }
@@ -557,7 +629,8 @@ def rate_rows(found: Mapping[Key, Found]) -> Iterator[list[str]]:
 def exponent_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
     for kind, config in ((kind, config) for kind in ALIKE for config in RANKS):
         narrow, wide = (
-            Place(config, widths(name).mean) for name in (ALIKE[kind][0], ALIKE[kind][-1])
+            Place(config, widths(name).mean)
+            for name in (ALIKE[kind][0], ALIKE[kind][-1])
         )
         octaves = math.log2(wide.width / narrow.width)
         first = by[0].get((ALIKE[kind][0], config), math.nan)
@@ -570,18 +643,26 @@ def exponent_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
         yield [
             kind,
             config,
-            *(number(x, 2, sign=True) for x in (*(exponent(x, kind, config) for x in by), *laws)),
+            *(
+                number(x, 2, sign=True)
+                for x in (*(exponent(x, kind, config) for x in by), *laws)
+            ),
         ]
 
 
 def error_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
     for config, kind in ((config, kind) for config in RANKS for kind in ALIKE):
-        errors = [rms(e for x in by for e in moved(x, kind, config, law)) for law in MOVES]
+        errors = [
+            rms(e for x in by for e in moved(x, kind, config, law)) for law in MOVES
+        ]
         known = candidates(config)
         yield [
             config,
             kind,
-            *(number(e if law in known else None) for law, e in zip(MOVES, errors, strict=True)),
+            *(
+                number(e if law in known else None)
+                for law, e in zip(MOVES, errors, strict=True)
+            ),
         ]
 
 
@@ -590,7 +671,10 @@ def constant_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
         yield [
             config,
             kind,
-            *(", ".join(number(log_constant(x, name, config)) for name in ALIKE[kind]) for x in by),
+            *(
+                ", ".join(number(log_constant(x, name, config)) for name in ALIKE[kind])
+                for x in by
+            ),
         ]
 
 
@@ -601,7 +685,11 @@ def shift_rows(by: Sequence[Rates]) -> Iterator[list[str]]:
         known = [c for c in (SOURCE, "full") if {(name, c), (USUAL, c)} <= x.keys()]
         found = [shift(x, name, c) if c in known else None for c in (SOURCE, "full")]
         octaves = [*found, *(shift_by(each, name) for each in Widths._fields)]
-        yield [str(NETWORKS[name].mlp), which, *(number(o, 2, sign=True) for o in octaves)]
+        yield [
+            str(NETWORKS[name].mlp),
+            which,
+            *(number(o, 2, sign=True) for o in octaves),
+        ]
 
 
 def level_rows(by: Sequence[Rates]) -> Iterator[list[str]]:

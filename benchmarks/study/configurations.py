@@ -91,7 +91,9 @@ def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
     if job.scheme.endswith(PRODIGY):
         from pytorch_optimizer import Prodigy
 
-        return Prodigy([p for p in model.parameters() if p.requires_grad], lr=1.0, **ADAMW)
+        return Prodigy(
+            [p for p in model.parameters() if p.requires_grad], lr=1.0, **ADAMW
+        )
     law = ra.LoRAPlus(16.0) if job.scheme.endswith(LORAPLUS) else "constant"
     rates = domain.head_rates
     return ra.RankAwareOptimizer(

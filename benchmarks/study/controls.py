@@ -36,7 +36,9 @@ def main() -> None:
     """Train the domains and their controls, print the table, and write it."""
     torch.set_num_threads(1)
     on = machine(1)
-    right, wrong = (replace(domain, evaluate=gap) for domain in (VISION_LANGUAGE, MISMATCHED))
+    right, wrong = (
+        replace(domain, evaluate=gap) for domain in (VISION_LANGUAGE, MISMATCHED)
+    )
     rows = [
         row(REINFORCEMENT, "before training: a rate of 0", ACCURACY, -1.0, START),
         row(REINFORCEMENT, "trained", ACCURACY, -1.0),

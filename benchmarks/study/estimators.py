@@ -32,17 +32,24 @@ Regrets = Mapping[float, float]
 
 def on_lines(regrets: Regrets, x: float) -> float:
     """Straight lines between neighbours; all of the way to a diverged run counts as diverged."""
-    below, above = max(at for at in regrets if at <= x), min(at for at in regrets if at >= x)
+    below, above = (
+        max(at for at in regrets if at <= x),
+        min(at for at in regrets if at >= x),
+    )
     share = (x - below) / (above - below) if above > below else 0.0
     there = (
-        regrets[below] if share == 0.0 else (1.0 - share) * regrets[below] + share * regrets[above]
+        regrets[below]
+        if share == 0.0
+        else (1.0 - share) * regrets[below] + share * regrets[above]
     )
     return min(there, DIVERGED)
 
 
 def bent(regrets: Regrets, x: float) -> float:
     """The spline on a scale that is logarithmic above `BEND`."""
-    scaled = {at: math.asinh(min(regret, DIVERGED) / BEND) for at, regret in regrets.items()}
+    scaled = {
+        at: math.asinh(min(regret, DIVERGED) / BEND) for at, regret in regrets.items()
+    }
     return BEND * math.sinh(between(scaled, x))
 
 
@@ -78,7 +85,9 @@ def of_store(
     done: Losses, groups: tuple[tuple[int, ...], ...]
 ) -> Iterator[tuple[dict[float, float], float]]:
     cells = dict.fromkeys(
-        job[:3] for job in done if job.scheme != START and not job.scheme.endswith(PRODIGY)
+        job[:3]
+        for job in done
+        if job.scheme != START and not job.scheme.endswith(PRODIGY)
     )
     for cell in cells:
         start = start_of(cell[0], done)
@@ -116,7 +125,9 @@ def main() -> None:
     runs = [run for curve, start in curves() for run in left_out(curve, start)]
     good = [run for run in runs if on_lines(run.kept, run.x) < LOW]
     rows = [
-        row for what, mine in (("all", runs), ("good rates", good)) for row in rows_of(what, mine)
+        row
+        for what, mine in (("all", runs), ("good rates", good))
+        for row in rows_of(what, mine)
     ]
     notes = [
         (__doc__ or "").partition(".json\n")[2].strip(),

@@ -79,13 +79,24 @@ class Grid:
         missing = [job for job in first if job not in done]
         if missing:
             return missing
-        return [job for cell in self.cells for job in self._fine(cell, done) if job not in done]
+        return [
+            job
+            for cell in self.cells
+            for job in self._fine(cell, done)
+            if job not in done
+        ]
 
     def _fine(self, cell: Cell, done: Losses) -> list[Job]:
-        centre = lowest({x: or_inf(done[Job(*cell, x, 0)]) for x in self.coarse[cell[1]]})
+        centre = lowest(
+            {x: or_inf(done[Job(*cell, x, 0)]) for x in self.coarse[cell[1]]}
+        )
         low, high = centre - self.half, centre + self.half
         for _ in range(self.most + 1):
-            jobs = [Job(*cell, x, seed) for x in range(low, high + 1) for seed in range(self.seeds)]
+            jobs = [
+                Job(*cell, x, seed)
+                for x in range(low, high + 1)
+                for seed in range(self.seeds)
+            ]
             if any(job not in done for job in jobs):
                 return jobs
             best = lowest(curve(done, cell, self.seeds))

@@ -64,7 +64,8 @@ class Form:
 
     def choices(self) -> list[Constants]:
         return [
-            dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
+            dict(zip(self.grid, values, strict=True))
+            for values in product(*self.grid.values())
         ]
 
     @property
@@ -131,7 +132,9 @@ def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
         done = finished(read(STORES / f"{domain}.jsonl"), "full")
         if all(ranks_in(done, domain, scheme) for scheme in (*schemes, "full")):
             found[domain] = [
-                place for scheme in (*schemes, "full") for place in places_of(done, domain, scheme)
+                place
+                for scheme in (*schemes, "full")
+                for place in places_of(done, domain, scheme)
             ]
     return found
 
@@ -146,11 +149,18 @@ def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
             config = CONFIGS[scheme]
             site = Site(config.init, rank, config.alpha(rank) / rank, survey.width)
         estimates = {
-            name: x for name, by in ESTIMATORS.items() if (x := by(done, cell).x) is not None
+            name: x
+            for name, by in ESTIMATORS.items()
+            if (x := by(done, cell).x) is not None
         }
-        tried, lowest = tried_rates(done, cell, seeds), min(curve(done, cell, seeds).values())
+        tried, lowest = (
+            tried_rates(done, cell, seeds),
+            min(curve(done, cell, seeds).values()),
+        )
         start, floor = start_of(domain, done), noise_floor(done, cell)
-        yield Place(scheme, site, survey.full_width("A"), estimates, tried, lowest, start, floor)
+        yield Place(
+            scheme, site, survey.full_width("A"), estimates, tried, lowest, start, floor
+        )
 
 
 class Move(NamedTuple):
@@ -176,14 +186,24 @@ def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
     """
     for a, b in permutations(places, 2):
         known = [name for name in a.found if name in b.found]
-        if a.scheme == "full" or b.scheme not in (a.scheme, "full") or VERTEX not in known:
+        if (
+            a.scheme == "full"
+            or b.scheme not in (a.scheme, "full")
+            or VERTEX not in known
+        ):
             continue
         moved = {
-            name: form.move(a.seen_by(form), b.seen_by(form), a.found[name], of) for name in known
+            name: form.move(a.seen_by(form), b.seen_by(form), a.found[name], of)
+            for name in known
         }
         regret = b.regret(moved[VERTEX])
         off = {name: x - b.found[name] for name, x in moved.items()}
-        yield Move(USES[b.site.init == "full"], off, regret, max(0.0, regret - (b.floor or 0.0)))
+        yield Move(
+            USES[b.site.init == "full"],
+            off,
+            regret,
+            max(0.0, regret - (b.floor or 0.0)),
+        )
 
 
 # --- fits -----------------------------------------------------------------------------------------------------------
@@ -203,13 +223,19 @@ def fits(form: Form, places: Mapping[str, Sequence[Place]]) -> Iterator[Fit]:
     """Leave each domain out in turn, by each criterion."""
     choices = form.choices()
     moved = {
-        domain: [list(moves(form, of, each)) for of in choices] for domain, each in places.items()
+        domain: [list(moves(form, of, each)) for of in choices]
+        for domain, each in places.items()
     }
     for criterion in CRITERIA:
-        costs = {domain: [cost(each, criterion) for each in moved[domain]] for domain in places}
+        costs = {
+            domain: [cost(each, criterion) for each in moved[domain]]
+            for domain in places
+        }
         for domain in places:
             others = [costs[other] for other in places if other != domain]
-            best = min(range(len(choices)), key=lambda i: sum(each[i] for each in others))
+            best = min(
+                range(len(choices)), key=lambda i: sum(each[i] for each in others)
+            )
             yield Fit(form, criterion, domain, choices[best], moved[domain][best])
 
 
@@ -217,13 +243,17 @@ def cost(moved: Sequence[Move], criterion: str) -> float:
     """The mean regret or mean square error of each use, summed over both uses."""
     by_use = [[move for move in moved if move.use == use] for use in USES]
     if criterion == "regret":
-        return sum(statistics.fmean(min(move.regret, CAP) for move in each) for each in by_use)
+        return sum(
+            statistics.fmean(min(move.regret, CAP) for move in each) for each in by_use
+        )
     return sum(rms(each, criterion.split()[-1]) ** 2 for each in by_use)
 
 
 def rms(moved: Sequence[Move], estimator: str) -> float:
     return math.sqrt(
-        statistics.fmean(move.off[estimator] ** 2 for move in moved if estimator in move.off)
+        statistics.fmean(
+            move.off[estimator] ** 2 for move in moved if estimator in move.off
+        )
     )
 
 
@@ -237,20 +267,24 @@ class Score(NamedTuple):
     beyond: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.vertex:.2f} / {self.cliff:.2f}, {percent(self.median)}, {percent(self.worst)}"
-        )
+        return f"{self.vertex:.2f} / {self.cliff:.2f}, {percent(self.median)}, {percent(self.worst)}"
 
 
 def score(moved: Sequence[Move]) -> Score:
     regrets = [move.regret for move in moved]
     vertex, cliff = (rms(moved, estimator) for estimator in ESTIMATORS)
     return Score(
-        vertex, cliff, statistics.median(regrets), max(regrets), max(move.beyond for move in moved)
+        vertex,
+        cliff,
+        statistics.median(regrets),
+        max(regrets),
+        max(move.beyond for move in moved),
     )
 
 
-def scores(fitted: Sequence[Fit], criterion: str, use: str | None = None) -> dict[Form, Score]:
+def scores(
+    fitted: Sequence[Fit], criterion: str, use: str | None = None
+) -> dict[Form, Score]:
     """Every form's score over all left-out domains, in one use or in both."""
     found: dict[Form, list[Move]] = {}
     for fit in fitted:
@@ -267,7 +301,8 @@ def winner(scored: Mapping[Form, Score]) -> tuple[Form, list[Form]]:
     tied = [
         form
         for form, each in scored.items()
-        if each is least or (each.vertex <= least.vertex + TIE and each.cliff <= least.cliff + TIE)
+        if each is least
+        or (each.vertex <= least.vertex + TIE and each.cliff <= least.cliff + TIE)
     ]
     return min(tied, key=lambda form: (form.free, scored[form].beyond)), tied
 
@@ -280,7 +315,12 @@ def judged(scored: Mapping[Form, Score]) -> dict[Form, Score]:
 
 
 def write(
-    page: str, title: str, text: str, verdict: str, places: Mapping[str, Any], fitted: Sequence[Fit]
+    page: str,
+    title: str,
+    text: str,
+    verdict: str,
+    places: Mapping[str, Any],
+    fitted: Sequence[Fit],
 ) -> None:
     """Write results/<page>.md (verdict, `text` without its first line, tables) and .json (every fit)."""
     on = machine(1)
@@ -289,11 +329,19 @@ def write(
         verdict,
         text.partition("\n")[2].strip("\n"),
         *(
-            block(f"All left-out domains, constants by {each}", HEADS, [*overview(fitted, each)])
+            block(
+                f"All left-out domains, constants by {each}",
+                HEADS,
+                [*overview(fitted, each)],
+            )
             for each in CRITERIA
         ),
         *(
-            block(BY_DOMAIN.format(use.capitalize()), ["form", *places], [*by_domain(fitted, use)])
+            block(
+                BY_DOMAIN.format(use.capitalize()),
+                ["form", *places],
+                [*by_domain(fitted, use)],
+            )
             for use in USES
         ),
         *(
@@ -307,7 +355,11 @@ def write(
         made_on(on),
     ]
     (RESULTS / f"{page}.md").write_text("\n\n".join(parts) + "\n")
-    document = {"machine": on, "verdict": verdict, "rows": [row_of(fit) for fit in fitted]}
+    document = {
+        "machine": on,
+        "verdict": verdict,
+        "rows": [row_of(fit) for fit in fitted],
+    }
     (RESULTS / f"{page}.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts))
 
@@ -322,9 +374,7 @@ HEADS = [
     ),
     "worst beyond the floor",
 ]
-BY_DOMAIN = (
-    "{}, by domain: rms octaves by vertex / cliff, median and worst regret, constants by regret"
-)
+BY_DOMAIN = "{}, by domain: rms octaves by vertex / cliff, median and worst regret, constants by regret"
 
 
 def overview(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
@@ -349,10 +399,15 @@ def overview(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
 
 def by_domain(fitted: Sequence[Fit], use: str) -> Iterator[list[str]]:
     for form in dict.fromkeys(fit.form for fit in fitted):
-        found = [fit for fit in fitted if fit.form is form and fit.criterion == CRITERIA[0]]
+        found = [
+            fit for fit in fitted if fit.form is form and fit.criterion == CRITERIA[0]
+        ]
         yield [
             form.name,
-            *(str(score([move for move in fit.moves if move.use == use])) for fit in found),
+            *(
+                str(score([move for move in fit.moves if move.use == use]))
+                for fit in found
+            ),
         ]
 
 
@@ -361,7 +416,11 @@ def constants(fitted: Sequence[Fit], criterion: str) -> Iterator[list[str]]:
         if form.free:
             yield [
                 form.name,
-                *(said(fit) for fit in fitted if fit.form is form and fit.criterion == criterion),
+                *(
+                    said(fit)
+                    for fit in fitted
+                    if fit.form is form and fit.criterion == criterion
+                ),
             ]
 
 
@@ -375,7 +434,9 @@ def said(fit: Fit) -> str:
 
 def row_of(fit: Fit) -> dict[str, Any]:
     """A fit as a row of the JSON file, with the score of its moves in each use."""
-    scores = {use: score([move for move in fit.moves if move.use == use]) for use in USES}
+    scores = {
+        use: score([move for move in fit.moves if move.use == use]) for use in USES
+    }
     return {
         "form": fit.form.name,
         "criterion": fit.criterion,

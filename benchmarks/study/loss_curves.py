@@ -8,9 +8,7 @@ from functools import lru_cache
 
 from scipy.interpolate import PchipInterpolator
 
-DIVERGED = (
-    5.0  # the regret of a diverged run, as a share of the gain; a larger regret counts as much
-)
+DIVERGED = 5.0  # the regret of a diverged run, as a share of the gain; a larger regret counts as much
 
 
 def between(values: Mapping[float, float], x: float) -> float:
@@ -52,4 +50,6 @@ def vertex_of(curve: Mapping[float, float]) -> float | None:
         return None
     (x0, y0), (x1, y1), (x2, y2) = ((x, curve[x]) for x in xs[i - 1 : i + 2])
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    return x1 if left == right else (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
+    return (
+        x1 if left == right else (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
+    )

@@ -49,7 +49,9 @@ def sweeps() -> Losses:
 def disputed(done: Losses) -> dict[tuple[Cell, float], tuple[Target, float, float]]:
     """Targets by cell and log2 rate, each with its regret by lines and by the spline."""
     found = {}
-    for target in (each for domain in domains_in(done) for each in of_domain(done, domain)):
+    for target in (
+        each for domain in domains_in(done) for each in of_domain(done, domain)
+    ):
         regrets = regrets_of(done, target)
         x = min(max(target.x, min(regrets)), max(regrets))
         lines, spline = on_lines(regrets, x), regret_between(regrets, x)
@@ -60,7 +62,11 @@ def disputed(done: Losses) -> dict[tuple[Cell, float], tuple[Target, float, floa
 
 def of_domain(done: Losses, domain: str) -> Iterator[Target]:
     for config in CONFIGS:
-        yield from (target for target in targets(done, domain, config, LAWS) if target.way in WAYS)
+        yield from (
+            target
+            for target in targets(done, domain, config, LAWS)
+            if target.way in WAYS
+        )
 
 
 def regrets_of(done: Losses, target: Target) -> dict[float, float]:
@@ -72,7 +78,11 @@ def regrets_of(done: Losses, target: Target) -> dict[float, float]:
 
 def jobs_of(done: Losses, rates: list[tuple[Cell, float]]) -> list[Job]:
     """Every rate on every seed of its sweep."""
-    return [Job(*cell, x, seed) for cell, x in rates for seed in range(seeds_in(done, *cell[:2]))]
+    return [
+        Job(*cell, x, seed)
+        for cell, x in rates
+        for seed in range(seeds_in(done, *cell[:2]))
+    ]
 
 
 def controls(done: Losses, rates: list[tuple[Cell, float]]) -> list[Job]:
@@ -89,7 +99,11 @@ def controls(done: Losses, rates: list[tuple[Cell, float]]) -> list[Job]:
 
 
 @click.command()
-@click.option("--table", is_flag=True, help="Write the table of the runs on file, and run nothing.")
+@click.option(
+    "--table",
+    is_flag=True,
+    help="Write the table of the runs on file, and run nothing.",
+)
 @click.option("--workers", default=2, show_default=True)
 def main(table: bool, workers: int) -> None:
     """Run the rates that are not on file, or write results/moved_runs.md."""
@@ -117,12 +131,30 @@ def main(table: bool, workers: int) -> None:
         regret = target.lost(done, means)
         figures = (number(100 * each, 1) for each in (lines, spline, regret))
         rows.append(
-            [cell[0], cell[1], "full" if cell[2] == 0 else str(cell[2]), f"{x:.2f}", *figures]
+            [
+                cell[0],
+                cell[1],
+                "full" if cell[2] == 0 else str(cell[2]),
+                f"{x:.2f}",
+                *figures,
+            ]
         )
     again = controls(done, list(rates))
     apart = max(abs(or_inf(ran.get(job)) - or_inf(done[job])) for job in again)
-    heads = ("domain", "configuration", "rank", "log2 rate", "lines, %", "spline, %", "run, %")
-    parts = ["# Moved rates that were run", __doc__ or "", block("Regrets", heads, rows)]
+    heads = (
+        "domain",
+        "configuration",
+        "rank",
+        "log2 rate",
+        "lines, %",
+        "spline, %",
+        "run, %",
+    )
+    parts = [
+        "# Moved rates that were run",
+        __doc__ or "",
+        block("Regrets", heads, rows),
+    ]
     parts.append(
         f"Control: {len(again)} runs of the sweeps were made again. Their losses differ by at most {apart:.1g}."
     )

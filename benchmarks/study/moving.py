@@ -30,11 +30,15 @@ def kept(a: int, b: int) -> float:
 
 def by_inverse_rank(domain: str) -> Shift:
     """The rate falls as 1/r. Full finetuning counts as r = n, the model's width."""
-    return lambda a, b: -math.log2((b or surveyed(domain, next(iter(CONFIGS)), TUNED).width) / a)
+    return lambda a, b: (
+        -math.log2((b or surveyed(domain, next(iter(CONFIGS)), TUNED).width) / a)
+    )
 
 
 def by_law(domain: str, config: str, law: Law) -> Shift:
-    return lambda a, b: octaves(domain, config, b, law) - octaves(domain, config, a, law)
+    return lambda a, b: (
+        octaves(domain, config, b, law) - octaves(domain, config, a, law)
+    )
 
 
 def by_default(domain: str, config: str) -> Shift:
@@ -62,10 +66,14 @@ def octaves(domain: str, config: str, rank: int, law: Law) -> float:
     """
     survey, heads = surveyed(domain, config, rank), get_domain(domain).head_rates
     plan = make_plan(
-        survey, PlanOptions(law, tuned_at=tuned_at(config), rates=heads), torch.optim.AdamW
+        survey,
+        PlanOptions(law, tuned_at=tuned_at(config), rates=heads),
+        torch.optim.AdamW,
     )
     moved = [
-        factor for factor in survey.factors if plan.assign(factor.name, factor).pinned_lr is None
+        factor
+        for factor in survey.factors
+        if plan.assign(factor.name, factor).pinned_lr is None
     ]
     found = [math.log2(plan.multiplier(factor)) for factor in moved]
     if max(found) - min(found) > 1e-9:

@@ -35,7 +35,9 @@ def ranks_in(done: Losses, domain: str, scheme: str) -> list[int]:
     """The ranks with at least three rates that every seed has run. An unfinished suite has fewer ranks."""
     seeds = seeds_in(done, domain, scheme)
     ranks = sorted({job.rank for job in done if job[:2] == (domain, scheme)})
-    return [rank for rank in ranks if len(curve(done, (domain, scheme, rank), seeds)) >= 3]
+    return [
+        rank for rank in ranks if len(curve(done, (domain, scheme, rank), seeds)) >= 3
+    ]
 
 
 def seeds_in(done: Losses, domain: str, scheme: str) -> int:
@@ -77,7 +79,11 @@ def cliff(done: Losses, cell: Cell) -> Optimum:
         return Optimum(None, ())
     x = cliff_of(tried_rates(done, cell, seeds), lowest(means), start)
     return Optimum(
-        x, tuple(cliff_of(each, lowest(each), start) for each in curves_by_seed(done, cell, seeds))
+        x,
+        tuple(
+            cliff_of(each, lowest(each), start)
+            for each in curves_by_seed(done, cell, seeds)
+        ),
     )
 
 
@@ -85,7 +91,9 @@ def cliff_of(tried: Mapping[float, float], best: float, start: float) -> float |
     return crossing(tried, best, tried[best] + CLIFF * (start - tried[best]), 1)
 
 
-def crossing(tried: Mapping[float, float], best: float, level: float, way: int) -> float | None:
+def crossing(
+    tried: Mapping[float, float], best: float, level: float, way: int
+) -> float | None:
     """log2 of the first rate, from the best in one direction, where the loss reaches a level; None if it does not.
 
     The loss is interpolated linearly between rates. If a rate diverged, the crossing is half way to it.
@@ -112,15 +120,22 @@ def tried_rates(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
     """Mean loss over all seeds by log2 rate; beyond their grid, the losses of the coarse pass of one seed."""
     means = curve(done, cell, seeds)
     low, high = min(means), max(means)
-    return {x: loss for x, loss in curve(done, cell, 1).items() if not low <= x <= high} | means
+    return {
+        x: loss for x, loss in curve(done, cell, 1).items() if not low <= x <= high
+    } | means
 
 
 ESTIMATORS: dict[str, Estimator] = {"vertex": optimum, "cliff": cliff}
 
 
-def best_rates(done: Losses, domain: str, scheme: str, by: Estimator = optimum) -> dict[int, float]:
+def best_rates(
+    done: Losses, domain: str, scheme: str, by: Estimator = optimum
+) -> dict[int, float]:
     """log2 of the best rate (or of the cliff) by rank, for ranks that have it inside their grid."""
-    found = {rank: by(done, (domain, scheme, rank)).x for rank in ranks_in(done, domain, scheme)}
+    found = {
+        rank: by(done, (domain, scheme, rank)).x
+        for rank in ranks_in(done, domain, scheme)
+    }
     return {rank: x for rank, x in found.items() if x is not None}
 
 
@@ -133,15 +148,22 @@ class Exponent(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.slope:+.2f}" + ("" if self.half is None else f" ± {self.half:.2f}")
+        return f"{self.slope:+.2f}" + (
+            "" if self.half is None else f" ± {self.half:.2f}"
+        )
 
 
-def exponent_of(done: Losses, domain: str, scheme: str, by: Estimator = optimum) -> Exponent | None:
+def exponent_of(
+    done: Losses, domain: str, scheme: str, by: Estimator = optimum
+) -> Exponent | None:
     """The exponent in a domain and configuration.
 
     None if fewer than two ranks have their best rate (or cliff) inside the grid of every seed.
     """
-    found = {rank: by(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)}
+    found = {
+        rank: by(done, (domain, scheme, rank))
+        for rank in ranks_in(done, domain, scheme)
+    }
     usable = {
         rank: best.by_seed
         for rank, best in found.items()
@@ -150,7 +172,10 @@ def exponent_of(done: Losses, domain: str, scheme: str, by: Estimator = optimum)
     if len(usable) < 2:
         return None
     seeds = range(len(next(iter(usable.values()))))
-    slopes = [slope({rank: best[seed] or 0.0 for rank, best in usable.items()}) for seed in seeds]
+    slopes = [
+        slope({rank: best[seed] or 0.0 for rank, best in usable.items()})
+        for seed in seeds
+    ]
     spread = (
         T90[len(slopes)] * statistics.stdev(slopes) / math.sqrt(len(slopes))
         if len(slopes) in T90

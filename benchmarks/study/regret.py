@@ -20,8 +20,14 @@ from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 from rankaware_optim import Falling, Law, MuA, Recipe
 
 DEFAULT = "µA, falling at B"
-LAWS: dict[str, Law] = {"the paper's law": MuA(tokens=None), "µA": MuA(), DEFAULT: Falling()}
-ONE_SEED = f"{DEFAULT}, from one seed"  # the rate that is moved is the best of each seed alone
+LAWS: dict[str, Law] = {
+    "the paper's law": MuA(tokens=None),
+    "µA": MuA(),
+    DEFAULT: Falling(),
+}
+ONE_SEED = (
+    f"{DEFAULT}, from one seed"  # the rate that is moved is the best of each seed alone
+)
 RECIPE = "calibrated recipe"
 FLOOR = "noise floor"  # listed with the ways: what a sweep's own choice of the rate loses, by rank and in full
 
@@ -45,9 +51,16 @@ class Score(NamedTuple):
 
 def score(regrets: Iterable[float]) -> Score:
     every = list(regrets)
-    high = statistics.quantiles(every, n=20, method="inclusive")[-1] if len(every) > 1 else every[0]
+    high = (
+        statistics.quantiles(every, n=20, method="inclusive")[-1]
+        if len(every) > 1
+        else every[0]
+    )
     return Score(
-        len(every), statistics.fmean(every), high, statistics.fmean(each > LARGE for each in every)
+        len(every),
+        statistics.fmean(every),
+        high,
+        statistics.fmean(each > LARGE for each in every),
     )
 
 
@@ -66,7 +79,9 @@ class Moved(NamedTuple):
     worst_full: str = ""
 
 
-def moves(done: Losses, laws: Mapping[str, Law] = LAWS, ran: Ran | None = None) -> list[Moved]:
+def moves(
+    done: Losses, laws: Mapping[str, Law] = LAWS, ran: Ran | None = None
+) -> list[Moved]:
     """The noise floor, then every way, in every domain and configuration that was swept at two ranks.
 
     Args:
@@ -74,19 +89,32 @@ def moves(done: Losses, laws: Mapping[str, Law] = LAWS, ran: Ran | None = None) 
         laws: laws to compare, by name.
         ran: mean losses of moved rates that were run, by cell and log2 rate; other rates lie between swept ones.
     """
-    return [each for domain in domains_in(done) for each in moves_in(done, domain, laws, ran or {})]
+    return [
+        each
+        for domain in domains_in(done)
+        for each in moves_in(done, domain, laws, ran or {})
+    ]
 
 
-def moves_in(done: Losses, domain: str, laws: Mapping[str, Law], ran: Ran) -> Iterator[Moved]:
+def moves_in(
+    done: Losses, domain: str, laws: Mapping[str, Law], ran: Ran
+) -> Iterator[Moved]:
     has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
         floors = [
-            noise_floor(done, (domain, config, rank)) for rank in ranks_in(done, domain, config)
+            noise_floor(done, (domain, config, rank))
+            for rank in ranks_in(done, domain, config)
         ]
         if len(floors) > 1:
-            both = (floors, [noise_floor(done, (domain, "full", FULL))] if has_full else [])
+            both = (
+                floors,
+                [noise_floor(done, (domain, "full", FULL))] if has_full else [],
+            )
             yield Moved(
-                domain, config, FLOOR, *(tuple(x for x in each if x is not None) for each in both)
+                domain,
+                config,
+                FLOOR,
+                *(tuple(x for x in each if x is not None) for each in both),
             )
         lost_by: dict[str, tuple[list[Named], list[Named]]] = {}
         for target in targets(done, domain, config, laws):
@@ -138,7 +166,9 @@ class Target(NamedTuple):
         return min((loss - at_best) / (start - at_best), DIVERGED)
 
 
-def targets(done: Losses, domain: str, config: str, laws: Mapping[str, Law]) -> Iterator[Target]:
+def targets(
+    done: Losses, domain: str, config: str, laws: Mapping[str, Law]
+) -> Iterator[Target]:
     """Every move of a configuration by every way: to all other ranks, and to full finetuning where it was swept."""
     full = (domain, "full", FULL)
     has_full = bool(ranks_in(done, domain, "full"))
@@ -167,7 +197,9 @@ def ways(
         yield (
             name,
             config,
-            by_default(domain, config) if name == DEFAULT else by_law(domain, config, law),
+            by_default(domain, config)
+            if name == DEFAULT
+            else by_law(domain, config, law),
         )
     yield ONE_SEED, config, by_default(domain, config)
     for path in paths_of(
@@ -203,20 +235,27 @@ def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:
 
 def own_best(done: Losses, of: tuple[str, str], full: float) -> Shift:
     """From a rank's best rate to another's, or to full finetuning's."""
-    return lambda a, b: (full if b == FULL else best_at(done, (*of, b))) - best_at(done, (*of, a))
+    return lambda a, b: (
+        (full if b == FULL else best_at(done, (*of, b))) - best_at(done, (*of, a))
+    )
 
 
 def best_at(done: Losses, cell: Cell) -> float:
     """log2 of a cell's best rate, the grid's where the vertex lies outside."""
     found = optimum(done, cell).x
-    return lowest(curve(done, cell, seeds_in(done, *cell[:2]))) if found is None else found
+    return (
+        lowest(curve(done, cell, seeds_in(done, *cell[:2]))) if found is None else found
+    )
 
 
 def best_by_seed(done: Losses, cell: Cell) -> list[float]:
     """log2 of the best rate of each seed alone, its grid's where the vertex lies outside."""
     alone = curves_by_seed(done, cell, seeds_in(done, *cell[:2]))
     vertices = optimum(done, cell).by_seed
-    return [lowest(each) if x is None else x for x, each in zip(vertices, alone, strict=True)]
+    return [
+        lowest(each) if x is None else x
+        for x, each in zip(vertices, alone, strict=True)
+    ]
 
 
 def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
@@ -231,7 +270,9 @@ def best_and_start(done: Losses, trained: Cell, best: Cell) -> tuple[float, floa
     return min(means.values()), start_of(best[0], done)
 
 
-def share_lost(tried: Mapping[float, float], at_best: float, start: float, x: float) -> float:
+def share_lost(
+    tried: Mapping[float, float], at_best: float, start: float, x: float
+) -> float:
     """The share of the gain lost at 2^x, by a monotone spline between the rates tried, beyond them at the last.
 
     A diverged run counts as `DIVERGED`.
@@ -246,17 +287,26 @@ def noise_floor(done: Losses, cell: Cell) -> float | None:
 
     What a sweep's own choice loses on runs that it has not seen: a regret below it says nothing.
     """
-    curves, start = curves_by_seed(done, cell, seeds_in(done, *cell[:2])), start_of(cell[0], done)
+    curves, start = (
+        curves_by_seed(done, cell, seeds_in(done, *cell[:2])),
+        start_of(cell[0], done),
+    )
     if len(curves) < 2:
         return None
     regrets = []
     for left_out in curves:
-        others = {x: sum(each[x] for each in curves if each is not left_out) for x in left_out}
-        regrets.append(share_lost(left_out, min(left_out.values()), start, lowest(others)))
+        others = {
+            x: sum(each[x] for each in curves if each is not left_out) for x in left_out
+        }
+        regrets.append(
+            share_lost(left_out, min(left_out.values()), start, lowest(others))
+        )
     return statistics.fmean(regrets)
 
 
-def pooled(moved: Sequence[Moved], way: str) -> dict[str, tuple[list[float], list[float]]]:
+def pooled(
+    moved: Sequence[Moved], way: str
+) -> dict[str, tuple[list[float], list[float]]]:
     """A way's regrets in every domain, over its configurations: from rank to rank, and to full finetuning."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for each in moved:

@@ -31,7 +31,8 @@ def read(store: Path) -> dict[Job, float | None]:
     for row in _rows(store):
         if row.get("version", VERSION) != VERSION:
             raise DomainError(
-                f"{store} has version {row['version']}, not {VERSION}.", "Move it aside."
+                f"{store} has version {row['version']}, not {VERSION}.",
+                "Move it aside.",
             )
         if {*Job._fields, "loss"} <= row.keys():
             done[Job(*(row[name] for name in Job._fields))] = row["loss"]
@@ -87,7 +88,10 @@ def complete(
                 _append(store, {"machine": machine})
             for job, loss in _results(run, jobs, pool):
                 done[job] = loss
-                _append(store, {**job._asdict(), "loss": loss if loss is None else round(loss, 6)})
+                _append(
+                    store,
+                    {**job._asdict(), "loss": loss if loss is None else round(loss, 6)},
+                )
 
 
 @contextmanager
@@ -153,8 +157,11 @@ def _results(
         return
     futures = {pool.submit(run, job): job for job in jobs}
     try:
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
+        yield from (
+            (futures[future], future.result()) for future in as_completed(futures)
+        )
     except BrokenProcessPool as error:
         raise DomainError(
-            "A process was ended from outside, perhaps for its memory.", "Use --workers 1."
+            "A process was ended from outside, perhaps for its memory.",
+            "Use --workers 1.",
         ) from error

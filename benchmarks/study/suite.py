@@ -88,7 +88,9 @@ class Part:
     coarse: Mapping[str, range]
 
     def cells(self, domain: str) -> list[Cell]:
-        return [(domain, scheme, rank) for scheme in self.schemes for rank in self.ranks]
+        return [
+            (domain, scheme, rank) for scheme in self.schemes for rank in self.ranks
+        ]
 
     def grid(self, cells: Sequence[Cell]) -> Grid:
         return Grid(cells, self.coarse, self.seeds, self.half)
@@ -126,11 +128,18 @@ def study(
 
 
 @click.command()
-@click.option("--suite", type=click.Choice(("quick", "full")), default="quick", show_default=True)
 @click.option(
-    "--domain", "chosen", multiple=True, help="Some domains; by default all, or the quick ones."
+    "--suite", type=click.Choice(("quick", "full")), default="quick", show_default=True
 )
-@click.option("--workers", default=2, show_default=True, help="Processes of one thread.")
+@click.option(
+    "--domain",
+    "chosen",
+    multiple=True,
+    help="Some domains; by default all, or the quick ones.",
+)
+@click.option(
+    "--workers", default=2, show_default=True, help="Processes of one thread."
+)
 @click.option(
     "--tables",
     "only_tables",
@@ -144,7 +153,11 @@ def study(
     help="A law to compare beside ours: a name, or package.module:Class.",
 )
 def main(
-    suite: str, chosen: tuple[str, ...], workers: int, only_tables: bool, laws: tuple[str, ...]
+    suite: str,
+    chosen: tuple[str, ...],
+    workers: int,
+    only_tables: bool,
+    laws: tuple[str, ...],
 ) -> None:
     """Run the missing runs, then write the tables and figures."""
     folder = QUICK_STORES if suite == "quick" else STORES
@@ -173,9 +186,14 @@ def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
 
 def provenance(domain: str | Domain) -> dict[str, Any]:
     """The row in a store before its runs: commit, machine, versions, and the network's hash before training."""
-    found, here = domain if isinstance(domain, Domain) else get_domain(domain), machine(1)
+    found, here = (
+        domain if isinstance(domain, Domain) else get_domain(domain),
+        machine(1),
+    )
     found.warm()
-    packages = {name: version(name) for name in ("optuna", "peft", "transformers", "timm")}
+    packages = {
+        name: version(name) for name in ("optuna", "peft", "transformers", "timm")
+    }
     return {
         **{key: here[key] for key in ("commit", *NOTED)},
         **packages,
@@ -191,14 +209,22 @@ def finished_in(stores: Iterable[Path], suite: str) -> dict[Job, float | None]:
 
 def finished(done: Losses, suite: str) -> dict[Job, float | None]:
     """The runs of complete grids, since an incomplete one has no best rate."""
-    asked = [(name, part) for name in {job.domain for job in done} for part in parts(name, suite)]
+    asked = [
+        (name, part)
+        for name in {job.domain for job in done}
+        for part in parts(name, suite)
+    ]
     whole = {
         cell
         for name, part in asked
         for cell in part.cells(name)
         if not part.grid([cell]).wanted(done)
     }
-    return {job: loss for job, loss in done.items() if job.scheme == START or job[:3] in whole}
+    return {
+        job: loss
+        for job, loss in done.items()
+        if job.scheme == START or job[:3] in whole
+    }
 
 
 def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
@@ -221,7 +247,13 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
     text = "\n\n".join(
-        ["# The study", *tables(done, moved, laws), *pictures, made, written_by(machine(1))]
+        [
+            "# The study",
+            *tables(done, moved, laws),
+            *pictures,
+            made,
+            written_by(machine(1)),
+        ]
     )
     replace_bytes(page, f"{text}\n".encode())
     if page == PAGE and moved:
@@ -235,9 +267,13 @@ def on_machines(stores: Iterable[Path]) -> str:
     said: dict[str, list[str]] = {}
     for store in stores:
         for on in machines(store) or [{"cpu": "not noted"}]:
-            named = said.setdefault(", ".join(f"{key} {on[key]}" for key in NOTED if key in on), [])
+            named = said.setdefault(
+                ", ".join(f"{key} {on[key]}" for key in NOTED if key in on), []
+            )
             named += [store.stem] * (store.stem not in named)
-    return "\n\n".join(f"Machine: {on}: {', '.join(domains)}." for on, domains in said.items())
+    return "\n\n".join(
+        f"Machine: {on}: {', '.join(domains)}." for on, domains in said.items()
+    )
 
 
 def publish(readme: Path, text: str) -> None:
@@ -246,7 +282,8 @@ def publish(readme: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise DomainError(
-            f"{readme} lacks {BEGIN} or {END}.", "Put both back where the tables belong."
+            f"{readme} lacks {BEGIN} or {END}.",
+            "Put both back where the tables belong.",
         )
     replace_bytes(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 

@@ -15,7 +15,14 @@ from matplotlib.figure import Figure
 from study.configurations import start_of
 from study.grids import FULL, Losses, curve, lowest
 from study.moving import octaves
-from study.optima import domains_in, exponent_of, optimum, ranks_in, schemes_in, seeds_in
+from study.optima import (
+    domains_in,
+    exponent_of,
+    optimum,
+    ranks_in,
+    schemes_in,
+    seeds_in,
+)
 from study.regret import LAWS, Moved
 from study.suite_tables import README_WAYS, regrets_in, settings
 
@@ -32,7 +39,12 @@ RANK_COLOURS = (
     "#B5A000",
 )  # from dark to light as the rank rises
 
-LAW_STYLES = (("--", "#D55E00"), ("-", "#0072B2"), ("-.", "#CC79A7"), ((0, (1, 1)), "#E69F00"))
+LAW_STYLES = (
+    ("--", "#D55E00"),
+    ("-", "#0072B2"),
+    ("-.", "#CC79A7"),
+    ((0, (1, 1)), "#E69F00"),
+)
 
 
 def draw_all(done: Losses, folder: Path, laws: Mapping[str, Law] = LAWS) -> list[Path]:
@@ -64,9 +76,16 @@ def panels(done: Losses, domain: str) -> tuple[Figure, list[Any], list[str]]:
 def draw_losses(done: Losses, domain: str) -> Figure:
     """Held-out loss against log2 rate, with one line for each rank and a dashed line for full finetuning."""
     figure, axes, schemes = panels(done, domain)
-    losses = [loss for job, loss in done.items() if job.domain == domain and loss is not None]
-    top, bottom = min(start_of(domain, done), float(np.quantile(losses, SHOWN))), min(losses)
-    every = sorted({rank for scheme in schemes for rank in ranks_in(done, domain, scheme)})
+    losses = [
+        loss for job, loss in done.items() if job.domain == domain and loss is not None
+    ]
+    top, bottom = (
+        min(start_of(domain, done), float(np.quantile(losses, SHOWN))),
+        min(losses),
+    )
+    every = sorted(
+        {rank for scheme in schemes for rank in ranks_in(done, domain, scheme)}
+    )
     colours = dict(zip(every, cycle(RANK_COLOURS), strict=False))
     for axis, scheme in zip(axes, schemes, strict=True):
         for rank in ranks_in(done, domain, scheme):
@@ -78,7 +97,14 @@ def draw_losses(done: Losses, domain: str) -> Figure:
                 marker="o",
                 label=f"r = {rank}",
             )
-        plot_curve(axis, done, (domain, "full", FULL), color="black", linestyle="--", label="full")
+        plot_curve(
+            axis,
+            done,
+            (domain, "full", FULL),
+            color="black",
+            linestyle="--",
+            label="full",
+        )
         axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.02 * (top - bottom))
         rates(axis, "x")
     axes[0].set_ylabel("held-out score, lower is better", fontsize=8)
@@ -89,7 +115,9 @@ def draw_losses(done: Losses, domain: str) -> Figure:
 def rates(axis: Any, side: str, named: bool = True) -> None:
     """Make an axis ("x" or "y") one of rates in the panels' small type, with or without its label."""
     rate_axis(axis, side)
-    getattr(axis, f"{side}axis").label.set(text="learning rate" if named else "", fontsize=8)
+    getattr(axis, f"{side}axis").label.set(
+        text="learning rate" if named else "", fontsize=8
+    )
 
 
 def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
@@ -99,13 +127,23 @@ def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
         for axis in axes
         for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(each.values(), each, loc="outside right center", fontsize=7, frameon=False)
+    figure.legend(
+        each.values(), each, loc="outside right center", fontsize=7, frameon=False
+    )
 
 
-def plot_curve(axis: Any, done: Losses, cell: tuple[str, str, int], **style: Any) -> None:
+def plot_curve(
+    axis: Any, done: Losses, cell: tuple[str, str, int], **style: Any
+) -> None:
     means = curve(done, cell, seeds_in(done, *cell[:2]))
     finite = {x: loss for x, loss in means.items() if math.isfinite(loss)}
-    axis.plot([2.0**x for x in finite], list(finite.values()), markersize=3, linewidth=1.2, **style)
+    axis.plot(
+        [2.0**x for x in finite],
+        list(finite.values()),
+        markersize=3,
+        linewidth=1.2,
+        **style,
+    )
 
 
 def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
@@ -114,9 +152,15 @@ def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
     full = optimum(done, (domain, "full", FULL)).x
     for axis, scheme in zip(axes, schemes, strict=True):
         best = {
-            rank: optimum(done, (domain, scheme, rank)) for rank in ranks_in(done, domain, scheme)
+            rank: optimum(done, (domain, scheme, rank))
+            for rank in ranks_in(done, domain, scheme)
         }
-        points = [(rank, x) for rank, found in best.items() for x in found.by_seed if x is not None]
+        points = [
+            (rank, x)
+            for rank, found in best.items()
+            for x in found.by_seed
+            if x is not None
+        ]
         at = [(rank, 2.0**x) for rank, x in points]
         axis.plot(
             *zip(*at, strict=True) if at else ([], []),
@@ -127,7 +171,9 @@ def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
         )
         plot_laws(axis, done, domain, scheme, points, laws)
         if full is not None:
-            axis.axhline(2.0**full, color="#999999", linestyle=":", label="full finetuning")
+            axis.axhline(
+                2.0**full, color="#999999", linestyle=":", label="full finetuning"
+            )
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(best), list(map(str, best)))
         axis.minorticks_off()
@@ -149,15 +195,23 @@ def plot_laws(
         return
     ranks = sorted({rank for rank, _ in points})
     middle = float(np.mean([x for _, x in points]))
-    for (name, law), (style, colour) in zip(laws.items(), cycle(LAW_STYLES), strict=False):
+    for (name, law), (style, colour) in zip(
+        laws.items(), cycle(LAW_STYLES), strict=False
+    ):
         moved = np.array([octaves(domain, scheme, rank, law) for rank in ranks])
         axis.plot(
-            ranks, 2.0 ** (middle + moved - moved.mean()), linestyle=style, color=colour, label=name
+            ranks,
+            2.0 ** (middle + moved - moved.mean()),
+            linestyle=style,
+            color=colour,
+            label=name,
         )
     if (found := exponent_of(done, domain, scheme)) is not None:
         logs = np.log2(ranks)
         fitted = 2.0 ** (middle + found.slope * (logs - logs.mean()))
-        axis.plot(ranks, fitted, ":", color="#009E73", label="power of the rank, fitted")
+        axis.plot(
+            ranks, fitted, ":", color="#009E73", label="power of the rank, fitted"
+        )
 
 
 def draw_surface(done: Losses, domain: str) -> Figure:
@@ -167,12 +221,23 @@ def draw_surface(done: Losses, domain: str) -> Figure:
     for axis, scheme in zip(axes, schemes, strict=True):
         ranks = ranks_in(done, domain, scheme)
         means = [
-            curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)) for rank in ranks
+            curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme))
+            for rank in ranks
         ]
         xs = sorted({x for each in means for x in each})
-        values = np.array([[min(each.get(x, math.nan), start) for each in means] for x in xs])
-        shown = axis.pcolormesh(range(len(ranks)), xs, values, shading="nearest", cmap="viridis_r")
-        axis.plot(range(len(ranks)), list(map(lowest, means)), "o-", color="white", markersize=4)
+        values = np.array(
+            [[min(each.get(x, math.nan), start) for each in means] for x in xs]
+        )
+        shown = axis.pcolormesh(
+            range(len(ranks)), xs, values, shading="nearest", cmap="viridis_r"
+        )
+        axis.plot(
+            range(len(ranks)),
+            list(map(lowest, means)),
+            "o-",
+            color="white",
+            markersize=4,
+        )
         axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
         axis.set_yticks(xs[::2], [f"{2.0**x:.2g}" for x in xs[::2]])
         axis.set_xlabel("rank", fontsize=8)
@@ -196,7 +261,9 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
         axis.grid(axis="x", alpha=0.3)
     axis.set_yticks(range(len(ways)), [words for _, words in ways], fontsize=9)
     axis.set_ylim(-0.5, len(ways) - 0.4)
-    figure.suptitle("What a moved rate loses: a dot is one move, a bar the median", fontsize=10)
+    figure.suptitle(
+        "What a moved rate loses: a dot is one move, a bar the median", fontsize=10
+    )
     figure.supxlabel(
         f"lost share of the attainable gain, %; a dot at {MOST:g} lost more, or diverged",
         fontsize=8,

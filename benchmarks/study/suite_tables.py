@@ -63,7 +63,9 @@ SUMMED = (
 )
 
 
-def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS) -> list[str]:
+def tables(
+    done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS
+) -> list[str]:
     every = domains_in(done)
     exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
@@ -101,7 +103,11 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
             exponent_rows,
         ),
         ESTIMATED,
-        block("(b) The paper's claims", ["domain", "claim", "verdict", "numbers"], claim_rows),
+        block(
+            "(b) The paper's claims",
+            ["domain", "claim", "verdict", "numbers"],
+            claim_rows,
+        ),
         RULES,
         block(
             "What regrets are shares of",
@@ -127,7 +133,9 @@ def tables(done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS)
 # --- exponents and claims -------------------------------------------------------------------------------------------
 
 
-def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
+def exponents(
+    done: Losses, domain: str, laws: Mapping[str, Law]
+) -> Iterator[list[str]]:
     for scheme in (*CONFIGS, *RSLORA):
         found = exponent_of(done, domain, scheme)
         if found is not None:
@@ -135,7 +143,10 @@ def exponents(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[li
                 number(law_slope(domain, scheme, found.ranks, law), 2, sign=True)
                 for law in laws.values()
             ]
-            ranks, by_cliff = listed(found.ranks), exponent_of(done, domain, scheme, cliff)
+            ranks, by_cliff = (
+                listed(found.ranks),
+                exponent_of(done, domain, scheme, cliff),
+            )
             other = "–" if by_cliff is None else str(by_cliff)
             if by_cliff is not None and by_cliff.ranks != found.ranks:
                 other += f" (r = {listed(by_cliff.ranks)})"
@@ -168,14 +179,23 @@ def claims(done: Losses, domain: str) -> Iterator[list[str]]:
         found = exponent_of(done, domain, scheme)
         if found is not None:
             numbers = [f"r^({found})", *across_ranks(best_rates(done, domain, scheme))]
-            yield [domain, words, verdict(found.slope - claimed, HELD, DRIFT), "; ".join(numbers)]
+            yield [
+                domain,
+                words,
+                verdict(found.slope - claimed, HELD, DRIFT),
+                "; ".join(numbers),
+            ]
     yield from to_full(done, domain)
 
 
 def verdict(apart: float, held: float, drift: float) -> str:
     if abs(apart) <= held:
         return "held"
-    return f"held with a drift of {apart:+.2f}" if abs(apart) <= drift else "did not hold here"
+    return (
+        f"held with a drift of {apart:+.2f}"
+        if abs(apart) <= drift
+        else "did not hold here"
+    )
 
 
 def to_full(done: Losses, domain: str) -> Iterator[list[str]]:
@@ -219,7 +239,9 @@ def gains(done: Losses, domain: str) -> Iterator[list[str]]:
     for scheme in (*CONFIGS, "full"):
         for rank in ranks_in(done, domain, scheme):
             best[scheme, rank] = min(
-                curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme)).values()
+                curve(
+                    done, (domain, scheme, rank), seeds_in(done, domain, scheme)
+                ).values()
             )
     lora = sorted(loss for (scheme, _), loss in best.items() if scheme != "full")
     full = best.get(("full", FULL))
@@ -230,7 +252,13 @@ def gains(done: Losses, domain: str) -> Iterator[list[str]]:
             f"{number(lora[0], 3)} to {number(lora[-1], 3)}",
             "–" if full is None else number(full, 3),
         ]
-        yield [domain, own.score, number(start, 3), *cells, f"{shares[0]:.4f} to {shares[-1]:.4f}"]
+        yield [
+            domain,
+            own.score,
+            number(start, 3),
+            *cells,
+            f"{shares[0]:.4f} to {shares[-1]:.4f}",
+        ]
 
 
 # --- regret ---------------------------------------------------------------------------------------------------------
@@ -270,12 +298,19 @@ def summary(moved: Sequence[Moved]) -> str:
     for which, target in enumerate(TARGETS):
         for way, words in COMPARED.items():
             if found := pooled(moved, way):
-                shares = [found[domain][which] if domain in found else [] for domain in every]
+                shares = [
+                    found[domain][which] if domain in found else [] for domain in every
+                ]
                 rows.append(
-                    [target, words, *(score(each).words() if each else "–" for each in shares)]
+                    [
+                        target,
+                        words,
+                        *(score(each).words() if each else "–" for each in shares),
+                    ]
                 )
     return table_of(
-        ["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)], rows
+        ["to", "the rate is moved by", *(domain.replace("_", " ") for domain in every)],
+        rows,
     )
 
 
@@ -296,16 +331,22 @@ SETTINGS = {
 
 def settings() -> dict[str, tuple[list[str], int]]:
     """{words: (configurations, 0 for moves to another rank and 1 for those to full finetuning)}."""
-    lora = {f"to another rank, {words}": ([config], 0) for config, words in SETTINGS.items()}
+    lora = {
+        f"to another rank, {words}": ([config], 0) for config, words in SETTINGS.items()
+    }
     inits = {
-        init: [name for name, own in CONFIGS.items() if own.init == init] for init in ("A", "B")
+        init: [name for name, own in CONFIGS.items() if own.init == init]
+        for init in ("A", "B")
     }
     return lora | {
-        f"to full finetuning, from Init[{init}]": (configs, 1) for init, configs in inits.items()
+        f"to full finetuning, from Init[{init}]": (configs, 1)
+        for init, configs in inits.items()
     }
 
 
-def regrets_in(moved: Sequence[Moved], way: str, configs: Sequence[str], which: int) -> list[float]:
+def regrets_in(
+    moved: Sequence[Moved], way: str, configs: Sequence[str], which: int
+) -> list[float]:
     mine = [
         (each.lora, each.full)[which]
         for each in moved
@@ -319,7 +360,9 @@ def by_setting(moved: Sequence[Moved]) -> str:
     rows = []
     for way, words in README_WAYS.items():
         cells = [regrets_in(moved, way, *setting) for setting in settings().values()]
-        rows.append([words, *(score(regrets).words() if regrets else "–" for regrets in cells)])
+        rows.append(
+            [words, *(score(regrets).words() if regrets else "–" for regrets in cells)]
+        )
     return table_of(
         ["% lost: mean / 95th percentile / share of moves above 5 %", *settings()], rows
     )
@@ -337,7 +380,8 @@ def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[s
             if found and full is not None:
                 shifts = [by_law(domain, scheme, law) for law in laws.values()]
                 off = [
-                    [x + shift(rank, FULL) - full for rank, x in found.items()] for shift in shifts
+                    [x + shift(rank, FULL) - full for rank, x in found.items()]
+                    for shift in shifts
                 ]
                 yield [domain, scheme, "full finetuning", name, *map(in_octaves, off)]
         a, b = (best_rates(done, domain, scheme, by) for scheme in INITS)

@@ -12,7 +12,10 @@ import torch
 from study.domains import Domain
 from torch import nn
 
-WARMUP, FINAL = 0.05, 0.1  # warm-up as a share of the steps, final rate as a share of the rate
+WARMUP, FINAL = (
+    0.05,
+    0.1,
+)  # warm-up as a share of the steps, final rate as a share of the rate
 
 
 def shape(step: int, steps: int, warmup: float = WARMUP) -> float:
@@ -20,7 +23,12 @@ def shape(step: int, steps: int, warmup: float = WARMUP) -> float:
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
-    return FINAL + (1 - FINAL) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+    return (
+        FINAL
+        + (1 - FINAL)
+        * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        / 2
+    )
 
 
 def trained(
@@ -64,7 +72,14 @@ def train(
     warmup: float = WARMUP,
 ) -> float | None:
     """The held-out loss after the domain's steps. A run that diverges ends at once and returns None."""
-    run = trained(domain, model, opt, seed, partial(shape, steps=domain.steps, warmup=warmup), clip)
+    run = trained(
+        domain,
+        model,
+        opt,
+        seed,
+        partial(shape, steps=domain.steps, warmup=warmup),
+        clip,
+    )
     while True:
         try:
             loss = next(run)

@@ -36,7 +36,9 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
     return made
 
 
-def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def _process(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
     lines[:] = with_literal_blocks(lines)
     if what in ("attribute", "property"):
         lines[:0] = [

@@ -17,7 +17,11 @@ from rankaware_optim.reports import plot_recipe
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 WITH_A_PAGE = ("study",)  # of docs/benchmarks, which include them
-RESULTS, RECIPES, GENERATED = ROOT / "benchmarks" / "results", ROOT / "recipes", DOCS / "generated"
+RESULTS, RECIPES, GENERATED = (
+    ROOT / "benchmarks" / "results",
+    ROOT / "recipes",
+    DOCS / "generated",
+)
 
 RESULT = """\
 ```{{include}} ../../../benchmarks/results/{name}.md
@@ -42,7 +46,12 @@ WIDTH = 4096.0
 A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B"))
 FULL = ra.Reference(method="full", fan_in=WIDTH)
 MOVES = (  # what changes, from, to, how sure
-    ("rank 16 → 128, alpha = rank", A16, replace(A16, rank=128, alpha=128), "theory, measured"),
+    (
+        "rank 16 → 128, alpha = rank",
+        A16,
+        replace(A16, rank=128, alpha=128),
+        "theory, measured",
+    ),
     ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory, measured"),
     (
         "rank 16 → 128 with rsLoRA, alpha kept",
@@ -60,7 +69,12 @@ MOVES = (  # what changes, from, to, how sure
     ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
     ("width × 4", A16, replace(A16, fan_in=4 * WIDTH), "theory"),
     ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
-    ("LoRA at rank 16, Init[B] → full finetuning", B16, FULL, "rule of thumb: calibrate"),
+    (
+        "LoRA at rank 16, Init[B] → full finetuning",
+        B16,
+        FULL,
+        "rule of thumb: calibrate",
+    ),
     ("batch × 4", replace(A16, batch=16), replace(A16, batch=64), "rule of thumb"),
 )
 
@@ -101,7 +115,8 @@ def title_of(page: Path) -> str:
 
 def make(app: Any) -> None:
     pages = sorted(
-        (page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE), key=title_of
+        (page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE),
+        key=title_of,
     )
     for page in pages:
         write(GENERATED / "results" / page.name, RESULT.format(name=page.stem))

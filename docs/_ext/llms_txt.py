@@ -21,9 +21,13 @@ def _in_order(env: Any, page: str, seen: list[str]) -> list[str]:
 
 def _line(env: Any, page: str, url: str) -> str:
     paragraphs = env.get_doctree(page).findall(nodes.paragraph)
-    first = next((p.astext() for p in paragraphs if isinstance(p.parent, nodes.section)), "")
+    first = next(
+        (p.astext() for p in paragraphs if isinstance(p.parent, nodes.section)), ""
+    )
     sentence = " ".join(first.split()).partition(". ")[0].rstrip(".:")
-    return f"- [{env.titles[page].astext()}]({url})" + (f": {sentence}." if sentence else "")
+    return f"- [{env.titles[page].astext()}]({url})" + (
+        f": {sentence}." if sentence else ""
+    )
 
 
 def _write(app: Any, error: Exception | None) -> None:
@@ -32,7 +36,16 @@ def _write(app: Any, error: Exception | None) -> None:
         pages = _in_order(env, env.config.root_doc, [])[1:]
         lines = [_line(env, page, app.builder.get_target_uri(page)) for page in pages]
         text = "\n".join(
-            [f"# {env.config.project}", "", f"> {ABOUT}", "", "## Pages", "", *lines, ""]
+            [
+                f"# {env.config.project}",
+                "",
+                f"> {ABOUT}",
+                "",
+                "## Pages",
+                "",
+                *lines,
+                "",
+            ]
         )
         (Path(app.outdir) / "llms.txt").write_text(text, encoding="utf-8")
 

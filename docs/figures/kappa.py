@@ -18,7 +18,12 @@ lines = {
 for label, (values, colour, style) in lines.items():
     axis.plot(M, values, style, color=colour)
     axis.annotate(
-        label, (M[-1], values[-1]), (6, 0), textcoords="offset points", color=colour, va="center"
+        label,
+        (M[-1], values[-1]),
+        (6, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
     )
 axis.set(
     xscale="log",

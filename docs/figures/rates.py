@@ -12,7 +12,9 @@ LAW = Falling()
 
 def line(alpha, init="A"):
     """Multipliers over RANKS, alpha as a function of the rank."""
-    at_each = (Reference(rank=r, alpha=alpha(r), init=init, fan_in=WIDTH) for r in RANKS)
+    at_each = (
+        Reference(rank=r, alpha=alpha(r), init=init, fan_in=WIDTH) for r in RANKS
+    )
     return [LAW.multiplier(reference.as_factor(), AT) for reference in at_each]
 
 
@@ -37,7 +39,11 @@ for label, (values, colour, style) in lines.items():
 axis.plot(16, 1, "o", color="#0072B2")
 axis.annotate("tuned here", (16, 1), (-4, -14), textcoords="offset points", ha="right")
 axis.set(
-    xscale="log", yscale="log", xlabel="rank", ylabel="best rate, relative", xlim=(1, RANKS[-1])
+    xscale="log",
+    yscale="log",
+    xlabel="rank",
+    ylabel="best rate, relative",
+    xlim=(1, RANKS[-1]),
 )
 axis.set_xticks(RANKS[::2], [str(rank) for rank in RANKS[::2]])
 axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])

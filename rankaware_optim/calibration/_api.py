@@ -145,7 +145,9 @@ def calibrate(  # noqa: PLR0913
     options = Options(
         get_optimizer_class(optimizer),
         get_law(law),
-        Schedule(*map(plain, (ranks, seeds, steps, trials, budget, until, full_trials))),
+        Schedule(
+            *map(plain, (ranks, seeds, steps, trials, budget, until, full_trials))
+        ),
         target_steps=plain(target_steps),
         lr_range=octaves(plain(lr_range)),
         batch=plain(batch),
@@ -153,7 +155,9 @@ def calibrate(  # noqa: PLR0913
         seed=plain(seed),
         name=name,
     )
-    work = partial(_calibrate, train=train, options=options, sampler=sampler, pruner=pruner)
+    work = partial(
+        _calibrate, train=train, options=options, sampler=sampler, pruner=pruner
+    )
     if executor is None:
         return work(storage=storage, progress=progress)
     on_ray = ray_executor(executor)
@@ -235,5 +239,7 @@ def _interruption(runner: Runner) -> Iterator[None]:
                 "Their fit is this error's .recipe. With a storage the same call continues where it"
                 " stopped.",
             )
-            error.recipe = None if calibration.fit() is None else calibrated_recipe(calibration)
+            error.recipe = (
+                None if calibration.fit() is None else calibrated_recipe(calibration)
+            )
             raise error from interrupt

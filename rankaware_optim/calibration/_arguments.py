@@ -12,11 +12,16 @@ from ..errors import CalibrationError
 
 def _is_distinct(values: object, fits: Callable[[Any], bool]) -> bool:
     """Return whether `values` is a non-empty sequence of distinct values that all fit."""
-    return isinstance(values, Sequence) and 0 < len(values) == len({*filter(fits, values)})
+    return isinstance(values, Sequence) and 0 < len(values) == len(
+        {*filter(fits, values)}
+    )
 
 
 def _are_ranks(value: Any) -> bool:
-    return _is_distinct(value, lambda r: r is None or is_whole(r)) and len(value) <= MOST_RANKS
+    return (
+        _is_distinct(value, lambda r: r is None or is_whole(r))
+        and len(value) <= MOST_RANKS
+    )
 
 
 def _are_seeds(value: Any) -> bool:
@@ -48,7 +53,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "until": (is_positive, "Give octaves, such as 1.0, or leave it out."),
     "batch": (is_positive, "Give a positive number, or leave it out."),
     "warmup": (_is_share, "Give a share of the steps, 0 to 1, or leave it out."),
-    "seed": (lambda v: is_whole(v, 0) and v < 2**32, "Give a whole number from 0 to 2³² - 1."),
+    "seed": (
+        lambda v: is_whole(v, 0) and v < 2**32,
+        "Give a whole number from 0 to 2³² - 1.",
+    ),
     "name": (_is_name, "Give a name of printable characters, such as 'digits'."),
 }
 _OPTIONAL = {"target_steps", "trials", "budget", "until", "batch", "warmup"}
@@ -68,7 +76,11 @@ def octaves(lr_range: Any) -> tuple[float, float] | None:
     if lr_range is None:
         return None
     low = high = 1.0
-    if isinstance(lr_range, Sequence) and not isinstance(lr_range, str) and len(lr_range) == 2:
+    if (
+        isinstance(lr_range, Sequence)
+        and not isinstance(lr_range, str)
+        and len(lr_range) == 2
+    ):
         low, high = (check_lr(lr, "lr_range") for lr in lr_range)
     if low >= high:
         raise CalibrationError(

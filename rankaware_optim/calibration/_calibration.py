@@ -22,7 +22,15 @@ from torch.optim import Optimizer
 from .._optimizers import optimizer_family
 from .._types import Reference, Survey
 from ..errors import CalibrationError
-from ..fitting import Carry, Fit, Prior, carry_of, centred_law, fit_observations, prior_of
+from ..fitting import (
+    Carry,
+    Fit,
+    Prior,
+    carry_of,
+    centred_law,
+    fit_observations,
+    prior_of,
+)
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Z90, differences
 from ._optuna import close_storage, quiet
@@ -71,7 +79,9 @@ class Calibration:
         self.options = options
         self.schedule = options.schedule
         self.code = code or Code()
-        self.reference: Reference | None = None  # the configuration to which rates are moved
+        self.reference: Reference | None = (
+            None  # the configuration to which rates are moved
+        )
         self.full_fan_in: float | None = None
         self.settings: Mapping[str, Any] = {}  # of the optimizer
         self.start: float  # log2 of the first base rate
@@ -82,7 +92,10 @@ class Calibration:
         self.is_stored = False
         self._opened: optuna.storages.BaseStorage | None = None
         self._ended: dict[int, TrialRecord] = {}
-        self._fit: tuple[int, Fit | None] = (-1, None)  # and the number of its observations
+        self._fit: tuple[int, Fit | None] = (
+            -1,
+            None,
+        )  # and the number of its observations
 
     # --- the study --------------------------------------------------------------------------------
 
@@ -103,7 +116,8 @@ class Calibration:
                     study_name=name,
                     storage=opened,
                     sampler=sampler or BracketSampler(self),
-                    pruner=pruner or PairedPruner(self.schedule.steps, self.options.warmup or 0.0),
+                    pruner=pruner
+                    or PairedPruner(self.schedule.steps, self.options.warmup or 0.0),
                     load_if_exists=True,
                 )
             self._check_stored()
@@ -147,7 +161,11 @@ class Calibration:
         before: Mapping[str, Any] = {}
         reference = self.settled()
         if reference.rank == rank:
-            before = {"width": reference.fan_in, "alpha": reference.alpha, "init": reference.init}
+            before = {
+                "width": reference.fan_in,
+                "alpha": reference.alpha,
+                "init": reference.init,
+            }
         for trial in self.trials():
             if trial.built and trial.rank == rank and trial.number < number:
                 before = trial.built
@@ -160,7 +178,9 @@ class Calibration:
         """
         stored = self.study.user_attrs
         made = stored.get("made_with", {})
-        warn_of_code(self.options.name, made, self._made_with, "is shared with a worker of")
+        warn_of_code(
+            self.options.name, made, self._made_with, "is shared with a worker of"
+        )
         self.settings = stored.get("settings", self.settings)
         if self.reference is None and "reference" in stored:
             self.settle(Reference(**stored["reference"]), stored["full_fan_in"])
@@ -195,7 +215,9 @@ class Calibration:
         """
         self.reference = reference
         self.full_fan_in = full_fan_in
-        self.carry = carry_of(reference, math.log2(self.options.target / self.schedule.steps))
+        self.carry = carry_of(
+            reference, math.log2(self.options.target / self.schedule.steps)
+        )
         self.target_prior = prior_of(reference, self.schedule.ranks, full_fan_in)
         self.prior = self.carry.prior_of_trials(self.target_prior)
         usual = usual_lr(self.options.optimizer, self.options.law, reference)
@@ -204,7 +226,9 @@ class Calibration:
 
     def settled(self) -> Reference:
         if self.reference is None:
-            raise CalibrationError("No trial has built its model yet.", "Run at least one trial.")
+            raise CalibrationError(
+                "No trial has built its model yet.", "Run at least one trial."
+            )
         return self.reference
 
     def range(self) -> tuple[float, float]:
@@ -259,7 +283,11 @@ class Calibration:
         fit.
         """
         fit = self.target_fit()
-        return None if fit is None else max(2 * Z90 * fit.sd(r) for r in self.schedule.ranks)
+        return (
+            None
+            if fit is None
+            else max(2 * Z90 * fit.sd(r) for r in self.schedule.ranks)
+        )
 
     def band(self) -> tuple[float, float, float] | None:
         """Return (low, best, high) base rates of the target so far, the 90 % band; None before any

@@ -19,7 +19,9 @@ class Replicas:
     """
 
     def __init__(self) -> None:
-        started = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        started = (
+            dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
         self._group = dist.new_group(backend="gloo") if started else None
 
     @property

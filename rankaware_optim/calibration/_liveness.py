@@ -18,7 +18,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ._optuna import fail_trial
 
-_BEAT_S = 10.0  # seconds between two heartbeats, and between two looks at those of others
+_BEAT_S = (
+    10.0  # seconds between two heartbeats, and between two looks at those of others
+)
 _MISSED = 4  # looks in a row without a new heartbeat after which a trial counts as dead
 _JOIN_S = 10.0  # seconds that a write in progress may take at the end
 _LEFT: set[str] = set()  # workers of this process that have ended
@@ -52,7 +54,9 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         for beat in count(1):
-            with suppress(Exception):  # where the storage fails, other reads and writes raise
+            with suppress(
+                Exception
+            ):  # where the storage fails, other reads and writes raise
                 self._look()
             if self._ended.wait(_BEAT_S):
                 return

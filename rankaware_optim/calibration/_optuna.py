@@ -24,7 +24,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 
-def begin_trial(study: Study, attributes: Mapping[str, Any], params: Mapping[str, float]) -> Trial:
+def begin_trial(
+    study: Study, attributes: Mapping[str, Any], params: Mapping[str, float]
+) -> Trial:
     """Create a running trial that has `attributes` from the start, and fixed `params` if given."""
     template = FrozenTrial(
         number=-1, trial_id=-1, state=TrialState.RUNNING, value=None, params={}, distributions={},

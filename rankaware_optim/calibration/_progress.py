@@ -46,7 +46,11 @@ def progress_shown(wanted: bool | None) -> Iterator[Show]:
                 what += f" · best so far {best:.2g} ({low:.2g} to {high:.2g})"
             completed = done + len(curve) / trial._steps
             bar.update(
-                task, completed=completed, total=total, trial=f"{done + 1}/{total}", what=what
+                task,
+                completed=completed,
+                total=total,
+                trial=f"{done + 1}/{total}",
+                what=what,
             )
 
         yield show
@@ -62,7 +66,9 @@ class TrialLog:
     def __init__(self, logs: bool) -> None:
         self._start = time.monotonic()
         self._logs = logs
-        self._before: int | None = None  # trials that had ended before the first that is logged
+        self._before: int | None = (
+            None  # trials that had ended before the first that is logged
+        )
         self._logged: set[int] = set()
 
     def ended(self, trial: Trial, run: Run) -> None:

@@ -25,7 +25,9 @@ from ..laws import Law, checked_multiplier
 from ..optimizer import RankAwareOptimizer, effective_lr
 from ..recipe import BASE, SAME_UPDATES, agreed, name_pattern, plain_value, settings_of
 
-SAME_RATE = 1e-3  # relative tolerance of a law's multipliers, which a plug-in may measure
+SAME_RATE = (
+    1e-3  # relative tolerance of a law's multipliers, which a plug-in may measure
+)
 _LAW_AT = Reference(rank=16, alpha=16, fan_in=64)
 # (role, init) of the factors whose multipliers identify a law's code
 _LORA = (("A", "A"), ("B", "A"), ("A", "B"), ("B", "B"))
@@ -130,7 +132,12 @@ def _commit(folder: Path) -> str:
     """
     with suppress(OSError, subprocess.SubprocessError):
         git = subprocess.run(
-            _GIT, cwd=folder, check=True, capture_output=True, text=True, timeout=_PATIENCE_S
+            _GIT,
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
         )
         return git.stdout.strip()
     return ""
@@ -177,7 +184,9 @@ def law_values(
             # A law may not cover what no trial tries; a trial that needs it raises the error.
             with suppress(Exception):
                 bound = law.bind(optimizer, {})
-                values[f"{where}, Init[{init}]"] = checked_multiplier(bound, factor, _LAW_AT)
+                values[f"{where}, Init[{init}]"] = checked_multiplier(
+                    bound, factor, _LAW_AT
+                )
     return values
 
 
@@ -191,9 +200,17 @@ def built_with(
     list, and the value of the factors' groups is stored too. For a LoRA trial the rates of
     parameters that are not factors are stored.
     """
-    defaults = {**defaults_of(RankAwareOptimizer.__new__), **defaults_of(native), **settings}
+    defaults = {
+        **defaults_of(RankAwareOptimizer.__new__),
+        **defaults_of(native),
+        **settings,
+    }
     names = opt.defaults.keys() - _LEFT_OUT
-    built = {name: plain_value(value) for name, value in defaults.items() if name not in _LEFT_OUT}
+    built = {
+        name: plain_value(value)
+        for name, value in defaults.items()
+        if name not in _LEFT_OUT
+    }
     built |= settings_of(opt.param_groups, names)
     of_factors = [group for group in opt.param_groups if group["lora_role"] != "other"]
     factors = settings_of(of_factors or opt.param_groups, names)

@@ -19,6 +19,7 @@ from ._trials import Setting, TrialRecord, Trials
 
 _WORSE = 0.5  # a run is pruned if it lags by this share of the best run's gain so far
 _NEAR = 1.0  # octaves around the best run and the estimated optimum in which nothing is pruned
+_DIGITS = 6  # of a distance: rates lie whole octaves apart, up to rounding
 _STANDARD_ERRORS = 3.0
 _JUDGED = 3  # number of last reports that are compared
 
@@ -73,7 +74,7 @@ class PairedPruner(BasePruner):
         if best is None or record.x is None:
             return False
         for mark in (best.x, record.estimate):
-            if mark is not None and abs(record.x - mark) < _NEAR:
+            if mark is not None and round(abs(record.x - mark), _DIGITS) < _NEAR:
                 return False
         return _lags(record, best)
 

@@ -57,11 +57,13 @@ class RayExecutor:
     def __post_init__(self) -> None:
         if not (self.workers is None or is_whole(self.workers)):
             raise CalibrationError(
-                f"workers is {self.workers!r}.", "Give a whole number of at least 1, or None."
+                f"workers is {self.workers!r}.",
+                "Give a whole number of at least 1, or None.",
             )
         if not (self.gpus is None or (is_number(self.gpus) and self.gpus >= 0)):
             raise CalibrationError(
-                f"gpus is {self.gpus!r}.", "Give the number of GPUs per worker, 0 or more."
+                f"gpus is {self.gpus!r}.",
+                "Give the number of GPUs per worker, 0 or more.",
             )
 
 
@@ -134,7 +136,9 @@ def run_on_ray(
             ray.wait(tasks, num_returns=len(tasks), timeout=_GRACE_S)
 
 
-def _work(work: partial[Recipe], code: Mapping[str, str], head: bytes, threads: int) -> None:
+def _work(
+    work: partial[Recipe], code: Mapping[str, str], head: bytes, threads: int
+) -> None:
     """Run one worker, in a Ray process."""
     torch.set_num_threads(threads)
     host = socket.gethostname()
@@ -198,7 +202,9 @@ class Share(NamedTuple):
 
 
 def share_out(
-    nodes: Sequence[Mapping[str, float]], workers: int | None = None, gpus: float | None = None
+    nodes: Sequence[Mapping[str, float]],
+    workers: int | None = None,
+    gpus: float | None = None,
 ) -> Share:
     """Return how the workers share a cluster.
 
@@ -221,7 +227,10 @@ def share_out(
     if gpus is None:
         gpus = int(any(node.get("GPU") for node in nodes))
     able = [node for node in nodes if node.get("CPU") and node.get("GPU", 0) >= gpus]
-    holds = [int(node["GPU"] // gpus) if gpus else max(1, int(node["CPU"] // 2)) for node in able]
+    holds = [
+        int(node["GPU"] // gpus) if gpus else max(1, int(node["CPU"] // 2))
+        for node in able
+    ]
     count = workers or sum(holds)
     if not count:
         raise CalibrationError(

@@ -35,11 +35,17 @@ def calibrated_recipe(calibration: Calibration) -> Recipe:
     code = calibration.code
     trials = calibration.trials().counted()
     reference = calibration.settled()
-    fit = calibration.carry.to_target(_fit(calibration, trials), calibration.target_prior)
+    fit = calibration.carry.to_target(
+        _fit(calibration, trials), calibration.target_prior
+    )
     tried = {run.rank for run in trials.observations()}
     slope = calibration.carry.lora
     built = [trial.built for trial in trials if trial.built]
-    scalings = {t.rank: t.scaling for t in trials if t.rank is not None and t.scaling is not None}
+    scalings = {
+        t.rank: t.scaling
+        for t in trials
+        if t.rank is not None and t.scaling is not None
+    }
     return recipe_of(
         fit,
         calibration.bound_law,
@@ -110,7 +116,9 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
             " uncertain"
         )
     if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or _is_flat(trials):
-        notes.append("the data do not determine the rate: the loss hardly depends on it")
+        notes.append(
+            "the data do not determine the rate: the loss hardly depends on it"
+        )
     if options.is_short:
         octaves, variance = calibration.carry.of(calibration.carry.lora)
         notes.append(

@@ -145,7 +145,9 @@ class Runner:
         quiet_until = time.monotonic() + _QUIET_S
         for _ in self._polls():
             running = {trial.number for trial in self.calibration.trials().running()}
-            silent = [n for n in self._unheard & running if not self._heartbeat.heard(n)]
+            silent = [
+                n for n in self._unheard & running if not self._heartbeat.heard(n)
+            ]
             self._unheard = set(silent)
             if not silent:
                 return
@@ -165,8 +167,12 @@ class Runner:
                 return None
             number = self._create(setting if killed is None else killed.setting, killed)
             trials = self.calibration.trials()
-            earlier = Trials(t for t in trials if t.state.is_finished() or t.number < number)
-            taken = killed is not None and any(t.retry_of == killed.number for t in earlier)
+            earlier = Trials(
+                t for t in trials if t.state.is_finished() or t.number < number
+            )
+            taken = killed is not None and any(
+                t.retry_of == killed.number for t in earlier
+            )
             if not taken and self._next(earlier) is not None:
                 return self._prepared(trials)
             self._close(TrialState.FAIL)
@@ -182,7 +188,11 @@ class Runner:
     def _create(self, setting: Setting, killed: TrialRecord | None) -> int:
         """Create a running trial, and return its number. It repeats the killed one, at its rate."""
         worker = self._heartbeat.worker
-        attributes: dict[str, Any] = {**setting._asdict(), "worker": worker, "heartbeat": 0}
+        attributes: dict[str, Any] = {
+            **setting._asdict(),
+            "worker": worker,
+            "heartbeat": 0,
+        }
         rate = {}
         if killed is not None:
             attributes["retry_of"] = killed.number
@@ -206,7 +216,9 @@ class Runner:
             *self._setting,
             steps,
             self._running.number,
-            _limits=divergence_limits(calibration.trials().counted(), self._setting, steps),
+            _limits=divergence_limits(
+                calibration.trials().counted(), self._setting, steps
+            ),
             _endless=self._endless,
             _progress=Progress(len(trials.counted()), expected, calibration.band()),
         )
@@ -222,7 +234,9 @@ class Runner:
         while time.monotonic() < until:
             self.calibration.recall()
             running = self.calibration.trials().running()
-            if all(t.x is not None or t.number >= self._running.number for t in running):
+            if all(
+                t.x is not None or t.number >= self._running.number for t in running
+            ):
                 return
             self.calibration.pause(_POLL_S)
 
@@ -330,23 +344,30 @@ class Runner:
         total = {"steps": spent, "trials": len(trials.counted())}
         calibration.study.set_user_attr("spent", total)
         self._trial = None
-        if state != TrialState.FAIL and any(t.killed for t in trials if t.number == number):
+        if state != TrialState.FAIL and any(
+            t.killed for t in trials if t.number == number
+        ):
             raise UpdateFinishedTrialError("Another worker took it over at its end.")
 
     # --- the trial's optimizer --------------------------------------------------------------------
 
-    def _build(self, trial: Trial, params: Any, settings: dict[str, Any]) -> RankAwareOptimizer:
+    def _build(
+        self, trial: Trial, params: Any, settings: dict[str, Any]
+    ) -> RankAwareOptimizer:
         """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
         reference coordinates.
         """
         model = params if isinstance(params, nn.Module) else settings.get("model")
         if not isinstance(model, nn.Module):
             raise CalibrationError(
-                "trial.optimizer got no model.", "Pass it, or model= with its parameters."
+                "trial.optimizer got no model.",
+                "Pass it, or model= with its parameters.",
             )
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         at = survey.dominant().resolve(survey)
-        trial.lr, law, reference = self._agree(lambda: self._propose(survey, at, settings))
+        trial.lr, law, reference = self._agree(
+            lambda: self._propose(survey, at, settings)
+        )
         native = self.calibration.options.optimizer
         optimizer = RankAwareOptimizer(
             params,
@@ -377,12 +398,16 @@ class Runner:
         calibration.learn(at, survey)
         ours = inspect.signature(RankAwareOptimizer.__new__).parameters
         calibration.settings = {
-            key: plain_setting(value) for key, value in settings.items() if key not in ours
+            key: plain_setting(value)
+            for key, value in settings.items()
+            if key not in ours
         }
         lr = 2.0 ** self._take_rate()
         law = calibration.centred_law()
         reference = calibration.settled()
-        width = survey.full_width(reference.init) if at.method == "full" else survey.width
+        width = (
+            survey.full_width(reference.init) if at.method == "full" else survey.width
+        )
         factor = replace(at, fan_in=width).as_factor()
         own_lr = lr * checked_multiplier(law, factor, reference)
         self._running.set_user_attr("own_lr", own_lr)

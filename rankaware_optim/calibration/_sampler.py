@@ -70,7 +70,10 @@ class BracketSampler(BaseSampler):
         return {}
 
     def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
         return {}
 
@@ -85,12 +88,16 @@ class BracketSampler(BaseSampler):
         within = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
         return self.propose(trials, TrialRecord.read(trial), within)
 
-    def propose(self, trials: Trials, trial: TrialRecord, within: tuple[float, float]) -> float:
+    def propose(
+        self, trials: Trials, trial: TrialRecord, within: tuple[float, float]
+    ) -> float:
         """Return log2 of the rate of a trial, given all trials so far."""
         low, high = within
         return float(min(max(self._propose(trials, trial, low, high), low), high))
 
-    def _propose(self, trials: Trials, trial: TrialRecord, low: float, high: float) -> float:
+    def _propose(
+        self, trials: Trials, trial: TrialRecord, low: float, high: float
+    ) -> float:
         rank = trial.rank
         search = self._search
         observations = trials.observations()
@@ -112,7 +119,9 @@ class BracketSampler(BaseSampler):
             if proposed is not None:
                 return _beside(proposed, taken, low, high)
         if fit is None:
-            return _beside(min(run.x for run in observations) - _STRIDE, taken, low, high)
+            return _beside(
+                min(run.x for run in observations) - _STRIDE, taken, low, high
+            )
         bottom, top = between(trials.at(rank).observations(), trials.at(rank).pruned())
         within = max(low, bottom), min(high, under(fit.ceiling), top)
         return next_refinement(tried, fit.best(rank), within)
@@ -172,7 +181,11 @@ def _distance(x: float, rates: Sequence[float]) -> float:
 
 
 def next_bracket(
-    runs: Sequence[Observation], start: float, low: float, high: float, pruned: Sequence[float] = ()
+    runs: Sequence[Observation],
+    start: float,
+    low: float,
+    high: float,
+    pruned: Sequence[float] = (),
 ) -> float | None:
     """Return the next rate of the outward search.
 
@@ -200,7 +213,10 @@ def next_bracket(
 
 
 def _worse_above(
-    best: Observation, runs: Sequence[Observation], limit: float, pruned: Sequence[float]
+    best: Observation,
+    runs: Sequence[Observation],
+    limit: float,
+    pruned: Sequence[float],
 ) -> bool:
     """Return whether a run above the best rate diverged, was pruned or scored above a limit."""
     if any(x > best.x for x in pruned):
@@ -211,7 +227,9 @@ def _worse_above(
     return False
 
 
-def between(runs: Sequence[Observation], pruned: Sequence[float]) -> tuple[float, float]:
+def between(
+    runs: Sequence[Observation], pruned: Sequence[float]
+) -> tuple[float, float]:
     """Return the nearest pruned rates below and above a rank's best. Those beyond are worse."""
     if not runs:
         return -math.inf, math.inf
@@ -226,7 +244,9 @@ def under(ceiling: float | None) -> float:
     return math.inf if ceiling is None else ceiling - _CLEARANCE
 
 
-def next_refinement(tried: Sequence[float], centre: float, within: tuple[float, float]) -> float:
+def next_refinement(
+    tried: Sequence[float], centre: float, within: tuple[float, float]
+) -> float:
     """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the
     rank.
     """
@@ -240,7 +260,9 @@ def next_refinement(tried: Sequence[float], centre: float, within: tuple[float, 
     return float(best)
 
 
-def next_few(good: Sequence[Observation], tried: Sequence[float], centre: float) -> float:
+def next_few(
+    good: Sequence[Observation], tried: Sequence[float], centre: float
+) -> float:
     """Return the predicted rate first, then an octave below the best run, then above it, then
     between its neighbours.
 

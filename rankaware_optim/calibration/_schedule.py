@@ -123,7 +123,9 @@ class Schedule:
         for trial in (*ended, *trials.running()):
             follows = self.full_trials > 0 and trial.rank is None
             (full if follows else search).append(trial)
-        left = math.inf if self.budget is None else self.budget - trials.spent(self.steps)
+        left = (
+            math.inf if self.budget is None else self.budget - trials.spent(self.steps)
+        )
         payable = left - (self.full_trials - len(full)) * self.steps
         goes_on = len(search) < self.total and not self._is_enough(ended, band)
         if goes_on and payable >= self.steps:
@@ -163,7 +165,9 @@ class Schedule:
             fruitful = runs - lost.count(setting)
             return fruitful // PER_SEED, self.seeds.index(setting.seed), fruitful, runs
 
-        return min((Setting(rank, seed) for rank in ranks for seed in self.seeds), key=due)
+        return min(
+            (Setting(rank, seed) for rank in ranks for seed in self.seeds), key=due
+        )
 
 
 @dataclass(frozen=True)

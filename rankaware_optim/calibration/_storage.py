@@ -33,7 +33,9 @@ from ..errors import CalibrationError
 _FAILURES = (OSError, StorageInternalError, SQLAlchemyError)
 # to create a database while other processes do; each failure means that one of 13 tables exists now
 _ATTEMPTS = 30
-_LOCK_S = 120.0  # seconds to wait for a journal's lock, which a stopped process may hold
+_LOCK_S = (
+    120.0  # seconds to wait for a journal's lock, which a stopped process may hold
+)
 _OPERATION = b'{"op_code":'  # the beginning of every line of a journal
 
 
@@ -54,7 +56,9 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return get_storage(storage)
     if not isinstance(storage, (str, os.PathLike)) or "\0" in str(storage):
         cause = f"storage={_shown(str(storage))!r} is not a storage."
-        raise CalibrationError(cause, "Give a path, a URL, or an Optuna storage.", "storage")
+        raise CalibrationError(
+            cause, "Give a path, a URL, or an Optuna storage.", "storage"
+        )
     with storage_errors(storage):
         if not (isinstance(storage, str) and "://" in storage):
             return _journal(Path(storage))
@@ -67,12 +71,17 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
                 "Install it, such as psycopg[binary] for postgresql+psycopg://.",
             ) from error
         except (ValueError, ArgumentError) as error:
-            cause = f"storage={_shown(storage)!r} is not a storage: {_line(error, storage)}"
+            cause = (
+                f"storage={_shown(storage)!r} is not a storage: {_line(error, storage)}"
+            )
             raise CalibrationError(cause, "Give a URL or a path.", "storage") from error
-        except TypeError as error:  # a driver returns bytes where the encoding is unknown
+        except (
+            TypeError
+        ) as error:  # a driver returns bytes where the encoding is unknown
             cause = f"The database {_shown(storage)} does not return text: {_line(error, storage)}"
             raise CalibrationError(
-                cause, "If its encoding is SQL_ASCII, create one with the encoding UTF8."
+                cause,
+                "If its encoding is SQL_ASCII, create one with the encoding UTF8.",
             ) from error
 
 
@@ -81,7 +90,9 @@ def _database(url: str, attempts: int = _ATTEMPTS) -> BaseStorage:
     try:
         return get_storage(url)
     except (IntegrityError, OperationalError, ProgrammingError) as error:
-        lost_race = not isinstance(error, OperationalError) or "already exists" in str(error)
+        lost_race = not isinstance(error, OperationalError) or "already exists" in str(
+            error
+        )
         if attempts == 1 or not lost_race:
             raise
     time.sleep(0.05)
@@ -169,11 +180,14 @@ def shared_storage(storage: object) -> str:
         what = "this one is an object of this process"
         if storage is None:
             what = "no storage was given"
-        raise CalibrationError(f"Remote workers need a storage that they can open: {what}.", cure)
+        raise CalibrationError(
+            f"Remote workers need a storage that they can open: {what}.", cure
+        )
     text = os.fspath(storage)
     if text.startswith("sqlite"):
         raise CalibrationError(
-            "Remote workers cannot share SQLite: its locks do not work across machines.", cure
+            "Remote workers cannot share SQLite: its locks do not work across machines.",
+            cure,
         )
     return text if "://" in text else os.path.abspath(text)
 
@@ -190,7 +204,9 @@ def check_shared(storage: str, head: bytes, host: str) -> None:
     """Raise a `CalibrationError` unless the journal here begins with `head`, which was read on
     another host.
     """
-    if "://" not in storage and (not os.path.exists(storage) or journal_head(storage) != head):
+    if "://" not in storage and (
+        not os.path.exists(storage) or journal_head(storage) != head
+    ):
         raise CalibrationError(
             f"The storage {storage} on {host} is not the file with which the calibration was"
             " started.",
@@ -204,18 +220,27 @@ def _check_journal(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"SQLite format 3"):
-        cause = f"storage={str(path)!r} is an SQLite database, but a path means a journal."
+        cause = (
+            f"storage={str(path)!r} is an SQLite database, but a path means a journal."
+        )
         raise CalibrationError(cause, f"Give 'sqlite:///{path}'.", "storage")
     if not head.startswith(_OPERATION):
-        cause = f"storage={str(path)!r} is not the journal of a study, and was not changed."
-        raise CalibrationError(cause, "Name a new file, or the journal of a study.", "storage")
+        cause = (
+            f"storage={str(path)!r} is not the journal of a study, and was not changed."
+        )
+        raise CalibrationError(
+            cause, "Name a new file, or the journal of a study.", "storage"
+        )
 
 
 def _repair(path: Path) -> None:
     """Remove a last line that was cut short by a full disk or a power failure, since Optuna cannot
     read it.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
         whole = data.rfind(b"\n") + 1
         last = data[data.rfind(b"\n", 0, max(whole - 1, 0)) + 1 : whole]
         rest = data[whole:]

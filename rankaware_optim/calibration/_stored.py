@@ -19,7 +19,9 @@ from ._provenance import SAME_RATE, Code, law_values
 from ._schedule import Options
 from ._trials import Trials
 
-_SCHEMA = 1  # version of the stored format, raised if an earlier version would misread it
+_SCHEMA = (
+    1  # version of the stored format, raised if an earlier version would misread it
+)
 _COMPARED = ("schema", "steps", "ranks", "seeds", "optimizer", "batch", "warmup")
 _OTHER_STUDY = "Give this calibration another name, or another storage."
 # what damaged values raise
@@ -105,7 +107,9 @@ def _check_values(study: optuna.Study, trials: Trials, law: Law) -> None:
         math.log2(stored["full_fan_in"])
 
 
-def check_comparable(name: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_comparable(
+    name: str, stored: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
     """Raise a `CalibrationError` if the trials of a stored study cannot be compared with new ones.
 
     stored, now: see `made_with`.
@@ -123,7 +127,9 @@ def refuse(name: str, difference: str, what: str = "") -> None:
         )
 
 
-def warn_of_code(name: str, stored: Mapping[str, Any], now: Mapping[str, Any], how: str) -> None:
+def warn_of_code(
+    name: str, stored: Mapping[str, Any], now: Mapping[str, Any], how: str
+) -> None:
     """Warn if the trials were made by another loop or version. stored, now: see `made_with`."""
     left_out = ("law", "multipliers", *_COMPARED)
     changed = differences(stored, {key: now[key] for key in now if key not in left_out})

@@ -92,12 +92,14 @@ class Trial:
         """
         if self.lr is not None:
             raise CalibrationError(
-                "trial.optimizer was called twice in one trial.", "Call it once, after the model."
+                "trial.optimizer was called twice in one trial.",
+                "Call it once, after the model.",
             )
         for name in _SET_BY_TRIAL:
             if name in settings:
                 raise CalibrationError(
-                    f"trial.optimizer got {name}=, which the trial sets.", "Leave it out."
+                    f"trial.optimizer got {name}=, which the trial sets.",
+                    "Leave it out.",
                 )
         assert self._build is not None
         return self._build(self, params, settings)
@@ -181,7 +183,9 @@ class Run:
         if self.stopped:
             return
         if not taken:
-            raise CalibrationError("train yielded nothing.", "Yield the loss once per step.")
+            raise CalibrationError(
+                "train yielded nothing.", "Yield the loss once per step."
+            )
         if taken < steps:
             raise CalibrationError(
                 f"train ended after {taken} of {steps} steps.",
@@ -265,7 +269,10 @@ def _pull(loop: Any, run: Run) -> None:
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:
     number = value
-    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)) and math.prod(value.shape) == 1:
+    if (
+        isinstance(value, (torch.Tensor, np.generic, np.ndarray))
+        and math.prod(value.shape) == 1
+    ):
         number = value.item()
     if not is_number(number):
         raise CalibrationError(
@@ -302,7 +309,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in _OUT_OF_MEMORY
+    )
 
 
 def release_memory() -> None:

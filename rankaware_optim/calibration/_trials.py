@@ -18,7 +18,9 @@ from ..fitting import TAIL, Observation, diverged, impute, noise_of
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
 _REPORTS = 10  # reports per run to the storage, for pruners
-_HOPELESS = 12  # runs, each at a lower rate, after which a rank where all diverged is given up
+_HOPELESS = (
+    12  # runs, each at a lower rate, after which a rank where all diverged is given up
+)
 _MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 
 
@@ -91,7 +93,9 @@ class TrialRecord:
             return record
         first = record.curve[0]
         noise = noise_of(record.curve)
-        return replace(record, observation=replace(record.observation, first=first, noise=noise))
+        return replace(
+            record, observation=replace(record.observation, first=first, noise=noise)
+        )
 
     @property
     def setting(self) -> Setting:
@@ -126,12 +130,18 @@ class Trials(tuple[TrialRecord, ...]):
         """Return the first killed trial that no other trial repeats."""
         repeated = {trial.retry_of for trial in self}
         for trial in self:
-            if trial.killed and trial.state.is_finished() and trial.number not in repeated:
+            if (
+                trial.killed
+                and trial.state.is_finished()
+                and trial.number not in repeated
+            ):
                 return trial
         return None
 
     def running(self, but: int | None = None) -> Trials:
-        return Trials(t for t in self if t.state == TrialState.RUNNING and t.number != but)
+        return Trials(
+            t for t in self if t.state == TrialState.RUNNING and t.number != but
+        )
 
     def scored(self) -> list[tuple[TrialRecord, Observation]]:
         """Return the trials that ran to their end or diverged, with their observations."""
@@ -217,7 +227,9 @@ class Trials(tuple[TrialRecord, ...]):
         lost = self.diverged()
         groups: dict[str, list[bool]] = {}
         for trial, _ in self.scored():
-            rank = "of full finetuning" if trial.rank is None else f"of rank {trial.rank}"
+            rank = (
+                "of full finetuning" if trial.rank is None else f"of rank {trial.rank}"
+            )
             for name in ("runs", f"runs {rank}"):
                 groups.setdefault(name, []).append(trial.number in lost)
         return [
@@ -230,7 +242,11 @@ class Trials(tuple[TrialRecord, ...]):
         """Return the numbers of the trials that diverged."""
         scored = self.scored()
         bad = diverged([observation for _, observation in scored])
-        return {trial.number for (trial, _), is_bad in zip(scored, bad, strict=True) if is_bad}
+        return {
+            trial.number
+            for (trial, _), is_bad in zip(scored, bad, strict=True)
+            if is_bad
+        }
 
 
 def interval(steps: int) -> int:

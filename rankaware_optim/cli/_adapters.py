@@ -60,7 +60,9 @@ def inspect(
     """
     if lr is None and (tuned_at is not None or law != DEFAULT_LAW):
         raise click.UsageError("--tuned-at and --law move a rate, so give --lr too.")
-    survey, rates = survey_rates(inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at)
+    survey, rates = survey_rates(
+        inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at
+    )
     text = survey.explain(per_module=per_module, rates=rates)
     echo_result(as_json, text, _document(survey, rates))
 
@@ -73,7 +75,10 @@ def _document(survey: Survey, rates: Mapping[str, Rated]) -> dict[str, Any]:
         factors.append({**asdict(factor), **rated})
     return {
         "factors": factors,
-        "others": [{"name": name, "kind": survey.unsupported.get(name)} for name in survey.other],
+        "others": [
+            {"name": name, "kind": survey.unsupported.get(name)}
+            for name in survey.other
+        ],
         "checks": survey.audit(),
         "notes": survey.notes,
     }
@@ -85,12 +90,15 @@ def _document(survey: Survey, rates: Mapping[str, Rated]) -> dict[str, Any]:
 @click.option("--alpha", type=float, help="LoRA alpha.")
 @RSLORA
 @init_option(
-    "Others: as in PEFT's init_lora_weights.", names=("A", "B", "pissa", "olora", "lora_ga")
+    "Others: as in PEFT's init_lora_weights.",
+    names=("A", "B", "pissa", "olora", "lora_ga"),
 )
 @click.option("--dora", is_flag=True, help="The adapters are DoRA.")
 @click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
 @click.option(
-    "--fan-in", type=float, help="Hidden size of the model. With --full its largest fan-in."
+    "--fan-in",
+    type=float,
+    help="Hidden size of the model. With --full its largest fan-in.",
 )
 @optimizer_option("adamw")
 @click.option(
@@ -119,7 +127,9 @@ def suggest(
     """
     method: Any = "full" if full else "lora"
     if full:
-        refuse_for_full(init=init, rank=shape["rank"], alpha=shape["alpha"], rslora=shape["rslora"])
+        refuse_for_full(
+            init=init, rank=shape["rank"], alpha=shape["alpha"], rslora=shape["rslora"]
+        )
     model: Survey | Reference
     if path is None:
         if not full and None in (shape["rank"], shape["alpha"]):

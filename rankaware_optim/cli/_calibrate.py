@@ -15,7 +15,14 @@ from ..errors import CalibrationError, RecipeError
 from ..laws import PRIOR_LAW
 from ..recipe import Recipe
 from ._echo import echo
-from ._options import OPTIMIZER, OrWord, Several, law_option, may_name_module, out_option
+from ._options import (
+    OPTIMIZER,
+    OrWord,
+    Several,
+    law_option,
+    may_name_module,
+    out_option,
+)
 from ._workers import (
     AUTO,
     Worker,
@@ -58,9 +65,13 @@ _WARMUP = (
         " finetuning."
     ),
 )
-@click.option("--steps", type=int, required=True, help="Training steps per trial, such as 500.")
 @click.option(
-    "--target-steps", type=int, help="Training steps of the target run. By default --steps."
+    "--steps", type=int, required=True, help="Training steps per trial, such as 500."
+)
+@click.option(
+    "--target-steps",
+    type=int,
+    help="Training steps of the target run. By default --steps.",
 )
 @out_option(required=True, help="Recipe to write, a .toml file.")
 @OPTIMIZER
@@ -70,7 +81,11 @@ _WARMUP = (
     type=int,
     help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.",
 )
-@click.option("--budget", type=int, help="Largest number of training steps of all trials together.")
+@click.option(
+    "--budget",
+    type=int,
+    help="Largest number of training steps of all trials together.",
+)
 @click.option(
     "--until",
     type=float,
@@ -92,12 +107,17 @@ _WARMUP = (
 )
 @click.option("--lr-range", type=Several(click.FLOAT), help=_LR_RANGE)
 @click.option(
-    "--batch", type=float, help="Examples per step of the target run. The recipe records it."
+    "--batch",
+    type=float,
+    help="Examples per step of the target run. The recipe records it.",
 )
 @click.option("--warmup", type=float, help=_WARMUP)
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the sampler.")
 @click.option(
-    "--name", help="Name of the study and of the recipe. By default the name of the recipe's file."
+    "--seed", type=int, default=0, show_default=True, help="Random seed of the sampler."
+)
+@click.option(
+    "--name",
+    help="Name of the study and of the recipe. By default the name of the recipe's file.",
 )
 @click.option(
     "--storage",
@@ -148,7 +168,9 @@ def calibrate(
                 )
             executor = calibration.RayExecutor(workers or None, address=ray)
             with trials_logged(lines=True):
-                recipe = calibration.calibrate(load_train(spec), executor=executor, **options)
+                recipe = calibration.calibrate(
+                    load_train(spec), executor=executor, **options
+                )
             _write(recipe, out)
             return
         if workers is None:
@@ -164,7 +186,9 @@ def calibrate(
 
 def _write(recipe: Recipe, out: Path) -> None:
     """Save a recipe and print a summary."""
-    rate = recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
+    rate = (
+        recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
+    )
     pruned, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
     echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
     echo(

@@ -118,7 +118,9 @@ def _axolotl(change: Change) -> Iterator[str]:
 
 def _swift(change: Change) -> Iterator[str]:
     at = change.target
-    settings = [f'RANKAWARE_{name.upper()}="{text}"' for name, text in change.settings.items()]
+    settings = [
+        f'RANKAWARE_{name.upper()}="{text}"' for name, text in change.settings.items()
+    ]
     rslora = " --use_rslora true" if at.rslora else ""
     yield f"{' '.join(settings)} swift sft \\"
     yield f"    --tuner_type lora --lora_rank {at.rank} --lora_alpha {at.alpha:g}{rslora} \\"

@@ -28,7 +28,9 @@ _FROM = (
     "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an"
     " adapter."
 )
-_TO = "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha."
+_TO = (
+    "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha."
+)
 
 
 @dataclass(frozen=True)

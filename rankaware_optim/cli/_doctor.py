@@ -49,7 +49,9 @@ class Need:
     @property
     def lacking(self) -> str:
         """The requirement and what is installed, as "matplotlib>=3.8 (not installed)"."""
-        installed = "not installed" if self.version is None else f"{self.version} is installed"
+        installed = (
+            "not installed" if self.version is None else f"{self.version} is installed"
+        )
         return f"{self.requirement.name}{self.requirement.specifier} ({installed})"
 
 
@@ -58,7 +60,9 @@ def _lacking(needs: Iterable[Need]) -> list[str]:
 
 
 def _installed(needs: Iterable[Need]) -> str:
-    return ", ".join(f"{need.requirement.name} {need.version}" for need in needs if need.met)
+    return ", ".join(
+        f"{need.requirement.name} {need.version}" for need in needs if need.met
+    )
 
 
 @click.command()
@@ -94,7 +98,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         *_of_torch(torch),
     ]
     if document["cache"] is not None:
-        lines.append(f"Recipes from the Hugging Face Hub are cached in {document['cache']}.")
+        lines.append(
+            f"Recipes from the Hugging Face Hub are cached in {document['cache']}."
+        )
     echo_result(as_json, "\n".join(lines), document)
     ctx.exit(1 if document["missing"] else 0)
 
@@ -125,11 +131,17 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken build raises OSError, ImportError and others
-        return {"error": f"{type(error).__name__}: {error}", "cuda": None, "devices": []}
+        return {
+            "error": f"{type(error).__name__}: {error}",
+            "cuda": None,
+            "devices": [],
+        }
     devices = []
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        devices.append({"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)})
+        devices.append(
+            {"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)}
+        )
     if torch.backends.mps.is_available():
         devices.append({"name": "Apple GPU (mps)", "memory_gib": None})
     return {"error": None, "cuda": torch.version.cuda, "devices": devices}
@@ -146,7 +158,9 @@ def _cache() -> str | None:
     return str(HF_HUB_CACHE)
 
 
-def _of_requirements(document: Mapping[str, Any], required: Iterable[Need]) -> Iterator[str]:
+def _of_requirements(
+    document: Mapping[str, Any], required: Iterable[Need]
+) -> Iterator[str]:
     python, system, cores = (document[key] for key in ("python", "platform", "cpus"))
     yield f"Python {python} on {system} with {cores} CPU cores."
     yield f"{PACKAGE} {_version(PACKAGE)} is installed, with {_installed(required)}."

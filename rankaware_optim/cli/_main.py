@@ -49,17 +49,24 @@ class _Commands(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(
+        self, ctx: click.Context, incomplete: str
+    ) -> list[CompletionItem]:
         """Complete commands by name only: their help would import all of them, and torch, at every
         key press.
         """
-        commands = [CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)]
+        commands = [
+            CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)
+        ]
         return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(self, *args: Any, **settings: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             # a console of Windows may lack √, and then its help would not print
-            if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            if (
+                isinstance(stream, io.TextIOWrapper)
+                and "utf" not in stream.encoding.lower()
+            ):
                 stream.reconfigure(errors="replace")
         return super().main(*args, **settings)
 
@@ -71,7 +78,9 @@ class _Commands(click.Group):
             command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
             raise click.ClickException(in_options(error, command)) from error
         except CalibrationInterrupted as error:
-            echo(f"{error.cause} The same command continues where it stopped.", err=True)
+            echo(
+                f"{error.cause} The same command continues where it stopped.", err=True
+            )
             ctx.exit(_INTERRUPTED)
         except KeyboardInterrupt:
             echo("Interrupted.", err=True)

@@ -35,8 +35,14 @@ class OrWord(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
         self.number, self.words = number, words
         self.name = "|".join([number.name, *words])
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return self.words[value] if value in self.words else self.number.convert(value, param, ctx)
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        return (
+            self.words[value]
+            if value in self.words
+            else self.number.convert(value, param, ctx)
+        )
 
 
 class Several(click.ParamType):  # type: ignore[type-arg]
@@ -45,13 +51,19 @@ class Several(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, kind: Any) -> None:
         self.kind, self.name = kind, f"{kind.name},..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self.kind.convert(word.strip(), param, ctx) for word in value.split(","))
+            return tuple(
+                self.kind.convert(word.strip(), param, ctx) for word in value.split(",")
+            )
         except click.BadParameter as error:
-            self.fail(f"{error.message} Separate numbers by commas, as in 4,64.", param, ctx)
+            self.fail(
+                f"{error.message} Separate numbers by commas, as in 4,64.", param, ctx
+            )
 
 
 RANK_OR_NUMBER = OrWord(click.FLOAT, rank="rank")
@@ -70,7 +82,9 @@ def may_name_module(ctx: click.Context, param: click.Parameter, value: Any) -> A
     return value
 
 
-def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -> dict[str, str]:
+def _columns(
+    ctx: click.Context, param: click.Parameter, pairs: Sequence[str]
+) -> dict[str, str]:
     columns = {}
     for pair in pairs:
         field, equals, column = pair.partition("=")
@@ -85,7 +99,10 @@ def _columns(ctx: click.Context, param: click.Parameter, pairs: Sequence[str]) -
 # Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how
 # they begin.
 _WRITTEN = {
-    "page": ("a page of `rankaware report`", rb'<meta name="generator" content="rankaware-optim">'),
+    "page": (
+        "a page of `rankaware report`",
+        rb'<meta name="generator" content="rankaware-optim">',
+    ),
     ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[(?:fit|tensors)\]"),
     ".png": ("a PNG picture", rb"\A\x89PNG"),
     ".svg": ("an SVG picture", rb"<svg"),
@@ -118,13 +135,19 @@ def check_out(path: Path, kind: str = "") -> None:
 def out_option(kind: str = "", **settings: Any) -> Decorator:
     """Return the option -o FILE, which `check_out` checks before the command begins."""
 
-    def check(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    def check(
+        ctx: click.Context, param: click.Parameter, path: Path | None
+    ) -> Path | None:
         if path is not None:
             check_out(path, kind)
         return path
 
     return click.option(
-        "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), callback=check, **settings
+        "-o",
+        "--out",
+        type=click.Path(dir_okay=False, path_type=Path),
+        callback=check,
+        **settings,
     )
 
 
@@ -151,10 +174,15 @@ _INIT_HELP = (
 )
 
 
-def init_option(more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any) -> Decorator:
+def init_option(
+    more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any
+) -> Decorator:
     """Return the option --init. more: what follows the meaning of A and B in its help."""
     return click.option(
-        "--init", type=click.Choice(names), help=f"{_INIT_HELP} {more}".rstrip(), **settings
+        "--init",
+        type=click.Choice(names),
+        help=f"{_INIT_HELP} {more}".rstrip(),
+        **settings,
     )
 
 
@@ -194,7 +222,9 @@ def optimizer_option(default: str = "AdamW") -> Decorator:
 
 
 OPTIMIZER = optimizer_option()
-RSLORA = click.option("--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank.")
+RSLORA = click.option(
+    "--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank."
+)
 
 # Fields of a `Rate` in a document.
 RATE_FIELDS = (

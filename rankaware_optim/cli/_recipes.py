@@ -36,16 +36,27 @@ _RECIPE = click.argument("recipe", type=FILE)
 @RSLORA
 @init_option("By default the recipe's.")
 @click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
-@click.option("--fan-in", type=float, help="Width of the model, if it differs from the recipe's.")
 @click.option(
-    "--steps", type=int, help="Training steps, if they differ from the recipe's. This extrapolates."
+    "--fan-in", type=float, help="Width of the model, if it differs from the recipe's."
 )
 @click.option(
-    "--batch", type=float, help="Batch size in the recipe's unit, if it differs. This extrapolates."
+    "--steps",
+    type=int,
+    help="Training steps, if they differ from the recipe's. This extrapolates.",
+)
+@click.option(
+    "--batch",
+    type=float,
+    help="Batch size in the recipe's unit, if it differs. This extrapolates.",
 )
 @json_option(f"an object. Fields: {RATE_FIELDS}.")
 def lr(
-    recipe: Path, rank: int | None, rslora: bool, full: bool, as_json: bool, **options: Any
+    recipe: Path,
+    rank: int | None,
+    rslora: bool,
+    full: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Print a recipe's rate at a rank or for full finetuning.
 

@@ -46,22 +46,39 @@ from ._options import (
 @ALPHA
 @init_option("This is the init of the rows to fit, and of rows without one.")
 @click.option(
-    "--fan-in", type=float, help="Mean fan-in of the adapted layers, for rows without one."
+    "--fan-in",
+    type=float,
+    help="Mean fan-in of the adapted layers, for rows without one.",
 )
 @click.option(
-    "--full-fan-in", type=float, help="Largest fan-in, for full finetuning. By default --fan-in."
-)
-@click.option("--batch", type=float, help="Batch size of the rows to fit, and of rows without one.")
-@click.option(
-    "--steps", type=int, help="Training steps of the rows to fit, and of rows without them."
+    "--full-fan-in",
+    type=float,
+    help="Largest fan-in, for full finetuning. By default --fan-in.",
 )
 @click.option(
-    "--warmup", type=float, help="Warm-up as a share of the steps, 0 to 1. The recipe records it."
+    "--batch",
+    type=float,
+    help="Batch size of the rows to fit, and of rows without one.",
+)
+@click.option(
+    "--steps",
+    type=int,
+    help="Training steps of the rows to fit, and of rows without them.",
+)
+@click.option(
+    "--warmup",
+    type=float,
+    help="Warm-up as a share of the steps, 0 to 1. The recipe records it.",
 )
 @COLUMN
 @json_option(RECIPE_FIELDS)
 def fit(
-    sweep: Path, out: Path | None, name: str | None, law: str, as_json: bool, **options: Any
+    sweep: Path,
+    out: Path | None,
+    name: str | None,
+    law: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 

@@ -93,13 +93,19 @@ def chosen_devices(chosen: Sequence[str] | None, visible: Sequence[str]) -> list
         return list(visible)
     absent = [name for name in chosen if name not in visible]
     if absent:
-        there = f"the visible ones are {', '.join(visible)}" if visible else "no GPU is visible"
+        there = (
+            f"the visible ones are {', '.join(visible)}"
+            if visible
+            else "no GPU is visible"
+        )
         raise CalibrationError(
             f"There is no GPU {', '.join(absent)} here: {there}.",
             "Give others, or leave --devices out.",
         )
     if len(set(chosen)) < len(chosen):
-        raise CalibrationError(f"--devices {','.join(chosen)} has a GPU twice.", "Give each once.")
+        raise CalibrationError(
+            f"--devices {','.join(chosen)} has a GPU twice.", "Give each once."
+        )
     return list(chosen)
 
 
@@ -114,7 +120,11 @@ def machine_devices() -> list[str]:
 
 def machine_cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 @contextmanager
@@ -158,7 +168,8 @@ def load_train(spec: str) -> Any:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise CalibrationError(
-            f"{spec!r} names no function.", "Give module:function, such as finetune:train."
+            f"{spec!r} names no function.",
+            "Give module:function, such as finetune:train.",
         )
     module = _imported(module_name)
     train = getattr(module, name, None)
@@ -179,7 +190,11 @@ def _imported(name: str) -> ModuleType:
     try:
         return import_module(name)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and name.startswith(error.name):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and name.startswith(error.name)
+        ):
             raise CalibrationError(
                 f"There is no module {name!r} in {os.getcwd()} or among the installed packages.",
                 "Run the command in the module's folder, and give its name without .py.",
@@ -208,7 +223,9 @@ class Worker:
         torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
             with trials_logged(lines=not sys.stderr.isatty()):
-                return calibrate(load_train(self.spec), progress=progress, **self.options)
+                return calibrate(
+                    load_train(self.spec), progress=progress, **self.options
+                )
         finally:
             torch.set_num_threads(before)
 
@@ -250,7 +267,10 @@ def trials_logged(lines: bool) -> Iterator[None]:
     """
     from optuna.logging import ERROR, get_verbosity, set_verbosity
 
-    log, handler = logging.getLogger("rankaware_optim.calibration"), logging.StreamHandler()
+    log, handler = (
+        logging.getLogger("rankaware_optim.calibration"),
+        logging.StreamHandler(),
+    )
     before = get_verbosity(), log.level, log.propagate
     set_verbosity(ERROR)
     if lines:

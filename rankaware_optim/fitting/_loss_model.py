@@ -38,9 +38,14 @@ Array = npt.NDArray[np.float64]
 # The grid of shapes.
 NOISE = np.geomspace(0.002, 0.5, 6)  # σ, in units of the gain
 REACH = np.array([0.4, 1.0, 4.0])  # h: from a corner to a parabola
-STEEPNESS = np.array([0.0, 1.5, 3.0, 4.5])  # a: from a parabola to a cliff within half an octave
+STEEPNESS = np.array(
+    [0.0, 1.5, 3.0, 4.5]
+)  # a: from a parabola to a cliff within half an octave
 CURVATURE = np.geomspace(0.005, 2.0, 10)  # k, in units of the gain
-_USUAL_NOISE, _NOISE_SD = 0.015, 1.2  # prior of σ: its median, and the standard deviation of log σ
+_USUAL_NOISE, _NOISE_SD = (
+    0.015,
+    1.2,
+)  # prior of σ: its median, and the standard deviation of log σ
 # Standard deviations of a rank's log σ, log h, a and log k about the shared values.
 _OWN = (0.5, 0.7, 1.0, 0.7)
 _SEED = 3.0  # standard deviation of a seed's level, in units of σ
@@ -164,7 +169,11 @@ def _levelled(arm: Arm, gaps: Array) -> tuple[Array, Array]:
     level_precision = (ones**2 * precision).sum(axis=0)
     projection = miss @ (ones * precision)
     misfit = np.square(miss) @ precision - projection**2 / level_precision
-    logdet = np.linalg.slogdet(noise)[1] - np.log(precision).sum(axis=0) + np.log(level_precision)
+    logdet = (
+        np.linalg.slogdet(noise)[1]
+        - np.log(precision).sum(axis=0)
+        + np.log(level_precision)
+    )
     logs = -0.5 * (misfit + logdet)
     return np.moveaxis(logs, -1, 0), np.moveaxis(projection / level_precision, -1, 0)
 
@@ -236,7 +245,9 @@ def _curves_where(
     beliefs = likelihood * ((shared / given_shared) @ kernel)
     beliefs /= beliefs.sum(axis=1, keepdims=True)
     curves = []
-    for (rank, arm), plateau, belief in zip(arms.items(), plateaus, beliefs, strict=True):
+    for (rank, arm), plateau, belief in zip(
+        arms.items(), plateaus, beliefs, strict=True
+    ):
         curves.append(_mean_curve(arm, plateau, belief, u[rank]))
     return float(evidence), curves
 

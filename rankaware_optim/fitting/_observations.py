@@ -83,7 +83,9 @@ def noise_of(curve: Curve) -> float:
     return float(np.median(bends)) / _BEND
 
 
-def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observation | None:
+def impute(
+    x: float, curve: Curve, best: Observation, beside: Curve
+) -> Observation | None:
     """Impute the final score of a pruned run from its gap to the best paired run.
 
     The gap when it was stopped is taken as the gap at the end. Without imputation the fit would not
@@ -101,7 +103,9 @@ def impute(x: float, curve: Curve, best: Observation, beside: Curve) -> Observat
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
     gap = max(0.0, recent(curve, TAIL) - recent(beside[: len(curve)], TAIL))
-    return replace(best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap)
+    return replace(
+        best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap
+    )
 
 
 def arms_of(
@@ -192,7 +196,9 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
     return [is_lost(o) for o in observations]
 
 
-def split(observations: Sequence[Observation]) -> tuple[list[Observation], list[Observation]]:
+def split(
+    observations: Sequence[Observation],
+) -> tuple[list[Observation], list[Observation]]:
     """Return the runs that ended with a score, and those that diverged."""
     flags = diverged(observations)
     ended = [o for o, lost in zip(observations, flags, strict=True) if not lost]

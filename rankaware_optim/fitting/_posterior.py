@@ -99,7 +99,9 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
         return None
     arms = arms_of(ended, lost, gain_of(ended))
     bowls = bowls_of(arms)
-    means, covariances, agreement = _shrunk(prior.rows(arms), bowls.mean, bowls.sd, prior)
+    means, covariances, agreement = _shrunk(
+        prior.rows(arms), bowls.mean, bowls.sd, prior
+    )
     logs = bowls.log_weight + agreement
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
@@ -120,7 +122,9 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     )
 
 
-def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> tuple[Array, Array]:
+def shrink(
+    vertices: Mapping[int | None, tuple[float, float]], prior: Prior
+) -> tuple[Array, Array]:
     """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the ranks'
     vertices.
     """
@@ -129,7 +133,9 @@ def shrink(vertices: Mapping[int | None, tuple[float, float]], prior: Prior) -> 
     return mean[0], covariance[0]
 
 
-def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array, Array, Array]:
+def _shrunk(
+    rows: Array, means: Array, sds: Array, prior: Prior
+) -> tuple[Array, Array, Array]:
     """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for
     each shape s.
     """
@@ -140,7 +146,9 @@ def _shrunk(rows: Array, means: Array, sds: Array, prior: Prior) -> tuple[Array,
     middle = residuals.mean()
     residuals -= middle
     score = (weights * residuals) @ rows
-    information = np.diag(prior_sd**-2) + np.einsum("sa,ai,aj->sij", weights, rows, rows)
+    information = np.diag(prior_sd**-2) + np.einsum(
+        "sa,ai,aj->sij", weights, rows, rows
+    )
     covariance = np.linalg.inv(information)
     mean = np.einsum("sij,sj->si", covariance, score)
     misfit = (weights * residuals**2).sum(axis=1) - (mean * score).sum(axis=1)

@@ -36,7 +36,9 @@ _USUAL_PIVOT = 16.0  # of trials of full finetuning alone
 _REACH = 1.5  # λ, octaves
 
 
-def prior_of(reference: Reference, ranks: Iterable[int | None], full_fan_in: float | None) -> Prior:
+def prior_of(
+    reference: Reference, ranks: Iterable[int | None], full_fan_in: float | None
+) -> Prior:
     """Return the prior of a fit.
 
     Args:
@@ -54,7 +56,11 @@ def prior_of(reference: Reference, ranks: Iterable[int | None], full_fan_in: flo
 
 
 def centred_law(
-    law: Law, reference: Reference, pivot: float, drift: float = 0.0, factor: float = 0.0
+    law: Law,
+    reference: Reference,
+    pivot: float,
+    drift: float = 0.0,
+    factor: float = 0.0,
 ) -> Power:
     """Return a law at the prior means, plus a fitted drift and log2 of a full-finetuning factor.
 
@@ -113,7 +119,9 @@ class Carry:
     def of(self, slope: Slope) -> tuple[float, float]:
         """Return the octaves that the best rate moves by a slope, and their variance."""
         u = self.octaves / _REACH
-        return slope.mean * self.octaves, 2.0 * (slope.sd * _REACH) ** 2 * (u + math.expm1(-u))
+        return slope.mean * self.octaves, 2.0 * (slope.sd * _REACH) ** 2 * (
+            u + math.expm1(-u)
+        )
 
     def prior_of_trials(self, prior: Prior) -> Prior:
         """Return the prior at the steps of the trials. The law's full factor holds at those of the

@@ -57,7 +57,9 @@ def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """
     if math.prod(b[2:]) != 1:
         raise ValueError("B has a kernel")
-    groups = getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
+    groups = (
+        getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
+    )
     groups = groups if b[1] * groups == a[0] else 1
     return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
 
@@ -85,13 +87,19 @@ def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     base = getattr(owner, "get_base_layer", lambda: owner)()
     # Set by transformers. Older versions do not have it.
     rows_first = getattr(base, "is_transposed", True) is False
-    if rows_first and owner.num_experts > 1 and not hasattr(owner, "_did_swap_in_out_features"):
+    if (
+        rows_first
+        and owner.num_experts > 1
+        and not hasattr(owner, "_did_swap_in_out_features")
+    ):
         raise InspectionError(
             "This PEFT swaps A and B of experts stored as (experts, out, in), such as"
             f" {type(base).__name__}'s.",
             "Install PEFT 0.19 or later, and train such adapters again.",
         )
-    return Reading(a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts")
+    return Reading(
+        a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts"
+    )
 
 
 def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -178,7 +186,12 @@ _LORA = ("lora_A", "lora_B")
 def _automodel_experts(part: str) -> Convention:
     a, b = f"lora_{part}_A", f"lora_{part}_B"
     return Convention(
-        f"automodel-{part}", a, b, layouts=("columns",), rank=("lora_dim", "dim"), exact=False
+        f"automodel-{part}",
+        a,
+        b,
+        layouts=("columns",),
+        rank=("lora_dim", "dim"),
+        exact=False,
     )
 
 
@@ -205,18 +218,28 @@ CONVENTIONS: tuple[Convention, ...] = (
     Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
     Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
     Convention(
-        "peft-embedding", "lora_embedding_A", "lora_embedding_B", container=True, kind="embedding"
+        "peft-embedding",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        container=True,
+        kind="embedding",
     ),
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
     Convention(
-        "minLoRA", *_LORA, where=("lora_dropout_mask",), layouts=("rows", "columns"), exact=False
+        "minLoRA",
+        *_LORA,
+        where=("lora_dropout_mask",),
+        layouts=("rows", "columns"),
+        exact=False,
     ),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
     Convention(
         "lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)
     ),  # MLX writes lora_a alone, transposed
-    Convention("locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)),
+    Convention(
+        "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
+    ),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
     _automodel_experts("gate_and_up"),
     _automodel_experts("down"),
@@ -311,7 +334,9 @@ def register_convention(convention: Convention | str, *, remove: bool = False) -
             one has its name.
     """
     rows = OPTIONAL.get(convention) if isinstance(convention, str) else (convention,)
-    name = convention if isinstance(convention, str) else getattr(convention, "name", "")
+    name = (
+        convention if isinstance(convention, str) else getattr(convention, "name", "")
+    )
     with _LOCK:
         if remove:
             _REGISTERED.pop(name, None)
@@ -367,7 +392,10 @@ def _problems(row: Convention) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with a row, each with a cure."""
     for name in (row.a, row.b):
         if not isinstance(name, str) or not name.isidentifier():
-            yield f"the factor {name!r}", "Give the owner's attribute, such as 'lora_A'."
+            yield (
+                f"the factor {name!r}",
+                "Give the owner's attribute, such as 'lora_A'.",
+            )
     for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
         value = getattr(row, field)
         if not isinstance(value, tuple):

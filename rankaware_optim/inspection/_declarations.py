@@ -26,7 +26,9 @@ def declare(declarations: Iterable[Declaration]) -> None:
     for _, place, value in declarations:
         _write(place, value)
     for pair, place, value in declarations:
-        if not math.isclose(number_of(_value_at(place)) or 0.0, value, rel_tol=_ROUNDING):
+        if not math.isclose(
+            number_of(_value_at(place)) or 0.0, value, rel_tol=_ROUNDING
+        ):
             for _, changed, _ in declarations:
                 _write(changed, changed.number)
             raise InspectionError(
@@ -58,10 +60,14 @@ def _write(place: Place, value: float) -> None:
 
 def _like(current: object, value: float) -> float:
     """Return `value` as an int if it is whole and the current one is, such as PEFT's alpha."""
-    return int(value) if isinstance(current, int) and float(value).is_integer() else value
+    return (
+        int(value) if isinstance(current, int) and float(value).is_integer() else value
+    )
 
 
-def declarations_of(pair: Pair, rank: int, scaling: float, new_rank: int) -> Iterator[Declaration]:
+def declarations_of(
+    pair: Pair, rank: int, scaling: float, new_rank: int
+) -> Iterator[Declaration]:
     """Yield the places where a pair of `rank` declares rank, multiplier and alpha, with the values
     for `scaling` at `new_rank`.
     """
@@ -77,7 +83,9 @@ def declarations_of(pair: Pair, rank: int, scaling: float, new_rank: int) -> Ite
     if multiplier is not None:
         yield pair, multiplier, scaling
     if alpha is not None:
-        rooted = multiplier is not None and _is_rooted(pair, alpha.number, multiplier.number, rank)
+        rooted = multiplier is not None and _is_rooted(
+            pair, alpha.number, multiplier.number, rank
+        )
         yield pair, alpha, scaling * (math.sqrt(new_rank) if rooted else new_rank)
 
 
@@ -114,7 +122,9 @@ def configs_of(modules: Modules) -> Configs:
     configs: dict[tuple[str, str], Fields] = {}
     for layer, module in modules:
         by_adapter = module.__dict__.get("peft_config")
-        for adapter, config in by_adapter.items() if isinstance(by_adapter, Mapping) else ():
+        for adapter, config in (
+            by_adapter.items() if isinstance(by_adapter, Mapping) else ()
+        ):
             is_dict = isinstance(config, MutableMapping)
             fields: Any = config if is_dict else getattr(config, "__dict__", {})
             if "lora_alpha" in fields and "r" in fields:
@@ -157,7 +167,11 @@ def _name_for_patterns(pair: Pair, prefix: str) -> str:
 
 
 def _set_patterns(
-    fields: Fields, named: Mapping[str, Pair], default: str, field: str, keys: Iterable[str]
+    fields: Fields,
+    named: Mapping[str, Pair],
+    default: str,
+    field: str,
+    keys: Iterable[str],
 ) -> None:
     """Set a configuration's default and its patterns: `keys`, those that it has, and full names."""
     patterns = fields.get(field) or {}

@@ -80,9 +80,13 @@ def file_pairs(
     rows: dict[_Spelling, list[Convention]] = defaultdict(list)
     for row in conventions():
         spelling = _Spelling(row.a, row.b, row.keys, False)
-        rows[spelling._replace(by_adapter=spelling.says_lora or row.container)].append(row)
+        rows[spelling._replace(by_adapter=spelling.says_lora or row.container)].append(
+            row
+        )
     named = _paired(header, _slots(header, rows))
-    declared = _declared(header, list(dict.fromkeys(slot.layer for slot in named)), config)
+    declared = _declared(
+        header, list(dict.fromkeys(slot.layer for slot in named)), config
+    )
     pairs: list[tuple[FilePair, Declared]] = []
     numbers, tensors = set[str](), dict[str, Any](header.tensors)
     for slot, (a, b) in named.items():
@@ -102,12 +106,16 @@ def file_pairs(
 # --- names ----------------------------------------------------------------------------------------
 
 
-def _slots(header: Header, spellings: Iterable[_Spelling]) -> dict[_Slot, dict[str, str]]:
+def _slots(
+    header: Header, spellings: Iterable[_Spelling]
+) -> dict[_Slot, dict[str, str]]:
     """Return, for every pair or half of one, its tensors by factor."""
     patterns: dict[str, list[tuple[_Spelling, re.Pattern[str]]]] = defaultdict(list)
     for spelling in spellings:
         for factor in (spelling.a, spelling.b):
-            patterns[factor] += [(spelling, spelling.pattern(k, factor)) for k in spelling.keys]
+            patterns[factor] += [
+                (spelling, spelling.pattern(k, factor)) for k in spelling.keys
+            ]
     slots: dict[_Slot, dict[str, str]] = defaultdict(dict)
     for name in header.tensors:
         for factor in name.split("."):
@@ -115,7 +123,9 @@ def _slots(header: Header, spellings: Iterable[_Spelling]) -> dict[_Slot, dict[s
                 match = pattern.match(name)
                 if match is None:
                     continue
-                names = slots[_Slot(spelling, match["layer"] or "", match["adapter"] or "")]
+                names = slots[
+                    _Slot(spelling, match["layer"] or "", match["adapter"] or "")
+                ]
                 if names.setdefault(factor, name) != name:
                     raise _collision(header, names[factor], name)
     return slots
@@ -180,7 +190,9 @@ def _declared(
         return declared | config.declared(layers)
     # The longest prefix is last and takes precedence.
     for part in reversed(embedded_configs(header.path, header.metadata)):
-        declared |= part.declared([layer for layer in layers if layer.startswith(part.prefix)])
+        declared |= part.declared(
+            [layer for layer in layers if layer.startswith(part.prefix)]
+        )
     return declared
 
 
@@ -194,7 +206,9 @@ def _read_entries(
     ends = ["", ".weight"]
     if slot.adapter:
         ends += [f".{slot.adapter}", f".{slot.adapter}.weight"]
-    attributes = chain.from_iterable((*r.where, *r.rank, *r.scaling, *r.alpha) for r in rows)
+    attributes = chain.from_iterable(
+        (*r.where, *r.rank, *r.scaling, *r.alpha) for r in rows
+    )
     numbers = set[str]()
     for attribute, end in product(dict.fromkeys(attributes), ends):
         entry = f"{start}{attribute}{end}"
@@ -204,20 +218,28 @@ def _read_entries(
         elif entry in header.tensors:
             tensor = header.tensors[entry]
             is_weight = entry.endswith(".weight")
-            setattr(owner, attribute, SimpleNamespace(weight=tensor) if is_weight else tensor)
+            setattr(
+                owner,
+                attribute,
+                SimpleNamespace(weight=tensor) if is_weight else tensor,
+            )
     return numbers
 
 
 def _declare(header: Header, pair: FilePair, declared: Declared) -> None:
     """Set what the configuration or kohya's metadata declare, where the file has no number."""
     owner, row, config = pair.owner, pair.convention, declared.config
-    owner.where = f"{header.path}: {pair.layer}" + (f", with {config.where}," if config else "")
+    owner.where = f"{header.path}: {pair.layer}" + (
+        f", with {config.where}," if config else ""
+    )
     if declared_number(pair, row.rank) is None:
         _set_first(owner, row.rank, declared.rank)
     if declared_number(pair, (*row.scaling, *row.alpha)) is not None:
         return
     alpha = declared.alpha
-    if config is None and row.a.endswith("down") and len(pair.a.shape) == 2:  # not conv_alpha
+    if (
+        config is None and row.a.endswith("down") and len(pair.a.shape) == 2
+    ):  # not conv_alpha
         alpha = _network_alpha(header)
     _set_first(owner, row.alpha, alpha)
     _set_first(owner, row.scaling, declared.scaling)
@@ -249,7 +271,12 @@ def _owner(declared: Declared, a: Sequence[int], b: Sequence[int]) -> SimpleName
     if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
         return owner
     owner.base_layer = SimpleNamespace(groups=max(1, a[0] // b[1]))
-    if declared.experts and declared.rank and a[0] == b[1] and a[0] % declared.rank == 0:
+    if (
+        declared.experts
+        and declared.rank
+        and a[0] == b[1]
+        and a[0] % declared.rank == 0
+    ):
         owner.parameter_name, owner.num_experts = None, a[0] // declared.rank
     if config is None:
         return owner

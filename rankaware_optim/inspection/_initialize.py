@@ -15,7 +15,14 @@ from torch import nn
 from .._checks import check_init, is_positive
 from .._types import Survey
 from ..errors import InspectionError
-from ._declarations import Configs, Declaration, configs_of, declarations_of, declare, redeclare
+from ._declarations import (
+    Configs,
+    Declaration,
+    configs_of,
+    declarations_of,
+    declare,
+    redeclare,
+)
 from ._pairs import Half, Pair, declared_number, pairs_of, reading_of, scaling_of, walk
 from ._survey import INIT_MARK, declared_for, inspect_model
 
@@ -128,7 +135,9 @@ def initialize(
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_arguments(init: str, variance: str, seed: int, scaling: float | None) -> None:
+def _check_arguments(
+    init: str, variance: str, seed: int, scaling: float | None
+) -> None:
     check_init(init, "An adapter is initialised at")
     if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
         raise InspectionError(
@@ -136,7 +145,9 @@ def _check_arguments(init: str, variance: str, seed: int, scaling: float | None)
             "Give 'mua' or 'peft' for init='A', 'mua' for init='B'.",
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise InspectionError(f"The seed {seed!r} is not a whole number.", "Give a whole number.")
+        raise InspectionError(
+            f"The seed {seed!r} is not a whole number.", "Give a whole number."
+        )
     if scaling is not None and not is_positive(scaling):
         raise InspectionError(
             f"The scaling {scaling!r} is not a positive finite number.",
@@ -205,7 +216,10 @@ def start_of(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
     tensor = half.tensor
     if tensor.is_meta:
-        problem, cure = "is on the meta device", "Materialise the model (to_empty) first."
+        problem, cure = (
+            "is on the meta device",
+            "Materialise the model (to_empty) first.",
+        )
     elif hasattr(tensor, "full_tensor") or half.is_shard:
         problem, cure = "is sharded", "Initialise before sharding, on the whole model."
     elif not tensor.is_leaf or not tensor.is_floating_point():
@@ -215,7 +229,10 @@ def _refuse_unwritable(pair: Pair, half: Half) -> None:
         )
         cure = "Remove its parametrization, or keep the factors in a floating dtype."
     elif tensor.is_inference() and not torch.is_inference_mode_enabled():
-        problem, cure = "is an inference tensor", "Build the model outside torch.inference_mode()."
+        problem, cure = (
+            "is an inference tensor",
+            "Build the model outside torch.inference_mode().",
+        )
     else:
         return
     raise InspectionError(f"{half.name} of {pair.where} {problem}.", cure)

@@ -79,11 +79,15 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     )
 
 
-def _file_notes(header: Header, config: AdapterConfig | None, kind: Any) -> Iterator[str]:
+def _file_notes(
+    header: Header, config: AdapterConfig | None, kind: Any
+) -> Iterator[str]:
     if kind not in LORA_TYPES:
         yield f"The folder's adapter is {kind}, which no law covers."
     keys = [f"ss_{name}" for name in _TRAINING.split()]
-    entries = [f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata]
+    entries = [
+        f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata
+    ]
     if entries:
         yield f"Its metadata has {', '.join(entries)}."
     if config is None and os.path.isfile(header.path.with_name(_CONFIG)):
@@ -146,4 +150,6 @@ def _factors(
     declared = None if config is None else config.values.get("init_lora_weights")
     if init is None and declared is not None:
         init = declared_init(declared, reading.kind)
-    return factors_of(pair, (pair.a.name, pair.b.name), reading, scaling, init or "unknown")
+    return factors_of(
+        pair, (pair.a.name, pair.b.name), reading, scaling, init or "unknown"
+    )

@@ -15,7 +15,12 @@ if TYPE_CHECKING:  # files are read without it
     import torch
     from torch import nn
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
+_WRAPPERS = (
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_orig_mod",
+    "module",
+)
 # Attributes for fan-in and fan-out.
 _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
@@ -93,7 +98,10 @@ def walk(model: nn.Module) -> Walk:
     """
     modules = list(model.named_modules())
     if any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):
-        clean = [(canonical_name(f"{name}.").removesuffix("."), module) for name, module in modules]
+        clean = [
+            (canonical_name(f"{name}.").removesuffix("."), module)
+            for name, module in modules
+        ]
         parameters = _parameters_of(clean)
         # They are not unique if a submodule of the user is called "module".
         if len({name for name, _ in parameters}) == len(parameters):
@@ -120,11 +128,15 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
-        if not (firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)):
+        if not (
+            firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)
+        ):
             yield from _pairs_in(layer, module, rows)
 
 
-def _pairs_in(layer: str, module: nn.Module, rows: Iterable[Convention]) -> Iterable[Pair]:
+def _pairs_in(
+    layer: str, module: nn.Module, rows: Iterable[Convention]
+) -> Iterable[Pair]:
     from torch import nn
 
     pairs: dict[tuple[int, int], Pair] = {}
@@ -137,7 +149,9 @@ def _pairs_in(layer: str, module: nn.Module, rows: Iterable[Convention]) -> Iter
         fits = is_dict.get(row.a) is is_dict.get(row.b) is row.container
         if not fits or not all(hasattr(module, name) for name in row.where):
             continue
-        firsts, seconds = (_halves(members[name], name, row.container) for name in (row.a, row.b))
+        firsts, seconds = (
+            _halves(members[name], name, row.container) for name in (row.a, row.b)
+        )
         for adapter, a in firsts.items():
             if adapter in seconds:
                 b = seconds[adapter]
@@ -277,7 +291,9 @@ def _kind(pair: Pair) -> str:
 def is_embedding(module: nn.Module) -> bool:
     """Return whether a module, or the one that it adapts, is an embedding."""
     base = getattr(module, "base_layer", module)
-    if isinstance(base, SimpleNamespace):  # a layer of a file, which is read without torch
+    if isinstance(
+        base, SimpleNamespace
+    ):  # a layer of a file, which is read without torch
         return False
     from torch import nn
 
@@ -290,9 +306,15 @@ def _shard_readings(pair: Pair, rank: float | None) -> Iterator[Reading]:
     elif rank is None and not pair.a.is_shard:
         rank = pair.a.shape[0]
     if rank is not None and rank >= 1:
-        fan_in = _shard_fan(pair, pair.a, 0) if pair.a.is_shard else math.prod(pair.a.shape[1:])
+        fan_in = (
+            _shard_fan(pair, pair.a, 0)
+            if pair.a.is_shard
+            else math.prod(pair.a.shape[1:])
+        )
         fan_out = _shard_fan(pair, pair.b, 1) if pair.b.is_shard else pair.b.shape[0]
-        yield Reading(rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair))
+        yield Reading(
+            rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair)
+        )
 
 
 def _shard_fan(pair: Pair, half: Half, side: int) -> float:

@@ -30,7 +30,9 @@ LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for 
 _FROM_PEFT = "Give a folder saved by PEFT."
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
-_Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]  # its quotient by a rank is a float too
+_Alpha = Annotated[
+    float, Meta(ge=1e-30, le=1e30)
+]  # its quotient by a rank is a float too
 _Short = Meta(max_length=1000)
 # The names and types of entries. AdaLoRA's rank is `init_r`.
 _ENTRIES: dict[str, tuple[str, Any]] = {
@@ -75,17 +77,24 @@ class AdapterConfig:
             InspectionError: a pattern is not a regex or takes too long, or a stack's rank is
                 ambiguous.
         """
-        paths = [layer.removeprefix(self.prefix).partition(".base_layer")[0] for layer in layers]
+        paths = [
+            layer.removeprefix(self.prefix).partition(".base_layer")[0]
+            for layer in layers
+        ]
         stacks = _targeted(self.values.get("target_parameters") or [], paths)
         names = {path: stacks[path] or [path] for path in paths}
         every = [name for of_path in names.values() for name in of_path]
         ranks = self._by_pattern("rank_pattern", every)
         alphas = self._by_pattern("alpha_pattern", every)
-        rank = None if self.is_adalora else self.values.get("r")  # AdaLoRA prunes its `init_r`
+        rank = (
+            None if self.is_adalora else self.values.get("r")
+        )  # AdaLoRA prunes its `init_r`
         alpha = self.values.get("lora_alpha")
         declared: dict[str, Declared] = {}
         for layer, path in zip(layers, paths, strict=True):
-            numbers = {(ranks.get(name, rank), alphas.get(name, alpha)) for name in names[path]}
+            numbers = {
+                (ranks.get(name, rank), alphas.get(name, alpha)) for name in names[path]
+            }
             if len(numbers) > 1:
                 raise InspectionError(
                     f"{self.where}: its patterns give {layer} several ranks or alphas, and the file"
@@ -107,7 +116,11 @@ class AdapterConfig:
             raise InspectionError(
                 f"{self.where} has no usable pattern: {error}. @ {key}", _FROM_PEFT
             ) from error
-        return {name: values[i] for name, i in zip(names, first, strict=True) if i is not None}
+        return {
+            name: values[i]
+            for name, i in zip(names, first, strict=True)
+            if i is not None
+        }
 
 
 class Declared(NamedTuple):
@@ -141,7 +154,9 @@ def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[st
     for path in paths:
         parts = path.split(".")[::-1] if by_module else ()
         ends = accumulate(parts, lambda end, part: f"{part}.{end}")
-        stacks[path] = [f"{path}.{name}" for end in ends for name in by_module.get(end, ())]
+        stacks[path] = [
+            f"{path}.{name}" for end in ends for name in by_module.get(end, ())
+        ]
     return stacks
 
 
@@ -160,7 +175,9 @@ json.dump([first(name) for name in names], sys.stdout)
 """
 
 
-def first_matches(patterns: Sequence[str], names: Sequence[str]) -> Sequence[int | None]:
+def first_matches(
+    patterns: Sequence[str], names: Sequence[str]
+) -> Sequence[int | None]:
     """Return, for each name, the index of the first key of `rank_pattern` or `alpha_pattern` that
     PEFT would use.
 
@@ -193,11 +210,17 @@ def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | 
     command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", _CHILD]
     text = json.dumps([patterns, names])
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=_SECONDS
+        )
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"the patterns take more than {_SECONDS:g} seconds to match") from error
+        raise ValueError(
+            f"the patterns take more than {_SECONDS:g} seconds to match"
+        ) from error
     except OSError as error:
-        raise ValueError(f"no process could be started to match them: {error}") from error
+        raise ValueError(
+            f"no process could be started to match them: {error}"
+        ) from error
     if done.returncode:
         raise ValueError(
             one_line(done.stderr) or f"matching them ended with code {done.returncode}"
@@ -259,8 +282,12 @@ def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterC
     if not isinstance(values, dict):
         raise InspectionError(f"{where} is no JSON object.", _FROM_PEFT)
     kind = values.get("peft_type")
-    if kind is not None and not (isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind)):
-        raise InspectionError(f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT)
+    if kind is not None and not (
+        isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind)
+    ):
+        raise InspectionError(
+            f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT
+        )
     if kind not in LORA_TYPES:
         return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else is read
     entries = dict(_ENTRIES)

@@ -35,7 +35,10 @@ _KEYS: dict[str, tuple[str, type]] = {
     "fan_in": ("fan_in", float),
     "batch": ("batch", float),
 }
-_FLAGS: dict[str, tuple[str, Any]] = {"full": ("method", "full"), "rslora": ("rslora", True)}
+_FLAGS: dict[str, tuple[str, Any]] = {
+    "full": ("method", "full"),
+    "rslora": ("rslora", True),
+}
 _OF_FULL = {"method", "fan_in", "batch"}
 
 
@@ -91,7 +94,9 @@ def _of_config(config: Any) -> Reference:
             f"A {type(config).__name__} with {what} is not a reference, since no law covers it.",
             "Give Reference(rank=..., alpha=...) if you know its equivalent.",
         )
-    return Reference(config.r, config.lora_alpha, bool(getattr(config, "use_rslora", False)))
+    return Reference(
+        config.r, config.lora_alpha, bool(getattr(config, "use_rslora", False))
+    )
 
 
 def _is_words(text: str) -> bool:
@@ -128,7 +133,8 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
         name, value = _FLAGS.get(part) or _entry(part)
         if name in values:
             raise InvalidReferenceError(
-                f"{part!r} gives {name} a second time in {text!r}.", "Give each part once."
+                f"{part!r} gives {name} a second time in {text!r}.",
+                "Give each part once.",
             )
         values[name] = value
     extra = sorted(values.keys() - _OF_FULL) if "method" in values else []

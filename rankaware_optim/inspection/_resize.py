@@ -89,7 +89,12 @@ class Adapters:
         for pair in filter(lambda pair: pair.trains, self._pairs):
             refuse_residual(pair, self._configs)
             wanted.append(
-                (pair, *_wanted_init(pair, inits[pair.layer, pair.adapter], init, variance))
+                (
+                    pair,
+                    *_wanted_init(
+                        pair, inits[pair.layer, pair.adapter], init, variance
+                    ),
+                )
             )
         starts = check_starts(wanted)
         self._originals = [
@@ -121,7 +126,9 @@ class Adapters:
         return [(pair.where, _base_weight(pair)) for pair, *_ in self._originals]
 
     def _halves(self) -> list[tuple[Pair, Half]]:
-        return [(pair, half) for pair, *_ in self._originals for half in (pair.a, pair.b)]
+        return [
+            (pair, half) for pair, *_ in self._originals for half in (pair.a, pair.b)
+        ]
 
     @torch.no_grad()
     def remake(self, rank: int, seed: int) -> list[nn.Parameter]:
@@ -131,11 +138,16 @@ class Adapters:
         """
         declarations: list[Declaration] = []
         for original in self._originals:
-            declarations += self._declarations_at(original, self._rank_at(original, rank))
+            declarations += self._declarations_at(
+                original, self._rank_at(original, rank)
+            )
         factors: dict[int, nn.Parameter] = {}
         wanted = []
         for original in self._originals:
-            pair, shapes = original.pair, _shapes(original, self._rank_at(original, rank))
+            pair, shapes = (
+                original.pair,
+                _shapes(original, self._rank_at(original, rank)),
+            )
             a, b = (
                 _replace(pair.owner, half, shape, factors)
                 for half, shape in zip((pair.a, pair.b), shapes, strict=True)
@@ -169,7 +181,9 @@ class Adapters:
             )
         return new_rank
 
-    def _declarations_at(self, original: _Original, new_rank: int) -> Iterator[Declaration]:
+    def _declarations_at(
+        self, original: _Original, new_rank: int
+    ) -> Iterator[Declaration]:
         pair, rank = original.pair, original.rank
         yield from rank_declarations(pair, rank, new_rank)
         scaling = scaling_of(pair, rank)
@@ -210,12 +224,14 @@ def _wanted_init(
         )
     if is_merged(pair):
         raise InspectionError(
-            f"{pair.where} is merged into its base weight.", "Unmerge the adapters first."
+            f"{pair.where} is merged into its base weight.",
+            "Unmerge the adapters first.",
         )
     for half in (pair.a, pair.b):
         if not isinstance(half.tensor, nn.Parameter):
             raise InspectionError(
-                f"{half.name} of {pair.where} is not a parameter.", "Make both factors parameters."
+                f"{half.name} of {pair.where} is not a parameter.",
+                "Make both factors parameters.",
             )
     is_embedding = reading_of(pair).kind == "embedding"
     if init == "A":
@@ -286,7 +302,9 @@ def _grown(shape: tuple[int, ...], growth: float) -> Iterator[tuple[int, ...]]:
             yield *shape[:axis], new, *shape[axis + 1 :]
 
 
-def _replace(owner: Any, half: Half, shape: tuple[int, ...], factors: dict[int, Any]) -> Half:
+def _replace(
+    owner: Any, half: Half, shape: tuple[int, ...], factors: dict[int, Any]
+) -> Half:
     """Replace a factor in the model by an empty one of another shape. A tied factor is made once.
 
     The module of a factor declares its new sizes, and gets a bias of the new length.

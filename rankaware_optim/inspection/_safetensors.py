@@ -16,7 +16,15 @@ from ..errors import InspectionError
 
 _LIMIT = 25_000_000  # bytes, enough for about 150,000 tensors; the format itself allows 100 million
 _NAME_LIMIT = 1000
-_CODES = {"F16": "<e", "F32": "<f", "F64": "<d", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"}
+_CODES = {
+    "F16": "<e",
+    "F32": "<f",
+    "F64": "<d",
+    "I8": "<b",
+    "I16": "<h",
+    "I32": "<i",
+    "I64": "<q",
+}
 _CODES |= {"U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q", "BF16": "<f"}
 
 
@@ -73,11 +81,18 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb", buffering=0) as file:
             length = _length(path, file)
-            document = parse_json(file.read(length))  # safe_open would accept a duplicate key
-            with safe_open(path, framework="np"):  # "pt" would reserve memory for the whole file
+            document = parse_json(
+                file.read(length)
+            )  # safe_open would accept a duplicate key
+            with safe_open(
+                path, framework="np"
+            ):  # "pt" would reserve memory for the whole file
                 pass
             metadata = document.pop("__metadata__", {})
-            tensors = {name: _tensor(path, name, document[name], 8 + length) for name in document}
+            tensors = {
+                name: _tensor(path, name, document[name], 8 + length)
+                for name in document
+            }
             numbers = dict(_numbers(file, tensors))
     except InspectionError:
         raise
@@ -89,11 +104,13 @@ def read_header(path: Path) -> Header:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InspectionError(
-            f"{path} cannot be read: {error}.", "Give a PEFT folder or a .safetensors file."
+            f"{path} cannot be read: {error}.",
+            "Give a PEFT folder or a .safetensors file.",
         ) from error
     if metadata is None:
         raise InspectionError(
-            f"{path}: __metadata__ is not a table of strings.", "Save the adapter again."
+            f"{path}: __metadata__ is not a table of strings.",
+            "Save the adapter again.",
         )
     return Header(path, tensors, metadata, numbers)
 
@@ -103,7 +120,8 @@ def _length(path: Path, file: IO[bytes]) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or not 2 <= length <= size - 8:
         raise InspectionError(
-            f"{path} is not a complete safetensors file.", "Copy it again, or give another file."
+            f"{path} is not a complete safetensors file.",
+            "Copy it again, or give another file.",
         )
     if length > _LIMIT:
         raise InspectionError(
@@ -122,13 +140,16 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
     # safe_open reads lists and enums too.
     if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
         raise InspectionError(
-            f"{path} has no usable header: {name} is not an entry.", "Save the adapter again."
+            f"{path} has no usable header: {name} is not an entry.",
+            "Save the adapter again.",
         )
     begin, end = entry["data_offsets"]
     return Tensor(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
 
 
-def _numbers(file: IO[bytes], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:
+def _numbers(
+    file: IO[bytes], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, float]]:
     for name, tensor in tensors.items():
         code = _CODES.get(tensor.dtype)
         if code is None or tensor.shape not in ((), (1,)):

@@ -39,7 +39,9 @@ INIT_MARK = "_rankaware_init"
 """The attribute of a pair's owner in which `initialize` records the init, by adapter."""
 
 
-def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | None = None) -> Survey:
+def inspect_model(
+    model: nn.Module, *, method: Method = "lora", init: Init | None = None
+) -> Survey:
     """Find what a model trains: its LoRA pairs, or every weight of two or more dimensions in full
     finetuning.
 
@@ -65,7 +67,11 @@ def inspect_model(model: nn.Module, *, method: Method = "lora", init: Init | Non
 
 
 def survey_of(
-    walked: Walk, *, method: Method = "lora", init: Init | None = None, also: Container[int] = ()
+    walked: Walk,
+    *,
+    method: Method = "lora",
+    init: Init | None = None,
+    also: Container[int] = (),
 ) -> Survey:
     """Do as `inspect_model`, for a model that was walked already. Frozen parameters with an id in
     `also` count too.
@@ -76,7 +82,9 @@ def survey_of(
         )
     check_init(init, known=(*get_args(Init), None))
     modules, parameters = walked
-    trainable = {id(p): name for name, p in parameters if p.requires_grad or id(p) in also}
+    trainable = {
+        id(p): name for name, p in parameters if p.requires_grad or id(p) in also
+    }
     pairs, notes = list(pairs_of(modules)), dict[str, None]()
     frozen: Iterable[str] = ()
     unadapted: Iterable[str] = ()
@@ -102,7 +110,9 @@ def survey_of(
     )
 
 
-def _refuse_empty(method: Method, other: Iterable[str], count: int, tried: Iterable[str]) -> None:
+def _refuse_empty(
+    method: Method, other: Iterable[str], count: int, tried: Iterable[str]
+) -> None:
     if method == "full":
         raise InspectionError(
             f"None of {count} parameters is a trainable weight of two or more dimensions.",
@@ -142,7 +152,9 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     stacked tensors.
     """
     shape = tuple(map(float, param.shape))
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': (in, out)
+    if type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # transformers': (in, out)
         return shape[0], shape[1]
     if getattr(module, "transposed", False):  # torch's ConvTranspose: (in, out, k…)
         return math.prod(shape) / shape[1], shape[1]
@@ -173,7 +185,9 @@ def _lora_factors(
         yield from factors_of(pair, names, reading, scaling, pair_init)
 
 
-def _frozen_factors(pairs: Iterable[Pair], trainable: Mapping[int, str]) -> Iterable[str]:
+def _frozen_factors(
+    pairs: Iterable[Pair], trainable: Mapping[int, str]
+) -> Iterable[str]:
     """Return the names of factors that do not train. A tied one has its first name."""
     names: dict[int, str] = {}
     for pair in pairs:
@@ -190,7 +204,11 @@ def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
     """
     rank, other = reading.rank_a, reading.fan_in
     is_square = pair.a.shape == pair.b.shape[::-1] == (rank, other)
-    if is_square and rank > other and declared_number(pair, pair.convention.rank) is None:
+    if (
+        is_square
+        and rank > other
+        and declared_number(pair, pair.convention.rank) is None
+    ):
         warn(
             f"{pair.where} declares no rank: its factors are read as rank {rank:g} on a layer of"
             f" width {other:g}. If they are stored transposed, the rank is {other:g} and the width"
@@ -228,7 +246,9 @@ def _unadapted(walked: Walk) -> Iterator[str]:
     for name, param in walked.parameters:
         if param.dim() != 3 or "expert" not in name or param.requires_grad:
             continue
-        if not any(name.startswith(start) and name.endswith(end) for start, end in adapted):
+        if not any(
+            name.startswith(start) and name.endswith(end) for start, end in adapted
+        ):
             yield name
 
 
@@ -274,7 +294,11 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
             return expected
         if is_zero(a if expected == "A" else b) is not True:
             return expected
-    inits: dict[object, Init] = {(False, True): "A", (True, False): "B", (False, False): "other"}
+    inits: dict[object, Init] = {
+        (False, True): "A",
+        (True, False): "B",
+        (False, False): "other",
+    }
     return inits.get((is_zero(a), is_zero(b)), "unknown")
 
 

@@ -17,7 +17,10 @@ from ..errors import InspectionError
 from ._inspect_file import adapter_file, inspect_file
 from ._safetensors import read_header, shown
 
-_PARTS = (("UNet", "ss_unet_lr", "lora_unet"), ("text encoder", "ss_text_encoder_lr", "lora_te"))
+_PARTS = (
+    ("UNet", "ss_unet_lr", "lora_unet"),
+    ("text encoder", "ss_text_encoder_lr", "lora_te"),
+)
 
 
 class PartRate(NamedTuple):
@@ -68,10 +71,14 @@ def read_training(path: str | Path) -> Training:
     name, _, arguments = metadata.get("ss_optimizer", "").partition("(")
     steps = metadata.get("ss_max_train_steps", "")
     count = int(steps) if steps.isdecimal() and len(steps) < 16 else 0
-    return Training(rates, name if _is_dotted(name) else "", _settings(arguments), count or None)
+    return Training(
+        rates, name if _is_dotted(name) else "", _settings(arguments), count or None
+    )
 
 
-def _rates(file: Path, survey: Survey, metadata: Mapping[str, str]) -> Iterator[PartRate]:
+def _rates(
+    file: Path, survey: Survey, metadata: Mapping[str, str]
+) -> Iterator[PartRate]:
     """Yield the rates of the parts in the file, or one rate for all if no part has its own."""
     common = _numbers(file, "ss_learning_rate", metadata)[:1]
     parts = [(*part, _numbers(file, part[1], metadata)) for part in _PARTS]
@@ -100,7 +107,8 @@ def _numbers(file: Path, key: str, metadata: Mapping[str, str]) -> list[float]:
         values = [math.nan]
     if not all(0 <= value < 1e6 for value in values):
         raise InspectionError(
-            f"{file}: {key} in its metadata is {shown(text)}.", "Give the rate yourself."
+            f"{file}: {key} in its metadata is {shown(text)}.",
+            "Give the rate yourself.",
         )
     return values
 

@@ -58,7 +58,9 @@ _PARTS = {
     "new tokens": r"trainable_tokens_",
     "whole copy (modules_to_save)": r"modules_to_save\.",
 }
-_KINDS = {kind: re.compile(pattern) for kind, pattern in {**_ADAPTERS, **_PARTS}.items()}
+_KINDS = {
+    kind: re.compile(pattern) for kind, pattern in {**_ADAPTERS, **_PARTS}.items()
+}
 
 
 def other_kind(name: str) -> str | None:
@@ -68,7 +70,9 @@ def other_kind(name: str) -> str | None:
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
     """
-    return next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), None)
+    return next(
+        (kind for kind, pattern in _KINDS.items() if pattern.search(name)), None
+    )
 
 
 def is_other_adapter(name: str) -> bool:

@@ -21,7 +21,9 @@ from ._trainer_factory import TrainerFactory
 from ._training_arguments import check_rate
 
 
-def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **settings: Any) -> None:
+def attach(
+    trainer: Any, optimizer: type[Optimizer] | str | None = None, **settings: Any
+) -> None:
     """Let a trainer of transformers or TRL train with a `RankAwareOptimizer`. Call it before
     training::
 
@@ -57,7 +59,9 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
         opt = RankAwareOptimizer(params, native, **arguments)
         if prints and isinstance(opt, RankAwareOptimizer):
-            print(opt.report(), flush=True)  # before a warm-up has set the rates to zero
+            print(
+                opt.report(), flush=True
+            )  # before a warm-up has set the rates to zero
         return opt
 
     factory = TrainerFactory(make, native, settings, trainer.args, _ModelOf(trainer))
@@ -68,13 +72,17 @@ def attach(trainer: Any, optimizer: type[Optimizer] | str | None = None, **setti
 
 
 def _check_trainer(trainer: Any, optimizer: object) -> None:
-    if not hasattr(trainer, "callback_handler") or not hasattr(trainer, "optimizer_cls_and_kwargs"):
+    if not hasattr(trainer, "callback_handler") or not hasattr(
+        trainer, "optimizer_cls_and_kwargs"
+    ):
         raise OptimizerError(
             f"attach got a {type(trainer).__name__}, which is not a Trainer of transformers.",
             "Give a trainer of transformers or TRL. For Lightning build the optimizer in"
             " configure_optimizers.",
         )
-    chosen_twice = trainer.optimizer_cls_and_kwargs is not None and optimizer is not None
+    chosen_twice = (
+        trainer.optimizer_cls_and_kwargs is not None and optimizer is not None
+    )
     if trainer.optimizer is not None or chosen_twice:
         raise OptimizerError(
             "The trainer already has an optimizer.",
@@ -104,10 +112,13 @@ def _trainers_choice(
     """Return the class that the trainer would build, and its settings without the rate, which may
     be a default. A recipe's settings replace those of the arguments.
     """
-    native, defaults = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-        trainer.args, trainer.model
+    native, defaults = (
+        trainer.optimizer_cls_and_kwargs
+        or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
     )
-    if {"params", "model", "optimizer_dict"} & defaults.keys() or not isinstance(native, type):
+    if {"params", "model", "optimizer_dict"} & defaults.keys() or not isinstance(
+        native, type
+    ):
         raise OptimizerError(
             f"The trainer's own optimizer, {getattr(trainer.args, 'optim', native)}, makes its"
             " groups itself.",
@@ -131,7 +142,9 @@ def _look() -> Any:
         optimizer.
         """
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
             wrapper = opt = kwargs["optimizer"]
             while not isinstance(opt, RankAwareOptimizer):
                 if getattr(opt, "optimizer", None) is None:
@@ -150,7 +163,9 @@ def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
     groups silently.
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's
-    rates = getattr(scheduler, "base_lrs", getattr(scheduler, "min_lrs", opt.param_groups))
+    rates = getattr(
+        scheduler, "base_lrs", getattr(scheduler, "min_lrs", opt.param_groups)
+    )
     if len(rates) != len(opt.param_groups):
         raise CheckpointError(
             f"The checkpoint's scheduler has rates for {len(rates)} groups, and this optimizer has "

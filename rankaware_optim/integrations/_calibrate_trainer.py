@@ -104,7 +104,11 @@ def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
     # the only reference, so that its memory is released before the next trial
     trainer = make_trainer(run.trial)
     try:
-        if isinstance(trainer, tuple) and len(trainer) >= 2 and hasattr(trainer[0], "fit_loop"):
+        if (
+            isinstance(trainer, tuple)
+            and len(trainer) >= 2
+            and hasattr(trainer[0], "fit_loop")
+        ):
             return run_lightning(trainer[0], trainer[1], trainer[2:], run)
         if hasattr(trainer, "callback_handler") and hasattr(trainer, "training_step"):
             return run_transformers(trainer, run)

@@ -86,15 +86,24 @@ def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closure
         def __init__(self) -> None:
             self.rates: dict[str, float] = {}
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
             self.rates = {}
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
             # before the first step, when the reporters are ready
             if trainer is not None and state.is_world_process_zero and not self.rates:
-                _log_recipe(trainer.callback_handler.callbacks, _recipe_words(kwargs["optimizer"]))
+                _log_recipe(
+                    trainer.callback_handler.callbacks,
+                    _recipe_words(kwargs["optimizer"]),
+                )
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
             self.rates = group_rates(kwargs["optimizer"])
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +128,10 @@ def _log_recipe(callbacks: Iterable[Any], words: dict[str, str]) -> None:
         return
     reporters = import_module("transformers.integrations")
     for callback in callbacks:
-        if isinstance(callback, reporters.TensorBoardCallback) and callback.tb_writer is not None:
+        if (
+            isinstance(callback, reporters.TensorBoardCallback)
+            and callback.tb_writer is not None
+        ):
             for key, word in words.items():
                 callback.tb_writer.add_text(key, word)
         if isinstance(callback, reporters.WandbCallback):
@@ -180,14 +192,22 @@ def lightning_rates() -> Any:
             for logger in trainer.loggers if words else ():
                 logger.log_hyperparams(words)
 
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
-            if not trainer._logger_connector.should_update_logs:  # as LearningRateMonitor does
+        def on_train_batch_start(
+            self, trainer: Any, module: Any, batch: Any, number: int
+        ) -> None:
+            if (
+                not trainer._logger_connector.should_update_logs
+            ):  # as LearningRateMonitor does
                 return
             rates: dict[str, float] = {}
             for i, opt in enumerate(trainer.optimizers):
                 prefix = f"{i}/" if len(trainer.optimizers) > 1 else ""
-                rates |= {f"{prefix}{name}": rate for name, rate in group_rates(opt).items()}
+                rates |= {
+                    f"{prefix}{name}": rate for name, rate in group_rates(opt).items()
+                }
             for logger in trainer.loggers:
-                logger.log_metrics(rates, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_metrics(
+                    rates, step=trainer.fit_loop.epoch_loop._batches_that_stepped
+                )
 
     return Rates()

@@ -94,7 +94,8 @@ def settings_from_words(
         )
     if {"recipe", "tuned_at"} <= given.keys():
         raise OptimizerError(
-            "Both recipe and tuned_at were given.", "Give only the recipe, which has a reference."
+            "Both recipe and tuned_at were given.",
+            "Give only the recipe, which has a reference.",
         )
     settings = {} if lr is None or "recipe" in given else {"lr": lr}
     for name, text in given.items():
@@ -102,6 +103,7 @@ def settings_from_words(
             settings[name] = _READERS[name](text)
         except (TypeError, ValueError) as error:
             raise OptimizerError(
-                f"{name} is {text!r}: {str(error).rstrip('.')}.", "Correct it in the settings."
+                f"{name} is {text!r}: {str(error).rstrip('.')}.",
+                "Correct it in the settings.",
             ) from error
     return settings

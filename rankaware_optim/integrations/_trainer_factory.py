@@ -64,7 +64,9 @@ class TrainerFactory:
             settings["lr"] = args.learning_rate  # a search may try the default rate
         keep_embeddings_in_32_bits(model, self.native, settings)
         if params is model:
-            return self.make(trainer_groups(model, self.native), model=model, **settings)
+            return self.make(
+                trainer_groups(model, self.native), model=model, **settings
+            )
         groups = [dict(group) for group in params]
         for group in groups:
             if group.get("lr") == getattr(args, "learning_rate", None):
@@ -98,7 +100,9 @@ def trainer_factory(
     """
     native = get_optimizer_class(optimizer)
     check_rate("trainer_factory", native, args, settings)
-    return TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings, args), {}
+    return TrainerFactory(
+        partial(RankAwareOptimizer, optimizer=native), native, settings, args
+    ), {}
 
 
 def create_rankaware_optimizer(
@@ -127,6 +131,8 @@ def create_rankaware_optimizer(
     native = get_optimizer_class(optimizer_cls)
     settings = {"lr": lr, **kwargs}
     check_rate("create_rankaware_optimizer", native, None, settings)
-    factory = TrainerFactory(partial(RankAwareOptimizer, optimizer=native), native, settings)
+    factory = TrainerFactory(
+        partial(RankAwareOptimizer, optimizer=native), native, settings
+    )
     opt: RankAwareOptimizer = factory(model)
     return opt

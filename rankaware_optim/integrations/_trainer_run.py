@@ -66,7 +66,8 @@ class TrainerRun:
         metrics = evaluate()
         if self.metric not in metrics:
             raise CalibrationError(
-                f"The evaluation has no {self.metric!r}.", f"It has {', '.join(sorted(metrics))}."
+                f"The evaluation has no {self.metric!r}.",
+                f"It has {', '.join(sorted(metrics))}.",
             )
         return metrics[self.metric]
 
@@ -92,10 +93,15 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
     args.save_strategy = type(args.save_strategy)("no")
     args.load_best_model_at_end = args.push_to_hub = False
 
-    def make(params: Any, *, lr: Any = None, **settings: Any) -> Any:  # the rate is the trial's
+    def make(
+        params: Any, *, lr: Any = None, **settings: Any
+    ) -> Any:  # the rate is the trial's
         return run.trial.optimizer(params, **settings)
 
-    trainer.optimizer_cls_and_kwargs = (TrainerFactory(make, run.native, run.settings, args), {})
+    trainer.optimizer_cls_and_kwargs = (
+        TrainerFactory(make, run.native, run.settings, args),
+        {},
+    )
     training_step = trainer.training_step
 
     def watched_step(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +112,9 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
     class Reports(TrainerCallback):
         """Reports every step, and stops the trainer when the trial ends."""
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
             if run.end_step():
                 control.should_training_stop = True
 
@@ -120,9 +128,13 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
 # --- Lightning ------------------------------------------------------------------------------------
 
 
-def run_lightning(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) -> Any:
+def run_lightning(
+    trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun
+) -> Any:
     """Run the trial by `trainer.fit` and return its score, or None if there is none."""
-    base = next((c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None)
+    base = next(
+        (c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None
+    )
     if base is None:
         raise CalibrationError(
             f"make_trainer returned a {type(module).__name__} instead of Lightning's module.",
@@ -138,7 +150,9 @@ def run_lightning(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRu
     class Reports(callbacks.Callback):  # type: ignore[name-defined]
         """Reports every step, and stops the trainer when the trial ends."""
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, *args: Any
+        ) -> None:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if not isinstance(loss, torch.Tensor):
                 raise CalibrationError(
@@ -157,7 +171,9 @@ def run_lightning(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRu
             metrics |= of_loader
         return metrics
 
-    no_checkpoints = [c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)]
+    no_checkpoints = [
+        c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)
+    ]
     trainer.callbacks = [*no_checkpoints, Reports()]
     with _interrupts_come_out():
         trainer.fit(module, *data)
@@ -167,7 +183,9 @@ def run_lightning(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRu
 def _set_optimizer(module: Any, base: Any, run: TrainerRun) -> None:
     """Give the trial's optimizer to a module that configures none."""
     if type(module).configure_optimizers is base.configure_optimizers:
-        module.configure_optimizers = lambda: run.trial.optimizer(module, **run.settings)
+        module.configure_optimizers = lambda: run.trial.optimizer(
+            module, **run.settings
+        )
     elif run.settings:
         raise CalibrationError(
             f"settings= was given, but {type(module).__name__} configures its optimizer itself.",

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from ..errors import OptimizerError
 
 
-def settings_of(native: type[Optimizer], args: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(
+    native: type[Optimizer], args: Any, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the user's settings, completed by those of `args` that `native` accepts. With a
     recipe, without a rate.
 
@@ -39,7 +41,9 @@ def settings_of(native: type[Optimizer], args: Any, settings: Mapping[str, Any])
         completed["betas"] = (args.adam_beta1, args.adam_beta2)
     if "adam_epsilon" in changed:
         completed["eps"] = args.adam_epsilon
-    accepted = {name: value for name, value in completed.items() if _takes(native, name, value)}
+    accepted = {
+        name: value for name, value in completed.items() if _takes(native, name, value)
+    }
     return {**accepted, **settings}
 
 
@@ -64,7 +68,11 @@ def check_rate(
         )
     if {"lr", "recipe"} & settings_of(native, args, settings).keys():
         return
-    usual = "" if args is None else f" to another value than its default, {args.learning_rate:g}"
+    usual = (
+        ""
+        if args is None
+        else f" to another value than its default, {args.learning_rate:g}"
+    )
     raise OptimizerError(
         f"{caller} was given no rate.",
         f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
@@ -82,7 +90,9 @@ def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
         return model
     from transformers import Trainer
 
-    names_of: Any = Trainer.get_decay_parameter_names  # a method that does not use `self`
+    names_of: Any = (
+        Trainer.get_decay_parameter_names
+    )  # a method that does not use `self`
     decayed = set(names_of(None, model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     spared = [p for name, p in trained if name not in decayed]

@@ -18,7 +18,12 @@ from ..errors import OptimizerError
 from ._attach import attach
 from ._settings import settings_from_words
 
-_AXOLOTLS_GROUPS = ("loraplus_lr_ratio", "embedding_lr", "embedding_lr_scale", "lr_groups")
+_AXOLOTLS_GROUPS = (
+    "loraplus_lr_ratio",
+    "embedding_lr",
+    "embedding_lr_scale",
+    "lr_groups",
+)
 
 
 class Arguments(BaseModel):
@@ -52,4 +57,7 @@ class Plugin(BasePlugin):
                     "Leave it out, and say it as rankaware: rates: {'*embed_tokens*': 1e-5}, or"
                     " law: loraplus.",
                 )
-        attach(trainer, **settings_from_words(cfg.rankaware or {}, lr=float(cfg.learning_rate)))
+        attach(
+            trainer,
+            **settings_from_words(cfg.rankaware or {}, lr=float(cfg.learning_rate)),
+        )

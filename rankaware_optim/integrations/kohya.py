@@ -43,34 +43,46 @@ def _parted(kwargs: dict[str, Any]) -> tuple[dict[str, Any], str, dict[str, Any]
     """Return the network's own arguments, its module's name, and our settings."""
     name = kwargs.pop(f"{_PREFIX}network", "networks.lora")
     settings = settings_from_words(kwargs, _PREFIX)
-    for unusable in {"recipe", "scale_weight_decay", "on_rank_change"} & settings.keys():
+    for unusable in {
+        "recipe",
+        "scale_weight_decay",
+        "on_rank_change",
+    } & settings.keys():
         raise OptimizerError(
             f"rankaware_{unusable} is for an optimizer of this package, and the scripts build a"
             " native one.",
             "Leave it out; a recipe's rate and reference are printed by rankaware show.",
         )
-    others = {name: value for name, value in kwargs.items() if not name.startswith(_PREFIX)}
+    others = {
+        name: value for name, value in kwargs.items() if not name.startswith(_PREFIX)
+    }
     return others, name, settings
 
 
 def _adapted(network: Any, name: str, settings: dict[str, Any]) -> Any:
     """Replace the network's method that returns parameter groups, and return the network."""
     method = next(method for method in _METHODS if hasattr(network, method))
-    setattr(network, method, partial(_split, network, getattr(network, method), settings))
+    setattr(
+        network, method, partial(_split, network, getattr(network, method), settings)
+    )
     network.prepare_network = partial(
         _name_network, name, getattr(network, "prepare_network", lambda args: None)
     )
     return network
 
 
-def _split(network: Any, native: Callable[..., Any], settings: dict[str, Any], *rates: Any) -> Any:
+def _split(
+    network: Any, native: Callable[..., Any], settings: dict[str, Any], *rates: Any
+) -> Any:
     """Return the network's groups with rates by rank, and for each the description of its original
     group.
     """
     result = native(*rates)
     groups = result[0] if isinstance(result, tuple) else result
     lr = next((group["lr"] for group in groups if group.get("lr")), rates[-1])
-    split = rank_aware_param_groups(groups, model=network, lr=lr, named=False, **settings)
+    split = rank_aware_param_groups(
+        groups, model=network, lr=lr, named=False, **settings
+    )
     if not isinstance(result, tuple):
         return split
     return split, [result[1][group["user_group"]] for group in split]

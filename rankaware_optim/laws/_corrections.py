@@ -163,4 +163,6 @@ def at_distance(law: Law, multiplier: float) -> float:
             nor unknown is another law.
         multiplier: its multiplier, dimensionless.
     """
-    return multiplier * _DISTANCE if multiplier != 1.0 and law in _DEFAULTS else multiplier
+    return (
+        multiplier * _DISTANCE if multiplier != 1.0 and law in _DEFAULTS else multiplier
+    )

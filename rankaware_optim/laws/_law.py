@@ -128,7 +128,9 @@ def check_choice(law: Law, name: str, choices: Iterable[str]) -> None:
 
 
 def bad_parameter(law: Law, name: str, cure: str) -> LawError:
-    return LawError(f"The law {law.name!r} got {name}={shown(getattr(law, name))}.", cure)
+    return LawError(
+        f"The law {law.name!r} got {name}={shown(getattr(law, name))}.", cure
+    )
 
 
 # --- asking a law, which may be third-party code --------------------------------------------------
@@ -152,7 +154,9 @@ def checked_batch_multiplier(law: Law, ratio: float) -> float:
     """Return `law.batch_multiplier(ratio)`; raise a `LawError` if it is not a positive finite
     number.
     """
-    return _usable(law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch")
+    return _usable(
+        law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch"
+    )
 
 
 def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:

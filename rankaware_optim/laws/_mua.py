@@ -102,7 +102,9 @@ class MuA(Law):
     def batch_multiplier(self, ratio: float) -> float:
         return float(ratio ** FORMS[self.family].batch)
 
-    def sigma(self, init: str, rank: int | None, scaling: float, fan_in: float | None) -> float:
+    def sigma(
+        self, init: str, rank: int | None, scaling: float, fan_in: float | None
+    ) -> float:
         """Return η_A that meets the family's condition at T = 1, or a whole weight's rate. η_B is λ
         times as large. As an absolute rate it is only a first guess.
 
@@ -152,7 +154,9 @@ def kappa(m: float, tokens: float | None) -> float:
     >>> round(kappa(64, 8.0), 2)
     19.75
     """
-    return float(m) if tokens is None else math.sqrt(m + (2.0 / math.pi) * m * m / tokens)
+    return (
+        float(m) if tokens is None else math.sqrt(m + (2.0 / math.pi) * m * m / tokens)
+    )
 
 
 def sign_terms(tokens: float | None, at: Site) -> tuple[float, float]:
@@ -243,7 +247,13 @@ def gradient_rate(law: MuA, at: Site) -> float:
         Init[B]   s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
         full      τ·√n·√(n + b) = 1 (one step: nothing compounds)
     """
-    n, r, s, ratio, tokens = at.fan_in, at.rank, at.scaling, law.ratio, law.tokens or 1.0
+    n, r, s, ratio, tokens = (
+        at.fan_in,
+        at.rank,
+        at.scaling,
+        law.ratio,
+        law.tokens or 1.0,
+    )
     if at.init == "full":
         return 1.0 / math.sqrt(n * (n + tokens))
     k = min(tokens, n)
@@ -280,8 +290,18 @@ def relative_rate(law: MuA, at: Site) -> float:
 
     def change(tau: float) -> float:
         if at.init == "A":
-            return s * k_r * _grown(ratio * tau) * (1.0 + k_n * math.sinh(tau) / math.sqrt(n))
-        return s * k_n * _grown(tau) * math.hypot(1.0, k_r * math.sinh(ratio * tau) / math.sqrt(r))
+            return (
+                s
+                * k_r
+                * _grown(ratio * tau)
+                * (1.0 + k_n * math.sinh(tau) / math.sqrt(n))
+            )
+        return (
+            s
+            * k_n
+            * _grown(tau)
+            * math.hypot(1.0, k_r * math.sinh(ratio * tau) / math.sqrt(r))
+        )
 
     return _rising_root(change, 50.0 / max(1.0, ratio))  # e^50 reaches any change
 
@@ -336,7 +356,9 @@ FORMS = {
 }
 
 
-def known_family(optimizer_class: type, settings: Mapping[str, Any] | None = None) -> str:
+def known_family(
+    optimizer_class: type, settings: Mapping[str, Any] | None = None
+) -> str:
     """Return `optimizer_family`; raise a `LawError` if no law is derived for it. strict=True asks
     for this.
     """

@@ -187,4 +187,8 @@ def as_float(value: Any, parameter: Field[Any]) -> Any:
     """Return a parameter's value, as a float if its default is one. A power of Python ints could
     grow without bound.
     """
-    return float(value) if is_number(value) and isinstance(parameter.default, float) else value
+    return (
+        float(value)
+        if is_number(value) and isinstance(parameter.default, float)
+        else value
+    )

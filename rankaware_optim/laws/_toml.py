@@ -49,7 +49,9 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
     table = dict(_in_todays_fields(data))
     kind = _kind_of(str(table.pop("name", None)))
     parameters = {f.name: f for f in parameters_of(kind)}
-    values = {name: f.metadata[FIRST] for name, f in parameters.items() if FIRST in f.metadata}
+    values = {
+        name: f.metadata[FIRST] for name, f in parameters.items() if FIRST in f.metadata
+    }
     for key, value in table.items():
         if key not in parameters:
             raise LawError(
@@ -135,7 +137,9 @@ def _is_at(factor: Factor, reference: Reference) -> bool:
     else:
         same = (factor.init == "B") == (at.init == "B")
         pairs += [(factor.rank or 0, at.rank or 0), (factor.scaling, at.scaling)]
-    return same and all(math.isclose(here, there, rel_tol=1e-6) for here, there in pairs)
+    return same and all(
+        math.isclose(here, there, rel_tol=1e-6) for here, there in pairs
+    )
 
 
 def _in_todays_fields(data: Mapping[str, Any]) -> Mapping[str, Any]:

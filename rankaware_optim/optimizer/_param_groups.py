@@ -113,7 +113,12 @@ class UserGroup(NamedTuple):
 
 
 def user_groups(
-    params: Any, model: nn.Module, walked: Walk, first: int = 0, *, outside: bool = False
+    params: Any,
+    model: nn.Module,
+    walked: Walk,
+    first: int = 0,
+    *,
+    outside: bool = False,
 ) -> list[UserGroup]:
     """Return the user's parameters as named groups.
 
@@ -183,7 +188,9 @@ def _user_group(
             )
         if id(param) in names:
             name = names[id(param)]
-        elif name is None or name in taken:  # not in the model, so not named as one of it
+        elif (
+            name is None or name in taken
+        ):  # not in the model, so not named as one of it
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
         named.append((name, param))
     return UserGroup(named, {key: plain_lr(value) for key, value in options.items()})
@@ -278,7 +285,9 @@ def base_of(group: Mapping[str, Any]) -> Any:
     return group.get("initial_lr", group["lr"])
 
 
-def check_product(group: Mapping[str, Any], error: type[RankAwareError] = OptimizerError) -> None:
+def check_product(
+    group: Mapping[str, Any], error: type[RankAwareError] = OptimizerError
+) -> None:
     """Raise if the base rate times the multiplier, in the base rate's dtype, is 0 or infinite."""
     base, multiplier = group["lr"], group["rank_multiplier"]
     rate = float(base * multiplier)
@@ -294,7 +303,11 @@ def effective_lr(group: Mapping[str, Any]) -> float:
     optimizer's group.
     """
     rate = float(group["lr"])
-    return rate if group.get("rank_multiplied") else rate * float(group.get("rank_multiplier", 1))
+    return (
+        rate
+        if group.get("rank_multiplied")
+        else rate * float(group.get("rank_multiplier", 1))
+    )
 
 
 def multiply_for_native(group: Group, keep_decay: bool = False) -> None:
@@ -342,7 +355,9 @@ def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     for name in ("decoupled_weight_decay", "weight_decouple"):
         decoupled = _setting(optimizer, group, name)
         if decoupled is not None:
-            return bool(decoupled) or optimizer_family(type(optimizer)) == "gradient-like"
+            return (
+                bool(decoupled) or optimizer_family(type(optimizer)) == "gradient-like"
+            )
     return not isinstance(optimizer, _L2)
 
 
@@ -350,7 +365,9 @@ def _setting(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
     """Return a setting of a group, or of the optimizer where its class has one for all groups; else
     None.
     """
-    return group.get(name, getattr(optimizer, name, getattr(optimizer, f"_{name}", None)))
+    return group.get(
+        name, getattr(optimizer, name, getattr(optimizer, f"_{name}", None))
+    )
 
 
 def rank_aware_param_groups(  # noqa: PLR0913

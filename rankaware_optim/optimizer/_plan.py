@@ -54,7 +54,9 @@ class PlanOptions:
             check_lr(rate, f"rates[{pattern!r}]")
         if self.other_lr is not None:
             check_lr(self.other_lr, "other_lr")
-        if self.batch is not None and not (is_number(self.batch) and 0 < self.batch < 2**63):
+        if self.batch is not None and not (
+            is_number(self.batch) and 0 < self.batch < 2**63
+        ):
             raise OptimizerError(
                 f"batch is {self.batch!r}.", "Give a positive number, or leave it out."
             )
@@ -121,7 +123,12 @@ class Plan:
         return self.batch_multiplier * (1.0 if self.use is None else self.use.by_steps)
 
     def assign(
-        self, name: str, factor: Factor | None, *, own_lr: bool = False, trains: bool = True
+        self,
+        name: str,
+        factor: Factor | None,
+        *,
+        own_lr: bool = False,
+        trains: bool = True,
     ) -> Assignment:
         """Return the assignment of a parameter.
 
@@ -134,11 +141,22 @@ class Plan:
         """
         pinned = self.options.rate_of(name)
         if factor is not None:
-            moved = self.used_multiplier(factor) * self.run_multiplier if pinned is None else 1.0
-            return Assignment(moved, pinned, factor.role, factor.rank, factor.scaling, factor.init)
+            moved = (
+                self.used_multiplier(factor) * self.run_multiplier
+                if pinned is None
+                else 1.0
+            )
+            return Assignment(
+                moved, pinned, factor.role, factor.rank, factor.scaling, factor.init
+            )
         if pinned is None:
             pinned = plain_lr(self.options.other_lr)
-        if pinned is None and self.use is not None and self.method == "lora" and not own_lr:
+        if (
+            pinned is None
+            and self.use is not None
+            and self.method == "lora"
+            and not own_lr
+        ):
             pinned = self.use.others.rate(name, trains)
             pinned = None if pinned is None else pinned * self.run_multiplier
         if pinned is not None:
@@ -165,7 +183,9 @@ class Plan:
         reference, embedding = self.reference, factor.kind == "embedding"
         width = factor.fan_in if self.options.per_layer_width else self.width
         if factor.role == "full":
-            return checked_multiplier(self.law, replace(factor, fan_in=width), reference)
+            return checked_multiplier(
+                self.law, replace(factor, fan_in=width), reference
+            )
         if factor.init == "other" or (embedding and reference.method == "full"):
             return 1.0
         init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
@@ -173,7 +193,9 @@ class Plan:
             width, reference = 1.0, replace(reference, init=init, fan_in=1.0)
         elif reference.method == "lora":
             reference = replace(reference, init=init)
-        return checked_multiplier(self.law, replace(factor, fan_in=width, init=init), reference)
+        return checked_multiplier(
+            self.law, replace(factor, fan_in=width, init=init), reference
+        )
 
 
 def make_plan(
@@ -187,7 +209,8 @@ def make_plan(
     _check_patterns(options, survey)
     method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
     moved = replace(
-        survey, factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None)
+        survey,
+        factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None),
     )
     reference = (options.tuned_at or _default_reference(survey)).resolve(moved)
     law, family = get_law(options.law), "sign-like"
@@ -242,10 +265,18 @@ def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
     moved: the survey without the factors that have a rate by name.
     """
     yield from _init_notes(plan)
-    of_each_kind = {(f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved.factors}
-    if any(plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values()):
+    of_each_kind = {
+        (f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved.factors
+    }
+    if any(
+        plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values()
+    ):
         yield DISTANCE_NOTE
-    if plan.method == "full" and plan.reference.method == "lora" and plan.law.name != "power":
+    if (
+        plan.method == "full"
+        and plan.reference.method == "lora"
+        and plan.law.name != "power"
+    ):
         yield _full_note(plan)
 
 
@@ -257,7 +288,10 @@ def _init_notes(plan: Plan) -> Iterator[str]:
     if "other" in inits:
         warn(_NO_ZERO)
         yield _NO_ZERO
-    if plan.options.tuned_at is None and len({(f.rank, f.scaling, f.init) for f in factors}) > 1:
+    if (
+        plan.options.tuned_at is None
+        and len({(f.rank, f.scaling, f.init) for f in factors}) > 1
+    ):
         yield (
             f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model."
         )
@@ -318,10 +352,13 @@ def _family_notes(plan: Plan, optimizer: str) -> Iterator[str]:
     if family == "sign-like":
         return
     if family == "unknown":
-        words = "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
+        words = (
+            "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
+        )
     elif family not in FORMS and isinstance(law, Constant):
         words = (
-            f"{family}: no form of µA is known to hold for that family, so all ranks have one rate"
+            f"{family}: no form of µA is known to hold for that family, so all ranks have"
+            " one rate"
         )
     elif getattr(innermost(law), "family", None) != family:
         words = f"{family}, for which the law {law.name!r} has no form"

@@ -30,14 +30,18 @@ from ._param_groups import (
 
 Shape = tuple[int, ...]
 State = Mapping[Any, Any]
-_MOST = 2**24  # most numbers in a full-sized stand-in, which another package's optimizer needs
+_MOST = (
+    2**24
+)  # most numbers in a full-sized stand-in, which another package's optimizer needs
 _CURE = (
     "Load a checkpoint of the same optimizer class and model, or start with a fresh optimizer"
     " state."
 )
 
 
-def check_loadable(native: type[Optimizer], defaults: State, groups: Groups, fitted: State) -> None:
+def check_loadable(
+    native: type[Optimizer], defaults: State, groups: Groups, fitted: State
+) -> None:
     """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
     For torch's optimizers, stand-ins take steps with the checkpoint's settings, then with its
@@ -69,9 +73,13 @@ def check_loadable(native: type[Optimizer], defaults: State, groups: Groups, fit
             return
         raise _no_step("settings", error) from error
     state: dict[Any, Any] = {}
-    for (name, param, key, moments), ours in zip(_matched(groups, fitted), states, strict=True):
+    for (name, param, key, moments), ours in zip(
+        _matched(groups, fitted), states, strict=True
+    ):
         for k, v in moments.items():
-            state.setdefault(key, {})[k] = _stand_in(f"{k} of {name}", v, param, ours.get(k))
+            state.setdefault(key, {})[k] = _stand_in(
+                f"{k} of {name}", v, param, ours.get(k)
+            )
     try:
         _stepped(native, defaults, groups, _small, loaded, state)
     except Exception as error:
@@ -79,7 +87,9 @@ def check_loadable(native: type[Optimizer], defaults: State, groups: Groups, fit
 
 
 def _no_step(part: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"No step can be taken with the checkpoint's {part}: {error!r}.", _CURE)
+    return CheckpointError(
+        f"No step can be taken with the checkpoint's {part}: {error!r}.", _CURE
+    )
 
 
 def _can_step(native: type[Optimizer], defaults: State, groups: Groups) -> bool:
@@ -106,7 +116,9 @@ class _Matched(NamedTuple):
 
 def _matched(groups: Groups, fitted: State) -> Iterator[_Matched]:
     keys = params_in(fitted["param_groups"])
-    for (name, param), key in zip(named_params(groups), keys, strict=True):  # flat: first name
+    for (name, param), key in zip(
+        named_params(groups), keys, strict=True
+    ):  # flat: first name
         yield _Matched(name, param, key, fitted["state"].get(key) or {})
 
 
@@ -116,15 +128,25 @@ def _one_of_each_kind(groups: Groups, fitted: State) -> tuple[Groups, dict[str, 
     """
     kinds: set[Any] = set()
     ours, loaded = [], []
-    for number, (group, theirs) in enumerate(zip(groups, fitted["param_groups"], strict=True)):
+    for number, (group, theirs) in enumerate(
+        zip(groups, fitted["param_groups"], strict=True)
+    ):
         settings = [*settings_in(group).items(), *settings_in(theirs).items()]
-        listed = any(isinstance(value, list) for _, value in settings)  # a value for each parameter
+        listed = any(
+            isinstance(value, list) for _, value in settings
+        )  # a value for each parameter
         shared = number if listed else _plain(settings)
         firsts = []
         pairs = zip(named_params([group]), theirs["params"], strict=False)
         for position, ((_, param), key) in enumerate(pairs):
             moments = list((fitted["state"].get(key) or {}).items())
-            kind = shared, tuple(param.shape), param.dtype, param.device, _plain(moments)
+            kind = (
+                shared,
+                tuple(param.shape),
+                param.dtype,
+                param.device,
+                _plain(moments),
+            )
             if listed or kind not in kinds:
                 kinds.add(kind)
                 firsts.append(position)
@@ -148,7 +170,14 @@ def _plain(value: Any) -> Any:
     """
     if isinstance(value, torch.Tensor):
         number = _number(value)
-        return type(value), tuple(value.shape), value.dtype, value.device, value.layout, number
+        return (
+            type(value),
+            tuple(value.shape),
+            value.dtype,
+            value.device,
+            value.layout,
+            number,
+        )
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_plain, value))
     if isinstance(value, (int, float, str, type(None))):
@@ -158,7 +187,11 @@ def _plain(value: Any) -> Any:
 
 def _number(value: torch.Tensor) -> str:
     """Return a single number, such as a step counter, as text; empty for other tensors."""
-    if value.numel() != 1 or value.layout != torch.strided or value.device.type == "meta":
+    if (
+        value.numel() != 1
+        or value.layout != torch.strided
+        or value.device.type == "meta"
+    ):
         return ""
     local = _local(value)
     return str(local.item()) if local.numel() == 1 else ""
@@ -204,7 +237,11 @@ def _stepped(
     stand_ins = [_with_stand_ins(group, shape_of) for group in groups]
     opt: Any = native.__new__(native)
     opt.__setstate__(
-        {"defaults": dict(defaults), "state": defaultdict(dict), "param_groups": stand_ins}
+        {
+            "defaults": dict(defaults),
+            "state": defaultdict(dict),
+            "param_groups": stand_ins,
+        }
     )
     if loaded is not None:
         native.load_state_dict(opt, {"state": state or {}, "param_groups": loaded})
@@ -235,7 +272,9 @@ def _with_stand_ins(group: Group, shape_of: Callable[[Shape], Shape]) -> Group:
     """Return a copy of a group whose parameters are ones."""
     params = []
     for param in group["params"]:
-        ones = torch.ones(shape_of(tuple(param.shape)), dtype=param.dtype, device=param.device)
+        ones = torch.ones(
+            shape_of(tuple(param.shape)), dtype=param.dtype, device=param.device
+        )
         params.append(nn.Parameter(ones))
     return {"params": params, **deepcopy(without(group, ("params",)))}
 
@@ -255,12 +294,15 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, ours: Any) -> Any:
         reduced = tuple(ours.shape)
         if value.layout != ours.layout:
             raise CheckpointError(
-                f"The checkpoint's {what} is {value.layout}, where {ours.layout} is needed.", _CURE
+                f"The checkpoint's {what} is {value.layout}, where {ours.layout} is needed.",
+                _CURE,
             )
     expected = reduced
     if len(reduced) == len(full):
         axes = zip(reduced, small, full, strict=True)
-        expected = tuple(of_full if size == of_small else size for size, of_small, of_full in axes)
+        expected = tuple(
+            of_full if size == of_small else size for size, of_small, of_full in axes
+        )
     if value.numel() == math.prod(expected) == 1:
         return _local(value).detach().clone()
     if shape != expected:
@@ -276,7 +318,9 @@ def _check_odd_shapes(
     """
     for group, theirs in zip(groups, fitted["param_groups"], strict=True):
         states: dict[Shape, State] = {}
-        for name, param, _, moments in _matched([group], {**fitted, "param_groups": [theirs]}):
+        for name, param, _, moments in _matched(
+            [group], {**fitted, "param_groups": [theirs]}
+        ):
             shape = tuple(param.shape)
             for key, value in moments.items():
                 if not isinstance(value, torch.Tensor) or value.dim() != len(shape):
@@ -299,7 +343,9 @@ def _own_state(
     alone = [{**group, "params": [param]}]
     try:
         return _stepped(native, defaults, alone, lambda shape: shape)[0]
-    except Exception:  # it needs a closure, another device, or state from its constructor
+    except (
+        Exception
+    ):  # it needs a closure, another device, or state from its constructor
         return {}
 
 

@@ -126,10 +126,16 @@ class Report:
         lines += [f"check: {text}" for text in self.audit]
         lines += [f"note: {text}" for text in self.notes]
         wrapped = [
-            fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines
+            fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            for line in lines
         ]
         return text_table(
-            _HEADINGS, rows, lines=wrapped, title=self.title, left=("role", "init"), width=_WIDTH
+            _HEADINGS,
+            rows,
+            lines=wrapped,
+            title=self.title,
+            left=("role", "init"),
+            width=_WIDTH,
         )
 
 
@@ -149,7 +155,9 @@ def make_report(
     factors = {f.name: f for f in survey.factors}
     rows = tuple(_row(group, plan, factors, unmoved) for group in param_groups)
     audit = [*survey.audit(), *_left_out(param_groups, survey)]
-    if plan.method == "lora" and survey.factors and plan.use is None:  # it decides a head's rate
+    if (
+        plan.method == "lora" and survey.factors and plan.use is None
+    ):  # it decides a head's rate
         audit += _heads_at_base_rate(by_plan)
     notes = (*plan.notes, *_split_note(param_groups), *_reset_notes(reset))
     return Report(rows, notes, title, reset, tuple(audit), survey, per_module)
@@ -221,7 +229,9 @@ def _reset_notes(reset: tuple[Reset, ...]) -> Iterator[str]:
         )
 
 
-def _row(group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor], unmoved: bool) -> Row:
+def _row(
+    group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor], unmoved: bool
+) -> Row:
     tags = {key: group[key] for key in Assignment._fields if key in group}
     decision = Assignment(**tags)
     names = tuple(group.get("param_names", ()))
@@ -260,7 +270,9 @@ def _giver(plan: Plan, group: Mapping[str, Any]) -> str:
     return "other_lr=" if is_other else ""
 
 
-def _reason(names: Sequence[str], decision: Assignment, plan: Plan, unmoved: bool) -> str:
+def _reason(
+    names: Sequence[str], decision: Assignment, plan: Plan, unmoved: bool
+) -> str:
     """Return why parameters of one assignment have their rate. unmoved: whether no rate of the
     model is moved.
     """
@@ -269,7 +281,9 @@ def _reason(names: Sequence[str], decision: Assignment, plan: Plan, unmoved: boo
         return f"given by {giver}"
     if decision.lora_role == "other" and plan.method != "full":
         kinds = {other_kind(name) for name in names} - {None}
-        return reason_of_other(sorted(map(str, kinds)), _rate_of_other(names, decision, plan))
+        return reason_of_other(
+            sorted(map(str, kinds)), _rate_of_other(names, decision, plan)
+        )
     if decision.lora_init == "other":
         return NO_LAW
     if unmoved:
@@ -328,10 +342,16 @@ def _of_rank(plan: Plan, decision: Assignment) -> Iterator[str]:
     elif ranks == 1.0:
         yield "theory"
     elif in_b:
-        yield _SMALL_RUNS if isinstance(plan.law, Falling) else "theory, against small runs"
+        yield (
+            _SMALL_RUNS
+            if isinstance(plan.law, Falling)
+            else "theory, against small runs"
+        )
     else:
         fall = -math.log(scaling / at.scaling) / math.log(ranks)
-        follows = min(abs(fall), abs(fall - 1.0)) < 0.05  # alpha follows the rank, or is kept
+        follows = (
+            min(abs(fall), abs(fall - 1.0)) < 0.05
+        )  # alpha follows the rank, or is kept
         yield "theory, measured" if follows else "theory"
 
 

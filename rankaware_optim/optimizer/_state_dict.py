@@ -46,7 +46,8 @@ def check_on_rank_change(value: object) -> None:
     known = get_args(OnRankChange)
     if value not in known:
         raise CheckpointError(
-            f"on_rank_change is {value!r}.", f"Choose one of {', '.join(map(repr, known))}."
+            f"on_rank_change is {value!r}.",
+            f"Choose one of {', '.join(map(repr, known))}.",
         )
 
 
@@ -95,7 +96,10 @@ def fit_checkpoint(
     _refuse_strange_groups(param_groups, groups)
     _warn_of_several_rates(groups)
     if flat:
-        return {**state_dict, "param_groups": _flat_groups(param_groups, groups, state)}, ()
+        return {
+            **state_dict,
+            "param_groups": _flat_groups(param_groups, groups, state),
+        }, ()
     _check_user_groups(param_groups, groups)
     slots = _by_name(param_groups, groups)
     if slots is None:
@@ -116,7 +120,9 @@ def fit_checkpoint(
             if rank is None:
                 changed_law |= _law_differs(group, theirs)
                 if moments is not None:
-                    new_state[keys[-1]] = {k: _laid_out(v, param) for k, v in moments.items()}
+                    new_state[keys[-1]] = {
+                        k: _laid_out(v, param) for k, v in moments.items()
+                    }
             elif on_rank_change == "reset":
                 reset.append(Reset(name, rank, group["lora_rank"]))
             else:
@@ -152,7 +158,8 @@ def _contents(state_dict: State, flat: bool) -> tuple[Groups, State]:
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
         raise CheckpointError(
-            "This is not an optimizer checkpoint: it lacks param_groups or state.", _CURE
+            "This is not an optimizer checkpoint: it lacks param_groups or state.",
+            _CURE,
         )
     newest = max(int(group.get("rankaware_format", 0)) for group in groups)
     if newest > GROUP_FORMAT:
@@ -178,7 +185,9 @@ def _check_lists(groups: Groups, flat: bool) -> None:
             )
     for listed in (params_in(groups), [] if _by_key(groups) else _names_in(groups)):
         if len(set(listed)) != len(listed):
-            raise CheckpointError("The checkpoint's groups list a parameter twice.", _CURE)
+            raise CheckpointError(
+                "The checkpoint's groups list a parameter twice.", _CURE
+            )
 
 
 def _check_rates(group: Group) -> None:
@@ -188,9 +197,13 @@ def _check_rates(group: Group) -> None:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
         unpinned = key == "pinned_lr" and value is None
-        at_start = key.endswith("lr") and is_number(value) and value == 0  # of a warm-up
+        at_start = (
+            key.endswith("lr") and is_number(value) and value == 0
+        )  # of a warm-up
         if not (is_positive(value) or unpinned or at_start):
-            raise CheckpointError(f"A group of the checkpoint has {key}={group[key]!r}.", _CURE)
+            raise CheckpointError(
+                f"A group of the checkpoint has {key}={group[key]!r}.", _CURE
+            )
 
 
 def _by_key(groups: Iterable[Group]) -> bool:
@@ -214,7 +227,10 @@ def _at_base_rate(group: Group) -> Group:
 
 def _refuse_strange_groups(param_groups: Groups, groups: Groups) -> None:
     """Raise if groups of ours have no names, or groups of the checkpoint no rates."""
-    if any("param_names" not in group or "user_group" not in group for group in param_groups):
+    if any(
+        "param_names" not in group or "user_group" not in group
+        for group in param_groups
+    ):
         raise CheckpointError(
             "A group was added to param_groups directly, so this optimizer does not know its"
             " parameters.",
@@ -233,7 +249,9 @@ def _refuse_strange_groups(param_groups: Groups, groups: Groups) -> None:
 def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
     """Raise, as torch does, if the checkpoint has another number of user groups."""
     ours = len({group["user_group"] for group in param_groups})
-    theirs = len({group.get("user_group", number) for number, group in enumerate(groups)})
+    theirs = len(
+        {group.get("user_group", number) for number, group in enumerate(groups)}
+    )
     if ours != theirs and any("user_group" in group for group in groups):
         raise CheckpointError(
             f"The checkpoint's optimizer was built from {theirs} groups, this one from {ours}.",
@@ -370,8 +388,16 @@ def _ways(
     slots: list[_Slot], order: Order, all_names: Sequence[str], ours: Mapping[str, Any]
 ) -> list[_Slots]:
     """Return the names of parameters in the orders in which a checkpoint of this length may be."""
-    orders = (list(chain(*order)), all_names, [name for name in all_names if name in ours])
-    ways = [dict(zip(names, slots, strict=True)) for names in orders if len(names) == len(slots)]
+    orders = (
+        list(chain(*order)),
+        all_names,
+        [name for name in all_names if name in ours],
+    )
+    ways = [
+        dict(zip(names, slots, strict=True))
+        for names in orders
+        if len(names) == len(slots)
+    ]
     return [way for way in ways if way.keys() >= ours.keys()]
 
 
@@ -401,7 +427,8 @@ def _fits_all(way: _Slots, params: Mapping[str, torch.Tensor], state: State) -> 
         moments = state.get(way[name].key) or {}
         shapes = [tuple(value.shape) for value in _shaped(moments, param)]
         has_shape = any(
-            isinstance(value, torch.Tensor) and value.dim() for value in moments.values()
+            isinstance(value, torch.Tensor) and value.dim()
+            for value in moments.values()
         )
         if has_shape and (not shapes or not _fit(shapes, tuple(param.shape))):
             return False
@@ -462,13 +489,19 @@ def _pinned_multiplier(group: Group, theirs: Group) -> float:
 def _law_differs(group: Group, theirs: Group) -> bool:
     if group["pinned_lr"] is not None or _init_was_known(group, theirs):
         return False
-    ratio = theirs.get("rank_multiplier", group["rank_multiplier"]) / group["rank_multiplier"]
+    ratio = (
+        theirs.get("rank_multiplier", group["rank_multiplier"])
+        / group["rank_multiplier"]
+    )
     return bool(abs(ratio - 1.0) > 1e-9)
 
 
 def _init_was_known(group: Group, theirs: Group) -> bool:
     """Return whether the checkpoint has an init that trained weights no longer show."""
-    return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in ("other", "unknown")
+    return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in (
+        "other",
+        "unknown",
+    )
 
 
 def _warn_of_changes(ours: Groups, theirs: Groups, changed_law: bool) -> None:
@@ -492,7 +525,11 @@ def _recipe_of(groups: Groups) -> tuple[str, str]:
     """Return hash and name of the groups' recipe, from their tag "hash name"; empty strings without
     a recipe.
     """
-    tags = [str(group["rankaware_recipe"]) for group in groups if group.get("rankaware_recipe")]
+    tags = [
+        str(group["rankaware_recipe"])
+        for group in groups
+        if group.get("rankaware_recipe")
+    ]
     digest, _, name = "".join(tags[:1]).partition(" ")
     return digest, name
 
@@ -534,7 +571,10 @@ def _written_shapes(groups: Groups) -> dict[str, Shape]:
     """Return the shapes stored in our checkpoint by parameter name. A plain checkpoint has none."""
     written: dict[str, Shape] = {}
     for group in groups:
-        names, texts = group.get("param_names") or [], str(group.get("param_shapes", "")).split(" ")
+        names, texts = (
+            group.get("param_names") or [],
+            str(group.get("param_shapes", "")).split(" "),
+        )
         if len(names) == len(texts):
             for name, text in zip(names, texts, strict=True):
                 written[name] = tuple(map(int, filter(None, text.split("x"))))

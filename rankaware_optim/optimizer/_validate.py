@@ -14,7 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, is_within, range_of, shown
-from .._optimizers import defaults_of, get_optimizer_class, known_optimizer, optimizer_family
+from .._optimizers import (
+    defaults_of,
+    get_optimizer_class,
+    known_optimizer,
+    optimizer_family,
+)
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
@@ -48,7 +53,9 @@ def native_class(
     """
     native = _class_of(built, optimizer)
     if hasattr(native, "_rankaware_native"):
-        raise OptimizerError("This optimizer is rank-aware already.", "Use it as it is.")
+        raise OptimizerError(
+            "This optimizer is rank-aware already.", "Use it as it is."
+        )
     attributes = {} if built is None else vars(built)
     if built is not None:
         _refuse_old_groups(built)
@@ -60,7 +67,9 @@ def native_class(
         )
     takes = list(inspect.signature(native).parameters)
     wraps = any(isinstance(value, Optimizer) for value in attributes.values())
-    if wraps or not {"optimizer", "base_optimizer", "optimizer_class"}.isdisjoint(takes):
+    if wraps or not {"optimizer", "base_optimizer", "optimizer_class"}.isdisjoint(
+        takes
+    ):
         raise OptimizerError(
             f"{native.__name__} wraps another optimizer, whose groups would not change.",
             "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the"
@@ -75,7 +84,9 @@ def native_class(
     return native
 
 
-def _class_of(built: Optimizer | None, optimizer: type[Optimizer] | str | None) -> type[Optimizer]:
+def _class_of(
+    built: Optimizer | None, optimizer: type[Optimizer] | str | None
+) -> type[Optimizer]:
     if built is not None and optimizer is not None:
         raise OptimizerError(
             "Both a built optimizer and a class were given.", "Give one of the two."
@@ -104,7 +115,11 @@ def _refuse_old_groups(built: Optimizer) -> None:
         )
     count = len(built.param_groups)
     for name, value in vars(built).items():
-        if name != "param_groups" and isinstance(value, (list, tuple)) and len(value) == count:
+        if (
+            name != "param_groups"
+            and isinstance(value, (list, tuple))
+            and len(value) == count
+        ):
             raise OptimizerError(
                 f"{type(built).__name__} keeps {name} for each of its first groups, so it cannot be"
                 " regrouped.",
@@ -124,7 +139,9 @@ def refuse_inside_zero() -> None:
         )
 
 
-def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, Any]) -> None:
+def refuse_settings(
+    built: Optimizer | None, lr: object, settings: Mapping[str, Any]
+) -> None:
     """Raise if settings or a rate are given for an optimizer that is built already."""
     if built is not None and (settings or lr is not None):
         name = next(iter(settings), "lr")
@@ -135,7 +152,10 @@ def refuse_settings(built: Optimizer | None, lr: object, settings: Mapping[str, 
 
 
 def check_base_lr(
-    native: type[Optimizer], built: Optimizer | None, lr: Any, tuned: Iterable[UserGroup]
+    native: type[Optimizer],
+    built: Optimizer | None,
+    lr: Any,
+    tuned: Iterable[UserGroup],
 ) -> None:
     """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its
     groups.
@@ -154,7 +174,9 @@ def check_base_lr(
         return
     default = defaults_of(native).get("lr")
     if not isinstance(default, (int, float)):
-        raise OptimizerError(f"{native.__name__} has no default learning rate.", "Give lr=.")
+        raise OptimizerError(
+            f"{native.__name__} has no default learning rate.", "Give lr=."
+        )
     if not all("lr" in group.options for group in tuned if group.named):
         raise OptimizerError(
             f"tuned_at= was given without lr=, but {native.__name__}'s default, {default}, is not"
@@ -188,7 +210,11 @@ def refuse_groups(
                 )
             if param.dim() != 2:
                 odd.append(name)
-    if odd and native.__name__ == "Muon" and native.__module__.startswith("torch.optim"):
+    if (
+        odd
+        and native.__name__ == "Muon"
+        and native.__module__.startswith("torch.optim")
+    ):
         raise OptimizerError(
             f"Muon takes only matrices, but {len(odd)} parameters are not, such as {odd[0]}.",
             "Give Muon groups of the 2-D parameters with model=, and the rest to another"
@@ -199,7 +225,9 @@ def refuse_groups(
 # --- the recipe -----------------------------------------------------------------------------------
 
 
-def read_recipe(recipe: Recipe | str | os.PathLike[str] | None, **instead: object) -> Recipe | None:
+def read_recipe(
+    recipe: Recipe | str | os.PathLike[str] | None, **instead: object
+) -> Recipe | None:
     """Return the recipe, or None if none is given. Raise if something that it includes is given
     too.
     """
@@ -208,7 +236,8 @@ def read_recipe(recipe: Recipe | str | os.PathLike[str] | None, **instead: objec
     for name, value in instead.items():
         if value is not None:
             raise OptimizerError(
-                f"Both recipe= and {name}= were given.", "Give only the recipe, which includes it."
+                f"Both recipe= and {name}= were given.",
+                "Give only the recipe, which includes it.",
             )
     return resolve_recipe(recipe)
 
@@ -218,12 +247,14 @@ def check_horizon(recipe: Recipe | None, horizon: Mapping[str, Any]) -> None:
     share = horizon["warmup_share"]
     if share is not None and not is_within("share", share):
         raise OptimizerError(
-            f"warmup_share is {shown(share)}.", f"Give {range_of('share')}, or leave it out."
+            f"warmup_share is {shown(share)}.",
+            f"Give {range_of('share')}, or leave it out.",
         )
     for name in ("steps", "warmup_share"):
         if recipe is None and horizon[name] is not None:
             raise OptimizerError(
-                f"{name}= was given without recipe=, so it has no effect.", "Leave it out."
+                f"{name}= was given without recipe=, so it has no effect.",
+                "Leave it out.",
             )
 
 
@@ -249,7 +280,8 @@ def applied_settings(
     """
     if recipe is None:
         raise OptimizerError(
-            "apply_settings=True uses a recipe's settings, but none was given.", "Give recipe=."
+            "apply_settings=True uses a recipe's settings, but none was given.",
+            "Give recipe=.",
         )
     if built is not None:
         raise OptimizerError(
@@ -298,12 +330,17 @@ def use_recipe(
     rate, by_steps = rate_on(recipe, survey, steps, batch), 1.0
     if steps is not None:
         by_steps = rate_on(recipe, survey, steps).lr / rate_on(recipe, survey).lr
-    in_force = _settings_in_force(recipe, survey, {**defaults_of(native), **settings}, groups)
+    in_force = _settings_in_force(
+        recipe, survey, {**defaults_of(native), **settings}, groups
+    )
     notes = _differing(recipe, native, in_force, horizon)
     if notes:
         warn(notes[0])
     if is_for(recipe, native):
-        at_steps, at_batch = steps or recipe.steps or "unknown", batch or recipe.batch or "unknown"
+        at_steps, at_batch = (
+            steps or recipe.steps or "unknown",
+            batch or recipe.batch or "unknown",
+        )
         notes.append(
             f"recipe {recipe.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g}"
             f" with 90 %, for {at_steps} steps at batch {at_batch}."
@@ -316,14 +353,21 @@ def _settings_in_force(
     recipe: Recipe, survey: Survey, base: dict[str, Any], groups: Iterable[UserGroup]
 ) -> dict[str, Any]:
     """Return those of the recipe's settings that the factors train with, or `base`."""
-    names = [name for name in recipe.settings if name in base and name not in SAME_UPDATES]
+    names = [
+        name for name in recipe.settings if name in base and name not in SAME_UPDATES
+    ]
     factors = {f.name for f in survey.factors}
-    of_groups = [{**base, **g.options} for g in groups if not factors.isdisjoint(g.names)]
+    of_groups = [
+        {**base, **g.options} for g in groups if not factors.isdisjoint(g.names)
+    ]
     return settings_of(of_groups or [base], names)
 
 
 def _differing(
-    recipe: Recipe, native: type[Optimizer], settings: dict[str, Any], horizon: Mapping[str, Any]
+    recipe: Recipe,
+    native: type[Optimizer],
+    settings: dict[str, Any],
+    horizon: Mapping[str, Any],
 ) -> list[str]:
     """Return how the run differs from the recipe's trials, and what to do about it; empty if it
     does not.
@@ -339,7 +383,11 @@ def _differing(
         cure = "Its rates belong to these settings: apply_settings=True uses them."
     else:
         cure = "Its rates belong to these settings, and are less certain for others."
-    of_trials = {"batch": recipe.batch, "steps": recipe.steps, "warmup_share": recipe.warmup}
+    of_trials = {
+        "batch": recipe.batch,
+        "steps": recipe.steps,
+        "warmup_share": recipe.warmup,
+    }
     for name, value in of_trials.items():
         if value is not None and horizon[name] is not None:
             trials[name], run[name] = value, horizon[name]
@@ -350,7 +398,9 @@ def _differing(
 # --- the parameters at a step ---------------------------------------------------------------------
 
 
-def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimizer]) -> None:
+def check_parameters(
+    opt: Any, model: nn.Module | None, others: Iterable[Optimizer]
+) -> None:
     """Check that the parameters held here get the gradients of the model, so that training does not
     fail silently.
 
@@ -379,14 +429,18 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Optimiz
         _refuse_lost(groups, walked, lost)
 
 
-def _refuse_lost(groups: Sequence[Group], walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
+def _refuse_lost(
+    groups: Sequence[Group], walked: Walk, lost: Mapping[str, nn.Parameter]
+) -> None:
     """Raise if `lost` parameters, which no optimizer has, train in place of those in `groups`."""
     for name, param in named_params(groups):
         if name in lost and param.grad is None:
             raise _lost(name, "whose tensor of that name has none")
     adapters = _adapters_in(lost, walked)
     params = params_in(groups)
-    gone = {id(p) for _, p in walked.parameters}.isdisjoint(map(id, params))  # FSDP1 flattens them
+    gone = {id(p) for _, p in walked.parameters}.isdisjoint(
+        map(id, params)
+    )  # FSDP1 flattens them
     if _is_idle(params) and (adapters or gone):
         raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
     factors = params_in(filter(_is_of_adapter, groups))

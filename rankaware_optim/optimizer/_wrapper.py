@@ -172,8 +172,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware_model: weakref.ref[nn.Module]
     _rankaware_step: Callable[..., Any]
     _rankaware_stepping: bool  # inside a step; the native step may call self.step
-    _rankaware_held: Held  # what a step in progress has put in place; a new list after each
-    _rankaware_unchecked: bool  # built, loaded or extended since its parameters were checked
+    _rankaware_held: (
+        Held  # what a step in progress has put in place; a new list after each
+    )
+    _rankaware_unchecked: (
+        bool  # built, loaded or extended since its parameters were checked
+    )
     _rankaware_watched: int  # the number of a group of adapters
     _rankaware_idle: bool  # its first parameter had no gradient at the last step
 
@@ -214,7 +218,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         if apply_settings:
             settings = {**applied_settings(loaded, native, built), **settings}
         at, law = tuned(loaded, tuned_at, law)
-        options = PlanOptions(law, at, dict(rates or {}), other_lr, per_layer_width, batch, strict)
+        options = PlanOptions(
+            law, at, dict(rates or {}), other_lr, per_layer_width, batch, strict
+        )
         if built is None:
             listed, in_force = params, settings
         else:
@@ -228,7 +234,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         if built is not None and lr is not None:
             _drop_rates(groups)
         use = use_recipe(loaded, trained, native, in_force, groups, horizon)
-        plan = replace(make_plan(trained, options, native, in_force, use), survey=survey)
+        plan = replace(
+            make_plan(trained, options, native, in_force, use), survey=survey
+        )
         parts = split(groups, plan)
         refuse_groups(native, groups)
         if built is None:
@@ -248,7 +256,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             per_module: whether to list every tensor instead of every group.
         """
         wrap = self._rankaware
-        title = f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
+        title = (
+            f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
+        )
         return make_report(self.param_groups, wrap.plan, title, wrap.reset, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:
@@ -282,8 +292,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         native, inner = type(self)._rankaware_native, getattr(self, "optimizer", None)
         if isinstance(inner, RankAwareOptimizer):
-            inner.add_param_group(param_group)  # Lightning and Fabric derive a class from ours
-        elif "_rankaware" not in vars(self):  # inside __init__, whose groups are planned already
+            inner.add_param_group(
+                param_group
+            )  # Lightning and Fabric derive a class from ours
+        elif "_rankaware" not in vars(
+            self
+        ):  # inside __init__, whose groups are planned already
             native.add_param_group(self, param_group)
         else:
             groups, wrap = _later_groups(self, param_group)
@@ -317,7 +331,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
-            if isinstance(error, (CheckpointError, Warning)) or not isinstance(error, Exception):
+            if isinstance(error, (CheckpointError, Warning)) or not isinstance(
+                error, Exception
+            ):
                 raise
             raise CheckpointError(
                 f"The checkpoint cannot be loaded: {error!r}.",
@@ -327,13 +343,17 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         self._rankaware_unchecked = True
         base = base_of(self.param_groups[by_default[0]]) if by_default else 0.0
         if float(base) > 0:
-            self.defaults["lr"] = base.clone() if isinstance(base, torch.Tensor) else base
+            self.defaults["lr"] = (
+                base.clone() if isinstance(base, torch.Tensor) else base
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with base rates, also during a step: in a signal handler, or in another
         thread.
         """
-        return _at_base_rates(self, lambda: type(self)._rankaware_native.state_dict(self))
+        return _at_base_rates(
+            self, lambda: type(self)._rankaware_native.state_dict(self)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         def read() -> dict[str, Any]:
@@ -373,7 +393,9 @@ _OVERRIDES = (
     "expand",
 )
 _SUBCLASSES: dict[type, Any] = {}
-_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers that were built, not copied
+_LIVE: weakref.WeakSet[Any] = (
+    weakref.WeakSet()
+)  # optimizers that were built, not copied
 
 
 def _subclass(native: type[Optimizer]) -> Any:
@@ -450,7 +472,8 @@ def _trained(survey: Survey, walked: Walk) -> Survey:
     factors = tuple(f for f in survey.factors if f.name in trains)
     if survey.factors and not factors and not survey.unsupported:
         raise InspectionError(
-            "None of the factors listed trains.", "Set requires_grad on what should be trained."
+            "None of the factors listed trains.",
+            "Set requires_grad on what should be trained.",
         )
     other = tuple(name for name in survey.other if name in trains)
     return replace(survey, factors=factors, other=other)
@@ -488,7 +511,9 @@ def _rearranged(native: type[Optimizer]) -> OptimizerError:
     )
 
 
-def _regroup(built: Optimizer, native: type[Optimizer], parts: list[Group], lr: Any) -> Any:
+def _regroup(
+    built: Optimizer, native: type[Optimizer], parts: list[Group], lr: Any
+) -> Any:
     """Replace the groups of a built optimizer in place, and its class. Its state is kept."""
     base = {} if lr is None else {"lr": lr}
     groups = []
@@ -506,7 +531,9 @@ def _regroup(built: Optimizer, native: type[Optimizer], parts: list[Group], lr: 
 def _as_native(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
     """Return the optimizer as an instance of its native class, its rates multiplied once."""
     for group in opt.param_groups:
-        multiply_for_native(group, not wrap.scale_weight_decay and shrinks_by_decay(opt, group))
+        multiply_for_native(
+            group, not wrap.scale_weight_decay and shrinks_by_decay(opt, group)
+        )
     opt.__class__ = type(opt)._rankaware_native
     return opt
 
@@ -535,11 +562,15 @@ def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
     groups = user_groups([param_group], model, walked, first=first, outside=True)
     present = set(map(id, params_in(opt.param_groups)))
     refuse_groups(type(opt)._rankaware_native, groups, present)
-    survey = survey_of(walked, method=plan.method, init=wrap.init, also=_frozen(groups) | present)
+    survey = survey_of(
+        walked, method=plan.method, init=wrap.init, also=_frozen(groups) | present
+    )
     named = all("param_names" in group for group in opt.param_groups)
     parts = []
     for part in split(groups, replace(plan, survey=survey), first):
-        parts.append({"lr": opt.defaults.get("lr"), **(part if named else unnamed(part))})
+        parts.append(
+            {"lr": opt.defaults.get("lr"), **(part if named else unnamed(part))}
+        )
         set_rate(parts[-1])
     before = plan.survey.factors
     names = {f.name for f in before}
@@ -612,7 +643,10 @@ def _multiply(opt: Any) -> None:
     if bases and all(isinstance(base, torch.Tensor) for base in bases):
         rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
     else:
-        rates = [base * multiplier for base, multiplier in zip(bases, multipliers, strict=True)]
+        rates = [
+            base * multiplier
+            for base, multiplier in zip(bases, multipliers, strict=True)
+        ]
     decays = [group.get("weight_decay") for group in groups]
     # before a rate changes, for a save
     opt._rankaware_held = list(zip(groups, bases, rates, decays, strict=True))
@@ -675,8 +709,12 @@ def _check(opt: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    watched = opt.param_groups[opt._rankaware_watched :][:1]  # none, if the user cleared the groups
+    watched = opt.param_groups[opt._rankaware_watched :][
+        :1
+    ]  # none, if the user cleared the groups
     idle = all(param.grad is None for group in watched for param in group["params"][:1])
     if opt._rankaware_unchecked or (idle and not opt._rankaware_idle):
-        check_parameters(opt, _model_of(opt), [other for other in _LIVE if other is not opt])
+        check_parameters(
+            opt, _model_of(opt), [other for other in _LIVE if other is not opt]
+        )
     opt._rankaware_idle = idle

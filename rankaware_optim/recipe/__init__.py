@@ -15,7 +15,14 @@ from ._recipe import (
 )
 from ._recipe_data import BASE, OtherRates, name_pattern
 from ._recipe_text import facts, lead, missing_trials
-from ._settings import SAME_UPDATES, agreed, differences, plain_setting, plain_value, settings_of
+from ._settings import (
+    SAME_UPDATES,
+    agreed,
+    differences,
+    plain_setting,
+    plain_value,
+    settings_of,
+)
 from ._uncertainty import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 __all__ = [

@@ -40,7 +40,9 @@ def _whole(name: str) -> Meta:
 
 Lr = Annotated[float, _range("lr")]
 Octaves = Annotated[float, _range("octaves")]
-Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]  # up to a standard deviation of 100 octaves
+Variance = Annotated[
+    float, Meta(ge=-1e4, le=1e4)
+]  # up to a standard deviation of 100 octaves
 ThreeNumbers = tuple[Variance, Variance, Variance]
 Rank = Annotated[int, _whole("rank")]
 Seed = Annotated[int, _whole("seed")]
@@ -49,7 +51,9 @@ FanIn = Annotated[int, _whole("fan_in")] | Annotated[float, _range("fan_in")]
 Batch = Annotated[int, _whole("batch")] | Annotated[float, _range("batch")]
 Text = Annotated[str, Meta(max_length=10_000)]
 Plain = bool | Seed | float | Text
-Plains = Annotated[list[Plain | Annotated[list[Plain], Meta(max_length=500)]], Meta(max_length=500)]
+Plains = Annotated[
+    list[Plain | Annotated[list[Plain], Meta(max_length=500)]], Meta(max_length=500)
+]
 Unknown = Literal["unknown"]
 
 
@@ -66,7 +70,10 @@ class _Row(NamedTuple):
 
 
 _COVARIANCE = _Row(
-    "fit.covariance", "covariance", tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers], required=True
+    "fit.covariance",
+    "covariance",
+    tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers],
+    required=True,
 )
 _ROWS = (
     _Row("name", "name", Text, required=True),
@@ -94,12 +101,19 @@ _ROWS = (
         "settings",
         Annotated[dict[Text, Plain | Plains], Meta(max_length=500)],
     ),
-    _Row("horizon.steps", "steps", Annotated[int, _whole("steps")] | Unknown, required=True),
+    _Row(
+        "horizon.steps",
+        "steps",
+        Annotated[int, _whole("steps")] | Unknown,
+        required=True,
+    ),
     _Row("horizon.batch", "batch", Batch),
     _Row("horizon.warmup_share", "warmup", Annotated[float, _range("share")]),
     _Row("horizon.slope", "horizon.slope", Annotated[float, _range("slope")]),
     _Row("horizon.slope_sd", "horizon.slope_sd", Octaves),
-    _Row("seen.ranks", "ranks", Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)]),
+    _Row(
+        "seen.ranks", "ranks", Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)]
+    ),
     _Row("seen.full", "full_seen", bool),
     _Row("seen.seed", "seed", Seed),
     _Row("seen.notes", "notes", Annotated[tuple[Text, ...], Meta(max_length=100)]),
@@ -129,7 +143,9 @@ _LENGTHS_NOTE = (
 
 _WRITTEN: Mapping[str, Callable[[Any], Any]] = {
     "law": law_to_dict,
-    "settings": lambda settings: {key: plain_setting(value) for key, value in settings.items()},
+    "settings": lambda settings: {
+        key: plain_setting(value) for key, value in settings.items()
+    },
     "steepness": lambda value: value or None,
     "scatter": lambda value: value or None,
     "reference.fan_in": lambda value: value or "unknown",
@@ -169,7 +185,10 @@ def _spent(trials: Mapping[str, Array]) -> dict[str, int] | None:
     if "steps" not in trials:
         return None
     counted = [key for key in ("steps", "pruned", "diverged") if key in trials]
-    return {"trials": len(trials["steps"]), **{key: int(trials[key].sum()) for key in counted}}
+    return {
+        "trials": len(trials["steps"]),
+        **{key: int(trials[key].sum()) for key in counted},
+    }
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -210,7 +229,9 @@ def _rows_of(schema: int, names_trials: bool) -> list[_Row]:
     if schema < 3 or names_trials:
         rows += _TRIALS_FILE
     if schema == 1:
-        rows = [row._replace(path=row.path.replace("fitted_lr", "best_lr")) for row in rows]
+        rows = [
+            row._replace(path=row.path.replace("fitted_lr", "best_lr")) for row in rows
+        ]
     return rows
 
 
@@ -219,7 +240,9 @@ def _value_at(document: Mapping[str, Any], row: _Row, target: Path) -> Any:
     section, _, key = row.path.rpartition(".")
     table = document.get(section, {}) if section else document
     if not isinstance(table, dict):
-        raise impossible(target, f"expected a table, got {type(table).__name__}", section)
+        raise impossible(
+            target, f"expected a table, got {type(table).__name__}", section
+        )
     if row.required and key not in table:
         raise impossible(target, "it is missing", row.path)
     return table.get(key)
@@ -254,7 +277,9 @@ def recipe_from(
     if "covariance" not in fields:
         former = tensors.get("fit.covariance", np.empty(0))
         fields["covariance"] = _converted(former.tolist(), _COVARIANCE, target)
-    fields["covariance"] = _covariance(np.array(fields["covariance"], np.float64), target)
+    fields["covariance"] = _covariance(
+        np.array(fields["covariance"], np.float64), target
+    )
     fields["law"] = _law(fields["law"], target)
     recipe = cls(
         **fields,
@@ -268,14 +293,20 @@ def recipe_from(
     except OverflowError as error:
         raise impossible(target, "its band has no bounds", _COVARIANCE.path) from error
     if not math.isclose(lr, recipe.lr, rel_tol=1e-6):
-        raise impossible(target, "it does not follow from fitted_lr and lean_octaves", "rate.lr")
+        raise impossible(
+            target, "it does not follow from fitted_lr and lean_octaves", "rate.lr"
+        )
     return recipe
 
 
 def _part(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the values of a recipe's attribute, by its own attributes."""
     prefix = f"{name}."
-    return {key.removeprefix(prefix): values[key] for key in values if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): values[key]
+        for key in values
+        if key.startswith(prefix)
+    }
 
 
 def _reference(values: dict[str, Any], target: Path) -> Reference:
@@ -291,7 +322,9 @@ def _law(table: Mapping[str, Any], target: Path) -> Power:
     try:
         law = law_from_dict(table)
     except RankAwareError as error:
-        raise impossible(target, error.cause.removesuffix("."), "law", error.cure) from error
+        raise impossible(
+            target, error.cause.removesuffix("."), "law", error.cure
+        ) from error
     except Exception as error:  # a third-party law may raise anything
         raise impossible(target, f"{type(error).__name__}: {error}", "law") from error
     return law if isinstance(law, Power) else Power(law=law)
@@ -349,7 +382,9 @@ def _trials(tensors: Mapping[str, Array], target: Path) -> dict[str, Array]:
         key = path.removeprefix("trial.")
         kind = _TRIAL.get(key, _Tensor((*_WHOLE, *_FLOAT, *_BOOL), value.ndim or 1))
         if value.dtype.name not in kind.dtypes or value.ndim != kind.axes:
-            raise impossible(target, f"it has {value.dtype} and {value.ndim} axes", path)
+            raise impossible(
+                target, f"it has {value.dtype} and {value.ndim} axes", path
+            )
         if kind.range and not _all_within(value, kind):
             raise impossible(target, "a trial has a value out of range", path)
         trials[key] = value
@@ -358,13 +393,17 @@ def _trials(tensors: Mapping[str, Array], target: Path) -> dict[str, Array]:
         what = f"tensors have different numbers of trials, or more than {MOST_TRIALS}"
         raise impossible(target, what, "trial")
     if len(np.unique(trials.get("rank", ()))) > MOST_RANKS + 1:
-        raise impossible(target, f"there are more than {MOST_RANKS} ranks", "trial.rank")
+        raise impossible(
+            target, f"there are more than {MOST_RANKS} ranks", "trial.rank"
+        )
     return trials
 
 
 def _all_within(value: Array, kind: _Tensor) -> bool:
     low, high = RANGES[kind.range]
-    exact = value.astype(np.float64)  # float32 cannot hold the ends, and NumPy 1 would round them
+    exact = value.astype(
+        np.float64
+    )  # float32 cannot hold the ends, and NumPy 1 would round them
     good = (exact >= low) & (exact <= high)
     if kind.none is not None:
         good |= np.isnan(exact) if math.isnan(kind.none) else exact == kind.none
@@ -375,4 +414,6 @@ def impossible(
     target: Path, what: str, path: str, cure: str = "Restore or remake the file."
 ) -> RecipeError:
     """Return the error for an impossible value, with its path."""
-    return RecipeError(f"The recipe {target} has an impossible value: {what}. @ {path}", cure)
+    return RecipeError(
+        f"The recipe {target} has an impossible value: {what}. @ {path}", cure
+    )

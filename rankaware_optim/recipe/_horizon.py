@@ -61,11 +61,17 @@ class Horizon:
             return Moved()
         steps = plain(steps)
         if not isinstance(steps, int) or not is_within("steps", steps):
-            raise RecipeError(f"steps is {shown(steps)}.", f"Give {range_of('steps')}.", "steps")
+            raise RecipeError(
+                f"steps is {shown(steps)}.", f"Give {range_of('steps')}.", "steps"
+            )
         slope, sd = (
-            (self.slope, self.slope_sd) if same_method else (0.0, max(self.slope_sd, SLOPE_SD))
+            (self.slope, self.slope_sd)
+            if same_method
+            else (0.0, max(self.slope_sd, SLOPE_SD))
         )
-        return _moved(steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}")
+        return _moved(
+            steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}"
+        )
 
 
 def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> Moved:
@@ -85,12 +91,24 @@ def by_batch(batch: float | None, own: float | None, rule: float, name: str) -> 
             "batch",
         )
     return _moved(
-        batch, own, rule, BATCH_SD, name, "batch", f"batch {batch:g} instead of {own or 0:g}"
+        batch,
+        own,
+        rule,
+        BATCH_SD,
+        name,
+        "batch",
+        f"batch {batch:g} instead of {own or 0:g}",
     )
 
 
 def _moved(
-    asked: float, own: float | None, slope: float, sd: float, name: str, what: str, words: str
+    asked: float,
+    own: float | None,
+    slope: float,
+    sd: float,
+    name: str,
+    what: str,
+    words: str,
 ) -> Moved:
     if own is None:
         raise RecipeError(

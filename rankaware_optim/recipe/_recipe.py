@@ -34,7 +34,9 @@ class _Own(Enum):
     RANK = "the recipe's own"
 
 
-ANY_WIDTH = 4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
+ANY_WIDTH = (
+    4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +130,13 @@ class Recipe(RecipeData):
             method = "full"
         if method == "full" and init is not None:
             raise RecipeError(
-                "init was given for full finetuning, which has none.", "Leave it out.", "init"
+                "init was given for full finetuning, which has none.",
+                "Leave it out.",
+                "init",
             )
-        target = self._target(None if rank is _Own.RANK else rank, alpha, method, rslora)
+        target = self._target(
+            None if rank is _Own.RANK else rank, alpha, method, rslora
+        )
         if init is not None:
             target = replace(target, init=init)
         if fan_in is not None:
@@ -185,7 +191,12 @@ class Recipe(RecipeData):
             notes=(*notes, *self.notes),
             configuration=words.configuration(self, asked, steps, batch),
         )
-        edges = (rate.lr, rate.low, rate.high, 1.0 if rate.ceiling is None else rate.ceiling)
+        edges = (
+            rate.lr,
+            rate.low,
+            rate.high,
+            1.0 if rate.ceiling is None else rate.ceiling,
+        )
         if not all(0 < edge < math.inf for edge in edges):
             raise RecipeError(
                 f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and"
@@ -222,16 +233,26 @@ class Recipe(RecipeData):
         own = survey.dominant()
         if not self.steepness:
             return self.lr
-        width = survey.full_width(self.reference.init) if own.method == "full" else survey.width
+        width = (
+            survey.full_width(self.reference.init)
+            if own.method == "full"
+            else survey.width
+        )
         sd, _ = spread(self, replace(own, fan_in=width))
         return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
 
     def _target(
-        self, rank: int | None, alpha: float | None, method: Method, rslora: bool = False
+        self,
+        rank: int | None,
+        alpha: float | None,
+        method: Method,
+        rslora: bool = False,
     ) -> Reference:
         """Return the arguments of `at` as a reference at the recipe's own init and width."""
         own = self.reference
-        if (rslora and alpha is None) or (method == "full" and not rank is alpha is None):
+        if (rslora and alpha is None) or (
+            method == "full" and not rank is alpha is None
+        ):
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with"
                 f" method={method!r}.",
@@ -239,7 +260,9 @@ class Recipe(RecipeData):
                 " finetuning.",
             )
         if method == "full":
-            return Reference(method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in)
+            return Reference(
+                method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in
+            )
         if rank is None and own.method == "full":
             raise RecipeError(
                 "This recipe was made by full finetuning alone.",
@@ -256,7 +279,9 @@ class Recipe(RecipeData):
             return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
         Reference(rank, 1.0, method=method)  # checks the rank before it is used below
         scaling = own.scaling if rank == own.rank else self._scaling_at(rank)
-        return replace(Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in)
+        return replace(
+            Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in
+        )
 
     def _scaling_at(self, rank: int | None) -> float:
         """Return the effective multiplier at another rank, by the rule of the trials."""
@@ -428,7 +453,9 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
     return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
 
 
-def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> Rate | None:
+def known_rate(
+    recipe: Recipe, rank: int | None, alpha: float | None = None
+) -> Rate | None:
     """Return the rate at a rank, or for full finetuning if it is None. No warning is given.
 
     Returns None if the recipe needs more arguments, such as alpha.
@@ -436,7 +463,9 @@ def known_rate(recipe: Recipe, rank: int | None, alpha: float | None = None) -> 
     with warnings.catch_warnings():  # a third-party law may warn
         warnings.simplefilter("ignore")
         try:
-            return recipe._quoted(recipe._target(rank, alpha, "full" if rank is None else "lora"))
+            return recipe._quoted(
+                recipe._target(rank, alpha, "full" if rank is None else "lora")
+            )
         except RankAwareError:
             return None
 
@@ -452,7 +481,9 @@ def rate_on(
         target = _full_target(recipe, survey)
     else:
         target = replace(
-            recipe._target(own.rank, own.alpha, "lora"), fan_in=survey.width, init=own.init
+            recipe._target(own.rank, own.alpha, "lora"),
+            fan_in=survey.width,
+            init=own.init,
         )
     rate = recipe._quoted(target)
     recipe._warn_of(rate)
@@ -467,7 +498,8 @@ def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
 
 def _full_target(recipe: Recipe, survey: Survey) -> Reference:
     return replace(
-        recipe._target(None, None, "full"), fan_in=survey.full_width(recipe.reference.init)
+        recipe._target(None, None, "full"),
+        fan_in=survey.full_width(recipe.reference.init),
     )
 
 
@@ -475,7 +507,9 @@ def is_for(recipe: Recipe, optimizer: type) -> bool:
     """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
-    return name == optimizer.__name__ or (known != "" and known == known_optimizer(optimizer)[0])
+    return name == optimizer.__name__ or (
+        known != "" and known == known_optimizer(optimizer)[0]
+    )
 
 
 def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:

@@ -18,7 +18,9 @@ from ..laws import Power, law_changes
 from ._horizon import Horizon
 
 Array = npt.NDArray[Any]  # of whole numbers, floats or truth values
-BASE: Literal["base"] = "base"  # in a table of rates: the parameter had each trial's base rate
+BASE: Literal["base"] = (
+    "base"  # in a table of rates: the parameter had each trial's base rate
+)
 TableOfRates = Mapping[str, "float | Literal['base']"]
 
 

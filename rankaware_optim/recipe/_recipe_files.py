@@ -54,7 +54,9 @@ def save(recipe: RecipeData, path: str | os.PathLike[str]) -> Path:
             replace_bytes(beside, data, like=target)
     except (OSError, TypeError, UnicodeEncodeError) as error:
         cure = "Choose a writable folder, and settings that are numbers or strings."
-        raise RecipeError(f"The recipe {named} cannot be written: {error}.", cure) from error
+        raise RecipeError(
+            f"The recipe {named} cannot be written: {error}.", cure
+        ) from error
     with suppress(OSError):
         _remove_tensors(target.parent, former)
     return named
@@ -88,7 +90,8 @@ def _toml_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".toml":
         raise RecipeError(
-            f"The name of a recipe's file ends in .toml, not as {str(target)!r}.", "Rename it."
+            f"The name of a recipe's file ends in .toml, not as {str(target)!r}.",
+            "Rename it.",
         )
     return target
 
@@ -136,7 +139,8 @@ def _replaceable(target: Path) -> Mapping[str, Any]:
     with suppress(FileNotFoundError):
         if not target.stat().st_mode & stat.S_IWUSR:
             raise RecipeError(
-                f"The recipe {target} is read-only.", "Make it writable, or name another file."
+                f"The recipe {target} is read-only.",
+                "Make it writable, or name another file.",
             )
     try:
         before = tomli.loads(read_bytes(target, _MOST_TEXT).decode("utf-8-sig"))
@@ -145,7 +149,8 @@ def _replaceable(target: Path) -> Mapping[str, Any]:
     schema, tensors = before.get("schema"), before.get("tensors")
     if isinstance(schema, int) and schema > SCHEMA:
         raise RecipeError(
-            f"The recipe at {target} has a newer schema, {schema}.", "Update, or name another file."
+            f"The recipe at {target} has a newer schema, {schema}.",
+            "Update, or name another file.",
         )
     return tensors if isinstance(tensors, dict) else {}
 
@@ -170,7 +175,9 @@ def _remove_tensors(folder: Path, former: Mapping[str, Any]) -> None:
 def _may_name(toml: Path, name: str) -> bool:
     """Return whether a TOML file names a file of tensors. One that cannot be read may."""
     try:
-        tensors = tomli.loads(read_bytes(toml, _MOST_TEXT).decode("utf-8-sig")).get("tensors")
+        tensors = tomli.loads(read_bytes(toml, _MOST_TEXT).decode("utf-8-sig")).get(
+            "tensors"
+        )
     except (OSError, ValueError, RecursionError):
         return True
     file = tensors.get("file") if isinstance(tensors, dict) else None
@@ -185,7 +192,8 @@ def _read_text(target: Path) -> bytes:
         return read_bytes(target, _MOST_TEXT)
     except FileNotFoundError as error:
         raise RecipeError(
-            f"There is no recipe at {target}.", "Check the path, or make one by ra.calibrate."
+            f"There is no recipe at {target}.",
+            "Check the path, or make one by ra.calibrate.",
         ) from error
     except OSError as error:
         raise RecipeError(
@@ -195,7 +203,9 @@ def _read_text(target: Path) -> bytes:
 
 def _parsed(text: bytes, target: Path) -> dict[str, Any]:
     try:
-        return tomli.loads(text.decode("utf-8-sig"))  # Windows' editors put a mark first
+        return tomli.loads(
+            text.decode("utf-8-sig")
+        )  # Windows' editors put a mark first
     except (ValueError, RecursionError) as error:
         raise RecipeError(
             f"The recipe {target} cannot be read: {error}.", "Restore or remake it."
@@ -205,7 +215,11 @@ def _parsed(text: bytes, target: Path) -> dict[str, Any]:
 def _beside(target: Path, name: str) -> Path:
     """Return the path of a file beside the recipe, or beside what it links to."""
     path = target.parent / Path(name).name
-    return path if os.path.lexists(path) else Path(os.path.realpath(target)).parent / path.name
+    return (
+        path
+        if os.path.lexists(path)
+        else Path(os.path.realpath(target)).parent / path.name
+    )
 
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, Array]:
@@ -224,7 +238,9 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Array]:
         raise _unreadable(path, "their header is too long", "Remake the recipe.")
     try:
         return safetensors.numpy.load(data)
-    except Exception as error:  # safetensors raises its own error, KeyError, TypeError and more
+    except (
+        Exception
+    ) as error:  # safetensors raises its own error, KeyError, TypeError and more
         raise _unreadable(path, error, "Remake the recipe.") from error
 
 

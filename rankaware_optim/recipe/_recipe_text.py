@@ -28,29 +28,42 @@ def lead(recipe: RecipeData) -> str:
         recipe.steps or "unknown",
         _number(recipe.batch),
     )
-    return f"{optimizer}, {steps} steps at batch {batch}, calibrated at {_tried(recipe)}."
+    return (
+        f"{optimizer}, {steps} steps at batch {batch}, calibrated at {_tried(recipe)}."
+    )
 
 
 def facts(recipe: RecipeData) -> Iterator[tuple[str, str]]:
     """Yield a recipe's facts as pairs of a name and a text."""
     at, horizon = recipe.reference, recipe.horizon
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
-    settings = ", ".join(f"{name} {_setting(value)}" for name, value in recipe.settings.items())
-    yield "base rate", f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}"
+    settings = ", ".join(
+        f"{name} {_setting(value)}" for name, value in recipe.settings.items()
+    )
+    yield (
+        "base rate",
+        f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}",
+    )
     yield (
         "fitted optimum",
         f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to use",
     )
     yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
     moved = "the smallest rate that diverged, moved to the base rate's configuration"
-    yield "ceiling", "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}, {moved}"
+    yield (
+        "ceiling",
+        "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}, {moved}",
+    )
     yield (
         "largest fan-in",
         f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on",
     )
     yield "law", _law(recipe.law)
     yield "alpha by rank", _ALPHA[recipe.scaling_rule]
-    yield "optimizer", f"{recipe.optimizer} with {settings}" if settings else recipe.optimizer
+    yield (
+        "optimizer",
+        f"{recipe.optimizer} with {settings}" if settings else recipe.optimizer,
+    )
     yield (
         "horizon",
         f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}",
@@ -61,10 +74,15 @@ def facts(recipe: RecipeData) -> Iterator[tuple[str, str]]:
     )
     yield "seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"
     yield "other rates", _other_rates(recipe)
-    yield "code", ", ".join(f"{name} {value}" for name, value in recipe.source.items()) or "unknown"
+    yield (
+        "code",
+        ", ".join(f"{name} {value}" for name, value in recipe.source.items())
+        or "unknown",
+    )
     yield (
         "versions",
-        ", ".join(f"{name} {version}" for name, version in recipe.versions.items()) or "unknown",
+        ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
+        or "unknown",
     )
     yield "hash", recipe.tag.partition(" ")[0]
     yield from (("note", note) for note in recipe.notes)
@@ -83,7 +101,8 @@ def missing_trials(recipe: RecipeData) -> str:
 def explain(recipe: RecipeData) -> str:
     """Return the facts, one per line."""
     lines = [
-        fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16) for name, text in facts(recipe)
+        fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16)
+        for name, text in facts(recipe)
     ]
     return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
 
@@ -116,14 +135,20 @@ def to_settle(width: float) -> str:
 def _words(recipe: RecipeData, target: Reference) -> str:
     """Return a reference as text, without the alpha of a sweep that does not give it."""
     swept = target.method == "lora" and recipe.scaling_rule == "as swept"
-    return f"rank {target.rank}, alpha as swept, {init_text(target.init)}" if swept else str(target)
+    return (
+        f"rank {target.rank}, alpha as swept, {init_text(target.init)}"
+        if swept
+        else str(target)
+    )
 
 
 def _law(law: Power) -> str:
     """The law that rates move by, and how the trials corrected it."""
     corrections = [f"times rank^{law.exponent:.3g}"] if law.exponent else []
     corrections += (
-        [f"times {law.full_factor:.3g} in full finetuning"] if law.full_factor != 1.0 else []
+        [f"times {law.full_factor:.3g} in full finetuning"]
+        if law.full_factor != 1.0
+        else []
     )
     return ", ".join([law_sentence(law.law), *corrections])
 
@@ -136,14 +161,18 @@ def _trials(recipe: RecipeData) -> str:
 
 def _setting(value: Any) -> str:
     return (
-        f"({', '.join(map(_setting, value))})" if isinstance(value, (list, tuple)) else str(value)
+        f"({', '.join(map(_setting, value))})"
+        if isinstance(value, (list, tuple))
+        else str(value)
     )
 
 
 def _tried(recipe: RecipeData) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
     return (
-        " and ".join(filter(None, (ranks, "full finetuning" if recipe.full_seen else "")))
+        " and ".join(
+            filter(None, (ranks, "full finetuning" if recipe.full_seen else ""))
+        )
         or "nothing"
     )
 

@@ -14,7 +14,9 @@ SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 SAME = 1e-6  # relative tolerance of numbers, about float32's precision
 
 
-def settings_of(groups: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+def settings_of(
+    groups: Sequence[Mapping[str, Any]], names: Iterable[str]
+) -> dict[str, Any]:
     """Return the settings `names` of parameter groups. If the groups differ in one, its value is a
     list.
     """
@@ -61,7 +63,9 @@ def agreed(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def differences(stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: float = SAME) -> str:
+def differences(
+    stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: float = SAME
+) -> str:
     """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if
     there are none.
     """
@@ -75,9 +79,13 @@ def differences(stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: f
 
 def _is_alike(a: Any, b: Any, tolerance: float) -> bool:
     if is_number(a) and is_number(b):
-        return a == b or (isinstance(a + b, float) and math.isclose(a, b, rel_tol=tolerance))
+        return a == b or (
+            isinstance(a + b, float) and math.isclose(a, b, rel_tol=tolerance)
+        )
     if isinstance(a, list) and isinstance(b, list):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_is_alike(a[key], b[key], tolerance) for key in a)
+        return a.keys() == b.keys() and all(
+            _is_alike(a[key], b[key], tolerance) for key in a
+        )
     return bool(a == b)

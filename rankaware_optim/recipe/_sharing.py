@@ -35,18 +35,23 @@ def recipe_file(path: str | os.PathLike[str]) -> Path:
         return folder
     beside = folder / _FOLDER / _FILE
     return (
-        folder / _FILE if os.path.isfile(folder / _FILE) and not os.path.isfile(beside) else beside
+        folder / _FILE
+        if os.path.isfile(folder / _FILE) and not os.path.isfile(beside)
+        else beside
     )
 
 
-def save_beside(recipe: RecipeData, adapter: str | os.PathLike[str], plot: bool = False) -> Path:
+def save_beside(
+    recipe: RecipeData, adapter: str | os.PathLike[str], plot: bool = False
+) -> Path:
     """Write the recipe into the adapter's folder. plot: whether a plot is in the folder, for the
     README to show.
     """
     folder = Path(adapter)
     if not os.path.isdir(folder):
         raise RecipeError(
-            f"There is no folder {folder} to save a recipe in.", "Save the adapter there first."
+            f"There is no folder {folder} to save a recipe in.",
+            "Save the adapter there first.",
         )
     readme = folder / _README
     try:
@@ -72,7 +77,9 @@ def _check_inside(folder: Path) -> None:
     for path in (folder / _README, beside, *files):
         real = os.path.realpath(path)
         if os.path.commonpath([root, real]) != root:
-            raise RecipeError(f"{path} is a link to {real}, outside {folder}.", "Remove the link.")
+            raise RecipeError(
+                f"{path} is a link to {real}, outside {folder}.", "Remove the link."
+            )
 
 
 def _section(recipe: RecipeData, plot: bool) -> str:
@@ -103,7 +110,9 @@ def _with_section(text: str, section: str) -> str:
     """Return `text` with `section` in place of earlier sections, or at the end. A section without
     its end is text.
     """
-    before, *after = re.split(f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", text, flags=re.DOTALL)
+    before, *after = re.split(
+        f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", text, flags=re.DOTALL
+    )
     if after:
         return before + section + "".join(after)
     return "\n\n".join(filter(None, (text.rstrip(), section))) + "\n"
@@ -148,7 +157,9 @@ def push(
         except hub.utils.EntryNotFoundError:
             name = printable(recipe.name).replace("\n", " ")
             text = f"# {name}\n\nA recipe of learning rates, made by rankaware-optim.\n"
-        card = _with_metadata(hub.ModelCard(text, ignore_metadata_errors=True), base_model)
+        card = _with_metadata(
+            hub.ModelCard(text, ignore_metadata_errors=True), base_model
+        )
         (folder / _README).write_text(card, encoding="utf-8")
         save_beside(recipe, folder, plot=has_trials)
         commit = api.upload_folder(

@@ -75,13 +75,17 @@ def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]
         beyond = _octaves_beyond(recipe.ranks, rank)
         if beyond:
             tried = ", ".join(map(str, recipe.ranks))
-            yield RANK_SD * beyond, f"rank {rank:g} is outside the ranks tried ({tried})"
+            yield (
+                RANK_SD * beyond,
+                f"rank {rank:g} is outside the ranks tried ({tried})",
+            )
     if target.fan_in and width and not math.isclose(target.fan_in, width, rel_tol=0.01):
         words = f"fan-in {target.fan_in:g} is not the recipe's own {width:g}"
         yield WIDTH_SD * math.log2(target.fan_in / width), words
     if target.init != recipe.reference.init:
         words = (
-            f"{init_text(target.init)} was not tried: the law moves the rate from the other init"
+            f"{init_text(target.init)} was not tried: the law moves the rate from the other"
+            " init"
         )
         yield INIT_SD, words
 
@@ -89,7 +93,9 @@ def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]
 def _law_alone(recipe: RecipeData, target: Reference) -> tuple[float, str]:
     """Return what is added for full finetuning that was not tried, and the note on it."""
     law, init = recipe.law, recipe.reference.init
-    octaves = 0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
+    octaves = (
+        0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
+    )
     return _DRIFT_SHARE * law.exponent * octaves, (
         f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
         f" alone. Its standard deviation was {FULL_SD[init]:g} octaves over the tasks of a study"

@@ -71,7 +71,9 @@ def _sentence(differences: Sequence[Difference]) -> str:
         return "The recipes have no configuration in common, so their rates were not compared."
     if not moved:
         return "The rates are the same. The fields below differ."
-    apart = [d.what.removeprefix("at ") for d in moved if d.words.endswith("bands apart")]
+    apart = [
+        d.what.removeprefix("at ") for d in moved if d.words.endswith("bands apart")
+    ]
     if not apart:
         return "The rates differ. Their 90 % bands overlap at every common rank."
     return f"The rates differ by more than their 90 % bands at {', '.join(apart)}."
@@ -99,9 +101,13 @@ def _rates(first: Recipe, second: Recipe) -> Iterator[Difference]:
         overlap = max(one.low, two.low) <= min(one.high, two.high)
         words = f"{_factor(one.lr, two.lr)}, bands {'overlap' if overlap else 'apart'}"
         old, new = (f"{rate.lr:.3g} ({rate.band})" for rate in (one, two))
-        yield Difference(f"at rank {rank}" if rank else "at full finetuning", old, new, words)
+        yield Difference(
+            f"at rank {rank}" if rank else "at full finetuning", old, new, words
+        )
     if not compared:
-        yield Difference(_NOWHERE, str(first.reference), str(second.reference), "none in common")
+        yield Difference(
+            _NOWHERE, str(first.reference), str(second.reference), "none in common"
+        )
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -123,7 +129,9 @@ def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
         both_nan = (a != a) & (b != b)
         count = int(((a != b) & ~both_nan).sum())
         if count:
-            yield Difference(path, _size(a), _size(b), f"{count} of {a.size} values differ")
+            yield Difference(
+                path, _size(a), _size(b), f"{count} of {a.size} values differ"
+            )
 
 
 def _words(path: str, old: Any, new: Any) -> str:
@@ -147,7 +155,13 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "none"
-    return _ABSENT if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        _ABSENT
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _size(tensor: npt.NDArray[Any] | None) -> str:

@@ -43,14 +43,23 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
         _draw_rates(axes[-1], picture, recipe)
     for axis in axes[: len(picture.arms) : columns]:
         axis.set_ylabel("score, minimised")
-    made_by = f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
+    made_by = (
+        f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
+    )
     title = printable(f"Recipe {short(recipe.name, 60)!r}: {made_by}")
     figure.suptitle(title, parse_math=False)
     drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
-    each = {label: handle for pairs in drawn for handle, label in pairs}  # once, of all panels
+    each = {
+        label: handle for pairs in drawn for handle, label in pairs
+    }  # once, of all panels
     ncols = min(4, columns + 1)
     figure.legend(
-        each.values(), each, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9
+        each.values(),
+        each,
+        loc="outside lower center",
+        ncols=ncols,
+        frameon=False,
+        fontsize=9,
     )
     return save(figure, path)
 
@@ -70,10 +79,13 @@ def drawable(recipe: Recipe) -> Picture:
     """Return the data of a recipe's figure. Raise a `PlotError` if it has no trials."""
     picture = picture_of(recipe)
     if recipe.missing:
-        raise PlotError(missing_trials(recipe), "Copy it there too. The rates do not need it.")
+        raise PlotError(
+            missing_trials(recipe), "Copy it there too. The rates do not need it."
+        )
     if not picture.arms:
         raise PlotError(
-            f"The recipe {recipe.name!r} has no trials to draw.", "Give one made by ra.calibrate."
+            f"The recipe {recipe.name!r} has no trials to draw.",
+            "Give one made by ra.calibrate.",
         )
     return picture
 
@@ -83,9 +95,16 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
     _draw_points(axis, arm, arm.values, COLOURS[0], "trial")
     if arm.rate is not None:
         axis.axvspan(
-            arm.rate.low, arm.rate.high, color=COLOURS[0], alpha=0.12, lw=0, label="90 % band"
+            arm.rate.low,
+            arm.rate.high,
+            color=COLOURS[0],
+            alpha=0.12,
+            lw=0,
+            label="90 % band",
         )
-        axis.axvline(arm.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate")
+        axis.axvline(
+            arm.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate"
+        )
         if arm.rate.ceiling is not None:
             axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
     rate_axis(axis)
@@ -139,14 +158,23 @@ def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
     """
     ranks, rates = zip(*picture.by_rank, strict=True)
     axis.fill_between(
-        ranks, [r.low for r in rates], [r.high for r in rates], color=COLOURS[0], alpha=0.12, lw=0
+        ranks,
+        [r.low for r in rates],
+        [r.high for r in rates],
+        color=COLOURS[0],
+        alpha=0.12,
+        lw=0,
     )
     axis.plot(ranks, [r.lr for r in rates], color=COLOURS[1], linestyle="--")
     if rates[0].ceiling is not None:
         axis.plot(ranks, [r.ceiling for r in rates], color="0.2", linestyle=":")
     if picture.full is not None:
-        axis.axhspan(picture.full.low, picture.full.high, color=COLOURS[2], alpha=0.12, lw=0)
-        axis.axhline(picture.full.lr, color=COLOURS[2], linestyle="-.", label="full finetuning")
+        axis.axhspan(
+            picture.full.low, picture.full.high, color=COLOURS[2], alpha=0.12, lw=0
+        )
+        axis.axhline(
+            picture.full.lr, color=COLOURS[2], linestyle="-.", label="full finetuning"
+        )
     for rank in recipe.ranks:
         axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
     axis.set_xlabel("rank (grey: calibrated)")

@@ -47,7 +47,8 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         replace_bytes(target, text)
     except OSError as error:
         raise PageError(
-            f"The page {target} cannot be written: {error}.", "Choose a writable folder."
+            f"The page {target} cannot be written: {error}.",
+            "Choose a writable folder.",
         ) from error
     return target
 
@@ -77,7 +78,9 @@ def report_html(recipe: Recipe) -> str:
 def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    text = (
+        resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    )
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -87,7 +90,9 @@ def _template() -> Any:
 
 def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
     """Yield the rows of the table of rates: label, rate, and how it is known."""
-    named = [(f"rank {rank}", rate, rank in recipe.ranks) for rank, rate in picture.by_rank]
+    named = [
+        (f"rank {rank}", rate, rank in recipe.ranks) for rank, rate in picture.by_rank
+    ]
     if picture.full:
         named.append(("full finetuning", picture.full, recipe.full_seen))
     for label, rate, tried in named:
@@ -116,7 +121,9 @@ class _Axis:
 
     def at(self, value: float) -> float:
         """Return the position of a value, clipped to the frame."""
-        low, high, here = (math.log2(v) if self.log else v for v in (self.low, self.high, value))
+        low, high, here = (
+            math.log2(v) if self.log else v for v in (self.low, self.high, value)
+        )
         share = min(max((here - low) / (high - low), 0.0), 1.0)
         return round(self.start + share * (self.end - self.start), 1)
 
@@ -152,12 +159,17 @@ def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
     return {
         "title": arm.title,
         "words": arm.words,
-        "points": [(x.at(p.rate), y.at(p.value)) for p in arm.points if y.holds(p.value)],
+        "points": [
+            (x.at(p.rate), y.at(p.value)) for p in arm.points if y.holds(p.value)
+        ],
         "beyond": [x.at(p.rate) for p in arm.points if not y.holds(p.value)],
         "curve": _line(x, y, arm.curve),
         "band": rate and (x.at(rate.low), round(x.at(rate.high) - x.at(rate.low), 1)),
         "rate": rate and x.at(rate.lr),
-        "ceiling": rate and rate.ceiling and x.holds(rate.ceiling) and x.at(rate.ceiling),
+        "ceiling": rate
+        and rate.ceiling
+        and x.holds(rate.ceiling)
+        and x.at(rate.ceiling),
         "x": x.ticks(),
         "y": y.ticks(),
     }
@@ -218,7 +230,10 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     rates, by_scaling, refused = own, [], _AS_SWEPT
     if recipe.scaling_rule != "as swept":
         refused = ""
-        rates = [rate or known_rate(recipe, r, alpha=r) for r, rate in zip(ranks, own, strict=True)]
+        rates = [
+            rate or known_rate(recipe, r, alpha=r)
+            for r, rate in zip(ranks, own, strict=True)
+        ]
         by_scaling = [_by_scaling(recipe, rank) for rank in ranks]
     ratios = [_ratios(rate) for rate in rates]
     sentences, notes = _numbered(recipe, ranks, rates)
@@ -257,7 +272,10 @@ def _nodes(recipe: Recipe) -> list[int]:
 def _ratios(rate: Rate | None) -> dict[str, float | None]:
     """Return low, high and ceiling as log2 of their ratio to the rate, or None."""
     edges = {name: getattr(rate, name, None) for name in _EDGES}
-    return {name: _log(edge / rate.lr if rate and edge else None) for name, edge in edges.items()}
+    return {
+        name: _log(edge / rate.lr if rate and edge else None)
+        for name, edge in edges.items()
+    }
 
 
 def _log(value: Rate | float | None) -> float | None:
@@ -277,7 +295,10 @@ def _numbered(
     by_rank = []
     for rank, rate in zip(ranks, rates, strict=True):
         notes = rate.notes if rate else ()
-        shared = (own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ") for note in notes)
+        shared = (
+            own.get(note) or note.replace(f"rank {rank} ", "rank {rank} ")
+            for note in notes
+        )
         by_rank.append(numbers.setdefault(tuple(shared), len(numbers)))
     return [list(notes) for notes in numbers], by_rank
 

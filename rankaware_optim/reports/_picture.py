@@ -34,7 +34,9 @@ _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _STEPS = 200  # of a curve
 _MOST = 1e100  # of a score that is drawn
-_MOST_FITTED = 400  # trials of a rank whose curve is drawn. Its time grows with their cube
+_MOST_FITTED = (
+    400  # trials of a rank whose curve is drawn. Its time grows with their cube
+)
 
 Array = npt.NDArray[np.float64]
 Trials = Mapping["int | None", Sequence["Point"]]
@@ -85,14 +87,20 @@ class PictureArm:
     def words(self) -> str:
         """Return a sentence that describes the arm's figure."""
         fates = Counter(point.fate for point in self.points)
-        ends = [f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]]
+        ends = [
+            f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]
+        ]
         parts = [", ".join([f"{self.label}: {len(self.points)} trials", *ends])]
         finite = [point for point in self.points if math.isfinite(point.value)]
         if finite:
             best = min(finite, key=lambda point: point.value)
-            parts.append(f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}")
+            parts.append(
+                f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}"
+            )
         if self.rate is not None:
-            parts.append(f"the recipe's rate is {self.rate.lr:.3g}, 90 % band {self.rate.band}")
+            parts.append(
+                f"the recipe's rate is {self.rate.lr:.3g}, 90 % band {self.rate.band}"
+            )
         return "; ".join(parts) + "."
 
 
@@ -125,10 +133,16 @@ def picture_of(recipe: Recipe) -> Picture:
     for rank, of_rank in trials.items():
         curve = [float(y) for y in curves.get(rank, ())]
         frame = _own_frame(of_rank, curve, values)
-        inside = tuple((float(2.0**u), y) for u, y in zip(x, curve, strict=False) if y <= frame[1])
+        inside = tuple(
+            (float(2.0**u), y) for u, y in zip(x, curve, strict=False) if y <= frame[1]
+        )
         by_base = rates[rank] is None and "own_lr" not in recipe.tensors
-        arms.append(PictureArm(rank, tuple(of_rank), rates[rank], inside, by_base, frame))
-    return Picture(tuple(arms), across, values, _by_rank(recipe), known_rate(recipe, None))
+        arms.append(
+            PictureArm(rank, tuple(of_rank), rates[rank], inside, by_base, frame)
+        )
+    return Picture(
+        tuple(arms), across, values, _by_rank(recipe), known_rate(recipe, None)
+    )
 
 
 def _rates_drawn(points: Sequence[Point], rates: Sequence[Rate]) -> tuple[float, float]:
@@ -154,7 +168,9 @@ def _frame(values: Sequence[float]) -> tuple[float, float]:
     if not values:
         return 0.0, 1.0
     ordered = sorted(values)
-    size = max(2.2 * (ordered[len(ordered) // 2] - ordered[0]), 1e-9 + 1e-6 * abs(ordered[0]))
+    size = max(
+        2.2 * (ordered[len(ordered) // 2] - ordered[0]), 1e-9 + 1e-6 * abs(ordered[0])
+    )
     return ordered[0] - 0.1 * size, ordered[0] + size
 
 
@@ -187,7 +203,13 @@ def _trials(recipe: Recipe) -> dict[int | None, list[Point]]:
     ranks, values = tensors["rank"].tolist(), tensors["value"].tolist()
     values = [math.inf if abs(value) > _MOST else value for value in values]
     seeds = tensors["seed"].tolist() if "seed" in tensors else [0] * len(ranks)
-    columns = (_own_rates(recipe), values, seeds, _fates(tensors, values), _scores(tensors, values))
+    columns = (
+        _own_rates(recipe),
+        values,
+        seeds,
+        _fates(tensors, values),
+        _scores(tensors, values),
+    )
     points = list(map(Point, *columns))
     trials: dict[int | None, list[Point]] = {}
     for rank in sorted(set(ranks), key=lambda rank: (rank == 0, rank)):
@@ -202,12 +224,18 @@ def _own_rates(recipe: Recipe) -> list[float]:
         own: list[float] = recipe.tensors["own_lr"].tolist()
         if not any(map(math.isnan, own)):
             return own
-    return _moved(recipe, recipe.tensors["rank"].tolist(), recipe.tensors["lr"].tolist())
+    return _moved(
+        recipe, recipe.tensors["rank"].tolist(), recipe.tensors["lr"].tolist()
+    )
 
 
-def _fates(tensors: Mapping[str, npt.NDArray[Any]], values: Sequence[float]) -> list[str]:
+def _fates(
+    tensors: Mapping[str, npt.NDArray[Any]], values: Sequence[float]
+) -> list[str]:
     """Return how each trial ended."""
-    lost = tensors.get("diverged", np.array([not math.isfinite(value) for value in values]))
+    lost = tensors.get(
+        "diverged", np.array([not math.isfinite(value) for value in values])
+    )
     cut = tensors.get("pruned", np.zeros_like(lost))
     fates = np.where(cut, "pruned", np.where(lost, "diverged", "finished"))
     names: list[str] = fates.tolist()
@@ -235,7 +263,9 @@ def _moved(recipe: Recipe, ranks: Sequence[int], base: Sequence[float]) -> list[
     """
     law = recipe.law
     if recipe.reference.method == "lora":
-        law = replace(law, exponent=_FORMER_DRIFT[recipe.reference.init], full_factor=1.0)
+        law = replace(
+            law, exponent=_FORMER_DRIFT[recipe.reference.init], full_factor=1.0
+        )
     along = replace(recipe, law=law)
     rates = {rank: known_rate(along, rank or None) for rank in set(ranks)}
     ratios = {rank: rate.lr / along.lr if rate else 1.0 for rank, rate in rates.items()}
@@ -286,13 +316,17 @@ def _observations(
         if point.fate == "pruned":
             rivals = [pair for pair in ended if pair[0].seed == point.seed]
             rival = min(rivals, key=lambda pair: pair[0].value, default=None)
-            carried = rival and impute(x, curve, rival[0], rival[1].curve.astype(np.float64))
+            carried = rival and impute(
+                x, curve, rival[0], rival[1].curve.astype(np.float64)
+            )
             if carried:
                 yield carried, False
         elif math.isfinite(point.value):
             tail, noise = recent(curve), noise_of(curve)
             start = height(curve)
-            scored = Observation(rank, point.seed, x, point.value, start, tail, noise=noise)
+            scored = Observation(
+                rank, point.seed, x, point.value, start, tail, noise=noise
+            )
             ended.append((scored, point))
             yield scored, point.fate == "diverged"
         else:

@@ -170,7 +170,9 @@ def _check_within(name: str, value: object, range_: str = "") -> None:
     """Raise if an argument is outside the range of this name, by default its own."""
     range_ = range_ or name
     if value is not None and not is_within(range_, value):
-        raise CalibrationError(f"{name} is {shown(value)}.", f"Give {range_of(range_)}.", name)
+        raise CalibrationError(
+            f"{name} is {shown(value)}.", f"Give {range_of(range_)}.", name
+        )
 
 
 def _check_enough(runs: Runs) -> None:
@@ -281,7 +283,9 @@ class _Rows:
         covariance = fitted.fit.covariance.copy()
         covariance[:2, :2] += (weights * deviation.T) @ deviation
         mean = fitted.fit.mean * (1.0, 0.0, 1.0)
-        return fitted._replace(fit=replace(fitted.fit, mean=mean, covariance=covariance))
+        return fitted._replace(
+            fit=replace(fitted.fit, mean=mean, covariance=covariance)
+        )
 
     def _fitted(self, law: Law, prior: Prior) -> _LawFit:
         """Return the fit of the runs along `law`. Best rates at an end of their grid are bounds."""
@@ -293,7 +297,8 @@ class _Rows:
         fit = fit_observations(observations, prior)
         if fit is None:
             raise CalibrationError(
-                f"Every one of {len(self.runs)} runs diverged.", "Add lower rates to the sweep."
+                f"Every one of {len(self.runs)} runs diverged.",
+                "Add lower rates to the sweep.",
             )
         return _LawFit(_bounded(fit, ends_of(observations)), law, observations)
 
@@ -315,7 +320,9 @@ class _Rows:
             high = replace(low, rank=4 * ranks[0])
         below = self._octaves(law, low) - self._octaves(best, low)
         above = self._octaves(law, high) - self._octaves(best, high)
-        return (below + above) / 2, (above - below) / math.log2((high.rank or 1) / ranks[0])
+        return (below + above) / 2, (above - below) / math.log2(
+            (high.rank or 1) / ranks[0]
+        )
 
     def notes(self, fit: Fit) -> Iterator[str]:
         """Yield sentences on what the rows leave open."""
@@ -326,7 +333,9 @@ class _Rows:
                     f"rank {rank}: every run diverged, so its rate is no measurement, and may"
                     " diverge too"
                 )
-        at_rates = [observation_of(run, run.rank, math.log2(run.lr)) for run in self.runs]
+        at_rates = [
+            observation_of(run, run.rank, math.log2(run.lr)) for run in self.runs
+        ]
         for group, (x, end) in ends_of(at_rates).items():
             label = f"rank {group}" if group else "full finetuning"
             way = "below" if end == "lowest" else "above"
@@ -386,7 +395,9 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd]) -> Fit:
     return replace(fit, mean=mean, covariance=covariance, vertices=vertices)
 
 
-def _tensors(runs: Runs, observations: Sequence[Observation]) -> dict[str, np.ndarray[Any, Any]]:
+def _tensors(
+    runs: Runs, observations: Sequence[Observation]
+) -> dict[str, np.ndarray[Any, Any]]:
     """Return `Recipe.tensors`: the runs in reference coordinates, and at their own rates."""
     return {
         "rank": np.array([run.rank or 0 for run in runs], np.int64),

@@ -26,7 +26,14 @@ DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on
 ALIASES: dict[str, tuple[str, ...]] = {
     "rank": ("r", "lora_r", "lora_rank"),
     "lr": ("learning_rate",),
-    "loss": ("eval_loss", "val_loss", "validation_loss", "test_loss", "test_nll", "value"),
+    "loss": (
+        "eval_loss",
+        "val_loss",
+        "validation_loss",
+        "test_loss",
+        "test_nll",
+        "value",
+    ),
     "alpha": ("lora_alpha",),
     "rslora": ("use_rslora",),
     "init": (),
@@ -42,7 +49,15 @@ _PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's confi
 _ABSENT = ("", "nan", "none", "null")
 _NO_STEPS = ("-1", "-1.0")  # Trainer's max_steps, by default
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
+_TRUTH = {
+    "true": True,
+    "yes": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "0": False,
+    "": False,
+}
 _MOST = 100_000_000  # largest file, bytes
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -108,7 +123,9 @@ def read_sweep(source: Source, *, columns: Mapping[str, str] | None = None) -> S
     """
     rows = list(_rows(source))
     if not rows:
-        raise CalibrationError("The sweep has no rows.", "Give at least two rates of one rank.")
+        raise CalibrationError(
+            "The sweep has no rows.", "Give at least two rates of one rank."
+        )
     present: dict[str, None] = {}
     for place, row in rows:
         if not isinstance(row, Mapping):
@@ -161,7 +178,8 @@ def _rows(source: Source) -> Iterator[tuple[str, Any]]:
 def _listed(rows: Any, file: str) -> Iterator[tuple[str, Any]]:
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise CalibrationError(
-            f"A sweep is a list of rows, not a {type(rows).__name__}.", "Give dicts, or a file."
+            f"A sweep is a list of rows, not a {type(rows).__name__}.",
+            "Give dicts, or a file.",
         )
     return ((f"{file}row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -176,7 +194,9 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True
+    )
     try:
         columns = Counter(reader.fieldnames or ())
         if any(count > 1 for count in columns.values()):
@@ -225,7 +245,9 @@ def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str
 def _column_of(field: str, plain: Mapping[str, str]) -> str | None:
     """Return the column of a field or of its aliases, if there is one. plain: {column: name}."""
     columns = [column for column, name in plain.items() if name == field]
-    columns = columns or [column for column, name in plain.items() if name in ALIASES[field]]
+    columns = columns or [
+        column for column, name in plain.items() if name in ALIASES[field]
+    ]
     if len(columns) > 1:
         first = columns[0]
         raise CalibrationError(

@@ -46,7 +46,9 @@ def _of_one_value(runs: Runs, name: str, wanted: Any) -> Runs:
     value = values[0] if wanted is None and values else wanted
     matching = [run for run in runs if getattr(run, name) in (None, value)]
     if not matching:
-        raise CalibrationError(f"No row of the sweep has {name}={wanted!r}.", f"It has {listed}.")
+        raise CalibrationError(
+            f"No row of the sweep has {name}={wanted!r}.", f"It has {listed}."
+        )
     return [replace(run, **{name: value}) for run in matching]
 
 
@@ -56,13 +58,15 @@ def with_alpha(runs: Runs, alpha: float | str | None) -> Runs:
     """
     if alpha not in (None, "rank") and not is_within("alpha", alpha):
         raise CalibrationError(
-            f"alpha is {shown(alpha)}.", f"Give {range_of('alpha')}, or 'rank' if it follows it."
+            f"alpha is {shown(alpha)}.",
+            f"Give {range_of('alpha')}, or 'rank' if it follows it.",
         )
     if alpha is not None:
         runs = [_with_alpha(run, alpha) for run in runs]
     if len({run.alpha is None for run in runs if run.rank is not None}) > 1:
         raise CalibrationError(
-            "Some rows have an alpha and others do not.", "Give an alpha for those without."
+            "Some rows have an alpha and others do not.",
+            "Give an alpha for those without.",
         )
     return runs
 
@@ -105,7 +109,9 @@ def reference_of(runs: Runs) -> Reference:
     if not ranks:
         return Reference(method="full", fan_in=runs[0].fan_in, batch=batch)
     rank = ranks[(len(ranks) - 1) // 2]
-    run = min((run for run in runs if run.rank == rank), key=lambda run: run.alpha or 0.0)
+    run = min(
+        (run for run in runs if run.rank == rank), key=lambda run: run.alpha or 0.0
+    )
     alpha = float(rank) if run.alpha is None else run.alpha
     return Reference(rank, alpha, run.rslora, run.init or "A", run.fan_in, batch=batch)
 
@@ -116,7 +122,11 @@ def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
     If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to
     1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
     """
-    if reference.method == "lora" and run.rank is None and not (reference.fan_in or run.fan_in):
+    if (
+        reference.method == "lora"
+        and run.rank is None
+        and not (reference.fan_in or run.fan_in)
+    ):
         raise CalibrationError(
             "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
             "Give a fan-in, or leave out the rows of full finetuning.",
@@ -129,7 +139,9 @@ def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
     if run.alpha is not None:
         return Reference(run.rank, run.alpha, run.rslora, init, width), there
     scaling = math.sqrt((reference.rank or 1) / run.rank)
-    return replace(Reference.from_scaling(run.rank, scaling, init=init), fan_in=width), there
+    return replace(
+        Reference.from_scaling(run.rank, scaling, init=init), fan_in=width
+    ), there
 
 
 def observation_of(run: SweepRun, group: int | None, x: float) -> Observation:
@@ -167,7 +179,9 @@ def ends_of(observations: Sequence[Observation]) -> dict[int | None, GridEnd]:
     """
     ends: dict[int | None, GridEnd] = {}
     for rank in dict.fromkeys(o.rank for o in observations):
-        losses = mean_losses((round(o.x, 6), o.value) for o in observations if o.rank == rank)
+        losses = mean_losses(
+            (round(o.x, 6), o.value) for o in observations if o.rank == rank
+        )
         least = min(losses.values())
         best = [x for x, loss in losses.items() if loss == least]
         if len(losses) > 1 and len(best) == 1 and math.isfinite(least):

@@ -59,7 +59,9 @@ class Conformance:
     oracle: float
 
     def __str__(self) -> str:
-        names = ", ".join(dict.fromkeys(f"{f.convention} ({f.kind})" for f in self.factors))
+        names = ", ".join(
+            dict.fromkeys(f"{f.convention} ({f.kind})" for f in self.factors)
+        )
         probe = "does not apply" if self.probe is None else f"off by {self.probe:.1e}"
         return (
             f"{names}: {len(self.factors)} factors found in each of {self.builds} builds. "
@@ -115,7 +117,9 @@ def check_convention(
         probes = [error for build in builds for error in layer.probe(*build)]
         pairs = itertools.product(ranks, itertools.combinations(alphas, 2))
         errors = [layer.oracle(rank, pair) for rank, pair in pairs]
-    return Conformance(surveys[0].factors, len(surveys), max(probes, default=None), max(errors))
+    return Conformance(
+        surveys[0].factors, len(surveys), max(probes, default=None), max(errors)
+    )
 
 
 @contextmanager
@@ -168,7 +172,9 @@ class _Layer:
             raise _failed("found", error.cause, error.cure) from error
         if not survey.factors:
             raise _failed(
-                "found", "No pair is found, only other adapters.", "Register a Convention for it."
+                "found",
+                "No pair is found, only other adapters.",
+                "Register a Convention for it.",
             )
         for f in survey.factors:
             if name not in (None, f.convention):
@@ -222,7 +228,9 @@ class _Layer:
             outputs.append(self.run(module, *ones).clone())
         once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
         tolerance = 1e-9 * float(twice.abs().max())
-        if not once.any() or not torch.allclose(twice, 2 * once, rtol=1e-9, atol=tolerance):
+        if not once.any() or not torch.allclose(
+            twice, 2 * once, rtol=1e-9, atol=tolerance
+        ):
             return None
         return float(once.abs().max())
 
@@ -320,7 +328,9 @@ def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
     copies = dict(walk(second).parameters)
     for name, param in walk(first).parameters:
         if name in roles:
-            param.copy_(torch.randn(param.shape, generator=draw, dtype=torch.float64) / 4)
+            param.copy_(
+                torch.randn(param.shape, generator=draw, dtype=torch.float64) / 4
+            )
         if param.is_floating_point():
             copies[name].copy_(param * {"A": p, "B": q}.get(roles.get(name, ""), 1.0))
     return p, q
@@ -366,11 +376,16 @@ def trained(
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     survey, params = inspect_model(model), dict(walk(model).parameters)
     groups: list[dict[str, Any]] = []
-    for role, lr, eps, decay in (("A", lr_a, eps_a, decay_a), ("B", lr_b, eps_b, decay_b)):
+    for role, lr, eps, decay in (
+        ("A", lr_a, eps_a, decay_a),
+        ("B", lr_b, eps_b, decay_b),
+    ):
         factors = [params[f.name] for f in survey.factors if f.role == role]
         groups.append({"params": factors, "lr": lr, "eps": eps, "weight_decay": decay})
     if other_lr is not None and survey.other:
-        groups.append({"params": [params[name] for name in survey.other], "lr": other_lr})
+        groups.append(
+            {"params": [params[name] for name in survey.other], "lr": other_lr}
+        )
     optimizer = torch.optim.AdamW(groups, foreach=False)
     outputs = []
     target: Any = None
@@ -378,7 +393,9 @@ def trained(
         out = answer(model, *inputs)
         if target is None:
             source = torch.Generator().manual_seed(seed)
-            target = torch.randn(out.shape, generator=source, dtype=torch.float64).to(out)
+            target = torch.randn(out.shape, generator=source, dtype=torch.float64).to(
+                out
+            )
         outputs.append(out.detach())
         optimizer.zero_grad()
         (out - target).square().mean().backward()
@@ -390,7 +407,10 @@ def trained(
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     """Return the largest difference between two lists of outputs, relative to the largest."""
     scale = max(float(t.abs().max()) for t in first)
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True)) / scale
+    return (
+        max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+        / scale
+    )
 
 
 def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
@@ -398,7 +418,11 @@ def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
     transformers.
     """
     out: Any = model(*inputs)
-    for value in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
+    for value in (
+        out,
+        getattr(out, "logits", None),
+        getattr(out, "last_hidden_state", None),
+    ):
         if isinstance(value, torch.Tensor):
             return value
     raise InspectionError(

@@ -50,7 +50,10 @@ class LawConformance:
 
 
 def check_law(
-    law: str | Law, *, fan_in: float | Iterable[float] = (1.0, 4096.0), tolerance: float = 1e-9
+    law: str | Law,
+    *,
+    fan_in: float | Iterable[float] = (1.0, 4096.0),
+    tolerance: float = 1e-9,
 ) -> LawConformance:
     """Check that a law has the properties of every law.
 
@@ -146,11 +149,21 @@ def _ask(law: Law, factor: Factor, reference: Reference) -> float:
         value = law.multiplier(factor, reference)
     except Exception as error:  # a third-party law may raise anything
         raise _failed(
-            "positive", law, f"{where}, it raises {error!r}.", "Return a number for every factor."
+            "positive",
+            law,
+            f"{where}, it raises {error!r}.",
+            "Return a number for every factor.",
         ) from error
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 < value < math.inf
+    ):
         raise _failed(
-            "positive", law, f"{where}, it returns {value!r}.", "Return a positive finite number."
+            "positive",
+            law,
+            f"{where}, it returns {value!r}.",
+            "Return a positive finite number.",
         )
     return float(value)
 
@@ -173,7 +186,10 @@ def _check_same(
         if again != answers[pair]:
             cause = f"{_where(*pair)}, it returns {answers[pair]!r} and then {again!r}."
             raise _failed(
-                check, law, cause, "Use only the factor, the reference and the law's own fields."
+                check,
+                law,
+                cause,
+                "Use only the factor, the reference and the law's own fields.",
             )
 
 
@@ -209,7 +225,9 @@ def _check_toml(law: Law, answers: Answers) -> None:
     plain = "Use only numbers, strings, booleans and laws as fields."
     try:
         read = law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law))))
-    except Exception as error:  # tomli_w raises TypeError, a law's own check may raise anything
+    except (
+        Exception
+    ) as error:  # tomli_w raises TypeError, a law's own check may raise anything
         raise _failed("toml", law, f"it raises {error!r}.", plain) from error
     if read != law:
         raise _failed("toml", law, f"it is read back as {read!r}.", plain)

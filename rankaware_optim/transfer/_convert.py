@@ -89,7 +89,11 @@ class Conversion(Rate):
 
 
 def convert_lr(
-    lr: float | Rate, *, from_: ReferenceLike, to: ReferenceLike, law: str | Law = DEFAULT_LAW
+    lr: float | Rate,
+    *,
+    from_: ReferenceLike,
+    to: ReferenceLike,
+    law: str | Law = DEFAULT_LAW,
 ) -> Conversion:
     """Convert a rate tuned at one configuration to another.
 
@@ -147,13 +151,16 @@ def convert_lr(
     return converted
 
 
-def _at_widths(origin: Reference, target: Reference, large: float) -> tuple[Reference, Reference]:
+def _at_widths(
+    origin: Reference, target: Reference, large: float
+) -> tuple[Reference, Reference]:
     """Return both references with a width: their own, the other's, or `large` if the inits are
     equal.
     """
     width = origin.fan_in or target.fan_in
     before, after = (
-        "full finetuning" if r.method == "full" else init_text(r.init) for r in (origin, target)
+        "full finetuning" if r.method == "full" else init_text(r.init)
+        for r in (origin, target)
     )
     if width is None and before != after:
         raise InvalidReferenceError(
@@ -179,9 +186,13 @@ class _Move:
         exact = not self.changes and self.same_batch
         one = self.rate("lr", base, at_distance(self.law, self.of_a(self.target)))
         if self.target.method == "full":
-            return Conversion(one, lr_a=one, lr_b=one, exact=exact, notes=tuple(self.notes()))
+            return Conversion(
+                one, lr_a=one, lr_b=one, exact=exact, notes=tuple(self.notes())
+            )
         if self.changes:
-            lr_b = self.rate("lr_b", base, at_distance(self.law, self.of_b(self.target)))
+            lr_b = self.rate(
+                "lr_b", base, at_distance(self.law, self.of_b(self.target))
+            )
             return Conversion(one, lr_a=one, lr_b=lr_b, notes=tuple(self.notes()))
         # If only s changes, the rate of the factor that starts at zero undoes all of it.
         on_a, on_b = (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
@@ -208,7 +219,9 @@ class _Move:
         """Return the law's multiplier of B's rate at a reference, relative to A's rate at the
         origin.
         """
-        return checked_multiplier(self.law, replace(at.as_factor(), role="B"), self.origin)
+        return checked_multiplier(
+            self.law, replace(at.as_factor(), role="B"), self.origin
+        )
 
     @cached_property
     def changes(self) -> list[str]:
@@ -217,8 +230,14 @@ class _Move:
         """
         if self.origin.method != self.target.method:
             return ["method"]
-        names = ("fan_in",) if self.target.method == "full" else ("rank", "init", "fan_in")
-        return [name for name in names if getattr(self.origin, name) != getattr(self.target, name)]
+        names = (
+            ("fan_in",) if self.target.method == "full" else ("rank", "init", "fan_in")
+        )
+        return [
+            name
+            for name in names
+            if getattr(self.origin, name) != getattr(self.target, name)
+        ]
 
     @cached_property
     def ratio(self) -> float:
@@ -272,7 +291,9 @@ class _Move:
                 " high in the study's domains: try a quarter of the rate too, or calibrate there."
             )
             origin = replace(origin, init=self.target.init)
-        plan = make_plan(Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin))
+        plan = make_plan(
+            Survey((self.target.as_factor(),)), PlanOptions(self.law, tuned_at=origin)
+        )
         yield from (note for note in plan.notes if note != DISTANCE_NOTE)
 
     def notes_on_change(self) -> Iterator[str]:

@@ -114,7 +114,9 @@ class CoordinateCheck:
         layer, worst = max(self.slopes, key=lambda pair: abs(pair[1]))
         ranks = [row.rank for row in self.rows]
         verdict = "are rank-invariant" if self.ok else "are NOT rank-invariant"
-        which = "only layer" if len(self.slopes) == 1 else f"worst of {len(self.slopes)}"
+        which = (
+            "only layer" if len(self.slopes) == 1 else f"worst of {len(self.slopes)}"
+        )
         return (
             f"Feature updates {verdict} with {self.optimizer} at the rates of"
             f" {law_words(self.law)}: over ranks {min(ranks)} to {max(ranks)} the output's change"
@@ -124,7 +126,9 @@ class CoordinateCheck:
     def __str__(self) -> str:
         heads = [f.name for f in fields(CoordinateRow)]
         cells = [list(map(_cell, astuple(row))) for row in self.rows]
-        return text_table(heads, cells, lines=[self.sentence], left=("layer",), width=160)
+        return text_table(
+            heads, cells, lines=[self.sentence], left=("layer",), width=160
+        )
 
 
 def _cell(value: object) -> str:
@@ -190,13 +194,19 @@ def coordinate_check(  # noqa: PLR0913
     bound = bound_law(get_law(law), kind, stepper.settings)
     shapes = _shapes_of(model_or_shapes)
     if captured is not None:
-        batches = {name: unit_batch(name, *tensors) for name, tensors in captured.items()}
+        batches = {
+            name: unit_batch(name, *tensors) for name, tensors in captured.items()
+        }
     else:
         batches = _synthetic_batches(shapes, widths, tokens, seed)
     scalings = _scalings(scaling, ranks)
     first = next(iter(batches.values()))
-    at = Reference.from_scaling(ranks[0], scalings[ranks[0]], init="B" if init == "B" else "A")
-    probe = _Probe(stepper, bound, replace(at, fan_in=float(len(first.inputs))), scalings, init)
+    at = Reference.from_scaling(
+        ranks[0], scalings[ranks[0]], init="B" if init == "B" else "A"
+    )
+    probe = _Probe(
+        stepper, bound, replace(at, fan_in=float(len(first.inputs))), scalings, init
+    )
     base = probe.base_lr(first) if base is None else base
     rows: list[CoordinateRow] = []
     slopes: list[tuple[str, float]] = []
@@ -204,7 +214,9 @@ def coordinate_check(  # noqa: PLR0913
         of_layer = [probe.row(name, batch, rank, base) for rank in ranks]
         slopes.append((name, _slope(of_layer)))
         rows += of_layer
-    return CoordinateCheck(tuple(rows), tuple(slopes), base, bound, kind.__name__, tolerance)
+    return CoordinateCheck(
+        tuple(rows), tuple(slopes), base, bound, kind.__name__, tolerance
+    )
 
 
 def _class_of(optimizer: type[Optimizer] | str) -> type[Optimizer]:
@@ -218,7 +230,9 @@ def _check_request(
     ranks: object, widths: object, tokens: int, steps: int, init: str, lr: float | None
 ) -> None:
     if not _are_whole(ranks) or len(set(ranks)) < 2:
-        raise _refused("ranks", ranks, "Give at least two positive ranks, such as (4, 64).")
+        raise _refused(
+            "ranks", ranks, "Give at least two positive ranks, such as (4, 64)."
+        )
     if widths is not None and not _are_whole(widths):
         cure = "Give fan-ins, such as (256, 1024), or leave them out."
         raise _refused("widths", widths, cure)
@@ -228,11 +242,15 @@ def _check_request(
         if count < 1:
             raise _refused(name, count, "Give a positive whole number.")
     if init not in ("A", "B"):
-        raise _refused("init", init, "Give 'A' (B starts at zero) or 'B' (A starts at zero).")
+        raise _refused(
+            "init", init, "Give 'A' (B starts at zero) or 'B' (A starts at zero)."
+        )
 
 
 def _scalings(scaling: ScalingOf, ranks: Sequence[int]) -> dict[int, float]:
-    return {rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks}
+    return {
+        rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks
+    }
 
 
 def _refused(name: str, value: object, cure: str) -> LawError:
@@ -284,7 +302,10 @@ def _name_of(shape: object) -> str:
 
 
 def _synthetic_batches(
-    shapes: Mapping[str, tuple[int, int]], widths: Sequence[int] | None, tokens: int, seed: int
+    shapes: Mapping[str, tuple[int, int]],
+    widths: Sequence[int] | None,
+    tokens: int,
+    seed: int,
 ) -> dict[str, Batch]:
     batches = {}
     for name, (n_out, n_in) in shapes.items():
@@ -397,10 +418,14 @@ def plot_coordinates(check: CoordinateCheck, path: str | Path) -> Path:
         _draw_sizes(axis, sorted(rows, key=lambda row: row.rank))
         axis.set_title(f"{short(layer)}: r^{slope:+.2f}", fontsize=10, parse_math=False)
     axes[0].set_ylabel("rms per entry")
-    figure.suptitle(fill(check.sentence, int(13 * width)), fontsize=10, parse_math=False)
+    figure.suptitle(
+        fill(check.sentence, int(13 * width)), fontsize=10, parse_math=False
+    )
     columns = 3 if width < 11 else 6
     labelled = axes[0].get_legend_handles_labels()
-    figure.legend(*labelled, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        *labelled, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     return save(figure, path)
 
 
@@ -414,7 +439,9 @@ def _draw_sizes(axis: Any, rows: Sequence[CoordinateRow]) -> None:
         else:
             axis.plot((), (), label=f"{label}: zero", **style)
     changes = [row.change for row in rows]
-    axis.plot(ranks, changes, "o-", color=COLOURS[0], linewidth=2.5, label="whole change")
+    axis.plot(
+        ranks, changes, "o-", color=COLOURS[0], linewidth=2.5, label="whole change"
+    )
     flat = {"color": "0.5", "linestyle": "--", "linewidth": 1, "zorder": 0}
     axis.axhline(changes[0], label="flat, as wanted", **flat)
     axis.set_xscale("log", base=2)

@@ -12,7 +12,11 @@ from ..laws import DEFAULT_LAW
 
 
 def survey_rates(
-    survey: Survey, *, lr: float | None = None, law: str = DEFAULT_LAW, tuned_at: str | None = None
+    survey: Survey,
+    *,
+    lr: float | None = None,
+    law: str = DEFAULT_LAW,
+    tuned_at: str | None = None,
 ) -> tuple[Survey, Mapping[str, Rated]]:
     """Return a survey with the law's notes, and each factor's rate by name. Without `lr` there are
     no rates.

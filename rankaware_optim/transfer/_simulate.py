@@ -53,7 +53,10 @@ class Stepper(NamedTuple):
         if hasattr(opt, "train"):  # schedule-free optimizers step in training mode only
             opt.train()
         for group in opt.param_groups:
-            if "weight_decay" in group and not known_optimizer(self.optimizer)[1].needs_decay:
+            if (
+                "weight_decay" in group
+                and not known_optimizer(self.optimizer)[1].needs_decay
+            ):
                 group["weight_decay"] = 0.0
         return opt
 
@@ -75,7 +78,9 @@ def synthetic(fan_in: int, fan_out: int, tokens: int, seed: int = 0) -> Batch:
 
 
 def _columns(fan: int, tokens: int, source: torch.Generator) -> torch.Tensor:
-    drawn = torch.randn(fan, tokens, generator=source, dtype=torch.float32, device="cpu")
+    drawn = torch.randn(
+        fan, tokens, generator=source, dtype=torch.float32, device="cpu"
+    )
     return drawn / drawn.square().mean(dim=0).sqrt()
 
 
@@ -94,7 +99,9 @@ def _zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
-def step_pair(batch: Batch, start: Pair, stepper: Stepper, lr_a: float, lr_b: float) -> Pair:
+def step_pair(
+    batch: Batch, start: Pair, stepper: Stepper, lr_a: float, lr_b: float
+) -> Pair:
     """Return the pair after the optimizer's steps from `start`, which is not changed."""
     x, g = batch
     s = start.scaling
@@ -243,7 +250,9 @@ def capture(
         loss = _loss_of(model, run)
         names = [name for name, (_, output) in passed.items() if output.requires_grad]
         outputs = [passed[name][1] for name in names]
-        gradients = torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if names else ()
+        gradients = (
+            torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if names else ()
+        )
     captured = {}
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is not None:
@@ -256,9 +265,15 @@ def capture(
     return captured
 
 
-def _loss_of(model: nn.Module, run: Callable[[nn.Module], torch.Tensor]) -> torch.Tensor:
+def _loss_of(
+    model: nn.Module, run: Callable[[nn.Module], torch.Tensor]
+) -> torch.Tensor:
     loss: object = run(model)
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+    if (
+        not isinstance(loss, torch.Tensor)
+        or loss.numel() != 1
+        or not loss.requires_grad
+    ):
         raise LawError(
             "run(model) returned no loss to differentiate.",
             "Return a scalar tensor with a gradient.",

@@ -82,7 +82,9 @@ _MATCHED_MUON = Step(
 RULES: dict[str, Step] = {
     "as AdamW": Step(0.0, 0.0),
     "steps of AdamW's size": Step(
-        0.0, 0.5, "{} has no published rate: that of AdamW is used, whose steps have the same size."
+        0.0,
+        0.5,
+        "{} has no published rate: that of AdamW is used, whose steps have the same size.",
     ),
     "Lion's rule": Step(
         -math.log2(30) / 2,
@@ -125,7 +127,9 @@ class Suggestion(Rate):
             f"The best rate is between {self.low:.1e} and {self.high:.1e} with about 90 %"
             " probability"
         )
-        return " ".join([f"{where}: start with lr {self.lr:.1e}. {band}.", *self.notes, _NARROW])
+        return " ".join(
+            [f"{where}: start with lr {self.lr:.1e}. {band}.", *self.notes, _NARROW]
+        )
 
 
 class _Case(NamedTuple):
@@ -207,7 +211,9 @@ def suggest_lr(
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def _rule(optimizer: type[Optimizer] | str, settings: Mapping[str, Any]) -> tuple[str, Step]:
+def _rule(
+    optimizer: type[Optimizer] | str, settings: Mapping[str, Any]
+) -> tuple[str, Step]:
     """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its
     base class.
     """
@@ -258,16 +264,20 @@ def _case(
             "Give one of them, such as Reference(rank=16, alpha=32, fan_in=4096).",
         )
     walked = walk(model)
-    survey = survey_of(walked, method=method, init=init if init in ("A", "B") else None)  # type: ignore[arg-type]
+    read_as: Any = init if init in ("A", "B") else None
+    survey = survey_of(walked, method=method, init=read_as)
     if init is None and _neither_zero(survey):
         declared = (
-            fields.get("init_lora_weights") for fields in configs_of(walked.modules).values()
+            fields.get("init_lora_weights")
+            for fields in configs_of(walked.modules).values()
         )
         init = next(filter(None, map(published_init, declared)), None)
     return _surveyed(survey, method, init, dora)
 
 
-def _surveyed(survey: Survey, method: Method, init: str | bool | None, dora: bool | None) -> _Case:
+def _surveyed(
+    survey: Survey, method: Method, init: str | bool | None, dora: bool | None
+) -> _Case:
     reference = Reference(method="full") if method == "full" else survey.dominant()
     if reference.method == "full":
         return _with_init(
@@ -348,7 +358,9 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
     at = case.reference
     if at.fan_in is None:
         at = replace(at, fan_in=NO_WIDTH)
-        yield Step(0.0, NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
+        yield Step(
+            0.0, NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed."
+        )
     yield Step(math.log2(checked_multiplier(_LAW, at.as_factor(), PUBLISHED)), 0.0)
     if task == "other":
         yield Step(
@@ -378,7 +390,9 @@ def _lora_steps(case: _Case, rank: int, fan_in: float) -> Iterator[Step]:
     at = case.reference
     yield from _outside("fan-in", fan_in, WIDTHS, WIDTH_SD)
     yield from _outside("rank", rank, RANKS, RANK_SD)
-    yield Step(0.0, ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
+    yield Step(
+        0.0, ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0)))
+    )
     if at.init == "B":
         yield Step(
             0.0,
@@ -391,7 +405,9 @@ def _lora_steps(case: _Case, rank: int, fan_in: float) -> Iterator[Step]:
         yield DORA
 
 
-def _outside(what: str, value: float, known: tuple[float, float], sd: float) -> Iterator[Step]:
+def _outside(
+    what: str, value: float, known: tuple[float, float], sd: float
+) -> Iterator[Step]:
     low, high = known
     octaves = max(0.0, math.log2(low / value), math.log2(value / high))
     if octaves:

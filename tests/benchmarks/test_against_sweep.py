@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 
 
 @pytest.fixture
@@ -49,14 +51,24 @@ def test_a_search_keeps_every_run(load, case):
             next(run)
         run.close()
     (kept,) = spent
-    assert (kept.rank, kept.x, kept.seed, kept.steps, kept.loss) == (4, -9.0, 7, steps, loss)
+    assert (kept.rank, kept.x, kept.seed, kept.steps, kept.loss) == (
+        4,
+        -9.0,
+        7,
+        steps,
+        loss,
+    )
     assert searches.Run(*json.loads(json.dumps(kept))) == kept
 
 
 def test_arms_add_up_what_runs_took(load):
     """Steps and seconds of a rank are the sums of its runs, read from a file or not."""
     searches = load("calibration.searches")
-    runs = [(4, -9.0, 0, 10, 1.0, 0.5), (4, None, 1, 5, 0.5, None), (0, -12.0, 0, 3, 0.9, 0.4)]
+    runs = [
+        (4, -9.0, 0, 10, 1.0, 0.5),
+        (4, None, 1, 5, 0.5, None),
+        (0, -12.0, 0, 3, 0.9, 0.4),
+    ]
     assert searches.by_arm(runs) == {4: (15, 1.5), 0: (3, 0.9)}
 
 
@@ -71,7 +83,9 @@ def test_regret_has_units_and_seeds(load):
         for x, each in losses.items()
         for seed, loss in zip((3, 4, 5), each, strict=True)
     }
-    found = scores.score(done, 1.2, ("Init[A], s = 1", "x", 4), (cell, -8.0), (cell, -9.0))
+    found = scores.score(
+        done, 1.2, ("Init[A], s = 1", "x", 4), (cell, -8.0), (cell, -9.0)
+    )
     assert (found.domain, found.name, found.rank) == ("image_generation", "x", 4)
     assert (found.regret, found.loss) == pytest.approx((0.1, 0.1))
     assert found.by_seed == pytest.approx((0.1, 0.0, 0.2))

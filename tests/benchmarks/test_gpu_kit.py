@@ -16,7 +16,9 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 A, B, FULL = "Init[A], s = 1", "Init[B], s = 1", "full"
 
 
@@ -51,7 +53,10 @@ def test_every_piece_runs_on_a_cpu(tried: Path) -> None:
     }
     assert rows.keys() == {"step_cost", "width", "made_up"}
     assert {
-        row["machine"]["device"] for each in rows.values() for row in each if "machine" in row
+        row["machine"]["device"]
+        for each in rows.values()
+        for row in each
+        if "machine" in row
     } == {"cpu"}
     tests = json.loads((tried / "tests.json").read_text())["rows"]
     assert {row["outcome"] for row in tests} == {"passed", "skipped"}
@@ -104,7 +109,10 @@ def by_law(width: Any, law: str) -> dict[Any, float]:
         config: next(key for key in sorted(cells) if key[1:] == (config, rank))
         for config, rank in SOURCES
     }
-    return {key: move(width.place_of(first[key[1]]), width.place_of(key), -8.0) for key in cells}
+    return {
+        key: move(width.place_of(first[key[1]]), width.place_of(key), -8.0)
+        for key in cells
+    }
 
 
 SOURCES = ((A, 16), (B, 16), (FULL, 0))
@@ -143,12 +151,18 @@ def test_octaves_in_width_are_the_hypotheses(
 ) -> None:
     """From 512 to 4096 at rank 16, as the docstring says."""
     rates = by_law(width, law)
-    assert rates[4096, config, rank] - rates[512, config, rank] == pytest.approx(octaves, abs=0.05)
+    assert rates[4096, config, rank] - rates[512, config, rank] == pytest.approx(
+        octaves, abs=0.05
+    )
 
 
 @pytest.mark.parametrize(
     ("law", "narrow", "wide"),
-    [("µA, falling at B", -2.1, -2.7), ("µA, r^-1/2 above 4 at B", -2.6, -3.5), ("µA", -0.1, 0.0)],
+    [
+        ("µA, falling at B", -2.1, -2.7),
+        ("µA, r^-1/2 above 4 at B", -2.6, -3.5),
+        ("µA", -0.1, 0.0),
+    ],
 )
 def test_octaves_in_rank_are_the_hypotheses(
     width: Any, law: str, narrow: float, wide: float
@@ -164,7 +178,11 @@ def test_octaves_in_rank_are_the_hypotheses(
     [
         ("µA, falling at B", 0, "the package's law holds"),
         ("µA", 0, "µA in place of the package's law"),
-        ("µA, r^-1/2 above 4 at B", 0, "µA, r^-1/2 above 4 at B in place of the package's law"),
+        (
+            "µA, r^-1/2 above 4 at B",
+            0,
+            "µA, r^-1/2 above 4 at B in place of the package's law",
+        ),
         ("µA", 2, "the package's law holds"),
         ("one rate", 2, "one rate in place of the package's law"),
         ("n^-1/2", 4, "the package's law holds"),
@@ -189,7 +207,9 @@ def test_the_rule_settles_nothing_where_estimators_disagree(width: Any) -> None:
 def test_the_packages_law_does_not_replace_itself(width: Any) -> None:
     """Where the package's law is an octave off and every other further, nothing is settled."""
     bent = {512: 0.0, 1024: 1.0, 2048: 1.0, 4096: 0.0}
-    rates = {key: x + bent[key[0]] for key, x in by_law(width, "µA, falling at B").items()}
+    rates = {
+        key: x + bent[key[0]] for key, x in by_law(width, "µA, falling at B").items()
+    }
     assert "nothing is settled" in width.verdict(width.QUESTIONS[5], [rates, rates])
 
 

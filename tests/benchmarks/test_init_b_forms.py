@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 WIDTH = 512.0
 
 
@@ -32,15 +34,26 @@ def named(forms: Any, name: str) -> Any:
 
 def site(forms: Any, rank: int) -> Any:
     """A rank at Init[B]; 0 for full finetuning."""
-    return forms.Site("B", rank, 1.0, WIDTH) if rank else forms.Site("full", 1, 1.0, WIDTH)
+    return (
+        forms.Site("B", rank, 1.0, WIDTH) if rank else forms.Site("full", 1, 1.0, WIDTH)
+    )
 
 
-def place(forms: Any, rank: int, best: float, floor: float | None = 0.0, start: float = 2.0) -> Any:
+def place(
+    forms: Any, rank: int, best: float, floor: float | None = 0.0, start: float = 2.0
+) -> Any:
     """A bowl about a best rate, which both estimators find."""
     tried = {float(x): 1.0 + (x - best) ** 2 / 10 for x in range(-20, 1)}
     scheme = "Init[B], s = 1" if rank else "full"
     return leave().Place(
-        scheme, site(forms, rank), WIDTH, {"vertex": best, "cliff": best}, tried, 1.0, start, floor
+        scheme,
+        site(forms, rank),
+        WIDTH,
+        {"vertex": best, "cliff": best},
+        tried,
+        1.0,
+        start,
+        floor,
     )
 
 
@@ -48,7 +61,8 @@ def following(forms: Any, exponent: float, top: float) -> list[Any]:
     """A domain whose best rates lie (n / r)^exponent above full finetuning's."""
     full = [place(forms, 0, top)]
     return [
-        place(forms, rank, top + exponent * math.log2(WIDTH / rank)) for rank in (4, 16, 64)
+        place(forms, rank, top + exponent * math.log2(WIDTH / rank))
+        for rank in (4, 16, 64)
     ] + full
 
 
@@ -67,8 +81,12 @@ def test_a_form_moves_a_rate_to_full_finetuning(
     forms: Any, name: str, constants: dict[str, float], octaves: float
 ):
     """From rank 16 by its equation; µA itself moves it by no more than its second term, a fifth of an octave."""
-    moved = named(forms, name).move(site(forms, 16), site(forms, 0), -6.0, constants) + 6.0
-    assert moved == pytest.approx(octaves, abs=0.2 if "µA" in name or "k" in constants else 1e-9)
+    moved = (
+        named(forms, name).move(site(forms, 16), site(forms, 0), -6.0, constants) + 6.0
+    )
+    assert moved == pytest.approx(
+        octaves, abs=0.2 if "µA" in name or "k" in constants else 1e-9
+    )
 
 
 def test_falling_is_the_packages(forms: Any):
@@ -79,7 +97,9 @@ def test_falling_is_the_packages(forms: Any):
     for knee, rank in ((4.0, 64), (16.0, 1), (2.0, 512)):
         factor = Factor("w", "A", rank, int(WIDTH), int(WIDTH), scaling=1.0, init="B")
         moved = (
-            named(forms, "Falling").move(site(forms, 16), site(forms, rank), -6.0, {"k": knee})
+            named(forms, "Falling").move(
+                site(forms, 16), site(forms, rank), -6.0, {"k": knee}
+            )
             + 6.0
         )
         assert moved == pytest.approx(
@@ -87,7 +107,9 @@ def test_falling_is_the_packages(forms: Any):
         )
 
 
-@pytest.mark.parametrize("form", ["weakened µA", "Falling, level", "power, level", "no fall"])
+@pytest.mark.parametrize(
+    "form", ["weakened µA", "Falling, level", "power, level", "no fall"]
+)
 @pytest.mark.parametrize(("a", "b"), [(1, 64), (16, 0)])
 def test_a_move_and_its_way_back_are_inverse(forms: Any, form: str, a: int, b: int):
     """Moved there and back a rate is itself, whichever way a form reads it."""
@@ -101,7 +123,9 @@ def test_a_move_and_its_way_back_are_inverse(forms: Any, form: str, a: int, b: i
 def test_the_weakened_condition_reads_the_rate(forms: Any):
     """Low rates are moved by its first term, w below full finetuning's; at high ones an octave of rank 16 is two."""
     form, of = named(forms, "weakened µA"), {"w": 0.125, "T": 1.0, "b": 8.0}
-    moved = [form.move(site(forms, 16), site(forms, 0), x, of) for x in (-30.0, 5.0, 6.0)]
+    moved = [
+        form.move(site(forms, 16), site(forms, 0), x, of) for x in (-30.0, 5.0, 6.0)
+    ]
     assert moved[0] == pytest.approx(-33.0, abs=1e-3)
     assert moved[2] - moved[1] == pytest.approx(2.0, abs=1e-3)
 
@@ -113,7 +137,10 @@ def test_constants_are_chosen_on_the_other_domains(forms: Any):
         "b": following(forms, 0.5, -11.0),
         "c": following(forms, 0.25, -10.0),
     }
-    found = {(fit.criterion, fit.domain): fit for fit in forms.fits(named(forms, "power"), places)}
+    found = {
+        (fit.criterion, fit.domain): fit
+        for fit in forms.fits(named(forms, "power"), places)
+    }
     for criterion in leave().CRITERIA:
         fit = found[criterion, "c"]
         assert fit.constants == {"p": pytest.approx(0.5)}
@@ -131,7 +158,12 @@ def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
     ]
     found = list(leave().moves(named(forms, "power"), {"p": 0.0}, places))
     assert [
-        (move.use, round(move.off["vertex"], 9), round(move.regret, 9), round(move.beyond, 9))
+        (
+            move.use,
+            round(move.off["vertex"], 9),
+            round(move.regret, 9),
+            round(move.beyond, 9),
+        )
         for move in found
     ] == [
         ("between ranks", 1.0, 0.1, 0.0),
@@ -144,7 +176,10 @@ def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
 @pytest.mark.parametrize(
     ("others", "expected"),
     [
-        ({"power": (0.5, 0.12)}, "power"),  # one constant against two, within .1 octaves
+        (
+            {"power": (0.5, 0.12)},
+            "power",
+        ),  # one constant against two, within .1 octaves
         ({"power": (0.65, 0.12)}, "knee and power"),  # further off
         (
             {"power": (0.5, 0.12), "Falling": (0.5, 0.11)},

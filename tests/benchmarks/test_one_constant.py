@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 CELL = ("language", "full | as it is", 0)
 
 
@@ -26,20 +28,28 @@ def one_constant(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def loss(x: float, seed: int, best: float) -> float:
     """A bowl with a cliff an octave above its lowest, which seeds raise."""
-    return 1.0 + (x - best) ** 2 / 20 + 0.01 * seed + (math.inf if x > best + 2 else 0.0)
+    return (
+        1.0 + (x - best) ** 2 / 20 + 0.01 * seed + (math.inf if x > best + 2 else 0.0)
+    )
 
 
-def run(one_constant: Any, guess: int, best: float) -> tuple[dict[Any, float | None], int]:
+def run(
+    one_constant: Any, guess: int, best: float
+) -> tuple[dict[Any, float | None], int]:
     """All runs that a cell asks for, and how often it asked."""
     task, done, asked = one_constant.Around(CELL, guess), {}, 0
     while jobs := task.wanted(done):
         asked += 1
         found = {job: loss(job.x, job.seed, best) for job in jobs}
-        done |= {job: value if math.isfinite(value) else None for job, value in found.items()}
+        done |= {
+            job: value if math.isfinite(value) else None for job, value in found.items()
+        }
     return done, asked
 
 
-@pytest.mark.parametrize("config", ["Init[A], s = 1", "Init[A], s = 1/r", "Init[B], s = 1", "full"])
+@pytest.mark.parametrize(
+    "config", ["Init[A], s = 1", "Init[A], s = 1/r", "Init[B], s = 1", "full"]
+)
 @pytest.mark.parametrize("x", [-14.0, -9.0, -4.0])
 def test_a_constant_and_its_rate_are_inverse(one_constant, config, x):
     """The rate at the constant of a rate is that rate, in every configuration."""
@@ -77,15 +87,23 @@ def test_a_cell_cut_short_has_no_estimate(one_constant):
     """Without the half octaves of every seed nothing is estimated."""
     done, _ = run(one_constant, -9, best=-9.0)
     assert (
-        one_constant.estimate({job: v for job, v in done.items() if job.seed < 2}, CELL, 2.0)
+        one_constant.estimate(
+            {job: v for job, v in done.items() if job.seed < 2}, CELL, 2.0
+        )
         is None
     )
 
 
 def test_four_times_the_batch_has_one_seed(one_constant):
     """Where a run costs four, whole octaves from one to either side and half octaves of one seed are an estimate."""
-    cell, arm, done = ("language", "full | batch × 4", 0), one_constant.ARMS["batch × 4"], {}
+    cell, arm, done = (
+        ("language", "full | batch × 4", 0),
+        one_constant.ARMS["batch × 4"],
+        {},
+    )
     while jobs := one_constant.Around(cell, -9, arm.seeds, arm.wide).wanted(done):
         done |= {job: loss(job.x, job.seed, best=-9.0) for job in jobs}
     assert sorted(job.x for job in done) == [-10.0, -9.5, -9.0, -8.5, -8.0]
-    assert one_constant.estimate(done, cell, 2.0, arm.seeds).middle == pytest.approx(-9.0, abs=0.05)
+    assert one_constant.estimate(done, cell, 2.0, arm.seeds).middle == pytest.approx(
+        -9.0, abs=0.05
+    )

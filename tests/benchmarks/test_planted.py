@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 
 
 def test_every_bug_has_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +19,9 @@ def test_every_bug_has_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     planted = importlib.import_module("attacks.planted")
     misplaced = []
     for bug in planted.BUGS:
-        times = (planted.PACKAGE / bug.file).read_text(encoding="utf-8").count(bug.before)
+        times = (
+            (planted.PACKAGE / bug.file).read_text(encoding="utf-8").count(bug.before)
+        )
         if times != 1:
             misplaced.append(f"{bug.file} has {times} times: {bug.before}")
     assert not misplaced, "\n".join(misplaced)

@@ -16,7 +16,9 @@ from click.testing import CliRunner
 from rankaware_optim.sweeps._io import read_sweep
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 NAME = "rank_x_lr_results.json"
 
 
@@ -38,7 +40,10 @@ def accuracies(tmp_path: Path) -> Path:
     path = tmp_path / NAME
     path.write_text(
         json.dumps(
-            {"lora": {"ranks": ranks}, "dora": {"ranks": {"4": {"lrs": [1.0], "acc": [1.0]}}}}
+            {
+                "lora": {"ranks": ranks},
+                "dora": {"ranks": {"4": {"lrs": [1.0], "acc": [1.0]}}},
+            }
         )
     )
     return path
@@ -58,7 +63,9 @@ def test_laws_are_scored_on_a_known_file(
 ) -> None:
     """A law that moves the best rate by an octave is right, one that keeps it is an octave off."""
     path = accuracies(tmp_path)
-    known = replace(published.SOURCES[NAME], sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    known = replace(
+        published.SOURCES[NAME], sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     monkeypatch.setitem(published.SOURCES, NAME, known)
     worst = {
         row["law"]: row["worst_octaves"]

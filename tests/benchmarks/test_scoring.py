@@ -26,7 +26,9 @@ from rankaware_optim import (
 from rankaware_optim.laws import DEFAULT_LAW
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 LAWS = [
     MuA(),
     MuA(tokens=None),
@@ -76,7 +78,9 @@ def drawn(
 
 @pytest.mark.parametrize("best", ["parabola", "bowl"])
 @pytest.mark.parametrize("law", LAWS, ids=repr)
-def test_the_law_a_sweep_was_drawn_from_errs_by_nothing(scoring: Any, law: Law, best: str) -> None:
+def test_the_law_a_sweep_was_drawn_from_errs_by_nothing(
+    scoring: Any, law: Law, best: str
+) -> None:
     """The true law scores 0 octaves by the parabola; over octaves it loses what straight lines overstate."""
     (score,) = scoring.bench_law(drawn(law, seeds=(0, 1)), [law], best=best)
     assert (len(score.moves), score.off_grid) == (6, 0)
@@ -88,7 +92,9 @@ WRONG = [(0.5, "constant"), (-0.25, "constant"), (0.5, "power?exponent=1,law=con
 
 
 @pytest.mark.parametrize(("exponent", "law"), WRONG)
-def test_a_wrong_power_errs_by_its_octaves(scoring: Any, exponent: float, law: str) -> None:
+def test_a_wrong_power_errs_by_its_octaves(
+    scoring: Any, exponent: float, law: str
+) -> None:
     """A law wrong by an exponent errs by it times the octaves of rank, up one way and down the other."""
     (score,) = scoring.bench_law(drawn(Power(exponent=exponent, law=Constant())), [law])
     off = 0.5 if law.startswith("power") else -exponent
@@ -104,7 +110,9 @@ def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
     )
     up = next(move for move in score.moves if move.target.rank == 64)
     lowest = 1 + 0.1 * 0.3**2  # the best rate is -8.3, the nearest tried -8
-    true = 1 + 0.1 * 1.0**2  # the rate moved there is -9.3, and the spline is close to the parabola
+    true = (
+        1 + 0.1 * 1.0**2
+    )  # the rate moved there is -9.3, and the spline is close to the parabola
     assert up.lost == pytest.approx((true - lowest) / lowest, abs=0.01)
     assert up.lost != pytest.approx(
         (true - 1) / lowest, abs=0.005
@@ -113,17 +121,24 @@ def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
 
 def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart(scoring: Any) -> None:
     """Off the grid the loss is not known; among diverged runs it is infinite."""
-    rows = drawn(Power(exponent=1.0, law=Constant()), ranks=(4, 64), exponents=range(-13, -4))
+    rows = drawn(
+        Power(exponent=1.0, law=Constant()), ranks=(4, 64), exponents=range(-13, -4)
+    )
     (off,) = scoring.bench_law(rows, ["power?exponent=-1,law=constant"])
     assert (off.off_grid, off.row()["median_loss"]) == (2, None)
-    (cliff,) = scoring.bench_law(drawn(Constant(), cliff=-8), ["power?exponent=1,law=constant"])
+    (cliff,) = scoring.bench_law(
+        drawn(Constant(), cliff=-8), ["power?exponent=1,law=constant"]
+    )
     assert cliff.row()["worst_loss"] == math.inf
     assert "diverged" in scoring.score_table([cliff])
 
 
 def test_the_default_law_is_among_those_scored(scoring: Any) -> None:
     """A sweep at Init[B] that falls as the default law says is moved best by it, without naming a law."""
-    worst = {score.label: score.worst for score in scoring.bench_law(drawn(Falling(), init="B"))}
+    worst = {
+        score.label: score.worst
+        for score in scoring.bench_law(drawn(Falling(), init="B"))
+    }
     assert min(worst, key=lambda label: worst[label]) == DEFAULT_LAW
 
 
@@ -132,11 +147,15 @@ def test_what_does_not_compare_is_not_compared(scoring: Any) -> None:
     rows = [*drawn(MuA()), *({**row, "model": "n"} for row in drawn(MuA()))]
     rows += [{**row, "batch": 8} for row in drawn(MuA())] + drawn(Constant(), init="B")
     rows += [{**row, "rank": "full"} for row in drawn(MuA())]
-    rows += [{**row, "rank": 256} for row in drawn(MuA(), ranks=(16,), exponents=range(-9, -3))]
+    rows += [
+        {**row, "rank": 256}
+        for row in drawn(MuA(), ranks=(16,), exponents=range(-9, -3))
+    ]
     (score,) = scoring.bench_law(rows, ["mua"])
     assert len(score.moves) == 4 * 6
     assert all(
-        (m.source.batch, m.source.init) == (m.target.batch, m.target.init) for m in score.moves
+        (m.source.batch, m.source.init) == (m.target.batch, m.target.init)
+        for m in score.moves
     )
     assert {m.target.rank for m in score.moves} == set(RANKS)
 
@@ -153,16 +172,27 @@ def test_order_and_units_do_not_matter(
         return sorted(move.octaves for move in score.moves)
 
     rows = drawn(Power(exponent=0.25), seeds=(0, 1))
-    moved = [{**row, "loss": scale * (row["loss"] + offset), "lr": row["lr"] * 3} for row in rows]
+    moved = [
+        {**row, "loss": scale * (row["loss"] + offset), "lr": row["lr"] * 3}
+        for row in rows
+    ]
     assert octaves_of(random.Random(seed).sample(moved, len(moved))) == pytest.approx(
         octaves_of(rows), abs=1e-6
     )
 
 
 BAD = [
-    (lambda: [{**row, "alpha": None} for row in drawn(MuA())], {}, "has no alpha.*alpha="),
+    (
+        lambda: [{**row, "alpha": None} for row in drawn(MuA())],
+        {},
+        "has no alpha.*alpha=",
+    ),
     (lambda: drawn(MuA(), ranks=(16,)), {}, "No model of the sweep has two ranks"),
-    (lambda: drawn(MuA(), exponents=range(-6, -3)), {}, "No model of the sweep has two ranks"),
+    (
+        lambda: drawn(MuA(), exponents=range(-6, -3)),
+        {},
+        "No model of the sweep has two ranks",
+    ),
     (lambda: drawn(MuA()), {"best": "guess"}, "best is 'guess'"),
 ]
 
@@ -176,7 +206,9 @@ def test_a_sweep_that_measures_no_law_is_refused(
         scoring.bench_law(rows(), ["mua"], **options)
 
 
-def test_a_law_without_a_usable_multiplier_is_refused(scoring: Any, own_module: Path) -> None:
+def test_a_law_without_a_usable_multiplier_is_refused(
+    scoring: Any, own_module: Path
+) -> None:
     """A negative multiplier is the law's error."""
     with pytest.raises(LawError, match="as the multiplier"):
         scoring.bench_law(drawn(MuA()), ["test_law_module:Negative"])
@@ -199,7 +231,9 @@ def test_a_vertex_lies_inside_the_grid_or_nowhere(
     scoring: Any, curve: dict[float, float], vertex: float | None
 ) -> None:
     """The parabola's lowest point on an uneven grid, half a step below a cliff, and None at an end."""
-    assert scoring.vertex_of(curve) == (None if vertex is None else pytest.approx(vertex))
+    assert scoring.vertex_of(curve) == (
+        None if vertex is None else pytest.approx(vertex)
+    )
 
 
 def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: Path) -> None:
@@ -212,4 +246,7 @@ def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: Path) -> 
     assert all(f" {label} " in done.output for label in ("mua", "test_law_module:Bare"))
     assert "40 moves between 10 ranks of 2 models" in done.output
     refused = CliRunner().invoke(script.main, ["score", "--law", "nua"])
-    assert (refused.exit_code, refused.output.startswith("Error: Unknown law 'nua'")) == (1, True)
+    assert (
+        refused.exit_code,
+        refused.output.startswith("Error: Unknown law 'nua'"),
+    ) == (1, True)

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +92,13 @@ def test_a_failing_run_loses_nothing(tmp_path: Path) -> None:
         return 1.0
 
     with pytest.raises(ValueError, match="boom"):
-        complete(Listed([job(4, -5), job(4, -6)]), run, tmp_path / "s.jsonl", 1, lambda text: None)
+        complete(
+            Listed([job(4, -5), job(4, -6)]),
+            run,
+            tmp_path / "s.jsonl",
+            1,
+            lambda text: None,
+        )
     assert read(tmp_path / "s.jsonl") == {job(4, -5): 1.0}
 
 
@@ -106,7 +114,9 @@ def noted(one):
 """
 
 
-def test_a_failing_run_ends_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_run_ends_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With several processes too, a run that raises ends the suite: what waits in the queue is not run."""
     from study.grids import Job, Listed
     from study.runs_on_file import complete
@@ -148,7 +158,10 @@ def test_two_suites_do_not_write_at_once(tmp_path: Path) -> None:
     """A store that another process holds is refused with a sentence."""
     from study.domains import DomainError
 
-    with FileLock(tmp_path / "s.lock"), pytest.raises(DomainError, match="Another process writes"):
+    with (
+        FileLock(tmp_path / "s.lock"),
+        pytest.raises(DomainError, match="Another process writes"),
+    ):
         completed(tmp_path / "s.jsonl", [job(4, -5)], [])
 
 
@@ -192,7 +205,9 @@ def test_an_archive_of_another_hash_is_refused(asset: Any) -> None:
     """An archive that is not the one pinned does not reach the cache."""
     from study.domains import DomainError, _assets
 
-    with pytest.raises(DomainError, match="served another some/package@1 than the one pinned"):
+    with pytest.raises(
+        DomainError, match="served another some/package@1 than the one pinned"
+    ):
         asset("npm", "some/package@1", "0" * 64).path()
     assert not list(_assets.CACHE.iterdir())
 
@@ -244,18 +259,24 @@ def test_a_checkpoint_of_another_hash_is_refused(asset: Any) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     for cached in (_assets._kept, _assets.check_hash):
         cached.cache_clear()
-    with pytest.raises(DomainError, match=r"some-net-v2\.safetensors is not what was kept"):
+    with pytest.raises(
+        DomainError, match=r"some-net-v2\.safetensors is not what was kept"
+    ):
         _assets.made_once("some-net-v2", lambda: {"weight": torch.ones(3)})
     assert path.exists()
 
 
-def test_a_process_that_is_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_is_ended_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the system ends a process, for its memory say, the suite ends with a cure and keeps what it has."""
     from study.domains import DomainError
     from study.grids import Job, Listed
     from study.runs_on_file import complete, read
 
-    (tmp_path / "ended_runs.py").write_text("import os\n\ndef ended(one):\n    os._exit(9)\n")
+    (tmp_path / "ended_runs.py").write_text(
+        "import os\n\ndef ended(one):\n    os._exit(9)\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     run, jobs = (
         importlib.import_module("ended_runs").ended,
@@ -279,7 +300,14 @@ def test_the_machine_is_noted_once(tmp_path: Path) -> None:
         ({"cpu": "b"}, (3,)),
         ({"cpu": "c"}, (4,)),
     ):
-        complete(Listed([job(4, x) for x in xs]), lambda one: 1.0, store, 1, lambda text: None, on)
+        complete(
+            Listed([job(4, x) for x in xs]),
+            lambda one: 1.0,
+            store,
+            1,
+            lambda text: None,
+            on,
+        )
     assert machines(store) == [{"cpu": "a"}, {"cpu": "c"}]
 
 
@@ -289,7 +317,8 @@ class Diverged(torch.nn.Module):
     def forward(self, ids: torch.Tensor, **cached: Any) -> Any:
         logits = torch.full((*ids.shape, 12), math.nan, requires_grad=True)
         return SimpleNamespace(
-            logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda which: None)
+            logits=logits,
+            past_key_values=SimpleNamespace(batch_select_indices=lambda which: None),
         )
 
 
@@ -354,7 +383,9 @@ def test_a_script_says_how_it_is_run(path: Path) -> None:
 def test_the_guide_names_every_script() -> None:
     """The README's table has a script a question, and leaves none out."""
     guide = (BENCHMARKS / "README.md").read_text().partition("<!-- tables -->")[0]
-    named = set(re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", guide.partition("## Running")[0]))
+    named = set(
+        re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", guide.partition("## Running")[0])
+    )
     assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
 
 
@@ -362,8 +393,12 @@ def test_what_native_torch_does_stands_beside_tests_that_there_are() -> None:
     """Every probe of compatibility.py belongs to a test of its suites, by file and name."""
     from ecosystem.compatibility import NATIVE, SUITES, docstrings, files
 
-    found = [file for paths in SUITES.values() for path in paths for file in files(path)]
-    assert set(NATIVE) <= {f"{file.stem}::{name}" for file in found for name in docstrings(file)}
+    found = [
+        file for paths in SUITES.values() for path in paths for file in files(path)
+    ]
+    assert set(NATIVE) <= {
+        f"{file.stem}::{name}" for file in found for name in docstrings(file)
+    }
 
 
 # --- what is read from runs -----------------------------------------------------------------------------------------
@@ -375,7 +410,9 @@ def test_an_exponent_is_found(exponent: float) -> None:
     from study.optima import cliff, exponent_of
 
     done = {
-        k: v for r in (1, 4, 16, 64) for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()
+        k: v
+        for r in (1, 4, 16, 64)
+        for k, v in bowl(r, -6 + exponent * math.log2(r), 3).items()
     } | untrained()
     found = exponent_of(done, "language", "Init[A], s = 1")
     assert found is not None
@@ -383,7 +420,9 @@ def test_an_exponent_is_found(exponent: float) -> None:
     assert found.half == pytest.approx(0.0, abs=1e-6)
     by_cliff = exponent_of(done, "language", "Init[A], s = 1", cliff)
     assert by_cliff is not None
-    assert by_cliff.slope == pytest.approx(exponent, abs=0.02)  # straight lines between octaves
+    assert by_cliff.slope == pytest.approx(
+        exponent, abs=0.02
+    )  # straight lines between octaves
 
 
 def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
@@ -421,7 +460,11 @@ def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
     asked = parts("image_generation", "quick")[0]
     cells = asked.cells("image_generation")[:1]
     complete(
-        asked.grid(cells), lambda one: abs(one.x + 7.5), tmp_path / "s.jsonl", 1, lambda text: None
+        asked.grid(cells),
+        lambda one: abs(one.x + 7.5),
+        tmp_path / "s.jsonl",
+        1,
+        lambda text: None,
     )
     done = read(tmp_path / "s.jsonl")
     assert finished(done, "quick") == done
@@ -439,24 +482,34 @@ def test_a_law_of_two_rates_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> 
     pair = ra.inspect_model(adapters(1, {"q": (64, 64)}))
     monkeypatch.setattr(moving, "surveyed", lambda domain, config, rank: pair)
     octaves = moving.octaves.__wrapped__  # without the cache, which other tests share
-    assert octaves("language", "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(-0.7, abs=0.1)
+    assert octaves("language", "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(
+        -0.7, abs=0.1
+    )
     with pytest.raises(DomainError, match="compare laws of one"):
         octaves("language", "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
 
 
-def test_a_law_moves_a_rate_between_inits_at_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_law_moves_a_rate_between_inits_at_one_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """From Init[A] to Init[B] the octaves are the law's own, at the model's width."""
     from study import moving
 
     import rankaware_optim as ra
 
-    monkeypatch.setattr(moving, "surveyed", lambda domain, config, rank: SimpleNamespace(width=64))
+    monkeypatch.setattr(
+        moving, "surveyed", lambda domain, config, rank: SimpleNamespace(width=64)
+    )
     at = ra.Reference(16, 16, fan_in=64)
-    expected = math.log2(ra.Falling().multiplier(ra.Factor("w", "A", 16, 64, 64, init="B"), at))
+    expected = math.log2(
+        ra.Falling().multiplier(ra.Factor("w", "A", 16, 64, 64, init="B"), at)
+    )
     assert moving.across_inits("language", 16, ra.Falling()) == pytest.approx(expected)
 
 
-def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jump_is_how_far_the_moved_rate_lies_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Table (d) has octaves above the best rate there, rank by rank, in full finetuning and from Init[A] at Init[B]."""
     from study import moving, suite_tables
     from study.grids import FULL
@@ -464,10 +517,16 @@ def test_a_jump_is_how_far_the_moved_rate_lies_off(monkeypatch: pytest.MonkeyPat
     import rankaware_optim as ra
 
     monkeypatch.setattr(
-        moving, "octaves", lambda domain, config, rank, law: -3.0 if rank == FULL else 0.0
+        moving,
+        "octaves",
+        lambda domain, config, rank, law: -3.0 if rank == FULL else 0.0,
     )
     monkeypatch.setattr(suite_tables, "across_inits", lambda domain, rank, law: -1.5)
-    lora = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(16, -8.0, scheme="Init[B], s = 1")}
+    lora = {
+        **bowl(4, -6.0),
+        **bowl(16, -7.0),
+        **bowl(16, -8.0, scheme="Init[B], s = 1"),
+    }
     done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
     rows = list(suite_tables.jumps(done, "language", {"a law": ra.MuA()}))
     assert rows == [
@@ -500,7 +559,12 @@ def test_a_figures_ticks_stand_where_their_labels_say() -> None:
     pytest.importorskip("matplotlib")
     from study.suite_figures import draw_losses, draw_rates
 
-    done = {**bowl(4, -6.0), **bowl(16, -7.0), **bowl(FULL, -9.0, scheme="full"), **untrained()}
+    done = {
+        **bowl(4, -6.0),
+        **bowl(16, -7.0),
+        **bowl(FULL, -9.0, scheme="full"),
+        **untrained(),
+    }
     for figure, side in (
         (draw_losses(done, "language"), "x"),
         (draw_rates(done, "language", {}), "y"),
@@ -510,7 +574,9 @@ def test_a_figures_ticks_stand_where_their_labels_say() -> None:
             own = getattr(axis, f"{side}axis")
             labels = [text.get_text() for text in own.get_ticklabels()]
             assert labels
-            assert [float(label) for label in labels] == pytest.approx(list(own.get_ticklocs()))
+            assert [float(label) for label in labels] == pytest.approx(
+                list(own.get_ticklocs())
+            )
     (legend,) = draw_losses(done, "language").legends
     assert [text.get_text() for text in legend.get_texts()][:2] == ["r = 4", "r = 16"]
 
@@ -544,7 +610,9 @@ def test_a_best_rate_beside_a_cliff_is_the_lowest(
     """A parabola's vertex, none at an edge; at a cliff, to untrained or to a plateau, the grid's lowest."""
     from study.best_rates import best_rate
 
-    found = best_rate(dict(zip((-6.0, -5.0, -4.0, -3.0), losses, strict=False)), start=0.7)
+    found = best_rate(
+        dict(zip((-6.0, -5.0, -4.0, -3.0), losses, strict=False)), start=0.7
+    )
     assert found == (None if best is None else pytest.approx(best, abs=1e-3))
 
 
@@ -593,7 +661,9 @@ def test_regret_between_rates_goes_through_the_runs(
     """The curve meets every run, and is flat beyond the last ones."""
     from study.loss_curves import regret_between
 
-    assert regret_between({-6.0 + i: y for i, y in enumerate(ys)}, x) == pytest.approx(expected)
+    assert regret_between({-6.0 + i: y for i, y in enumerate(ys)}, x) == pytest.approx(
+        expected
+    )
 
 
 @given(st.lists(st.floats(0, 3), min_size=2, max_size=8), st.floats(0, 1), st.data())
@@ -610,7 +680,12 @@ def test_the_curve_between_two_runs_stays_between_them(
 
 @pytest.mark.parametrize(
     ("above", "expected"),
-    [((0.05, 0.15), -4.5), ((0.2, 0.9), -5.5), ((math.inf,), -5.5), ((0.05, 0.09), None)],
+    [
+        ((0.05, 0.15), -4.5),
+        ((0.2, 0.9), -5.5),
+        ((math.inf,), -5.5),
+        ((0.05, 0.09), None),
+    ],
 )
 def test_the_cliff_is_where_a_tenth_of_the_gain_is_lost(
     above: tuple[float, ...], expected: float | None
@@ -633,11 +708,16 @@ def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
     cell = ("language", "Init[A], s = 1", 4)
     losses = {-7.0: (1.5, 1.5, 1.0), -6.0: (1.0, 1.0, 1.4), -5.0: (1.6, 1.6, 1.8)}
     done = {
-        job(4, x, seed): loss for x, by_seed in losses.items() for seed, loss in enumerate(by_seed)
+        job(4, x, seed): loss
+        for x, by_seed in losses.items()
+        for seed, loss in enumerate(by_seed)
     } | untrained(2.0)
     # Seeds 0 and 2 choose -6 or -7 by their sums, 2.4 against 2.5; so -6 stands, and seed 2 loses .4 of its 1.
     assert noise_floor(done, cell) == pytest.approx(0.4 / 3)
-    assert noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell) is None
+    assert (
+        noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell)
+        is None
+    )
 
 
 @pytest.fixture
@@ -646,7 +726,9 @@ def one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     from study import regret
 
     monkeypatch.setattr(
-        regret, "ways", lambda done, domain, config, laws: [("kept", config, regret.kept)]
+        regret,
+        "ways",
+        lambda done, domain, config, laws: [("kept", config, regret.kept)],
     )
 
 
@@ -674,7 +756,9 @@ def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
 
     cell = ("language", "Init[A], s = 1", 4)
     grid = Grid([cell], {cell[1]: range(-13, -8, 2)}, seeds=1, half=1)
-    complete(grid, lambda one: abs(one.x + 6.0), tmp_path / "s.jsonl", 1, lambda text: None)
+    complete(
+        grid, lambda one: abs(one.x + 6.0), tmp_path / "s.jsonl", 1, lambda text: None
+    )
     xs = sorted({one.x for one in read(tmp_path / "s.jsonl")})
     assert -6 in xs
     assert max(xs) == -5
@@ -690,7 +774,9 @@ def test_the_readmes_table_pools_a_domains_configurations() -> None:
         Moved("language", "Init[B], s = 1", "1/r", (0.03, 5.0), (0.7,)),
         Moved("language", "Init[A], s = 1", "one rate everywhere", (0.0, 0.1), (0.2,)),
         Moved("reinforcement", "Init[A], s = 1", "1/r", (0.04,), (0.05,)),
-        Moved("reinforcement", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
+        Moved(
+            "reinforcement", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)
+        ),
     ]
     assert summary(moved).splitlines()[2:] == [
         "| another rank | one rate everywhere | 5.0 / 9.5 / 50 | – |",
@@ -715,7 +801,8 @@ def test_the_readmes_table_pools_domains_and_keeps_settings_apart() -> None:
     rows = {row.split(" | ")[0]: row for row in by_setting(moved).splitlines()[2:]}
     to_full = "30.0 / 48.0 / 100 | 0.0 / 0.0 / 0"
     assert (
-        rows["| keeping it"] == f"| keeping it | 4.0 / 8.3 / 33 | – | 3.0 / 3.0 / 0 | {to_full} |"
+        rows["| keeping it"]
+        == f"| keeping it | 4.0 / 8.3 / 33 | – | 3.0 / 3.0 / 0 | {to_full} |"
     )
     assert rows["| the default law"] == "| the default law | – | – | – | – | – |"
 
@@ -765,9 +852,13 @@ def test_the_readmes_figure_takes_any_study() -> None:
     pytest.importorskip("matplotlib")
     from study.suite_figures import draw_summary
 
-    moved = [Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, 5.0), ())]
+    moved = [
+        Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, 5.0), ())
+    ]
     figure = draw_summary(moved)
-    assert [axis.get_title() for axis in figure.axes][-1] == "to full finetuning,\nfrom Init[B]"
+    assert [axis.get_title() for axis in figure.axes][
+        -1
+    ] == "to full finetuning,\nfrom Init[B]"
 
 
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
@@ -803,18 +894,23 @@ def test_the_studys_domains_come_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("domain", "seeds"), [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])]
+    ("domain", "seeds"),
+    [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])],
 )
 def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
     """Claims are swept with three seeds, comparisons with one, and a domain whose runs are long with one throughout."""
     from study.suite import parts
 
     assert [part.seeds for part in parts(domain, "full")] == seeds
-    assert {16, 256 if domain == "language_smollm2" else 192} <= set(parts(domain, "full")[0].ranks)
+    assert {16, 256 if domain == "language_smollm2" else 192} <= set(
+        parts(domain, "full")[0].ranks
+    )
 
 
 @pytest.mark.parametrize(
-    "path", sorted((BENCHMARKS.parent / "recipes").glob("*.toml")), ids=lambda path: path.stem
+    "path",
+    sorted((BENCHMARKS.parent / "recipes").glob("*.toml")),
+    ids=lambda path: path.stem,
 )
 def test_a_recipe_that_is_shipped_is_read(path: Path) -> None:
     """`rankaware lr` gives a rate of every recipe in recipes/ at a rank that none of them tried, without a warning."""

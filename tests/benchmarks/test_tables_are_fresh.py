@@ -20,7 +20,9 @@ import rankaware_optim as ra
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 RESULTS = BENCHMARKS / "results"
 PAGES = sorted(str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.md"))
 MARK = re.compile(r"\b([a-z.]+@[0-9a-f]{8})\b")
@@ -134,7 +136,9 @@ def rates_of_recipes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         ra.Recipe,
         "at",
-        lambda recipe, rank=None, **options: at(recipe, rank, **{"batch": 320, **options}),
+        lambda recipe, rank=None, **options: at(
+            recipe, rank, **{"batch": 320, **options}
+        ),
     )
 
 
@@ -144,7 +148,9 @@ def suggestions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         ra,
         "suggest_lr",
-        lambda site, kind, **options: suggest(site, kind, **{**options, "task": "chat"}),
+        lambda site, kind, **options: suggest(
+            site, kind, **{**options, "task": "chat"}
+        ),
     )
 
 
@@ -163,14 +169,18 @@ def test_a_changed_number_is_seen_where_it_belongs(
     """A change of a number changes the fingerprint that it belongs to, and no other."""
     change(monkeypatch)
     now, stored = prints.now(QUICK), prints.stored()
-    assert {name for name in QUICK if any(prints.change(stored[name], now[name]))} == seen
+    assert {
+        name for name in QUICK if any(prints.change(stored[name], now[name]))
+    } == seen
 
 
 def test_names_and_places_are_not_seen(tmp_path: Path) -> None:
     """Private functions of the laws and the calibration may be renamed, and a module moved: no fingerprint differs."""
     for name in ("rankaware_optim", "benchmarks", "recipes"):
         shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.png")
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("__pycache__", "*.png"),
         )
     package = tmp_path / "rankaware_optim"
     for folder in (package / "laws", package / "calibration"):
@@ -184,7 +194,9 @@ def test_names_and_places_are_not_seen(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, tmp_path / "benchmarks"))),
     }
     command = [sys.executable, str(tmp_path / "benchmarks" / "fingerprints.py")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -199,7 +211,9 @@ def private_functions(folder: Path) -> set[str]:
     ]
     private = {name for name in functions if re.fullmatch(r"_[a-z]\w+", name)}
     return {
-        name for name in private if not re.search(rf"\.{name}\b|\b{name}\b *[:=,]", "".join(texts))
+        name
+        for name in private
+        if not re.search(rf"\.{name}\b|\b{name}\b *[:=,]", "".join(texts))
     }
 
 
@@ -231,10 +245,16 @@ def test_a_change_has_a_size(prints: Any, old: Any, new: Any, by: float) -> None
 @pytest.mark.parametrize(
     ("now", "carried"),
     [
-        ({"laws.a": {"x": [1.0 + 1e-9], "y": [2.0]}, "laws.b": {"x": [1.0]}}, "as it was"),
+        (
+            {"laws.a": {"x": [1.0 + 1e-9], "y": [2.0]}, "laws.b": {"x": [1.0]}},
+            "as it was",
+        ),
         ({"laws.a": {"x": [1.1], "y": [2.0]}, "laws.b": {"x": [1.0]}}, "stale"),
         ({"laws.a": {"x": [1.0]}, "laws.b": {"x": [1.0]}}, "renewed"),
-        ({"laws.a": {"x": [1.0], "y": [2.0], "z": [3.0]}, "laws.b": {"x": [1.0]}}, "renewed"),
+        (
+            {"laws.a": {"x": [1.0], "y": [2.0], "z": [3.0]}, "laws.b": {"x": [1.0]}},
+            "renewed",
+        ),
         ({"laws.a": {"x": [1.0], "y": [2.0]}}, "renewed"),
     ],
 )
@@ -247,7 +267,10 @@ def test_what_came_or_went_makes_no_table_stale(
     monkeypatch.setattr(prints, "RESULTS", tmp_path)
     page, first = tmp_path / "page.md", " ".join(prints.marks(["laws"], old))
     page.write_text(f"Rests on {first}.")
-    changes = {name: prints.change(old.get(name, {}), now.get(name, {})) for name in {**old, **now}}
+    changes = {
+        name: prints.change(old.get(name, {}), now.get(name, {}))
+        for name in {**old, **now}
+    }
     prints.write(old, now, changes)
     text, fresh = page.read_text(), f"Rests on {' '.join(prints.marks(['laws']))}."
     assert (text == fresh) == (carried != "stale")
@@ -257,6 +280,7 @@ def test_what_came_or_went_makes_no_table_stale(
 def test_a_fingerprint_that_is_not_there_is_said(prints: Any) -> None:
     """An unknown name in RESTS_ON ends the script with a sentence that lists those on file."""
     with pytest.raises(
-        KeyError, match=r"RESTS_ON names law, which fingerprints.json does not have. It has laws"
+        KeyError,
+        match=r"RESTS_ON names law, which fingerprints.json does not have. It has laws",
     ):
         prints.marks(["law"])

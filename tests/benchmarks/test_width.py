@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not at hand")
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
+)
 A, B, FULL = "Init[A], s = 1", "Init[B], s = 1", "full"
 WIDTHS = {  # hidden, mean fan-in, largest
     "Llama 96": (96, 131.6, 256),
@@ -39,7 +41,9 @@ def by_law(width: Any, law: str, config: str) -> dict[Any, float]:
     """Rates at every width as a law moves 2^-8 from the narrowest."""
     return {
         (name, config): width.MOVES[law](
-            width.Place(config, WIDTHS[names[0]][1]), width.Place(config, WIDTHS[name][1]), -8.0
+            width.Place(config, WIDTHS[names[0]][1]),
+            width.Place(config, WIDTHS[name][1]),
+            -8.0,
         )
         for names in width.ALIKE.values()
         for name in names
@@ -56,7 +60,9 @@ def test_networks_of_a_kind_differ_in_width_alone(width):
         assert len({net.mlp / net.width for net in nets}) == 1
         assert [net.width / nets[0].width for net in nets] == [1, 2, 4]
         assert all(net.width % 32 == 0 for net in nets)
-    assert {width.NETWORKS[name].width for name in (width.USUAL, *width.OTHER_MLPS)} == {192}
+    assert {
+        width.NETWORKS[name].width for name in (width.USUAL, *width.OTHER_MLPS)
+    } == {192}
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -79,7 +85,9 @@ def test_todays_weights_keep_their_names(width, monkeypatch):
     asked = []
     for module in (_llama, image_generation):
         monkeypatch.setattr(
-            module, "made_once", lambda name, make: asked.append((name, make.args)) or {}
+            module,
+            "made_once",
+            lambda name, make: asked.append((name, make.args)) or {},
         )
     for ask in (_llama.llama, image_generation.pretrained):
         ask()
@@ -99,7 +107,9 @@ def test_a_dit_of_any_width_maps_images_to_velocities(width, size):
     from study.domains._dit import DiT
 
     model = DiT(size)
-    assert model(torch.zeros(2, 1, 28, 28), torch.rand(2), torch.tensor([0, 1])).shape == (
+    assert model(
+        torch.zeros(2, 1, 28, 28), torch.rand(2), torch.tensor([0, 1])
+    ).shape == (
         2,
         1,
         28,
@@ -109,7 +119,10 @@ def test_a_dit_of_any_width_maps_images_to_velocities(width, size):
 
 
 def completed(
-    width: Any, monkeypatch: pytest.MonkeyPatch, store: Path, best: Callable[[int], float]
+    width: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    store: Path,
+    best: Callable[[int], float],
 ) -> dict[Any, Any]:
     """What is found in a store that holds every run of one network, bowls around a best rate by seed."""
     from study.configurations import START
@@ -121,7 +134,9 @@ def completed(
     def run(job: Any) -> float:
         return 2.0 if job.scheme == START else 1.0 + (job.x - best(job.seed)) ** 2 / 8
 
-    complete(width.task_of("Llama 96"), run, width.store_of("Llama 96"), 1, lambda text: None)
+    complete(
+        width.task_of("Llama 96"), run, width.store_of("Llama 96"), 1, lambda text: None
+    )
     found: dict[Any, Any] = width.on_file()
     return found
 
@@ -130,7 +145,9 @@ def test_a_network_on_file_has_every_configuration(width, monkeypatch, tmp_path)
     """One task runs the loss before training and all cells; their estimates are the bowl's."""
     found = completed(width, monkeypatch, tmp_path, lambda seed: -7.2)
     assert set(found) == {("Llama 96", config) for config in (A, B, FULL)}
-    assert all(each.both.middle == pytest.approx(-7.2, abs=0.1) for each in found.values())
+    assert all(
+        each.both.middle == pytest.approx(-7.2, abs=0.1) for each in found.values()
+    )
 
 
 def test_noise_is_half_the_difference_of_two_seeds(width, monkeypatch, tmp_path):
@@ -175,7 +192,9 @@ def test_exponents_are_the_hypotheses(width, law, config, llama, dit):
     assert found == pytest.approx([llama, dit], abs=0.01)
 
 
-@pytest.mark.parametrize(("kind", "c", "expected"), [("Llama", 0.16, -0.32), ("DiT", 0.30, -0.35)])
+@pytest.mark.parametrize(
+    ("kind", "c", "expected"), [("Llama", 0.16, -0.32), ("DiT", 0.30, -0.35)]
+)
 def test_one_constant_moves_init_a_less(width, kind, c, expected):
     """Init[A]'s exponent in width at the constant of the study's best rate."""
     rates = {
@@ -187,13 +206,14 @@ def test_one_constant_moves_init_a_less(width, kind, c, expected):
 
 
 @pytest.mark.parametrize(
-    ("which", "expected"), [("hidden", (0, 0)), ("mean", (0.44, -0.64)), ("largest", (1.39, -0.99))]
+    ("which", "expected"),
+    [("hidden", (0, 0)), ("mean", (0.44, -0.64)), ("largest", (1.39, -0.99))],
 )
 def test_shifts_by_a_width_are_the_hypotheses(width, which, expected):
     """Octaves of full's rate from an MLP of 512 to 192 and to 1,024."""
-    assert tuple(width.shift_by(which, name) for name in width.OTHER_MLPS) == pytest.approx(
-        expected, abs=0.01
-    )
+    assert tuple(
+        width.shift_by(which, name) for name in width.OTHER_MLPS
+    ) == pytest.approx(expected, abs=0.01)
 
 
 # --- what the rules conclude ----------------------------------------------------------------------------------------
@@ -218,7 +238,8 @@ def test_rule_1_settles_nothing_where_kinds_disagree(width):
     """A law that is the best in one kind alone does not replace the package's."""
     flat, steep = by_law(width, "one rate", FULL), by_law(width, "1/n", FULL)
     mixed = {
-        key: (steep[key] * 2 + 8 if key[0].startswith("DiT") else x) for key, x in flat.items()
+        key: (steep[key] * 2 + 8 if key[0].startswith("DiT") else x)
+        for key, x in flat.items()
     }
     assert "not settled" in width.rule_1([mixed] * 2, FULL)
 
@@ -257,7 +278,10 @@ def test_rule_3_names_the_width_that_made_the_rates(width, which):
 def test_rule_3_settles_nothing_between_two_widths(width):
     """Half way between two widths neither decides."""
     rates = with_mlps(
-        width, lambda name: (width.shift_by("mean", name) + width.shift_by("hidden", name)) / 2
+        width,
+        lambda name: (
+            (width.shift_by("mean", name) + width.shift_by("hidden", name)) / 2
+        ),
     )
     assert "nothing is settled" in width.rule_3([rates] * 2)
 
@@ -277,6 +301,9 @@ def test_a_page_is_written_of_what_is_on_file(width, monkeypatch, tmp_path):
     done = CliRunner().invoke(width.table, catch_exceptions=False)
     assert done.exit_code == 0
     page = (tmp_path / "width.md").read_text()
-    assert "| Llama 96 | 96 | 132 | 256 | full | -7.22 (-7.2, -7.2) | -6.32 (-6.3, -6.3)" in page
+    assert (
+        "| Llama 96 | 96 | 132 | 256 | full | -7.22 (-7.2, -7.2) | -6.32 (-6.3, -6.3)"
+        in page
+    )
     assert page.count("(an estimate is missing)") == 6
     assert "Where layers are unequal, nothing is settled" in page

@@ -33,7 +33,9 @@ def test_the_budget_is_never_exceeded(budget, noise):
     taken = int(recipe.tensors["steps"].sum())
     assert budget - STEPS < taken <= budget
     assert (
-        optuna.load_study(study_name="calibration", storage=storage).user_attrs["spent"]["steps"]
+        optuna.load_study(study_name="calibration", storage=storage).user_attrs[
+            "spent"
+        ]["steps"]
         == taken
     )
 
@@ -79,7 +81,9 @@ def test_a_rank_that_trains_at_no_rate_ends_the_search(how_much):
         yield 1.0
         yield math.nan
 
-    with pytest.raises(ra.CalibrationError, match="Every one of 12 runs of rank 4 diverged"):
+    with pytest.raises(
+        ra.CalibrationError, match="Every one of 12 runs of rank 4 diverged"
+    ):
         calibrate(train, **how_much)
     assert min(tried) > 1e-12
 
@@ -112,7 +116,8 @@ def unused(trial):
 def test_too_small_a_budget_is_warned_of_before_the_first_run():
     """The warning comes before anything is spent, and once."""
     with pytest.raises(
-        ra.RankAwareWarning, match="A budget of 80 steps leaves the search 4 of the 5 runs"
+        ra.RankAwareWarning,
+        match="A budget of 80 steps leaves the search 4 of the 5 runs",
     ):
         calibrate(unused, budget=4 * STEPS)
     with pytest.warns(ra.RankAwareWarning, match="may be far off") as seen:
@@ -161,9 +166,14 @@ def band(recipe, rank):
 def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
     """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
     assume(budget is None or budget > full)
-    schedule = Schedule((4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full)
+    schedule = Schedule(
+        (4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full
+    )
     done = []
-    while len(done) < len(lengths) and (setting := schedule.next(Trials(done))) is not None:
+    while (
+        len(done) < len(lengths)
+        and (setting := schedule.next(Trials(done))) is not None
+    ):
         done.append(finished(setting, len(done), lengths[len(done)]))
     settings = [trial.setting for trial in done]
     assert Trials(done).spent(10) <= (math.inf if budget is None else 10 * budget)
@@ -188,7 +198,9 @@ def finished(setting, number, length, value=1.0):
 def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
     """They follow the LoRA trials, share one seed, and bracket an optimum that is off the prediction."""
     best = {4: BEST, 64: BEST, None: BEST + factor}
-    recipe = calibrate(made_up(best.get), ranks=(4, 64), trials=10, full_trials=full_trials)
+    recipe = calibrate(
+        made_up(best.get), ranks=(4, 64), trials=10, full_trials=full_trials
+    )
     ranks, rates = recipe.tensors["rank"].tolist(), recipe.tensors["lr"].tolist()
     assert ranks[10:] == [0] * full_trials
     assert set(recipe.tensors["seed"][10:].tolist()) == {0}
@@ -204,7 +216,9 @@ def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
-def run(x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None, noise=0.0):
+def run(
+    x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None, noise=0.0
+):
     """A trial at log2 rate x whose reports were `curve`, ten steps apart."""
     space = {"log2_lr": optuna.distributions.FloatDistribution(-20, 0)}
     seen = Observation(rank, seed, x, curve[-1], start=2.0, tail=curve[-1], noise=noise)
@@ -227,7 +241,11 @@ JUDGED = [
     ("another rank", {"x": -11.0, "curve": [1.95, 1.9, 1.88, 1.85], "rank": 64}, False),
     ("another seed", {"x": -11.0, "curve": [1.95, 1.9, 1.88, 1.85], "seed": 1}, False),
     ("near the best", {"x": -7.5, "curve": [1.95, 1.9, 1.88, 1.85]}, False),
-    ("near the estimate", {"x": -9.5, "curve": [1.95, 1.9, 1.88, 1.85], "estimate": -9.0}, False),
+    (
+        "near the estimate",
+        {"x": -9.5, "curve": [1.95, 1.9, 1.88, 1.85], "estimate": -9.0},
+        False,
+    ),
     ("a little behind", {"x": -11.0, "curve": [1.8, 1.5, 1.3, 1.2]}, False),
     ("noise explains it", {"x": -11.0, "curve": [1.6, 1.66, 8.0, 1.61]}, False),
     ("ahead", {"x": -11.0, "curve": [1.2, 1.1, 1.0, 0.9]}, False),
@@ -235,7 +253,9 @@ JUDGED = [
 ]
 
 
-@pytest.mark.parametrize(("why", "of", "expected"), JUDGED, ids=[row[0] for row in JUDGED])
+@pytest.mark.parametrize(
+    ("why", "of", "expected"), JUDGED, ids=[row[0] for row in JUDGED]
+)
 def test_what_the_paired_pruner_stops(why, of, expected):
     """A run is stopped that clearly lags the best of its rank and seed at the same step, and no other."""
     study = optuna.create_study()
@@ -244,28 +264,39 @@ def test_what_the_paired_pruner_stops(why, of, expected):
     assert PairedPruner(steps=100).prune(study, run(**of)) is expected
 
 
-@pytest.mark.parametrize(("noise", "expected"), [(0.0, True), (0.4, True), (0.7, False)])
+@pytest.mark.parametrize(
+    ("noise", "expected"), [(0.0, True), (0.4, True), (0.7, False)]
+)
 def test_a_best_run_that_gained_no_more_than_its_noise_prunes_none(noise, expected):
     """Where the best run has gained 0.7 to 1.0, a batch's standard deviation of 0.7 hides whether it learned."""
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE", noise=noise))
-    assert PairedPruner(steps=100).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85])) is expected
+    assert (
+        PairedPruner(steps=100).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85]))
+        is expected
+    )
 
 
-@pytest.mark.parametrize(("warmup", "expected"), [(0.0, True), (0.39, True), (0.41, False)])
+@pytest.mark.parametrize(
+    ("warmup", "expected"), [(0.0, True), (0.39, True), (0.41, False)]
+)
 def test_nothing_is_pruned_before_the_warmup_is_over(warmup, expected):
     """At 40 of 100 steps a hopeless run is stopped, unless the warm-up still lasts."""
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
     assert (
-        PairedPruner(steps=100, warmup=warmup).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85]))
+        PairedPruner(steps=100, warmup=warmup).prune(
+            study, run(-11.0, [1.95, 1.9, 1.88, 1.85])
+        )
         is expected
     )
 
 
 def test_without_a_rival_nothing_is_pruned():
     """The first run of a rank and seed is never stopped."""
-    assert not PairedPruner(steps=10).prune(optuna.create_study(), run(-11.0, [2.0] * 10))
+    assert not PairedPruner(steps=10).prune(
+        optuna.create_study(), run(-11.0, [2.0] * 10)
+    )
 
 
 def slow(trial):
@@ -273,7 +304,11 @@ def slow(trial):
     trial.optimizer(Net(trial.rank))
     u = math.log2(trial.lr) - BEST
     for step in range(trial.steps):
-        gain = 2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps)) if u < 1 else -0.01 * step
+        gain = (
+            2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps))
+            if u < 1
+            else -0.01 * step
+        )
         yield 2.3 - gain + 0.01 * random.random()
 
 
@@ -291,7 +326,10 @@ def test_pruning_saves_steps_and_loses_no_rate():
     assert cut.tensors["steps"][cut.tensors["pruned"]].min() >= 30
     assert np.isnan(cut.tensors["value"][cut.tensors["pruned"]]).all()
     assert abs(math.log2(cut.at(rank=16).lr / plain.at(rank=16).lr)) < 0.4
-    away = [abs(math.log2(lr) - BEST) for lr in cut.tensors["lr"][cut.tensors["pruned"]].tolist()]
+    away = [
+        abs(math.log2(lr) - BEST)
+        for lr in cut.tensors["lr"][cut.tensors["pruned"]].tolist()
+    ]
     assert min(away) > 0.9
 
 
@@ -371,7 +409,9 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     best = Observation(4, 0, -8.0, 0.3, 1.0, 0.35, returned=True)
     falling = [1.0 - 0.07 * step for step in range(10)]
     best_trial = kept_trial(state.COMPLETE, -8.0, falling, observation=asdict(best))
-    lost = kept_trial(state.PRUNED, -6.0, [value + 0.2 for value in falling[:6]], stopped="pruned")
+    lost = kept_trial(
+        state.PRUNED, -6.0, [value + 0.2 for value in falling[:6]], stopped="pruned"
+    )
     elsewhere = kept_trial(state.PRUNED, -6.0, falling[:6], seed=1, stopped="pruned")
     starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
     early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
@@ -382,14 +422,22 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     (seen,) = Trials.read(
         [best_trial, lost, elsewhere, starved, early, unstarted, killed]
     ).imputed()
-    assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (4, 0, -6.0, True, False)
+    assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (
+        4,
+        0,
+        -6.0,
+        True,
+        False,
+    )
     assert (seen.value, seen.tail) == pytest.approx((0.5, 0.55))
 
 
 def test_the_recipe_is_the_fit_of_every_trial():
     """However often the sampler has fitted on the way, the recipe's fit is of all that ran, pruned runs among it."""
     storage = optuna.storages.InMemoryStorage()
-    recipe = calibrate(slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage)
+    recipe = calibrate(
+        slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage
+    )
     trials = Trials.read(storage.get_all_trials(0))
     assert trials.imputed()
     fit = fit_observations(trials.evidence(), Prior(pivot=16.0))

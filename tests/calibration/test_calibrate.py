@@ -30,7 +30,17 @@ from rankaware_optim.calibration import Pushed
 from rankaware_optim.laws import PRIOR_LAW, get_law
 from rankaware_optim.optimizer import effective_lr
 
-from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, losses, made_up, train
+from ..helpers.calibrations import (
+    BEST,
+    STEPS,
+    AdamW,
+    Net,
+    bowl,
+    calibrate,
+    losses,
+    made_up,
+    train,
+)
 
 
 def trials_of(recipe) -> list[tuple]:
@@ -38,7 +48,10 @@ def trials_of(recipe) -> list[tuple]:
     values = np.nan_to_num(recipe.tensors["value"], nan=-1.0)
     return list(
         zip(
-            *(t.tolist() for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)),
+            *(
+                t.tolist()
+                for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)
+            ),
             strict=True,
         )
     )
@@ -54,7 +67,11 @@ def test_the_rate_at_a_rank_never_tried_is_near_that_of_a_dense_sweep():
     def loss_at(lr: float, seed: int) -> float:
         torch.manual_seed(seed)
         model = Net(8)
-        run = losses(model, AdamW([p for p in model.parameters() if p.requires_grad], lr=lr), seed)
+        run = losses(
+            model,
+            AdamW([p for p in model.parameters() if p.requires_grad], lr=lr),
+            seed,
+        )
         return float(sum(list(islice(run, STEPS))[-5:]))
 
     grid = [2.0**e for e in np.arange(-8, -2.5, 0.5)]
@@ -72,12 +89,16 @@ def test_a_known_optimum_is_found(drift, factor):
     """Base rate, drift in rank and the factor of full finetuning that the losses were made from are recovered."""
     best = {4: BEST - 2 * drift, 64: BEST + 2 * drift, None: BEST + factor}
     recipe = calibrate(made_up(best.get), ranks=(64, None, 4))
-    law = Power(exponent=drift, full_factor=2.0**factor, pivot=16.0, law=get_law(PRIOR_LAW))
+    law = Power(
+        exponent=drift, full_factor=2.0**factor, pivot=16.0, law=get_law(PRIOR_LAW)
+    )
     truth = recipe_like(
         recipe, law, 2.0 ** best[64]
     )  # the reference is the rank that was built first
     for target in ({"rank": 4}, {"rank": 16}, {"rank": 64}, {"method": "full"}):
-        assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, target
+        assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, (
+            target
+        )
     assert recipe.full_seen
     assert recipe.ranks == (4, 64)
 
@@ -152,7 +173,12 @@ def test_everything_told_is_recorded(tmp_path):
     )  # fmt: skip
     loaded = ra.Recipe.load(recipe.save(tmp_path / "digits.toml"))
     for made in (recipe, loaded):
-        assert (made.name, made.ranks, made.steps, made.batch) == ("digits", (4, 16), STEPS, 16)
+        assert (made.name, made.ranks, made.steps, made.batch) == (
+            "digits",
+            (4, 16),
+            STEPS,
+            16,
+        )
         assert (made.warmup, made.seed, made.reference.batch) == (0.1, 7, 16)
         assert made.settings["weight_decay"] == 0.01
         assert list(made.settings["betas"]) == [0.9, 0.95]
@@ -179,7 +205,10 @@ def test_everything_told_is_recorded(tmp_path):
 def test_the_optimizer_may_be_named(name):
     """An optimizer's name does as well as its class."""
     recipe = calibrate(
-        made_up(), optimizer=name, trials=2, lr_range=(2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
+        made_up(),
+        optimizer=name,
+        trials=2,
+        lr_range=(2.0 ** (BEST - 1), 2.0 ** (BEST + 1)),
     )
     assert recipe.optimizer.lower().endswith(name.lower())
 
@@ -195,7 +224,9 @@ def test_the_same_seed_gives_the_same_study():
     second = calibrate(train, trials=6)
     assert first.fitted_lr == second.fitted_lr
     for key, value in first.tensors.items():
-        assert np.array_equal(value, second.tensors[key], equal_nan=value.dtype.kind == "f"), key
+        assert np.array_equal(
+            value, second.tensors[key], equal_nan=value.dtype.kind == "f"
+        ), key
 
 
 def noisy(trial):
@@ -225,7 +256,9 @@ def test_the_global_generators_are_left_alone(loop):
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()
     assert torch.equal(before[0], after[0])
     assert before[1] == after[1]
-    assert all(np.array_equal(one, two) for one, two in zip(before[2], after[2], strict=True))
+    assert all(
+        np.array_equal(one, two) for one, two in zip(before[2], after[2], strict=True)
+    )
 
 
 def test_every_trial_is_seeded():
@@ -316,7 +349,9 @@ def test_every_trial_is_logged(caplog):
         f"trial 2/3 · rank 16 · base rate {rates[1]:.2g} · value 1.9 (pruned)",
         f"trial 3/3 · rank 4 · base rate {rates[2]:.2g} · value 1.15",
     ]
-    assert all(re.fullmatch(r"\d+:\d\d:\d\d left", line.rpartition(" · ")[2]) for line in lines)
+    assert all(
+        re.fullmatch(r"\d+:\d\d:\d\d left", line.rpartition(" · ")[2]) for line in lines
+    )
     assert lines[-1].endswith("0:00:00 left")
 
 
@@ -353,7 +388,9 @@ LENGTHS = [
 def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
     """Endless or ending, a loop is asked for `steps` values and its `finally` runs before the next trial begins."""
     log = []
-    recipe = calibrate(logged(log, length=length), trials=4, pruner=optuna.pruners.NopPruner())
+    recipe = calibrate(
+        logged(log, length=length), trials=4, pruner=optuna.pruners.NopPruner()
+    )
     assert log == taken
     assert not np.isnan(recipe.tensors["curve"]).any()
 
@@ -363,7 +400,9 @@ def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
 )
 def test_the_score_is_the_mean_of_the_last_tenth(steps, last):
     """Without a return value a run's score is the mean of the last tenth of its values, at least 5."""
-    recipe = calibrate(logged([]), steps=steps, trials=3, pruner=optuna.pruners.NopPruner())
+    recipe = calibrate(
+        logged([]), steps=steps, trials=3, pruner=optuna.pruners.NopPruner()
+    )
     assert recipe.tensors["value"] == pytest.approx(
         recipe.tensors["curve"][:, -last:].astype(float).mean(1), rel=1e-6
     )
@@ -548,7 +587,9 @@ def test_an_error_in_the_loop_is_the_users_own():
         calibrate(train, storage=storage)
     assert caught.value is boom
     assert closed == [0]
-    assert [t.state for t in storage.get_all_trials(0)] == [optuna.trial.TrialState.FAIL]
+    assert [t.state for t in storage.get_all_trials(0)] == [
+        optuna.trial.TrialState.FAIL
+    ]
 
 
 BAD_ARGUMENTS = [
@@ -597,7 +638,9 @@ def with_cliff(how, taken):
         for step in range(trial.steps):
             taken[trial.number] = step + 1
             yield (
-                how(step) if u > 1 and step else 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
+                how(step)
+                if u > 1 and step
+                else 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
             )
 
     return train
@@ -708,7 +751,8 @@ def test_a_collapse_is_left_below_though_noise_hides_it(seed):
             learned = (
                 -1.0
                 if u > 0 and step
-                else (1 - math.exp(-20 * step / trial.steps)) / (1 + 0.04 * (u + 2) ** 2)
+                else (1 - math.exp(-20 * step / trial.steps))
+                / (1 + 0.04 * (u + 2) ** 2)
             )
             yield 1.0 - 0.2 * learned + 0.1 * rng.standard_normal()
 
@@ -728,7 +772,9 @@ def test_where_every_run_diverges_there_is_no_recipe():
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr_range", [(2.0**-22, 2.0**-18), (2.0**-4, 2.0**-1), (2.0**-8, 2.0**-6)])
+@pytest.mark.parametrize(
+    "lr_range", [(2.0**-22, 2.0**-18), (2.0**-4, 2.0**-1), (2.0**-8, 2.0**-6)]
+)
 def test_the_range_widens_where_the_best_sits_at_its_edge(lr_range):
     """Rates start inside lr_range and leave it only towards an optimum beyond; they reach it."""
     recipe = calibrate(made_up(), lr_range=lr_range, trials=24)
@@ -813,12 +859,16 @@ def giving_up(error, loop, *, ranks=(16,), before=False):
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize(
-    "error", [*OUT_OF_MEMORY, optuna.TrialPruned()], ids=lambda error: type(error).__name__
+    "error",
+    [*OUT_OF_MEMORY, optuna.TrialPruned()],
+    ids=lambda error: type(error).__name__,
 )
 def test_a_run_may_give_up(error, before):
     """A run that is out of memory or raises Optuna's TrialPruned is pruned; the others make the recipe."""
     storage = optuna.storages.InMemoryStorage()
-    recipe = calibrate(giving_up(error, made_up(), before=before), trials=16, storage=storage)
+    recipe = calibrate(
+        giving_up(error, made_up(), before=before), trials=16, storage=storage
+    )
     states = [t.state for t in storage.get_all_trials(0)]
     assert states.count(optuna.trial.TrialState.PRUNED) >= 8
     assert len(states) == 16
@@ -829,7 +879,11 @@ def test_real_memory_runs_out():
     """An allocation that the machine refuses prunes the run, whatever allocator says it."""
 
     def train(trial):
-        yield from (torch.empty(2**60) for _ in range(2)) if trial.rank == 16 else made_up()(trial)
+        yield from (
+            (torch.empty(2**60) for _ in range(2))
+            if trial.rank == 16
+            else made_up()(trial)
+        )
 
     assert calibrate(train, trials=8).lr > 0
 
@@ -877,7 +931,9 @@ def pushed(loop, log=None, *, ends=None, score=False):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}], ids=["plain", "pruner"]
+    "options",
+    [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}],
+    ids=["plain", "pruner"],
 )
 def test_values_may_be_pushed(options):
     """A run that pushes its values to a callback calibrates as a generator that yields them."""
@@ -1016,7 +1072,13 @@ def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
     with pytest.raises(CalibrationError, match=next(iter(changed))):
         calibrate(made_up(), trials=4, storage=storage, **changed)
     assert (
-        len(trials_of(calibrate(made_up(), trials=8, storage=storage, name="another", **changed)))
+        len(
+            trials_of(
+                calibrate(
+                    made_up(), trials=8, storage=storage, name="another", **changed
+                )
+            )
+        )
         == 8
     )
 
@@ -1063,7 +1125,11 @@ def test_numbers_of_numpy_are_numbers():
         "warmup": np.float32(0.25),
         "batch": np.int32(16),
     }
-    recipe = calibrate(train, ranks=np.array([4, 16]), seeds=[np.int64(0), 1], **numbers)
+    recipe = calibrate(
+        train, ranks=np.array([4, 16]), seeds=[np.int64(0), 1], **numbers
+    )
     given = {key: value.tolist() for key, value in numbers.items()}
-    at = recipe.at(np.int64(8), alpha=np.float32(8), steps=np.int64(20), batch=np.int64(16))
+    at = recipe.at(
+        np.int64(8), alpha=np.float32(8), steps=np.int64(20), batch=np.int64(16)
+    )
     assert at == calibrate(train, **given).at(8, alpha=8, steps=20, batch=16)

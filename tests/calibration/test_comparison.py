@@ -36,7 +36,10 @@ def grouped(*decays):
     def train(trial):
         model = Net(trial.rank)
         groups = [
-            {"params": [p for p in layer.parameters() if p.requires_grad], "weight_decay": decay}
+            {
+                "params": [p for p in layer.parameters() if p.requires_grad],
+                "weight_decay": decay,
+            }
             for layer, decay in zip(model.layers, decays, strict=True)
         ]
         trial.optimizer(groups, model=model)
@@ -60,7 +63,9 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize(("first", "then", "message"), OTHER, ids=[row[2] for row in OTHER])
+@pytest.mark.parametrize(
+    ("first", "then", "message"), OTHER, ids=[row[2] for row in OTHER]
+)
 def test_other_settings_or_models_are_refused(first, then, message, journal):
     """A model or settings other than those of a rank's stored trials end the call before the run; both are named."""
     recipe = calibrate(first, trials=2, storage=journal)
@@ -129,10 +134,18 @@ def test_a_law_of_other_code_is_refused(journal):
     assert repr(law) == repr(other)
     calibrate(made_up(), trials=2, storage=journal, law=law)
     with pytest.raises(
-        CalibrationError, match=r"other rates of the law .*: rank 4, A, Init\[A\]=2\.0, not 2\.297"
+        CalibrationError,
+        match=r"other rates of the law .*: rank 4, A, Init\[A\]=2\.0, not 2\.297",
     ):
         calibrate(made_up(), trials=2, storage=journal, law=other)
-    assert len(calibrate(made_up(), trials=3, storage=journal, law=a_law(-0.5)).tensors["lr"]) == 3
+    assert (
+        len(
+            calibrate(made_up(), trials=3, storage=journal, law=a_law(-0.5)).tensors[
+                "lr"
+            ]
+        )
+        == 3
+    )
 
 
 # --- who made it ----------------------------------------------------------------------------------------------------
@@ -152,7 +165,8 @@ def stepping(trial):
 
 
 @pytest.mark.parametrize(
-    ("then", "said"), [(stepping, "its source's hash="), (grouped(0.01, 0.01), "train='stepping'")]
+    ("then", "said"),
+    [(stepping, "its source's hash="), (grouped(0.01, 0.01), "train='stepping'")],
 )
 def test_another_loop_is_a_warning(then, said, journal):
     """A loop of another name or source goes on with the stored trials, and a warning says so, once."""
@@ -194,7 +208,9 @@ def test_runs_that_all_failed_are_said_to_be_stored(journal):
     for storage in (None, journal):
         with pytest.raises(CalibrationError, match="ran out of memory") as error:
             calibrate(too_large, trials=4, storage=storage)
-        assert ("give another name or storage too" in str(error.value)) == (storage is not None)
+        assert ("give another name or storage too" in str(error.value)) == (
+            storage is not None
+        )
 
 
 def test_a_loop_in_place_is_known_by_its_step(journal):
@@ -216,7 +232,8 @@ def test_a_loop_in_place_is_known_by_its_step(journal):
     ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=2, **options)
     ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=3, **options)
     with pytest.warns(
-        RankAwareWarning, match="not 'test_a_loop_in_place_is_known_by_its_step.<locals>.other'"
+        RankAwareWarning,
+        match="not 'test_a_loop_in_place_is_known_by_its_step.<locals>.other'",
     ):
         ra.calibrate_in_place(Net(4), other, torch.optim.AdamW, trials=4, **options)
 
@@ -261,7 +278,17 @@ def test_another_schema_is_refused(journal):
 
 def test_a_study_of_the_first_version_is_compared_by_its_reference(tmp_path):
     """Of trials that do not say what they were built with, the stored reference does."""
-    stored = shutil.copy(Path(__file__).parent / "stored" / "calibration.journal", tmp_path)
-    options = {"ranks": (4, 64), "steps": 10, "full_trials": 1, "batch": 8, "seeds": (0,)}
+    stored = shutil.copy(
+        Path(__file__).parent / "stored" / "calibration.journal", tmp_path
+    )
+    options = {
+        "ranks": (4, 64),
+        "steps": 10,
+        "full_trials": 1,
+        "batch": 8,
+        "seeds": (0,),
+    }
     with pytest.raises(CalibrationError, match=r"alpha=8\.0, not 16\.0"):
-        calibrate(made_up(scaling=lambda rank: 4.0), trials=16, storage=stored, **options)
+        calibrate(
+            made_up(scaling=lambda rank: 4.0), trials=16, storage=stored, **options
+        )

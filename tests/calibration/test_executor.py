@@ -13,7 +13,11 @@ import rankaware_optim as ra
 from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import RayExecutor
 from rankaware_optim.calibration._ray import Share, share_out
-from rankaware_optim.calibration._storage import check_shared, journal_head, shared_storage
+from rankaware_optim.calibration._storage import (
+    check_shared,
+    journal_head,
+    shared_storage,
+)
 
 from ..helpers.calibrations import AdamW, Net, calibrate, made_up
 
@@ -83,7 +87,9 @@ def test_a_model_in_place_stays_here():
         ra.calibrate_in_place(
             model, lambda model, i: 0.0, AdamW, ranks=(4, 16), steps=5, executor="ray"
         )
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
@@ -101,7 +107,10 @@ def test_storages_have_one_name_everywhere(monkeypatch, tmp_path):
     """A path is made absolute, a URL is left as it is."""
     monkeypatch.chdir(tmp_path)
     assert shared_storage(Path("study.journal")) == str(tmp_path / "study.journal")
-    assert shared_storage("postgresql+psycopg://me@there/db") == "postgresql+psycopg://me@there/db"
+    assert (
+        shared_storage("postgresql+psycopg://me@there/db")
+        == "postgresql+psycopg://me@there/db"
+    )
 
 
 def test_a_journal_of_the_same_name_is_not_the_same(tmp_path):
@@ -113,7 +122,8 @@ def test_a_journal_of_the_same_name_is_not_the_same(tmp_path):
     check_shared(paths[0], head, "node 1")
     for other in (paths[1], str(tmp_path / "nowhere.journal")):
         with pytest.raises(
-            CalibrationError, match="on node 1 is not the file with which the calibration"
+            CalibrationError,
+            match="on node 1 is not the file with which the calibration",
         ):
             check_shared(other, head, "node 1")
     check_shared("postgresql+psycopg://me@there/db", b"", "node 1")

@@ -42,7 +42,9 @@ def step(model: nn.Module, i: int) -> torch.Tensor:
     return (out - x[:, : out.shape[1]].sin()).square().mean()
 
 
-def calibrate(model, step=step, *, ranks=(2, 8), steps=STEPS, trials=4, optimizer=AdamW, **options):
+def calibrate(
+    model, step=step, *, ranks=(2, 8), steps=STEPS, trials=4, optimizer=AdamW, **options
+):
     return ra.calibrate_in_place(
         model, step, optimizer, ranks=ranks, steps=steps, trials=trials, **options
     )
@@ -64,7 +66,9 @@ class Everything(nn.Module):
         self.register_buffer("missing", None)
         self.wide = torch.zeros(1).expand(5)  # cannot be written, and need not be
         self.cache, self.history, self.last = {"steps": 0}, [], torch.zeros(16)
-        self.frozen = nn.Parameter(torch.tensor([float("nan"), -0.0]), requires_grad=False)
+        self.frozen = nn.Parameter(
+            torch.tensor([float("nan"), -0.0]), requires_grad=False
+        )
         nn.init.normal_(self.first.lora_B)
         self.drop.eval()
         self.first.register_forward_hook(lambda *_: None)
@@ -117,15 +121,25 @@ ENDS = [
     ("interrupt", failing(KeyboardInterrupt()), CalibrationInterrupted),
     ("interrupt at once", failing(KeyboardInterrupt(), 0), CalibrationInterrupted),
     ("no memory", failing(MemoryError()), CalibrationError),
-    ("not finite", lambda model, i: messy(model, i) * (math.nan if i else 1), CalibrationError),
-    ("not finite at once", lambda model, i: messy(model, i) * math.nan, CalibrationError),
+    (
+        "not finite",
+        lambda model, i: messy(model, i) * (math.nan if i else 1),
+        CalibrationError,
+    ),
+    (
+        "not finite at once",
+        lambda model, i: messy(model, i) * math.nan,
+        CalibrationError,
+    ),
     ("pruned", failing(optuna.TrialPruned()), CalibrationError),
     ("text", lambda model, i: "loss", CalibrationError),
 ]
 
 
 @pytest.mark.parametrize("ranks", [(2, 8), (2, None), (None,)], ids=str)
-@pytest.mark.parametrize(("how", "taken", "raised"), ENDS, ids=[how for how, _, _ in ENDS])
+@pytest.mark.parametrize(
+    ("how", "taken", "raised"), ENDS, ids=[how for how, _, _ in ENDS]
+)
 def test_the_model_is_as_it_was(how, taken, raised, ranks):
     """However it ends, every object, value, gradient, mode, hook, buffer and attribute is as found, to the bit."""
     model = Everything()
@@ -133,7 +147,9 @@ def test_the_model_is_as_it_was(how, taken, raised, ranks):
     with pytest.raises(raised) if raised else nullcontext():
         calibrate(model, taken, ranks=ranks, init="A")
     assert changed(before, fingerprint(model)) == []
-    for one, two in zip(model.recurrent._flat_weights, model.recurrent.parameters(), strict=True):
+    for one, two in zip(
+        model.recurrent._flat_weights, model.recurrent.parameters(), strict=True
+    ):
         assert one is two
 
 
@@ -155,7 +171,11 @@ class Fragile(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.copy_ and isinstance(args[0], Fragile) and args[0].breaks > 0:
+        if (
+            func is torch.Tensor.copy_
+            and isinstance(args[0], Fragile)
+            and args[0].breaks > 0
+        ):
             args[0].breaks -= 1
             raise args[0].error
         return super().__torch_function__(func, types, args, kwargs or {})
@@ -257,7 +277,9 @@ def test_it_gives_the_recipe_of_models_built_anew(style, rule):
     }
 
     def train(trial):
-        scaling = 2.0 * (4 / trial.rank) ** {"fixed": 0.0, "alpha": 1.0, "rslora": 0.5}[rule]
+        scaling = (
+            2.0 * (4 / trial.rank) ** {"fixed": 0.0, "alpha": 1.0, "rslora": 0.5}[rule]
+        )
         model = mlp((trial.rank, trial.rank), style=style, scalings=scaling)
         model.load_state_dict(kept, strict=False)
         ra.initialize(model, "A", variance="peft", seed=trial.seed)
@@ -270,9 +292,13 @@ def test_it_gives_the_recipe_of_models_built_anew(style, rule):
             yield loss
 
     other = ra.calibrate(train, AdamW, ranks=(2, 8), steps=STEPS, trials=6)
-    recipe = calibrate(found, settings={"weight_decay": 0.1}, scaling_rule=rule, trials=6)
+    recipe = calibrate(
+        found, settings={"weight_decay": 0.1}, scaling_rule=rule, trials=6
+    )
     for key, value in other.tensors.items():
-        assert np.array_equal(value, recipe.tensors[key], equal_nan=value.dtype.kind == "f"), key
+        assert np.array_equal(
+            value, recipe.tensors[key], equal_nan=value.dtype.kind == "f"
+        ), key
     assert (recipe.fitted_lr, recipe.settings, recipe.reference) == (
         other.fitted_lr,
         other.settings,
@@ -300,7 +326,8 @@ def test_every_trial_starts_alike():
         full_trains=["*base_layer*"],
     )
     for rank, seed, curve in zip(
-        *(recipe.tensors[key].tolist() for key in ("rank", "seed", "curve")), strict=True
+        *(recipe.tensors[key].tolist() for key in ("rank", "seed", "curve")),
+        strict=True,
     ):
         curves.setdefault((rank, seed), []).append(curve)
     assert sorted(curves) == [(0, 3), (4, 3), (8, 3)]
@@ -360,7 +387,9 @@ def test_adapters_are_fresh_and_heads_as_found():
 def test_init_and_variance_are_as_asked(init, variance, std):
     """init= and variance= decide the draw, and the recipe knows the init."""
     model, seen = mlp((4, 4)), []
-    recipe = calibrate(model, watched(seen), ranks=(128,), init=init, variance=variance, trials=2)
+    recipe = calibrate(
+        model, watched(seen), ranks=(128,), init=init, variance=variance, trials=2
+    )
     assert recipe.reference.init == init
     assert seen[0][f"layer0.lora_{init}"][0].std() == pytest.approx(std, rel=0.1)
 
@@ -372,7 +401,9 @@ def test_full_finetuning_trains_the_weights_that_are_adapted():
 
     def taken(model, i):
         loss = watched(seen)(model, i)
-        if any("base_layer" in n and p.requires_grad for n, p in model.named_parameters()):
+        if any(
+            "base_layer" in n and p.requires_grad for n, p in model.named_parameters()
+        ):
             bare = copy.deepcopy(model)
             for layer in (bare.layer0, bare.layer1):
                 nn.init.zeros_(layer.lora_B)
@@ -380,10 +411,14 @@ def test_full_finetuning_trains_the_weights_that_are_adapted():
         return loss
 
     recipe = calibrate(model, taken, ranks=(4, None), trials=6, init="A")
-    trained = [{name for name, (_, trains) in state.items() if trains} for state in seen]
+    trained = [
+        {name for name, (_, trains) in state.items() if trains} for state in seen
+    ]
     head = {"head.weight", "head.bias"}
     assert {frozenset(names) for names in trained} == {
-        frozenset({"layer0.lora_A", "layer0.lora_B", "layer1.lora_A", "layer1.lora_B"} | head),
+        frozenset(
+            {"layer0.lora_A", "layer0.lora_B", "layer1.lora_A", "layer1.lora_B"} | head
+        ),
         frozenset({"layer0.base_layer.weight", "layer1.base_layer.weight"} | head),
     }
     assert recipe.full_seen
@@ -399,7 +434,9 @@ def test_full_trials_may_end_it():
     assert changed(before, fingerprint(model)) == []
 
 
-@pytest.mark.parametrize("chosen", [["*.base_layer.*"], lambda name, param: "base_layer" in name])
+@pytest.mark.parametrize(
+    "chosen", [["*.base_layer.*"], lambda name, param: "base_layer" in name]
+)
 def test_full_trains_says_what_full_finetuning_trains(chosen):
     """Patterns or a predicate choose the parameters, here the biases too."""
     model, seen = mlp(), []
@@ -430,7 +467,9 @@ def test_a_step_may_take_its_gradients_itself():
         return loss.item() if i % 2 else loss.detach()
 
     ours, theirs = calibrate(mlp(), own), calibrate(mlp(), step)
-    assert np.allclose(ours.tensors["curve"], theirs.tensors["curve"], rtol=1e-4, equal_nan=True)
+    assert np.allclose(
+        ours.tensors["curve"], theirs.tensors["curve"], rtol=1e-4, equal_nan=True
+    )
 
 
 def test_schedule_score_and_settings_are_used():
@@ -486,7 +525,10 @@ def test_out_of_memory_at_a_rank_leaves_the_others():
 
 def test_frozen_weights_are_not_copied():
     """Memory beside the model: what trains and buffers, and not the frozen weights, unless they are tried whole."""
-    from rankaware_optim.calibration.in_place._snapshot import ModelState, _restore_value
+    from rankaware_optim.calibration.in_place._snapshot import (
+        ModelState,
+        _restore_value,
+    )
     from rankaware_optim.inspection import walk
 
     def copied(model, **options):
@@ -536,7 +578,12 @@ BAD = [
         CalibrationError,
         "chooses no parameter",
     ),
-    (quantised, {"ranks": (4, None)}, CalibrationError, "weight of layer0 cannot be trained whole"),
+    (
+        quantised,
+        {"ranks": (4, None)},
+        CalibrationError,
+        "weight of layer0 cannot be trained whole",
+    ),
     (lambda: Sharded(*mlp()), {}, InspectionError, "sharded or wrapped"),
     (lambda: nn.Linear(16, 16), {}, InspectionError, "No trainable LoRA pair"),
     (
@@ -552,8 +599,18 @@ BAD = [
         CalibrationError,
         "a tensor without a graph",
     ),
-    (mlp, {"step": lambda model, i: None}, CalibrationError, "a NoneType without a graph"),
-    (mlp, {"step": lambda model, i: model(torch.ones(2, 16))}, CalibrationError, "is a Tensor"),
+    (
+        mlp,
+        {"step": lambda model, i: None},
+        CalibrationError,
+        "a NoneType without a graph",
+    ),
+    (
+        mlp,
+        {"step": lambda model, i: model(torch.ones(2, 16))},
+        CalibrationError,
+        "is a Tensor",
+    ),
     (mlp, {"score": lambda model: None}, CalibrationError, "score returned None"),
     (mlp, {"settings": {"lr": 1.0}}, CalibrationError, "got lr="),
     (mlp, {"trials": 0}, CalibrationError, "trials is 0"),
@@ -628,7 +685,9 @@ def test_ctrl_c_at_any_moment_of_a_real_process(double):
         assert child.stdout.readline() == "go\n"
         start = time.perf_counter()
         assert child.stdout.readline().split()[1:] == []
-        whole = time.perf_counter() - start  # of a round that nothing interrupts, here and now
+        whole = (
+            time.perf_counter() - start
+        )  # of a round that nothing interrupts, here and now
         child.stdin.write("next\n")
         child.stdin.flush()
         for _ in range(ROUNDS):

@@ -30,7 +30,9 @@ def test_optunas_private_names_are_where_they_were(tmp_path):
     assert isinstance(opened._backend, RDBStorage)
     close_storage(opened)
     lock = FileLock(tmp_path / "lock")
-    journal = JournalStorage(JournalFileBackend(str(tmp_path / "journal"), lock_obj=lock))
+    journal = JournalStorage(
+        JournalFileBackend(str(tmp_path / "journal"), lock_obj=lock)
+    )
     lock.acquire()
     close_storage(journal)
     assert not lock.is_locked
@@ -44,14 +46,18 @@ def test_optunas_private_signatures_are_what_they_were():
         BaseStorage.set_trial_user_attr: ["self", "trial_id", "key", "value"],
         BaseStorage.set_trial_state_values: ["self", "trial_id", "state", "values"],
     }
-    assert {method: list(inspect.signature(method).parameters) for method in expected} == expected
+    assert {
+        method: list(inspect.signature(method).parameters) for method in expected
+    } == expected
 
 
 @pytest.mark.parametrize("url", [None, "sqlite://"])
 def test_a_trial_begins_with_its_attributes_and_its_rate(url):
     """It runs, holds from its first moment what it was given, and its sampler is not asked for a given rate."""
     storage = InMemoryStorage() if url is None else optuna.storages.get_storage(url)
-    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(
+        storage=storage, sampler=optuna.samplers.RandomSampler(seed=0)
+    )
     trial = begin_trial(study, {"rank": 4}, {"x": -7.5})
     (found,) = study.get_trials()
     assert (found.number, found.state, found.user_attrs) == (

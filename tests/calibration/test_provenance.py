@@ -63,7 +63,11 @@ def test_a_recipe_names_the_code_that_made_it(tmp_path):
     digits = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()[:12]
     recipe = calibrate(train, trials=2)
     loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
-    assert loaded.source == recipe.source == {"train": "train", "hash": digits, "commit": commit}
+    assert (
+        loaded.source
+        == recipe.source
+        == {"train": "train", "hash": digits, "commit": commit}
+    )
     assert f"commit {commit}" in " ".join(str(loaded).split())
     (tmp_path / "finetune.py").write_text(LOOP + "\n")
     assert calibrate(train, trials=2).source["commit"] == f"{commit}-dirty"
@@ -123,7 +127,10 @@ def beside(**settings):
 
     def train(trial):
         model = Net(trial.rank)
-        model.norms, model.head = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)]), nn.Linear(4, 2)
+        model.norms, model.head = (
+            nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)]),
+            nn.Linear(4, 2),
+        )
         params = settings.get("groups", lambda model: model)(model)
         own = {name: value for name, value in settings.items() if name != "groups"}
         trial.optimizer(params, model=model, **own)
@@ -195,7 +202,9 @@ def test_a_calibrated_head_trains_on_as_it_did():
     model = Net(64)
     model.head = nn.Linear(4, 2)
     opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
-    assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "other"} == {recipe.lr}
+    assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "other"} == {
+        recipe.lr
+    }
     model.fresh = nn.Linear(2, 2)
     with pytest.raises(ra.RecipeError, match=r"trained neither fresh\.weight"):
         ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
@@ -206,7 +215,9 @@ def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
 
     def train(trial):
         layer = nn.Linear(8, 8)
-        trial.optimizer(layer if trial.rank is None else PlainLoRA(layer, trial.rank, 1.0))
+        trial.optimizer(
+            layer if trial.rank is None else PlainLoRA(layer, trial.rank, 1.0)
+        )
         yield from (2.0 - 0.05 * step for step in range(trial.steps))
 
     assert calibrate(train, ranks=(2, None), trials=4).other_rates == {}

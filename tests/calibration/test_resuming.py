@@ -36,7 +36,9 @@ from ..helpers.interrupted import CtrlC
 from ..helpers.killed import STEPS as RUN
 from ..helpers.killed import TRIALS
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed")
+pytestmark = pytest.mark.skipif(
+    os.name != "posix", reason="processes are forked and killed"
+)
 
 KILLS = 20
 
@@ -46,10 +48,17 @@ class Forked:
 
     def __init__(self) -> None:
         script = str(Path(__file__).parents[1] / "helpers" / "killed.py")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         pipe = subprocess.PIPE
         self.server = subprocess.Popen(
-            [sys.executable, script], stdin=pipe, stdout=pipe, text=True, env=environment
+            [sys.executable, script],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            env=environment,
         )
 
     def run(self, folder: Path, kill_after: float | None = None) -> float:
@@ -98,7 +107,9 @@ def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
     if (tmp_path / "recipe.toml").exists():
         assert ra.Recipe.load(tmp_path / "recipe.toml")
     before = (
-        trials_in(tmp_path) if (tmp_path / "study.journal").exists() and studied(tmp_path) else []
+        trials_in(tmp_path)
+        if (tmp_path / "study.journal").exists() and studied(tmp_path)
+        else []
     )
     forked.run(tmp_path)
     assert (tmp_path / "recipe.toml").read_text() == expected
@@ -119,7 +130,11 @@ def studied(folder: Path) -> bool:
 def assert_retried(trials) -> None:
     """Every killed trial was run again, once, with its rank, seed and rate."""
     for killed in (trial for trial in trials if "killed" in trial.user_attrs):
-        (again,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == killed.number]
+        (again,) = [
+            trial
+            for trial in trials
+            if trial.user_attrs.get("retry_of") == killed.number
+        ]
         assert TrialRecord.read(again).setting == TrialRecord.read(killed).setting
         if killed.params and again.params:
             assert again.params == killed.params
@@ -156,11 +171,15 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_p
     options = {"ranks": (4, 64), "steps": 10, "trials": 7}
     recipe = calibrate(falling, storage=whole, **options)
     pruned = next(
-        t.number for t in Trials.read(stored(tmp_path, str(whole))) if t.stopped == "pruned"
+        t.number
+        for t in Trials.read(stored(tmp_path, str(whole)))
+        if t.stopped == "pruned"
     )
     lines = whole.read_bytes().splitlines(keepends=True)
     of_it = [
-        number for number, line in enumerate(lines) if json.loads(line).get("trial_id") == pruned
+        number
+        for number, line in enumerate(lines)
+        if json.loads(line).get("trial_id") == pruned
     ]
     assert b'"stopped":"pruned"' in b"".join(lines[of_it[0] : of_it[-1]])
     for end in (of_it[0], *(number + 1 for number in of_it)):
@@ -212,7 +231,9 @@ def failed_in_time(study) -> bool:
     return state_of(study) == "FAIL"
 
 
-@pytest.mark.parametrize("attributes", [{}, {"heartbeat": 3}, {"worker": "another"}], ids=str)
+@pytest.mark.parametrize(
+    "attributes", [{}, {"heartbeat": 3}, {"worker": "another"}], ids=str
+)
 def test_a_silent_trial_is_failed_to_be_repeated(attributes, quick, study, worker):
     """It is silent whether it was written by a worker that died, or by one that wrote no heartbeats at all."""
     begin_trial(study, attributes, {})
@@ -277,7 +298,9 @@ def test_a_dead_trial_is_repeated_at_its_place(quick):
     storage = optuna.storages.InMemoryStorage()
     calibrate(made_up(), trials=2, storage=storage)
     study = optuna.load_study(study_name="calibration", storage=storage)
-    dead = begin_trial(study, {"rank": 4, "seed": 1, "worker": "dead", "heartbeat": 5}, {})
+    dead = begin_trial(
+        study, {"rank": 4, "seed": 1, "worker": "dead", "heartbeat": 5}, {}
+    )
     dead.suggest_float("log2_lr", -7.0, -6.9)
     calibrate(made_up(), trials=8, budget=6 * STEPS, storage=storage)
     assert Trials.read(study.trials).spent(STEPS) <= 6 * STEPS
@@ -312,17 +335,29 @@ MOMENTS = [
     ("return", "set_trial_state_values", 2),
     ("call", "close_storage", 1),
 ]
-SQL = ("create_new_study", "create_new_trial", "begin", "set_trial_state_values", "close_storage")
+SQL = (
+    "create_new_study",
+    "create_new_trial",
+    "begin",
+    "set_trial_state_values",
+    "close_storage",
+)
 
 
 @pytest.fixture(
-    params=[(kind, m) for m in MOMENTS for kind in ("journal", "sqlite")[: 1 + (m[1] in SQL)]],
+    params=[
+        (kind, m)
+        for m in MOMENTS
+        for kind in ("journal", "sqlite")[: 1 + (m[1] in SQL)]
+    ],
     ids=str,
 )
 def interrupted(request, tmp_path):
     """Where a study is stored, and the moment at which it is interrupted."""
     kind, moment = request.param
-    return (tmp_path / "s.journal" if kind == "journal" else f"sqlite:///{tmp_path}/s.db"), moment
+    return (
+        tmp_path / "s.journal" if kind == "journal" else f"sqlite:///{tmp_path}/s.db"
+    ), moment
 
 
 def small(storage, trials=3):
@@ -334,7 +369,9 @@ def small(storage, trials=3):
 def opened_in(folder: Path) -> set[str]:
     """The files in a folder that this process holds open, where the kernel says it."""
     links = [link for link in Path("/proc/self/fd").glob("*") if link.exists()]
-    return {link.readlink().name for link in links if link.readlink().is_relative_to(folder)}
+    return {
+        link.readlink().name for link in links if link.readlink().is_relative_to(folder)
+    }
 
 
 def in_time(call, seconds=30):
@@ -369,10 +406,16 @@ def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
     path = tmp_path / "s.journal"
     small(path, trials=1)
     program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
-    command, pipe = [sys.executable, "-c", program, f"{path}.rankaware.lock"], subprocess.PIPE
+    command, pipe = (
+        [sys.executable, "-c", program, f"{path}.rankaware.lock"],
+        subprocess.PIPE,
+    )
     holder = subprocess.Popen(command, stdin=pipe, stdout=pipe)
     holder.stdout.readline()
-    guards = [threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)) for wait in (0.3, 0.6)]
+    guards = [
+        threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT))
+        for wait in (0.3, 0.6)
+    ]
     for guard in guards:
         guard.start()
     with pytest.raises(KeyboardInterrupt):
@@ -388,10 +431,18 @@ class Other(subprocess.Popen):
     """A process that is to calibrate, its first trial with a step of so many seconds."""
 
     def __init__(self, storage: str, seconds: float) -> None:
-        command = [sys.executable, "-m", "tests.helpers.elsewhere", storage, str(seconds)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.helpers.elsewhere",
+            storage,
+            str(seconds),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
-        super().__init__(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment)
+        super().__init__(
+            command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment
+        )
 
     def begin(self) -> None:
         """Calibrate, and be in the long step when this returns."""
@@ -433,7 +484,9 @@ def stored(folder: Path, storage: str = STORAGES[0]) -> list[optuna.trial.Frozen
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"]
+)
 def test_a_silent_process_is_not_waited_for(fate, storage, others, tmp_path):
     """A trial whose process gives no more signs of life is failed and run again, at its rank, seed and rate."""
     dead, other = others(60, storage)

@@ -25,7 +25,9 @@ START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
 
 
-def trial_of(rank: int, x: float, value: float | None = None) -> optuna.trial.FrozenTrial:
+def trial_of(
+    rank: int, x: float, value: float | None = None
+) -> optuna.trial.FrozenTrial:
     """A finished run, or without a value one that another worker has under way."""
     attributes = {"rank": rank, "seed": 0}
     if value is None:
@@ -44,7 +46,9 @@ def trial_of(rank: int, x: float, value: float | None = None) -> optuna.trial.Fr
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    search = SimpleNamespace(start=START, full_follows=False, fitted=lambda trials: None)
+    search = SimpleNamespace(
+        start=START, full_follows=False, fitted=lambda trials: None
+    )
     study = optuna.create_study(sampler=BracketSampler(search))
     for trial in trials:
         study.add_trial(trial)
@@ -64,7 +68,11 @@ def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
         ((trial_of(2, START, 0.5), trial_of(32, START + 2)), 2, START - 2),
         ((trial_of(32, START, 0.5), trial_of(32, START + 2)), 2, START),
         (
-            (trial_of(2, START, 0.5), trial_of(2, START - 2, 0.6), trial_of(32, START + 2)),
+            (
+                trial_of(2, START, 0.5),
+                trial_of(2, START - 2, 0.6),
+                trial_of(32, START + 2),
+            ),
             2,
             START - 4,
         ),

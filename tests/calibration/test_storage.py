@@ -73,7 +73,9 @@ def test_a_file_of_something_else_is_refused(make, tmp_path):
     path = tmp_path / "given"
     make(path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
-    cure = f"Give 'sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
+    cure = (
+        f"Give 'sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
+    )
     with pytest.raises(CalibrationError, match=cure):
         calibrate(made_up(), trials=2, storage=path)
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
@@ -97,7 +99,9 @@ def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
     assert (tmp_path / "study.rankaware.lock").read_text() == "content"
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize(
+    "make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)]
+)
 def test_what_is_no_file_is_refused(make, tmp_path):
     """A folder, a pipe that nobody writes to, and a device are not opened."""
     make(tmp_path / "given")
@@ -105,7 +109,9 @@ def test_what_is_no_file_is_refused(make, tmp_path):
         calibrate(made_up(), trials=2, storage=tmp_path / "given")
 
 
-@pytest.mark.parametrize("storage", [3, b"study.journal", "\0", ["study.journal"], "", "://"])
+@pytest.mark.parametrize(
+    "storage", [3, b"study.journal", "\0", ["study.journal"], "", "://"]
+)
 def test_what_names_nothing_is_refused(storage):
     """Values of other types and impossible names are an error of ours."""
     with pytest.raises(CalibrationError):
@@ -120,7 +126,12 @@ def test_an_empty_file_is_a_new_journal(tmp_path):
     (tmp_path / "given").touch()
     calibrate(made_up(), trials=2, storage=tmp_path / "given")
     assert (
-        len(calibrate(made_up(), trials=TRIALS, storage=tmp_path / "given").tensors["lr"]) == TRIALS
+        len(
+            calibrate(made_up(), trials=TRIALS, storage=tmp_path / "given").tensors[
+                "lr"
+            ]
+        )
+        == TRIALS
     )
 
 
@@ -138,7 +149,10 @@ def test_a_journal_goes_on_where_it_is_whole(end, journal):
     """A last line that a full disk or a power failure cut is dropped; every line that is whole is kept."""
     whole = journal.read_bytes()
     journal.write_bytes(end(whole))
-    assert len(calibrate(made_up(), trials=TRIALS + 2, storage=journal).tensors["lr"]) == TRIALS + 2
+    assert (
+        len(calibrate(made_up(), trials=TRIALS + 2, storage=journal).tensors["lr"])
+        == TRIALS + 2
+    )
     kept = journal.read_bytes().replace(b"\r\n", b"\n")
     assert kept.startswith(whole)
     assert all(json.loads(line) for line in kept.splitlines())
@@ -148,7 +162,9 @@ def test_a_journal_of_which_nothing_is_whole_begins_again(tmp_path):
     """Cut in its first line, it holds nothing to lose."""
     path = tmp_path / "study.journal"
     path.write_bytes(b'{"op_code":0,"worker_id":"5f')
-    assert len(calibrate(made_up(), trials=TRIALS, storage=path).tensors["lr"]) == TRIALS
+    assert (
+        len(calibrate(made_up(), trials=TRIALS, storage=path).tensors["lr"]) == TRIALS
+    )
 
 
 def line(**changed):
@@ -162,7 +178,9 @@ def line(**changed):
             for key, value in {**json.loads(lines[at]), **changed}.items()
             if value is not None
         }
-        return b"".join([*lines[:at], json.dumps(made).encode() + b"\n", *lines[at + 1 :]])
+        return b"".join(
+            [*lines[:at], json.dumps(made).encode() + b"\n", *lines[at + 1 :]]
+        )
 
     return change
 
@@ -172,7 +190,9 @@ DAMAGED = {
     "two lines in one": lambda data: data.replace(b"}\n{", b"}{", 1),
     "not UTF-8": lambda data: data.replace(b'"rank"', b'"r\xffnk"', 1),
     "no object": lambda data: data.replace(b"\n", b"\n[]\n", 1),
-    "brackets without end": lambda data: data.replace(b"\n", b"\n" + b"[" * 100_000 + b"\n", 1),
+    "brackets without end": lambda data: data.replace(
+        b"\n", b"\n" + b"[" * 100_000 + b"\n", 1
+    ),
     "another file's end": lambda data: data + b"and more",
     "another file's last line": lambda data: data + b'{"op_code":4,and more\n',
     "an operation of none": line(op_code=99),
@@ -185,11 +205,15 @@ DAMAGED = {
     "a rank beyond every model": line(user_attrs={"rank": 2**40, "seed": 0}),
     "attributes of a wrong type": line(user_attrs=[]),
     "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
-    "a curve longer than its run": lambda data: data.replace(b'"curve":[', b'"curve":[2.5,', 1),
+    "a curve longer than its run": lambda data: data.replace(
+        b'"curve":[', b'"curve":[2.5,', 1
+    ),
     "multipliers of a wrong type": lambda data: re.sub(
         rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data
     ),
-    "a reference without a width": lambda data: re.sub(rb'("fan_in":)[\d.]+', rb"\1null", data),
+    "a reference without a width": lambda data: re.sub(
+        rb'("fan_in":)[\d.]+', rb"\1null", data
+    ),
     "a study of two objectives": lambda data: data.replace(
         b'"directions":[1]', b'"directions":[1,1]', 1
     ),
@@ -212,7 +236,10 @@ def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
     link = tmp_path / "elsewhere" / "link"
     link.parent.mkdir()
     link.symlink_to(journal)
-    assert len(calibrate(made_up(), trials=TRIALS + 1, storage=link).tensors["lr"]) == TRIALS + 1
+    assert (
+        len(calibrate(made_up(), trials=TRIALS + 1, storage=link).tensors["lr"])
+        == TRIALS + 1
+    )
     assert list(link.parent.iterdir()) == [link]
 
 
@@ -261,8 +288,12 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
     url = f"sqlite:///{path}"
     calibrate(meanwhile(lambda: None), trials=1, storage=url)
     copy = path.read_bytes()
-    with pytest.raises(CalibrationError, match=r"does not hold what was written to it \(KeyError"):
-        calibrate(meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url)
+    with pytest.raises(
+        CalibrationError, match=r"does not hold what was written to it \(KeyError"
+    ):
+        calibrate(
+            meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url
+        )
 
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
@@ -304,7 +335,9 @@ def sqlite(folder: Path):
 @pytest.mark.parametrize("read", ["get_study_user_attrs", "get_all_trials"])
 @pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("make", [memory, a_journal, sqlite])
-def test_a_worker_may_start_between_two_reads_of_another(make, nth, read, tmp_path, monkeypatch):
+def test_a_worker_may_start_between_two_reads_of_another(
+    make, nth, read, tmp_path, monkeypatch
+):
     """Another worker runs its trials after a read that a starting one makes. The one that started has its recipe."""
     storage, reads, made = make(tmp_path), [], []
     original = getattr(type(storage), read)
@@ -367,7 +400,9 @@ def test_workers_that_start_together_create_one_database(tmp_path):
     )  # imports what a storage needs, so that the processes differ by nothing
     barrier, ends = fork.Barrier(count), fork.SimpleQueue()
     workers = [
-        fork.Process(target=open_together, args=(f"sqlite:///{tmp_path}/s.db", barrier, ends))
+        fork.Process(
+            target=open_together, args=(f"sqlite:///{tmp_path}/s.db", barrier, ends)
+        )
         for _ in range(count)
     ]
     for worker in workers:

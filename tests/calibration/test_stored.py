@@ -27,11 +27,15 @@ RANKS = [4, 64, 64, 4, 64, 4, 64, 64, 4, 64, 4, 64, 0]
 
 @pytest.fixture
 def journal(tmp_path):
-    return Path(shutil.copy(Path(__file__).parent / "stored" / "calibration.journal", tmp_path))
+    return Path(
+        shutil.copy(Path(__file__).parent / "stored" / "calibration.journal", tmp_path)
+    )
 
 
 def stored_trials(journal: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="calibration", storage=open_storage(journal)).trials
+    return optuna.load_study(
+        study_name="calibration", storage=open_storage(journal)
+    ).trials
 
 
 def loop(trial):
@@ -39,7 +43,11 @@ def loop(trial):
     trial.optimizer(Net(trial.rank))
     u = math.log2(trial.lr) - BEST
     for step in range(trial.steps):
-        gain = 2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps)) if u < 1 else -0.01 * step
+        gain = (
+            2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps))
+            if u < 1
+            else -0.01 * step
+        )
         yield math.nan if u > 2 and step > 1 else 2.3 - gain
 
 
@@ -53,10 +61,15 @@ def test_attributes_have_the_names_that_are_stored(journal):
     calibrate(loop, trials=14, storage=journal, **OPTIONS)
     trials = stored_trials(journal)
     old, new = (
-        {key for trial in part for key in trial.user_attrs} for part in (trials[:15], trials[15:])
+        {key for trial in part for key in trial.user_attrs}
+        for part in (trials[:15], trials[15:])
     )
     assert old == NAMES | {"owner"}
-    assert new == NAMES - {"retry_of", "killed", "stopped"} | {"worker", "heartbeat", "built"}
+    assert new == NAMES - {"retry_of", "killed", "stopped"} | {
+        "worker",
+        "heartbeat",
+        "built",
+    }
     for trial in trials:
         record = TrialRecord.read(trial)
         assert record.x == trial.params.get("log2_lr")
@@ -74,7 +87,11 @@ def test_records_say_what_became_of_the_trials(journal):
         "PRUNED": 8,
         "FAIL": 2,
     }
-    assert Counter(record.stopped for record in records) == {"": 9, "pruned": 5, "memory": 1}
+    assert Counter(record.stopped for record in records) == {
+        "": 9,
+        "pruned": 5,
+        "memory": 1,
+    }
     assert [(r.number, r.x) for r in records if r.killed] == [(2, records[3].x)]
     assert [r.number for r in records if r.retry_of == 2] == [3]
     assert records[-1].rank is None

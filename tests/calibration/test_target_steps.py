@@ -28,7 +28,9 @@ def whole(best=lambda rank: BEST, init="A", seen=None):
         end = bowl(math.log2(trial.lr) - best(trial.rank))
         for step in range(trial.steps):
             yield (
-                2.3 + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0) + 0.01 * random.random()
+                2.3
+                + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0)
+                + 0.01 * random.random()
             )
 
     return train
@@ -48,7 +50,9 @@ def band(rate):
     [((4, 16), "A", 0.0), ((4, 16), "B", 0.15), ((None,), "A", 0.3)],
     ids=str,
 )
-def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(ranks, init, slope):
+def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(
+    ranks, init, slope
+):
     """The trials are those of the same call without a target; the rate moves by the slope, and the band widens."""
     near, far = (
         calibrate(whole(init=init), ranks=ranks, trials=12, target_steps=to)
@@ -57,7 +61,9 @@ def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(ranks, init
     assert (near.steps, far.steps) == (STEPS, TARGET)
     assert far.tensors["lr"] == pytest.approx(near.tensors["lr"])
     method = {"method": "full"} if ranks == (None,) else {"rank": 4}
-    (at_near, sd_near), (at_far, sd_far) = (band(recipe.at(**method)) for recipe in (near, far))
+    (at_near, sd_near), (at_far, sd_far) = (
+        band(recipe.at(**method)) for recipe in (near, far)
+    )
     assert at_far - at_near == pytest.approx(3 * slope)
     assert sd_far == pytest.approx(math.hypot(sd_near, 0.565), abs=1e-3)
     note = f"{TARGET} steps were not tried: the rate is that of {STEPS}, moved by {3 * slope:+.2f} ± 0.57 octaves"
@@ -79,7 +85,8 @@ def test_full_runs_are_moved_to_the_target_too():
     """Their rate rises by a quarter of an octave for each doubling, less what the law's own factor explains."""
     options = {"trials": 8, "full_trials": 3}
     near, far = (
-        calibrate(whole(), target_steps=to, **options).at(method="full") for to in (None, TARGET)
+        calibrate(whole(), target_steps=to, **options).at(method="full")
+        for to in (None, TARGET)
     )
     (at_near, sd_near), (at_far, sd_far) = band(near), band(far)
     assert 0.25 < at_far - at_near < 3 * 0.25
@@ -99,14 +106,19 @@ def test_another_length_is_an_extrapolation_from_the_target():
     """`recipe.at(steps=)` goes on from the target's steps, and the band grows again."""
     recipe = calibrate(whole(), trials=8, target_steps=TARGET)
     assert recipe.at(4, steps=TARGET).lr == recipe.at(4).lr
-    with pytest.warns(ra.RankAwareWarning, match=f"{4 * TARGET} steps instead of {TARGET}"):
+    with pytest.warns(
+        ra.RankAwareWarning, match=f"{4 * TARGET} steps instead of {TARGET}"
+    ):
         beyond = recipe.at(4, steps=4 * TARGET)
     assert beyond.high / beyond.low > recipe.at(4).high / recipe.at(4).low
 
 
 def test_until_is_of_the_band_at_the_target():
     """A band that the trials alone would make narrow enough is not narrow enough for the target."""
-    near, far = (calibrate(whole(), trials=30, until=1.8, target_steps=to) for to in (None, TARGET))
+    near, far = (
+        calibrate(whole(), trials=30, until=1.8, target_steps=to)
+        for to in (None, TARGET)
+    )
     assert len(near.tensors["lr"]) < len(far.tensors["lr"]) == 30
 
 
@@ -116,7 +128,9 @@ def test_until_is_of_the_band_at_the_target():
 def test_trials_are_whole_runs_within_the_budget():
     """Every run has `steps` steps, whatever the target's are, and the budget counts them."""
     seen = []
-    recipe = calibrate(whole(seen=seen), target_steps=TARGET, budget=10 * STEPS, full_trials=3)
+    recipe = calibrate(
+        whole(seen=seen), target_steps=TARGET, budget=10 * STEPS, full_trials=3
+    )
     assert {steps for _, steps, _ in seen} == {STEPS}
     assert 9 * STEPS < int(recipe.tensors["steps"].sum()) <= 10 * STEPS
     assert [rank for rank, *_ in seen[-3:]] == [None] * 3
@@ -127,7 +141,8 @@ def test_the_target_may_change_when_a_study_goes_on(tmp_path):
     journal, trained = tmp_path / "study.journal", []
     targets = (TARGET, 2 * TARGET, None)
     made = [
-        calibrate(whole(seen=trained), trials=8, storage=journal, target_steps=to) for to in targets
+        calibrate(whole(seen=trained), trials=8, storage=journal, target_steps=to)
+        for to in targets
     ]
     assert [recipe.steps for recipe in made] == [TARGET, 2 * TARGET, STEPS]
     assert len(trained) == 8
@@ -162,7 +177,10 @@ def test_a_loop_that_ignores_its_steps_is_found_by_its_first_run():
         calibrate(made_up(), target_steps=TARGET, storage=storage)
     (first,) = Trials.read(storage.get_all_trials(0))
     assert first.state.name == "FAIL"
-    assert calibrate(whole(), target_steps=TARGET, storage=storage, trials=4).steps == TARGET
+    assert (
+        calibrate(whole(), target_steps=TARGET, storage=storage, trials=4).steps
+        == TARGET
+    )
 
 
 def test_a_pushed_loop_reads_its_steps_too():
@@ -202,9 +220,12 @@ def test_a_study_of_several_lengths_or_batches_is_refused(made_with, of_trials):
     """An earlier version could make one. Its runs cannot be distinguished any more, and nothing is written to it."""
     storage = optuna.storages.InMemoryStorage()
     of_an_earlier_version(storage, made_with, of_trials)
-    before = dict(optuna.load_study(study_name="calibration", storage=storage).user_attrs)
+    before = dict(
+        optuna.load_study(study_name="calibration", storage=storage).user_attrs
+    )
     with pytest.raises(
-        ra.CalibrationError, match="by an earlier version with several lengths or batches"
+        ra.CalibrationError,
+        match="by an earlier version with several lengths or batches",
     ):
         calibrate(whole(), trials=4, storage=storage)
     after = optuna.load_study(study_name="calibration", storage=storage)

@@ -88,7 +88,19 @@ QUICK = ["loops:train", "--steps", 10, "-o", "made/r.toml"]
 
 def test_it_writes_the_recipe(folder):
     """The recipe, its journal beside it and what was spent; the file's name is the study's."""
-    done = call(*QUICK, "--ranks", "2,4", "--trials", 6, "--batch", 8, "--warmup", 0.1, "--seed", 3)
+    done = call(
+        *QUICK,
+        "--ranks",
+        "2,4",
+        "--trials",
+        6,
+        "--batch",
+        8,
+        "--warmup",
+        0.1,
+        "--seed",
+        3,
+    )
     assert done.exit_code == 0, done.output
     recipe = ra.Recipe.load("made/r.toml")
     assert (recipe.name, recipe.ranks, recipe.steps, recipe.batch, recipe.warmup) == (
@@ -165,8 +177,18 @@ def started(*arguments, env=(), **options):
 
     Its first run waits until as many processes run as PROCESSES says: a quick one leaves trials for the others.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **dict(env)}
-    command = [sys.executable, "-m", "rankaware_optim", "calibrate", *map(str, arguments)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        **dict(env),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "rankaware_optim",
+        "calibrate",
+        *map(str, arguments),
+    ]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, env=environment, stdout=pipe, stderr=pipe, text=True, **options
@@ -211,7 +233,8 @@ def test_two_workers_share_the_trials(folder):
     """--workers 2 runs the number asked for in two processes, no rank, seed and rate twice, and what
     the training function warns of is a note of every worker."""
     process = started(
-        *shared("slow_loops:warns", "--trials", 24, "--workers", 2), env={"PROCESSES": "2"}
+        *shared("slow_loops:warns", "--trials", 24, "--workers", 2),
+        env={"PROCESSES": "2"},
     )
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -230,7 +253,10 @@ def test_too_small_a_budget_is_noted_once(folder):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("leaves the search") == 1
-    assert "note: A budget of 30 steps leaves the search 3 of the 5 runs that it needs" in err
+    assert (
+        "note: A budget of 30 steps leaves the search 3 of the 5 runs that it needs"
+        in err
+    )
     assert "Give a larger budget, or fewer full trials." in err
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
 
@@ -274,7 +300,11 @@ INTERRUPTS = {
 def test_an_interrupt_ends_all_workers_in_a_sentence(number, busy, folder):
     """A terminal's Ctrl-C, or a cluster's SIGTERM, ends them with one sentence and code 130. No trial is left."""
     process = started(*LONG, start_new_session=True)
-    wait_until(lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) >= busy)
+    wait_until(
+        lambda: (
+            len({trial.worker for trial in running_or_done("r.journal", "r")}) >= busy
+        )
+    )
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=300)  # until every worker has closed it
     said = [line for line in err.splitlines() if not line.startswith("trial ")]
@@ -291,9 +321,13 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, busy, folder):
 def test_a_worker_leaves_with_the_command(folder):
     """Where the command's process is killed, its other worker gives its trial back and ends."""
     process = started(*LONG)
-    wait_until(lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) == 2)
+    wait_until(
+        lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) == 2
+    )
     process.kill()
-    process.communicate(timeout=60)  # until every worker has closed its end of the pipes
+    process.communicate(
+        timeout=60
+    )  # until every worker has closed its end of the pipes
     assert len(running_or_done("r.journal", "r").running()) <= 1
 
 
@@ -348,7 +382,9 @@ def assert_repeated(trials, count: int) -> None:
 
 def running_or_done(storage: str, name: str) -> Trials:
     """The trials of a study, none before it is there."""
-    if not Path(storage).is_file() or name not in optuna.get_all_study_names(open_storage(storage)):
+    if not Path(storage).is_file() or name not in optuna.get_all_study_names(
+        open_storage(storage)
+    ):
         return Trials()
     return Trials.read(trials_of(storage, name))
 
@@ -438,7 +474,11 @@ def test_another_configuration_of_the_same_name_is_refused(folder):
 
 
 MESSAGES = [
-    ("seeds", "seeds is (0, 0). The name is text.", "--seeds is (0, 0). The name is text."),
+    (
+        "seeds",
+        "seeds is (0, 0). The name is text.",
+        "--seeds is (0, 0). The name is text.",
+    ),
     ("lr_range", "lr_range=[1, 2] is wrong.", "--lr-range=[1, 2] is wrong."),
     ("sampler", "sampler is None.", "sampler is None."),
     (None, "steps=2 is fixed.", "steps=2 is fixed."),
@@ -448,7 +488,9 @@ MESSAGES = [
 @pytest.mark.parametrize(("argument", "python", "options"), MESSAGES)
 def test_an_error_names_the_option(argument, python, options):
     """What an error names by the argument of a Python function, the command names by its option."""
-    error = pickle.loads(pickle.dumps(ra.CalibrationError(python, "Correct it.", argument)))
+    error = pickle.loads(
+        pickle.dumps(ra.CalibrationError(python, "Correct it.", argument))
+    )
     assert in_options(error, calibrate) == f"{options} Correct it."
 
 
@@ -464,12 +506,15 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
     monkeypatch.setattr(_liveness, "_BEAT_S", 0.1)  # the trial could not be given back
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     arguments = ["loops:train", *map(str, RANKS), "--trials", "6"]
-    limited = (
-        f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
+    limited = f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
+    done = subprocess.run(
+        ["bash", "-c", limited], env=environment, capture_output=True, text=True
     )
-    done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "Error: The study's storage r.journal failed: [Errno 27] File too large" in done.stderr
+    assert (
+        "Error: The study's storage r.journal failed: [Errno 27] File too large"
+        in done.stderr
+    )
     assert not Path("r.toml").exists()
     before = len(Trials.read(trials_of("r.journal", "r")).counted())
     assert 0 < before < 6
@@ -480,6 +525,8 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
 def test_a_read_only_database_is_said(folder):
     """A database that cannot be written is an error with its cause."""
     close_storage(open_storage("sqlite:///made.db"))
-    done = call("loops:train", *RANKS, "--storage", "sqlite:///file:made.db?mode=ro&uri=true")
+    done = call(
+        "loops:train", *RANKS, "--storage", "sqlite:///file:made.db?mode=ro&uri=true"
+    )
     assert done.exit_code == 1
     assert "readonly database" in done.stderr

@@ -79,7 +79,9 @@ def number(output: str, name: str) -> float:
 def test_the_module_is_the_command():
     """`python -m rankaware_optim --help` lists the commands."""
     done = subprocess.run(
-        [sys.executable, "-m", "rankaware_optim", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "rankaware_optim", "--help"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: rankaware ")
@@ -118,9 +120,14 @@ def test_inspect_adds_rates_to_a_base_rate(folder):
 def test_inspect_names_every_tensor_if_asked(folder):
     """--per-module gives each factor and other tensor its own line."""
     done = call("inspect", folder, "--per-module")
-    names = [f"base_model.model.{name}.lora_{half}.weight" for name in "qv" for half in "AB"]
+    names = [
+        f"base_model.model.{name}.lora_{half}.weight" for name in "qv" for half in "AB"
+    ]
     assert done.exit_code == 0
-    assert all(done.output.count(name) == 1 for name in [*names, "base_model.model.score.weight"])
+    assert all(
+        done.output.count(name) == 1
+        for name in [*names, "base_model.model.score.weight"]
+    )
 
 
 def test_inspect_takes_a_law_by_name(folder):
@@ -133,11 +140,16 @@ def test_inspect_takes_a_law_by_name(folder):
 def test_inspect_reads_a_kohya_file(tmp_path):
     """alpha in the file gives the scaling."""
     path = tmp_path / "lora.safetensors"
-    pair = {"x.lora_down.weight": torch.zeros(8, 32), "x.lora_up.weight": torch.zeros(48, 8)}
+    pair = {
+        "x.lora_down.weight": torch.zeros(8, 32),
+        "x.lora_up.weight": torch.zeros(48, 8),
+    }
     save_file({**pair, "x.alpha": torch.tensor(4.0)}, path)
     done = call("inspect", path)
     assert done.exit_code == 0
-    assert re.search(r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1", done.output)
+    assert re.search(
+        r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1", done.output
+    )
     assert " other " not in done.output
 
 
@@ -165,7 +177,11 @@ def test_convert_says_two_rates_where_alpha_alone_changes():
 
 def test_convert_takes_the_rate_from_the_adapter(tmp_path):
     """Without a typed rate each part of a kohya file is converted at its own, along its optimizer's law."""
-    said = {"ss_unet_lr": "2e-4", "ss_text_encoder_lr": "5e-5", "ss_max_train_steps": "1600"}
+    said = {
+        "ss_unet_lr": "2e-4",
+        "ss_text_encoder_lr": "5e-5",
+        "ss_max_train_steps": "1600",
+    }
     for optimizer, law in (
         ("torch.optim.adamw.AdamW", Falling()),
         ("torch.optim.sgd.SGD", Falling().bind(torch.optim.SGD, {})),
@@ -177,7 +193,9 @@ def test_convert_takes_the_rate_from_the_adapter(tmp_path):
                 f"{name}.alpha": torch.tensor(16.0),
             }
             tensors[f"{name}.lora_up.weight"] = torch.zeros(width, 16)
-        save_file(tensors, tmp_path / "x.safetensors", {**said, "ss_optimizer": optimizer})
+        save_file(
+            tensors, tmp_path / "x.safetensors", {**said, "ss_optimizer": optimizer}
+        )
         done = call("convert", "--from", tmp_path / "x.safetensors", "--to", "r=64")
         assert done.exit_code == 0, done.output
         assert (
@@ -195,15 +213,30 @@ def test_convert_takes_the_rate_from_the_adapter(tmp_path):
 def test_convert_names_an_adapter_as_reference(folder):
     """--from and --to take an adapter's folder, at its own width, beside a typed rate; without one it is asked for."""
     done = call("convert", "2e-4", "--from", folder, "--to", "r=64,alpha=16")
-    assert done.output.rstrip("\n") == convert_lr(2e-4, from_=folder, to="r=64,alpha=16").explain()
-    assert "Give the rate yourself" in call("convert", "--from", folder, "--to", "r=64").output
+    assert (
+        done.output.rstrip("\n")
+        == convert_lr(2e-4, from_=folder, to="r=64,alpha=16").explain()
+    )
+    assert (
+        "Give the rate yourself"
+        in call("convert", "--from", folder, "--to", "r=64").output
+    )
 
 
 def test_convert_prints_what_convert_lr_gives():
     """--from, --to and --law are those of `convert_lr`."""
     words = {"from_": "r=16,alpha=32,fan_in=512", "to": "r=128,alpha=16,rslora"}
     for law in ("mua", "loraplus"):
-        done = call("convert", "2e-4", "--from", words["from_"], "--to", words["to"], "--law", law)
+        done = call(
+            "convert",
+            "2e-4",
+            "--from",
+            words["from_"],
+            "--to",
+            words["to"],
+            "--law",
+            law,
+        )
         assert (done.exit_code, done.output.rstrip("\n")) == (
             0,
             convert_lr(2e-4, **words, law=law).explain(),
@@ -216,7 +249,9 @@ def test_convert_says_how_an_option_gives_the_width():
     assert "Add your model's to the reference, such as fan_in=4096." in printed
     assert (
         "No width"
-        not in call("convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64").output
+        not in call(
+            "convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64"
+        ).output
     )
 
 
@@ -245,13 +280,19 @@ RATES = [
     (["--rank", 16], {"rank": 16}),
     (["--rank", 4], {"rank": 4}),
     (["--rank", 4, "--alpha", 64], {"rank": 4, "alpha": 64}),
-    (["--rank", 4, "--alpha", 64, "--rslora"], {"rank": 4, "alpha": 64, "rslora": True}),
+    (
+        ["--rank", 4, "--alpha", 64, "--rslora"],
+        {"rank": 4, "alpha": 64, "rslora": True},
+    ),
     (["--rank", 256], {"rank": 256}),
     (["--rank", 16, "--fan-in", 4096], {"rank": 16, "fan_in": 4096}),
     (["--rank", 16, "--init", "B"], {"rank": 16, "init": "B"}),
     (["--full"], {"method": "full"}),
     (["--full", "--fan-in", 4096], {"method": "full", "fan_in": 4096}),
-    (["--rank", 16, "--steps", 5000, "--batch", 256], {"rank": 16, "steps": 5000, "batch": 256}),
+    (
+        ["--rank", 16, "--steps", 5000, "--batch", 256],
+        {"rank": 16, "steps": 5000, "batch": 256},
+    ),
 ]
 
 
@@ -272,7 +313,11 @@ def test_lr_prints_the_recipes_rate(arguments, target, recipe):
     else:
         assert number(done.stdout, "ceiling") == pytest.approx(rate.ceiling, rel=5e-3)
     assert number(done.stdout, "90 % band") == pytest.approx(rate.low, rel=5e-3)
-    assert ("extrapolated" in done.stdout) == rate.extrapolated == ("note: Recipe" in done.stderr)
+    assert (
+        ("extrapolated" in done.stdout)
+        == rate.extrapolated
+        == ("note: Recipe" in done.stderr)
+    )
 
 
 def test_plot_writes_a_figure(recipe, tmp_path):
@@ -302,7 +347,10 @@ BAD = [
     (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=x"], "r=x"),
     (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "full"], "fan_in"),
     (["convert", "nan", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"], "lr is nan"),
-    (["convert", "1e-3", "--from", "full", "--to", "full", "--law", "unheard-of"], "Known are"),
+    (
+        ["convert", "1e-3", "--from", "full", "--to", "full", "--law", "unheard-of"],
+        "Known are",
+    ),
     (["show", "nowhere.toml"], "no recipe at nowhere.toml"),
     (["show", "adapter"], "no recipe at adapter/rankaware/recipe.toml"),
     (["show", "broken.toml"], "cannot be read"),
@@ -322,9 +370,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+    ("arguments", "message"),
+    BAD,
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_an_error_is_a_sentence(arguments, message, recipe, folder, tmp_path, monkeypatch):
+def test_an_error_is_a_sentence(
+    arguments, message, recipe, folder, tmp_path, monkeypatch
+):
     """Bad input ends with code 1 and one line that begins with Error, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.toml").write_text("schema = ")
@@ -379,7 +431,13 @@ def test_help_is_printed_where_the_console_lacks_a_letter():
 
 def test_no_traceback_reaches_the_shell(tmp_path):
     """In a real process too, an error is one line and exit code 1."""
-    command = [sys.executable, "-m", "rankaware_optim", "show", str(tmp_path / "nowhere.toml")]
+    command = [
+        sys.executable,
+        "-m",
+        "rankaware_optim",
+        "show",
+        str(tmp_path / "nowhere.toml"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: There is no recipe")

@@ -59,11 +59,15 @@ def words_of(tool, out):
     if tool == "axolotl":
         return dict(re.findall(r'(\w+): "([^"]*)"', out))
     if tool == "swift":
-        return {name.lower(): text for name, text in re.findall(r'RANKAWARE_(\w+)="([^"]*)"', out)}
+        return {
+            name.lower(): text
+            for name, text in re.findall(r'RANKAWARE_(\w+)="([^"]*)"', out)
+        }
     flags = shlex.split(out.replace("\\\n", " "), comments=True)
     given = flags[flags.index("--network_args") + 1 :]
     return {
-        name[len("rankaware_") :]: text for name, text in (flag.split("=", 1) for flag in given)
+        name[len("rankaware_") :]: text
+        for name, text in (flag.split("=", 1) for flag in given)
     }
 
 
@@ -85,7 +89,8 @@ def test_a_plug_in_is_given_the_reference_and_the_tuned_rate(tool):
 def test_another_batch_is_given_too(tool, to, batch):
     """Where the rate moves with the batch, a plug-in gets the new batch, and no note says that the rate stays."""
     done = CliRunner().invoke(
-        main, ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", tool]
+        main,
+        ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", tool],
     )
     given = re.search(r"batch=(\d+)\)$", done.output, re.MULTILINE)
     found = (
@@ -100,9 +105,13 @@ def test_another_batch_is_given_too(tool, to, batch):
 def test_trls_lines_are_python():
     """TRL's lines parse, and their reference and law are those asked for."""
     calls = [
-        n for n in ast.walk(ast.parse(printed("trl", "--law", "mua"))) if isinstance(n, ast.Call)
+        n
+        for n in ast.walk(ast.parse(printed("trl", "--law", "mua")))
+        if isinstance(n, ast.Call)
     ]
-    (attach,) = [c for c in calls if ast.unparse(c.func) == "rankaware_optim.integrations.attach"]
+    (attach,) = [
+        c for c in calls if ast.unparse(c.func) == "rankaware_optim.integrations.attach"
+    ]
     arguments = {k.arg: ast.literal_eval(k.value) for k in attach.keywords}
     assert parse_reference(arguments["tuned_at"]) == parse_reference(FROM)
     assert (arguments["lr"], arguments["law"]) == (2e-4, "mua")
@@ -129,7 +138,9 @@ def test_numbers_to_type_are_the_conversions():
 
 def test_the_file_of_ms_swift_is_there():
     """The path printed for ms-swift is a file."""
-    assert Path(re.search(r'--external_plugins "([^"]*)"', printed("swift"))[1]).is_file()
+    assert Path(
+        re.search(r'--external_plugins "([^"]*)"', printed("swift"))[1]
+    ).is_file()
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -26,10 +26,14 @@ def call(*arguments):
 def ranks_and(column: str, output: str) -> dict[str, str]:
     """A column of the printed table by rank, of a check of one layer."""
     lines = [
-        line.split() for line in output.splitlines() if re.match(r"\s+(layer|\S+x\S+)\s", line)
+        line.split()
+        for line in output.splitlines()
+        if re.match(r"\s+(layer|\S+x\S+)\s", line)
     ]
     heads = lines[0]
-    return {cells[heads.index("rank")]: cells[heads.index(column)] for cells in lines[1:]}
+    return {
+        cells[heads.index("rank")]: cells[heads.index(column)] for cells in lines[1:]
+    }
 
 
 RIGHT = [
@@ -85,17 +89,30 @@ SCALINGS = [
 def test_alpha_says_how_the_multiplier_follows_the_rank(options, scalings):
     """Left out, alpha follows the rank and s is 1; a number is divided by the rank, or by its root."""
     result = call(*SMALL, "--ranks", "4,16", *options)
-    assert ranks_and("scaling", result.output) == {"4": f"{scalings[0]}", "16": f"{scalings[1]}"}
+    assert ranks_and("scaling", result.output) == {
+        "4": f"{scalings[0]}",
+        "16": f"{scalings[1]}",
+    }
 
 
 def test_it_prints_what_the_function_sees():
     """The printed report is that of `coordinate_check` with the same arguments; a shape is (n_out, n_in)."""
     result = call(
-        "--shape", "64x32", "--shape", "32×32", "--tokens", 64, "--ranks", "2, 8", "--lr", 0.01
+        "--shape",
+        "64x32",
+        "--shape",
+        "32×32",
+        "--tokens",
+        64,
+        "--ranks",
+        "2, 8",
+        "--lr",
+        0.01,
     )
     shapes = {"64x32": (64, 32), "32x32": (32, 32)}
     assert (
-        result.output == f"{coordinate_check(shapes, 'AdamW', tokens=64, ranks=(2, 8), lr=0.01)}\n"
+        result.output
+        == f"{coordinate_check(shapes, 'AdamW', tokens=64, ranks=(2, 8), lr=0.01)}\n"
     )
 
 
@@ -110,8 +127,13 @@ def test_one_layer_is_checked_by_default():
 def adapter(tmp_path):
     """An adapter file of three layers, two of them of one shape."""
     fans = {"q": (32, 32), "o": (32, 32), "up": (48, 32)}
-    tensors = {f"{name}.lora_A.weight": torch.ones(4, n_in) for name, (_, n_in) in fans.items()}
-    tensors |= {f"{name}.lora_B.weight": torch.zeros(n_out, 4) for name, (n_out, _) in fans.items()}
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(4, n_in) for name, (_, n_in) in fans.items()
+    }
+    tensors |= {
+        f"{name}.lora_B.weight": torch.zeros(n_out, 4)
+        for name, (n_out, _) in fans.items()
+    }
     save_file(tensors, tmp_path / "adapter.safetensors")
     return tmp_path / "adapter.safetensors"
 
@@ -121,7 +143,9 @@ def test_an_adapter_says_the_shapes(adapter):
     result = call(adapter, "--tokens", 64, "--ranks", "2,8")
     assert result.exit_code == 0, result.output
     rows = [
-        line.split()[:4] for line in result.output.splitlines() if re.match(r"\s+(q|o|up)\s", line)
+        line.split()[:4]
+        for line in result.output.splitlines()
+        if re.match(r"\s+(q|o|up)\s", line)
     ]
     assert [row[1:] for row in rows] == [
         [*fans, rank] for fans in (("32", "32"), ("32", "48")) for rank in "28"
@@ -159,7 +183,9 @@ def test_a_law_of_the_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = "from rankaware_optim import Power, MuA\nTilted = Power(exponent=-1.0, law=MuA(tokens=128))\n"
     (tmp_path / "my_tilted_law.py").write_text(source)
-    assert "are NOT rank-invariant" in call(*SMALL, "--law", "my_tilted_law:Tilted").output
+    assert (
+        "are NOT rank-invariant" in call(*SMALL, "--law", "my_tilted_law:Tilted").output
+    )
 
 
 BAD = [

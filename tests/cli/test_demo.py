@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from rankaware_optim.cli import _demo
-from rankaware_optim.cli._demo import FACTORS, TransferCheck, draw, followed, table, title, verdict
+from rankaware_optim.cli._demo import (
+    FACTORS,
+    TransferCheck,
+    draw,
+    followed,
+    table,
+    title,
+    verdict,
+)
 
 from ..helpers.recipes import RECIPE
 
@@ -17,10 +25,14 @@ HERE = FACTORS.index(1.0)
 
 
 def checked(
-    *above: tuple[float, float, float], seeds: tuple[float, float, float] = (0.3, 0.5, 0.7)
+    *above: tuple[float, float, float],
+    seeds: tuple[float, float, float] = (0.3, 0.5, 0.7),
 ) -> TransferCheck:
     """A check at rank 16 whose losses lie so far above those at the recipe's rate, seed by seed."""
-    rows = tuple(tuple(seed + more for seed, more in zip(seeds, row, strict=True)) for row in above)
+    rows = tuple(
+        tuple(seed + more for seed, more in zip(seeds, row, strict=True))
+        for row in above
+    )
     return TransferCheck(16, RECIPE.at(rank=16), rows, start=2.5)
 
 
@@ -84,7 +96,9 @@ def test_a_picture_says_whether_the_rate_held(case: str, tmp_path: Path) -> None
     """The panel's title answers it as the verdict does, whatever was lost, and the picture is drawn."""
     assert title(VERDICTS[case][0]) == TITLES[case]
     pytest.importorskip("matplotlib")
-    assert draw(RECIPE, [VERDICTS[case][0]], tmp_path / "out.png").stat().st_size > 10_000
+    assert (
+        draw(RECIPE, [VERDICTS[case][0]], tmp_path / "out.png").stat().st_size > 10_000
+    )
 
 
 def test_the_table_shows_every_factor() -> None:

@@ -29,7 +29,8 @@ def installed(name: str) -> str | None:
 def test_doctor_says_what_is_installed():
     """Python, the packages with their versions, and torch's devices, in the document and in sentences alike."""
     said, found = (
-        CliRunner().invoke(main, ["doctor", *words]).stdout for words in ([], ["--json"])
+        CliRunner().invoke(main, ["doctor", *words]).stdout
+        for words in ([], ["--json"])
     )
     found = json.loads(found)
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -45,7 +46,8 @@ def test_doctor_says_what_is_installed():
 def test_doctor_says_how_an_extra_is_completed():
     """An extra is complete where nothing lacks, else it names what lacks and the line that installs it."""
     said, found = (
-        CliRunner().invoke(main, ["doctor", *words]).stdout for words in ([], ["--json"])
+        CliRunner().invoke(main, ["doctor", *words]).stdout
+        for words in ([], ["--json"])
     )
     for extra, lacking in json.loads(found)["extras"].items():
         cure = f'pip install ".[{extra}]"' if lacking else f"Extra {extra} is complete"
@@ -70,7 +72,11 @@ def test_a_need_is_met_by_a_version(text, found, met, words):
 
 def test_requirements_know_their_extra():
     """A requirement of an extra belongs to it, any other is always needed, one for another system is left out."""
-    texts = ["numpy>=1", "matplotlib>=3; extra == 'plots'", "odd>=1; sys_platform == 'none'"]
+    texts = [
+        "numpy>=1",
+        "matplotlib>=3; extra == 'plots'",
+        "odd>=1; sys_platform == 'none'",
+    ]
     assert [(need.requirement.name, need.extra) for need in needs_of(texts)] == [
         ("numpy", ""),
         ("matplotlib", "plots"),
@@ -87,9 +93,16 @@ COMPLETED = [
 @pytest.mark.parametrize(("words", "at", "expected"), COMPLETED)
 def test_a_shell_completes_commands_options_and_choices(words, at, expected):
     """What the shell's function asks for is answered, in a process of its own as a shell does it."""
-    asked = {"_RANKAWARE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+    asked = {
+        "_RANKAWARE_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(at),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=os.environ | asked, capture_output=True, text=True
+        [sys.executable, "-c", PROBE],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
     )
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
 
@@ -105,6 +118,9 @@ def test_the_help_says_how_to_turn_completion_on(shell):
         return
     asked = {"_RANKAWARE_COMPLETE": f"{shell}_source"}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=os.environ | asked, capture_output=True, text=True
+        [sys.executable, "-c", PROBE],
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
     )
     assert "_RANKAWARE_COMPLETE" in done.stdout

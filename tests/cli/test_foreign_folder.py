@@ -86,8 +86,13 @@ def foreign(tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign")
     RECIPE.save(folder / "digits.toml")
     (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
-    factors = {"lora_A": np.zeros((8, 32), np.float32), "lora_B": np.zeros((48, 8), np.float32)}
-    tensors = {f"base_model.model.q.{name}.weight": value for name, value in factors.items()}
+    factors = {
+        "lora_A": np.zeros((8, 32), np.float32),
+        "lora_B": np.zeros((48, 8), np.float32),
+    }
+    tensors = {
+        f"base_model.model.q.{name}.weight": value for name, value in factors.items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "sweep.csv").write_text(SWEEP)
     users = {"mine_law": LAW, "mine_optimizer": OPTIMIZER, "loop": LOOP, "late": ""}
@@ -108,7 +113,11 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
     assert script is not None
     return subprocess.run(
-        [script, *command.split()], cwd=folder, env=environment(), capture_output=True, text=True
+        [script, *command.split()],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
 
 
@@ -177,7 +186,9 @@ def shadowing(ran: list[str]) -> list[str]:
     return [name for name in ran if find_spec(name) is not None]
 
 
-def test_a_law_or_optimizer_of_the_folder_is_found_and_shadows_nothing(foreign, tmp_path):
+def test_a_law_or_optimizer_of_the_folder_is_found_and_shadows_nothing(
+    foreign, tmp_path
+):
     """A module that the user names is used, and no other module of the folder."""
     commands = [command for command in NAMING if not command.startswith("calibrate")]
     for command, code, _ in run_in_turn(commands, foreign, tmp_path / "several.py"):
@@ -185,7 +196,9 @@ def test_a_law_or_optimizer_of_the_folder_is_found_and_shadows_nothing(foreign, 
     assert shadowing(marks(foreign)) == []
 
 
-@pytest.mark.parametrize("command", [name for name in NAMING if name.startswith("calibrate")])
+@pytest.mark.parametrize(
+    "command", [name for name in NAMING if name.startswith("calibrate")]
+)
 def test_a_loop_of_the_folder_is_found_and_shadows_nothing(command, foreign):
     """A loop is used, its late imports and workers too, and no other module of the folder."""
     done = run(command, foreign)

@@ -39,12 +39,19 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps({"r": 8, "lora_alpha": 16})
     )
-    tensors = {"q.lora_A.weight": (8, 32), "q.lora_B.weight": (48, 8), "head.weight": (2, 2)}
+    tensors = {
+        "q.lora_A.weight": (8, 32),
+        "q.lora_B.weight": (48, 8),
+        "head.weight": (2, 2),
+    }
     made = {
-        f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()
+        f"base_model.model.{name}": np.zeros(shape, np.float32)
+        for name, shape in tensors.items()
     }
     save_file(made, tmp_path / "adapter" / "adapter_model.safetensors")
-    losses = [(r, 2.0**x, 1 + 0.1 * (x + 11) ** 2) for r in (8, 64) for x in range(-14, -8)]
+    losses = [
+        (r, 2.0**x, 1 + 0.1 * (x + 11) ** 2) for r in (8, 64) for x in range(-14, -8)
+    ]
     rows = [f"{r},{r},64,{lr},{loss}" for r, lr, loss in losses]
     (tmp_path / "sweep.csv").write_text("\n".join(["rank,alpha,fan_in,lr,loss", *rows]))
 
@@ -59,7 +66,10 @@ def document(*arguments, code: int = 0):
 KEYS = [
     (["lr", "r.toml", "--rank", "8"], RATE),
     (["show", "r.toml"], set(to_document(RECIPE))),
-    (["suggest", "--rank", "16", "--alpha", "32"], RATE | {"optimizer", "reference", "fan_in"}),
+    (
+        ["suggest", "--rank", "16", "--alpha", "32"],
+        RATE | {"optimizer", "reference", "fan_in"},
+    ),
     (["suggest", "adapter"], RATE | {"optimizer", "reference", "fan_in"}),
     (["inspect", "adapter"], {"factors", "others", "checks", "notes"}),
     (["fit", "sweep.csv"], set(to_document(RECIPE))),
@@ -68,7 +78,9 @@ KEYS = [
 
 @pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
 @pytest.mark.parametrize(
-    ("arguments", "keys"), KEYS, ids=lambda value: " ".join(value) if type(value) is list else ""
+    ("arguments", "keys"),
+    KEYS,
+    ids=lambda value: " ".join(value) if type(value) is list else "",
 )
 def test_an_object_has_these_keys(arguments, keys):
     """The document is an object with exactly these keys, whatever is unknown being null."""
@@ -84,7 +96,9 @@ def test_the_numbers_are_those_of_python():
         rate.high,
         rate.ceiling,
     ]
-    (found,) = document("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16")
+    (found,) = document(
+        "convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16"
+    )
     made = convert_lr(2e-4, from_="r=16,alpha=32", to="r=16,alpha=16")
     assert [found["lr"], found["lr_a"], found["lr_b"], found["exact"]] == [
         made.lr,
@@ -93,14 +107,21 @@ def test_the_numbers_are_those_of_python():
         made.exact,
     ]
     assert (
-        document("suggest", "--rank", 16, "--alpha", 32)["lr"] == suggest_lr(Reference(16, 32)).lr
+        document("suggest", "--rank", 16, "--alpha", 32)["lr"]
+        == suggest_lr(Reference(16, 32)).lr
     )
 
 
 def test_convert_says_from_where_to_where():
     """Each entry has the rate before, both places in words that --from and --to read, and no bound it does not know."""
     (found,) = document("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64")
-    assert found.keys() == RATE | CONVERSION | {"exact", "part", "from_lr", "from", "to"}
+    assert found.keys() == RATE | CONVERSION | {
+        "exact",
+        "part",
+        "from_lr",
+        "from",
+        "to",
+    }
     assert [found[key] for key in ("part", "from_lr", "from", "to")] == [
         None,
         2e-4,
@@ -112,11 +133,18 @@ def test_convert_says_from_where_to_where():
 
 def test_inspect_names_every_tensor():
     """Factors and other parameters have their names; a factor its rate and the reason with --lr, else null."""
-    plain, rated = document("inspect", "adapter"), document("inspect", "adapter", "--lr", "1e-4")
+    plain, rated = (
+        document("inspect", "adapter"),
+        document("inspect", "adapter", "--lr", "1e-4"),
+    )
     assert [f["role"] for f in plain["factors"]] == ["A", "B"]
-    assert [other["name"] for other in plain["others"]] == ["base_model.model.head.weight"]
+    assert [other["name"] for other in plain["others"]] == [
+        "base_model.model.head.weight"
+    ]
     assert all(one["lr"] is one["reason"] is None for one in plain["factors"])
-    assert [(one["lr"], bool(one["reason"])) for one in rated["factors"]] == [(1e-4, True)] * 2
+    assert [(one["lr"], bool(one["reason"])) for one in rated["factors"]] == [
+        (1e-4, True)
+    ] * 2
 
 
 def test_diff_lists_what_differs():
@@ -130,7 +158,17 @@ def test_diff_lists_what_differs():
 
 def test_convert_refuses_json_beside_as():
     """--as prints a configuration, so --json beside it is wrong usage."""
-    words = ["convert", "1e-4", "--from", "r=8,alpha=8", "--to", "r=4", "--as", "trl", "--json"]
+    words = [
+        "convert",
+        "1e-4",
+        "--from",
+        "r=8,alpha=8",
+        "--to",
+        "r=4",
+        "--as",
+        "trl",
+        "--json",
+    ]
     assert CliRunner().invoke(main, words).exit_code == 2
 
 

@@ -40,9 +40,16 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("light")
     RECIPE.save(made / "digits.toml")
     (made / "adapter").mkdir()
-    (made / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
-    factors = {"lora_A": np.zeros((8, 32), np.float32), "lora_B": np.zeros((48, 8), np.float32)}
-    tensors = {f"base_model.model.q.{name}.weight": value for name, value in factors.items()}
+    (made / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"r": 8, "lora_alpha": 16})
+    )
+    factors = {
+        "lora_A": np.zeros((8, 32), np.float32),
+        "lora_B": np.zeros((48, 8), np.float32),
+    }
+    tensors = {
+        f"base_model.model.q.{name}.weight": value for name, value in factors.items()
+    }
     save_file(tensors, made / "adapter" / "adapter_model.safetensors")
     return made
 
@@ -50,13 +57,17 @@ def folder(tmp_path_factory):
 def held_after(commands, folder) -> list[str]:
     """A line for each command, which ends with the heavy packages that the process then holds."""
     command = [sys.executable, "-c", PROBE, json.dumps(commands)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=True
+    )
     return [line for line in done.stdout.splitlines() if line.startswith("HELD")]
 
 
 def test_the_commands_need_no_torch(folder):
     """In a fresh process all of them end without torch or Optuna imported."""
-    assert held_after(LIGHT, folder) == [" ".join(["HELD", *arguments]) for arguments in LIGHT]
+    assert held_after(LIGHT, folder) == [
+        " ".join(["HELD", *arguments]) for arguments in LIGHT
+    ]
 
 
 def test_the_check_can_fail(folder):

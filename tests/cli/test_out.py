@@ -15,7 +15,9 @@ from ..helpers.calibrations import calibrate, made_up
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return calibrate(made_up(), trials=6).save(tmp_path_factory.mktemp("recipe") / "made.toml")
+    return calibrate(made_up(), trials=6).save(
+        tmp_path_factory.mktemp("recipe") / "made.toml"
+    )
 
 
 def call(*arguments):
@@ -45,7 +47,9 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "data", "kind"), OTHERS, ids=[f"{c[0]} {name}" for c, name, *_ in OTHERS]
+    ("command", "name", "data", "kind"),
+    OTHERS,
+    ids=[f"{c[0]} {name}" for c, name, *_ in OTHERS],
 )
 def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_path):
     """A file of another kind stays as it is; the error comes before any work, in one sentence with its cure."""
@@ -55,7 +59,8 @@ def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_p
     assert done.exit_code == 1
     cure = "Give another file, or remove this one."
     assert (
-        done.stderr == f"Error: {out} exists and is not {kind}, so it was not overwritten. {cure}\n"
+        done.stderr
+        == f"Error: {out} exists and is not {kind}, so it was not overwritten. {cure}\n"
     )
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == data
@@ -65,7 +70,10 @@ def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_p
 def test_a_pipe_is_left(recipe, tmp_path):
     """A pipe that nobody writes to is not opened."""
     os.mkfifo(tmp_path / "made.png")
-    assert "is not a PNG picture" in call("plot", recipe, "-o", tmp_path / "made.png").stderr
+    assert (
+        "is not a PNG picture"
+        in call("plot", recipe, "-o", tmp_path / "made.png").stderr
+    )
 
 
 AGAIN = [
@@ -74,7 +82,9 @@ AGAIN = [
 ]
 
 
-@pytest.mark.parametrize(("command", "name"), AGAIN, ids=[f"{c[0]} {name}" for c, name in AGAIN])
+@pytest.mark.parametrize(
+    ("command", "name"), AGAIN, ids=[f"{c[0]} {name}" for c, name in AGAIN]
+)
 def test_the_same_command_writes_again(command, name, recipe, tmp_path):
     """An empty file and what the command itself wrote are written over."""
     out = tmp_path / name

@@ -39,9 +39,9 @@ PLACES = [
 def test_gpus_and_cores_are_dealt_out(workers, devices, cores, threads, places):
     """Every GPU has a worker and every worker a GPU where there is any; workers share the cores."""
     found = placed(workers, devices, cores, threads)
-    assert [(p.get("CUDA_VISIBLE_DEVICES"), p.get("OMP_NUM_THREADS")) for p in found] == [
-        (seen, taken and str(taken)) for seen, taken in places
-    ]
+    assert [
+        (p.get("CUDA_VISIBLE_DEVICES"), p.get("OMP_NUM_THREADS")) for p in found
+    ] == [(seen, taken and str(taken)) for seen, taken in places]
 
 
 VISIBLE = [
@@ -63,7 +63,10 @@ def test_visible_gpus_have_the_names_of_cuda(environment, count, names):
 
 
 BAD = [
-    (lambda: visible_devices({"CUDA_VISIBLE_DEVICES": "0,9"}, 1), "torch finds 1 of these GPUs"),
+    (
+        lambda: visible_devices({"CUDA_VISIBLE_DEVICES": "0,9"}, 1),
+        "torch finds 1 of these GPUs",
+    ),
     (
         lambda: chosen_devices(("0", "7"), ["0", "1"]),
         "There is no GPU 7 here: the visible ones are 0, 1.",
@@ -89,7 +92,17 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-COMMAND = ["seeing_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32", "--trials", 12]
+COMMAND = [
+    "seeing_loops:train",
+    "--steps",
+    10,
+    "-o",
+    "r.toml",
+    "--ranks",
+    "2,32",
+    "--trials",
+    12,
+]
 
 
 def test_workers_see_their_own_gpus(folder):
@@ -101,7 +114,9 @@ def test_workers_see_their_own_gpus(folder):
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 12
 
 
-@pytest.mark.parametrize("options", [["--devices", "0,9"], ["--devices", "9", "--workers", 2]])
+@pytest.mark.parametrize(
+    "options", [["--devices", "0,9"], ["--devices", "9", "--workers", 2]]
+)
 def test_a_gpu_that_is_not_there_ends_the_command(options, folder, monkeypatch):
     """One sentence, before any worker starts or a study is made."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -124,6 +139,9 @@ def test_a_single_worker_is_this_process(options, gpus, threads, folder, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     done = CliRunner().invoke(main, ["calibrate", *map(str, COMMAND), *options])
     assert done.exit_code == 0, done.output
-    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == ("0,1", "2")
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == (
+        "0,1",
+        "2",
+    )
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == [gpus]
     assert seen(folder, "threads") == [threads or torch.get_num_threads()]

@@ -55,7 +55,9 @@ def sweep(
     own = rng.normal(0, noise, 2)
     seen = []
     for rank in ranks:
-        best = base + (factor if rank is None else drift * math.log2(rank / Prior().pivot))
+        best = base + (
+            factor if rank is None else drift * math.log2(rank / Prior().pivot)
+        )
         for i, offset in enumerate(offsets):
             x = base + offset + shift
             loss = 0.3 + bowl(x - best) + own[i % 2] + rng.normal(0, noise)
@@ -98,7 +100,11 @@ def test_base_and_drift_are_recovered_within_their_bands(drift, noise):
 
 def saturating(u: float) -> float:
     """A wall above the optimum, and below it a loss that flattens towards the untrained one."""
-    return 0.07 * (math.expm1(3 * u) / 3 - u) if u > 0 else 0.2 * (math.sqrt(1 + u * u) - 1)
+    return (
+        0.07 * (math.expm1(3 * u) / 3 - u)
+        if u > 0
+        else 0.2 * (math.sqrt(1 + u * u) - 1)
+    )
 
 
 @pytest.mark.parametrize("bowl", [quadratic, saturating])
@@ -107,7 +113,9 @@ def test_other_bowls_are_found_within_their_bands(bowl, noise):
     """A parabola, and a wall with a plateau below it: 33 of 40 bands hold the base rate, and its bias is small."""
     fits = [fitted(sweep(seed, bowl=bowl, noise=noise)) for seed in range(40)]
     errors = np.array([fit.mean[0] - BASE for fit in fits])
-    assert (np.abs(errors) < Z90 * np.array([spread(fit)[0] for fit in fits])).sum() >= 33
+    assert (
+        np.abs(errors) < Z90 * np.array([spread(fit)[0] for fit in fits])
+    ).sum() >= 33
     assert abs(errors.mean()) < 0.08
     assert np.abs(errors).max() < 0.4
 
@@ -119,7 +127,10 @@ def stalling(u: float) -> float:
 
 def test_a_plateau_far_below_the_start_hides_no_optimum():
     """Where too high a rate stalls after a good part of the gain, 33 of 40 bands hold the base and are narrow."""
-    fits = [fitted(sweep(seed, bowl=stalling, offsets=(*OFFSETS, 3.0, 4.0))) for seed in range(40)]
+    fits = [
+        fitted(sweep(seed, bowl=stalling, offsets=(*OFFSETS, 3.0, 4.0)))
+        for seed in range(40)
+    ]
     assert sum(abs(fit.mean[0] - BASE) < Z90 * spread(fit)[0] for fit in fits) >= 33
     assert np.median([spread(fit)[0] for fit in fits]) < 0.4
 
@@ -129,13 +140,22 @@ def test_every_rank_stalls_at_a_height_of_its_own():
     offsets, fits = (-3.0, -1.5, 0.0, 1.5, 3.0, 4.5), []
     for seed in range(20):
         low = sweep(
-            seed, ranks=(4,), bowl=lambda u: min(linex(u), 0.12), noise=0.01, offsets=offsets
+            seed,
+            ranks=(4,),
+            bowl=lambda u: min(linex(u), 0.12),
+            noise=0.01,
+            offsets=offsets,
         )
         fits.append(
             fitted(
                 [
                     *low,
-                    *sweep(seed, ranks=(64,), bowl=lambda u: min(linex(u), 1.2), offsets=offsets),
+                    *sweep(
+                        seed,
+                        ranks=(64,),
+                        bowl=lambda u: min(linex(u), 1.2),
+                        offsets=offsets,
+                    ),
                 ]
             )
         )
@@ -166,7 +186,9 @@ def test_a_seeds_own_level_is_not_noise():
 @pytest.mark.parametrize("factor", [-0.6, 0.0, 0.6])
 def test_full_trials_settle_the_full_factor(factor):
     """With trials of full finetuning its factor is found in its band, which they narrow by a third at least."""
-    fits = [fitted(sweep(seed, ranks=(4, 64, None), factor=factor)) for seed in range(40)]
+    fits = [
+        fitted(sweep(seed, ranks=(4, 64, None), factor=factor)) for seed in range(40)
+    ]
     inside = [abs(fit.mean[2] - factor) < Z90 * spread(fit)[2] for fit in fits]
     assert sum(inside) >= 30
     assert all(spread(fit)[2] < 2 / 3 * Prior().full_sd for fit in fits)
@@ -181,14 +203,18 @@ def test_what_was_not_tried_stays_at_its_prior():
 
 def test_drift_is_shrunk_towards_the_law():
     """A narrower prior leaves less of a drift, in the same direction."""
-    drifts = [fitted(sweep(drift=0.3), Prior(drift_sd=sd)).mean[1] for sd in (0.02, 0.15, 1.0)]
+    drifts = [
+        fitted(sweep(drift=0.3), Prior(drift_sd=sd)).mean[1] for sd in (0.02, 0.15, 1.0)
+    ]
     assert 0 < drifts[0] < drifts[1] < drifts[2] < 0.35
     assert drifts[0] < 0.1
 
 
 def test_ranks_further_apart_tell_more_of_the_drift():
     """The drift between 4 and 64 is surer than that between 16 and 32."""
-    wide, narrow = (spread(fitted(sweep(ranks=ranks)))[1] for ranks in ((4, 64), (16, 32)))
+    wide, narrow = (
+        spread(fitted(sweep(ranks=ranks)))[1] for ranks in ((4, 64), (16, 32))
+    )
     assert wide < 0.7 * narrow
 
 
@@ -205,7 +231,8 @@ def test_more_trials_are_surer():
 def test_a_slope_is_sure_for_a_short_way_and_fades(u, sd):
     """The variance is that of a straight line at first, and never above it; it grows all the way."""
     moves = [
-        Carry(octaves, Slope(0.1, sd), Slope(0.0, sd)).of(Slope(0.1, sd)) for octaves in (u, u + 1)
+        Carry(octaves, Slope(0.1, sd), Slope(0.0, sd)).of(Slope(0.1, sd))
+        for octaves in (u, u + 1)
     ]
     assert moves[0][0] == pytest.approx(0.1 * u)
     assert moves[0][1] < moves[1][1]
@@ -218,7 +245,10 @@ def test_a_slope_is_sure_for_a_short_way_and_fades(u, sd):
 @pytest.mark.parametrize("octaves", [0.0, 3.0])
 def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octaves):
     """Moving the fit gives what fitting the moves of LoRA and of full finetuning beside it would give."""
-    carry, prior = Carry(octaves, Slope(0.1, 0.25), Slope(0.25, 0.2)), Prior(0.15, 0.8, 16.0)
+    carry, prior = (
+        Carry(octaves, Slope(0.1, 0.25), Slope(0.25, 0.2)),
+        Prior(0.15, 0.8, 16.0),
+    )
     vertices = {rank: (-9.0 + 0.1 * i, 0.2 + 0.1 * i) for i, rank in enumerate(ranks)}
     mean, covariance = shrink(vertices, carry.prior_of_trials(prior))
     nothing = Fit(prior, mean, covariance, 0.0, None, vertices)
@@ -273,7 +303,11 @@ def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
 
     def moved(o: Observation) -> Observation:
         return replace(
-            o, **{name: (getattr(o, name) + offset) * scale for name in ("value", "start", "tail")}
+            o,
+            **{
+                name: (getattr(o, name) + offset) * scale
+                for name in ("value", "start", "tail")
+            },
         )
 
     assert_alike(fitted(seen), fitted([moved(o) for o in seen]))
@@ -284,7 +318,9 @@ def test_the_units_of_the_loss_do_not_matter(seen, offset, scale):
 def test_the_units_of_the_rate_do_not_matter(seen, octaves):
     """Shifting all rates by some octaves shifts the base rate by as many, and nothing else."""
     first, second = fitted(seen), fitted([replace(o, x=o.x + octaves) for o in seen])
-    assert second.mean == pytest.approx(first.mean + np.array([octaves, 0, 0]), abs=1e-2)
+    assert second.mean == pytest.approx(
+        first.mean + np.array([octaves, 0, 0]), abs=1e-2
+    )
     assert second.steepness == pytest.approx(first.steepness, abs=0.1)
 
 
@@ -295,7 +331,10 @@ RISEN = Observation(4, 0, -6.0, 3.0, START, 3.0)
 LOST = [
     (observation(-6.0), True),
     (NAN_RUN, True),
-    (replace(NAN_RUN, value=0.5), True),  # a returned score cannot hide a curve that ended in NaN
+    (
+        replace(NAN_RUN, value=0.5),
+        True,
+    ),  # a returned score cannot hide a curve that ended in NaN
     (replace(NAN_RUN, tail=1.0), True),
     (RISEN, True),
     (replace(RISEN, value=0.5), True),
@@ -320,7 +359,10 @@ def test_where_no_run_gained_those_that_rose_diverged(returned):
 @pytest.mark.parametrize("start", [START - 1.2, START + 5])
 def test_one_odd_first_value_is_held_against_no_run(start):
     """A first value low by chance does not make its run diverge, and one high by chance is no gain."""
-    seen = [observation(x, loss) for x, loss in ((-10, 2.0), (-9, 1.5), (-8, 1.4), (-7, 1.6))]
+    seen = [
+        observation(x, loss)
+        for x, loss in ((-10, 2.0), (-9, 1.5), (-8, 1.4), (-7, 1.6))
+    ]
     odd = [*seen[:3], replace(seen[3], start=start)]
     assert diverged(odd) == [False] * 4
     assert gain_of(odd) == pytest.approx(gain_of(seen))
@@ -335,13 +377,18 @@ def test_without_a_finite_run_there_is_no_fit(seen):
 @pytest.mark.parametrize("lost", [[-6.0], [-5.0, -6.0], [-6.0, -4.0, -5.5]])
 def test_the_ceiling_is_the_smallest_rate_that_diverged(lost):
     """However many runs diverge, the lowest of them is the ceiling."""
-    assert fitted(sweep(offsets=OFFSETS[:-1]) + [observation(x) for x in lost]).ceiling == -6.0
+    assert (
+        fitted(sweep(offsets=OFFSETS[:-1]) + [observation(x) for x in lost]).ceiling
+        == -6.0
+    )
     assert fitted(sweep(offsets=OFFSETS[:-1])).ceiling is None
 
 
 @settings(max_examples=100)
 @given(
-    good=st.lists(st.tuples(st.floats(-14, -7), st.floats(0.3, 2.2)), min_size=1, max_size=8),
+    good=st.lists(
+        st.tuples(st.floats(-14, -7), st.floats(0.3, 2.2)), min_size=1, max_size=8
+    ),
     lost=st.lists(st.floats(-6.5, 0), min_size=1, max_size=4),
     rank=st.sampled_from([4, 16, 64]),
 )
@@ -356,7 +403,10 @@ def test_no_fit_lies_above_the_ceiling(good, lost, rank):
 
 def test_the_less_is_known_the_larger_is_the_margin():
     """Fewer trials leave a larger margin below the best rate, a well measured optimum hardly any."""
-    fits = [fitted(sweep(offsets=OFFSETS[::step], ranks=(16,), noise=0.05)) for step in (1, 2, 4)]
+    fits = [
+        fitted(sweep(offsets=OFFSETS[::step], ranks=(16,), noise=0.05))
+        for step in (1, 2, 4)
+    ]
     margins = [margin(fit.steepness, spread(fit)[0]) for fit in fits]
     assert margins == sorted(margins)
     assert margins[0] < 0.15 < margins[-1] <= 0.25

@@ -13,7 +13,9 @@ U = np.linspace(-3.0, 2.0, 41)
 def bowl(u, a=3.0, k=0.1, h=1.0):
     """The loss of one shape, in units of the gain."""
     above = (np.exp(np.minimum(a * u, 20.0)) - a * u - 1) / a**2
-    return np.minimum(k * np.where(u < 0, h**2 * (np.sqrt(1 + (u / h) ** 2) - 1), above), 1.0)
+    return np.minimum(
+        k * np.where(u < 0, h**2 * (np.sqrt(1 + (u / h) ** 2) - 1), above), 1.0
+    )
 
 
 def arm(u, **shape):
@@ -31,7 +33,9 @@ def of_one_shape(arm, sigma, noise, curve):
     level = ones @ precision @ miss / (ones @ precision @ ones)
     rest = miss - level
     logs = -0.5 * (
-        rest @ precision @ rest + np.linalg.slogdet(covariance)[1] + np.log(ones @ precision @ ones)
+        rest @ precision @ rest
+        + np.linalg.slogdet(covariance)[1]
+        + np.log(ones @ precision @ ones)
     )
     return logs, level
 
@@ -45,7 +49,9 @@ def test_a_curve_is_the_mean_over_the_shapes_of_the_grid():
         for h in model.REACH:
             for a in model.STEEPNESS:
                 for k in model.CURVATURE:
-                    likelihood, level = of_one_shape(seen, sigma, sigma, shape(seen.x, h, a, k))
+                    likelihood, level = of_one_shape(
+                        seen, sigma, sigma, shape(seen.x, h, a, k)
+                    )
                     logs.append(likelihood)
                     curves.append(level + shape(U, h, a, k))
     kernel = model._rank_given_shared()
@@ -65,7 +71,10 @@ def shape(u, h, a, k):
 @pytest.mark.parametrize("k", [0.02, 0.1, 0.4])
 def test_curvature_is_read_off_the_trials(k):
     """On trials without noise the curve within half an octave of the optimum is theirs, and lowest there."""
-    seen = {4: arm(np.arange(-3.0, 2.0, 0.5), k=k), None: arm(np.arange(-2.5, 2.0, 0.5), k=k)}
+    seen = {
+        4: arm(np.arange(-3.0, 2.0, 0.5), k=k),
+        None: arm(np.arange(-2.5, 2.0, 0.5), k=k),
+    }
     for curve in model.curves_of(seen, dict.fromkeys(seen, U)).values():
         near = np.abs(U) <= 0.51
         assert curve[near] == pytest.approx(bowl(U, k=k)[near], abs=0.05)

@@ -25,9 +25,19 @@ from rankaware_optim.fitting import (
 )
 
 
-def run(x: float = -9.0, value: float = 1.0, start: float = 2.0, **fields) -> Observation:
+def run(
+    x: float = -9.0, value: float = 1.0, start: float = 2.0, **fields
+) -> Observation:
     return Observation(
-        **{"rank": 4, "seed": 0, "x": x, "value": value, "start": start, "tail": value, **fields}
+        **{
+            "rank": 4,
+            "seed": 0,
+            "x": x,
+            "value": value,
+            "start": start,
+            "tail": value,
+            **fields,
+        }
     )
 
 
@@ -61,7 +71,9 @@ def test_a_pruned_run_keeps_its_gap_to_the_best():
     beside = [2.25 - step / 4 for step in range(10)]
     best = run(value=0.25, tail=0.5, first=2.25)
     worse = [value + 0.5 for value in beside]
-    assert impute(-7.0, worse[:3], best, beside) == run(-7.0, 0.75, 2.75, tail=1.0, first=2.25)
+    assert impute(-7.0, worse[:3], best, beside) == run(
+        -7.0, 0.75, 2.75, tail=1.0, first=2.25
+    )
     ahead = impute(-7.0, [0.0] * 6, best, beside)
     assert ahead is not None
     assert ahead.value == 0.25  # a run ahead of the best gains nothing
@@ -84,9 +96,15 @@ def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
     ("noise", "end", "lost"),
     [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True)],
 )
-def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(noise, end, lost):
+def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(
+    noise, end, lost
+):
     """With a gain of 1.6, an end 0.4 above the start is divergence, unless a value's noise times 1.5 explains it."""
-    seen = [run(-9, 0.4, noise=noise), run(-8, 0.6, noise=noise), run(-5, end, noise=noise)]
+    seen = [
+        run(-9, 0.4, noise=noise),
+        run(-8, 0.6, noise=noise),
+        run(-5, end, noise=noise),
+    ]
     assert diverged(seen) == [False, False, lost]
 
 
@@ -110,15 +128,24 @@ def test_all_rose_beyond_their_noise(tails, rose):
 )
 def test_none_learned_unless_a_curve_fell_clearly(tails, learned):
     """A fall below the first value, or an end below another's, counts beyond the noise alone."""
-    assert none_learned([run(tail=tail, first=2.0, noise=0.1) for tail in tails]) is not learned
+    assert (
+        none_learned([run(tail=tail, first=2.0, noise=0.1) for tail in tails])
+        is not learned
+    )
 
 
 def test_the_gain_is_the_best_fall_from_the_usual_start():
     """Median start less lowest end; where scores are another thing than the curve, a poor score less the best."""
-    seen = [run(value=0.5, start=2.0), run(value=1.0, start=2.2), run(value=3.0, start=2.1)]
+    seen = [
+        run(value=0.5, start=2.0),
+        run(value=1.0, start=2.2),
+        run(value=3.0, start=2.1),
+    ]
     assert best_fall(seen) == gain_of(seen) == pytest.approx(1.6)
     assert best_fall([]) == best_fall([run(value=3.0)]) == 0.0
-    scored = [run(value=score, tail=1.0) for score in (-90.0, -80.0, -70.0, -60.0, -50.0)]
+    scored = [
+        run(value=score, tail=1.0) for score in (-90.0, -80.0, -70.0, -60.0, -50.0)
+    ]
     assert gain_of(scored) == 30.0
     assert gain_of([run(value=5.0, start=5.0)]) == pytest.approx(6e-6)
     assert usual_noise([run(noise=noise) for noise in (0.1, 0.2, 0.7)]) == 0.2

@@ -76,8 +76,12 @@ def test_the_move_to_the_target_is_that_of_the_init(at, lora, full):
 def test_a_rank_is_read_off_the_fit():
     """The best rate at a rank, and its deviation, follow the base, the drift and the factor."""
     prior = prior_of(AT["B"], (16,), 64.0)
-    fit = Fit(prior, np.array([-9.0, 0.5, 0.25]), np.diag([0.04, 0.01, 0.09]), 0.0, -5.0, {})
-    assert [fit.best(rank) for rank in (16, 64, None)] == pytest.approx([-9.0, -8.0, -7.75])
+    fit = Fit(
+        prior, np.array([-9.0, 0.5, 0.25]), np.diag([0.04, 0.01, 0.09]), 0.0, -5.0, {}
+    )
+    assert [fit.best(rank) for rank in (16, 64, None)] == pytest.approx(
+        [-9.0, -8.0, -7.75]
+    )
     assert fit.sd(64) == pytest.approx(math.sqrt(0.04 + 0.04))
     assert fit.sd(None) == pytest.approx(math.sqrt(0.04 + 0.04 + 0.09))
     moved = carry_of(AT["B"], 1.0).to_target(fit, prior)

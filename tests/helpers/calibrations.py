@@ -25,7 +25,9 @@ class Net(nn.Module):
         super().__init__()
         layers = [nn.Linear(DIM, DIM, bias=False) for _ in range(2)]
         self.layers = nn.ModuleList(
-            layers if rank is None else [PlainLoRA(w, rank, scaling, init) for w in layers]
+            layers
+            if rank is None
+            else [PlainLoRA(w, rank, scaling, init) for w in layers]
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,14 @@ def bowl(u: float) -> float:
     return min(0.3 + 0.06 * (math.exp(min(2 * u, 20)) - 2 * u - 1), 9.0)
 
 
-def made_up(best=lambda rank: BEST, *, scaling=lambda rank: 2.0, init="A", noise=0.01, **settings):
+def made_up(
+    best=lambda rank: BEST,
+    *,
+    scaling=lambda rank: 2.0,
+    init="A",
+    noise=0.01,
+    **settings,
+):
     """A `train` whose loss falls from 2.3 to a bowl about log2 of the best base rate, with little noise."""
 
     def train(trial):

@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-COMPILED = Path(sys.prefix) / "torch_extensions"  # once an environment, since it takes a minute
+COMPILED = (
+    Path(sys.prefix) / "torch_extensions"
+)  # once an environment, since it takes a minute
 
 
 def on_cpu() -> dict[str, str]:

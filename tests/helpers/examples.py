@@ -22,7 +22,9 @@ def readme_blocks() -> tuple[str, str, str]:
 
 def run(folder: Path, *command: str, **environment: str) -> str:
     """What a command prints, offline, with this Python's scripts first in the path."""
-    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    scripts = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )
     ours = {
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",

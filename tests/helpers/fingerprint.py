@@ -31,9 +31,18 @@ def contents(value: Any, depth: int = 3) -> Any:
     if isinstance(value, torch.Tensor):
         grad = None if value.grad is None else (id(value.grad), bits(value.grad))
         hooks = len(getattr(value, "_backward_hooks", None) or ())
-        return id(value), bits(value), value.requires_grad, grad, hooks, tuple(vars(value))
+        return (
+            id(value),
+            bits(value),
+            value.requires_grad,
+            grad,
+            hooks,
+            tuple(vars(value)),
+        )
     if isinstance(value, Mapping) and depth:
-        return id(value), [(key, contents(inner, depth - 1)) for key, inner in value.items()]
+        return id(value), [
+            (key, contents(inner, depth - 1)) for key, inner in value.items()
+        ]
     if isinstance(value, (list, tuple, set)) and depth:
         return type(value), [contents(inner, depth - 1) for inner in value]
     if hasattr(value, "init_lora_weights"):

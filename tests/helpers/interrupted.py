@@ -75,7 +75,9 @@ _OURS = ("optuna", "filelock", "rankaware_optim")
 def main(rounds: int) -> None:
     """Say "go", run, say how it ended, `rounds` times."""
     model = build()
-    with suppress(ra.CalibrationError):  # imports first, which Ctrl-C would leave half done
+    with suppress(
+        ra.CalibrationError
+    ):  # imports first, which Ctrl-C would leave half done
         ra.calibrate_in_place(model, step, AdamW, ranks=(2,), steps=2, trials=1)
     for number in range(rounds):
         before, ended = fingerprint(model), "done"
@@ -85,7 +87,13 @@ def main(rounds: int) -> None:
             try:
                 print("go", flush=True)
                 ra.calibrate_in_place(
-                    model, step, AdamW, ranks=(2, 8, None), steps=8, trials=12, **options
+                    model,
+                    step,
+                    AdamW,
+                    ranks=(2, 8, None),
+                    steps=8,
+                    trials=12,
+                    **options,
                 )
             except (
                 KeyboardInterrupt,

@@ -65,5 +65,7 @@ if __name__ == "__main__":
             os._exit(0)
         if seconds:
             time.sleep(float(seconds))
-            os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is still its own
+            os.kill(
+                child, signal.SIGKILL
+            )  # not waited for yet, so the number is still its own
         print(os.waitpid(child, 0)[1], flush=True)

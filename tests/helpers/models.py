@@ -21,7 +21,9 @@ class Weight(nn.Module):
 class Adapted(nn.Module):
     """A frozen layer plus scaling · B · A. Subclasses say in `put` and `pair` how the two factors are stored."""
 
-    def __init__(self, base: nn.Module, rank: int, scaling: float = 1.0, init: str = "A") -> None:
+    def __init__(
+        self, base: nn.Module, rank: int, scaling: float = 1.0, init: str = "A"
+    ) -> None:
         super().__init__()
         self.base_layer = base.requires_grad_(False)
         self.put(*_draw(base, rank, init), rank, scaling)
@@ -44,7 +46,9 @@ class Adapted(nn.Module):
         if isinstance(self.base_layer, nn.Embedding):
             low = functional.linear(functional.embedding(x, a.T), b)
         elif isinstance(self.base_layer, nn.Conv2d):
-            low = functional.conv2d(functional.conv2d(x, a, padding=self.base_layer.padding), b)
+            low = functional.conv2d(
+                functional.conv2d(x, a, padding=self.base_layer.padding), b
+            )
         else:
             low = functional.linear(functional.linear(x, a), b)
         return self.base_layer(x) + self.multiplier * low
@@ -116,7 +120,12 @@ class ContainerLoRA(Adapted):
         return self.scaling["default"]
 
 
-STYLES = {"plain": PlainLoRA, "tune": TuneLoRA, "kohya": KohyaLoRA, "container": ContainerLoRA}
+STYLES = {
+    "plain": PlainLoRA,
+    "tune": TuneLoRA,
+    "kohya": KohyaLoRA,
+    "container": ContainerLoRA,
+}
 BASES = {
     "linear": lambda **options: nn.Linear(12, 20, **options),
     "conv": lambda **options: nn.Conv2d(3, 8, 3, padding=1, **options),
@@ -170,7 +179,9 @@ def batches(
         yield torch.randn(8, width, generator=source, dtype=dtype)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[torch.Tensor]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5
+) -> list[torch.Tensor]:
     """Train on a made-up task; the outputs of every step."""
     dtype = next(model.parameters()).dtype
     outputs = []
@@ -206,4 +217,6 @@ def _draw(base: nn.Module, rank: int, init: str) -> tuple[torch.Tensor, torch.Te
     b = torch.randn_like(
         weight.new_empty(weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
     ) / math.sqrt(rank)
-    return (torch.zeros_like(a) if init == "B" else a), (torch.zeros_like(b) if init == "A" else b)
+    return (torch.zeros_like(a) if init == "B" else a), (
+        torch.zeros_like(b) if init == "A" else b
+    )

@@ -22,4 +22,8 @@ def muon(*values: Any, kind: Any = Muon) -> Any:
 
 def used(law: Law, multiplier: float) -> float:
     """A law's multiplier as a rate is trained with it: the default law keeps a distance where it moves a rate."""
-    return multiplier * DISTANCE if isinstance(law, Falling) and multiplier != 1.0 else multiplier
+    return (
+        multiplier * DISTANCE
+        if isinstance(law, Falling) and multiplier != 1.0
+        else multiplier
+    )

@@ -85,7 +85,8 @@ def read(model: nn.Module) -> Read:
     roles = [f.role for f in survey.factors]
     assert roles == ["A", "B"] * (len(roles) // 2), roles
     fields = zip(
-        *((f.convention, f.rank, f.scaling, f.init, f.kind) for f in survey.factors), strict=True
+        *((f.convention, f.rank, f.scaling, f.init, f.kind) for f in survey.factors),
+        strict=True,
     )
     conventions, ranks, scalings, inits, kinds = map(set, fields)
     fans = tuple((f.fan_in, f.fan_out) for f in survey.factors if f.role == "A")
@@ -154,7 +155,9 @@ class Experts(nn.Module):
         return x
 
 
-def peft(layer: Callable[[], nn.Module], **options: Any) -> Callable[[int, float], nn.Module]:
+def peft(
+    layer: Callable[[], nn.Module], **options: Any
+) -> Callable[[int, float], nn.Module]:
     """PEFT's adapter on layer `q`; options may be functions of rank and alpha."""
 
     def make(rank: int, alpha: float) -> nn.Module:
@@ -172,7 +175,8 @@ def peft_attention(*targets: str) -> Callable[[int, float], nn.Module]:
         from peft import LoraConfig, get_peft_model
 
         return get_peft_model(
-            Attention(), LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+            Attention(),
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)),
         )
 
     return make
@@ -189,7 +193,9 @@ def peft_experts(transposed: bool, *names: str) -> Callable[[int, float], nn.Mod
 def peft_adalora(rank: int, alpha: float) -> nn.Module:
     from peft import AdaLoraConfig, get_peft_model
 
-    config = AdaLoraConfig(init_r=rank, lora_alpha=alpha, target_modules=["q"], total_step=100)
+    config = AdaLoraConfig(
+        init_r=rank, lora_alpha=alpha, target_modules=["q"], total_step=100
+    )
     return get_peft_model(One(nn.Linear(IN, OUT)), config)
 
 
@@ -278,13 +284,19 @@ def mixture(rank: int, alpha: float) -> nn.Module:
         use_cache=False,
     )
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets)
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets
+    )
     return get_peft_model(MixtralForCausalLM(config), lora)
 
 
 def _peft_cases() -> list[Case]:
     def case(
-        name: str, layer: Any = dense, inputs: Any = None, fans: Any = DENSE, **rest: Any
+        name: str,
+        layer: Any = dense,
+        inputs: Any = None,
+        fans: Any = DENSE,
+        **rest: Any,
     ) -> Case:
         own = {
             "convention": "peft",
@@ -292,7 +304,12 @@ def _peft_cases() -> list[Case]:
         }
         make = rest.pop("make_", None) or peft(layer, **rest)
         return Case(
-            f"PEFT {name}", "peft", make=make, inputs=inputs or drawn(4, IN), fans=fans, **own
+            f"PEFT {name}",
+            "peft",
+            make=make,
+            inputs=inputs or drawn(4, IN),
+            fans=fans,
+            **own,
         )
 
     images = drawn(2, 4, 6, 6)
@@ -303,7 +320,11 @@ def _peft_cases() -> list[Case]:
         case("Linear"),
         case("Linear, rsLoRA", use_rslora=True, scaling=rslora),
         case("Linear, rank_pattern", r=1, rank_pattern=lambda rank, _: {"q": rank}),
-        case("Linear, alpha_pattern", lora_alpha=1, alpha_pattern=lambda _, alpha: {"q": alpha}),
+        case(
+            "Linear, alpha_pattern",
+            lora_alpha=1,
+            alpha_pattern=lambda _, alpha: {"q": alpha},
+        ),
         case("Linear, lora_bias", lora_bias=True, other=bias),
         case(
             "Linear, modules_to_save",
@@ -327,9 +348,19 @@ def _peft_cases() -> list[Case]:
             kind="embedding",
             init="B",
         ),
-        case("Conv1d", lambda: nn.Conv1d(4, 8, 3), drawn(2, 4, 9), ((12, 8),), kind="conv"),
+        case(
+            "Conv1d",
+            lambda: nn.Conv1d(4, 8, 3),
+            drawn(2, 4, 9),
+            ((12, 8),),
+            kind="conv",
+        ),
         case("Conv2d", lambda: nn.Conv2d(4, 8, 3, padding=1), **conv),
-        case("Conv2d, two groups", lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2), **conv),
+        case(
+            "Conv2d, two groups",
+            lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2),
+            **conv,
+        ),
         case(
             "Conv2d, DoRA",
             lambda: nn.Conv2d(4, 8, 3),
@@ -338,9 +369,18 @@ def _peft_cases() -> list[Case]:
             other=dora,
             **conv,
         ),
-        case("Conv3d", lambda: nn.Conv3d(4, 8, 3), drawn(2, 4, 4, 4, 4), ((108, 8),), kind="conv"),
         case(
-            "MultiheadAttention", make_=peft_attention("attn"), fans=((IN, 36), (IN, IN)), **heads
+            "Conv3d",
+            lambda: nn.Conv3d(4, 8, 3),
+            drawn(2, 4, 4, 4, 4),
+            ((108, 8),),
+            kind="conv",
+        ),
+        case(
+            "MultiheadAttention",
+            make_=peft_attention("attn"),
+            fans=((IN, 36), (IN, IN)),
+            **heads,
         ),
         case(
             "AdaLoRA",
@@ -351,7 +391,11 @@ def _peft_cases() -> list[Case]:
             other="AdaLoRA's singular values",
         ),
     ]
-    experts = {"convention": "peft-experts", "kind": "experts", "inputs": drawn(3, 4, IN)}
+    experts = {
+        "convention": "peft-experts",
+        "kind": "experts",
+        "inputs": drawn(3, 4, IN),
+    }
     return [
         *rest,
         case("experts (E, in, out)", make_=peft_experts(True, "up"), **experts),
@@ -375,7 +419,9 @@ def _peft_cases() -> list[Case]:
 def _diffusers_cases() -> list[Case]:
     def unet_inputs() -> tuple[torch.Tensor, ...]:
         source = torch.Generator().manual_seed(1)
-        return torch.randn(2, 4, 8, 8, generator=source), torch.randn(2, 5, 12, generator=source)
+        return torch.randn(2, 4, 8, 8, generator=source), torch.randn(
+            2, 5, 12, generator=source
+        )
 
     return [
         Case(
@@ -401,11 +447,15 @@ def _diffusers_cases() -> list[Case]:
 # --- loralib --------------------------------------------------------------------------------------------------------
 
 
-def loralib(name: str, *sizes: int, **options: Any) -> Callable[[int, float], nn.Module]:
+def loralib(
+    name: str, *sizes: int, **options: Any
+) -> Callable[[int, float], nn.Module]:
     def make(rank: int, alpha: float) -> nn.Module:
         import loralib as lora
 
-        layer: nn.Module = getattr(lora, name)(*sizes, r=rank, lora_alpha=alpha, **options)
+        layer: nn.Module = getattr(lora, name)(
+            *sizes, r=rank, lora_alpha=alpha, **options
+        )
         lora.mark_only_lora_as_trainable(layer)
         return layer
 
@@ -414,17 +464,34 @@ def loralib(name: str, *sizes: int, **options: Any) -> Callable[[int, float], nn
 
 def _loralib_cases() -> list[Case]:
     def case(
-        name: str, convention: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
+        name: str,
+        convention: str,
+        make: Any,
+        inputs: Any = None,
+        fans: Any = DENSE,
+        **own: Any,
     ) -> Case:
         return Case(
-            f"loralib {name}", "loralib", convention, make, inputs or drawn(4, IN), fans, **own
+            f"loralib {name}",
+            "loralib",
+            convention,
+            make,
+            inputs or drawn(4, IN),
+            fans,
+            **own,
         )
 
     images, plain = drawn(2, 4, 6, 6), "lora_A/lora_B"
-    enabled = {"q": [True, False, False], "qv": [True, False, True], "qkv": [True, True, True]}
+    enabled = {
+        "q": [True, False, False],
+        "qv": [True, False, True],
+        "qkv": [True, True, True],
+    }
     return [
         case("Linear", plain, loralib("Linear", IN, OUT)),
-        case("Linear, transposed", plain, loralib("Linear", IN, OUT, fan_in_fan_out=True)),
+        case(
+            "Linear, transposed", plain, loralib("Linear", IN, OUT, fan_in_fan_out=True)
+        ),
         *(
             case(
                 f"MergedLinear, {name}",
@@ -443,7 +510,14 @@ def _loralib_cases() -> list[Case]:
             kind="embedding",
             init="B",
         ),
-        case("Conv2d", "loralib-conv", loralib("Conv2d", 4, 8, 3), images, ((36, 8),), kind="conv"),
+        case(
+            "Conv2d",
+            "loralib-conv",
+            loralib("Conv2d", 4, 8, 3),
+            images,
+            ((36, 8),),
+            kind="conv",
+        ),
         case(
             "Conv2d, two groups",
             "loralib-conv",
@@ -482,7 +556,9 @@ def lycoris(
 
 
 def _lycoris_cases() -> list[Case]:
-    def case(name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any) -> Case:
+    def case(
+        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
+    ) -> Case:
         convention = own.pop("convention", "lora_down/lora_up")
         return Case(
             f"LyCORIS LoCon, {name}",
@@ -507,7 +583,10 @@ def _lycoris_cases() -> list[Case]:
             other=scalar,
         ),
         case(
-            "linear, DoRA", lycoris("LoConModule", weight_decompose=True), probed=False, other=dora
+            "linear, DoRA",
+            lycoris("LoConModule", weight_decompose=True),
+            probed=False,
+            other=dora,
         ),
         case(
             "Conv1d",
@@ -565,7 +644,9 @@ def litgpt(name: str, *sizes: int, **options: Any) -> Callable[[int, float], nn.
     def make(rank: int, alpha: float) -> nn.Module:
         from litgpt import lora
 
-        layer: nn.Module = getattr(lora, name)(*sizes, r=rank, lora_alpha=alpha, **options)
+        layer: nn.Module = getattr(lora, name)(
+            *sizes, r=rank, lora_alpha=alpha, **options
+        )
         if isinstance(layer, lora.LoRAQKVLinear):
             layer.reset_parameters()
         lora.mark_only_lora_as_trainable(layer)
@@ -579,24 +660,36 @@ def deepspeed(rank: int, alpha: float) -> nn.Module:
     from deepspeed.linear.optimized_linear import LoRAOptimizedLinear
 
     config = LoRAConfig(lora_r=rank, lora_alpha=alpha)
-    return LoRAOptimizedLinear(IN, OUT, lora_config=config, device="cpu", dtype=torch.float32)
+    return LoRAOptimizedLinear(
+        IN, OUT, lora_config=config, device="cpu", dtype=torch.float32
+    )
 
 
 def _other_cases() -> list[Case]:
     x, words = drawn(4, IN), drawn(2, 5, IN)
-    heads = {"q": (True, False, False), "qv": (True, False, True), "qkv": (True, True, True)}
+    heads = {
+        "q": (True, False, False),
+        "qv": (True, False, True),
+        "qkv": (True, True, True),
+    }
 
     def qkv(name: str, groups: int) -> Case:
         """Two heads of 5; `groups` of keys and values."""
         parts = heads[name]
-        make = litgpt("LoRAQKVLinear", IN, 10 + 10 * groups, 5, 2, groups, enable_lora=parts)
+        make = litgpt(
+            "LoRAQKVLinear", IN, 10 + 10 * groups, 5, 2, groups, enable_lora=parts
+        )
         fan_out = 5 * (2 * parts[0] + groups * (parts[1] + parts[2]))
-        title = f"litgpt LoRAQKVLinear, {name}, {groups} query group{'s' * (groups > 1)}"
+        title = (
+            f"litgpt LoRAQKVLinear, {name}, {groups} query group{'s' * (groups > 1)}"
+        )
         return Case(title, "litgpt", "merged", make, words, ((IN, fan_out),))
 
     tune, plain = "lora_a/lora_b", "lora_A/lora_B"
     return [
-        Case("torchtune LoRALinear", "torchtune", tune, torchtune("LoRALinear"), x, DENSE),
+        Case(
+            "torchtune LoRALinear", "torchtune", tune, torchtune("LoRALinear"), x, DENSE
+        ),
         Case(
             "torchtune DoRALinear",
             "torchtune",
@@ -607,9 +700,23 @@ def _other_cases() -> list[Case]:
             probed=False,
             other="DoRA magnitude",
         ),
-        Case("litgpt LoRALinear", "litgpt", plain, litgpt("LoRALinear", IN, OUT), x, DENSE),
+        Case(
+            "litgpt LoRALinear",
+            "litgpt",
+            plain,
+            litgpt("LoRALinear", IN, OUT),
+            x,
+            DENSE,
+        ),
         *(qkv(name, groups) for name in heads for groups in (1, 2)),
-        Case("DeepSpeed LoRAOptimizedLinear", "deepspeed", "deepspeed-linear", deepspeed, x, DENSE),
+        Case(
+            "DeepSpeed LoRAOptimizedLinear",
+            "deepspeed",
+            "deepspeed-linear",
+            deepspeed,
+            x,
+            DENSE,
+        ),
     ]
 
 
@@ -671,7 +778,13 @@ def other_tuner(name: str) -> nn.Module:
     return get_peft_model(model, config(target_modules=["q"], **OTHER_TUNERS[name][1]))
 
 
-CASES = [*_peft_cases(), *_diffusers_cases(), *_loralib_cases(), *_lycoris_cases(), *_other_cases()]
+CASES = [
+    *_peft_cases(),
+    *_diffusers_cases(),
+    *_loralib_cases(),
+    *_lycoris_cases(),
+    *_other_cases(),
+]
 
 
 def cases_of(package: str) -> list[Case]:

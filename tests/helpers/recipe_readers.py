@@ -47,11 +47,16 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
             )
     yield "a folder", lambda: ra.Recipe.load(beside(path))
     if find_spec("huggingface_hub"):
-        yield "the hub's cache", lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path))
+        yield (
+            "the hub's cache",
+            lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path)),
+        )
     if find_spec("transformers"):
         yield (
             "peft",
-            lambda: ra.integrations.create_rankaware_optimizer(mlp(width=64), "adamw", recipe=path),
+            lambda: ra.integrations.create_rankaware_optimizer(
+                mlp(width=64), "adamw", recipe=path
+            ),
         )
     yield (
         "settings as words",
@@ -74,7 +79,9 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def optimizer(kind: object, path: Path, options: dict) -> None:
-    opt = ra.RankAwareOptimizer(mlp((4, 8), width=64), kind, **{"recipe": path, **options})
+    opt = ra.RankAwareOptimizer(
+        mlp((4, 8), width=64), kind, **{"recipe": path, **options}
+    )
     str(opt.report()), ra.integrations.group_rates(opt)
     opt.load_state_dict(opt.state_dict())
 

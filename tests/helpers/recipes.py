@@ -36,7 +36,9 @@ KINDS = {
     "two ranks": RECIPE,
     "no ceiling": replace(RECIPE, ceiling=None),
     "full too": replace(
-        RECIPE, full_seen=True, tensors={**TENSORS, "rank": np.array([4, 64, 0, 4, 64, 0])}
+        RECIPE,
+        full_seen=True,
+        tensors={**TENSORS, "rank": np.array([4, 64, 0, 4, 64, 0])},
     ),
     "one rank": replace(RECIPE, ranks=(4,), scaling_rule="unknown", tensors=ONE_RANK),
     "no rule": replace(RECIPE, scaling_rule="unknown", tensors=ONE_RANK),
@@ -64,7 +66,9 @@ KINDS = {
             "curve": np.array([[0.9, 0.5]] * 5 + [[math.nan, 0.7]]),
         },
     ),
-    "scores beyond floats": replace(RECIPE, tensors={**TENSORS, "value": VALUES * 1e307}),
+    "scores beyond floats": replace(
+        RECIPE, tensors={**TENSORS, "value": VALUES * 1e307}
+    ),
     "all alike": replace(RECIPE, tensors={**TENSORS, "value": np.ones(6)}),
     "scores below zero": replace(RECIPE, tensors={**TENSORS, "value": -VALUES}),
     "rank 1": replace(
@@ -76,4 +80,6 @@ KINDS = {
 
 def tensors_of(path: Path) -> Path:
     """The safetensors file that a saved recipe names."""
-    return path.with_name(tomli.loads(path.read_text(encoding="utf-8"))["tensors"]["file"])
+    return path.with_name(
+        tomli.loads(path.read_text(encoding="utf-8"))["tensors"]["file"]
+    )

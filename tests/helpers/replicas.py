@@ -97,7 +97,12 @@ def megatron(rank, alpha):
 
     first, second = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
     return Replica(
-        nn.Linear(IN, OUT), moved, linear_in=first, linear_out=second, dim=rank, alpha=alpha
+        nn.Linear(IN, OUT),
+        moved,
+        linear_in=first,
+        linear_out=second,
+        dim=rank,
+        alpha=alpha,
     )
 
 
@@ -113,7 +118,12 @@ def megatron_experts(rank, alpha):
 
     first, second = Weight(drawn(3, rank, IN)), Weight(zeros(3, OUT, rank))
     return Replica(
-        Batched(IN, OUT), moved, linear_in=first, linear_out=second, dim=rank, alpha=alpha
+        Batched(IN, OUT),
+        moved,
+        linear_in=first,
+        linear_out=second,
+        dim=rank,
+        alpha=alpha,
     )
 
 
@@ -123,17 +133,32 @@ def automodel(rank, alpha):
 
     first, second = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
     return Replica(
-        nn.Linear(IN, OUT), moved, lora_A=first, lora_B=second, dim=rank, scale=alpha / rank
+        nn.Linear(IN, OUT),
+        moved,
+        lora_A=first,
+        lora_B=second,
+        dim=rank,
+        scale=alpha / rank,
     )
 
 
 def automodel_experts(part):
     def make(rank, alpha):
         def moved(m, x):
-            return m.scale * x @ getattr(m, f"lora_{part}_A") @ getattr(m, f"lora_{part}_B")
+            return (
+                m.scale
+                * x
+                @ getattr(m, f"lora_{part}_A")
+                @ getattr(m, f"lora_{part}_B")
+            )
 
-        pair = {f"lora_{part}_A": drawn(3, IN, rank), f"lora_{part}_B": zeros(3, rank, OUT)}
-        return Replica(Batched(IN, OUT), moved, lora_dim=rank, scale=alpha / rank, **pair)
+        pair = {
+            f"lora_{part}_A": drawn(3, IN, rank),
+            f"lora_{part}_B": zeros(3, rank, OUT),
+        }
+        return Replica(
+            Batched(IN, OUT), moved, lora_dim=rank, scale=alpha / rank, **pair
+        )
 
     return make
 
@@ -169,7 +194,12 @@ class Parametrization(nn.Module):
         super().__init__()
         shapes = ((IN, rank), (rank, OUT)) if swapped else ((rank, IN), (OUT, rank))
         self.lora_A, self.lora_B = drawn(*shapes[0]), zeros(*shapes[1])
-        self.rank, self.lora_alpha, self.scaling, self.swapped = rank, alpha, alpha / rank, swapped
+        self.rank, self.lora_alpha, self.scaling, self.swapped = (
+            rank,
+            alpha,
+            alpha / rank,
+            swapped,
+        )
         self.register_buffer("lora_dropout_mask", torch.ones(1, IN))
 
     def forward(self, weight):
@@ -191,7 +221,9 @@ class Transposed(nn.Module):
 def minlora(swapped):
     def make(rank, alpha):
         base = (Transposed() if swapped else nn.Linear(IN, OUT)).requires_grad_(False)
-        parametrize.register_parametrization(base, "weight", Parametrization(rank, alpha, swapped))
+        parametrize.register_parametrization(
+            base, "weight", Parametrization(rank, alpha, swapped)
+        )
         return base
 
     return make
@@ -215,7 +247,12 @@ def tutorial_of_rank(rank, alpha):
         return m.alpha / m.rank * x @ m.A @ m.B
 
     return Replica(
-        nn.Linear(IN, OUT), moved, A=drawn(IN, rank), B=zeros(rank, OUT), alpha=alpha, rank=rank
+        nn.Linear(IN, OUT),
+        moved,
+        A=drawn(IN, rank),
+        B=zeros(rank, OUT),
+        alpha=alpha,
+        rank=rank,
     )
 
 
@@ -226,7 +263,9 @@ def cloneofsimo(rank, alpha):
         return m.lora_up(m.lora_down(x)) * m.scale
 
     down, up = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(nn.Linear(IN, OUT), moved, lora_down=down, lora_up=up, r=rank, scale=alpha)
+    return Replica(
+        nn.Linear(IN, OUT), moved, lora_down=down, lora_up=up, r=rank, scale=alpha
+    )
 
 
 def direct(rank, alpha):
@@ -254,7 +293,9 @@ REPLICAS = [
         lambda r, alpha: adapted("kohya", rank=r, scaling=alpha / r),
     ),
     written("OneTrainer", "lora_down/lora_up", onetrainer),
-    written("OneTrainer, Conv2d", "lora_down/lora_up", onetrainer_conv, images, kind="conv"),
+    written(
+        "OneTrainer, Conv2d", "lora_down/lora_up", onetrainer_conv, images, kind="conv"
+    ),
     written("cloneofsimo", "lora_down/lora_up", cloneofsimo, scaling=direct),
     written("Megatron", "megatron", megatron),
     written("Megatron, grouped experts", "megatron", megatron_experts, **_experts),
@@ -265,7 +306,12 @@ REPLICAS = [
         automodel_experts("gate_and_up"),
         **_experts,
     ),
-    written("Automodel, down experts", "automodel-down", automodel_experts("down"), **_experts),
+    written(
+        "Automodel, down experts",
+        "automodel-down",
+        automodel_experts("down"),
+        **_experts,
+    ),
     written("DeepSpeed-Chat", "deepspeed-chat", deepspeed_chat),
     written("DeepSpeed's linear layer", "deepspeed-linear", deepspeed_linear),
     written("minLoRA", "minLoRA", minlora(False)),

@@ -84,7 +84,11 @@ def test_a_rank_declared_in_a_configuration_is_compared():
 @pytest.mark.parametrize("style", STYLES)
 def test_the_models_of_these_tests_conform(style, kind):
     """Every style of tests/models.py passes the ones-probe and the oracle."""
-    inputs = {"linear": x, "conv": images[:, :3], "embedding": torch.arange(12).reshape(3, 4)}[kind]
+    inputs = {
+        "linear": x,
+        "conv": images[:, :3],
+        "embedding": torch.arange(12).reshape(3, 4),
+    }[kind]
     found = check_convention(
         lambda r, alpha: adapted(style, kind, rank=r, scaling=alpha / r), inputs
     )
@@ -185,7 +189,9 @@ def swapped_fans(owner, a, b):
 def noisy(rank, alpha):
     return Replica(
         nn.Linear(IN, OUT),
-        lambda m, x: m.scaling * (x @ m.lora_A.T @ m.lora_B.T) + 1e-3 * torch.randn(OUT),
+        lambda m, x: (
+            m.scaling * (x @ m.lora_A.T @ m.lora_B.T) + 1e-3 * torch.randn(OUT)
+        ),
         lora_A=drawn(rank, IN),
         lora_B=zeros(OUT, rank),
         r=rank,
@@ -207,7 +213,11 @@ LIES = {
         None,
         "'rank'.*rank 3 instead of 2",
     ),
-    "no pair": (lambda r, alpha: nn.Linear(IN, OUT), None, "'found' fails: No trainable LoRA pair"),
+    "no pair": (
+        lambda r, alpha: nn.Linear(IN, OUT),
+        None,
+        "'found' fails: No trainable LoRA pair",
+    ),
     "another row": (
         lambda r, alpha: adapted(rank=r),
         "kohya",
@@ -223,7 +233,11 @@ LIES = {
         None,
         "'ones-probe'.*scaling 3 × rank 2",
     ),
-    "an adapter that does nothing": (dead, None, r"'oracle'.*does not depend on lora_A"),
+    "an adapter that does nothing": (
+        dead,
+        None,
+        r"'oracle'.*does not depend on lora_A",
+    ),
     "an answer that is random": (noisy, None, "'ones-probe'|'oracle'"),
     "fans the wrong way round": (
         lambda r, alpha: adapted(rank=r, scaling=alpha / r),
@@ -255,7 +269,8 @@ def test_a_scaling_read_wrongly_fails_the_oracle_where_no_probe_applies():
 
     assert check_convention(make, x).probe is None
     with pytest.raises(
-        InspectionError, match=r"'oracle'.*at rank 2, trainings with alphas 3 and 8 differ"
+        InspectionError,
+        match=r"'oracle'.*at rank 2, trainings with alphas 3 and 8 differ",
     ):
         check_convention(lying, x)
 
@@ -286,33 +301,49 @@ def test_a_third_party_convention_in_five_lines(registered):
     assert check_convention(Gain, x, convention=STRANGER).oracle < 1e-12
     registered(STRANGER)
     model = Gain(4, 8.0)
-    assert [(f.role, f.rank, f.fan_in, f.scaling) for f in inspect_model(model).factors] == [
+    assert [
+        (f.role, f.rank, f.fan_in, f.scaling) for f in inspect_model(model).factors
+    ] == [
         ("A", 4, IN, 2.0),
         ("B", 4, IN, 2.0),
     ]
     opt = ra.RankAwareOptimizer(
         model, torch.optim.AdamW, lr=1e-3, tuned_at=ra.Reference(rank=16, alpha=16)
     )
-    assert {g["lora_role"] for g in opt.param_groups if g.get("lora_role")} == {"A", "B"}
+    assert {g["lora_role"] for g in opt.param_groups if g.get("lora_role")} == {
+        "A",
+        "B",
+    }
 
 
 def test_a_registered_row_goes_before_built_in_ones(registered):
     """Where a registered row and a built-in one fit the same attributes, the registered one reads them."""
     registered(Convention("mine", "lora_A", "lora_B", kind="mine"))
-    assert {(f.convention, f.kind) for f in inspect_model(adapted()).factors} == {("mine", "mine")}
+    assert {(f.convention, f.kind) for f in inspect_model(adapted()).factors} == {
+        ("mine", "mine")
+    }
 
 
 BAD_ROWS = {
     "text": ("nothing", "There is no optional convention 'nothing'. Give one of A/B"),
     "no row": ({"name": "x"}, "not {'name': 'x'}"),
-    "a dotted factor": (replace(STRANGER, a="inner.reduce"), "has the factor 'inner.reduce'"),
+    "a dotted factor": (
+        replace(STRANGER, a="inner.reduce"),
+        "has the factor 'inner.reduce'",
+    ),
     "no factor": (replace(STRANGER, b=None), "has the factor None"),
     "unknown layout": (
         replace(STRANGER, layouts=("diagonal",)),
         "has the layout 'diagonal'. Give one of rows",
     ),
-    "text for a tuple": (replace(STRANGER, rank="width"), r"has rank='width'. Give a tuple"),
-    "a built-in's name": (replace(STRANGER, name="peft"), "Another convention is called 'peft'"),
+    "text for a tuple": (
+        replace(STRANGER, rank="width"),
+        r"has rank='width'. Give a tuple",
+    ),
+    "a built-in's name": (
+        replace(STRANGER, name="peft"),
+        "Another convention is called 'peft'",
+    ),
     "a text for keys": (replace(STRANGER, keys="{}"), "has keys='{}'. Give a tuple"),
     "a key without a factor": (
         replace(STRANGER, keys=("weight",)),
@@ -384,7 +415,11 @@ README_ROW = Convention(
 def test_a_registered_row_reads_files_too(registered, saved):
     """README's row alone makes a file readable, to inspect_file and to `rankaware inspect`, until it is taken away."""
     path = saved(
-        up__reduce=(IN, 4), up__expand=(4, OUT), up__gain=2.0, up__k=4, head__weight=(3, 3)
+        up__reduce=(IN, 4),
+        up__expand=(4, OUT),
+        up__gain=2.0,
+        up__k=4,
+        head__weight=(3, 3),
     )
     for _ in range(2):
         with pytest.raises(InspectionError, match="has no LoRA pair among 5 tensors"):
@@ -406,7 +441,11 @@ def test_a_registered_row_reads_files_too(registered, saved):
 
 
 STRANGERS = {
-    "nothing declared": (README_ROW, {"reduce": (IN, 4), "expand": (4, OUT)}, {(4, IN, OUT, 1.0)}),
+    "nothing declared": (
+        README_ROW,
+        {"reduce": (IN, 4), "expand": (4, OUT)},
+        {(4, IN, OUT, 1.0)},
+    ),
     "modules": (
         README_ROW,
         {"reduce__weight": (IN, 4), "expand__weight": (4, OUT)},
@@ -424,17 +463,28 @@ STRANGERS = {
     ),
     "a dict by adapter": (
         replace(README_ROW, container=True),
-        {"reduce__one__weight": (IN, 4), "expand__one__weight": (4, OUT), "gain__one": 3.0},
+        {
+            "reduce__one__weight": (IN, 4),
+            "expand__one__weight": (4, OUT),
+            "gain__one": 3.0,
+        },
         {(4, IN, OUT, 3.0)},
     ),
     "its own keys": (
         replace(README_ROW, keys=("adapter.{}.weight",), where=("never_saved",)),
-        {"adapter__reduce__weight": (IN, 4), "adapter__expand__weight": (4, OUT), "gain": 5.0},
+        {
+            "adapter__reduce__weight": (IN, 4),
+            "adapter__expand__weight": (4, OUT),
+            "gain": 5.0,
+        },
         {(4, IN, OUT, 5.0)},
     ),
     "its own layout": (
         replace(
-            README_ROW, layouts=(lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),)
+            README_ROW,
+            layouts=(
+                lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),
+            ),
         ),
         {"reduce": (IN, 4), "expand": (4, OUT)},
         "has shape",
@@ -493,7 +543,9 @@ def test_every_field_of_a_row_holds_for_files(case, registered, saved):
             inspect_file(path)
         return
     survey = inspect_file(path)
-    assert {(f.rank, f.fan_in, f.fan_out, f.scaling) for f in survey.factors} == expected
+    assert {
+        (f.rank, f.fan_in, f.fan_out, f.scaling) for f in survey.factors
+    } == expected
     assert ([f.role for f in survey.factors], {f.layer for f in survey.factors}) == (
         ["A", "B"],
         {"up"},
@@ -507,12 +559,14 @@ def test_an_owner_of_several_pairs_is_read_from_a_file(registered, saved):
     survey = inspect_file(
         saved(x__gate_a=(4, IN), x__gate_b=(OUT, 4), x__up_a=(2, IN), x__up_b=(OUT, 2))
     )
-    assert [(f.convention, f.rank) for f in survey.factors] == [("mine-gate", 4)] * 2 + [
-        ("mine-up", 2)
-    ] * 2
+    assert [(f.convention, f.rank) for f in survey.factors] == [
+        ("mine-gate", 4)
+    ] * 2 + [("mine-up", 2)] * 2
     stacks = {"lora_gate_and_up_A": (3, IN, 4), "lora_gate_and_up_B": (3, 4, OUT)}
     stacks |= {"lora_down_A": (3, IN, 4), "lora_down_B": (3, 4, OUT)}
-    survey = inspect_file(saved(**{f"experts__{name}": shape for name, shape in stacks.items()}))
+    survey = inspect_file(
+        saved(**{f"experts__{name}": shape for name, shape in stacks.items()})
+    )
     assert {(f.convention, f.rank, f.fan_in, f.kind) for f in survey.factors} == {
         ("automodel-gate_and_up", 4, IN, "experts"),
         ("automodel-down", 4, IN, "experts"),
@@ -522,18 +576,29 @@ def test_an_owner_of_several_pairs_is_read_from_a_file(registered, saved):
 def test_a_registered_row_goes_before_built_in_ones_in_files(registered, saved):
     """MLX writes a bare lora_a, transposed: no built-in row reads it, a registered one does, and torchtune's stays."""
     path = saved(
-        x__lora_a=(IN, 4), x__lora_b=(4, OUT), y__lora_a__weight=(4, IN), y__lora_b__weight=(OUT, 4)
+        x__lora_a=(IN, 4),
+        x__lora_b=(4, OUT),
+        y__lora_a__weight=(4, IN),
+        y__lora_b__weight=(OUT, 4),
     )
     assert {f.layer for f in inspect_file(path).factors} == {"y"}
-    registered(Convention("mlx", "lora_a", "lora_b", layouts=("columns",), keys=("{}",)))
-    assert {(f.layer, f.convention, f.rank, f.fan_in) for f in inspect_file(path).factors} == {
+    registered(
+        Convention("mlx", "lora_a", "lora_b", layouts=("columns",), keys=("{}",))
+    )
+    assert {
+        (f.layer, f.convention, f.rank, f.fan_in) for f in inspect_file(path).factors
+    } == {
         ("x", "mlx", 4, IN),
         ("y", "lora_a/lora_b", 4, IN),
     }
 
 
 # What a state_dict does not tell: attributes that a row's `where` asks for.
-UNSAVED = {"Automodel": "lora_A/lora_B", "Megatron": None, "Megatron, grouped experts": None}
+UNSAVED = {
+    "Automodel": "lora_A/lora_B",
+    "Megatron": None,
+    "Megatron, grouped experts": None,
+}
 
 
 @pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
@@ -592,7 +657,9 @@ def installed(tmp_path):
     (tmp_path / "gain_rows.py").write_text(PLUGIN)
     info = tmp_path / "gain_rows-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gain-rows\nVersion: 1.0\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: gain-rows\nVersion: 1.0\n"
+    )
     points = [
         "gain = gain_rows:ROW",
         "broken = not_there_at_all:ROW",
@@ -608,15 +675,25 @@ def installed(tmp_path):
 def test_a_convention_by_entry_point(installed):
     """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
     run = subprocess.run(
-        [sys.executable, "-c", USE, str(installed)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", USE, str(installed)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     factors, *warned = run.stdout.splitlines()
     assert factors == "[('gain', 4, 12.0, 2.0), ('gain', 4, 12.0, 2.0)]"
     assert len(warned) == 3
     assert (
-        sum("'broken' (not_there_at_all:ROW) could not be loaded" in line for line in warned) == 1
+        sum(
+            "'broken' (not_there_at_all:ROW) could not be loaded" in line
+            for line in warned
+        )
+        == 1
     )
-    assert sum("'wrong' is left out" in line and "'re.duce'" in line for line in warned) == 1
+    assert (
+        sum("'wrong' is left out" in line and "'re.duce'" in line for line in warned)
+        == 1
+    )
     assert sum("'none' is left out" in line for line in warned) == 1
 
 
@@ -659,7 +736,11 @@ def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, va
         setattr(owner, name.partition(".")[0], next(left))
     for name, shape in ((row.a, shapes[0]), (row.b, shapes[1])):
         param = nn.Parameter(torch.ones(shape))
-        setattr(owner, name, nn.ParameterDict({"default": param}) if row.container else param)
+        setattr(
+            owner,
+            name,
+            nn.ParameterDict({"default": param}) if row.container else param,
+        )
     try:
         factors = inspect_model(owner).factors
     except InspectionError:
@@ -690,14 +771,20 @@ def test_a_layouts_own_error_reaches_the_user(registered):
         inspect_model(adapted())
 
 
-BAD_LAYOUTS = [lambda owner, a, b: None, lambda owner, a, b: (4, 4), lambda owner, a, b: {}["rank"]]
+BAD_LAYOUTS = [
+    lambda owner, a, b: None,
+    lambda owner, a, b: (4, 4),
+    lambda owner, a, b: {}["rank"],
+]
 
 
 @pytest.mark.parametrize("layout", BAD_LAYOUTS)
 def test_a_layout_that_gives_no_reading_does_not_fit(layout):
     """A third-party layout that returns something else, or raises, is an error that names the layer and the shapes."""
     row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
-    with pytest.raises(InspectionError, match=r"declares rank 2 but lora_A has shape \(2, 12\)"):
+    with pytest.raises(
+        InspectionError, match=r"declares rank 2 but lora_A has shape \(2, 12\)"
+    ):
         check_convention(lambda r, alpha: adapted(rank=r), x, convention=row)
 
 
@@ -715,7 +802,12 @@ def test_gates_called_lora_are_no_adapter():
     assert {other_kind(name) for name in survey.other} == {None}
 
 
-FEED_FORWARD = [("down", "up"), ("A", "B"), ("linear_in", "linear_out"), ("down_proj", "up_proj")]
+FEED_FORWARD = [
+    ("down", "up"),
+    ("A", "B"),
+    ("linear_in", "linear_out"),
+    ("down_proj", "up_proj"),
+]
 
 
 @pytest.mark.parametrize("names", FEED_FORWARD, ids=str)

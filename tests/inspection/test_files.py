@@ -57,8 +57,15 @@ def folder(tmp_path):
     """Makes a PEFT folder of these tensors, with `changes` to its configuration; None drops a key."""
 
     def make(tensors=None, **changes):
-        save_file(pair() if tensors is None else tensors, tmp_path / "adapter_model.safetensors")
-        config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
+        save_file(
+            pair() if tensors is None else tensors,
+            tmp_path / "adapter_model.safetensors",
+        )
+        config = {
+            key: value
+            for key, value in {**CONFIG, **changes}.items()
+            if value is not None
+        }
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         return tmp_path
 
@@ -67,7 +74,9 @@ def folder(tmp_path):
 
 def write_raw(path, header: bytes, data: bytes = b"", length: int | None = None):
     path.write_bytes(
-        (len(header) if length is None else length).to_bytes(8, "little") + header + data
+        (len(header) if length is None else length).to_bytes(8, "little")
+        + header
+        + data
     )
     return path
 
@@ -102,7 +111,9 @@ def test_an_init_that_the_files_cannot_declare_is_given(folder):
 
 def test_a_peft_folder_is_surveyed(folder):
     """Rank, fans and role come from the shapes; scaling and init from the configuration."""
-    survey = inspect_file(folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)}))
+    survey = inspect_file(
+        folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)})
+    )
     assert [(f.role, f.rank, f.fan_in, f.fan_out) for f in survey.factors] == [
         ("A", 8, 32, 48),
         ("B", 8, 32, 48),
@@ -139,7 +150,11 @@ CONFIGS = [
         math.sqrt(2),
         "A",
     ),
-    ({"alpha_pattern": {"v_proj": 4, "proj": 4, r".*\.0\..*": 8, "q_proj": 32}}, 1.0, "A"),
+    (
+        {"alpha_pattern": {"v_proj": 4, "proj": 4, r".*\.0\..*": 8, "q_proj": 32}},
+        1.0,
+        "A",
+    ),
     ({"alpha_pattern": {"^layers.0.q_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {r"layers\.[0-9]+\.(q|k)_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {"layers|q_proj": 32}}, 4.0, "A"),
@@ -160,10 +175,21 @@ def test_the_configuration_decides_scaling_and_init(changes, scaling, init, fold
 
 
 STACK = {"target_parameters": ["e.up"]}
-PRUNED = {"peft_type": "ADALORA", "init_r": 8, "rank_pattern": {"x.lora_E": [True, False]}}
+PRUNED = {
+    "peft_type": "ADALORA",
+    "init_r": 8,
+    "rank_pattern": {"x.lora_E": [True, False]},
+}
 READINGS = [
     ("x.lora_A", (8, 32), "x.lora_B", (48, 8), {}, (8, 32, 48, "linear", "peft")),
-    ("x.lora_A.d.weight", (8, 32), "x.lora_B.d.weight", (48, 8), {}, (8, 32, 48, "linear", "peft")),
+    (
+        "x.lora_A.d.weight",
+        (8, 32),
+        "x.lora_B.d.weight",
+        (48, 8),
+        {},
+        (8, 32, 48, "linear", "peft"),
+    ),
     (
         "x.lora_a.weight",
         (8, 32),
@@ -172,7 +198,14 @@ READINGS = [
         {},
         (8, 32, 48, "linear", "lora_a/lora_b"),
     ),
-    ("x.lora_A.weight", (8, 4, 3), "x.lora_B.weight", (48, 8, 1), {}, (8, 12, 48, "conv", "peft")),
+    (
+        "x.lora_A.weight",
+        (8, 4, 3),
+        "x.lora_B.weight",
+        (48, 8, 1),
+        {},
+        (8, 12, 48, "conv", "peft"),
+    ),
     (
         "x.lora_A.weight",
         (8, 4, 3, 3),
@@ -205,7 +238,14 @@ READINGS = [
         STACK,
         (8, 32, 48, "experts", "peft-experts"),
     ),
-    ("x.lora_A", (6, 32), "x.lora_B", (48, 6), PRUNED, (6, 32, 48, "adalora", "peft-adalora")),
+    (
+        "x.lora_A",
+        (6, 32),
+        "x.lora_B",
+        (48, 6),
+        PRUNED,
+        (6, 32, 48, "adalora", "peft-adalora"),
+    ),
     (
         "q_lora.down.weight",
         (8, 32),
@@ -235,8 +275,12 @@ READINGS.append((*LINEAR_LAYER, {}, (8, 32, 48, "linear", "diffusers-legacy")))
 @pytest.mark.parametrize(("first", "a", "second", "b", "changes", "expected"), READINGS)
 def test_every_layout_is_read(first, a, second, b, changes, expected, folder):
     """Rank, fans, kind and convention of each library's keys and shapes, with what the configuration adds."""
-    survey = inspect_file(folder({first: torch.zeros(a), second: torch.zeros(b)}, **changes))
-    found = {(f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors}
+    survey = inspect_file(
+        folder({first: torch.zeros(a), second: torch.zeros(b)}, **changes)
+    )
+    found = {
+        (f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors
+    }
     assert (found, len(survey.factors)) == ({expected}, 2)
 
 
@@ -264,10 +308,12 @@ ALONE = [
 def test_a_file_alone_shows_its_convention_by_its_entries(shapes, expected, tmp_path):
     """Without a configuration an adapter's name or another entry of the layer tells which row has written the pair."""
     save_file(
-        {name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors"
+        {name: torch.zeros(shape) for name, shape in shapes.items()},
+        tmp_path / "x.safetensors",
     )
     assert {
-        (f.kind, f.init, f.convention) for f in inspect_file(tmp_path / "x.safetensors").factors
+        (f.kind, f.init, f.convention)
+        for f in inspect_file(tmp_path / "x.safetensors").factors
     } == {expected}
 
 
@@ -278,8 +324,12 @@ def test_a_tucker_core_gives_the_kernel(folder):
         "x.lora_mid.weight": (8, 8, 3, 3),
         "x.lora_up.weight": (6, 8, 1, 1),
     }
-    survey = inspect_file(folder({key: torch.zeros(shape) for key, shape in shapes.items()}))
-    found = {(f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors}
+    survey = inspect_file(
+        folder({key: torch.zeros(shape) for key, shape in shapes.items()})
+    )
+    found = {
+        (f.rank, f.fan_in, f.fan_out, f.kind, f.convention) for f in survey.factors
+    }
     assert found == {(8, 36, 6, "conv", "locon-tucker")}
     assert survey.other == ("x.lora_mid.weight",)
 
@@ -297,7 +347,10 @@ OTHERS = [
 def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, folder):
     """LoHa, LoKr, VeRA and what only the configuration names are listed, not refused; their alpha is no tensor."""
     survey = inspect_file(
-        folder({key: torch.zeros(() if "alpha" in key else (4, 4)) for key in keys}, **changes)
+        folder(
+            {key: torch.zeros(() if "alpha" in key else (4, 4)) for key in keys},
+            **changes,
+        )
     )
     assert survey.factors == ()
     assert survey.other == tuple(key for key in keys if key != "x.alpha")
@@ -307,14 +360,24 @@ def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, fol
 def test_an_alpha_of_the_model_is_no_setting(tmp_path):
     """A model's own `alpha`, of a layer without a pair or of several numbers, is one of the other tensors."""
     own = {"snake.alpha": torch.tensor(math.nan), "y.alpha": torch.ones(3)}
-    save_file({**kohya("x", 8, 4.0), **kohya("y", 8, None), **own}, tmp_path / "lora.safetensors")
+    save_file(
+        {**kohya("x", 8, 4.0), **kohya("y", 8, None), **own},
+        tmp_path / "lora.safetensors",
+    )
     survey = inspect_file(tmp_path / "lora.safetensors")
     assert set(survey.other) == set(own)
     assert {f.layer: f.scaling for f in survey.factors} == {"x": 0.5, "y": 1.0}
 
 
 METADATA = [
-    ({"ss_network_alpha": "4", "ss_network_dim": "8", "ss_network_module": "networks.lora"}, 0.5),
+    (
+        {
+            "ss_network_alpha": "4",
+            "ss_network_dim": "8",
+            "ss_network_module": "networks.lora",
+        },
+        0.5,
+    ),
     ({"ss_network_alpha": "None"}, None),
     ({"ss_network_alpha": "Dynamic"}, None),
     ({}, None),
@@ -324,11 +387,22 @@ METADATA = [
 @pytest.mark.parametrize(("metadata", "scaling"), METADATA)
 def test_kohyas_metadata_stand_in_for_a_missing_alpha(metadata, scaling, tmp_path):
     """ss_network_alpha counts where a layer has no own alpha; what the metadata say is a note."""
-    save_file(kohya("x", 8, None) | kohya("y", 8, 16.0), tmp_path / "lora.safetensors", metadata)
+    save_file(
+        kohya("x", 8, None) | kohya("y", 8, 16.0),
+        tmp_path / "lora.safetensors",
+        metadata,
+    )
     survey = inspect_file(tmp_path / "lora.safetensors")
-    assert {f.layer: f.scaling for f in survey.factors} == {"x": scaling or 1.0, "y": 2.0}
-    assert any("scaling 1 is assumed" in note for note in survey.notes) == (scaling is None)
-    assert all(any(value in note for note in survey.notes) for value in metadata.values())
+    assert {f.layer: f.scaling for f in survey.factors} == {
+        "x": scaling or 1.0,
+        "y": 2.0,
+    }
+    assert any("scaling 1 is assumed" in note for note in survey.notes) == (
+        scaling is None
+    )
+    assert all(
+        any(value in note for note in survey.notes) for value in metadata.values()
+    )
 
 
 def test_a_diffusers_file_carries_its_configurations(tmp_path):
@@ -339,11 +413,24 @@ def test_a_diffusers_file_carries_its_configurations(tmp_path):
         "unet.init_lora_weights": True,
         "unet.alpha_pattern": {"^b.q": 4},
     }
-    entries |= {"te.r": 4, "te.lora_alpha": 4, "te.use_rslora": True, "te.rank_pattern": {"v": 2}}
+    entries |= {
+        "te.r": 4,
+        "te.lora_alpha": 4,
+        "te.use_rslora": True,
+        "te.rank_pattern": {"v": 2},
+    }
     tensors = (
-        pair("unet.a.q") | pair("unet.b.q") | pair("te.q", 4) | pair("te.v", 2) | pair("vae.q")
+        pair("unet.a.q")
+        | pair("unet.b.q")
+        | pair("te.q", 4)
+        | pair("te.v", 2)
+        | pair("vae.q")
     )
-    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(entries)})
+    save_file(
+        tensors,
+        tmp_path / "x.safetensors",
+        {"lora_adapter_metadata": json.dumps(entries)},
+    )
     survey = inspect_file(tmp_path / "x.safetensors")
     found = {f.layer: (f.scaling, f.init, f.convention) for f in survey.factors}
     assert found == {
@@ -359,7 +446,9 @@ def test_a_folder_with_one_file_needs_no_configuration(folder):
     """Without adapter_config.json the only .safetensors file is read, whatever its name."""
     made = folder()
     (made / "adapter_config.json").unlink()
-    (made / "adapter_model.safetensors").rename(made / "pytorch_lora_weights.safetensors")
+    (made / "adapter_model.safetensors").rename(
+        made / "pytorch_lora_weights.safetensors"
+    )
     assert len(inspect_file(str(made)).factors) == 2
 
 
@@ -369,7 +458,9 @@ def test_peft_s_own_file_is_taken_among_several(folder):
     save_file({"w": torch.zeros(1)}, made / "another.safetensors")
     assert len(inspect_file(made).factors) == 2
     (made / "adapter_config.json").unlink()
-    with pytest.raises(InspectionError, match=r"2 \.safetensors files and no adapter_config"):
+    with pytest.raises(
+        InspectionError, match=r"2 \.safetensors files and no adapter_config"
+    ):
         inspect_file(made)
 
 
@@ -381,7 +472,10 @@ def test_kinds_of_layers_are_told_apart(folder):
     }
     survey = inspect_file(folder({**pair("c", fan_in=3, kernel=(3, 3)), **embedding}))
     found = {(f.layer, f.kind, f.init, f.fan_in, f.fan_out) for f in survey.factors}
-    assert found == {("c", "conv", "A", 27.0, 48.0), ("e", "embedding", "B", 100.0, 32.0)}
+    assert found == {
+        ("c", "conv", "A", 27.0, 48.0),
+        ("e", "embedding", "B", 100.0, 32.0),
+    }
 
 
 def test_a_kohya_file_carries_its_own_alpha(tmp_path):
@@ -397,7 +491,9 @@ def test_a_kohya_file_carries_its_own_alpha(tmp_path):
     assert survey.other == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64]
+)
 def test_alpha_of_any_dtype_is_read(dtype, tmp_path):
     """alpha may be stored at any precision."""
     save_file(
@@ -427,7 +523,9 @@ def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
         with path.open("r+b") as file:
             file.truncate(8 + len(encoded) + end)
             for i in range(layers):
-                file.seek(8 + len(encoded) + header[f"lora_unet_{i}.alpha"]["data_offsets"][0])
+                file.seek(
+                    8 + len(encoded) + header[f"lora_unet_{i}.alpha"]["data_offsets"][0]
+                )
                 file.write(struct.pack("<f", 8.0))
     except OSError as error:
         pytest.skip(f"no sparse file here: {error}")
@@ -435,7 +533,9 @@ def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
     survey = inspect_file(path)
     assert time.process_time() - began < 1
     assert end > 100e9
-    assert {(f.rank, f.fan_in, f.scaling) for f in survey.factors} == {(rows, columns, 0.5)}
+    assert {(f.rank, f.fan_in, f.scaling) for f in survey.factors} == {
+        (rows, columns, 0.5)
+    }
     assert len(survey.factors) == 2 * layers
 
 
@@ -472,15 +572,30 @@ RAW = [
         b"",
         "no usable header",
     ),
-    (json.dumps({"a": entry(1, offsets=[4, 0])}).encode(), None, bytes(4), "offset for tensor `a`"),
-    (json.dumps({"a": entry(*[1] * 65)}).encode(), None, bytes(4), "no LoRA pair among 1 tensors"),
+    (
+        json.dumps({"a": entry(1, offsets=[4, 0])}).encode(),
+        None,
+        bytes(4),
+        "offset for tensor `a`",
+    ),
+    (
+        json.dumps({"a": entry(*[1] * 65)}).encode(),
+        None,
+        bytes(4),
+        "no LoRA pair among 1 tensors",
+    ),
     (
         json.dumps({"a": entry(2, dtype="F128")}).encode(),
         None,
         bytes(8),
         "no usable header: .* unknown variant `F128`",
     ),
-    (json.dumps({"a": entry(2, dtype=None)}).encode(), None, bytes(8), "no usable header"),
+    (
+        json.dumps({"a": entry(2, dtype=None)}).encode(),
+        None,
+        bytes(8),
+        "no usable header",
+    ),
     (
         json.dumps({"a": entry(2, dtype="\x1b[2J")}).encode(),
         None,
@@ -523,18 +638,43 @@ RAW = [
         bytes(4),
         r"a tensor is called 'a.x1b\[2J'",
     ),
-    (json.dumps({"a\ud800": entry(1)}).encode(), None, bytes(4), "no usable header: .* hex escape"),
-    (json.dumps({"a" * 1001: entry(1)}).encode(), None, bytes(4), "a tensor is called 'aaa"),
-    (b'{"a": ["F32", [2], [0, 8]]}', None, bytes(8), "no usable header: a is not an entry"),
+    (
+        json.dumps({"a\ud800": entry(1)}).encode(),
+        None,
+        bytes(4),
+        "no usable header: .* hex escape",
+    ),
+    (
+        json.dumps({"a" * 1001: entry(1)}).encode(),
+        None,
+        bytes(4),
+        "a tensor is called 'aaa",
+    ),
+    (
+        b'{"a": ["F32", [2], [0, 8]]}',
+        None,
+        bytes(8),
+        "no usable header: a is not an entry",
+    ),
     (
         json.dumps({"a": entry(2, dtype={"F32": None})}).encode(),
         None,
         bytes(8),
         "header: a is not an entry",
     ),
-    (b'{"a": {"dtype": "U8", "dtype": "I8"}}', None, b"", "the key 'dtype' occurs twice"),
+    (
+        b'{"a": {"dtype": "U8", "dtype": "I8"}}',
+        None,
+        b"",
+        "the key 'dtype' occurs twice",
+    ),
     (b'{"a": {}, "a": {}}', None, b"", "the key 'a' occurs twice"),
-    (b'{"__metadata__": {"a": 1}}', None, b"", "no usable header: .* expected a string"),
+    (
+        b'{"__metadata__": {"a": 1}}',
+        None,
+        b"",
+        "no usable header: .* expected a string",
+    ),
     (b'{"__metadata__": null}', None, b"", "__metadata__ is not a table of strings"),
     ("{}".encode("utf-16"), None, b"", "cannot be read"),
     (b"\xef\xbb\xbf{}", None, b"", "cannot be read"),
@@ -556,7 +696,11 @@ def test_damaged_files_are_refused(header, length, data, message, tmp_path):
 def test_the_header_of_those_files_is_otherwise_good(tmp_path):
     """The table above is of near misses: with all its data the file is surveyed."""
     assert (
-        len(inspect_file(write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64))).factors)
+        len(
+            inspect_file(
+                write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64))
+            ).factors
+        )
         == 2
     )
 
@@ -582,7 +726,9 @@ def test_a_header_of_a_hundred_megabytes_is_refused_unread(tmp_path):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "lora.pt", "lora.ckpt", "lora.PTH"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "lora.pt", "lora.ckpt", "lora.PTH"]
+)
 def test_a_pickle_is_refused_unread(name, tmp_path):
     """A pickle, alone or as all that a folder holds, is refused by its name; nothing in it is run."""
     (tmp_path / name).write_bytes(pickle.dumps({"x": [1, 2, 3] * 100}))
@@ -634,7 +780,9 @@ MISFITS = [
 def test_shapes_that_fit_no_pair_are_refused(shapes, folder):
     """Two halves whose shapes make no pair are an error that names both."""
     path = folder({key: torch.zeros(shape) for key, shape in shapes.items()})
-    with pytest.raises(InspectionError, match=r"lora_A\.weight has shape .*lora_B\.weight"):
+    with pytest.raises(
+        InspectionError, match=r"lora_A\.weight has shape .*lora_B\.weight"
+    ):
         inspect_file(path)
 
 
@@ -649,7 +797,10 @@ CORES = [
 @pytest.mark.parametrize(("core", "down"), CORES)
 def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
     """Tucker's core is (r, r, k…) between two 1 × 1 convolutions."""
-    tensors = {"x.lora_mid.weight": torch.zeros(core), "x.lora_down.weight": torch.zeros(down)}
+    tensors = {
+        "x.lora_mid.weight": torch.zeros(core),
+        "x.lora_down.weight": torch.zeros(down),
+    }
     with pytest.raises(InspectionError, match=r"x\.lora_down\.weight has shape"):
         inspect_file(folder({**tensors, "x.lora_up.weight": torch.zeros(5, 8, 1, 1)}))
 
@@ -659,16 +810,21 @@ def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
 )
 def test_a_file_without_a_pair_is_refused(keys, folder):
     """A base model, MLX's transposed pairs or nothing at all is an error that says how much was looked at."""
-    path = folder({key: torch.zeros(8, 8) for key in keys}) / "adapter_model.safetensors"
+    path = (
+        folder({key: torch.zeros(8, 8) for key in keys}) / "adapter_model.safetensors"
+    )
     if "x.lora_A.0" in keys:  # DyLoRA's slices are an adapter, though no pair
         assert inspect_file(path).factors == ()
         return
-    with pytest.raises(InspectionError, match=f"no LoRA pair among {len(keys)} tensors"):
+    with pytest.raises(
+        InspectionError, match=f"no LoRA pair among {len(keys)} tensors"
+    ):
         inspect_file(path)
 
 
 @pytest.mark.parametrize(
-    "key", ["x.lora_A.weight", "x.lora_B.weight", "y.lora_up.weight", "x.lora.down.weight"]
+    "key",
+    ["x.lora_A.weight", "x.lora_B.weight", "y.lora_up.weight", "x.lora.down.weight"],
 )
 def test_half_a_pair_is_refused(key, folder):
     """A factor whose other half is missing is named, though other pairs are whole."""
@@ -679,7 +835,10 @@ def test_half_a_pair_is_refused(key, folder):
 COLLISIONS = [
     ("x.lora_A.default.weight", "x.lora_B.default.weight"),
     ("base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"),
-    ("base_model.model.x.lora_A.default.weight", "base_model.model.x.lora_B.default.weight"),
+    (
+        "base_model.model.x.lora_A.default.weight",
+        "base_model.model.x.lora_B.default.weight",
+    ),
     ("x.lora_A", "x.lora_B"),
     ("x.lora_down.weight", "x.lora_up.weight"),
     ("x.lora_A", "other.weight"),
@@ -690,7 +849,11 @@ COLLISIONS = [
 def test_keys_that_collide_are_refused(keys, folder):
     """One layer's pair given twice, with and without an adapter's name, a prefix or another marker, names both."""
     with pytest.raises(InspectionError, match=r"x\.lora_A.* collide"):
-        inspect_file(folder(pair("x") | {keys[0]: torch.zeros(8, 32), keys[1]: torch.zeros(48, 8)}))
+        inspect_file(
+            folder(
+                pair("x") | {keys[0]: torch.zeros(8, 32), keys[1]: torch.zeros(48, 8)}
+            )
+        )
 
 
 def test_two_adapters_of_one_layer_do_not_collide(folder):
@@ -777,7 +940,18 @@ def test_an_unusable_configuration_is_refused(changes, message, folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "not json", "[]", "null", "7", "\0", "[" * 100_000, '{"r": 8, "r": 8}', "\ufeff{}"]
+    "text",
+    [
+        "",
+        "not json",
+        "[]",
+        "null",
+        "7",
+        "\0",
+        "[" * 100_000,
+        '{"r": 8, "r": 8}',
+        "\ufeff{}",
+    ],
 )
 def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
     """adapter_config.json must be one JSON object."""
@@ -842,7 +1016,9 @@ EMBEDDED = [
 @pytest.mark.parametrize(("text", "message"), EMBEDDED)
 def test_an_unusable_configuration_in_the_metadata_is_refused(text, message, tmp_path):
     """diffusers' copy of the configuration is checked as PEFT's own file is."""
-    save_file(pair("unet.q"), tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+    save_file(
+        pair("unet.q"), tmp_path / "x.safetensors", {"lora_adapter_metadata": text}
+    )
     with pytest.raises(InspectionError, match=f"lora_adapter_metadata.*{message}"):
         inspect_file(tmp_path / "x.safetensors")
 
@@ -850,7 +1026,9 @@ def test_an_unusable_configuration_in_the_metadata_is_refused(text, message, tmp
 @pytest.mark.parametrize("text", ["x", "nan", "-1", "0", "1e400", ""])
 def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(text, tmp_path):
     """ss_network_alpha must be a positive number where a layer needs it."""
-    save_file(kohya("x", 8, None), tmp_path / "x.safetensors", {"ss_network_alpha": text})
+    save_file(
+        kohya("x", 8, None), tmp_path / "x.safetensors", {"ss_network_alpha": text}
+    )
     with pytest.raises(InspectionError, match="ss_network_alpha"):
         inspect_file(tmp_path / "x.safetensors")
 
@@ -889,7 +1067,8 @@ def test_a_folder_without_weights_is_refused(folder):
     made = folder()
     (made / "adapter_model.safetensors").unlink()
     with pytest.raises(
-        InspectionError, match=r"0 \.safetensors files, none of them adapter_model\.safetensors"
+        InspectionError,
+        match=r"0 \.safetensors files, none of them adapter_model\.safetensors",
     ):
         inspect_file(made)
 
@@ -898,7 +1077,9 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 values = st.recursive(scalars, st.lists, max_leaves=4)
 entries = values | st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}])
+        "dtype": st.sampled_from(
+            ["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}]
+        )
         | values,
         "shape": st.lists(st.integers(0, 9) | values, max_size=4) | values,
         "data_offsets": st.tuples(st.integers(-2, 64), st.integers(-2, 64)) | values,
@@ -917,18 +1098,26 @@ keys = st.sampled_from(
 )
 
 
-fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @fuzz
 @given(header=st.dictionaries(keys, entries, max_size=5), data=st.binary(max_size=64))
 @example(
-    header={"x.lora_A.weight": entry(2, 2), "x.lora_B.weight": entry(2, 2), "x.alpha": entry(1)},
+    header={
+        "x.lora_A.weight": entry(2, 2),
+        "x.lora_B.weight": entry(2, 2),
+        "x.alpha": entry(1),
+    },
     data=bytes(16),
 )
 def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
     """Any JSON where a header belongs, before any bytes, is surveyed or refused by an error of ours."""
-    only_our_errors(write_raw(tmp_path / "x.safetensors", json.dumps(header).encode(), data))
+    only_our_errors(
+        write_raw(tmp_path / "x.safetensors", json.dumps(header).encode(), data)
+    )
 
 
 @fuzz
@@ -941,7 +1130,11 @@ def test_no_bytes_raise_an_error_but_ours(noise, kept, tmp_path):
 
 
 @fuzz
-@given(changes=st.dictionaries(st.sampled_from([*CONFIG, "alpha_pattern"]), values, max_size=4))
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([*CONFIG, "alpha_pattern"]), values, max_size=4
+    )
+)
 def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
     """Any JSON in a configuration's values is used or refused by an error of ours."""
     save_file(pair(), tmp_path / "adapter_model.safetensors")

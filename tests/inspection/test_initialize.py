@@ -23,7 +23,9 @@ def inputs(kind: str) -> torch.Tensor:
     source = torch.Generator().manual_seed(5)
     if kind == "embedding":
         return torch.randint(30, (4, 6), generator=source)
-    return torch.randn(*{"linear": (4, 12), "conv": (2, 3, 6, 6)}[kind], generator=source)
+    return torch.randn(
+        *{"linear": (4, 12), "conv": (2, 3, 6, 6)}[kind], generator=source
+    )
 
 
 @pytest.mark.parametrize("before", ["A", "B"])
@@ -54,7 +56,10 @@ def test_every_style_and_layer_kind(style, kind, init, variance, before):
 
 
 def owner(
-    a: tuple[int, ...], b: tuple[int, ...], names: tuple[str, str] = ("lora_A", "lora_B"), **others
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    names: tuple[str, str] = ("lora_A", "lora_B"),
+    **others,
 ) -> nn.Module:
     """A module that owns two zero factors of these shapes and has some attributes."""
     module = nn.Module()
@@ -75,16 +80,25 @@ def stacked() -> nn.Module:
 
 
 def of_embedding() -> nn.Module:
-    return owner((16, 500), (128, 16), base_layer=nn.Embedding(500, 128).requires_grad_(False))
+    return owner(
+        (16, 500), (128, 16), base_layer=nn.Embedding(500, 128).requires_grad_(False)
+    )
 
 
-TUCKER, CONV = (Weight(torch.ones(16, 16, 3, 3)), nn.Conv2d(32, 64, 3).requires_grad_(False))
+TUCKER, CONV = (
+    Weight(torch.ones(16, 16, 3, 3)),
+    nn.Conv2d(32, 64, 3).requires_grad_(False),
+)
 LAYOUTS = {
     # the owner, the variance of A under Init[A], that of B under Init[B]
     "rows": (lambda: owner((16, 128), (256, 16)), 1 / 128, 1 / 16),
     "embedding": (of_embedding, 1.0, 1 / 16),
     "conv": (lambda: owner((16, 32, 3, 3), (256, 16, 1, 1)), 1 / 288, 1 / 16),
-    "grouped": (lambda: owner((16, 32, 3, 3), (256, 4, 1, 1), groups=4), 1 / 288, 1 / 4),
+    "grouped": (
+        lambda: owner((16, 32, 3, 3), (256, 4, 1, 1), groups=4),
+        1 / 288,
+        1 / 4,
+    ),
     "merged": (
         lambda: owner((32, 128), (256, 16), enable_lora=[True, False, True], r=16),
         1 / 128,
@@ -108,7 +122,9 @@ LAYOUTS = {
     ),
     "stacked": (stacked, 1 / 64, 1 / 16),
     "tucker": (
-        lambda: owner((16, 32, 1, 1), (256, 16, 1, 1), ("lora_down", "lora_up"), lora_mid=TUCKER),
+        lambda: owner(
+            (16, 32, 1, 1), (256, 16, 1, 1), ("lora_down", "lora_up"), lora_mid=TUCKER
+        ),
         1 / 288,
         1 / 16,
     ),
@@ -121,7 +137,9 @@ def test_the_variance_of_every_layout(layout, init):
     """The drawn factor is normal of variance 1/fan_in, or one over the inner features that an output sums."""
     make, of_a, of_b = LAYOUTS[layout]
     model = nn.ModuleDict({"up": make()})
-    roles = {f.role: model.get_parameter(f.name) for f in initialize(model, init).factors}
+    roles = {
+        f.role: model.get_parameter(f.name) for f in initialize(model, init).factors
+    }
     drawn, zero = (roles["A"], roles["B"]) if init == "A" else (roles["B"], roles["A"])
     unit = drawn.detach() / math.sqrt(of_a if init == "A" else of_b)
     count = unit.numel()
@@ -170,7 +188,9 @@ def test_hundreds_of_layers_have_draws_of_their_own():
     """No two layers of a large model share a draw."""
     model = nn.ModuleDict({f"l{i}": owner((2, 2), (2, 2)) for i in range(600)})
     initialize(model, "B")
-    assert len({tuple(layer.lora_B.flatten().tolist()) for layer in model.values()}) == 600
+    assert (
+        len({tuple(layer.lora_B.flatten().tolist()) for layer in model.values()}) == 600
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -204,7 +224,8 @@ def test_torch_s_defaults_do_not_reach_the_draw():
 def test_order_and_added_layers_do_not_move_a_draw(order, added, init):
     """A factor's draw depends on the seed and its own name alone."""
     first, second = (
-        nn.ModuleDict({n: adapted() for n in names}) for names in ("qkvo", [*order, *sorted(added)])
+        nn.ModuleDict({n: adapted() for n in names})
+        for names in ("qkvo", [*order, *sorted(added)])
     )
     initialize(first, init)
     initialize(second, init)
@@ -229,14 +250,20 @@ def test_nothing_else_changes():
     model.act0.train()
     model.layer1.requires_grad_(False)
     model(torch.ones(2, 16)).sum().backward()
-    before = [snapshot(model), torch.get_rng_state(), [m.training for m in model.modules()]]
+    before = [
+        snapshot(model),
+        torch.get_rng_state(),
+        [m.training for m in model.modules()],
+    ]
     gradients = {
         n: (p.requires_grad, None if p.grad is None else p.grad.clone())
         for n, p in model.named_parameters()
     }
     initialize(model, "B", scaling=0.5)
     after = snapshot(model)
-    moved = {name for name, value in after.items() if not torch.equal(value, before[0][name])}
+    moved = {
+        name for name, value in after.items() if not torch.equal(value, before[0][name])
+    }
     assert moved == {f"layer{i}.lora_{half}" for i in (0, 2) for half in "AB"}
     assert torch.equal(before[1], torch.get_rng_state())
     assert before[2] == [m.training for m in model.modules()]
@@ -290,7 +317,10 @@ def test_tied_factors_are_drawn_once():
 def test_a_pair_shared_by_two_owners_is_scaled_in_both():
     """Two layers over one pair of factors both get the multiplier."""
     model = nn.ModuleDict({"first": adapted(), "second": adapted()})
-    model["second"].lora_A, model["second"].lora_B = model["first"].lora_A, model["first"].lora_B
+    model["second"].lora_A, model["second"].lora_B = (
+        model["first"].lora_A,
+        model["first"].lora_B,
+    )
     initialize(model, "B", scaling=1.0)
     assert model["first"].scaling == model["second"].scaling == 1.0
 
@@ -347,7 +377,8 @@ def test_a_buffer_is_written_in_place():
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("scaling", "alpha", "expected"), [(2.0, 8.0, 4.0), (2.0, 4.0, 2.0), (0.7, 1.4, 2.0)]
+    ("scaling", "alpha", "expected"),
+    [(2.0, 8.0, 4.0), (2.0, 4.0, 2.0), (0.7, 1.4, 2.0)],
 )
 def test_an_alpha_over_the_root_of_the_rank_stays_one(scaling, alpha, expected, dtype):
     """Where alpha is the multiplier times √r (rsLoRA), it stays so; else it is times r. A
@@ -368,7 +399,10 @@ def test_a_multiplier_computed_from_alpha_is_set_through_it():
         scale = property(lambda self: self.alpha / self.dim)
 
     model = Computed()
-    model.linear_in, model.linear_out = Weight(torch.zeros(4, 12)), Weight(torch.zeros(20, 4))
+    model.linear_in, model.linear_out = (
+        Weight(torch.zeros(4, 12)),
+        Weight(torch.zeros(20, 4)),
+    )
     model.alpha, model.dim = 32, 4
     assert {f.scaling for f in initialize(model, "B", scaling=1).factors} == {1.0}
     assert (model.alpha, type(model.alpha)) == (4, int)
@@ -376,7 +410,9 @@ def test_a_multiplier_computed_from_alpha_is_set_through_it():
 
 def test_a_dotted_alpha_is_set():
     """An alpha that lies deeper, or in a dict, is set where it lies."""
-    row = Convention("deep", "reduce", "expand", rank=(), scaling=(), alpha=("config.alpha",))
+    row = Convention(
+        "deep", "reduce", "expand", rank=(), scaling=(), alpha=("config.alpha",)
+    )
     register_convention(row)
     try:
         model = owner((4, 12), (20, 4), ("reduce", "expand"), config=nn.Module())
@@ -436,12 +472,16 @@ def merged(model: nn.Module) -> None:
 
 
 def integers(model: nn.Module) -> None:
-    model["up"].lora_A = nn.Parameter(torch.zeros(4, 12, dtype=torch.int8), requires_grad=False)
+    model["up"].lora_A = nn.Parameter(
+        torch.zeros(4, 12, dtype=torch.int8), requires_grad=False
+    )
 
 
 def parametrized(model: nn.Module) -> None:
     model["up"] = adapted("tune")
-    nn.utils.parametrize.register_parametrization(model["up"].lora_a, "weight", nn.Tanh())
+    nn.utils.parametrize.register_parametrization(
+        model["up"].lora_a, "weight", nn.Tanh()
+    )
 
 
 def misshaped(model: nn.Module) -> None:
@@ -473,7 +513,11 @@ REFUSED = [
     (adalora, KEPT, r"^up needs the init of its convention 'peft-adalora'"),
     (gated, {"force": True}, r"^up multiplies its adapter by a `scalar` of zero"),
     (tied, {}, r"^lora_[AB] of (up|down) is tied to a factor that must be drawn"),
-    (without("lora_A"), {"init": "B", "force": True}, r"^lora_A of up is frozen, .* use init='A'"),
+    (
+        without("lora_A"),
+        {"init": "B", "force": True},
+        r"^lora_A of up is frozen, .* use init='A'",
+    ),
     (without("lora_B"), {"init": "A"}, r"^lora_B of up is frozen, .* use init='B'"),
     (
         lambda model: model.requires_grad_(False),
@@ -520,7 +564,10 @@ def test_what_is_refused_before_anything_changes(number):
         initialize(model, **{"init": "B", "scaling": 0.6, **options})
     after = snapshot(model)
     assert after.keys() == before.keys()
-    assert all(value.is_meta or torch.equal(value, before[name]) for name, value in after.items())
+    assert all(
+        value.is_meta or torch.equal(value, before[name])
+        for name, value in after.items()
+    )
     assert model["first"].scaling == 2.0
     assert not any("_rankaware_init" in vars(module) for module in model.modules())
 
@@ -552,7 +599,10 @@ def test_force_starts_a_trained_adapter_over(init):
     """With force=True a trained model is the base model again."""
     model = mlp(head=False)
     base = model(torch.ones(2, 16))
-    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1))
+    train(
+        model,
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1),
+    )
     assert not torch.equal(base, model(torch.ones(2, 16)))
     survey = initialize(model, init, force=True)
     assert torch.equal(base, model(torch.ones(2, 16)))
@@ -569,18 +619,26 @@ def test_a_frozen_drawn_factor_is_drawn():
     assert not torch.equal(before, model.layer0.lora_A)
 
 
-@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6
+@pytest.mark.filterwarnings(
+    "ignore:DTensor random operators:UserWarning"
+)  # of torch 2.6
 def test_a_dtensor_is_refused(tmp_path):
     """A factor spread over processes is refused: initialise before sharding."""
     import torch.distributed as dist
     from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         model = adapted()
-        spread = distribute_tensor(model.lora_A.detach(), DeviceMesh("cpu", [0]), [Replicate()])
+        spread = distribute_tensor(
+            model.lora_A.detach(), DeviceMesh("cpu", [0]), [Replicate()]
+        )
         model.lora_A = nn.Parameter(spread)
-        with pytest.raises(InspectionError, match=r"is sharded\. Initialise before sharding"):
+        with pytest.raises(
+            InspectionError, match=r"is sharded\. Initialise before sharding"
+        ):
             initialize(model, "B")
     finally:
         dist.destroy_process_group()

@@ -40,14 +40,25 @@ class LoraConfig:
 
 def peft_folder(path: Path, **config) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {"m.q.lora_A.weight": torch.zeros(16, 32), "m.q.lora_B.weight": torch.zeros(48, 16)}
+    tensors = {
+        "m.q.lora_A.weight": torch.zeros(16, 32),
+        "m.q.lora_B.weight": torch.zeros(48, 16),
+    }
     save_file(tensors, path / "adapter_model.safetensors")
-    saved = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "init_lora_weights": True, **config}
+    saved = {
+        "peft_type": "LORA",
+        "r": 16,
+        "lora_alpha": 32,
+        "init_lora_weights": True,
+        **config,
+    }
     (path / "adapter_config.json").write_text(json.dumps(saved))
     return path
 
 
-def kohya_file(path: Path, metadata, names=("lora_unet_q", "lora_te_q"), rank=16) -> Path:
+def kohya_file(
+    path: Path, metadata, names=("lora_unet_q", "lora_te_q"), rank=16
+) -> Path:
     tensors = {}
     for width, name in zip((32, 64, 64), names, strict=False):
         tensors |= {
@@ -70,7 +81,10 @@ NAMED = [
     (lambda path: peft_folder(path, use_rslora=True), Reference(16, 128, fan_in=32)),
     (lambda path: kohya_file(path / "x.safetensors", {}, names=("lora_unet_q",)), OWN),
     (lambda path: LoraConfig(), Reference(rank=16, alpha=32)),
-    (lambda path: LoraConfig(use_rslora=True), Reference(rank=16, alpha=32, rslora=True)),
+    (
+        lambda path: LoraConfig(use_rslora=True),
+        Reference(rank=16, alpha=32, rslora=True),
+    ),
 ]
 
 
@@ -86,9 +100,14 @@ def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
     written, made = Reference(rank=16, alpha=32), peft_folder(tmp_path)
     model = mlp()
     for at, same in ((value, written), (made, OWN), (str(made), OWN)):
-        opts = [RankAwareOptimizer(model, "adamw", lr=LR, tuned_at=each) for each in (at, same)]
+        opts = [
+            RankAwareOptimizer(model, "adamw", lr=LR, tuned_at=each)
+            for each in (at, same)
+        ]
         assert str(opts[0].report()) == str(opts[1].report())
-        groups = [rank_aware_param_groups(model, lr=LR, tuned_at=each) for each in (at, same)]
+        groups = [
+            rank_aware_param_groups(model, lr=LR, tuned_at=each) for each in (at, same)
+        ]
         assert [g["lr"] for g in groups[0]] == [g["lr"] for g in groups[1]] != [LR] * 5
         assert convert_lr(LR, from_=at, to="r=4,alpha=4") == convert_lr(
             LR, from_=same, to="r=4,alpha=4"
@@ -98,8 +117,12 @@ def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
 def test_words_without_an_alpha_change_what_they_name():
     """to="r=64" keeps alpha, rsLoRA, init and width; with an alpha it stands alone."""
     like = Reference(16, 32, rslora=True, init="B", fan_in=64)
-    assert as_reference("r=64", like=like) == Reference(64, 32, rslora=True, init="B", fan_in=64)
-    assert as_reference("init=A", like=like) == Reference(16, 32, rslora=True, fan_in=64)
+    assert as_reference("r=64", like=like) == Reference(
+        64, 32, rslora=True, init="B", fan_in=64
+    )
+    assert as_reference("init=A", like=like) == Reference(
+        16, 32, rslora=True, fan_in=64
+    )
     assert as_reference("r=64,alpha=8", like=like) == Reference(64, 8)
     assert as_reference("full", like=like) == Reference(method="full")
 
@@ -120,7 +143,11 @@ REFUSED = [
         InvalidReferenceError,
         "init_lora_weights='pissa'.*no law",
     ),
-    (lambda path: LoraConfig(peft_type="LOHA"), InvalidReferenceError, "the kind 'LOHA'"),
+    (
+        lambda path: LoraConfig(peft_type="LOHA"),
+        InvalidReferenceError,
+        "the kind 'LOHA'",
+    ),
     (lambda path: LoraConfig(r=0), InvalidReferenceError, "rank=0"),
 ]
 
@@ -148,7 +175,11 @@ TRAINED = [
         ("lora_unet_q", "lora_te_q"),
         [("UNet", 2e-4, 1), ("text encoder", 1e-4, 1)],
     ),
-    ({"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 5e-5}, ("lora_unet_q",), [("UNet", 2e-4, 1)]),
+    (
+        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 5e-5},
+        ("lora_unet_q",),
+        [("UNet", 2e-4, 1)],
+    ),
     (
         {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 0.0},
         ("lora_unet_q", "lora_te_q"),
@@ -171,7 +202,9 @@ TRAINED = [
 def test_kohyas_rates_are_read_by_part(metadata, names, rates, tmp_path):
     """UNet and text encoders have their own rate or ss_learning_rate; a part not there, or at rate 0, has none."""
     made = read_training(kohya_file(tmp_path / "x.safetensors", metadata, names))
-    assert [(rate.part, rate.lr, len(rate.survey.factors) // 2) for rate in made.rates] == rates
+    assert [
+        (rate.part, rate.lr, len(rate.survey.factors) // 2) for rate in made.rates
+    ] == rates
 
 
 OPTIMIZERS = [
@@ -195,7 +228,11 @@ OPTIMIZERS = [
 @pytest.mark.parametrize(("text", "name", "settings"), OPTIMIZERS)
 def test_kohyas_optimizer_and_steps_are_read(text, name, settings, tmp_path):
     """ss_optimizer is a class and its plain settings, whatever else stands there; ss_max_train_steps a whole number."""
-    metadata = {"ss_learning_rate": 1e-4, "ss_optimizer": text, "ss_max_train_steps": "1600"}
+    metadata = {
+        "ss_learning_rate": 1e-4,
+        "ss_optimizer": text,
+        "ss_max_train_steps": "1600",
+    }
     made = read_training(kohya_file(tmp_path / "x.safetensors", metadata))
     assert made.optimizer == (text.partition("(")[0] if name is None else name)
     assert settings.items() <= dict(made.settings).items()
@@ -206,12 +243,16 @@ def test_kohyas_optimizer_and_steps_are_read(text, name, settings, tmp_path):
 @pytest.mark.parametrize("value", ["x", "nan", "-1", "1e400", "[1e-4, x]", "1e9"])
 def test_a_rate_that_cannot_be_is_refused(value, tmp_path):
     """A rate in the metadata that is no number, not finite or below zero is an error that names its key."""
-    path = kohya_file(tmp_path / "x.safetensors", {"ss_learning_rate": 1e-4, "ss_unet_lr": value})
+    path = kohya_file(
+        tmp_path / "x.safetensors", {"ss_learning_rate": 1e-4, "ss_unet_lr": value}
+    )
     with pytest.raises(InspectionError, match="ss_unet_lr in its metadata is"):
         read_training(path)
 
 
 def test_a_file_that_says_no_rate_is_refused(tmp_path):
     """An adapter without kohya's rate has none to read, and the error says to type it."""
-    with pytest.raises(InspectionError, match=r"has no learning rate.*Give the rate yourself"):
+    with pytest.raises(
+        InspectionError, match=r"has no learning rate.*Give the rate yourself"
+    ):
         read_training(peft_folder(tmp_path))

@@ -40,7 +40,9 @@ def test_every_style_and_kind_at_another_rank(style, kind, rank, rule):
     remade(layer, rank, rule=rule)
     factors = inspect_model(layer).factors
     assert {f.rank for f in factors} == {rank}
-    assert [f.scaling for f in factors] == pytest.approx([2.0 * RULES[rule](4, rank)] * 2, rel=1e-6)
+    assert [f.scaling for f in factors] == pytest.approx(
+        [2.0 * RULES[rule](4, rank)] * 2, rel=1e-6
+    )
     assert torch.equal(layer(x), output)
     layer(x).sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in layer.parameters())
@@ -77,7 +79,12 @@ def test_back_at_its_own_rank():
 def test_the_seed_and_the_name_decide_the_draw():
     """One seed gives one draw, another another; a factor's rows at a small rank are the first ones at a large rank."""
     small, same, other, large = (mlp(seed=seed) for seed in (0, 1, 2, 3))
-    for model, rank, seed in ((small, 2, 5), (same, 2, 5), (other, 2, 6), (large, 8, 5)):
+    for model, rank, seed in (
+        (small, 2, 5),
+        (same, 2, 5),
+        (other, 2, 6),
+        (large, 8, 5),
+    ):
         remade(model, rank, seed)
     assert torch.equal(small.layer0.lora_A, same.layer0.lora_A)
     assert not torch.equal(small.layer0.lora_A, other.layer0.lora_A)
@@ -228,7 +235,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "rank", "options", "message"), REFUSED)
-def test_what_cannot_be_made_is_refused_before_anything_changes(make, rank, options, message):
+def test_what_cannot_be_made_is_refused_before_anything_changes(
+    make, rank, options, message
+):
     """A sentence says which pair cannot be made at which rank, and why."""
     model = make()
     before = [(id(p), p.shape) for p in model.parameters()]

@@ -14,7 +14,16 @@ from rankaware_optim._types import Factor, Survey
 from rankaware_optim.inspection import canonical_name
 from rankaware_optim.inspection._conventions import CONVENTIONS
 
-from ..helpers.models import STYLES, PlainLoRA, TuneLoRA, Weight, adapted, mlp, same, snapshot
+from ..helpers.models import (
+    STYLES,
+    PlainLoRA,
+    TuneLoRA,
+    Weight,
+    adapted,
+    mlp,
+    same,
+    snapshot,
+)
 
 FANS = {"linear": (12, 20), "conv": (27, 8), "embedding": (30, 8)}
 CONVENTION = {
@@ -37,14 +46,23 @@ MATERIALS = {
 @pytest.mark.parametrize("style", STYLES)
 def test_every_convention_and_layer_kind_is_read(style, kind, material):
     """A pair gives an A and a B factor with the layer's fans, rank, scaling and kind, at any dtype and on meta."""
-    survey = inspect_model(nn.ModuleDict({"up": adapted(style, kind, **MATERIALS[material])}))
+    survey = inspect_model(
+        nn.ModuleDict({"up": adapted(style, kind, **MATERIALS[material])})
+    )
     convention = (
-        "peft-embedding" if (style, kind) == ("container", "embedding") else CONVENTION[style]
+        "peft-embedding"
+        if (style, kind) == ("container", "embedding")
+        else CONVENTION[style]
     )
     assert [f.role for f in survey.factors] == ["A", "B"]
     for factor in survey.factors:
         assert (factor.fan_in, factor.fan_out) == FANS[kind]
-        assert (factor.rank, factor.scaling, factor.kind, factor.layer) == (4, 2.0, kind, "up")
+        assert (factor.rank, factor.scaling, factor.kind, factor.layer) == (
+            4,
+            2.0,
+            kind,
+            "up",
+        )
         assert factor.init == ("unknown" if material == "meta" else "A")
         assert factor.convention == convention
     assert survey.other == ()
@@ -57,7 +75,9 @@ def test_declared_rank_against_shape_is_refused(style, attribute):
     """A declared rank that its factors' shapes contradict is an error that names layer and both numbers."""
     layer = adapted(style)
     setattr(layer, attribute, 16)
-    with pytest.raises(InspectionError, match=r"block\.up declares rank 16 .*\(4, 12\).*\(20, 4\)"):
+    with pytest.raises(
+        InspectionError, match=r"block\.up declares rank 16 .*\(4, 12\).*\(20, 4\)"
+    ):
         inspect_model(nn.ModuleDict({"block": nn.ModuleDict({"up": layer})}))
 
 
@@ -74,7 +94,8 @@ def test_factors_of_different_ranks_are_refused():
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize(
-    ("style", "attribute"), [("plain", "scaling"), ("tune", "alpha"), ("kohya", "scale")]
+    ("style", "attribute"),
+    [("plain", "scaling"), ("tune", "alpha"), ("kohya", "scale")],
 )
 def test_impossible_scaling_is_refused(style, attribute, value):
     """A scaling or alpha of zero, below zero, infinite or NaN is an error that names the layer."""
@@ -153,7 +174,9 @@ def test_a_layer_used_twice_counts_once():
 @pytest.mark.parametrize("kind", FANS)
 def test_init_is_read_from_the_zeros(style, kind, init):
     """Without a declaration the init is the zero pattern: B zero, A zero, neither."""
-    assert {f.init for f in inspect_model(adapted(style, kind, init=init)).factors} == {init}
+    assert {f.init for f in inspect_model(adapted(style, kind, init=init)).factors} == {
+        init
+    }
 
 
 def test_two_zero_factors_have_an_unknown_init():
@@ -174,7 +197,9 @@ def test_the_sample_covers_long_factors(size):
 @pytest.mark.parametrize("found", ["A", "B", "other"])
 def test_the_user_may_name_the_init(found, named):
     """`init=` overrides whatever the factors say."""
-    assert {f.init for f in inspect_model(adapted(init=found), init=named).factors} == {named}
+    assert {f.init for f in inspect_model(adapted(init=found), init=named).factors} == {
+        named
+    }
 
 
 @pytest.mark.parametrize("attribute", ["q_lora_rank", "kv_lora_rank", "lora_rank"])
@@ -182,7 +207,10 @@ def test_low_rank_attention_is_no_adapter(attribute):
     """A module with an integer such as q_lora_rank is not taken for an adapter (multi-head latent attention)."""
     block = nn.Module()
     setattr(block, attribute, 8)
-    block.q_a_proj, block.q_b_proj = nn.Linear(16, 8, bias=False), nn.Linear(8, 16, bias=False)
+    block.q_a_proj, block.q_b_proj = (
+        nn.Linear(16, 8, bias=False),
+        nn.Linear(8, 16, bias=False),
+    )
     survey = inspect_model(nn.ModuleDict({"up": adapted(), "mla": block}))
     assert {f.layer for f in survey.factors} == {"up"}
     assert survey.other == ("mla.q_a_proj.weight", "mla.q_b_proj.weight")
@@ -242,13 +270,17 @@ def test_full_finetuning_takes_every_weight():
     """With method="full" every trainable weight of two or more dimensions is a factor of role full."""
     survey = inspect_model(network(), method="full")
     assert [(f.name, f.kind, f.fan_in, f.fan_out) for f in survey.factors] == FULL
-    assert {(f.role, f.rank, f.scaling) for f in survey.factors} == {("full", None, 1.0)}
+    assert {(f.role, f.rank, f.scaling) for f in survey.factors} == {
+        ("full", None, 1.0)
+    }
 
 
 def test_full_finetuning_leaves_vectors_and_embeddings_as_other():
     """Embeddings, biases and norms are other under full finetuning."""
     others = inspect_model(network(), method="full").other
-    assert set(others) == {n for n, _ in network().named_parameters()} - {row[0] for row in FULL}
+    assert set(others) == {n for n, _ in network().named_parameters()} - {
+        row[0] for row in FULL
+    }
     assert "emb.weight" in others
 
 
@@ -265,14 +297,18 @@ def test_transformers_conv1d_is_transposed():
     """A Conv1D stores (in, out), so its fan-in is the first size."""
     layer = type("Conv1D", (nn.Module,), {})()
     layer.nf, layer.weight = 24, nn.Parameter(torch.ones(8, 24))
-    assert [(f.fan_in, f.fan_out) for f in inspect_model(layer, method="full").factors] == [(8, 24)]
+    assert [
+        (f.fan_in, f.fan_out) for f in inspect_model(layer, method="full").factors
+    ] == [(8, 24)]
 
 
 def test_stacked_experts_have_the_last_size_as_fan_in():
     """A bare parameter of three dimensions is a stack of matrices (…, out, in)."""
     layer = nn.Module()
     layer.experts = nn.Parameter(torch.ones(4, 24, 8))
-    assert [(f.fan_in, f.fan_out) for f in inspect_model(layer, method="full").factors] == [(8, 24)]
+    assert [
+        (f.fan_in, f.fan_out) for f in inspect_model(layer, method="full").factors
+    ] == [(8, 24)]
 
 
 def test_unknown_method_is_refused():
@@ -303,7 +339,9 @@ def test_canonical_name(name, plain):
 
 def test_names_stay_apart():
     """Where dropping a prefix would give two parameters one name, all keep the names that the model gives them."""
-    model = nn.ModuleDict({"module": nn.ModuleDict({"up": adapted(rank=4)}), "up": adapted(rank=8)})
+    model = nn.ModuleDict(
+        {"module": nn.ModuleDict({"up": adapted(rank=4)}), "up": adapted(rank=8)}
+    )
     survey = inspect_model(model)
     assert [(f.name, f.rank) for f in survey.factors if f.role == "A"] == [
         ("module.up.lora_A", 4),
@@ -324,7 +362,13 @@ def test_wrapped_models_give_the_same_survey(wrap):
 
 
 def factor(
-    layer: str, n: int, out: int, *, rank: int = 4, init: str = "A", kind: str = "linear"
+    layer: str,
+    n: int,
+    out: int,
+    *,
+    rank: int = 4,
+    init: str = "A",
+    kind: str = "linear",
 ) -> list[Factor]:
     return [
         Factor(f"{layer}.{role}", role, rank, n, out, init=init, kind=kind, layer=layer)
@@ -335,7 +379,11 @@ def factor(
 def test_width_is_weighted_by_weight_size():
     """The width is the mean fan-in weighted by the adapted weights' size, each layer once, embeddings left out."""
     survey = Survey(
-        (*factor("a", 10, 10), *factor("b", 40, 20), *factor("emb", 9999, 9999, kind="embedding"))
+        (
+            *factor("a", 10, 10),
+            *factor("b", 40, 20),
+            *factor("emb", 9999, 9999, kind="embedding"),
+        )
     )
     assert survey.width == pytest.approx((10 * 100 + 40 * 800) / 900)
     assert survey.full_width("A") == 40
@@ -351,7 +399,11 @@ def test_dominant_is_the_most_common_by_pairs():
             *factor("c", 8, 8, rank=16, init="B"),
         )
     )
-    assert (survey.dominant().rank, survey.dominant().scaling, survey.dominant().init) == (
+    assert (
+        survey.dominant().rank,
+        survey.dominant().scaling,
+        survey.dominant().init,
+    ) == (
         16,
         1.0,
         "B",
@@ -360,7 +412,10 @@ def test_dominant_is_the_most_common_by_pairs():
         factor("e", 8, 8, kind="embedding", rank=2),
         factor("f", 8, 8, kind="embedding", rank=2),
     )
-    assert Survey((*factor("a", 8, 8), *embeddings[0], *embeddings[1])).dominant().rank == 4
+    assert (
+        Survey((*factor("a", 8, 8), *embeddings[0], *embeddings[1])).dominant().rank
+        == 4
+    )
     assert Survey(tuple(embeddings[0])).dominant().rank == 2
 
 
@@ -374,7 +429,9 @@ def test_several_styles_in_one_model():
     """Pairs of different conventions are found side by side, each once."""
     model = nn.ModuleDict({style: adapted(style) for style in STYLES})
     survey = inspect_model(model)
-    assert [f.layer for f in survey.factors] == [style for style in STYLES for _ in "AB"]
+    assert [f.layer for f in survey.factors] == [
+        style for style in STYLES for _ in "AB"
+    ]
 
 
 def test_biases_of_factors_are_other():
@@ -390,7 +447,8 @@ def test_errors_have_cause_and_cure():
     with pytest.raises(InspectionError) as caught:
         inspect_model(nn.Linear(2, 2))
     assert re.fullmatch(
-        f"{re.escape(caught.value.cause)} {re.escape(caught.value.cure)}", str(caught.value)
+        f"{re.escape(caught.value.cause)} {re.escape(caught.value.cure)}",
+        str(caught.value),
     )
 
 
@@ -409,9 +467,13 @@ def test_transposed_convolutions_have_their_own_fan_in() -> None:
 def test_a_transposed_pair_of_no_declared_rank_is_said_with_both_readings():
     """(64, 4) and (4, 64) without a declared rank stay rank 64 on width 4, and a warning names rank 4 on width 64."""
     pair = nn.Module()
-    pair.lora_A, pair.lora_B = nn.Parameter(torch.randn(64, 4)), nn.Parameter(torch.zeros(4, 64))
+    pair.lora_A, pair.lora_B = (
+        nn.Parameter(torch.randn(64, 4)),
+        nn.Parameter(torch.zeros(4, 64)),
+    )
     with pytest.warns(
-        RankAwareWarning, match=r"read as rank 64 on a layer of width 4.*rank is 4 and the width 64"
+        RankAwareWarning,
+        match=r"read as rank 64 on a layer of width 4.*rank is 4 and the width 64",
     ):
         survey = inspect_model(pair)
     assert {f.rank for f in survey.factors} == {64}

@@ -29,7 +29,9 @@ def test_all_settings_are_read_and_taken():
     found = settings_from_words(WORDS)
     assert found["tuned_at"] == Reference(rank=16, alpha=32)
     assert found["rates"] == {"*head*": 1e-3}
-    assert [found[name] for name in ("per_layer_width", "strict", "scale_weight_decay")] == [
+    assert [
+        found[name] for name in ("per_layer_width", "strict", "scale_weight_decay")
+    ] == [
         0,
         0,
         1,
@@ -41,14 +43,23 @@ def test_all_settings_are_read_and_taken():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ({"tunedat": "r=16,alpha=32"}, "'tunedat' is not a setting. Known are tuned_at, recipe"),
-        ({"tuned_at": "rank 16"}, "tuned_at is 'rank 16': 'rank 16' is not a part of a reference"),
+        (
+            {"tunedat": "r=16,alpha=32"},
+            "'tunedat' is not a setting. Known are tuned_at, recipe",
+        ),
+        (
+            {"tuned_at": "rank 16"},
+            "tuned_at is 'rank 16': 'rank 16' is not a part of a reference",
+        ),
         ({"tuned_at": 16}, "tuned_at is 16"),
         ({"batch": "many"}, "batch is 'many'"),
         ({"strict": "perhaps"}, "neither true nor false"),
         ({"rates": "{"}, "rates is '{'"),
         ({"rates": "[1]"}, "rates is"),
-        ({"recipe": "r.toml", "tuned_at": "r=16,alpha=32"}, "Both recipe and tuned_at were given"),
+        (
+            {"recipe": "r.toml", "tuned_at": "r=16,alpha=32"},
+            "Both recipe and tuned_at were given",
+        ),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(words, sentence):

@@ -62,7 +62,12 @@ def relative_scale(init, tau_a, tau_b, s, r, n, b, shape):
     if init == "full":
         return size(n, b) * math.sinh(tau_a) / n**0.5
     if init == "A":
-        return s * size(r, b) * from_zero(tau_b) * (1 + size(n, b) * math.sinh(tau_a) / n**0.5)
+        return (
+            s
+            * size(r, b)
+            * from_zero(tau_b)
+            * (1 + size(n, b) * math.sinh(tau_a) / n**0.5)
+        )
     one = s * size(n, b) * from_zero(tau_a)
     return math.hypot(one, one * size(r, b) * math.sinh(tau_b) / r**0.5)
 
@@ -127,7 +132,9 @@ def test_multipliers_are_ratios_of_roots(family, to, origin, b, ratio, shape):
     base = root(law, *origin)
     tau = root(law, *to)
     assert law.sigma(*to) == pytest.approx(tau, rel=1e-9)
-    assert law.multiplier(factor(to), reference(origin)) == pytest.approx(tau / base, rel=1e-9)
+    assert law.multiplier(factor(to), reference(origin)) == pytest.approx(
+        tau / base, rel=1e-9
+    )
     if to[0] != "full":
         of_b = law.multiplier(factor(to, "B"), reference(origin))
         assert of_b == pytest.approx(ratio * tau / base, rel=1e-9)

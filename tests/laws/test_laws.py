@@ -56,7 +56,9 @@ LAW_TABLE = {
     "constant": Constant(),
     "loraplus": LoRAPlus(),
     "mua-spectral": MuA(family="spectral"),
-    "mua-spectral-matched": MuA(family="spectral", shape_factor="match_rms_adamw", ratio=2.0),
+    "mua-spectral-matched": MuA(
+        family="spectral", shape_factor="match_rms_adamw", ratio=2.0
+    ),
     "mua-gradient": MuA(family="gradient-like", tokens=64.0, ratio=3.0),
     "mua-relative": MuA(family="relative-scale", ratio=0.5),
     "mua-unknown": MuA(family="unknown"),
@@ -90,7 +92,8 @@ class Point:
 
     def reference(self) -> Reference:
         return replace(
-            Reference.from_scaling(self.rank, self.scaling, init=self.init), fan_in=self.fan_in
+            Reference.from_scaling(self.rank, self.scaling, init=self.init),
+            fan_in=self.fan_in,
         )
 
 
@@ -116,7 +119,9 @@ def move(law: Law, to: Point | FullPoint, origin: Point | FullPoint) -> float:
     return law.multiplier(to.factor(), origin.reference())
 
 
-def exponent(law: Law, low: Point | FullPoint, high: Point | FullPoint, octaves: float) -> float:
+def exponent(
+    law: Law, low: Point | FullPoint, high: Point | FullPoint, octaves: float
+) -> float:
     """The slope of log2 rate from `low` to `high`, which are `octaves` apart."""
     return math.log2(move(law, high, low)) / octaves
 
@@ -211,7 +216,10 @@ WIDTH_EXPONENTS = [("A", -0.5), ("B", -1.0), ("full", -1.0)]
 @pytest.mark.parametrize(("init", "expected"), WIDTH_EXPONENTS)
 def test_width_exponents_of_the_paper(init, expected):
     """The paper's law falls as n^(-1/2) under Init[A], as 1/n under Init[B] and full finetuning."""
-    low, high = (FullPoint(n) if init == "full" else Point(4, 1.0, n, init) for n in (2**20, 2**22))
+    low, high = (
+        FullPoint(n) if init == "full" else Point(4, 1.0, n, init)
+        for n in (2**20, 2**22)
+    )
     assert exponent(MuA(tokens=None), low, high, 2) == pytest.approx(expected, abs=0.01)
 
 
@@ -229,7 +237,10 @@ def test_init_b_at_scaling_one_is_full_finetuning(n, r, b):
 
 def test_published_ratio_of_full_to_lora():
     """At n = 4096, s = 1 and 8 tokens, full finetuning's rate is 1/13 and 1/10 of that of ranks 16 and 32."""
-    ratios = [1 / move(MuA(tokens=8.0), FullPoint(4096), Point(r, 1.0, 4096)) for r in (16, 32)]
+    ratios = [
+        1 / move(MuA(tokens=8.0), FullPoint(4096), Point(r, 1.0, 4096))
+        for r in (16, 32)
+    ]
     assert ratios == pytest.approx([13, 10], rel=0.05)
 
 
@@ -250,7 +261,9 @@ def test_power_adds_its_exponent(to, origin, drift):
     """Among LoRA ranks `Power` is the inner law times the ratio of ranks to the exponent."""
     at, there = Point(to, 1.0, 512), Point(origin, 1.0, 512)
     expected = move(MuA(), at, there) * (to / origin) ** drift
-    assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(expected, rel=1e-9)
+    assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 # --- the families' forms --------------------------------------------------------------------------------------------
@@ -268,7 +281,11 @@ BOUND = [
     (torch.optim.Adadelta, {}, {"family": "unknown"}),
     (type("Adafactor", (), {}), {"scale_parameter": False, "relative_step": False}, {}),
     (type("Lamb", (), {}), {}, {"family": "relative-scale"}),
-    (type("LARS", (), {"__module__": "torch_optimizer.lars"}), {}, {"family": "gradient-like"}),
+    (
+        type("LARS", (), {"__module__": "torch_optimizer.lars"}),
+        {},
+        {"family": "gradient-like"},
+    ),
 ]
 
 
@@ -292,18 +309,27 @@ ONE_RATE = [
 @pytest.mark.parametrize(("optimizer", "settings"), ONE_RATE)
 def test_families_without_a_form_keep_one_rate(optimizer, settings):
     """Bound to Adafactor or LARS the law is one rate; a strict caller is refused."""
-    assert MuA().bind(optimizer, settings) == Falling().bind(optimizer, settings) == Constant()
-    with pytest.raises(LawError, match=r"No law is derived.*Leave strict out to keep one rate"):
+    assert (
+        MuA().bind(optimizer, settings)
+        == Falling().bind(optimizer, settings)
+        == Constant()
+    )
+    with pytest.raises(
+        LawError, match=r"No law is derived.*Leave strict out to keep one rate"
+    ):
         known_family(optimizer, settings)
 
 
 def test_an_unknown_family_is_scaled_as_sign_like():
     """An optimizer of no known family has Adam's multipliers; a strict caller is refused."""
     low, high = Point(4, 1.0, 512), Point(64, 1.0, 512)
-    assert move(MuA().bind(torch.optim.Adadelta, {}), high, low) == move(MuA(), high, low)
+    assert move(MuA().bind(torch.optim.Adadelta, {}), high, low) == move(
+        MuA(), high, low
+    )
     assert known_family(torch.optim.SGD) == "gradient-like"
     with pytest.raises(
-        LawError, match=r"No law is derived for the family of Adadelta.*Leave strict out"
+        LawError,
+        match=r"No law is derived for the family of Adadelta.*Leave strict out",
     ):
         known_family(torch.optim.Adadelta)
 
@@ -312,7 +338,11 @@ def test_an_unknown_family_is_scaled_as_sign_like():
 def test_power_at_full_finetuning(to_full, stands_for):
     """For full finetuning the rank stands for the pivot, or the fan-in where the drift continues."""
     law = Power(-0.45, full_factor=0.5, to_full=to_full)
-    expected = move(MuA(), FullPoint(4096), Point(4, 1.0, 4096)) * 0.5 * (stands_for / 4) ** -0.45
+    expected = (
+        move(MuA(), FullPoint(4096), Point(4, 1.0, 4096))
+        * 0.5
+        * (stands_for / 4) ** -0.45
+    )
     assert move(law, FullPoint(4096), Point(4, 1.0, 4096)) == pytest.approx(expected)
 
 
@@ -332,9 +362,14 @@ def test_an_unresolved_reference_is_refused():
 @given(point=lora_points, other=lora_points, knee=st.floats(0.01, 1e4))
 def test_falling_moves_init_b_alone(point, other, knee):
     """Between points of Init[A] and full finetuning `Falling` is the inner law."""
-    law, points = Falling(knee), (replace(point, init="A"), replace(other, init="A"), FullPoint(64))
+    law, points = (
+        Falling(knee),
+        (replace(point, init="A"), replace(other, init="A"), FullPoint(64)),
+    )
     for to in points:
-        assert move(law, to, points[0]) == pytest.approx(move(MuA(), to, points[0]), rel=1e-9)
+        assert move(law, to, points[0]) == pytest.approx(
+            move(MuA(), to, points[0]), rel=1e-9
+        )
 
 
 def test_falling_takes_no_rank_of_full_finetuning():
@@ -371,7 +406,9 @@ def test_falling_falls_by_no_more_than_its_power(rank, more, knee, power, width)
 
 def test_a_file_without_falling_s_power_has_the_square_root():
     """A recipe written before `power` keeps its law and the hash of it: a square root from a knee of 4."""
-    read = law_from_dict({"name": "falling", "knee": 4.0, "law": {"name": "mua", "tokens": 8.0}})
+    read = law_from_dict(
+        {"name": "falling", "knee": 4.0, "law": {"name": "mua", "tokens": 8.0}}
+    )
     assert read == Falling(knee=4.0, power=0.5, law=MuA(tokens=8.0))
     assert law_changes(read) == {"name": "falling", "law": {"name": "mua"}}
 
@@ -394,7 +431,9 @@ def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
     for given_tokens in (None, 1.0, 4.0):
         assert MuA(tokens=given_tokens).bind(optimizer, {}).tokens == given_tokens
     assert get_law("mua?tokens=1").bind(optimizer, {}).tokens == 1.0
-    assert "FamilyTokens" not in f"{MuA()!r} {law_to_dict(MuA())!r} {law_changes(MuA())!r}"
+    assert (
+        "FamilyTokens" not in f"{MuA()!r} {law_to_dict(MuA())!r} {law_changes(MuA())!r}"
+    )
     assert type(law_to_dict(MuA())["tokens"]) is float
 
 
@@ -411,7 +450,9 @@ FALLS = [
 def test_the_default_law_falls_as_adam_does(optimizer, settings, falls):
     """Bound to another family than Adam's `Falling` is the law around which it stands."""
     inner = MuA().bind(optimizer, settings)
-    assert Falling().bind(optimizer, settings) == (Falling(law=inner) if falls else inner)
+    assert Falling().bind(optimizer, settings) == (
+        Falling(law=inner) if falls else inner
+    )
     assert inner.family == optimizer_family(optimizer, settings)
 
 
@@ -431,7 +472,9 @@ def test_muon_and_sgd_move_with_alpha_and_not_with_rank(point, rank, more, famil
     """For these families the rate stays where s is kept at any rank, and falls as s grows."""
     law = MuA(family=family)
     assert move(law, replace(point, rank=rank), point) == pytest.approx(1.0, rel=1e-12)
-    assert move(law, replace(point, rank=rank, scaling=point.scaling * more), point) < 1.0
+    assert (
+        move(law, replace(point, rank=rank, scaling=point.scaling * more), point) < 1.0
+    )
 
 
 WORDS = [
@@ -462,10 +505,14 @@ CAUTIONS = [(1e-4, False), (1e4, False), (0.99e-4, True), (1.01e4, True)]
 def test_a_far_move_has_a_caution(multiplier, warns):
     """A multiplier beyond 1e-4 to 1e4 is said, and the range with it."""
     assert bool(caution_of(multiplier)) == warns
-    assert not warns or f"by {multiplier:.3g}, beyond 0.0001 to 10000" in caution_of(multiplier)
+    assert not warns or f"by {multiplier:.3g}, beyond 0.0001 to 10000" in caution_of(
+        multiplier
+    )
 
 
-@pytest.mark.parametrize("law", [MuA(), Constant(), Power(law=Falling()), Falling()], ids=str)
+@pytest.mark.parametrize(
+    "law", [MuA(), Constant(), Power(law=Falling()), Falling()], ids=str
+)
 def test_the_innermost_law_is_no_correction(law):
     """Inside corrections, however many, is the law that they correct."""
     assert innermost(law) == (Constant() if law == Constant() else MuA())
@@ -497,7 +544,10 @@ NAMED = [
     ("mua-paper", MuA(tokens=None)),
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
-    ("power", Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(1.0))),
+    (
+        "power",
+        Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(1.0)),
+    ),
     ("falling", Falling(knee=0.0, power=1 / 3)),
 ]
 
@@ -571,7 +621,9 @@ def test_an_earlier_table_of_a_law_is_read(changes, law):
     """Fields that are gone are read at the values that they had by default, inside other laws too."""
     table = {**EARLIER, **changes}
     assert law_from_dict(table) == law
-    assert law_from_dict({"name": "power", "exponent": 0.5, "law": table}) == Power(0.5, law=law)
+    assert law_from_dict({"name": "power", "exponent": 0.5, "law": table}) == Power(
+        0.5, law=law
+    )
 
 
 @pytest.mark.parametrize("family", ["spectral", "gradient-like"])
@@ -597,15 +649,26 @@ GONE = [
 @pytest.mark.parametrize(("table", "what"), GONE)
 def test_a_law_that_is_gone_is_refused(table, what):
     """A table whose rates today's laws do not give is refused with what to do."""
-    with pytest.raises(LawError, match=f"made by a law that is gone: .*{what}.*Calibrate again"):
+    with pytest.raises(
+        LawError, match=f"made by a law that is gone: .*{what}.*Calibrate again"
+    ):
         law_from_dict(table)
 
 
-MEASURED = {"name": "measured", "tokens": 8, "steps": 16, "seed": 0, "target": 1.0, "ratio": 1.0}
+MEASURED = {
+    "name": "measured",
+    "tokens": 8,
+    "steps": 16,
+    "seed": 0,
+    "target": 1.0,
+    "ratio": 1.0,
+}
 MEASURED |= {"optimizer": "torch.optim.adamw:AdamW", "settings": "{}"}
 
 
-@pytest.mark.parametrize("at", [Point(4, 2.0, 64), Point(4, 2.0, 64, "B"), FullPoint(64)], ids=str)
+@pytest.mark.parametrize(
+    "at", [Point(4, 2.0, 64), Point(4, 2.0, 64, "B"), FullPoint(64)], ids=str
+)
 def test_the_measured_law_has_one_rate(at):
     """A former law that ran the optimizer is read, keeps its hash and its one rate, and has no other."""
     law = law_from_dict(MEASURED)
@@ -616,7 +679,12 @@ def test_the_measured_law_has_one_rate(at):
         with_ratio = law_from_dict({**MEASURED, "ratio": 3.0})
         expected = 1.0 if isinstance(at, FullPoint) else ratio
         assert with_ratio.multiplier(at.factor(role), at.reference()) == expected
-    others = [Point(8, 2.0, 64), Point(4, 1.0, 64), Point(4, 2.0, 65), Point(4, 2.0, 65, "B")]
+    others = [
+        Point(8, 2.0, 64),
+        Point(4, 1.0, 64),
+        Point(4, 2.0, 65),
+        Point(4, 2.0, 65, "B"),
+    ]
     for other in (*others, FullPoint(65)):
         with pytest.raises(LawError, match="no longer part of this package"):
             move(law, other, at)
@@ -687,7 +755,9 @@ class Impostor(Law):
 def test_unusable_multipliers_are_refused(value):
     """A third-party law that gives no positive finite number is an error that names the law and the factor."""
     with pytest.raises(LawError, match=r"Impostor.*as the multiplier of w"):
-        checked_multiplier(Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference())
+        checked_multiplier(
+            Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference()
+        )
 
 
 @dataclass(frozen=True)
@@ -704,7 +774,11 @@ class Raising(Law):
 
 
 ASKED = [
-    (checked_multiplier, (Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference()), "multiplier"),
+    (
+        checked_multiplier,
+        (Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference()),
+        "multiplier",
+    ),
     (checked_batch_multiplier, (2.0,), "batch_multiplier"),
     (bound_law, (torch.optim.AdamW, {}), "bind"),
 ]
@@ -713,9 +787,14 @@ ASKED = [
 @pytest.mark.parametrize(("ask", "question", "method"), ASKED)
 def test_a_law_that_raises_is_an_error_of_ours(ask, question, method):
     """Another package's exception becomes a sentence with its cause; our errors and warnings pass as they are."""
-    with pytest.raises(LawError, match=rf"failed in {method}\(\): ZeroDivisionError.*law="):
+    with pytest.raises(
+        LawError, match=rf"failed in {method}\(\): ZeroDivisionError.*law="
+    ):
         ask(Raising(), *question)
-    for error in (InvalidReferenceError("A cause.", "A cure."), UserWarning("watch out")):
+    for error in (
+        InvalidReferenceError("A cause.", "A cure."),
+        UserWarning("watch out"),
+    ):
         with pytest.raises(type(error)) as caught:
             ask(Raising(error), *question)
         assert caught.value is error
@@ -731,18 +810,26 @@ class Unbound(Constant):
 
 def test_a_law_bound_to_nothing_is_refused():
     """What `bind` returns must be a law."""
-    with pytest.raises(LawError, match=r"gave None when it was bound.*by default the law itself"):
+    with pytest.raises(
+        LawError, match=r"gave None when it was bound.*by default the law itself"
+    ):
         bound_law(Unbound(), torch.optim.AdamW, {})
 
 
-BATCHES = [(torch.optim.AdamW, 4.0), (torch.optim.SGD, 16.0), (torch.optim.Adadelta, 4.0)]
+BATCHES = [
+    (torch.optim.AdamW, 4.0),
+    (torch.optim.SGD, 16.0),
+    (torch.optim.Adadelta, 4.0),
+]
 
 
 @pytest.mark.parametrize(("optimizer", "expected"), BATCHES)
 @pytest.mark.parametrize("law", [MuA(), Power(0.5), Falling()], ids=str)
 def test_the_rate_moves_with_the_batch_as_its_family_does(law, optimizer, expected):
     """A batch 16 times as large takes 4 times the rate, for SGD 16 times; a correction leaves that to its law."""
-    assert checked_batch_multiplier(law.bind(optimizer, {}), 16.0) == pytest.approx(expected)
+    assert checked_batch_multiplier(law.bind(optimizer, {}), 16.0) == pytest.approx(
+        expected
+    )
     assert checked_batch_multiplier(LoRAPlus(), 16.0) == 1.0
 
 
@@ -777,14 +864,22 @@ def installed(tmp_path, monkeypatch):
     (tmp_path / "broken_law.py").write_text("import not_there_at_all\n")
     info = tmp_path / "half_law-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n"
+    )
     (tmp_path / "exits_law.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "raises_law.py").write_text(
         "class Raises:\n    def __init__(self): raise OSError('no disk')\n"
     )
-    points = ["half = half_law:Half", "broken = broken_law:Law", "nothing = builtins:dict"]
+    points = [
+        "half = half_law:Half",
+        "broken = broken_law:Law",
+        "nothing = builtins:dict",
+    ]
     points += ["exits = exits_law:Law", "raises = raises_law:Raises"]
-    (info / "entry_points.txt").write_text("\n".join(["[rankaware_optim.laws]", *points, ""]))
+    (info / "entry_points.txt").write_text(
+        "\n".join(["[rankaware_optim.laws]", *points, ""])
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(LAWS, "_plugins", None)
     yield
@@ -799,8 +894,12 @@ def test_a_plugged_in_law_is_found(installed):
         pytest.warns(Warn, match=broken),
     ):
         law = get_law("half")
-    assert law.multiplier(Point(4, 1.0, 8).factor(), Point(8, 1.0, 8).reference()) == 0.5
-    assert law_from_dict(law_to_dict(replace(law, share=0.25))) == replace(law, share=0.25)
+    assert (
+        law.multiplier(Point(4, 1.0, 8).factor(), Point(8, 1.0, 8).reference()) == 0.5
+    )
+    assert law_from_dict(law_to_dict(replace(law, share=0.25))) == replace(
+        law, share=0.25
+    )
 
 
 def test_built_in_laws_do_not_load_plugins(installed):
@@ -827,7 +926,10 @@ def test_a_plugin_that_makes_no_law_is_refused(installed):
 
 def test_a_plugin_that_raises_or_exits_is_a_sentence(installed):
     """A plug-in whose law cannot be made, and a module that ends the interpreter on import, are errors of ours."""
-    with pytest.warns(Warn), pytest.raises(LawError, match="'raises' cannot be loaded: no disk"):
+    with (
+        pytest.warns(Warn),
+        pytest.raises(LawError, match="'raises' cannot be loaded: no disk"),
+    ):
         get_law("raises")
     with pytest.raises(LawError, match="'exits_law:Law' cannot be loaded: 3"):
         get_law("exits_law:Law")
@@ -863,7 +965,9 @@ FAMILIES = [
 def test_optimizer_families(name, family):
     """A torch optimizer's family is read off its class, and a subclass belongs to its base's."""
     kind = getattr(torch.optim, name)
-    assert optimizer_family(kind) == optimizer_family(type("Mine", (kind,), {})) == family
+    assert (
+        optimizer_family(kind) == optimizer_family(type("Mine", (kind,), {})) == family
+    )
 
 
 # --- references -----------------------------------------------------------------------------------------------------
@@ -923,7 +1027,9 @@ WIDTHS = [("lora", 25.0), ("full", 30.0)]
 @pytest.mark.parametrize(("method", "width"), WIDTHS)
 def test_resolving_fills_in_the_width(method, width):
     """A LoRA reference takes the mean width of the model, a full one the largest, and a given one stays."""
-    survey = Survey(tuple(Factor(f"{n}.A", "A", 4, n, 100 / n, layer=f"{n}") for n in (20, 30)))
+    survey = Survey(
+        tuple(Factor(f"{n}.A", "A", 4, n, 100 / n, layer=f"{n}") for n in (20, 30))
+    )
     reference = Reference(rank=4, alpha=4, method=method)
     assert reference.resolve(survey).fan_in == pytest.approx(width)
     assert replace(reference, fan_in=7).resolve(survey).fan_in == 7

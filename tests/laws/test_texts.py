@@ -74,14 +74,21 @@ def test_a_text_that_names_no_law_is_refused(text, message, own_module):
 
 def test_the_optimizer_and_convert_take_the_same_words():
     """A text with parameters, or of a law of one's own, is a law for the wrapper, for groups and for `convert_lr`."""
-    model, text, law = PlainLoRA(torch.nn.Linear(64, 64), 16), "mua?tokens=2", MuA(tokens=2.0)
+    model, text, law = (
+        PlainLoRA(torch.nn.Linear(64, 64), 16),
+        "mua?tokens=2",
+        MuA(tokens=2.0),
+    )
     options = {"lr": 1e-3, "tuned_at": ra.Reference(rank=4, alpha=4)}
     opts = [
-        ra.RankAwareOptimizer(model, "adamw", law=named, **options) for named in (text, law, "mua")
+        ra.RankAwareOptimizer(model, "adamw", law=named, **options)
+        for named in (text, law, "mua")
     ]
     rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
     assert rates[0] == rates[1] != rates[2]
-    assert [g["lr"] for g in ra.rank_aware_param_groups(model, law=text, **options)] == rates[0]
+    assert [
+        g["lr"] for g in ra.rank_aware_param_groups(model, law=text, **options)
+    ] == rates[0]
     a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"
     assert float(ra.convert_lr(1e-3, from_=a, to=b, law=text)) == float(
         ra.convert_lr(1e-3, from_=a, to=b, law=law)
@@ -92,7 +99,9 @@ def test_the_optimizer_and_convert_take_the_same_words():
 def test_every_command_takes_the_same_words(text, own_module):
     """`rankaware convert` moves a rate by a law with parameters, and by one in the folder one stands in."""
     a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"
-    done = CliRunner().invoke(main, ["convert", "1e-3", "--from", a, "--to", b, "--law", text])
+    done = CliRunner().invoke(
+        main, ["convert", "1e-3", "--from", a, "--to", b, "--law", text]
+    )
     assert done.exit_code == 0, done.output
     wanted = ra.convert_lr(1e-3, from_=a, to=b, law=text)
     assert f"{float(wanted):.4g}" in done.output

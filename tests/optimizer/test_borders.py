@@ -13,7 +13,12 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from rankaware_optim import CheckpointError, RankAwareOptimizer, Reference, to_plain_state_dict
+from rankaware_optim import (
+    CheckpointError,
+    RankAwareOptimizer,
+    Reference,
+    to_plain_state_dict,
+)
 from rankaware_optim.inspection import Walk, walk
 from rankaware_optim.optimizer import effective_lr, rank_aware_param_groups
 from rankaware_optim.optimizer._param_groups import user_groups
@@ -35,7 +40,9 @@ def native_on_groups(model):
 def rates(opt):
     """The rate at which every parameter trains, by name."""
     return {
-        name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]
+        name: effective_lr(group)
+        for group in opt.param_groups
+        for name in group["param_names"]
     }
 
 
@@ -119,7 +126,9 @@ def test_two_orders_that_disagree_are_refused():
     state = stepped_plain(model, trainable(model).values()).state_dict()
     opt = RankAwareOptimizer(layers_reversed(model), "adamw", model=model, lr=LR, **LAW)
     before = copy.deepcopy(opt.state_dict())
-    with pytest.raises(CheckpointError, match=r"without names.*layer1.lora_A.*named_parameters"):
+    with pytest.raises(
+        CheckpointError, match=r"without names.*layer1.lora_A.*named_parameters"
+    ):
         opt.load_state_dict(state)
     assert opt.state_dict() == before
 
@@ -148,7 +157,9 @@ def test_a_checkpoint_without_moments_has_no_order():
     """Before the first step nothing can be swapped, so nothing is refused."""
     model = mlp((4, 4))
     opt = RankAwareOptimizer(layers_reversed(model), "adamw", model=model, lr=LR, **LAW)
-    opt.load_state_dict(torch.optim.AdamW(trainable(model).values(), lr=2 * LR).state_dict())
+    opt.load_state_dict(
+        torch.optim.AdamW(trainable(model).values(), lr=2 * LR).state_dict()
+    )
     assert {group["lr"] for group in opt.param_groups} == {2 * LR}
 
 
@@ -175,7 +186,9 @@ def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, save
     model = mlp((4, 8))
     opt = loaded(ours(model, **{"lr": 2 * LR} | options), saved(model, options))
     found = rates(opt)
-    assert [found[name] for name in found if where in name] == pytest.approx([5e-4, 5e-4])
+    assert [found[name] for name in found if where in name] == pytest.approx(
+        [5e-4, 5e-4]
+    )
     assert {group["lr"] for group in opt.param_groups} == {LR}
 
 
@@ -227,7 +240,9 @@ def test_what_is_saved_inside_a_step_holds_base_rates(take, rate, monkeypatch):
     assert {float(group["lr"]) for group in opt.param_groups} == {float(rate)}
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="timers that signal are POSIX")
+@pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="timers that signal are POSIX"
+)
 def test_what_a_signal_handler_saves_holds_base_rates():
     """Whenever a signal comes, a state and a copy that its handler takes hold base rates."""
     model = mlp((4, 64))
@@ -239,7 +254,10 @@ def test_what_a_signal_handler_saves_holds_base_rates():
         found.append(
             {
                 group["lr"]
-                for group in (*opt.state_dict()["param_groups"], *copy.deepcopy(opt).param_groups)
+                for group in (
+                    *opt.state_dict()["param_groups"],
+                    *copy.deepcopy(opt).param_groups,
+                )
             }
         )
 
@@ -298,7 +316,9 @@ def test_emptied_groups_step_as_native_ones_do(kind, rate, emptied):
     kept = {id(p) for group in opt.param_groups for p in group["params"]}
     before = {id(p): p.detach().clone() for p in gone}
     train(model, opt, steps=2)
-    assert [torch.equal(before[id(p)], p) for p in gone] == [id(p) not in kept for p in gone]
+    assert [torch.equal(before[id(p)], p) for p in gone] == [
+        id(p) not in kept for p in gone
+    ]
 
 
 def test_an_empty_group_of_the_users_comes_back():
@@ -310,7 +330,9 @@ def test_an_empty_group_of_the_users_comes_back():
         {"params": [], "weight_decay": 0.0},
         {"params": params[3:], "lr": 0.5},
     ]
-    opt = RankAwareOptimizer([dict(group) for group in groups], "adamw", model=model, lr=LR, **LAW)
+    opt = RankAwareOptimizer(
+        [dict(group) for group in groups], "adamw", model=model, lr=LR, **LAW
+    )
     assert all(group["params"] for group in opt.param_groups)
     train(model, opt, steps=2)
     native = torch.optim.AdamW([dict(group) for group in groups], lr=LR)
@@ -318,7 +340,9 @@ def test_an_empty_group_of_the_users_comes_back():
     assert [group["lr"] for group in native.param_groups] == [LR, LR, 0.5]
     for p in params:
         assert torch.equal(native.state[p]["exp_avg"], opt.state[p]["exp_avg"])
-    lr_scheduler.LambdaLR(opt, opt.expand([lambda step: 1.0, lambda step: 1.0, lambda step: 0.5]))
+    lr_scheduler.LambdaLR(
+        opt, opt.expand([lambda step: 1.0, lambda step: 1.0, lambda step: 0.5])
+    )
     train(model, native, steps=1)
     loaded(opt, native.state_dict())
 
@@ -366,7 +390,9 @@ def test_one_damaged_tensor_among_many_of_its_kind_is_named(key):
         "layer39.lora_B"
     )
     state["state"][at][key] = torch.full((3,), float("nan"))
-    with pytest.raises(CheckpointError, match=rf"{key} of layer39.lora_B has shape \(3,\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{key} of layer39.lora_B has shape \(3,\)"
+    ):
         ours(mlp((4,) * 40, head=False)).load_state_dict(state)
     state["state"][at]["step"] = torch.tensor(float("nan"))
     state["state"][at]["exp_avg"] = torch.zeros(16, 4)

@@ -34,9 +34,14 @@ class EightBit(torch.optim.Optimizer):
                     state["absmax1"] = torch.zeros(len(param))
                 state["step"] += 1
                 scale = state["absmax1"].view(-1, *(1 for _ in param.shape[1:]))
-                mean = 0.9 * (state["state1"].float() / 127 - 128 / 127) * scale + 0.1 * param.grad
+                mean = (
+                    0.9 * (state["state1"].float() / 127 - 128 / 127) * scale
+                    + 0.1 * param.grad
+                )
                 state["absmax1"].copy_(mean.abs().reshape(len(param), -1).amax(1))
-                state["state1"].copy_((mean / mean.abs().max().clamp(1e-12) * 127 + 128).round())
+                state["state1"].copy_(
+                    (mean / mean.abs().max().clamp(1e-12) * 127 + 128).round()
+                )
                 param -= group["lr"] * mean.sign()
 
 
@@ -66,12 +71,17 @@ class Preconditioned(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for param in (
-            p for group in self.param_groups for p in group["params"] if p.grad is not None
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ):
             state, grad = self.state[param], param.grad.reshape(len(param), -1)
             state["left"] = state.get("left", 0) + grad @ grad.T
             state["rows"] = grad.square().mean(1, keepdim=True)
-            param -= 1e-3 * (state["left"] @ grad / (state["rows"].sum() + 1)).reshape(param.shape)
+            param -= 1e-3 * (state["left"] @ grad / (state["rows"].sum() + 1)).reshape(
+                param.shape
+            )
 
 
 KINDS = {
@@ -117,7 +127,9 @@ def _stepped(kind, ranks):
 def checkpoint(kind, ranks, plain):
     state = copy.deepcopy(_stepped(kind, ranks))
     for group in state["param_groups"] if plain else ():
-        for key in [k for k in group if k.startswith(("lora_", "rank", "param_", "user_"))]:
+        for key in [
+            k for k in group if k.startswith(("lora_", "rank", "param_", "user_"))
+        ]:
             del group[key]
     return state
 
@@ -143,7 +155,8 @@ def test_bytes_of_another_shape_are_refused(shape):
     state = checkpoint("eight bits", (4, 8), plain=False)
     state["state"][0]["state1"] = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(
-        CheckpointError, match=r"state1 of layer0.lora_A has shape .*, where \(4, 16\) is needed"
+        CheckpointError,
+        match=r"state1 of layer0.lora_A has shape .*, where \(4, 16\) is needed",
     ):
         built("eight bits")[1].load_state_dict(state)
 
@@ -186,8 +199,12 @@ def other_tensor(value, draw):
         st.sampled_from(
             [
                 lambda: torch.zeros([1] * len(shape)),
-                lambda: torch.zeros([n if i != axis else 1 for i, n in enumerate(shape)]),
-                lambda: torch.zeros([n if i != axis else n + 1 for i, n in enumerate(shape)]),
+                lambda: torch.zeros(
+                    [n if i != axis else 1 for i, n in enumerate(shape)]
+                ),
+                lambda: torch.zeros(
+                    [n if i != axis else n + 1 for i, n in enumerate(shape)]
+                ),
                 lambda: torch.zeros(
                     [n if i != axis else max(0, n - 1) for i, n in enumerate(shape)]
                 ),
@@ -236,7 +253,8 @@ def damage(state, draw):
     elif where == "list":
         name = draw(
             st.sampled_from(
-                [k for k in ("params", "param_names") if isinstance(group.get(k), list)] or [""]
+                [k for k in ("params", "param_names") if isinstance(group.get(k), list)]
+                or [""]
             )
         )
         if not name or not group[name]:
@@ -263,7 +281,9 @@ def damage(state, draw):
         elif how == "drop":
             del groups[at]
         else:
-            groups.insert(at, copy.deepcopy(groups[at]) if how == "twice" else draw(VALUES))
+            groups.insert(
+                at, copy.deepcopy(groups[at]) if how == "twice" else draw(VALUES)
+            )
     elif where == "keys":
         key = draw(st.sampled_from(sorted(state["state"], key=str)))
         value = state["state"].pop(key)
@@ -282,7 +302,11 @@ def described(value):
         return f"{value.dtype} {tuple(value.shape)} {value.tolist()}"
     if isinstance(value, dict):
         return {str(k): described(v) for k, v in value.items()}
-    return [described(v) for v in value] if isinstance(value, (list, tuple)) else repr(value)
+    return (
+        [described(v) for v in value]
+        if isinstance(value, (list, tuple))
+        else repr(value)
+    )
 
 
 def outcome(kind, policy, ranks, plain, stepped, draw, changes):
@@ -322,8 +346,14 @@ def outcome(kind, policy, ranks, plain, stepped, draw, changes):
     assert torch.equal(random, torch.get_rng_state())
     for param in (p for group in opt.param_groups for p in group["params"]):
         for key, value in opt.state.get(param, {}).items():
-            reduced = key in ("row_var", "col_var") or (kind == "eight bits" and key == "more")
-            if isinstance(value, torch.Tensor) and value.dim() == param.dim() and not reduced:
+            reduced = key in ("row_var", "col_var") or (
+                kind == "eight bits" and key == "more"
+            )
+            if (
+                isinstance(value, torch.Tensor)
+                and value.dim() == param.dim()
+                and not reduced
+            ):
                 assert value.shape == param.shape
     if (
         kind != "eight bits"

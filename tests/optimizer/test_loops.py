@@ -46,7 +46,9 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.small, self.large = (PlainLoRA(nn.Linear(8, 8), rank).double() for rank in (4, 64))
+        self.small, self.large = (
+            PlainLoRA(nn.Linear(8, 8), rank).double() for rank in (4, 64)
+        )
         self.head = nn.Linear(8, 2, bias=False, dtype=torch.float64)
 
 
@@ -61,7 +63,10 @@ def moved(model, opt, closure=None):
     for p in named.values():
         p.grad = torch.ones_like(p)
     opt.step() if closure is None else opt.step(closure)
-    return {name: (before[name] - p.detach()).flatten()[0].item() for name, p in named.items()}
+    return {
+        name: (before[name] - p.detach()).flatten()[0].item()
+        for name, p in named.items()
+    }
 
 
 def assert_at(model, rates, base):
@@ -76,7 +81,9 @@ def by_class(model, kind=torch.optim.SGD, **options):
 
 def by_instance(model, kind=torch.optim.SGD, **options):
     lr = options.pop("lr", LR)
-    return RankAwareOptimizer(kind(trained(model).values(), lr=lr), model=model, **LAW | options)
+    return RankAwareOptimizer(
+        kind(trained(model).values(), lr=lr), model=model, **LAW | options
+    )
 
 
 each_form = pytest.mark.parametrize("form", [by_class, by_instance])
@@ -96,7 +103,9 @@ def stepped(make):
 
 
 def plateau(opt):
-    scheduler = lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=0, min_lr=LR / 4)
+    scheduler = lr_scheduler.ReduceLROnPlateau(
+        opt, factor=0.5, patience=0, min_lr=LR / 4
+    )
     return lambda step: scheduler.step(1.0)
 
 
@@ -129,7 +138,9 @@ def sequence(opt):
 
 
 LOOPS = {
-    "LambdaLR": stepped(lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))),
+    "LambdaLR": stepped(
+        lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+    ),
     "CosineAnnealingLR": stepped(
         lambda opt: lr_scheduler.CosineAnnealingLR(opt, STEPS, eta_min=LR / 10)
     ),
@@ -137,7 +148,9 @@ LOOPS = {
         lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, eta_min=LR / 10)
     ),
     "OneCycleLR": stepped(
-        lambda opt: lr_scheduler.OneCycleLR(opt, 2 * LR, STEPS + 1, cycle_momentum=False)
+        lambda opt: lr_scheduler.OneCycleLR(
+            opt, 2 * LR, STEPS + 1, cycle_momentum=False
+        )
     ),
     "CyclicLR": stepped(
         lambda opt: lr_scheduler.CyclicLR(opt, LR / 10, LR, 3, cycle_momentum=False)
@@ -191,8 +204,14 @@ def test_rates_of_their_own_are_scheduled_too():
 def test_a_list_of_the_users_groups():
     """Groups keep the user's order, and `expand` turns a list for them into one for the groups here."""
     model = Model()
-    pairs, head = [*model.large.parameters(), *model.small.parameters()], [model.head.weight]
-    groups = [{"params": head}, {"params": [p for p in pairs if p.requires_grad], "lr": LR / 2}]
+    pairs, head = (
+        [*model.large.parameters(), *model.small.parameters()],
+        [model.head.weight],
+    )
+    groups = [
+        {"params": head},
+        {"params": [p for p in pairs if p.requires_grad], "lr": LR / 2},
+    ]
     opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, **LAW)
     assert [g["user_group"] for g in opt.param_groups] == [0, 1, 1, 1, 1]
     lr_scheduler.LambdaLR(opt, opt.expand([lambda step: 1.0, lambda step: 0.5]))
@@ -308,7 +327,9 @@ def test_a_tensor_rate_keeps_its_identity():
     opt = by_class(model, lr=rate)
     held = [group["lr"] for group in opt.param_groups]
     assert_at(model, moved(model, opt), LR)
-    assert all(group["lr"] is one for group, one in zip(opt.param_groups, held, strict=True))
+    assert all(
+        group["lr"] is one for group, one in zip(opt.param_groups, held, strict=True)
+    )
     assert {float(one) for one in held} == {LR}
 
 
@@ -333,7 +354,12 @@ def test_weight_decay_by_product_or_not(scaled):
     """A decoupled decay is lr × weight_decay: it follows the multiplier, or with scale_weight_decay=False does not."""
     model = mlp((4, 64), head=False)
     opt = RankAwareOptimizer(
-        model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, scale_weight_decay=scaled, **LAW
+        model,
+        torch.optim.AdamW,
+        lr=1e-2,
+        weight_decay=0.1,
+        scale_weight_decay=scaled,
+        **LAW,
     )
     named = trained(model)
     with torch.no_grad():
@@ -343,7 +369,9 @@ def test_weight_decay_by_product_or_not(scaled):
     opt.step()
     shrunk = {name: 1 - p.flatten()[0].item() for name, p in named.items()}
     assert shrunk["layer0.lora_A"] == pytest.approx(1e-3, rel=1e-3)
-    assert shrunk["layer1.lora_A"] == pytest.approx(1e-3 * (0.25 if scaled else 1.0), rel=1e-3)
+    assert shrunk["layer1.lora_A"] == pytest.approx(
+        1e-3 * (0.25 if scaled else 1.0), rel=1e-3
+    )
     assert {group["weight_decay"] for group in opt.param_groups} == {0.1}
 
 
@@ -359,7 +387,11 @@ class Seen(torch.optim.NAdam):
 def test_a_decay_in_the_gradient_is_not_divided(decoupled):
     """NAdam normalizes an L2 decay with the gradient, so scale_weight_decay=False changes only a decoupled one."""
     model = mlp((4, 64), head=False)
-    decays = {"weight_decay": 0.1, "decoupled_weight_decay": decoupled, "scale_weight_decay": False}
+    decays = {
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": decoupled,
+        "scale_weight_decay": False,
+    }
     opt = RankAwareOptimizer(model, Seen, lr=1e-2, **decays, **LAW)
     train(model, opt, steps=1)
     assert opt.decays == ({0.1, 0.4} if decoupled else {0.1})
@@ -381,7 +413,9 @@ class Decoupled(torch.optim.Optimizer):
 class ForAllGroups(Decoupled):
     """The same settings, which the optimizer keeps for all groups, as torch_optimizer's AdaBelief does."""
 
-    def __init__(self, params, lr, weight_decay, weight_decouple=True, fixed_decay=False):
+    def __init__(
+        self, params, lr, weight_decay, weight_decouple=True, fixed_decay=False
+    ):
         super().__init__(params, lr, weight_decay)
         self._weight_decouple, self._fixed_decay = weight_decouple, fixed_decay
 
@@ -403,7 +437,9 @@ def test_only_a_decay_that_follows_the_rate_is_divided(kind, settings, divided):
     opt.step()
     wanted = {0.1, 0.4} if divided else {0.1}
     assert opt.decays == wanted
-    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == wanted
+    assert {
+        group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]
+    } == wanted
     native = RankAwareOptimizer(model, kind, lr=1e-2, native_type=True, **given)
     assert {group["weight_decay"] for group in native.param_groups} == wanted
 
@@ -412,15 +448,25 @@ def test_sgds_own_l2_decay_follows_the_rate():
     """A step that is linear in the gradient multiplies its L2 decay by the rate."""
     model = mlp((4, 64), head=False)
     opt = RankAwareOptimizer(
-        model, torch.optim.SGD, lr=1e-2, weight_decay=0.1, scale_weight_decay=False, **LAW
+        model,
+        torch.optim.SGD,
+        lr=1e-2,
+        weight_decay=0.1,
+        scale_weight_decay=False,
+        **LAW,
     )
-    assert {group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]} == {
+    assert {
+        group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]
+    } == {
         0.1,
         0.4,
     }
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda opt: pickle.loads(pickle.dumps(opt))}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda opt: pickle.loads(pickle.dumps(opt)),
+}
 
 
 @pytest.mark.parametrize("copied", COPIES)
@@ -433,7 +479,9 @@ def test_a_copy_multiplies_too(copied):
     for p in params:
         p.grad = torch.ones_like(p)
     twin.step()
-    rates = [effective_lr(group) for group in twin.param_groups for _ in group["params"]]
+    rates = [
+        effective_lr(group) for group in twin.param_groups for _ in group["params"]
+    ]
     assert [
         (a - b).flatten()[0].item() for a, b in zip(before, params, strict=True)
     ] == pytest.approx(rates)
@@ -450,7 +498,8 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
         model, count = mlp((4, 64)), []
         opt = build(model)
         step = torch.compile(
-            opt.step, backend=lambda graph, inputs: (count.append(graph), graph.forward)[1]
+            opt.step,
+            backend=lambda graph, inputs: (count.append(graph), graph.forward)[1],
         )
         for _ in range(3):
             model(torch.ones(2, 16)).square().mean().backward()
@@ -464,7 +513,9 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
         )
     )
     ours, here = graphs(
-        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=copy.deepcopy(rate), **LAW)
+        lambda m: RankAwareOptimizer(
+            m, torch.optim.AdamW, lr=copy.deepcopy(rate), **LAW
+        )
     )
     assert ours <= native
     for a, b in zip(here, there, strict=True):
@@ -477,7 +528,10 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
 def test_groups_of_ours_are_not_multiplied_twice():
     """Groups made by `rank_aware_param_groups`, and those of a rank-aware optimizer, are wrapped at their base rate."""
     model = Model()
-    for groups in (rank_aware_param_groups(model, lr=LR, **LAW), by_class(model).param_groups):
+    for groups in (
+        rank_aware_param_groups(model, lr=LR, **LAW),
+        by_class(model).param_groups,
+    ):
         opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, **LAW)
         assert_at(model, moved(model, opt), LR)
 
@@ -487,7 +541,10 @@ def test_a_users_key_of_our_name_is_refused():
     model = Model()
     with pytest.raises(OptimizerError, match=r"'lora_rank'.*Rename"):
         RankAwareOptimizer(
-            [{"params": [model.head.weight], "lora_rank": 7}], torch.optim.SGD, model=model, lr=LR
+            [{"params": [model.head.weight], "lora_rank": 7}],
+            torch.optim.SGD,
+            model=model,
+            lr=LR,
         )
 
 
@@ -505,7 +562,9 @@ def test_parameters_of_other_networks_keep_their_own_state():
             {"params": list(critic.named_parameters())},
             *({"params": [p]} for p in strangers),
         ]
-        return RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, momentum=0.9, **LAW)
+        return RankAwareOptimizer(
+            groups, torch.optim.SGD, model=model, lr=LR, momentum=0.9, **LAW
+        )
 
     opt = build()
     listed = [name for group in opt.param_groups for name in group["param_names"]]
@@ -524,11 +583,16 @@ def test_lists_with_a_value_a_parameter_are_split_along():
     model = Model()
     params = [p for p in model.parameters() if p.requires_grad]
     opt = RankAwareOptimizer(
-        [{"params": params, "marks": list("abcde")}], torch.optim.SGD, model=model, lr=LR, **LAW
+        [{"params": params, "marks": list("abcde")}],
+        torch.optim.SGD,
+        model=model,
+        lr=LR,
+        **LAW,
     )
     order = {id(p): mark for p, mark in zip(params, "abcde", strict=True)}
     assert all(
-        group["marks"] == [order[id(p)] for p in group["params"]] for group in opt.param_groups
+        group["marks"] == [order[id(p)] for p in group["params"]]
+        for group in opt.param_groups
     )
 
 
@@ -541,7 +605,9 @@ def test_a_group_put_in_by_hand_is_said():
     lone.grad = torch.ones_like(lone)
     opt.step()
     assert lone.item() == pytest.approx(-LR)
-    with pytest.raises(CheckpointError, match=r"param_groups directly.*add_param_group"):
+    with pytest.raises(
+        CheckpointError, match=r"param_groups directly.*add_param_group"
+    ):
         opt.load_state_dict(state)
 
 
@@ -553,13 +619,21 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings"), SETTINGS, ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(
+    ("kind", "settings"), SETTINGS, ids=lambda value: str(value)[-40:]
+)
 def test_groups_for_native_classes_know_the_settings(kind, settings):
     """rank_aware_param_groups with an optimizer's class and settings gives the wrapper's multipliers."""
     model = mlp((4, 64), head=False)
-    opt = RankAwareOptimizer(model, kind, lr=LR, tuned_at=Reference(rank=16, alpha=16), **settings)
+    opt = RankAwareOptimizer(
+        model, kind, lr=LR, tuned_at=Reference(rank=16, alpha=16), **settings
+    )
     groups = rank_aware_param_groups(
-        model, lr=LR, tuned_at=Reference(rank=16, alpha=16), optimizer_class=kind, settings=settings
+        model,
+        lr=LR,
+        tuned_at=Reference(rank=16, alpha=16),
+        optimizer_class=kind,
+        settings=settings,
     )
     assert [g["rank_multiplier"] for g in groups] == [
         g["rank_multiplier"] for g in opt.param_groups
@@ -617,7 +691,9 @@ def test_an_adapter_made_active_later_is_said():
         layer.requires_grad_(False)
     model.added = PlainLoRA(nn.Linear(8, 8), 4).double()
     backward(model)
-    with pytest.warns(RankAwareWarning, match=r"added.lora_A, which it does not hold") as caught:
+    with pytest.warns(
+        RankAwareWarning, match=r"added.lora_A, which it does not hold"
+    ) as caught:
         opt.step()
     opt.step()
     assert len(caught) == 1
@@ -662,7 +738,9 @@ def test_a_norm_that_trains_while_adapters_rest_is_no_error():
     """A held parameter trains on while the adapters are frozen and another optimizer has the head."""
     model = Model()
     model.norm = nn.LayerNorm(2, dtype=torch.float64)
-    held = [p for name, p in model.named_parameters() if "lora_" in name or "norm" in name]
+    held = [
+        p for name, p in model.named_parameters() if "lora_" in name or "norm" in name
+    ]
     opt = RankAwareOptimizer(held, torch.optim.SGD, model=model, lr=LR)
     model.small.requires_grad_(False)
     model.large.requires_grad_(False)
@@ -705,7 +783,9 @@ def test_a_warning_reaches_a_person(others, tmp_path):
         "model.r, model.scaling = 4, 1.0\n"
         "opt = RankAwareOptimizer(model, torch.optim.SGD, lr=0.1)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=True
+    )
     assert done.stderr.count("RankAwareWarning") == 1
     assert "mine.py:7: RankAwareWarning" in done.stderr
 

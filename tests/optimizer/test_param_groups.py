@@ -37,15 +37,26 @@ AT_16 = Reference(rank=16, alpha=16)
 
 def multipliers(groups: list[dict]) -> dict[str, float]:
     """Multiplier by parameter name."""
-    return {name: group["rank_multiplier"] for group in groups for name, _ in group["params"]}
+    return {
+        name: group["rank_multiplier"]
+        for group in groups
+        for name, _ in group["params"]
+    }
 
 
 def expected(
-    rank: int, scaling: float, reference: Reference, *, width: float = 16, init: str = "A"
+    rank: int,
+    scaling: float,
+    reference: Reference,
+    *,
+    width: float = 16,
+    init: str = "A",
 ) -> float:
     """The default law's multiplier at a width that both sides share, with the distance of a rate that moves."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
-    moved = Falling().multiplier(factor, replace(reference, fan_in=reference.fan_in or width))
+    moved = Falling().multiplier(
+        factor, replace(reference, fan_in=reference.fan_in or width)
+    )
     return used(Falling(), moved)
 
 
@@ -68,7 +79,8 @@ def test_a_uniform_model_has_three_groups(layers):
     scaling=st.sampled_from([0.25, 1.0, 2.0]),
     init=st.sampled_from("AB"),
     lr=st.floats(1e-6, 1.0),
-    reference=st.none() | st.builds(Reference, rank=st.integers(1, 64), alpha=st.integers(1, 64)),
+    reference=st.none()
+    | st.builds(Reference, rank=st.integers(1, 64), alpha=st.integers(1, 64)),
 )
 @settings(max_examples=50)
 def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, reference):
@@ -76,24 +88,38 @@ def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, ref
     model = mlp(ranks, scalings=scaling, init=init)
     groups = rank_aware_param_groups(model, lr=lr, tuned_at=reference)
     listed = [name for group in groups for name, _ in group["params"]]
-    assert sorted(listed) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert sorted(listed) == sorted(
+        name for name, p in model.named_parameters() if p.requires_grad
+    )
     assert all(group["params"] for group in groups)
-    assert all(group["lr"] == pytest.approx(lr * group["rank_multiplier"]) for group in groups)
+    assert all(
+        group["lr"] == pytest.approx(lr * group["rank_multiplier"]) for group in groups
+    )
 
 
 @pytest.mark.parametrize(
-    "reference", [None, AT_16, Reference(rank=4, alpha=16), Reference(rank=8, alpha=8, fan_in=64)]
+    "reference",
+    [None, AT_16, Reference(rank=4, alpha=16), Reference(rank=8, alpha=8, fan_in=64)],
 )
 @pytest.mark.parametrize("scalings", [1.0, (1.0, 0.5, 1.0)])
 def test_multipliers_are_the_laws(scalings, reference):
     """A factor's multiplier is the law's at the model's width; by default from the model's dominant configuration."""
-    ranks, each = (4, 8, 4), scalings if isinstance(scalings, tuple) else (scalings,) * 3
+    ranks, each = (
+        (4, 8, 4),
+        scalings if isinstance(scalings, tuple) else (scalings,) * 3,
+    )
     found = multipliers(
-        rank_aware_param_groups(mlp(ranks, scalings=scalings), lr=LR, tuned_at=reference)
+        rank_aware_param_groups(
+            mlp(ranks, scalings=scalings), lr=LR, tuned_at=reference
+        )
     )
     for i, (rank, scaling) in enumerate(zip(ranks, each, strict=True)):
         value = expected(rank, scaling, reference or Reference(rank=4, alpha=4))
-        assert found[f"layer{i}.lora_A"] == found[f"layer{i}.lora_B"] == pytest.approx(value)
+        assert (
+            found[f"layer{i}.lora_A"]
+            == found[f"layer{i}.lora_B"]
+            == pytest.approx(value)
+        )
     assert found["head.weight"] == found["head.bias"] == 1.0
 
 
@@ -147,8 +173,12 @@ def test_the_users_groups_are_not_changed():
 FORMS = {
     "model": lambda model: model,
     "parameters": lambda model: (p for p in model.parameters() if p.requires_grad),
-    "named": lambda model: ((n, p) for n, p in model.named_parameters() if p.requires_grad),
-    "dicts": lambda model: [{"params": [p for p in model.parameters() if p.requires_grad]}],
+    "named": lambda model: (
+        (n, p) for n, p in model.named_parameters() if p.requires_grad
+    ),
+    "dicts": lambda model: [
+        {"params": [p for p in model.parameters() if p.requires_grad]}
+    ],
     "named dicts": lambda model: [
         {"params": [(n, p) for n, p in model.named_parameters() if p.requires_grad]}
     ],
@@ -163,7 +193,9 @@ def test_every_form_of_parameters_is_taken(form):
     """A model, parameters, named parameters and dicts of them give the same groups."""
     model = mlp((4, 8))
     expect = rank_aware_param_groups(model, lr=LR)
-    assert str(rank_aware_param_groups(FORMS[form](model), model=model, lr=LR)) == str(expect)
+    assert str(rank_aware_param_groups(FORMS[form](model), model=model, lr=LR)) == str(
+        expect
+    )
 
 
 def test_a_single_tensor_is_taken():
@@ -185,23 +217,35 @@ def test_names_can_be_left_out(named):
 
 def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
     """The rates between which a scheduler moves a group get its multiplier, and a wrapper reads them back as given."""
-    model, scheduled = mlp(), {"lr": LR, "initial_lr": 2 * LR, "max_lr": 8 * LR, "min_lr": LR / 8}
-    native = rank_aware_param_groups(
-        [{"params": model.parameters(), **scheduled}], lr=1.0, model=model, tuned_at=AT_16
+    model, scheduled = (
+        mlp(),
+        {"lr": LR, "initial_lr": 2 * LR, "max_lr": 8 * LR, "min_lr": LR / 8},
     )
-    wrapped = RankAwareOptimizer(native, torch.optim.AdamW, lr=1.0, model=model, tuned_at=AT_16)
+    native = rank_aware_param_groups(
+        [{"params": model.parameters(), **scheduled}],
+        lr=1.0,
+        model=model,
+        tuned_at=AT_16,
+    )
+    wrapped = RankAwareOptimizer(
+        native, torch.optim.AdamW, lr=1.0, model=model, tuned_at=AT_16
+    )
     for key, rate in scheduled.items():
         assert [g[key] for g in native] == pytest.approx(
             [rate * g["rank_multiplier"] for g in native]
         )
-        assert [g[key] for g in wrapped.param_groups] == pytest.approx([rate] * len(native))
+        assert [g[key] for g in wrapped.param_groups] == pytest.approx(
+            [rate] * len(native)
+        )
 
 
 def test_group_values_are_plain():
     """Beside parameters, groups hold only what torch.load(weights_only=True) accepts."""
     for group in rank_aware_param_groups(mlp(), lr=LR):
         values = [value for key, value in group.items() if key != "params"]
-        assert all(value is None or isinstance(value, (int, float, str)) for value in values)
+        assert all(
+            value is None or isinstance(value, (int, float, str)) for value in values
+        )
 
 
 # --- the user's exceptions ------------------------------------------------------------------------------------------
@@ -221,9 +265,11 @@ def test_other_lr():
     """other_lr= is the rate of all that is no factor, except where a pattern says another."""
     groups = rank_aware_param_groups(mlp(), lr=LR, other_lr=0.1, rates={"*bias": 0.2})
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
-    assert [found["head.weight"], found["head.bias"], found["layer0.lora_A"]] == pytest.approx(
-        [0.1, 0.2, LR]
-    )
+    assert [
+        found["head.weight"],
+        found["head.bias"],
+        found["layer0.lora_A"],
+    ] == pytest.approx([0.1, 0.2, LR])
 
 
 def test_groups_keep_the_order_of_the_parameters():
@@ -244,7 +290,9 @@ def test_bad_rates_are_refused(value):
             rank_aware_param_groups(mlp(), lr=LR, other_lr=value)
 
 
-@pytest.mark.parametrize("pattern", ["classifier*", "layer0", "layer9.*", "layer0.base_layer.*"])
+@pytest.mark.parametrize(
+    "pattern", ["classifier*", "layer0", "layer9.*", "layer0.base_layer.*"]
+)
 def test_a_pattern_without_a_match_is_refused(pattern):
     """A pattern that matches no trainable parameter is an error that shows a real name."""
     with pytest.raises(
@@ -304,19 +352,26 @@ def test_strangers_beside_the_models_parameters_are_other():
 def test_inits_are_not_crossed(init, other):
     """A factor of another init than the reference's is scaled along its own init's law, and the report says so."""
     reference = replace(AT_16, init=other, fan_in=16)
-    found = multipliers(rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference))
+    found = multipliers(
+        rank_aware_param_groups(mlp(init=init), lr=LR, tuned_at=reference)
+    )
     assert found["layer0.lora_A"] == pytest.approx(
         expected(4, 1.0, replace(reference, init=init), init=init)
     )
     notes = plan(mlp(init=init), tuned_at=reference).notes
-    assert ["are scaled within their own init" in note for note in notes] == [True, False]
+    assert ["are scaled within their own init" in note for note in notes] == [
+        True,
+        False,
+    ]
     assert not plan(mlp(init=init)).notes
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
     """PiSSA and similar inits keep the base rate, with a warning that says why."""
     model = mlp((4, 8), init="other")
-    with pytest.warns(RankAwareWarning, match=r"neither factor zero .* init='A' .*'B'") as caught:
+    with pytest.warns(
+        RankAwareWarning, match=r"neither factor zero .* init='A' .*'B'"
+    ) as caught:
         groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
     assert caught[0].filename == __file__
     assert set(multipliers(groups).values()) == {1.0}
@@ -359,7 +414,9 @@ def test_one_width_or_each_layers_own():
     model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
     at = replace(AT_16, fan_in=64)
     one = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at))
-    own = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at, per_layer_width=True))
+    own = multipliers(
+        rank_aware_param_groups(model, lr=LR, tuned_at=at, per_layer_width=True)
+    )
     assert (
         one["0.lora_A"]
         == one["1.lora_A"]
@@ -378,7 +435,10 @@ KEEPS = [
     ({"law": Falling()}, DISTANCE),
     ({"optimizer_class": torch.optim.AdamW}, DISTANCE),
     ({"optimizer_class": torch.optim.Adagrad}, DISTANCE),  # of an unknown family
-    ({"tuned_at": Reference(rank=16, alpha=16, fan_in=16, batch=16), "batch": 64}, 2.0 * DISTANCE),
+    (
+        {"tuned_at": Reference(rank=16, alpha=16, fan_in=16, batch=16), "batch": 64},
+        2.0 * DISTANCE,
+    ),
     ({"per_layer_width": True}, DISTANCE),
     ({"optimizer_class": LAMB}, 1.0),
     ({"law": "mua"}, 1.0),
@@ -405,7 +465,9 @@ def test_a_rate_that_the_default_law_moves_keeps_one_distance(options, kept):
     assert (
         found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier
     )  # not moved by the law
-    assert sum("keeps a distance: × 0.9" in note for note in made.notes) == (kept not in (1.0, 2.0))
+    assert sum("keeps a distance: × 0.9" in note for note in made.notes) == (
+        kept not in (1.0, 2.0)
+    )
 
 
 def test_what_does_not_move_keeps_no_distance():
@@ -422,7 +484,12 @@ def test_what_does_not_move_keeps_no_distance():
 
 @pytest.mark.parametrize(
     ("ranks", "to"),
-    [((4,), "r=4,alpha=4"), ((64,), "r=64,alpha=64"), ((16,), "r=16,alpha=16"), ((64,), "full")],
+    [
+        ((4,), "r=4,alpha=4"),
+        ((64,), "r=64,alpha=64"),
+        ((16,), "r=16,alpha=16"),
+        ((64,), "full"),
+    ],
 )
 def test_a_conversion_is_the_optimizers_rate(ranks, to):
     """convert_lr gives the rate at which the optimizer trains, to all digits."""
@@ -449,38 +516,52 @@ def whole() -> nn.Module:
 
 def test_full_finetuning_moves_everything_by_one_multiplier():
     """Under method="full" weights, biases, norms and embeddings move from the mean width to the largest."""
-    found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16))
+    found = multipliers(
+        rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=AT_16)
+    )
     mean = (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
-    value = MuA().multiplier(Factor("w", "full", None, 32, 32), replace(AT_16, fan_in=mean))
+    value = MuA().multiplier(
+        Factor("w", "full", None, 32, 32), replace(AT_16, fan_in=mean)
+    )
     assert list(found.values()) == pytest.approx([value * DISTANCE] * 7)
 
 
 def test_full_finetuning_at_its_own_reference_changes_nothing():
     """Without tuned_at a full-finetuning rate is the model's own."""
-    assert set(multipliers(rank_aware_param_groups(whole(), lr=LR, method="full")).values()) == {
-        1.0
-    }
+    assert set(
+        multipliers(rank_aware_param_groups(whole(), lr=LR, method="full")).values()
+    ) == {1.0}
 
 
 def test_full_finetuning_with_exceptions():
     """rates= and other_lr= hold under full finetuning too, where biases, norms and embeddings are other."""
     groups = rank_aware_param_groups(
-        whole(), lr=LR, method="full", tuned_at=AT_16, rates={"out.*": 0.5}, other_lr=0.1
+        whole(),
+        lr=LR,
+        method="full",
+        tuned_at=AT_16,
+        rates={"out.*": 0.5},
+        other_lr=0.1,
     )
     found = {name: group["lr"] for group in groups for name, _ in group["params"]}
     assert [found[n] for n in ("out.weight", "out.bias")] == pytest.approx([0.5, 0.5])
-    assert [found[n] for n in ("emb.weight", "in.bias", "norm.weight")] == pytest.approx([0.1] * 3)
+    assert [
+        found[n] for n in ("emb.weight", "in.bias", "norm.weight")
+    ] == pytest.approx([0.1] * 3)
     moved = MuA().multiplier(Factor("w", "full", None, 8, 32), replace(AT_16, fan_in=8))
     assert found["in.weight"] == pytest.approx(LR * moved * DISTANCE)
 
 
 @pytest.mark.parametrize(
-    ("init", "width"), [("A", 32), ("B", (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3))]
+    ("init", "width"),
+    [("A", 32), ("B", (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3))],
 )
 def test_the_width_of_full_finetuning_follows_the_references_init(init, width):
     """From Init[A] the largest fan-in decides full finetuning, from Init[B] the mean one."""
     at = Reference(rank=16, alpha=16, init=init, fan_in=32)
-    found = multipliers(rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at))
+    found = multipliers(
+        rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at)
+    )
     moved = Falling().multiplier(Factor("w", "full", None, width, width), at)
     assert found["in.weight"] == pytest.approx(moved * DISTANCE)
 
@@ -493,14 +574,18 @@ def test_pinned_weights_do_not_count_for_the_width():
             model, lr=LR, tuned_at=replace(AT_16, fan_in=64), rates={"1.*": 1.0}
         )
     )
-    assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, replace(AT_16, fan_in=64), width=12))
+    assert found["0.lora_A"] == pytest.approx(
+        expected(4, 1.0, replace(AT_16, fan_in=64), width=12)
+    )
 
 
 def test_full_finetuning_per_layer():
     """per_layer_width=True gives every whole weight the rate of its own fan-in."""
     at = Reference(method="full", fan_in=32)
     found = multipliers(
-        rank_aware_param_groups(whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True)
+        rank_aware_param_groups(
+            whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True
+        )
     )
     assert found["out.weight"] == 1.0
     moved = MuA().multiplier(Factor("w", "full", None, 8, 32), at)
@@ -517,7 +602,9 @@ def test_a_model_without_pairs_needs_method_full():
 
 
 def plan(model, optimizer_class=None, **options):
-    return make_plan(inspect_model(model), PlanOptions(**options), optimizer_class=optimizer_class)
+    return make_plan(
+        inspect_model(model), PlanOptions(**options), optimizer_class=optimizer_class
+    )
 
 
 @pytest.mark.parametrize("takes", [RankAwareOptimizer.__new__, rank_aware_param_groups])
@@ -535,33 +622,52 @@ NOTES = [
         torch.optim.SGD,
         "SGD is gradient-like: in small runs its best rate followed µA's form with alpha but",
     ),
-    muon("Muon is spectral: in small runs its best rate followed µA's form with alpha but"),
+    muon(
+        "Muon is spectral: in small runs its best rate followed µA's form with alpha but"
+    ),
     (
         type("Lamb", (torch.optim.SGD,), {}),
         "Lamb is relative-scale: µA's form for that family moves its rates",
     ),
-    (torch.optim.Adafactor, "Adafactor is floored-scale: no form of µA is known to hold"),
-    (type("LARS", (torch.optim.SGD,), {}), "LARS is first-step: no form of µA is known to hold"),
-    (torch.optim.Adagrad, "Adagrad is of an unknown family and is scaled as a sign-like"),
+    (
+        torch.optim.Adafactor,
+        "Adafactor is floored-scale: no form of µA is known to hold",
+    ),
+    (
+        type("LARS", (torch.optim.SGD,), {}),
+        "LARS is first-step: no form of µA is known to hold",
+    ),
+    (
+        torch.optim.Adagrad,
+        "Adagrad is of an unknown family and is scaled as a sign-like",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("kind", "note"), NOTES)
 def test_optimizer_families_are_noted(kind, note):
     """An optimizer that is not sign-like gets a line in the report."""
-    assert [n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes] == (
-        [True] if note else []
-    )
+    assert [
+        n.startswith(note or "-") for n in plan(mlp(), optimizer_class=kind).notes
+    ] == ([True] if note else [])
 
 
 @pytest.mark.parametrize(
-    "kind", [torch.optim.SGD, muon(), type("LARS", (torch.optim.SGD,), {}), torch.optim.Adafactor]
+    "kind",
+    [
+        torch.optim.SGD,
+        muon(),
+        type("LARS", (torch.optim.SGD,), {}),
+        torch.optim.Adafactor,
+    ],
 )
 def test_rank_moves_no_rate_of_these_families(kind):
     """By the default law and by µA alike, their rates stay where alpha follows the rank, and the report says why."""
     at = replace(AT_16, fan_in=16)
     for law in ("falling", "mua"):
-        made = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, law=law)
+        made = rank_aware_param_groups(
+            mlp((4,)), lr=LR, tuned_at=at, optimizer_class=kind, law=law
+        )
         assert {group["rank_multiplier"] for group in made} == {1.0}
         (note,) = plan(mlp(), optimizer_class=kind, law=law, tuned_at=AT_16).notes
         assert "do the same" in note or "one rate" in note
@@ -602,9 +708,9 @@ def test_strict_refuses_unknown_families():
     """strict=True refuses an optimizer that no law is derived for, and takes those of known families."""
     with pytest.raises(LawError, match=r"family of Adagrad.* Leave strict out"):
         plan(mlp(), optimizer_class=torch.optim.Adagrad, strict=True)
-    assert plan(mlp(), optimizer_class=torch.optim.SGD, strict=True).law == Falling().bind(
-        torch.optim.SGD, {}
-    )
+    assert plan(
+        mlp(), optimizer_class=torch.optim.SGD, strict=True
+    ).law == Falling().bind(torch.optim.SGD, {})
 
 
 BATCHES = [
@@ -617,7 +723,9 @@ BATCHES = [
 
 
 @pytest.mark.parametrize(("kind", "tuned", "batch", "moved"), BATCHES)
-def test_the_batch_moves_every_rate_where_both_sides_name_one(kind, tuned, batch, moved):
+def test_the_batch_moves_every_rate_where_both_sides_name_one(
+    kind, tuned, batch, moved
+):
     """Rates go as √batch for Adam and as batch for SGD, heads too, but only if both batches are given."""
     at = Reference(rank=4, alpha=4, batch=tuned)
     groups = rank_aware_param_groups(
@@ -642,7 +750,9 @@ def test_a_law_that_does_not_know_the_batch_says_so():
 def test_rates_of_their_own_do_not_move_with_the_batch():
     """A rate given by name or for others is what it was given as, whatever the batch."""
     at = Reference(rank=4, alpha=4, batch=16)
-    groups = rank_aware_param_groups(mlp((4,)), lr=LR, tuned_at=at, batch=64, other_lr=0.5)
+    groups = rank_aware_param_groups(
+        mlp((4,)), lr=LR, tuned_at=at, batch=64, other_lr=0.5
+    )
     assert {group["lora_role"]: group["lr"] for group in groups} == {
         "other": 0.5,
         "A": 2 * LR,

@@ -54,7 +54,9 @@ OWN = {"weight_decay": 0.1, "betas": (0.9, 0.95)}  # what it was made with
 def built(
     recipe: Recipe = RECIPE, optimizer=AdamW, model: nn.Module | None = None, **options
 ) -> RankAwareOptimizer:
-    return RankAwareOptimizer(model or mlp((16, 16)), optimizer, recipe=recipe, **options)
+    return RankAwareOptimizer(
+        model or mlp((16, 16)), optimizer, recipe=recipe, **options
+    )
 
 
 def rates(opt, role: str = "other") -> dict[str, float]:
@@ -101,7 +103,12 @@ OTHER = [
         "optimizer='AdamW', not 'SGD'; family='sign-like', not 'gradient-like'",
         "with SGD",
     ),
-    ({}, {"optimizer": "nadam"}, "optimizer='AdamW', not 'NAdam'. ", "calibrate with NAdam"),
+    (
+        {},
+        {"optimizer": "nadam"},
+        "optimizer='AdamW', not 'NAdam'. ",
+        "calibrate with NAdam",
+    ),
     (
         {"optimizer": "torch.optim.sgd.SGD"},
         {},
@@ -136,7 +143,9 @@ def test_a_recipes_rates_keep_no_distance():
     moved = Falling().multiplier(
         replace(RECIPE.reference, rank=16, alpha=16).as_factor(), RECIPE.reference
     )
-    assert {g["rank_multiplier"] for g in opt.param_groups if g["lora_role"] != "other"} == {moved}
+    assert {
+        g["rank_multiplier"] for g in opt.param_groups if g["lora_role"] != "other"
+    } == {moved}
     assert "keeps a distance" not in str(opt.report())
 
 
@@ -146,7 +155,9 @@ def test_a_recipes_rates_keep_no_distance():
 @pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
 def test_the_band_is_of_the_recipes_own_optimizer(optimizer, shown):
     """Beside another optimizer's rates the recipe's band is not printed."""
-    assert ("the best rate lies between" in str(built(optimizer=optimizer).report())) == shown
+    assert (
+        "the best rate lies between" in str(built(optimizer=optimizer).report())
+    ) == shown
 
 
 class Eight(AdamW):
@@ -165,7 +176,10 @@ ALIKE = [
         replace(RECIPE, settings={"weight_decay": 0.01, "unheard": 3, "foreach": True}),
         {"foreach": False},
     ),
-    (replace(RECIPE, batch=None, warmup=None), {**OWN, "batch": 64, "warmup_share": 0.2}),
+    (
+        replace(RECIPE, batch=None, warmup=None),
+        {**OWN, "batch": 64, "warmup_share": 0.2},
+    ),
     (replace(RECIPE, settings={"betas": (0.9, 0.999)}), {}),
 ]
 
@@ -202,7 +216,9 @@ def test_a_built_optimizer_is_compared_by_what_it_holds():
     model = mlp((16, 16))
     RankAwareOptimizer(AdamW(model.parameters(), **OWN), model=model, recipe=RECIPE)
     with pytest.warns(RankAwareWarning, match=r"weight_decay=0\.1, not 0\.01; betas"):
-        RankAwareOptimizer(AdamW((model := mlp((16, 16))).parameters()), model=model, recipe=RECIPE)
+        RankAwareOptimizer(
+            AdamW((model := mlp((16, 16))).parameters()), model=model, recipe=RECIPE
+        )
 
 
 # --- steps and batch ------------------------------------------------------------------------------------------------
@@ -211,17 +227,27 @@ def test_a_built_optimizer_is_compared_by_what_it_holds():
 @pytest.mark.filterwarnings("ignore:Recipe 'digits'")
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
-    "run", [{"steps": 800}, {"batch": 64}, {"steps": 800, "batch": 64}, {"steps": 100}], ids=str
+    "run",
+    [{"steps": 800}, {"batch": 64}, {"steps": 800, "batch": 64}, {"steps": 100}],
+    ids=str,
 )
 def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
     """Every rate is the recipe's at these steps and batch, and so is the band in the report."""
     recipe = replace(
         RECIPE, horizon=Horizon(slope=-0.2, slope_sd=0.1), full_seen=True, ranks=(4, 16)
     )
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH)) if method == "full" else mlp((16, 16))
+    model = (
+        nn.Sequential(nn.Linear(WIDTH, WIDTH)) if method == "full" else mlp((16, 16))
+    )
     opt = built(recipe, model=model, method=method, **OWN, **run)
-    rate = recipe.at(method="full", **run) if method == "full" else recipe.at(rank=16, **run)
-    assert values(opt, "full" if method == "full" else "A") == pytest.approx([rate.lr], rel=1e-8)
+    rate = (
+        recipe.at(method="full", **run)
+        if method == "full"
+        else recipe.at(rank=16, **run)
+    )
+    assert values(opt, "full" if method == "full" else "A") == pytest.approx(
+        [rate.lr], rel=1e-8
+    )
     assert (
         f"between {rate.low:.3g} and {rate.high:.3g} with 90 %, for {run.get('steps', 100)} steps"
         in str(opt.report())
@@ -240,14 +266,26 @@ REFUSED = [
         RecipeError,
         "does not give its own steps",
     ),
-    ({"recipe": None, "lr": 1e-3, "steps": 9}, OptimizerError, "steps= was given without recipe="),
+    (
+        {"recipe": None, "lr": 1e-3, "steps": 9},
+        OptimizerError,
+        "steps= was given without recipe=",
+    ),
     (
         {"recipe": None, "lr": 1e-3, "warmup_share": 0.1},
         OptimizerError,
         "warmup_share= was given without recipe=",
     ),
-    ({"recipe": None, "lr": 1e-3, "apply_settings": True}, OptimizerError, "but none was given"),
-    ({"optimizer": SGD, "apply_settings": True}, OptimizerError, "whose settings do not fit SGD"),
+    (
+        {"recipe": None, "lr": 1e-3, "apply_settings": True},
+        OptimizerError,
+        "but none was given",
+    ),
+    (
+        {"optimizer": SGD, "apply_settings": True},
+        OptimizerError,
+        "whose settings do not fit SGD",
+    ),
 ]
 
 
@@ -274,9 +312,9 @@ def test_a_recipes_settings_are_taken(options, decay, betas, tmp_path):
     recipe = Recipe.load(RECIPE.save(tmp_path / "r.toml"))
     model = mlp((16, 16))
     opt = built(recipe, model=model, apply_settings=True, **options)
-    assert {(g["weight_decay"], g["betas"], g["foreach"]) for g in opt.param_groups} == {
-        (decay, betas, None)
-    }
+    assert {
+        (g["weight_decay"], g["betas"], g["foreach"]) for g in opt.param_groups
+    } == {(decay, betas, None)}
     train(model, opt, steps=1)
 
 
@@ -284,12 +322,17 @@ def test_what_is_given_stays():
     """A setting that is given, by name or by group, is not replaced, and a warning says that it differs."""
     model = mlp((16, 16))
     with pytest.warns(
-        RankAwareWarning, match=r"was made with betas=\[0\.9, 0\.95\], not \[0\.9, 0\.99\]\. "
+        RankAwareWarning,
+        match=r"was made with betas=\[0\.9, 0\.95\], not \[0\.9, 0\.99\]\. ",
     ):
         opt = built(model=model, apply_settings=True, betas=(0.9, 0.99))
-    assert {(g["weight_decay"], g["betas"]) for g in opt.param_groups} == {(0.1, (0.9, 0.99))}
+    assert {(g["weight_decay"], g["betas"]) for g in opt.param_groups} == {
+        (0.1, (0.9, 0.99))
+    }
     groups = grouped(model, {}, {"weight_decay": 0.0})
-    opt = RankAwareOptimizer(groups, AdamW, model=model, recipe=RECIPE, apply_settings=True)
+    opt = RankAwareOptimizer(
+        groups, AdamW, model=model, recipe=RECIPE, apply_settings=True
+    )
     assert {(g["lora_role"], g["weight_decay"]) for g in opt.param_groups} == {
         ("A", 0.1),
         ("B", 0.1),
@@ -325,12 +368,16 @@ def test_a_value_that_no_setting_can_have_is_left():
 def test_a_texts_setting_is_taken():
     """A word is taken where the class has a word or None by default."""
     recipe = replace(
-        RECIPE, optimizer="torch.optim._muon.Muon", settings={"adjust_lr_fn": "match_rms_adamw"}
+        RECIPE,
+        optimizer="torch.optim._muon.Muon",
+        settings={"adjust_lr_fn": "match_rms_adamw"},
     )
     model = mlp((16, 16), head=False)
     opt = RankAwareOptimizer(model, Muon, recipe=recipe, apply_settings=True)
     assert opt.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-    with pytest.warns(RankAwareWarning, match="adjust_lr_fn='match_rms_adamw', not None"):
+    with pytest.warns(
+        RankAwareWarning, match="adjust_lr_fn='match_rms_adamw', not None"
+    ):
         RankAwareOptimizer(model, Muon, recipe=recipe)
 
 
@@ -384,7 +431,9 @@ def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [AdamW, lambda model: AdamW(model.parameters())], ids=["class", "built"]
+    "optimizer",
+    [AdamW, lambda model: AdamW(model.parameters())],
+    ids=["class", "built"],
 )
 def test_a_head_that_nothing_is_known_of_asks_for_its_rate(optimizer):
     """Where neither the head nor full finetuning was seen, an error asks for other_lr, before anything is changed."""
@@ -412,7 +461,12 @@ def test_seen_and_unseen_parameters_part():
     model.norms = nn.ModuleList([nn.LayerNorm(3) for _ in range(12)])
     model.new = nn.Linear(3, 2)
     recipe = replace(
-        FULL, other_rates={"norms.*.weight": "base", "norms.*.bias": "base", "head.weight": 1e-4}
+        FULL,
+        other_rates={
+            "norms.*.weight": "base",
+            "norms.*.bias": "base",
+            "head.weight": 1e-4,
+        },
     )
     opt = built(recipe, model=model)
     found = rates(opt)
@@ -426,7 +480,9 @@ def test_a_group_with_a_rate_of_its_own_keeps_it(added):
     """The rate that the user's group names is the head's, whatever the recipe knows, and nothing is asked for."""
     model = mlp((16, 16))
     pairs, head = grouped(model, {}, {"lr": 5e-4})
-    opt = RankAwareOptimizer([pairs] if added else [pairs, head], AdamW, model=model, recipe=UNSEEN)
+    opt = RankAwareOptimizer(
+        [pairs] if added else [pairs, head], AdamW, model=model, recipe=UNSEEN
+    )
     if added:
         opt.add_param_group(head)
     assert rates(opt) == {"head.weight": 5e-4, "head.bias": 5e-4}
@@ -438,7 +494,9 @@ def test_a_head_added_later_is_treated_alike():
     pairs, head = grouped(model, {}, {})
     opt = RankAwareOptimizer([pairs], AdamW, model=model, recipe=FULL)
     opt.add_param_group(head)
-    assert rates(opt) == {name: pytest.approx(FULL_LR) for name in ("head.weight", "head.bias")}
+    assert rates(opt) == {
+        name: pytest.approx(FULL_LR) for name in ("head.weight", "head.bias")
+    }
     unknown = RankAwareOptimizer([pairs], AdamW, model=model, recipe=UNSEEN)
     with pytest.raises(RecipeError, match="other_lr="):
         unknown.add_param_group(head)
@@ -450,7 +508,9 @@ def test_a_head_added_later_is_treated_alike():
 def test_a_built_optimizers_rates_are_the_recipes():
     """Wrapping a built optimizer with a recipe sets the head's rate too, not only the adapters'."""
     model = mlp((16, 16))
-    opt = RankAwareOptimizer(AdamW(model.parameters(), lr=1.0), model=model, recipe=FULL)
+    opt = RankAwareOptimizer(
+        AdamW(model.parameters(), lr=1.0), model=model, recipe=FULL
+    )
     assert values(opt) == pytest.approx([FULL_LR])
     assert {g["lr"] for g in opt.param_groups} == {FULL.lr}
 
@@ -474,7 +534,10 @@ def test_in_full_finetuning_everything_is_full():
 def test_a_recipe_of_full_finetuning_gives_a_head_its_rate():
     """Where full finetuning is the reference, a head beside adapters has its rate, and the pairs the law's."""
     recipe = replace(
-        FULL, reference=Reference(method="full", fan_in=WIDTH), ranks=(), scaling_rule="unknown"
+        FULL,
+        reference=Reference(method="full", fan_in=WIDTH),
+        ranks=(),
+        scaling_rule="unknown",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankAwareWarning)
@@ -492,5 +555,8 @@ def test_a_recipe_survives_with_what_it_knows(tmp_path):
     found = Recipe.load(made.save(tmp_path / "r.toml"))
     assert (found.other_rates, found.source) == (made.other_rates, made.source)
     said = re.sub(r"\s+", " ", str(found))
-    assert "other rates head.weight the base rate; a.*.b 0.0003; any other must be given" in said
+    assert (
+        "other rates head.weight the base rate; a.*.b 0.0003; any other must be given"
+        in said
+    )
     assert "code train t, commit c" in said

@@ -19,7 +19,13 @@ from rankaware_optim import (
 from rankaware_optim._types import Factor, Rated
 from rankaware_optim.inspection import other_kind
 from rankaware_optim.inspection._unsupported import unsupported
-from rankaware_optim.optimizer import PlanOptions, Report, effective_lr, make_plan, plan_rates
+from rankaware_optim.optimizer import (
+    PlanOptions,
+    Report,
+    effective_lr,
+    make_plan,
+    plan_rates,
+)
 from rankaware_optim.optimizer._report import make_report
 
 from ..helpers.models import adapted, mlp
@@ -39,15 +45,25 @@ def report_of(model: nn.Module, **options) -> Report:
 def test_the_report_lists_every_group():
     """A report has one row a group with role, rank, scaling, init, count, multiplier, rate and reason."""
     model = mlp((4, 8))
-    made = make_plan(inspect_model(model), PlanOptions(tuned_at=AT_16, rates={"head.bias": 0.5}))
-    groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16, rates={"head.bias": 0.5})
+    made = make_plan(
+        inspect_model(model), PlanOptions(tuned_at=AT_16, rates={"head.bias": 0.5})
+    )
+    groups = rank_aware_param_groups(
+        model, lr=LR, tuned_at=AT_16, rates={"head.bias": 0.5}
+    )
     for group in groups:
         group["param_names"], group["params"] = zip(*group["params"], strict=True)
     rows = make_report(groups, made, "title").rows
     seen = [(r.role, r.rank, r.scaling, r.init, r.count) for r in rows]
     lora = [(role, rank, 1.0, "A", 1) for rank in (4, 8) for role in "AB"]
-    assert seen == [*lora, ("other", None, None, None, 1), ("other", None, None, None, 1)]
-    assert [(r.multiplier, r.lr) for r in rows] == [(g["rank_multiplier"], g["lr"]) for g in groups]
+    assert seen == [
+        *lora,
+        ("other", None, None, None, 1),
+        ("other", None, None, None, 1),
+    ]
+    assert [(r.multiplier, r.lr) for r in rows] == [
+        (g["rank_multiplier"], g["lr"]) for g in groups
+    ]
     assert [r.base_lr for r in rows] == pytest.approx([LR] * len(rows))
     assert rows[0].reason == "falling: from rank 16, alpha 16, B = 0 (theory, measured)"
     assert rows[-2].reason == "no LoRA factor: the base rate"
@@ -63,7 +79,12 @@ REASONS = [
         "A",
         "constant: from rank 16, alpha 16, B = 0 (not moved)",
     ),
-    ({}, "other", "A", "neither factor started at zero, so no law covers it: the base rate"),
+    (
+        {},
+        "other",
+        "A",
+        "neither factor started at zero, so no law covers it: the base rate",
+    ),
 ]
 
 
@@ -83,7 +104,12 @@ SURE = [
     ("adamw", {"tuned_at": Reference(rank=16, alpha=8)}, "A", "theory"),
     ("adamw", {"tuned_at": Reference(rank=4, alpha=8)}, "A", "theory"),
     ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)}, "A", "theory"),
-    ("adamw", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64, init="B")}, "B", "untested"),
+    (
+        "adamw",
+        {"tuned_at": Reference(rank=4, alpha=4, fan_in=64, init="B")},
+        "B",
+        "untested",
+    ),
     ("adamw", {"tuned_at": replace(AT_16, init="B")}, "B", "measured, small runs"),
     (
         "adamw",
@@ -92,16 +118,36 @@ SURE = [
         "theory, against small runs",
     ),
     ("adamw", {"tuned_at": Reference(method="full")}, "A", "a rule of thumb"),
-    ("adamw", {"tuned_at": replace(AT_16, batch=8), "batch": 32}, "A", "a rule of thumb"),
+    (
+        "adamw",
+        {"tuned_at": replace(AT_16, batch=8), "batch": 32},
+        "A",
+        "a rule of thumb",
+    ),
     ("adamw", {"tuned_at": AT_16, "law": "loraplus"}, "A", "not moved"),
-    ("adamw", {"tuned_at": AT_16, "law": "power?exponent=0.5"}, "A", "as that law says"),
+    (
+        "adamw",
+        {"tuned_at": AT_16, "law": "power?exponent=0.5"},
+        "A",
+        "as that law says",
+    ),
     ("sgd", {"tuned_at": AT_16}, "A", "measured, small runs"),
     ("sgd", {"tuned_at": Reference(rank=4, alpha=16)}, "A", "measured, small runs"),
     ("sgd", {"tuned_at": replace(AT_16, init="B")}, "B", "theory"),
     ("sgd", {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)}, "A", "theory"),
     ("adafactor", {"tuned_at": AT_16}, "A", "not moved"),
-    ("torch_optimizer:LARS", {"tuned_at": AT_16, "weight_decay": 0.1}, "A", "not moved"),
-    ("torch_optimizer:Shampoo", {"tuned_at": AT_16}, "A", "a guess, as for sign-like optimizers"),
+    (
+        "torch_optimizer:LARS",
+        {"tuned_at": AT_16, "weight_decay": 0.1},
+        "A",
+        "not moved",
+    ),
+    (
+        "torch_optimizer:Shampoo",
+        {"tuned_at": AT_16},
+        "A",
+        "a guess, as for sign-like optimizers",
+    ),
 ]
 
 
@@ -120,7 +166,11 @@ def test_a_reason_says_how_sure_it_is(optimizer, options, init, sure):
 def test_two_rates_are_as_sure_as_their_law():
     """Where B has its own rate at the reference too, its row does not call that tuned."""
     opt = RankAwareOptimizer(
-        mlp(head=False), "adamw", lr=LR, tuned_at=Reference(rank=4, alpha=4), law=MuA(ratio=4.0)
+        mlp(head=False),
+        "adamw",
+        lr=LR,
+        tuned_at=Reference(rank=4, alpha=4),
+        law=MuA(ratio=4.0),
     )
     reasons = {row.role: row.reason.rpartition(" (")[2] for row in opt.report().rows}
     assert reasons == {"A": "as tuned)", "B": "as that law says)"}
@@ -128,8 +178,13 @@ def test_two_rates_are_as_sure_as_their_law():
 
 def test_a_full_finetuning_rate_from_lora_is_a_rule_of_thumb():
     """A whole weight's row says that it moves by a rule of thumb, and one that stays says that it is as tuned."""
-    for at, sure in ((AT_16, "a rule of thumb"), (Reference(method="full"), "as tuned")):
-        opt = RankAwareOptimizer(nn.Linear(4, 4), "adamw", method="full", lr=LR, tuned_at=at)
+    for at, sure in (
+        (AT_16, "a rule of thumb"),
+        (Reference(method="full"), "as tuned"),
+    ):
+        opt = RankAwareOptimizer(
+            nn.Linear(4, 4), "adamw", method="full", lr=LR, tuned_at=at
+        )
         assert {row.reason for row in opt.report().rows} == {
             f"falling: full finetuning, from {at} ({sure})"
         }
@@ -139,9 +194,9 @@ def test_a_calibrated_rate_is_as_sure_as_its_recipe():
     """Under a recipe the reason points at its band, which stands below the table."""
     opt = RankAwareOptimizer(mlp(width=64, head=False), "adamw", recipe=RECIPE)
     report = opt.report()
-    assert {row.reason.rpartition(" (")[2].removesuffix(")") for row in report.rows} == {
-        "calibrated, see its band"
-    }
+    assert {
+        row.reason.rpartition(" (")[2].removesuffix(")") for row in report.rows
+    } == {"calibrated, see its band"}
     assert any("lies between" in note for note in report.notes)
 
 
@@ -149,16 +204,25 @@ def test_without_a_reference_nothing_moves_on_a_uniform_model():
     """Where tuned_at was forgotten and one configuration is all there is, every row says that nothing is moved."""
     for model, method in ((mlp(head=False), "lora"), (nn.Linear(4, 4), "full")):
         opt = RankAwareOptimizer(model, "adamw", lr=LR, method=method)
-        assert {row.reason for row in opt.report().rows} == {"tuned_at not given: nothing is moved"}
-        assert "tuned_at not given: nothing is moved" in opt.report(per_module=True).__str__()
+        assert {row.reason for row in opt.report().rows} == {
+            "tuned_at not given: nothing is moved"
+        }
+        assert (
+            "tuned_at not given: nothing is moved"
+            in opt.report(per_module=True).__str__()
+        )
 
 
 def test_without_a_reference_a_mixed_model_moves_about_its_own():
     """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
     report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
-    assert "falling: from rank 4, alpha 4, B = 0 (as tuned)" in {row.reason for row in report.rows}
+    assert "falling: from rank 4, alpha 4, B = 0 (as tuned)" in {
+        row.reason for row in report.rows
+    }
     (note,) = [note for note in report.notes if "tuned_at" in note]
-    assert note.startswith("tuned_at not given: lr counts as tuned at rank 4, alpha 4, B = 0")
+    assert note.startswith(
+        "tuned_at not given: lr counts as tuned at rank 4, alpha 4, B = 0"
+    )
 
 
 def test_a_report_and_a_survey_give_one_reason():
@@ -174,12 +238,20 @@ def test_a_report_and_a_survey_give_one_reason():
 def test_the_report_prints_as_a_table():
     """str() of a report is a table with its title, a line a group, and the notes."""
     model = mlp((4, 8))
-    made = make_plan(inspect_model(model), PlanOptions(tuned_at=replace(AT_16, init="B")))
+    made = make_plan(
+        inspect_model(model), PlanOptions(tuned_at=replace(AT_16, init="B"))
+    )
     text = str(make_report(rank_aware_param_groups(model, lr=LR), made, "the title"))
     assert text.splitlines()[0].strip() == "the title"
     assert all(
         word in text
-        for word in ("role", "multiplier", "why", "no LoRA factor", "note: Adapters at B = 0")
+        for word in (
+            "role",
+            "multiplier",
+            "why",
+            "no LoRA factor",
+            "note: Adapters at B = 0",
+        )
     )
     assert max(map(len, text.splitlines())) <= 100
 
@@ -187,11 +259,18 @@ def test_the_report_prints_as_a_table():
 def test_a_row_shows_convention_and_fans():
     """A group's row names its conventions and the smallest and largest fan-in of its tensors."""
     model = nn.ModuleDict(
-        {"narrow": adapted(rank=4), "wide": mlp((4,), width=64, scalings=2.0, head=False)}
+        {
+            "narrow": adapted(rank=4),
+            "wide": mlp((4,), width=64, scalings=2.0, head=False),
+        }
     )
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=LR)
     (row,) = [r for r in opt.report().rows if r.role == "A"]
-    assert (row.convention, row.fan_in, row.fan_out) == ("lora_A/lora_B", (12, 64), (20, 64))
+    assert (row.convention, row.fan_in, row.fan_out) == (
+        "lora_A/lora_B",
+        (12, 64),
+        (20, 64),
+    )
     assert "12–64" in str(opt.report())
 
 
@@ -205,8 +284,12 @@ def test_the_report_is_at_most_100_columns_wide(law):
         {"a" * 60: adapted(rank=4), "wide": mlp((4, 16), width=64, scalings=1 / 3)}
     )
     model["scores"] = nn.Linear(14336, 3)
-    groups = [{"params": [p], "lr": 1.2345e-5} for p in model.parameters() if p.requires_grad]
-    opt = RankAwareOptimizer(groups, "adamw", model=model, tuned_at=AT_16, lr=LR, law=law, batch=64)
+    groups = [
+        {"params": [p], "lr": 1.2345e-5} for p in model.parameters() if p.requires_grad
+    ]
+    opt = RankAwareOptimizer(
+        groups, "adamw", model=model, tuned_at=AT_16, lr=LR, law=law, batch=64
+    )
     text = str(opt.report())
     assert max(map(len, text.splitlines())) <= 100
     assert "check: head" not in text
@@ -253,7 +336,9 @@ def test_explain_merges_alike_factors():
     """Without per_module alike factors share a line with their count."""
     shown = inspect_model(mlp((4, 4, 8))).explain()
     lines = [
-        line.split() for line in shown.splitlines() if line.strip().startswith("lora_A/lora_B")
+        line.split()
+        for line in shown.splitlines()
+        if line.strip().startswith("lora_A/lora_B")
     ]
     assert [(line[2], line[3], line[10]) for line in lines] == [
         ("A", "4", "2"),
@@ -281,7 +366,11 @@ def test_explain_shows_rates_and_reasons():
 
 def test_explain_names_what_has_no_law():
     """Other parameters are shown by the kind of adapter they belong to, frozen factors as such."""
-    names = ("q.vera_lambda_b.default", "q.lora_magnitude_vector.d.weight", "head.weight")
+    names = (
+        "q.vera_lambda_b.default",
+        "q.lora_magnitude_vector.d.weight",
+        "head.weight",
+    )
     survey = Survey((), names, frozen=("q.lora_A",), unsupported=unsupported(names))
     shown = survey.explain()
     for words in (
@@ -368,14 +457,21 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
     model = mlp((4,))
     (line,) = RankAwareOptimizer(model, torch.optim.SGD, lr=LR).report().audit
     assert line.startswith("head.weight trains at the adapters' base rate")
-    assert RankAwareOptimizer(model, torch.optim.SGD, lr=LR, other_lr=0.1).report().audit == ()
+    assert (
+        RankAwareOptimizer(model, torch.optim.SGD, lr=LR, other_lr=0.1).report().audit
+        == ()
+    )
 
 
 @pytest.mark.parametrize("built", [False, True])
 def test_frozen_weights_are_no_heads(built):
     """Frozen weights among the parameters given, as in AdamW(model.parameters()), train at no rate: no alarm."""
     model = mlp((4,), head=False)
-    given = torch.optim.SGD(model.parameters(), lr=LR) if built else list(model.parameters())
+    given = (
+        torch.optim.SGD(model.parameters(), lr=LR)
+        if built
+        else list(model.parameters())
+    )
     own = {} if built else {"optimizer": torch.optim.SGD, "lr": LR}
     opt = RankAwareOptimizer(given, model=model, **own)
     assert opt.report().audit == ()
@@ -392,12 +488,16 @@ def test_an_adapter_outside_the_optimizer_is_pointed_out():
         held["second"] = held.pop("default")
     params = [p for p in model["one"].parameters() if p.requires_grad]
     opt = RankAwareOptimizer(params, torch.optim.SGD, model=model, lr=LR)
-    assert opt.report().audit == ("None of the 2 factors of second is in this optimizer.",)
+    assert opt.report().audit == (
+        "None of the 2 factors of second is in this optimizer.",
+    )
 
 
 def test_frozen_experts_are_pointed_out():
     """A frozen three-dimensional stack of expert weights that no pair adapts is found by inspection."""
     model = nn.ModuleDict({"up": adapted(), "experts": nn.Module()})
-    model["experts"].gate_up_proj = nn.Parameter(torch.ones(4, 8, 8), requires_grad=False)
+    model["experts"].gate_up_proj = nn.Parameter(
+        torch.ones(4, 8, 8), requires_grad=False
+    )
     assert inspect_model(model).unadapted == ("experts.gate_up_proj",)
     assert any("target_parameters" in line for line in inspect_model(model).audit())

@@ -36,10 +36,15 @@ KINDS = [
 SCHEDULES = [
     lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
     lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=20),
-    lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=30, cycle_momentum=False),
+    lambda opt: lr_scheduler.OneCycleLR(
+        opt, max_lr=0.1, total_steps=30, cycle_momentum=False
+    ),
     lambda opt: lr_scheduler.SequentialLR(
         opt,
-        [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.ExponentialLR(opt, 0.9)],
+        [
+            lr_scheduler.LinearLR(opt, 0.1, total_iters=3),
+            lr_scheduler.ExponentialLR(opt, 0.9),
+        ],
         milestones=[3],
     ),
 ]
@@ -50,7 +55,9 @@ each_schedule = pytest.mark.parametrize(
 
 
 def ours(model, kind=torch.optim.AdamW, **options):
-    return RankAwareOptimizer(model, kind, **{"lr": LR, "tuned_at": AT, "init": "A"} | options)
+    return RankAwareOptimizer(
+        model, kind, **{"lr": LR, "tuned_at": AT, "init": "A"} | options
+    )
 
 
 def saved(state):
@@ -119,7 +126,9 @@ def test_a_plain_checkpoint_is_adopted(kind, options, given):
     native = kind(given(model), lr=0.25, **options)
     train(model, native, steps=3)
     groups = given(model) if isinstance(given(model)[0], dict) else model
-    opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT, init="A", **options)
+    opt = RankAwareOptimizer(
+        groups, kind, model=model, lr=LR, tuned_at=AT, init="A", **options
+    )
     opt.load_state_dict(saved(native.state_dict()))
     base = {p: group["lr"] for group in native.param_groups for p in group["params"]}
     for group in opt.param_groups:
@@ -137,7 +146,9 @@ def test_the_way_back_to_a_native_optimizer(kind, options):
     scheduler = lr_scheduler.ExponentialLR(opt, 0.5)
     step(model, opt, scheduler, 3)
     again = copy.deepcopy(model)
-    native = kind(rank_aware_param_groups(again, lr=1.0, tuned_at=AT, init="A"), lr=1.0, **options)
+    native = kind(
+        rank_aware_param_groups(again, lr=1.0, tuned_at=AT, init="A"), lr=1.0, **options
+    )
     native.load_state_dict(saved(to_plain_state_dict(opt)))
     assert all(group["rank_multiplied"] for group in native.param_groups)
     train(model, opt, steps=1)
@@ -179,7 +190,9 @@ def test_native_groups_of_a_kept_decay_are_wrapped_at_the_users():
     model = mlp((4, 64))
     native = native_kind(model, scale_weight_decay=False, weight_decay=0.5)
     assert len({group["weight_decay"] for group in native.param_groups}) == 3
-    opt = RankAwareOptimizer(native, model=model, tuned_at=AT, init="A", scale_weight_decay=False)
+    opt = RankAwareOptimizer(
+        native, model=model, tuned_at=AT, init="A", scale_weight_decay=False
+    )
     assert [group["weight_decay"] for group in opt.param_groups] == pytest.approx(
         [0.5] * 5, rel=1e-12
     )
@@ -215,7 +228,9 @@ def test_the_way_back_needs_the_groups(order):
     """An optimizer whose groups were cleared has no settings to give, and that is said."""
     opt = ours(mlp())
     opt.param_groups.clear()
-    with pytest.raises(CheckpointError, match=r"param_groups are empty.*before they are cleared"):
+    with pytest.raises(
+        CheckpointError, match=r"param_groups are empty.*before they are cleared"
+    ):
         to_plain_state_dict(opt, **order)
 
 
@@ -266,7 +281,8 @@ def test_another_rank_is_refused_with_both_numbers(kind, options, before, after)
     other = ours(mlp((after, 8)), kind, **options)
     untouched = copy.deepcopy(other.state_dict())
     with pytest.raises(
-        CheckpointError, match=rf"rank {before}, the model's has rank {after}.*on_rank_change"
+        CheckpointError,
+        match=rf"rank {before}, the model's has rank {after}.*on_rank_change",
     ):
         other.load_state_dict(saved(opt.state_dict()))
     assert alike(untouched, other.state_dict())
@@ -282,7 +298,9 @@ def test_multipliers_are_of_the_new_rank(kind, options):
     other = ours(mlp((16, 8)), kind, on_rank_change="reset", **options)
     expected = [(LR / 4, group["rank_multiplier"]) for group in other.param_groups]
     other.load_state_dict(saved(opt.state_dict()))
-    assert [(group["lr"], group["rank_multiplier"]) for group in other.param_groups] == expected
+    assert [
+        (group["lr"], group["rank_multiplier"]) for group in other.param_groups
+    ] == expected
 
 
 @pytest.mark.parametrize("tags", [True, False], ids=["ours", "plain"])
@@ -298,9 +316,12 @@ def test_reset_starts_changed_factors_anew(before, after, tags):
     )
     assert wider.layer0.lora_A not in other.state
     assert torch.equal(
-        other.state[wider.layer1.lora_A]["exp_avg"], opt.state[model.layer1.lora_A]["exp_avg"]
+        other.state[wider.layer1.lora_A]["exp_avg"],
+        opt.state[model.layer1.lora_A]["exp_avg"],
     )
-    assert set(other.report().reset) == {(f"layer0.lora_{role}", before, after) for role in "AB"}
+    assert set(other.report().reset) == {
+        (f"layer0.lora_{role}", before, after) for role in "AB"
+    }
     assert f"checkpoint of rank {before}, now {after}: their moments were reset" in str(
         other.report()
     )
@@ -334,16 +355,24 @@ def test_a_rate_that_was_named_is_kept_at_a_load():
     train(model, opt, steps=2)
     again = copy.deepcopy(model)
     with pytest.warns(RankAwareWarning, match="neither factor zero"):
-        other = RankAwareOptimizer(again, "adamw", lr=LR, tuned_at=AT, rates={"layer0.*": 1e-4})
+        other = RankAwareOptimizer(
+            again, "adamw", lr=LR, tuned_at=AT, rates={"layer0.*": 1e-4}
+        )
     other.load_state_dict(saved(opt.state_dict()))
     rates = {
-        name: effective_lr(group) for group in other.param_groups for name in group["param_names"]
+        name: effective_lr(group)
+        for group in other.param_groups
+        for name in group["param_names"]
     }
     before = {
-        name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]
+        name: effective_lr(group)
+        for group in opt.param_groups
+        for name in group["param_names"]
     }
     for name, rate in rates.items():
-        assert rate == pytest.approx(1e-4 if name.startswith("layer0") else before[name])
+        assert rate == pytest.approx(
+            1e-4 if name.startswith("layer0") else before[name]
+        )
 
 
 def test_the_default_rate_is_that_of_groups_without_their_own():
@@ -370,7 +399,11 @@ def test_a_checkpoint_of_the_format_before_is_read():
     old = saved(opt.state_dict())
     for group in old["param_groups"]:
         multiplier = group.pop("rank_multiplier")
-        group |= {"lr_multiplier": multiplier, "lr": LR * multiplier, "rankaware_format": 1}
+        group |= {
+            "lr_multiplier": multiplier,
+            "lr": LR * multiplier,
+            "rankaware_format": 1,
+        }
         group["initial_lr"] = 2 * LR * multiplier
     other = ours(copy.deepcopy(model))
     other.load_state_dict(old)
@@ -384,7 +417,10 @@ def test_a_checkpoint_of_the_format_before_is_read():
 def test_saved_groups_that_differ_are_not_merged():
     """Parameters that had two rates are not put into one group with one of them."""
     wide = nn.Sequential(
-        mlp((4,), head=False), nn.Linear(16, 32), mlp((4,), width=32, head=False), nn.Linear(32, 3)
+        mlp((4,), head=False),
+        nn.Linear(16, 32),
+        mlp((4,), width=32, head=False),
+        nn.Linear(32, 3),
     )
     opt = ours(wide, per_layer_width=True)
     train(wide, opt, steps=2)
@@ -420,7 +456,10 @@ BAD = [
         lambda: ours(mlp((4,))).state_dict(),
         r"lacks 2 of this optimizer's parameters, such as layer1",
     ),
-    (lambda: torch.optim.AdamW(mlp((4, 8, 8)).parameters()).state_dict(), "without matching names"),
+    (
+        lambda: torch.optim.AdamW(mlp((4, 8, 8)).parameters()).state_dict(),
+        "without matching names",
+    ),
 ]
 
 
@@ -480,7 +519,10 @@ DAMAGED = [
         lambda: in_state(torch.zeros(4, 16), "step"),
         r"step of layer0.lora_A has shape \(4, 16\), where \(\) is needed",
     ),
-    (lambda: in_state("text", "step"), r"No step can be taken with the checkpoint's state"),
+    (
+        lambda: in_state("text", "step"),
+        r"No step can be taken with the checkpoint's state",
+    ),
     (lambda: in_state(torch.tensor(math.nan), "step"), r"state: .*not finite"),
     (
         lambda: in_groups(betas=None),
@@ -517,7 +559,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("laid_out", LAYOUTS, ids=["transposed", "every second", "expanded"])
+@pytest.mark.parametrize(
+    "laid_out", LAYOUTS, ids=["transposed", "every second", "expanded"]
+)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_moment_is_read_by_its_numbers_however_it_lies_in_memory(laid_out, fused):
     """Strides of a saved tensor, which a fused kernel does not look at, do not change what is trained."""
@@ -549,7 +593,9 @@ def test_a_load_that_fails_midway_changes_nothing():
     opt = ours(model, Undecided)
     state, held = copy.deepcopy(opt.state_dict()), (opt.state, opt.param_groups)
     with pytest.raises(CheckpointError, match="OSError"):
-        opt.load_state_dict(ours(mlp((4, 8)), torch.optim.SGD, momentum=0.9).state_dict())
+        opt.load_state_dict(
+            ours(mlp((4, 8)), torch.optim.SGD, momentum=0.9).state_dict()
+        )
     assert (opt.state, opt.param_groups) == held
     assert alike(state, opt.state_dict())
 
@@ -559,7 +605,9 @@ def test_architectures_of_other_shapes_are_refused():
     small, wide = mlp((4, 8)), mlp((4, 8), width=32)
     opt = ours(small)
     train(small, opt, steps=1)
-    with pytest.raises(CheckpointError, match=r"has shape \(\d, 16\), the parameter \(\d, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"has shape \(\d, 16\), the parameter \(\d, 32\)"
+    ):
         ours(wide, on_rank_change="reset").load_state_dict(opt.state_dict())
 
 

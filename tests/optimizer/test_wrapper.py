@@ -69,7 +69,9 @@ def by_class(model, kind, options, **own):
 
 
 def by_instance(model, kind, options, **own):
-    return RankAwareOptimizer(kind(trained(model), lr=LR, **options), model=model, **own)
+    return RankAwareOptimizer(
+        kind(trained(model), lr=LR, **options), model=model, **own
+    )
 
 
 def by_groups(model, kind, options, **own):
@@ -107,9 +109,9 @@ def by_hand(model, kind, options, reference):
                 if rank
                 else 1.0
             )
-            groups.setdefault((name.split(".")[-1], rank), {"params": [], "lr": LR * moved})[
-                "params"
-            ].append(param)
+            groups.setdefault(
+                (name.split(".")[-1], rank), {"params": [], "lr": LR * moved}
+            )["params"].append(param)
     return kind(list(groups.values()), lr=LR, **options)
 
 
@@ -220,7 +222,8 @@ def test_the_optimizers_own_default_rate():
 
 
 @pytest.mark.parametrize(
-    "give", [lambda p: p, lambda p: [p], lambda p: iter([p]), lambda p: iter([("a", p)])]
+    "give",
+    [lambda p: p, lambda p: [p], lambda p: iter([p]), lambda p: iter([("a", p)])],
 )
 def test_one_parameter_in_any_wrapping(give):
     """A tensor, a list or an iterator of one, named or not, is one group of one parameter."""
@@ -245,7 +248,10 @@ def test_a_tensor_as_rate(form):
     ours, plain = mlp((4, 8), dtype=torch.float64), mlp((4, 8), dtype=torch.float64)
     rate = torch.tensor(LR, dtype=torch.float64)
     opt = RankAwareOptimizer(
-        ours if form is by_class else trained(ours), torch.optim.AdamW, model=ours, lr=rate
+        ours if form is by_class else trained(ours),
+        torch.optim.AdamW,
+        model=ours,
+        lr=rate,
     )
     assert all(isinstance(g["lr"], torch.Tensor) for g in opt.param_groups)
     assert rate.item() == LR
@@ -277,11 +283,18 @@ def oracle(
     model = mlp((4, 8), scalings=2.0, init=init, dtype=torch.float64, seed=3)
     halves = {"lora_A": p, "lora_B": q}
     groups = [
-        {"params": list(model.get_submodule("head").parameters()), "eps": 1e-3, "weight_decay": 0.1}
+        {
+            "params": list(model.get_submodule("head").parameters()),
+            "eps": 1e-3,
+            "weight_decay": 0.1,
+        }
     ]
     for half, by in halves.items():
         layers = [module for module in model if isinstance(module, PlainLoRA)]
-        own = {"eps": 1e-3 / (by if eps else 1.0), "weight_decay": 0.1 / (by if decay else 1.0)}
+        own = {
+            "eps": 1e-3 / (by if eps else 1.0),
+            "weight_decay": 0.1 / (by if decay else 1.0),
+        }
         groups.append({"params": [getattr(layer, half) for layer in layers], **own})
         for layer in layers:
             getattr(layer, half).data.mul_(by)
@@ -321,7 +334,12 @@ def test_scaling_is_undone_by_the_rate_of_the_zero_factor(init, role):
             train(
                 model,
                 RankAwareOptimizer(
-                    model, torch.optim.AdamW, lr=LR, law=law, eps=1e-300, weight_decay=0.0
+                    model,
+                    torch.optim.AdamW,
+                    lr=LR,
+                    law=law,
+                    eps=1e-300,
+                    weight_decay=0.0,
                 ),
                 30,
             )
@@ -362,7 +380,11 @@ def test_users_groups_keep_their_options(built):
     """The user's groups are split, never merged; their own rate is multiplied and their other options are kept."""
     model = mlp((4, 8))
     groups = [
-        {"params": [model.layer0.lora_A, model.layer0.lora_B], "lr": 0.5, "betas": (0.1, 0.2)},
+        {
+            "params": [model.layer0.lora_A, model.layer0.lora_B],
+            "lr": 0.5,
+            "betas": (0.1, 0.2),
+        },
         {"params": [model.layer1.lora_A], "weight_decay": 0.25},
         {"params": [model.layer1.lora_B], "weight_decay": 0.25},
         {"params": list(model.head.parameters()), "eps": 1e-4},
@@ -400,11 +422,15 @@ def test_exceptions_of_the_user(form):
         "per_layer_width": True,
     }
     opt = form(mlp(), torch.optim.AdamW, {}, **options)
-    rates = {name: effective_lr(g) for g in opt.param_groups for name in g["param_names"]}
+    rates = {
+        name: effective_lr(g) for g in opt.param_groups for name in g["param_names"]
+    }
     assert rates["layer1.lora_B"] == 16 * LR
-    assert [rates["layer0.lora_A"], rates["head.weight"], rates["head.bias"]] == pytest.approx(
-        [LR, 0.25, 0.5]
-    )
+    assert [
+        rates["layer0.lora_A"],
+        rates["head.weight"],
+        rates["head.bias"],
+    ] == pytest.approx([LR, 0.25, 0.5])
 
 
 OPTIONS = {
@@ -431,7 +457,9 @@ def test_full_finetuning(form):
     opt = form(model, torch.optim.AdamW, {}, method="full", tuned_at=AT_16)
     at = Reference(rank=16, alpha=16, fan_in=16)
     moved = ra.MuA().multiplier(Factor("w", "full", None, 16, 16), at)
-    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx([LR * moved * DISTANCE] * 2)
+    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx(
+        [LR * moved * DISTANCE] * 2
+    )
     train(model, opt)
 
 
@@ -488,13 +516,17 @@ def test_classes_of_another_package(name):
     """A class of torch_optimizer by name trains, and its checkpoint loads into a fresh one."""
     pytest.importorskip("torch_optimizer")
     model, again = mlp((4, 8)), mlp((4, 8))
-    opt, fresh = (RankAwareOptimizer(m, f"torch_optimizer:{name}", lr=LR) for m in (model, again))
+    opt, fresh = (
+        RankAwareOptimizer(m, f"torch_optimizer:{name}", lr=LR) for m in (model, again)
+    )
     train(model, opt)
     resume(again, fresh, model, opt)
     assert same(snapshot(model), snapshot(again))
     before = mlp((4, 8)).state_dict()
     assert not any(
-        torch.equal(value, before[n]) for n, value in snapshot(model).items() if "lora" in n
+        torch.equal(value, before[n])
+        for n, value in snapshot(model).items()
+        if "lora" in n
     )
 
 
@@ -504,7 +536,9 @@ def test_an_optimizer_that_keeps_lists_by_group_is_refused():
     torch_optimizer = pytest.importorskip("torch_optimizer")
     model = mlp((4, 8))
     native = torch_optimizer.AdaBound(trained(model), lr=LR)
-    with pytest.raises(OptimizerError, match=r"AdaBound keeps base_lrs.*Give the class"):
+    with pytest.raises(
+        OptimizerError, match=r"AdaBound keeps base_lrs.*Give the class"
+    ):
         RankAwareOptimizer(native, model=model)
     assert type(native) is torch_optimizer.AdaBound
     assert len(native.param_groups) == 1
@@ -514,7 +548,8 @@ def test_the_class_of_an_instance_cannot_build_another():
     """A framework that calls type(opt) on parameters is refused, for they would have no rates; its signature stays."""
     opt = by_class(mlp((4, 64)), torch.optim.AdamW, {}, tuned_at=AT_16)
     with pytest.raises(
-        OptimizerError, match=r"cannot be called.*Build RankAwareOptimizer\(model, AdamW"
+        OptimizerError,
+        match=r"cannot be called.*Build RankAwareOptimizer\(model, AdamW",
     ):
         type(opt)(trained(mlp((4, 64))), lr=LR)
     assert inspect.signature(type(opt)) == inspect.signature(torch.optim.AdamW)
@@ -581,8 +616,14 @@ def _said(answer):
 
 REFUSED = [
     (lambda m: RankAwareOptimizer(m, lr=LR), r"No optimizer was given"),
-    (lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR), r"from parameters alone"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.LBFGS, lr=LR), r"LBFGS takes one parameter group"),
+    (
+        lambda m: RankAwareOptimizer(trained(m), torch.optim.AdamW, lr=LR),
+        r"from parameters alone",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.LBFGS, lr=LR),
+        r"LBFGS takes one parameter group",
+    ),
     (
         lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, recipe="r.toml"),
         r"Both recipe= and lr=",
@@ -595,17 +636,40 @@ REFUSED = [
         lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16, recipe="r"),
         r"Both recipe= and tuned_at=",
     ),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, recipe="no_such.toml"), r"no_such\.toml"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, law="nua"), r"Unknown law 'nua'"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, rates={"x*": 1.0}), r"matches none"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, other_lr=0), r"other_lr is 0"),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, method="none"), r"not 'none'"),
-    (lambda m: RankAwareOptimizer(m.head, torch.optim.AdamW, lr=LR), r"No trainable LoRA pair"),
     (
-        lambda m: RankAwareOptimizer(m, type(by_class(m, torch.optim.AdamW, {})), lr=LR),
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, recipe="no_such.toml"),
+        r"no_such\.toml",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, law="nua"),
+        r"Unknown law 'nua'",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, rates={"x*": 1.0}),
+        r"matches none",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, other_lr=0),
+        r"other_lr is 0",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=LR, method="none"),
+        r"not 'none'",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m.head, torch.optim.AdamW, lr=LR),
+        r"No trainable LoRA pair",
+    ),
+    (
+        lambda m: RankAwareOptimizer(
+            m, type(by_class(m, torch.optim.AdamW, {})), lr=LR
+        ),
         r"rank-aware already",
     ),
-    (lambda m: RankAwareOptimizer(m, NoDefault), r"NoDefault has no default learning rate"),
+    (
+        lambda m: RankAwareOptimizer(m, NoDefault),
+        r"NoDefault has no default learning rate",
+    ),
     (
         lambda m: RankAwareOptimizer(m, torch.optim.AdamW, tuned_at=AT_16),
         r"tuned_at= was given without lr=.*0\.001",
@@ -616,7 +680,10 @@ REFUSED = [
         ),
         r"tuned_at= was given without lr=",
     ),
-    (lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=torch.ones(2)), r"lr is tensor"),
+    (
+        lambda m: RankAwareOptimizer(m, torch.optim.AdamW, lr=torch.ones(2)),
+        r"lr is tensor",
+    ),
     *(
         (lambda m, lr=lr: RankAwareOptimizer(m, torch.optim.AdamW, lr=lr), r"lr is")
         for lr in (0, -LR, math.nan, math.inf, "1e-3", True, 10**400)
@@ -638,7 +705,10 @@ REFUSED = [
                 r"base rate 1e\+308 times the multiplier .* is inf",
             ),
             (
-                {"lr": torch.tensor(6e4, dtype=torch.float16), "law": "power?exponent=-2"},
+                {
+                    "lr": torch.tensor(6e4, dtype=torch.float16),
+                    "law": "power?exponent=-2",
+                },
                 r"times the multiplier .* inf",
             ),
             ({"lr": 5e-324, "other_lr": 1.0}, r"times the multiplier inf"),
@@ -649,19 +719,30 @@ REFUSED = [
             ({"law": Strange(-1.0)}, r"gave -1\.0 as the multiplier of 2 times"),
             ({"law": Strange(0)}, r"gave 0 as the multiplier of 2 times"),
             ({"law": Strange(10**400)}, r"as the multiplier of 2 times"),
-            ({"law": Strange(1.0, bound=None)}, r"Strange.* gave None when it was bound"),
+            (
+                {"law": Strange(1.0, bound=None)},
+                r"Strange.* gave None when it was bound",
+            ),
             (
                 {"law": Strange(1.0, bound=OSError("no disk"))},
                 r"failed in bind\(\): OSError\('no disk'\)",
             ),
-            ({"law": Strange(OSError("no disk"))}, r"failed in batch_multiplier\(\): OSError"),
+            (
+                {"law": Strange(OSError("no disk"))},
+                r"failed in batch_multiplier\(\): OSError",
+            ),
             (
                 {"law": Strange(1.0, moved=ZeroDivisionError())},
                 r"failed in multiplier\(\): ZeroDivisionError",
             ),
         )
         for kw in [
-            kw | ({"batch": 2, "tuned_at": Reference(16, 16, batch=1)} if "law" in kw else {})
+            kw
+            | (
+                {"batch": 2, "tuned_at": Reference(16, 16, batch=1)}
+                if "law" in kw
+                else {}
+            )
         ]
     ),
 ]
@@ -717,7 +798,8 @@ class Forgetful(torch.optim.SGD):
 def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
     """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
     with pytest.raises(
-        OptimizerError, match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it"
+        OptimizerError,
+        match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it",
     ):
         RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16)
 
@@ -775,12 +857,32 @@ REFUSED_INSTANCES = [
         {"optimizer": torch.optim.AdamW},
         r"Both a built optimizer",
     ),
-    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"model": None}, r"from parameters alone"),
+    (
+        lambda m: torch.optim.AdamW(trained(m), lr=LR),
+        {"model": None},
+        r"from parameters alone",
+    ),
     (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"law": "nua"}, r"Unknown law"),
-    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"other_lr": -1}, r"other_lr is -1"),
-    (lambda m: torch.optim.AdamW(trained(m), lr=LR), {"rates": {"x": 1.0}}, r"matches none"),
-    (lambda m: torch.optim.AdamW(trained(mlp()), lr=LR), {}, r"None of the 6 parameters"),
-    (lambda m: torch.optim.LBFGS(trained(m), lr=LR), {}, r"LBFGS takes one parameter group"),
+    (
+        lambda m: torch.optim.AdamW(trained(m), lr=LR),
+        {"other_lr": -1},
+        r"other_lr is -1",
+    ),
+    (
+        lambda m: torch.optim.AdamW(trained(m), lr=LR),
+        {"rates": {"x": 1.0}},
+        r"matches none",
+    ),
+    (
+        lambda m: torch.optim.AdamW(trained(mlp()), lr=LR),
+        {},
+        r"None of the 6 parameters",
+    ),
+    (
+        lambda m: torch.optim.LBFGS(trained(m), lr=LR),
+        {},
+        r"LBFGS takes one parameter group",
+    ),
     (lambda m: by_class(m, torch.optim.AdamW, {}), {}, r"rank-aware already"),
     (_scheduled, {}, r"A scheduler was built"),
 ]
@@ -794,7 +896,11 @@ def test_a_refused_instance_is_left_as_it_was(make, options, message):
     before = type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups]
     with pytest.raises(RankAwareError, match=message):
         RankAwareOptimizer(opt, **{"model": model, **options})
-    assert before == (type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups])
+    assert before == (
+        type(opt),
+        dict(opt.defaults),
+        [dict(g) for g in opt.param_groups],
+    )
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
@@ -923,7 +1029,9 @@ REFUSED_STATES = [
 ]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, torch.optim.Adafactor, torch.optim.RMSprop]
+)
 @pytest.mark.parametrize(("saved", "own", "tags", "message"), REFUSED_STATES)
 def test_a_checkpoint_of_another_rank_is_refused(saved, own, tags, message, kind):
     """State of another rank, ours or a plain optimizer's, is an error with both numbers; nothing is loaded."""
@@ -943,7 +1051,9 @@ def test_a_checkpoint_of_another_rank_is_refused(saved, own, tags, message, kind
 def test_a_checkpoint_of_other_groups_is_refused():
     """A checkpoint with another number of groups, since its ranks differ, is refused by rank."""
     with pytest.raises(CheckpointError, match="has rank 4, the model's has rank 8"):
-        by_class(mlp((4, 8)), torch.optim.AdamW, {}).load_state_dict(stepped_state((4, 4)))
+        by_class(mlp((4, 8)), torch.optim.AdamW, {}).load_state_dict(
+            stepped_state((4, 4))
+        )
 
 
 # --- later groups ---------------------------------------------------------------------------------------------------
@@ -955,7 +1065,9 @@ def test_a_later_group_is_split_and_scaled(form):
     model = mlp((4,), head=False)
     opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
     model.layer9 = PlainLoRA(nn.Linear(16, 16), 8, 1.0)
-    opt.add_param_group({"params": trained(model.layer9), "lr": 0.5, "weight_decay": 0.2})
+    opt.add_param_group(
+        {"params": trained(model.layer9), "lr": 0.5, "weight_decay": 0.2}
+    )
     expect = ra.MuA().multiplier(
         Factor("w", "A", 8, 16, 16), Reference(rank=16, alpha=16, fan_in=16)
     )
@@ -964,7 +1076,9 @@ def test_a_later_group_is_split_and_scaled(form):
         ("A", 8, 0.2),
         ("B", 8, 0.2),
     ]
-    assert [effective_lr(g) for g in new] == pytest.approx([0.5 * expect * DISTANCE] * 2)
+    assert [effective_lr(g) for g in new] == pytest.approx(
+        [0.5 * expect * DISTANCE] * 2
+    )
     assert [g["param_names"] for g in new] == [["layer9.lora_A"], ["layer9.lora_B"]]
     train(model, opt)
 
@@ -985,9 +1099,14 @@ def test_a_later_group_may_lie_outside_the_model(form):
     model, head, early = mlp((4,), head=False), nn.Linear(16, 2), nn.Linear(16, 2)
     opt = form(model, torch.optim.AdamW, {}, tuned_at=AT_16)
     opt.add_param_group({"params": list(head.parameters())})
-    assert (opt.param_groups[-1]["lora_role"], effective_lr(opt.param_groups[-1])) == ("other", LR)
+    assert (opt.param_groups[-1]["lora_role"], effective_lr(opt.param_groups[-1])) == (
+        "other",
+        LR,
+    )
     groups = [{"params": trained(model)}, {"params": list(early.parameters())}]
-    built = RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16)
+    built = RankAwareOptimizer(
+        groups, torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16
+    )
     assert opt.param_groups[-1]["param_names"] == built.param_groups[-1]["param_names"]
     before = head.weight.detach().clone()
     head(model(torch.ones(2, 16))).square().sum().backward()
@@ -998,12 +1117,23 @@ def test_a_later_group_may_lie_outside_the_model(form):
 def _later_layer(model):
     """A further parameter, and a further adapter whose rate is out of range: neither may be added."""
     model.layer9 = PlainLoRA(nn.Linear(16, 16), 1, 1e-3)
-    return {"params": [nn.Parameter(torch.ones(2)), *trained(model.layer9)], "lr": 1e308}
+    return {
+        "params": [nn.Parameter(torch.ones(2)), *trained(model.layer9)],
+        "lr": 1e308,
+    }
 
 
 LATER = [
-    (lambda m: {"params": [m.layer0.lora_A]}, OptimizerError, "in this optimizer already"),
-    (lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, OptimizerError, "lr is 0"),
+    (
+        lambda m: {"params": [m.layer0.lora_A]},
+        OptimizerError,
+        "in this optimizer already",
+    ),
+    (
+        lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0},
+        OptimizerError,
+        "lr is 0",
+    ),
     (_later_layer, OptimizerError, r"rate 1e\+308 times the multiplier"),
 ]
 
@@ -1032,7 +1162,9 @@ def test_a_group_is_added_after_the_groups_were_cleared():
     assert all(group["rank_multiplier"] > 1 for group in opt.param_groups)
 
 
-@pytest.mark.parametrize("lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt])
+@pytest.mark.parametrize(
+    "lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt]
+)
 def test_a_later_group_needs_the_model(lose):
     """A copy, or an optimizer whose model is gone, cannot scale a new group and refuses it; a planned one is taken."""
     model = mlp()
@@ -1040,7 +1172,9 @@ def test_a_later_group_needs_the_model(lose):
     del model
     gc.collect()
     layer = nn.ModuleDict({"new": PlainLoRA(nn.Linear(16, 16), 8, 1.0)})
-    with pytest.raises(OptimizerError, match=r"its model is gone.*rank_aware_param_groups"):
+    with pytest.raises(
+        OptimizerError, match=r"its model is gone.*rank_aware_param_groups"
+    ):
         opt.add_param_group({"params": trained(layer)})
     for group in ra.rank_aware_param_groups(layer, lr=LR, tuned_at=AT_16):
         opt.add_param_group(group)
@@ -1058,14 +1192,18 @@ def test_the_model_is_held_weakly():
 # --- parameters that thaw, or are tied ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [by_instance_of_all, by_groups_of_all], ids=["instance", "groups"])
+@pytest.mark.parametrize(
+    "form", [by_instance_of_all, by_groups_of_all], ids=["instance", "groups"]
+)
 def test_frozen_factors_that_were_listed_have_their_rate_when_thawed(form):
     """A frozen adapter among the user's parameters waits in a group with its own rate."""
     model = mlp((4, 8))
     model.layer0.lora_A.requires_grad_(False)
     model.layer0.lora_B.requires_grad_(False)
     opt = form(model)
-    rates = {name: effective_lr(g) for g in opt.param_groups for name in g["param_names"]}
+    rates = {
+        name: effective_lr(g) for g in opt.param_groups for name in g["param_names"]
+    }
     thawed = mlp((4, 8))
     expected = by_class(thawed, torch.optim.AdamW, {}, tuned_at=AT_16)
     assert {n: rates[n] for g in expected.param_groups for n in g["param_names"]} == {

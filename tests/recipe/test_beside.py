@@ -31,7 +31,8 @@ def adapter(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [str, Path, lambda folder: f"{folder}/", lambda folder: folder / "rankaware"]
+    "name",
+    [str, Path, lambda folder: f"{folder}/", lambda folder: folder / "rankaware"],
 )
 def test_the_folder_names_the_recipe(name, adapter):
     """Saved beside an adapter, a recipe is loaded by the adapter's folder, or its own, and used by it."""
@@ -60,7 +61,11 @@ def test_no_second_file_of_weights_lies_at_the_top(adapter):
     """The adapter's own folder gets no file but a README, so what loads it finds the weights it found before."""
     before = {path.name for path in adapter.iterdir()}
     RECIPE.save_beside(adapter)
-    assert {path.name for path in adapter.iterdir()} == {*before, "README.md", "rankaware"}
+    assert {path.name for path in adapter.iterdir()} == {
+        *before,
+        "README.md",
+        "rankaware",
+    }
     assert [f.rank for f in inspect_file(adapter).factors] == [4, 4]
 
 
@@ -92,7 +97,9 @@ def test_words_around_damaged_or_doubled_sections_are_kept(cut, adapter):
     RECIPE.save_beside(adapter)
     section = readme.read_text(encoding="utf-8")
     section = section.partition("<!-- rankaware-optim: end -->")[0] if cut else section
-    readme.write_text(f"{section}\n## My results\n\n{section}\n## More\n", encoding="utf-8")
+    readme.write_text(
+        f"{section}\n## My results\n\n{section}\n## More\n", encoding="utf-8"
+    )
     for _ in range(3):
         RECIPE.save_beside(adapter)
     text = readme.read_text(encoding="utf-8")
@@ -120,7 +127,9 @@ def test_untrusted_words_stay_a_block_of_code(adapter):
 
 def test_what_cannot_be_saved_beside_is_refused(adapter, tmp_path):
     """No folder, or a README that is no text, is an error before anything was written."""
-    with pytest.raises(RecipeError, match=r"There is no folder .* Save the adapter there first"):
+    with pytest.raises(
+        RecipeError, match=r"There is no folder .* Save the adapter there first"
+    ):
         RECIPE.save_beside(tmp_path / "missing")
     (adapter / "README.md").write_bytes(b"\xff\xfe")
     before = sorted(os.listdir(adapter))
@@ -131,7 +140,9 @@ def test_what_cannot_be_saved_beside_is_refused(adapter, tmp_path):
 
 def test_a_folder_without_a_recipe_says_where_it_would_lie(adapter):
     """An adapter that no recipe was saved beside is an error with the file's place."""
-    with pytest.raises(RecipeError, match=r"There is no recipe at .*rankaware.recipe\.toml"):
+    with pytest.raises(
+        RecipeError, match=r"There is no recipe at .*rankaware.recipe\.toml"
+    ):
         Recipe.load(adapter)
 
 
@@ -149,10 +160,14 @@ def test_nothing_is_written_outside_the_folder(linked, adapter, tmp_path):
     elif "missing" not in linked:
         elsewhere.write_text("theirs")
     path.symlink_to(elsewhere)
-    before = {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")}
+    before = {
+        file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")
+    }
     with pytest.raises(RecipeError, match=r"is a link to .*, outside "):
         RECIPE.save_beside(adapter)
-    assert {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")} == before
+    assert {
+        file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")
+    } == before
 
 
 def test_a_link_to_the_adapters_folder_is_followed(adapter, tmp_path):

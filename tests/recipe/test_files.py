@@ -40,7 +40,9 @@ def attacked(tmp_path_factory) -> list[list[str]]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
     }
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=HANG
+    )
     assert not ended.returncode, ended.stderr
     return [line.split() for line in ended.stdout.splitlines()]
 
@@ -68,14 +70,18 @@ def test_a_reader_finds_one_whole_recipe(attacked):
 def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
     """Of different recipes saved over one path at the same time one stays, with its own tensors and no other file."""
     target, kinds = tmp_path / "r.toml", [replace(RECIPE, name=name) for name in "ab"]
-    kinds += [replace(made, tensors={**TENSORS, "seed": TENSORS["seed"] + 1}) for made in kinds]
+    kinds += [
+        replace(made, tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
+        for made in kinds
+    ]
     for number in range(20):
         pair = kinds[number % 4], kinds[(number + 1 + number // 4) % 4]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda made: made.save(target), pair, timeout=HANG))
         found = Recipe.load(target)
         assert any(
-            made.name == found.name and np.array_equal(made.tensors["seed"], found.tensors["seed"])
+            made.name == found.name
+            and np.array_equal(made.tensors["seed"], found.tensors["seed"])
             for made in pair
         )
         assert {target, tensors_of(target)} <= set(tmp_path.iterdir())
@@ -95,7 +101,8 @@ def former(request, tmp_path) -> Path:
 def test_there_is_a_former_recipe_of_every_schema():
     """Stored are recipes of schema 1 and 2."""
     assert [
-        re.search(r"(?m)^schema = (\d)$", (STORED / name).read_text())[1] for name in FORMER
+        re.search(r"(?m)^schema = (\d)$", (STORED / name).read_text())[1]
+        for name in FORMER
     ] == ["1", "2"]
 
 
@@ -119,7 +126,9 @@ def test_a_former_recipe_needs_its_tensors(former):
 def test_lengths_of_a_former_recipe_are_ignored_with_a_note(former):
     """Rates at other lengths than the recipe's follow its slope alone, which a note says."""
     plain, text = Recipe.load(former), former.read_text()
-    former.write_text(text.replace("[horizon]\n", "[horizon]\ntried = [[50, 0.1, 0.02]]\n"))
+    former.write_text(
+        text.replace("[horizon]\n", "[horizon]\ntried = [[50, 0.1, 0.02]]\n")
+    )
     found = Recipe.load(former)
     assert (found.lr, found.horizon) == (plain.lr, plain.horizon)
     assert any("several lengths" in note for note in found.notes)
@@ -128,7 +137,13 @@ def test_lengths_of_a_former_recipe_are_ignored_with_a_note(former):
 def test_former_parameters_of_a_law_are_read_where_they_say_nothing(tmp_path):
     """Parameters that µA had are read with their defaults. With another value they are named."""
     target = RECIPE.save(tmp_path / "r.toml")
-    former = ('name = "mua"', "tokens = 1.0", "split = false", 'steps = "none"', 'floor = "none"')
+    former = (
+        'name = "mua"',
+        "tokens = 1.0",
+        "split = false",
+        'steps = "none"',
+        'floor = "none"',
+    )
     law = "\n".join(("[law.law]", *former, 'shape_factor = "original"', ""))
     text = re.sub(r"\[law\.law\].*?(?=\n\[)", law, target.read_text(), flags=re.DOTALL)
     target.write_text(text)
@@ -160,7 +175,8 @@ def test_a_bad_fitted_rate_is_named_as_in_its_file(name, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
 @pytest.mark.parametrize(
-    ("umask", "former", "then"), [(0o077, None, 0o600), (0o002, None, 0o664), (0o022, 0o640, 0o640)]
+    ("umask", "former", "then"),
+    [(0o077, None, 0o600), (0o002, None, 0o664), (0o022, 0o640, 0o640)],
 )
 def test_files_have_the_mode_that_they_should(umask, former, then, tmp_path):
     """New files have what the umask leaves, and a recipe saved over keeps its mode, its tensors too."""
@@ -171,7 +187,9 @@ def test_files_have_the_mode_that_they_should(umask, former, then, tmp_path):
         replace(RECIPE, tensors={**TENSORS, "seed": TENSORS["seed"] + 1}).save(target)
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (target, tensors_of(target))} == {then}
+    assert {
+        stat.S_IMODE(path.stat().st_mode) for path in (target, tensors_of(target))
+    } == {then}
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -196,7 +214,12 @@ def test_a_newer_recipe_is_not_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-UNREADABLE = [{"fitted_lr": 1e-40}, {"notes": (3,)}, {"settings": {"x": 2**70}}, {"steps": -1}]
+UNREADABLE = [
+    {"fitted_lr": 1e-40},
+    {"notes": (3,)},
+    {"settings": {"x": 2**70}},
+    {"steps": -1},
+]
 UNREADABLE += [{"covariance": np.eye(3) * math.nan}, {"tensors": {"lr": np.zeros(2)}}]
 
 
@@ -330,7 +353,9 @@ def test_a_recipe_that_its_owner_may_not_write_is_not_replaced(mode, tmp_path):
     target = RECIPE.save(tmp_path / "r.toml")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     target.chmod(mode)
-    with pytest.raises(RecipeError, match=r"read-only\. Make it writable, or name another file"):
+    with pytest.raises(
+        RecipeError, match=r"read-only\. Make it writable, or name another file"
+    ):
         NEXT.save(target)
     target.chmod(0o644)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -40,7 +40,9 @@ def measured(optimizer: str) -> str:
         "target = 1.0",
         "ratio = 1.0",
     ]
-    return "\n".join(["[law.law]", *lines, f'optimizer = "{optimizer}"', 'settings = "{}"', ""])
+    return "\n".join(
+        ["[law.law]", *lines, f'optimizer = "{optimizer}"', 'settings = "{}"', ""]
+    )
 
 
 def naming(module: str) -> Recipe:
@@ -96,7 +98,12 @@ def read(tmp_path_factory) -> list[dict]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
     }
     ended = subprocess.run(
-        command, env=environment, cwd=others, capture_output=True, text=True, timeout=HANG
+        command,
+        env=environment,
+        cwd=others,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
     )
     assert not ended.returncode, ended.stderr
     assert not (others / "ran").exists()
@@ -107,7 +114,9 @@ def read(tmp_path_factory) -> list[dict]:
 def test_no_reader_imports_what_a_recipe_names(read):
     """Of recipes that name modules in every field, and by any law, no reader imports one."""
     assert {line["recipe"].rpartition("-")[0] for line in read} == KINDS
-    assert {(line["recipe"], line["reader"], *line["new"]) for line in read if line["new"]} == set()
+    assert {
+        (line["recipe"], line["reader"], *line["new"]) for line in read if line["new"]
+    } == set()
 
 
 @pytest.mark.xdist_group("readers")
@@ -115,7 +124,9 @@ def test_a_law_that_is_a_module_is_refused_with_what_to_do(read):
     """A recipe whose law is "module:Law" is refused by every reader: install it as an entry point, or pass law=."""
     for line in read:
         if line["recipe"].startswith(("law-", "outer-law-")):
-            assert re.search("Install it as an entry point .*or pass law=", line["said"]), line
+            assert re.search(
+                "Install it as an entry point .*or pass law=", line["said"]
+            ), line
 
 
 def test_the_law_of_the_user_may_be_a_module(tmp_path, monkeypatch):
@@ -128,23 +139,36 @@ def test_the_law_of_the_user_may_be_a_module(tmp_path, monkeypatch):
 def former(folder: Path, **changes) -> Recipe:
     """A recipe with the law `measured`, as packages that had it wrote it."""
     path = replace(RECIPE, **changes).save(folder / "former.toml")
-    text = LAW.sub(lambda _: measured("torch.optim.sgd:SGD"), path.read_text(encoding="utf-8"))
+    text = LAW.sub(
+        lambda _: measured("torch.optim.sgd:SGD"), path.read_text(encoding="utf-8")
+    )
     path.write_text(text, encoding="utf-8")
     return Recipe.load(path)
 
 
 @pytest.mark.parametrize("fan_in", [64, None])
 @pytest.mark.parametrize("init", ["A", "B"])
-def test_a_recipe_of_the_former_law_answers_at_its_own_reference(init, fan_in, tmp_path):
+def test_a_recipe_of_the_former_law_answers_at_its_own_reference(
+    init, fan_in, tmp_path
+):
     """Its reference has its rate, in the optimizer too, after a save too. Any other configuration is refused."""
-    made = former(tmp_path, reference=replace(RECIPE.reference, init=init, fan_in=fan_in))
+    made = former(
+        tmp_path, reference=replace(RECIPE.reference, init=init, fan_in=fan_in)
+    )
     for found in (made, Recipe.load(made.save(tmp_path / "again.toml"))):
         assert found.tag == made.tag
-        assert found.at().lr == found.at(rank=4).lr == found.at(4, alpha=8).lr == RECIPE.lr
-        opt = RankAwareOptimizer(
-            mlp((4, 4), scalings=2.0, width=64, init=init), "adamw", recipe=found, other_lr=1e-3
+        assert (
+            found.at().lr == found.at(rank=4).lr == found.at(4, alpha=8).lr == RECIPE.lr
         )
-        assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] in "AB"} == {RECIPE.lr}
+        opt = RankAwareOptimizer(
+            mlp((4, 4), scalings=2.0, width=64, init=init),
+            "adamw",
+            recipe=found,
+            other_lr=1e-3,
+        )
+        assert {
+            effective_lr(g) for g in opt.param_groups if g["lora_role"] in "AB"
+        } == {RECIPE.lr}
         other = [
             {"rank": 64},
             {"alpha": 4},
@@ -154,7 +178,8 @@ def test_a_recipe_of_the_former_law_answers_at_its_own_reference(init, fan_in, t
         ]
         for where in (*other, *([{"fan_in": 128}] if fan_in else ())):
             with pytest.raises(
-                RankAwareError, match=r"no longer part .* Calibrate again, or .* law=|fan-in"
+                RankAwareError,
+                match=r"no longer part .* Calibrate again, or .* law=|fan-in",
             ):
                 found.at(**where)
         with pytest.raises(LawError, match="Calibrate again"):

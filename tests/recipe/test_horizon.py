@@ -16,7 +16,9 @@ from rankaware_optim.recipe._horizon import BATCH_SD
 
 from ..helpers.calibrations import calibrate, made_up
 
-pytestmark = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::rankaware_optim.errors.RankAwareWarning"
+)
 
 STEPS, BATCH = 100, 16.0
 AT_16 = Reference(rank=16, alpha=16, fan_in=64.0)
@@ -93,7 +95,10 @@ def test_full_finetuning_takes_no_slope_that_lora_showed():
 def test_the_farther_the_steps_the_wider_the_band(steps, rank):
     """Of two horizons on either side the farther one, in octaves, has the wider band."""
     near, far = sorted(steps, key=lambda s: abs(math.log2(s / STEPS)))
-    assert sd_of(recipe().at(rank, steps=near)) <= sd_of(recipe().at(rank, steps=far)) + 1e-9
+    assert (
+        sd_of(recipe().at(rank, steps=near))
+        <= sd_of(recipe().at(rank, steps=far)) + 1e-9
+    )
     assert sd_of(recipe().at(rank)) <= sd_of(recipe().at(rank, steps=near)) + 1e-9
 
 
@@ -135,7 +140,9 @@ def test_a_calibrated_recipe_moves_by_the_slope_of_other_tasks(ranks, init, slop
     made = calibrate(made_up(init=init), ranks=ranks, trials=8)
     method = {"method": "full"} if ranks == (None,) else {}
     own, far = (made.at(**method, **where) for where in ({}, {"steps": 4 * made.steps}))
-    assert math.log2(far.low * far.high / (own.low * own.high)) / 2 == pytest.approx(2 * slope)
+    assert math.log2(far.low * far.high / (own.low * own.high)) / 2 == pytest.approx(
+        2 * slope
+    )
     assert sd_of(far) == pytest.approx(math.hypot(sd_of(own), 2 * 0.25))
 
 
@@ -143,7 +150,9 @@ def test_a_calibrated_recipe_moves_by_the_slope_of_other_tasks(ranks, init, slop
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(slope=st.floats(-5, 5), sd=st.floats(0, 5), steps=st.none() | st.integers(1, 10**9))
+@given(
+    slope=st.floats(-5, 5), sd=st.floats(0, 5), steps=st.none() | st.integers(1, 10**9)
+)
 def test_a_horizon_survives_the_file(slope, sd, steps, tmp_path):
     """Slope and deviation come back bit for bit."""
     made = recipe(horizon=Horizon(slope, sd), steps=steps)

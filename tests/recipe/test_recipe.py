@@ -42,7 +42,9 @@ from ..helpers.recipes import tensors_of
 
 WIDTH = 16  # that of models.mlp
 AT_16 = Reference(rank=16, alpha=32, fan_in=WIDTH)
-extrapolates = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
+extrapolates = pytest.mark.filterwarnings(
+    "ignore::rankaware_optim.errors.RankAwareWarning"
+)
 
 
 def recipe(**changes) -> Recipe:
@@ -125,21 +127,29 @@ recipes = st.builds(
     ranks=st.lists(st.integers(1, 4096), unique=True, max_size=64).map(tuple),
     full_seen=st.booleans(),
     settings=st.dictionaries(
-        st.text("abc_", min_size=1), st.booleans() | st.integers(0, 9) | positive | st.text("ab")
+        st.text("abc_", min_size=1),
+        st.booleans() | st.integers(0, 9) | positive | st.text("ab"),
     ),
     steps=st.integers(1, 10**9),
     batch=st.none() | positive,
     warmup=st.none() | st.floats(0, 1),
     horizon=st.builds(Horizon, slope=st.floats(-9, 9), slope_sd=st.floats(0, 9)),
     seed=st.integers(0, 2**62),
-    other_rates=st.dictionaries(st.text("ab.*", min_size=1), st.just("base") | positive),
-    source=st.dictionaries(st.text("ab", min_size=1), st.text(st.characters(codec="utf-8"))),
-    tensors=st.just({}) | st.just({"lr": np.ones(1), "curve": np.array([[1.0, math.nan]])}),
+    other_rates=st.dictionaries(
+        st.text("ab.*", min_size=1), st.just("base") | positive
+    ),
+    source=st.dictionaries(
+        st.text("ab", min_size=1), st.text(st.characters(codec="utf-8"))
+    ),
+    tensors=st.just({})
+    | st.just({"lr": np.ones(1), "curve": np.array([[1.0, math.nan]])}),
 )
 
 
 @settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(made=recipes)
 def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
@@ -245,7 +255,9 @@ def edit(path, line: str, new: str) -> None:
     section, _, key = line.rpartition(":")
     lines = path.read_text().splitlines()
     start = lines.index(f"[{section}]") if section else 0
-    index = next(i for i, text in enumerate(lines) if i >= start and text.startswith(f"{key} ="))
+    index = next(
+        i for i, text in enumerate(lines) if i >= start and text.startswith(f"{key} =")
+    )
     end = lines.index("]", index) if lines[index].endswith("[") else index
     lines[index : end + 1] = [new]
     path.write_text("\n".join(lines) + "\n")
@@ -362,7 +374,9 @@ OTHER_VALUES = [
 
 
 @pytest.mark.parametrize(("key", "line", "message"), OTHER_VALUES)
-def test_other_impossible_values_are_refused_with_their_path(key, line, message, tmp_path):
+def test_other_impossible_values_are_refused_with_their_path(
+    key, line, message, tmp_path
+):
     """A newer schema, an unknown law or parameter, and any value of the wrong kind name their place."""
     target = recipe().save(tmp_path / "r.toml")
     edit(target, key, line)
@@ -408,7 +422,11 @@ def with_tensor(target, key: str, value: torch.Tensor) -> None:
         if not value.is_complex():
             raise
         pytest.skip("this safetensors stores no complex numbers")
-    edit(target, "tensors:sha256", f'sha256 = "{hashlib.sha256(beside.read_bytes()).hexdigest()}"')
+    edit(
+        target,
+        "tensors:sha256",
+        f'sha256 = "{hashlib.sha256(beside.read_bytes()).hexdigest()}"',
+    )
 
 
 @pytest.mark.parametrize(("key", "value", "message"), TENSORS)
@@ -452,10 +470,13 @@ def test_the_toml_alone_gives_every_rate(tmp_path):
     assert found.missing == beside.name
     assert replace(found, missing="", tensors=made.tensors) == made
     assert found.at(rank=8) == made.at(rank=8)
-    assert f"trials are not here, {beside.name} is missing" in " ".join(str(found).split())
+    assert f"trials are not here, {beside.name} is missing" in " ".join(
+        str(found).split()
+    )
     assert f"{beside.name} is missing" in report_html(found)
     with pytest.raises(
-        PlotError, match=rf"trials of this recipe are not here: {beside.name} is missing"
+        PlotError,
+        match=rf"trials of this recipe are not here: {beside.name} is missing",
     ):
         drawable(found)
     opt = RankAwareOptimizer(mlp((8,)), torch.optim.AdamW, recipe=target)
@@ -521,7 +542,9 @@ def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
         {"method": st.just("full")}, optional={"fan_in": st.sampled_from([1e-9, 1e12])}
     ),
 )
-def test_a_rate_is_positive_and_finite_or_an_error(exponent, lr, slope, variance, fan_in, target):
+def test_a_rate_is_positive_and_finite_or_an_error(
+    exponent, lr, slope, variance, fan_in, target
+):
     """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
     made = recipe(
         fitted_lr=lr,
@@ -636,7 +659,9 @@ def test_full_finetuning_that_was_tried_is_not_extrapolated():
     """Full trials settle full finetuning: no flag, no warning."""
     rate = recipe(full_seen=True).at(method="full")
     assert not rate.extrapolated
-    assert rate.lr / rate.low == pytest.approx(2 ** (-0.25 + 1.645 * math.sqrt(0.04 + 0.09)))
+    assert rate.lr / rate.low == pytest.approx(
+        2 ** (-0.25 + 1.645 * math.sqrt(0.04 + 0.09))
+    )
 
 
 @extrapolates
@@ -657,7 +682,11 @@ def test_a_recipe_without_full_runs_says_what_they_would_settle():
     assert not any("full_trials" in note for other in tried for note in other.notes)
 
 
-RULES = [("fixed", {4: 2.0, 64: 2.0}), ("rslora", {4: 4.0, 64: 1.0}), ("alpha", {4: 8.0, 64: 0.5})]
+RULES = [
+    ("fixed", {4: 2.0, 64: 2.0}),
+    ("rslora", {4: 4.0, 64: 1.0}),
+    ("alpha", {4: 8.0, 64: 0.5}),
+]
 
 
 @pytest.mark.parametrize(("rule", "scalings"), RULES)
@@ -687,7 +716,9 @@ def test_an_unknown_rule_asks_for_alpha():
 
 def test_the_law_and_the_drift_compose():
     """A recipe's rates are its law's, times the drift in rank."""
-    plain, drifting = (recipe(law=Power(exponent=e, law=Constant()), lean=0.0) for e in (0.0, 0.5))
+    plain, drifting = (
+        recipe(law=Power(exponent=e, law=Constant()), lean=0.0) for e in (0.0, 0.5)
+    )
     assert plain.at(rank=64).lr == plain.fitted_lr
     assert drifting.at(rank=64).lr == pytest.approx(2 * drifting.fitted_lr)
 
@@ -723,7 +754,11 @@ def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
         assert made.at(rank=8, alpha=8).extrapolated
 
 
-@given(rank=st.integers(1, 4096), alpha=st.floats(0.01, 1e4), fan_in=st.none() | st.floats(1, 1e5))
+@given(
+    rank=st.integers(1, 4096),
+    alpha=st.floats(0.01, 1e4),
+    fan_in=st.none() | st.floats(1, 1e5),
+)
 @extrapolates
 def test_every_rate_lies_in_its_band(rank, alpha, fan_in):
     """Wherever it is asked, a rate without margin lies in a finite positive band."""
@@ -756,9 +791,16 @@ def rates(optimizer, role: str) -> set[float]:
 
 
 @pytest.mark.parametrize(
-    "law", [Power(0.1, 1.5), Power(law=Constant()), Power(-0.4, law=MuA(tokens=None, ratio=4))]
+    "law",
+    [
+        Power(0.1, 1.5),
+        Power(law=Constant()),
+        Power(-0.4, law=MuA(tokens=None, ratio=4)),
+    ],
 )
-@pytest.mark.parametrize(("rank", "scaling"), [(4, 2.0), (8, 0.5), (16, 2.0), (64, 1.0)])
+@pytest.mark.parametrize(
+    ("rank", "scaling"), [(4, 2.0), (8, 0.5), (16, 2.0), (64, 1.0)]
+)
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_the_optimizer_uses_the_rate_that_is_quoted(rank, scaling, init, law):
     """For a uniform model the A factors' rate is `Recipe.at` of its rank and alpha; everything else keeps the base."""
@@ -781,7 +823,9 @@ def test_the_optimizer_uses_the_rate_that_is_quoted(rank, scaling, init, law):
 def test_the_optimizer_uses_the_full_rate_that_is_quoted(law, reference):
     """Full finetuning at the recipe's own width trains at `Recipe.at(method="full")`, biases too."""
     made = recipe(law=law, reference=reference, full_seen=True)
-    model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3)
+    )
     opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method="full")
     assert [effective_lr(g) for g in opt.param_groups] == pytest.approx(
         [made.at(method="full").lr] * 2, rel=1e-9
@@ -796,10 +840,14 @@ def test_a_recipe_is_taken_by_path(kind, tmp_path):
     by_path, by_recipe = (
         RankAwareOptimizer(mlp((8,)), "adamw", recipe=r) for r in (kind(path), made)
     )
-    assert [g["lr"] for g in by_path.param_groups] == [g["lr"] for g in by_recipe.param_groups]
+    assert [g["lr"] for g in by_path.param_groups] == [
+        g["lr"] for g in by_recipe.param_groups
+    ]
 
 
-@pytest.mark.parametrize("beside", [{"lr": 1e-3}, {"tuned_at": AT_16}, {"law": "mua"}], ids=str)
+@pytest.mark.parametrize(
+    "beside", [{"lr": 1e-3}, {"tuned_at": AT_16}, {"law": "mua"}], ids=str
+)
 def test_nothing_a_recipe_holds_is_taken_beside_it(beside):
     """lr=, tuned_at= or law= beside recipe= is refused."""
     with pytest.raises(OptimizerError, match=next(iter(beside))):
@@ -865,7 +913,9 @@ DECISIVE = [
 
 def test_the_hash_is_of_what_decides_the_rates():
     """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
-    assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(DECISIVE)
+    assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(
+        DECISIVE
+    )
     same = {
         "name": "other",
         "versions": {},
@@ -887,7 +937,9 @@ def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
     assert {group["rankaware_recipe"] for group in state["param_groups"]} == {made.tag}
     _, again = tagged(made)
     again.load_state_dict(state)
-    assert {group["rankaware_recipe"] for group in again.state_dict()["param_groups"]} == {made.tag}
+    assert {
+        group["rankaware_recipe"] for group in again.state_dict()["param_groups"]
+    } == {made.tag}
     assert all(
         not g["rankaware_recipe"]
         for g in RankAwareOptimizer(model, "adamw", lr=1e-3, init="A").param_groups
@@ -900,15 +952,22 @@ def test_torchs_own_optimizer_loads_a_tagged_state():
     own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
     own.load_state_dict(opt.state_dict())
     assert [g["lr"] for g in own.param_groups] == [g["lr"] for g in opt.param_groups]
-    assert all("to_plain_state_dict" in group["rankaware_lr"] for group in own.param_groups)
+    assert all(
+        "to_plain_state_dict" in group["rankaware_lr"] for group in own.param_groups
+    )
     plain = to_plain_state_dict(opt)
     assert all(
-        group["rankaware_recipe"] and "rankaware_lr" not in group for group in plain["param_groups"]
+        group["rankaware_recipe"] and "rankaware_lr" not in group
+        for group in plain["param_groups"]
     )
     own.load_state_dict(plain)
-    assert [g["lr"] for g in own.param_groups] == [effective_lr(g) for g in opt.param_groups]
+    assert [g["lr"] for g in own.param_groups] == [
+        effective_lr(g) for g in opt.param_groups
+    ]
     plain = to_plain_state_dict(opt, own_groups=True)
-    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).load_state_dict(plain)
+    torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad]
+    ).load_state_dict(plain)
 
 
 @pytest.mark.parametrize(
@@ -919,7 +978,9 @@ def test_a_resume_under_another_recipe_is_said_once(change):
     first, second = recipe(name="first"), recipe(name="second", **change)
     _, opt = tagged(first)
     _, other = tagged(second)
-    with pytest.warns(RankAwareWarning, match=r"recipe 'first' .* with 'second'") as caught:
+    with pytest.warns(
+        RankAwareWarning, match=r"recipe 'first' .* with 'second'"
+    ) as caught:
         other.load_state_dict(opt.state_dict())
     assert len(caught) == 1
     assert all(hashed(made) in str(caught[0].message) for made in (first, second))
@@ -933,7 +994,11 @@ def test_a_resume_under_the_same_rates_says_nothing():
     state = opt.state_dict()
     tagged(recipe(name="renamed"))[1].load_state_dict(state)
     plain = RankAwareOptimizer(
-        mlp((8,), scalings=1.0), "adamw", lr=recipe().lr, tuned_at=AT_16, law=recipe().law
+        mlp((8,), scalings=1.0),
+        "adamw",
+        lr=recipe().lr,
+        tuned_at=AT_16,
+        law=recipe().law,
     )
     plain.load_state_dict(state)
     for group in state["param_groups"]:

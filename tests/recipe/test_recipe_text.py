@@ -43,7 +43,10 @@ def test_a_recipe_says_what_it_holds():
     assert said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, width 64"
     assert said["90 % band"] == FULL.at().band
     assert said["law"] == "mua, times rank^0.1"
-    assert said["optimizer"] == "torch.optim.AdamW with weight_decay 0.01, betas (0.9, 0.99)"
+    assert (
+        said["optimizer"]
+        == "torch.optim.AdamW with weight_decay 0.01, betas (0.9, 0.99)"
+    )
     assert said["horizon"] == "1 steps, batch 16, warm-up 5%"
     assert said["seen"] == "ranks 4, 64; 6 trials, from seed 0"
     assert said["hash"] == FULL.tag.split()[0]
@@ -68,7 +71,10 @@ def test_the_rule_for_alpha_is_said_in_words(rule, words):
 def test_the_two_rates_are_called_what_they_are():
     """The rate to use and the fitted optimum have their own names, the octaves between them, and the band beside."""
     said = dict(facts(FULL))
-    assert said["fitted optimum"] == "0.002, 0.25 octaves above the base rate, the one to use"
+    assert (
+        said["fitted optimum"]
+        == "0.002, 0.25 octaves above the base rate, the one to use"
+    )
     assert said["base rate"].startswith("0.00168 at ")
 
 
@@ -85,9 +91,13 @@ def test_the_commands_print_the_objects_own_text(tmp_path):
     """`show` prints the recipe, and `lr` its rate."""
     path = str(FULL.save(tmp_path / "r.toml"))
     done = [
-        CliRunner().invoke(main, words) for words in (["show", path], ["lr", path, "--rank", "8"])
+        CliRunner().invoke(main, words)
+        for words in (["show", path], ["lr", path, "--rank", "8"])
     ]
-    assert [one.output.rstrip("\n") for one in done] == [str(Recipe.load(path)), str(FULL.at(8))]
+    assert [one.output.rstrip("\n") for one in done] == [
+        str(Recipe.load(path)),
+        str(FULL.at(8)),
+    ]
 
 
 BARE = {"steps": None, "batch": None, "reference": Reference(4, 4)}
@@ -99,7 +109,11 @@ AT = [
         {"rank": 8, "alpha": 8, "rslora": True},
         "rank 8, alpha 8, rslora, B = 0, fan-in 64, 100 steps, batch 16",
     ),
-    ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, A = 0, fan-in 128, 100 steps, batch 16"),
+    (
+        {},
+        {"init": "B", "fan_in": 128},
+        "rank 4, alpha 8, A = 0, fan-in 128, 100 steps, batch 16",
+    ),
     (
         {},
         {"method": "full", "steps": 9, "batch": 4},
@@ -138,7 +152,9 @@ RATES = [
 def test_a_rate_explains_itself(rate, lines):
     """Printed, a rate is a fact a line: what is not known of it has none."""
     said = str(rate).splitlines()
-    assert said == [one if line is ... else line for line, one in zip(lines, said, strict=True)]
+    assert said == [
+        one if line is ... else line for line, one in zip(lines, said, strict=True)
+    ]
     assert float(rate) == rate.lr
 
 

@@ -38,7 +38,9 @@ def calibrated() -> ra.Recipe:
     """A recipe of two real trials."""
 
     def train(trial):
-        opt = trial.optimizer(mlp((trial.rank, trial.rank), seed=trial.seed), weight_decay=0.01)
+        opt = trial.optimizer(
+            mlp((trial.rank, trial.rank), seed=trial.seed), weight_decay=0.01
+        )
         for _ in range(trial.steps):
             yield effective_lr(opt.param_groups[0]) + trial.seed
 
@@ -59,7 +61,9 @@ def swept() -> ra.Recipe:
 
 def filled(record):
     """The record with a number wherever it holds None, so that every field is written."""
-    return replace(record, **{f.name: 1 for f in fields(record) if getattr(record, f.name) is None})
+    return replace(
+        record, **{f.name: 1 for f in fields(record) if getattr(record, f.name) is None}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +74,21 @@ def written(tmp_path_factory) -> dict:
         for kind, recipe in enumerate(
             (made, replace(filled(made), reference=filled(made.reference)))
         ):
-            path = recipe.save(tmp_path_factory.mktemp("schema") / f"{number}{kind}.toml")
-            found |= dict(flat(tomli.loads(path.read_text()))) | load_file(tensors_of(path))
+            path = recipe.save(
+                tmp_path_factory.mktemp("schema") / f"{number}{kind}.toml"
+            )
+            found |= dict(flat(tomli.loads(path.read_text()))) | load_file(
+                tensors_of(path)
+            )
     return found
 
 
 def flat(table, path=""):
     for key, value in table.items():
         yield from (
-            flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
+            flat(value, f"{path}{key}.")
+            if isinstance(value, dict)
+            else [(f"{path}{key}", value)]
         )
 
 
@@ -89,14 +99,19 @@ def row_of(path: str, rows) -> str | None:
 
 
 def rows() -> dict[str, str]:
-    return {name: kind.strip() for name, kind, *_ in ROW.findall(PAGE.read_text(encoding="utf-8"))}
+    return {
+        name: kind.strip()
+        for name, kind, *_ in ROW.findall(PAGE.read_text(encoding="utf-8"))
+    }
 
 
 def test_every_field_has_a_row_and_every_row_is_a_field(written):
     """What the page lists is what `save` writes, in both files."""
     page = rows()
     assert [path for path in written if row_of(path, page) is None] == []
-    assert [row for row in page if row not in {row_of(path, page) for path in written}] == []
+    assert [
+        row for row in page if row not in {row_of(path, page) for path in written}
+    ] == []
 
 
 def test_the_page_lists_the_ranges_that_are_checked():
@@ -111,7 +126,9 @@ def test_the_page_lists_the_ranges_that_are_checked():
 def test_every_row_is_whole():
     """No line of the two tables escapes the pattern, and no field is listed twice."""
     lines = [
-        line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+        line
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
     ]
     assert len(lines) == len(rows())
 

@@ -58,7 +58,9 @@ def test_the_hash_stays(shipped):
 
 def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     """Fitted once more as then, the observations behind the curves give the recipe's own rate and covariance."""
-    at_base = replace(shipped, tensors={**shipped.tensors, "own_lr": shipped.tensors["lr"]})
+    at_base = replace(
+        shipped, tensors={**shipped.tensors, "own_lr": shipped.tensors["lr"]}
+    )
     pairs = [
         pair
         for rank, points in _trials(at_base).items()
@@ -69,19 +71,21 @@ def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
     fit = fit_observations(seen, prior)
     best = fit.best(shipped.reference.rank)
     pruned_last = [
-        sorted(points, key=lambda p: p.fate == "pruned") for points in _trials(at_base).values()
+        sorted(points, key=lambda p: p.fate == "pruned")
+        for points in _trials(at_base).values()
     ]
     fates = [point.fate for points in pruned_last for point in points]
     # The fit takes a run that was pruned far above its start for diverged. The picture shows it as pruned.
     assert [lost for _, lost in pairs] == [
-        bad and fate != "pruned" for bad, fate in zip(diverged(seen), fates, strict=True)
+        bad and fate != "pruned"
+        for bad, fate in zip(diverged(seen), fates, strict=True)
     ]
     assert 2.0**best == pytest.approx(shipped.fitted_lr, rel=1e-9)
     assert np.allclose(fit.covariance, shipped.covariance, rtol=1e-9, atol=1e-12)
     assert (fit.ceiling is None) == (shipped.ceiling is None)
-    assert fit.ceiling is None or 2.0 ** (fit.ceiling + best - fit.mean[0]) == pytest.approx(
-        shipped.ceiling, rel=1e-9
-    )
+    assert fit.ceiling is None or 2.0 ** (
+        fit.ceiling + best - fit.mean[0]
+    ) == pytest.approx(shipped.ceiling, rel=1e-9)
 
 
 def test_curves_have_their_lowest_point_at_the_best_rate(shipped):

@@ -27,7 +27,10 @@ def with_text(folder: Path, text: str) -> Path:
 
 
 MANY = {
-    "tables": ("".join(f"[t{i}]\n" for i in range(600_000)), "longer than 256,000 bytes"),
+    "tables": (
+        "".join(f"[t{i}]\n" for i in range(600_000)),
+        "longer than 256,000 bytes",
+    ),
     "dotted keys": ("\n[x]\n" + "a." * 100_000 + "b = 1\n", "cannot be read"),
     "long text": ('\n[x]\na = "' + "x" * 300_000 + '"\n', "longer than 256,000 bytes"),
 }
@@ -65,7 +68,8 @@ def test_names_of_tensors_are_bounded(tmp_path):
     """A file of trials with very many names is refused before they are read."""
     target = RECIPE.save(tmp_path / "r.toml")
     names = {
-        f"trial.t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5000)
+        f"trial.t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        for i in range(5000)
     }
     header = json.dumps(names).encode()
     data = len(header).to_bytes(8, "little") + header
@@ -73,7 +77,9 @@ def test_names_of_tensors_are_bounded(tmp_path):
     tensors_of(target).write_bytes(data)
     text = target.read_text()
     target.write_text(
-        text.replace(hashlib.sha256(former).hexdigest(), hashlib.sha256(data).hexdigest())
+        text.replace(
+            hashlib.sha256(former).hexdigest(), hashlib.sha256(data).hexdigest()
+        )
     )
     with pytest.raises(RecipeError, match="header is too long"):
         Recipe.load(target)
@@ -82,7 +88,11 @@ def test_names_of_tensors_are_bounded(tmp_path):
 
 def test_a_sweep_of_very_many_ranks_is_refused():
     """A sweep that no recipe could hold is refused before it is fitted."""
-    rows = [{"rank": rank, "lr": lr, "loss": 1.0} for rank in range(1, 66) for lr in (1e-3, 2e-3)]
+    rows = [
+        {"rank": rank, "lr": lr, "loss": 1.0}
+        for rank in range(1, 66)
+        for lr in (1e-3, 2e-3)
+    ]
     with pytest.raises(CalibrationError, match="more than 64 ranks"):
         fit_sweep(rows, alpha=16, fan_in=64)
 
@@ -144,11 +154,17 @@ def test_no_control_reaches_the_page(tmp_path):
             "settings": {text: text},
             "missing": text,
         },
-        **{"other_rates": {text: "base"}, "versions": {text: text}, "source": {text: text}},
+        **{
+            "other_rates": {text: "base"},
+            "versions": {text: text},
+            "source": {text: text},
+        },
     )
     page = report_html(made)
     assert "a[31mb" in page
     assert not [sign for sign in page if not (sign.isprintable() or sign in "\n\t")]
     assert not [
-        code for code in ("\\u001b", "\\u0007", "\\u009b", "\\u202e", "\\udcff") if code in page
+        code
+        for code in ("\\u001b", "\\u0007", "\\u009b", "\\u202e", "\\udcff")
+        if code in page
     ]

@@ -66,7 +66,10 @@ def changes():
             yield f.name, {f.name: other(f.name, getattr(RECIPE, f.name))}
     for f in fields(Reference):
         value = other(f.name, getattr(RECIPE.reference, f.name))
-        yield f"reference.{f.name}", {"reference": replace(RECIPE.reference, **{f.name: value})}
+        yield (
+            f"reference.{f.name}",
+            {"reference": replace(RECIPE.reference, **{f.name: value})},
+        )
 
 
 CHANGES = dict(changes())
@@ -94,7 +97,9 @@ def test_rates_are_compared_at_the_ranks_seen_and_in_full():
         "rank 16": RECIPE.at(),
     }.items():
         assert found[f"at {place}"].words == "× 32 (+5.00 octaves), bands apart"
-        assert found[f"at {place}"].first.startswith(f"{rate.lr:.3g} ({rate.low:.3g} to ")
+        assert found[f"at {place}"].first.startswith(
+            f"{rate.lr:.3g} ({rate.low:.3g} to "
+        )
     assert "at full finetuning" in found
     assert found["rate.fitted_lr"].words == "× 32 (+5.00 octaves)"
     assert "versions.torch" not in found
@@ -126,8 +131,14 @@ def test_rates_that_were_not_compared_are_not_called_equal():
 
 SENTENCES = [
     ({}, "The two recipes are equal."),
-    ({"versions": {"torch": "2.7"}}, "The rates are the same. The fields below differ."),
-    ({"fitted_lr": 2.1e-3}, "The rates differ. Their 90 % bands overlap at every common rank."),
+    (
+        {"versions": {"torch": "2.7"}},
+        "The rates are the same. The fields below differ.",
+    ),
+    (
+        {"fitted_lr": 2.1e-3},
+        "The rates differ. Their 90 % bands overlap at every common rank.",
+    ),
     (
         {"law": Power(2.5, full_factor=1.5)},
         "The rates differ by more than their 90 % bands at rank 4, rank 64.",
@@ -140,16 +151,27 @@ SENTENCES = [
 )
 def test_a_sentence_says_whether_it_matters(change, sentence):
     """The first line says whether rates differ, and whether by more than their bands."""
-    assert diff_text(diff_recipes(RECIPE, replace(RECIPE, **change))).splitlines()[0] == sentence
+    assert (
+        diff_text(diff_recipes(RECIPE, replace(RECIPE, **change))).splitlines()[0]
+        == sentence
+    )
 
 
 def test_trials_are_counted():
     """Of tensors it is said how many values differ, NaN being alike; of other shapes, the shapes."""
     found = words(
-        tensors={**RECIPE.tensors, "lr": np.array([1e-3, 5e-3]), "rank": np.array([4, 8, 64])}
+        tensors={
+            **RECIPE.tensors,
+            "lr": np.array([1e-3, 5e-3]),
+            "rank": np.array([4, 8, 64]),
+        }
     )
     assert found["trial.lr"].words == "1 of 2 values differ"
-    assert (found["trial.rank"].first, found["trial.rank"].second, found["trial.rank"].words) == (
+    assert (
+        found["trial.rank"].first,
+        found["trial.rank"].second,
+        found["trial.rank"].words,
+    ) == (
         "2",
         "3",
         "",

@@ -23,9 +23,7 @@ from rankaware_optim.reports._page import rate_table, report_html
 
 from ..helpers.recipes import KINDS, RECIPE
 
-HOSTILE = (
-    """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
-)
+HOSTILE = """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
 RECIPES = Path(__file__).parents[2] / "recipes"
 VOID = {"meta", "link", "input", "img"}
 
@@ -60,7 +58,9 @@ def test_every_recipe_has_a_page(kind):
     page = Page(text)
     assert page.open == []
     assert [tag for tag, _ in page.tags].count("h1") == 1
-    values = [value for _, attributes in page.tags for value in attributes.values() if value]
+    values = [
+        value for _, attributes in page.tags for value in attributes.values() if value
+    ]
     assert not any(re.search(r"nan|None", value) for value in values)
     assert report_html(KINDS[kind]) == text
 
@@ -89,7 +89,9 @@ def test_nothing_is_loaded_from_anywhere():
 
 def test_whatever_a_recipe_says_is_escaped():
     """Names, settings, versions and notes cannot open a tag, close the script, or run as a template."""
-    clean = report_html(replace(RECIPE, versions={"a": "b"}, settings={"a": "b"}, notes=("b",)))
+    clean = report_html(
+        replace(RECIPE, versions={"a": "b"}, settings={"a": "b"}, notes=("b",))
+    )
     made = replace(
         RECIPE,
         name=HOSTILE,
@@ -97,13 +99,15 @@ def test_whatever_a_recipe_says_is_escaped():
         settings={HOSTILE: HOSTILE},
         notes=(HOSTILE,),
     )
-    text = report_html(replace(made, optimizer=f"{HOSTILE}.{HOSTILE}", scaling_rule="fixed"))
+    text = report_html(
+        replace(made, optimizer=f"{HOSTILE}.{HOSTILE}", scaling_rule="fixed")
+    )
     tags = [tag for tag, _ in Page(text).tags]
     assert tags == [tag for tag, _ in Page(clean).tags]
     assert "<img" not in text
-    assert "49" not in re.search(r"<h1>(.*?)</h1>", text, re.S)[1].replace("&#39;", "").replace(
-        "&#34;", ""
-    )
+    assert "49" not in re.search(r"<h1>(.*?)</h1>", text, re.S)[1].replace(
+        "&#39;", ""
+    ).replace("&#34;", "")
 
 
 def test_the_page_can_be_read_aloud():
@@ -111,9 +115,17 @@ def test_the_page_can_be_read_aloud():
     text = report_html(RECIPE)
     page = Page(text)
     named = {label["for"] for label in page.all("label") if "for" in label}
-    fields = [field for field in page.all("input") if "id" in field and field["type"] == "number"]
+    fields = [
+        field
+        for field in page.all("input")
+        if "id" in field and field["type"] == "number"
+    ]
     assert {field["id"] for field in fields} <= named
-    assert all(drawing["aria-label"] for drawing in page.all("svg") if drawing.get("role") == "img")
+    assert all(
+        drawing["aria-label"]
+        for drawing in page.all("svg")
+        if drawing.get("role") == "img"
+    )
     assert text.count("<table>") == text.count("<caption>")
     assert page.all("html") == [{"lang": "en"}]
     assert "rank 4: 3 trials, 1 diverged; the lowest score is 0.4 at rate 0.002" in text
@@ -151,17 +163,23 @@ def test_alpha_is_refused_where_it_cannot_be_told():
     table = rate_table(recipe)
     assert "has no alpha" in table["refused"]
     assert table["lr"] == []
-    assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(at(recipe, 64).lr, rel=1e-4)
+    assert 2 ** table["own"][table["ranks"].index(64)] == pytest.approx(
+        at(recipe, 64).lr, rel=1e-4
+    )
 
 
 def test_a_rate_that_depends_on_more_is_said():
     """Without a rule for alpha only the reference's own rank has a rate; without a width, full finetuning has none."""
     table = rate_table(replace(RECIPE, scaling_rule="unknown"))
     assert [
-        rank for rank, own in zip(table["ranks"], table["own"], strict=True) if own is not None
+        rank
+        for rank, own in zip(table["ranks"], table["own"], strict=True)
+        if own is not None
     ] == [4]
     assert all(math.isfinite(value) for row in table["lr"] for value in row)
-    lost = replace(RECIPE, reference=replace(RECIPE.reference, fan_in=None), full_fan_in=None)
+    lost = replace(
+        RECIPE, reference=replace(RECIPE.reference, fan_in=None), full_fan_in=None
+    )
     assert "fan_in" in rate_table(lost)["full"]["error"]
 
 
@@ -169,7 +187,9 @@ def test_the_table_is_json_in_the_page():
     """The page's script reads the very table, whatever the notes hold."""
     made = replace(RECIPE, notes=(HOSTILE,))
     (block,) = re.findall(
-        r'<script id="table" type="application/json">(.*?)</script>', report_html(made), re.S
+        r'<script id="table" type="application/json">(.*?)</script>',
+        report_html(made),
+        re.S,
     )
     assert json.loads(block) == rate_table(made)
 
@@ -177,9 +197,16 @@ def test_the_table_is_json_in_the_page():
 def test_the_command_writes_the_page(tmp_path):
     """report prints where it wrote; a place that cannot be written is one sentence, and nothing stays behind."""
     path = RECIPE.save(tmp_path / "r.toml")
-    done = CliRunner().invoke(main, ["report", str(path), "-o", str(tmp_path / "pages" / "r.html")])
-    assert (done.exit_code, done.output.strip()) == (0, str(tmp_path / "pages" / "r.html"))
-    assert (tmp_path / "pages" / "r.html").read_text(encoding="utf-8") == report_html(RECIPE)
+    done = CliRunner().invoke(
+        main, ["report", str(path), "-o", str(tmp_path / "pages" / "r.html")]
+    )
+    assert (done.exit_code, done.output.strip()) == (
+        0,
+        str(tmp_path / "pages" / "r.html"),
+    )
+    assert (tmp_path / "pages" / "r.html").read_text(encoding="utf-8") == report_html(
+        RECIPE
+    )
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RankAwareError, match="cannot be written"):
         write_report(RECIPE, tmp_path / "file" / "r.html")
@@ -190,15 +217,23 @@ def test_infinite_scores_stand_at_the_frames_edge():
     """Every trial is drawn once: inside the frame, or as a mark at its upper edge."""
     text = report_html(RECIPE)
     drawn = (
-        text.count('<circle class="trial" cx') + text.count('<path class="beyond" d="M') - 2
+        text.count('<circle class="trial" cx')
+        + text.count('<path class="beyond" d="M')
+        - 2
     )  # the key's own
-    assert drawn == len(RECIPE.tensors["lr"]) == np.isfinite(RECIPE.tensors["value"]).sum() + 1
+    assert (
+        drawn
+        == len(RECIPE.tensors["lr"])
+        == np.isfinite(RECIPE.tensors["value"]).sum() + 1
+    )
 
 
 def test_scores_that_differ_have_labels_that_differ():
     """Where scores are large against their spread, the labels of an axis still differ."""
     values = 123456.7 + 1e-3 * np.arange(len(RECIPE.tensors["value"]))
-    large = replace(RECIPE, tensors={**RECIPE.tensors, "value": values, "start": values + 1e-3})
+    large = replace(
+        RECIPE, tensors={**RECIPE.tensors, "value": values, "start": values + 1e-3}
+    )
     panels = [
         re.findall(r'text-anchor="end">([^<]+)<', panel)
         for panel in report_html(large).split("<svg")[1:]
@@ -209,12 +244,16 @@ def test_scores_that_differ_have_labels_that_differ():
 
 def cells(text: str, label: str) -> list[str]:
     """The cells of the table of rates beside a label."""
-    (row,) = re.findall(rf'<tr><th scope="row">{label}</th>(.*?)</tr>', text.split("90 % from")[1])
+    (row,) = re.findall(
+        rf'<tr><th scope="row">{label}</th>(.*?)</tr>', text.split("90 % from")[1]
+    )
     return re.findall("<td>(.*?)</td>", row)
 
 
 @pytest.mark.parametrize(
-    ("full_seen", "known"), [(True, "tried"), (False, "extrapolated")], ids=["tried", "untried"]
+    ("full_seen", "known"),
+    [(True, "tried"), (False, "extrapolated")],
+    ids=["tried", "untried"],
 )
 def test_full_finetuning_has_the_last_row(full_seen, known):
     """Its rate and band are `Recipe.at`'s, and it is said whether it was tried."""
@@ -232,7 +271,9 @@ def test_full_finetuning_has_the_last_row(full_seen, known):
 
 def test_the_nodes_are_fine():
     """Every rank up to 64, 32 nodes an octave up to 8,192, the width's neighbours, and half octaves of s."""
-    table = rate_table(replace(RECIPE, reference=replace(RECIPE.reference, fan_in=5000.5)))
+    table = rate_table(
+        replace(RECIPE, reference=replace(RECIPE.reference, fan_in=5000.5))
+    )
     fine = {round(2 ** (e / 32)) for e in range(13 * 32 + 1)}
     assert table["ranks"] == sorted({*range(1, 65), *fine, 5000, 5001})
     assert table["scalings"] == [e / 2 for e in range(-28, 21)]
@@ -265,7 +306,9 @@ def test_the_control_writes_rates_as_the_tables_do():
     page = report_html(recipe)
     rule = re.search(r"  function shown\(log\) \{\n.*?\n  \}\n", page, re.S)[0]
     script = f"{rule}console.log(JSON.stringify({json.dumps(logs)}.map(shown)))"
-    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["node", "-e", script], capture_output=True, text=True, check=True
+    )
     written = json.loads(done.stdout)
     assert written == [f"{2**log:.3g}" for log in logs]
     assert written[:10] == [cells(page, f"rank {rank}")[0] for rank in ranks]

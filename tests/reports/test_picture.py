@@ -28,14 +28,20 @@ def calibrated(init, ranks, drift):
         model = mlp((trial.rank, trial.rank) if trial.rank else (), init=init, width=32)
         opt = trial.optimizer(model)
         role = "A" if trial.rank else "full"
-        (rate,) = {effective_lr(group) for group in opt.param_groups if group["lora_role"] == role}
+        (rate,) = {
+            effective_lr(group)
+            for group in opt.param_groups
+            if group["lora_role"] == role
+        }
         used.append((trial.rank, trial.seed, rate))
         u = math.log2(rate) + 7 - drift * math.log2((trial.rank or 32) / 8)
         for step in range(trial.steps):
             yield 2.0 - 1.5 * step / trial.steps * math.exp(-u * u / 8)
 
     options = {"lr_range": (2.0**-11, 2.0**-3), "seeds": (0, 1)}
-    return ra.calibrate(train, torch.optim.AdamW, ranks=ranks, steps=20, trials=8, **options), used
+    return ra.calibrate(
+        train, torch.optim.AdamW, ranks=ranks, steps=20, trials=8, **options
+    ), used
 
 
 @pytest.mark.parametrize("drift", [-1.0, 1.0])
@@ -45,7 +51,9 @@ def test_trials_stand_at_the_rates_they_ran_at(init, ranks, drift):
     """A point's rate is that of the optimizer's A factors or whole weights: the fitted drift does not move it."""
     made, used = calibrated(init, ranks, drift)
     drawn = [
-        (arm.rank, point.seed, point.rate) for arm in picture_of(made).arms for point in arm.points
+        (arm.rank, point.seed, point.rate)
+        for arm in picture_of(made).arms
+        for point in arm.points
     ]
     for shown, ran in zip(sorted(drawn, key=str), sorted(used, key=str), strict=True):
         assert shown[:2] == ran[:2]
@@ -61,7 +69,9 @@ def test_a_sweeps_runs_stand_at_their_own_rates():
     ]
     made = ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)
     drawn = [
-        (arm.rank, point.rate, point.value) for arm in picture_of(made).arms for point in arm.points
+        (arm.rank, point.rate, point.value)
+        for arm in picture_of(made).arms
+        for point in arm.points
     ]
     assert sorted(drawn) == sorted(
         (row["rank"], row["lr"], pytest.approx(row["loss"])) for row in rows
@@ -75,7 +85,9 @@ def test_a_curve_bottoms_out_at_the_recipes_best_rate(init):
     picture = picture_of(made)
     for arm in picture.arms:
         rate, _ = min(arm.curve, key=lambda point: point[1])
-        assert math.log2(rate) == pytest.approx(math.log2(arm.rate.lr) + made.lean, abs=0.1)
+        assert math.log2(rate) == pytest.approx(
+            math.log2(arm.rate.lr) + made.lean, abs=0.1
+        )
 
 
 def test_a_curve_passes_near_its_trials():
@@ -89,7 +101,10 @@ def test_a_curve_passes_near_its_trials():
     for arm in picture_of(ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)).arms:
         for point in arm.points:
             near = min(arm.curve, key=lambda there: abs(there[0] - point.rate))
-            assert near[1] == pytest.approx(point.value, abs=0.1) or point.value > arm.curve[0][1]
+            assert (
+                near[1] == pytest.approx(point.value, abs=0.1)
+                or point.value > arm.curve[0][1]
+            )
 
 
 def test_a_rank_whose_trials_were_all_pruned_has_no_curve():
@@ -97,7 +112,9 @@ def test_a_rank_whose_trials_were_all_pruned_has_no_curve():
     made, _ = calibrated("A", RANKS, 0.0)
     cut = made.tensors["rank"] == 2
     value = np.where(cut, np.nan, made.tensors["value"])
-    arm = picture_of(replace(made, tensors={**made.tensors, "value": value, "pruned": cut})).arms[0]
+    arm = picture_of(
+        replace(made, tensors={**made.tensors, "value": value, "pruned": cut})
+    ).arms[0]
     assert {point.fate for point in arm.points} == {"pruned"}
     assert arm.curve == ()
 
@@ -120,7 +137,9 @@ def test_arms_are_in_order_and_full_finetuning_is_last():
     picture = picture_of(made)
     assert [arm.rank for arm in picture.arms] == [2, 32, None]
     assert [rank for rank, _ in picture.by_rank] == [2**e for e in range(8)]
-    assert all(rate.lr == made.at(rank).lr for rank, rate in picture.by_rank if rank in RANKS)
+    assert all(
+        rate.lr == made.at(rank).lr for rank, rate in picture.by_rank if rank in RANKS
+    )
     assert picture.full == made.at(method="full")
 
 
@@ -137,7 +156,8 @@ def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
     """Without `own_lr` trials are moved by the law at its prior; where no alpha is known they are marked as unmoved."""
     made, used = calibrated("B", RANKS, -1.0)
     older = replace(
-        made, tensors={key: value for key, value in made.tensors.items() if key != "own_lr"}
+        made,
+        tensors={key: value for key, value in made.tensors.items() if key != "own_lr"},
     )
     rates = [point.rate for arm in picture_of(older).arms for point in arm.points]
     assert sorted(rates) == pytest.approx(sorted(rate for *_, rate in used))
@@ -158,5 +178,7 @@ def test_a_ranks_own_frame_holds_its_scores(made):
     for arm in picture.arms:
         low, high = arm.values
         scores = [point.value for point in arm.points if math.isfinite(point.value)]
-        assert all(low < value < high for value in scores if value <= min(scores) + height)
+        assert all(
+            low < value < high for value in scores if value <= min(scores) + height
+        )
         assert all(low < value <= high for _, value in arm.curve)

@@ -34,7 +34,9 @@ from rankaware_optim.sweeps._io import ALIASES, SweepRun, read_sweep
 
 from ..helpers.models import mlp
 
-extrapolates = pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
+extrapolates = pytest.mark.filterwarnings(
+    "ignore::rankaware_optim.errors.RankAwareWarning"
+)
 
 PRIOR = get_law(PRIOR_LAW)
 AT_16, WIDTH = -9.0, 1024.0  # log2 of the true best rate at rank 16, alpha 16
@@ -85,7 +87,13 @@ def drawn(
                     "lr": 2.0 ** (best + offset),
                     "loss": "diverged" if lost else loss,
                 }
-                rows.append({**row, "seed": seed, "alpha": alpha_of(rank, custom) if rank else ""})
+                rows.append(
+                    {
+                        **row,
+                        "seed": seed,
+                        "alpha": alpha_of(rank, custom) if rank else "",
+                    }
+                )
     return rows
 
 
@@ -135,9 +143,14 @@ def test_the_band_covers_the_truth(fit):
     """In at least 24 of 30 noisy sweeps the 90 % band holds the true best rate at the ranks swept."""
     held = []
     for draw in range(10):
-        recipe = fit_sweep(drawn(noise=0.01, draw=draw), fit=fit, fan_in=WIDTH, steps=100)
+        recipe = fit_sweep(
+            drawn(noise=0.01, draw=draw), fit=fit, fan_in=WIDTH, steps=100
+        )
         rates = {rank: recipe.at(rank) for rank in (4, 16, 64)}
-        held += [rate.low < 2.0 ** best_of(PRIOR, rank) < rate.high for rank, rate in rates.items()]
+        held += [
+            rate.low < 2.0 ** best_of(PRIOR, rank) < rate.high
+            for rank, rate in rates.items()
+        ]
     assert sum(held) >= 24
 
 
@@ -153,7 +166,9 @@ def test_full_rows_settle_full_finetuning():
 def test_full_finetuning_alone_needs_no_fan_in():
     """A sweep of full finetuning gives its own best rate, and asks for what LoRA needs."""
     recipe = fit_sweep(drawn(ranks=(0,)), steps=100)
-    assert log2_at(recipe, 0, method="full") == pytest.approx(best_of(PRIOR, 0), abs=0.2)
+    assert log2_at(recipe, 0, method="full") == pytest.approx(
+        best_of(PRIOR, 0), abs=0.2
+    )
     with pytest.raises(RecipeError, match="fan-in"):
         recipe.at(16, alpha=16)
 
@@ -161,7 +176,9 @@ def test_full_finetuning_alone_needs_no_fan_in():
 def test_the_ceiling_is_the_smallest_rate_that_diverged():
     """Diverged cells set the ceiling, at every rank by the law, and the recipe stays below it."""
     recipe = fit_sweep(drawn(cliff=1.5), fan_in=WIDTH, steps=100)
-    assert math.log2(recipe.at(16).ceiling) == pytest.approx(best_of(PRIOR, 16) + 1.7, abs=0.01)
+    assert math.log2(recipe.at(16).ceiling) == pytest.approx(
+        best_of(PRIOR, 16) + 1.7, abs=0.01
+    )
     assert all(recipe.at(rank).lr < recipe.at(rank).ceiling / 2 for rank in (4, 16, 64))
     assert fit_sweep(drawn(), fan_in=WIDTH).ceiling is None
 
@@ -178,7 +195,8 @@ def test_missing_cells_do_not_move_the_answer():
 
 @pytest.mark.parametrize("ranks", [(4, 64), (16,)])
 @pytest.mark.parametrize(
-    ("offsets", "end"), [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")]
+    ("offsets", "end"),
+    [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")],
 )
 def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
     """Where every rank's best is an end of its grid the band widens until it holds the truth, and a note says so."""
@@ -196,7 +214,9 @@ def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
 def test_one_rank_at_an_end_leaves_the_others_in_charge():
     """A rank cut off at its grid's end moves the others' answer by less than a tenth of an octave."""
     rows = drawn(ranks=(4, 16))
-    cut = [row for row in drawn(ranks=(64,)) if row["lr"] < 2.0 ** (best_of(PRIOR, 64) - 1)]
+    cut = [
+        row for row in drawn(ranks=(64,)) if row["lr"] < 2.0 ** (best_of(PRIOR, 64) - 1)
+    ]
     alone, both = fit_sweep(rows, fan_in=WIDTH), fit_sweep([*rows, *cut], fan_in=WIDTH)
     assert log2_at(both, 16) == pytest.approx(log2_at(alone, 16), abs=0.1)
     assert any(note.startswith("rank 64") for note in both.notes)
@@ -206,7 +226,9 @@ def test_ties_lie_between():
     """Two rates that tie as best put the optimum between them."""
     losses = {-12: 1.3, -11: 1.1, -10: 1.0, -9: 1.0, -8: 1.1, -7: 1.5}
     rows = [
-        {"rank": rank, "lr": 2.0**x, "loss": loss} for rank in (8, 64) for x, loss in losses.items()
+        {"rank": rank, "lr": 2.0**x, "loss": loss}
+        for rank in (8, 64)
+        for x, loss in losses.items()
     ]
     assert -10 < math.log2(fit_sweep(rows, alpha=16.0, law="constant").fitted_lr) < -9
 
@@ -241,11 +263,15 @@ def test_a_loss_that_hardly_moves_is_said():
 def test_without_alpha_rates_hold_as_swept(custom, tmp_path):
     """Without alpha the ranks swept are met whichever custom was used; another alpha, and a model's, are refused."""
     rows = [{**row, "alpha": None} for row in drawn(custom=custom)]
-    recipe = Recipe.load(fit_sweep(rows, fan_in=WIDTH, steps=9).save(tmp_path / "r.toml"))
+    recipe = Recipe.load(
+        fit_sweep(rows, fan_in=WIDTH, steps=9).save(tmp_path / "r.toml")
+    )
     assert recipe.scaling_rule == "as swept"
     assert any("has no alpha" in note for note in recipe.at().notes)
     for rank in (4, 16, 64):
-        assert log2_at(recipe, rank) == pytest.approx(best_of(PRIOR, rank, custom), abs=0.3)
+        assert log2_at(recipe, rank) == pytest.approx(
+            best_of(PRIOR, rank, custom), abs=0.3
+        )
     with pytest.raises(RecipeError, match=r"has no alpha.*with an alpha"):
         recipe.at(8, alpha=16)
     with pytest.raises(RecipeError, match="has no alpha"):
@@ -288,14 +314,18 @@ def test_a_recipe_of_a_sweep_drives_an_optimizer():
     """On a model of a rank swept, the optimizer's LoRA rate is the recipe's, with the fan-in given or not."""
     for fan_in in (16.0, None):
         recipe = fit_sweep(drawn(ranks=(4, 8)), fan_in=fan_in)
-        opt = RankAwareOptimizer(mlp((8,), head=False), torch.optim.AdamW, recipe=recipe)
+        opt = RankAwareOptimizer(
+            mlp((8,), head=False), torch.optim.AdamW, recipe=recipe
+        )
         rates = {effective_lr(group) for group in opt.param_groups}
         assert sorted(rates) == pytest.approx([recipe.at(8, fan_in=16.0).lr], rel=1e-9)
 
 
 def test_the_optimizer_decides_the_laws_form():
     """A sweep of SGD is fitted along the gradient-like law, which the recipe keeps."""
-    assert fit_sweep(drawn(), optimizer="SGD").law.law == MuA(tokens=8.0, family="gradient-like")
+    assert fit_sweep(drawn(), optimizer="SGD").law.law == MuA(
+        tokens=8.0, family="gradient-like"
+    )
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------
@@ -323,7 +353,9 @@ def assert_alike(first: Recipe, second: Recipe, factor: float = 1.0) -> None:
 @given(rows=sweeps, seed=st.integers(0, 99))
 def test_the_order_of_rows_does_not_matter(rows, seed):
     """Any order of the same rows gives the same recipe."""
-    assert_alike(fit_sweep(rows), fit_sweep(random.Random(seed).sample(rows, len(rows))))
+    assert_alike(
+        fit_sweep(rows), fit_sweep(random.Random(seed).sample(rows, len(rows)))
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -331,7 +363,8 @@ def test_the_order_of_rows_does_not_matter(rows, seed):
 def test_the_units_of_the_loss_do_not_matter(rows, offset, scale):
     """A constant added to every loss, or another unit, changes no rate."""
     moved = [
-        r if r["loss"] == "diverged" else {**r, "loss": offset + scale * r["loss"]} for r in rows
+        r if r["loss"] == "diverged" else {**r, "loss": offset + scale * r["loss"]}
+        for r in rows
     ]
     assert_alike(fit_sweep(rows), fit_sweep(moved))
 
@@ -351,7 +384,11 @@ ROWS = [
     {"rank": None, "lr": 2e-5, "loss": math.inf},
     {"rank": 4, "lr": 3e-4, "loss": 0.5, "alpha": 8},
 ]
-RUNS = (SweepRun(4, 1e-4, 0.75, 8.0), SweepRun(None, 2e-5, math.inf), SweepRun(4, 3e-4, 0.5, 8.0))
+RUNS = (
+    SweepRun(4, 1e-4, 0.75, 8.0),
+    SweepRun(None, 2e-5, math.inf),
+    SweepRun(4, 3e-4, 0.5, 8.0),
+)
 FILES = {
     "s.csv": "rank,lr,loss,alpha\n4,1e-4,0.75,8\nfull,2e-5,diverged,\n4,3e-4,0.5,8\n",
     "bom.csv": "\ufeffrank,lr,loss,alpha\n4.0,1e-4,0.75,8\n,2e-5,NaN,\n4.0,3e-4,0.5,8\n",
@@ -396,9 +433,13 @@ def test_every_alias_means_its_field(field, alias):
 def test_columns_names_what_has_no_alias():
     """columns= settles what is ambiguous or unheard-of."""
     row = {"rank": 4, "lr": 1e-4, "eval_loss": 0.75, "val_loss": 0.5, "alpha": 8}
-    with pytest.raises(CalibrationError, match=r"eval_loss and val_loss may all be loss.*columns="):
+    with pytest.raises(
+        CalibrationError, match=r"eval_loss and val_loss may all be loss.*columns="
+    ):
         read_sweep([row])
-    assert read_sweep([row], columns={"loss": "val_loss"}).runs == (SweepRun(4, 1e-4, 0.5, 8.0),)
+    assert read_sweep([row], columns={"loss": "val_loss"}).runs == (
+        SweepRun(4, 1e-4, 0.5, 8.0),
+    )
 
 
 def test_numpy_numbers_are_numbers():
@@ -470,11 +511,16 @@ def test_a_pipe_is_no_sweep(tmp_path):
         read_sweep(tmp_path / "s.csv")
 
 
-@pytest.mark.parametrize("option", ["fan_in", "full_fan_in", "batch", "steps", "warmup"])
+@pytest.mark.parametrize(
+    "option", ["fan_in", "full_fan_in", "batch", "steps", "warmup"]
+)
 def test_an_option_out_of_its_range_is_named(option):
     """A width, batch, length or share of warm-up that cannot be is refused before anything is fitted."""
     with pytest.raises(CalibrationError, match=rf"^{option} is 1e\+300"):
-        fit_sweep([{"rank": 4, "lr": lr, "loss": lr} for lr in (1e-3, 1e-2)], **{option: 1e300})
+        fit_sweep(
+            [{"rank": 4, "lr": lr, "loss": lr} for lr in (1e-3, 1e-2)],
+            **{option: 1e300},
+        )
 
 
 BAD_FILES = [
@@ -528,8 +574,16 @@ BAD_SWEEPS = [
         {},
         "mixes 2 values of model: a, b.*choose it by model=",
     ),
-    (lambda: one(model="a"), {"model": "b"}, "No row of the sweep has model='b'.*It has a"),
-    (lambda: [*one(batch=8), *one(batch=32)], {}, "mixes 2 values of batch: 8.0, 32.0.*batch="),
+    (
+        lambda: one(model="a"),
+        {"model": "b"},
+        "No row of the sweep has model='b'.*It has a",
+    ),
+    (
+        lambda: [*one(batch=8), *one(batch=32)],
+        {},
+        "mixes 2 values of batch: 8.0, 32.0.*batch=",
+    ),
     (lambda: [*one(init="A"), *one(init="B")], {}, "mixes 2 values of init"),
     (lambda: [*one(init=""), *one(init="B")], {}, "mixes 2 values of init: A, B"),
     (lambda: [*one(steps=8), *one(steps=9)], {}, "mixes 2 values of steps"),
@@ -547,14 +601,20 @@ BAD_SWEEPS = [
     ),
     (drawn, {"columns": {"loss": "accuracy"}}, "columns has loss=accuracy"),
     (drawn, {"columns": {"losses": "loss"}}, "columns has losses=loss"),
-    (lambda: {"rank": [4], "lr": [1e-4], "loss": [1.0]}, {}, "list of rows, not a dict"),
+    (
+        lambda: {"rank": [4], "lr": [1e-4], "loss": [1.0]},
+        {},
+        "list of rows, not a dict",
+    ),
     (lambda: [], {}, "no rows"),
     (lambda: [(4, 1e-4, 1.0)], {}, r"row 1 is a tuple.*to_dict\('records'\)"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"), BAD_SWEEPS, ids=lambda v: v if isinstance(v, str) else ""
+    ("rows", "options", "message"),
+    BAD_SWEEPS,
+    ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_a_sweep_that_says_nothing_is_refused(rows, options, message):
     """What cannot be fitted is an error of ours with its cure."""
@@ -571,7 +631,9 @@ def test_a_mixed_sweep_is_fitted_by_choice(name):
         *({**row, name: values[0]} for row in drawn()),
         *({**row, name: values[1]} for row in other),
     ]
-    assert_alike(fit_sweep(one(**{name: values[0]})), fit_sweep(rows, **{name: values[0]}))
+    assert_alike(
+        fit_sweep(one(**{name: values[0]})), fit_sweep(rows, **{name: values[0]})
+    )
 
 
 def test_the_order_of_rows_decides_nothing():
@@ -614,7 +676,9 @@ def test_trainers_default_of_max_steps_is_no_number_of_steps():
 def sweep_csv(tmp_path):
     """A sweep in a CSV file, without alpha."""
     path = tmp_path / "mine.csv"
-    lines = [f"{row['rank']},{row['lr']!r},{row['loss']!r},{row['seed']}" for row in drawn()]
+    lines = [
+        f"{row['rank']},{row['lr']!r},{row['loss']!r},{row['seed']}" for row in drawn()
+    ]
     path.write_text("\n".join(["rank,lr,final,seed", *lines]))
     return path
 
@@ -634,7 +698,9 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
         "-o",
         str(out),
     ]
-    done = CliRunner().invoke(fit_command, [str(sweep_csv), *options], catch_exceptions=False)
+    done = CliRunner().invoke(
+        fit_command, [str(sweep_csv), *options], catch_exceptions=False
+    )
     assert done.exit_code == 0
     made = fit_sweep(drawn(), fan_in=WIDTH, steps=100)
     assert Recipe.load(out).at(8) == made.at(8)
@@ -657,15 +723,27 @@ def test_the_command_that_fit_names_next_works(rows, tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps(runs))
     out = tmp_path / "a folder" / "r.toml"
     done = CliRunner().invoke(
-        fit_command, [str(tmp_path / "sweep.json"), "-o", str(out)], catch_exceptions=False
+        fit_command,
+        [str(tmp_path / "sweep.json"), "-o", str(out)],
+        catch_exceptions=False,
     )
-    line = next(line for line in done.output.splitlines() if line.startswith("Next: rankaware "))
-    assert CliRunner().invoke(main, shlex.split(line)[2:], catch_exceptions=False).exit_code == 0
+    line = next(
+        line for line in done.output.splitlines() if line.startswith("Next: rankaware ")
+    )
+    assert (
+        CliRunner()
+        .invoke(main, shlex.split(line)[2:], catch_exceptions=False)
+        .exit_code
+        == 0
+    )
 
 
 def test_a_rank_that_always_diverged_is_noted():
     """Where no run of a rank ended, a note says that its rate is no measurement."""
-    rows = [{**row, "loss": math.inf if row["rank"] == 64 else row["loss"]} for row in drawn()]
+    rows = [
+        {**row, "loss": math.inf if row["rank"] == 64 else row["loss"]}
+        for row in drawn()
+    ]
     assert any("rank 64: every run diverged" in note for note in fit_sweep(rows).notes)
 
 

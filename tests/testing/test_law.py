@@ -34,7 +34,9 @@ OURS = [
     MuA(family="gradient-like"),
     MuA(family="relative-scale"),
     LoRAPlus(ratio=4.0),
-    Power(exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)),
+    Power(
+        exponent=-0.45, full_factor=0.5, pivot=8.0, to_full=True, law=MuA(tokens=4.0)
+    ),
     Falling(knee=64.0, law=MuA(family="spectral")),
 ]
 
@@ -85,7 +87,11 @@ class Gives(Sound):
     value: object = 1.0
 
     def multiplier(self, factor, reference):
-        return self.value if factor.role == self.role else super().multiplier(factor, reference)
+        return (
+            self.value
+            if factor.role == self.role
+            else super().multiplier(factor, reference)
+        )
 
 
 @dataclass(frozen=True)
@@ -183,14 +189,17 @@ def registered(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("law", "check", "message"), BROKEN, ids=[f"{c}-{type(w).__name__}" for w, c, _ in BROKEN]
+    ("law", "check", "message"),
+    BROKEN,
+    ids=[f"{c}-{type(w).__name__}" for w, c, _ in BROKEN],
 )
 def test_broken_laws_are_flagged(law, check, message, registered):
     """A law that breaks one property is refused by that property's name, with the factor and the reference."""
     if law.name == "tested" and not isinstance(law, NoDefault):
         registered(law)
     with pytest.raises(
-        LawError, match=f"The check '{check}' fails for the law .*{type(law).__name__}.*({message})"
+        LawError,
+        match=f"The check '{check}' fails for the law .*{type(law).__name__}.*({message})",
     ):
         check_law(law)
 
@@ -238,14 +247,20 @@ def plugin(tmp_path):
     """The example package as pip would lay it out: its modules and a dist-info with its entry points, built offline."""
     project = tomli.loads((PLUGIN / "pyproject.toml").read_text())["project"]
     target = tmp_path / "site"
-    shutil.copytree(PLUGIN / "src", target, ignore=shutil.ignore_patterns("__pycache__"))
-    info = target / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    shutil.copytree(
+        PLUGIN / "src", target, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    info = (
+        target / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    )
     info.mkdir()
     (info / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
     )
     sections = [
-        "\n".join([f"[{group}]", *(f"{name} = {where}" for name, where in points.items())])
+        "\n".join(
+            [f"[{group}]", *(f"{name} = {where}" for name, where in points.items())]
+        )
         for group, points in project["entry-points"].items()
     ]
     (info / "entry_points.txt").write_text("\n\n".join(sections) + "\n")
@@ -262,7 +277,11 @@ def run(site, *arguments, cwd):
     paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -65,7 +65,9 @@ def references(init: str, fan_in: float | None = None) -> st.SearchStrategy[Refe
 def limit(reference: Reference, tokens: float | None) -> float:
     """µA's rate at a width without bound, up to a factor that all ranks and scalings share."""
     s = reference.scaling
-    return 1 / s if reference.init == "B" else (s * kappa(reference.rank, tokens)) ** -0.5
+    return (
+        1 / s if reference.init == "B" else (s * kappa(reference.rank, tokens)) ** -0.5
+    )
 
 
 @pytest.mark.parametrize("init", "AB")
@@ -76,7 +78,9 @@ def test_without_a_width_the_rate_is_the_limit(law, tokens, init):
     for rank, s in itertools.product(range(1, 4097, 3), (1 / 4096, 1.0, 4096.0)):
         to = Reference.from_scaling(rank, s, init=init)
         expected = limit(to, tokens) / limit(start, tokens)
-        assert convert_lr(1.0, from_=start, to=to, law=law).lr == pytest.approx(expected, rel=1e-12)
+        assert convert_lr(1.0, from_=start, to=to, law=law).lr == pytest.approx(
+            expected, rel=1e-12
+        )
 
 
 FORMS = [
@@ -97,7 +101,9 @@ FORMS = [
 @pytest.mark.parametrize(("from_", "to", "law", "ratio"), FORMS)
 def test_the_laws_single_rate(from_, to, law, ratio):
     """The single rate is the one given times the law's closed form, scale by scale."""
-    assert convert_lr(2e-4, from_=from_, to=to, law=law).lr == pytest.approx(2e-4 * ratio, rel=1e-4)
+    assert convert_lr(2e-4, from_=from_, to=to, law=law).lr == pytest.approx(
+        2e-4 * ratio, rel=1e-4
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,13 @@ ROWS = [
         law=MuA(ratio=4.0),
     ),
     Row("r=16,alpha=16", "r=64,alpha=64", (0.5, 0.5), exact=False),
-    Row("r=16,alpha=16", "r=64,alpha=64", (0.5, 2.0), exact=False, law=MuA(tokens=None, ratio=4.0)),
+    Row(
+        "r=16,alpha=16",
+        "r=64,alpha=64",
+        (0.5, 2.0),
+        exact=False,
+        law=MuA(tokens=None, ratio=4.0),
+    ),
     Row(
         "r=16,alpha=16,fan_in=64",
         "r=16,alpha=16,fan_in=256,init=B",
@@ -160,7 +172,9 @@ ROWS = [
 def test_the_two_rates(row):
     """At equal rank, init, width the zero factor takes s/s′ and its eps and decay the inverse, else the law rules."""
     c = convert_lr(2e-4, from_=row.from_, to=row.to, law=row.law)
-    assert (c.lr_a, c.lr_b) == pytest.approx([2e-4 * rate for rate in row.rates], rel=1e-9)
+    assert (c.lr_a, c.lr_b) == pytest.approx(
+        [2e-4 * rate for rate in row.rates], rel=1e-9
+    )
     assert (
         (c.eps_scale_a, c.eps_scale_b)
         == (c.weight_decay_scale_a, c.weight_decay_scale_b)
@@ -169,20 +183,29 @@ def test_the_two_rates(row):
     assert (c.a_scale, c.exact) == (row.a_scale, row.exact)
 
 
-@pytest.mark.parametrize(("family", "exact"), [("sign-like", True), ("gradient-like", False)])
 @pytest.mark.parametrize(
-    "around", [lambda law: law, lambda law: Falling(law=law), lambda law: Power(law=law)]
+    ("family", "exact"), [("sign-like", True), ("gradient-like", False)]
+)
+@pytest.mark.parametrize(
+    "around",
+    [lambda law: law, lambda law: Falling(law=law), lambda law: Power(law=law)],
 )
 def test_exactness_is_of_the_innermost_laws_family(around, family, exact):
     """A change of alpha is exact where the law, or the one within it, is for updates that know no scale."""
     law = around(MuA(family=family))
     assert (
-        convert_lr(2e-4, from_="r=16,alpha=32,fan_in=64", to="r=16,alpha=8", law=law).exact is exact
+        convert_lr(
+            2e-4, from_="r=16,alpha=32,fan_in=64", to="r=16,alpha=8", law=law
+        ).exact
+        is exact
     )
 
 
 @given(
-    data=st.data(), init=inits, fan_in=st.none() | st.integers(1, 2**16), law=st.sampled_from(LAWS)
+    data=st.data(),
+    init=inits,
+    fan_in=st.none() | st.integers(1, 2**16),
+    law=st.sampled_from(LAWS),
 )
 def test_conversions_compose(data, init, fan_in, law):
     """Going by way of a third configuration gives the same rate, and back again the first."""
@@ -211,10 +234,14 @@ def test_the_same_configuration_keeps_the_rate(data, init, law, lr):
 @given(data=st.data(), init=inits)
 def test_a_width_named_once_holds_for_both(data, init):
     """It makes no difference which of the two references names the width, nor whether both do."""
-    a, b = data.draw(references(init)), data.draw(references("B" if init == "A" else "A"))
+    a, b = (
+        data.draw(references(init)),
+        data.draw(references("B" if init == "A" else "A")),
+    )
     wide_a, wide_b = replace(a, fan_in=512), replace(b, fan_in=512)
     rates = {
-        convert_lr(1e-3, from_=x, to=y) for x, y in ((wide_a, b), (a, wide_b), (wide_a, wide_b))
+        convert_lr(1e-3, from_=x, to=y)
+        for x, y in ((wide_a, b), (a, wide_b), (wide_a, wide_b))
     }
     assert len(rates) == 1
 
@@ -232,7 +259,8 @@ class WideB(Law):
 def test_a_law_without_a_limit_asks_for_the_width():
     """Rates that grow with the width for ever are refused without one, and converted from the tuned pair with one."""
     with pytest.raises(
-        InvalidReferenceError, match=r"'wide-b' has no limit at a large width.* Give fan_in="
+        InvalidReferenceError,
+        match=r"'wide-b' has no limit at a large width.* Give fan_in=",
     ):
         convert_lr(1e-3, from_="r=8,alpha=8", to="r=8,alpha=4", law=WideB())
     c = convert_lr(1e-3, from_="r=8,alpha=8,fan_in=64", to="r=8,alpha=4", law=WideB())
@@ -259,7 +287,9 @@ def test_torch_trusts_no_class_of_ours():
     """Importing the package leaves torch's list of safe globals alone."""
     trusted = torch.serialization.get_safe_globals()
     assert not [
-        kind for kind in trusted if getattr(kind, "__module__", "").startswith("rankaware_optim")
+        kind
+        for kind in trusted
+        if getattr(kind, "__module__", "").startswith("rankaware_optim")
     ]
 
 
@@ -310,9 +340,13 @@ def test_an_optimizer_takes_it_as_its_rate(build, rate):
         torch.manual_seed(0)
         model = mlp((4,))
         optimizer = build(model, lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1 / (1 + step)
+        )
         for _ in range(3):
-            sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
+            sum(
+                p.square().sum() for p in model.parameters() if p.requires_grad
+            ).backward()
             optimizer.step()
             scheduler.step()
         states.append([param.detach() for param in model.parameters()])
@@ -327,18 +361,25 @@ def test_an_optimizer_takes_it_as_its_rate(build, rate):
 def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
     """`rates=`, `other_lr=`, groups and `rank_aware_param_groups` keep plain floats of it."""
     model = mlp((4,))
-    (name, *_), rate = [name for name, p in model.named_parameters() if p.requires_grad], Rate(2e-4)
+    (name, *_), rate = (
+        [name for name, p in model.named_parameters() if p.requires_grad],
+        Rate(2e-4),
+    )
     options = {"rates": {name: Rate(3e-4)}, "other_lr": Rate(5e-4), "law": "constant"}
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
+    ]
     for optimizer in (
         RankAwareOptimizer(model, torch.optim.AdamW, lr=rate, **options),
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=1e-3, **options),
     ):
         assert {type(group["lr"]) for group in optimizer.param_groups} == {float}
-        assert [effective_lr(group) for group in optimizer.param_groups] == pytest.approx(
-            [3e-4, 2e-4, 5e-4]
-        )
-    assert {type(group["lr"]) for group in rank_aware_param_groups(model, lr=rate)} == {float}
+        assert [
+            effective_lr(group) for group in optimizer.param_groups
+        ] == pytest.approx([3e-4, 2e-4, 5e-4])
+    assert {type(group["lr"]) for group in rank_aware_param_groups(model, lr=rate)} == {
+        float
+    }
 
 
 @pytest.mark.parametrize(
@@ -356,7 +397,11 @@ DISTANT = r"A rate that the law moves keeps a distance: × 0\.9"
 SAID = [
     ("r=16,alpha=32", "r=16,alpha=8", r"As one rate: 0\.00036 \(approximate\)"),
     ("r=16,alpha=32", "r=16,alpha=8", r"0\.0002 for A, 0\.0008 for B \(exact\)"),
-    ("r=16,alpha=32", "r=16,alpha=8", r"multiply B's eps by 0\.25 and its weight decay by 0\.25"),
+    (
+        "r=16,alpha=32",
+        "r=16,alpha=8",
+        r"multiply B's eps by 0\.25 and its weight decay by 0\.25",
+    ),
     (
         "r=16,alpha=32",
         "r=16,alpha=8",
@@ -367,17 +412,33 @@ SAID = [
         "r=16,alpha=8,init=B",
         r"the rate of A alone, or .* with B's initial values × 2",
     ),
-    ("r=16,alpha=32", "r=16,alpha=8", r"decoupled weight decay and without gradient clipping"),
+    (
+        "r=16,alpha=32",
+        "r=16,alpha=8",
+        r"decoupled weight decay and without gradient clipping",
+    ),
     ("r=16,alpha=32", "r=16,alpha=8", r"No width was given"),
     (
         "r=16,alpha=32",
         "r=16,alpha=8,rslora",
         r"One rate for all: 0\.0002 \(exact\)\.\nnote: Both configurations train equally",
     ),
-    ("r=16,alpha=32", "r=8,alpha=32", r"With another rank the rates follow the law 'falling'"),
-    ("r=16,alpha=32,fan_in=64", "r=8,alpha=32,init=B", r"With another rank and init the"),
+    (
+        "r=16,alpha=32",
+        "r=8,alpha=32",
+        r"With another rank the rates follow the law 'falling'",
+    ),
+    (
+        "r=16,alpha=32,fan_in=64",
+        "r=8,alpha=32,init=B",
+        r"With another rank and init the",
+    ),
     ("r=16,alpha=32,fan_in=64", "full", r"start at half of it"),
-    ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", r"The batch changes from 8 to 64"),
+    (
+        "r=16,alpha=32,batch=8",
+        "r=16,alpha=32,batch=64",
+        r"The batch changes from 8 to 64",
+    ),
     ("r=16,alpha=32", "r=16,alpha=8", DISTANT),
     ("r=16,alpha=32", "r=8,alpha=32", DISTANT),
     ("r=16,alpha=32,fan_in=64", "r=16,alpha=32,init=B", DISTANT),
@@ -461,7 +522,14 @@ def test_words_that_make_no_reference_are_refused(text, message):
 
 R16, R8B = "r=16,alpha=16", "r=8,alpha=8,init=B"
 REFUSED = [
-    (1e-3, R16, R8B, "mua", InvalidReferenceError, r"From B = 0 to A = 0 .* width.* Give fan_in="),
+    (
+        1e-3,
+        R16,
+        R8B,
+        "mua",
+        InvalidReferenceError,
+        r"From B = 0 to A = 0 .* width.* Give fan_in=",
+    ),
     (
         1e-3,
         R16,
@@ -470,7 +538,14 @@ REFUSED = [
         InvalidReferenceError,
         r"From B = 0 to full finetuning .* Give fan_in=",
     ),
-    (1e-3, "full", R16, "constant", InvalidReferenceError, r"From full finetuning to B = 0"),
+    (
+        1e-3,
+        "full",
+        R16,
+        "constant",
+        InvalidReferenceError,
+        r"From full finetuning to B = 0",
+    ),
     (1e-3, 16, R16, "mua", InvalidReferenceError, r"16 is not a reference"),
     (1e-3, R16, None, "mua", InvalidReferenceError, r"None is not a reference"),
     (1e-3, R16, "", "mua", InvalidReferenceError, r"lacks rank"),
@@ -492,7 +567,14 @@ REFUSED = [
         InvalidReferenceError,
         r"rank=1000.*to 2147483647",
     ),
-    (1e308, R16, "r=16,alpha=1e-12", "mua", RankAwareError, r"range of floating point|inf"),
+    (
+        1e308,
+        R16,
+        "r=16,alpha=1e-12",
+        "mua",
+        RankAwareError,
+        r"range of floating point|inf",
+    ),
     (1e308, R16, "r=16,alpha=1", "mua", OptimizerError, r"The converted lr is inf"),
     (0.0, R16, R16, "mua", OptimizerError, r"lr is 0"),
     (-1e-3, R16, R16, "mua", OptimizerError, r"lr is -0"),
@@ -536,7 +618,10 @@ def test_extreme_numbers_raise_our_errors_only(lr, a, b, law):
     assert all(0 < number < math.inf for number in numbers)
 
 
-@given(st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40) | st.text(max_size=12))
+@given(
+    st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40)
+    | st.text(max_size=12)
+)
 @settings(max_examples=500)
 def test_any_text_is_a_reference_or_our_error(text):
     """No text raises anything but an error of ours."""
@@ -564,23 +649,42 @@ class Setup:
     seed: int = 0
 
     def conversion(self) -> Conversion:
-        a, b = (Reference.from_scaling(self.rank, s, init=self.init) for s in (self.s, self.s_new))
+        a, b = (
+            Reference.from_scaling(self.rank, s, init=self.init)
+            for s in (self.s, self.s_new)
+        )
         return convert_lr(self.lr, from_=a, to=b, law=self.law)
 
     def run(
-        self, s: float, rate_a: float, rate_b: float, drawn: float = 1.0, **settings: float
+        self,
+        s: float,
+        rate_a: float,
+        rate_b: float,
+        drawn: float = 1.0,
+        **settings: float,
     ) -> list[torch.Tensor]:
         """The outputs of training the same draw at scaling s, the drawn factor multiplied by `drawn`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            options = {"rank": self.rank, "scaling": s, "init": self.init, "dtype": torch.float64}
+            options = {
+                "rank": self.rank,
+                "scaling": s,
+                "init": self.init,
+                "dtype": torch.float64,
+            }
             model = adapted(self.style, self.kind, **options)
             inputs = INPUTS[self.kind]()
         model.pair()[self.init == "B"].data.mul_(drawn)
         names = ("eps_a", "eps_b", "decay_a", "decay_b")
-        defaults = dict(zip(names, (self.eps, self.eps, self.decay, self.decay), strict=True))
+        defaults = dict(
+            zip(names, (self.eps, self.eps, self.decay, self.decay), strict=True)
+        )
         return trained(
-            model, inputs, rate_a, rate_b, **{n: defaults[n] * settings.get(n, 1.0) for n in names}
+            model,
+            inputs,
+            rate_a,
+            rate_b,
+            **{n: defaults[n] * settings.get(n, 1.0) for n in names},
         )
 
     def tuned(self) -> list[torch.Tensor]:
@@ -630,8 +734,13 @@ setups = st.builds(
     law=st.sampled_from(["mua", MuA(ratio=4.0)]),
     seed=st.integers(0, 2**16),
 )
-EACH = [Setup(style, kind, init=i) for style, kind, i in itertools.product(STYLES, BASES, "AB")]
-each = pytest.mark.parametrize("setup", EACH, ids=lambda s: f"{s.style}-{s.kind}-{s.init}")
+EACH = [
+    Setup(style, kind, init=i)
+    for style, kind, i in itertools.product(STYLES, BASES, "AB")
+]
+each = pytest.mark.parametrize(
+    "setup", EACH, ids=lambda s: f"{s.style}-{s.kind}-{s.init}"
+)
 
 
 @given(setup=setups)
@@ -674,7 +783,9 @@ def test_one_rate_alone_is_approximate(setup):
 @pytest.mark.filterwarnings(
     "ignore"
 )  # libraries warn of their own deprecations while they are imported and built
-@pytest.mark.parametrize("case", [c for c in CASES if c.init in "AB"], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.init in "AB"], ids=lambda c: c.name
+)
 def test_the_libraries_own_adapters_convert_exactly(case):
     """A real library's adapter at another alpha trains, by the two-rate form, as the tuned one did."""
     if not case.installed():
@@ -689,9 +800,14 @@ def test_the_libraries_own_adapters_convert_exactly(case):
     from_, to = (Reference.from_scaling(f.rank, f.scaling, init=f.init) for f in (a, b))
     c = convert_lr(1e-2, from_=from_, to=to)
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs())
-    before = trained(tuned, inputs, 1e-2, 1e-2, eps_a=1e-3, eps_b=1e-3, decay_a=0.1, decay_b=0.1)
+    before = trained(
+        tuned, inputs, 1e-2, 1e-2, eps_a=1e-3, eps_b=1e-3, decay_a=0.1, decay_b=0.1
+    )
     scales = {"eps_a": 1e-3 * c.eps_scale_a, "eps_b": 1e-3 * c.eps_scale_b}
-    scales |= {"decay_a": 0.1 * c.weight_decay_scale_a, "decay_b": 0.1 * c.weight_decay_scale_b}
+    scales |= {
+        "decay_a": 0.1 * c.weight_decay_scale_a,
+        "decay_b": 0.1 * c.weight_decay_scale_b,
+    }
     after = trained(other, inputs, c.lr_a, c.lr_b, **scales)
     assert float((before[0] - before[-1]).abs().max()) > 1e-6
     assert distance(before, after) < 1e-12

@@ -41,7 +41,10 @@ class SignSGD(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                p.sub_(p.grad.sign() + group["noise"] * torch.randn_like(p), alpha=group["lr"])
+                p.sub_(
+                    p.grad.sign() + group["noise"] * torch.randn_like(p),
+                    alpha=group["lr"],
+                )
 
 
 class NeedsClosure(SignSGD):
@@ -68,7 +71,9 @@ def test_steps_are_those_of_a_real_layer(kind, init):
     batch, start = synthetic(12, 20, 7), draw_pair(12, 20, 3, 0.5, init)
     found = step_pair(batch, start, Stepper(kind, {}), 0.02, 0.03)
     a, b = nn.Parameter(start.a.clone()), nn.Parameter(start.b.clone())
-    opt = kind([{"params": [a], "lr": 0.02}, {"params": [b], "lr": 0.03}], weight_decay=0.0)
+    opt = kind(
+        [{"params": [a], "lr": 0.02}, {"params": [b], "lr": 0.03}], weight_decay=0.0
+    )
     for _ in range(4):
         opt.zero_grad()
         (batch.gradients * (0.5 * b @ (a @ batch.inputs))).sum().backward()
@@ -76,7 +81,9 @@ def test_steps_are_those_of_a_real_layer(kind, init):
     assert torch.allclose(found.a, a, atol=1e-6)
     assert torch.allclose(found.b, b, atol=1e-6)
     moved = 0.5 * (b @ a - start.b @ start.a) @ batch.inputs
-    assert change_of(batch, found) == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-4)
+    assert change_of(batch, found) == pytest.approx(
+        moved.square().mean().sqrt().item(), rel=1e-4
+    )
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
@@ -101,7 +108,9 @@ def test_the_size_of_a_product(rows, rank, columns, seed):
 def test_rates_are_found_from_anywhere(power, size, start, target):
     """A power of the rate, overflowing far above, is solved to 1 % of the target from any start."""
     rate = rates_for(
-        lambda lr: (lr * 2.0**size) ** power if lr < 2.0**50 else math.inf, target, start=2.0**start
+        lambda lr: (lr * 2.0**size) ** power if lr < 2.0**50 else math.inf,
+        target,
+        start=2.0**start,
     )
     assert (rate * 2.0**size) ** power == pytest.approx(target, rel=0.01)
 
@@ -175,8 +184,9 @@ def test_a_wrong_law_is_flagged(optimizer, init, gamma, law):
         tolerance=0.2,
     )
     assert not check.ok, check
-    assert f"NOT rank-invariant with {optimizer} at the rates of {law_words(law)}: over" in str(
-        check
+    assert (
+        f"NOT rank-invariant with {optimizer} at the rates of {law_words(law)}: over"
+        in str(check)
     )
 
 
@@ -207,7 +217,9 @@ def test_a_given_rate_is_used_and_nothing_global_is_touched():
     model = mlp((4, 4), width=32)
     before, state = snapshot(model), torch.random.get_rng_state()
     first, second = (
-        coordinate_check(model, SignSGD, lr=0.01, ranks=(2, 8), tokens=32, settings={"noise": 0.1})
+        coordinate_check(
+            model, SignSGD, lr=0.01, ranks=(2, 8), tokens=32, settings={"noise": 0.1}
+        )
         for _ in range(2)
     )
     assert first == second
@@ -257,7 +269,12 @@ def test_bad_requests_are_refused(arguments, message):
     """What cannot be checked is an error with its cause and a cure."""
     with pytest.raises(LawError, match=message):
         coordinate_check(
-            **{"model_or_shapes": {"q": (16, 16)}, "optimizer": "AdamW", "tokens": 16, **arguments}
+            **{
+                "model_or_shapes": {"q": (16, 16)},
+                "optimizer": "AdamW",
+                "tokens": 16,
+                **arguments,
+            }
         )
 
 
@@ -283,11 +300,15 @@ def test_a_captured_batch_is_the_real_one():
 
 def test_capturing_leaves_the_model_as_found():
     """Weights, statistics, gradients, mode, hooks and random state are what they were, even where the run fails."""
-    model = nn.Sequential(mlp((4,), width=16, head=False), nn.BatchNorm1d(16), nn.Dropout(0.5))
+    model = nn.Sequential(
+        mlp((4,), width=16, head=False), nn.BatchNorm1d(16), nn.Dropout(0.5)
+    )
     model(torch.randn(4, 16)).sum().backward()
     model[1].eval()
     before, state = snapshot(model), torch.random.get_rng_state()
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    gradients = [
+        (p, None if p.grad is None else p.grad.clone()) for p in model.parameters()
+    ]
 
     def run(m, fail=False):
         m.train()
@@ -300,7 +321,9 @@ def test_capturing_leaves_the_model_as_found():
         capture(model, lambda m: run(m, fail=True))
     assert same(before, snapshot(model))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert all(p.grad is None if g is None else torch.equal(p.grad, g) for p, g in gradients)
+    assert all(
+        p.grad is None if g is None else torch.equal(p.grad, g) for p, g in gradients
+    )
     assert [m.training for m in model] == [True, False, True]
     assert not any(m._forward_hooks for m in model.modules())
 

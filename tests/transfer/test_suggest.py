@@ -71,9 +71,9 @@ def test_published_medians_are_met(rank, median):
 def test_the_law_moves_the_rate(reference):
     """Between two configurations the middle moves as the law does, and nothing else moves it."""
     moved = math.log2(MuA(tokens=8.0).multiplier(reference.as_factor(), PUBLISHED))
-    assert middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED)) == pytest.approx(
-        moved, abs=1e-9
-    )
+    assert middle(suggest_lr(reference)) - middle(
+        suggest_lr(PUBLISHED)
+    ) == pytest.approx(moved, abs=1e-9)
 
 
 @given(reference=references, task=st.sampled_from(["chat", "other"]))
@@ -106,7 +106,9 @@ def test_documented_inits_have_their_factor(init, factor):
 
 def test_dora_has_its_factor():
     """DoRA divides the rate by 1.8, on top of an init's factor."""
-    assert suggest_lr(PUBLISHED).lr / suggest_lr(PUBLISHED, dora=True).lr == pytest.approx(1.8)
+    assert suggest_lr(PUBLISHED).lr / suggest_lr(
+        PUBLISHED, dora=True
+    ).lr == pytest.approx(1.8)
     assert suggest_lr(PUBLISHED).lr / suggest_lr(
         PUBLISHED, dora=True, init="pissa"
     ).lr == pytest.approx(18)
@@ -175,17 +177,27 @@ OPTIMIZERS = [
 def test_documented_rules_lead_to_other_optimizers(optimizer, most, least):
     """The band's middle is AdamW's times the middle of the documented range, and the band holds all of that range."""
     plain, found = suggest_lr(AT, task="chat"), suggest_lr(AT, optimizer, task="chat")
-    assert 2 ** (middle(found) - middle(plain)) == pytest.approx(math.sqrt(most * least))
-    assert found.low <= 2 ** middle(plain) * least <= 2 ** middle(plain) * most <= found.high
+    assert 2 ** (middle(found) - middle(plain)) == pytest.approx(
+        math.sqrt(most * least)
+    )
+    assert (
+        found.low
+        <= 2 ** middle(plain) * least
+        <= 2 ** middle(plain) * most
+        <= found.high
+    )
     assert ("no published rate" in str(found)) == (reach(found) > reach(plain))
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["SGD", torch.optim.SGD, torch.optim.Adagrad, kind("LAMB"), kind("Muon")]
+    "optimizer",
+    ["SGD", torch.optim.SGD, torch.optim.Adagrad, kind("LAMB"), kind("Muon")],
 )
 def test_without_a_rule_there_is_no_suggestion(optimizer):
     """An optimizer that no documented rule ties to AdamW is refused, with what to do instead."""
-    with pytest.raises(OptimizerError, match=r"No published rate is known for \w+,.*ra.calibrate"):
+    with pytest.raises(
+        OptimizerError, match=r"No published rate is known for \w+,.*ra.calibrate"
+    ):
         suggest_lr(AT, optimizer)
 
 
@@ -201,7 +213,9 @@ def test_muon_that_matches_adamw_takes_its_rate():
 def test_every_rule_is_reached_by_its_name():
     """Each name in the table gives a suggestion that names the optimizer."""
     assert all(
-        name in str(suggest_lr(AT, name)).lower() for name, row in _KNOWN.items() if row.relation
+        name in str(suggest_lr(AT, name)).lower()
+        for name, row in _KNOWN.items()
+        if row.relation
     )
 
 
@@ -210,14 +224,19 @@ def test_every_rule_is_reached_by_its_name():
 
 def model_of(*pairs: tuple[int, int], init: str = "A", width: int = 64) -> nn.Module:
     """PlainLoRA layers of (rank, fan-in)."""
-    return nn.ModuleList(PlainLoRA(nn.Linear(n, width, bias=False), r, 2.0, init) for r, n in pairs)
+    return nn.ModuleList(
+        PlainLoRA(nn.Linear(n, width, bias=False), r, 2.0, init) for r, n in pairs
+    )
 
 
 @pytest.mark.parametrize("init", "AB")
 def test_a_model_is_answered_at_its_own_configuration(init):
     """Rank, scaling and init are the model's commonest, the width its commonest fan-in; the other ranks are said."""
     found = suggest_lr(model_of((8, 64), (8, 64), (4, 256), init=init))
-    assert (found.reference, found.fan_in) == (Reference(rank=8, alpha=16, init=init), 64)
+    assert (found.reference, found.fan_in) == (
+        Reference(rank=8, alpha=16, init=init),
+        64,
+    )
     assert found.lr == suggest_lr(replace(found.reference, fan_in=64)).lr
     assert "has 2 ranks or scalings" in str(found)
     assert "holds" not in str(suggest_lr(model_of((8, 64))))
@@ -234,8 +253,12 @@ def test_the_rest_of_a_model_follows_by_the_law():
     model = model_of((8, 64), (8, 64), (2, 64))
     found = suggest_lr(model)
     law, at = MuA(tokens=8.0), found.reference
-    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=at, law=law)
-    rates = {group["lora_rank"]: effective_lr(group) for group in optimizer.param_groups}
+    optimizer = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=found.lr, tuned_at=at, law=law
+    )
+    rates = {
+        group["lora_rank"]: effective_lr(group) for group in optimizer.param_groups
+    }
     assert rates[8] == pytest.approx(found.lr)
     assert rates[2] == pytest.approx(
         suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr
@@ -246,7 +269,9 @@ def test_on_its_own_model_the_rate_is_used_as_it_is():
     """With its reference the rate stands at every group of that model, also where the layers are unequal."""
     model = model_of((8, 64), (8, 64), (8, 256))
     found = suggest_lr(model)
-    optimizer = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference)
+    optimizer = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference
+    )
     assert {group["lr"] for group in optimizer.param_groups} == {found.lr}
 
 
@@ -308,15 +333,24 @@ def test_real_peft_models_are_read():
 
     plain = suggest_lr(wrapped())
     assert (plain.reference, plain.fan_in) == (Reference(rank=4, alpha=8), 64)
-    assert plain.lr / suggest_lr(wrapped(init_lora_weights="pissa")).lr == pytest.approx(10)
-    assert plain.lr / suggest_lr(wrapped(init_lora_weights="olora")).lr == pytest.approx(18)
+    assert plain.lr / suggest_lr(
+        wrapped(init_lora_weights="pissa")
+    ).lr == pytest.approx(10)
+    assert plain.lr / suggest_lr(
+        wrapped(init_lora_weights="olora")
+    ).lr == pytest.approx(18)
     assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(1.8)
 
 
 REFUSED = [
     (Reference(16, 32), {"init": "corda"}, LawError, "init 'corda'"),
     (Reference(16, 32), {"init": False}, LawError, "init False"),
-    (Reference(16, 32), {"method": "full"}, InvalidReferenceError, "method='full', fan_in"),
+    (
+        Reference(16, 32),
+        {"method": "full"},
+        InvalidReferenceError,
+        "method='full', fan_in",
+    ),
     (Reference(16, 32), {"task": "code"}, InvalidReferenceError, "not 'code'"),
     (
         Reference(method="full"),
@@ -324,7 +358,12 @@ REFUSED = [
         InvalidReferenceError,
         "neither an init nor DoRA",
     ),
-    (Reference(method="full"), {"dora": True}, InvalidReferenceError, "neither an init nor DoRA"),
+    (
+        Reference(method="full"),
+        {"dora": True},
+        InvalidReferenceError,
+        "neither an init nor DoRA",
+    ),
     (16, {}, InvalidReferenceError, "not for 16"),
     (nn.Linear(4, 4), {}, InspectionError, "No trainable LoRA pair"),
     (AT, {"optimizer": int}, OptimizerError, "not a torch optimizer class"),
@@ -339,7 +378,8 @@ def test_bad_input_is_refused(model, options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("declared", "name"), [("PiSSA_niter_8", "pissa"), (True, None), (None, None), ("eva", None)]
+    ("declared", "name"),
+    [("PiSSA_niter_8", "pissa"), (True, None), (None, None), ("eva", None)],
 )
 def test_published_inits_by_their_declaration(declared, name):
     """A value of init_lora_weights names a published non-zero init or none."""
@@ -388,7 +428,11 @@ COMMANDS = [
         {"init": "pissa", "dora": True},
     ),
     (("--full", "--fan-in", 4096), Reference(method="full", fan_in=4096), {}),
-    (("--rank", 8, "--alpha", 8, "--optimizer", "Lion"), Reference(8, 8), {"optimizer": "Lion"}),
+    (
+        ("--rank", 8, "--alpha", 8, "--optimizer", "Lion"),
+        Reference(8, 8),
+        {"optimizer": "Lion"},
+    ),
 ]
 
 
@@ -406,7 +450,10 @@ def folder(tmp_path):
 
     def save(**config):
         save_file(
-            {"q.lora_A.weight": torch.ones(8, 32), "q.lora_B.weight": torch.ones(48, 8)},
+            {
+                "q.lora_A.weight": torch.ones(8, 32),
+                "q.lora_B.weight": torch.ones(48, 8),
+            },
             tmp_path / "m.sf",
         )
         (tmp_path / "m.sf").rename(tmp_path / "adapter_model.safetensors")
@@ -420,7 +467,12 @@ def folder(tmp_path):
 
 FOLDERS = [
     ({"init_lora_weights": True}, (), Reference(8, 16, fan_in=32), {}),
-    ({"init_lora_weights": "pissa"}, (), Reference(8, 16, fan_in=32), {"init": "pissa"}),
+    (
+        {"init_lora_weights": "pissa"},
+        (),
+        Reference(8, 16, fan_in=32),
+        {"init": "pissa"},
+    ),
     ({"init_lora_weights": "corda"}, ("--init", "A"), Reference(8, 16, fan_in=32), {}),
     (
         {"use_rslora": True, "init_lora_weights": True},
@@ -428,7 +480,12 @@ FOLDERS = [
         Reference(8, 16, rslora=True, fan_in=32),
         {},
     ),
-    ({"init_lora_weights": "pissa"}, ("--full",), Reference(method="full", fan_in=32), {}),
+    (
+        {"init_lora_weights": "pissa"},
+        ("--full",),
+        Reference(method="full", fan_in=32),
+        {},
+    ),
 ]
 
 

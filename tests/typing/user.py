@@ -20,7 +20,9 @@ def of_torch(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
     """What a user does with an optimizer, of each form."""
     at = ra.Reference(rank=16, alpha=32)
-    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at=at, weight_decay=0.01)
+    opt = ra.RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=2e-4, tuned_at=at, weight_decay=0.01
+    )
     assert_type(opt, ra.RankAwareOptimizer)
     assert_type(opt.report(), Report)
     assert_type(opt.step(lambda: 0.5), float)

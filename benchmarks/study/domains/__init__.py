@@ -79,13 +79,17 @@ def weights_hash(domain: Domain) -> str:
     """First 16 digits of the sha256 of the network before training, built with seed 0."""
     digest = hashlib.sha256()
     for name, tensor in domain.build(None, 1.0, "A", 0).state_dict().items():
-        digest.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
 def names() -> list[str]:
     """The names of all domains, the study's first and in its order."""
-    found = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    found = sorted(
+        m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")
+    )
     return [
         *(name for name in STUDY if name in found),
         *(name for name in found if name not in STUDY),
@@ -95,6 +99,8 @@ def names() -> list[str]:
 def get_domain(name: str) -> Domain:
     """A domain by its file's name."""
     if name not in names():
-        raise DomainError(f"There is no domain {name!r}.", f"Known domains: {', '.join(names())}.")
+        raise DomainError(
+            f"There is no domain {name!r}.", f"Known domains: {', '.join(names())}."
+        )
     found: Domain = import_module(f"{__name__}.{name}").DOMAIN
     return found

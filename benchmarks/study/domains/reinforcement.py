@@ -24,7 +24,10 @@ from ._adapters import adapt
 from ._assets import made_once
 from ._llama import LAYERS
 
-DIGITS, CHARACTERS = 3, "0123456789+="  # an answer has three digits, leading zeros included
+DIGITS, CHARACTERS = (
+    3,
+    "0123456789+=",
+)  # an answer has three digits, leading zeros included
 PROMPTS, SAMPLES, STEPS, SCORED, PRETRAINING = 16, 8, 100, 512, 280
 
 
@@ -61,7 +64,9 @@ def _pretrain() -> dict[str, Tensor]:
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for batch, _ in zip(sums(0, 64), range(PRETRAINING), strict=False):
         opt.zero_grad()
-        logits = model(torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)).logits[:, -DIGITS:]
+        logits = model(torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)).logits[
+            :, -DIGITS:
+        ]
         F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten()).backward()
         opt.step()
     return dict(model.state_dict())
@@ -80,7 +85,9 @@ def sums(seed: int, count: int) -> Iterator[Batch]:
         prompts = torch.stack([a // 10, a % 10, plus, b // 10, b % 10, equals], dim=1)
         total = a + b
         yield Batch(
-            prompts, torch.stack([total // 100, total // 10 % 10, total % 10], dim=1), generator
+            prompts,
+            torch.stack([total // 100, total // 10 % 10, total % 10], dim=1),
+            generator,
         )
 
 
@@ -96,19 +103,25 @@ def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
         torch.arange(len(batch.prompts)).repeat_interleave(SAMPLES),
         batch.generator,
     )
-    rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(-1, SAMPLES)
+    rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(
+        -1, SAMPLES
+    )
     if shuffled:
         rewards = rewards.flatten()[
             torch.randperm(rewards.numel(), generator=batch.generator)
         ].view(-1, SAMPLES)
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (
+        rewards.std(1, keepdim=True) + 1e-4
+    )
     logits = model(torch.cat([prompts, drawn[:, :-1]], dim=1)).logits[:, -DIGITS:]
     chosen = logits.log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
     return -(advantages.view(-1, 1) * chosen).mean()
 
 
 @torch.no_grad()
-def sampled(model: Any, prompts: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
+def sampled(
+    model: Any, prompts: Tensor, which: Tensor, generator: torch.Generator
+) -> Tensor:
     """Answers (n, 3), as character indices drawn at temperature 1.
 
     The model reads each prompt once, and then each character once. Characters are equally likely if the model's
@@ -125,7 +138,10 @@ def sampled(model: Any, prompts: Tensor, which: Tensor, generator: torch.Generat
     kept.batch_select_indices(which)
     while len(drawn) < DIGITS:
         drawn.append(
-            _drawn(model(drawn[-1], past_key_values=kept, use_cache=True).logits[:, -1], generator)
+            _drawn(
+                model(drawn[-1], past_key_values=kept, use_cache=True).logits[:, -1],
+                generator,
+            )
         )
     return torch.cat(drawn, dim=1)
 

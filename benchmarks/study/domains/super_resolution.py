@@ -43,8 +43,12 @@ class UNet(nn.Module):
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.enter = nn.Conv2d(1, width, 3, padding=1)
-        self.down = nn.ModuleList([Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)])
-        self.middle = nn.ModuleList([Block(4 * width, 4 * width), Block(4 * width, 4 * width)])
+        self.down = nn.ModuleList(
+            [Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)]
+        )
+        self.middle = nn.ModuleList(
+            [Block(4 * width, 4 * width), Block(4 * width, 4 * width)]
+        )
         self.up = nn.ModuleList([Block(6 * width, 2 * width), Block(3 * width, width)])
         self.leave = nn.Conv2d(width, 1, 3, padding=1)
 
@@ -56,7 +60,9 @@ class UNet(nn.Module):
         for block in self.middle:
             x = x + block(x)
         for block in self.up:
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skipped.pop()], dim=1))
+            x = block(
+                torch.cat([F.interpolate(x, scale_factor=2.0), skipped.pop()], dim=1)
+            )
         better: Tensor = pictures + self.leave(F.silu(x))
         return better
 
@@ -96,8 +102,13 @@ def _pretrained() -> dict[str, Tensor]:
     with seeded(0):
         model = UNet()
     images, _ = digits(False)
-    noise, opt = torch.Generator().manual_seed(0), torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _, chosen in zip(range(PRETRAINING), drawn(len(images), BATCH, 0), strict=False):
+    noise, opt = (
+        torch.Generator().manual_seed(0),
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+    )
+    for _, chosen in zip(
+        range(PRETRAINING), drawn(len(images), BATCH, 0), strict=False
+    ):
         noisy = images[chosen] + NOISE * torch.randn(BATCH, 1, 28, 28, generator=noise)
         opt.zero_grad()
         loss(model, (noisy, images[chosen])).backward()

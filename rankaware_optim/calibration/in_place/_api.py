@@ -116,7 +116,9 @@ def calibrate_in_place(
     lora = [rank for rank in ranks if rank is not None]
     adapters = None
     if lora or any(pair.trains for pair in pairs_of(walked.modules)):
-        adapters = Adapters(walked, lora, init=init, variance=variance, rule=scaling_rule)
+        adapters = Adapters(
+            walked, lora, init=init, variance=variance, rule=scaling_rule
+        )
     whole: list[nn.Parameter] = []
     if None in ranks or options.get("full_trials"):
         whole = _whole(walked, adapters, full_trains)
@@ -243,7 +245,8 @@ def _chosen(
             chosen.append((name, param))
     if not chosen:
         raise CalibrationError(
-            f"full_trains={trains!r} chooses no parameter.", "See model.named_parameters()."
+            f"full_trains={trains!r} chooses no parameter.",
+            "See model.named_parameters().",
         )
     return chosen
 
@@ -251,7 +254,9 @@ def _chosen(
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _checked(model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any) -> Walk:
+def _checked(
+    model: Any, step: Any, ranks: Any, init: Any, variance: Any, rule: Any
+) -> Walk:
     if not isinstance(model, nn.Module) or not callable(step):
         raise CalibrationError(
             f"calibrate_in_place got a {type(model).__name__} and a {type(step).__name__}.",

@@ -44,8 +44,14 @@ class ModelState:
         also: Iterable[MutableMapping[str, Any]] = (),
     ) -> None:
         self._parameters = [param for _, param in walked.parameters]
-        self._undo = [undo for name, module in walked.modules for undo in _containers(name, module)]
-        self._undo += [_refilling("an adapter's configuration", mapping) for mapping in also]
+        self._undo = [
+            undo
+            for name, module in walked.modules
+            for undo in _containers(name, module)
+        ]
+        self._undo += [
+            _refilling("an adapter's configuration", mapping) for mapping in also
+        ]
         for name, param in walked.parameters:
             self._undo += _switches(name, param)
         safe = {id(param) for param in unchanged}
@@ -53,7 +59,9 @@ class ModelState:
             if id(tensor) not in safe:
                 safe.add(id(tensor))
                 value = tensor.detach().clone()
-                self._undo.append((name, partial(_restore_value, tensor, tensor.data, value)))
+                self._undo.append(
+                    (name, partial(_restore_value, tensor, tensor.data, value))
+                )
         self._frozen = [
             (name, param, _version(param), total)
             for name, param, total in _sums(walked)
@@ -147,7 +155,10 @@ def _switches(name: str, param: torch.Tensor) -> Iterator[_Undo]:
     """Yield a parameter's state without its values: its data pointer, requires_grad, gradient and
     hooks.
     """
-    yield name, partial(_restore_switches, param, param.data, param.requires_grad, param.grad)
+    yield (
+        name,
+        partial(_restore_switches, param, param.data, param.requires_grad, param.grad),
+    )
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     for container in (*(getattr(param, key, None) for key in hooks), vars(param)):
         if isinstance(container, dict):
@@ -155,7 +166,10 @@ def _switches(name: str, param: torch.Tensor) -> Iterator[_Undo]:
 
 
 def _restore_switches(
-    param: torch.Tensor, data: torch.Tensor, requires_grad: bool, grad: torch.Tensor | None
+    param: torch.Tensor,
+    data: torch.Tensor,
+    requires_grad: bool,
+    grad: torch.Tensor | None,
 ) -> None:
     _restore_data(param, data)
     if param.requires_grad != requires_grad:
@@ -164,7 +178,9 @@ def _restore_switches(
         param.grad = grad
 
 
-def _restore_value(tensor: torch.Tensor, data: torch.Tensor, value: torch.Tensor) -> None:
+def _restore_value(
+    tensor: torch.Tensor, data: torch.Tensor, value: torch.Tensor
+) -> None:
     _restore_data(tensor, data)
     tensor.copy_(value)
 
@@ -182,7 +198,9 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
         return tensor.dtype, tensor.device, tensor.shape
 
 
-def _writable(walked: Walk, changing: Iterable[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _writable(
+    walked: Walk, changing: Iterable[torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what a trial could write in place, and what can be restored: parameters that train or
     are `changing`, buffers, and tensors in plain attributes. Quantised weights and views of
     parameters are left out.
@@ -231,7 +249,9 @@ def _sums(walked: Walk) -> Iterator[tuple[str, torch.Tensor, int | None]]:
     """Yield parameters, those of experts with their sums: PEFT parametrizes experts in each forward
     pass, which counts as a write though no value changes.
     """
-    layers = tuple(f"{n}." for n, module in walked.modules if hasattr(module, "parameter_name"))
+    layers = tuple(
+        f"{n}." for n, module in walked.modules if hasattr(module, "parameter_name")
+    )
     for name, param in walked.parameters:
         yield name, param, _sum(param) if name.startswith(layers) else None
 

@@ -27,7 +27,9 @@ class RankAware(OptimizerCallback):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.trainer.optimizer_cls_and_kwargs is None:
-            words = {name: text for name, text in os.environ.items() if name != _BENCHMARKS}
+            words = {
+                name: text for name, text in os.environ.items() if name != _BENCHMARKS
+            }
             lr = self.args.learning_rate
             attach(self.trainer, **settings_from_words(words, "RANKAWARE_", lr=lr))
         return super().create_optimizer(model)

@@ -10,7 +10,9 @@ from torch import nn
 
 from rankaware_optim.cli import main
 
-optim = pytest.importorskip("nemo_automodel.components.optim.optimizer", exc_type=ImportError)
+optim = pytest.importorskip(
+    "nemo_automodel.components.optim.optimizer", exc_type=ImportError
+)
 
 WIDTH, STEPS = 16, 10
 
@@ -45,7 +47,10 @@ def printed(target):
 
 
 def adapted(settings):
-    from nemo_automodel.components._peft.lora import PeftConfig, apply_lora_to_linear_modules
+    from nemo_automodel.components._peft.lora import (
+        PeftConfig,
+        apply_lora_to_linear_modules,
+    )
 
     torch.manual_seed(0)
     model = Block()
@@ -68,7 +73,10 @@ def scheduler(optimizers, style):
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(
     ("target", "multipliers"),
-    [("r=64,alpha=64,fan_in=16", None), ("r=16,alpha=32,fan_in=16", {"A": 1.0, "B": 0.5})],
+    [
+        ("r=64,alpha=64,fan_in=16", None),
+        ("r=16,alpha=32,fan_in=16", {"A": 1.0, "B": 0.5}),
+    ],
 )
 def test_the_scheduler_keeps_the_printed_multipliers(target, multipliers, style):
     """At every step a factor's rate over the schedule's is the law's, or exact where alpha alone changes."""
@@ -87,7 +95,9 @@ def test_the_scheduler_keeps_the_printed_multipliers(target, multipliers, style)
             wanted = law(target) if multipliers is None else multipliers[role]
             assert group["lr"] == pytest.approx(base * wanted, rel=1e-5)
             if multipliers is not None:  # lr × weight_decay stays
-                assert group["lr"] * group["weight_decay"] == pytest.approx(base * 0.01, rel=1e-5)
+                assert group["lr"] * group["weight_decay"] == pytest.approx(
+                    base * 0.01, rel=1e-5
+                )
         model(torch.randn(4, WIDTH)).square().mean().backward()
         opt.step()
         opt.zero_grad()

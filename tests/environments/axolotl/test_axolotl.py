@@ -37,7 +37,16 @@ def test_axolotls_command_has_ours():
     from click.testing import CliRunner
 
     done = CliRunner().invoke(
-        cli, ["rankaware", "convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=16,alpha=16"]
+        cli,
+        [
+            "rankaware",
+            "convert",
+            "2e-4",
+            "--from",
+            "r=16,alpha=32",
+            "--to",
+            "r=16,alpha=16",
+        ],
     )
     assert "Two rates: 0.0002 for A, 0.0004 for B (exact)." in done.output
 
@@ -53,8 +62,12 @@ def test_axolotls_factory_call_is_answered():
 
     model = mlp((4,), head=False)
     factory, kwargs = trainer_factory(torch.optim.AdamW, lr=1e-3)
-    args = AxolotlTrainingArguments("runs", weight_decay=0.25, use_cpu=True, report_to="none")
-    assert {g["weight_decay"] for g in factory()(model, args, **kwargs).param_groups} == {0.25}
+    args = AxolotlTrainingArguments(
+        "runs", weight_decay=0.25, use_cpu=True, report_to="none"
+    )
+    assert {
+        g["weight_decay"] for g in factory()(model, args, **kwargs).param_groups
+    } == {0.25}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +98,9 @@ def test_groups_that_axolotl_would_make_are_refused():
 
     from rankaware_optim.integrations.axolotl import Plugin
 
-    with pytest.raises(OptimizerError, match="embedding_lr is of groups that Axolotl makes"):
+    with pytest.raises(
+        OptimizerError, match="embedding_lr is of groups that Axolotl makes"
+    ):
         Plugin().post_trainer_create(
             DictDefault({"embedding_lr": 1e-5, "learning_rate": 1e-4}), None
         )

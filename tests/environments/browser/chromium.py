@@ -23,7 +23,11 @@ def found(playwright: Any) -> str | None:
     """The path of a Chromium on this machine, or None."""
     own = playwright.chromium.executable_path
     names = ("chromium", "chromium-browser", "google-chrome")
-    return own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+    return (
+        own
+        if Path(own).exists()
+        else next(filter(None, map(shutil.which, names)), None)
+    )
 
 
 @contextmanager
@@ -32,7 +36,9 @@ def launched() -> Iterator[Any]:
     with sync_playwright() as playwright:
         path = found(playwright)
         if path is None:
-            raise FileNotFoundError(f"There is no Chromium. Run python {__file__}, or install one.")
+            raise FileNotFoundError(
+                f"There is no Chromium. Run python {__file__}, or install one."
+            )
         args = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=path, args=args)
         yield browser
@@ -50,7 +56,16 @@ def install() -> None:
     sudo = [] if os.geteuid() == 0 else ["sudo"]
     subprocess.run([*sudo, "apt-get", "update", "-q"], check=True)
     subprocess.run(
-        [*sudo, "apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"], check=True
+        [
+            *sudo,
+            "apt-get",
+            "install",
+            "-q",
+            "-y",
+            "--no-install-recommends",
+            "chromium",
+        ],
+        check=True,
     )
 
 

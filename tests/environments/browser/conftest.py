@@ -28,7 +28,9 @@ def visit(browser, tmp_path):
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on(
+            "dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss())
+        )
         page.on("request", lambda request: asked.append(request.url))
         page.goto(path.as_uri())
         asked.remove(path.as_uri())

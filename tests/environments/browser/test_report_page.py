@@ -24,13 +24,22 @@ from ...helpers.recipes import KINDS, RECIPE
 
 AT_A = Reference(rank=16, alpha=32, fan_in=768)
 AT_B = replace(AT_A, init="B")
-MUON = MuA().bind(torch.optim.Muon, {}) if hasattr(torch.optim, "Muon") else MuA(family="spectral")
+MUON = (
+    MuA().bind(torch.optim.Muon, {})
+    if hasattr(torch.optim, "Muon")
+    else MuA(family="spectral")
+)
 
 
 def recipe(law, reference=AT_A, **changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it."""
     wide = replace(
-        RECIPE, reference=reference, full_fan_in=3072.0, lean=0.25, law=law, notes=("as given",)
+        RECIPE,
+        reference=reference,
+        full_fan_in=3072.0,
+        lean=0.25,
+        law=law,
+        notes=("as given",),
     )
     return replace(wide, **changes)
 
@@ -54,7 +63,11 @@ RECIPES = {
 # rank, alpha, rslora; None for full finetuning
 TARGETS = [
     *((rank, None, False) for rank in (1, 3, 4, 16, 63, 64, 65, 100, 256, 1000)),
-    *((rank, alpha, False) for rank in (1, 7, 16, 64, 100, 777) for alpha in (0.5, 16, 33.3, 512)),
+    *(
+        (rank, alpha, False)
+        for rank in (1, 7, 16, 64, 100, 777)
+        for alpha in (0.5, 16, 33.3, 512)
+    ),
     *((rank, alpha, True) for rank in (4, 100) for alpha in (1, 32)),
     None,
 ]
@@ -75,12 +88,16 @@ def expected(made: Recipe, target):
 
 def ask(page, target) -> None:
     """Fill the control in."""
-    page.get_by_role("radio", name="LoRA" if target else "full finetuning", exact=True).check()
+    page.get_by_role(
+        "radio", name="LoRA" if target else "full finetuning", exact=True
+    ).check()
     if target:
         rank, alpha, rslora = target
         page.get_by_label("Rank", exact=True).fill(str(rank))
         if page.get_by_label("Alpha", exact=True).is_enabled():
-            page.get_by_label("Alpha", exact=True).fill("" if alpha is None else str(alpha))
+            page.get_by_label("Alpha", exact=True).fill(
+                "" if alpha is None else str(alpha)
+            )
         if alpha is not None:
             page.get_by_label("rsLoRA").set_checked(rslora)
 
@@ -111,7 +128,9 @@ def test_the_control_gives_what_the_recipe_gives(name, visit):
         ), target
         ceiling = text_of(page, "ceiling")
         assert (ceiling == "none seen") == (rate.ceiling is None)
-        assert rate.ceiling is None or float(ceiling) == pytest.approx(rate.ceiling, rel=5.1e-3)
+        assert rate.ceiling is None or float(ceiling) == pytest.approx(
+            rate.ceiling, rel=5.1e-3
+        )
         assert text_of(page, "known") == (
             "extrapolated" if rate.extrapolated else "within what was tried"
         ), target
@@ -177,7 +196,11 @@ def test_hostile_names_stay_text(visit):
     """A recipe's words are shown as they are and run as nothing."""
     words = """</script><script>alert("x")</script><img src=x onerror=alert(1)> & {{ 7 * 7 }} ${alert(2)}"""
     made = replace(
-        RECIPE, name=words, settings={words: words}, notes=(words,), versions={words: words}
+        RECIPE,
+        name=words,
+        settings={words: words},
+        notes=(words,),
+        versions={words: words},
     )
     page = visit(report_html(made))
     assert page.locator("h1").inner_text() == f"Recipe {words}"
@@ -192,8 +215,13 @@ def test_the_keyboard_is_enough(visit):
     page.keyboard.press("Tab")
     seen = []
     for key in ("ArrowRight", "ArrowLeft", "Tab", "Tab", "Tab"):
-        seen.append(page.evaluate("document.activeElement.value || document.activeElement.id"))
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+        seen.append(
+            page.evaluate("document.activeElement.value || document.activeElement.id")
+        )
+        assert (
+            page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            != "none"
+        )
         page.keyboard.press(key)
     assert seen[:3] == ["lora", "full", "lora"]
     assert seen[3:] == [str(RECIPE.reference.rank), "alpha"]
@@ -201,16 +229,24 @@ def test_the_keyboard_is_enough(visit):
 
 def luminance(colour: str) -> float:
     """Relative luminance of a colour as WCAG defines it."""
-    channels = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    channels = [
+        int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]
+    ]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    ]
+    return sum(
+        weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_in_light_and_dark(scheme, visit):
     """Text stands out from its card by 4.5 to 1 at least, in either scheme, and the schemes differ."""
     page = visit(report_html(RECIPE), color_scheme=scheme)
-    card = page.locator("section").first.evaluate("e => getComputedStyle(e).backgroundColor")
+    card = page.locator("section").first.evaluate(
+        "e => getComputedStyle(e).backgroundColor"
+    )
     assert (luminance(card) > 0.5) == (scheme == "light")
     for selector, name in (
         (".soft", "color"),

@@ -19,7 +19,10 @@ from ...helpers.models import batches, mlp
 from ...helpers.optimizers import used
 
 DEVICE = os.environ.get("RANKAWARE_DEVICE", "cuda")
-WIDTH, RANKS = 1024, (4, 32)  # bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
+WIDTH, RANKS = (
+    1024,
+    (4, 32),
+)  # bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
 LR, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.99), 1e-8
 STEPS = 4
 AT_16 = Reference(rank=16, alpha=16)
@@ -46,7 +49,9 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (model(x).float() - x[:, :3].float().sin()).square().mean()
 
 
-def ours(model: nn.Module, kind: Any = torch.optim.AdamW, lr: Any = LR, **settings: Any) -> Any:
+def ours(
+    model: nn.Module, kind: Any = torch.optim.AdamW, lr: Any = LR, **settings: Any
+) -> Any:
     own = {"weight_decay": DECAY, "betas": BETAS, "eps": EPS, **settings}
     return RankAwareOptimizer(model, kind, lr=lr, tuned_at=AT_16, **own)
 
@@ -65,13 +70,19 @@ def rates(lr: float = LR) -> dict[str, float]:
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every trained parameter in float64 on the CPU."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: whole(p.detach())
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def gradients(model: nn.Module, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """The same of gradients, divided by the scale that they carry."""
     return {
-        name: whole(p.grad) / scale for name, p in model.named_parameters() if p.grad is not None
+        name: whole(p.grad) / scale
+        for name, p in model.named_parameters()
+        if p.grad is not None
     }
 
 
@@ -98,11 +109,17 @@ class ByHand:
             v.mul_(BETAS[1]).add_((1 - BETAS[1]) * g * g)
             corrected = m / (1 - BETAS[0] ** self.steps)
             root = v.sqrt() / math.sqrt(1 - BETAS[1] ** self.steps) + EPS
-            self.params[name] = self.params[name] * (1 - rate * DECAY) - rate * corrected / root
+            self.params[name] = (
+                self.params[name] * (1 - rate * DECAY) - rate * corrected / root
+            )
 
     def agrees(self, model: nn.Module, within: float = 1e-3) -> None:
         """Every parameter is what it should be: within a share of its own rate, and float32's rounding."""
         for name, value in values(model).items():
             torch.testing.assert_close(
-                value, self.params[name], rtol=1e-6, atol=within * rates()[name], msg=name
+                value,
+                self.params[name],
+                rtol=1e-6,
+                atol=within * rates()[name],
+                msg=name,
             )

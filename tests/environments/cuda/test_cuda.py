@@ -66,7 +66,9 @@ def test_a_rate_on_the_device_follows_its_schedule(kernel):
     if kernel == {"foreach": True}:
         kernel = {"foreach": True, "capturable": DEVICE == "cuda"}
         if DEVICE == "cpu":
-            pytest.skip("foreach with a tensor rate asks for capturable, which is CUDA's.")
+            pytest.skip(
+                "foreach with a tensor rate asks for capturable, which is CUDA's."
+            )
     model, lr = new_model(), torch.tensor(LR, device=DEVICE)
     opt, hand = ours(model, lr=lr, **kernel), ByHand(model)
     for i, x in enumerate(inputs()):
@@ -195,7 +197,10 @@ def test_bitsandbytes_is_the_native_one_with_groups_by_hand(name):
 
 
 def groups_by_hand(model, kind):
-    groups = [{"params": [model.get_parameter(name)], "lr": rate} for name, rate in rates().items()]
+    groups = [
+        {"params": [model.get_parameter(name)], "lr": rate}
+        for name, rate in rates().items()
+    ]
     return kind(groups, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)
 
 
@@ -282,7 +287,9 @@ def test_fsdp2_in_bf16(one_process):
     """Sharded weights in float32 that compute in bf16 are updated as by hand from their own gradients."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    model = sharded(one_process, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    model = sharded(
+        one_process, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    )
     trained(model, ours(model)).agrees(model)
 
 
@@ -295,5 +302,7 @@ def test_cpu_offload(one_process, kernel):
     model = sharded(one_process, offload_policy=CPUOffloadPolicy())
     opt = ours(model, **kernel)
     trained(model, opt).agrees(model)
-    assert {p.device.type for group in opt.param_groups for p in group["params"]} == {"cpu"}
+    assert {p.device.type for group in opt.param_groups for p in group["params"]} == {
+        "cpu"
+    }
     assert opt.state[model.layer0.lora_A]["exp_avg"].device.type == "cpu"

@@ -13,7 +13,8 @@ from .pair import Pair
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """Two processes. The module may set IGNORED, warnings let pass, and ENVIRONMENT."""
     made = Pair(
-        getattr(request.module, "IGNORED", ()), **getattr(request.module, "ENVIRONMENT", {})
+        getattr(request.module, "IGNORED", ()),
+        **getattr(request.module, "ENVIRONMENT", {}),
     )
     yield made
     made.stop()

@@ -25,7 +25,9 @@ class Pair:
     """
 
     def __init__(
-        self, ignored: tuple[tuple[str, type[Warning], str], ...] = (), **environment: str
+        self,
+        ignored: tuple[tuple[str, type[Warning], str], ...] = (),
+        **environment: str,
     ) -> None:
         self.ignored = ignored
         self.environment = environment
@@ -45,7 +47,9 @@ class Pair:
             self.stop()
             raise
         failures = [
-            f"rank {rank}: {value}" for rank, (fine, value) in enumerate(answers) if not fine
+            f"rank {rank}: {value}"
+            for rank, (fine, value) in enumerate(answers)
+            if not fine
         ]
         if failures:
             self.stop()
@@ -64,7 +68,12 @@ class Pair:
         key = secrets.token_bytes(16)
         group_port = _free_port()
         path = os.pathsep.join(filter(None, sys.path))
-        environment = {**os.environ, **self.environment, "PYTHONPATH": path, "TEST_KEY": key.hex()}
+        environment = {
+            **os.environ,
+            **self.environment,
+            "PYTHONPATH": path,
+            "TEST_KEY": key.hex(),
+        }
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
             script = str(Path(__file__).with_name("worker.py"))

@@ -30,7 +30,12 @@ pytest.importorskip("accelerate")
 def accelerator(kind: str, accumulate: int = 1) -> Any:
     """accelerate takes FSDP for accelerators alone: on CPU its own state must be set to it."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+    from accelerate.state import (
+        AcceleratorState,
+        DistributedType,
+        GradientState,
+        PartialState,
+    )
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()
@@ -50,7 +55,9 @@ def trained(kind: str, form: str, accumulate: int = 1) -> dict[str, Any]:
     acc = accelerator(kind, accumulate)
     model = new_model()
     opt = by_hand(model) if form == "hand" else FORMS[form](model)
-    loader = torch.utils.data.DataLoader(torch.cat(list(batches(4, width=WIDTH))), batch_size=4)
+    loader = torch.utils.data.DataLoader(
+        torch.cat(list(batches(4, width=WIDTH))), batch_size=4
+    )
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
     model, opt, loader, scheduler = acc.prepare(model, opt, loader, scheduler)
     for x in loader:
@@ -71,7 +78,9 @@ def test_prepared_trains_as_by_hand(pair, kind, form, accumulate):
     """Prepared by accelerate, clipped, scheduled and accumulated, every weight is the native one bit for bit."""
     wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSequential"}[kind]
     hand = pair.run(trained, kind, "hand", accumulate)
-    for got, expected in zip(pair.run(trained, kind, form, accumulate), hand, strict=True):
+    for got, expected in zip(
+        pair.run(trained, kind, form, accumulate), hand, strict=True
+    ):
         assert same(got["weights"], expected["weights"])
         assert got["lrs"] == expected["lrs"]
         assert got["type"] == expected["type"] == wrapper

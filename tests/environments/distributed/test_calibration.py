@@ -22,13 +22,17 @@ RANKS = (2, 4)
 
 def wrapped(form: str, rank: int) -> nn.Module:
     net = Net(rank)
-    for parameter in net.parameters():  # the same on both, as a launcher's seed would have it
+    for (
+        parameter
+    ) in net.parameters():  # the same on both, as a launcher's seed would have it
         dist.broadcast(parameter.data, src=0)
     if form == "ddp":
         return DistributedDataParallel(net)
     from torch.distributed.fsdp import fully_shard
 
-    return fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return fully_shard(
+        net, mesh=dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    )
 
 
 def seen_by_all(form: str, storage: str | None, trials: int) -> dict[str, Any]:
@@ -52,7 +56,9 @@ def seen_by_all(form: str, storage: str | None, trials: int) -> dict[str, Any]:
         finally:
             seen.append((trial.number, trial.rank, trial.seed, trial.lr, taken))
 
-    recipe = calibrate(train, ranks=RANKS, trials=trials, storage=storage, progress=False)
+    recipe = calibrate(
+        train, ranks=RANKS, trials=trials, storage=storage, progress=False
+    )
     return {"seen": seen, "recipe": recipe}
 
 
@@ -66,9 +72,15 @@ def test_all_see_one_study(pair, form):
 
 
 def assert_same(first: ra.Recipe, second: ra.Recipe) -> None:
-    assert (first.fitted_lr, first.law, first.notes) == (second.fitted_lr, second.law, second.notes)
+    assert (first.fitted_lr, first.law, first.notes) == (
+        second.fitted_lr,
+        second.law,
+        second.notes,
+    )
     for key, value in first.tensors.items():
-        assert np.array_equal(value, second.tensors[key], equal_nan=value.dtype.kind == "f"), key
+        assert np.array_equal(
+            value, second.tensors[key], equal_nan=value.dtype.kind == "f"
+        ), key
 
 
 def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
@@ -98,13 +110,20 @@ def pruned_together() -> list[int]:
         try:
             for taken in range(1, trial.steps + 1):
                 own = 0.5 * (dist.get_rank() - 0.5)
-                yield own + (9.0 if trial.number > 2 else 2.0) + 0.01 * trial.number - 0.05 * taken
+                yield (
+                    own
+                    + (9.0 if trial.number > 2 else 2.0)
+                    + 0.01 * trial.number
+                    - 0.05 * taken
+                )
         finally:
             steps.append(taken)
 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=4)
     recipe = calibrate(train, ranks=RANKS, trials=5, pruner=pruner)
-    assert recipe.tensors["curve"][0, 0] == pytest.approx(2.0 - 0.05)  # the mean of both
+    assert recipe.tensors["curve"][0, 0] == pytest.approx(
+        2.0 - 0.05
+    )  # the mean of both
     return steps
 
 
@@ -124,7 +143,11 @@ def diverging_on_one() -> list[int]:
         try:
             for taken in range(1, trial.steps + 1):
                 lost = u > 1 and taken > 3 and dist.get_rank() == 1
-                yield math.nan if lost else 2.3 + (bowl(min(u, 1)) - 2.3) * min(taken / 10, 1)
+                yield (
+                    math.nan
+                    if lost
+                    else 2.3 + (bowl(min(u, 1)) - 2.3) * min(taken / 10, 1)
+                )
         finally:
             steps.append(taken)
 

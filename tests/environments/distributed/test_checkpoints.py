@@ -19,7 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from rankaware_optim import CheckpointError, RankAwareOptimizer, RankAwareWarning
 
 from ...helpers.models import mlp, same
-from .training import AT_16, KINDS, LR, RANKS, WIDTH, by_class, new_model, tagged, train, weights
+from .training import (
+    AT_16,
+    KINDS,
+    LR,
+    RANKS,
+    WIDTH,
+    by_class,
+    new_model,
+    tagged,
+    train,
+    weights,
+)
 
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": fully_shard}
 OPTIONS = {
@@ -130,7 +141,9 @@ def test_state_of_other_ranks_is_refused(pair, wrapper, options):
 def plain_taken(wrapper: str, options: str) -> str:
     """What is said of a plain optimizer's checkpoint, whose one group is several here."""
     model = new(wrapper)
-    plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2 * LR)
+    plain = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=2 * LR
+    )
     train(model, plain, 0, 1)
     how = StateDictOptions(**OPTIONS[options])
     state = get_optimizer_state_dict(model, plain, options=how)

@@ -69,7 +69,10 @@ def test_ddp_trains_as_one_process(pair):
 
 
 def saved_then_resumed() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    straight, broken = DistributedDataParallel(new_model()), DistributedDataParallel(new_model())
+    straight, broken = (
+        DistributedDataParallel(new_model()),
+        DistributedDataParallel(new_model()),
+    )
     train(straight, by_class(straight), 0, 6)
     opt = by_class(broken)
     train(broken, opt, 0, 3)

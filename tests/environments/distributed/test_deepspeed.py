@@ -32,7 +32,11 @@ pytest.importorskip("deepspeed")
 
 IGNORED = (
     ("`torch.jit", DeprecationWarning, "torch"),  # its Muon is compiled at import
-    ("`torch.distributed.* is deprecated", FutureWarning, "torch"),  # its collectives' names
+    (
+        "`torch.distributed.* is deprecated",
+        FutureWarning,
+        "torch",
+    ),  # its collectives' names
 )
 ENVIRONMENT = on_cpu()
 
@@ -44,15 +48,24 @@ def engine_of(form: str, stage: int, **own: Any) -> Any:
         groups = ra.rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
         settings = {"torch_adam": True, "lr": LR, "weight_decay": 0.1}
         return initialize(
-            model, stage, optimizer={"type": "AdamW", "params": settings}, model_parameters=groups
+            model,
+            stage,
+            optimizer={"type": "AdamW", "params": settings},
+            model_parameters=groups,
         )
     return initialize(
-        model, stage, built=by_hand(model) if form == "hand" else FORMS[form](model, **own)
+        model,
+        stage,
+        built=by_hand(model) if form == "hand" else FORMS[form](model, **own),
     )
 
 
 def initialize(
-    model: nn.Module, stage: int, built: Any = None, model_parameters: Any = None, **further: Any
+    model: nn.Module,
+    stage: int,
+    built: Any = None,
+    model_parameters: Any = None,
+    **further: Any,
 ) -> Any:
     import deepspeed
 
@@ -93,7 +106,9 @@ def trained(form: str, stage: int, native_type: bool = False) -> dict[str, Any]:
 def test_zero_trains_as_by_hand(pair, stage, form, native_type):
     """Under ZeRO every weight and rate is, bit for bit, that of the native optimizer with groups by hand."""
     hand = pair.run(trained, "hand", stage)
-    for got, expected in zip(pair.run(trained, form, stage, native_type), hand, strict=True):
+    for got, expected in zip(
+        pair.run(trained, form, stage, native_type), hand, strict=True
+    ):
         assert got["lrs"] == expected["lrs"]
         assert same(got["weights"], expected["weights"])
 
@@ -119,7 +134,10 @@ def test_zero_trains_as_one_process(pair, stage):
 def resumed(
     stage: int, folder: str, **own: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    straight, broken = engine_of("class", stage, **own), engine_of("class", stage, **own)
+    straight, broken = (
+        engine_of("class", stage, **own),
+        engine_of("class", stage, **own),
+    )
     run(straight, 0, 6)
     run(broken, 0, 3)
     broken.save_checkpoint(folder)

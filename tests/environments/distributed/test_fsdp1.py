@@ -40,7 +40,12 @@ def sharded(policy: str = "layers", init: str = "A") -> nn.Module:
 
 def wrapped(model: nn.Module, policy: str = "layers") -> nn.Module:
     layers = ModuleWrapPolicy(set(STYLES.values())) if policy == "layers" else None
-    return FSDP(model, auto_wrap_policy=layers, use_orig_params=True, device_id=torch.device("cpu"))
+    return FSDP(
+        model,
+        auto_wrap_policy=layers,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
 
 
 def ours(form: str, kind: str, policy: str) -> dict[str, Any]:
@@ -94,7 +99,9 @@ def shards(style: str, kind: str, init: str) -> list[Any]:
 
 def pieces(style: str, kind: str, init: str = "A") -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*(adapted(style, kind, rank=rank, init=init) for rank in (4, 1)))
+    return nn.Sequential(
+        *(adapted(style, kind, rank=rank, init=init) for rank in (4, 1))
+    )
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
@@ -102,7 +109,9 @@ def pieces(style: str, kind: str, init: str = "A") -> nn.Module:
 @pytest.mark.parametrize("style", STYLES)
 def test_survey_of_flat_shards(pair, style, kind, init):
     """Rank and fans of flat and empty shards are those declared, in every convention and on both processes."""
-    expected = [asdict(factor) for factor in ra.inspect_model(pieces(style, kind, init)).factors]
+    expected = [
+        asdict(factor) for factor in ra.inspect_model(pieces(style, kind, init)).factors
+    ]
     assert pair.run(shards, style, kind, init) == [expected, expected]
 
 
@@ -203,7 +212,9 @@ def other_rank(policy: str) -> str:
     opt = by_class(saved, init="A")
     train(saved, opt, 0, 1)
     try:
-        by_class(sharded(), init="A", on_rank_change=policy).load_state_dict(opt.state_dict())
+        by_class(sharded(), init="A", on_rank_change=policy).load_state_dict(
+            opt.state_dict()
+        )
     except CheckpointError as error:
         return str(error)
     return ""

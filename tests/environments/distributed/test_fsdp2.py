@@ -53,7 +53,9 @@ def native(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_fsdp2_trains_as_by_hand(pair, form, kind):
     """Built after fully_shard, ranks come from the global shapes and every weight is the native one's bit for bit."""
-    for got, hand in zip(pair.run(ours, form, kind), pair.run(native, kind), strict=True):
+    for got, hand in zip(
+        pair.run(ours, form, kind), pair.run(native, kind), strict=True
+    ):
         assert same(got["weights"], hand)
         assert got["tags"] == expected_tags(kind=kind)
 
@@ -68,7 +70,9 @@ def test_fsdp2_trains_as_one_process(pair):
 
 def factors(style: str, kind: str, init: str) -> list[Any]:
     """The survey of single layers of rank 4 and 1, sharded."""
-    layers = nn.ModuleList(adapted(style, kind, rank=rank, init=init) for rank in (4, 1))
+    layers = nn.ModuleList(
+        adapted(style, kind, rank=rank, init=init) for rank in (4, 1)
+    )
     for layer in layers:
         fully_shard(layer)
     return [asdict(factor) for factor in ra.inspect_model(layers).factors]
@@ -80,7 +84,9 @@ def factors(style: str, kind: str, init: str) -> list[Any]:
 def test_survey_of_shards(pair, style, kind, init):
     """A sharded model is surveyed as the whole one is, on a process that holds no row of rank 1 too."""
     torch.manual_seed(0)
-    layers = nn.ModuleList(adapted(style, kind, rank=rank, init=init) for rank in (4, 1))
+    layers = nn.ModuleList(
+        adapted(style, kind, rank=rank, init=init) for rank in (4, 1)
+    )
     expected = [asdict(factor) for factor in ra.inspect_model(layers).factors]
     assert pair.run(factors, style, kind, init) == [expected, expected]
 

@@ -22,7 +22,12 @@ from .worker import WORLD
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
-RANKS = (4, 8, 3, 1)  # two processes divide 3 unevenly, and of 1 one of them holds nothing
+RANKS = (
+    4,
+    8,
+    3,
+    1,
+)  # two processes divide 3 unevenly, and of 1 one of them holds nothing
 WIDTH = 16
 
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -61,7 +66,9 @@ def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for i, rank in enumerate(RANKS):
         rate = LR * multiplier(rank, kind=kind)
-        groups += [{"params": [p], "lr": rate} for name, p in named if f"layer{i}." in name]
+        groups += [
+            {"params": [p], "lr": rate} for name, p in named if f"layer{i}." in name
+        ]
     return [*groups, {"params": [p for name, p in named if "head" in name], "lr": LR}]
 
 
@@ -79,7 +86,11 @@ FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instan
 
 
 def train(
-    model: nn.Module, opt: Any, first: int = 0, last: int = 4, backward: Any = torch.Tensor.backward
+    model: nn.Module,
+    opt: Any,
+    first: int = 0,
+    last: int = 4,
+    backward: Any = torch.Tensor.backward,
 ) -> None:
     """Steps `first` to `last` of one task, on this process's half of every batch."""
     for x in list(batches(last, width=WIDTH))[first:]:
@@ -100,7 +111,9 @@ def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters, whole, under the names of the bare model; under FSDP1 what this process holds."""
     return {
-        canonical_name(name): whole(p) for name, p in model.named_parameters() if p.requires_grad
+        canonical_name(name): whole(p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
 
 
@@ -112,11 +125,20 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
     """Every parameter's rate and declared rank, by name."""
     return {
-        n: (effective_lr(g), g["lora_rank"]) for g in opt.param_groups for n in g["param_names"]
+        n: (effective_lr(g), g["lora_rank"])
+        for g in opt.param_groups
+        for n in g["param_names"]
     }
 
 
-def expected_tags(init: str = "A", kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:
-    factors = {f"layer{i}.lora_{half}": rank for i, rank in enumerate(RANKS) for half in "AB"}
-    tags = {name: (LR * multiplier(rank, init, kind), rank) for name, rank in factors.items()}
+def expected_tags(
+    init: str = "A", kind: str = "AdamW"
+) -> dict[str, tuple[float, int | None]]:
+    factors = {
+        f"layer{i}.lora_{half}": rank for i, rank in enumerate(RANKS) for half in "AB"
+    }
+    tags = {
+        name: (LR * multiplier(rank, init, kind), rank)
+        for name, rank in factors.items()
+    }
     return {**tags, "head.weight": (LR, None), "head.bias": (LR, None)}

@@ -27,13 +27,20 @@ def main(rank: int, group_port: int, test_port: int) -> None:
     )  # as pytest's importlib mode names it
     package.__path__ = [str(Path(__file__).parents[2])]
     _join(rank, group_port)
-    with Client(("127.0.0.1", test_port), authkey=bytes.fromhex(os.environ["TEST_KEY"])) as test:
+    with Client(
+        ("127.0.0.1", test_port), authkey=bytes.fromhex(os.environ["TEST_KEY"])
+    ) as test:
         test.send(rank)
         _serve(test)
 
 
 def _join(rank: int, port: int) -> None:
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    here = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": WORLD,
+        "LOCAL_WORLD_SIZE": WORLD,
+    }
     os.environ.update({key: str(value) for key, value in here.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

@@ -47,7 +47,9 @@ def page(browser, address):
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on(
         "request",
-        lambda request: request.url.startswith((address, "data:")) or wrong.append(request.url),
+        lambda request: (
+            request.url.startswith((address, "data:")) or wrong.append(request.url)
+        ),
     )
     yield opened
     context.close()

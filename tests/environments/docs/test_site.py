@@ -28,7 +28,9 @@ def test_every_link_leads_somewhere(page, address):
         assert response.status == 200, f"{url}, linked from {asked.get(url)}"
         ids[url] = set(page.evaluate(IDS))
         assert page.evaluate(BROKEN) == []
-        links = {urljoin(url, href) for href in page.locator("a[href]").evaluate_all(HREFS)}
+        links = {
+            urljoin(url, href) for href in page.locator("a[href]").evaluate_all(HREFS)
+        }
         for link in (link for link in links if link.startswith(address)):
             asked.setdefault(link, url)
             target = urldefrag(link).url
@@ -61,7 +63,8 @@ def test_the_search_finds(page, address, words, page_found):
     page.locator("ul.search li a").first.wait_for()
     found = page.locator("ul.search li a").evaluate_all(HREFS)
     assert any(
-        urldefrag(href).url.removeprefix(address).startswith(f"{page_found}.html") for href in found
+        urldefrag(href).url.removeprefix(address).startswith(f"{page_found}.html")
+        for href in found
     )
 
 
@@ -75,6 +78,8 @@ def test_a_phone_needs_no_scrolling_sideways(page, address, name):
 
 def test_llms_txt_lists_the_pages():
     """llms.txt has a line a page, each with a link that is there."""
-    links = re.findall(r"^- \[.+\]\((\S+)\)", (SITE / "llms.txt").read_text(encoding="utf-8"), re.M)
+    links = re.findall(
+        r"^- \[.+\]\((\S+)\)", (SITE / "llms.txt").read_text(encoding="utf-8"), re.M
+    )
     assert {"quickstart.html", "faq.html", "law.html"} <= set(links)
     assert [link for link in links if not (SITE / link).exists()] == []

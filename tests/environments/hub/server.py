@@ -59,11 +59,20 @@ class Handler(BaseHTTPRequestHandler):
             repo = path.removeprefix("/api/models/").partition("/revision/")[0]
             repo, _, tree = repo.partition("/tree/")
             if repo not in self.hub.repos:
-                self._answer(404, {"error": "no such repository"}, {"X-Error-Code": "RepoNotFound"})
+                self._answer(
+                    404,
+                    {"error": "no such repository"},
+                    {"X-Error-Code": "RepoNotFound"},
+                )
             elif tree:
                 files = self.hub.repos[repo].items()
                 entry = [
-                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    {
+                        "type": "file",
+                        "path": p,
+                        "size": len(d),
+                        "oid": hashlib.sha1(d).hexdigest(),
+                    }
                     for p, d in files
                 ]
                 self._answer(200, entry)
@@ -71,13 +80,21 @@ class Handler(BaseHTTPRequestHandler):
                 siblings = [{"rfilename": name} for name in self.hub.repos[repo]]
                 self._answer(
                     200,
-                    {"id": repo, "modelId": repo, "sha": self.hub.sha(repo), "siblings": siblings},
+                    {
+                        "id": repo,
+                        "modelId": repo,
+                        "sha": self.hub.sha(repo),
+                        "siblings": siblings,
+                    },
                 )
         else:
             self._resolve(body=True)
 
     def do_POST(self) -> None:
-        path, data = urlsplit(self.path).path, self.rfile.read(int(self.headers["Content-Length"]))
+        path, data = (
+            urlsplit(self.path).path,
+            self.rfile.read(int(self.headers["Content-Length"])),
+        )
         if self._refused(path):
             return
         if path == "/api/repos/create":
@@ -86,14 +103,16 @@ class Handler(BaseHTTPRequestHandler):
             known = repo in self.hub.repos
             self.hub.repos.setdefault(repo, {".gitattributes": b""})
             self._answer(
-                409 if known else 200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}
+                409 if known else 200,
+                {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo},
             )
         elif path == "/api/validate-yaml":
             self._answer(200, {"warnings": [], "errors": []})
         elif "/preupload/" in path:
             names = [file["path"] for file in json.loads(data)["files"]]
             modes = [
-                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False}
+                for name in names
             ]
             self._answer(200, {"files": modes})
         elif "/commit/" in path:
@@ -121,7 +140,9 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         elif name not in self.hub.repos[repo]:
             self._answer(
-                404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.sha(repo)}
+                404,
+                b"",
+                {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.sha(repo)},
             )
         else:
             content = self.hub.repos[repo][name]
@@ -134,11 +155,19 @@ class Handler(BaseHTTPRequestHandler):
     def _refused(self, path: str) -> bool:
         self.hub.seen.append(f"{self.command} {path}")
         if self.hub.refuses:
-            self._answer(self.hub.refuses, {"error": "not today"}, {"X-Error-Message": "not today"})
+            self._answer(
+                self.hub.refuses,
+                {"error": "not today"},
+                {"X-Error-Message": "not today"},
+            )
         return bool(self.hub.refuses)
 
     def _answer(
-        self, status: int, content: object, headers: dict[str, str] | None = None, body: bool = True
+        self,
+        status: int,
+        content: object,
+        headers: dict[str, str] | None = None,
+        body: bool = True,
     ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
@@ -153,7 +182,9 @@ class Handler(BaseHTTPRequestHandler):
 def serving() -> Iterator[Hub]:
     """A Hub on a free port of this machine."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub})
+    )
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -34,20 +34,36 @@ def hub():
 def run(hub, tmp_path):
     """Runs code in a separate process against the Hub of this test, with this cache: its output, or its error."""
 
-    def ran(code: str, *arguments: object, cache: str = "cache", **environment: str) -> str:
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / cache), "HF_HUB_OFFLINE": "0"}
+    def ran(
+        code: str, *arguments: object, cache: str = "cache", **environment: str
+    ) -> str:
+        own = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / cache),
+            "HF_HUB_OFFLINE": "0",
+        }
         own |= {
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "MPLBACKEND": "agg",
         }
         own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-        command = [sys.executable, "-c", f"import sys\n{HEAD}{code}", *map(str, arguments)]
+        command = [
+            sys.executable,
+            "-c",
+            f"import sys\n{HEAD}{code}",
+            *map(str, arguments),
+        ]
         ended = subprocess.run(
-            command, env={**os.environ, **own, **environment}, capture_output=True, text=True
+            command,
+            env={**os.environ, **own, **environment},
+            capture_output=True,
+            text=True,
         )
         return (
-            ended.stdout.strip() if not ended.returncode else ended.stderr.strip().splitlines()[-1]
+            ended.stdout.strip()
+            if not ended.returncode
+            else ended.stderr.strip().splitlines()[-1]
         )
 
     return ran

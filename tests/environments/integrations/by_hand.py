@@ -56,7 +56,10 @@ class Case:
             return [{"params": trained}]
         head = list(model.get_submodule("head").parameters())
         matrices = [p for p in trained if all(p is not q for q in head)]
-        return [{"params": matrices, "use_muon": True}, {"params": head, "use_muon": False}]
+        return [
+            {"params": matrices, "use_muon": True},
+            {"params": head, "use_muon": False},
+        ]
 
 
 def by_class(case: Case, model: nn.Module) -> Any:
@@ -91,7 +94,8 @@ def _parts(case: Case, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
             rank = getattr(model.get_submodule(layer), "r", None)
             cut.setdefault((rank, role if rank else "other"), []).append(param)
         parts += [
-            (multiplier(rank, case), {**own, "params": params}) for (rank, _), params in cut.items()
+            (multiplier(rank, case), {**own, "params": params})
+            for (rank, _), params in cut.items()
         ]
     return parts
 

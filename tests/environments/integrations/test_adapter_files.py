@@ -34,7 +34,8 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(50, 16)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({n: nn.Linear(16, 24) for n in ("q", "k", "v")}) for _ in range(2)
+            nn.ModuleDict({n: nn.Linear(16, 24) for n in ("q", "k", "v")})
+            for _ in range(2)
         )
         self.conv = nn.Conv2d(4, 8, 3)
         self.grouped = nn.Conv2d(4, 8, 3, groups=2)
@@ -44,7 +45,9 @@ class Model(nn.Module):
 
 
 def lora(**settings) -> object:
-    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], **settings})
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], **settings}
+    )
 
 
 PATTERNS = {
@@ -60,8 +63,12 @@ SAVED = {
     "dora": lambda: lora(use_dora=True),
     "embedding": lambda: lora(target_modules=["embed", "q"]),
     "conv": lambda: lora(target_modules=["conv", "grouped"]),
-    "attention": lambda: lora(target_modules=["attention"], alpha_pattern={"attention": 2}),
-    "experts": lambda: lora(target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    "attention": lambda: lora(
+        target_modules=["attention"], alpha_pattern={"attention": 2}
+    ),
+    "experts": lambda: lora(
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    ),
     "experts of a pattern": lambda: lora(
         target_parameters=["experts.down_proj"],
         rank_pattern={"experts.down_proj": 2},
@@ -109,13 +116,14 @@ def test_a_folder_saved_by_peft_is_the_live_model(name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("kind", "shown"), [("LoHaConfig", "LoHa"), ("LoKrConfig", "LoKr"), ("VeraConfig", "VeRA")]
+    ("kind", "shown"),
+    [("LoHaConfig", "LoHa"), ("LoKrConfig", "LoKr"), ("VeraConfig", "VeRA")],
 )
 def test_an_adapter_without_a_law_is_named(kind, shown, tmp_path):
     """A folder of another kind is a survey without factors, whose tensors `rankaware inspect` names by kind."""
-    peft.get_peft_model(Model(), getattr(peft, kind)(r=4, target_modules=["q"])).save_pretrained(
-        tmp_path
-    )
+    peft.get_peft_model(
+        Model(), getattr(peft, kind)(r=4, target_modules=["q"])
+    ).save_pretrained(tmp_path)
     survey = inspect_file(tmp_path)
     done = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert (survey.factors, done.exit_code) == ((), 0)
@@ -163,7 +171,9 @@ def test_patterns_are_peft_s(order):
         "layers",
     ]
     first = first_matches(order, names)
-    ours = [name if i is None else order[i] for name, i in zip(names, first, strict=True)]
+    ours = [
+        name if i is None else order[i] for name, i in zip(names, first, strict=True)
+    ]
     assert ours == [peft.utils.other.get_pattern_key(order, name) for name in names]
 
 
@@ -181,7 +191,13 @@ NETWORKS = {
 def lycoris_network(**settings) -> nn.Module:
     lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"]})
-    dims = {"linear_dim": 4, "linear_alpha": 2, "conv_dim": 4, "conv_alpha": 1, "algo": "locon"}
+    dims = {
+        "linear_dim": 4,
+        "linear_alpha": 2,
+        "conv_dim": 4,
+        "conv_alpha": 1,
+        "algo": "locon",
+    }
     return lycoris.create_lycoris(Model(), 1.0, **{**dims, **settings})
 
 
@@ -192,7 +208,9 @@ def test_a_file_saved_by_lycoris_is_the_live_network(name, tmp_path):
     network = lycoris_network(**NETWORKS[name])
     network.apply_to()
     network.save_weights(
-        str(tmp_path / "x.safetensors"), torch.bfloat16, {"ss_network_module": "lycoris.kohya"}
+        str(tmp_path / "x.safetensors"),
+        torch.bfloat16,
+        {"ss_network_module": "lycoris.kohya"},
     )
     saved = inspect_file(tmp_path / "x.safetensors")
     live = ra.inspect_model(network, init="A")
@@ -238,7 +256,9 @@ def unet():
     )
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     made.add_adapter(
-        lora(target_modules=targets, rank_pattern={"to_v": 2}, alpha_pattern={"to_v": 1})
+        lora(
+            target_modules=targets, rank_pattern={"to_v": 2}, alpha_pattern={"to_v": 1}
+        )
     )
     return made
 
@@ -246,14 +266,21 @@ def unet():
 def save(unet, folder, state, **metadata) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=state, **metadata)
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        folder, unet_lora_layers=state, **metadata
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_saved_by_diffusers_is_the_live_model(unet, tmp_path):
     """save_lora_weights with its metadata: the ranks, fans, scalings and inits of the live UNet."""
     config = unet.peft_config["default"].to_dict()
-    save(unet, tmp_path, peft.get_peft_model_state_dict(unet), unet_lora_adapter_metadata=config)
+    save(
+        unet,
+        tmp_path,
+        peft.get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=config,
+    )
     saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
     assert facts(saved) == facts(live, "unet.")
     assert conventions(saved) == conventions(live) == {"peft"}

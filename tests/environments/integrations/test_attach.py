@@ -15,7 +15,11 @@ from accelerate.state import GradientState
 
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
-from rankaware_optim.integrations import attach, create_rankaware_optimizer, trainer_factory
+from rankaware_optim.integrations import (
+    attach,
+    create_rankaware_optimizer,
+    trainer_factory,
+)
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
@@ -41,7 +45,9 @@ with warnings.catch_warnings():
     )
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # peft, trl
+    pytest.mark.filterwarnings(
+        "ignore:`(is_)?gradient_checkpointing:FutureWarning"
+    ),  # peft, trl
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
 ]
@@ -70,12 +76,18 @@ def texts(**columns):
 
 def sft(model, folder, **route):
     config = arguments(folder, trl.SFTConfig, max_length=None, max_steps=2)
-    return trl.SFTTrainer(model, config, train_dataset=tokens(), processing_class=words(), **route)
+    return trl.SFTTrainer(
+        model, config, train_dataset=tokens(), processing_class=words(), **route
+    )
 
 
 def reward(model, folder, **route):
     kept = peft.LoraConfig(
-        task_type="SEQ_CLS", r=4, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["score"]
+        task_type="SEQ_CLS",
+        r=4,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        modules_to_save=["score"],
     )
     torch.manual_seed(0)
     sizes = {
@@ -87,32 +99,52 @@ def reward(model, folder, **route):
     config = transformers.LlamaConfig(
         vocab_size=32, max_position_embeddings=16, pad_token_id=0, num_labels=1, **sizes
     )
-    adapted = peft.get_peft_model(transformers.LlamaForSequenceClassification(config), kept)
+    adapted = peft.get_peft_model(
+        transformers.LlamaForSequenceClassification(config), kept
+    )
     data = texts(chosen="w2 w3", rejected="w4 w5")
     own = arguments(folder, trl.RewardConfig, max_length=None, max_steps=2)
-    return trl.RewardTrainer(adapted, own, train_dataset=data, processing_class=words(), **route)
+    return trl.RewardTrainer(
+        adapted, own, train_dataset=data, processing_class=words(), **route
+    )
 
 
 def dpo(model, folder, **route):
     data = texts(prompt="w2", chosen="w3 w4", rejected="w5")
     own = arguments(folder, trl.DPOConfig, max_length=None, max_steps=2)
-    return trl.DPOTrainer(model, args=own, train_dataset=data, processing_class=words(), **route)
+    return trl.DPOTrainer(
+        model, args=own, train_dataset=data, processing_class=words(), **route
+    )
 
 
 def kto(model, folder, **route):
     data = texts(prompt="w2", completion="w3 w4").add_column("label", [True, False] * 8)
     own = arguments(folder, trl.KTOConfig, max_length=None, max_steps=2)
-    return trl.KTOTrainer(model, args=own, train_dataset=data, processing_class=words(), **route)
+    return trl.KTOTrainer(
+        model, args=own, train_dataset=data, processing_class=words(), **route
+    )
 
 
 def online(trainer, config):
     def made(model, folder, **route):
-        own = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0, "max_steps": 2}
+        own = {
+            "num_generations": 2,
+            "max_completion_length": 4,
+            "beta": 0.0,
+            "max_steps": 2,
+        }
         args = arguments(folder, config, **own)
-        rewards = [lambda completions, **_: [float(len(set(text))) for text in completions]]
+        rewards = [
+            lambda completions, **_: [float(len(set(text))) for text in completions]
+        ]
         data = texts(prompt="w2 w3")
         return trainer(
-            model, rewards, args=args, train_dataset=data, processing_class=words(), **route
+            model,
+            rewards,
+            args=args,
+            train_dataset=data,
+            processing_class=words(),
+            **route,
         )
 
     return made
@@ -137,7 +169,9 @@ MAKERS = {
 
 def weights(trainer):
     return {
-        name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+        name: p.detach().clone()
+        for name, p in trainer.model.named_parameters()
+        if p.requires_grad
     }
 
 
@@ -168,7 +202,9 @@ def test_the_readmes_line_moves_a_trainers_rates(tmp_path, capsys):
     trainer = plain(llama(), tmp_path)
     exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
     assert trainer.state.global_step == 2
-    assert {row.rank for row in trainer.optimizer.report().rows if row.multiplier != 1.0} == {4, 8}
+    assert {
+        row.rank for row in trainer.optimizer.report().rows if row.multiplier != 1.0
+    } == {4, 8}
 
 
 def test_a_second_run_prints_no_second_report(tmp_path, capsys):
@@ -196,7 +232,11 @@ def with_norms_and_biases(kept=("input_layernorm",)):
         vocab_size=32, max_position_embeddings=16, attention_bias=True, **sizes
     )
     lora = peft.LoraConfig(
-        r=4, lora_alpha=4, target_modules=["q_proj"], bias="lora_only", modules_to_save=list(kept)
+        r=4,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        bias="lora_only",
+        modules_to_save=list(kept),
     )
     return peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
 
@@ -207,7 +247,11 @@ SET = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon"
 def run_with(folder, prepare=None, optim="adamw_torch", **own):
     args = arguments(folder, optim=optim, **{**SET, **own})
     model = with_norms_and_biases()
-    route = {} if prepare is not by_factory else {"optimizer_cls_and_kwargs": by_factory(args)}
+    route = (
+        {}
+        if prepare is not by_factory
+        else {"optimizer_cls_and_kwargs": by_factory(args)}
+    )
     trainer = transformers.Trainer(model, args, train_dataset=tokens(), **route)
     if prepare not in (None, by_factory):
         prepare(trainer)
@@ -244,19 +288,30 @@ def test_what_is_given_holds_over_the_arguments(tmp_path):
     """A rate, decay and betas given to attach hold; what is left unset in the arguments leaves the class its own."""
     trainer = run_with(
         tmp_path,
-        lambda trainer: attach(trainer, AdamW, lr=1e-3, betas=(0.1, 0.2), weight_decay=0.25),
+        lambda trainer: attach(
+            trainer, AdamW, lr=1e-3, betas=(0.1, 0.2), weight_decay=0.25
+        ),
     )
     defaults = trainer.optimizer.optimizer.defaults
-    assert (defaults["lr"], defaults["betas"], defaults["weight_decay"]) == (1e-3, (0.1, 0.2), 0.25)
+    assert (defaults["lr"], defaults["betas"], defaults["weight_decay"]) == (
+        1e-3,
+        (0.1, 0.2),
+        0.25,
+    )
     unset = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
-    trainer = run_with(tmp_path, lambda trainer: attach(trainer, "torch_optimizer:Yogi"), **unset)
+    trainer = run_with(
+        tmp_path, lambda trainer: attach(trainer, "torch_optimizer:Yogi"), **unset
+    )
     assert trainer.optimizer.optimizer.defaults["eps"] == 1e-3
 
 
 @pytest.mark.parametrize(
     ("prepare", "sentence"),
     [
-        (lambda trainer: attach(object(), AdamW, lr=LR), "not a Trainer of transformers"),
+        (
+            lambda trainer: attach(object(), AdamW, lr=LR),
+            "not a Trainer of transformers",
+        ),
         (
             lambda trainer: attach(trainer, AdamW),
             "attach was given no rate.*than its default, 5e-05",
@@ -294,12 +349,18 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
             seen.append((args.learning_rate, kwargs["optimizer"].param_groups[0]["lr"]))
 
     data = {"train_dataset": tokens(), "eval_dataset": tokens()}
-    args = arguments(tmp_path, learning_rate=1e-4, lr_scheduler_type="constant", max_steps=1)
-    trainer = transformers.Trainer(model_init=llama, args=args, callbacks=[Look()], **data)
+    args = arguments(
+        tmp_path, learning_rate=1e-4, lr_scheduler_type="constant", max_steps=1
+    )
+    trainer = transformers.Trainer(
+        model_init=llama, args=args, callbacks=[Look()], **data
+    )
     attach(trainer, AdamW)
     rates = [2e-5, 5e-5, 1e-4]
     trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        lambda trial: {
+            "learning_rate": trial.suggest_categorical("learning_rate", rates)
+        },
         backend="optuna",
         n_trials=3,
         sampler=optuna.samplers.GridSampler({"learning_rate": rates}),
@@ -316,21 +377,30 @@ def test_a_searchs_checkpoints_have_the_recipe(tmp_path):
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         attach(trainer, AdamW, recipe=RECIPE, other_lr=1e-3)
         trainer.hyperparameter_search(
-            lambda trial: {"weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1)},
+            lambda trial: {
+                "weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1)
+            },
             backend="optuna",
             n_trials=2,
         )
     for run in (0, 1):
         for step in (1, 2):
-            assert ra.Recipe.load(tmp_path / f"run-{run}" / f"checkpoint-{step}").tag == RECIPE.tag
+            assert (
+                ra.Recipe.load(tmp_path / f"run-{run}" / f"checkpoint-{step}").tag
+                == RECIPE.tag
+            )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.25])
 def test_a_recipes_settings_are_applied_where_the_arguments_set_none(tmp_path, decay):
     """apply_settings uses the recipe's decay and betas, unless the arguments set a decay; norms are spared it."""
-    recipe = dataclasses.replace(RECIPE, settings={"weight_decay": 0.5, "betas": [0.5, 0.7]})
+    recipe = dataclasses.replace(
+        RECIPE, settings={"weight_decay": 0.5, "betas": [0.5, 0.7]}
+    )
     args = arguments(tmp_path, weight_decay=decay)
-    trainer = transformers.Trainer(with_norms_and_biases(), args, train_dataset=tokens())
+    trainer = transformers.Trainer(
+        with_norms_and_biases(), args, train_dataset=tokens()
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         attach(trainer, AdamW, recipe=recipe, apply_settings=True, other_lr=1e-3)
@@ -353,7 +423,9 @@ def test_a_recipes_settings_are_applied_to_the_trainers_own_class(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ra.RankAwareWarning)
             attach(trainer, recipe=recipe, apply_settings=True, other_lr=1e-3)
-            assert {group["betas"] for group in trainer.create_optimizer().param_groups} == {betas}
+            assert {
+                group["betas"] for group in trainer.create_optimizer().param_groups
+            } == {betas}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
@@ -372,7 +444,8 @@ def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
         warnings.simplefilter("ignore", ra.RankAwareWarning)
         attach(trainer, tuned_at=AT_16)
         with pytest.raises(
-            ra.CheckpointError, match="scheduler has rates for 2 groups, and this optimizer has 4"
+            ra.CheckpointError,
+            match="scheduler has rates for 2 groups, and this optimizer has 4",
         ):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
@@ -403,18 +476,26 @@ def test_a_plain_runs_checkpoint_is_resumed(tmp_path):
     )
     attach(again, AdamW, lr=LR)
     opt = again.create_optimizer()
-    opt.load_state_dict(torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True))
+    opt.load_state_dict(
+        torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    )
     old = {
         n: first.optimizer.state[p]["exp_avg"]
         for n, p in first.model.named_parameters()
         if p.requires_grad
     }
-    new = {n: opt.state[p]["exp_avg"] for n, p in again.model.named_parameters() if p.requires_grad}
+    new = {
+        n: opt.state[p]["exp_avg"]
+        for n, p in again.model.named_parameters()
+        if p.requires_grad
+    }
     assert same(old, new)
 
 
 def saving(folder):
-    return arguments(folder, max_steps=1, save_strategy="steps", save_steps=1, weight_decay=0.0)
+    return arguments(
+        folder, max_steps=1, save_strategy="steps", save_steps=1, weight_decay=0.0
+    )
 
 
 def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
@@ -482,7 +563,8 @@ class OfItsOwn(transformers.Trainer):
 
 
 @pytest.mark.parametrize(
-    ("rate", "cure"), [(None, "settings to the optimizer"), (1e-5, r"'\*modules_to_save\*': 1e-05")]
+    ("rate", "cure"),
+    [(None, "settings to the optimizer"), (1e-5, r"'\*modules_to_save\*': 1e-05")],
 )
 def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cure):
     """Where the trainer leaves what was attached aside, a warning says so, and the way out with Unsloth's argument."""
@@ -491,7 +573,8 @@ def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cur
     trainer = OfItsOwn(llama(), args, train_dataset=tokens())
     attach(trainer, AdamW, lr=LR)
     with pytest.warns(
-        ra.RankAwareWarning, match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}"
+        ra.RankAwareWarning,
+        match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}",
     ):
         trainer.train()
 
@@ -524,7 +607,10 @@ def test_pefts_shape_trains_as_pefts_own():
     rows = torch.tensor(tokens()["input_ids"])
     for make, decay in (
         (create_rankaware_optimizer, {"weight_decay": 0.5}),
-        (create_loraplus_optimizer, {"loraplus_lr_ratio": 1.0, "loraplus_weight_decay": 0.5}),
+        (
+            create_loraplus_optimizer,
+            {"loraplus_lr_ratio": 1.0, "loraplus_weight_decay": 0.5},
+        ),
     ):
         model = with_norms_and_biases(kept=())  # PEFT's split does not know an RMSNorm
         opt = make(model, AdamW, lr=LR, eps=1e-6, **decay)
@@ -533,7 +619,11 @@ def test_pefts_shape_trains_as_pefts_own():
             model(input_ids=rows, labels=rows).loss.backward()
             opt.step()
         ends.append(
-            {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            {
+                name: p.detach().clone()
+                for name, p in model.named_parameters()
+                if p.requires_grad
+            }
         )
     assert same(*ends)
 
@@ -547,7 +637,9 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=64, **sizes)
+    )
     lora = peft.LoraConfig(
         r=32, lora_alpha=32, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
     )
@@ -569,5 +661,7 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
 
 def test_pefts_shape_needs_a_rate():
     """Without lr= and recipe= it is refused."""
-    with pytest.raises(OptimizerError, match="create_rankaware_optimizer was given no rate"):
+    with pytest.raises(
+        OptimizerError, match="create_rankaware_optimizer was given no rate"
+    ):
         create_rankaware_optimizer(llama(), AdamW)

@@ -51,7 +51,8 @@ def llama(rank):
     if rank is None:
         return model
     return peft.get_peft_model(
-        model, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
+        model,
+        peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]),
     )
 
 
@@ -85,7 +86,8 @@ def maker(folder, watch=None, *, kind=transformers.Trainer, **own):
 
     def make(trial):
         args = arguments(
-            folder, **{"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **own}
+            folder,
+            **{"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **own},
         )
         make.args, make.found = args, copy.copy(args)
         callbacks = [] if watch is None else [watch]
@@ -101,11 +103,15 @@ def maker(folder, watch=None, *, kind=transformers.Trainer, **own):
 
 
 def calibrate(make, *, ranks=(2, 4), steps=STEPS, trials=3, optimizer=AdamW, **options):
-    return ra.calibrate_trainer(make, optimizer, ranks=ranks, steps=steps, trials=trials, **options)
+    return ra.calibrate_trainer(
+        make, optimizer, ranks=ranks, steps=steps, trials=trials, **options
+    )
 
 
 @pytest.mark.parametrize(
-    "own", [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "constant"}], ids=str
+    "own",
+    [{}, {"gradient_accumulation_steps": 2}, {"lr_scheduler_type": "constant"}],
+    ids=str,
 )
 def test_transformers_values_are_those_that_it_logs(tmp_path, own):
     """Each step's value is the loss that Trainer logs for it, accumulated too; each run has its own optimizer."""
@@ -138,7 +144,9 @@ def test_the_schedule_is_the_trainers(tmp_path, max_steps, span):
         plain.step()
         schedule.step()
     assert len(rates) == STEPS
-    assert [rate / max(rates) for rate in rates] == pytest.approx([w / max(wanted) for w in wanted])
+    assert [rate / max(rates) for rate in rates] == pytest.approx(
+        [w / max(wanted) for w in wanted]
+    )
 
 
 class PruneAt(optuna.pruners.BasePruner):
@@ -154,7 +162,11 @@ def test_a_pruned_trainer_stops(tmp_path):
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(
-            maker(tmp_path, watch), pruner=PruneAt(), score="eval_loss", storage=storage, trials=2
+            maker(tmp_path, watch),
+            pruner=PruneAt(),
+            score="eval_loss",
+            storage=storage,
+            trials=2,
         )
     assert [run["steps"] for run in watch.runs] == [3, 3]
 
@@ -188,7 +200,9 @@ def test_the_seed_is_the_trials(tmp_path):
 
         def watched(model, inputs, *args, **kwargs):
             if trainer.state.global_step == 0:
-                losses.setdefault(trial.seed, set()).add(str(inputs["input_ids"].tolist()))
+                losses.setdefault(trial.seed, set()).add(
+                    str(inputs["input_ids"].tolist())
+                )
             return inner(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = watched
@@ -205,7 +219,11 @@ def surroundings():
         for name, x in logging.root.manager.loggerDict.items()
         if isinstance(x, logging.Logger)
     }
-    state = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    state = (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+    )
     return (
         dict(os.environ),
         loggers,
@@ -265,16 +283,24 @@ def test_ctrl_c_comes_through(tmp_path):
 
 def test_trl(tmp_path):
     """SFTTrainer calibrates as Trainer does, on text that it prepares itself."""
-    rows = datasets.Dataset.from_dict({"input_ids": [[1 + i % 30] * 8 for i in range(32)]})
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [[1 + i % 30] * 8 for i in range(32)]}
+    )
 
     def make(trial):
-        args = arguments(tmp_path, trl.SFTConfig, max_steps=-1, max_length=8, bf16=False)
+        args = arguments(
+            tmp_path, trl.SFTConfig, max_steps=-1, max_length=8, bf16=False
+        )
         words = transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizer(), pad_token="a", eos_token="b"
         )
         watch.trial = trial
         return trl.SFTTrainer(
-            llama(trial.rank), args, train_dataset=rows, processing_class=words, callbacks=[watch]
+            llama(trial.rank),
+            args,
+            train_dataset=rows,
+            processing_class=words,
+            callbacks=[watch],
         )
 
     watch = Watch()
@@ -287,7 +313,9 @@ def tokenizer():
     from tokenizers import Tokenizer, models
 
     return Tokenizer(
-        models.WordLevel({"a": 0, "b": 1, **{str(i): i for i in range(2, 32)}}, unk_token="a")
+        models.WordLevel(
+            {"a": 0, "b": 1, **{str(i): i for i in range(2, 32)}}, unk_token="a"
+        )
     )
 
 
@@ -306,8 +334,16 @@ BAD = [
     (lambda folder: lambda trial: trial, {}, "no known trainer"),
     (lambda folder: lambda trial: (trial, trial), {}, "no known trainer"),
     (with_optimizer, {}, "already has an optimizer"),
-    (lambda folder: maker(folder, max_steps=3), {}, "max_steps is 3, less than the trial's 6"),
-    (lambda folder: maker(folder), {"score": "eval_f1", "trials": 1}, "has no 'eval_f1'"),
+    (
+        lambda folder: maker(folder, max_steps=3),
+        {},
+        "max_steps is 3, less than the trial's 6",
+    ),
+    (
+        lambda folder: maker(folder),
+        {"score": "eval_f1", "trials": 1},
+        "has no 'eval_f1'",
+    ),
 ]
 
 
@@ -353,7 +389,10 @@ class Scheduled(Bare):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             opt, int(self.trainer.estimated_stepping_batches)
         )
-        return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": opt,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 class ByHand(Scheduled):
@@ -401,7 +440,11 @@ def lit(folder, kind=Scheduled, data=lambda: (loader(), loader(2)), **own):
         options = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET, **own}
         made = data()
         parts = made if isinstance(made, tuple) else (made,)
-        return lightning.Trainer(default_root_dir=str(folder), **options), kind(trial), *parts
+        return (
+            lightning.Trainer(default_root_dir=str(folder), **options),
+            kind(trial),
+            *parts,
+        )
 
     return make
 
@@ -421,15 +464,21 @@ def by_hand(trial):
 
 
 @pytest.mark.parametrize(
-    "data", [lambda: loader(), lambda: (loader(), loader(2)), Data], ids=["train", "both", "module"]
+    "data",
+    [lambda: loader(), lambda: (loader(), loader(2)), Data],
+    ids=["train", "both", "module"],
 )
 @pytest.mark.parametrize("kind", [Scheduled, ByHand])
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step` but have no `val_dataloader`"
+)
 def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind, data):
     """Whatever its epochs, Lightning gives the losses and the recipe of the same loop written by hand, to the bit."""
     through = calibrate(lit(tmp_path, kind, data), trials=4)
     own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
-    assert np.array_equal(through.tensors["curve"], own.tensors["curve"], equal_nan=True)
+    assert np.array_equal(
+        through.tensors["curve"], own.tensors["curve"], equal_nan=True
+    )
     assert through.fitted_lr == own.fitted_lr
     assert through.settings == own.settings
     assert own.settings["weight_decay"] == 0.1
@@ -450,7 +499,9 @@ def test_a_module_without_an_optimizer_is_given_one(tmp_path):
     """configure_optimizers may be left out: the trial's optimizer is used, with `settings`."""
     recipe = calibrate(lit(tmp_path, Bare), trials=2, settings={"weight_decay": 0.5})
     assert recipe.settings["weight_decay"] == 0.5
-    with pytest.raises(CalibrationError, match="Scheduled configures its optimizer itself"):
+    with pytest.raises(
+        CalibrationError, match="Scheduled configures its optimizer itself"
+    ):
         calibrate(lit(tmp_path, Scheduled), settings={"weight_decay": 0.5})
 
 
@@ -493,5 +544,7 @@ def test_lightning_errors(tmp_path):
         calibrate(lit(tmp_path, Own))
     with pytest.raises(CalibrationError, match="max_steps is 3"):
         calibrate(lit(tmp_path, max_steps=3))
-    with pytest.raises(CalibrationError, match="a Linear instead of Lightning's module"):
+    with pytest.raises(
+        CalibrationError, match="a Linear instead of Lightning's module"
+    ):
         calibrate(lit(tmp_path, lambda trial: torch.nn.Linear(2, 2)))

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import InspectionError, RankAwareOptimizer, Reference, inspect_model
+from rankaware_optim import (
+    InspectionError,
+    RankAwareOptimizer,
+    Reference,
+    inspect_model,
+)
 from rankaware_optim.inspection import other_kind
 from rankaware_optim.testing import check_convention
 
@@ -73,10 +78,14 @@ def test_inactive_and_frozen_adapters_are_said(lora):
     """Of three adapters only the active one counts; the others are named as frozen, also after requires_grad=False."""
     model = peft(dense)(4, 8.0)
     for name in ("second", "third"):
-        model.add_adapter(name, lora.LoraConfig(r=8, lora_alpha=8, target_modules=["q"]))
+        model.add_adapter(
+            name, lora.LoraConfig(r=8, lora_alpha=8, target_modules=["q"])
+        )
     model.set_adapter("second")
     survey = inspect_model(model)
-    assert {(f.adapter, f.rank, f.scaling) for f in survey.factors} == {("second", 8, 1.0)}
+    assert {(f.adapter, f.rank, f.scaling) for f in survey.factors} == {
+        ("second", 8, 1.0)
+    }
     assert [name.split(".")[-2:] for name in survey.frozen] == [
         [adapter, "weight"] for adapter in ("default", "default", "third", "third")
     ]
@@ -87,7 +96,9 @@ def test_inactive_and_frozen_adapters_are_said(lora):
 
 def test_the_second_copy_of_out_proj_is_dead(lora):
     """PEFT's attention adapts out_proj twice where that is a target too; the check finds the one without gradient."""
-    with pytest.raises(InspectionError, match=r"does not depend on .*attn\.out_proj\.lora_A"):
+    with pytest.raises(
+        InspectionError, match=r"does not depend on .*attn\.out_proj\.lora_A"
+    ):
         check_convention(peft_attention("attn", "out_proj"), *drawn(2, 5, IN)())
 
 
@@ -107,7 +118,9 @@ def test_experts_whose_roles_are_swapped_are_refused(lora):
     """PEFT before 0.19 swaps A and B of experts stored as (experts, out, in): that is an error with a cure."""
     for transposed in (True, False):
         model = peft_experts(transposed, "up")(4, 8.0)
-        del model.base_model.model.q._did_swap_in_out_features  # as those versions have none
+        del (
+            model.base_model.model.q._did_swap_in_out_features
+        )  # as those versions have none
         if transposed:
             assert {f.fan_in for f in inspect_model(model).factors} == {IN}
         else:
@@ -122,9 +135,9 @@ def test_experts_whose_roles_are_swapped_are_refused(lora):
 
 def four_bit():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="nf4").to(
-        "cpu"
-    )
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 128, compute_dtype=torch.float32, quant_type="nf4"
+    ).to("cpu")
     assert layer.weight.shape == (64 * 128 // 2, 1)
     return layer
 
@@ -146,13 +159,19 @@ def test_quantised_bases(lora, base):
     """The fans of a quantised base are those of the layer, whatever its weight's shape, and it trains on the CPU."""
     torch.manual_seed(0)
     model = One(base())
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = base is four_bit, base is eight_bit
-    model = lora.get_peft_model(model, lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q"]))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = (
+        base is four_bit,
+        base is eight_bit,
+    )
+    model = lora.get_peft_model(
+        model, lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q"])
+    )
     assert (
         type(model.base_model.model.q) is not lora.tuners.lora.Linear
     )  # PEFT's own layer for the base
     assert {
-        (f.rank, f.scaling, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors
+        (f.rank, f.scaling, f.fan_in, f.fan_out, f.init)
+        for f in inspect_model(model).factors
     } == {(4, 2.0, 64.0, 128.0, "A")}
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=AT_16)
     x, losses = torch.randn(4, 64), []
@@ -169,9 +188,9 @@ def test_meta_models(lora):
     """A model on the meta device is read from shapes and declarations alone."""
     with torch.device("meta"):
         model = peft(dense)(4, 8.0)
-    assert {(f.rank, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors} == {
-        (4, IN, OUT, "A")
-    }
+    assert {
+        (f.rank, f.fan_in, f.fan_out, f.init) for f in inspect_model(model).factors
+    } == {(4, IN, OUT, "A")}
 
 
 @pytest.mark.parametrize("family", ["DeepseekV2", "DeepseekV3"])

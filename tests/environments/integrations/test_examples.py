@@ -30,7 +30,11 @@ def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
     out = run(tmp_path, sys.executable, str(EXAMPLES / script), *SCRIPTS[script])
     table = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     heads = next(cells for cells in table if "multiplier" in cells)
-    rows = [dict(zip(heads, cells, strict=True)) for cells in table if len(cells) == len(heads)]
+    rows = [
+        dict(zip(heads, cells, strict=True))
+        for cells in table
+        if len(cells) == len(heads)
+    ]
     factors = [row for row in rows if row["role"] in ("A", "B")]
     assert {(row["role"], row["rank"]) for row in factors} == {
         (role, RANKS.get(script, "64")) for role in "AB"
@@ -44,11 +48,16 @@ def test_a_calibration_ends_in_a_rate(tmp_path, script):
     out = run(tmp_path, sys.executable, str(EXAMPLES / script))
     lr, low, high = map(
         float,
-        re.search(r"^lr +(\S+)\nat .*rank 8.*\n90 % band (\S+) to (\S+)$", out, re.M).groups(),
+        re.search(
+            r"^lr +(\S+)\nat .*rank 8.*\n90 % band (\S+) to (\S+)$", out, re.M
+        ).groups(),
     )
     assert low <= lr <= high
 
 
 def test_every_script_is_run():
     """No example is left out."""
-    assert {path.name for path in EXAMPLES.glob("*.py")} - HELPERS == {*SCRIPTS, *CALIBRATIONS}
+    assert {path.name for path in EXAMPLES.glob("*.py")} - HELPERS == {
+        *SCRIPTS,
+        *CALIBRATIONS,
+    }

@@ -49,12 +49,16 @@ def test_a_library_s_layer(case, init):
     survey = initialize(model, init, scaling=1.0)
     assert torch.equal(before, output_of(model, *inputs))
     assert {(f.init, f.scaling) for f in survey.factors} == {(init, 1.0)}
-    assert [(f.fan_in, f.fan_out) for f in survey.factors if f.role == "A"] == list(case.fans)
+    assert [(f.fan_in, f.fan_out) for f in survey.factors if f.role == "A"] == list(
+        case.fans
+    )
     start = snapshot(model)
     steps(model, inputs)
     factors = inspect_model(model).factors
     assert {f.init for f in factors} == {init}
-    assert not any(torch.equal(model.get_parameter(f.name), start[f.name]) for f in factors)
+    assert not any(
+        torch.equal(model.get_parameter(f.name), start[f.name]) for f in factors
+    )
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
@@ -72,7 +76,9 @@ def test_a_library_s_own_init_is_refused(case):
 
 @pytest.mark.parametrize("scaling", [1.0, 0.7])
 @pytest.mark.parametrize(
-    "case", [c for c in PLAIN if c.package == "lycoris-lora"], ids=lambda case: case.name
+    "case",
+    [c for c in PLAIN if c.package == "lycoris-lora"],
+    ids=lambda case: case.name,
 )
 def test_what_lycoris_saves_agrees_with_its_forward(case, scaling):
     """The alpha that a saved file holds is the multiplier of the forward pass times the rank."""
@@ -95,7 +101,8 @@ class Deep(nn.Module):
         torch.manual_seed(0)
         self.emb = nn.Embedding(30, 12)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({"q": nn.Linear(12, 12), "v": nn.Linear(12, 12)}) for _ in range(2)
+            nn.ModuleDict({"q": nn.Linear(12, 12), "v": nn.Linear(12, 12)})
+            for _ in range(2)
         )
         self.experts, self.mix = Experts(False, ("up", "down")), Attention()
 
@@ -116,11 +123,14 @@ TARGETS = {
 def peft_model(**options) -> nn.Module:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(
-        Deep(), peft.LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, **TARGETS, **options})
+        Deep(),
+        peft.LoraConfig(**{"r": RANK, "lora_alpha": ALPHA, **TARGETS, **options}),
     )
 
 
-PATTERN = {"rank_pattern": {"blocks.1.q": 8, "v": 2, "attn": 6, "experts.up": 3, "emb": 5}}
+PATTERN = {
+    "rank_pattern": {"blocks.1.q": 8, "v": 2, "attn": 6, "experts.up": 3, "emb": 5}
+}
 CONFIGS = {
     "uniform": {},
     "rslora": {"use_rslora": True},
@@ -156,8 +166,12 @@ def test_a_saved_adapter_comes_back_with_its_scaling(config, scaling, tmp_path):
             f.rank,
             pytest.approx(scaling, rel=1e-15 if scaling == 1 else 1e-12),
         )
-    assert torch.allclose(output_of(model, *TOKENS), output_of(other, *TOKENS), atol=1e-6)
-    assert not any(key.startswith("^") for key in model.peft_config["default"].alpha_pattern)
+    assert torch.allclose(
+        output_of(model, *TOKENS), output_of(other, *TOKENS), atol=1e-6
+    )
+    assert not any(
+        key.startswith("^") for key in model.peft_config["default"].alpha_pattern
+    )
 
 
 def test_a_frozen_layer_keeps_its_scaling_when_saved(tmp_path):
@@ -172,14 +186,20 @@ def test_a_frozen_layer_keeps_its_scaling_when_saved(tmp_path):
         if hasattr(module, "scaling")
     }
     initialize(model, "A", scaling=1.0)
-    now = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "scaling")}
+    now = {
+        name: m.scaling["default"]
+        for name, m in model.named_modules()
+        if hasattr(m, "scaling")
+    }
     still = {name for name in kept if "blocks.1" in name or "experts" in name}
     assert now == {name: kept[name] if name in still else 1.0 for name in kept}
     assert still
     assert still != kept.keys()
     other = reloaded(model, tmp_path)
     assert now == {
-        name: m.scaling["default"] for name, m in other.named_modules() if hasattr(m, "scaling")
+        name: m.scaling["default"]
+        for name, m in other.named_modules()
+        if hasattr(m, "scaling")
     }
 
 
@@ -197,10 +217,17 @@ def test_another_adapter_is_left_alone():
     assert not any("wide" in name for name in moved)
     assert str(model.peft_config["wide"]) == config
     model.set_adapter("wide")
-    inits = {(f.init, f.scaling) for f in inspect_model(model).factors if f.kind != "embedding"}
+    inits = {
+        (f.init, f.scaling)
+        for f in inspect_model(model).factors
+        if f.kind != "embedding"
+    }
     assert inits == {("A", 0.5)}
     initialize(model, "A", scaling=2.0)
-    assert (model.peft_config["default"].lora_alpha, model.peft_config["wide"].lora_alpha) == (
+    assert (
+        model.peft_config["default"].lora_alpha,
+        model.peft_config["wide"].lora_alpha,
+    ) == (
         RANK,
         16,
     )
@@ -243,7 +270,9 @@ def test_mica_trains_a_alone_and_starts_at_init_b_only():
     """MiCA freezes B, so Init[A], whose B is zero, is refused, and Init[B] draws B."""
     options = {"target_modules": ["q"], "target_parameters": None}
     model = peft_model(init_lora_weights="mica", **options)
-    with pytest.raises(InspectionError, match=r"^lora_B.default.weight of .* is frozen"):
+    with pytest.raises(
+        InspectionError, match=r"^lora_B.default.weight of .* is frozen"
+    ):
         initialize(model, "A")
     before = output_of(model, *TOKENS).clone()
     initialize(model, "B")
@@ -269,15 +298,17 @@ def test_merged_adapters():
         param.requires_grad_(".other." in name)
         if ".other." in name:
             nn.init.ones_(param)
-    assert {(f.adapter, f.init) for f in initialize(model, "B", force=True).factors} == {
-        ("other", "B")
-    }
+    assert {
+        (f.adapter, f.init) for f in initialize(model, "B", force=True).factors
+    } == {("other", "B")}
 
 
 def test_two_peft_models_in_one():
     """Each model's configuration follows its own pairs, though both call their adapter the same."""
     options = {"target_modules": ["q", "v"], "target_parameters": None}
-    both = nn.ModuleDict({"one": peft_model(r=8, **options), "two": peft_model(**options)})
+    both = nn.ModuleDict(
+        {"one": peft_model(r=8, **options), "two": peft_model(**options)}
+    )
     initialize(both, "B", scaling=1.0)
     configs = [model.peft_config["default"] for model in both.values()]
     assert [(c.lora_alpha, c.alpha_pattern) for c in configs] == [(8, {}), (RANK, {})]
@@ -297,7 +328,9 @@ def test_an_embedding_tied_to_the_head_is_refused():
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=30, tie_word_embeddings=True, **sizes))
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=30, tie_word_embeddings=True, **sizes)
+    )
     names = ["embed_tokens", "lm_head"]
     config = peft.LoraConfig(r=4, target_modules=names, ensure_weight_tying=True)
     model = peft.get_peft_model(base, config)

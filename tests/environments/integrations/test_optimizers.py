@@ -51,7 +51,14 @@ NEEDS = {
     P + "SpectralSphere": {"groups": "matrices"},
     **{
         P + name: {"groups": "muon"}
-        for name in ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
+        for name in (
+            "AdaGO",
+            "AdaMuon",
+            "DistributedMuon",
+            "Muon",
+            "MuonClip",
+            "NorMuon",
+        )
     },
     **{
         f"schedulefree.{name}ScheduleFreeClosure": {"closure": True}
@@ -103,7 +110,13 @@ SNAPSHOTS = {
 }
 
 # Their state holds objects beside tensors and numbers: weights_only=True reads it on neither side.
-PICKLED = {P + "AdaShift", P + "Conda", P + "SCION", P + "SCIONLight", P + "ScalableShampoo"}
+PICKLED = {
+    P + "AdaShift",
+    P + "Conda",
+    P + "SCION",
+    P + "SCIONLight",
+    P + "ScalableShampoo",
+}
 
 
 def classes(package: str) -> dict[str, type[Optimizer]]:
@@ -115,7 +128,9 @@ def classes(package: str) -> dict[str, type[Optimizer]]:
         except ImportError:
             return {}
     members = {
-        name: value for name, value in sorted(vars(module).items()) if inspect.isclass(value)
+        name: value
+        for name, value in sorted(vars(module).items())
+        if inspect.isclass(value)
     }
     return {
         f"{package}.{n}": v
@@ -124,12 +139,16 @@ def classes(package: str) -> dict[str, type[Optimizer]]:
     }
 
 
-CLASSES = {key: value for package in PACKAGES for key, value in classes(package).items()}
+CLASSES = {
+    key: value for package in PACKAGES for key, value in classes(package).items()
+}
 for eight_bits in EIGHT_BITS:
     known = classes(eight_bits.rpartition(".")[0])
     CLASSES |= {eight_bits: known[eight_bits]} if eight_bits in known else {}
 CASES = {
-    key: Case(kind, **NEEDS.get(key, {})) for key, kind in CLASSES.items() if key not in REFUSED
+    key: Case(kind, **NEEDS.get(key, {}))
+    for key, kind in CLASSES.items()
+    if key not in REFUSED
 }
 each_case = pytest.mark.parametrize("key", CASES)
 
@@ -144,7 +163,11 @@ def eager():
 @pytest.fixture(autouse=True)
 def one_process(request):
     """A process group of one, for the optimizers that communicate."""
-    key = request.node.callspec.params.get("key") if hasattr(request.node, "callspec") else None
+    key = (
+        request.node.callspec.params.get("key")
+        if hasattr(request.node, "callspec")
+        else None
+    )
     if key not in (P + "DeMo", P + "DistributedMuon"):
         yield
         return
@@ -237,7 +260,9 @@ def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
     model = mlp((4, 8))
     opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
     rates = {
-        name: effective_lr(group) for group in opt.param_groups for name in group["param_names"]
+        name: effective_lr(group)
+        for group in opt.param_groups
+        for name in group["param_names"]
     }
     assert rates["layer0.lora_A"] == LR * multiplier(4, Case(kind))
     assert rates["layer1.lora_B"] == LR * multiplier(8, Case(kind))
@@ -247,7 +272,12 @@ def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
 # --- the whole of each package --------------------------------------------------------------------------------------
 
 # The least number of classes that pass, and what the package calls all of its own.
-AT_LEAST = {"torch.optim": 14, "torch_optimizer": 29, "pytorch_optimizer": 105, "schedulefree": 9}
+AT_LEAST = {
+    "torch.optim": 14,
+    "torch_optimizer": 29,
+    "pytorch_optimizer": 105,
+    "schedulefree": 9,
+}
 
 
 @pytest.mark.parametrize("package", AT_LEAST)
@@ -255,12 +285,15 @@ def test_so_many_classes_pass(package):
     """At least so many classes of each package are in the table that must pass."""
     if not classes(package):
         pytest.skip(f"{package} is not installed")
-    assert len([key for key in CASES if key.rpartition(".")[0] == package]) >= AT_LEAST[package]
+    assert (
+        len([key for key in CASES if key.rpartition(".")[0] == package])
+        >= AT_LEAST[package]
+    )
 
 
 def test_every_name_of_pytorch_optimizer_is_a_row():
     """All that pytorch_optimizer loads by name is in the table, passing or refused."""
     module = pytest.importorskip("pytorch_optimizer")
-    assert {module.load_optimizer(name) for name in module.get_supported_optimizers()} <= set(
-        CLASSES.values()
-    )
+    assert {
+        module.load_optimizer(name) for name in module.get_supported_optimizers()
+    } <= set(CLASSES.values())

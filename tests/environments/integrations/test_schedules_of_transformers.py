@@ -25,7 +25,9 @@ EXTRA = {
 def test_get_scheduler_sets_the_base_rate(name):
     """Every schedule of transformers.get_scheduler gives ours the base rate that it gives one plain group."""
     model, warmup = mlp((4, 8, 16)), {}
-    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=0.5, tuned_at=Reference(rank=16, alpha=16))
+    opt = RankAwareOptimizer(
+        model, torch.optim.SGD, lr=0.5, tuned_at=Reference(rank=16, alpha=16)
+    )
     plain = torch.optim.SGD(mlp((4,)).parameters(), lr=0.5)
     if name not in ("constant", "reduce_lr_on_plateau", "greedy"):
         warmup = {"num_warmup_steps": 2}
@@ -42,7 +44,9 @@ def test_get_scheduler_sets_the_base_rate(name):
     for _ in range(8):
         for optimizer, scheduler in ((opt, ours), (plain, other)):
             optimizer.step()
-            scheduler.step(*([1.0] if name in ("reduce_lr_on_plateau", "greedy") else []))
+            scheduler.step(
+                *([1.0] if name in ("reduce_lr_on_plateau", "greedy") else [])
+            )
         base = plain.param_groups[0]["lr"]
         assert {group["lr"] for group in opt.param_groups} == {base}
         assert [effective_lr(g) for g in opt.param_groups] == [

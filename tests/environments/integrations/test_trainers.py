@@ -21,7 +21,12 @@ from rankaware_optim import (
     Recipe,
     Reference,
 )
-from rankaware_optim.integrations import group_rates, lightning_rates, log_rates, trainer_factory
+from rankaware_optim.integrations import (
+    group_rates,
+    lightning_rates,
+    log_rates,
+    trainer_factory,
+)
 
 from ...helpers.models import batches, mlp, same, snapshot
 from .by_hand import multiplier
@@ -133,7 +138,9 @@ def by_factory(model):
 def by_instance(model):
     return {
         "optimizers": (
-            RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW),
+            RankAwareOptimizer(
+                model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW
+            ),
             None,
         )
     }
@@ -170,7 +177,9 @@ def trained(folder, route, resume=None, kind=transformers.Trainer, **own):
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, {
-        name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
 
 
@@ -215,7 +224,9 @@ def test_trainer_resumes(tmp_path, kind, route):
     """A run resumed from its middle checkpoint takes the other half and ends at the same weights, bit for bit."""
     _, whole = trained(tmp_path, route, kind=kind)
     with counted() as steps:
-        _, resumed = trained(tmp_path, route, resume=str(tmp_path / "checkpoint-3"), kind=kind)
+        _, resumed = trained(
+            tmp_path, route, resume=str(tmp_path / "checkpoint-3"), kind=kind
+        )
     assert len(steps) == STEPS - 3
     assert same(whole, resumed)
 
@@ -224,7 +235,8 @@ def test_the_rates_matter_in_these_runs(tmp_path):
     """Trainer's weights at the rates of each rank differ from those at one rate, so the tests above can fail."""
     _, ours = trained(tmp_path, by_factory)
     _, plain = trained(
-        tmp_path, lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)}
+        tmp_path,
+        lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)},
     )
     assert not same(ours, plain)
 
@@ -243,7 +255,9 @@ def test_trainer_runs_schedulefree(tmp_path):
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     _, ours = trained(
         tmp_path,
-        lambda _: {"optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)},
+        lambda _: {
+            "optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)
+        },
         **own,
     )
     _, hand = trained(tmp_path, lambda model: by_hand(model, kind), **own)
@@ -274,14 +288,18 @@ def test_the_callback_logs_every_groups_rate(tmp_path):
     trainer, _ = trained(tmp_path, by_factory)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == STEPS
-    assert [entry["learning_rate"] for entry in logs] == [entry["base_lr/A/r4"] for entry in logs]
+    assert [entry["learning_rate"] for entry in logs] == [
+        entry["base_lr/A/r4"] for entry in logs
+    ]
     for entry in logs:
         assert entry["lr/A/r4"] == pytest.approx(
             entry["base_lr/A/r4"] * entry["rank_multiplier/A/r4"]
         )
         rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
         assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
-        assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(rates["lr/B/r8"] * multiplier(4))
+        assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(
+            rates["lr/B/r8"] * multiplier(4)
+        )
 
 
 @pytest.mark.parametrize("in_front", [False, True])
@@ -328,7 +346,10 @@ def test_rates_that_share_a_name_are_numbered():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: trainer_factory(torch.optim.AdamW), "trainer_factory was given no rate"),
+        (
+            lambda: trainer_factory(torch.optim.AdamW),
+            "trainer_factory was given no rate",
+        ),
         (lambda: trainer_factory("adamwx", lr=LR), "Unknown optimizer 'adamwx'"),
         (
             lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]),
@@ -367,7 +388,10 @@ class Lit(lightning.LightningModule):
     def configure_optimizers(self):
         opt = self.make(self.net)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 2 * STEPS)
-        return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": opt,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 def rank_aware(model):
@@ -388,7 +412,9 @@ def handmade(model):
         (model.layer1.lora_B, 8),
     ]
     groups = [{"params": [p], "lr": LR * multiplier(rank)} for p, rank in layers]
-    return torch.optim.AdamW([*groups, {"params": list(model.head.parameters())}], lr=LR)
+    return torch.optim.AdamW(
+        [*groups, {"params": list(model.head.parameters())}], lr=LR
+    )
 
 
 def loader():
@@ -398,9 +424,16 @@ def loader():
 
 def fit(folder, make, *, manual=False, resume=None, epochs=1, **options):
     """The module after its epochs, and the trainer."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+    }
     trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", default_root_dir=str(folder), **{**quiet, **options}
+        max_epochs=epochs,
+        accelerator="cpu",
+        default_root_dir=str(folder),
+        **{**quiet, **options},
     )
     module = Lit(make, manual=manual)
     trainer.fit(module, loader(), ckpt_path=resume)
@@ -428,7 +461,11 @@ def test_lightning_resumes(tmp_path, manual):
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
     with counted() as steps:
         resumed, _ = fit(
-            tmp_path, rank_aware, manual=manual, epochs=2, resume=tmp_path / "middle.ckpt"
+            tmp_path,
+            rank_aware,
+            manual=manual,
+            epochs=2,
+            resume=tmp_path / "middle.ckpt",
         )
     assert len(steps) == STEPS
     assert same(snapshot(whole.net), snapshot(resumed.net))
@@ -441,7 +478,9 @@ def test_lightning_resumes_adapters_of_unknown_init(tmp_path):
     _, trainer = fit(tmp_path, of_unknown_init)
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
     with pytest.warns(RankAwareWarning, match="undeclared init"):
-        resumed, _ = fit(tmp_path, of_unknown_init, epochs=2, resume=tmp_path / "middle.ckpt")
+        resumed, _ = fit(
+            tmp_path, of_unknown_init, epochs=2, resume=tmp_path / "middle.ckpt"
+        )
     assert same(snapshot(whole.net), snapshot(resumed.net))
 
 
@@ -470,18 +509,24 @@ class Two(Lit):
     """Two optimizers, one for each layer, stepped by hand, both on every batch or in turns."""
 
     def training_step(self, batch, number):
-        for opt in self.optimizers()[number % 2 :: 2] if self.alternate else self.optimizers():
+        for opt in (
+            self.optimizers()[number % 2 :: 2] if self.alternate else self.optimizers()
+        ):
             opt.zero_grad()
             self.manual_backward(self.net(batch[0]).square().mean())
             opt.step()
 
     def configure_optimizers(self):
-        return [self.make(self.net, layer) for layer in (self.net.layer0, self.net.layer1)]
+        return [
+            self.make(self.net, layer) for layer in (self.net.layer0, self.net.layer1)
+        ]
 
 
 @pytest.mark.parametrize(("every", "rows"), [(2, STEPS // 2), (1, STEPS), (0, 0)])
 @pytest.mark.parametrize("alternate", [False, True])
-def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path, every, rows, alternate):
+def test_two_optimizers_rates_are_logged_by_number_and_interval(
+    tmp_path, every, rows, alternate
+):
     """Two optimizers' rates have names of their own, as often as Lightning logs, whichever of them steps."""
 
     def make(net, layer):
@@ -491,10 +536,18 @@ def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path, every,
         )
 
     logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
-    options = {"callbacks": [lightning_rates()], "logger": logger, "log_every_n_steps": every}
+    options = {
+        "callbacks": [lightning_rates()],
+        "logger": logger,
+        "log_every_n_steps": every,
+    }
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", default_root_dir=str(tmp_path), **quiet, **options
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=str(tmp_path),
+        **quiet,
+        **options,
     )
     module = Two(make, manual=True)
     module.alternate = alternate
@@ -507,7 +560,9 @@ def test_two_optimizers_rates_are_logged_by_number_and_interval(tmp_path, every,
         logged = list(csv.DictReader(file))
     for number, rank in enumerate((4, 8)):
         values = [
-            float(row[f"{number}/lr/A/r{rank}"]) for row in logged if row[f"{number}/lr/A/r{rank}"]
+            float(row[f"{number}/lr/A/r{rank}"])
+            for row in logged
+            if row[f"{number}/lr/A/r{rank}"]
         ]
         assert values == pytest.approx([LR * multiplier(rank)] * rows)
 
@@ -529,7 +584,9 @@ def test_a_group_added_through_lightning_is_scaled(package):
     outer.add_param_group({"params": late})
     added = [group for group in opt.param_groups if group["lora_rank"] == 8]
     assert [p for group in added for p in group["params"]] == late
-    assert [group["rank_multiplier"] for group in added] == pytest.approx([multiplier(8)] * 2)
+    assert [group["rank_multiplier"] for group in added] == pytest.approx(
+        [multiplier(8)] * 2
+    )
 
 
 # --- accelerate and a loop of one's own -----------------------------------------------------------------------------

@@ -37,7 +37,9 @@ def rank_aware(model, lr=LR, kind=torch.optim.AdamW, **settings):
 def wrapped(model, lr=LR, kind=torch.optim.AdamW, **settings):
     """The instance form."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return RankAwareOptimizer(kind(trained, lr=lr, **settings), model=model, tuned_at=AT_16)
+    return RankAwareOptimizer(
+        kind(trained, lr=lr, **settings), model=model, tuned_at=AT_16
+    )
 
 
 def by_hand(model, lr=LR, kind=torch.optim.AdamW, **settings):
@@ -52,7 +54,9 @@ def groups_by_hand(model, lr=LR, kind=torch.optim.AdamW):
         (model.layer1.lora_A, 8),
         (model.layer1.lora_B, 8),
     ]
-    groups = [{"params": [p], "lr": lr * multiplier(rank, Case(kind))} for p, rank in layers]
+    groups = [
+        {"params": [p], "lr": lr * multiplier(rank, Case(kind))} for p, rank in layers
+    ]
     return [*groups, {"params": list(model.head.parameters())}]
 
 
@@ -129,7 +133,9 @@ def test_clipping(form, kernel, clip):
 
 
 @each_form
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Rprop])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Rprop]
+)
 def test_closures(form, kind):
     """step(closure) calls it once, gives its loss back, and trains as with groups by hand."""
 
@@ -204,8 +210,12 @@ def test_compiled_steps(form, kernel, scheduled):
 def test_rates_that_are_tensors(form, kernel, compiled):
     """A base rate given as a tensor, under a schedule, compiled or not, trains as with groups by hand."""
     ours, hand = ([], []) if compiled else (None, None)
-    ends = finals(plain_loop(kernel, scheduled=True, rate=torch.tensor, graphs=ours), form)
-    ends += finals(plain_loop(kernel, scheduled=True, rate=torch.tensor, graphs=hand), by_hand)
+    ends = finals(
+        plain_loop(kernel, scheduled=True, rate=torch.tensor, graphs=ours), form
+    )
+    ends += finals(
+        plain_loop(kernel, scheduled=True, rate=torch.tensor, graphs=hand), by_hand
+    )
     assert same(*ends)
     assert ours == hand
 
@@ -221,7 +231,9 @@ def test_a_schedule_fills_the_users_tensor(form):
     opt.step()
     assert [float(one) for one in held] == [pytest.approx(LR)] * len(held)
     scheduler.step()
-    assert all(group["lr"] is one for group, one in zip(opt.param_groups, held, strict=True))
+    assert all(
+        group["lr"] is one for group, one in zip(opt.param_groups, held, strict=True)
+    )
     assert [float(one) for one in held] == [pytest.approx(LR / 2)] * len(held)
 
 
@@ -248,7 +260,9 @@ def test_hooks_fire_once_with_the_object_held(form, name):
     def note(optimizer, *_):
         seen.append(optimizer)
 
-    handle = getattr(torch_optim, name)(note) if name in GLOBAL else getattr(opt, name)(note)
+    handle = (
+        getattr(torch_optim, name)(note) if name in GLOBAL else getattr(opt, name)(note)
+    )
     loss_of(model, next(batches(1))).backward()
     counts = Counter()
     for event, act in {"step": opt.step, "save": opt.state_dict}.items():
@@ -257,7 +271,9 @@ def test_hooks_fire_once_with_the_object_held(form, name):
     opt.load_state_dict(state)
     counts["load"] = len(seen) - counts.total()
     handle.remove()
-    assert counts == {"step": 0, "save": 0, "load": 0} | {ON_OPTIMIZER.get(name, "step"): 1}
+    assert counts == {"step": 0, "save": 0, "load": 0} | {
+        ON_OPTIMIZER.get(name, "step"): 1
+    }
     assert seen == [opt]
     assert seen[0] is opt
 
@@ -296,7 +312,9 @@ def faster(groups):
 
 
 @each_form
-@pytest.mark.parametrize("average", [None, swa_utils.get_ema_multi_avg_fn(0.9)], ids=["swa", "ema"])
+@pytest.mark.parametrize(
+    "average", [None, swa_utils.get_ema_multi_avg_fn(0.9)], ids=["swa", "ema"]
+)
 def test_averaged_models(form, average):
     """AveragedModel with SWALR averages what groups by hand would leave."""
 
@@ -326,7 +344,9 @@ def test_the_optimizer_inside_the_backward_pass():
         for param in [p for p in model.parameters() if p.requires_grad]:
             step_on_arrival(
                 param,
-                RankAwareOptimizer([param], torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16),
+                RankAwareOptimizer(
+                    [param], torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16
+                ),
             )
         for x in batches(STEPS):
             loss_of(model, x).backward()
@@ -359,7 +379,9 @@ def test_optimizers_around_it(form, name):
     package, _, kind = name.rpartition(".")
     outer, own = getattr(pytest.importorskip(package), kind), dict(AROUND[name])
     inner = {"kind": own.pop("kind", torch.optim.AdamW)}
-    assert same(*finals(plain_loop(inner, around=lambda opt: outer(opt, **own)), form, by_hand))
+    assert same(
+        *finals(plain_loop(inner, around=lambda opt: outer(opt, **own)), form, by_hand)
+    )
 
 
 @pytest.mark.parametrize("name", ["SAM", "LookSAM", "FriendlySAM"])
@@ -369,7 +391,9 @@ def test_sam_around_it(name):
 
     def ours(model):
         def inner(groups, **own):
-            return RankAwareOptimizer(groups, torch.optim.AdamW, model=model, tuned_at=AT_16, **own)
+            return RankAwareOptimizer(
+                groups, torch.optim.AdamW, model=model, tuned_at=AT_16, **own
+            )
 
         return outer([p for p in model.parameters() if p.requires_grad], inner, lr=LR)
 

@@ -29,7 +29,11 @@ def scripts(monkeypatch):
     """The clone in front of sys.path, as its scripts have it."""
     monkeypatch.syspath_prepend(CLONE)
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("networks", "library")]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.partition(".")[0] in ("networks", "library")
+    ]:
         del sys.modules[name]
 
 
@@ -76,7 +80,9 @@ def test_groups_are_split_by_rank_and_keep_their_rates_ratio():
     """The text encoder's and the U-Net's groups keep their own rates, each factor's multiplied by the law."""
     net, named = network(rankaware_tuned_at="r=16,alpha=16")
     groups, descriptions = net.prepare_optimizer_params(TE_LR, LR, LR)
-    plain, plain_descriptions = network("networks.lora")[0].prepare_optimizer_params(TE_LR, LR, LR)
+    plain, plain_descriptions = network("networks.lora")[0].prepare_optimizer_params(
+        TE_LR, LR, LR
+    )
     assert named == "networks.lora"
     assert sum(len(g["params"]) for g in groups) == sum(len(g["params"]) for g in plain)
     assert set(descriptions) == set(plain_descriptions)
@@ -131,16 +137,24 @@ def test_flux_networks_own_method_is_taken():
         {"tuned_at": Reference(16, 16)},
     )
     net.apply_to([], flux, False, True)
-    groups, descriptions = net.prepare_optimizer_params_with_multiple_te_lrs(None, LR, LR)
+    groups, descriptions = net.prepare_optimizer_params_with_multiple_te_lrs(
+        None, LR, LR
+    )
     assert len(groups) == len(descriptions) == 2
     assert all(
-        g["lr"] == pytest.approx(LR * g["rank_multiplier"]) and g["rank_multiplier"] != 1.0
+        g["lr"] == pytest.approx(LR * g["rank_multiplier"])
+        and g["rank_multiplier"] != 1.0
         for g in groups
     )
 
 
 @pytest.mark.parametrize(
-    "given", [{"rankaware_recipe": "r.toml"}, {"rankaware_rnk": "4"}, {"rankaware_batch": "many"}]
+    "given",
+    [
+        {"rankaware_recipe": "r.toml"},
+        {"rankaware_rnk": "4"},
+        {"rankaware_batch": "many"},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(given):
     """A recipe, an unknown name and an unreadable value, each with a sentence."""
@@ -150,7 +164,9 @@ def test_settings_that_cannot_be_are_refused(given):
 
 def test_the_examples_arguments_are_taken():
     """examples/kohya.sh's network arguments, read as train_network.py reads them, make a network at the moved rate."""
-    flags = shlex.split((EXAMPLES / "kohya.sh").read_text().replace("\\\n", " "), comments=True)
+    flags = shlex.split(
+        (EXAMPLES / "kohya.sh").read_text().replace("\\\n", " "), comments=True
+    )
     start = flags.index("--network_args") + 1
     stop = next(i for i in range(start, len(flags)) if flags[i].startswith("--"))
     arguments = dict(flag.split("=", 1) for flag in flags[start:stop])

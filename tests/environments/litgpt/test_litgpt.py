@@ -20,7 +20,9 @@ def layer(rank: int) -> torch.nn.Module:
     return made
 
 
-by_name = pytest.mark.parametrize("case", cases_of("litgpt"), ids=lambda case: case.name)
+by_name = pytest.mark.parametrize(
+    "case", cases_of("litgpt"), ids=lambda case: case.name
+)
 
 
 @by_name

@@ -44,9 +44,9 @@ def test_experts_are_calibrated(odd):
     """PEFT parametrizes experts in each forward pass: this is no write, and the model comes back as it was."""
     model = mixture(4, 4.0)
     if odd is not None:
-        next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).data[2, 0, 0] = (
-            odd
-        )
+        next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).data[
+            2, 0, 0
+        ] = odd
     before = fingerprint(model)
 
     def forward(model, i):
@@ -59,7 +59,9 @@ def test_experts_are_calibrated(odd):
 
     def writes(model, i):
         with torch.no_grad():
-            next(p for n, p in model.named_parameters() if n.endswith("gate_up_proj")).add_(1.0)
+            next(
+                p for n, p in model.named_parameters() if n.endswith("gate_up_proj")
+            ).add_(1.0)
         return forward(model, i)
 
     with pytest.raises(
@@ -74,7 +76,11 @@ CASES = {
     "dora": {"use_dora": True},
     "dropout": {"lora_dropout": 0.3},
     "bias": {"lora_bias": True},
-    "pattern": {"targets": ("q", "v", "conv"), "rank_pattern": {"v": 8}, "alpha_pattern": {"v": 4}},
+    "pattern": {
+        "targets": ("q", "v", "conv"),
+        "rank_pattern": {"v": 8},
+        "alpha_pattern": {"v": 4},
+    },
     "embedding": {"targets": ("q", "emb")},
     "convolution": {"targets": ("conv", "grouped", "q")},
     "head": {"modules_to_save": ["head"]},
@@ -91,7 +97,9 @@ def at(rank, case, rule):
         options["rank_pattern"] = {
             key: int(r * grown) for key, r in options["rank_pattern"].items()
         }
-        options["alpha_pattern"] = {key: a * alpha for key, a in options["alpha_pattern"].items()}
+        options["alpha_pattern"] = {
+            key: a * alpha for key, a in options["alpha_pattern"].items()
+        }
     return wrapped(r=rank, alpha=8 * alpha, **options)
 
 
@@ -121,13 +129,20 @@ def test_in_place_is_as_built_anew(case, rule):
             )  # building a model drew from the generator, making one again does not
         return step(model, i)
 
-    rebuilt = ra.calibrate(train, AdamW, ranks=(4, 8), steps=STEPS, trials=3, seeds=(5,))
+    rebuilt = ra.calibrate(
+        train, AdamW, ranks=(4, 8), steps=STEPS, trials=3, seeds=(5,)
+    )
     model = at(4, case, "alpha")
     before = fingerprint(model)
     recipe = calibrate(model, step=seeded_step, trials=3, seeds=(5,), scaling_rule=rule)
     assert changed(before, fingerprint(model)) == []
-    assert np.array_equal(rebuilt.tensors["curve"], recipe.tensors["curve"], equal_nan=True)
-    assert (rebuilt.fitted_lr, rebuilt.scaling_rule) == (recipe.fitted_lr, recipe.scaling_rule)
+    assert np.array_equal(
+        rebuilt.tensors["curve"], recipe.tensors["curve"], equal_nan=True
+    )
+    assert (rebuilt.fitted_lr, rebuilt.scaling_rule) == (
+        recipe.fitted_lr,
+        recipe.scaling_rule,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,7 +154,9 @@ def test_full_finetuning_in_place(case):
     trained = set()
 
     def watched(model, i):
-        names = {name for name, param in model.named_parameters() if param.requires_grad}
+        names = {
+            name for name, param in model.named_parameters() if param.requires_grad
+        }
         loss = step(model, i)
         if not any("lora_A" in name or "lora_embedding_A" in name for name in names):
             trained.update(names)
@@ -164,13 +181,24 @@ def test_the_configuration_says_what_the_model_is():
 
     def watched(model, i):
         config = model.peft_config["default"]
-        seen.add((config.r, config.lora_alpha, config.rank_pattern["v"], config.alpha_pattern["v"]))
+        seen.add(
+            (
+                config.r,
+                config.lora_alpha,
+                config.rank_pattern["v"],
+                config.alpha_pattern["v"],
+            )
+        )
         rebuilt = peft.get_peft_model(Net(), copy.deepcopy(config))
         assert {n: p.shape for n, p in rebuilt.named_parameters()} == {
             n: p.shape for n, p in model.named_parameters()
         }
-        own = {n: m.scaling for n, m in rebuilt.named_modules() if hasattr(m, "scaling")}
-        assert own == {n: m.scaling for n, m in model.named_modules() if hasattr(m, "scaling")}
+        own = {
+            n: m.scaling for n, m in rebuilt.named_modules() if hasattr(m, "scaling")
+        }
+        assert own == {
+            n: m.scaling for n, m in model.named_modules() if hasattr(m, "scaling")
+        }
         return step(model, i)
 
     calibrate(model, step=watched)
@@ -184,7 +212,9 @@ def test_another_adapter_stays_out_of_it():
     ranks = set()
 
     def watched(model, i):
-        ranks.add((model.base_model.model.q.r["default"], model.base_model.model.q.r["other"]))
+        ranks.add(
+            (model.base_model.model.q.r["default"], model.base_model.model.q.r["other"])
+        )
         return step(model, i)
 
     before = fingerprint(model)
@@ -195,7 +225,9 @@ def test_another_adapter_stays_out_of_it():
 
 def adalora():
     torch.manual_seed(0)
-    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q"])
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=["q"]
+    )
     return peft.get_peft_model(Net(), config)
 
 
@@ -219,7 +251,11 @@ REFUSED = [
         {},
         "subtracted their product from the base weight",
     ),
-    (lambda: wrapped(targets=("conv", "grouped")), {"ranks": (4, 6)}, "cannot be made at rank 6"),
+    (
+        lambda: wrapped(targets=("conv", "grouped")),
+        {"ranks": (4, 6)},
+        "cannot be made at rank 6",
+    ),
 ]
 
 

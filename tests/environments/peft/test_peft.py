@@ -51,7 +51,9 @@ class Net(nn.Module):
     def forward(self, tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         words = self.v(self.q(self.emb(tokens)).tanh()).mean(dim=1)
         return self.head(
-            torch.cat([words, self.grouped(self.conv(image).tanh()).mean(dim=(2, 3))], dim=1)
+            torch.cat(
+                [words, self.grouped(self.conv(image).tanh()).mean(dim=(2, 3))], dim=1
+            )
         )
 
 
@@ -60,7 +62,8 @@ def wrapped(
 ) -> nn.Module:
     torch.manual_seed(0)
     return peft.get_peft_model(
-        Net(), peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options)
+        Net(),
+        peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=list(targets), **options),
     )
 
 
@@ -68,14 +71,20 @@ def train(model: nn.Module, opt: torch.optim.Optimizer, steps: int = 3) -> None:
     source = torch.Generator().manual_seed(1)
     for _ in range(steps):
         tokens = torch.randint(30, (4, 5), generator=source)
-        model(tokens, torch.randn(4, 3, 6, 6, generator=source)).square().mean().backward()
+        model(
+            tokens, torch.randn(4, 3, 6, 6, generator=source)
+        ).square().mean().backward()
         opt.step()
         opt.zero_grad()
 
 
 def seen(model: nn.Module) -> dict[str, Factor]:
     """The A factors by the last part of their layer's name."""
-    return {f.layer.rsplit(".", 1)[-1]: f for f in inspect_model(model).factors if f.role == "A"}
+    return {
+        f.layer.rsplit(".", 1)[-1]: f
+        for f in inspect_model(model).factors
+        if f.role == "A"
+    }
 
 
 LAYERS = [
@@ -87,7 +96,9 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "kind", "fan_in", "fan_out", "init", "convention"), LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "kind", "fan_in", "fan_out", "init", "convention"), LAYERS
+)
 def test_layers(layer, kind, fan_in, fan_out, init, convention):
     """PEFT's layers are read with their fans, rank, scaling and init; an embedding starts at Init[B]."""
     factors = inspect_model(wrapped(targets=(layer,))).factors
@@ -185,7 +196,9 @@ def test_inits_without_a_law_stay_at_the_base_rate(declared):
     with pytest.warns(RankAwareWarning, match="PiSSA, OLoRA"):
         opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16)
     assert {effective_lr(g) for g in opt.param_groups} == {1e-3}
-    named = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16, init="A")
+    named = RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16, init="A"
+    )
     assert {effective_lr(g) for g in named.param_groups} != {1e-3}
 
 
@@ -213,8 +226,12 @@ def test_init_b_made_by_hand():
 def test_only_the_active_adapter_counts():
     """Of several adapters only those that require a gradient are factors, each at its own rank."""
     model = wrapped()
-    model.add_adapter("wide", peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q", "v"]))
-    assert {(f.adapter, f.rank) for f in inspect_model(model).factors} == {("default", 4)}
+    model.add_adapter(
+        "wide", peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q", "v"])
+    )
+    assert {(f.adapter, f.rank) for f in inspect_model(model).factors} == {
+        ("default", 4)
+    }
     model.set_adapter("wide")
     assert {(f.adapter, f.rank, f.scaling) for f in inspect_model(model).factors} == {
         ("wide", 16, 1.0)
@@ -230,7 +247,9 @@ def test_only_the_active_adapter_counts():
 def test_adapters_of_different_inits():
     """Each adapter has the init that its own configuration declares."""
     model = wrapped()
-    model.add_adapter("p", peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights="olora"))
+    model.add_adapter(
+        "p", peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights="olora")
+    )
     for name, param in model.named_parameters():
         param.requires_grad_("lora_" in name)
     assert {(f.adapter, f.init) for f in inspect_model(model).factors} == {
@@ -243,10 +262,16 @@ def test_adapters_of_different_inits():
 @pytest.mark.parametrize("shared", [False, True])
 def test_two_peft_models_in_one_keep_their_own_configurations(inits, shared):
     """A text encoder and a UNet under one optimizer have the inits that each declares, or one shared configuration."""
-    parts = {"te": wrapped(init_lora_weights=inits[0]), "unet": wrapped(init_lora_weights=inits[1])}
+    parts = {
+        "te": wrapped(init_lora_weights=inits[0]),
+        "unet": wrapped(init_lora_weights=inits[1]),
+    }
     if shared:
         config = peft.LoraConfig(r=4, target_modules=["q", "v"])
-        parts = {name: peft.get_peft_model(part.unload(), config) for name, part in parts.items()}
+        parts = {
+            name: peft.get_peft_model(part.unload(), config)
+            for name, part in parts.items()
+        }
     both = nn.ModuleDict(parts)
     for name, param in both.named_parameters():
         if "lora_" in name:  # as after training
@@ -254,7 +279,8 @@ def test_two_peft_models_in_one_keep_their_own_configurations(inits, shared):
     found = {(f.name.partition(".")[0], f.init) for f in inspect_model(both).factors}
     wanted = (True, True) if shared else inits
     assert found == {
-        (part, "A" if init is True else "other") for part, init in zip(parts, wanted, strict=True)
+        (part, "A" if init is True else "other")
+        for part, init in zip(parts, wanted, strict=True)
     }
 
 
@@ -270,7 +296,9 @@ def test_swapping_the_optimizer_on_a_uniform_peft_model_changes_nothing(built):
     targets = ("emb", "q", "v", "conv", "grouped")
     ours, native = wrapped(targets=targets), wrapped(targets=targets)
     if built:
-        opt = RankAwareOptimizer(torch.optim.AdamW(ours.parameters(), lr=1e-2), model=ours)
+        opt = RankAwareOptimizer(
+            torch.optim.AdamW(ours.parameters(), lr=1e-2), model=ours
+        )
     else:
         opt = RankAwareOptimizer(ours, torch.optim.AdamW, lr=1e-2)
     train(ours, opt)
@@ -281,7 +309,9 @@ def test_swapping_the_optimizer_on_a_uniform_peft_model_changes_nothing(built):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
     """tuned_at takes PEFT's own LoraConfig, and a folder that PEFT saved, with a recipe of ours beside or not."""
-    config = peft.LoraConfig(r=16, lora_alpha=32, use_rslora=rslora, target_modules=["q", "v"])
+    config = peft.LoraConfig(
+        r=16, lora_alpha=32, use_rslora=rslora, target_modules=["q", "v"]
+    )
     made = peft.get_peft_model(Net(), config)
     made.save_pretrained(tmp_path)
     RECIPE.save_beside(tmp_path)
@@ -294,7 +324,9 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
     assert rates[0] == rates[1] == pytest.approx(rates[2])
     assert 1e-3 not in rates[0]
     again = peft.PeftModel.from_pretrained(Net(), tmp_path)
-    ours, theirs = ({n: p for n, p in snapshot(m).items() if "lora_" in n} for m in (again, made))
+    ours, theirs = (
+        {n: p for n, p in snapshot(m).items() if "lora_" in n} for m in (again, made)
+    )
     assert same(ours, theirs)
     made.save_pretrained(tmp_path)
     assert "## Learning rate" in (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -302,7 +334,10 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
 
 def test_a_config_without_a_law_is_refused():
     """PiSSA's start, and another kind of adapter, name no reference."""
-    for config in (peft.LoraConfig(init_lora_weights="pissa"), peft.LoHaConfig(r=4, alpha=4)):
+    for config in (
+        peft.LoraConfig(init_lora_weights="pissa"),
+        peft.LoHaConfig(r=4, alpha=4),
+    ):
         with pytest.raises(InvalidReferenceError, match="is not a reference"):
             RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=config)
 
@@ -313,11 +348,16 @@ def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3)
     width = inspect_model(model).width
     moved = MuA().multiplier(
-        Factor("w", "A", 16, width, width, scaling=0.5), Reference(rank=4, alpha=8, fan_in=width)
+        Factor("w", "A", 16, width, width, scaling=0.5),
+        Reference(rank=4, alpha=8, fan_in=width),
     )
-    found = {(g["lora_rank"], g["lora_role"]): effective_lr(g) for g in opt.param_groups}
+    found = {
+        (g["lora_rank"], g["lora_role"]): effective_lr(g) for g in opt.param_groups
+    }
     assert found[4, "A"] == found[4, "B"] == 1e-3
-    assert [found[16, "A"], found[16, "B"]] == pytest.approx([1e-3 * moved * DISTANCE] * 2)
+    assert [found[16, "A"], found[16, "B"]] == pytest.approx(
+        [1e-3 * moved * DISTANCE] * 2
+    )
     train(model, opt)
 
 
@@ -325,14 +365,23 @@ def test_a_later_adapter_is_added():
     """An adapter added after construction is split and scaled by add_param_group."""
     model = wrapped()
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3)
-    model.add_adapter("wide", peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q", "v"]))
+    model.add_adapter(
+        "wide", peft.LoraConfig(r=16, lora_alpha=16, target_modules=["q", "v"])
+    )
     model.set_adapter("wide")
-    opt.add_param_group({"params": [p for n, p in model.named_parameters() if ".wide." in n]})
-    assert [(g["lora_role"], g["lora_rank"], len(g["params"])) for g in opt.param_groups[-2:]] == [
+    opt.add_param_group(
+        {"params": [p for n, p in model.named_parameters() if ".wide." in n]}
+    )
+    assert [
+        (g["lora_role"], g["lora_rank"], len(g["params"]))
+        for g in opt.param_groups[-2:]
+    ] == [
         ("A", 16, 2),
         ("B", 16, 2),
     ]
-    assert all(".wide." in name for g in opt.param_groups[-2:] for name in g["param_names"])
+    assert all(
+        ".wide." in name for g in opt.param_groups[-2:] for name in g["param_names"]
+    )
     train(model, opt)
 
 

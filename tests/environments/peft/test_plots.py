@@ -65,7 +65,9 @@ def test_a_figure_without_a_suffix_is_refused(tmp_path):
     before = sorted(tmp_path.iterdir())
     assert (
         "no suffix"
-        in CliRunner().invoke(main, ["plot", str(path), "-o", str(tmp_path / "made")]).stderr
+        in CliRunner()
+        .invoke(main, ["plot", str(path), "-o", str(tmp_path / "made")])
+        .stderr
     )
     assert sorted(tmp_path.iterdir()) == before
 
@@ -99,10 +101,14 @@ def test_a_tick_stands_where_its_label_says(kind, monkeypatch):
         for side in sides:
             pairs = [
                 (tick, text.get_text())
-                for tick, text in zip(side.get_ticklocs(), side.get_ticklabels(), strict=True)
+                for tick, text in zip(
+                    side.get_ticklocs(), side.get_ticklabels(), strict=True
+                )
             ]
             assert pairs
-            assert all(float(label) == pytest.approx(tick, rel=1e-9) for tick, label in pairs)
+            assert all(
+                float(label) == pytest.approx(tick, rel=1e-9) for tick, label in pairs
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,12 +121,16 @@ def test_every_panel_is_used(kind, monkeypatch):
     ends = {}
     for axis in saved[0].axes:
         spec = axis.get_subplotspec()
-        ends[spec.rowspan.start] = max(ends.get(spec.rowspan.start, 0), spec.colspan.stop)
+        ends[spec.rowspan.start] = max(
+            ends.get(spec.rowspan.start, 0), spec.colspan.stop
+        )
     assert set(ends.values()) == {saved[0].axes[0].get_gridspec().ncols}
     marks = 0
     for axis, _ in zip(saved[0].axes, picture_of(KINDS[kind]).arms, strict=False):
         (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-        for line in (line for line in axis.get_lines() if line.get_marker() in ("o", "^")):
+        for line in (
+            line for line in axis.get_lines() if line.get_marker() in ("o", "^")
+        ):
             marks += len(line.get_xdata())
             assert all(left < x < right for x in line.get_xdata())
             assert all(bottom < y < top for y in line.get_ydata())
@@ -178,7 +188,9 @@ def texts(path) -> list[str]:
     """What a figure of ours says: matplotlib writes each text of an .svg into a comment."""
     return [
         comment.strip()
-        for comment in re.findall(r"<!--(.*?)-->", path.read_text(encoding="utf-8"), re.DOTALL)
+        for comment in re.findall(
+            r"<!--(.*?)-->", path.read_text(encoding="utf-8"), re.DOTALL
+        )
     ]
 
 

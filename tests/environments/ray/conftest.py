@@ -19,7 +19,9 @@ def cluster() -> Iterator[Cluster]:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PROCESSES", "2")
-        made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        made = Cluster(
+            initialize_head=True, head_node_args={**NODE, "include_dashboard": False}
+        )
         made.add_node(**NODE)
         yield made
         made.shutdown()

@@ -31,7 +31,9 @@ from ...cli.test_calibrate import (
 )
 from .conftest import NODE
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning"
+)
 COMMAND = ["ray_loops:train", "--steps", 10, "-o", "r.toml", "--ranks", "2,32"]
 
 
@@ -92,11 +94,15 @@ def test_a_script_needs_no_module(cluster, folder):
     """What a script defines goes to the nodes with it, and executor="ray" finds the cluster that RAY_ADDRESS names."""
     call = "ra.calibrate(train, 'AdamW', ranks=(2, 32), steps=10, trials=6, storage='s.journal', executor='ray')"
     script = f"{LOOP.replace('PAUSE', '0.04')}\nimport rankaware_optim as ra\nif __name__ == '__main__':\n    print({call})"
-    Path("script.py").write_text(script.replace("Path(__file__).parent", f"Path({str(folder)!r})"))
+    Path("script.py").write_text(
+        script.replace("Path(__file__).parent", f"Path({str(folder)!r})")
+    )
     environment = {
         **os.environ, "RAY_ADDRESS": cluster.address, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }  # fmt: skip
-    subprocess.run([sys.executable, "script.py"], check=True, env=environment, timeout=300)
+    subprocess.run(
+        [sys.executable, "script.py"], check=True, env=environment, timeout=300
+    )
     assert len(Trials.read(trials_of("s.journal", "calibration")).counted()) == 6
 
 
@@ -106,7 +112,10 @@ def test_a_killed_node_loses_nothing(cluster, folder):
     process = started(*COMMAND, "--trials", 24, "--ray", cluster.address)
     try:
         wait_until(
-            lambda: len({t.worker for t in running_or_done("r.journal", "r").counted()}) == 2
+            lambda: (
+                len({t.worker for t in running_or_done("r.journal", "r").counted()})
+                == 2
+            )
         )
         cluster.remove_node(second, allow_graceful=False)
         before = [t for t in trials_of("r.journal", "r") if t.state.is_finished()]
@@ -125,7 +134,9 @@ def test_a_killed_node_loses_nothing(cluster, folder):
     assert len(ran) == 24 > len(before)
     assert len({(*t.setting, t.x) for t in ran}) == 24
     assert not records.running()
-    assert [t.number for t in killed] == [t.retry_of for t in records if t.retry_of is not None]
+    assert [t.number for t in killed] == [
+        t.retry_of for t in records if t.retry_of is not None
+    ]
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
 
 
@@ -140,14 +151,25 @@ def test_each_worker_has_a_gpu_of_its_own(cluster, folder):
 def test_one_is_started_for_the_call(folder):
     """`--ray local` starts a cluster on this machine, and ends it."""
     ended(
-        started(*COMMAND, "--trials", 6, "--ray", "local", "--workers", 1, env={"PROCESSES": "1"})
+        started(
+            *COMMAND,
+            "--trials",
+            6,
+            "--ray",
+            "local",
+            "--workers",
+            1,
+            env={"PROCESSES": "1"},
+        )
     )
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
 
 
 def test_ctrl_c_ends_it_in_a_sentence(cluster, folder):
     """Ctrl-C ends with code 130, and the same command goes on."""
-    process = started(*COMMAND, "--trials", 500, "--ray", cluster.address, start_new_session=True)
+    process = started(
+        *COMMAND, "--trials", 500, "--ray", cluster.address, start_new_session=True
+    )
     wait_until(lambda: len(running_or_done("r.journal", "r").counted()) >= 2)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=300)
@@ -171,7 +193,12 @@ def test_a_cluster_that_is_not_there_is_said(address, folder, monkeypatch):
     done = call(*COMMAND, "--trials", 4, "--ray", address)
     assert done.exit_code == 1
     assert f"Error: The Ray cluster at {address!r} cannot be reached: " in done.stderr
-    assert len([line for line in done.stderr.splitlines() if not line.startswith("trial ")]) == 1
+    assert (
+        len(
+            [line for line in done.stderr.splitlines() if not line.startswith("trial ")]
+        )
+        == 1
+    )
     assert len(Trials.read(trials_of("r.journal", "r")).counted()) == 2
     assert Path("r.toml").read_bytes() == before[1]
 
@@ -180,7 +207,8 @@ def test_a_cluster_that_is_not_there_is_said(address, folder, monkeypatch):
 def test_a_storage_that_only_this_process_has_is_refused(storage, folder):
     """Memory, SQLite and an object are, before Ray is started."""
     with pytest.raises(
-        ra.CalibrationError, match="Give as storage the path of a journal in a folder that all"
+        ra.CalibrationError,
+        match="Give as storage the path of a journal in a folder that all",
     ):
         ra.calibrate(
             import_module("ray_loops").train,
@@ -211,7 +239,9 @@ def test_other_code_on_a_node_is_refused(cluster, folder, monkeypatch):
     (folder / "other").mkdir()
     (folder / "other" / "ray_loops.py").write_text(LOOP.replace("PAUSE", "0.01"))
     monkeypatch.chdir("/")  # Ray lets its workers import from where the call was made
-    environment = {"PYTHONPATH": os.pathsep.join([str(folder / "other"), *filter(None, sys.path)])}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(folder / "other"), *filter(None, sys.path)])
+    }
     options = {"storage": folder / "s.journal", "trials": 4}
     refused = pytest.raises(
         ra.CalibrationError, match=r"runs different code from .*: its source's hash="
@@ -224,7 +254,11 @@ def test_other_code_on_a_node_is_refused(cluster, folder, monkeypatch):
 
 
 FAILING = {
-    "raising": ("def train(trial):\n    1 / 0\n    yield", ZeroDivisionError, "division by zero"),
+    "raising": (
+        "def train(trial):\n    1 / 0\n    yield",
+        ZeroDivisionError,
+        "division by zero",
+    ),
     "not a generator": (
         "def train(trial):\n    return 1",
         ra.CalibrationError,
@@ -234,7 +268,9 @@ FAILING = {
 
 
 @pytest.mark.parametrize(("source", "error", "message"), FAILING.values(), ids=FAILING)
-def test_what_train_raises_there_is_raised_here(source, error, message, cluster, folder):
+def test_what_train_raises_there_is_raised_here(
+    source, error, message, cluster, folder
+):
     """The first worker's error ends the call, as it would in one process."""
     (folder / "ray_loops.py").write_text(source)
     with pytest.raises(error, match=message):
@@ -252,7 +288,8 @@ def test_what_cannot_be_sent_is_refused(cluster, folder):
             yield 1.0
 
     with pytest.raises(
-        ra.CalibrationError, match="train cannot be sent to Ray's workers: Could not serialize"
+        ra.CalibrationError,
+        match="train cannot be sent to Ray's workers: Could not serialize",
     ):
         calibrate(cluster, train)
 
@@ -265,6 +302,7 @@ def test_a_module_that_a_node_lacks_is_named(cluster, folder, monkeypatch):
     exec("def train(trial):\n    yield 1.0", module.__dict__)
     monkeypatch.setitem(sys.modules, "nowhere_else", module)
     with pytest.raises(
-        ra.CalibrationError, match=r"could not load train: .*No module named 'nowhere_else'"
+        ra.CalibrationError,
+        match=r"could not load train: .*No module named 'nowhere_else'",
     ):
         calibrate(cluster, module.train)

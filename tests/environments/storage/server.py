@@ -30,15 +30,34 @@ class Server:
         if os.geteuid() == 0:
             shutil.chown(self.folder, "postgres", "postgres")
             self._as = {"user": "postgres", "group": "postgres", "extra_groups": []}
-        setup = [found("initdb"), "-D", str(self.data), "-A", "trust", "-U", "tester", "--no-sync"]
-        subprocess.run(setup, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self._as)
+        setup = [
+            found("initdb"),
+            "-D",
+            str(self.data),
+            "-A",
+            "trust",
+            "-U",
+            "tester",
+            "--no-sync",
+        ]
+        subprocess.run(
+            setup, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self._as
+        )
 
     @property
     def url(self) -> str:
         return f"postgresql+psycopg://tester:a-secret@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder), "-F"]
+        options = [
+            "-p",
+            str(self.port),
+            "-h",
+            "127.0.0.1",
+            "-k",
+            str(self.folder),
+            "-F",
+        ]
         command = [found("postgres"), "-D", str(self.data), *options]
         self.process = subprocess.Popen(
             command, cwd=self.folder, stderr=subprocess.DEVNULL, **self._as
@@ -99,7 +118,9 @@ def install() -> None:
             ["update", "-q"],
             ["install", "-y", "-q", "--no-install-recommends", "postgresql"],
         ):
-            subprocess.run(["apt-get", *step], check=True, env=environment, stdout=sys.stderr)
+            subprocess.run(
+                ["apt-get", *step], check=True, env=environment, stdout=sys.stderr
+            )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def test_commands_that_share_a_database_share_the_trials(server, folder):
     for process in pair:
         ended(process)
     assert_shared(trials_of(server.url, "shared"), 24)
-    assert [len(ra.Recipe.load(f"{i}.toml").tensors["lr"]) for i in range(2)] == [24, 24]
+    assert [len(ra.Recipe.load(f"{i}.toml").tensors["lr"]) for i in range(2)] == [
+        24,
+        24,
+    ]
 
 
 def test_killed_it_goes_on(server, folder):
@@ -79,16 +82,22 @@ def test_killed_it_goes_on(server, folder):
     assert len(records.counted()) == 8
     killed = [trial for trial in records if trial.killed]
     assert len(killed) <= 1
-    assert [t.setting for t in records if t.retry_of is not None] == [t.setting for t in killed]
+    assert [t.setting for t in records if t.retry_of is not None] == [
+        t.setting for t in killed
+    ]
 
 
 def test_a_database_without_an_encoding_is_said(server):
     """SQL_ASCII returns bytes for text. The error names it, and what to create instead."""
-    with psycopg.connect(server.url.replace("+psycopg", ""), autocommit=True) as connection:
+    with psycopg.connect(
+        server.url.replace("+psycopg", ""), autocommit=True
+    ) as connection:
         connection.execute(
             "create database bare encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'"
         )
-    with pytest.raises(CalibrationError, match=r"does not return text.*the encoding UTF8"):
+    with pytest.raises(
+        CalibrationError, match=r"does not return text.*the encoding UTF8"
+    ):
         calibrate(made_up(), trials=2, storage=server.url.replace("/postgres", "/bare"))
 
 
@@ -122,7 +131,9 @@ def test_a_server_that_goes_away_is_said_and_nothing_is_lost(server, folder):
     assert not Path("r.toml").exists()
     refused = call(*command)
     assert refused.exit_code == 1
-    assert "Connection refused" in refused.stderr or "connection failed" in refused.stderr
+    assert (
+        "Connection refused" in refused.stderr or "connection failed" in refused.stderr
+    )
     assert "a-secret" not in refused.output
     server.start()
     ended(started(*command))

@@ -13,7 +13,10 @@ def test_swifts_command_trains_the_example(tmp_path):
     """`swift sft` loads the plug-in's file, prints its report once and logs rates that it moved."""
     tiny(tmp_path)
     out = run(
-        tmp_path, "bash", str(EXAMPLES / "swift.sh"), MODELSCOPE_CACHE=str(tmp_path / "cache")
+        tmp_path,
+        "bash",
+        str(EXAMPLES / "swift.sh"),
+        MODELSCOPE_CACHE=str(tmp_path / "cache"),
     )
     assert out.count("RankAwareOptimizer(AdamW)") == 1
     assert "rank_multiplier/A/r64" in out

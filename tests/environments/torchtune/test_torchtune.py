@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import RankAwareOptimizer, Reference, inspect_model, rank_aware_param_groups
+from rankaware_optim import (
+    RankAwareOptimizer,
+    Reference,
+    inspect_model,
+    rank_aware_param_groups,
+)
 from rankaware_optim.testing import check_convention
 
 from ...helpers.real_adapters import cases_of, read
@@ -14,7 +19,9 @@ from ...helpers.real_adapters import cases_of, read
 peft = pytest.importorskip("torchtune.modules.peft", exc_type=ImportError)
 
 
-by_name = pytest.mark.parametrize("case", cases_of("torchtune"), ids=lambda case: case.name)
+by_name = pytest.mark.parametrize(
+    "case", cases_of("torchtune"), ids=lambda case: case.name
+)
 
 
 @by_name
@@ -49,7 +56,10 @@ class Block(nn.Module):
 def test_the_layers_are_read_as_declared():
     """Rank, scaling, fan-in and init are those of torchtune's own arguments."""
     factors = {f.name: f for f in inspect_model(Block()).factors}
-    seen = {name: (f.role, f.rank, f.scaling, f.fan_in, f.init) for name, f in factors.items()}
+    seen = {
+        name: (f.role, f.rank, f.scaling, f.fan_in, f.init)
+        for name, f in factors.items()
+    }
     assert seen == {
         "up.lora_a.weight": ("A", 4, 2.0, 16.0, "A"),
         "up.lora_b.weight": ("B", 4, 2.0, 16.0, "A"),
@@ -67,7 +77,9 @@ def test_a_training_loop_of_a_few_steps():
         if wrap:
             opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=at)
         else:
-            opt = torch.optim.AdamW(rank_aware_param_groups(model, lr=1e-2, tuned_at=at))
+            opt = torch.optim.AdamW(
+                rank_aware_param_groups(model, lr=1e-2, tuned_at=at)
+            )
         x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
         curve = []
         for _ in range(8):

@@ -19,7 +19,9 @@ from ...helpers.recipes import RECIPE
 LOGGERS = {
     "tensorboard": lambda: loggers.TensorBoardLogger("tb"),
     "wandb": lambda: loggers.WandbLogger(offline=True),
-    "mlflow": lambda: loggers.MLFlowLogger(tracking_uri=os.environ["MLFLOW_TRACKING_URI"]),
+    "mlflow": lambda: loggers.MLFlowLogger(
+        tracking_uri=os.environ["MLFLOW_TRACKING_URI"]
+    ),
 }
 
 
@@ -36,7 +38,10 @@ class Lit(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         opt = RankAwareOptimizer(self.net, "adamw", recipe=RECIPE, other_lr=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, 3)
-        return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {
+            "optimizer": opt,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 def main(tracker: str) -> None:

@@ -37,7 +37,9 @@ LOGGED = {"rankaware/recipe": NAME, "rankaware/recipe_hash": HASH}
 def tensorboard(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     """The texts and hyperparameters, and the scalars, of every event file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+    from tensorboard.plugins.hparams.metadata import (
+        parse_session_start_info_plugin_data,
+    )
 
     words, scalars = {}, {}
     for path in folder.rglob("events.out.tfevents.*"):
@@ -48,11 +50,14 @@ def tensorboard(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
                 found.Tensors(tag)[0].tensor_proto.string_val[0].decode()
             )
         if "_hparams_/session_start_info" in found.summary_metadata:
-            content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+            content = found.SummaryMetadata(
+                "_hparams_/session_start_info"
+            ).plugin_data.content
             hparams = parse_session_start_info_plugin_data(content).hparams
             words |= {key: value.string_value for key, value in hparams.items()}
         scalars |= {
-            tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]
+            tag: [event.value for event in found.Scalars(tag)]
+            for tag in found.Tags()["scalars"]
         }
     return words, scalars
 
@@ -60,13 +65,17 @@ def tensorboard(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
 def wandb(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     config, history = read_run(folder)
     keys = dict.fromkeys(key for entry in history for key in entry)
-    return config, {key: [entry[key] for entry in history if key in entry] for key in keys}
+    return config, {
+        key: [entry[key] for entry in history if key in entry] for key in keys
+    }
 
 
 def mlflow(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     """The tags and parameters, and the metrics, of the one run in a local file store."""
     (run,) = (
-        path.parent for path in folder.rglob("meta.yaml") if (path.parent / "metrics").is_dir()
+        path.parent
+        for path in folder.rglob("meta.yaml")
+        if (path.parent / "metrics").is_dir()
     )
     words = {
         path.relative_to(run / kind).as_posix(): path.read_text(encoding="utf-8")
@@ -76,7 +85,8 @@ def mlflow(folder: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
     }
     metrics = {
         path.relative_to(run / "metrics").as_posix(): [
-            float(line.split()[1]) for line in path.read_text(encoding="utf-8").splitlines()
+            float(line.split()[1])
+            for line in path.read_text(encoding="utf-8").splitlines()
         ]
         for path in (run / "metrics").rglob("*")
         if path.is_file()
@@ -106,7 +116,13 @@ def run(tmp_path):
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
         }
-        command = [sys.executable, "-W", "ignore", "-m", f"tests.environments.trackers.{script}"]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            f"tests.environments.trackers.{script}",
+        ]
         ended = subprocess.run(
             [*command, *map(str, arguments)],
             cwd=tmp_path,
@@ -121,13 +137,17 @@ def run(tmp_path):
 
 
 def check(
-    words: dict[str, str], metrics: dict[str, list[float]], prefix: str, logged: dict[str, str]
+    words: dict[str, str],
+    metrics: dict[str, list[float]],
+    prefix: str,
+    logged: dict[str, str],
 ) -> None:
     """Every group's rates at every step, in the ratio that the multiplier says, and the recipe or none."""
     assert {f"{prefix}{name}" for name in RATES} <= set(metrics)
     for half in "AB":
         base, by, lr = (
-            metrics[f"{prefix}{name}/{half}/r4"] for name in ("base_lr", "rank_multiplier", "lr")
+            metrics[f"{prefix}{name}/{half}/r4"]
+            for name in ("base_lr", "rank_multiplier", "lr")
         )
         assert len(base) == STEPS
         assert lr == pytest.approx([b * m for b, m in zip(base, by, strict=True)])

@@ -45,7 +45,11 @@ def main(tracker: str, kind: str) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    rate = {"recipe": RECIPE} if kind == "recipe" else {"lr": 1e-3, "tuned_at": "r=16,alpha=16"}
+    rate = (
+        {"recipe": RECIPE}
+        if kind == "recipe"
+        else {"lr": 1e-3, "tuned_at": "r=16,alpha=16"}
+    )
     factory = trainer_factory("adamw", **rate)
     trainer = transformers.Trainer(
         model, args, train_dataset=rows, optimizer_cls_and_kwargs=factory

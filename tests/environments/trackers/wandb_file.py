@@ -37,7 +37,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         for update in (*record.run.config.update, *record.config.update):
-            config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
+            config[update.key or "/".join(update.nested_key)] = json.loads(
+                update.value_json
+            )
         if record.history.item:
             items = record.history.item
             history.append(

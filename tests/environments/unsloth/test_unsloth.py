@@ -36,7 +36,10 @@ def test_unsloths_trainer_trains_at_moved_rates(tmp_path, capsys, tiny, rate):
     from datasets import Dataset
 
     lora = LoraConfig(
-        r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"]
+        r=64,
+        lora_alpha=64,
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["embed_tokens"],
     )
     own = {
         "max_steps": 2,
@@ -59,7 +62,9 @@ def test_unsloths_trainer_trains_at_moved_rates(tmp_path, capsys, tiny, rate):
     )
     trainer.train()
     assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
-    groups = {group["lora_role"]: group for group in trainer.optimizer.optimizer.param_groups}
+    groups = {
+        group["lora_role"]: group for group in trainer.optimizer.optimizer.param_groups
+    }
     assert groups["A"]["initial_lr"] == groups["B"]["initial_lr"] == LR
     assert groups["A"]["rank_multiplier"] != 1.0
     assert groups["other"]["initial_lr"] == (LR if rate is None else rate)

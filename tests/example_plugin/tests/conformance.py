@@ -19,7 +19,9 @@ def test_the_law_is_sound() -> None:
 
 def test_the_convention_is_sound() -> None:
     """The layer is read right: rank, scaling, fan-in and roles."""
-    found = check_convention(lambda r, alpha: Bottleneck(12, 20, r, alpha), torch.ones(3, 12))
+    found = check_convention(
+        lambda r, alpha: Bottleneck(12, 20, r, alpha), torch.ones(3, 12)
+    )
     assert {factor.convention for factor in found.factors} == {"example-bottleneck"}
 
 
