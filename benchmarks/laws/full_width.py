@@ -161,7 +161,7 @@ def _demo_vertices() -> dict[int | None, float]:
         if run.rank in RANKS and run.seed in SEEDS and math.log2(run.lr) in EXPONENTS
     ]
     fit = fit_observations(
-        [observation_of(run, run.rank, math.log2(run.lr)) for run in mine], Prior()
+        [observation_of(run, math.log2(run.lr)) for run in mine], Prior()
     )
     assert fit is not None
     return {rank: mean for rank, (mean, _) in fit.vertices.items()}

@@ -259,7 +259,7 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
         mine = [curve for curve in curves if curve.group == group]
         # Curves are numbered, since two of them may have the same rank.
         seen = [
-            observation_of(run, i, math.log2(run.lr))
+            replace(observation_of(run, math.log2(run.lr)), rank=i)
             for i, curve in enumerate(mine, 1)
             for run in curve.runs
         ]

@@ -20,7 +20,7 @@ from ._observations import (
     split,
     usual_noise,
 )
-from ._posterior import Fit, Prior, fit_observations, shrink
+from ._posterior import Fit, Prior, fit_observations
 from ._priors import FULL_SD, Carry, Slope, carry_of, centred_law, prior_of
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "none_learned",
     "prior_of",
     "recent",
-    "shrink",
     "split",
     "usual_noise",
 ]

@@ -118,19 +118,19 @@ def arms_of(
         lost: those that count as untrained. Their gap is `CAP`.
         gain: what training gains.
     """
-    arms = {}
-    for rank in dict.fromkeys(o.rank for o in (*ended, *lost)):
-        scored = [o for o in ended if o.rank == rank]
-        untrained = [o for o in lost if o.rank == rank]
-        best = min((o.value for o in scored), default=0.0)
-        gaps = [min((o.value - best) / gain, CAP) for o in scored]
-        runs = [*scored, *untrained]
-        arms[rank] = Arm(
-            x=np.array([o.x for o in runs]),
-            y=np.array([*gaps, *[CAP] * len(untrained)]),
-            seeds=np.array([o.seed for o in runs]),
-        )
-    return arms
+    best: dict[int | None, float] = {}
+    for o in ended:
+        best[o.rank] = min(o.value, best.get(o.rank, math.inf))
+    rows: dict[int | None, list[tuple[float, float, int]]] = {}
+    for o in ended:
+        gap = min((o.value - best[o.rank]) / gain, CAP)
+        rows.setdefault(o.rank, []).append((o.x, gap, o.seed))
+    for o in lost:
+        rows.setdefault(o.rank, []).append((o.x, CAP, o.seed))
+    return {
+        rank: Arm(*map(np.array, zip(*of_rank, strict=True)))
+        for rank, of_rank in rows.items()
+    }
 
 
 def gain_of(good: Sequence[Observation]) -> float:

@@ -14,8 +14,8 @@ optima agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -91,6 +91,14 @@ class Fit:
         row = self.prior.row(rank)
         return math.sqrt(float(row @ self.covariance @ row))
 
+    def at(self, vertices: dict[int | None, tuple[float, float]]) -> Fit:
+        """Return this fit with the exact Gaussian posterior of the unknowns, given other optima of
+        the ranks, each a mean and a standard deviation.
+        """
+        means, sds = np.array(list(vertices.values())).T[:, None, :]
+        mean, covariance, _ = _shrunk(self.prior.rows(vertices), means, sds, self.prior)
+        return replace(self, mean=mean[0], covariance=covariance[0], vertices=vertices)
+
 
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials together. Return None if no run stayed finite."""
@@ -120,17 +128,6 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
         ceiling=min((o.x for o in lost), default=None),
         vertices=dict(zip(arms, pairs, strict=True)),
     )
-
-
-def shrink(
-    vertices: Mapping[int | None, tuple[float, float]], prior: Prior
-) -> tuple[Array, Array]:
-    """Return the exact Gaussian posterior (mean, covariance) of the unknowns, given the ranks'
-    vertices.
-    """
-    means, sds = np.array(list(vertices.values())).T[:, None, :]
-    mean, covariance, _ = _shrunk(prior.rows(vertices), means, sds, prior)
-    return mean[0], covariance[0]
 
 
 def _shrunk(

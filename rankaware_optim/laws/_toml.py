@@ -58,17 +58,21 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
                 f"The law {kind.name!r} has no parameter {shown(key)}.",
                 "Remove it, or update the package.",
             )
-        if isinstance(value, Mapping):
-            if not depth:
-                raise LawError("The laws are nested too deep.", "Remove some of them.")
-            value = law_from_dict(value, depth=depth - 1)
-        elif is_number(value) and not abs(value) <= _MOST:
+        if is_number(value) and not abs(value) <= _MOST:
             raise LawError(
                 f"The law {kind.name!r} got {key}={shown(value)}.",
                 f"Give a number up to {_MOST:g}.",
             )
+        if isinstance(value, Mapping):
+            value = _inner_law(value, depth)
         values[key] = None if value == "none" else as_float(value, parameters[key])
     return kind(**values)
+
+
+def _inner_law(data: Mapping[str, Any], depth: int) -> Law:
+    if not depth:
+        raise LawError("The laws are nested too deep.", "Remove some of them.")
+    return law_from_dict(data, depth=depth - 1)
 
 
 def _kind_of(name: str) -> type[Law]:
@@ -149,13 +153,8 @@ def _in_todays_fields(data: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         LawError: today's laws give other rates.
     """
-    inner = data.get("law")
     if data.get("name") == "one-rank":
-        if not isinstance(inner, Mapping) or inner.get("name") != "mua":
-            inner = {}
-        if inner.get("family") not in _AT_ONE_RANK:
-            raise _gone("'one-rank' around that law")
-        data = inner
+        data = _mua_at_one_rank(data.get("law"))
     elif data.get("name") != "mua" or _GONE.keys().isdisjoint(data):
         return data
     elif data.get("family") in (*_AT_ONE_RANK, "first-step"):
@@ -164,6 +163,13 @@ def _in_todays_fields(data: Mapping[str, Any]) -> Mapping[str, Any]:
         if data.get(name, value) != value:
             raise _gone(f"'mua' with {name}={shown(data[name])}")
     return {name: value for name, value in data.items() if name not in _GONE}
+
+
+def _mua_at_one_rank(inner: Any) -> Mapping[str, Any]:
+    mua = inner if isinstance(inner, Mapping) and inner.get("name") == "mua" else {}
+    if mua.get("family") not in _AT_ONE_RANK:
+        raise _gone("'one-rank' around that law")
+    return mua
 
 
 def _gone(what: str) -> LawError:

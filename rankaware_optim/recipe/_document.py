@@ -375,19 +375,15 @@ _TRIAL = {
 
 def _trials(tensors: Mapping[str, Array], target: Path) -> dict[str, Array]:
     """Return the tensors of trials, checked, by name."""
-    trials = {}
-    for path, value in tensors.items():
-        if not path.startswith("trial."):
-            continue
-        key = path.removeprefix("trial.")
+    trials = _part(tensors, "trial")
+    for key, value in trials.items():
+        path = f"trial.{key}"
         kind = _TRIAL.get(key, _Tensor((*_WHOLE, *_FLOAT, *_BOOL), value.ndim or 1))
         if value.dtype.name not in kind.dtypes or value.ndim != kind.axes:
-            raise impossible(
-                target, f"it has {value.dtype} and {value.ndim} axes", path
-            )
+            what = f"it has {value.dtype} and {value.ndim} axes"
+            raise impossible(target, what, path)
         if kind.range and not _all_within(value, kind):
             raise impossible(target, "a trial has a value out of range", path)
-        trials[key] = value
     counts = {len(value) for value in trials.values()}
     if len(counts) > 1 or max(counts, default=0) > MOST_TRIALS:
         what = f"tensors have different numbers of trials, or more than {MOST_TRIALS}"

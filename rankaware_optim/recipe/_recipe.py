@@ -34,9 +34,8 @@ class _Own(Enum):
     RANK = "the recipe's own"
 
 
-ANY_WIDTH = (
-    4096.0  # used for an unknown fan-in, which nearly cancels between ranks of one init
-)
+# used for an unknown fan-in, which nearly cancels between ranks of one init
+ANY_WIDTH = 4096.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +190,8 @@ class Recipe(RecipeData):
             notes=(*notes, *self.notes),
             configuration=words.configuration(self, asked, steps, batch),
         )
-        edges = (
-            rate.lr,
-            rate.low,
-            rate.high,
-            1.0 if rate.ceiling is None else rate.ceiling,
-        )
-        if not all(0 < edge < math.inf for edge in edges):
+        edges = (rate.lr, rate.low, rate.high, rate.ceiling)
+        if not all(edge is None or 0 < edge < math.inf for edge in edges):
             raise RecipeError(
                 f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and"
                 " finite.",
@@ -250,9 +244,8 @@ class Recipe(RecipeData):
     ) -> Reference:
         """Return the arguments of `at` as a reference at the recipe's own init and width."""
         own = self.reference
-        if (rslora and alpha is None) or (
-            method == "full" and not rank is alpha is None
-        ):
+        too_few = rslora and alpha is None
+        if too_few or (method == "full" and not rank is alpha is None):
             raise RecipeError(
                 f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with"
                 f" method={method!r}.",
@@ -269,23 +262,23 @@ class Recipe(RecipeData):
                 "Give a rank and an alpha for LoRA.",
             )
         rank = own.rank if rank is None else rank
-        if alpha is not None and self.scaling_rule == "as swept":
+        if alpha is None:
+            Reference(rank, 1.0, method=method)  # checks the rank before it is used
+            at = Reference.from_scaling(rank, self._scaling_at(rank), init=own.init)
+            return replace(at, fan_in=own.fan_in)
+        if self.scaling_rule == "as swept":
             raise RecipeError(
                 f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for"
                 " the alpha swept.",
                 "Fit it again with an alpha, or use recipe.at(rank=...).lr as a plain rate.",
             )
-        if alpha is not None:
-            return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
-        Reference(rank, 1.0, method=method)  # checks the rank before it is used below
-        scaling = own.scaling if rank == own.rank else self._scaling_at(rank)
-        return replace(
-            Reference.from_scaling(rank, scaling, init=own.init), fan_in=own.fan_in
-        )
+        return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
 
     def _scaling_at(self, rank: int | None) -> float:
-        """Return the effective multiplier at another rank, by the rule of the trials."""
+        """Return the effective multiplier at a rank, by the rule of the trials."""
         own = self.reference
+        if rank == own.rank:
+            return own.scaling
         if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
             raise RecipeError(
                 f"The trials of recipe {self.name!r} give no rule for alpha by rank.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
@@ -23,69 +23,66 @@ _ALPHA: Mapping[Scaling, str] = {
 
 def lead(recipe: RecipeData) -> str:
     """Return the recipe in a sentence: optimizer, steps, batch and the configurations tried."""
-    optimizer, steps, batch = (
-        recipe.optimizer.rpartition(".")[2],
-        recipe.steps or "unknown",
-        _number(recipe.batch),
-    )
-    return (
-        f"{optimizer}, {steps} steps at batch {batch}, calibrated at {_tried(recipe)}."
-    )
+    optimizer = recipe.optimizer.rpartition(".")[2]
+    at = f"{recipe.steps or 'unknown'} steps at batch {_number(recipe.batch)}"
+    return f"{optimizer}, {at}, calibrated at {_tried(recipe)}."
 
 
-def facts(recipe: RecipeData) -> Iterator[tuple[str, str]]:
-    """Yield a recipe's facts as pairs of a name and a text."""
-    at, horizon = recipe.reference, recipe.horizon
+def facts(recipe: RecipeData) -> list[tuple[str, str]]:
+    """Return a recipe's facts as pairs of a name and a text."""
+    at, slope, slope_sd = (
+        recipe.reference,
+        recipe.horizon.slope,
+        recipe.horizon.slope_sd,
+    )
+    ceiling = "none seen"
+    if recipe.ceiling is not None:
+        ceiling = (
+            f"{recipe.ceiling:.3g}, the smallest rate that diverged, moved to the base rate's"
+            " configuration"
+        )
+    settings = _listed(recipe.settings)
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
-    settings = ", ".join(
-        f"{name} {_setting(value)}" for name, value in recipe.settings.items()
-    )
-    yield (
-        "base rate",
-        f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}",
-    )
-    yield (
-        "fitted optimum",
-        f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to use",
-    )
-    yield "90 % band", "{:.3g} to {:.3g}".format(*own_band(recipe))
-    moved = "the smallest rate that diverged, moved to the base rate's configuration"
-    yield (
-        "ceiling",
-        "none seen" if recipe.ceiling is None else f"{recipe.ceiling:.3g}, {moved}",
-    )
-    yield (
-        "largest fan-in",
-        f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on",
-    )
-    yield "law", _law(recipe.law)
-    yield "alpha by rank", _ALPHA[recipe.scaling_rule]
-    yield (
-        "optimizer",
-        f"{recipe.optimizer} with {settings}" if settings else recipe.optimizer,
-    )
-    yield (
-        "horizon",
-        f"{recipe.steps or 'unknown'} steps, batch {_number(recipe.batch)}, warm-up {warmup}",
-    )
-    yield (
-        "other steps",
-        f"{horizon.slope:+.2f} ± {horizon.slope_sd:.2f} octaves of rate per octave of steps",
-    )
-    yield "seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"
-    yield "other rates", _other_rates(recipe)
-    yield (
-        "code",
-        ", ".join(f"{name} {value}" for name, value in recipe.source.items())
-        or "unknown",
-    )
-    yield (
-        "versions",
-        ", ".join(f"{name} {version}" for name, version in recipe.versions.items())
-        or "unknown",
-    )
-    yield "hash", recipe.tag.partition(" ")[0]
-    yield from (("note", note) for note in recipe.notes)
+    batch = _number(recipe.batch)
+    low, high = own_band(recipe)
+    return [
+        (
+            "base rate",
+            f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}",
+        ),
+        (
+            "fitted optimum",
+            f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to"
+            " use",
+        ),
+        ("90 % band", f"{low:.3g} to {high:.3g}"),
+        ("ceiling", ceiling),
+        (
+            "largest fan-in",
+            f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on",
+        ),
+        ("law", _law(recipe.law)),
+        ("alpha by rank", _ALPHA[recipe.scaling_rule]),
+        ("optimizer", " with ".join(filter(None, (recipe.optimizer, settings)))),
+        (
+            "horizon",
+            f"{recipe.steps or 'unknown'} steps, batch {batch}, warm-up {warmup}",
+        ),
+        (
+            "other steps",
+            f"{slope:+.2f} ± {slope_sd:.2f} octaves of rate per octave of steps",
+        ),
+        ("seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"),
+        ("other rates", _other_rates(recipe)),
+        ("code", _listed(recipe.source) or "unknown"),
+        ("versions", _listed(recipe.versions) or "unknown"),
+        ("hash", recipe.tag.partition(" ")[0]),
+        *(("note", note) for note in recipe.notes),
+    ]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_setting(value)}" for name, value in values.items())
 
 
 def missing_trials(recipe: RecipeData) -> str:
@@ -144,13 +141,12 @@ def _words(recipe: RecipeData, target: Reference) -> str:
 
 def _law(law: Power) -> str:
     """The law that rates move by, and how the trials corrected it."""
-    corrections = [f"times rank^{law.exponent:.3g}"] if law.exponent else []
-    corrections += (
-        [f"times {law.full_factor:.3g} in full finetuning"]
-        if law.full_factor != 1.0
-        else []
-    )
-    return ", ".join([law_sentence(law.law), *corrections])
+    parts = [law_sentence(law.law)]
+    if law.exponent:
+        parts.append(f"times rank^{law.exponent:.3g}")
+    if law.full_factor != 1.0:
+        parts.append(f"times {law.full_factor:.3g} in full finetuning")
+    return ", ".join(parts)
 
 
 def _trials(recipe: RecipeData) -> str:
@@ -169,12 +165,8 @@ def _setting(value: Any) -> str:
 
 def _tried(recipe: RecipeData) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
-    return (
-        " and ".join(
-            filter(None, (ranks, "full finetuning" if recipe.full_seen else ""))
-        )
-        or "nothing"
-    )
+    full = "full finetuning" if recipe.full_seen else ""
+    return " and ".join(filter(None, (ranks, full))) or "nothing"
 
 
 def _other_rates(recipe: RecipeData) -> str:

@@ -78,10 +78,8 @@ def differences(
 
 
 def _is_alike(a: Any, b: Any, tolerance: float) -> bool:
-    if is_number(a) and is_number(b):
-        return a == b or (
-            isinstance(a + b, float) and math.isclose(a, b, rel_tol=tolerance)
-        )
+    if is_number(a) and is_number(b) and isinstance(a + b, float):
+        return math.isclose(a, b, rel_tol=tolerance)
     if isinstance(a, list) and isinstance(b, list):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict):

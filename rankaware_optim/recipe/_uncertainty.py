@@ -55,12 +55,10 @@ def spread(recipe: RecipeData, target: Reference) -> tuple[float, list[str]]:
     x = np.array([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)])
     variance = max(0.0, float(x @ recipe.covariance @ x))
     unseen = list(_unseen(recipe, target))
-    own = (
-        0.0 if full else recipe.scatter
-    )  # full finetuning has its own factor, so no scatter about the law
-    return math.sqrt(variance + own**2 + sum(sd**2 for sd, _ in unseen)), [
-        words for _, words in unseen
-    ]
+    # full finetuning has its own factor, so no scatter about the law
+    scatter = 0.0 if full else recipe.scatter
+    variance += scatter**2 + sum(sd**2 for sd, _ in unseen)
+    return math.sqrt(variance), [words for _, words in unseen]
 
 
 def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]]:

@@ -24,7 +24,7 @@ from .._printing import printable
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
 from ..recipe import Recipe, facts, known_rate, lead, missing_trials
-from ._picture import Picture, PictureArm, picture_of
+from ._picture import Picture, PictureArm, edges_of, picture_of
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
@@ -179,10 +179,10 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
     """Return the drawing of the rates by rank."""
     by_rank, full = picture.by_rank, picture.full
     (first, start), (last, end) = by_rank[0], by_rank[-1]
+    ranks, rates = zip(*by_rank, strict=True)
     ceilings = [(rank, rate.ceiling) for rank, rate in by_rank if rate.ceiling]
     edges = [edge for _, edge in ceilings]
-    for rate in (*(rate for _, rate in by_rank), *([full] if full else [])):
-        edges += (rate.low, rate.high, rate.lr)
+    edges += edges_of([*rates, full] if full else rates)
     x = _Axis(first, last, _LEFT, _RIGHT)
     y = _Axis(min(edges) / 1.2, max(edges) * 1.2, _BOTTOM, _TOP)
     upper = [(rank, rate.high) for rank, rate in by_rank]
@@ -193,8 +193,8 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
         "band": _line(x, y, upper + lower),
         "ceiling": _line(x, y, ceilings),
         "full": None,
-        "seen": [x.at(rank) for rank in recipe.ranks if x.holds(rank)],
-        "x": x.ticks(rank for rank, _ in by_rank),
+        "seen": list(map(x.at, filter(x.holds, recipe.ranks))),
+        "x": x.ticks(ranks),
         "y": y.ticks(),
     }
     if full:
@@ -226,15 +226,12 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
     full: the numbers of full finetuning, or the reason why there are none.
     """
     ranks = _nodes(recipe)
+    refused = _AS_SWEPT if recipe.scaling_rule == "as swept" else ""
+    by_scaling = [] if refused else [_by_scaling(recipe, rank) for rank in ranks]
     own = [known_rate(recipe, rank) for rank in ranks]
-    rates, by_scaling, refused = own, [], _AS_SWEPT
-    if recipe.scaling_rule != "as swept":
-        refused = ""
-        rates = [
-            rate or known_rate(recipe, r, alpha=r)
-            for r, rate in zip(ranks, own, strict=True)
-        ]
-        by_scaling = [_by_scaling(recipe, rank) for rank in ranks]
+    rates = []
+    for rank, rate in zip(ranks, own, strict=True):
+        rates.append(rate or known_rate(recipe, rank, alpha=rank))
     ratios = [_ratios(rate) for rate in rates]
     sentences, notes = _numbered(recipe, ranks, rates)
     return {
@@ -242,7 +239,7 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
         "scalings": _SCALINGS,
         "own": [_log(rate) for rate in own],
         "lr": by_scaling,
-        **{name: [ratio[name] for ratio in ratios] for name in _EDGES},
+        **dict(zip(_EDGES, map(list, zip(*ratios, strict=True)), strict=True)),
         "outside": [rate is not None and rate.extrapolated for rate in rates],
         "notes": notes,
         "sentences": sentences,
@@ -269,13 +266,12 @@ def _nodes(recipe: Recipe) -> list[int]:
     return sorted(rank for rank in nodes if 1 <= rank <= _MOST)
 
 
-def _ratios(rate: Rate | None) -> dict[str, float | None]:
+def _ratios(rate: Rate | None) -> list[float | None]:
     """Return low, high and ceiling as log2 of their ratio to the rate, or None."""
-    edges = {name: getattr(rate, name, None) for name in _EDGES}
-    return {
-        name: _log(edge / rate.lr if rate and edge else None)
-        for name, edge in edges.items()
-    }
+    if rate is None:
+        return [None] * len(_EDGES)
+    edges = (rate.low, rate.high, rate.ceiling)
+    return [_log(edge and edge / rate.lr) for edge in edges]
 
 
 def _log(value: Rate | float | None) -> float | None:
@@ -308,7 +304,7 @@ def _full(recipe: Recipe) -> dict[str, Any]:
     if rate is not None:
         return {
             "lr": _log(rate),
-            **_ratios(rate),
+            **dict(zip(_EDGES, _ratios(rate), strict=True)),
             "outside": rate.extrapolated,
             "notes": list(map(printable, rate.notes)),
         }

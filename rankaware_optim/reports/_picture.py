@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -131,26 +131,31 @@ def picture_of(recipe: Recipe) -> Picture:
     curves = _curves(trials, rates, x)
     arms = []
     for rank, of_rank in trials.items():
-        curve = [float(y) for y in curves.get(rank, ())]
+        rate, curve = rates[rank], curves.get(rank, np.empty(0)).tolist()
         frame = _own_frame(of_rank, curve, values)
-        inside = tuple(
-            (float(2.0**u), y) for u, y in zip(x, curve, strict=False) if y <= frame[1]
-        )
-        by_base = rates[rank] is None and "own_lr" not in recipe.tensors
-        arms.append(
-            PictureArm(rank, tuple(of_rank), rates[rank], inside, by_base, frame)
-        )
-    return Picture(
-        tuple(arms), across, values, _by_rank(recipe), known_rate(recipe, None)
-    )
+        line = [
+            at
+            for at in zip((2.0**x).tolist(), curve, strict=False)
+            if at[1] <= frame[1]
+        ]
+        by_base = rate is None and "own_lr" not in recipe.tensors
+        arms.append(PictureArm(rank, tuple(of_rank), rate, tuple(line), by_base, frame))
+    full = known_rate(recipe, None)
+    return Picture(tuple(arms), across, values, _by_rank(recipe), full)
 
 
 def _rates_drawn(points: Sequence[Point], rates: Sequence[Rate]) -> tuple[float, float]:
     """Return the ends of an axis that holds all trials and bands."""
-    edges = [point.rate for point in points]
+    edges = [point.rate for point in points] + edges_of(rates)
+    return (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
+
+
+def edges_of(rates: Iterable[Rate]) -> list[float]:
+    """Return what a frame holds of rates: themselves and the ends of their bands."""
+    edges: list[float] = []
     for rate in rates:
         edges += (rate.low, rate.lr, rate.high)
-    return (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
+    return edges
 
 
 def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:

@@ -23,7 +23,6 @@ from ..fitting import (
     diverged,
     fit_observations,
     prior_of,
-    shrink,
 )
 from ..laws import PRIOR_LAW, Law, MuA, bound_law, checked_multiplier, get_law
 from ..recipe import Z90, Recipe, recipe_of
@@ -293,7 +292,7 @@ class _Rows:
         observations = []
         for run in self.runs:
             x = math.log2(run.lr) - self._octaves(centred, run)
-            observations.append(observation_of(run, run.rank, x))
+            observations.append(observation_of(run, x))
         fit = fit_observations(observations, prior)
         if fit is None:
             raise CalibrationError(
@@ -326,6 +325,15 @@ class _Rows:
 
     def notes(self, fit: Fit) -> Iterator[str]:
         """Yield sentences on what the rows leave open."""
+        yield from self._notes_on_grid()
+        yield from self._notes_on_fit(fit)
+        if self.as_swept:
+            yield "the sweep has no alpha: its rates hold for the alpha swept"
+        if self.runs[0].steps is None:
+            yield "the sweep does not give its steps, on which the best rate depends"
+
+    def _notes_on_grid(self) -> Iterator[str]:
+        """Yield sentences on ranks where the grid of rates does not hold the best one."""
         ended = {run.rank for run in self.runs if math.isfinite(run.loss)}
         for rank in self.ranks:
             if rank not in ended:
@@ -333,9 +341,7 @@ class _Rows:
                     f"rank {rank}: every run diverged, so its rate is no measurement, and may"
                     " diverge too"
                 )
-        at_rates = [
-            observation_of(run, run.rank, math.log2(run.lr)) for run in self.runs
-        ]
+        at_rates = [observation_of(run, math.log2(run.lr)) for run in self.runs]
         for group, (x, end) in ends_of(at_rates).items():
             label = f"rank {group}" if group else "full finetuning"
             way = "below" if end == "lowest" else "above"
@@ -343,13 +349,8 @@ class _Rows:
                 f"{label}: the best rate, {2.0**x:.3g}, is the {end} tried; the optimum may"
                 f" be {way}"
             )
-        yield from self._notes_on(fit)
-        if self.as_swept:
-            yield "the sweep has no alpha: its rates hold for the alpha swept"
-        if self.runs[0].steps is None:
-            yield "the sweep does not give its steps, on which the best rate depends"
 
-    def _notes_on(self, fit: Fit) -> Iterator[str]:
+    def _notes_on_fit(self, fit: Fit) -> Iterator[str]:
         """Yield sentences on what a fit does not determine."""
         base_sd, drift_sd, _ = np.sqrt(np.diag(fit.covariance))
         if base_sd > _UNSURE:
@@ -387,12 +388,12 @@ def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd]) -> Fit:
     vertices = dict(fit.vertices)
     for rank, (x, end) in ends.items():
         vertices[rank] = (x - _BELOW if end == "lowest" else x, _EDGE_SD)
-    mean, covariance = shrink(vertices, fit.prior)
+    bounded = fit.at(vertices)
     sds = np.array([sd for _, sd in vertices.values()])
     weights = 1.0 / (sds**2 + fit.prior.scatter**2)
     share = weights[[rank in ends for rank in vertices]].sum() / weights.sum()
-    covariance[0, 0] += (share * _EDGE_SD) ** 2
-    return replace(fit, mean=mean, covariance=covariance, vertices=vertices)
+    bounded.covariance[0, 0] += (share * _EDGE_SD) ** 2
+    return bounded
 
 
 def _tensors(

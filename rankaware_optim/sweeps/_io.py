@@ -228,17 +228,19 @@ def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str
                 f"Give one of its columns for one of {', '.join(ALIASES)}.",
             )
     plain = {column: _plain_name(column) for column in present}
-    names = dict(chosen)
+    names = {}
     for field in ALIASES:
-        if field not in names and (match := _column_of(field, plain)) is not None:
+        match = chosen[field] if field in chosen else _column_of(field, plain)
+        if match is not None:
             names[field] = match
-    for field in ("loss", "lr", "rank"):
-        if field in names or (field == "rank" and "method" in names):
-            continue
-        raise CalibrationError(
-            f"The sweep has no column for {field}. It has {listed}.",
-            f"Name it {field}, or choose one by columns={{{field!r}: ...}} (--column {field}=...).",
-        )
+    needed = ("loss", "lr") if "method" in names else ("loss", "lr", "rank")
+    for field in needed:
+        if field not in names:
+            raise CalibrationError(
+                f"The sweep has no column for {field}. It has {listed}.",
+                f"Name it {field}, or choose one by columns={{{field!r}: ...}}"
+                f" (--column {field}=...).",
+            )
     return names
 
 

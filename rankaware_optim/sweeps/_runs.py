@@ -122,36 +122,31 @@ def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
     If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to
     1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
     """
-    if (
-        reference.method == "lora"
-        and run.rank is None
-        and not (reference.fan_in or run.fan_in)
-    ):
-        raise CalibrationError(
-            "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-            "Give a fan-in, or leave out the rows of full finetuning.",
-        )
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
     width = run.fan_in or there.fan_in
     init = run.init or "A"
     if run.rank is None:
+        if reference.method == "lora" and not (reference.fan_in or run.fan_in):
+            raise CalibrationError(
+                "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
+                "Give a fan-in, or leave out the rows of full finetuning.",
+            )
         return Reference(method="full", fan_in=width), there
     if run.alpha is not None:
         return Reference(run.rank, run.alpha, run.rslora, init, width), there
     scaling = math.sqrt((reference.rank or 1) / run.rank)
-    return replace(
-        Reference.from_scaling(run.rank, scaling, init=init), fan_in=width
-    ), there
+    here = Reference.from_scaling(run.rank, scaling, init=init)
+    return replace(here, fan_in=width), there
 
 
-def observation_of(run: SweepRun, group: int | None, x: float) -> Observation:
-    """Return a run as an observation in `group` at log2 rate x. Without a start loss its score is
-    used as the start.
+def observation_of(run: SweepRun, x: float) -> Observation:
+    """Return a run as an observation at log2 rate x. Without a start loss its score is used as the
+    start.
     """
     start = run.start
     if start is None:
         start = run.loss if math.isfinite(run.loss) else 0.0
-    return Observation(group, run.seed, x, run.loss, start, run.loss, returned=True)
+    return Observation(run.rank, run.seed, x, run.loss, start, run.loss, returned=True)
 
 
 def mean_losses(points: Iterable[tuple[float, float]]) -> dict[float, float]:
@@ -177,16 +172,18 @@ def ends_of(observations: Sequence[Observation]) -> dict[int | None, GridEnd]:
     """Return, by rank, the best rates at an end of the grid. A tie with a rate inside the grid does
     not count.
     """
+    points: dict[int | None, list[tuple[float, float]]] = {}
+    for o in observations:
+        points.setdefault(o.rank, []).append((round(o.x, 6), o.value))
     ends: dict[int | None, GridEnd] = {}
-    for rank in dict.fromkeys(o.rank for o in observations):
-        losses = mean_losses(
-            (round(o.x, 6), o.value) for o in observations if o.rank == rank
-        )
-        least = min(losses.values())
+    for rank, of_rank in points.items():
+        losses = mean_losses(of_rank)
+        rates, least = list(losses), min(losses.values())
         best = [x for x, loss in losses.items() if loss == least]
-        if len(losses) > 1 and len(best) == 1 and math.isfinite(least):
-            if best[0] == min(losses):
-                ends[rank] = GridEnd(best[0], "lowest")
-            if best[0] == max(losses):
-                ends[rank] = GridEnd(best[0], "highest")
+        if len(rates) == 1 or len(best) > 1 or not math.isfinite(least):
+            continue
+        if best[0] == rates[0]:
+            ends[rank] = GridEnd(best[0], "lowest")
+        elif best[0] == rates[-1]:
+            ends[rank] = GridEnd(best[0], "highest")
     return ends

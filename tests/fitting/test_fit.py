@@ -20,7 +20,6 @@ from rankaware_optim.fitting import (
     diverged,
     fit_observations,
     gain_of,
-    shrink,
 )
 from rankaware_optim.recipe._uncertainty import margin
 
@@ -250,9 +249,10 @@ def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octav
         Prior(0.15, 0.8, 16.0),
     )
     vertices = {rank: (-9.0 + 0.1 * i, 0.2 + 0.1 * i) for i, rank in enumerate(ranks)}
-    mean, covariance = shrink(vertices, carry.prior_of_trials(prior))
-    nothing = Fit(prior, mean, covariance, 0.0, None, vertices)
-    moved = carry.to_target(nothing, prior)
+    nothing = Fit(
+        carry.prior_of_trials(prior), np.empty(3), np.empty((3, 3)), 0.0, None, {}
+    )
+    moved = carry.to_target(nothing.at(vertices), prior)
     lora, full = carry.of(carry.lora), carry.of(carry.full)
     rows = np.array([[*prior.row(rank), -1.0, -float(rank is None)] for rank in ranks])
     at = np.array([0.0, 0.0, 0.0, lora[0], full[0]])
