@@ -12,7 +12,6 @@ import rankaware_optim
 
 ROOT = Path(rankaware_optim.__file__).parent
 MOST = 25
-ABOVE = {"fitting": 26, "recipe": 27}
 
 
 def names_across_borders() -> dict[str, set[str]]:
@@ -37,9 +36,7 @@ CROSSING = names_across_borders()
 def test_few_names_cross_a_border(package: str) -> None:
     """Other packages import at most 25 names from a package."""
     names = sorted(CROSSING[package])
-    assert len(names) <= ABOVE.get(package, MOST), (
-        f"{len(names)} names: {', '.join(names)}"
-    )
+    assert len(names) <= MOST, f"{len(names)} names: {', '.join(names)}"
 
 
 def test_borders_are_seen() -> None:

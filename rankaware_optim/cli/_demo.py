@@ -34,11 +34,12 @@ from torch.optim.lr_scheduler import LinearLR
 
 from .._figures import COLOURS, figure_of, rate_axis, save
 from .._printing import text_table
+from .._rate import Rate
 from .._types import Method
 from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
-from ..recipe import Rate, Recipe
+from ..recipe import Recipe
 from ..reports import draw_trials, drawable
 from ._echo import echo
 from ._options import check_out

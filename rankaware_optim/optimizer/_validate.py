@@ -33,7 +33,6 @@ from ..recipe import (
     other_rates_on,
     plain_value,
     rate_on,
-    resolve_recipe,
     settings_of,
 )
 from ._param_groups import Group, UserGroup, named_params, params_in
@@ -239,7 +238,7 @@ def read_recipe(
                 f"Both recipe= and {name}= were given.",
                 "Give only the recipe, which includes it.",
             )
-    return resolve_recipe(recipe)
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
 
 
 def check_horizon(recipe: Recipe | None, horizon: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from ._recipe import (
     other_rates_on,
     rate_on,
     recipe_of,
-    resolve_recipe,
 )
 from ._recipe_data import BASE, OtherRates, name_pattern
 from ._recipe_text import facts, lead, missing_trials
@@ -51,7 +50,6 @@ __all__ = [
     "plain_value",
     "rate_on",
     "recipe_of",
-    "resolve_recipe",
     "settings_of",
     "to_document",
 ]

@@ -503,8 +503,3 @@ def is_for(recipe: Recipe, optimizer: type) -> bool:
     return name == optimizer.__name__ or (
         known != "" and known == known_optimizer(optimizer)[0]
     )
-
-
-def resolve_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
-    """Return the recipe itself, or read it from a file or folder."""
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
