@@ -17,8 +17,8 @@ from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._logs import log_rates
+from ._settings import check_rate
 from ._trainer_factory import TrainerFactory
-from ._training_arguments import check_rate
 
 
 def attach(
@@ -53,7 +53,7 @@ def attach(
         settings = {**defaults, **settings}
     else:
         native = get_optimizer_class(optimizer)
-    check_rate("attach", native, trainer.args, settings)
+    check_rate("attach", trainer.args, settings)
     prints = trainer.is_world_process_zero()
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
@@ -142,9 +142,7 @@ def _look() -> Any:
         optimizer.
         """
 
-        def on_train_begin(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
-        ) -> None:
+        def on_train_begin(self, args: Any, *_: Any, **kwargs: Any) -> None:
             wrapper = opt = kwargs["optimizer"]
             while not isinstance(opt, RankAwareOptimizer):
                 if getattr(opt, "optimizer", None) is None:

@@ -6,21 +6,26 @@ this module imports none of these packages.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from .._optimizers import get_optimizer_class
 from ..calibration import Pushed, Trial, calibrate, release_memory, seeded
 from ..errors import CalibrationError
 from ..recipe import Recipe
-from ._trainer_run import TrainerRun, run_lightning, run_transformers
+from ._trainer_factory import TrainerFactory
 
 
 def calibrate_trainer(
@@ -143,3 +148,191 @@ def _surroundings() -> Iterator[None]:
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
             os.environ.update(environment)
+
+
+# --- a trial --------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainerRun:
+    """The trial, the optimizer's class and settings, the score, and the loss of the current step.
+
+    metric: the name of an evaluation metric, a function of the trainer, or None for the mean of the
+    last losses. report: gets a step's loss and returns whether the run must end.
+    """
+
+    trial: Trial
+    native: type[Optimizer]
+    settings: Mapping[str, Any]
+    metric: str | Callable[[Any], Any] | None
+    report: Callable[[Any], bool]
+    steps_taken: int = 0
+    _loss: Any = 0.0
+
+    def steps_of(self, max_steps: int | None) -> int:
+        """Return the trainer's number of steps: its own if it sets one, else the trial's."""
+        planned = self.trial._steps  # reading trial.steps would count as using it
+        if max_steps is not None and max_steps < planned:
+            raise CalibrationError(
+                f"The trainer's max_steps is {max_steps}, less than the trial's {planned}.",
+                "Lower steps=.",
+            )
+        return self.trial.steps if max_steps is None else max_steps
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add a batch's loss, divided by the number of batches per step."""
+        self._loss = self._loss + loss.detach()
+
+    def end_step(self) -> bool:
+        """Report the step's loss. Return whether the run must end."""
+        loss, self._loss = self._loss, 0.0
+        self.steps_taken += 1
+        return self.report(loss)
+
+    def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
+        """Return the score of a run that took all its steps, or None if there is none."""
+        if self.metric is None or self.steps_taken < self.trial._steps:
+            return None
+        if callable(self.metric):
+            return self.metric(trainer)
+        metrics = evaluate()
+        if self.metric not in metrics:
+            raise CalibrationError(
+                f"The evaluation has no {self.metric!r}.",
+                f"It has {', '.join(sorted(metrics))}.",
+            )
+        return metrics[self.metric]
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+def run_transformers(trainer: Any, run: TrainerRun) -> Any:
+    """Run a trial of a calibration by `trainer.train` and return its score, or None if there is
+    none.
+    """
+    from transformers import TrainerCallback, set_seed
+
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise CalibrationError(
+            "The trainer that make_trainer returned already has an optimizer.",
+            "Leave optimizers= and optimizer_cls_and_kwargs= out, since it gets the trial's"
+            " optimizer.",
+        )
+    trainer.args = args = copy.copy(trainer.args)
+    args.max_steps = run.steps_of(args.max_steps if args.max_steps > 0 else None)
+    args.seed = run.trial.seed % 2**32
+    args.save_strategy = type(args.save_strategy)("no")
+    args.load_best_model_at_end = args.push_to_hub = False
+
+    def make(
+        params: Any, *, lr: Any = None, **settings: Any
+    ) -> Any:  # the rate is the trial's
+        return run.trial.optimizer(params, **settings)
+
+    trainer.optimizer_cls_and_kwargs = (
+        TrainerFactory(make, run.native, run.settings, args),
+        {},
+    )
+    training_step = trainer.training_step
+
+    def watched_step(*args: Any, **kwargs: Any) -> Any:
+        loss = training_step(*args, **kwargs)
+        run.add(loss)
+        return loss
+
+    class Reports(TrainerCallback):
+        """Reports every step, and stops the trainer when the trial ends."""
+
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
+            if run.end_step():
+                control.should_training_stop = True
+
+    trainer.training_step = watched_step
+    trainer.add_callback(Reports())
+    set_seed(args.seed)  # the trainer's constructor used the seed of its arguments
+    trainer.train()
+    return run.score(trainer, trainer.evaluate)
+
+
+# --- Lightning ------------------------------------------------------------------------------------
+
+
+def run_lightning(
+    trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun
+) -> Any:
+    """Run the trial by `trainer.fit` and return its score, or None if there is none."""
+    base = next(
+        (c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None
+    )
+    if base is None:
+        raise CalibrationError(
+            f"make_trainer returned a {type(module).__name__} instead of Lightning's module.",
+            "Return (trainer, module, loaders or datamodule).",
+        )
+    callbacks = import_module(f"{base.__module__.rpartition('.core')[0]}.callbacks")
+    _set_optimizer(module, base, run)
+    loop = trainer.fit_loop
+    limit = loop.epoch_loop.max_steps
+    loop.epoch_loop.max_steps = run.steps_of(limit if limit >= 0 else None)
+    loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
+
+    class Reports(callbacks.Callback):  # type: ignore[name-defined]
+        """Reports every step, and stops the trainer when the trial ends."""
+
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, *args: Any
+        ) -> None:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if not isinstance(loss, torch.Tensor):
+                raise CalibrationError(
+                    "The module's training_step returned no loss.",
+                    "Return it, also with manual optimization.",
+                )
+            run.add(loss)
+            if trainer.global_step > run.steps_taken and run.end_step():
+                trainer.should_stop = True
+
+    def validated() -> dict[str, Any]:
+        """Return the metrics of the datamodule, or of the loaders after the training loaders."""
+        loaders = data[1:2] if len(data) > 1 else data
+        metrics: dict[str, Any] = {}
+        for of_loader in trainer.validate(module, *loaders, verbose=False):
+            metrics |= of_loader
+        return metrics
+
+    no_checkpoints = [
+        c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)
+    ]
+    trainer.callbacks = [*no_checkpoints, Reports()]
+    with _interrupts_come_out():
+        trainer.fit(module, *data)
+        return run.score(trainer, validated)
+
+
+def _set_optimizer(module: Any, base: Any, run: TrainerRun) -> None:
+    """Give the trial's optimizer to a module that configures none."""
+    if type(module).configure_optimizers is base.configure_optimizers:
+        module.configure_optimizers = lambda: run.trial.optimizer(
+            module, **run.settings
+        )
+    elif run.settings:
+        raise CalibrationError(
+            f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
+            "Give them there: trial.optimizer(self, ...).",
+        )
+
+
+@contextmanager
+def _interrupts_come_out() -> Iterator[None]:
+    """Pass Ctrl-C to the caller. Lightning would exit the process and ignore further interrupts."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from end

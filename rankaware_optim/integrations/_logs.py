@@ -86,14 +86,10 @@ def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closure
         def __init__(self) -> None:
             self.rates: dict[str, float] = {}
 
-        def on_train_begin(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
-        ) -> None:
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.rates = {}
 
-        def on_step_begin(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
-        ) -> None:
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             # before the first step, when the reporters are ready
             if trainer is not None and state.is_world_process_zero and not self.rates:
                 _log_recipe(
@@ -101,16 +97,14 @@ def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closure
                     _recipe_words(kwargs["optimizer"]),
                 )
 
-        def on_pre_optimizer_step(
-            self, args: Any, state: Any, control: Any, **kwargs: Any
-        ) -> None:
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_save(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
                 _save_beside_checkpoint(args.output_dir, state, kwargs["optimizer"])
 
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_log(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}
             if "learning_rate" in logs:
                 for entry in (logs, *state.log_history[-1:]):

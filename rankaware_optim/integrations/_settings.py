@@ -1,16 +1,25 @@
-"""Settings of `RankAwareOptimizer` from texts, for tools with YAML, flags or environment
-variables.
+"""Settings of `RankAwareOptimizer` from texts, for tools with YAML, flags or environment variables.
+And from transformers' `TrainingArguments`, with the parameter groups that `Trainer` makes.
+
+Importing this module does not import transformers. Its functions do.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
 
 from .._types import Reference
 from ..errors import OptimizerError
 from ..inspection import as_reference
+
+# --- texts ----------------------------------------------------------------------------------------
 
 
 def _flag(text: Any) -> bool:
@@ -107,3 +116,115 @@ def settings_from_words(
                 "Correct it in the settings.",
             ) from error
     return settings
+
+
+# --- a trainer's arguments ------------------------------------------------------------------------
+
+
+def settings_of(
+    native: type[Optimizer], args: Any, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the user's settings, completed by those of `args` that `native` accepts. With a
+    recipe, without a rate.
+
+    The arguments give the rate and the weight decay, which Trainer always passes, and betas and eps
+    if they were set. Where they have their default values, the class's own defaults are used.
+    Lion's second beta is 0.99, for example. With apply_settings, the recipe's weight decay is used
+    instead of a default one.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if args is None:
+        return settings
+    changed = _changed(args)
+    if not settings.get("apply_settings"):
+        changed.add("weight_decay")
+    for name, value, sources in (
+        ("weight_decay", args.weight_decay, {"weight_decay"}),
+        ("betas", (args.adam_beta1, args.adam_beta2), {"adam_beta1", "adam_beta2"}),
+        ("eps", args.adam_epsilon, {"adam_epsilon"}),
+    ):
+        if changed & sources and _takes(native, name, value):
+            settings.setdefault(name, value)
+    if "recipe" not in settings:
+        # also a default one, which a search may try
+        settings.setdefault("lr", args.learning_rate)
+    return settings
+
+
+def _changed(args: Any) -> set[str]:
+    """Return the names of the arguments that differ from their defaults."""
+    return {f.name for f in fields(args) if getattr(args, f.name) != f.default}
+
+
+def _takes(native: type[Optimizer], name: str, value: Any) -> bool:
+    """Return whether a class has this setting, and in this form: Adafactor's eps are two."""
+    parameters = inspect.signature(native).parameters
+    if name not in parameters or name == "weight_decay":
+        return name in parameters
+    default = parameters[name].default
+    if isinstance(value, tuple):
+        return isinstance(default, tuple) and len(default) == len(value)
+    return isinstance(default, float)
+
+
+def check_rate(caller: str, args: Any, settings: Mapping[str, Any]) -> None:
+    """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
+    arguments is not tuned.
+    """
+    if "model" in settings:
+        raise OptimizerError(
+            f"{caller} was given model=, but uses that of the trainer.", "Leave it out."
+        )
+    if settings.get("lr") is not None or settings.get("recipe") is not None:
+        return
+    usual = ""
+    if args is not None:
+        if "learning_rate" in _changed(args):
+            return
+        usual = f" to another value than its default, {args.learning_rate:g}"
+    raise OptimizerError(
+        f"{caller} was given no rate.",
+        f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",
+    )
+
+
+def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
+    """Return Trainer's two groups, the second of norms and biases without weight decay, or the
+    model.
+
+    The model is returned if the optimizer has no weight decay, or if all trainable parameters get
+    it. A decay of 0 gives two groups too, since checkpoints are matched by their order.
+    """
+    if "weight_decay" not in inspect.signature(native).parameters:
+        return model
+    from transformers import Trainer
+
+    names_of: Any = (
+        Trainer.get_decay_parameter_names
+    )  # a method that does not use `self`
+    decayed = set(names_of(None, model))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    spared = [p for name, p in trained if name not in decayed]
+    if not spared:
+        return model
+    return [
+        {"params": [p for name, p in trained if name in decayed]},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+
+
+def keep_embeddings_in_32_bits(
+    model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]
+) -> None:
+    """Let an 8-bit optimizer of bitsandbytes keep the state of embeddings in 32 bits, as Trainer
+    and PEFT do.
+    """
+    if not native.__module__.startswith("bitsandbytes"):
+        return
+    if settings.get("optim_bits") == 8 or "8bit" in native.__name__:
+        from bitsandbytes.optim import GlobalOptimManager
+
+        manager = GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -14,7 +14,7 @@ from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer
-from ._training_arguments import (
+from ._settings import (
     check_rate,
     keep_embeddings_in_32_bits,
     settings_of,
@@ -60,8 +60,6 @@ class TrainerFactory:
                 " optimizers=(opt, None).",
             )
         settings = settings_of(self.native, args, {**settings, **self.settings})
-        if args is not None and not {"lr", "recipe"} & settings.keys():
-            settings["lr"] = args.learning_rate  # a search may try the default rate
         keep_embeddings_in_32_bits(model, self.native, settings)
         if params is model:
             return self.make(
@@ -99,10 +97,9 @@ def trainer_factory(
         OptimizerError: the optimizer is unknown, or no rate was given.
     """
     native = get_optimizer_class(optimizer)
-    check_rate("trainer_factory", native, args, settings)
-    return TrainerFactory(
-        partial(RankAwareOptimizer, optimizer=native), native, settings, args
-    ), {}
+    check_rate("trainer_factory", args, settings)
+    make = partial(RankAwareOptimizer, optimizer=native)
+    return TrainerFactory(make, native, settings, args), {}
 
 
 def create_rankaware_optimizer(
@@ -128,11 +125,9 @@ def create_rankaware_optimizer(
     Raises:
         OptimizerError: no rate was given; or as `RankAwareOptimizer`.
     """
-    native = get_optimizer_class(optimizer_cls)
     settings = {"lr": lr, **kwargs}
-    check_rate("create_rankaware_optimizer", native, None, settings)
-    factory = TrainerFactory(
-        partial(RankAwareOptimizer, optimizer=native), native, settings
-    )
-    opt: RankAwareOptimizer = factory(model)
+    native = get_optimizer_class(optimizer_cls)
+    check_rate("create_rankaware_optimizer", None, settings)
+    make = partial(RankAwareOptimizer, optimizer=native)
+    opt: RankAwareOptimizer = TrainerFactory(make, native, settings)(model)
     return opt
