@@ -1,10 +1,10 @@
 from ._convert import Conversion as Conversion
 from ._convert import convert_lr as convert_lr
+from ._convert import survey_rates as survey_rates
 from ._coordinate_check import CoordinateCheck as CoordinateCheck
 from ._coordinate_check import CoordinateRow as CoordinateRow
 from ._coordinate_check import coordinate_check as coordinate_check
 from ._coordinate_check import plot_coordinates as plot_coordinates
-from ._file_rates import survey_rates as survey_rates
 from ._simulate import capture as capture
 from ._suggest import Suggestion as Suggestion
 from ._suggest import published_init as published_init

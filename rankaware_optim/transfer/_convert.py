@@ -9,13 +9,13 @@ zero needs no rescaling, so its rate alone undoes a change of s. All other chang
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .._checks import check_lr
 from .._rate import Rate
-from .._types import Reference, Survey, init_text
+from .._types import Rated, Reference, Survey, init_text
 from ..errors import InvalidReferenceError, LawError
 from ..inspection import ReferenceLike, as_reference
 from ..laws import (
@@ -284,6 +284,10 @@ class _Move:
                 f"The batch changes {batches}: every rate × {self.by_batch:.3g}, by a rule of"
                 " thumb."
             )
+        yield from self.notes_of_law()
+
+    def notes_of_law(self) -> Iterator[str]:
+        """Yield the law's own notes. No law is derived between inits."""
         origin = self.origin
         if "init" in self.changes:
             yield (
@@ -318,3 +322,31 @@ class _Move:
             )
         else:
             yield "The two rates are exact for Adam-like optimizers only."
+
+
+# --- the rates of an adapter on disk --------------------------------------------------------------
+
+
+def survey_rates(
+    survey: Survey,
+    *,
+    lr: float | None = None,
+    law: str = DEFAULT_LAW,
+    tuned_at: str | None = None,
+) -> tuple[Survey, Mapping[str, Rated]]:
+    """Return a survey with the law's notes, and each factor's rate by name. Without `lr` there are
+    no rates.
+
+    Args:
+        survey: the survey, such as from `inspect_file`.
+        lr: the base rate, per step.
+        law: the law's name.
+        tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
+    """
+    reference = None if tuned_at is None else as_reference(tuned_at)
+    if lr is None:
+        return survey, {}
+    from ..optimizer import plan_rates  # needs torch
+
+    base, plan = check_lr(lr), make_plan(survey, PlanOptions(law, tuned_at=reference))
+    return replace(survey, notes=tuple(plan.notes)), plan_rates(plan, base)

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from statistics import linear_regression
 from textwrap import fill
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,7 +20,7 @@ from .._figures import COLOURS, figure_of, save, short
 from .._optimizers import get_optimizer_class
 from .._printing import text_table
 from .._rate import Rate
-from .._types import Factor, Init, Reference
+from .._types import Factor, Reference
 from ..errors import LawError, OptimizerError
 from ..inspection import inspect_model
 from ..laws import Law, MuA, bound_law, checked_multiplier, get_law, law_words
@@ -144,7 +144,7 @@ def coordinate_check(  # noqa: PLR0913
     tokens: int = 512,
     lr: float | Rate | None = None,
     law: Law | str | None = None,
-    init: Init = "A",
+    init: Literal["A", "B"] = "A",
     scaling: ScalingOf = 1.0,
     steps: int = 4,
     seed: int = 0,
@@ -189,24 +189,22 @@ def coordinate_check(  # noqa: PLR0913
     _check_request(ranks, widths, tokens, steps, init, base)
     kind = _class_of(optimizer)
     stepper = Stepper(kind, settings or {}, steps, seed)
-    if law is None:
-        law = MuA() if captured is not None else MuA(tokens=tokens)
-    bound = bound_law(get_law(law), kind, stepper.settings)
     shapes = _shapes_of(model_or_shapes)
-    if captured is not None:
+    default = MuA(tokens=tokens)
+    if captured is None:
+        batches = _synthetic_batches(shapes, widths, tokens, seed)
+    else:
+        default = MuA()
         batches = {
             name: unit_batch(name, *tensors) for name, tensors in captured.items()
         }
-    else:
-        batches = _synthetic_batches(shapes, widths, tokens, seed)
+    bound = bound_law(get_law(default if law is None else law), kind, stepper.settings)
     scalings = _scalings(scaling, ranks)
-    first = next(iter(batches.values()))
-    at = Reference.from_scaling(
-        ranks[0], scalings[ranks[0]], init="B" if init == "B" else "A"
+    first, rank = next(iter(batches.values())), ranks[0]
+    reference = Reference(
+        rank, scalings[rank] * rank, init=init, fan_in=float(len(first.inputs))
     )
-    probe = _Probe(
-        stepper, bound, replace(at, fan_in=float(len(first.inputs))), scalings, init
-    )
+    probe = _Probe(stepper, bound, reference, scalings)
     base = probe.base_lr(first) if base is None else base
     rows: list[CoordinateRow] = []
     slopes: list[tuple[str, float]] = []
@@ -325,12 +323,11 @@ class _Probe:
     law: Law
     reference: Reference
     scalings: Mapping[int, float]
-    init: Init
 
     def rates(self, batch: Batch, rank: int, lr: float) -> tuple[float, float]:
         """Return the rates of A and B for a base rate."""
         n_in, n_out = (float(len(t)) for t in batch)
-        a = Factor("", "A", rank, n_in, n_out, self.scalings[rank], self.init)
+        a = Factor("", "A", rank, n_in, n_out, self.scalings[rank], self.reference.init)
         b = replace(a, role="B")
         m_a, m_b = (checked_multiplier(self.law, f, self.reference) for f in (a, b))
         return lr * m_a, lr * m_b
@@ -338,7 +335,7 @@ class _Probe:
     def start(self, batch: Batch, rank: int) -> Pair:
         x, g = batch
         scaling, seed = self.scalings[rank], self.stepper.seed
-        return draw_pair(len(x), len(g), rank, scaling, self.init, seed)
+        return draw_pair(len(x), len(g), rank, scaling, self.reference.init, seed)
 
     def base_lr(self, batch: Batch) -> float:
         """Return the base rate at which the output moves by an rms of 1 at the first rank."""

@@ -145,12 +145,14 @@ def change_of(batch: Batch, pair: Pair) -> float:
 
 
 class _Side(NamedTuple):
-    """A rate that was tried: log2 of it, and by how many octaves the change missed the target."""
+    """A rate that was tried, as log2, and by how many octaves the change missed the target."""
 
     x: float
     miss: float
 
     def __str__(self) -> str:
+        if math.isinf(self.x):
+            return "none"
         return f"2^{self.miss:.1f} of it at 2^{self.x:.1f}"
 
 
@@ -172,14 +174,13 @@ def rates_for(
         LawError: no rate within 2^±60 reaches the target, or the change jumps past it.
     """
     x = math.log2(start)
-    low: _Side | None = None
-    high: _Side | None = None
+    low, high = _Side(-math.inf, -math.inf), _Side(math.inf, math.inf)  # none yet
     for turn in range(80):
         tried = _Side(x, _octaves(change(2.0**x), target))
         if abs(tried.miss) < 0.01:
             return float(2.0**x)
         low, high = (tried, high) if tried.miss < 0 else (low, tried)
-        if low and high and high.x - low.x < 2**-10:
+        if high.x - low.x < 2**-10:
             nearer = min(low, high, key=lambda side: abs(side.miss))
             if abs(nearer.miss) < 0.1:  # rounding in the optimizer makes small jumps
                 return float(2.0**nearer.x)
@@ -188,8 +189,7 @@ def rates_for(
         if abs(x) > _RANGE:
             break
     raise LawError(
-        f"The output never moves by {target:g} at any rate: nearest were {low or 'none'} and"
-        f" {high or 'none'}.",
+        f"The output never moves by {target:g} at any rate: nearest were {low} and {high}.",
         "Check the optimizer's settings (a built-in rate, a cap, clipping), or choose another law"
         " or target.",
     )
@@ -201,14 +201,14 @@ def _octaves(value: float, target: float) -> float:
     return math.log2(value / target) if value > 0 else -math.inf
 
 
-def _next(low: _Side | None, high: _Side | None, turn: int) -> float:
+def _next(low: _Side, high: _Side, turn: int) -> float:
     """Return the next log2 rate: false position between two bounds, else a step of up to 8 octaves
     to the open side.
     """
-    if low is None or high is None:
-        x, miss = low or high or (0.0, 0.0)
+    if math.isinf(high.x - low.x):
+        x, miss = low if math.isinf(high.x) else high
         return x - math.copysign(min(8.0, max(abs(miss) / 1.5, 0.05)), miss)
-    if turn % 3 == 2 or not (math.isfinite(low.miss) and math.isfinite(high.miss)):
+    if turn % 3 == 2 or math.isinf(high.miss - low.miss):
         return (low.x + high.x) / 2
     return low.x + (high.x - low.x) * low.miss / (low.miss - high.miss)
 
@@ -234,29 +234,35 @@ def capture(
     Raises:
         LawError: the loss has no gradient, or no layer is left.
     """
-    factors = [f for f in inspect_model(model).factors if f.kind == "linear"]
-    fans = {f.layer: (int(f.fan_in), int(f.fan_out)) for f in factors}
+    fans = {
+        f.layer: (int(f.fan_in), int(f.fan_out))
+        for f in inspect_model(model).factors
+        if f.kind == "linear"
+    }
     passed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if (_features(*args[:1]), _features(output)) == fans[name]:
+        shape = _features(*args[:1]), _features(output)
+        if shape == fans[name] and output.requires_grad:
             passed[name] = (args[0].detach(), output)
 
-    modules = dict(model.named_modules())
     with _restored(model), ExitStack() as hooks, torch.enable_grad():
-        for name in fans.keys() & modules.keys():
-            hook = modules[name].register_forward_hook(partial(watch, name))
-            hooks.callback(hook.remove)
+        for name, module in model.named_modules():
+            if name in fans:
+                hook = module.register_forward_hook(partial(watch, name))
+                hooks.enter_context(hook)
         loss = _loss_of(model, run)
-        names = [name for name, (_, output) in passed.items() if output.requires_grad]
-        outputs = [passed[name][1] for name in names]
+        layers = list(passed.items())
+        outputs = [output for _, (_, output) in layers]
         gradients = (
-            torch.autograd.grad(loss.sum(), outputs, allow_unused=True) if names else ()
+            torch.autograd.grad(loss.sum(), outputs, allow_unused=True)
+            if layers
+            else ()
         )
     captured = {}
-    for name, gradient in zip(names, gradients, strict=True):
+    for (name, (inputs, _)), gradient in zip(layers, gradients, strict=True):
         if gradient is not None:
-            captured[name] = (_by_token(passed[name][0]), _by_token(gradient.detach()))
+            captured[name] = (_by_token(inputs), _by_token(gradient.detach()))
     if not captured:
         raise LawError(
             "No adapted linear layer had a gradient.",
@@ -293,21 +299,23 @@ def _by_token(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore gradients, buffers (running statistics), modes and random state afterwards."""
+    """Hide gradients, and restore them, buffers (running statistics), modes and random state
+    afterwards.
+    """
     gradients = [(p, p.grad) for p in model.parameters()]
-    tensors = [*model.buffers(), *(grad for _, grad in gradients if grad is not None)]
-    copies = [(tensor, tensor.clone()) for tensor in tensors]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    devices = {p.get_device() for p in model.parameters() if p.is_cuda}
+    model.zero_grad()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices):
             yield
     finally:
         for p, grad in gradients:
             p.grad = grad
         with torch.no_grad():
-            for tensor, before in copies:
-                tensor.copy_(before)
+            for buffer, before in buffers:
+                buffer.copy_(before)
         for module, training in modes:
             module.training = training
 

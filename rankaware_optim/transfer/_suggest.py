@@ -255,7 +255,23 @@ def _case(
             )
         return _with_init(_Case(model, dora=bool(dora)), init)
     if isinstance(model, Survey):
-        return _surveyed(model, method, init, dora)
+        survey = model
+    else:
+        survey, init = _read(model, method, init)
+    reference = Reference(method="full") if method == "full" else survey.dominant()
+    if reference.method == "full":
+        return _with_init(
+            _Case(replace(reference, fan_in=survey.full_width()), dora=bool(dora)), init
+        )
+    return _of_pairs(survey, reference, init, dora)
+
+
+def _read(
+    model: object, method: Method, init: str | bool | None
+) -> tuple[Survey, str | bool | None]:
+    """Return a model's survey, and its init: where neither factor starts at zero, the declared
+    one.
+    """
     from torch import nn
 
     if not isinstance(model, nn.Module):
@@ -272,17 +288,12 @@ def _case(
             for fields in configs_of(walked.modules).values()
         )
         init = next(filter(None, map(published_init, declared)), None)
-    return _surveyed(survey, method, init, dora)
+    return survey, init
 
 
-def _surveyed(
-    survey: Survey, method: Method, init: str | bool | None, dora: bool | None
+def _of_pairs(
+    survey: Survey, reference: Reference, init: str | bool | None, dora: bool | None
 ) -> _Case:
-    reference = Reference(method="full") if method == "full" else survey.dominant()
-    if reference.method == "full":
-        return _with_init(
-            _Case(replace(reference, fan_in=survey.full_width()), dora=bool(dora)), init
-        )
     if init is None and _neither_zero(survey):
         raise LawError(
             "Neither factor of these adapters starts at zero, and they declare no init with a"
