@@ -69,7 +69,7 @@ BUGS = (
     Bug("recipe/_document.py", "if value.dtype.name not in kind.dtypes or value.ndim != kind.axes:", "if False:", "damaged recipes", 300),
     Bug("_printing.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "damaged recipes", 600),
     Bug("laws/_toml.py", "        factory = LAWS.get(name)\n    except", "        factory = import_module(name.partition(':')[0]).Law if ':' in name else LAWS.get(name)\n    except", "modules named in recipes", 20),
-    Bug("inspection/_training.py", 'return type(name, (), {"__module__": package})', "return getattr(__import__(package, fromlist=[name]), name)", "modules named in adapters"),
+    Bug("inspection/_inspect_file.py", 'return type(name, (), {"__module__": package})', "return getattr(__import__(package, fromlist=[name]), name)", "modules named in adapters"),
     Bug("inspection/_safetensors.py", "if not os.path.isfile(path):", "if False:", "not regular files"),
     Bug("inspection/_safetensors.py", "if not isinstance(entry, dict) or not isinstance(", "if False and not isinstance(", "damaged adapter files", 1500),
     Bug("inspection/_safetensors.py", "if code is None or tensor.shape not in ((), (1,)):", "if tensor.shape not in ((), (1,)):", "damaged adapter files", 1500),

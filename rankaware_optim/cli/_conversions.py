@@ -89,7 +89,7 @@ def _trained(path: str, law: Law) -> tuple[Law, list[_Tuned]]:
     """Return the law bound to the adapter's optimizer, and the rates of the adapter's parts."""
     training = read_training(path)
     if training.optimizer:
-        law = bound_law(law, training.optimizer_class, training.settings or {})
+        law = bound_law(law, training.optimizer_class, training.settings)
     by = f" by {training.optimizer}" if training.optimizer else ""
     during = f" over {training.steps} steps" if training.steps else ""
     rates = []

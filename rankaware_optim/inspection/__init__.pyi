@@ -2,9 +2,10 @@ from ._conventions import Convention as Convention
 from ._conventions import Reading as Reading
 from ._conventions import conventions as conventions
 from ._conventions import register_convention as register_convention
-from ._declarations import configs_of as configs_of
 from ._initialize import initialize as initialize
+from ._inspect_file import Training as Training
 from ._inspect_file import inspect_file as inspect_file
+from ._inspect_file import read_training as read_training
 from ._pairs import Pair as Pair
 from ._pairs import Walk as Walk
 from ._pairs import canonical_name as canonical_name
@@ -12,6 +13,7 @@ from ._pairs import pairs_of as pairs_of
 from ._pairs import reading_of as reading_of
 from ._pairs import scaling_of as scaling_of
 from ._pairs import walk as walk
+from ._peft_config import configs_of as configs_of
 from ._peft_config import read_config as read_config
 from ._references import ReferenceLike as ReferenceLike
 from ._references import as_reference as as_reference
@@ -21,7 +23,5 @@ from ._resize import Adapters as Adapters
 from ._resize import ScalingRule as ScalingRule
 from ._survey import declared_init as declared_init
 from ._survey import inspect_model as inspect_model
+from ._survey import other_kind as other_kind
 from ._survey import survey_of as survey_of
-from ._training import Training as Training
-from ._training import read_training as read_training
-from ._unsupported import other_kind as other_kind

@@ -20,31 +20,27 @@ from ._safetensors import Header, shown
 
 
 class _Spelling(NamedTuple):
-    """How rows name a pair's tensors."""
+    """How rows name a pair's tensors. says_lora: whether its names have "lora" in them, and so
+    always belong to an adapter.
+    """
 
     a: str
     b: str
     keys: tuple[str, ...]
+    says_lora: bool
     by_adapter: bool
 
-    @property
-    def says_lora(self) -> bool:
-        """Whether its names have "lora" in them, and so always belong to an adapter."""
-        return "lora" in f"{self.a} {self.keys}"
-
     def pattern(self, key: str, factor: str) -> re.Pattern[str]:
-        """Return a regex for the names of `factor` by `key`, with the layer before it and possibly
-        an adapter's name.
+        """Return a regex for the names of `factor` by `key`. Its groups are the layer before it and
+        the adapter's name, if there is one.
         """
-        before, _, after = key.partition("{}")
+        before, _, after = map(re.escape, key.partition("{}"))
         joint = "" if key.startswith("_") else r"\."
-        adapter = r"(?P<adapter>)"
+        adapter = "()"
         if self.by_adapter:  # DyLoRA's slices have names such as lora_A.0
             name = "[^.]+" if after else r"(?!(?:[0-9]+|bias|weight)$)[^.]+"
-            adapter = rf"(?:\.(?P<adapter>{name}))?"
-        return re.compile(
-            rf"(?:(?P<layer>.+?){joint})?{re.escape(before)}{factor}{adapter}{re.escape(after)}$"
-        )
+            adapter = rf"(?:\.({name}))?"
+        return re.compile(rf"(?:(.+?){joint})?{before}{factor}{adapter}{after}$")
 
 
 class _Slot(NamedTuple):
@@ -61,6 +57,7 @@ class FilePair(Pair):
     """
 
     is_sharded = False
+    unscaled = "The file and its folder have no alpha: scaling 1 is assumed."
 
     @property
     def where(self) -> str:
@@ -68,10 +65,10 @@ class FilePair(Pair):
 
 
 def file_pairs(
-    header: Header, config: AdapterConfig | None
-) -> tuple[list[tuple[FilePair, Declared]], set[str]]:
-    """Return every pair, by names, with what the configuration declares for it. The second value
-    has the entries that are numbers of pairs.
+    header: Header, config: AdapterConfig
+) -> tuple[list[tuple[FilePair, AdapterConfig]], set[str]]:
+    """Return every pair, by names, with its configuration. The second value has the entries that
+    are numbers of pairs.
 
     Raises:
         InspectionError: one half is missing, two tensors or pairs have the same place, or a
@@ -79,26 +76,23 @@ def file_pairs(
     """
     rows: dict[_Spelling, list[Convention]] = defaultdict(list)
     for row in conventions():
-        spelling = _Spelling(row.a, row.b, row.keys, False)
-        rows[spelling._replace(by_adapter=spelling.says_lora or row.container)].append(
-            row
-        )
+        is_lora = "lora" in f"{row.a} {row.keys}"
+        by_adapter = is_lora or row.container
+        rows[_Spelling(row.a, row.b, row.keys, is_lora, by_adapter)].append(row)
     named = _paired(header, _slots(header, rows))
-    declared = _declared(
-        header, list(dict.fromkeys(slot.layer for slot in named)), config
-    )
-    pairs: list[tuple[FilePair, Declared]] = []
+    declared = _declared(header, [slot.layer for slot in named], config)
+    pairs: list[tuple[FilePair, AdapterConfig]] = []
     numbers, tensors = set[str](), dict[str, Any](header.tensors)
-    for slot, (a, b) in named.items():
+    for slot, names in named.items():
+        a, b = (Half(name, tensors[name]) for name in names)
         of_layer = declared[slot.layer]
-        owner = _owner(of_layer, tensors[a].shape, tensors[b].shape)
+        owner = _owner(of_layer, a, b)
         numbers |= _read_entries(header, slot, rows[slot.spelling], owner)
         convention = _row(slot, rows[slot.spelling], owner, of_layer)
         if convention is not None:
-            halves = Half(a, tensors[a]), Half(b, tensors[b])
-            pair = FilePair(owner, slot.layer, slot.adapter, convention, *halves)
+            pair = FilePair(owner, slot.layer, slot.adapter, convention, a, b)
             _declare(header, pair, of_layer)
-            pairs.append((pair, of_layer))
+            pairs.append((pair, of_layer.config))
     _refuse_collisions(header, [pair for pair, _ in pairs])
     return pairs, numbers
 
@@ -123,9 +117,7 @@ def _slots(
                 match = pattern.match(name)
                 if match is None:
                     continue
-                names = slots[
-                    _Slot(spelling, match["layer"] or "", match["adapter"] or "")
-                ]
+                names = slots[_Slot(spelling, *match.groups(""))]
                 if names.setdefault(factor, name) != name:
                     raise _collision(header, names[factor], name)
     return slots
@@ -164,8 +156,8 @@ def _refuse_collisions(header: Header, pairs: Iterable[Pair]) -> None:
         family = "" if "rows" in row.layouts and row in CONVENTIONS else row.name
         others = by_layer[pair.layer.removeprefix("base_model.model."), family]
         rival = others.get(pair.adapter) or others.get("")
-        if rival is None and others and not pair.adapter:
-            rival = next(iter(others.values()))
+        if not pair.adapter:
+            rival = next(iter(others.values()), None)
         if rival is not None:
             raise _collision(header, rival.a.name, pair.a.name)
         others[pair.adapter] = pair
@@ -182,14 +174,13 @@ def _collision(header: Header, one: str, other: str) -> InspectionError:
 
 
 def _declared(
-    header: Header, layers: Sequence[str], config: AdapterConfig | None
+    header: Header, layers: Sequence[str], config: AdapterConfig
 ) -> dict[str, Declared]:
-    """Return what the configuration declares for each layer."""
-    declared = dict.fromkeys(layers, Declared())
-    if config is not None:
-        return declared | config.declared(layers)
+    """Return what the configuration declares for each layer, else the file's own ones."""
+    declared = config.declared(layers)
+    parts = [] if config.where else embedded_configs(header.path, header.metadata)
     # The longest prefix is last and takes precedence.
-    for part in reversed(embedded_configs(header.path, header.metadata)):
+    for part in reversed(parts):
         declared |= part.declared(
             [layer for layer in layers if layer.startswith(part.prefix)]
         )
@@ -212,42 +203,34 @@ def _read_entries(
     numbers = set[str]()
     for attribute, end in product(dict.fromkeys(attributes), ends):
         entry = f"{start}{attribute}{end}"
+        value: Any = header.tensors.get(entry)
+        if value is None:
+            continue
         if header.is_scalar(entry):
             numbers.add(entry)
-            setattr(owner, attribute, header.number(entry))
-        elif entry in header.tensors:
-            tensor = header.tensors[entry]
-            is_weight = entry.endswith(".weight")
-            setattr(
-                owner,
-                attribute,
-                SimpleNamespace(weight=tensor) if is_weight else tensor,
-            )
+            value = header.number(entry)
+        elif end.endswith(".weight"):
+            value = SimpleNamespace(weight=value)
+        setattr(owner, attribute, value)
     return numbers
 
 
 def _declare(header: Header, pair: FilePair, declared: Declared) -> None:
     """Set what the configuration or kohya's metadata declare, where the file has no number."""
-    owner, row, config = pair.owner, pair.convention, declared.config
-    owner.where = f"{header.path}: {pair.layer}" + (
-        f", with {config.where}," if config else ""
-    )
+    owner, row, where = pair.owner, pair.convention, declared.config.where
+    owner.where = f"{header.path}: {pair.layer}" + (f", with {where}," if where else "")
+    numbers: list[tuple[Sequence[str], float | None]] = []
     if declared_number(pair, row.rank) is None:
-        _set_first(owner, row.rank, declared.rank)
-    if declared_number(pair, (*row.scaling, *row.alpha)) is not None:
-        return
-    alpha = declared.alpha
-    if (
-        config is None and row.a.endswith("down") and len(pair.a.shape) == 2
-    ):  # not conv_alpha
-        alpha = _network_alpha(header)
-    _set_first(owner, row.alpha, alpha)
-    _set_first(owner, row.scaling, declared.scaling)
-
-
-def _set_first(owner: object, attributes: Sequence[str], value: float | None) -> None:
-    if attributes and value is not None:
-        setattr(owner, attributes[0], value)
+        numbers.append((row.rank, declared.rank))
+    if declared_number(pair, (*row.scaling, *row.alpha)) is None:
+        alpha = declared.alpha
+        # A convolution has conv_alpha.
+        if not where and row.a.endswith("down") and len(pair.a.shape) == 2:
+            alpha = _network_alpha(header)
+        numbers += [(row.alpha, alpha), (row.scaling, declared.scaling)]
+    for attributes, number in numbers:
+        if attributes and number is not None:
+            setattr(owner, attributes[0], number)
 
 
 def _network_alpha(header: Header) -> float | None:
@@ -265,25 +248,21 @@ def _network_alpha(header: Header) -> float | None:
     return alpha
 
 
-def _owner(declared: Declared, a: Sequence[int], b: Sequence[int]) -> SimpleNamespace:
+def _owner(declared: Declared, a: Half, b: Half) -> SimpleNamespace:
     """Return an owner with the attributes that follow from the configuration and the shapes."""
     owner, config = SimpleNamespace(), declared.config
-    if len(a) < 2 or len(b) < 2 or 0 in (*a, *b):
+    if a.is_shard or b.is_shard:
         return owner
-    owner.base_layer = SimpleNamespace(groups=max(1, a[0] // b[1]))
-    if (
-        declared.experts
-        and declared.rank
-        and a[0] == b[1]
-        and a[0] % declared.rank == 0
-    ):
-        owner.parameter_name, owner.num_experts = None, a[0] // declared.rank
-    if config is None:
-        return owner
+    rows, columns = a.shape[0], b.shape[1]
+    owner.base_layer = SimpleNamespace(groups=max(1, rows // columns))
+    count, rest = divmod(rows, declared.rank or rows + 1)
+    if declared.experts and rows == columns and not rest:
+        owner.parameter_name, owner.num_experts = None, count
     if config.is_adalora:
         owner.lora_E = None
-    if config.enabled and a[0] == b[1] * config.enabled:
-        owner.r, owner.enable_lora = b[1], [True] * config.enabled
+    enabled = config.values.get("enable_lora")
+    if enabled and rows == columns * sum(enabled):
+        owner.r, owner.enable_lora = columns, enabled
     return owner
 
 
@@ -293,12 +272,9 @@ def _row(
     """Return the first row whose other attributes the owner has. Names or a configuration show a
     dict by adapter.
     """
-    by_adapter = slot.adapter or declared.config is not None
-    fallback = None
-    for row in rows:
-        if row.keys == KEYS and not all(hasattr(owner, name) for name in row.where):
-            continue
-        if by_adapter or row.where or not row.container:
-            return row
-        fallback = fallback or row
-    return fallback
+    by_adapter = slot.adapter or declared.config.where
+    known = vars(owner).keys()
+    fits = [row for row in rows if row.keys != KEYS or known >= set(row.where)]
+    if not by_adapter:
+        fits.sort(key=lambda row: row.container and not row.where)
+    return fits[0] if fits else None

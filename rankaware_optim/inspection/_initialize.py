@@ -15,16 +15,20 @@ from torch import nn
 from .._checks import check_init, is_positive
 from .._types import Survey
 from ..errors import InspectionError
-from ._declarations import (
-    Configs,
+from ._pairs import (
     Declaration,
-    configs_of,
+    Half,
+    Pair,
     declarations_of,
     declare,
-    redeclare,
+    declared_number,
+    pairs_of,
+    reading_of,
+    scaling_of,
+    walk,
 )
-from ._pairs import Half, Pair, declared_number, pairs_of, reading_of, scaling_of, walk
-from ._survey import INIT_MARK, declared_for, inspect_model
+from ._peft_config import Configs, config_of, configs_of, redeclare
+from ._survey import INIT_MARK, inspect_model
 
 Variance = Literal["mua", "peft"]
 DrawnInit = Literal["A", "B"]
@@ -247,7 +251,7 @@ def _memory(half: Half) -> tuple[str, int]:
 
 def refuse_residual(pair: Pair, configs: Configs) -> None:
     """Raise if the declared init subtracted the product of the factors from the base weight."""
-    declared = declared_for(pair, configs)
+    declared = config_of(pair, configs)[1].get("init_lora_weights")
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
         raise InspectionError(
             f"{pair.where} starts with both factors drawn, and its init {declared!r} subtracted"

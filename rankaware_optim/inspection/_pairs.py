@@ -1,9 +1,12 @@
-"""LoRA pairs in a model: the modules that own them, by which convention, and what they declare."""
+"""LoRA pairs in a model: the modules that own them, by which convention, and what they declare,
+to read it and to set it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +29,9 @@ _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
     ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
 )
+
+# Relative tolerance of a declared number in its buffer: bfloat16 has eight bits.
+_ROUNDING = 2.0**-8
 
 Modules = list["tuple[str, nn.Module]"]
 Parameters = list["tuple[str, nn.Parameter]"]
@@ -75,6 +81,11 @@ class Pair(NamedTuple):
     def where(self) -> str:
         """The pair's name in error messages."""
         return self.layer or type(self.owner).__name__
+
+    @property
+    def unscaled(self) -> str:
+        """What is noted if it declares no scaling."""
+        return f"{self.where} declares no scaling: 1 is assumed."
 
     @property
     def trains(self) -> bool:
@@ -128,45 +139,40 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
-        if not (
-            firsts.isdisjoint(module._modules) and firsts.isdisjoint(module._parameters)
-        ):
-            yield from _pairs_in(layer, module, rows)
+        members = {**module._modules, **module._parameters}
+        if not firsts.isdisjoint(members):
+            yield from _pairs_in(layer, module, members, rows)
 
 
 def _pairs_in(
-    layer: str, module: nn.Module, rows: Iterable[Convention]
+    layer: str,
+    module: nn.Module,
+    members: Mapping[str, Any],
+    rows: Iterable[Convention],
 ) -> Iterable[Pair]:
-    from torch import nn
-
     pairs: dict[tuple[int, int], Pair] = {}
-    members: dict[str, Any] = {**module._modules, **module._parameters}
-    is_dict = {
-        name: isinstance(member, (nn.ModuleDict, nn.ParameterDict))
-        for name, member in members.items()
-    }
     for row in rows:
-        fits = is_dict.get(row.a) is is_dict.get(row.b) is row.container
-        if not fits or not all(hasattr(module, name) for name in row.where):
+        firsts = _halves(members.get(row.a), row.a, row.container)
+        if not firsts or not all(hasattr(module, name) for name in row.where):
             continue
-        firsts, seconds = (
-            _halves(members[name], name, row.container) for name in (row.a, row.b)
-        )
-        for adapter, a in firsts.items():
-            if adapter in seconds:
-                b = seconds[adapter]
-                key = id(a.tensor), id(b.tensor)
-                pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
+        seconds = _halves(members.get(row.b), row.b, row.container)
+        for adapter in filter(seconds.__contains__, firsts):
+            a, b = firsts[adapter], seconds[adapter]
+            key = id(a.tensor), id(b.tensor)
+            pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
     return pairs.values()
 
 
 def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
     """Return the tensors of a module's `attribute` by adapter: a parameter, a module's weight, or a
-    dict of these.
+    dict of these if `by_adapter`.
     """
     import torch
+    from torch import nn
 
     halves: dict[str, Half] = {}
+    if isinstance(member, (nn.ModuleDict, nn.ParameterDict)) is not by_adapter:
+        return halves
     for key, value in member.items() if by_adapter else [("", member)]:
         name = f"{attribute}.{key}" if by_adapter else attribute
         if isinstance(value, torch.Tensor):
@@ -185,6 +191,13 @@ class Place(NamedTuple):
     holder: Any
     key: str
     number: float
+
+    @property
+    def value(self) -> Any:
+        """What is there now."""
+        if isinstance(self.holder, Mapping):
+            return self.holder[self.key]
+        return getattr(self.holder, self.key)
 
 
 def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
@@ -234,6 +247,89 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
     return value
 
 
+# --- declared numbers: setting them ---------------------------------------------------------------
+
+Declaration = tuple[Pair, Place, float]
+"""A pair, a place where it declares a number, and the number to write there."""
+
+
+def declare(declarations: Iterable[Declaration]) -> None:
+    """Write all numbers, or none if one of the places does not accept its value."""
+    declarations = list(declarations)
+    for _, place, value in declarations:
+        _write(place, value)
+    for pair, place, value in declarations:
+        written = number_of(place.value) or 0.0
+        if not math.isclose(written, value, rel_tol=_ROUNDING):
+            for _, changed, _ in declarations:
+                _write(changed, changed.number)
+            raise InspectionError(
+                f"{pair.where} cannot be changed: its {place.key!r} does not accept the value"
+                f" {value:g}.",
+                "Rebuild the adapter with that scaling and rank, or keep the values that it"
+                " declares.",
+            )
+
+
+def _write(place: Place, number: float) -> None:
+    """Write a number, as an int if it is whole and the present one is, such as PEFT's alpha. A
+    read-only place keeps its own, which `declare` sees.
+    """
+    value, holder = place.value, place.holder
+    if isinstance(value, int) and float(number).is_integer():
+        number = int(number)
+    with suppress(AttributeError, TypeError):
+        if hasattr(value, "fill_"):
+            value.fill_(number)
+        elif isinstance(holder, MutableMapping):
+            holder[place.key] = number
+        else:
+            setattr(holder, place.key, number)
+
+
+def declarations_of(
+    pair: Pair, rank: int, scaling: float, new_rank: int
+) -> Iterator[Declaration]:
+    """Yield the places where a pair of `rank` declares rank, multiplier and alpha, with the values
+    for `scaling` at `new_rank`.
+    """
+    row = pair.convention
+    multiplier = place_of(pair, row.scaling)
+    alpha = place_of(pair, [name for name in row.alpha if name not in row.scaling])
+    if multiplier is None and alpha is None:
+        raise InspectionError(
+            f"{pair.where} declares no scaling, so none can be set.",
+            "Leave scaling= out, or give the attribute that the layer reads to"
+            " register_convention().",
+        )
+    if multiplier is not None:
+        yield pair, multiplier, scaling
+    if alpha is not None:
+        rooted = multiplier is not None and _is_rooted(
+            pair, alpha.number, multiplier.number, rank
+        )
+        yield pair, alpha, scaling * (math.sqrt(new_rank) if rooted else new_rank)
+
+
+def rank_declarations(pair: Pair, rank: int, new_rank: int) -> Iterator[Declaration]:
+    """Yield all places where a pair declares its `rank`, with the new one."""
+    for attribute in pair.convention.rank:
+        place = place_of(pair, (attribute,))
+        if place is not None and math.isclose(place.number, rank, rel_tol=_ROUNDING):
+            yield pair, place, new_rank
+
+
+def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
+    """Return whether the multiplier is alpha / √r, by PEFT's flag, or else because only this fits
+    the numbers.
+    """
+    flags = getattr(pair.owner, "use_rslora", None)
+    if isinstance(flags, Mapping) and pair.adapter in flags:
+        return bool(flags[pair.adapter])
+    root = math.sqrt(rank)
+    return rank > 1 and math.isclose(alpha, scaling * root, rel_tol=_ROUNDING)
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -248,12 +344,11 @@ def reading_of(pair: Pair) -> Reading:
         InspectionError: no layout fits the shapes and the declared rank.
     """
     rank = declared_number(pair, pair.convention.rank)
-    by_shapes = (read_as(layout, pair) for layout in pair.convention.layouts)
-    for reading in _shard_readings(pair, rank) if pair.is_sharded else by_shapes:
-        if reading is None or reading.rank_a != reading.rank_b:
-            continue
-        if rank in (None, reading.rank_a):
-            return reading
+    readings = (read_as(layout, pair) for layout in pair.convention.layouts)
+    for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
+        if reading is not None and rank in (None, reading.rank_a):
+            kind = pair.convention.kind or reading.kind or _kind(pair)
+            return reading._replace(kind=kind)
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
     raise InspectionError(
         f"{pair.where} {what} but {pair.a.name} has shape {pair.a.shape} and {pair.b.name}"
@@ -264,21 +359,21 @@ def reading_of(pair: Pair) -> Reading:
 
 
 def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
-    """Return a layout's reading if its ranks are positive and whole, else None."""
+    """Return a layout's reading if its ranks are one positive whole number, else None."""
     if pair.a.is_shard or pair.b.is_shard:
         return None
     read = layout if callable(layout) else LAYOUTS[layout]
     try:
         reading = read(pair.owner, pair.a.shape, pair.b.shape)
-        ranks = reading.rank_a, reading.rank_b
-        is_whole = all(rank >= 1 and float(rank).is_integer() for rank in ranks)
-        if not is_whole or min(reading.fan_in, reading.fan_out) <= 0:
-            return None
+        rank = reading.rank_a
+        is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
+        return (
+            reading if is_whole and min(reading.fan_in, reading.fan_out) > 0 else None
+        )
     except InspectionError:  # the layout has a more specific message
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
-    return reading._replace(kind=pair.convention.kind or reading.kind or _kind(pair))
 
 
 def _kind(pair: Pair) -> str:
@@ -300,33 +395,27 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(base, (nn.Embedding, nn.EmbeddingBag))
 
 
-def _shard_readings(pair: Pair, rank: float | None) -> Iterator[Reading]:
-    if rank is None and not pair.b.is_shard:
-        rank = pair.b.shape[1]
-    elif rank is None and not pair.a.is_shard:
-        rank = pair.a.shape[0]
-    if rank is not None and rank >= 1:
-        fan_in = (
-            _shard_fan(pair, pair.a, 0)
-            if pair.a.is_shard
-            else math.prod(pair.a.shape[1:])
-        )
-        fan_out = _shard_fan(pair, pair.b, 1) if pair.b.is_shard else pair.b.shape[0]
-        yield Reading(
-            rank, rank, fan_in, fan_out, kind=pair.convention.kind or _kind(pair)
-        )
+def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
+    a, b = pair.a, pair.b
+    if rank is None and not (a.is_shard and b.is_shard):
+        rank = b.shape[1] if a.is_shard else a.shape[0]
+    if rank is None or rank < 1:
+        return None
+    return Reading(rank, rank, _fan(pair, a, 0), _fan(pair, b, 1))
 
 
-def _shard_fan(pair: Pair, half: Half, side: int) -> float:
-    """Return the layer's fan-in (side 0) or fan-out (1) from a module's attribute."""
+def _fan(pair: Pair, half: Half, side: int) -> float:
+    """Return the layer's fan-in (side 0) or fan-out (1), for a shard from a module's attribute."""
+    if not half.is_shard:
+        return (math.prod(half.shape[1:]), half.shape[0])[side]
     inner = half.name.rpartition(".")[0]
     base = getattr(pair.owner, "base_layer", pair.owner)
     for module in (base, pair.owner, pair.owner.get_submodule(inner)):
-        sizes: Sequence[Any] = [getattr(module, name, None) for name in _FANS[side]]
-        size = next((size for size in sizes if isinstance(size, int)), None)
-        if size is not None:
-            kernel = getattr(module, "kernel_size", ()) if side == 0 else ()
-            return float(size * math.prod(kernel))
+        kernel = getattr(module, "kernel_size", ()) if side == 0 else ()
+        for name in _FANS[side]:
+            size = getattr(module, name, None)
+            if isinstance(size, int):
+                return float(size * math.prod(kernel))
     raise InspectionError(
         f"{pair.where} is sharded, and neither the shape {half.shape} of {half.name}"
         f" nor a module has its fan-{('in', 'out')[side]}.",

@@ -1,4 +1,6 @@
-"""The declarations in a configuration: PEFT's adapter_config.json, or a diffusers file's copy."""
+"""PEFT's configurations: adapter_config.json, a diffusers file's copy, and those in a model, which
+change with its adapters.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,6 +22,7 @@ from msgspec import Meta
 
 from .._files import read_bytes
 from ..errors import InspectionError
+from ._pairs import Modules, Pair, declared_number
 from ._safetensors import one_line, parse_json, shown
 
 _LIMIT = 10_000_000  # bytes of a file
@@ -33,6 +36,7 @@ _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
 _Alpha = Annotated[
     float, Meta(ge=1e-30, le=1e30)
 ]  # its quotient by a rank is a float too
+_KIND = Annotated[str, Meta(pattern=r"^[A-Z0-9_]{1,40}\Z")] | None
 _Short = Meta(max_length=1000)
 # The names and types of entries. AdaLoRA's rank is `init_r`.
 _ENTRIES: dict[str, tuple[str, Any]] = {
@@ -51,24 +55,17 @@ _PATTERNS_OF = {"alpha_pattern": ("alpha", _Alpha), "rank_pattern": ("rank", _Ra
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A checked configuration. where: its file. values: its entries. prefix: the layers to which it
-    applies.
+    """A checked configuration. where: its file, "" if there is none. values: its entries. prefix:
+    the layers to which it applies.
     """
 
-    where: str
-    values: Mapping[str, Any]
+    where: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = _PEFT_PREFIX
 
     @property
     def is_adalora(self) -> bool:
         return self.values.get("peft_type") == "ADALORA"
-
-    @property
-    def enabled(self) -> int:
-        """The number of adapted matrices of a fused layer (`enable_lora` of loralib and litgpt); 0
-        if unknown.
-        """
-        return sum(self.values.get("enable_lora") or ())
 
     def declared(self, layers: Sequence[str]) -> dict[str, Declared]:
         """Return the declarations for each of these layers, whose names are those in the file.
@@ -83,63 +80,57 @@ class AdapterConfig:
         ]
         stacks = _targeted(self.values.get("target_parameters") or [], paths)
         names = {path: stacks[path] or [path] for path in paths}
-        every = [name for of_path in names.values() for name in of_path]
-        ranks = self._by_pattern("rank_pattern", every)
-        alphas = self._by_pattern("alpha_pattern", every)
-        rank = (
-            None if self.is_adalora else self.values.get("r")
-        )  # AdaLoRA prunes its `init_r`
-        alpha = self.values.get("lora_alpha")
+        every = list(chain.from_iterable(names.values()))
+        ranks = self._by_pattern("r", "rank_pattern", every)
+        alphas = self._by_pattern("lora_alpha", "alpha_pattern", every)
         declared: dict[str, Declared] = {}
         for layer, path in zip(layers, paths, strict=True):
-            numbers = {
-                (ranks.get(name, rank), alphas.get(name, alpha)) for name in names[path]
-            }
+            numbers = {(ranks[name], alphas[name]) for name in names[path]}
             if len(numbers) > 1:
                 raise InspectionError(
                     f"{self.where}: its patterns give {layer} several ranks or alphas, and the file"
                     " does not say which of the target_parameters it adapts.",
                     "Inspect the model itself with inspect_model.",
                 )
-            declared[layer] = Declared(*numbers.pop(), bool(stacks[path]), self)
+            rank, alpha = numbers.pop()
+            scaling = None
+            if rank and alpha and self.values.get("use_rslora"):
+                scaling = alpha / math.sqrt(rank)
+            is_stack = bool(stacks[path])
+            declared[layer] = Declared(rank, alpha, scaling, is_stack, self)
         return declared
 
-    def _by_pattern(self, key: str, names: Sequence[str]) -> dict[str, Any]:
-        """Return the value of the first pattern that matches, by name."""
+    def _by_pattern(
+        self, default: str, key: str, names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return the value of the first pattern that matches, else the default, by name."""
+        numbers = dict.fromkeys(names, self.values.get(default))
         patterns = self.values.get(key)
-        if not patterns or self.is_adalora:  # AdaLoRA's are masks
-            return {}
-        values = list(patterns.values())
+        if not patterns or not names or self.is_adalora:  # AdaLoRA's are masks
+            return numbers
         try:
             first = first_matches(list(patterns), names)
         except ValueError as error:
             raise InspectionError(
                 f"{self.where} has no usable pattern: {error}. @ {key}", _FROM_PEFT
             ) from error
-        return {
-            name: values[i]
-            for name, i in zip(names, first, strict=True)
-            if i is not None
-        }
+        values = list(patterns.values())
+        for name, index in zip(names, first, strict=True):
+            if index is not None:
+                numbers[name] = values[index]
+        return numbers
 
 
 class Declared(NamedTuple):
-    """A configuration's declarations for one layer: rank, alpha, and whether it is a
-    `target_parameters` stack.
+    """A configuration's declarations for one layer: rank, alpha, the multiplier with `use_rslora`,
+    and whether it is a `target_parameters` stack.
     """
 
-    rank: int | None = None
-    alpha: float | None = None
-    experts: bool = False
-    config: AdapterConfig | None = None
-
-    @property
-    def scaling(self) -> float | None:
-        """The multiplier alpha / √rank, with `use_rslora`."""
-        is_rooted = self.config is not None and self.config.values.get("use_rslora")
-        if not is_rooted or self.rank is None or self.alpha is None:
-            return None
-        return self.alpha / math.sqrt(self.rank)
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    experts: bool
+    config: AdapterConfig
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
@@ -189,8 +180,6 @@ def first_matches(
     Raises:
         ValueError: a pattern is not a regex, or they take more than five seconds.
     """
-    if not patterns or not names:
-        return [None] * len(names)
     wrapped = [rf"(.*\.)?({pattern})$" for pattern in patterns]
     few = len(patterns) <= _PATTERNS and len(patterns) * len(names) <= _PAIRS
     if not few or not set("*+?{([").isdisjoint("".join(patterns)):
@@ -199,11 +188,12 @@ def first_matches(
         compiled = [re.compile(pattern) for pattern in wrapped]
     except re.error as error:
         raise ValueError(one_line(str(error))) from error
-    first: list[int | None] = []
-    for name in names:
+
+    def first(name: str) -> int | None:
         matching = (i for i, pattern in enumerate(compiled) if pattern.match(name))
-        first.append(next(matching, None))
-    return first
+        return next(matching, None)
+
+    return list(map(first, names))
 
 
 def _matched_apart(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
@@ -241,11 +231,19 @@ def read_config(path: Path) -> AdapterConfig:
     """
     if not os.path.isfile(path):
         raise InspectionError(f"There is no file {path}.", _FROM_PEFT)
-    try:
-        values = parse_json(read_bytes(path, _LIMIT))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InspectionError(f"{path} cannot be read: {error}.", _FROM_PEFT) from error
+    values = _object(str(path), lambda: read_bytes(path, _LIMIT), _FROM_PEFT)
     return _checked(str(path), values)
+
+
+def _object(where: str, read: Callable[[], bytes], cure: str) -> dict[str, Any]:
+    """Return the JSON object that `read` returns as text."""
+    try:
+        values = parse_json(read())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InspectionError(f"{where} cannot be read: {error}.", cure) from error
+    if not isinstance(values, dict):
+        raise InspectionError(f"{where} is no JSON object.", cure)
+    return values
 
 
 def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterConfig]:
@@ -256,15 +254,8 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     if not text:
         return []
     where = f"{path}: lora_adapter_metadata"
-    try:
-        values = parse_json(text.encode())
-    except (ValueError, RecursionError) as error:
-        raise InspectionError(
-            f"{where} cannot be read: {error}.", "Save the adapter again."
-        ) from error
-    if not isinstance(values, dict):
-        raise InspectionError(f"{where} is no JSON object.", "Save the adapter again.")
-    prefixes = {key[:-1] for key in values if key == "r" or key.endswith(".r")}
+    values = _object(where, text.encode, "Save the adapter again.")
+    prefixes = {key[:-1] for key in values if f".{key}".endswith(".r")}
     if len(prefixes) > _PARTS_LIMIT:
         raise InspectionError(
             f"{where} configures {len(prefixes)} parts.",
@@ -272,33 +263,34 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
         )
     configs = []
     for prefix in sorted(prefixes, key=len, reverse=True):
-        keys = [key for key in values if key.startswith(prefix)]
-        part = {key.removeprefix(prefix): values[key] for key in keys}
+        part = {
+            key.removeprefix(prefix): value
+            for key, value in values.items()
+            if key.startswith(prefix)
+        }
         configs.append(_checked(where, part, prefix))
     return configs
 
 
-def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterConfig:
-    if not isinstance(values, dict):
-        raise InspectionError(f"{where} is no JSON object.", _FROM_PEFT)
+def _checked(
+    where: str, values: Mapping[str, Any], prefix: str = _PEFT_PREFIX
+) -> AdapterConfig:
     kind = values.get("peft_type")
-    if kind is not None and not (
-        isinstance(kind, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", kind)
-    ):
+    if not _fits(kind, _KIND):
         raise InspectionError(
             f"{where} has the peft_type {shown(kind)}. @ peft_type", _FROM_PEFT
         )
     if kind not in LORA_TYPES:
         return AdapterConfig(where, {"peft_type": kind}, prefix)  # nothing else is read
     entries = dict(_ENTRIES)
-    if kind == "ADALORA":
+    if kind == "ADALORA":  # its rank is `init_r`, which it prunes, by masks
         entries["init_r"] = entries.pop("r")
-        del entries["rank_pattern"]  # masks
+        del entries["rank_pattern"]
+    read: dict[str, Any] = {key: values.get(key) for key in ("peft_type", *entries)}
     for key, (what, hint) in entries.items():
-        _require(what, where, key, values.get(key), hint)
-    for key in entries.keys() & _PATTERNS_OF.keys():
-        what, hint = _PATTERNS_OF[key]
-        for pattern, value in (values.get(key) or {}).items():
+        _require(what, where, key, read[key], hint)
+    for key, (what, hint) in _PATTERNS_OF.items():
+        for pattern, value in (read.get(key) or {}).items():
             _require(what, where, f"{key}.{shown(pattern)}", value, hint)
             if len(pattern) > _PATTERN_LIMIT:
                 raise InspectionError(
@@ -306,7 +298,7 @@ def _checked(where: str, values: object, prefix: str = _PEFT_PREFIX) -> AdapterC
                     f" {_PATTERN_LIMIT}. @ {key}",
                     "Give an adapter as PEFT saves it.",
                 )
-    return AdapterConfig(where, values, prefix)
+    return AdapterConfig(where, read, prefix)
 
 
 def _require(what: str, where: str, key: str, value: Any, hint: Any) -> None:
@@ -323,3 +315,84 @@ def _fits(value: Any, hint: Any) -> bool:
     except msgspec.ValidationError:
         return False
     return True
+
+
+# --- the configurations of a model ----------------------------------------------------------------
+
+Fields = MutableMapping[str, Any]
+Configs = Mapping[tuple[str, str], Fields]
+"""The fields of configurations, by the name of a module that holds them and the adapter's name."""
+
+
+def configs_of(modules: Modules) -> Configs:
+    """Return all of PEFT's LoRA configurations in a model."""
+    configs: dict[tuple[str, str], Fields] = {}
+    for layer, module in modules:
+        by_adapter = module.__dict__.get("peft_config")
+        if not isinstance(by_adapter, Mapping):
+            continue
+        for adapter, config in by_adapter.items():
+            is_dict = isinstance(config, MutableMapping)
+            fields: Any = config if is_dict else getattr(config, "__dict__", {})
+            if "lora_alpha" in fields and "r" in fields:
+                configs[layer, adapter] = fields
+    return configs
+
+
+def config_of(pair: Pair, configs: Configs) -> tuple[str, Fields]:
+    """Return the innermost module around a pair with a configuration of its adapter, and this, {}
+    if there is none.
+    """
+    layer = pair.layer
+    while layer and (layer, pair.adapter) not in configs:
+        layer = layer.rpartition(".")[0]
+    return layer, configs.get((layer, pair.adapter), {})
+
+
+def redeclare(configs: Configs, pairs: Iterable[Pair]) -> None:
+    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha
+    that it declares. A pattern gets the value of the first pair that it matches, trainable ones
+    first.
+    """
+    groups: dict[int, tuple[Fields, dict[str, Pair]]] = {}
+    for pair in sorted(pairs, key=lambda pair: not pair.trains):
+        layer, fields = config_of(pair, configs)
+        if fields and (pair.trains or id(fields) in groups):
+            _, named = groups.setdefault(id(fields), (fields, {}))
+            named[_name_for_patterns(pair, layer)] = pair
+    for fields, named in groups.values():
+        ranks = list(fields.get("rank_pattern") or {})
+        _set_patterns(fields, named, "r", "rank_pattern", ranks)
+        _set_patterns(fields, named, "lora_alpha", "alpha_pattern", ranks)
+
+
+def _name_for_patterns(pair: Pair, prefix: str) -> str:
+    """Return a pair's name as in the base model, or the parameter's name for experts."""
+    name = pair.layer.removeprefix(prefix).removeprefix(".").split(".base_layer")[0]
+    parameter = getattr(pair.owner, "parameter_name", None)
+    return f"{name}.{parameter}" if parameter else name
+
+
+def _set_patterns(
+    fields: Fields,
+    named: Mapping[str, Pair],
+    default: str,
+    table: str,
+    keys: Iterable[str],
+) -> None:
+    """Set a configuration's default and its patterns: `keys`, those that it has, and full names."""
+    patterns = fields.get(table) or {}
+    keys = dict.fromkeys([*keys, *patterns])
+    matched, odd = dict[str, Any](), dict[str, Any]()
+    for name, pair in named.items():
+        number = declared_number(pair, (default,))
+        if number is None:
+            continue
+        value = int(number) if float(number).is_integer() else number
+        # PEFT's rule.
+        key = next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), "")
+        if matched.setdefault(key, value) != value:
+            odd[f"^{re.escape(name)}"] = value
+    fields[default] = matched.pop("", fields[default])
+    values = patterns | matched
+    fields[table] = odd | {key: values[key] for key in keys if key in values}

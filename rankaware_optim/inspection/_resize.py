@@ -20,14 +20,6 @@ from torch import nn
 
 from .._types import Init, Survey, scaling_factor
 from ..errors import InspectionError
-from ._declarations import (
-    Declaration,
-    configs_of,
-    declarations_of,
-    declare,
-    rank_declarations,
-    redeclare,
-)
 from ._initialize import (
     DrawnInit,
     Variance,
@@ -37,9 +29,21 @@ from ._initialize import (
     start_of,
     write_starts,
 )
-from ._pairs import Half, Pair, Walk, pairs_of, read_as, reading_of, scaling_of
-from ._survey import survey_of
-from ._unsupported import other_kind
+from ._pairs import (
+    Declaration,
+    Half,
+    Pair,
+    Walk,
+    declarations_of,
+    declare,
+    pairs_of,
+    rank_declarations,
+    read_as,
+    reading_of,
+    scaling_of,
+)
+from ._peft_config import configs_of, redeclare
+from ._survey import other_kind, survey_of
 
 ScalingRule = Literal["fixed", "alpha", "rslora"]
 # Other parts of an adapter whose shape does not depend on the rank.

@@ -29,12 +29,15 @@ _CODES |= {"U8": "<B", "U16": "<H", "U32": "<I", "U64": "<Q", "BF16": "<f"}
 
 
 class Tensor(NamedTuple):
-    """One tensor's entry: dtype, shape, and where its bytes begin and end in the file."""
+    """One tensor's entry: dtype, shape, and where its bytes begin and end in the file. Its values
+    are not read, as on torch's meta device.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    is_meta: bool = True
 
 
 @dataclass(frozen=True)

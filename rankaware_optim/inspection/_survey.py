@@ -5,7 +5,9 @@ conventions.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._checks import check_init
@@ -13,9 +15,7 @@ from .._types import Factor, Init, Method, Role, Survey
 from .._warn import warn
 from ..errors import InspectionError
 from ._conventions import Reading, conventions
-from ._declarations import Configs, config_of, configs_of
 from ._pairs import (
-    Modules,
     Pair,
     Walk,
     declared_number,
@@ -25,7 +25,7 @@ from ._pairs import (
     scaling_of,
     walk,
 )
-from ._unsupported import is_other_adapter, unsupported
+from ._peft_config import config_of, configs_of
 
 if TYPE_CHECKING:
     import torch
@@ -85,66 +85,49 @@ def survey_of(
     trainable = {
         id(p): name for name, p in parameters if p.requires_grad or id(p) in also
     }
-    pairs, notes = list(pairs_of(modules)), dict[str, None]()
-    frozen: Iterable[str] = ()
-    unadapted: Iterable[str] = ()
-    if method == "full":
-        factors = tuple(_full_factors(modules, pairs, trainable))
-    else:
-        factors = tuple(_lora_factors(modules, pairs, trainable, init, notes))
-        frozen, unadapted = _frozen_factors(pairs, trainable), _unadapted(walked)
-    names = {f.name for f in factors}
-    other = tuple(name for name in trainable.values() if name not in names)
+    pairs = list(pairs_of(modules))
     tried = tuple(dict.fromkeys(row.name for row in conventions()))
-    if not factors:
-        _refuse_empty(method, other, len(parameters), tried)
-    return Survey(
-        factors=factors,
+    if method == "full":
+        survey = Survey(tuple(_full_factors(walked, pairs, trainable)))
+    else:
+        survey = _lora_survey(walked, pairs, trainable, init, tried)
+    names = {f.name for f in survey.factors}
+    other = tuple(name for name in trainable.values() if name not in names)
+    return replace(
+        survey,
         other=other,
-        notes=tuple(notes),
         looked_at=len(parameters),
         tried=tried,
-        frozen=tuple(frozen),
-        unadapted=tuple(unadapted),
         unsupported=unsupported(other),
     )
 
 
-def _refuse_empty(
-    method: Method, other: Iterable[str], count: int, tried: Iterable[str]
-) -> None:
-    if method == "full":
-        raise InspectionError(
-            f"None of {count} parameters is a trainable weight of two or more dimensions.",
-            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
-            " FSDP2 does not.",
-        )
-    if not any(map(is_other_adapter, other)):
-        raise InspectionError(
-            f"No trainable LoRA pair among {count} parameters (conventions tried:"
-            f" {', '.join(tried)}).",
-            "Add adapters with requires_grad, or give method='full' for full finetuning.",
-        )
-
-
 def _full_factors(
-    modules: Modules, pairs: Iterable[Pair], trainable: Mapping[int, str]
+    walked: Walk, pairs: Iterable[Pair], trainable: Mapping[int, str]
 ) -> Iterator[Factor]:
     for pair in pairs:
-        if id(pair.a.tensor) in trainable or id(pair.b.tensor) in trainable:
+        if not trainable.keys().isdisjoint((id(pair.a.tensor), id(pair.b.tensor))):
             raise InspectionError(
                 f"{pair.where} has a trainable LoRA pair, so this is not full finetuning.",
                 "Leave method='full' out, or merge the adapters into the weights first.",
             )
-    left = dict(trainable)
-    for prefix, module in modules:
+    left, is_empty = dict(trainable), True
+    for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
             name = left.pop(id(param), None)
             if name is None or param.dim() < 2 or is_embedding(module):
                 continue
+            is_empty = False
             fan_in, fan_out = _full_fans(module, param)
             kind = "conv" if param.dim() > 2 and local == "weight" else "linear"
             yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=prefix)
+    if is_empty:
+        raise InspectionError(
+            f"None of {len(walked.parameters)} parameters is a trainable weight of two or more"
+            " dimensions.",
+            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
+            " FSDP2 does not.",
+        )
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
@@ -163,39 +146,41 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     return shape[-1], shape[-2]
 
 
-def _lora_factors(
-    modules: Modules,
+def _lora_survey(
+    walked: Walk,
     pairs: Iterable[Pair],
     trainable: Mapping[int, str],
     init: Init | None,
-    notes: dict[str, None],
-) -> Iterator[Factor]:
-    configs, left = configs_of(modules), dict(trainable)
+    tried: tuple[str, ...],
+) -> Survey:
+    configs, left = configs_of(walked.modules), dict(trainable)
+    factors, notes = list[Factor](), dict[str, None]()
+    frozen: dict[int, str] = {}  # a tied factor has its first name
     for pair in pairs:
-        a, b = id(pair.a.tensor), id(pair.b.tensor)
-        if a not in left and b not in left:
+        names = []
+        for half in (pair.a, pair.b):
+            key = id(half.tensor)
+            names.append(left.pop(key, None))
+            if key not in trainable:
+                frozen.setdefault(key, f"{pair.layer}.{half.name}".removeprefix("."))
+        if not any(names):
             continue
         reading = reading_of(pair)
         _warn_of_transposed(pair, reading)
-        scaling = scaling_of(pair, reading.rank_a)
-        if scaling is None:
-            notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
-        pair_init = init or init_of(pair, declared_for(pair, configs), reading.kind)
-        names = left.pop(a, None), left.pop(b, None)
-        yield from factors_of(pair, names, reading, scaling, pair_init)
-
-
-def _frozen_factors(
-    pairs: Iterable[Pair], trainable: Mapping[int, str]
-) -> Iterable[str]:
-    """Return the names of factors that do not train. A tied one has its first name."""
-    names: dict[int, str] = {}
-    for pair in pairs:
-        for half in (pair.a, pair.b):
-            if id(half.tensor) not in trainable:
-                name = f"{pair.layer}.{half.name}".removeprefix(".")
-                names.setdefault(id(half.tensor), name)
-    return names.values()
+        declared = config_of(pair, configs)[1].get("init_lora_weights")
+        factors += factors_of(pair, names, reading, declared, init, notes)
+    if not factors and not any(map(is_other_adapter, trainable.values())):
+        raise InspectionError(
+            f"No trainable LoRA pair among {len(walked.parameters)} parameters (conventions tried:"
+            f" {', '.join(tried)}).",
+            "Add adapters with requires_grad, or give method='full' for full finetuning.",
+        )
+    return Survey(
+        tuple(factors),
+        notes=tuple(notes),
+        frozen=tuple(frozen.values()),
+        unadapted=tuple(_unadapted(walked)),
+    )
 
 
 def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
@@ -218,20 +203,26 @@ def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
 
 def factors_of(
     pair: Pair,
-    names: tuple[str | None, str | None],
+    names: Iterable[str | None],
     reading: Reading,
-    scaling: float | None,
-    init: Init,
+    declared: object,
+    init: Init | None,
+    notes: dict[str, None],
 ) -> Iterator[Factor]:
-    """Yield a pair's factors A and B, if they have names."""
+    """Yield a pair's factors A and B, if they have names. `declared` is PEFT's init, `init` that of
+    all pairs.
+    """
+    scaling = scaling_of(pair, reading.rank_a)
+    if scaling is None:
+        notes[pair.unscaled] = None
     sizes = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
-    scaling = 1.0 if scaling is None else float(scaling)
-    kind = reading.kind
+    init = init or init_of(pair, declared, reading.kind)
+    how = 1.0 if scaling is None else float(scaling), init, reading.kind
     belongs = pair.layer, pair.adapter, pair.convention.name
     roles: tuple[Role, Role] = "A", "B"
     for role, name in zip(roles, names, strict=True):
         if name is not None:
-            yield Factor(name, role, *sizes, scaling, init, kind, *belongs)
+            yield Factor(name, role, *sizes, *how, *belongs)
 
 
 def _unadapted(walked: Walk) -> Iterator[str]:
@@ -250,14 +241,6 @@ def _unadapted(walked: Walk) -> Iterator[str]:
             name.startswith(start) and name.endswith(end) for start, end in adapted
         ):
             yield name
-
-
-def declared_for(pair: Pair, configs: Configs) -> object:
-    """Return `init_lora_weights` of the innermost of PEFT's configurations for a pair; None if
-    there is none.
-    """
-    config = config_of(pair, configs)
-    return None if config is None else config[1].get("init_lora_weights")
 
 
 def declared_init(declared: object, kind: str) -> Init:
@@ -315,3 +298,85 @@ def is_zero(tensor: torch.Tensor) -> bool | None:
         return not bool(any_value.full_tensor())
     flat = tensor.detach().reshape(-1)
     return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())
+
+
+# --- adapters without a law -----------------------------------------------------------------------
+
+# Other finetuning methods, by the names of their parameters.
+_ADAPTERS = {
+    "LoHa": r"hada_[wt]\d",
+    "LoKr": r"lokr_[wt]\d",
+    "PVeRA": r"pvera_lambda_",
+    "VeRA": r"vera_lambda_",
+    "VB-LoRA": r"vblora_",
+    "RandLoRA": r"randlora_",
+    "Poly": r"poly_lora_",
+    "DyLoRA": r"lora_[AB]\.\d+$|(^|\.)(up|down)_list\.\d+$",
+    "GLoRA": r"(^|\.)([ab][12]|bm)\.weight$|glora_[A-E]\.",
+    "T-LoRA": r"(^|\.)lambda_layer$",
+    "GraLoRA": r"gralora_[AB]",
+    "DeLoRA": r"delora_(A|B|lambda)",
+    "HiRA": r"hira_(embedding_)?[AB]",
+    "Lily": r"lily_(A|B|router)",
+    "TinyLoRA": r"tinylora_v",
+    "Uni-LoRA": r"unilora_theta",
+    "AdaMSS": r"adamss_[AB]",
+    "PEANuT": r"peanut_",
+    "FRoD": r"frod_lambda_",
+    "DEFT": r"deft_[PR]\.",
+    "OSF": r"osf_svd_params",
+    "SuperTuning": r"supertuning_",
+    "RoAd": r"road_(theta|alpha)",
+    "BEFT": r"beft_bias",
+    "LN tuning": r"ln_tuning_layers",
+    "IA³": r"ia3_l(\.|$)",
+    "BOFT": r"boft_[Rs]",
+    "PSOFT": r"psoft_R",
+    "OFT": r"(^|\.)oft_",
+    "HRA": r"hra_u",
+    "MiSS": r"(bone|miss)_block|(^|\.)bone_",
+    "SHiRA": r"shira_weight",
+    "C³A": r"c3a_kernel",
+    "FourierFT": r"fourierft_spectrum",
+    "WaveFT": r"waveft_spectrum",
+    "prompt tuning": r"prompt_(encoder|embeddings)",
+}
+# Parameters that train in addition to a pair.
+_PARTS = {
+    "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
+    "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
+    "MonteCLoRA's sampler": r"lora_monteclora_sampler",
+    "DoRA magnitude": r"lora_magnitude|dora_scale|(^|\.)(weight_)?magnitude(\.|$)",
+    "Tucker core": r"lora_mid\.",
+    "LoRA bias": r"(lora_[ABab]|lora_up|lora_down)\.(.*\.)?bias$",
+    "LyCORIS scalar": r"(^|\.)scalar$",
+    "new tokens": r"trainable_tokens_",
+    "whole copy (modules_to_save)": r"modules_to_save\.",
+}
+_KINDS = {kind: re.compile(pattern) for kind, pattern in (_ADAPTERS | _PARTS).items()}
+
+
+def other_kind(name: str) -> str | None:
+    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for
+    other parameters.
+
+    >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
+    ('VeRA', None)
+    """
+    return next(
+        (kind for kind, pattern in _KINDS.items() if pattern.search(name)), None
+    )
+
+
+def is_other_adapter(name: str) -> bool:
+    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such
+    as LoHa or IA³.
+    """
+    return other_kind(name) in _ADAPTERS
+
+
+def unsupported(names: Iterable[str]) -> dict[str, str]:
+    """Return the kind of every parameter in `names` that belongs to an adapter without a law, by
+    name.
+    """
+    return {name: kind for name in names if (kind := other_kind(name))}

@@ -25,7 +25,7 @@ from rankaware_optim import (
 from rankaware_optim.cli import main
 from rankaware_optim.inspection import Reading, conventions, other_kind
 from rankaware_optim.inspection._conventions import CONVENTIONS
-from rankaware_optim.inspection._unsupported import is_other_adapter
+from rankaware_optim.inspection._survey import is_other_adapter
 from rankaware_optim.testing import check_convention
 
 from ..helpers.models import STYLES, adapted

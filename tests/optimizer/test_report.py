@@ -18,7 +18,7 @@ from rankaware_optim import (
 )
 from rankaware_optim._types import Factor, Rated
 from rankaware_optim.inspection import other_kind
-from rankaware_optim.inspection._unsupported import unsupported
+from rankaware_optim.inspection._survey import unsupported
 from rankaware_optim.optimizer import (
     PlanOptions,
     Report,
