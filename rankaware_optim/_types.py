@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -98,6 +98,32 @@ class Factor:
     convention: str = ""
 
 
+def dense(factors: Iterable[Factor]) -> list[Factor]:
+    """Return the factors of layers whose input is not one-hot, as an embedding's is."""
+    return [f for f in factors if f.kind != "embedding"]
+
+
+# What is odd about a LoRA factor: whether it is so, and in words what the factor is not.
+_ODD_FACTORS: tuple[tuple[Callable[[Factor], bool], str], ...] = (
+    (
+        lambda f: f.init == "other",
+        "covered by a law's derivation: neither factor zero at the start",
+    ),
+    (
+        lambda f: f.init == "unknown",
+        "covered by a law's derivation: an init that cannot be read",
+    ),
+    (
+        lambda f: f.kind != "embedding" and (f.rank or 0) > f.fan_in,
+        "low-rank: the rank is above the fan-in",
+    ),
+    (
+        lambda f: not _LEAST_SCALING <= f.scaling <= _MOST_SCALING,
+        "scaled as usual: alpha / rank is above 8 or below 1/64",
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Survey:
     """The trainable parameters of a model, as found by `inspect_model` or `inspect_file`.
@@ -128,9 +154,10 @@ class Survey:
         """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are
         left out.
         """
-        sizes = {f.layer: (f.fan_in, f.fan_in * f.fan_out) for f in self._dense()}
-        total = sum(size for _, size in sizes.values())
-        return sum(n * size for n, size in sizes.values()) / total if total else 1.0
+        layers = {f.layer: f for f in dense(self.factors)}.values()
+        total = sum(f.fan_in * f.fan_out for f in layers)
+        weighted = sum(f.fan_in * (f.fan_in * f.fan_out) for f in layers)
+        return weighted / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
         """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
@@ -141,11 +168,9 @@ class Survey:
         Args:
             init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).
         """
-        return (
-            self.width
-            if init == "B"
-            else max((f.fan_in for f in self._dense()), default=1.0)
-        )
+        if init == "B":
+            return self.width
+        return max((f.fan_in for f in dense(self.factors)), default=1.0)
 
     def dominant(self) -> Reference:
         """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
@@ -157,8 +182,7 @@ class Survey:
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
         pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
-        keys = [(f.rank, f.scaling, f.init) for f in pairs if f.kind != "embedding"]
-        keys = keys or [(f.rank, f.scaling, f.init) for f in pairs]
+        keys = [(f.rank, f.scaling, f.init) for f in dense(pairs) or pairs]
         if not keys:
             raise InspectionError(
                 "The survey has no LoRA pair, so it has no most common rank.",
@@ -194,30 +218,20 @@ class Survey:
     def _lines(self) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
         """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
         for f in self.factors:
-            pair = (
-                ("", "") if f.role == "full" else (f"{f.scaling:g}", init_text(f.init))
-            )
-            fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
-            reason = (
-                NO_LAW
-                if f.init == "other"
-                else "a LoRA pair"
-                if f.rank
-                else "a whole weight"
-            )
-            yield (
-                f.name,
-                f.convention,
-                (f.kind, f.role, str(f.rank or ""), *pair, *fans),
-                reason,
-            )
+            pair, reason = (f"{f.scaling:g}", init_text(f.init)), "a LoRA pair"
+            if f.role == "full":
+                pair, reason = ("", ""), "a whole weight"
+            fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
+            cells = (f.kind, f.role, str(f.rank or ""), *pair, *fans)
+            reason = NO_LAW if f.init == "other" else reason
+            yield f.name, f.convention, cells, reason
         for name in self.other:
             kind = self.unsupported.get(name, "")
             reason = reason_of_other([kind] if kind else [])
             yield name, "", (kind, "other", *[""] * 5), reason
         for name in self.frozen:
-            cells = ("", "frozen", *[""] * 5)
-            yield name, "", cells, "a LoRA factor that does not train"
+            reason = "a LoRA factor that does not train"
+            yield name, "", ("", "frozen", *[""] * 5), reason
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
@@ -229,9 +243,7 @@ class Survey:
             yield (
                 f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
             )
-        pairs = [f for f in self.factors if f.role != "full"]
-        dense = [f for f in pairs if f.rank and f.kind != "embedding"]
-        for names, what, problem in (
+        checks = [
             (
                 self.frozen,
                 "LoRA factor",
@@ -243,38 +255,15 @@ class Survey:
                 "adapted: in PEFT, experts that are bare parameters need target_parameters instead"
                 " of target_modules",
             ),
-            (
-                [f.name for f in pairs if f.init == "other"],
-                "factor",
-                "covered by a law's derivation: neither factor zero at the start",
-            ),
-            (
-                [f.name for f in pairs if f.init == "unknown"],
-                "factor",
-                "covered by a law's derivation: an init that cannot be read",
-            ),
-            (
-                [f.name for f in dense if f.rank and f.rank > f.fan_in],
-                "factor",
-                "low-rank: the rank is above the fan-in",
-            ),
-            (
-                [
-                    f.name
-                    for f in pairs
-                    if not _LEAST_SCALING <= f.scaling <= _MOST_SCALING
-                ],
-                "factor",
-                "scaled as usual: alpha / rank is above 8 or below 1/64",
-            ),
-        ):
+        ]
+        for is_odd, problem in _ODD_FACTORS:
+            odd = tuple(f.name for f in self.factors if is_odd(f))
+            checks.append((odd, "factor", problem))
+        for names, what, problem in checks:
             if len(names) == 1:
                 yield f"1 {what} ({names[0]}) is not {problem}."
             elif names:
                 yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
-
-    def _dense(self) -> Iterable[Factor]:
-        return (f for f in self.factors if f.kind != "embedding")
 
 
 @dataclass(frozen=True)
@@ -370,12 +359,9 @@ class Reference:
         """
         if self.fan_in is not None:
             return self
-        return replace(
-            self,
-            fan_in=survey.full_width(self.init)
-            if self.method == "full"
-            else survey.width,
-        )
+        is_full = self.method == "full"
+        width = survey.full_width(self.init) if is_full else survey.width
+        return replace(self, fan_in=width)
 
     def __str__(self) -> str:
         if self.method == "full":

@@ -22,10 +22,12 @@ from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
 from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
 from ..laws import DEFAULT_LAW, Law, caution_of
-from ._plan import Assignment, Plan, PlanOptions, make_plan
+from ._plan import Assignment, Plan, PlanOptions, Settings, make_plan
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
+Shape = tuple[int, ...]
+State = Mapping[Any, Any]
 
 # in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
 GROUP_FORMAT = 2
@@ -67,7 +69,7 @@ def model_of(params: Any, model: nn.Module | None) -> nn.Module:
     return holder
 
 
-def named_params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+def named_params(groups: Iterable[Group]) -> list[tuple[str, Any]]:
     """Return names and parameters of built groups, or names and keys of a state's groups."""
     pairs: list[tuple[str, Any]] = []
     for group in groups:
@@ -75,17 +77,17 @@ def named_params(groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def params_in(groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+def params_in(groups: Iterable[Group]) -> list[Any]:
     """Return the parameters of groups, or the keys of a state's groups."""
     return [param for group in groups for param in group["params"]]
 
 
-def without(group: Mapping[str, Any], keys: Collection[str]) -> Group:
+def without(group: Settings, keys: Collection[str]) -> Group:
     """Return a copy of a group without some of its keys."""
     return {key: value for key, value in group.items() if key not in keys}
 
 
-def settings_in(group: Mapping[str, Any]) -> Group:
+def settings_in(group: Group) -> Group:
     """Return the settings of a group: neither its parameters nor our tags."""
     return without(group, (*TAGS, "params", "param_names"))
 
@@ -170,11 +172,10 @@ def _as_dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
 
 
 def _user_group(
-    group: Mapping[str, Any], number: int, names: Mapping[int, str], taken: set[str]
+    group: Settings, number: int, names: Mapping[int, str], taken: set[str]
 ) -> UserGroup:
     options = own_settings(group)
-    if "lr" in options:
-        check_lr(options["lr"], "A parameter group's lr")
+    check_lr(options.get("lr", 1.0), "A parameter group's lr")
     params = options.pop("params")
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     labels = options.pop("param_names", None) or [None] * len(entries)
@@ -186,17 +187,13 @@ def _user_group(
                 f"A parameter group holds a {type(param).__name__}.",
                 "Give tensors, (name, tensor) pairs, or dicts.",
             )
-        if id(param) in names:
-            name = names[id(param)]
-        elif (
-            name is None or name in taken
-        ):  # not in the model, so not named as one of it
+        if name is None or name in taken:  # one outside the model gets no name of it
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
-        named.append((name, param))
+        named.append((names.get(id(param), name), param))
     return UserGroup(named, {key: plain_lr(value) for key, value in options.items()})
 
 
-def own_settings(group: Mapping[str, Any]) -> Group:
+def own_settings(group: Settings) -> Group:
     """Return a group without the keys that this package wrote, and at its base rate."""
     clash = next((key for key in TAGS if key in group), None)
     if clash is not None and "rankaware_format" not in group:
@@ -222,13 +219,11 @@ def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group
     tag = "" if plan.use is None else plan.use.recipe.tag
     parts: list[Group] = []
     for number, group in enumerate(groups, first):
+        own_lr = "lr" in group.options
         positions: dict[Assignment, list[int]] = {}
         for position, (name, param) in enumerate(group.named):
             decision = plan.assign(
-                name,
-                factors.get(name),
-                own_lr="lr" in group.options,
-                trains=param.requires_grad,
+                name, factors.get(name), own_lr=own_lr, trains=param.requires_grad
             )
             positions.setdefault(decision, []).append(position)
         for decision, at in positions.items():
@@ -237,7 +232,8 @@ def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group
                 **decision._asdict(),
                 "user_group": number,
                 "rankaware_format": GROUP_FORMAT,
-                "param_shapes": shapes_text(param for _, param in pairs),
+                # "8x64 64x8": by it a load identifies the state
+                "param_shapes": " ".join("x".join(map(str, p.shape)) for _, p in pairs),
                 "rankaware_recipe": tag,
                 "rankaware_lr": _OF_LR,
             }
@@ -246,16 +242,13 @@ def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group
     return parts
 
 
-def unnamed(group: Group) -> Group:
-    """Return a group of `split` without the parameters' names."""
-    return {**group, "params": [param for _, param in group["params"]]}
-
-
-def shapes_text(params: Iterable[torch.Tensor]) -> str:
-    """Return shapes as one string, such as "8x64 64x8". A checkpoint stores it to identify its
-    state.
-    """
-    return " ".join("x".join(map(str, p.shape)) for p in params)
+def rated(part: Group, lr: Any, named: bool) -> Group:
+    """Return a group of `split` at its own rate or `lr`, with the parameters' names if `named`."""
+    group = {"lr": lr, **part}
+    if not named:
+        group["params"] = [param for _, param in part["params"]]
+    set_rate(group)
+    return group
 
 
 def _warn_of_far(parts: Iterable[Group]) -> None:
@@ -280,14 +273,12 @@ def set_rate(group: Group) -> None:
     check_product(group)
 
 
-def base_of(group: Mapping[str, Any]) -> Any:
+def base_of(group: Group) -> Any:
     """Return the rate from which a group's schedule starts, or its rate."""
     return group.get("initial_lr", group["lr"])
 
 
-def check_product(
-    group: Mapping[str, Any], error: type[RankAwareError] = OptimizerError
-) -> None:
+def check_product(group: Group, error: type[RankAwareError] = OptimizerError) -> None:
     """Raise if the base rate times the multiplier, in the base rate's dtype, is 0 or infinite."""
     base, multiplier = group["lr"], group["rank_multiplier"]
     rate = float(base * multiplier)
@@ -302,12 +293,9 @@ def effective_lr(group: Mapping[str, Any]) -> float:
     """Return the rate that a group trains at: base rate × multiplier, or the lr of a native
     optimizer's group.
     """
-    rate = float(group["lr"])
-    return (
-        rate
-        if group.get("rank_multiplied")
-        else rate * float(group.get("rank_multiplier", 1))
-    )
+    multiplied = group.get("rank_multiplied")
+    multiplier = 1.0 if multiplied else float(group.get("rank_multiplier", 1))
+    return float(group["lr"]) * multiplier
 
 
 def multiply_for_native(group: Group, keep_decay: bool = False) -> None:
@@ -330,7 +318,7 @@ def multiply_for_native(group: Group, keep_decay: bool = False) -> None:
         group["rank_divided_decay"] = True
 
 
-def at_base_rate(group: Mapping[str, Any]) -> Group:
+def at_base_rate(group: Settings) -> Group:
     """Return a group as it was before `multiply_for_native`, without the record of it."""
     base = without(group, _MULTIPLIED)
     if not group.get("rank_multiplied"):
@@ -343,7 +331,7 @@ def at_base_rate(group: Mapping[str, Any]) -> Group:
     return base
 
 
-def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+def shrinks_by_decay(optimizer: Optimizer, group: Group) -> bool:
     """Return whether a step shrinks the parameters of a group by lr × weight_decay, as AdamW and
     SGD do.
 
@@ -361,7 +349,7 @@ def shrinks_by_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     return not isinstance(optimizer, _L2)
 
 
-def _setting(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
+def _setting(optimizer: Optimizer, group: Group, name: str) -> Any:
     """Return a setting of a group, or of the optimizer where its class has one for all groups; else
     None.
     """
@@ -436,8 +424,6 @@ def rank_aware_param_groups(  # noqa: PLR0913
     plan = make_plan(survey, options, optimizer_class, settings)
     groups = []
     for part in split(user_groups(params, model, walked), plan):
-        group = {"lr": plain_lr(lr), **(part if named else unnamed(part))}
-        set_rate(group)
-        multiply_for_native(group)
-        groups.append(group)
+        groups.append(rated(part, plain_lr(lr), named))
+        multiply_for_native(groups[-1])
     return groups

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from .._checks import check_lr, is_number, plain_lr
 from .._optimizers import optimizer_family
 from .._rate import Rate
-from .._types import Factor, Method, Reference, Survey, init_text
+from .._types import Factor, Method, Reference, Survey, dense, init_text
 from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (
@@ -30,6 +30,7 @@ from ..laws import (
 )
 from ..recipe import OtherRates, Recipe
 
+Settings = Mapping[str, Any]
 _NO_ZERO = (
     "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init)"
     " keep the base rate, since no law covers them: give init='A' (B = 0 at the start) or 'B' (A ="
@@ -139,32 +140,21 @@ class Plan:
                 precedence over a recipe.
             trains: whether the parameter trains. One that does not needs no rate.
         """
-        pinned = self.options.rate_of(name)
+        pinned, moved = self.options.rate_of(name), self.run_multiplier
         if factor is not None:
-            moved = (
-                self.used_multiplier(factor) * self.run_multiplier
-                if pinned is None
-                else 1.0
-            )
+            moved = 1.0 if pinned is not None else moved * self.used_multiplier(factor)
             return Assignment(
                 moved, pinned, factor.role, factor.rank, factor.scaling, factor.init
             )
         if pinned is None:
             pinned = plain_lr(self.options.other_lr)
-        if (
-            pinned is None
-            and self.use is not None
-            and self.method == "lora"
-            and not own_lr
-        ):
-            pinned = self.use.others.rate(name, trains)
-            pinned = None if pinned is None else pinned * self.run_multiplier
-        if pinned is not None:
-            return Assignment(pinned_lr=pinned)
-        if self.method == "lora":
-            return Assignment(self.run_multiplier)
-        whole = Factor("other parameters", "full", None, self.width, self.width)
-        return Assignment(self.used_multiplier(whole) * self.run_multiplier)
+        if pinned is None and self.method == "full":
+            whole = Factor("other parameters", "full", None, self.width, self.width)
+            return Assignment(moved * self.used_multiplier(whole))
+        if pinned is None and self.use is not None and not own_lr:
+            rate = self.use.others.rate(name, trains)
+            pinned = None if rate is None else rate * moved
+        return Assignment(moved) if pinned is None else Assignment(pinned_lr=pinned)
 
     def used_multiplier(self, factor: Factor) -> float:
         """Return the multiplier with which `factor` trains at the reference's batch: the law's, at
@@ -202,16 +192,15 @@ def make_plan(
     survey: Survey,
     options: PlanOptions,
     optimizer_class: type | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     use: RecipeUse | None = None,
 ) -> Plan:
     """Bind the law, resolve the reference and match the user's patterns. Nothing is built yet."""
     _check_patterns(options, survey)
-    method: Method = "full" if any(f.role == "full" for f in survey.factors) else "lora"
-    moved = replace(
-        survey,
-        factors=tuple(f for f in survey.factors if options.rate_of(f.name) is None),
-    )
+    roles = {f.role for f in survey.factors}
+    method: Method = "full" if "full" in roles else "lora"
+    factors = (f for f in survey.factors if options.rate_of(f.name) is None)
+    moved = replace(survey, factors=tuple(factors))
     reference = (options.tuned_at or _default_reference(survey)).resolve(moved)
     law, family = get_law(options.law), "sign-like"
     if optimizer_class is not None:
@@ -219,10 +208,10 @@ def make_plan(
     width = moved.full_width(reference.init) if method == "full" else moved.width
     by_batch = _by_batch(options, reference, law)
     plan = Plan(options, survey, law, reference, method, width, family, use, by_batch)
-    notes = [*survey.notes, *(use.notes if use else ()), *_notes(plan, moved)]
-    if optimizer_class is not None and get_law(options.law).name != "constant":
-        notes += _family_notes(plan, optimizer_class.__name__)
-    return replace(plan, notes=(*notes, *_batch_notes(plan)))
+    family_notes = _family_notes(plan, optimizer_class)
+    return replace(
+        plan, notes=(*_notes(plan, moved), *family_notes, *_batch_notes(plan))
+    )
 
 
 def _default_reference(survey: Survey) -> Reference:
@@ -232,7 +221,7 @@ def _default_reference(survey: Survey) -> Reference:
 
 
 def _bound(
-    law: Law, options: PlanOptions, optimizer_class: type, settings: Mapping[str, Any]
+    law: Law, options: PlanOptions, optimizer_class: type, settings: Settings
 ) -> tuple[Law, str]:
     """Return the law for an optimizer, and the optimizer's family."""
     if options.strict:
@@ -264,6 +253,9 @@ def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
 
     moved: the survey without the factors that have a rate by name.
     """
+    yield from plan.survey.notes
+    if plan.use is not None:
+        yield from plan.use.notes
     yield from _init_notes(plan)
     of_each_kind = {
         (f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved.factors
@@ -272,26 +264,19 @@ def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
         plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values()
     ):
         yield DISTANCE_NOTE
-    if (
-        plan.method == "full"
-        and plan.reference.method == "lora"
-        and plan.law.name != "power"
-    ):
-        yield _full_note(plan)
+    if plan.method == "full" and plan.reference.method == "lora":
+        yield from _full_notes(plan)
 
 
 def _init_notes(plan: Plan) -> Iterator[str]:
     """Yield what is assumed of the adapters' ranks and inits."""
-    reference = plan.reference
-    factors = plan.survey.factors
+    reference, factors = plan.reference, plan.survey.factors
     inits = {f.init for f in factors}
     if "other" in inits:
         warn(_NO_ZERO)
         yield _NO_ZERO
-    if (
-        plan.options.tuned_at is None
-        and len({(f.rank, f.scaling, f.init) for f in factors}) > 1
-    ):
+    kinds = {(f.rank, f.scaling, f.init) for f in factors}
+    if plan.options.tuned_at is None and len(kinds) > 1:
         yield (
             f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model."
         )
@@ -299,9 +284,9 @@ def _init_notes(plan: Plan) -> Iterator[str]:
         yield (
             "The init of some adapters could not be read. It is assumed that they started at B = 0."
         )
-    other = "B" if reference.init == "A" else "A"
-    dense_inits = {f.init for f in factors if f.kind != "embedding"}
-    if other in dense_inits and plan.method == reference.method == "lora":
+    other = {"A": "B", "B": "A"}[reference.init]
+    of_layers = {f.init for f in dense(factors)}
+    if other in of_layers and plan.method == reference.method == "lora":
         yield (
             f"Adapters at {init_text(other)} are scaled within their own init, though the"
             f" rate was tuned at {init_text(reference.init)}: tune or calibrate there."
@@ -327,29 +312,30 @@ def _batch_notes(plan: Plan) -> Iterator[str]:
         yield f"The law {plan.law.name!r} does not move rates with the batch."
 
 
-def _full_note(plan: Plan) -> str:
-    """Return a note on the uncertainty of a LoRA rate that is moved to full finetuning without a
+def _full_notes(plan: Plan) -> Iterator[str]:
+    """Yield a note on the uncertainty of a LoRA rate that is moved to full finetuning without a
     calibration.
     """
     if plan.law.name == "constant":
-        return (
+        yield (
             "No law moves this LoRA rate to full finetuning, whose best rate may be octaves away:"
             " calibrate with full runs."
         )
-    worth = "is good to an octave or two"
-    if plan.family not in SIGN_LIKE:
-        worth = f"was never tried with {plan.family} optimizers"
-    return (
-        f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"
-        " more than too low: start at half of it, or settle it by three full runs (calibrate with"
-        " full_trials=3)."
-    )
+    elif plan.law.name != "power":
+        worth = "is good to an octave or two"
+        if plan.family not in SIGN_LIKE:
+            worth = f"was never tried with {plan.family} optimizers"
+        yield (
+            f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"
+            " more than too low: start at half of it, or settle it by three full runs (calibrate"
+            " with full_trials=3)."
+        )
 
 
-def _family_notes(plan: Plan, optimizer: str) -> Iterator[str]:
+def _family_notes(plan: Plan, optimizer_class: Any) -> Iterator[str]:
     """Yield a note on an optimizer that is not sign-like: which law moves its rates, and why."""
     law, family = plan.law, plan.family
-    if family == "sign-like":
+    if family == "sign-like" or get_law(plan.options.law).name == "constant":
         return
     if family == "unknown":
         words = (
@@ -372,4 +358,4 @@ def _family_notes(plan: Plan, optimizer: str) -> Iterator[str]:
             f"{family}: µA's form for that family moves its rates, derived for square layers; in"
             " small runs it lost less than one rate"
         )
-    yield f"{optimizer} is {words}."
+    yield f"{optimizer_class.__name__} is {words}."

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from ..errors import CheckpointError
 from ._param_groups import (
     Group,
     Groups,
+    Shape,
+    State,
     check_product,
     named_params,
     params_in,
@@ -28,8 +30,6 @@ from ._param_groups import (
     without,
 )
 
-Shape = tuple[int, ...]
-State = Mapping[Any, Any]
 _MOST = (
     2**24
 )  # most numbers in a full-sized stand-in, which another package's optimizer needs
@@ -61,25 +61,21 @@ def check_loadable(
     """
     for group in fitted["param_groups"]:
         check_product(group, CheckpointError)
-    groups, fitted = _one_of_each_kind(groups, fitted)
+    groups, loaded = _one_of_each_kind(groups, fitted)
+    matched = list(_matched(groups, loaded, fitted["state"]))
     if not _is_torchs(native):
-        _check_odd_shapes(native, defaults, groups, fitted)
+        _check_odd_shapes(native, defaults, matched)
         return
-    loaded = fitted["param_groups"]
     try:
         states = _stepped(native, defaults, groups, _small, loaded)
     except Exception as error:
         if not _can_step(native, defaults, groups):
             return
         raise _no_step("settings", error) from error
-    state: dict[Any, Any] = {}
-    for (name, param, key, moments), ours in zip(
-        _matched(groups, fitted), states, strict=True
-    ):
+    state: dict[Any, Any] = defaultdict(dict)
+    for (_, name, param, key, moments), ours in zip(matched, states, strict=True):
         for k, v in moments.items():
-            state.setdefault(key, {})[k] = _stand_in(
-                f"{k} of {name}", v, param, ours.get(k)
-            )
+            state[key][k] = _stand_in(f"{k} of {name}", v, param, ours.get(k))
     try:
         _stepped(native, defaults, groups, _small, loaded, state)
     except Exception as error:
@@ -105,25 +101,18 @@ def _is_torchs(native: type[Optimizer]) -> bool:
     return native.step.__module__.startswith("torch.optim")
 
 
-class _Matched(NamedTuple):
-    """A parameter with its key and its state in the checkpoint."""
-
-    name: str
-    param: torch.Tensor
-    key: Any
-    moments: State
-
-
-def _matched(groups: Groups, fitted: State) -> Iterator[_Matched]:
-    keys = params_in(fitted["param_groups"])
-    for (name, param), key in zip(
-        named_params(groups), keys, strict=True
-    ):  # flat: first name
-        yield _Matched(name, param, key, fitted["state"].get(key) or {})
+def _matched(
+    groups: Groups, loaded: Groups, state: State
+) -> Iterator[tuple[Group, str, torch.Tensor, Any, State]]:
+    """Yield each parameter's group, its name, itself, and its key and state in the checkpoint."""
+    for group, theirs in zip(groups, loaded, strict=True):
+        named = named_params([group])
+        for (name, param), key in zip(named, theirs["params"], strict=True):
+            yield group, name, param, key, state.get(key) or {}
 
 
-def _one_of_each_kind(groups: Groups, fitted: State) -> tuple[Groups, dict[str, Any]]:
-    """Return the groups and the checkpoint with the first parameter of each kind, without groups
+def _one_of_each_kind(groups: Groups, fitted: State) -> tuple[Groups, Groups]:
+    """Return the groups and the checkpoint's with the first parameter of each kind, without groups
     that have none.
     """
     kinds: set[Any] = set()
@@ -132,28 +121,22 @@ def _one_of_each_kind(groups: Groups, fitted: State) -> tuple[Groups, dict[str, 
         zip(groups, fitted["param_groups"], strict=True)
     ):
         settings = [*settings_in(group).items(), *settings_in(theirs).items()]
-        listed = any(
-            isinstance(value, list) for _, value in settings
-        )  # a value for each parameter
+        # a value for each parameter
+        listed = any(isinstance(value, list) for _, value in settings)
         shared = number if listed else _plain(settings)
         firsts = []
-        pairs = zip(named_params([group]), theirs["params"], strict=False)
-        for position, ((_, param), key) in enumerate(pairs):
-            moments = list((fitted["state"].get(key) or {}).items())
-            kind = (
-                shared,
-                tuple(param.shape),
-                param.dtype,
-                param.device,
-                _plain(moments),
-            )
+        for position, (_, _, param, _, moments) in enumerate(
+            _matched([group], [theirs], fitted["state"])
+        ):
+            of_param = (tuple(param.shape), param.dtype, param.device)
+            kind = (shared, of_param, _plain(list(moments.items())))
             if listed or kind not in kinds:
                 kinds.add(kind)
                 firsts.append(position)
         if firsts:
             ours.append(_cut(group, firsts))
             loaded.append(_cut(theirs, firsts))
-    return ours, {**fitted, "param_groups": loaded}
+    return ours, loaded
 
 
 def _cut(group: Group, positions: Sequence[int]) -> Group:
@@ -187,14 +170,10 @@ def _plain(value: Any) -> Any:
 
 def _number(value: torch.Tensor) -> str:
     """Return a single number, such as a step counter, as text; empty for other tensors."""
-    if (
-        value.numel() != 1
-        or value.layout != torch.strided
-        or value.device.type == "meta"
-    ):
+    if value.layout != torch.strided or value.device.type == "meta":
         return ""
     local = _local(value)
-    return str(local.item()) if local.numel() == 1 else ""
+    return str(local.item()) if value.numel() == local.numel() == 1 else ""
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
@@ -235,21 +214,14 @@ def _stepped(
         ArithmeticError: the step does not give finite numbers.
     """
     stand_ins = [_with_stand_ins(group, shape_of) for group in groups]
+    fresh = {"state": defaultdict(dict), "param_groups": stand_ins}
     opt: Any = native.__new__(native)
-    opt.__setstate__(
-        {
-            "defaults": dict(defaults),
-            "state": defaultdict(dict),
-            "param_groups": stand_ins,
-        }
-    )
+    opt.__setstate__({"defaults": dict(defaults), **fresh})
     if loaded is not None:
         native.load_state_dict(opt, {"state": state or {}, "param_groups": loaded})
-    if state is None and _is_torchs(native):
+    if state is None:
         opt.state.update(_state_when_built(native, stand_ins))
     params = params_in(stand_ins)
-    for param in params:
-        param.grad = torch.ones_like(param)
     step = getattr(native.step, "__wrapped__", native.step)
     with torch.random.fork_rng(devices={p.device.index for p in params if p.is_cuda}):
         step(opt)
@@ -261,7 +233,7 @@ def _stepped(
 
 def _state_when_built(native: type[Optimizer], groups: Groups) -> State:
     """Return the state that torch's constructor makes: Adagrad's of torch 2.6."""
-    for base in native.__mro__:
+    for base in native.__mro__ if _is_torchs(native) else ():
         if base.__module__.startswith("torch.optim"):
             built: Any = base
             return built(groups).state  # type: ignore[no-any-return]
@@ -269,13 +241,13 @@ def _state_when_built(native: type[Optimizer], groups: Groups) -> State:
 
 
 def _with_stand_ins(group: Group, shape_of: Callable[[Shape], Shape]) -> Group:
-    """Return a copy of a group whose parameters are ones."""
+    """Return a copy of a group whose parameters and gradients are ones."""
     params = []
     for param in group["params"]:
-        ones = torch.ones(
-            shape_of(tuple(param.shape)), dtype=param.dtype, device=param.device
-        )
+        shape = shape_of(tuple(param.shape))
+        ones = torch.ones(shape, dtype=param.dtype, device=param.device)
         params.append(nn.Parameter(ones))
+        params[-1].grad = ones.clone()
     return {"params": params, **deepcopy(without(group, ("params",)))}
 
 
@@ -311,25 +283,23 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, ours: Any) -> Any:
 
 
 def _check_odd_shapes(
-    native: type[Optimizer], defaults: State, groups: Groups, fitted: State
+    native: type[Optimizer],
+    defaults: State,
+    matched: Iterable[tuple[Group, str, torch.Tensor, Any, State]],
 ) -> None:
     """Check another package's optimizer by a step of a full-sized stand-in for each shape in
     question.
     """
-    for group, theirs in zip(groups, fitted["param_groups"], strict=True):
-        states: dict[Shape, State] = {}
-        for name, param, _, moments in _matched(
-            [group], {**fitted, "param_groups": [theirs]}
-        ):
-            shape = tuple(param.shape)
-            for key, value in moments.items():
-                if not isinstance(value, torch.Tensor) or value.dim() != len(shape):
-                    continue
-                if value.shape != shape and shape not in states:
-                    states[shape] = _own_state(native, defaults, group, param)
-                ours = states.get(shape, {}).get(key)
-                if value.shape != shape and getattr(ours, "shape", None) == shape:
-                    raise _shape_error(f"{key} of {name}", tuple(value.shape), shape)
+    for group, name, param, _, moments in matched:
+        odd = {}
+        for key, value in moments.items():
+            same_axes = isinstance(value, torch.Tensor) and value.dim() == param.dim()
+            if same_axes and value.shape != param.shape:
+                odd[key] = tuple(value.shape)
+        ours = _own_state(native, defaults, group, param) if odd else {}
+        for key, shape in odd.items():
+            if getattr(ours.get(key), "shape", None) == param.shape:
+                raise _shape_error(f"{key} of {name}", shape, tuple(param.shape))
 
 
 def _own_state(

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import fill
-from typing import Any
 
 from .._printing import text_table
 from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
 from ..inspection import other_kind
 from ..laws import Constant, Falling, LoRAPlus, MuA
-from ._param_groups import effective_lr, named_params
+from ._param_groups import Group, Groups, effective_lr, named_params
 from ._plan import Assignment, Plan
 from ._state_dict import Reset
 
@@ -140,7 +139,7 @@ class Report:
 
 
 def make_report(
-    param_groups: Sequence[Mapping[str, Any]],
+    param_groups: Groups,
     plan: Plan,
     title: str,
     reset: tuple[Reset, ...] = (),
@@ -148,52 +147,45 @@ def make_report(
 ) -> Report:
     """Return the report of built groups at their current rates."""
     survey = plan.survey
-    by_plan = [group for group in param_groups if not _giver(plan, group)]
-    unmoved = plan.options.tuned_at is None and all(
-        group.get("rank_multiplier", 1.0) == 1.0 for group in by_plan
-    )
-    factors = {f.name: f for f in survey.factors}
-    rows = tuple(_row(group, plan, factors, unmoved) for group in param_groups)
     audit = [*survey.audit(), *_left_out(param_groups, survey)]
-    if (
-        plan.method == "lora" and survey.factors and plan.use is None
-    ):  # it decides a head's rate
-        audit += _heads_at_base_rate(by_plan)
-    notes = (*plan.notes, *_split_note(param_groups), *_reset_notes(reset))
-    return Report(rows, notes, title, reset, tuple(audit), survey, per_module)
+    # a recipe decides a head's rate
+    if plan.method == "lora" and survey.factors and plan.use is None:
+        audit += _heads_at_base_rate(_by_plan(param_groups, plan))
+    return Report(
+        _rows(param_groups, plan),
+        (*plan.notes, *_split_note(param_groups), *_reset_notes(reset)),
+        title,
+        reset,
+        tuple(audit),
+        survey,
+        per_module,
+    )
 
 
 def plan_rates(plan: Plan, lr: float) -> dict[str, Rated]:
     """Return the rate of every factor of a plan at the base rate `lr`, for `Survey.explain`."""
-    decisions = {f.name: plan.assign(f.name, f) for f in plan.survey.factors}
-    unmoved = plan.options.tuned_at is None and all(
-        decision.rank_multiplier == 1.0 for decision in decisions.values()
-    )
-    rates: dict[str, Rated] = {}
-    for name, decision in decisions.items():
-        rate = decision.pinned_lr
-        rate = lr * decision.rank_multiplier if rate is None else rate
-        rates[name] = Rated(rate, _reason([name], decision, plan, unmoved))
-    return rates
+    groups = []
+    for f in plan.survey.factors:
+        decision = plan.assign(f.name, f)
+        base = lr if decision.pinned_lr is None else decision.pinned_lr
+        names = {"params": [f], "param_names": [f.name]}
+        groups.append({"lr": base, **names, **decision._asdict()})
+    rows = _rows(groups, plan)
+    return {row.names[0]: Rated(row.lr, row.reason) for row in rows}
 
 
-def _left_out(groups: Iterable[Mapping[str, Any]], survey: Survey) -> Iterator[str]:
+def _left_out(groups: Groups, survey: Survey) -> Iterator[str]:
     """Yield the adapters none of whose factors is in the groups."""
-    names: set[str] = set()
-    for group in groups:
-        names.update(group.get("param_names", ()))
-    by_adapter: dict[str, set[str]] = {}
-    for f in survey.factors:
-        by_adapter.setdefault(f.adapter, set()).add(f.name)
-    for adapter, factors in by_adapter.items():
-        if names and names.isdisjoint(factors):
+    names = {name for group in groups for name in group.get("param_names", ())}
+    present = {f.adapter for f in survey.factors if f.name in names}
+    for adapter, count in Counter(f.adapter for f in survey.factors).items():
+        if names and adapter not in present:
             yield (
-                f"None of the {len(factors)} factors of {adapter or 'the adapter'} is in this"
-                " optimizer."
+                f"None of the {count} factors of {adapter or 'the adapter'} is in this optimizer."
             )
 
 
-def _heads_at_base_rate(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def _heads_at_base_rate(groups: Iterable[Group]) -> Iterator[str]:
     """Yield the matrices that are no adapter's and train at the adapters' base rate."""
     heads = []
     for name, param in named_params(g for g in groups if g.get("lora_role") == "other"):
@@ -207,7 +199,7 @@ def _heads_at_base_rate(groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         )
 
 
-def _split_note(groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _split_note(groups: Groups) -> Iterator[str]:
     """Yield a note on schedulers that take a list, if the user has several groups and one was
     split.
     """
@@ -229,24 +221,35 @@ def _reset_notes(reset: tuple[Reset, ...]) -> Iterator[str]:
         )
 
 
-def _row(
-    group: Mapping[str, Any], plan: Plan, factors: Mapping[str, Factor], unmoved: bool
-) -> Row:
+def _rows(groups: Groups, plan: Plan) -> tuple[Row, ...]:
+    factors = {f.name: f for f in plan.survey.factors}
+    moved = any(g.get("rank_multiplier", 1.0) != 1.0 for g in _by_plan(groups, plan))
+    unmoved = plan.options.tuned_at is None and not moved
+    return tuple(_row(group, plan, factors, unmoved) for group in groups)
+
+
+def _by_plan(groups: Groups, plan: Plan) -> list[Group]:
+    """Return the groups whose rate was not given by an argument."""
+    return [group for group in groups if not _giver(plan, group)]
+
+
+def _row(group: Group, plan: Plan, factors: Mapping[str, Factor], unmoved: bool) -> Row:
     tags = {key: group[key] for key in Assignment._fields if key in group}
     decision = Assignment(**tags)
     names = tuple(group.get("param_names", ()))
     of_group = [factors[name] for name in names if name in factors]
     paired = decision.lora_role in ("A", "B")
+    lr = effective_lr(group)
     return Row(
         role=decision.lora_role,
         rank=decision.lora_rank,
         scaling=decision.lora_scale if paired else None,
         init=decision.lora_init if paired else None,
         count=len(group["params"]),
-        base_lr=effective_lr(group) / decision.rank_multiplier,
+        base_lr=lr / decision.rank_multiplier,
         multiplier=decision.rank_multiplier,
-        lr=effective_lr(group),
-        reason=_reason(names, decision, plan, unmoved),
+        lr=lr,
+        reason=_reason(group, decision, plan, unmoved),
         names=names,
         convention=", ".join(dict.fromkeys(f.convention for f in of_group)),
         fan_in=_ends({f.fan_in for f in of_group}),
@@ -261,7 +264,7 @@ def _ends(values: set[float]) -> tuple[float, ...]:
 # --- why ------------------------------------------------------------------------------------------
 
 
-def _giver(plan: Plan, group: Mapping[str, Any]) -> str:
+def _giver(plan: Plan, group: Group) -> str:
     """Return the argument that gave a group its rate; "" if the plan did."""
     names = group.get("param_names", ())
     if names and plan.options.rate_of(names[0]) is not None:
@@ -270,25 +273,20 @@ def _giver(plan: Plan, group: Mapping[str, Any]) -> str:
     return "other_lr=" if is_other else ""
 
 
-def _reason(
-    names: Sequence[str], decision: Assignment, plan: Plan, unmoved: bool
-) -> str:
-    """Return why parameters of one assignment have their rate. unmoved: whether no rate of the
-    model is moved.
-    """
-    giver = _giver(plan, {"lora_role": decision.lora_role, "param_names": names})
+def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> str:
+    """Return why a group has its rate. unmoved: whether no rate of the model is moved."""
+    giver, role = _giver(plan, group), decision.lora_role
     if giver:
         return f"given by {giver}"
-    if decision.lora_role == "other" and plan.method != "full":
-        kinds = {other_kind(name) for name in names} - {None}
-        return reason_of_other(
-            sorted(map(str, kinds)), _rate_of_other(names, decision, plan)
-        )
+    if role == "other" and plan.method == "lora":
+        names = group.get("param_names", ())
+        kinds = {kind for kind in map(other_kind, names) if kind is not None}
+        return reason_of_other(sorted(kinds), _rate_of_other(names, decision, plan))
     if decision.lora_init == "other":
         return NO_LAW
     if unmoved:
         return _NOT_GIVEN
-    if decision.lora_role in ("A", "B"):
+    if role in ("A", "B"):
         return f"{plan.law.name}: from {plan.reference} ({_evidence(plan, decision)})"
     evidence = _evidence(plan, decision._replace(lora_role="full"))
     return f"{plan.law.name}: full finetuning, from {plan.reference} ({evidence})"
@@ -311,7 +309,7 @@ def _evidence(plan: Plan, decision: Assignment) -> str:
         return "calibrated, see its band"
     if isinstance(law, (Constant, LoRAPlus)):
         return "not moved" if kept else "its authors' advice"
-    phrases = [*_of_method(plan, decision), *_of_width_and_batch(plan, decision)]
+    phrases = list(_steps(plan, decision))
     if not phrases and kept:
         return "as tuned"
     inner = law.law if isinstance(law, Falling) else law
@@ -320,21 +318,30 @@ def _evidence(plan: Plan, decision: Assignment) -> str:
     return "as that law says"
 
 
-def _of_method(plan: Plan, decision: Assignment) -> Iterator[str]:
-    """Yield a phrase if the method differs from the reference's, or else rank or scaling do."""
-    full = decision.lora_role == "full", plan.reference.method == "full"
-    if not any(full):
+def _steps(plan: Plan, decision: Assignment) -> Iterator[str]:
+    """Yield a phrase for each step from the reference: if the method differs, or else rank or
+    scaling do, if the width does, and if the batch does.
+    """
+    at, full = plan.reference, decision.lora_role == "full"
+    if full != (at.method == "full"):
+        yield _THUMB
+    elif not full:
         yield from _of_rank(plan, decision)
-    elif not all(full):
+    moves_width = not math.isclose(plan.width, at.fan_in or plan.width)
+    if plan.options.per_layer_width or moves_width:
+        falls = isinstance(plan.law, Falling) and decision.lora_init == "B"
+        of_family = _GUESS if plan.family == "unknown" else "theory"
+        yield "untested" if falls else of_family
+    if plan.batch_multiplier != 1.0:
         yield _THUMB
 
 
 def _of_rank(plan: Plan, decision: Assignment) -> Iterator[str]:
     at, scaling = plan.reference, decision.lora_scale
+    in_b = decision.lora_init == "B"
     ranks = (decision.lora_rank or 1) / (at.rank or 1)
     if ranks == 1.0 and math.isclose(scaling, at.scaling):
         return
-    in_b = decision.lora_init == "B"
     if plan.family == "unknown":
         yield _GUESS
     elif plan.family != "sign-like":  # benchmarks/results/law_check.md, at Init[A]
@@ -342,28 +349,10 @@ def _of_rank(plan: Plan, decision: Assignment) -> Iterator[str]:
     elif ranks == 1.0:
         yield "theory"
     elif in_b:
-        yield (
-            _SMALL_RUNS
-            if isinstance(plan.law, Falling)
-            else "theory, against small runs"
-        )
+        falls = isinstance(plan.law, Falling)
+        yield _SMALL_RUNS if falls else "theory, against small runs"
     else:
         fall = -math.log(scaling / at.scaling) / math.log(ranks)
-        follows = (
-            min(abs(fall), abs(fall - 1.0)) < 0.05
-        )  # alpha follows the rank, or is kept
+        # alpha follows the rank, or is kept
+        follows = min(abs(fall), abs(fall - 1.0)) < 0.05
         yield "theory, measured" if follows else "theory"
-
-
-def _of_width_and_batch(plan: Plan, decision: Assignment) -> Iterator[str]:
-    """Yield a phrase if the width differs from the reference's, and one if the batch does."""
-    if plan.options.per_layer_width or not math.isclose(
-        plan.width, plan.reference.fan_in or plan.width
-    ):
-        untested = isinstance(plan.law, Falling) and decision.lora_init == "B"
-        if untested and decision.lora_role != "full":
-            yield "untested"
-        else:
-            yield _GUESS if plan.family == "unknown" else "theory"
-    if plan.batch_multiplier != 1.0:
-        yield _THUMB

@@ -8,8 +8,9 @@ multiplied and are divided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, count
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count, islice
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -18,12 +19,14 @@ from torch import nn
 from .._checks import is_number, is_positive
 from .._warn import warn
 from ..errors import CheckpointError
-from ..inspection import canonical_name
+from ..inspection import canonical_name, walk
 from ._param_groups import (
     GROUP_FORMAT,
     TAGS,
     Group,
     Groups,
+    Shape,
+    State,
     at_base_rate,
     base_of,
     multiply_for_native,
@@ -35,8 +38,6 @@ from ._param_groups import (
 )
 
 OnRankChange = Literal["raise", "reset"]
-State = Mapping[Any, Any]
-Shape = tuple[int, ...]
 Order = Sequence[Sequence[str]]
 _CURE = "Give the result of optimizer.state_dict()."
 
@@ -74,7 +75,7 @@ def fit_checkpoint(
     state_dict: dict[str, Any],
     on_rank_change: OnRankChange,
     order: Order,
-    model_order: Callable[[], Sequence[str]],
+    model: nn.Module | None,
 ) -> tuple[dict[str, Any], tuple[Reset, ...]]:
     """Return the state_dict to load, with the layout of our groups, and the parameters whose rank
     changed.
@@ -86,7 +87,7 @@ def fit_checkpoint(
         state_dict: the checkpoint.
         on_rank_change: as for `RankAwareOptimizer`.
         order: the parameters' names by user group.
-        model_order: returns the names of all of the model's parameters, empty if the model is gone.
+        model: the model, None if it is gone.
 
     Raises:
         CheckpointError: the checkpoint does not fit.
@@ -96,31 +97,28 @@ def fit_checkpoint(
     _refuse_strange_groups(param_groups, groups)
     _warn_of_several_rates(groups)
     if flat:
-        return {
-            **state_dict,
-            "param_groups": _flat_groups(param_groups, groups, state),
-        }, ()
+        groups = _flat_groups(param_groups, groups, state)
+        return {**state_dict, "param_groups": groups}, ()
     _check_user_groups(param_groups, groups)
     slots = _by_name(param_groups, groups)
     if slots is None:
-        slots = _by_sizes(param_groups, groups, order)
-    if slots is None:
-        slots = _by_position(param_groups, groups, state, order, model_order)
-    shapes, new_state = _written_shapes(groups), _state_of_none(groups, state)
+        slots = _by_position(param_groups, groups, state, order, model)
+    shapes = _written_shapes(state_dict["param_groups"])
+    new_state = _state_of_none(groups, state)
     new_groups: list[Group] = []
     reset: list[Reset] = []
     changed_law, numbers = False, count()
     for group in param_groups:
-        keys = []
-        for name, param in named_params([group]):
-            keys.append(next(numbers))
+        keys = list(islice(numbers, len(group["params"])))
+        new_groups.append(_merged(group, _source(group, slots), keys))
+        for number, (name, param) in zip(keys, named_params([group]), strict=True):
             key, theirs = slots[name]
             moments = state.get(key)
             rank = _changed_rank(name, param, group, theirs, moments, shapes.get(name))
             if rank is None:
-                changed_law |= _law_differs(group, theirs)
+                changed_law |= _law_differs(new_groups[-1], theirs)
                 if moments is not None:
-                    new_state[keys[-1]] = {
+                    new_state[number] = {
                         k: _laid_out(v, param) for k, v in moments.items()
                     }
             elif on_rank_change == "reset":
@@ -132,7 +130,6 @@ def fit_checkpoint(
                     "Load it into a model of the same rank, or build the optimizer with"
                     " on_rank_change='reset'.",
                 )
-        new_groups.append(_merged(group, _source(group, slots), keys))
     _warn_of_changes(param_groups, groups, changed_law)
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
@@ -169,15 +166,16 @@ def _contents(state_dict: State, flat: bool) -> tuple[Groups, State]:
         )
     for group in groups:
         _check_rates(group)
+    groups = [_read(group, flat) for group in groups]
     _check_lists(groups, flat)
-    return [_at_base_rate(group) for group in groups], state
+    return groups, state
 
 
 def _check_lists(groups: Groups, flat: bool) -> None:
     """Raise if parameters or names are listed twice, or their numbers differ in a group."""
     for group in groups:
-        names = [] if flat or _by_key([group]) else _names_in([group])
-        if names and len(names) != len(group["params"]):
+        names = group.get("param_names")
+        if names and not flat and len(names) != len(group["params"]):
             raise CheckpointError(
                 f"A group of the checkpoint has {len(group['params'])} parameters and {len(names)}"
                 " names.",
@@ -215,13 +213,18 @@ def _names_in(groups: Iterable[Group]) -> list[str]:
     return [name for group in groups for name in group.get("param_names") or ()]
 
 
-def _at_base_rate(group: Group) -> Group:
+def _read(group: Group, flat: bool) -> Group:
     """Return a saved group at its base rate. Format 1 and groups for native optimizers hold
     multiplied rates.
+
+    torch.distributed.checkpoint uses names as keys. It orders them like the optimizer's parameters,
+    but leaves `param_names` in the saved order. So the keys replace these.
     """
     if group.get("rankaware_format") == 1:
         multiplier = group.get("lr_multiplier", 1.0)
         group = {**group, "rank_multiplier": multiplier, "rank_multiplied": True}
+    if _by_key([group]) and not flat:
+        group = {**group, "param_names": list(map(canonical_name, group["params"]))}
     return at_base_rate(without(group, ("lr_multiplier",)))
 
 
@@ -289,11 +292,12 @@ def _flat_groups(param_groups: Groups, groups: Groups, state: State) -> Groups:
             " split differently.",
             "Load it with the ranks, the law and the number of processes with which it was saved.",
         )
-    _warn_of_changes(param_groups, groups, any(map(_law_differs, param_groups, groups)))
-    return [
+    merged = [
         _merged(group, theirs, theirs["params"])
         for group, theirs in zip(param_groups, groups, strict=True)
     ]
+    _warn_of_changes(param_groups, groups, any(map(_law_differs, merged, groups)))
+    return merged
 
 
 def _split_alike(group: Group, theirs: Group, state: State) -> bool:
@@ -303,7 +307,7 @@ def _split_alike(group: Group, theirs: Group, state: State) -> bool:
     if len(group["params"]) != len(theirs["params"]):
         return False
     for param, key in zip(group["params"], theirs["params"], strict=True):
-        if any(value.shape != param.shape for value in _shaped(state.get(key), param)):
+        if set(_shapes_in(state.get(key), param)) - {tuple(param.shape)}:
             return False
     return True
 
@@ -318,16 +322,9 @@ def _slots_of(groups: Iterable[Group]) -> list[_Slot]:
 def _by_name(param_groups: Groups, groups: Groups) -> _Slots | None:
     """Find our parameters in the checkpoint by name; None if it has no names, or those of another
     model.
-
-    torch.distributed.checkpoint uses names as keys. It orders them like the optimizer's parameters,
-    but leaves `param_names` in the saved order. So the keys are used first.
     """
-    slots = _slots_of(groups)
-    names = _names_in(groups)
-    if _by_key(groups):
-        names = [canonical_name(slot.key) for slot in slots]
-    by_name = dict(zip(names, slots, strict=False))
-    ours = _names_in(param_groups)
+    slots, ours = _slots_of(groups), _names_in(param_groups)
+    by_name = dict(zip(_names_in(groups), slots, strict=False))
     if len(by_name) < len(slots) or by_name.keys().isdisjoint(ours):
         return None
     missing = [name for name in ours if name not in by_name]
@@ -340,43 +337,32 @@ def _by_name(param_groups: Groups, groups: Groups) -> _Slots | None:
     return by_name
 
 
-def _by_sizes(param_groups: Groups, groups: Groups, order: Order) -> _Slots | None:
-    """Find our parameters in groups of the same sizes as ours or the user's, whose order torch
-    assumes to be the same; None if the sizes differ.
-    """
-    sizes = _sizes(group["params"] for group in groups)
-    for names in ([group["param_names"] for group in param_groups], order):
-        if sizes == _sizes(names):
-            return dict(zip(chain(*names), _slots_of(groups), strict=True))
-    return None
-
-
 def _by_position(
     param_groups: Groups,
     groups: Groups,
     state: State,
     order: Order,
-    model_order: Callable[[], Sequence[str]],
+    model: nn.Module | None,
 ) -> _Slots:
     """Find our parameters in a checkpoint without names, by the order in which it was saved.
 
-    It is that of the user's groups or the model's, whichever the moments fit. If these disagree and
-    both fit, no one knows.
+    If the orders in which that may be disagree, it is the one that the moments fit. If several do,
+    no one knows.
     """
-    slots, params = _slots_of(groups), dict(named_params(param_groups))
-    ways = _ways(slots, order, model_order(), params)
+    params, number = dict(named_params(param_groups)), len(params_in(groups))
+    ways = _ways(param_groups, groups, order, model)
     if not ways:
         raise CheckpointError(
-            f"The checkpoint has {len(slots)} parameters without matching names, this optimizer has"
+            f"The checkpoint has {number} parameters without matching names, this optimizer has"
             f" {len(params)}.",
             "Load it into the model it was saved from, with the same parameters in the same order.",
         )
-    differing = _differing(ways, state)
+    differing = _differing(ways, params, state)
     if differing:
         ways = [way for way in ways if _fits_all(way, params, state)]
-    if not ways or (differing and _differing(ways, state)):
+    if not ways or _differing(ways, params, state):
         raise CheckpointError(
-            f"The checkpoint has {len(slots)} parameters without names, in the model's order or in"
+            f"The checkpoint has {number} parameters without names, in the model's order or in"
             f" that of this optimizer's groups, and the two disagree, such as on {differing[0]}.",
             "Build the plain optimizer from model.named_parameters(), or both from the same"
             " groups.",
@@ -385,51 +371,48 @@ def _by_position(
 
 
 def _ways(
-    slots: list[_Slot], order: Order, all_names: Sequence[str], ours: Mapping[str, Any]
+    param_groups: Groups, groups: Groups, order: Order, model: nn.Module | None
 ) -> list[_Slots]:
-    """Return the names of parameters in the orders in which a checkpoint of this length may be."""
-    orders = (
-        list(chain(*order)),
-        all_names,
-        [name for name in all_names if name in ours],
-    )
-    ways = [
-        dict(zip(names, slots, strict=True))
-        for names in orders
-        if len(names) == len(slots)
-    ]
-    return [way for way in ways if way.keys() >= ours.keys()]
+    """Return the ways in which our parameters may be those of a checkpoint without names.
+
+    As torch, take groups of the same sizes as ours or the user's to be in the same order. Else it
+    is the order of the user's groups or of the model.
+    """
+    slots, ours = _slots_of(groups), set(_names_in(param_groups))
+    sizes = _sizes(map(itemgetter("params"), groups))
+    for layout in ([group["param_names"] for group in param_groups], order):
+        if _sizes(layout) == sizes:
+            return [dict(zip(chain(*layout), slots, strict=True))]
+    of_model = [] if model is None else list(dict(walk(model).parameters))
+    ways = []
+    for names in (list(chain(*order)), of_model, [n for n in of_model if n in ours]):
+        if len(names) == len(slots) and ours.issubset(names):
+            ways.append(dict(zip(names, slots, strict=True)))
+    return ways
 
 
-def _sizes(cut: Iterable[Sequence[Any]]) -> list[int]:
+def _sizes(layout: Iterable[Sequence[Any]]) -> list[int]:
     """Return the sizes of groups, without empty ones."""
-    return [len(listed) for listed in cut if len(listed)]
+    return list(filter(None, map(len, layout)))
 
 
-def _differing(ways: Sequence[_Slots], state: State) -> list[str]:
+def _differing(ways: Iterable[_Slots], names: Iterable[str], state: State) -> list[str]:
     """Return the parameters to which the ways of matching give different state or settings."""
     differing = []
-    for name, slot in ways[0].items():
-        if not all(_same(way.get(name), slot, state) for way in ways):
+    for name in names:
+        slots = [way[name] for way in ways]
+        if len({(key if state.get(key) else None, id(g)) for key, g in slots}) > 1:
             differing.append(name)
     return differing
-
-
-def _same(one: _Slot | None, other: _Slot, state: State) -> bool:
-    if one is None or one.group is not other.group:
-        return False
-    return one.key == other.key or not (state.get(one.key) or state.get(other.key))
 
 
 def _fits_all(way: _Slots, params: Mapping[str, torch.Tensor], state: State) -> bool:
     """Return whether every parameter's state has shapes that can belong to it."""
     for name, param in params.items():
         moments = state.get(way[name].key) or {}
-        shapes = [tuple(value.shape) for value in _shaped(moments, param)]
-        has_shape = any(
-            isinstance(value, torch.Tensor) and value.dim()
-            for value in moments.values()
-        )
+        shapes = _shapes_in(moments, param)
+        tensors = [v for v in moments.values() if isinstance(v, torch.Tensor)]
+        has_shape = any(tensor.dim() for tensor in tensors)
         if has_shape and (not shapes or not _fit(shapes, tuple(param.shape))):
             return False
     return True
@@ -445,25 +428,24 @@ def _source(group: Group, slots: _Slots) -> Group:
     sources = [slots[name].group for name in group["param_names"]]
     settings = settings_in(sources[0])
     for source in sources:
-        if source is sources[0]:
-            continue
         theirs = settings_in(source)
-        differing = [key for key, value in settings.items() if theirs.get(key) != value]
-        if differing:
-            raise CheckpointError(
-                f"Parameters of one group here, such as {group['param_names'][0]}, come from saved"
-                f" groups of different {differing[0]}.",
-                "Build the optimizer from the same groups as the saved one.",
-            )
+        for key, value in settings.items():
+            if source is not sources[0] and theirs.get(key) != value:
+                raise CheckpointError(
+                    f"Parameters of one group here, such as {group['param_names'][0]}, come from"
+                    f" saved groups of different {key}.",
+                    "Build the optimizer from the same groups as the saved one.",
+                )
     return sources[0]
 
 
-def _merged(group: Group, theirs: Group, keys: list[int]) -> Group:
+def _merged(group: Group, theirs: Group, keys: list[Any]) -> Group:
     """Return our group with the saved group's settings and base rate, and our own tags."""
     merged = settings_in(theirs) | {key: group[key] for key in TAGS if key in group}
+    unread = group.get("lora_init") in ("other", "unknown")
     if group["pinned_lr"] is not None:
         merged["rank_multiplier"] = _pinned_multiplier(group, theirs)
-    elif _init_was_known(group, theirs):
+    elif unread and theirs.get("lora_init") in ("A", "B"):
         # Trained weights no longer show the init that gave the saved multiplier.
         merged["lora_init"] = theirs["lora_init"]
         merged["rank_multiplier"] = theirs["rank_multiplier"]
@@ -486,22 +468,10 @@ def _pinned_multiplier(group: Group, theirs: Group) -> float:
     return float(pinned / base if base else group["rank_multiplier"])
 
 
-def _law_differs(group: Group, theirs: Group) -> bool:
-    if group["pinned_lr"] is not None or _init_was_known(group, theirs):
-        return False
-    ratio = (
-        theirs.get("rank_multiplier", group["rank_multiplier"])
-        / group["rank_multiplier"]
-    )
-    return bool(abs(ratio - 1.0) > 1e-9)
-
-
-def _init_was_known(group: Group, theirs: Group) -> bool:
-    """Return whether the checkpoint has an init that trained weights no longer show."""
-    return theirs.get("lora_init") in ("A", "B") and group.get("lora_init") in (
-        "other",
-        "unknown",
-    )
+def _law_differs(merged: Group, theirs: Group) -> bool:
+    ours = merged["rank_multiplier"]
+    ratio = theirs.get("rank_multiplier", ours) / ours
+    return merged["pinned_lr"] is None and bool(abs(ratio - 1.0) > 1e-9)
 
 
 def _warn_of_changes(ours: Groups, theirs: Groups, changed_law: bool) -> None:
@@ -525,12 +495,8 @@ def _recipe_of(groups: Groups) -> tuple[str, str]:
     """Return hash and name of the groups' recipe, from their tag "hash name"; empty strings without
     a recipe.
     """
-    tags = [
-        str(group["rankaware_recipe"])
-        for group in groups
-        if group.get("rankaware_recipe")
-    ]
-    digest, _, name = "".join(tags[:1]).partition(" ")
+    tags = (group.get("rankaware_recipe") for group in groups)
+    digest, _, name = str(next(filter(None, tags), "")).partition(" ")
     return digest, name
 
 
@@ -549,17 +515,17 @@ def _changed_rank(
     differs.
     """
     rank, shape = group.get("lora_rank"), tuple(param.shape)
-    tensors = _shaped(moments, param)
-    shapes = [tuple(value.shape) for value in tensors]
+    shapes = _shapes_in(moments, param)
     # where the checkpoint stores the parameter's shape, state may have any
-    stored = saved_shape is not None and len(saved_shape) == len(shape)
-    fits = saved_shape == shape if stored else _fit(shapes, shape)
+    if saved_shape is not None and len(saved_shape) == len(shape):
+        shapes = [saved_shape]
+    fits = _fit(shapes, shape)
     saved_rank = theirs.get("lora_rank")
     if "lora_rank" not in theirs and not fits:
         saved_rank = _rank_in(shapes, shape, group.get("lora_role"))
     if fits and saved_rank in (None, rank):
         return None
-    if saved_rank is not None and rank is not None and saved_rank != rank:
+    if rank is not None and saved_rank not in (None, rank):
         return int(saved_rank)
     raise CheckpointError(
         f"The checkpoint's {name} has shape {saved_shape or shapes[0]}, the parameter {shape}.",
@@ -571,20 +537,20 @@ def _written_shapes(groups: Groups) -> dict[str, Shape]:
     """Return the shapes stored in our checkpoint by parameter name. A plain checkpoint has none."""
     written: dict[str, Shape] = {}
     for group in groups:
-        names, texts = (
-            group.get("param_names") or [],
-            str(group.get("param_shapes", "")).split(" "),
-        )
+        names = group.get("param_names") or []
+        texts = str(group.get("param_shapes", "")).split(" ")
         if len(names) == len(texts):
             for name, text in zip(names, texts, strict=True):
                 written[name] = tuple(map(int, filter(None, text.split("x"))))
     return written
 
 
-def _shaped(moments: State | None, param: torch.Tensor) -> list[torch.Tensor]:
-    """Return state tensors with the parameter's number of dimensions, such as moments."""
+def _shapes_in(moments: State | None, param: torch.Tensor) -> list[Shape]:
+    """Return the shapes of state tensors with the parameter's number of dimensions, such as
+    moments.
+    """
     return [
-        value
+        tuple(value.shape)
         for value in (moments or {}).values()
         if isinstance(value, torch.Tensor) and value.dim() == param.dim() > 0
     ]
@@ -654,39 +620,34 @@ def to_plain_state_dict(
     Raises:
         CheckpointError: `names` or own_groups are given for an optimizer whose groups were cleared.
     """
-    state = opt.state_dict()
-    if names is not None:
-        return _regrouped(state, [names])
-    if own_groups:
-        return _regrouped(state, opt._rankaware.order)
-    keep = not opt._rankaware.scale_weight_decay
+    state, wrap = opt.state_dict(), opt._rankaware
+    if own_groups or names is not None:
+        return _regrouped(state, wrap.order if names is None else [names])
     groups: list[Group] = []
     for group in state["param_groups"]:
         groups.append({"rank_multiplier": 1.0, **group})
-        multiply_for_native(groups[-1], keep and shrinks_by_decay(opt, group))
+        keep_decay = not wrap.scale_weight_decay and shrinks_by_decay(opt, group)
+        multiply_for_native(groups[-1], keep_decay)
     return {**state, "param_groups": groups}
 
 
-def _regrouped(state: dict[str, Any], order: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _regrouped(state: State, order: Order) -> dict[str, Any]:
     """Return a state with groups of the parameters named in `order`, at their base rates."""
-    if not state["param_groups"]:
+    parts = state["param_groups"]
+    if not parts:
         raise CheckpointError(
             "This optimizer's param_groups are empty, so the settings of your groups are lost.",
             "Call to_plain_state_dict before they are cleared.",
         )
-    places = {}
-    for group in state["param_groups"]:
-        for name, key in named_params([group]):
-            places[name] = group, key
+    slots = {name: _Slot(key, g) for g in parts for name, key in named_params([g])}
     groups: list[Group] = []
-    moments, first = {}, 0
+    moments, numbers = {}, count()
     for names in order:
-        owner = state["param_groups"][0]  # an empty group needs some settings
-        owner = next((places[name][0] for name in names if name in places), owner)
-        numbers = list(range(first, first + len(names)))
-        groups.append({**settings_in(owner), "params": numbers})
-        for number, name in zip(numbers, names, strict=True):
-            if name in places and places[name][1] in state["state"]:
-                moments[number] = state["state"][places[name][1]]
-        first += len(names)
+        owners = [slots[name].group for name in names if name in slots]
+        owners.append(parts[0])  # an empty group needs some settings
+        keys = list(islice(numbers, len(names)))
+        groups.append({**settings_in(owners[0]), "params": keys})
+        for number, name in zip(keys, names, strict=True):
+            if name in slots and slots[name].key in state["state"]:
+                moments[number] = state["state"][slots[name].key]
     return {**state, "state": moments, "param_groups": groups}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,8 @@ from ..recipe import (
     rate_on,
     settings_of,
 )
-from ._param_groups import Group, UserGroup, named_params, params_in
-from ._plan import RecipeUse
+from ._param_groups import Group, Groups, UserGroup, named_params, params_in
+from ._plan import RecipeUse, Settings
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -138,9 +138,7 @@ def refuse_inside_zero() -> None:
         )
 
 
-def refuse_settings(
-    built: Optimizer | None, lr: object, settings: Mapping[str, Any]
-) -> None:
+def refuse_settings(built: Optimizer | None, lr: object, settings: Settings) -> None:
     """Raise if settings or a rate are given for an optimizer that is built already."""
     if built is not None and (settings or lr is not None):
         name = next(iter(settings), "lr")
@@ -225,47 +223,39 @@ def refuse_groups(
 
 
 def read_recipe(
-    recipe: Recipe | str | os.PathLike[str] | None, **instead: object
-) -> Recipe | None:
-    """Return the recipe, or None if none is given. Raise if something that it includes is given
-    too.
+    recipe: Recipe | str | os.PathLike[str] | None,
+    horizon: Settings,
+    law: str | Law | None,
+    tuned_at: ReferenceLike | None,
+    lr: object,
+) -> tuple[Recipe | None, str | Law, Reference | None]:
+    """Return the recipe, and the law and the reference of the base rate: the recipe's, or else
+    those given. Raise if something is given that a recipe includes, or that needs one.
     """
-    if recipe is None:
-        return None
-    for name, value in instead.items():
-        if value is not None:
-            raise OptimizerError(
-                f"Both recipe= and {name}= were given.",
-                "Give only the recipe, which includes it.",
-            )
-    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-
-
-def check_horizon(recipe: Recipe | None, horizon: Mapping[str, Any]) -> None:
-    """Raise if steps or a warm-up are given without a recipe, or the warm-up is not a share."""
     share = horizon["warmup_share"]
     if share is not None and not is_within("share", share):
         raise OptimizerError(
             f"warmup_share is {shown(share)}.",
             f"Give {range_of('share')}, or leave it out.",
         )
-    for name in ("steps", "warmup_share"):
-        if recipe is None and horizon[name] is not None:
+    if recipe is None:
+        for name in ("steps", "warmup_share"):
+            if horizon[name] is not None:
+                raise OptimizerError(
+                    f"{name}= was given without recipe=, so it has no effect.",
+                    "Leave it out.",
+                )
+        reference = None if tuned_at is None else as_reference(tuned_at)
+        return None, DEFAULT_LAW if law is None else law, reference
+    for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
+        if value is not None:
             raise OptimizerError(
-                f"{name}= was given without recipe=, so it has no effect.",
-                "Leave it out.",
+                f"Both recipe= and {name}= were given.",
+                "Give only the recipe, which includes it.",
             )
-
-
-def tuned(
-    recipe: Recipe | None, tuned_at: ReferenceLike | None, law: str | Law | None
-) -> tuple[Reference | None, str | Law]:
-    """Return the reference and the law of the base rate: the recipe's, or else those given."""
-    if recipe is not None:
-        at = recipe.reference
-        return replace(at, batch=at.batch or recipe.batch), recipe.law
-    reference = None if tuned_at is None else as_reference(tuned_at)
-    return reference, DEFAULT_LAW if law is None else law
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    at = loaded.reference
+    return loaded, loaded.law, replace(at, batch=at.batch or loaded.batch)
 
 
 def applied_settings(
@@ -315,9 +305,9 @@ def use_recipe(
     recipe: Recipe | None,
     survey: Survey,
     native: type[Optimizer],
-    settings: Mapping[str, Any],
+    settings: Settings,
     groups: Iterable[UserGroup],
-    horizon: Mapping[str, Any],
+    horizon: Settings,
 ) -> RecipeUse | None:
     """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
     trials.
@@ -336,10 +326,8 @@ def use_recipe(
     if notes:
         warn(notes[0])
     if is_for(recipe, native):
-        at_steps, at_batch = (
-            steps or recipe.steps or "unknown",
-            batch or recipe.batch or "unknown",
-        )
+        at_steps = steps or recipe.steps or "unknown"
+        at_batch = batch or recipe.batch or "unknown"
         notes.append(
             f"recipe {recipe.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g}"
             f" with 90 %, for {at_steps} steps at batch {at_batch}."
@@ -349,24 +337,20 @@ def use_recipe(
 
 
 def _settings_in_force(
-    recipe: Recipe, survey: Survey, base: dict[str, Any], groups: Iterable[UserGroup]
-) -> dict[str, Any]:
+    recipe: Recipe, survey: Survey, base: Settings, groups: Iterable[UserGroup]
+) -> Settings:
     """Return those of the recipe's settings that the factors train with, or `base`."""
-    names = [
-        name for name in recipe.settings if name in base and name not in SAME_UPDATES
-    ]
+    names = [name for name in recipe.settings if name in base.keys() - SAME_UPDATES]
     factors = {f.name for f in survey.factors}
-    of_groups = [
-        {**base, **g.options} for g in groups if not factors.isdisjoint(g.names)
-    ]
-    return settings_of(of_groups or [base], names)
+    own = [g.options for g in groups if not factors.isdisjoint(g.names)]
+    return settings_of([{**base, **options} for options in own or [{}]], names)
 
 
 def _differing(
     recipe: Recipe,
     native: type[Optimizer],
-    settings: dict[str, Any],
-    horizon: Mapping[str, Any],
+    settings: Settings,
+    horizon: Settings,
 ) -> list[str]:
     """Return how the run differs from the recipe's trials, and what to do about it; empty if it
     does not.
@@ -418,32 +402,28 @@ def check_parameters(
         return
     walked = walk(model)
     lost = {name: p for name, p in walked.parameters if _is_graded(p)}
-    if not lost:
-        return
-    opt._rankaware_unchecked = False
+    opt._rankaware_unchecked &= not lost
     for holder in (opt, *others):
-        held = set(map(id, params_in(holder.param_groups)))
-        lost = {name: p for name, p in lost.items() if id(p) not in held}
-    if lost:
-        _refuse_lost(groups, walked, lost)
+        held = set(params_in(holder.param_groups))
+        lost = {name: p for name, p in lost.items() if p not in held}
+    _refuse_lost(groups, walked, lost)
 
 
 def _refuse_lost(
-    groups: Sequence[Group], walked: Walk, lost: Mapping[str, nn.Parameter]
+    groups: Groups, walked: Walk, lost: Mapping[str, nn.Parameter]
 ) -> None:
     """Raise if `lost` parameters, which no optimizer has, train in place of those in `groups`."""
+    if not lost:
+        return
     for name, param in named_params(groups):
         if name in lost and param.grad is None:
             raise _lost(name, "whose tensor of that name has none")
-    adapters = _adapters_in(lost, walked)
-    params = params_in(groups)
-    gone = {id(p) for _, p in walked.parameters}.isdisjoint(
-        map(id, params)
-    )  # FSDP1 flattens them
+    adapters, params = _adapters_in(lost, walked), params_in(groups)
+    # FSDP1 flattens them
+    gone = set(params).isdisjoint(dict(walked.parameters).values())
     if _is_idle(params) and (adapters or gone):
-        raise _lost((adapters or list(lost))[0], "none of whose parameters has one")
-    factors = params_in(filter(_is_of_adapter, groups))
-    if adapters and factors and _is_idle(factors):
+        raise _lost([*adapters, *lost][0], "none of whose parameters has one")
+    if adapters and _is_idle(params_in(filter(_is_of_adapter, groups))):
         warn(
             f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
             " not hold, has one and does not train. Build the optimizer after the adapter was"
@@ -451,24 +431,25 @@ def _refuse_lost(
         )
 
 
-def _is_of_adapter(group: Mapping[str, Any]) -> bool:
+def _is_of_adapter(group: Group) -> bool:
     return group.get("lora_role") in ("A", "B")
 
 
 def _adapters_in(lost: Mapping[str, nn.Parameter], walked: Walk) -> list[str]:
     """Return the names of those that are LoRA factors."""
-    halves: set[int] = set()
+    halves: set[torch.Tensor] = set()
     for pair in pairs_of(walked.modules):
-        halves |= {id(pair.a.tensor), id(pair.b.tensor)}
-    return [name for name, p in lost.items() if id(p) in halves]
+        halves |= {pair.a.tensor, pair.b.tensor}
+    return [name for name, p in lost.items() if p in halves]
 
 
 def _is_graded(param: torch.Tensor) -> bool:
     return param.grad is not None
 
 
-def _is_idle(params: Iterable[torch.Tensor]) -> bool:
-    return not any(map(_is_graded, params))
+def _is_idle(params: Collection[torch.Tensor]) -> bool:
+    """Return whether there are parameters, none of which has a gradient."""
+    return bool(params) and not any(map(_is_graded, params))
 
 
 def _lost(name: str, what: str) -> OptimizerError:

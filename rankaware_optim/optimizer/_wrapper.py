@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from operator import mul
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,20 +36,19 @@ from ._param_groups import (
     model_of,
     multiply_for_native,
     params_in,
+    rated,
     set_rate,
     shrinks_by_decay,
     split,
-    unnamed,
     user_groups,
 )
-from ._plan import Plan, PlanOptions, make_plan
+from ._plan import Plan, PlanOptions, Settings, make_plan
 from ._rehearsal import check_loadable
 from ._report import Report, make_report
 from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
 from ._validate import (
     applied_settings,
     check_base_lr,
-    check_horizon,
     check_parameters,
     native_class,
     read_recipe,
@@ -56,7 +56,6 @@ from ._validate import (
     refuse_inside_zero,
     refuse_rateless,
     refuse_settings,
-    tuned,
     use_recipe,
 )
 
@@ -212,12 +211,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         refuse_inside_zero()
         check_on_rank_change(on_rank_change)
         refuse_settings(built, lr, settings)
-        loaded = read_recipe(recipe, lr=lr, tuned_at=tuned_at, law=law)
         horizon = {"batch": batch, "steps": steps, "warmup_share": warmup_share}
-        check_horizon(loaded, horizon)
+        loaded, law, at = read_recipe(recipe, horizon, law, tuned_at, lr)
         if apply_settings:
             settings = {**applied_settings(loaded, native, built), **settings}
-        at, law = tuned(loaded, tuned_at, law)
         options = PlanOptions(
             law, at, dict(rates or {}), other_lr, per_layer_width, batch, strict
         )
@@ -480,7 +477,7 @@ def _trained(survey: Survey, walked: Walk) -> Survey:
 
 
 def _construct(
-    native: type[Optimizer], parts: list[Group], lr: Any, settings: Mapping[str, Any]
+    native: type[Optimizer], parts: list[Group], lr: Any, settings: Settings
 ) -> Any:
     """Build the optimizer. Groups are split before the native __init__, which may copy them, and
     scaled after it.
@@ -515,13 +512,12 @@ def _regroup(
     built: Optimizer, native: type[Optimizer], parts: list[Group], lr: Any
 ) -> Any:
     """Replace the groups of a built optimizer in place, and its class. Its state is kept."""
-    base = {} if lr is None else {"lr": lr}
     groups = []
     for part in parts:
         names = [name for name, _ in part["params"]]
-        groups.append({**unnamed(part), "param_names": names, **base})
-        set_rate(groups[-1])
-    built.defaults.update(base)
+        groups.append({**rated(part, lr, False), "param_names": names})
+    if lr is not None:
+        built.defaults["lr"] = lr
     built.param_groups[:] = groups
     built.__class__ = _subclass(native)
     built._patch_step_function()  # torch hooks `step` by class
@@ -566,12 +562,9 @@ def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
         walked, method=plan.method, init=wrap.init, also=_frozen(groups) | present
     )
     named = all("param_names" in group for group in opt.param_groups)
-    parts = []
+    base, parts = opt.defaults.get("lr"), []
     for part in split(groups, replace(plan, survey=survey), first):
-        parts.append(
-            {"lr": opt.defaults.get("lr"), **(part if named else unnamed(part))}
-        )
-        set_rate(parts[-1])
+        parts.append(rated(part, base, named))
     before = plan.survey.factors
     names = {f.name for f in before}
     added = [f for f in survey.factors if f.name not in names]
@@ -586,12 +579,8 @@ def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
 def _load(opt: Any, state_dict: dict[str, Any]) -> tuple[Reset, ...]:
     """Load a checkpoint that fits, and return the parameters whose rank changed."""
     wrap, native, model = opt._rankaware, type(opt)._rankaware_native, _model_of(opt)
-
-    def model_order() -> list[str]:
-        return [] if model is None else [name for name, _ in walk(model).parameters]
-
     fitted, reset = fit_checkpoint(
-        opt.param_groups, state_dict, wrap.on_rank_change, wrap.order, model_order
+        opt.param_groups, state_dict, wrap.on_rank_change, wrap.order, model
     )
     check_loadable(native, opt.defaults, opt.param_groups, fitted)
     native.load_state_dict(opt, fitted)
@@ -643,10 +632,7 @@ def _multiply(opt: Any) -> None:
     if bases and all(isinstance(base, torch.Tensor) for base in bases):
         rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
     else:
-        rates = [
-            base * multiplier
-            for base, multiplier in zip(bases, multipliers, strict=True)
-        ]
+        rates = list(map(mul, bases, multipliers))
     decays = [group.get("weight_decay") for group in groups]
     # before a rate changes, for a save
     opt._rankaware_held = list(zip(groups, bases, rates, decays, strict=True))
