@@ -22,6 +22,7 @@ from .._warn import warn
 from ..errors import InspectionError
 
 KEYS = ("{}", "{}.weight")
+INITS = (*get_args(Init), None)
 
 Shape = tuple[int, ...]
 
@@ -183,18 +184,6 @@ class Convention:
 _LORA = ("lora_A", "lora_B")
 
 
-def _automodel_experts(part: str) -> Convention:
-    a, b = f"lora_{part}_A", f"lora_{part}_B"
-    return Convention(
-        f"automodel-{part}",
-        a,
-        b,
-        layouts=("columns",),
-        rank=("lora_dim", "dim"),
-        exact=False,
-    )
-
-
 CONVENTIONS: tuple[Convention, ...] = (
     # AdaLoRA is B·diag(E)·A with E zero. `scaling` is alpha, and ranks are pruned during training.
     # No law covers it.
@@ -241,8 +230,17 @@ CONVENTIONS: tuple[Convention, ...] = (
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
     ),
     Convention("lora_down/lora_up", "lora_down", "lora_up"),
-    _automodel_experts("gate_and_up"),
-    _automodel_experts("down"),
+    *(
+        Convention(
+            f"automodel-{part}",
+            f"lora_{part}_A",
+            f"lora_{part}_B",
+            layouts=("columns",),
+            rank=("lora_dim", "dim"),
+            exact=False,
+        )
+        for part in ("gate_and_up", "down")
+    ),
     Convention(
         "megatron",
         "linear_in",
@@ -384,8 +382,7 @@ def _check(row: Any) -> None:
         )
     for problem, cure in _problems(row):
         raise InspectionError(f"The convention {row.name!r} has {problem}.", cure)
-    inits = (*get_args(Init), None)
-    check_init(row.init, f"The init of the convention {row.name!r} is", known=inits)
+    check_init(row.init, f"The init of the convention {row.name!r} is", known=INITS)
 
 
 def _problems(row: Convention) -> Iterator[tuple[str, str]]:

@@ -38,23 +38,18 @@ _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Start(NamedTuple):
-    """The new init of one pair: its rank, which factor is drawn, with which variance, and whether
-    uniform or normal.
+    """The new init of one pair: its rank, the init and variance asked for, the init that it gets,
+    which factor is drawn, with which variance, and whether uniform or normal.
     """
 
     pair: Pair
     rank: int
+    asked: tuple[DrawnInit, Variance]
     init: DrawnInit
+    drawn: Half
+    zeroed: Half
     variance: float
     uniform: bool
-
-    @property
-    def drawn(self) -> Half:
-        return self.pair.a if self.init == "A" else self.pair.b
-
-    @property
-    def zeroed(self) -> Half:
-        return self.pair.b if self.init == "A" else self.pair.a
 
 
 def initialize(
@@ -161,10 +156,40 @@ def _check_arguments(
 
 def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Start]:
     """Return the new inits of pairs. Raise an `InspectionError` if one cannot have it."""
-    starts = [_checked_start(pair, init, variance) for pair, init, variance in wanted]
-    drawn = {_memory(start.drawn) for start in starts}
+    starts = []
+    for pair, init, variance in wanted:
+        if pair.convention.init is not None:
+            raise InspectionError(
+                f"{pair.where} needs the init of its convention {pair.convention.name!r}.",
+                "Freeze its adapter to initialise the others.",
+            )
+        _refuse_unwritable(pair, pair.a)
+        _refuse_unwritable(pair, pair.b)
+        start = start_of(pair, init, variance)
+        starts.append(start)
+        scaling_of(pair, start.rank)
+        if not start.zeroed.tensor.requires_grad:
+            other = {"A": "B", "B": "A"}[start.init]
+            raise InspectionError(
+                f"{start.zeroed.name} of {pair.where} is frozen, so the pair could not learn if it"
+                " is zero.",
+                f"Unfreeze it, or use init={other!r}.",
+            )
+        if declared_number(pair, ("scalar",)) == 0:
+            raise InspectionError(
+                f"{pair.where} multiplies its adapter by a `scalar` of zero, so with a zero factor"
+                " it could not learn.",
+                "Build it without the scalar (use_scalar=False).",
+            )
+        if is_merged(pair) and _adds(pair):
+            raise InspectionError(
+                f"{pair.where} is merged into its base weight, and unmerging it needs its present"
+                " factors.",
+                "Unmerge the adapters first.",
+            )
+    drawn = {memory_of(start.drawn) for start in starts}
     for start in starts:
-        if _memory(start.zeroed) in drawn:
+        if memory_of(start.zeroed) in drawn:
             raise InspectionError(
                 f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be"
                 " drawn.",
@@ -173,48 +198,20 @@ def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Sta
     return starts
 
 
-def _checked_start(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
-    if pair.convention.init is not None:
-        raise InspectionError(
-            f"{pair.where} needs the init of its convention {pair.convention.name!r}.",
-            "Freeze its adapter to initialise the others.",
-        )
-    _refuse_unwritable(pair, pair.a)
-    _refuse_unwritable(pair, pair.b)
-    start = start_of(pair, init, variance)
-    scaling_of(pair, start.rank)
-    if not start.zeroed.tensor.requires_grad:
-        raise InspectionError(
-            f"{start.zeroed.name} of {pair.where} is frozen, so the pair could not learn if it is"
-            " zero.",
-            f"Unfreeze it, or use init={'B' if start.init == 'A' else 'A'!r}.",
-        )
-    if declared_number(pair, ("scalar",)) == 0:
-        raise InspectionError(
-            f"{pair.where} multiplies its adapter by a `scalar` of zero, so with a zero factor it"
-            " could not learn.",
-            "Build it without the scalar (use_scalar=False).",
-        )
-    if is_merged(pair) and _adds(pair):
-        raise InspectionError(
-            f"{pair.where} is merged into its base weight, and unmerging it needs its present"
-            " factors.",
-            "Unmerge the adapters first.",
-        )
-    return start
-
-
 def start_of(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
     """Return the pair's new init for `init` and `variance`."""
     reading = reading_of(pair)
-    rank = int(reading.rank_a)
+    asked, rank, uniform = (init, variance), int(reading.rank_a), False
     if init == "B":
-        return Start(pair, rank, "B", 1 / (rank * reading.inner), uniform=False)
-    if reading.kind == "embedding":  # its input is one-hot
-        return Start(pair, rank, "A" if variance == "mua" else "B", 1.0, uniform=False)
-    if variance == "peft":
-        return Start(pair, rank, "A", 1 / (3 * reading.fan_in), uniform=True)
-    return Start(pair, rank, "A", 1 / reading.fan_in, uniform=False)
+        square = 1 / (rank * reading.inner)
+    elif reading.kind == "embedding":  # its input is one-hot
+        init, square = "A" if variance == "mua" else "B", 1.0
+    elif variance == "peft":
+        square, uniform = 1 / (3 * reading.fan_in), True
+    else:
+        square = 1 / reading.fan_in
+    drawn, zeroed = (pair.a, pair.b) if init == "A" else (pair.b, pair.a)
+    return Start(pair, rank, asked, init, drawn, zeroed, square, uniform)
 
 
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
@@ -242,11 +239,11 @@ def _refuse_unwritable(pair: Pair, half: Half) -> None:
     raise InspectionError(f"{half.name} of {pair.where} {problem}.", cure)
 
 
-def _memory(half: Half) -> tuple[str, int]:
+def memory_of(half: Half) -> tuple[torch.device, int]:
     """Return a key of a factor's memory. Tied factors may be two parameters with the same memory,
     one transposed.
     """
-    return str(half.tensor.device), half.tensor.data_ptr()
+    return half.tensor.device, half.tensor.data_ptr()
 
 
 def refuse_residual(pair: Pair, configs: Configs) -> None:
@@ -275,10 +272,9 @@ def _has_values(tensor: torch.Tensor | None) -> bool:
 
 def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
     """Return the bias of a factor's module, as PEFT's lora_bias adds it."""
-    inner, _, last = half.name.rpartition(".")
-    if not inner or last != "weight":
-        return None
-    bias = getattr(pair.owner.get_submodule(inner), "bias", None)
+    inner = half.name.rpartition(".")[0]
+    module = pair.owner.get_submodule(inner) if inner else None
+    bias = getattr(module, "bias", None)
     return bias if isinstance(bias, torch.Tensor) else None
 
 
@@ -293,28 +289,28 @@ def is_merged(pair: Pair) -> bool:
 
 
 def write_starts(starts: Iterable[Start], seed: int) -> None:
-    written = set[tuple[str, int]]()
+    """Draw and zero the factors, and record the inits. A tied factor is drawn once, by its first
+    name.
+    """
+    drawn = set[tuple[torch.device, int]]()
     for start in starts:
-        pair = start.pair
-        if _memory(start.drawn) not in written:
-            written.add(_memory(start.drawn))
-            start.drawn.tensor.copy_(_draw(start, seed))
+        pair, half = start.pair, start.drawn
+        if memory_of(half) not in drawn:
+            drawn.add(memory_of(half))
+            name = f"{seed}:{pair.layer}.{half.name}"
+            digest = hashlib.sha256(name.encode()).digest()
+            # torch's CPU generator takes 32 bits.
+            source = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+            draw: Any = torch.rand if start.uniform else torch.randn
+            values = draw(
+                half.shape, generator=source, dtype=torch.float32, device="cpu"
+            )
+            square = start.variance
+            if start.uniform:
+                values, square = 2 * values - 1, 3 * square
+            half.tensor.copy_(values * math.sqrt(square))
         for tensor in (start.zeroed.tensor, _bias(pair, pair.a), _bias(pair, pair.b)):
             if tensor is not None:
                 tensor.zero_()
         marks = {**getattr(pair.owner, INIT_MARK, {}), pair.adapter: start.init}
         setattr(pair.owner, INIT_MARK, marks)
-
-
-def _draw(start: Start, seed: int) -> torch.Tensor:
-    name = f"{seed}:{start.pair.layer}.{start.drawn.name}"
-    digest = hashlib.sha256(name.encode()).digest()
-    # torch's CPU generator takes 32 bits.
-    source = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-    draw: Any = torch.rand if start.uniform else torch.randn
-    values: torch.Tensor = draw(
-        start.drawn.shape, generator=source, dtype=torch.float32, device="cpu"
-    )
-    if start.uniform:
-        return (2 * values - 1) * math.sqrt(3 * start.variance)
-    return values * math.sqrt(start.variance)

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from .._checks import check_init
 from .._types import Factor, Init, Survey
 from ..errors import InspectionError
+from ._conventions import INITS
 from ._file_pairs import file_pairs
 from ._pairs import reading_of
 from ._peft_config import LORA_TYPES, AdapterConfig, read_config
@@ -54,7 +55,7 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
         InspectionError: something is missing, damaged or contradictory. The message names the file
             and the key.
     """
-    check_init(init, known=(*get_args(Init), None))
+    check_init(init, known=INITS)
     file, config = _file_at(Path(path))
     header = read_header(file)
     pairs, numbers = file_pairs(header, config)
@@ -74,7 +75,7 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     for name in unlawful:  # such as x.hada_w1_a
         numbers.add(f"{name.removesuffix('.weight').rpartition('.')[0]}.alpha")
     left -= {name for name in numbers if header.is_scalar(name)}
-    other = tuple(name for name in header.tensors if name in left)
+    other = tuple(filter(left.__contains__, header.tensors))
     return Survey(
         tuple(factors),
         other,

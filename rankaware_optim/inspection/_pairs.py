@@ -139,28 +139,20 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     rows = conventions()
     firsts = {row.a for row in rows}
     for layer, module in modules:
-        members = {**module._modules, **module._parameters}
-        if not firsts.isdisjoint(members):
-            yield from _pairs_in(layer, module, members, rows)
-
-
-def _pairs_in(
-    layer: str,
-    module: nn.Module,
-    members: Mapping[str, Any],
-    rows: Iterable[Convention],
-) -> Iterable[Pair]:
-    pairs: dict[tuple[int, int], Pair] = {}
-    for row in rows:
-        firsts = _halves(members.get(row.a), row.a, row.container)
-        if not firsts or not all(hasattr(module, name) for name in row.where):
+        members: dict[str, Any] = {**module._modules, **module._parameters}
+        if firsts.isdisjoint(members):
             continue
-        seconds = _halves(members.get(row.b), row.b, row.container)
-        for adapter in filter(seconds.__contains__, firsts):
-            a, b = firsts[adapter], seconds[adapter]
-            key = id(a.tensor), id(b.tensor)
-            pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
-    return pairs.values()
+        pairs: dict[tuple[int, int], Pair] = {}
+        for row in rows:
+            in_a = _halves(members.get(row.a), row.a, row.container)
+            if not in_a or not all(hasattr(module, name) for name in row.where):
+                continue
+            in_b = _halves(members.get(row.b), row.b, row.container)
+            for adapter in filter(in_b.__contains__, in_a):
+                a, b = in_a[adapter], in_b[adapter]
+                key = id(a.tensor), id(b.tensor)
+                pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
+        yield from pairs.values()
 
 
 def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:

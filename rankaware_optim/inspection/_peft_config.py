@@ -359,18 +359,15 @@ def redeclare(configs: Configs, pairs: Iterable[Pair]) -> None:
         layer, fields = config_of(pair, configs)
         if fields and (pair.trains or id(fields) in groups):
             _, named = groups.setdefault(id(fields), (fields, {}))
-            named[_name_for_patterns(pair, layer)] = pair
+            name = pair.layer.removeprefix(layer).removeprefix(".")
+            # As in the base model, or the parameter's name for experts.
+            parameter = getattr(pair.owner, "parameter_name", None)
+            parts = filter(None, (name.split(".base_layer")[0], parameter))
+            named[".".join(parts)] = pair
     for fields, named in groups.values():
         ranks = list(fields.get("rank_pattern") or {})
         _set_patterns(fields, named, "r", "rank_pattern", ranks)
         _set_patterns(fields, named, "lora_alpha", "alpha_pattern", ranks)
-
-
-def _name_for_patterns(pair: Pair, prefix: str) -> str:
-    """Return a pair's name as in the base model, or the parameter's name for experts."""
-    name = pair.layer.removeprefix(prefix).removeprefix(".").split(".base_layer")[0]
-    parameter = getattr(pair.owner, "parameter_name", None)
-    return f"{name}.{parameter}" if parameter else name
 
 
 def _set_patterns(

@@ -78,18 +78,13 @@ def reference_of(survey: Survey) -> Reference:
 
 
 def _of_config(config: Any) -> Reference:
-    kind = (
-        str(getattr(config.peft_type, "value", config.peft_type))
-        if hasattr(config, "peft_type")
-        else "LORA"
-    )
+    kind = getattr(config, "peft_type", "LORA")
+    kind = str(getattr(kind, "value", kind))
     init = declared_init(getattr(config, "init_lora_weights", True), "linear")
     if kind != "LORA" or init == "other":
-        what = (
-            f"init_lora_weights={shown(config.init_lora_weights)}"
-            if kind == "LORA"
-            else f"the kind {shown(kind)}"
-        )
+        what = f"the kind {shown(kind)}"
+        if kind == "LORA":
+            what = f"init_lora_weights={shown(config.init_lora_weights)}"
         raise InvalidReferenceError(
             f"A {type(config).__name__} with {what} is not a reference, since no law covers it.",
             "Give Reference(rank=..., alpha=...) if you know its equivalent.",

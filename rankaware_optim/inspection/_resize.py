@@ -13,18 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .._types import Init, Survey, scaling_factor
+from .._types import Init, scaling_factor
 from ..errors import InspectionError
 from ._initialize import (
     DrawnInit,
+    Start,
     Variance,
     check_starts,
     is_merged,
+    memory_of,
     refuse_residual,
     start_of,
     write_starts,
@@ -49,17 +51,8 @@ ScalingRule = Literal["fixed", "alpha", "rslora"]
 # Other parts of an adapter whose shape does not depend on the rank.
 _PARTS = {"DoRA magnitude", "LoRA bias"}
 _RANKLESS = {*_PARTS, "new tokens", "whole copy (modules_to_save)", "LyCORIS scalar"}
-# Attributes in which a factor's module declares the sizes of its weight, by axis.
-_SIZES = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
-
-
-class _Original(NamedTuple):
-    """An original pair and its rank, and the init and variance of new factors."""
-
-    pair: Pair
-    rank: int
-    init: DrawnInit
-    variance: Variance
+# Attributes in which a factor's module declares the sizes of its weight, with their axes.
+_SIZES = {"out_features": 0, "out_channels": 0, "in_features": 1, "in_channels": 1}
 
 
 class Adapters:
@@ -83,7 +76,13 @@ class Adapters:
         rule: ScalingRule = "fixed",
     ) -> None:
         survey = survey_of(walked, init=init)
-        _refuse_other_parts(survey)
+        for name, kind in survey.unsupported.items():
+            if kind not in _RANKLESS:
+                raise InspectionError(
+                    f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in"
+                    " place.",
+                    "Freeze it, or build the model in each trial with ra.calibrate.",
+                )
         self.rank = survey.dominant().rank or 1
         self._walked, self._rule = walked, rule
         self._pairs = list(pairs_of(walked.modules))
@@ -92,20 +91,10 @@ class Adapters:
         wanted = []
         for pair in filter(lambda pair: pair.trains, self._pairs):
             refuse_residual(pair, self._configs)
-            wanted.append(
-                (
-                    pair,
-                    *_wanted_init(
-                        pair, inits[pair.layer, pair.adapter], init, variance
-                    ),
-                )
-            )
-        starts = check_starts(wanted)
-        self._originals = [
-            _Original(pair, start.rank, pair_init, drawn)
-            for (pair, pair_init, drawn), start in zip(wanted, starts, strict=True)
-        ]
-        _refuse_views(self._halves())
+            pair_init = inits[pair.layer, pair.adapter]
+            wanted.append((pair, *_wanted_init(pair, pair_init, init, variance)))
+        self._originals = check_starts(wanted)
+        _refuse_views(original.pair for original in self._originals)
         for original in self._originals:
             for rank in {self.rank, *ranks}:
                 _shapes(original, self._rank_at(original, rank))
@@ -115,7 +104,8 @@ class Adapters:
     @property
     def factors(self) -> list[torch.Tensor]:
         """The original factors."""
-        return [half.tensor for _, half in self._halves()]
+        pairs = [original.pair for original in self._originals]
+        return [half.tensor for pair in pairs for half in (pair.a, pair.b)]
 
     @property
     def declarations(self) -> list[Any]:
@@ -129,11 +119,6 @@ class Adapters:
         """
         return [(pair.where, _base_weight(pair)) for pair, *_ in self._originals]
 
-    def _halves(self) -> list[tuple[Pair, Half]]:
-        return [
-            (pair, half) for pair, *_ in self._originals for half in (pair.a, pair.b)
-        ]
-
     @torch.no_grad()
     def remake(self, rank: int, seed: int) -> list[nn.Parameter]:
         """Replace the original factors by new ones at `rank`, drawn with `seed`, and return these.
@@ -141,22 +126,19 @@ class Adapters:
         The model must be in its original state.
         """
         declarations: list[Declaration] = []
-        for original in self._originals:
-            declarations += self._declarations_at(
-                original, self._rank_at(original, rank)
-            )
         factors: dict[int, nn.Parameter] = {}
         wanted = []
         for original in self._originals:
-            pair, shapes = (
-                original.pair,
-                _shapes(original, self._rank_at(original, rank)),
-            )
-            a, b = (
-                _replace(pair.owner, half, shape, factors)
-                for half, shape in zip((pair.a, pair.b), shapes, strict=True)
-            )
-            wanted.append((pair._replace(a=a, b=b), original.init, original.variance))
+            pair, new_rank = original.pair, self._rank_at(original, rank)
+            declarations += rank_declarations(pair, original.rank, new_rank)
+            scaling = scaling_of(pair, original.rank)
+            if scaling is not None:
+                scaling *= scaling_factor(self._rule, original.rank, new_rank)
+                declarations += declarations_of(pair, original.rank, scaling, new_rank)
+            of_a, of_b = _shapes(original, new_rank)
+            a = _replace(pair.owner, pair.a, of_a, factors)
+            b = _replace(pair.owner, pair.b, of_b, factors)
+            wanted.append((pair._replace(a=a, b=b), *original.asked))
         declare(declarations)
         write_starts([start_of(*each) for each in wanted], seed)
         redeclare(self._configs, self._pairs)
@@ -174,7 +156,7 @@ class Adapters:
             if hasattr(pair.owner, "_disable_adapters"):
                 vars(pair.owner)["_disable_adapters"] = True
 
-    def _rank_at(self, original: _Original, rank: int) -> int:
+    def _rank_at(self, original: Start, rank: int) -> int:
         """Return the rank of a pair in a trial at `rank`."""
         new_rank, rest = divmod(original.rank * rank, self.rank)
         if rest:
@@ -185,28 +167,8 @@ class Adapters:
             )
         return new_rank
 
-    def _declarations_at(
-        self, original: _Original, new_rank: int
-    ) -> Iterator[Declaration]:
-        pair, rank = original.pair, original.rank
-        yield from rank_declarations(pair, rank, new_rank)
-        scaling = scaling_of(pair, rank)
-        if scaling is not None:
-            scaling *= scaling_factor(self._rule, rank, new_rank)
-            yield from declarations_of(pair, rank, scaling, new_rank)
-
 
 # --- the original adapters ------------------------------------------------------------------------
-
-
-def _refuse_other_parts(survey: Survey) -> None:
-    for name, kind in survey.unsupported.items():
-        if kind not in _RANKLESS:
-            raise InspectionError(
-                f"{name} belongs to an adapter ({kind}) that cannot be made at another rank in"
-                " place.",
-                "Freeze it, or build the model in each trial with ra.calibrate.",
-            )
 
 
 def _wanted_init(
@@ -245,18 +207,18 @@ def _wanted_init(
     return "B", "mua"
 
 
-def _refuse_views(halves: Iterable[tuple[Pair, Half]]) -> None:
+def _refuse_views(pairs: Iterable[Pair]) -> None:
     """Raise if different parameters share memory, since it is not known how new factors should
     share it.
     """
-    by_memory: dict[tuple[Any, int], torch.Tensor] = {}
-    for pair, half in halves:
-        memory = half.tensor.device, half.tensor.data_ptr()
-        if by_memory.setdefault(memory, half.tensor) is not half.tensor:
-            raise InspectionError(
-                f"{half.name} of {pair.where} shares its memory with another factor.",
-                "Tie factors by making them the same parameter, or untie them.",
-            )
+    by_memory: dict[tuple[torch.device, int], torch.Tensor] = {}
+    for pair in pairs:
+        for half in (pair.a, pair.b):
+            if by_memory.setdefault(memory_of(half), half.tensor) is not half.tensor:
+                raise InspectionError(
+                    f"{half.name} of {pair.where} shares its memory with another factor.",
+                    "Tie factors by making them the same parameter, or untie them.",
+                )
 
 
 def _base_weight(pair: Pair) -> nn.Parameter | None:
@@ -275,7 +237,7 @@ def _base_weight(pair: Pair) -> nn.Parameter | None:
 # --- the new adapters -----------------------------------------------------------------------------
 
 
-def _shapes(original: _Original, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(original: Start, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of A and B at another rank. The same layout must read them, with equal
     fan-in and fan-out.
     """
@@ -283,7 +245,7 @@ def _shapes(original: _Original, rank: int) -> tuple[tuple[int, ...], tuple[int,
     growth = rank / original.rank
     for layout in pair.convention.layouts:
         reading = read_as(layout, pair)
-        if reading is None or {reading.rank_a, reading.rank_b} != {original.rank}:
+        if reading is None or reading.rank_a != original.rank:
             continue
         wanted = reading._replace(rank_a=rank, rank_b=rank)
         for a, b in product(_grown(pair.a.shape, growth), _grown(pair.b.shape, growth)):
@@ -316,23 +278,24 @@ def _replace(
     original, sizes = half.tensor, half.shape
     if id(original) not in factors:
         factors[id(original)] = _empty_like(original, shape)
+    new = half._replace(tensor=factors[id(original)])
     inner, _, local = half.name.rpartition(".")
     module = owner.get_submodule(inner)
-    module._parameters[local] = factors[id(original)]
-    for axis, names in _SIZES.items() if inner else ():
-        for name in names:
-            size = getattr(module, name, None)
-            if isinstance(size, int):
-                setattr(module, name, size * shape[axis] // sizes[axis])
-    bias = module._parameters.get("bias") if inner else None
+    module._parameters[local] = new.tensor
+    if not inner:
+        return new
+    for name, axis in _SIZES.items():
+        size = getattr(module, name, None)
+        if isinstance(size, int):
+            setattr(module, name, size * shape[axis] // sizes[axis])
+    bias = module._parameters.get("bias")
     if bias is not None and shape[0] != sizes[0]:
         length = len(bias) * shape[0] // sizes[0]
         module._parameters["bias"] = _empty_like(bias, (length,))
-    return half._replace(tensor=factors[id(original)])
+    return new
 
 
 def _empty_like(tensor: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    new = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    new = nn.Parameter(tensor.new_empty(shape), requires_grad=tensor.requires_grad)
     vars(new).update(vars(tensor))
     return new

@@ -83,7 +83,18 @@ def read_header(path: Path) -> Header:
         )
     try:
         with path.open("rb", buffering=0) as file:
-            length = _length(path, file)
+            first, size = file.read(8), os.fstat(file.fileno()).st_size
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or not 2 <= length <= size - 8:
+                raise InspectionError(
+                    f"{path} is not a complete safetensors file.",
+                    "Copy it again, or give another file.",
+                )
+            if length > _LIMIT:
+                raise InspectionError(
+                    f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.",
+                    "Give an adapter's own file.",
+                )
             document = parse_json(
                 file.read(length)
             )  # safe_open would accept a duplicate key
@@ -116,22 +127,6 @@ def read_header(path: Path) -> Header:
             "Save the adapter again.",
         )
     return Header(path, tensors, metadata, numbers)
-
-
-def _length(path: Path, file: IO[bytes]) -> int:
-    first, size = file.read(8), os.fstat(file.fileno()).st_size
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or not 2 <= length <= size - 8:
-        raise InspectionError(
-            f"{path} is not a complete safetensors file.",
-            "Copy it again, or give another file.",
-        )
-    if length > _LIMIT:
-        raise InspectionError(
-            f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.",
-            "Give an adapter's own file.",
-        )
-    return length
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:

@@ -8,13 +8,13 @@ import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from .._checks import check_init
 from .._types import Factor, Init, Method, Role, Survey
 from .._warn import warn
 from ..errors import InspectionError
-from ._conventions import Reading, conventions
+from ._conventions import INITS, Reading, conventions
 from ._pairs import (
     Pair,
     Walk,
@@ -80,7 +80,7 @@ def survey_of(
         raise InspectionError(
             f"The method is 'lora' or 'full', not {method!r}.", "Give one of them."
         )
-    check_init(init, known=(*get_args(Init), None))
+    check_init(init, known=INITS)
     modules, parameters = walked
     trainable = {
         id(p): name for name, p in parameters if p.requires_grad or id(p) in also
