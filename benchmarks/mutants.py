@@ -3,27 +3,30 @@
     tox run -e mutants                               # 300 of each package, resumable
     tox run -e mutants -- --only laws --count 20     # some of one package
     tox run -e mutants -- --again                    # the survivors on file, after tests were added
-    python benchmarks/mutants.py                     # the same, where mutmut is installed
+    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python benchmarks/mutants.py   # where mutmut is installed
 
 mutmut's operators make the mutants: another operator, number, comparison or constant, a condition that always or never
-holds, a keyword argument left out. Every mutant meets the tests of its package, those that reach its lines first, until
-one fails. Each runs in a fork of a process that has imported torch and not the package, on a copy of the package. What
-came of it is kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was.
+holds, a keyword argument left out. Every mutant meets those tests of its package that reach its lines, the fastest
+first, until one fails or 10 CPU seconds of them have passed; a line that runs on import is reached by all. Each mutant
+runs in a fork of a process that has imported torch and not the package, on a copy of the package. What came of it is
+kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was.
 
-A survivor that no test can see is named in mutants.toml, and leaves the score:
+A survivor that no test can see is named in mutants.toml by its lines, and leaves the score:
 
     [[equivalent]]
     file = "rankaware_optim/laws/_mua.py"
-    before = "x > 0"
-    after = "x >= 0"
-    why = "x is a rank"
+    before = "    return x if x > 0 else -x"
+    after = "    return x if x >= 0 else -x"
+    why = "-0 is 0"
 """
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import os
-import random
+import pickle
 import resource
 import shutil
 import signal
@@ -33,11 +36,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +50,7 @@ import hypothesis
 import libcst as cst
 import pytest
 import tomli
-from libcst.metadata import MetadataWrapper, PositionProvider
+from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
 from mutmut.mutation import mutators
 from mutmut.mutation.file_mutation import MutationVisitor
 from mutmut.mutation.pragma_handling import IgnoredCode
@@ -59,10 +63,7 @@ FILE = RESULTS / "mutants.jsonl"
 EQUIVALENT = Path(__file__).with_suffix(".toml")
 SEED = 39
 ROOMS = {
-    "laws": (
-        0.90,
-        ["laws", "test_optimizers_table.py", "testing", "recipe/test_foreign_code.py"],
-    ),
+    "laws": (0.90, ["laws", "test_optimizers_table.py", "testing"]),
     "fitting": (0.85, ["fitting", "sweeps"]),
     "optimizer": (0.90, ["optimizer"]),
     "recipe": (0.85, ["recipe"]),
@@ -92,7 +93,10 @@ KINDS = (
     mutators.operator_if_exp,
     mutators.operator_match,
 )
-CPU_TIMES, AT_LEAST_S, MEMORY = 4.0, 60.0, 16 << 30  # limits of one mutant's tests
+BLOCKS = (cst.Module, cst.BaseSuite, cst.BaseCompoundStatement)
+TESTS_S = 10.0  # CPU seconds of the tests that a mutant meets
+AT_LEAST_S, CPU_TIMES, WALL_TIMES = 10.0, 4.0, 10.0  # limits of one mutant's tests
+MEMORY = 16 << 30
 _AROUND = 24  # signs shown around a change
 
 
@@ -102,9 +106,8 @@ class Mutant:
 
     file: str
     line: int
-    last_line: int
-    before: str
-    after: str
+    statement: range
+    """The lines of the statement, or of the head of a block, that is changed."""
     key: str
     """Names the change and the file that it is made in, with all that stands there."""
     source: str
@@ -119,17 +122,17 @@ class Reach:
 
     seconds: dict[str, float]
     """CPU seconds by test, of those that passed."""
-    tests: dict[str, dict[str, list[str]]]
+    tests: dict[str, dict[int, list[str]]]
     """Tests by file and line. A line that an import runs has "" among them."""
 
-    def order(self, mutant: Mutant) -> list[str]:
-        """All tests: those that reach the mutant's lines first, the fastest of them first."""
+    def meets(self, mutant: Mutant) -> list[str]:
+        """The tests that reach a mutant, the fastest first; on import, all after those."""
         lines = self.tests.get(mutant.file, {})
-        span = range(mutant.line, mutant.last_line + 1)
-        reach = {test for line in span for test in lines.get(str(line), ())}
-        return sorted(
-            self.seconds, key=lambda test: (test not in reach, self.seconds[test])
-        )
+        reach = {test for line in mutant.statement for test in lines.get(line, ())}
+        chosen = self.seconds if "" in reach else reach & self.seconds.keys()
+        tests = sorted(chosen, key=lambda test: (test not in reach, self.seconds[test]))
+        ends = accumulate(self.seconds[test] for test in tests)
+        return [test for test, end in zip(tests, ends, strict=True) if end <= TESTS_S]
 
 
 @click.command()
@@ -146,51 +149,59 @@ def main(only: str | None, count: int, again: bool, workers: int) -> None:
     os.chdir(ROOT)
     for name in HEAVY:
         import_module(name)
-    outcomes = {row["key"]: row for row in map(json.loads, lines_of(FILE))}
-    if again:
-        outcomes = {
-            key: row for key, row in outcomes.items() if row["outcome"] != "survived"
-        }
+    mutants = {room: mutants_of(room) for room in ROOMS}
+    outcomes, equivalent = on_file(mutants), equivalents()
+
+    def is_missing(mutant: Mutant) -> bool:
+        row = outcomes.get(mutant.key)
+        if row is None:
+            return True
+        survived = row["outcome"] == "survived"
+        return again and survived and change(row) not in equivalent
+
     for room in [only] if only else ROOMS:
-        missing = [
-            mutant for mutant in draw(room, count)[1] if mutant.key not in outcomes
-        ]
+        missing = [mutant for mutant in mutants[room][:count] if is_missing(mutant)]
         for row in run(room, missing, workers):
             outcomes[row["key"]] = row
-            kept = "".join(json.dumps(each) + "\n" for each in outcomes.values())
-            FILE.write_text(kept, encoding="utf-8")
-    write(count, outcomes)
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = "".join(json.dumps(each) + "\n" for each in outcomes.values())
+            FILE.write_text(lines, encoding="utf-8")
+    write({room: each[:count] for room, each in mutants.items()}, outcomes, equivalent)
 
 
 # --- mutants --------------------------------------------------------------------------------------------------------
 
 
-def draw(room: str, count: int) -> tuple[int, list[Mutant]]:
-    """How many mutants a package has, and `count` of them."""
-    paths = sorted((ROOT / PACKAGE / room).rglob("*.py"))
-    mutants = [mutant for path in paths for mutant in mutants_of(path)]
-    return len(mutants), random.Random(SEED).sample(mutants, min(count, len(mutants)))
+def mutants_of(room: str) -> list[Mutant]:
+    """Every mutant of a package, in the order in which they are drawn."""
+    mutants = [
+        mutant
+        for path in (ROOT / PACKAGE / room).rglob("*.py")
+        for mutant in mutants_in(path)
+    ]
+    return sorted(
+        mutants, key=lambda mutant: sha256(f"{SEED} {mutant.key}".encode()).digest()
+    )
 
 
-def mutants_of(path: Path) -> list[Mutant]:
+def mutants_in(path: Path) -> Iterator[Mutant]:
     """Every mutant of a file."""
     source, file = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
     wrapper, visitor = MetadataWrapper(cst.parse_module(source)), Visitor()
     module, where = wrapper.visit(visitor), wrapper.resolve(PositionProvider)
+    parents = wrapper.resolve(ParentNodeProvider)
     digest = sha256(source.encode()).hexdigest()[:8]
-    mutants = []
     for index, mutation in enumerate(visitor.mutations):
-        old, new = mutation.original_node, mutation.mutated_node
-        before, after = module.code_for_node(old), module.code_for_node(new)
-        lines = where[old].start.line, where[old].end.line
-        key = f"{file}:{digest}:{index}"
-        text = partial(_replaced, module, old, new)
-        mutants.append(Mutant(file, *lines, before, after, key, source, text))
-    return mutants
+        old = statement = mutation.original_node
+        while not isinstance(parents[statement], BLOCKS):
+            statement = parents[statement]
+        yield Mutant(
+            file,
+            where[old].start.line,
+            range(where[statement].start.line, where[statement].end.line + 1),
+            f"{file}:{digest}:{index}",
+            source,
+            partial(_replaced, module, old, mutation.mutated_node),
+        )
 
 
 def _replaced(module: cst.Module, old: cst.CSTNode, new: cst.CSTNode) -> str:
@@ -246,17 +257,16 @@ def run(room: str, mutants: Sequence[Mutant], workers: int) -> Iterator[dict[str
     waiting, running = list(reversed(mutants)), {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         slots = [copied(Path(folder) / str(number)) for number in range(workers)]
+        gc.collect()
+        gc.freeze()  # a fork's tests collect what is theirs
         reach = reached(room, slots[0])
         total = sum(reach.seconds.values())
-        print(
-            f"{room}: {len(reach.seconds)} tests, {total:.0f} CPU seconds", flush=True
-        )
-        limit = AT_LEAST_S + CPU_TIMES * total
+        print(f"{room}: {len(reach.seconds)} tests, {total:.0f} CPU s", flush=True)
         try:
             while waiting or running:
                 while waiting and slots:
                     slot, mutant = slots.pop(), waiting.pop()
-                    child = forked(lambda: attempt(slot, mutant, reach, limit))  # noqa: B023
+                    child = forked(partial(attempt, slot, mutant, reach))
                     running[child] = slot, mutant, time.monotonic()
                 child, status = os.wait()
                 slot, mutant, began = running.pop(child)
@@ -314,44 +324,51 @@ def reached(room: str, slot: Path) -> Reach:
     """Run the tests of a package on it as it is, once, and keep what each test reaches."""
 
     def work() -> int:
-        plugin = Watch(slot)
+        plugin = Watch(slot, room)
         code = tested(slot, [f"tests/{name}" for name in ROOMS[room][1]], plugin)
-        (slot / "reach").write_text(json.dumps(asdict(plugin.reach())))
+        (slot / "reach").write_bytes(pickle.dumps(plugin.reach()))
         return code
 
     child = forked(work)
     _, status = os.waitpid(child, 0)
     stop(child)
+    end = (slot / "log").read_text()[-2000:]
     if not (slot / "reach").exists():
-        raise click.ClickException(
-            f"The tests did not run: {(slot / 'log').read_text()[-2000:]}"
-        )
+        raise click.ClickException(f"The tests did not run: {end}")
     if status:
-        print(
-            f"Left out, since they fail: {(slot / 'log').read_text()[-2000:]}",
-            flush=True,
-        )
-    return Reach(**json.loads((slot / "reach").read_text()))
+        print(f"Left out, since they fail: {end}", flush=True)
+    return pickle.loads((slot / "reach").read_bytes())
 
 
 class Watch:
     """A pytest plugin that notes the lines that each test reaches, and its CPU seconds."""
 
-    def __init__(self, slot: Path) -> None:
+    def __init__(self, slot: Path, room: str) -> None:
         coverage = import_module("coverage")
         self.root, self.seconds, self.failed = slot, {}, set()
-        self.coverage = coverage.Coverage(data_file=None, source=[str(slot / PACKAGE)])
+        self.package = f"{PACKAGE}.{room}"
+        source = [str(slot / PACKAGE / room)]
+        self.coverage = coverage.Coverage(data_file=None, source=source)
         self.coverage.start()
         self.coverage.switch_context("")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
+        self.clear_caches()
         self.coverage.switch_context(item.nodeid)
         began = sum(os.times()[:4])
         done = yield
         self.seconds[item.nodeid] = sum(os.times()[:4]) - began
         self.coverage.switch_context("")
         return done
+
+    def clear_caches(self) -> None:
+        """Let the next test reach what is computed once."""
+        for name, module in sys.modules.items():
+            if name.startswith(self.package):
+                for each in vars(module).values():
+                    if hasattr(each, "cache_clear"):
+                        each.cache_clear()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.passed:
@@ -365,35 +382,37 @@ class Watch:
             for path in data.measured_files()
         }
         passed = {
-            test: s for test, s in self.seconds.items() if test not in self.failed
+            test: seconds
+            for test, seconds in self.seconds.items()
+            if test not in self.failed
         }
         return Reach(passed, lines)
 
 
-def attempt(slot: Path, mutant: Mutant, reach: Reach, limit: float) -> int:
+def attempt(slot: Path, mutant: Mutant, reach: Reach) -> int:
     """Put a mutant into the copy of the package, and run the tests until one fails."""
+    tests = reach.meets(mutant)
+    if not tests:
+        return 0
     path = slot / mutant.file
     path.write_text(mutant.text(), encoding="utf-8")
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()
+    limit = AT_LEAST_S + CPU_TIMES * sum(reach.seconds[test] for test in tests)
     resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.alarm(int(20 * limit))
-    phases = [
-        hypothesis.Phase.explicit,
-        hypothesis.Phase.generate,
-    ]  # a failure need not shrink
+    faulthandler.dump_traceback_later(WALL_TIMES * limit, exit=True)
+    # A failure need not shrink.
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     quick = hypothesis.settings(
         deadline=None, derandomize=True, database=None, phases=phases
     )
     hypothesis.settings.register_profile("quick", quick)
-    tests = reach.order(mutant)
-    by_file = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    return tested(
-        slot, by_file, Ordered(slot, tests), "-x", "--hypothesis-profile=quick"
-    )
+    files = dict.fromkeys(test.partition("::")[0] for test in tests)
+    plugin = Ordered(slot, tests)
+    return tested(slot, list(files), plugin, "-x", "--hypothesis-profile=quick")
 
 
 class Ordered:
@@ -401,7 +420,6 @@ class Ordered:
 
     def __init__(self, slot: Path, tests: Sequence[str]) -> None:
         self.file = slot / "killed by"
-        self.file.unlink(missing_ok=True)
         self.rank = {test: index for index, test in enumerate(tests)}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -418,67 +436,81 @@ def outcome(
 ) -> dict[str, Any]:
     """What came of a mutant. The copy of the package gets its file back."""
     (slot / mutant.file).write_text(mutant.source, encoding="utf-8")
-    by = slot / "killed by"
-    word = "survived" if status == 0 else "killed"
-    if os.WIFSIGNALED(status):
-        word = "killed by time"
+    killer = slot / "killed by"
+    test = killer.read_text() if killer.exists() else ""
+    killer.unlink(missing_ok=True)
+    old, new = mutant.source.splitlines(), mutant.text().splitlines()
+    start = alike(old, new)
+    end = alike(old[start:][::-1], new[start:][::-1])
+    before, after = ("\n".join(lines[start : len(lines) - end]) for lines in (old, new))
+    killed = "killed" if test else "killed by time"
     row = {
         "package": room,
         "key": mutant.key,
-        "place": f"{mutant.file}:{mutant.line}",
-        "before": mutant.before,
-        "after": mutant.after,
-        "outcome": word,
-        "test": by.read_text() if word == "killed" and by.exists() else "",
+        "file": mutant.file,
+        "line": mutant.line,
+        "before": before,
+        "after": after,
+        "outcome": killed if status else "survived",
+        "test": test,
         "seconds": round(seconds, 1),
     }
     print(
-        f"{word:9} {row['place']} {short(row)} {row['test']} {seconds:.0f} s",
+        f"{row['outcome']:9} {place(row)} {short(row)} {test} {seconds:.0f} s",
         flush=True,
     )
     return row
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the file and the table -----------------------------------------------------------------------------------------
 
 
-def write(count: int, outcomes: dict[str, dict[str, Any]]) -> None:
-    """Write results/mutants.md: the score of each package that has mutants on file, and its survivors."""
-    reasons = (
-        tomli.loads(EQUIVALENT.read_text(encoding="utf-8"))
-        if EQUIVALENT.exists()
-        else {}
-    )
-    named = {
-        (row["file"], row["before"], row["after"]): row["why"]
-        for row in reasons.get("equivalent", [])
-    }
+def on_file(mutants: dict[str, list[Mutant]]) -> dict[str, dict[str, Any]]:
+    """The outcomes that hold still, by the mutant's key."""
+    keys = {mutant.key for each in mutants.values() for mutant in each}
+    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {row["key"]: row for row in rows if row["key"] in keys}
+
+
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """Why no test can see a change, by the change."""
+    rows = tomli.loads(EQUIVALENT.read_text(encoding="utf-8"))["equivalent"]
+    return {change(row): row["why"] for row in rows}
+
+
+def change(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["file"], row["before"], row["after"]
+
+
+def place(row: dict[str, Any]) -> str:
+    return f"{row['file']}:{row['line']}"
+
+
+def write(
+    drawn: dict[str, list[Mutant]],
+    outcomes: dict[str, dict[str, Any]],
+    equivalent: dict[tuple[str, str, str], str],
+) -> None:
+    """Write results/mutants.md: the score of each package, and its survivors."""
     scores, survivors = [], []
-    for room in sorted({row["package"] for row in outcomes.values()}):
-        total, mutants = draw(room, count)
+    for room, mutants in drawn.items():
         rows = [outcomes[mutant.key] for mutant in mutants if mutant.key in outcomes]
         if not rows:
             continue
         counts = Counter(row["outcome"] for row in rows)
-        same = 0
-        for row in rows:
-            if row["outcome"] == "survived":
-                file = row["place"].partition(":")[0]
-                why = named.get((file, row["before"], row["after"]), "")
-                same += bool(why)
-                survivors.append([f"`{row['place']}`", short(row), why or "–"])
-        killed = len(rows) - counts["survived"]
-        score, bar = killed / max(1, len(rows) - same), ROOMS[room][0]
-        cells = [
-            total,
-            len(rows),
-            killed,
-            counts["killed by time"],
-            counts["survived"],
-            same,
-        ]
+        survived = [row for row in rows if row["outcome"] == "survived"]
+        reasons = [equivalent.get(change(row)) for row in survived]
+        same = len(reasons) - reasons.count(None)
+        killed = len(rows) - len(survived)
+        cells = [len(rows), killed, counts["killed by time"], len(survived), same]
+        score, bar = killed / (len(rows) - same), ROOMS[room][0]
         scores.append([room, *map(str, cells), f"{score:.0%}", f"{bar:.0%}"])
-    heads = ["package", "mutants", "drawn", "killed", "of them by time", "survived"]
+        survivors += [
+            [f"`{place(row)}`", short(row), why or "–"]
+            for row, why in zip(survived, reasons, strict=True)
+        ]
+    heads = ["package", "drawn", "killed", "of them by time", "survived"]
     heads += ["of them equivalent", "score", "bar"]
     on = machine(threads=1) | {"mutmut": version("mutmut"), "seed": SEED}
     parts = [
@@ -501,8 +533,8 @@ def short(row: dict[str, Any]) -> str:
     return " becomes ".join(f"`{text}`" for text in texts)
 
 
-def alike(first: str, second: str) -> int:
-    """How many signs two texts begin with alike."""
+def alike(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many signs or lines two texts begin with alike."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
