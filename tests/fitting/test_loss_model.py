@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -24,48 +27,140 @@ def arm(u, **shape):
     return model.Arm(u, y - y.min(), np.zeros(len(u), dtype=np.int64))
 
 
-def of_one_shape(arm, sigma, noise, curve):
-    """log density of an arm's gaps about `curve` + a level of flat prior, and the level's mean: by a dense formula."""
-    per_noise, shape = model._covariances(arm)
-    covariance = sigma**2 * per_noise + shape
-    precision = np.linalg.inv(covariance)
-    ones, miss = np.ones(len(arm.x)), arm.y - curve
-    level = ones @ precision @ miss / (ones @ precision @ ones)
-    rest = miss - level
-    logs = -0.5 * (
-        rest @ precision @ rest
-        + np.linalg.slogdet(covariance)[1]
-        + np.log(ones @ precision @ ones)
+def covariances(arm):
+    """The noise of two trials in units of σ², and the error of the shape, trial by trial."""
+    noise, error = np.zeros((2, len(arm.x), len(arm.x)))
+    for i, j in product(range(len(arm.x)), repeat=2):
+        near = math.exp(-((arm.x[i] - arm.x[j]) ** 2) / 2)
+        if arm.seeds[i] == arm.seeds[j]:
+            noise[i, j] = 3.0**2 + near / 2  # a level of 3σ, and half of σ² smooth
+        error[i, j] = 0.2**2 * arm.y[i] * arm.y[j] * near / 2
+    error += np.diag((0.2 * arm.y) ** 2) / 2
+    return noise + np.eye(len(arm.x)) / 2, error
+
+
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 0), (2, 1, 0)])
+def test_trials_of_a_seed_share_its_level_and_near_ones_their_smooth_noise(seeds):
+    """Half of the noise, and of a gap's fifth, is smooth over an octave; noise is shared within a seed alone."""
+    seen = model.Arm(
+        np.array([-2.0, 0.0, 0.5]), np.array([0.7, 0.0, 0.2]), np.array(seeds)
     )
-    return logs, level
+    for given, expected in zip(
+        model._covariances(seen), covariances(seen), strict=True
+    ):
+        assert given == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_curve_is_the_mean_over_the_shapes_of_the_grid():
-    """For one rank whose runs show no plateau, it is the sum over every shape, weighed by prior and likelihood."""
-    seen = arm(np.array([-2.0, -1.0, 0.0, 2.5]))
-    assert seen.y.max() >= model.CAP  # no second plateau to weigh
-    logs, curves = [], []
-    for sigma in model.NOISE:
-        for h in model.REACH:
-            for a in model.STEEPNESS:
-                for k in model.CURVATURE:
-                    likelihood, level = of_one_shape(
-                        seen, sigma, sigma, shape(seen.x, h, a, k)
-                    )
-                    logs.append(likelihood)
-                    curves.append(level + shape(U, h, a, k))
-    kernel = model._rank_given_shared()
-    noise = np.repeat(model.NOISE, len(logs) // len(model.NOISE))
-    prior = np.exp(-0.5 * (np.log(noise / 0.015) / 1.2) ** 2)
-    weights = np.exp(np.array(logs) - max(logs)) * (prior @ kernel)
-    expected = weights @ np.array(curves) / weights.sum()
-    assert model.curves_of({4: seen}, {4: U})[4] == pytest.approx(expected, abs=1e-9)
-
-
-def shape(u, h, a, k):
+def shape(u, h, a, k, plateau=1.0):
     below = h**2 * (np.sqrt(1 + (u / h) ** 2) - 1)
     above = u**2 / 2 if a == 0 else (np.exp(np.clip(a * u, 0, 20)) - a * u - 1) / a**2
-    return np.minimum(k * np.where(u < 0, below, above), 1.0)
+    return np.where(u < 0, np.minimum(k * below, 1.0), np.minimum(k * above, plateau))
+
+
+SHAPES = np.array(
+    [*product(model.NOISE, model.REACH, model.STEEPNESS, model.CURVATURE)]
+)
+PRIOR = np.exp(-0.5 * (np.log(SHAPES[:, 0] / 0.015) / 1.2) ** 2)
+
+
+def of_shapes(arm, plateau, optima):
+    """log density of an arm's gaps about every shape + a level of flat prior, and the level's mean: by a dense formula.
+
+    Both: (shapes, optima).
+    """
+    noise, error = covariances(arm)
+    u = arm.x - optima[:, None]
+    logs, levels = [], []
+    for sigma, h, a, k in SHAPES:
+        covariance = sigma**2 * noise + error
+        precision = np.linalg.inv(covariance)
+        miss = arm.y - shape(u, h, a, k, plateau)
+        level = miss @ precision.sum(axis=0) / precision.sum()
+        rest = miss - level[:, None]
+        logs.append(
+            -0.5 * np.einsum("vi,ij,vj->v", rest, precision, rest)
+            - 0.5 * np.linalg.slogdet(covariance)[1]
+            - 0.5 * np.log(precision.sum())
+        )
+        levels.append(level)
+    return np.array(logs), np.array(levels)
+
+
+def given_shared():
+    """Probability of each shape as a rank's own (columns), given the shared one (rows)."""
+    sigma, h, a, k = SHAPES.T
+    unknowns = np.log(sigma) / 0.5, np.log(h) / 0.7, a / 1.0, np.log(k) / 0.7
+    far = sum((value[:, None] - value[None, :]) ** 2 for value in unknowns)
+    weights = np.exp(-0.5 * far)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+WHOLE = model.Arm(
+    np.array([-2.0, -1.0, 0.0, 2.5]), np.array([0.3, 0.1, 0.0, 1.0]), np.array([0] * 4)
+)
+STALLED = model.Arm(
+    np.array([-1.5, 0.0, 0.5, 1.5]),
+    np.array([0.2, 0.0, 0.1, 0.6]),
+    np.array([0, 0, 1, 1]),
+)
+ONE = model.Arm(np.array([-0.5]), np.array([0.0]), np.array([3]))
+STUDIES = [
+    ({4: WHOLE}, [{4: 1.0}]),
+    ({4: WHOLE, 64: STALLED}, [{4: 1.0, 64: 1.0}]),
+    (
+        {4: STALLED, None: ONE},
+        [{4: 1.0, None: 1.0}, {4: 0.6, None: 1.0}],
+    ),
+]
+"""Studies, and the plateaus above the optimum that their runs leave possible."""
+
+
+@pytest.mark.parametrize(("arms", "choices"), STUDIES)
+def test_the_optimum_under_each_shape_is_the_mean_over_its_candidates(arms, choices):
+    """Candidates lie an eighth of an octave apart, to three octaves beyond the rates; ranks have shapes near one."""
+    xs = np.concatenate([arm.x for arm in arms.values()])
+    optima = np.arange(xs.min() - 3.0, xs.max() + 3.0, 0.125)
+    log_weight, mean, sd = [], [], []
+    for plateaus in choices:
+        weight, means, sds = np.log(PRIOR), [], []
+        for rank, arm in arms.items():
+            logs = of_shapes(arm, plateaus[rank], optima)[0]
+            belief = given_shared() @ np.exp(logs)
+            weight = weight + np.log(belief.mean(axis=1))
+            belief /= belief.sum(axis=1, keepdims=True)
+            means.append(belief @ optima)
+            far = (optima - means[-1][:, None]) ** 2
+            sds.append(np.sqrt((belief * far).sum(axis=1)))
+        log_weight.append(weight)
+        mean.append(np.transpose(means))
+        sd.append(np.transpose(sds))
+    bowls = model.bowls_of(arms)
+    assert bowls.log_weight == pytest.approx(np.concatenate(log_weight), abs=1e-6)
+    assert bowls.mean == pytest.approx(np.concatenate(mean), abs=1e-6)
+    assert bowls.sd == pytest.approx(np.concatenate(sd).clip(0.125 / 4), abs=1e-6)
+    assert bowls.steepness.tolist() == SHAPES[:, 2].tolist() * len(choices)
+
+
+@pytest.mark.parametrize(("arms", "choices"), STUDIES)
+def test_a_curve_is_the_mean_over_the_shapes_of_the_grid(arms, choices):
+    """It is the sum over every shape and plateau, weighed by prior and by the likelihood of all ranks."""
+    kernel, total, expected = given_shared(), 0.0, dict.fromkeys(arms, 0.0)
+    for plateaus in choices:
+        of_arms = {
+            rank: of_shapes(arm, plateaus[rank], np.zeros(1))
+            for rank, arm in arms.items()
+        }
+        likelihood = {rank: np.exp(logs[:, 0]) for rank, (logs, _) in of_arms.items()}
+        shared = PRIOR * math.prod(kernel @ each for each in likelihood.values())
+        total += shared.sum()
+        for rank, (_, levels) in of_arms.items():
+            others = shared / (kernel @ likelihood[rank])
+            belief = likelihood[rank] * (others @ kernel)
+            curves = [shape(U, *own, plateaus[rank]) for own in SHAPES[:, 1:]]
+            expected[rank] = expected[rank] + belief @ (levels + np.array(curves))
+    curves = model.curves_of(arms, dict.fromkeys(arms, U))
+    for rank, curve in curves.items():
+        assert curve == pytest.approx(expected[rank] / total, abs=1e-9)
 
 
 @pytest.mark.parametrize("k", [0.02, 0.1, 0.4])
