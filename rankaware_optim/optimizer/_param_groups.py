@@ -251,7 +251,7 @@ def rated(part: Group, lr: Any, named: bool) -> Group:
     return group
 
 
-def _warn_of_far(parts: Iterable[Group]) -> None:
+def _warn_of_far(parts: Groups) -> None:
     """Warn once of a multiplier that no usual rank or alpha gives."""
     for part in parts:
         caution = caution_of(part["rank_multiplier"])

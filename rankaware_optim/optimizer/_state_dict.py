@@ -411,7 +411,7 @@ def _fits_all(way: _Slots, params: Mapping[str, torch.Tensor], state: State) -> 
     for name, param in params.items():
         moments = state.get(way[name].key) or {}
         shapes = _shapes_in(moments, param)
-        tensors = [v for v in moments.values() if isinstance(v, torch.Tensor)]
+        tensors = filter(torch.is_tensor, moments.values())
         has_shape = any(tensor.dim() for tensor in tensors)
         if has_shape and (not shapes or not _fit(shapes, tuple(param.shape))):
             return False
@@ -551,8 +551,8 @@ def _shapes_in(moments: State | None, param: torch.Tensor) -> list[Shape]:
     """
     return [
         tuple(value.shape)
-        for value in (moments or {}).values()
-        if isinstance(value, torch.Tensor) and value.dim() == param.dim() > 0
+        for value in filter(torch.is_tensor, (moments or {}).values())
+        if value.dim() == param.dim() > 0
     ]
 
 

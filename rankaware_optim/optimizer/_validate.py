@@ -45,17 +45,19 @@ _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
 def native_class(
-    built: Optimizer | None, optimizer: type[Optimizer] | str | None
+    built: Optimizer | None,
+    optimizer: type[Optimizer] | str | None,
+    lr: object,
+    settings: Settings,
 ) -> type[Optimizer]:
     """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot
-    have group rates.
+    have group rates, or a rate or settings are given for an optimizer that is built already.
     """
-    native = _class_of(built, optimizer)
+    native = _class_of(built, optimizer, lr, settings)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
             "This optimizer is rank-aware already.", "Use it as it is."
         )
-    attributes = {} if built is None else vars(built)
     if built is not None:
         _refuse_old_groups(built)
     why = known_optimizer(native)[1].one_rate
@@ -65,10 +67,9 @@ def native_class(
             "Use it unwrapped, or choose another optimizer.",
         )
     takes = list(inspect.signature(native).parameters)
-    wraps = any(isinstance(value, Optimizer) for value in attributes.values())
-    if wraps or not {"optimizer", "base_optimizer", "optimizer_class"}.isdisjoint(
-        takes
-    ):
+    inner = {"optimizer", "base_optimizer", "optimizer_class"}.intersection(takes)
+    attributes = [] if built is None else vars(built).values()
+    if inner or any(isinstance(value, Optimizer) for value in attributes):
         raise OptimizerError(
             f"{native.__name__} wraps another optimizer, whose groups would not change.",
             "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the"
@@ -84,20 +85,29 @@ def native_class(
 
 
 def _class_of(
-    built: Optimizer | None, optimizer: type[Optimizer] | str | None
+    built: Optimizer | None,
+    optimizer: type[Optimizer] | str | None,
+    lr: object,
+    settings: Settings,
 ) -> type[Optimizer]:
-    if built is not None and optimizer is not None:
+    if built is None:
+        if optimizer is not None:
+            return get_optimizer_class(optimizer)
+        raise OptimizerError(
+            "No optimizer was given.",
+            "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
+        )
+    if optimizer is not None:
         raise OptimizerError(
             "Both a built optimizer and a class were given.", "Give one of the two."
         )
-    if built is not None:
-        return type(built)
-    if optimizer is not None:
-        return get_optimizer_class(optimizer)
-    raise OptimizerError(
-        "No optimizer was given.",
-        "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
-    )
+    if settings or lr is not None:
+        name = next(iter(settings), "lr")
+        raise OptimizerError(
+            f"{name}= was given for an optimizer that is built already.",
+            "Give it when building it.",
+        )
+    return type(built)
 
 
 def _refuse_old_groups(built: Optimizer) -> None:
@@ -138,36 +148,23 @@ def refuse_inside_zero() -> None:
         )
 
 
-def refuse_settings(built: Optimizer | None, lr: object, settings: Settings) -> None:
-    """Raise if settings or a rate are given for an optimizer that is built already."""
-    if built is not None and (settings or lr is not None):
-        name = next(iter(settings), "lr")
-        raise OptimizerError(
-            f"{name}= was given for an optimizer that is built already.",
-            "Give it when building it.",
-        )
-
-
 def check_base_lr(
     native: type[Optimizer],
     built: Optimizer | None,
     lr: Any,
     tuned: Iterable[UserGroup],
 ) -> None:
-    """Check the given base rate, a number or a tensor, or else the rates of the optimizer and its
-    groups.
+    """Check the given base rate, a number or a tensor, or else that the optimizer or its groups
+    have rates.
 
     tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the
     optimizer's default was not tuned for that reference.
     """
-    if built is not None:
-        refuse_rateless(built)
     if lr is not None:
         check_lr(lr)
-        return
     if built is not None:
-        for group in built.param_groups:
-            check_lr(group["lr"])
+        refuse_rateless(built)
+    if built is not None or lr is not None:
         return
     default = defaults_of(native).get("lr")
     if not isinstance(default, (int, float)):
@@ -232,12 +229,7 @@ def read_recipe(
     """Return the recipe, and the law and the reference of the base rate: the recipe's, or else
     those given. Raise if something is given that a recipe includes, or that needs one.
     """
-    share = horizon["warmup_share"]
-    if share is not None and not is_within("share", share):
-        raise OptimizerError(
-            f"warmup_share is {shown(share)}.",
-            f"Give {range_of('share')}, or leave it out.",
-        )
+    _check_share(horizon["warmup_share"])
     if recipe is None:
         for name in ("steps", "warmup_share"):
             if horizon[name] is not None:
@@ -256,6 +248,14 @@ def read_recipe(
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     at = loaded.reference
     return loaded, loaded.law, replace(at, batch=at.batch or loaded.batch)
+
+
+def _check_share(share: object) -> None:
+    if share is not None and not is_within("share", share):
+        raise OptimizerError(
+            f"warmup_share is {shown(share)}.",
+            f"Give {range_of('share')}, or leave it out.",
+        )
 
 
 def applied_settings(
@@ -283,11 +283,10 @@ def applied_settings(
             f" {native.__name__}.",
             "Use the recipe's optimizer, or leave apply_settings= out.",
         )
-    settings = {}
-    for name, default in defaults_of(native).items():
-        value = recipe.settings.get(name)
-        applies = name in recipe.settings and name not in ("lr", *SAME_UPDATES)
-        if applies and _fits(value, default):
+    settings, defaults = {}, defaults_of(native)
+    for name in recipe.settings.keys() & defaults.keys() - {"lr", *SAME_UPDATES}:
+        value = recipe.settings[name]
+        if _fits(value, defaults[name]):
             settings[name] = tuple(value) if isinstance(value, list) else value
     return settings
 

@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from inspect import isfunction
+from itertools import compress
 from operator import mul
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,7 +57,6 @@ from ._validate import (
     refuse_groups,
     refuse_inside_zero,
     refuse_rateless,
-    refuse_settings,
     use_recipe,
 )
 
@@ -168,17 +169,13 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
     _rankaware: _Wrap
     _rankaware_native: type[Optimizer]
-    _rankaware_model: weakref.ref[nn.Module]
-    _rankaware_step: Callable[..., Any]
-    _rankaware_stepping: bool  # inside a step; the native step may call self.step
-    _rankaware_held: (
-        Held  # what a step in progress has put in place; a new list after each
-    )
-    _rankaware_unchecked: (
-        bool  # built, loaded or extended since its parameters were checked
-    )
-    _rankaware_watched: int  # the number of a group of adapters
-    _rankaware_idle: bool  # its first parameter had no gradient at the last step
+    _rankaware_stepping = False  # inside a step; the native step may call self.step
+    # a step in progress has put in place: group, base rate, multiplied rate, weight decay;
+    # it is a new list after each
+    _rankaware_held: Sequence[tuple[Group, Any, Any, Any]] = ()
+    _rankaware_unchecked = True  # new parameters since these were checked
+    _rankaware_watched = 0  # the number of a group of adapters
+    _rankaware_idle = False  # its first parameter had no gradient at the last step
 
     def __new__(  # noqa: PLR0913
         cls,
@@ -207,10 +204,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     ) -> RankAwareOptimizer:
         built = params if isinstance(params, Optimizer) else None
         model = model_of(params, model)
-        native = native_class(built, optimizer)
+        native = native_class(built, optimizer, lr, settings)
         refuse_inside_zero()
         check_on_rank_change(on_rank_change)
-        refuse_settings(built, lr, settings)
         horizon = {"batch": batch, "steps": steps, "warmup_share": warmup_share}
         loaded, law, at = read_recipe(recipe, horizon, law, tuned_at, lr)
         if apply_settings:
@@ -317,32 +313,27 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
-        wrap, before = self._rankaware, dict(vars(self))
-        by_default = [
-            number
-            for number, group in enumerate(self.param_groups)
-            if base_of(group) == self.defaults.get("lr")
-        ]
+        before, default = dict(vars(self)), self.defaults.get("lr")
+        by_default = [base_of(group) == default for group in self.param_groups]
         try:
             reset = _load(self, state_dict)
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
-            if isinstance(error, (CheckpointError, Warning)) or not isinstance(
-                error, Exception
-            ):
+            ours = isinstance(error, (CheckpointError, Warning))
+            if ours or not isinstance(error, Exception):
                 raise
             raise CheckpointError(
                 f"The checkpoint cannot be loaded: {error!r}.",
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
-        self._rankaware = replace(wrap, reset=reset)
+        self._rankaware = replace(self._rankaware, reset=reset)
         self._rankaware_unchecked = True
-        base = base_of(self.param_groups[by_default[0]]) if by_default else 0.0
-        if float(base) > 0:
-            self.defaults["lr"] = (
-                base.clone() if isinstance(base, torch.Tensor) else base
-            )
+        for group in list(compress(self.param_groups, by_default))[:1]:
+            base = base_of(group)
+            if float(base) > 0:
+                tensor = isinstance(base, torch.Tensor)
+                self.defaults["lr"] = base.clone() if tensor else base
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with base rates, also during a step: in a signal handler, or in another
@@ -379,20 +370,9 @@ def recipe_of(opt: Any) -> Recipe | None:
 
 # --- building -------------------------------------------------------------------------------------
 
-_OVERRIDES = (
-    "add_param_group",
-    "state_dict",
-    "load_state_dict",
-    "__getstate__",
-    "__reduce_ex__",
-    "__repr__",
-    "report",
-    "expand",
-)
 _SUBCLASSES: dict[type, Any] = {}
-_LIVE: weakref.WeakSet[Any] = (
-    weakref.WeakSet()
-)  # optimizers that were built, not copied
+# optimizers that were built, not copied
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _subclass(native: type[Optimizer]) -> Any:
@@ -405,14 +385,10 @@ def _subclass(native: type[Optimizer]) -> Any:
         "__doc__": native.__doc__,
         "__init__": _refusing(native),
         "_rankaware_native": native,
-        "_rankaware_stepping": False,
-        "_rankaware_unchecked": True,
-        "_rankaware_idle": False,
-        "_rankaware_watched": 0,
-        "_rankaware_held": [],
     }
-    for name in _OVERRIDES:
-        namespace[name] = vars(RankAwareOptimizer)[name]
+    for name, value in vars(RankAwareOptimizer).items():
+        if isfunction(value) or name.startswith("_rankaware"):
+            namespace[name] = value
     for name in ("step", *known_optimizer(native)[1].steps):
         namespace[name] = _step_of(getattr(native, name))
     _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
@@ -445,8 +421,7 @@ def _blank(native: type[Optimizer]) -> Any:
 
 def _model_of(opt: Any) -> nn.Module | None:
     """Return the model; None if it is gone or the optimizer is a copy."""
-    reference = vars(opt).get("_rankaware_model")
-    model: nn.Module | None = reference and reference()
+    model: nn.Module | None = vars(opt).get("_rankaware_model", lambda: None)()
     return model
 
 
@@ -483,29 +458,23 @@ def _construct(
     scaled after it.
     """
     opt = _blank(native)
-    planned = {}
+    planned, built = {}, {}
     for part in parts:
         planned[tuple(id(p) for _, p in part["params"])] = part["rank_multiplier"]
     native.__init__(opt, parts, **(settings if lr is None else {"lr": lr, **settings}))
     refuse_rateless(opt)
     for group in opt.param_groups:
-        multiplier = planned.pop(tuple(map(id, group["params"])), None)
-        if multiplier is None or group.get("rank_multiplier") != multiplier:
-            raise _rearranged(native)
-    if planned:
-        raise _rearranged(native)
+        built[tuple(map(id, group["params"]))] = group.get("rank_multiplier")
+    if built != planned:
+        raise OptimizerError(
+            f"{native.__name__} rearranges its groups when it is built, so rates would go to the"
+            " wrong groups.",
+            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(),"
+            " ...), model=model).",
+        )
     for group in opt.param_groups:
         set_rate(group)
     return opt
-
-
-def _rearranged(native: type[Optimizer]) -> OptimizerError:
-    return OptimizerError(
-        f"{native.__name__} rearranges its groups when it is built, so rates would go to the wrong"
-        " groups.",
-        f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model.parameters(), ...),"
-        " model=model).",
-    )
 
 
 def _regroup(
@@ -566,9 +535,9 @@ def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
     for part in split(groups, replace(plan, survey=survey), first):
         parts.append(rated(part, base, named))
     before = plan.survey.factors
-    names = {f.name for f in before}
-    added = [f for f in survey.factors if f.name not in names]
-    plan = replace(plan, survey=replace(plan.survey, factors=(*before, *added)))
+    # those of before stay as they were, since trained weights do not show their init
+    factors = {f.name: f for f in (*before, *survey.factors, *before)}.values()
+    plan = replace(plan, survey=replace(plan.survey, factors=tuple(factors)))
     order = (*wrap.order, *(group.names for group in groups))
     return parts, replace(wrap, plan=plan, order=order)
 
@@ -588,9 +557,6 @@ def _load(opt: Any, state_dict: dict[str, Any]) -> tuple[Reset, ...]:
 
 
 # --- the step -------------------------------------------------------------------------------------
-
-# group, its base rate, its multiplied rate, its weight decay
-Held = list[tuple[Group, Any, Any, Any]]
 
 
 def _step_of(native: Any) -> Callable[..., Any]:
