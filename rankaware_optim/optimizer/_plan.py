@@ -201,7 +201,10 @@ def make_plan(
     method: Method = "full" if "full" in roles else "lora"
     factors = (f for f in survey.factors if options.rate_of(f.name) is None)
     moved = replace(survey, factors=tuple(factors))
-    reference = (options.tuned_at or _default_reference(survey)).resolve(moved)
+    reference = options.tuned_at
+    if reference is None:  # without pairs no rate is moved
+        reference = survey.dominant() if survey.factors else Reference(method="full")
+    reference = reference.resolve(moved)
     law, family = get_law(options.law), "sign-like"
     if optimizer_class is not None:
         law, family = _bound(law, options, optimizer_class, settings or {})
@@ -212,12 +215,6 @@ def make_plan(
     return replace(
         plan, notes=(*_notes(plan, moved), *family_notes, *_batch_notes(plan))
     )
-
-
-def _default_reference(survey: Survey) -> Reference:
-    if survey.factors:
-        return survey.dominant()
-    return Reference(method="full")  # without pairs no rate is moved
 
 
 def _bound(

@@ -152,28 +152,17 @@ def _plain(value: Any) -> Any:
     checks.
     """
     if isinstance(value, torch.Tensor):
-        number = _number(value)
-        return (
-            type(value),
-            tuple(value.shape),
-            value.dtype,
-            value.device,
-            value.layout,
-            number,
-        )
+        number, like = "", (value.dtype, value.device, value.layout)
+        if value.layout == torch.strided and value.device.type != "meta":
+            local = _local(value)
+            if value.numel() == local.numel() == 1:  # such as a step counter
+                number = str(local.item())
+        return type(value), tuple(value.shape), like, number
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_plain, value))
     if isinstance(value, (int, float, str, type(None))):
         return type(value), str(value)
     return id(value)
-
-
-def _number(value: torch.Tensor) -> str:
-    """Return a single number, such as a step counter, as text; empty for other tensors."""
-    if value.layout != torch.strided or value.device.type == "meta":
-        return ""
-    local = _local(value)
-    return str(local.item()) if value.numel() == local.numel() == 1 else ""
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def make_report(
         audit += _heads_at_base_rate(_by_plan(param_groups, plan))
     return Report(
         _rows(param_groups, plan),
-        (*plan.notes, *_split_note(param_groups), *_reset_notes(reset)),
+        (*plan.notes, *_notes(param_groups, reset)),
         title,
         reset,
         tuple(audit),
@@ -199,9 +199,9 @@ def _heads_at_base_rate(groups: Iterable[Group]) -> Iterator[str]:
         )
 
 
-def _split_note(groups: Groups) -> Iterator[str]:
+def _notes(groups: Groups, reset: tuple[Reset, ...]) -> Iterator[str]:
     """Yield a note on schedulers that take a list, if the user has several groups and one was
-    split.
+    split, and one on each change of rank, with the number of parameters.
     """
     count = len({group.get("user_group") for group in groups})
     if 1 < count < len(groups):
@@ -209,10 +209,6 @@ def _split_note(groups: Groups) -> Iterator[str]:
             f"Your {count} groups are {len(groups)} here: give schedulers that take a list"
             " opt.expand(values)."
         )
-
-
-def _reset_notes(reset: tuple[Reset, ...]) -> Iterator[str]:
-    """Yield one line for each change of rank, with the number of parameters."""
     changes = Counter((each.saved_rank, each.rank) for each in reset)
     for (saved, rank), count in changes.items():
         yield (

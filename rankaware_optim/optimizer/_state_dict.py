@@ -92,10 +92,10 @@ def fit_checkpoint(
     Raises:
         CheckpointError: the checkpoint does not fit.
     """
-    flat = any(map(_is_flat, param_groups))
+    # a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat share
+    flat = any(len(g["params"]) != len(g.get("param_names", ())) for g in param_groups)
     groups, state = _contents(state_dict, flat)
-    _refuse_strange_groups(param_groups, groups)
-    _warn_of_several_rates(groups)
+    _check_groups(param_groups, groups)
     if flat:
         groups = _flat_groups(param_groups, groups, state)
         return {**state_dict, "param_groups": groups}, ()
@@ -138,13 +138,6 @@ def _state_of_none(groups: Groups, state: State) -> dict[Any, Any]:
     """Return the state that is not of a parameter, which some optimizers keep."""
     keys = set(params_in(groups))
     return {k: v for k, v in state.items() if not isinstance(k, int) and k not in keys}
-
-
-def _is_flat(group: Group) -> bool:
-    """Return whether a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat
-    share.
-    """
-    return len(group["params"]) != len(group.get("param_names", ()))
 
 
 # --- the checkpoint's groups ----------------------------------------------------------------------
@@ -228,12 +221,11 @@ def _read(group: Group, flat: bool) -> Group:
     return at_base_rate(without(group, ("lr_multiplier",)))
 
 
-def _refuse_strange_groups(param_groups: Groups, groups: Groups) -> None:
-    """Raise if groups of ours have no names, or groups of the checkpoint no rates."""
-    if any(
-        "param_names" not in group or "user_group" not in group
-        for group in param_groups
-    ):
+def _check_groups(param_groups: Groups, groups: Groups) -> None:
+    """Raise if groups of ours have no names, or groups of the checkpoint no rates. Warn if parts of
+    a user's group have several base rates.
+    """
+    if any(not {"param_names", "user_group"} <= group.keys() for group in param_groups):
         raise CheckpointError(
             "A group was added to param_groups directly, so this optimizer does not know its"
             " parameters.",
@@ -247,6 +239,17 @@ def _refuse_strange_groups(param_groups: Groups, groups: Groups) -> None:
             "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved"
             " one was.",
         )
+    bases: dict[Any, Any] = {}
+    for group in groups if _by_key(groups) else ():
+        base = float(group["lr"])
+        # with full_state_dict=True all parts but one keep their old rate
+        if bases.setdefault(group.get("user_group"), base) != base:
+            warn(
+                "torch.distributed.checkpoint loaded several base rates into the parts of one"
+                " group: it loads a saved group's settings into only one of them. Set group['lr']"
+                " of all of them to the saved rate."
+            )
+            return
 
 
 def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
@@ -260,22 +263,6 @@ def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
             f"The checkpoint's optimizer was built from {theirs} groups, this one from {ours}.",
             "Build it from the same groups, whose rates and decays are in the checkpoint.",
         )
-
-
-def _warn_of_several_rates(groups: Groups) -> None:
-    """Warn if parts of a user's group have several base rates: with full_state_dict=True all but
-    one keep their old rate.
-    """
-    bases: dict[Any, Any] = {}
-    for group in groups if _by_key(groups) else ():
-        base = float(group["lr"])
-        if bases.setdefault(group.get("user_group"), base) != base:
-            warn(
-                "torch.distributed.checkpoint loaded several base rates into the parts of one"
-                " group: it loads a saved group's settings into only one of them. Set group['lr']"
-                " of all of them to the saved rate."
-            )
-            return
 
 
 def _flat_groups(param_groups: Groups, groups: Groups, state: State) -> Groups:
@@ -442,30 +429,24 @@ def _source(group: Group, slots: _Slots) -> Group:
 def _merged(group: Group, theirs: Group, keys: list[Any]) -> Group:
     """Return our group with the saved group's settings and base rate, and our own tags."""
     merged = settings_in(theirs) | {key: group[key] for key in TAGS if key in group}
-    unread = group.get("lora_init") in ("other", "unknown")
-    if group["pinned_lr"] is not None:
-        merged["rank_multiplier"] = _pinned_multiplier(group, theirs)
-    elif unread and theirs.get("lora_init") in ("A", "B"):
-        # Trained weights no longer show the init that gave the saved multiplier.
-        merged["lora_init"] = theirs["lora_init"]
-        merged["rank_multiplier"] = theirs["rank_multiplier"]
+    pinned, saved = group["pinned_lr"], theirs.get("pinned_lr")
+    if pinned is None:
+        unread = group.get("lora_init") in ("other", "unknown")
+        if unread and theirs.get("lora_init") in ("A", "B"):
+            # trained weights no longer show the init that gave the saved multiplier
+            merged["lora_init"] = theirs["lora_init"]
+            merged["rank_multiplier"] = theirs["rank_multiplier"]
+    elif saved is not None and "rank_multiplier" in theirs:
+        # a pinned rate's base may have been scheduled since, so its ratio is kept
+        merged["rank_multiplier"] = theirs["rank_multiplier"] * (pinned / saved)
+    else:
+        # OneCycleLR starts at a fraction of the rate
+        base = float(theirs.get("max_lr", base_of(theirs)))
+        if base:
+            merged["rank_multiplier"] = pinned / base
     recipe = theirs.get("rankaware_recipe") or group.get("rankaware_recipe", "")
     merged["rankaware_recipe"] = recipe  # with its base rate
     return {**merged, "params": keys, "param_names": list(group["param_names"])}
-
-
-def _pinned_multiplier(group: Group, theirs: Group) -> float:
-    """Return the ratio of a pinned rate to the checkpoint's base rate.
-
-    If the checkpoint's rate was pinned too, its base may have been scheduled since, so its ratio is
-    used.
-    """
-    pinned, saved = group["pinned_lr"], theirs.get("pinned_lr")
-    if saved is not None and "rank_multiplier" in theirs:
-        return float(theirs["rank_multiplier"] * (pinned / saved))
-    # OneCycleLR starts at a fraction of the rate
-    base = float(theirs.get("max_lr", base_of(theirs)))
-    return float(pinned / base if base else group["rank_multiplier"])
 
 
 def _law_differs(merged: Group, theirs: Group) -> bool:

@@ -313,10 +313,19 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
+        native, wrap = type(self)._rankaware_native, self._rankaware
         before, default = dict(vars(self)), self.defaults.get("lr")
         by_default = [base_of(group) == default for group in self.param_groups]
         try:
-            reset = _load(self, state_dict)
+            fitted, reset = fit_checkpoint(
+                self.param_groups,
+                state_dict,
+                wrap.on_rank_change,
+                wrap.order,
+                _model_of(self),
+            )
+            check_loadable(native, self.defaults, self.param_groups, fitted)
+            native.load_state_dict(self, fitted)
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
@@ -327,7 +336,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 f"The checkpoint cannot be loaded: {error!r}.",
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
-        self._rankaware = replace(self._rankaware, reset=reset)
+        self._rankaware = replace(wrap, reset=reset)
         self._rankaware_unchecked = True
         for group in list(compress(self.param_groups, by_default))[:1]:
             base = base_of(group)
@@ -540,20 +549,6 @@ def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
     plan = replace(plan, survey=replace(plan.survey, factors=tuple(factors)))
     order = (*wrap.order, *(group.names for group in groups))
     return parts, replace(wrap, plan=plan, order=order)
-
-
-# --- loading --------------------------------------------------------------------------------------
-
-
-def _load(opt: Any, state_dict: dict[str, Any]) -> tuple[Reset, ...]:
-    """Load a checkpoint that fits, and return the parameters whose rank changed."""
-    wrap, native, model = opt._rankaware, type(opt)._rankaware_native, _model_of(opt)
-    fitted, reset = fit_checkpoint(
-        opt.param_groups, state_dict, wrap.on_rank_change, wrap.order, model
-    )
-    check_loadable(native, opt.defaults, opt.param_groups, fitted)
-    native.load_state_dict(opt, fitted)
-    return reset
 
 
 # --- the step -------------------------------------------------------------------------------------
