@@ -79,7 +79,7 @@ class AdapterConfig:
             for layer in layers
         ]
         stacks = _targeted(self.values.get("target_parameters") or [], paths)
-        names = {path: stacks[path] or [path] for path in paths}
+        names = {path: stacks.get(path, [path]) for path in paths}
         every = list(chain.from_iterable(names.values()))
         ranks = self._by_pattern("r", "rank_pattern", every)
         alphas = self._by_pattern("lora_alpha", "alpha_pattern", every)
@@ -96,8 +96,7 @@ class AdapterConfig:
             scaling = None
             if rank and alpha and self.values.get("use_rslora"):
                 scaling = alpha / math.sqrt(rank)
-            is_stack = bool(stacks[path])
-            declared[layer] = Declared(rank, alpha, scaling, is_stack, self)
+            declared[layer] = Declared(rank, alpha, scaling, path in stacks, self)
         return declared
 
     def _by_pattern(
@@ -134,20 +133,20 @@ class Declared(NamedTuple):
 
 
 def _targeted(targets: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return, by module in `paths`, the parameters targeted by entries such as
-    "experts.gate_up_proj".
+    """Return the parameters targeted by entries such as "experts.gate_up_proj", by those of `paths`
+    that have any.
     """
     by_module: dict[str, list[str]] = defaultdict(list)
     for target in dict.fromkeys(targets):
         module, _, name = target.rpartition(".")
         by_module[module].append(name)
     stacks: dict[str, list[str]] = {}
-    for path in paths:
-        parts = path.split(".")[::-1] if by_module else ()
-        ends = accumulate(parts, lambda end, part: f"{part}.{end}")
-        stacks[path] = [
-            f"{path}.{name}" for end in ends for name in by_module.get(end, ())
-        ]
+    for path in paths if by_module else ():
+        parts = path.split(".")[::-1]
+        for end in accumulate(parts, lambda end, part: f"{part}.{end}"):
+            if end in by_module:
+                names = [f"{path}.{name}" for name in by_module[end]]
+                stacks.setdefault(path, []).extend(names)
     return stacks
 
 

@@ -124,7 +124,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     'rank 64, alpha 32, B = 0'
     """
     values: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, map(str.strip, text.split(","))):
         name, value = _FLAGS.get(part) or _entry(part)
         if name in values:
             raise InvalidReferenceError(
@@ -150,7 +150,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
 
 def _entry(part: str) -> tuple[str, Any]:
     """Return the field of `Reference` for "key=value", and its value."""
-    key, _, value = (piece.strip() for piece in part.partition("="))
+    key, _, value = map(str.strip, part.partition("="))
     try:
         name, kind = _KEYS[key]
         return name, kind(value)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any
 
 from .._checks import check_init
@@ -81,53 +82,50 @@ def survey_of(
             f"The method is 'lora' or 'full', not {method!r}.", "Give one of them."
         )
     check_init(init, known=INITS)
-    modules, parameters = walked
     trainable = {
-        id(p): name for name, p in parameters if p.requires_grad or id(p) in also
+        id(param): name
+        for name, param in walked.parameters
+        if param.requires_grad or id(param) in also
     }
-    pairs = list(pairs_of(modules))
     tried = tuple(dict.fromkeys(row.name for row in conventions()))
     if method == "full":
-        survey = Survey(tuple(_full_factors(walked, pairs, trainable)))
+        survey = Survey(tuple(_full_factors(walked, trainable)))
+        if not survey.factors:
+            raise InspectionError(
+                f"None of {len(walked.parameters)} parameters is a trainable weight of two or more"
+                " dimensions.",
+                "Set requires_grad on what full finetuning should train; FSDP1 flattens every"
+                " weight, FSDP2 does not.",
+            )
     else:
-        survey = _lora_survey(walked, pairs, trainable, init, tried)
+        survey = _lora_survey(walked, trainable, init, tried)
     names = {f.name for f in survey.factors}
-    other = tuple(name for name in trainable.values() if name not in names)
+    other = tuple(filterfalse(names.__contains__, trainable.values()))
     return replace(
         survey,
         other=other,
-        looked_at=len(parameters),
+        looked_at=len(walked.parameters),
         tried=tried,
         unsupported=unsupported(other),
     )
 
 
-def _full_factors(
-    walked: Walk, pairs: Iterable[Pair], trainable: Mapping[int, str]
-) -> Iterator[Factor]:
-    for pair in pairs:
+def _full_factors(walked: Walk, trainable: Mapping[int, str]) -> Iterator[Factor]:
+    for pair in pairs_of(walked.modules):
         if not trainable.keys().isdisjoint((id(pair.a.tensor), id(pair.b.tensor))):
             raise InspectionError(
                 f"{pair.where} has a trainable LoRA pair, so this is not full finetuning.",
                 "Leave method='full' out, or merge the adapters into the weights first.",
             )
-    left, is_empty = dict(trainable), True
+    left = dict(trainable)
     for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
             name = left.pop(id(param), None)
             if name is None or param.dim() < 2 or is_embedding(module):
                 continue
-            is_empty = False
             fan_in, fan_out = _full_fans(module, param)
             kind = "conv" if param.dim() > 2 and local == "weight" else "linear"
             yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=prefix)
-    if is_empty:
-        raise InspectionError(
-            f"None of {len(walked.parameters)} parameters is a trainable weight of two or more"
-            " dimensions.",
-            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
-            " FSDP2 does not.",
-        )
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
@@ -148,7 +146,6 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
 
 def _lora_survey(
     walked: Walk,
-    pairs: Iterable[Pair],
     trainable: Mapping[int, str],
     init: Init | None,
     tried: tuple[str, ...],
@@ -156,7 +153,7 @@ def _lora_survey(
     configs, left = configs_of(walked.modules), dict(trainable)
     factors, notes = list[Factor](), dict[str, None]()
     frozen: dict[int, str] = {}  # a tied factor has its first name
-    for pair in pairs:
+    for pair in pairs_of(walked.modules):
         names = []
         for half in (pair.a, pair.b):
             key = id(half.tensor)
@@ -260,8 +257,8 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     never all zero. If it is, the pair was set to Init[B] by hand. Shards differ between processes,
     which must all get the same rate, so their zeros are not used.
     """
-    marks = getattr(pair.owner, INIT_MARK, {})
-    recorded: Init | None = pair.convention.init or marks.get(pair.adapter)
+    marks: Mapping[str, Init] = getattr(pair.owner, INIT_MARK, {})
+    recorded = pair.convention.init or marks.get(pair.adapter)
     if recorded is not None:
         return recorded
     if declared is None and pair.is_sharded:
@@ -273,9 +270,8 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     a, b = pair.a.tensor, pair.b.tensor
     if declared is not None:
         expected = declared_init(declared, kind)
-        if expected == "other" or pair.is_sharded:
-            return expected
-        if is_zero(a if expected == "A" else b) is not True:
+        drawn = a if expected == "A" else b
+        if expected == "other" or pair.is_sharded or not is_zero(drawn):
             return expected
     inits: dict[object, Init] = {
         (False, True): "A",

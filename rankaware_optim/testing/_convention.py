@@ -5,7 +5,7 @@ their training.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,23 @@ _ORACLE_BAR = 1e-9
 
 Make = Callable[[int, float], nn.Module]
 Run = Callable[..., torch.Tensor]
+
+
+def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
+    """Return a model's output tensor: the output itself, or its logits or last hidden state as in
+    transformers.
+    """
+    out: Any = model(*inputs)
+    if isinstance(out, torch.Tensor):
+        return out
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(out, name, None)
+        if isinstance(value, torch.Tensor):
+            return value
+    raise InspectionError(
+        f"The module returns a {type(out).__name__}, which is not a tensor.",
+        "Give run=, a function of module and inputs that returns one.",
+    )
 
 
 @dataclass(frozen=True)
@@ -242,23 +259,16 @@ class _Layer:
         compensate for it (Chen, Villar, Hayou, arXiv 2602.06204).
         """
         first, second = (self.build(rank, alpha) for alpha in alphas)
-        p, q = _move(first, second)
+        same = {"A": 1.0, "B": 1.0}
         outputs = []
-        for module, by_a, by_b in ((first, 1.0, 1.0), (second, p, q)):
+        for module, scales in ((first, same), (second, _move(first, second))):
+            settings = {
+                role: {"lr": _LR * by, "eps": _EPS / by, "weight_decay": _DECAY / by}
+                for role, by in scales.items()
+            }
+            settings["other"] = {"lr": _LR}
             outputs.append(
-                trained(
-                    module,
-                    self.inputs,
-                    _LR * by_a,
-                    _LR * by_b,
-                    eps_a=_EPS / by_a,
-                    eps_b=_EPS / by_b,
-                    decay_a=_DECAY / by_a,
-                    decay_b=_DECAY / by_b,
-                    steps=_STEPS,
-                    other_lr=_LR,
-                    answer=self.run,
-                )
+                trained(module, self.inputs, settings, steps=_STEPS, answer=self.run)
             )
         walked = walk(first)
         gradients = {name: param.grad for name, param in walked.parameters}
@@ -290,23 +300,16 @@ def _set_to_units(pairs: Sequence[Pair]) -> None:
         for param in pair.owner.parameters():
             if param.requires_grad and id(param) not in halves:
                 param.fill_(1.0)
-                _set_to_identity(param)
+                if param.dim() > 1 and param.shape[0] == param.shape[1]:
+                    param.zero_().diagonal().fill_(1.0)
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
 
 
-def _set_to_identity(param: torch.Tensor) -> None:
-    """Set a tensor with two equal first axes to the identity in them, and leave another."""
-    if param.dim() < 2 or param.shape[0] != param.shape[1]:
-        return
-    eye = torch.eye(param.shape[0], dtype=param.dtype, device=param.device)
-    param.copy_(eye.reshape(*eye.shape, *[1] * (param.dim() - 2)).expand_as(param))
-
-
 @torch.no_grad()
-def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
+def _move(first: nn.Module, second: nn.Module) -> dict[str, float]:
     """Draw `first`'s factors, copy `first` into `second` with factors scaled by p and q, and return
-    p and q.
+    p and q by role.
     """
     factors, others = (survey_of(walk(module)).factors for module in (first, second))
     ratios = {f.scaling / g.scaling for f, g in zip(factors, others, strict=True)}
@@ -323,7 +326,7 @@ def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
         p = ratio
     elif "A" not in roles.values():
         p = 1.0
-    q = ratio / p
+    scales = {"A": p, "B": ratio / p}
     draw = torch.Generator().manual_seed(0)
     copies = dict(walk(second).parameters)
     for name, param in walk(first).parameters:
@@ -332,76 +335,49 @@ def _move(first: nn.Module, second: nn.Module) -> tuple[float, float]:
                 torch.randn(param.shape, generator=draw, dtype=torch.float64) / 4
             )
         if param.is_floating_point():
-            copies[name].copy_(param * {"A": p, "B": q}.get(roles.get(name, ""), 1.0))
-    return p, q
+            copies[name].copy_(param * scales.get(roles.get(name, ""), 1.0))
+    return scales
 
 
 def trained(
     model: nn.Module,
-    inputs: torch.Tensor | tuple[Any, ...],
-    lr_a: float,
-    lr_b: float,
+    inputs: tuple[Any, ...],
+    settings: Mapping[str, Mapping[str, float]],
     *,
-    eps_a: float = 1e-8,
-    eps_b: float = 1e-8,
-    decay_a: float = 0.0,
-    decay_b: float = 0.0,
     steps: int = 10,
-    other_lr: float | None = None,
-    answer: Run | None = None,
-    seed: int = 0,
+    answer: Run = output_of,
 ) -> list[torch.Tensor]:
     """Train a model in place by AdamW towards a random target, and return the outputs before and
     after every step.
 
     The loss is the mean square. Gradients are not clipped, decays are decoupled, and the global
-    random state is restored.
+    random state is kept.
 
     Args:
         model: the model, with factors as `inspect_model` finds them.
         inputs: the model's inputs.
-        lr_a: A's rate, per step.
-        lr_b: B's rate, per step.
-        eps_a: A's eps.
-        eps_b: B's eps.
-        decay_a: A's weight decay.
-        decay_b: B's weight decay.
+        settings: AdamW's settings for the factors "A" and "B", and for "other" parameters. Those
+            without settings stay as they are.
         steps: number of steps.
-        other_lr: rate of parameters that are not factors, with AdamW's default eps and decay. None
-            freezes them.
         answer: returns the output tensor of the model.
-        seed: random seed of the target.
     """
-    answer = answer or output_of
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    survey, params = inspect_model(model), dict(walk(model).parameters)
-    groups: list[dict[str, Any]] = []
-    for role, lr, eps, decay in (
-        ("A", lr_a, eps_a, decay_a),
-        ("B", lr_b, eps_b, decay_b),
-    ):
-        factors = [params[f.name] for f in survey.factors if f.role == role]
-        groups.append({"params": factors, "lr": lr, "eps": eps, "weight_decay": decay})
-    if other_lr is not None and survey.other:
-        groups.append(
-            {"params": [params[name] for name in survey.other], "lr": other_lr}
-        )
+    roles = {f.name: str(f.role) for f in inspect_model(model).factors}
+    params: dict[str, list[nn.Parameter]] = {role: [] for role in ("A", "B", "other")}
+    for name, param in walk(model).parameters:
+        if param.requires_grad:
+            params[roles.get(name, "other")].append(param)
+    groups = [{"params": params[role], **own} for role, own in settings.items()]
     optimizer = torch.optim.AdamW(groups, foreach=False)
-    outputs = []
-    target: Any = None
+    outputs = [answer(model, *inputs)]
+    source = torch.Generator().manual_seed(0)
+    target = torch.randn(outputs[0].shape, generator=source, dtype=torch.float64)
+    target = target.to(outputs[0])
     for _ in range(steps):
-        out = answer(model, *inputs)
-        if target is None:
-            source = torch.Generator().manual_seed(seed)
-            target = torch.randn(out.shape, generator=source, dtype=torch.float64).to(
-                out
-            )
-        outputs.append(out.detach())
         optimizer.zero_grad()
-        (out - target).square().mean().backward()
+        (outputs[-1] - target).square().mean().backward()
         optimizer.step()
-    with torch.no_grad():
-        return [*outputs, answer(model, *inputs)]
+        outputs.append(answer(model, *inputs))
+    return [output.detach() for output in outputs]
 
 
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
@@ -410,22 +386,4 @@ def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return (
         max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
         / scale
-    )
-
-
-def output_of(model: nn.Module, *inputs: Any) -> torch.Tensor:
-    """Return a model's output tensor: the output itself, or its logits or last hidden state as in
-    transformers.
-    """
-    out: Any = model(*inputs)
-    for value in (
-        out,
-        getattr(out, "logits", None),
-        getattr(out, "last_hidden_state", None),
-    ):
-        if isinstance(value, torch.Tensor):
-            return value
-    raise InspectionError(
-        f"The module returns a {type(out).__name__}, which is not a tensor.",
-        "Give run=, a function of module and inputs that returns one.",
     )

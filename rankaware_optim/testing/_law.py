@@ -14,6 +14,7 @@ import tomli
 import tomli_w
 import torch
 
+from .._checks import is_positive
 from .._types import Factor, Reference
 from ..errors import LawError
 from ..laws import LAWS, Law, get_law, law_from_dict, law_to_dict
@@ -88,12 +89,15 @@ def check_law(
     _check_form(law)
     registered = law.name in LAWS.names()
     widths = [fan_in] if isinstance(fan_in, (int, float)) else fan_in
-    references = _references(map(float, widths))
-    factors = []
-    for at in references:
-        factors.append(at.as_factor())
-        if at.method == "lora":
-            factors.append(replace(at.as_factor(), role="B"))
+    references, factors = [], list[Factor]()
+    for width in map(float, widths):
+        full = Reference(method="full", fan_in=width)
+        references.append(full)
+        factors.append(full.as_factor())
+        for rank, alpha, init in itertools.product(_RANKS, _ALPHAS, _INITS):
+            at = Reference(rank, alpha, init=init, fan_in=width)
+            references.append(at)
+            factors += [at.as_factor(), replace(at.as_factor(), role="B")]
     pairs = [(factor, at) for at in references for factor in factors]
     answers = {pair: _ask(law, *pair) for pair in pairs}
     _check_same(law, answers, "deterministic", pairs)
@@ -134,15 +138,6 @@ def _check_form(law: Law) -> None:
             raise _failed("name", law, error.cause, error.cure) from error
 
 
-def _references(widths: Iterable[float]) -> list[Reference]:
-    references = []
-    for width in widths:
-        references.append(Reference(method="full", fan_in=width))
-        for rank, alpha, init in itertools.product(_RANKS, _ALPHAS, _INITS):
-            references.append(Reference(rank, alpha, init=init, fan_in=width))
-    return references
-
-
 def _ask(law: Law, factor: Factor, reference: Reference) -> float:
     where = _where(factor, reference)
     try:
@@ -154,11 +149,7 @@ def _ask(law: Law, factor: Factor, reference: Reference) -> float:
             f"{where}, it raises {error!r}.",
             "Return a number for every factor.",
         ) from error
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 0 < value < math.inf
-    ):
+    if not is_positive(value):
         raise _failed(
             "positive",
             law,

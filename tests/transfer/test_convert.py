@@ -675,17 +675,15 @@ class Setup:
             model = adapted(self.style, self.kind, **options)
             inputs = INPUTS[self.kind]()
         model.pair()[self.init == "B"].data.mul_(drawn)
-        names = ("eps_a", "eps_b", "decay_a", "decay_b")
-        defaults = dict(
-            zip(names, (self.eps, self.eps, self.decay, self.decay), strict=True)
-        )
-        return trained(
-            model,
-            inputs,
-            rate_a,
-            rate_b,
-            **{n: defaults[n] * settings.get(n, 1.0) for n in names},
-        )
+        groups = {
+            role: {
+                "lr": rate,
+                "eps": self.eps * settings.get(f"eps_{role.lower()}", 1.0),
+                "weight_decay": self.decay * settings.get(f"decay_{role.lower()}", 1.0),
+            }
+            for role, rate in (("A", rate_a), ("B", rate_b))
+        }
+        return trained(model, (inputs,), groups)
 
     def tuned(self) -> list[torch.Tensor]:
         """The training that the rate was tuned for: the law's own pair at s."""
@@ -800,15 +798,21 @@ def test_the_libraries_own_adapters_convert_exactly(case):
     from_, to = (Reference.from_scaling(f.rank, f.scaling, init=f.init) for f in (a, b))
     c = convert_lr(1e-2, from_=from_, to=to)
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs())
-    before = trained(
-        tuned, inputs, 1e-2, 1e-2, eps_a=1e-3, eps_b=1e-3, decay_a=0.1, decay_b=0.1
-    )
-    scales = {"eps_a": 1e-3 * c.eps_scale_a, "eps_b": 1e-3 * c.eps_scale_b}
-    scales |= {
-        "decay_a": 0.1 * c.weight_decay_scale_a,
-        "decay_b": 0.1 * c.weight_decay_scale_b,
+    settings = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+    before = trained(tuned, inputs, {"A": settings, "B": settings})
+    moved = {
+        "A": {
+            "lr": c.lr_a,
+            "eps": 1e-3 * c.eps_scale_a,
+            "weight_decay": 0.1 * c.weight_decay_scale_a,
+        },
+        "B": {
+            "lr": c.lr_b,
+            "eps": 1e-3 * c.eps_scale_b,
+            "weight_decay": 0.1 * c.weight_decay_scale_b,
+        },
     }
-    after = trained(other, inputs, c.lr_a, c.lr_b, **scales)
+    after = trained(other, inputs, moved)
     assert float((before[0] - before[-1]).abs().max()) > 1e-6
     assert distance(before, after) < 1e-12
 
