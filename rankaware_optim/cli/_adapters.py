@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .._types import Rated, Reference, Survey
+from .._types import Reference, Survey
 from ..inspection import inspect_file, read_config
 from ..laws import DEFAULT_LAW
 from ..transfer import published_init, suggest_lr, survey_rates
-from ._echo import echo_result
 from ._options import (
     FILE,
     RATE_FIELDS,
     RSLORA,
+    chosen,
+    echo_result,
+    flag,
     init_option,
     json_option,
     law_option,
     optimizer_option,
+    option,
     refuse_for_full,
 )
 
@@ -36,14 +38,15 @@ _SURVEY = (
 
 @click.command()
 @click.argument("path", type=FILE)
-@click.option("--lr", type=float, help="Base rate, per step. Adds a column of rates.")
-@law_option("Law that moves --lr.", default=DEFAULT_LAW)
-@click.option(
+@option("--lr", float, "Base rate, per step. Adds a column of rates.")
+@law_option("Law that moves --lr.", DEFAULT_LAW)
+@option(
     "--tuned-at",
-    help="Configuration at which --lr was tuned: r=16,alpha=32,init=B, or an adapter's path.",
+    str,
+    "Configuration at which --lr was tuned: r=16,alpha=32,init=B, or an adapter's path.",
 )
 @init_option("By default as the files declare it.")
-@click.option("--per-module", is_flag=True, help="Print one line per tensor.")
+@flag("--per-module", "Print one line per tensor.")
 @json_option(_SURVEY)
 def inspect(
     path: Path,
@@ -63,48 +66,40 @@ def inspect(
     survey, rates = survey_rates(
         inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at
     )
-    text = survey.explain(per_module=per_module, rates=rates)
-    echo_result(as_json, text, _document(survey, rates))
-
-
-def _document(survey: Survey, rates: Mapping[str, Rated]) -> dict[str, Any]:
     factors = []
     for factor in survey.factors:
         rate = rates.get(factor.name)
         rated = {"lr": None, "reason": None} if rate is None else rate._asdict()
         factors.append({**asdict(factor), **rated})
-    return {
+    others = [
+        {"name": name, "kind": survey.unsupported.get(name)} for name in survey.other
+    ]
+    document = {
         "factors": factors,
-        "others": [
-            {"name": name, "kind": survey.unsupported.get(name)}
-            for name in survey.other
-        ],
+        "others": others,
         "checks": survey.audit(),
         "notes": survey.notes,
     }
+    text = survey.explain(per_module=per_module, rates=rates)
+    echo_result(as_json, text, document)
 
 
 @click.command()
 @click.argument("path", type=FILE, required=False)
-@click.option("--rank", type=int, help="LoRA rank.")
-@click.option("--alpha", type=float, help="LoRA alpha.")
+@option("--rank", int, "LoRA rank.")
+@option("--alpha", float, "LoRA alpha.")
 @RSLORA
 @init_option(
     "Others: as in PEFT's init_lora_weights.",
-    names=("A", "B", "pissa", "olora", "lora_ga"),
+    ("A", "B", "pissa", "olora", "lora_ga"),
 )
-@click.option("--dora", is_flag=True, help="The adapters are DoRA.")
-@click.option("--full", is_flag=True, help="Suggest a rate for full finetuning.")
-@click.option(
-    "--fan-in",
-    type=float,
-    help="Hidden size of the model. With --full its largest fan-in.",
-)
+@flag("--dora", "The adapters are DoRA.")
+@flag("--full", "Suggest a rate for full finetuning.")
+@option("--fan-in", float, "Hidden size of the model. With --full its largest fan-in.")
 @optimizer_option("adamw")
-@click.option(
+@flag(
     "--chat",
-    is_flag=True,
-    help="Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
+    "Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
 )
 @json_option(
     f"an object. Fields: {RATE_FIELDS}, optimizer (name), reference (rank, alpha, rslora, init,"
@@ -125,8 +120,9 @@ def suggest(
     Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 %
     band.
     """
-    method: Any = "full" if full else "lora"
+    method: Any = "lora"
     if full:
+        method = "full"
         refuse_for_full(
             init=init, rank=shape["rank"], alpha=shape["alpha"], rslora=shape["rslora"]
         )
@@ -136,7 +132,7 @@ def suggest(
             raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
         model = Reference(**shape, method=method)
     else:
-        if any(value not in (None, False) for value in shape.values()):
+        if chosen(shape):
             raise click.UsageError(
                 "PATH already gives rank, alpha and fan-in, so leave these options out."
             )

@@ -1,7 +1,11 @@
-"""`rankaware calibrate`: a calibration that can be resumed, with one or more workers."""
+"""The commands that make a recipe: `rankaware calibrate`, which can be resumed and has one or more
+workers, and `rankaware fit`.
+"""
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,18 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from .. import calibration
 from ..errors import CalibrationError, RecipeError
 from ..laws import PRIOR_LAW
-from ..recipe import Recipe
-from ._echo import echo
+from ..recipe import Recipe, to_document
+from ..sweeps import fit_sweep
 from ._options import (
+    ALPHA,
+    COLUMN,
+    FILE,
+    LAW_TEXT,
     OPTIMIZER,
+    RECIPE_FIELDS,
     OrWord,
     Several,
+    echo,
+    echo_result,
+    init_option,
+    json_option,
     law_option,
     may_name_module,
+    option,
     out_option,
 )
 from ._workers import (
@@ -31,110 +46,94 @@ from ._workers import (
     in_environment,
     load_train,
     machine_cores,
-    machine_devices,
     placed,
     trials_logged,
-)
-
-_WORKERS = (
-    "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores"
-    " without GPUs. By default 1, or auto with --devices."
-)
-_RAY = (
-    "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local"
-    " starts a cluster here. Every node must be able to reach --storage."
-)
-_LR_RANGE = (
-    "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an"
-    " edge."
-)
-_WARMUP = (
-    "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its"
-    " end."
+    visible_devices,
 )
 
 
 @click.command()
 @click.argument("spec", callback=may_name_module, metavar="MODULE:TRAIN")
-@click.option(
+@option(
     "--ranks",
+    Several(OrWord(click.INT, full=None)),
+    "Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
     required=True,
-    type=Several(OrWord(click.INT, full=None)),
-    help=(
-        "Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full"
-        " finetuning."
-    ),
 )
-@click.option(
-    "--steps", type=int, required=True, help="Training steps per trial, such as 500."
-)
-@click.option(
-    "--target-steps",
-    type=int,
-    help="Training steps of the target run. By default --steps.",
-)
-@out_option(required=True, help="Recipe to write, a .toml file.")
+@option("--steps", int, "Training steps per trial, such as 500.", required=True)
+@option("--target-steps", int, "Training steps of the target run. By default --steps.")
+@out_option("Recipe to write, a .toml file.", required=True)
 @OPTIMIZER
-@law_option("Law that moves rates between ranks.", default=PRIOR_LAW)
-@click.option(
+@law_option("Law that moves rates between ranks.", PRIOR_LAW)
+@option(
     "--trials",
-    type=int,
-    help="Number of runs at --ranks. By default as --budget allows, or 8 per rank.",
+    int,
+    "Number of runs at --ranks. By default as --budget allows, or 8 per rank.",
 )
-@click.option(
-    "--budget",
-    type=int,
-    help="Largest number of training steps of all trials together.",
-)
-@click.option(
+@option("--budget", int, "Largest number of training steps of all trials together.")
+@option(
     "--until",
-    type=float,
-    help="Stop once the 90 % band is narrower than this many octaves (factors of two).",
+    float,
+    "Stop once the 90 % band is narrower than this many octaves (factors of two).",
 )
-@click.option(
-    "--full-trials",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Number of full-finetuning runs at the end.",
-)
-@click.option(
+@option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
+@option(
     "--seeds",
+    Several(click.INT),
+    "Random seeds of the trials, the same at every rank.",
     default="0,1",
-    show_default=True,
-    type=Several(click.INT),
-    help="Random seeds of the trials, the same at every rank.",
 )
-@click.option("--lr-range", type=Several(click.FLOAT), help=_LR_RANGE)
-@click.option(
+@option(
+    "--lr-range",
+    Several(click.FLOAT),
+    "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an"
+    " edge.",
+)
+@option(
     "--batch",
-    type=float,
-    help="Examples per step of the target run. The recipe records it.",
+    float,
+    "Examples per step of the target run. The recipe records it.",
 )
-@click.option("--warmup", type=float, help=_WARMUP)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Random seed of the sampler."
+@option(
+    "--warmup",
+    float,
+    "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its"
+    " end.",
 )
-@click.option(
+@option("--seed", int, "Random seed of the sampler.", default=0)
+@option(
     "--name",
-    help="Name of the study and of the recipe. By default the name of the recipe's file.",
+    str,
+    "Name of the study and of the recipe. By default the name of the recipe's file.",
 )
-@click.option(
+@option(
     "--storage",
-    help="Path of a journal file, or a database URL. By default a journal beside the recipe.",
+    str,
+    "Path of a journal file, or a database URL. By default a journal beside the recipe.",
 )
-@click.option("--workers", type=OrWord(click.IntRange(1), auto=AUTO), help=_WORKERS)
-@click.option(
+@option(
+    "--workers",
+    OrWord(click.IntRange(1), auto=AUTO),
+    "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores"
+    " without GPUs. By default 1, or auto with --devices.",
+)
+@option(
     "--devices",
-    type=Several(click.STRING),
-    help="GPUs to use, such as 0,1. By default all visible ones.",
+    Several(click.STRING),
+    "GPUs to use, such as 0,1. By default all visible ones.",
 )
-@click.option(
+@option(
     "--threads",
-    type=click.IntRange(1),
-    help="CPU threads per worker. By default the workers share the cores.",
+    click.IntRange(1),
+    "CPU threads per worker. By default the workers share the cores.",
 )
-@click.option("--ray", metavar="ADDRESS", help=_RAY)
+@option(
+    "--ray",
+    str,
+    "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local"
+    " starts a cluster here. Every node must be able to reach --storage.",
+    metavar="ADDRESS",
+)
 def calibrate(
     spec: str,
     out: Path,
@@ -166,16 +165,13 @@ def calibrate(
                     "Ray gives the workers their GPUs and threads.",
                     "Leave --devices and --threads out.",
                 )
-            executor = calibration.RayExecutor(workers or None, address=ray)
-            with trials_logged(lines=True):
-                recipe = calibration.calibrate(
-                    load_train(spec), executor=executor, **options
-                )
-            _write(recipe, out)
+            _write(_on_ray(spec, ray, workers, options), out)
             return
         if workers is None:
             workers = 1 if devices is None else AUTO
-        visible = chosen_devices(devices, machine_devices())
+        # CUDA is not initialised yet, since it reads CUDA_VISIBLE_DEVICES only once
+        visible = visible_devices(os.environ, torch.cuda.device_count())
+        visible = chosen_devices(devices, visible)
         places = placed(workers, visible, machine_cores(), threads)
         with in_environment(places[0]):
             load_train(spec)
@@ -184,16 +180,21 @@ def calibrate(
                 _write(this_process.run(), out)  # before it waits for the others to end
 
 
+def _on_ray(
+    spec: str, address: str, workers: int | None, options: dict[str, Any]
+) -> Recipe:
+    executor = calibration.RayExecutor(workers or None, address=address)
+    with trials_logged(lines=True):
+        return calibration.calibrate(load_train(spec), executor=executor, **options)
+
+
 def _write(recipe: Recipe, out: Path) -> None:
     """Save a recipe and print a summary."""
-    rate = (
-        recipe.at() if recipe.reference.method == "lora" else recipe.at(method="full")
-    )
+    rate = recipe.at(method=recipe.reference.method)
     pruned, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
     echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
     echo(
-        f"90 % band {rate.low:.3g} to {rate.high:.3g}; {len(pruned)} trials, {steps} steps,"
-        f" {int(pruned.sum())} pruned"
+        f"90 % band {rate.band}; {len(pruned)} trials, {steps} steps, {int(pruned.sum())} pruned"
     )
     for note in recipe.notes:
         echo(f"note: {note}")
@@ -209,3 +210,65 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@click.command()
+@click.argument("sweep", type=FILE)
+@out_option("Write the recipe to a .toml file.")
+@option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
+@OPTIMIZER
+@law_option(f"Law that moves rates between ranks. {LAW_TEXT}", PRIOR_LAW)
+@option(
+    "--fit",
+    click.Choice(["drift", "tokens"]),
+    "How the law is corrected. drift: by a power of the rank. tokens: by mua's number of effective"
+    " tokens.",
+    default="drift",
+)
+@option("--model", str, "Model of the rows to fit, and of rows without one.")
+@ALPHA
+@init_option("This is the init of the rows to fit, and of rows without one.")
+@option("--fan-in", float, "Mean fan-in of the adapted layers, for rows without one.")
+@option(
+    "--full-fan-in",
+    float,
+    "Largest fan-in, for full finetuning. By default --fan-in.",
+)
+@option("--batch", float, "Batch size of the rows to fit, and of rows without one.")
+@option("--steps", int, "Training steps of the rows to fit, and of rows without them.")
+@option(
+    "--warmup",
+    float,
+    "Warm-up as a share of the steps, 0 to 1. The recipe records it.",
+)
+@COLUMN
+@json_option(RECIPE_FIELDS)
+def fit(
+    sweep: Path,
+    out: Path | None,
+    name: str | None,
+    law: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit a recipe to a sweep of learning rates from any tool.
+
+    SWEEP is a .csv, .tsv, .json or .jsonl file with one row per run. The columns rank, lr (per
+    step) and loss are required. The columns alpha, rslora, init, method, fan_in, seed, model,
+    batch, steps and start (the loss before training) are optional. Write diverged as the loss of a
+    run that diverged.
+    """
+    recipe = fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
+    saved = None if out is None else recipe.save(out)
+    # a law that is not registered has no document
+    echo_result(as_json, recipe, to_document(recipe) if as_json else None)
+    if saved is not None and not as_json:
+        echo(f"Next: rankaware lr {shlex.quote(str(saved))} {_for_a_rate(recipe)}")
+
+
+def _for_a_rate(recipe: Recipe) -> str:
+    """Return the options with which `rankaware lr` prints a rate of the recipe."""
+    rank = max(recipe.ranks, default=None)
+    if recipe.scaling_rule == "unknown":
+        rank = recipe.reference.rank
+    return "--full" if rank is None else f"--rank {rank}"

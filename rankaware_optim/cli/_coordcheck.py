@@ -15,7 +15,6 @@ from .._types import Reference
 from ..errors import LawError
 from ..inspection import inspect_file
 from ..transfer import coordinate_check, plot_coordinates
-from ._echo import echo
 from ._options import (
     FILE,
     LAW_TEXT,
@@ -23,8 +22,11 @@ from ._options import (
     RANK_OR_NUMBER,
     RSLORA,
     Several,
+    echo,
+    flag,
     init_option,
     law_option,
+    option,
     out_option,
 )
 
@@ -33,71 +35,48 @@ _Shape = tuple[int, int]
 _MOST_NUMBERS = 2**28
 
 
-class _ShapeType(click.ParamType):  # type: ignore[type-arg]
-    """A layer's shape, as N_OUTxN_IN."""
-
-    name = "N_OUTxN_IN"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> _Shape:
-        match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", value)
-        if match is None:
-            self.fail(
-                f"{value!r} is not a shape: write N_OUTxN_IN, such as 4096x14336."
-            )
-        return int(match[1]), int(match[2])
+def _shape(text: str) -> _Shape:
+    match = re.fullmatch(r"\s*([1-9]\d{0,8})\s*[xX×]\s*([1-9]\d{0,8})\s*", text)
+    if match is None:
+        raise click.BadParameter(
+            f"{text!r} is not a shape: write N_OUTxN_IN, such as 4096x14336."
+        )
+    return int(match[1]), int(match[2])
 
 
 @click.command()
 @click.argument("path", type=FILE, required=False)
-@click.option(
-    "--shape",
-    "shapes",
+@option(
+    "--shape shapes",
+    _shape,
+    "Layer. Repeatable. By default 1024x1024.",
     multiple=True,
-    type=_ShapeType(),
-    help="Layer. Repeatable. By default 1024x1024.",
+    metavar="N_OUTXN_IN",
 )
-@click.option(
-    "--ranks",
-    default="4,16,64",
-    show_default=True,
-    type=Several(click.INT),
-    help="LoRA ranks to compare.",
-)
+@option("--ranks", Several(click.INT), "LoRA ranks to compare.", default="4,16,64")
 @OPTIMIZER
 @law_option(f"Law to check. {LAW_TEXT} By default mua with as many tokens as --tokens.")
-@click.option(
+@option(
     "--lr",
-    type=float,
-    help="A's rate at the first rank, per step. By default it moves the output by an rms of 1.",
+    float,
+    "A's rate at the first rank, per step. By default it moves the output by an rms of 1.",
 )
-@init_option(default="A", show_default=True)
-@click.option(
+@init_option(default="A")
+@option(
     "--alpha",
+    RANK_OR_NUMBER,
+    "alpha: a number, or 'rank' for alpha = rank.",
     default="rank",
-    show_default=True,
-    type=RANK_OR_NUMBER,
-    help="alpha: a number, or 'rank' for alpha = rank.",
 )
 @RSLORA
-@click.option(
-    "--tokens",
-    type=int,
-    default=512,
-    show_default=True,
-    help="Number of synthetic tokens.",
-)
-@click.option(
-    "--steps", type=int, default=4, show_default=True, help="Number of optimizer steps."
-)
-@out_option(help="Draw the result to a .png, .svg or .pdf file.")
-@click.option(
-    "--strict",
-    is_flag=True,
-    help="Exit with code 1 if features do not move equally far at every rank.",
-)
+@option("--tokens", int, "Number of synthetic tokens.", default=512)
+@option("--steps", int, "Number of optimizer steps.", default=4)
+@out_option("Draw the result to a .png, .svg or .pdf file.")
+@flag("--strict", "Exit with code 1 if features do not move equally far at every rank.")
+@click.pass_context
 def coordcheck(
+    ctx: click.Context,
+    /,
     path: Path | None,
     shapes: tuple[_Shape, ...],
     alpha: Any,
@@ -131,8 +110,7 @@ def coordcheck(
     echo(check)
     if out is not None:
         echo(f"Figure: {plot_coordinates(check, out)}")
-    if strict and not check.ok:
-        click.get_current_context().exit(1)
+    ctx.exit(int(strict and not check.ok))
 
 
 def _adapted(path: Path) -> dict[str, _Shape]:

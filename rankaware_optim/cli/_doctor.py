@@ -8,14 +8,12 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import chain
 from typing import Any
 
 import click
 from packaging.requirements import Requirement
 
-from ._echo import echo_result
-from ._options import json_option
+from ._options import echo_result, json_option
 from ._workers import machine_cores
 
 PACKAGE = "rankaware-optim"
@@ -74,12 +72,11 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Extras are sets of optional packages. For each that is not complete, the command that installs
     the rest is printed. The exit code is 1 if a required package is missing or too old.
     """
+    needs = sorted(needs_of(metadata.requires(PACKAGE) or ()), key=lambda n: n.extra)
     by_extra: dict[str, list[Need]] = {}
-    for need in needs_of(metadata.requires(PACKAGE) or ()):
+    for need in needs:
         by_extra.setdefault(need.extra, []).append(need)
     required = by_extra.pop("")
-    by_extra = dict(sorted(by_extra.items()))
-    torch = _torch()
     document: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -88,20 +85,11 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         "packages": {PACKAGE: _version(PACKAGE)},
         "missing": _lacking(required),
         "extras": {extra: _lacking(needs) for extra, needs in by_extra.items()},
-        "torch": torch,
+        "torch": _torch(),
     }
-    for need in [*required, *chain(*by_extra.values())]:
-        document["packages"][need.requirement.name] = need.version
-    lines = [
-        *_of_requirements(document, required),
-        *_of_extras(by_extra),
-        *_of_torch(torch),
-    ]
-    if document["cache"] is not None:
-        lines.append(
-            f"Recipes from the Hugging Face Hub are cached in {document['cache']}."
-        )
-    echo_result(as_json, "\n".join(lines), document)
+    document["packages"] |= {need.requirement.name: need.version for need in needs}
+    lines = "\n".join(_sentences(document, required, by_extra))
+    echo_result(as_json, lines, document)
     ctx.exit(1 if document["missing"] else 0)
 
 
@@ -158,8 +146,10 @@ def _cache() -> str | None:
     return str(HF_HUB_CACHE)
 
 
-def _of_requirements(
-    document: Mapping[str, Any], required: Iterable[Need]
+def _sentences(
+    document: Mapping[str, Any],
+    required: Iterable[Need],
+    by_extra: Mapping[str, Iterable[Need]],
 ) -> Iterator[str]:
     python, system, cores = (document[key] for key in ("python", "platform", "cpus"))
     yield f"Python {python} on {system} with {cores} CPU cores."
@@ -169,16 +159,15 @@ def _of_requirements(
             name = f"{need.requirement.name}{need.requirement.specifier}"
             cure = f'To install it: pip install "{name}".'
             yield f"A required package is missing: {need.lacking}. {cure}"
-
-
-def _of_extras(by_extra: Mapping[str, Iterable[Need]]) -> Iterator[str]:
     for extra, needs in by_extra.items():
-        lacking = _lacking(needs)
-        if lacking:
+        if lacking := document["extras"][extra]:
             cure = f'To install it, in a clone of {PACKAGE}: pip install ".[{extra}]".'
             yield f"Extra {extra} is not complete: {', '.join(lacking)}. {cure}"
         else:
             yield f"Extra {extra} is complete: {_installed(needs)}."
+    yield from _of_torch(document["torch"])
+    if document["cache"] is not None:
+        yield f"Recipes from the Hugging Face Hub are cached in {document['cache']}."
 
 
 def _of_torch(torch: Mapping[str, Any]) -> Iterator[str]:

@@ -13,20 +13,19 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..errors import CalibrationInterrupted, RankAwareError
-from ._echo import echo, warnings_as_notes
-from ._options import in_options
+from ._options import echo, in_options, warnings_as_notes
 
 _INTERRUPTED = 130  # exit code of shells for SIGINT
 
 # The module of each command.
 _COMMANDS = {
     "calibrate": "_calibrate",
-    "convert": "_conversions",
+    "convert": "_convert",
     "coordcheck": "_coordcheck",
     "demo": "_demo",
     "diff": "_recipes",
     "doctor": "_doctor",
-    "fit": "_sweep",
+    "fit": "_calibrate",
     "inspect": "_adapters",
     "lr": "_recipes",
     "plot": "_recipes",
@@ -87,7 +86,10 @@ class _Commands(click.Group):
             ctx.exit(_INTERRUPTED)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(package_name="rankaware-optim")
 def main() -> None:
     """Move a tuned learning rate to another LoRA rank, alpha or init, or to full finetuning.

@@ -1,20 +1,54 @@
-"""Options of several commands, and how their texts are parsed."""
+"""What the commands share: their output, and options with how their texts are parsed."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
+from .._printing import printable
 from ..errors import RankAwareError
 
 Decorator = Callable[[Any], Any]
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def echo(text: object, err: bool = False) -> None:
+    """Print `text` to standard output or standard error, without characters that control a
+    terminal.
+    """
+    click.echo(printable(str(text)), err=err)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings on standard error as notes."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: echo(f"note: {message}", err=True)
+        yield
+
+
+def echo_result(as_json: bool, result: object, document: object = None) -> None:
+    """Print a result as text or as one JSON document: dataclasses as objects, numbers that are not
+    finite as null. document: what JSON shows, if it is not the result.
+    """
+    if not as_json:
+        echo(result)
+        return
+    value = result if document is None else document
+    plain = msgspec.json.decode(msgspec.json.encode(value, enc_hook=float))
+    click.echo(json.dumps(plain, indent=1))
 
 
 def in_options(error: RankAwareError, command: click.Command) -> str:
@@ -35,14 +69,10 @@ class OrWord(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
         self.number, self.words = number, words
         self.name = "|".join([number.name, *words])
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        return (
-            self.words[value]
-            if value in self.words
-            else self.number.convert(value, param, ctx)
-        )
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value in self.words:
+            return self.words[value]
+        return self.number.convert(value, param, ctx)
 
 
 class Several(click.ParamType):  # type: ignore[type-arg]
@@ -51,9 +81,7 @@ class Several(click.ParamType):  # type: ignore[type-arg]
     def __init__(self, kind: Any) -> None:
         self.kind, self.name = kind, f"{kind.name},..."
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if isinstance(value, tuple):
             return value
         try:
@@ -69,7 +97,7 @@ class Several(click.ParamType):  # type: ignore[type-arg]
 RANK_OR_NUMBER = OrWord(click.FLOAT, rank="rank")
 
 
-def may_name_module(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+def may_name_module(ctx: click.Context, _: Any, value: Any) -> Any:
     """Import from the current folder too, after everything else, if a text names a module, as
     "module:name". A click callback.
 
@@ -82,9 +110,7 @@ def may_name_module(ctx: click.Context, param: click.Parameter, value: Any) -> A
     return value
 
 
-def _columns(
-    ctx: click.Context, param: click.Parameter, pairs: Sequence[str]
-) -> dict[str, str]:
+def _columns(_: Any, __: Any, pairs: Sequence[str]) -> dict[str, str]:
     columns = {}
     for pair in pairs:
         field, equals, column = pair.partition("=")
@@ -92,6 +118,17 @@ def _columns(
             raise click.BadParameter("Write FIELD=COLUMN, such as loss=final_loss.")
         columns[field.strip()] = column.strip()
     return columns
+
+
+def chosen(options: Mapping[str, object]) -> list[str]:
+    """Return the names of the options that the user gave."""
+    return [name for name, value in options.items() if value not in (None, False)]
+
+
+def refuse_for_full(**options: object) -> None:
+    """Raise if an option of adapters is given beside --full."""
+    for name in chosen(options):
+        raise click.UsageError(f"Full finetuning has no --{name}.")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -132,29 +169,31 @@ def check_out(path: Path, kind: str = "") -> None:
     )
 
 
-def out_option(kind: str = "", **settings: Any) -> Decorator:
+# --- options --------------------------------------------------------------------------------------
+
+
+def option(names: str, kind: Any, text: str, **settings: Any) -> Decorator:
+    """Return an option of this help. names: as click has them, separated by spaces."""
+    return click.option(*names.split(), type=kind, help=text, **settings)
+
+
+def flag(names: str, text: str) -> Decorator:
+    return option(names, bool, text, is_flag=True)
+
+
+def out_option(text: str, kind: str = "", **settings: Any) -> Decorator:
     """Return the option -o FILE, which `check_out` checks before the command begins."""
 
-    def check(
-        ctx: click.Context, param: click.Parameter, path: Path | None
-    ) -> Path | None:
+    def check(_: Any, __: Any, path: Path | None) -> Path | None:
         if path is not None:
             check_out(path, kind)
         return path
 
-    return click.option(
-        "-o",
-        "--out",
-        type=click.Path(dir_okay=False, path_type=Path),
-        callback=check,
-        **settings,
-    )
+    file = click.Path(dir_okay=False, path_type=Path)
+    return option("-o --out", file, text, callback=check, **settings)
 
 
 FILE = click.Path(path_type=Path)
-
-# --- options --------------------------------------------------------------------------------------
-
 RECIPE_FIELDS = (
     "an object with the fields of the recipe's .toml file but schema and tensors, null where the"
     " file has none. recipes/SCHEMA.md lists them with their units."
@@ -165,7 +204,7 @@ def json_option(shape: str) -> Decorator:
     """Return the option --json, as `as_json`. shape: the fields of the document with their units,
     for the help.
     """
-    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON: {shape}")
+    return flag("--json as_json", f"Print JSON: {shape}")
 
 
 _INIT_HELP = (
@@ -178,25 +217,21 @@ def init_option(
     more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any
 ) -> Decorator:
     """Return the option --init. more: what follows the meaning of A and B in its help."""
-    return click.option(
-        "--init",
-        type=click.Choice(names),
-        help=f"{_INIT_HELP} {more}".rstrip(),
-        **settings,
-    )
+    text = f"{_INIT_HELP} {more}".rstrip()
+    return option("--init", click.Choice(names), text, **settings)
 
 
-ALPHA = click.option(
+ALPHA = option(
     "--alpha",
-    type=RANK_OR_NUMBER,
-    help="alpha of rows without one: a number, or 'rank' for alpha = rank.",
+    RANK_OR_NUMBER,
+    "alpha of rows without one: a number, or 'rank' for alpha = rank.",
 )
-COLUMN = click.option(
-    "--column",
-    "columns",
+COLUMN = option(
+    "--column columns",
+    str,
+    "Column of a field, such as loss=final_loss. Repeatable.",
     multiple=True,
     callback=_columns,
-    help="Column of a field, such as loss=final_loss. Repeatable.",
 )
 LAW_TEXT = (
     "It is a registered name, or package.module:Class. Parameters follow a question mark, such as"
@@ -204,27 +239,17 @@ LAW_TEXT = (
 )
 
 
-def law_option(text: str, **settings: Any) -> Decorator:
-    """Return the option --law with this help."""
-    settings = {"show_default": True, **settings}
-    return click.option("--law", callback=may_name_module, help=text, **settings)
+def law_option(text: str, default: str | None = None) -> Decorator:
+    return option("--law", str, text, callback=may_name_module, default=default)
 
 
 def optimizer_option(default: str = "AdamW") -> Decorator:
-    """Return the option --optimizer."""
-    return click.option(
-        "--optimizer",
-        callback=may_name_module,
-        default=default,
-        show_default=True,
-        help="Optimizer: a name such as AdamW, or package:Class.",
-    )
+    text = "Optimizer: a name such as AdamW, or package:Class."
+    return option("--optimizer", str, text, callback=may_name_module, default=default)
 
 
 OPTIMIZER = optimizer_option()
-RSLORA = click.option(
-    "--rslora", is_flag=True, help="rsLoRA: divide alpha by √rank, not by rank."
-)
+RSLORA = flag("--rslora", "rsLoRA: divide alpha by √rank, not by rank.")
 
 # Fields of a `Rate` in a document.
 RATE_FIELDS = (
@@ -232,10 +257,3 @@ RATE_FIELDS = (
     " diverged, moved to this configuration, or null), extrapolated (whether it is outside what was"
     " tried), notes (sentences), configuration (text)"
 )
-
-
-def refuse_for_full(**options: object) -> None:
-    """Raise if an option of adapters is given beside --full."""
-    for name, value in options.items():
-        if value not in (None, False):
-            raise click.UsageError(f"Full finetuning has no --{name}.")

@@ -10,14 +10,17 @@ import click
 from ..errors import RankAwareError
 from ..recipe import Recipe, to_document
 from ..reports import diff_recipes, diff_text, plot_recipe, write_report
-from ._echo import echo, echo_result
 from ._options import (
     FILE,
     RATE_FIELDS,
     RECIPE_FIELDS,
     RSLORA,
+    echo,
+    echo_result,
+    flag,
     init_option,
     json_option,
+    option,
     out_option,
     refuse_for_full,
 )
@@ -27,27 +30,25 @@ _RECIPE = click.argument("recipe", type=FILE)
 
 @click.command()
 @_RECIPE
-@click.option("--rank", type=int, help="LoRA rank.")
-@click.option(
+@option("--rank", int, "LoRA rank.")
+@option(
     "--alpha",
-    type=float,
-    help="LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
+    float,
+    "LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
 )
 @RSLORA
 @init_option("By default the recipe's.")
-@click.option("--full", is_flag=True, help="Print the rate for full finetuning.")
-@click.option(
-    "--fan-in", type=float, help="Width of the model, if it differs from the recipe's."
-)
-@click.option(
+@flag("--full", "Print the rate for full finetuning.")
+@option("--fan-in", float, "Width of the model, if it differs from the recipe's.")
+@option(
     "--steps",
-    type=int,
-    help="Training steps, if they differ from the recipe's. This extrapolates.",
+    int,
+    "Training steps, if they differ from the recipe's. This extrapolates.",
 )
-@click.option(
+@option(
     "--batch",
-    type=float,
-    help="Batch size in the recipe's unit, if it differs. This extrapolates.",
+    float,
+    "Batch size in the recipe's unit, if it differs. This extrapolates.",
 )
 @json_option(f"an object. Fields: {RATE_FIELDS}.")
 def lr(
@@ -84,7 +85,7 @@ def show(recipe: Path, as_json: bool) -> None:
 
 @click.command()
 @_RECIPE
-@out_option(required=True, help="Figure to write, a .png, .svg or .pdf file.")
+@out_option("Figure to write, a .png, .svg or .pdf file.", required=True)
 def plot(recipe: Path, out: Path) -> None:
     """Draw a recipe's trials, and its rates by rank."""
     echo(plot_recipe(Recipe.load(recipe), out))
@@ -92,7 +93,7 @@ def plot(recipe: Path, out: Path) -> None:
 
 @click.command()
 @_RECIPE
-@out_option("page", required=True, help="HTML page to write.")
+@out_option("HTML page to write.", "page", required=True)
 def report(recipe: Path, out: Path) -> None:
     """Write a recipe as an HTML page.
 

@@ -10,9 +10,10 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import takewhile
 from multiprocessing import get_context, parent_process
 from multiprocessing.context import SpawnProcess
 from types import ModuleType
@@ -20,7 +21,7 @@ from typing import Any
 
 from ..errors import CalibrationError, RankAwareError, RankAwareWarning
 from ..recipe import Recipe
-from ._echo import echo, warnings_as_notes
+from ._options import echo, warnings_as_notes
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
@@ -70,11 +71,9 @@ def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
     """
     if DEVICES not in environment:
         return [str(i) for i in range(count)]
-    names = []
-    for name in environment[DEVICES].split(","):
-        if name.strip() in ("", "-1"):
-            break  # as CUDA reads it
-        names.append(name.strip())
+    given = map(str.strip, environment[DEVICES].split(","))
+    # as CUDA reads it
+    names = list(takewhile(lambda name: name not in ("", "-1"), given))
     if 0 < count < len(names):
         raise CalibrationError(
             f"{DEVICES} is {environment[DEVICES]!r}, but torch finds {count} of these GPUs.",
@@ -109,22 +108,11 @@ def chosen_devices(chosen: Sequence[str] | None, visible: Sequence[str]) -> list
     return list(chosen)
 
 
-def machine_devices() -> list[str]:
-    """Return the visible GPUs. CUDA is not initialised, since it reads CUDA_VISIBLE_DEVICES only
-    once.
-    """
-    import torch
-
-    return visible_devices(os.environ, torch.cuda.device_count())
-
-
 def machine_cores() -> int:
     """Return the number of cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -141,13 +129,11 @@ def in_environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-@contextmanager
-def outside_folder() -> Iterator[None]:
+def outside_folder() -> AbstractContextManager[None]:
     """Start workers that import nothing from the current folder while they start. Python 3.10 has
     no way to say so.
     """
-    with in_environment({} if SAFE_PATH in os.environ else {SAFE_PATH: _OURS}):
-        yield
+    return in_environment({} if SAFE_PATH in os.environ else {SAFE_PATH: _OURS})
 
 
 def started_outside_folder() -> None:
@@ -174,14 +160,14 @@ def load_train(spec: str) -> Any:
     module = _imported(module_name)
     train = getattr(module, name, None)
     if not callable(train):
-        functions = [
+        functions = sorted(
             name
             for name, value in vars(module).items()
             if callable(value) and getattr(value, "__module__", "") == module.__name__
-        ]
+        )
         raise CalibrationError(
             f"{module_name} has no function {name!r}.",
-            f"It has {', '.join(sorted(functions)) or 'none'}.",
+            f"It has {', '.join(functions) or 'none'}.",
         )
     return train
 
@@ -222,7 +208,7 @@ class Worker:
         before = torch.get_num_threads()
         torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
-            with trials_logged(lines=not sys.stderr.isatty()):
+            with trials_logged():
                 return calibrate(
                     load_train(self.spec), progress=progress, **self.options
                 )
@@ -261,19 +247,17 @@ def _leave_with_parent() -> None:
 
 
 @contextmanager
-def trials_logged(lines: bool) -> Iterator[None]:
+def trials_logged(lines: bool = False) -> Iterator[None]:
     """Hide Optuna's warnings, since our errors contain them. lines: whether to print every finished
-    trial.
+    trial on a terminal too, which may have a bar.
     """
     from optuna.logging import ERROR, get_verbosity, set_verbosity
 
-    log, handler = (
-        logging.getLogger("rankaware_optim.calibration"),
-        logging.StreamHandler(),
-    )
+    log = logging.getLogger("rankaware_optim.calibration")
+    handler = logging.StreamHandler()
     before = get_verbosity(), log.level, log.propagate
     set_verbosity(ERROR)
-    if lines:
+    if lines or not sys.stderr.isatty():
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

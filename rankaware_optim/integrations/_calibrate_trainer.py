@@ -264,16 +264,23 @@ def run_lightning(
     trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun
 ) -> Any:
     """Run the trial by `trainer.fit` and return its score, or None if there is none."""
-    base = next(
-        (c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None
-    )
+    kinds = type(module).__mro__
+    base: Any = next((c for c in kinds if c.__name__ == "LightningModule"), None)
     if base is None:
         raise CalibrationError(
             f"make_trainer returned a {type(module).__name__} instead of Lightning's module.",
             "Return (trainer, module, loaders or datamodule).",
         )
     callbacks = import_module(f"{base.__module__.rpartition('.core')[0]}.callbacks")
-    _set_optimizer(module, base, run)
+    if type(module).configure_optimizers is base.configure_optimizers:
+        module.configure_optimizers = lambda: run.trial.optimizer(
+            module, **run.settings
+        )
+    elif run.settings:
+        raise CalibrationError(
+            f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
+            "Give them there: trial.optimizer(self, ...).",
+        )
     loop = trainer.fit_loop
     limit = loop.epoch_loop.max_steps
     loop.epoch_loop.max_steps = run.steps_of(limit if limit >= 0 else None)
@@ -310,19 +317,6 @@ def run_lightning(
     with _interrupts_come_out():
         trainer.fit(module, *data)
         return run.score(trainer, validated)
-
-
-def _set_optimizer(module: Any, base: Any, run: TrainerRun) -> None:
-    """Give the trial's optimizer to a module that configures none."""
-    if type(module).configure_optimizers is base.configure_optimizers:
-        module.configure_optimizers = lambda: run.trial.optimizer(
-            module, **run.settings
-        )
-    elif run.settings:
-        raise CalibrationError(
-            f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
-            "Give them there: trial.optimizer(self, ...).",
-        )
 
 
 @contextmanager

@@ -183,29 +183,33 @@ class _Move:
     def convert(self, lr: float) -> Conversion:
         """Return the rate at the target for a rate tuned at the origin."""
         base = lr * self.by_batch
-        exact = not self.changes and self.same_batch
         one = self.rate("lr", base, at_distance(self.law, self.of_a(self.target)))
-        if self.target.method == "full":
-            return Conversion(
-                one, lr_a=one, lr_b=one, exact=exact, notes=tuple(self.notes())
-            )
-        if self.changes:
+        exact = not self.changes and self.same_batch
+        lr_a, lr_b = one, one
+        on_a, on_b, a_scale = 1.0, 1.0, 1.0
+        if self.target.method == "lora" and self.changes:
             lr_b = self.rate(
                 "lr_b", base, at_distance(self.law, self.of_b(self.target))
             )
-            return Conversion(one, lr_a=one, lr_b=lr_b, notes=tuple(self.notes()))
-        # If only s changes, the rate of the factor that starts at zero undoes all of it.
-        on_a, on_b = (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
+        elif self.target.method == "lora":
+            # If only s changes, the rate of the factor that starts at zero undoes all of it.
+            on_a, on_b = (
+                (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
+            )
+            lr_a = self.rate("lr_a", base, on_a)
+            lr_b = self.rate("lr_b", base, self.of_b(self.origin) * on_b)
+            a_scale = math.sqrt(self.ratio)
+            exact = exact and self.scale_free
         return Conversion(
             one,
-            lr_a=self.rate("lr_a", base, on_a),
-            lr_b=self.rate("lr_b", base, self.of_b(self.origin) * on_b),
+            lr_a=lr_a,
+            lr_b=lr_b,
             eps_scale_a=1.0 / on_a,
             eps_scale_b=1.0 / on_b,
             weight_decay_scale_a=1.0 / on_a,
             weight_decay_scale_b=1.0 / on_b,
-            a_scale=math.sqrt(self.ratio),
-            exact=exact and self.scale_free,
+            a_scale=a_scale,
+            exact=exact,
             notes=tuple(self.notes()),
         )
 

@@ -187,7 +187,10 @@ def coordinate_check(  # noqa: PLR0913
     """
     base = None if lr is None else float(lr)
     _check_request(ranks, widths, tokens, steps, init, base)
-    kind = _class_of(optimizer)
+    try:
+        kind = get_optimizer_class(optimizer)
+    except OptimizerError as error:
+        raise LawError(error.cause, error.cure, error.argument) from error
     stepper = Stepper(kind, settings or {}, steps, seed)
     shapes = _shapes_of(model_or_shapes)
     default = MuA(tokens=tokens)
@@ -217,42 +220,45 @@ def coordinate_check(  # noqa: PLR0913
     )
 
 
-def _class_of(optimizer: type[Optimizer] | str) -> type[Optimizer]:
-    try:
-        return get_optimizer_class(optimizer)
-    except OptimizerError as error:
-        raise LawError(error.cause, error.cure, error.argument) from error
-
-
 def _check_request(
     ranks: object, widths: object, tokens: int, steps: int, init: str, lr: float | None
 ) -> None:
-    if not _are_whole(ranks) or len(set(ranks)) < 2:
-        raise _refused(
-            "ranks", ranks, "Give at least two positive ranks, such as (4, 64)."
-        )
-    if widths is not None and not _are_whole(widths):
-        cure = "Give fan-ins, such as (256, 1024), or leave them out."
-        raise _refused("widths", widths, cure)
-    if lr is not None and not 0 < lr < math.inf:
-        raise _refused("lr", lr, "Give a positive finite number, or leave it out.")
-    for name, count in (("tokens", tokens), ("steps", steps)):
-        if count < 1:
-            raise _refused(name, count, "Give a positive whole number.")
-    if init not in ("A", "B"):
-        raise _refused(
-            "init", init, "Give 'A' (B starts at zero) or 'B' (A starts at zero)."
-        )
+    for name, value, possible, cure in (
+        (
+            "ranks",
+            ranks,
+            _are_whole(ranks) and len(set(ranks)) > 1,
+            "Give at least two positive ranks, such as (4, 64).",
+        ),
+        (
+            "widths",
+            widths,
+            widths is None or _are_whole(widths),
+            "Give fan-ins, such as (256, 1024), or leave them out.",
+        ),
+        (
+            "lr",
+            lr,
+            lr is None or 0 < lr < math.inf,
+            "Give a positive finite number, or leave it out.",
+        ),
+        ("tokens", tokens, tokens > 0, "Give a positive whole number."),
+        ("steps", steps, steps > 0, "Give a positive whole number."),
+        (
+            "init",
+            init,
+            init in ("A", "B"),
+            "Give 'A' (B starts at zero) or 'B' (A starts at zero).",
+        ),
+    ):
+        if not possible:
+            raise LawError(f"{name}={shown(value)} cannot be checked.", cure, name)
 
 
 def _scalings(scaling: ScalingOf, ranks: Sequence[int]) -> dict[int, float]:
     return {
         rank: float(scaling(rank) if callable(scaling) else scaling) for rank in ranks
     }
-
-
-def _refused(name: str, value: object, cure: str) -> LawError:
-    return LawError(f"{name}={shown(value)} cannot be checked.", cure, name)
 
 
 def _are_whole(values: object) -> TypeGuard[Sequence[int]]:
@@ -282,9 +288,11 @@ def _shapes_of(source: nn.Module | Shapes) -> dict[str, tuple[int, int]]:
 
 def _named_shapes(source: nn.Module | Shapes) -> Iterable[tuple[str, object]]:
     if isinstance(source, nn.Module):
-        factors = [f for f in inspect_model(source).factors if f.role == "A"]
-        dense = [f for f in factors if f.kind != "embedding"]
-        return [(f.layer, (int(f.fan_out), int(f.fan_in))) for f in dense]
+        return [
+            (f.layer, (int(f.fan_out), int(f.fan_in)))
+            for f in inspect_model(source).factors
+            if f.role == "A" and f.kind != "embedding"
+        ]
     if isinstance(source, Mapping):
         return source.items()
     if isinstance(source, (list, tuple)):
@@ -307,11 +315,10 @@ def _synthetic_batches(
 ) -> dict[str, Batch]:
     batches = {}
     for name, (n_out, n_in) in shapes.items():
-        if widths is None:
-            batches[name] = synthetic(n_in, n_out, tokens, seed)
-        for width in widths or ():
+        for width in widths or (n_in,):
+            title = f"{name} at width {width}" if widths else name
             scaled = max(1, round(n_out * width / n_in))
-            batches[f"{name} at width {width}"] = synthetic(width, scaled, tokens, seed)
+            batches[title] = synthetic(width, scaled, tokens, seed)
     return batches
 
 

@@ -74,14 +74,13 @@ def synthetic(fan_in: int, fan_out: int, tokens: int, seed: int = 0) -> Batch:
     not used.
     """
     source = torch.Generator().manual_seed(seed)
-    return Batch(*(_columns(fan, tokens, source) for fan in (fan_in, fan_out)))
-
-
-def _columns(fan: int, tokens: int, source: torch.Generator) -> torch.Tensor:
-    drawn = torch.randn(
-        fan, tokens, generator=source, dtype=torch.float32, device="cpu"
-    )
-    return drawn / drawn.square().mean(dim=0).sqrt()
+    sides = []
+    for fan in (fan_in, fan_out):
+        drawn = torch.randn(
+            fan, tokens, generator=source, dtype=torch.float32, device="cpu"
+        )
+        sides.append(drawn / drawn.square().mean(dim=0).sqrt())
+    return Batch(*sides)
 
 
 def draw_pair(

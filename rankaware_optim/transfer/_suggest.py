@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -53,26 +53,25 @@ _NARROW = (
 class Step(NamedTuple):
     """One move of the published rate.
 
-    octaves: change of log2 of the rate. sd: the standard deviation that it adds, octaves. why: the
-    reason in words. outside: whether it leaves the range of the published configurations.
+    sd: the standard deviation that it adds, octaves. why: the reason in words. octaves: change of
+    log2 of the rate. outside: whether it leaves the range of the published configurations.
     """
 
-    octaves: float
     sd: float
     why: str = ""
+    octaves: float = 0.0
     outside: bool = False
 
 
 _ONE_STUDY = "published best rate is plain LoRA's divided by {} (one 0.6B model)."
 VARIANTS = {
-    "pissa": Step(-math.log2(10), 1.0, f"PiSSA's {_ONE_STUDY.format(10)}"),
-    "olora": Step(-math.log2(18), 1.0, f"OLoRA's {_ONE_STUDY.format(18)}"),
-    "lora_ga": Step(-math.log2(18), 1.0, f"LoRA-GA's {_ONE_STUDY.format(18)}"),
+    "pissa": Step(1.0, f"PiSSA's {_ONE_STUDY.format(10)}", -math.log2(10)),
+    "olora": Step(1.0, f"OLoRA's {_ONE_STUDY.format(18)}", -math.log2(18)),
+    "lora_ga": Step(1.0, f"LoRA-GA's {_ONE_STUDY.format(18)}", -math.log2(18)),
 }
-DORA = Step(-math.log2(1.8), 0.5, f"DoRA's {_ONE_STUDY.format(1.8)}")
+DORA = Step(0.5, f"DoRA's {_ONE_STUDY.format(1.8)}", -math.log2(1.8))
 
 _MATCHED_MUON = Step(
-    0.0,
     1.0,
     "{} has no published rate: torch's documentation reuses AdamW's with match_rms_adamw, on whole"
     " weights.",
@@ -80,22 +79,21 @@ _MATCHED_MUON = Step(
 # How another optimizer's rate follows from AdamW's, by the relation in the table of optimizers.
 # Muon's depends on its settings.
 RULES: dict[str, Step] = {
-    "as AdamW": Step(0.0, 0.0),
+    "as AdamW": Step(0.0),
     "steps of AdamW's size": Step(
-        0.0,
         0.5,
         "{} has no published rate: that of AdamW is used, whose steps have the same size.",
     ),
     "Lion's rule": Step(
-        -math.log2(30) / 2,
         math.log2(10 / 3) / 2,
         "{} has no published rate: rule of thumb of its authors (Chen et al. 2023), AdamW's divided"
         " by 3 to 10.",
+        -math.log2(30) / 2,
     ),
     "schedule-free's rule": Step(
         math.log2(10) / 2,
-        math.log2(10) / 2,
         "{} has no published rate: rule of thumb of its authors' README, 1 to 10 times AdamW's.",
+        math.log2(10) / 2,
     ),
 }
 
@@ -138,9 +136,9 @@ class _Case(NamedTuple):
     """
 
     reference: Reference
-    variant: str = ""
-    dora: bool = False
-    notes: tuple[str, ...] = ()
+    variant: str
+    dora: bool
+    notes: tuple[str, ...]
 
 
 def suggest_lr(
@@ -247,23 +245,27 @@ def _case(
     init: str | bool | None,
     dora: bool | None,
 ) -> _Case:
+    notes: Iterable[str] = ()
     if isinstance(model, Reference):
         if method == "full" and model.method == "lora":
             raise InvalidReferenceError(
                 "The reference is for LoRA, but method is 'full'.",
                 "Give Reference(method='full', fan_in=...).",
             )
-        return _with_init(_Case(model, dora=bool(dora)), init)
-    if isinstance(model, Survey):
-        survey = model
+        reference = model
     else:
         survey, init = _read(model, method, init)
-    reference = Reference(method="full") if method == "full" else survey.dominant()
-    if reference.method == "full":
-        return _with_init(
-            _Case(replace(reference, fan_in=survey.full_width()), dora=bool(dora)), init
-        )
-    return _of_pairs(survey, reference, init, dora)
+        reference = Reference(method="full") if method == "full" else survey.dominant()
+        if reference.method == "full":
+            reference = replace(reference, fan_in=survey.full_width())
+        else:
+            reference = replace(reference, fan_in=_common_width(survey))
+            notes = _assumptions(survey, init)
+            if dora is None:
+                dora = "DoRA magnitude" in map(other_kind, survey.other)
+    if init is not None:
+        reference = replace(reference, init="B" if init == "B" else "A")
+    return _Case(reference, _variant(init), bool(dora), tuple(notes))
 
 
 def _read(
@@ -272,6 +274,8 @@ def _read(
     """Return a model's survey, and its init: where neither factor starts at zero, the declared
     one.
     """
+    if isinstance(model, Survey):
+        return model, init
     from torch import nn
 
     if not isinstance(model, nn.Module):
@@ -283,17 +287,18 @@ def _read(
     read_as: Any = init if init in ("A", "B") else None
     survey = survey_of(walked, method=method, init=read_as)
     if init is None and _neither_zero(survey):
-        declared = (
-            fields.get("init_lora_weights")
-            for fields in configs_of(walked.modules).values()
-        )
+        configs = configs_of(walked.modules).values()
+        declared = (fields.get("init_lora_weights") for fields in configs)
         init = next(filter(None, map(published_init, declared)), None)
     return survey, init
 
 
-def _of_pairs(
-    survey: Survey, reference: Reference, init: str | bool | None, dora: bool | None
-) -> _Case:
+def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
+    """Yield what is assumed of adapters.
+
+    Raises:
+        LawError: their init has no published rate.
+    """
     if init is None and _neither_zero(survey):
         raise LawError(
             "Neither factor of these adapters starts at zero, and they declare no init with a"
@@ -301,21 +306,14 @@ def _of_pairs(
             f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
             " calibrate.",
         )
-    notes = []
     kinds = {(f.rank, f.scaling) for f in survey.factors}
     if len(kinds) > 1:
-        notes.append(
+        yield (
             f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of"
             " them."
         )
     if init is None and any(f.init == "unknown" for f in survey.factors):
-        notes.append(
-            "The init could not be read. It is assumed that B started at zero, as in PEFT."
-        )
-    if dora is None:
-        dora = any(other_kind(name) == "DoRA magnitude" for name in survey.other)
-    reference = replace(reference, fan_in=_common_width(survey))
-    return _with_init(_Case(reference, dora=dora, notes=tuple(notes)), init)
+        yield "The init could not be read. It is assumed that B started at zero, as in PEFT."
 
 
 def _common_width(survey: Survey) -> float:
@@ -331,24 +329,19 @@ def _neither_zero(survey: Survey) -> bool:
     return 2 * sum(f.init == "other" for f in survey.factors) > len(survey.factors)
 
 
-def _with_init(case: _Case, init: str | bool | None) -> _Case:
-    """Return the case with an init by name: "A", "B", PEFT's names that start with B = 0, or one of
-    VARIANTS.
+def _variant(init: str | bool | None) -> str:
+    """Return the name in VARIANTS of an init, "" for "A", "B" and PEFT's names that start with B =
+    0.
     """
-    if init is None:
-        return case
-    if init == "B":
-        return case._replace(reference=replace(case.reference, init="B"))
-    case = case._replace(reference=replace(case.reference, init="A"))
-    if init == "A" or declared_init(init, "linear") == "A":
-        return case
+    if init in (None, "A", "B") or declared_init(init, "linear") == "A":
+        return ""
     variant = published_init(init)
     if variant is None:
         raise LawError(
             f"No published rate is known for the init {init!r}.",
             f"Known are 'A', 'B', {', '.join(map(repr, VARIANTS))}; or calibrate (ra.calibrate).",
         )
-    return case._replace(variant=variant)
+    return variant
 
 
 def published_init(declared: object) -> str | None:
@@ -369,13 +362,11 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
     at = case.reference
     if at.fan_in is None:
         at = replace(at, fan_in=NO_WIDTH)
-        yield Step(
-            0.0, NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed."
-        )
-    yield Step(math.log2(checked_multiplier(_LAW, at.as_factor(), PUBLISHED)), 0.0)
+        yield Step(NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
+    multiplier = checked_multiplier(_LAW, at.as_factor(), PUBLISHED)
+    yield Step(0.0, octaves=math.log2(multiplier))
     if task == "other":
         yield Step(
-            0.0,
             TASK_SD,
             "Your task, batch and horizon differ from theirs, which widens the band most.",
         )
@@ -390,7 +381,6 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
     feed_forward = 4 * high
     yield from _outside("fan-in", at.fan_in or 1.0, (low, feed_forward), WIDTH_SD)
     yield Step(
-        0.0,
         FULL_SD["A"],
         "For full finetuning it is the law's rate, derived from LoRA: no sweep of full finetuning"
         " supports it, and too high costs more than too low.",
@@ -401,12 +391,9 @@ def _lora_steps(case: _Case, rank: int, fan_in: float) -> Iterator[Step]:
     at = case.reference
     yield from _outside("fan-in", fan_in, WIDTHS, WIDTH_SD)
     yield from _outside("rank", rank, RANKS, RANK_SD)
-    yield Step(
-        0.0, ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0)))
-    )
+    yield Step(ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
     if at.init == "B":
         yield Step(
-            0.0,
             INIT_SD,
             "All used B = 0: µA moves the rate to A = 0, where low ranks needed more in our tasks.",
         )
@@ -423,7 +410,6 @@ def _outside(
     octaves = max(0.0, math.log2(low / value), math.log2(value / high))
     if octaves:
         yield Step(
-            0.0,
             sd * octaves,
             f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).",
             outside=True,

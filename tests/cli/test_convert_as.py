@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import rankaware_optim as ra
 from rankaware_optim.cli import main
-from rankaware_optim.cli._configurations import TOOLS, as_words
+from rankaware_optim.cli._convert import TOOLS, as_words
 from rankaware_optim.inspection import parse_reference
 from rankaware_optim.integrations._settings import settings_from_words
 

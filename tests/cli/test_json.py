@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from rankaware_optim import Reference, convert_lr, suggest_lr
 from rankaware_optim.cli import main
-from rankaware_optim.cli._echo import echo_json
+from rankaware_optim.cli._options import echo_result
 from rankaware_optim.recipe import to_document
 
 from ..helpers.recipes import RECIPE
@@ -175,5 +175,5 @@ def test_convert_refuses_json_beside_as():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_json_cannot_hold_is_null(value, capsys):
     """Numbers that are not finite are null, so that every parser reads the document."""
-    echo_json({"a": [value, 1.0]})
+    echo_result(True, {"a": [value, 1.0]})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0]}

@@ -25,8 +25,8 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
+from rankaware_optim.cli._calibrate import fit as fit_command
 from rankaware_optim.cli._main import main
-from rankaware_optim.cli._sweep import fit as fit_command
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.sweeps import fit_sweep

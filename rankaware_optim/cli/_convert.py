@@ -1,0 +1,273 @@
+"""`rankaware convert`: convert a rate to another rank, alpha, init or method.
+
+It is printed as numbers, or as lines for a trainer's configuration. If this package has a plug-in
+for the trainer, the lines contain the tuned rate and its reference, and the optimizer converts
+them. Otherwise they contain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import click
+
+from .._types import Reference
+from ..errors import InvalidReferenceError
+from ..inspection import as_reference, read_training, reference_of
+from ..integrations.external_plugins import SWIFT
+from ..laws import DEFAULT_LAW, Law, bound_law, get_law
+from ..transfer import Conversion, convert_lr
+from ._options import echo_result, json_option, law_option, option
+
+_SHAPE = (
+    "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr"
+    " (per step), from and to (as for --from and --to), lr (one rate for both factors), lr_a and"
+    " lr_b (a rate for each), eps_scale_a, eps_scale_b, weight_decay_scale_a and"
+    " weight_decay_scale_b (factors, for use with lr_a and lr_b), a_scale (factor of another exact"
+    " form), exact (whether lr_a and lr_b undo the change), notes (sentences). low is 0, high and"
+    " ceiling are null, extrapolated is false and configuration is empty."
+)
+
+# --- a trainer's configuration --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A trainer's lines, with the names of `_fields` in braces.
+
+    setting: how a setting of its plug-in is written. between: what separates two of them. rslora:
+    what says rsLoRA.
+    """
+
+    lines: str
+    setting: str = ""
+    between: str = " "
+    rslora: str = ""
+
+
+TOOLS = {
+    "automodel": Tool("""\
+# Automodel's scheduler applies the multipliers, so keep an lr_scheduler: section.
+peft:
+  dim: {rank}
+  alpha: {alpha_over_rank}
+optimizer:
+  lr: {lr}
+  param_group_overrides:
+    - {{pattern: lora_A, lr_mult: {times_a:.6g}, wd_mult: {decay_a:.6g}}}
+    - {{pattern: lora_B, lr_mult: {times_b:.6g}, wd_mult: {decay_b:.6g}}}"""),
+    "axolotl": Tool(
+        """\
+adapter: lora
+lora_r: {rank}
+lora_alpha: {alpha}
+{rslora}learning_rate: {lr}
+plugins: [rankaware_optim.integrations.axolotl.Plugin]
+rankaware: {{{settings}}}""",
+        '{name}: "{text}"',
+        ", ",
+        "peft_use_rslora: true\n",
+    ),
+    "diffusers": Tool("{other_alpha}--rank {rank} --learning_rate {converted}"),
+    "kohya": Tool(
+        """\
+--network_dim {rank} --network_alpha {alpha_over_rank} \\
+--learning_rate {lr} \\
+--network_module rankaware_optim.integrations.kohya \\
+--network_args {settings}""",
+        '"rankaware_{name}={text}"',
+    ),
+    "onetrainer": Tool("""\
+LoRA rank: {rank}
+LoRA alpha: {alpha_over_rank}
+Learning rate: {converted}"""),
+    "swift": Tool(
+        """\
+{settings} swift sft \\
+    --tuner_type lora --lora_rank {rank} --lora_alpha {alpha}{rslora} \\
+    --external_plugins "{plugin}" --optimizer rankaware \\
+    --learning_rate {lr}""",
+        'RANKAWARE_{capitals}="{text}"',
+        rslora=" --use_rslora true",
+    ),
+    "trl": Tool(
+        """\
+peft_config = LoraConfig(r={rank}, lora_alpha={alpha}{rslora})
+# after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:
+rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={lr},
+    {settings})""",
+        "{name}={literal}",
+        ", ",
+        ", use_rslora=True",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A rate tuned at `origin`, and its conversion to `target` by the law of that name."""
+
+    lr: float
+    origin: Reference
+    target: Reference
+    law: str
+    converted: Conversion
+
+    def lines_for(self, tool: Tool) -> str:
+        """Return a trainer's lines.
+
+        Raises:
+            InvalidReferenceError: the target is full finetuning, or at Init[B], for which there are
+                no lines.
+        """
+        at, to = self.target, self.converted
+        if at.init == "B":
+            raise InvalidReferenceError(
+                "--as prints lines for adapters at Init[A], with which these tools start.",
+                "Leave --as out to print the rate at Init[B].",
+            )
+        if at.method == "full":
+            raise InvalidReferenceError(
+                "--as prints configurations for adapters, not for full finetuning.",
+                "Leave --as out to print the rate.",
+            )
+        other_alpha = (
+            "# These scripts train at alpha = rank: convert --to"
+            f" r={at.rank},alpha={at.rank}.\n"
+        )
+        lines = tool.lines.format(
+            rank=at.rank,
+            alpha=f"{at.alpha:g}",
+            # of a tool that divides it by the rank, also for rsLoRA
+            alpha_over_rank=f"{at.scaling * (at.rank or 1):g}",
+            rslora=tool.rslora if at.rslora else "",
+            other_alpha="" if at.scaling == 1.0 else other_alpha,
+            lr=f"{self.lr:g}",
+            converted=f"{to.lr:.4g}",
+            times_a=to.lr_a / self.lr,
+            times_b=to.lr_b / self.lr,
+            decay_a=to.weight_decay_scale_a,
+            decay_b=to.weight_decay_scale_b,
+            settings=tool.between.join(self._settings(tool)),
+            plugin=SWIFT,
+        )
+        comments = [f"# {line}" for line in (self._summary(), *to.notes)]
+        return "\n".join([*comments, lines])
+
+    def _settings(self, tool: Tool) -> Iterator[str]:
+        """Yield the settings of a plug-in. The batch is among them if the rate moves with it."""
+        words = as_words(self.origin)
+        settings = [("tuned_at", words, repr(words))]
+        if self.law != DEFAULT_LAW:
+            settings.append(("law", self.law, repr(self.law)))
+        if self.origin.batch and self.target.batch not in (None, self.origin.batch):
+            batch = f"{self.target.batch:g}"
+            settings.append(("batch", batch, batch))
+        for name, text, literal in settings:
+            yield tool.setting.format(
+                name=name, capitals=name.upper(), text=text, literal=literal
+            )
+
+    def _summary(self) -> str:
+        """Return the rate before and after in a sentence."""
+        to = self.converted
+        rates = f"{to.lr:.3g}"
+        if to.lr_a != to.lr_b:
+            rates += f", or {to.lr_a:.3g} for A and {to.lr_b:.3g} for B"
+        return (
+            f"{self.lr:g} was tuned at {as_words(self.origin)}; at {as_words(self.target)} it is"
+            f" {rates}."
+        )
+
+
+def as_words(reference: Reference) -> str:
+    """Return a reference as a text for `parse_reference`.
+
+    >>> as_words(Reference(rank=16, alpha=32, rslora=True, fan_in=4096))
+    'r=16,alpha=32,rslora,fan_in=4096'
+    """
+    parts = ["full"]
+    if reference.method == "lora":
+        parts = [f"r={reference.rank}", f"alpha={reference.alpha:g}"]
+        parts += ["rslora"] * reference.rslora + ["init=B"] * (reference.init == "B")
+    for name in ("fan_in", "batch"):
+        value = getattr(reference, name)
+        if value is not None:
+            parts.append(f"{name}={value:g}")
+    return ",".join(parts)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("lr", type=float, required=False)
+@option(
+    "--from from_",
+    str,
+    "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an"
+    " adapter.",
+    required=True,
+)
+@option(
+    "--to",
+    str,
+    "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha.",
+    required=True,
+)
+@law_option("Law that moves the rate.", DEFAULT_LAW)
+@option(
+    "--as tool",
+    click.Choice(list(TOOLS)),
+    "Print a trainer's configuration, ready to paste.",
+)
+@json_option(_SHAPE)
+def convert(
+    lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool
+) -> None:
+    """Convert a tuned rate to another rank, alpha, init or method.
+
+    LR is the learning rate that was tuned at --from. Without LR, the rates that kohya's scripts
+    wrote into the adapter --from are converted, one for each part, such as the UNet.
+    """
+    if tool and as_json:
+        raise click.UsageError(
+            "--as prints a trainer's configuration and --json the numbers. Give one of them."
+        )
+    bound: Law = get_law(law)
+    if lr is None:
+        bound, rates = _trained(from_, bound)
+    else:
+        rates = [(None, lr, as_reference(from_), "")]
+    documents, texts = [], []
+    for part, tuned, at, training in rates:
+        conversion = convert_lr(tuned, from_=at, to=to, law=bound)
+        change = Change(tuned, at, as_reference(to, like=at), law, conversion)
+        places = {"from": as_words(at), "to": as_words(change.target)}
+        numbers = {"part": part, "from_lr": tuned, **places, **asdict(conversion)}
+        documents.append(numbers)
+        texts += [f"{'# ' if tool else ''}{training}"] if training else []
+        texts.append(change.lines_for(TOOLS[tool]) if tool else conversion.explain())
+    echo_result(as_json, "\n".join(texts), documents)
+
+
+_Tuned = tuple[str | None, float, Reference, str]
+
+
+def _trained(path: str, law: Law) -> tuple[Law, list[_Tuned]]:
+    """Return the law bound to the adapter's optimizer, and the rates of the adapter's parts: part,
+    rate, reference, and how it was trained, in words.
+    """
+    training = read_training(path)
+    by = ""
+    if training.optimizer:
+        law = bound_law(law, training.optimizer_class, training.settings)
+        by = f" by {training.optimizer}"
+    during = f" over {training.steps} steps" if training.steps else ""
+    rates: list[_Tuned] = []
+    for part, lr, survey in training.rates:
+        at = reference_of(survey)
+        words = f"{part or 'The adapter'} was trained at {lr:g}, {at}{by}{during}."
+        rates.append((part or None, lr, at, words))
+    return law, rates
