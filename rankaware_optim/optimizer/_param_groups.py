@@ -26,6 +26,7 @@ from ._plan import Assignment, Plan, PlanOptions, Settings, make_plan
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
+Native = type[Optimizer]  # the class that is wrapped
 Shape = tuple[int, ...]
 State = Mapping[Any, Any]
 
@@ -134,19 +135,19 @@ def user_groups(
     Raises:
         OptimizerError: a parameter is listed twice, there is none, or none belongs to the model.
     """
-    names = {id(p): name for name, p in walked.parameters}
+    names = {p: name for name, p in walked.parameters}
     taken = set(names.values())
     groups = []
-    listed: set[int] = set()
+    listed: set[torch.Tensor] = set()
     for number, group in enumerate(_as_dicts(params, model, walked), first):
         groups.append(_user_group(group, number, names, taken))
         for name, param in groups[-1].named:
-            if id(param) in listed:
+            if param in listed:
                 raise OptimizerError(
                     f"The parameter {name} is listed twice.",
                     "List every parameter in one group only.",
                 )
-            listed.add(id(param))
+            listed.add(param)
     if not listed:
         raise OptimizerError(
             "There is no trainable parameter to optimize.",
@@ -172,7 +173,7 @@ def _as_dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
 
 
 def _user_group(
-    group: Settings, number: int, names: Mapping[int, str], taken: set[str]
+    group: Settings, number: int, names: Mapping[Any, str], taken: set[str]
 ) -> UserGroup:
     options = own_settings(group)
     check_lr(options.get("lr", 1.0), "A parameter group's lr")
@@ -189,7 +190,7 @@ def _user_group(
             )
         if name is None or name in taken:  # one outside the model gets no name of it
             name = f"group{number}.{name or 'unnamed'}.{len(named)}"
-        named.append((names.get(id(param), name), param))
+        named.append((names.get(param, name), param))
     return UserGroup(named, {key: plain_lr(value) for key, value in options.items()})
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ..errors import CheckpointError
 from ._param_groups import (
     Group,
     Groups,
+    Native,
     Shape,
     State,
     check_product,
@@ -39,8 +39,12 @@ _CURE = (
 )
 
 
+# a parameter's group, its name, itself, its key and its state in the checkpoint
+_Matched = tuple[Group, str, torch.Tensor, Any, State]
+
+
 def check_loadable(
-    native: type[Optimizer], defaults: State, groups: Groups, fitted: State
+    native: Native, defaults: State, groups: Groups, fitted: State
 ) -> None:
     """Check that an optimizer of class `native` can hold a checkpoint and step with it.
 
@@ -88,7 +92,7 @@ def _no_step(part: str, error: Exception) -> CheckpointError:
     )
 
 
-def _can_step(native: type[Optimizer], defaults: State, groups: Groups) -> bool:
+def _can_step(native: Native, defaults: State, groups: Groups) -> bool:
     """Return whether it can step without a checkpoint: not SparseAdam, nor differentiable=True."""
     try:
         _stepped(native, defaults, groups, _small)
@@ -97,14 +101,12 @@ def _can_step(native: type[Optimizer], defaults: State, groups: Groups) -> bool:
     return True
 
 
-def _is_torchs(native: type[Optimizer]) -> bool:
+def _is_torchs(native: Native) -> bool:
     return native.step.__module__.startswith("torch.optim")
 
 
-def _matched(
-    groups: Groups, loaded: Groups, state: State
-) -> Iterator[tuple[Group, str, torch.Tensor, Any, State]]:
-    """Yield each parameter's group, its name, itself, and its key and state in the checkpoint."""
+def _matched(groups: Groups, loaded: Groups, state: State) -> Iterator[_Matched]:
+    """Yield our parameters with what the checkpoint has of them."""
     for group, theirs in zip(groups, loaded, strict=True):
         named = named_params([group])
         for (name, param), key in zip(named, theirs["params"], strict=True):
@@ -178,7 +180,7 @@ def _small(shape: Shape) -> Shape:
 
 
 def _stepped(
-    native: type[Optimizer],
+    native: Native,
     defaults: State,
     groups: Groups,
     shape_of: Callable[[Shape], Shape],
@@ -220,7 +222,7 @@ def _stepped(
     return [opt.state.get(param, {}) for param in params]
 
 
-def _state_when_built(native: type[Optimizer], groups: Groups) -> State:
+def _state_when_built(native: Native, groups: Groups) -> State:
     """Return the state that torch's constructor makes: Adagrad's of torch 2.6."""
     for base in native.__mro__ if _is_torchs(native) else ():
         if base.__module__.startswith("torch.optim"):
@@ -272,9 +274,9 @@ def _stand_in(what: str, value: Any, param: torch.Tensor, ours: Any) -> Any:
 
 
 def _check_odd_shapes(
-    native: type[Optimizer],
+    native: Native,
     defaults: State,
-    matched: Iterable[tuple[Group, str, torch.Tensor, Any, State]],
+    matched: Iterable[_Matched],
 ) -> None:
     """Check another package's optimizer by a step of a full-sized stand-in for each shape in
     question.
@@ -292,7 +294,7 @@ def _check_odd_shapes(
 
 
 def _own_state(
-    native: type[Optimizer], defaults: State, group: Group, param: torch.Tensor
+    native: Native, defaults: State, group: Group, param: torch.Tensor
 ) -> State:
     """Return the state of a full-sized stand-in after two steps; empty if it is too large or cannot
     step.

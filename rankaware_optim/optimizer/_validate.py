@@ -35,7 +35,7 @@ from ..recipe import (
     rate_on,
     settings_of,
 )
-from ._param_groups import Group, Groups, UserGroup, named_params, params_in
+from ._param_groups import Group, Groups, Native, UserGroup, named_params, params_in
 from ._plan import RecipeUse, Settings
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -49,7 +49,7 @@ def native_class(
     optimizer: type[Optimizer] | str | None,
     lr: object,
     settings: Settings,
-) -> type[Optimizer]:
+) -> Native:
     """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot
     have group rates, or a rate or settings are given for an optimizer that is built already.
     """
@@ -89,7 +89,7 @@ def _class_of(
     optimizer: type[Optimizer] | str | None,
     lr: object,
     settings: Settings,
-) -> type[Optimizer]:
+) -> Native:
     if built is None:
         if optimizer is not None:
             return get_optimizer_class(optimizer)
@@ -149,7 +149,7 @@ def refuse_inside_zero() -> None:
 
 
 def check_base_lr(
-    native: type[Optimizer],
+    native: Native,
     built: Optimizer | None,
     lr: Any,
     tuned: Iterable[UserGroup],
@@ -188,7 +188,7 @@ def refuse_rateless(opt: Optimizer) -> None:
 
 
 def refuse_groups(
-    native: type[Optimizer], groups: Iterable[UserGroup], present: Iterable[int] = ()
+    native: Native, groups: Iterable[UserGroup], present: Iterable[int] = ()
 ) -> None:
     """Raise, with their names, for parameters that the optimizer does not accept or already has.
 
@@ -259,7 +259,7 @@ def _check_share(share: object) -> None:
 
 
 def applied_settings(
-    recipe: Recipe | None, native: type[Optimizer], built: Optimizer | None
+    recipe: Recipe | None, native: Native, built: Optimizer | None
 ) -> dict[str, Any]:
     """Return the recipe's settings that the optimizer accepts.
 
@@ -297,13 +297,13 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(default, (list, tuple)) and len(value) == len(default)
     if isinstance(value, str):
         return isinstance(default, str) or (default is None and value.isidentifier())
-    return default is None or isinstance(default, (bool, int, float))
+    return default is None or isinstance(default, (int, float))
 
 
 def use_recipe(
     recipe: Recipe | None,
     survey: Survey,
-    native: type[Optimizer],
+    native: Native,
     settings: Settings,
     groups: Iterable[UserGroup],
     horizon: Settings,
@@ -347,15 +347,14 @@ def _settings_in_force(
 
 def _differing(
     recipe: Recipe,
-    native: type[Optimizer],
+    native: Native,
     settings: Settings,
     horizon: Settings,
 ) -> list[str]:
     """Return how the run differs from the recipe's trials, and what to do about it; empty if it
     does not.
     """
-    trials = {name: plain_value(value) for name, value in recipe.settings.items()}
-    run = dict(settings)
+    trials, run = plain_value(recipe.settings), dict(settings)
     if not is_for(recipe, native):
         theirs, ours = recipe.optimizer.rpartition(".")[2], native.__name__
         trials = {"optimizer": theirs, "family": known_optimizer(theirs)[1].family}

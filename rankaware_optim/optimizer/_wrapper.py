@@ -32,6 +32,7 @@ from ..laws import Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
     Group,
+    Native,
     UserGroup,
     at_base_rate,
     base_of,
@@ -168,11 +169,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     """
 
     _rankaware: _Wrap
-    _rankaware_native: type[Optimizer]
+    _rankaware_native: Native
     _rankaware_stepping = False  # inside a step; the native step may call self.step
     # a step in progress has put in place: group, base rate, multiplied rate, weight decay;
     # it is a new list after each
-    _rankaware_held: Sequence[tuple[Group, Any, Any, Any]] = ()
+    _rankaware_held: Sequence[Any] = ()
     _rankaware_unchecked = True  # new parameters since these were checked
     _rankaware_watched = 0  # the number of a group of adapters
     _rankaware_idle = False  # its first parameter had no gradient at the last step
@@ -384,7 +385,7 @@ _SUBCLASSES: dict[type, Any] = {}
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _subclass(native: type[Optimizer]) -> Any:
+def _subclass(native: Native) -> Any:
     """Return the rank-aware subclass of `native`, with its name and module. It is made once."""
     if native in _SUBCLASSES:
         return _SUBCLASSES[native]
@@ -404,7 +405,7 @@ def _subclass(native: type[Optimizer]) -> Any:
     return _SUBCLASSES[native]
 
 
-def _refusing(native: type[Optimizer]) -> Callable[..., None]:
+def _refusing(native: Native) -> Callable[..., None]:
     """Return an `__init__` that raises for `type(opt)(...)`, since the new optimizer would have no
     plan.
     """
@@ -422,7 +423,7 @@ def _refusing(native: type[Optimizer]) -> Callable[..., None]:
     return __init__
 
 
-def _blank(native: type[Optimizer]) -> Any:
+def _blank(native: Native) -> Any:
     """Return an instance without state, for copy and pickle."""
     kind = _subclass(native)
     return kind.__new__(kind)
@@ -460,9 +461,7 @@ def _trained(survey: Survey, walked: Walk) -> Survey:
     return replace(survey, factors=factors, other=other)
 
 
-def _construct(
-    native: type[Optimizer], parts: list[Group], lr: Any, settings: Settings
-) -> Any:
+def _construct(native: Native, parts: list[Group], lr: Any, settings: Settings) -> Any:
     """Build the optimizer. Groups are split before the native __init__, which may copy them, and
     scaled after it.
     """
@@ -486,9 +485,7 @@ def _construct(
     return opt
 
 
-def _regroup(
-    built: Optimizer, native: type[Optimizer], parts: list[Group], lr: Any
-) -> Any:
+def _regroup(built: Optimizer, native: Native, parts: list[Group], lr: Any) -> Any:
     """Replace the groups of a built optimizer in place, and its class. Its state is kept."""
     groups = []
     for part in parts:
