@@ -2,14 +2,15 @@
 
     tox run -e mutants                               # 300 of each package, resumable
     tox run -e mutants -- --only laws --count 20     # some of one package
-    tox run -e mutants -- --again                    # the survivors on file, after tests were added
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python benchmarks/mutants.py   # where mutmut is installed
+    tox run -e mutants -- --again                    # and the survivors on file, with new tests
 
-mutmut's operators make the mutants: another operator, number, comparison or constant, a condition that always or never
-holds, a keyword argument left out. Every mutant meets those tests of its package that reach its lines, the fastest
-first, until one fails or 10 CPU seconds of them have passed; a line that runs on import is reached by all. Each mutant
-runs in a fork of a process that has imported torch and not the package, on a copy of the package. What came of it is
-kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was.
+mutmut's operators make the mutants: another operator, number, comparison or constant, a condition
+that always or never holds, a keyword argument left out. Every mutant meets those tests of its
+package that reach its lines, a case of each and then another, until one fails or 10 CPU seconds of
+them have passed; a line that runs on import is reached by all. Each mutant runs in a fork of a
+process that has imported torch and not the package, on a copy of the package. What came of it is
+kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was. Outside tox, set
+OMP_NUM_THREADS=1: a busy machine waits for threads.
 
 A survivor that no test can see is named in mutants.toml by its lines, and leaves the score:
 
@@ -126,11 +127,17 @@ class Reach:
     """Tests by file and line. A line that an import runs has "" among them."""
 
     def meets(self, mutant: Mutant) -> list[str]:
-        """The tests that reach a mutant, the fastest first; on import, all after those."""
+        """The tests that reach a mutant: a case of each, then another; after them, on import, all."""
         lines = self.tests.get(mutant.file, {})
         reach = {test for line in mutant.statement for test in lines.get(line, ())}
         chosen = self.seconds if "" in reach else reach & self.seconds.keys()
-        tests = sorted(chosen, key=lambda test: (test not in reach, self.seconds[test]))
+        cases: Counter[str] = Counter()
+        order = {}
+        for test in sorted(chosen, key=self.seconds.__getitem__):
+            function = test.partition("[")[0]
+            order[test] = test not in reach, cases[function], self.seconds[test]
+            cases[function] += 1
+        tests = sorted(order, key=order.__getitem__)
         ends = accumulate(self.seconds[test] for test in tests)
         return [test for test, end in zip(tests, ends, strict=True) if end <= TESTS_S]
 

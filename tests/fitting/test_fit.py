@@ -356,6 +356,13 @@ def test_where_no_run_gained_those_that_rose_diverged(returned):
     assert diverged([replace(RISEN, returned=returned), level]) == [not returned, False]
 
 
+@pytest.mark.parametrize("gain", [0.2, 1.5])
+def test_where_a_run_gained_a_returned_score_excuses_no_rise(gain):
+    """A curve that fell, however little, is of the kind that others can be held against."""
+    fell = replace(RISEN, tail=START - gain, returned=True)
+    assert diverged([fell, replace(RISEN, returned=True)]) == [False, True]
+
+
 @pytest.mark.parametrize("start", [START - 1.2, START + 5])
 def test_one_odd_first_value_is_held_against_no_run(start):
     """A first value low by chance does not make its run diverge, and one high by chance is no gain."""

@@ -57,9 +57,10 @@ def shape(u, h, a, k, plateau=1.0):
     return np.where(u < 0, np.minimum(k * below, 1.0), np.minimum(k * above, plateau))
 
 
-SHAPES = np.array(
-    [*product(model.NOISE, model.REACH, model.STEEPNESS, model.CURVATURE)]
-)
+SIGMAS = np.geomspace(0.002, 0.5, 6)
+BOWLS = [*product((0.4, 1.0, 4.0), (0.0, 1.5, 3.0, 4.5), np.geomspace(0.005, 2.0, 10))]
+SHAPES = np.array([(sigma, *bowl) for sigma in SIGMAS for bowl in BOWLS])
+"""The grid: σ, h, a, k."""
 PRIOR = np.exp(-0.5 * (np.log(SHAPES[:, 0] / 0.015) / 1.2) ** 2)
 
 
@@ -70,20 +71,20 @@ def of_shapes(arm, plateau, optima):
     """
     noise, error = covariances(arm)
     u = arm.x - optima[:, None]
+    miss = arm.y - np.array([shape(u, *bowl, plateau) for bowl in BOWLS])
     logs, levels = [], []
-    for sigma, h, a, k in SHAPES:
+    for sigma in SIGMAS:
         covariance = sigma**2 * noise + error
         precision = np.linalg.inv(covariance)
-        miss = arm.y - shape(u, h, a, k, plateau)
         level = miss @ precision.sum(axis=0) / precision.sum()
-        rest = miss - level[:, None]
+        rest = miss - level[..., None]
         logs.append(
-            -0.5 * np.einsum("vi,ij,vj->v", rest, precision, rest)
+            -0.5 * np.sum(rest @ precision * rest, axis=-1)
             - 0.5 * np.linalg.slogdet(covariance)[1]
             - 0.5 * np.log(precision.sum())
         )
         levels.append(level)
-    return np.array(logs), np.array(levels)
+    return np.concatenate(logs), np.concatenate(levels)
 
 
 def given_shared():
@@ -103,6 +104,7 @@ STALLED = model.Arm(
     np.array([0.2, 0.0, 0.1, 0.6]),
     np.array([0, 0, 1, 1]),
 )
+LOWER = STALLED._replace(y=np.array([0.4, 0.0, 0.05, 0.3]))
 ONE = model.Arm(np.array([-0.5]), np.array([0.0]), np.array([3]))
 STUDIES = [
     ({4: WHOLE}, [{4: 1.0}]),
@@ -111,6 +113,7 @@ STUDIES = [
         {4: STALLED, None: ONE},
         [{4: 1.0, None: 1.0}, {4: 0.6, None: 1.0}],
     ),
+    ({4: STALLED, 64: LOWER}, [{4: 1.0, 64: 1.0}, {4: 0.6, 64: 0.4}]),
 ]
 """Studies, and the plateaus above the optimum that their runs leave possible."""
 

@@ -47,10 +47,11 @@ def run(
         ([3.0, 1.0, 1.0, 1.0, 1.0, 7.0], 3.0, 2.2),
         ([1.0, 3.0, 4.0, 2.0, 5.0, 9.0], 3.0, 4.6),
         ([2.0], 2.0, 2.0),
+        ([*range(70)], 2.0, 66.0),
     ],
 )
 def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, end):
-    """The start is the first value or the median of five, the end the mean of the last five."""
+    """The start is the first value or the median of five, the end the mean of the last five or last tenth."""
     assert height(curve) == start
     assert recent(curve) == pytest.approx(end)
     assert recent(curve, 1) == curve[-1]
@@ -143,6 +144,7 @@ def test_the_gain_is_the_best_fall_from_the_usual_start():
     ]
     assert best_fall(seen) == gain_of(seen) == pytest.approx(1.6)
     assert best_fall([]) == best_fall([run(value=3.0)]) == 0.0
+    assert best_fall([run(value=1.5), run(value=-math.inf)]) == 0.5
     scored = [
         run(value=score, tail=1.0) for score in (-90.0, -80.0, -70.0, -60.0, -50.0)
     ]

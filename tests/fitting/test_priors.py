@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rankaware_optim import MuA, Reference
-from rankaware_optim.fitting import Fit, carry_of, centred_law, prior_of
+from rankaware_optim.fitting import Fit, Prior, carry_of, centred_law, prior_of
 from rankaware_optim.laws import get_law
 
 AT = {
@@ -34,6 +34,7 @@ def test_what_is_unknown_leaves_the_prior_at_the_usual():
     """Without LoRA ranks the pivot is 16, and without a width no drift reaches full finetuning."""
     assert prior_of(AT["full"], (None,), None).pivot == 16.0
     assert prior_of(AT["B"], (8,), None).full_reach == 0.0
+    assert Prior() == prior_of(AT["A"], (16,), None)
 
 
 @pytest.mark.parametrize(
