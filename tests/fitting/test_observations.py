@@ -79,6 +79,7 @@ def test_a_pruned_run_keeps_its_gap_to_the_best():
     assert ahead is not None
     assert ahead.value == 0.25  # a run ahead of the best gains nothing
     assert impute(-7.0, worse[:2], best, beside) is None
+    assert impute(-7.0, worse[:1], best, beside[:3]) is not None
 
 
 LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
@@ -145,6 +146,8 @@ def test_the_gain_is_the_best_fall_from_the_usual_start():
     assert best_fall(seen) == gain_of(seen) == pytest.approx(1.6)
     assert best_fall([]) == best_fall([run(value=3.0)]) == 0.0
     assert best_fall([run(value=1.5), run(value=-math.inf)]) == 0.5
+    low = run(value=1.0, start=1.0)  # low by chance, and level
+    assert best_fall([low, run(value=2.5), run(value=2.5)]) == 0.0
     scored = [
         run(value=score, tail=1.0) for score in (-90.0, -80.0, -70.0, -60.0, -50.0)
     ]
