@@ -66,9 +66,8 @@ class FilePair(Pair):
 
 def file_pairs(
     header: Header, config: AdapterConfig
-) -> tuple[list[tuple[FilePair, AdapterConfig]], set[str]]:
-    """Return every pair, by names, with its configuration. The second value has the entries that
-    are numbers of pairs.
+) -> tuple[list[FilePair], set[str]]:
+    """Return every pair, by names, and the entries that are numbers of pairs.
 
     Raises:
         InspectionError: one half is missing, two tensors or pairs have the same place, or a
@@ -81,7 +80,7 @@ def file_pairs(
         rows[_Spelling(row.a, row.b, row.keys, is_lora, by_adapter)].append(row)
     named = _paired(header, _slots(header, rows))
     declared = _declared(header, [slot.layer for slot in named], config)
-    pairs: list[tuple[FilePair, AdapterConfig]] = []
+    pairs: list[FilePair] = []
     numbers, tensors = set[str](), dict[str, Any](header.tensors)
     for slot, names in named.items():
         a, b = (Half(name, tensors[name]) for name in names)
@@ -92,8 +91,8 @@ def file_pairs(
         if convention is not None:
             pair = FilePair(owner, slot.layer, slot.adapter, convention, a, b)
             _declare(header, pair, of_layer)
-            pairs.append((pair, of_layer.config))
-    _refuse_collisions(header, [pair for pair, _ in pairs])
+            pairs.append(pair)
+    _refuse_collisions(header, pairs)
     return pairs, numbers
 
 
@@ -218,6 +217,7 @@ def _read_entries(
 def _declare(header: Header, pair: FilePair, declared: Declared) -> None:
     """Set what the configuration or kohya's metadata declare, where the file has no number."""
     owner, row, where = pair.owner, pair.convention, declared.config.where
+    owner.init_lora_weights = declared.config.values.get("init_lora_weights")
     owner.where = f"{header.path}: {pair.layer}" + (f", with {where}," if where else "")
     numbers: list[tuple[Sequence[str], float | None]] = []
     if declared_number(pair, row.rank) is None:

@@ -27,10 +27,16 @@ from ._survey import factors_of, is_other_adapter, unsupported
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Entries of kohya's scripts, each with the prefix "ss_".
+# Entries of kohya's scripts.
 _TRAINING = (
-    "network_module network_dim network_alpha learning_rate unet_lr text_encoder_lr optimizer"
-    " max_train_steps"
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_learning_rate",
+    "ss_unet_lr",
+    "ss_text_encoder_lr",
+    "ss_optimizer",
+    "ss_max_train_steps",
 )
 
 
@@ -60,9 +66,9 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     header = read_header(file)
     pairs, numbers = file_pairs(header, config)
     factors, notes = list[Factor](), dict[str, None]()
-    for pair, of_pair in pairs:
+    for pair in pairs:
         names, reading = (pair.a.name, pair.b.name), reading_of(pair)
-        declared = of_pair.values.get("init_lora_weights")
+        declared = pair.owner.init_lora_weights
         factors += factors_of(pair, names, reading, declared, init, notes)
     left = header.tensors.keys() - {f.name for f in factors}
     unlawful = set(filter(is_other_adapter, left))
@@ -89,10 +95,8 @@ def _file_notes(header: Header, config: AdapterConfig) -> Iterator[str]:
     kind = config.values.get("peft_type")
     if kind not in LORA_TYPES:
         yield f"The folder's adapter is {kind}, which no law covers."
-    keys = [f"ss_{name}" for name in _TRAINING.split()]
-    entries = [
-        f"{key} {shown(header.metadata[key])}" for key in keys if key in header.metadata
-    ]
+    texts = header.metadata
+    entries = [f"{key} {shown(texts[key])}" for key in _TRAINING if key in texts]
     if entries:
         yield f"Its metadata has {', '.join(entries)}."
     if not config.where and os.path.isfile(header.path.with_name(_CONFIG)):

@@ -7,23 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
+from itertools import filterfalse
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import is_number
 from ..errors import InspectionError
-from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
+from ._conventions import LAYOUTS, Convention, Layout, Reading, Shape, conventions
 
 if TYPE_CHECKING:  # files are read without it
     import torch
     from torch import nn
 
-_WRAPPERS = (
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "_orig_mod",
-    "module",
-)
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 # Attributes for fan-in and fan-out.
 _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
@@ -98,7 +94,7 @@ class Pair(NamedTuple):
 
 def canonical_name(name: str) -> str:
     """Return a parameter's name without prefixes of DDP, FSDP, torch.compile and checkpointing."""
-    for wrapper in _WRAPPERS[:-1]:
+    for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
     return name.removeprefix("module.")
 
@@ -108,15 +104,14 @@ def walk(model: nn.Module) -> Walk:
     not unique.
     """
     modules = list(model.named_modules())
-    if any(prefix.endswith(_WRAPPERS) for prefix, _ in modules):
-        clean = [
-            (canonical_name(f"{name}.").removesuffix("."), module)
-            for name, module in modules
-        ]
-        parameters = _parameters_of(clean)
-        # They are not unique if a submodule of the user is called "module".
-        if len({name for name, _ in parameters}) == len(parameters):
-            return Walk(clean, parameters)
+    clean = [
+        (canonical_name(f"{name}.").removesuffix("."), module)
+        for name, module in modules
+    ]
+    parameters = _parameters_of(clean)
+    # They are not unique if a submodule of the user is called "module".
+    if len({name for name, _ in parameters}) == len(parameters):
+        return Walk(clean, parameters)
     return Walk(modules, _parameters_of(modules))
 
 
@@ -167,10 +162,10 @@ def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
         return halves
     for key, value in member.items() if by_adapter else [("", member)]:
         name = f"{attribute}.{key}" if by_adapter else attribute
+        if not isinstance(value, torch.Tensor):
+            name, value = f"{name}.weight", getattr(value, "weight", None)
         if isinstance(value, torch.Tensor):
             halves[key] = Half(name, value)
-        elif isinstance(getattr(value, "weight", None), torch.Tensor):
-            halves[key] = Half(f"{name}.weight", value.weight)
     return halves
 
 
@@ -280,14 +275,20 @@ def _write(place: Place, number: float) -> None:
 
 
 def declarations_of(
-    pair: Pair, rank: int, scaling: float, new_rank: int
+    pair: Pair, rank: int, scaling: float | None, new_rank: int
 ) -> Iterator[Declaration]:
     """Yield the places where a pair of `rank` declares rank, multiplier and alpha, with the values
-    for `scaling` at `new_rank`.
+    for `scaling` at `new_rank`. None leaves the last two as they are.
     """
     row = pair.convention
+    for attribute in row.rank:
+        place = place_of(pair, (attribute,))
+        if place is not None and math.isclose(place.number, rank, rel_tol=_ROUNDING):
+            yield pair, place, new_rank
+    if scaling is None:
+        return
     multiplier = place_of(pair, row.scaling)
-    alpha = place_of(pair, [name for name in row.alpha if name not in row.scaling])
+    alpha = place_of(pair, filterfalse(row.scaling.__contains__, row.alpha))
     if multiplier is None and alpha is None:
         raise InspectionError(
             f"{pair.where} declares no scaling, so none can be set.",
@@ -297,29 +298,21 @@ def declarations_of(
     if multiplier is not None:
         yield pair, multiplier, scaling
     if alpha is not None:
-        rooted = multiplier is not None and _is_rooted(
-            pair, alpha.number, multiplier.number, rank
-        )
+        rooted = _is_rooted(pair, alpha, multiplier, rank)
         yield pair, alpha, scaling * (math.sqrt(new_rank) if rooted else new_rank)
 
 
-def rank_declarations(pair: Pair, rank: int, new_rank: int) -> Iterator[Declaration]:
-    """Yield all places where a pair declares its `rank`, with the new one."""
-    for attribute in pair.convention.rank:
-        place = place_of(pair, (attribute,))
-        if place is not None and math.isclose(place.number, rank, rel_tol=_ROUNDING):
-            yield pair, place, new_rank
-
-
-def _is_rooted(pair: Pair, alpha: float, scaling: float, rank: int) -> bool:
+def _is_rooted(pair: Pair, alpha: Place, scaling: Place | None, rank: int) -> bool:
     """Return whether the multiplier is alpha / √r, by PEFT's flag, or else because only this fits
     the numbers.
     """
+    if scaling is None:
+        return False
     flags = getattr(pair.owner, "use_rslora", None)
     if isinstance(flags, Mapping) and pair.adapter in flags:
         return bool(flags[pair.adapter])
-    root = math.sqrt(rank)
-    return rank > 1 and math.isclose(alpha, scaling * root, rel_tol=_ROUNDING)
+    by_root = scaling.number * math.sqrt(rank)
+    return rank > 1 and math.isclose(alpha.number, by_root, rel_tol=_ROUNDING)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -336,27 +329,28 @@ def reading_of(pair: Pair) -> Reading:
         InspectionError: no layout fits the shapes and the declared rank.
     """
     rank = declared_number(pair, pair.convention.rank)
-    readings = (read_as(layout, pair) for layout in pair.convention.layouts)
+    a, b = pair.a.shape, pair.b.shape
+    layouts = pair.convention.layouts
+    readings = (read_as(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
             kind = pair.convention.kind or reading.kind or _kind(pair)
             return reading._replace(kind=kind)
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
     raise InspectionError(
-        f"{pair.where} {what} but {pair.a.name} has shape {pair.a.shape} and {pair.b.name}"
-        f" {pair.b.shape}.",
+        f"{pair.where} {what} but {pair.a.name} has shape {a} and {pair.b.name} {b}.",
         "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
         " right, or register its layout with register_convention().",
     )
 
 
-def read_as(layout: str | Layout, pair: Pair) -> Reading | None:
+def read_as(layout: str | Layout, owner: Any, a: Shape, b: Shape) -> Reading | None:
     """Return a layout's reading if its ranks are one positive whole number, else None."""
-    if pair.a.is_shard or pair.b.is_shard:
+    if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
     read = layout if callable(layout) else LAYOUTS[layout]
     try:
-        reading = read(pair.owner, pair.a.shape, pair.b.shape)
+        reading = read(owner, a, b)
         rank = reading.rank_a
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
         return (

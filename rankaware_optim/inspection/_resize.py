@@ -39,7 +39,6 @@ from ._pairs import (
     declarations_of,
     declare,
     pairs_of,
-    rank_declarations,
     read_as,
     reading_of,
     scaling_of,
@@ -130,11 +129,10 @@ class Adapters:
         wanted = []
         for original in self._originals:
             pair, new_rank = original.pair, self._rank_at(original, rank)
-            declarations += rank_declarations(pair, original.rank, new_rank)
             scaling = scaling_of(pair, original.rank)
             if scaling is not None:
                 scaling *= scaling_factor(self._rule, original.rank, new_rank)
-                declarations += declarations_of(pair, original.rank, scaling, new_rank)
+            declarations += declarations_of(pair, original.rank, scaling, new_rank)
             of_a, of_b = _shapes(original, new_rank)
             a = _replace(pair.owner, pair.a, of_a, factors)
             b = _replace(pair.owner, pair.b, of_b, factors)
@@ -244,13 +242,12 @@ def _shapes(original: Start, rank: int) -> tuple[tuple[int, ...], tuple[int, ...
     pair = original.pair
     growth = rank / original.rank
     for layout in pair.convention.layouts:
-        reading = read_as(layout, pair)
+        reading = read_as(layout, pair.owner, pair.a.shape, pair.b.shape)
         if reading is None or reading.rank_a != original.rank:
             continue
         wanted = reading._replace(rank_a=rank, rank_b=rank)
         for a, b in product(_grown(pair.a.shape, growth), _grown(pair.b.shape, growth)):
-            halves = [Half("", torch.empty(shape, device="meta")) for shape in (a, b)]
-            if read_as(layout, pair._replace(a=halves[0], b=halves[1])) == wanted:
+            if read_as(layout, pair.owner, a, b) == wanted:
                 return a, b
     raise InspectionError(
         f"{pair.where} cannot be made at rank {rank}: its shapes {pair.a.shape} and "
