@@ -34,7 +34,7 @@ _SHAPE = (
 
 @dataclass(frozen=True)
 class Tool:
-    """A trainer's lines, with the names of `_fields` in braces.
+    """A trainer's lines, with the names of `_lines`'s values in braces.
 
     setting: how a setting of its plug-in is written. between: what separates two of them. rslora:
     what says rsLoRA.
@@ -104,80 +104,65 @@ rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={lr},
 }
 
 
-@dataclass(frozen=True)
-class Change:
-    """A rate tuned at `origin`, and its conversion to `target` by the law of that name."""
+def _lines(
+    tool: Tool, lr: float, origin: Reference, at: Reference, law: str, to: Conversion
+) -> str:
+    """Return a trainer's lines at `at` for a rate tuned at `origin`, that the law converts to `to`.
 
-    lr: float
-    origin: Reference
-    target: Reference
-    law: str
-    converted: Conversion
-
-    def lines_for(self, tool: Tool) -> str:
-        """Return a trainer's lines.
-
-        Raises:
-            InvalidReferenceError: the target is full finetuning, or at Init[B], for which there are
-                no lines.
-        """
-        at, to = self.target, self.converted
-        if at.init == "B":
-            raise InvalidReferenceError(
-                "--as prints lines for adapters at Init[A], with which these tools start.",
-                "Leave --as out to print the rate at Init[B].",
-            )
-        if at.method == "full":
-            raise InvalidReferenceError(
-                "--as prints configurations for adapters, not for full finetuning.",
-                "Leave --as out to print the rate.",
-            )
-        other_alpha = (
-            "# These scripts train at alpha = rank: convert --to"
-            f" r={at.rank},alpha={at.rank}.\n"
+    Raises:
+        InvalidReferenceError: `at` is full finetuning, or at Init[B], for which there are no lines.
+    """
+    if at.init == "B":
+        raise InvalidReferenceError(
+            "--as prints lines for adapters at Init[A], with which these tools start.",
+            "Leave --as out to print the rate at Init[B].",
         )
-        lines = tool.lines.format(
-            rank=at.rank,
-            alpha=f"{at.alpha:g}",
-            # of a tool that divides it by the rank, also for rsLoRA
-            alpha_over_rank=f"{at.scaling * (at.rank or 1):g}",
-            rslora=tool.rslora if at.rslora else "",
-            other_alpha="" if at.scaling == 1.0 else other_alpha,
-            lr=f"{self.lr:g}",
-            converted=f"{to.lr:.4g}",
-            times_a=to.lr_a / self.lr,
-            times_b=to.lr_b / self.lr,
-            decay_a=to.weight_decay_scale_a,
-            decay_b=to.weight_decay_scale_b,
-            settings=tool.between.join(self._settings(tool)),
-            plugin=SWIFT,
+    if at.method == "full":
+        raise InvalidReferenceError(
+            "--as prints configurations for adapters, not for full finetuning.",
+            "Leave --as out to print the rate.",
         )
-        comments = [f"# {line}" for line in (self._summary(), *to.notes)]
-        return "\n".join([*comments, lines])
+    other_alpha = (
+        "# These scripts train at alpha = rank: convert --to"
+        f" r={at.rank},alpha={at.rank}.\n"
+    )
+    rates = f"{to.lr:.3g}"
+    if to.lr_a != to.lr_b:
+        rates += f", or {to.lr_a:.3g} for A and {to.lr_b:.3g} for B"
+    summary = (
+        f"{lr:g} was tuned at {as_words(origin)}; at {as_words(at)} it is {rates}."
+    )
+    lines = tool.lines.format(
+        rank=at.rank,
+        alpha=f"{at.alpha:g}",
+        # of a tool that divides it by the rank, also for rsLoRA
+        alpha_over_rank=f"{at.scaling * (at.rank or 1):g}",
+        rslora=tool.rslora if at.rslora else "",
+        other_alpha="" if at.scaling == 1.0 else other_alpha,
+        lr=f"{lr:g}",
+        converted=f"{to.lr:.4g}",
+        times_a=to.lr_a / lr,
+        times_b=to.lr_b / lr,
+        decay_a=to.weight_decay_scale_a,
+        decay_b=to.weight_decay_scale_b,
+        settings=tool.between.join(_settings(tool, origin, at, law)),
+        plugin=SWIFT,
+    )
+    return "\n".join([*(f"# {line}" for line in (summary, *to.notes)), lines])
 
-    def _settings(self, tool: Tool) -> Iterator[str]:
-        """Yield the settings of a plug-in. The batch is among them if the rate moves with it."""
-        words = as_words(self.origin)
-        settings = [("tuned_at", words, repr(words))]
-        if self.law != DEFAULT_LAW:
-            settings.append(("law", self.law, repr(self.law)))
-        if self.origin.batch and self.target.batch not in (None, self.origin.batch):
-            batch = f"{self.target.batch:g}"
-            settings.append(("batch", batch, batch))
-        for name, text, literal in settings:
-            yield tool.setting.format(
-                name=name, capitals=name.upper(), text=text, literal=literal
-            )
 
-    def _summary(self) -> str:
-        """Return the rate before and after in a sentence."""
-        to = self.converted
-        rates = f"{to.lr:.3g}"
-        if to.lr_a != to.lr_b:
-            rates += f", or {to.lr_a:.3g} for A and {to.lr_b:.3g} for B"
-        return (
-            f"{self.lr:g} was tuned at {as_words(self.origin)}; at {as_words(self.target)} it is"
-            f" {rates}."
+def _settings(tool: Tool, origin: Reference, at: Reference, law: str) -> Iterator[str]:
+    """Yield the settings of a plug-in. The batch is among them if the rate moves with it."""
+    words = as_words(origin)
+    settings = [("tuned_at", words, repr(words))]
+    if law != DEFAULT_LAW:
+        settings.append(("law", law, repr(law)))
+    if origin.batch and at.batch not in (None, origin.batch):
+        batch = f"{at.batch:g}"
+        settings.append(("batch", batch, batch))
+    for name, text, literal in settings:
+        yield tool.setting.format(
+            name=name, capitals=name.upper(), text=text, literal=literal
         )
 
 
@@ -241,14 +226,18 @@ def convert(
     else:
         rates = [(None, lr, as_reference(from_), "")]
     documents, texts = [], []
-    for part, tuned, at, training in rates:
-        conversion = convert_lr(tuned, from_=at, to=to, law=bound)
-        change = Change(tuned, at, as_reference(to, like=at), law, conversion)
-        places = {"from": as_words(at), "to": as_words(change.target)}
+    for part, tuned, origin, training in rates:
+        at = as_reference(to, like=origin)
+        conversion = convert_lr(tuned, from_=origin, to=at, law=bound)
+        places = {"from": as_words(origin), "to": as_words(at)}
         numbers = {"part": part, "from_lr": tuned, **places, **asdict(conversion)}
         documents.append(numbers)
         texts += [f"{'# ' if tool else ''}{training}"] if training else []
-        texts.append(change.lines_for(TOOLS[tool]) if tool else conversion.explain())
+        texts.append(
+            _lines(TOOLS[tool], tuned, origin, at, law, conversion)
+            if tool
+            else conversion.explain()
+        )
     echo_result(as_json, "\n".join(texts), documents)
 
 

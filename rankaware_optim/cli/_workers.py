@@ -136,12 +136,6 @@ def outside_folder() -> AbstractContextManager[None]:
     return in_environment({} if SAFE_PATH in os.environ else {SAFE_PATH: _OURS})
 
 
-def started_outside_folder() -> None:
-    """In a worker: let the processes that it starts find their modules as usual."""
-    if os.environ.get(SAFE_PATH) == _OURS:
-        del os.environ[SAFE_PATH]
-
-
 # --- processes ------------------------------------------------------------------------------------
 
 
@@ -217,7 +211,9 @@ class Worker:
 
     def help(self) -> None:
         """Run as an additional process. It ends if the command's process is killed."""
-        started_outside_folder()
+        if os.environ.get(SAFE_PATH) == _OURS:
+            # the processes that it starts find their modules as usual
+            del os.environ[SAFE_PATH]
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         threading.Thread(target=_leave_with_parent, daemon=True).start()
         try:

@@ -183,21 +183,23 @@ class _Move:
     def convert(self, lr: float) -> Conversion:
         """Return the rate at the target for a rate tuned at the origin."""
         base = lr * self.by_batch
-        one = self.rate("lr", base, at_distance(self.law, self.of_a(self.target)))
+        of_a = at_distance(self.law, self.of_a(self.target))
+        one = check_lr(base * of_a, "The converted lr")
         exact = not self.changes and self.same_batch
         lr_a, lr_b = one, one
         on_a, on_b, a_scale = 1.0, 1.0, 1.0
         if self.target.method == "lora" and self.changes:
-            lr_b = self.rate(
-                "lr_b", base, at_distance(self.law, self.of_b(self.target))
-            )
+            of_b = at_distance(self.law, self.of_b(self.target))
+            lr_b = check_lr(base * of_b, "The converted lr_b")
         elif self.target.method == "lora":
             # If only s changes, the rate of the factor that starts at zero undoes all of it.
             on_a, on_b = (
                 (1.0, self.ratio) if self.origin.init == "A" else (self.ratio, 1.0)
             )
-            lr_a = self.rate("lr_a", base, on_a)
-            lr_b = self.rate("lr_b", base, self.of_b(self.origin) * on_b)
+            lr_a = check_lr(base * on_a, "The converted lr_a")
+            lr_b = check_lr(
+                base * (self.of_b(self.origin) * on_b), "The converted lr_b"
+            )
             a_scale = math.sqrt(self.ratio)
             exact = exact and self.scale_free
         return Conversion(
@@ -212,9 +214,6 @@ class _Move:
             exact=exact,
             notes=tuple(self.notes()),
         )
-
-    def rate(self, name: str, base: float, multiplier: float) -> float:
-        return check_lr(base * multiplier, f"The converted {name}")
 
     def of_a(self, at: Reference) -> float:
         return checked_multiplier(self.law, at.as_factor(), self.origin)
