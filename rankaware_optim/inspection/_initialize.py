@@ -272,9 +272,10 @@ def _has_values(tensor: torch.Tensor | None) -> bool:
 
 def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
     """Return the bias of a factor's module, as PEFT's lora_bias adds it."""
-    inner = half.name.rpartition(".")[0]
-    module = pair.owner.get_submodule(inner) if inner else None
-    bias = getattr(module, "bias", None)
+    inner, _, last = half.name.rpartition(".")
+    if not inner or last != "weight":
+        return None
+    bias = getattr(pair.owner.get_submodule(inner), "bias", None)
     return bias if isinstance(bias, torch.Tensor) else None
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from .._types import Init, scaling_factor
 from ..errors import InspectionError
+from ._conventions import Shape
 from ._initialize import (
     DrawnInit,
     Start,
@@ -96,7 +97,7 @@ class Adapters:
         _refuse_views(original.pair for original in self._originals)
         for original in self._originals:
             for rank in {self.rank, *ranks}:
-                _shapes(original, self._rank_at(original, rank))
+                self._at(original, rank)
             if rule != "fixed":
                 list(declarations_of(original.pair, original.rank, 1.0, original.rank))
 
@@ -128,12 +129,12 @@ class Adapters:
         factors: dict[int, nn.Parameter] = {}
         wanted = []
         for original in self._originals:
-            pair, new_rank = original.pair, self._rank_at(original, rank)
+            pair = original.pair
+            new_rank, of_a, of_b = self._at(original, rank)
             scaling = scaling_of(pair, original.rank)
             if scaling is not None:
                 scaling *= scaling_factor(self._rule, original.rank, new_rank)
             declarations += declarations_of(pair, original.rank, scaling, new_rank)
-            of_a, of_b = _shapes(original, new_rank)
             a = _replace(pair.owner, pair.a, of_a, factors)
             b = _replace(pair.owner, pair.b, of_b, factors)
             wanted.append((pair._replace(a=a, b=b), *original.asked))
@@ -154,8 +155,8 @@ class Adapters:
             if hasattr(pair.owner, "_disable_adapters"):
                 vars(pair.owner)["_disable_adapters"] = True
 
-    def _rank_at(self, original: Start, rank: int) -> int:
-        """Return the rank of a pair in a trial at `rank`."""
+    def _at(self, original: Start, rank: int) -> tuple[int, Shape, Shape]:
+        """Return the rank of a pair in a trial at `rank`, and the shapes of A and B there."""
         new_rank, rest = divmod(original.rank * rank, self.rank)
         if rest:
             raise InspectionError(
@@ -163,7 +164,7 @@ class Adapters:
                 f" in a trial at rank {rank} it would have {original.rank * rank / self.rank:g}.",
                 "Leave that rank out, or give all layers one rank.",
             )
-        return new_rank
+        return new_rank, *_shapes(original, new_rank)
 
 
 # --- the original adapters ------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def _base_weight(pair: Pair) -> nn.Parameter | None:
 # --- the new adapters -----------------------------------------------------------------------------
 
 
-def _shapes(original: Start, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(original: Start, rank: int) -> tuple[Shape, Shape]:
     """Return the shapes of A and B at another rank. The same layout must read them, with equal
     fan-in and fan-out.
     """
@@ -257,7 +258,7 @@ def _shapes(original: Start, rank: int) -> tuple[tuple[int, ...], tuple[int, ...
     )
 
 
-def _grown(shape: tuple[int, ...], growth: float) -> Iterator[tuple[int, ...]]:
+def _grown(shape: Shape, growth: float) -> Iterator[Shape]:
     """Yield the shapes with one axis times `growth`, for each axis whose size stays whole."""
     for axis, size in enumerate(shape):
         new = round(size * growth)
@@ -265,9 +266,7 @@ def _grown(shape: tuple[int, ...], growth: float) -> Iterator[tuple[int, ...]]:
             yield *shape[:axis], new, *shape[axis + 1 :]
 
 
-def _replace(
-    owner: Any, half: Half, shape: tuple[int, ...], factors: dict[int, Any]
-) -> Half:
+def _replace(owner: Any, half: Half, shape: Shape, factors: dict[int, Any]) -> Half:
     """Replace a factor in the model by an empty one of another shape. A tied factor is made once.
 
     The module of a factor declares its new sizes, and gets a bias of the new length.
@@ -292,7 +291,7 @@ def _replace(
     return new
 
 
-def _empty_like(tensor: torch.Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+def _empty_like(tensor: torch.Tensor, shape: Shape) -> nn.Parameter:
     new = nn.Parameter(tensor.new_empty(shape), requires_grad=tensor.requires_grad)
     vars(new).update(vars(tensor))
     return new
