@@ -14,52 +14,129 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+class Switch(NamedTuple):
+    """A setting of a parameter group that puts it into another family.
+
+    value: the setting's value; None stands for zero or missing. package: that of the classes that
+    read it so, "" for all.
+    """
+
+    setting: str
+    value: object
+    family: str
+    package: str = ""
+
+    def applies(self, optimizer_class: type, settings: Mapping[str, Any]) -> bool:
+        if not optimizer_class.__module__.startswith(self.package):
+            return False
+        value = settings.get(self.setting)
+        return not value if self.value is None else bool(value == self.value)
+
+
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
     family: its kind of update, which chooses the laws' form. relation: how its best rate follows
     from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot
-    have a rate per group, "" if it can. needs_decay: whether it scales by norms only the parameters
-    that it decays. steps: public methods other than `step` that move parameters.
+    have a rate per group, "" if it can. switches: settings of a group that change its family, the
+    first that applies. steps: public methods other than `step` that move parameters.
     """
 
     family: str = "unknown"
     relation: str = ""
     one_rate: str = ""
-    needs_decay: bool = False
+    switches: tuple[Switch, ...] = ()
     steps: tuple[str, ...] = ()
 
 
+RANK_AWARE = "rank-aware"  # its own rule moves the updates with the rank
 _ESTIMATES = "estimates one rate for all groups itself"
 _IN_BACKWARD = "steps inside the backward pass with one rate"
-# Names in lower case. Variants with a quantized or paged state have the row of their base, see
-# `_VARIANT`.
+_PAIRS = "steps A and B as one pair out of one group"
+# How the spellings of Muon with an auxiliary Adam name a group of the latter: Keller Jordan's,
+# pytorch_optimizer's and Moonlight's; adv_optm's; Dion's.
+_TO_ADAM = (
+    Switch("use_muon", False, "sign-like"),
+    Switch("optim_type", "adam", "sign-like"),
+    Switch("algorithm", "adamw", "sign-like"),
+    Switch("algorithm", "lion", "sign-like"),
+)
+# It divides an update by its spectral norm and multiplies it by √(n_out / n_in), or 1 for A.
+_NORMALIZED = Switch("spectral_normalization", True, RANK_AWARE, "adv_optm")
+# Names in lower case, with the package in front where another has another optimizer of that name.
+# Variants have the row of their base, see `_VARIANT`. Those of the second part are known by a
+# coordinate check (benchmarks/results/optimizers.md), the others by their update rule.
 _ROWS = {
     "adam adamw": Known("sign-like", "as AdamW"),
     "nadam nadamw radam": Known("sign-like", "steps of AdamW's size"),
     "lion": Known("sign-like", "Lion's rule"),
-    "adamwschedulefree": Known("sign-like", "schedule-free's rule"),
+    "adamwschedulefree schedulefreeadamw radamschedulefree schedulefreeradam": Known(
+        "sign-like", "schedule-free's rule"
+    ),
     "adamax sparseadam rmsprop rprop adabelief adabound adamod adamp adopt": Known(
         "sign-like"
     ),
-    "diffgrad yogi qhadam madgrad ranger adan": Known("sign-like"),
-    "sgd asgd sgdw sgdp accsgd aggmo qhm pid sgdschedulefree": Known("gradient-like"),
-    "muon": Known("spectral"),
-    "lamb": Known("relative-scale"),
-    "adafactor": Known("floored-scale"),
-    "lars": Known("first-step", needs_decay=True),
+    "diffgrad yogi qhadam madgrad ranger adan signsgd tiger": Known("sign-like"),
+    "sgd asgd sgdw sgdp accsgd aggmo qhm pid": Known("gradient-like"),
+    "sgdschedulefree schedulefreesgd": Known("gradient-like"),
+    "muon muonwithauxadam singledevicemuon singledevicemuonwithauxadam muonclip": Known(
+        "spectral", switches=_TO_ADAM
+    ),
+    "normuon adamuon adago distributedmuon dion dion2": Known(
+        "spectral", switches=_TO_ADAM
+    ),
+    "lamb": Known(
+        "relative-scale",
+        switches=(
+            Switch("adam", True, "sign-like"),
+            Switch("weight_decay", None, "sign-like", "timm"),
+        ),
+    ),
+    "adafactor": Known(
+        "floored-scale", switches=(Switch("scale_parameter", False, "sign-like"),)
+    ),
+    "lars": Known(
+        "first-step",
+        switches=(
+            Switch("weight_decay", None, "gradient-like", "torch_optimizer"),
+            Switch("weight_decay", None, "gradient-like", "timm"),
+        ),
+    ),
     "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(
         one_rate=_ESTIMATES
     ),
     "lbfgs": Known(one_rate="takes one parameter group only"),
-    "lorarite lorafaoptimizer": Known(
-        one_rate="steps A and B as one pair out of one group"
-    ),
+    "lorarite lorafaoptimizer": Known(one_rate=_PAIRS),
+    # arXiv 2606.12921: its best rate is the same at every rank, width and depth
+    "loramuon": Known(RANK_AWARE),
+    # The class that PEFT derives from AdamW or another: it multiplies the gradients of A and B by
+    # r × r matrices first. Its paper (arXiv 2402.02347) says nothing of ranks.
+    "riemannianpreconditionedoptimizer": Known(),
     "bsam": Known(steps=("third_step",)),
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
 }
+_ROWS |= {
+    "adagrad adadelta ademamix simplifiedademamix laprop mars cadamw grams": Known(
+        "sign-like"
+    ),
+    "adagc adanorm adapnm adasmooth adatam adamc adams adamwsn aida alice ano": Known(
+        "sign-like"
+    ),
+    "bcos came conda exadam emofact emolynx emonavi fadam focus fira galore": Known(
+        "sign-like"
+    ),
+    "grokfastadamw pytorch_optimizer.apollo ranger21 rangerqh rangerva rose": Known(
+        "sign-like"
+    ),
+    "sm3 spam stableadamw stablespam vsgd sinksgd": Known("sign-like"),
+    "adai msvag pnm srmm tam torch_optimizer.apollo apollodqn": Known("gradient-like"),
+}
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}
-_VARIANT = re.compile(r"(?:paged)?(.+?)(?:(?:4|8|32)bit|fp8)?")
+# Quantized, paged, factored or compiled state, and other ways to call the same step.
+_VARIANT = re.compile(
+    r"(?:paged)?_?(.+?)(?:_adv|closure|reference|paper|(?:4|8|32)bit|fp8)*"
+)
+_SAME_AS = {"fusedadam": "adamw", "deepspeedcpuadam": "adamw", "flashadamw": "adamw"}
 
 
 def known_name(name: str) -> str:
@@ -67,9 +144,13 @@ def known_name(name: str) -> str:
 
     >>> known_name("PagedAdamW8bit"), known_name("AdamW"), known_name("Unheard")
     ('adamw', 'adamw', '')
+    >>> known_name("FusedAdam"), known_name("torch_optimizer.Apollo")
+    ('adamw', 'torch_optimizer.apollo')
     """
     match = _VARIANT.fullmatch(name.lower())
-    return match[1] if match and match[1] in _KNOWN else ""
+    base = match[1] if match else ""
+    base = _SAME_AS.get(base, base)
+    return base if base in _KNOWN else ""
 
 
 def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
@@ -77,29 +158,34 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
     ("", Known()).
     """
     if isinstance(optimizer, str):
-        names = [known_name(optimizer)]
+        names = [optimizer]
     else:
-        names = [known_name(base.__name__) for base in optimizer.__mro__]
-    name = next(filter(None, names), "")
+        names = []
+        for base in optimizer.__mro__:
+            package = base.__module__.partition(".")[0]
+            names += [f"{package}.{base.__name__}", base.__name__]
+    name = next(filter(None, map(known_name, names)), "")
     return name, _KNOWN.get(name, Known())
 
 
 def optimizer_family(
     optimizer_class: type, settings: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the family of an optimizer, "unknown" if no class along its bases is known.
+    """Return the family of a parameter group, "unknown" if no class along the optimizer's bases is
+    known.
 
-    Adafactor with `scale_parameter=False` (of transformers and fairseq) is sign-like. torch's has
-    no such setting. torch_optimizer's LARS without weight decay is SGD, since it scales by norms
-    only what it decays.
+    Args:
+        optimizer_class: the optimizer's class.
+        settings: the group's settings, which may put it into another family than its class's.
+
+    >>> from torch.optim import Muon
+    >>> optimizer_family(Muon), optimizer_family(Muon, {"use_muon": False})
+    ('spectral', 'sign-like')
     """
-    name, row = known_optimizer(optimizer_class)
-    settings = settings or {}
-    if name == "adafactor" and settings.get("scale_parameter") is False:
-        return "sign-like"
-    scales_decayed_only = optimizer_class.__module__.startswith("torch_optimizer")
-    if row.needs_decay and scales_decayed_only and not settings.get("weight_decay"):
-        return "gradient-like"
+    row = known_optimizer(optimizer_class)[1]
+    for switch in (_NORMALIZED, *row.switches):
+        if switch.applies(optimizer_class, settings or {}):
+            return switch.family
     return row.family
 
 

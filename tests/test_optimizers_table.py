@@ -6,6 +6,7 @@ import pytest
 
 from rankaware_optim._optimizers import (
     _KNOWN,
+    RANK_AWARE,
     known_name,
     known_optimizer,
     optimizer_family,
@@ -32,6 +33,11 @@ VARIANTS = [
     ("LARS8bit", "lars", "first-step"),
     ("AdamWScheduleFree", "adamwschedulefree", "sign-like"),
     ("Muon", "muon", "spectral"),
+    ("FusedAdam", "adamw", "sign-like"),
+    ("DeepSpeedCPUAdam", "adamw", "sign-like"),
+    ("AdamW_adv", "adamw", "sign-like"),
+    ("AdamWScheduleFreeClosure", "adamwschedulefree", "sign-like"),
+    ("_AdamW", "adamw", "sign-like"),
     ("AdamMini", "", "unknown"),
 ]
 
@@ -66,6 +72,7 @@ def test_settings_decide_where_the_class_does_not():
 def test_every_row_speaks_of_what_exists(name):
     """A row's family has a form or keeps one rate; a relation to AdamW has a rule; what cannot have rates says why."""
     row = known_optimizer(name)[1]
-    assert row.family in {*FORMS, "floored-scale", "first-step"}
+    assert row.family in {*FORMS, "floored-scale", "first-step", RANK_AWARE}
+    assert {switch.family for switch in row.switches} <= {*FORMS, "unknown"}
     assert not row.relation or row.relation in RULES
-    assert bool(row.one_rate or row.steps) == (row.family == "unknown")
+    assert row.family == "unknown" or not row.one_rate

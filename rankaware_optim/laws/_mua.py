@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .._checks import check_init
-from .._optimizers import optimizer_family
+from .._optimizers import RANK_AWARE, optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_choice, check_ranges
@@ -347,7 +347,7 @@ class Form(NamedTuple):
     tokens: FamilyTokens = FamilyTokens(8.0)
 
 
-# Families that are not here (Adafactor's, LARS's) keep one rate.
+# Families that are not here (Adafactor's, LARS's, the rank-aware) keep one rate.
 FORMS = {
     **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=FamilyTokens(1.0))),
     "spectral": Form(spectral_rate, one_rank=True),
@@ -363,7 +363,7 @@ def known_family(
     for this.
     """
     family = optimizer_family(optimizer_class, settings)
-    if family in FORMS and family != "unknown":
+    if family == RANK_AWARE or (family in FORMS and family != "unknown"):
         return family
     instead = "keep one rate"
     if family == "unknown":

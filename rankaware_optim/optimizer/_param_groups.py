@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import optimizer_family
+from .._optimizers import Known, known_optimizer, optimizer_family
 from .._rate import Rate
 from .._types import Init, Method
 from .._warn import warn
@@ -205,13 +205,19 @@ def own_settings(group: Settings) -> Group:
     return without(at_base_rate(group), TAGS)
 
 
-def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group]:
+def split(
+    groups: Iterable[UserGroup],
+    plan: Plan,
+    first: int = 0,
+    state: Mapping[Any, Settings] | None = None,
+) -> list[Group]:
     """Split each user group by assignment, in the user's order. They are never merged.
 
     Args:
         groups: the user's groups.
         plan: the plan of the model.
         first: number of the first group.
+        state: the state of a built optimizer. Some mark there which parameters Muon gets.
 
     Returns:
         Groups for torch, of (name, parameter) pairs, with tags and the user's own rate if any.
@@ -222,11 +228,15 @@ def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group
     for number, group in enumerate(groups, first):
         own_lr = "lr" in group.options
         positions: dict[Assignment, list[int]] = {}
+        marks: dict[Assignment, Group] = {}
         for position, (name, param) in enumerate(group.named):
-            decision = plan.assign(
+            marked = _marks(plan, (state or {}).get(param, {}))
+            of_group = plan.for_group({**group.options, **marked}, param.dim() < 2)
+            decision = of_group.assign(
                 name, factors.get(name), own_lr=own_lr, trains=param.requires_grad
             )
             positions.setdefault(decision, []).append(position)
+            marks[decision] = marked
         for decision, at in positions.items():
             pairs = [group.named[position] for position in at]
             tags = {
@@ -238,9 +248,17 @@ def split(groups: Iterable[UserGroup], plan: Plan, first: int = 0) -> list[Group
                 "rankaware_recipe": tag,
                 "rankaware_lr": _OF_LR,
             }
-            parts.append({"params": pairs, **group.options_at(at), **tags})
+            options = {**group.options_at(at), **marks[decision]}
+            parts.append({"params": pairs, **options, **tags})
     _warn_of_far(parts)
     return parts
+
+
+def _marks(plan: Plan, moments: Settings) -> Group:
+    """Return the settings by which a parameter's state decides its family."""
+    row = known_optimizer(plan.optimizer)[1] if plan.optimizer and moments else Known()
+    names = {switch.setting for switch in row.switches}
+    return {name: moments[name] for name in names & moments.keys()}
 
 
 def rated(part: Group, lr: Any, named: bool) -> Group:
@@ -422,9 +440,11 @@ def rank_aware_param_groups(  # noqa: PLR0913
     )
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
-    plan = make_plan(survey, options, optimizer_class, settings)
+    listed = user_groups(params, model, walked)
+    each = [group.options for group in listed]
+    plan = make_plan(survey, options, optimizer_class, settings, groups=each)
     groups = []
-    for part in split(user_groups(params, model, walked), plan):
+    for part in split(listed, plan):
         groups.append(rated(part, plain_lr(lr), named))
         multiply_for_native(groups[-1])
     return groups

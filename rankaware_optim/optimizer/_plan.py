@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from .._checks import check_lr, is_number, plain_lr
-from .._optimizers import optimizer_family
+from .._optimizers import RANK_AWARE, optimizer_family
 from .._rate import Rate
 from .._types import Factor, Method, Reference, Survey, dense, init_text
 from .._warn import warn
@@ -83,6 +83,7 @@ class Assignment(NamedTuple):
     lora_rank: int | None = None
     lora_scale: float = 1.0
     lora_init: str | None = None
+    rank_family: str = "sign-like"
 
 
 class RecipeUse(NamedTuple):
@@ -104,7 +105,8 @@ class Plan:
     survey: of the model before training, since a trained pair does not show its init. law: bound to
     the optimizer. reference: with its `fan_in`. width: the model's. family: the optimizer's. use:
     the recipe of the base rate, or None. batch_multiplier: factor of every rate, those of other
-    parameters included, if the batch differs from the reference's.
+    parameters included, if the batch differs from the reference's. optimizer, settings: the class,
+    and what it was given for all groups.
     """
 
     options: PlanOptions
@@ -117,6 +119,24 @@ class Plan:
     use: RecipeUse | None = field(default=None, repr=False, compare=False)
     batch_multiplier: float = 1.0
     notes: tuple[str, ...] = ()
+    optimizer: type | None = field(default=None, repr=False)
+    settings: Settings = field(default_factory=dict, repr=False)
+
+    def for_group(self, settings: Settings, to_adam: bool = False) -> Plan:
+        """Return the plan for a parameter group, whose settings may put it into another family.
+
+        Args:
+            settings: the group's own settings.
+            to_adam: whether it holds what a spectral optimizer hands to its Adam.
+        """
+        if self.optimizer is None:
+            return self
+        in_force = {**self.settings, **settings}
+        if to_adam:
+            in_force["use_muon"] = False
+        law, family = _bound(self.options, self.optimizer, in_force)
+        by_batch = _by_batch(self.options, self.reference, law)
+        return replace(self, law=law, family=family, batch_multiplier=by_batch)
 
     @property
     def run_multiplier(self) -> float:
@@ -144,17 +164,26 @@ class Plan:
         if factor is not None:
             moved = 1.0 if pinned is not None else moved * self.used_multiplier(factor)
             return Assignment(
-                moved, pinned, factor.role, factor.rank, factor.scaling, factor.init
+                moved,
+                pinned,
+                factor.role,
+                factor.rank,
+                factor.scaling,
+                factor.init,
+                self.family,
             )
         if pinned is None:
             pinned = plain_lr(self.options.other_lr)
         if pinned is None and self.method == "full":
             whole = Factor("other parameters", "full", None, self.width, self.width)
-            return Assignment(moved * self.used_multiplier(whole))
+            moved *= self.used_multiplier(whole)
+            return Assignment(moved, rank_family=self.family)
         if pinned is None and self.use is not None and not own_lr:
             rate = self.use.others.rate(name, trains)
             pinned = None if rate is None else rate * moved
-        return Assignment(moved) if pinned is None else Assignment(pinned_lr=pinned)
+        if pinned is not None:
+            moved = 1.0
+        return Assignment(moved, pinned, rank_family=self.family)
 
     def used_multiplier(self, factor: Factor) -> float:
         """Return the multiplier with which `factor` trains at the reference's batch: the law's, at
@@ -194,8 +223,12 @@ def make_plan(
     optimizer_class: type | None = None,
     settings: Settings | None = None,
     use: RecipeUse | None = None,
+    groups: Sequence[Settings] = ({},),
 ) -> Plan:
-    """Bind the law, resolve the reference and match the user's patterns. Nothing is built yet."""
+    """Bind the law, resolve the reference and match the user's patterns. Nothing is built yet.
+
+    groups: the settings of each of the user's groups, of whose families the notes speak.
+    """
     _check_patterns(options, survey)
     roles = {f.role for f in survey.factors}
     method: Method = "full" if "full" in roles else "lora"
@@ -205,25 +238,37 @@ def make_plan(
     if reference is None:  # without pairs no rate is moved
         reference = survey.dominant() if survey.factors else Reference(method="full")
     reference = reference.resolve(moved)
-    law, family = get_law(options.law), "sign-like"
+    law, family, settings = get_law(options.law), "sign-like", settings or {}
     if optimizer_class is not None:
-        law, family = _bound(law, options, optimizer_class, settings or {})
+        law, family = _bound(options, optimizer_class, settings)
     width = moved.full_width(reference.init) if method == "full" else moved.width
     by_batch = _by_batch(options, reference, law)
-    plan = Plan(options, survey, law, reference, method, width, family, use, by_batch)
-    family_notes = _family_notes(plan, optimizer_class)
-    return replace(
-        plan, notes=(*_notes(plan, moved), *family_notes, *_batch_notes(plan))
+    plan = Plan(
+        options,
+        survey,
+        law,
+        reference,
+        method,
+        width,
+        family,
+        use,
+        by_batch,
+        optimizer=optimizer_class,
+        settings=settings,
     )
+    notes = list(_notes(plan, moved))
+    for each in {p.family: p for p in map(plan.for_group, groups)}.values():
+        notes += _family_notes(each)
+    return replace(plan, notes=(*notes, *_batch_notes(plan)))
 
 
 def _bound(
-    law: Law, options: PlanOptions, optimizer_class: type, settings: Settings
+    options: PlanOptions, optimizer_class: type, settings: Settings
 ) -> tuple[Law, str]:
-    """Return the law for an optimizer, and the optimizer's family."""
+    """Return the law for a parameter group of an optimizer, and the group's family."""
     if options.strict:
         known_family(optimizer_class, settings)
-    law = bound_law(law, optimizer_class, settings)
+    law = bound_law(get_law(options.law), optimizer_class, settings)
     return law, optimizer_family(optimizer_class, settings)
 
 
@@ -329,14 +374,29 @@ def _full_notes(plan: Plan) -> Iterator[str]:
         )
 
 
-def _family_notes(plan: Plan, optimizer_class: Any) -> Iterator[str]:
-    """Yield a note on an optimizer that is not sign-like: which law moves its rates, and why."""
-    law, family = plan.law, plan.family
-    if family == "sign-like" or get_law(plan.options.law).name == "constant":
+_WARNED: set[type] = set()  # classes of an unknown family, each once
+
+
+def _family_notes(plan: Plan) -> Iterator[str]:
+    """Yield a note on groups that are not sign-like: which law moves their rates, and why."""
+    law, family, optimizer = plan.law, plan.family, plan.optimizer
+    constant = get_law(plan.options.law).name == "constant"
+    if optimizer is None or family == "sign-like" or constant:
         return
     if family == "unknown":
         words = (
             "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
+        )
+        if plan.use is None and optimizer not in _WARNED:
+            _WARNED.add(optimizer)
+            warn(
+                f"{optimizer.__name__} is {words}. A calibration measures it; strict=True refuses"
+                " it."
+            )
+    elif family == RANK_AWARE:
+        words = (
+            f"{family}: by its own rule its updates move with the rank, so all ranks keep one"
+            " rate"
         )
     elif family not in FORMS and isinstance(law, Constant):
         words = (
@@ -355,4 +415,4 @@ def _family_notes(plan: Plan, optimizer_class: Any) -> Iterator[str]:
             f"{family}: µA's form for that family moves its rates, derived for square layers; in"
             " small runs it lost less than one rate"
         )
-    yield f"{optimizer_class.__name__} is {words}."
+    yield f"{optimizer.__name__} is {words}."

@@ -12,7 +12,7 @@ from .._printing import text_table
 from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
 from ..inspection import other_kind
 from ..laws import Constant, Falling, LoRAPlus, MuA
-from ._param_groups import Group, Groups, effective_lr, named_params
+from ._param_groups import Group, Groups, effective_lr, named_params, settings_in
 from ._plan import Assignment, Plan
 from ._state_dict import Reset
 
@@ -51,7 +51,8 @@ _CERTAINTY = (
 class Row:
     """One group of the report, with its current rates: lr = base_lr × multiplier.
 
-    count: number of tensors. fan_in, fan_out: (least, most).
+    count: number of tensors. family: the optimizer's kind of update there. fan_in, fan_out: (least,
+    most).
     """
 
     role: str
@@ -63,6 +64,7 @@ class Row:
     multiplier: float
     lr: float
     reason: str
+    family: str = "sign-like"
     names: tuple[str, ...] = ()
     convention: str = ""
     fan_in: tuple[float, ...] = ()
@@ -236,6 +238,8 @@ def _row(group: Group, plan: Plan, factors: Mapping[str, Factor], unmoved: bool)
     of_group = [factors[name] for name in names if name in factors]
     paired = decision.lora_role in ("A", "B")
     lr = effective_lr(group)
+    in_adam = decision.rank_family == "sign-like"
+    plan = plan.for_group(settings_in(group), in_adam)
     return Row(
         role=decision.lora_role,
         rank=decision.lora_rank,
@@ -246,6 +250,7 @@ def _row(group: Group, plan: Plan, factors: Mapping[str, Factor], unmoved: bool)
         multiplier=decision.rank_multiplier,
         lr=lr,
         reason=_reason(group, decision, plan, unmoved),
+        family=decision.rank_family,
         names=names,
         convention=", ".join(dict.fromkeys(f.convention for f in of_group)),
         fan_in=_ends({f.fan_in for f in of_group}),
@@ -282,10 +287,13 @@ def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> st
         return NO_LAW
     if unmoved:
         return _NOT_GIVEN
+    law = plan.law.name
+    if plan.family != "sign-like":
+        law += f", {plan.family}"
     if role in ("A", "B"):
-        return f"{plan.law.name}: from {plan.reference} ({_evidence(plan, decision)})"
+        return f"{law}: from {plan.reference} ({_evidence(plan, decision)})"
     evidence = _evidence(plan, decision._replace(lora_role="full"))
-    return f"{plan.law.name}: full finetuning, from {plan.reference} ({evidence})"
+    return f"{law}: full finetuning, from {plan.reference} ({evidence})"
 
 
 def _rate_of_other(names: Sequence[str], decision: Assignment, plan: Plan) -> str:

@@ -228,10 +228,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         if built is not None and lr is not None:
             _drop_rates(groups)
         use = use_recipe(loaded, trained, native, in_force, groups, horizon)
-        plan = replace(
-            make_plan(trained, options, native, in_force, use), survey=survey
-        )
-        parts = split(groups, plan)
+        each = [group.options for group in groups]
+        plan = make_plan(trained, options, native, in_force, use, each)
+        plan = replace(plan, survey=survey)
+        parts = split(groups, plan, state=None if built is None else built.state)
         refuse_groups(native, groups)
         if built is None:
             opt = _construct(native, parts, lr, settings)

@@ -52,11 +52,9 @@ class Stepper(NamedTuple):
         opt: Optimizer = build(groups, lr=rated[0][1], **settings)
         if hasattr(opt, "train"):  # schedule-free optimizers step in training mode only
             opt.train()
+        switches = known_optimizer(self.optimizer)[1].switches
         for group in opt.param_groups:
-            if (
-                "weight_decay" in group
-                and not known_optimizer(self.optimizer)[1].needs_decay
-            ):
+            if all(switch.setting != "weight_decay" for switch in switches):
                 group["weight_decay"] = 0.0
         return opt
 

@@ -134,6 +134,7 @@ def checkpoint(kind, ranks, plain):
     return state
 
 
+@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 def test_state_of_other_shapes_is_the_optimizers_own_affair():
     """An optimizer whose state has other shapes than its parameters resumes, bit for bit."""
     models = [mlp((4, 8)) for _ in range(2)]
@@ -149,6 +150,7 @@ def test_state_of_other_shapes_is_the_optimizers_own_affair():
     assert same(*map(snapshot, models))
 
 
+@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 16), (16, 4)])
 def test_bytes_of_another_shape_are_refused(shape):
     """A moment that the optimizer makes with its parameter's shape must have it, in other packages too."""

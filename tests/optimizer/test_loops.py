@@ -427,6 +427,7 @@ DECAYS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize("kind", [Decoupled, ForAllGroups])
 @pytest.mark.parametrize(("settings", "divided"), DECAYS)
 def test_only_a_decay_that_follows_the_rate_is_divided(kind, settings, divided):
@@ -650,6 +651,7 @@ class BSAM(torch.optim.SGD):
         self.third_step()
 
 
+@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize("call", ["step", "third_step"])
 def test_a_step_under_another_name_multiplies_once(call):
     """Another method that the table names as a step multiplies, called by itself or from the step."""

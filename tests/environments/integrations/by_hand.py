@@ -41,9 +41,10 @@ class Case:
     graph: bool = False
     sparse: bool = False
     width: int = 16
+    ranks: tuple[int, ...] = RANKS
 
     def model(self) -> nn.Module:
-        return mlp(RANKS, width=self.width, head=self.groups != "matrices", seed=3)
+        return mlp(self.ranks, width=self.width, head=self.groups != "matrices", seed=3)
 
     @property
     def rate(self) -> dict[str, float]:
@@ -62,11 +63,10 @@ class Case:
         ]
 
 
-def by_class(case: Case, model: nn.Module) -> Any:
+def by_class(case: Case, model: nn.Module, **options: Any) -> Any:
     params = model if case.groups != "muon" else case.own(model)
-    return RankAwareOptimizer(
-        params, case.kind, model=model, tuned_at=AT_16, **case.rate, **case.settings
-    )
+    options |= case.rate | case.settings
+    return RankAwareOptimizer(params, case.kind, model=model, tuned_at=AT_16, **options)
 
 
 def by_instance(case: Case, model: nn.Module) -> Any:
@@ -76,15 +76,15 @@ def by_instance(case: Case, model: nn.Module) -> Any:
 
 def native(case: Case, model: nn.Module) -> Any:
     """Built at the plain rate with the groups written out, then scaled by the law."""
-    parts = _parts(case, model)
-    opt = case.kind([group for _, group in parts], **case.rate, **case.settings)
-    for group, (multiplier, _) in zip(opt.param_groups, parts, strict=True):
-        group["lr"] = group["lr"] * multiplier
+    cut = parts(case, model)
+    opt = case.kind([group for _, group in cut], **case.rate, **case.settings)
+    for group, (rank, _) in zip(opt.param_groups, cut, strict=True):
+        group["lr"] = group["lr"] * multiplier(rank, case)
     return opt
 
 
-def _parts(case: Case, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
-    """Each of the user's groups cut by role and rank, with its multiplier."""
+def parts(case: Case, model: nn.Module) -> list[tuple[int | None, dict[str, Any]]]:
+    """Each of the user's groups cut by role and rank, with its rank, None for the rest."""
     names = {id(p): name for name, p in model.named_parameters()}
     parts = []
     for own in case.own(model):
@@ -94,8 +94,7 @@ def _parts(case: Case, model: nn.Module) -> list[tuple[float, dict[str, Any]]]:
             rank = getattr(model.get_submodule(layer), "r", None)
             cut.setdefault((rank, role if rank else "other"), []).append(param)
         parts += [
-            (multiplier(rank, case), {**own, "params": params})
-            for (rank, _), params in cut.items()
+            (rank, {**own, "params": params}) for (rank, _), params in cut.items()
         ]
     return parts
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import warnings
-
 import pytest
 import torch
-from torch.optim import Optimizer
 
 from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.optimizer import effective_lr
@@ -26,131 +21,37 @@ from .by_hand import (
     run,
     through_file,
 )
+from .optimizer_cases import (
+    CASES,
+    CLASSES,
+    LOADS_NOT,
+    ON_CUDA,
+    PICKLED,
+    REFUSED,
+    SNAPSHOTS,
+    P,
+    classes,
+)
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* is of an unknown family"),
+    pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You are using weight_decay:UserWarning"),
     pytest.mark.filterwarnings(
         "ignore:This overload of:UserWarning"
     ),  # torch_optimizer: torch's old signatures
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
 ]
 
-P = "pytorch_optimizer."
-PACKAGES = ("torch.optim", "torch_optimizer", "pytorch_optimizer", "schedulefree")
-EIGHT_BITS = ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit")
-
-# What a class needs beside a rate: settings, groups, a closure, a wide model (eight-bit state starts at 4096 numbers).
-NEEDS = {
-    "torch.optim.Muon": {"groups": "matrices"},
-    "torch.optim.SparseAdam": {"sparse": True},
-    "torch_optimizer.Adahessian": {"graph": True},
-    P + "AdaHessian": {"graph": True},
-    P + "SophiaH": {"graph": True},
-    P + "AdaShift": {"settings": {"keep_num": 2}},
-    P + "BSAM": {"settings": {"num_data": 8}, "closure": True},
-    P + "Ranger21": {"settings": {"num_iterations": 8}},
-    P + "SpectralSphere": {"groups": "matrices"},
-    **{
-        P + name: {"groups": "muon"}
-        for name in (
-            "AdaGO",
-            "AdaMuon",
-            "DistributedMuon",
-            "Muon",
-            "MuonClip",
-            "NorMuon",
-        )
-    },
-    **{
-        f"schedulefree.{name}ScheduleFreeClosure": {"closure": True}
-        for name in ("AdamW", "RAdam", "SGD")
-    },
-    **{name: {"width": 1024} for name in EIGHT_BITS},
-}
-
-# Refused before anything is built, with a sentence that says this.
-HOLDS = "wraps another optimizer, whose groups would not change"
-ONE_RATE = "estimates one rate for all groups"
-REFUSED = {
-    "torch.optim.LBFGS": "takes one parameter group only",
-    "torch_optimizer.Lookahead": HOLDS,
-    P + "A2Grad": "has no rate in its groups",
-    P + "AdaLOMO": "steps inside the backward pass",
-    P + "AdamMini": "takes a model and makes its groups itself",
-    P + "AliG": "has no rate in its groups",
-    P + "DAdaptAdaGrad": ONE_RATE,
-    P + "DAdaptAdam": ONE_RATE,
-    P + "DAdaptAdan": ONE_RATE,
-    P + "DAdaptLion": ONE_RATE,
-    P + "DAdaptSGD": ONE_RATE,
-    P + "FriendlySAM": HOLDS,
-    P + "GSAM": HOLDS,
-    P + "LBFGS": "takes one parameter group only",
-    P + "LOMO": "steps inside the backward pass",
-    P + "LoRARite": "steps A and B as one pair out of one group",
-    P + "LookSAM": HOLDS,
-    P + "Lookahead": HOLDS,
-    P + "Magma": HOLDS,
-    P + "OrthoGrad": HOLDS,
-    P + "PCGrad": HOLDS,
-    P + "Prodigy": ONE_RATE,
-    P + "SAM": HOLDS,
-    P + "SafeFP16Optimizer": HOLDS,
-    P + "ScheduleFreeWrapper": HOLDS,
-    P + "TRAC": HOLDS,
-    P + "WSAM": HOLDS,
-}
-
-# Take no new groups once they are built: the class form alone.
-SNAPSHOTS = {
-    "torch_optimizer.AdaBound",
-    P + "AdaBound",
-    P + "SRMM",
-    P + "ScheduleFreeAdamW",
-    P + "ScheduleFreeSGD",
-}
-
-# Their state holds objects beside tensors and numbers: weights_only=True reads it on neither side.
-PICKLED = {
-    P + "AdaShift",
-    P + "Conda",
-    P + "SCION",
-    P + "SCIONLight",
-    P + "ScalableShampoo",
-}
-
-
-def classes(package: str) -> dict[str, type[Optimizer]]:
-    """The optimizer classes of a package by name, none where it is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            module = importlib.import_module(package)
-        except ImportError:
-            return {}
-    members = {
-        name: value
-        for name, value in sorted(vars(module).items())
-        if inspect.isclass(value)
-    }
-    return {
-        f"{package}.{n}": v
-        for n, v in members.items()
-        if issubclass(v, Optimizer) and v is not Optimizer
-    }
-
-
-CLASSES = {
-    key: value for package in PACKAGES for key, value in classes(package).items()
-}
-for eight_bits in EIGHT_BITS:
-    known = classes(eight_bits.rpartition(".")[0])
-    CLASSES |= {eight_bits: known[eight_bits]} if eight_bits in known else {}
-CASES = {
-    key: Case(kind, **NEEDS.get(key, {}))
-    for key, kind in CLASSES.items()
-    if key not in REFUSED
-}
-each_case = pytest.mark.parametrize("key", CASES)
+# The rest of these two packages keeps its state in fewer bits by the same code.
+OF_EACH_KIND = ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit")
+TESTED = [
+    key
+    for key in CASES
+    if key in OF_EACH_KIND
+    or not (key in ON_CUDA or key.startswith(("bitsandbytes", "torchao")))
+]
+each_case = pytest.mark.parametrize("key", TESTED)
 
 
 @pytest.fixture(autouse=True)
@@ -192,9 +93,11 @@ def test_training_equals_the_native_class_with_groups_by_hand(key, form):
     assert not same(snapshot(ours), start)
 
 
-@pytest.mark.parametrize("key", CASES)
+@each_case
 def test_a_saved_state_continues_as_natively(key):
     """State saved and loaded into a fresh optimizer continues bit for bit, and as the native class's does."""
+    if key in LOADS_NOT:
+        pytest.skip("its own load fails")
     case = CASES[key]
     safely, (hand, hand_whole) = _resumed(case, native)
     ours_safely, (ours, ours_whole) = _resumed(case, by_class)

@@ -1,0 +1,293 @@
+"""Every optimizer class of eleven packages: its family, and whether it trains at the rates that it was given.
+
+    python benchmarks/ecosystem/optimizers.py     # results/optimizers.json and .md, about ten minutes on a core
+
+A class is in the table that gives families by its name. The table's family is compared with a coordinate check: real
+steps on LoRA factors of ranks 4, 16 and 64 on a layer of 64 × 64, at the rates that the form of each family gives, at
+alpha = rank and alpha = 16, with A or B at zero. The slope of log2 of the output's change against log2 of the rank is 0
+where the form is the optimizer's. The rule, committed before the run:
+
+* the check finds a family if its form's slopes have an rms of at most 0.25 and every other form's at least twice as
+  much. The forms are sign-like, spectral and gradient-like;
+* it finds relative-scale, instead, where four times larger weights make four times larger steps, within a fifth;
+* where it finds none, or the class cannot be stepped so, the table's family is that of the published update rule, or
+  unknown.
+
+Three comparisons with the native class and the same groups multiplied by hand, in float32, eight steps each: under a
+cosine schedule; saved, loaded into a fresh one and continued; and loaded by a model of other ranks, whose factors'
+state is dropped. "equal" means bit for bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from recording import machine, record
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import rankaware_optim as ra
+from rankaware_optim._optimizers import optimizer_family
+from rankaware_optim.laws import FORMS
+from rankaware_optim.laws._mua import Site
+from tests.environments.integrations.by_hand import (
+    Case,
+    by_class,
+    native,
+    parts,
+    run,
+    through_file,
+)
+from tests.environments.integrations.optimizer_cases import (
+    CASES,
+    CLASSES,
+    NEEDS,
+    PACKAGES,
+    REFUSED,
+)
+from tests.helpers.models import same, snapshot
+
+RESTS_ON = ("laws",)
+CHECKED = ("sign-like", "spectral", "gradient-like")
+RANKS, WIDTH, TOKENS, STEPS = (4, 16, 64), 64, 128, 4
+MOST, TIMES = 0.25, 2.0  # the rule
+PATIENCE_S = 60
+Builder = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Form(ra.Law):
+    """The form of one family at every rank, whatever the optimizer."""
+
+    family: str = "sign-like"
+    name: ClassVar[str] = "form"
+
+    def multiplier(self, factor: ra.Factor, reference: ra.Reference) -> float:
+        law = ra.MuA(family=self.family, tokens=float(TOKENS))
+        rate = FORMS[self.family].rate
+        init = "B" if factor.init == "B" else "A"
+        here = Site(init, factor.rank or 1, factor.scaling, factor.fan_in)
+        at = reference.as_factor()
+        there = Site(reference.init, at.rank or 1, at.scaling, at.fan_in)
+        return rate(law, here) / rate(law, there)
+
+
+def main() -> None:
+    """Check and train every class, print, and write results/optimizers.json and .md."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = []
+    for key in [*CLASSES, *(key for key in CASES if key not in CLASSES)]:
+        rows.append(row(key))
+        print(*rows[-1].values(), sep=" · ", flush=True)
+        gc.collect()
+    record(
+        "optimizers",
+        "Optimizers: families, and rates as given",
+        rows,
+        machine(torch.get_num_threads()) | versions(),
+        [
+            "check: the family that the coordinate check finds, and the rms of its form's slopes; in brackets the"
+            " nearest form and its rms where it finds none. known by: the check, the update rule where the check"
+            " finds none or was not possible, or nothing.",
+        ],
+    )
+
+
+def versions() -> dict[str, str]:
+    names = {package.partition(".")[0] for package in PACKAGES}
+    distributions = packages_distributions()
+    return {
+        name: version(distributions[name][0])
+        for name in sorted(names)
+        if name in distributions
+    }
+
+
+def row(key: str) -> dict[str, str]:
+    if key in REFUSED:
+        cells = dict.fromkeys(COMPARISONS, "refused")
+        return {
+            "class": key,
+            "family": "",
+            "known by": REFUSED[key],
+            "check": "",
+            **cells,
+        }
+    kind = CASES[key].kind
+    family = optimizer_family(kind)
+    found, words = checked(key, kind)
+    by = "check" if found and found == family else "rule"
+    cells = {name: tried(compare, CASES[key]) for name, compare in COMPARISONS.items()}
+    return {
+        "class": key,
+        "family": family,
+        "known by": "–" if family == "unknown" else by,
+        "check": words,
+        **cells,
+    }
+
+
+def tried(train: Callable[[Case, Builder], Any], case: Case) -> str:
+    """Whether both end in the same weights, or the first words of what one of them raised."""
+    ends = {}
+    for name, build in (("native", native), ("ours", by_class)):
+        try:
+            with patience():
+                ends[name] = train(case, build)
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), "")
+            return f"{name}: {type(error).__name__}: {first[:60]}".replace("|", "/")
+    return "equal" if same(ends["native"], ends["ours"]) else "DIFFERS"
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Raise where something does not end."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"more than {PATIENCE_S} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(PATIENCE_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+# --- the family -----------------------------------------------------------------------------------------------------
+
+
+def checked(key: str, kind: type[Optimizer]) -> tuple[str, str]:
+    """The family that the check finds, "" if none, and a cell of the table."""
+    settings = NEEDS.get(key, {}).get("settings", {})
+    try:
+        with patience():
+            if (
+                3.2
+                <= step_at(kind, settings, weights=4.0) / step_at(kind, settings)
+                <= 4.8
+            ):
+                return "relative-scale", "relative-scale"
+            slopes = {family: slope_of(kind, settings, family) for family in CHECKED}
+    except Exception:
+        return "", ""
+    best, second = sorted(slopes, key=slopes.__getitem__)[:2]
+    words = f"{best} {slopes[best]:.2f}"
+    if slopes[best] <= MOST and slopes[second] >= TIMES * slopes[best]:
+        return best, words
+    return "", f"({words})"
+
+
+def slope_of(kind: type[Optimizer], settings: dict[str, Any], family: str) -> float:
+    """The rms slope of the output's change over ranks, at the rates of a family's form."""
+    squares = []
+    for scaling in (1.0, lambda rank: 16 / rank):
+        for init in ("A", "B"):
+            check = ra.coordinate_check(
+                {"layer": (WIDTH, WIDTH)},
+                kind,
+                ranks=RANKS,
+                tokens=TOKENS,
+                law=Form(family),
+                init=init,
+                scaling=scaling,
+                steps=STEPS,
+                settings=settings,
+            )
+            squares.append(check.slopes[0][1] ** 2)
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def step_at(
+    kind: type[Optimizer], settings: dict[str, Any], weights: float = 1.0
+) -> float:
+    """How far a matrix moves in a few steps, at weights of this size."""
+    generator = torch.Generator().manual_seed(0)
+    start = weights * torch.randn(WIDTH, 16, generator=generator)
+    param = torch.nn.Parameter(start.clone())
+    opt: Any = kind([param], lr=1e-4, **settings)
+    for group in opt.param_groups:
+        group["weight_decay"] = 0.0
+    if hasattr(opt, "train"):
+        opt.train()
+    for _ in range(STEPS):
+        param.grad = torch.randn(WIDTH, 16, generator=generator)
+        opt.step()
+    return float((param.detach() - start).norm())
+
+
+# --- trained at the rates given -------------------------------------------------------------------------------------
+
+
+def scheduled(case: Case, build: Builder) -> Any:
+    """Trained under a cosine schedule."""
+    model = case.model()
+    opt = build(case, model)
+    scheduler = CosineAnnealingLR(opt, 8)
+    for step in range(8):
+        run(case, model, opt, step, step + 1)
+        scheduler.step()
+    return snapshot(model)
+
+
+def resumed(case: Case, build: Builder) -> Any:
+    """Saved after four steps, loaded into a fresh optimizer, continued."""
+    model, fresh = case.model(), case.model()
+    opt = build(case, model)
+    run(case, model, opt, 0, 4)
+    other = build(case, fresh)
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(through_file(opt, weights_only=False))
+    run(case, fresh, other, 4, 8)
+    return snapshot(fresh)
+
+
+def of_another_rank(case: Case, build: Builder) -> Any:
+    """Loaded by a model of other ranks: the factors begin again, the rest goes on, each at its rate."""
+    wider = replace(case, ranks=tuple(2 * rank for rank in case.ranks))
+    model, fresh = case.model(), wider.model()
+    opt = build(case, model)
+    run(case, model, opt, 0, 4)
+    state = through_file(opt, weights_only=False)
+    if build is by_class:
+        other = build(wider, fresh, on_rank_change="reset")
+        other.load_state_dict(state)
+    else:
+        other = build(wider, fresh)
+        rates = [group["lr"] for group in other.param_groups]
+        for (rank, _), group in zip(
+            parts(case, model), state["param_groups"], strict=True
+        ):
+            for key in group["params"] if rank else ():
+                state["state"].pop(key, None)
+        other.load_state_dict(state)
+        for group, lr in zip(other.param_groups, rates, strict=True):
+            group["lr"] = lr
+    run(wider, fresh, other, 4, 8)
+    return snapshot(fresh)
+
+
+COMPARISONS = {
+    "schedule": scheduled,
+    "resumed": resumed,
+    "another rank": of_another_rank,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Every optimizer class of the packages that are installed, and what each asks of groups and loop."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+
+from torch.optim import Optimizer
+
+from .by_hand import Case
+
+P = "pytorch_optimizer."
+PACKAGES = (
+    "torch.optim",
+    "torch_optimizer",
+    "pytorch_optimizer",
+    "schedulefree",
+    "bitsandbytes.optim",
+    "torchao.optim",
+    "prodigyopt",
+    "adv_optm",
+    "optimi",
+    "galore_torch",
+    "apollo_torch",
+)
+
+# What a class needs beside a rate: settings, groups, a closure, a wide model (eight-bit state starts at 4096 numbers).
+NEEDS = {
+    "torch.optim.Muon": {"groups": "matrices"},
+    "torch.optim.SparseAdam": {"sparse": True},
+    "torch_optimizer.Adahessian": {"graph": True},
+    P + "AdaHessian": {"graph": True},
+    P + "SophiaH": {"graph": True},
+    P + "AdaShift": {"settings": {"keep_num": 2}},
+    P + "BSAM": {"settings": {"num_data": 8}, "closure": True},
+    P + "Ranger21": {"settings": {"num_iterations": 8}},
+    P + "SpectralSphere": {"groups": "matrices"},
+    **{
+        P + name: {"groups": "muon"}
+        for name in (
+            "AdaGO",
+            "AdaMuon",
+            "DistributedMuon",
+            "Muon",
+            "MuonClip",
+            "NorMuon",
+        )
+    },
+    **{
+        f"schedulefree.{name}ScheduleFreeClosure": {"closure": True}
+        for name in ("AdamW", "RAdam", "SGD")
+    },
+    # eight-bit state starts at 4096 numbers
+    "bitsandbytes.optim.AdamW8bit": {"width": 1024},
+    "torchao.optim.AdamW8bit": {"width": 1024},
+    **{f"adv_optm.{name}": {"groups": "muon"} for name in ("AdaMuon_adv", "Muon_adv")},
+    "galore_torch.GaLoreAdafactor": {"settings": {"relative_step": False}},
+    "apollo_torch.GaLoreAdafactor": {"settings": {"relative_step": False}},
+}
+
+# Refused before anything is built, with a sentence that says this.
+HOLDS = "wraps another optimizer, whose groups would not change"
+ONE_RATE = "estimates one rate for all groups"
+REFUSED = {
+    "adv_optm.Prodigy_adv": ONE_RATE,
+    "prodigyopt.Prodigy": ONE_RATE,
+    "torchao.optim.CPUOffloadOptimizer": HOLDS,
+    "torch.optim.LBFGS": "takes one parameter group only",
+    "torch_optimizer.Lookahead": HOLDS,
+    P + "A2Grad": "has no rate in its groups",
+    P + "AdaLOMO": "steps inside the backward pass",
+    P + "AdamMini": "takes a model and makes its groups itself",
+    P + "AliG": "has no rate in its groups",
+    P + "DAdaptAdaGrad": ONE_RATE,
+    P + "DAdaptAdam": ONE_RATE,
+    P + "DAdaptAdan": ONE_RATE,
+    P + "DAdaptLion": ONE_RATE,
+    P + "DAdaptSGD": ONE_RATE,
+    P + "FriendlySAM": HOLDS,
+    P + "GSAM": HOLDS,
+    P + "LBFGS": "takes one parameter group only",
+    P + "LOMO": "steps inside the backward pass",
+    P + "LoRARite": "steps A and B as one pair out of one group",
+    P + "LookSAM": HOLDS,
+    P + "Lookahead": HOLDS,
+    P + "Magma": HOLDS,
+    P + "OrthoGrad": HOLDS,
+    P + "PCGrad": HOLDS,
+    P + "Prodigy": ONE_RATE,
+    P + "SAM": HOLDS,
+    P + "SafeFP16Optimizer": HOLDS,
+    P + "ScheduleFreeWrapper": HOLDS,
+    P + "TRAC": HOLDS,
+    P + "WSAM": HOLDS,
+}
+
+# Take no new groups once they are built: the class form alone.
+SNAPSHOTS = {
+    "torch_optimizer.AdaBound",
+    P + "AdaBound",
+    P + "SRMM",
+    P + "ScheduleFreeAdamW",
+    P + "ScheduleFreeSGD",
+}
+
+# Their state holds objects beside tensors and numbers: weights_only=True reads it on neither side.
+PICKLED = {
+    P + "AdaShift",
+    P + "Conda",
+    P + "SCION",
+    P + "SCIONLight",
+    P + "ScalableShampoo",
+}
+
+# Their own load fails in a fresh optimizer.
+LOADS_NOT = {"adv_optm.AdaMuon_adv", "adv_optm.Lion_adv", "adv_optm.Muon_adv"}
+
+# Their step needs CUDA.
+ON_CUDA = {
+    "galore_torch.GaLoreAdamW8bit",
+    "apollo_torch.GaLoreAdamW8bit",
+    "apollo_torch.QAPOLLOAdamW",
+}
+
+
+def classes(package: str) -> dict[str, type[Optimizer]]:
+    """The optimizer classes of a package by name, none where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            return {}
+    members = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if inspect.isclass(value)
+    }
+    return {
+        f"{package}.{n}": v
+        for n, v in members.items()
+        if issubclass(v, Optimizer) and v is not Optimizer
+    }
+
+
+CLASSES: dict[str, type[Optimizer]] = {}
+for package in PACKAGES:
+    for key, kind in classes(package).items():
+        if kind not in CLASSES.values():  # some packages pass on another's
+            CLASSES[key] = kind
+CASES = {
+    key: Case(kind, **NEEDS.get(key, {}))
+    for key, kind in CLASSES.items()
+    if key not in REFUSED
+}
+# Settings that are rates themselves, or that a step divides by one.
+OTHER_RATES = {
+    "torch_optimizer.AdaBound": {"final_lr": 0.02},
+    P + "AdaBound": {"final_lr": 0.02},
+    P + "GrokFastAdamW": {"normalize_lr": True},
+    "optimi.AdamW": {"decouple_lr": True, "weight_decay": 1e-2},
+    "optimi.Lion": {"decouple_lr": True, "weight_decay": 1e-2},
+    "schedulefree.AdamWScheduleFree": {"warmup_steps": 6},
+}
+for key, settings in OTHER_RATES.items():
+    if key in CASES:
+        variant = f"{key} {settings}"
+        CASES[variant] = Case(CASES[key].kind, settings)
+        SNAPSHOTS |= {variant} if key in SNAPSHOTS else set()
