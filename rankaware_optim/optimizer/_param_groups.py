@@ -72,10 +72,11 @@ def model_of(params: Any, model: nn.Module | None) -> nn.Module:
 
 def named_params(groups: Iterable[Group]) -> list[tuple[str, Any]]:
     """Return names and parameters of built groups, or names and keys of a state's groups."""
-    pairs: list[tuple[str, Any]] = []
-    for group in groups:
-        pairs += zip(group.get("param_names", ()), group["params"], strict=False)
-    return pairs
+    return [
+        pair
+        for group in groups
+        for pair in zip(group.get("param_names", ()), group["params"], strict=False)
+    ]
 
 
 def params_in(groups: Iterable[Group]) -> list[Any]:
@@ -317,14 +318,14 @@ def effective_lr(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * multiplier
 
 
-def multiply_for_native(group: Group, keep_decay: bool = False) -> None:
+def multiply_for_native(group: Group, decaying: Optimizer | None = None) -> None:
     """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the
     group.
 
     The record stays in the states of that optimizer, so that a load by `RankAwareOptimizer` does
     not multiply again.
 
-    With keep_decay, the shrinkage lr × weight_decay is kept by dividing weight_decay.
+    decaying: the optimizer if the shrinkage lr × weight_decay is kept, by dividing weight_decay.
     """
     multiplier = group["rank_multiplier"]
     for key in _RATES:
@@ -332,7 +333,7 @@ def multiply_for_native(group: Group, keep_decay: bool = False) -> None:
             group[key] = group[key] * multiplier
     group["rank_multiplied"] = True
     group.pop("rankaware_lr", None)
-    if keep_decay:
+    if decaying is not None and shrinks_by_decay(decaying, group):
         group["weight_decay"] = group["weight_decay"] / multiplier
         group["rank_divided_decay"] = True
 

@@ -117,9 +117,7 @@ class Report:
 
     def __str__(self) -> str:
         if self.per_module:
-            rates: dict[str, Rated] = {}
-            for row in self.rows:
-                rates |= dict.fromkeys(row.names, Rated(row.lr, row.reason))
+            rates = _rates_of(self.rows)
             return f"{self.title}\n{self.survey.explain(per_module=True, rates=rates)}"
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
@@ -172,8 +170,11 @@ def plan_rates(plan: Plan, lr: float) -> dict[str, Rated]:
         base = lr if decision.pinned_lr is None else decision.pinned_lr
         names = {"params": [f], "param_names": [f.name]}
         groups.append({"lr": base, **names, **decision._asdict()})
-    rows = _rows(groups, plan)
-    return {row.names[0]: Rated(row.lr, row.reason) for row in rows}
+    return _rates_of(_rows(groups, plan))
+
+
+def _rates_of(rows: Iterable[Row]) -> dict[str, Rated]:
+    return {name: Rated(row.lr, row.reason) for row in rows for name in row.names}
 
 
 def _left_out(groups: Groups, survey: Survey) -> Iterator[str]:

@@ -33,7 +33,6 @@ from ._param_groups import (
     named_params,
     params_in,
     settings_in,
-    shrinks_by_decay,
     without,
 )
 
@@ -607,8 +606,7 @@ def to_plain_state_dict(
     groups: list[Group] = []
     for group in state["param_groups"]:
         groups.append({"rank_multiplier": 1.0, **group})
-        keep_decay = not wrap.scale_weight_decay and shrinks_by_decay(opt, group)
-        multiply_for_native(groups[-1], keep_decay)
+        multiply_for_native(groups[-1], None if wrap.scale_weight_decay else opt)
     return {**state, "param_groups": groups}
 
 

@@ -502,9 +502,7 @@ def _regroup(built: Optimizer, native: Native, parts: list[Group], lr: Any) -> A
 def _as_native(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
     """Return the optimizer as an instance of its native class, its rates multiplied once."""
     for group in opt.param_groups:
-        multiply_for_native(
-            group, not wrap.scale_weight_decay and shrinks_by_decay(opt, group)
-        )
+        multiply_for_native(group, None if wrap.scale_weight_decay else opt)
     opt.__class__ = type(opt)._rankaware_native
     return opt
 
