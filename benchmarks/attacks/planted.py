@@ -76,7 +76,7 @@ BUGS = (
     Bug("optimizer/_state_dict.py", "if not (is_positive(value) or unpinned or at_start):", "if False:", "impossible rates in checkpoints"),
     Bug("optimizer/_wrapper.py", "vars(self).update(before)", "pass", "damaged checkpoints", 1000),
     Bug("optimizer/_rehearsal.py", 'raise _no_step("state", error) from error', "return", "damaged checkpoints", 1000),
-    Bug("calibration/_stored.py", "    ValueError,\n    ValidationError,\n", "    ValueError,\n", "impossible values in journals"),
+    Bug("calibration/_provenance.py", "    ValueError,\n    ValidationError,\n", "    ValueError,\n", "impossible values in journals"),
     Bug("calibration/_calibration.py", '        trials = self.trials()\n        stored = self.study.user_attrs.get("made_with", {"schema": None})\n', '        stored = self.study.user_attrs.get("made_with", {"schema": None})\n        trials = self.trials()\n', "starts at once, journal"),
     Bug("calibration/_storage.py", "if path.exists() and not path.is_file():", "if False:", "not regular files"),
     Bug("calibration/_storage.py", "os.truncate(path, whole)", "pass", "ended between calls, journal", 40),
@@ -84,7 +84,7 @@ BUGS = (
     Bug("calibration/_storage.py", "if not _is_in_storage(error) and not isinstance(error, ValidationError):", "if True:", "storage changed, SQLite"),
     Bug("calibration/_liveness.py", "if missed + 1 >= _MISSED:", "if False:", "stopped workers, journal"),
     Bug("calibration/_runner.py", "except UpdateFinishedTrialError:", "except ZeroDivisionError:", "stopped workers, journal"),
-    Bug("calibration/in_place/_snapshot.py", "tensor.copy_(value)", "pass", "errors, in place", 20),
+    Bug("calibration/_snapshot.py", "tensor.copy_(value)", "pass", "errors, in place", 20),
     Bug("sweeps/_io.py", "if not is_within(range_, value):", "if False:", "damaged sweeps", 500),
 )
 # fmt: on

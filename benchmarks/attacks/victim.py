@@ -26,8 +26,7 @@ from made_up import train
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
-from rankaware_optim.calibration._optuna import close_storage
-from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._storage import close_storage, open_storage
 from rankaware_optim.calibration._trials import Trials
 
 STEPS, TRIALS = 10, 6

@@ -48,6 +48,7 @@ from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._runner import Runner
 from rankaware_optim.calibration._schedule import Options, Schedule
+from rankaware_optim.calibration._search import BracketSampler, PairedPruner
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
 RESTS_ON = ("search.adam",)
@@ -179,7 +180,11 @@ def simulated(
     """
     schedule = Schedule(RANKS, SEEDS, replay.steps, trials=trials)
     calibration = Calibration(Options(torch.optim.AdamW, get_law(PRIOR_LAW), schedule))
-    calibration.open(None, None, optuna.storages.InMemoryStorage())
+    calibration.open(
+        BracketSampler(calibration),
+        PairedPruner(calibration),
+        optuna.storages.InMemoryStorage(),
+    )
     clock, rng = Clock(), np.random.default_rng([seed, trials])
     calibration.pause = lambda seconds: clock.sleep(POLL * seconds)  # type: ignore[method-assign]
     draws = {rank: iter(rng.choice(times[rank], 4 * trials).tolist()) for rank in RANKS}
@@ -203,7 +208,7 @@ def simulated(
             if trial is None:
                 return
             start = clock.now
-            runner.one(trial, train, lambda *_: None, lambda *_: None)
+            runner.one(trial, train, lambda *_: None)
             busy[number] += clock.now - start
 
     clock.run([partial(work, number) for number in range(workers)])

@@ -33,7 +33,7 @@ from made_up import Pair
 from recording import machine, percent, record
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _pruner, _sampler
+from rankaware_optim.calibration import _search
 from rankaware_optim.errors import CalibrationError
 from rankaware_optim.fitting import _observations
 
@@ -90,9 +90,9 @@ def main(searches: int) -> None:
 def without() -> Iterator[None]:
     """The search as if curves had no noise."""
     with ExitStack() as stack:
-        for module in (_observations, _pruner):
+        for module in (_observations, _search):
             stack.enter_context(patch.object(module, "CLEAR", 0.0))
-        stack.enter_context(patch.object(_sampler, "_UPWARDS", math.inf))
+        stack.enter_context(patch.object(_search, "_UPWARDS", math.inf))
         yield
 
 

@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 from rankaware_optim import Recipe
 from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._result import calibrated_recipe
-from rankaware_optim.calibration._sampler import BracketSampler
 from rankaware_optim.calibration._schedule import Options
+from rankaware_optim.calibration._search import BracketSampler, search_range
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 
@@ -50,9 +50,9 @@ def searched(study: Simulated, guess: float, run: Run) -> Recipe:
     sampler, start = BracketSampler(study), study.start
     while (setting := study.schedule.next(study.trials())) is not None:
         trial = TrialRecord(*setting, number=len(study.done))
-        within = study.range()
+        within = search_range(study)
         study.start = start + guess
-        seen = run(trial, sampler.propose(study.trials(), trial, within))
+        seen = run(trial, sampler.propose(trial, *within))
         study.start = start
         curve = np.linspace(
             seen.start, seen.tail, study.schedule.steps // (1 + seen.stopped)

@@ -1,10 +1,10 @@
 """Calibration: a short study of the base rate at several ranks, whose result is a recipe."""
 
 from ._api import calibrate
+from ._in_place import calibrate_in_place
 from ._provenance import versions_used
 from ._ray import RayExecutor
 from ._trial import Pushed, Trial, release_memory, seeded
-from .in_place import calibrate_in_place
 
 __all__ = [
     "Pushed",

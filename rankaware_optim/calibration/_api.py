@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,14 +17,13 @@ from .._warn import warn
 from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
-from ._arguments import octaves
 from ._calibration import Calibration
-from ._progress import TrialLog, progress_shown
+from ._progress import progress_shown
 from ._provenance import train_source
 from ._ray import RayExecutor, ray_executor, run_on_ray
 from ._result import calibrated_recipe
 from ._runner import Runner
-from ._schedule import Options, Schedule
+from ._schedule import Options, Schedule, octaves
 from ._storage import shared_storage
 from ._trial import Train
 
@@ -148,20 +146,23 @@ def calibrate(  # noqa: PLR0913
         Schedule(
             *map(plain, (ranks, seeds, steps, trials, budget, until, full_trials))
         ),
-        target_steps=plain(target_steps),
-        lr_range=octaves(plain(lr_range)),
-        batch=plain(batch),
-        warmup=plain(warmup),
-        seed=plain(seed),
-        name=name,
+        octaves(plain(lr_range)),
+        *map(plain, (target_steps, batch, warmup, seed, name)),
     )
+    if executor is not None:
+        executor = ray_executor(executor)
+        storage = shared_storage(storage)
     work = partial(
-        _calibrate, train=train, options=options, sampler=sampler, pruner=pruner
+        _calibrate,
+        train=train,
+        options=options,
+        sampler=sampler,
+        pruner=pruner,
+        storage=storage,
     )
     if executor is None:
-        return work(storage=storage, progress=progress)
-    on_ray = ray_executor(executor)
-    return work(storage=shared_storage(storage), progress=progress, executor=on_ray)
+        return work(progress=progress)
+    return work(elsewhere=partial(run_on_ray, executor, work))
 
 
 def _calibrate(
@@ -171,75 +172,42 @@ def _calibrate(
     pruner: Any,
     storage: Any,
     progress: bool | None = False,
-    executor: RayExecutor | None = None,
+    elsewhere: Callable[[Runner], None] | None = None,
 ) -> Recipe:
-    """Calibrate with checked options. With an executor, its workers do it, and meet in the
-    storage.
-    """
+    """Calibrate with checked options, here or by workers elsewhere, which meet in the storage."""
     state = random.getstate()  # importing rich and using a database may draw from it
     runner = Runner(Calibration(options, train_source(train)))
+    leads = runner.team.leads
     try:
         runner.open(sampler, pruner, storage)
-        if runner.team.leads and (caution := options.schedule.caution()):
+        if leads and (caution := options.schedule.caution()):
             warn(caution)
-        with _interruption(runner):
-            if executor is None:
-                _run_here(runner, train, progress)
+        try:
+            if elsewhere is None:
+                with progress_shown(progress if leads else False) as show:
+                    while (trial := runner.begin()) is not None:
+                        runner.one(trial, train, show)
             else:
-                work = partial(
-                    _calibrate,
-                    train=train,
-                    options=options,
-                    sampler=sampler,
-                    pruner=pruner,
-                    storage=storage,
-                )
-                _run_on_ray(runner, executor, work)
+                elsewhere(runner)
             return runner.recipe()
+        except KeyboardInterrupt as interrupt:
+            if not leads:
+                raise
+            raise _interrupted(runner.calibration) from interrupt
     finally:
         runner.close()
         random.setstate(state)
 
 
-def _run_here(runner: Runner, train: Train, progress: bool | None) -> None:
-    leads = runner.team.leads
-    log = TrialLog(leads)
-    with progress_shown(progress if leads else False) as show:
-        while (trial := runner.begin()) is not None:
-            runner.one(trial, train, show, log.ended)
-
-
-def _run_on_ray(runner: Runner, executor: RayExecutor, work: partial[Recipe]) -> None:
-    calibration = runner.calibration
-    log = TrialLog(True)
-    expected = calibration.schedule.expected()
-
-    def look() -> None:
-        with calibration.guard():
-            log.saw(calibration.trials(), expected)
-
-    look()
-    run_on_ray(executor, work, expected, look)
-    look()
-
-
-@contextmanager
-def _interruption(runner: Runner) -> Iterator[None]:
-    """Let Ctrl-C raise an error with the progress and the recipe so far."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if not runner.team.leads:
-            raise
-        calibration = runner.calibration
-        with calibration.guard():
-            error = CalibrationInterrupted(
-                f"The calibration was interrupted after {len(calibration.trials().counted())} of"
-                f" {calibration.schedule.expected()} trials.",
-                "Their fit is this error's .recipe. With a storage the same call continues where it"
-                " stopped.",
-            )
-            error.recipe = (
-                None if calibration.fit() is None else calibrated_recipe(calibration)
-            )
-            raise error from interrupt
+def _interrupted(calibration: Calibration) -> CalibrationInterrupted:
+    """Return the error of Ctrl-C, with the progress and the recipe so far."""
+    with calibration.guard():
+        error = CalibrationInterrupted(
+            f"The calibration was interrupted after {len(calibration.trials().counted())} of"
+            f" {calibration.schedule.expected()} trials.",
+            "Their fit is this error's .recipe. With a storage the same call continues where it"
+            " stopped.",
+        )
+        if calibration.fit() is not None:
+            error.recipe = calibrated_recipe(calibration)
+        return error

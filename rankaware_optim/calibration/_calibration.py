@@ -17,15 +17,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
-from torch.optim import Optimizer
 
 from .._optimizers import optimizer_family
 from .._types import Reference, Survey
 from ..errors import CalibrationError
 from ..fitting import (
-    Carry,
     Fit,
-    Prior,
     carry_of,
     centred_law,
     fit_observations,
@@ -33,14 +30,18 @@ from ..fitting import (
 )
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Z90, differences
-from ._optuna import close_storage, quiet
-from ._provenance import Code
-from ._pruner import PairedPruner
-from ._sampler import BracketSampler, search_range
+from ._provenance import (
+    Code,
+    check_comparable,
+    check_whole,
+    made_with,
+    refuse,
+    shape_of,
+    warn_of_code,
+)
 from ._schedule import Options
 from ._signals import Interrupts
-from ._storage import open_storage, storage_errors
-from ._stored import check_comparable, check_whole, made_with, refuse, warn_of_code
+from ._storage import close_storage, open_storage, quiet, storage_errors
 from ._trials import TrialRecord, Trials
 
 # A usual rate by optimizer family, per step, and its configuration. For sign-like optimizers it is
@@ -56,15 +57,7 @@ _USUAL_LR = {
 }
 # octaves above the usual rate for the first run; a run too high stops early and shows the cliff
 _ABOVE = 2.0
-_HALF_RANGE = 4.0  # octaves on either side of the first guess
 _TOGETHER = 50  # with k times this many trials, fits are made after every k-th trial
-
-
-def usual_lr(optimizer: type[Optimizer], law: Law, reference: Reference) -> float:
-    """Return the family's usual rate, moved to a reference by the law."""
-    usual = _USUAL_LR.get(optimizer_family(optimizer), _USUAL_LR["sign-like"])
-    bound = bound_law(law, optimizer, {})
-    return float(usual * checked_multiplier(bound, reference.as_factor(), _USUAL_AT))
 
 
 class Calibration:
@@ -78,31 +71,21 @@ class Calibration:
     def __init__(self, options: Options, code: Code | None = None) -> None:
         self.options = options
         self.schedule = options.schedule
-        self.code = code or Code()
-        self.reference: Reference | None = (
-            None  # the configuration to which rates are moved
-        )
-        self.full_fan_in: float | None = None
+        self.code = code or Code({}, {}, ())
+        # the configuration to which rates are moved
+        self.reference: Reference | None = None
         self.settings: Mapping[str, Any] = {}  # of the optimizer
-        self.start: float  # log2 of the first base rate
-        self.carry: Carry
-        self.prior: Prior  # at the steps of the trials
-        self.target_prior: Prior  # at those of the target
-        self.study: optuna.Study
-        self.is_stored = False
+        self.storage: Any = None
         self._opened: optuna.storages.BaseStorage | None = None
         self._ended: dict[int, TrialRecord] = {}
-        self._fit: tuple[int, Fit | None] = (
-            -1,
-            None,
-        )  # and the number of its observations
+        # the number of observations, and their fit
+        self._fit: tuple[int, Fit | None] = (-1, None)
 
     # --- the study --------------------------------------------------------------------------------
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or continue the stored one of this name."""
-        self.is_stored = storage is not None
-        self._place = storage
+        self.storage = storage
         name = self.options.name
         self._made_with = made_with(self.options, self.code)
         with self.guard():
@@ -115,9 +98,8 @@ class Calibration:
                 self.study = optuna.create_study(
                     study_name=name,
                     storage=opened,
-                    sampler=sampler or BracketSampler(self),
-                    pruner=pruner
-                    or PairedPruner(self.schedule.steps, self.options.warmup or 0.0),
+                    sampler=sampler,
+                    pruner=pruner,
                     load_if_exists=True,
                 )
             self._check_stored()
@@ -128,7 +110,7 @@ class Calibration:
         """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C
         raises afterwards.
         """
-        with Interrupts(once=True) as self._interrupts, storage_errors(self._place):
+        with Interrupts(once=True) as self._interrupts, storage_errors(self.storage):
             yield
 
     def pause(self, seconds: float) -> None:
@@ -158,16 +140,10 @@ class Calibration:
 
     def compare(self, number: int, rank: int | None, built: Mapping[str, Any]) -> None:
         """Raise if a trial's model or settings differ from those of an earlier one of its rank."""
-        before: Mapping[str, Any] = {}
         reference = self.settled()
-        if reference.rank == rank:
-            before = {
-                "width": reference.fan_in,
-                "alpha": reference.alpha,
-                "init": reference.init,
-            }
-        for trial in self.trials():
-            if trial.built and trial.rank == rank and trial.number < number:
+        before = shape_of(reference) if reference.rank == rank else {}
+        for trial in self.trials().at(rank):
+            if trial.built and trial.number < number:
                 before = trial.built
                 break
         refuse(self.options.name, differences(before, built))
@@ -210,8 +186,8 @@ class Calibration:
         self.study.set_user_attr("reference", asdict(reference))
 
     def settle(self, reference: Reference, full_fan_in: float) -> None:
-        """Set the reference, the priors for its init, and a first guess, which is the upper end of
-        the family's usual rates.
+        """Set the reference, the priors for its init at the steps of a trial and of the target, and
+        log2 of a first guess, which is the upper end of the family's usual rates.
         """
         self.reference = reference
         self.full_fan_in = full_fan_in
@@ -220,7 +196,13 @@ class Calibration:
         )
         self.target_prior = prior_of(reference, self.schedule.ranks, full_fan_in)
         self.prior = self.carry.prior_of_trials(self.target_prior)
-        usual = usual_lr(self.options.optimizer, self.options.law, reference)
+        family = optimizer_family(self.options.optimizer)
+        multiplier = checked_multiplier(
+            bound_law(self.options.law, self.options.optimizer, {}),
+            reference.as_factor(),
+            _USUAL_AT,
+        )
+        usual = _USUAL_LR.get(family, _USUAL_LR["sign-like"]) * multiplier
         low, high = self.options.lr_range or (-math.inf, math.inf)
         self.start = min(max(_ABOVE + math.log2(usual), low), high)
 
@@ -230,20 +212,6 @@ class Calibration:
                 "No trial has built its model yet.", "Run at least one trial."
             )
         return self.reference
-
-    def range(self) -> tuple[float, float]:
-        """Return the range of log2 rates: as given or around the first guess, widened while a best
-        rate is at an edge.
-
-        It is computed from the trials each time, so that a resumed study has the same one.
-        """
-        around = (self.start - _HALF_RANGE, self.start + _HALF_RANGE)
-        return search_range(self.trials(), *(self.options.lr_range or around))
-
-    @property
-    def full_follows(self) -> bool:
-        """Whether runs of full finetuning follow the search."""
-        return self.schedule.full_trials > 0
 
     @property
     def bound_law(self) -> Law:
@@ -257,16 +225,14 @@ class Calibration:
     # --- the fit ----------------------------------------------------------------------------------
 
     def fit(self) -> Fit | None:
-        """Return the fit of the trials so far, at their steps, or None if every run diverged."""
-        return None if self.reference is None else self.fitted(self.trials())
+        """Return the fit of the trials so far, at their steps, or None if every run diverged.
 
-    def fitted(self, trials: Trials) -> Fit | None:
-        """Return the fit, computed once for each number of observations, since a study only adds to
-        them.
-
-        With hundreds of trials, up to a fiftieth of them wait for a common fit.
+        It is computed once for each number of observations, since a study only adds to them. With
+        hundreds of trials, up to a fiftieth of them wait for a common fit.
         """
-        ended = trials.counted()
+        if self.reference is None:
+            return None
+        ended = self.trials().counted()
         waiting = len(ended) % max(1, len(ended) // _TOGETHER)
         evidence = Trials(ended[: len(ended) - waiting]).evidence()
         if len(evidence) != self._fit[0]:

@@ -16,11 +16,10 @@ from itertools import count
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ._optuna import fail_trial
+from ._storage import fail_killed
 
-_BEAT_S = (
-    10.0  # seconds between two heartbeats, and between two looks at those of others
-)
+# seconds between two heartbeats, and between two looks at those of others
+_BEAT_S = 10.0
 _MISSED = 4  # looks in a row without a new heartbeat after which a trial counts as dead
 _JOIN_S = 10.0  # seconds that a write in progress may take at the end
 _LEFT: set[str] = set()  # workers of this process that have ended
@@ -38,10 +37,10 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self.worker = uuid.uuid4().hex
         self.trial: Trial | None = None  # that this worker runs
-        self._study: Study
         # by trial of others: the last heartbeat, and looks without a new one
         self._signs: dict[int, tuple[object, int]] = {}
-        self._heard: set[int] = set()
+        # trials of others that have shown a sign of life since this worker began to look
+        self.heard: set[int] = set()
         self._ended = threading.Event()
 
     def watch(self, study: Study) -> None:
@@ -49,14 +48,13 @@ class Heartbeat(threading.Thread):
         self._study = study
         for trial in _running(study):
             if trial.user_attrs.get("worker") in _LEFT:
-                _fail(study, trial)
+                fail_killed(study, trial)
         self.start()
 
     def run(self) -> None:
         for beat in count(1):
-            with suppress(
-                Exception
-            ):  # where the storage fails, other reads and writes raise
+            # where the storage fails, other reads and writes raise
+            with suppress(Exception):
                 self._look()
             if self._ended.wait(_BEAT_S):
                 return
@@ -73,15 +71,11 @@ class Heartbeat(threading.Thread):
             beat = trial.user_attrs.get("heartbeat")
             last, missed = self._signs.get(number, (beat, -1))
             if beat != last:
-                self._heard.add(number)
+                self.heard.add(number)
                 missed = -1
             self._signs[number] = beat, missed + 1
             if missed + 1 >= _MISSED:
-                _fail(self._study, trial)
-
-    def heard(self, number: int) -> bool:
-        """Return whether a trial has shown a sign of life since this worker began to look."""
-        return number in self._heard
+                fail_killed(self._study, trial)
 
     def stop(self) -> None:
         """Stop after the current write."""
@@ -93,8 +87,3 @@ class Heartbeat(threading.Thread):
 
 def _running(study: Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-
-def _fail(study: Study, trial: FrozenTrial) -> None:
-    """Fail a dead trial, whose rank, seed and rate are to be tried again."""
-    fail_trial(study, trial, {"killed": True})

@@ -7,15 +7,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from ._runner import Show
-from ._trial import Run, Trial
+from ._trial import Trial
 from ._trials import TrialRecord, Trials
 
 _LOG = logging.getLogger(__package__)
+
+Show = Callable[[Trial, "list[float]"], None]
 
 
 @contextmanager
@@ -57,78 +58,49 @@ def progress_shown(wanted: bool | None) -> Iterator[Show]:
 
 
 class TrialLog:
-    """Logs finished trials of all workers, with the time left at their pace since this object was
-    made.
+    """Logs finished trials of a study, with the time left at their pace since this object was made.
 
-    logs: whether this process logs. It is True on one of several processes that train together.
+    expected: the likely number of trials.
     """
 
-    def __init__(self, logs: bool) -> None:
+    def __init__(self, expected: int) -> None:
+        self._expected = expected
         self._start = time.monotonic()
-        self._logs = logs
-        self._before: int | None = (
-            None  # trials that had ended before the first that is logged
-        )
+        self._before: int | None = None  # trials that had ended before the first look
         self._logged: set[int] = set()
 
-    def ended(self, trial: Trial, run: Run) -> None:
-        """Log a trial of this process."""
-        done, expected, _ = trial._progress
-        if self._before is None:
-            self._before = done
-        value = run.score
-        if run.stopped:
-            value = run.curve[-1] if run.curve else math.nan
-        self._log(done + 1, expected, trial.rank, trial.lr, value, run.stopped)
-
-    def saw(self, trials: Trials, expected: int) -> None:
-        """Log the trials that other processes finished since the last call. The first call logs
-        nothing.
+    def look(self, trials: Trials, number: int | None = None) -> None:
+        """Log the trials that ended since the last look, or only that with this number. The first
+        look logs nothing.
         """
-        ended = trials.counted()
-        is_first = self._before is None
-        if is_first:
-            self._before = len(ended)
-        for trial in ended:
+        for trial in trials.counted():
             if trial.number in self._logged:
                 continue
             self._logged.add(trial.number)
-            if not is_first:
-                lr = None if trial.x is None else 2.0**trial.x
-                value, stopped = _end_of(trial)
-                self._log(len(self._logged), expected, trial.rank, lr, value, stopped)
+            if self._before is not None and number in (None, trial.number):
+                self._log(trial, len(self._logged), self._before)
+        if self._before is None:
+            self._before = len(self._logged)
 
-    def _log(
-        self,
-        done: int,
-        expected: int,
-        rank: int | None,
-        lr: float | None,
-        value: float,
-        stopped: str,
-    ) -> None:
-        if not self._logs:
-            return
-        pace = (time.monotonic() - self._start) / (done - (self._before or 0))
+    def _log(self, trial: TrialRecord, done: int, before: int) -> None:
+        pace = (time.monotonic() - self._start) / (done - before)
+        run = trial.observation
+        value = trial.curve[-1] if trial.curve else math.nan
+        stopped = trial.stopped.replace("memory", "out of memory")
+        if run is not None and run.stopped:
+            stopped = "diverged"
+        elif run is not None:
+            value = run.value
         _LOG.info(
             "trial %d/%d · %s · base rate %.2g · value %.4g%s · %s left",
             done,
-            max(expected, done),
-            _rank(rank),
-            math.nan if lr is None else lr,
+            max(self._expected, done),
+            _rank(trial.rank),
+            math.nan if trial.x is None else 2.0**trial.x,
             value,
-            f" ({stopped.replace('memory', 'out of memory')})" if stopped else "",
-            timedelta(seconds=round(pace * max(expected - done, 0))),
+            f" ({stopped})" if stopped else "",
+            timedelta(seconds=round(pace * max(self._expected - done, 0))),
         )
-
-
-def _end_of(trial: TrialRecord) -> tuple[float, str]:
-    """Return a trial's score, or its last value if it was stopped, and how it was stopped."""
-    run = trial.observation
-    last = trial.curve[-1] if trial.curve else math.nan
-    if run is None:
-        return last, trial.stopped
-    return (last, "diverged") if run.stopped else (run.value, "")
 
 
 def _rank(rank: int | None) -> str:

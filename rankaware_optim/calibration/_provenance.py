@@ -7,27 +7,40 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import math
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import optuna
+from msgspec import ValidationError
 from torch.optim import Optimizer
 
 from .._optimizers import defaults_of
 from .._types import Factor, Reference
+from .._warn import warn
+from ..errors import CalibrationError
 from ..laws import Law, checked_multiplier
 from ..optimizer import RankAwareOptimizer, effective_lr
-from ..recipe import BASE, SAME_UPDATES, agreed, name_pattern, plain_value, settings_of
-
-SAME_RATE = (
-    1e-3  # relative tolerance of a law's multipliers, which a plug-in may measure
+from ..recipe import (
+    BASE,
+    SAME_UPDATES,
+    agreed,
+    differences,
+    name_pattern,
+    plain_value,
+    settings_of,
 )
+from ._schedule import Options
+from ._trials import Trials
+
+# relative tolerance of a law's multipliers, which a plug-in may measure
+_SAME_RATE = 1e-3
 _LAW_AT = Reference(rank=16, alpha=16, fan_in=64)
 # (role, init) of the factors whose multipliers identify a law's code
 _LORA = (("A", "A"), ("B", "A"), ("A", "B"), ("B", "B"))
@@ -62,34 +75,23 @@ _ALWAYS = ("rankaware-optim", "torch", "optuna")
 # --- the training loop ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """A training loop's code at the start of the calibration, as far as it can be read.
 
     Args:
-        train: the function's name.
-        hash: the first twelve digits of its source's hash.
-        commit: the commit of its git repository, with "-dirty" if files were changed.
+        loop: the values by which two loops are compared.
+        source: the values that a recipe stores: the function's name, the first twelve digits of its
+            source's hash, and the commit of its git repository, with "-dirty" if files were
+            changed.
         imports: the top-level modules that its file imports.
     """
 
-    train: str = ""
-    hash: str = ""
-    commit: str = ""
-    imports: tuple[str, ...] = ()
-
-    @property
-    def loop(self) -> dict[str, str]:
-        """Return the values by which two loops are compared."""
-        return _known({"train": self.train, "its source's hash": self.hash})
-
-    @property
-    def source(self) -> dict[str, str]:
-        """Return the values that a recipe stores."""
-        return _known({"train": self.train, "hash": self.hash, "commit": self.commit})
+    loop: Mapping[str, str]
+    source: Mapping[str, str]
+    imports: Collection[str]
 
 
-def _known(values: Mapping[str, str]) -> dict[str, str]:
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value}
 
 
@@ -102,14 +104,19 @@ def train_source(train: Any) -> Code:
         function = type(function)
     digits = ""
     folder = Path.cwd()
-    imports = set[str]()
+    imports: list[str] = []
     with suppress(OSError, TypeError):
         source = inspect.getsource(function)
         digits = hashlib.sha256(source.encode()).hexdigest()[:12]
         file = Path(inspect.getsourcefile(function) or "")
         folder = file.parent if file.is_file() else folder
-        imports = set(_imports("".join(inspect.findsource(function)[0])))
-    return Code(function.__qualname__, digits, _commit(folder), tuple(sorted(imports)))
+        imports = [*_imports("".join(inspect.findsource(function)[0]))]
+    name = function.__qualname__
+    return Code(
+        _known({"train": name, "its source's hash": digits}),
+        _known({"train": name, "hash": digits, "commit": _commit(folder)}),
+        {module.partition(".")[0] for module in imports},
+    )
 
 
 def _imports(source: str) -> Iterator[str]:
@@ -118,12 +125,10 @@ def _imports(source: str) -> Iterator[str]:
     """
     with suppress(SyntaxError, ValueError):
         for node in ast.walk(ast.parse(source)):
-            names: list[str] = []
             if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
+                yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module or ""]
-            yield from (name.partition(".")[0] for name in names)
+                yield node.module or ""
 
 
 def _commit(folder: Path) -> str:
@@ -143,12 +148,8 @@ def _commit(folder: Path) -> str:
     return ""
 
 
-@cache
-def _packages() -> Mapping[str, list[str]]:
-    """Return the installed packages by module. The result is cached, since the search can take a
-    second.
-    """
-    return packages_distributions()
+# the installed packages by module, cached, since the search can take a second
+_packages = cache(packages_distributions)
 
 
 def versions_used(imports: Iterable[str] = ()) -> dict[str, str]:
@@ -215,12 +216,14 @@ def built_with(
     of_factors = [group for group in opt.param_groups if group["lora_role"] != "other"]
     factors = settings_of(of_factors or opt.param_groups, names)
     apart = {name: value for name, value in factors.items() if value != built[name]}
-    if apart:
-        built["factors' settings"] = apart
     other_rates = {} if at.method == "full" else _other_rates(opt)
-    if other_rates:
-        built["other rates"] = other_rates
-    return {**built, "width": at.fan_in, "alpha": at.alpha, "init": at.init}
+    extras = _known({"factors' settings": apart, "other rates": other_rates})
+    return {**built, **extras, **shape_of(at)}
+
+
+def shape_of(at: Reference) -> dict[str, Any]:
+    """Return what decides a trial of a model's configuration."""
+    return {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
 
 
 def _other_rates(opt: Optimizer) -> dict[str, Any]:
@@ -243,8 +246,129 @@ def settings_in(built: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
     factors' count.
     """
     settings = {**built, **built.get("factors' settings", {})}
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+# --- a stored study -------------------------------------------------------------------------------
+
+# version of the stored format, raised if an earlier version would misread it
+_SCHEMA = 1
+_COMPARED = ("schema", "steps", "ranks", "seeds", "optimizer", "batch", "warmup")
+_OTHER_STUDY = "Give this calibration another name, or another storage."
+# what damaged values raise
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ValidationError,
+)
+
+
+def made_with(options: Options, code: Code) -> dict[str, Any]:
+    """Return what the trials of a calibration are made with, as its study stores it."""
+    schedule = options.schedule
     return {
-        name: settings[name]
-        for name in names
-        if settings.get(name) is not None and name not in _LEFT_OUT
+        "schema": _SCHEMA,
+        "steps": schedule.steps,
+        "ranks": schedule.lora,
+        "seeds": sorted(schedule.seeds),
+        "optimizer": options.optimizer_name,
+        "batch": options.batch,
+        "warmup": options.warmup,
+        "law": repr(options.law),
+        "multipliers": law_values(options.law, options.optimizer, schedule.ranks),
+        **code.loop,
+        "rankaware-optim": version("rankaware-optim"),
     }
+
+
+def check_whole(study: optuna.Study, law: Law) -> None:
+    """Raise a `CalibrationError` if a stored study is damaged, or was made by an earlier version
+    with runs of several lengths or batches.
+    """
+    _check_one_length(study)
+    try:
+        trials = Trials.read(study.get_trials(deepcopy=False))
+        _check_values(study, trials, law)
+    except _DAMAGE as error:
+        raise CalibrationError(
+            f"The stored study {study.study_name!r} is damaged ({type(error).__name__}: {error}),"
+            " and was not changed.",
+            "Restore its storage from a copy, or give this calibration another name, or another"
+            " storage.",
+        ) from error
+
+
+def _check_one_length(study: optuna.Study) -> None:
+    made = study.user_attrs.get("made_with")
+    if not isinstance(made, dict):
+        return
+    steps = made.get("steps")
+    trials = study.get_trials(deepcopy=False)
+    lengths = [trial.user_attrs.get("steps", steps) for trial in trials]
+    if (
+        isinstance(steps, list)
+        or made.get("batches")
+        or lengths.count(steps) < len(lengths)
+    ):
+        raise CalibrationError(
+            f"The stored study {study.study_name!r} was made by an earlier version with several"
+            " lengths or batches.",
+            _OTHER_STUDY,
+        )
+
+
+def _check_values(study: optuna.Study, trials: Trials, law: Law) -> None:
+    """Raise if a value that is read has another type, or contradicts another."""
+    stored = study.user_attrs  # after the trials, before which they are written
+    made = stored.get("made_with", {})
+    for table in (made, made.get("multipliers", {}), stored.get("settings", {})):
+        if not isinstance(table, dict):
+            raise TypeError("an attribute holds an impossible value")
+    if len(study.directions) > 1:
+        raise TypeError("it has several objectives")
+    for trial in trials:
+        if trial.rank not in (None, *made.get("ranks", [trial.rank])):
+            raise TypeError(f"trial {trial.number} has a rank that was not to be tried")
+        if len(trial.curve or ()) > made.get("steps", math.inf):
+            raise TypeError(f"trial {trial.number} has more values than steps")
+    if "reference" in stored:
+        reference = Reference(**stored["reference"])
+        checked_multiplier(law, reference.as_factor(), reference)
+        math.log2(stored["full_fan_in"])
+
+
+def check_comparable(
+    name: str, stored: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise a `CalibrationError` if the trials of a stored study cannot be compared with new ones.
+
+    stored, now: see `made_with`.
+    """
+    refuse(name, differences(stored, {key: now[key] for key in _COMPARED}))
+    law = differences(stored.get("multipliers", {}), now["multipliers"], _SAME_RATE)
+    refuse(name, law, f"other rates of the law {stored.get('law')}: ")
+
+
+def refuse(name: str, difference: str, what: str = "") -> None:
+    """Raise a `CalibrationError` if there is a difference."""
+    if difference:
+        raise CalibrationError(
+            f"The stored study {name!r} was made with {what}{difference}.", _OTHER_STUDY
+        )
+
+
+def warn_of_code(
+    name: str, stored: Mapping[str, Any], now: Mapping[str, Any], how: str
+) -> None:
+    """Warn if the trials were made by another loop or version. stored, now: see `made_with`."""
+    left_out = ("law", "multipliers", *_COMPARED)
+    changed = differences(stored, {key: now[key] for key in now if key not in left_out})
+    if changed:
+        warn(
+            f"The stored study {name!r} {how} {changed}. Its trials can be compared with new ones"
+            " only if the training has not changed. Otherwise give this calibration another name."
+        )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from .._warn import warn
 from ..errors import CalibrationError
 from ..recipe import Recipe, differences
 from ._provenance import train_source, versions_used
+from ._runner import Runner
 from ._storage import check_shared, first_line, journal_head
 
 _LOOK_S = 2.0  # seconds between two checks of the workers' progress
@@ -92,17 +93,14 @@ def ray_executor(executor: object) -> RayExecutor:
     return executor if isinstance(executor, RayExecutor) else RayExecutor()
 
 
-def run_on_ray(
-    executor: RayExecutor, work: partial[Recipe], most: int, look: Callable[[], None]
-) -> None:
+def run_on_ray(executor: RayExecutor, work: partial[Recipe], runner: Runner) -> None:
     """Run `work`, a call of `calibrate`, in several tasks until one of them finds the schedule
     complete.
 
     Args:
         executor: the workers and their resources.
         work: the call that every task makes.
-        most: the largest useful number of tasks.
-        look: called every two seconds.
+        runner: of this process, which logs what the tasks do.
 
     Raises:
         CalibrationError: the cluster cannot be reached, `train` cannot be sent there, or every
@@ -111,11 +109,14 @@ def run_on_ray(
     """
     train = work.keywords["train"]
     storage = work.keywords["storage"]
+    calibration = runner.calibration
+    most = calibration.schedule.expected()
+    look = calibration.guard()(lambda: runner.log.look(calibration.trials()))
     with _connected(executor.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        share = share_out(nodes, executor.workers, executor.gpus)
+        workers, gpus, cpus = share_out(nodes, executor.workers, executor.gpus)
         task = ray.remote(_work).options(
-            num_cpus=share.cpus, num_gpus=share.gpus, name="calibration"
+            num_cpus=cpus, num_gpus=gpus, name="calibration"
         )
         try:
             sent = ray.put(work)
@@ -124,8 +125,8 @@ def run_on_ray(
                 f"train cannot be sent to Ray's workers: {first_line(error)}",
                 "Define it in a module, and create what it needs inside it.",
             ) from error
-        arguments = sent, code_of(train), journal_head(storage), share.cpus
-        tasks = [task.remote(*arguments) for _ in range(min(share.workers, most))]
+        arguments = sent, code_of(train), journal_head(storage), cpus
+        tasks = [task.remote(*arguments) for _ in range(min(workers, most))]
         try:
             _await_one(ray, tasks, look)
         except BaseException:
@@ -193,19 +194,11 @@ def _await_one(ray: Any, tasks: Sequence[Any], look: Callable[[], None]) -> None
 # --- the cluster ----------------------------------------------------------------------------------
 
 
-class Share(NamedTuple):
-    """The number of workers, and the GPUs and CPU cores of each."""
-
-    workers: int
-    gpus: float
-    cpus: int
-
-
 def share_out(
     nodes: Sequence[Mapping[str, float]],
     workers: int | None = None,
     gpus: float | None = None,
-) -> Share:
+) -> tuple[int, float, int]:
     """Return how the workers share a cluster.
 
     Args:
@@ -215,31 +208,35 @@ def share_out(
         gpus: GPUs per worker.
 
     Returns:
-        The share of each worker. Its cores are those available on the node with the fewest cores
-            per worker.
+        The number of workers, and the GPUs and CPU cores of each. The cores are those available on
+            the node with the fewest cores per worker.
 
     Raises:
         CalibrationError: no node has room for a worker.
 
     >>> share_out([{"CPU": 16}, {"CPU": 32, "GPU": 4}])
-    Share(workers=4, gpus=1, cpus=8)
+    (4, 1, 8)
     """
     if gpus is None:
         gpus = int(any(node.get("GPU") for node in nodes))
-    able = [node for node in nodes if node.get("CPU") and node.get("GPU", 0) >= gpus]
-    holds = [
-        int(node["GPU"] // gpus) if gpus else max(1, int(node["CPU"] // 2))
-        for node in able
-    ]
-    count = workers or sum(holds)
+    unit, size = ("GPU", gpus) if gpus else ("CPU", 2)
+    room = 0
+    total = 0.0
+    cores = []
+    for node in nodes:
+        cpus = node.get("CPU", 0)
+        if cpus and node.get("GPU", 0) >= gpus:
+            holds = max(1, int(node[unit] // size))
+            room += holds
+            total += cpus
+            cores.append(cpus // holds)
+    count = workers or room
     if not count:
         raise CalibrationError(
             f"No node of the Ray cluster has a core and {gpus:g} GPUs.",
             "Start one, or give workers= and gpus=.",
         )
-    cores = [node["CPU"] // number for node, number in zip(able, holds, strict=True)]
-    cores.append(sum(node["CPU"] for node in able) // count)
-    return Share(count, gpus, max(1, int(min(cores))))
+    return count, gpus, max(1, int(min((*cores, total // count))))
 
 
 @contextmanager

@@ -21,6 +21,16 @@ from ._trials import Setting, TrialRecord, Trials
 # octaves: with a larger standard deviation of the base rate the data hardly determine it
 _UNDETERMINED = 1.2
 _APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
+_COLUMNS = [
+    ("rank", np.int64),
+    ("seed", np.int64),
+    ("lr", np.float64),
+    ("own_lr", np.float64),
+    ("value", np.float64),
+    ("diverged", np.bool_),
+    ("pruned", np.bool_),
+    ("steps", np.int64),
+]
 _SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
 
 
@@ -84,7 +94,7 @@ def _fit(calibration: Calibration, trials: Trials) -> Fit:
     """Return the fit of the trials, or raise a `CalibrationError` that says why there is none."""
     # Stored runs are not made again.
     elsewhere = " The runs are stored, so give another name or storage too."
-    more = elsewhere if calibration.is_stored else ""
+    more = "" if calibration.storage is None else elsewhere
     if trials and all(trial.stopped == "memory" for trial in trials):
         raise CalibrationError(
             f"Every one of {len(trials)} runs ran out of memory.",
@@ -173,29 +183,26 @@ def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
 
     Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
     """
-    ran = [(trial, trial.x) for trial in trials.counted() if trial.x is not None]
     lost = trials.diverged()
-    columns: dict[str, list[Any]] = {}
-    curves = np.full((len(ran), steps), math.nan, np.float32)
-    for (trial, x), padded in zip(ran, curves, strict=True):
+    rows = []
+    curves = []
+    for trial in trials.counted():
+        if trial.x is None:
+            continue
         run = trial.observation
         curve = trial.curve or []
-        padded[: len(curve)] = curve
-        row = {
-            "rank": trial.rank or 0,
-            "seed": trial.seed,
-            "lr": 2.0**x,
-            "own_lr": math.nan if trial.own_lr is None else trial.own_lr,
-            "value": math.nan if run is None else run.value,
-            "diverged": trial.number in lost,
-            "pruned": run is None,
-            "steps": len(curve),
-        }
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    whole = ("rank", "seed", "steps")
-    arrays = {
-        name: np.array(column, np.int64 if name in whole else None)
-        for name, column in columns.items()
-    }
-    return {**arrays, "curve": curves}
+        row = (
+            trial.rank or 0,
+            trial.seed,
+            2.0**trial.x,
+            trial.own_lr,  # None becomes NaN
+            None if run is None else run.value,
+            trial.number in lost,
+            run is None,
+            len(curve),
+        )
+        rows.append(row)
+        curves.append([*curve, *[math.nan] * (steps - len(curve))])
+    table = np.array(rows, _COLUMNS)
+    arrays = {name: table[name].copy() for name, _ in _COLUMNS}
+    return {**arrays, "curve": np.array(curves, np.float32)}

@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import optuna
+import torch
+import torch.distributed as dist
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from torch import nn
@@ -27,13 +29,13 @@ from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, plain_setting
 from ._calibration import Calibration
-from ._distributed import Replicas
 from ._liveness import Heartbeat
-from ._optuna import begin_trial
+from ._progress import Show, TrialLog
 from ._provenance import built_with
-from ._pruner import divergence_limits
 from ._result import calibrated_recipe
-from ._trial import Progress, Run, Train, Trial, run_trial, seeded
+from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
+from ._storage import begin_trial
+from ._trial import Run, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, stored
 
 _LOG = logging.getLogger(__package__)
@@ -43,9 +45,56 @@ _POLL_S, _SLOW_POLL_S = 0.05, 2.0
 _QUIET_S = 15.0
 _PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
-Show = Callable[[Trial, "list[float]"], None]
-Ended = Callable[[Trial, Run], None]
 T = TypeVar("T")
+
+
+class Replicas:
+    """The processes of this training, or only this one if torch.distributed was not started.
+
+    Messages use a separate gloo group. They need no device and cannot mix with those of the
+    training.
+    """
+
+    def __init__(self) -> None:
+        started = (
+            dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
+        self._group = dist.new_group(backend="gloo") if started else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides. Only this one uses the study's storage and the terminal."""
+        return self._group is None or dist.get_rank() == 0
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """Call `decide` on the leading process. Return its result, or raise its error, on every
+        process.
+        """
+        if self._group is None:
+            return decide()
+        message: list[Any] = [None]
+        if self.leads:
+            try:
+                message = [(decide(), None)]
+            except BaseException as raised:
+                message = [(None, raised)]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        value, error = message[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a value over all processes, each of which has a part of the batch."""
+        if self._group is None:
+            return value
+        total = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return float(total) / dist.get_world_size()
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
 
 
 class Runner:
@@ -59,21 +108,26 @@ class Runner:
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.team = Replicas()
+        self.log = TrialLog(calibration.schedule.expected())
         self._heartbeat = Heartbeat()
         # trials that ran when this worker came, and have shown no sign of life
         self._unheard: set[int] = set()
         self._trial: optuna.Trial | None = None  # that this worker runs
-        self._setting = Setting(None, 0)
         self._endless: bool | None = None  # whether the loop continues past its steps
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
         """Create the Optuna study, or continue the stored one of the same name."""
-        self.team.agree(lambda: self.calibration.open(sampler, pruner, storage))
+        calibration = self.calibration
+        sampler = sampler or BracketSampler(calibration)
+        pruner = pruner or PairedPruner(calibration)
+        self.team.agree(lambda: calibration.open(sampler, pruner, storage))
         self._agree(self._watch)
 
     def _watch(self) -> None:
         self._heartbeat.watch(self.calibration.study)
-        self._unheard = {trial.number for trial in self.calibration.trials().running()}
+        trials = self.calibration.trials()
+        self._unheard = {trial.number for trial in trials.running()}
+        self.log.look(trials)
 
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
@@ -92,12 +146,7 @@ class Runner:
 
     def _agree(self, decide: Callable[[], T]) -> T:
         """Return on every process what the leading process decides from the storage."""
-
-        def guarded() -> T:
-            with self.calibration.guard():
-                return decide()
-
-        return self.team.agree(guarded)
+        return self.team.agree(self.calibration.guard()(decide))
 
     def recipe(self) -> Recipe:
         """Return the recipe of the trials so far."""
@@ -145,14 +194,12 @@ class Runner:
         quiet_until = time.monotonic() + _QUIET_S
         for _ in self._polls():
             running = {trial.number for trial in self.calibration.trials().running()}
-            silent = [
-                n for n in self._unheard & running if not self._heartbeat.heard(n)
-            ]
-            self._unheard = set(silent)
-            if not silent:
+            self._unheard &= running - self._heartbeat.heard
+            if not self._unheard:
                 return
             if time.monotonic() > quiet_until:
-                _LOG.info("waiting for a sign of life of trials %s", sorted(silent))
+                silent = sorted(self._unheard)
+                _LOG.info("waiting for a sign of life of trials %s", silent)
                 quiet_until = math.inf
 
     def _try_to_begin(self) -> Trial | None:
@@ -165,19 +212,18 @@ class Runner:
             killed = trials.to_repeat()
             if setting is None:
                 return None
-            number = self._create(setting if killed is None else killed.setting, killed)
-            trials = self.calibration.trials()
+            number = self._create(setting, killed)
             earlier = Trials(
-                t for t in trials if t.state.is_finished() or t.number < number
+                t
+                for t in self.calibration.trials()
+                if t.state.is_finished() or t.number < number
             )
             taken = killed is not None and any(
                 t.retry_of == killed.number for t in earlier
             )
             if not taken and self._next(earlier) is not None:
-                return self._prepared(trials)
+                return self._prepared()
             self._close(TrialState.FAIL)
-            if not taken:
-                return None
 
     def _next(self, trials: Trials) -> Setting | None:
         """Return the next rank and seed, or None if the study is complete."""
@@ -186,23 +232,22 @@ class Runner:
         return schedule.next(trials, width)
 
     def _create(self, setting: Setting, killed: TrialRecord | None) -> int:
-        """Create a running trial, and return its number. It repeats the killed one, at its rate."""
-        worker = self._heartbeat.worker
-        attributes: dict[str, Any] = {
-            **setting._asdict(),
-            "worker": worker,
-            "heartbeat": 0,
-        }
+        """Create a running trial, and return its number. If one was killed, it repeats that one, at
+        its rate.
+        """
+        attributes: dict[str, Any] = {"worker": self._heartbeat.worker, "heartbeat": 0}
         rate = {}
         if killed is not None:
+            setting = killed.setting
             attributes["retry_of"] = killed.number
             rate = {} if killed.x is None else {PARAMETER: killed.x}
         self._setting = setting
+        attributes |= setting._asdict()
         self._trial = begin_trial(self.calibration.study, attributes, rate)
         self._heartbeat.trial = self._trial
         return self._trial.number
 
-    def _prepared(self, trials: Trials) -> Trial:
+    def _prepared(self) -> Trial:
         """Return the trial for `train`. Its rate is chosen now, after those of workers that began
         before, but the first trial of a study gets its rate when its model is built.
         """
@@ -210,17 +255,15 @@ class Runner:
         calibration = self.calibration
         if calibration.reference is not None:
             self._take_rate()
-        expected = calibration.schedule.expected()
         steps = calibration.schedule.steps
+        ended = calibration.trials().counted()
         return Trial(
             *self._setting,
             steps,
             self._running.number,
-            _limits=divergence_limits(
-                calibration.trials().counted(), self._setting, steps
-            ),
-            _endless=self._endless,
-            _progress=Progress(len(trials.counted()), expected, calibration.band()),
+            divergence_limits(ended, self._setting, steps),
+            self._endless,
+            (len(ended), calibration.schedule.expected(), calibration.band()),
         )
 
     def _await_earlier(self) -> None:
@@ -248,16 +291,17 @@ class Runner:
     def _take_rate(self) -> float:
         """Return log2 of the trial's rate, sampled once."""
         x = self._running.params.get(PARAMETER)
-        if x is not None:
-            return float(x)
-        fit = self.calibration.fit()
-        if fit is not None:
-            self._running.set_user_attr("estimate", fit.best(self._setting.rank))
-        return float(self._running.suggest_float(PARAMETER, *self.calibration.range()))
+        if x is None:
+            fit = self.calibration.fit()
+            if fit is not None:
+                self._running.set_user_attr("estimate", fit.best(self._setting.rank))
+            within = search_range(self.calibration)
+            x = self._running.suggest_float(PARAMETER, *within)
+        return float(x)
 
     # --- one trial --------------------------------------------------------------------------------
 
-    def one(self, trial: Trial, train: Train, show: Show, ended: Ended) -> None:
+    def one(self, trial: Trial, train: Train, show: Show) -> None:
         """Run and record one trial. If it raises, `close` fails it."""
         steps = trial._steps
         every = interval(steps)
@@ -279,8 +323,6 @@ class Runner:
                 f"Trial {trial.number} had no heartbeat for so long that another worker has taken"
                 " it over. Its run here does not count."
             )
-        else:
-            ended(trial, run)
 
     def _check_read(self, run: Run) -> None:
         """Refuse a loop that never read its number of steps, if the target run has more."""
@@ -299,15 +341,14 @@ class Runner:
     def _end(self, run: Run) -> None:
         """Record the outcome of a run."""
         self._check_scored(run)
-        if run.endless is not None:
-            self._endless = run.endless
+        self._endless = run.trial._endless
+        store = self._running.set_user_attr
         if run.stopped in ("pruned", "memory"):
-            self._running.set_user_attr("curve", run.curve)
-            self._running.set_user_attr("stopped", run.stopped)
+            store("curve", run.curve)
+            store("stopped", run.stopped)
             return self._close(TrialState.PRUNED)
         observation = Observation(
-            rank=self._setting.rank,
-            seed=self._setting.seed,
+            *self._setting,
             x=self._take_rate(),
             value=run.score,
             start=height(run.curve),
@@ -315,8 +356,8 @@ class Runner:
             returned=run.returned is not None,
             stopped=run.stopped == "diverged",
         )
-        self._running.set_user_attr("curve", run.curve)
-        self._running.set_user_attr("observation", stored(observation))
+        store("curve", run.curve)
+        store("observation", stored(observation))
         if math.isfinite(run.score):
             return self._close(TrialState.COMPLETE, run.score)
         self._close(TrialState.PRUNED)
@@ -344,10 +385,9 @@ class Runner:
         total = {"steps": spent, "trials": len(trials.counted())}
         calibration.study.set_user_attr("spent", total)
         self._trial = None
-        if state != TrialState.FAIL and any(
-            t.killed for t in trials if t.number == number
-        ):
+        if state != TrialState.FAIL and trials[number].killed:
             raise UpdateFinishedTrialError("Another worker took it over at its end.")
+        self.log.look(trials, number)
 
     # --- the trial's optimizer --------------------------------------------------------------------
 

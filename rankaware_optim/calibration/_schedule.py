@@ -5,16 +5,17 @@ steps, a narrow band.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch.optim import Optimizer
 
+from .._checks import MOST_RANKS, check_lr, is_positive, is_whole, is_within
 from ..errors import CalibrationError
 from ..fitting import all_rose, below_cliff
 from ..laws import Law
-from ._arguments import check_argument
-from ._trials import Setting, TrialRecord, Trials
+from ._trials import Setting, Trials
 
 _TRIALS_PER_RANK = 8
 _FEWEST = 2  # finished trials of every rank before a narrow band stops the search
@@ -69,7 +70,7 @@ class Schedule:
     @property
     def lora(self) -> list[int]:
         """The ranks without full finetuning."""
-        return [rank for rank in self.ranks if rank is not None]
+        return [*filter(None, self.ranks)]
 
     @property
     def anchor(self) -> int | None:
@@ -118,20 +119,18 @@ class Schedule:
         ended = trials.counted()
         if ended.hopeless():
             return None
-        search: list[TrialRecord] = []
-        full: list[TrialRecord] = []
-        for trial in (*ended, *trials.running()):
-            follows = self.full_trials > 0 and trial.rank is None
-            (full if follows else search).append(trial)
+        begun = Trials((*ended, *trials.running()))
+        search = begun.at(*self.lora) if self.full_trials else begun
+        full = len(begun) - len(search)
         left = (
             math.inf if self.budget is None else self.budget - trials.spent(self.steps)
         )
-        payable = left - (self.full_trials - len(full)) * self.steps
+        payable = left - (self.full_trials - full) * self.steps
         goes_on = len(search) < self.total and not self._is_enough(ended, band)
         if goes_on and payable >= self.steps:
-            return self._search(Trials(search))
-        if len(full) < self.full_trials and left >= self.steps:
-            return Setting(None, self.seeds[(len(full) // PER_SEED) % len(self.seeds)])
+            return self._search(search)
+        if full < self.full_trials and left >= self.steps:
+            return Setting(None, self.seeds[full // PER_SEED % len(self.seeds)])
         return None
 
     def _is_enough(self, ended: Trials, band: float | None) -> bool:
@@ -142,23 +141,20 @@ class Schedule:
         return all(ran.count(rank) >= _FEWEST for rank in self.ranks)
 
     def _search(self, search: Trials) -> Setting:
-        """Return the highest rank until its rates are bracketed, then the ranks in turn."""
-        observations = search.observations()
-        all_too_high = observations and all_rose(below_cliff(observations))
-        most = _MOST_BRACKET if all_too_high else _BRACKET
-        is_bracketing = len(search) < min(most, self._searches() - len(self.ranks) + 1)
-        return self._rotate(search, [self.anchor] if is_bracketing else self.ranks)
-
-    def _rotate(self, tried: Trials, ranks: Sequence[int | None]) -> Setting:
-        """Return the rank with the fewest trials. Each has four runs at a seed before the next
-        seed.
+        """Return the highest rank until its rates are bracketed, then the rank with the fewest
+        trials. Each has four runs at a seed before the next seed.
 
         A diverged run has little information, so it counts less than the others. A pruned run
         counts in full.
         """
-        diverged = tried.diverged()
-        settings = [trial.setting for trial in tried]
-        lost = [trial.setting for trial in tried if trial.number in diverged]
+        observations = search.observations()
+        all_too_high = observations and all_rose(below_cliff(observations))
+        most = _MOST_BRACKET if all_too_high else _BRACKET
+        is_bracketing = len(search) < min(most, self._searches() - len(self.ranks) + 1)
+        ranks = [self.anchor] if is_bracketing else self.ranks
+        diverged = search.diverged()
+        settings = [trial.setting for trial in search]
+        lost = [trial.setting for trial in search if trial.number in diverged]
 
         def due(setting: Setting) -> tuple[int, ...]:
             runs = settings.count(setting)
@@ -184,8 +180,8 @@ class Options:
     optimizer: type[Optimizer]
     law: Law
     schedule: Schedule
-    target_steps: int | None = None
     lr_range: tuple[float, float] | None = None
+    target_steps: int | None = None
     batch: float | None = None
     warmup: float | None = None
     seed: int = 0
@@ -215,3 +211,84 @@ class Options:
     @property
     def optimizer_name(self) -> str:
         return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
+
+
+# --- single arguments -----------------------------------------------------------------------------
+
+
+def _is_distinct(values: object, fits: Callable[[Any], bool]) -> bool:
+    """Return whether `values` is a non-empty sequence of distinct values that all fit."""
+    return isinstance(values, Sequence) and 0 < len(values) == len(
+        {*filter(fits, values)}
+    )
+
+
+def _are_ranks(value: Any) -> bool:
+    return (
+        _is_distinct(value, lambda r: r is None or is_whole(r))
+        and len(value) <= MOST_RANKS
+    )
+
+
+def _are_seeds(value: Any) -> bool:
+    return _is_distinct(value, lambda s: is_whole(s, -(2**63) + 1) and s < 2**63)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and value.isprintable()
+
+
+# A check of each argument, and the cure in the error message.
+_COUNT = "Give a whole number of at least 1."
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "ranks": (
+        _are_ranks,
+        f"Give at most {MOST_RANKS} distinct positive whole numbers, such as (4, 64), and None for"
+        " full.",
+    ),
+    "seeds": (_are_seeds, "Give distinct whole numbers, such as (0, 1)."),
+    "steps": (is_whole, _COUNT),
+    "target_steps": (is_whole, _COUNT),
+    "trials": (is_whole, _COUNT),
+    "budget": (is_whole, _COUNT),
+    "full_trials": (lambda v: is_whole(v, 0), _COUNT),
+    "until": (is_positive, "Give octaves, such as 1.0, or leave it out."),
+    "batch": (is_positive, "Give a positive number, or leave it out."),
+    "warmup": (
+        lambda v: is_within("share", v),
+        "Give a share of the steps, 0 to 1, or leave it out.",
+    ),
+    "seed": (
+        lambda v: is_whole(v, 0) and v < 2**32,
+        "Give a whole number from 0 to 2³² - 1.",
+    ),
+    "name": (_is_name, "Give a name of printable characters, such as 'digits'."),
+}
+_OPTIONAL = {"target_steps", "trials", "budget", "until", "batch", "warmup"}
+
+
+def check_argument(name: str, value: object) -> None:
+    """Raise a `CalibrationError` if a single argument of `calibrate` is impossible."""
+    if value is None and name in _OPTIONAL:
+        return
+    fits, cure = _CHECKS[name]
+    if not fits(value):
+        raise CalibrationError(f"{name} is {value!r}.", cure, name)
+
+
+def octaves(lr_range: Any) -> tuple[float, float] | None:
+    """Return log2 of the two rates of `lr_range`."""
+    if lr_range is None:
+        return None
+    low = high = 1.0
+    if (
+        isinstance(lr_range, Sequence)
+        and not isinstance(lr_range, str)
+        and len(lr_range) == 2
+    ):
+        low, high = (check_lr(lr, "lr_range") for lr in lr_range)
+    if low >= high:
+        raise CalibrationError(
+            f"lr_range is {lr_range!r}.", "Give two rates, the lower first.", "lr_range"
+        )
+    return math.log2(low), math.log2(high)

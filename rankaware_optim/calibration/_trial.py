@@ -35,16 +35,6 @@ _OUT_OF_MEMORY = (
 _SET_BY_TRIAL = ("lr", "tuned_at", "law", "recipe", "method")
 
 
-class Progress(NamedTuple):
-    """A calibration before a trial: the trials done and expected, and the 90 % band of the target's
-    base rate (low, best, high), None before any fit.
-    """
-
-    done: int
-    expected: int
-    band: tuple[float, float, float] | None
-
-
 @dataclass(eq=False)
 class Trial:
     """One run of the user's `train`, passed to it by `calibrate`.
@@ -61,12 +51,14 @@ class Trial:
     seed: int
     _steps: int
     number: int
-    lr: float | None = None
     # the mean of recent values above which the run counts as diverged, for each step
-    _limits: list[float] = field(default_factory=list, repr=False)
+    _limits: list[float] = field(repr=False)
     # whether the loop continues past its steps; None if unknown
-    _endless: bool | None = field(default=None, repr=False)
-    _progress: Progress = field(default=Progress(0, 0, None), repr=False)
+    _endless: bool | None = field(repr=False)
+    # the trials done and expected, and the 90 % band of the target's base rate (low, best, high),
+    # None before any fit
+    _progress: tuple[int, int, Any] = field(repr=False)
+    lr: float | None = None
     _build: Build | None = field(default=None, repr=False)
 
     @cached_property  # so that its reading can be seen
@@ -127,16 +119,14 @@ class Run:
         curve: the values.
         stopped: "" (ran all steps), "diverged", "pruned" or "memory" (ran out of memory).
         returned: the score that the loop returned, if any.
-        endless: whether the loop continued past its steps, None if unknown.
     """
 
     trial: Trial
     watch: Callable[[list[float]], bool]
-    mean: Callable[[float], float] = float
+    mean: Callable[[float], float]
     curve: list[float] = field(default_factory=list)
     stopped: str = ""
     returned: float | None = None
-    endless: bool | None = None
 
     def take(self, value: Any) -> bool:
         """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its
@@ -211,7 +201,7 @@ def run_trial(
     train: Train,
     trial: Trial,
     watch: Callable[[list[float]], bool],
-    mean: Callable[[float], float] = float,
+    mean: Callable[[float], float],
 ) -> Run:
     """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` blocks
     run.
@@ -246,23 +236,22 @@ def _pull(loop: Any, run: Run) -> None:
             f"train returned a {type(loop).__name__} instead of a generator.",
             "Let it yield a value at every step.",
         )
-    endless = run.trial._endless
+    trial = run.trial
     try:
         ended = any(run.take(value) for value in loop)
-        if run.stopped or endless or not ended:
-            run.endless = endless
+        if run.stopped or trial._endless or not ended:
             return run.end()
         try:
             next(loop)
         except StopIteration as stop:
-            run.endless = False
+            trial._endless = False
             return run.end(stop.value)
-        if endless is False:
+        if trial._endless is False:
             raise CalibrationError(
                 f"train continued after {len(run.curve)} steps, but an earlier run ended there.",
                 "Let every run end at trial.steps, or none.",
             )
-        run.endless = True
+        trial._endless = True
     finally:
         loop.close()
 

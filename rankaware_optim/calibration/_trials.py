@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import compress
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -18,9 +19,8 @@ from ..fitting import TAIL, Observation, diverged, impute, noise_of
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
 _REPORTS = 10  # reports per run to the storage, for pruners
-_HOPELESS = (
-    12  # runs, each at a lower rate, after which a rank where all diverged is given up
-)
+# runs, each at a lower rate, after which a rank where all diverged is given up
+_HOPELESS = 12
 _MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 
 
@@ -91,11 +91,9 @@ class TrialRecord:
         msgspec.convert(record.observation.x, Octaves)
         if not record.curve:
             return record
-        first = record.curve[0]
-        noise = noise_of(record.curve)
-        return replace(
-            record, observation=replace(record.observation, first=first, noise=noise)
-        )
+        curve = record.curve
+        observation = replace(record.observation, first=curve[0], noise=noise_of(curve))
+        return replace(record, observation=observation)
 
     @property
     def setting(self) -> Setting:
@@ -129,14 +127,8 @@ class Trials(tuple[TrialRecord, ...]):
     def to_repeat(self) -> TrialRecord | None:
         """Return the first killed trial that no other trial repeats."""
         repeated = {trial.retry_of for trial in self}
-        for trial in self:
-            if (
-                trial.killed
-                and trial.state.is_finished()
-                and trial.number not in repeated
-            ):
-                return trial
-        return None
+        lost = (t for t in self if t.killed and t.state.is_finished())
+        return next((t for t in lost if t.number not in repeated), None)
 
     def running(self, but: int | None = None) -> Trials:
         return Trials(
@@ -169,9 +161,9 @@ class Trials(tuple[TrialRecord, ...]):
                 imputed.append(score)
         return imputed
 
-    def at(self, rank: int | None) -> Trials:
-        """Return the trials of a rank."""
-        return Trials(t for t in self if t.rank == rank)
+    def at(self, *ranks: int | None) -> Trials:
+        """Return the trials of some ranks."""
+        return Trials(t for t in self if t.rank in ranks)
 
     def rates(self) -> list[float]:
         """Return log2 of the rates. A run that ran out of memory tells nothing of its rate."""
@@ -200,8 +192,7 @@ class Trials(tuple[TrialRecord, ...]):
 
     def usual_height(self) -> float:
         """Return the median over runs of the mean of their first values; 0 if there are none."""
-        first = [t.curve[:TAIL] for t in self if t.curve]
-        means = [math.fsum(values) / len(values) for values in first]
+        means = [statistics.fmean(t.curve[:TAIL]) for t in self if t.curve]
         return statistics.median(list(filter(math.isfinite, means)) or [0.0])
 
     def spent(self, steps: int) -> int:
@@ -242,11 +233,7 @@ class Trials(tuple[TrialRecord, ...]):
         """Return the numbers of the trials that diverged."""
         scored = self.scored()
         bad = diverged([observation for _, observation in scored])
-        return {
-            trial.number
-            for (trial, _), is_bad in zip(scored, bad, strict=True)
-            if is_bad
-        }
+        return {trial.number for trial, _ in compress(scored, bad)}
 
 
 def interval(steps: int) -> int:

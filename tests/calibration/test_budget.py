@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -13,8 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._pruner import PairedPruner
 from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.calibration._search import PairedPruner
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation, Prior, fit_observations
 
@@ -234,6 +235,13 @@ def run(
     )
 
 
+def pruner_of(study, steps=100, warmup=0.0):
+    """The pruner of a calibration with these trials."""
+    options = SimpleNamespace(schedule=SimpleNamespace(steps=steps), warmup=warmup)
+    trials = Trials.read(study.trials)
+    return PairedPruner(SimpleNamespace(options=options, trials=lambda: trials))
+
+
 BEST_CURVE = [1.6, 1.3, 1.1, 1.0, 0.95, 0.9, 0.88, 0.86, 0.85, 0.85]
 JUDGED = [
     ("far behind", {"x": -11.0, "curve": [1.95, 1.9, 1.88, 1.85]}, True),
@@ -261,7 +269,7 @@ def test_what_the_paired_pruner_stops(why, of, expected):
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
     study.add_trial(run(-12.0, [1.99] * 10, state="COMPLETE"))
-    assert PairedPruner(steps=100).prune(study, run(**of)) is expected
+    assert pruner_of(study).prune(study, run(**of)) is expected
 
 
 @pytest.mark.parametrize(
@@ -272,8 +280,7 @@ def test_a_best_run_that_gained_no_more_than_its_noise_prunes_none(noise, expect
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE", noise=noise))
     assert (
-        PairedPruner(steps=100).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85]))
-        is expected
+        pruner_of(study).prune(study, run(-11.0, [1.95, 1.9, 1.88, 1.85])) is expected
     )
 
 
@@ -285,7 +292,7 @@ def test_nothing_is_pruned_before_the_warmup_is_over(warmup, expected):
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
     assert (
-        PairedPruner(steps=100, warmup=warmup).prune(
+        pruner_of(study, warmup=warmup).prune(
             study, run(-11.0, [1.95, 1.9, 1.88, 1.85])
         )
         is expected
@@ -294,9 +301,8 @@ def test_nothing_is_pruned_before_the_warmup_is_over(warmup, expected):
 
 def test_without_a_rival_nothing_is_pruned():
     """The first run of a rank and seed is never stopped."""
-    assert not PairedPruner(steps=10).prune(
-        optuna.create_study(), run(-11.0, [2.0] * 10)
-    )
+    study = optuna.create_study()
+    assert not pruner_of(study, steps=10).prune(study, run(-11.0, [2.0] * 10))
 
 
 def slow(trial):

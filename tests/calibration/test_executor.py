@@ -12,7 +12,7 @@ from optuna.storages import InMemoryStorage
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import RayExecutor
-from rankaware_optim.calibration._ray import Share, share_out
+from rankaware_optim.calibration._ray import share_out
 from rankaware_optim.calibration._storage import (
     check_shared,
     journal_head,
@@ -24,22 +24,22 @@ from ..helpers.calibrations import AdamW, Net, calibrate, made_up
 GPUS, CORES = {"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0}
 #       the nodes' resources, workers, GPUs of each: workers, GPUs and cores of each
 SHARES = [
-    ([CORES], None, None, Share(8, 0, 2)),
-    ([CORES, {"CPU": 2.0}], None, None, Share(9, 0, 2)),
-    ([{"CPU": 1.0}, {"CPU": 1.0}], None, None, Share(2, 0, 1)),
-    ([{"CPU": 3.0}], None, None, Share(1, 0, 3)),
-    ([CORES], 3, None, Share(3, 0, 2)),
-    ([CORES], 16, None, Share(16, 0, 1)),
-    ([{"CPU": 2.0}], 2, None, Share(2, 0, 1)),
-    ([GPUS], None, None, Share(4, 1, 4)),
-    ([CORES, GPUS], None, None, Share(4, 1, 4)),
-    ([GPUS, {"CPU": 8.0, "GPU": 8.0}], None, None, Share(12, 1, 1)),
-    ([GPUS, {"GPU": 8.0}], None, None, Share(4, 1, 4)),
-    ([GPUS], 2, None, Share(2, 1, 4)),
-    ([GPUS], None, 2, Share(2, 2, 8)),
-    ([GPUS], None, 0.5, Share(8, 0.5, 2)),
-    ([GPUS], None, 0, Share(8, 0, 2)),
-    ([CORES], 4, 1, Share(4, 1, 1)),
+    ([CORES], None, None, (8, 0, 2)),
+    ([CORES, {"CPU": 2.0}], None, None, (9, 0, 2)),
+    ([{"CPU": 1.0}, {"CPU": 1.0}], None, None, (2, 0, 1)),
+    ([{"CPU": 3.0}], None, None, (1, 0, 3)),
+    ([CORES], 3, None, (3, 0, 2)),
+    ([CORES], 16, None, (16, 0, 1)),
+    ([{"CPU": 2.0}], 2, None, (2, 0, 1)),
+    ([GPUS], None, None, (4, 1, 4)),
+    ([CORES, GPUS], None, None, (4, 1, 4)),
+    ([GPUS, {"CPU": 8.0, "GPU": 8.0}], None, None, (12, 1, 1)),
+    ([GPUS, {"GPU": 8.0}], None, None, (4, 1, 4)),
+    ([GPUS], 2, None, (2, 1, 4)),
+    ([GPUS], None, 2, (2, 2, 8)),
+    ([GPUS], None, 0.5, (8, 0.5, 2)),
+    ([GPUS], None, 0, (8, 0, 2)),
+    ([CORES], 4, 1, (4, 1, 1)),
 ]
 
 

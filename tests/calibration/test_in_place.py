@@ -525,7 +525,7 @@ def test_out_of_memory_at_a_rank_leaves_the_others():
 
 def test_frozen_weights_are_not_copied():
     """Memory beside the model: what trains and buffers, and not the frozen weights, unless they are tried whole."""
-    from rankaware_optim.calibration.in_place._snapshot import (
+    from rankaware_optim.calibration._snapshot import (
         ModelState,
         _restore_value,
     )

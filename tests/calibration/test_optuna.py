@@ -1,4 +1,4 @@
-"""What `_optuna.py` uses of Optuna's private names: it is still there, does what we need, and is used nowhere else."""
+"""What `_storage.py` uses of Optuna's private names: it is still there, does what we need, and is used nowhere else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 import rankaware_optim
-from rankaware_optim.calibration._optuna import begin_trial, close_storage, fail_trial
+from rankaware_optim.calibration._storage import begin_trial, close_storage, fail_killed
 
 PRIVATE = {"_storage", "_study_id", "_trial_id", "_backend", "_lock"}
 
@@ -79,7 +79,7 @@ def test_a_trial_of_another_process_is_marked_and_failed(ended):
     (found,) = study.get_trials()
     if ended:
         study.tell(trial, 1.0)
-    fail_trial(study, found, {"killed": True})
+    fail_killed(study, found)
     assert study.trials[0].state == (TrialState.COMPLETE if ended else TrialState.FAIL)
     assert study.trials[0].user_attrs == ({} if ended else {"killed": True})
 
@@ -94,4 +94,4 @@ def test_optunas_private_names_are_used_in_one_file():
         if (isinstance(node, ast.Attribute) and node.attr in PRIVATE)
         or (isinstance(node, ast.Constant) and node.value in PRIVATE)
     }
-    assert uses == {"calibration/_optuna.py"}
+    assert uses == {"calibration/_storage.py"}

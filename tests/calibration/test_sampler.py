@@ -12,13 +12,13 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from rankaware_optim.calibration._sampler import (
+from rankaware_optim.calibration._search import (
     BracketSampler,
     between,
     next_bracket,
     next_refinement,
 )
-from rankaware_optim.calibration._trials import PARAMETER
+from rankaware_optim.calibration._trials import PARAMETER, Trials
 from rankaware_optim.fitting import Observation
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
@@ -46,10 +46,12 @@ def trial_of(
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    search = SimpleNamespace(
-        start=START, full_follows=False, fitted=lambda trials: None
+    calibration = SimpleNamespace(
+        start=START,
+        fit=lambda: None,
+        trials=lambda: Trials.read(study.get_trials()),
     )
-    study = optuna.create_study(sampler=BracketSampler(search))
+    study = optuna.create_study(sampler=BracketSampler(calibration))
     for trial in trials:
         study.add_trial(trial)
     asked = study.ask()
@@ -97,9 +99,9 @@ def test_a_run_above_one_that_diverged_is_no_best():
     """A lucky run between two rates that diverged brackets nothing: the search goes on below them."""
     lost = Observation(2, 0, START + 2, math.inf, 1.0, math.inf, stopped=True)
     seen = [Observation(2, 0, START, 0.5, 1.0, 0.5), lost, replace(lost, x=START - 2)]
-    assert next_bracket(seen, START, START - 10, START + 10) == START - 4
+    assert next_bracket(seen, START - 10, START + 10) == START - 4
     below = Observation(2, 0, START - 4, 0.3, 1.0, 0.3)
-    assert next_bracket([*seen, below], START, START - 10, START + 10) == START - 6
+    assert next_bracket([*seen, below], START - 10, START + 10) == START - 6
 
 
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])

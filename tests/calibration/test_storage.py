@@ -19,10 +19,9 @@ import rankaware_optim as ra
 from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import _storage
 from rankaware_optim.calibration._calibration import Calibration
-from rankaware_optim.calibration._optuna import close_storage
 from rankaware_optim.calibration._result import calibrated_recipe
 from rankaware_optim.calibration._schedule import Options, Schedule
-from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._storage import close_storage, open_storage
 from rankaware_optim.laws import get_law
 
 from ..helpers.calibrations import STEPS, AdamW, calibrate, made_up

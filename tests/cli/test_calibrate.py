@@ -19,8 +19,7 @@ from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
-from rankaware_optim.calibration._optuna import close_storage
-from rankaware_optim.calibration._storage import open_storage
+from rankaware_optim.calibration._storage import close_storage, open_storage
 from rankaware_optim.calibration._trials import Trials
 from rankaware_optim.cli._calibrate import calibrate
 from rankaware_optim.cli._main import main

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import CalibrationError
-from ...inspection import Walk
+from ..errors import CalibrationError
+from ..inspection import Walk
 
 # Larger integer tensors are quantised weights. They are frozen, and too large to copy.
 _QUANTISED = 2**16
@@ -43,18 +43,15 @@ class ModelState:
         unchanged: Iterable[torch.Tensor] = (),
         also: Iterable[MutableMapping[str, Any]] = (),
     ) -> None:
-        self._parameters = [param for _, param in walked.parameters]
-        self._undo = [
-            undo
-            for name, module in walked.modules
-            for undo in _containers(name, module)
-        ]
-        self._undo += [
-            _refilling("an adapter's configuration", mapping) for mapping in also
-        ]
+        self._parameters = walked.parameters
+        self._undo: list[_Undo] = []
+        for name, module in walked.modules:
+            self._undo += _containers(name, module)
+        for mapping in also:
+            self._undo.append(_refilling("an adapter's configuration", mapping))
         for name, param in walked.parameters:
             self._undo += _switches(name, param)
-        safe = {id(param) for param in unchanged}
+        safe = set(map(id, unchanged))
         for name, tensor in _writable(walked, changing):
             if id(tensor) not in safe:
                 safe.add(id(tensor))
@@ -98,7 +95,7 @@ class ModelState:
 
     def drop_gradients(self) -> None:
         """Detach the original gradients from the parameters, so that no trial adds to them."""
-        for param in self._parameters:
+        for _, param in self._parameters:
             param.grad = None
 
     def check_frozen(self) -> None:
@@ -205,7 +202,7 @@ def _writable(
     are `changing`, buffers, and tensors in plain attributes. Quantised weights and views of
     parameters are left out.
     """
-    written = {id(param) for param in changing}
+    written = set(map(id, changing))
     for name, param in walked.parameters:
         if (param.requires_grad or id(param) in written) and _is_writable(param):
             yield name, param

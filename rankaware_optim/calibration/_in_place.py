@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..._checks import plain
-from ...errors import CalibrationError, InspectionError
-from ...inspection import Adapters, ScalingRule, Walk, pairs_of, walk
-from ...recipe import Recipe
-from .._api import calibrate
-from .._arguments import check_argument
-from .._signals import Interrupts
-from .._trial import Trial, seeded
+from .._checks import plain
+from ..errors import CalibrationError, InspectionError
+from ..inspection import Adapters, ScalingRule, Walk, pairs_of, walk
+from ..recipe import Recipe
+from ._api import calibrate
+from ._schedule import check_argument
+from ._signals import Interrupts
 from ._snapshot import ModelState
+from ._trial import Trial, seeded
 
 StepFunction = Callable[[nn.Module, int], Any]
 FullTrains = Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -113,7 +113,7 @@ def calibrate_in_place(
         )
     ranks = plain(ranks)
     walked = _checked(model, step, ranks, init, variance, scaling_rule)
-    lora = [rank for rank in ranks if rank is not None]
+    lora = [*filter(None, ranks)]
     adapters = None
     if lora or any(pair.trains for pair in pairs_of(walked.modules)):
         adapters = Adapters(
@@ -141,7 +141,15 @@ def calibrate_in_place(
             yield loss
         _set_mode(opt, "eval")
         state.check_frozen()
-        return None if score is None else _scored(model, score)
+        if score is None:
+            return None
+        with torch.no_grad():
+            value = score(model)
+        if value is None:
+            raise CalibrationError(
+                "score returned None.", "Return the number to minimise."
+            )
+        return value
 
     with Interrupts() as interrupts, seeded(0):
         state = ModelState(
@@ -194,14 +202,6 @@ def _gradients(model: nn.Module, step: StepFunction, i: int) -> Any:
     return loss
 
 
-def _scored(model: nn.Module, score: Callable[[nn.Module], Any]) -> Any:
-    with torch.no_grad():
-        value = score(model)
-    if value is None:
-        raise CalibrationError("score returned None.", "Return the number to minimise.")
-    return value
-
-
 def _set_mode(opt: Any, mode: str) -> None:
     """Set the mode of a schedule-free optimizer, which moves the weights between its modes."""
     if callable(getattr(opt, mode, None)):
@@ -215,11 +215,9 @@ def _whole(
     walked: Walk, adapters: Adapters | None, trains: FullTrains | None
 ) -> list[nn.Parameter]:
     """Return the parameters that full finetuning trains."""
-    chosen: Sequence[tuple[str, Any]]
-    if trains is None:
-        chosen = adapters.base_weights if adapters else []
-    else:
-        chosen = _chosen(walked, trains, adapters.factors if adapters else [])
+    chosen: Sequence[tuple[str, Any]] = adapters.base_weights if adapters else []
+    if trains is not None:
+        chosen = _chosen(walked, adapters.factors if adapters else [], trains)
     for name, param in chosen:
         is_whole = isinstance(param, nn.Parameter) and param.is_floating_point()
         if not is_whole or param.is_inference():
@@ -232,17 +230,16 @@ def _whole(
 
 
 def _chosen(
-    walked: Walk, trains: FullTrains, factors: Sequence[torch.Tensor]
+    walked: Walk, factors: Sequence[torch.Tensor], trains: FullTrains
 ) -> list[tuple[str, nn.Parameter]]:
-    is_factor = set(map(id, factors))
-    chosen = []
-    for name, param in walked.parameters:
+    def matches(name: str, param: nn.Parameter) -> bool:
         if callable(trains):
-            is_chosen = trains(name, param)
-        else:
-            is_chosen = any(fnmatchcase(name, pattern) for pattern in trains)
-        if is_chosen and id(param) not in is_factor:
-            chosen.append((name, param))
+            return trains(name, param)
+        return any(fnmatchcase(name, pattern) for pattern in trains)
+
+    is_factor = set(map(id, factors))
+    others = [pair for pair in walked.parameters if id(pair[1]) not in is_factor]
+    chosen = [pair for pair in others if matches(*pair)]
     if not chosen:
         raise CalibrationError(
             f"full_trains={trains!r} chooses no parameter.",
