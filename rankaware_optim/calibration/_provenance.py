@@ -161,10 +161,9 @@ def versions_used(imports: Iterable[str] = ()) -> dict[str, str]:
     for module in imports:
         if module in sys.modules:
             others.update(packages.get(module, ()))
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in (*_ALWAYS, *sorted(others - {*_ALWAYS})):
-        versions[name] = version(name)
-    return versions
+    names = dict.fromkeys((*_ALWAYS, *sorted(others)))
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: version(name) for name in names}}
 
 
 # --- law, model and settings ----------------------------------------------------------------------

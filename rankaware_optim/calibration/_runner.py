@@ -315,23 +315,19 @@ class Runner:
         try:
             with seeded(trial.seed):
                 run = run_trial(train, trial, watch, self.team.mean)
-            self._check_read(run)
+            is_read = "steps" in vars(trial)
+            if self.calibration.options.is_short and not run.stopped and not is_read:
+                raise CalibrationError(
+                    "train never read trial.steps, so its schedule may span the steps of the target"
+                    " run.",
+                    "Let its schedule and warm-up span trial.steps.",
+                )
             self._agree(lambda: self._end(run))
         except UpdateFinishedTrialError:
             self._agree(lambda: self._close(TrialState.FAIL))
             warn(
                 f"Trial {trial.number} had no heartbeat for so long that another worker has taken"
                 " it over. Its run here does not count."
-            )
-
-    def _check_read(self, run: Run) -> None:
-        """Refuse a loop that never read its number of steps, if the target run has more."""
-        was_read = "steps" in vars(run.trial)
-        if self.calibration.options.is_short and not run.stopped and not was_read:
-            raise CalibrationError(
-                "train never read trial.steps, so its schedule may span the steps of the target"
-                " run.",
-                "Let its schedule and warm-up span trial.steps.",
             )
 
     def _report(self, curve: list[float], every: int, steps: int) -> bool:
