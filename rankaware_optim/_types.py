@@ -307,9 +307,11 @@ class Reference:
         check_init(self.init, "A reference's init is", InvalidReferenceError)
         for name in ("rank", "alpha") if self.method == "lora" else ():
             if getattr(self, name) is None:
+                full = ", or method='full' for a rate tuned by full finetuning"
+                is_lora = self.rank is not None or self.alpha is not None
                 raise InvalidReferenceError(
                     f"Reference lacks {name}. A LoRA rate belongs to a rank and an alpha.",
-                    f"Give {name}=..., or method='full' for a rate tuned by full finetuning.",
+                    f"Give {name}=... too." if is_lora else f"Give {name}=...{full}.",
                 )
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))

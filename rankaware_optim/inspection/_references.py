@@ -1,16 +1,17 @@
-"""References from texts ("r=16,alpha=32", "full,fan_in=4096"), adapters on disk, or PEFT's
+"""References from texts ("r=16,alpha=32", "full,fan_in=4096"), dicts, adapters on disk, or PEFT's
 `LoraConfig`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from .._checks import shown
 from .._types import Reference, Survey
-from ..errors import InvalidReferenceError
+from ..errors import InspectionError, InvalidReferenceError
 from ._inspect_file import inspect_file
 from ._survey import declared_init
 
@@ -24,51 +25,75 @@ class LoraConfigLike(Protocol):
     def lora_alpha(self) -> float: ...
 
 
-ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike
+ReferenceLike = Reference | str | os.PathLike[str] | Mapping[str, Any] | LoraConfigLike
 
-# The keys of a text, with the field of `Reference` and the type of the value.
-_KEYS: dict[str, tuple[str, type]] = {
+
+def _truth(text: str) -> bool:
+    return {"true": True, "false": False}[text.lower()]
+
+
+# The keys of a text or a dict, with the field of `Reference` and what reads a value's text.
+_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "r": ("rank", int),
     "rank": ("rank", int),
     "alpha": ("alpha", float),
+    "lora_alpha": ("alpha", float),
+    "rslora": ("rslora", _truth),
+    "use_rslora": ("rslora", _truth),
     "init": ("init", str),
     "fan_in": ("fan_in", float),
     "batch": ("batch", float),
+    "method": ("method", str),
 }
 _FLAGS: dict[str, tuple[str, Any]] = {
     "full": ("method", "full"),
     "rslora": ("rslora", True),
 }
 _OF_FULL = {"method", "fan_in", "batch"}
+_OF_PEFT = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "peft_type")
 
 
 def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Reference:
     """Return a reference from a value that describes one.
 
     Args:
-        value: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or PEFT's
+        value: a `Reference`, a text such as "r=16,alpha=32" or a dict such as {"r": 16,
+            "lora_alpha": 32}, in our names or PEFT's, an adapter's folder or file, or PEFT's
             `LoraConfig`. An adapter gives its most common rank, scaling and init, and its width. A
-            configuration gives its `r` and `lora_alpha`. Its patterns are ignored.
-        like: the reference whose values a text without alpha keeps, except those that it gives.
+            configuration gives its `r`, `lora_alpha` and `use_rslora`. Its patterns are ignored, as
+            is all else in a dict with `lora_alpha`.
+        like: the reference whose values a text or dict without alpha keeps, except those that it
+            gives.
 
     Raises:
         InvalidReferenceError: the value describes no reference.
-        InspectionError: the adapter cannot be read.
+        InspectionError: the adapter is missing or cannot be read.
     """
     if isinstance(value, Reference):
         return value
-    if isinstance(value, os.PathLike) or (
-        isinstance(value, str) and not _is_words(value) and os.path.exists(value)
-    ):
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and _is_path(value)):
+        if not os.path.exists(value):
+            raise InspectionError(
+                f"There is no folder or file {os.fspath(value)}.",
+                "Give the folder of an adapter on this machine (download one from the Hub first),"
+                ' or a text such as "r=16,alpha=32".',
+            )
         return reference_of(inspect_file(os.fspath(value)))
     if isinstance(value, str):
         return parse_reference(value, like=like)
+    config: Any = value
     if hasattr(value, "r") and hasattr(value, "lora_alpha"):
-        return _of_config(value)
+        config = {
+            name: getattr(value, name) for name in _OF_PEFT if hasattr(value, name)
+        }
+    if isinstance(config, Mapping):
+        if "lora_alpha" in config:
+            _refuse_lawless(config, type(value).__name__)
+        return _from_entries(_entries(config), value, like)
     raise InvalidReferenceError(
         f"{shown(value)} is not a reference.",
-        'Give a Reference, a text such as "r=16,alpha=32" or "full", an adapter\'s folder, or a'
-        " LoraConfig.",
+        'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r": 16,'
+        ' "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
     )
 
 
@@ -77,36 +102,38 @@ def reference_of(survey: Survey) -> Reference:
     return replace(survey.dominant(), fan_in=survey.width)
 
 
-def _of_config(config: Any) -> Reference:
-    kind = getattr(config, "peft_type", "LORA")
+def _refuse_lawless(config: Mapping[str, Any], owner: str) -> None:
+    """Raise if no law covers the adapters of PEFT's configuration, an `owner`."""
+    kind = config.get("peft_type", "LORA")
     kind = str(getattr(kind, "value", kind))
-    init = declared_init(getattr(config, "init_lora_weights", True), "linear")
-    if kind != "LORA" or init == "other":
-        what = f"the kind {shown(kind)}"
-        if kind == "LORA":
-            what = f"init_lora_weights={shown(config.init_lora_weights)}"
-        raise InvalidReferenceError(
-            f"A {type(config).__name__} with {what} is not a reference, since no law covers it.",
-            "Give Reference(rank=..., alpha=...) if you know its equivalent.",
-        )
-    return Reference(
-        config.r, config.lora_alpha, bool(getattr(config, "use_rslora", False))
+    init = config.get("init_lora_weights", True)
+    if kind == "LORA" and declared_init(init, "linear") != "other":
+        return
+    what = f"the kind {shown(kind)}"
+    if kind == "LORA":
+        what = f"init_lora_weights={shown(init)}"
+    raise InvalidReferenceError(
+        f"A {owner} with {what} is not a reference, since no law covers it.",
+        "Give Reference(rank=..., alpha=...) if you know its equivalent.",
     )
 
 
-def _is_words(text: str) -> bool:
-    """Return whether every part of `text` begins like a part of a reference. Otherwise it may be a
-    path.
+def _is_path(text: str) -> bool:
+    """Return whether `text` names a folder or file: one that is there, or by its form. If every
+    part begins like a part of a reference, it does not.
     """
-    return all(
+    if all(
         part.strip() in _FLAGS or part.partition("=")[0].strip() in _KEYS
         for part in text.split(",")
-    )
+    ):
+        return False
+    of_path = os.path.dirname(text) or text.endswith(".safetensors")
+    return bool(of_path) or os.path.exists(text)
 
 
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     """Parse a reference: "r=16,alpha=32" with optional rslora, init=B, fan_in=4096, batch=64; or
-    "full,fan_in=4096".
+    "full,fan_in=4096". PEFT's names lora_alpha=32 and use_rslora=True are read too.
 
     Args:
         text: the reference as text. init is "A" (B starts at zero, as in PEFT, the default) or "B"
@@ -123,19 +150,31 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
     'rank 64, alpha 32, B = 0'
     """
+    parts = filter(None, map(str.strip, text.split(",")))
+    entries = ((part, *(_FLAGS.get(part) or _entry(part))) for part in parts)
+    return _from_entries(entries, text, like)
+
+
+# A part in words, the field of `Reference`, and its value.
+_Entry = tuple[str, str, Any]
+
+
+def _from_entries(
+    entries: Iterable[_Entry], whole: object, like: Reference | None
+) -> Reference:
+    """Return the reference with these entries. `whole` is what they were read from."""
     values: dict[str, Any] = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        name, value = _FLAGS.get(part) or _entry(part)
+    for part, name, value in entries:
         if name in values:
             raise InvalidReferenceError(
-                f"{part!r} gives {name} a second time in {text!r}.",
+                f"{part!r} gives {name} a second time in {shown(whole)}.",
                 "Give each part once.",
             )
         values[name] = value
-    extra = sorted(values.keys() - _OF_FULL) if "method" in values else []
+    extra = sorted(values.keys() - _OF_FULL) if values.get("method") == "full" else []
     if extra:
         raise InvalidReferenceError(
-            f"Full finetuning has no {extra[0]}, which {text!r} gives it.",
+            f"Full finetuning has no {extra[0]}, which {shown(whole)} gives it.",
             'Write "full", with fan_in=4096 or batch=64.',
         )
     if (
@@ -148,15 +187,28 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     return Reference(**values)
 
 
+def _entries(config: Mapping[str, Any]) -> Iterator[_Entry]:
+    """Yield the entries of a dict. What else PEFT's configuration has is left out."""
+    for key, value in config.items():
+        if value is None or ("lora_alpha" in config and key not in _KEYS):
+            continue
+        part = f"{key}={value}"
+        if isinstance(value, str) or key not in _KEYS:
+            yield part, *_entry(part)
+        else:
+            yield part, _KEYS[key][0], value
+
+
 def _entry(part: str) -> tuple[str, Any]:
     """Return the field of `Reference` for "key=value", and its value."""
     key, _, value = map(str.strip, part.partition("="))
     try:
-        name, kind = _KEYS[key]
-        return name, kind(value)
+        name, read = _KEYS[key]
+        return name, read(value)
     except (KeyError, ValueError) as error:
+        nor = "" if "=" in part else ", and there is no folder of that name"
         raise InvalidReferenceError(
-            f"{part!r} is not a part of a reference.",
+            f"{part!r} is not a part of a reference{nor}.",
             'Write it as "r=16,alpha=32", or with more, as'
             ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give'
             " an adapter's folder or file.",

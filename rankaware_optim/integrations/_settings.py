@@ -43,8 +43,9 @@ def _one_of(*words: str) -> Callable[[Any], str]:
     return read
 
 
-def _reference(text: Any) -> Reference:
-    return text if isinstance(text, Reference) else as_reference(str(text))
+def _reference(value: Any) -> Reference:
+    is_read = isinstance(value, (Reference, Mapping))
+    return as_reference(value if is_read else str(value))
 
 
 def _rates(text: Any) -> dict[str, float]:

@@ -127,8 +127,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             kept.
         lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default.
         tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as
-            "r=16,alpha=32", an adapter's folder or file, or a `LoraConfig`. By default the model's
-            most common configuration.
+            "r=16,alpha=32", a dict such as {"r": 16, "lora_alpha": 32}, an adapter's folder or
+            file, or a `LoraConfig`. By default the model's most common configuration.
         law: a law or its name, by default "falling". A rate that this default moves keeps a
             distance, × 0.9, since too high costs more than too low. Another law is used as it is.
         recipe: a calibrated recipe, its path or its adapter's folder. It replaces `lr`, `tuned_at`

@@ -105,12 +105,12 @@ def convert_lr(
 
     Args:
         lr: the tuned rate, per step.
-        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", an
-            adapter's folder or file, or a LoraConfig.
-        to: the other configuration. A text without alpha, such as "r=64", keeps the alpha of
-            `from_`. A width that only one of the two has is used for both. If neither has one, the
-            limit of a large width is used. If both have a batch, the rate moves by the law's rule
-            for the batch.
+        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", a dict
+            such as {"r": 16, "lora_alpha": 32}, an adapter's folder or file, or a LoraConfig.
+        to: the other configuration. A text or dict without alpha, such as "r=64", keeps the
+            alpha of `from_`. A width that only one of the two has is used for both. If neither has
+            one, the limit of a large width is used. If both have a batch, the rate moves by the
+            law's rule for the batch.
         law: a law or its name. For an optimizer other than Adam and its variants, give
             Falling().bind(optimizer_class, settings).
 

@@ -85,16 +85,47 @@ NAMED = [
         lambda path: LoraConfig(use_rslora=True),
         Reference(rank=16, alpha=32, rslora=True),
     ),
+    (lambda path: "r=16,lora_alpha=32", Reference(16, 32)),
+    (lambda path: "r=16,lora_alpha=32,use_rslora=True", Reference(16, 32, True)),
+    (lambda path: "r=16, alpha=32, use_rslora=false", Reference(16, 32)),
+    (lambda path: "method=full,batch=8", Reference(method="full", batch=8)),
+    (lambda path: {"r": 16, "lora_alpha": 32}, Reference(16, 32)),
+    (
+        lambda path: {"r": "16", "lora_alpha": 32.5, "use_rslora": "True"},
+        Reference(16, 32.5, True),
+    ),
+    (
+        lambda path: {
+            "r": 16,
+            "lora_alpha": 32,
+            "use_rslora": None,
+            "target_modules": ["q_proj"],
+            "init_lora_weights": "gaussian",
+            "peft_type": "LORA",
+            "rank_pattern": {},
+        },
+        Reference(16, 32),
+    ),
+    (
+        lambda path: {"rank": 16, "alpha": 32, "init": "B", "fan_in": 64, "batch": 8},
+        Reference(16, 32, init="B", fan_in=64, batch=8),
+    ),
+    (
+        lambda path: {"method": "full", "fan_in": 64},
+        Reference(method="full", fan_in=64),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("value", "reference"), NAMED)
 def test_what_names_a_reference(value, reference, tmp_path):
-    """Words, an adapter's folder or file, and a LoraConfig name a reference; an adapter's knows its width."""
+    """Words, dicts, an adapter's folder or file, and a LoraConfig name a reference; an adapter's knows its width."""
     assert as_reference(value(tmp_path)) == reference
 
 
-@pytest.mark.parametrize("value", ["r=16,alpha=32", LoraConfig()])
+@pytest.mark.parametrize(
+    "value", ["r=16,alpha=32", LoraConfig(), {"r": 16, "lora_alpha": 32}]
+)
 def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
     """The optimizer, plain groups and conversions take a reference by name as they take a Reference."""
     written, made = Reference(rank=16, alpha=32), peft_folder(tmp_path)
@@ -123,6 +154,7 @@ def test_words_without_an_alpha_change_what_they_name():
     assert as_reference("init=A", like=like) == Reference(
         16, 32, rslora=True, fan_in=64
     )
+    assert as_reference({"r": 64}, like=like) == as_reference("r=64", like=like)
     assert as_reference("r=64,alpha=8", like=like) == Reference(64, 8)
     assert as_reference("full", like=like) == Reference(method="full")
 
@@ -133,10 +165,51 @@ REFUSED = [
     (lambda path: SimpleNamespace(r=16), InvalidReferenceError, "is not a reference"),
     (
         lambda path: "no/such/adapter",
-        InvalidReferenceError,
-        r"'no/such/adapter' is not a part .* an adapter's folder",
+        InspectionError,
+        r"There is no folder or file no/such/adapter\. Give .* from the Hub",
     ),
-    (lambda path: path / "missing", InspectionError, "There is no file"),
+    (lambda path: "x.safetensors", InspectionError, "There is no folder or file x.saf"),
+    (lambda path: path / "missing", InspectionError, "There is no folder or file /"),
+    (
+        lambda path: "adapter",
+        InvalidReferenceError,
+        "'adapter' is not a part of a reference, and there is no folder of that name",
+    ),
+    (
+        lambda path: "use_rslora=maybe,r=1,alpha=1",
+        InvalidReferenceError,
+        "'use_rslora=maybe' is not a part of a reference",
+    ),
+    (
+        lambda path: "alpha=8,lora_alpha=8",
+        InvalidReferenceError,
+        "'lora_alpha=8' gives alpha a second time",
+    ),
+    (
+        lambda path: {"r": 16, "alpha": 8, "lora_alpha": 8},
+        InvalidReferenceError,
+        "'lora_alpha=8' gives alpha a second time in {'r'",
+    ),
+    (
+        lambda path: {"r": 16, "alpha": 32, "rsLoRA": True},
+        InvalidReferenceError,
+        "'rsLoRA=True' is not a part of a reference",
+    ),
+    (lambda path: {16: 32}, InvalidReferenceError, "'16=32' is not a part"),
+    (lambda path: {"lora_alpha": 32}, InvalidReferenceError, "lacks rank"),
+    (lambda path: {}, InvalidReferenceError, "lacks rank"),
+    (lambda path: {"r": 1.5, "alpha": 8}, InvalidReferenceError, "rank=1.5"),
+    (lambda path: {"r": "x", "alpha": 8}, InvalidReferenceError, "'r=x' is not a part"),
+    (
+        lambda path: {"method": "full", "r": 8},
+        InvalidReferenceError,
+        "Full finetuning has no rank",
+    ),
+    (
+        lambda path: {"r": 8, "lora_alpha": 8, "init_lora_weights": "olora"},
+        InvalidReferenceError,
+        "A dict with init_lora_weights='olora' is not a reference",
+    ),
     (lambda path: path, InspectionError, "has 0 .safetensors files"),
     (
         lambda path: LoraConfig(init_lora_weights="pissa"),
@@ -159,6 +232,22 @@ def test_what_names_none_is_refused(value, error, message, tmp_path):
         as_reference(value(tmp_path))
     with pytest.raises(error, match=message):
         convert_lr(LR, from_="r=16,alpha=32", to=value(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "cure"),
+    [
+        ("r=16", "Give alpha=... too."),
+        ({"r": 16}, "Give alpha=... too."),
+        ("alpha=16", "Give rank=... too."),
+        ("", "Give rank=..., or method='full' for a rate tuned by full finetuning."),
+    ],
+)
+def test_half_a_reference_is_asked_for_the_other_half(value, cure):
+    """A rank without alpha asks for alpha alone; only where there is neither is full finetuning an answer."""
+    with pytest.raises(InvalidReferenceError) as caught:
+        as_reference(value)
+    assert str(caught.value).endswith(f"belongs to a rank and an alpha. {cure}")
 
 
 # --- kohya's metadata -----------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ def test_all_settings_are_read_and_taken():
     """Every setting in words becomes the argument that RankAwareOptimizer takes."""
     found = settings_from_words(WORDS)
     assert found["tuned_at"] == Reference(rank=16, alpha=32)
+    assert settings_from_words({"tuned_at": {"r": 16, "lora_alpha": 32}}) == {
+        "tuned_at": found["tuned_at"]
+    }
     assert found["rates"] == {"*head*": 1e-3}
     assert [
         found[name] for name in ("per_layer_width", "strict", "scale_weight_decay")
@@ -52,6 +55,7 @@ def test_all_settings_are_read_and_taken():
             "tuned_at is 'rank 16': 'rank 16' is not a part of a reference",
         ),
         ({"tuned_at": 16}, "tuned_at is 16"),
+        ({"tuned_at": {"r": 16}}, "tuned_at is {'r': 16}: Reference lacks alpha"),
         ({"batch": "many"}, "batch is 'many'"),
         ({"strict": "perhaps"}, "neither true nor false"),
         ({"rates": "{"}, "rates is '{'"),

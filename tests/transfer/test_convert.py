@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rankaware_optim import (
     Falling,
+    InspectionError,
     InvalidReferenceError,
     Law,
     LawError,
@@ -555,8 +556,8 @@ REFUSED = [
         R16,
         "no/such/adapter",
         "mua",
-        InvalidReferenceError,
-        r"'no/such/adapter' is not a part.*give an adapter",
+        InspectionError,
+        r"There is no folder or file no/such/adapter",
     ),
     (1e-3, R16, "r=16,alpha=5e-324", "mua", InvalidReferenceError, r"alpha=5e-324"),
     (
