@@ -45,6 +45,7 @@ _HEADINGS = (
 )
 _LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
 _LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0
+_FAR_SCALING = 8.0  # times the least scaling of the same adapter
 NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
 
 
@@ -264,6 +265,29 @@ class Survey:
                 yield f"1 {what} ({names[0]}) is not {problem}."
             elif names:
                 yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
+        for adapter in dict.fromkeys(f.adapter for f in self.factors):
+            yield from _far_scaled([f for f in self.factors if f.adapter == adapter])
+
+
+def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
+    """Yield a sentence if patterns scale some factors of an adapter far more than the rest.
+
+    PEFT's rank_pattern gives experts a small rank. The alpha that they keep is then divided by it.
+    """
+    least, most = (end(factors, key=lambda f: f.scaling) for end in (min, max))
+    times = most.scaling / least.scaling
+    if times < _FAR_SCALING:
+        return
+    far = [f for f in factors if f.scaling >= _FAR_SCALING * least.scaling]
+    up_to = "up to " if len({f.scaling for f in factors}) > 2 else ""
+    divided = (least.rank or 1) / (most.rank or 1)
+    why = ""
+    if any(math.isclose(times, by) for by in (divided, math.sqrt(divided))):
+        why = ": their rank was divided and alpha was kept"
+    yield (
+        f"{len(far)} factors ({far[0].name}, …) are scaled {up_to}{times:.3g} times as strongly as"
+        f" the rest{why}. Give alpha_pattern too, or know that the law lowers their rate."
+    )
 
 
 @dataclass(frozen=True)

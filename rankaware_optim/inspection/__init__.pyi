@@ -24,4 +24,5 @@ from ._resize import ScalingRule as ScalingRule
 from ._survey import declared_init as declared_init
 from ._survey import inspect_model as inspect_model
 from ._survey import other_kind as other_kind
+from ._survey import refuse_frozen as refuse_frozen
 from ._survey import survey_of as survey_of

@@ -62,7 +62,7 @@ def inspect_model(
 
     Raises:
         InspectionError: declared rank and shapes disagree, a scaling is not positive, or there is
-            no LoRA pair; or there is one although method="full".
+            no LoRA pair, or none that trains; or there is one although method="full".
     """
     return survey_of(walk(model), method=method, init=init)
 
@@ -167,6 +167,7 @@ def _lora_survey(
         declared = config_of(pair, configs)[1].get("init_lora_weights")
         factors += factors_of(pair, names, reading, declared, init, notes)
     if not factors and not any(map(is_other_adapter, trainable.values())):
+        refuse_frozen(walked)
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters (conventions tried:"
             f" {', '.join(tried)}).",
@@ -178,6 +179,18 @@ def _lora_survey(
         frozen=tuple(frozen.values()),
         unadapted=tuple(_unadapted(walked)),
     )
+
+
+def refuse_frozen(walked: Walk) -> None:
+    """Raise if a model has LoRA factors and none of them trains."""
+    pairs = pairs_of(walked.modules)
+    tensors = {half.tensor for pair in pairs for half in (pair.a, pair.b)}
+    if tensors and not any(tensor.requires_grad for tensor in tensors):
+        raise InspectionError(
+            f"{len(tensors)} LoRA factors found, all frozen.",
+            "Load with is_trainable=True (PeftModel.from_pretrained), or set requires_grad on those"
+            " to train.",
+        )
 
 
 def _warn_of_transposed(pair: Pair, reading: Reading) -> None:

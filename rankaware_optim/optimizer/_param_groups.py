@@ -20,7 +20,14 @@ from .._rate import Rate
 from .._types import Init, Method
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
-from ..inspection import ReferenceLike, Walk, as_reference, survey_of, walk
+from ..inspection import (
+    ReferenceLike,
+    Walk,
+    as_reference,
+    refuse_frozen,
+    survey_of,
+    walk,
+)
 from ..laws import DEFAULT_LAW, Law, caution_of
 from ._plan import Assignment, Plan, PlanOptions, Settings, make_plan
 
@@ -62,6 +69,12 @@ _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for
 def model_of(params: Any, model: nn.Module | None) -> nn.Module:
     """Return the model that holds the adapters: `model`, by default `params`."""
     holder = params if model is None else model
+    is_trainer = hasattr(holder, "args") or hasattr(holder, "train")
+    if hasattr(holder, "model") and is_trainer and not isinstance(holder, nn.Module):
+        raise OptimizerError(
+            f"A {type(holder).__name__} is a trainer, not a model.",
+            "Call rankaware_optim.integrations.attach(trainer, AdamW, ...) with the same settings.",
+        )
     if not isinstance(holder, nn.Module):
         raise OptimizerError(
             "LoRA factors cannot be found from parameters alone.",
@@ -134,6 +147,7 @@ def user_groups(
         outside: whether it is allowed that no parameter belongs to the model.
 
     Raises:
+        InspectionError: there is no parameter, and the model's LoRA factors are frozen.
         OptimizerError: a parameter is listed twice, there is none, or none belongs to the model.
     """
     names = {p: name for name, p in walked.parameters}
@@ -150,6 +164,7 @@ def user_groups(
                 )
             listed.add(param)
     if not listed:
+        refuse_frozen(walked)
         raise OptimizerError(
             "There is no trainable parameter to optimize.",
             "Set requires_grad on what should be trained.",

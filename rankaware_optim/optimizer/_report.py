@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from textwrap import fill
 
 from .._printing import text_table
@@ -97,8 +98,8 @@ class Report:
     most 100 columns.
 
     Args:
-        rows: one entry per group: role, rank, scaling, init, fan-in, fan-out, count, multiplier,
-            rate and reason.
+        rows: one entry per group, and one for its frozen parameters: role, rank, scaling, init,
+            fan-in, fan-out, count, multiplier, rate and reason.
         notes: sentences on the law and the rates.
         title: the table's title.
         reset: parameters whose moments were dropped when a checkpoint of another rank was loaded.
@@ -224,7 +225,24 @@ def _rows(groups: Groups, plan: Plan) -> tuple[Row, ...]:
     factors = {f.name: f for f in plan.survey.factors}
     moved = any(g.get("rank_multiplier", 1.0) != 1.0 for g in _by_plan(groups, plan))
     unmoved = plan.options.tuned_at is None and not moved
-    return tuple(_row(group, plan, factors, unmoved) for group in groups)
+    parts = (part for group in groups for part in _by_training(group))
+    return tuple(_row(part, plan, factors, unmoved) for part in parts)
+
+
+def _by_training(group: Group) -> Iterator[Group]:
+    """Yield a group's trainable parameters and its frozen ones, each as a group."""
+    names, params = group.get("param_names", ()), group["params"]
+    trains = [getattr(param, "requires_grad", True) for param in params]
+    if all(trains):
+        yield group
+        return
+    for chosen, tags in ((trains, {}), ([not t for t in trains], {"frozen": True})):
+        if any(chosen):
+            parts = {
+                "params": list(compress(params, chosen)),
+                "param_names": list(compress(names, chosen)),
+            }
+            yield {**group, **parts, **tags}
 
 
 def _by_plan(groups: Groups, plan: Plan) -> list[Group]:
@@ -242,7 +260,7 @@ def _row(group: Group, plan: Plan, factors: Mapping[str, Factor], unmoved: bool)
     in_adam = decision.rank_family == "sign-like"
     plan = plan.for_group(settings_in(group), in_adam)
     return Row(
-        role=decision.lora_role,
+        role="frozen" if group.get("frozen") else decision.lora_role,
         rank=decision.lora_rank,
         scaling=decision.lora_scale if paired else None,
         init=decision.lora_init if paired else None,
@@ -278,6 +296,8 @@ def _giver(plan: Plan, group: Group) -> str:
 def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> str:
     """Return why a group has its rate. unmoved: whether no rate of the model is moved."""
     giver, role = _giver(plan, group), decision.lora_role
+    if group.get("frozen"):
+        return "frozen: it does not train until requires_grad is set"
     if giver:
         return f"given by {giver}"
     if role == "other" and plan.method == "lora":

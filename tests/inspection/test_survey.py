@@ -123,17 +123,27 @@ def test_undeclared_rank_and_scaling():
     assert survey.notes == ("up declares no scaling: 1 is assumed.",)
 
 
-@pytest.mark.parametrize(
-    "prepare", [lambda: nn.Linear(3, 3), lambda: adapted().requires_grad_(False)]
-)
-def test_no_pair_is_refused(prepare):
-    """A model without trainable pairs is an error that says how many parameters and which conventions were tried."""
-    model = prepare()
+def test_no_pair_is_refused():
+    """A model without pairs is an error that says how many parameters and which conventions were tried."""
     with pytest.raises(InspectionError) as caught:
-        inspect_model(model)
-    assert f"among {len(list(model.parameters()))} parameters" in str(caught.value)
+        inspect_model(nn.Linear(3, 3))
+    assert "among 2 parameters" in str(caught.value)
     assert all(c.name in str(caught.value) for c in CONVENTIONS)
     assert "method='full'" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    "train", [lambda model: None, lambda model: model.head.requires_grad_(True)]
+)
+def test_frozen_pairs_are_refused(train):
+    """Pairs that are all frozen, as PEFT loads them, are an error that says how to load them for training."""
+    model = mlp((4, 4)).requires_grad_(False)
+    train(model)
+    with pytest.raises(
+        InspectionError, match=r"^4 LoRA factors found, all frozen"
+    ) as caught:
+        inspect_model(model)
+    assert caught.value.cure.startswith("Load with is_trainable=True")
 
 
 @pytest.mark.parametrize("lone", ["lora_A", "lora_B"])

@@ -415,10 +415,26 @@ def test_kinds_by_name(name, kind):
 
 LOHA = "m.hada_w1_a"
 PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
+
+
+def scaled(*pairs: tuple[int, float], adapters: tuple[str, ...] = ()) -> Survey:
+    """A survey of pairs of these ranks and scalings."""
+    factors = []
+    for number, (rank, scaling) in enumerate(pairs):
+        adapter = adapters[number] if adapters else "default"
+        of_pair = {"rank": rank, "scaling": scaling, "adapter": adapter}
+        factors += [
+            replace(PAIR, name=f"{number}.{role}", role=role, **of_pair)
+            for role in ("A", "B")
+        ]
+    return Survey(tuple(factors))
+
+
 AUDIT = [
     (Survey((PAIR,)), None),
     (Survey((replace(PAIR, rank=64),)), None),
-    (Survey((replace(PAIR, scaling=8.0), replace(PAIR, scaling=1 / 64))), None),
+    (Survey((replace(PAIR, scaling=8.0),)), None),
+    (Survey((replace(PAIR, scaling=1 / 64),)), None),
     (Survey((replace(PAIR, kind="embedding", rank=128),)), None),
     (
         Survey((), ("m.hada_w1_a", "head.weight"), unsupported={"m.hada_w1_a": "LoHa"}),
@@ -438,6 +454,20 @@ AUDIT = [
     (Survey((replace(PAIR, rank=65),)), r"not low-rank: the rank is above the fan-in"),
     (Survey((replace(PAIR, scaling=8.5),)), r"above 8 or below 1/64"),
     (Survey((replace(PAIR, scaling=1 / 65),)), r"above 8 or below 1/64"),
+    (scaled((16, 1.0), (4, 4.0)), None),
+    (scaled((16, 1.0), (2, 7.9)), None),
+    (scaled((4, 1.0), (4, 8.0), adapters=("default", "second")), None),
+    (
+        scaled((8, 1.0), (1, 8.0)),
+        r"^2 factors \(1\.A, …\) are scaled 8 times as strongly as the rest: their rank was divided"
+        r" and alpha was kept\. Give alpha_pattern too, or know that the law lowers their rate\.$",
+    ),
+    (scaled((64, 1.0), (1, 8.0)), r"8 times as .* rest: their rank was divided"),
+    (scaled((8, 0.5), (8, 8.0)), r"16 times as strongly as the rest\. Give alpha_pat"),
+    (
+        scaled((8, 0.5), (4, 1.0), (1, 4.0), (1, 8.0)),
+        r"^4 factors \(2\.A, …\) are scaled up to 16 times",
+    ),
 ]
 
 
@@ -478,6 +508,29 @@ def test_frozen_weights_are_no_heads(built):
     model.layer0.base_layer.weight.requires_grad_(True)
     (line,) = opt.report().audit
     assert line.startswith("layer0.base_layer.weight trains at the adapters' base rate")
+
+
+def test_frozen_weights_are_marked():
+    """Frozen parameters among those given have a row of their own, which says so until they train."""
+    model = mlp((4, 4))
+    model.layer1.lora_A.requires_grad_(False)
+    opt = RankAwareOptimizer(
+        list(model.parameters()), torch.optim.SGD, model=model, lr=LR
+    )
+    before = [(row.role, row.count) for row in opt.report().rows]
+    assert before == [
+        ("A", 1),
+        ("frozen", 1),
+        ("B", 2),
+        ("other", 2),
+        ("frozen", 4),
+    ]
+    (why,) = {row.reason for row in opt.report().rows if row.role == "frozen"}
+    assert why == "frozen: it does not train until requires_grad is set"
+    assert why in str(opt.report(per_module=True))
+    assert str(opt.report()).count("  frozen") == 2
+    model.requires_grad_(True)
+    assert [row.role for row in opt.report().rows] == ["A", "B", "other"]
 
 
 def test_an_adapter_outside_the_optimizer_is_pointed_out():

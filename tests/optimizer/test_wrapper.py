@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -58,6 +59,11 @@ each_optimizer = pytest.mark.parametrize(
     OPTIMIZERS,
     ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v) or "default",
 )
+
+
+def frozen_but_head(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False).head.requires_grad_(True)
+    return model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -659,6 +665,33 @@ REFUSED = [
     (
         lambda m: RankAwareOptimizer(m.head, torch.optim.AdamW, lr=LR),
         r"No trainable LoRA pair",
+    ),
+    (
+        lambda m: RankAwareOptimizer(m.requires_grad_(False), "adamw", lr=LR),
+        r"^\d+ LoRA factors found, all frozen\. Load with is_trainable=True",
+    ),
+    (
+        lambda m: RankAwareOptimizer(frozen_but_head(m), "adamw", lr=LR),
+        r"^\d+ LoRA factors found, all frozen\. Load with is_trainable=True",
+    ),
+    *(
+        (
+            lambda m, kw=kw: RankAwareOptimizer(
+                SimpleNamespace(model=m, **kw), torch.optim.AdamW, lr=LR
+            ),
+            r"A SimpleNamespace is a trainer, not a model\. Call .*\.attach\(trainer, ",
+        )
+        for kw in ({"args": None}, {"train": print})
+    ),
+    (
+        lambda m: RankAwareOptimizer(
+            trained(m), "adamw", model=SimpleNamespace(model=m, args=None), lr=LR
+        ),
+        r"is a trainer, not a model",
+    ),
+    (
+        lambda m: RankAwareOptimizer(SimpleNamespace(model=m), "adamw", lr=LR),
+        r"cannot be found from parameters alone",
     ),
     (
         lambda m: RankAwareOptimizer(

@@ -90,7 +90,7 @@ def test_inactive_and_frozen_adapters_are_said(lora):
         [adapter, "weight"] for adapter in ("default", "default", "third", "third")
     ]
     model.requires_grad_(False)
-    with pytest.raises(InspectionError, match="No trainable LoRA pair"):
+    with pytest.raises(InspectionError, match="6 LoRA factors found, all frozen"):
         inspect_model(model)
 
 

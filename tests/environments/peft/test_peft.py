@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rankaware_optim import (
+    InspectionError,
     InvalidReferenceError,
     MuA,
     RankAwareOptimizer,
@@ -318,12 +319,16 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
     at = Reference(rank=16, alpha=32, rslora=rslora)
     opts = [
         RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=given)
-        for given in (at, config, tmp_path)
+        for given in (at, config, config.to_dict(), tmp_path)
     ]
     rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
-    assert rates[0] == rates[1] == pytest.approx(rates[2])
+    assert rates[0] == rates[1] == rates[2] == pytest.approx(rates[3])
     assert 1e-3 not in rates[0]
     again = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    with pytest.raises(InspectionError, match=r"^4 LoRA factors found, all frozen"):
+        RankAwareOptimizer(again, "adamw", lr=1e-3)
+    trains = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    assert len(inspect_model(trains).factors) == 4
     ours, theirs = (
         {n: p for n, p in snapshot(m).items() if "lora_" in n} for m in (again, made)
     )
@@ -340,6 +345,19 @@ def test_a_config_without_a_law_is_refused():
     ):
         with pytest.raises(InvalidReferenceError, match="is not a reference"):
             RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=config)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "warns"), [({}, True), ({"v": 2}, False), ({"v": 4}, False)]
+)
+def test_experts_that_keep_alpha_are_pointed_out(alphas, warns):
+    """A pattern that divides the rank and keeps alpha has a sentence in the report, and alpha_pattern is its cure."""
+    model = wrapped(r=16, alpha=32, rank_pattern={"v": 1}, alpha_pattern=alphas)
+    checks = RankAwareOptimizer(model, "adamw", lr=1e-3).report().audit
+    (sentence,) = [check for check in checks if "times as strongly" in check] or [""]
+    of_v = "base_model.model.v.lora_A.default.weight"
+    assert sentence.startswith(f"2 factors ({of_v}, …) are scaled 16 times") == warns
+    assert ("rank was divided and alpha was kept" in sentence) == warns
 
 
 def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
