@@ -6,11 +6,11 @@
 
 mutmut's operators make the mutants: another operator, number, comparison or constant, a condition
 that always or never holds, a keyword argument left out. Every mutant meets those tests of its
-package that reach its lines, a case of each and then another, until one fails or 10 CPU seconds of
-them have passed; a line that runs on import is reached by all. Each mutant runs in a fork of a
-process that has imported torch and not the package, on a copy of the package. What came of it is
-kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was. Outside tox, set
-OMP_NUM_THREADS=1: a busy machine waits for threads.
+package that reach its lines, the fast ones first, until one fails or 10 CPU seconds of them have
+passed; a line that runs on import is reached by all. Each mutant runs in a fork of a
+process that has imported torch and not the package, on a copy of the package and its tests. What
+came of it is kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was.
+Outside tox, set OMP_NUM_THREADS=1: a busy machine waits for threads.
 
 A survivor that no test can see is named in mutants.toml by its lines, and leaves the score:
 
@@ -127,7 +127,10 @@ class Reach:
     """Tests by file and line. A line that an import runs has "" among them."""
 
     def meets(self, mutant: Mutant) -> list[str]:
-        """The tests that reach a mutant: a case of each, then another; after them, on import, all."""
+        """The tests that reach a mutant, fast ones first; after them, on import, all others.
+
+        The further cases of a test count as slower than its first.
+        """
         lines = self.tests.get(mutant.file, {})
         reach = {test for line in mutant.statement for test in lines.get(line, ())}
         chosen = self.seconds if "" in reach else reach & self.seconds.keys()
@@ -135,8 +138,8 @@ class Reach:
         order = {}
         for test in sorted(chosen, key=self.seconds.__getitem__):
             function = test.partition("[")[0]
-            order[test] = test not in reach, cases[function], self.seconds[test]
             cases[function] += 1
+            order[test] = test not in reach, cases[function] * self.seconds[test]
         tests = sorted(order, key=order.__getitem__)
         ends = accumulate(self.seconds[test] for test in tests)
         return [test for test, end in zip(tests, ends, strict=True) if end <= TESTS_S]
@@ -286,9 +289,14 @@ def run(room: str, mutants: Sequence[Mutant], workers: int) -> Iterator[dict[str
 
 
 def copied(slot: Path) -> Path:
-    """A folder with a copy of the package."""
+    """A folder like the repository, with a package and tests of its own: edits go unseen."""
+    slot.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / PACKAGE, slot / PACKAGE, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.name in (PACKAGE, "tests"):
+            shutil.copytree(path, slot / path.name, ignore=ignored)
+        else:
+            (slot / path.name).symlink_to(path)
     return slot
 
 
@@ -321,6 +329,7 @@ def tested(slot: Path, paths: Sequence[str], plugin: object, *options: str) -> i
     with open(slot / "log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    os.chdir(slot)
     sys.path.insert(0, str(slot))
     os.environ |= {"PYTHONPATH": str(slot), "OMP_NUM_THREADS": "1"}
     options = (*options, *OPTIONS, f"--basetemp={slot / 'tmp'}")

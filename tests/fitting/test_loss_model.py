@@ -179,6 +179,13 @@ def test_curvature_is_read_off_the_trials(k):
         assert U[curve.argmin()] == pytest.approx(0.0, abs=0.13)
 
 
+def test_many_trials_overflow_no_weight():
+    """Of 200 exact trials the log density is in the hundreds; their curve is the bowl."""
+    curve = model.curves_of({4: arm(np.linspace(-3.0, 1.0, 200))}, {4: U})[4]
+    near = np.abs(U) <= 0.51
+    assert curve[near] == pytest.approx(bowl(U)[near], abs=0.02)
+
+
 def test_ranks_lend_each_other_their_shape():
     """A rank tried at one rate alone takes its cliff from the rank that was tried at many."""
     many, one = arm(np.arange(-3.0, 2.0, 0.5), k=0.4), arm(np.array([-1.0]), k=0.4)

@@ -118,6 +118,14 @@ def test_all_rose_beyond_their_noise(tails, rose):
     assert all_rose([run(tail=tail, first=2.0, noise=0.1) for tail in tails]) is rose
 
 
+def test_a_level_curve_neither_rose_nor_learned():
+    """Without noise too, to end where one began is no rise and no fall."""
+    level = run(tail=2.0, first=2.0)
+    assert not all_rose([level])
+    assert none_learned([level])
+    assert none_learned([level, run(tail=2.2, first=2.0)])
+
+
 @pytest.mark.parametrize(
     ("tails", "learned"),
     [
@@ -153,6 +161,15 @@ def test_the_gain_is_the_best_fall_from_the_usual_start():
     ]
     assert gain_of(scored) == 30.0
     assert gain_of([run(value=5.0, start=5.0)]) == pytest.approx(6e-6)
+    assert gain_of([run(value=1.5), run(value=1.75)]) == 0.5
+
+
+@pytest.mark.parametrize(("off", "gain"), [(0.25, 1.0), (0.75, 0.5625)])
+def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
+    """By a quarter of the fall they are still comparable: else three quarters of their range count."""
+    ends = (1.0, 1.25, 1.5, 1.75)
+    seen = [run(value=end + off, tail=end) for end in ends]
+    assert gain_of(seen) == gain
     assert usual_noise([run(noise=noise) for noise in (0.1, 0.2, 0.7)]) == 0.2
 
 

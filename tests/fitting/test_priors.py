@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rankaware_optim import MuA, Reference
+from rankaware_optim import MuA, Power, Reference
 from rankaware_optim.fitting import Fit, Prior, carry_of, centred_law, prior_of
 from rankaware_optim.laws import get_law
 
@@ -37,6 +37,12 @@ def test_what_is_unknown_leaves_the_prior_at_the_usual():
     assert Prior() == prior_of(AT["A"], (16,), None)
 
 
+def test_the_pivot_is_the_ranks_geometric_mean_to_nine_decimals():
+    """4 and 64 meet at 16 exactly, 4 and 8 at √32."""
+    assert prior_of(AT["A"], (4, 64), None).pivot == 16.0
+    assert prior_of(AT["A"], (4, 8, None), None).pivot == 5.656854249
+
+
 @pytest.mark.parametrize(
     ("at", "law", "exponent", "to_full"),
     [("A", "mua", 0.1, False), ("B", "mua", -0.35, True), ("B", "falling", 0.1, True)],
@@ -51,9 +57,9 @@ def test_the_law_is_centred_on_the_prior(at, law, exponent, to_full):
 
 def test_full_finetuning_takes_the_law_as_it_is():
     """Where the base rate is full finetuning's own, no drift and no factor are added."""
-    assert centred_law(MuA(), AT["full"], 8.0, drift=0.1, factor=-1.0) == centred_law(
-        MuA(), AT["full"], 8.0
-    )
+    law = MuA(tokens=4.0)
+    centred = centred_law(law, AT["full"], 8.0, drift=0.1, factor=-1.0)
+    assert centred == Power(law=law)
 
 
 @pytest.mark.parametrize(
