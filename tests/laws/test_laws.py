@@ -371,6 +371,23 @@ def test_falling_moves_init_b_alone(point, other, knee):
         )
 
 
+def fall(point: Point | FullPoint, knee: float, power: float) -> float:
+    """By how much full finetuning's rate is below a point's, beyond the inner law."""
+    if isinstance(point, FullPoint) or point.init == "A":
+        return 1.0
+    lowest = min(point.rank, point.fan_in)
+    return ((knee + point.fan_in) / (knee + lowest)) ** power
+
+
+@given(to=points, origin=points, knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0))
+def test_falling_is_the_inner_law_times_its_fall(to, origin, knee, power):
+    """At Init[B] rates go as (r₀ + min(r, n))^-p and meet full finetuning's at r = n, from any origin."""
+    moved = fall(to, knee, power) / fall(origin, knee, power)
+    expected = move(MuA(), to, origin) * moved
+    law = Falling(knee, power)
+    assert move(law, to, origin) == pytest.approx(expected, rel=1e-9)
+
+
 def test_falling_takes_no_rank_of_full_finetuning():
     """A reference of full finetuning that still carries a rank and an init is full finetuning's."""
     left, plain = (
@@ -750,13 +767,24 @@ class Impostor(Law):
         return self.value
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, None, "1"])
+UNUSABLE = [0, -1.0, math.inf, math.nan, None, "1", 10**400]
+
+
+@pytest.mark.parametrize("value", UNUSABLE)
 def test_unusable_multipliers_are_refused(value):
     """A third-party law that gives no positive finite number is an error that names the law and the factor."""
     with pytest.raises(LawError, match=r"Impostor.*as the multiplier of w"):
         checked_multiplier(
             Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference()
         )
+
+
+@pytest.mark.parametrize("value", [sys.float_info.min, 3, sys.float_info.max])
+def test_any_float_is_usable(value):
+    """A positive number that a float holds passes as one."""
+    at = Point(4, 1.0, 8)
+    answer = checked_multiplier(Impostor(value), at.factor(), at.reference())
+    assert (answer, type(answer)) == (value, float)
 
 
 @dataclass(frozen=True)

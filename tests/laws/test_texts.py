@@ -30,6 +30,10 @@ TEXTS = [
         "power?law=(power?exponent=1,law=(mua?tokens=4))",
         Power(law=Power(exponent=1.0, law=MuA(tokens=4.0))),
     ),
+    (
+        "power?law=(mua?tokens=4,ratio=2),exponent=-1",
+        Power(exponent=-1.0, law=MuA(tokens=4.0, ratio=2.0)),
+    ),
     ("rankaware_optim:MuA", MuA()),
     ("rankaware_optim.laws:LoRAPlus?ratio=2", LoRAPlus(2.0)),
     ("test_law_module:HALF", Power(exponent=-0.5)),
