@@ -706,6 +706,14 @@ def test_the_measured_law_has_one_rate(at):
             move(law, other, at)
 
 
+def test_the_measured_law_sees_no_rounding():
+    """A scaling that went through float32 is the reference's still."""
+    third, law = 1 / 3, law_from_dict(MEASURED)
+    rounded = torch.tensor(third).item()
+    assert rounded != third
+    assert move(law, Point(4, rounded, 64), Point(4, third, 64)) == 1.0
+
+
 def nested(levels: int) -> Law:
     return reduce(lambda law, _: Power(law=law), range(levels), Constant())
 
