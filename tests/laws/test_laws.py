@@ -787,9 +787,12 @@ def test_unusable_multipliers_are_refused(value):
         )
 
 
-@pytest.mark.parametrize("value", [sys.float_info.min, 3, sys.float_info.max])
+PASSING = [sys.float_info.min, 3, sys.float_info.max, 1.0 + 1e-10]
+
+
+@pytest.mark.parametrize("value", PASSING)
 def test_any_float_is_usable(value):
-    """A positive number that a float holds passes as one."""
+    """A positive number that a float holds passes as one, also one beside 1."""
     at = Point(4, 1.0, 8)
     answer = checked_multiplier(Impostor(value), at.factor(), at.reference())
     assert (answer, type(answer)) == (value, float)

@@ -20,6 +20,8 @@ TEXTS = [
     (" mua ? tokens = 16 ", MuA(tokens=16.0)),
     ("mua?tokens=none,ratio=2", MuA(tokens=None, ratio=2.0)),
     ("mua?family=spectral", MuA(family="spectral")),
+    ("power?to_full=True", Power(to_full=True)),
+    ("power?to_full=false", Power(to_full=False)),
     ("loraplus?ratio=4", LoRAPlus(4.0)),
     ("power?exponent=-1,law=constant", Power(exponent=-1.0, law=Constant())),
     (
@@ -46,6 +48,11 @@ def test_a_law_is_named_by_text(text, law, own_module):
     """A registered name or package.module:Class, with parameters after "?"."""
     assert get_law(text) == law
     assert get_law(law) is law
+
+
+def test_a_law_that_is_no_dataclass_is_named_too(own_module):
+    """It has no parameters, so its text is its name alone."""
+    assert get_law("test_law_module:Bare").name == "bare"
 
 
 BAD_TEXTS = [
