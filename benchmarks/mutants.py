@@ -67,7 +67,7 @@ ROOMS = {
     "laws": (0.90, ["laws", "test_optimizers_table.py", "testing"]),
     "fitting": (0.85, ["fitting", "sweeps"]),
     "optimizer": (0.90, ["optimizer"]),
-    "recipe": (0.85, ["recipe"]),
+    "recipe": (0.85, ["recipe", "optimizer/test_recipes.py"]),
 }
 """The bar and the tests of each package."""
 
