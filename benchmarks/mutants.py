@@ -541,12 +541,17 @@ def write(
 
 
 def short(row: dict[str, Any]) -> str:
-    """A change in a table's cell: what differs, and a few signs around it."""
+    """A change in a table's cell: what differs, and the words around it."""
     old, new = (" ".join(row[each].split()) for each in ("before", "after"))
-    start = max(0, alike(old, new) - _AROUND)
-    end = max(0, alike(old[start:][::-1], new[start:][::-1]) - _AROUND)
+    start = left_out(old, new)
+    end = left_out(old[start:][::-1], new[start:][::-1])
     texts = (text[start : len(text) - end].replace("|", "\\|") for text in (old, new))
     return " becomes ".join(f"`{text}`" for text in texts)
+
+
+def left_out(first: str, second: str) -> int:
+    """How many signs that two texts begin with, whole words, are far from a difference."""
+    return first.rfind(" ", 0, max(0, alike(first, second) - _AROUND)) + 1
 
 
 def alike(first: Sequence[str], second: Sequence[str]) -> int:
