@@ -128,7 +128,10 @@ _ROWS |= {
     "grokfastadamw pytorch_optimizer.apollo ranger21 rangerqh rangerva rose": Known(
         "sign-like"
     ),
-    "sm3 spam stableadamw stablespam vsgd sinksgd": Known("sign-like"),
+    "kron sara shampoo sinksgd sm3 spam spectralsphere stableadamw stablespam vsgd": Known(
+        "sign-like"
+    ),
+    "fromage": Known("relative-scale"),
     "adai msvag pnm srmm tam torch_optimizer.apollo apollodqn": Known("gradient-like"),
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}

@@ -34,7 +34,8 @@ def attach(
     The optimizer is made when the trainer has wrapped its model. Weight decay, and rate, betas and
     epsilon if they were set, come from the trainer's arguments unless they are given here. Norms
     and biases get no weight decay, as in Trainer. Every group's rate is logged, and the report is
-    printed once. `trainer.optimizer.report()` works with accelerate's wrapper too.
+    printed once. `trainer.optimizer.report()` works with accelerate's wrapper too. The base rate is
+    written into the arguments, which are saved with the run.
 
     Args:
         trainer: transformers' `Trainer` or a subclass.
@@ -54,14 +55,14 @@ def attach(
     else:
         native = get_optimizer_class(optimizer)
     check_rate("attach", trainer.args, settings)
-    prints = trainer.is_world_process_zero()
+    prints, saved = trainer.is_world_process_zero(), trainer.args
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
         opt = RankAwareOptimizer(params, native, **arguments)
         if prints and isinstance(opt, RankAwareOptimizer):
-            print(
-                opt.report(), flush=True
-            )  # before a warm-up has set the rates to zero
+            # before a warm-up has set the rates to zero
+            print(opt.report(), flush=True)
+        saved.learning_rate = float(opt.defaults["lr"])
         return opt
 
     factory = TrainerFactory(make, native, settings, trainer.args, _ModelOf(trainer))

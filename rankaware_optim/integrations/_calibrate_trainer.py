@@ -13,7 +13,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -51,7 +51,8 @@ def calibrate_trainer(
     epsilon come from its arguments unless `settings` has them. Its scheduler, clipping,
     accumulation and callbacks are used. The schedule spans `max_steps` if it is set, else the
     trial's steps. Checkpoints and pushes to the hub are disabled. Your arguments object is not
-    changed.
+    changed. The recipe's batch, in examples, and its warm-up are those of the arguments, unless
+    `batch` and `warmup` are given.
 
     For Lightning, `make_trainer` returns (trainer, module, and the arguments of `fit` after the
     module: loaders or a datamodule). The module's `configure_optimizers` gets its optimizer from
@@ -92,16 +93,22 @@ def calibrate_trainer(
 
     native = get_optimizer_class(optimizer)
 
+    horizon: dict[str, Any] = {}  # of the trainer's arguments
+
     @wraps(make_trainer)
     def pushed(trial: Trial) -> Pushed:
-        return Pushed(
-            lambda report: _run(
-                make_trainer, TrainerRun(trial, native, settings or {}, score, report)
-            )
-        )
+        def run(report: Callable[[Any], bool]) -> Any:
+            of_trial = TrainerRun(trial, native, settings or {}, score, report, horizon)
+            return _run(make_trainer, of_trial)
+
+        return Pushed(run)
 
     with seeded(0), _surroundings():
-        return calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)
+        recipe = calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)
+    for name, value in horizon.items():
+        if options.get(name) is None:
+            recipe = replace(recipe, **{name: value})
+    return replace(recipe, reference=replace(recipe.reference, batch=recipe.batch))
 
 
 def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
@@ -158,7 +165,8 @@ class TrainerRun:
     """The trial, the optimizer's class and settings, the score, and the loss of the current step.
 
     metric: the name of an evaluation metric, a function of the trainer, or None for the mean of the
-    last losses. report: gets a step's loss and returns whether the run must end.
+    last losses. report: gets a step's loss and returns whether the run must end. horizon: is given
+    the batch and the warm-up's share of the arguments.
     """
 
     trial: Trial
@@ -166,6 +174,7 @@ class TrainerRun:
     settings: Mapping[str, Any]
     metric: str | Callable[[Any], Any] | None
     report: Callable[[Any], bool]
+    horizon: dict[str, Any]
     steps_taken: int = 0
     _loss: Any = 0.0
 
@@ -221,6 +230,9 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
         )
     trainer.args = args = copy.copy(trainer.args)
     args.max_steps = run.steps_of(args.max_steps if args.max_steps > 0 else None)
+    batches = args.gradient_accumulation_steps * args.world_size
+    run.horizon["batch"] = args.train_batch_size * batches
+    run.horizon["warmup"] = args.get_warmup_steps(args.max_steps) / args.max_steps
     args.seed = run.trial.seed % 2**32
     args.save_strategy = type(args.save_strategy)("no")
     args.load_best_model_at_end = args.push_to_hub = False

@@ -66,9 +66,21 @@ _L2 = (
 _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for native optimizers"
 
 
-def model_of(params: Any, model: nn.Module | None) -> nn.Module:
+class Models(nn.ModuleList):
+    """Several models that one optimizer trains. A name begins with the number of its model."""
+
+
+def together(model: Any) -> Any:
+    """Return several models as one; anything else as it is."""
+    listed = isinstance(model, (list, tuple)) and len(model) > 0
+    if listed and all(isinstance(each, nn.Module) for each in model):
+        return Models(model)
+    return model
+
+
+def model_of(params: Any, model: Any) -> nn.Module:
     """Return the model that holds the adapters: `model`, by default `params`."""
-    holder = params if model is None else model
+    holder = params if model is None else together(model)
     is_trainer = hasattr(holder, "args") or hasattr(holder, "train")
     if hasattr(holder, "model") and is_trainer and not isinstance(holder, nn.Module):
         raise OptimizerError(
@@ -175,6 +187,28 @@ def user_groups(
             "Give the model that these parameters belong to as model=.",
         )
     return groups
+
+
+def refuse_outside(
+    groups: Iterable[UserGroup], walked: Walk, options: PlanOptions, built: bool = False
+) -> None:
+    """Raise for a listed parameter that no model given holds, unless a rate is given for it.
+
+    It may be an adapter's, whose rank would move nothing. built: whether the groups are those of a
+    built optimizer, all of which have a rate.
+    """
+    held = {p for _, p in walked.parameters}
+    for group in groups:
+        if options.other_lr is not None or ("lr" in group.options and not built):
+            continue
+        for name, param in group.named:
+            if param not in held and options.rate_of(name) is None:
+                raise OptimizerError(
+                    f"The parameter {name} of shape {tuple(param.shape)} belongs to no model given,"
+                    " so its rank is unknown and its rate would not move.",
+                    "Give all models, as model=[unet, text_encoder], or a rate for it: lr in its"
+                    " group, or other_lr=.",
+                )
 
 
 def _as_dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
@@ -397,7 +431,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     params: Any,
     *,
     lr: float | Rate,
-    model: nn.Module | None = None,
+    model: nn.Module | Sequence[nn.Module] | None = None,
     law: str | Law = DEFAULT_LAW,
     tuned_at: ReferenceLike | None = None,
     optimizer_class: type | None = None,
@@ -420,7 +454,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     Args:
         params: a model (its trainable parameters), or parameters or groups with `model=`.
         lr: the base rate, per step, tuned at `tuned_at`.
-        model: the model that holds the adapters, if it is not `params`.
+        model: as for `RankAwareOptimizer`.
         law: a law or its name.
         tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
         optimizer_class: the optimizer that gets the groups. It decides the form of the law.
@@ -448,6 +482,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
     [('A', 0.00206), ('B', 0.00206)]
     """
+    params = together(params)
     model = model_of(params, model)
     check_lr(lr)
     reference = None if tuned_at is None else as_reference(tuned_at)
@@ -457,6 +492,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     listed = user_groups(params, model, walked)
+    refuse_outside(listed, walked, options)
     each = [group.options for group in listed]
     plan = make_plan(survey, options, optimizer_class, settings, groups=each)
     groups = []

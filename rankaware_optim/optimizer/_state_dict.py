@@ -130,6 +130,7 @@ def fit_checkpoint(
                     " on_rank_change='reset'.",
                 )
     _warn_of_changes(param_groups, groups, changed_law)
+    _warn_of_schedulers(param_groups, groups)
     return {**state_dict, "state": new_state, "param_groups": new_groups}, tuple(reset)
 
 
@@ -452,6 +453,19 @@ def _law_differs(merged: Group, theirs: Group) -> bool:
     ours = merged["rank_multiplier"]
     ratio = theirs.get("rank_multiplier", ours) / ours
     return merged["pinned_lr"] is None and bool(abs(ratio - 1.0) > 1e-9)
+
+
+def _warn_of_schedulers(ours: Groups, theirs: Groups) -> None:
+    """Warn if a scheduler was in use and the number of groups was another, for then its own state
+    has lists of another length.
+    """
+    if len(ours) != len(theirs) and any("initial_lr" in group for group in theirs):
+        warn(
+            f"The checkpoint has {len(theirs)} parameter groups, this optimizer has {len(ours)}, so"
+            " a scheduler's state from there does not fit. Before you load it, let its lists have a"
+            ' value for each group here: state["base_lrs"] = opt.expand(state["base_lrs"]), and'
+            " _last_lr and lr_lambdas likewise."
+        )
 
 
 def _warn_of_changes(ours: Groups, theirs: Groups, changed_law: bool) -> None:

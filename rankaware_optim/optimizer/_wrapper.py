@@ -32,6 +32,7 @@ from ..laws import Law, law_words
 from ..recipe import Recipe
 from ._param_groups import (
     Group,
+    Models,
     Native,
     UserGroup,
     at_base_rate,
@@ -40,9 +41,11 @@ from ._param_groups import (
     multiply_for_native,
     params_in,
     rated,
+    refuse_outside,
     set_rate,
     shrinks_by_decay,
     split,
+    together,
     user_groups,
 )
 from ._plan import Plan, PlanOptions, Settings, make_plan
@@ -123,8 +126,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         params: a model (its trainable parameters), parameters or groups with `model=`, or a built
             optimizer.
         optimizer: a torch optimizer class, or its name, such as "adamw" or "torch_optimizer:Lamb".
-        model: the model that holds the adapters, if it is not `params`. Only a weak reference is
-            kept.
+        model: the model that holds the adapters, if it is not `params`, or a list of several, as
+            [unet, text_encoder]. Only weak references are kept.
         lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default.
         tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as
             "r=16,alpha=32", a dict such as {"r": 16, "lora_alpha": 32}, an adapter's folder or
@@ -183,7 +186,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         params: Any,
         optimizer: type[Optimizer] | str | None = None,
         *,
-        model: nn.Module | None = None,
+        model: nn.Module | Sequence[nn.Module] | None = None,
         lr: float | Rate | torch.Tensor | None = None,
         tuned_at: ReferenceLike | None = None,
         law: str | Law | None = None,
@@ -204,6 +207,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         **settings: Any,
     ) -> RankAwareOptimizer:
         built = params if isinstance(params, Optimizer) else None
+        params = together(params)
         model = model_of(params, model)
         native = native_class(built, optimizer, lr, settings)
         refuse_inside_zero()
@@ -221,6 +225,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             listed, in_force = built.param_groups, built.defaults
         walked = walk(model)
         groups = user_groups(listed, model, walked)
+        refuse_outside(groups, walked, options, built=built is not None)
         survey = survey_of(walked, method=method, init=init, also=_frozen(groups))
         trained = _trained(survey, walked)
         lr = plain_lr(lr) if loaded is None else loaded.base_lr(trained)
@@ -510,11 +515,24 @@ def _as_native(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
 def _attached(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
     """Return the optimizer with its state, and remember it among those alive."""
     opt._rankaware = wrap
-    opt._rankaware_model = weakref.ref(model)
+    opt._rankaware_model = _weakly(model)
     roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
     opt._rankaware_watched = roles.index(True) if any(roles) else 0
     _LIVE.add(opt)
     return opt
+
+
+def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
+    """Return what gives the model back while it lives, and several only while all of them do."""
+    if not isinstance(model, Models):
+        return weakref.ref(model)
+    references = list(map(weakref.ref, model))
+
+    def again() -> nn.Module | None:
+        models = [reference() for reference in references]
+        return None if None in models else together(models)
+
+    return again
 
 
 def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:

@@ -230,3 +230,73 @@ def test_a_recipe_of_adamw_is_at_home_with_its_fused_forms(name):
         warnings.simplefilter("always")
         RankAwareOptimizer(model, kind, recipe=recipe)
     assert not [w for w in caught if "was made with optimizer" in str(w.message)]
+
+
+# --- several models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["models", "parameters", "instance"])
+def test_each_of_several_models_moves_by_its_ranks(form):
+    """Factors of a second model move by their own rank when both models are given, in every form."""
+    unet, encoder = kept_alpha(4, 16), kept_alpha(64)
+    both = [unet, encoder]
+    params = [p for model in both for p in model.parameters() if p.requires_grad]
+    given = {"lr": LR, "tuned_at": AT_16}
+    if form == "models":
+        opt = RankAwareOptimizer(both, torch.optim.SGD, law="mua", **given)
+    elif form == "parameters":
+        opt = RankAwareOptimizer(params, named("Adam"), model=both, **given)
+    else:
+        built = named("Adam")(params, lr=LR)
+        opt = RankAwareOptimizer(built, model=both, tuned_at=AT_16)
+    if form == "models":
+        return _check_names(opt)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    by_id = {
+        id(p): float((b - p.detach()).flatten()[0])
+        for p, b in zip(params, before, strict=True)
+    }
+    expected = {
+        unet.layer0.lora_A: law_of("sign-like", 4),
+        unet.layer1.lora_B: 1.0,
+        encoder.layer0.lora_A: law_of("sign-like", 64),
+    }
+    for param, multiplier in expected.items():
+        assert by_id[id(param)] == pytest.approx(LR * multiplier, rel=1e-4)
+    _check_names(opt)
+
+
+def _check_names(opt):
+    """Names begin with the number of the model, a state loads by them, and a gone model is noticed."""
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    assert {name.partition(".")[0] for name in names} == {"0", "1"}
+    opt.load_state_dict(opt.state_dict())
+
+
+def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given():
+    """A text encoder's factors beside a U-Net's are refused where model= names the U-Net alone."""
+    unet, encoder = kept_alpha(4), kept_alpha(64)
+    params = [
+        p for model in (unet, encoder) for p in model.parameters() if p.requires_grad
+    ]
+    built = torch.optim.AdamW(params, lr=LR)
+    with pytest.raises(ra.OptimizerError, match=r"belongs to no model given"):
+        RankAwareOptimizer(built, model=unet, tuned_at=AT_16)
+    assert type(built) is torch.optim.AdamW
+    assert len(built.param_groups) == 1
+
+
+# --- a scheduler's state --------------------------------------------------------------------------------------------
+
+
+def test_our_own_checkpoint_with_a_scheduler_says_nothing():
+    """A checkpoint of the same optimizer fits its scheduler, and nothing is said."""
+    model = kept_alpha(4, 64)
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR, tuned_at=AT_16)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(opt.state_dict())

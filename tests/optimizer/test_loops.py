@@ -561,10 +561,15 @@ def test_parameters_of_other_networks_keep_their_own_state():
         groups = [
             {"params": list(trained(model).items())},
             {"params": list(critic.named_parameters())},
-            *({"params": [p]} for p in strangers),
+            *({"params": [p], "lr": LR} for p in strangers),
         ]
         return RankAwareOptimizer(
-            groups, torch.optim.SGD, model=model, lr=LR, momentum=0.9, **LAW
+            groups,
+            torch.optim.SGD,
+            model=[model, critic],
+            lr=LR,
+            momentum=0.9,
+            **LAW,
         )
 
     opt = build()

@@ -338,13 +338,24 @@ def test_parameters_without_a_model_are_refused():
         rank_aware_param_groups(mlp().parameters(), lr=LR)
 
 
-def test_strangers_beside_the_models_parameters_are_other():
-    """A parameter that is not the model's, such as a loss's own, is other and keeps the base rate."""
+RATES_OF_A_STRANGER = [
+    ({}, {"other_lr": 2e-3}, 2e-3),
+    ({"lr": 4e-3}, {}, 4e-3),
+]
+
+
+@pytest.mark.parametrize(("own", "given", "rate"), RATES_OF_A_STRANGER)
+def test_a_parameter_outside_the_model_needs_a_rate(own, given, rate):
+    """A parameter that is not the model's, such as a loss's own, has the rate given for it, and is refused without."""
     model, stranger = mlp(), nn.Parameter(torch.ones(()))
-    groups = rank_aware_param_groups(
-        [*_trained(model), stranger], model=model, lr=LR, tuned_at=AT_16
-    )
-    assert [g["lr"] for g in groups for _, p in g["params"] if p is stranger] == [LR]
+    groups = [{"params": _trained(model)}, {"params": [stranger], **own}]
+    options = {"model": model, "lr": LR, "tuned_at": AT_16}
+    made = rank_aware_param_groups(groups, **options, **given)
+    rates = [g["lr"] for g in made for _, p in g["params"] if p is stranger]
+    assert rates == pytest.approx([rate])
+    without = [{"params": _trained(model)}, {"params": [stranger]}]
+    with pytest.raises(OptimizerError, match=r"belongs to no model given.*model=\["):
+        rank_aware_param_groups(without, **options)
 
 
 # --- inits, embeddings, widths --------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ SURE = [
         "not moved",
     ),
     (
-        "torch_optimizer:Shampoo",
+        "torch_optimizer:NovoGrad",
         {"tuned_at": AT_16},
         "A",
         "a guess, as for sign-like optimizers",

@@ -246,14 +246,17 @@ def test_there_and_back_changes_no_bit():
 
 @each_schedule
 def test_a_plain_runs_scheduler_goes_on(schedule):
-    """A plain run's state loads as it is, and its scheduler's by `expand`. Every rate is the plain one × the law's."""
+    """A plain run's state loads as it is, and its scheduler's by `expand`, as a warning says. Rates are plain × law's."""
     model = mlp((4, 8))
     native = torch.optim.AdamW(trainable(model), lr=LR)
     plain = schedule(native)
     step(model, native, plain, 4)
     opt = ours(model)
     mine = schedule(opt)
-    opt.load_state_dict(saved(native.state_dict()))
+    with pytest.warns(
+        RankAwareWarning, match=r"= opt\.expand\(state\[\"base_lrs\"\]\)"
+    ):
+        opt.load_state_dict(saved(native.state_dict()))
     state = plain.state_dict()
     for part in (state, *state.get("_schedulers", ())):
         for key in {"base_lrs", "_last_lr", "lr_lambdas"} & part.keys():

@@ -1136,7 +1136,10 @@ def test_a_later_group_may_lie_outside_the_model(form):
         "other",
         LR,
     )
-    groups = [{"params": trained(model)}, {"params": list(early.parameters())}]
+    groups = [
+        {"params": trained(model)},
+        {"params": list(early.parameters()), "lr": LR},
+    ]
     built = RankAwareOptimizer(
         groups, torch.optim.AdamW, model=model, lr=LR, tuned_at=AT_16
     )

@@ -340,6 +340,18 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, prepare, sent
         prepare(trainer)
 
 
+@pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
+@pytest.mark.parametrize("lr", [2e-4, RECIPE], ids=["lr", "recipe"])
+def test_the_base_rate_is_written_into_the_arguments(tmp_path, lr):
+    """The arguments, which are saved with the run, hold the rate that trained, of lr= or of a recipe."""
+    given = {"lr": lr} if isinstance(lr, float) else {"recipe": lr, "other_lr": 1e-3}
+    trainer = run_with(
+        tmp_path, lambda trainer: attach(trainer, AdamW, **given), learning_rate=5e-4
+    )
+    assert trainer.args.learning_rate == trainer.optimizer.optimizer.defaults["lr"]
+    assert trainer.args.learning_rate != 5e-4
+
+
 def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
     """Where the rate came from the arguments, a search's trial at their default trains at it too."""
     seen = []
@@ -476,9 +488,9 @@ def test_a_plain_runs_checkpoint_is_resumed(tmp_path):
     )
     attach(again, AdamW, lr=LR)
     opt = again.create_optimizer()
-    opt.load_state_dict(
-        torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
-    )
+    state = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    with pytest.warns(ra.RankAwareWarning, match="opt.expand"):
+        opt.load_state_dict(state)
     old = {
         n: first.optimizer.state[p]["exp_avg"]
         for n, p in first.model.named_parameters()

@@ -125,6 +125,15 @@ def test_transformers_values_are_those_that_it_logs(tmp_path, own):
     assert recipe.ranks == (2, 4)
 
 
+@pytest.mark.parametrize("given", [{}, {"batch": 99.0, "warmup": 0.5}])
+def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
+    """The recipe's batch and warm-up are those of the trainer's arguments, unless they are given."""
+    own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    recipe = calibrate(maker(tmp_path, warmup_steps=3, **own), **given)
+    assert recipe.batch == recipe.reference.batch == given.get("batch", 4)
+    assert recipe.warmup == given.get("warmup", 3 / STEPS)
+
+
 def test_full_finetuning_through_transformers(tmp_path):
     """Where trial.rank is None, make_trainer builds the whole model."""
     assert calibrate(maker(tmp_path), ranks=(2, None), trials=2).full_seen
