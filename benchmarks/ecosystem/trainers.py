@@ -153,6 +153,38 @@ TOOLS = (
         (),
         "modules/util/enum/Optimizer.py at 04015e82 lists the optimizers there are",
     ),
+    Tool(
+        "LLaMA-Factory",
+        "",
+        "YAML printed by `rankaware convert --as llamafactory`",
+        "",
+        (),
+        "src/llamafactory/hparams/finetuning_args.py at ff6d4d12 names the arguments",
+    ),
+    Tool(
+        "verl",
+        "",
+        "arguments printed by `rankaware convert --as verl`",
+        "",
+        (),
+        "docs/advance/ppo_lora.rst at b178a3cd names the arguments",
+    ),
+    Tool(
+        "ai-toolkit",
+        "",
+        "YAML printed by `rankaware convert --as ai-toolkit`",
+        "",
+        (),
+        "toolkit/lora_special.py at 27a03a91 sets alpha = rank for transformers",
+    ),
+    Tool(
+        "mlx-lm",
+        "",
+        "YAML printed by `rankaware convert --as mlx`",
+        "",
+        (),
+        "mlx_lm/tuner/lora.py at d78bf58e multiplies by scale",
+    ),
 )
 NOTES = (
     "A row is of the tests that its tool's environment ran, on a CPU, at the commit and date named: real trainings "

@@ -37,16 +37,27 @@ class Tool:
     """A trainer's lines, with the names of `_lines`'s values in braces.
 
     setting: how a setting of its plug-in is written. between: what separates two of them. rslora:
-    what says rsLoRA.
+    what says rsLoRA. at_rank: what trains at alpha = rank, whatever alpha is.
     """
 
     lines: str
     setting: str = ""
     between: str = " "
     rslora: str = ""
+    at_rank: str = ""
 
 
 TOOLS = {
+    "ai-toolkit": Tool(
+        """\
+{other_alpha}network:
+  type: lora
+  linear: {rank}
+  linear_alpha: {alpha_over_rank}
+train:
+  lr: {converted}""",
+        at_rank="Transformers such as FLUX",
+    ),
     "automodel": Tool("""\
 # Automodel's scheduler applies the multipliers, so keep an lr_scheduler: section.
 peft:
@@ -69,7 +80,10 @@ rankaware: {{{settings}}}""",
         ", ",
         "peft_use_rslora: true\n",
     ),
-    "diffusers": Tool("{other_alpha}--rank {rank} --learning_rate {converted}"),
+    "diffusers": Tool(
+        "{other_alpha}--rank {rank} --learning_rate {converted}",
+        at_rank="These scripts",
+    ),
     "kohya": Tool(
         """\
 --network_dim {rank} --network_alpha {alpha_over_rank} \\
@@ -78,6 +92,21 @@ rankaware: {{{settings}}}""",
 --network_args {settings}""",
         '"rankaware_{name}={text}"',
     ),
+    "llamafactory": Tool(
+        """\
+finetuning_type: lora
+lora_rank: {rank}
+lora_alpha: {alpha}
+{rslora}learning_rate: {converted}""",
+        rslora="use_rslora: true\n",
+    ),
+    "mlx": Tool("""\
+fine_tune_type: lora
+learning_rate: {converted}
+lora_parameters:  # all three are required; scale multiplies, it is no alpha
+  rank: {rank}
+  scale: {scaling}
+  dropout: 0.0"""),
     "onetrainer": Tool("""\
 LoRA rank: {rank}
 LoRA alpha: {alpha_over_rank}
@@ -101,6 +130,16 @@ rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={lr},
         ", ",
         ", use_rslora=True",
     ),
+    "unsloth": Tool(
+        """\
+model = FastLanguageModel.get_peft_model(model, r={rank}, lora_alpha={alpha}{rslora})
+args = SFTConfig(learning_rate={converted})""",
+        rslora=", use_rslora=True",
+    ),
+    "verl": Tool("""\
+actor_rollout_ref.model.lora_rank={rank} \\
+actor_rollout_ref.model.lora_alpha={alpha_over_rank} \\
+actor_rollout_ref.actor.optim.lr={converted}"""),
 }
 
 
@@ -123,7 +162,7 @@ def _lines(
             "Leave --as out to print the rate.",
         )
     other_alpha = (
-        "# These scripts train at alpha = rank: convert --to"
+        f"# {tool.at_rank} train at alpha = rank: convert --to"
         f" r={at.rank},alpha={at.rank}.\n"
     )
     rates = f"{to.lr:.3g}"
@@ -137,6 +176,7 @@ def _lines(
         alpha=f"{at.alpha:g}",
         # of a tool that divides it by the rank, also for rsLoRA
         alpha_over_rank=f"{at.scaling * (at.rank or 1):g}",
+        scaling=f"{at.scaling:g}",
         rslora=tool.rslora if at.rslora else "",
         other_alpha="" if at.scaling == 1.0 else other_alpha,
         lr=f"{lr:g}",
@@ -192,13 +232,15 @@ def as_words(reference: Reference) -> str:
     "--from from_",
     str,
     "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an"
-    " adapter.",
+    " adapter. PEFT's names are read too: r=16,lora_alpha=32,use_rslora=True.",
     required=True,
 )
 @option(
     "--to",
     str,
-    "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha.",
+    "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha. The width"
+    " fan_in is the mean fan-in for LoRA and the largest for full finetuning (from Init[B] the"
+    " mean). One that only --from or --to has is used for both.",
     required=True,
 )
 @law_option("Law that moves the rate.", DEFAULT_LAW)

@@ -109,8 +109,9 @@ def convert_lr(
             such as {"r": 16, "lora_alpha": 32}, an adapter's folder or file, or a LoraConfig.
         to: the other configuration. A text or dict without alpha, such as "r=64", keeps the
             alpha of `from_`. A width that only one of the two has is used for both. If neither has
-            one, the limit of a large width is used. If both have a batch, the rate moves by the
-            law's rule for the batch.
+            one, the limit of a large width is used. The optimizer uses `Survey.width` for LoRA, the
+            mean fan-in, and `Survey.full_width` for full finetuning, the largest one (from Init[B]
+            the mean). If both have a batch, the rate moves by the law's rule for the batch.
         law: a law or its name. For an optimizer other than Adam and its variants, give
             Falling().bind(optimizer_class, settings).
 
@@ -308,6 +309,14 @@ class _Move:
         if self.changes:
             words = " and ".join(_WORDS[name] for name in self.changes)
             yield f"With another {words} the rates follow the law {self.law.name!r}."
+            if "method" in self.changes:
+                widths = {at.method: at.fan_in for at in (self.origin, self.target)}
+                of_full = "mean" if self.origin.init == "B" else "largest"
+                yield (
+                    f"The width is the mean fan-in for LoRA, {widths['lora']:g}, and the {of_full}"
+                    f" for full finetuning, {widths['full']:g}, as the optimizer reads them off a"
+                    " model: give each its fan_in= where they differ."
+                )
         elif self.ratio == 1.0:
             if self.same_batch:
                 yield "Both configurations train equally, so the rates do not change."

@@ -136,6 +136,38 @@ def test_numbers_to_type_are_the_conversions():
     assert "These scripts" not in printed("diffusers", to="r=64,alpha=64,fan_in=512")
 
 
+PASTED = {
+    "ai-toolkit": "network:\n  type: lora\n  linear: 64\n  linear_alpha: 128\ntrain:\n  lr: {}\n",
+    "llamafactory": "finetuning_type: lora\nlora_rank: 64\nlora_alpha: 16\nuse_rslora: true\nlearning_rate: {}\n",
+    "mlx": "fine_tune_type: lora\nlearning_rate: {}\nlora_parameters:  # all three are required; scale multiplies,"
+    " it is no alpha\n  rank: 64\n  scale: 2\n  dropout: 0.0\n",
+    "unsloth": "model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=16, use_rslora=True)\n"
+    "args = SFTConfig(learning_rate={})\n",
+    "verl": "actor_rollout_ref.model.lora_rank=64 \\\nactor_rollout_ref.model.lora_alpha=128 \\\n"
+    "actor_rollout_ref.actor.optim.lr={}\n",
+}
+
+
+@pytest.mark.parametrize("tool", PASTED)
+def test_what_is_pasted_has_the_tools_names(tool):
+    """A tool without a plug-in gets the converted rate under its own names; rsLoRA's word, if it has one, or alpha for it."""
+    wanted = f"{ra.convert_lr(2e-4, from_=FROM, to=TO).lr:.4g}"
+    assert printed(tool).endswith(f"\n{PASTED[tool].format(wanted)}")
+    plain = printed(tool, to="r=64,alpha=32,fan_in=512")
+    assert "rslora" not in re.sub(r"#.*", "", plain)
+    multiplier = r"\bscale: 0\.5$" if tool == "mlx" else r"alpha\W+32\b"
+    assert re.search(multiplier, plain, re.MULTILINE)
+
+
+def test_ai_toolkit_is_said_to_ignore_alpha_for_transformers():
+    """ai-toolkit trains transformers at alpha = rank, so another alpha has a sentence, and alpha = rank has none."""
+    words = (
+        "# Transformers such as FLUX train at alpha = rank: convert --to r=64,alpha=64."
+    )
+    assert words in printed("ai-toolkit")
+    assert "Transformers" not in printed("ai-toolkit", to="r=64,alpha=64,fan_in=512")
+
+
 def test_the_file_of_ms_swift_is_there():
     """The path printed for ms-swift is a file."""
     assert Path(

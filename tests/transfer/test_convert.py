@@ -521,6 +521,27 @@ def test_words_that_make_no_reference_are_refused(text, message):
         parse_reference(text)
 
 
+@pytest.mark.parametrize(("init", "of_full"), [("A", "largest"), ("B", "mean")])
+def test_typed_widths_give_the_optimizers_number(init, of_full):
+    """To full finetuning, the mean fan-in typed for LoRA and the full width give the optimizer's rate, in words too."""
+    shapes = ((16, 64), (64, 16), (16, 16))
+    model = torch.nn.Sequential(*(torch.nn.Linear(*shape) for shape in shapes))
+    survey = inspect_model(model, method="full")
+    width = {"largest": 64.0, "mean": survey.width}[of_full]
+    assert survey.width < 64.0
+    at = Reference(16, 32, init=init)
+    opt = RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at=at, method="full")
+    from_ = replace(at, fan_in=survey.width)
+    converted = convert_lr(1e-3, from_=from_, to=Reference(method="full", fan_in=width))
+    for group in opt.param_groups:
+        assert effective_lr(group) == pytest.approx(converted.lr)
+    (words,) = [note for note in converted.notes if note.startswith("The width")]
+    assert (
+        f"LoRA, {survey.width:g}, and the {of_full} for full finetuning, {width:g},"
+        in words
+    )
+
+
 R16, R8B = "r=16,alpha=16", "r=8,alpha=8,init=B"
 REFUSED = [
     (
