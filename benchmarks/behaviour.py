@@ -88,9 +88,8 @@ def laws(family: str) -> Cases:
         words = ", ".join(
             [name, *(f"{key}={value}" for key, value in settings.items())]
         )
-        kind = type(
-            name, (torch.optim.Optimizer,), {}
-        )  # of a base that no family knows
+        # of a base that no family knows
+        kind = type(name, (torch.optim.Optimizer,), {})
         for text in LAWS if family == "adam" else DEFAULTS:
             law = tried(partial(bound_law, get_law(text), kind, settings))
             if isinstance(law, str):

@@ -27,10 +27,11 @@ Cases = Mapping[str, Sequence[Value]]
 
 FILE = Path(__file__).with_suffix(".json")
 RESULTS = Path(__file__).parent / "results"
+# digits kept, and the relative difference that another machine's rounding may make
 DIGITS, TOLERANCE = (
     10,
     1e-6,
-)  # digits kept, and the relative difference that another machine's rounding may make
+)
 
 
 def stored() -> dict[str, Cases]:

@@ -10,9 +10,8 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as shells start what runs in the background
+# as shells start what runs in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -17,11 +17,12 @@ import rankaware_optim
 
 from .helpers.examples import README, readme_blocks
 
+# of a tool that only its own environment has
 APART = (
     "__main__",
     "integrations.axolotl",
     "rankaware_swift",
-)  # of a tool that only its own environment has
+)
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.")

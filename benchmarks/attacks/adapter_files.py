@@ -341,9 +341,8 @@ def harm_header(made: Made, at: int, value: Any) -> None:
             value if at // 11 % 2 else [value, nth(DIMS, at // 13)]
         )
     elif isinstance(entry, dict) and at // 11 % 2:
-        made.header[name] = [
-            *entry.values()
-        ]  # some readers take the fields in this order
+        # some readers take the fields in this order
+        made.header[name] = [*entry.values()]
     else:
         made.header[name] = value
     start = 8 + int.from_bytes(made.file[:8], "little")

@@ -172,9 +172,8 @@ def in_process(attack: Attack, seed: int, size: int) -> dict[str, Any]:
 
 def run_piece(attack: Attack, seed: int, size: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    memory = Path(
-        "/dev/shm"
-    )  # SIGKILL does not lose the page cache, so a file system in memory is as good
+    # SIGKILL does not lose the page cache, so a file system in memory is as good
+    memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(
         prefix="attack-", dir=memory if memory.is_dir() else None
     ) as folder:

@@ -27,11 +27,12 @@ How = Callable[[int, Callable[[], object]], None]
 Run = Callable[[int, int, Path], Outcomes]
 README = "# My adapter\n\nHand-written.\n"
 EVERY = 500  # more than a study has calls
+# small, as it is run for every call
 STUDY: dict[str, Any] = {
     "trials": 2,
     "steps": 2,
     "pause": 0.0,
-}  # small, as it is run for every call
+}
 
 
 # --- saves ----------------------------------------------------------------------------------------------------------

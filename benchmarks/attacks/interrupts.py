@@ -30,9 +30,8 @@ def run_on(url: str) -> Any:
         torch.set_num_threads(1)
         chance, outcomes = random.Random(seed), Outcomes()
         began = time.perf_counter()
-        calibration(
-            storage_in(folder, url), name="straight"
-        )  # also imports modules, which Ctrl-C must not interrupt
+        # also imports modules, which Ctrl-C must not interrupt
+        calibration(storage_in(folder, url), name="straight")
         calibration(storage_in(folder, url), name="again")
         seconds = (time.perf_counter() - began) / 2
         handles, limit = open_files(), 10 * seconds
@@ -75,9 +74,8 @@ def interrupted(folder: Path, url: str, name: str, delay: float, limit: float) -
         pass
     if optuna.logging.get_verbosity() != verbosity:
         raise AssertionError("Optuna's verbosity was left changed")
-    signal.alarm(
-        int(limit) + 1
-    )  # ends the process, and fails its piece, if the call does not return
+    # ends the process, and fails its piece, if the call does not return
+    signal.alarm(int(limit) + 1)
     recipe = calibration(storage, name=name)
     signal.alarm(0)
     trials = Trials.read(trials_of(storage, name))

@@ -29,10 +29,11 @@ import rankaware_optim
 
 RESTS_ON = ()  # outcomes: made again at a release
 PACKAGE = Path(rankaware_optim.__file__).parent
+# a run may take so many times the control's time, and at least so many seconds
 SLOWER, AT_LEAST_S = (
     5.0,
     60.0,
-)  # a run may take so many times the control's time, and at least so many seconds
+)
 
 
 class Bug(NamedTuple):

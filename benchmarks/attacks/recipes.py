@@ -192,9 +192,8 @@ def use(path: Path, page: bool, foreign: bool) -> None:
         {"method": "full"},
         {"rank": 16, "steps": 1000},
     ]:
-        with suppress(
-            ra.RecipeError, ra.InvalidReferenceError
-        ):  # a recipe of full finetuning has no other rank
+        # a recipe of full finetuning has no other rank
+        with suppress(ra.RecipeError, ra.InvalidReferenceError):
             rates.append(recipe.at(**target))
     for rate in rates:
         if not (0 < rate.lr < math.inf and 0 <= rate.low <= rate.high):

@@ -118,10 +118,11 @@ def a_journal(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 WRITERS = (replaced_recipe, a_journal)
+# not given to writers: with a bug, and run by root, these would replace the machine's own
 DEVICES = (
     endless,
     nothing,
-)  # not given to writers: with a bug, and run by root, these would replace the machine's own
+)
 READERS = (
     a_recipe,
     replaced_recipe,

@@ -69,9 +69,8 @@ def prepare() -> None:
     """Let a worker count as dead after half a second without a sign of life, and quieten what is not looked at."""
     _liveness._BEAT_S = SILENCE_S / 5
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter(
-        "ignore", ra.RankAwareWarning
-    )  # the package has a filter of its own for these
+    # the package has a filter of its own for these
+    warnings.simplefilter("ignore", ra.RankAwareWarning)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
@@ -173,7 +172,6 @@ def main() -> None:
             os._exit(0)
         if job["kill"] is not None:
             time.sleep(job["kill"])
-            os.kill(
-                child, signal.SIGKILL
-            )  # not waited for yet, so its process id is not reused
+            # not waited for yet, so its process id is not reused
+            os.kill(child, signal.SIGKILL)
         print(os.waitpid(child, 0)[1], flush=True)

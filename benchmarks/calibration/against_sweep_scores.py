@@ -99,9 +99,8 @@ def scoring(domain: Domain, done: Losses) -> list[Job]:
     named = [
         rates for config in CONFIGS for rates in picks(domain, config, done).values()
     ]
-    chosen = [
-        at for rates in reversed(named) for at in rates.values()
-    ]  # the searches' before the contenders'
+    # the searches' before the contenders'
+    chosen = [at for rates in reversed(named) for at in rates.values()]
     best = dict(winners(domain, done))
     cells += [(cell, x) for cell, x in chosen if not is_near(best, cell, x)]
     return [Job(*cell, x, seed) for cell, x in dict.fromkeys(cells) for seed in SCORING]

@@ -50,10 +50,11 @@ GUESS_SD = 1.5  # standard deviation in octaves of the search's start about the 
 BEND = 0.02  # gap, a share of the gain, above which the bowls' gaps are on a logarithmic scale
 NEAR = 0.05  # gap, a share of the gain, below which a rate counts as near the optimum
 BEYOND = 10.0  # octaves by which the bowls are continued beyond their grids
+# gaps, shares of the gain: a run above the first is stopped; the second is the cap
 LOST, HIGHEST = (
     1.3,
     3.0,
-)  # gaps, shares of the gain: a run above the first is stopped; the second is the cap
+)
 NOTES = (
     "Simulated calibrations, 1,000 of each truth: ranks 4 and 64, eight trials each, two paired seeds, by the "
     "package's search and fit, on bowls, seed offsets, noise and cliffs of two real sweeps (two_rates.md: "
@@ -318,9 +319,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 )
 def main(studies: int, seed: int, trials: int) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter(
-        "ignore", RankAwareWarning
-    )  # extrapolations are asked for on purpose
+    # extrapolations are asked for on purpose
+    warnings.simplefilter("ignore", RankAwareWarning)
     bowls = list(map(bowls_of, SWEEPS))
     rows, everything = [], []
     for number, case in enumerate(CASES):

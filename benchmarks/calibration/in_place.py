@@ -109,9 +109,8 @@ def build() -> nn.Module:
 
 
 def step(model: nn.Module, i: int) -> torch.Tensor:
-    x = torch.randn(
-        4, 512, generator=torch.Generator().manual_seed(0)
-    )  # one batch, so that a few steps lower the loss
+    # one batch, so that a few steps lower the loss
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     return (model(x) - x.roll(1, 1)).square().mean()
 
 

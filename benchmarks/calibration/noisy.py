@@ -39,15 +39,17 @@ from rankaware_optim.fitting import _observations
 
 RESTS_ON = ("search.adam", "calibration.adam")
 RANKS, STEPS, TRIALS = (4, 64), 100, 16
+# log2 of the best rate at the lowest rank; octaves above it; loss
 BEST, CLIFF, GAIN = (
     -7.0,
     2.5,
     0.2,
-)  # log2 of the best rate at the lowest rank; octaves above it; loss
+)
+# shares of the gain; octaves
 NOISES, SHIFTS = (
     (0.0, 0.5, 1.0, 2.0, 4.0),
     (-3.0, 0.0, 3.0),
-)  # shares of the gain; octaves
+)
 
 
 class Outcome(NamedTuple):

@@ -77,16 +77,18 @@ from rankaware_optim.calibration import seeded
 RESTS_ON = ("search.adam", "calibration.adam", "scores")
 TASKS = (("language", 4), ("image_generation", 4), ("image_generation", 8))
 STORE, SEARCHES = RESULTS / "short_long", RESULTS / "short_long_searches.jsonl"
+# of the oracle, of the score, and the first that searches draw
 SEEDS, LEFT_OUT, SEARCHED = (
     2,
     2,
     20,
-)  # of the oracle, of the score, and the first that searches draw
+)
 PRICE, FULL_RUNS, FIFTH = 2, 3, 5
+# octaves of the oracle's first grid to either side, and of a grid at most
 WIDE, MOST = (
     2,
     12,
-)  # octaves of the oracle's first grid to either side, and of a grid at most
+)
 LOW, HIGH = -15.0, -2.0  # log2 of the rates that TPE and the fifth know of
 SHORT, MOVED = "short alone", "short, moved"
 TPE, A_FIFTH = "TPE at the target", "a fifth of the steps"

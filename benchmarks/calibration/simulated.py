@@ -188,9 +188,8 @@ def main() -> None:
 def run_all(which: str, studies: int) -> None:
     """Simulate every missing study, and append each to the results as it ends."""
     torch.set_num_threads(1)
-    warnings.simplefilter(
-        "ignore", RankAwareWarning
-    )  # extrapolations are asked for on purpose
+    # extrapolations are asked for on purpose
+    warnings.simplefilter("ignore", RankAwareWarning)
     have = {(o.surfaces, o.domain, o.config, o.plan, o.draw) for o in outcomes()}
     for index, on in enumerate(SURFACES[which]()):
         for plan in (*PLANS, *(FEW if which == "study" else ())):
@@ -249,9 +248,8 @@ def outcomes() -> Iterator[Outcome]:
 # --- seeds not seen, and real searches ------------------------------------------------------------------------------
 
 ON_SEED = ("on all seeds", "on an unseen one", "from its own best")
-Seen = tuple[
-    float, float, float
-]  # regret on all seeds, on a seed that the search has not seen, and from its own best
+# regret on all seeds, on a seed that the search has not seen, and from its own best
+Seen = tuple[float, float, float]
 
 
 def on_unseen(found: Sequence[Outcome]) -> Iterator[Seen]:
@@ -353,9 +351,8 @@ def best_tried(recipe: Recipe) -> dict[int, float]:
         *(found[key][ended].tolist() for key in ("value", "own_lr", "rank")),
         strict=True,
     )
-    return {
-        rank: math.log2(rate) for _, rate, rank in sorted(runs, reverse=True)
-    }  # the lowest loss comes last
+    # the lowest loss comes last
+    return {rank: math.log2(rate) for _, rate, rank in sorted(runs, reverse=True)}
 
 
 def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:

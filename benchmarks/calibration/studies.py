@@ -18,9 +18,8 @@ from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 
 STEPS = 20  # steps of a run, if nothing depends on them
-Run = Callable[
-    [TrialRecord, float], Observation
-]  # a trial's outcome at log2 base rate x
+# a trial's outcome at log2 base rate x
+Run = Callable[[TrialRecord, float], Observation]
 
 
 class Simulated(Calibration):

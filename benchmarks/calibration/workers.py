@@ -34,10 +34,11 @@ import rankaware_optim as ra
 
 RESTS_ON = ()  # times: made again at a release
 DOMAIN, TRIALS = "image_generation", (16, 32)
+# bars: one worker's time over two workers', at least; Ray's over theirs, less starts, at most
 TWICE, RAY = (
     1.85,
     1.05,
-)  # bars: one worker's time over two workers', at least; Ray's over theirs, less starts, at most
+)
 RATES = "0.0005,0.06"
 ARMS = {
     "one": ["--workers=1", "--threads=1"],

@@ -41,17 +41,19 @@ PAIRS = [
     for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))
 ]
 PAIRS += [(f"native {n}", "native 1") for n in LAYOUTS] + [("peft", "native 1")]
+# bars by number of groups, for a float rate
 SAME_GROUPS = {
     2: 1.02,
     16: 1.02,
     448: 1.05,
-}  # bars by number of groups, for a float rate
+}
 TENSOR_GROUPS = {16: 1.05}  # the bar for tensor rates
 ONE_GROUP, BUILD_MS = 1.05, 40.0
+# by blocks: tensors, bar in ms, bar against native
 LOADS = {
     32: (448, 30.0, None),
     714: (9996, None, 2.0),
-}  # by blocks: tensors, bar in ms, bar against native
+}
 SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 Step = Callable[[], object]
 Timer = Callable[[Step], float]

@@ -204,9 +204,8 @@ def main(only: str | None) -> None:
         if only in (None, tool.name) and (installed(tool) or not tool.tests)
     ]
     made = {tool.name: row_of(tool) for tool in chosen}
-    file = (
-        RESULTS / "trainers.json"
-    )  # read now: another environment may have written while the tests ran
+    # read now: another environment may have written while the tests ran
+    file = RESULTS / "trainers.json"
     known = (
         {row["tool"]: row for row in json.loads(file.read_text())["rows"]}
         if file.exists()

@@ -42,12 +42,13 @@ from study.domains._wordnet import WORDNET
 from study.domains.language_smollm2 import SMOLLM2
 
 RESTS_ON = ("laws.adam", "optimizer.common")
+# most useful per minute first
 PIECES = {
     "checks": checks,
     "step_cost": steps,
     "width": width,
     "smollm2": smollm2,
-}  # most useful per minute first
+}
 PUBLISHED, TRIED = RESULTS / "cuda", Path("bench-cuda")
 
 

@@ -39,9 +39,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "for-loop": {"foreach": False},
     COMPILED: {},
 }
-TWO_GROUPS = (
-    2,
-)  # the only layout if building takes minutes, or the network has one block
+# the only layout if building takes minutes, or the network has one block
+TWO_GROUPS = (2,)
 STORE = "step_cost.jsonl"
 
 

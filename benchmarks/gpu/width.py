@@ -81,12 +81,13 @@ from rankaware_optim.calibration import seeded
 
 STORE, MLP, COMMON = "width.jsonl", 5 / 2, 16
 STUDY_MEAN = 263.1  # mean fan-in of the study's Llama of width 192
+# minutes that a command spends on a width
 BOXES = {
     512: 2.5,
     1024: 2.5,
     2048: 4.0,
     4096: 9.0,
-}  # minutes that a command spends on a width
+}
 
 
 @dataclass(frozen=True)

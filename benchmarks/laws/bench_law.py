@@ -132,9 +132,8 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-AT_INIT_A = tuple(
-    law for law in COMPARED if law != "falling"
-)  # at Init[A] it equals "mua"
+# at Init[A] it equals "mua"
+AT_INIT_A = tuple(law for law in COMPARED if law != "falling")
 LAWS = (
     "mua",
     "mua?tokens=4",

@@ -420,9 +420,8 @@ def priors(tokens: float) -> dict[str, Simulation]:
     laws = MuA(tokens=8.0), MuA(tokens=tokens)
     regrets: dict[str, dict[str, list[tuple[float, ...]]]] = {"LoRA": {}, "full": {}}
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", RankAwareWarning
-        )  # extrapolations are asked for on purpose
+        # extrapolations are asked for on purpose
+        warnings.simplefilter("ignore", RankAwareWarning)
         for index, on in enumerate(study_surfaces()):
             for plan in PLANS:
                 for draw in range(STUDIES):

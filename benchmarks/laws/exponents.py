@@ -41,11 +41,12 @@ RESTS_ON = ("laws.adam", "laws.lamb")
 RANKS = (4, 8, 16, 32, 64)
 WIDTHS = (256, 512, 1024, 2048)
 TOKENS = (4, 64, 512)
+# draws to average, by tokens: with few tokens, draws differ more
 SEEDS = {
     4: 6,
     64: 2,
     512: 1,
-}  # draws to average, by tokens: with few tokens, draws differ more
+}
 GAMMAS = (0.0, 0.5, 1.0)
 PLAIN_ADAFACTOR = {
     "scale_parameter": False,

@@ -41,9 +41,8 @@ KNOWN = [
     ("DiT", "B", 32, -8.0, -9.7, BLOCK_128),
     ("SmolLM2-135M", "B", 64, -11.7, -12.8, SMOLLM2),
 ]
-DRIFT_B = (
-    -0.45
-)  # prior exponent of Init[B]'s drift in rank, applied from the rank up to the width
+# prior exponent of Init[B]'s drift in rank, applied from the rank up to the width
+DRIFT_B = -0.45
 
 
 @click.group()

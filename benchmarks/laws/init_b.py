@@ -62,16 +62,18 @@ from rankaware_optim import Falling, MuA
 from rankaware_optim.transfer import capture
 
 RESTS_ON = ("laws.adam", "scores")
+# of `Falling` at the time of the rule above
 KNEES, POWER = (
     (1.0, 2.0, 4.0, 8.0, 16.0),
     0.5,
-)  # of `Falling` at the time of the rule above
+)
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
 COARSE = range(-13, -2, 2)
+# the two left out adapt convolutions
 LINEAR = [
     name for name in names() if name not in ("vision_classification", "digits_vision")
-]  # the two left out adapt convolutions
+]
 
 
 @click.group()

@@ -320,9 +320,8 @@ class Place(NamedTuple):
         return Site(init, RANKS[self.config] or 1, 1.0, self.width)
 
 
-Move = Callable[
-    [Place, Place, float], float
-]  # (here, there, log2 of the rate here) to log2 of the rate there
+# (here, there, log2 of the rate here) to log2 of the rate there
+Move = Callable[[Place, Place, float], float]
 
 
 def by_law(law: Law) -> Move:

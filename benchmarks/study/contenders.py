@@ -47,9 +47,8 @@ def ten_times_full(known: Known) -> Rates:
 CONTENDERS: Mapping[str, Callable[[Known], Rates]] = {
     "one rate everywhere": lambda known: known.moved(kept),
     "1/r": lambda known: known.moved(by_inverse_rank(known.domain.name)),
-    "LoRA+ 16": lambda known: known.moved(
-        kept, LORAPLUS
-    ),  # A's rate; full finetuning has no B and keeps it
+    # A's rate; full finetuning has no B and keeps it
+    "LoRA+ 16": lambda known: known.moved(kept, LORAPLUS),
     "ten times full": ten_times_full,
     "the paper's law": lambda known: known.moved(
         by_law(known.domain.name, known.config, MuA(tokens=None))

@@ -18,9 +18,8 @@ from rankaware_optim.laws import at_distance, checked_multiplier
 from rankaware_optim.optimizer import PlanOptions, make_plan
 
 INITS = ("Init[A], s = 1", "Init[B], s = 1")
-Shift = Callable[
-    [int, int], float
-]  # octaves from a source rank to a target rank; `FULL` is full finetuning
+# octaves from a source rank to a target rank; `FULL` is full finetuning
+Shift = Callable[[int, int], float]
 
 
 def kept(a: int, b: int) -> float:

@@ -202,9 +202,8 @@ def ways(
             else by_law(domain, config, law),
         )
     yield ONE_SEED, config, by_default(domain, config)
-    for path in paths_of(
-        domain, config
-    ):  # a search seed each; the recipe's rate at the target, whatever the source
+    # a search seed each; the recipe's rate at the target, whatever the source
+    for path in paths_of(domain, config):
         yield RECIPE, config, by_recipe(done, (domain, config), Recipe.load(path))
     yield "one rate everywhere", config, kept
     yield "1/r", config, by_inverse_rank(domain)

@@ -31,13 +31,14 @@ from rankaware_optim._figures import COLOURS, rate_axis
 
 SHOWN = 0.9  # share of the losses in view: the highest would flatten the rest
 MOST = 300.0  # % of the gain: larger regrets are drawn here in the summary
+# from dark to light as the rank rises
 RANK_COLOURS = (
     "#440154",
     "#3B528B",
     "#21918C",
     "#5EC962",
     "#B5A000",
-)  # from dark to light as the rank rises
+)
 
 LAW_STYLES = (
     ("--", "#D55E00"),

@@ -12,10 +12,11 @@ import torch
 from study.domains import Domain
 from torch import nn
 
+# warm-up as a share of the steps, final rate as a share of the rate
 WARMUP, FINAL = (
     0.05,
     0.1,
-)  # warm-up as a share of the steps, final rate as a share of the rate
+)
 
 
 def shape(step: int, steps: int, warmup: float = WARMUP) -> float:

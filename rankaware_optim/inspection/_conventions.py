@@ -223,9 +223,8 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
-    Convention(
-        "lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)
-    ),  # MLX writes lora_a alone, transposed
+    # MLX writes lora_a alone, transposed
+    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),
     Convention(
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
     ),

@@ -372,9 +372,8 @@ def _kind(pair: Pair) -> str:
 def is_embedding(module: nn.Module) -> bool:
     """Return whether a module, or the one that it adapts, is an embedding."""
     base = getattr(module, "base_layer", module)
-    if isinstance(
-        base, SimpleNamespace
-    ):  # a layer of a file, which is read without torch
+    # a layer of a file, which is read without torch
+    if isinstance(base, SimpleNamespace):
         return False
     from torch import nn
 

@@ -33,9 +33,8 @@ LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for 
 _FROM_PEFT = "Give a folder saved by PEFT."
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
-_Alpha = Annotated[
-    float, Meta(ge=1e-30, le=1e30)
-]  # its quotient by a rank is a float too
+# its quotient by a rank is a float too
+_Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]
 _KIND = Annotated[str, Meta(pattern=r"^[A-Z0-9_]{1,40}\Z")] | None
 _Short = Meta(max_length=1000)
 # The names and types of entries. AdaLoRA's rank is `init_r`.

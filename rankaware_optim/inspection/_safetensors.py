@@ -95,12 +95,10 @@ def read_header(path: Path) -> Header:
                     f"{path} has a header of {length} bytes, above this reader's {_LIMIT}.",
                     "Give an adapter's own file.",
                 )
-            document = parse_json(
-                file.read(length)
-            )  # safe_open would accept a duplicate key
-            with safe_open(
-                path, framework="np"
-            ):  # "pt" would reserve memory for the whole file
+            # safe_open would accept a duplicate key
+            document = parse_json(file.read(length))
+            # "pt" would reserve memory for the whole file
+            with safe_open(path, framework="np"):
                 pass
             metadata = document.pop("__metadata__", {})
             tensors = {

@@ -133,9 +133,8 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     stacked tensors.
     """
     shape = tuple(map(float, param.shape))
-    if type(module).__name__ == "Conv1D" and hasattr(
-        module, "nf"
-    ):  # transformers': (in, out)
+    # transformers': (in, out)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return shape[0], shape[1]
     if getattr(module, "transposed", False):  # torch's ConvTranspose: (in, out, k…)
         return math.prod(shape) / shape[1], shape[1]

@@ -189,9 +189,8 @@ def lightning_rates() -> Any:
         def on_train_batch_start(
             self, trainer: Any, module: Any, batch: Any, number: int
         ) -> None:
-            if (
-                not trainer._logger_connector.should_update_logs
-            ):  # as LearningRateMonitor does
+            # as LearningRateMonitor does
+            if not trainer._logger_connector.should_update_logs:
                 return
             rates: dict[str, float] = {}
             for i, opt in enumerate(trainer.optimizers):

@@ -200,9 +200,8 @@ def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
         return model
     from transformers import Trainer
 
-    names_of: Any = (
-        Trainer.get_decay_parameter_names
-    )  # a method that does not use `self`
+    # a method that does not use `self`
+    names_of: Any = Trainer.get_decay_parameter_names
     decayed = set(names_of(None, model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     spared = [p for name, p in trained if name not in decayed]

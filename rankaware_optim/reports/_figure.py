@@ -49,9 +49,8 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     title = printable(f"Recipe {short(recipe.name, 60)!r}: {made_by}")
     figure.suptitle(title, parse_math=False)
     drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes)
-    each = {
-        label: handle for pairs in drawn for handle, label in pairs
-    }  # once, of all panels
+    # once, of all panels
+    each = {label: handle for pairs in drawn for handle, label in pairs}
     ncols = min(4, columns + 1)
     figure.legend(
         each.values(),

@@ -176,15 +176,17 @@ def test_a_regret_within_the_noise_floor_counts_as_none(forms: Any):
 @pytest.mark.parametrize(
     ("others", "expected"),
     [
+        # one constant against two, within .1 octaves
         (
             {"power": (0.5, 0.12)},
             "power",
-        ),  # one constant against two, within .1 octaves
+        ),
         ({"power": (0.65, 0.12)}, "knee and power"),  # further off
+        # as few constants, the less at worst
         (
             {"power": (0.5, 0.12), "Falling": (0.5, 0.11)},
             "Falling",
-        ),  # as few constants, the less at worst
+        ),
         ({"power 1/3": (0.55, 0.3), "Falling": (0.5, 0.11)}, "power 1/3"),
     ],
 )

@@ -110,13 +110,11 @@ def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
     )
     up = next(move for move in score.moves if move.target.rank == 64)
     lowest = 1 + 0.1 * 0.3**2  # the best rate is -8.3, the nearest tried -8
-    true = (
-        1 + 0.1 * 1.0**2
-    )  # the rate moved there is -9.3, and the spline is close to the parabola
+    # the rate moved there is -9.3, and the spline is close to the parabola
+    true = 1 + 0.1 * 1.0**2
     assert up.lost == pytest.approx((true - lowest) / lowest, abs=0.01)
-    assert up.lost != pytest.approx(
-        (true - 1) / lowest, abs=0.005
-    )  # above the lowest rate tried, not the true best
+    # above the lowest rate tried, not the true best
+    assert up.lost != pytest.approx((true - 1) / lowest, abs=0.005)
 
 
 def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart(scoring: Any) -> None:

@@ -420,9 +420,8 @@ def test_an_exponent_is_found(exponent: float) -> None:
     assert found.half == pytest.approx(0.0, abs=1e-6)
     by_cliff = exponent_of(done, "language", "Init[A], s = 1", cliff)
     assert by_cliff is not None
-    assert by_cliff.slope == pytest.approx(
-        exponent, abs=0.02
-    )  # straight lines between octaves
+    # straight lines between octaves
+    assert by_cliff.slope == pytest.approx(exponent, abs=0.02)
 
 
 def test_a_best_rate_at_the_grids_edge_is_left_out() -> None:
@@ -531,10 +530,11 @@ def test_a_jump_is_how_far_the_moved_rate_lies_off(
     rows = list(suite_tables.jumps(done, "language", {"a law": ra.MuA()}))
     assert rows == [
         [*("language", *between), estimator, off]
+        # these bowls' cliffs lie equally far above their best rates
         for estimator in (
             "vertex",
             "cliff",
-        )  # these bowls' cliffs lie equally far above their best rates
+        )
         for between, off in (
             (("Init[A], s = 1", "full finetuning"), "+0.0, -1.0"),
             (("Init[B], s = 1", "full finetuning"), "-2.0"),
@@ -641,9 +641,8 @@ def test_regret_is_a_share_of_the_gain() -> None:
     done = {**bowl(4, -6.0), job(FULL, 0.0, 0, START): 2.0}
     assert lost(done, cell, cell, -6.0) == 0.0
     assert lost(done, cell, cell, -5.0) == pytest.approx(0.1)
-    assert lost(done, cell, cell, -4.5) == pytest.approx(
-        1.5**2 / 10, abs=0.005
-    )  # the bowl that was tried
+    # the bowl that was tried
+    assert lost(done, cell, cell, -4.5) == pytest.approx(1.5**2 / 10, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,12 @@ SCRIPTS = [
     if '__name__ == "__main__"' in path.read_text()
     and re.search(r"RESULTS|record\(", path.read_text())
 ]
+# recipes, a picture, and what tables rest on
 WITHOUT_TABLES = {
     "make_recipes",
     "report_page",
     "fingerprints",
-}  # recipes, a picture, and what tables rest on
+}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

@@ -422,9 +422,8 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
     early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
     unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
-    killed = kept_trial(
-        state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True
-    )  # and run again since
+    # and run again since
+    killed = kept_trial(state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True)
     (seen,) = Trials.read(
         [best_trial, lost, elsewhere, starved, early, unstarted, killed]
     ).imputed()

@@ -92,9 +92,8 @@ def test_a_known_optimum_is_found(drift, factor):
     law = Power(
         exponent=drift, full_factor=2.0**factor, pivot=16.0, law=get_law(PRIOR_LAW)
     )
-    truth = recipe_like(
-        recipe, law, 2.0 ** best[64]
-    )  # the reference is the rank that was built first
+    # the reference is the rank that was built first
+    truth = recipe_like(recipe, law, 2.0 ** best[64])
     for target in ({"rank": 4}, {"rank": 16}, {"rank": 64}, {"method": "full"}):
         assert abs(math.log2(recipe.at(**target).lr / truth.at(**target).lr)) < 0.35, (
             target
@@ -135,9 +134,10 @@ def test_full_finetuning_alone_makes_a_recipe():
 def test_a_law_that_falls_with_rank_gets_no_further_prior(law, optimizer, expected):
     """From Init[B] the prior's fall is added to a law that has none, not to one that falls with that optimizer."""
     near = (2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
+    # no drift is learned
     recipe = calibrate(
         made_up(init="B"), law=law, optimizer=optimizer, trials=1, lr_range=near
-    )  # no drift is learned
+    )
     assert recipe.law.exponent == pytest.approx(expected, abs=0.02)
 
 
@@ -375,10 +375,11 @@ def logged(log, *, length=None, returned=None):
 
 
 LENGTHS = [
+    # the first is resumed once more, to learn whether it ends
     (
         None,
         [STEPS + 1, STEPS, STEPS, STEPS],
-    ),  # the first is resumed once more, to learn whether it ends
+    ),
     (STEPS + 5, [STEPS + 1, STEPS, STEPS, STEPS]),
     (STEPS, [STEPS] * 4),
 ]

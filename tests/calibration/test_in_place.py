@@ -685,9 +685,8 @@ def test_ctrl_c_at_any_moment_of_a_real_process(double):
         assert child.stdout.readline() == "go\n"
         start = time.perf_counter()
         assert child.stdout.readline().split()[1:] == []
-        whole = (
-            time.perf_counter() - start
-        )  # of a round that nothing interrupts, here and now
+        # of a round that nothing interrupts, here and now
+        whole = time.perf_counter() - start
         child.stdin.write("next\n")
         child.stdin.flush()
         for _ in range(ROUNDS):

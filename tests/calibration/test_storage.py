@@ -394,9 +394,8 @@ def open_together(url: str, barrier, ends) -> None:
 def test_workers_that_start_together_create_one_database(tmp_path):
     """Of many processes that open a fresh database at the same moment, all succeed."""
     fork, count = multiprocessing.get_context("fork"), 12
-    open_storage(
-        "sqlite://"
-    )  # imports what a storage needs, so that the processes differ by nothing
+    # imports what a storage needs, so that the processes differ by nothing
+    open_storage("sqlite://")
     barrier, ends = fork.Barrier(count), fork.SimpleQueue()
     workers = [
         fork.Process(

@@ -324,9 +324,8 @@ def test_a_worker_leaves_with_the_command(folder):
         lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) == 2
     )
     process.kill()
-    process.communicate(
-        timeout=60
-    )  # until every worker has closed its end of the pipes
+    # until every worker has closed its end of the pipes
+    process.communicate(timeout=60)
     assert len(running_or_done("r.journal", "r").running()) <= 1
 
 

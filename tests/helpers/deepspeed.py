@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-COMPILED = (
-    Path(sys.prefix) / "torch_extensions"
-)  # once an environment, since it takes a minute
+# once an environment, since it takes a minute
+COMPILED = Path(sys.prefix) / "torch_extensions"
 
 
 def on_cpu() -> dict[str, str]:

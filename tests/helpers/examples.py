@@ -25,12 +25,13 @@ def run(folder: Path, *command: str, **environment: str) -> str:
     scripts = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     )
+    # they import tiny
     ours = {
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONSAFEPATH": "",
         "PATH": scripts,
-    }  # they import tiny
+    }
     given = {**os.environ, **ours, **environment}
     done = subprocess.run(
         command,

@@ -75,9 +75,8 @@ _OURS = ("optuna", "filelock", "rankaware_optim")
 def main(rounds: int) -> None:
     """Say "go", run, say how it ended, `rounds` times."""
     model = build()
-    with suppress(
-        ra.CalibrationError
-    ):  # imports first, which Ctrl-C would leave half done
+    # imports first, which Ctrl-C would leave half done
+    with suppress(ra.CalibrationError):
         ra.calibrate_in_place(model, step, AdamW, ranks=(2,), steps=2, trials=1)
     for number in range(rounds):
         before, ended = fingerprint(model), "done"

@@ -65,7 +65,6 @@ if __name__ == "__main__":
             os._exit(0)
         if seconds:
             time.sleep(float(seconds))
-            os.kill(
-                child, signal.SIGKILL
-            )  # not waited for yet, so the number is still its own
+            # not waited for yet, so the number is still its own
+            os.kill(child, signal.SIGKILL)
         print(os.waitpid(child, 0)[1], flush=True)

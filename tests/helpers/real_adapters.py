@@ -261,9 +261,8 @@ def legacy(rank: int, alpha: float) -> nn.Module:
     from diffusers.models.lora import LoRALinearLayer
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # deprecated, and still in old checkpoints' loaders
+        # deprecated, and still in old checkpoints' loaders
+        warnings.simplefilter("ignore", FutureWarning)
         return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
 
 

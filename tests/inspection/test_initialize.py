@@ -619,9 +619,8 @@ def test_a_frozen_drawn_factor_is_drawn():
     assert not torch.equal(before, model.layer0.lora_A)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:DTensor random operators:UserWarning"
-)  # of torch 2.6
+# of torch 2.6
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
 def test_a_dtensor_is_refused(tmp_path):
     """A factor spread over processes is refused: initialise before sharding."""
     import torch.distributed as dist

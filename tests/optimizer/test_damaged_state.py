@@ -317,6 +317,7 @@ def outcome(kind, policy, ranks, plain, stepped, draw, changes):
     for _ in range(changes):
         try:
             damage(state, draw)
+        # nothing left there to damage
         except (
             TypeError,
             KeyError,
@@ -324,7 +325,7 @@ def outcome(kind, policy, ranks, plain, stepped, draw, changes):
             IndexError,
             ValueError,
             RuntimeError,
-        ):  # nothing left there to damage
+        ):
             break
     model, opt = built(kind, policy=policy)
     if stepped:
@@ -357,9 +358,8 @@ def outcome(kind, policy, ranks, plain, stepped, draw, changes):
                 and not reduced
             ):
                 assert value.shape == param.shape
-    if (
-        kind != "eight bits"
-    ):  # of another package's state the shapes are known, not what its step looks for
+    # of another package's state the shapes are known, not what its step looks for
+    if kind != "eight bits":
         train(model, opt, steps=2)
     return "loaded"
 

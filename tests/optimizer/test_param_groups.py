@@ -476,9 +476,8 @@ def test_a_rate_that_the_default_law_moves_keeps_one_distance(options, kept):
         == found["layer0.lora_B"]
         == pytest.approx(made.multiplier(factor) * kept)
     )
-    assert (
-        found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier
-    )  # not moved by the law
+    # not moved by the law
+    assert found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier
     assert sum("keeps a distance: × 0.9" in note for note in made.notes) == (
         kept not in (1.0, 2.0)
     )

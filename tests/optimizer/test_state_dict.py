@@ -584,9 +584,10 @@ class Undecided(torch.optim.SGD):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.param_groups[0]["lr"] = 0.5
+        # no stand-in
         if any(
             p.requires_grad and p.numel() > 12 for p in self.param_groups[0]["params"]
-        ):  # no stand-in
+        ):
             raise OSError("the disk is gone")
 
 

@@ -66,9 +66,8 @@ def read(tmp_path_factory) -> list[dict]:
     honest, others = (tmp_path_factory.mktemp(name) for name in ("honest", "others"))
     RECIPE.save(honest / "honest.toml")
     (others / "payload.py").write_text("class Adam: pass\n")
-    (others / "test_payload.py").write_text(
-        "open('ran', 'w')\n"
-    )  # what unittest.__main__ would find
+    # what unittest.__main__ would find
+    (others / "test_payload.py").write_text("open('ran', 'w')\n")
     for number, module in enumerate(MODULES):
         path = naming(module).save(others / f"texts-{number}.toml")
         text = path.read_text(encoding="utf-8")

@@ -216,11 +216,12 @@ def test_the_command_writes_the_page(tmp_path):
 def test_infinite_scores_stand_at_the_frames_edge():
     """Every trial is drawn once: inside the frame, or as a mark at its upper edge."""
     text = report_html(RECIPE)
+    # the key's own
     drawn = (
         text.count('<circle class="trial" cx')
         + text.count('<path class="beyond" d="M')
         - 2
-    )  # the key's own
+    )
     assert (
         drawn
         == len(RECIPE.tensors["lr"])

@@ -800,9 +800,8 @@ def test_one_rate_alone_is_approximate(setup):
     assert distance(setup.tuned(), setup.run(setup.s_new, c.lr, c.lr)) > 1e-4
 
 
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # libraries warn of their own deprecations while they are imported and built
+# libraries warn of their own deprecations while they are imported and built
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.init in "AB"], ids=lambda c: c.name
 )

@@ -53,9 +53,8 @@ def llama(
     """The Llama pretrained on the Brown corpus, made once: steps of 16 × 64 tokens, AdamW at 2e-3 · 192/width."""
     model: nn.Module = new_llama(width, mlp)
     own = (width, mlp, steps)
-    elsewhere = (
-        () if device == "cpu" else (device,)
-    )  # rounding differs by device, and so do the weights
+    # rounding differs by device, and so do the weights
+    elsewhere = () if device == "cpu" else (device,)
     name = "-".join(
         map(
             str,

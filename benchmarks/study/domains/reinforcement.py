@@ -24,10 +24,11 @@ from ._adapters import adapt
 from ._assets import made_once
 from ._llama import LAYERS
 
+# an answer has three digits, leading zeros included
 DIGITS, CHARACTERS = (
     3,
     "0123456789+=",
-)  # an answer has three digits, leading zeros included
+)
 PROMPTS, SAMPLES, STEPS, SCORED, PRETRAINING = 16, 8, 100, 512, 280
 
 

@@ -19,10 +19,11 @@ from ...helpers.models import batches, mlp
 from ...helpers.optimizers import used
 
 DEVICE = os.environ.get("RANKAWARE_DEVICE", "cuda")
+# bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
 WIDTH, RANKS = (
     1024,
     (4, 32),
-)  # bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
+)
 LR, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.99), 1e-8
 STEPS = 4
 AT_16 = Reference(rank=16, alpha=16)

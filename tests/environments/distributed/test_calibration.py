@@ -121,9 +121,8 @@ def pruned_together() -> list[int]:
 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=4)
     recipe = calibrate(train, ranks=RANKS, trials=5, pruner=pruner)
-    assert recipe.tensors["curve"][0, 0] == pytest.approx(
-        2.0 - 0.05
-    )  # the mean of both
+    # the mean of both
+    assert recipe.tensors["curve"][0, 0] == pytest.approx(2.0 - 0.05)
     return steps
 
 

@@ -29,9 +29,8 @@ from .training import (
     weights,
 )
 
-IGNORED = (
-    ("`torch.jit", DeprecationWarning, "torch"),
-)  # torch.distributed.optim scripts at import
+# torch.distributed.optim scripts at import
+IGNORED = (("`torch.jit", DeprecationWarning, "torch"),)
 
 
 def ours(form: str, kind: str, first: str) -> dict[str, Any]:
@@ -78,9 +77,8 @@ def saved_then_resumed() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     train(broken, opt, 0, 3)
     later = new_model()
     later.load_state_dict(broken.module.state_dict())
-    resumed = by_class(
-        later, init="A"
-    )  # built before the model is wrapped, from a checkpoint of a wrapped one
+    # built before the model is wrapped, from a checkpoint of a wrapped one
+    resumed = by_class(later, init="A")
     resumed.load_state_dict(opt.state_dict())
     train(DistributedDataParallel(later), resumed, 3, 6)
     return weights(straight), weights(later)

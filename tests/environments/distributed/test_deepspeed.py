@@ -32,11 +32,12 @@ pytest.importorskip("deepspeed")
 
 IGNORED = (
     ("`torch.jit", DeprecationWarning, "torch"),  # its Muon is compiled at import
+    # its collectives' names
     (
         "`torch.distributed.* is deprecated",
         FutureWarning,
         "torch",
-    ),  # its collectives' names
+    ),
 )
 ENVIRONMENT = on_cpu()
 

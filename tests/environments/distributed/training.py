@@ -22,12 +22,13 @@ from .worker import WORLD
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
+# two processes divide 3 unevenly, and of 1 one of them holds nothing
 RANKS = (
     4,
     8,
     3,
     1,
-)  # two processes divide 3 unevenly, and of 1 one of them holds nothing
+)
 WIDTH = 16
 
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {

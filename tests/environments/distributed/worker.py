@@ -22,9 +22,8 @@ WORLD = 2
 
 
 def main(rank: int, group_port: int, test_port: int) -> None:
-    sys.modules["tests"] = package = types.ModuleType(
-        "tests"
-    )  # as pytest's importlib mode names it
+    # as pytest's importlib mode names it
+    sys.modules["tests"] = package = types.ModuleType("tests")
     package.__path__ = [str(Path(__file__).parents[2])]
     _join(rank, group_port)
     with Client(

@@ -45,9 +45,8 @@ with warnings.catch_warnings():
     )
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:`(is_)?gradient_checkpointing:FutureWarning"
-    ),  # peft, trl
+    # peft, trl
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
 ]

@@ -25,12 +25,12 @@ with warnings.catch_warnings():
     from .test_trainers import arguments, datasets, lightning, peft, transformers, trl
 
 pytestmark = [
+    # peft, trl
     pytest.mark.filterwarnings(
         "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"
-    ),  # peft, trl
-    pytest.mark.filterwarnings(
-        "ignore:`isinstance.treespec, LeafSpec.` is deprecated"
-    ),  # lightning
+    ),
+    # lightning
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 
 STEPS = 6

@@ -118,9 +118,8 @@ def test_experts_whose_roles_are_swapped_are_refused(lora):
     """PEFT before 0.19 swaps A and B of experts stored as (experts, out, in): that is an error with a cure."""
     for transposed in (True, False):
         model = peft_experts(transposed, "up")(4, 8.0)
-        del (
-            model.base_model.model.q._did_swap_in_out_features
-        )  # as those versions have none
+        # as those versions have none
+        del model.base_model.model.q._did_swap_in_out_features
         if transposed:
             assert {f.fan_in for f in inspect_model(model).factors} == {IN}
         else:
@@ -166,9 +165,8 @@ def test_quantised_bases(lora, base):
     model = lora.get_peft_model(
         model, lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q"])
     )
-    assert (
-        type(model.base_model.model.q) is not lora.tuners.lora.Linear
-    )  # PEFT's own layer for the base
+    # PEFT's own layer for the base
+    assert type(model.base_model.model.q) is not lora.tuners.lora.Linear
     assert {
         (f.rank, f.scaling, f.fan_in, f.fan_out, f.init)
         for f in inspect_model(model).factors

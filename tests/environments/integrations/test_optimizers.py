@@ -37,9 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is of an unknown family"),
     pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are using weight_decay:UserWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:This overload of:UserWarning"
-    ),  # torch_optimizer: torch's old signatures
+    # torch_optimizer: torch's old signatures
+    pytest.mark.filterwarnings("ignore:This overload of:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
 ]
 

@@ -41,15 +41,16 @@ with warnings.catch_warnings():
     trl = pytest.importorskip("trl")
 
 pytestmark = [
+    # peft, trl
     pytest.mark.filterwarnings(
         "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"
-    ),  # peft, trl
-    pytest.mark.filterwarnings(
-        "ignore:`isinstance.treespec, LeafSpec.` is deprecated"
-    ),  # lightning
+    ),
+    # lightning
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    # lightning
     pytest.mark.filterwarnings(
         "ignore:Checkpoint directory .* exists and is not empty"
-    ),  # lightning
+    ),
 ]
 
 LR = 1e-2

@@ -124,9 +124,8 @@ def test_in_place_is_as_built_anew(case, rule):
 
     def seeded_step(model, i):
         if i == 0:
-            torch.manual_seed(
-                5
-            )  # building a model drew from the generator, making one again does not
+            # building a model drew from the generator, making one again does not
+            torch.manual_seed(5)
         return step(model, i)
 
     rebuilt = ra.calibrate(
