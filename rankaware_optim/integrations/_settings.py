@@ -170,19 +170,22 @@ def _takes(native: type[Optimizer], name: str, value: Any) -> bool:
 
 def check_rate(caller: str, args: Any, settings: Mapping[str, Any]) -> None:
     """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
-    arguments is not tuned.
+    arguments is not tuned, unless tuned_at says that it is.
     """
     if "model" in settings:
         raise OptimizerError(
             f"{caller} was given model=, but uses that of the trainer.", "Leave it out."
         )
-    if settings.get("lr") is not None or settings.get("recipe") is not None:
+    if any(settings.get(name) is not None for name in ("lr", "recipe", "tuned_at")):
         return
     usual = ""
     if args is not None:
         if "learning_rate" in _changed(args):
             return
-        usual = f" to another value than its default, {args.learning_rate:g}"
+        usual = (
+            f" to another value than its default, {args.learning_rate:g}, or say by tuned_at= that"
+            " the default is tuned"
+        )
     raise OptimizerError(
         f"{caller} was given no rate.",
         f"Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments{usual}.",

@@ -351,6 +351,14 @@ def test_the_base_rate_is_written_into_the_arguments(tmp_path, lr):
     assert trainer.args.learning_rate != 5e-4
 
 
+def test_a_default_rate_counts_as_given_with_tuned_at(tmp_path):
+    """A learning_rate equal to the trainer's default is taken where tuned_at= says what it was tuned at."""
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = transformers.Trainer(llama(), args)
+    attach(trainer, AdamW, tuned_at="r=16,alpha=32")
+    assert trainer.create_optimizer().defaults["lr"] == args.learning_rate == 5e-5
+
+
 def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
     """Where the rate came from the arguments, a search's trial at their default trains at it too."""
     seen = []
