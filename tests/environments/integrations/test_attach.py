@@ -23,6 +23,7 @@ from rankaware_optim.integrations import (
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
+from ...helpers.llama import llama_config
 from ...helpers.models import same
 from ...helpers.recipes import RECIPE
 
@@ -89,15 +90,7 @@ def reward(model, folder, **route):
         modules_to_save=["score"],
     )
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(
-        vocab_size=32, max_position_embeddings=16, pad_token_id=0, num_labels=1, **sizes
-    )
+    config = llama_config(pad_token_id=0, num_labels=1)
     adapted = peft.get_peft_model(
         transformers.LlamaForSequenceClassification(config), kept
     )
@@ -221,15 +214,7 @@ def test_a_second_run_prints_no_second_report(tmp_path, capsys):
 def with_norms_and_biases(kept=("input_layernorm",)):
     """One rank throughout, and beside the pairs trainable norms and biases."""
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(
-        vocab_size=32, max_position_embeddings=16, attention_bias=True, **sizes
-    )
+    config = llama_config(attention_bias=True)
     lora = peft.LoraConfig(
         r=4,
         lora_alpha=4,
@@ -650,15 +635,7 @@ def test_pefts_shape_trains_as_pefts_own():
 def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
     """bitsandbytes' AdamW8bit by PEFT's shape holds an embedding's moments in float32, a large factor's in 8 bits."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    sizes = {
-        "hidden_size": 256,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=64, **sizes)
-    )
+    model = transformers.LlamaForCausalLM(llama_config(hidden_size=256, vocab_size=64))
     lora = peft.LoraConfig(
         r=32, lora_alpha=32, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
     )

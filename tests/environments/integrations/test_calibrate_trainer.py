@@ -18,6 +18,7 @@ import torch
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, RankAwareOptimizer
 
+from ...helpers.llama import llama_config
 from ...helpers.models import batches, mlp
 
 with warnings.catch_warnings():
@@ -38,15 +39,7 @@ AdamW = torch.optim.AdamW
 
 
 def llama(rank):
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(
-        vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes
-    )
+    config = llama_config()
     model = transformers.LlamaForCausalLM(config)
     if rank is None:
         return model

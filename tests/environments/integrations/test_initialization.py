@@ -10,6 +10,7 @@ from rankaware_optim import InspectionError, inspect_model
 from rankaware_optim.inspection import initialize
 from rankaware_optim.testing._convention import output_of
 
+from ...helpers.llama import llama_config
 from ...helpers.models import same, snapshot
 from ...helpers.real_adapters import CASES, Attention, Case, Experts
 
@@ -320,16 +321,12 @@ def test_two_peft_models_in_one():
 def test_an_embedding_tied_to_the_head_is_refused():
     """PEFT's tied pair holds one memory in opposite roles, which no one init can start."""
     peft = pytest.importorskip("peft")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    sizes = {
-        "hidden_size": 12,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=30, tie_word_embeddings=True, **sizes)
+        llama_config(
+            hidden_size=12, intermediate_size=8, vocab_size=30, tie_word_embeddings=True
+        )
     )
     names = ["embed_tokens", "lm_head"]
     config = peft.LoraConfig(r=4, target_modules=names, ensure_weight_tying=True)

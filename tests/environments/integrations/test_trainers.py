@@ -28,6 +28,7 @@ from rankaware_optim.integrations import (
     trainer_factory,
 )
 
+from ...helpers.llama import llama_config
 from ...helpers.models import batches, mlp, same, snapshot
 from .by_hand import multiplier
 
@@ -65,15 +66,7 @@ ADAMW = {"weight_decay": 0.0}
 def llama():
     """A two-layer language model from a configuration, with adapters of ranks 4 and 8."""
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(
-        vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes
-    )
+    config = llama_config(num_hidden_layers=2)
     model = transformers.LlamaForCausalLM(config)
     lora = peft.LoraConfig(
         r=4,

@@ -11,20 +11,13 @@ import transformers
 
 from rankaware_optim.integrations import log_rates, trainer_factory
 
+from ...helpers.llama import llama_config
 from ...helpers.recipes import RECIPE
 
 
 def llama() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = transformers.LlamaConfig(
-        vocab_size=32, max_position_embeddings=16, num_key_value_heads=2, **sizes
-    )
+    config = llama_config(hidden_size=64)
     return transformers.LlamaForCausalLM(config)
 
 
