@@ -236,7 +236,10 @@ class Survey:
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
-        return tuple(self._checks())
+        checks = list(self._checks())
+        for adapter in dict.fromkeys(f.adapter for f in self.factors):
+            checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
+        return tuple(checks)
 
     def _checks(self) -> Iterator[str]:
         if not self.factors:
@@ -265,8 +268,6 @@ class Survey:
                 yield f"1 {what} ({names[0]}) is not {problem}."
             elif names:
                 yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
-        for adapter in dict.fromkeys(f.adapter for f in self.factors):
-            yield from _far_scaled([f for f in self.factors if f.adapter == adapter])
 
 
 def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
@@ -280,14 +281,20 @@ def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
         return
     far = [f for f in factors if f.scaling >= _FAR_SCALING * least.scaling]
     up_to = "up to " if len({f.scaling for f in factors}) > 2 else ""
-    divided = (least.rank or 1) / (most.rank or 1)
-    why = ""
-    if any(math.isclose(times, by) for by in (divided, math.sqrt(divided))):
-        why = ": their rank was divided and alpha was kept"
+    why = ": their rank was divided and alpha was kept" if _keep_alpha(factors) else ""
     yield (
         f"{len(far)} factors ({far[0].name}, …) are scaled {up_to}{times:.3g} times as strongly as"
         f" the rest{why}. Give alpha_pattern too, or know that the law lowers their rate."
     )
+
+
+def _keep_alpha(factors: Iterable[Factor]) -> bool:
+    """Return whether all have one alpha: scaling × rank, or with rsLoRA scaling × √rank."""
+    for power in (1.0, 0.5):
+        alphas = [f.scaling * (f.rank or 1) ** power for f in factors]
+        if math.isclose(min(alphas), max(alphas)):
+            return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -71,30 +71,32 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     """
     if isinstance(value, Reference):
         return value
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and _is_path(value)):
-        if not os.path.exists(value):
-            raise InspectionError(
-                f"There is no folder or file {os.fspath(value)}.",
-                "Give the folder of an adapter on this machine (download one from the Hub first),"
-                ' or a text such as "r=16,alpha=32".',
-            )
-        return reference_of(inspect_file(os.fspath(value)))
-    if isinstance(value, str):
+    if isinstance(value, str) and not _is_path(value):
         return parse_reference(value, like=like)
+    if isinstance(value, (str, os.PathLike)):
+        return _of_adapter(os.fspath(value))
     config: Any = value
-    if hasattr(value, "r") and hasattr(value, "lora_alpha"):
-        config = {
-            name: getattr(value, name) for name in _OF_PEFT if hasattr(value, name)
-        }
-    if isinstance(config, Mapping):
-        if "lora_alpha" in config:
-            _refuse_lawless(config, type(value).__name__)
-        return _from_entries(_entries(config), value, like)
-    raise InvalidReferenceError(
-        f"{shown(value)} is not a reference.",
-        'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r": 16,'
-        ' "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
-    )
+    if not isinstance(value, Mapping):
+        config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
+        if not {"r", "lora_alpha"} <= config.keys():
+            raise InvalidReferenceError(
+                f"{shown(value)} is not a reference.",
+                'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r":'
+                ' 16, "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
+            )
+    if "lora_alpha" in config:
+        _refuse_lawless(config, type(value).__name__)
+    return _from_entries(_entries(config), value, like)
+
+
+def _of_adapter(path: str) -> Reference:
+    if not os.path.exists(path):
+        raise InspectionError(
+            f"There is no folder or file {path}.",
+            "Give the folder of an adapter on this machine (download one from the Hub first), or a"
+            ' text such as "r=16,alpha=32".',
+        )
+    return reference_of(inspect_file(path))
 
 
 def reference_of(survey: Survey) -> Reference:
@@ -104,7 +106,7 @@ def reference_of(survey: Survey) -> Reference:
 
 def _refuse_lawless(config: Mapping[str, Any], owner: str) -> None:
     """Raise if no law covers the adapters of PEFT's configuration, an `owner`."""
-    kind = config.get("peft_type", "LORA")
+    kind = config.get("peft_type") or "LORA"
     kind = str(getattr(kind, "value", kind))
     init = config.get("init_lora_weights", True)
     if kind == "LORA" and declared_init(init, "linear") != "other":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from textwrap import fill
 
@@ -31,6 +31,7 @@ _HEADINGS = (
     "why",
 )
 _WIDTH = 100  # columns
+_FROZEN = "frozen: it does not train until requires_grad is set"
 _NOT_GIVEN = "tuned_at not given: nothing is moved"
 _SMALL_RUNS = "measured, small runs"
 _GUESS = "a guess, as for sign-like optimizers"
@@ -225,24 +226,26 @@ def _rows(groups: Groups, plan: Plan) -> tuple[Row, ...]:
     factors = {f.name: f for f in plan.survey.factors}
     moved = any(g.get("rank_multiplier", 1.0) != 1.0 for g in _by_plan(groups, plan))
     unmoved = plan.options.tuned_at is None and not moved
-    parts = (part for group in groups for part in _by_training(group))
-    return tuple(_row(part, plan, factors, unmoved) for part in parts)
+    rows = []
+    for group in groups:
+        for part, trains in _by_training(group):
+            row = _row(part, plan, factors, unmoved)
+            rows.append(row if trains else replace(row, role="frozen", reason=_FROZEN))
+    return tuple(rows)
 
 
-def _by_training(group: Group) -> Iterator[Group]:
-    """Yield a group's trainable parameters and its frozen ones, each as a group."""
+def _by_training(group: Group) -> Iterator[tuple[Group, bool]]:
+    """Yield a group's parameters that train, then those that do not, each as a group."""
     names, params = group.get("param_names", ()), group["params"]
     trains = [getattr(param, "requires_grad", True) for param in params]
-    if all(trains):
-        yield group
-        return
-    for chosen, tags in ((trains, {}), ([not t for t in trains], {"frozen": True})):
+    for wanted in (True, False):
+        chosen = [each == wanted for each in trains]
+        part = {
+            "params": list(compress(params, chosen)),
+            "param_names": list(compress(names, chosen)),
+        }
         if any(chosen):
-            parts = {
-                "params": list(compress(params, chosen)),
-                "param_names": list(compress(names, chosen)),
-            }
-            yield {**group, **parts, **tags}
+            yield {**group, **part}, wanted
 
 
 def _by_plan(groups: Groups, plan: Plan) -> list[Group]:
@@ -260,7 +263,7 @@ def _row(group: Group, plan: Plan, factors: Mapping[str, Factor], unmoved: bool)
     in_adam = decision.rank_family == "sign-like"
     plan = plan.for_group(settings_in(group), in_adam)
     return Row(
-        role="frozen" if group.get("frozen") else decision.lora_role,
+        role=decision.lora_role,
         rank=decision.lora_rank,
         scaling=decision.lora_scale if paired else None,
         init=decision.lora_init if paired else None,
@@ -296,8 +299,6 @@ def _giver(plan: Plan, group: Group) -> str:
 def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> str:
     """Return why a group has its rate. unmoved: whether no rate of the model is moved."""
     giver, role = _giver(plan, group), decision.lora_role
-    if group.get("frozen"):
-        return "frozen: it does not train until requires_grad is set"
     if giver:
         return f"given by {giver}"
     if role == "other" and plan.method == "lora":

@@ -38,6 +38,12 @@ class LoraConfig:
     peft_type: str = "LORA"
 
 
+class Attributes(dict):
+    """A dict whose entries are attributes too, as OmegaConf's."""
+
+    __getattr__ = dict.__getitem__
+
+
 def peft_folder(path: Path, **config) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -110,6 +116,11 @@ NAMED = [
         lambda path: {"rank": 16, "alpha": 32, "init": "B", "fan_in": 64, "batch": 8},
         Reference(16, 32, init="B", fan_in=64, batch=8),
     ),
+    (
+        lambda path: Attributes(r=8, lora_alpha=8, fan_in=9),
+        Reference(8, 8, fan_in=9),
+    ),
+    (lambda path: {"r": 8, "lora_alpha": 8, "peft_type": None}, Reference(8, 8)),
     (
         lambda path: {"method": "full", "fan_in": 64},
         Reference(method="full", fan_in=64),
