@@ -95,7 +95,7 @@ KINDS = (
     mutators.operator_match,
 )
 BLOCKS = (cst.Module, cst.BaseSuite, cst.BaseCompoundStatement)
-TESTS_S = 10.0  # CPU seconds of the tests that a mutant meets
+TEST_S, TESTS_S = 2.5, 10.0  # CPU seconds of a test that a mutant meets, and of all
 AT_LEAST_S, CPU_TIMES, WALL_TIMES = 10.0, 4.0, 10.0  # limits of one mutant's tests
 MEMORY = 16 << 30
 _AROUND = 24  # signs shown around a change
@@ -122,7 +122,7 @@ class Reach:
     """What the tests of a package do on the package as it is."""
 
     seconds: dict[str, float]
-    """CPU seconds by test, of those that passed."""
+    """CPU seconds by test, of those that passed in time."""
     tests: dict[str, dict[int, list[str]]]
     """Tests by file and line. A line that an import runs has "" among them."""
 
@@ -400,7 +400,7 @@ class Watch:
         passed = {
             test: seconds
             for test, seconds in self.seconds.items()
-            if test not in self.failed
+            if test not in self.failed and seconds <= TEST_S
         }
         return Reach(passed, lines)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from rankaware_optim import Rate, Recipe, Reference
+from rankaware_optim import LoRAPlus, Power, Rate, Recipe, Reference
 from rankaware_optim.cli._main import main
 from rankaware_optim.recipe import facts, lead
 from rankaware_optim.reports._page import report_html
@@ -51,6 +51,95 @@ def test_a_recipe_says_what_it_holds():
     assert said["seen"] == "ranks 4, 64; 6 trials, from seed 0"
     assert said["hash"] == FULL.tag.split()[0]
     assert [text for name, text in facts(FULL) if name == "note"] == ["first", "second"]
+
+
+WORDS = [
+    ({"ceiling": None}, "ceiling", "none seen"),
+    (
+        {"ceiling": 0.03},
+        "ceiling",
+        "0.03, the smallest rate that diverged, moved to the base rate's configuration",
+    ),
+    (
+        {"full_seen": True},
+        "seen",
+        "ranks 4, 64 and full finetuning; 6 trials, from seed 0",
+    ),
+    (
+        {"ranks": (), "full_seen": True},
+        "seen",
+        "full finetuning; 6 trials, from seed 0",
+    ),
+    ({"ranks": (), "tensors": {}}, "seen", "nothing; 0 trials, from seed 0"),
+    (
+        {"missing": "x"},
+        "seen",
+        "ranks 4, 64; its trials are not here, x is missing, from seed 0",
+    ),
+    (
+        {"other_rates": {"a.*": "base", "b": 1e-3}},
+        "other rates",
+        "a.* the base rate; b 0.001; any other must be given, as full finetuning was not tried",
+    ),
+    (
+        {"other_rates": {}, "full_seen": True},
+        "other rates",
+        "that of full finetuning",
+    ),
+    ({"law": Power(law=LoRAPlus(4))}, "law", "loraplus with ratio 4"),
+    (
+        {"law": Power(0.123456, full_factor=0.5)},
+        "law",
+        "mua, times rank^0.123, times 0.5 in full finetuning",
+    ),
+    (
+        {"steps": None, "batch": None, "warmup": None},
+        "horizon",
+        "unknown steps, batch unknown, warm-up unknown",
+    ),
+    ({"warmup": 0.0}, "horizon", "1 steps, batch 16, warm-up 0%"),
+    ({"settings": {}}, "optimizer", "torch.optim.AdamW"),
+    ({"source": {}}, "code", "unknown"),
+    ({"source": {"train": "a", "commit": "b"}}, "code", "train a, commit b"),
+    ({"versions": {}}, "versions", "unknown"),
+    (
+        {"full_fan_in": None},
+        "largest fan-in",
+        "unknown, which full finetuning's rate depends on",
+    ),
+    ({}, "other steps", "-0.10 ± 0.30 octaves of rate per octave of steps"),
+]
+
+
+@pytest.mark.parametrize(("changes", "name", "text"), WORDS)
+def test_a_fact_says_what_is_known_of_it(changes, name, text):
+    """What the recipe does not hold is said to be unknown, none or nothing."""
+    assert dict(facts(replace(FULL, **changes)))[name] == text
+
+
+LEADS = [
+    ({}, "AdamW, 1 steps at batch 16, calibrated at ranks 4, 64."),
+    (
+        {"steps": None, "batch": None, "ranks": (), "optimizer": "my.own.Opt"},
+        "Opt, unknown steps at batch unknown, calibrated at nothing.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), LEADS)
+def test_a_recipe_in_a_sentence(changes, sentence):
+    """Its optimizer by name, steps, batch and the configurations tried."""
+    assert lead(replace(FULL, **changes)) == sentence
+
+
+def test_long_facts_are_wrapped_under_their_text():
+    """No line is longer than 100 columns, and each goes on in the column of the texts."""
+    made = replace(FULL, name="n", notes=(" ".join(["word"] * 60),))
+    lines = str(made).splitlines()
+    assert lines[0] == "Recipe 'n'"
+    assert max(map(len, lines)) <= 100
+    assert lines[-4].startswith("note            word word")
+    assert lines[-3].startswith(" " * 16 + "word")
 
 
 RULES = [

@@ -1,0 +1,96 @@
+"""Settings as plain values, and what differs between two tables of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rankaware_optim.recipe import (
+    agreed,
+    differences,
+    plain_setting,
+    plain_value,
+    settings_of,
+)
+
+
+class Thing:
+    """An object that neither JSON nor TOML holds."""
+
+
+GROUPS = [{"lr": 1e-3, "betas": (0.9, 0.99)}, {"lr": 2e-3, "betas": (0.9, 0.99)}]
+
+
+def test_a_setting_in_which_groups_differ_is_a_list():
+    """Each value stands once, in the order of the groups; what they share is a value."""
+    settings = settings_of([*GROUPS, GROUPS[0]], ["lr", "betas"])
+    assert settings == {"lr": [1e-3, 2e-3], "betas": [0.9, 0.99]}
+    assert settings_of(GROUPS[:1], ["lr"]) == {"lr": 1e-3}
+
+
+PLAIN = [
+    (None, None),
+    (True, True),
+    (2, 2),
+    ("text", "text"),
+    ((1, (2.5, None)), [1, [2.5, None]]),
+    ({3: (1,)}, {"3": [1]}),
+    (np.arange(2), [0, 1]),
+    (np.float64(0.5), 0.5),
+    (torch.ones(2), [1.0, 1.0]),
+    (torch.tensor(0.25), 0.25),
+]
+
+
+@pytest.mark.parametrize(("value", "plain"), PLAIN)
+def test_a_plain_value_is_one_of_json(value, plain):
+    """Tuples become lists, keys texts, tensors and arrays numbers."""
+    given = plain_value(value)
+    assert given == plain
+    assert type(given) is type(plain)
+
+
+def test_an_object_is_named_without_its_address():
+    """So that two runs, and two objects of a class, have the same value."""
+    assert plain_value(Thing()) == plain_value(Thing())
+    assert plain_value(Thing()).endswith(".Thing object>")
+
+
+def test_what_toml_cannot_hold_is_a_text():
+    """None and an object are written as Python shows them, inside lists too."""
+    assert plain_setting((1, (True, None))) == [1, [True, "None"]]
+    assert plain_setting({"a": 1}) == "{'a': 1}"
+
+
+def test_tables_agree_on_what_no_two_say_differently():
+    """A key of one table counts, a key with two values does not."""
+    tables = [{"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1}]
+    assert agreed(tables) == {"a": 1, "c": 4}
+    assert agreed([]) == {}
+
+
+DIFFERENCES = [
+    ({"a": 1}, {"b": 2}, ""),
+    ({"a": 1, "b": 2}, {"b": 3, "a": 4}, "b=2, not 3; a=1, not 4"),
+    ({"a": 1.0}, {"a": 1.0 + 1e-7}, ""),
+    ({"a": 1.0}, {"a": 1.0 + 1e-5}, "a=1.0, not 1.00001"),
+    ({"a": 10**9}, {"a": 10**9 + 1}, "a=1000000000, not 1000000001"),
+    ({"a": 2}, {"a": 2.0}, ""),
+    ({"a": [1.0, {"b": 2.0}]}, {"a": [1.0, {"b": 2.0 + 1e-9}]}, ""),
+    ({"a": [1.0]}, {"a": [1.0, 2.0]}, "a=[1.0], not [1.0, 2.0]"),
+    ({"a": {"b": 1.0}}, {"a": {"c": 1.0}}, "a={'b': 1.0}, not {'c': 1.0}"),
+    ({"a": "x"}, {"a": "y"}, "a='x', not 'y'"),
+]
+
+
+@pytest.mark.parametrize(("stored", "mine", "words"), DIFFERENCES)
+def test_differences_are_beyond_rounding_and_of_common_keys(stored, mine, words):
+    """Floats are alike within float32's precision, inside lists and tables too; whole numbers are exact."""
+    assert differences(stored, mine) == words
+
+
+def test_a_tolerance_widens_what_is_alike():
+    """It is relative."""
+    assert differences({"a": 100.0}, {"a": 101.0}, tolerance=0.02) == ""
+    assert differences({"a": 100.0}, {"a": 103.0}, tolerance=0.02) != ""

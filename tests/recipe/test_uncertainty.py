@@ -1,0 +1,96 @@
+"""How sure a rate is: the fit's own deviation, and what is added for whatever was not tried."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rankaware_optim import Power, Recipe, RecipeError, Reference
+from rankaware_optim.recipe import ANY_WIDTH, known_rate
+from rankaware_optim.recipe._uncertainty import margin, own_band, spread
+
+COVARIANCE = np.array([[0.05, 0.01, -0.02], [0.01, 0.02, 0.004], [-0.02, 0.004, 0.3]])
+AT_16 = Reference(16, 16.0, fan_in=256.0)
+RECIPE = Recipe(
+    name="r",
+    fitted_lr=2e-3,
+    reference=AT_16,
+    law=Power(exponent=0.4, pivot=8.0),
+    covariance=COVARIANCE,
+    scaling_rule="fixed",
+    full_fan_in=512.0,
+    ranks=(4, 64),
+    scatter=0.2,
+)
+FULL = Reference(method="full", fan_in=512.0)
+B = replace(RECIPE, reference=replace(AT_16, init="B"))
+TO_FULL = replace(RECIPE, law=replace(RECIPE.law, to_full=True))
+CASES = [
+    # recipe, target, the fit's design vector, what is added
+    (RECIPE, AT_16, (1, 1, 0), [0.2]),
+    (RECIPE, replace(AT_16, rank=4), (1, -1, 0), [0.2]),
+    (RECIPE, replace(AT_16, rank=64), (1, 3, 0), [0.2]),
+    (RECIPE, replace(AT_16, rank=256), (1, 5, 0), [0.2, 0.1 * 2]),
+    (RECIPE, replace(AT_16, rank=1), (1, -3, 0), [0.2, 0.1 * 2]),
+    (RECIPE, replace(AT_16, fan_in=2048.0), (1, 1, 0), [0.2, 0.25 * 3]),
+    (RECIPE, replace(AT_16, fan_in=257.0), (1, 1, 0), [0.2]),
+    (RECIPE, replace(AT_16, fan_in=262.0), (1, 1, 0), [0.2, 0.25 * math.log2(262 / 256)]),
+    (RECIPE, replace(AT_16, init="B"), (1, 1, 0), [0.2, 1.0]),
+    (B, AT_16, (1, 1, 0), [0.2, 1.0]),
+    (replace(RECIPE, ranks=()), AT_16, (1, 1, 0), [0.2, 0.1]),
+    (RECIPE, FULL, (1, 0, 1), [0.4 / 2 * 6]),
+    (TO_FULL, FULL, (1, 6, 1), []),
+    (replace(RECIPE, full_seen=True), FULL, (1, 0, 1), []),
+    (
+        replace(RECIPE, full_seen=True),
+        replace(FULL, fan_in=1024.0),
+        (1, 0, 1),
+        [0.25],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "target", "row", "added"), CASES)
+def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, added):
+    """A tenth for each octave of rank beyond, a quarter of width, one for the init; half the drift up to the width."""
+    variance = np.array(row) @ COVARIANCE @ row + sum(sd**2 for sd in added)
+    sd, notes = spread(recipe, target)
+    assert sd == pytest.approx(math.sqrt(variance))
+    untried = len(added) - (target.method == "lora")
+    assert len(notes) == (1 if recipe is TO_FULL else untried)
+
+
+def test_the_band_is_90_percent_to_either_side():
+    """1.645 standard deviations of the rate's log."""
+    low, high = own_band(RECIPE)
+    octaves = 1.645 * math.sqrt(0.05 + 2 * 0.01 + 0.02 + 0.2**2)
+    assert (low, high) == pytest.approx((2e-3 / 2**octaves, 2e-3 * 2**octaves))
+
+
+@pytest.mark.parametrize(("sd", "octaves"), [(0.0, 0.0), (0.2, 0.06), (1.0, 0.25)])
+def test_the_margin_is_of_an_exponential_cliff_and_bounded(sd, octaves):
+    """a·sd²/2 for a steepness a of 3, a quarter of an octave at most."""
+    assert margin(3.0, sd) == pytest.approx(octaves)
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
+    """Between ranks of one init the width nearly cancels, so none is asked for."""
+    lost = replace(RECIPE, reference=replace(AT_16, fan_in=None))
+    wide = replace(RECIPE, reference=replace(AT_16, fan_in=4096.0))
+    assert ANY_WIDTH == 4096.0
+    assert lost.at(64).lr == wide.at(64).lr
+    with pytest.raises(RecipeError, match="Give the model's width"):
+        lost.at(64, init="B")
+    assert known_rate(replace(lost, full_fan_in=None), None) is None
+
+
+def test_a_rate_too_small_for_a_float_is_refused():
+    """A rate, or an end of its band, that underflows to 0 is no rate."""
+    tiny = replace(RECIPE, fitted_lr=1e-30, law=Power(exponent=-10.0, pivot=8.0))
+    unsure = replace(tiny, covariance=np.eye(3) * 1e4, ceiling=1.0)
+    with pytest.raises(RecipeError, match="not positive and finite"):
+        unsure.at(2**31 - 1, alpha=1e12, fan_in=1e12)
