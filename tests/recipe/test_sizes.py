@@ -44,6 +44,22 @@ def test_a_toml_is_refused_by_its_size(what, tmp_path):
         Recipe.load(with_text(tmp_path, text))
 
 
+def test_a_toml_of_the_largest_size_is_written_and_read(tmp_path):
+    """256,000 bytes are kept, and one more is neither written nor read."""
+    target, notes = tmp_path / "r.toml", [""] * 30
+    made = replace(RECIPE, notes=tuple(notes))
+    missing = 256_000 - made.save(target).stat().st_size
+    notes[:25] = ["n" * 10_000] * 25
+    notes[25] = "n" * (missing - 250_000)
+    full = replace(RECIPE, notes=tuple(notes))
+    assert full.save(target).stat().st_size == 256_000
+    assert Recipe.load(target) == full
+    with pytest.raises(RecipeError, match=r"256,001 bytes, more than 256,000\."):
+        replace(full, notes=(*notes[:26], "n", *notes[27:])).save(target)
+    with pytest.raises(RecipeError, match="longer than 256,000 bytes"):
+        Recipe.load(with_text(tmp_path, "#" * 256_000))
+
+
 COUNTS = {
     "seen.ranks": {"ranks": tuple(range(1, 66))},
     "seen.notes": {"notes": ("n",) * 101},
