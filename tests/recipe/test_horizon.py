@@ -62,6 +62,7 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
     """Four times the batch double an Adam recipe's rate, with 0.15 octaves of doubt for each octave."""
     own, far = recipe().at(), recipe().at(batch=4 * BATCH)
     assert far.lr == pytest.approx(2 * own.lr)
+    assert far.notes[0].startswith("batch 64 instead of 16: ")
     assert sd_of(far) == pytest.approx(math.hypot(0.2, 2 * BATCH_SD))
 
 

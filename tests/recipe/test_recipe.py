@@ -7,7 +7,9 @@ import math
 import pickle
 import re
 import warnings
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -92,6 +94,34 @@ def assert_same(first: Recipe, second: Recipe) -> None:
             assert one == two, f.name
 
 
+def test_what_a_recipe_is_not_given_is_nothing():
+    """Of the required values alone it has no margin, no ceiling, no ranks, one step, and no trials in its text."""
+    made = Recipe("r", 2e-3, AT_16, Power(), np.eye(3))
+    assert (made.lr, made.ceiling, made.scaling_rule) == (2e-3, None, "unknown")
+    assert (made.ranks, made.full_seen, made.notes, made.missing) == ((), False, (), "")
+    assert (made.steps, made.batch, made.warmup, made.seed) == (1, None, None, 0)
+    assert (made.steepness, made.scatter, made.full_fan_in) == (0.0, 0.0, None)
+    assert made.horizon == Horizon(0.0, 0.3)
+    assert made.optimizer == "torch.optim.AdamW"
+    for name in ("settings", "other_rates", "versions", "source", "tensors"):
+        assert getattr(made, name) == {}
+    assert "tensors" not in repr(recipe())
+
+
+@dataclass(frozen=True)
+class OfPath(Constant):
+    """A law of a parameter that JSON does not hold."""
+
+    path: Path = Path()
+    name: ClassVar[str] = "of-path"
+
+
+def test_a_law_of_any_parameter_has_a_tag():
+    """It is hashed by the parameter's text."""
+    laws = [Power(law=OfPath(Path(name))) for name in "ab"]
+    assert len({recipe(law=law).tag for law in laws}) == 2
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 positive = st.floats(1e-9, 1e6)
@@ -170,7 +200,7 @@ def test_the_toml_introduces_itself(tmp_path):
 
 def test_saving_leaves_two_files_and_nothing_else(tmp_path):
     """Saving, in a folder that is made, and saving again, leave no temporary file."""
-    target = tmp_path / "deep" / "r.toml"
+    target = tmp_path / "very" / "deep" / "r.toml"
     for name in ("first", "second"):
         recipe(name=name).save(target)
     assert set(target.parent.iterdir()) == {target, tensors_of(target)}
@@ -448,6 +478,7 @@ NO_COVARIANCE = [
     "[[1, -6, 0], [-6, 1, 0], [0, 0, 1]]",
     "[[1, 0.1, 0], [0, 1, 0], [0, 0, 1]]",
     "[[true, 0, 0], [0, 1, 0], [0, 0, 1]]",
+    "[[1e-4, 5e-5, 0], [0, 1e-4, 0], [0, 0, 1e-4]]",
 ]
 
 
@@ -458,6 +489,21 @@ def test_what_is_no_covariance_is_refused(matrix, tmp_path):
     edit(target, "fit:covariance", f"covariance = {matrix}")
     with pytest.raises(RecipeError, match=r"@ fit\.covariance"):
         Recipe.load(target)
+
+
+ROUNDED = [
+    "[[1.0, 0, 0], [0, 0, 0], [0, 0, -1e-7]]",
+    "[[1.0, 1e-7, 0], [0, 1, 0], [0, 0, 1]]",
+    "[[1e-4, 5e-11, 0], [0, 1e-4, 0], [0, 0, 1e-4]]",
+]
+
+
+@pytest.mark.parametrize("matrix", ROUNDED)
+def test_a_covariance_may_be_rounded(matrix, tmp_path):
+    """Up to a millionth of its largest entry it may be off."""
+    target = recipe(lean=0.0).save(tmp_path / "r.toml")
+    edit(target, "fit:covariance", f"covariance = {matrix}")
+    assert Recipe.load(target).covariance.shape == (3, 3)
 
 
 def test_the_toml_alone_gives_every_rate(tmp_path):

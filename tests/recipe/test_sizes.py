@@ -80,6 +80,43 @@ def test_counts_are_bounded(path, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+LARGEST = [
+    {"ranks": tuple(range(1, 65))},
+    {"notes": ("n",) * 100},
+    {"other_rates": {f"w{i}": 1e-3 for i in range(3000)}},
+    {"settings": {f"s{i}": 1 for i in range(500)}},
+    {"settings": {"s": [[1] * 500] * 4 + [1] * 496}},
+    {"versions": {f"p{i}": "1" for i in range(1000)}},
+    {"source": {f"s{i}": "1" for i in range(20)}},
+    {"name": "n" * 10_000},
+    {"seed": 2**63 - 1},
+    {"covariance": np.full((3, 3), 1e4)},
+    {"covariance": np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 1e4]])},
+    {"tensors": {"rank": np.arange(65)}},
+    {"tensors": {"rank": np.array([1, 2**31 - 1])}},
+]
+
+
+@pytest.mark.parametrize("changes", LARGEST)
+def test_the_largest_counts_are_kept(changes, tmp_path):
+    """As many as are allowed, and numbers at the ends of their ranges, are written and read."""
+    made = replace(RECIPE, **changes)
+    assert Recipe.load(made.save(tmp_path / "r.toml")) == made
+
+
+@pytest.mark.parametrize(("count", "refused"), [(1000, False), (1001, True)])
+def test_former_lengths_are_bounded_too(count, refused, tmp_path):
+    """A list that is not used any more is refused where it is longer than any was."""
+    target = RECIPE.save(tmp_path / "r.toml")
+    lengths = f"[horizon]\ntried = {[1] * count}"
+    target.write_text(target.read_text().replace("[horizon]", lengths))
+    if refused:
+        with pytest.raises(RecipeError, match=r"@ horizon\.tried"):
+            Recipe.load(target)
+    else:
+        assert len(Recipe.load(target).notes) == 1
+
+
 def test_names_of_tensors_are_bounded(tmp_path):
     """A file of trials with very many names is refused before they are read."""
     target = RECIPE.save(tmp_path / "r.toml")
