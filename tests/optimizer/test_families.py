@@ -276,6 +276,13 @@ def _check_names(opt):
     opt.load_state_dict(opt.state_dict())
 
 
+def test_one_model_in_a_list_is_one_of_several():
+    """Its names have its number, so that another may be added in code without other changes."""
+    opt = RankAwareOptimizer([kept_alpha(4)], torch.optim.SGD, lr=LR, tuned_at=AT_16)
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    assert {name.partition(".")[0] for name in names} == {"0"}
+
+
 def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given():
     """A text encoder's factors beside a U-Net's are refused where model= names the U-Net alone."""
     unet, encoder = kept_alpha(4), kept_alpha(64)

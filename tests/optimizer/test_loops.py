@@ -688,6 +688,32 @@ def test_a_replaced_adapter_is_refused_though_a_head_trains():
         opt.step()
 
 
+def test_adapters_are_watched_though_a_head_comes_first():
+    """Where the first group is a head that trains, adapters that were replaced after a step are still seen."""
+    model = Model()
+    layers = (model.small, model.large)
+    factors = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    groups = [{"params": [model.head.weight]}, {"params": factors}]
+    opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, **LAW)
+    moved(model, opt)
+    opt.zero_grad()
+    model.small = PlainLoRA(nn.Linear(8, 8), 4).double()
+    model.large = PlainLoRA(nn.Linear(8, 8), 64).double()
+    backward(model)
+    with pytest.raises(OptimizerError, match=r"has a gradient.*whose tensor"):
+        opt.step()
+
+
+def test_a_model_is_walked_once_where_an_adapter_rests():
+    """A step that found no other parameter in training asks no further ones."""
+    model = Model()
+    opt = by_class(model)
+    backward(model)
+    model.small.lora_A.grad = model.large.lora_A.grad = None
+    opt.step()
+    assert not opt._rankaware_unchecked
+
+
 def test_an_adapter_made_active_later_is_said():
     """Where another adapter trains in place of those held, at whatever step, one warning names it."""
     model = Model()

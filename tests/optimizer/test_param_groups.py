@@ -26,7 +26,7 @@ from rankaware_optim import (
     rank_aware_param_groups,
 )
 from rankaware_optim._types import Factor
-from rankaware_optim.optimizer import PlanOptions, make_plan
+from rankaware_optim.optimizer import PlanOptions, make_plan, plan_rates
 
 from ..helpers.models import adapted, mlp
 from ..helpers.optimizers import DISTANCE, muon, used
@@ -785,3 +785,57 @@ def test_full_finetuning_from_a_lora_rate_is_noted():
     """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
     made = make_plan(inspect_model(whole(), method="full"), PlanOptions(tuned_at=AT_16))
     assert any("good to an octave or two" in note for note in made.notes)
+
+
+def test_a_tensor_outside_the_model_takes_no_name_of_it():
+    """It keeps a name of its own, or is numbered in its group; the model's tensors have the model's names."""
+    model = mlp((4,))
+    mine, taken, nameless = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    groups = [
+        {"params": [p for p in model.parameters() if p.requires_grad]},
+        {"params": [("mine", mine), ("head.bias", taken)], "lr": 0.5},
+        {"params": [nameless], "lr": 0.25},
+    ]
+    opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, init="A")
+    names = {group["user_group"]: [] for group in opt.param_groups}
+    for group in opt.param_groups:
+        names[group["user_group"]] += group["param_names"]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(names[0]) == sorted(trained)
+    assert names[1] == ["mine", "group1.head.bias.1"]
+    assert names[2] == ["group2.unnamed.0"]
+
+
+def test_a_plan_prints_without_the_survey():
+    """Its text is of the decisions, not of every tensor."""
+    plan = make_plan(inspect_model(mlp((4,))), PlanOptions(tuned_at=AT_16))
+    assert "lora_A" not in repr(plan)
+
+
+def test_a_batch_may_be_a_share():
+    """It is positive, in the unit of the reference's."""
+    assert PlanOptions(batch=0.5).batch == 0.5
+    with pytest.raises(OptimizerError, match="batch is 0"):
+        PlanOptions(batch=0)
+
+
+def test_a_planned_rate_that_is_given_is_as_given():
+    """No law multiplies it."""
+    options = PlanOptions(tuned_at=AT_16, rates={"layer0.lora_A": 0.1})
+    rates = plan_rates(make_plan(inspect_model(mlp((4,))), options), LR)
+    assert rates["layer0.lora_A"].lr == 0.1
+    assert rates["layer0.lora_B"].lr > LR
+
+
+def test_an_optimizer_that_holds_another_is_refused():
+    """Whatever the attribute is called: the groups inside would not change."""
+
+    class Holds(torch.optim.SGD):
+        def __init__(self, params, lr):
+            params = list(params)
+            super().__init__(params, lr=lr)
+            self.fast = torch.optim.SGD(params, lr=lr)
+
+    model = mlp((4,))
+    with pytest.raises(OptimizerError, match="Holds wraps another optimizer"):
+        RankAwareOptimizer(Holds(model.parameters(), lr=LR), model=model, init="A")

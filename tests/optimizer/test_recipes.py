@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
-from rankaware_optim.optimizer import effective_lr
+from rankaware_optim.optimizer import effective_lr, recipe_of
 from rankaware_optim.recipe import Horizon
 
 from ..helpers.models import mlp, train
@@ -560,3 +561,14 @@ def test_a_recipe_survives_with_what_it_knows(tmp_path):
         in said
     )
     assert "code train t, commit c" in said
+
+
+def test_the_optimizer_gives_its_recipe_back():
+    """Also inside what holds the optimizer as a framework does; one without a recipe, or a plain one, has none."""
+    opt, plain = built(**OWN), RankAwareOptimizer(mlp((16,)), AdamW, lr=1e-3, init="A")
+    assert {group["rankaware_recipe"] for group in opt.param_groups} == {RECIPE.tag}
+    inside = SimpleNamespace(optimizer=SimpleNamespace(optimizer=opt))
+    assert recipe_of(opt) is recipe_of(inside) is RECIPE
+    assert "fitted_lr" not in repr(opt._rankaware.plan)
+    native = AdamW(mlp((16,)).parameters())
+    assert recipe_of(plain) is recipe_of(native) is None

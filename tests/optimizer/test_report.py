@@ -554,3 +554,31 @@ def test_frozen_experts_are_pointed_out():
     )
     assert inspect_model(model).unadapted == ("experts.gate_up_proj",)
     assert any("target_parameters" in line for line in inspect_model(model).audit())
+
+
+def test_a_row_names_its_reason_by_number():
+    """The last column counts the reasons from 1, in the order of their rows."""
+    report = report_of(mlp((4, 16)), tuned_at=AT_16, other_lr=0.1)
+    text = str(report)
+    table = [line.split() for line in text.splitlines()]
+    table = [cells for cells in table if cells[:1] in (["A"], ["B"], ["other"])]
+    for cells, row in zip(table, report.rows, strict=True):
+        assert f"why {cells[-1]}: {row.reason}" in text
+        assert row.role == "other" or cells[1] == str(row.rank)
+        assert f"\n  {row.role} " in text  # words stand at the left
+
+
+def test_a_hyphened_word_stays_in_one_line():
+    """So that a name can be copied."""
+    note = " ".join(["some-hyphened-word"] * 12)
+    text = str(Report((), (note,), "title"))
+    assert text.count("some-hyphened-word") == 12
+
+
+def test_a_group_without_tags_is_at_its_rate():
+    """One that was put into param_groups directly is shown as it is, moved by nothing."""
+    model = mlp((4,))
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR, init="A")
+    opt.param_groups.append({**opt.defaults, "params": [nn.Parameter(torch.ones(2))]})
+    row = opt.report().rows[-1]
+    assert (row.role, row.rank, row.multiplier) == ("other", None, 1.0)

@@ -20,6 +20,7 @@ from rankaware_optim import (
     to_plain_state_dict,
 )
 from rankaware_optim.optimizer import effective_lr, rank_aware_param_groups
+from rankaware_optim.optimizer._state_dict import _laid_out
 
 from ..helpers.models import mlp, same, snapshot, train
 
@@ -645,3 +646,33 @@ def test_copies_keep_plan_policies_and_checks(copied):
     train(source, wider, steps=1)
     twin.load_state_dict(wider.state_dict())
     assert {change[1:] for change in twin.report().reset} == {(16, 4)}
+
+
+def test_a_rate_of_several_numbers_is_refused():
+    """One number in a tensor is a rate, the 0 of a warm-up too; two are none."""
+    opt = ours(mlp((4, 8)))
+    for value in (0.0, 0.5):
+        opt.load_state_dict(in_groups(lr=torch.tensor(value)))
+        assert float(opt.param_groups[0]["lr"]) == value
+    with pytest.raises(CheckpointError, match=r"has lr=tensor\(\[1., 2.\]\)"):
+        opt.load_state_dict(in_groups(lr=torch.tensor([1.0, 2.0])))
+
+
+def test_a_former_group_without_a_multiplier_is_at_its_base_rate():
+    """In the first format a group that nothing moved had none."""
+    state = without(in_groups(), "rank_multiplier", "lr_multiplier")
+    for group in state["param_groups"]:
+        group["rankaware_format"] = 1
+    opt = ours(mlp((4, 8)))
+    with pytest.warns(RankAwareWarning, match="another law"):
+        opt.load_state_dict(state)
+    assert {group["lr"] for group in opt.param_groups} == {LR}
+
+
+def test_a_moment_takes_the_parameters_layout_and_keeps_its_precision():
+    """Fused kernels read a moment as the parameter lies in memory, whatever its dtype."""
+    param, moment = torch.zeros(4, 6), torch.arange(24.0, dtype=torch.float64)
+    moment = moment.reshape(6, 4).T
+    laid = _laid_out(moment, param)
+    assert (laid.dtype, laid.stride()) == (torch.float64, param.stride())
+    assert torch.equal(laid, moment)
