@@ -284,7 +284,7 @@ def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
     why = ": their rank was divided and alpha was kept" if _keep_alpha(factors) else ""
     yield (
         f"{len(far)} factors ({far[0].name}, …) are scaled {up_to}{times:.3g} times as strongly as"
-        f" the rest{why}. Give alpha_pattern too, or know that the law lowers their rate."
+        f" the rest{why}. Give alpha_pattern too, or know that the law gives them a lower rate."
     )
 
 

@@ -29,8 +29,8 @@ _AXOLOTLS_GROUPS = (
 class Arguments(BaseModel):
     """The plug-in's part of Axolotl's configuration.
 
-    Its section `rankaware:` has the arguments of `RankAwareOptimizer`. A reference is a text:
-    "r=16,alpha=32".
+    Its section `rankaware:` has the arguments of `RankAwareOptimizer`. A reference is a text,
+    "r=16,alpha=32", or a mapping, {r: 16, lora_alpha: 32}.
     """
 
     rankaware: dict[str, Any] = {}

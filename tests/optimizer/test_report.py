@@ -460,7 +460,7 @@ AUDIT = [
     (
         scaled((8, 1.0), (1, 8.0)),
         r"^2 factors \(1\.A, …\) are scaled 8 times as strongly as the rest: their rank was divided"
-        r" and alpha was kept\. Give alpha_pattern too, or know that the law lowers their rate\.$",
+        r" and alpha was kept\. Give alpha_pattern too, or know that the law gives them a lower rate\.$",
     ),
     (scaled((64, 1.0), (1, 8.0)), r"8 times as .* rest: their rank was divided"),
     (scaled((8, 0.5), (8, 8.0)), r"16 times as strongly as the rest\. Give alpha_pat"),
