@@ -30,6 +30,7 @@ from ..fitting import (
 )
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Z90, differences
+from ._liveness import Interrupts
 from ._provenance import (
     Code,
     check_comparable,
@@ -40,7 +41,6 @@ from ._provenance import (
     warn_of_code,
 )
 from ._schedule import Options
-from ._signals import Interrupts
 from ._storage import close_storage, open_storage, quiet, storage_errors
 from ._trials import TrialRecord, Trials
 

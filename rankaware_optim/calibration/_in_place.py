@@ -18,8 +18,8 @@ from ..errors import CalibrationError, InspectionError
 from ..inspection import Adapters, ScalingRule, Walk, pairs_of, walk
 from ..recipe import Recipe
 from ._api import calibrate
+from ._liveness import Interrupts
 from ._schedule import check_argument
-from ._signals import Interrupts
 from ._snapshot import ModelState
 from ._trial import Trial, seeded
 

@@ -21,7 +21,7 @@ _INTERRUPTED = 130  # exit code of shells for SIGINT
 _COMMANDS = {
     "calibrate": "_calibrate",
     "convert": "_convert",
-    "coordcheck": "_coordcheck",
+    "coordcheck": "_adapters",
     "demo": "_demo",
     "diff": "_recipes",
     "doctor": "_doctor",

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from rankaware_optim.cli._coordcheck import coordcheck
+from rankaware_optim.cli._adapters import coordcheck
 from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import coordinate_check
 
