@@ -279,10 +279,13 @@ def split(
         own_lr = "lr" in group.options
         positions: dict[Assignment, list[int]] = {}
         marks: dict[Assignment, Group] = {}
+        plans: dict[Any, Plan] = {}
         for position, (name, param) in enumerate(group.named):
             marked = _marks(plan, (state or {}).get(param, {}))
-            of_group = plan.for_group({**group.options, **marked}, param.dim() < 2)
-            decision = of_group.assign(
+            kind = param.dim() < 2, *marked.items()
+            if kind not in plans:
+                plans[kind] = plan.for_group({**group.options, **marked}, kind[0])
+            decision = plans[kind].assign(
                 name, factors.get(name), own_lr=own_lr, trains=param.requires_grad
             )
             positions.setdefault(decision, []).append(position)
