@@ -282,9 +282,10 @@ def split(
         plans: dict[Any, Plan] = {}
         for position, (name, param) in enumerate(group.named):
             marked = _marks(plan, (state or {}).get(param, {}))
-            kind = param.dim() < 2, *marked.items()
+            to_adam = param.dim() < 2
+            kind = (to_adam, *marked.items())
             if kind not in plans:
-                plans[kind] = plan.for_group({**group.options, **marked}, kind[0])
+                plans[kind] = plan.for_group({**group.options, **marked}, to_adam)
             decision = plans[kind].assign(
                 name, factors.get(name), own_lr=own_lr, trains=param.requires_grad
             )
