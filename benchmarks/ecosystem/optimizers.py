@@ -67,6 +67,17 @@ MOST, TIMES = 0.25, 2.0  # the rule
 PATIENCE_S = 300
 ROUNDING = 1e-4  # of weights, where a class keeps its rates in float32
 Builder = Callable[..., Any]
+NOTES = [
+    "check: the family that the coordinate check finds, and the rms of its form's slopes; in brackets the nearest form"
+    " and its rms where it finds none. known by: the check, the update rule where the check finds none, another, or was"
+    " not possible, or nothing.",
+    "native: what the native class raised by itself, with the first words. torchao keeps rates in float32, so that the"
+    " order of two products rounds.",
+    "In adv_optm's Muon and AdaMuon the check finds Adam's form, since they rescale an update to Adam's rms; with"
+    " rms_rescaling=False it finds Muon's (0.06 and 0.03). So does torch's Muon with adjust_lr_fn='match_rms_adamw'"
+    " (Adam's form 0.09, Muon's of that shape 0.04). Whether their best rates move with the rank as Adam's was not run:"
+    " their family is Muon's.",
+]
 
 
 @dataclass(frozen=True)
@@ -100,11 +111,7 @@ def main() -> None:
         "Optimizers: families, and rates as given",
         rows,
         machine(torch.get_num_threads()) | versions(),
-        [
-            "check: the family that the coordinate check finds, and the rms of its form's slopes; in brackets the"
-            " nearest form and its rms where it finds none. known by: the check, the update rule where the check"
-            " finds none or was not possible, or nothing.",
-        ],
+        NOTES,
     )
 
 
