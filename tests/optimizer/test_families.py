@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 
@@ -281,6 +282,39 @@ def test_one_model_in_a_list_is_one_of_several():
     opt = RankAwareOptimizer([kept_alpha(4)], torch.optim.SGD, lr=LR, tuned_at=AT_16)
     names = [name for group in opt.param_groups for name in group["param_names"]]
     assert {name.partition(".")[0] for name in names} == {"0"}
+
+
+def test_a_later_group_is_of_any_of_several_models():
+    """Its names and ranks are those of the model that holds it; once one model is gone, no group is added."""
+    unet, encoder = kept_alpha(4), kept_alpha(64)
+    first = [p for p in unet.parameters() if p.requires_grad]
+    both = [unet, encoder]
+    opt = RankAwareOptimizer(
+        first, torch.optim.SGD, model=both, lr=LR, tuned_at=AT_16, law="mua"
+    )
+    opt.add_param_group({"params": [encoder.layer0.lora_A]})
+    assert opt.param_groups[-1]["param_names"] == ["1.layer0.lora_A"]
+    assert opt.param_groups[-1]["lora_rank"] == 64
+    later = encoder.layer0.lora_B
+    del unet, both, first
+    opt.param_groups[0]["params"].clear()
+    gc.collect()
+    with pytest.raises(ra.OptimizerError, match="its model is gone"):
+        opt.add_param_group({"params": [later]})
+
+
+def test_a_class_that_takes_the_model_is_built_first():
+    """It makes its own groups, so it is wrapped as an instance."""
+
+    class Whole(torch.optim.SGD):
+        def __init__(self, model, lr):
+            super().__init__([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+    model = kept_alpha(4, 16)
+    with pytest.raises(ra.OptimizerError, match="takes a model and makes its groups"):
+        RankAwareOptimizer(model, Whole, lr=LR, tuned_at=AT_16)
+    opt = RankAwareOptimizer(Whole(model, LR), model=model, tuned_at=AT_16)
+    assert {group["lora_rank"] for group in opt.param_groups} == {4, 16, None}
 
 
 def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given():

@@ -25,6 +25,7 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim.optimizer import effective_lr, recipe_of
+from rankaware_optim.optimizer._validate import _fits
 from rankaware_optim.recipe import Horizon
 
 from ..helpers.models import mlp, train
@@ -572,3 +573,33 @@ def test_the_optimizer_gives_its_recipe_back():
     assert "fitted_lr" not in repr(opt._rankaware.plan)
     native = AdamW(mlp((16,)).parameters())
     assert recipe_of(plain) is recipe_of(native) is None
+
+
+def test_each_head_has_its_own_rate_and_reason():
+    """Where the trials had two rates, each parameter is a row of its own."""
+    rates = {"head.weight": 1e-4, "head.bias": 2e-4}
+    opt = built(replace(RECIPE, other_rates=rates), **OWN)
+    rows = [row for row in opt.report().rows if row.role == "other"]
+    assert {row.names[0]: row.lr for row in rows} == pytest.approx(rates)
+    assert all(row.reason.endswith("its rate in the recipe's trials") for row in rows)
+
+
+FITS = [
+    ([0.9, 0.99], (0.9, 0.999), True),
+    ([0.9], (0.9, 0.999), False),
+    ([0.1, 0.2], 0.1, False),
+    ("original", None, True),
+    ("<a function>", None, False),
+    ("sum", "mean", True),
+    ("sum", 1.0, False),
+    (0.1, None, True),
+    (0.1, 1, True),
+    (True, False, True),
+    (0.1, "mean", False),
+]
+
+
+@pytest.mark.parametrize(("value", "default", "fits"), FITS)
+def test_a_setting_is_applied_where_it_can_be_one(value, default, fits):
+    """By the default's kind; the text of an object, and the values of several groups, are none."""
+    assert _fits(value, default) is fits

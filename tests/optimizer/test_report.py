@@ -148,6 +148,12 @@ SURE = [
         "A",
         "a guess, as for sign-like optimizers",
     ),
+    (
+        "torch_optimizer:NovoGrad",
+        {"tuned_at": Reference(rank=4, alpha=4, fan_in=64)},
+        "A",
+        "a guess, as for sign-like optimizers",
+    ),
 ]
 
 
@@ -582,3 +588,30 @@ def test_a_group_without_tags_is_at_its_rate():
     opt.param_groups.append({**opt.defaults, "params": [nn.Parameter(torch.ones(2))]})
     row = opt.report().rows[-1]
     assert (row.role, row.rank, row.multiplier) == ("other", None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("apart", "note"), [(0, ""), (2, ""), (1, "Your 2 groups are 4")]
+)
+def test_groups_of_ones_own_that_are_split_have_a_note(apart, note):
+    """One group that is split has none, and several that stay whole neither: no scheduler's list is too short."""
+    model = mlp((4,))
+    factors, head = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (factors if "lora" in name else head).append(param)
+    groups = {
+        0: [{"params": [*factors, *head]}],
+        1: [{"params": [*factors, head[0]]}, {"params": head[1:], "weight_decay": 0.1}],
+        2: [{"params": [factor]} for factor in factors],
+    }[apart]
+    opt = RankAwareOptimizer(
+        groups,
+        torch.optim.AdamW,
+        model=model,
+        lr=LR,
+        init="A",
+        rates={"head.weight": 0.1} if apart == 1 else None,
+    )
+    said = [text for text in opt.report().notes if text.startswith("Your ")]
+    assert [text.partition(" here")[0] for text in said] == [note] * bool(note)

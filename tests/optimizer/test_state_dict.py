@@ -676,3 +676,31 @@ def test_a_moment_takes_the_parameters_layout_and_keeps_its_precision():
     laid = _laid_out(moment, param)
     assert (laid.dtype, laid.stride()) == (torch.float64, param.stride())
     assert torch.equal(laid, moment)
+
+
+def test_a_moment_of_another_shape_stays_as_it_lies():
+    """Such as a factored one: only a moment of the parameter's shape has its layout."""
+    moment = torch.arange(8.0).reshape(2, 4).T
+    laid = _laid_out(moment, torch.zeros(4, 6))
+    assert laid.stride() == moment.stride()
+    assert torch.equal(laid, moment)
+
+
+def test_an_optimizer_that_cannot_step_here_loads_its_checkpoint():
+    """What cannot be rehearsed without a checkpoint is not held against one."""
+    opt = ours(mlp((4, 8)), torch.optim.Adam, differentiable=True)
+    state = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(state)
+    assert alike(state, opt.state_dict())
+
+
+def test_parts_of_a_group_with_several_rates_are_said():
+    """A state by names, as torch.distributed.checkpoint loads it, may have put a rate into one part alone."""
+    opt = ours(mlp((4, 8)))
+    state = copy.deepcopy(opt.state_dict())
+    for group in state["param_groups"]:
+        group["params"] = list(group["param_names"])
+    opt.load_state_dict(copy.deepcopy(state))
+    state["param_groups"][0]["lr"] = LR / 2
+    with pytest.warns(RankAwareWarning, match="several base rates"):
+        opt.load_state_dict(state)
