@@ -558,6 +558,15 @@ def test_the_tensors_are_looked_for_beside_the_recipe_only(tmp_path):
     assert Recipe.load(target).missing == "r.safetensors"
 
 
+def test_a_law_that_no_trial_corrected_is_read_too(tmp_path):
+    """A file may name a law alone; the recipe's is a correction of nothing around it."""
+    target = recipe(law=Power(0.0, 1.0)).save(tmp_path / "r.toml")
+    text = target.read_text()
+    start, end = text.index("[law]"), text.index("[optimizer]")
+    target.write_text(f'{text[:start]}[law]\nname = "constant"\n\n{text[end:]}')
+    assert Recipe.load(target).law == Power(law=Constant())
+
+
 def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
     """Whole numbers in a law's table are read as floats, and the recipe's hash is the same before and after."""
     made = recipe(law=Power(exponent=1, law=MuA(tokens=4)))
