@@ -30,6 +30,7 @@ from rankaware_optim import (
     Recipe,
     RecipeError,
     Reference,
+    inspect_model,
     to_plain_state_dict,
 )
 from rankaware_optim._types import infer_scaling
@@ -491,6 +492,20 @@ def test_what_is_no_covariance_is_refused(matrix, tmp_path):
         Recipe.load(target)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "path"),
+    [("[law", "[optimizer", "law"), ("[fit]", None, "fit.covariance")],
+)
+def test_a_table_that_is_missing_is_named(start, end, path, tmp_path):
+    """A file without a law, or without its covariance, says which."""
+    target = recipe().save(tmp_path / "r.toml")
+    text = target.read_text()
+    rest = text[text.index(end) :] if end else ""
+    target.write_text(text[: text.index(start)] + rest)
+    with pytest.raises(RecipeError, match=rf"it is missing\. @ {path}"):
+        Recipe.load(target)
+
+
 ROUNDED = [
     "[[1.0, 0, 0], [0, 0, 0], [0, 0, -1e-7]]",
     "[[1.0, 1e-7, 0], [0, 1, 0], [0, 0, 1]]",
@@ -807,6 +822,8 @@ def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
             made.at(**target)
     with pytest.warns(RankAwareWarning, match="outside"):
         assert made.at(rank=8, alpha=8).extrapolated
+    with pytest.raises(RecipeError, match="give no rule for alpha by rank"):
+        replace(made, scaling_rule="fixed").at(rank=8)
 
 
 @given(
@@ -926,6 +943,23 @@ def test_the_report_quotes_the_band_of_this_model(method, width):
     (used,) = rates(opt, "full" if method == "full" else "A")
     assert used == pytest.approx(rate.lr, rel=1e-9)
     assert rate.low < used < rate.high
+
+
+@extrapolates
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_base_rate_of_a_model_keeps_the_models_margin(method):
+    """It is as far below the fitted optimum as the rate at the model's width is below the middle of its band."""
+    made = recipe(steepness=3.0, full_seen=True, covariance=np.diag([0.02, 0.0, 0.01]))
+    pair = mlp((16,), scalings=2.0, width=2 * WIDTH)
+    plain = torch.nn.Sequential(
+        torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3)
+    )
+    survey = inspect_model(plain if method == "full" else pair, method=method)
+    base = made.base_lr(survey)
+    rate = made.at(method=method, fan_in=2.0 * WIDTH)
+    middle = math.sqrt(rate.low * rate.high)
+    assert base / made.fitted_lr == pytest.approx(rate.lr / middle)
+    assert base < made.fitted_lr * 0.99
 
 
 # --- the hash in the optimizer's state ------------------------------------------------------------------------------
