@@ -117,10 +117,11 @@ def test_former_lengths_are_bounded_too(count, refused, tmp_path):
         assert len(Recipe.load(target).notes) == 1
 
 
-def test_a_list_in_a_list_is_bounded(tmp_path):
+@pytest.mark.parametrize("values", [[1] * 501, [[1] * 501]])
+def test_lists_of_settings_are_bounded(values, tmp_path):
     """Values of several groups may be lists themselves, of 500 values each."""
     with pytest.raises(RecipeError, match=r"@ optimizer\.settings"):
-        replace(RECIPE, settings={"s": [[1] * 501]}).save(tmp_path / "r.toml")
+        replace(RECIPE, settings={"s": values}).save(tmp_path / "r.toml")
 
 
 def test_names_of_tensors_are_bounded(tmp_path):

@@ -8,9 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rankaware_optim import Power, Recipe, RecipeError, Reference
-from rankaware_optim.recipe import ANY_WIDTH, known_rate
+from rankaware_optim import (
+    Constant,
+    Power,
+    RankAwareWarning,
+    Recipe,
+    RecipeError,
+    Reference,
+    inspect_model,
+)
+from rankaware_optim.fitting import Fit, Prior
+from rankaware_optim.recipe import ANY_WIDTH, known_rate, rate_on, recipe_of
 from rankaware_optim.recipe._uncertainty import margin, own_band, spread
+
+from ..helpers.models import mlp
 
 COVARIANCE = np.array([[0.05, 0.01, -0.02], [0.01, 0.02, 0.004], [-0.02, 0.004, 0.3]])
 AT_16 = Reference(16, 16.0, fan_in=256.0)
@@ -86,6 +97,44 @@ def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
     with pytest.raises(RecipeError, match="Give the model's width"):
         lost.at(64, init="B")
     assert known_rate(replace(lost, full_fan_in=None), None) is None
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+def test_the_width_of_full_finetuning_is_its_own():
+    """Where none is asked for it is the recipe's width for full finetuning, not that of its reference."""
+    tried = replace(RECIPE, full_seen=True)
+    assert tried.at(None) == tried.at(None, fan_in=512.0)
+    assert tried.at(None) != tried.at(None, fan_in=256.0)
+
+
+def test_a_models_rate_is_moved_to_steps_and_batch():
+    """As the recipe's own is, also where both have one number."""
+    tried = replace(RECIPE, steps=8, batch=8.0, reference=replace(AT_16, fan_in=16.0))
+    survey = inspect_model(mlp((16,)))
+    with pytest.warns(RankAwareWarning, match="extrapolates"):
+        moved = tried.at(steps=64, batch=64)
+    assert rate_on(tried, survey, 64, 64).lr == pytest.approx(moved.lr)
+    assert rate_on(tried, survey).lr == pytest.approx(tried.lr)
+    assert moved.lr != pytest.approx(tried.lr)
+
+
+def test_a_recipe_is_made_of_a_fit():
+    """Its optimum, ceiling and spread are the fit's at the reference's rank, its margin follows from them."""
+    mean = np.array([-9.0, 0.5, 0.25])
+    fit = Fit(Prior(pivot=16.0, scatter=0.3), mean, COVARIANCE, 2.0, -6.0, {})
+    made = recipe_of(
+        fit, Constant(), Reference(64, 64.0, fan_in=256.0), name="r", ranks=(64,)
+    )
+    assert made.fitted_lr == 2.0**-8  # two octaves of rank at half an octave each
+    assert made.ceiling == 2.0**-5
+    assert made.law == Power(0.5, 2**0.25, pivot=16.0, law=Constant())
+    assert (made.steepness, made.scatter) == (2.0, 0.3)
+    variance = np.array([1, 2, 0]) @ COVARIANCE @ [1, 2, 0] + 0.3**2
+    assert made.lean == pytest.approx(min(variance, 0.25))
+    assert (
+        recipe_of(replace(fit, ceiling=None), Constant(), AT_16, name="r").ceiling
+        is None
+    )
 
 
 def test_a_rate_too_small_for_a_float_is_refused():
