@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import click
 
@@ -17,8 +18,8 @@ from ..errors import InvalidReferenceError
 from ..inspection import as_reference, read_training, reference_of
 from ..integrations.external_plugins import SWIFT
 from ..laws import DEFAULT_LAW, Law, bound_law, get_law
-from ..transfer import Conversion, convert_lr
-from ._options import echo_result, json_option, law_option, option
+from ..transfer import Conversion, as_target, convert_lr
+from ._options import FILE, echo_result, json_option, law_option, option
 
 _SHAPE = (
     "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr"
@@ -245,13 +246,31 @@ def as_words(reference: Reference) -> str:
 )
 @law_option("Law that moves the rate.", DEFAULT_LAW)
 @option(
+    "--model",
+    FILE,
+    "Model's folder or config.json, of transformers or diffusers. Its width is read as the"
+    " optimizer reads it, so LR becomes the rate at which the optimizer trains.",
+)
+@option(
+    "--target-modules",
+    str,
+    "Layers of --model to adapt, as for PEFT: q_proj,v_proj or all-linear.",
+)
+@option(
     "--as tool",
     click.Choice(list(TOOLS)),
     "Print a trainer's configuration, ready to paste.",
 )
 @json_option(_SHAPE)
 def convert(
-    lr: float | None, from_: str, to: str, law: str, tool: str | None, as_json: bool
+    lr: float | None,
+    from_: str,
+    to: str,
+    law: str,
+    model: Path | None,
+    target_modules: str | None,
+    tool: str | None,
+    as_json: bool,
 ) -> None:
     """Convert a tuned rate to another rank, alpha, init or method.
 
@@ -262,6 +281,15 @@ def convert(
         raise click.UsageError(
             "--as prints a trainer's configuration and --json the numbers. Give one of them."
         )
+    if model is None and target_modules is not None:
+        raise click.UsageError(
+            "--target-modules are layers of --model, so give it too."
+        )
+    if model is not None and lr is None:
+        raise click.UsageError("--model is of one rate, so give LR too.")
+    names: str | list[str] | None = target_modules
+    if target_modules not in (None, "all-linear"):
+        names = [name.strip() for name in target_modules.split(",")]
     bound: Law = get_law(law)
     if lr is None:
         bound, rates = _trained(from_, bound)
@@ -269,8 +297,15 @@ def convert(
         rates = [(None, lr, as_reference(from_), "")]
     documents, texts = [], []
     for part, tuned, origin, training in rates:
-        at = as_reference(to, like=origin)
-        conversion = convert_lr(tuned, from_=origin, to=at, law=bound)
+        at = as_target(to, origin, model)
+        conversion = convert_lr(
+            tuned,
+            from_=origin,
+            to=at,
+            law=bound,
+            model=model,
+            target_modules=names,
+        )
         places = {"from": as_words(origin), "to": as_words(at)}
         numbers = {"part": part, "from_lr": tuned, **places, **asdict(conversion)}
         documents.append(numbers)

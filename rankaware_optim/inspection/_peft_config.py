@@ -229,11 +229,11 @@ def read_config(path: Path) -> AdapterConfig:
     """
     if not os.path.isfile(path):
         raise InspectionError(f"There is no file {path}.", _FROM_PEFT)
-    values = _object(str(path), lambda: read_bytes(path, _LIMIT), _FROM_PEFT)
+    values = read_object(str(path), lambda: read_bytes(path, _LIMIT), _FROM_PEFT)
     return _checked(str(path), values)
 
 
-def _object(where: str, read: Callable[[], bytes], cure: str) -> dict[str, Any]:
+def read_object(where: str, read: Callable[[], bytes], cure: str) -> dict[str, Any]:
     """Return the JSON object that `read` returns as text."""
     try:
         values = parse_json(read())
@@ -252,7 +252,7 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     if not text:
         return []
     where = f"{path}: lora_adapter_metadata"
-    values = _object(where, text.encode, "Save the adapter again.")
+    values = read_object(where, text.encode, "Save the adapter again.")
     prefixes = {key[:-1] for key in values if f".{key}".endswith(".r")}
     if len(prefixes) > _PARTS_LIMIT:
         raise InspectionError(

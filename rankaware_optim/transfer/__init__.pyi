@@ -1,4 +1,5 @@
 from ._convert import Conversion as Conversion
+from ._convert import as_target as as_target
 from ._convert import convert_lr as convert_lr
 from ._convert import survey_rates as survey_rates
 from ._coordinate_check import CoordinateCheck as CoordinateCheck

@@ -9,15 +9,16 @@ zero needs no rescaling, so its rate alone undoes a change of s. All other chang
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .._checks import check_lr
 from .._rate import Rate
-from .._types import Rated, Reference, Survey, init_text
+from .._types import Rated, Reference, Survey, dense, init_text
 from ..errors import InvalidReferenceError, LawError
-from ..inspection import ReferenceLike, as_reference
+from ..inspection import ReferenceLike, as_reference, survey_config
 from ..laws import (
     DEFAULT_LAW,
     DISTANCE_NOTE,
@@ -94,6 +95,8 @@ def convert_lr(
     from_: ReferenceLike,
     to: ReferenceLike,
     law: str | Law = DEFAULT_LAW,
+    model: str | os.PathLike[str] | None = None,
+    target_modules: str | Sequence[str] | None = None,
 ) -> Conversion:
     """Convert a rate tuned at one configuration to another.
 
@@ -114,10 +117,15 @@ def convert_lr(
             the mean). If both have a batch, the rate moves by the law's rule for the batch.
         law: a law or its name. For an optimizer other than Adam and its variants, give
             Falling().bind(optimizer_class, settings).
+        model: a model's folder or its config.json, of transformers or diffusers, for the width of
+            both: `lr` is then the rate that the optimizer trains at on this model. It needs that
+            library, and peft for LoRA.
+        target_modules: the layers of that model to adapt, as PEFT's `LoraConfig` takes them.
 
     Raises:
         InvalidReferenceError: a text is no configuration; or no width is known although the method
             or the init changes, or the law has no limit.
+        InspectionError: the model's configuration or an adapter cannot be read.
         OptimizerError: `lr` is not a positive finite number.
         LawError: the law is unknown or gives no multiplier.
 
@@ -129,7 +137,11 @@ def convert_lr(
     """
     base, bound = check_lr(lr), get_law(law)
     origin = as_reference(from_)
-    target = as_reference(to, like=origin)
+    target = as_target(to, origin, model)
+    if model is not None:
+        origin, target, words = _at_model(origin, target, model, target_modules)
+        converted = convert_lr(lr, from_=origin, to=target, law=law)
+        return replace(converted, notes=(words, *converted.notes))
     move = _Move(*_at_widths(origin, target, _LARGE), bound)
     try:
         converted = move.convert(base)
@@ -150,6 +162,33 @@ def convert_lr(
             "Give fan_in=, such as 4096, in a reference.",
         )
     return converted
+
+
+def as_target(to: ReferenceLike, origin: Reference, model: object) -> Reference:
+    """Return the reference `to`, which keeps what it lacks of `origin`, but no width if a model has
+    one.
+    """
+    like = origin if model is None else replace(origin, fan_in=None)
+    return as_reference(to, like=like)
+
+
+def _at_model(
+    origin: Reference,
+    target: Reference,
+    model: str | os.PathLike[str],
+    target_modules: str | Sequence[str] | None,
+) -> tuple[Reference, Reference, str]:
+    """Return both references with the widths that the optimizer gives them on a model that trains
+    at `target`, and a note on these.
+    """
+    survey = survey_config(model, target_modules=target_modules, method=target.method)
+    layers = len({f.layer for f in dense(survey.factors)})
+    words = (
+        f"Read off {os.fspath(model)}: mean fan-in {survey.width:.6g}, largest"
+        f" {survey.full_width():g}, of {layers} layers that train."
+    )
+    width = replace(target, init=origin.init).resolve(survey).fan_in
+    return origin.resolve(survey), replace(target, fan_in=width), words
 
 
 def _at_widths(
@@ -312,10 +351,13 @@ class _Move:
             if "method" in self.changes:
                 widths = {at.method: at.fan_in for at in (self.origin, self.target)}
                 of_full = "mean" if self.origin.init == "B" else "largest"
+                advice = ""
+                if widths["lora"] == widths["full"]:
+                    advice = ": give each its fan_in= where they differ"
                 yield (
                     f"The width is the mean fan-in for LoRA, {widths['lora']:g}, and the {of_full}"
                     f" for full finetuning, {widths['full']:g}, as the optimizer reads them off a"
-                    " model: give each its fan_in= where they differ."
+                    f" model{advice}."
                 )
         elif self.ratio == 1.0:
             if self.same_batch:

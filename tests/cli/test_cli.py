@@ -402,6 +402,8 @@ USAGE = [
     ["convert", "1e-3", "--to", "r=8,alpha=8"],
     ["convert", "x", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
     ["convert", "-1", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
+    ["convert", "1e-3", "--from", "full", "--to", "r=8", "--target-modules", "q"],
+    ["convert", "--from", "a.safetensors", "--to", "r=8", "--model", "a"],
     ["plot", "digits.toml"],
     ["suggest", "--full", "--init", "B"],
     ["inspect", "adapter", "--tuned-at", "r=8,alpha=8"],
