@@ -320,7 +320,7 @@ README_WAYS = {
     "the paper's law": "the paper's law",
     DEFAULT: "the default law",
     ONE_SEED: "the same, its rate from one seed",
-    RECIPE: "no move: a calibrated recipe",
+    RECIPE: "a calibrated recipe",
 }
 SETTINGS = {
     "Init[A], s = 1": "alpha = rank",
