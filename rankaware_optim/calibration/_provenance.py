@@ -222,7 +222,8 @@ def built_with(
 
 def shape_of(at: Reference) -> dict[str, Any]:
     """Return what decides a trial of a model's configuration."""
-    return {"width": at.fan_in, "alpha": at.alpha, "init": at.init}
+    # not "alpha", which is a setting of RMSprop
+    return {"width": at.fan_in, "lora_alpha": at.alpha, "init": at.init}
 
 
 def _other_rates(opt: Optimizer) -> dict[str, Any]:

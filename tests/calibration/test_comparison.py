@@ -57,7 +57,7 @@ OTHER = [
         "weight_decay=0.1",
     ),
     (made_up(rates={"*.1.*": 1e-3}), made_up(), "rates={'*.1.*': 0.001}, not None"),
-    (made_up(), made_up(scaling=lambda rank: 4.0), "alpha=8.0, not 16.0"),
+    (made_up(), made_up(scaling=lambda rank: 4.0), "lora_alpha=8.0, not 16.0"),
     (made_up(), made_up(init="B"), "init='A', not 'B'"),
     (grouped(0.0, 0.1), grouped(0.0, 0.2), "weight_decay=[0.0, 0.1], not [0.0, 0.2]"),
 ]
@@ -288,7 +288,16 @@ def test_a_study_of_the_first_version_is_compared_by_its_reference(tmp_path):
         "batch": 8,
         "seeds": (0,),
     }
-    with pytest.raises(CalibrationError, match=r"alpha=8\.0, not 16\.0"):
+    with pytest.raises(CalibrationError, match=r"lora_alpha=8\.0, not 16\.0"):
         calibrate(
             made_up(scaling=lambda rank: 4.0), trials=16, storage=stored, **options
         )
+
+
+def test_a_setting_called_alpha_is_the_optimizers(journal):
+    """RMSprop's alpha is stored and compared as a setting, beside the adapter's alpha."""
+    rms = {"optimizer": torch.optim.RMSprop, "storage": journal}
+    recipe = calibrate(made_up(alpha=0.9), trials=2, **rms)
+    assert recipe.settings["alpha"] == 0.9
+    with pytest.raises(CalibrationError, match=r"alpha=0\.9, not 0\.8"):
+        calibrate(made_up(alpha=0.8), trials=3, **rms)
