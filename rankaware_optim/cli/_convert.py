@@ -8,7 +8,7 @@ them. Otherwise they contain numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -296,6 +296,7 @@ def convert(
     else:
         rates = [(None, lr, as_reference(from_), "")]
     documents, texts = [], []
+    printed = set[str]()
     for part, tuned, origin, training in rates:
         at = as_target(to, origin, model)
         conversion = convert_lr(
@@ -310,6 +311,9 @@ def convert(
         numbers = {"part": part, "from_lr": tuned, **places, **asdict(conversion)}
         documents.append(numbers)
         texts += [f"{'# ' if tool else ''}{training}"] if training else []
+        notes = tuple(note for note in conversion.notes if note not in printed)
+        printed.update(notes)
+        conversion = replace(conversion, notes=notes)
         texts.append(
             _lines(TOOLS[tool], tuned, origin, at, law, conversion)
             if tool

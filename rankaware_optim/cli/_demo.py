@@ -351,7 +351,7 @@ def verdict(checked: TransferCheck) -> str:
     else:
         result = f"diverged, unlike {_TIMES[factor]}"
     return (
-        f"{checked.label}: the recipe's rate {checked.rate.lr:.2g} {result} (held-out loss"
+        f"{checked.label}: the recipe's rate {checked.rate.lr:.3g} {result} (held-out loss"
         f" {means[_HERE]:.3f}, best {min(means):.3f}); it {checked.outcome}."
     )
 
@@ -377,7 +377,7 @@ def table(checks: Sequence[TransferCheck]) -> str:
         losses[checked.best] += "*"
         apart = [f"{mean:+.2f} ± {error:.2f}" for mean, error in checked.apart]
         apart[_HERE] = ""
-        rows.append([checked.label, f"{checked.rate.lr:.2g}", *losses])
+        rows.append([checked.label, f"{checked.rate.lr:.3g}", *losses])
         rows.append(["", "", *apart])
     title = (
         f"Held-out loss in nats, mean of {len(CHECKED_SEEDS)} seeds, * the lowest.\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import RankAwareError
+from ..errors import RankAwareError, RankAwareWarning
 from ..recipe import Recipe, to_document
 from ..reports import diff_recipes, diff_text, plot_recipe, write_report
 from ._options import (
@@ -15,6 +16,7 @@ from ._options import (
     RATE_FIELDS,
     RECIPE_FIELDS,
     RSLORA,
+    Decorator,
     echo,
     echo_result,
     flag,
@@ -28,6 +30,22 @@ from ._options import (
 _RECIPE = click.argument("recipe", type=FILE)
 
 
+def _refuse_a_move(_: Any, option: click.Parameter, value: str | None) -> None:
+    """Name the command that takes an option which `lr` does not have."""
+    if value is not None:
+        raise click.UsageError(
+            f"{option.opts[0]} moves a rate without a recipe: use rankaware convert LR --from r=16,"
+            "alpha=32 --to r=64."
+        )
+
+
+def _of_convert(name: str) -> Decorator:
+    """Return an option that is not in the help, since only `convert` has it."""
+    return option(
+        name, str, "", hidden=True, expose_value=False, callback=_refuse_a_move
+    )
+
+
 @click.command()
 @_RECIPE
 @option("--rank", int, "LoRA rank.")
@@ -38,6 +56,8 @@ _RECIPE = click.argument("recipe", type=FILE)
 )
 @RSLORA
 @init_option("By default the recipe's.")
+@_of_convert("--from")
+@_of_convert("--to")
 @flag("--full", "Print the rate for full finetuning.")
 @option("--fan-in", float, "Width of the model, if it differs from the recipe's.")
 @option(
@@ -70,7 +90,11 @@ def lr(
     if full:
         refuse_for_full(alpha=options["alpha"], init=options["init"])
     method: Any = "full" if full else "lora"
-    rate = Recipe.load(recipe).at(rank, rslora=rslora, method=method, **options)
+    loaded = Recipe.load(recipe)
+    with warnings.catch_warnings():
+        # the rate's notes say it
+        warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
+        rate = loaded.at(rank, rslora=rslora, method=method, **options)
     echo_result(as_json, rate)
 
 

@@ -47,6 +47,12 @@ _CERTAINTY = (
     _GUESS,
     _THUMB,
 )
+# What the reports' words on evidence mean.
+_LEGEND = {
+    "theory": "from the law's equations",
+    "measured": "our sweeps show it",
+    "as tuned": "not moved",
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,12 @@ class Report:
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
         lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]
+        meanings = [
+            f"{word}: {meaning}"
+            for word, meaning in _LEGEND.items()
+            if any(word in reason for reason in reasons)
+        ]
+        lines += [f"words: {'; '.join(meanings)}"] if meanings else []
         lines += [f"check: {text}" for text in self.audit]
         lines += [f"note: {text}" for text in self.notes]
         wrapped = [

@@ -48,7 +48,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
     return [
         (
             "base rate",
-            f"{recipe.lr:.3g} at {_words(recipe, at)}, width {_number(at.fan_in)}",
+            f"{recipe.lr:.3g} at {_words(recipe, at)}, mean fan-in {_fan_in(at.fan_in)}",
         ),
         (
             "fitted optimum",
@@ -59,7 +59,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
         ("ceiling", ceiling),
         (
             "largest fan-in",
-            f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on",
+            f"{_fan_in(recipe.full_fan_in)}, which full finetuning's rate depends on",
         ),
         ("law", _law(recipe.law)),
         ("alpha by rank", _ALPHA[recipe.scaling_rule]),
@@ -74,7 +74,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
         ),
         ("seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"),
         ("other rates", _other_rates(recipe)),
-        ("code", _listed(recipe.source) or "unknown"),
+        ("code", _listed(recipe.source).removeprefix("train ") or "unknown"),
         ("versions", _listed(recipe.versions) or "unknown"),
         ("hash", recipe.tag.partition(" ")[0]),
         *(("note", note) for note in recipe.notes),
@@ -111,7 +111,7 @@ def configuration(
     recipe's own.
     """
     numbers = (
-        ("fan-in {:g}", target.fan_in),
+        ("fan-in {}", target.fan_in and _fan_in(target.fan_in)),
         ("{} steps", steps or recipe.steps),
         ("batch {:g}", batch or recipe.batch),
     )
@@ -187,3 +187,8 @@ def _other_rates(recipe: RecipeData) -> str:
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:g}"
+
+
+def _fan_in(value: float | None) -> str:
+    """Return a width as text. A mean has a tenth at most."""
+    return _number(value if value is None else round(value, 1) or value)

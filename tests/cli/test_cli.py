@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,7 +209,10 @@ def test_convert_takes_the_rate_from_the_adapter(tmp_path):
                 "from_": f"r=16,alpha=16,fan_in={width}",
                 "to": f"r=64,alpha=16,fan_in={width}",
             }
-            assert convert_lr(rate, **words, law=law).explain() in done.output
+            converted = convert_lr(rate, **words, law=law)
+            assert replace(converted, notes=()).explain() in done.output
+            for note in converted.notes:
+                assert done.output.count(f"note: {note}\n") == 1
 
 
 def test_convert_names_an_adapter_as_reference(folder):
@@ -262,7 +267,7 @@ def test_show_prints_what_a_recipe_holds(recipe):
     """Base rate, band, ceiling, law, optimizer, horizon and what was seen."""
     done = call("show", recipe[0])
     assert done.exit_code == 0
-    at_16 = "0.002 at rank 16, alpha 32, B = 0, width 64"
+    at_16 = "0.002 at rank 16, alpha 32, B = 0, mean fan-in 64"
     for text in (
         "digits",
         at_16,
@@ -299,7 +304,7 @@ RATES = [
 @pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize(("arguments", "target"), RATES)
 def test_lr_prints_the_recipes_rate(arguments, target, recipe):
-    """The rate, its band and ceiling are those of Recipe.at, to three digits; extrapolation is said."""
+    """The rate, its band and ceiling are those of Recipe.at, to three digits; extrapolation and notes are said once."""
     path, made = recipe
     done = call("lr", path, *arguments)
     with warnings.catch_warnings():
@@ -313,11 +318,39 @@ def test_lr_prints_the_recipes_rate(arguments, target, recipe):
     else:
         assert number(done.stdout, "ceiling") == pytest.approx(rate.ceiling, rel=5e-3)
     assert number(done.stdout, "90 % band") == pytest.approx(rate.low, rel=5e-3)
+    assert ("extrapolated" in done.stdout) == rate.extrapolated
+    assert [done.stdout.count(note) for note in rate.notes] == [1] * len(rate.notes)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["language-b", "image-generation-a"])
+def test_a_rate_has_the_same_digits_wherever_it_is_shown(name, tmp_path):
+    """show, lr and the page print the base rate and its band with the same three digits."""
+    made = Recipe.load(Path(__file__).parents[2] / "recipes" / f"{name}.toml")
+    path, page = made.save(tmp_path / "r.toml"), tmp_path / "page.html"
+    assert call("report", path, "-o", page).exit_code == 0
+    rate = made.at()
+    shown, (low, high) = f"{rate.lr:.3g}", rate.band.split(" to ")
+    said = call("show", path).output
+    assert f"base rate       {shown} at" in said
+    assert f"90 % band       {low} to {high}" in said
+    asked = call("lr", path, "--rank", made.reference.rank).output
+    assert f"lr        {shown}\n" in asked
+    assert f"90 % band {low} to {high}\n" in asked
+    written = page.read_text("utf-8")
+    assert f"rate is {shown}, 90 % band {low} to {high}" in written
+    assert f"<dt>Base rate</dt><dd>{shown} at" in written
+
+
+@pytest.mark.parametrize("option", ["--from", "--to"])
+def test_lr_names_the_command_that_moves_a_rate(option):
+    """A rate that was tuned elsewhere has no recipe, and `lr` says which command moves it."""
+    done = call("lr", "2e-4", option, "r=16,alpha=32")
+    assert done.exit_code == 2
     assert (
-        ("extrapolated" in done.stdout)
-        == rate.extrapolated
-        == ("note: Recipe" in done.stderr)
+        f"{option} moves a rate without a recipe: use rankaware convert" in done.stderr
     )
+    assert option not in call("lr", "--help").output
 
 
 def test_plot_writes_a_figure(recipe, tmp_path):

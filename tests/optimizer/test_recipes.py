@@ -561,7 +561,7 @@ def test_a_recipe_survives_with_what_it_knows(tmp_path):
         "other rates head.weight the base rate; a.*.b 0.0003; any other must be given"
         in said
     )
-    assert "code train t, commit c" in said
+    assert "code t, commit c" in said
 
 
 def test_the_optimizer_gives_its_recipe_back():

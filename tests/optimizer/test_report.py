@@ -338,6 +338,24 @@ def test_later_groups_join_the_survey():
 # --- explain --------------------------------------------------------------------------------------------------------
 
 
+WORDS = [
+    (AT_16, "words: theory: from the law's equations; measured: our sweeps show it"),
+    (Reference(rank=16, alpha=8), "words: theory: from the law's equations"),
+    (Reference(rank=4, alpha=4), "words: as tuned: not moved"),
+    (Reference(method="full"), None),
+    (None, None),
+]
+
+
+@pytest.mark.parametrize(("tuned_at", "legend"), WORDS)
+def test_words_on_evidence_are_explained_where_they_occur(tuned_at, legend):
+    """A line under the report says what its reasons' words on evidence mean, and is left out without any."""
+    lines = str(report_of(mlp((4,)), tuned_at=tuned_at)).splitlines()
+    assert [line for line in lines if line.startswith("words")] == [legend][
+        : legend is not None
+    ]
+
+
 def test_explain_merges_alike_factors():
     """Without per_module alike factors share a line with their count."""
     shown = inspect_model(mlp((4, 4, 8))).explain()

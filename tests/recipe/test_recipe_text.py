@@ -40,7 +40,9 @@ def test_whatever_it_holds_a_recipe_prints_itself(kind):
 def test_a_recipe_says_what_it_holds():
     """Rate, reference, band, law, optimizer, horizon, what was seen, versions, hash and notes each have a line."""
     said = dict(facts(FULL))
-    assert said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, width 64"
+    assert (
+        said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, mean fan-in 64"
+    )
     assert said["90 % band"] == FULL.at().band
     assert said["law"] == "mua, times rank^0.1"
     assert (
@@ -100,7 +102,8 @@ WORDS = [
     ({"warmup": 0.0}, "horizon", "1 steps, batch 16, warm-up 0%"),
     ({"settings": {}}, "optimizer", "torch.optim.AdamW"),
     ({"source": {}}, "code", "unknown"),
-    ({"source": {"train": "a", "commit": "b"}}, "code", "train a, commit b"),
+    ({"source": {"train": "a", "commit": "b"}}, "code", "a, commit b"),
+    ({"source": {"train": "train", "hash": "0f"}}, "code", "train, hash 0f"),
     ({"versions": {}}, "versions", "unknown"),
     (
         {"full_fan_in": None},
