@@ -162,7 +162,7 @@ def _adapt(model: nn.Module, target_modules: Any) -> None:
     """Add adapters to the layers that PEFT finds by these names.
 
     Raises:
-        InspectionError: PEFT adapts no layer.
+        InspectionError: PEFT finds no layer by these names, or cannot adapt one.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -171,7 +171,8 @@ def _adapt(model: nn.Module, target_modules: Any) -> None:
     try:
         inject_adapter_in_model(LoraConfig(target_modules=target_modules), model)
     except ValueError as error:
+        words = one_line(str(error)).partition(". ")[0].rstrip(".")
         raise InspectionError(
-            f"PEFT adapts no layer: {one_line(str(error)).partition('. ')[0]}.",
+            f"PEFT cannot adapt this model: {words}.",
             f"Give names of its layers: {', '.join(layers)}.",
         ) from error

@@ -249,7 +249,7 @@ def test_kernels_and_quantization_are_left_out(tmp_path):
         (
             GPT2,
             ["q_proj"],
-            r"PEFT adapts no layer: Target modules {'q_proj'} not found in the base model\."
+            r"PEFT cannot adapt this model: Target modules {'q_proj'} not found in the base model\."
             r" Give names of its layers: c_attn, c_fc, c_proj, wpe, wte\.$",
         ),
         ({"model_type": "own"}, ["q"], "transformers has no model of type 'own'"),
