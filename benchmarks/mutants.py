@@ -3,6 +3,7 @@
     tox run -e mutants                               # 300 of each package, resumable
     tox run -e mutants -- --only laws --count 20     # some of one package
     tox run -e mutants -- --again                    # and the survivors on file, with new tests
+    OMP_NUM_THREADS=1 python benchmarks/mutants.py   # the same, where mutmut is installed
 
 mutmut's operators make the mutants: another operator, number, comparison or constant, a condition
 that always or never holds, a keyword argument left out. Every mutant meets those tests of its
@@ -10,7 +11,7 @@ package that reach its lines, the fast ones first, until one fails or 10 CPU sec
 passed; a line that runs on import is reached by all. Each mutant runs in a fork of a
 process that has imported torch and not the package, on a copy of the package and its tests. What
 came of it is kept in results/mutants.jsonl, and holds as long as the mutant's file is as it was.
-Outside tox, set OMP_NUM_THREADS=1: a busy machine waits for threads.
+Without OMP_NUM_THREADS=1 a busy machine waits for threads.
 
 A survivor that no test can see is named in mutants.toml by its lines, and leaves the score:
 
