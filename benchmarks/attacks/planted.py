@@ -86,7 +86,7 @@ BUGS = (
     Bug("calibration/_liveness.py", "if missed + 1 >= _MISSED:", "if False:", "stopped workers, journal"),
     Bug("calibration/_runner.py", "except UpdateFinishedTrialError:", "except ZeroDivisionError:", "stopped workers, journal"),
     Bug("calibration/_snapshot.py", "tensor.copy_(value)", "pass", "errors, in place", 20),
-    Bug("sweeps/_io.py", "if not is_within(range_, value):", "if False:", "damaged sweeps", 500),
+    Bug("sweeps/_runs.py", "if not is_within(range_, value):", "if False:", "damaged sweeps", 500),
 )
 # fmt: on
 

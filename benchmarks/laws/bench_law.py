@@ -38,7 +38,7 @@ from rankaware_optim.cli import _options
 from rankaware_optim.cli._demo import HEAD_RATE, SEEDS, build, evaluate, fit, untrained
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._io import read_sweep
+from rankaware_optim.sweeps._runs import read_sweep
 
 RESTS_ON = ("laws.adam",)
 FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"

@@ -21,8 +21,7 @@ from rankaware_optim import Factor, MuA, Reference
 from rankaware_optim.cli._demo import SEEDS, STEPS, run_at
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._io import SweepRun, read_sweep
-from rankaware_optim.sweeps._runs import observation_of
+from rankaware_optim.sweeps._runs import SweepRun, observation_of, read_sweep
 
 RESTS_ON = ("laws.adam", "fit")
 RANKS = (4, 16, 64, None)

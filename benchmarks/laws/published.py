@@ -32,7 +32,7 @@ import click
 from laws.scoring import bench_law
 from recording import machine, record
 
-from rankaware_optim.sweeps._io import Source as Rows
+from rankaware_optim.sweeps._runs import Source as Rows
 
 RESTS_ON = ("laws.adam",)
 LAWS = (

@@ -22,10 +22,12 @@ from rankaware_optim._printing import text_table
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._io import Source, SweepRun, read_sweep
 from rankaware_optim.sweeps._runs import (
+    Source,
+    SweepRun,
     mean_losses,
     observation_of,
+    read_sweep,
     site_of,
     with_alpha,
 )

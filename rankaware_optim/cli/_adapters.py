@@ -16,13 +16,7 @@ from .._types import Reference, Survey
 from ..errors import LawError
 from ..inspection import inspect_file, read_config
 from ..laws import DEFAULT_LAW
-from ..transfer import (
-    coordinate_check,
-    plot_coordinates,
-    published_init,
-    suggest_lr,
-    survey_rates,
-)
+from ..transfer import published_init, suggest_lr, survey_rates
 from ._options import (
     FILE,
     LAW_TEXT,
@@ -249,6 +243,8 @@ def coordcheck(
 
     def scaling(rank: int) -> float:
         return Reference(rank, rank if alpha == "rank" else alpha, rslora).scaling
+
+    from ..transfer import coordinate_check, plot_coordinates  # they need torch
 
     check = coordinate_check(layers, scaling=scaling, **options)
     echo(check)

@@ -1,6 +1,6 @@
 """Sweeps of other tools: read them, and fit a recipe to them."""
 
 from ._fit import fit_sweep
-from ._io import DEMO_SWEEP
+from ._runs import DEMO_SWEEP
 
 __all__ = ["DEMO_SWEEP", "fit_sweep"]

@@ -26,12 +26,14 @@ from ..fitting import (
 )
 from ..laws import PRIOR_LAW, Law, MuA, bound_law, checked_multiplier, get_law
 from ..recipe import Z90, Recipe, recipe_of
-from ._io import Source, SweepRun, read_sweep
 from ._runs import (
     GridEnd,
     Runs,
+    Source,
+    SweepRun,
     ends_of,
     observation_of,
+    read_sweep,
     reference_of,
     selected,
     site_of,

@@ -30,7 +30,7 @@ from rankaware_optim.cli._main import main
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
 from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.sweeps import fit_sweep
-from rankaware_optim.sweeps._io import ALIASES, SweepRun, read_sweep
+from rankaware_optim.sweeps._runs import ALIASES, SweepRun, read_sweep
 
 from ..helpers.models import mlp
 
