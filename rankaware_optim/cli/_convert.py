@@ -281,15 +281,9 @@ def convert(
         raise click.UsageError(
             "--as prints a trainer's configuration and --json the numbers. Give one of them."
         )
-    if model is None and target_modules is not None:
-        raise click.UsageError(
-            "--target-modules are layers of --model, so give it too."
-        )
     if model is not None and lr is None:
         raise click.UsageError("--model is of one rate, so give LR too.")
-    names: str | list[str] | None = target_modules
-    if target_modules not in (None, "all-linear"):
-        names = [name.strip() for name in target_modules.split(",")]
+    names = _layers(model, target_modules)
     bound: Law = get_law(law)
     if lr is None:
         bound, rates = _trained(from_, bound)
@@ -320,6 +314,19 @@ def convert(
             else conversion.explain()
         )
     echo_result(as_json, "\n".join(texts), documents)
+
+
+def _layers(model: Path | None, target_modules: str | None) -> str | list[str] | None:
+    """Return the layers to adapt, as PEFT takes them."""
+    if target_modules is None:
+        return None
+    if model is None:
+        raise click.UsageError(
+            "--target-modules are layers of --model, so give it too."
+        )
+    if target_modules == "all-linear":
+        return target_modules
+    return [name.strip() for name in target_modules.split(",")]
 
 
 _Tuned = tuple[str | None, float, Reference, str]
