@@ -671,7 +671,7 @@ ROUNDS = 24
 def test_ctrl_c_at_any_moment_of_a_real_process(double):
     """Interrupted at random moments, once or twice in quick succession, the model of a real process is as it was."""
     source = random.Random(int(double))
-    command = [sys.executable, "-m", "tests.helpers.interrupted", str(1 + ROUNDS)]
+    command = [sys.executable, "-m", "tests.helpers.interrupted", str(3 + ROUNDS)]
     root = Path(__file__).parents[2]
     ends = []
     with subprocess.Popen(
@@ -682,13 +682,16 @@ def test_ctrl_c_at_any_moment_of_a_real_process(double):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as child:
-        assert child.stdout.readline() == "go\n"
-        start = time.perf_counter()
-        assert child.stdout.readline().split()[1:] == []
-        # of a round that nothing interrupts, here and now
-        whole = time.perf_counter() - start
-        child.stdin.write("next\n")
-        child.stdin.flush()
+        whole = (
+            math.inf
+        )  # seconds of the fastest of three rounds that nothing interrupts
+        for _ in range(3):
+            assert child.stdout.readline() == "go\n"
+            start = time.perf_counter()
+            assert child.stdout.readline().split()[1:] == []
+            whole = min(whole, time.perf_counter() - start)
+            child.stdin.write("next\n")
+            child.stdin.flush()
         for _ in range(ROUNDS):
             assert child.stdout.readline() == "go\n"
             for pause in (
