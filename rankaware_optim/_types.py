@@ -270,6 +270,17 @@ class Survey:
                 yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
 
 
+def width_for(survey: Survey, method: Method, init: Init) -> float:
+    """Return the width on which a model's rate depends, in inputs of a layer.
+
+    Args:
+        survey: the model's survey.
+        method: "lora" or "full": how the model trains.
+        init: the init of the LoRA rate from which full finetuning's rate is moved.
+    """
+    return survey.full_width(init) if method == "full" else survey.width
+
+
 def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
     """Yield a sentence if patterns scale some factors of an adapter far more than the rest.
 
@@ -392,9 +403,7 @@ class Reference:
         """
         if self.fan_in is not None:
             return self
-        is_full = self.method == "full"
-        width = survey.full_width(self.init) if is_full else survey.width
-        return replace(self, fan_in=width)
+        return replace(self, fan_in=width_for(survey, self.method, self.init))
 
     def __str__(self) -> str:
         if self.method == "full":

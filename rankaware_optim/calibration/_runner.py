@@ -20,7 +20,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from torch import nn
 
-from .._types import Reference, Survey
+from .._types import Reference, Survey, width_for
 from .._warn import warn
 from ..errors import CalibrationError
 from ..fitting import TAIL, Observation, height, recent
@@ -441,9 +441,7 @@ class Runner:
         lr = 2.0 ** self._take_rate()
         law = calibration.centred_law()
         reference = calibration.settled()
-        width = (
-            survey.full_width(reference.init) if at.method == "full" else survey.width
-        )
+        width = width_for(survey, at.method, reference.init)
         factor = replace(at, fan_in=width).as_factor()
         own_lr = lr * checked_multiplier(law, factor, reference)
         self._running.set_user_attr("own_lr", own_lr)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from .._checks import check_lr, is_number, plain_lr
 from .._optimizers import RANK_AWARE, optimizer_family
 from .._rate import Rate
-from .._types import Factor, Method, Reference, Survey, dense, init_text
+from .._types import Factor, Method, Reference, Survey, dense, init_text, width_for
 from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (
@@ -241,7 +241,7 @@ def make_plan(
     law, family, settings = get_law(options.law), "sign-like", settings or {}
     if optimizer_class is not None:
         law, family = _bound(options, optimizer_class, settings)
-    width = moved.full_width(reference.init) if method == "full" else moved.width
+    width = width_for(moved, method, reference.init)
     by_batch = _by_batch(options, reference, law)
     plan = Plan(
         options,

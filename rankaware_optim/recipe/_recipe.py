@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from .._optimizers import known_optimizer
 from .._rate import Rate
-from .._types import GAMMA, Method, Reference, Survey
+from .._types import GAMMA, Method, Reference, Survey, width_for
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..fitting import Fit, centred_law
@@ -227,11 +227,7 @@ class Recipe(RecipeData):
         own = survey.dominant()
         if not self.steepness:
             return self.lr
-        width = (
-            survey.full_width(self.reference.init)
-            if own.method == "full"
-            else survey.width
-        )
+        width = width_for(survey, own.method, self.reference.init)
         sd, _ = spread(self, replace(own, fan_in=width))
         return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
 
