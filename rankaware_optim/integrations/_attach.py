@@ -13,7 +13,6 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .._optimizers import get_optimizer_class
-from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._logs import log_rates
@@ -40,18 +39,21 @@ def attach(
     Args:
         trainer: transformers' `Trainer` or a subclass.
         optimizer: a torch optimizer class, or its name. By default the one that the trainer would
-            make.
+            make. If it was given `optimizer_cls_and_kwargs`, that class with those settings, the
+            rate included.
         **settings: the arguments of `RankAwareOptimizer` and the optimizer's own. A rate or
             `recipe` is required.
 
     Raises:
         OptimizerError: it is not such a trainer, it has an optimizer already, or no rate was given.
-            Nothing was changed.
+            Nothing was changed. `train` raises it before the first step if the trainer has made
+            another optimizer.
     """
     _check_trainer(trainer, optimizer)
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
-        settings = {**defaults, **settings}
+        given = {name: value for name, value in settings.items() if value is not None}
+        settings = {**defaults, **given}
     else:
         native = get_optimizer_class(optimizer)
     check_rate("attach", trainer.args, settings)
@@ -68,8 +70,7 @@ def attach(
     factory = TrainerFactory(make, native, settings, trainer.args, _ModelOf(trainer))
     trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
-    if not settings.get("native_type"):
-        trainer.add_callback(_look())
+    trainer.add_callback(_look())
 
 
 def _check_trainer(trainer: Any, optimizer: object) -> None:
@@ -110,8 +111,8 @@ class _ModelOf:
 def _trainers_choice(
     trainer: Any, settings: Mapping[str, Any]
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Return the class that the trainer would build, and its settings without the rate, which may
-    be a default. A recipe's settings replace those of the arguments.
+    """Return the class that the trainer would build, and its settings. A rate of the arguments is
+    left out, since it may be a default. A recipe's rate and settings replace those that are there.
     """
     native, defaults = (
         trainer.optimizer_cls_and_kwargs
@@ -125,7 +126,9 @@ def _trainers_choice(
             " groups itself.",
             "Give another class: attach(trainer, torch.optim.AdamW, ...).",
         )
-    unused = {"lr"}
+    unused = set()
+    if trainer.optimizer_cls_and_kwargs is None or settings.get("recipe") is not None:
+        unused.add("lr")
     if trainer.optimizer_cls_and_kwargs is None and settings.get("apply_settings"):
         unused |= {"betas", "eps"}
     kept = {name: value for name, value in defaults.items() if name not in unused}
@@ -139,7 +142,7 @@ def _look() -> Any:
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):
-        """Gives the wrapper `report` and `expand`, and warns if the trainer has made another
+        """Gives the wrapper `report` and `expand`, and raises if the trainer has made another
         optimizer.
         """
 
@@ -147,7 +150,7 @@ def _look() -> Any:
             wrapper = opt = kwargs["optimizer"]
             while not isinstance(opt, RankAwareOptimizer):
                 if getattr(opt, "optimizer", None) is None:
-                    _warn_of_another(args, opt)
+                    _refuse_another(args, opt)
                     return
                 opt = opt.optimizer
             _refuse_plain_scheduler(kwargs["lr_scheduler"], opt)
@@ -173,15 +176,22 @@ def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
         )
 
 
-def _warn_of_another(args: Any, opt: Any) -> None:
+def _refuse_another(args: Any, opt: Any) -> None:
+    """Raise unless the optimizer is the attached one as an instance of its native class."""
+    if any(group.get("rank_multiplied") for group in opt.param_groups):
+        return
     rate = getattr(args, "embedding_learning_rate", None)
-    cure = "give attach's settings to the optimizer that it makes."
+    cure = (
+        "Take out what makes it, such as create_optimizer of a subclass or the optimizer in"
+        " DeepSpeed's configuration, or build RankAwareOptimizer there and leave attach out."
+    )
     if rate is not None:
         cure = (
-            "leave embedding_learning_rate out, which makes Unsloth build its own optimizer, and"
+            "Leave embedding_learning_rate out, which makes Unsloth build its own optimizer, and"
             f" give attach rates={{'*modules_to_save*': {rate:g}}}."
         )
-    warn(
-        f"The trainer made its own {type(opt).__name__}, and the attached optimizer is ignored:"
-        f" {cure}"
+    raise OptimizerError(
+        f"The trainer has made its own {type(opt).__name__} and would not train with the attached"
+        " optimizer.",
+        cure,
     )

@@ -566,21 +566,48 @@ class OfItsOwn(transformers.Trainer):
         return self.optimizer
 
 
+@pytest.mark.parametrize("native_type", [False, True])
 @pytest.mark.parametrize(
     ("rate", "cure"),
-    [(None, "settings to the optimizer"), (1e-5, r"'\*modules_to_save\*': 1e-05")],
+    [(None, "create_optimizer of a subclass"), (1e-5, r"'\*modules_to_save\*': 1e-05")],
 )
-def test_a_trainer_that_makes_another_optimizer_is_warned_of(tmp_path, rate, cure):
-    """Where the trainer leaves what was attached aside, a warning says so, and the way out with Unsloth's argument."""
+def test_a_trainer_that_makes_another_optimizer_is_refused(
+    tmp_path, rate, cure, native_type
+):
+    """Where the trainer leaves what was attached aside, training raises before any weight has moved, with the cure."""
     args = arguments(tmp_path, max_steps=1)
     args.embedding_learning_rate = rate
     trainer = OfItsOwn(llama(), args, train_dataset=tokens())
-    attach(trainer, AdamW, lr=LR)
-    with pytest.warns(
-        ra.RankAwareWarning,
-        match=f"its own AdamW, and the attached optimizer is ignored: .*{cure}",
-    ):
+    attach(trainer, AdamW, lr=LR, native_type=native_type)
+    start = weights(trainer)
+    with pytest.raises(OptimizerError, match=f"has made its own AdamW .*{cure}"):
         trainer.train()
+    assert trainer.state.global_step == 0
+    assert same(start, weights(trainer))
+
+
+@pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
+@pytest.mark.parametrize(
+    ("given", "is_used"),
+    [
+        ({}, True),
+        ({"tuned_at": AT_16}, True),
+        ({"lr": None}, True),
+        ({"lr": LR}, False),
+        ({"recipe": RECIPE, "other_lr": 1e-3}, False),
+    ],
+    ids=["nothing", "tuned_at", "None", "lr", "recipe"],
+)
+def test_the_rate_of_optimizer_cls_and_kwargs_is_used(tmp_path, given, is_used):
+    """Without lr= and recipe=, a rate in optimizer_cls_and_kwargs= is the one that is moved, as Trainer trains at it."""
+    trainer = plain(
+        llama(), tmp_path, optimizer_cls_and_kwargs=(AdamW, {"lr": 3e-3, "eps": 1e-4})
+    )
+    assert trainer.args.learning_rate != 3e-3
+    attach(trainer, **given)
+    defaults = trainer.create_optimizer().defaults
+    assert defaults["eps"] == 1e-4
+    assert (defaults["lr"] == 3e-3) is is_used
 
 
 def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
