@@ -208,6 +208,42 @@ def test_a_second_run_prints_no_second_report(tmp_path, capsys):
     assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
 
 
+# --- the number of convert ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "is_enough"),
+    [
+        ({}, True),
+        ({"rank_pattern": {"v_proj": 8}}, False),
+        ({"alpha_pattern": {"v_proj": 8}}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+    ],
+    ids=["one rank", "two ranks", "two alphas", "a head"],
+)
+def test_the_number_of_convert_is_enough_at_one_rank(tmp_path, more, is_enough):
+    """A plain run at the number of convert ends at the weights of attach where all adapters are of one rank and alpha
+    and nothing else trains, and at others elsewhere."""
+    config, layers = llama_config(), ["q_proj", "v_proj"]
+    config.save_pretrained(tmp_path)
+    number = ra.convert_lr(
+        LR, from_=AT_16, to="r=4,alpha=4", model=tmp_path, target_modules=layers
+    ).lr
+    ends = []
+    for lr in (LR, number):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=layers, **more)
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+        args = arguments(tmp_path, learning_rate=lr, weight_decay=0.5)
+        trainer = transformers.Trainer(model, args, train_dataset=tokens())
+        if lr == LR:
+            attach(trainer, AdamW, tuned_at=AT_16)
+        trainer.train()
+        ends.append(weights(trainer))
+    close = [torch.allclose(ends[0][name], ends[1][name]) for name in ends[0]]
+    assert all(close) is is_enough
+
+
 # --- the arguments reach it -----------------------------------------------------------------------------------------
 
 
