@@ -4,7 +4,6 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -128,16 +127,14 @@ def law_changes(law: Law) -> dict[str, Any]:
     return changes
 
 
-def law_words(law: Law) -> str:
-    """Return a law as text: its class and the parameters that differ from their defaults, as
-    "MuA(tokens=4.0)".
+def law_title(law: Law) -> str:
+    """Return a law in the words of a title.
+
+    >>> law_title(get_law(DEFAULT_LAW)), law_title(get_law("mua?tokens=4"))
+    ('default law', 'law mua with tokens 4')
     """
-
-    def word(value: Any) -> str:
-        return repr(float(f"{value:.4g}") if isinstance(value, float) else value)
-
-    changes = [f"{name}={text}" for name, text in _changes(law, law_words, word)]
-    return f"{type(law).__name__}({', '.join(changes)})"
+    default = law == get_law(DEFAULT_LAW)
+    return "default law" if default else f"law {law_sentence(law)}"
 
 
 def law_sentence(law: Law) -> str:
@@ -147,24 +144,18 @@ def law_sentence(law: Law) -> str:
     'power with exponent 0.1, law (mua with tokens 4)'
     """
 
-    def inner(law: Law) -> str:
-        return f"({law_sentence(law)})"
-
-    def word(value: Any) -> str:
-        return f"{value:.3g}" if is_number(value) else str(value)
-
-    changes = [f"{name} {text}" for name, text in _changes(law, inner, word)]
-    return f"{law.name} with {', '.join(changes)}" if changes else law.name
-
-
-def _changes(
-    law: Law, inner: Callable[[Law], str], word: Callable[[Any], str]
-) -> Iterator[tuple[str, str]]:
-    """Yield the parameters that differ from their defaults: names, and values in words."""
+    changes = []
     for f in parameters_of(law):
         value = value_of(law, f)
         if value != _default_of(f):
-            yield f.name, inner(value) if isinstance(value, Law) else word(value)
+            changes.append(f"{f.name} {_word(value)}")
+    return f"{law.name} with {', '.join(changes)}" if changes else law.name
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Law):
+        return f"({law_sentence(value)})"
+    return f"{value:.3g}" if is_number(value) else str(value)
 
 
 def parameters_of(law: Law | type[Law]) -> tuple[Field[Any], ...]:

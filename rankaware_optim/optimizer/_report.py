@@ -10,9 +10,19 @@ from itertools import compress
 from textwrap import fill
 
 from .._printing import text_table
-from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
+from .._types import (
+    GAMMA,
+    NO_LAW,
+    Factor,
+    Rated,
+    Survey,
+    init_text,
+    reason_of_other,
+    scaling_factor,
+)
 from ..inspection import other_kind
-from ..laws import Constant, Falling, LoRAPlus, MuA
+from ..laws import Constant, Falling, LoRAPlus, MuA, get_law, law_title
+from ..recipe import Recipe
 from ._param_groups import Group, Groups, effective_lr, named_params, settings_in
 from ._plan import Assignment, Plan
 from ._state_dict import Reset
@@ -176,6 +186,15 @@ def make_report(
     )
 
 
+def origin(plan: Plan) -> str:
+    """Return in words what moves the rates, and from where."""
+    words = law_title(get_law(plan.options.law))
+    if plan.use is not None:
+        words = f"recipe {plan.use.recipe.name!r}"
+    given = plan.options.tuned_at is not None
+    return f"{words}: moved from {plan.reference}" if given else words
+
+
 def plan_rates(plan: Plan, lr: float) -> dict[str, Rated]:
     """Return the rate of every factor of a plan at the base rate `lr`, for `Survey.explain`."""
     groups = []
@@ -211,8 +230,7 @@ def _heads_at_base_rate(groups: Iterable[Group]) -> Iterator[str]:
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
         yield (
-            f"{heads[0]}{rest} trains at the adapters' base rate; a head has its own by other_lr="
-            " or rates=."
+            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it."
         )
 
 
@@ -321,7 +339,8 @@ def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> st
         return NO_LAW
     if unmoved:
         return _NOT_GIVEN
-    law = plan.law.name
+    law = law_title(get_law(plan.options.law)).removeprefix("law ")
+    law = law if plan.use is None else "recipe"
     if plan.family != "sign-like":
         law += f", {plan.family}"
     if role in ("A", "B"):
@@ -333,7 +352,7 @@ def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> st
 def _rate_of_other(names: Sequence[str], decision: Assignment, plan: Plan) -> str:
     """Return in words where the rate of parameters that are not factors comes from."""
     if plan.use is None or not names:
-        return "the base rate"
+        return "the base rate, without other_lr= or rates="
     others = plan.use.others
     if decision.rank_multiplier == plan.run_multiplier and not others.knows(names[0]):
         return "the base rate"
@@ -344,7 +363,9 @@ def _evidence(plan: Plan, decision: Assignment) -> str:
     """Return the evidence for a moved rate. Only the default law and µA were tested."""
     law, kept = plan.law, decision.rank_multiplier == 1.0
     if plan.use is not None:
-        return "calibrated, see its band"
+        tried = _was_tried(plan.use.recipe, plan.width, decision)
+        words = "calibrated" if tried else "by its law"
+        return f"{words}, see its band"
     if isinstance(law, (Constant, LoRAPlus)):
         return "not moved" if kept else "its authors' advice"
     phrases = list(_steps(plan, decision))
@@ -354,6 +375,20 @@ def _evidence(plan: Plan, decision: Assignment) -> str:
     if phrases and isinstance(inner, MuA) and inner.ratio == 1.0:
         return max(phrases, key=_CERTAINTY.index)
     return "as that law says"
+
+
+def _was_tried(recipe: Recipe, width: float, decision: Assignment) -> bool:
+    """Return whether the recipe's trials ran a configuration: rank, scaling, init and width."""
+    at, full, rank = recipe.reference, decision.lora_role == "full", decision.lora_rank
+    own_width = (recipe.full_fan_in if full else at.fan_in) or width
+    if not math.isclose(width, own_width, rel_tol=0.01):
+        return False
+    if full or rank not in recipe.ranks or at.rank is None:
+        return full and recipe.full_seen
+    scaling = at.scaling
+    if recipe.scaling_rule in GAMMA:
+        scaling *= scaling_factor(recipe.scaling_rule, at.rank, rank)
+    return decision.lora_init == at.init and math.isclose(decision.lora_scale, scaling)
 
 
 def _steps(plan: Plan, decision: Assignment) -> Iterator[str]:

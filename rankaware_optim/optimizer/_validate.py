@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from ..recipe import (
     settings_of,
 )
 from ._param_groups import Group, Groups, Native, UserGroup, named_params, params_in
-from ._plan import RecipeUse, Settings
+from ._plan import PlanOptions, RecipeUse, Settings
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -152,13 +153,14 @@ def check_base_lr(
     native: Native,
     built: Optimizer | None,
     lr: Any,
-    tuned: Iterable[UserGroup],
+    groups: Iterable[UserGroup],
+    options: PlanOptions,
 ) -> None:
     """Check the given base rate, a number or a tensor, or else that the optimizer or its groups
     have rates.
 
-    tuned: the groups for which a reference is given. Each needs its own rate or `lr`, since the
-    optimizer's default was not tuned for that reference.
+    The optimizer's default was not tuned. It is refused where a reference says that it was, and
+    warned of elsewhere.
     """
     if lr is not None:
         check_lr(lr)
@@ -171,12 +173,20 @@ def check_base_lr(
         raise OptimizerError(
             f"{native.__name__} has no default learning rate.", "Give lr=."
         )
-    if not all("lr" in group.options for group in tuned if group.named):
+    without = [group.names for group in groups if "lr" not in group.options]
+    if all(options.rate_of(name) is not None for name in chain(*without)):
+        return
+    if options.tuned_at is not None:
         raise OptimizerError(
             f"tuned_at= was given without lr=, but {native.__name__}'s default, {default}, is not"
             " tuned.",
             "Give the tuned rate as lr=, or leave tuned_at= out.",
         )
+    warn(
+        f"No lr= was given, so this trains at {native.__name__}'s default rate, {default:g}, which"
+        " nobody tuned for this model. Give lr= with tuned_at=, the rank and alpha at which it was"
+        " tuned, or recipe=."
+    )
 
 
 def refuse_rateless(opt: Optimizer) -> None:

@@ -28,7 +28,7 @@ from .._rate import Rate
 from .._types import Init, Method, Survey
 from ..errors import CheckpointError, InspectionError, OptimizerError
 from ..inspection import ReferenceLike, Walk, survey_of, walk
-from ..laws import Law, law_words
+from ..laws import Law
 from ..recipe import Recipe
 from ._param_groups import (
     Group,
@@ -50,7 +50,7 @@ from ._param_groups import (
 )
 from ._plan import Plan, PlanOptions, Settings, make_plan
 from ._rehearsal import check_loadable
-from ._report import Report, make_report
+from ._report import Report, make_report, origin
 from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
 from ._validate import (
     applied_settings,
@@ -128,7 +128,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         optimizer: a torch optimizer class, or its name, such as "adamw" or "torch_optimizer:Lamb".
         model: the model that holds the adapters, if it is not `params`, or a list of several, as
             [unet, text_encoder]. Only weak references are kept.
-        lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default.
+        lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default,
+            with a warning, since nobody tuned it.
         tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as
             "r=16,alpha=32", a dict such as {"r": 16, "lora_alpha": 32}, an adapter's folder or
             file, or a `LoraConfig`. By default the model's most common configuration.
@@ -229,7 +230,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         survey = survey_of(walked, method=method, init=init, also=_frozen(groups))
         trained = _trained(survey, walked)
         lr = plain_lr(lr) if loaded is None else loaded.base_lr(trained)
-        check_base_lr(native, built, lr, groups if at is not None else ())
+        check_base_lr(native, built, lr, groups, options)
         if built is not None and lr is not None:
             _drop_rates(groups)
         use = use_recipe(loaded, trained, native, in_force, groups, horizon)
@@ -255,9 +256,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             per_module: whether to list every tensor instead of every group.
         """
         wrap = self._rankaware
-        title = (
-            f"RankAwareOptimizer({type(self).__name__}), law {law_words(wrap.plan.law)}"
-        )
+        title = f"RankAwareOptimizer({type(self).__name__}), {origin(wrap.plan)}"
         return make_report(self.param_groups, wrap.plan, title, wrap.reset, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:

@@ -23,7 +23,7 @@ from .._rate import Rate
 from .._types import Factor, Reference
 from ..errors import LawError, OptimizerError
 from ..inspection import inspect_model
-from ..laws import Law, MuA, bound_law, checked_multiplier, get_law, law_words
+from ..laws import Law, MuA, bound_law, checked_multiplier, get_law, law_title
 from ._simulate import (
     Batch,
     Captured,
@@ -118,9 +118,9 @@ class CoordinateCheck:
             "only layer" if len(self.slopes) == 1 else f"worst of {len(self.slopes)}"
         )
         return (
-            f"Feature updates {verdict} with {self.optimizer} at the rates of"
-            f" {law_words(self.law)}: over ranks {min(ranks)} to {max(ranks)} the output's change"
-            f" goes as r^{worst:+.2f} in {layer}, the {which} (tolerance {self.tolerance})."
+            f"Feature updates {verdict} with {self.optimizer}, {law_title(self.law)}: over ranks"
+            f" {min(ranks)} to {max(ranks)} the output's change goes as r^{worst:+.2f} in {layer},"
+            f" the {which} (tolerance {self.tolerance})."
         )
 
     def __str__(self) -> str:

@@ -116,7 +116,7 @@ def test_inspect_adds_rates_to_a_base_rate(folder):
     assert own.exit_code == other.exit_code == 0
     assert own.output.count(" 0.0002 ") == 2
     assert other.output.count(" 0.0002 ") == 0
-    assert own.output.count("falling: from rank 8, alpha 16, B = 0") == 2
+    assert own.output.count("default law: from rank 8, alpha 16, B = 0") == 2
 
 
 def test_inspect_names_every_tensor_if_asked(folder):

@@ -29,6 +29,7 @@ from rankaware_optim.optimizer import (
 from rankaware_optim.optimizer._report import make_report
 
 from ..helpers.models import adapted, mlp
+from ..helpers.recipes import KINDS as RECIPES
 from ..helpers.recipes import RECIPE
 
 LR = 1e-3
@@ -65,8 +66,13 @@ def test_the_report_lists_every_group():
         (g["rank_multiplier"], g["lr"]) for g in groups
     ]
     assert [r.base_lr for r in rows] == pytest.approx([LR] * len(rows))
-    assert rows[0].reason == "falling: from rank 16, alpha 16, B = 0 (theory, measured)"
-    assert rows[-2].reason == "no LoRA factor: the base rate"
+    assert (
+        rows[0].reason
+        == "default law: from rank 16, alpha 16, B = 0 (theory, measured)"
+    )
+    assert rows[-2].reason == (
+        "no LoRA factor: the base rate, without other_lr= or rates="
+    )
     assert rows[-1].reason == "given by rates="
     assert rows[-1].names == ("head.bias",)
 
@@ -192,18 +198,41 @@ def test_a_full_finetuning_rate_from_lora_is_a_rule_of_thumb():
             nn.Linear(4, 4), "adamw", method="full", lr=LR, tuned_at=at
         )
         assert {row.reason for row in opt.report().rows} == {
-            f"falling: full finetuning, from {at} ({sure})"
+            f"default law: full finetuning, from {at} ({sure})"
         }
 
 
-def test_a_calibrated_rate_is_as_sure_as_its_recipe():
-    """Under a recipe the reason points at its band, which stands below the table."""
-    opt = RankAwareOptimizer(mlp(width=64, head=False), "adamw", recipe=RECIPE)
-    report = opt.report()
-    assert {
-        row.reason.rpartition(" (")[2].removesuffix(")") for row in report.rows
-    } == {"calibrated, see its band"}
+# a model, and whether the trials of the recipe, at ranks 4 and 64 with s = 2, had it
+TRIED = [
+    ({"ranks": (4,), "scalings": 2.0}, True),
+    ({"ranks": (64,), "scalings": 2.0}, True),
+    ({"ranks": (8,), "scalings": 2.0}, False),
+    ({"ranks": (128,), "scalings": 2.0}, False),
+    ({"ranks": (4,), "scalings": 1.0}, False),
+    ({"ranks": (4,), "scalings": 2.0, "init": "B"}, False),
+    ({"ranks": (4,), "scalings": 2.0, "width": 32}, False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*extrapolates")
+@pytest.mark.parametrize(("shape", "tried"), TRIED)
+def test_calibrated_is_said_of_what_was_tried(shape, tried):
+    """A rate is called calibrated where trials ran its rank, scaling, init and width; its band is below the table."""
+    model = mlp(**{"width": 64, "head": False, **shape})
+    report = RankAwareOptimizer(model, "adamw", recipe=RECIPE).report()
+    words = "calibrated" if tried else "by its law"
+    for row in report.rows:
+        assert row.reason.endswith(f"({words}, see its band)")
     assert any("lies between" in note for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore:.*extrapolates")
+@pytest.mark.parametrize("recipe", [RECIPE, RECIPES["full too"], RECIPES["no rule"]])
+def test_full_finetuning_is_calibrated_by_full_runs(recipe):
+    """Full finetuning is called calibrated if the trials had it."""
+    opt = RankAwareOptimizer(nn.Linear(64, 64), "adamw", recipe=recipe, method="full")
+    (reason,) = {row.reason for row in opt.report().rows}
+    assert ("calibrated" in reason) == recipe.full_seen
 
 
 def test_without_a_reference_nothing_moves_on_a_uniform_model():
@@ -222,7 +251,7 @@ def test_without_a_reference_nothing_moves_on_a_uniform_model():
 def test_without_a_reference_a_mixed_model_moves_about_its_own():
     """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
     report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
-    assert "falling: from rank 4, alpha 4, B = 0 (as tuned)" in {
+    assert "default law: from rank 4, alpha 4, B = 0 (as tuned)" in {
         row.reason for row in report.rows
     }
     (note,) = [note for note in report.notes if "tuned_at" in note]
@@ -237,8 +266,9 @@ def test_a_report_and_a_survey_give_one_reason():
     model.vera_lambda_b = nn.Parameter(torch.zeros(3))
     opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR)
     (row,) = [row for row in opt.report().rows if row.role == "other"]
-    assert row.reason == "VeRA: no law, the base rate"
-    assert row.reason in inspect_model(model).explain()
+    why, _, hint = row.reason.partition(", without ")
+    assert (why, hint) == ("VeRA: no law, the base rate", "other_lr= or rates=")
+    assert why in inspect_model(model).explain()
 
 
 def test_the_report_prints_as_a_table():
@@ -311,7 +341,7 @@ def test_per_module_has_a_line_for_every_tensor():
         for name in group["param_names"]:
             (line,) = [line for line in lines if f" {name} " in line]
             assert f" {effective_lr(group):.3g} " in line
-            assert "falling: from rank 16" in line or "the base rate" in line
+            assert "default law: from rank 16" in line or "the base rate" in line
 
 
 def test_the_report_keeps_the_init_seen_before_training():
@@ -379,7 +409,10 @@ def test_explain_shows_rates_and_reasons():
     rates = plan_rates(made, LR)
     shown = survey.explain(per_module=True, rates=rates)
     assert "given by rates=" in shown
-    assert shown.count("falling: from rank 16, alpha 16, B = 0 (theory, measured)") == 3
+    assert (
+        shown.count("default law: from rank 16, alpha 16, B = 0 (theory, measured)")
+        == 3
+    )
     assert (
         survey.explain(rates={"layer0.lora_A": Rated(0.25, "since I say so")}).count(
             "since I say so"
@@ -509,8 +542,11 @@ def test_the_audit_points_out_accidents(survey, sentence):
 def test_a_head_at_the_adapters_rate_is_pointed_out():
     """A whole weight at the base rate is an accident until it is given its own rate."""
     model = mlp((4,))
-    (line,) = RankAwareOptimizer(model, torch.optim.SGD, lr=LR).report().audit
+    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR)
+    (line,) = opt.report().audit
     assert line.startswith("head.weight trains at the adapters' base rate")
+    reasons = {r.reason for r in opt.report().rows if r.role == "other"}
+    assert "other_lr= or rates=" in reasons.pop()
     assert (
         RankAwareOptimizer(model, torch.optim.SGD, lr=LR, other_lr=0.1).report().audit
         == ()

@@ -23,6 +23,7 @@ from rankaware_optim import (
     OptimizerError,
     RankAwareError,
     RankAwareOptimizer,
+    RankAwareWarning,
     Reference,
 )
 from rankaware_optim._optimizers import get_optimizer_class
@@ -31,6 +32,7 @@ from rankaware_optim.optimizer import PlanOptions, effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
 from ..helpers.optimizers import DISTANCE, used
+from ..helpers.recipes import RECIPE
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
@@ -223,8 +225,27 @@ def test_the_default_rate_stays_the_base_rate(form):
 
 
 def test_the_optimizers_own_default_rate():
-    """Without lr= the base rate is the optimizer's own default."""
-    assert RankAwareOptimizer(mlp(), torch.optim.AdamW).defaults["lr"] == 1e-3
+    """Without lr= the base rate is the optimizer's own default, with a warning that nobody tuned it."""
+    with pytest.warns(RankAwareWarning, match=r"AdamW's default rate, 0\.001, which"):
+        opt = RankAwareOptimizer(mlp(), torch.optim.AdamW)
+    assert opt.defaults["lr"] == 1e-3
+
+
+TUNED = [
+    lambda model: RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3),
+    lambda model: RankAwareOptimizer(model, torch.optim.AdamW, recipe=RECIPE),
+    lambda model: RankAwareOptimizer(model, torch.optim.AdamW, rates={"*": 1e-4}),
+    lambda model: RankAwareOptimizer(torch.optim.AdamW(trained(model)), model=model),
+    lambda model: RankAwareOptimizer(
+        [{"params": trained(model), "lr": 1e-4}], torch.optim.AdamW, model=model
+    ),
+]
+
+
+@pytest.mark.parametrize("build", TUNED)
+def test_a_rate_from_somewhere_is_no_default(build):
+    """A rate from an argument, a recipe, a pattern, a group or a built optimizer gives no warning."""
+    build(mlp((4, 64), scalings=2.0, width=64, head=False))
 
 
 @pytest.mark.parametrize(
@@ -480,7 +501,7 @@ def test_the_report(form):
         (g["lora_role"], g["lora_rank"], len(g["params"]), effective_lr(g))
         for g in opt.param_groups
     ]
-    assert "RankAwareOptimizer(AdamW), law Falling()" in str(opt.report())
+    assert "default law: moved from rank 16, alpha 16, B = 0" in str(opt.report())
     assert "0.125" in str(opt.report())
 
 

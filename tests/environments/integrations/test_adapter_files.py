@@ -137,7 +137,7 @@ def test_inspect_prints_what_peft_saved(tmp_path):
     options = ["--lr", "2e-4", "--tuned-at", "r=4,alpha=8", "--per-module"]
     done = CliRunner().invoke(main, ["inspect", str(tmp_path), *options])
     assert done.exit_code == 0
-    assert done.output.count("falling: from rank 4, alpha 8") == 8
+    assert done.output.count("default law: from rank 4, alpha 8") == 8
     assert "base_model.model.layers.1.v.lora_B.weight" in done.output
 
 
