@@ -374,6 +374,52 @@ def test_scaling_is_undone_by_the_rate_of_the_zero_factor(init, role):
     assert distance(*outputs) < 1e-11
 
 
+def products(kind, scaling, lr, init, law) -> list[torch.Tensor]:
+    """s·B·A of both layers after each of 30 steps at a scaling and rate, the head's rate being LR."""
+    model = mlp(scalings=scaling, init=init, dtype=torch.float64)
+    eps = {} if kind is torch.optim.SGD else {"eps": 1e-300}
+    opt = RankAwareOptimizer(
+        model,
+        kind,
+        lr=lr,
+        law=law,
+        weight_decay=0.0,
+        rates={"head*": LR},
+        **eps,
+    )
+    deltas = []
+    layers = [module for module in model if isinstance(module, PlainLoRA)]
+    opt.register_step_post_hook(
+        lambda *_: deltas.extend(
+            scaling * (layer.lora_B @ layer.lora_A).detach() for layer in layers
+        )
+    )
+    train(model, opt, 30)
+    return deltas
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("ratio", [0.25, 16.0])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_loraplus_is_another_alpha(kind, ratio, init):
+    """By Adam LoRA+ trains s·B·A as one rate does at ratio × alpha, and, where A starts at zero, as ratio × the rate
+    does at alpha / ratio, at every step to rounding."""
+    scaling, lr = {"A": (2.0 * ratio, LR), "B": (2.0 / ratio, LR * ratio)}[init]
+    plus = products(kind, 2.0, LR, init, ra.LoRAPlus(ratio))
+    other = products(kind, scaling, lr, init, "constant")
+    assert len(plus) == 60
+    assert distance(plus, other) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("kind", "lr"), [(torch.optim.SGD, LR), (torch.optim.Adam, 4 * LR)]
+)
+def test_that_takes_adam_and_the_same_rate(kind, lr):
+    """By SGD, and by Adam at a rate that is ratio times as high, the two trainings differ."""
+    plus = products(kind, 2.0, LR, "A", ra.LoRAPlus(4.0))
+    assert distance(plus, products(kind, 8.0, lr, "A", "constant")) > 1e-3
+
+
 # --- groups of a built optimizer ------------------------------------------------------------------------------------
 
 
