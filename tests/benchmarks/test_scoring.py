@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
+import json
 import math
 import random
 from pathlib import Path
@@ -248,3 +250,38 @@ def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: Path) -> 
         refused.exit_code,
         refused.output.startswith("Error: Unknown law 'nua'"),
     ) == (1, True)
+
+
+def test_the_factors_measured_where_alpha_is_kept(
+    scoring: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On three models drawn from the default law the table's measured factors are the law's, which loses nothing, and
+    what is kept loses more."""
+    script = importlib.import_module("laws.bench_law")
+    monkeypatch.setattr(importlib.import_module("recording"), "RESULTS", tmp_path)
+    rows = [
+        {**row, "model": model}
+        for model in "abc"
+        for row in drawn(MuA(), ranks=(1, 64))
+    ]
+    sweep = tmp_path / "sweep.csv"
+    with sweep.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    done = CliRunner().invoke(script.main, ["kept", str(sweep)])
+    assert done.exit_code == 0, done.output
+    parabola, _ = json.loads((tmp_path / "kept_alpha.json").read_text())["rows"]
+    assert (parabola["from rank"], parabola["to rank"], parabola["models"]) == (
+        1,
+        64,
+        3,
+    )
+    for name in ("measured, median", "lowest", "highest"):
+        assert parabola[name] == pytest.approx(parabola["default law"], rel=1e-3)
+    assert parabola["as used"] == pytest.approx(0.9 * parabola["default law"])
+    kept, moved = (
+        float(parabola[f"{way}: loss, %"].split(" / ")[0])
+        for way in ("kept", "default law")
+    )
+    assert moved < kept
