@@ -8,6 +8,7 @@ from . import reports as reports
 from . import sweeps as sweeps
 from . import testing as testing
 from . import transfer as transfer
+from ._rate import Rate as Rate
 from ._types import Factor as Factor
 from ._types import Reference as Reference
 from ._types import Survey as Survey
@@ -39,7 +40,6 @@ from .laws import Power as Power
 from .optimizer import RankAwareOptimizer as RankAwareOptimizer
 from .optimizer import rank_aware_param_groups as rank_aware_param_groups
 from .optimizer import to_plain_state_dict as to_plain_state_dict
-from .recipe import Rate as Rate
 from .recipe import Recipe as Recipe
 from .transfer import convert_lr as convert_lr
 from .transfer import coordinate_check as coordinate_check

@@ -1,18 +1,5 @@
 """Calibration: a short study of the base rate at several ranks, whose result is a recipe."""
 
-from ._api import calibrate
-from ._in_place import calibrate_in_place
-from ._provenance import versions_used
-from ._ray import RayExecutor
-from ._trial import Pushed, Trial, release_memory, seeded
+import lazy_loader
 
-__all__ = [
-    "Pushed",
-    "RayExecutor",
-    "Trial",
-    "calibrate",
-    "calibrate_in_place",
-    "release_memory",
-    "seeded",
-    "versions_used",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

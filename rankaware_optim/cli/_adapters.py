@@ -12,11 +12,10 @@ from typing import Any
 
 import click
 
+from .. import inspection, transfer
 from .._types import Reference, Survey
 from ..errors import LawError
-from ..inspection import inspect_file, read_config
 from ..laws import DEFAULT_LAW
-from ..transfer import published_init, suggest_lr, survey_rates
 from ._options import (
     FILE,
     LAW_TEXT,
@@ -74,8 +73,8 @@ def inspect(
     """
     if lr is None and (tuned_at is not None or law != DEFAULT_LAW):
         raise click.UsageError("--tuned-at and --law move a rate, so give --lr too.")
-    survey, rates = survey_rates(
-        inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at
+    survey, rates = transfer.survey_rates(
+        inspection.inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at
     )
     factors = []
     for factor in survey.factors:
@@ -147,9 +146,9 @@ def suggest(
             raise click.UsageError(
                 "PATH already gives rank, alpha and fan-in, so leave these options out."
             )
-        model = inspect_file(path)
+        model = inspection.inspect_file(path)
         init = init if init or full else _declared_init(path)
-    suggestion = suggest_lr(
+    suggestion = transfer.suggest_lr(
         model,
         optimizer,
         method=method,
@@ -165,7 +164,9 @@ def _declared_init(path: Path) -> str | None:
     config = path / "adapter_config.json"
     if not config.is_file():
         return None
-    return published_init(read_config(config).values.get("init_lora_weights"))
+    return transfer.published_init(
+        inspection.read_config(config).values.get("init_lora_weights")
+    )
 
 
 _Shape = tuple[int, int]
@@ -244,19 +245,19 @@ def coordcheck(
     def scaling(rank: int) -> float:
         return Reference(rank, rank if alpha == "rank" else alpha, rslora).scaling
 
-    from ..transfer import coordinate_check, plot_coordinates  # they need torch
-
-    check = coordinate_check(layers, scaling=scaling, **options)
+    check = transfer.coordinate_check(layers, scaling=scaling, **options)
     echo(check)
     if out is not None:
-        echo(f"Figure: {plot_coordinates(check, out)}")
+        echo(f"Figure: {transfer.plot_coordinates(check, out)}")
     ctx.exit(int(strict and not check.ok))
 
 
 def _adapted(path: Path) -> dict[str, _Shape]:
     """Return (n_out, n_in) of every layer of an adapter on disk, without embeddings."""
     factors = [
-        f for f in inspect_file(path).factors if f.role == "A" and f.kind != "embedding"
+        f
+        for f in inspection.inspect_file(path).factors
+        if f.role == "A" and f.kind != "embedding"
     ]
     if not factors:
         raise LawError(

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import click
 
+from .. import inspection, transfer
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ..inspection import as_reference, read_training, reference_of
 from ..integrations.external_plugins import SWIFT
 from ..laws import DEFAULT_LAW, Law, bound_law, get_law
-from ..transfer import Conversion, as_target, convert_lr
 from ._options import FILE, echo_result, json_option, law_option, option
 
 _SHAPE = (
@@ -145,7 +144,12 @@ actor_rollout_ref.actor.optim.lr={converted}"""),
 
 
 def _lines(
-    tool: Tool, lr: float, origin: Reference, at: Reference, law: str, to: Conversion
+    tool: Tool,
+    lr: float,
+    origin: Reference,
+    at: Reference,
+    law: str,
+    to: transfer.Conversion,
 ) -> str:
     """Return a trainer's lines at `at` for a rate tuned at `origin`, that the law converts to `to`.
 
@@ -288,12 +292,12 @@ def convert(
     if lr is None:
         bound, rates = _trained(from_, bound)
     else:
-        rates = [(None, lr, as_reference(from_), "")]
+        rates = [(None, lr, inspection.as_reference(from_), "")]
     documents, texts = [], []
     printed = set[str]()
     for part, tuned, origin, training in rates:
-        at = as_target(to, origin, model)
-        conversion = convert_lr(
+        at = transfer.as_target(to, origin, model)
+        conversion = transfer.convert_lr(
             tuned,
             from_=origin,
             to=at,
@@ -336,7 +340,7 @@ def _trained(path: str, law: Law) -> tuple[Law, list[_Tuned]]:
     """Return the law bound to the adapter's optimizer, and the rates of the adapter's parts: part,
     rate, reference, and how it was trained, in words.
     """
-    training = read_training(path)
+    training = inspection.read_training(path)
     by = ""
     if training.optimizer:
         law = bound_law(law, training.optimizer_class, training.settings)
@@ -344,7 +348,7 @@ def _trained(path: str, law: Law) -> tuple[Law, list[_Tuned]]:
     during = f" over {training.steps} steps" if training.steps else ""
     rates: list[_Tuned] = []
     for part, lr, survey in training.rates:
-        at = reference_of(survey)
+        at = inspection.reference_of(survey)
         words = f"{part or 'The adapter'} was trained at {lr:g}, {at}{by}{during}."
         rates.append((part or None, lr, at, words))
     return law, rates

@@ -24,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ from ..errors import DemoError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe
 from ..reports import draw_trials, drawable
-from ._options import check_out, echo, option
+from ._options import check_out, echo
 from ._workers import outside_folder, trials_logged
 
 STEPS, BATCH, PIXELS, SEEDS = 40, 16, 32, (0, 1)
@@ -118,20 +117,8 @@ class TransferCheck:
         return "held" if self.regret[0] <= 0.05 else "missed"
 
 
-@click.command()
-@option(
-    "-o --out",
-    click.Path(file_okay=False, path_type=Path),
-    "Folder for the recipe and the figure.",
-    default=Path("rankaware-demo"),
-)
-def demo(out: Path) -> None:
-    """Calibrate a real network and check the recipe.
-
-    EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. The recipe's rate is
-    then checked at another rank and by full finetuning. It takes about two minutes on two CPU cores
-    and downloads nothing.
-    """
+def run_demo(out: Path) -> None:
+    """Calibrate, check and print. out: the folder of the recipe and the figure."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         raise DemoError(

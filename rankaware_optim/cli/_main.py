@@ -1,63 +1,30 @@
-"""The command `rankaware`, also `python -m rankaware_optim`. The module of a subcommand is imported
-when it is used.
+"""The command `rankaware`, also `python -m rankaware_optim`.
+
+Help and completion in a shell import the modules of all commands. So these import torch, numpy and
+Optuna only in a command that uses them.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from importlib import import_module
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from ..errors import CalibrationInterrupted, RankAwareError
+from ._adapters import coordcheck, inspect, suggest
+from ._calibrate import calibrate, demo, fit
+from ._convert import convert
+from ._doctor import doctor
 from ._options import echo, in_options, warnings_as_notes
+from ._recipes import diff, lr, plot, report, show
 
 _INTERRUPTED = 130  # exit code of shells for SIGINT
 
-# The module of each command.
-_COMMANDS = {
-    "calibrate": "_calibrate",
-    "convert": "_convert",
-    "coordcheck": "_adapters",
-    "demo": "_demo",
-    "diff": "_recipes",
-    "doctor": "_doctor",
-    "fit": "_calibrate",
-    "inspect": "_adapters",
-    "lr": "_recipes",
-    "plot": "_recipes",
-    "report": "_recipes",
-    "show": "_recipes",
-    "suggest": "_adapters",
-}
-
 
 class _Commands(click.Group):
-    """Finds a command in its module, and prints this package's errors without a traceback."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module = import_module(f"{__package__}.{_COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name)
-        return command
-
-    def shell_complete(
-        self, ctx: click.Context, incomplete: str
-    ) -> list[CompletionItem]:
-        """Complete commands by name only: their help would import all of them, and torch, at every
-        key press.
-        """
-        commands = [
-            CompletionItem(name) for name in _COMMANDS if name.startswith(incomplete)
-        ]
-        return [*commands, *click.Command.shell_complete(self, ctx, incomplete)]
+    """Prints this package's errors without a traceback."""
 
     def main(self, *args: Any, **settings: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -103,3 +70,21 @@ def main() -> None:
       zsh   eval "$(_RANKAWARE_COMPLETE=zsh_source rankaware)"
       fish  _RANKAWARE_COMPLETE=fish_source rankaware | source
     """
+
+
+for _command in (
+    calibrate,
+    convert,
+    coordcheck,
+    demo,
+    diff,
+    doctor,
+    fit,
+    inspect,
+    lr,
+    plot,
+    report,
+    show,
+    suggest,
+):
+    main.add_command(_command)

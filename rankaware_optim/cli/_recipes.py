@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from .. import recipe as recipes
+from .. import reports
 from ..errors import RankAwareError, RankAwareWarning
-from ..recipe import Recipe, to_document
-from ..reports import diff_recipes, diff_text, plot_recipe, write_report
 from ._options import (
     FILE,
     RATE_FIELDS,
@@ -90,7 +90,7 @@ def lr(
     if full:
         refuse_for_full(alpha=options["alpha"], init=options["init"])
     method: Any = "full" if full else "lora"
-    loaded = Recipe.load(recipe)
+    loaded = recipes.Recipe.load(recipe)
     with warnings.catch_warnings():
         # the rate's notes say it
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
@@ -103,8 +103,8 @@ def lr(
 @json_option(RECIPE_FIELDS)
 def show(recipe: Path, as_json: bool) -> None:
     """Print a recipe: its rate, band, law and provenance."""
-    loaded = Recipe.load(recipe)
-    echo_result(as_json, loaded, to_document(loaded))
+    loaded = recipes.Recipe.load(recipe)
+    echo_result(as_json, loaded, recipes.to_document(loaded))
 
 
 @click.command()
@@ -112,7 +112,7 @@ def show(recipe: Path, as_json: bool) -> None:
 @out_option("Figure to write, a .png, .svg or .pdf file.", required=True)
 def plot(recipe: Path, out: Path) -> None:
     """Draw a recipe's trials, and its rates by rank."""
-    echo(plot_recipe(Recipe.load(recipe), out))
+    echo(reports.plot_recipe(recipes.Recipe.load(recipe), out))
 
 
 @click.command()
@@ -123,7 +123,7 @@ def report(recipe: Path, out: Path) -> None:
 
     The page has the recipe's figure, its rates, and a control for rank and alpha.
     """
-    echo(write_report(Recipe.load(recipe), out))
+    echo(reports.write_report(recipes.Recipe.load(recipe), out))
 
 
 class _Trouble(click.ClickException):
@@ -150,8 +150,10 @@ def diff(ctx: click.Context, first: Path, second: Path, as_json: bool) -> None:
     are equal, 1 if they differ, and 2 if one of them cannot be read.
     """
     try:
-        differences = diff_recipes(Recipe.load(first), Recipe.load(second))
+        differences = reports.diff_recipes(
+            recipes.Recipe.load(first), recipes.Recipe.load(second)
+        )
     except RankAwareError as error:
         raise _Trouble(str(error)) from error
-    echo_result(as_json, diff_text(differences), differences)
+    echo_result(as_json, reports.diff_text(differences), differences)
     ctx.exit(1 if differences else 0)

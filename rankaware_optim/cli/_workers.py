@@ -19,8 +19,9 @@ from multiprocessing.context import SpawnProcess
 from types import ModuleType
 from typing import Any
 
+from .. import calibration
+from .. import recipe as recipes
 from ..errors import CalibrationError, RankAwareError, RankAwareWarning
-from ..recipe import Recipe
 from ._options import echo, warnings_as_notes
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -193,17 +194,15 @@ class Worker:
     options: Mapping[str, Any]
     place: Mapping[str, str]
 
-    def run(self, progress: bool | None = None) -> Recipe:
+    def run(self, progress: bool | None = None) -> recipes.Recipe:
         """Run trials until the schedule is complete."""
         import torch
-
-        from ..calibration import calibrate
 
         before = torch.get_num_threads()
         torch.set_num_threads(int(self.place.get(THREADS, before)))
         try:
             with trials_logged():
-                return calibrate(
+                return calibration.calibrate(
                     load_train(self.spec), progress=progress, **self.options
                 )
         finally:

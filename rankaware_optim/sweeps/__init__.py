@@ -1,6 +1,5 @@
 """Sweeps of other tools: read them, and fit a recipe to them."""
 
-from ._fit import fit_sweep
-from ._runs import DEMO_SWEEP
+import lazy_loader
 
-__all__ = ["DEMO_SWEEP", "fit_sweep"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rankaware_optim.cli._main import _COMMANDS
+from rankaware_optim.cli import main
 
 from ..helpers.recipes import RECIPE
 
@@ -163,7 +163,7 @@ def marks(folder: Path) -> list[str]:
 
 def test_commands_run_nothing_of_the_folder_they_stand_in(foreign, tmp_path):
     """No file there that is called like a module is run, by a command or by its help."""
-    commands = ["--help", *(f"{name} --help" for name in _COMMANDS), *PLAIN]
+    commands = ["--help", *(f"{name} --help" for name in main.commands), *PLAIN]
     for command, code, ran in run_in_turn(commands, foreign, tmp_path / "several.py"):
         assert ran == [], command
         assert code == 0 or command.startswith(("demo", "plot")), command
@@ -178,7 +178,10 @@ def test_the_installed_script_runs_nothing_of_its_folder_either(command, foreign
 
 def test_every_command_is_tried():
     """Each command has its help above, and a call of its own."""
-    assert {line.split()[0] for line in [*PLAIN, *NAMING]} == {*_COMMANDS, "--version"}
+    assert {line.split()[0] for line in [*PLAIN, *NAMING]} == {
+        *main.commands,
+        "--version",
+    }
 
 
 def shadowing(ran: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands that read, move or draw a rate start without torch, which takes seconds to import."""
+"""Help, and commands that read, move or draw a rate, start without torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rankaware_optim.cli import main
+
 from ..helpers.recipes import RECIPE
 
 PROBE = """
 import json, sys
 from rankaware_optim.cli import main
+heavy = json.loads(sys.argv[2])
 for arguments in json.loads(sys.argv[1]):
     main(arguments, prog_name="rankaware", standalone_mode=False)
-    print("HELD", *arguments, *(name for name in ("torch", "optuna") if name in sys.modules))
+    print("HELD", *arguments, *(name for name in heavy if name in sys.modules))
 """
 LIGHT = [
     ["lr", "digits.toml", "--rank", "8"],
@@ -54,9 +57,9 @@ def folder(tmp_path_factory):
     return made
 
 
-def held_after(commands, folder) -> list[str]:
+def held_after(commands, folder, heavy=("torch", "optuna")) -> list[str]:
     """A line for each command, which ends with the heavy packages that the process then holds."""
-    command = [sys.executable, "-c", PROBE, json.dumps(commands)]
+    command = [sys.executable, "-c", PROBE, json.dumps(commands), json.dumps(heavy)]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=True
     )
@@ -75,3 +78,24 @@ def test_the_check_can_fail(folder):
     heavy = ["coordcheck", "--shape", "8x8", "--ranks", "2,4", "--tokens", "8"]
     [line] = held_after([heavy], folder)
     assert "torch" in line.split()
+
+
+def test_help_needs_no_numpy_either(tmp_path):
+    """The help of the program and of each command imports none of torch, Optuna and numpy, in one process."""
+    helps = [["--help"], *([name, "--help"] for name in main.commands)]
+    assert held_after(helps, tmp_path, ("torch", "optuna", "numpy")) == [
+        " ".join(["HELD", *arguments]) for arguments in helps
+    ]
+
+
+def test_the_help_of_the_module_is_as_light_and_names_every_command():
+    """`python -m rankaware_optim --help` imports none of them, and has a line for each command."""
+    command = ["-X", "importtime", "-m", "rankaware_optim", "--help"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"torch", "optuna", "numpy"}
+    listed = done.stdout.partition("Commands:")[2].splitlines()
+    assert [line.split()[0] for line in listed if line] == sorted(main.commands)
