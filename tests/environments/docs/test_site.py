@@ -13,8 +13,8 @@ HREFS = "all => all.map(a => a.href)"
 IDS = "() => [...document.querySelectorAll('[id]')].map(e => e.id)"
 BROKEN = "() => [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
 WIDTH = "document.documentElement.scrollWidth"
-PAGES = ("index", "quickstart", "which-rate", "faq", "trainers/trl", "calibrate", "clusters", "law", "benchmarks/index",
-         "benchmarks/study", "generated/recipes", "bands", "api", "commands", "examples/peft_loop")  # fmt: skip
+PAGES = ("index", "quickstart", "which-rate", "symptoms", "without-regret", "faq", "trainers/trl", "calibrate", "clusters",
+         "law", "benchmarks/index", "benchmarks/study", "generated/recipes", "bands", "api", "commands", "examples/peft_loop")  # fmt: skip
 
 
 def test_every_link_leads_somewhere(page, address):

@@ -360,6 +360,20 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, prepare, sent
         prepare(trainer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [("SFT", 2e-5), ("DPO", 1e-6), ("KTO", 1e-6), ("GRPO", 1e-6), ("RLOO", 1e-6)],
+)
+def test_trls_default_rate_is_not_taken_for_a_tuned_one(tmp_path, kind, rate):
+    """The rate at which a trainer of TRL trains if nobody sets one, for LoRA too, is refused with its value."""
+    trainer = MAKERS[kind](llama(), tmp_path)
+    defaults = type(trainer.args)(str(tmp_path), use_cpu=True)
+    assert defaults.learning_rate == rate
+    trainer.args.learning_rate = rate
+    with pytest.raises(OptimizerError, match=f"value than its default, {rate:g}, or"):
+        attach(trainer, AdamW)
+
+
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 @pytest.mark.parametrize("lr", [2e-4, RECIPE], ids=["lr", "recipe"])
 def test_the_base_rate_is_written_into_the_arguments(tmp_path, lr):
