@@ -21,7 +21,15 @@ from ._observations import (
     usual_noise,
 )
 from ._posterior import Fit, Prior, fit_observations
-from ._priors import FULL_SD, Carry, Slope, carry_of, centred_law, prior_of
+from ._priors import (
+    FULL_SD,
+    Carry,
+    Slope,
+    added_slope,
+    carry_of,
+    centred_law,
+    prior_of,
+)
 
 __all__ = [
     "CLEAR",
@@ -33,6 +41,7 @@ __all__ = [
     "Prior",
     "Slope",
     "TAIL",
+    "added_slope",
     "all_rose",
     "arms_of",
     "below_cliff",

@@ -152,6 +152,14 @@ class Carry:
         )
 
 
+def added_slope(reference: Reference, method: str) -> Slope:
+    """Return how much steeper the slope of a method is than the reference's, at its init."""
+    if method == reference.method:
+        return Slope(0.0, 0.0)
+    _, full = _SLOPES[reference.init]
+    return full if method == "full" else Slope(-full.mean, full.sd)
+
+
 def carry_of(reference: Reference, octaves: float) -> Carry:
     """Return the move of a fit over log2(target / steps) octaves."""
     lora, full = _SLOPES["full" if reference.method == "full" else reference.init]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .._checks import is_within, plain, range_of, shown
+from .._types import Method, Reference
 from ..errors import RecipeError
+from ..fitting import added_slope
 
 # Prior standard deviations, octaves of rate per octave: of the slope about 0 (small sweeps had -0.1
 # under Init[A] and +0.3 in full finetuning), and of the batch exponent about the law's (small
@@ -43,16 +45,23 @@ class Horizon:
     slope_sd: float = SLOPE_SD
 
     def by_steps(
-        self, steps: int | None, own: int | None, name: str, same_method: bool = True
+        self,
+        steps: int | None,
+        own: int | None,
+        name: str,
+        reference: Reference,
+        method: Method,
     ) -> Moved:
         """Return the move from a recipe's `own` steps to `steps`.
+
+        For another method than the recipe's, the slope differs as the prior of the fit says.
 
         Args:
             steps: the number of steps wanted, None for the recipe's own.
             own: the recipe's number of steps, None if unknown.
             name: the recipe's name, for messages.
-            same_method: whether the slope belongs to the method asked for, LoRA or full finetuning.
-                Otherwise the prior replaces it.
+            reference: the recipe's.
+            method: the one asked for, LoRA or full finetuning.
 
         Raises:
             RecipeError: `steps` is not a positive whole number, or `own` is None.
@@ -64,11 +73,9 @@ class Horizon:
             raise RecipeError(
                 f"steps is {shown(steps)}.", f"Give {range_of('steps')}.", "steps"
             )
-        slope, sd = (
-            (self.slope, self.slope_sd)
-            if same_method
-            else (0.0, max(self.slope_sd, SLOPE_SD))
-        )
+        added = added_slope(reference, method)
+        slope = self.slope + added.mean
+        sd = math.hypot(self.slope_sd, added.sd)
         return _moved(
             steps, own, slope, sd, name, "steps", f"{steps} steps instead of {own}"
         )

@@ -158,7 +158,7 @@ class Recipe(RecipeData):
         """
         asked, (target, reference) = target, self._with_widths(target)
         longer = self.horizon.by_steps(
-            steps, self.steps, self.name, same_method=target.method == reference.method
+            steps, self.steps, self.name, reference, target.method
         )
         by_law = math.log2(checked_batch_multiplier(self.law, 2.0))
         larger = by_batch(batch, self.batch, by_law, self.name)

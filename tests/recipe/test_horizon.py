@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Reference
+from rankaware_optim.fitting import carry_of
 from rankaware_optim.recipe import SLOPE_SD, Horizon
 from rankaware_optim.recipe._horizon import BATCH_SD
 
@@ -82,11 +84,25 @@ def test_the_own_horizon_changes_nothing():
     assert recipe().at(steps=STEPS, batch=BATCH) == recipe().at()
 
 
-def test_full_finetuning_takes_no_slope_that_lora_showed():
-    """LoRA's slope is not full finetuning's: there the rate stays and its band widens by the prior's."""
-    own, far = recipe().at(method="full"), recipe().at(method="full", steps=4 * STEPS)
-    assert far.lr == own.lr
-    assert sd_of(far) == pytest.approx(math.hypot(sd_of(own), 2 * SLOPE_SD))
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_full_finetuning_moves_with_steps_as_the_prior_says(init):
+    """The rate of full finetuning moves by LoRA's slope and by what full finetuning's prior is more."""
+    made = recipe(reference=replace(AT_16, init=init))
+    own, far = made.at(method="full"), made.at(method="full", steps=4 * STEPS)
+    more = carry_of(made.reference, 0.0).full
+    slope = made.horizon.slope + more.mean
+    sd = math.hypot(made.horizon.slope_sd, more.sd)
+    assert math.log2(far.lr / own.lr) == pytest.approx(2 * slope)
+    assert sd_of(far) == pytest.approx(math.hypot(sd_of(own), 2 * sd))
+
+
+def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
+    """A fit that is carried to more steps and a recipe asked for them move full finetuning alike."""
+    made = recipe(horizon=Horizon(carry_of(AT_16, 0.0).lora.mean))
+    carry = carry_of(AT_16, 2.0)
+    octaves = carry.of(carry.lora)[0] + carry.of(carry.full)[0]
+    own, far = made.at(method="full"), made.at(method="full", steps=4 * STEPS)
+    assert math.log2(far.lr / own.lr) == pytest.approx(octaves)
 
 
 @given(
