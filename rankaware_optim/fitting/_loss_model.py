@@ -26,6 +26,7 @@ share a shape: each has its own, within `_OWN` of the shared one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -128,15 +129,19 @@ def _gaps(u: Array, plateau: float) -> Array:
     """Return the loss above its minimum under every shape, at octaves u from the optimum: (h, a, k,
     *u.shape).
     """
+    bowls, highest = _bowls(u, plateau)
+    k = CURVATURE.reshape(-1, *[1] * u.ndim)
+    return np.asarray(np.minimum(k * bowls, highest))
+
+
+def _bowls(u: Array, plateau: float) -> tuple[Array, Array]:
+    """Return the bowls of curvature 1, (h, a, 1, *u.shape), and where they end, (*u.shape)."""
     h = REACH.reshape(-1, 1, *[1] * u.ndim)
     a = STEEPNESS[1:].reshape(-1, *[1] * u.ndim)
-    k = CURVATURE.reshape(-1, *[1] * u.ndim)
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     cliffs = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2
     above = np.stack([u**2 / 2, *cliffs])
-    bowls = np.where(u < 0, below, above)  # of curvature 1: (h, a, *u.shape)
-    highest = np.where(u < 0, CAP, plateau)
-    return np.asarray(np.minimum(k * bowls[:, :, None], highest))
+    return np.where(u < 0, below, above)[:, :, None], np.where(u < 0, CAP, plateau)
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
@@ -255,6 +260,19 @@ def _curves_where(
 def _mean_curve(arm: Arm, plateau: float, belief: Array, u: Array) -> Array:
     """Return an arm's mean curve over its shapes, each at the level that the trials give it."""
     levels = _levelled(arm, _gaps(arm.x, plateau))[1]
-    bowls = _gaps(u, plateau).reshape(-1, len(u))
     by_bowl = belief.reshape(len(NOISE), -1).sum(axis=0)
-    return np.asarray(belief @ levels.ravel() + by_bowl @ bowls)
+    gaps = _gaps_between(u, plateau).reshape(-1, len(u))
+    return np.asarray(belief @ levels.ravel() + by_bowl @ gaps)
+
+
+def _gaps_between(u: Array, plateau: float) -> Array:
+    """Return `_gaps`, each the mean over the curvatures nearest to its own on the grid.
+
+    The corner of a single curvature is one of the grid, not of the fit.
+    """
+    bowls, highest = _bowls(u, plateau)
+    half = math.sqrt(CURVATURE[1] / CURVATURE[0])
+    k = CURVATURE[:, None]
+    corner = np.clip(highest / np.maximum(bowls, _LEAST), k / half, k * half)
+    risen = bowls * (corner - k / half) + highest * np.log(k * half / corner)
+    return np.asarray(risen / (2 * math.log(half)))

@@ -10,10 +10,11 @@ from .._figures import COLOURS, figure_of, rate_axis, save, short
 from .._printing import printable
 from ..errors import PlotError
 from ..recipe import Recipe, missing_trials
-from ._picture import Picture, PictureArm, picture_of
+from ._picture import MARKS, SCORE, Picture, PictureArm, Span, picture_of
 
 _CURVE = "fit, lowest at the best rate"
-_BEYOND = "off the frame, diverged or pruned"
+_RATE = "the recipe's rate"
+_FADED = 0.45  # opacity of what was not tried
 
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
@@ -37,12 +38,14 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     rows = -(-rooms // columns)
     figure, axes = figure_of(columns, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows, rows)
     axes = _filled(figure, axes, rooms, columns)
+    _name_marks(axes[0], picture.marks(), COLOURS[0])
+    axes[0].plot([], [], color=COLOURS[0], label=_CURVE)
     for axis, arm in zip(axes, picture.arms, strict=False):
         _draw_rank(axis, picture, arm)
     if picture.by_rank:
         _draw_rates(axes[-1], picture, recipe)
     for axis in axes[: len(picture.arms) : columns]:
-        axis.set_ylabel("score, minimised")
+        axis.set_ylabel(SCORE)
     made_by = (
         f"{recipe.optimizer.rsplit('.', 1)[-1]}, {recipe.steps or 'unknown'} steps"
     )
@@ -91,7 +94,7 @@ def drawable(recipe: Recipe) -> Picture:
 
 def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
     """Draw one rank: trials, the fitted curve, and the recipe's rate with band and ceiling."""
-    _draw_points(axis, arm, arm.values, COLOURS[0], "trial")
+    _draw_points(axis, arm, arm.values, COLOURS[0])
     if arm.rate is not None:
         axis.axvspan(
             arm.rate.low,
@@ -101,9 +104,7 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
             lw=0,
             label="90 % band",
         )
-        axis.axvline(
-            arm.rate.lr, color=COLOURS[1], linestyle="--", label="the recipe's rate"
-        )
+        axis.axvline(arm.rate.lr, color=COLOURS[1], linestyle="--", label=_RATE)
         if arm.rate.ceiling is not None:
             axis.axvline(arm.rate.ceiling, color="0.2", linestyle=":", label="ceiling")
     rate_axis(axis)
@@ -111,73 +112,67 @@ def _draw_rank(axis: Any, picture: Picture, arm: PictureArm) -> None:
     axis.set_title(arm.title, fontsize=10)
 
 
-def _draw_points(
-    axis: Any, arm: PictureArm, values: tuple[float, float], colour: str, label: str
-) -> None:
-    """Draw trials at their rates, those outside the frame as open triangles at the upper edge, and
-    the curve.
-    """
-    bottom, top = values
-    edge = top - 0.03 * (top - bottom)
-    inside = [(p.rate, p.value) for p in arm.points if p.value <= top]
-    beyond = [p.rate for p in arm.points if not p.value <= top]
-    curve = zip(*arm.curve, strict=True) if arm.curve else ((), ())
-    alone = label == "trial"
-    axis.plot(*curve, color=colour, linewidth=1.5, label=_CURVE if alone else None)
-    axis.plot(
-        *zip(*inside, strict=True) if inside else ((), ()),
-        "o",
-        color=colour,
-        label=label,
-        alpha=0.8,
-    )
-    off = {
-        "color": colour,
-        "markerfacecolor": "none",
-        "label": _BEYOND if alone and beyond else None,
-    }
-    axis.plot(beyond, [edge] * len(beyond), "^", **off)
+def _draw_points(axis: Any, arm: PictureArm, values: Span, colour: str) -> None:
+    """Draw the curve, and the trials in a frame of scores."""
+    if arm.curve:
+        axis.plot(*zip(*arm.curve, strict=True), color=colour)
+    for mark, places in arm.marks(values).items():
+        axis.plot(*zip(*places, strict=True), **_style(mark, colour))
+
+
+def _style(mark: str, colour: str) -> dict[str, Any]:
+    """Return how trials that ended alike are drawn. Only those with their own score are filled."""
+    inner = colour if mark == "finished" else "none"
+    marker = dict(zip(MARKS, "o^xD", strict=True))[mark]
+    style = {"linestyle": "", "marker": marker, "markerfacecolor": inner}
+    return {**style, "color": colour, "alpha": 0.8}
+
+
+def _name_marks(axis: Any, marks: dict[str, str], colour: str) -> None:
+    """Add marks to the legend of an axis."""
+    for mark, words in marks.items():
+        axis.plot([], [], **_style(mark, colour), label=words)
 
 
 def draw_trials(axis: Any, picture: Picture) -> None:
     """Draw all ranks in one panel."""
     for arm, colour in zip(picture.arms, cycle(COLOURS), strict=False):
-        _draw_points(axis, arm, picture.values, colour, arm.label)
+        _draw_points(axis, arm, picture.values, colour)
+        axis.plot([], [], color=colour, label=arm.label)
         if arm.rate is not None:
             axis.axvline(arm.rate.lr, color=colour, linestyle="--", linewidth=1)
+    _name_marks(axis, picture.marks(picture.values), "0.3")
+    axis.plot([], [], color="0.3", linestyle="--", linewidth=1, label=_RATE)
     rate_axis(axis)
-    axis.set(ylabel="score, minimised", xlim=picture.rates, ylim=picture.values)
-    axis.set_title("Trials (△ off the frame; dashed: quoted rates)", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
+    axis.set(ylabel=SCORE, xlim=picture.rates, ylim=picture.values)
+    axis.set_title("Trials", fontsize=10)
+    axis.legend(framealpha=0.9, edgecolor="none", fontsize=8)
 
 
 def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
     """Draw the rate against rank with its band and ceiling, and that of full finetuning as a
-    horizontal line.
+    horizontal line. What was not tried is faded.
     """
     ranks, rates = zip(*picture.by_rank, strict=True)
-    axis.fill_between(
-        ranks,
-        [r.low for r in rates],
-        [r.high for r in rates],
-        color=COLOURS[0],
-        alpha=0.12,
-        lw=0,
-    )
-    axis.plot(ranks, [r.lr for r in rates], color=COLOURS[1], linestyle="--")
+    label = "a rank that was tried"
+    for rank, rate in picture.tried:
+        axis.plot(rank, rate.lr, "s", color=COLOURS[1], label=label)
+        axis.vlines(rank, rate.low, rate.high, color=COLOURS[1])
+    band = {"color": COLOURS[0], "alpha": 0.12 * _FADED, "lw": 0}
+    axis.fill_between(ranks, [r.low for r in rates], [r.high for r in rates], **band)
+    faded = {"color": COLOURS[1], "linestyle": "--", "alpha": _FADED}
+    axis.plot(ranks, [r.lr for r in rates], **faded, label="a rank that was not tried")
     if rates[0].ceiling is not None:
-        axis.plot(ranks, [r.ceiling for r in rates], color="0.2", linestyle=":")
+        ceiling = {"color": "0.2", "linestyle": ":", "alpha": _FADED}
+        axis.plot(ranks, [r.ceiling for r in rates], **ceiling)
     if picture.full is not None:
-        axis.axhspan(
-            picture.full.low, picture.full.high, color=COLOURS[2], alpha=0.12, lw=0
-        )
-        axis.axhline(
-            picture.full.lr, color=COLOURS[2], linestyle="-.", label="full finetuning"
-        )
-    for rank in recipe.ranks:
-        axis.axvline(rank, color="0.8", linewidth=0.8, zorder=0)
-    axis.set_xlabel("rank (grey: calibrated)")
-    axis.set_title("Rates by rank", fontsize=10)
+        full, strength = picture.full, 1.0 if recipe.full_seen else _FADED
+        axis.axhspan(full.low, full.high, color=COLOURS[2], alpha=0.12 * strength, lw=0)
+        words = "full finetuning" + ("" if recipe.full_seen else ", not tried")
+        style = {"color": COLOURS[2], "linestyle": "-.", "alpha": strength}
+        axis.axhline(full.lr, **style, label=words)
+    axis.set_xlabel("rank")
+    axis.set_title("Rates by rank, with their 90 % band", fontsize=10)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     rate_axis(axis, "y")

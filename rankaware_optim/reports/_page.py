@@ -24,7 +24,7 @@ from .._printing import printable
 from .._rate import Rate
 from ..errors import PageError, RankAwareError
 from ..recipe import Recipe, facts, known_rate, lead, missing_trials
-from ._picture import Picture, PictureArm, edges_of, picture_of
+from ._picture import SCORE, Picture, PictureArm, Span, edges_of, picture_of
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
@@ -68,6 +68,8 @@ def report_html(recipe: Recipe) -> str:
             table=rate_table(recipe),
             start={"method": reference.method, "rank": reference.rank or 16},
             provenance=list(facts(recipe)),
+            marks=picture.marks(),
+            score=SCORE,
             frame={"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
         )
     )
@@ -103,7 +105,7 @@ def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
 # --- drawings -------------------------------------------------------------------------------------
 
 # A panel's frame in units that the page scales: left, right, top, bottom.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, 360.0, 22.0, 190.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 360.0, 22.0, 190.0
 _MOST_TICKS = 5
 
 
@@ -159,11 +161,12 @@ def _panel(picture: Picture, arm: PictureArm) -> dict[str, Any]:
     return {
         "title": arm.title,
         "words": arm.words,
-        "points": [
-            (x.at(p.rate), y.at(p.value)) for p in arm.points if y.holds(p.value)
+        "marks": [
+            (mark, x.at(across), y.at(up))
+            for mark, places in arm.marks(arm.values).items()
+            for across, up in places
         ],
-        "beyond": [x.at(p.rate) for p in arm.points if not y.holds(p.value)],
-        "curve": _line(x, y, arm.curve),
+        "curve": _line(x, y, _below(arm.values[1], arm.curve)),
         "band": rate and (x.at(rate.low), round(x.at(rate.high) - x.at(rate.low), 1)),
         "rate": rate and x.at(rate.lr),
         "ceiling": rate
@@ -193,7 +196,10 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
         "band": _line(x, y, upper + lower),
         "ceiling": _line(x, y, ceilings),
         "full": None,
-        "seen": list(map(x.at, filter(x.holds, recipe.ranks))),
+        "tried": [
+            (x.at(rank), y.at(rate.low), y.at(rate.lr), y.at(rate.high))
+            for rank, rate in picture.tried
+        ],
         "x": x.ticks(ranks),
         "y": y.ticks(),
     }
@@ -201,6 +207,14 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
         top = y.at(full.high)
         drawing["full"] = (y.at(full.lr), top, round(y.at(full.low) - top, 1))
     return drawing
+
+
+def _below(top: float, curve: Sequence[Span]) -> list[Span]:
+    """Return the part of a curve that lies below the top of its frame, and a step beyond it."""
+    padded = [*curve[:1], *curve, *curve[-1:]]
+    heights = [up for _, up in padded]
+    lowest = map(min, heights, heights[1:], heights[2:])
+    return [at for at, low in zip(curve, lowest, strict=True) if low <= top]
 
 
 def _line(x: _Axis, y: _Axis, points: Iterable[tuple[float, float]]) -> str:

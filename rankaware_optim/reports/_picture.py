@@ -32,13 +32,24 @@ from ..recipe import Recipe, known_rate
 # that time.
 _FORMER_DRIFT = {"A": 0.0, "B": -0.45}
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
-_STEPS = 200  # of a curve
+_STEPS = 400  # of a curve
 _MOST = 1e100  # of a score that is drawn
 _MOST_FITTED = (
     400  # trials of a rank whose curve is drawn. Its time grows with their cube
 )
 
+SCORE = "score, lower is better"  # a recipe does not say whether what the loop returned was a loss
+# What marks mean, in the order of the legend.
+MARKS = {
+    "finished": "trial",
+    "above": "above the frame",
+    "diverged": "diverged",
+    "pruned": "pruned, without a score",
+}
+
 Array = npt.NDArray[np.float64]
+Span = tuple[float, float]
+Rates = tuple[tuple[int, Rate], ...]
 Trials = Mapping["int | None", Sequence["Point"]]
 
 
@@ -70,14 +81,29 @@ class PictureArm:
     rank: int | None
     points: tuple[Point, ...]
     rate: Rate | None
-    curve: tuple[tuple[float, float], ...] = ()
+    curve: tuple[Span, ...] = ()
     by_base: bool = False
-    values: tuple[float, float] = (0.0, 1.0)
+    values: Span = (0.0, 1.0)
 
     @property
     def label(self) -> str:
         name = "full finetuning" if self.rank is None else f"rank {self.rank}"
         return f"{name}, by base rate" if self.by_base else name
+
+    def marks(self, frame: Span) -> dict[str, list[Span]]:
+        """Return the (rate, score) at which to draw the trials in a frame, by their key in `MARKS`.
+
+        A score that is unknown or above the frame is drawn at its upper edge.
+        """
+        low, high = frame
+        edge = high - 0.03 * (high - low)
+        marks: dict[str, list[Span]] = {mark: [] for mark in MARKS}
+        for point in self.points:
+            inside = point.value <= high
+            above = point.fate == "finished" and not inside
+            place = (point.rate, point.value if inside else edge)
+            marks["above" if above else point.fate].append(place)
+        return {mark: places for mark, places in marks.items() if places}
 
     @property
     def title(self) -> str:
@@ -106,18 +132,23 @@ class PictureArm:
 
 @dataclass(frozen=True)
 class Picture:
-    """Arms by rank, full finetuning last; the frame; and the rates at powers of two, if alpha has a
-    rule.
+    """Arms by rank, full finetuning last; the frame; and the rates at powers of two and at the
+    ranks tried, if alpha has a rule.
 
-    rates, values: (low, high) of a frame around all of them. Scores above a frame are drawn at its
-    edge.
+    rates, values: (low, high) of a frame around all of them.
     """
 
     arms: tuple[PictureArm, ...]
-    rates: tuple[float, float]
-    values: tuple[float, float]
-    by_rank: tuple[tuple[int, Rate], ...]
+    rates: Span
+    values: Span
+    by_rank: Rates
+    tried: Rates
     full: Rate | None
+
+    def marks(self, frame: Span | None = None) -> dict[str, str]:
+        """Return the part of `MARKS` that is drawn in a frame, or in each arm's own."""
+        used = set().union(*(arm.marks(frame or arm.values) for arm in self.arms))
+        return {mark: words for mark, words in MARKS.items() if mark in used}
 
 
 def picture_of(recipe: Recipe) -> Picture:
@@ -131,20 +162,17 @@ def picture_of(recipe: Recipe) -> Picture:
     curves = _curves(trials, rates, x)
     arms = []
     for rank, of_rank in trials.items():
-        rate, curve = rates[rank], curves.get(rank, np.empty(0)).tolist()
+        rate, curve = rates[rank], curves.get(rank, np.empty(0))
         frame = _own_frame(of_rank, curve, values)
-        line = [
-            at
-            for at in zip((2.0**x).tolist(), curve, strict=False)
-            if at[1] <= frame[1]
-        ]
+        line = tuple(zip((2.0**x).tolist(), curve.tolist(), strict=False))
         by_base = rate is None and "own_lr" not in recipe.tensors
-        arms.append(PictureArm(rank, tuple(of_rank), rate, tuple(line), by_base, frame))
+        arms.append(PictureArm(rank, tuple(of_rank), rate, line, by_base, frame))
+    tried, by_rank = _by_rank(recipe)
     full = known_rate(recipe, None)
-    return Picture(tuple(arms), across, values, _by_rank(recipe), full)
+    return Picture(tuple(arms), across, values, by_rank, tried, full)
 
 
-def _rates_drawn(points: Sequence[Point], rates: Sequence[Rate]) -> tuple[float, float]:
+def _rates_drawn(points: Sequence[Point], rates: Sequence[Rate]) -> Span:
     """Return the ends of an axis that holds all trials and bands."""
     edges = [point.rate for point in points] + edges_of(rates)
     return (min(edges) / _MARGIN, max(edges) * _MARGIN) if edges else (1e-4, 1e-2)
@@ -158,17 +186,23 @@ def edges_of(rates: Iterable[Rate]) -> list[float]:
     return edges
 
 
-def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
-    """Return rates at powers of two, up to two octaves beyond the ranks tried on either side."""
+def _by_rank(recipe: Recipe) -> tuple[Rates, Rates]:
+    """Return the rates at the ranks tried, and at powers of two up to two octaves beyond them on
+    either side. Both are empty where a rank has none.
+    """
     if not recipe.ranks:
-        return ()
+        return (), ()
     low, high = (round(math.log2(end(recipe.ranks))) for end in (min, max))
-    rates = {2**e: known_rate(recipe, 2**e) for e in range(max(0, low - 2), high + 3)}
-    known = tuple((rank, rate) for rank, rate in rates.items() if rate is not None)
-    return known if len(known) == len(rates) else ()
+    powers = [2**e for e in range(max(0, low - 2), high + 3)]
+    rates = {rank: known_rate(recipe, rank) for rank in (*recipe.ranks, *powers)}
+    known = {rank: rate for rank, rate in rates.items() if rate is not None}
+    if len(known) < len(rates):
+        return (), ()
+    tried = tuple((rank, known[rank]) for rank in recipe.ranks)
+    return tried, tuple((rank, known[rank]) for rank in powers)
 
 
-def _frame(values: Sequence[float]) -> tuple[float, float]:
+def _frame(values: Sequence[float]) -> Span:
     """Return a frame from below the best score to twice as far above it as the median."""
     if not values:
         return 0.0, 1.0
@@ -179,20 +213,19 @@ def _frame(values: Sequence[float]) -> tuple[float, float]:
     return ordered[0] - 0.1 * size, ordered[0] + size
 
 
-def _own_frame(
-    points: Sequence[Point], curve: Sequence[float], whole: tuple[float, float]
-) -> tuple[float, float]:
-    """A rank's own frame: its lowest point and all of its scores within the height of the `whole`
-    frame above its best.
+def _own_frame(points: Sequence[Point], curve: Array, whole: Span) -> Span:
+    """A rank's own frame: its lowest point, the better half of its scores, and all within the
+    height of the `whole` frame above its best.
 
     It is at least a fifth as high as that frame, so that noise alone does not look like a bowl.
     """
     height = whole[1] - whole[0]
-    finite = [point.value for point in points if math.isfinite(point.value)]
+    finite = sorted(point.value for point in points if math.isfinite(point.value))
     if not finite:
         return whole
-    bottom = min(finite + list(curve))
-    top = max(value for value in finite if value <= min(finite) + height)
+    bottom = min([*finite, *curve.tolist()])
+    most = max(finite[0] + height, finite[len(finite) // 2])
+    top = max(value for value in finite if value <= most)
     size = max(top - bottom, height / 5)
     return bottom - 0.1 * size, bottom + 1.1 * size
 

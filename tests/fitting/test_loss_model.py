@@ -146,7 +146,10 @@ def test_the_optimum_under_each_shape_is_the_mean_over_its_candidates(arms, choi
 
 @pytest.mark.parametrize(("arms", "choices"), STUDIES)
 def test_a_curve_is_the_mean_over_the_shapes_of_the_grid(arms, choices):
-    """It is the sum over every shape and plateau, weighed by prior and by the likelihood of all ranks."""
+    """It is the sum over every shape and plateau, weighed by prior and by the likelihood of all ranks.
+
+    A shape of the grid stands for the curvatures nearest to its own.
+    """
     kernel, total, expected = given_shared(), 0.0, dict.fromkeys(arms, 0.0)
     for plateaus in choices:
         of_arms = {
@@ -159,11 +162,25 @@ def test_a_curve_is_the_mean_over_the_shapes_of_the_grid(arms, choices):
         for rank, (_, levels) in of_arms.items():
             others = shared / (kernel @ likelihood[rank])
             belief = likelihood[rank] * (others @ kernel)
-            curves = [shape(U, *own, plateaus[rank]) for own in SHAPES[:, 1:]]
+            nearest = 400 ** ((np.arange(4000) + 0.5) / 4000 - 0.5)[:, None]
+            nearest = nearest ** (1 / 9)  # of ten curvatures from 0.005 to 2
+            bowls = {
+                (h, a, k): shape(U, h, a, k * nearest, plateaus[rank]).mean(axis=0)
+                for h, a, k in BOWLS
+            }
+            curves = [bowls[tuple(own)] for own in SHAPES[:, 1:]]
             expected[rank] = expected[rank] + belief @ (levels + np.array(curves))
     curves = model.curves_of(arms, dict.fromkeys(arms, U))
     for rank, curve in curves.items():
-        assert curve == pytest.approx(expected[rank] / total, abs=1e-9)
+        assert curve == pytest.approx(expected[rank] / total, abs=1e-6)
+
+
+@pytest.mark.parametrize("trials", [[-8.0, -6.0, 0.0], [-3.0, -1.0, 0.0, 1.0]])
+def test_a_curve_has_no_corner(trials):
+    """From step to step of a fine curve its slope changes by little, also where shapes reach their plateaus."""
+    u = np.linspace(-9.0, 4.0, 4001)
+    slopes = np.diff(model.curves_of({4: arm(np.array(trials))}, {4: u})[4])
+    assert np.abs(np.diff(slopes)).max() < 0.02 * np.abs(slopes).max()
 
 
 @pytest.mark.parametrize("k", [0.02, 0.1, 0.4])

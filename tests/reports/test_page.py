@@ -68,7 +68,7 @@ def test_every_recipe_has_a_page(kind):
 def test_a_recipe_without_trials_has_a_page_without_drawings():
     """The rates are there without the picture of trials."""
     text = report_html(replace(RECIPE, tensors={}))
-    assert "Loss against rate" not in text
+    assert "Score against rate" not in text
     assert "Rates by rank" in text
 
 
@@ -216,17 +216,25 @@ def test_the_command_writes_the_page(tmp_path):
 def test_infinite_scores_stand_at_the_frames_edge():
     """Every trial is drawn once: inside the frame, or as a mark at its upper edge."""
     text = report_html(RECIPE)
-    # the key's own
-    drawn = (
-        text.count('<circle class="trial" cx')
-        + text.count('<path class="beyond" d="M')
-        - 2
-    )
-    assert (
-        drawn
-        == len(RECIPE.tensors["lr"])
-        == np.isfinite(RECIPE.tensors["value"]).sum() + 1
-    )
+    marks = ("finished", "above", "diverged", "pruned")
+    drawn = [text.count(f'class="mark {mark}"') for mark in marks]
+    # each once more in the key
+    assert drawn == [4 + 1, 1 + 1, 1 + 1, 0]
+    assert sum(drawn) - 3 == len(RECIPE.tensors["lr"])
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+def test_a_curve_goes_on_to_its_frame(path):
+    """It ends at a side of its frame or at the upper edge, and nowhere within."""
+    text = report_html(Recipe.load(path))
+    frame = re.search(r'class="frame" d="M(\S+) (\S+)V\S+H([\d.]+)"', text).groups()
+    left, top, right = map(float, frame)
+    curves = re.findall(r'class="fit" points="([^ "]+) [^"]* ([^ "]+)"', text)
+    assert len(curves) >= 2
+    for ends in curves:
+        for end in ends:
+            x, y = map(float, end.split(","))
+            assert x in (left, right) or y == top
 
 
 def test_scores_that_differ_have_labels_that_differ():
@@ -246,7 +254,7 @@ def test_scores_that_differ_have_labels_that_differ():
 def cells(text: str, label: str) -> list[str]:
     """The cells of the table of rates beside a label."""
     (row,) = re.findall(
-        rf'<tr><th scope="row">{label}</th>(.*?)</tr>', text.split("90 % from")[1]
+        rf'<tr[^>]*><th scope="row">{label}</th>(.*?)</tr>', text.split("90 % from")[1]
     )
     return re.findall("<td>(.*?)</td>", row)
 

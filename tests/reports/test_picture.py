@@ -12,7 +12,7 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.reports._picture import picture_of
+from rankaware_optim.reports._picture import MARKS, PictureArm, Point, picture_of
 
 from ..helpers.models import mlp
 from ..helpers.recipes import KINDS
@@ -181,4 +181,36 @@ def test_a_ranks_own_frame_holds_its_scores(made):
         assert all(
             low < value < high for value in scores if value <= min(scores) + height
         )
-        assert all(low < value <= high for _, value in arm.curve)
+        assert all(low < value for _, value in arm.curve)
+
+
+KINDS_OF_MARKS = [  # how a trial ended, its score, and its mark in a frame from 0 to 1
+    ("finished", 0.4, "finished", 0.4),
+    ("finished", 1.2, "above", 0.97),
+    ("diverged", 0.9, "diverged", 0.9),
+    ("diverged", 7.0, "diverged", 0.97),
+    ("diverged", math.inf, "diverged", 0.97),
+    ("pruned", math.nan, "pruned", 0.97),
+]
+
+
+@pytest.mark.parametrize(("fate", "score", "mark", "height"), KINDS_OF_MARKS)
+def test_a_mark_tells_how_a_trial_ended(fate, score, mark, height):
+    """Each end has a mark of its own; a score that is unknown or above the frame stands at its upper edge."""
+    point = Point(1e-3, score, 0, fate, np.empty(0))
+    marks = PictureArm(4, (point,), None).marks((0.0, 1.0))
+    assert marks == {mark: [(1e-3, pytest.approx(height))]}
+    assert mark in MARKS
+
+
+def test_half_of_a_ranks_scores_are_in_its_frame():
+    """Where a rank's scores lie wider apart than those of all ranks, its frame is higher."""
+    scores = {4: (3.0, 3.5, 4.0, 9.0), 64: (1.0, 1.01, 1.02, 1.03, 1.04)}
+    rows = [
+        {"rank": rank, "lr": 2.0 ** -(n + 5), "loss": score}
+        for rank, column in scores.items()
+        for n, score in enumerate(column)
+    ]
+    for arm in picture_of(ra.sweeps.fit_sweep(rows, alpha=16, fan_in=64)).arms:
+        assert len(arm.marks(arm.values)["finished"]) >= len(arm.points) / 2
+        assert arm.curve

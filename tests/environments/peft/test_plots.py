@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -16,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from rankaware_optim.errors import PlotError
 from rankaware_optim.reports import _figure, plot_recipe
-from rankaware_optim.reports._picture import picture_of
+from rankaware_optim.reports._picture import MARKS, picture_of
 from rankaware_optim.transfer import plot_coordinates
 
 from ...helpers.recipes import KINDS, RECIPE
@@ -129,12 +131,46 @@ def test_every_panel_is_used(kind, monkeypatch):
     for axis, _ in zip(saved[0].axes, picture_of(KINDS[kind]).arms, strict=False):
         (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
         for line in (
-            line for line in axis.get_lines() if line.get_marker() in ("o", "^")
+            line for line in axis.get_lines() if line.get_marker() in tuple("o^xD")
         ):
             marks += len(line.get_xdata())
             assert all(left < x < right for x in line.get_xdata())
             assert all(bottom < y < top for y in line.get_ydata())
     assert marks == len(KINDS[kind].tensors["lr"])
+
+
+def test_the_legend_names_every_mark_that_is_drawn(monkeypatch):
+    """Trials that ended in four ways have four marks, each once in the legend."""
+    ended = {
+        "rank": np.full(6, 4),
+        "value": np.array([0.5, 0.4, math.inf, math.nan, 0.45, 9.0]),
+        "diverged": np.arange(6) == 2,
+        "pruned": np.arange(6) == 3,
+    }
+    saved = figures(monkeypatch, _figure)
+    plot_recipe(replace(RECIPE, tensors={**RECIPE.tensors, **ended}), "out.png")
+    words = [text.get_text() for text in saved[0].legends[0].get_texts()]
+    assert words[:4] == list(MARKS.values())
+    drawn = {line.get_marker() for axis in saved[0].axes for line in axis.get_lines()}
+    assert drawn >= set("o^xD")
+
+
+@pytest.mark.parametrize("kind", ["two ranks", "full too"])
+def test_what_was_not_tried_is_faded(kind, monkeypatch):
+    """Among rates by rank only the ranks tried are strong, and full finetuning where it was tried."""
+    saved = figures(monkeypatch, _figure)
+    plot_recipe(KINDS[kind], "out.png")
+    strong = {
+        line.get_label(): line.get_alpha() in (None, 1.0)
+        for line in saved[0].axes[-1].get_lines()
+        if not line.get_label().startswith("_")
+    }
+    tried = KINDS[kind].full_seen
+    assert strong == {
+        "a rank that was tried": True,
+        "a rank that was not tried": False,
+        "full finetuning" if tried else "full finetuning, not tried": tried,
+    }
 
 
 # --- the coordinate check -------------------------------------------------------------------------------------------
