@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import optuna
@@ -105,7 +106,8 @@ def train_source(train: Any) -> Code:
     digits = ""
     folder = Path.cwd()
     imports: list[str] = []
-    with suppress(OSError, TypeError):
+    # the last two: the file was edited since, and other text stands at the function's line
+    with suppress(OSError, TypeError, SyntaxError, TokenError):
         source = inspect.getsource(function)
         digits = hashlib.sha256(source.encode()).hexdigest()[:12]
         file = Path(inspect.getsourcefile(function) or "")

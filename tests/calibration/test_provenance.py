@@ -82,6 +82,14 @@ def test_without_a_repository_there_is_no_commit(gone, tmp_path, monkeypatch):
 
 
 @needs_git
+@pytest.mark.parametrize("now", ["", "it(\n" * 9, "'" * 9, "  a\n b\n" * 9])
+def test_a_loop_whose_file_was_edited_since_is_no_error(now, tmp_path):
+    """A loop whose lines are no longer those of its file is calibrated, whatever stands there now."""
+    train = loop_in(tmp_path)
+    (tmp_path / "finetune.py").write_text(now)
+    assert calibrate(train, trials=2).source["train"] == "train"
+
+
 def test_the_commit_is_that_of_the_beginning(tmp_path):
     """What is committed while trials run is not what they ran."""
     train, commits = loop_in(tmp_path), []
