@@ -17,6 +17,7 @@ HEAVY = (
     "torch",
     "optuna",
     "sqlalchemy",
+    "filelock",
     "scipy",
     "pandas",
     "matplotlib",
@@ -97,15 +98,41 @@ def test_importing_the_package_is_light():
     assert imported_by("import rankaware_optim") == set()
 
 
-def test_a_trainers_optimizer_needs_no_study():
-    """`attach`, the factories and the callbacks import neither Optuna nor SQLAlchemy, nor does a refused trainer."""
-    assert imported_by(
-        "from rankaware_optim import OptimizerError, integrations\n"
-        "integrations.create_rankaware_optimizer, integrations.trainer_factory\n"
-        "integrations.log_rates, integrations.lightning_rates\n"
-        "try:\n    integrations.attach(object(), 'adamw', lr=1e-3)\n"
-        "except OptimizerError:\n    pass"
-    ) == {"torch"}
+TRAINING = """
+import torch, rankaware_optim as ra
+model = torch.nn.Module()
+model.weight = torch.nn.Parameter(torch.randn(8, 8), requires_grad=False)
+model.lora_A = torch.nn.Parameter(torch.ones(4, 8))
+model.lora_B = torch.nn.Parameter(torch.ones(8, 4))
+model.r, model.scaling = 4, 1.0
+opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at="r=16,alpha=32")
+(model.lora_B @ model.lora_A).sum().backward()
+opt.step()
+print(opt.report())
+"""
+TRAINERS = """
+from rankaware_optim import OptimizerError, integrations
+integrations.create_rankaware_optimizer, integrations.trainer_factory
+integrations.log_rates, integrations.lightning_rates
+try:
+    integrations.attach(object(), "adamw", lr=1e-3)
+except OptimizerError:
+    pass
+"""
+CONVERSION = (
+    "import rankaware_optim as ra\n"
+    "ra.convert_lr(2e-4, from_='r=16,alpha=32', to='r=64')"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "held"),
+    [(CONVERSION, set()), (TRAINING, {"torch"}), (TRAINERS, {"torch"})],
+    ids=["convert", "optimizer", "trainers"],
+)
+def test_what_trains_needs_no_study(code, held):
+    """A conversion imports none of them. A step with its report, `attach`, the factories and the callbacks import torch only."""
+    assert imported_by(code) == held
 
 
 @pytest.mark.parametrize("heavy", ["optuna", "torch_optimizer"])

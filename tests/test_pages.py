@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
+from itertools import chain
 from pathlib import Path
+
+import tomli
+from packaging.requirements import Requirement
 
 import rankaware_optim
 
 from .test_examples import batches, build
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = ("index", "quickstart", "which-rate", "loops", "inspect", "calibrate", "short-long", "recipes",
          "full-finetuning", "law", "extend/convention")  # fmt: skip
 
@@ -57,3 +62,42 @@ def test_the_api_page_names_what_is_public() -> None:
     )
     assert public
     assert public - listed == set()
+
+
+def packages_in(heading: str) -> dict[str, list[str]]:
+    """The packages in the last column of the quickstart's table under a heading, by its first column."""
+    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    section = text.partition(f"### {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+) \|$", section.partition("\n### ")[0], re.M)[1:]
+    cells = [row.split(" | ") for row in rows]
+    return {first.strip("`"): last.split(", ") for first, *_, last in cells}
+
+
+def names_of(requirements: list[str]) -> list[str]:
+    return [Requirement(text).name for text in requirements]
+
+
+def test_the_tables_of_packages_are_those_of_pyproject() -> None:
+    """The quickstart names every extra with its packages, and says of every required one when it is imported."""
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
+    extras = project["optional-dependencies"].items()
+    assert packages_in("Extras") == {extra: names_of(needs) for extra, needs in extras}
+    imported = chain(["lazy-loader"], *packages_in("What is imported when").values())
+    assert sorted(imported) == sorted(names_of(project["dependencies"]))
+
+
+def test_nothing_installs_the_package_from_pypi() -> None:
+    """No text says `pip install rankaware-optim` while no release holds the name."""
+    folders = ("docs", "examples", "rankaware_optim", "recipes", ".github")
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+    for folder in folders:
+        texts += [
+            p
+            for p in (ROOT / folder).rglob("*")
+            if p.suffix in (".md", ".py", ".ipynb", ".sh", ".yaml", ".yml")
+        ]
+    from_pypi = re.compile(r"(pip|uv|uvx|pipx)\b[^\n`]*\brankaware[-_]optim", re.I)
+    assert len(texts) > 100
+    assert [p for p in texts if from_pypi.search(p.read_text(encoding="utf-8"))] == []
