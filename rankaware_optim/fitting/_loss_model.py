@@ -111,7 +111,9 @@ def _plateaus(arms: Arms) -> list[list[float]]:
 
 def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
-    optima = np.arange(xs.min() - _BEYOND, xs.max() + _BEYOND, _GRID)
+    span = float(xs.max() - xs.min()) + 2 * _BEYOND
+    count = math.ceil(round(span / _GRID, 6))  # whatever rounding does
+    optima = np.asarray(xs.min() - _BEYOND + _GRID * np.arange(count))
     fits = []
     for arm, plateau in zip(arms.values(), plateaus, strict=True):
         fits.append(_optimum(_log_likelihood(arm, optima, plateau), optima))

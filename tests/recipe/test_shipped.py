@@ -25,7 +25,7 @@ HASHES = {
     "language-b": "64116bb1a829",
     "language-smollm2-a-inverse-rank": "5c038c2dfd1f",
     "language-smollm2-a": "16d329b790e2",
-    "language-smollm2-b": "e27a9dfc804d",
+    "language-smollm2-b": "b9b5d30ecd53",
     "reinforcement-a-inverse-rank": "bede8e09e324",
     "reinforcement-a": "6810a4f435a0",
     "reinforcement-b": "1f490d50af52",
