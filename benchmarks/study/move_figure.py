@@ -4,7 +4,7 @@
 
 Vision classification at alpha = rank and in full finetuning, means over seeds. The second panel has the same runs: every
 rate is divided by what the default law multiplies a rate of rank 16 with, without its distance, at the widths of the
-shipped recipe. A dot is a curve's lowest point.
+shipped recipe. A small dot is the mean of a rate's runs, a large one a curve's lowest point.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from study.configurations import start_of
 from study.grids import FULL, Losses, curve, lowest
 from study.optima import ranks_in, schemes_in, seeds_in
 from study.suite import STORES, finished_in
-from study.suite_figures import RANK_COLOURS, legend_beside, rates
+from study.suite_figures import (
+    RANK_COLOURS,
+    legend_beside,
+    name_ends,
+    plot_means,
+    rates,
+)
 
 from rankaware_optim import Falling, Recipe, Reference
 
@@ -65,15 +71,17 @@ def draw_move(done: Losses, domain: str) -> Figure:
     whole = {"color": "black", "linestyle": "--", "label": "full finetuning"}
     lines.append(((domain, "full", FULL), whole))
     start = start_of(domain, done)
-    lows = []
+    by_cell = {cell: curve(done, cell, seeds_in(done, *cell[:2])) for cell, _ in lines}
+    lowest_of_all = min(min(means.values()) for means in by_cell.values())
+    gain = start - lowest_of_all
+    top = lowest_of_all + SHOWN * gain
     for cell, style in lines:
-        means = curve(done, cell, seeds_in(done, *cell[:2]))
+        means = by_cell[cell]
         shift = math.log2(by_the_law(cell[2]))
         best = lowest(means)
-        lows.append(means[best])
         for axis, moved in zip(axes, (0.0, shift), strict=True):
-            drawn = [(2.0 ** (x - moved), y) for x, y in means.items() if y < start]
-            axis.plot(*zip(*drawn, strict=True), markersize=3, linewidth=1.4, **style)
+            at = {2.0 ** (x - moved): mean for x, mean in means.items()}
+            plot_means(axis, at, top, **style)
             axis.plot(2.0 ** (best - moved), means[best], "o", color=style["color"])
     titles = (
         "by the rate that trains",
@@ -81,10 +89,11 @@ def draw_move(done: Losses, domain: str) -> Figure:
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
-        gain = start - min(lows)
-        axis.set_ylim(min(lows) - 0.03 * gain, min(lows) + SHOWN * gain)
+        axis.set_ylim(lowest_of_all - 0.03 * gain, top + 0.03 * gain)
         rates(axis, "x")
-    axes[0].set_ylabel("held-out loss", fontsize=8)
+    axes[0].set_ylabel("held-out loss, mean of the seeds", fontsize=8)
+    axes[0].plot([], [], "o", color="0.3", label="lowest")
+    name_ends(axes)
     legend_beside(figure, axes[:1])
     return figure
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy.interpolate import PchipInterpolator
 from study.configurations import start_of
 from study.grids import FULL, Losses, curve, lowest
+from study.loss_curves import DIVERGED
 from study.moving import octaves
 from study.optima import (
     domains_in,
@@ -23,7 +26,7 @@ from study.optima import (
     schemes_in,
     seeds_in,
 )
-from study.regret import LAWS, Moved
+from study.regret import DEFAULT, LAWS, ONE_SEED, RECIPE, Moved
 from study.suite_tables import README_WAYS, regrets_in, settings
 
 from rankaware_optim import Law
@@ -39,6 +42,19 @@ RANK_COLOURS = (
     "#5EC962",
     "#B5A000",
 )
+
+WAYS = {  # the rows of the summary, for those who see it alone
+    "noise floor": "noise floor: the sweep's best\nrate, on a seed it has not seen",
+    "one rate everywhere": "keeping it: one rate for all",
+    "the paper's law": "moved by the paper's law",
+    DEFAULT: "moved by the default law,\ntimes 0.9",
+    ONE_SEED: "the same, its rate tuned\non one seed",
+    RECIPE: "a calibrated recipe\n(a fifth of the sweep)",
+}
+SCORE = "held-out score, lower is better"
+ENDS = {"^": "above the frame", "x": "a seed diverged"}
+EDGE = 0.97  # where they stand, as a share of the panel's height
+FINE = 100  # points of a law's curve
 
 LAW_STYLES = (
     ("--", "#D55E00"),
@@ -63,20 +79,20 @@ def draw_all(done: Losses, folder: Path, laws: Mapping[str, Law] = LAWS) -> list
     return paths
 
 
-def panels(done: Losses, domain: str) -> tuple[Figure, list[Any], list[str]]:
+def panels(done: Losses, domain: str, what: str) -> tuple[Figure, list[Any], list[str]]:
     schemes = schemes_in(done, domain)
     figure = Figure(figsize=(3.2 * len(schemes), 3.0), layout="constrained")
     axes = list(figure.subplots(1, len(schemes), squeeze=False)[0])
     for axis, scheme in zip(axes, schemes, strict=True):
         axis.set_title(scheme, fontsize=9)
         axis.tick_params(labelsize=7)
-    figure.suptitle(domain, fontsize=10)
+    figure.suptitle(f"{domain.replace('_', ' ')}: {what}", fontsize=10)
     return figure, axes, schemes
 
 
 def draw_losses(done: Losses, domain: str) -> Figure:
-    """Held-out loss against log2 rate, with one line for each rank and a dashed line for full finetuning."""
-    figure, axes, schemes = panels(done, domain)
+    """Held-out score against rate, with one line for each rank and a dashed line for full finetuning."""
+    figure, axes, schemes = panels(done, domain, "mean score of the seeds by rate")
     losses = [
         loss for job, loss in done.items() if job.domain == domain and loss is not None
     ]
@@ -90,25 +106,14 @@ def draw_losses(done: Losses, domain: str) -> Figure:
     colours = dict(zip(every, cycle(RANK_COLOURS), strict=False))
     for axis, scheme in zip(axes, schemes, strict=True):
         for rank in ranks_in(done, domain, scheme):
-            plot_curve(
-                axis,
-                done,
-                (domain, scheme, rank),
-                color=colours[rank],
-                marker="o",
-                label=f"r = {rank}",
-            )
-        plot_curve(
-            axis,
-            done,
-            (domain, "full", FULL),
-            color="black",
-            linestyle="--",
-            label="full",
-        )
-        axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.02 * (top - bottom))
+            style = {"color": colours[rank], "label": f"r = {rank}"}
+            plot_curve(axis, done, (domain, scheme, rank), top, **style)
+        style = {"color": "black", "linestyle": "--", "label": "full"}
+        plot_curve(axis, done, (domain, "full", FULL), top, **style)
+        axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.08 * (top - bottom))
         rates(axis, "x")
-    axes[0].set_ylabel("held-out score, lower is better", fontsize=8)
+    axes[0].set_ylabel(SCORE, fontsize=8)
+    name_ends(axes)
     legend_beside(figure, axes)
     return figure
 
@@ -134,22 +139,56 @@ def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
 
 
 def plot_curve(
-    axis: Any, done: Losses, cell: tuple[str, str, int], **style: Any
+    axis: Any, done: Losses, cell: tuple[str, str, int], top: float, **style: Any
 ) -> None:
+    """Draw the mean scores of a rank. Those above the top are marks at the upper edge."""
     means = curve(done, cell, seeds_in(done, *cell[:2]))
-    finite = {x: loss for x, loss in means.items() if math.isfinite(loss)}
+    plot_means(axis, {2.0**x: mean for x, mean in means.items()}, top, **style)
+
+
+def plot_means(
+    axis: Any, means: Mapping[float, float], top: float, **style: Any
+) -> None:
+    """Draw means by rate: a dot each, and at the upper edge a triangle above the top and a cross if it is infinite."""
+    finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)}
     axis.plot(
-        [2.0**x for x in finite],
+        list(finite),
         list(finite.values()),
+        marker="o",
         markersize=3,
         linewidth=1.2,
         **style,
     )
+    above = [rate for rate, mean in finite.items() if mean > top]
+    lost = [rate for rate in means if rate not in finite]
+    for marker, at in zip(ENDS, (above, lost), strict=True):
+        axis.plot(at, [EDGE] * len(at), **end_style(axis, marker, style["color"]))
+
+
+def end_style(axis: Any, marker: str, colour: str) -> dict[str, Any]:
+    """How a mark at the upper edge of a panel is drawn."""
+    return {
+        "transform": axis.get_xaxis_transform(),
+        "linestyle": "",
+        "marker": marker,
+        "markersize": 4,
+        "color": colour,
+        "markerfacecolor": "none",
+    }
+
+
+def name_ends(axes: Sequence[Any]) -> None:
+    """Name the marks at the upper edge, those that there are, in the legend of the first panel."""
+    lines = [line for axis in axes for line in axis.get_lines()]
+    used = {line.get_marker() for line in lines if len(line.get_xdata())}
+    for marker in filter(used.__contains__, ENDS):
+        style = end_style(axes[0], marker, "0.3")
+        axes[0].plot([], [], **style, label=ENDS[marker])
 
 
 def draw_rates(done: Losses, domain: str, laws: Mapping[str, Law]) -> Figure:
     """Best rate of each seed against rank, with the laws' and a fitted power's curves through the points' mean."""
-    figure, axes, schemes = panels(done, domain)
+    figure, axes, schemes = panels(done, domain, "best rate of each seed by rank")
     full = optimum(done, (domain, "full", FULL)).x
     for axis, scheme in zip(axes, schemes, strict=True):
         best = {
@@ -192,23 +231,21 @@ def plot_laws(
     points: list[tuple[int, float]],
     laws: Mapping[str, Law],
 ) -> None:
-    if not points:
-        return
+    """Draw laws through the points' mean, with splines between the ranks, and a power of the rank."""
     ranks = sorted({rank for rank, _ in points})
+    if len(ranks) < 2:
+        return
+    logs = np.log2(ranks)
+    fine = np.linspace(logs[0], logs[-1], FINE)
     middle = float(np.mean([x for _, x in points]))
     for (name, law), (style, colour) in zip(
         laws.items(), cycle(LAW_STYLES), strict=False
     ):
         moved = np.array([octaves(domain, scheme, rank, law) for rank in ranks])
-        axis.plot(
-            ranks,
-            2.0 ** (middle + moved - moved.mean()),
-            linestyle=style,
-            color=colour,
-            label=name,
-        )
+        between = PchipInterpolator(logs, middle + moved - moved.mean())
+        drawn = {"linestyle": style, "color": colour, "label": name}
+        axis.plot(2.0**fine, 2.0 ** between(fine), **drawn)
     if (found := exponent_of(done, domain, scheme)) is not None:
-        logs = np.log2(ranks)
         fitted = 2.0 ** (middle + found.slope * (logs - logs.mean()))
         axis.plot(
             ranks, fitted, ":", color="#009E73", label="power of the rank, fitted"
@@ -217,7 +254,8 @@ def plot_laws(
 
 def draw_surface(done: Losses, domain: str) -> Figure:
     """The loss over rank and rate, with each rank's best rate marked."""
-    figure, axes, schemes = panels(done, domain)
+    words = "score by rank and rate. White dots: the best rate. ×: a seed diverged. Blank: not run"
+    figure, axes, schemes = panels(done, domain, words)
     start = start_of(domain, done)
     for axis, scheme in zip(axes, schemes, strict=True):
         ranks = ranks_in(done, domain, scheme)
@@ -239,10 +277,19 @@ def draw_surface(done: Losses, domain: str) -> Figure:
             color="white",
             markersize=4,
         )
+        lost = [
+            (column, x)
+            for column, each in enumerate(means)
+            for x, mean in each.items()
+            if math.isinf(mean)
+        ]
+        axis.plot(*zip(*lost, strict=True) if lost else ([], []), "x", color="white")
         axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
         axis.set_yticks(xs[::2], [f"{2.0**x:.2g}" for x in xs[::2]])
         axis.set_xlabel("rank", fontsize=8)
-        figure.colorbar(shown, ax=axis).ax.tick_params(labelsize=6)
+        bar = figure.colorbar(shown, ax=axis)
+        bar.ax.tick_params(labelsize=6)
+    bar.set_label(SCORE, fontsize=8)
     axes[0].set_ylabel("learning rate", fontsize=8)
     return figure
 
@@ -250,7 +297,7 @@ def draw_surface(done: Losses, domain: str) -> Figure:
 def draw_summary(moved: Sequence[Moved]) -> Figure:
     """The README's figure: one dot for the regret of each move, and a bar for the median of each way."""
     ways = list(reversed(README_WAYS.items()))
-    figure = Figure(figsize=(11.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(11.2, 4.4), layout="constrained")
     axes = figure.subplots(1, len(settings()), sharey=True)
     for axis, (title, setting) in zip(axes, settings().items(), strict=True):
         for y, (way, _) in enumerate(ways):
@@ -260,34 +307,49 @@ def draw_summary(moved: Sequence[Moved]) -> Figure:
         axis.set_xlim(-0.3, 1.3 * MOST)
         axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"], fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    axis.set_yticks(range(len(ways)), [words for _, words in ways], fontsize=9)
+    axis.set_yticks(
+        range(len(ways)), [WAYS.get(way, words) for way, words in ways], fontsize=8
+    )
     axis.set_ylim(-0.5, len(ways) - 0.4)
     figure.suptitle(
-        "What a moved rate loses: a dot is one move, a bar the median", fontsize=10
+        "What is lost when a tuned LoRA learning rate is moved to another rank or to full finetuning\n"
+        "(seven small tasks, AdamW; left is better; at Init[A] B starts at zero, as in PEFT, at Init[B] A does)",
+        fontsize=10,
     )
-    figure.supxlabel(
-        f"lost share of the attainable gain, %; a dot at {MOST:g} lost more, or diverged",
-        fontsize=8,
+    words = "share lost of what training gains at the best rate, %"
+    axes[len(axes) // 2].set_xlabel(words, fontsize=9)
+    labels = (
+        ("o", COLOURS[0], "one move of one task"),
+        (r"$\mathbf{|}$", COLOURS[1], "median"),
+        (">", COLOURS[0], f"more than {MOST:g} %"),
+        ("x", COLOURS[0], f"{100 * DIVERGED:g} % or more, or diverged"),
+    )
+    marks = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=words)
+        for marker, colour, words in labels
+    ]
+    figure.legend(
+        handles=marks, loc="outside lower center", ncols=4, fontsize=9, frameon=False
     )
     return figure
 
 
 def plot_moves(axis: Any, regrets: Sequence[float], y: int) -> None:
     """Draw a way's regrets (%) in row `y`, spread in height by their order so that few dots hide another."""
-    if regrets:
-        heights = y + 0.22 * np.sin(2.4 * np.arange(len(regrets)))
-        axis.plot(
-            np.clip(regrets, -0.3, MOST),
-            heights,
-            "o",
-            color=COLOURS[0],
-            markersize=2.5,
-            alpha=0.35,
-            clip_on=False,
-        )
-        axis.plot(
-            [min(statistics.median(regrets), MOST)] * 2,
-            [y - 0.35, y + 0.35],
-            color=COLOURS[1],
-            linewidth=2.5,
-        )
+    if not regrets:
+        return
+    heights = y + 0.22 * np.sin(2.4 * np.arange(len(regrets)))
+    shown = np.clip(regrets, -0.3, MOST)
+    style = {"markersize": 2.5, "alpha": 0.35, "clip_on": False, "color": COLOURS[0]}
+    lost = np.array(regrets) >= 100 * DIVERGED
+    strong = {**style, "markersize": 4, "alpha": 0.8}
+    for marker, where, look in (
+        ("o", shown < MOST, style),
+        (">", (shown >= MOST) & ~lost, strong),
+        ("x", lost, strong),
+    ):
+        if where.any():  # an empty line that is not clipped has no place in a layout
+            axis.plot(shown[where], heights[where], marker, **look)
+    median = min(statistics.median(regrets), MOST)
+    bar = [y - 0.35, y + 0.35]
+    axis.plot([median] * 2, bar, color=COLOURS[1], linewidth=2.5)
