@@ -35,6 +35,7 @@ extensions = [
     "from_results",
     "llms_txt",
     "mathml",
+    "thumbnails",
 ]
 exclude_patterns = ["_build", "_ext", "_templates", "generated/moves.md"]
 nitpicky = False

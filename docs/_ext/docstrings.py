@@ -36,10 +36,18 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
     return made
 
 
+def with_whole_summary(lines: list[str]) -> list[str]:
+    """The lines, with the first paragraph ended by a full stop where it leads to a block: tables show it alone."""
+    last = lines.index("") - 1 if "" in lines else len(lines) - 1
+    if lines[last].endswith("::"):
+        return [*lines[:last], f"{lines[last][:-2]}.", *lines[last + 1 :]]
+    return lines
+
+
 def _process(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    lines[:] = with_literal_blocks(lines)
+    lines[:] = with_literal_blocks(with_whole_summary(lines))
     if what in ("attribute", "property"):
         lines[:0] = [
             "..",

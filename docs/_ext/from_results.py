@@ -29,11 +29,13 @@ RESULT = """\
 ```
 """
 RECIPE = """\
-## {name}
+({name})=
+
+## {title}
 
 ```{{image}} recipes/{name}.png
 :width: 100%
-:alt: Trials, fitted curve, 90 % band and rate of the recipe {name}, rank by rank
+:alt: Trials, fitted curve, 90 % band and rate of the recipe "{title}", rank by rank
 ```
 
 `recipes/{name}.toml`
@@ -42,6 +44,12 @@ RECIPE = """\
 {words}
 ```
 """
+TASKS = {  # where the name of the file is not words
+    "efficientnet-lite0-digits": "EfficientNet-Lite0 on digits",
+    "language-smollm2": "Language, SmolLM2",
+    "reinforcement": "Reinforcement learning",
+    "vision-language": "Captions of pictures",
+}
 WIDTH = 4096.0
 A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B"))
 FULL = ra.Reference(method="full", fan_in=WIDTH)
@@ -86,15 +94,49 @@ def write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def setting_of(recipe: ra.Recipe) -> str:
+    """How alpha followed the rank, and which factor started at zero where it is not PEFT's."""
+    alpha = {"fixed": "alpha = rank", "alpha": "alpha kept"}[recipe.scaling_rule]
+    return alpha + (", A starts at zero" if recipe.reference.init == "B" else "")
+
+
+def task_of(stem: str) -> str:
+    """A recipe's task in words."""
+    short = re.sub(r"(-a|-b|-a-inverse-rank)$", "", stem)
+    return TASKS.get(short, short.replace("-", " ").capitalize())
+
+
+def index_of(recipes: dict[str, ra.Recipe]) -> Iterator[str]:
+    """A table with a row a task and a column a setting, each cell a link."""
+    cells = {(task_of(stem), setting_of(made)): stem for stem, made in recipes.items()}
+    tasks, settings = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    yield f"| task | {' | '.join(settings)} |"
+    yield "|---" * (len(settings) + 1) + "|"
+    for task in tasks:
+        stems = [cells.get((task, setting)) for setting in settings]
+        row = " | ".join(ranks_of(recipes[s], s) if s else "" for s in stems)
+        yield f"| {task} | {row} |"
+    yield ""
+
+
+def ranks_of(recipe: ra.Recipe, stem: str) -> str:
+    """A link to a recipe, in the words of what was tried."""
+    tried = " and ".join(map(str, recipe.ranks)) + ", full" * recipe.full_seen
+    return f"[ranks {tried}](#{stem})"
+
+
 def gallery() -> Iterator[str]:
-    """The shipped recipes, each with its picture and what it says of itself."""
+    """The shipped recipes: an index, and each with its picture and what it says of itself."""
     yield "# Gallery of the shipped recipes\n"
     yield "Every picture and every number here is read from the recipe's own files when the site is built.\n"
     yield "[How to read a band](../bands.md) says what the parts of a picture mean.\n"
-    for path in sorted(RECIPES.glob("*.toml")):
-        recipe = ra.Recipe.load(path)
-        plot_recipe(recipe, GENERATED / "recipes" / f"{path.stem}.png")
-        yield RECIPE.format(name=path.stem, words=recipe.explain())
+    paths = sorted(RECIPES.glob("*.toml"))
+    recipes = {path.stem: ra.Recipe.load(path) for path in paths}
+    yield from index_of(recipes)
+    for stem, recipe in recipes.items():
+        plot_recipe(recipe, GENERATED / "recipes" / f"{stem}.png")
+        title = f"{task_of(stem)}: {setting_of(recipe)}"
+        yield RECIPE.format(name=stem, title=title, words=recipe.explain())
 
 
 def moves() -> Iterator[str]:
