@@ -41,7 +41,7 @@ SHOWN = 0.45  # share of the gain above the best loss
 def main() -> None:
     """Draw the picture."""
     done = finished_in([STORES / f"{DOMAIN}.jsonl"], "full")
-    draw_move(done, DOMAIN).savefig(STORES / "move.png", dpi=110)
+    draw_move(done, DOMAIN).savefig(STORES / "move.png", dpi=125)
 
 
 def by_the_law(rank: int) -> float:
@@ -60,7 +60,7 @@ def draw_move(done: Losses, domain: str) -> Figure:
     The second panel divides every rate by what the default law multiplies a rate of rank 16 with, without its distance.
     """
     scheme = schemes_in(done, domain)[0]
-    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     ranks = ranks_in(done, domain, scheme)
     colours = dict(zip(ranks, cycle(RANK_COLOURS), strict=False))
@@ -84,8 +84,8 @@ def draw_move(done: Losses, domain: str) -> Figure:
             plot_means(axis, at, top, **style)
             axis.plot(2.0 ** (best - moved), means[best], "o", color=style["color"])
     titles = (
-        "by the rate that trains",
-        "by the rate of rank 16 that the law moves there",
+        "learning rate as it was set",
+        "the same, moved to rank 16 by the law",
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
