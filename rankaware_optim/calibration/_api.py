@@ -18,7 +18,7 @@ from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
 from ._calibration import Calibration
-from ._progress import progress_shown
+from ._progress import Show, progress_shown
 from ._provenance import train_source
 from ._ray import RayExecutor, ray_executor, run_on_ray
 from ._result import calibrated_recipe
@@ -48,7 +48,7 @@ def calibrate(  # noqa: PLR0913
     batch: float | None = None,
     warmup: float | None = None,
     seed: int = 0,
-    progress: bool | None = None,
+    progress: bool = True,
     target_steps: int | None = None,
     executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
@@ -126,9 +126,10 @@ def calibrate(  # noqa: PLR0913
         warmup: share of the steps with a rising rate, from 0 to 1, if known. Nothing is pruned
             before its end.
         seed: random seed of the sampler.
-        progress: whether to show a progress bar. By default it is shown if standard error is a
-            terminal. The logger "rankaware_optim.calibration" reports every finished trial at level
-            INFO.
+        progress: whether to show on standard error how far it is: a bar with the time left and the
+            best rate so far in a notebook or on a terminal, elsewhere a line for each tenth. The
+            logger "rankaware_optim.calibration" reports every finished trial at level INFO. These
+            records then replace the lines.
         target_steps: number of steps of the target run, by default `steps`.
         executor: "ray" or a `RayExecutor`. By default the trials run in this process.
 
@@ -162,7 +163,7 @@ def calibrate(  # noqa: PLR0913
     )
     if executor is None:
         return work(progress=progress)
-    return work(elsewhere=partial(run_on_ray, executor, work))
+    return work(progress=progress, elsewhere=partial(run_on_ray, executor, work))
 
 
 def _calibrate(
@@ -171,8 +172,8 @@ def _calibrate(
     sampler: Any,
     pruner: Any,
     storage: Any,
-    progress: bool | None = False,
-    elsewhere: Callable[[Runner], None] | None = None,
+    progress: bool = False,
+    elsewhere: Callable[[Runner, Show], None] | None = None,
 ) -> Recipe:
     """Calibrate with checked options, here or by workers elsewhere, which meet in the storage."""
     state = random.getstate()  # importing rich and using a database may draw from it
@@ -183,12 +184,12 @@ def _calibrate(
         if leads and (caution := options.schedule.caution()):
             warn(caution)
         try:
-            if elsewhere is None:
-                with progress_shown(progress if leads else False) as show:
+            with progress_shown(progress and leads, runner.log) as show:
+                if elsewhere is None:
                     while (trial := runner.begin()) is not None:
                         runner.one(trial, train, show)
-            else:
-                elsewhere(runner)
+                else:
+                    elsewhere(runner, show)
             return runner.recipe()
         except KeyboardInterrupt as interrupt:
             if not leads:

@@ -255,13 +255,7 @@ class Calibration:
             else max(2 * Z90 * fit.sd(r) for r in self.schedule.ranks)
         )
 
-    def band(self) -> tuple[float, float, float] | None:
-        """Return (low, best, high) base rates of the target so far, the 90 % band; None before any
-        fit.
-        """
+    def best(self) -> float | None:
+        """Return the target's best base rate so far. None before any fit."""
         fit = self.target_fit()
-        if fit is None:
-            return None
-        best = float(fit.mean[0])
-        half = Z90 * fit.sd(self.schedule.ranks[0])
-        return 2.0 ** (best - half), 2.0**best, 2.0 ** (best + half)
+        return None if fit is None else 2.0 ** float(fit.mean[0])

@@ -1,5 +1,5 @@
-"""Progress of a calibration: trial, rank, rate, value, time left. With rich on a terminal, and by
-logging per trial.
+"""Progress of a calibration: a bar in a notebook or on a terminal, lines elsewhere, and a log
+record per trial.
 """
 
 from __future__ import annotations
@@ -11,50 +11,62 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from ._trial import Trial
+from tqdm.auto import tqdm
+
 from ._trials import TrialRecord, Trials
 
 _LOG = logging.getLogger(__package__)
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left"
 
-Show = Callable[[Trial, "list[float]"], None]
+# takes the trials done, with the share of the running one, what runs, and the best base rate
+Show = Callable[[float, str, "float | None"], None]
 
 
 @contextmanager
-def progress_shown(wanted: bool | None) -> Iterator[Show]:
-    """Yield a function that shows the state of a trial. It does nothing if no progress is wanted.
-
-    wanted: None means "if standard error is a terminal".
+def progress_shown(wanted: bool, log: TrialLog) -> Iterator[Show]:
+    """Yield a function that shows how far a calibration is, on standard error: by a bar in a
+    notebook or on a terminal, elsewhere by a line for each tenth of the trials, unless `log` shows
+    each of them.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (console.is_terminal if wanted is None else wanted):
-        yield lambda trial, curve: None
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    has_bar = console.is_jupyter or console.file.isatty()
+    has_lines = wanted and not has_bar and not _LOG.isEnabledFor(logging.INFO)
+    expected, before = log.expected, log.before or 0
+    start, tenth = time.monotonic(), 10 * before // expected
+    bar = tqdm(
+        desc="calibrate",
+        total=expected,
+        initial=before,
+        miniters=0,
+        smoothing=0,
+        dynamic_ncols=True,
+        bar_format=_BAR,
+        disable=not (wanted and has_bar),
+    )
 
-    text = TextColumn("trial {task.fields[trial]} · {task.fields[what]}")
-    with Progress(text, BarColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("calibrate", total=None, trial="0", what="starting")
+    def show(done: float, what: str, best: float | None) -> None:
+        bar.n, bar.total = done, max(expected, math.ceil(done))
+        words = f"trial {math.ceil(done)}/{bar.total}, {what}"
+        words += "" if best is None else f", best rate {best:.3g}"
+        bar.set_description_str(words, refresh=False)
+        draw()
 
-        def show(trial: Trial, curve: list[float]) -> None:
-            done, expected, band = trial._progress
-            total = max(expected, done + 1)
-            lr = trial.lr or math.nan
-            what = f"{_rank(trial.rank)} · base rate {lr:.2g} · value {curve[-1]:.4g}"
-            if band is not None:
-                low, best, high = band
-                what += f" · best so far {best:.2g} ({low:.2g} to {high:.2g})"
-            completed = done + len(curve) / trial._steps
-            bar.update(
-                task,
-                completed=completed,
-                total=total,
-                trial=f"{done + 1}/{total}",
-                what=what,
-            )
+    def draw() -> None:
+        nonlocal tenth
+        bar.update(0)
+        before_this, tenth = tenth, int(10 * bar.n / bar.total)
+        if has_lines and tenth > before_this:
+            passed = time.monotonic() - start
+            options = {"prefix": bar.desc, "bar_format": _BAR, "initial": before}
+            line = tqdm.format_meter(bar.n, bar.total, passed, ascii=True, **options)
+            print(line, file=console.file, flush=True)
 
+    with bar:
         yield show
+        bar.total = bar.n or expected  # the search may end early
+        draw()
 
 
 class TrialLog:
@@ -64,9 +76,9 @@ class TrialLog:
     """
 
     def __init__(self, expected: int) -> None:
-        self._expected = expected
+        self.expected = expected
         self._start = time.monotonic()
-        self._before: int | None = None  # trials that had ended before the first look
+        self.before: int | None = None  # trials that had ended before the first look
         self._logged: set[int] = set()
 
     def look(self, trials: Trials, number: int | None = None) -> None:
@@ -77,10 +89,10 @@ class TrialLog:
             if trial.number in self._logged:
                 continue
             self._logged.add(trial.number)
-            if self._before is not None and number in (None, trial.number):
-                self._log(trial, len(self._logged), self._before)
-        if self._before is None:
-            self._before = len(self._logged)
+            if self.before is not None and number in (None, trial.number):
+                self._log(trial, len(self._logged), self.before)
+        if self.before is None:
+            self.before = len(self._logged)
 
     def _log(self, trial: TrialRecord, done: int, before: int) -> None:
         pace = (time.monotonic() - self._start) / (done - before)
@@ -94,14 +106,14 @@ class TrialLog:
         _LOG.info(
             "trial %d/%d · %s · base rate %.2g · value %.4g%s · %s left",
             done,
-            max(self._expected, done),
-            _rank(trial.rank),
+            max(self.expected, done),
+            rank_words(trial.rank),
             math.nan if trial.x is None else 2.0**trial.x,
             value,
             f" ({stopped})" if stopped else "",
-            timedelta(seconds=round(pace * max(self._expected - done, 0))),
+            timedelta(seconds=round(pace * max(self.expected - done, 0))),
         )
 
 
-def _rank(rank: int | None) -> str:
+def rank_words(rank: int | None) -> str:
     return "full" if rank is None else f"rank {rank}"

@@ -24,6 +24,7 @@ from .._checks import is_number, is_whole
 from .._warn import warn
 from ..errors import CalibrationError
 from ..recipe import Recipe, differences
+from ._progress import Show
 from ._provenance import train_source, versions_used
 from ._runner import Runner
 from ._storage import check_shared, first_line, journal_head
@@ -93,7 +94,9 @@ def ray_executor(executor: object) -> RayExecutor:
     return executor if isinstance(executor, RayExecutor) else RayExecutor()
 
 
-def run_on_ray(executor: RayExecutor, work: partial[Recipe], runner: Runner) -> None:
+def run_on_ray(
+    executor: RayExecutor, work: partial[Recipe], runner: Runner, show: Show
+) -> None:
     """Run `work`, a call of `calibrate`, in several tasks until one of them finds the schedule
     complete.
 
@@ -101,6 +104,7 @@ def run_on_ray(executor: RayExecutor, work: partial[Recipe], runner: Runner) -> 
         executor: the workers and their resources.
         work: the call that every task makes.
         runner: of this process, which logs what the tasks do.
+        show: shows how far they are.
 
     Raises:
         CalibrationError: the cluster cannot be reached, `train` cannot be sent there, or every
@@ -111,7 +115,14 @@ def run_on_ray(executor: RayExecutor, work: partial[Recipe], runner: Runner) -> 
     storage = work.keywords["storage"]
     calibration = runner.calibration
     most = calibration.schedule.expected()
-    look = calibration.guard()(lambda: runner.log.look(calibration.trials()))
+
+    @calibration.guard()
+    def look() -> None:
+        trials = calibration.trials()
+        runner.log.look(trials)
+        calibration.recall()
+        show(len(trials.counted()), "on Ray", calibration.best())
+
     with _connected(executor.address) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         workers, gpus, cpus = share_out(nodes, executor.workers, executor.gpus)

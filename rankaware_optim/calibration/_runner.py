@@ -30,7 +30,7 @@ from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, plain_setting
 from ._calibration import Calibration
 from ._liveness import Heartbeat
-from ._progress import Show, TrialLog
+from ._progress import Show, TrialLog, rank_words
 from ._provenance import built_with
 from ._result import calibrated_recipe
 from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
@@ -263,7 +263,7 @@ class Runner:
             self._running.number,
             divergence_limits(ended, self._setting, steps),
             self._endless,
-            (len(ended), calibration.schedule.expected(), calibration.band()),
+            (len(ended), calibration.best()),
         )
 
     def _await_earlier(self) -> None:
@@ -305,9 +305,10 @@ class Runner:
         """Run and record one trial. If it raises, `close` fails it."""
         steps = trial._steps
         every = interval(steps)
+        done, best = trial._progress
 
         def watch(curve: list[float]) -> bool:
-            show(trial, curve)
+            show(done + len(curve) / steps, rank_words(trial.rank), best)
             if len(curve) % every and len(curve) != steps:
                 return False
             return self._agree(lambda: self._report(curve, every, steps))

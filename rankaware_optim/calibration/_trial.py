@@ -55,9 +55,8 @@ class Trial:
     _limits: list[float] = field(repr=False)
     # whether the loop continues past its steps; None if unknown
     _endless: bool | None = field(repr=False)
-    # the trials done and expected, and the 90 % band of the target's base rate (low, best, high),
-    # None before any fit
-    _progress: tuple[int, int, Any] = field(repr=False)
+    # the trials done, and the best base rate so far, None before any fit
+    _progress: tuple[int, float | None] = field(repr=False)
     lr: float | None = None
     _build: Build | None = field(default=None, repr=False)
 

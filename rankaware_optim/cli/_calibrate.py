@@ -184,7 +184,7 @@ def _on_ray(
     spec: str, address: str, workers: int | None, options: dict[str, Any]
 ) -> recipes.Recipe:
     executor = calibration.RayExecutor(workers or None, address=address)
-    with trials_logged(lines=True):
+    with trials_logged():
         return calibration.calibrate(load_train(spec), executor=executor, **options)
 
 

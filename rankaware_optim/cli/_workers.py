@@ -194,7 +194,7 @@ class Worker:
     options: Mapping[str, Any]
     place: Mapping[str, str]
 
-    def run(self, progress: bool | None = None) -> recipes.Recipe:
+    def run(self, progress: bool = True) -> recipes.Recipe:
         """Run trials until the schedule is complete."""
         import torch
 
@@ -242,9 +242,9 @@ def _leave_with_parent() -> None:
 
 
 @contextmanager
-def trials_logged(lines: bool = False) -> Iterator[None]:
-    """Hide Optuna's warnings, since our errors contain them. lines: whether to print every finished
-    trial on a terminal too, which may have a bar.
+def trials_logged() -> Iterator[None]:
+    """Hide Optuna's warnings, since our errors contain them, and print every finished trial where
+    there is no terminal, which has a bar.
     """
     from optuna.logging import ERROR, get_verbosity, set_verbosity
 
@@ -252,7 +252,7 @@ def trials_logged(lines: bool = False) -> Iterator[None]:
     handler = logging.StreamHandler()
     before = get_verbosity(), log.level, log.propagate
     set_verbosity(ERROR)
-    if lines or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

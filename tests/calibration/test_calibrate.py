@@ -316,16 +316,6 @@ def test_the_first_import_of_rich_and_optuna_draws_nothing():
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_progress_works_without_a_terminal(capfd):
-    """A progress bar can be asked for where standard error is no terminal; by default there is none."""
-    calibrate(made_up(), trials=2)
-    assert capfd.readouterr() == ("", "")
-    calibrate(made_up(), trials=2, progress=True)
-    shown = capfd.readouterr().err
-    assert "2/2" in shown
-    assert "best so far" in shown
-
-
 def test_every_trial_is_logged(caplog):
     """At INFO a line a trial says which it was, its rank, rate, value, how it ended and what time is left."""
     caplog.set_level(logging.INFO, logger="rankaware_optim.calibration")

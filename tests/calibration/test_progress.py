@@ -1,0 +1,117 @@
+"""How far a calibration is: a bar on a terminal, lines elsewhere, nothing where none is wanted."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+
+import pytest
+
+from ..helpers.calibrations import calibrate, made_up
+
+WIDTH = 80
+CODE = """\
+import rankaware_optim as ra
+from torch import nn
+def train(trial):
+    trial.optimizer(nn.Linear(4, 4))
+    yield from [2.0, 1.5, 1.0, 1.0]
+ra.calibrate(train, 'adamw', ranks=(None,), steps=4, trials=12)
+"""
+
+
+def on_a_terminal(code: str) -> str:
+    """What a process writes to its standard error, a terminal of `WIDTH` columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    written = b""
+    with suppress(OSError):  # by which Linux says that the other end is closed
+        while block := os.read(ours, 4096):
+            written += block
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+def test_a_bar_fits_a_terminal_of_80_columns():
+    """Every frame fits in a line, with a bar and the time left; the last has all trials and the best rate."""
+    frames = [
+        frame for frame in re.split(r"[\r\n]+", on_a_terminal(CODE)) if frame.strip()
+    ]
+    assert max(map(len, frames)) <= WIDTH
+    assert all(re.search(r" +\d+%\|.{10,}\| \S+ left *$", frame) for frame in frames)
+    assert re.match(
+        r"trial 12/12, full, best rate [\d.e-]+: 100%\|█+\| 00:00 left", frames[-1]
+    )
+
+
+def percentages(written: str) -> list[int]:
+    """The percentages of lines, each of which has a bar and the time left."""
+    pattern = (
+        r"trial \d+/\d+, rank \d+(?:, best rate [\d.e-]+)?: +(\d+)%\|[#\d ]+\| \S+ left"
+    )
+    lines = [re.fullmatch(pattern, line) for line in written.splitlines()]
+    return [int(line[1]) for line in lines]
+
+
+TENTHS = [*range(10, 101, 10)]
+
+
+def test_where_there_is_no_terminal_each_tenth_has_a_line(capfd):
+    """In a batch job's log every tenth of the trials is a line, the last with the best rate."""
+    calibrate(made_up(), trials=10)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert percentages(err) == TENTHS
+    assert "best rate" in err.splitlines()[-1]
+
+
+def test_a_continued_calibration_shows_the_rest(tmp_path, capfd):
+    """Trials of an earlier call count as done: their tenths are not shown again."""
+    where = {"storage": tmp_path / "study.journal"}
+    calibrate(made_up(), trials=4, **where)
+    capfd.readouterr()
+    calibrate(made_up(), trials=10, **where)
+    assert percentages(capfd.readouterr().err) == TENTHS[4:]
+
+
+def test_a_search_that_ends_early_ends_at_100(capfd):
+    """Where `until` is reached before all trials, the last line says that the search is complete."""
+    recipe = calibrate(made_up(), trials=40, until=4.0)
+    assert len(recipe.tensors["lr"]) < 30
+    assert percentages(capfd.readouterr().err)[-1] == 100
+
+
+def test_nothing_is_shown_twice_or_against_a_wish(capfd, caplog):
+    """With progress=False there is no line, and where each trial is logged the log is enough."""
+    calibrate(made_up(), trials=2, progress=False)
+    with caplog.at_level(logging.INFO, "rankaware_optim.calibration"):
+        calibrate(made_up(), trials=2)
+    assert capfd.readouterr() == ("", "")
+    assert len(caplog.records) == 2
+
+
+def test_an_error_leaves_the_last_line_as_it_is(capfd):
+    """A calibration that fails is not shown as complete."""
+
+    def fails(trial):
+        if trial.number == 2:
+            raise RuntimeError("mine")
+        yield from made_up()(trial)
+
+    with pytest.raises(RuntimeError, match="mine"):
+        calibrate(fails, trials=4)
+    assert 0 < percentages(capfd.readouterr().err)[-1] < 75
