@@ -5,10 +5,14 @@ when one is drawn.
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import PlotError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -17,7 +21,7 @@ _LEAST_TICKS = 3  # of a log axis, or finer ones are taken
 
 def figure_of(
     columns: int, width: float, height: float = 4.2, rows: int = 1, sharey: bool = False
-) -> tuple[Any, Any]:
+) -> tuple[Figure, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -25,8 +29,17 @@ def figure_of(
             "Plots need matplotlib.",
             'In a clone of this package: pip install ".[plots]".',
         ) from error
-    made = Figure(figsize=(width, height), layout="constrained")
-    return made, made.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+
+    class Shown(Figure):
+        """A figure that notebooks show. They show others only once pyplot is imported."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    figure = Shown(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
 
 
 def short(name: str, most: int = 30) -> str:

@@ -1,8 +1,45 @@
-"""Text for terminals: plain characters, and tables made with rich."""
+"""Plain text, and tables: made with rich for terminals, and as HTML for notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# It sets no colour, so that it is readable in the light and dark themes of notebooks.
+_HTML = """\
+{% macro style(loop) -%}
+{% set right = headings and headings[loop.index0] not in left -%}
+style="text-align: {{ 'right' if right else 'left' }}; vertical-align: top; padding: 0.2em 0.5em;
+{{- ' min-width: 12em' if loop.last and not right else ' white-space: nowrap' }}"
+{%- endmacro %}
+<div style="overflow-x: auto">
+<table style="border-collapse: collapse">
+{% if title %}
+<caption style="caption-side: top; color: inherit; text-align: left">{{ title }}</caption>
+{% endif %}
+{% if headings %}
+<thead style="border-bottom: 1px solid"><tr>
+{% for heading in headings %}
+<th {{ style(loop) }}>{{ heading }}</th>
+{% endfor %}
+</tr></thead>
+{% endif %}
+<tbody>
+{% for row in rows %}
+<tr>
+{% for cell in row %}
+{% set tag = "td" if headings or not loop.first else "th" %}
+<{{ tag }} {{ style(loop) }}>{{ cell }}</{{ tag }}>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table>
+{% for line in lines %}
+<p style="margin: 0.2em 0">{{ line }}</p>
+{% endfor %}
+</div>
+"""
 
 
 def printable(text: str) -> str:
@@ -15,37 +52,49 @@ def printable(text: str) -> str:
     return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
 
 
-def text_table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    lines: Iterable[str] = (),
-    title: str = "",
-    left: Sequence[str] = (),
-    width: int = 120,
-) -> str:
-    """Return a table of `rows` under `headings`, with `lines` of text below it.
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under headings, a title above them and lines of text below.
 
-    left: the headings of left-aligned columns. width: the largest width of the table, in
-    characters.
+    headings: none if the first cell of a row names it. left: headings of left-aligned columns.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=width, no_color=True, highlight=False, markup=False)
-    with console.capture() as capture:
-        console.print(table)
-        for line in lines:
-            console.print(line, soft_wrap=True)
-    return printable(capture.get()).rstrip()
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = ()
+    title: str = ""
+    left: Sequence[str] = ()
+
+    def text(self, width: int = 120) -> str:
+        """Return the table as text. width: its largest width, in characters."""
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        table = RichTable(
+            title=self.title or None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+        )
+        for heading in self.headings:
+            table.add_column(
+                heading, justify="left" if heading in self.left else "right"
+            )
+        for row in self.rows:
+            table.add_row(*row)
+        console = Console(width=width, no_color=True, highlight=False, markup=False)
+        with console.capture() as capture:
+            console.print(table)
+            for line in self.lines:
+                console.print(line, soft_wrap=True)
+        return printable(capture.get()).rstrip()
+
+    def html(self) -> str:
+        """Return the table as HTML, every value escaped."""
+        from jinja2 import Template
+
+        template = Template(
+            _HTML, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
+        return printable(template.render(vars(self)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from ._printing import printable
+from ._printing import Table, printable
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Rate:
     extrapolated: bool = False
     notes: tuple[str, ...] = ()
     configuration: str = field(default="", compare=False)
+    _line: ClassVar[str] = "{:<10}{}"  # of a fact: its name and its text
 
     def __float__(self) -> float:
         return float(self.lr)
@@ -48,25 +50,32 @@ class Rate:
 
     def explain(self) -> str:
         """Return the rate as text, one fact per line: the number, its bounds, and the notes."""
-        return printable(
-            "\n".join([*self._facts(), *(f"note: {note}" for note in self.notes)])
-        )
+        table = self._table()
+        facts = [self._line.format(*fact) for fact in table.rows]
+        return printable("\n".join([*facts, *table.lines]))
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
+        return Table((), [*self._facts()], [f"note: {note}" for note in self.notes])
 
     @property
     def band(self) -> str:
         """The band as text, such as "0.0005 to 0.002"."""
         return f"{self.low:.3g} to {self.high:.3g}"
 
-    def _facts(self) -> Iterator[str]:
-        yield f"lr        {self.lr:.3g}"
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        yield "lr", f"{self.lr:.3g}"
         if self.configuration:
-            yield f"at        {self.configuration}"
+            yield "at", self.configuration
         if math.isfinite(self.high):
-            yield f"90 % band {self.band}"
+            yield "90 % band", self.band
         if self.ceiling is not None:
             yield (
-                f"ceiling   {self.ceiling:.3g} (the smallest rate that diverged, moved to this"
-                " configuration)"
+                "ceiling",
+                f"{self.ceiling:.3g} (the smallest rate that diverged, moved to this"
+                " configuration)",
             )
         if self.extrapolated:
-            yield "extrapolated"
+            yield "extrapolated", ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from ._checks import check_init, is_within, plain, range_of, shown
-from ._printing import text_table
+from ._printing import Table
 from .errors import InspectionError, InvalidReferenceError
 
 Role = Literal["A", "B", "full"]
@@ -202,6 +202,14 @@ class Survey:
             per_module: whether every tensor has its own line. Otherwise equal factors share one.
             rates: rates and reasons by parameter name, for the columns lr and why.
         """
+        return self._table(per_module, rates).text(200 if per_module else 140)
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(
+        self, per_module: bool = False, rates: Mapping[str, Rated] | None = None
+    ) -> Table:
         lines = Counter[tuple[str, ...]]()
         for name, convention, cells, reason in self._lines():
             rated = (rates or {}).get(name)
@@ -211,10 +219,7 @@ class Survey:
         headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
-        width = 200 if per_module else 140
-        return text_table(
-            headings, rows, lines=remarks, left=_LEFT_ALIGNED, width=width
-        )
+        return Table(headings, rows, remarks, left=_LEFT_ALIGNED)
 
     def _lines(self) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
         """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from rankaware_optim import CalibrationError, Law, Reference
 from rankaware_optim._optimizers import get_optimizer_class
-from rankaware_optim._printing import text_table
+from rankaware_optim._printing import Table
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import bound_law, checked_multiplier, get_law
 from rankaware_optim.sweeps import DEMO_SWEEP
@@ -298,4 +298,4 @@ def score_table(scores: Sequence[LawScore]) -> str:
     moves = scores[0].moves if scores else ()
     ends = {(move.model, move.source) for move in moves}
     below = f"{len(moves)} moves between {len(ends)} ranks of {len({model for model, _ in ends})} models"
-    return text_table(heads, rows, lines=[below], left=("law",))
+    return Table(heads, rows, [below], left=("law",)).text()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 from .._figures import COLOURS, figure_of, rate_axis, save
-from .._printing import text_table
+from .._printing import Table
 from .._rate import Rate
 from ..calibration import Trial, calibrate
 from ..errors import DemoError
@@ -371,7 +371,7 @@ def table(checks: Sequence[TransferCheck]) -> str:
         "Below it the difference to the recipe's rate, seed by seed: mean ± standard error."
     )
     headings = ["checked", "recipe's lr", *(f"× {factor:g}" for factor in FACTORS)]
-    return text_table(headings, rows, title=title, left=["checked"])
+    return Table(headings, rows, title=title, left=["checked"]).text()
 
 
 def draw(recipe: Recipe, checks: Sequence[TransferCheck], path: Path) -> Path:

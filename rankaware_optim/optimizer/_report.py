@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from textwrap import fill
 
-from .._printing import text_table
+from .._printing import Table
 from .._types import (
     GAMMA,
     NO_LAW,
@@ -134,9 +134,22 @@ class Report:
     per_module: bool = False
 
     def __str__(self) -> str:
+        table = self._table()
         if self.per_module:
-            rates = _rates_of(self.rows)
-            return f"{self.title}\n{self.survey.explain(per_module=True, rates=rates)}"
+            return f"{self.title}\n{replace(table, title='').text(200)}"
+        wrapped = [
+            fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            for line in table.lines
+        ]
+        return replace(table, lines=wrapped).text(_WIDTH)
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
+        if self.per_module:
+            table = self.survey._table(per_module=True, rates=_rates_of(self.rows))
+            return replace(table, title=self.title)
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
         lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]
@@ -148,18 +161,7 @@ class Report:
         lines += [f"words: {'; '.join(meanings)}"] if meanings else []
         lines += [f"check: {text}" for text in self.audit]
         lines += [f"note: {text}" for text in self.notes]
-        wrapped = [
-            fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-            for line in lines
-        ]
-        return text_table(
-            _HEADINGS,
-            rows,
-            lines=wrapped,
-            title=self.title,
-            left=("role", "init"),
-            width=_WIDTH,
-        )
+        return Table(_HEADINGS, rows, lines, self.title, left=("role", "init"))
 
 
 def make_report(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._optimizers import known_optimizer
 from .._rate import Rate
@@ -26,6 +26,9 @@ from . import _sharing as sharing
 from ._horizon import by_batch
 from ._recipe_data import OtherRates, RecipeData
 from ._uncertainty import Z90, margin, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class _Own(Enum):
@@ -288,6 +291,22 @@ class Recipe(RecipeData):
 
     def __str__(self) -> str:
         return self.explain()
+
+    def _repr_html_(self) -> str:
+        return words.table_of(self).html()
+
+    def plot(self) -> Figure:
+        """Draw one panel per rank with its trials, fit, band, ceiling and rate, and a panel of
+        rates by rank.
+
+        Needs the extra `plots`. A notebook shows the figure, and its `savefig(path)` writes it.
+
+        Raises:
+            PlotError: matplotlib is not installed, or the recipe has no trials.
+        """
+        from ..reports import recipe_figure
+
+        return recipe_figure(self)
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
-from .._printing import printable
+from .._printing import Table, printable
 from .._types import Reference, Scaling, init_text
 from ..laws import Power, law_sentence
 from ._recipe_data import BASE, RecipeData
@@ -95,13 +95,19 @@ def missing_trials(recipe: RecipeData) -> str:
     )
 
 
+def table_of(recipe: RecipeData) -> Table:
+    """Return the facts, one per row."""
+    return Table((), facts(recipe), title=f"Recipe {recipe.name!r}")
+
+
 def explain(recipe: RecipeData) -> str:
     """Return the facts, one per line."""
+    table = table_of(recipe)
     lines = [
         fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16)
-        for name, text in facts(recipe)
+        for name, text in table.rows
     ]
-    return printable("\n".join([f"Recipe {recipe.name!r}", *lines]))
+    return printable("\n".join([table.title, *lines]))
 
 
 def configuration(

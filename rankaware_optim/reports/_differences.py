@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from .._checks import is_number
-from .._printing import text_table
+from .._printing import Table
 from ..recipe import Recipe, known_rate, to_document
 
 _ABSENT = "not given"
@@ -62,7 +62,8 @@ def diff_text(differences: Sequence[Difference]) -> str:
         return "The two recipes are equal."
     rows = [(d.what, d.first, d.second, d.words) for d in differences]
     headings = ("what", "first", "second", "second against first")
-    return f"{_sentence(differences)}\n{text_table(headings, rows, left=headings, width=150)}"
+    table = Table(headings, rows, left=headings)
+    return f"{_sentence(differences)}\n{table.text(150)}"
 
 
 def _sentence(differences: Sequence[Difference]) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._figures import COLOURS, figure_of, rate_axis, save, short
 from .._printing import printable
 from ..errors import PlotError
 from ..recipe import Recipe, missing_trials
 from ._picture import MARKS, SCORE, Picture, PictureArm, Span, picture_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CURVE = "fit, lowest at the best rate"
 _RATE = "the recipe's rate"
@@ -32,6 +35,11 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
         PlotError: matplotlib is not installed, the recipe has no trials, or the file cannot be
             written.
     """
+    return save(recipe_figure(recipe), path)
+
+
+def recipe_figure(recipe: Recipe) -> Figure:
+    """Return the figure that `plot_recipe` writes."""
     picture = drawable(recipe)
     rooms = len(picture.arms) + bool(picture.by_rank)
     columns = 2 if rooms == 4 else min(3, rooms)
@@ -63,7 +71,7 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
         frameon=False,
         fontsize=9,
     )
-    return save(figure, path)
+    return figure
 
 
 def _filled(figure: Any, axes: Any, rooms: int, columns: int) -> list[Any]:

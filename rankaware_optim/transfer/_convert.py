@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 from .._checks import check_lr
 from .._rate import Rate
@@ -70,22 +71,23 @@ class Conversion(Rate):
     weight_decay_scale_b: float = 1.0
     a_scale: float = 1.0
     exact: bool = False
+    _line: ClassVar[str] = "{}: {}."
 
-    def _facts(self) -> Iterator[str]:
+    def _facts(self) -> Iterator[tuple[str, str]]:
         how = "exact" if self.exact else "approximate"
         if self.lr == self.lr_a == self.lr_b:
-            yield f"One rate for all: {self.lr:.4g} ({how})."
+            yield "One rate for all", f"{self.lr:.4g} ({how})"
         else:
-            yield f"As one rate: {self.lr:.4g} (approximate)."
-            yield f"Two rates: {self.lr_a:.4g} for A, {self.lr_b:.4g} for B ({how})."
+            yield "As one rate", f"{self.lr:.4g} (approximate)"
+            yield "Two rates", f"{self.lr_a:.4g} for A, {self.lr_b:.4g} for B ({how})"
         for role, eps, decay in (
             ("A", self.eps_scale_a, self.weight_decay_scale_a),
             ("B", self.eps_scale_b, self.weight_decay_scale_b),
         ):
             if (eps, decay) != (1.0, 1.0):
                 yield (
-                    f"With the two rates, multiply {role}'s eps by {eps:.4g} and its weight decay"
-                    f" by {decay:.4g}."
+                    "With the two rates",
+                    f"multiply {role}'s eps by {eps:.4g} and its weight decay by {decay:.4g}",
                 )
 
 

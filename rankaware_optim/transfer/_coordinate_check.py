@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .._checks import is_whole, shown
 from .._figures import COLOURS, figure_of, save, short
 from .._optimizers import get_optimizer_class
-from .._printing import text_table
+from .._printing import Table
 from .._rate import Rate
 from .._types import Factor, Reference
 from ..errors import LawError, OptimizerError
@@ -126,9 +126,7 @@ class CoordinateCheck:
     def __str__(self) -> str:
         heads = [f.name for f in fields(CoordinateRow)]
         cells = [list(map(_cell, astuple(row))) for row in self.rows]
-        return text_table(
-            heads, cells, lines=[self.sentence], left=("layer",), width=160
-        )
+        return Table(heads, cells, [self.sentence], left=("layer",)).text(160)
 
 
 def _cell(value: object) -> str:

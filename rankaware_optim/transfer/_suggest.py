@@ -120,13 +120,12 @@ class Suggestion(Rate):
         """Return a paragraph: the configuration, the rate, its band, its sources, and how to narrow
         it.
         """
-        where = f"{self.optimizer}, {self.reference}, fan-in {self.fan_in:g}"
         band = (
             f"The best rate is between {self.low:.1e} and {self.high:.1e} with about 90 %"
             " probability"
         )
         return " ".join(
-            [f"{where}: start with lr {self.lr:.1e}. {band}.", *self.notes, _NARROW]
+            [f"{self.configuration}: start with lr {self.lr:.1e}. {band}.", *self.notes]
         )
 
 
@@ -189,6 +188,7 @@ def suggest_lr(
     case = _case(model, method, init, dora)
     steps = [*_steps(case, task), rule._replace(why=rule.why.format(name))]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
+    width = case.reference.fan_in or NO_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
     return Suggestion(
         lr=2.0 ** (middle - MARGIN),
@@ -197,11 +197,13 @@ def suggest_lr(
         optimizer=name,
         extrapolated=any(step.outside for step in steps),
         reference=replace(case.reference, fan_in=None),
-        fan_in=case.reference.fan_in or NO_WIDTH,
+        fan_in=width,
+        configuration=f"{name}, {case.reference}, fan-in {width:g}",
         notes=(
             f"{_SOURCE}, less half an octave.",
             *(step.why for step in steps if step.why),
             *case.notes,
+            _NARROW,
         ),
     )
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,8 +80,32 @@ def test_a_figure_without_a_suffix_is_refused(tmp_path):
 
 def test_a_recipe_without_trials_is_refused(tmp_path):
     """Without its trials' tensors there is nothing to draw."""
-    with pytest.raises(RankAwareError, match="trial"):
-        plot_recipe(replace(RECIPE, tensors={}), tmp_path / "out.png")
+    empty = replace(RECIPE, tensors={})
+    for draw in (empty.plot, lambda: plot_recipe(empty, tmp_path / "out.png")):
+        with pytest.raises(RankAwareError, match="trial"):
+            draw()
+
+
+def test_a_notebook_shows_a_plot_without_pyplot():
+    """`recipe.plot()` returns a figure of matplotlib that is a picture by itself, and leaves no state of pyplot."""
+    code = (
+        "import sys, matplotlib.figure\nfrom tests.helpers.recipes import RECIPE\n"
+        "figure = RECIPE.plot()\nassert isinstance(figure, matplotlib.figure.Figure)\n"
+        "print(figure._repr_png_()[1:4], 'matplotlib.pyplot' in sys.modules)"
+    )
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, root])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["b'PNG'", "False"], done.stderr
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    """The error of `recipe.plot()` names the extra."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(PlotError, match=r"matplotlib.*\[plots\]"):
+        RECIPE.plot()
 
 
 def figures(monkeypatch, module) -> list:

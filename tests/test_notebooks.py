@@ -1,0 +1,122 @@
+"""What a notebook shows: a table with the cells and sentences of the text, in the colours of its theme."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+
+from .helpers.models import PlainLoRA
+from .helpers.recipes import RECIPE
+
+EVIL = "<script>alert(1)</script>&\"'\x1b[2J\u202e"
+
+
+def optimizer() -> ra.RankAwareOptimizer:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        PlainLoRA(nn.Linear(16, 16), 4), PlainLoRA(nn.Linear(16, 16), 8)
+    )
+    return ra.RankAwareOptimizer(
+        model, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32"
+    )
+
+
+def converted(to: str) -> ra.Rate:
+    return ra.convert_lr(2e-4, from_="r=16,alpha=32", to=to)
+
+
+# what is shown, and its text
+CASES = {
+    "report": lambda: (optimizer().report(), str),
+    "report of tensors": lambda: (optimizer().report(per_module=True), str),
+    "survey": lambda: (optimizer().report().survey, ra.Survey.explain),
+    "recipe": lambda: (replace(RECIPE, notes=("a < b",)), str),
+    "rate": lambda: (RECIPE.at(rank=1000), str),
+    "one rate": lambda: (converted("r=64,alpha=128"), str),
+    "two rates": lambda: (converted("r=16,alpha=16"), str),
+}
+
+
+class Cells(HTMLParser):
+    """The texts of a table's cells and of its paragraphs, and the names of all tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data)
+
+
+def plain(text: str) -> str:
+    """The text without its line breaks, which depend on the width."""
+    return " ".join(text.split())
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+@pytest.mark.parametrize("kind", CASES)
+def test_a_notebook_shows_what_is_printed(kind):
+    """Every cell, heading and sentence of the table is in the text, and the table says as much as the text."""
+    shown, as_text = CASES[kind]()
+    cells, text = Cells(shown._repr_html_()), plain(as_text(shown))
+    assert "table" in cells.tags
+    words = set(re.findall(r"\w+", " ".join(cells.texts)))
+    assert set(re.findall(r"\w+", text)) == words
+    if kind != "report of tensors":  # whose text breaks cells into lines
+        assert all(plain(cell) in text for cell in cells.texts)
+
+
+def test_a_suggestion_is_a_table_too():
+    """Printed it is a paragraph. Its table has the rate, its configuration and its band."""
+    suggestion = ra.suggest_lr(ra.Reference(rank=16, alpha=32, fan_in=4096))
+    texts = Cells(suggestion._repr_html_()).texts
+    assert texts[:6] == [
+        *("lr", "0.000253", "at", "AdamW, rank 16, alpha 32, B = 0, fan-in 4096"),
+        *("90 % band", suggestion.band),
+    ]
+    assert [f"note: {note}" for note in suggestion.notes] == texts[6:]
+    assert all(note in str(suggestion) for note in suggestion.notes)
+
+
+SHOWN = {
+    "recipe": lambda: replace(RECIPE, name=EVIL, notes=(EVIL,), versions={EVIL: EVIL}),
+    "rate": lambda: ra.Rate(1e-3, notes=(EVIL,), configuration=EVIL),
+    "survey": lambda: ra.Survey(other=(EVIL,), notes=(EVIL,), unsupported={EVIL: EVIL}),
+    "report": lambda: replace(
+        optimizer().report(), title=EVIL, notes=(EVIL,), audit=(EVIL,)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_a_strangers_words_stay_text(kind):
+    """Names and notes of a file run as nothing in a notebook, and no control character is among them."""
+    html = SHOWN[kind]()._repr_html_()
+    cells = Cells(html)
+    assert "script" not in cells.tags
+    assert "<script>alert(1)</script>&\"'[2J" in "".join(cells.texts)
+    assert not [sign for sign in html if not (sign.isprintable() or sign == "\n")]
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_a_table_sets_no_colour(kind):
+    """It has the colours of the notebook's theme, light or dark: its styles name none, its line has the text's."""
+    styles = re.findall(r'style="([^"]*)"', SHOWN[kind]()._repr_html_())
+    declared = {part.strip() for style in styles for part in style.split(";")}
+    coloured = re.compile("color|background|border")
+    assert {each for each in declared if coloured.match(each)} <= {
+        *("color: inherit", "border-collapse: collapse", "border-bottom: 1px solid")
+    }
