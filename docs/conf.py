@@ -20,7 +20,7 @@ copyright = "the rankaware-optim maintainers, Apache-2.0"
 version = release = rankaware_optim.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.doctest",
@@ -37,7 +37,13 @@ extensions = [
     "mathml",
     "thumbnails",
 ]
-exclude_patterns = ["_build", "_ext", "_templates", "generated/moves.md"]
+exclude_patterns = [
+    "_build",
+    "_ext",
+    "_templates",
+    "generated/moves.md",
+    "examples/*.ipynb",  # that the gallery makes of its scripts
+]
 nitpicky = False
 
 templates_path = ["_templates"]
@@ -55,6 +61,8 @@ myst_disable_syntax = [
 ]  # else a line that begins with a per cent sign is left out
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # results pages begin where their script wants
+
+nb_execution_mode = "off"  # from_results runs the notebook
 
 default_role = "code"
 smartquotes = False  # they turn --option into a dash

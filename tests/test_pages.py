@@ -16,7 +16,7 @@ from .test_examples import batches, build
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("index", "quickstart", "which-rate", "loops", "inspect", "calibrate", "short-long", "recipes",
+PAGES = ("index", "quickstart", "which-rate", "notebooks", "loops", "inspect", "calibrate", "short-long", "recipes",
          "full-finetuning", "law", "extend/convention")  # fmt: skip
 
 

@@ -1,15 +1,20 @@
-"""Pages that are made when the site is built: one for each result on file, and the gallery of the shipped recipes.
+"""Pages that are made when the site is built: one for each result on file, the gallery of the shipped recipes, and the
+notebook of examples/ with its outputs.
 
 They are written to docs/generated/, which git ignores, and include what lies in benchmarks/results and recipes.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
 
 import rankaware_optim as ra
 from rankaware_optim.reports import plot_recipe
@@ -22,6 +27,7 @@ RESULTS, RECIPES, GENERATED = (
     ROOT / "recipes",
     DOCS / "generated",
 )
+NOTEBOOK = ROOT / "examples" / "move_and_calibrate.ipynb"
 
 RESULT = """\
 ```{{include}} ../../../benchmarks/results/{name}.md
@@ -150,6 +156,15 @@ def moves() -> Iterator[str]:
         yield f"| {what} | {moved} | {sure} |"
 
 
+def executed(path: Path) -> str:
+    """A notebook with its outputs, as it runs here; an error in a cell ends the build."""
+    notebook = nbformat.read(path, as_version=4)
+    # that a bar of text would be a widget if ipywidgets were here
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    NotebookClient(notebook, coalesce_streams=True, timeout=600).execute(env=quiet)
+    return nbformat.writes(notebook)
+
+
 def title_of(page: Path) -> str:
     found = re.search(r"^# (.+)$", page.read_text(encoding="utf-8"), re.M)
     return found[1] if found else page.stem
@@ -167,6 +182,8 @@ def make(app: Any) -> None:
     write(GENERATED / "results" / "index.md", f"# All results on file\n\n{contents}")
     write(GENERATED / "moves.md", "\n".join(moves()))
     write(GENERATED / "recipes.md", "\n".join(gallery()))
+    if app.builder.format == "html":
+        write(GENERATED / NOTEBOOK.name, executed(NOTEBOOK))
 
 
 def setup(app: Any) -> dict[str, bool]:

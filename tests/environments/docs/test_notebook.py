@@ -1,0 +1,83 @@
+"""The notebook of examples/, as it ran when the site was built: nothing failed, and every result is shown."""
+
+from __future__ import annotations
+
+import re
+
+import nbformat
+import pytest
+
+from .conftest import SITE
+
+DOCS = SITE.parents[1]
+NAME = "move_and_calibrate"
+STORED = nbformat.read(DOCS.parent / "examples" / f"{NAME}.ipynb", as_version=4)
+# what ends a cell, and the form in which it is shown
+SHOWN = {
+    "opt.report()": "text/html",
+    "survey": "text/html",
+    'ra.convert_lr(0.01, from_="r=8,alpha=8", to=here)': "text/html",
+    "recipe": "text/html",
+    "recipe.plot()": "image/png",
+    "recipe.at(rank=16)": "text/html",
+}
+
+
+@pytest.fixture(scope="module")
+def outputs() -> list[tuple[str, list]]:
+    """The last line and the outputs of every cell of code."""
+    ran = nbformat.read(DOCS / "generated" / f"{NAME}.ipynb", as_version=4)
+    code = [cell for cell in ran.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    return [(cell.source.splitlines()[-1], cell.outputs) for cell in code]
+
+
+def shown(outputs: list, form: str) -> list[str]:
+    return [each.data[form] for each in outputs if form in each.get("data", {})]
+
+
+def test_the_notebook_is_stored_without_outputs():
+    """What it shows is made for every site, so nothing that is stored grows old."""
+    assert not [cell for cell in STORED.cells if cell.get("outputs")]
+
+
+def test_every_result_is_shown(outputs):
+    """Reports, a survey, a conversion, a recipe and a rate are tables, and the plot is a picture."""
+    found = {
+        line: shown(of_cell, SHOWN[line]) for line, of_cell in outputs if line in SHOWN
+    }
+    assert found.keys() == SHOWN.keys()
+    assert all(found.values())
+    assert all("<table" in html for line in found for html in found[line] if SHOWN[line] == "text/html")  # fmt: skip
+
+
+def test_nothing_is_said_but_the_bar(outputs):
+    """No cell fails or warns. The bar ends with all trials and the best rate."""
+    kinds = {each.output_type for _, of_cell in outputs for each in of_cell}
+    assert "error" not in kinds
+    said = [each.text for _, of_cell in outputs for each in of_cell if each.get("name") == "stderr"]  # fmt: skip
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"trial 16/16, rank \d+, best rate [\d.]+: 100%\|█+\| 00:00 left\s*", said[0]
+    )
+
+
+def test_the_conversion_gives_the_reports_rate(outputs):
+    """The number for a plain optimizer is the rate at which the optimizer trains."""
+    tables = {line: shown(of_cell, "text/html") for line, of_cell in reversed(outputs)}
+    conversion = tables['ra.convert_lr(0.01, from_="r=8,alpha=8", to=here)'][0]
+    rate = float(re.search(r"One rate for all</th>\s*<td[^>]*>(\S+)", conversion)[1])
+    assert f">{rate:.3g}<" in tables["opt.report()"][0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tables_are_readable_in_both_schemes(page, address, scheme):
+    """A table's words have the colour of the text around it, and no ground of their own."""
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f"{address}generated/{NAME}.html")
+    style = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+    text = page.locator("article p").first.evaluate(style)
+    for part in ("th", "td", "caption"):
+        cells = page.locator(f"article .output {part}")
+        assert cells.count()
+        assert cells.first.evaluate(style) == text
