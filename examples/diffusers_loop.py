@@ -29,9 +29,7 @@ unet.add_adapter(
 )
 
 # the scripts have torch.optim.AdamW(lora_layers, lr=1e-4), tuned at their default of rank 4
-opt = ra.RankAwareOptimizer(
-    unet, torch.optim.AdamW, lr=1e-4, tuned_at=ra.Reference(rank=4, alpha=4)
-)
+opt = ra.RankAwareOptimizer(unet, torch.optim.AdamW, lr=1e-4, tuned_at="r=4,alpha=4")
 print(opt.report())
 schedule = get_scheduler(
     "cosine", optimizer=opt, num_warmup_steps=1, num_training_steps=4

@@ -32,7 +32,7 @@ class Finetune(lightning.LightningModule):
             self.model,
             torch.optim.AdamW,
             lr=2e-4,
-            tuned_at=ra.Reference(rank=16, alpha=32),
+            tuned_at="r=16,alpha=32",
             init="A",
         )
 

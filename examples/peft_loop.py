@@ -16,9 +16,7 @@ config = peft.LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"
 model = peft.get_peft_model(tiny.model(), config)
 rows = tiny.tokenizer()(tiny.TEXTS, return_tensors="pt")["input_ids"]
 
-opt = ra.RankAwareOptimizer(
-    model, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32)
-)
+opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6)
 print(opt.report())
 

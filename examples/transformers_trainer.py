@@ -27,7 +27,5 @@ args = TrainingArguments(
 )
 
 trainer = Trainer(model, args, train_dataset=data)
-ra.integrations.attach(
-    trainer, torch.optim.AdamW, lr=2e-4, tuned_at=ra.Reference(rank=16, alpha=32)
-)
+ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
 trainer.train()

@@ -52,6 +52,15 @@ def printable(text: str) -> str:
     return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
 
 
+def times(octaves: float) -> str:
+    """Return a change of log2 of a rate as its factor.
+
+    >>> times(-0.25)
+    '× 0.841'
+    """
+    return f"× {2.0**octaves:.3g}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under headings, a title above them and lines of text below.

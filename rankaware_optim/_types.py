@@ -1,7 +1,7 @@
 """The common types: `Factor`, `Survey`, `Reference`, and their words in reports.
 
 A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of
-shape (n_out, r). `scaling` is s, the effective multiplier of B·A: alpha / r in PEFT, alpha / √r
+shape (n_out, r). `scaling` is s, the factor of B·A: alpha / r in PEFT, alpha / √r
 with rsLoRA.
 """
 
@@ -77,7 +77,7 @@ class Factor:
         fan_in: number of inputs of the adapted layer, not of the factor. For a convolution it is
             channels × kernel size.
         fan_out: number of outputs of the adapted layer.
-        scaling: the effective multiplier s, dimensionless.
+        scaling: s, the factor of B·A, dimensionless.
         init: "A" if A was drawn and B starts at zero, as in PEFT. "B" if B was drawn and A starts
             at zero. "other" if neither is zero, "unknown" if it cannot be read.
         kind: the layer's kind, such as "linear" or "embedding".
@@ -374,18 +374,18 @@ class Reference:
     def from_scaling(
         cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A"
     ) -> Reference:
-        """Return the LoRA reference whose effective multiplier at `rank` is `scaling`.
+        """Return the LoRA reference whose scaling at `rank` is `scaling`.
 
         Args:
             rank: the LoRA rank.
-            scaling: the effective multiplier s, dimensionless.
+            scaling: s, dimensionless.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
         """
         return cls(rank=rank, alpha=scaling * (rank or 1), init=init)
 
     @property
     def scaling(self) -> float:
-        """The effective multiplier s of B·A, dimensionless. It is 1 for full finetuning."""
+        """s, the factor of B·A, dimensionless. It is 1 for full finetuning."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -439,7 +439,7 @@ def scaling_factor(rule: Scaling, at: float, rank: float) -> float:
 
 
 def infer_scaling(scalings: Mapping[int, float]) -> Scaling:
-    """Return the rule by which the effective multiplier follows the rank, from {rank: scaling};
+    """Return the rule by which the scaling follows the rank, from {rank: scaling};
     "unknown" for one rank.
 
     >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})

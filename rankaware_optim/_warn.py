@@ -21,6 +21,7 @@ _FRAMEWORKS = (
     "deepspeed",
     "peft",
 )
+_SHOWN: set[tuple[str, str, int]] = set()
 
 
 def warn(message: str) -> None:
@@ -36,6 +37,11 @@ def warn(message: str) -> None:
     if not _is_silenced(frame.f_globals.get("__name__", "<unknown>")):
         warnings.warn(message, RankAwareWarning, stacklevel=level)
         return
+    # changing the filters makes Python forget what it has shown
+    here = (message, frame.f_code.co_filename, frame.f_lineno)
+    if here in _SHOWN:
+        return
+    _SHOWN.add(here)
     with warnings.catch_warnings():
         warnings.filterwarnings("default", category=RankAwareWarning)
         warnings.warn(message, RankAwareWarning, stacklevel=level)

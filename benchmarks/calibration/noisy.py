@@ -103,8 +103,7 @@ def searched(noise: float, shift: float, seed: int) -> Outcome:
     tried: Counter[bool] = Counter()
 
     def train(trial: ra.Trial) -> Iterator[float]:
-        opt = trial.optimizer(Pair(trial.rank))
-        group = opt.param_groups[0]
+        group = trial.optimizer(Pair(trial.rank)).param_groups[0]
         u = octaves_above_best(
             group["lr"] * group["rank_multiplier"], trial.rank, shift
         )

@@ -64,7 +64,7 @@ def calibrate(  # noqa: PLR0913
     they cannot.
 
     The search starts at the highest rank and above the usual rates. It moves outwards in steps of
-    two octaves until the optimum is bracketed. The following runs measure around the optimum, at
+    a factor of 4 until the optimum is bracketed. The following runs measure around the optimum, at
     each rank in turn, with four runs per seed. A run is stopped if it diverges, that is, if its
     loss rises above its start by half the best gain and by more than the noise of its batches
     explains. It is also stopped if it clearly lags behind the best run of its rank and seed at the
@@ -110,7 +110,8 @@ def calibrate(  # noqa: PLR0913
         trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials
             count the steps they ran.
-        until: the search ends when the 90 % band of the target is narrower than this, octaves.
+        until: the search ends when the 90 % band of the target is narrower than this, as log2 of
+            the ratio of its ends: 1.0 for a factor of 2.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted
             rate.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for

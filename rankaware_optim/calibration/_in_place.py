@@ -80,7 +80,7 @@ def calibrate_in_place(
             default each pair's own.
         variance: variance of the drawn factor, as in `initialize`. By default that of the adapter's
             library, which is "peft" for Init[A] and 1/r for Init[B].
-        scaling_rule: how the effective multiplier s follows the rank: "fixed" keeps s, so that
+        scaling_rule: how the scaling s follows the rank: "fixed" keeps s, so that
             alpha follows the rank. "alpha" keeps alpha with s = alpha / r. "rslora" keeps alpha
             with s = alpha / √r.
         settings: the optimizer's arguments, and those of `RankAwareOptimizer` such as rates=.

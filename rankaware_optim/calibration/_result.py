@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._optimizers import defaults_of
+from .._printing import times
 from .._types import infer_scaling
 from ..errors import CalibrationError
 from ..fitting import Fit, fit_observations
@@ -31,6 +32,10 @@ _COLUMNS = [
     ("pruned", np.bool_),
     ("steps", np.int64),
 ]
+ALIKE = (
+    "every run of a rank and seed has the same values at every rate: nothing was trained, or no"
+    " rate moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
+)
 _SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
 
 
@@ -125,7 +130,9 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
             f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is"
             " uncertain"
         )
-    if math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED or _is_flat(trials):
+    if _went_alike(trials):
+        notes.append(ALIKE)
+    elif math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED:
         notes.append(
             "the data do not determine the rate: the loss hardly depends on it"
         )
@@ -133,8 +140,8 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
         octaves, variance = calibration.carry.of(calibration.carry.lora)
         notes.append(
             f"{options.target} steps were not tried: the rate is that of"
-            f" {calibration.schedule.steps}, moved by {octaves:+.2f} ± {math.sqrt(variance):.2f}"
-            " octaves"
+            f" {calibration.schedule.steps}, moved by {times(octaves)}, give or take a factor of"
+            f" {2.0 ** math.sqrt(variance):.3g}"
         )
     unsteady = _unsteady(trials)
     if unsteady is not None:
@@ -148,19 +155,16 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
     return tuple(notes)
 
 
-def _is_flat(trials: Iterable[TrialRecord]) -> bool:
-    """Return whether the runs show nothing: none fell below its start, and all scores of a rank and
-    seed agree.
-    """
-    first: dict[Setting, float] = {}
+def _went_alike(trials: Iterable[TrialRecord]) -> bool:
+    """Return whether all runs of each rank and seed have the same values, some at several rates."""
+    settings, rates, values = set(), set(), set()
     for trial in trials:
         run = trial.observation
-        if run is None or not math.isfinite(run.value + run.tail):
-            continue
-        score = first.setdefault(trial.setting, run.value)
-        if run.tail < run.start or not math.isclose(run.value, score, rel_tol=1e-6):
-            return False
-    return True
+        if run is not None and math.isfinite(run.value):
+            settings.add(trial.setting)
+            rates.add((trial.setting, trial.x))
+            values.add((trial.setting, run.value, *(trial.curve or ())))
+    return len(values) == len(settings) < len(rates)
 
 
 def _unsteady(trials: Iterable[TrialRecord]) -> Setting | None:

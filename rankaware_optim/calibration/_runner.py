@@ -32,7 +32,7 @@ from ._calibration import Calibration
 from ._liveness import Heartbeat
 from ._progress import Show, TrialLog, rank_words
 from ._provenance import built_with
-from ._result import calibrated_recipe
+from ._result import ALIKE, calibrated_recipe
 from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
 from ._storage import begin_trial
 from ._trial import Run, Train, Trial, run_trial, seeded
@@ -150,7 +150,10 @@ class Runner:
 
     def recipe(self) -> Recipe:
         """Return the recipe of the trials so far."""
-        return self._agree(lambda: calibrated_recipe(self.calibration))
+        recipe = self._agree(lambda: calibrated_recipe(self.calibration))
+        if self.team.leads and ALIKE in recipe.notes:
+            warn(f"Recipe {recipe.name!r}: {ALIKE}.")
+        return recipe
 
     # --- the next trial ---------------------------------------------------------------------------
 

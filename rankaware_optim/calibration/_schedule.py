@@ -252,7 +252,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trials": (is_whole, _COUNT),
     "budget": (is_whole, _COUNT),
     "full_trials": (lambda v: is_whole(v, 0), _COUNT),
-    "until": (is_positive, "Give octaves, such as 1.0, or leave it out."),
+    "until": (
+        is_positive,
+        "Give a positive number, such as 1.0 for a band of a factor of 2, or leave it out.",
+    ),
     "batch": (is_positive, "Give a positive number, or leave it out."),
     "warmup": (
         lambda v: is_within("share", v),

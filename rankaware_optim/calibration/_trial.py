@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "_STATUS_ALLOC_FAILED",
 )
+# steps that a warm-up from zero, or a value yielded before its step, may leave without effect
+_FEW = 2
 _SET_BY_TRIAL = ("lr", "tuned_at", "law", "recipe", "method")
 
 
@@ -59,6 +62,8 @@ class Trial:
     _progress: tuple[int, float | None] = field(repr=False)
     lr: float | None = None
     _build: Build | None = field(default=None, repr=False)
+    # gives the optimizer while it lives
+    _optimizer: Callable[[], Any] | None = field(default=None, repr=False)
 
     @cached_property  # so that its reading can be seen
     def steps(self) -> int:
@@ -93,7 +98,9 @@ class Trial:
                     "Leave it out.",
                 )
         assert self._build is not None
-        return self._build(self, params, settings)
+        made = self._build(self, params, settings)
+        self._optimizer = weakref.ref(made)
+        return made
 
 
 class Pushed(NamedTuple):
@@ -142,6 +149,8 @@ class Run:
             self.stopped = "diverged"
         elif self.watch(self.curve):
             self.stopped = "pruned"
+        elif _FEW < len(self.curve) == steps:
+            self._check_trained()
         return bool(self.stopped) or len(self.curve) == steps
 
     def _check_first(self, value: float) -> None:
@@ -162,6 +171,19 @@ class Run:
             return True
         limit = max(self.curve[0], self.trial._limits[len(self.curve) - 1])
         return len(self.curve) > TAIL and recent(self.curve, TAIL) > limit
+
+    def _check_trained(self) -> None:
+        """Raise if every factor that was zero at the start is still zero, since any gradient and
+        rate would have moved some.
+        """
+        alive = self.trial._optimizer
+        if self.mean(float(_has_moved(alive and alive()))) == 0.0:
+            raise CalibrationError(
+                f"Nothing was trained: after {len(self.curve)} steps at the rate"
+                f" {self.trial.lr:.3g} every LoRA factor that was zero at the start is still zero.",
+                "Call loss.backward(), then the step of the optimizer of trial.optimizer, then"
+                " zero_grad(), and see that the schedule lets the rate rise above zero.",
+            )
 
     def end(self, returned: Any = None) -> None:
         """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
@@ -194,6 +216,19 @@ class Run:
         if self.stopped:
             return math.inf
         return self.tail if self.returned is None else self.returned
+
+
+def _has_moved(opt: Any) -> bool:
+    """Return whether some factor that was zero at the start is not zero, or none can be seen."""
+    zero: list[torch.Tensor] = []
+    for group in [] if opt is None else opt.param_groups:
+        if {group.get("lora_role"), group.get("lora_init")} == {"A", "B"}:
+            zero += group["params"]
+    # of a sharded one, this process's part
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in zero]
+    # float16 has no rates below 6e-8
+    seen = [p for p in parts if p.numel() and p.dtype != torch.float16]
+    return not seen or any(bool(p.any()) for p in seen)
 
 
 def run_trial(

@@ -40,8 +40,8 @@ from ._options import (
 _SURVEY = (
     "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the"
     " other tensors), checks (sentences on likely mistakes), notes (sentences). A factor has name,"
-    " role (A or B), rank, fan_in and fan_out (of the adapted layer), scaling (effective"
-    " multiplier), init, kind, layer, adapter, convention, lr (per step) and reason (of lr). lr and"
+    " role (A or B), rank, fan_in and fan_out (of the adapted layer), scaling (alpha"
+    " / rank), init, kind, layer, adapter, convention, lr (per step) and reason (of lr). lr and"
     " reason are null without --lr."
 )
 

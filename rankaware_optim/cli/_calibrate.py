@@ -72,7 +72,7 @@ from ._workers import (
 @option(
     "--until",
     float,
-    "Stop once the 90 % band is narrower than this many octaves (factors of two).",
+    "Stop once the 90 % band is narrower than a factor of 2 to this power from end to end.",
 )
 @option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
 @option(

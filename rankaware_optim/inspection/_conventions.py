@@ -153,7 +153,7 @@ class Convention:
             is used.
         rank: attributes that may declare the rank, with dots for nested ones. The first that exists
             is used. They may be dicts by adapter name.
-        scaling: the same for the effective multiplier.
+        scaling: the same for s.
         alpha: the same for alpha.
         init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT),
             "B" (A starts at zero), "other" or "unknown".

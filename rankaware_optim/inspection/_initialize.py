@@ -83,7 +83,7 @@ def initialize(
         model: the model with adapters. With `scaling` it must be the whole model.
         init: "A" (B starts at zero) or "B" (A starts at zero).
         seed: random seed of the draws.
-        scaling: the effective multiplier s of B·A to set, by default unchanged. It is written
+        scaling: s, the factor of B·A, to set, by default unchanged. It is written
             wherever the pairs declare it: `scaling` or `scale`, `lora_alpha` or the `alpha` buffer,
             and PEFT's configuration.
         variance: variance of A under Init[A]. "mua" draws from N(0, 1/fan_in), with fan-in 1 for an

@@ -59,7 +59,7 @@ class Adapters:
     """The trainable pairs of a model, which can be made at another rank.
 
     Ranks keep their proportions. If the model's most common rank is 8 and `rank_pattern` gives some
-    layers 16, a trial at rank 4 gives them 4 and 8. Effective multipliers s follow `rule`, as
+    layers 16, a trial at rank 4 gives them 4 and 8. The scalings s follow `rule`, as
     `scaling_rule` of `calibrate_in_place`.
 
     Raises:

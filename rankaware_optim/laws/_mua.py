@@ -2,7 +2,7 @@
 
 Each family has a function `rate(law, at)`. It returns the σ at which η_A = σ and η_B = λ·σ move a
 layer's output by 1 in T = 1. The equations are in the functions' docstrings. There s is the
-effective multiplier, r the rank, n the fan-in, b the number of tokens and λ = η_B / η_A. τ = T·η.
+scaling, r the rank, n the fan-in, b the number of tokens and λ = η_B / η_A. τ = T·η.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MuA(Law):
     """µA with a finite number of effective tokens, in the form of the optimizer's family.
 
     The best rate is the largest at which a layer's output still moves by Θ(1). Let τ = T·η over T
-    steps, s be the effective multiplier, r the rank, n the fan-in, b = `tokens` and λ = `ratio` =
+    steps, s be the scaling, r the rank, n the fan-in, b = `tokens` and λ = `ratio` =
     η_B / η_A. Under Init[A], A is drawn and B starts at zero, as in PEFT. Under Init[B], B is drawn
     and A starts at zero. For a sign-like optimizer (Adam and its variants)::
 
@@ -111,7 +111,7 @@ class MuA(Law):
         Args:
             init: "A", "B" or "full".
             rank: r. Full finetuning has none.
-            scaling: s, the effective multiplier.
+            scaling: s, dimensionless.
             fan_in: n.
         """
         check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
@@ -132,7 +132,7 @@ def paper() -> MuA:
 
 
 class Site(NamedTuple):
-    """The configuration of a rate: init "A", "B" or "full", rank r, effective multiplier s, fan-in
+    """The configuration of a rate: init "A", "B" or "full", rank r, scaling s, fan-in
     n.
     """
 

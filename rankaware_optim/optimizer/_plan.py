@@ -342,8 +342,8 @@ def _batch_notes(plan: Plan) -> Iterator[str]:
         return
     if tuned is None:
         yield (
-            "The reference has no batch, so batch= moves no rate: give tuned_at=Reference(...,"
-            " batch=...)."
+            "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
+            " 'r=16,alpha=32,batch=16'."
         )
     elif plan.batch_multiplier != 1.0:
         yield (
@@ -360,11 +360,11 @@ def _full_notes(plan: Plan) -> Iterator[str]:
     """
     if plan.law.name == "constant":
         yield (
-            "No law moves this LoRA rate to full finetuning, whose best rate may be octaves away:"
-            " calibrate with full runs."
+            "No law moves this LoRA rate to full finetuning, whose best rate may be several times"
+            " as high or as low: calibrate with full runs."
         )
     elif plan.law.name != "power":
-        worth = "is good to an octave or two"
+        worth = "is good to a factor of 2 to 4"
         if plan.family not in SIGN_LIKE:
             worth = f"was never tried with {plan.family} optimizers"
         yield (

@@ -354,7 +354,7 @@ def _reason(group: Group, decision: Assignment, plan: Plan, unmoved: bool) -> st
 def _rate_of_other(names: Sequence[str], decision: Assignment, plan: Plan) -> str:
     """Return in words where the rate of parameters that are not factors comes from."""
     if plan.use is None or not names:
-        return "the base rate, without other_lr= or rates="
+        return "the base rate (other_lr= or rates= sets another)"
     others = plan.use.others
     if decision.rank_multiplier == plan.run_multiplier and not others.knows(names[0]):
         return "the base rate"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .._checks import is_within, plain, range_of, shown
+from .._printing import times
 from .._types import Method, Reference
 from ..errors import RecipeError
 from ..fitting import added_slope
@@ -124,5 +125,6 @@ def _moved(
             f"Leave {what}= out, or calibrate with {what}=.",
         )
     octaves = math.log2(asked / own)
-    why = f"{words}: an extrapolation by {slope:+.2f} ± {sd:.2f} octaves per octave"
+    move, off = times(slope * octaves), 2.0 ** abs(sd * octaves)
+    why = f"{words}: an extrapolation by {move}, give or take a factor of {off:.3g}"
     return Moved(slope * octaves, (sd * octaves) ** 2, (why,)) if octaves else Moved()

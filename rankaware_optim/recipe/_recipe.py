@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._optimizers import known_optimizer
+from .._printing import times
 from .._rate import Rate
 from .._types import GAMMA, Method, Reference, Survey, width_for
 from .._warn import warn
@@ -59,7 +60,7 @@ class Recipe(RecipeData):
             low a rate.
         ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law. None
             if no trial did.
-        scaling_rule: how the effective multiplier s = alpha / rank followed the ranks r of the
+        scaling_rule: how the scaling s = alpha / rank followed the ranks r of the
             trials: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant),
             "as swept" (a sweep without alpha) or "unknown".
         full_fan_in: the width that full finetuning's rate belongs to.
@@ -108,7 +109,7 @@ class Recipe(RecipeData):
 
         Args:
             rank: the LoRA rank, by default the recipe's own. None means full finetuning.
-            alpha: LoRA's alpha. By default the effective multiplier follows `scaling_rule`.
+            alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
                 recipe's own.
@@ -181,9 +182,7 @@ class Recipe(RecipeData):
         if law_alone:
             notes.append(words.to_settle(width))
         if octaves:
-            notes.append(
-                f"stays {octaves:.2g} octaves below the best rate, since too high costs more"
-            )
+            notes.append(f"the best rate {times(-octaves)}, since too high costs more")
         rate = Rate(
             lr=best * 2.0**-octaves,
             low=best / width,
@@ -274,7 +273,7 @@ class Recipe(RecipeData):
         return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
 
     def _scaling_at(self, rank: int | None) -> float:
-        """Return the effective multiplier at a rank, by the rule of the trials."""
+        """Return the scaling at a rank, by the rule of the trials."""
         own = self.reference
         if rank == own.rank:
             return own.scaling

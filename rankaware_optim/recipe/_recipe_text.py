@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
-from .._printing import Table, printable
+from .._printing import Table, printable, times
 from .._types import Reference, Scaling, init_text
 from ..laws import Power, law_sentence
 from ._recipe_data import BASE, RecipeData
@@ -52,8 +52,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
         ),
         (
             "fitted optimum",
-            f"{recipe.fitted_lr:.3g}, {recipe.lean:.2g} octaves above the base rate, the one to"
-            " use",
+            f"{recipe.fitted_lr:.3g}; {times(-recipe.lean)} is the base rate, the one to use",
         ),
         ("90 % band", f"{low:.3g} to {high:.3g}"),
         ("ceiling", ceiling),
@@ -70,7 +69,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
         ),
         (
             "other steps",
-            f"{slope:+.2f} ± {slope_sd:.2f} octaves of rate per octave of steps",
+            f"{times(slope)} for twice the steps, give or take a factor of {2.0**slope_sd:.3g}",
         ),
         ("seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"),
         ("other rates", _other_rates(recipe)),
@@ -196,5 +195,5 @@ def _number(value: float | None) -> str:
 
 
 def _fan_in(value: float | None) -> str:
-    """Return a width as text. A mean has a tenth at most."""
-    return _number(value if value is None else round(value, 1) or value)
+    """Return a width as text, a mean as a whole number."""
+    return _number(value if value is None else round(value))

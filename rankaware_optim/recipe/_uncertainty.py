@@ -78,7 +78,8 @@ def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]
                 f"rank {rank:g} is outside the ranks tried ({tried})",
             )
     if target.fan_in and width and not math.isclose(target.fan_in, width, rel_tol=0.01):
-        words = f"fan-in {target.fan_in:g} is not the recipe's own {width:g}"
+        here, own = round(target.fan_in, 1), round(width, 1)
+        words = f"fan-in {here:g} is not the recipe's own {own:g}"
         yield WIDTH_SD * math.log2(target.fan_in / width), words
     if target.init != recipe.reference.init:
         words = (
@@ -96,7 +97,8 @@ def _law_alone(recipe: RecipeData, target: Reference) -> tuple[float, str]:
     )
     return _DRIFT_SHARE * law.exponent * octaves, (
         f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
-        f" alone. Its standard deviation was {FULL_SD[init]:g} octaves over the tasks of a study"
+        f" alone. Over the tasks of a study it was off by a factor of {2.0 ** FULL_SD[init]:.2g}"
+        " (one standard deviation)"
     )
 
 

@@ -170,4 +170,4 @@ def _size(tensor: npt.NDArray[Any] | None) -> str:
 
 
 def _factor(old: float, new: float) -> str:
-    return f"× {new / old:.3g} ({math.log2(new) - math.log2(old):+.2f} octaves)"
+    return f"× {new / old:.3g}"

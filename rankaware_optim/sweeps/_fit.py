@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .._checks import MOST_RANKS, MOST_TRIALS, check_init, is_within, range_of, shown
 from .._optimizers import get_optimizer_class
+from .._printing import times
 from .._types import Reference, Scaling, infer_scaling
 from ..calibration import versions_used
 from ..errors import CalibrationError
@@ -239,7 +240,7 @@ class _Rows:
 
     @property
     def scaling_rule(self) -> Scaling:
-        """Return how the effective multiplier follows the rank."""
+        """Return how the scaling follows the rank."""
         if self.as_swept:
             return "as swept"
         scalings = {}
@@ -357,8 +358,8 @@ class _Rows:
         base_sd, drift_sd, _ = np.sqrt(np.diag(fit.covariance))
         if base_sd > _UNSURE:
             yield (
-                f"the loss hardly determines the best rate: its band is {2 * Z90 * base_sd:.1f}"
-                " octaves wide"
+                "the loss hardly determines the best rate: from end to end its band is"
+                f" {times(2 * Z90 * base_sd)}"
             )
         prior_sd = fit.prior.drift_sd
         if len(self.ranks) == 1:

@@ -472,7 +472,7 @@ def reference_of(runs: Runs) -> Reference:
 def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
     """Return the configuration of `run`, and the reference, both with a fan-in.
 
-    If alpha is unknown, the effective multiplier is taken as 1 at the reference and proportional to
+    If alpha is unknown, the scaling is taken as 1 at the reference and proportional to
     1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)

@@ -31,6 +31,7 @@ from ..laws import (
     checked_multiplier,
     get_law,
     innermost,
+    law_title,
 )
 from ..optimizer import PlanOptions, make_plan
 
@@ -55,7 +56,7 @@ class Conversion(Rate):
         eps_scale_b: factor of B's eps in the two-rate form.
         weight_decay_scale_a: factor of A's decoupled weight decay in the two-rate form.
         weight_decay_scale_b: factor of B's decoupled weight decay in the two-rate form.
-        a_scale: √(s/s′) if only the effective multiplier differs, else 1.
+        a_scale: √(s/s′) if only the scaling differs, else 1.
         exact: whether the two-rate form reproduces the tuned training up to rounding.
 
     >>> c = Conversion(1e-4, lr_a=2e-4, lr_b=5e-5)
@@ -102,7 +103,7 @@ def convert_lr(
 ) -> Conversion:
     """Convert a rate tuned at one configuration to another.
 
-    If only the effective multiplier s changes to s′, the two-rate form is exact. With q = s/s′,
+    If only the scaling s changes to s′, the two-rate form is exact. With q = s/s′,
     Init[A] (B = 0 at the start) keeps η_A and multiplies η_B by q, ε_B and λ_B by 1/q. Init[B] (A =
     0 at the start) does the same to A. Otherwise the rates follow the law. A rate that the default
     law moves keeps the distance that the optimizer keeps, × .9: convert the tuned rate, not a
@@ -336,8 +337,8 @@ class _Move:
         origin = self.origin
         if "init" in self.changes:
             yield (
-                "Between the inits the law is a guess, from B = 0 to A = 0 up to three octaves too"
-                " high in the study's domains: try a quarter of the rate too, or calibrate there."
+                "Between the inits the law is a guess, from B = 0 to A = 0 up to 8 times too high"
+                " in the study's domains: try a quarter of the rate too, or calibrate there."
             )
             origin = replace(origin, init=self.target.init)
         plan = make_plan(
@@ -349,7 +350,7 @@ class _Move:
         """Yield what the rates follow from, and how exact they are."""
         if self.changes:
             words = " and ".join(_WORDS[name] for name in self.changes)
-            yield f"With another {words} the rates follow the law {self.law.name!r}."
+            yield f"With another {words} the rates follow the {law_title(self.law)}."
             if "method" in self.changes:
                 widths = {at.method: at.fan_in for at in (self.origin, self.target)}
                 of_full = "mean" if self.origin.init == "B" else "largest"

@@ -59,7 +59,7 @@ class CoordinateRow:
         fan_in: its number of inputs.
         fan_out: its number of outputs.
         rank: the LoRA rank.
-        scaling: the effective multiplier s.
+        scaling: s, the factor of B·A.
         lr_a: A's rate, per step.
         lr_b: B's rate, per step.
         from_b: size of s·ΔB·A₀·x.
@@ -167,7 +167,7 @@ def coordinate_check(  # noqa: PLR0913
         law: the law that gives the other rates, by default µA. With synthetic tokens µA uses their
             number.
         init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
-        scaling: the effective multiplier s, or a function of the rank that returns it.
+        scaling: s, or a function of the rank that returns it.
         steps: number of optimizer steps.
         seed: random seed of factors and tokens.
         settings: the optimizer's settings other than lr.

@@ -60,7 +60,7 @@ class Stepper(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A (r, n_in) and B (n_out, r), and the effective multiplier s of their product."""
+    """A (r, n_in) and B (n_out, r), and the scaling s of their product."""
 
     a: torch.Tensor
     b: torch.Tensor

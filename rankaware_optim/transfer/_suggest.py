@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .._optimizers import get_optimizer_class, known_optimizer
+from .._printing import times
 from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
@@ -102,8 +103,8 @@ RULES: dict[str, Step] = {
 class Suggestion(Rate):
     """A rate to start from. `low` and `high` bound the best rate with about 90 % probability.
 
-    `lr` is half an octave below the middle of the band. `notes` are sentences on what widens the
-    band or moves the rate. Use it as `RankAwareOptimizer(model, AdamW, lr=s.lr,
+    `lr` is × 0.71 of the middle of the band. `notes` are sentences on what widens the band or moves
+    the rate. Use it as `RankAwareOptimizer(model, AdamW, lr=s.lr,
     tuned_at=s.reference)`.
 
     Args:
@@ -200,7 +201,7 @@ def suggest_lr(
         fan_in=width,
         configuration=f"{name}, {case.reference}, fan-in {width:g}",
         notes=(
-            f"{_SOURCE}, less half an octave.",
+            f"{_SOURCE}, then {times(-MARGIN)}, since too high costs more.",
             *(step.why for step in steps if step.why),
             *case.notes,
             _NARROW,

@@ -9,7 +9,9 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -32,6 +34,7 @@ from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import (
     BEST,
+    DIM,
     STEPS,
     AdamW,
     Net,
@@ -55,6 +58,70 @@ def trials_of(recipe) -> list[tuple]:
             strict=True,
         )
     )
+
+
+def untrained(broken: str = "zeroed first", build=Net, dtype=torch.float32, **settings):
+    """A loop that trains nothing; one that is "late" begins to, and a "tiny" rate moves what was zero."""
+
+    def train(trial):
+        model = build(trial.rank).to(dtype)
+        opt = trial.optimizer(model, **settings)
+        source = torch.Generator().manual_seed(trial.seed)
+        for step in count():
+            x = torch.randn(DIM, DIM, generator=source).to(dtype)
+            loss = (model(x) - x).square().mean()
+            if broken == "late":
+                yield loss.detach()
+            loss.backward()
+            if broken == "zeroed first":
+                opt.zero_grad(set_to_none=False)
+            rates = {"no rate": 0.0, "tiny": 1e-30, "late": min(step, 1) * trial.lr}
+            for group in opt.param_groups:
+                group["lr"] = rates.get(broken, trial.lr)
+            if broken != "no step":
+                opt.step()
+            opt.zero_grad()
+            if broken != "late":
+                yield loss.detach()
+
+    return train
+
+
+@pytest.mark.parametrize("broken", ["zeroed first", "no step", "no rate"])
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_a_loop_that_trains_nothing_is_refused_after_its_first_trial(broken, init):
+    """Gradients zeroed before the step, no step, a rate of zero: one trial is run, and the error says what to call."""
+    storage = optuna.storages.InMemoryStorage()
+    loop = untrained(broken, partial(Net, init=init))
+    with pytest.raises(CalibrationError, match=r"Nothing was trained: after 20 steps"):
+        calibrate(loop, storage=storage)
+    (trial,) = storage.get_all_trials(0)
+    assert trial.state == optuna.trial.TrialState.FAIL
+
+
+LEAST = [
+    ({"broken": "tiny"}, STEPS),
+    ({"broken": "late"}, 3),
+    ({"broken": "no step"}, 2),
+    ({"broken": "no step", "dtype": torch.float16}, STEPS),
+]
+
+
+@pytest.mark.parametrize(("how", "steps"), LEAST)
+def test_whatever_moves_a_factor_is_training(how, steps):
+    """A rate too low for the other factor, a warm-up from zero, too few steps and float16 are not refused."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Recipe .* same values at every rate")
+        assert len(trials_of(calibrate(untrained(**how), trials=2, steps=steps))) == 2
+
+
+@pytest.mark.parametrize("broken", ["zeroed first", "no step"])
+def test_full_finetuning_that_trains_nothing_is_warned_of(broken):
+    """Without a factor that starts at zero the runs' equal values tell, in a warning and a note."""
+    loop = untrained(broken, weight_decay=0.0)
+    with pytest.warns(ra.RankAwareWarning, match="same values at every rate"):
+        recipe = calibrate(loop, ranks=(None,), trials=4)
+    assert any("same values at every rate" in note for note in recipe.notes)
 
 
 # --- what it finds --------------------------------------------------------------------------------------------------
@@ -425,6 +492,7 @@ def test_the_optimizer_is_the_users_at_the_trials_rate():
         model = Net(trial.rank)
         assert trial.lr is None
         opt = trial.optimizer(model.parameters(), model=model, weight_decay=0.5)
+        next(losses(model, opt, trial.seed))
         seen.append((trial, opt))
         yield from made_up_after(trial)
 
@@ -689,6 +757,8 @@ def test_a_first_value_low_by_chance_stops_no_run():
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1.0
 
 
+# without a gain
+@pytest.mark.filterwarnings("ignore:.* has the same values at every rate")
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
 def test_noisy_batches_are_no_divergence(gain, returned):
@@ -1095,8 +1165,9 @@ def test_a_loss_that_ignores_the_rate_is_said(levels):
         trial.optimizer(Net(trial.rank))
         yield from (levels[trial.seed] for _ in range(trial.steps))
 
-    recipe = calibrate(train, ranks=(4, 64))
-    assert any("the loss hardly depends on it" in note for note in recipe.notes)
+    with pytest.warns(ra.RankAwareWarning, match="same values at every rate"):
+        recipe = calibrate(train, ranks=(4, 64))
+    assert any("same values at every rate" in note for note in recipe.notes)
 
 
 def test_numbers_of_numpy_are_numbers():

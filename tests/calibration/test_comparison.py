@@ -43,7 +43,7 @@ def grouped(*decays):
             for layer, decay in zip(model.layers, decays, strict=True)
         ]
         trial.optimizer(groups, model=model)
-        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
     return train
 
@@ -109,7 +109,7 @@ def test_settings_may_depend_on_the_rank(journal):
 
     def loop(trial):
         trial.optimizer(Net(trial.rank), weight_decay=0.1 / trial.rank)
-        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
     calibrate(loop, trials=3, storage=journal)
     assert len(calibrate(loop, trials=5, storage=journal).tensors["lr"]) == 5
@@ -153,7 +153,7 @@ def test_a_law_of_other_code_is_refused(journal):
 
 def stepping(trial):
     trial.optimizer(Net(trial.rank))
-    yield from (2.0 - 0.05 * step for step in range(trial.steps))
+    yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
 
 named = stepping

@@ -27,7 +27,7 @@ import msgspec, torch.nn.functional
 def train(trial):
     import click.testing
     trial.optimizer(Net(trial.rank))
-    yield from (2.0 - 0.05 * step for step in range(trial.steps))
+    yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 """
 
 
@@ -142,7 +142,7 @@ def beside(**settings):
         params = settings.get("groups", lambda model: model)(model)
         own = {name: value for name, value in settings.items() if name != "groups"}
         trial.optimizer(params, model=model, **own)
-        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
     return train
 
@@ -170,7 +170,7 @@ def test_settings_that_follow_the_rank_are_no_recipes():
 
     def loop(trial):
         trial.optimizer(Net(trial.rank), weight_decay=0.1 / trial.rank)
-        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
     settings = calibrate(loop, trials=4).settings
     assert "weight_decay" not in settings
@@ -226,7 +226,7 @@ def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
         trial.optimizer(
             layer if trial.rank is None else PlainLoRA(layer, trial.rank, 1.0)
         )
-        yield from (2.0 - 0.05 * step for step in range(trial.steps))
+        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
     assert calibrate(train, ranks=(2, None), trials=4).other_rates == {}
 

@@ -66,7 +66,7 @@ def test_the_rate_is_moved_to_the_target_by_the_slope_of_other_tasks(
     )
     assert at_far - at_near == pytest.approx(3 * slope)
     assert sd_far == pytest.approx(math.hypot(sd_near, 0.565), abs=1e-3)
-    note = f"{TARGET} steps were not tried: the rate is that of {STEPS}, moved by {3 * slope:+.2f} ± 0.57 octaves"
+    note = f"{TARGET} steps were not tried: the rate is that of {STEPS}, moved by × {8.0**slope:.3g}, give or take a factor of 1.48"
     assert note in far.notes
     assert not any("not tried" in note for note in near.notes)
 

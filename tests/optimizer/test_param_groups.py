@@ -688,7 +688,7 @@ def test_rank_moves_no_rate_of_these_families(kind):
 
 
 TO_FULL = [
-    (torch.optim.AdamW, "falling", "good to an octave or two"),
+    (torch.optim.AdamW, "falling", "good to a factor of 2 to 4"),
     (torch.optim.SGD, "falling", "was never tried with gradient-like optimizers"),
     (
         type("Lamb", (torch.optim.SGD,), {}),
@@ -784,7 +784,7 @@ def test_an_impossible_batch_is_refused(batch):
 def test_full_finetuning_from_a_lora_rate_is_noted():
     """Moving a LoRA rate to full finetuning by the law alone is noted as a rough guess."""
     made = make_plan(inspect_model(whole(), method="full"), PlanOptions(tuned_at=AT_16))
-    assert any("good to an octave or two" in note for note in made.notes)
+    assert any("good to a factor of 2 to 4" in note for note in made.notes)
 
 
 def test_a_tensor_outside_the_model_takes_no_name_of_it():

@@ -110,7 +110,7 @@ WORDS = [
         "largest fan-in",
         "unknown, which full finetuning's rate depends on",
     ),
-    ({}, "other steps", "-0.10 ± 0.30 octaves of rate per octave of steps"),
+    ({}, "other steps", "× 0.933 for twice the steps, give or take a factor of 1.23"),
 ]
 
 
@@ -161,12 +161,9 @@ def test_the_rule_for_alpha_is_said_in_words(rule, words):
 
 
 def test_the_two_rates_are_called_what_they_are():
-    """The rate to use and the fitted optimum have their own names, the octaves between them, and the band beside."""
+    """The rate to use and the fitted optimum have their own names, the factor between them, and the band beside."""
     said = dict(facts(FULL))
-    assert (
-        said["fitted optimum"]
-        == "0.002, 0.25 octaves above the base rate, the one to use"
-    )
+    assert said["fitted optimum"] == "0.002; × 0.841 is the base rate, the one to use"
     assert said["base rate"].startswith("0.00168 at ")
 
 
@@ -196,6 +193,11 @@ BARE = {"steps": None, "batch": None, "reference": Reference(4, 4)}
 AT = [
     ({}, {}, "rank 4, alpha 8, B = 0, fan-in 64, 100 steps, batch 16"),
     ({}, {"rank": 64}, "rank 64, alpha 128, B = 0, fan-in 64, 100 steps, batch 16"),
+    (
+        {"reference": replace(FULL.reference, fan_in=160 / 3)},
+        {"rank": 8},
+        "rank 8, alpha 16, B = 0, fan-in 53, 100 steps, batch 16",
+    ),
     (
         {},
         {"rank": 8, "alpha": 8, "rslora": True},

@@ -38,11 +38,10 @@ def calibrated() -> ra.Recipe:
     """A recipe of two real trials."""
 
     def train(trial):
-        opt = trial.optimizer(
-            mlp((trial.rank, trial.rank), seed=trial.seed), weight_decay=0.01
-        )
+        model = mlp((trial.rank, trial.rank), seed=trial.seed)
+        groups = trial.optimizer(model, weight_decay=0.01).param_groups
         for _ in range(trial.steps):
-            yield effective_lr(opt.param_groups[0]) + trial.seed
+            yield effective_lr(groups[0]) + trial.seed
 
     return ra.calibrate(
         train, torch.optim.AdamW, ranks=(2, 4), steps=3, trials=2, batch=8, warmup=0.1

@@ -89,19 +89,19 @@ def words(**change) -> dict:
 
 
 def test_rates_are_compared_at_the_ranks_seen_and_in_full():
-    """A base rate 32 times as high is so everywhere, said as a factor and in octaves, beside both rates."""
+    """A base rate 32 times as high is so everywhere, said as a factor, beside both rates."""
     found = words(fitted_lr=32 * RECIPE.fitted_lr)
     for place, rate in {
         "rank 4": RECIPE.at(4),
         "rank 64": RECIPE.at(64),
         "rank 16": RECIPE.at(),
     }.items():
-        assert found[f"at {place}"].words == "× 32 (+5.00 octaves), bands apart"
+        assert found[f"at {place}"].words == "× 32, bands apart"
         assert found[f"at {place}"].first.startswith(
             f"{rate.lr:.3g} ({rate.low:.3g} to "
         )
     assert "at full finetuning" in found
-    assert found["rate.fitted_lr"].words == "× 32 (+5.00 octaves)"
+    assert found["rate.fitted_lr"].words == "× 32"
     assert "versions.torch" not in found
 
 

@@ -16,11 +16,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from rankaware_optim import RankAwareError, RankAwareWarning, Recipe
+from rankaware_optim import (
+    RankAwareError,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Recipe,
+)
 from rankaware_optim.cli._main import main
+from rankaware_optim.recipe._uncertainty import margin, spread
 from rankaware_optim.reports import write_report
 from rankaware_optim.reports._page import rate_table, report_html
 
+from ..helpers.models import mlp
 from ..helpers.recipes import KINDS, RECIPE
 
 HOSTILE = """</script><script>alert("x")</script><img src=x onerror=alert(1)>' & {{ 7 * 7 }} \u2028"""
@@ -276,6 +283,40 @@ def test_full_finetuning_has_the_last_row(full_seen, known):
     assert cells(text, "rank 4")[-1] == "tried"
     assert cells(text, "rank 8")[-1] == "between"
     assert cells(text, "rank 128")[-1] == "extrapolated"
+
+
+# the margin at its reference of a recipe of steepness 2
+MARGIN = margin(2.0, spread(RECIPE, RECIPE.reference)[0])
+
+
+def shown(*arguments: str, line: str) -> str:
+    """The number behind the first word of a line that a command prints."""
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    (number,) = re.findall(rf"^{line} +(\S+?)(?: at .*)?$", done.output, re.M)
+    return number
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 64, 256])
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, replace(RECIPE, steepness=2.0, lean=MARGIN)],
+    ids=["even", "steep"],
+)
+def test_one_rate_everywhere(recipe, rank, tmp_path):
+    """The page, `rankaware lr`, `rankaware show` and the optimizer's report show one rate in the same digits."""
+    path = str(recipe.save(tmp_path / "r.toml"))
+    (on_page, *_) = cells(report_html(recipe), f"rank {rank}")
+    assert shown("lr", path, "--rank", str(rank), line="lr") == on_page
+    if rank == recipe.reference.rank:
+        assert shown("show", path, line="base rate") == on_page
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Recipe .* extrapolates")
+        model = mlp((rank,), scalings=recipe.reference.scaling, width=64, head=False)
+        report = RankAwareOptimizer(model, "adamw", recipe=recipe).report()
+    for row in str(report).splitlines()[4:6]:
+        *_, lr, _why = row.split()
+        assert lr == on_page
 
 
 def test_the_nodes_are_fine():

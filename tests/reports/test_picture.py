@@ -26,12 +26,10 @@ def calibrated(init, ranks, drift):
 
     def train(trial):
         model = mlp((trial.rank, trial.rank) if trial.rank else (), init=init, width=32)
-        opt = trial.optimizer(model)
+        groups = trial.optimizer(model).param_groups
         role = "A" if trial.rank else "full"
         (rate,) = {
-            effective_lr(group)
-            for group in opt.param_groups
-            if group["lora_role"] == role
+            effective_lr(group) for group in groups if group["lora_role"] == role
         }
         used.append((trial.rank, trial.seed, rate))
         u = math.log2(rate) + 7 - drift * math.log2((trial.rank or 32) / 8)

@@ -427,7 +427,7 @@ SAID = [
     (
         "r=16,alpha=32",
         "r=8,alpha=32",
-        r"With another rank the rates follow the law 'falling'",
+        r"With another rank the rates follow the default law",
     ),
     (
         "r=16,alpha=32,fan_in=64",
