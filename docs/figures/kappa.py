@@ -6,7 +6,7 @@ from matplotlib import pyplot
 
 from rankaware_optim.laws import kappa
 
-M = [2**i for i in range(13)]
+M = sorted({round(2 ** (i / 8)) for i in range(97)})
 figure, axis = pyplot.subplots(figsize=(7, 3.4))
 lines = {
     "m (the paper)": ([float(m) for m in M], "#D55E00", "--"),
@@ -20,7 +20,7 @@ for label, (values, colour, style) in lines.items():
     axis.annotate(
         label,
         (M[-1], values[-1]),
-        (6, 0),
+        (6, 6 if label == "m (the paper)" else 0),
         textcoords="offset points",
         color=colour,
         va="center",

@@ -5,7 +5,8 @@ from matplotlib import pyplot
 from rankaware_optim import Falling, Reference
 
 WIDTH = 4096
-RANKS = [2**i for i in range(9)]
+RANKS = range(1, 257)
+TICKS = (1, 4, 16, 64, 256)
 AT = Reference(rank=16, alpha=16, fan_in=WIDTH)
 LAW = Falling()
 
@@ -45,7 +46,7 @@ axis.set(
     ylabel="best rate, relative",
     xlim=(1, RANKS[-1]),
 )
-axis.set_xticks(RANKS[::2], [str(rank) for rank in RANKS[::2]])
+axis.set_xticks(TICKS, list(map(str, TICKS)))
 axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
 axis.minorticks_off()
 axis.spines[["top", "right"]].set_visible(False)

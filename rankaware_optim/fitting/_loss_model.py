@@ -143,7 +143,9 @@ def _bowls(u: Array, plateau: float) -> tuple[Array, Array]:
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     cliffs = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2
     above = np.stack([u**2 / 2, *cliffs])
-    return np.where(u < 0, below, above)[:, :, None], np.where(u < 0, CAP, plateau)
+    bowls = np.where(u < 0, below, above)  # of curvature 1: (h, a, *u.shape)
+    highest = np.where(u < 0, CAP, plateau)
+    return bowls[:, :, None], highest
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
@@ -263,8 +265,8 @@ def _mean_curve(arm: Arm, plateau: float, belief: Array, u: Array) -> Array:
     """Return an arm's mean curve over its shapes, each at the level that the trials give it."""
     levels = _levelled(arm, _gaps(arm.x, plateau))[1]
     by_bowl = belief.reshape(len(NOISE), -1).sum(axis=0)
-    gaps = _gaps_between(u, plateau).reshape(-1, len(u))
-    return np.asarray(belief @ levels.ravel() + by_bowl @ gaps)
+    bowls = _gaps_between(u, plateau).reshape(-1, len(u))
+    return np.asarray(belief @ levels.ravel() + by_bowl @ bowls)
 
 
 def _gaps_between(u: Array, plateau: float) -> Array:

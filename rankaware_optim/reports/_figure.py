@@ -163,7 +163,9 @@ def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:
     """
     ranks, rates = zip(*picture.by_rank, strict=True)
     label = "a rank that was tried"
-    for rank, rate in picture.tried:
+    for rank, rate in picture.by_rank:
+        if rank not in recipe.ranks:
+            continue
         axis.plot(rank, rate.lr, "s", color=COLOURS[1], label=label)
         axis.vlines(rank, rate.low, rate.high, color=COLOURS[1])
     band = {"color": COLOURS[0], "alpha": 0.12 * _FADED, "lw": 0}

@@ -93,7 +93,9 @@ def _template() -> Any:
 def _rows(recipe: Recipe, picture: Picture) -> Iterator[tuple[str, Rate, str]]:
     """Yield the rows of the table of rates: label, rate, and how it is known."""
     named = [
-        (f"rank {rank}", rate, rank in recipe.ranks) for rank, rate in picture.by_rank
+        (f"rank {rank}", rate, rank in recipe.ranks)
+        for rank, rate in picture.by_rank
+        if rank in recipe.ranks or rank.bit_count() == 1
     ]
     if picture.full:
         named.append(("full finetuning", picture.full, recipe.full_seen))
@@ -198,9 +200,10 @@ def _chart(recipe: Recipe, picture: Picture) -> dict[str, Any]:
         "full": None,
         "tried": [
             (x.at(rank), y.at(rate.low), y.at(rate.lr), y.at(rate.high))
-            for rank, rate in picture.tried
+            for rank, rate in by_rank
+            if rank in recipe.ranks
         ],
-        "x": x.ticks(ranks),
+        "x": x.ticks(rank for rank in ranks if rank.bit_count() == 1),
         "y": y.ticks(),
     }
     if full:

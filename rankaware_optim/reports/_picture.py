@@ -49,7 +49,6 @@ MARKS = {
 
 Array = npt.NDArray[np.float64]
 Span = tuple[float, float]
-Rates = tuple[tuple[int, Rate], ...]
 Trials = Mapping["int | None", Sequence["Point"]]
 
 
@@ -132,8 +131,8 @@ class PictureArm:
 
 @dataclass(frozen=True)
 class Picture:
-    """Arms by rank, full finetuning last; the frame; and the rates at powers of two and at the
-    ranks tried, if alpha has a rule.
+    """Arms by rank, full finetuning last; the frame; and rates by rank, if alpha has a rule: at the
+    ranks tried, and eight in each octave.
 
     rates, values: (low, high) of a frame around all of them.
     """
@@ -141,8 +140,7 @@ class Picture:
     arms: tuple[PictureArm, ...]
     rates: Span
     values: Span
-    by_rank: Rates
-    tried: Rates
+    by_rank: tuple[tuple[int, Rate], ...]
     full: Rate | None
 
     def marks(self, frame: Span | None = None) -> dict[str, str]:
@@ -167,9 +165,8 @@ def picture_of(recipe: Recipe) -> Picture:
         line = tuple(zip((2.0**x).tolist(), curve.tolist(), strict=False))
         by_base = rate is None and "own_lr" not in recipe.tensors
         arms.append(PictureArm(rank, tuple(of_rank), rate, line, by_base, frame))
-    tried, by_rank = _by_rank(recipe)
     full = known_rate(recipe, None)
-    return Picture(tuple(arms), across, values, by_rank, tried, full)
+    return Picture(tuple(arms), across, values, _by_rank(recipe), full)
 
 
 def _rates_drawn(points: Sequence[Point], rates: Sequence[Rate]) -> Span:
@@ -186,20 +183,18 @@ def edges_of(rates: Iterable[Rate]) -> list[float]:
     return edges
 
 
-def _by_rank(recipe: Recipe) -> tuple[Rates, Rates]:
-    """Return the rates at the ranks tried, and at powers of two up to two octaves beyond them on
-    either side. Both are empty where a rank has none.
+def _by_rank(recipe: Recipe) -> tuple[tuple[int, Rate], ...]:
+    """Return rates by rank, up to two octaves beyond the ranks tried on either side. There are none
+    where one is unknown.
     """
     if not recipe.ranks:
-        return (), ()
+        return ()
     low, high = (round(math.log2(end(recipe.ranks))) for end in (min, max))
-    powers = [2**e for e in range(max(0, low - 2), high + 3)]
-    rates = {rank: known_rate(recipe, rank) for rank in (*recipe.ranks, *powers)}
-    known = {rank: rate for rank, rate in rates.items() if rate is not None}
-    if len(known) < len(rates):
-        return (), ()
-    tried = tuple((rank, known[rank]) for rank in recipe.ranks)
-    return tried, tuple((rank, known[rank]) for rank in powers)
+    eighths = range(8 * max(0, low - 2), 8 * (high + 2) + 1)
+    ranks = sorted({*recipe.ranks, *(round(2 ** (e / 8)) for e in eighths)})
+    rates = {rank: known_rate(recipe, rank) for rank in ranks}
+    known = tuple((rank, rate) for rank, rate in rates.items() if rate is not None)
+    return known if len(known) == len(rates) else ()
 
 
 def _frame(values: Sequence[float]) -> Span:

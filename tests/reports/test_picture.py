@@ -130,11 +130,12 @@ def test_the_frame_holds_every_rate_and_the_good_half_of_the_scores():
 
 
 def test_arms_are_in_order_and_full_finetuning_is_last():
-    """Ranks ascend, and full finetuning closes the row; the rates by rank are `Recipe.at`'s at powers of two."""
+    """Ranks ascend, and full finetuning closes the row; the rates by rank are `Recipe.at`'s, at powers of two and between."""
     made, _ = calibrated("A", (32, None, 2), 0.0)
     picture = picture_of(made)
     assert [arm.rank for arm in picture.arms] == [2, 32, None]
-    assert [rank for rank, _ in picture.by_rank] == [2**e for e in range(8)]
+    assert {rank for rank, _ in picture.by_rank} >= {2**e for e in range(8)}
+    assert picture.by_rank[-1][0] == 128
     assert all(
         rate.lr == made.at(rank).lr for rank, rate in picture.by_rank if rank in RANKS
     )
@@ -147,7 +148,7 @@ def test_a_recipe_without_trials_has_no_arms(tensors):
     made, _ = calibrated("A", RANKS, 0.0)
     picture = picture_of(replace(made, tensors=tensors))
     assert picture.arms == ()
-    assert len(picture.by_rank) == 8
+    assert len(picture.by_rank) > 8
 
 
 def test_an_older_recipe_is_drawn_along_the_law_its_trials_ran_along():
