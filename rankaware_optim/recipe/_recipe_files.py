@@ -58,7 +58,7 @@ def save(recipe: RecipeData, path: str | os.PathLike[str]) -> Path:
             f"The recipe {named} cannot be written: {error}.", cure
         ) from error
     with suppress(OSError):
-        _remove_tensors(target.parent, former)
+        _remove_tensors(target, former)
     return named
 
 
@@ -155,21 +155,28 @@ def _replaceable(target: Path) -> Mapping[str, Any]:
     return tensors if isinstance(tensors, dict) else {}
 
 
-def _remove_tensors(folder: Path, former: Mapping[str, Any]) -> None:
+def _remove_tensors(target: Path, former: Mapping[str, Any]) -> None:
     """Remove the file that a replaced recipe named, if its name and the recipe have its hash and no
     recipe names it.
     """
     file, sha256 = former.get("file"), former.get("sha256")
     if not isinstance(file, str) or not isinstance(sha256, str):
         return
-    path = folder / Path(file).name
+    path = target.with_name(Path(file).name)
     if not path.name.endswith(f".{sha256[:12]}.safetensors"):
         return
-    if hashlib.sha256(read_bytes(path, _MOST_TENSORS)).hexdigest() != sha256:
+    data = read_bytes(path, _MOST_TENSORS)
+    if hashlib.sha256(data).hexdigest() != sha256 or _is_named(path):
         return
-    others = [other for other in folder.iterdir() if other.suffix.lower() == ".toml"]
-    if not any(_may_name(other, path.name) for other in others):
-        path.unlink()
+    path.unlink()
+    if _is_named(path):  # by another save since
+        replace_bytes(path, data, like=target)
+
+
+def _is_named(path: Path) -> bool:
+    """Return whether a TOML file in the folder of a file of tensors may name it."""
+    tomls = [each for each in path.parent.iterdir() if each.suffix.lower() == ".toml"]
+    return any(_may_name(toml, path.name) for toml in tomls)
 
 
 def _may_name(toml: Path, name: str) -> bool:

@@ -87,6 +87,24 @@ def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
         assert {target, tensors_of(target)} <= set(tmp_path.iterdir())
 
 
+def test_a_save_while_another_removes_keeps_its_trials(tmp_path, monkeypatch):
+    """A save that names a file again, just as another save found it unused and removes it, has its trials."""
+    target = tmp_path / "r.toml"
+    other = replace(RECIPE, tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
+    RECIPE.save(target)
+    trials, unlink = tensors_of(target), Path.unlink
+
+    def save_then_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == trials:
+            monkeypatch.setattr(Path, "unlink", unlink)
+            RECIPE.save(target)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", save_then_unlink)
+    other.save(target)
+    assert np.array_equal(Recipe.load(target).tensors["seed"], TENSORS["seed"])
+
+
 STORED = Path(__file__).parent / "stored"
 FORMER = sorted(path.name for path in STORED.glob("*.toml"))
 
