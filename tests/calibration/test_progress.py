@@ -19,11 +19,16 @@ from ..helpers.calibrations import calibrate, made_up
 
 WIDTH = 80
 CODE = """\
-import rankaware_optim as ra
-from torch import nn
+import rankaware_optim as ra, torch
 def train(trial):
-    trial.optimizer(nn.Linear(4, 4))
-    yield from [2.0, 1.5, 1.0, 1.0]
+    model = torch.nn.Linear(4, 1)
+    opt = trial.optimizer(model)
+    for _ in range(4):
+        loss = (model(torch.eye(4)) - 1).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        yield loss
 ra.calibrate(train, 'adamw', ranks=(None,), steps=4, trials=12)
 """
 
