@@ -132,14 +132,13 @@ class Runner:
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
 
-        If the storage itself failed, other workers and the next call notice that the heartbeats
-        have stopped.
+        A signal waits until the trial is failed, and the next one raises at once. If the storage
+        itself failed, other workers and the next call notice that the heartbeats have stopped.
         """
         try:
-            self._heartbeat.stop()
-            if self._trial is not None:
-                with suppress(CalibrationError), self.calibration.guard():
-                    self._close(TrialState.FAIL)
+            with suppress(CalibrationError), self.calibration.guard():
+                self._heartbeat.stop()
+                self._close(TrialState.FAIL)
         finally:
             self.calibration.close()
             self.team.close()

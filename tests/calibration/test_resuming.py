@@ -404,6 +404,27 @@ def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp
     assert recipe.tensors["lr"].tolist() == expected.tensors["lr"].tolist()
 
 
+def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
+    """A worker that is told to stop twice, the second time while its heartbeat ends, gives its trial back."""
+    storage, stop = tmp_path / "s.journal", Heartbeat.stop
+
+    def stop_when_told_again(heartbeat: Heartbeat) -> None:
+        stop(heartbeat)
+        signal.raise_signal(signal.SIGINT)
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        yield 1.0
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Heartbeat, "stop", stop_when_told_again)
+    with pytest.raises(KeyboardInterrupt):
+        ra.calibrate(train, AdamW, ranks=(2, 4), steps=3, storage=storage)
+    (name,) = optuna.get_all_study_names(open_storage(storage))
+    study = optuna.load_study(study_name=name, storage=open_storage(storage))
+    assert [trial.state.name for trial in study.trials] == ["FAIL"]
+
+
 def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
     """Where another process holds the journal's lock and does not go on, one waits; pressed again, it raises."""
     path = tmp_path / "s.journal"
