@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -40,8 +41,6 @@ def calibrate(model, *, step=step, ranks=(4, 8), trials=4, **options):
 
 
 @pytest.mark.parametrize("odd", [None, float("nan")])
-# With a weight that is not a number nothing trains, which calibrate says.
-@pytest.mark.filterwarnings("ignore:.*nothing was trained")
 def test_experts_are_calibrated(odd):
     """PEFT parametrizes experts in each forward pass: this is no write, and the model comes back as it was."""
     model = mixture(4, 4.0)
@@ -55,7 +54,9 @@ def test_experts_are_calibrated(odd):
         tokens = torch.randint(30, (2, 5), generator=torch.Generator().manual_seed(i))
         return model(input_ids=tokens, labels=tokens).loss.nan_to_num()
 
-    recipe = calibrate(model, step=forward)
+    nothing_trains = pytest.warns(ra.RankAwareWarning, match="nothing was trained")
+    with nullcontext() if odd is None else nothing_trains:
+        recipe = calibrate(model, step=forward)
     assert len(recipe.tensors["lr"]) == 4
     assert not changed(before, fingerprint(model))
 
