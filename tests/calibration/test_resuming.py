@@ -405,10 +405,10 @@ def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp
 
 
 def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
-    """A worker that is told to stop twice, the second time while its heartbeat ends, gives its trial back."""
+    """A worker that gets two signals, the second one while its heartbeat ends, gives its trial back."""
     storage, stop = tmp_path / "s.journal", Heartbeat.stop
 
-    def stop_when_told_again(heartbeat: Heartbeat) -> None:
+    def stop_and_interrupt(heartbeat: Heartbeat) -> None:
         stop(heartbeat)
         signal.raise_signal(signal.SIGINT)
 
@@ -417,7 +417,7 @@ def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
         yield 1.0
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Heartbeat, "stop", stop_when_told_again)
+    monkeypatch.setattr(Heartbeat, "stop", stop_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         ra.calibrate(train, AdamW, ranks=(2, 4), steps=3, storage=storage)
     (name,) = optuna.get_all_study_names(open_storage(storage))
