@@ -31,10 +31,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from itertools import compress, product
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -44,7 +44,8 @@ import click
 import numpy as np
 import torch
 from calibration.make_recipes import FULL_TRIALS, SHARE, paths_of
-from calibration.searches import rate_of, recipe_of
+from calibration.searches import rate_of
+from calibration.searches import recipe_of as search_recipe
 from recording import RESULTS, block, machine, made_on, percent
 from study.configurations import CONFIGS
 from study.domains import STUDY, get_domain
@@ -59,7 +60,7 @@ from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._search import BracketSampler
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
 from rankaware_optim.fitting import Observation, diverged, fit_observations, prior_of
-from rankaware_optim.recipe._recipe import centred_law, margin, spread
+from rankaware_optim.recipe import recipe_of
 from rankaware_optim.reports._picture import _observations, _trials
 
 RESTS_ON = ("fit", "search.adam", "calibration.adam", "recipes", "scores")
@@ -70,6 +71,16 @@ SEEDS = (3, 4, 5)  # the study's recipes have 0 to 2
 NEAR = 1.5  # octaves above the best finished run in which a divergence is repeated
 HIGHEST = 1.0  # octaves above the best finished run that a rate may have
 SAME = 1e-9  # octaves
+BY_FIT = (
+    "fitted_lr",
+    "reference",
+    "law",
+    "covariance",
+    "steepness",
+    "scatter",
+    "ceiling",
+    "lean",
+)  # what a fit decides of a recipe
 
 
 class Job(NamedTuple):
@@ -111,19 +122,10 @@ def refitted(recipe: Recipe, with_full: bool) -> Recipe:
     prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)
     fit = fit_observations(observations, prior)
     assert fit is not None
-    _, drift, factor = (float(value) for value in fit.mean)
-    law = centred_law(recipe.law.law, recipe.reference, prior.pivot, drift, factor)
-    best = fit.best(recipe.reference.rank)
-    fresh = replace(
-        recipe,
-        fitted_lr=2.0**best,
-        law=law,
-        covariance=fit.covariance,
-        steepness=fit.steepness,
-    )
-    return replace(
-        fresh, lean=margin(fresh.steepness, spread(fresh, fresh.reference)[0])
-    )
+    others = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    for name in BY_FIT:
+        del others[name]
+    return recipe_of(fit, recipe.law.law, recipe.reference, **others)
 
 
 def stored_recipes() -> Iterator[tuple[str, str, Recipe]]:
@@ -252,9 +254,8 @@ def search_command(workers: int) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Search as make_recipes.py does, with the rule or without."""
-    rule: Callable[[], Any] = repeating if job.repeat else unchanged
-    with rule():
-        recipe = recipe_of(
+    with repeating() if job.repeat else nullcontext():
+        recipe = search_recipe(
             get_domain(job.task),
             job.config,
             SHARE,
@@ -270,11 +271,6 @@ def run(job: Job) -> dict[str, Any]:
         "steps": int(recipe.tensors["steps"].sum()),
         "rates": rates_of(job.task, job.config, recipe),
     }
-
-
-@contextmanager
-def unchanged() -> Iterator[None]:
-    yield
 
 
 def searched() -> dict[Job, dict[str, Any]]:
