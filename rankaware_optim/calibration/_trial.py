@@ -98,9 +98,9 @@ class Trial:
                     "Leave it out.",
                 )
         assert self._build is not None
-        made = self._build(self, params, settings)
-        self._optimizer = weakref.ref(made)
-        return made
+        optimizer = self._build(self, params, settings)
+        self._optimizer = weakref.ref(optimizer)
+        return optimizer
 
 
 class Pushed(NamedTuple):
@@ -227,8 +227,8 @@ def _has_moved(opt: Any) -> bool:
     # of a sharded one, this process's part
     parts = [p.to_local() if hasattr(p, "to_local") else p for p in zero]
     # float16 has no rates below 6e-8
-    seen = [p for p in parts if p.numel() and p.dtype != torch.float16]
-    return not seen or any(bool(p.any()) for p in seen)
+    judged = [p for p in parts if p.numel() and p.dtype != torch.float16]
+    return not judged or any(bool(p.any()) for p in judged)
 
 
 def run_trial(
