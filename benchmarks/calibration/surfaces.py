@@ -110,9 +110,9 @@ def surface_of(
         rank = cell[2]
         rates[rank] = list(whole)
         best[rank] = min(loss for loss in means.values() if loss is not None)
-        mean[rank] = _gap(means, best[rank], start)
+        mean[rank] = gap_of(means, best[rank], start)
         by_seed |= {
-            (rank, seed): _gap(
+            (rank, seed): gap_of(
                 {x: losses[i] for x, losses in whole.items()}, best[rank], start
             )
             for i, seed in enumerate(seeds)
@@ -126,7 +126,7 @@ def surface_of(
     return Surface(domain, config, start, mean, by_seed, best, rates, *widths)
 
 
-def _gap(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
+def gap_of(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
     """The gap by log2 rate: as `regret_between` in the grid, linear on the scale of `BEND` beyond it.
 
     Args:
