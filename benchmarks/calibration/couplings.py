@@ -59,7 +59,13 @@ from rankaware_optim import Recipe
 from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._search import BracketSampler
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
-from rankaware_optim.fitting import Observation, diverged, fit_observations, prior_of
+from rankaware_optim.fitting import (
+    Carry,
+    Observation,
+    diverged,
+    fit_observations,
+    prior_of,
+)
 from rankaware_optim.recipe import recipe_of
 from rankaware_optim.reports._picture import _observations, _trials
 
@@ -110,8 +116,16 @@ def main() -> None:
 # --- full runs and LoRA's rates ---------------------------------------------------------------------------------------
 
 
-def refitted(recipe: Recipe, with_full: bool) -> Recipe:
-    """A recipe of the same trials by the fit as it is, with its full runs or without."""
+def refitted(
+    recipe: Recipe, with_full: bool = True, carry: Carry | None = None
+) -> Recipe:
+    """A recipe of the same trials by the fit as it is.
+
+    Args:
+        recipe: the recipe.
+        with_full: whether its runs of full finetuning count.
+        carry: the move from the steps of the trials to those of the recipe; None for none.
+    """
     # In reference coordinates, as the fit has them.
     in_base = {**recipe.tensors, "own_lr": recipe.tensors["lr"]}
     points = _trials(replace(recipe, tensors=in_base))
@@ -120,8 +134,11 @@ def refitted(recipe: Recipe, with_full: bool) -> Recipe:
         if rank is not None or with_full:
             observations += [each for each, _ in _observations(rank, of_rank, 0.0)]
     prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)
-    fit = fit_observations(observations, prior)
+    at_trials = prior if carry is None else carry.prior_of_trials(prior)
+    fit = fit_observations(observations, at_trials)
     assert fit is not None
+    if carry is not None:
+        fit = carry.to_target(fit, prior)
     others = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
     for name in BY_FIT:
         del others[name]

@@ -36,20 +36,35 @@ this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import pairwise, product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 import torch
-from recording import RESULTS
-from study.configurations import START, run_in, starts
+from calibration.couplings import refitted
+from calibration.searches import rate_of
+from calibration.searches import recipe_of as search_recipe
+from calibration.surfaces import gap_of
+from recording import RESULTS, block, machine, number, percent
+from study.best_rates import best_rate
+from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Cell, Job, Losses, Together, curve, lowest
 from study.optima import best_rates
-from study.runs_on_file import complete, read
+from study.regret import score
+from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, provenance
 from study.training import WARMUP
+
+from rankaware_optim import Recipe
+from rankaware_optim.fitting import Carry, Slope
 
 RESTS_ON = ("fit", "search.adam", "calibration.adam", "horizon", "scores")
 STORE = RESULTS / "longer"
@@ -167,6 +182,462 @@ def sweep(task: str, workers: int) -> None:
     grid = Together([starts(task, range(2)), *chains(task)])
     store = STORE / f"{task}.jsonl"
     complete(grid, run_one, store, workers, click.echo, provenance(task))
+
+
+# --- the searches -----------------------------------------------------------------------------------------------------
+
+
+class Search(NamedTuple):
+    """A calibration of an eighth of the target's steps. Its ranks are those of the arms."""
+
+    task: str
+    init: str
+    steps: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        name = f"{self.task}-{self.init.lower()}-{self.steps}-{self.seed}"
+        return STORE / f"{name.replace('_', '-')}.toml"
+
+    @property
+    def target(self) -> int:
+        return TIMES * self.steps
+
+    @property
+    def config(self) -> str:
+        return f"Init[{self.init}], s = 1"
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms that its recipe has a rate for."""
+        return [
+            name for name, arm in ARMS.items() if arm.config in (self.config, "full")
+        ]
+
+
+RANKS = {"A": (16, 128), "B": (16, 64)}
+TIMES, PRICE, FULL_RUNS = 8, 2, 3
+SHORT = (25, 50, 100)
+SEARCH_SEEDS = (0, 1)
+
+
+def searches(tasks: Iterable[str] = TASKS) -> list[Search]:
+    return [Search(*each) for each in product(tasks, RANKS, SHORT, SEARCH_SEEDS)]
+
+
+@main.command()
+@click.option("--domain", "task", type=click.Choice(TASKS), required=True)
+@click.option("--workers", default=2, show_default=True)
+def search(task: str, workers: int) -> None:
+    """Make the calibrations of a task that are not on file."""
+    get_domain(task).warm()
+    todo = [each for each in searches([task]) if not each.path.exists()]
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for path in pool.map(calibrate, todo):
+            click.echo(path)
+
+
+def calibrate(wanted: Search) -> Path:
+    """Calibrate as the docs advise for a longer target, and save the recipe."""
+    torch.set_num_threads(1)
+    recipe = search_recipe(
+        of_length(wanted.task, wanted.steps),
+        wanted.config,
+        1.0,
+        wanted.seed,
+        [],
+        WARMUP,
+        ranks=RANKS[wanted.init],
+        budget=PRICE * wanted.target,
+        full_trials=FULL_RUNS,
+        target_steps=wanted.target,
+        name=wanted.path.stem,
+    )
+    return recipe.save(wanted.path)
+
+
+# --- the forms --------------------------------------------------------------------------------------------------------
+
+INIT_OF = dict(zip(ARMS, ("A", "A", "B", "full"), strict=True))
+LIMITS = {"steps": (100, 200, 400), "examples": (1600, 3200, 6400)}
+# Octaves a doubling in the package before these runs: a rate's own slope, and its uncertainty.
+BEFORE = {"A": Slope(0.0, 0.25), "B": Slope(0.15, 0.25)}
+BEFORE_FULL = {"A": Slope(0.25, 0.2), "B": Slope(0.15, 0.2)}
+AS_IT_IS, NO_MOVE = "as it is", "none"
+
+
+class Form(NamedTuple):
+    """What decides the slope of an arm, and up to what the rate rises.
+
+    Args:
+        name: in words.
+        groups: which arms have one slope, by arm.
+        unit: "steps", "examples", or "" for a rise without an end.
+    """
+
+    name: str
+    groups: Mapping[str, str]
+    unit: str = ""
+
+    @property
+    def constants(self) -> int:
+        return len(set(self.groups.values())) + bool(self.unit)
+
+
+FORMS = [
+    Form(f"a slope for each {what}{end}", groups, unit)
+    for what, groups in (("init", INIT_OF), ("arm", {arm: arm for arm in ARMS}))
+    for unit, end in (
+        ("", ""),
+        ("steps", ", up to a number of steps"),
+        ("examples", ", up to a number of examples"),
+    )
+]
+
+
+class Move(NamedTuple):
+    """The best rates of an arm at two lengths, log2."""
+
+    task: str
+    arm: str
+    steps: int
+    x: float
+    target_x: float
+
+    @property
+    def octaves(self) -> float:
+        return self.target_x - self.x
+
+    def doublings(self, limit: float, unit: str) -> float:
+        """How often the steps double up to the limit."""
+        if unit == "examples":
+            limit /= get_domain(self.task).batch
+        return math.log2(min(TIMES * self.steps, limit) / min(self.steps, limit))
+
+
+class Fitted(NamedTuple):
+    """A form with its constants: the slope of each arm, octaves a doubling, and the limit."""
+
+    form: Form
+    slopes: Mapping[str, float]
+    limit: float
+    error: float
+
+    def octaves(self, move: Move) -> float:
+        return self.slopes[move.arm] * move.doublings(self.limit, self.form.unit)
+
+
+def fitted(form: Form, moves: Sequence[Move]) -> Fitted:
+    """The form with the constants that fit the moves best."""
+    limits = LIMITS[form.unit] if form.unit else (math.inf,)
+    return min(
+        (with_limit(form, moves, limit) for limit in limits), key=lambda fit: fit.error
+    )
+
+
+def with_limit(form: Form, moves: Sequence[Move], limit: float) -> Fitted:
+    """Slopes by least squares at a limit, and their mean square error."""
+    slopes = {}
+    for arm, group in form.groups.items():
+        alike = [move for move in moves if form.groups[move.arm] == group]
+        doublings = [move.doublings(limit, form.unit) for move in alike]
+        products = [u * move.octaves for u, move in zip(doublings, alike, strict=True)]
+        squares = [u * u for u in doublings]
+        slopes[arm] = sum(products) / sum(squares) if any(squares) else 0.0
+    fit = Fitted(form, slopes, limit, 0.0)
+    errors = [(move.octaves - fit.octaves(move)) ** 2 for move in moves]
+    return fit._replace(error=statistics.fmean(errors))
+
+
+def before(move: Move) -> float:
+    """The octaves that the package moved a rate by, before these runs. Full finetuning's are those from Init[A]."""
+    init = INIT_OF[move.arm]
+    if init == "full":
+        return (BEFORE["A"].mean + BEFORE_FULL["A"].mean) * math.log2(TIMES)
+    return BEFORE[init].mean * math.log2(TIMES)
+
+
+# --- what is on file --------------------------------------------------------------------------------------------------
+
+
+class Runs(NamedTuple):
+    """A task's runs, and its loss before training."""
+
+    done: Losses
+    start: float
+
+    def means(self, cell: Cell) -> dict[float, float]:
+        return curve(self.done, cell, seeds_of(cell))
+
+    def best(self, cell: Cell) -> float | None:
+        """log2 of the best rate; None where nothing is on file or it lies at an edge."""
+        means = self.means(cell)
+        return best_rate(means, self.start) if means else None
+
+    def regret(self, cell: Cell, x: float) -> float:
+        """The share of the gain that rate 2^x loses."""
+        means = {
+            at: loss if math.isfinite(loss) else None
+            for at, loss in self.means(cell).items()
+        }
+        lowest_loss = min(loss for loss in means.values() if loss is not None)
+        return gap_of(means, lowest_loss, self.start)(x)
+
+
+def runs_on_file() -> dict[str, Runs]:
+    found = {}
+    for task in TASKS:
+        done = read(STORE / f"{task}.jsonl")
+        if done:
+            found[task] = Runs(done, start_of(task, done))
+    return found
+
+
+def moves_of(runs: Mapping[str, Runs], warmup: float = WARMUP) -> list[Move]:
+    """Every move over eight times the steps of which both best rates are known."""
+    moves = []
+    for task, arm, steps in product(runs, ARMS, SHORT):
+        ends = (steps, TIMES * steps)
+        best = [runs[task].best(ARMS[arm].cell(task, each, warmup)) for each in ends]
+        if best[0] is not None and best[1] is not None:
+            moves.append(Move(task, arm, steps, best[0], best[1]))
+    return moves
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+def table() -> None:
+    """Write results/longer.md from what is on file."""
+    runs = runs_on_file()
+    moves = moves_of(runs)
+    explanation = (__doc__ or "").partition("\n\n")[2]
+    parts = [
+        "# The number of steps",
+        explanation.strip(),
+        block("Best rates", ("task", "arm", *map(str, LENGTHS)), list(rate_rows(runs))),
+        block(
+            "Octaves a doubling, in the mean over tasks",
+            ("arm", *SPANS),
+            list(slope_rows(runs)),
+        ),
+        block("Forms, on tasks left out", FORM_HEADS, list(form_rows(runs, moves))),
+        block(
+            "A warm-up of 20 %, from 50 to 400 steps", WARM_HEADS, list(warm_rows(runs))
+        ),
+        block(
+            "Calibrations of an eighth of the target",
+            SEARCH_HEADS,
+            list(search_rows(runs, moves)),
+        ),
+        made_by(machine(1), *(STORE / f"{task}.jsonl" for task in runs)),
+    ]
+    (RESULTS / "longer.md").write_text("\n\n".join(parts) + "\n")
+    click.echo("\n\n".join(parts[2:-1]))
+
+
+SPANS = tuple(f"{low} to {high}" for low, high in pairwise(LENGTHS))
+FORM_HEADS = (
+    "form",
+    "constants",
+    "error, octaves",
+    "regret, %: mean / 95th percentile / share above 5 %",
+    "fitted to all tasks",
+)
+WARM_HEADS = ("task", "arm", "octaves with 5 %", "with 20 %")
+SEARCH_HEADS = (
+    "plan",
+    "short runs",
+    "rates",
+    "median",
+    "95th percentile",
+    "worst",
+    "bands that hold",
+)
+
+
+def rate_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
+    """log2 of the best rate by length."""
+    for task, arm in product(runs, ARMS):
+        best = [runs[task].best(ARMS[arm].cell(task, steps)) for steps in LENGTHS]
+        yield [task, arm, *(number(x, 2) for x in best)]
+
+
+def slope_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
+    """The mean and range over tasks of the move over each doubling."""
+    for arm in ARMS:
+        cells = []
+        for ends in pairwise(LENGTHS):
+            rises = []
+            for task in runs:
+                low, high = (
+                    runs[task].best(ARMS[arm].cell(task, steps)) for steps in ends
+                )
+                if low is not None and high is not None:
+                    rises.append(high - low)
+            cells.append(
+                f"{statistics.fmean(rises):+.2f} ({min(rises):+.2f} to {max(rises):+.2f})"
+                if rises
+                else "–"
+            )
+        yield [arm, *cells]
+
+
+def form_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[list[str]]:
+    """Each form on tasks left out: error, regret, and its constants fitted to all."""
+    known = {NO_MOVE: lambda move: 0.0, AS_IT_IS: before}
+    for name, octaves in known.items():
+        yield [name, "–", *judged(runs, moves, [octaves(move) for move in moves]), "–"]
+    for form in FORMS:
+        whole = fitted(form, moves)
+        slopes = {form.groups[arm]: slope for arm, slope in whole.slopes.items()}
+        words = ", ".join(f"{group} {slope:+.2f}" for group, slope in slopes.items())
+        end = f", up to {whole.limit:g} {form.unit}" if form.unit else ""
+        carried = [left_out(form, moves, move.task).octaves(move) for move in moves]
+        yield [
+            form.name,
+            str(form.constants),
+            *judged(runs, moves, carried),
+            words + end,
+        ]
+
+
+def left_out(form: Form, moves: Sequence[Move], task: str) -> Fitted:
+    """The form with the constants of the other tasks."""
+    return fitted(form, [move for move in moves if move.task != task])
+
+
+def judged(
+    runs: Mapping[str, Runs], moves: Sequence[Move], octaves: Sequence[float]
+) -> list[str]:
+    """Error and regrets of moved best rates."""
+    errors, regrets = [], []
+    for move, by in zip(moves, octaves, strict=True):
+        errors.append((move.octaves - by) ** 2)
+        cell = ARMS[move.arm].cell(move.task, TIMES * move.steps)
+        regrets.append(runs[move.task].regret(cell, move.x + by))
+    return [number(math.sqrt(statistics.fmean(errors))), score(regrets).words(2)]
+
+
+def warm_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
+    """The move from 50 to 400 steps at both warm-ups."""
+    rises: dict[float, list[float]] = {WARMUP: [], LONG_WARMUP: []}
+    for task, arm in product(WARM_TASKS, WARM_ARMS):
+        cells = [task, arm]
+        for warmup, of_warmup in rises.items():
+            best = [
+                runs[task].best(ARMS[arm].cell(task, steps, warmup))
+                for steps in WARM_LENGTHS
+            ]
+            if None in best:
+                cells.append("–")
+                continue
+            of_warmup.append(best[1] - best[0])
+            cells.append(number(of_warmup[-1], 2, sign=True))
+        yield cells
+    means = [statistics.fmean(each) if each else None for each in rises.values()]
+    yield ["mean", "", *(number(mean, 2, sign=True) for mean in means)]
+
+
+# --- the bar ----------------------------------------------------------------------------------------------------------
+
+
+class Rated(NamedTuple):
+    """What a recipe's rate loses at the target, and whether its band holds the best rate; None if that is unknown."""
+
+    steps: int
+    regret: float
+    holds: bool | None
+
+
+def search_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[list[str]]:
+    """The bar's figures, by plan and length of the short runs."""
+    plans: dict[str, Any] = {AS_IT_IS: lambda _, init: carry_before(init)}
+    for form in FORMS:
+        plans[form.name] = lambda search, init, form=form: carry_of_form(
+            form, moves, search
+        )
+    for name, plan in plans.items():
+        rates = list(rated(runs, plan))
+        for steps in (*SHORT, None):
+            chosen = [rate for rate in rates if steps in (None, rate.steps)]
+            if chosen:
+                yield [name, str(steps or "all"), *figures(chosen)]
+
+
+def figures(rates: Sequence[Rated]) -> list[str]:
+    regrets = [rate.regret for rate in rates]
+    held = [rate.holds for rate in rates if rate.holds is not None]
+    median, high = statistics.median(regrets), score(regrets).high
+    bands = f"{sum(held)} of {len(held)}, {percent(sum(held) / len(held))}"
+    return [
+        str(len(rates)),
+        percent(median),
+        percent(high),
+        percent(max(regrets)),
+        bands,
+    ]
+
+
+def rated(runs: Mapping[str, Runs], plan: Any) -> Iterator[Rated]:
+    """Every rate of every recipe on file, moved to its target by a plan."""
+    for wanted in searches(runs):
+        if not wanted.path.exists():
+            continue
+        recipe = refitted(Recipe.load(wanted.path), carry=plan(wanted, wanted.init))
+        for name in wanted.arms:
+            cell = ARMS[name].cell(wanted.task, wanted.target)
+            lr, low, high = rate_of(recipe, wanted.config, ARMS[name].rank)
+            best = runs[wanted.task].best(cell)
+            holds = None if best is None else low <= 2.0**best <= high
+            yield Rated(
+                wanted.steps, runs[wanted.task].regret(cell, math.log2(lr)), holds
+            )
+
+
+def carry_before(init: str) -> Carry:
+    return Carry(math.log2(TIMES), BEFORE[init], BEFORE_FULL[init])
+
+
+def carry_of_form(form: Form, moves: Sequence[Move], wanted: Search) -> Carry:
+    """The move by a form whose constants, and whose spread, are those of the other tasks."""
+    fit = left_out(form, moves, wanted.task)
+    others = [move for move in moves if move.task != wanted.task]
+    lora, full = [], []
+    for arm in wanted.arms:
+        one = Move(wanted.task, arm, wanted.steps, 0.0, 0.0)
+        (full if arm == "full" else lora).append(fit.octaves(one))
+    mean = statistics.fmean(lora)
+    errors = {
+        (move.task, move.arm, move.steps): move.octaves - fit.octaves(move)
+        for move in others
+    }
+    own = [
+        error for (_, arm, _), error in errors.items() if INIT_OF[arm] == wanted.init
+    ]
+    beside = [
+        error - errors[task, "full", steps]
+        for (task, arm, steps), error in errors.items()
+        if INIT_OF[arm] == wanted.init and (task, "full", steps) in errors
+    ]
+    u = math.log2(TIMES)
+    spread = math.sqrt(
+        Carry(u, Slope(0.0, 1.0), Slope(0.0, 1.0)).of(Slope(0.0, 1.0))[1]
+    )
+    return Carry(
+        u,
+        Slope(mean / u, root_mean_square(own) / spread),
+        Slope((full[0] - mean) / u, root_mean_square(beside) / spread),
+    )
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(statistics.fmean(value * value for value in values))
 
 
 if __name__ == "__main__":
