@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ def adapt(
     seed: int,
     layers: str,
     saved: Sequence[str] = (),
+    **options: Any,
 ) -> nn.Module:
     """`model` with LoRA on some layers; with rank None, with the weights of these layers trainable.
 
@@ -30,6 +32,7 @@ def adapt(
         seed: seed of the draw.
         layers: regular expression that matches the names of the layers.
         saved: names of modules that are trained in full at every rank.
+        options: further options of `peft.LoraConfig`.
     """
     import peft
 
@@ -46,6 +49,7 @@ def adapt(
         lora_alpha=alpha,
         target_modules=layers,
         modules_to_save=list(saved) or None,
+        **options,
     )
     with seeded(seed):
         adapted: nn.Module = peft.get_peft_model(model, config)
