@@ -36,14 +36,20 @@ four cells. (The eigenvalue is of the training loss in A and B, by power iterati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
-from recording import RESULTS
-from study.configurations import ADAMW, CLIP, START, TUNED, starts
+from calibration.surfaces import gap_of
+from recording import RESULTS, block, machine, number, percent
+from study.best_rates import best_rate
+from study.configurations import ADAMW, CLIP, START, TUNED, start_of, starts
 from study.domains import (
     Domain,
     _dit,
@@ -53,8 +59,10 @@ from study.domains import (
 )
 from study.domains._adapters import adapt
 from study.grids import FULL, Cell, Job, Losses, Together, curve, lowest, or_inf
+from study.moving import by_default
 from study.optima import best_rates
-from study.runs_on_file import complete, read
+from study.regret import score
+from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, provenance
 from study.training import WARMUP, train
 from torch import nn
@@ -171,7 +179,7 @@ PARTS = {
         Part("tied embeddings", "language", tied),
         Part("new tokens", "language", new_tokens),
         Part("untied embeddings and head", "language", untied),
-        Part("DoRA's magnitudes", "language", dora),
+        Part("DoRA magnitudes", "language", dora),
         Part("text head", "text_classification", with_head("text_classification")),
     )
 }
@@ -290,8 +298,8 @@ def lines(part: Part) -> list[Line]:
     return [Line(part.cell(each.scaling, each.rank), each.x) for each in planes(part)]
 
 
-def store_of(part: Part) -> Any:
-    return STORE / f"{part.name.replace(' ', '-').replace(chr(39), '').lower()}.jsonl"
+def store_of(part: Part) -> Path:
+    return STORE / f"{part.name.replace(' ', '-').lower()}.jsonl"
 
 
 def run_one(job: Job) -> float | None:
@@ -325,6 +333,243 @@ def sweep(name: str, workers: int) -> None:
     grid = Together([starts(name, range(SEEDS)), *grids])
     made = provenance(part.task)
     complete(grid, run_one, store_of(part), workers, click.echo, made)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+class Swept(NamedTuple):
+    """A part at a rank and scaling, as its runs show it.
+
+    Args:
+        part, scaling, rank: where.
+        x: log2 of the adapters' best rate.
+        losses: mean loss by log2 of the rest's rate, at that rate of the adapters.
+        start: the loss before training.
+        floor: what the rate that is best on one seed loses on the other.
+    """
+
+    part: Part
+    scaling: str
+    rank: int
+    x: int
+    losses: Mapping[float, float]
+    start: float
+    floor: float
+
+    @property
+    def best(self) -> float | None:
+        """log2 of the rest's best rate."""
+        return best_rate(self.losses, self.start)
+
+    def regret(self, y: float) -> float:
+        """The share of the gain that rate 2^y of the rest loses."""
+        losses = {
+            at: loss if math.isfinite(loss) else None
+            for at, loss in self.losses.items()
+        }
+        return gap_of(losses, min(self.losses.values()), self.start)(y)
+
+    @property
+    def flat(self) -> float:
+        """Octaves over which the rest's rate loses less than 1 %."""
+        low, high = min(self.losses), max(self.losses)
+        eighths = range(round(8 * (high - low)) + 1)
+        return sum(self.regret(low + each / 8) < 0.01 for each in eighths) / 8
+
+
+def swept(part: Part) -> list[Swept]:
+    """The finished planes of a part."""
+    done = read(store_of(part))
+    return [
+        of_plane(plane, done)
+        for plane in planes(part)
+        if done and not plane.wanted(done)
+    ]
+
+
+def of_plane(plane: Plane, done: Losses) -> Swept:
+    """The line of a plane: the rates of the rest that both seeds ran, at one rate of the adapters."""
+    name, prefix, rank = plane.part.cell(plane.scaling, plane.rank)
+    by_x: dict[float, dict[float, list[float]]] = {}
+    for job, loss in done.items():
+        scaling, _, rest = job.scheme.partition(" | ")
+        if scaling == prefix and job.rank == rank and rest:
+            of_rate = by_x.setdefault(job.x, {}).setdefault(float(rest), [])
+            of_rate.append(or_inf(loss))
+    x, by_y = max(by_x.items(), key=lambda each: sum(map(len, each[1].values())))
+    pairs = {y: losses for y, losses in sorted(by_y.items()) if len(losses) == SEEDS}
+    means = {y: statistics.fmean(losses) for y, losses in pairs.items()}
+    start = start_of(name, done)
+    gain = start - min(means.values())
+    lost = []
+    for seed in range(SEEDS):
+        chosen = min(pairs, key=lambda y: pairs[y][seed])
+        lost.append((means[chosen] - min(means.values())) / gain)
+    return Swept(
+        plane.part, plane.scaling, rank, round(x), means, start, statistics.fmean(lost)
+    )
+
+
+def ways(of: Swept) -> dict[str, float]:
+    """log2 of the rest's rate by each way, for a user whose rate is best at rank 16."""
+    known = best_rates(read(STORES / f"{of.part.task}.jsonl"), of.part.task, TUNED_IN)
+    base = known[TUNED]
+    return {
+        BASE: base,
+        "the adapters' rate": float(of.x),
+        "the law's full rate": base + by_default(of.part.task, TUNED_IN)(TUNED, FULL),
+        "a quarter of the base rate": base - 2,
+        "four times the base rate": base + 2,
+    }
+
+
+BASE, TUNED_IN = "the base rate", "Init[A], s = 1"
+CELL_HEADS = (
+    "part",
+    "task",
+    "scaling",
+    "rank",
+    "adapters' best rate, log2",
+    "the rest's best rate, log2",
+    "full finetuning's, log2",
+    "octaves within 1 %",
+    "noise floor",
+)
+WAY_HEADS = ("way", "regret, %: mean / 95th percentile / share above 5 %", *PARTS)
+RANK_HEADS = (
+    "part",
+    "scaling",
+    "octaves from rank 4 to 64",
+    "rank 4's rate at rank 64 loses",
+)
+
+
+@main.command()
+def table() -> None:
+    """Write results/rest.md from what is on file."""
+    cells = [each for part in PARTS.values() for each in swept(part)]
+    explanation = (__doc__ or "").partition("\n\n")[2]
+    on_file = [
+        store_of(part)
+        for part in {**PARTS, **LINES}.values()
+        if store_of(part).exists()
+    ]
+    parts = [
+        "# The rest of the model",
+        explanation.strip(),
+        block("Ways to choose the rest's rate", WAY_HEADS, list(way_rows(cells))),
+        block("Best rates", CELL_HEADS, list(cell_rows(cells))),
+        block("From rank 4 to rank 64", RANK_HEADS, list(rank_rows(cells))),
+        block("PiSSA, OLoRA and DoRA, one rate for all", INIT_HEADS, list(init_rows())),
+        made_by(machine(1), *on_file),
+    ]
+    (RESULTS / "rest.md").write_text("\n\n".join(parts) + "\n")
+    click.echo("\n\n".join(parts[2:-1]))
+
+
+def way_rows(cells: Sequence[Swept]) -> Iterator[list[str]]:
+    """What each way loses, over all parts and in each."""
+    for way in ways(cells[0]):
+        by_part: dict[str, list[float]] = {name: [] for name in PARTS}
+        for cell in cells:
+            by_part[cell.part.name].append(cell.regret(ways(cell)[way]))
+        regrets = [regret for each in by_part.values() for regret in each]
+        means = [
+            percent(statistics.fmean(each)) if each else "–"
+            for each in by_part.values()
+        ]
+        yield [way, score(regrets).words(2), *means]
+
+
+def cell_rows(cells: Sequence[Swept]) -> Iterator[list[str]]:
+    for cell in cells:
+        full = best_rates(
+            read(STORES / f"{cell.part.task}.jsonl"), cell.part.task, "full"
+        )
+        yield [
+            cell.part.name,
+            cell.part.task,
+            cell.scaling,
+            str(cell.rank),
+            str(cell.x),
+            number(cell.best, 1),
+            number(full[FULL], 1),
+            number(cell.flat, 1),
+            percent(cell.floor),
+        ]
+
+
+def rank_rows(cells: Sequence[Swept]) -> Iterator[list[str]]:
+    """How far the rest's best rate moves with the rank, and what it costs not to move it."""
+    at = {(cell.part.name, cell.scaling, cell.rank): cell for cell in cells}
+    for (name, scaling, rank), low in at.items():
+        high = at.get((name, scaling, RANKS[1]))
+        if rank != RANKS[0] or high is None:
+            continue
+        ends = low.best, high.best
+        moved = None if None in ends else ends[1] - ends[0]
+        lost = "–" if ends[0] is None else percent(high.regret(ends[0]))
+        yield [name, scaling, number(moved, 1, sign=True), lost]
+
+
+# --- PiSSA, OLoRA and DoRA --------------------------------------------------------------------------------------------
+
+INIT_HEADS = (
+    "init",
+    "scaling",
+    "rank",
+    "best rate, log2",
+    "against LoRA's, octaves",
+    "as the eigenvalues say",
+    "lowest loss",
+)
+ITERATIONS = 12  # of the power iteration
+
+
+def init_rows() -> Iterator[list[str]]:
+    """Each init's best rate, LoRA's beside it, and what the Hessian's largest eigenvalue says."""
+    plain: dict[tuple[str, int], tuple[float | None, float]] = {}
+    for name, part in LINES.items():
+        done = read(store_of(part)) if store_of(part).exists() else {}
+        for scaling, rank in product(SCALINGS, RANKS):
+            means = curve(done, part.cell(scaling, rank), SEEDS)
+            if not means:
+                continue
+            best = best_rate(means, start_of(name, done))
+            eigenvalue = sharpness(part, scaling, rank)
+            ours = plain.setdefault((scaling, rank), (best, eigenvalue))
+            against = None if best is None or ours[0] is None else best - ours[0]
+            predicted = math.log2(ours[1] / eigenvalue)
+            yield [
+                name,
+                scaling,
+                str(rank),
+                number(best, 1),
+                number(against, 1, sign=True),
+                number(predicted, 1, sign=True),
+                number(min(means.values()), 3),
+            ]
+
+
+def sharpness(part: Part, scaling: str, rank: int) -> float:
+    """The largest eigenvalue of the Hessian of the loss in A and B before training, on one batch."""
+    model: Any = part.build(rank, SCALINGS[scaling](rank), 0)
+    model.get_base_model().config._attn_implementation = (
+        "eager"  # sdpa has no second derivative here
+    )
+    params = [p for p in model.parameters() if p.requires_grad]
+    loss = part.domain.loss(model, next(part.domain.batches(0, part.domain.batch)))
+    slopes = torch.autograd.grad(loss, params, create_graph=True)
+    with ra.calibration.seeded(0):
+        vector = [torch.randn_like(p) for p in params]
+    size = 1.0
+    for _ in range(ITERATIONS):
+        size = math.sqrt(sum(float((v * v).sum()) for v in vector))
+        vector = [v / size for v in vector]
+        along = sum((slope * v).sum() for slope, v in zip(slopes, vector, strict=True))
+        vector = list(torch.autograd.grad(along, params, retain_graph=True))
+    return math.sqrt(sum(float((v * v).sum()) for v in vector))
 
 
 if __name__ == "__main__":
