@@ -61,6 +61,15 @@ def times(octaves: float) -> str:
     return f"× {2.0**octaves:.3g}"
 
 
+def give_or_take(octaves: float) -> str:
+    """Return an uncertainty of log2 of a rate in words.
+
+    >>> give_or_take(0.5)
+    'give or take a factor of 1.41'
+    """
+    return f"give or take a factor of {2.0**octaves:.3g}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under headings, a title above them and lines of text below.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .._optimizers import defaults_of
-from .._printing import times
+from .._printing import give_or_take, times
 from .._types import infer_scaling
 from ..errors import CalibrationError
 from ..fitting import Fit, fit_observations
@@ -140,8 +140,8 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
         octaves, variance = calibration.carry.of(calibration.carry.lora)
         notes.append(
             f"{options.target} steps were not tried: the rate is that of"
-            f" {calibration.schedule.steps}, moved by {times(octaves)}, give or take a factor of"
-            f" {2.0 ** math.sqrt(variance):.3g}"
+            f" {calibration.schedule.steps}, moved by {times(octaves)},"
+            f" {give_or_take(math.sqrt(variance))}"
         )
     unsteady = _unsteady(trials)
     if unsteady is not None:

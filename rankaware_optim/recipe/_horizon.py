@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .._checks import is_within, plain, range_of, shown
-from .._printing import times
+from .._printing import give_or_take, times
 from .._types import Method, Reference
 from ..errors import RecipeError
 from ..fitting import added_slope
@@ -125,6 +125,6 @@ def _moved(
             f"Leave {what}= out, or calibrate with {what}=.",
         )
     octaves = math.log2(asked / own)
-    move, off = times(slope * octaves), 2.0 ** abs(sd * octaves)
-    why = f"{words}: an extrapolation by {move}, give or take a factor of {off:.3g}"
+    move, off = times(slope * octaves), give_or_take(abs(sd * octaves))
+    why = f"{words}: an extrapolation by {move}, {off}"
     return Moved(slope * octaves, (sd * octaves) ** 2, (why,)) if octaves else Moved()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._optimizers import known_optimizer
 from .._printing import times
 from .._rate import Rate
-from .._types import GAMMA, Method, Reference, Survey, width_for
+from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..fitting import Fit, centred_law
@@ -282,7 +282,7 @@ class Recipe(RecipeData):
                 f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
                 "Give an alpha with the rank.",
             )
-        return own.scaling * float((rank / own.rank) ** -GAMMA[self.scaling_rule])
+        return own.scaling * scaling_factor(self.scaling_rule, own.rank, rank)
 
     def explain(self) -> str:
         """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""

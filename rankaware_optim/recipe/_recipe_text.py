@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
-from .._printing import Table, printable, times
+from .._printing import Table, give_or_take, printable, times
 from .._types import Reference, Scaling, init_text
 from ..laws import Power, law_sentence
 from ._recipe_data import BASE, RecipeData
@@ -69,7 +69,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
         ),
         (
             "other steps",
-            f"{times(slope)} for twice the steps, give or take a factor of {2.0**slope_sd:.3g}",
+            f"{times(slope)} for twice the steps, {give_or_take(slope_sd)}",
         ),
         ("seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"),
         ("other rates", _other_rates(recipe)),
