@@ -204,6 +204,9 @@ class Survey:
         """
         return self._table(per_module, rates).text(200 if per_module else 140)
 
+    def __str__(self) -> str:
+        return self.explain()
+
     def _repr_html_(self) -> str:
         return self._table().html()
 
