@@ -56,7 +56,7 @@ from recording import RESULTS, block, machine, number, percent
 from study.best_rates import best_rate
 from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, get_domain
-from study.grids import FULL, Cell, Job, Losses, Together, curve, lowest
+from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
 from study.optima import best_rates
 from study.regret import score
 from study.runs_on_file import complete, made_by, read
@@ -72,7 +72,6 @@ TASKS = ("image_generation", "vision_language", "super_resolution", "language")
 LENGTHS = (25, 50, 100, 200, 400, 800)
 WARM_TASKS, WARM_LENGTHS, LONG_WARMUP = TASKS[:2], (50, 400), 0.2
 LONGEST = 800  # steps, of which one seed is run
-MOST = 8  # rates that a grid may have
 UNKNOWN = -8  # log2 of the first rate where the study has none
 
 
@@ -117,20 +116,10 @@ class Chain:
     def wanted(self, done: Losses) -> list[Job]:
         centre = self.guess
         for cell in self.cells:
-            low, high = centre - 1, centre + 1
-            while True:
-                jobs = [
-                    Job(*cell, float(x), seed)
-                    for x in range(low, high + 1)
-                    for seed in range(seeds_of(cell))
-                ]
-                if missing := [job for job in jobs if job not in done]:
-                    return missing
-                best = round(lowest(curve(done, cell, seeds_of(cell))))
-                if low < best < high or high - low + 1 >= MOST:
-                    break
-                low, high = low - (best <= low), high + (best >= high)
-            centre = best
+            line = Line(cell, centre, seeds_of(cell))
+            if missing := line.wanted(done):
+                return missing
+            centre = line.best(done)
         return []
 
 

@@ -58,7 +58,18 @@ from study.domains import (
     image_generation,
 )
 from study.domains._adapters import adapt
-from study.grids import FULL, Cell, Job, Losses, Together, curve, lowest, or_inf
+from study.grids import (
+    FULL,
+    Cell,
+    Job,
+    Line,
+    Losses,
+    Together,
+    around,
+    curve,
+    grown,
+    or_inf,
+)
 from study.moving import by_default
 from study.optima import best_rates
 from study.regret import score
@@ -78,7 +89,6 @@ SCALINGS: dict[str, Callable[[int], float]] = {
     "s = 16/r": lambda rank: float(TUNED),
 }
 NEW_TOKENS = 128  # tokens of the code whose embeddings are forgotten
-MOST = 9  # rates that an axis may have
 
 
 class Part(NamedTuple):
@@ -243,41 +253,6 @@ class Plane:
             self.job(x, at, seed) for at in around(y, 2, 1) for seed in range(SEEDS)
         ]
         return [job for job in line if job not in done]
-
-
-def around(centre: int, count: int, apart: int) -> range:
-    """`count` rates on either side."""
-    return range(centre - count * apart, centre + count * apart + 1, apart)
-
-
-def grown(axis: range, best: int) -> range:
-    """The axis with one rate more where the best is at an edge."""
-    if len(axis) >= MOST:
-        return axis
-    low = axis.start - axis.step * (best == axis[0])
-    return range(low, axis.stop + axis.step * (best == axis[-1]), axis.step)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One rate for all, an octave apart, growing at an edge, on both seeds."""
-
-    cell: Cell
-    x: int
-
-    def wanted(self, done: Losses) -> list[Job]:
-        axis = around(self.x, 1, 1)
-        while True:
-            jobs = [
-                Job(*self.cell, float(x), seed) for x in axis for seed in range(SEEDS)
-            ]
-            missing = [job for job in jobs if job not in done]
-            if missing:
-                return missing
-            wider = grown(axis, round(lowest(curve(done, self.cell, SEEDS))))
-            if wider == axis:
-                return []
-            axis = wider
 
 
 def planes(part: Part) -> list[Plane]:

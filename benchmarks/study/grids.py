@@ -104,6 +104,57 @@ class Grid:
         return jobs
 
 
+@dataclass(frozen=True)
+class Line:
+    """Rates an octave apart, on all seeds: one on either side of the centre, more where the best is at an edge.
+
+    Args:
+        cell: the cell.
+        centre: log2 of the first rate.
+        seeds: how many seeds run every rate.
+    """
+
+    cell: Cell
+    centre: int
+    seeds: int = 2
+
+    def wanted(self, done: Losses) -> list[Job]:
+        axis = around(self.centre, 1, 1)
+        while True:
+            jobs = [
+                Job(*self.cell, float(x), seed)
+                for x in axis
+                for seed in range(self.seeds)
+            ]
+            missing = [job for job in jobs if job not in done]
+            if missing:
+                return missing
+            wider = grown(axis, self.best(done))
+            if wider == axis:
+                return []
+            axis = wider
+
+    def best(self, done: Losses) -> int:
+        """log2 of the rate with the lowest mean loss."""
+        return round(lowest(curve(done, self.cell, self.seeds)))
+
+
+MOST = 9  # rates of an axis that grows
+
+
+def around(centre: int, count: int, apart: int) -> range:
+    """`count` rates on either side of the centre."""
+    return range(centre - count * apart, centre + count * apart + 1, apart)
+
+
+def grown(axis: range, best: int) -> range:
+    """The axis with one rate more where the best is at an edge."""
+    if len(axis) >= MOST:
+        return axis
+    low = axis.start - axis.step * (best == axis[0])
+    return range(low, axis.stop + axis.step * (best == axis[-1]), axis.step)
+
+
 def curve(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
     """{log2 rate: mean loss}, by rising rate, for rates that all seeds have run; infinite if a seed diverged."""
     xs = sorted({job.x for job in done if job[:3] == cell})
