@@ -16,7 +16,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "lr": (1e-30, 1e6),
     "trial_lr": (1e-100, 1e100),  # a rate moved to a reference, or from it
     "octaves": (0.0, 10.0),  # a safety margin, or a standard deviation
-    "slope": (-10.0, 10.0),  # octaves per octave
     "steepness": (0.0, 10.0),  # per octave
     "rank": (1, 2**31 - 1),
     "alpha": (1e-12, 1e12),

@@ -37,7 +37,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from itertools import compress, product
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 
 import click
@@ -60,8 +60,9 @@ from rankaware_optim.calibration._schedule import Schedule
 from rankaware_optim.calibration._search import BracketSampler
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
 from rankaware_optim.fitting import (
-    Carry,
+    Fit,
     Observation,
+    Prior,
     diverged,
     fit_observations,
     prior_of,
@@ -114,6 +115,14 @@ def main() -> None:
 
 
 # --- full runs and LoRA's rates ---------------------------------------------------------------------------------------
+
+
+class Carry(Protocol):
+    """A move of a fit from the steps of its trials to others."""
+
+    def prior_of_trials(self, prior: Prior) -> Prior: ...
+
+    def to_target(self, fit: Fit, prior: Prior) -> Fit: ...
 
 
 def refitted(

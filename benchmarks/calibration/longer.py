@@ -25,11 +25,6 @@ The package takes the form with the lowest mean regret over all moves of left-ou
 it, it takes the one with the fewest constants. It stays as it is where it is among them, or where the form's 95th
 percentile is higher than its own.
 
-*Two tasks more*, vision classification and reinforcement, from 25 to 200 steps. They were added when the moves of the four
-had been seen, and before their own runs: by these the best forms let rates fall with the steps, where the package and
-another network (a byte-level transformer, from 50 to 400 steps) let them rise. A form whose constants are those of the
-four is taken only if its mean regret on these two is not more than .1 points above that of no move.
-
 *The warm-up.* On two tasks the lengths 50 and 400 are swept with a warm-up of 20 % too, in three arms. If the rise comes
 from short warm-ups, it is then less than half of what it is with 5 %, in the mean over arms and tasks.
 
@@ -43,15 +38,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
+import numpy as np
 import torch
 from calibration.couplings import refitted
 from calibration.searches import rate_of
@@ -69,13 +66,13 @@ from study.suite import STORES, provenance
 from study.training import WARMUP
 
 from rankaware_optim import Recipe
-from rankaware_optim.fitting import Carry, Slope
+from rankaware_optim.fitting import Fit, Prior
+from rankaware_optim.fitting._priors import _REACH
 
 RESTS_ON = ("fit", "search.adam", "calibration.adam", "horizon", "scores")
 STORE = RESULTS / "longer"
 TASKS = ("image_generation", "vision_language", "super_resolution", "language")
 LENGTHS = (25, 50, 100, 200, 400, 800)
-ADDED, ADDED_LENGTHS = ("vision_classification", "reinforcement"), (25, 200)
 WARM_TASKS, WARM_LENGTHS, LONG_WARMUP = TASKS[:2], (50, 400), 0.2
 LONGEST = 800  # steps, of which one seed is run
 UNKNOWN = -8  # log2 of the first rate where the study has none
@@ -142,8 +139,7 @@ def length_of(scheme: str) -> tuple[int, float]:
 def chains(task: str) -> list[Chain]:
     """One an arm and warm-up, from the study's best rate at the nearest rank."""
     done = read(STORES / f"{task}.jsonl")
-    own_lengths = ADDED_LENGTHS if task in ADDED else LENGTHS
-    plans = [(arm, own_lengths, WARMUP) for arm in ARMS.values()]
+    plans = [(arm, LENGTHS, WARMUP) for arm in ARMS.values()]
     if task in WARM_TASKS:
         plans += [(ARMS[name], WARM_LENGTHS, LONG_WARMUP) for name in WARM_ARMS]
     found = []
@@ -170,7 +166,7 @@ def of_length(task: str, steps: int) -> Domain:
 
 
 @main.command()
-@click.option("--domain", "task", type=click.Choice([*TASKS, *ADDED]), required=True)
+@click.option("--domain", "task", type=click.Choice(TASKS), required=True)
 @click.option("--workers", default=2, show_default=True)
 def sweep(task: str, workers: int) -> None:
     """Run what is missing of a task's grids."""
@@ -260,10 +256,19 @@ def calibrate(wanted: Search) -> Path:
 
 INIT_OF = dict(zip(ARMS, ("A", "A", "B", "full"), strict=True))
 LIMITS = {"steps": (100, 200, 400), "examples": (1600, 3200, 6400)}
+
+
 # Octaves a doubling in the package before these runs: a rate's own slope, and its uncertainty.
+class Slope(NamedTuple):
+    """The prior of a slope: mean and standard deviation, octaves of rate per octave of steps."""
+
+    mean: float
+    sd: float
+
+
 BEFORE = {"A": Slope(0.0, 0.25), "B": Slope(0.15, 0.25)}
 BEFORE_FULL = {"A": Slope(0.25, 0.2), "B": Slope(0.15, 0.2)}
-AS_IT_IS, NO_MOVE = "as it is", "none"
+AS_IT_WAS, ONE_SPREAD = "as it was", "none, one spread for all"
 
 
 class Form(NamedTuple):
@@ -284,7 +289,7 @@ class Form(NamedTuple):
         return len(set(self.groups.values())) + bool(self.unit)
 
 
-FORMS = [
+FORMS = [Form("none", {})] + [
     Form(f"a slope for each {what}{end}", groups, unit)
     for what, groups in (("init", INIT_OF), ("arm", {arm: arm for arm in ARMS}))
     for unit, end in (
@@ -337,7 +342,7 @@ def fitted(form: Form, moves: Sequence[Move]) -> Fitted:
 
 def with_limit(form: Form, moves: Sequence[Move], limit: float) -> Fitted:
     """Slopes by least squares at a limit, and their mean square error."""
-    slopes = {}
+    slopes = dict.fromkeys(ARMS, 0.0)
     for arm, group in form.groups.items():
         alike = [move for move in moves if form.groups[move.arm] == group]
         doublings = [move.doublings(limit, form.unit) for move in alike]
@@ -486,12 +491,11 @@ def slope_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
 
 def form_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[list[str]]:
     """Each form on tasks left out: error, regret, and its constants fitted to all."""
-    known = {NO_MOVE: lambda move: 0.0, AS_IT_IS: before}
-    for name, octaves in known.items():
-        yield [name, "–", *judged(runs, moves, [octaves(move) for move in moves]), "–"]
+    were = [before(move) for move in moves]
+    yield [AS_IT_WAS, "–", *judged(runs, moves, were), "–"]
     for form in FORMS:
         whole = fitted(form, moves)
-        slopes = {form.groups[arm]: slope for arm, slope in whole.slopes.items()}
+        slopes = {group: whole.slopes[arm] for arm, group in form.groups.items()}
         words = ", ".join(f"{group} {slope:+.2f}" for group, slope in slopes.items())
         end = f", up to {whole.limit:g} {form.unit}" if form.unit else ""
         carried = [left_out(form, moves, move.task).octaves(move) for move in moves]
@@ -499,7 +503,7 @@ def form_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[list[
             form.name,
             str(form.constants),
             *judged(runs, moves, carried),
-            words + end,
+            (words + end) or "–",
         ]
 
 
@@ -546,6 +550,7 @@ def warm_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
 class Rated(NamedTuple):
     """What a recipe's rate loses at the target, and whether its band holds the best rate; None if that is unknown."""
 
+    task: str
     steps: int
     regret: float
     holds: bool | None
@@ -553,16 +558,18 @@ class Rated(NamedTuple):
 
 def search_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[list[str]]:
     """The bar's figures, by plan and length of the short runs."""
-    plans: dict[str, Any] = {
-        NO_MOVE: lambda _, init: still(carry_before(init)),
-        AS_IT_IS: lambda _, init: carry_before(init),
-    }
+    plans: dict[str, Callable[[Search], Moving]] = {AS_IT_WAS: carry_before}
     for form in FORMS:
-        plans[form.name] = lambda search, init, form=form: carry_of_form(
-            form, moves, search
-        )
-    for name, plan in plans.items():
-        rates = list(rated(runs, plan))
+        plans[form.name] = partial(carry_of_form, form, moves)
+    by_plan = {name: list(rated(runs, plan)) for name, plan in plans.items()}
+    by_spread = {sd: list(rated(runs, partial(one_spread, sd))) for sd in SPREADS}
+    by_plan[ONE_SPREAD] = [
+        rate
+        for task in runs
+        for rate in by_spread[spread_without(task, by_spread)]
+        if rate.task == task
+    ]
+    for name, rates in by_plan.items():
         for steps in (*SHORT, None):
             chosen = [rate for rate in rates if steps in (None, rate.steps)]
             if chosen:
@@ -571,9 +578,9 @@ def search_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[lis
 
 def figures(rates: Sequence[Rated]) -> list[str]:
     regrets = [rate.regret for rate in rates]
-    held = [rate.holds for rate in rates if rate.holds is not None]
+    known = [rate for rate in rates if rate.holds is not None]
     median, high = statistics.median(regrets), score(regrets).high
-    bands = f"{sum(held)} of {len(held)}, {percent(sum(held) / len(held))}"
+    bands = f"{percent(share_held(known))} of {len(known)}"
     return [
         str(len(rates)),
         percent(median),
@@ -583,62 +590,127 @@ def figures(rates: Sequence[Rated]) -> list[str]:
     ]
 
 
-def rated(runs: Mapping[str, Runs], plan: Any) -> Iterator[Rated]:
+SPREADS = (0.3, 0.4, 0.5, 0.6, 0.8)
+ENOUGH = 0.88  # of the bands
+
+
+def one_spread(sd: float, _: Search) -> Moving:
+    """No move, and one standard deviation for the slopes of LoRA and of full finetuning."""
+    return moving(Slope(0.0, sd), Slope(0.0, 0.0))
+
+
+def spread_without(task: str, by_spread: Mapping[float, Sequence[Rated]]) -> float:
+    """The least spread with which enough bands of the other tasks hold."""
+    for sd, rates in by_spread.items():
+        if share_held(rate for rate in rates if rate.task != task) >= ENOUGH:
+            return sd
+    return SPREADS[-1]
+
+
+def share_held(rates: Iterable[Rated]) -> float:
+    held = [rate.holds for rate in rates if rate.holds is not None]
+    return statistics.fmean(held) if held else math.nan
+
+
+def rated(
+    runs: Mapping[str, Runs], plan: Callable[[Search], Moving]
+) -> Iterator[Rated]:
     """Every rate of every recipe on file, moved to its target by a plan."""
     for wanted in searches(runs):
         if not wanted.path.exists():
             continue
-        recipe = refitted(Recipe.load(wanted.path), carry=plan(wanted, wanted.init))
+        recipe = refitted(Recipe.load(wanted.path), carry=plan(wanted))
         for name in wanted.arms:
             cell = ARMS[name].cell(wanted.task, wanted.target)
             lr, low, high = rate_of(recipe, wanted.config, ARMS[name].rank)
             best = runs[wanted.task].best(cell)
             holds = None if best is None else low <= 2.0**best <= high
             yield Rated(
-                wanted.steps, runs[wanted.task].regret(cell, math.log2(lr)), holds
+                wanted.task,
+                wanted.steps,
+                runs[wanted.task].regret(cell, math.log2(lr)),
+                holds,
             )
 
 
-def still(carry: Carry) -> Carry:
-    """The same spread, and no move."""
-    lora, full = (Slope(0.0, slope.sd) for slope in (carry.lora, carry.full))
-    return replace(carry, lora=lora, full=full)
+class Moving(NamedTuple):
+    """A move of a fit from the steps of its trials to those of the target.
+
+    Args:
+        base, full: octaves of the base rate, and of full finetuning beside it.
+        base_variance, full_variance: of the same, octaves².
+    """
+
+    base: float
+    full: float
+    base_variance: float
+    full_variance: float
+
+    def prior_of_trials(self, prior: Prior) -> Prior:
+        """The prior at the steps of the trials, where the prior of the target is the law's."""
+        full_sd = math.hypot(prior.full_sd, math.sqrt(self.full_variance))
+        return replace(prior, full_mean=-self.full, full_sd=full_sd)
+
+    def to_target(self, fit: Fit, prior: Prior) -> Fit:
+        """The fit at the target. What was fitted of full finetuning's factor is shared by the target's and the move."""
+        share = prior.full_sd**2 / (prior.full_sd**2 + self.full_variance)
+        scale = np.array([1.0, 1.0, share])
+        base, drift, factor = fit.mean
+        added = np.diag([self.base_variance, 0.0, share * self.full_variance])
+        return replace(
+            fit,
+            prior=prior,
+            mean=np.array([base + self.base, drift, share * (factor + self.full)]),
+            covariance=fit.covariance * np.outer(scale, scale) + added,
+            ceiling=None if fit.ceiling is None else fit.ceiling + self.base,
+        )
 
 
-def carry_before(init: str) -> Carry:
-    return Carry(math.log2(TIMES), BEFORE[init], BEFORE_FULL[init])
+def moving(base: Slope, full: Slope) -> Moving:
+    """The move over the way to the target. full: the slope beside that of the base rate."""
+    u = math.log2(TIMES)
+    return Moving(base.mean * u, full.mean * u, variance(base.sd), variance(full.sd))
 
 
-def carry_of_form(form: Form, moves: Sequence[Move], wanted: Search) -> Carry:
+def variance(sd: float) -> float:
+    """The variance over the way to the target, as the package has it."""
+    u = math.log2(TIMES) / _REACH
+    return 2.0 * (sd * _REACH) ** 2 * (u + math.expm1(-u))
+
+
+def carry_before(wanted: Search) -> Moving:
+    return moving(BEFORE[wanted.init], BEFORE_FULL[wanted.init])
+
+
+def carry_of_form(form: Form, moves: Sequence[Move], wanted: Search) -> Moving:
     """The move by a form whose constants, and whose spread, are those of the other tasks."""
     fit = left_out(form, moves, wanted.task)
-    others = [move for move in moves if move.task != wanted.task]
-    lora, full = [], []
-    for arm in wanted.arms:
-        one = Move(wanted.task, arm, wanted.steps, 0.0, 0.0)
-        (full if arm == "full" else lora).append(fit.octaves(one))
-    mean = statistics.fmean(lora)
+    octaves = math.log2(TIMES)
+    by_arm = {
+        arm: fit.octaves(Move(wanted.task, arm, wanted.steps, 0.0, 0.0)) / octaves
+        for arm in wanted.arms
+    }
+    lora = statistics.fmean(by for arm, by in by_arm.items() if arm != "full")
+    lora_sd, full_sd = spreads(fit, moves, wanted)
+    return moving(Slope(lora, lora_sd), Slope(by_arm["full"] - lora, full_sd))
+
+
+def spreads(fit: Fitted, moves: Sequence[Move], wanted: Search) -> tuple[float, float]:
+    """Standard deviations of slopes, by the errors of a form on the other tasks: LoRA's, and full finetuning's beside it."""
     errors = {
         (move.task, move.arm, move.steps): move.octaves - fit.octaves(move)
-        for move in others
+        for move in moves
+        if move.task != wanted.task
     }
-    own = [
-        error for (_, arm, _), error in errors.items() if INIT_OF[arm] == wanted.init
-    ]
-    beside = [
-        error - errors[task, "full", steps]
-        for (task, arm, steps), error in errors.items()
-        if INIT_OF[arm] == wanted.init and (task, "full", steps) in errors
-    ]
-    u = math.log2(TIMES)
-    spread = math.sqrt(
-        Carry(u, Slope(0.0, 1.0), Slope(0.0, 1.0)).of(Slope(0.0, 1.0))[1]
-    )
-    return Carry(
-        u,
-        Slope(mean / u, root_mean_square(own) / spread),
-        Slope((full[0] - mean) / u, root_mean_square(beside) / spread),
-    )
+    lora, beside = [], []
+    for (task, arm, steps), error in errors.items():
+        if INIT_OF[arm] != wanted.init:
+            continue
+        lora.append(error)
+        if (task, "full", steps) in errors:
+            beside.append(errors[task, "full", steps] - error)
+    unit = math.sqrt(variance(1.0))
+    return root_mean_square(lora) / unit, root_mean_square(beside) / unit
 
 
 def root_mean_square(values: Sequence[float]) -> float:

@@ -72,9 +72,9 @@ def calibrate(  # noqa: PLR0913
 
     **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and
     returns a recipe for 8000. Every trial is a whole run with its own warm-up and decay over
-    `trial.steps`. The rate is then moved by what other tasks showed, and the band grows with the
-    distance to the target. A trial should have an eighth of the target's steps, and a hundred at
-    least.
+    `trial.steps`. The rate stays, since it rose with the steps on some tasks and fell on others,
+    and the band grows with the distance to the target. A trial should have an eighth of the
+    target's steps, and a hundred at least.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the
     most reliable way. With LoRA trials only, `recipe.at(method="full")` has a wide band. With

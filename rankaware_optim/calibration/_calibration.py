@@ -23,7 +23,7 @@ from .._types import Reference, Survey
 from ..errors import CalibrationError
 from ..fitting import (
     Fit,
-    carry_of,
+    at_target,
     centred_law,
     fit_observations,
     prior_of,
@@ -186,16 +186,12 @@ class Calibration:
         self.study.set_user_attr("reference", asdict(reference))
 
     def settle(self, reference: Reference, full_fan_in: float) -> None:
-        """Set the reference, the priors for its init at the steps of a trial and of the target, and
-        log2 of a first guess, which is the upper end of the family's usual rates.
+        """Set the reference, the prior for its init, and log2 of a first guess, which is the upper
+        end of the family's usual rates.
         """
         self.reference = reference
         self.full_fan_in = full_fan_in
-        self.carry = carry_of(
-            reference, math.log2(self.options.target / self.schedule.steps)
-        )
-        self.target_prior = prior_of(reference, self.schedule.ranks, full_fan_in)
-        self.prior = self.carry.prior_of_trials(self.target_prior)
+        self.prior = prior_of(reference, self.schedule.ranks, full_fan_in)
         family = optimizer_family(self.options.optimizer)
         multiplier = checked_multiplier(
             bound_law(self.options.law, self.options.optimizer, {}),
@@ -240,9 +236,9 @@ class Calibration:
         return self._fit[1]
 
     def target_fit(self) -> Fit | None:
-        """Return the fit of the trials so far, moved to the target's steps."""
+        """Return the fit of the trials so far, at the target's steps."""
         fit = self.fit()
-        return None if fit is None else self.carry.to_target(fit, self.target_prior)
+        return None if fit is None else at_target(fit, self.options.octaves_to_target)
 
     def width(self) -> float | None:
         """Return the width of the target's 90 % band at the worst rank, octaves. None before any

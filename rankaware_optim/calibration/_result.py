@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .._optimizers import defaults_of
-from .._printing import give_or_take, times
+from .._printing import give_or_take
 from .._types import infer_scaling
 from ..errors import CalibrationError
-from ..fitting import Fit, fit_observations
-from ..recipe import Horizon, Recipe, agreed, recipe_of
+from ..fitting import Fit, at_target, fit_observations, steps_variance
+from ..recipe import Recipe, agreed, recipe_of
 from ._calibration import Calibration
 from ._provenance import settings_in, versions_used
 from ._trials import Setting, TrialRecord, Trials
@@ -50,11 +50,8 @@ def calibrated_recipe(calibration: Calibration) -> Recipe:
     code = calibration.code
     trials = calibration.trials().counted()
     reference = calibration.settled()
-    fit = calibration.carry.to_target(
-        _fit(calibration, trials), calibration.target_prior
-    )
+    fit = at_target(_fit(calibration, trials), options.octaves_to_target)
     tried = {run.rank for run in trials.observations()}
-    slope = calibration.carry.lora
     built = [trial.built for trial in trials if trial.built]
     scalings = {
         t.rank: t.scaling
@@ -75,7 +72,6 @@ def calibrated_recipe(calibration: Calibration) -> Recipe:
         steps=options.target,
         batch=options.batch,
         warmup=options.warmup,
-        horizon=Horizon(slope.mean, slope.sd),
         seed=options.seed,
         versions=versions_used(code.imports),
         source=code.source,
@@ -137,11 +133,10 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
             "the data do not determine the rate: the loss hardly depends on it"
         )
     if options.is_short:
-        octaves, variance = calibration.carry.of(calibration.carry.lora)
+        variance = steps_variance(options.octaves_to_target)
         notes.append(
             f"{options.target} steps were not tried: the rate is that of"
-            f" {calibration.schedule.steps}, moved by {times(octaves)},"
-            f" {give_or_take(math.sqrt(variance))}"
+            f" {calibration.schedule.steps}, {give_or_take(math.sqrt(variance))}"
         )
     unsteady = _unsteady(trials)
     if unsteady is not None:

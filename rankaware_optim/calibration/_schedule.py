@@ -209,6 +209,11 @@ class Options:
         return self.target != self.schedule.steps
 
     @property
+    def octaves_to_target(self) -> float:
+        """log2 of the target's steps over those of a trial."""
+        return math.log2(self.target / self.schedule.steps)
+
+    @property
     def optimizer_name(self) -> str:
         return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
 

@@ -23,30 +23,25 @@ from ._observations import (
 from ._posterior import Fit, Prior, fit_observations
 from ._priors import (
     FULL_SD,
-    Carry,
-    Slope,
-    added_slope,
-    carry_of,
+    at_target,
     centred_law,
     prior_of,
+    steps_variance,
 )
 
 __all__ = [
     "CLEAR",
-    "Carry",
     "EARLY",
     "FULL_SD",
     "Fit",
     "Observation",
     "Prior",
-    "Slope",
     "TAIL",
-    "added_slope",
     "all_rose",
     "arms_of",
+    "at_target",
     "below_cliff",
     "best_fall",
-    "carry_of",
     "centred_law",
     "curves_of",
     "diverged",
@@ -59,5 +54,6 @@ __all__ = [
     "prior_of",
     "recent",
     "split",
+    "steps_variance",
     "usual_noise",
 ]

@@ -1,6 +1,4 @@
 from ._document import to_document as to_document
-from ._horizon import SLOPE_SD as SLOPE_SD
-from ._horizon import Horizon as Horizon
 from ._recipe import ANY_WIDTH as ANY_WIDTH
 from ._recipe import Recipe as Recipe
 from ._recipe import is_for as is_for

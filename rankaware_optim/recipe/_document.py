@@ -16,7 +16,6 @@ from .._checks import MOST_RANKS, MOST_TRIALS, RANGES, shown
 from .._types import Reference, Scaling
 from ..errors import InvalidReferenceError, RankAwareError, RecipeError
 from ..laws import Power, law_from_dict, law_to_dict
-from ._horizon import Horizon
 from ._recipe_data import Array, RecipeData
 from ._settings import plain_setting, plain_value
 from ._uncertainty import own_band
@@ -109,8 +108,6 @@ _ROWS = (
     ),
     _Row("horizon.batch", "batch", Batch),
     _Row("horizon.warmup_share", "warmup", Annotated[float, _range("share")]),
-    _Row("horizon.slope", "horizon.slope", Annotated[float, _range("slope")]),
-    _Row("horizon.slope_sd", "horizon.slope_sd", Octaves),
     _Row(
         "seen.ranks", "ranks", Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)]
     ),
@@ -134,8 +131,8 @@ _TRIALS_FILE = (
 # Until schema 2 a file named the other lengths of its trials. They are not used.
 _LENGTHS = _Row("horizon.tried", "lengths", Annotated[list[Any], Meta(max_length=1000)])
 _LENGTHS_NOTE = (
-    "the trials had several lengths, which are not used any more: the slope alone moves the rate to"
-    " other steps"
+    "the trials had several lengths, which are not used any more: the rate is the same at other"
+    " steps"
 )
 
 
@@ -284,7 +281,6 @@ def recipe_from(
     recipe = cls(
         **fields,
         reference=_reference(_part(values, "reference"), target),
-        horizon=Horizon(**_part(values, "horizon")),
         tensors=_trials(tensors, target),
         missing=missing,
     )

@@ -24,7 +24,7 @@ from ..laws import Law, checked_batch_multiplier, checked_multiplier
 from . import _recipe_files as files
 from . import _recipe_text as words
 from . import _sharing as sharing
-from ._horizon import by_batch
+from ._horizon import by_batch, by_steps
 from ._recipe_data import OtherRates, RecipeData
 from ._uncertainty import Z90, margin, spread
 
@@ -71,7 +71,6 @@ class Recipe(RecipeData):
         steps: optimizer steps of a trial, None if a sweep did not give them.
         batch: examples or tokens per step, None if unknown.
         warmup: share of the steps with a rising rate, from 0 to 1.
-        horizon: how the best rate moves with the number of steps.
         seed: random seed of the calibration.
         other_rates: rates of the parameters that LoRA trials trained beside the factors, by name
             with "*" for numbers. "base" means each trial's base rate.
@@ -115,7 +114,7 @@ class Recipe(RecipeData):
                 recipe's own.
             method: "lora" or "full". `at(method="full")` is `at(rank=None)`.
             fan_in: the model's width, by default the recipe's own.
-            steps: optimizer steps, by default the recipe's own. They move the rate by `horizon`.
+            steps: optimizer steps, by default the recipe's own. Others widen the band.
             batch: batch size in the recipe's unit, by default its own. It moves the rate by the
                 law's rule, which is the square root for Adam.
 
@@ -161,9 +160,7 @@ class Recipe(RecipeData):
         tried.
         """
         asked, (target, reference) = target, self._with_widths(target)
-        longer = self.horizon.by_steps(
-            steps, self.steps, self.name, reference, target.method
-        )
+        longer = by_steps(steps, self.steps, self.name)
         by_law = math.log2(checked_batch_multiplier(self.law, 2.0))
         larger = by_batch(batch, self.batch, by_law, self.name)
         sd, untried = spread(self, target)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 from .._types import Reference, Scaling
 from ..errors import RecipeError
 from ..laws import Power, law_changes
-from ._horizon import Horizon
 
 Array = npt.NDArray[Any]  # of whole numbers, floats or truth values
 BASE: Literal["base"] = (
@@ -44,7 +43,6 @@ class RecipeData:
     steps: int | None = 1
     batch: float | None = None
     warmup: float | None = None
-    horizon: Horizon = field(default_factory=Horizon)
     seed: int = 0
     other_rates: TableOfRates = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
 from .._printing import Table, give_or_take, printable, times
 from .._types import Reference, Scaling, init_text
+from ..fitting import steps_variance
 from ..laws import Power, law_sentence
 from ._recipe_data import BASE, RecipeData
 from ._uncertainty import own_band
@@ -30,11 +32,7 @@ def lead(recipe: RecipeData) -> str:
 
 def facts(recipe: RecipeData) -> list[tuple[str, str]]:
     """Return a recipe's facts as pairs of a name and a text."""
-    at, slope, slope_sd = (
-        recipe.reference,
-        recipe.horizon.slope,
-        recipe.horizon.slope_sd,
-    )
+    at, twice = recipe.reference, math.sqrt(steps_variance(1.0))
     ceiling = "none seen"
     if recipe.ceiling is not None:
         ceiling = (
@@ -69,7 +67,7 @@ def facts(recipe: RecipeData) -> list[tuple[str, str]]:
         ),
         (
             "other steps",
-            f"{times(slope)} for twice the steps, {give_or_take(slope_sd)}",
+            f"the same rate, {give_or_take(twice)} for twice the steps",
         ),
         ("seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"),
         ("other rates", _other_rates(recipe)),

@@ -12,14 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankaware_optim.fitting import (
-    Carry,
     Fit,
     Observation,
     Prior,
-    Slope,
+    at_target,
     diverged,
     fit_observations,
     gain_of,
+    steps_variance,
 )
 from rankaware_optim.recipe._uncertainty import margin
 
@@ -226,45 +226,27 @@ def test_more_trials_are_surer():
 # --- a longer target ------------------------------------------------------------------------------------------------
 
 
-@given(u=st.floats(0, 10), sd=st.floats(0.05, 1))
-def test_a_slope_is_sure_for_a_short_way_and_fades(u, sd):
-    """The variance is that of a straight line at first, and never above it; it grows all the way."""
-    moves = [
-        Carry(octaves, Slope(0.1, sd), Slope(0.0, sd)).of(Slope(0.1, sd))
-        for octaves in (u, u + 1)
-    ]
-    assert moves[0][0] == pytest.approx(0.1 * u)
-    assert moves[0][1] < moves[1][1]
-    assert moves[0][1] <= (sd * u) ** 2 + 1e-12
-    if 1e-3 < u < 0.1:
-        assert moves[0][1] == pytest.approx((sd * u) ** 2, rel=0.03)
+@given(u=st.floats(0, 10))
+def test_a_slope_is_sure_for_a_short_way_and_fades(u):
+    """The variance is that of a straight line at first, and never above it; it grows all the way, up and down."""
+    straight = steps_variance(1e-3) * 1e6 * u**2
+    assert steps_variance(u) < steps_variance(u + 1)
+    assert steps_variance(u) <= 1.001 * straight + 1e-9
+    assert steps_variance(-u) == steps_variance(u)
+    if 1e-2 < u < 0.1:
+        assert steps_variance(u) == pytest.approx(straight, rel=0.03)
 
 
-@pytest.mark.parametrize("ranks", [(4, 64), (4, 64, None), (None,)])
 @pytest.mark.parametrize("octaves", [0.0, 3.0])
-def test_a_carried_fit_is_that_of_a_model_with_the_move_as_unknowns(ranks, octaves):
-    """Moving the fit gives what fitting the moves of LoRA and of full finetuning beside it would give."""
-    carry, prior = (
-        Carry(octaves, Slope(0.1, 0.25), Slope(0.25, 0.2)),
-        Prior(0.15, 0.8, 16.0),
-    )
-    vertices = {rank: (-9.0 + 0.1 * i, 0.2 + 0.1 * i) for i, rank in enumerate(ranks)}
-    nothing = Fit(
-        carry.prior_of_trials(prior), np.empty(3), np.empty((3, 3)), 0.0, None, {}
-    )
-    moved = carry.to_target(nothing.at(vertices), prior)
-    lora, full = carry.of(carry.lora), carry.of(carry.full)
-    rows = np.array([[*prior.row(rank), -1.0, -float(rank is None)] for rank in ranks])
-    at = np.array([0.0, 0.0, 0.0, lora[0], full[0]])
-    variances = np.array(
-        [1e6, prior.drift_sd**2, prior.full_sd**2, lora[1] + 1e-12, full[1] + 1e-12]
-    )
-    weights = np.array([1 / (sd**2 + prior.scatter**2) for _, sd in vertices.values()])
-    precision = np.diag(1 / variances) + (rows.T * weights) @ rows
-    off = np.array([v for v, _ in vertices.values()]) - rows @ at
-    expected = at + np.linalg.solve(precision, (rows.T * weights) @ off)
-    assert moved.mean == pytest.approx(expected[:3], abs=1e-3)
-    assert moved.covariance == pytest.approx(np.linalg.inv(precision)[:3, :3], abs=1e-3)
+def test_a_fit_at_more_steps_is_less_sure_of_every_rate_alike(octaves):
+    """The best rates stay, of full finetuning too, and their variances grow by one number."""
+    fit = fitted(sweep())
+    far = at_target(fit, octaves)
+    for rank in (4, 16, None):
+        assert far.best(rank) == fit.best(rank)
+        added = far.sd(rank) ** 2 - fit.sd(rank) ** 2
+        assert added == pytest.approx(steps_variance(octaves), abs=1e-12)
+    assert far.ceiling == fit.ceiling
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------

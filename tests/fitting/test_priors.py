@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rankaware_optim import MuA, Power, Reference
-from rankaware_optim.fitting import Fit, Prior, carry_of, centred_law, prior_of
+from rankaware_optim.fitting import Fit, Prior, centred_law, prior_of
 from rankaware_optim.laws import get_law
 
 AT = {
@@ -62,24 +62,6 @@ def test_full_finetuning_takes_the_law_as_it_is():
     assert centred == Power(law=law)
 
 
-@pytest.mark.parametrize(
-    ("at", "lora", "full"),
-    [
-        ("A", (0.0, 0.25), (0.25, 0.2)),
-        ("B", (0.15, 0.25), (0.15, 0.2)),
-        ("full", (0.3, 0.25), (0.0, 1e-3)),
-    ],
-)
-def test_the_move_to_the_target_is_that_of_the_init(at, lora, full):
-    """Over one octave of steps the best rate moves by the slope, and by less than its deviation in a straight line."""
-    carry = carry_of(AT[at], 1.0)
-    for slope, (mean, sd) in ((carry.lora, lora), (carry.full, full)):
-        octaves, variance = carry.of(slope)
-        assert octaves == pytest.approx(mean)
-        # 2·λ²·(1/λ + exp(−1/λ) − 1) at λ = 1.5
-        assert variance == pytest.approx(sd**2 * 4.5 * (2 / 3 + math.exp(-2 / 3) - 1))
-
-
 def test_a_rank_is_read_off_the_fit():
     """The best rate at a rank, and its deviation, follow the base, the drift and the factor."""
     prior = prior_of(AT["B"], (16,), 64.0)
@@ -91,5 +73,3 @@ def test_a_rank_is_read_off_the_fit():
     )
     assert fit.sd(64) == pytest.approx(math.sqrt(0.04 + 0.04))
     assert fit.sd(None) == pytest.approx(math.sqrt(0.04 + 0.04 + 0.09))
-    moved = carry_of(AT["B"], 1.0).to_target(fit, prior)
-    assert moved.ceiling == pytest.approx(-5.0 + 0.15)

@@ -26,7 +26,6 @@ from rankaware_optim import (
 )
 from rankaware_optim.optimizer import effective_lr, recipe_of
 from rankaware_optim.optimizer._validate import _fits
-from rankaware_optim.recipe import Horizon
 
 from ..helpers.models import mlp, train
 from ..helpers.optimizers import Muon, needs_muon
@@ -235,9 +234,7 @@ def test_a_built_optimizer_is_compared_by_what_it_holds():
 )
 def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
     """Every rate is the recipe's at these steps and batch, and so is the band in the report."""
-    recipe = replace(
-        RECIPE, horizon=Horizon(slope=-0.2, slope_sd=0.1), full_seen=True, ranks=(4, 16)
-    )
+    recipe = replace(RECIPE, full_seen=True, ranks=(4, 16))
     model = (
         nn.Sequential(nn.Linear(WIDTH, WIDTH)) if method == "full" else mlp((16, 16))
     )

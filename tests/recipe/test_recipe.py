@@ -36,7 +36,6 @@ from rankaware_optim import (
 from rankaware_optim._types import infer_scaling
 from rankaware_optim.errors import PlotError
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.recipe import Horizon
 from rankaware_optim.reports import drawable
 from rankaware_optim.reports._page import report_html
 
@@ -102,7 +101,6 @@ def test_what_a_recipe_is_not_given_is_nothing():
     assert (made.ranks, made.full_seen, made.notes, made.missing) == ((), False, (), "")
     assert (made.steps, made.batch, made.warmup, made.seed) == (1, None, None, 0)
     assert (made.steepness, made.scatter, made.full_fan_in) == (0.0, 0.0, None)
-    assert made.horizon == Horizon(0.0, 0.3)
     assert made.optimizer == "torch.optim.AdamW"
     for name in ("settings", "other_rates", "versions", "source", "tensors"):
         assert getattr(made, name) == {}
@@ -164,7 +162,6 @@ recipes = st.builds(
     steps=st.integers(1, 10**9),
     batch=st.none() | positive,
     warmup=st.none() | st.floats(0, 1),
-    horizon=st.builds(Horizon, slope=st.floats(-9, 9), slope_sd=st.floats(0, 9)),
     seed=st.integers(0, 2**62),
     other_rates=st.dictionaries(
         st.text("ab.*", min_size=1), st.just("base") | positive
@@ -346,7 +343,6 @@ OTHER_VALUES = [
     ("rate:lean_octaves", "lean_octaves = 11", "<= 10.* @ rate.lean_octaves"),
     ("reference:rank", "rank = 2147483648", "<= 2147483647.* @ reference.rank"),
     ("reference:fan_in", "fan_in = 1e300", "@ reference.fan_in"),
-    ("horizon:slope", "slope = -1e24", ">= -10.* @ horizon.slope"),
     ("horizon:batch", "batch = 1e-320", "@ horizon.batch"),
     ("horizon:warmup_share", "warmup_share = 2", "<= 1.* @ horizon.warmup_share"),
     ("law:exponent", "exponent = 1000000000", "exponent=1000000000.0.* @ law"),
@@ -596,7 +592,6 @@ def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
 @given(
     exponent=st.sampled_from([-10, 10.0]) | st.floats(-10, 10),
     lr=st.sampled_from([1e-30, 1e6]),
-    slope=st.floats(-10, 10),
     variance=st.floats(0, 1e4),
     fan_in=st.sampled_from([None, 1e-9, 1.0, 1e12]),
     target=st.fixed_dictionaries(
@@ -614,7 +609,7 @@ def test_a_law_written_in_whole_numbers_is_of_floats(tmp_path):
     ),
 )
 def test_a_rate_is_positive_and_finite_or_an_error(
-    exponent, lr, slope, variance, fan_in, target
+    exponent, lr, variance, fan_in, target
 ):
     """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
     made = recipe(
@@ -622,7 +617,6 @@ def test_a_rate_is_positive_and_finite_or_an_error(
         ceiling=lr,
         law=Power(exponent=exponent, pivot=1e-9, law=MuA(tokens=None)),
         covariance=np.eye(3) * variance,
-        horizon=Horizon(slope, 0.3),
         reference=replace(AT_16, fan_in=fan_in),
     )
     try:

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 
 from rankaware_optim import Power, Recipe, Reference
 from rankaware_optim.cli._main import main
-from rankaware_optim.recipe import Horizon
 from rankaware_optim.reports import diff_recipes, diff_text
 
 RECIPE = Recipe(
@@ -44,7 +43,6 @@ OTHERS = {
     "method": "full",
     "init": "B",
     "law": Power(exponent=0.2),
-    "horizon": Horizon(0.1, 0.2),
 }
 
 
