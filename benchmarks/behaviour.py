@@ -489,7 +489,7 @@ def rates(recipe: ra.Recipe, asked: Mapping[str, dict[str, Any]]) -> Cases:
 
 
 def recipes() -> Cases:
-    """Rates of the shipped recipes over ranks, alphas, inits, widths, lengths and batches, and to full finetuning."""
+    """Rates of the shipped recipes over ranks, alphas, inits, widths and batches, and to full finetuning."""
     asked = {
         "its own": {},
         "r=1": {"rank": 1},
@@ -500,7 +500,6 @@ def recipes() -> Cases:
         "Init[A]": {"init": "A"},
         "Init[B]": {"init": "B"},
         "four times as wide": {"rank": 16, "fan_in": 2048},
-        "4000 steps": {"steps": 4000},
         "batch 256": {"batch": 256},
         "full": {"method": "full"},
     }
@@ -540,7 +539,7 @@ def fit() -> Cases:
         )
         cases |= {
             f"{domain}, {scheme}, by {kind}, {name}": values
-            for name, values in rates(recipe, ASKED | LONGER).items()
+            for name, values in rates(recipe, ASKED).items()
         }
     return cases
 
@@ -570,12 +569,6 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "Init[A]": {},
     "Init[A], low best": {"best": -14.0},
     "Init[A], none learns at first": {"best": 3.0, "noise": 0.1},
-    "Init[A], alpha kept, noisy, to 1000 steps": {
-        "scaling": lambda rank: 16.0 / rank,
-        "drift": 0.1,
-        "noise": 0.05,
-        "target_steps": 1000,
-    },
     "Init[A], full runs in a budget": {"full_trials": 3, "budget": 700},
     "Init[A], three ranks, one seed, until": {
         "ranks": (4, 16, 64),
@@ -590,13 +583,21 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     },
     "full finetuning": {"ranks": (None,)},
 }
+LONG: dict[str, dict[str, Any]] = {
+    "Init[A], alpha kept, noisy, to 1000 steps": {
+        "scaling": lambda rank: 16.0 / rank,
+        "drift": 0.1,
+        "noise": 0.05,
+        "target_steps": 1000,
+    },
+}
 BY_SGD: dict[str, dict[str, Any]] = {"SGD": {"kind": torch.optim.SGD, "best": 0.0}}
 
 
 @cache
 def calibrated(name: str) -> tuple[ra.Recipe, list[Value]]:
     """The recipe of made-up runs, and the ranks, seeds and rates in the order in which they were tried."""
-    options = (CALIBRATED | BY_SGD)[name]
+    options = (CALIBRATED | LONG | BY_SGD)[name]
     return calibration_of(**options)
 
 
@@ -661,10 +662,11 @@ def calibration(names: Iterable[str]) -> Cases:
 
 
 def horizon() -> Cases:
-    """The rates of these recipes at another number of steps than that of their trials."""
-    cases: Cases = {}
-    for name in CALIBRATED:
-        recipe = calibrated(name)[0]
+    """A calibration for a longer target, and the rates of these recipes at another number of steps than their own."""
+    made = {name: calibrated(name)[0] for name in (*CALIBRATED, *LONG)}
+    made |= {path.stem: ra.Recipe.load(path) for path in sorted(RECIPES.glob("*.toml"))}
+    cases = calibration(LONG)
+    for name, recipe in made.items():
         cases |= {
             f"{name}, {asked}": values
             for asked, values in rates(recipe, LONGER).items()
@@ -677,7 +679,7 @@ def ceilings() -> Cases:
     made: dict[str, ra.Recipe] = {
         path.stem: ra.Recipe.load(path) for path in sorted(RECIPES.glob("*.toml"))
     }
-    made |= {name: calibrated(name)[0] for name in CALIBRATED}
+    made |= {name: calibrated(name)[0] for name in (*CALIBRATED, *LONG)}
     cases: Cases = {}
     for name, recipe in made.items():
         for where, options in ASKED.items():
@@ -767,7 +769,7 @@ BEHAVIOUR: dict[str, Callable[[], Cases]] = {
     "optimizer.families": partial(of_classes, OF_FAMILIES),
     "recipes": recipes,
     "fit": fit,
-    "search.adam": partial(search, CALIBRATED),
+    "search.adam": partial(search, CALIBRATED | LONG),
     "search.sgd": partial(search, BY_SGD),
     "calibration.adam": partial(calibration, CALIBRATED),
     "calibration.sgd": partial(calibration, BY_SGD),

@@ -9,7 +9,8 @@ each run's own steps included. All searches may spend 2 · target steps, whateve
 
 * short alone: `ra.calibrate` at the lowest and the highest rank, of the study's own steps, three full runs among them,
   its rates used at the target unchanged;
-* short, moved: the same with `target_steps` the target, so that its rates are moved, as the docs advise;
+* short, moved: the same with `target_steps` the target, by the slopes that the package had then, which moved the rates;
+  `longer.py` removed them;
 * TPE: Optuna's at rank 16 and the target's steps, so two runs; the better rate is used everywhere;
 * a fifth: ten rates an octave apart at rank 16 with a fifth of the target's steps; the best is used everywhere.
 
@@ -493,7 +494,7 @@ def holding(scores: Iterable[Score]) -> str:
 
 
 def verdict(found: list[Score]) -> str:
-    """The rules, on what is on file of the plan that the docs advise."""
+    """The rules, on what is on file of the plan that the docs advised."""
     mine = [score for score in found if score.plan == MOVED]
     if not mine:
         return f"{MOVED}: nothing was run yet."

@@ -194,7 +194,7 @@ class Options:
             raise CalibrationError(
                 f"target_steps={self.target} is less than the {self.schedule.steps} steps of a"
                 " trial.",
-                "Lower a trial's steps: an eighth of the target's is enough, if that is a hundred.",
+                "Lower a trial's steps: an eighth of the target's is enough.",
                 "target_steps",
             )
 

@@ -112,7 +112,7 @@ WORDS = [
     (
         {},
         "other steps",
-        "the same rate, give or take a factor of 1.21 for twice the steps",
+        "the same rate, give or take a factor of 1.28 for twice the steps",
     ),
 ]
 
