@@ -74,7 +74,7 @@ def calibrate(  # noqa: PLR0913
     returns a recipe for 8000. Every trial is a whole run with its own warm-up and decay over
     `trial.steps`. The rate stays, since it rose with the steps on some tasks and fell on others,
     and the band grows with the distance to the target. A trial should have an eighth of the
-    target's steps, and a hundred at least.
+    target's steps.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the
     most reliable way. With LoRA trials only, `recipe.at(method="full")` has a wide band. With
