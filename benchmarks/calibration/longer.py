@@ -453,6 +453,11 @@ def table() -> None:
             SEARCH_HEADS,
             list(search_rows(runs, moves)),
         ),
+        block(
+            "Bands that hold by one spread, octaves a doubling",
+            ("spread", "all tasks", *runs),
+            list(spread_rows(runs)),
+        ),
         made_by(machine(1), *(STORE / f"{task}.jsonl" for task in runs)),
     ]
     (RESULTS / "longer.md").write_text("\n\n".join(parts) + "\n")
@@ -591,7 +596,7 @@ def search_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[lis
     for form in FORMS:
         plans[form.name] = partial(carry_of_form, form, moves)
     by_plan = {name: list(rated(runs, plan)) for name, plan in plans.items()}
-    by_spread = {sd: list(rated(runs, partial(one_spread, sd))) for sd in SPREADS}
+    by_spread = spreads_tried(runs)
     by_plan[ONE_SPREAD] = [
         rate
         for task in runs
@@ -626,6 +631,21 @@ ENOUGH = 0.88  # of the bands
 def one_spread(sd: float, _: Search) -> Moving:
     """No move, and one standard deviation for the slopes of LoRA and of full finetuning."""
     return moving(Slope(0.0, sd), Slope(0.0, 0.0))
+
+
+def spreads_tried(runs: Mapping[str, Runs]) -> dict[float, list[Rated]]:
+    """Every rate, by the one spread for all."""
+    return {sd: list(rated(runs, partial(one_spread, sd))) for sd in SPREADS}
+
+
+def spread_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
+    """The share of bands that hold, by spread, over all tasks and in each."""
+    for sd, rates in spreads_tried(runs).items():
+        of_task = [
+            percent(share_held(rate for rate in rates if rate.task == task))
+            for task in runs
+        ]
+        yield [number(sd, 1), percent(share_held(rates)), *of_task]
 
 
 def spread_without(task: str, by_spread: Mapping[float, Sequence[Rated]]) -> float:
