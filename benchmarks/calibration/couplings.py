@@ -120,6 +120,8 @@ def main() -> None:
 class Carry(Protocol):
     """A move of a fit from the steps of its trials to others."""
 
+    def moved(self, trial: Observation) -> Observation: ...
+
     def prior_of_trials(self, prior: Prior) -> Prior: ...
 
     def to_target(self, fit: Fit, prior: Prior) -> Fit: ...
@@ -143,7 +145,10 @@ def refitted(
         if rank is not None or with_full:
             observations += [each for each, _ in _observations(rank, of_rank, 0.0)]
     prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)
-    at_trials = prior if carry is None else carry.prior_of_trials(prior)
+    at_trials = prior
+    if carry is not None:
+        observations = [carry.moved(each) for each in observations]
+        at_trials = carry.prior_of_trials(prior)
     fit = fit_observations(observations, at_trials)
     assert fit is not None
     if carry is not None:

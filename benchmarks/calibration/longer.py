@@ -82,7 +82,7 @@ from study.suite import STORES, provenance
 from study.training import WARMUP
 
 from rankaware_optim import Recipe
-from rankaware_optim.fitting import Fit, Prior
+from rankaware_optim.fitting import Fit, Observation, Prior
 from rankaware_optim.fitting._priors import _REACH
 
 RESTS_ON = ("fit", "search.adam", "calibration.adam", "horizon", "scores")
@@ -695,10 +695,16 @@ class Moving(NamedTuple):
     base_variance: float
     full_variance: float
 
+    def moved(self, trial: Observation) -> Observation:
+        """A trial as it would be if full finetuning moved as LoRA does."""
+        return (
+            trial if trial.rank is not None else replace(trial, x=trial.x + self.full)
+        )
+
     def prior_of_trials(self, prior: Prior) -> Prior:
         """The prior at the steps of the trials, where the prior of the target is the law's."""
         full_sd = math.hypot(prior.full_sd, math.sqrt(self.full_variance))
-        return replace(prior, full_mean=-self.full, full_sd=full_sd)
+        return replace(prior, full_sd=full_sd)
 
     def to_target(self, fit: Fit, prior: Prior) -> Fit:
         """The fit at the target. What was fitted of full finetuning's factor is shared by the target's and the move."""
@@ -709,7 +715,7 @@ class Moving(NamedTuple):
         return replace(
             fit,
             prior=prior,
-            mean=np.array([base + self.base, drift, share * (factor + self.full)]),
+            mean=np.array([base + self.base, drift, share * factor]),
             covariance=fit.covariance * np.outer(scale, scale) + added,
             ceiling=None if fit.ceiling is None else fit.ceiling + self.base,
         )

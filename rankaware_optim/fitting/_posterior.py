@@ -38,8 +38,6 @@ class Prior:
         pivot: the rank at which the base rate is defined.
         full_reach: log2(n / pivot) if the drift continues to full finetuning, else 0.
         scatter: standard deviation of a rank's own optimum about the law, octaves.
-        full_mean: mean of log2 of the full-finetuning factor, octaves. 0 unless the trials have
-            fewer steps than the target.
     """
 
     drift_sd: float = 0.15
@@ -47,7 +45,6 @@ class Prior:
     pivot: float = 16.0
     full_reach: float = 0.0
     scatter: float = MODEL_ERROR
-    full_mean: float = 0.0
 
     def row(self, rank: int | None) -> Array:
         """Return the design vector of a rank: the gradient of its optimum with respect to (base,
@@ -136,12 +133,10 @@ def _shrunk(
     """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for
     each shape s.
     """
-    prior_mean = np.array([0.0, 0.0, prior.full_mean])
     prior_sd = np.array([_BASE_SD, prior.drift_sd, prior.full_sd])
     weights = 1.0 / (sds**2 + prior.scatter**2)
-    residuals = means - rows @ prior_mean
-    middle = residuals.mean()
-    residuals -= middle
+    middle = means.mean()
+    residuals = means - middle
     score = (weights * residuals) @ rows
     information = np.diag(prior_sd**-2) + np.einsum(
         "sa,ai,aj->sij", weights, rows, rows
@@ -151,6 +146,5 @@ def _shrunk(
     misfit = (weights * residuals**2).sum(axis=1) - (mean * score).sum(axis=1)
     logdet = np.linalg.slogdet(information)[1]
     evidence = 0.5 * (np.log(weights).sum(axis=1) - misfit - logdet)
-    mean += prior_mean
     mean[:, 0] += middle
     return mean, covariance, evidence

@@ -29,11 +29,7 @@ class Moved(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def by_steps(
-    steps: int | None,
-    own: int | None,
-    name: str,
-) -> Moved:
+def by_steps(steps: int | None, own: int | None, name: str) -> Moved:
     """Return what a recipe's rate does from its `own` steps to `steps`: it stays, and its band
     grows as that of a fit does.
 

@@ -11,7 +11,7 @@ from rankaware_optim.fitting import Observation, Prior, fit_observations
 from rankaware_optim.fitting._loss_model import bowls_of
 from rankaware_optim.fitting._observations import arms_of
 
-PRIOR = Prior(0.15, 0.8, 16.0, full_reach=6.0, scatter=0.25, full_mean=-0.4)
+PRIOR = Prior(0.15, 0.8, 16.0, full_reach=6.0, scatter=0.25)
 LOSSES = {-11.0: 1.5, -10.0: 0.9, -9.0: 0.5, -8.5: 0.6, -7.5: 1.8}
 
 
@@ -32,12 +32,12 @@ def row(rank):
 
 def conditioned(rows, vertices, sds):
     """Mean and covariance of (base, drift, factor) given the optima, and the optima's log density."""
-    mean, prior = np.array([0.0, 0.0, -0.4]), np.diag([1e6, 0.15**2, 0.8**2])
+    prior = np.diag([1e6, 0.15**2, 0.8**2])
     spread = rows @ prior @ rows.T + np.diag(sds**2 + 0.25**2)
     gain = prior @ rows.T @ np.linalg.inv(spread)
-    off = vertices - rows @ mean
-    log = -0.5 * (off @ np.linalg.solve(spread, off) + np.linalg.slogdet(spread)[1])
-    return mean + gain @ off, prior - gain @ rows @ prior, log
+    fit = vertices @ np.linalg.solve(spread, vertices)
+    log = -0.5 * (fit + np.linalg.slogdet(spread)[1])
+    return gain @ vertices, prior - gain @ rows @ prior, log
 
 
 @pytest.mark.parametrize("ranks", [(16,), (4, 64), (4, None), (4, 64, None)])

@@ -27,7 +27,6 @@ def test_the_prior_is_that_of_the_init(at, drift_sd, full_sd, full_reach):
     prior = prior_of(AT[at], (4, 64, None), 2048.0)
     assert (prior.drift_sd, prior.full_sd, prior.pivot) == (drift_sd, full_sd, 16.0)
     assert prior.full_reach == pytest.approx(full_reach)
-    assert prior.full_mean == 0.0
 
 
 def test_what_is_unknown_leaves_the_prior_at_the_usual():
