@@ -32,6 +32,11 @@ with alpha = rank, and less with alpha kept, or if what it moves by costs less t
 both scalings. *The largest eigenvalue of the Hessian predicts PiSSA's and OLoRA's rate*, as arXiv 2602.04998 says, if
 LoRA's best rate times the ratio of LoRA's eigenvalue to theirs, before training, is within an octave of theirs in all
 four cells. (The eigenvalue is of the training loss in A and B, by power iteration on one batch.)
+
+**So far: three parts of eight**, so the rules are not applied yet, and nothing in the package follows. In these three the
+base rate loses least, .8 % in the mean, and the law's rate of full finetuning most, 4.5 %. Best rates of the rest move
+by 0 to -1.1 octaves from rank 4 to 64, where the adapters' move by two. Keeping them loses at most .2 %, but 3.4 % for
+the vision head with alpha = rank, whose best rate at rank 64 lies at the edge of its line.
 """
 
 from __future__ import annotations
@@ -436,7 +441,7 @@ def table() -> None:
         block("Ways to choose the rest's rate", WAY_HEADS, list(way_rows(cells))),
         block("Best rates", CELL_HEADS, list(cell_rows(cells))),
         block("From rank 4 to rank 64", RANK_HEADS, list(rank_rows(cells))),
-        block("PiSSA, OLoRA and DoRA, one rate for all", INIT_HEADS, list(init_rows())),
+        *init_blocks(),
         made_by(machine(1), *on_file),
     ]
     (RESULTS / "rest.md").write_text("\n\n".join(parts) + "\n")
@@ -500,6 +505,14 @@ INIT_HEADS = (
     "lowest loss",
 )
 ITERATIONS = 12  # of the power iteration
+
+
+def init_blocks() -> list[str]:
+    """The table of the inits, if any of them was swept."""
+    rows = list(init_rows())
+    return [block("PiSSA, OLoRA and DoRA, one rate for all", INIT_HEADS, rows)] * bool(
+        rows
+    )
 
 
 def init_rows() -> Iterator[list[str]]:

@@ -8,16 +8,19 @@ import math
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+from filelock import FileLock, Timeout
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
@@ -464,6 +467,7 @@ class Other(subprocess.Popen):
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
+        self.storage = storage
         super().__init__(
             command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment
         )
@@ -473,11 +477,35 @@ class Other(subprocess.Popen):
         print(file=self.stdin, flush=True)
         assert self.stdout.readline() == "step\n"
 
+    def end(self, fate: signal.Signals) -> None:
+        """Send it a signal. It is not stopped while it writes, since its lock would stay."""
+        self.send_signal(fate)
+        while fate == signal.SIGSTOP and is_locked(self.storage):
+            self.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+            self.send_signal(fate)
+
     def result(self) -> str:
         """What it said of its recipe; it calibrates where it has not begun."""
         said = self.communicate("\n", timeout=120)[0].splitlines()
         assert self.returncode == 0
         return said[-1]
+
+
+def is_locked(storage: str) -> bool:
+    """Whether a process is writing to a storage."""
+    if not storage.startswith("sqlite"):
+        lock = FileLock(f"{storage}.rankaware.lock", timeout=0)
+        with suppress(Timeout), lock:
+            return False
+        return True
+    path = storage.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path, timeout=0)) as database:
+        try:
+            database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+    return False
 
 
 ROOT = Path(__file__).parents[2]
@@ -515,7 +543,7 @@ def test_a_silent_process_is_not_waited_for(fate, storage, others, tmp_path):
     """A trial whose process gives no more signs of life is failed and run again, at its rank, seed and rate."""
     dead, other = others(60, storage)
     dead.begin()
-    dead.send_signal(fate)
+    dead.end(fate)
     assert other.result().startswith(f"{TRIALS} ")
     trials = stored(tmp_path, storage)
     assert [trial.number for trial in trials if "killed" in trial.user_attrs] == [0]
@@ -538,7 +566,7 @@ def test_a_run_that_was_taken_over_does_not_count(storage, others, tmp_path):
     """A process that was suspended until its trial was taken over says so when it wakes up, and has the same recipe."""
     suspended, other = others(0.5, storage)
     suspended.begin()
-    suspended.send_signal(signal.SIGSTOP)
+    suspended.end(signal.SIGSTOP)
     result = other.result()
     suspended.send_signal(signal.SIGCONT)
     late = suspended.result()
