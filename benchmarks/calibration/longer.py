@@ -82,8 +82,7 @@ from study.suite import STORES, provenance
 from study.training import WARMUP
 
 from rankaware_optim import Recipe
-from rankaware_optim.fitting import Fit, Observation, Prior
-from rankaware_optim.fitting._priors import _REACH
+from rankaware_optim.fitting import Fit, Observation, Prior, steps_variance
 
 RESTS_ON = ("fit", "search.adam", "calibration.adam", "horizon", "scores")
 STORE = RESULTS / "longer"
@@ -251,7 +250,6 @@ def search(task: str, workers: int) -> None:
 
 def calibrate(wanted: Search) -> Path:
     """Calibrate as the docs advise for a longer target, and save the recipe."""
-    torch.set_num_threads(1)
     recipe = search_recipe(
         of_length(wanted.task, wanted.steps),
         wanted.config,
@@ -274,7 +272,6 @@ INIT_OF = dict(zip(ARMS, ("A", "A", "B", "full"), strict=True))
 LIMITS = {"steps": (100, 200, 400), "examples": (1600, 3200, 6400)}
 
 
-# Octaves a doubling in the package before these runs: a rate's own slope, and its uncertainty.
 class Slope(NamedTuple):
     """The prior of a slope: mean and standard deviation, octaves of rate per octave of steps."""
 
@@ -282,6 +279,7 @@ class Slope(NamedTuple):
     sd: float
 
 
+# Of the package before these runs: the base rate's slope, and full finetuning's beside it.
 BEFORE = {"A": Slope(0.0, 0.25), "B": Slope(0.15, 0.25)}
 BEFORE_FULL = {"A": Slope(0.25, 0.2), "B": Slope(0.15, 0.2)}
 AS_IT_WAS, ONE_SPREAD = "as it was", "none, one spread for all"
@@ -397,12 +395,8 @@ class Runs(NamedTuple):
 
     def regret(self, cell: Cell, x: float) -> float:
         """The share of the gain that rate 2^x loses."""
-        means = {
-            at: loss if math.isfinite(loss) else None
-            for at, loss in self.means(cell).items()
-        }
-        lowest_loss = min(loss for loss in means.values() if loss is not None)
-        return gap_of(means, lowest_loss, self.start)(x)
+        means = self.means(cell)
+        return gap_of(means, min(means.values()), self.start)(x)
 
 
 def runs_on_file() -> dict[str, Runs]:
@@ -433,6 +427,7 @@ def table() -> None:
     """Write results/longer.md from what is on file."""
     runs = runs_on_file()
     moves = moves_of(runs)
+    by_spread = spreads_tried(runs)
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# The number of steps",
@@ -451,12 +446,12 @@ def table() -> None:
         block(
             "Calibrations of an eighth of the target",
             SEARCH_HEADS,
-            list(search_rows(runs, moves)),
+            list(search_rows(runs, moves, by_spread)),
         ),
         block(
             "Bands that hold by one spread, octaves a doubling",
             ("spread", "all tasks", *runs),
-            list(spread_rows(runs)),
+            list(spread_rows(runs, by_spread)),
         ),
         made_by(machine(1), *(STORE / f"{task}.jsonl" for task in runs)),
     ]
@@ -590,13 +585,17 @@ class Rated(NamedTuple):
     holds: bool | None
 
 
-def search_rows(runs: Mapping[str, Runs], moves: Sequence[Move]) -> Iterator[list[str]]:
+BySpread = Mapping[float, Sequence[Rated]]
+
+
+def search_rows(
+    runs: Mapping[str, Runs], moves: Sequence[Move], by_spread: BySpread
+) -> Iterator[list[str]]:
     """The bar's figures, by plan and length of the short runs."""
     plans: dict[str, Callable[[Search], Moving]] = {AS_IT_WAS: carry_before}
     for form in FORMS:
         plans[form.name] = partial(carry_of_form, form, moves)
     by_plan = {name: list(rated(runs, plan)) for name, plan in plans.items()}
-    by_spread = spreads_tried(runs)
     by_plan[ONE_SPREAD] = [
         rate
         for task in runs
@@ -633,14 +632,14 @@ def one_spread(sd: float, _: Search) -> Moving:
     return moving(Slope(0.0, sd), Slope(0.0, 0.0))
 
 
-def spreads_tried(runs: Mapping[str, Runs]) -> dict[float, list[Rated]]:
+def spreads_tried(runs: Mapping[str, Runs]) -> BySpread:
     """Every rate, by the one spread for all."""
     return {sd: list(rated(runs, partial(one_spread, sd))) for sd in SPREADS}
 
 
-def spread_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
+def spread_rows(runs: Mapping[str, Runs], by_spread: BySpread) -> Iterator[list[str]]:
     """The share of bands that hold, by spread, over all tasks and in each."""
-    for sd, rates in spreads_tried(runs).items():
+    for sd, rates in by_spread.items():
         of_task = [
             percent(share_held(rate for rate in rates if rate.task == task))
             for task in runs
@@ -648,7 +647,7 @@ def spread_rows(runs: Mapping[str, Runs]) -> Iterator[list[str]]:
         yield [number(sd, 1), percent(share_held(rates)), *of_task]
 
 
-def spread_without(task: str, by_spread: Mapping[float, Sequence[Rated]]) -> float:
+def spread_without(task: str, by_spread: BySpread) -> float:
     """The least spread with which enough bands of the other tasks hold."""
     for sd, rates in by_spread.items():
         if share_held(rate for rate in rates if rate.task != task) >= ENOUGH:
@@ -728,9 +727,8 @@ def moving(base: Slope, full: Slope) -> Moving:
 
 
 def variance(sd: float) -> float:
-    """The variance over the way to the target, as the package has it."""
-    u = math.log2(TIMES) / _REACH
-    return 2.0 * (sd * _REACH) ** 2 * (u + math.expm1(-u))
+    """The variance over the way to the target."""
+    return steps_variance(math.log2(TIMES), sd)
 
 
 def carry_before(wanted: Search) -> Moving:

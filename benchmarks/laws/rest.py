@@ -50,6 +50,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,9 +151,12 @@ def norms_and_biases(rank: int, alpha: float, seed: int) -> nn.Module:
     return model
 
 
-def llama(rank: int, alpha: float, seed: int, **options: Any) -> nn.Module:
-    """Language, with further options of PEFT's LoRA."""
-    return adapt(_llama.llama(), rank, alpha, "A", seed, _llama.LAYERS, **options)
+def llama(
+    rank: int, alpha: float, seed: int, model: Any = None, **options: Any
+) -> nn.Module:
+    """Language, or a changed model of it, with further options of PEFT's LoRA."""
+    frozen = _llama.llama() if model is None else model
+    return adapt(frozen, rank, alpha, "A", seed, _llama.LAYERS, **options)
 
 
 def tied(rank: int, alpha: float, seed: int) -> nn.Module:
@@ -166,7 +170,7 @@ def untied(rank: int, alpha: float, seed: int) -> nn.Module:
     model.config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     saved = ["embed_tokens", "lm_head"]
-    return adapt(model, rank, alpha, "A", seed, _llama.LAYERS, saved=saved)
+    return llama(rank, alpha, seed, model, saved=saved)
 
 
 def new_tokens(rank: int, alpha: float, seed: int) -> nn.Module:
@@ -178,9 +182,7 @@ def new_tokens(rank: int, alpha: float, seed: int) -> nn.Module:
     with torch.no_grad():
         weight[new] = weight.mean(0)
     trained = {"embed_tokens": new.tolist()}
-    return adapt(
-        model, rank, alpha, "A", seed, _llama.LAYERS, trainable_token_indices=trained
-    )
+    return llama(rank, alpha, seed, model, trainable_token_indices=trained)
 
 
 def dora(rank: int, alpha: float, seed: int) -> nn.Module:
@@ -265,11 +267,16 @@ class Plane:
         return [job for job in line if job not in done]
 
 
+@cache
+def study_rates(task: str, scheme: str) -> dict[int, float]:
+    """log2 of the study's best rates by rank."""
+    return best_rates(read(STORES / f"{task}.jsonl"), task, scheme)
+
+
 def planes(part: Part) -> list[Plane]:
     """One a scaling and rank, around the study's best rates."""
-    done = read(STORES / f"{part.task}.jsonl")
-    lora = best_rates(done, part.task, "Init[A], s = 1")
-    full = round(best_rates(done, part.task, "full")[FULL])
+    lora = study_rates(part.task, TUNED_IN)
+    full = round(study_rates(part.task, "full")[FULL])
     centres = {"s = 1": lora, "s = 16/r": dict.fromkeys(RANKS, lora[TUNED])}
     return [
         Plane(part, scaling, rank, round(centres[scaling][rank]), full)
@@ -349,11 +356,7 @@ class Swept(NamedTuple):
 
     def regret(self, y: float) -> float:
         """The share of the gain that rate 2^y of the rest loses."""
-        losses = {
-            at: loss if math.isfinite(loss) else None
-            for at, loss in self.losses.items()
-        }
-        return gap_of(losses, min(self.losses.values()), self.start)(y)
+        return gap_of(self.losses, min(self.losses.values()), self.start)(y)
 
     @property
     def flat(self) -> float:
@@ -398,8 +401,7 @@ def of_plane(plane: Plane, done: Losses) -> Swept:
 
 def ways(of: Swept) -> dict[str, float]:
     """log2 of the rest's rate by each way, for a user whose rate is best at rank 16."""
-    known = best_rates(read(STORES / f"{of.part.task}.jsonl"), of.part.task, TUNED_IN)
-    base = known[TUNED]
+    base = study_rates(of.part.task, TUNED_IN)[TUNED]
     return {
         BASE: base,
         "the adapters' rate": float(of.x),
@@ -469,9 +471,7 @@ def way_rows(cells: Sequence[Swept]) -> Iterator[list[str]]:
 
 def cell_rows(cells: Sequence[Swept]) -> Iterator[list[str]]:
     for cell in cells:
-        full = best_rates(
-            read(STORES / f"{cell.part.task}.jsonl"), cell.part.task, "full"
-        )
+        full = study_rates(cell.part.task, "full")
         yield [
             cell.part.name,
             cell.part.task,
@@ -515,9 +515,9 @@ ITERATIONS = 12  # of the power iteration
 def init_blocks() -> list[str]:
     """The table of the inits, if any of them was swept."""
     rows = list(init_rows())
-    return [block("PiSSA, OLoRA and DoRA, one rate for all", INIT_HEADS, rows)] * bool(
-        rows
-    )
+    if not rows:
+        return []
+    return [block("PiSSA, OLoRA and DoRA, one rate for all", INIT_HEADS, rows)]
 
 
 def init_rows() -> Iterator[list[str]]:

@@ -89,10 +89,10 @@ def centred_law(
 _SLOPE_SD = 0.4
 
 
-def steps_variance(octaves: float) -> float:
+def steps_variance(octaves: float, slope_sd: float = _SLOPE_SD) -> float:
     """Return the variance of log2 of a best rate over octaves of steps, up or down."""
     u = abs(octaves) / _REACH
-    return 2.0 * (_SLOPE_SD * _REACH) ** 2 * (u + math.expm1(-u))
+    return 2.0 * (slope_sd * _REACH) ** 2 * (u + math.expm1(-u))
 
 
 def at_target(fit: Fit, octaves: float) -> Fit:
