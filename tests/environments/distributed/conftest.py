@@ -11,10 +11,8 @@ from .pair import Pair
 
 @pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Two processes. The module may set IGNORED, warnings let pass, and ENVIRONMENT."""
-    made = Pair(
-        getattr(request.module, "IGNORED", ()),
-        **getattr(request.module, "ENVIRONMENT", {}),
-    )
+    """Two processes. The module may set IGNORED, warnings let pass, and the function `environment`."""
+    environment = getattr(request.module, "environment", dict)
+    made = Pair(getattr(request.module, "IGNORED", ()), **environment())
     yield made
     made.stop()

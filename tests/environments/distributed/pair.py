@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
 from .worker import WORLD
 
 START_S, RUN_S = 90, 240  # DeepSpeed compiles an operator on its first use
+AFTER_A_FAILURE_S = 5
 
 
 class Pair:
@@ -42,19 +43,10 @@ class Pair:
         for connection in self.connections:
             connection.send_bytes(message)
         try:
-            answers = [self._receive(connection) for connection in self.connections]
+            return self._answers()
         except BaseException:
             self.stop()
             raise
-        failures = [
-            f"rank {rank}: {value}"
-            for rank, (fine, value) in enumerate(answers)
-            if not fine
-        ]
-        if failures:
-            self.stop()
-            raise AssertionError("\n".join(failures))
-        return [value for _, value in answers]
 
     def stop(self) -> None:
         for connection in self.connections:
@@ -90,10 +82,24 @@ class Pair:
         by_rank = {connection.recv(): connection for connection in accepted}
         self.connections = [by_rank[rank] for rank in range(WORLD)]
 
-    def _receive(self, connection: Connection) -> tuple[bool, Any]:
-        if not connection.poll(RUN_S):
-            raise TimeoutError(f"A process gave no answer within {RUN_S} s.")
-        return pickle.loads(connection.recv_bytes())
+    def _answers(self) -> list[Any]:
+        """What both returned, by rank. After a failure the other has few seconds: it may hang for want of its peer."""
+        answers: dict[int, Any] = {}
+        failures: list[str] = []
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        while waiting:
+            ready = wait(list(waiting), AFTER_A_FAILURE_S if failures else RUN_S)
+            if not ready:
+                failures.append(f"No answer from rank {sorted(waiting.values())}.")
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                fine, answers[rank] = pickle.loads(connection.recv_bytes())
+                if not fine:
+                    failures.append(f"rank {rank}: {answers[rank]}")
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [answers[rank] for rank in range(WORLD)]
 
 
 def _free_port() -> int:

@@ -39,7 +39,11 @@ IGNORED = (
         "torch",
     ),
 )
-ENVIRONMENT = on_cpu()
+
+
+def environment() -> dict[str, str]:
+    """Not at import: both processes import this module, and one would remove the other's lock."""
+    return on_cpu()
 
 
 def engine_of(form: str, stage: int, **own: Any) -> Any:
