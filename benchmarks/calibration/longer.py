@@ -75,10 +75,9 @@ from study.best_rates import best_rate
 from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
-from study.optima import best_rates
 from study.regret import noise_floor, score
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP
 
 from rankaware_optim import Recipe
@@ -153,13 +152,12 @@ def length_of(scheme: str) -> tuple[int, float]:
 
 def chains(task: str) -> list[Chain]:
     """One an arm and warm-up, from the study's best rate at the nearest rank."""
-    done = read(STORES / f"{task}.jsonl")
     plans = [(arm, LENGTHS, WARMUP) for arm in ARMS.values()]
     if task in WARM_TASKS:
         plans += [(ARMS[name], WARM_LENGTHS, LONG_WARMUP) for name in WARM_ARMS]
     found = []
     for arm, lengths, warmup in plans:
-        known = best_rates(done, task, arm.config)
+        known = study_rates(task, arm.config)
         nearest = min(known, key=lambda rank: abs(rank - arm.rank), default=None)
         guess = UNKNOWN if nearest is None else round(known[nearest])
         cells = [arm.cell(task, steps, warmup) for steps in lengths]

@@ -66,10 +66,9 @@ from study.configurations import (
 )
 from study.domains import Domain, get_domain, names
 from study.grids import FULL, Cell, Job, Listed, Losses, Together, curve, lowest, or_inf
-from study.optima import best_rates
 from study.regret import FLOOR, noise_floor
 from study.runs_on_file import complete, machines, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP, shape, train, trained
 
 import rankaware_optim as ra
@@ -164,11 +163,10 @@ class Oracle:
 
 def oracles(task: Task) -> list[Oracle]:
     """Around the study's best rates, to the octave; those of its nearest rank where one lies at an edge."""
-    store = STORES / f"{task.name}.jsonl"
-    done, found = read(store) if store.exists() else {}, []
+    found = []
     for cell in task.cells:
         config = cell[1].partition(" | ")[0]
-        if known := best_rates(done, task.name, config):
+        if known := study_rates(task.name, config):
             near = min(
                 known, key=lambda rank: abs(math.log2(max(rank, 1) / max(cell[2], 1)))
             )

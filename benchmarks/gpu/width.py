@@ -71,9 +71,8 @@ from study.domains._llama import (
     windows,
 )
 from study.grids import FULL, Job, Listed, Wanting
-from study.optima import best_rates
 from study.runs_on_file import complete, machines, read
-from study.suite import STORES
+from study.suite import study_rates
 from study.training import WARMUP
 
 from rankaware_optim import Constant, Falling, Law, MuA, Power, Reference
@@ -217,7 +216,7 @@ def guess(key: Key) -> int:
     """First guess of log2 rate: the study's best at width 192, moved by the package's law, to the octave."""
     _, config, _ = key
     at_study = FULL if config == "full" else COMMON
-    known = best_rates(read(STORES / "language.jsonl"), "language", config)[at_study]
+    known = study_rates("language", config)[at_study]
     return round(
         by_law(Falling())(Place(config, at_study, STUDY_MEAN), place_of(key), known)
     )

@@ -32,10 +32,9 @@ from study.configurations import CLIP, START, built, run_in, start_of, starts
 from study.domains import get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
 from study.loss_curves import between
-from study.optima import best_rates
 from study.regret import noise_floor, score
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP, train
 
 import rankaware_optim as ra
@@ -46,6 +45,7 @@ TASKS = ("image_generation", "vision_language", "super_resolution")
 STEPS, SEEDS = 400, 2
 DECAYS, MOVED = (0.0, 0.01, 0.1, 0.4, 1.0, 4.0), (0.01, 0.1, 1.0)
 LORA = "Init[A], s = 1"
+UNKNOWN = -8.0  # log2 of the first rate of a task that the study has not
 ARMS = {"rank 4": (LORA, 4), "rank 64": (LORA, 64), "full": ("full", FULL)}
 
 
@@ -56,10 +56,9 @@ def cell_of(task: str, arm: str, decay: float) -> Cell:
 
 def lines(task: str) -> list[Line]:
     """One an arm and decay, around the study's best rate."""
-    done = read(STORES / f"{task}.jsonl")
     grids = []
     for arm, (config, rank) in ARMS.items():
-        centre = best_rates(done, task, config).get(rank, -8.0)
+        centre = study_rates(task, config).get(rank, UNKNOWN)
         grids += [Line(cell_of(task, arm, each), round(centre)) for each in DECAYS]
     return grids
 

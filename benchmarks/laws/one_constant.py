@@ -59,10 +59,10 @@ from recording import RESULTS, block, machine, number, percent
 from study.configurations import CLIP, CONFIGS, built, optimizer, start_of, starts
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Losses, Together, curve, losses_at, lowest, or_inf
-from study.optima import best_rates, cliff_of, crossing
+from study.optima import cliff_of, crossing
 from study.regret import noise_floor, share_lost
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP, train
 
 from rankaware_optim import inspect_model
@@ -306,9 +306,7 @@ def run(chosen: tuple[str, ...], arms: tuple[str, ...], workers: int) -> None:
 def guess(domain: str, config: str, arm: str) -> int:
     """First guess of log2 rate: the study's best, rounded; for × 4, the lowest of × 1/4 mirrored at the base's."""
     if arm not in MIRRORED:
-        return round(
-            best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]]
-        )
+        return round(study_rates(domain, config)[RANKS[config]])
     done = read(STORE / f"{domain}.jsonl")
     base, quarter = (
         lowest(curve(done, cell_of(domain, config, which), SEEDS))

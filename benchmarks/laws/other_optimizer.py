@@ -28,9 +28,8 @@ from study.best_rates import best_rate
 from study.configurations import ADAMW, CLIP, START, built, run_in, start_of, starts
 from study.domains import get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
-from study.optima import best_rates
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP, train
 
 import rankaware_optim as ra
@@ -85,12 +84,10 @@ def cell_of(task: str, arm: str, optimizer: str) -> Cell:
 
 def lines(task: str, optimizer: str) -> list[Line]:
     """One an arm, around the study's best rate for AdamW and the optimizer's guess."""
-    done = read(STORES / f"{task}.jsonl")
     grids = []
     for arm, (config, rank) in ARMS.items():
-        centre = (
-            round(best_rates(done, task, config)[rank]) + OPTIMIZERS[optimizer].guess
-        )
+        adamw = round(study_rates(task, config)[rank])
+        centre = adamw + OPTIMIZERS[optimizer].guess
         grids.append(Line(cell_of(task, arm, optimizer), centre, SEEDS))
     return grids
 

@@ -50,7 +50,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,10 +81,9 @@ from study.grids import (
     or_inf,
 )
 from study.moving import by_default
-from study.optima import best_rates
 from study.regret import score
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP, train
 from torch import nn
 
@@ -265,12 +263,6 @@ class Plane:
             self.job(x, at, seed) for at in around(y, 2, 1) for seed in range(SEEDS)
         ]
         return [job for job in line if job not in done]
-
-
-@cache
-def study_rates(task: str, scheme: str) -> dict[int, float]:
-    """log2 of the study's best rates by rank."""
-    return best_rates(read(STORES / f"{task}.jsonl"), task, scheme)
 
 
 def planes(part: Part) -> list[Plane]:

@@ -74,9 +74,8 @@ from study.configurations import START, run_in, start_of, starts
 from study.domains import Domain, _dit, _llama, image_generation, language
 from study.domains._adapters import adapt
 from study.grids import FULL, Cell, Job, Losses, Together
-from study.optima import best_rates
 from study.runs_on_file import complete, made_by, read
-from study.suite import STORES, provenance
+from study.suite import provenance, study_rates
 from study.training import WARMUP
 
 from rankaware_optim import Law, MuA, Reference, Survey, inspect_model
@@ -166,9 +165,7 @@ def task_of(name: str) -> Together:
 def guess(name: str, config: str) -> int:
     """First guess of log2 rate: the study's best rate on this kind of network, rounded."""
     domain = KINDS[NETWORKS[name].kind].module.DOMAIN.name
-    return round(
-        best_rates(read(STORES / f"{domain}.jsonl"), domain, config)[RANKS[config]]
-    )
+    return round(study_rates(domain, config)[RANKS[config]])
 
 
 def run_one(job: Job) -> float | None:

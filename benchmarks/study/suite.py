@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from recording import RESULTS, machine, written_by
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
-from study.optima import domains_in
+from study.optima import best_rates, domains_in
 from study.regret import LAWS, MOVED_RUNS, means_of, moves
 from study.runs_on_file import complete, machines, read
 from study.suite_tables import by_setting, tables
@@ -260,6 +260,12 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
         publish(README, f"{by_setting(moved)}\n\n{picture}")
     click.echo(text)
+
+
+@cache
+def study_rates(domain: str, scheme: str) -> dict[int, float]:
+    """log2 of the study's best rates on file, by rank."""
+    return best_rates(read(STORES / f"{domain}.jsonl"), domain, scheme)
 
 
 def on_machines(stores: Iterable[Path]) -> str:
