@@ -20,7 +20,7 @@ without decay.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import permutations, product
 from typing import NamedTuple
@@ -29,7 +29,7 @@ import click
 import torch
 from recording import RESULTS, block, machine, number, percent
 from study.configurations import CLIP, START, built, run_in, start_of, starts
-from study.domains import get_domain
+from study.domains import HELD_OUT, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
 from study.loss_curves import between
 from study.regret import noise_floor, score
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--domain", "task", type=click.Choice(TASKS), required=True)
+@click.option("--domain", "task", type=click.Choice((*TASKS, *HELD_OUT)), required=True)
 @click.option("--workers", default=2, show_default=True)
 def sweep(task: str, workers: int) -> None:
     """Run what is missing of a task's lines."""
@@ -154,11 +154,7 @@ FLAT = 0.002  # of the gain
 @main.command()
 def table() -> None:
     """Write results/decay.md from what is on file."""
-    arms = {}
-    for task in TASKS:
-        done = read(STORE / f"{task}.jsonl")
-        if done:
-            arms[task] = {arm: arm_of(task, arm, done) for arm in ARMS}
+    arms = arms_on_file()
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# Weight decay",
@@ -173,6 +169,15 @@ def table() -> None:
     ]
     (RESULTS / "decay.md").write_text("\n\n".join(parts) + "\n")
     click.echo("\n\n".join(parts[2:-1]))
+
+
+def arms_on_file(tasks: Iterable[str] = TASKS) -> dict[str, dict[str, Arm]]:
+    found = {}
+    for task in tasks:
+        done = read(STORE / f"{task}.jsonl")
+        if done:
+            found[task] = {arm: arm_of(task, arm, done) for arm in ARMS}
+    return found
 
 
 def way_rows(arms: Mapping[str, Mapping[str, Arm]]) -> Iterator[list[str]]:

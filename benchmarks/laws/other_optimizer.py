@@ -17,7 +17,7 @@ more than an octave between two tasks is not run on the third.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ import torch
 from recording import RESULTS, block, machine, number
 from study.best_rates import best_rate
 from study.configurations import ADAMW, CLIP, START, built, run_in, start_of, starts
-from study.domains import get_domain
+from study.domains import HELD_OUT, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
 from study.runs_on_file import complete, made_by, read
 from study.suite import provenance, study_rates
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--domain", "task", type=click.Choice(TASKS), required=True)
+@click.option("--domain", "task", type=click.Choice((*TASKS, *HELD_OUT)), required=True)
 @click.option(
     "--optimizer",
     "names",
@@ -159,8 +159,7 @@ WITHIN = 0.5  # octaves
 @main.command()
 def table() -> None:
     """Write results/other_optimizer.md from what is on file."""
-    runs = {task: read(STORE / f"{task}.jsonl") for task in TASKS}
-    runs = {task: done for task, done in runs.items() if done}
+    runs = runs_on_file()
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# The other optimizer",
@@ -171,6 +170,11 @@ def table() -> None:
     ]
     (RESULTS / "other_optimizer.md").write_text("\n\n".join(parts) + "\n")
     click.echo("\n\n".join(parts[2:-1]))
+
+
+def runs_on_file(tasks: Iterable[str] = TASKS) -> dict[str, Losses]:
+    runs = {task: read(STORE / f"{task}.jsonl") for task in tasks}
+    return {task: done for task, done in runs.items() if done}
 
 
 def best(done: Losses, task: str, arm: str, optimizer: str) -> float | None:
@@ -198,35 +202,59 @@ def rate_rows(runs: Mapping[str, Losses]) -> Iterator[list[str]]:
 
 def ratio_rows(runs: Mapping[str, Losses]) -> Iterator[list[str]]:
     """The ratios of LoRA's arms, and those of full finetuning."""
-    for name in list(OPTIMIZERS)[1:]:
-        for kind in ("LoRA", "full"):
-            arms = [arm for arm in ARMS if (arm == "full") == (kind == "full")]
-            by_task: dict[str, list[float]] = {}
-            for task, arm in product(runs, arms):
-                apart = ratio(runs[task], task, arm, name)
-                if apart is not None:
-                    by_task.setdefault(task, []).append(apart)
-            if len(by_task) > 1:
-                yield [name, kind, *judged(by_task)]
+    for name, kind, of in ratios(runs):
+        octaves = [number(each, 2, sign=True) for each in (of.octaves, *of.ends)]
+        yield [name, kind, *octaves, number(of.error), "yes" if of.holds else "NO"]
 
 
-def judged(by_task: Mapping[str, list[float]]) -> list[str]:
-    """Median, range and left-out error of ratios, and whether they hold."""
-    every = [each for ratios in by_task.values() for each in ratios]
-    middle = statistics.median(every)
+class Ratio(NamedTuple):
+    """An optimizer's best rate against AdamW's, octaves.
+
+    Args:
+        octaves: the median over tasks and arms.
+        ends: the lowest and the highest.
+        error: the root mean square error of a task's ratios from the median of the other tasks'.
+    """
+
+    octaves: float
+    ends: tuple[float, float]
+    error: float
+
+    @property
+    def holds(self) -> bool:
+        return max(abs(end - self.octaves) for end in self.ends) <= WITHIN
+
+
+def ratios(runs: Mapping[str, Losses]) -> Iterator[tuple[str, str, Ratio]]:
+    """Each optimizer's ratio that two tasks have, of LoRA and of full finetuning."""
+    for name, kind in product(list(OPTIMIZERS)[1:], ("LoRA", "full")):
+        apart = by_task(runs, name, kind)
+        if len(apart) > 1:
+            yield name, kind, judged(apart)
+
+
+def by_task(
+    runs: Mapping[str, Losses], optimizer: str, kind: str
+) -> dict[str, list[float]]:
+    """The ratios of the arms of LoRA or of full finetuning that are known."""
+    arms = [arm for arm in ARMS if (arm == "full") == (kind == "full")]
+    known: dict[str, list[float]] = {}
+    for task, arm in product(runs, arms):
+        apart = ratio(runs[task], task, arm, optimizer)
+        if apart is not None:
+            known.setdefault(task, []).append(apart)
+    return known
+
+
+def judged(apart: Mapping[str, Sequence[float]]) -> Ratio:
+    """The ratio of what every task has."""
     errors = []
-    for task, ratios in by_task.items():
-        others = [
-            each
-            for other, values in by_task.items()
-            if other != task
-            for each in values
-        ]
-        errors += [(each - statistics.median(others)) ** 2 for each in ratios]
-    holds = max(abs(each - middle) for each in every) <= WITHIN
-    left_out = statistics.fmean(errors) ** 0.5
-    figures = [number(each, 2, sign=True) for each in (middle, min(every), max(every))]
-    return [*figures, number(left_out), "yes" if holds else "NO"]
+    for task, octaves in apart.items():
+        others = [each for other in apart if other != task for each in apart[other]]
+        errors += [(each - statistics.median(others)) ** 2 for each in octaves]
+    every = [each for octaves in apart.values() for each in octaves]
+    ends = min(every), max(every)
+    return Ratio(statistics.median(every), ends, statistics.fmean(errors) ** 0.5)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ from study.domains import (
     Domain,
     _dit,
     _llama,
+    audio,
     get_domain,
     image_generation,
 )
@@ -140,13 +141,25 @@ def labels(rank: int, alpha: float, seed: int) -> nn.Module:
     return adapt(frozen, rank, alpha, "A", seed, _dit.LAYERS, saved=["label"])
 
 
-def norms_and_biases(rank: int, alpha: float, seed: int) -> nn.Module:
-    """Image generation, and all its norms and biases."""
-    model = image_generation.DOMAIN.build(rank, alpha, "A", seed)
-    for name, param in model.named_parameters():
-        if name.endswith(".bias") or "norm" in name:
-            param.requires_grad_(True)
-    return model
+def with_norms(task: str) -> Callable[[int, float, int], nn.Module]:
+    """A task's model, and all its norms and biases."""
+
+    def build(rank: int, alpha: float, seed: int) -> nn.Module:
+        model = get_domain(task).build(rank, alpha, "A", seed)
+        for name, param in model.named_parameters():
+            if name.endswith(".bias") or "norm" in name:
+                param.requires_grad_(True)
+        return model
+
+    return build
+
+
+def audio_head(rank: int, alpha: float, seed: int) -> nn.Module:
+    """Audio, and the layer that says the levels."""
+    model = audio.Waveform()
+    model.load_state_dict(audio.pretrained())
+    frozen = model.requires_grad_(False)
+    return adapt(frozen, rank, alpha, "A", seed, audio.LAYERS, saved=["leave"])
 
 
 def llama(
@@ -191,7 +204,7 @@ def dora(rank: int, alpha: float, seed: int) -> nn.Module:
 PARTS = {
     part.name: part
     for part in (
-        Part("norms and biases", "image_generation", norms_and_biases),
+        Part("norms and biases", "image_generation", with_norms("image_generation")),
         Part("labels", "image_generation", labels),
         Part(
             "vision head", "vision_classification", with_head("vision_classification")
@@ -201,6 +214,16 @@ PARTS = {
         Part("untied embeddings and head", "language", untied),
         Part("DoRA magnitudes", "language", dora),
         Part("text head", "text_classification", with_head("text_classification")),
+    )
+}
+
+
+# of two tasks that no rule saw, judged by study/held_out.py
+HELD_PARTS = {
+    part.name: part
+    for part in (
+        Part("audio head", "audio", audio_head),
+        Part("forecaster's norms and biases", "time_series", with_norms("time_series")),
     )
 }
 
@@ -224,6 +247,8 @@ LINES = {
     )
 }
 
+
+SWEPT = {**LINES, **PARTS, **HELD_PARTS}
 
 # --- the sweeps -------------------------------------------------------------------------------------------------------
 
@@ -288,7 +313,7 @@ def store_of(part: Part) -> Path:
 
 def run_one(job: Job) -> float | None:
     """The held-out loss of a run. A job has the part's name in place of the domain's."""
-    part = {**LINES, **PARTS}[job.domain]
+    part = SWEPT[job.domain]
     if job.scheme == START:
         return part.domain.evaluate(part.build(RANKS[0], 1.0, job.seed))
     scaling, _, rest = job.scheme.partition(" | ")
@@ -307,12 +332,12 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--part", "name", type=click.Choice([*PARTS, *LINES]), required=True)
+@click.option("--part", "name", type=click.Choice([*SWEPT]), required=True)
 @click.option("--workers", default=2, show_default=True)
 def sweep(name: str, workers: int) -> None:
     """Run what is missing of a part's plane, or of an init's line."""
     torch.set_num_threads(1)
-    part = {**LINES, **PARTS}[name]
+    part = SWEPT[name]
     grids = lines(part) if name in LINES else planes(part)
     grid = Together([starts(name, range(SEEDS)), *grids])
     made = provenance(part.task)
@@ -361,11 +386,10 @@ class Swept(NamedTuple):
 def swept(part: Part) -> list[Swept]:
     """The finished planes of a part."""
     done = read(store_of(part))
-    return [
-        of_plane(plane, done)
-        for plane in planes(part)
-        if done and not plane.wanted(done)
-    ]
+    if not done:
+        return []
+    finished = (plane for plane in planes(part) if not plane.wanted(done))
+    return [of_plane(plane, done) for plane in finished]
 
 
 def of_plane(plane: Plane, done: Losses) -> Swept:

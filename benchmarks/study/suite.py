@@ -240,9 +240,10 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     into.mkdir(parents=True, exist_ok=True)
     page = PAGE if into == STORES else into / "tables.md"
     figures = draw_all(done, into, laws)
-    if moved:
+    chosen_on = [each for each in moved if each.domain in STUDY]
+    if chosen_on:
         figures.insert(0, into / SUMMARY)
-        draw_summary(moved).savefig(figures[0], dpi=110)
+        draw_summary(chosen_on).savefig(figures[0], dpi=110)
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
@@ -256,9 +257,9 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
         ]
     )
     replace_bytes(page, f"{text}\n".encode())
-    if page == PAGE and moved:
+    if page == PAGE and chosen_on:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
-        publish(README, f"{by_setting(moved)}\n\n{picture}")
+        publish(README, f"{by_setting(chosen_on)}\n\n{picture}")
     click.echo(text)
 
 

@@ -78,8 +78,12 @@ class Waveform(nn.Module):
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     model = Waveform()
-    model.load_state_dict(made_once("waveform-speech-v1", _pretrained))
+    model.load_state_dict(pretrained())
     return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS)
+
+
+def pretrained() -> dict[str, Tensor]:
+    return made_once("waveform-speech-v1", _pretrained)
 
 
 def batches(seed: int, batch: int) -> Iterator[Tensor]:
