@@ -85,12 +85,19 @@ def test_the_rate_leans_low_inside_its_band(reference, task):
     assert float(found) == found.lr
 
 
+# plain LoRA's rate is divided by these: the root of the published factor times ours
+PISSA, OLORA, LORA_GA, DORA = (
+    math.sqrt(10 / 0.88),
+    math.sqrt(18 / 0.8),
+    18,
+    math.sqrt(1.8 / 1.5),
+)
 INITS = [
-    ("pissa", 10),
-    ("pissa_niter_16", 10),
-    ("olora", 18),
-    ("lora_ga", 18),
-    ("lora-ga", 18),
+    ("pissa", PISSA),
+    ("pissa_niter_16", PISSA),
+    ("olora", OLORA),
+    ("lora_ga", LORA_GA),
+    ("lora-ga", LORA_GA),
     ("eva", 1),
     (True, 1),
 ]
@@ -98,20 +105,31 @@ INITS = [
 
 @pytest.mark.parametrize(("init", "factor"), INITS)
 def test_documented_inits_have_their_factor(init, factor):
-    """A non-zero init divides the rate by its published factor and widens the band; PEFT's zero inits are Init[A]."""
+    """A non-zero init divides the rate by its factor and widens the band; PEFT's zero inits are Init[A]."""
     plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, init=init)
     assert plain.lr / found.lr == pytest.approx(factor)
     assert (reach(found) > reach(plain)) == (factor > 1)
 
 
+@pytest.mark.parametrize(
+    ("init", "published", "measured"), [("pissa", 1 / 10, 0.88), ("olora", 1 / 18, 0.8)]
+)
+def test_a_band_holds_both_measured_rates(init, published, measured):
+    """The band of an init that two studies put apart holds the published factor of LoRA's rate, and ours."""
+    plain, found = (
+        suggest_lr(PUBLISHED, task="chat"),
+        suggest_lr(PUBLISHED, task="chat", init=init),
+    )
+    for factor in (published, measured):
+        assert found.low < 2.0 ** middle(plain) * factor < found.high
+
+
 def test_dora_has_its_factor():
-    """DoRA divides the rate by 1.8, on top of an init's factor."""
-    assert suggest_lr(PUBLISHED).lr / suggest_lr(
-        PUBLISHED, dora=True
-    ).lr == pytest.approx(1.8)
-    assert suggest_lr(PUBLISHED).lr / suggest_lr(
-        PUBLISHED, dora=True, init="pissa"
-    ).lr == pytest.approx(18)
+    """DoRA has its own factor, on top of an init's."""
+    plain = suggest_lr(PUBLISHED).lr
+    assert plain / suggest_lr(PUBLISHED, dora=True).lr == pytest.approx(DORA)
+    both = suggest_lr(PUBLISHED, dora=True, init="pissa")
+    assert plain / both.lr == pytest.approx(DORA * PISSA)
 
 
 # --- the band -------------------------------------------------------------------------------------------------------
@@ -299,7 +317,7 @@ def test_neither_factor_at_zero_asks_for_the_init():
     with pytest.raises(LawError, match=r"Neither factor.*'pissa'"):
         suggest_lr(nonzero())
     assert suggest_lr(nonzero(), init="pissa").lr == pytest.approx(
-        suggest_lr(model_of((8, 64))).lr / 10
+        suggest_lr(model_of((8, 64))).lr / PISSA
     )
 
 
@@ -308,18 +326,20 @@ def test_a_declared_init_is_read():
     model = nonzero()
     config = {"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"}
     model.peft_config = {"": config}
-    assert suggest_lr(model).lr == pytest.approx(suggest_lr(model_of((8, 64))).lr / 10)
+    assert suggest_lr(model).lr == pytest.approx(
+        suggest_lr(model_of((8, 64))).lr / PISSA
+    )
     model.peft_config = {"": {**config, "init_lora_weights": "corda"}}
     with pytest.raises(LawError, match="declare no init with a published rate"):
         suggest_lr(model)
 
 
 def test_a_magnitude_is_read_as_dora():
-    """A DoRA magnitude beside the pairs divides the rate; dora=False overrules it."""
+    """A DoRA magnitude beside the pairs changes the rate; dora=False overrules it."""
     model = model_of((8, 64))
     plain = suggest_lr(model)
     model[0].lora_magnitude_vector = nn.Parameter(torch.ones(64))
-    assert plain.lr / suggest_lr(model).lr == pytest.approx(1.8)
+    assert plain.lr / suggest_lr(model).lr == pytest.approx(DORA)
     assert suggest_lr(model, dora=False) == plain
 
 
@@ -335,11 +355,11 @@ def test_real_peft_models_are_read():
     assert (plain.reference, plain.fan_in) == (Reference(rank=4, alpha=8), 64)
     assert plain.lr / suggest_lr(
         wrapped(init_lora_weights="pissa")
-    ).lr == pytest.approx(10)
+    ).lr == pytest.approx(PISSA)
     assert plain.lr / suggest_lr(
         wrapped(init_lora_weights="olora")
-    ).lr == pytest.approx(18)
-    assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(1.8)
+    ).lr == pytest.approx(OLORA)
+    assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(DORA)
 
 
 REFUSED = [
