@@ -129,7 +129,9 @@ class Line:
             missing = [job for job in jobs if job not in done]
             if missing:
                 return missing
-            wider = grown(axis, self.best(done))
+            means = curve(done, self.cell, self.seeds)
+            best = min(axis, key=lambda x: means[x])
+            wider = grown(axis, best)
             if wider == axis:
                 return []
             axis = wider

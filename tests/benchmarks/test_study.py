@@ -73,6 +73,18 @@ def completed(store: Path, jobs: list[Any], ran: list[Any]) -> None:
     complete(Listed(jobs), run, store, 1, lambda text: None)
 
 
+@pytest.mark.parametrize("best", [-13, -10, -8, -6, -3])
+def test_a_line_grows_until_its_best_rate_is_inside(best: int) -> None:
+    """A line of rates grows by as many octaves as it takes, however far its centre is from the best rate."""
+    from study.grids import Line
+
+    line, done = Line(job(4, 0.0)[:3], centre=-8, seeds=1), {}
+    while wanted := line.wanted(done):
+        done |= {each: abs(each.x - best) for each in wanted}
+    rates = sorted(each.x for each in done)
+    assert rates[0] < best < rates[-1]
+
+
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
     """A second call runs only what the first did not finish."""
     ran: list[Any] = []
