@@ -15,6 +15,12 @@ the decays .01, .1 and 1 is more than .2 points lower and its 95th percentile is
 all decays up to .1 are within the noise floor plus .2 points of the best, in every arm of both, decay is flat there, and
 no third task is run. The page names the largest lr × decay × steps up to which the loss is within .2 points of that
 without decay.
+
+**Outcome.** The default stays as it is: the decay keeps its number. Its mean regret is .43 %, with .51 % for the kept
+shrinkage. Decays up to .1 are within the noise floor plus .2 points of the best in every arm of both tasks, so by the rule
+no third task was run: what most people take does not matter in runs like these. A decay of 1 costs LoRA 1 to 2 %, and full
+finetuning up to .4 %, or helps it by .8 (the noise floor there). Up to a product lr × decay × steps of about .15 the loss is
+that without decay, in all arms but one, which is noisier than the question.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ OPTIMIZERS = [
     (kind("PagedAdamW8bit"), 1, 1),
     (type("Mine", (torch.optim.AdamW,), {}), 1, 1),
     (torch.optim.NAdam, 1, 1),
-    (kind("Lion"), 1 / 3, 1 / 10),
-    ("lion", 1 / 3, 1 / 10),
+    (kind("Lion"), 1 / 2, 1 / 10),
+    ("lion", 1 / 2, 1 / 10),
     (kind("AdamWScheduleFree"), 10, 1),
 ]
 
