@@ -344,7 +344,7 @@ def table() -> None:
     explanation = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
     text = [
         "# Two couplings of the fit",
-        explanation.strip(),
+        explanation.strip("\n"),
         block("Apart", HEADS, list(apart_rows(done))),
         block("Repeat and cap", HEADS, list(cliff_rows(done))),
         block("The searches", SEARCH_HEADS, list(search_rows(done))),

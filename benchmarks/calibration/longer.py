@@ -429,7 +429,7 @@ def table() -> None:
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# The number of steps",
-        explanation.strip(),
+        explanation.strip("\n"),
         block("Best rates", ("task", "arm", *map(str, LENGTHS)), list(rate_rows(runs))),
         block(
             "Octaves a doubling, in the mean over tasks",

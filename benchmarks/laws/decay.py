@@ -164,7 +164,7 @@ def table() -> None:
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# Weight decay",
-        explanation.strip(),
+        explanation.strip("\n"),
         block("Two ways to move a decay", WAY_HEADS, list(way_rows(arms))),
         block(
             "What each decay loses, at its own best rate",

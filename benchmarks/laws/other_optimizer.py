@@ -177,7 +177,7 @@ def table() -> None:
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# The other optimizer",
-        explanation.strip(),
+        explanation.strip("\n"),
         block("Ratios", RATIO_HEADS, list(ratio_rows(runs))),
         block("Best rates", HEADS, list(rate_rows(runs))),
         made_by(machine(1), *(STORE / f"{task}.jsonl" for task in runs)),

@@ -493,7 +493,7 @@ def table() -> None:
     ]
     parts = [
         "# The rest of the model",
-        explanation.strip(),
+        explanation.strip("\n"),
         block("Ways to choose the rest's rate", WAY_HEADS, list(way_rows(cells))),
         block("Best rates", CELL_HEADS, list(cell_rows(cells))),
         block("From rank 4 to rank 64", RANK_HEADS, list(rank_rows(cells))),

@@ -92,7 +92,7 @@ def main() -> None:
     explanation = (__doc__ or "").partition("\n\n")[2]
     parts = [
         "# Two tasks that no choice saw",
-        explanation.strip(),
+        explanation.strip("\n"),
         block("Claims", HEADS, [claim.row() for claim in claims]),
         made_by(machine(1), *(store for store in stores if store.exists())),
     ]
