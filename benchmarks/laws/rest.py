@@ -172,7 +172,7 @@ def with_norms(task: str) -> Callable[[int, float, int], nn.Module]:
 def audio_head(rank: int, alpha: float, seed: int) -> nn.Module:
     """Audio, and the layer that says the levels."""
     model = audio.Waveform()
-    model.load_state_dict(audio.pretrained())
+    model.load_state_dict(audio.weights())
     frozen = model.requires_grad_(False)
     return adapt(frozen, rank, alpha, "A", seed, audio.LAYERS, saved=["leave"])
 

