@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +88,21 @@ class Asset:
             raise DomainError(
                 f"{self.kind} could not fetch {self.package}: {error}.", cure
             ) from error
+
+
+def debian_files(asset: Asset, suffix: str) -> list[bytes]:
+    """The files of a Debian package whose names end so, in the order of their names."""
+    command = ["dpkg-deb", "--fsys-tarfile", str(asset.path())]
+    try:
+        unpacked = subprocess.run(command, check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise DomainError(
+            f"{asset.path()} could not be unpacked: {error}.", "Install dpkg."
+        ) from error
+    with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
+        names = sorted(name for name in archive.getnames() if name.endswith(suffix))
+        files = [archive.extractfile(name) for name in names]
+        return [file.read() for file in files if file is not None]
 
 
 @cache

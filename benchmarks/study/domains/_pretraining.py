@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 
-def pretrained(
+def trained_on(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
     steps: int,
+    lr: float = 1e-3,
 ) -> dict[str, Tensor]:
-    """The weights after steps of AdamW at 1e-3, one on each batch."""
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    """The weights after steps of AdamW, one on each batch."""
+    opt = torch.optim.AdamW(model.parameters(), lr=lr)
     for _, batch in zip(range(steps), batches, strict=False):
         opt.zero_grad()
         loss(model, batch).backward()

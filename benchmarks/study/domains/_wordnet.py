@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from functools import cache
 
 import torch
 
-from . import DomainError
-from ._assets import Asset
+from ._assets import Asset, debian_files
 
 WORDNET = Asset(
     "debian",
@@ -37,12 +35,5 @@ def _row(line: str) -> tuple[str, str, int]:
 
 
 def _nouns() -> str:
-    unpack = f"dpkg-deb --fsys-tarfile '{WORDNET.path()}' | tar xO ./usr/share/wordnet/data.noun"
-    try:
-        return subprocess.run(
-            unpack, shell=True, check=True, capture_output=True, text=True
-        ).stdout
-    except subprocess.CalledProcessError as error:
-        raise DomainError(
-            f"{WORDNET.path()} could not be unpacked: {error}.", "Install dpkg and tar."
-        ) from error
+    (file,) = debian_files(WORDNET, "/wordnet/data.noun")
+    return file.decode()

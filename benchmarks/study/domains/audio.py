@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import struct
-import subprocess
-import tarfile
 import wave
 from collections.abc import Iterator
 from functools import cache
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 
 from rankaware_optim.calibration import seeded
 
-from . import Domain, DomainError
+from . import Domain
 from ._adapters import adapt
-from ._assets import Asset, made_once
+from ._assets import Asset, debian_files, made_once
 from ._mnist import drawn
-from ._pretraining import pretrained
+from ._pretraining import trained_on
 
 SPEECH = Asset(
     "debian",
@@ -136,7 +134,7 @@ def windows_of(samples: Tensor) -> Tensor:
 
 def _instruments() -> dict[str, Tensor]:
     """The samples of a SoundFont: all that its chunk `smpl` holds, signed integers of two bytes."""
-    (file,) = _files(INSTRUMENTS, ".sf2")
+    (file,) = debian_files(INSTRUMENTS, ".sf2")
     start = file.index(b"smpl") + 8
     (size,) = struct.unpack("<I", file[start - 4 : start])
     return {"windows": windows_of(_decoded(file[start : start + size]))}
@@ -144,7 +142,7 @@ def _instruments() -> dict[str, Tensor]:
 
 def _speech() -> Tensor:
     spoken = []
-    for file in _files(SPEECH, ".wav"):
+    for file in debian_files(SPEECH, ".wav"):
         with wave.open(io.BytesIO(file)) as read:
             spoken.append(_decoded(read.readframes(read.getnframes())))
     return windows_of(torch.cat(spoken))
@@ -154,28 +152,13 @@ def _decoded(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.int16).float() / 2**15
 
 
-def _files(asset: Asset, suffix: str) -> list[bytes]:
-    """The files of a Debian package whose names end so, in the order of their names."""
-    command = ["dpkg-deb", "--fsys-tarfile", str(asset.path())]
-    try:
-        unpacked = subprocess.run(command, check=True, capture_output=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise DomainError(
-            f"{asset.path()} could not be unpacked: {error}.", "Install dpkg."
-        ) from error
-    with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
-        names = sorted(name for name in archive.getnames() if name.endswith(suffix))
-        files = [archive.extractfile(name) for name in names]
-        return [file.read() for file in files if file is not None]
-
-
 def _pretrained() -> dict[str, Tensor]:
     """The network's weights after 600 steps of AdamW at 1e-3 on English speech."""
     with seeded(0):
         model = Waveform()
     windows = _speech()
     chosen = (windows[which] for which in drawn(len(windows), 4 * BATCH, 0))
-    return pretrained(model, chosen, loss, PRETRAINING)
+    return trained_on(model, chosen, loss, PRETRAINING)
 
 
 DOMAIN = Domain(

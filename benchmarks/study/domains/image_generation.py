@@ -19,6 +19,7 @@ from ._adapters import adapt
 from ._assets import made_once
 from ._dit import LAYERS, WIDTH, DiT, flow_loss
 from ._mnist import digits, drawn
+from ._pretraining import trained_on
 
 BATCH, HELD_OUT, PRETRAINING = 32, 512, 1500
 
@@ -78,12 +79,8 @@ def pretrained(width: int = WIDTH, steps: int = PRETRAINING) -> dict[str, Tensor
 def _pretrain(width: int, steps: int) -> dict[str, Tensor]:
     with seeded(0):
         model = DiT(width)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3 * WIDTH / width)
-    for _, batch in zip(range(steps), batches(0, BATCH, new=False), strict=False):
-        opt.zero_grad()
-        loss(model, batch).backward()
-        opt.step()
-    return model.state_dict()
+    old = batches(0, BATCH, new=False)
+    return trained_on(model, old, loss, steps, 1e-3 * WIDTH / width)
 
 
 DOMAIN = Domain(

@@ -23,6 +23,7 @@ from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
 from ._llama import LAYERS
+from ._pretraining import trained_on
 
 # an answer has three digits, leading zeros included
 DIGITS, CHARACTERS = (
@@ -62,15 +63,14 @@ def _pretrain() -> dict[str, Tensor]:
     """Supervised training until about a quarter of the answers are right: 280 steps of 64 sums, AdamW at 1e-3."""
     with seeded(0):
         model = new_model()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for batch, _ in zip(sums(0, 64), range(PRETRAINING), strict=False):
-        opt.zero_grad()
-        logits = model(torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)).logits[
-            :, -DIGITS:
-        ]
-        F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten()).backward()
-        opt.step()
-    return dict(model.state_dict())
+    return trained_on(model, sums(0, 64), _supervised, PRETRAINING)
+
+
+def _supervised(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy of the right answers."""
+    read = torch.cat([batch.prompts, batch.answers[:, :-1]], dim=1)
+    logits = model(read).logits[:, -DIGITS:]
+    return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
 
 
 def batches(seed: int, batch: int) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
 from ._mnist import digits, drawn
-from ._pretraining import pretrained
+from ._pretraining import trained_on
 
 WIDTH, BATCH, HELD_OUT, PRETRAINING, NOISE, SMALLER = 16, 16, 512, 600, 0.5, 4
 LAYERS = r"(down|middle|up)\.\d+\.conv$"
@@ -102,7 +102,7 @@ def _pretrained() -> dict[str, Tensor]:
     """The network's weights after 600 steps of AdamW at 1e-3 that remove Gaussian noise from the digits 0 to 4."""
     with seeded(0):
         model = UNet()
-    return pretrained(model, _noisy(), loss, PRETRAINING)
+    return trained_on(model, _noisy(), loss, PRETRAINING)
 
 
 def _noisy() -> Iterator[Batch]:

