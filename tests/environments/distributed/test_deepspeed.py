@@ -39,11 +39,8 @@ IGNORED = (
         "torch",
     ),
 )
-
-
-def environment() -> dict[str, str]:
-    """Not at import: both processes import this module, and one would remove the other's lock."""
-    return on_cpu()
+# not called at import: both processes import this module, and one would remove the other's lock
+environment = on_cpu
 
 
 def engine_of(form: str, stage: int, **own: Any) -> Any:
