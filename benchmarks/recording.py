@@ -118,6 +118,17 @@ def page(
     )
 
 
+def write_explained(name: str, title: str, doc: str | None, *parts: str) -> None:
+    """Write results/<name>.md: a script's docstring but its first paragraph, then parts. Print the parts but the last.
+
+    The last part says how the figures were made.
+    """
+    explanation = (doc or "").partition("\n\n")[2].strip("\n")
+    text = "\n\n".join([f"# {title}", explanation, *parts])
+    (RESULTS / f"{name}.md").write_text(f"{text}\n")
+    print(*parts[:-1], sep="\n\n")
+
+
 def block(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A heading and a table."""
     return f"## {title}\n\n{table_of(heads, rows)}"

@@ -46,7 +46,7 @@ import torch
 from calibration.make_recipes import FULL_TRIALS, SHARE, paths_of
 from calibration.searches import rate_of
 from calibration.searches import recipe_of as search_recipe
-from recording import RESULTS, block, machine, made_on, percent
+from recording import RESULTS, block, machine, made_on, percent, write_explained
 from study.configurations import CONFIGS
 from study.domains import STUDY, get_domain
 from study.grids import Losses
@@ -341,17 +341,16 @@ def in_sweep(done: Losses, rates: Iterable[Rated]) -> list[Rated]:
 def table() -> None:
     """Write results/couplings.md."""
     done = sweeps()
-    explanation = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
-    text = [
-        "# Two couplings of the fit",
-        explanation.strip("\n"),
+    write_explained(
+        "couplings",
+        "Two couplings of the fit",
+        (__doc__ or "").partition("\n\n")[2],
         block("Apart", HEADS, list(apart_rows(done))),
         block("Repeat and cap", HEADS, list(cliff_rows(done))),
         block("The searches", SEARCH_HEADS, list(search_rows(done))),
         f"Searches: commit {', '.join(sorted({row['commit'] for row in searched().values()}))}.",
         made_on(machine(1)),
-    ]
-    (RESULTS / "couplings.md").write_text("\n\n".join(text) + "\n")
+    )
 
 
 HEADS = (

@@ -70,14 +70,14 @@ from calibration.couplings import refitted
 from calibration.searches import rate_of
 from calibration.searches import recipe_of as search_recipe
 from calibration.surfaces import gap_of
-from recording import RESULTS, block, machine, number, percent
+from recording import RESULTS, block, machine, number, percent, write_explained
 from study.best_rates import best_rate
 from study.configurations import START, run_in, start_of, starts
 from study.domains import HELD_OUT, Domain, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
 from study.regret import noise_floor, score
-from study.runs_on_file import complete, made_by, read
-from study.suite import provenance, study_rates
+from study.runs_on_file import complete, made_by, read_begun
+from study.suite import UNKNOWN, provenance, study_rates
 from study.training import WARMUP
 
 from rankaware_optim import Recipe
@@ -89,7 +89,6 @@ TASKS = ("image_generation", "vision_language", "super_resolution", "language")
 LENGTHS = (25, 50, 100, 200, 400, 800)
 WARM_TASKS, WARM_LENGTHS, LONG_WARMUP = TASKS[:2], (50, 400), 0.2
 LONGEST = 800  # steps, of which one seed is run
-UNKNOWN = -8  # log2 of the first rate where the study has none
 
 
 class Arm(NamedTuple):
@@ -398,12 +397,8 @@ class Runs(NamedTuple):
 
 
 def runs_on_file(tasks: Iterable[str] = TASKS) -> dict[str, Runs]:
-    found = {}
-    for task in tasks:
-        done = read(STORE / f"{task}.jsonl")
-        if done:
-            found[task] = Runs(done, start_of(task, done))
-    return found
+    begun = read_begun(STORE, tasks)
+    return {task: Runs(done, start_of(task, done)) for task, done in begun.items()}
 
 
 def moves_of(runs: Mapping[str, Runs], warmup: float = WARMUP) -> list[Move]:
@@ -426,10 +421,10 @@ def table() -> None:
     runs = runs_on_file()
     moves = moves_of(runs)
     by_spread = spreads_tried(runs)
-    explanation = (__doc__ or "").partition("\n\n")[2]
-    parts = [
-        "# The number of steps",
-        explanation.strip("\n"),
+    write_explained(
+        "longer",
+        "The number of steps",
+        __doc__,
         block("Best rates", ("task", "arm", *map(str, LENGTHS)), list(rate_rows(runs))),
         block(
             "Octaves a doubling, in the mean over tasks",
@@ -452,9 +447,7 @@ def table() -> None:
             list(spread_rows(runs, by_spread)),
         ),
         made_by(machine(1), *(STORE / f"{task}.jsonl" for task in runs)),
-    ]
-    (RESULTS / "longer.md").write_text("\n\n".join(parts) + "\n")
-    click.echo("\n\n".join(parts[2:-1]))
+    )
 
 
 def floors(runs: Mapping[str, Runs]) -> str:

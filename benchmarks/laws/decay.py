@@ -33,14 +33,14 @@ from typing import NamedTuple
 
 import click
 import torch
-from recording import RESULTS, block, machine, number, percent
+from recording import RESULTS, block, machine, number, percent, write_explained
 from study.configurations import CLIP, START, built, run_in, start_of, starts
 from study.domains import HELD_OUT, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
 from study.loss_curves import between
 from study.regret import noise_floor, score
-from study.runs_on_file import complete, made_by, read
-from study.suite import provenance, study_rates
+from study.runs_on_file import complete, made_by, read_begun
+from study.suite import UNKNOWN, provenance, study_rates
 from study.training import WARMUP, train
 
 import rankaware_optim as ra
@@ -51,7 +51,6 @@ TASKS = ("image_generation", "vision_language", "super_resolution")
 STEPS, SEEDS = 400, 2
 DECAYS, MOVED = (0.0, 0.01, 0.1, 0.4, 1.0, 4.0), (0.01, 0.1, 1.0)
 LORA = "Init[A], s = 1"
-UNKNOWN = -8.0  # log2 of the first rate of a task that the study has not
 ARMS = {"rank 4": (LORA, 4), "rank 64": (LORA, 64), "full": ("full", FULL)}
 
 
@@ -161,10 +160,10 @@ FLAT = 0.002  # of the gain
 def table() -> None:
     """Write results/decay.md from what is on file."""
     arms = arms_on_file()
-    explanation = (__doc__ or "").partition("\n\n")[2]
-    parts = [
-        "# Weight decay",
-        explanation.strip("\n"),
+    write_explained(
+        "decay",
+        "Weight decay",
+        __doc__,
         block("Two ways to move a decay", WAY_HEADS, list(way_rows(arms))),
         block(
             "What each decay loses, at its own best rate",
@@ -172,17 +171,13 @@ def table() -> None:
             list(arm_rows(arms)),
         ),
         made_by(machine(1), *(STORE / f"{task}.jsonl" for task in arms)),
-    ]
-    (RESULTS / "decay.md").write_text("\n\n".join(parts) + "\n")
-    click.echo("\n\n".join(parts[2:-1]))
+    )
 
 
 def arms_on_file(tasks: Iterable[str] = TASKS) -> dict[str, dict[str, Arm]]:
     found = {}
-    for task in tasks:
-        done = read(STORE / f"{task}.jsonl")
-        if done:
-            found[task] = {arm: arm_of(task, arm, done) for arm in ARMS}
+    for task, done in read_begun(STORE, tasks).items():
+        found[task] = {arm: arm_of(task, arm, done) for arm in ARMS}
     return found
 
 

@@ -35,12 +35,12 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from recording import RESULTS, block, machine, number
+from recording import RESULTS, block, machine, number, write_explained
 from study.best_rates import best_rate
 from study.configurations import ADAMW, CLIP, START, built, run_in, start_of, starts
 from study.domains import HELD_OUT, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together, curve
-from study.runs_on_file import complete, made_by, read
+from study.runs_on_file import complete, made_by, read_begun
 from study.suite import provenance, study_rates
 from study.training import WARMUP, train
 
@@ -174,21 +174,18 @@ WITHIN = 0.5  # octaves
 def table() -> None:
     """Write results/other_optimizer.md from what is on file."""
     runs = runs_on_file()
-    explanation = (__doc__ or "").partition("\n\n")[2]
-    parts = [
-        "# The other optimizer",
-        explanation.strip("\n"),
+    write_explained(
+        "other_optimizer",
+        "The other optimizer",
+        __doc__,
         block("Ratios", RATIO_HEADS, list(ratio_rows(runs))),
         block("Best rates", HEADS, list(rate_rows(runs))),
         made_by(machine(1), *(STORE / f"{task}.jsonl" for task in runs)),
-    ]
-    (RESULTS / "other_optimizer.md").write_text("\n\n".join(parts) + "\n")
-    click.echo("\n\n".join(parts[2:-1]))
+    )
 
 
 def runs_on_file(tasks: Iterable[str] = TASKS) -> dict[str, Losses]:
-    runs = {task: read(STORE / f"{task}.jsonl") for task in tasks}
-    return {task: done for task, done in runs.items() if done}
+    return read_begun(STORE, tasks)
 
 
 def best(done: Losses, task: str, arm: str, optimizer: str) -> float | None:

@@ -71,8 +71,8 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from calibration.surfaces import gap_of
-from recording import RESULTS, block, machine, number, percent
+from calibration.surfaces import Gap, gap_of
+from recording import RESULTS, block, machine, number, percent, write_explained
 from study.best_rates import best_rate
 from study.configurations import ADAMW, CLIP, START, TUNED, start_of, starts
 from study.domains import (
@@ -393,16 +393,17 @@ class Swept(NamedTuple):
         """log2 of the rest's best rate."""
         return best_rate(self.losses, self.start)
 
-    def regret(self, y: float) -> float:
-        """The share of the gain that rate 2^y of the rest loses."""
-        return gap_of(self.every, min(self.losses.values()), self.start)(y)
+    @property
+    def regret(self) -> Gap:
+        """The share of the gain that rate 2^y of the rest loses, by y."""
+        return gap_of(self.every, min(self.losses.values()), self.start)
 
     @property
     def flat(self) -> float:
         """Octaves over which the rest's rate loses less than 1 %."""
         low, high = min(self.every), max(self.every)
-        eighths = range(round(8 * (high - low)) + 1)
-        return sum(self.regret(low + each / 8) < 0.01 for each in eighths) / 8
+        eighths, regret = range(round(8 * (high - low)) + 1), self.regret
+        return sum(regret(low + each / 8) < 0.01 for each in eighths) / 8
 
 
 def swept(part: Part) -> list[Swept]:
@@ -485,23 +486,21 @@ RANK_HEADS = (
 def table() -> None:
     """Write results/rest.md from what is on file."""
     cells = [each for part in PARTS.values() for each in swept(part)]
-    explanation = (__doc__ or "").partition("\n\n")[2]
     on_file = [
         store_of(part)
         for part in {**PARTS, **LINES}.values()
         if store_of(part).exists()
     ]
-    parts = [
-        "# The rest of the model",
-        explanation.strip("\n"),
+    write_explained(
+        "rest",
+        "The rest of the model",
+        __doc__,
         block("Ways to choose the rest's rate", WAY_HEADS, list(way_rows(cells))),
         block("Best rates", CELL_HEADS, list(cell_rows(cells))),
         block("From rank 4 to rank 64", RANK_HEADS, list(rank_rows(cells))),
         *init_blocks(),
         made_by(machine(1), *on_file),
-    ]
-    (RESULTS / "rest.md").write_text("\n\n".join(parts) + "\n")
-    click.echo("\n\n".join(parts[2:-1]))
+    )
 
 
 def way_rows(cells: Sequence[Swept]) -> Iterator[list[str]]:

@@ -30,7 +30,7 @@ study's seven tasks are beside theirs.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import click
@@ -38,7 +38,7 @@ from calibration import longer
 from calibration.make_recipes import paths_of
 from calibration.searches import rate_of
 from laws import decay, other_optimizer, rest
-from recording import RESULTS, block, machine, percent
+from recording import block, machine, percent, write_explained
 from study.configurations import CONFIGS
 from study.domains import HELD_OUT, STUDY
 from study.moved_runs import sweeps
@@ -89,15 +89,13 @@ def main() -> None:
         for folder in (STORES, longer.STORE, decay.STORE, other_optimizer.STORE)
         for task in HELD_OUT
     ]
-    explanation = (__doc__ or "").partition("\n\n")[2]
-    parts = [
-        "# Two tasks that no choice saw",
-        explanation.strip("\n"),
+    write_explained(
+        "held_out",
+        "Two tasks that no choice saw",
+        __doc__,
         block("Claims", HEADS, [claim.row() for claim in claims]),
         made_by(machine(1), *(store for store in stores if store.exists())),
-    ]
-    (RESULTS / "held_out.md").write_text("\n\n".join(parts) + "\n")
-    click.echo("\n\n".join(parts[2:-1]))
+    )
 
 
 # --- a rate that is moved, and recipes --------------------------------------------------------------------------------
@@ -108,55 +106,41 @@ def mean_of(
 ) -> float | None:
     """The mean regret of a way over tasks; None where it has none."""
     mine = [each for each in moved if each.domain in tasks]
-    regrets = regrets_in(mine, way, *setting)
-    return statistics.fmean(regrets) if regrets else None
+    return mean(regrets_in(mine, way, *setting))
+
+
+GROUPS = (STUDY, *((task,) for task in HELD_OUT), HELD_OUT)
+
+
+def figures_of(
+    moved: Sequence[Moved], ways: Sequence[str]
+) -> Iterator[tuple[str, list[list[float | None]], list[str]]]:
+    """Each setting that both tasks have: its name, the ways' mean regrets by group of tasks, and these in words."""
+    for words, setting in settings().items():
+        figures = [
+            [mean_of(moved, way, setting, *tasks) for way in ways] for tasks in GROUPS
+        ]
+        if figures[-1][0] is not None:
+            yield words, figures, [" / ".join(map(share, each)) for each in figures]
 
 
 def moved_claims(moved: Sequence[Moved]) -> Iterator[Claim]:
     """The default law beside keeping the rate and the paper's law, and the noise floor."""
-    ways = (DEFAULT, KEEPING, PAPER, FLOOR)
-    for words, setting in settings().items():
-        figures = [
-            [mean_of(moved, way, setting, *tasks) for way in ways]
-            for tasks in (STUDY, *((task,) for task in HELD_OUT), HELD_OUT)
-        ]
-        if figures[-1][0] is None:
-            continue
-        cells = [" / ".join(map(share, each)) for each in figures]
+    name = "the default law / keeping the rate / the paper's law / noise floor"
+    for words, figures, cells in figures_of(moved, (DEFAULT, KEEPING, PAPER, FLOOR)):
         ours, keeping, paper, floor = (each or 0.0 for each in figures[-1])
         near = ours <= floor + POINT / 2
         holds = near or ours <= min(keeping, paper)
-        yield Claim(
-            "the default law / keeping the rate / the paper's law / noise floor",
-            words,
-            cells[0],
-            cells[1:-1],
-            cells[-1],
-            holds,
-        )
+        yield Claim(name, words, cells[0], cells[1:-1], cells[-1], holds)
 
 
 def recipe_claims(moved: Sequence[Moved]) -> Iterator[Claim]:
     """A calibrated recipe's mean regret, beside the noise floor."""
-    for words, setting in settings().items():
-        figures = [
-            [mean_of(moved, way, setting, *tasks) for way in (RECIPE, FLOOR)]
-            for tasks in (STUDY, *((task,) for task in HELD_OUT), HELD_OUT)
-        ]
-        seven, both = figures[0][0], figures[-1][0]
-        if seven is None or both is None:
-            continue
-        cells = [" / ".join(map(share, each)) for each in figures]
-        floor = figures[-1][1] or 0.0
-        holds = both <= max(2 * seven, floor + POINT / 2)
-        yield Claim(
-            "a calibrated recipe / noise floor",
-            words,
-            cells[0],
-            cells[1:-1],
-            cells[-1],
-            holds,
-        )
+    name = "a calibrated recipe / noise floor"
+    for words, figures, cells in figures_of(moved, (RECIPE, FLOOR)):
+        both, floor = (each or 0.0 for each in figures[-1])
+        holds = both <= max(2 * (figures[0][0] or 0.0), floor + POINT / 2)
+        yield Claim(name, words, cells[0], cells[1:-1], cells[-1], holds)
 
 
 def bands_claims() -> Iterator[Claim]:
@@ -185,7 +169,11 @@ def bands_of(*tasks: str) -> float | None:
                 for rank, x in best.items():
                     _, low, high = rate_of(recipe, config, rank)
                     held.append(low <= 2.0**x <= high)
-    return statistics.fmean(held) if held else None
+    return mean(held)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def share(value: float | None) -> str:
@@ -197,81 +185,83 @@ def share(value: float | None) -> str:
 
 def longer_claims() -> Iterator[Claim]:
     """What a calibration of an eighth of the steps loses, as the package widens its bands."""
-    by_tasks = [
-        list(longer.rated(longer.runs_on_file(tasks), longer.as_the_package))
-        for tasks in (longer.TASKS, *((task,) for task in HELD_OUT), HELD_OUT)
-    ]
-    if not by_tasks[-1]:
+    runs = longer.runs_on_file((*longer.TASKS, *HELD_OUT))
+    every = list(longer.rated(runs, longer.as_the_package))
+    groups = (longer.TASKS, *GROUPS[1:])
+    by_group = [[rate for rate in every if rate.task in tasks] for tasks in groups]
+    if not by_group[-1]:
         return
-    judged = [longer.judged_by_bar(rates) if rates else None for rates in by_tasks]
-    cells = [" / ".join(map(percent, each)) if each else "–" for each in judged]
-    median, high, bands = longer.judged_by_bar(by_tasks[-1])
-    holds = median <= POINT and high <= 5 * POINT and bands >= LONG_BANDS
+    judged = [longer.judged_by_bar(rates) if rates else () for rates in by_group]
+    cells = [" / ".join(map(percent, each)) or "–" for each in judged]
+    median, high, bands = judged[-1]
     yield Claim(
         "a longer run: median / 95th percentile / bands that hold",
         "an eighth of the steps",
         cells[0],
         cells[1:-1],
         cells[-1],
-        holds,
+        median <= POINT and high <= 5 * POINT and bands >= LONG_BANDS,
     )
 
 
-def rest_claims() -> Iterator[Claim]:
-    """The ways to choose the rest's rate, one a row: the base rate is the default."""
-    cells = [each for part in rest.PARTS.values() for each in rest.swept(part)]
-    held = [each for part in rest.HELD_PARTS.values() for each in rest.swept(part)]
-    if not held:
-        return
+Regrets = Mapping[str, Sequence[float]]
+
+
+def way_claims(
+    name: str, seven: Regrets, held: Mapping[str, Regrets]
+) -> Iterator[Claim]:
+    """One claim a way: whether its mean is within .2 points of the lowest.
+
+    Args:
+        name: what is claimed.
+        seven: regrets on the study's tasks, by way.
+        held: regrets on the two tasks, by way and task.
+    """
     means = {
-        way: statistics.fmean(cell.regret(rest.ways(cell)[way]) for cell in held)
-        for way in rest.ways(held[0])
+        way: statistics.fmean(regret for each in by_task.values() for regret in each)
+        for way, by_task in held.items()
     }
     for way, both in means.items():
-        by_task = [
-            [
-                cell.regret(rest.ways(cell)[way])
-                for cell in held
-                if cell.part.task == task
-            ]
-            for task in HELD_OUT
-        ]
-        seven = statistics.fmean(cell.regret(rest.ways(cell)[way]) for cell in cells)
-        lowest = both <= min(means.values()) + POINT / 5
         yield Claim(
-            "the rest of the model",
+            name,
             way,
-            percent(seven),
-            [share(statistics.fmean(each) if each else None) for each in by_task],
+            percent(statistics.fmean(seven[way])),
+            [share(mean(held[way].get(task, ()))) for task in HELD_OUT],
             percent(both),
-            lowest,
+            both <= min(means.values()) + POINT / 5,
         )
+
+
+def rest_claims() -> Iterator[Claim]:
+    """The ways to choose the rest's rate: the base rate is the default."""
+    seven: dict[str, list[float]] = {}
+    held: dict[str, dict[str, list[float]]] = {}
+    for part in rest.PARTS.values():
+        for cell in rest.swept(part):
+            for way, y in rest.ways(cell).items():
+                seven.setdefault(way, []).append(cell.regret(y))
+    for part in rest.HELD_PARTS.values():
+        for cell in rest.swept(part):
+            for way, y in rest.ways(cell).items():
+                by_task = held.setdefault(way, {})
+                by_task.setdefault(part.task, []).append(cell.regret(y))
+    yield from way_claims("the rest of the model", seven, held)
 
 
 def decay_claims() -> Iterator[Claim]:
     """Both ways to move a decay; the first is the default."""
-    held = decay.arms_on_file(HELD_OUT)
-    if not held:
+    arms, held_arms = decay.arms_on_file(), decay.arms_on_file(HELD_OUT)
+    if not held_arms:
         return
-    arms = decay.arms_on_file()
-    means = {
-        way: statistics.fmean(decay.moved(held, shrinkage=way == decay.WAYS[1]))
-        for way in decay.WAYS
-    }
-    for way, both in means.items():
+    seven, held = {}, {}
+    for way in decay.WAYS:
         shrinkage = way == decay.WAYS[1]
-        by_task = [
-            list(decay.moved({task: held[task]}, shrinkage)) if task in held else []
-            for task in HELD_OUT
-        ]
-        yield Claim(
-            "weight decay",
-            way,
-            percent(statistics.fmean(decay.moved(arms, shrinkage))),
-            [share(statistics.fmean(each) if each else None) for each in by_task],
-            percent(both),
-            both <= min(means.values()) + POINT / 5,
-        )
+        seven[way] = list(decay.moved(arms, shrinkage))
+        held[way] = {
+            task: list(decay.moved({task: of}, shrinkage))
+            for task, of in held_arms.items()
+        }
+    yield from way_claims("weight decay", seven, held)
 
 
 def optimizer_claims() -> Iterator[Claim]:

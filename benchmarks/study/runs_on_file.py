@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -47,6 +47,14 @@ def machines(store: Path) -> list[dict[str, Any]]:
 def made_by(on: Mapping[str, Any], *stores: Path) -> str:
     """The machines and networks of the runs on file, then what their page rests on and its command."""
     return f"{made_with(each for store in stores for each in machines(store))}\n\n{written_by(on)}"
+
+
+def read_begun(
+    folder: Path, tasks: Iterable[str]
+) -> dict[str, dict[Job, float | None]]:
+    """The runs of each task that has any, in a folder with a file a task."""
+    runs = {task: read(folder / f"{task}.jsonl") for task in tasks}
+    return {task: done for task, done in runs.items() if done}
 
 
 def _rows(store: Path) -> Iterator[dict[str, Any]]:

@@ -263,6 +263,9 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     click.echo(text)
 
 
+UNKNOWN = -8  # log2 of a first rate where the study has none
+
+
 @cache
 def study_rates(domain: str, scheme: str) -> dict[int, float]:
     """log2 of the study's best rates on file, by rank."""
