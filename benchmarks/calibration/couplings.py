@@ -159,12 +159,28 @@ def refitted(
     return recipe_of(fit, recipe.law.law, recipe.reference, **others)
 
 
-def stored_recipes() -> Iterator[tuple[str, str, Recipe]]:
-    """Every recipe of the study, with its task and configuration."""
-    for task in STUDY:
+def stored_recipes(tasks: Iterable[str]) -> Iterator[tuple[str, str, Recipe]]:
+    """Every recipe of these tasks, with its task and configuration."""
+    for task in tasks:
         for config in CONFIGS:
             for path in paths_of(task, config):
                 yield task, config, Recipe.load(path)
+
+
+def rates_by_fit(
+    done: Losses, with_full: bool, tasks: Iterable[str] = STUDY
+) -> list[Rated]:
+    """The rates of these tasks' recipes, fitted again, at the ranks that the sweep has.
+
+    Args:
+        done: the runs of the sweep.
+        with_full: whether the recipes' runs of full finetuning count.
+        tasks: the tasks.
+    """
+    rates = []
+    for task, config, recipe in stored_recipes(tasks):
+        rates += rates_of(task, config, refitted(recipe, with_full))
+    return [r for r in rates if r.rank in ranks_in(done, r.task, r.config)]
 
 
 def rates_of(task: str, config: str, recipe: Recipe) -> list[Rated]:
@@ -332,11 +348,6 @@ def lowest_ranks(rates: Iterable[Rated]) -> list[Rated]:
     return [r for r in rates if r.rank == get_domain(r.task).ranks_swept[0]]
 
 
-def in_sweep(done: Losses, rates: Iterable[Rated]) -> list[Rated]:
-    """The rates at ranks that the sweep on file has."""
-    return [r for r in rates if r.rank in ranks_in(done, r.task, r.config)]
-
-
 @main.command()
 def table() -> None:
     """Write results/couplings.md."""
@@ -382,11 +393,8 @@ def compared(
 
 def apart_rows(done: Losses) -> Iterator[list[str]]:
     """Both fits of every recipe, over all configurations and in each."""
-    together, apart = [], []
-    for task, config, recipe in stored_recipes():
-        together += rates_of(task, config, refitted(recipe, with_full=True))
-        apart += rates_of(task, config, refitted(recipe, with_full=False))
-    together, apart = in_sweep(done, together), in_sweep(done, apart)
+    together = rates_by_fit(done, with_full=True)
+    apart = rates_by_fit(done, with_full=False)
     pairs = regrets(done, together), regrets(done, apart)
     yield compared("apart", *pairs, "all ranks")
     lowest = [rate in lowest_ranks(together) for rate in together]
