@@ -238,7 +238,9 @@ HELD_PARTS = {
     part.name: part
     for part in (
         Part("audio head", "audio", audio_head),
-        Part("forecaster's norms and biases", "time_series", with_norms("time_series")),
+        Part(
+            "norms and biases of a forecaster", "time_series", with_norms("time_series")
+        ),
     )
 }
 

@@ -3,7 +3,7 @@
     python benchmarks/study/suite.py --suite full --domain audio --domain time_series
     python benchmarks/calibration/make_recipes.py --domain audio --domain time_series --seed 1
     python benchmarks/calibration/longer.py sweep --domain audio     # then search; both for time_series too
-    python benchmarks/laws/rest.py sweep --part "audio head"         # and "forecaster's norms and biases"
+    python benchmarks/laws/rest.py sweep --part "audio head"         # and "norms and biases of a forecaster"
     python benchmarks/laws/decay.py sweep --domain audio             # and time_series
     python benchmarks/laws/other_optimizer.py sweep --domain audio   # and time_series
     python benchmarks/study/held_out.py                              # results/held_out.md
