@@ -51,7 +51,7 @@ import torch
 from recording import RESULTS, block, machine, number
 from study.best_rates import best_rate, slope
 from study.configurations import built, run_in, start_of, starts
-from study.domains import Domain, get_domain, names
+from study.domains import STUDY, Domain, get_domain
 from study.grids import Cell, Grid, Job, Losses, curve, curves_by_seed
 from study.moving import octaves
 from study.optima import best_rates
@@ -70,10 +70,8 @@ KNEES, POWER = (
 SCHEME, RANKS, SEEDS = "Init[B], s = 1", (4, 64), 2
 STEP, RUNS = RESULTS / "init_b_step.json", RESULTS / "init_b_runs.jsonl"
 COARSE = range(-13, -2, 2)
-# the two left out adapt convolutions
-LINEAR = [
-    name for name in names() if name not in ("vision_classification", "digits_vision")
-]
+# the one left out adapts convolutions
+LINEAR = [name for name in STUDY if name != "vision_classification"]
 
 
 @click.group()
@@ -192,7 +190,7 @@ SETTINGS = {
 
 
 @main.command()
-@click.option("--domain", "name", type=click.Choice(names()), required=True)
+@click.option("--domain", "name", type=click.Choice(STUDY), required=True)
 @click.option("--workers", default=2, show_default=True)
 @click.option(
     "--settings",
@@ -260,7 +258,7 @@ def in_batches_of(domain: Domain, count: int) -> dict[str, Any]:
 def table() -> None:
     """Write results/init_b.md and .json from the results on file."""
     done, on = read(RUNS), machine(1)
-    rows = [row for name in names() for row in drifts(name, done)]
+    rows = [row for name in STUDY for row in drifts(name, done)]
     steps = json.loads(STEP.read_text()) if STEP.exists() else {}
     heads = [
         "domain",
@@ -301,7 +299,7 @@ def table() -> None:
 
 def knee_rows() -> Iterator[list[str]]:
     """A row per domain of the study: spread over ranks of log2 (best rate / law) at Init[B], for each knee."""
-    for name in names():
+    for name in STUDY:
         done = finished(read(STORES / f"{name}.jsonl"), "full")
         found = best_rates(done, name, SCHEME)
         if len(found) > 2:

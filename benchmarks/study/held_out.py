@@ -8,9 +8,10 @@
     python benchmarks/laws/other_optimizer.py sweep --domain audio   # and time_series
     python benchmarks/study/held_out.py                              # results/held_out.md
 
-`audio` and `time_series` were added when every law, prior and default was in the package, and the rules of `longer.md`,
-`rest.md`, `decay.md` and `other_optimizer.md` were committed. Each is run once and scored once. The figures of the
-study's seven tasks are beside theirs.
+`audio` is a causal convolution over English speech that learns the waveforms of instruments. `time_series` is a residual
+perceptron over the weather that learns hourly departures of flights. Both were added when every law, prior and default
+was in the package, and the rules of `longer.md`, `rest.md`, `decay.md` and `other_optimizer.md` were committed. Each is
+run once and scored once. The figures of the study's seven tasks, or of those of them that a page has, are beside theirs.
 
 **Rules**, committed before any run of the two. Over both tasks a claim holds where
 
@@ -26,6 +27,18 @@ study's seven tasks are beside theirs.
 * *weight decay*: the default's mean regret is within .2 points of the other way's;
 * *another optimizer*: at least 85 % of the ratios lie within 1.645 times the left-out error of those that hold in
   `other_optimizer.md`.
+
+**Outcome.** All claims hold but one: the best rate of AdamW with betas of .9 and .95 in full finetuning is AdamW's to .12
+octaves in three tasks, and .13 octaves off in the time series. Nothing in the package rests on it. The default law loses
+.1 to .5 % in the mean of each setting, no more than the noise floor or .2 points above it, where keeping the rate loses
+.7 to 20 %. Best rates fall with rank at Init[B] here too, which theory does not say. Of the calibrated recipes the worst
+is that of the time series with alpha kept (2.0 %, twice the mean of the seven tasks). Their bands are wide: all hold.
+LoRA's ratios to AdamW that held on no three tasks are shown without a verdict. Lion's is .5 to 1.1 octaves lower here
+than AdamW's, schedule-free AdamW's .3 to 1.1 higher.
+
+What this does not say: both tasks are small and flatter than the seven, so that every way loses less in them. There is
+one calibration a setting, where six of the seven have three. The claim on full runs was added when the runs had
+been made and before they were scored. After that only the verdicts on what is not claimed were left out.
 """
 
 from __future__ import annotations
@@ -58,17 +71,17 @@ HEADS = ("claim", "of", "on the seven tasks", *HELD_OUT, "both", "holds")
 
 
 class Claim(NamedTuple):
-    """A row: what is claimed, its figures in words, and whether it holds on both tasks."""
+    """A row: what is claimed, its figures in words, and whether it holds; None for a way beside the default."""
 
     name: str
     of: str
     seven: str
     by_task: Sequence[str]
     both: str
-    holds: bool
+    holds: bool | None
 
     def row(self) -> list[str]:
-        verdict = "yes" if self.holds else "NO"
+        verdict = {True: "yes", False: "NO", None: "–"}[self.holds]
         return [self.name, self.of, self.seven, *self.by_task, self.both, verdict]
 
 
@@ -213,25 +226,27 @@ Regrets = Mapping[str, Sequence[float]]
 def way_claims(
     name: str, seven: Regrets, held: Mapping[str, Regrets]
 ) -> Iterator[Claim]:
-    """One claim a way: whether its mean is within .2 points of the lowest.
+    """A row for each way. Of the default it is claimed that its mean is within .2 points of the lowest.
 
     Args:
         name: what is claimed.
         seven: regrets on the study's tasks, by way.
-        held: regrets on the two tasks, by way and task.
+        held: regrets on the two tasks, by way and task. The default comes first.
     """
     means = {
         way: statistics.fmean(regret for each in by_task.values() for regret in each)
         for way, by_task in held.items()
     }
+    default, lowest = next(iter(means)), min(means.values())
     for way, both in means.items():
+        holds = both <= lowest + POINT / 5 if way == default else None
         yield Claim(
             name,
             way,
             percent(statistics.fmean(seven[way])),
             [share(mean(held[way].get(task, ()))) for task in HELD_OUT],
             percent(both),
-            both <= min(means.values()) + POINT / 5,
+            holds,
         )
 
 
@@ -282,13 +297,13 @@ def decay_claims() -> Iterator[Claim]:
 
 
 def optimizer_claims() -> Iterator[Claim]:
-    """The ratios of the optimizers whose ratio holds, and how many lie in its band."""
+    """The ratios of the optimizers, and how many lie in the band of one that holds on the study's tasks."""
     runs, held = other_optimizer.runs_on_file(), other_optimizer.runs_on_file(HELD_OUT)
     for name, kind, ratio in other_optimizer.ratios(runs):
-        if not (ratio.holds and held):
-            continue
         by_task = other_optimizer.by_task(held, name, kind)
         every = [each for ratios in by_task.values() for each in ratios]
+        if not every:
+            continue
         reach = 1.645 * ratio.error
         inside = statistics.fmean(abs(each - ratio.octaves) <= reach for each in every)
         yield Claim(
@@ -297,7 +312,7 @@ def optimizer_claims() -> Iterator[Claim]:
             f"{ratio.octaves:+.2f} ± {reach:.2f}",
             [in_octaves(by_task.get(task, [])) for task in HELD_OUT],
             percent(inside),
-            inside >= RATIOS,
+            inside >= RATIOS if ratio.holds else None,
         )
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import click
 from recording import RESULTS, block, machine, made_on, percent
 from study.configurations import CONFIGS, start_of
-from study.domains import names
+from study.domains import STUDY
 from study.grids import FULL, Losses, curve
 from study.moving import surveyed
 from study.optima import ESTIMATORS, ranks_in, seeds_in, tried_rates
@@ -128,7 +128,7 @@ class Place(NamedTuple):
 def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
     """The places of each domain that has complete grids in all these configurations and in full finetuning."""
     found = {}
-    for domain in names():
+    for domain in STUDY:
         done = finished(read(STORES / f"{domain}.jsonl"), "full")
         if all(ranks_in(done, domain, scheme) for scheme in (*schemes, "full")):
             found[domain] = [

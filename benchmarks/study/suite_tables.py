@@ -59,7 +59,8 @@ SUMMED = (
     "LoRA+ was swept in one configuration, alpha = rank at Init[A]; table (c) compares it with the others there. Ten "
     "times full finetuning's rate is a custom where alpha is kept: see Init[A], s = 1/r in table (c). A calibrated "
     "recipe moves no rate: it is a search at the lowest and the highest rank and three full runs, for a fifth of a "
-    "sweep's steps. Every search seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
+    "sweep's steps. Every search seed on file counts: the shipped recipe, and those in `recipes/` beside this page. Audio "
+    "and time series were added when every law and default had been chosen: see held_out.md."
 )
 
 
