@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -38,13 +37,6 @@ def digits(new: bool) -> tuple[Tensor, Tensor]:
     """Images and labels of the digits 5 to 9 if `new`, else of 0 to 4."""
     images, labels = mnist()
     return images[(labels > 4) == new], labels[(labels > 4) == new]
-
-
-def drawn(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of `size` indices below `count`, drawn by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randint(count, (size,), generator=generator)
 
 
 def _images(archive: tarfile.TarFile, digit: int) -> Tensor:

@@ -22,7 +22,7 @@ from rankaware_optim.calibration import seeded
 from . import Domain
 from ._adapters import adapt
 from ._assets import Asset, debian_files, made_once
-from ._mnist import drawn
+from ._batches import drawn
 from ._pretraining import trained_on
 
 SPEECH = Asset(

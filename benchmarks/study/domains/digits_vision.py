@@ -9,8 +9,8 @@ from torch import Tensor
 from rankaware_optim.cli._demo import STEPS, digits, evaluate
 
 from . import Domain
+from ._batches import drawn
 from ._efficientnet import BATCH, RANKS, RATES, build, loss
-from ._mnist import drawn
 
 
 def batches(seed: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:

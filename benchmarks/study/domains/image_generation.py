@@ -17,8 +17,9 @@ from rankaware_optim.calibration import seeded
 from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
+from ._batches import drawn
 from ._dit import LAYERS, WIDTH, DiT, flow_loss
-from ._mnist import digits, drawn
+from ._mnist import digits
 from ._pretraining import trained_on
 
 BATCH, HELD_OUT, PRETRAINING = 32, 512, 1500

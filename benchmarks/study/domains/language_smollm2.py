@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from . import Domain
 from ._adapters import adapt
 from ._assets import CACHE, Asset, check_hash, hash_of
+from ._batches import drawn
 from ._llama import LAYERS, token_loss
-from ._mnist import drawn
 from ._wordnet import glosses
 
 SMOLLM2 = Asset(

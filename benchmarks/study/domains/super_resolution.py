@@ -17,7 +17,8 @@ from rankaware_optim.calibration import seeded
 from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
-from ._mnist import digits, drawn
+from ._batches import drawn
+from ._mnist import digits
 from ._pretraining import trained_on
 
 WIDTH, BATCH, HELD_OUT, PRETRAINING, NOISE, SMALLER = 16, 16, 512, 600, 0.5, 4

@@ -18,7 +18,7 @@ from rankaware_optim.calibration import seeded
 from . import Domain
 from ._adapters import adapt
 from ._assets import Asset
-from ._mnist import drawn
+from ._batches import drawn
 from ._wordnet import glosses
 
 MINILM = Asset(

@@ -25,7 +25,7 @@ from rankaware_optim.calibration import seeded
 from . import Domain, DomainError
 from ._adapters import adapt
 from ._assets import Asset, made_once
-from ._mnist import drawn
+from ._batches import drawn
 from ._pretraining import trained_on
 
 FLIGHTS = Asset(

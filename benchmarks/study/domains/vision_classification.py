@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import Domain
+from ._batches import drawn
 from ._efficientnet import BATCH, RANKS, RATES, build, loss
-from ._mnist import drawn, mnist
+from ._mnist import mnist
 
 STEPS, PIXELS, HELD_OUT = 60, 32, 512
 

@@ -26,8 +26,8 @@ from rankaware_optim.cli._demo import pretrained
 from . import Domain
 from ._adapters import adapt
 from ._assets import Asset, made_once
+from ._batches import drawn
 from ._llama import LAYERS, WIDTH, llama, tokenizer
-from ._mnist import drawn
 
 EMOJI = Asset(
     "npm",
