@@ -42,7 +42,7 @@ WAYS = (DEFAULT, RECIPE)
 
 
 def sweeps() -> Losses:
-    """The runs of the study's complete grids."""
+    """The runs of the complete grids, of the study and of the tasks that no choice saw."""
     return finished_in(sorted(STORES.glob("*.jsonl")), "full")
 
 

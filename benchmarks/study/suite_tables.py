@@ -61,7 +61,7 @@ SUMMED = (
     "recipe moves no rate: it is a search at the lowest and the highest rank and three full runs, for a fifth of a "
     "sweep's steps. Every search seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
 )
-LATER = "These were added when every law and default had been chosen: see held_out.md. They are in the tables below too."
+LATER = "These were run when every law and default had been chosen: see held_out.md. They are in the tables below too."
 
 
 def tables(

@@ -73,7 +73,7 @@ STUDY = (  # the study's domains; those that show most for their cost come first
     "text_classification",
     "language_smollm2",
 )
-# added when every rule and default had been chosen: no choice may rest on them
+# run when every rule and default had been chosen: no choice may rest on them
 HELD_OUT = ("audio", "time_series")
 
 
