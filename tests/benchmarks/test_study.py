@@ -463,6 +463,32 @@ def test_verdicts(apart: float, said: str) -> None:
     assert verdict(apart, HELD, DRIFT) == said
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "holds"),
+    [
+        ((0.01, 0.01), (0.02, 0.02), True),
+        ((0.011, 0.011), (0.01, 0.01), True),
+        ((0.013, 0.013), (0.01, 0.01), False),
+        ((0.0, 0.03), (0.01, 0.01), False),
+    ],
+)
+def test_a_default_is_judged_by_both_tasks(
+    ours: tuple[float, float], theirs: tuple[float, float], holds: bool
+) -> None:
+    """A default holds within .2 points of the best way's mean over the two tasks, whatever the study's tasks say."""
+    from study.domains import HELD_OUT
+    from study.held_out import way_claims
+
+    first, second = HELD_OUT
+    regrets = {
+        "other": {"language": [0.0], first: [theirs[0]], second: [theirs[1]]},
+        "default": {"language": [0.5, 0.7], first: [ours[0]], second: [ours[1]]},
+    }
+    other, default = way_claims("a claim", "default", regrets)
+    assert (default.holds, other.holds) == (holds, None)
+    assert default.seven == "60.0 %"
+
+
 def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
     """A cell is read once its grid is whole: its coarse pass, or a grid that is to grow, has no best rate yet."""
     from study.runs_on_file import complete, read
