@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import optuna
+import torch
 from torch.optim import Optimizer
 
 from .._checks import plain
@@ -178,6 +179,7 @@ def _calibrate(
 ) -> Recipe:
     """Calibrate with checked options, here or by workers elsewhere, which meet in the storage."""
     state = random.getstate()  # importing rich and using a database may draw from it
+    gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
     runner = Runner(Calibration(options, train_source(train)))
     leads = runner.team.leads
     try:
@@ -197,6 +199,7 @@ def _calibrate(
                 raise
             raise _interrupted(runner.calibration) from interrupt
     finally:
+        torch.set_grad_enabled(gradients)
         runner.close()
         random.setstate(state)
 

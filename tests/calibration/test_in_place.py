@@ -664,6 +664,46 @@ def test_a_step_that_swallows_ctrl_c_can_be_interrupted_again():
     assert taken == [0, 1, 2]
 
 
+def off_and_interrupted(i):
+    """Gradients are off and Ctrl-C comes, as where it interrupts `no_grad()` as it is entered or left."""
+    if i == 3:
+        torch.set_grad_enabled(False)
+        signal.raise_signal(signal.SIGINT)
+
+
+def in_place():
+    def interrupted(model, i):
+        off_and_interrupted(i)
+        return step(model, i)
+
+    calibrate(mlp(), interrupted)
+
+
+def in_a_loop():
+    def train(trial):
+        model = mlp((trial.rank,))
+        opt = trial.optimizer(model)
+        for i in range(trial.steps):
+            off_and_interrupted(i)
+            loss = step(model, i)
+            loss.backward()
+            opt.step()
+            yield loss.detach()
+
+    ra.calibrate(train, AdamW, ranks=(2, 8), steps=STEPS, trials=4)
+
+
+@pytest.mark.parametrize("calibrated", [in_place, in_a_loop])
+def test_gradients_are_on_after_ctrl_c_in_no_grad(calibrated):
+    """Ctrl-C inside `torch.no_grad()` ends a calibration, and the process computes gradients as before."""
+    try:
+        with pytest.raises(CalibrationInterrupted):
+            calibrated()
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+
+
 ROUNDS = 24
 
 

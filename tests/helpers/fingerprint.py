@@ -12,7 +12,9 @@ from torch import nn
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Which objects its modules hold, their values and gradients, modes, hooks, configurations; the global RNG."""
+    """Which objects its modules hold, their values and gradients, modes, hooks, configurations; the global RNG; whether
+    gradients are computed.
+    """
     seen: dict[str, Any] = {}
     for name, module in model.named_modules():
         seen[f"{name} itself"] = id(module)
@@ -23,6 +25,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         random.getstate(),
         contents(np.random.get_state()),
     )
+    seen["grad mode"] = torch.is_grad_enabled()
     return seen
 
 
