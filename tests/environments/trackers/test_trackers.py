@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -190,14 +189,13 @@ def test_trainer_saves_the_recipe_beside_every_checkpoint(run):
 @pytest.mark.filterwarnings("ignore")
 def test_a_recipe_that_cannot_be_saved_ends_no_run(tmp_path):
     """Where a checkpoint's README cannot be read, a warning says so and training goes on."""
+    from transformers import TrainerState, TrainingArguments
+
     from rankaware_optim.integrations import log_rates
 
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "README.md").write_bytes(b"\xff\xfe")
-    state, args = (
-        SimpleNamespace(global_step=1, is_world_process_zero=True),
-        SimpleNamespace(output_dir=tmp_path),
-    )
+    args, state = TrainingArguments(tmp_path), TrainerState(global_step=1)
     opt = RankAwareOptimizer(mlp(width=64), "adamw", recipe=RECIPE, other_lr=1e-3)
     with pytest.warns(RankAwareWarning, match=r"README\.md cannot be written"):
-        log_rates().on_save(args, state, None, optimizer=SimpleNamespace(optimizer=opt))
+        log_rates().on_save(args, state, None, optimizer=opt)
