@@ -181,9 +181,9 @@ def optimizer_family(
         optimizer_class: the optimizer's class.
         settings: the group's settings, which may put it into another family than its class's.
 
-    >>> from torch.optim import Muon
-    >>> optimizer_family(Muon), optimizer_family(Muon, {"use_muon": False})
-    ('spectral', 'sign-like')
+    >>> from torch.optim import Adafactor
+    >>> optimizer_family(Adafactor), optimizer_family(Adafactor, {"scale_parameter": False})
+    ('floored-scale', 'sign-like')
     """
     row = known_optimizer(optimizer_class)[1]
     for switch in (_NORMALIZED, *row.switches):
