@@ -113,14 +113,20 @@ def main() -> None:
     """Write results/held_out.md from what is on file."""
     done = sweeps()
     moved = moves(done, ran=means_of(read(MOVED_RUNS), done))
+    runs = longer.runs_on_file((*longer.TASKS, *HELD_OUT))
+    calibrations = list(longer.rated(runs, longer.as_the_package))
+    parts = {**rest.PARTS, **rest.HELD_PARTS}
+    cells = [cell for part in parts.values() for cell in rest.swept(part)]
+    arms = decay.arms_on_file((*decay.TASKS, *HELD_OUT))
+    optimizers = other_optimizer.runs_on_file(HELD_OUT)
     claims = [
         *moved_claims(moved),
         *bands_claims(),
         *couplings_claims(done),
-        *longer_claims(),
-        *rest_claims(),
-        *decay_claims(),
-        *optimizer_claims(),
+        *longer_claims(calibrations),
+        *rest_claims(cells),
+        *decay_claims(arms),
+        *optimizer_claims(optimizers),
     ]
     stores = [
         folder / f"{task}.jsonl"
@@ -133,31 +139,37 @@ def main() -> None:
         "Two tasks that no choice saw",
         __doc__,
         block("Claims", HEADS, [claim.row() for claim in claims]),
-        *tables(),
+        *tables(calibrations, cells, arms, optimizers),
         made_by(machine(1), *(store for store in stores if store.exists())),
     )
 
 
-def tables() -> Iterator[str]:
+def tables(
+    calibrations: Sequence[longer.Rated],
+    cells: Sequence[rest.Swept],
+    arms: Mapping[str, Mapping[str, decay.Arm]],
+    optimizers: Mapping[str, Losses],
+) -> Iterator[str]:
     """The tables of the other pages, on the two tasks."""
     yield block(
         "A longer run, by the steps of the calibration",
         ("task", *longer.SEARCH_HEADS[1:]),
-        list(length_rows()),
+        list(length_rows(calibrations)),
     )
-    cells = [cell for part in rest.HELD_PARTS.values() for cell in rest.swept(part)]
-    yield block("The rest", rest.CELL_HEADS, list(rest.cell_rows(cells)))
-    moves_with_rank = list(rest.rank_rows(cells))
+    held_cells = [cell for cell in cells if cell.part.task in HELD_OUT]
+    yield block("The rest", rest.CELL_HEADS, list(rest.cell_rows(held_cells)))
+    moves_with_rank = list(rest.rank_rows(held_cells))
     yield block("The rest, from rank 4 to rank 64", rest.RANK_HEADS, moves_with_rank)
+    held_arms = {task: of for task, of in arms.items() if task in HELD_OUT}
     yield block(
         "What each weight decay loses, at its own best rate",
         decay.ARM_HEADS,
-        list(decay.arm_rows(decay.arms_on_file(HELD_OUT))),
+        list(decay.arm_rows(held_arms)),
     )
     yield block(
         "The best rates of other optimizers",
         other_optimizer.HEADS,
-        list(other_optimizer.rate_rows(other_optimizer.runs_on_file(HELD_OUT))),
+        list(other_optimizer.rate_rows(optimizers)),
     )
 
 
@@ -238,16 +250,15 @@ def share(value: float | None) -> str:
 # --- the other pages --------------------------------------------------------------------------------------------------
 
 
-def longer_claims() -> Iterator[Claim]:
+def longer_claims(calibrations: Sequence[longer.Rated]) -> Iterator[Claim]:
     """What a calibration of an eighth of the steps loses, as the package widens its bands."""
-    runs = longer.runs_on_file((*longer.TASKS, *HELD_OUT))
-    every = list(longer.rated(runs, longer.as_the_package))
-    groups = (longer.TASKS, *GROUPS[1:])
-    by_group = [[rate for rate in every if rate.task in tasks] for tasks in groups]
-    if not by_group[-1]:
+    judged = []
+    for tasks in (longer.TASKS, *GROUPS[1:]):
+        rates = [rate for rate in calibrations if rate.task in tasks]
+        judged.append(longer.judged_by_bar(rates) if rates else None)
+    of_both = judged[-1]
+    if of_both is None:
         return
-    judged = [longer.judged_by_bar(rates) if rates else None for rates in by_group]
-    of_both = longer.judged_by_bar(by_group[-1])
     name = "a longer run, from an eighth of the steps"
     for at, (of, meets) in enumerate(LONG_BAR.items()):
         figures = [None if each is None else each[at] for each in judged]
@@ -262,12 +273,10 @@ LONG_BAR: Mapping[str, Callable[[float], bool]] = {
 }
 
 
-def length_rows() -> Iterator[list[str]]:
+def length_rows(calibrations: Sequence[longer.Rated]) -> Iterator[list[str]]:
     """What the calibrations of each length lose, by task."""
-    runs = longer.runs_on_file(HELD_OUT)
-    every = list(longer.rated(runs, longer.as_the_package))
     for task, steps in product(HELD_OUT, longer.SHORT):
-        chosen = [rate for rate in every if (rate.task, rate.steps) == (task, steps)]
+        chosen = [r for r in calibrations if (r.task, r.steps) == (task, steps)]
         if chosen:
             yield [task, str(steps), *longer.figures(chosen)]
 
@@ -313,32 +322,29 @@ def couplings_claims(done: Losses) -> Iterator[Claim]:
     yield from way_claims("LoRA's rates of a recipe", default, regrets)
 
 
-def rest_claims() -> Iterator[Claim]:
+def rest_claims(cells: Sequence[rest.Swept]) -> Iterator[Claim]:
     """The ways to choose the rest's rate."""
     regrets: dict[str, dict[str, list[float]]] = {}
-    for part in (*rest.PARTS.values(), *rest.HELD_PARTS.values()):
-        for cell in rest.swept(part):
-            for way, y in rest.ways(cell).items():
-                by_task = regrets.setdefault(way, {})
-                by_task.setdefault(part.task, []).append(cell.regret(y))
+    for cell in cells:
+        for way, y in rest.ways(cell).items():
+            by_task = regrets.setdefault(way, {})
+            by_task.setdefault(cell.part.task, []).append(cell.regret(y))
     yield from way_claims("the rest of the model", rest.BASE, regrets)
 
 
-def decay_claims() -> Iterator[Claim]:
+def decay_claims(arms: Mapping[str, Mapping[str, decay.Arm]]) -> Iterator[Claim]:
     """Both ways to move a decay."""
     default, other = decay.WAYS
     regrets: dict[str, dict[str, list[float]]] = {default: {}, other: {}}
-    for task, arms in decay.arms_on_file((*decay.TASKS, *HELD_OUT)).items():
-        for way in regrets:
-            moves_of_task = decay.moved({task: arms}, shrinkage=way == other)
-            regrets[way][task] = list(moves_of_task)
+    for task, way in product(arms, regrets):
+        moved = decay.moved({task: arms[task]}, shrinkage=way == other)
+        regrets[way][task] = list(moved)
     yield from way_claims("weight decay", default, regrets)
 
 
-def optimizer_claims() -> Iterator[Claim]:
+def optimizer_claims(held: Mapping[str, Losses]) -> Iterator[Claim]:
     """The ratios that hold on the study's tasks, and how many of the two tasks' lie in their bands."""
-    runs, held = other_optimizer.runs_on_file(), other_optimizer.runs_on_file(HELD_OUT)
-    for name, kind, ratio in other_optimizer.ratios(runs):
+    for name, kind, ratio in other_optimizer.ratios(other_optimizer.runs_on_file()):
         if not ratio.holds:
             continue
         by_task = other_optimizer.by_task(held, name, kind)
