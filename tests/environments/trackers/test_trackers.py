@@ -189,6 +189,7 @@ def test_trainer_saves_the_recipe_beside_every_checkpoint(run):
 @pytest.mark.filterwarnings("ignore")
 def test_a_recipe_that_cannot_be_saved_ends_no_run(tmp_path):
     """Where a checkpoint's README cannot be read, a warning says so and training goes on."""
+    from accelerate import Accelerator
     from transformers import TrainerState, TrainingArguments
 
     from rankaware_optim.integrations import log_rates
@@ -197,5 +198,6 @@ def test_a_recipe_that_cannot_be_saved_ends_no_run(tmp_path):
     (tmp_path / "checkpoint-1" / "README.md").write_bytes(b"\xff\xfe")
     args, state = TrainingArguments(tmp_path), TrainerState(global_step=1)
     opt = RankAwareOptimizer(mlp(width=64), "adamw", recipe=RECIPE, other_lr=1e-3)
+    wrapped = Accelerator(cpu=True).prepare_optimizer(opt)
     with pytest.warns(RankAwareWarning, match=r"README\.md cannot be written"):
-        log_rates().on_save(args, state, None, optimizer=opt)
+        log_rates().on_save(args, state, None, optimizer=wrapped)
