@@ -46,3 +46,8 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     sys.modules.pop("test_law_module", None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--write-golden` writes the golden files, of tests/test_golden.py."""
+    parser.addoption("--write-golden", action="store_true")

@@ -1,0 +1,424 @@
+"""What the golden files hold: for each room, tables of numbers that the public names give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim.laws import get_law
+from rankaware_optim.sweeps import fit_sweep
+
+from ..helpers.calibrations import bowl
+from ..helpers.models import ContainerLoRA, KohyaLoRA, PlainLoRA, TuneLoRA
+
+Table = dict[str, Any]
+Tables = dict[str, Table]
+RECIPES = Path(__file__).parents[2] / "recipes"
+AdamW = torch.optim.AdamW
+RANKS = (1, 8, 64, 256)
+AT_16 = ra.Reference(rank=16, alpha=16, fan_in=1024)
+
+
+def class_named(name: str) -> type[torch.optim.Optimizer]:
+    """An optimizer class of this name, which steps as SGD does: laws know a family by it."""
+    return type(name, (torch.optim.SGD,), {})
+
+
+# --- laws -------------------------------------------------------------------------------
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("AdamW", {}),
+    "SGD": ("SGD", {"momentum": 0.9}),
+    "Muon": ("Muon", {}),
+    "Muon, match_rms_adamw": ("Muon", {"adjust_lr_fn": "match_rms_adamw"}),
+    "Lamb": ("Lamb", {}),
+    "Adafactor": ("Adafactor", {}),
+    "LARS": ("LARS", {"weight_decay": 0.01}),
+    "unknown": ("Unheard", {}),
+}
+LAWS: dict[str, ra.Law] = {
+    "mua": ra.MuA(),
+    "mua of 64 tokens": ra.MuA(tokens=64.0),
+    "mua-paper": get_law("mua-paper"),
+    "falling by 1/2 above 4": ra.Falling(power=0.5, knee=4.0),
+    "power of -1/4": ra.Power(exponent=-0.25),
+    "loraplus": ra.LoRAPlus(),
+}
+ORIGINS = {
+    "r=16 alpha=16": AT_16,
+    "r=4 alpha=16 Init[B]": ra.Reference(rank=4, alpha=16, init="B", fan_in=256),
+    "full": ra.Reference(method="full", fan_in=1024),
+}
+
+
+def factors(init: str, kept: bool) -> list[ra.Factor]:
+    """A's factor at each of the ranks, with alpha = rank, or with alpha kept at 16."""
+    scalings = [16.0 / rank if kept else 1.0 for rank in RANKS]
+    return [
+        ra.Factor("w", "A", rank, 1024, 1024, scaling, init)
+        for rank, scaling in zip(RANKS, scalings, strict=True)
+    ]
+
+
+TARGETS = {
+    "alpha=r": factors("A", kept=False),
+    "alpha=16": factors("A", kept=True),
+    "Init[B] alpha=r": factors("B", kept=False),
+    "Init[B] alpha=16": factors("B", kept=True),
+    "full, B": [
+        ra.Factor("w", "full", None, 1024, 1024),
+        ra.Factor("w", "B", 64, 1024, 1024, 1.0, "A"),
+    ],
+}
+
+
+def multipliers(law: ra.Law, origin: ra.Reference) -> Iterator[tuple[str, Any]]:
+    """A law's multipliers from an origin to every target."""
+    for target, listed in TARGETS.items():
+        yield target, [outcome(law.multiplier, each, origin) for each in listed]
+
+
+def laws() -> Tables:
+    """Multipliers at ranks 1, 8, 64 and 256, and to full finetuning and B."""
+    tables: Tables = {}
+    for family, (name, settings) in FAMILIES.items():
+        bound = get_law("falling").bind(class_named(name), settings)
+        tables[f"default law, {family}"] = dict(multipliers(bound, AT_16))
+    for title, law in LAWS.items():
+        tables[title] = dict(multipliers(law.bind(AdamW, {}), AT_16))
+    default = get_law("falling").bind(AdamW, {})
+    for title, origin in list(ORIGINS.items())[1:]:
+        tables[f"default law, from {title}"] = dict(multipliers(default, origin))
+    tables["four times the batch"] = {
+        family: get_law("falling")
+        .bind(class_named(name), settings)
+        .batch_multiplier(4.0)
+        for family, (name, settings) in FAMILIES.items()
+    }
+    return tables
+
+
+# --- inspection -------------------------------------------------------------------------
+
+
+def words(factor: ra.Factor) -> str:
+    """A factor on one line, without its role."""
+    return (
+        f"{factor.convention or factor.role}, rank {factor.rank}, "
+        f"scaling {factor.scaling:g}, Init[{factor.init}], {factor.kind}, "
+        f"{factor.fan_in:g} to {factor.fan_out:g}"
+    )
+
+
+def table_of(survey: ra.Survey) -> Table:
+    """A survey as a table: the widths, and the roles of each kind of factor."""
+    roles: Table = {}
+    for factor in survey.factors:
+        roles.setdefault(words(factor), []).append(factor.role)
+    widths = {"width": survey.width, "full_width": survey.full_width()}
+    return {**widths, "other": len(survey.other), **roles}
+
+
+def inspection() -> Tables:
+    """Surveys of small models and of adapter files."""
+    linear, conv, table = nn.Linear(12, 20), nn.Conv2d(3, 8, 3), nn.Embedding(30, 8)
+    models = {
+        "loralib": PlainLoRA(linear, 4, 2.0),
+        "loralib, Init[B]": PlainLoRA(linear, 4, 2.0, "B"),
+        "torchtune": TuneLoRA(linear, 4, 0.5),
+        "kohya": KohyaLoRA(linear, 4, 2.0),
+        "kohya, convolution": KohyaLoRA(conv, 2, 2.0),
+        "PEFT": ContainerLoRA(linear, 4, 2.0),
+        "PEFT, embedding": ContainerLoRA(table, 4, 2.0),
+        "two widths": nn.Sequential(
+            PlainLoRA(linear, 4), PlainLoRA(nn.Linear(200, 20), 4), nn.Linear(3, 3)
+        ),
+    }
+    tables = {
+        name: table_of(ra.inspect_model(nn.Sequential(model)))
+        for name, model in models.items()
+    }
+    full = nn.Sequential(linear, nn.LayerNorm(20), conv, table).requires_grad_(True)
+    tables["full finetuning"] = table_of(ra.inspect_model(full, method="full"))
+    return tables
+
+
+def inspection_of_files(folder: Path) -> Tables:
+    """Surveys of adapter files as three tools write them."""
+    a, b = torch.ones(4, 12), torch.zeros(20, 4)
+    alpha = torch.tensor(8.0)
+    files = {
+        "file of PEFT": {"base_model.model.q.lora_A.weight": a,
+                         "base_model.model.q.lora_B.weight": b},
+        "file of kohya": {"lora_q.lora_down.weight": a, "lora_q.lora_up.weight": b,
+                          "lora_q.alpha": alpha},
+        "file of diffusers": {"unet.q.lora.down.weight": a,
+                              "unet.q.lora.up.weight": b},
+    }  # fmt: skip
+    tables = {}
+    for name, tensors in files.items():
+        path = folder / f"{name}.safetensors"
+        save_file(tensors, path)
+        survey = outcome(ra.inspect_file, path)
+        named = isinstance(survey, ra.Survey)
+        tables[name] = table_of(survey) if named else {"refused": survey}
+    return tables
+
+
+# --- the optimizer ----------------------------------------------------------------------
+
+
+def network(init: str = "A") -> nn.Module:
+    """Two adapted layers of two ranks and scalings, and a head, the same on every machine."""
+    torch.manual_seed(0)
+    layers = [
+        PlainLoRA(nn.Linear(16, 16, bias=False), rank, scaling, init)
+        for rank, scaling in ((4, 1.0), (8, 2.0))
+    ]
+    return nn.Sequential(*layers, nn.Linear(16, 3, bias=False)).double()
+
+
+WRAPPED: dict[str, dict[str, Any]] = {
+    "tuned elsewhere": {},
+    "by mua": {"law": "mua"},
+    "by loraplus": {"law": "loraplus"},
+    "rate of the head": {"rates": {"2.weight": 1e-3}},
+    "rate of the others": {"other_lr": 5e-3},
+    "four times the batch": {
+        "tuned_at": ra.Reference(rank=16, alpha=16, batch=8),
+        "batch": 32,
+    },
+    "with decay": {"weight_decay": 0.1},
+}
+
+
+def optimizer() -> Tables:
+    """Multiplier, size and decay of every group, and what three steps leave of the weights."""
+    tables: Tables = {}
+    for init in ("A", "B"):
+        for title, options in WRAPPED.items():
+            table = stepped(init, AdamW, options)
+            tables[f"AdamW, Init[{init}], {title}"] = table
+    for name in ("SGD", "Lamb", "Unheard"):
+        tables[name] = stepped("A", class_named(name), {})
+    groups = ra.rank_aware_param_groups(network(), lr=0.01, tuned_at="r=16,alpha=16")
+    tables["rank_aware_param_groups"] = {"lr": [group["lr"] for group in groups]}
+    return tables
+
+
+def stepped(init: str, kind: Any, options: dict[str, Any]) -> Table:
+    model = network(init)
+    given = {"tuned_at": ra.Reference(rank=16, alpha=16), **options}
+    opt = ra.RankAwareOptimizer(model, kind, lr=0.01, **given)
+    groups = opt.param_groups
+    x = torch.linspace(-1.0, 1.0, 128, dtype=torch.float64).reshape(8, 16)
+    for _ in range(3):
+        opt.zero_grad()
+        model(x).sub(1.0).square().mean().backward()
+        opt.step()
+    trained = [each for each in model.parameters() if each.requires_grad]
+    return {
+        "lr": [group["lr"] for group in groups],
+        "multiplier": [group["rank_multiplier"] for group in groups],
+        "weight_decay": [group["weight_decay"] for group in groups],
+        "norms": [float(each.detach().norm()) for each in trained],
+    }
+
+
+# --- recipes ----------------------------------------------------------------------------
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "r=1": {"rank": 1},
+    "r=32": {"rank": 32},
+    "r=32 alpha=16": {"rank": 32, "alpha": 16},
+    "the other init": {"rank": 16, "init": "B"},
+    "four times as wide": {"rank": 16, "fan_in": 2048.0},
+    "batch 256": {"rank": 16, "batch": 256},
+    "4000 steps": {"rank": 16, "steps": 4000},
+    "full": {"method": "full"},
+}
+
+
+def rates(recipe: ra.Recipe, asked: dict[str, dict[str, Any]]) -> Table:
+    """A recipe's rate, the ends of its band and its ceiling, at each configuration."""
+    table = {}
+    for name, options in asked.items():
+        rate = outcome(recipe.at, **options)
+        named = isinstance(rate, ra.Rate)
+        table[name] = (
+            [float(rate), rate.low, rate.high, rate.ceiling] if named else rate
+        )
+    return table
+
+
+def recipe() -> Tables:
+    """Rates of shipped recipes: the rate, the ends of its band, its ceiling."""
+    names = (
+        "efficientnet-lite0-digits",
+        "language-b",
+        "language-smollm2-a-inverse-rank",
+        "reinforcement-a",
+        "text-classification-b",
+        "vision-classification-a-inverse-rank",
+        "vision-language-a",
+    )
+    return {
+        name: rates(ra.Recipe.load(RECIPES / f"{name}.toml"), ASKED) for name in names
+    }
+
+
+# --- fits and calibrations --------------------------------------------------------------
+
+
+PLACES: dict[str, dict[str, Any]] = {
+    "r=4": {"rank": 4},
+    "r=16": {"rank": 16},
+    "r=64": {"rank": 64},
+    "full": {"method": "full"},
+}
+
+
+def rows(drift: float, *, kept: bool = False, full: bool = True) -> list[Table]:
+    """A sweep of bowls whose best rate moves with the rank, with a cliff above it."""
+    listed = []
+    for rank in (4, 16, 64, None) if full else (4, 64):
+        best = -8.0 + drift * math.log2((rank or 256) / 16)
+        place: Table = {"method": "full"}
+        if rank:
+            place = {"rank": rank, "alpha": 16 if kept else rank}
+        listed += [
+            {"lr": 2.0**x, "loss": bowl(x - best), **place} for x in range(-13, -3)
+        ]
+    return listed
+
+
+def fitting() -> Tables:
+    """Rates fitted to made-up sweeps: the rate, the ends of its band, its ceiling."""
+    options = {"fan_in": 256.0, "full_fan_in": 1024.0, "steps": 100}
+    sweeps = {
+        "as the law": (rows(-0.5), {}),
+        "falls less than the law": (rows(-0.2), {}),
+        "alpha kept": (rows(0.1, kept=True), {}),
+        "Init[B]": (rows(-0.3), {"init": "B"}),
+        "without full runs": (rows(-0.5, full=False), {}),
+        "by SGD": (rows(-0.5), {"optimizer": "SGD"}),
+    }
+    return {
+        title: rates(fit_sweep(listed, **options, **more), PLACES)
+        for title, (listed, more) in sweeps.items()
+    }
+
+
+def made_up(
+    tried: list[float], best: float, drift: float, init: str
+) -> Callable[[Any], Iterator[float]]:
+    """A loop without training: a bowl about the best rate, reached by and by. It notes rates."""
+
+    def train(trial: Any) -> Iterator[float]:
+        rank = trial.rank
+        layer = nn.Linear(64, 64, bias=False)
+        trial.optimizer(PlainLoRA(layer, rank, 1.0, init) if rank else layer)
+        tried.append(trial.lr)
+        end = bowl(math.log2(trial.lr) - best - drift * math.log2((rank or 64) / 16))
+        for step in range(trial.steps):
+            rough = 0.005 * math.sin(78.233 * step + 37.719 * trial.seed)
+            yield 2.3 + (end - 2.3) * (step + 1) / trial.steps + rough
+
+    return train
+
+
+def calibration() -> Tables:
+    """Rates of made-up calibrations: the rate, the ends of its band, its ceiling."""
+    cases: dict[str, tuple[tuple[float, float, str], dict[str, Any]]] = {
+        "Init[A]": ((-8.0, -0.3, "A"), {}),
+        "Init[A], with full runs": ((-8.0, -0.3, "A"), {"full_trials": 3}),
+        "Init[A], for a longer run": ((-8.0, -0.5, "A"), {"target_steps": 1000}),
+        "Init[B]": ((-7.0, -0.33, "B"), {}),
+        "Init[A], a low best rate": ((-14.0, -0.3, "A"), {}),
+        "by SGD": ((0.0, -0.3, "A"), {"optimizer": torch.optim.SGD}),
+        "full finetuning": ((-10.0, 0.0, "A"), {"ranks": (None,)}),
+    }
+    tables = {}
+    for title, (losses, options) in cases.items():
+        given = {"optimizer": AdamW, "ranks": (4, 64), "steps": 40, **options}
+        kind, tried = given.pop("optimizer"), []
+        recipe = ra.calibrate(made_up(tried, *losses), kind, progress=False, **given)
+        order = {"trials": len(tried), "last four tried": tried[-4:]}
+        tables[title] = {**order, **rates(recipe, PLACES)}
+    return tables
+
+
+# --- rates without runs -----------------------------------------------------------------
+
+
+def transfer() -> Tables:
+    """Converted and suggested rates."""
+    sites = {
+        "r=16 alpha=32": ra.Reference(rank=16, alpha=32, fan_in=4096),
+        "r=64 alpha=64": ra.Reference(rank=64, alpha=64, fan_in=1024),
+        "r=8 alpha=16": ra.Reference(rank=8, alpha=16, fan_in=1024),
+        "full": ra.Reference(method="full", fan_in=4096),
+    }
+    tables: Tables = {}
+    for start, origin in sites.items():
+        tables[f"1e-3 converted from {start}"] = {
+            end: outcome(rate_of, ra.convert_lr, 1e-3, from_=origin, to=site)
+            for end, site in sites.items()
+            if end != start
+        }
+    for kind in ("adamw", "lion", "muon", "schedulefree"):
+        tables[f"suggested, {kind}"] = {
+            place: outcome(suggested, site, kind) for place, site in sites.items()
+        }
+    special: Tables = {"suggested, adamw, as": {}}
+    for title, options in {
+        "a chat": {"task": "chat"},
+        "PiSSA": {"init": "pissa"},
+        "OLoRA": {"init": "olora"},
+        "DoRA": {"dora": True},
+    }.items():
+        site = sites["r=16 alpha=32"]
+        special["suggested, adamw, as"][title] = outcome(
+            suggested, site, "adamw", **options
+        )
+    return tables | special
+
+
+def rate_of(ask: Callable[..., Any], *args: Any, **options: Any) -> float:
+    return float(ask(*args, **options))
+
+
+def suggested(site: ra.Reference, kind: str, **options: Any) -> list[float]:
+    rate = ra.suggest_lr(site, kind, method=site.method, **options)
+    return [float(rate), rate.low, rate.high]
+
+
+# ----------------------------------------------------------------------------------------
+
+
+def outcome(ask: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What a call gives, or the name of the package's error that it raises."""
+    try:
+        return ask(*args, **options)
+    except ra.RankAwareError as error:
+        return type(error).__name__
+
+
+ROOMS: dict[str, Callable[[], Tables]] = {
+    "laws": laws,
+    "inspection": inspection,
+    "optimizer": optimizer,
+    "recipe": recipe,
+    "fitting": fitting,
+    "calibration": calibration,
+    "transfer": transfer,
+}
