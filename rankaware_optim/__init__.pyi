@@ -14,7 +14,6 @@ from ._types import Reference as Reference
 from ._types import Survey as Survey
 from .calibration import Trial as Trial
 from .calibration import calibrate as calibrate
-from .calibration import calibrate_in_place as calibrate_in_place
 from .errors import CalibrationError as CalibrationError
 from .errors import CalibrationInterrupted as CalibrationInterrupted
 from .errors import CheckpointError as CheckpointError

@@ -65,7 +65,6 @@ PUBLIC = [
     "Survey",
     "Trial",
     "calibrate",
-    "calibrate_in_place",
     "calibrate_trainer",
     "convert_lr",
     "coordinate_check",

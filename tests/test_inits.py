@@ -28,10 +28,6 @@ def recipe() -> ra.Recipe:
     return fit_sweep(LORA, alpha="rank", fan_in=64.0)
 
 
-def step(model, i):
-    return model(torch.ones(2, 16)).sum()
-
-
 TAKERS = {
     "Reference": lambda init: ra.Reference(rank=4, alpha=4, init=init),
     "Reference, full": lambda init: ra.Reference(method="full", init=init),
@@ -58,9 +54,6 @@ TAKERS = {
     "coordinate_check": lambda init: ra.coordinate_check([(8, 8)], "adamw", init=init),
     "fit_sweep": lambda init: fit_sweep(LORA, alpha="rank", init=init),
     "fit_sweep, full": lambda init: fit_sweep(FULL, fan_in=64.0, init=init),
-    "calibrate_in_place": lambda init: ra.calibrate_in_place(
-        mlp(), step, "adamw", ranks=(4,), steps=1, init=init
-    ),
     "MuA.sigma": lambda init: MuA().sigma(init, 4, 1.0, 64.0),
 }
 BAD = ["C", "b", "", False, 0, 1, ["A"], torch.zeros(2)]

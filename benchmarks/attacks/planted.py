@@ -85,7 +85,6 @@ BUGS = (
     Bug("calibration/_storage.py", "if not _is_in_storage(error) and not isinstance(error, ValidationError):", "if True:", "storage changed, SQLite"),
     Bug("calibration/_liveness.py", "if missed + 1 >= _MISSED:", "if False:", "stopped workers, journal"),
     Bug("calibration/_runner.py", "except UpdateFinishedTrialError:", "except ZeroDivisionError:", "stopped workers, journal"),
-    Bug("calibration/_snapshot.py", "tensor.copy_(value)", "pass", "errors, in place", 20),
     Bug("sweeps/_runs.py", "if not is_within(range_, value):", "if False:", "damaged sweeps", 500),
 )
 # fmt: on

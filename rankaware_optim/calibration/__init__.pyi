@@ -1,5 +1,4 @@
 from ._api import calibrate as calibrate
-from ._in_place import calibrate_in_place as calibrate_in_place
 from ._provenance import versions_used as versions_used
 from ._ray import RayExecutor as RayExecutor
 from ._trial import Pushed as Pushed

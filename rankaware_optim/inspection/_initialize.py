@@ -12,22 +12,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .._checks import check_init, is_positive
+from .._checks import check_init
 from .._types import Survey
 from ..errors import InspectionError
 from ._pairs import (
-    Declaration,
     Half,
     Pair,
-    declarations_of,
-    declare,
     declared_number,
     pairs_of,
     reading_of,
     scaling_of,
     walk,
 )
-from ._peft_config import Configs, config_of, configs_of, redeclare
+from ._peft_config import Configs, config_of, configs_of
 from ._survey import INIT_MARK, inspect_model
 
 Variance = Literal["mua", "peft"]
@@ -38,13 +35,12 @@ _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Start(NamedTuple):
-    """The new init of one pair: its rank, the init and variance asked for, the init that it gets,
-    which factor is drawn, with which variance, and whether uniform or normal.
+    """The new init of one pair: its rank, the init that it gets, which factor is drawn, with which
+    variance, and whether uniform or normal.
     """
 
     pair: Pair
     rank: int
-    asked: tuple[DrawnInit, Variance]
     init: DrawnInit
     drawn: Half
     zeroed: Half
@@ -57,7 +53,6 @@ def initialize(
     init: DrawnInit,
     *,
     seed: int = 0,
-    scaling: float | None = None,
     variance: Variance = "mua",
     force: bool = False,
 ) -> Survey:
@@ -65,7 +60,7 @@ def initialize(
 
     Init[A] sets B = 0 and draws A, as in PEFT. Init[B] sets A = 0 and draws B ~ N(0, 1/r). Here r
     is the number of inner features that one output sums: r·k in loralib's convolutions, r/groups
-    with a grouped B. Init[B] with `scaling=1` is closest to full finetuning (Chen, Villar, Hayou,
+    with a grouped B. Init[B] with alpha = rank is closest to full finetuning (Chen, Villar, Hayou,
     arXiv 2602.06204).
 
     The function does not change in any bit, since B·A is zero before and after. Each draw depends
@@ -80,12 +75,9 @@ def initialize(
     keeps the rates of the init and scaling that it found.
 
     Args:
-        model: the model with adapters. With `scaling` it must be the whole model.
+        model: the model with adapters.
         init: "A" (B starts at zero) or "B" (A starts at zero).
         seed: random seed of the draws.
-        scaling: s, the factor of B·A, to set, by default unchanged. It is written
-            wherever the pairs declare it: `scaling` or `scale`, `lora_alpha` or the `alpha` buffer,
-            and PEFT's configuration.
         variance: variance of A under Init[A]. "mua" draws from N(0, 1/fan_in), with fan-in 1 for an
             embedding. "peft" is uniform with variance 1/(3·fan_in) as in PEFT, and draws B ~ N(0,
             1) with A = 0 for embeddings.
@@ -99,13 +91,11 @@ def initialize(
         InspectionError: an argument is impossible, there is no trainable pair, or a pair cannot be
             initialised. It was trained already or started with both factors drawn (unless
             force=True), is merged and not zero, is sharded, has no values yet, needs its own init
-            (AdaLoRA), could not learn from this init, or declares no scaling that could be set.
-            Nothing was changed.
+            (AdaLoRA), or could not learn from this init. Nothing was changed.
     """
-    _check_arguments(init, variance, seed, scaling)
+    _check_arguments(init, variance, seed)
     walked = walk(model)
-    pairs = list(pairs_of(walked.modules))
-    chosen = [pair for pair in pairs if pair.trains]
+    chosen = [pair for pair in pairs_of(walked.modules) if pair.trains]
     if not chosen:
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
@@ -113,30 +103,22 @@ def initialize(
         )
     configs = configs_of(walked.modules)
     with torch.no_grad():
-        starts = check_starts((pair, init, variance) for pair in chosen)
+        starts = _check_starts(chosen, init, variance)
         for pair in () if force else filter(_adds, chosen):
-            refuse_residual(pair, configs)
+            _refuse_residual(pair, configs)
             raise InspectionError(
                 f"{pair.where} was trained already, or started with both factors drawn: its B·A is"
                 " not zero.",
                 "Rebuild the adapter, or give force=True to discard its weights.",
             )
-        if scaling is not None:
-            declarations: list[Declaration] = []
-            for pair, rank, *_ in starts:
-                declarations += declarations_of(pair, rank, float(scaling), rank)
-            declare(declarations)
-            redeclare(configs, pairs)
-        write_starts(starts, seed)
+        _write_starts(starts, seed)
     return inspect_model(model)
 
 
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_arguments(
-    init: str, variance: str, seed: int, scaling: float | None
-) -> None:
+def _check_arguments(init: str, variance: str, seed: int) -> None:
     check_init(init, "An adapter is initialised at")
     if variance not in ("mua", "peft") or (variance == "peft" and init == "B"):
         raise InspectionError(
@@ -147,17 +129,14 @@ def _check_arguments(
         raise InspectionError(
             f"The seed {seed!r} is not a whole number.", "Give a whole number."
         )
-    if scaling is not None and not is_positive(scaling):
-        raise InspectionError(
-            f"The scaling {scaling!r} is not a positive finite number.",
-            "Give one, or None to keep the declared one.",
-        )
 
 
-def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Start]:
+def _check_starts(
+    pairs: Iterable[Pair], init: DrawnInit, variance: Variance
+) -> list[Start]:
     """Return the new inits of pairs. Raise an `InspectionError` if one cannot have it."""
     starts = []
-    for pair, init, variance in wanted:
+    for pair in pairs:
         if pair.convention.init is not None:
             raise InspectionError(
                 f"{pair.where} needs the init of its convention {pair.convention.name!r}.",
@@ -165,7 +144,7 @@ def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Sta
             )
         _refuse_unwritable(pair, pair.a)
         _refuse_unwritable(pair, pair.b)
-        start = start_of(pair, init, variance)
+        start = _start_of(pair, init, variance)
         starts.append(start)
         scaling_of(pair, start.rank)
         if not start.zeroed.tensor.requires_grad:
@@ -181,15 +160,15 @@ def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Sta
                 " it could not learn.",
                 "Build it without the scalar (use_scalar=False).",
             )
-        if is_merged(pair) and _adds(pair):
+        if _is_merged(pair) and _adds(pair):
             raise InspectionError(
                 f"{pair.where} is merged into its base weight, and unmerging it needs its present"
                 " factors.",
                 "Unmerge the adapters first.",
             )
-    drawn = {memory_of(start.drawn) for start in starts}
+    drawn = {_memory_of(start.drawn) for start in starts}
     for start in starts:
-        if memory_of(start.zeroed) in drawn:
+        if _memory_of(start.zeroed) in drawn:
             raise InspectionError(
                 f"{start.zeroed.name} of {start.pair.where} is tied to a factor that must be"
                 " drawn.",
@@ -198,10 +177,10 @@ def check_starts(wanted: Iterable[tuple[Pair, DrawnInit, Variance]]) -> list[Sta
     return starts
 
 
-def start_of(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
+def _start_of(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
     """Return the pair's new init for `init` and `variance`."""
     reading = reading_of(pair)
-    asked, rank, uniform = (init, variance), int(reading.rank_a), False
+    rank, uniform = int(reading.rank_a), False
     if init == "B":
         square = 1 / (rank * reading.inner)
     elif reading.kind == "embedding":  # its input is one-hot
@@ -211,7 +190,7 @@ def start_of(pair: Pair, init: DrawnInit, variance: Variance) -> Start:
     else:
         square = 1 / reading.fan_in
     drawn, zeroed = (pair.a, pair.b) if init == "A" else (pair.b, pair.a)
-    return Start(pair, rank, asked, init, drawn, zeroed, square, uniform)
+    return Start(pair, rank, init, drawn, zeroed, square, uniform)
 
 
 def _refuse_unwritable(pair: Pair, half: Half) -> None:
@@ -239,14 +218,14 @@ def _refuse_unwritable(pair: Pair, half: Half) -> None:
     raise InspectionError(f"{half.name} of {pair.where} {problem}.", cure)
 
 
-def memory_of(half: Half) -> tuple[torch.device, int]:
+def _memory_of(half: Half) -> tuple[torch.device, int]:
     """Return a key of a factor's memory. Tied factors may be two parameters with the same memory,
     one transposed.
     """
     return half.tensor.device, half.tensor.data_ptr()
 
 
-def refuse_residual(pair: Pair, configs: Configs) -> None:
+def _refuse_residual(pair: Pair, configs: Configs) -> None:
     """Raise if the declared init subtracted the product of the factors from the base weight."""
     declared = config_of(pair, configs)[1].get("init_lora_weights")
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
@@ -279,7 +258,7 @@ def _bias(pair: Pair, half: Half) -> torch.Tensor | None:
     return bias if isinstance(bias, torch.Tensor) else None
 
 
-def is_merged(pair: Pair) -> bool:
+def _is_merged(pair: Pair) -> bool:
     merged: Any = getattr(pair.owner, "merged_adapters", None)
     if merged is not None:
         return pair.adapter in merged
@@ -289,15 +268,15 @@ def is_merged(pair: Pair) -> bool:
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def write_starts(starts: Iterable[Start], seed: int) -> None:
+def _write_starts(starts: Iterable[Start], seed: int) -> None:
     """Draw and zero the factors, and record the inits. A tied factor is drawn once, by its first
     name.
     """
     drawn = set[tuple[torch.device, int]]()
     for start in starts:
         pair, half = start.pair, start.drawn
-        if memory_of(half) not in drawn:
-            drawn.add(memory_of(half))
+        if _memory_of(half) not in drawn:
+            drawn.add(_memory_of(half))
             name = f"{seed}:{pair.layer}.{half.name}"
             digest = hashlib.sha256(name.encode()).digest()
             # torch's CPU generator takes 32 bits.

@@ -1,13 +1,9 @@
-"""LoRA pairs in a model: the modules that own them, by which convention, and what they declare,
-to read it and to set it.
-"""
+"""LoRA pairs in a model: the modules that own them, by which convention, and what they declare."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import suppress
-from itertools import filterfalse
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,9 +21,6 @@ _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
     ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
 )
-
-# Relative tolerance of a declared number in its buffer: bfloat16 has eight bits.
-_ROUNDING = 2.0**-8
 
 Modules = list["tuple[str, nn.Module]"]
 Parameters = list["tuple[str, nn.Parameter]"]
@@ -172,36 +165,19 @@ def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
 # --- declared numbers -----------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where a number is declared: an attribute of an object, or an entry of a dict by adapter."""
-
-    holder: Any
-    key: str
-    number: float
-
-    @property
-    def value(self) -> Any:
-        """What is there now."""
-        if isinstance(self.holder, Mapping):
-            return self.holder[self.key]
-        return getattr(self.holder, self.key)
-
-
-def place_of(pair: Pair, attributes: Iterable[str]) -> Place | None:
-    """Return the place of the first of the owner's `attributes` that is a number, also in a dict by
-    adapter or a small tensor.
+def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
+    """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a
+    small tensor.
     """
     for attribute in attributes:
-        *path, key = attribute.split(".")
-        holder = pair.owner
-        for part in path:
-            holder = getattr(holder, part, None)
-        value = getattr(holder, key, None)
+        value = pair.owner
+        for part in attribute.split("."):
+            value = getattr(value, part, None)
         if isinstance(value, Mapping):
-            holder, key, value = value, pair.adapter, value.get(pair.adapter)
+            value = value.get(pair.adapter)
         number = number_of(value)
         if number is not None:
-            return Place(holder, key, number)
+            return number
     return None
 
 
@@ -210,11 +186,6 @@ def number_of(value: Any) -> float | None:
     if hasattr(value, "numel") and value.numel() == 1 and not value.is_meta:
         value = value.item()
     return value if is_number(value) else None
-
-
-def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
-    place = place_of(pair, attributes)
-    return None if place is None else place.number
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
@@ -234,87 +205,6 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
     return value
 
 
-# --- declared numbers: setting them ---------------------------------------------------------------
-
-Declaration = tuple[Pair, Place, float]
-"""A pair, a place where it declares a number, and the number to write there."""
-
-
-def declare(declarations: Iterable[Declaration]) -> None:
-    """Write all numbers, or none if one of the places does not accept its value."""
-    declarations = list(declarations)
-    for _, place, value in declarations:
-        _write(place, value)
-    for pair, place, value in declarations:
-        written = number_of(place.value) or 0.0
-        if not math.isclose(written, value, rel_tol=_ROUNDING):
-            for _, changed, _ in declarations:
-                _write(changed, changed.number)
-            raise InspectionError(
-                f"{pair.where} cannot be changed: its {place.key!r} does not accept the value"
-                f" {value:g}.",
-                "Rebuild the adapter with that scaling and rank, or keep the values that it"
-                " declares.",
-            )
-
-
-def _write(place: Place, number: float) -> None:
-    """Write a number, as an int if it is whole and the present one is, such as PEFT's alpha. A
-    read-only place keeps its own, which `declare` sees.
-    """
-    value, holder = place.value, place.holder
-    if isinstance(value, int) and float(number).is_integer():
-        number = int(number)
-    with suppress(AttributeError, TypeError):
-        if hasattr(value, "fill_"):
-            value.fill_(number)
-        elif isinstance(holder, MutableMapping):
-            holder[place.key] = number
-        else:
-            setattr(holder, place.key, number)
-
-
-def declarations_of(
-    pair: Pair, rank: int, scaling: float | None, new_rank: int
-) -> Iterator[Declaration]:
-    """Yield the places where a pair of `rank` declares rank, multiplier and alpha, with the values
-    for `scaling` at `new_rank`. None leaves the last two as they are.
-    """
-    row = pair.convention
-    for attribute in row.rank:
-        place = place_of(pair, (attribute,))
-        if place is not None and math.isclose(place.number, rank, rel_tol=_ROUNDING):
-            yield pair, place, new_rank
-    if scaling is None:
-        return
-    multiplier = place_of(pair, row.scaling)
-    alpha = place_of(pair, filterfalse(row.scaling.__contains__, row.alpha))
-    if multiplier is None and alpha is None:
-        raise InspectionError(
-            f"{pair.where} declares no scaling, so none can be set.",
-            "Leave scaling= out, or give the attribute that the layer reads to"
-            " register_convention().",
-        )
-    if multiplier is not None:
-        yield pair, multiplier, scaling
-    if alpha is not None:
-        rooted = _is_rooted(pair, alpha, multiplier, rank)
-        yield pair, alpha, scaling * (math.sqrt(new_rank) if rooted else new_rank)
-
-
-def _is_rooted(pair: Pair, alpha: Place, scaling: Place | None, rank: int) -> bool:
-    """Return whether the multiplier is alpha / √r, by PEFT's flag, or else because only this fits
-    the numbers.
-    """
-    if scaling is None:
-        return False
-    flags = getattr(pair.owner, "use_rslora", None)
-    if isinstance(flags, Mapping) and pair.adapter in flags:
-        return bool(flags[pair.adapter])
-    by_root = scaling.number * math.sqrt(rank)
-    return rank > 1 and math.isclose(alpha.number, by_root, rel_tol=_ROUNDING)
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -331,7 +221,7 @@ def reading_of(pair: Pair) -> Reading:
     rank = declared_number(pair, pair.convention.rank)
     a, b = pair.a.shape, pair.b.shape
     layouts = pair.convention.layouts
-    readings = (read_as(layout, pair.owner, a, b) for layout in layouts)
+    readings = (_read_as(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
             kind = pair.convention.kind or reading.kind or _kind(pair)
@@ -344,7 +234,7 @@ def reading_of(pair: Pair) -> Reading:
     )
 
 
-def read_as(layout: str | Layout, owner: Any, a: Shape, b: Shape) -> Reading | None:
+def _read_as(layout: str | Layout, owner: Any, a: Shape, b: Shape) -> Reading | None:
     """Return a layout's reading if its ranks are one positive whole number, else None."""
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None

@@ -1,6 +1,4 @@
-"""PEFT's configurations: adapter_config.json, a diffusers file's copy, and those in a model, which
-change with its adapters.
-"""
+"""PEFT's configurations: adapter_config.json, a diffusers file's copy, and those in a model."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,7 +20,7 @@ from msgspec import Meta
 
 from .._files import read_bytes
 from ..errors import InspectionError
-from ._pairs import Modules, Pair, declared_number
+from ._pairs import Modules, Pair
 from ._safetensors import one_line, parse_json, shown
 
 _LIMIT = 10_000_000  # bytes of a file
@@ -317,7 +315,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 # --- the configurations of a model ----------------------------------------------------------------
 
-Fields = MutableMapping[str, Any]
+Fields = Mapping[str, Any]
 Configs = Mapping[tuple[str, str], Fields]
 """The fields of configurations, by the name of a module that holds them and the adapter's name."""
 
@@ -330,7 +328,7 @@ def configs_of(modules: Modules) -> Configs:
         if not isinstance(by_adapter, Mapping):
             continue
         for adapter, config in by_adapter.items():
-            is_dict = isinstance(config, MutableMapping)
+            is_dict = isinstance(config, Mapping)
             fields: Any = config if is_dict else getattr(config, "__dict__", {})
             if "lora_alpha" in fields and "r" in fields:
                 configs[layer, adapter] = fields
@@ -345,49 +343,3 @@ def config_of(pair: Pair, configs: Configs) -> tuple[str, Fields]:
     while layer and (layer, pair.adapter) not in configs:
         layer = layer.rpartition(".")[0]
     return layer, configs.get((layer, pair.adapter), {})
-
-
-def redeclare(configs: Configs, pairs: Iterable[Pair]) -> None:
-    """Change PEFT's configurations so that their patterns give each pair the rank and the alpha
-    that it declares. A pattern gets the value of the first pair that it matches, trainable ones
-    first.
-    """
-    groups: dict[int, tuple[Fields, dict[str, Pair]]] = {}
-    for pair in sorted(pairs, key=lambda pair: not pair.trains):
-        layer, fields = config_of(pair, configs)
-        if fields and (pair.trains or id(fields) in groups):
-            _, named = groups.setdefault(id(fields), (fields, {}))
-            name = pair.layer.removeprefix(layer).removeprefix(".")
-            # As in the base model, or the parameter's name for experts.
-            parameter = getattr(pair.owner, "parameter_name", None)
-            parts = filter(None, (name.split(".base_layer")[0], parameter))
-            named[".".join(parts)] = pair
-    for fields, named in groups.values():
-        ranks = list(fields.get("rank_pattern") or {})
-        _set_patterns(fields, named, "r", "rank_pattern", ranks)
-        _set_patterns(fields, named, "lora_alpha", "alpha_pattern", ranks)
-
-
-def _set_patterns(
-    fields: Fields,
-    named: Mapping[str, Pair],
-    default: str,
-    table: str,
-    keys: Iterable[str],
-) -> None:
-    """Set a configuration's default and its patterns: `keys`, those that it has, and full names."""
-    patterns = fields.get(table) or {}
-    keys = dict.fromkeys([*keys, *patterns])
-    matched, odd = dict[str, Any](), dict[str, Any]()
-    for name, pair in named.items():
-        number = declared_number(pair, (default,))
-        if number is None:
-            continue
-        value = int(number) if float(number).is_integer() else number
-        # PEFT's rule.
-        key = next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), "")
-        if matched.setdefault(key, value) != value:
-            odd[f"^{re.escape(name)}"] = value
-    fields[default] = matched.pop("", fields[default])
-    values = patterns | matched
-    fields[table] = odd | {key: values[key] for key in keys if key in values}

@@ -213,31 +213,6 @@ def test_runs_that_all_failed_are_said_to_be_stored(journal):
         )
 
 
-def test_a_loop_in_place_is_known_by_its_step(journal):
-    """calibrate_in_place with another step is a warning, and with the same step it is none."""
-
-    def step(model, i):
-        return model(torch.ones(1, calibrations.DIM)).square().mean()
-
-    def other(model, i):
-        return model(torch.ones(2, calibrations.DIM)).square().mean()
-
-    options = {
-        "ranks": (2, 32),
-        "steps": 5,
-        "storage": journal,
-        "lr_range": (1e-4, 1e-1),
-        "init": "B",
-    }
-    ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=2, **options)
-    ra.calibrate_in_place(Net(4), step, torch.optim.AdamW, trials=3, **options)
-    with pytest.warns(
-        RankAwareWarning,
-        match="not 'test_a_loop_in_place_is_known_by_its_step.<locals>.other'",
-    ):
-        ra.calibrate_in_place(Net(4), other, torch.optim.AdamW, trials=4, **options)
-
-
 def made_with(journal: Path, **changed) -> None:
     """Let a stored study be one of another version."""
     study = study_in(journal)

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rankaware_optim import InspectionError, inspect_model
-from rankaware_optim.inspection import Convention, initialize, register_convention
+from rankaware_optim.inspection import initialize
 
 from ..helpers.models import BASES, STYLES, Weight, adapted, mlp, same, snapshot, train
-
-SCALES = {"plain": "scaling", "kohya": "scale", "container": "scaling"}
 
 
 def inputs(kind: str) -> torch.Tensor:
@@ -259,7 +257,7 @@ def test_nothing_else_changes():
         n: (p.requires_grad, None if p.grad is None else p.grad.clone())
         for n, p in model.named_parameters()
     }
-    initialize(model, "B", scaling=0.5)
+    initialize(model, "B")
     after = snapshot(model)
     moved = {
         name for name, value in after.items() if not torch.equal(value, before[0][name])
@@ -292,7 +290,7 @@ def test_the_init_is_known_after_training(style, init):
 def test_it_learns_from_init_b():
     """At Init[B] the first step moves A alone, the second both."""
     model = mlp(head=False)
-    initialize(model, "B", scaling=1.0)
+    initialize(model, "B")
     start = snapshot(model)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-1)
     train(model, opt, steps=1)
@@ -303,26 +301,14 @@ def test_it_learns_from_init_b():
 
 
 def test_tied_factors_are_drawn_once():
-    """A shared factor keeps the draw of its first name, and the pairs that share it are all noted and scaled."""
+    """A shared factor keeps the draw of its first name, and the pairs that share it are all noted."""
     model = mlp()
     model.layer1.lora_B = model.layer0.lora_B
     alone = mlp((4,))
-    survey = initialize(model, "B", scaling=0.5)
+    survey = initialize(model, "B")
     initialize(alone, "B")
     assert torch.equal(model.layer1.lora_B, alone.layer0.lora_B)
-    assert {(f.init, f.scaling) for f in survey.factors} == {("B", 0.5)}
-    assert model.layer1.scaling == 0.5
-
-
-def test_a_pair_shared_by_two_owners_is_scaled_in_both():
-    """Two layers over one pair of factors both get the multiplier."""
-    model = nn.ModuleDict({"first": adapted(), "second": adapted()})
-    model["second"].lora_A, model["second"].lora_B = (
-        model["first"].lora_A,
-        model["first"].lora_B,
-    )
-    initialize(model, "B", scaling=1.0)
-    assert model["first"].scaling == model["second"].scaling == 1.0
+    assert {f.init for f in survey.factors} == {"B"}
 
 
 def test_a_bias_of_the_inner_layer_is_zeroed():
@@ -343,84 +329,9 @@ def test_a_bias_of_the_inner_layer_is_zeroed():
     assert torch.equal(output, model(x))
 
 
-# --- the multiplier -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scaling", [1, 1.0, 0.3, 16])
-@pytest.mark.parametrize("style", STYLES)
-def test_the_scaling_is_set_where_it_is_declared(style, scaling):
-    """Every style declares the multiplier that was asked for, and an alpha that agrees with it."""
-    model = mlp((4, 8), style=style, scalings=2.0)
-    survey = initialize(model, "B", scaling=scaling)
-    assert {f.scaling for f in survey.factors} == {scaling}
-    for layer, rank in ((model.layer0, 4), (model.layer1, 8)):
-        if style in ("tune", "kohya"):
-            assert float(layer.alpha) == pytest.approx(scaling * rank)
-        if style in SCALES:
-            held = getattr(layer, SCALES[style])
-            assert (held["default"] if style == "container" else held) == scaling
-
-
-def test_no_scaling_keeps_what_is_declared():
-    """Without scaling= the multipliers stay."""
+def test_the_multiplier_stays():
+    """A pair keeps the multiplier that it declares."""
     assert {f.scaling for f in initialize(mlp(scalings=3.0), "B").factors} == {3.0}
-
-
-def test_a_buffer_is_written_in_place():
-    """kohya's alpha stays the same tensor, which a saved file holds, of its own dtype."""
-    model = adapted("kohya").bfloat16()
-    buffer = model.alpha
-    initialize(model, "B", scaling=1.0)
-    assert model.alpha is buffer
-    assert (float(buffer), buffer.dtype, model.scale) == (4.0, torch.bfloat16, 1.0)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("scaling", "alpha", "expected"),
-    [(2.0, 8.0, 4.0), (2.0, 4.0, 2.0), (0.7, 1.4, 2.0)],
-)
-def test_an_alpha_over_the_root_of_the_rank_stays_one(scaling, alpha, expected, dtype):
-    """Where alpha is the multiplier times √r (rsLoRA), it stays so; else it is times r. A
-    multiplier that is rounded to a buffer's dtype shows it too.
-    """
-    model = adapted(scaling=scaling)
-    model.lora_alpha = alpha
-    if dtype is not None:
-        model.scaling = torch.tensor(scaling, dtype=dtype)
-    initialize(model, "B", scaling=1.0)
-    assert model.lora_alpha == expected
-
-
-def test_a_multiplier_computed_from_alpha_is_set_through_it():
-    """A read-only property follows the alpha that it is computed from."""
-
-    class Computed(nn.Module):
-        scale = property(lambda self: self.alpha / self.dim)
-
-    model = Computed()
-    model.linear_in, model.linear_out = (
-        Weight(torch.zeros(4, 12)),
-        Weight(torch.zeros(20, 4)),
-    )
-    model.alpha, model.dim = 32, 4
-    assert {f.scaling for f in initialize(model, "B", scaling=1).factors} == {1.0}
-    assert (model.alpha, type(model.alpha)) == (4, int)
-
-
-def test_a_dotted_alpha_is_set():
-    """An alpha that lies deeper, or in a dict, is set where it lies."""
-    row = Convention(
-        "deep", "reduce", "expand", rank=(), scaling=(), alpha=("config.alpha",)
-    )
-    register_convention(row)
-    try:
-        model = owner((4, 12), (20, 4), ("reduce", "expand"), config=nn.Module())
-        model.config.alpha = 8
-        assert {f.scaling for f in initialize(model, "B", scaling=1).factors} == {1.0}
-        assert model.config.alpha == 4
-    finally:
-        register_convention(row, remove=True)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -430,24 +341,8 @@ def trained(model: nn.Module, name: str = "lora_B") -> None:
     getattr(model["up"], name).data.view(-1)[-2] = 1e-3
 
 
-def undeclared(model: nn.Module) -> None:
-    del model["up"].scaling
-
-
 def impossible(model: nn.Module) -> None:
     model["up"].scaling = -1.0
-
-
-def fixed(model: nn.Module) -> None:
-    """A multiplier that no attribute moves."""
-    model["up"].__class__ = type(
-        "Fixed", (type(model["up"]),), {"scaling": property(lambda self: 2.0)}
-    )
-    del model["up"].__dict__["scaling"]
-
-
-def whole(model: nn.Module) -> None:
-    model["up"].register_buffer("alpha", torch.tensor(8))
 
 
 def adalora(model: nn.Module) -> None:
@@ -505,12 +400,11 @@ def without(half: str):
     return lambda model: getattr(model["up"], half).requires_grad_(False)
 
 
-KEPT = {"scaling": None}
 REFUSED = [
     (trained, {"init": "A"}, r"^up was trained already, .* give force=True"),
     (trained, {"init": "B"}, r"^up was trained already"),
     (merged, {"force": True}, r"^up is merged into its base weight, .* Unmerge"),
-    (adalora, KEPT, r"^up needs the init of its convention 'peft-adalora'"),
+    (adalora, {}, r"^up needs the init of its convention 'peft-adalora'"),
     (gated, {"force": True}, r"^up multiplies its adapter by a `scalar` of zero"),
     (tied, {}, r"^lora_[AB] of (up|down) is tied to a factor that must be drawn"),
     (
@@ -535,10 +429,7 @@ REFUSED = [
         {},
         r"^lora_A of up is on the meta device\. Materialise",
     ),
-    (impossible, KEPT, r"^up has the scaling -1"),
-    (undeclared, {}, r"^up declares no scaling, so none can be set"),
-    (fixed, {}, r"^up cannot be changed: its 'scaling' does not accept the value 0.6"),
-    (whole, {}, r"^up cannot be changed: its 'alpha' does not accept the value 2.4"),
+    (impossible, {}, r"^up has the scaling -1"),
     (
         None,
         {"init": "C"},
@@ -546,29 +437,25 @@ REFUSED = [
     ),
     (None, {"init": "A", "variance": "xavier"}, r"^init='A' has no variance 'xavier'"),
     (None, {"seed": 1.5}, r"^The seed 1.5 is not a whole number"),
-    (None, {"scaling": 0}, r"^The scaling 0 is not a positive finite number"),
-    (None, {"scaling": math.nan}, r"^The scaling nan"),
-    (None, {"scaling": "1"}, r"^The scaling '1'"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(REFUSED)))
 def test_what_is_refused_before_anything_changes(number):
-    """Each impossible start is an error that says why, and leaves factors, multipliers and notes as they were."""
+    """Each impossible start is an error that says why, and leaves factors and notes as they were."""
     spoil, options, message = REFUSED[number]
     model = nn.ModuleDict({"first": adapted(init="A"), "up": adapted(init="A")})
     if spoil is not None:
         spoil(model)
     before = {name: value.clone() for name, value in snapshot(model).items()}
     with pytest.raises(InspectionError, match=message):
-        initialize(model, **{"init": "B", "scaling": 0.6, **options})
+        initialize(model, **{"init": "B", **options})
     after = snapshot(model)
     assert after.keys() == before.keys()
     assert all(
         value.is_meta or torch.equal(value, before[name])
         for name, value in after.items()
     )
-    assert model["first"].scaling == 2.0
     assert not any("_rankaware_init" in vars(module) for module in model.modules())
 
 

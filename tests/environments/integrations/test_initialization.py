@@ -44,12 +44,12 @@ def steps(
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_a_library_s_layer(case, init):
-    """The output keeps every bit, the survey gives the init and the multiplier 1, and training keeps the init known."""
+    """The output keeps every bit, the survey gives the init, and training keeps the init known."""
     model, inputs = built(case), case.inputs()
     before = output_of(model, *inputs).clone()
-    survey = initialize(model, init, scaling=1.0)
+    survey = initialize(model, init)
     assert torch.equal(before, output_of(model, *inputs))
-    assert {(f.init, f.scaling) for f in survey.factors} == {(init, 1.0)}
+    assert {f.init for f in survey.factors} == {init}
     assert [(f.fan_in, f.fan_out) for f in survey.factors if f.role == "A"] == list(
         case.fans
     )
@@ -73,22 +73,6 @@ def test_a_library_s_own_init_is_refused(case):
     ):
         initialize(model, "B")
     assert same(before, snapshot(model))
-
-
-@pytest.mark.parametrize("scaling", [1.0, 0.7])
-@pytest.mark.parametrize(
-    "case",
-    [c for c in PLAIN if c.package == "lycoris-lora"],
-    ids=lambda case: case.name,
-)
-def test_what_lycoris_saves_agrees_with_its_forward(case, scaling):
-    """The alpha that a saved file holds is the multiplier of the forward pass times the rank."""
-    model, inputs = built(case), case.inputs()
-    initialize(model, "B", scaling=scaling)
-    steps(model, inputs)
-    saved = model.adapter.custom_state_dict()
-    assert float(saved["alpha"]) == pytest.approx(scaling * RANK)
-    assert model.adapter.scale == scaling
 
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------
@@ -129,81 +113,6 @@ def peft_model(**options) -> nn.Module:
     )
 
 
-PATTERN = {
-    "rank_pattern": {"blocks.1.q": 8, "v": 2, "attn": 6, "experts.up": 3, "emb": 5}
-}
-CONFIGS = {
-    "uniform": {},
-    "rslora": {"use_rslora": True},
-    "ranks": PATTERN,
-    "ranks, rslora": {**PATTERN, "use_rslora": True},
-    "alphas": {"alpha_pattern": {"q": 5, "experts.down": 7}},
-    "ranks, alphas": {**PATTERN, "alpha_pattern": {"v": 5, "blocks.0.q": 9}},
-}
-
-
-def reloaded(model: nn.Module, folder, **options) -> nn.Module:
-    import peft
-
-    model.save_pretrained(folder)
-    return peft.PeftModel.from_pretrained(Deep(), folder, is_trainable=True, **options)
-
-
-@pytest.mark.parametrize("scaling", [1.0, 0.7, 16])
-@pytest.mark.parametrize("config", CONFIGS)
-def test_a_saved_adapter_comes_back_with_its_scaling(config, scaling, tmp_path):
-    """save_pretrained and from_pretrained give every layer the multiplier and the output that it had."""
-    model = peft_model(**CONFIGS[config])
-    before = output_of(model, *TOKENS).clone()
-    survey = initialize(model, "B", scaling=scaling)
-    assert torch.equal(before, output_of(model, *TOKENS))
-    steps(model, TOKENS)
-    other = reloaded(model, tmp_path)
-    found = {f.name: (f.rank, f.scaling) for f in inspect_model(other).factors}
-    assert found.keys() == {f.name for f in survey.factors}
-    for f in survey.factors:
-        assert f.scaling == scaling
-        assert found[f.name] == (
-            f.rank,
-            pytest.approx(scaling, rel=1e-15 if scaling == 1 else 1e-12),
-        )
-    assert torch.allclose(
-        output_of(model, *TOKENS), output_of(other, *TOKENS), atol=1e-6
-    )
-    assert not any(
-        key.startswith("^") for key in model.peft_config["default"].alpha_pattern
-    )
-
-
-def test_a_frozen_layer_keeps_its_scaling_when_saved(tmp_path):
-    """Layers of the adapter that do not train keep their own alpha, in the saved configuration too."""
-    model = peft_model(**PATTERN)
-    for name, param in model.named_parameters():
-        if "blocks.1" in name or "experts" in name:
-            param.requires_grad_(False)
-    kept = {
-        name: module.scaling["default"]
-        for name, module in model.named_modules()
-        if hasattr(module, "scaling")
-    }
-    initialize(model, "A", scaling=1.0)
-    now = {
-        name: m.scaling["default"]
-        for name, m in model.named_modules()
-        if hasattr(m, "scaling")
-    }
-    still = {name for name in kept if "blocks.1" in name or "experts" in name}
-    assert now == {name: kept[name] if name in still else 1.0 for name in kept}
-    assert still
-    assert still != kept.keys()
-    other = reloaded(model, tmp_path)
-    assert now == {
-        name: m.scaling["default"]
-        for name, m in other.named_modules()
-        if hasattr(m, "scaling")
-    }
-
-
 def test_another_adapter_is_left_alone():
     """An inactive adapter keeps factors, multiplier and configuration, and starts where it was."""
     import peft
@@ -211,7 +120,7 @@ def test_another_adapter_is_left_alone():
     model = peft_model()
     model.add_adapter("wide", peft.LoraConfig(r=8, lora_alpha=4, **TARGETS))
     config, before = str(model.peft_config["wide"]), snapshot(model)
-    initialize(model, "B", scaling=1.0)
+    initialize(model, "B")
     after = snapshot(model)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved
@@ -224,31 +133,6 @@ def test_another_adapter_is_left_alone():
         if f.kind != "embedding"
     }
     assert inits == {("A", 0.5)}
-    initialize(model, "A", scaling=2.0)
-    assert (
-        model.peft_config["default"].lora_alpha,
-        model.peft_config["wide"].lora_alpha,
-    ) == (
-        RANK,
-        16,
-    )
-
-
-def test_the_tuner_and_an_injected_model_are_configured_too():
-    """A LoraModel and a model with injected adapters have their configurations set as a PeftModel has."""
-    import peft
-
-    config = peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=["q", "v"], rank_pattern={"v": 2}
-    )
-    injected = peft.inject_adapter_in_model(config, Deep())
-    tuner = peft_model(
-        rank_pattern={"v": 2}, target_modules=["q", "v"], target_parameters=None
-    ).base_model
-    for model in (injected, tuner):
-        initialize(model, "B", scaling=1.0)
-        found = model.peft_config["default"]
-        assert (found.lora_alpha, found.alpha_pattern) == (RANK, {"v": 2})
 
 
 @pytest.mark.parametrize("declared", ["pissa", "pissa_niter_2", "olora"])
@@ -302,20 +186,6 @@ def test_merged_adapters():
     assert {
         (f.adapter, f.init) for f in initialize(model, "B", force=True).factors
     } == {("other", "B")}
-
-
-def test_two_peft_models_in_one():
-    """Each model's configuration follows its own pairs, though both call their adapter the same."""
-    options = {"target_modules": ["q", "v"], "target_parameters": None}
-    both = nn.ModuleDict(
-        {"one": peft_model(r=8, **options), "two": peft_model(**options)}
-    )
-    initialize(both, "B", scaling=1.0)
-    configs = [model.peft_config["default"] for model in both.values()]
-    assert [(c.lora_alpha, c.alpha_pattern) for c in configs] == [(8, {}), (RANK, {})]
-    both["two"].requires_grad_(False)
-    initialize(both, "B", scaling=2.0)
-    assert [(c.lora_alpha, c.alpha_pattern) for c in configs] == [(16, {}), (RANK, {})]
 
 
 def test_an_embedding_tied_to_the_head_is_refused():
