@@ -9,7 +9,6 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -343,76 +342,6 @@ class Recipe(RecipeData):
                 files is a link to outside the folder; or as for `save`.
         """
         return sharing.save_beside(self, adapter)
-
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        base_model: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-    ) -> str:
-        """Push the recipe to a repository of the Hugging Face Hub, with the layout of
-        `save_beside`.
-
-        The repository is created if needed. Its README is kept, or written if there is none. The
-        README's metadata gets the tag `rankaware-recipe` and `base_model`. A section with a plot is
-        added at its end. Needs the extra `hub`.
-
-        Args:
-            repo: "owner/name", a new repository or an adapter's.
-            base_model: the base model's repository, as "owner/name".
-            private: as in huggingface_hub.
-            token: as in huggingface_hub.
-            revision: as in huggingface_hub.
-            commit_message: as in huggingface_hub.
-
-        Returns:
-            The commit's URL.
-
-        Raises:
-            RecipeError: the Hub refuses or cannot be reached. Nothing was pushed.
-            PlotError: matplotlib is not installed. Nothing was pushed.
-        """
-        from ..reports import plot_recipe
-
-        return sharing.push(
-            self,
-            repo,
-            partial(plot_recipe, self),
-            base_model=base_model,
-            private=private,
-            token=token,
-            message=commit_message or f"Learning-rate recipe {self.tag}",
-            revision=revision,
-        )
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo: str,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-    ) -> Recipe:
-        """Read a recipe from a repository of the Hugging Face Hub. Needs the extra `hub`.
-
-        With HF_HUB_OFFLINE=1 the cached copy is read.
-
-        Args:
-            repo: "owner/name".
-            revision: as in huggingface_hub.
-            token: as in huggingface_hub.
-            cache_dir: as in huggingface_hub.
-
-        Raises:
-            RecipeError: the repository cannot be reached, or has no recipe; or as for `load`.
-        """
-        path = sharing.pull(repo, revision=revision, token=token, cache_dir=cache_dir)
-        return cls.load(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

@@ -46,11 +46,6 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 lambda kind=kind, options=options: optimizer(kind, path, options),
             )
     yield "a folder", lambda: ra.Recipe.load(beside(path))
-    if find_spec("huggingface_hub"):
-        yield (
-            "the hub's cache",
-            lambda: ra.Recipe.from_hub("owner/name", cache_dir=cached(path)),
-        )
     if find_spec("transformers"):
         yield (
             "peft",
@@ -91,16 +86,6 @@ def beside(path: Path) -> Path:
     folder = path.parent / f"{path.stem} adapter"
     copied(path, folder / "rankaware")
     return folder
-
-
-def cached(path: Path) -> Path:
-    """A cache of the Hub with a repository that holds the recipe."""
-    cache, commit = path.parent / f"{path.stem} cache", "0" * 40
-    repository = cache / "models--owner--name"
-    copied(path, repository / "snapshots" / commit / "rankaware")
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(commit)
-    return cache
 
 
 def copied(path: Path, folder: Path) -> None:

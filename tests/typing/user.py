@@ -41,7 +41,6 @@ def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
     assert_type(trial.optimizer(model, weight_decay=0.01), ra.RankAwareOptimizer)
     ra.RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=32")
     ra.RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at=Path("adapter"))
-    assert_type(ra.Recipe.from_hub("owner/name"), ra.Recipe)
 
 
 def mistakes(model: nn.Module) -> None:
