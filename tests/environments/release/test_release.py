@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
+from email import message_from_bytes
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -52,3 +56,27 @@ def run(folder: Path, *command: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
+
+
+def test_the_description_has_no_relative_link(tmp_path: Path) -> None:
+    """With a Repository among the project's addresses, the built metadata has absolute links only."""
+    tree = tmp_path / "tree"
+    files = run(ROOT, "git", "ls-files").splitlines()
+    for name in files:
+        if name.startswith(
+            ("rankaware_optim/", "README.md", "LICENSE", "hatch_", "pyproject")
+        ):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    project = tree / "pyproject.toml"
+    heading = "\n[project.urls]\n"
+    address = f'{heading}Repository = "https://code.example.org/rankaware-optim"\n'
+    text = project.read_text(encoding="utf-8").replace(heading, address)
+    project.write_text(text, encoding="utf-8")
+    run(tree, sys.executable, "-m", "build", "--wheel")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    (name,) = (each for each in ZipFile(wheel).namelist() if each.endswith("METADATA"))
+    metadata = message_from_bytes(ZipFile(wheel).read(name))
+    links = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
