@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli
 from packaging.requirements import Requirement
+from packaging.version import Version
 from rattler_build import Stage0Recipe
 
 ROOT = Path(__file__).parents[3]
@@ -59,6 +61,20 @@ def test_conda_installs_what_pip_installs(conda: dict[str, Any]) -> None:
     oldest = f"python {python.removeprefix('>=')}.*"
     assert conda["requirements"]["run"] == [f"python {python}", *needs]
     assert conda["requirements"]["host"] == [oldest, "pip", *backend]
+
+
+def test_the_lowest_environment_has_every_minimum() -> None:
+    """`tox run -e lowest` installs each dependency at the minimum that is declared."""
+    config = ConfigParser(interpolation=None)
+    config.read(ROOT / "tox.ini", encoding="utf-8")
+    lines = config["testenv:lowest"]["deps"].splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    minimums = {}
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        (minimum,) = requirement.specifier
+        minimums[requirement.name] = Version(minimum.version)
+    assert {name: Version(version) for name, version in pinned.items()} == minimums
 
 
 def test_conda_says_what_pyproject_says(conda: dict[str, Any]) -> None:
