@@ -109,18 +109,19 @@ def _free_port() -> int:
 
 
 def install() -> None:
-    """By apt, where PostgreSQL is not there yet."""
+    """By apt, where PostgreSQL is not there yet. Root may do without sudo."""
     try:
         print(found("initdb"))
+        return
     except FileNotFoundError:
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for step in (
-            ["update", "-q"],
-            ["install", "-y", "-q", "--no-install-recommends", "postgresql"],
-        ):
-            subprocess.run(
-                ["apt-get", *step], check=True, env=environment, stdout=sys.stderr
-            )
+        print("PostgreSQL is not here; installing it by apt.", file=sys.stderr)
+    apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+    command = apt if os.geteuid() == 0 else ["sudo", *apt]
+    for step in (
+        ["update", "-q"],
+        ["install", "-y", "-q", "--no-install-recommends", "postgresql"],
+    ):
+        subprocess.run([*command, *step], check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":
