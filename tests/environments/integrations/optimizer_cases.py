@@ -55,6 +55,8 @@ NEEDS = {
     "bitsandbytes.optim.AdamW8bit": {"width": 1024},
     "torchao.optim.AdamW8bit": {"width": 1024},
     **{f"adv_optm.{name}": {"groups": "muon"} for name in ("AdaMuon_adv", "Muon_adv")},
+    # the CUDA build of torch brings Triton, whose kernel asks for a device
+    "optimi.StableAdamW": {"settings": {"triton": False}},
     "galore_torch.GaLoreAdafactor": {"settings": {"relative_step": False}},
     "apollo_torch.GaLoreAdafactor": {"settings": {"relative_step": False}},
 }
