@@ -11,7 +11,7 @@ import pytest
 import rankaware_optim
 
 ROOT = Path(rankaware_optim.__file__).parent
-MOST = 25
+MOST = 30
 
 
 def names_across_borders() -> dict[str, set[str]]:
@@ -34,9 +34,13 @@ CROSSING = names_across_borders()
 
 @pytest.mark.parametrize("package", sorted(CROSSING))
 def test_few_names_cross_a_border(package: str) -> None:
-    """Other packages import at most 25 names from a package."""
+    """Other packages import at most 30 names from a package."""
     names = sorted(CROSSING[package])
-    assert len(names) <= MOST, f"{len(names)} names: {', '.join(names)}"
+    assert len(names) <= MOST, (
+        f"Other packages take {len(names)} names from {package}/, more than {MOST}: "
+        f"{', '.join(names)}. Give {package}/ one name that does what several of these "
+        f"are taken for, or move the caller into {package}/."
+    )
 
 
 def test_borders_are_seen() -> None:
