@@ -401,18 +401,6 @@ def test_the_guide_names_every_script() -> None:
     assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
 
 
-def test_what_native_torch_does_stands_beside_tests_that_there_are() -> None:
-    """Every probe of compatibility.py belongs to a test of its suites, by file and name."""
-    from ecosystem.compatibility import NATIVE, SUITES, docstrings, files
-
-    found = [
-        file for paths in SUITES.values() for path in paths for file in files(path)
-    ]
-    assert set(NATIVE) <= {
-        f"{file.stem}::{name}" for file in found for name in docstrings(file)
-    }
-
-
 # --- what is read from runs -----------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,6 @@ SCRIPTS = [
 # recipes, a picture, and what tables rest on
 WITHOUT_TABLES = {
     "make_recipes",
-    "report_page",
     "fingerprints",
 }
 

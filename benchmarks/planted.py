@@ -1,0 +1,140 @@
+"""Bugs planted in a copy of the package, one at a time: does a test of the room see each?
+
+    PYTHONPATH=benchmarks python benchmarks/planted.py                 # all: results/planted.json and .md
+    PYTHONPATH=benchmarks python benchmarks/planted.py --only _files   # bugs in files whose name has a word
+
+The tests named with a bug must pass on the package as it is, and one of them must fail on the copy with the bug.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from recording import machine, record
+
+RESTS_ON = ()  # outcomes: made again at a release
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rankaware_optim"
+LIMIT_S = 600.0  # of the tests of a bug; one that takes longer is seen
+
+
+class Bug(NamedTuple):
+    """In `file` of the package the text `before`, which occurs once, becomes `after`. One of `tests` must fail."""
+
+    file: str
+    before: str
+    after: str
+    tests: str
+    missed_because: str = ""
+
+    @property
+    def text(self) -> str:
+        """The whole file with the bug."""
+        text = (PACKAGE / self.file).read_text(encoding="utf-8")
+        if text.count(self.before) != 1:
+            times = text.count(self.before)
+            raise click.ClickException(f"{self.file} has {times} times: {self.before}")
+        return text.replace(self.before, self.after)
+
+
+# fmt: off
+BUGS = (
+    Bug("_files.py", "if not stat.S_ISREG(status.st_mode):", "if False:", "tests/recipe"),
+    Bug("_files.py", 'flags | getattr(os, "O_NONBLOCK", 0)', "flags", "tests/recipe"),
+    Bug("recipe/_recipe_files.py", "if target.exists() and not target.is_file():", "if False:", "tests/recipe"),
+    Bug("_files.py", "os.replace(made, target)", "target.write_bytes(data)", "tests/recipe"),
+    Bug("_files.py", "os.fsync(file.fileno())", "pass", "tests/recipe", missed_because="a process that ends loses nothing that it wrote: only a power failure would show it"),
+    Bug("recipe/_recipe_files.py", "if hashlib.sha256(data).hexdigest() != sha256:", "if False:", "tests/recipe"),
+    Bug("recipe/_recipe_files.py", "        if data:\n            replace_bytes(beside, data, like=target)\n        replace_bytes(target, encoded)\n", "        replace_bytes(target, encoded)\n        if data:\n            replace_bytes(beside, data, like=target)\n", "tests/recipe"),
+    Bug("recipe/_recipe_files.py", "if not target.stat().st_mode & stat.S_IWUSR:", "if False:", "tests/recipe"),
+    Bug("recipe/_recipe_files.py", "except (OSError, TypeError, UnicodeEncodeError) as error:", "except (TypeError, UnicodeEncodeError) as error:", "tests/recipe"),
+    Bug("recipe/_document.py", "if kind.range and not _all_within(value, kind):", "if False:", "tests/recipe"),
+    Bug("recipe/_document.py", "if spectrum[0] < -1e-6 * abs(spectrum[-1]):", "if False:", "tests/recipe"),
+    Bug("recipe/_document.py", "if not np.allclose(matrix, matrix.T, rtol=1e-6, atol=1e-6 * largest):", "if False:", "tests/recipe"),
+    Bug("recipe/_document.py", "if value.dtype.name not in kind.dtypes or value.ndim != kind.axes:", "if False:", "tests/recipe"),
+    Bug("_printing.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "tests/test_printable.py"),
+    Bug("inspection/_inspect_file.py", 'return type(name, (), {"__module__": package})', "return getattr(__import__(package, fromlist=[name]), name)", "tests/inspection"),
+    Bug("inspection/_safetensors.py", "if not os.path.isfile(path):", "if False:", "tests/inspection"),
+    Bug("inspection/_safetensors.py", "if not isinstance(entry, dict) or not isinstance(", "if False and not isinstance(", "tests/inspection"),
+    Bug("inspection/_safetensors.py", "if code is None or tensor.shape not in ((), (1,)):", "if tensor.shape not in ((), (1,)):", "tests/inspection"),
+    Bug("optimizer/_state_dict.py", "if not (is_positive(value) or unpinned or at_start):", "if False:", "tests/optimizer"),
+    Bug("optimizer/_wrapper.py", "vars(self).update(before)", "pass", "tests/optimizer"),
+    Bug("calibration/_provenance.py", "    ValueError,\n    ValidationError,\n", "    ValueError,\n", "tests/calibration"),
+    Bug("calibration/_storage.py", "if path.exists() and not path.is_file():", "if False:", "tests/calibration"),
+    Bug("calibration/_storage.py", "os.truncate(path, whole)", "pass", "tests/calibration"),
+    Bug("sweeps/_runs.py", "if not is_within(range_, value):", "if False:", "tests/sweeps"),
+)
+# fmt: on
+
+
+@click.command()
+@click.option(
+    "--only", default="", help="Plant the bugs of files whose name has this word."
+)
+@click.option("--workers", default=2, show_default=True)
+def main(only: str, workers: int) -> None:
+    """Plant the bugs, and write which are seen."""
+    bugs = [bug for bug in BUGS if only in bug.file]
+    rooms = sorted({bug.tests for bug in bugs})
+    init = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    with ThreadPoolExecutor(workers) as pool:
+        fail = list(pool.map(lambda room: is_seen("__init__.py", init, [room]), rooms))
+        if any(fail):
+            failing = ", ".join(r for r, f in zip(rooms, fail, strict=True) if f)
+            raise click.ClickException(f"Without a bug a test fails in {failing}.")
+        rows = list(pool.map(row_of, bugs))
+    if not only:
+        seen = sum(row["seen"] for row in rows)
+        notes = [f"Of {len(rows)} bugs, {seen} are seen. Bar: all but two."]
+        notes += [
+            f"Missed in {bug.file}: {bug.missed_because or 'not known why'}."
+            for bug, row in zip(bugs, rows, strict=True)
+            if not row["seen"]
+        ]
+        title = "Bugs planted in the package, and the tests that must see each"
+        record("planted", title, rows, machine(threads=1), notes)
+
+
+def row_of(bug: Bug) -> dict[str, Any]:
+    change = " becomes ".join(
+        f"`{' '.join(text.split())}`".replace("|", "\\|")
+        for text in (bug.before, bug.after)
+    )
+    seen = is_seen(bug.file, bug.text, [bug.tests])
+    print("seen  " if seen else "MISSED", bug.file, change, flush=True)
+    return {"file": bug.file, "bug": change, "tests": bug.tests, "seen": seen}
+
+
+def is_seen(file: str, text: str, tests: Sequence[str]) -> bool:
+    """Whether a test fails on a copy of the package in which `file` has this text."""
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        copy = Path(folder)
+        ignored = shutil.ignore_patterns("__pycache__")
+        for path in ROOT.iterdir():
+            if path.name in (PACKAGE.name, "tests"):
+                shutil.copytree(path, copy / path.name, ignore=ignored)
+            elif not path.name.startswith("."):
+                (copy / path.name).symlink_to(path)
+        (copy / PACKAGE.name / file).write_text(text, encoding="utf-8")
+        options = ("-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy / 'tmp'}")
+        command = [sys.executable, "-m", "pytest", "-n", "0", *options, *tests]
+        paths = os.pathsep.join([str(copy), *filter(None, sys.path)])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=LIMIT_S)  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return True
+        return done.returncode != 0
+
+
+if __name__ == "__main__":
+    main()
