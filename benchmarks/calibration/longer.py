@@ -56,7 +56,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise, product
 from multiprocessing import get_context
@@ -66,7 +66,6 @@ from typing import NamedTuple
 import click
 import numpy as np
 import torch
-from calibration.couplings import refitted
 from calibration.searches import rate_of
 from calibration.searches import recipe_of as search_recipe
 from calibration.surfaces import gap_of
@@ -81,7 +80,19 @@ from study.suite import UNKNOWN, provenance, study_rates
 from study.training import WARMUP
 
 from rankaware_optim import Recipe
-from rankaware_optim.fitting import Fit, Observation, Prior, steps_variance
+from rankaware_optim.fitting import (
+    Fit,
+    Observation,
+    Prior,
+    fit_observations,
+    height,
+    impute,
+    noise_of,
+    prior_of,
+    recent,
+    steps_variance,
+)
+from rankaware_optim.recipe import recipe_of
 
 RESTS_ON = ("fit", "search.adam", "calibration.adam", "horizon", "scores")
 STORE = RESULTS / "longer"
@@ -667,7 +678,7 @@ def rated(
     for wanted in searches(runs):
         if not wanted.path.exists():
             continue
-        recipe = refitted(Recipe.load(wanted.path), carry=plan(wanted))
+        recipe = refitted(Recipe.load(wanted.path), plan(wanted))
         for name in wanted.arms:
             cell = ARMS[name].cell(wanted.task, wanted.target)
             lr, low, high = rate_of(recipe, wanted.config, ARMS[name].rank)
@@ -718,6 +729,56 @@ class Moving(NamedTuple):
             covariance=fit.covariance * np.outer(scale, scale) + added,
             ceiling=None if fit.ceiling is None else fit.ceiling + self.base,
         )
+
+
+BY_FIT = {
+    *("fitted_lr", "reference", "law", "covariance"),
+    *("steepness", "scatter", "ceiling", "lean"),
+}  # what a fit decides of a recipe
+
+
+def refitted(recipe: Recipe, carry: Moving) -> Recipe:
+    """A recipe of the same trials by the fit as it is, moved from their steps to the recipe's."""
+    prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)
+    observations = [carry.moved(each) for each in observations_of(recipe)]
+    fit = fit_observations(observations, carry.prior_of_trials(prior))
+    assert fit is not None
+    moved = carry.to_target(fit, prior)
+    kept = {f.name for f in fields(recipe)} - BY_FIT
+    others = {name: getattr(recipe, name) for name in kept}
+    return recipe_of(moved, recipe.law.law, recipe.reference, **others)
+
+
+def observations_of(recipe: Recipe) -> Iterator[Observation]:
+    """The trials of a recipe at their base rates, rank by rank. The score of a pruned one is imputed."""
+    stored = recipe.tensors
+    names = ("rank", "seed", "lr", "value", "pruned", "steps")
+    columns = [stored[name].tolist() for name in names]
+    rows = zip(*columns, stored["curve"].astype(np.float64), strict=True)
+    ended: list[tuple[Observation, np.ndarray]] = []
+    for rank, seed, lr, value, pruned, steps, row in sorted(
+        rows, key=lambda each: (each[0] == 0, each[0], each[4])
+    ):
+        place = (rank or None, seed, math.log2(lr))
+        losses = row[:steps]
+        if pruned:
+            beside = [
+                pair for pair in ended if (pair[0].rank, pair[0].seed) == place[:2]
+            ]
+            best = min(beside, key=lambda pair: pair[0].value, default=None)
+            imputed = best and impute(place[2], losses, *best)
+            if imputed:
+                yield imputed
+        elif math.isfinite(value):
+            if not np.isfinite(losses).all():
+                losses = np.array([value])
+            scored = Observation(
+                *place, value, height(losses), recent(losses), noise=noise_of(losses)
+            )
+            ended.append((scored, losses))
+            yield scored
+        else:
+            yield Observation(*place, math.inf, math.inf, math.inf)
 
 
 def moving(base: Slope, full: Slope) -> Moving:
