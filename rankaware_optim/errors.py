@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationError",
     "CalibrationInterrupted",
     "CheckpointError",
+    "DemoError",
     "PageError",
     "InspectionError",
     "LawError",
@@ -95,6 +96,10 @@ class PlotError(RankAwareError):
 
 class PageError(RankAwareError):
     """The page cannot be written."""
+
+
+class DemoError(RankAwareError):
+    """A package that the demo needs is not installed."""
 
 
 class RankAwareWarning(UserWarning):

@@ -1,6 +1,6 @@
 """How do best rates move with the width, up to the width of real models, and how do they move with the rank there?
 
-laws/width.py is the small form of this experiment, at widths that a CPU trains, where the candidates hardly differ.
+At widths that a CPU trains (64 to 384) the candidates hardly differ: see "Which width" in benchmarks/README.md.
 
 **Networks.** The study's Llama of four layers at widths 512, 1024, 2048 and 4096, with MLPs 5/2 times as wide and heads
 of 32. All are pretrained in the same way on the device: 1,000 steps of 16 × 64 tokens of the Brown corpus, AdamW at
@@ -8,10 +8,10 @@ of 32. All are pretrained in the same way on the device: 1,000 steps of 16 × 64
 TF32.
 
 **Runs.** Init[A] and Init[B] at s = 1, ranks 4, 16, 64, 256 and 1024 as far as the width allows, and full finetuning.
-Each is swept as in laws/width.py: seed 0 at whole octaves around a first guess, growing at an edge; then two seeds at
-five half octaves around the lowest. The first guess is the best rate of the study's Llama of width 192, moved by the
-package's law. The two estimators are also the same, the middle of the basin and the cliff. So is the noise: half the
-difference of the two seeds' own estimates, rms over cells.
+Seed 0 runs at whole octaves around a first guess, on a grid that grows at an edge; then two seeds run at five half
+octaves around the lowest. The first guess is the best rate of the study's Llama of width 192, moved by the package's
+law. There are two estimators, the middle of the basin and the cliff. Noise is half the difference of the two seeds' own
+estimates, rms over cells.
 
 **Order**, the most informative first. Rank 16 and full at every width, where the laws of width differ by an octave.
 Then Init[B]'s other ranks at 4096 and 512, where its forms differ by an octave. Then the same ranks at 2048 and 1024,
@@ -55,11 +55,19 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from gpu.estimates import (
+    WHICH,
+    Around,
+    Found,
+    alone,
+    estimate,
+    noise,
+    rates_of,
+    rms,
+)
 from gpu.setup import Boxed, Setup
-from laws.one_constant import AT_B, SOURCE, Around, estimate
-from laws.width import WHICH, Found, alone, by_law, noise, rates_of, rms
 from recording import block, made_with, number
-from study.configurations import START, run_in, start_of, starts
+from study.configurations import CONFIGS, START, run_in, start_of, starts
 from study.domains import Domain, language
 from study.domains._adapters import adapt
 from study.domains._llama import (
@@ -78,6 +86,7 @@ from study.training import WARMUP
 from rankaware_optim import Constant, Falling, Law, MuA, Power, Reference
 from rankaware_optim.calibration import seeded
 
+SOURCE, _, AT_B = CONFIGS
 STORE, MLP, COMMON = "width.jsonl", 5 / 2, 16
 STUDY_MEAN = 263.1  # mean fan-in of the study's Llama of width 192
 # minutes that a command spends on a width
@@ -264,7 +273,7 @@ def on_file(setup: Setup) -> dict[Key, Found]:
             start = start_of(name, done)
             both = estimate(done, cell, start, shape.seeds)
             if both is not None:
-                found[key] = Found(both, alone(done, cell, start), start)
+                found[key] = Found(both, alone(done, cell, start, shape.seeds), start)
     return found
 
 
@@ -298,6 +307,14 @@ def mean_fan_in(width: int) -> float:
 
 
 # --- the rules ------------------------------------------------------------------------------------------------------
+
+
+def by_law(law: Law) -> Callable[[Place, Place, float], float]:
+    """(here, there, log2 of the rate here) -> log2 of the rate there."""
+    return lambda here, there, x: (
+        x + math.log2(law.multiplier(there.reference.as_factor(), here.reference))
+    )
+
 
 PACKAGE = "µA, falling at B"
 LAWS: dict[str, Law] = {

@@ -35,7 +35,7 @@ weigh the same.
    chosen number loses more than 8 tokens, in the mean over LoRA's ranks or in full finetuning, and the 95 % interval of
    the paired difference, from 10,000 bootstraps of the domains, lies above 0.
 
-**Since then** all pages estimate the loss between rates by a monotone spline (`study/estimators.py`). The rule is
+**Since then** all pages estimate the loss between rates by a monotone spline (`study/loss_curves.py`). The rule is
 applied on straight lines, as it was committed. Everything else here is by the spline, and what the rule would name by
 it is said. The sweeps called "moved by 8 tokens in the runs" tried the very rates to which 8 tokens move, which favours
 that number.
@@ -58,21 +58,20 @@ import click
 import numpy as np
 from calibration.simulated import PLANS, calibrated, rate_of
 from calibration.surfaces import Surface, study_surfaces
-from laws import published, width
+from laws import published
 from laws.scoring import bench_law
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CONFIGS, RSLORA, START, start_of
 from study.domains import STUDY
-from study.estimators import on_lines
 from study.grids import FULL, Cell, Job, Losses, curve
-from study.loss_curves import regret_between
+from study.loss_curves import on_lines, regret_between
 from study.moving import Shift, by_law, kept, octaves
 from study.optima import ranks_in, seeds_in, tried_rates
 from study.regret import Score, best_at, best_by_seed, score
 from study.runs_on_file import read
 from study.suite import STORES, finished
 
-from rankaware_optim import Falling, Law, MuA, RankAwareWarning, Recipe
+from rankaware_optim import Falling, Law, MuA, RankAwareWarning, Recipe, Reference
 
 RESTS_ON = ("laws.adam", "scores")
 TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -83,6 +82,17 @@ CHOOSING = (FOLLOWS, KEPT, RS)
 FROM_A, FROM_B = "to full from Init[A]", "to full from Init[B]"
 JUDGED = (FOLLOWS, KEPT, AT_B, FROM_A, FROM_B)
 ALL_SEEDS, ONE_SEED = "all seeds", "one seed"
+# mean fan-in of the adapted layers, weighted by size, and the largest
+WIDTHS = {
+    "Llama 192": (2368 / 9, 512.0),
+    "Llama 192, MLP 192": (192.0, 192.0),
+    "Llama 192, MLP 1024": (6208 / 15, 1024.0),
+    "Llama 96": (1184 / 9, 256.0),
+    "Llama 384": (4736 / 9, 1024.0),
+    "DiT 64": (320 / 3, 256.0),
+    "DiT 256": (1280 / 3, 1024.0),
+    "DiT 128": (640 / 3, 512.0),
+}
 
 
 # --- ways to move a rate --------------------------------------------------------------------------------------------
@@ -294,21 +304,22 @@ def base_rates() -> Iterator[Sweep]:
 
 
 def widths() -> Iterator[Sweep]:
-    """The networks of width.py, from rank 16 to full finetuning."""
-    for name in width.NETWORKS:
-        done = {
-            job: loss
-            for job, loss in read(width.store_of(name)).items()
-            if job.domain == name
-        }
-        yield Sweep("other widths", name, name, done, partial(to_full, name))
+    """Networks of other widths, from rank 16 to full finetuning."""
+    for store in ("llama", "dit"):
+        every = read(RESULTS / "width" / f"{store}.jsonl")
+        for name in dict.fromkeys(job.domain for job in every):
+            done = {job: loss for job, loss in every.items() if job.domain == name}
+            move = partial(to_full, *WIDTHS[name])
+            yield Sweep("other widths", name, name, done, move)
 
 
-def to_full(network: str, config: str, law: Law) -> Shift:
-    own = width.widths(network)
-    here = width.Place(config, own.mean)
-    there = width.Place("full", own.mean if config == width.AT_B else own.largest)
-    return lambda a, b: width.by_law(law)(here, there, 0.0)
+def to_full(mean: float, largest: float, config: str, law: Law) -> Shift:
+    """To full finetuning in a network of a mean and a largest fan-in. From Init[A] the largest counts there."""
+    at_b = config == list(CONFIGS)[-1]
+    here = Reference(16, 16, init="B" if at_b else "A", fan_in=mean)
+    there = Reference(method="full", fan_in=mean if at_b else largest)
+    moved = math.log2(law.multiplier(there.as_factor(), here))
+    return lambda a, b: moved
 
 
 # --- the rule -------------------------------------------------------------------------------------------------------

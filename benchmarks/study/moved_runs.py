@@ -17,9 +17,8 @@ from functools import partial
 import click
 from recording import RESULTS, block, machine, number
 from study.configurations import CONFIGS, run_at
-from study.estimators import on_lines
 from study.grids import Cell, Job, Listed, Losses, or_inf
-from study.loss_curves import regret_between
+from study.loss_curves import on_lines, regret_between
 from study.optima import domains_in, seeds_in, tried_rates
 from study.regret import (
     DEFAULT,

@@ -39,7 +39,7 @@ ESTIMATED = (
 REGRET = (
     "% lost: median; mean / 95th percentile / share above 5 %. The worst move stands beside. Regret is the share of "
     "the attainable gain that is lost, by the seeds that chose the best rates, by a monotone spline between the rates "
-    "tried (estimators.md), beyond them at the last. A diverged run counts as 500 %. Noise floor: at every rank, and "
+    "tried, beyond them at the last. A diverged run counts as 500 %. Noise floor: at every rank, and "
     "in full finetuning, what the rate loses on a seed that all other seeds chose, the mean over seeds; one seed has "
     "none. A regret of no more than the floor says nothing. 'µA, falling at B' is the default law, with the distance "
     "that its moved rates keep (× .9). `calibration.md` has the regret of two domains on fresh seeds, beside what the "

@@ -98,8 +98,7 @@ def test_a_stopped_kit_says_what_is_missing(tmp_path: Path) -> None:
 def width(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("gpu.width")
-    for name in ("gpu.width", "laws.width", "laws.one_constant"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("gpu.width", None)
 
 
 def by_law(width: Any, law: str) -> dict[Any, float]:

@@ -48,6 +48,24 @@ def scoring(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("laws.scoring")
 
 
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of one's own in the folder one stands in, with two laws."""
+    source = [
+        "from rankaware_optim import Law",
+        "class Bare(Law):",
+        "    name = 'bare'",
+        "    def multiplier(self, factor, reference):",
+        "        return 1.0",
+        "class Negative(Bare):",
+        "    def multiplier(self, factor, reference):",
+        "        return -1.0",
+    ]
+    (tmp_path / "law_of_ones_own.py").write_text("\n".join(source))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
 def drawn(
     law: Law,
     *,
@@ -207,11 +225,11 @@ def test_a_sweep_that_measures_no_law_is_refused(
 
 
 def test_a_law_without_a_usable_multiplier_is_refused(
-    scoring: Any, own_module: Path
+    scoring: Any, own_module: None
 ) -> None:
     """A negative multiplier is the law's error."""
     with pytest.raises(LawError, match="as the multiplier"):
-        scoring.bench_law(drawn(MuA()), ["test_law_module:Negative"])
+        scoring.bench_law(drawn(MuA()), ["law_of_ones_own:Negative"])
 
 
 CURVES = [
@@ -236,14 +254,14 @@ def test_a_vertex_lies_inside_the_grid_or_nowhere(
     )
 
 
-def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: Path) -> None:
+def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: None) -> None:
     """Without a file it reads the package's sweep, and prints a line per law, of which an unknown one is a sentence."""
     script = importlib.import_module("laws.bench_law")
     done = CliRunner().invoke(
-        script.main, ["score", "--law", "mua", "--law", "test_law_module:Bare"]
+        script.main, ["score", "--law", "mua", "--law", "law_of_ones_own:Bare"]
     )
     assert done.exit_code == 0, done.output
-    assert all(f" {label} " in done.output for label in ("mua", "test_law_module:Bare"))
+    assert all(f" {label} " in done.output for label in ("mua", "law_of_ones_own:Bare"))
     assert "40 moves between 10 ranks of 2 models" in done.output
     refused = CliRunner().invoke(script.main, ["score", "--law", "nua"])
     assert (

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -380,7 +381,7 @@ def test_a_scheme_is_of_one_configuration(added: str) -> None:
 SCRIPTS = [
     path
     for path in sorted(BENCHMARKS.rglob("*.py"))
-    if '__name__ == "__main__"' in path.read_text()
+    if path.parent.name != "tests" and '__name__ == "__main__"' in path.read_text()
 ]
 
 
@@ -388,17 +389,37 @@ SCRIPTS = [
 def test_a_script_says_how_it_is_run(path: Path) -> None:
     """Every script's usage names the path at which it lies."""
     usage = f"python {path.relative_to(BENCHMARKS.parent)}"
-    command = "tox run -e bench" if path.stem == "suite" else usage
-    assert command in (ast.get_docstring(ast.parse(path.read_text())) or "")
+    by_tox = {"suite": "tox run -e bench", "mutants": "tox run -e mutants"}
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert by_tox.get(path.stem, usage) in docstring
 
 
 def test_the_guide_names_every_script() -> None:
-    """The README's table has a script a question, and leaves none out."""
-    guide = (BENCHMARKS / "README.md").read_text().partition("<!-- tables -->")[0]
-    named = set(
-        re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)`", guide.partition("## Running")[0])
-    )
+    """The README names every script above its frozen answers, and no other."""
+    guide = (BENCHMARKS / "README.md").read_text().partition("## Frozen answers")[0]
+    named = set(re.findall(r"`((?:[a-z_]+/)?[a-z_]+\.py)\b", guide))
     assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
+
+
+def test_the_first_screen_has_the_eight_pages() -> None:
+    """The README begins with the pages that the claims rest on; each is on file."""
+    first = (BENCHMARKS / "README.md").read_text().partition("What they rest on")[0]
+    pages = re.findall(r"^\| \[(\w+)\]\((results/\1\.md)\)", first, re.M)
+    assert len(pages) == 8
+    assert all((BENCHMARKS / path).exists() for _, path in pages)
+
+
+def test_a_frozen_answer_can_be_looked_up() -> None:
+    """Git has every page that the table of frozen answers names, at the commit named."""
+    table = (BENCHMARKS / "README.md").read_text().partition("## Frozen answers")[2]
+    rows = re.findall(r"\| `([\w.]+\.md)` (?:at|of) ([0-9a-f]{8}) \|$", table, re.M)
+    assert len(rows) == table.count("\n| ") - 2
+    git = ["git", "-C", str(BENCHMARKS), "cat-file", "-e"]
+    if subprocess.run([*git, "HEAD"], check=False).returncode:
+        pytest.skip("no clone with its history")
+    for page, commit in rows:
+        folder = "" if page == "CHANGELOG.md" else "benchmarks/results/"
+        subprocess.run([*git, f"{commit}:{folder}{page}"], check=True)
 
 
 # --- what is read from runs -----------------------------------------------------------------------------------------
@@ -449,32 +470,6 @@ def test_verdicts(apart: float, said: str) -> None:
     from study.suite_tables import DRIFT, HELD, verdict
 
     assert verdict(apart, HELD, DRIFT) == said
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "holds"),
-    [
-        ((0.01, 0.01), (0.02, 0.02), True),
-        ((0.011, 0.011), (0.01, 0.01), True),
-        ((0.013, 0.013), (0.01, 0.01), False),
-        ((0.0, 0.03), (0.01, 0.01), False),
-    ],
-)
-def test_a_default_is_judged_by_both_tasks(
-    ours: tuple[float, float], theirs: tuple[float, float], holds: bool
-) -> None:
-    """A default holds within .2 points of the best way's mean over the two tasks, whatever the study's tasks say."""
-    from study.domains import HELD_OUT
-    from study.held_out import way_claims
-
-    first, second = HELD_OUT
-    regrets = {
-        "other": {"language": [0.0], first: [theirs[0]], second: [theirs[1]]},
-        "default": {"language": [0.5, 0.7], first: [ours[0]], second: [ours[1]]},
-    }
-    other, default = way_claims("a claim", "default", regrets)
-    assert (default.holds, other.holds) == (holds, None)
-    assert default.seven == "60.0 %"
 
 
 def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Integrations with transformers, TRL and Lightning."""
+"""Integrations with transformers, TRL, PEFT and Lightning.
+
+Axolotl, kohya's scripts and ms-swift load the modules `axolotl` and `kohya` and a file of
+`external_plugins` themselves.
+"""
 
 import lazy_loader
 

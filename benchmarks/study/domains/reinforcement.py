@@ -2,15 +2,13 @@
 
 A step has 16 prompts, with eight answers each, drawn at temperature 1. An answer's reward is one half of its share of
 right digits, plus one half if all are right. Advantages are rewards standardised within a prompt. The score is minus
-the accuracy at temperature 1 on fixed prompts. `SHUFFLED` is the control: rewards are dealt to the wrong prompts.
+the accuracy at temperature 1 on fixed prompts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,11 +90,8 @@ def sums(seed: int, count: int) -> Iterator[Batch]:
         )
 
 
-def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
-    """Policy-gradient loss −mean(advantage × log p) of answers that the current model draws.
-
-    With `shuffled`, rewards are permuted over all answers.
-    """
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Policy-gradient loss −mean(advantage × log p) of answers that the current model draws."""
     prompts = batch.prompts.repeat_interleave(SAMPLES, dim=0)
     drawn = sampled(
         model,
@@ -107,10 +102,6 @@ def loss(model: nn.Module, batch: Batch, shuffled: bool = False) -> Tensor:
     rewards = rewards_of(drawn, batch.answers.repeat_interleave(SAMPLES, dim=0)).view(
         -1, SAMPLES
     )
-    if shuffled:
-        rewards = rewards.flatten()[
-            torch.randperm(rewards.numel(), generator=batch.generator)
-        ].view(-1, SAMPLES)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (
         rewards.std(1, keepdim=True) + 1e-4
     )
@@ -178,4 +169,3 @@ DOMAIN = Domain(
     PROMPTS * SAMPLES,
     score="minus accuracy",
 )
-SHUFFLED = replace(DOMAIN, loss=partial(loss, shuffled=True))

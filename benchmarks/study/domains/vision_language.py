@@ -12,7 +12,6 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankaware_optim.calibration import seeded
+from rankaware_optim.cli._demo import pretrained
 
 from . import Domain
 from ._adapters import adapt
 from ._assets import Asset, made_once
 from ._batches import drawn
-from ._efficientnet import pretrained
 from ._llama import LAYERS, WIDTH, llama, tokenizer
 
 EMOJI = Asset(
@@ -155,22 +154,8 @@ def evaluate(model: nn.Module) -> float:
     )
 
 
-@torch.no_grad()
-def gap(model: nn.Module) -> float:
-    """How much worse the captions fit another picture than their own, in nats a token."""
-    every = examples()
-    wrong = Batch(every.pictures[-HELD_OUT:].roll(1, 0), every.captions[-HELD_OUT:])
-    return float(loss(model, wrong)) - evaluate(model)
-
-
-def mismatched(seed: int, size: int) -> Iterator[Batch]:
-    """Batches in which every picture has another one's caption."""
-    for batch in batches(seed, size):
-        yield Batch(batch.pictures.roll(1, 0), batch.captions)
-
-
 RATES = {"*projector*": 1e-3}
-SCORE = "nats a token of a caption, of which the picture is worth 0.02 (controls.md)"
+SCORE = "nats a token of a caption, of which the picture is worth 0.02"
 DOMAIN = Domain(
     "vision_language",
     STEPS,
@@ -183,4 +168,3 @@ DOMAIN = Domain(
     RATES,
     score=SCORE,
 )
-MISMATCHED = replace(DOMAIN, batches=mismatched)
