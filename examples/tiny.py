@@ -3,14 +3,9 @@ The tiny model of the other examples
 ====================================
 
 It makes a small language model, a tokenizer and rows of text, so that no example downloads any.
-``python examples/tiny.py tiny`` writes them into the folder tiny, which axolotl.yaml and swift.sh use.
 """
 
 from __future__ import annotations
-
-import json
-import sys
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -83,17 +78,3 @@ def model() -> LlamaForCausalLM:
             **sizes,
         )
     )
-
-
-def write(folder: Path) -> None:
-    """Write the model, the tokenizer and rows.jsonl."""
-    model().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    rows = [
-        json.dumps({"text": text, "query": text, "response": text}) for text in TEXTS
-    ]
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]))

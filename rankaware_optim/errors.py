@@ -13,7 +13,6 @@ __all__ = [
     "CalibrationError",
     "CalibrationInterrupted",
     "CheckpointError",
-    "DemoError",
     "PageError",
     "InspectionError",
     "LawError",
@@ -96,10 +95,6 @@ class PlotError(RankAwareError):
 
 class PageError(RankAwareError):
     """The page cannot be written."""
-
-
-class DemoError(RankAwareError):
-    """A package that the demo needs is not installed."""
 
 
 class RankAwareWarning(UserWarning):

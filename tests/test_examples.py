@@ -17,16 +17,10 @@ import rankaware_optim
 
 from .helpers.examples import README, readme_blocks
 
-# of a tool that only its own environment has
-APART = (
-    "__main__",
-    "integrations.axolotl",
-    "rankaware_swift",
-)
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(rankaware_optim.__path__, "rankaware_optim.")
-    if not m.name.endswith(APART)
+    if not m.name.endswith("__main__")
 )
 
 

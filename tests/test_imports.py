@@ -111,7 +111,6 @@ print(opt.report())
 """
 TRAINERS = """
 from rankaware_optim import OptimizerError, integrations
-integrations.create_rankaware_optimizer, integrations.trainer_factory
 integrations.log_rates, integrations.lightning_rates
 try:
     integrations.attach(object(), "adamw", lr=1e-3)

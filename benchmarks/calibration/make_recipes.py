@@ -19,21 +19,21 @@ import torch
 from calibration.searches import recipe_of
 from recording import RESULTS
 from study.configurations import CONFIGS
-from study.domains import get_domain, names
-from study.training import WARMUP
-
-from rankaware_optim import calibrate
-from rankaware_optim.calibration import Trial
-from rankaware_optim.cli._demo import (
+from study.digits_loop import (
     BATCH,
     CALIBRATED_RANKS,
-    HEAD_RATE,
     SEEDS,
     STEPS,
     build,
     evaluate,
     fit,
 )
+from study.domains import get_domain, names
+from study.domains._efficientnet import HEAD_RATE
+from study.training import WARMUP
+
+from rankaware_optim import calibrate
+from rankaware_optim.calibration import Trial
 
 RECIPES, OTHER_SEEDS = Path(__file__).parents[2] / "recipes", RESULTS / "recipes"
 SHARE, FULL_TRIALS = 0.2, 3

@@ -1,4 +1,4 @@
-"""Cost of one step, of building and of loading: RankAwareOptimizer against native AdamW with the same groups.
+"""Cost of one step: RankAwareOptimizer against native AdamW with the same groups.
 
 There are 448 tensors, shaped like an 8B model's rank-16 adapters with every width divided by 8. The optimizers run in
 one process and share parameters, gradients and moments. They step in pairs, in ABBA order, with nothing between steps:
@@ -48,12 +48,7 @@ SAME_GROUPS = {
     448: 1.05,
 }
 TENSOR_GROUPS = {16: 1.05}  # the bar for tensor rates
-ONE_GROUP, BUILD_MS = 1.05, 40.0
-# by blocks: tensors, bar in ms, bar against native
-LOADS = {
-    32: (448, 30.0, None),
-    714: (9996, None, 2.0),
-}
+ONE_GROUP = 1.05
 SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 Step = Callable[[], object]
 Timer = Callable[[Step], float]
@@ -95,37 +90,22 @@ def main(processes: int, rounds: int, threads: int, worker: bool) -> None:
     options = ("--worker", f"--rounds={rounds}", f"--threads={threads}")
     runs = [in_fresh_process(__file__, *options) for _ in range(processes)]
     rows = [row for name in IMPLEMENTATIONS for row in step_rows(name, runs)]
-    rows += [build_row(runs), *(load_row(blocks, runs) for blocks in LOADS)]
-    record(
-        "step_cost",
-        "Cost of a step, and of building",
-        rows,
-        on,
-        notes(processes, rounds),
-    )
+    record("step_cost", "Cost of a step", rows, on, notes(processes, rounds))
     sys.exit(not all(row["met"] for row in rows if row["met"] is not None))
 
 
 # --- one process ----------------------------------------------------------------------------------------------------
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """One process: ratios and milliseconds per step by implementation and pair, milliseconds to build and to load."""
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """One process: ratios and milliseconds per step by implementation and pair."""
     torch.manual_seed(0)
     model = adapters(32, LLAMA_8B_EIGHTH)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
-    ratios = {
+    return {
         name: measure_pairs(contestants(model, flags), rounds)
         for name, flags in IMPLEMENTATIONS.items()
-    }
-    loads = {
-        str(blocks): time_loads(adapters(blocks, LLAMA_8B_EIGHTH)) for blocks in LOADS
-    }
-    return {
-        "ratios": ratios,
-        "build": time_build(adapters(80, LLAMA_8B_EIGHTH)),
-        "loads": loads,
     }
 
 
@@ -214,36 +194,6 @@ def interleave(
     return taken[3:]
 
 
-def time_build(model: nn.Module) -> float:
-    """Median milliseconds to build the optimizer for 1,120 factors: inspection, grouping and AdamW itself."""
-    assert sum(1 for _ in model.parameters()) == 1120
-    return statistics.median(
-        milliseconds(lambda: RankAwareOptimizer(model, AdamW, lr=1e-4))
-        for _ in range(21)
-    )
-
-
-def time_loads(model: nn.Module) -> tuple[float, float]:
-    """Median milliseconds of a load after one step: ours, and native with the same groups."""
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    ours = RankAwareOptimizer(model, AdamW, init="A", **SETTINGS)
-    native = AdamW(
-        [{"params": group["params"]} for group in ours.param_groups], **SETTINGS
-    )
-    for optimizer in (ours, native):
-        optimizer.step()
-    states = ours.state_dict(), native.state_dict()
-    loads = (
-        lambda: ours.load_state_dict(states[0]),
-        lambda: native.load_state_dict(states[1]),
-    )
-    taken = interleave(*loads, 4, milliseconds)
-    return statistics.median(a for a, _ in taken), statistics.median(
-        b for _, b in taken
-    )
-
-
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +201,7 @@ def step_rows(
     implementation: str, runs: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """One row per layout: median ratios over processes, the range of the first ratio, and whether the bars hold."""
-    ratios = [run["ratios"][implementation] for run in runs]
+    ratios = [run[implementation] for run in runs]
     rows = []
     for n in LAYOUTS:
         same = [run[f"ours {n} / native {n}"] for run in ratios]
@@ -291,38 +241,6 @@ def middle(ratios: Sequence[dict[str, float]], name: str) -> float | None:
     return statistics.median(run[name] for run in ratios) if name in ratios[0] else None
 
 
-def build_row(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row for building, in the columns of a step. Its range has milliseconds instead of ratios."""
-    taken = [run["build"] for run in runs]
-    typical = statistics.median(taken)
-    columns = dict.fromkeys(step_rows("fused", runs)[0])
-    found = f"{typical:.1f} ms ({min(taken):.1f} to {max(taken):.1f})"
-    return columns | {
-        "implementation": "build, 1,120 factors",
-        "groups": 2,
-        "range": found,
-        "met": typical <= BUILD_MS,
-    }
-
-
-def load_row(blocks: int, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row for loading a state, in the columns of a step. Its range has milliseconds beside the ratio."""
-    tensors, most_ms, most_ratio = LOADS[blocks]
-    taken = [run["loads"][str(blocks)] for run in runs]
-    ours, native = (statistics.median(times) for times in zip(*taken, strict=True))
-    ratio = statistics.median(a / b for a, b in taken)
-    columns = dict.fromkeys(step_rows("fused", runs)[0])
-    columns |= {
-        "implementation": f"load, {tensors:,} tensors",
-        "groups": 2,
-        "ours / native, same groups": ratio,
-    }
-    fast = (most_ms is None or ours <= most_ms) and (
-        most_ratio is None or ratio <= most_ratio
-    )
-    return columns | {"range": f"{ours:.0f} ms, native {native:.0f} ms", "met": fast}
-
-
 def notes(processes: int, rounds: int) -> list[str]:
     return [
         "448 tensors shaped like the rank-16 adapters of an 8B model (32 blocks of 7 linear layers), widths divided by "
@@ -330,9 +248,7 @@ def notes(processes: int, rounds: int) -> list[str]:
         f"Ratios are medians over {rounds // 2} ABBA turns of two optimizers alone, then over {processes} fresh "
         "processes; the range is that of the processes. 448 groups are one per tensor.",
         f"Bars at the same groups: {', '.join(f'{bar} at {n}' for n, bar in SAME_GROUPS.items())}, with a tensor rate "
-        f"{TENSOR_GROUPS[16]} at 16. {ONE_GROUP} for two groups against one, {BUILD_MS:g} ms to build.",
-        f"Bars of a load: {LOADS[32][1]:g} ms for {LOADS[32][0]} tensors, {LOADS[714][2]:g} times native's time for "
-        f"{LOADS[714][0]:,}.",
+        f"{TENSOR_GROUPS[16]} at 16. {ONE_GROUP} for two groups against one.",
     ]
 
 

@@ -13,9 +13,9 @@ where the form is the optimizer's. The rule, committed before the run:
 * where it finds none, or the class cannot be stepped so, the table's family is that of the published update rule, or
   unknown.
 
-Three comparisons with the native class and the same groups multiplied by hand, in float32, eight steps each: under a
-cosine schedule; saved, loaded into a fresh one and continued; and loaded by a model of other ranks, whose factors'
-state is dropped. "equal" means bit for bit; "within" gives the largest difference, relative to a tensor's largest entry.
+Two comparisons with the native class and the same groups multiplied by hand, in float32, eight steps each: under a
+cosine schedule; and saved, loaded into a fresh one and continued. "equal" means bit for bit; "within" gives the largest
+difference, relative to a tensor's largest entry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +47,6 @@ from tests.environments.integrations.by_hand import (
     Case,
     by_class,
     native,
-    parts,
     run,
     through_file,
 )
@@ -273,40 +272,9 @@ def resumed(case: Case, build: Builder) -> Any:
     return snapshot(fresh)
 
 
-def of_another_rank(case: Case, build: Builder) -> Any:
-    """Loaded by a model of other ranks: the factors begin again, the rest goes on, each at its rate."""
-    wider = replace(case, ranks=tuple(2 * rank for rank in case.ranks))
-    model, fresh = case.model(), wider.model()
-    opt = build(case, model)
-    run(case, model, opt, 0, 4)
-    state = through_file(opt, weights_only=False)
-    if build is by_class:
-        other = build(wider, fresh, on_rank_change="reset")
-        other.load_state_dict(state)
-    else:
-        other = build(wider, fresh)
-        began = build(case, case.model()).param_groups
-        rates = []  # some optimizers have changed theirs
-        for now, start, group in zip(
-            state["param_groups"], began, other.param_groups, strict=True
-        ):
-            rates.append(group["lr"] * (now["lr"] / start["lr"]))
-        for (rank, _), group in zip(
-            parts(case, model), state["param_groups"], strict=True
-        ):
-            for key in group["params"] if rank else ():
-                state["state"].pop(key, None)
-        other.load_state_dict(state)
-        for group, lr in zip(other.param_groups, rates, strict=True):
-            group["lr"] = lr
-    run(wider, fresh, other, 4, 8)
-    return snapshot(fresh)
-
-
 COMPARISONS = {
     "schedule": scheduled,
     "resumed": resumed,
-    "another rank": of_another_rank,
 }
 
 

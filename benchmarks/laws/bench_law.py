@@ -33,6 +33,8 @@ from laws.scoring import (
     score_table,
 )
 from recording import machine, record
+from study.digits_loop import SEEDS, build, evaluate, fit, untrained
+from study.domains._efficientnet import HEAD_RATE
 
 from rankaware_optim import (
     Constant,
@@ -43,7 +45,6 @@ from rankaware_optim import (
     convert_lr,
 )
 from rankaware_optim.cli import _options
-from rankaware_optim.cli._demo import HEAD_RATE, SEEDS, build, evaluate, fit, untrained
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._runs import read_sweep

@@ -1,5 +1,5 @@
 """The commands that make a recipe: `rankaware calibrate`, which can be resumed and has one or more
-workers, `rankaware fit` and `rankaware demo`.
+workers, and `rankaware fit`.
 """
 
 from __future__ import annotations
@@ -272,22 +272,3 @@ def _for_a_rate(recipe: recipes.Recipe) -> str:
     if recipe.scaling_rule == "unknown":
         rank = recipe.reference.rank
     return "--full" if rank is None else f"--rank {rank}"
-
-
-@click.command()
-@option(
-    "-o --out",
-    click.Path(file_okay=False, path_type=Path),
-    "Folder for the recipe and the figure.",
-    default=Path("rankaware-demo"),
-)
-def demo(out: Path) -> None:
-    """Calibrate a real network and check the recipe.
-
-    EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. The recipe's rate is
-    then checked at another rank and by full finetuning. It takes about two minutes on two CPU cores
-    and downloads nothing.
-    """
-    from ._demo import run_demo  # it imports torch
-
-    run_demo(out)

@@ -1,8 +1,6 @@
 """`rankaware convert`: convert a rate to another rank, alpha, init or method.
 
-It is printed as numbers, or as lines for a trainer's configuration. If this package has a plug-in
-for the trainer, the lines contain the tuned rate and its reference, and the optimizer converts
-them. Otherwise they contain numbers.
+It is printed as numbers, or as lines for a trainer's configuration.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import click
 from .. import inspection, transfer
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ..integrations.external_plugins import SWIFT
 from ..laws import DEFAULT_LAW, Law, bound_law, get_law
 from ._options import FILE, echo_result, json_option, law_option, option
 
@@ -36,13 +33,10 @@ _SHAPE = (
 class Tool:
     """A trainer's lines, with the names of `_lines`'s values in braces.
 
-    setting: how a setting of its plug-in is written. between: what separates two of them. rslora:
-    what says rsLoRA. at_rank: what trains at alpha = rank, whatever alpha is.
+    rslora: what says rsLoRA. at_rank: what trains at alpha = rank, whatever alpha is.
     """
 
     lines: str
-    setting: str = ""
-    between: str = " "
     rslora: str = ""
     at_rank: str = ""
 
@@ -73,25 +67,16 @@ optimizer:
 adapter: lora
 lora_r: {rank}
 lora_alpha: {alpha}
-{rslora}learning_rate: {lr}
-plugins: [rankaware_optim.integrations.axolotl.Plugin]
-rankaware: {{{settings}}}""",
-        '{name}: "{text}"',
-        ", ",
-        "peft_use_rslora: true\n",
+{rslora}learning_rate: {converted}""",
+        rslora="peft_use_rslora: true\n",
     ),
     "diffusers": Tool(
         "{other_alpha}--rank {rank} --learning_rate {converted}",
         at_rank="These scripts",
     ),
-    "kohya": Tool(
-        """\
+    "kohya": Tool("""\
 --network_dim {rank} --network_alpha {alpha_over_rank} \\
---learning_rate {lr} \\
---network_module rankaware_optim.integrations.kohya \\
---network_args {settings}""",
-        '"rankaware_{name}={text}"',
-    ),
+--learning_rate {converted}"""),
     "llamafactory": Tool(
         """\
 finetuning_type: lora
@@ -113,11 +98,8 @@ LoRA alpha: {alpha_over_rank}
 Learning rate: {converted}"""),
     "swift": Tool(
         """\
-{settings} swift sft \\
-    --tuner_type lora --lora_rank {rank} --lora_alpha {alpha}{rslora} \\
-    --external_plugins "{plugin}" --optimizer rankaware \\
-    --learning_rate {lr}""",
-        'RANKAWARE_{capitals}="{text}"',
+--tuner_type lora --lora_rank {rank} --lora_alpha {alpha}{rslora} \\
+--learning_rate {converted}""",
         rslora=" --use_rslora true",
     ),
     "trl": Tool(
@@ -126,9 +108,7 @@ peft_config = LoraConfig(r={rank}, lora_alpha={alpha}{rslora})
 # after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:
 rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={lr},
     {settings})""",
-        "{name}={literal}",
-        ", ",
-        ", use_rslora=True",
+        rslora=", use_rslora=True",
     ),
     "unsloth": Tool(
         """\
@@ -190,25 +170,18 @@ def _lines(
         times_b=to.lr_b / lr,
         decay_a=to.weight_decay_scale_a,
         decay_b=to.weight_decay_scale_b,
-        settings=tool.between.join(_settings(tool, origin, at, law)),
-        plugin=SWIFT,
+        settings=", ".join(_settings(origin, at, law)),
     )
     return "\n".join([*(f"# {line}" for line in (summary, *to.notes)), lines])
 
 
-def _settings(tool: Tool, origin: Reference, at: Reference, law: str) -> Iterator[str]:
-    """Yield the settings of a plug-in. The batch is among them if the rate moves with it."""
-    words = as_words(origin)
-    settings = [("tuned_at", words, repr(words))]
+def _settings(origin: Reference, at: Reference, law: str) -> Iterator[str]:
+    """Yield attach's settings. The batch is among them if the rate moves with it."""
+    yield f"tuned_at={as_words(origin)!r}"
     if law != DEFAULT_LAW:
-        settings.append(("law", law, repr(law)))
+        yield f"law={law!r}"
     if origin.batch and at.batch not in (None, origin.batch):
-        batch = f"{at.batch:g}"
-        settings.append(("batch", batch, batch))
-    for name, text, literal in settings:
-        yield tool.setting.format(
-            name=name, capitals=name.upper(), text=text, literal=literal
-        )
+        yield f"batch={at.batch:g}"
 
 
 def as_words(reference: Reference) -> str:

@@ -14,7 +14,7 @@ import click
 
 from ..errors import CalibrationInterrupted, RankAwareError
 from ._adapters import coordcheck, inspect, suggest
-from ._calibrate import calibrate, demo, fit
+from ._calibrate import calibrate, fit
 from ._convert import convert
 from ._doctor import doctor
 from ._options import echo, in_options, warnings_as_notes
@@ -76,7 +76,6 @@ for _command in (
     calibrate,
     convert,
     coordcheck,
-    demo,
     diff,
     doctor,
     fit,

@@ -1,8 +1,4 @@
-"""Integrations with transformers, TRL, PEFT and Lightning.
-
-Axolotl, kohya's scripts and ms-swift load the modules `axolotl` and `kohya` and a file of
-`external_plugins` themselves.
-"""
+"""Integrations with transformers, TRL and Lightning."""
 
 import lazy_loader
 

@@ -1,12 +1,10 @@
-"""`attach`: an optimizer for a trainer of transformers, TRL, Axolotl or ms-swift that is built
-already.
+"""`attach`: an optimizer for a trainer of transformers or TRL that is built already.
 
 Importing this module imports none of them.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +14,7 @@ from .._optimizers import get_optimizer_class
 from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._logs import log_rates
-from ._settings import check_rate
-from ._trainer_factory import TrainerFactory
+from ._trainer_factory import TrainerFactory, changed_arguments
 
 
 def attach(
@@ -50,24 +47,24 @@ def attach(
             another optimizer.
     """
     _check_trainer(trainer, optimizer)
+    settings = {name: value for name, value in settings.items() if value is not None}
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
-        given = {name: value for name, value in settings.items() if value is not None}
-        settings = {**defaults, **given}
+        settings = {**defaults, **settings}
     else:
         native = get_optimizer_class(optimizer)
-    check_rate("attach", trainer.args, settings)
+    _check_settings(trainer.args, settings)
     prints, saved = trainer.is_world_process_zero(), trainer.args
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
         opt = RankAwareOptimizer(params, native, **arguments)
-        if prints and isinstance(opt, RankAwareOptimizer):
+        if prints:
             # before a warm-up has set the rates to zero
             print(opt.report(), flush=True)
         saved.learning_rate = float(opt.defaults["lr"])
         return opt
 
-    factory = TrainerFactory(make, native, settings, trainer.args, _ModelOf(trainer))
+    factory = TrainerFactory(trainer, native, settings, make)
     trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
     trainer.add_callback(_look())
@@ -93,26 +90,11 @@ def _check_trainer(trainer: Any, optimizer: object) -> None:
         )
 
 
-class _ModelOf:
-    """Returns the trainer's model. The reference is weak, since the trainer holds it, and can be
-    pickled for Ray.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = weakref.ref(trainer)
-
-    def __call__(self) -> Any:
-        return getattr(self._trainer(), "model", None)
-
-    def __reduce__(self) -> Any:
-        return _ModelOf, (self._trainer(),)
-
-
 def _trainers_choice(
     trainer: Any, settings: Mapping[str, Any]
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return the class that the trainer would build, and its settings. A rate of the arguments is
-    left out, since it may be a default. A recipe's rate and settings replace those that are there.
+    left out, since it may be a default. A recipe's rate replaces one that is there.
     """
     native, defaults = (
         trainer.optimizer_cls_and_kwargs
@@ -126,13 +108,28 @@ def _trainers_choice(
             " groups itself.",
             "Give another class: attach(trainer, torch.optim.AdamW, ...).",
         )
-    unused = set()
-    if trainer.optimizer_cls_and_kwargs is None or settings.get("recipe") is not None:
-        unused.add("lr")
-    if trainer.optimizer_cls_and_kwargs is None and settings.get("apply_settings"):
-        unused |= {"betas", "eps"}
-    kept = {name: value for name, value in defaults.items() if name not in unused}
-    return get_optimizer_class(native), kept
+    if trainer.optimizer_cls_and_kwargs is None or "recipe" in settings:
+        defaults = {name: value for name, value in defaults.items() if name != "lr"}
+    return get_optimizer_class(native), defaults
+
+
+def _check_settings(args: Any, settings: Mapping[str, Any]) -> None:
+    """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
+    arguments is not tuned, unless tuned_at says that it is.
+    """
+    if "model" in settings:
+        raise OptimizerError(
+            "attach was given model=, but uses that of the trainer.", "Leave it out."
+        )
+    has_rate = settings.keys() & {"lr", "recipe", "tuned_at"}
+    if has_rate or "learning_rate" in changed_arguments(args):
+        return
+    raise OptimizerError(
+        "attach was given no rate.",
+        "Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments to another value"
+        f" than its default, {args.learning_rate:g}, or say by tuned_at= that the default is"
+        " tuned.",
+    )
 
 
 def _look() -> Any:
@@ -177,9 +174,7 @@ def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
 
 
 def _refuse_another(args: Any, opt: Any) -> None:
-    """Raise unless the optimizer is the attached one as an instance of its native class."""
-    if any(group.get("rank_multiplied") for group in opt.param_groups):
-        return
+    """Raise: the trainer has left the attached optimizer aside."""
     rate = getattr(args, "embedding_learning_rate", None)
     cure = (
         "Take out what makes it, such as create_optimizer of a subclass or the optimizer in"

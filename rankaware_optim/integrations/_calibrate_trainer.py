@@ -242,10 +242,8 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
     ) -> Any:  # the rate is the trial's
         return run.trial.optimizer(params, **settings)
 
-    trainer.optimizer_cls_and_kwargs = (
-        TrainerFactory(make, run.native, run.settings, args),
-        {},
-    )
+    factory = TrainerFactory(trainer, run.native, run.settings, make)
+    trainer.optimizer_cls_and_kwargs = (factory, {})
     training_step = trainer.training_step
 
     def watched_step(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run logs: every group's rates, and the optimizer's recipe.
+"""Every group's rates in the logs of a run.
 
 Importing this module imports no trainer. Its functions do.
 """
@@ -6,15 +6,12 @@ Importing this module imports no trainer. Its functions do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from .._warn import warn
-from ..errors import OptimizerError, RecipeError
-from ..optimizer import effective_lr, recipe_of
+from ..errors import OptimizerError
+from ..optimizer import effective_lr
 
 
 def group_rates(opt: Any) -> dict[str, float]:
@@ -43,32 +40,12 @@ def _group_name(group: dict[str, Any]) -> str:
     return role if rank is None else f"{role}/r{rank}"
 
 
-def _recipe_words(opt: Any) -> dict[str, str]:
-    """Return name and hash of the optimizer's recipe, as settings of a run; {} without a recipe."""
-    recipe = recipe_of(opt)
-    if recipe is None:
-        return {}
-    digest, _, name = recipe.tag.partition(" ")
-    return {"rankaware/recipe": name, "rankaware/recipe_hash": digest}
-
-
-# --- transformers ---------------------------------------------------------------------------------
-
-
-def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closures over the trainer
-    """Return a callback for transformers' `Trainer` that logs every group's rate. Trainer logs that
-    of group 0::
-
-        trainer = Trainer(model, args, callbacks=[log_rates()])     # log history, console
-        log_rates(trainer)                                          # reporters, TensorBoard too
-
-    Trainer calls its reporters before the callbacks that it is given, so the first form is too late
-    for them. The second form puts the callback first, and logs the recipe's name and hash to
-    TensorBoard, W&B and MLflow too. Both forms save the recipe beside every checkpoint
-    (`Recipe.save_beside`).
+def log_rates(trainer: Any) -> None:
+    """Let transformers' `Trainer` log every group's rate. It logs that of group 0. `attach` calls
+    this function.
 
     Args:
-        trainer: the trainer to add the callback to. By default the callback is only returned.
+        trainer: the trainer. Its reporters, such as TensorBoard's, get the rates too.
 
     Raises:
         OptimizerError: transformers is not installed.
@@ -86,23 +63,8 @@ def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closure
         def __init__(self) -> None:
             self.rates: dict[str, float] = {}
 
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.rates = {}
-
-        def on_step_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
-            # before the first step, when the reporters are ready
-            if trainer is not None and state.is_world_process_zero and not self.rates:
-                _log_recipe(
-                    trainer.callback_handler.callbacks,
-                    _recipe_words(kwargs["optimizer"]),
-                )
-
         def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
-
-        def on_save(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                _save_beside_checkpoint(args.output_dir, state, kwargs["optimizer"])
 
         def on_log(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}
@@ -110,48 +72,8 @@ def log_rates(trainer: Any = None) -> Any:  # noqa: C901 - its hooks are closure
                 for entry in (logs, *state.log_history[-1:]):
                     entry.update(self.rates)
 
-    callback = LogRates()
-    if trainer is not None:
-        trainer.callback_handler.callbacks.insert(0, callback)
-    return callback
-
-
-def _log_recipe(callbacks: Iterable[Any], words: dict[str, str]) -> None:
-    """Log a recipe to Trainer's reporters: TensorBoard texts, W&B's run config, MLflow tags."""
-    if not words:
-        return
-    reporters = import_module("transformers.integrations")
-    for callback in callbacks:
-        if (
-            isinstance(callback, reporters.TensorBoardCallback)
-            and callback.tb_writer is not None
-        ):
-            for key, word in words.items():
-                callback.tb_writer.add_text(key, word)
-        if isinstance(callback, reporters.WandbCallback):
-            run = import_module("wandb").run
-            if run is not None:
-                run.config.update(words, allow_val_change=True)
-        if isinstance(callback, reporters.MLflowCallback):
-            mlflow = import_module("mlflow")
-            if mlflow.active_run() is not None:
-                mlflow.set_tags(words)
-
-
-def _save_beside_checkpoint(output: str, state: Any, opt: Any) -> None:
-    """Save the recipe of `opt` beside Trainer's last checkpoint. A failure is only a warning."""
-    recipe = recipe_of(opt)
-    run = "*/" if state.is_hyper_param_search else ""
-    folders = list(Path(output).glob(f"{run}checkpoint-{state.global_step}"))
-    if recipe is None or not folders:
-        return
-    try:
-        recipe.save_beside(max(folders, key=lambda folder: folder.stat().st_mtime))
-    except RecipeError as error:
-        warn(str(error))
-
-
-# --- Lightning ------------------------------------------------------------------------------------
+    # Trainer calls its reporters before the callbacks that it is given
+    trainer.callback_handler.callbacks.insert(0, LogRates())
 
 
 def lightning_rates() -> Any:
@@ -161,8 +83,7 @@ def lightning_rates() -> Any:
         trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
 
     They are logged as often as the trainer logs. With several optimizers the names start with the
-    optimizer's number. A recipe's name and hash are logged as hyperparameters, "rankaware/recipe"
-    and "rankaware/recipe_hash".
+    optimizer's number.
 
     Raises:
         OptimizerError: neither lightning nor pytorch_lightning is installed.
@@ -177,14 +98,7 @@ def lightning_rates() -> Any:
         )
 
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
-        """Logs the recipe, and the rates of the next step."""
-
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            words: dict[str, str] = {}
-            for opt in trainer.optimizers:
-                words |= _recipe_words(opt)
-            for logger in trainer.loggers if words else ():
-                logger.log_hyperparams(words)
+        """Logs the rates of the next step."""
 
         def on_train_batch_start(
             self, trainer: Any, module: Any, batch: Any, number: int
@@ -195,9 +109,8 @@ def lightning_rates() -> Any:
             rates: dict[str, float] = {}
             for i, opt in enumerate(trainer.optimizers):
                 prefix = f"{i}/" if len(trainer.optimizers) > 1 else ""
-                rates |= {
-                    f"{prefix}{name}": rate for name, rate in group_rates(opt).items()
-                }
+                for name, rate in group_rates(opt).items():
+                    rates[f"{prefix}{name}"] = rate
             for logger in trainer.loggers:
                 logger.log_metrics(
                     rates, step=trainer.fit_loop.epoch_loop._batches_that_stepped

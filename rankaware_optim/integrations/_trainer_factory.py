@@ -1,133 +1,155 @@
-"""The optimizer as a factory, for `Trainer` of transformers and its subclasses, and for PEFT."""
+"""The factory that a `Trainer` of transformers calls to make its optimizer.
+
+Importing this module does not import transformers. Its functions do.
+"""
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizers import get_optimizer_class
-from .._rate import Rate
-from ..errors import OptimizerError
-from ..optimizer import RankAwareOptimizer
-from ._settings import (
-    check_rate,
-    keep_embeddings_in_32_bits,
-    settings_of,
-    trainer_groups,
-)
 
-
-@dataclass(frozen=True)
 class TrainerFactory:
-    """The factory that `Trainer` calls to make its optimizer.
+    """Makes an optimizer at the settings of a trainer's arguments.
 
-    Trainer calls a factory without arguments, and then its result with the wrapped model. Axolotl
-    adds its arguments. Older versions, and Unsloth on a CPU with a rate for embeddings, pass
-    groups. All of these work.
+    Trainer calls a factory without arguments, and then its result with the wrapped model. Older
+    versions, and Unsloth on a CPU with a rate for embeddings, pass groups.
 
     Args:
-        make: `make(params, model=..., **settings)` builds the optimizer.
+        trainer: the trainer. It holds the factory, so the reference is weak.
         native: the class that is wrapped.
         settings: the user's. Without a rate or a recipe, the rate is that of the arguments at each
             call.
-        args: the arguments of a trainer that does not pass them.
-        model: returns the model of a trainer that does not pass it.
+        make: `make(params, model=..., **settings)` builds the optimizer.
     """
 
-    make: Callable[..., Optimizer]
-    native: type[Optimizer]
-    settings: Mapping[str, Any]
-    args: Any = None
-    model: Callable[[], Any] = lambda: None
+    def __init__(
+        self,
+        trainer: Any,
+        native: type[Optimizer],
+        settings: Mapping[str, Any],
+        make: Callable[..., Optimizer],
+    ) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._native = native
+        self._settings = settings
+        self._make = make
 
-    def __call__(self, params: Any = None, args: Any = None, **settings: Any) -> Any:
-        """Return this factory if there are no arguments, else an optimizer for a model or for
+    def __reduce__(self) -> Any:
+        """Let Ray's search send a trainer to another process."""
+        return TrainerFactory, (
+            self._trainer(),
+            self._native,
+            self._settings,
+            self._make,
+        )
+
+    def __call__(self, params: Any = None, **_: Any) -> Any:
+        """Return this factory if there are no parameters, else an optimizer for a model or for
         groups.
         """
         if params is None:
             return self
-        args = self.args if args is None else args
-        model = params if isinstance(params, nn.Module) else self.model()
-        if model is None:
-            raise OptimizerError(
-                f"Trainer passed a {type(params).__name__} to a factory, which needs the model.",
-                "Use attach(trainer, ...), a version of transformers with factories, or"
-                " optimizers=(opt, None).",
-            )
-        settings = settings_of(self.native, args, {**settings, **self.settings})
-        keep_embeddings_in_32_bits(model, self.native, settings)
-        if params is model:
-            return self.make(
-                trainer_groups(model, self.native), model=model, **settings
-            )
-        groups = [dict(group) for group in params]
-        for group in groups:
-            if group.get("lr") == getattr(args, "learning_rate", None):
-                group.pop("lr", None)  # a group at the trainer's base rate gets ours
-        return self.make(groups, model=model, **settings)
+        trainer: Any = self._trainer()
+        args = trainer.args
+        settings = trainer_settings(self._native, args, self._settings)
+        if isinstance(params, nn.Module):
+            model, groups = params, trainer_groups(params, self._native)
+        else:
+            model, groups = trainer.model, [dict(group) for group in params]
+            for group in groups:
+                if group.get("lr") == args.learning_rate:
+                    group.pop(
+                        "lr", None
+                    )  # a group at the trainer's base rate gets ours
+        keep_embeddings_in_32_bits(model, self._native, settings)
+        return self._make(groups, model=model, **settings)
 
 
-def trainer_factory(
-    optimizer: type[Optimizer] | str, *, args: Any = None, **settings: Any
-) -> tuple[TrainerFactory, dict[str, Any]]:
-    """Return a factory for transformers' `Trainer(optimizer_cls_and_kwargs=...)`. It gets the
-    wrapped model::
+def trainer_settings(
+    native: type[Optimizer], args: Any, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the user's settings, completed by those of `args` that `native` accepts. With a
+    recipe, without a rate.
 
-        factory = trainer_factory(torch.optim.AdamW, args=args, recipe="recipe.toml")
-        Trainer(model, args, optimizer_cls_and_kwargs=factory)
-
-    For a trainer that is already built, `attach` does the same, and also logs and reports. Norms
-    and biases get no weight decay, as in Trainer. Trainer's scheduler, clipping and resuming work
-    as usual.
-
-    Args:
-        optimizer: a torch optimizer class, or its name.
-        args: the trainer's `TrainingArguments`. Weight decay, and rate, betas and epsilon if they
-            were set, are used unless they are given here. Trainer does not pass its arguments to a
-            factory, Axolotl does.
-        **settings: the arguments of `RankAwareOptimizer` and the optimizer's own. A rate or
-            `recipe` is required.
-
-    Raises:
-        OptimizerError: the optimizer is unknown, or no rate was given.
+    The arguments give the rate and the weight decay, which Trainer always passes, and betas and eps
+    if they were set. Where they have their default values, the class's own defaults are used.
+    Lion's second beta is 0.99, for example.
     """
-    native = get_optimizer_class(optimizer)
-    check_rate("trainer_factory", args, settings)
-    make = partial(RankAwareOptimizer, optimizer=native)
-    return TrainerFactory(make, native, settings, args), {}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    # also a default rate, which a search may try
+    trainers: dict[str, Any] = {"weight_decay": args.weight_decay}
+    if "recipe" not in settings:
+        settings.setdefault("lr", args.learning_rate)
+    changed = changed_arguments(args)
+    if {"adam_beta1", "adam_beta2"} & changed:
+        trainers["betas"] = (args.adam_beta1, args.adam_beta2)
+    if "adam_epsilon" in changed:
+        trainers["eps"] = args.adam_epsilon
+    for name, value in trainers.items():
+        if _takes(native, name, value):
+            settings.setdefault(name, value)
+    return settings
 
 
-def create_rankaware_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[Optimizer] | str,
-    *,
-    lr: float | Rate | None = None,
-    **kwargs: Any,
-) -> RankAwareOptimizer:
-    """Create a `RankAwareOptimizer` with the signature of PEFT's `create_loraplus_optimizer`::
+def changed_arguments(args: Any) -> set[str]:
+    """Return the names of the arguments that differ from their defaults."""
+    return {f.name for f in fields(args) if getattr(args, f.name) != f.default}
 
-        opt = create_rankaware_optimizer(model, "adamw", lr=2e-4, tuned_at="r=16,alpha=32")
 
-    As in PEFT, norms and biases get no weight decay, and an 8-bit optimizer of bitsandbytes keeps
-    the state of embeddings in 32 bits.
+def _takes(native: type[Optimizer], name: str, value: Any) -> bool:
+    """Return whether a class has this setting, and in this form: Adafactor's eps are two."""
+    parameters = inspect.signature(native).parameters
+    if name not in parameters or name == "weight_decay":
+        return name in parameters
+    default = parameters[name].default
+    if isinstance(value, tuple):
+        return isinstance(default, tuple) and len(default) == len(value)
+    return isinstance(default, float)
 
-    Args:
-        model: the model with its adapters.
-        optimizer_cls: a torch optimizer class, or its name.
-        lr: the base rate, per step, tuned at `tuned_at`. Leave it out with `recipe`.
-        **kwargs: the other arguments of `RankAwareOptimizer`, and the optimizer's own.
 
-    Raises:
-        OptimizerError: no rate was given; or as `RankAwareOptimizer`.
+def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
+    """Return Trainer's two groups, the second of norms and biases without weight decay, or the
+    model.
+
+    The model is returned if the optimizer has no weight decay, or if all trainable parameters get
+    it. A decay of 0 gives two groups too, since checkpoints are matched by their order.
     """
-    settings = {"lr": lr, **kwargs}
-    native = get_optimizer_class(optimizer_cls)
-    check_rate("create_rankaware_optimizer", None, settings)
-    make = partial(RankAwareOptimizer, optimizer=native)
-    opt: RankAwareOptimizer = TrainerFactory(make, native, settings)(model)
-    return opt
+    if "weight_decay" not in inspect.signature(native).parameters:
+        return model
+    from transformers import Trainer
+
+    # a method that does not use `self`
+    names_of: Any = Trainer.get_decay_parameter_names
+    decayed = set(names_of(None, model))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    spared = [p for name, p in trained if name not in decayed]
+    if not spared:
+        return model
+    return [
+        {"params": [p for name, p in trained if name in decayed]},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+
+
+def keep_embeddings_in_32_bits(
+    model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]
+) -> None:
+    """Let an 8-bit optimizer of bitsandbytes keep the state of embeddings in 32 bits, as Trainer
+    and PEFT do.
+    """
+    if not native.__module__.startswith("bitsandbytes"):
+        return
+    if settings.get("optim_bits") == 8 or "8bit" in native.__name__:
+        from bitsandbytes.optim import GlobalOptimManager
+
+        manager = GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})

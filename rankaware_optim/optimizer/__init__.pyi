@@ -6,4 +6,3 @@ from ._report import Report as Report
 from ._report import plan_rates as plan_rates
 from ._state_dict import to_plain_state_dict as to_plain_state_dict
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer
-from ._wrapper import recipe_of as recipe_of

@@ -372,16 +372,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return f"RankAware{type(self)._rankaware_native.__repr__(self)}"
 
 
-def recipe_of(opt: Any) -> Recipe | None:
-    """Return the recipe of an optimizer, also inside the wrappers of frameworks; None if it has
-    none.
-    """
-    while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
-        opt = opt.optimizer
-    use = opt._rankaware.plan.use if isinstance(opt, RankAwareOptimizer) else None
-    return None if use is None else use.recipe
-
-
 # --- building -------------------------------------------------------------------------------------
 
 _SUBCLASSES: dict[type, Any] = {}

@@ -1,6 +1,5 @@
 from ._differences import diff_recipes as diff_recipes
 from ._differences import diff_text as diff_text
-from ._figure import draw_trials as draw_trials
 from ._figure import drawable as drawable
 from ._figure import plot_recipe as plot_recipe
 from ._figure import recipe_figure as recipe_figure

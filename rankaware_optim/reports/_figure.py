@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,21 +139,6 @@ def _name_marks(axis: Any, marks: dict[str, str], colour: str) -> None:
     """Add marks to the legend of an axis."""
     for mark, words in marks.items():
         axis.plot([], [], **_style(mark, colour), label=words)
-
-
-def draw_trials(axis: Any, picture: Picture) -> None:
-    """Draw all ranks in one panel."""
-    for arm, colour in zip(picture.arms, cycle(COLOURS), strict=False):
-        _draw_points(axis, arm, picture.values, colour)
-        axis.plot([], [], color=colour, label=arm.label)
-        if arm.rate is not None:
-            axis.axvline(arm.rate.lr, color=colour, linestyle="--", linewidth=1)
-    _name_marks(axis, picture.marks(picture.values), "0.3")
-    axis.plot([], [], color="0.3", linestyle="--", linewidth=1, label=_RATE)
-    rate_axis(axis)
-    axis.set(ylabel=SCORE, xlim=picture.rates, ylim=picture.values)
-    axis.set_title("Trials", fontsize=10)
-    axis.legend(framealpha=0.9, edgecolor="none", fontsize=8)
 
 
 def _draw_rates(axis: Any, picture: Picture, recipe: Recipe) -> None:

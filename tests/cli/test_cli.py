@@ -21,7 +21,7 @@ from rankaware_optim import Falling, Power, RankAwareWarning, Recipe, Reference
 from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import convert_lr
 
-COMMANDS = ("demo", "inspect", "convert", "show", "lr", "plot", "diff", "report")
+COMMANDS = ("inspect", "convert", "show", "lr", "plot", "diff", "report")
 AT_16 = Reference(rank=16, alpha=32, fan_in=64)
 
 

@@ -84,7 +84,7 @@ def test_requirements_know_their_extra():
 
 
 COMPLETED = [
-    ("rankaware d", 1, {"demo", "diff", "doctor"}),
+    ("rankaware d", 1, {"diff", "doctor"}),
     ("rankaware lr --r", 2, {"--rank", "--rslora"}),
     ("rankaware lr r.toml --init ", 4, {"A", "B"}),
 ]

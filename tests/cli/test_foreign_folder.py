@@ -55,7 +55,6 @@ PLAIN = [
     CHECK,
     "convert 2e-4 --from r=16,alpha=32 --to r=64",
     "convert 2e-4 --from . --to r=64",
-    "demo -o digits.toml",
     "diff digits.toml digits.toml",
     "doctor",
     "fit sweep.csv -o fitted.toml",
@@ -166,7 +165,7 @@ def test_commands_run_nothing_of_the_folder_they_stand_in(foreign, tmp_path):
     commands = ["--help", *(f"{name} --help" for name in main.commands), *PLAIN]
     for command, code, ran in run_in_turn(commands, foreign, tmp_path / "several.py"):
         assert ran == [], command
-        assert code == 0 or command.startswith(("demo", "plot")), command
+        assert code == 0 or command.startswith("plot"), command
 
 
 @pytest.mark.parametrize("command", ["--help", "show digits.toml", CHECK])

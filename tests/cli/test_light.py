@@ -30,7 +30,7 @@ LIGHT = [
     ["report", "digits.toml", "-o", "page.html"],
     ["convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64"],
     ["convert", "2e-4", "--from", "adapter", "--to", "r=64,alpha=16"],
-    ["convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64", "--as", "swift"],
+    ["convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64", "--as", "trl"],
     ["inspect", "adapter"],
     ["suggest", "--rank", "16", "--alpha", "32"],
     ["suggest", "adapter"],

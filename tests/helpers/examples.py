@@ -44,8 +44,3 @@ def run(folder: Path, *command: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
-
-
-def tiny(folder: Path) -> None:
-    """The model, tokenizer and rows that the configurations name."""
-    run(folder, sys.executable, str(EXAMPLES / "tiny.py"), "tiny")

@@ -11,7 +11,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -19,7 +18,6 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim.cli import main as command
-from rankaware_optim.integrations._settings import settings_from_words
 
 from .models import mlp
 
@@ -46,17 +44,6 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 lambda kind=kind, options=options: optimizer(kind, path, options),
             )
     yield "a folder", lambda: ra.Recipe.load(beside(path))
-    if find_spec("transformers"):
-        yield (
-            "peft",
-            lambda: ra.integrations.create_rankaware_optimizer(
-                mlp(width=64), "adamw", recipe=path
-            ),
-        )
-    yield (
-        "settings as words",
-        lambda: optimizer("adamw", path, settings_from_words({"recipe": str(path)})),
-    )
     for words in (
         *(
             ["lr", path, "--rank", 8],

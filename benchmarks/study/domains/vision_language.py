@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankaware_optim.calibration import seeded
-from rankaware_optim.cli._demo import pretrained
 
 from . import Domain
 from ._adapters import adapt
 from ._assets import Asset, made_once
 from ._batches import drawn
+from ._efficientnet import pretrained
 from ._llama import LAYERS, WIDTH, llama, tokenizer
 
 EMOJI = Asset(

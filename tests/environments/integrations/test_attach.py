@@ -1,8 +1,7 @@
-"""`attach` on every trainer of TRL and on transformers' own, and PEFT's shape of it: real runs of a few steps."""
+"""`attach` on every trainer of TRL and on transformers' own: real runs of a few steps."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -15,11 +14,7 @@ from accelerate.state import GradientState
 
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
-from rankaware_optim.integrations import (
-    attach,
-    create_rankaware_optimizer,
-    trainer_factory,
-)
+from rankaware_optim.integrations import attach
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
@@ -267,20 +262,11 @@ SET = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon"
 def run_with(folder, prepare=None, optim="adamw_torch", **own):
     args = arguments(folder, optim=optim, **{**SET, **own})
     model = with_norms_and_biases()
-    route = (
-        {}
-        if prepare is not by_factory
-        else {"optimizer_cls_and_kwargs": by_factory(args)}
-    )
-    trainer = transformers.Trainer(model, args, train_dataset=tokens(), **route)
-    if prepare not in (None, by_factory):
+    trainer = transformers.Trainer(model, args, train_dataset=tokens())
+    if prepare is not None:
         prepare(trainer)
     trainer.train()
     return trainer
-
-
-def by_factory(args):
-    return trainer_factory(AdamW, args=args)
 
 
 @pytest.mark.parametrize(
@@ -289,9 +275,8 @@ def by_factory(args):
         (lambda trainer: attach(trainer, AdamW), "adamw_torch"),
         (lambda trainer: attach(trainer), "adamw_torch_fused"),
         (lambda trainer: attach(trainer, lr=LR), "adafactor"),
-        (by_factory, "adamw_torch"),
     ],
-    ids=["class", "own-choice-fused", "own-choice-adafactor", "factory"],
+    ids=["class", "own-choice-fused", "own-choice-adafactor"],
 )
 def test_the_arguments_reach_the_optimizer(tmp_path, prepare, optim):
     """A uniform model trains as under Trainer's own optimizer, bit for bit: decay, who is spared it, betas, epsilon."""
@@ -422,66 +407,6 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
     assert sorted(seen) == [(rate, rate) for rate in rates]
 
 
-def test_a_searchs_checkpoints_have_the_recipe(tmp_path):
-    """Every checkpoint of a hyperparameter search's trials has the recipe beside it."""
-    data = {"train_dataset": tokens(), "eval_dataset": tokens()}
-    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer = transformers.Trainer(model_init=llama, args=args, **data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ra.RankAwareWarning)
-        attach(trainer, AdamW, recipe=RECIPE, other_lr=1e-3)
-        trainer.hyperparameter_search(
-            lambda trial: {
-                "weight_decay": trial.suggest_float("weight_decay", 0.0, 0.1)
-            },
-            backend="optuna",
-            n_trials=2,
-        )
-    for run in (0, 1):
-        for step in (1, 2):
-            assert (
-                ra.Recipe.load(tmp_path / f"run-{run}" / f"checkpoint-{step}").tag
-                == RECIPE.tag
-            )
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.25])
-def test_a_recipes_settings_are_applied_where_the_arguments_set_none(tmp_path, decay):
-    """apply_settings uses the recipe's decay and betas, unless the arguments set a decay; norms are spared it."""
-    recipe = dataclasses.replace(
-        RECIPE, settings={"weight_decay": 0.5, "betas": [0.5, 0.7]}
-    )
-    args = arguments(tmp_path, weight_decay=decay)
-    trainer = transformers.Trainer(
-        with_norms_and_biases(), args, train_dataset=tokens()
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ra.RankAwareWarning)
-        attach(trainer, AdamW, recipe=recipe, apply_settings=True, other_lr=1e-3)
-        groups = trainer.create_optimizer().param_groups
-    decays = {
-        (group["weight_decay"], any("norm" in name for name in group["param_names"]))
-        for group in groups
-    }
-    assert decays == {(decay or 0.5, False), (0.0, True)}
-    assert {group["betas"] for group in groups} == {(0.5, 0.7)}
-
-
-def test_a_recipes_settings_are_applied_to_the_trainers_own_class(tmp_path):
-    """Without a class, apply_settings uses the recipe's betas, unless the arguments set their own."""
-    recipe = dataclasses.replace(RECIPE, settings={"betas": [0.5, 0.7]})
-    for set_here, betas in (({}, (0.5, 0.7)), ({"adam_beta1": 0.8}, (0.8, 0.999))):
-        trainer = transformers.Trainer(
-            llama(), arguments(tmp_path, **set_here), train_dataset=tokens()
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ra.RankAwareWarning)
-            attach(trainer, recipe=recipe, apply_settings=True, other_lr=1e-3)
-            assert {
-                group["betas"] for group in trainer.create_optimizer().param_groups
-            } == {betas}
-
-
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
 def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
     """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer."""
@@ -502,21 +427,6 @@ def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
             match="scheduler has rates for 2 groups, and this optimizer has 4",
         ):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_native_instance_is_attached_too(tmp_path):
-    """native_type=True trains as ours does, without a report or a warning."""
-    ends = []
-    for native in (False, True):
-        trainer = plain(llama(), tmp_path)
-        attach(trainer, AdamW, lr=LR, tuned_at=AT_16, native_type=native)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", ra.RankAwareWarning)
-            trainer.train()
-        assert isinstance(trainer.optimizer.optimizer, RankAwareOptimizer) is not native
-        ends.append(weights(trainer))
-    for name, value in ends[0].items():
-        torch.testing.assert_close(value, ends[1][name], rtol=1e-5, atol=1e-7)
 
 
 def test_a_plain_runs_checkpoint_is_resumed(tmp_path):
@@ -559,7 +469,7 @@ def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
     trainer = plain(llama(), tmp_path)
     attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
     copied = cloudpickle.loads(cloudpickle.dumps(trainer))
-    assert copied.optimizer_cls_and_kwargs[0].model() is copied.model
+    assert copied.optimizer_cls_and_kwargs[0]._trainer() is copied
     copied.train()
     trainer.train()
     assert same(weights(copied), weights(trainer))
@@ -616,19 +526,16 @@ class OfItsOwn(transformers.Trainer):
         return self.optimizer
 
 
-@pytest.mark.parametrize("native_type", [False, True])
 @pytest.mark.parametrize(
     ("rate", "cure"),
     [(None, "create_optimizer of a subclass"), (1e-5, r"'\*modules_to_save\*': 1e-05")],
 )
-def test_a_trainer_that_makes_another_optimizer_is_refused(
-    tmp_path, rate, cure, native_type
-):
+def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, rate, cure):
     """Where the trainer leaves what was attached aside, training raises before any weight has moved, with the cure."""
     args = arguments(tmp_path, max_steps=1)
     args.embedding_learning_rate = rate
     trainer = OfItsOwn(llama(), args, train_dataset=tokens())
-    attach(trainer, AdamW, lr=LR, native_type=native_type)
+    attach(trainer, AdamW, lr=LR)
     start = weights(trainer)
     with pytest.raises(OptimizerError, match=f"has made its own AdamW .*{cure}"):
         trainer.train()
@@ -677,49 +584,17 @@ def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
     }
 
 
-# --- PEFT's shape ---------------------------------------------------------------------------------------------------
-
-
-def test_pefts_shape_trains_as_pefts_own():
-    """On a uniform model it is PEFT's create_loraplus_optimizer at ratio 1, bit for bit, biases spared from decay."""
-    from peft.optimizers import create_loraplus_optimizer
-
-    ends = []
-    rows = torch.tensor(tokens()["input_ids"])
-    for make, decay in (
-        (create_rankaware_optimizer, {"weight_decay": 0.5}),
-        (
-            create_loraplus_optimizer,
-            {"loraplus_lr_ratio": 1.0, "loraplus_weight_decay": 0.5},
-        ),
-    ):
-        model = with_norms_and_biases(kept=())  # PEFT's split does not know an RMSNorm
-        opt = make(model, AdamW, lr=LR, eps=1e-6, **decay)
-        for _ in range(STEPS):
-            opt.zero_grad()
-            model(input_ids=rows, labels=rows).loss.backward()
-            opt.step()
-        ends.append(
-            {
-                name: p.detach().clone()
-                for name, p in model.named_parameters()
-                if p.requires_grad
-            }
-        )
-    assert same(*ends)
-
-
-def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
-    """bitsandbytes' AdamW8bit by PEFT's shape holds an embedding's moments in float32, a large factor's in 8 bits."""
+def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
+    """bitsandbytes' AdamW8bit holds an embedding's moments in float32, a large factor's in 8 bits."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = transformers.LlamaForCausalLM(llama_config(hidden_size=256, vocab_size=64))
     lora = peft.LoraConfig(
         r=32, lora_alpha=32, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
     )
     model = peft.get_peft_model(model, lora)
-    opt = create_rankaware_optimizer(
-        model, bitsandbytes.optim.AdamW8bit, lr=LR, tuned_at=ra.Reference(16, 16)
-    )
+    trainer = transformers.Trainer(model, arguments(tmp_path))
+    attach(trainer, bitsandbytes.optim.AdamW8bit, lr=LR, tuned_at=AT_16)
+    opt = trainer.create_optimizer()
     rows = torch.arange(64).reshape(4, 16)
     model(input_ids=rows, labels=rows).loss.backward()
     opt.step()
@@ -730,11 +605,3 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits():
     }
     assert kinds["modules_to_save"] == torch.float32
     assert kinds["lora_A"] == torch.uint8
-
-
-def test_pefts_shape_needs_a_rate():
-    """Without lr= and recipe= it is refused."""
-    with pytest.raises(
-        OptimizerError, match="create_rankaware_optimizer was given no rate"
-    ):
-        create_rankaware_optimizer(llama(), AdamW)

@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankaware_optim import (
-    OptimizerError,
     Power,
     RankAwareOptimizer,
     RankAwareWarning,
@@ -22,10 +21,9 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim.integrations import (
+    attach,
     group_rates,
     lightning_rates,
-    log_rates,
-    trainer_factory,
 )
 
 from ...helpers.llama import llama_config
@@ -121,14 +119,6 @@ def by_class(model):
     return {"optimizer_cls_and_kwargs": (RankAwareOptimizer, settings)}
 
 
-def by_factory(model):
-    return {
-        "optimizer_cls_and_kwargs": trainer_factory(
-            torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW
-        )
-    }
-
-
 def by_instance(model):
     return {
         "optimizers": (
@@ -152,8 +142,15 @@ def by_hand(model, kind=torch.optim.AdamW):
     return {"optimizers": (kind(list(groups.values()), lr=LR, **ADAMW), None)}
 
 
-def trained(folder, route, resume=None, kind=transformers.Trainer, **own):
-    """A trainer after its run, and the adapters it left."""
+def trained(
+    folder,
+    route=None,
+    resume=None,
+    kind=transformers.Trainer,
+    attached=None,
+    **own,
+):
+    """A trainer after its run, and the adapters it left. Without a route, by attach."""
     model = llama()
     config = (
         arguments(folder, trl.SFTConfig, max_length=None, **own)
@@ -165,10 +162,17 @@ def trained(folder, route, resume=None, kind=transformers.Trainer, **own):
         model=model,
         args=config,
         train_dataset=tokens(),
-        callbacks=[log_rates()],
         **extra,
-        **route(model),
+        **(route(model) if route else {}),
     )
+    if route is None:
+        attach(
+            trainer,
+            **(
+                attached
+                or {"optimizer": torch.optim.AdamW, "lr": LR, "tuned_at": AT_16}
+            ),
+        )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, {
         name: p.detach().clone()
@@ -198,7 +202,7 @@ def counted():
     hook.remove()
 
 
-each_route = pytest.mark.parametrize("route", [by_class, by_factory, by_instance])
+each_route = pytest.mark.parametrize("route", [by_class, None, by_instance])
 each_trainer = pytest.mark.parametrize("kind", [transformers.Trainer, trl.SFTTrainer])
 
 
@@ -227,7 +231,7 @@ def test_trainer_resumes(tmp_path, kind, route):
 
 def test_the_rates_matter_in_these_runs(tmp_path):
     """Trainer's weights at the rates of each rank differ from those at one rate, so the tests above can fail."""
-    _, ours = trained(tmp_path, by_factory)
+    _, ours = trained(tmp_path)
     _, plain = trained(
         tmp_path,
         lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)},
@@ -238,7 +242,7 @@ def test_the_rates_matter_in_these_runs(tmp_path):
 def test_trainer_clips_and_accumulates(tmp_path):
     """Gradient clipping, accumulation and weight decay give the weights of groups written out."""
     own = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
-    _, ours = trained(tmp_path, by_factory, **own)
+    _, ours = trained(tmp_path, **own)
     _, hand = trained(tmp_path, by_hand, **own)
     assert same(ours, hand)
 
@@ -247,18 +251,13 @@ def test_trainer_runs_schedulefree(tmp_path):
     """Trainer switches a schedule-free optimizer made by the factory to training and back as it does the native one."""
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
-    _, ours = trained(
-        tmp_path,
-        lambda _: {
-            "optimizer_cls_and_kwargs": trainer_factory(kind, lr=LR, tuned_at=AT_16)
-        },
-        **own,
-    )
+    settings = {"optimizer": kind, "lr": LR, "tuned_at": AT_16}
+    _, ours = trained(tmp_path, attached=settings, **own)
     _, hand = trained(tmp_path, lambda model: by_hand(model, kind), **own)
     assert same(ours, hand)
 
 
-def test_a_factory_with_a_recipe(tmp_path):
+def test_attach_with_a_recipe(tmp_path):
     """With a recipe in place of a rate, Trainer's optimizer has the rates that the recipe gives."""
     reference = Reference(rank=4, alpha=4, init="A", fan_in=16)
     recipe = Recipe(
@@ -269,8 +268,9 @@ def test_a_factory_with_a_recipe(tmp_path):
         covariance=np.eye(3) / 100,
         ranks=(4, 8),
     )
-    route = {"optimizer_cls_and_kwargs": trainer_factory("adamw", recipe=recipe)}
-    trainer, _ = trained(tmp_path, lambda _: route, max_steps=1)
+    trainer, _ = trained(
+        tmp_path, attached={"optimizer": "adamw", "recipe": recipe}, max_steps=1
+    )
     direct = RankAwareOptimizer(llama(), torch.optim.AdamW, recipe=recipe)
     assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [
         g["lr"] for g in direct.param_groups
@@ -279,7 +279,7 @@ def test_a_factory_with_a_recipe(tmp_path):
 
 def test_the_callback_logs_every_groups_rate(tmp_path):
     """Trainer's logs hold the rate that each role and rank was stepped with, in the law's ratio."""
-    trainer, _ = trained(tmp_path, by_factory)
+    trainer, _ = trained(tmp_path)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == STEPS
     assert [entry["learning_rate"] for entry in logs] == [
@@ -296,23 +296,20 @@ def test_the_callback_logs_every_groups_rate(tmp_path):
         )
 
 
-@pytest.mark.parametrize("in_front", [False, True])
-def test_the_callback_in_front_of_the_reporters(tmp_path, in_front):
-    """A reporter that comes first sees the rates where log_rates was given the trainer, which puts it in front."""
+def test_reporters_get_the_rates(tmp_path):
+    """A reporter that the trainer was built with sees the rates in what it logs."""
     seen = []
 
     class Reporter(transformers.TrainerCallback):
         def on_log(self, *_, logs, **__):
             seen.append("lr/A/r4" in logs)
 
-    model = llama()
     trainer = transformers.Trainer(
-        model, arguments(tmp_path), train_dataset=tokens(), **by_factory(model)
+        llama(), arguments(tmp_path), train_dataset=tokens(), callbacks=[Reporter()]
     )
-    trainer.add_callback(Reporter())
-    log_rates(trainer) if in_front else trainer.add_callback(log_rates())
+    attach(trainer, torch.optim.AdamW, tuned_at=AT_16)
     trainer.train()
-    assert seen == [in_front] * STEPS + [False]
+    assert seen == [True] * STEPS + [False]
 
 
 def test_rates_that_share_a_name_are_numbered():
@@ -335,26 +332,6 @@ def test_rates_that_share_a_name_are_numbered():
         [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 2.0}], lr=1.0
     )
     assert [group_rates(plain)[f"lr/other/{number}"] for number in (0, 1)] == [1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (
-            lambda: trainer_factory(torch.optim.AdamW),
-            "trainer_factory was given no rate",
-        ),
-        (lambda: trainer_factory("adamwx", lr=LR), "Unknown optimizer 'adamwx'"),
-        (
-            lambda: trainer_factory("adamw", lr=LR)[0]([{"params": []}]),
-            "Trainer passed a list to a factory",
-        ),
-    ],
-)
-def test_a_factory_that_cannot_work_is_refused(call, sentence):
-    """No rate, an unknown optimizer, or a Trainer too old to know factories: a sentence each."""
-    with pytest.raises(OptimizerError, match=sentence):
-        call()
 
 
 # --- Lightning ------------------------------------------------------------------------------------------------------

@@ -29,17 +29,23 @@ print(opt.report())
 USES = (  # a command, and what it prints
     (["rankaware", "lr", str(RECIPE), "--rank", "32"], "rank 32"),
     (["python", "-c", SWAP], "RankAwareOptimizer(AdamW)"),
-    (["rankaware", "demo"], "recipe.toml"),
+    (["rankaware", "report", str(RECIPE), "-o", "recipe.html"], "recipe.html"),
 )
 
 
 @pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
 def test_what_was_built_works_in_a_clean_environment(tmp_path: Path, kind: str) -> None:
-    """The file installs by pip with its demo extra, and a rate, a step and the demo come out right."""
+    """The file installs by pip with two extras, and a rate, a step and a page come out right."""
     (built,) = (ROOT / "dist").glob(kind)
     clean = tmp_path / "clean"
     run(tmp_path, sys.executable, "-m", "venv", str(clean))
-    run(tmp_path, str(clean / "bin" / "pip"), "install", "--quiet", f"{built}[demo]")
+    run(
+        tmp_path,
+        str(clean / "bin" / "pip"),
+        "install",
+        "--quiet",
+        f"{built}[peft,plots]",
+    )
     for (program, *options), printed in USES:
         assert printed in run(tmp_path, str(clean / "bin" / program), *options)
 

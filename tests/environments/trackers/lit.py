@@ -14,7 +14,6 @@ from rankaware_optim import RankAwareOptimizer
 from rankaware_optim.integrations import lightning_rates
 
 from ...helpers.models import mlp
-from ...helpers.recipes import RECIPE
 
 LOGGERS = {
     "tensorboard": lambda: loggers.TensorBoardLogger("tb"),
@@ -36,7 +35,7 @@ class Lit(lightning.LightningModule):
         return (self.net(batch[0]) - 1.0).square().mean()
 
     def configure_optimizers(self) -> Any:
-        opt = RankAwareOptimizer(self.net, "adamw", recipe=RECIPE, other_lr=1e-3)
+        opt = RankAwareOptimizer(self.net, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
         schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, 3)
         return {
             "optimizer": opt,

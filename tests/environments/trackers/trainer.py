@@ -1,18 +1,16 @@
-"""A few steps of transformers' Trainer with a tracker: `python -m tests.environments.trackers.trainer TRACKER KIND`."""
+"""A few steps of transformers' Trainer with a tracker: `python -m tests.environments.trackers.trainer TRACKER`."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import peft
 import torch
 import transformers
 
-from rankaware_optim.integrations import log_rates, trainer_factory
+from rankaware_optim.integrations import attach
 
 from ...helpers.llama import llama_config
-from ...helpers.recipes import RECIPE
 
 
 def llama() -> transformers.PreTrainedModel:
@@ -21,7 +19,7 @@ def llama() -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(config)
 
 
-def main(tracker: str, kind: str) -> None:
+def main(tracker: str) -> None:
     model = peft.get_peft_model(
         llama(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
     )
@@ -29,7 +27,7 @@ def main(tracker: str, kind: str) -> None:
     args = transformers.TrainingArguments(
         "out",
         max_steps=3,
-        save_steps=2,
+        save_strategy="no",
         logging_steps=1,
         per_device_train_batch_size=2,
         lr_scheduler_type="linear",
@@ -38,20 +36,9 @@ def main(tracker: str, kind: str) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    rate = (
-        {"recipe": RECIPE}
-        if kind == "recipe"
-        else {"lr": 1e-3, "tuned_at": "r=16,alpha=16"}
-    )
-    factory = trainer_factory("adamw", **rate)
-    trainer = transformers.Trainer(
-        model, args, train_dataset=rows, optimizer_cls_and_kwargs=factory
-    )
-    log_rates(trainer)
+    trainer = transformers.Trainer(model, args, train_dataset=rows)
+    attach(trainer, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
     trainer.train()
-    for path in Path("out").glob("checkpoint-*"):
-        peft.PeftModel.from_pretrained(llama(), path)
-        (path / "loaded").touch()
 
 
 if __name__ == "__main__":

@@ -26,26 +26,20 @@ def records(path: Path) -> Iterator[bytes]:
             yield parts
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The configuration and the logged history of the one run under `folder`."""
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The logged history of the one run under `folder`."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.rglob("run-*.wandb")
-    config: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
     for data in records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        for update in (*record.run.config.update, *record.config.update):
-            config[update.key or "/".join(update.nested_key)] = json.loads(
-                update.value_json
-            )
         if record.history.item:
-            items = record.history.item
             history.append(
                 {
                     item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                    for item in items
+                    for item in record.history.item
                 }
             )
-    return config, history
+    return history
