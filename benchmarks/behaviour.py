@@ -72,11 +72,6 @@ ORIGINS = {
 RANKS, WIDTHS = (1, 8, 64, 256), (256, 4096)
 
 
-def named(name: str) -> type[torch.optim.Optimizer]:
-    """An optimizer class of this name, which steps as SGD does."""
-    return type(name, (torch.optim.SGD,), {})
-
-
 def laws(family: str) -> Cases:
     """Multipliers of the laws, bound to the family's optimizers, over ranks, alphas, inits and widths."""
     cases: Cases = {}
@@ -261,12 +256,6 @@ STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"weight_decay": 0.01}),
     "SGD": (torch.optim.SGD, {"momentum": 0.9}),
 }
-OF_FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "Muon": (named("Muon"), {}),
-    "Lamb": (named("Lamb"), {}),
-    "Adafactor": (named("Adafactor"), {}),
-    "Unheard": (named("Unheard"), {}),
-}
 
 
 def optimizer() -> Cases:
@@ -276,22 +265,14 @@ def optimizer() -> Cases:
         for name, options in WRAPPED.items():
             case, model = f"AdamW, Init[{init}], {name}", two_layers(init)
             cases |= stepped(case, model, torch.optim.AdamW, options)
-    cases |= of_classes(STEPPED)
+        for name, (kind, settings) in STEPPED.items():
+            options = {"tuned_at": AT, **settings}
+            cases |= stepped(f"{name}, Init[{init}]", two_layers(init), kind, options)
     cases |= continued()
     groups = ra.rank_aware_param_groups(two_layers(), lr=0.01, tuned_at=AT)
     cases["rank_aware_param_groups"] = [
         value for group in groups for value in (group["lr"], len(group["params"]))
     ]
-    return cases
-
-
-def of_classes(classes: Mapping[str, tuple[Any, dict[str, Any]]]) -> Cases:
-    """Groups, rates and three steps of optimizer classes with their settings."""
-    cases: Cases = {}
-    for init in ("A", "B"):
-        for name, (kind, settings) in classes.items():
-            options = {"tuned_at": AT, **settings}
-            cases |= stepped(f"{name}, Init[{init}]", two_layers(init), kind, options)
     return cases
 
 
@@ -563,7 +544,6 @@ BEHAVIOUR: dict[str, Callable[[], Cases]] = {
     **{f"laws.{family}": partial(laws, family) for family in FAMILIES},
     "inspection": inspection,
     "optimizer.common": optimizer,
-    "optimizer.families": partial(of_classes, OF_FAMILIES),
     "recipes": recipes,
     "fit": fit,
     "search.adam": partial(search, CALIBRATED | LONG),
