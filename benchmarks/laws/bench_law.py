@@ -145,10 +145,7 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
 AT_INIT_A = tuple(law for law in COMPARED if law != "falling")
 LAWS = (
     "mua",
-    "mua?tokens=4",
-    "mua?tokens=8",
-    "mua?tokens=16",
-    "mua?tokens=32",
+    *(MuA(tokens=tokens) for tokens in (4.0, 8.0, 16.0, 32.0)),
     *AT_INIT_A[1:],
 )
 # Candidates for leave-one-model-out: the law with the lowest mean error on the other models is chosen.
@@ -199,7 +196,7 @@ def table(published: Path, alpha: float) -> None:
 WAYS = {
     "default law": "mua",
     "as used": "falling",
-    "8 tokens": "mua?tokens=8",
+    "8 tokens": MuA(tokens=8.0),
 }
 OF_KEPT = (
     "18 published language models, AdamW, alpha 32 at every rank. Each row is of the models that have a best rate inside "
@@ -264,8 +261,7 @@ def _kept_row(pairs: Sequence[tuple[LossCurve, LossCurve]]) -> dict[str, Any]:
     "--law",
     "laws",
     multiple=True,
-    default=COMPARED,
-    help="A law, as for get_law. Repeatable.",
+    help="A law by its name, as for get_law. Repeatable.",
 )
 @click.option(
     "--best",
@@ -286,7 +282,7 @@ def score(sweep: Path, laws: tuple[str, ...], **options: Any) -> None:
     other rank, and the moved rate is compared with the best rate there.
     """
     try:
-        click.echo(score_table(bench_law(sweep, laws, **options)))
+        click.echo(score_table(bench_law(sweep, laws or COMPARED, **options)))
     except RankAwareError as error:
         raise click.ClickException(str(error)) from error
 

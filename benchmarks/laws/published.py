@@ -32,6 +32,7 @@ import click
 from laws.scoring import bench_law
 from recording import machine, record
 
+from rankaware_optim import Constant, Power
 from rankaware_optim.sweeps._runs import Source as Rows
 
 RESTS_ON = ("laws.adam",)
@@ -39,8 +40,8 @@ LAWS = (
     "mua",
     "mua-paper",
     "constant",
-    "power?exponent=-0.5,law=constant",
-    "power?exponent=-1,law=constant",
+    Power(-0.5, law=Constant()),
+    Power(-1.0, law=Constant()),
 )
 NOTES = (
     "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "

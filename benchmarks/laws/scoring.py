@@ -16,11 +16,16 @@ from typing import Any, Literal
 from study.loss_curves import between, vertex_of
 from torch.optim import Optimizer
 
-from rankaware_optim import CalibrationError, Law, Reference
+from rankaware_optim import CalibrationError, Constant, Law, Power, Reference
 from rankaware_optim._optimizers import get_optimizer_class
 from rankaware_optim._printing import Table
 from rankaware_optim.fitting import Prior, fit_observations
-from rankaware_optim.laws import bound_law, checked_multiplier, get_law
+from rankaware_optim.laws import (
+    bound_law,
+    checked_multiplier,
+    get_law,
+    law_sentence,
+)
 from rankaware_optim.sweeps import DEMO_SWEEP
 from rankaware_optim.sweeps._runs import (
     Source,
@@ -33,13 +38,13 @@ from rankaware_optim.sweeps._runs import (
 )
 
 Best = Literal["parabola", "bowl"]
-COMPARED = (
+COMPARED: tuple[str | Law, ...] = (
     "mua",
     "mua-paper",
     "constant",
     "loraplus",
-    "power?exponent=-1,law=constant",
-    "power?exponent=-0.5,law=constant",
+    Power(-1.0, law=Constant()),
+    Power(-0.5, law=Constant()),
     "falling",
 )
 
@@ -166,7 +171,7 @@ def bench_law(
 
     Args:
         sweep: dicts or a file, as for `fit_sweep`. By default the package's own (EfficientNet-lite0 on digits).
-        laws: `Law` instances, or texts as for `get_law`.
+        laws: `Law` instances, or names as for `get_law`.
         best: how a rank's best rate is found. "parabola" is the vertex through its best three rates in log2. "bowl" is
             the calibration's fit to all runs of a model, which is less sensitive to noise.
         alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
@@ -214,7 +219,12 @@ def score_of(
                     target.lost_at(moved),
                 )
             )
-    return LawScore(law if isinstance(law, str) else repr(law), found, tuple(moves))
+    return LawScore(label_of(law), found, tuple(moves))
+
+
+def label_of(law: str | Law) -> str:
+    """Return a law's name in tables."""
+    return law if isinstance(law, str) else law_sentence(law)
 
 
 # --- best rates -----------------------------------------------------------------------------------------------------

@@ -72,7 +72,9 @@ def test_laws_are_scored_on_a_known_file(
         for row in published.rows_of(path)
         if row["best rate by"] == "parabola"
     }
-    assert worst["power?exponent=-0.5,law=constant"] == pytest.approx(0.0, abs=0.01)
+    assert worst["power with exponent -0.5, law (constant)"] == pytest.approx(
+        0.0, abs=0.01
+    )
     assert worst["constant"] == pytest.approx(1.0, abs=0.01)
     assert all(math.isfinite(octaves) for octaves in worst.values())
 

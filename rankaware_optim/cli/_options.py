@@ -233,10 +233,7 @@ COLUMN = option(
     multiple=True,
     callback=_columns,
 )
-LAW_TEXT = (
-    "It is a registered name, or package.module:Class. Parameters follow a question mark, such as"
-    " 'mua?tokens=16'. Put an inner law with parameters in brackets."
-)
+LAW_TEXT = "It is a registered name, or package.module:Class."
 
 
 def law_option(text: str, default: str | None = None) -> Decorator:

@@ -19,8 +19,8 @@ from ._text import DEFAULT_LAW as DEFAULT_LAW
 from ._text import LAWS as LAWS
 from ._text import PRIOR_LAW as PRIOR_LAW
 from ._text import get_law as get_law
-from ._text import law_changes as law_changes
+from ._text import law_from_dict as law_from_dict
 from ._text import law_sentence as law_sentence
 from ._text import law_title as law_title
-from ._toml import law_from_dict as law_from_dict
-from ._toml import law_to_dict as law_to_dict
+from ._text import law_to_dict as law_to_dict
+from ._text import registered_law as registered_law

@@ -12,7 +12,6 @@ from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ._law import Law, bad_parameter, check_ranges
 from ._mua import SIGN_LIKE, MuA
-from ._text import FIRST
 
 _DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
 DISTANCE_NOTE = (
@@ -108,8 +107,7 @@ class Falling(Correction):
     an optimizer of another family, the result is the inner law, bound to that optimizer. With its
     defaults it is used at a distance: see `at_distance`.
 
-    Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md. Recipes
-    written before `power` was a field have p = 1/2 and a knee of 4.
+    Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md.
 
     Args:
         knee: r₀, the rank below which the rate hardly falls.
@@ -121,8 +119,8 @@ class Falling(Correction):
     0.63
     """
 
-    knee: float = field(default=0.0, metadata={FIRST: 4.0})
-    power: float = field(default=1.0 / 3.0, metadata={FIRST: 0.5})
+    knee: float = 0.0
+    power: float = 1.0 / 3.0
     law: Law = field(default_factory=MuA)
     name: ClassVar[str] = "falling"
 

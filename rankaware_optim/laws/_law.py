@@ -34,7 +34,7 @@ class Law(ABC):
     ... class InverseRank(Law):
     ...     name = "inverse-rank"
     ...     def multiplier(self, factor, reference):
-    ...         return reference.rank / factor.rank if factor.rank and reference.rank else 1.0
+    ...         return (reference.rank or 1) / (factor.rank or 1)
     >>> at = Reference(rank=16, alpha=16, fan_in=64)
     >>> InverseRank().multiplier(Factor("w", "A", 32, 64, 64), at)
     0.5
@@ -145,35 +145,27 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     Raises:
         LawError: the law failed, or returned something else.
     """
-    answer = _answer(law, "multiplier", factor, reference)
-    value = _usable(law, answer, factor.name or factor.role)
+    value = float(_answer(law, "multiplier", factor, reference))
     return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
 
 
 def checked_batch_multiplier(law: Law, ratio: float) -> float:
-    """Return `law.batch_multiplier(ratio)`; raise a `LawError` if it is not a positive finite
-    number.
-    """
-    return _usable(
-        law, _answer(law, "batch_multiplier", ratio), f"{ratio:g} times the batch"
-    )
+    """Return `law.batch_multiplier(ratio)`, checked to be a positive finite number."""
+    return float(_answer(law, "batch_multiplier", ratio))
 
 
 def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-    """Return `law.bind(optimizer_class, settings)`; raise a `LawError` if that is not a law."""
-    bound = _answer(law, "bind", optimizer_class, settings)
-    if not isinstance(bound, Law):
-        raise LawError(
-            f"The law {law!r} gave {bound!r} when it was bound.",
-            "Return a law, by default the law itself.",
-        )
+    """Return `law.bind(optimizer_class, settings)`, checked to be a law."""
+    bound: Law = _answer(law, "bind", optimizer_class, settings)
     return bound
 
 
 def _answer(law: Law, method: str, *question: Any) -> Any:
-    """Call a method of a law. Whatever it raises becomes a `LawError`."""
+    """Call a method of a law. Whatever it raises becomes a `LawError`, and so does an answer that
+    is no positive finite number (of `bind`: no law).
+    """
     try:
-        return getattr(law, method)(*question)
+        answer = getattr(law, method)(*question)
     except (RankAwareError, Warning):
         raise
     except Exception as error:
@@ -181,15 +173,16 @@ def _answer(law: Law, method: str, *question: Any) -> Any:
             f"The law {law!r} failed in {method}(): {error!r}.",
             "Fix the law, or choose another by law=.",
         ) from error
-
-
-def _usable(law: Law, value: object, what: str) -> float:
-    if not is_positive(value) or value > sys.float_info.max:
+    usable, wanted = isinstance(answer, Law), "a law, by default the law itself"
+    if method != "bind":
+        usable = is_positive(answer) and answer <= sys.float_info.max
+        wanted = "a positive finite number"
+    if not usable:
         raise LawError(
-            f"The law {law!r} gave {value!r} as the multiplier of {what}.",
-            "A multiplier is a positive finite number: fix the law, or choose another by law=.",
+            f"The law {law!r} returned {shown(answer)} from {method}().",
+            f"Return {wanted}, or choose another law by law=.",
         )
-    return float(value)
+    return answer
 
 
 def innermost(law: Law) -> Law:

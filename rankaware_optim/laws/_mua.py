@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .._checks import check_init
@@ -17,15 +17,10 @@ from .._optimizers import RANK_AWARE, optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_choice, check_ranges
-from ._text import FIRST
 
 _ONE_RANK = 16
 # Families with the sign-like form. An unknown optimizer counts as one.
 SIGN_LIKE = ("sign-like", "unknown")
-
-
-class FamilyTokens(float):
-    """The tokens of a law that was given none: the number of its family, whatever that becomes."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,8 @@ class MuA(Law):
 
     Args:
         tokens: b, the effective number of independent tokens, far below the tokens in a batch; None
-            for the paper's law. The default is the family's: 1 for sign-like optimizers, chosen for
-            Adam, and 8 for the other families, the number with which their forms were tried.
+            for the paper's law. The default was chosen for Adam. Bound to Muon, SGD or LAMB, a law
+            with the default has 8, the number with which their forms were tried.
         ratio: λ = η_B / η_A, dimensionless.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
         shape_factor: Muon's `adjust_lr_fn`, set by `bind`.
@@ -72,7 +67,7 @@ class MuA(Law):
     1.02
     """
 
-    tokens: float | None = field(default=FamilyTokens(1.0), metadata={FIRST: 8.0})
+    tokens: float | None = 1.0
     ratio: float = 1.0
     family: str = "sign-like"
     shape_factor: str = "original"
@@ -82,15 +77,16 @@ class MuA(Law):
         check_choice(self, "family", FORMS)
         check_choice(self, "shape_factor", SHAPE_FACTORS)
         check_ranges(self, "ratio", *(() if self.tokens is None else ("tokens",)))
-        if isinstance(self.tokens, FamilyTokens):
-            object.__setattr__(self, "tokens", FORMS[self.family].tokens)
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         family = optimizer_family(optimizer_class, settings)
         if family not in FORMS:
             return Constant()
+        tokens = self.tokens
+        if tokens == FORMS[self.family].tokens:
+            tokens = FORMS[family].tokens
         shape_factor = settings.get("adjust_lr_fn") or "original"
-        return replace(self, family=family, shape_factor=shape_factor)
+        return replace(self, tokens=tokens, family=family, shape_factor=shape_factor)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"
@@ -337,19 +333,19 @@ class Form(NamedTuple):
     arXiv 1706.02677). For spectral and relative-scale updates 1/2 is an assumption without a
     source.
 
-    tokens: b where none is given. That of sign-like optimizers was chosen by
+    tokens: b of a law that has its family's number. That of sign-like optimizers was chosen by
     benchmarks/laws/default_law.py. The other forms were judged with 8.
     """
 
     rate: Callable[[MuA, Site], float]
     one_rank: bool = False
     batch: float = 0.5
-    tokens: FamilyTokens = FamilyTokens(8.0)
+    tokens: float = 8.0
 
 
 # Families that are not here (Adafactor's, LARS's, the rank-aware) keep one rate.
 FORMS = {
-    **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=FamilyTokens(1.0))),
+    **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=1.0)),
     "spectral": Form(spectral_rate, one_rank=True),
     "gradient-like": Form(gradient_rate, one_rank=True, batch=1.0),
     "relative-scale": Form(relative_rate),

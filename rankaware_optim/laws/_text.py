@@ -1,185 +1,170 @@
-"""Laws as texts: the names by which they are found, and the words by which reports tell them
-apart.
-"""
+"""Laws as texts: their names, the words of reports, and the tables of recipes."""
 
 from __future__ import annotations
 
-from dataclasses import Field, fields, is_dataclass, replace
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .._checks import is_number
-from .._registry import Registry
+from .._checks import is_number, shown
 from ..errors import LawError
-from ._law import Law
+from ._corrections import Falling, Power
+from ._law import Constant, Law, LoRAPlus
+from ._mua import MuA
 
-LAWS = Registry("rankaware_optim.laws", "law", LawError)
-LAWS.register("mua", "rankaware_optim.laws:MuA")
-LAWS.register("mua-paper", "rankaware_optim.laws._mua:paper")
-LAWS.register("constant", "rankaware_optim.laws:Constant")
-LAWS.register("loraplus", "rankaware_optim.laws:LoRAPlus")
-LAWS.register("power", "rankaware_optim.laws:Power")
-LAWS.register("falling", "rankaware_optim.laws:Falling")
+LAWS: dict[str, Law] = {
+    "mua": MuA(),
+    "mua-paper": MuA(tokens=None),
+    "constant": Constant(),
+    "loraplus": LoRAPlus(),
+    "power": Power(),
+    "falling": Falling(),
+}
 DEFAULT_LAW = "falling"
 PRIOR_LAW = "mua"  # of a calibration
-# key of a field's metadata: its first default, which files that lack the field and tags still use
-FIRST = "first"
-_WORDS = {"none": None, "true": True, "false": False}
+_GROUP = "rankaware_optim.laws"  # the entry points of other packages
 
 
 def get_law(law: str | Law) -> Law:
-    """Return a law from its text: a registered name or "package.module:name", with parameters after
-    a "?".
+    """Return a law from its name, with the defaults of its parameters.
 
     Args:
-        law: the text, or a `Law`, which is returned unchanged. Parameters are separated by commas.
-            A value is a number, true, false, none, a text or another law. Put that law in brackets
-            if it has parameters too. The name after the colon is that of a class or of an instance.
+        law: a registered name, or "package.module:name" of a law or of its class. A `Law` is
+            returned unchanged.
 
     Raises:
-        LawError: the law is unknown, cannot be imported, or has no such parameter.
+        LawError: the law is unknown or cannot be imported.
 
-    >>> get_law("mua?tokens=16").tokens
-    16.0
-    >>> get_law("power?exponent=-1,law=constant").law
-    Constant()
-    >>> get_law("power?law=(mua?tokens=none)").law.tokens is None
+    >>> get_law("mua-paper").tokens is None
     True
+    >>> get_law("rankaware_optim:Constant")
+    Constant()
     """
     if isinstance(law, Law):
         return law
     if not isinstance(law, str):
         raise LawError(
             f"A law is a name or a Law instance, not {law!r}.",
-            f"Known are {', '.join(LAWS.names())}.",
+            f"Known are {', '.join(LAWS)}.",
         )
-    name, _, parameters = law.partition("?")
-    named = _named(name.strip())
-    values = dict(_parameter(named, part) for part in _split(parameters))
-    return replace(named, **values) if values else named  # type: ignore[type-var]
+    return _load(EntryPoint(law, law, _GROUP)) if ":" in law else registered_law(law)
 
 
-def _named(name: str) -> Law:
-    package, colon, attribute = name.partition(":")
-    factory = None if colon else LAWS.get(name)
+def registered_law(name: str) -> Law:
+    """Return the law of a registered name: ours, or that of an installed entry point. A module is
+    not imported by its name, so that a file may give the name.
+    """
+    if name in LAWS:
+        return LAWS[name]
+    points = {point.name: point for point in entry_points(group=_GROUP)}
+    if name not in points:
+        raise LawError(
+            f"Unknown law {shown(name)}.",
+            f"Known are {', '.join(sorted([*LAWS, *points]))}. A package adds one by the entry"
+            f" point group {_GROUP!r}.",
+        )
+    return _load(points[name])
+
+
+def _load(point: EntryPoint) -> Law:
     try:
-        law: Any = factory() if factory else getattr(import_module(package), attribute)
+        law: Any = point.load()
         law = law() if isinstance(law, type) else law
     except (Exception, SystemExit) as error:  # third-party code may raise anything
         raise LawError(
-            f"The law {name!r} cannot be loaded: {error}.",
+            f"The law {point.name!r} cannot be loaded: {error}.",
             "Give 'package.module:Class', importable from here.",
         ) from error
     if not isinstance(law, Law):
         raise LawError(
-            f"{name!r} is a {type(law).__name__}, not a Law.",
+            f"{point.name!r} is a {type(law).__name__}, not a Law.",
             "Derive it from rankaware_optim.Law.",
         )
     return law
 
 
-def _split(text: str) -> list[str]:
-    """Split `text` at the commas outside brackets."""
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign == "(") - (sign == ")")
-        if sign == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return [part for part in parts if part.strip()]
+def parameters_of(law: Law) -> dict[str, Field[Any]]:
+    """Return a law's fields by their names; none if it is no dataclass."""
+    return {f.name: f for f in fields(law)} if is_dataclass(law) else {}
 
 
-def _parameter(law: Law, part: str) -> tuple[str, Any]:
-    key, equals, text = (piece.strip() for piece in part.partition("="))
-    known = [f.name for f in parameters_of(law)]
-    if not equals or key not in known:
-        raise LawError(
-            f"The law {law.name!r} has no parameter {key!r}.",
-            f"It has {', '.join(known) or 'none'}; write them as in 'mua?tokens=16'.",
-        )
-    if key == "law":
-        return key, get_law(text.removeprefix("(").removesuffix(")"))
-    if text.lower() in _WORDS:
-        return key, _WORDS[text.lower()]
-    try:
-        return key, float(text)
-    except ValueError:
-        return key, text
-
-
-# --- what differs from the defaults ---------------------------------------------------------------
-
-
-def law_changes(law: Law) -> dict[str, Any]:
-    """Return a law's name and the parameters that differ from their first defaults. Recipes are
-    hashed by these.
-
-    Inner laws are always named. A parameter that a later version adds therefore changes no hash.
-    """
-    changes: dict[str, Any] = {"name": law.name}
-    for f in parameters_of(law):
-        value = value_of(law, f)
-        if isinstance(value, Law):
-            changes[f.name] = law_changes(value)
-        elif value != _default_of(f, FIRST):
-            changes[f.name] = value
-    return changes
+# --- words ----------------------------------------------------------------------------------------
 
 
 def law_title(law: Law) -> str:
     """Return a law in the words of a title.
 
-    >>> law_title(get_law(DEFAULT_LAW)), law_title(get_law("mua?tokens=4"))
+    >>> law_title(get_law(DEFAULT_LAW)), law_title(MuA(tokens=4.0))
     ('default law', 'law mua with tokens 4')
     """
-    default = law == get_law(DEFAULT_LAW)
+    default = law == LAWS[DEFAULT_LAW]
     return "default law" if default else f"law {law_sentence(law)}"
 
 
 def law_sentence(law: Law) -> str:
-    """A law by its name and what differs from its defaults, to three digits, for people.
+    """Return a law by its name and what differs from its defaults, to three digits.
 
-    >>> law_sentence(get_law("power?exponent=0.1,law=(mua?tokens=4)"))
+    >>> law_sentence(Power(exponent=0.1, law=MuA(tokens=4.0)))
     'power with exponent 0.1, law (mua with tokens 4)'
     """
-
     changes = []
-    for f in parameters_of(law):
-        value = value_of(law, f)
-        if value != _default_of(f):
-            changes.append(f"{f.name} {_word(value)}")
+    for name, parameter in parameters_of(law).items():
+        value, factory = getattr(law, name), parameter.default_factory
+        if value == (factory() if callable(factory) else parameter.default):
+            continue
+        if isinstance(value, Law):
+            value = f"({law_sentence(value)})"
+        elif is_number(value):
+            value = f"{value:.3g}"
+        changes.append(f"{name} {value}")
     return f"{law.name} with {', '.join(changes)}" if changes else law.name
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, Law):
-        return f"({law_sentence(value)})"
-    return f"{value:.3g}" if is_number(value) else str(value)
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def parameters_of(law: Law | type[Law]) -> tuple[Field[Any], ...]:
-    """Return a law's fields; none if it is no dataclass."""
-    return fields(law) if is_dataclass(law) else ()
-
-
-def value_of(law: Law, parameter: Field[Any]) -> Any:
-    return as_float(getattr(law, parameter.name), parameter)
-
-
-def _default_of(parameter: Field[Any], key: str = "") -> Any:
-    """Return a parameter's default. `key`: the metadata key of another default, such as `FIRST`."""
-    if callable(parameter.default_factory):
-        return parameter.default_factory()
-    return parameter.metadata.get(key, parameter.default)
-
-
-def as_float(value: Any, parameter: Field[Any]) -> Any:
-    """Return a parameter's value, as a float if its default is one. A power of Python ints could
-    grow without bound.
+def law_to_dict(law: Law) -> dict[str, Any]:
+    """Return a law as plain TOML values: its registered name and its parameters. None is written
+    "none".
     """
-    return (
-        float(value)
-        if is_number(value) and isinstance(parameter.default, float)
-        else value
-    )
+    if type(registered_law(law.name)) is not type(law):
+        raise LawError(
+            f"The law {law!r} is not the one registered as {law.name!r}.",
+            "Register it under its own name.",
+        )
+    table: dict[str, Any] = {"name": law.name}
+    for name in parameters_of(law):
+        value = getattr(law, name)
+        if isinstance(value, Law):
+            value = law_to_dict(value)
+        table[name] = "none" if value is None else value
+    return table
+
+
+def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
+    """Return the law that `law_to_dict` wrote.
+
+    Args:
+        data: the law's name and parameters.
+        depth: how many levels of laws inside laws are accepted.
+
+    Raises:
+        LawError: the law or a parameter is unknown, a value is out of range, or the laws are
+            nested too deep.
+    """
+    if depth < 0:
+        raise LawError("The laws are nested too deep.", "Remove some of them.")
+    table = dict(data)
+    law = registered_law(str(table.pop("name", None)))
+    for name, value in table.items():
+        if name not in parameters_of(law):
+            raise LawError(
+                f"The law {law.name!r} has no parameter {shown(name)}.",
+                "Remove it, or update the package.",
+            )
+        if isinstance(value, Mapping):
+            table[name] = law_from_dict(value, depth=depth - 1)
+        elif value == "none":
+            table[name] = None
+    return type(law)(**table)

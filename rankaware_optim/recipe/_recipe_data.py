@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .._types import Reference, Scaling
 from ..errors import RecipeError
-from ..laws import Power, law_changes
+from ..laws import Power
 
 Array = npt.NDArray[Any]  # of whole numbers, floats or truth values
 BASE: Literal["base"] = (
@@ -90,7 +90,7 @@ class RecipeData:
         """
         r = self.reference
         at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
-        decisive = (self.lr, at, self.scaling_rule, law_changes(self.law))
+        decisive = (self.lr, at, self.scaling_rule, self.law)
         text = json.dumps(decisive, sort_keys=True, default=repr)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return f"{digest[:12]} {self.name}"

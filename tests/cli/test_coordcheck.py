@@ -41,7 +41,6 @@ RIGHT = [
     ("--ranks", "2,8,32"),
     ("--init", "B"),
     ("--optimizer", "torch.optim:RMSprop", "--steps", 2),
-    ("--law", "mua?tokens=128"),
     ("--alpha", 16),
     ("--alpha", 16, "--rslora"),
     ("--lr", 0.02),
@@ -61,7 +60,6 @@ def test_a_right_law_passes(options):
 WRONG = [
     ("--law", "constant"),
     ("--law", "mua-paper", "--tokens", 2048),
-    ("--law", "power?exponent=0.5,law=(mua?tokens=128)"),
     ("--law", "constant", "--alpha", 16),
     ("--law", "constant", "--alpha", 16, "--init", "B"),
     ("--optimizer", "SGD", "--law", "constant", "--alpha", 16),
@@ -214,7 +212,6 @@ BAD = [
     (("--lr", "nan"), 1, "--lr=nan"),
     (("--lr", "1e30"), 1, "moves by inf"),
     (("--law", "mau"), 1, "mau"),
-    (("--law", "mua?tokens=x"), 1, "tokens"),
     (("--law", "nowhere:Law"), 1, "'nowhere:Law' cannot be loaded"),
     (("--optimizer", "adamx"), 1, "Unknown optimizer 'adamx'"),
     (("--optimizer", "LBFGS"), 1, "LBFGS could not step"),

@@ -10,9 +10,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import rankaware_optim as ra
 from rankaware_optim import (
     Constant,
     Factor,
@@ -25,12 +27,10 @@ from rankaware_optim import (
     Power,
     Reference,
 )
-from rankaware_optim import RankAwareWarning as Warn
 from rankaware_optim._optimizers import optimizer_family
-from rankaware_optim._registry import Registry
 from rankaware_optim._types import Survey
+from rankaware_optim.cli import main
 from rankaware_optim.laws import (
-    LAWS,
     at_distance,
     bound_law,
     caution_of,
@@ -40,13 +40,14 @@ from rankaware_optim.laws import (
     innermost,
     kappa,
     known_family,
-    law_changes,
     law_from_dict,
     law_sentence,
     law_title,
     law_to_dict,
 )
+from rankaware_optim.optimizer import effective_lr
 
+from ..helpers.models import PlainLoRA
 from ..helpers.optimizers import muon
 
 LAW_TABLE = {
@@ -420,37 +421,25 @@ def test_falling_falls_by_no_more_than_its_power(rank, more, knee, power, width)
     )
 
 
-def test_a_file_without_falling_s_power_has_the_square_root():
-    """A recipe written before `power` keeps its law and the hash of it: a square root from a knee of 4."""
-    read = law_from_dict(
-        {"name": "falling", "knee": 4.0, "law": {"name": "mua", "tokens": 8.0}}
-    )
-    assert read == Falling(knee=4.0, power=0.5, law=MuA(tokens=8.0))
-    assert law_changes(read) == {"name": "falling", "law": {"name": "mua"}}
+FAMILY_TOKENS = [
+    (torch.optim.AdamW, 1.0),
+    (type("Unheard", (), {}), 1.0),
+    (torch.optim.SGD, 8.0),
+    (type("Lamb", (), {}), 8.0),
+    muon(8.0),
+]
 
 
-def test_a_file_without_tokens_has_eight():
-    """A recipe written before the default was 1 keeps the 8 tokens of its law, and the hash of it."""
-    read = law_from_dict({"name": "mua"})
-    assert read == MuA(tokens=8.0)
-    assert law_changes(read) == {"name": "mua"}
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "tokens"), [(torch.optim.AdamW, 1.0), (torch.optim.SGD, 8.0)]
-)
+@pytest.mark.parametrize(("optimizer", "tokens"), FAMILY_TOKENS)
 def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
-    """A law without tokens has its family's at every binding; a number that is given stays, the default one too."""
-    family = optimizer_family(optimizer)
-    assert MuA(family=family).tokens == MuA().bind(optimizer, {}).tokens == tokens
-    assert MuA().bind(optimizer, {}).bind(torch.optim.AdamW, {}) == MuA()
-    for given_tokens in (None, 1.0, 4.0):
-        assert MuA(tokens=given_tokens).bind(optimizer, {}).tokens == given_tokens
-    assert get_law("mua?tokens=1").bind(optimizer, {}).tokens == 1.0
-    assert (
-        "FamilyTokens" not in f"{MuA()!r} {law_to_dict(MuA())!r} {law_changes(MuA())!r}"
-    )
-    assert type(law_to_dict(MuA())["tokens"]) is float
+    """A law with its family's tokens takes those of the next family; another number stays."""
+    bound = MuA().bind(optimizer, {})
+    assert bound.tokens == tokens
+    assert bound.bind(torch.optim.AdamW, {}) == MuA()
+    for other in (None, 4.0):
+        assert MuA(tokens=other).bind(optimizer, {}).tokens == other
+    theirs = MuA(tokens=2.0, family=bound.family)
+    assert theirs.bind(optimizer, {}).tokens == 2.0
 
 
 FALLS = [
@@ -566,29 +555,66 @@ NAMED = [
         Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(1.0)),
     ),
     ("falling", Falling(knee=0.0, power=1 / 3)),
+    ("rankaware_optim:MuA", MuA()),
+    ("test_law_module:HALF", Power(exponent=-0.5)),
 ]
 
 
 @pytest.mark.parametrize(("name", "law"), NAMED)
-def test_laws_by_name(name, law):
-    """A name gives the law with its defaults; an instance is given back."""
+def test_laws_by_name(name, law, own_module):
+    """A name gives the law with its defaults, package.module:Class as well; an instance is given back."""
     assert get_law(name) == law
     assert get_law(law) is law
     assert law.bind(torch.optim.AdamW, {}) == law
 
 
-def test_an_unknown_law_lists_the_known():
-    """An unknown name is an error that lists every known one."""
-    with pytest.raises(LawError, match="Unknown law 'nua'") as caught:
-        get_law("nua")
-    assert all(name in str(caught.value) for name, _ in NAMED)
+BAD_NAMES = [
+    ("nua", "Unknown law 'nua'.*constant, falling, loraplus, mua, mua-paper, power"),
+    ("", "Unknown law ''"),
+    ("mua?tokens=16", "Unknown law 'mua.tokens=16'"),
+    (7, "a name or a Law instance, not 7"),
+    (None, "a name or a Law instance"),
+    (MuA, "a name or a Law instance"),
+    ("nowhere_at_all:Law", "cannot be loaded: No module named 'nowhere_at_all'"),
+    ("rankaware_optim:NoSuchLaw", "cannot be loaded.*NoSuchLaw"),
+    ("rankaware_optim:Reference", "cannot be loaded"),
+    ("rankaware_optim:Survey", "is a Survey, not a Law.*Derive it"),
+    ("test_law_module:WORD", "is a str, not a Law"),
+    ("test_law_module:Needs", "cannot be loaded.*what"),
+    ("test_broken_module:Law", "cannot be loaded: no weights here"),
+    (":", "cannot be loaded"),
+]
 
 
-@pytest.mark.parametrize("law", [None, 3, MuA])
-def test_what_is_no_law_is_refused(law):
-    """Neither a name nor an instance is an error."""
-    with pytest.raises(LawError, match="a name or a Law instance"):
-        get_law(law)
+@pytest.mark.parametrize(("name", "message"), BAD_NAMES)
+def test_what_names_no_law_is_refused(name, message, own_module):
+    """Unknown names and modules, and objects that are no law, are a law's errors with what is known."""
+    with pytest.raises(LawError, match=message):
+        get_law(name)
+
+
+def test_a_law_of_ones_own_module_is_taken_by_every_door(own_module):
+    """A law in a module is one for the wrapper, for groups, for `convert_lr` and for the command."""
+    name, law = "test_law_module:HALF", Power(exponent=-0.5)
+    model = PlainLoRA(torch.nn.Linear(64, 64), 16)
+    options = {"lr": 1e-3, "tuned_at": Reference(rank=4, alpha=4)}
+    rates = [
+        [
+            group["lr"]
+            for group in ra.rank_aware_param_groups(model, law=named, **options)
+        ]
+        for named in (name, law, "mua")
+    ]
+    opt = ra.RankAwareOptimizer(model, "adamw", law=name, **options)
+    assert rates[0] == rates[1] != rates[2]
+    assert [effective_lr(group) for group in opt.param_groups] == rates[0]
+    a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"
+    moved = ra.convert_lr(1e-3, from_=a, to=b, law=name)
+    assert float(moved) == float(ra.convert_lr(1e-3, from_=a, to=b, law=law))
+    command = ["convert", "1e-3", "--from", a, "--to", b, "--law", name]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert f"{float(moved):.4g}" in done.output
 
 
 @pytest.mark.parametrize("law", LAW_TABLE.values(), ids=LAW_TABLE)
@@ -607,6 +633,7 @@ BROKEN_DICTS = [
     ({"name": "power", "law": {"name": "mua", "beta": 1}}, "no parameter 'beta'"),
     ({"name": "power", "law": "mua"}, "law='mua'"),
     ({"name": "power", "exponent": 10**400}, "exponent=1000"),
+    ({"name": "rankaware_optim:MuA"}, "Unknown law 'rankaware_optim:MuA'"),
     ({"name": "constant", "law": 1}, "no parameter 'law'"),
     (
         reduce(lambda law, _: {"name": "power", "law": law}, range(5000), {}),
@@ -620,99 +647,6 @@ def test_broken_dicts_are_refused(data, message):
     """An unknown law or parameter, or an impossible value, is an error that names it."""
     with pytest.raises(LawError, match=message):
         law_from_dict(data)
-
-
-# µA as earlier versions wrote it.
-EARLIER = {"name": "mua", "tokens": 4.0, "ratio": 2.0, "shape_factor": "original"}
-EARLIER |= {"split": False, "family": "sign-like", "floor": "none", "steps": "none"}
-READ = [
-    ({}, MuA(tokens=4.0, ratio=2.0)),
-    ({"tokens": "none"}, MuA(tokens=None, ratio=2.0)),
-    ({"family": "unknown"}, MuA(tokens=4.0, ratio=2.0, family="unknown")),
-    ({"family": "relative-scale"}, MuA(tokens=4.0, ratio=2.0, family="relative-scale")),
-]
-
-
-@pytest.mark.parametrize(("changes", "law"), READ)
-def test_an_earlier_table_of_a_law_is_read(changes, law):
-    """Fields that are gone are read at the values that they had by default, inside other laws too."""
-    table = {**EARLIER, **changes}
-    assert law_from_dict(table) == law
-    assert law_from_dict({"name": "power", "exponent": 0.5, "law": table}) == Power(
-        0.5, law=law
-    )
-
-
-@pytest.mark.parametrize("family", ["spectral", "gradient-like"])
-def test_an_earlier_table_at_one_rank_is_read(family):
-    """Muon's and SGD's law at one rank is read as today's law of their family."""
-    read = law_from_dict({"name": "one-rank", "law": {**EARLIER, "family": family}})
-    assert read == MuA(tokens=4.0, ratio=2.0, family=family)
-
-
-GONE = [
-    ({**EARLIER, "split": True}, "'mua' with split=True"),
-    ({**EARLIER, "steps": 4}, "'mua' with steps=4"),
-    ({**EARLIER, "family": "relative-scale", "floor": 0.001}, "'mua' with floor=0.001"),
-    ({**EARLIER, "family": "spectral"}, "terms of the rank for spectral"),
-    ({**EARLIER, "family": "gradient-like"}, "terms of the rank for gradient-like"),
-    ({**EARLIER, "family": "first-step"}, "terms of the rank for first-step"),
-    ({"name": "one-rank", "law": EARLIER}, "'one-rank' around that law"),
-    ({"name": "one-rank"}, "'one-rank' around that law"),
-    ({"name": "power", "law": {**EARLIER, "split": True}}, "'mua' with split=True"),
-]
-
-
-@pytest.mark.parametrize(("table", "what"), GONE)
-def test_a_law_that_is_gone_is_refused(table, what):
-    """A table whose rates today's laws do not give is refused with what to do."""
-    with pytest.raises(
-        LawError, match=f"made by a law that is gone: .*{what}.*Calibrate again"
-    ):
-        law_from_dict(table)
-
-
-MEASURED = {
-    "name": "measured",
-    "tokens": 8,
-    "steps": 16,
-    "seed": 0,
-    "target": 1.0,
-    "ratio": 1.0,
-}
-MEASURED |= {"optimizer": "torch.optim.adamw:AdamW", "settings": "{}"}
-
-
-@pytest.mark.parametrize(
-    "at", [Point(4, 2.0, 64), Point(4, 2.0, 64, "B"), FullPoint(64)], ids=str
-)
-def test_the_measured_law_has_one_rate(at):
-    """A former law that ran the optimizer is read, keeps its hash and its one rate, and has no other."""
-    law = law_from_dict(MEASURED)
-    assert law_to_dict(law) == MEASURED
-    assert law_changes(law) == {"name": "measured"}
-    assert move(law, at, at) == 1.0
-    for role, ratio in (("A", 1.0), ("B", 3.0)):
-        with_ratio = law_from_dict({**MEASURED, "ratio": 3.0})
-        expected = 1.0 if isinstance(at, FullPoint) else ratio
-        assert with_ratio.multiplier(at.factor(role), at.reference()) == expected
-    others = [
-        Point(8, 2.0, 64),
-        Point(4, 1.0, 64),
-        Point(4, 2.0, 65),
-        Point(4, 2.0, 65, "B"),
-    ]
-    for other in (*others, FullPoint(65)):
-        with pytest.raises(LawError, match="no longer part of this package"):
-            move(law, other, at)
-
-
-def test_the_measured_law_sees_no_rounding():
-    """A scaling that went through float32 is the reference's still."""
-    third, law = 1 / 3, law_from_dict(MEASURED)
-    rounded = torch.tensor(third).item()
-    assert rounded != third
-    assert move(law, Point(4, rounded, 64), Point(4, third, 64)) == 1.0
 
 
 def nested(levels: int) -> Law:
@@ -782,7 +716,7 @@ UNUSABLE = [0, -1.0, math.inf, math.nan, None, "1", 10**400]
 @pytest.mark.parametrize("value", UNUSABLE)
 def test_unusable_multipliers_are_refused(value):
     """A third-party law that gives no positive finite number is an error that names the law and the factor."""
-    with pytest.raises(LawError, match=r"Impostor.*as the multiplier of w"):
+    with pytest.raises(LawError, match=r"Impostor.* returned .* from multiplier\(\)"):
         checked_multiplier(
             Impostor(value), Point(4, 1.0, 8).factor(), Point(4, 1.0, 8).reference()
         )
@@ -850,7 +784,7 @@ class Unbound(Constant):
 def test_a_law_bound_to_nothing_is_refused():
     """What `bind` returns must be a law."""
     with pytest.raises(
-        LawError, match=r"gave None when it was bound.*by default the law itself"
+        LawError, match=r"returned None from bind.*by default the law itself"
     ):
         bound_law(Unbound(), torch.optim.AdamW, {})
 
@@ -896,90 +830,60 @@ class Half(Law):
 """
 
 
+POINTS = """
+half = half_law:Half
+broken = broken_law:Law
+nothing = builtins:dict
+exits = exits_law:Law
+raises = raises_law:Raises
+"""
+
+
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A real distribution with one good entry point, one broken and one that makes no law, on the path."""
+    """A real distribution with a good entry point and four bad ones, on the path."""
     (tmp_path / "half_law.py").write_text(PLUGIN)
     (tmp_path / "broken_law.py").write_text("import not_there_at_all\n")
+    (tmp_path / "exits_law.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "raises_law.py").write_text(
+        "class Raises:\n    def __init__(self): raise OSError('no disk')\n"
+    )
     info = tmp_path / "half_law-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n"
     )
-    (tmp_path / "exits_law.py").write_text("raise SystemExit(3)\n")
-    (tmp_path / "raises_law.py").write_text(
-        "class Raises:\n    def __init__(self): raise OSError('no disk')\n"
-    )
-    points = [
-        "half = half_law:Half",
-        "broken = broken_law:Law",
-        "nothing = builtins:dict",
-    ]
-    points += ["exits = exits_law:Law", "raises = raises_law:Raises"]
-    (info / "entry_points.txt").write_text(
-        "\n".join(["[rankaware_optim.laws]", *points, ""])
-    )
+    (info / "entry_points.txt").write_text(f"[rankaware_optim.laws]{POINTS}")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(LAWS, "_plugins", None)
     yield
     sys.modules.pop("half_law", None)
 
 
 def test_a_plugged_in_law_is_found(installed):
-    """A law of another distribution is found by its entry point, stored and read back; a broken one only warns."""
-    broken = r"plug-in 'broken' \(broken_law:Law\) could not be loaded: No module named"
-    with (
-        pytest.warns(Warn, match=r"plug-in 'exits' .* could not be loaded: 3"),
-        pytest.warns(Warn, match=broken),
-    ):
-        law = get_law("half")
-    assert (
-        law.multiplier(Point(4, 1.0, 8).factor(), Point(8, 1.0, 8).reference()) == 0.5
-    )
-    assert law_from_dict(law_to_dict(replace(law, share=0.25))) == replace(
-        law, share=0.25
-    )
+    """A law of another distribution is found by its entry point, stored and read back."""
+    law = get_law("half")
+    at = Point(4, 1.0, 8)
+    assert law.multiplier(at.factor(), at.reference()) == 0.5
+    other = replace(law, share=0.25)
+    assert law_from_dict(law_to_dict(other)) == other
 
 
-def test_built_in_laws_do_not_load_plugins(installed):
-    """Nobody who asks for a built-in law is warned of a broken plug-in."""
+BAD_POINTS = [
+    ("nua", "Unknown law 'nua'.*broken, constant, exits, falling, half, loraplus, mua"),
+    ("broken", "'broken' cannot be loaded: No module named"),
+    ("nothing", "'nothing' is a dict, not a Law"),
+    ("exits", "'exits' cannot be loaded: 3"),
+    ("raises", "'raises' cannot be loaded: no disk"),
+    ("exits_law:Law", "'exits_law:Law' cannot be loaded: 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_POINTS)
+def test_a_broken_plugin_is_an_error_for_its_users_alone(name, message, installed):
+    """A plug-in that cannot be imported, makes no law, raises or exits is a sentence; the others are not asked."""
     assert get_law("mua") == MuA()
-
-
-def test_plugins_are_listed_and_loaded_once(installed):
-    """An unknown name lists plug-ins too, and the broken one warns a single time."""
-    with (
-        pytest.warns(Warn) as caught,
-        pytest.raises(LawError, match=r"constant, falling, half, loraplus, mua"),
-    ):
-        get_law("nua")
-    assert len(caught) == 2
-    assert {"broken", "exits"}.isdisjoint(LAWS.names())
-
-
-def test_a_plugin_that_makes_no_law_is_refused(installed):
-    """A factory that returns something else is an error that says what."""
-    with pytest.warns(Warn), pytest.raises(LawError, match="'nothing' is a dict"):
-        get_law("nothing")
-
-
-def test_a_plugin_that_raises_or_exits_is_a_sentence(installed):
-    """A plug-in whose law cannot be made, and a module that ends the interpreter on import, are errors of ours."""
-    with (
-        pytest.warns(Warn),
-        pytest.raises(LawError, match="'raises' cannot be loaded: no disk"),
-    ):
-        get_law("raises")
-    with pytest.raises(LawError, match="'exits_law:Law' cannot be loaded: 3"):
-        get_law("exits_law:Law")
-
-
-def test_a_registry_prefers_what_is_registered():
-    """A registered name is found without looking for entry points."""
-    registry = Registry("rankaware_optim.nobody", "thing", LawError)
-    registry.register("one", dict)
-    assert registry.get("one") is dict
-    assert registry.names() == ["one"]
+    with pytest.raises(LawError, match=message):
+        get_law(name)
 
 
 # --- families -------------------------------------------------------------------------------------------------------

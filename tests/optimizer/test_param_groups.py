@@ -18,6 +18,7 @@ from rankaware_optim import (
     LawError,
     MuA,
     OptimizerError,
+    Power,
     RankAwareOptimizer,
     RankAwareWarning,
     Reference,
@@ -456,9 +457,9 @@ KEEPS = [
     ({"optimizer_class": LAMB}, 1.0),
     ({"law": "mua"}, 1.0),
     ({"law": "mua-paper"}, 1.0),
-    ({"law": "falling?power=0.5"}, 1.0),
-    ({"law": "falling?law=(mua?tokens=2)"}, 1.0),
-    ({"law": "power?law=falling"}, 1.0),
+    ({"law": Falling(power=0.5)}, 1.0),
+    ({"law": Falling(law=MuA(tokens=2.0))}, 1.0),
+    ({"law": Power(law=Falling())}, 1.0),
 ]
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from rankaware_optim import (
+    Falling,
     MuA,
+    Power,
     RankAwareOptimizer,
     Reference,
     Survey,
@@ -133,7 +135,7 @@ SURE = [
     ("adamw", {"tuned_at": AT_16, "law": "loraplus"}, "A", "not moved"),
     (
         "adamw",
-        {"tuned_at": AT_16, "law": "power?exponent=0.5"},
+        {"tuned_at": AT_16, "law": Power(exponent=0.5)},
         "A",
         "as that law says",
     ),
@@ -311,7 +313,7 @@ def test_a_row_shows_convention_and_fans():
     assert "12–64" in str(opt.report())
 
 
-NAMES = ["falling", "power?law=falling,exponent=0.25"]
+NAMES = ["falling", Power(0.25, law=Falling())]
 
 
 @pytest.mark.parametrize("law", NAMES)

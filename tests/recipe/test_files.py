@@ -152,28 +152,6 @@ def test_lengths_of_a_former_recipe_are_ignored_with_a_note(former):
     assert any("several lengths" in note for note in found.notes)
 
 
-def test_former_parameters_of_a_law_are_read_where_they_say_nothing(tmp_path):
-    """Parameters that µA had are read with their defaults. With another value they are named."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    former = (
-        'name = "mua"',
-        "tokens = 1.0",
-        "split = false",
-        'steps = "none"',
-        'floor = "none"',
-    )
-    law = "\n".join(("[law.law]", *former, 'shape_factor = "original"', ""))
-    text = re.sub(r"\[law\.law\].*?(?=\n\[)", law, target.read_text(), flags=re.DOTALL)
-    target.write_text(text)
-    assert Recipe.load(target).tag == RECIPE.tag
-    target.write_text(text.replace('name = "mua"', 'name = "mua"\nold = 0'))
-    with pytest.raises(RecipeError, match="no parameter 'old'"):
-        Recipe.load(target)
-    target.write_text(text.replace("split = false", "split = true"))
-    with pytest.raises(RecipeError, match=r"gone: 'mua' with split=True.*@ law"):
-        Recipe.load(target)
-
-
 @pytest.mark.parametrize("name", ["best_lr", "fitted_lr"])
 def test_a_bad_fitted_rate_is_named_as_in_its_file(name, tmp_path):
     """Whichever name the file has for the fitted optimum is the path that an error says."""

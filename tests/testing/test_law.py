@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import shutil
 import subprocess
@@ -13,19 +14,26 @@ from typing import ClassVar
 import pytest
 import tomli
 
-from rankaware_optim import Constant, Falling, Law, LawError, LoRAPlus, MuA, Power
+from rankaware_optim import (
+    Factor,
+    Falling,
+    Law,
+    LawError,
+    LoRAPlus,
+    MuA,
+    Power,
+    Reference,
+)
 from rankaware_optim.laws import LAWS
-from rankaware_optim.testing import check_law
+from rankaware_optim.testing import LawConformance, check_law
 
 PLUGIN = Path(__file__).parents[1] / "example_plugin"
 
 
-@pytest.mark.parametrize("name", LAWS.names())
+@pytest.mark.parametrize("name", LAWS)
 def test_our_laws_are_sound(name):
-    """Every registered law keeps every property, under its own name."""
-    found = check_law(name)
-    assert found.registered == (LAWS.get(name)() == found.law)
-    assert found.pairs > 1000
+    """Every registered law keeps every property."""
+    assert check_law(name) == LawConformance(LAWS[name], registered=True)
 
 
 OURS = [
@@ -44,7 +52,7 @@ OURS = [
 @pytest.mark.parametrize("law", OURS, ids=repr)
 def test_our_laws_are_sound_at_other_parameters(law):
     """So do instances with other parameters, at a width of one's own."""
-    assert check_law(law, fan_in=768).law is law
+    assert check_law(law, fan_in=[768.0]).law is law
 
 
 # --- laws that break one property -----------------------------------------------------------------------------------
@@ -58,20 +66,6 @@ class Sound(Law):
 
     def multiplier(self, factor, reference):
         return ((reference.rank or 1) / (factor.rank or 1)) ** 0.5
-
-
-class NoDataclass(Sound):
-    """A subclass without its decorator."""
-
-
-@dataclass(frozen=True)
-class NoDefault(Sound):
-    share: float
-
-
-@dataclass(frozen=True)
-class Nameless(Sound):
-    name: ClassVar[str] = ""
 
 
 @dataclass(frozen=True)
@@ -98,27 +92,6 @@ class Gives(Sound):
 class NoWhole(Sound):
     def multiplier(self, factor, reference):
         return (reference.rank / factor.rank) ** 0.5
-
-
-@dataclass(frozen=True)
-class Counts(Sound):
-    asked: ClassVar[list[int]] = []
-
-    def multiplier(self, factor, reference):
-        self.asked.append(1)
-        return super().multiplier(factor, reference) * (1 + 1e-12 * len(self.asked))
-
-
-@dataclass(frozen=True)
-class Remembers(Sound):
-    """Twice the rate where the rank is above the one asked before; starts where a pass over the grid ends."""
-
-    last: ClassVar[list[int]] = [64]
-
-    def multiplier(self, factor, reference):
-        rank, before = factor.rank or 0, self.last[-1]
-        self.last.append(rank)
-        return 2.0 if rank > before else 1.0
 
 
 @dataclass(frozen=True)
@@ -156,36 +129,32 @@ class NoBind(Sound):
         return None
 
 
-LORA = r"(A|B) at rank \d+, alpha \d+, [AB] = 0, fan-in \d+, tuned at .*fan-in \d+"
-WHOLE = r"a whole weight at full finetuning, fan-in \d+, tuned at .*fan-in \d+"
+LORA = r"B at rank \d+, alpha \d+, [AB] = 0, tuned at .*fan-in \d+"
+WHOLE = r"tuned at full finetuning, fan-in \d+"
 BROKEN = [
-    (NoDataclass(), "form", "NoDataclass is not a frozen dataclass"),
-    (NoDefault(0.5), "form", "its field 'share' has no default"),
-    (Nameless(), "name", "its name is ''"),
-    (Impostor(), "name", "not the one registered as 'mua'"),
+    (Impostor(), "toml", "not the one registered as 'mua'"),
     *(
-        (Gives(value=value), "positive", f"{LORA}, it returns")
-        for value in (0, -1.0, float("inf"), None, "1")
+        (Gives(value=value), "positive", f"{LORA}.*returned")
+        for value in (0, -1.0, float("inf"), float("nan"), None, "1", True)
     ),
-    (Gives(value=True), "positive", "it returns True"),
-    (Gives(value=float("nan")), "positive", "it returns nan"),
-    (NoWhole(), "positive", f"{WHOLE}, it raises TypeError"),
-    (Counts(), "deterministic", "and then"),
-    (Remembers(), "order", f"{LORA}, it returns (2.0 and then 1.0|1.0 and then 2.0)"),
-    (Twice(), "own reference", f"{WHOLE}, it returns 2.0"),
-    (Gives(role="A", value=0.5), "own reference", f"{LORA}, it returns 0.5"),
-    (OneWay(), "composes", r"by way of rank \d+, alpha"),
+    (NoWhole(), "positive", f"{WHOLE}.*failed in multiplier.*TypeError"),
+    (Twice(), "composes", "it returns 2, but 4 by way of"),
+    (Gives(role="A", value=0.5), "composes", "it returns 1, but 0.5 by way of rank"),
+    (
+        OneWay(),
+        "composes",
+        r"from full.*fan-in 1 to full.*it returns 1, but 0.5 by way of rank",
+    ),
     (Holds(), "toml", r"read back as Holds\(value=\[1.0, 2.0\]\)"),
     (HoldsNothing(), "toml", r"read back as HoldsNothing\(value=None\)"),
     (HoldsObject(), "toml", "it raises TypeError"),
-    (NoBind(), "bind", "bind returns None"),
 ]
 
 
 @pytest.fixture
 def registered(monkeypatch):
     """Lets a law be found by its name for one test."""
-    return lambda law: monkeypatch.setitem(LAWS._builtin, law.name, type(law))
+    return lambda law: monkeypatch.setitem(LAWS, law.name, law)
 
 
 @pytest.mark.parametrize(
@@ -195,26 +164,35 @@ def registered(monkeypatch):
 )
 def test_broken_laws_are_flagged(law, check, message, registered):
     """A law that breaks one property is refused by that property's name, with the factor and the reference."""
-    if law.name == "tested" and not isinstance(law, NoDefault):
+    if law.name == "tested":
         registered(law)
-    with pytest.raises(
-        LawError,
-        match=f"The check '{check}' fails for the law .*{type(law).__name__}.*({message})",
-    ):
+    with pytest.raises(LawError, match=f"The check '{check}' fails for.*({message})"):
         check_law(law)
+
+
+def test_a_law_bound_to_nothing_is_flagged():
+    """What `bind` returns must be a law."""
+    with pytest.raises(LawError, match=r"returned None from bind\(\)"):
+        check_law(NoBind())
 
 
 def test_the_law_they_are_made_from_is_sound(registered):
     """The same law with nothing broken passes, so that each of the above fails for its own reason."""
+    assert check_law(Sound()) == LawConformance(Sound(), registered=False)
     registered(Sound())
-    assert "is registered" in str(check_law("tested"))
+    assert check_law("tested") == LawConformance(Sound(), registered=True)
 
 
-def test_a_law_that_is_not_registered_is_said_to_be():
-    """Without a registered name a law may pass, and the answer says that no recipe can hold it."""
-    found = check_law(Sound())
-    assert not found.registered
-    assert "'tested' is not registered, so recipes cannot store it" in str(found)
+def test_the_law_of_the_documentation_is_sound():
+    """The example in `Law`'s docstring, which people copy, is a law."""
+    namespace: dict[str, object] = {
+        "Law": Law,
+        "Factor": Factor,
+        "Reference": Reference,
+    }
+    (example,) = doctest.DocTestFinder(recurse=False).find(Law, globs=namespace)
+    doctest.DocTestRunner().run(example, clear_globs=False)
+    assert check_law(example.globs["InverseRank"]()).registered is False
 
 
 @dataclass(frozen=True)
@@ -230,13 +208,6 @@ def test_a_measured_law_is_given_a_tolerance():
     with pytest.raises(LawError, match="composes"):
         check_law(Measured())
     assert check_law(Measured(), tolerance=1e-2).law == Measured()
-
-
-@pytest.mark.parametrize("law", [Constant, 3, None])
-def test_what_is_no_law_is_refused(law):
-    """Neither a name nor an instance is an error."""
-    with pytest.raises(LawError, match="a name or a Law instance"):
-        check_law(law)
 
 
 # --- a third-party package ------------------------------------------------------------------------------------------
@@ -294,7 +265,7 @@ def test_the_example_package_passes_its_own_tests(plugin):
 
 
 BREAKS = [
-    ("there / (", "2 * there / (", "The check 'own reference' fails"),
+    ("there / (", "2 * there / (", "The check 'composes' fails"),
     ('scaling=("gain",)', 'scaling=("width",)', "The check 'ones-probe' fails"),
 ]
 
