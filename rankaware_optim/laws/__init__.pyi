@@ -14,7 +14,6 @@ from ._mua import FORMS as FORMS
 from ._mua import SIGN_LIKE as SIGN_LIKE
 from ._mua import MuA as MuA
 from ._mua import kappa as kappa
-from ._mua import known_family as known_family
 from ._text import DEFAULT_LAW as DEFAULT_LAW
 from ._text import LAWS as LAWS
 from ._text import PRIOR_LAW as PRIOR_LAW

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .._checks import check_init
-from .._optimizers import RANK_AWARE, optimizer_family
+from .._optimizers import optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_choice, check_ranges
@@ -350,21 +350,3 @@ FORMS = {
     "gradient-like": Form(gradient_rate, one_rank=True, batch=1.0),
     "relative-scale": Form(relative_rate),
 }
-
-
-def known_family(
-    optimizer_class: type, settings: Mapping[str, Any] | None = None
-) -> str:
-    """Return `optimizer_family`; raise a `LawError` if no law is derived for it. strict=True asks
-    for this.
-    """
-    family = optimizer_family(optimizer_class, settings)
-    if family == RANK_AWARE or (family in FORMS and family != "unknown"):
-        return family
-    instead = "keep one rate"
-    if family == "unknown":
-        instead = "scale it as a sign-like optimizer (like Adam)"
-    raise LawError(
-        f"No law is derived for the family of {optimizer_class.__name__}.",
-        f"Leave strict out to {instead}.",
-    )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import Known, known_optimizer, optimizer_family
+from .._optimizers import Known, known_optimizer
 from .._rate import Rate
 from .._types import Init, Method
 from .._warn import warn
@@ -37,8 +37,7 @@ Native = type[Optimizer]  # the class that is wrapped
 Shape = tuple[int, ...]
 State = Mapping[Any, Any]
 
-# in format 1 rates were multiplied, and "rank_multiplier" was called "lr_multiplier"
-GROUP_FORMAT = 2
+GROUP_FORMAT = 1
 # Keys of our groups besides torch's.
 TAGS = (
     *Assignment._fields,
@@ -48,21 +47,8 @@ TAGS = (
     "rankaware_recipe",
     "rankaware_lr",
 )
-# Keys that record what `multiply_for_native` changed.
-_MULTIPLIED = ("rank_multiplied", "rank_divided_decay")
 # A group's rate, and those between which schedulers move it.
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-# torch's optimizers that add the decay to the gradient and normalize the sum, unless their group
-# says otherwise.
-_L2 = (
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-)
 _OF_LR = "the base rate: our step multiplies it, to_plain_state_dict(opt) is for native optimizers"
 
 
@@ -371,14 +357,12 @@ def effective_lr(group: Mapping[str, Any]) -> float:
     return float(group["lr"]) * multiplier
 
 
-def multiply_for_native(group: Group, decaying: Optimizer | None = None) -> None:
+def multiply_for_native(group: Group) -> None:
     """Multiply a group's rates once, for an optimizer with torch's own step, and record it in the
     group.
 
     The record stays in the states of that optimizer, so that a load by `RankAwareOptimizer` does
     not multiply again.
-
-    decaying: the optimizer if the shrinkage lr × weight_decay is kept, by dividing weight_decay.
     """
     multiplier = group["rank_multiplier"]
     for key in _RATES:
@@ -386,49 +370,17 @@ def multiply_for_native(group: Group, decaying: Optimizer | None = None) -> None
             group[key] = group[key] * multiplier
     group["rank_multiplied"] = True
     group.pop("rankaware_lr", None)
-    if decaying is not None and shrinks_by_decay(decaying, group):
-        group["weight_decay"] = group["weight_decay"] / multiplier
-        group["rank_divided_decay"] = True
 
 
 def at_base_rate(group: Settings) -> Group:
     """Return a group as it was before `multiply_for_native`, without the record of it."""
-    base = without(group, _MULTIPLIED)
+    base = without(group, ("rank_multiplied",))
     if not group.get("rank_multiplied"):
         return base
     for key in _RATES:
         if group.get(key) is not None:
             base[key] = group[key] / group["rank_multiplier"]
-    if group.get("rank_divided_decay"):
-        base["weight_decay"] = group["weight_decay"] * group["rank_multiplier"]
     return base
-
-
-def shrinks_by_decay(optimizer: Optimizer, group: Group) -> bool:
-    """Return whether a step shrinks the parameters of a group by lr × weight_decay, as AdamW and
-    SGD do.
-
-    An L2 decay is part of the gradient. Where a step normalizes the gradient, as Adam does, the
-    rate does not change the decay's share of it. A fixed decay is not multiplied by the rate.
-    """
-    if "weight_decay" not in group or _setting(optimizer, group, "fixed_decay"):
-        return False
-    for name in ("decoupled_weight_decay", "weight_decouple"):
-        decoupled = _setting(optimizer, group, name)
-        if decoupled is not None:
-            return (
-                bool(decoupled) or optimizer_family(type(optimizer)) == "gradient-like"
-            )
-    return not isinstance(optimizer, _L2)
-
-
-def _setting(optimizer: Optimizer, group: Group, name: str) -> Any:
-    """Return a setting of a group, or of the optimizer where its class has one for all groups; else
-    None.
-    """
-    return group.get(
-        name, getattr(optimizer, name, getattr(optimizer, f"_{name}", None))
-    )
 
 
 def rank_aware_param_groups(  # noqa: PLR0913
@@ -445,9 +397,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     init: Init | None = None,
     rates: Mapping[str, float | Rate] | None = None,
     other_lr: float | Rate | None = None,
-    per_layer_width: bool = False,
     batch: float | None = None,
-    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with their rates, for any torch optimizer without the wrapper.
 
@@ -469,9 +419,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
         init: as for `RankAwareOptimizer`.
         rates: as for `RankAwareOptimizer`.
         other_lr: as for `RankAwareOptimizer`.
-        per_layer_width: as for `RankAwareOptimizer`.
         batch: as for `RankAwareOptimizer`.
-        strict: as for `RankAwareOptimizer`.
 
     Raises:
         OptimizerError: the parameters or a rate cannot be used.
@@ -490,9 +438,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     model = model_of(params, model)
     check_lr(lr)
     reference = None if tuned_at is None else as_reference(tuned_at)
-    options = PlanOptions(
-        law, reference, dict(rates or {}), other_lr, per_layer_width, batch, strict
-    )
+    options = PlanOptions(law, reference, dict(rates or {}), other_lr, batch)
     walked = walk(model)
     survey = survey_of(walked, method=method, init=init)
     listed = user_groups(params, model, walked)

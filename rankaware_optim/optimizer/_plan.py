@@ -26,7 +26,6 @@ from ..laws import (
     checked_multiplier,
     get_law,
     innermost,
-    known_family,
 )
 from ..recipe import OtherRates, Recipe
 
@@ -46,9 +45,7 @@ class PlanOptions:
     tuned_at: Reference | None = None
     rates: Mapping[str, float | Rate] = field(default_factory=dict)
     other_lr: float | Rate | None = None
-    per_layer_width: bool = False
     batch: float | None = None
-    strict: bool = False
 
     def __post_init__(self) -> None:
         for pattern, rate in self.rates.items():
@@ -200,7 +197,7 @@ class Plan:
         full-finetuning rate, which has no init.
         """
         reference, embedding = self.reference, factor.kind == "embedding"
-        width = factor.fan_in if self.options.per_layer_width else self.width
+        width = self.width
         if factor.role == "full":
             return checked_multiplier(
                 self.law, replace(factor, fan_in=width), reference
@@ -266,8 +263,6 @@ def _bound(
     options: PlanOptions, optimizer_class: type, settings: Settings
 ) -> tuple[Law, str]:
     """Return the law for a parameter group of an optimizer, and the group's family."""
-    if options.strict:
-        known_family(optimizer_class, settings)
     law = bound_law(get_law(options.law), optimizer_class, settings)
     return law, optimizer_family(optimizer_class, settings)
 
@@ -389,10 +384,7 @@ def _family_notes(plan: Plan) -> Iterator[str]:
         )
         if plan.use is None and optimizer not in _WARNED:
             _WARNED.add(optimizer)
-            warn(
-                f"{optimizer.__name__} is {words}. A calibration measures it; strict=True refuses"
-                " it."
-            )
+            warn(f"{optimizer.__name__} is {words}. A calibration measures it.")
     elif family == RANK_AWARE:
         words = (
             f"{family}: by its own rule its updates move with the rank, so all ranks keep one"

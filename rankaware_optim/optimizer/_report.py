@@ -25,7 +25,6 @@ from ..laws import Constant, Falling, LoRAPlus, MuA, get_law, law_title
 from ..recipe import Recipe
 from ._param_groups import Group, Groups, effective_lr, named_params, settings_in
 from ._plan import Assignment, Plan
-from ._state_dict import Reset
 
 _HEADINGS = (
     "role",
@@ -119,7 +118,6 @@ class Report:
             fan-in, fan-out, count, multiplier, rate and reason.
         notes: sentences on the law and the rates.
         title: the table's title.
-        reset: parameters whose moments were dropped when a checkpoint of another rank was loaded.
         audit: sentences on likely mistakes that the groups show.
         survey: the inspected model.
         per_module: whether the table has one line per tensor. Long names make it wider.
@@ -128,7 +126,6 @@ class Report:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     title: str
-    reset: tuple[Reset, ...] = ()
     audit: tuple[str, ...] = ()
     survey: Survey = field(default_factory=Survey, repr=False)
     per_module: bool = False
@@ -168,7 +165,6 @@ def make_report(
     param_groups: Groups,
     plan: Plan,
     title: str,
-    reset: tuple[Reset, ...] = (),
     per_module: bool = False,
 ) -> Report:
     """Return the report of built groups at their current rates."""
@@ -179,9 +175,8 @@ def make_report(
         audit += _heads_at_base_rate(_by_plan(param_groups, plan))
     return Report(
         _rows(param_groups, plan),
-        (*plan.notes, *_notes(param_groups, reset)),
+        (*plan.notes, *_notes(param_groups)),
         title,
-        reset,
         tuple(audit),
         survey,
         per_module,
@@ -236,21 +231,15 @@ def _heads_at_base_rate(groups: Iterable[Group]) -> Iterator[str]:
         )
 
 
-def _notes(groups: Groups, reset: tuple[Reset, ...]) -> Iterator[str]:
+def _notes(groups: Groups) -> Iterator[str]:
     """Yield a note on schedulers that take a list, if the user has several groups and one was
-    split, and one on each change of rank, with the number of parameters.
+    split.
     """
     count = len({group.get("user_group") for group in groups})
     if 1 < count < len(groups):
         yield (
             f"Your {count} groups are {len(groups)} here: give schedulers that take a list"
             " opt.expand(values)."
-        )
-    changes = Counter((each.saved_rank, each.rank) for each in reset)
-    for (saved, rank), count in changes.items():
-        yield (
-            f"{count} parameters came from a checkpoint of rank {saved}, now {rank}: their moments"
-            " were reset."
         )
 
 
@@ -403,7 +392,7 @@ def _steps(plan: Plan, decision: Assignment) -> Iterator[str]:
     elif not full:
         yield from _of_rank(plan, decision)
     moves_width = not math.isclose(plan.width, at.fan_in or plan.width)
-    if plan.options.per_layer_width or moves_width:
+    if moves_width:
         falls = isinstance(plan.law, Falling) and decision.lora_init == "B"
         of_family = _GUESS if plan.family == "unknown" else "theory"
         yield "untested" if falls else of_family

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr, is_within, range_of, shown
+from .._checks import check_lr
 from .._optimizers import (
     defaults_of,
     get_optimizer_class,
@@ -83,6 +84,32 @@ def native_class(
             " model=model).",
         )
     return native
+
+
+# Keywords that this class had, or that a user may know from there.
+_GONE = (
+    "apply_settings",
+    "native_type",
+    "on_rank_change",
+    "per_layer_width",
+    "scale_weight_decay",
+    "strict",
+    "warmup_share",
+)
+
+
+def refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) -> None:
+    """Raise for a keyword that went, or that is nearly one of `ours`, unless the class has an
+    argument of that name. A class that takes `**kwargs` would drop it silently.
+    """
+    for name in settings.keys() - inspect.signature(native).parameters.keys():
+        near = get_close_matches(name, ours, n=1, cutoff=0.8)
+        if near or name in _GONE:
+            raise OptimizerError(
+                f"{name}= is an argument neither of RankAwareOptimizer nor of"
+                f" {native.__name__}.",
+                f"Give {near[0]}=." if near else "Leave it out.",
+            )
 
 
 def _class_of(
@@ -239,14 +266,12 @@ def read_recipe(
     """Return the recipe, and the law and the reference of the base rate: the recipe's, or else
     those given. Raise if something is given that a recipe includes, or that needs one.
     """
-    _check_share(horizon["warmup_share"])
     if recipe is None:
-        for name in ("steps", "warmup_share"):
-            if horizon[name] is not None:
-                raise OptimizerError(
-                    f"{name}= was given without recipe=, so it has no effect.",
-                    "Leave it out.",
-                )
+        if horizon["steps"] is not None:
+            raise OptimizerError(
+                "steps= was given without recipe=, so it has no effect.",
+                "Leave it out.",
+            )
         reference = None if tuned_at is None else as_reference(tuned_at)
         return None, DEFAULT_LAW if law is None else law, reference
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
@@ -258,56 +283,6 @@ def read_recipe(
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     at = loaded.reference
     return loaded, loaded.law, replace(at, batch=at.batch or loaded.batch)
-
-
-def _check_share(share: object) -> None:
-    if share is not None and not is_within("share", share):
-        raise OptimizerError(
-            f"warmup_share is {shown(share)}.",
-            f"Give {range_of('share')}, or leave it out.",
-        )
-
-
-def applied_settings(
-    recipe: Recipe | None, native: Native, built: Optimizer | None
-) -> dict[str, Any]:
-    """Return the recipe's settings that the optimizer accepts.
-
-    Raises:
-        OptimizerError: there is no recipe, it is for another optimizer, or the optimizer is built
-            already.
-    """
-    if recipe is None:
-        raise OptimizerError(
-            "apply_settings=True uses a recipe's settings, but none was given.",
-            "Give recipe=.",
-        )
-    if built is not None:
-        raise OptimizerError(
-            "apply_settings=True was given for an optimizer that is built already.",
-            f"Give the class: RankAwareOptimizer(model, {native.__name__}, ...).",
-        )
-    if not is_for(recipe, native):
-        raise OptimizerError(
-            f"Recipe {recipe.name!r} was made with {recipe.optimizer}, whose settings do not fit"
-            f" {native.__name__}.",
-            "Use the recipe's optimizer, or leave apply_settings= out.",
-        )
-    settings, defaults = {}, defaults_of(native)
-    for name in recipe.settings.keys() & defaults.keys() - {"lr", *SAME_UPDATES}:
-        value = recipe.settings[name]
-        if _fits(value, defaults[name]):
-            settings[name] = tuple(value) if isinstance(value, list) else value
-    return settings
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Return whether a recipe's value can be a setting's, unlike the repr of an object."""
-    if isinstance(value, (list, tuple)):  # a tuple, or the values of several groups
-        return isinstance(default, (list, tuple)) and len(value) == len(default)
-    if isinstance(value, str):
-        return isinstance(default, str) or (default is None and value.isidentifier())
-    return default is None or isinstance(default, (int, float))
 
 
 def use_recipe(
@@ -371,14 +346,10 @@ def _differing(
         run = {"optimizer": ours, "family": optimizer_family(native, settings)}
         cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
     elif differences(trials, run):
-        cure = "Its rates belong to these settings: apply_settings=True uses them."
+        cure = "Its rates belong to these settings: give **recipe.settings."
     else:
         cure = "Its rates belong to these settings, and are less certain for others."
-    of_trials = {
-        "batch": recipe.batch,
-        "steps": recipe.steps,
-        "warmup_share": recipe.warmup,
-    }
+    of_trials = {"batch": recipe.batch, "steps": recipe.steps}
     for name, value in of_trials.items():
         if value is not None and horizon[name] is not None:
             trials[name], run[name] = value, horizon[name]

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from inspect import isfunction
+from inspect import isfunction, signature
 from itertools import compress
 from operator import mul
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,28 +38,25 @@ from ._param_groups import (
     at_base_rate,
     base_of,
     model_of,
-    multiply_for_native,
     params_in,
     rated,
     refuse_outside,
     set_rate,
-    shrinks_by_decay,
     split,
     together,
     user_groups,
 )
 from ._plan import Plan, PlanOptions, Settings, make_plan
-from ._rehearsal import check_loadable
 from ._report import Report, make_report, origin
-from ._state_dict import OnRankChange, Reset, check_on_rank_change, fit_checkpoint
+from ._state_dict import fit_checkpoint
 from ._validate import (
-    applied_settings,
     check_base_lr,
     check_parameters,
     native_class,
     read_recipe,
     refuse_groups,
     refuse_inside_zero,
+    refuse_keywords,
     refuse_rateless,
     use_recipe,
 )
@@ -71,16 +68,12 @@ T = TypeVar("T")
 class _Wrap:
     """The state of a wrapped optimizer besides torch's. Copy and pickle keep it.
 
-    order: names by user group, in the given order. reset: the parameters whose rank the last
-    checkpoint changed.
+    order: names by user group, in the given order.
     """
 
     plan: Plan
     init: Init | None
-    on_rank_change: OnRankChange
-    scale_weight_decay: bool
     order: tuple[tuple[str, ...], ...]
-    reset: tuple[Reset, ...] = ()
 
 
 class _Meta(type):
@@ -136,8 +129,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         law: a law or its name, by default "falling". A rate that this default moves keeps a
             distance, × 0.9, since too high costs more than too low. Another law is used as it is.
         recipe: a calibrated recipe, its path or its adapter's folder. It replaces `lr`, `tuned_at`
-            and `law`. A warning is given if the optimizer, its settings, batch, steps or warm-up
-            differ from the recipe's.
+            and `law`. A warning is given if the optimizer, its settings, batch or steps differ from
+            the recipe's.
         method: "lora", or "full" for full finetuning of a model without adapters.
         init: the adapters' init if it cannot be read: "A" (B starts at zero, as in PEFT) or "B" (A
             starts at zero).
@@ -145,24 +138,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         other_lr: the rate of every parameter that is not a factor, by default the base rate. With a
             recipe the default is the rate of the recipe's trials, else its rate for full
             finetuning. It must be given if there is neither.
-        per_layer_width: whether the law uses each layer's fan-in instead of one width for the
-            model.
         batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's
             rule moves every rate.
-        strict: whether to refuse an optimizer without a derived law. Otherwise an unknown one is
-            scaled like Adam.
-        scale_weight_decay: whether the multiplier also scales a decoupled weight decay, lr ×
-            weight_decay.
-        on_rank_change: what to do when a checkpoint of another rank is loaded: "raise", or "reset"
-            the moments of changed factors.
-        native_type: whether to return an instance of the native class, for frameworks that test the
-            exact type (DeepSpeed). Its step does not multiply, so the groups' rates are multiplied
-            once. Its checkpoints and groups added later are handled by torch alone.
         steps: training steps of this run. With a recipe they move every rate by its horizon.
-        warmup_share: share of the steps with a rising rate, compared with the recipe's.
-        apply_settings: whether to use the recipe's optimizer settings (weight decay, betas) where
-            none are given.
-        **settings: the optimizer's own arguments.
+        **settings: the optimizer's own arguments, such as those of a recipe, `**recipe.settings`.
 
     Raises:
         InspectionError: the adapters cannot be read. As with the errors below, nothing was changed.
@@ -175,7 +154,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware: _Wrap
     _rankaware_native: Native
     _rankaware_stepping = False  # inside a step; the native step may call self.step
-    # a step in progress has put in place: group, base rate, multiplied rate, weight decay;
+    # a step in progress has put in place: group, base rate, multiplied rate;
     # it is a new list after each
     _rankaware_held: Sequence[Any] = ()
     _rankaware_unchecked = True  # new parameters since these were checked
@@ -196,15 +175,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         init: Init | None = None,
         rates: Mapping[str, float | Rate] | None = None,
         other_lr: float | Rate | None = None,
-        per_layer_width: bool = False,
         batch: float | None = None,
-        strict: bool = False,
-        scale_weight_decay: bool = True,
-        on_rank_change: OnRankChange = "raise",
-        native_type: bool = False,
         steps: int | None = None,
-        warmup_share: float | None = None,
-        apply_settings: bool = False,
         **settings: Any,
     ) -> RankAwareOptimizer:
         built = params if isinstance(params, Optimizer) else None
@@ -212,14 +184,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         model = model_of(params, model)
         native = native_class(built, optimizer, lr, settings)
         refuse_inside_zero()
-        check_on_rank_change(on_rank_change)
-        horizon = {"batch": batch, "steps": steps, "warmup_share": warmup_share}
+        refuse_keywords(native, settings, signature(cls.__new__).parameters)
+        horizon = {"batch": batch, "steps": steps}
         loaded, law, at = read_recipe(recipe, horizon, law, tuned_at, lr)
-        if apply_settings:
-            settings = {**applied_settings(loaded, native, built), **settings}
-        options = PlanOptions(
-            law, at, dict(rates or {}), other_lr, per_layer_width, batch, strict
-        )
+        options = PlanOptions(law, at, dict(rates or {}), other_lr, batch)
         if built is None:
             listed, in_force = params, settings
         else:
@@ -244,9 +212,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         else:
             opt = _regroup(built, native, parts, lr)
         order = tuple(group.names for group in groups)
-        wrap = _Wrap(plan, init, on_rank_change, scale_weight_decay, order)
-        finish = _as_native if native_type else _attached
-        return finish(opt, wrap, model)  # type: ignore[no-any-return]
+        return _attached(opt, _Wrap(plan, init, order), model)  # type: ignore[no-any-return]
 
     def report(self, *, per_module: bool = False) -> Report:
         """Return a table of the groups with their current rates, the reasons for them, and what to
@@ -257,7 +223,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         wrap = self._rankaware
         title = f"RankAwareOptimizer({type(self).__name__}), {origin(wrap.plan)}"
-        return make_report(self.param_groups, wrap.plan, title, wrap.reset, per_module)
+        return make_report(self.param_groups, wrap.plan, title, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:
         """Repeat values for the groups that were split, for schedulers that take a list.
@@ -310,7 +276,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
         Rates in it are base rates, also those of a plain optimizer. The multipliers of this
         optimizer are kept. A warning is given if the checkpoint's differ. Explicit rates (`rates`,
-        `other_lr`) do not follow the base rate. Another rank is treated as `on_rank_change` says.
+        `other_lr`) do not follow the base rate.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -322,14 +288,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         before, default = dict(vars(self)), self.defaults.get("lr")
         by_default = [base_of(group) == default for group in self.param_groups]
         try:
-            fitted, reset = fit_checkpoint(
-                self.param_groups,
-                state_dict,
-                wrap.on_rank_change,
-                wrap.order,
-                _model_of(self),
-            )
-            check_loadable(native, self.defaults, self.param_groups, fitted)
+            fitted = fit_checkpoint(self.param_groups, state_dict, wrap.order)
             native.load_state_dict(self, fitted)
         except BaseException as error:
             vars(self).clear()
@@ -341,7 +300,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 f"The checkpoint cannot be loaded: {error!r}.",
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
-        self._rankaware = replace(wrap, reset=reset)
         self._rankaware_unchecked = True
         for group in list(compress(self.param_groups, by_default))[:1]:
             base = base_of(group)
@@ -493,14 +451,6 @@ def _regroup(built: Optimizer, native: Native, parts: list[Group], lr: Any) -> A
     return built
 
 
-def _as_native(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
-    """Return the optimizer as an instance of its native class, its rates multiplied once."""
-    for group in opt.param_groups:
-        multiply_for_native(group, None if wrap.scale_weight_decay else opt)
-    opt.__class__ = type(opt)._rankaware_native
-    return opt
-
-
 def _attached(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
     """Return the optimizer with its state, and remember it among those alive."""
     opt._rankaware = wrap
@@ -588,7 +538,7 @@ def _step_of(native: Any) -> Callable[..., Any]:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _multiply(opt: Any) -> None:
     """Set every group's rate to base rate × multiplier."""
-    groups, keep_decay = opt.param_groups, not opt._rankaware.scale_weight_decay
+    groups = opt.param_groups
     bases = [group["lr"] for group in groups]
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
     rates: Sequence[Any]
@@ -596,24 +546,19 @@ def _multiply(opt: Any) -> None:
         rates = torch._foreach_mul(bases, multipliers)  # one call for all groups
     else:
         rates = list(map(mul, bases, multipliers))
-    decays = [group.get("weight_decay") for group in groups]
     # before a rate changes, for a save
-    opt._rankaware_held = list(zip(groups, bases, rates, decays, strict=True))
-    for group, rate, multiplier in zip(groups, rates, multipliers, strict=True):
+    opt._rankaware_held = list(zip(groups, bases, rates, strict=True))
+    for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
-        if keep_decay and shrinks_by_decay(opt, group):
-            group["weight_decay"] = group["weight_decay"] / multiplier
 
 
 def _put_back(opt: Any) -> None:
     """Restore the base rates. A rate that the optimizer wrote itself is kept, divided by the
     multiplier.
     """
-    for group, base, rate, decay in opt._rankaware_held:
+    for group, base, rate in opt._rankaware_held:
         now = group["lr"]
         group["lr"] = base if now is rate else now / group.get("rank_multiplier", 1.0)
-        if decay is not None:
-            group["weight_decay"] = decay
     opt._rankaware_held = []
 
 
@@ -626,10 +571,8 @@ def _at_base_rates(opt: Any, read: Callable[[], dict[str, Any]]) -> dict[str, An
         state = read()
         if opt._rankaware_held is held:
             break
-    for group, (_, base, _, decay) in zip(state["param_groups"], held, strict=False):
+    for group, (_, base, _) in zip(state["param_groups"], held, strict=False):
         group["lr"] = base
-        if decay is not None:
-            group["weight_decay"] = decay
     return state
 
 

@@ -36,7 +36,7 @@ def readers(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     for where in (*asked, {"rank": 8, "steps": 10}, {"rank": 8, "fan_in": 128.0}):
         yield f"at {where}", lambda where=where: ra.Recipe.load(path).at(**where)
     yield "save", lambda: ra.Recipe.load(path).save(path.with_name("saved.toml"))
-    for options in ({}, {"apply_settings": True}, {"steps": 50, "batch": 8}):
+    for options in ({}, {"steps": 50, "batch": 8}):
         for kind in ("adamw", torch.optim.SGD):
             options = {"other_lr": 1e-3, **options}
             yield (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from rankaware_optim import (
-    CheckpointError,
     Constant,
     OptimizerError,
     Power,
@@ -25,10 +23,8 @@ from rankaware_optim import (
     RankAwareWarning,
     Reference,
     rank_aware_param_groups,
-    to_plain_state_dict,
 )
 from rankaware_optim._warn import warn
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train
 from ..helpers.optimizers import muon
@@ -350,145 +346,6 @@ def test_a_tensor_rate_is_scaled_once(form, scaling):
     assert_at(model, moved(model, opt), LR / 2)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_weight_decay_by_product_or_not(scaled):
-    """A decoupled decay is lr × weight_decay: it follows the multiplier, or with scale_weight_decay=False does not."""
-    model = mlp((4, 64), head=False)
-    opt = RankAwareOptimizer(
-        model,
-        torch.optim.AdamW,
-        lr=1e-2,
-        weight_decay=0.1,
-        scale_weight_decay=scaled,
-        **LAW,
-    )
-    named = trained(model)
-    with torch.no_grad():
-        for p in named.values():
-            p.fill_(1.0)
-            p.grad = torch.zeros_like(p)
-    opt.step()
-    shrunk = {name: 1 - p.flatten()[0].item() for name, p in named.items()}
-    assert shrunk["layer0.lora_A"] == pytest.approx(1e-3, rel=1e-3)
-    assert shrunk["layer1.lora_A"] == pytest.approx(
-        1e-3 * (0.25 if scaled else 1.0), rel=1e-3
-    )
-    assert {group["weight_decay"] for group in opt.param_groups} == {0.1}
-
-
-class Seen(torch.optim.NAdam):
-    """Keeps the decays with which it stepped."""
-
-    def step(self, closure=None):
-        self.decays = {group["weight_decay"] for group in self.param_groups}
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_a_decay_in_the_gradient_is_not_divided(decoupled):
-    """NAdam normalizes an L2 decay with the gradient, so scale_weight_decay=False changes only a decoupled one."""
-    model = mlp((4, 64), head=False)
-    decays = {
-        "weight_decay": 0.1,
-        "decoupled_weight_decay": decoupled,
-        "scale_weight_decay": False,
-    }
-    opt = RankAwareOptimizer(model, Seen, lr=1e-2, **decays, **LAW)
-    train(model, opt, steps=1)
-    assert opt.decays == ({0.1, 0.4} if decoupled else {0.1})
-    assert {
-        group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]
-    } == opt.decays
-
-
-class Decoupled(torch.optim.Optimizer):
-    """An optimizer with pytorch_optimizer's settings of a group, which keeps the decays with which it stepped."""
-
-    def __init__(self, params, lr, weight_decay, **settings):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **settings})
-
-    def step(self, closure=None):
-        self.decays = {group["weight_decay"] for group in self.param_groups}
-
-
-class ForAllGroups(Decoupled):
-    """The same settings, which the optimizer keeps for all groups, as torch_optimizer's AdaBelief does."""
-
-    def __init__(
-        self, params, lr, weight_decay, weight_decouple=True, fixed_decay=False
-    ):
-        super().__init__(params, lr, weight_decay)
-        self._weight_decouple, self._fixed_decay = weight_decouple, fixed_decay
-
-
-DECAYS = [
-    ({"weight_decouple": True}, True),
-    ({"fixed_decay": True}, False),
-    ({"weight_decouple": False}, False),
-]
-
-
-@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
-@pytest.mark.parametrize("kind", [Decoupled, ForAllGroups])
-@pytest.mark.parametrize(("settings", "divided"), DECAYS)
-def test_only_a_decay_that_follows_the_rate_is_divided(kind, settings, divided):
-    """A fixed or an L2 decay is kept, in a step, in a plain state, and in native groups."""
-    given = {"weight_decay": 0.1, "scale_weight_decay": False, **settings, **LAW}
-    model = mlp((4, 64), head=False)
-    opt = RankAwareOptimizer(model, kind, lr=1e-2, **given)
-    opt.step()
-    wanted = {0.1, 0.4} if divided else {0.1}
-    assert opt.decays == wanted
-    assert {
-        group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]
-    } == wanted
-    native = RankAwareOptimizer(model, kind, lr=1e-2, native_type=True, **given)
-    assert {group["weight_decay"] for group in native.param_groups} == wanted
-
-
-def test_sgds_own_l2_decay_follows_the_rate():
-    """A step that is linear in the gradient multiplies its L2 decay by the rate."""
-    model = mlp((4, 64), head=False)
-    opt = RankAwareOptimizer(
-        model,
-        torch.optim.SGD,
-        lr=1e-2,
-        weight_decay=0.1,
-        scale_weight_decay=False,
-        **LAW,
-    )
-    assert {
-        group["weight_decay"] for group in to_plain_state_dict(opt)["param_groups"]
-    } == {
-        0.1,
-        0.4,
-    }
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda opt: pickle.loads(pickle.dumps(opt)),
-}
-
-
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_multiplies_too(copied):
-    """A copied optimizer's step multiplies as its original's does."""
-    model = Model()
-    twin = COPIES[copied](by_class(model))
-    params = [p for group in twin.param_groups for p in group["params"]]
-    before = [p.detach().clone() for p in params]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    twin.step()
-    rates = [
-        effective_lr(group) for group in twin.param_groups for _ in group["params"]
-    ]
-    assert [
-        (a - b).flatten()[0].item() for a, b in zip(before, params, strict=True)
-    ] == pytest.approx(rates)
-
-
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 @pytest.mark.filterwarnings("ignore")
 def test_compiling_the_step_makes_no_more_graphs(rate):
@@ -522,6 +379,30 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
     assert ours <= native
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- groups without parameters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
+@pytest.mark.parametrize("emptied", ["one", "all", "cleared"])
+def test_emptied_groups_step_as_native_ones_do(kind, rate, emptied):
+    """Where the user takes the parameters of a group, or all groups, away, a step does nothing there."""
+    model = mlp((4, 8))
+    opt = RankAwareOptimizer(model, kind, lr=copy.deepcopy(rate), **LAW)
+    train(model, opt, steps=1)
+    gone = [p for group in opt.param_groups for p in group["params"]]
+    if emptied == "cleared":
+        opt.param_groups.clear()
+    for group in opt.param_groups[: 1 if emptied == "one" else None]:
+        group["params"] = []
+    kept = {id(p) for group in opt.param_groups for p in group["params"]}
+    before = {id(p): p.detach().clone() for p in gone}
+    train(model, opt, steps=2)
+    assert [torch.equal(before[id(p)], p) for p in gone] == [
+        id(p) not in kept for p in gone
+    ]
 
 
 # --- groups of ours, given again ------------------------------------------------------------------------------------
@@ -601,21 +482,6 @@ def test_lists_with_a_value_a_parameter_are_split_along():
         group["marks"] == [order[id(p)] for p in group["params"]]
         for group in opt.param_groups
     )
-
-
-def test_a_group_put_in_by_hand_is_said():
-    """A group that was appended to param_groups trains at its rate, and a checkpoint says how to add it."""
-    model, lone = Model(), nn.Parameter(torch.zeros(1))
-    opt = by_class(model)
-    state = opt.state_dict()
-    opt.param_groups.append({**torch.optim.SGD([lone], lr=LR).param_groups[0]})
-    lone.grad = torch.ones_like(lone)
-    opt.step()
-    assert lone.item() == pytest.approx(-LR)
-    with pytest.raises(
-        CheckpointError, match=r"param_groups directly.*add_param_group"
-    ):
-        opt.load_state_dict(state)
 
 
 SETTINGS = [

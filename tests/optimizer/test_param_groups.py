@@ -15,7 +15,6 @@ from torch import nn
 from rankaware_optim import (
     Falling,
     InspectionError,
-    LawError,
     MuA,
     OptimizerError,
     Power,
@@ -27,7 +26,9 @@ from rankaware_optim import (
     rank_aware_param_groups,
 )
 from rankaware_optim._types import Factor
+from rankaware_optim.inspection import Walk, walk
 from rankaware_optim.optimizer import PlanOptions, make_plan, plan_rates
+from rankaware_optim.optimizer._param_groups import user_groups
 
 from ..helpers.models import adapted, mlp
 from ..helpers.optimizers import DISTANCE, muon, used
@@ -423,24 +424,6 @@ def test_embeddings_are_scaled_along_their_own_law_at_width_one(init):
     assert multipliers(rank_aware_param_groups(model, lr=LR))["emb.lora_A"] == 1.0
 
 
-def test_one_width_or_each_layers_own():
-    """By default the law sees one width for the whole model; per_layer_width=True gives it each layer's own."""
-    model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
-    at = replace(AT_16, fan_in=64)
-    one = multipliers(rank_aware_param_groups(model, lr=LR, tuned_at=at))
-    own = multipliers(
-        rank_aware_param_groups(model, lr=LR, tuned_at=at, per_layer_width=True)
-    )
-    assert (
-        one["0.lora_A"]
-        == one["1.lora_A"]
-        == pytest.approx(expected(4, 1.0, at, width=inspect_model(model).width))
-    )
-    assert [own["0.lora_A"], own["1.lora_A"]] == pytest.approx(
-        [expected(4, 1.0, at, width=n) for n in (12, 27)]
-    )
-
-
 # --- the distance of a moved rate -----------------------------------------------------------------------------------
 
 LAMB = type("Lamb", (torch.optim.SGD,), {})
@@ -453,7 +436,6 @@ KEEPS = [
         {"tuned_at": Reference(rank=16, alpha=16, fan_in=16, batch=16), "batch": 64},
         2.0 * DISTANCE,
     ),
-    ({"per_layer_width": True}, DISTANCE),
     ({"optimizer_class": LAMB}, 1.0),
     ({"law": "mua"}, 1.0),
     ({"law": "mua-paper"}, 1.0),
@@ -593,19 +575,6 @@ def test_pinned_weights_do_not_count_for_the_width():
     )
 
 
-def test_full_finetuning_per_layer():
-    """per_layer_width=True gives every whole weight the rate of its own fan-in."""
-    at = Reference(method="full", fan_in=32)
-    found = multipliers(
-        rank_aware_param_groups(
-            whole(), lr=LR, method="full", tuned_at=at, per_layer_width=True
-        )
-    )
-    assert found["out.weight"] == 1.0
-    moved = MuA().multiplier(Factor("w", "full", None, 8, 32), at)
-    assert found["in.weight"] == pytest.approx(moved * DISTANCE)
-
-
 def test_a_model_without_pairs_needs_method_full():
     """Without adapters and without method="full" the error says both ways out."""
     with pytest.raises(InspectionError, match=r"Add adapters .* method='full'"):
@@ -717,15 +686,6 @@ def test_a_law_without_families_is_said_to_know_none():
     """A law that has one form for all is noted as such beside an optimizer of another family."""
     (note,) = plan(mlp(), optimizer_class=torch.optim.SGD, law="loraplus").notes
     assert note == "SGD is gradient-like, for which the law 'loraplus' has no form."
-
-
-def test_strict_refuses_unknown_families():
-    """strict=True refuses an optimizer that no law is derived for, and takes those of known families."""
-    with pytest.raises(LawError, match=r"family of Unheard.* Leave strict out"):
-        plan(mlp(), optimizer_class=UNHEARD, strict=True)
-    assert plan(
-        mlp(), optimizer_class=torch.optim.SGD, strict=True
-    ).law == Falling().bind(torch.optim.SGD, {})
 
 
 BATCHES = [
@@ -840,3 +800,26 @@ def test_an_optimizer_that_holds_another_is_refused():
     model = mlp((4,))
     with pytest.raises(OptimizerError, match="Holds wraps another optimizer"):
         RankAwareOptimizer(Holds(model.parameters(), lr=LR), model=model, init="A")
+
+
+class Name(str):
+    """A name that counts how often it is hashed."""
+
+    hashed = 0
+
+    def __hash__(self):
+        Name.hashed += 1
+        return super().__hash__()
+
+
+def test_building_is_linear_in_groups():
+    """Ten times the groups look at ten times the names, not at a hundred times."""
+    found = []
+    for count in (10, 100):
+        model = nn.ParameterList(torch.zeros(2) for _ in range(count))
+        modules, parameters = walk(model)
+        walked = Walk(modules, [(Name(name), p) for name, p in parameters])
+        Name.hashed = 0
+        user_groups([{"params": [p]} for p in model], model, walked)
+        found.append(Name.hashed)
+    assert 0 < found[1] <= 10 * found[0]

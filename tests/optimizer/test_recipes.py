@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +24,10 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
+from rankaware_optim._optimizers import get_optimizer_class
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.optimizer._validate import _fits
 
 from ..helpers.models import mlp, train
-from ..helpers.optimizers import Muon, needs_muon
 
 WIDTH = 16  # that of models.mlp
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
@@ -76,7 +76,7 @@ def values(opt, role: str = "other") -> list[float]:
 
 # --- the run is another than the recipe's ---------------------------------------------------------------------------
 
-TAKE = "apply_settings=True uses them"
+TAKE = r"give **recipe.settings"
 FARTHER = "are less certain for others"
 OTHER = [
     ({}, {"betas": (0.9, 0.95)}, "weight_decay=0.1, not 0.01", TAKE),
@@ -90,7 +90,6 @@ OTHER = [
     ),
     ({}, {**OWN, "batch": 64}, "batch=16, not 64", FARTHER),
     ({}, {**OWN, "steps": 500}, "steps=100, not 500", FARTHER),
-    ({}, {**OWN, "warmup_share": 0.2}, "warmup_share=0.05, not 0.2", FARTHER),
     (
         {},
         {"weight_decay": 0.1, "batch": 8, "steps": 50},
@@ -167,7 +166,7 @@ class Eight(AdamW):
 ALIKE = [
     (RECIPE, {**OWN}),
     (RECIPE, {**OWN, "foreach": False, "eps": 1e-8, "amsgrad": True}),
-    (RECIPE, {**OWN, "batch": 16.0, "steps": 100, "warmup_share": 0.05}),
+    (RECIPE, {**OWN, "batch": 16.0, "steps": 100}),
     (RECIPE, {"weight_decay": torch.tensor(0.1), "betas": [0.9, 0.95]}),
     (RECIPE, {**OWN, "optimizer": Eight}),
     (replace(RECIPE, optimizer="bitsandbytes.optim.adamw.AdamW8bit"), OWN),
@@ -178,7 +177,7 @@ ALIKE = [
     ),
     (
         replace(RECIPE, batch=None, warmup=None),
-        {**OWN, "batch": 64, "warmup_share": 0.2},
+        {**OWN, "batch": 64},
     ),
     (replace(RECIPE, settings={"betas": (0.9, 0.999)}), {}),
 ]
@@ -257,8 +256,6 @@ def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
 REFUSED = [
     ({"steps": 0}, RecipeError, "steps is 0"),
     ({"steps": 2.5}, RecipeError, r"steps is 2\.5"),
-    ({"warmup_share": 1.5}, OptimizerError, r"warmup_share is 1\.5.*from 0 to 1"),
-    ({"warmup_share": "5%"}, OptimizerError, "warmup_share is '5%'"),
     (
         {"recipe": replace(RECIPE, steps=None), "steps": 9},
         RecipeError,
@@ -268,21 +265,6 @@ REFUSED = [
         {"recipe": None, "lr": 1e-3, "steps": 9},
         OptimizerError,
         "steps= was given without recipe=",
-    ),
-    (
-        {"recipe": None, "lr": 1e-3, "warmup_share": 0.1},
-        OptimizerError,
-        "warmup_share= was given without recipe=",
-    ),
-    (
-        {"recipe": None, "lr": 1e-3, "apply_settings": True},
-        OptimizerError,
-        "but none was given",
-    ),
-    (
-        {"optimizer": SGD, "apply_settings": True},
-        OptimizerError,
-        "whose settings do not fit SGD",
     ),
 ]
 
@@ -297,95 +279,25 @@ def test_an_impossible_run_is_refused(options, error, message):
 # --- its settings ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "decay", "betas"),
-    [
-        ({}, 0.1, (0.9, 0.95)),
-        ({"weight_decay": 0.1}, 0.1, (0.9, 0.95)),
-        ({"eps": 1e-8}, 0.1, (0.9, 0.95)),
-    ],
-)
-def test_a_recipes_settings_are_taken(options, decay, betas, tmp_path):
-    """apply_settings=True gives the optimizer the recipe's settings, read from its file, and training goes on."""
+def test_a_recipes_settings_are_its_optimizers(tmp_path):
+    """**recipe.settings, read from its file, is what the optimizer takes, nothing is said, and training goes on."""
     recipe = Recipe.load(RECIPE.save(tmp_path / "r.toml"))
     model = mlp((16, 16))
-    opt = built(recipe, model=model, apply_settings=True, **options)
-    assert {
-        (g["weight_decay"], g["betas"], g["foreach"]) for g in opt.param_groups
-    } == {(decay, betas, None)}
+    opt = built(recipe, model=model, **recipe.settings)
+    for group in opt.param_groups:
+        assert (group["weight_decay"], tuple(group["betas"])) == (0.1, (0.9, 0.95))
     train(model, opt, steps=1)
 
 
-def test_what_is_given_stays():
-    """A setting that is given, by name or by group, is not replaced, and a warning says that it differs."""
-    model = mlp((16, 16))
-    with pytest.warns(
-        RankAwareWarning,
-        match=r"was made with betas=\[0\.9, 0\.95\], not \[0\.9, 0\.99\]\. ",
-    ):
-        opt = built(model=model, apply_settings=True, betas=(0.9, 0.99))
-    assert {(g["weight_decay"], g["betas"]) for g in opt.param_groups} == {
-        (0.1, (0.9, 0.99))
-    }
-    groups = grouped(model, {}, {"weight_decay": 0.0})
-    opt = RankAwareOptimizer(
-        groups, AdamW, model=model, recipe=RECIPE, apply_settings=True
-    )
-    assert {(g["lora_role"], g["weight_decay"]) for g in opt.param_groups} == {
-        ("A", 0.1),
-        ("B", 0.1),
-        ("other", 0.0),
-    }
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 
-ODD = {
-    "betas": [0.9, 0.95, 0.99],  # of three groups
-    "weight_decay": [0.1, 0.2],
-    "eps": "tensor(1e-08)",  # the text of what a file cannot hold
-    "amsgrad": True,
-    "lr": 5.0,
-    "decoupled_weight_decay": True,  # none of the constructor's
-}
-
-
-@pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
-def test_a_value_that_no_setting_can_have_is_left():
-    """Values of several groups, texts of objects, and what the class does not take are not applied."""
-    opt = built(replace(RECIPE, settings=ODD), apply_settings=True)
-    group = opt.param_groups[0]
-    assert (group["betas"], group["weight_decay"], group["eps"], group["amsgrad"]) == (
-        (0.9, 0.999),
-        0.01,
-        1e-8,
-        True,
-    )
-    assert group["lr"] == RECIPE.lr
-
-
-@needs_muon
-def test_a_texts_setting_is_taken():
-    """A word is taken where the class has a word or None by default."""
-    recipe = replace(
-        RECIPE,
-        optimizer="torch.optim._muon.Muon",
-        settings={"adjust_lr_fn": "match_rms_adamw"},
-    )
-    model = mlp((16, 16), head=False)
-    opt = RankAwareOptimizer(model, Muon, recipe=recipe, apply_settings=True)
-    assert opt.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-    with pytest.warns(
-        RankAwareWarning, match="adjust_lr_fn='match_rms_adamw', not None"
-    ):
-        RankAwareOptimizer(model, Muon, recipe=recipe)
-
-
-def test_a_built_optimizer_keeps_its_settings():
-    """apply_settings=True for an optimizer that is built already is refused before it is changed."""
-    model = mlp((16, 16))
-    opt = AdamW(model.parameters())
-    with pytest.raises(OptimizerError, match="built already"):
-        RankAwareOptimizer(opt, model=model, recipe=RECIPE, apply_settings=True)
-    assert type(opt) is AdamW
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipes_settings_are_its_optimizers(path):
+    """Every setting is one that its optimizer's constructor takes, with a value that it accepts."""
+    recipe = Recipe.load(path)
+    native = get_optimizer_class(recipe.optimizer)
+    native([nn.Parameter(torch.zeros(2, 2))], lr=recipe.lr, **recipe.settings)
 
 
 # --- other parameters -----------------------------------------------------------------------------------------------
@@ -573,24 +485,3 @@ def test_each_head_has_its_own_rate_and_reason():
     rows = [row for row in opt.report().rows if row.role == "other"]
     assert {row.names[0]: row.lr for row in rows} == pytest.approx(rates)
     assert all(row.reason.endswith("its rate in the recipe's trials") for row in rows)
-
-
-FITS = [
-    ([0.9, 0.99], (0.9, 0.999), True),
-    ([0.9], (0.9, 0.999), False),
-    ([0.1, 0.2], 0.1, False),
-    ("original", None, True),
-    ("<a function>", None, False),
-    ("sum", "mean", True),
-    ("sum", 1.0, False),
-    (0.1, None, True),
-    (0.1, 1, True),
-    (True, False, True),
-    (0.1, "mean", False),
-]
-
-
-@pytest.mark.parametrize(("value", "default", "fits"), FITS)
-def test_a_setting_is_applied_where_it_can_be_one(value, default, fits):
-    """By the default's kind; the text of an object, and the values of several groups, are none."""
-    assert _fits(value, default) is fits

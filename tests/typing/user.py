@@ -46,6 +46,6 @@ def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
 def mistakes(model: nn.Module) -> None:
     """What a checker finds. Under `strict` an ignore that nothing needs is an error itself."""
     opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr="2e-4")  # type: ignore[arg-type]
-    ra.RankAwareOptimizer(model, torch.optim.AdamW, on_rank_change="rescale")  # type: ignore[arg-type]
+    ra.RankAwareOptimizer(model, torch.optim.AdamW, method="adapters")  # type: ignore[arg-type]
     opt.reports()  # type: ignore[attr-defined]
     of_torch(model)  # type: ignore[arg-type]

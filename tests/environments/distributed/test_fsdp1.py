@@ -207,25 +207,17 @@ def test_state_of_fsdp1_resumes(pair, policy, through, kind):
         assert same(straight, broken)
 
 
-def other_rank(policy: str) -> str:
+def other_rank() -> str:
     saved = wrapped(mlp(RANKS[::-1], width=WIDTH, seed=3))
     opt = by_class(saved, init="A")
     train(saved, opt, 0, 1)
     try:
-        by_class(sharded(), init="A", on_rank_change=policy).load_state_dict(
-            opt.state_dict()
-        )
+        by_class(sharded(), init="A").load_state_dict(opt.state_dict())
     except CheckpointError as error:
         return str(error)
     return ""
 
 
-OTHER_RANK = [("raise", "has rank"), ("reset", "")]
-
-
-@pytest.mark.parametrize(("policy", "sentence"), OTHER_RANK)
-def test_state_of_another_rank(pair, policy, sentence):
-    """Another rank is refused, or reset as asked."""
-    first, second = pair.run(other_rank, policy)
-    assert sentence in first
-    assert bool(first) == bool(second) == bool(sentence)
+def test_state_of_another_rank(pair):
+    """Another rank is refused on every process."""
+    assert all("has rank" in sentence for sentence in pair.run(other_rank))

@@ -1,0 +1,802 @@
+"""Checkpoints: where one may come from, what is refused with nothing changed, and what a save inside a step holds."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import lr_scheduler
+
+from rankaware_optim import (
+    CheckpointError,
+    RankAwareOptimizer,
+    RankAwareWarning,
+    Reference,
+    to_plain_state_dict,
+)
+from rankaware_optim.optimizer import effective_lr, rank_aware_param_groups
+from rankaware_optim.optimizer._state_dict import _laid_out
+
+from ..helpers.models import mlp, same, snapshot, train
+
+LR = 1e-2
+LAW = {"tuned_at": Reference(rank=16, alpha=16), "init": "A"}
+AdamW = torch.optim.AdamW
+
+
+def ours(model, kind=AdamW, groups=None, **options):
+    given = model if groups is None else groups
+    return RankAwareOptimizer(
+        given, kind, **{"model": model, "lr": LR, **LAW, **options}
+    )
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def saved(state):
+    """A state through a file, read without unpickling code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def rates(opt):
+    """The rate at which every parameter trains, by name."""
+    return {n: effective_lr(g) for g in opt.param_groups for n in g["param_names"]}
+
+
+def alike(a, b) -> bool:
+    """Whether two nested states hold the same bits, in whatever order of keys."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def step(model, opt, scheduler, count):
+    for _ in range(count):
+        train(model, opt, steps=1)
+        scheduler.step()
+
+
+# --- a run that goes on ---------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, T_max=20),
+    "onecycle": lambda opt: lr_scheduler.OneCycleLR(
+        opt, max_lr=0.1, total_steps=30, cycle_momentum=False
+    ),
+    "sequential": lambda opt: lr_scheduler.SequentialLR(
+        opt,
+        [
+            lr_scheduler.LinearLR(opt, 0.1, total_iters=3),
+            lr_scheduler.ExponentialLR(opt, 0.9),
+        ],
+        milestones=[3],
+    ),
+}
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+RUNS = [
+    *((AdamW, {}, schedule) for schedule in SCHEDULES),
+    (AdamW, {"fused": True}, "lambda"),
+    (AdamW, {"amsgrad": True, "foreach": True}, "cosine"),
+    (torch.optim.SGD, {"momentum": 0.9}, "onecycle"),
+    (torch.optim.RMSprop, {"momentum": 0.5}, "sequential"),
+    (torch.optim.Adafactor, {}, "lambda"),
+    (torch.optim.Adagrad, {}, "cosine"),
+    (torch.optim.NAdam, {}, "cosine"),
+    (torch.optim.ASGD, {}, "lambda"),
+    (torch.optim.Rprop, {}, "lambda"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "schedule"), RUNS)
+def test_a_resume_in_the_middle_of_a_schedule_is_bit_identical(kind, options, schedule):
+    """Training interrupted, saved and resumed ends at the same bits as training that went on."""
+    model, again = mlp((4, 8)), mlp((4, 8), seed=1)
+    opt, other = ours(model, kind, **options), ours(again, kind, **options)
+    scheduler, resumed = SCHEDULES[schedule](opt), SCHEDULES[schedule](other)
+    step(model, opt, scheduler, 4)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(saved(opt.state_dict()))
+    resumed.load_state_dict(scheduler.state_dict())
+    step(model, opt, scheduler, 4)
+    step(again, other, resumed, 4)
+    assert same(snapshot(model), snapshot(again))
+    assert alike(opt.state_dict(), other.state_dict())
+
+
+def test_a_trained_model_of_undeclared_init_can_resume():
+    """Trained adapters whose init nobody declares are warned of; their checkpoint brings the rates back."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    train(model, opt)
+    again = copy.deepcopy(model)
+    with pytest.warns(RankAwareWarning, match="neither factor zero") as caught:
+        fresh = RankAwareOptimizer(again, AdamW, lr=LR, tuned_at=LAW["tuned_at"])
+    assert caught[0].filename == __file__
+    with pytest.warns(RankAwareWarning, match="neither factor zero"):
+        pinned = ours(again, init=None, rates={"layer0.*": 1e-4})
+    for other in (fresh, pinned):
+        other.load_state_dict(saved(opt.state_dict()))
+    assert rates(fresh) == rates(opt)
+    kept = {n: rate for n, rate in rates(opt).items() if "layer0" not in n}
+    assert rates(pinned) == pytest.approx(
+        {**kept, "layer0.lora_A": 1e-4, "layer0.lora_B": 1e-4}
+    )
+    train(model, opt)
+    train(again, fresh)
+    assert same(snapshot(model), snapshot(again))
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["all"] = {"steps": self.state["all"].get("steps", 0) + 1}
+        for param in (p for group in self.param_groups for p in group["params"]):
+            if param.grad is None:
+                continue
+            state, grad = self.state[param], param.grad.reshape(len(param), -1)
+            state["left"] = state.get("left", 0) + grad @ grad.T
+            state["rows"] = grad.square().mean(1, keepdim=True)
+            move = state["left"] @ grad / (state["rows"].sum() + 1)
+            param -= 1e-3 * move.reshape(param.shape)
+
+
+@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
+def test_state_of_other_shapes_is_the_optimizers_own_affair():
+    """State of other shapes than the parameters', and of no parameter, resumes bit for bit."""
+    models = [mlp((4, 8)) for _ in range(2)]
+    first, second = (ours(model, Preconditioned) for model in models)
+    for steps in (3, 2):
+        train(models[0], first, steps=steps)
+        models[1].load_state_dict(models[0].state_dict())
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.state["all"] == {"steps": 5}
+    for model, opt in zip(models, (first, second), strict=True):
+        train(model, opt, steps=2)
+    assert same(*map(snapshot, models))
+
+
+# --- where a checkpoint may come from -------------------------------------------------------------------------------
+
+
+def layers(model):
+    """Groups that are not in the model's order, one empty, one with a rate of its own."""
+    second = trainable(model.layer1)
+    rest = [p for p in trainable(model) if not any(p is q for q in second)]
+    return [
+        {"params": second, "lr": 0.5},
+        {"params": [], "weight_decay": 0.0},
+        {"params": rest},
+    ]
+
+
+def by_key(state):
+    """A state as torch.distributed.checkpoint loads it, with names in place of numbers."""
+    names = {}
+    for group in state["param_groups"]:
+        names |= dict(zip(group["params"], group["param_names"], strict=True))
+        group["params"] = list(group["param_names"])
+        group["param_names"] = group["param_names"][::-1]
+        shapes = group["param_shapes"].split(" ")
+        group["param_shapes"] = " ".join(shapes[::-1])
+    return {
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": state["param_groups"],
+    }
+
+
+def on_groups(model):
+    return AdamW(rank_aware_param_groups(model, lr=LR, **LAW), lr=LR)
+
+
+# the source, what ours is given, and what is made of the source's state
+SOURCES = {
+    "ours": (ours, None, None),
+    "ours, its groups in another order": (
+        ours,
+        lambda model: [{"params": trainable(model)[::-1]}],
+        None,
+    ),
+    "ours, names as keys": (ours, None, by_key),
+    "ours of several groups": (
+        lambda model: ours(model, groups=layers(model)),
+        layers,
+        None,
+    ),
+    "native groups": (on_groups, None, None),
+    "plain": (lambda model: AdamW(trainable(model), lr=LR), None, None),
+    "plain, with frozen parameters": (
+        lambda model: AdamW(model.parameters(), lr=LR),
+        lambda model: list(model.parameters()),
+        None,
+    ),
+    "plain of several groups": (
+        lambda model: AdamW(layers(model), lr=LR),
+        layers,
+        None,
+    ),
+    "plain, an empty group more": (
+        lambda model: AdamW([{"params": trainable(model)}, {"params": []}], lr=LR),
+        None,
+        None,
+    ),
+    "plain with names": (
+        lambda model: AdamW(list(model.named_parameters())[::-1], lr=LR),
+        None,
+        None,
+    ),
+    "plain with names of DDP": (
+        lambda model: AdamW(
+            [(f"module.{n}", p) for n, p in model.named_parameters()], lr=LR
+        ),
+        None,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_parameter_gets_its_own_state(source):
+    """By name, or by position in the groups given, moments and base rates are the source's, and rates the law's."""
+    make, groups, change = SOURCES[source]
+    model = mlp((4, 4))
+    theirs = make(model)
+    train(model, theirs, steps=2)
+    state = saved(theirs.state_dict())
+    given = None if groups is None else groups(model)
+    opt = ours(model, groups=given, lr=2 * LR)
+    expected = {
+        name: rate
+        if source.startswith(("ours of", "plain of")) and "layer1" in name
+        else rate / 2
+        for name, rate in rates(opt).items()
+    }
+    opt.load_state_dict(state if change is None else change(state))
+    assert rates(opt) == pytest.approx(expected, rel=1e-12)
+    assert not any("rank_multiplied" in group for group in opt.param_groups)
+    for param in trainable(model):
+        assert alike(dict(opt.state[param]), dict(theirs.state[param]))
+    train(model, opt, steps=1)
+
+
+WAYS = {
+    "ours, plain": lambda model, opt: to_plain_state_dict(opt),
+    "ours, plain, native": lambda model, opt: loaded(
+        on_groups(model), to_plain_state_dict(opt)
+    ).state_dict(),
+    "ours, native": lambda model, opt: loaded(
+        on_groups(model), opt.state_dict()
+    ).state_dict(),
+    "native alone": lambda model, opt: on_groups(model).state_dict(),
+}
+
+
+def loaded(opt, state):
+    opt.load_state_dict(copy.deepcopy(state))
+    return opt
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_no_way_to_native_groups_and_back_multiplies_twice(way, scheduled):
+    """A state that went to a native optimizer trains at the rates of before when it comes back."""
+    model = mlp((4, 64))
+    opt = ours(model)
+    if scheduled and "native alone" not in way:
+        step(model, opt, lr_scheduler.ExponentialLR(opt, 0.5), 1)
+    back = loaded(ours(mlp((4, 64))), WAYS[way](model, opt))
+    assert rates(back) == pytest.approx(rates(opt), rel=1e-9)
+    assert [g["lr"] for g in back.param_groups] == pytest.approx(
+        [g["lr"] for g in opt.param_groups]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(AdamW, {}), (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adafactor, {})],
+)
+def test_the_way_back_to_a_native_optimizer(kind, options):
+    """Loaded into native groups, the plain state goes on as the rank-aware optimizer does, step by step."""
+    model = mlp((4, 8))
+    opt = ours(model, kind, **options)
+    step(model, opt, lr_scheduler.ExponentialLR(opt, 0.5), 3)
+    again = copy.deepcopy(model)
+    native = kind(rank_aware_param_groups(again, lr=1.0, **LAW), lr=1.0, **options)
+    native.load_state_dict(saved(to_plain_state_dict(opt)))
+    assert all(group["rank_multiplied"] for group in native.param_groups)
+    train(model, opt, steps=1)
+    train(again, native, steps=1)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@each_schedule
+def test_a_plain_runs_scheduler_goes_on(schedule):
+    """A plain run's state loads as it is, and its scheduler's by `expand`, as a warning says. Rates are plain × law's."""
+    model = mlp((4, 8))
+    native = AdamW(trainable(model), lr=LR)
+    plain = SCHEDULES[schedule](native)
+    step(model, native, plain, 4)
+    opt = ours(model)
+    mine = SCHEDULES[schedule](opt)
+    with pytest.warns(
+        RankAwareWarning, match=r"= opt\.expand\(state\[\"base_lrs\"\]\)"
+    ):
+        opt.load_state_dict(saved(native.state_dict()))
+    state = plain.state_dict()
+    for part in (state, *state.get("_schedulers", ())):
+        for key in {"base_lrs", "_last_lr", "lr_lambdas"} & part.keys():
+            part[key] = opt.expand(part[key])
+    mine.load_state_dict(state)
+    for scheduler in (plain, mine):
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert {g["lr"] for g in opt.param_groups} == {native.param_groups[0]["lr"]}
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def stepped(ranks=(4, 8), kind=AdamW, make=ours, width=16):
+    model = mlp(ranks, width=width)
+    opt = make(model, kind)
+    for param in trainable(model):
+        param.grad = torch.ones_like(param)
+    opt.step()
+    return copy.deepcopy(opt.state_dict())
+
+
+def plain(model, kind=AdamW):
+    return kind(trainable(model), lr=LR)
+
+
+def reversed_layers(model, kind=AdamW):
+    return kind(
+        [
+            {"params": trainable(layer)}
+            for layer in (model.layer1, model.layer0, model.head)
+        ],
+        lr=LR,
+    )
+
+
+def in_state(value, key="exp_avg_sq"):
+    state = stepped()
+    state["state"][0][key] = value
+    return state
+
+
+def in_groups(**keys):
+    state = stepped()
+    state["param_groups"][0] |= keys
+    return state
+
+
+def without(key):
+    state = stepped()
+    del state["param_groups"][0][key]
+    return state
+
+
+REFUSED = [
+    (lambda: {}, "not an optimizer checkpoint"),
+    (lambda: {"param_groups": [], "state": {}}, "not an optimizer checkpoint"),
+    (lambda: {"param_groups": [3], "state": {}}, r"cannot be loaded: AttributeError"),
+    (lambda: without("params"), r"cannot be loaded: KeyError\('params'\)"),
+    # another model or other groups
+    (lambda: stepped((4, 4)), r"layer1.lora_A has rank 4, the model's has rank 8"),
+    (lambda: stepped((4, 16)), r"layer1.lora_A has rank 16, the model's has rank 8"),
+    (
+        lambda: stepped((4, 16), torch.optim.Adafactor),
+        r"rank 16, the model's has rank 8",
+    ),
+    (lambda: stepped((4, 16), torch.optim.SGD), r"rank 16, the model's has rank 8"),
+    (lambda: stepped(width=32), r"has shape \(4, 32\), the parameter \(4, 16\)"),
+    (lambda: stepped((4,)), r"lacks 2 of this optimizer's parameters, such as layer1"),
+    (
+        lambda: stepped(make=lambda model, kind: ours(model, kind, layers(model))),
+        r"was built from 2 groups, this one from 1",
+    ),
+    # without names
+    (
+        lambda: stepped((4, 8, 8), make=plain),
+        r"groups of \[8\] parameters, where .* was given groups of \[6\]\. .*same order",
+    ),
+    (
+        lambda: stepped(make=lambda model, kind: kind(model.parameters())),
+        r"groups of \[10\] parameters, .*\[6\]\. .*frozen parameters included",
+    ),
+    (
+        lambda: stepped(make=reversed_layers),
+        r"groups of \[2, 2, 2\] parameters, where .* of \[6\]",
+    ),
+    (
+        lambda: stepped((4, 16), make=plain),
+        r"shape \(16, 16\), the parameter \(8, 16\)",
+    ),
+    (lambda: stepped((8, 4), make=plain), r"shape \(8, 16\), the parameter \(4, 16\)"),
+    # groups that contradict themselves
+    (lambda: in_groups(params=[0, 0]), r"has 7 parameters and 6 names"),
+    (lambda: in_groups(params=[1]), r"list a parameter twice"),
+    (lambda: in_groups(param_names=["a", "b"]), r"has 6 parameters and 7 names"),
+    (lambda: in_groups(param_names=["layer0.lora_B"]), r"list a parameter twice"),
+    (lambda: in_groups(rankaware_format=99), "has format 99, this package reads 1"),
+    (lambda: without("lr"), r"split differently .*build this one as the saved"),
+    # rates
+    (lambda: in_groups(rank_multiplier=0.0), r"has rank_multiplier=0.0"),
+    (lambda: in_groups(lr=math.nan), r"has lr=nan"),
+    (lambda: in_groups(lr=torch.tensor([1.0, 2.0])), r"has lr=tensor\(\[1., 2.\]\)"),
+    (lambda: in_groups(initial_lr="x"), r"has initial_lr='x'"),
+    (lambda: in_groups(pinned_lr=-1.0), r"has pinned_lr=-1.0"),
+    (lambda: in_groups(lr=1.5e308), r"times the multiplier 2.11 of a group is inf"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(make, message):
+    """It is an error with cause and cure, and nothing is loaded."""
+    opt = ours(mlp((4, 8)))
+    before, held = copy.deepcopy(opt.state_dict()), (opt.state, opt.param_groups)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        opt.load_state_dict(make())
+    assert caught.value.cure.endswith(".")
+    assert (opt.state, opt.param_groups) == held
+    assert alike(before, opt.state_dict())
+
+
+def test_saved_groups_that_differ_are_not_merged():
+    """Parameters that had two rates are not put into one group with one of them."""
+    model = mlp((4, 4))
+    apart = ours(model, rates={"layer0.*": 1e-3})
+    state = apart.state_dict()
+    with pytest.warns(RankAwareWarning, match="another law"):
+        ours(mlp((4, 4))).load_state_dict(copy.deepcopy(state))
+    state["param_groups"][0]["lr"] /= 2
+    with pytest.raises(CheckpointError, match="come from saved groups of different lr"):
+        ours(mlp((4, 4))).load_state_dict(state)
+
+
+def test_a_group_put_in_by_hand_is_said():
+    """A group that was appended to param_groups trains at its rate, and a checkpoint says how to add it."""
+    model, lone = mlp((4, 8)), nn.Parameter(torch.zeros(1))
+    opt = ours(model, torch.optim.SGD)
+    state = opt.state_dict()
+    opt.param_groups.append({**torch.optim.SGD([lone], lr=LR).param_groups[0]})
+    lone.grad = torch.ones_like(lone)
+    opt.step()
+    assert lone.item() == pytest.approx(-LR)
+    with pytest.raises(
+        CheckpointError, match=r"param_groups directly.*add_param_group"
+    ):
+        opt.load_state_dict(state)
+
+
+class Undecided(torch.optim.SGD):
+    """An optimizer whose own load fails after it has begun."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.param_groups[0]["lr"] = 0.5
+        raise OSError("the disk is gone")
+
+
+def test_a_load_that_fails_midway_changes_nothing():
+    """Where the optimizer's own load raises, state, groups and attributes are those of before."""
+    opt = ours(mlp((4, 8)), Undecided)
+    state, held = copy.deepcopy(opt.state_dict()), (opt.state, opt.param_groups)
+    with pytest.raises(CheckpointError, match="OSError"):
+        opt.load_state_dict(stepped(kind=torch.optim.SGD))
+    assert (opt.state, opt.param_groups) == held
+    assert alike(state, opt.state_dict())
+
+
+VALUES = [math.nan, math.inf, -1.0, 0, 1e300, True, "x", None, [], {}, (1, 2), 10**400]
+TENSORS = [torch.tensor(math.nan), torch.ones(3), torch.ones(1, 1), torch.ones(0)]
+
+
+def damage(state, draw):
+    """One change to a checkpoint, anywhere in it: a value, a key or an entry of a list."""
+    parts = [state, state["state"], *state["state"].values(), *state["param_groups"]]
+    for group in state["param_groups"]:
+        parts += [group["params"], group.get("param_names", [])]
+    part = draw(
+        st.sampled_from([part for part in [*parts, state["param_groups"]] if part])
+    )
+    keys = list(part) if isinstance(part, dict) else list(range(len(part)))
+    key = draw(st.sampled_from(keys))
+    how = draw(st.sampled_from(["drop", "value", "swap"]))
+    if how == "drop":
+        del part[key]
+    elif how == "swap":
+        other = draw(st.sampled_from(keys))
+        part[key], part[other] = part[other], part[key]
+    else:
+        part[key] = draw(st.sampled_from(VALUES + TENSORS))
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    kind=st.sampled_from([AdamW, torch.optim.SGD, torch.optim.Adafactor]),
+    make=st.sampled_from([ours, plain]),
+)
+def test_a_damaged_checkpoint_is_refused_whole_or_loaded_whole(data, kind, make):
+    """However it is damaged, it is one error of ours that changes nothing, or all groups hold usable rates."""
+    state = stepped(kind=kind, make=make)
+    damage(state, data.draw)
+    model = mlp((4, 8))
+    opt = ours(model, kind)
+    before, held, weights = (
+        repr(opt.state_dict()),
+        (opt.state, opt.param_groups),
+        snapshot(model),
+    )
+    try:
+        opt.load_state_dict(state)
+    except CheckpointError:
+        assert (opt.state, opt.param_groups) == held
+        assert repr(opt.state_dict()) == before
+    else:
+        assert list(rates(opt)) == list(rates(ours(model, kind)))
+        assert all(0 <= rate < math.inf for rate in rates(opt).values())
+    assert same(weights, snapshot(model))
+
+
+# --- what is said, and kept -----------------------------------------------------------------------------------------
+
+
+def test_another_law_multiplies_the_saved_base_rate_and_says_so():
+    """At equal rank the base rate is the checkpoint's, the multipliers are this optimizer's, and one warning says so."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    for group in opt.param_groups:
+        group["lr"] *= 0.5
+    other = ours(mlp((4, 8)), law="loraplus")
+    expected = [group["rank_multiplier"] for group in other.param_groups]
+    with pytest.warns(RankAwareWarning, match="another law") as caught:
+        other.load_state_dict(saved(opt.state_dict()))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert {group["lr"] for group in other.param_groups} == {LR / 2}
+    assert [group["rank_multiplier"] for group in other.param_groups] == expected
+
+
+def test_parts_of_a_group_with_several_rates_are_said():
+    """A state by names, as torch.distributed.checkpoint loads it, may have put a rate into one part alone."""
+    opt = ours(mlp((4, 8)))
+    opt.load_state_dict(by_key(copy.deepcopy(opt.state_dict())))
+    state = by_key(copy.deepcopy(opt.state_dict()))
+    state["param_groups"][0]["lr"] = LR / 2
+    with pytest.warns(RankAwareWarning, match="several base rates"):
+        opt.load_state_dict(state)
+
+
+def test_a_rate_in_a_tensor_is_loaded():
+    """One number in a tensor is a rate, the 0 of a warm-up too."""
+    opt = ours(mlp((4, 8)))
+    for value in (0.0, 0.5):
+        opt.load_state_dict(in_groups(lr=torch.tensor(value)))
+        assert float(opt.param_groups[0]["lr"]) == value
+
+
+def test_the_default_rate_is_that_of_groups_without_their_own():
+    """A load leaves defaults["lr"], which schedules read, at the base rate, though the first group has another."""
+    model = mlp((4, 8))
+    opt, other = (ours(model, groups=layers(model)) for _ in range(2))
+    opt.load_state_dict(opt.state_dict())
+    assert opt.defaults["lr"] == LR
+    for group in opt.param_groups:
+        group["lr"] *= 2
+    other.load_state_dict(opt.state_dict())
+    assert other.defaults["lr"] == 2 * LR
+
+
+PINNED = {
+    "rates": ({"rates": {"*lora_B*": 5e-4}}, "lora_B"),
+    "other_lr": ({"other_lr": 5e-4}, "head"),
+}
+SAVED = {
+    "ours": lambda model, options: ours(model, **options).state_dict(),
+    "ours, unpinned": lambda model, options: ours(model).state_dict(),
+    "plain": lambda model, options: plain(model).state_dict(),
+}
+
+
+@pytest.mark.filterwarnings("error::rankaware_optim.RankAwareWarning")
+@pytest.mark.parametrize(("options", "where"), PINNED.values(), ids=list(PINNED))
+@pytest.mark.parametrize("source", SAVED)
+def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, source):
+    """After a load of another base rate, what the user pinned still trains at its rate, and no law is blamed."""
+    model = mlp((4, 8))
+    opt = loaded(ours(model, **{"lr": 2 * LR} | options), SAVED[source](model, options))
+    pinned = [rate for name, rate in rates(opt).items() if where in name]
+    assert pinned == pytest.approx([5e-4, 5e-4])
+    assert {group["lr"] for group in opt.param_groups} == {LR}
+
+
+def test_a_pinned_rate_stays_scheduled():
+    """A pinned rate that was halved by hand with the others is half of it after a resume, to the bit."""
+    options = {"rates": {"*lora_B*": 5e-4}}
+    opt = ours(mlp((4, 8)), **options)
+    for group in opt.param_groups:
+        group["lr"] *= 0.3
+    for lr in (LR, 2 * LR):
+        again = loaded(ours(mlp((4, 8)), lr=lr, **options), opt.state_dict())
+        assert rates(again) == rates(opt)
+    moved = loaded(ours(mlp((4, 8)), rates={"*lora_B*": 1e-3}), opt.state_dict())
+    assert rates(moved)["layer0.lora_B"] == pytest.approx(3e-4)
+
+
+LAYOUTS = {
+    "transposed": lambda moment: moment.T.contiguous().T,
+    "every second": lambda moment: moment.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda moment: moment.mean().expand(moment.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_moment_is_read_by_its_numbers_however_it_lies_in_memory(layout, fused):
+    """Strides of a saved tensor, which a fused kernel does not look at, do not change what is trained."""
+    ends = []
+    for dense in (False, True):
+        state = stepped()
+        moment = LAYOUTS[layout](state["state"][0]["exp_avg_sq"])
+        state["state"][0]["exp_avg_sq"] = (
+            moment.contiguous().clone() if dense else moment
+        )
+        for group in state["param_groups"]:
+            group["fused"] = fused
+        model = mlp((4, 8))
+        train(model, loaded(ours(model), state), steps=3)
+        ends.append(snapshot(model))
+    assert same(*ends)
+
+
+def test_a_moment_takes_the_parameters_layout_and_keeps_its_precision():
+    """Fused kernels read a moment as the parameter lies in memory; one of another shape stays as it lies."""
+    moment = torch.arange(24.0, dtype=torch.float64).reshape(6, 4).T
+    laid = _laid_out(moment, torch.zeros(4, 6))
+    assert (laid.dtype, laid.stride()) == (torch.float64, (6, 1))
+    assert torch.equal(laid, moment)
+    factored = torch.arange(8.0).reshape(2, 4).T
+    assert _laid_out(factored, torch.zeros(4, 6)).stride() == factored.stride()
+
+
+# --- copies, and a save during a step -------------------------------------------------------------------------------
+
+
+def through_a_process(opt):
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply_async(copy.copy, (opt,)).get(timeout=100)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda opt: pickle.loads(pickle.dumps(opt)),
+    "spawn": through_a_process,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_reports_and_refuses_as_its_original(copied):
+    """A copy reports, expands, loads and refuses as its original would."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    train(model, opt, steps=1)
+    twin = COPIES[copied](opt)
+    assert isinstance(twin, AdamW)
+    assert str(twin.report()) == str(opt.report())
+    assert twin.expand([1.0]) == opt.expand([1.0])
+    twin.load_state_dict(stepped())
+    with pytest.raises(CheckpointError, match="rank 16, the model's has rank 4"):
+        twin.load_state_dict(stepped((16, 8)))
+
+
+class Saving(AdamW):
+    """Calls `save` in the middle of its step."""
+
+    save = staticmethod(lambda opt: None)
+
+    def step(self, closure=None):
+        self.saved = type(self).save(self)
+        return super().step(closure)
+
+
+TAKEN = {
+    "state_dict": lambda opt: opt.state_dict()["param_groups"],
+    "deepcopy": lambda opt: copy.deepcopy(opt).param_groups,
+    "pickle": lambda opt: pickle.loads(pickle.dumps(opt)).param_groups,
+}
+
+
+@pytest.mark.parametrize("take", TAKEN.values(), ids=list(TAKEN))
+@pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
+def test_what_is_saved_inside_a_step_holds_base_rates(take, rate, monkeypatch):
+    """A state or a copy that the native step takes of itself holds the base rates."""
+    monkeypatch.setattr(Saving, "save", staticmethod(take))
+    model = mlp((4, 64))
+    opt = ours(model, Saving, lr=rate)
+    train(model, opt, steps=1)
+    for groups in (opt.saved, opt.param_groups):
+        assert {float(group["lr"]) for group in groups} == {float(rate)}
+
+
+def saved_rates(opt):
+    groups = (*opt.state_dict()["param_groups"], *opt.__getstate__()["param_groups"])
+    return {group["lr"] for group in groups}
+
+
+def step_for_a_second(opt):
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        opt.step()
+
+
+@pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="timers that signal are POSIX"
+)
+def test_what_a_signal_handler_saves_holds_base_rates():
+    """Whenever a signal comes, a state that its handler takes holds base rates."""
+    model, found = mlp((4, 64)), []
+    opt = ours(model)
+    train(model, opt, steps=1)
+
+    def save(*_):
+        found.append(saved_rates(opt))
+        # A timer that repeats would interrupt a slow machine's handler until the stack is full.
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+
+    before = signal.signal(signal.SIGALRM, save)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4)
+    try:
+        step_for_a_second(opt)
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(found) > 10
+    assert set.union(*found) == {LR}
+
+
+def test_what_another_thread_saves_holds_base_rates():
+    """A thread that saves all the time never sees a multiplied rate."""
+    model = mlp((4, 64))
+    opt = ours(model)
+    train(model, opt, steps=1)
+    found, done = [], threading.Event()
+
+    def save():
+        while not done.is_set():
+            found.append(saved_rates(opt))
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    step_for_a_second(opt)
+    done.set()
+    thread.join()
+    assert len(found) > 10
+    assert set.union(*found) == {LR}
