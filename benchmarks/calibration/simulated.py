@@ -44,6 +44,7 @@ import torch
 from calibration.make_recipes import paths_of
 from calibration.studies import STEPS, Simulated, searched
 from calibration.surfaces import Surface, other_surfaces, study_surfaces
+from internals import Calibration, Options, Schedule, TrialRecord
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CONFIGS
 from study.domains import STUDY
@@ -53,9 +54,6 @@ from study.runs_on_file import read
 from study.suite import STORES
 
 from rankaware_optim import Law, RankAwareWarning, Recipe, Reference
-from rankaware_optim.calibration._calibration import Calibration
-from rankaware_optim.calibration._schedule import Options, Schedule
-from rankaware_optim.calibration._trials import TrialRecord
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 from rankaware_optim.recipe import Z90

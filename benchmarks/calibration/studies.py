@@ -7,14 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from internals import (
+    BracketSampler,
+    Calibration,
+    Options,
+    TrialRecord,
+    Trials,
+    calibrated_recipe,
+    search_range,
+)
 from optuna.trial import TrialState
 
 from rankaware_optim import Recipe
-from rankaware_optim.calibration._calibration import Calibration
-from rankaware_optim.calibration._result import calibrated_recipe
-from rankaware_optim.calibration._schedule import Options
-from rankaware_optim.calibration._search import BracketSampler, search_range
-from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 
 STEPS = 20  # steps of a run, if nothing depends on them

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from internals import FORMS, Site, optimizer_family
 from recording import machine, record
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -40,9 +41,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rankaware_optim as ra
-from rankaware_optim._optimizers import optimizer_family
-from rankaware_optim.laws import FORMS
-from rankaware_optim.laws._mua import Site
 from tests.environments.integrations.by_hand import (
     Case,
     by_class,

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import torch
+from internals import read_sweep
 from laws.scoring import (
     COMPARED,
     LawScore,
@@ -44,10 +45,8 @@ from rankaware_optim import (
     RankAwareOptimizer,
     convert_lr,
 )
-from rankaware_optim.cli import _options
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._runs import read_sweep
 
 RESTS_ON = ("laws.adam",)
 FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"
@@ -272,17 +271,20 @@ def _kept_row(pairs: Sequence[tuple[LossCurve, LossCurve]]) -> dict[str, Any]:
 @click.option(
     "--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one."
 )
-@_options.ALPHA
-@_options.OPTIMIZER
-@_options.COLUMN
-def score(sweep: Path, laws: tuple[str, ...], **options: Any) -> None:
+@click.option("--alpha", help="Alpha of rows without one: a number, or rank.")
+@click.option("--optimizer", default="AdamW", show_default=True)
+def score(
+    sweep: Path, laws: tuple[str, ...], alpha: str | None, **options: Any
+) -> None:
     """Score laws by how well they move the best rates of SWEEP from rank to rank.
 
     SWEEP is a file as for `rankaware fit`, by default the package's own. Each law moves each rank's best rate to every
     other rank, and the moved rate is compared with the best rate there.
     """
     try:
-        click.echo(score_table(bench_law(sweep, laws or COMPARED, **options)))
+        kept = alpha if alpha in (None, "rank") else float(alpha)
+        scores = bench_law(sweep, laws or COMPARED, alpha=kept, **options)
+        click.echo(score_table(scores))
     except RankAwareError as error:
         raise click.ClickException(str(error)) from error
 

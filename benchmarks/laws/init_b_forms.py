@@ -39,6 +39,7 @@ from study.leave_one_out import (
     Constants,
     Fit,
     Form,
+    Site,
     by_level,
     eighths,
     fits,
@@ -50,10 +51,27 @@ from study.leave_one_out import (
     write,
 )
 
-from rankaware_optim.laws._mua import Site, in_quadrature, kappa, sign_terms
-
 RESTS_ON = ("laws.adam", "scores")
 SCHEME, TOKENS = "Init[B], s = 1", 8.0
+
+
+def kappa(m: float, tokens: float) -> float:
+    """The size of a sum of m sign terms that serves so many tokens at once."""
+    return math.sqrt(m + (2.0 / math.pi) * m * m / tokens)
+
+
+def sign_terms(tokens: float, at: Site) -> tuple[float, float]:
+    """(p, q) of the change p·η + q·η² of µA's condition, as rankaware_optim/laws/_mua.py has them."""
+    k_n = kappa(at.fan_in, tokens)
+    if at.init == "full":
+        return k_n, 0.0
+    k_r = kappa(at.rank, tokens)
+    return at.scaling * (k_r if at.init == "A" else k_n), at.scaling * k_r * k_n
+
+
+def in_quadrature(p: float, q: float) -> float:
+    """The root x of hypot(p·x, q·x²) = 1."""
+    return math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4.0 * q * q)))
 
 
 def mua(site: Site, of: Constants) -> float:

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from internals import Source as Rows
 from laws.scoring import bench_law
 from recording import machine, record
 
 from rankaware_optim import Constant, Power
-from rankaware_optim.sweeps._runs import Source as Rows
 
 RESTS_ON = ("laws.adam",)
 LAWS = (

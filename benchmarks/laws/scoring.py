@@ -13,12 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from internals import (
+    Source,
+    SweepRun,
+    get_optimizer_class,
+    mean_losses,
+    observation_of,
+    read_sweep,
+    site_of,
+    with_alpha,
+)
+from recording import table_of
 from study.loss_curves import between, vertex_of
 from torch.optim import Optimizer
 
 from rankaware_optim import CalibrationError, Constant, Law, Power, Reference
-from rankaware_optim._optimizers import get_optimizer_class
-from rankaware_optim._printing import Table
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import (
     bound_law,
@@ -27,15 +36,6 @@ from rankaware_optim.laws import (
     law_sentence,
 )
 from rankaware_optim.sweeps import DEMO_SWEEP
-from rankaware_optim.sweeps._runs import (
-    Source,
-    SweepRun,
-    mean_losses,
-    observation_of,
-    read_sweep,
-    site_of,
-    with_alpha,
-)
 
 Best = Literal["parabola", "bowl"]
 COMPARED: tuple[str | Law, ...] = (
@@ -162,7 +162,6 @@ def bench_law(
     alpha: float | Literal["rank"] | None = None,
     fan_in: float | None = None,
     optimizer: type[Optimizer] | str = "AdamW",
-    columns: Mapping[str, str] | None = None,
 ) -> list[LawScore]:
     """Score laws on a sweep by their error in octaves and in loss, over every ordered pair of ranks.
 
@@ -177,7 +176,6 @@ def bench_law(
         alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
         fan_in: the models' width for rows without one. It nearly cancels, so by default a usual one is used.
         optimizer: the optimizer of the sweep.
-        columns: {field: column} if the names differ.
 
     Returns:
         One score per law.
@@ -191,9 +189,7 @@ def bench_law(
     >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"], alpha="rank")]
     [('constant', 0.0)]
     """
-    curves = loss_curves(
-        read_sweep(sweep, columns=columns).runs, best=best, alpha=alpha, fan_in=fan_in
-    )
+    curves = loss_curves(read_sweep(sweep).runs, best=best, alpha=alpha, fan_in=fan_in)
     return [score_of(law, curves, optimizer) for law in laws]
 
 
@@ -308,4 +304,4 @@ def score_table(scores: Sequence[LawScore]) -> str:
     moves = scores[0].moves if scores else ()
     ends = {(move.model, move.source) for move in moves}
     below = f"{len(moves)} moves between {len(ends)} ranks of {len({model for model, _ in ends})} models"
-    return Table(heads, rows, [below], left=("law",)).text()
+    return f"{table_of(heads, rows)}\n\n{below}"

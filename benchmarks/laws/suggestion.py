@@ -20,20 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from internals import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
 from recording import machine, record
 from study.loss_curves import vertex_of
 
 from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.transfer import suggest_lr
-from rankaware_optim.transfer._suggest import (
-    LOG2_RATE,
-    MARGIN,
-    PUBLISHED,
-    SPREAD,
-    TASK_SD,
-    Z90,
-)
 
 RESTS_ON = ("laws.adam", "transfer")
 

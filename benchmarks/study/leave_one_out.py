@@ -32,9 +32,18 @@ from study.regret import noise_floor, share_lost
 from study.runs_on_file import read
 from study.suite import STORES, finished
 
-from rankaware_optim.laws._mua import Site
-
 VERTEX, _ = ESTIMATORS
+
+
+class Site(NamedTuple):
+    """The configuration of a rate: init "A", "B" or "full", rank, scaling and fan-in."""
+
+    init: str
+    rank: float
+    scaling: float
+    fan_in: float
+
+
 USES = ("between ranks", "to full finetuning")
 CRITERIA = ("regret", *(f"octaves of the {estimator}" for estimator in ESTIMATORS))
 CAP, TIE = 1.0, 0.1  # share of the gain; octaves

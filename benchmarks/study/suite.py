@@ -35,7 +35,6 @@ from study.suite_tables import by_setting, tables
 from study.training import WARMUP
 
 from rankaware_optim import Law
-from rankaware_optim._files import replace_bytes
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
@@ -256,7 +255,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
             written_by(machine(1)),
         ]
     )
-    replace_bytes(page, f"{text}\n".encode())
+    page.write_text(f"{text}\n")
     if page == PAGE and chosen_on:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
         publish(README, f"{by_setting(chosen_on)}\n\n{picture}")
@@ -295,7 +294,7 @@ def publish(readme: Path, text: str) -> None:
             f"{readme} lacks {BEGIN} or {END}.",
             "Put both back where the tables belong.",
         )
-    replace_bytes(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from internals import COLOURS, rate_axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy.interpolate import PchipInterpolator
@@ -30,7 +31,6 @@ from study.regret import DEFAULT, LAWS, ONE_SEED, RECIPE, Moved
 from study.suite_tables import README_WAYS, regrets_in, settings
 
 from rankaware_optim import Law
-from rankaware_optim._figures import COLOURS, rate_axis
 
 SHOWN = 0.9  # share of the losses in view: the highest would flatten the rest
 MOST = 300.0  # % of the gain: larger regrets are drawn here in the summary

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from rankaware_optim.sweeps._runs import read_sweep
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(
     not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
@@ -51,7 +49,11 @@ def accuracies(tmp_path: Path) -> Path:
 
 def test_a_grid_is_read_at_s_of_1(published: Any, tmp_path: Path) -> None:
     """Every accuracy of LoRA is a run whose loss is what is missing to 1, with alpha equal to the rank."""
-    runs = read_sweep(published.grid(accuracies(tmp_path))).runs
+    runs = (
+        importlib.import_module("internals")
+        .read_sweep(published.grid(accuracies(tmp_path)))
+        .runs
+    )
     assert len(runs) == 16
     assert {(run.rank, run.alpha) for run in runs} == {(4, 4), (16, 16)}
     assert min(runs, key=lambda run: run.loss).lr in (2.0**-10, 2.0**-11)

@@ -20,7 +20,6 @@ from rankaware_optim import (
     Constant,
     Falling,
     Law,
-    LawError,
     MuA,
     Power,
     Reference,
@@ -222,14 +221,6 @@ def test_a_sweep_that_measures_no_law_is_refused(
     """Without alpha, a second rank or an inner best rate no law can be scored."""
     with pytest.raises(CalibrationError, match=message):
         scoring.bench_law(rows(), ["mua"], **options)
-
-
-def test_a_law_without_a_usable_multiplier_is_refused(
-    scoring: Any, own_module: None
-) -> None:
-    """A negative multiplier is the law's error."""
-    with pytest.raises(LawError, match="as the multiplier"):
-        scoring.bench_law(drawn(MuA()), ["law_of_ones_own:Negative"])
 
 
 CURVES = [

@@ -925,18 +925,3 @@ def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
     assert {16, 256 if domain == "language_smollm2" else 192} <= set(
         parts(domain, "full")[0].ranks
     )
-
-
-@pytest.mark.parametrize(
-    "path",
-    sorted((BENCHMARKS.parent / "recipes").glob("*.toml")),
-    ids=lambda path: path.stem,
-)
-def test_a_recipe_that_is_shipped_is_read(path: Path) -> None:
-    """`rankaware lr` gives a rate of every recipe in recipes/ at a rank that none of them tried, without a warning."""
-    from rankaware_optim.cli._main import main
-
-    result = CliRunner().invoke(main, ["lr", str(path), "--rank", "32"])
-    assert result.exit_code == 0, result.output
-    assert "90 % band" in result.output
-    assert "outside" not in result.output

@@ -1,0 +1,57 @@
+"""Names of the package that are not public. Only this module imports them: a change of the package is mended here."""
+
+from rankaware_optim._figures import COLOURS, rate_axis
+from rankaware_optim._optimizers import get_optimizer_class, optimizer_family
+from rankaware_optim.calibration._calibration import Calibration
+from rankaware_optim.calibration._result import calibrated_recipe
+from rankaware_optim.calibration._schedule import Options, Schedule
+from rankaware_optim.calibration._search import BracketSampler, search_range
+from rankaware_optim.calibration._trials import TrialRecord, Trials
+from rankaware_optim.laws._mua import FORMS, Site
+from rankaware_optim.sweeps._runs import (
+    Source,
+    SweepRun,
+    mean_losses,
+    observation_of,
+    read_sweep,
+    site_of,
+    with_alpha,
+)
+from rankaware_optim.transfer._suggest import (
+    LOG2_RATE,
+    MARGIN,
+    PUBLISHED,
+    SPREAD,
+    TASK_SD,
+    Z90,
+)
+
+__all__ = [
+    "BracketSampler",
+    "COLOURS",
+    "Calibration",
+    "FORMS",
+    "LOG2_RATE",
+    "MARGIN",
+    "Options",
+    "PUBLISHED",
+    "SPREAD",
+    "Schedule",
+    "Site",
+    "Source",
+    "SweepRun",
+    "TASK_SD",
+    "TrialRecord",
+    "Trials",
+    "Z90",
+    "calibrated_recipe",
+    "get_optimizer_class",
+    "mean_losses",
+    "observation_of",
+    "optimizer_family",
+    "rate_axis",
+    "read_sweep",
+    "search_range",
+    "site_of",
+    "with_alpha",
+]
