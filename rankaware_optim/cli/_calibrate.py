@@ -4,11 +4,12 @@ workers, and `rankaware fit`.
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,29 @@ import click
 
 from .. import calibration, sweeps
 from .. import recipe as recipes
-from ..errors import CalibrationError, RecipeError
+from ..errors import (
+    CalibrationError,
+    RankAwareWarning,
+    RecipeError,
+)
 from ..laws import PRIOR_LAW
 from ._options import (
     ALPHA,
     COLUMN,
     FILE,
+    INTERRUPTED,
     LAW_TEXT,
     OPTIMIZER,
-    RECIPE_FIELDS,
     OrWord,
     Several,
     echo,
-    echo_result,
-    init_option,
-    json_option,
+    flag,
     law_option,
     may_name_module,
     option,
     out_option,
 )
-from ._workers import (
-    AUTO,
-    Worker,
-    chosen_devices,
-    helped_by,
-    in_environment,
-    load_train,
-    machine_cores,
-    placed,
-    trials_logged,
-    visible_devices,
-)
+from ._workers import run_workers
 
 
 @click.command()
@@ -69,11 +61,6 @@ from ._workers import (
     "Number of runs at --ranks. By default as --budget allows, or 8 per rank.",
 )
 @option("--budget", int, "Largest number of training steps of all trials together.")
-@option(
-    "--until",
-    float,
-    "Stop once the 90 % band is narrower than a factor of 2 to this power from end to end.",
-)
 @option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
 @option(
     "--seeds",
@@ -111,34 +98,19 @@ from ._workers import (
 )
 @option(
     "--workers",
-    OrWord(click.IntRange(1), auto=AUTO),
-    "Number of worker processes on this machine. auto is one per visible GPU, or one per two cores"
-    " without GPUs. By default 1, or auto with --devices.",
-)
-@option(
-    "--devices",
-    Several(click.STRING),
-    "GPUs to use, such as 0,1. By default all visible ones.",
-)
-@option(
-    "--threads",
     click.IntRange(1),
-    "CPU threads per worker. By default the workers share the cores.",
+    "Run this command so many times at once, each on a GPU of its own if there are any.",
+    default=1,
 )
-@option(
-    "--ray",
-    str,
-    "Run the workers on the Ray cluster at ADDRESS, one per GPU or as many as --workers. local"
-    " starts a cluster here. Every node must be able to reach --storage.",
-    metavar="ADDRESS",
-)
+@flag("--quiet", "Print nothing but errors, and warnings of MODULE.")
+@click.pass_context
 def calibrate(
+    ctx: click.Context,
+    /,
     spec: str,
     out: Path,
-    ray: str | None,
-    workers: int | None,
-    devices: Sequence[str] | None,
-    threads: int | None,
+    workers: int,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Find a learning rate by short runs, and write it as a recipe.
@@ -157,42 +129,27 @@ def calibrate(
     options["name"] = options["name"] or out.stem
     options["storage"] = options["storage"] or str(out.with_suffix(".journal"))
     with _sigterm_interrupts():
-        if ray is not None:
-            if devices or threads:
-                raise CalibrationError(
-                    "Ray gives the workers their GPUs and threads.",
-                    "Leave --devices and --threads out.",
-                )
-            _write(_on_ray(spec, ray, workers, options), out)
-            return
-        if workers is None:
-            workers = 1 if devices is None else AUTO
-        import torch
-
-        # CUDA is not initialised yet, since it reads CUDA_VISIBLE_DEVICES only once
-        visible = visible_devices(os.environ, torch.cuda.device_count())
-        visible = chosen_devices(devices, visible)
-        places = placed(workers, visible, machine_cores(), threads)
-        with in_environment(places[0]):
-            load_train(spec)
-            this_process, *others = [Worker(spec, options, place) for place in places]
-            with helped_by(others):
-                _write(this_process.run(), out)  # before it waits for the others to end
+        if workers > 1:
+            ctx.exit(run_workers(workers))
+        if quiet:
+            warnings.simplefilter("ignore", RankAwareWarning)
+        try:
+            recipe = calibration.calibrate(
+                load_train(spec), progress=not quiet, **options
+            )
+        except KeyboardInterrupt:
+            if quiet:
+                ctx.exit(INTERRUPTED)
+            raise
+    saved = recipe.save(out)
+    if not quiet:
+        _summarize(recipe, saved)
 
 
-def _on_ray(
-    spec: str, address: str, workers: int | None, options: dict[str, Any]
-) -> recipes.Recipe:
-    executor = calibration.RayExecutor(workers or None, address=address)
-    with trials_logged():
-        return calibration.calibrate(load_train(spec), executor=executor, **options)
-
-
-def _write(recipe: recipes.Recipe, out: Path) -> None:
-    """Save a recipe and print a summary."""
+def _summarize(recipe: recipes.Recipe, path: Path) -> None:
     rate = recipe.at(method=recipe.reference.method)
     pruned, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
-    echo(f"{recipe.save(out)}: base rate {recipe.lr:.3g} at {recipe.reference}")
+    echo(f"{path}: base rate {recipe.lr:.3g} at {recipe.reference}")
     echo(
         f"90 % band {rate.band}; {len(pruned)} trials, {steps} steps, {int(pruned.sum())} pruned"
     )
@@ -203,13 +160,44 @@ def _write(recipe: recipes.Recipe, out: Path) -> None:
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that the trial is given
-    back.
+    back. It counts once.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def load_train(spec: str) -> Any:
+    """Return the function "module:function".
+
+    Raises:
+        CalibrationError: the module or the function does not exist, or the import fails.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise CalibrationError(
+            f"{spec!r} names no function.",
+            "Give module:function, such as finetune:train.",
+        )
+    try:
+        train = getattr(import_module(module_name), name, None)
+    except Exception as error:
+        raise CalibrationError(
+            f"{module_name} cannot be imported: {type(error).__name__}: {error}.",
+            "Run the command in the module's folder, and give its name without .py.",
+        ) from error
+    if not callable(train):
+        raise CalibrationError(
+            f"{module_name} has no function {name!r}.", "Give one that it defines."
+        )
+    return train
 
 
 @click.command()
@@ -218,57 +206,32 @@ def _sigterm_interrupts() -> Iterator[None]:
 @option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
 @law_option(f"Law that moves rates between ranks. {LAW_TEXT}", PRIOR_LAW)
-@option(
-    "--fit",
-    click.Choice(["drift", "tokens"]),
-    "How the law is corrected. drift: by a power of the rank. tokens: by mua's number of effective"
-    " tokens.",
-    default="drift",
-)
-@option("--model", str, "Model of the rows to fit, and of rows without one.")
 @ALPHA
-@init_option("This is the init of the rows to fit, and of rows without one.")
 @option("--fan-in", float, "Mean fan-in of the adapted layers, for rows without one.")
 @option(
     "--full-fan-in",
     float,
     "Largest fan-in, for full finetuning. By default --fan-in.",
 )
-@option("--batch", float, "Batch size of the rows to fit, and of rows without one.")
-@option("--steps", int, "Training steps of the rows to fit, and of rows without them.")
 @option(
     "--warmup",
     float,
     "Warm-up as a share of the steps, 0 to 1. The recipe records it.",
 )
 @COLUMN
-@json_option(RECIPE_FIELDS)
 def fit(
-    sweep: Path,
-    out: Path | None,
-    name: str | None,
-    law: str,
-    as_json: bool,
-    **options: Any,
+    sweep: Path, out: Path | None, name: str | None, law: str, **options: Any
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
-    SWEEP is a .csv, .tsv, .json or .jsonl file with one row per run. The columns rank, lr (per
-    step) and loss are required. The columns alpha, rslora, init, method, fan_in, seed, model,
-    batch, steps and start (the loss before training) are optional. Write diverged as the loss of a
-    run that diverged.
+    SWEEP is a table with one row per run. The columns rank, lr (per step) and loss are required.
+    The columns alpha, rslora, init, method, fan_in, seed, model, batch, steps and start (the loss
+    before training) are optional. Write diverged as the loss of a run that diverged.
     """
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
-    saved = None if out is None else recipe.save(out)
-    # a law that is not registered has no document
-    echo_result(as_json, recipe, recipes.to_document(recipe) if as_json else None)
-    if saved is not None and not as_json:
-        echo(f"Next: rankaware lr {shlex.quote(str(saved))} {_for_a_rate(recipe)}")
-
-
-def _for_a_rate(recipe: recipes.Recipe) -> str:
-    """Return the options with which `rankaware lr` prints a rate of the recipe."""
-    rank = max(recipe.ranks, default=None)
-    if recipe.scaling_rule == "unknown":
-        rank = recipe.reference.rank
-    return "--full" if rank is None else f"--rank {rank}"
+    echo(recipe)
+    if out is not None:
+        saved = shlex.quote(str(recipe.save(out)))
+        rank = max(recipe.ranks, default=recipe.reference.rank)
+        where = "--full" if rank is None else f"--rank {rank}"
+        echo(f"Next: rankaware lr {saved} {where}")

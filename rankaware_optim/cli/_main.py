@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib import metadata
 from typing import Any
 
 import click
 
 from ..errors import CalibrationInterrupted, RankAwareError
-from ._adapters import coordcheck, inspect, suggest
+from ._adapters import inspect, suggest
 from ._calibrate import calibrate, fit
 from ._convert import convert
-from ._doctor import doctor
-from ._options import echo, in_options, warnings_as_notes
+from ._options import INTERRUPTED, echo, in_options, warnings_as_notes
 from ._recipes import diff, lr, plot, report, show
 
-_INTERRUPTED = 130  # exit code of shells for SIGINT
+_SECTIONS = {
+    "Move a rate that you have": (convert, inspect),
+    "Find a first rate": (suggest, calibrate, fit),
+    "Read a recipe": (lr, show, plot, report, diff),
+}
 
 
 class _Commands(click.Group):
-    """Prints this package's errors without a traceback."""
+    """Prints this package's errors without a traceback, and its commands in sections."""
 
     def main(self, *args: Any, **settings: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -43,21 +47,45 @@ class _Commands(click.Group):
         except RankAwareError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
             raise click.ClickException(in_options(error, command)) from error
-        except CalibrationInterrupted as error:
-            echo(
-                f"{error.cause} The same command continues where it stopped.", err=True
-            )
-            ctx.exit(_INTERRUPTED)
-        except KeyboardInterrupt:
-            echo("Interrupted.", err=True)
-            ctx.exit(_INTERRUPTED)
+        except KeyboardInterrupt as error:
+            said = "Interrupted."
+            if isinstance(error, CalibrationInterrupted):
+                said = f"{error.cause} The same command continues where it stopped."
+            echo(said, err=True)
+            ctx.exit(INTERRUPTED)
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        for title, commands in _SECTIONS.items():
+            rows = [(c.name or "", c.get_short_help_str(80)) for c in commands]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def _print_versions(ctx: click.Context, _: Any, asked: bool) -> None:
+    if not asked:
+        return
+    for package in ("rankaware-optim", "torch", "peft", "optuna"):
+        try:
+            echo(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            echo(f"{package} is not installed")
+    ctx.exit()
 
 
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
-@click.version_option(package_name="rankaware-optim")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_versions,
+    help="Print the versions of this package, torch, peft and optuna.",
+)
 def main() -> None:
     """Move a tuned learning rate to another LoRA rank, alpha or init, or to full finetuning.
 
@@ -72,18 +100,6 @@ def main() -> None:
     """
 
 
-for _command in (
-    calibrate,
-    convert,
-    coordcheck,
-    diff,
-    doctor,
-    fit,
-    inspect,
-    lr,
-    plot,
-    report,
-    show,
-    suggest,
-):
-    main.add_command(_command)
+for _commands in _SECTIONS.values():
+    for _command in _commands:
+        main.add_command(_command)

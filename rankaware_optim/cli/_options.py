@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from .._printing import printable
 from ..errors import RankAwareError
 
 Decorator = Callable[[Any], Any]
+INTERRUPTED = 130  # exit code of shells for SIGINT
 
 # --- output ---------------------------------------------------------------------------------------
 
@@ -131,44 +131,6 @@ def refuse_for_full(**options: object) -> None:
         raise click.UsageError(f"Full finetuning has no --{name}.")
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-# Files that may be overwritten, by kind (a page, or the suffix of others): what they are, and how
-# they begin.
-_WRITTEN = {
-    "page": (
-        "a page of `rankaware report`",
-        rb'<meta name="generator" content="rankaware-optim">',
-    ),
-    ".toml": ("a recipe", rb"(?ms)^schema *= *\d.*^\[(?:fit|tensors)\]"),
-    ".png": ("a PNG picture", rb"\A\x89PNG"),
-    ".svg": ("an SVG picture", rb"<svg"),
-    ".pdf": ("a PDF file", rb"\A%PDF"),
-}
-_UNKNOWN = ("a file that this command writes", rb"\A\Z")
-
-_HEAD = 2**16  # bytes
-
-
-def check_out(path: Path, kind: str = "") -> None:
-    """Raise if a file would be overwritten that is neither empty nor of the same kind."""
-    if not os.path.exists(path):
-        return
-    what, beginning = _WRITTEN.get(kind or path.suffix.lower(), _UNKNOWN)
-    if path.is_file():
-        try:
-            with path.open("rb") as file:
-                head = file.read(_HEAD)
-        except OSError as error:
-            raise click.ClickException(f"{path} cannot be read: {error}.") from error
-        if not head or re.search(beginning, head):
-            return
-    raise click.ClickException(
-        f"{path} exists and is not {what}, so it was not overwritten. Give another file, or remove"
-        " this one."
-    )
-
-
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -181,23 +143,25 @@ def flag(names: str, text: str) -> Decorator:
     return option(names, bool, text, is_flag=True)
 
 
-def out_option(text: str, kind: str = "", **settings: Any) -> Decorator:
-    """Return the option -o FILE, which `check_out` checks before the command begins."""
+def out_option(text: str, **settings: Any) -> Decorator:
+    """Return the options -o FILE and --force, without which an existing file is refused."""
 
-    def check(_: Any, __: Any, path: Path | None) -> Path | None:
-        if path is not None:
-            check_out(path, kind)
+    def keep(ctx: click.Context, _: Any, force: bool) -> None:
+        ctx.meta["force"] = force
+
+    def check(ctx: click.Context, _: Any, path: Path | None) -> Path | None:
+        if path is not None and os.path.lexists(path) and not ctx.meta["force"]:
+            raise click.ClickException(f"{path} exists. --force overwrites it.")
         return path
 
     file = click.Path(dir_okay=False, path_type=Path)
-    return option("-o --out", file, text, callback=check, **settings)
+    out = option("-o --out", file, text, callback=check, **settings)
+    words = {"is_eager": True, "expose_value": False, "callback": keep}
+    force = option("--force", bool, "Overwrite it.", is_flag=True, **words)
+    return lambda command: out(force(command))
 
 
 FILE = click.Path(path_type=Path)
-RECIPE_FIELDS = (
-    "an object with the fields of the recipe's .toml file but schema and tensors, null where the"
-    " file has none. recipes/SCHEMA.md lists them with their units."
-)
 
 
 def json_option(shape: str) -> Decorator:

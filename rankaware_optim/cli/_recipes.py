@@ -14,7 +14,6 @@ from ..errors import RankAwareError, RankAwareWarning
 from ._options import (
     FILE,
     RATE_FIELDS,
-    RECIPE_FIELDS,
     RSLORA,
     Decorator,
     echo,
@@ -100,11 +99,9 @@ def lr(
 
 @click.command()
 @_RECIPE
-@json_option(RECIPE_FIELDS)
-def show(recipe: Path, as_json: bool) -> None:
+def show(recipe: Path) -> None:
     """Print a recipe: its rate, band, law and provenance."""
-    loaded = recipes.Recipe.load(recipe)
-    echo_result(as_json, loaded, recipes.to_document(loaded))
+    echo(recipes.Recipe.load(recipe))
 
 
 @click.command()
@@ -117,7 +114,7 @@ def plot(recipe: Path, out: Path) -> None:
 
 @click.command()
 @_RECIPE
-@out_option("HTML page to write.", "page", required=True)
+@out_option("HTML page to write.", required=True)
 def report(recipe: Path, out: Path) -> None:
     """Write a recipe as an HTML page.
 
@@ -137,13 +134,8 @@ class _Trouble(click.ClickException):
 @click.command()
 @click.argument("first", type=FILE)
 @click.argument("second", type=FILE)
-@json_option(
-    "a list with one object per difference, [] if there is none. Fields: what (a field of"
-    " recipes/SCHEMA.md, or a configuration such as 'at rank 8'), first and second (values as"
-    " text), words (the difference in words, or '')."
-)
 @click.pass_context
-def diff(ctx: click.Context, first: Path, second: Path, as_json: bool) -> None:
+def diff(ctx: click.Context, first: Path, second: Path) -> None:
     """Print how recipe SECOND differs from recipe FIRST.
 
     Rates, law, optimizer, steps, batch and trials are compared. The exit code is 0 if the recipes
@@ -155,5 +147,5 @@ def diff(ctx: click.Context, first: Path, second: Path, as_json: bool) -> None:
         )
     except RankAwareError as error:
         raise _Trouble(str(error)) from error
-    echo_result(as_json, reports.diff_text(differences), differences)
+    echo(reports.diff_text(differences))
     ctx.exit(1 if differences else 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import re
@@ -15,12 +14,14 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
 from rankaware_optim.calibration._storage import close_storage, open_storage
 from rankaware_optim.calibration._trials import Trials
+from rankaware_optim.cli import _workers
 from rankaware_optim.cli._calibrate import calibrate
 from rankaware_optim.cli._main import main
 from rankaware_optim.cli._options import in_options
@@ -140,8 +141,6 @@ def test_every_option_reaches_the_calibration(folder):
         "kept/here.journal",
         "--ranks",
         "2,8",
-        "--until",
-        "0.01",
     ]
     done = call(*QUICK, *options, *more)
     assert done.exit_code == 0, done.output
@@ -159,9 +158,10 @@ def test_the_same_command_goes_on(folder):
     """Run again it changes nothing; with more trials it adds those alone."""
     assert call(*QUICK, "--ranks", "2,4", "--trials", 3).exit_code == 0
     first = Path("made/r.toml").read_bytes()
-    assert call(*QUICK, "--ranks", "2,4", "--trials", 3).exit_code == 0
+    again = [*QUICK, "--ranks", "2,4", "--force"]
+    assert call(*again, "--trials", 3).exit_code == 0
     assert Path("made/r.toml").read_bytes() == first
-    assert call(*QUICK, "--ranks", "2,4", "--trials", 5).exit_code == 0
+    assert call(*again, "--trials", 5).exit_code == 0
     assert len(ra.Recipe.load("made/r.toml").tensors["lr"]) == 5
 
 
@@ -229,35 +229,42 @@ def shared(loop: str, *options) -> list:
 
 
 def test_two_workers_share_the_trials(folder):
-    """--workers 2 runs the number asked for in two processes, no rank, seed and rate twice, and what
-    the training function warns of is a note of every worker."""
-    process = started(
-        *shared("slow_loops:warns", "--trials", 24, "--workers", 2),
-        env={"PROCESSES": "2"},
-    )
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert_shared(trials_of("r.journal", "r"), 24)
-    assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 24
-    assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", err, re.M))) == 2
-    assert "UserWarning" not in err
+    """--workers 2 runs the number asked for in two processes, each with a GPU, no rank, seed and rate twice.
 
-
-def test_too_small_a_budget_is_noted_once(folder):
-    """A budget for too few runs is a note, once for all workers: here one for each visible GPU."""
+    A note of the package comes once, and a warning of the loop from each.
+    """
     process = started(
-        *shared("slow_loops:train", "--budget", 30, "--workers", "auto"),
+        *shared("slow_loops:warns", "--budget", 30, "--workers", 2),
         env={"PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "4,6"},
     )
-    _, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert err.count("leaves the search") == 1
-    assert (
-        "note: A budget of 30 steps leaves the search 3 of the 5 runs that it needs"
-        in err
-    )
-    assert "Give a larger budget, or fewer full trials." in err
+    assert_shared(trials_of("r.journal", "r"), 3)
+    assert out.count("3 trials") == 1
+    assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", err, re.M))) == 2
+    assert err.count("note: A budget of 30 steps leaves the search 3 of") == 1
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
+
+
+ENVIRONMENTS = [  # visible GPUs, workers, the GPU of each
+    ("4,6", 2, ["4", "6"]),
+    ("GPU-5f3a", 3, ["GPU-5f3a"] * 3),
+    (None, 2, [None, None]),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs are made up")
+@pytest.mark.parametrize(("visible", "count", "gpus"), ENVIRONMENTS)
+def test_workers_share_gpus_and_cores(visible, count, gpus, monkeypatch):
+    """Every worker sees one GPU where there are any, and the threads are those of one process."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    places = _workers._environments(count)
+    assert [place.get("CUDA_VISIBLE_DEVICES") for place in places] == gpus
+    threads = sum(int(place["OMP_NUM_THREADS"]) for place in places)
+    assert threads <= max(count, torch.get_num_threads())
 
 
 def test_the_same_command_elsewhere_joins(folder):
@@ -275,36 +282,25 @@ def test_the_same_command_elsewhere_joins(folder):
     assert first.fitted_lr == second.fitted_lr
 
 
-def test_without_a_terminal_every_trial_is_a_line(folder):
-    """Standard error has a line a trial, and logging is as it was afterwards."""
-    log = logging.getLogger("rankaware_optim.calibration")
-    before = log.level, log.propagate, list(log.handlers)
-    done = call(*QUICK, "--ranks", "2,32", "--trials", 3)
-    assert [line.partition(" · ")[0] for line in done.stderr.splitlines()] == [
-        f"trial {i}/3" for i in (1, 2, 3)
-    ]
-    assert (log.level, log.propagate, log.handlers) == before
-
-
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
 LONG = shared("slow_loops:train", "--trials", 500, "--workers", 2)
 INTERRUPTS = {
-    "Ctrl-C while the other worker starts": (signal.SIGINT, 1),
-    "SIGTERM while both work": (signal.SIGTERM, 2),
+    "Ctrl-C": (os.killpg, signal.SIGINT),
+    "SIGTERM to all": (os.killpg, signal.SIGTERM),
+    "SIGTERM to the command": (os.kill, signal.SIGTERM),
 }
 
 
 @POSIX
-@pytest.mark.parametrize(("number", "busy"), INTERRUPTS.values(), ids=INTERRUPTS)
-def test_an_interrupt_ends_all_workers_in_a_sentence(number, busy, folder):
+@pytest.mark.parametrize(("send", "number"), INTERRUPTS.values(), ids=INTERRUPTS)
+def test_an_interrupt_ends_all_workers_in_a_sentence(send, number, folder):
     """A terminal's Ctrl-C, or a cluster's SIGTERM, ends them with one sentence and code 130. No trial is left."""
     process = started(*LONG, start_new_session=True)
-    wait_until(
-        lambda: (
-            len({trial.worker for trial in running_or_done("r.journal", "r")}) >= busy
-        )
-    )
-    os.killpg(process.pid, number)
+    until = time.monotonic() + 300
+    while len(seen(folder, "threads")) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    send(process.pid, number)
     _, err = process.communicate(timeout=300)  # until every worker has closed it
     said = [line for line in err.splitlines() if not line.startswith("trial ")]
     assert process.returncode == 130, err
@@ -313,85 +309,18 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, busy, folder):
         r"The calibration was interrupted after \d+ of 500 trials\. The same command continues where it stopped\.",
         said[0],
     )
-    assert not running_or_done("r.journal", "r").running()
+    assert not Trials.read(trials_of("r.journal", "r")).running()
 
 
 @POSIX
-def test_a_worker_leaves_with_the_command(folder):
-    """Where the command's process is killed, its other worker gives its trial back and ends."""
-    process = started(*LONG)
-    wait_until(
-        lambda: len({trial.worker for trial in running_or_done("r.journal", "r")}) == 2
-    )
-    process.kill()
-    # until every worker has closed its end of the pipes
-    process.communicate(timeout=60)
-    assert len(running_or_done("r.journal", "r").running()) <= 1
-
-
-STUCK = {
-    "in an import": "if helps: time.sleep(600)",
-    "stopped in a trial": "stop = helps",
-    "deaf, in an import": "if helps: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); time.sleep(600)",
-}
-HANGING = """
-import multiprocessing, os, signal, time
-from rankaware_optim.calibration import _liveness
-from rankaware_optim.cli import _workers
-
-helps, stop = multiprocessing.parent_process() is not None, False
-_liveness._BEAT_S, _workers._GRACE_S = 0.2, 2.0
-HANG
-
-import slow_loops
-
-
-def train(trial):
-    for value in slow_loops.train(trial):
-        if stop:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        yield value
-"""
-
-
-@POSIX
-@pytest.mark.parametrize("hang", STUCK.values(), ids=STUCK)
-def test_a_worker_that_hangs_is_not_waited_for(hang, folder):
-    """The others run its trial too, the recipe is written with the last of them, and the worker is ended."""
-    (folder / "hanging_loops.py").write_text(HANGING.replace("HANG", hang))
-    command = shared("hanging_loops:train", "--trials", 6, "--workers", 2)
-    process = started(*command, env={"PROCESSES": "2" if "stop" in hang else "1"})
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert "6 trials" in out
-    assert "note: worker 2 did not end within 2 s, and was stopped." in said
-    assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
-    assert_repeated(trials_of("r.journal", "r"), count="stop" in hang)
-
-
-def assert_repeated(trials, count: int) -> None:
-    """So many trials were taken over, each by one that counts."""
-    records = Trials.read(trials)
-    assert [trial.number for trial in records if trial.killed] == [
-        trial.retry_of for trial in records.counted() if trial.retry_of is not None
-    ]
-    assert sum(trial.killed for trial in records) == count
-
-
-def running_or_done(storage: str, name: str) -> Trials:
-    """The trials of a study, none before it is there."""
-    if not Path(storage).is_file() or name not in optuna.get_all_study_names(
-        open_storage(storage)
-    ):
-        return Trials()
-    return Trials.read(trials_of(storage, name))
-
-
-def wait_until(condition) -> None:
-    until = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def test_a_worker_that_hangs_is_stopped(monkeypatch):
+    """Once the recipe is written nothing waits for a worker for ever, not even one that ignores SIGTERM."""
+    monkeypatch.setattr(_workers, "_GRACE_S", 0.5)
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+    worker = subprocess.Popen([sys.executable, "-c", deaf])
+    time.sleep(0.5)
+    _workers._end(worker)
+    assert worker.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_short_runs_make_a_recipe_for_a_long_one(folder):
@@ -411,9 +340,9 @@ RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
 BAD = [
     (["loops", *RANKS], "names no function"),
     ([":train", *RANKS], "names no function"),
-    (["nowhere:train", *RANKS], "no module 'nowhere'"),
+    (["nowhere:train", *RANKS], "No module named 'nowhere'"),
     (["loops.py:train", *RANKS], "without .py"),
-    (["loops:trian", *RANKS], "It has Pair, train"),
+    (["loops:trian", *RANKS], "no function 'trian'"),
     (["loops:NUMBER", *RANKS], "no function 'NUMBER'"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["raising_loops:train", *RANKS], "ZeroDivisionError"),
@@ -465,7 +394,19 @@ def test_wrong_usage_shows_the_usage(wrong, folder):
 def test_another_configuration_of_the_same_name_is_refused(folder):
     """A journal of other steps is not gone on with."""
     assert call(*QUICK, "--ranks", "2,4", "--trials", 2).exit_code == 0
-    done = call("loops:train", "--steps", 20, "-o", "made/r.toml", "--ranks", "2,4")
+    done = call(
+        "loops:train",
+        "--steps",
+        20,
+        "-o",
+        "other.toml",
+        "--ranks",
+        "2,4",
+        "--name",
+        "r",
+        "--storage",
+        "made/r.journal",
+    )
     assert done.exit_code == 1
     assert "was made with steps=10, not 20." in done.stderr
     assert "Give this calibration another name, or another storage." in done.stderr

@@ -91,8 +91,15 @@ def test_the_module_is_the_command():
 
 
 def test_the_version_is_told():
-    """--version names the command and its version."""
-    assert re.fullmatch(r"rankaware, version \d+\.\d+\.\d+\n", call("--version").output)
+    """--version names the versions that a report of an error needs."""
+    lines = call("--version").output.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "rankaware-optim",
+        "torch",
+        "peft",
+        "optuna",
+    ]
+    assert re.fullmatch(r"rankaware-optim \d+\.\d+\.\d+", lines[0])
 
 
 # --- inspect --------------------------------------------------------------------------------------------------------

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from rankaware_optim import Reference, convert_lr, suggest_lr
+from rankaware_optim import convert_lr
 from rankaware_optim.cli import main
 from rankaware_optim.cli._options import echo_result
-from rankaware_optim.recipe import to_document
 
 from ..helpers.recipes import RECIPE
 
@@ -65,14 +63,7 @@ def document(*arguments, code: int = 0):
 
 KEYS = [
     (["lr", "r.toml", "--rank", "8"], RATE),
-    (["show", "r.toml"], set(to_document(RECIPE))),
-    (
-        ["suggest", "--rank", "16", "--alpha", "32"],
-        RATE | {"optimizer", "reference", "fan_in"},
-    ),
-    (["suggest", "adapter"], RATE | {"optimizer", "reference", "fan_in"}),
     (["inspect", "adapter"], {"factors", "others", "checks", "notes"}),
-    (["fit", "sweep.csv"], set(to_document(RECIPE))),
 ]
 
 
@@ -106,10 +97,6 @@ def test_the_numbers_are_those_of_python():
         made.lr_b,
         made.exact,
     ]
-    assert (
-        document("suggest", "--rank", 16, "--alpha", 32)["lr"]
-        == suggest_lr(Reference(16, 32)).lr
-    )
 
 
 def test_convert_says_from_where_to_where():
@@ -145,15 +132,6 @@ def test_inspect_names_every_tensor():
     assert [(one["lr"], bool(one["reason"])) for one in rated["factors"]] == [
         (1e-4, True)
     ] * 2
-
-
-def test_diff_lists_what_differs():
-    """The list is empty for equal recipes, the exit codes stay those of diff."""
-    replace(RECIPE, name="other").save("s.toml")
-    assert document("diff", "r.toml", "r.toml") == []
-    assert document("diff", "r.toml", "s.toml", code=1) == [
-        {"what": "name", "first": "digits", "second": "other", "words": ""}
-    ]
 
 
 def test_convert_refuses_json_beside_as():

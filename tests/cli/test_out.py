@@ -1,95 +1,41 @@
-"""`-o`: a command writes over what one like it wrote, and over nothing else."""
+"""`-o`: a command overwrites nothing without --force."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 from click.testing import CliRunner
 
-from rankaware_optim.cli._main import main
-from rankaware_optim.sweeps import DEMO_SWEEP
+from rankaware_optim.cli import main
 
-from ..helpers.calibrations import calibrate, made_up
+from ..helpers.recipes import RECIPE
 
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return calibrate(made_up(), trials=6).save(
-        tmp_path_factory.mktemp("recipe") / "made.toml"
-    )
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+COMMANDS = {
+    "calibrate loops:train --ranks 2,4 --steps 5": "made.toml",
+    "fit sweep.csv": "made.toml",
+    "report r.toml": "made.html",
+    "plot r.toml": "made.png",
+}
 
 
-TEXT = b"Notes of many years.\n"
-PICTURE = b"\x89PNG\r\n\x1a\n"
-FIT = ["fit", DEMO_SWEEP, "--model", "efficientnet-lite0, alpha = rank"]
-CALIBRATE = ["calibrate", "loops:train", "--ranks", "2,4", "--steps", 5]
-OTHERS = [
-    (CALIBRATE, "pyproject.toml", b'[project]\nname = "mine"\n', "a recipe"),
-    (CALIBRATE, "settings.toml", b"schema = 1\n[server]\n", "a recipe"),
-    (FIT, "pyproject.toml", b'[project]\nname = "mine"\n', "a recipe"),
-    (
-        ["report", None],
-        "index.html",
-        b"<!doctype html><title>Mine</title>",
-        "a page of `rankaware report`",
-    ),
-    (["report", None], "made.toml", TEXT, "a page of `rankaware report`"),
-    (["plot", None], "made.png", TEXT, "a PNG picture"),
-    (["plot", None], "made.svg", PICTURE, "an SVG picture"),
-    (["plot", None], "made.jpg", b"\xff\xd8\xff", "a file that this command writes"),
-    (["coordcheck"], "made.pdf", PICTURE, "a PDF file"),
-]
-
-
-@pytest.mark.parametrize(
-    ("command", "name", "data", "kind"),
-    OTHERS,
-    ids=[f"{c[0]} {name}" for c, name, *_ in OTHERS],
-)
-def test_what_is_not_recognised_is_left(command, name, data, kind, recipe, tmp_path):
-    """A file of another kind stays as it is; the error comes before any work, in one sentence with its cure."""
-    out = tmp_path / name
-    out.write_bytes(data)
-    done = call(*(recipe if part is None else part for part in command), "-o", out)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_exists_is_left(command, tmp_path, monkeypatch):
+    """It stays as it is, and the error comes before any work, in one sentence with its cure."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / COMMANDS[command]
+    out.write_text("Notes of many years.\n")
+    done = CliRunner().invoke(main, [*command.split(), "-o", out.name])
     assert done.exit_code == 1
-    cure = "Give another file, or remove this one."
-    assert (
-        done.stderr
-        == f"Error: {out} exists and is not {kind}, so it was not overwritten. {cure}\n"
-    )
+    assert done.stderr == f"Error: {out.name} exists. --force overwrites it.\n"
     assert list(tmp_path.iterdir()) == [out]
-    assert out.read_bytes() == data
+    assert out.read_text() == "Notes of many years.\n"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there are no pipes among the files")
-def test_a_pipe_is_left(recipe, tmp_path):
-    """A pipe that nobody writes to is not opened."""
-    os.mkfifo(tmp_path / "made.png")
-    assert (
-        "is not a PNG picture"
-        in call("plot", recipe, "-o", tmp_path / "made.png").stderr
-    )
-
-
-AGAIN = [
-    (["report", None], "made.html"),
-    (FIT, "made.toml"),
-]
-
-
-@pytest.mark.parametrize(
-    ("command", "name"), AGAIN, ids=[f"{c[0]} {name}" for c, name in AGAIN]
-)
-def test_the_same_command_writes_again(command, name, recipe, tmp_path):
-    """An empty file and what the command itself wrote are written over."""
-    out = tmp_path / name
-    arguments = [*(recipe if part is None else part for part in command), "-o", out]
-    out.touch()
-    for _ in range(2):
-        assert call(*arguments).exit_code == 0
-        assert out.stat().st_size
+@pytest.mark.parametrize("order", ["-o page.html --force", "--force -o page.html"])
+def test_force_overwrites(order, tmp_path, monkeypatch):
+    """With --force the file is written, wherever the option stands."""
+    monkeypatch.chdir(tmp_path)
+    RECIPE.save("r.toml")
+    (tmp_path / "page.html").touch()
+    done = CliRunner().invoke(main, ["report", "r.toml", *order.split()])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "page.html").stat().st_size

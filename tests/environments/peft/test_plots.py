@@ -45,26 +45,6 @@ def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-COORDCHECK = ["coordcheck", "--shape", "8x8", "--tokens", "8", "--ranks", "1,2"]
-COMMANDS = [
-    *((["plot", "made.toml"], f"made.{suffix}") for suffix in ("png", "svg", "pdf")),
-    (COORDCHECK, "made.png"),
-]
-
-
-@pytest.mark.parametrize(
-    ("command", "name"), COMMANDS, ids=[f"{c[0]} {name}" for c, name in COMMANDS]
-)
-def test_the_same_command_draws_again(command, name, tmp_path, monkeypatch):
-    """An empty file and the command's own figure are drawn over."""
-    monkeypatch.chdir(tmp_path)
-    RECIPE.save("made.toml")
-    (tmp_path / name).touch()
-    for _ in range(2):
-        assert CliRunner().invoke(main, [*command, "-o", name]).exit_code == 0
-        assert (tmp_path / name).stat().st_size
-
-
 def test_a_figure_without_a_suffix_is_refused(tmp_path):
     """It would be written under another name than the one given."""
     path = RECIPE.save(tmp_path / "made.toml")
