@@ -1,6 +1,11 @@
-"""Hypothesis without deadlines and with fixed examples."""
+"""Benchmarks import each other from their own folder. Hypothesis has no deadlines and fixed examples."""
+
+import sys
+from pathlib import Path
 
 from hypothesis import settings
 
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -8,22 +8,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from laws import published
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(
-    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
-)
 NAME = "rank_x_lr_results.json"
-
-
-@pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("laws.published")
 
 
 def accuracies(tmp_path: Path) -> Path:
@@ -47,7 +37,7 @@ def accuracies(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_grid_is_read_at_s_of_1(published: Any, tmp_path: Path) -> None:
+def test_a_grid_is_read_at_s_of_1(tmp_path: Path) -> None:
     """Every accuracy of LoRA is a run whose loss is what is missing to 1, with alpha equal to the rank."""
     runs = (
         importlib.import_module("internals")
@@ -61,7 +51,7 @@ def test_a_grid_is_read_at_s_of_1(published: Any, tmp_path: Path) -> None:
 
 
 def test_laws_are_scored_on_a_known_file(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A law that moves the best rate by an octave is right, one that keeps it is an octave off."""
     path = accuracies(tmp_path)
@@ -82,7 +72,7 @@ def test_laws_are_scored_on_a_known_file(
 
 
 @pytest.mark.parametrize("name", [NAME, "other.json"])
-def test_another_file_is_refused(published: Any, tmp_path: Path, name: str) -> None:
+def test_another_file_is_refused(tmp_path: Path, name: str) -> None:
     """A file of another hash or name is not scored, and nothing is written."""
     path = accuracies(tmp_path).rename(tmp_path / name)
     said = CliRunner().invoke(published.main, ["table", str(path)])

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import scoring
 
 from rankaware_optim import (
     CalibrationError,
@@ -26,10 +27,6 @@ from rankaware_optim import (
 )
 from rankaware_optim.laws import DEFAULT_LAW
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-pytestmark = pytest.mark.skipif(
-    not BENCHMARKS.exists(), reason="the benchmarks are not at hand"
-)
 LAWS = [
     MuA(),
     MuA(tokens=None),
@@ -39,12 +36,6 @@ LAWS = [
 ]
 RANKS = (4, 16, 64)
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture
-def scoring(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("laws.scoring")
 
 
 @pytest.fixture
@@ -97,9 +88,7 @@ def drawn(
 
 @pytest.mark.parametrize("best", ["parabola", "bowl"])
 @pytest.mark.parametrize("law", LAWS, ids=repr)
-def test_the_law_a_sweep_was_drawn_from_errs_by_nothing(
-    scoring: Any, law: Law, best: str
-) -> None:
+def test_the_law_a_sweep_was_drawn_from_errs_by_nothing(law: Law, best: str) -> None:
     """The true law scores 0 octaves by the parabola; over octaves it loses what straight lines overstate."""
     (score,) = scoring.bench_law(drawn(law, seeds=(0, 1)), [law], best=best)
     assert (len(score.moves), score.off_grid) == (6, 0)
@@ -111,9 +100,7 @@ WRONG = [(0.5, "constant"), (-0.25, "constant"), (0.5, Power(1.0, law=Constant()
 
 
 @pytest.mark.parametrize(("exponent", "law"), WRONG)
-def test_a_wrong_power_errs_by_its_octaves(
-    scoring: Any, exponent: float, law: str | Law
-) -> None:
+def test_a_wrong_power_errs_by_its_octaves(exponent: float, law: str | Law) -> None:
     """A law wrong by an exponent errs by it times the octaves of rank, up one way and down the other."""
     (score,) = scoring.bench_law(drawn(Power(exponent=exponent, law=Constant())), [law])
     off = -exponent if law == "constant" else 0.5
@@ -122,7 +109,7 @@ def test_a_wrong_power_errs_by_its_octaves(
         assert move.octaves == pytest.approx(off * octaves, abs=1e-9)
 
 
-def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
+def test_the_loss_lost_is_that_of_the_grid() -> None:
     """The loss at a moved rate is read off the target's own curve, above its lowest, as a share of it."""
     (score,) = scoring.bench_law(
         drawn(Power(exponent=0.5, law=Constant()), ranks=(16, 64)), ["constant"]
@@ -136,7 +123,7 @@ def test_the_loss_lost_is_that_of_the_grid(scoring: Any) -> None:
     assert up.lost != pytest.approx((true - 1) / lowest, abs=0.005)
 
 
-def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart(scoring: Any) -> None:
+def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart() -> None:
     """Off the grid the loss is not known; among diverged runs it is infinite."""
     rows = drawn(
         Power(exponent=1.0, law=Constant()), ranks=(4, 64), exponents=range(-13, -4)
@@ -150,7 +137,7 @@ def test_moves_beyond_the_grid_and_into_the_cliff_are_told_apart(scoring: Any) -
     assert "diverged" in scoring.score_table([cliff])
 
 
-def test_the_default_law_is_among_those_scored(scoring: Any) -> None:
+def test_the_default_law_is_among_those_scored() -> None:
     """A sweep at Init[B] that falls as the default law says is moved best by it, without naming a law."""
     worst = {
         score.label: score.worst
@@ -159,7 +146,7 @@ def test_the_default_law_is_among_those_scored(scoring: Any) -> None:
     assert min(worst, key=lambda label: worst[label]) == DEFAULT_LAW
 
 
-def test_what_does_not_compare_is_not_compared(scoring: Any) -> None:
+def test_what_does_not_compare_is_not_compared() -> None:
     """Other models, batches and inits are each on their own; full finetuning and best rates at an end are left out."""
     rows = [*drawn(MuA()), *({**row, "model": "n"} for row in drawn(MuA()))]
     rows += [{**row, "batch": 8} for row in drawn(MuA())] + drawn(Constant(), init="B")
@@ -179,9 +166,7 @@ def test_what_does_not_compare_is_not_compared(scoring: Any) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 99), offset=st.floats(-0.5, 100), scale=st.floats(0.01, 100))
-def test_order_and_units_do_not_matter(
-    scoring: Any, seed: int, offset: float, scale: float
-) -> None:
+def test_order_and_units_do_not_matter(seed: int, offset: float, scale: float) -> None:
     """The order of rows, the loss's unit and offset, and a factor on every rate leave all errors as they are."""
 
     def octaves_of(rows: Rows) -> list[float]:
@@ -216,7 +201,7 @@ BAD = [
 
 @pytest.mark.parametrize(("rows", "options", "message"), BAD)
 def test_a_sweep_that_measures_no_law_is_refused(
-    scoring: Any, rows: Any, options: Any, message: str
+    rows: Any, options: Any, message: str
 ) -> None:
     """Without alpha, a second rank or an inner best rate no law can be scored."""
     with pytest.raises(CalibrationError, match=message):
@@ -237,7 +222,7 @@ CURVES = [
 
 @pytest.mark.parametrize(("curve", "vertex"), CURVES)
 def test_a_vertex_lies_inside_the_grid_or_nowhere(
-    scoring: Any, curve: dict[float, float], vertex: float | None
+    curve: dict[float, float], vertex: float | None
 ) -> None:
     """The parabola's lowest point on an uneven grid, half a step below a cliff, and None at an end."""
     assert scoring.vertex_of(curve) == (
@@ -245,7 +230,7 @@ def test_a_vertex_lies_inside_the_grid_or_nowhere(
     )
 
 
-def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: None) -> None:
+def test_the_script_scores_a_law_of_ones_own(own_module: None) -> None:
     """Without a file it reads the package's sweep, and prints a line per law, of which an unknown one is a sentence."""
     script = importlib.import_module("laws.bench_law")
     done = CliRunner().invoke(
@@ -262,7 +247,7 @@ def test_the_script_scores_a_law_of_ones_own(scoring: Any, own_module: None) -> 
 
 
 def test_the_factors_measured_where_alpha_is_kept(
-    scoring: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On three models drawn from the default law the table's measured factors are the law's, which loses nothing, and
     what is kept loses more."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import fingerprints as prints
 import pytest
+from behaviour import BEHAVIOUR
 
 import rankaware_optim as ra
 
@@ -27,14 +28,8 @@ SLOW = ("fit", "search", "calibration", "horizon", "scores")
 QUICK = [name for name in NAMES if not name.startswith(SLOW)]
 
 
-@pytest.fixture
-def prints(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("fingerprints")
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_the_file_has_what_the_code_gives(prints: Any, name: str) -> None:
+def test_the_file_has_what_the_code_gives(name: str) -> None:
     """A fingerprint on file is that of the code as it is, up to rounding."""
     found = prints.change(prints.stored()[name], prints.now([name])[name])
     assert not any(found), (
@@ -42,13 +37,13 @@ def test_the_file_has_what_the_code_gives(prints: Any, name: str) -> None:
     )
 
 
-def test_the_file_has_every_fingerprint(prints: Any) -> None:
+def test_the_file_has_every_fingerprint() -> None:
     """Every fingerprint that is taken is on file, and no other."""
-    assert list(importlib.import_module("behaviour").BEHAVIOUR) == NAMES
+    assert list(BEHAVIOUR) == NAMES
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_table_is_no_older_than_what_it_rests_on(prints: Any, page: str) -> None:
+def test_a_table_is_no_older_than_what_it_rests_on(page: str) -> None:
     """A page carries the fingerprints that its scripts name, as on file. A frozen one has no script."""
     text = (RESULTS / page).read_text()
     scripts = [ROOT / name for name in MADE_BY.findall(text)]
@@ -93,7 +88,7 @@ WITHOUT_TABLES = {
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_says_what_its_tables_rest_on(prints: Any, path: Path) -> None:
+def test_a_script_says_what_its_tables_rest_on(path: Path) -> None:
     """Every script with a table names fingerprints that are on file, or none."""
     assert path.stem in WITHOUT_TABLES or prints.marks(rests_on(path)) is not None
 
@@ -154,7 +149,7 @@ def suggestions(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_changed_number_is_seen_where_it_belongs(
-    prints: Any, monkeypatch: pytest.MonkeyPatch, change: Any, seen: set[str]
+    monkeypatch: pytest.MonkeyPatch, change: Any, seen: set[str]
 ) -> None:
     """A change of a number changes the fingerprint that it belongs to, and no other."""
     change(monkeypatch)
@@ -185,7 +180,7 @@ def test_fingerprints_are_of_public_names() -> None:
         ([1.0], [1.0, 2.0], math.inf),
     ],
 )
-def test_a_change_has_a_size(prints: Any, old: Any, new: Any, by: float) -> None:
+def test_a_change_has_a_size(old: Any, new: Any, by: float) -> None:
     """The largest relative change of a number; infinite where a text or the number of values changed."""
     assert prints.largest(old, new) == pytest.approx(by)
 
@@ -207,7 +202,7 @@ def test_a_change_has_a_size(prints: Any, old: Any, new: Any, by: float) -> None
     ],
 )
 def test_what_came_or_went_makes_no_table_stale(
-    prints: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: Any, carried: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, now: Any, carried: str
 ) -> None:
     """Writing gives a table new digests where cases came or went and no number moved. Rounding changes nothing."""
     old = {"laws.a": {"x": [1.0], "y": [2.0]}, "laws.b": {"x": [1.0]}}
@@ -225,7 +220,7 @@ def test_what_came_or_went_makes_no_table_stale(
     assert (text == f"Rests on {first}.") == (carried != "renewed")
 
 
-def test_a_fingerprint_that_is_not_there_is_said(prints: Any) -> None:
+def test_a_fingerprint_that_is_not_there_is_said() -> None:
     """An unknown name in RESTS_ON ends the script with a sentence that lists those on file."""
     with pytest.raises(
         KeyError,
