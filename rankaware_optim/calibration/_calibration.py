@@ -35,6 +35,7 @@ from ._provenance import (
     Code,
     check_comparable,
     check_whole,
+    layers_of,
     made_with,
     refuse,
     shape_of,
@@ -75,6 +76,7 @@ class Calibration:
         # the configuration to which rates are moved
         self.reference: Reference | None = None
         self.settings: Mapping[str, Any] = {}  # of the optimizer
+        self.layers: Mapping[str, float] = {}
         self.storage: Any = None
         self._opened: optuna.storages.BaseStorage | None = None
         self._ended: dict[int, TrialRecord] = {}
@@ -158,6 +160,7 @@ class Calibration:
             self.options.name, made, self._made_with, "is shared with a worker of"
         )
         self.settings = stored.get("settings", self.settings)
+        self.layers = stored.get("layers", self.layers)
         if self.reference is None and "reference" in stored:
             self.settle(Reference(**stored["reference"]), stored["full_fan_in"])
 
@@ -182,6 +185,8 @@ class Calibration:
         reference = replace(built, batch=self.options.batch)
         self.settle(reference, survey.full_width(built.init))
         self.study.set_user_attr("full_fan_in", self.full_fan_in)
+        self.layers = layers_of(survey)
+        self.study.set_user_attr("layers", self.layers)
         # written last: its readers need the width
         self.study.set_user_attr("reference", asdict(reference))
 

@@ -105,10 +105,12 @@ def calibrate_trainer(
 
     with seeded(0), _surroundings():
         recipe = calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)
-    for name, value in horizon.items():
-        if options.get(name) is None:
-            recipe = replace(recipe, **{name: value})
-    return replace(recipe, reference=replace(recipe.reference, batch=recipe.batch))
+    if recipe.batch is None:
+        reference = replace(recipe.reference, batch=horizon.get("batch"))
+        recipe = replace(recipe, reference=reference)
+    if recipe.warmup is None:
+        recipe = replace(recipe, warmup=horizon.get("warmup"))
+    return recipe
 
 
 def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:

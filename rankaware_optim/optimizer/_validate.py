@@ -6,7 +6,6 @@ import inspect
 import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any
@@ -281,8 +280,7 @@ def read_recipe(
                 "Give only the recipe, which includes it.",
             )
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    at = loaded.reference
-    return loaded, loaded.law, replace(at, batch=at.batch or loaded.batch)
+    return loaded, loaded.law, loaded.reference
 
 
 def use_recipe(

@@ -1,4 +1,6 @@
-from ._document import to_document as to_document
+from ._other_rates import BASE as BASE
+from ._other_rates import OtherRates as OtherRates
+from ._other_rates import name_pattern as name_pattern
 from ._recipe import ANY_WIDTH as ANY_WIDTH
 from ._recipe import Recipe as Recipe
 from ._recipe import is_for as is_for
@@ -6,12 +8,10 @@ from ._recipe import known_rate as known_rate
 from ._recipe import other_rates_on as other_rates_on
 from ._recipe import rate_on as rate_on
 from ._recipe import recipe_of as recipe_of
-from ._recipe_data import BASE as BASE
-from ._recipe_data import OtherRates as OtherRates
-from ._recipe_data import name_pattern as name_pattern
 from ._recipe_text import facts as facts
 from ._recipe_text import lead as lead
 from ._recipe_text import missing_trials as missing_trials
+from ._schema import to_document as to_document
 from ._settings import SAME_UPDATES as SAME_UPDATES
 from ._settings import agreed as agreed
 from ._settings import differences as differences

@@ -4,27 +4,47 @@ safetensors.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from .._optimizers import known_optimizer
 from .._printing import times
 from .._rate import Rate
-from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
+from .._types import (
+    GAMMA,
+    Method,
+    Reference,
+    Scaling,
+    Survey,
+    scaling_factor,
+    width_for,
+)
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..fitting import Fit, centred_law
-from ..laws import Law, checked_batch_multiplier, checked_multiplier
+from ..laws import (
+    Law,
+    Power,
+    checked_batch_multiplier,
+    checked_multiplier,
+)
 from . import _recipe_files as files
 from . import _recipe_text as words
 from . import _sharing as sharing
 from ._horizon import by_batch, by_steps
-from ._recipe_data import OtherRates, RecipeData
+from ._other_rates import OtherRates, TableOfRates
+from ._schema import Trials, to_document
 from ._uncertainty import Z90, margin, spread
 
 if TYPE_CHECKING:
@@ -42,7 +62,7 @@ ANY_WIDTH = 4096.0
 
 
 @dataclass(frozen=True, eq=False)
-class Recipe(RecipeData):
+class Recipe:
     """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep`
     make one.
 
@@ -68,11 +88,11 @@ class Recipe(RecipeData):
         optimizer: the optimizer's class, as "module.Class".
         settings: the optimizer's settings other than the rate.
         steps: optimizer steps of a trial, None if a sweep did not give them.
-        batch: examples or tokens per step, None if unknown.
         warmup: share of the steps with a rising rate, from 0 to 1.
         seed: random seed of the calibration.
         other_rates: rates of the parameters that LoRA trials trained beside the factors, by name
             with "*" for numbers. "base" means each trial's base rate.
+        layers: mean fan-in of the adapted layers, by name with "*" for numbers.
         versions: versions of the packages used.
         source: the training loop's name, the hash of its source and its repository's commit.
         notes: sentences on what the data did not determine.
@@ -86,6 +106,75 @@ class Recipe(RecipeData):
         missing: the name of the trials' file if it was not beside the recipe when it was read.
             Rates do not need it.
     """
+
+    name: str
+    fitted_lr: float
+    reference: Reference
+    law: Power
+    covariance: npt.NDArray[np.float64]
+    lean: float = 0.0
+    ceiling: float | None = None
+    scaling_rule: Scaling = "unknown"
+    full_fan_in: float | None = None
+    ranks: tuple[int, ...] = ()
+    full_seen: bool = False
+    optimizer: str = "torch.optim.AdamW"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    warmup: float | None = None
+    seed: int = 0
+    other_rates: TableOfRates = field(default_factory=dict)
+    layers: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tensors: Trials = field(default_factory=dict, repr=False)
+    steepness: float = 0.0
+    scatter: float = 0.0
+    missing: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all values and trials are equal. NaN equals NaN."""
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        if to_document(self) != to_document(other):
+            return False
+        mine, theirs = self.tensors, other.tensors
+        return mine.keys() == theirs.keys() and all(
+            np.array_equal(mine[name], theirs[name], equal_nan=True) for name in mine
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.fitted_lr, self.lean, self.reference))
+
+    @property
+    def lr(self) -> float:
+        """The base rate to use, per step: `lean` octaves below `fitted_lr`."""
+        return float(self.fitted_lr * 2.0**-self.lean)
+
+    @property
+    def batch(self) -> float | None:
+        """Examples or tokens per step, None if unknown."""
+        return self.reference.batch
+
+    @property
+    def full_factor(self) -> float:
+        """The factor by which the law's rate for full finetuning is multiplied."""
+        return self.law.full_factor
+
+    @property
+    def tag(self) -> str:
+        """The recipe in a line, "hash name", as stored in an optimizer's state_dict.
+
+        The hash covers what decides the rates: base rate, reference, law and scaling rule. It does
+        not depend on the name or on the version of this package.
+        """
+        r = self.reference
+        at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
+        decisive = (self.lr, at, self.scaling_rule, self.law)
+        text = json.dumps(decisive, sort_keys=True, default=repr)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f"{digest[:12]} {self.name}"
 
     def at(
         self,
@@ -308,10 +397,8 @@ class Recipe(RecipeData):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe as a TOML file, and its trials as a safetensors file beside it.
 
-        The TOML gives every rate by itself. The save is atomic: a reader finds the old recipe or
-        the new one. The file of the trials has their hash in its name. That of the recipe that is
-        replaced is removed, unless another TOML in the folder names it. File modes and symbolic
-        links are kept.
+        The TOML gives every rate by itself. Each file is replaced atomically. NAME.toml has its
+        trials in NAME.trials.safetensors.
 
         Args:
             path: the TOML file.
@@ -320,8 +407,8 @@ class Recipe(RecipeData):
             The path written.
 
         Raises:
-            RecipeError: the folder cannot be written, `path` does not end in .toml, the recipe
-                there is read-only or has a newer schema, or a value could not be read back.
+            RecipeError: the folder cannot be written, `path` does not end in .toml, or a value
+                could not be read back.
         """
         return files.save(self, path)
 
@@ -349,16 +436,16 @@ class Recipe(RecipeData):
         imported.
 
         Without the file of its trials a recipe still gives every rate. `missing` then names that
-        file.
+        file. A warning says so if the file there cannot be used, such as that of another save.
 
         Args:
             path: the TOML file, or the folder of an adapter in which `save_beside` wrote it.
 
         Raises:
-            RecipeError: the TOML is missing, or a file is cut short, altered, too large, has a
-                newer schema, or has an impossible value. The message names the value's path.
+            RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
+                message names the value's path.
         """
-        return files.load(cls, sharing.recipe_file(path))
+        return cls(**files.load(sharing.recipe_file(path)))
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:

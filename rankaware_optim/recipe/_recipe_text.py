@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._printing import Table, give_or_take, printable, times
 from .._types import Reference, Scaling, init_text
 from ..fitting import steps_variance
 from ..laws import Power, law_sentence
-from ._recipe_data import BASE, RecipeData
+from ._other_rates import BASE
 from ._uncertainty import own_band
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
 
 _ALPHA: Mapping[Scaling, str] = {
     "fixed": "alpha follows rank (s fixed)",
@@ -23,14 +26,14 @@ _ALPHA: Mapping[Scaling, str] = {
 }
 
 
-def lead(recipe: RecipeData) -> str:
+def lead(recipe: Recipe) -> str:
     """Return the recipe in a sentence: optimizer, steps, batch and the configurations tried."""
     optimizer = recipe.optimizer.rpartition(".")[2]
     at = f"{recipe.steps or 'unknown'} steps at batch {_number(recipe.batch)}"
     return f"{optimizer}, {at}, calibrated at {_tried(recipe)}."
 
 
-def facts(recipe: RecipeData) -> list[tuple[str, str]]:
+def facts(recipe: Recipe) -> list[tuple[str, str]]:
     """Return a recipe's facts as pairs of a name and a text."""
     at, twice = recipe.reference, math.sqrt(steps_variance(1.0))
     ceiling = "none seen"
@@ -82,7 +85,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {_setting(value)}" for name, value in values.items())
 
 
-def missing_trials(recipe: RecipeData) -> str:
+def missing_trials(recipe: Recipe) -> str:
     """Return a sentence if the trials' file was missing when the recipe was read, else ""."""
     if not recipe.missing:
         return ""
@@ -92,12 +95,12 @@ def missing_trials(recipe: RecipeData) -> str:
     )
 
 
-def table_of(recipe: RecipeData) -> Table:
+def table_of(recipe: Recipe) -> Table:
     """Return the facts, one per row."""
     return Table((), facts(recipe), title=f"Recipe {recipe.name!r}")
 
 
-def explain(recipe: RecipeData) -> str:
+def explain(recipe: Recipe) -> str:
     """Return the facts, one per line."""
     table = table_of(recipe)
     lines = [
@@ -108,7 +111,7 @@ def explain(recipe: RecipeData) -> str:
 
 
 def configuration(
-    recipe: RecipeData, target: Reference, steps: int | None, batch: float | None
+    recipe: Recipe, target: Reference, steps: int | None, batch: float | None
 ) -> str:
     """Return the configuration of a rate at `target` in words. Steps and batch are by default the
     recipe's own.
@@ -132,7 +135,7 @@ def to_settle(width: float) -> str:
     )
 
 
-def _words(recipe: RecipeData, target: Reference) -> str:
+def _words(recipe: Recipe, target: Reference) -> str:
     """Return a reference as text, without the alpha of a sweep that does not give it."""
     swept = target.method == "lora" and recipe.scaling_rule == "as swept"
     return (
@@ -152,7 +155,7 @@ def _law(law: Power) -> str:
     return ", ".join(parts)
 
 
-def _trials(recipe: RecipeData) -> str:
+def _trials(recipe: Recipe) -> str:
     if recipe.missing:
         return f"its trials are not here, {recipe.missing} is missing"
     return f"{len(recipe.tensors.get('lr', ()))} trials"
@@ -166,13 +169,13 @@ def _setting(value: Any) -> str:
     )
 
 
-def _tried(recipe: RecipeData) -> str:
+def _tried(recipe: Recipe) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
     full = "full finetuning" if recipe.full_seen else ""
     return " and ".join(filter(None, (ranks, full))) or "nothing"
 
 
-def _other_rates(recipe: RecipeData) -> str:
+def _other_rates(recipe: Recipe) -> str:
     """Return the rates of the parameters that are not factors, in words. Those that the trials
     trained come first.
     """

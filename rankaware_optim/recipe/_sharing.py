@@ -6,12 +6,15 @@ import os
 import re
 from pathlib import Path
 from textwrap import indent
+from typing import TYPE_CHECKING
 
 from .._files import read_bytes, replace_bytes
 from ..errors import RecipeError
-from ._recipe_data import RecipeData
 from ._recipe_files import save
 from ._recipe_text import explain
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
 
 _FOLDER, _FILE, _README = "rankaware", "recipe.toml", "README.md"
 _BEGIN, _END = "<!-- rankaware-optim: begin -->", "<!-- rankaware-optim: end -->"
@@ -33,7 +36,7 @@ def recipe_file(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def save_beside(recipe: RecipeData, adapter: str | os.PathLike[str]) -> Path:
+def save_beside(recipe: Recipe, adapter: str | os.PathLike[str]) -> Path:
     """Write the recipe into the adapter's folder."""
     folder = Path(adapter)
     if not os.path.isdir(folder):
@@ -70,7 +73,7 @@ def _check_inside(folder: Path) -> None:
             )
 
 
-def _section(recipe: RecipeData) -> str:
+def _section(recipe: Recipe) -> str:
     """Return the README's section about the recipe, between two marks. Untrusted texts are in a
     code block.
     """

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._types import Reference, init_text
 from ..fitting import FULL_SD
-from ._recipe_data import RecipeData
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
 
 Z90 = 1.645
 # Standard deviations that are added outside the data, octaves of rate per octave of rank or of
@@ -26,7 +29,7 @@ _DRIFT_SHARE = 0.5
 MOST_MARGIN = 0.25
 
 
-def own_band(recipe: RecipeData) -> tuple[float, float]:
+def own_band(recipe: Recipe) -> tuple[float, float]:
     """Return the ends of the 90 % band of the best rate at the recipe's reference."""
     octaves = Z90 * spread(recipe, recipe.reference)[0]
     return recipe.fitted_lr / 2.0**octaves, recipe.fitted_lr * 2.0**octaves
@@ -45,7 +48,7 @@ def margin(steepness: float, sd: float) -> float:
     return min(steepness * sd * sd / 2, MOST_MARGIN)
 
 
-def spread(recipe: RecipeData, target: Reference) -> tuple[float, list[str]]:
+def spread(recipe: Recipe, target: Reference) -> tuple[float, list[str]]:
     """Return the standard deviation of log2 of the best rate at `target`, octaves, and notes on
     what was not tried.
     """
@@ -61,7 +64,7 @@ def spread(recipe: RecipeData, target: Reference) -> tuple[float, list[str]]:
     return math.sqrt(variance), [words for _, words in unseen]
 
 
-def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]]:
+def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
     """Yield what was not tried, with the standard deviation that it adds, octaves."""
     if target.method == "full":
         width = recipe.full_fan_in
@@ -89,7 +92,7 @@ def _unseen(recipe: RecipeData, target: Reference) -> Iterator[tuple[float, str]
         yield INIT_SD, words
 
 
-def _law_alone(recipe: RecipeData, target: Reference) -> tuple[float, str]:
+def _law_alone(recipe: Recipe, target: Reference) -> tuple[float, str]:
     """Return what is added for full finetuning that was not tried, and the note on it."""
     law, init = recipe.law, recipe.reference.init
     octaves = (

@@ -121,9 +121,10 @@ def _fields(first: Recipe, second: Recipe) -> Iterator[Difference]:
         old, new = one.get(path), two.get(path)
         if old != new:
             yield Difference(path, _text(old), _text(new), _words(path, old, new))
-    arrays, others = first.arrays(), second.arrays()
-    for path in sorted({**arrays, **others}):  # safetensors has no order
-        a, b = arrays.get(path), others.get(path)
+    arrays, others = first.tensors, second.tensors
+    for name in sorted({**arrays, **others}):  # safetensors has no order
+        a, b = arrays.get(name), others.get(name)
+        path = f"trials.{name}"
         if a is None or b is None or a.shape != b.shape:
             yield Difference(path, _size(a), _size(b))
             continue

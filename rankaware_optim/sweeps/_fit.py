@@ -160,7 +160,6 @@ def fit_sweep(  # noqa: PLR0913
         optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
         settings=settings or {},
         steps=runs[0].steps,
-        batch=runs[0].batch,
         warmup=warmup,
         versions=versions_used(),
         notes=(*read.notes, *rows.notes(fitted.fit)),

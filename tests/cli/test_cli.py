@@ -22,7 +22,7 @@ from rankaware_optim.cli._main import main
 from rankaware_optim.transfer import convert_lr
 
 COMMANDS = ("inspect", "convert", "show", "lr", "plot", "diff", "report")
-AT_16 = Reference(rank=16, alpha=32, fan_in=64)
+AT_16 = Reference(rank=16, alpha=32, fan_in=64, batch=16.0)
 
 
 @pytest.fixture
@@ -40,7 +40,6 @@ def recipe(tmp_path):
         ranks=(4, 64),
         settings={"weight_decay": 0.01},
         steps=100,
-        batch=16.0,
         versions={"torch": "2.6"},
         tensors={
             "rank": np.array([4, 64]),

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tomli
 
 from rankaware_optim import Power, Recipe, Reference
 
@@ -78,8 +77,6 @@ KINDS = {
 }
 
 
-def tensors_of(path: Path) -> Path:
-    """The safetensors file that a saved recipe names."""
-    return path.with_name(
-        tomli.loads(path.read_text(encoding="utf-8"))["tensors"]["file"]
-    )
+def trials_of(path: Path) -> Path:
+    """The file of a saved recipe's trials."""
+    return path.with_name(f"{path.stem}.trials.safetensors")

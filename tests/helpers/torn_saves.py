@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -47,7 +48,10 @@ def in_a_child(work: Callable[[], None]) -> bool:
 
 def state(target: Path) -> tuple[str, str]:
     found = Recipe.load(target)
-    return found.name, "rates" if found.missing else "whole"
+    if found.missing:
+        return found.name, "rates"
+    right = (OLD if found.name == "old" else NEW) == found
+    return found.name, "whole" if right else "mixed"
 
 
 def killed(target: Path, operation: int) -> bool:
@@ -71,6 +75,7 @@ def read(target: Path, operation: int) -> bool:
 
 
 def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")  # trials of another save
     torch.set_num_threads(1)
     for attack in (killed, read):
         for operation in count(1):
@@ -79,6 +84,7 @@ def main(folder: Path) -> None:
             if attack is killed:
                 print("killed", operation, *state(target), flush=True)
                 NEW.save(target)
+                print("saved", operation, *state(target), flush=True)
             if over:
                 break
 

@@ -34,7 +34,7 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 RECIPE = Recipe(
     name="digits",
     fitted_lr=8e-3,
-    reference=Reference(rank=4, alpha=4, fan_in=WIDTH),
+    reference=Reference(rank=4, alpha=4, fan_in=WIDTH, batch=16),
     law=Power(exponent=0.1),
     covariance=np.diag([0.04, 0.01, 0.09]),
     lean=0.25,
@@ -44,7 +44,6 @@ RECIPE = Recipe(
     optimizer="torch.optim.adamw.AdamW",
     settings={"weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "foreach": True},
     steps=100,
-    batch=16,
     warmup=0.05,
     other_rates={"head.weight": "base", "head.bias": "base"},
 )
@@ -176,7 +175,7 @@ ALIKE = [
         {"foreach": False},
     ),
     (
-        replace(RECIPE, batch=None, warmup=None),
+        replace(RECIPE, reference=replace(RECIPE.reference, batch=None), warmup=None),
         {**OWN, "batch": 64},
     ),
     (replace(RECIPE, settings={"betas": (0.9, 0.999)}), {}),

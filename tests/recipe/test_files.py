@@ -1,172 +1,166 @@
-"""A recipe's two files: what is there after a kill, beside another save or reader, and what a save leaves alone."""
+"""A recipe's two files: what survives them, what is refused when read, and what is there after a kill."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import pickle
 import re
 import shutil
 import stat
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-from safetensors.numpy import save
+import tomli
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
-from rankaware_optim import Recipe, RecipeError
+import rankaware_optim as ra
+from rankaware_optim import (
+    Constant,
+    LoRAPlus,
+    MuA,
+    Power,
+    RankAwareWarning,
+    Recipe,
+    RecipeError,
+    Reference,
+)
+from rankaware_optim._checks import RANGES
 from rankaware_optim._files import read_bytes
+from rankaware_optim.errors import PlotError
+from rankaware_optim.laws import LAWS
+from rankaware_optim.recipe._schema import RecipeFile
+from rankaware_optim.reports import drawable
+from rankaware_optim.reports._page import report_html
 
-from ..helpers.recipes import RECIPE, TENSORS, tensors_of
+from ..helpers.models import mlp
+from ..helpers.recipes import RECIPE, TENSORS, trials_of
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "recipes" / "SCHEMA.md"
 HANG = 120  # seconds
+FULL = replace(
+    RECIPE,
+    lean=0.25,
+    reference=Reference(rank=4, alpha=8, fan_in=64, batch=16),
+    settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
+    steps=100,
+    warmup=0.05,
+    other_rates={"head.weight": "base", "head.bias": 1e-3},
+    layers={"layers.*.q": 64.0},
+    versions={"torch": "2.6"},
+    source={"train": "train"},
+    steepness=1.0,
+    scatter=0.2,
+)
+NEXT = replace(RECIPE, name="next", tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
 
 
-@pytest.fixture(scope="module")
-def attacked(tmp_path_factory) -> list[list[str]]:
-    """The lines of helpers/torn_saves.py."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.torn_saves",
-        str(tmp_path_factory.mktemp("torn")),
-    ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-    }
-    ended = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=HANG
-    )
-    assert not ended.returncode, ended.stderr
-    return [line.split() for line in ended.stdout.splitlines()]
+@pytest.fixture
+def target(tmp_path) -> Path:
+    """A saved recipe with a value in every field."""
+    return FULL.save(tmp_path / "r.toml")
 
 
-@pytest.mark.xdist_group("torn saves")
-def test_a_killed_save_leaves_one_whole_recipe(attacked):
-    """Killed before any of its file operations, a save leaves the old recipe or the new one, each with its trials."""
-    names = [name for kind, _, name, _ in attacked if kind == "killed"]
-    assert names == sorted(names, reverse=True)
-    assert set(names) == {"old", "new"}
-    assert {whole for kind, _, _, whole in attacked if kind == "killed"} == {"whole"}
+# --- what is written is read ------------------------------------------------------------------------------------------
+
+positive = st.floats(1e-9, 1e6)
+references = st.builds(
+    Reference,
+    rank=st.integers(1, 4096),
+    alpha=positive,
+    rslora=st.booleans(),
+    init=st.sampled_from("AB"),
+    fan_in=st.none() | positive,
+    batch=st.none() | positive | st.integers(1, 99),
+) | st.builds(Reference, method=st.just("full"), fan_in=positive)
+laws = st.builds(
+    Power,
+    exponent=st.floats(-2, 2),
+    full_factor=st.floats(0.01, 100),
+    pivot=st.floats(1, 1024),
+    to_full=st.booleans(),
+    law=st.builds(MuA, tokens=st.none() | positive, ratio=positive)
+    | st.just(Constant())
+    | st.builds(LoRAPlus),
+)
+text = st.text(st.characters(codec="utf-8"))
+recipes = st.builds(
+    Recipe,
+    name=text,
+    fitted_lr=positive,
+    reference=references,
+    law=laws,
+    covariance=st.just(np.diag([0.04, 0.01, 0.09])),
+    lean=st.floats(0, 1),
+    steepness=st.floats(0, 10),
+    scatter=st.floats(0, 1),
+    ceiling=st.none() | positive,
+    scaling_rule=st.sampled_from(["fixed", "rslora", "alpha", "unknown"]),
+    full_fan_in=st.none() | positive,
+    ranks=st.lists(st.integers(1, 4096), unique=True, max_size=64).map(tuple),
+    full_seen=st.booleans(),
+    settings=st.dictionaries(
+        st.text("abc_", min_size=1),
+        st.booleans() | st.integers(0, 9) | positive | st.text("ab"),
+    ),
+    steps=st.none() | st.integers(1, 10**9),
+    warmup=st.none() | st.floats(0, 1),
+    seed=st.integers(0, 2**62),
+    notes=st.lists(text, max_size=3).map(tuple),
+    other_rates=st.dictionaries(
+        st.text("ab.*", min_size=1), st.just("base") | positive
+    ),
+    layers=st.dictionaries(st.text("ab.*", min_size=1), positive),
+    source=st.dictionaries(st.text("ab", min_size=1), text),
+    tensors=st.just({})
+    | st.just({"lr": np.ones(1), "curve": np.array([[1.0, math.nan]])}),
+)
 
 
-@pytest.mark.xdist_group("torn saves")
-def test_a_reader_finds_one_whole_recipe(attacked):
-    """A save between any two of a reader's file operations gives it the new recipe or the old one, no error.
-
-    The old one may lack its trials, which the save removed.
-    """
-    names = [name for kind, _, name, _ in attacked if kind == "read"]
-    assert len(names) >= 2
-    assert set(names) == {"old", "new"}
-
-
-def test_two_saves_at_once_leave_one_whole_recipe(tmp_path):
-    """Of different recipes saved over one path at the same time one stays, with its own tensors and no other file."""
-    target, kinds = tmp_path / "r.toml", [replace(RECIPE, name=name) for name in "ab"]
-    kinds += [
-        replace(made, tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
-        for made in kinds
-    ]
-    for number in range(20):
-        pair = kinds[number % 4], kinds[(number + 1 + number // 4) % 4]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda made: made.save(target), pair, timeout=HANG))
-        found = Recipe.load(target)
-        assert any(
-            made.name == found.name
-            and np.array_equal(made.tensors["seed"], found.tensors["seed"])
-            for made in pair
-        )
-        assert {target, tensors_of(target)} <= set(tmp_path.iterdir())
+@settings(
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(made=recipes)
+def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
+    """Every value and array survives the two files bit for bit, and so does the hash of what decides the rates."""
+    path = made.save(tmp_path / "r.toml")
+    found = Recipe.load(path)
+    assert found == made
+    assert (hash(found), found.tag, found.missing) == (hash(made), made.tag, "")
+    assert np.array_equal(found.covariance, made.covariance)
+    trials_of(path).unlink(missing_ok=True)
 
 
-def test_a_save_while_another_removes_keeps_its_trials(tmp_path, monkeypatch):
-    """A save that names a file again, just as another save found it unused and removes it, has its trials."""
-    target = tmp_path / "r.toml"
-    other = replace(RECIPE, tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
-    RECIPE.save(target)
-    trials, unlink = tensors_of(target), Path.unlink
-
-    def save_then_unlink(path: Path, missing_ok: bool = False) -> None:
-        if path == trials:
-            monkeypatch.setattr(Path, "unlink", unlink)
-            RECIPE.save(target)
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", save_then_unlink)
-    other.save(target)
-    assert np.array_equal(Recipe.load(target).tensors["seed"], TENSORS["seed"])
+def test_the_toml_introduces_itself(target):
+    """The file opens with three comment lines and its schema, and the trials lie beside it, and nothing else does."""
+    lines = target.read_text().splitlines()
+    assert [line[0] for line in lines[:3]] == ["#"] * 3
+    assert lines[3] == "schema = 1"
+    NEXT.save(target)
+    assert set(target.parent.iterdir()) == {target, trials_of(target)}
+    assert Recipe.load(target) == NEXT
 
 
-STORED = Path(__file__).parent / "stored"
-FORMER = sorted(path.name for path in STORED.glob("*.toml"))
-
-
-@pytest.fixture(params=FORMER)
-def former(request, tmp_path) -> Path:
-    """A recipe that a former package wrote, in a folder of its own."""
-    shutil.copytree(STORED, tmp_path, dirs_exist_ok=True)
-    return tmp_path / request.param
-
-
-def test_there_is_a_former_recipe_of_every_schema():
-    """Stored are recipes of schema 1 and 2."""
-    assert [
-        re.search(r"(?m)^schema = (\d)$", (STORED / name).read_text())[1]
-        for name in FORMER
-    ] == ["1", "2"]
-
-
-def test_a_former_recipe_is_read_and_written_anew(former):
-    """Its rates, covariance, trials and hash are those of the recipe that is written of it, in the schema of today."""
-    found = Recipe.load(former)
-    again = found.save(former.with_name("again.toml"))
-    assert "schema = 3\n" in again.read_text()
-    assert Recipe.load(again) == found
-    assert Recipe.load(again).tag == found.tag
-    assert tensors_of(former).exists()
-
-
-def test_a_former_recipe_needs_its_tensors(former):
-    """Its covariance is there, so without them it is an error."""
-    tensors_of(former).unlink()
-    with pytest.raises(RecipeError, match=r"cannot be read.* Copy both files"):
-        Recipe.load(former)
-
-
-def test_lengths_of_a_former_recipe_are_ignored_with_a_note(former):
-    """The rate at other lengths is the recipe's, which a note says."""
-    plain, text = Recipe.load(former), former.read_text()
-    former.write_text(
-        text.replace("[horizon]\n", "[horizon]\ntried = [[50, 0.1, 0.02]]\n")
-    )
-    found = Recipe.load(former)
-    assert found.lr == plain.lr
-    assert any("several lengths" in note for note in found.notes)
-
-
-@pytest.mark.parametrize("name", ["best_lr", "fitted_lr"])
-def test_a_bad_fitted_rate_is_named_as_in_its_file(name, tmp_path):
-    """Whichever name the file has for the fitted optimum is the path that an error says."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    if name == "best_lr":
-        target.write_text(
-            target.read_text()
-            .replace("schema = 3", "schema = 1")
-            .replace("fitted_lr = ", "best_lr = ")
-        )
-    for line in (f"{name} = -1.0", ""):
-        target.write_text(re.sub(f"(?m)^{name} = .*$", line, target.read_text()))
-        with pytest.raises(RecipeError) as caught:
-            Recipe.load(target)
-        assert caught.value.cause.endswith(f"@ rate.{name}")
+def test_a_law_of_whole_numbers_keeps_its_hash(tmp_path):
+    """A law with whole numbers is the same law in the file, with the same hash."""
+    made = replace(FULL, law=Power(exponent=1, law=MuA(tokens=4)))
+    found = Recipe.load(made.save(tmp_path / "r.toml"))
+    assert (found.law, found.tag) == (made.law, made.tag)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
@@ -175,70 +169,360 @@ def test_a_bad_fitted_rate_is_named_as_in_its_file(name, tmp_path):
     [(0o077, None, 0o600), (0o002, None, 0o664), (0o022, 0o640, 0o640)],
 )
 def test_files_have_the_mode_that_they_should(umask, former, then, tmp_path):
-    """New files have what the umask leaves, and a recipe saved over keeps its mode, its tensors too."""
-    target, before = tmp_path / "r.toml", os.umask(umask)
+    """New files have what the umask leaves, and a recipe saved over keeps its mode."""
+    path, before = tmp_path / "r.toml", os.umask(umask)
     try:
         if former is not None:
-            RECIPE.save(target).chmod(former)
-        replace(RECIPE, tensors={**TENSORS, "seed": TENSORS["seed"] + 1}).save(target)
+            RECIPE.save(path).chmod(former)
+        NEXT.save(path)
     finally:
         os.umask(before)
-    assert {
-        stat.S_IMODE(path.stat().st_mode) for path in (target, tensors_of(target))
-    } == {then}
+    assert stat.S_IMODE(path.stat().st_mode) == then
 
 
 def test_a_link_stays_a_link(tmp_path):
-    """Saving through a symlink writes the recipe that it points to, and reading through it finds the tensors there."""
+    """Saving through a symlink writes the recipe that it points to, and reading through it finds the trials there."""
     (tmp_path / "store").mkdir()
     link, made = tmp_path / "r.toml", tmp_path / "store" / "v1.toml"
     link.symlink_to(made)
     for name in ("first", "second"):
         assert replace(RECIPE, name=name).save(link) == link
         assert link.is_symlink()
-        assert Recipe.load(link).name == Recipe.load(made).name == name
-    assert set((tmp_path / "store").iterdir()) == {made, tensors_of(made)}
+        assert Recipe.load(link) == Recipe.load(made) == replace(RECIPE, name=name)
+    assert set((tmp_path / "store").iterdir()) == {made, trials_of(made)}
 
 
-def test_a_newer_recipe_is_not_overwritten(tmp_path):
-    """A recipe of a newer schema is refused with its number, and both its files stay as they are."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    target.write_text(target.read_text().replace("schema = 3", "schema = 7"))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RecipeError, match="newer schema, 7"):
-        RECIPE.save(target)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_linked_files_of_a_cache_belong_together(target, tmp_path):
+    """Where both files are links to blobs elsewhere, as in the Hub's cache, the trials beside the link are read."""
+    for number, path in enumerate((target, trials_of(target))):
+        blob = tmp_path / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert Recipe.load(target) == FULL
 
 
-UNREADABLE = [
+# --- every field --------------------------------------------------------------------------------------------------
+
+
+def fields_of(struct: type, path: str = "") -> Iterator[str]:
+    """The paths of a struct's fields: those of a table by its own fields, of a dictionary by a star."""
+    for field in msgspec.structs.fields(struct):
+        kind = re.search(r"(?:_schema\.)(\w+Table)", str(field.type))
+        here = f"{path}{field.encode_name}"
+        if kind:
+            yield from fields_of(
+                getattr(sys.modules[struct.__module__], kind[1]), f"{here}."
+            )
+        else:
+            yield f"{here}.*" if "dict[" in str(field.type) else here
+
+
+def test_the_page_lists_every_field():
+    """Its rows are the fields of the TOML, in their order, and the arrays of the trials."""
+    rows = re.findall(r"^\| `([^`]+)` \|", PAGE.read_text(encoding="utf-8"), re.M)
+    fields = sorted(fields_of(RecipeFile))
+    assert sorted(set(rows) & set(fields)) == fields
+    assert set(rows) - set(fields) == {
+        *("rank", "seed", "lr", "own_lr", "value", "diverged", "pruned"),
+        *("steps", "curve"),
+    }
+
+
+def test_the_page_lists_the_ranges_that_are_checked():
+    """Its first table is the one of `_checks`."""
+    listed = re.findall(
+        r"^\| (\w+) \| (\S+) \| (\S+) \|.*\|$", PAGE.read_text(encoding="utf-8"), re.M
+    )
+    ranges = [(name, f"{low:g}", f"{high:g}") for name, (low, high) in RANGES.items()]
+    assert [row for row in listed if row[0] in RANGES] == ranges
+
+
+def with_value(target: Path, path: str, value: object) -> None:
+    """Change one value of the TOML, by its dotted path. `...` removes it."""
+    document = tomli.loads(target.read_text())
+    *tables, key = path.split("/")
+    table = document
+    for name in tables:
+        table = table[name]
+    table[key] = value
+    if value is ...:
+        del table[key]
+    target.write_text(tomli_w.dumps(document))
+
+
+NUMBERS = [math.nan, math.inf, -1.0, 0.0, "text", True, [], 10**400]
+POSITIVE = [
+    *("full_fan_in", "fit/fitted_lr", "fit/ceiling", "reference/rank"),
+    *("reference/alpha", "reference/fan_in", "reference/batch", "horizon/steps"),
+    *("law/full_factor", "law/pivot", "law/law/tokens", "law/law/ratio"),
+    *("seen/layers/layers.*.q", "seen/other_rates/head.bias"),
+]
+EYE = np.eye(3).tolist()
+BAD = [
+    *((path, value) for path in POSITIVE for value in NUMBERS),
+    *((path, ...) for path in ("schema", "name", "law", "fit/fitted_lr", "fit/covariance")),
+    *((path, ...) for path in ("rate/lr", "optimizer/class", "trials/sha256", "law/name")),
+    *(("schema", value) for value in (0, 2, 3, "1", True)),
+    *(("name", value) for value in (7, "n" * 10_001)),
+    *(("rate/lr", value) for value in (5e-3, 1e-31, "text")),
+    *(("fit/lean_octaves", value) for value in (11, math.nan, -0.5)),
+    *(("reference/rank", value) for value in (2**31, 1.5, ...)),
+    *(("reference/fan_in", value) for value in (1e300,)),
+    *(("reference/method", value) for value in ("lore", 1)),
+    *(("reference/init", value) for value in ("C", 1)),
+    *(("reference/rslora", value) for value in ("no", 1)),
+    *(("reference/batch", value) for value in (1e-320,)),
+    *(("horizon/warmup_share", value) for value in (2, -0.1, "text")),
+    *(("scaling_rule", value) for value in ("banana", 1)),
+    *(("law/exponent", value) for value in (1e9, -10.5, math.nan, "text")),
+    *(("law/name", value) for value in ("mua", "constant", "unheard-of", "os:path")),
+    *(("law/law", value) for value in ({"name": "x"}, {"name": "mua", "token": 8.0}, 3)),
+    *(("seen/seed", value) for value in (2**63, 0.5)),
+    *(("seen/notes", value) for value in ([1], "a", ["n"] * 101)),
+    *(("seen/ranks", value) for value in ([4, 0], ["4"], 4, list(range(1, 66)))),
+    *(("seen/full", value) for value in ("yes", 1)),
+    *(("seen/other_rates", value) for value in ({"a": "bases"}, {f"w{i}": 1.0 for i in range(3001)})),
+    *(("optimizer/settings/foreach", value) for value in (2**100, {"a": 1}, [1] * 501, [[1]])),
+    *(("versions", value) for value in ({"torch": 2.6}, {f"p{i}": "1" for i in range(1001)})),
+    *(("source", value) for value in ({"train": 3}, {f"s{i}": "1" for i in range(21)})),
+    *(("fit/covariance", value) for value in ([[1, 0, 0], [0, 1, 0]], [[1, 0], [0, 1]], 1.0)),
+    *(("fit/covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, 1e300, -1, True, 2e4)),
+    *(("fit/covariance", [[1, value, 0], *EYE[1:]]) for value in (-6, 0.1)),
+    ("fit/covariance", [[1, -6, 0], [-6, 1, 0], [0, 0, 1]]),
+    ("fit/covariance", [[1e-4, 5e-5, 0], [0, 1e-4, 0], [0, 0, 1e-4]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), BAD, ids=[f"{path}={str(value)[:20]}" for path, value in BAD]
+)
+def test_an_impossible_value_is_refused_with_its_path(path, value, target):
+    """A value that no recipe has, or one that is missing, is an error that names its table and what is wrong."""
+    with_value(target, path, value)
+    with pytest.raises(RecipeError, match="cannot be read") as caught:
+        Recipe.load(target)
+    said = caught.value.cause
+    table, *_, key = f"/{path}".split("/")[1:] if "/" in path else ("", path)
+    assert (f"$.{table}" if table else f"{key}") in said or key in said
+
+
+TABLES = ["", "rate", "reference", "law", "law/law", "optimizer", "horizon", "seen"]
+
+
+@pytest.mark.parametrize("table", [*TABLES, "fit", "trials"])
+def test_a_key_that_is_not_known_is_refused(table, target):
+    """A misspelt key is not passed over, in whatever table it stands: the error names it."""
+    with_value(target, f"{table}/rslor".strip("/"), True)
+    with pytest.raises(RecipeError, match="rslor"):
+        Recipe.load(target)
+
+
+ROUNDED = [
+    [[1.0, 0, 0], [0, 0, 0], [0, 0, -1e-7]],
+    [[1.0, 1e-7, 0], [0, 1, 0], [0, 0, 1]],
+    [[1e-4, 5e-11, 0], [0, 1e-4, 0], [0, 0, 1e-4]],
+]
+
+
+@pytest.mark.parametrize("matrix", ROUNDED)
+def test_a_covariance_may_be_rounded(matrix, target):
+    """Up to a millionth of its largest entry it may be off."""
+    with_value(target, "fit/covariance", matrix)
+    assert Recipe.load(target).covariance.shape == (3, 3)
+
+
+@dataclass(frozen=True)
+class Raising(MuA):
+    """A law of another package that has a limit of its own."""
+
+    def __post_init__(self) -> None:
+        if self.tokens == 7:
+            raise ValueError("not today")
+
+
+def test_a_law_that_raises_is_an_error_of_the_file(target, monkeypatch):
+    """Whatever an installed law says of its own parameters is said of the recipe."""
+    monkeypatch.setitem(LAWS, "mua", Raising())
+    with_value(target, "law/law/tokens", 7.0)
+    with pytest.raises(RecipeError, match=r"cannot be read: .*not today"):
+        Recipe.load(target)
+
+
+LARGEST = [
+    {"ranks": tuple(range(1, 65))},
+    {"notes": ("n",) * 100},
+    {"other_rates": {f"w{i}": 1e-3 for i in range(3000)}},
+    {"settings": {f"s{i}": 1 for i in range(500)}},
+    {"settings": {"s": (1,) * 500}},
+    {"name": "n" * 10_000},
+    {"seed": 2**63 - 1},
+    {"covariance": np.full((3, 3), 1e4)},
+    {"covariance": np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 1e4]])},
+    {"tensors": {"rank": np.arange(65)}},
+]
+
+
+@pytest.mark.parametrize("changes", LARGEST)
+def test_the_largest_counts_are_kept(changes, tmp_path):
+    """As many as are allowed, and numbers at the ends of their ranges, are written and read."""
+    made = replace(RECIPE, **changes)
+    assert Recipe.load(made.save(tmp_path / "r.toml")) == made
+
+
+UNWRITABLE = [
     {"fitted_lr": 1e-40},
     {"notes": (3,)},
     {"settings": {"x": 2**70}},
+    {"settings": {"x": None}},
+    {"settings": {"x": [[1]]}},
     {"steps": -1},
+    {"name": "\udcff"},
+    {"covariance": np.eye(3) * math.nan},
+    {"covariance": np.eye(3) * 1e200},
+    {"tensors": {"lr": np.zeros(2)}},
+    {"tensors": {"lr": np.full(2, math.nan)}},
+    {"tensors": {"lr": np.ones(2, np.complex64)}},
+    {"tensors": {"lr": np.ones((2, 1))}},
+    {"tensors": {"rank": np.array([4, -64])}},
+    {"tensors": {"rank": np.array([4.0, 64.0])}},
+    {"tensors": {"rank": np.arange(66)}},
+    {"tensors": {"curve": np.ones(2)}},
+    {"tensors": {"diverged": np.ones(2)}},
+    {"tensors": {"unheard": np.ones(2)}},
+    {"tensors": {"lr": np.ones(2), "value": np.ones(1)}},
+    {"tensors": {"lr": np.ones(2001)}},
+    {"notes": ("n" * 10_000,) * 30},
 ]
-UNREADABLE += [{"covariance": np.eye(3) * math.nan}, {"tensors": {"lr": np.zeros(2)}}]
 
 
-@pytest.mark.parametrize("change", UNREADABLE)
-def test_what_could_not_be_read_again_is_not_saved(change, tmp_path):
+@pytest.mark.parametrize("change", UNWRITABLE)
+def test_what_could_not_be_read_again_is_not_saved(change, target):
     """A value that `load` would refuse is refused by `save`, and the recipe that was there stays."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    with pytest.raises(RecipeError, match="impossible value"):
-        replace(RECIPE, **change).save(target)
-    assert Recipe.load(target).tag == RECIPE.tag
+    with pytest.raises(RecipeError, match="cannot be written"):
+        replace(FULL, **change).save(target)
+    assert Recipe.load(target) == FULL
+
+
+# --- the toml alone -----------------------------------------------------------------------------------------------
+
+
+def test_the_toml_alone_gives_every_rate(target):
+    """Without the file of its trials a recipe is as it was but for them, and says which file is missing."""
+    beside = trials_of(target)
+    beside.unlink()
+    found = Recipe.load(target)
+    assert found.missing == beside.name
+    assert replace(found, missing="", tensors=FULL.tensors) == FULL
+    assert found.at(rank=8) == FULL.at(rank=8)
+    words = " ".join(str(found).split())
+    assert f"trials are not here, {beside.name} is missing" in words
+    assert f"{beside.name} is missing" in report_html(found)
+    with pytest.raises(PlotError, match=f"{beside.name} is missing"):
+        drawable(found)
+    assert ra.RankAwareOptimizer(
+        mlp((8,), width=64), "adamw", recipe=target, other_lr=1e-3
+    )
+
+
+def test_a_recipe_without_trials_has_one_file(tmp_path):
+    """Where there are no trials nothing lies beside the TOML, and nothing is missing."""
+    made = replace(RECIPE, tensors={})
+    path = made.save(tmp_path / "r.toml")
+    assert list(tmp_path.iterdir()) == [path]
+    assert Recipe.load(path) == made
+    assert "missing" not in str(Recipe.load(path))
+
+
+class Unpicklable:
+    def __reduce__(self):
+        return (warnings.warn, ("unpickled",))
+
+
+def names_of_arrays(count: int) -> bytes:
+    """A safetensors file of very many empty arrays."""
+    names = {
+        f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+        for i in range(count)
+    }
+    header = json.dumps(names).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+TRIALS = [
+    ("another save", save(NEXT.tensors), "of another save"),
+    ("cut", lambda data: data[:-8], "of another save"),
+    ("a pickle", pickle.dumps(Unpicklable()), "of another save"),
+    ("a cut file of this hash", lambda data: data[:-8], "cannot be used"),
+    ("a pickle of this hash", pickle.dumps(Unpicklable()), "header"),
+    ("nothing of this hash", b"", "[Hh]eader"),
+    ("many names of this hash", names_of_arrays(5000), "header is too long"),
+    ("rates of this hash", save({"lr": -np.ones(2)}), "rate of the trials is imp"),
+    ("weights of this hash", save({"w": np.ones(2)}), "array of trials 'w'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "data", "why"), TRIALS)
+def test_trials_that_do_not_fit_leave_the_rates(kind, data, why, target):
+    """Whatever lies in the place of the trials, the TOML answers, a warning says why, and nothing is unpickled."""
+    beside = trials_of(target)
+    beside.write_bytes(data(beside.read_bytes()) if callable(data) else data)
+    if kind.endswith("of this hash"):
+        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+        with_value(target, "trials/sha256", digest)
+    with pytest.warns(RankAwareWarning, match=f"{why}.*Copy both") as caught:
+        found = Recipe.load(target)
+    assert len(caught) == 1
+    assert (found.missing, found.tensors) == (beside.name, {})
+    assert found.at(rank=8) == FULL.at(rank=8)
+
+
+# --- places ---------------------------------------------------------------------------------------------------------
+
+DAMAGE = [
+    ("unlinked", lambda p: p.unlink(), "There is no recipe at"),
+    ("cut", lambda p: p.write_bytes(p.read_bytes()[:-20]), "cannot be read"),
+    ("no text", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
+    ("a pickle", lambda p: p.write_bytes(pickle.dumps(Unpicklable())), "cannot be"),
+    ("empty", lambda p: p.write_text(""), "missing required field `schema`"),
+    ("deep", lambda p: p.write_text("name = " + "[" * 5000), "cannot be read"),
+    ("digits", lambda p: p.write_text("name = " + "9" * 5000), "cannot be read"),
+    ("dots", lambda p: p.write_text("a." * 100_000 + "b = 1"), "cannot be read"),
+    ("long", lambda p: p.write_text("#" * 256_001), "longer than 256,000 bytes"),
+    ("a folder", lambda p: (p.unlink(), p.mkdir()), "There is no recipe at"),
+    ("a pipe", lambda p: (p.unlink(), os.mkfifo(p)), "not a regular file"),
+]
+
+
+@pytest.mark.parametrize(("kind", "damage", "message"), DAMAGE)
+def test_a_damaged_toml_is_refused(kind, damage, message, target):
+    """A missing, cut, altered or foreign file is an error at once that says which file."""
+    damage(target)
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(target)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
-def test_a_pipe_is_no_recipe(tmp_path):
-    """A pipe in the place of either file is an error at once, for nobody writes to it."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    for path in (tensors_of(target), target):
-        path.unlink()
-        os.mkfifo(path)
-        with pytest.raises(RecipeError, match="not a regular file"):
-            Recipe.load(target)
-    with pytest.raises(RecipeError, match="not a regular file"):
-        RECIPE.save(target)
+def test_what_is_no_file_is_left_alone(tmp_path):
+    """Over a pipe or a folder, or below a file, nothing is saved, also no trials."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "folder.toml").mkdir()
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("pipe.toml", "folder.toml", "file/r.toml"):
+        with pytest.raises(RecipeError, match="cannot be written"):
+            replace(RECIPE, tensors={}).save(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["r.tml", "r", "r.toml.txt", "r.safetensors"])
+@pytest.mark.parametrize("act", [RECIPE.save, Recipe.load], ids=["save", "load"])
+def test_only_toml_files_are_recipes(name, act, tmp_path):
+    """Another suffix than .toml is refused, for reading and for writing."""
+    with pytest.raises(RecipeError, match=r"ends in \.toml"):
+        act(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path):
@@ -249,121 +533,46 @@ def test_a_file_is_read_up_to_a_size(tmp_path):
         read_bytes(tmp_path / "x", 3)
 
 
-# --- what belongs to others -----------------------------------------------------------------------------------------
-
-NEXT = replace(RECIPE, name="next", tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
-KEPT = {
-    "renamed": os.rename,
-    "copied": shutil.copy,
-    "a hard link": os.link,
-    "a symbolic link": lambda target, other: (
-        os.rename(target, other),
-        os.symlink(other.name, target),
-    ),
-}
-
-
-@pytest.mark.parametrize("how", KEPT)
-def test_a_recipe_kept_under_another_name_keeps_its_trials(how, tmp_path):
-    """A recipe that was renamed, copied or linked has its trials after another save under its first name."""
-    target, other = RECIPE.save(tmp_path / "r.toml"), tmp_path / "other.toml"
-    KEPT[how](target, other)
+def test_files_of_others_are_left_alone(target):
+    """A save removes nothing: other files of the folder stay, whatever their names."""
+    others = ["r.0123456789ab.safetensors", ".r.toml.abcdefgh", "r.safetensors"]
+    for name in others:
+        (target.parent / name).write_bytes(save({"w": np.ones(3)}))
+    shutil.copy(target, target.with_name("copy.toml"))
     NEXT.save(target)
-    assert not Recipe.load(other).missing
-    assert Recipe.load(other) == (NEXT if how == "a symbolic link" else RECIPE)
-    assert Recipe.load(target) == NEXT
+    for name in others:
+        assert load((target.parent / name).read_bytes())["w"].tolist() == [1.0] * 3
+    assert Recipe.load(target.with_name("copy.toml")).lr == FULL.lr
 
 
-def test_a_save_removes_the_trials_that_it_replaces(tmp_path):
-    """The trials' file that the replaced recipe named goes, if no other recipe in the folder names it."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    NEXT.save(tmp_path / "other.toml")
-    former = tensors_of(target)
-    NEXT.save(target)
-    assert not former.exists()
-    assert set(tmp_path.iterdir()) == {
-        *(target, tensors_of(target)),
-        *(tmp_path / "other.toml", tensors_of(tmp_path / "other.toml")),
+@pytest.fixture(scope="module")
+def torn(tmp_path_factory) -> list[list[str]]:
+    """The lines of helpers/torn_saves.py."""
+    folder = str(tmp_path_factory.mktemp("torn"))
+    command = [sys.executable, "-m", "tests.helpers.torn_saves", folder]
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    ended = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert not ended.returncode, ended.stderr
+    return [line.split() for line in ended.stdout.splitlines()]
+
+
+@pytest.mark.xdist_group("torn saves")
+def test_a_torn_save_leaves_a_recipe(torn):
+    """Killed before any of its file operations, a save leaves the old rates or the new ones, and never mixed trials.
+
+    A reader that a save comes between finds the same. Another save then leaves the new recipe whole.
+    """
+    killed = [name for kind, _, name, _ in torn if kind == "killed"]
+    assert killed == sorted(killed, reverse=True)
+    for kind in ("killed", "read"):
+        assert {name for what, _, name, _ in torn if what == kind} == {"old", "new"}
+    assert {state for *_, state in torn} == {"whole", "rates"}
+    assert {tuple(line) for what, _, *line in torn if what == "saved"} == {
+        ("new", "whole")
     }
-
-
-OTHERS = [b"[tensors]\nfile = ", b"\xff", b"[" * 5000, b"#" * 300_000]
-
-
-@pytest.mark.parametrize("text", OTHERS, ids=["cut", "no text", "too deep", "too long"])
-def test_a_toml_that_cannot_be_read_may_name_the_trials(text, tmp_path):
-    """Beside a TOML that cannot be read, a save removes no trials."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    former = tensors_of(target)
-    (tmp_path / "other.toml").write_bytes(text)
-    NEXT.save(target)
-    assert former.exists()
-    (tmp_path / "other.toml").unlink()
-
-
-FOREIGN = [
-    "r.0123456789ab.safetensors",
-    ".r.toml.abcdefgh",
-    ".r.toml.01234567",
-    "r.safetensors",
-    "r.toml.bak",
-]
-
-
-def test_files_that_look_like_ours_are_left_alone(tmp_path):
-    """Files of others stay, whatever their names, and although they hold a covariance."""
-    for name in FOREIGN:
-        (tmp_path / name).write_bytes(save({"fit.covariance": np.eye(3)}))
-    for made in (RECIPE, NEXT, RECIPE):
-        made.save(tmp_path / "r.toml")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *FOREIGN,
-        "r.toml",
-        tensors_of(tmp_path / "r.toml").name,
-    }
-
-
-def test_a_recipe_that_names_a_file_of_others_does_not_remove_it(tmp_path):
-    """A replaced TOML may name a file of weights, even with its hash or with a hash in its name. The file stays."""
-    weights = save({"w": np.ones(3)})
-    digest = hashlib.sha256(weights).hexdigest()
-    for file, sha256 in (
-        ("model.safetensors", digest),
-        ("model.0123456789ab.safetensors", "0123456789ab" + digest[12:]),
-        ("../model.safetensors", digest),
-    ):
-        target = RECIPE.save(tmp_path / "in" / "r.toml")
-        text = re.sub(r"(?m)^file = .*$", f'file = "{file}"', target.read_text())
-        target.write_text(re.sub(r"(?m)^sha256 = .*$", f'sha256 = "{sha256}"', text))
-        theirs = [tmp_path / "in" / Path(file).name, tmp_path / "in" / file]
-        for path in theirs:
-            path.write_bytes(weights)
-        NEXT.save(target)
-        assert all(path.read_bytes() == weights for path in theirs)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
-@pytest.mark.parametrize("mode", [0o444, 0o466, 0o044])
-def test_a_recipe_that_its_owner_may_not_write_is_not_replaced(mode, tmp_path):
-    """A recipe without its owner's write bit is refused, root or not, and both its files stay as they are."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    target.chmod(mode)
-    with pytest.raises(
-        RecipeError, match=r"read-only\. Make it writable, or name another file"
-    ):
-        NEXT.save(target)
-    target.chmod(0o644)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.skipif(os.name != "posix", reason="there are no pipes among the files")
-def test_a_save_that_is_refused_writes_nothing(tmp_path):
-    """Over a pipe or a folder of the recipe's name nothing is saved, also no tensors."""
-    os.mkfifo(tmp_path / "pipe.toml")
-    (tmp_path / "folder.toml").mkdir()
-    before = sorted(tmp_path.iterdir())
-    for path in before:
-        with pytest.raises(RecipeError, match="not a regular file"):
-            RECIPE.save(path)
-    assert sorted(tmp_path.iterdir()) == before

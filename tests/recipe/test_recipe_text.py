@@ -20,7 +20,8 @@ FULL = replace(
     RECIPE,
     lean=0.25,
     settings={"weight_decay": 0.01, "betas": [0.9, 0.99]},
-    batch=16.0,
+    reference=Reference(rank=4, alpha=8, fan_in=64, batch=16.0),
+    steps=1,
     warmup=0.05,
     versions={"torch": "2.6"},
     notes=("first", "second"),
@@ -94,7 +95,7 @@ WORDS = [
         "mua, times rank^0.123, times 0.5 in full finetuning",
     ),
     (
-        {"steps": None, "batch": None, "warmup": None},
+        {"steps": None, "reference": Reference(4, 8), "warmup": None},
         "horizon",
         "unknown steps, batch unknown, warm-up unknown",
     ),
@@ -126,7 +127,12 @@ def test_a_fact_says_what_is_known_of_it(changes, name, text):
 LEADS = [
     ({}, "AdamW, 1 steps at batch 16, calibrated at ranks 4, 64."),
     (
-        {"steps": None, "batch": None, "ranks": (), "optimizer": "my.own.Opt"},
+        {
+            "steps": None,
+            "reference": Reference(4, 8),
+            "ranks": (),
+            "optimizer": "my.own.Opt",
+        },
         "Opt, unknown steps at batch unknown, calibrated at nothing.",
     ),
 ]
@@ -192,7 +198,7 @@ def test_the_commands_print_the_objects_own_text(tmp_path):
     ]
 
 
-BARE = {"steps": None, "batch": None, "reference": Reference(4, 4)}
+BARE = {"steps": None, "reference": Reference(4, 4)}
 AT = [
     ({}, {}, "rank 4, alpha 8, B = 0, fan-in 64, 100 steps, batch 16"),
     ({}, {"rank": 64}, "rank 64, alpha 128, B = 0, fan-in 64, 100 steps, batch 16"),

@@ -109,7 +109,7 @@ def test_the_width_of_full_finetuning_is_its_own():
 
 def test_a_models_rate_is_moved_to_steps_and_batch():
     """As the recipe's own is, also where both have one number."""
-    tried = replace(RECIPE, steps=8, batch=8.0, reference=replace(AT_16, fan_in=16.0))
+    tried = replace(RECIPE, steps=8, reference=replace(AT_16, fan_in=16.0, batch=8.0))
     survey = inspect_model(mlp((16,)))
     with pytest.warns(RankAwareWarning, match="extrapolates"):
         moved = tried.at(steps=64, batch=64)

@@ -26,9 +26,9 @@ RECIPE = Recipe(
     ranks=(4, 64),
     settings={"weight_decay": 0.01},
     steps=100,
-    batch=16.0,
     warmup=0.05,
     other_rates={"head.weight": 1e-3},
+    layers={"q": 64.0},
     versions={"torch": "2.6"},
     source={"train": "train"},
     notes=("one",),
@@ -99,7 +99,7 @@ def test_rates_are_compared_at_the_ranks_seen_and_in_full():
             f"{rate.lr:.3g} ({rate.low:.3g} to "
         )
     assert "at full finetuning" in found
-    assert found["rate.fitted_lr"].words == "× 32"
+    assert found["fit.fitted_lr"].words == "× 32"
     assert "versions.torch" not in found
 
 
@@ -164,11 +164,11 @@ def test_trials_are_counted():
             "rank": np.array([4, 8, 64]),
         }
     )
-    assert found["trial.lr"].words == "1 of 2 values differ"
+    assert found["trials.lr"].words == "1 of 2 values differ"
     assert (
-        found["trial.rank"].first,
-        found["trial.rank"].second,
-        found["trial.rank"].words,
+        found["trials.rank"].first,
+        found["trials.rank"].second,
+        found["trials.rank"].words,
     ) == (
         "2",
         "3",

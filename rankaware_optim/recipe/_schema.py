@@ -1,0 +1,234 @@
+"""What a recipe's TOML holds: these structs are the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct, field
+from msgspec.structs import asdict
+
+from .._checks import MOST_RANKS, RANGES
+from .._types import Method, Reference, Scaling
+from ..errors import LawError
+from ..laws import Power, law_from_dict, law_to_dict
+from ._settings import plain_value
+from ._uncertainty import own_band
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+# --- numbers and texts ----------------------------------------------------------------------------
+
+
+def _range(name: str) -> Meta:
+    low, high = RANGES[name]
+    return Meta(ge=low, le=high)
+
+
+Lr = Annotated[float, _range("lr")]
+Octaves = Annotated[float, _range("octaves")]
+Steepness = Annotated[float, _range("steepness")]
+# up to a standard deviation of 100 octaves
+Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
+ThreeNumbers = tuple[Variance, Variance, Variance]
+Rank = Annotated[int, _range("rank")]
+Steps = Annotated[int, _range("steps")]
+Seed = Annotated[int, _range("seed")]
+Share = Annotated[float, _range("share")]
+FanIn = Annotated[float, _range("fan_in")]
+Text = Annotated[str, Meta(max_length=10_000)]
+Plain = bool | Seed | float | Text
+Settings = dict[Text, Plain | Annotated[tuple[Plain, ...], Meta(max_length=500)]]
+OtherRates = dict[Text, Lr | Literal["base"]]
+MANY = Meta(max_length=3000)
+Array = npt.NDArray[Any]
+Trials = Mapping[str, Array]
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+class Table(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A table of the file. None is left out."""
+
+
+AnyTable = TypeVar("AnyTable", bound=Table)
+
+
+class RateTable(Table):
+    """The rate to use at the reference and its 90 % band. They follow from the table `fit`."""
+
+    lr: Lr
+    band_low: float
+    band_high: float
+
+
+class ReferenceTable(Table):
+    """The configuration that the base rate belongs to, see `Reference`."""
+
+    method: Method
+    init: Literal["A", "B"]
+    rslora: bool
+    rank: int | None = None
+    alpha: float | None = None
+    # A whole number stays an int, since the recipe's hash depends on it.
+    fan_in: int | float | None = None
+    batch: int | float | None = None
+
+    def __post_init__(self) -> None:
+        Reference(**asdict(self))
+
+
+class OptimizerTable(Table):
+    optimizer: Text = field(name="class")
+    settings: Annotated[Settings, Meta(max_length=500)]
+
+
+class HorizonTable(Table):
+    steps: Steps | None = None
+    warmup: Share | None = field(name="warmup_share", default=None)
+
+
+class SeenTable(Table):
+    """What the trials tried, and what they left open."""
+
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)]
+    full_seen: bool = field(name="full")
+    seed: Seed
+    notes: Annotated[tuple[Text, ...], Meta(max_length=100)]
+    other_rates: Annotated[OtherRates, MANY]
+    layers: Annotated[dict[Text, FanIn], MANY]
+
+
+class FitTable(Table):
+    """What the fit found, see `Recipe`."""
+
+    fitted_lr: Lr
+    lean: Octaves = field(name="lean_octaves")
+    steepness: Steepness = field(name="steepness_per_octave")
+    scatter: Octaves = field(name="scatter_octaves")
+    covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
+    ceiling: Lr | None = None
+
+    def __post_init__(self) -> None:
+        matrix = np.array(self.covariance)
+        largest = float(np.abs(matrix).max())
+        if not math.isfinite(largest) or not np.allclose(
+            matrix, matrix.T, rtol=1e-6, atol=1e-6 * largest
+        ):
+            raise ValueError("The covariance is not symmetric")
+        spectrum = np.linalg.eigvalsh(matrix + matrix.T)
+        if spectrum[0] < -1e-6 * abs(spectrum[-1]):
+            raise ValueError("A variance of the covariance is negative")
+
+
+class TrialsTable(Table):
+    """The file of trials: its hash, and how many trials and training steps there are."""
+
+    sha256: Text
+    count: int
+    steps: int | None = None
+    pruned: int | None = None
+    diverged: int | None = None
+
+
+class RecipeFile(Table):
+    schema: Literal[1]
+    name: Text
+    scaling_rule: Scaling
+    rate: RateTable
+    reference: ReferenceTable
+    law: dict[str, Any]
+    optimizer: OptimizerTable
+    horizon: HorizonTable
+    seen: SeenTable
+    fit: FitTable
+    source: Annotated[dict[Text, Text], Meta(max_length=20)]
+    versions: Annotated[dict[Text, Text], Meta(max_length=1000)]
+    full_fan_in: FanIn | None = None
+    trials: TrialsTable | None = None
+
+    def __post_init__(self) -> None:
+        lr = self.fit.fitted_lr * 2.0**-self.fit.lean
+        if not math.isclose(self.rate.lr, lr, rel_tol=1e-6):
+            raise ValueError(
+                f"rate.lr is {self.rate.lr:g}, but fit.fitted_lr and fit.lean_octaves make {lr:g}"
+            )
+
+
+# --- from a recipe and back -----------------------------------------------------------------------
+
+
+def file_of(recipe: Recipe, sha256: str = "") -> RecipeFile:
+    """Return what a recipe's file holds. sha256: the hash of the file of its trials."""
+    low, high = own_band(recipe)
+    return RecipeFile(
+        schema=1,
+        name=recipe.name,
+        scaling_rule=recipe.scaling_rule,
+        rate=RateTable(lr=recipe.lr, band_low=low, band_high=high),
+        reference=_table(ReferenceTable, recipe.reference),
+        law=law_to_dict(recipe.law),
+        optimizer=_table(OptimizerTable, recipe),
+        horizon=_table(HorizonTable, recipe),
+        seen=_table(SeenTable, recipe),
+        fit=_table(FitTable, recipe),
+        source=dict(recipe.source),
+        versions=dict(recipe.versions),
+        full_fan_in=recipe.full_fan_in,
+        trials=_trials_table(recipe.tensors, sha256),
+    )
+
+
+def _table(kind: type[AnyTable], source: object) -> AnyTable:
+    """Return the table whose fields are attributes of a recipe or of its reference."""
+    return kind(**{name: getattr(source, name) for name in kind.__struct_fields__})
+
+
+def _trials_table(trials: Trials, sha256: str) -> TrialsTable | None:
+    if not trials:
+        return None
+    names = ("steps", "pruned", "diverged")
+    sums = {name: int(trials[name].sum()) for name in names if name in trials}
+    count = len(next(iter(trials.values())))
+    return TrialsTable(sha256=sha256, count=count, **sums)
+
+
+def to_document(recipe: Recipe, sha256: str = "") -> dict[str, Any]:
+    """Return the contents of a recipe's TOML as plain values, by table."""
+    plain: dict[str, Any] = msgspec.to_builtins(
+        file_of(recipe, sha256), enc_hook=plain_value
+    )
+    return plain
+
+
+def values_in(file: RecipeFile) -> dict[str, Any]:
+    """Return the arguments of the recipe that a file holds, without its trials.
+
+    Raises:
+        ValueError: the law is unknown, or a parameter of it is impossible.
+    """
+    try:
+        law = law_from_dict(file.law)
+    except LawError as error:
+        raise LawError(f"{error.cause} - at `$.law`", error.cure) from error
+    if not isinstance(law, Power):
+        raise ValueError(f"The law is {law.name!r}, not 'power' - at `$.law`")
+    tables = (file.optimizer, file.horizon, file.seen, file.fit)
+    values = {key: value for table in tables for key, value in asdict(table).items()}
+    return {
+        **values,
+        "name": file.name,
+        "scaling_rule": file.scaling_rule,
+        "reference": Reference(**asdict(file.reference)),
+        "law": law,
+        "covariance": np.array(file.fit.covariance),
+        "source": file.source,
+        "versions": file.versions,
+        "full_fan_in": file.full_fan_in,
+    }
