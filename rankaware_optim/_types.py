@@ -164,7 +164,7 @@ class Survey:
         """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
 
         It is the largest fan-in for Init[A] and the mean fan-in for Init[B]. With these widths the
-        law needs no further factor (benchmarks/results/full_width.md).
+        law needs no further factor (benchmarks/README.md, frozen answers).
 
         Args:
             init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).

@@ -21,7 +21,6 @@ RESULTS = BENCHMARKS / "results"
 PAGES = sorted(str(path.relative_to(RESULTS)) for path in RESULTS.rglob("*.md"))
 MARK = re.compile(r"\b([a-z.]+@[0-9a-f]{8})\b")
 MADE_BY = re.compile(r"(?:Command:|Made by) `python (benchmarks/[\w/]+\.py)")
-FROZEN = re.compile(r"# .+\n\nFrozen at [0-9a-f]{8}: \S")
 FILE = BENCHMARKS / "fingerprints.json"
 NAMES = list(json.loads(FILE.read_text())) if FILE.exists() else []
 SLOW = ("fit", "search", "calibration", "horizon", "scores")
@@ -44,15 +43,10 @@ def test_the_file_has_every_fingerprint() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_table_is_no_older_than_what_it_rests_on(page: str) -> None:
-    """A page carries the fingerprints that its scripts name, as on file. A frozen one has no script."""
+    """A page carries the fingerprints that its scripts name, as on file."""
     text = (RESULTS / page).read_text()
     scripts = [ROOT / name for name in MADE_BY.findall(text)]
     assert scripts, f"{page} does not say which script made it."
-    if FROZEN.match(text):
-        assert not all(script.exists() for script in scripts), (
-            f"{page} is frozen, and its script can make it again."
-        )
-        return
     named = {name for script in scripts for name in rests_on(script)}
     assert set(MARK.findall(text)) == set(prints.marks(sorted(named))), (
         f"{page} is stale: make it again."

@@ -1,7 +1,8 @@
 """Pages that are made when the site is built: one for each result on file, the gallery of the shipped recipes, and the
 notebook of examples/ with its outputs.
 
-They are written to docs/generated/, which git ignores, and include what lies in benchmarks/results and recipes.
+They are written to docs/benchmarks/results/ and docs/generated/, which git ignores, and include what lies in
+benchmarks/results and recipes. So the links of benchmarks/README.md hold on the site too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from rankaware_optim.reports import plot_recipe
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
-WITH_A_PAGE = ("study",)  # of docs/benchmarks, which include them
 RESULTS, RECIPES, GENERATED = (
     ROOT / "benchmarks" / "results",
     ROOT / "recipes",
     DOCS / "generated",
 )
+PAGES = DOCS / "benchmarks" / "results"
 NOTEBOOK = ROOT / "examples" / "move_and_calibrate.ipynb"
 
 RESULT = """\
@@ -171,15 +172,12 @@ def title_of(page: Path) -> str:
 
 
 def make(app: Any) -> None:
-    pages = sorted(
-        (page for page in RESULTS.glob("*.md") if page.stem not in WITH_A_PAGE),
-        key=title_of,
-    )
+    pages = sorted(RESULTS.glob("*.md"), key=title_of)
     for page in pages:
-        write(GENERATED / "results" / page.name, RESULT.format(name=page.stem))
+        write(PAGES / page.name, RESULT.format(name=page.stem))
     names = "\n".join(page.stem for page in pages)
     contents = f"```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
-    write(GENERATED / "results" / "index.md", f"# All results on file\n\n{contents}")
+    write(PAGES / "index.md", f"# All pages on file\n\n{contents}")
     write(GENERATED / "moves.md", "\n".join(moves()))
     write(GENERATED / "recipes.md", "\n".join(gallery()))
     if app.builder.format == "html":

@@ -25,9 +25,9 @@ from ..laws import Law, Power
 from ._posterior import Fit, Prior
 
 # Octaves, by init: standard deviation of the law's rate for full finetuning when only LoRA was
-# tried. The study found .79 from Init[A] (results/a_to_full.md), .84 from all ranks at Init[B]
-# (results/init_b_forms.md), from high ones .4 to .6. Its mean is 0: full finetuning needs no factor
-# at the width of Survey.full_width (results/full_width.md).
+# tried. The study found .79 from Init[A], .84 from all ranks at Init[B], from high ones .4 to .6.
+# Its mean is 0: full finetuning needs no factor at the width of Survey.full_width (both are frozen
+# answers of benchmarks/README.md).
 FULL_SD = {"A": 0.8, "B": 0.6}
 # Octaves per octave of rank, by init: mean and standard deviation of the drift. Small studies found
 # that rates at Init[B] fall with rank by 0.3 to 0.75.

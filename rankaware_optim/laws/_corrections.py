@@ -107,7 +107,7 @@ class Falling(Correction):
     an optimizer of another family, the result is the inner law, bound to that optimizer. With its
     defaults it is used at a distance: see `at_distance`.
 
-    Source: this project's study, benchmarks/results/init_b_forms.md and law_check.md.
+    Source: this project's study, benchmarks/results/init_b_forms.md.
 
     Args:
         knee: r₀, the rank below which the rate hardly falls.

@@ -326,7 +326,7 @@ class Form(NamedTuple):
     rate: σ at a site.
 
     one_rank: whether every pair is evaluated at rank 16. Small runs of SGD and Muon followed the
-    form with alpha but not with the rank (benchmarks/results/law_check.md).
+    form with alpha but not with the rank (benchmarks/results/laws.md).
 
     batch: the exponent of the best rate in the batch size. It is 1/2 for updates that do not grow
     with the gradient (Malladi et al., arXiv 2205.10287), and 1 for those that do (Goyal et al.,

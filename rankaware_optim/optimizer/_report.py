@@ -408,7 +408,7 @@ def _of_rank(plan: Plan, decision: Assignment) -> Iterator[str]:
         return
     if plan.family == "unknown":
         yield _GUESS
-    elif plan.family != "sign-like":  # benchmarks/results/law_check.md, at Init[A]
+    elif plan.family != "sign-like":  # benchmarks/results/laws.md, at Init[A]
         yield "theory" if in_b else _SMALL_RUNS
     elif ranks == 1.0:
         yield "theory"

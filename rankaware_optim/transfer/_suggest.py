@@ -69,7 +69,7 @@ def _between(name: str, published: float, measured: float) -> Step:
     distance from both, octaves.
 
     published: of one 0.6B model (arXiv 2602.04998). measured: of a small one
-    (benchmarks/results/rest.md).
+    (benchmarks/README.md, frozen answers).
     """
     low, high = sorted((math.log2(published), math.log2(measured)))
     why = (
