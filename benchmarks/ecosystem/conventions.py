@@ -18,8 +18,9 @@ import click
 import torch
 from recording import RESULTS, machine, record
 
-from rankaware_optim import RankAwareError, register_convention
+from rankaware_optim import RankAwareError
 from rankaware_optim.testing import check_convention
+from tests.helpers.oracle import oracle, output_of
 from tests.helpers.real_adapters import CASES, Case, read
 from tests.helpers.replicas import REPLICAS
 
@@ -32,7 +33,7 @@ NOTES = (
     "fan-in, relative. A dash where the output is not linear in one B, is blind to ones, or several layers are "
     "adapted. AdaLoRA divides by rank + 1e-5.",
     "Oracle: two trainings of 5 AdamW steps at alphas 3 and 8, factors, rates, eps and decays rescaled (as "
-    "check_convention does): the largest difference relative to the largest output, in float64, over ranks 2 and 4. "
+    "tests/helpers/oracle.py does): the largest difference relative to the largest output, in float64, over ranks 2 and 4. "
     "Where the library computes a norm in float32, a difference below its rounding shows as 0.",
     "torchtune and litgpt were run in separate environments, which pin other versions of their dependencies. "
     "The machine is that of the last run.",
@@ -45,7 +46,6 @@ NOTES = (
 def main() -> None:
     """Update results/conventions.json and .md with the adapters that can be built here."""
     warnings.simplefilter("ignore")
-    register_convention("A/B")
     rows = stored()
     for case in (*CASES, *REPLICAS):
         if case in REPLICAS or case.installed():
@@ -76,13 +76,10 @@ def measured(case: Case) -> dict[str, Any]:
     row = {"adapter": case.name, "convention": case.convention, "library": library}
     try:
         torch.manual_seed(0)
-        found = check_convention(case.make, *case.inputs(), convention=case.convention)
+        found = check_convention(case.make, *case.inputs(), run=output_of)
+        error = oracle(case.make, *case.inputs())
         probe = None if found.probe is None else f"{found.probe:.0e}"
-        return (
-            row
-            | _read(case)
-            | {"ones-probe": probe, "oracle error": f"{found.oracle:.0e}"}
-        )
+        return row | _read(case) | {"ones-probe": probe, "oracle error": f"{error:.0e}"}
     except RankAwareError as error:
         return (
             row

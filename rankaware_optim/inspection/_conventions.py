@@ -8,15 +8,13 @@ libraries are not imported. A row is matched by attributes, or by names in a fil
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple, get_args
 
 from .._checks import check_init
-from .._registry import Registry
 from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
@@ -163,7 +161,7 @@ class Convention:
 
     >>> row = Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",))
     >>> register_convention(row)
-    >>> register_convention("mine", remove=True)
+    >>> register_convention(row, remove=True)
     """
 
     name: str
@@ -277,44 +275,14 @@ CONVENTIONS: tuple[Convention, ...] = (
 matches is used.
 """
 
-OPTIONAL: Mapping[str, tuple[Convention, ...]] = {
-    "A/B": (
-        Convention(
-            "A/B",
-            "A",
-            "B",
-            where=("rank",),
-            layouts=("columns", "rows"),
-            rank=("rank",),
-            exact=False,
-        ),
-        Convention(
-            "A/B",
-            "A",
-            "B",
-            layouts=("columns",),
-            rank=(),
-            scaling=("scaling", "scale", "alpha"),
-            exact=False,
-        ),
-    )
-}
-"""Rows whose attributes are too common to be tried by default. `register_convention("A/B")` enables
-one.
-
-"A/B" is the pair of tutorials: A (in, r), B (r, out). `alpha` is the multiplier itself unless a
-`rank` is declared.
-"""
-
 
 # --- registration ---------------------------------------------------------------------------------
 
-_PLUGINS = Registry("rankaware_optim.conventions", "convention", InspectionError)
-_REGISTERED: dict[str, tuple[Convention, ...]] = {}
-_LOCK = threading.Lock()
+_GROUP = "rankaware_optim.conventions"  # the entry points of other packages
+_REGISTERED: dict[str, Convention] = {}
 
 
-def register_convention(convention: Convention | str, *, remove: bool = False) -> None:
+def register_convention(convention: Convention, *, remove: bool = False) -> None:
     """Add a convention to inspection. It is tried before the built-in ones.
 
     A package can register a convention for its users by an entry point in the group
@@ -322,86 +290,48 @@ def register_convention(convention: Convention | str, *, remove: bool = False) -
     convention.
 
     Args:
-        convention: the convention, or the name of an optional one ("A/B"). The same one may be
-            registered again.
+        convention: the convention. The same one may be registered again.
         remove: whether to remove the convention instead.
 
     Raises:
-        InspectionError: the optional convention is unknown, the convention is invalid, or another
-            one has its name.
+        InspectionError: it is no convention, or another one has its name.
     """
-    rows = OPTIONAL.get(convention) if isinstance(convention, str) else (convention,)
-    name = (
-        convention if isinstance(convention, str) else getattr(convention, "name", "")
-    )
-    with _LOCK:
-        if remove:
-            _REGISTERED.pop(name, None)
-            return
-        if rows is None:
-            raise InspectionError(
-                f"There is no optional convention {convention!r}.",
-                f"Give one of {', '.join(OPTIONAL)}, or a Convention.",
-            )
-        _check(rows[0])
-        if _REGISTERED.get(name, rows) != rows or name in {c.name for c in CONVENTIONS}:
-            raise InspectionError(
-                f"Another convention is called {name!r}.", "Give yours another name."
-            )
-        _REGISTERED[name] = rows
+    if not isinstance(convention, Convention):
+        raise InspectionError(
+            f"A convention is a Convention, not {convention!r}.", "Give one."
+        )
+    name = convention.name
+    if remove:
+        _REGISTERED.pop(name, None)
+        return
+    taken = {**{row.name: row for row in CONVENTIONS}, **_REGISTERED}
+    if taken.get(name, convention) != convention:
+        raise InspectionError(
+            f"Another convention is called {name!r}.", "Give yours another name."
+        )
+    check_init(convention.init, f"The init of the convention {name!r} is", known=INITS)
+    _REGISTERED[name] = convention
 
 
 def conventions() -> tuple[Convention, ...]:
     """Return all rows in the order in which they are tried: registered, from installed packages,
     built-in.
     """
-    return (*chain.from_iterable(_REGISTERED.values()), *_installed(), *CONVENTIONS)
+    return (*_REGISTERED.values(), *_installed(), *CONVENTIONS)
 
 
 @cache
 def _installed() -> tuple[Convention, ...]:
-    """Return the rows of installed packages. Invalid ones give a warning once."""
+    """Return the rows of installed packages. What is none gives a warning once, since the user may
+    not know the package.
+    """
     rows: list[Convention] = []
-    for name in _PLUGINS.names():
-        row: Any = _PLUGINS.get(name)
+    for point in entry_points(group=_GROUP):
         try:
-            _check(row)
+            row = point.load()
+            if not isinstance(row, Convention):
+                raise TypeError(f"it is a {type(row).__name__}, not a Convention")
             rows.append(row)
-        # The user may not know the package, so this is only a warning.
-        except InspectionError as error:
-            warn(f"The plug-in convention {name!r} is left out: {error}")
+        except (Exception, SystemExit) as error:  # third-party code may raise anything
+            warn(f"The plug-in {point.name!r} ({point.value}) is left out: {error}.")
     return tuple(rows)
-
-
-def _check(row: Any) -> None:
-    if not isinstance(row, Convention):
-        raise InspectionError(
-            f"A convention is a Convention or the name of an optional one, not {row!r}.",
-            "Give one.",
-        )
-    for problem, cure in _problems(row):
-        raise InspectionError(f"The convention {row.name!r} has {problem}.", cure)
-    check_init(row.init, f"The init of the convention {row.name!r} is", known=INITS)
-
-
-def _problems(row: Convention) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with a row, each with a cure."""
-    for name in (row.a, row.b):
-        if not isinstance(name, str) or not name.isidentifier():
-            yield (
-                f"the factor {name!r}",
-                "Give the owner's attribute, such as 'lora_A'.",
-            )
-    for field in ("where", "layouts", "rank", "scaling", "alpha", "keys"):
-        value = getattr(row, field)
-        if not isinstance(value, tuple):
-            yield f"{field}={value!r}", "Give a tuple, such as ('rank',)."
-    for layout in row.layouts:
-        if not callable(layout) and layout not in LAYOUTS:
-            names = ", ".join(LAYOUTS)
-            cure = f"Give one of {names}, or a function of owner and two shapes."
-            yield f"the layout {layout!r}", cure
-    for key in row.keys:
-        if not isinstance(key, str) or key.split(".").count("{}") != 1:
-            cure = "Write {} once, between dots, such as 'adapter.{}.weight'."
-            yield f"the key {key!r}", cure

@@ -238,8 +238,8 @@ def _read_as(layout: str | Layout, owner: Any, a: Shape, b: Shape) -> Reading | 
     """Return a layout's reading if its ranks are one positive whole number, else None."""
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
-    read = layout if callable(layout) else LAYOUTS[layout]
     try:
+        read = layout if callable(layout) else LAYOUTS[layout]
         reading = read(owner, a, b)
         rank = reading.rank_a
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()

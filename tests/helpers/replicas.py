@@ -229,33 +229,6 @@ def minlora(swapped):
     return make
 
 
-def tutorial(rank, alpha):
-    """A (in, r), B (r, out), `alpha` the multiplier itself: the tutorials' layer."""
-    return Replica(
-        nn.Linear(IN, OUT),
-        lambda m, x: m.alpha * x @ m.A @ m.B,
-        A=drawn(IN, rank),
-        B=zeros(rank, OUT),
-        alpha=alpha,
-    )
-
-
-def tutorial_of_rank(rank, alpha):
-    """The same with a declared rank that divides alpha."""
-
-    def moved(m, x):
-        return m.alpha / m.rank * x @ m.A @ m.B
-
-    return Replica(
-        nn.Linear(IN, OUT),
-        moved,
-        A=drawn(IN, rank),
-        B=zeros(rank, OUT),
-        alpha=alpha,
-        rank=rank,
-    )
-
-
 def cloneofsimo(rank, alpha):
     """`scale` is the multiplier itself."""
 
@@ -316,6 +289,4 @@ REPLICAS = [
     written("DeepSpeed's linear layer", "deepspeed-linear", deepspeed_linear),
     written("minLoRA", "minLoRA", minlora(False)),
     written("minLoRA, swapped", "minLoRA", minlora(True)),
-    written("tutorial", "A/B", tutorial, scaling=direct),
-    written("tutorial with a rank", "A/B", tutorial_of_rank),
 ]

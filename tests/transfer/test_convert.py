@@ -38,11 +38,11 @@ from rankaware_optim import (
 from rankaware_optim.inspection import parse_reference
 from rankaware_optim.laws import kappa
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.testing._convention import distance, trained
 from rankaware_optim.transfer import Conversion, convert_lr
 
 from ..helpers.models import BASES, STYLES, adapted, mlp
 from ..helpers.optimizers import DISTANCE
+from ..helpers.oracle import distance, trained
 from ..helpers.real_adapters import CASES
 
 LAWS = ["mua", "mua-paper", "constant", "loraplus", MuA(tokens=3.0, ratio=4.0)]

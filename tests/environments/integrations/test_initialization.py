@@ -8,10 +8,10 @@ from torch import nn
 
 from rankaware_optim import InspectionError, inspect_model
 from rankaware_optim.inspection import initialize
-from rankaware_optim.testing._convention import output_of
 
 from ...helpers.llama import llama_config
 from ...helpers.models import same, snapshot
+from ...helpers.oracle import output_of
 from ...helpers.real_adapters import CASES, Attention, Case, Experts
 
 # Libraries warn of what these tests do on purpose: tied or grouped layers, deprecated ones, rslora with a pattern.
