@@ -1,6 +1,5 @@
 from ._api import calibrate as calibrate
 from ._provenance import versions_used as versions_used
-from ._ray import RayExecutor as RayExecutor
 from ._trial import Pushed as Pushed
 from ._trial import Trial as Trial
 from ._trial import release_memory as release_memory

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
 
 import optuna
 import torch
@@ -19,13 +17,11 @@ from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
 from ._calibration import Calibration
-from ._progress import Show, progress_shown
+from ._progress import progress_shown
 from ._provenance import train_source
-from ._ray import RayExecutor, ray_executor, run_on_ray
 from ._result import calibrated_recipe
 from ._runner import Runner
 from ._schedule import Options, Schedule, octaves
-from ._storage import shared_storage
 from ._trial import Train
 
 
@@ -39,7 +35,6 @@ def calibrate(  # noqa: PLR0913
     law: str | Law = PRIOR_LAW,
     trials: int | None = None,
     budget: int | None = None,
-    until: float | None = None,
     full_trials: int = 0,
     seeds: Sequence[int] = (0, 1),
     lr_range: tuple[float, float] | None = None,
@@ -51,7 +46,6 @@ def calibrate(  # noqa: PLR0913
     seed: int = 0,
     progress: bool = True,
     target_steps: int | None = None,
-    executor: Literal["ray"] | RayExecutor | None = None,
 ) -> Recipe:
     """Find the base rate, its drift in rank and its uncertainty by a short study, and return them
     as a recipe.
@@ -93,11 +87,6 @@ def calibrate(  # noqa: PLR0913
     **DDP and FSDP.** Call it on every process. One process decides. All get the same rate, prune at
     the same step and return the same recipe. Values are averaged over the processes.
 
-    **Ray.** `executor="ray"` runs the trials in Ray tasks, by default one per GPU. `storage` must
-    then be a journal in a folder that every node shares, or a database URL. `train` must be
-    importable on every node, or defined in the script. Ray restarts a killed task, and its trial is
-    repeated as described above.
-
     Args:
         train: the training loop, a generator function of a `Trial`.
         optimizer: a torch optimizer class or its name.
@@ -111,8 +100,6 @@ def calibrate(  # noqa: PLR0913
         trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials
             count the steps they ran.
-        until: the search ends when the 90 % band of the target is narrower than this, as log2 of
-            the ratio of its ends: 1.0 for a factor of 2.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted
             rate.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
@@ -129,11 +116,8 @@ def calibrate(  # noqa: PLR0913
             before its end.
         seed: random seed of the sampler.
         progress: whether to show on standard error how far it is: a bar with the time left and the
-            best rate so far in a notebook or on a terminal, elsewhere a line for each tenth. The
-            logger "rankaware_optim.calibration" reports every finished trial at level INFO. These
-            records then replace the lines.
+            best rate so far in a notebook or on a terminal, elsewhere a line for each tenth.
         target_steps: number of steps of the target run, by default `steps`.
-        executor: "ray" or a `RayExecutor`. By default the trials run in this process.
 
     Returns:
         The recipe for the target run.
@@ -146,38 +130,10 @@ def calibrate(  # noqa: PLR0913
     options = Options(
         get_optimizer_class(optimizer),
         get_law(law),
-        Schedule(
-            *map(plain, (ranks, seeds, steps, trials, budget, until, full_trials))
-        ),
+        Schedule(*map(plain, (ranks, seeds, steps, trials, budget, full_trials))),
         octaves(plain(lr_range)),
         *map(plain, (target_steps, batch, warmup, seed, name)),
     )
-    if executor is not None:
-        executor = ray_executor(executor)
-        storage = shared_storage(storage)
-    work = partial(
-        _calibrate,
-        train=train,
-        options=options,
-        sampler=sampler,
-        pruner=pruner,
-        storage=storage,
-    )
-    if executor is None:
-        return work(progress=progress)
-    return work(progress=progress, elsewhere=partial(run_on_ray, executor, work))
-
-
-def _calibrate(
-    train: Train,
-    options: Options,
-    sampler: Any,
-    pruner: Any,
-    storage: Any,
-    progress: bool = False,
-    elsewhere: Callable[[Runner, Show], None] | None = None,
-) -> Recipe:
-    """Calibrate with checked options, here or by workers elsewhere, which meet in the storage."""
     state = random.getstate()  # importing rich and using a database may draw from it
     gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
     runner = Runner(Calibration(options, train_source(train)))
@@ -186,18 +142,16 @@ def _calibrate(
         runner.open(sampler, pruner, storage)
         if leads and (caution := options.schedule.caution()):
             warn(caution)
-        try:
-            with progress_shown(progress and leads, runner.log) as show:
-                if elsewhere is None:
-                    while (trial := runner.begin()) is not None:
-                        runner.one(trial, train, show)
-                else:
-                    elsewhere(runner, show)
-            return runner.recipe()
-        except KeyboardInterrupt as interrupt:
-            if not leads:
-                raise
-            raise _interrupted(runner.calibration) from interrupt
+        with progress_shown(
+            progress and leads, options.schedule, runner.before
+        ) as show:
+            while (trial := runner.begin()) is not None:
+                runner.one(trial, train, show)
+        return runner.recipe()
+    except KeyboardInterrupt as interrupt:
+        if not leads:
+            raise
+        raise _interrupted(runner.calibration) from interrupt
     finally:
         torch.set_grad_enabled(gradients)
         runner.close()

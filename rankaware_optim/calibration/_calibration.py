@@ -29,7 +29,7 @@ from ..fitting import (
     prior_of,
 )
 from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import Z90, differences
+from ..recipe import differences
 from ._liveness import Interrupts
 from ._provenance import (
     Code,
@@ -244,17 +244,6 @@ class Calibration:
         """Return the fit of the trials so far, at the target's steps."""
         fit = self.fit()
         return None if fit is None else at_target(fit, self.options.octaves_to_target)
-
-    def width(self) -> float | None:
-        """Return the width of the target's 90 % band at the worst rank, octaves. None before any
-        fit.
-        """
-        fit = self.target_fit()
-        return (
-            None
-            if fit is None
-            else max(2 * Z90 * fit.sd(r) for r in self.schedule.ranks)
-        )
 
     def best(self) -> float | None:
         """Return the target's best base rate so far. None before any fit."""

@@ -5,7 +5,6 @@ process of many.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, plain_setting
 from ._calibration import Calibration
 from ._liveness import Heartbeat
-from ._progress import Show, TrialLog, rank_words
+from ._progress import Show, rank_words
 from ._provenance import built_with
 from ._result import ALIKE, calibrated_recipe
 from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
@@ -38,11 +37,8 @@ from ._storage import begin_trial
 from ._trial import Run, Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, stored
 
-_LOG = logging.getLogger(__package__)
 # seconds between polls: at first, and while another worker's trial runs
 _POLL_S, _SLOW_POLL_S = 0.05, 2.0
-# seconds after which a wait for signs of life is logged; those that live show one before
-_QUIET_S = 15.0
 _PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
 
 T = TypeVar("T")
@@ -108,7 +104,7 @@ class Runner:
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.team = Replicas()
-        self.log = TrialLog(calibration.schedule.expected())
+        self.before = 0  # trials that had ended before this worker came
         self._heartbeat = Heartbeat()
         # trials that ran when this worker came, and have shown no sign of life
         self._unheard: set[int] = set()
@@ -127,7 +123,7 @@ class Runner:
         self._heartbeat.watch(self.calibration.study)
         trials = self.calibration.trials()
         self._unheard = {trial.number for trial in trials.running()}
-        self.log.look(trials)
+        self.before = len(trials.counted())
 
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
@@ -193,16 +189,11 @@ class Runner:
         """
         if not self._unheard:
             return
-        quiet_until = time.monotonic() + _QUIET_S
         for _ in self._polls():
             running = {trial.number for trial in self.calibration.trials().running()}
             self._unheard &= running - self._heartbeat.heard
             if not self._unheard:
                 return
-            if time.monotonic() > quiet_until:
-                silent = sorted(self._unheard)
-                _LOG.info("waiting for a sign of life of trials %s", silent)
-                quiet_until = math.inf
 
     def _try_to_begin(self) -> Trial | None:
         """Create a running trial that has its worker and its setting from the start. Give it up if
@@ -229,9 +220,7 @@ class Runner:
 
     def _next(self, trials: Trials) -> Setting | None:
         """Return the next rank and seed, or None if the study is complete."""
-        schedule = self.calibration.schedule
-        width = None if schedule.until is None else self.calibration.width()
-        return schedule.next(trials, width)
+        return self.calibration.schedule.next(trials)
 
     def _create(self, setting: Setting, killed: TrialRecord | None) -> int:
         """Create a running trial, and return its number. If one was killed, it repeats that one, at
@@ -386,7 +375,6 @@ class Runner:
         self._trial = None
         if state != TrialState.FAIL and trials[number].killed:
             raise UpdateFinishedTrialError("Another worker took it over at its end.")
-        self.log.look(trials, number)
 
     # --- the trial's optimizer --------------------------------------------------------------------
 

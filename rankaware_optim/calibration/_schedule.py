@@ -1,5 +1,5 @@
 """The options of a calibration, and the order of its trials: ranks and seeds in turn, a budget of
-steps, a narrow band.
+steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ..laws import Law
 from ._trials import Setting, Trials
 
 _TRIALS_PER_RANK = 8
-_FEWEST = 2  # finished trials of every rank before a narrow band stops the search
 _SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole runs that it allows
 # Runs of the highest rank before any other rank, since losses of different ranks cannot be
 # compared; the most such runs if all of them rise; and runs of every other rank without which its
@@ -42,7 +41,6 @@ class Schedule:
     steps: int
     trials: int | None = None
     budget: int | None = None
-    until: float | None = None
     full_trials: int = 0
 
     def __post_init__(self) -> None:
@@ -109,13 +107,8 @@ class Schedule:
             " needs, so the rates may be far off. Give a larger budget, or fewer full trials."
         )
 
-    def next(self, trials: Trials, band: float | None = None) -> Setting | None:
-        """Return what to try next, or None if the study is complete.
-
-        Args:
-            trials: the trials so far.
-            band: the width of the 90 % band so far, octaves.
-        """
+    def next(self, trials: Trials) -> Setting | None:
+        """Return what to try after the trials so far, or None if the study is complete."""
         ended = trials.counted()
         if ended.hopeless():
             return None
@@ -126,19 +119,11 @@ class Schedule:
             math.inf if self.budget is None else self.budget - trials.spent(self.steps)
         )
         payable = left - (self.full_trials - full) * self.steps
-        goes_on = len(search) < self.total and not self._is_enough(ended, band)
-        if goes_on and payable >= self.steps:
+        if len(search) < self.total and payable >= self.steps:
             return self._search(search)
         if full < self.full_trials and left >= self.steps:
             return Setting(None, self.seeds[full // PER_SEED % len(self.seeds)])
         return None
-
-    def _is_enough(self, ended: Trials, band: float | None) -> bool:
-        """Return whether the band is narrow, and every rank had its fewest runs."""
-        if self.until is None or band is None or band >= self.until:
-            return False
-        ran = [trial.rank for trial in ended]
-        return all(ran.count(rank) >= _FEWEST for rank in self.ranks)
 
     def _search(self, search: Trials) -> Setting:
         """Return the highest rank until its rates are bracketed, then the rank with the fewest
@@ -257,10 +242,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trials": (is_whole, _COUNT),
     "budget": (is_whole, _COUNT),
     "full_trials": (lambda v: is_whole(v, 0), _COUNT),
-    "until": (
-        is_positive,
-        "Give a positive number, such as 1.0 for a band of a factor of 2, or leave it out.",
-    ),
     "batch": (is_positive, "Give a positive number, or leave it out."),
     "warmup": (
         lambda v: is_within("share", v),
@@ -272,7 +253,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "name": (_is_name, "Give a name of printable characters, such as 'digits'."),
 }
-_OPTIONAL = {"target_steps", "trials", "budget", "until", "batch", "warmup"}
+_OPTIONAL = {"target_steps", "trials", "budget", "batch", "warmup"}
 
 
 def check_argument(name: str, value: object) -> None:

@@ -173,59 +173,6 @@ class _JournalFile(JournalFileBackend):
             raise OSError("Another program replaced or cut the file during the run.")
 
 
-def shared_storage(storage: object) -> str:
-    """Return the storage as other processes and machines can open it: a URL, or a journal's
-    absolute path.
-
-    Raises:
-        CalibrationError: they cannot open it.
-    """
-    cure = (
-        "Give as storage the path of a journal in a folder that all machines share, or the URL of"
-        " a PostgreSQL server."
-    )
-    if not isinstance(storage, (str, os.PathLike)):
-        is_left_out = storage is None
-        what = (
-            "no storage was given"
-            if is_left_out
-            else "this one is an object of this process"
-        )
-        raise CalibrationError(
-            f"Remote workers need a storage that they can open: {what}.", cure
-        )
-    text = os.fspath(storage)
-    if text.startswith("sqlite"):
-        raise CalibrationError(
-            "Remote workers cannot share SQLite: its locks do not work across machines.",
-            cure,
-        )
-    return text if "://" in text else os.path.abspath(text)
-
-
-def journal_head(storage: str) -> bytes:
-    """Return the first line of a journal, which is unique to it; empty for a URL."""
-    if "://" in storage:
-        return b""
-    with storage_errors(storage), open(storage, "rb") as journal:
-        return journal.readline()
-
-
-def check_shared(storage: str, head: bytes, host: str) -> None:
-    """Raise a `CalibrationError` unless the journal here begins with `head`, which was read on
-    another host.
-    """
-    if "://" not in storage and (
-        not os.path.exists(storage) or journal_head(storage) != head
-    ):
-        raise CalibrationError(
-            f"The storage {storage} on {host} is not the file with which the calibration was"
-            " started.",
-            "Put the journal into a folder that all machines share, or give the URL of a PostgreSQL"
-            " server.",
-        )
-
-
 def _check_journal(path: Path) -> None:
     """Raise a `CalibrationError` if a file does not begin like a journal."""
     with path.open("rb") as file:
@@ -358,7 +305,7 @@ def _shown(url: str) -> str:
 
 
 # Functions of this module that touch a storage before it is an object.
-_OPENING = {function.__code__ for function in (_journal, _database, journal_head)}
+_OPENING = {function.__code__ for function in (_journal, _database)}
 
 
 # --- private names of Optuna ----------------------------------------------------------------------

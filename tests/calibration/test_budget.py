@@ -135,29 +135,6 @@ def test_spent_is_written_into_the_file(tmp_path):
     assert ra.Recipe.load(tmp_path / "r.toml").tensors["pruned"].dtype == bool
 
 
-# --- enough ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("until", [3.0, 1.5])
-def test_trials_end_when_the_band_is_narrow_enough(until):
-    """With until=, trials end once the 90 % band at every rank is that narrow, and not before."""
-    recipe = calibrate(made_up(), ranks=(4, 64), trials=40, until=until)
-    count = len(recipe.tensors["lr"])
-    assert count < 40
-    assert max(band(recipe, rank) for rank in (4, 64)) < until
-    before = calibrate(made_up(), ranks=(4, 64), trials=count - 1)
-    tried = before.tensors["rank"].tolist()
-    assert (
-        min(tried.count(4), tried.count(64)) < 2
-        or max(band(before, rank) for rank in (4, 64)) >= until
-    )
-
-
-def band(recipe, rank):
-    rate = recipe.at(rank=rank)
-    return math.log2(rate.high / rate.low)
-
-
 @given(
     trials=st.none() | st.integers(1, 30),
     budget=st.none() | st.integers(1, 30),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
-import re
 import subprocess
 import sys
 import warnings
@@ -383,35 +381,6 @@ def test_the_first_import_of_rich_and_optuna_draws_nothing():
     assert done.stdout.strip() == "True", done.stderr
 
 
-def test_every_trial_is_logged(caplog):
-    """At INFO a line a trial says which it was, its rank, rate, value, how it ended and what time is left."""
-    caplog.set_level(logging.INFO, logger="rankaware_optim.calibration")
-
-    def some_give_up(trial):
-        trial.optimizer(Net(trial.rank))
-        for step in range(trial.steps):
-            if trial.number == 1 and step == 3:
-                raise optuna.TrialPruned
-            yield 2.0 - 0.05 * step
-
-    recipe = calibrate(some_give_up, trials=3)
-    lines = [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "rankaware_optim.calibration"
-    ]
-    rates = recipe.tensors["lr"].tolist()
-    assert [line.rpartition(" · ")[0] for line in lines] == [
-        f"trial 1/3 · rank 16 · base rate {rates[0]:.2g} · value 1.15",
-        f"trial 2/3 · rank 16 · base rate {rates[1]:.2g} · value 1.9 (pruned)",
-        f"trial 3/3 · rank 4 · base rate {rates[2]:.2g} · value 1.15",
-    ]
-    assert all(
-        re.fullmatch(r"\d+:\d\d:\d\d left", line.rpartition(" · ")[2]) for line in lines
-    )
-    assert lines[-1].endswith("0:00:00 left")
-
-
 # --- the loop's contract --------------------------------------------------------------------------------------------
 
 
@@ -664,7 +633,6 @@ BAD_ARGUMENTS = [
     {"warmup": -0.1}, {"warmup": math.nan}, {"warmup": "a"},
     {"seed": -1}, {"seed": "a"}, {"name": 7}, {"name": "\udcff"}, {"name": "a\x1b[31m"},
     {"budget": 0}, {"budget": STEPS - 1}, {"budget": 100.0}, {"budget": 3 * STEPS, "full_trials": 3},
-    {"until": 0}, {"until": -1.0}, {"until": math.nan}, {"until": "1"},
     {"full_trials": -1}, {"full_trials": True}, {"full_trials": 1.5}, {"full_trials": 2, "ranks": (4, None)},
     {"law": "unheard-of"}, {"optimizer": "unheard-of"}, {"optimizer": dict},
 ]  # fmt: skip
@@ -1179,7 +1147,6 @@ def test_numbers_of_numpy_are_numbers():
     numbers = {
         "steps": np.array(20),
         "trials": np.int64(6),
-        "until": np.float32(0.25),
         "seed": np.int64(1),
     }
     numbers |= {

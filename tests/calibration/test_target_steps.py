@@ -126,15 +126,6 @@ def test_another_length_is_an_extrapolation_from_the_target():
     assert beyond.high / beyond.low > recipe.at(4).high / recipe.at(4).low
 
 
-def test_until_is_of_the_band_at_the_target():
-    """A band that the trials alone would make narrow enough is not narrow enough for the target."""
-    near, far = (
-        calibrate(whole(), trials=30, until=1.8, target_steps=to)
-        for to in (None, TARGET)
-    )
-    assert len(near.tensors["lr"]) < len(far.tensors["lr"]) == 30
-
-
 # --- the runs -------------------------------------------------------------------------------------------------------
 
 

@@ -26,10 +26,11 @@ CALIBRATIONS = (
     "calibrate_loaded_model.py",
     "calibrate_trainer.py",
 )
-APART = {
+APART = {  # a helper of the others, and what the environments `demo` and `ray` run
     "tiny.py",
     "demo.py",
-}  # a helper of the others, and what `tox run -e demo` runs
+    "calibrate_ray.py",
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
