@@ -1,6 +1,6 @@
 """Bugs planted in a copy of the package, one at a time: does a test of the room see each?
 
-    PYTHONPATH=benchmarks python benchmarks/planted.py                 # all: results/planted.json and .md
+    PYTHONPATH=benchmarks python benchmarks/planted.py                 # all: results/planted.md
     PYTHONPATH=benchmarks python benchmarks/planted.py --only _files   # bugs in files whose name has a word
 
 The tests named with a bug must pass on the package as it is, and one of them must fail on the copy with the bug.

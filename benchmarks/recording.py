@@ -1,8 +1,9 @@
-"""Write results: the machine's description, JSON files, markdown pages, and numbers in table cells."""
+"""Write results: the machine's description, markdown pages, pictures, and numbers in table cells."""
 
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import math
 import os
@@ -90,9 +91,7 @@ def record(
     on: dict[str, Any],
     notes: Sequence[str],
 ) -> None:
-    """Print `rows`, and write them to results/<name>.json and .md with the machine and the notes."""
-    document = {"title": title, "machine": on, "notes": list(notes), "rows": list(rows)}
-    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    """Print `rows`, and write them to results/<name>.md with the machine and the notes."""
     cells = [[shown(value) for value in row.values()] for row in rows]
     heads = list(rows[0])
     (RESULTS / f"{name}.md").write_text(page(title, heads, cells, on, notes))
@@ -100,6 +99,16 @@ def record(
     for row in cells:
         table.add_row(*row)
     Console(width=160).print(table, *notes, on, sep="\n")
+
+
+def draw(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure as a PNG of 64 colours, which has a third of the size."""
+    from PIL import Image  # comes with matplotlib
+
+    with io.BytesIO() as file:
+        figure.savefig(file, dpi=dpi, format="png")
+        picture = Image.open(file).convert("RGB")
+        picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # --- markdown -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python benchmarks/calibration/against_sweep.py run --domain image_generation  # resumable
     python benchmarks/calibration/against_sweep.py run --domain vision_classification
-    python benchmarks/calibration/against_sweep.py table                     # results/calibration.md, .json and figures
+    python benchmarks/calibration/against_sweep.py table                     # results/calibration.md and figures
 
 Two tasks of the study, three configurations, AdamW (0.9, 0.999, decay 0.01), clip 1, cosine to a tenth, and a
 warm-up of 30 % of the steps, long enough for full finetuning. A sweep of three seeds finds the best rate of every
@@ -109,7 +109,7 @@ def search_all(domain: Domain, workers: int, made: Mapping[str, Any]) -> None:
 
 @main.command()
 def table() -> None:
-    """Write results/calibration.md, .json and two figures from what is on file; what was not run yet is a dash."""
+    """Write results/calibration.md and two figures from what is on file; what was not run yet is a dash."""
     done, on = read(RUNS), machine(1)
     domains = [
         get_domain(name)
@@ -124,12 +124,6 @@ def table() -> None:
     ]
     draw_costs(domains, scores, RESULTS / "calibration-cost.png")
     draw_contenders(domains, scores, RESULTS / "calibration-contenders.png")
-    document = {
-        "machine": on,
-        "start": start,
-        "scores": [score._asdict() for score in scores],
-    }
-    (RESULTS / "calibration.json").write_text(json.dumps(document) + "\n")
     figures = [f"![Regret](calibration-{name}.png)" for name in ("cost", "contenders")]
     left = {
         domain.name: sum(job not in done for job in scoring(domain, done))

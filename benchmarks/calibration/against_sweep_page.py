@@ -19,7 +19,7 @@ from calibration.against_sweep_scores import (
 )
 from calibration.searches import LORA, RANGE_TEST, TPE, WITH_FULL
 from matplotlib.figure import Figure
-from recording import block, number, percent
+from recording import block, draw, number, percent
 from study.configurations import CONFIGS
 from study.contenders import CONTENDERS
 from study.domains import Domain
@@ -240,7 +240,7 @@ def draw_costs(domains: Sequence[Domain], scores: Sequence[Score], path: Path) -
         ncols=4,
         fontsize=8,
     )
-    figure.savefig(path, dpi=110)
+    draw(figure, path, dpi=110)
 
 
 def draw_contenders(
@@ -293,4 +293,4 @@ def draw_contenders(
         axis.set_xlabel("regret, % (300: that or diverged)", fontsize=8)
         axis.set_title(f"{domain.name}: LoRA ranks (blue), full (orange)", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    draw(figure, path, dpi=110)

@@ -2,7 +2,7 @@
 
     python benchmarks/calibration/simulated.py run                      # resumable: results/simulated.jsonl
     python benchmarks/calibration/simulated.py run --surfaces other     # the surfaces on which constants are chosen
-    python benchmarks/calibration/simulated.py table                    # results/simulated.json and .md
+    python benchmarks/calibration/simulated.py table                    # results/simulated.md
     python benchmarks/calibration/simulated.py scatter                  # how far best rates are off a power of the rank
 
 A surface is a domain of the study in one of three configurations. It gives the loss of every rank and seed over log2 of
@@ -414,7 +414,7 @@ def regret(of: Outcome, x: float) -> float:
 
 @main.command()
 def table() -> None:
-    """Write results/simulated.json and .md from the studies on file."""
+    """Write results/simulated.md from the studies on file."""
     on, found = machine(1), list(outcomes())
     study, other = ([o for o in found if o.surfaces == which] for which in SURFACES)
     heads = (
@@ -469,14 +469,6 @@ def table() -> None:
         made_on(on),
     ]
     (RESULTS / "simulated.md").write_text("\n\n".join(parts) + "\n")
-    document = {
-        "machine": on,
-        "regret": [heads, *rows, *few],
-        "bands": held,
-        "caps": caps,
-    }
-    document |= {"unseen": unseen, "real": against}
-    (RESULTS / "simulated.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts[2:-1]))
 
 

@@ -1,6 +1,6 @@
 """Processor time that a calibration needs between two runs, as trials add up.
 
-    python benchmarks/costs/calibration_cost.py    # results/calibration_cost.json and .md, half a minute
+    python benchmarks/costs/calibration_cost.py    # results/calibration_cost.md, half a minute
 
 Runs have ten steps and cost nothing themselves: two ranks, made-up noisy losses around 2^-7, a study in memory. Each
 row is a number of trials, with the mean over the ten trials around it. The time includes a bracket, a proposal, a fit,

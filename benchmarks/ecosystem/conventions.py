@@ -52,6 +52,7 @@ def main() -> None:
             rows[case.name] = measured(case)
     order = [case.name for case in (*CASES, *REPLICAS)]
     shown = [rows[name] for name in order if name in rows]
+    (RESULTS / "conventions.json").write_text(json.dumps(shown, indent=1) + "\n")
     record(
         "conventions",
         "Adapter conventions",
@@ -64,8 +65,8 @@ def main() -> None:
 def stored() -> dict[str, dict[str, Any]]:
     """Rows of earlier runs, by adapter."""
     file = RESULTS / "conventions.json"
-    document = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    return {row["adapter"]: row for row in document["rows"]}
+    rows = json.loads(file.read_text()) if file.exists() else []
+    return {row["adapter"]: row for row in rows}
 
 
 def measured(case: Case) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Every optimizer class of eleven packages: its family, and whether it trains at the rates that it was given.
 
-    python benchmarks/ecosystem/optimizers.py     # results/optimizers.json and .md, about ten minutes on a core
+    python benchmarks/ecosystem/optimizers.py     # results/optimizers.md, about ten minutes on a core
 
 A class is in the table that gives families by its name. The table's family is compared with a coordinate check: real
 steps on LoRA factors of ranks 4, 16 and 64 on a layer of 64 × 64, at the rates that the form of each family gives, at
@@ -95,7 +95,7 @@ class Form(ra.Law):
 
 
 def main() -> None:
-    """Check and train every class, print, and write results/optimizers.json and .md."""
+    """Check and train every class, print, and write results/optimizers.md."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rows = []

@@ -1,8 +1,8 @@
 """The yardstick for laws: make our own sweep, then score laws on it and on a published sweep.
 
     python benchmarks/laws/bench_law.py sweep                             # makes missing runs of the package's sweep
-    python benchmarks/laws/bench_law.py table ../shared/data/sft_sweep.csv  # results/bench_law.json and .md
-    python benchmarks/laws/bench_law.py kept ../shared/data/sft_sweep.csv   # results/kept_alpha.json and .md
+    python benchmarks/laws/bench_law.py table ../shared/data/sft_sweep.csv  # results/bench_law.md
+    python benchmarks/laws/bench_law.py kept ../shared/data/sft_sweep.csv   # results/kept_alpha.md
     python benchmarks/laws/bench_law.py score my_sweep.csv --law mua --law my_pkg:MyLaw     # prints a table
 
 The sweep trains the demo's network (EfficientNet-lite0 on scikit-learn's digits) with alpha = rank and with alpha = 16.
@@ -167,7 +167,7 @@ FAMILIES: dict[str, list[Law]] = {
     "--alpha", default=32.0, show_default=True, help="Alpha of the published sweep."
 )
 def table(published: Path, alpha: float) -> None:
-    """Write results/bench_law.json and .md."""
+    """Write results/bench_law.md."""
     rows: list[dict[str, Any]] = []
     for source, given in ((DEMO_SWEEP, None), (published, alpha)):
         for best in ("parabola", "bowl"):
@@ -213,7 +213,7 @@ OF_KEPT = (
     "--alpha", default=32.0, show_default=True, help="Alpha of the published sweep."
 )
 def kept(published: Path, alpha: float) -> None:
-    """Write results/kept_alpha.json and .md: how far a best rate moves up the ranks of a sweep with one alpha."""
+    """Write results/kept_alpha.md: how far a best rate moves up the ranks of a sweep with one alpha."""
     rows = []
     for best in ("parabola", "bowl"):
         curves = loss_curves(read_sweep(published).runs, best=best, alpha=alpha)

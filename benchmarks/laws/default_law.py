@@ -1,6 +1,6 @@
 """How many tokens has the default law, and does a moved rate keep a small distance? By a rule, on stored sweeps.
 
-    python benchmarks/laws/default_law.py ../shared/data/sft_sweep.csv    # no training: results/default_law.md, .json
+    python benchmarks/laws/default_law.py ../shared/data/sft_sweep.csv    # no training: results/default_law.md
 
 **Candidates.** The default law is `Falling(law=MuA(tokens=b))`, with b = 1, 2, 3, 4, 6 or 8 (8 was the default when
 this was written). The second question is a distance: whether a rate that was moved is multiplied by .9, since too high
@@ -489,7 +489,7 @@ IN_LOSS = (
     "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
 )
 def main(files: tuple[Path, ...]) -> None:
-    """Apply the rule, make the checks, and write results/default_law.md and .json."""
+    """Apply the rule, make the checks, and write results/default_law.md."""
     on = machine(1)
     inside = [each for sweep in study() for each in moves(sweep)]
     by_way = figures(inside)
@@ -508,7 +508,7 @@ def main(files: tuple[Path, ...]) -> None:
         verdict(by_way, tokens, distance),
         by_spline(figures(inside, "regret"), tokens),
         said_of_prior(tokens, simulated),
-        (__doc__ or "").partition("json\n")[2].strip(),
+        (__doc__ or "").partition("default_law.md\n")[2].strip(),
         block(
             "The figure of each candidate, %",
             ["way", "mean", *STUDY],
@@ -538,17 +538,6 @@ def main(files: tuple[Path, ...]) -> None:
         made_on(on),
     ]
     (RESULTS / "default_law.md").write_text("\n\n".join(parts) + "\n")
-    document = {
-        "machine": on,
-        "tokens": tokens,
-        "distance": distance,
-        "figures": by_way,
-        "study": [*score_rows(inside)],
-        "outside": [*score_rows(beyond)],
-        "published": in_loss,
-        "prior": {what: found._asdict() for what, found in simulated.items()},
-    }
-    (RESULTS / "default_law.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts))
 
 
@@ -662,21 +651,6 @@ def outside_tables(moved: Sequence[Moved], ways: Sequence[Way]) -> Iterator[str]
         )
         if group:
             yield f"Sweeps: {names}."
-
-
-def score_rows(moved: Sequence[Moved]) -> Iterator[dict[str, Any]]:
-    """Scores by group, source, way and column, for the JSON file."""
-    for group in dict.fromkeys(each.group for each in moved):
-        for source in SOURCES:
-            of = scores((each for each in moved if each.group == group), source)
-            for (way, column), found in of.items():
-                yield {
-                    "group": group,
-                    "source": source,
-                    "way": way,
-                    "column": column,
-                    **found._asdict(),
-                }
 
 
 # --- published sweeps -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which form of Init[B]'s fall generalises: between ranks, and to full finetuning?
 
-    python benchmarks/laws/init_b_forms.py    # no training: results/init_b_forms.json and .md from the study's runs
+    python benchmarks/laws/init_b_forms.py    # no training: results/init_b_forms.md from the study's runs
 
 **Forms** of the best rate η at Init[B], s = 1, rank r and mean fan-in n, relative to full finetuning's η_full at n:
 

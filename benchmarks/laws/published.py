@@ -2,7 +2,7 @@
 
     python benchmarks/laws/published.py table ../shared/data/sft_sweep.csv rank_x_lr_results.json
 
-Writes results/published.md and .json from files that are not in the repository. Their licences allow their use. A file
+Writes results/published.md from files that are not in the repository. Their licences allow their use. A file
 must be one of `SOURCES`, and its hash must be that of the file that was read. Each law moves every best rate found at a
 rank to every other rank of its model, as bench_law.py does.
 
@@ -116,7 +116,7 @@ def main() -> None:
     "files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path)
 )
 def table(files: tuple[Path, ...]) -> None:
-    """Write results/published.json and .md."""
+    """Write results/published.md."""
     rows = [row for path in files for row in rows_of(path)]
     read = [SOURCES[path.name].words(path.name) for path in files]
     looked = "**Looked for** " + (__doc__ or "").partition("**Looked for**")[2].strip()

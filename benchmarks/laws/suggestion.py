@@ -1,6 +1,6 @@
 """Are the rate that `suggest_lr` gives and its band honest? Tests with models left out in turn, and on our own tasks.
 
-    python benchmarks/laws/suggestion.py ../shared/data/sft_sweep.csv    # results/suggestion.json and .md
+    python benchmarks/laws/suggestion.py ../shared/data/sft_sweep.csv    # results/suggestion.md
 
 The CSV has columns model, rank, lr and a loss. Alpha was 32. The best rate of a cell (model, rank) is the vertex of the
 parabola through the best three log2 rates. Where the best lies at an edge of the grid, we know only that the vertex
@@ -101,7 +101,7 @@ class Cell(NamedTuple):
 @click.command()
 @click.argument("sweep", type=click.Path(exists=True, path_type=Path))
 def main(sweep: Path) -> None:
-    """Write results/suggestion.json and .md."""
+    """Write results/suggestion.md."""
     on = machine(1)
     cells = read(sweep)
     middle, spread = fit(cells)

@@ -13,7 +13,6 @@ then the one with the least figure.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -331,7 +330,7 @@ def write(
     places: Mapping[str, Any],
     fitted: Sequence[Fit],
 ) -> None:
-    """Write results/<page>.md (verdict, `text` without its first line, tables) and .json (every fit)."""
+    """Write results/<page>.md: verdict, `text` without its first line, tables."""
     on = machine(1)
     parts = [
         f"# {title}",
@@ -364,12 +363,6 @@ def write(
         made_on(on),
     ]
     (RESULTS / f"{page}.md").write_text("\n\n".join(parts) + "\n")
-    document = {
-        "machine": on,
-        "verdict": verdict,
-        "rows": [row_of(fit) for fit in fitted],
-    }
-    (RESULTS / f"{page}.json").write_text(json.dumps(document, indent=1) + "\n")
     click.echo("\n\n".join(parts))
 
 
@@ -439,20 +432,3 @@ def said(fit: Fit) -> str:
         for name, values in fit.form.grid.items()
         if len(values) > 1
     )
-
-
-def row_of(fit: Fit) -> dict[str, Any]:
-    """A fit as a row of the JSON file, with the score of its moves in each use."""
-    scores = {
-        use: score([move for move in fit.moves if move.use == use]) for use in USES
-    }
-    return {
-        "form": fit.form.name,
-        "criterion": fit.criterion,
-        "left out": fit.domain,
-        "constants": fit.constants,
-        **{
-            use: {name: round(value, 4) for name, value in each._asdict().items()}
-            for use, each in scores.items()
-        },
-    }

@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from recording import draw
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +42,7 @@ SHOWN = 0.45  # share of the gain above the best loss
 def main() -> None:
     """Draw the picture."""
     done = finished_in([STORES / f"{DOMAIN}.jsonl"], "full")
-    draw_move(done, DOMAIN).savefig(STORES / "move.png", dpi=125)
+    draw(draw_move(done, DOMAIN), STORES / "move.png", dpi=125)
 
 
 def by_the_law(rank: int) -> float:

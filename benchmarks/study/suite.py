@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import RESULTS, machine, written_by
+from recording import RESULTS, draw, machine, written_by
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
@@ -242,7 +242,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     chosen_on = [each for each in moved if each.domain in STUDY]
     if chosen_on:
         figures.insert(0, into / SUMMARY)
-        draw_summary(chosen_on).savefig(figures[0], dpi=110)
+        draw(draw_summary(chosen_on), figures[0], dpi=110)
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)

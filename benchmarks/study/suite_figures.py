@@ -14,6 +14,7 @@ import numpy as np
 from internals import COLOURS, rate_axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from recording import draw as write
 from scipy.interpolate import PchipInterpolator
 from study.configurations import start_of
 from study.grids import FULL, Losses, curve, lowest
@@ -75,7 +76,7 @@ def draw_all(done: Losses, folder: Path, laws: Mapping[str, Law] = LAWS) -> list
         ):
             figure = draw(done, domain)
             paths.append(folder / f"{domain}-{name}.png")
-            figure.savefig(paths[-1], dpi=90)
+            write(figure, paths[-1], dpi=90)
     return paths
 
 

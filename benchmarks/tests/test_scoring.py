@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import math
 import random
 from pathlib import Path
@@ -265,15 +264,15 @@ def test_the_factors_measured_where_alpha_is_kept(
         writer.writerows(rows)
     done = CliRunner().invoke(script.main, ["kept", str(sweep)])
     assert done.exit_code == 0, done.output
-    parabola, _ = json.loads((tmp_path / "kept_alpha.json").read_text())["rows"]
-    assert (parabola["from rank"], parabola["to rank"], parabola["models"]) == (
-        1,
-        64,
-        3,
-    )
+    lines = (tmp_path / "kept_alpha.md").read_text().splitlines()
+    heads, row = (lines[at].strip("| ").split(" | ") for at in (2, 4))
+    parabola = dict(zip(heads, row, strict=True))
+    ends = ("from rank", "to rank", "models")
+    assert [parabola[name] for name in ends] == ["1", "64", "3"]
+    law = float(parabola["default law"])
     for name in ("measured, median", "lowest", "highest"):
-        assert parabola[name] == pytest.approx(parabola["default law"], rel=1e-3)
-    assert parabola["as used"] == pytest.approx(0.9 * parabola["default law"])
+        assert float(parabola[name]) == pytest.approx(law, rel=1e-2)
+    assert float(parabola["as used"]) == pytest.approx(0.9 * law, rel=1e-2)
     kept, moved = (
         float(parabola[f"{way}: loss, %"].split(" / ")[0])
         for way in ("kept", "default law")

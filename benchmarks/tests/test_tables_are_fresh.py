@@ -56,17 +56,6 @@ def test_a_table_is_no_older_than_what_it_rests_on(page: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if (RESULTS / page).with_suffix(".json").exists()]
-)
-def test_a_table_in_json_rests_on_the_same(page: str) -> None:
-    """The digests in a table's JSON are among those of its page."""
-    path = RESULTS / page
-    assert set(MARK.findall(path.with_suffix(".json").read_text())) <= set(
-        MARK.findall(path.read_text())
-    )
-
-
 SCRIPTS = [
     path
     for path in sorted(BENCHMARKS.rglob("*.py"))
