@@ -43,7 +43,6 @@ that number.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import warnings
