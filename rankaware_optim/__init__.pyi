@@ -41,7 +41,6 @@ from .optimizer import rank_aware_param_groups as rank_aware_param_groups
 from .optimizer import to_plain_state_dict as to_plain_state_dict
 from .recipe import Recipe as Recipe
 from .transfer import convert_lr as convert_lr
-from .transfer import coordinate_check as coordinate_check
 from .transfer import suggest_lr as suggest_lr
 
 __version__: str

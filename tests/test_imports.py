@@ -67,7 +67,6 @@ PUBLIC = [
     "calibrate",
     "calibrate_trainer",
     "convert_lr",
-    "coordinate_check",
     "initialize",
     "inspect_file",
     "inspect_model",

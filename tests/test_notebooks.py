@@ -39,8 +39,7 @@ CASES = {
     "survey": lambda: optimizer().report().survey,
     "recipe": lambda: replace(RECIPE, notes=("a < b",)),
     "rate": lambda: RECIPE.at(rank=1000),
-    "one rate": lambda: converted("r=64,alpha=128"),
-    "two rates": lambda: converted("r=16,alpha=16"),
+    "converted": lambda: converted("r=64,alpha=64"),
 }
 
 

@@ -41,6 +41,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rankaware_optim as ra
+from rankaware_optim.testing import coordinate_check
 from tests.environments.integrations.by_hand import (
     Case,
     by_class,
@@ -211,7 +212,7 @@ def slope_of(kind: type[Optimizer], settings: dict[str, Any], family: str) -> fl
     squares = []
     for scaling in (1.0, lambda rank: 16 / rank):
         for init in ("A", "B"):
-            check = ra.coordinate_check(
+            check = coordinate_check(
                 {"layer": (WIDTH, WIDTH)},
                 kind,
                 ranks=RANKS,
@@ -222,7 +223,7 @@ def slope_of(kind: type[Optimizer], settings: dict[str, Any], family: str) -> fl
                 steps=STEPS,
                 settings=settings,
             )
-            squares.append(check.slopes[0][1] ** 2)
+            squares.append(check.slopes["layer"] ** 2)
     return math.sqrt(sum(squares) / len(squares))
 
 

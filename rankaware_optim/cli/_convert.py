@@ -1,4 +1,4 @@
-"""`rankaware convert`: convert a rate to another rank, alpha, init or method.
+"""`rankaware convert`: convert a rate to another rank, alpha, width, batch or method.
 
 It is printed as numbers, or as lines for a trainer's configuration.
 """
@@ -6,24 +6,20 @@ It is printed as numbers, or as lines for a trainer's configuration.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import click
 
 from .. import inspection, transfer
+from .._rate import Rate
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ..laws import DEFAULT_LAW, Law, bound_law, get_law
-from ._options import FILE, echo_result, json_option, law_option, option
+from ..laws import DEFAULT_LAW
+from ._options import RATE_FIELDS, echo, echo_result, json_option, law_option, option
 
 _SHAPE = (
-    "a list with one object per rate. Fields: part (of the adapter; null if LR is given), from_lr"
-    " (per step), from and to (as for --from and --to), lr (one rate for both factors), lr_a and"
-    " lr_b (a rate for each), eps_scale_a, eps_scale_b, weight_decay_scale_a and"
-    " weight_decay_scale_b (factors, for use with lr_a and lr_b), a_scale (factor of another exact"
-    " form), exact (whether lr_a and lr_b undo the change), notes (sentences). low is 0, high and"
-    " ceiling are null, extrapolated is false and configuration is empty."
+    f"an object. Fields: {RATE_FIELDS}, from_lr (per step), from and to (as for --from and"
+    " --to)."
 )
 
 # --- a trainer's configuration --------------------------------------------------------------------
@@ -53,15 +49,11 @@ train:
         at_rank="Transformers such as FLUX",
     ),
     "automodel": Tool("""\
-# Automodel's scheduler applies the multipliers, so keep an lr_scheduler: section.
 peft:
   dim: {rank}
   alpha: {alpha_over_rank}
 optimizer:
-  lr: {lr}
-  param_group_overrides:
-    - {{pattern: lora_A, lr_mult: {times_a:.6g}, wd_mult: {decay_a:.6g}}}
-    - {{pattern: lora_B, lr_mult: {times_b:.6g}, wd_mult: {decay_b:.6g}}}"""),
+  lr: {converted}"""),
     "axolotl": Tool(
         """\
 adapter: lora
@@ -129,7 +121,7 @@ def _lines(
     origin: Reference,
     at: Reference,
     law: str,
-    to: transfer.Conversion,
+    to: Rate,
 ) -> str:
     """Return a trainer's lines at `at` for a rate tuned at `origin`, that the law converts to `to`.
 
@@ -150,11 +142,8 @@ def _lines(
         f"# {tool.at_rank} train at alpha = rank: convert --to"
         f" r={at.rank},alpha={at.rank}.\n"
     )
-    rates = f"{to.lr:.3g}"
-    if to.lr_a != to.lr_b:
-        rates += f", or {to.lr_a:.3g} for A and {to.lr_b:.3g} for B"
     summary = (
-        f"{lr:g} was tuned at {as_words(origin)}; at {as_words(at)} it is {rates}."
+        f"{lr:g} was tuned at {as_words(origin)}; at {as_words(at)} it is {to.lr:.3g}."
     )
     lines = tool.lines.format(
         rank=at.rank,
@@ -166,10 +155,6 @@ def _lines(
         other_alpha="" if at.scaling == 1.0 else other_alpha,
         lr=f"{lr:g}",
         converted=f"{to.lr:.4g}",
-        times_a=to.lr_a / lr,
-        times_b=to.lr_b / lr,
-        decay_a=to.weight_decay_scale_a,
-        decay_b=to.weight_decay_scale_b,
         settings=", ".join(_settings(origin, at, law)),
     )
     return "\n".join([*(f"# {line}" for line in (summary, *to.notes)), lines])
@@ -205,7 +190,7 @@ def as_words(reference: Reference) -> str:
 
 
 @click.command()
-@click.argument("lr", type=float, required=False)
+@click.argument("lr", type=float)
 @option(
     "--from from_",
     str,
@@ -218,21 +203,10 @@ def as_words(reference: Reference) -> str:
     str,
     "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha. The width"
     " fan_in is the mean fan-in for LoRA and the largest for full finetuning (from Init[B] the"
-    " mean). One that only --from or --to has is used for both.",
+    " mean). One that only --from or --to has is used for both, and 4096 if neither has one.",
     required=True,
 )
 @law_option("Law that moves the rate.", DEFAULT_LAW)
-@option(
-    "--model",
-    FILE,
-    "Model's folder or config.json, of transformers or diffusers. Its width is read as the"
-    " optimizer reads it, so LR becomes the rate at which the optimizer trains.",
-)
-@option(
-    "--target-modules",
-    str,
-    "Layers of --model to adapt, as for PEFT: q_proj,v_proj or all-linear.",
-)
 @option(
     "--as tool",
     click.Choice(list(TOOLS)),
@@ -240,88 +214,21 @@ def as_words(reference: Reference) -> str:
 )
 @json_option(_SHAPE)
 def convert(
-    lr: float | None,
-    from_: str,
-    to: str,
-    law: str,
-    model: Path | None,
-    target_modules: str | None,
-    tool: str | None,
-    as_json: bool,
+    lr: float, from_: str, to: str, law: str, tool: str | None, as_json: bool
 ) -> None:
-    """Convert a tuned rate to another rank, alpha, init or method.
+    """Convert a tuned rate to another rank, alpha, width, batch or method.
 
-    LR is the learning rate that was tuned at --from. Without LR, the rates that kohya's scripts
-    wrote into the adapter --from are converted, one for each part, such as the UNet.
+    LR is the learning rate that was tuned at --from.
     """
     if tool and as_json:
         raise click.UsageError(
             "--as prints a trainer's configuration and --json the numbers. Give one of them."
         )
-    if model is not None and lr is None:
-        raise click.UsageError("--model is of one rate, so give LR too.")
-    names = _layers(model, target_modules)
-    bound: Law = get_law(law)
-    if lr is None:
-        bound, rates = _trained(from_, bound)
-    else:
-        rates = [(None, lr, inspection.as_reference(from_), "")]
-    documents, texts = [], []
-    printed = set[str]()
-    for part, tuned, origin, training in rates:
-        at = transfer.as_target(to, origin, model)
-        conversion = transfer.convert_lr(
-            tuned,
-            from_=origin,
-            to=at,
-            law=bound,
-            model=model,
-            target_modules=names,
-        )
-        places = {"from": as_words(origin), "to": as_words(at)}
-        numbers = {"part": part, "from_lr": tuned, **places, **asdict(conversion)}
-        documents.append(numbers)
-        texts += [f"{'# ' if tool else ''}{training}"] if training else []
-        notes = tuple(note for note in conversion.notes if note not in printed)
-        printed.update(notes)
-        conversion = replace(conversion, notes=notes)
-        texts.append(
-            _lines(TOOLS[tool], tuned, origin, at, law, conversion)
-            if tool
-            else conversion.explain()
-        )
-    echo_result(as_json, "\n".join(texts), documents)
-
-
-def _layers(model: Path | None, target_modules: str | None) -> str | list[str] | None:
-    """Return the layers to adapt, as PEFT takes them."""
-    if target_modules is None:
-        return None
-    if model is None:
-        raise click.UsageError(
-            "--target-modules are layers of --model, so give it too."
-        )
-    if target_modules == "all-linear":
-        return target_modules
-    return [name.strip() for name in target_modules.split(",")]
-
-
-_Tuned = tuple[str | None, float, Reference, str]
-
-
-def _trained(path: str, law: Law) -> tuple[Law, list[_Tuned]]:
-    """Return the law bound to the adapter's optimizer, and the rates of the adapter's parts: part,
-    rate, reference, and how it was trained, in words.
-    """
-    training = inspection.read_training(path)
-    by = ""
-    if training.optimizer:
-        law = bound_law(law, training.optimizer_class, training.settings)
-        by = f" by {training.optimizer}"
-    during = f" over {training.steps} steps" if training.steps else ""
-    rates: list[_Tuned] = []
-    for part, lr, survey in training.rates:
-        at = inspection.reference_of(survey)
-        words = f"{part or 'The adapter'} was trained at {lr:g}, {at}{by}{during}."
-        rates.append((part or None, lr, at, words))
-    return law, rates
+    origin = inspection.as_reference(from_)
+    at = inspection.as_reference(to, like=origin)
+    rate = transfer.convert_lr(lr, from_=origin, to=at, law=law)
+    if tool:
+        echo(_lines(TOOLS[tool], lr, origin, at, law, rate))
+        return
+    places = {"from": as_words(origin), "to": as_words(at)}
+    echo_result(as_json, rate, {"from_lr": lr, **places, **asdict(rate)})

@@ -6,7 +6,6 @@ from ._initialize import initialize as initialize
 from ._inspect_file import Training as Training
 from ._inspect_file import inspect_file as inspect_file
 from ._inspect_file import read_training as read_training
-from ._model_config import survey_config as survey_config
 from ._pairs import Pair as Pair
 from ._pairs import Walk as Walk
 from ._pairs import canonical_name as canonical_name

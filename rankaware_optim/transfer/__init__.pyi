@@ -1,12 +1,5 @@
-from ._convert import Conversion as Conversion
-from ._convert import as_target as as_target
 from ._convert import convert_lr as convert_lr
 from ._convert import survey_rates as survey_rates
-from ._coordinate_check import CoordinateCheck as CoordinateCheck
-from ._coordinate_check import CoordinateRow as CoordinateRow
-from ._coordinate_check import coordinate_check as coordinate_check
-from ._coordinate_check import plot_coordinates as plot_coordinates
-from ._simulate import capture as capture
 from ._suggest import Suggestion as Suggestion
 from ._suggest import published_init as published_init
 from ._suggest import suggest_lr as suggest_lr

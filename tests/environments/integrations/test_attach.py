@@ -220,10 +220,8 @@ def test_the_number_of_convert_is_enough_at_one_rank(tmp_path, more, is_enough):
     """A plain run at the number of convert ends at the weights of attach where all adapters are of one rank and alpha
     and nothing else trains, and at others elsewhere."""
     config, layers = llama_config(), ["q_proj", "v_proj"]
-    config.save_pretrained(tmp_path)
-    number = ra.convert_lr(
-        LR, from_=AT_16, to="r=4,alpha=4", model=tmp_path, target_modules=layers
-    ).lr
+    to = ra.Reference(rank=4, alpha=4, fan_in=config.hidden_size)
+    number = ra.convert_lr(LR, from_=AT_16, to=to).lr
     ends = []
     for lr in (LR, number):
         torch.manual_seed(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,14 +15,12 @@ from click.testing import CliRunner
 
 from rankaware_optim import RankAwareError
 from rankaware_optim.cli._main import main
-from rankaware_optim.transfer import coordinate_check
 
 pytest.importorskip("matplotlib")
 
 from rankaware_optim.errors import PlotError
 from rankaware_optim.reports import _figure, plot_recipe
 from rankaware_optim.reports._picture import MARKS, picture_of
-from rankaware_optim.transfer import plot_coordinates
 
 from ...helpers.recipes import KINDS, RECIPE
 
@@ -179,69 +176,3 @@ def test_what_was_not_tried_is_faded(kind, monkeypatch):
         "a rank that was not tried": False,
         "full finetuning" if tried else "full finetuning, not tried": tried,
     }
-
-
-# --- the coordinate check -------------------------------------------------------------------------------------------
-
-NAMES = (
-    "q",
-    "base_model.model.model.layers.31.self_attn.q_proj",
-    "$half math",
-    "100 %",
-    "up",
-    "down",
-)
-LAYERS = {name: (16 * n, 16) for n, name in enumerate(NAMES, 1)}
-CHECKS = {
-    "one layer": ({"q": (32, 32)}, {}),
-    "A starts at zero": ({"q": (32, 32)}, {"init": "B"}),
-    "many layers, odd names": (LAYERS, {}),
-    "ranks out of order": (LAYERS, {"ranks": (64, 1, 8)}),
-    "a wrong law": (LAYERS, {"law": "constant", "scaling": lambda r: 16 / r}),
-    "tiny changes": ({"q": (32, 32)}, {"lr": 1e-9}),
-}
-
-
-@pytest.mark.parametrize("kind", CHECKS)
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_every_check_can_be_drawn(kind, suffix, tmp_path):
-    """Whatever was checked, a figure is written where it was asked for, without a warning."""
-    layers, options = CHECKS[kind]
-    check = coordinate_check(layers, "AdamW", tokens=32, **options)
-    path = plot_coordinates(check, tmp_path / "figures" / f"out.{suffix}")
-    assert path.stat().st_size > 10_000
-
-
-def test_the_layers_that_change_most_are_drawn(tmp_path):
-    """Of many layers four have a panel, the worst among them, and a term that is zero is named so."""
-    check = coordinate_check(LAYERS, "AdamW", tokens=32, law="constant")
-    drawn = texts(plot_coordinates(check, tmp_path / "out.svg"))
-    ordered = sorted(check.slopes, key=lambda pair: abs(pair[1]))
-    panels = [
-        name
-        for name, slope in check.slopes
-        if any(f"{name[-20:]}: r^{slope:+.2f}" in text for text in drawn)
-    ]
-    assert len(panels) == 4
-    assert not {name for name, _ in ordered[:2]} & set(panels)
-    assert "s·B₀·ΔA·x: zero" in drawn
-    assert "NOT rank-invariant" in " ".join(drawn)
-
-
-def texts(path) -> list[str]:
-    """What a figure of ours says: matplotlib writes each text of an .svg into a comment."""
-    return [
-        comment.strip()
-        for comment in re.findall(
-            r"<!--(.*?)-->", path.read_text(encoding="utf-8"), re.DOTALL
-        )
-    ]
-
-
-def test_a_check_that_cannot_be_written_is_said(tmp_path):
-    """An unknown format is an error of ours."""
-    with pytest.raises(PlotError, match="cannot be written"):
-        plot_coordinates(
-            coordinate_check({"q": (8, 8)}, "AdamW", tokens=8, ranks=(1, 2)),
-            tmp_path / "out.unheard-of",
-        )
