@@ -101,7 +101,12 @@ def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
     )
 
 
+def reference_at(config: str, rank: int) -> ra.Reference:
+    """The configuration at a rank."""
+    chosen = {**CONFIGS, **RSLORA}[config]
+    return ra.Reference(rank, chosen.alpha(rank), init=chosen.init)
+
+
 def tuned_at(config: str) -> ra.Reference:
     """The configuration at rank `TUNED`, where a user who tunes once tunes."""
-    chosen = {**CONFIGS, **RSLORA}[config]
-    return ra.Reference(TUNED, chosen.alpha(TUNED), init=chosen.init)
+    return reference_at(config, TUNED)

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import click
 from recording import RESULTS, block, machine, made_on, percent
 from study.configurations import CONFIGS, start_of
-from study.domains import STUDY
+from study.domains import STUDY, get_domain
 from study.grids import FULL, Losses, curve
-from study.moving import surveyed
 from study.optima import ESTIMATORS, ranks_in, seeds_in, tried_rates
 from study.regret import noise_floor, share_lost
 from study.runs_on_file import read
@@ -149,13 +148,13 @@ def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
 
 def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
     """The place of every rank in a configuration, or that of full finetuning."""
-    survey = surveyed(domain, next(iter(CONFIGS)), 16)
+    mean, largest = get_domain(domain).widths
     for rank in (FULL,) if scheme == "full" else ranks_in(done, domain, scheme):
         cell, seeds = (domain, scheme, rank), seeds_in(done, domain, scheme)
-        site = Site("full", 1, 1.0, survey.width)
+        site = Site("full", 1, 1.0, mean)
         if rank:
             config = CONFIGS[scheme]
-            site = Site(config.init, rank, config.alpha(rank) / rank, survey.width)
+            site = Site(config.init, rank, config.alpha(rank) / rank, mean)
         estimates = {
             name: x
             for name, by in ESTIMATORS.items()
@@ -166,9 +165,7 @@ def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
             min(curve(done, cell, seeds).values()),
         )
         start, floor = start_of(domain, done), noise_floor(done, cell)
-        yield Place(
-            scheme, site, survey.full_width("A"), estimates, tried, lowest, start, floor
-        )
+        yield Place(scheme, site, largest, estimates, tried, lowest, start, floor)
 
 
 class Move(NamedTuple):

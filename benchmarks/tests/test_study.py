@@ -15,11 +15,10 @@ from click.testing import CliRunner
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
-from llama_shapes import adapters
 from study import moving, regret, suite_tables
 from study.best_rates import best_rate
 from study.configurations import START
-from study.domains import DomainError, _assets
+from study.domains import STUDY, DomainError, _assets, get_domain
 from study.domains._assets import made_once
 from study.grids import FULL, Grid, Job, Line, Listed
 from study.loss_curves import regret_between
@@ -268,16 +267,29 @@ def test_half_a_grid_is_not_shown(tmp_path: Path) -> None:
     assert finished(dict(list(done.items())[:-1]), "quick") == {}
 
 
-def test_a_law_of_two_rates_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_law_of_two_rates_is_not_compared() -> None:
     """A law that gives A and B different rates is refused: the sweeps are of one."""
-    pair = ra.inspect_model(adapters(1, {"q": (64, 64)}))
-    monkeypatch.setattr(moving, "surveyed", lambda domain, config, rank: pair)
     octaves = moving.octaves.__wrapped__  # without the cache, which other tests share
-    assert octaves("language", "Init[A], s = 1", 16, ra.MuA()) == pytest.approx(
+    assert octaves("language", "Init[A], s = 1", 64, ra.MuA()) == pytest.approx(
         -0.7, abs=0.1
     )
     with pytest.raises(DomainError, match="compare laws of one"):
         octaves("language", "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
+
+
+def test_a_domains_widths_are_its_networks() -> None:
+    """The widths that tables use are those of the recipes, which read them off the networks."""
+    recipes = [
+        ra.Recipe.load(p)
+        for p in sorted((BENCHMARKS.parent / "recipes").glob("*.toml"))
+    ]
+    known = {
+        (recipe.reference.init, recipe.reference.fan_in): recipe.full_fan_in
+        for recipe in recipes
+    }
+    for name in STUDY:
+        mean, largest = get_domain(name).widths
+        assert (known["A", mean], known["B", mean]) == (largest, mean)
 
 
 def test_a_jump_is_how_far_the_moved_rate_lies_off(

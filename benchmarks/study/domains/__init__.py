@@ -37,6 +37,8 @@ class Domain:
         loss: (model, batch) -> the training loss, a scalar tensor.
         evaluate: (model) -> the held-out loss, on the same examples and noise every time.
         batch: examples a step. Recipes record it.
+        widths: the mean fan-in of the adapted layers, weighted by size, and the largest: `Survey.width` and
+            `Survey.full_width("A")`. Laws move rates by them, so that tables need no network.
         head_rates: fixed rates, by name pattern, of parameters that are trained beside the adapters.
         large: a run takes more than a minute, so that the study sweeps a smaller grid.
         score: the unit of the held-out loss, and what its fall measures.
@@ -50,6 +52,7 @@ class Domain:
     loss: Callable[[nn.Module, Any], Tensor]
     evaluate: Callable[[nn.Module], float]
     batch: int
+    widths: tuple[float, float]
     head_rates: Mapping[str, float] = field(default_factory=dict)
     large: bool = False
     score: str = "nats"

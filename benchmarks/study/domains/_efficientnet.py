@@ -18,6 +18,7 @@ from ._adapters import adapt
 BATCH = 16
 HEAD_RATE = 3e-3  # the new classifier's rate, the same in every run
 LAYERS = r".*(conv_pw|conv_pwl|conv_head)$"
+WIDTHS = (567.2061515928232, 1152.0)
 RANKS, RATES = (4, 16, 64, 256), {"*classifier*": HEAD_RATE}
 
 

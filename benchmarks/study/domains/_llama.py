@@ -26,6 +26,7 @@ CODE = Asset(
     "f18c69adc97877c42332c170849c96cefa91881c99a7cb3e95b7c659ebdc1ec2",
 )
 VOCABULARY, LENGTH = 2048, 64
+WIDTHS = (2368 / 9, 512.0)  # fan-in of the adapted layers: mean, largest
 WIDTH, MLP, HEAD = 192, 512, 32  # hidden size, width inside an MLP, width of a head
 LAYERS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 BATCH, STEPS, RATE = 16, 1500, 2e-3  # of pretraining; the rate is for width 192

@@ -170,5 +170,6 @@ DOMAIN = Domain(
     loss,
     evaluate,
     BATCH,
+    (288.0, 320.0),
     score="nats a sample",
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import Domain
 from ._batches import drawn
-from ._efficientnet import BATCH, RANKS, RATES, build, loss
+from ._efficientnet import BATCH, RANKS, RATES, WIDTHS, build, loss
 
 STEPS, PIXELS = 40, 32
 
@@ -45,5 +45,5 @@ def evaluate(model: nn.Module) -> float:
 
 
 DOMAIN = Domain(
-    "digits_vision", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES
+    "digits_vision", STEPS, RANKS, build, batches, loss, evaluate, BATCH, WIDTHS, RATES
 )

@@ -93,5 +93,6 @@ DOMAIN = Domain(
     loss,
     evaluate,
     BATCH,
+    (640 / 3, 512.0),
     score="squared error of the velocity",
 )

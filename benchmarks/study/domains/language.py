@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from . import Domain
 from ._adapters import adapt
-from ._llama import LAYERS, MLP, VOCABULARY, WIDTH, llama, token_loss, tokens, windows
+from ._llama import (
+    LAYERS,
+    MLP,
+    VOCABULARY,
+    WIDTH,
+    WIDTHS,
+    llama,
+    token_loss,
+    tokens,
+    windows,
+)
 from ._llama import STEPS as PRETRAINING
 
 BATCH, STEPS, HELD_OUT = 8, 100, 64
@@ -52,5 +62,6 @@ DOMAIN = Domain(
     token_loss,
     evaluate,
     BATCH,
+    WIDTHS,
     score=SCORE,
 )

@@ -107,6 +107,7 @@ DOMAIN = Domain(
     token_loss,
     evaluate,
     BATCH,
+    (816.0, 1536.0),
     large=True,
     score="nats a token",
 )

@@ -167,5 +167,6 @@ DOMAIN = Domain(
     loss,
     evaluate,
     PROMPTS * SAMPLES,
+    (176.12435233160622, 344.0),
     score="minus accuracy",
 )

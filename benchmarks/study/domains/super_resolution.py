@@ -124,5 +124,6 @@ DOMAIN = Domain(
     loss,
     evaluate,
     BATCH,
+    (10896 / 19, 864.0),
     score="squared error",
 )

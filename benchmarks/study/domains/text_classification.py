@@ -104,5 +104,6 @@ DOMAIN = Domain(
     loss,
     evaluate,
     BATCH,
+    (768.0, 1536.0),
     {"*classifier*": 1e-3},
 )

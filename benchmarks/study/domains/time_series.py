@@ -196,5 +196,6 @@ DOMAIN = Domain(
     loss,
     evaluate,
     BATCH,
+    (192.0, 256.0),
     score="squared error",
 )

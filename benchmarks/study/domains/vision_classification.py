@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import Domain
 from ._batches import drawn
-from ._efficientnet import BATCH, RANKS, RATES, build, loss
+from ._efficientnet import BATCH, RANKS, RATES, WIDTHS, build, loss
 from ._mnist import mnist
 
 STEPS, PIXELS, HELD_OUT = 60, 32, 512
@@ -40,5 +40,14 @@ def evaluate(model: nn.Module) -> float:
 
 
 DOMAIN = Domain(
-    "vision_classification", STEPS, RANKS, build, batches, loss, evaluate, BATCH, RATES
+    "vision_classification",
+    STEPS,
+    RANKS,
+    build,
+    batches,
+    loss,
+    evaluate,
+    BATCH,
+    WIDTHS,
+    RATES,
 )

@@ -26,7 +26,7 @@ from ._adapters import adapt
 from ._assets import Asset, made_once
 from ._batches import drawn
 from ._efficientnet import pretrained
-from ._llama import LAYERS, WIDTH, llama, tokenizer
+from ._llama import LAYERS, WIDTH, WIDTHS, llama, tokenizer
 
 EMOJI = Asset(
     "npm",
@@ -165,6 +165,7 @@ DOMAIN = Domain(
     loss,
     evaluate,
     BATCH,
+    WIDTHS,
     RATES,
     score=SCORE,
 )
