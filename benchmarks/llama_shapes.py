@@ -19,7 +19,6 @@ def projections(hidden: int, kv: int, intermediate: int) -> dict[str, tuple[int,
 
 LLAMA_8B_EIGHTH = projections(512, 128, 1792)  # 32 blocks; every width divided by 8
 LLAMA_8B = projections(4096, 1024, 14336)  # 32 blocks at full width
-LLAMA_70B = projections(8192, 1024, 28672)  # 80 blocks
 
 
 class Pair(nn.Module):

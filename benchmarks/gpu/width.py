@@ -330,7 +330,6 @@ MOVES: dict[str, Callable[[Place, Place, float], float]] = {
     "1/n": lambda here, there, x: x - math.log2(there.width / here.width),
 }
 IN_RANK, IN_WIDTH = tuple(LAWS), (*LAWS, "n^-1/2", "1/n")
-Pairs = Sequence[tuple[Key, Key]]
 
 
 class Question(NamedTuple):

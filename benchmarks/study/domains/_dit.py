@@ -1,4 +1,4 @@
-"""A class-conditional diffusion transformer for 28 × 28 images (1.2 million parameters at width 128), and its loss."""
+"""A class-conditional diffusion transformer for 28 × 28 images (1.2 million parameters), and its loss."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """The transformer: from images (n, 1, 28, 28), times (n,) and labels (n,) to velocities (n, 1, 28, 28)."""
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.width = width
+        self.width = width = WIDTH
         self.patch = nn.Linear(PATCH * PATCH, width)
         self.place = nn.Parameter(torch.randn(1, (SIDE // PATCH) ** 2, width) * 0.02)
         self.label = nn.Embedding(10, width)

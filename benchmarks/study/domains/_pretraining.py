@@ -14,10 +14,9 @@ def trained_on(
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
     steps: int,
-    lr: float = 1e-3,
 ) -> dict[str, Tensor]:
     """The weights after steps of AdamW, one on each batch."""
-    opt = torch.optim.AdamW(model.parameters(), lr=lr)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _, batch in zip(range(steps), batches, strict=False):
         opt.zero_grad()
         loss(model, batch).backward()

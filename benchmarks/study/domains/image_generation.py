@@ -6,7 +6,6 @@ The transformer is pretrained on its first use, with a fixed seed (about a minut
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from . import Domain
 from ._adapters import adapt
 from ._assets import made_once
 from ._batches import drawn
-from ._dit import LAYERS, WIDTH, DiT, flow_loss
+from ._dit import LAYERS, DiT, flow_loss
 from ._mnist import digits
 from ._pretraining import trained_on
 
@@ -31,16 +30,9 @@ class Batch(NamedTuple):
     generator: torch.Generator
 
 
-def build(
-    rank: int | None,
-    alpha: float,
-    init: str,
-    seed: int,
-    width: int = WIDTH,
-    pretraining: int = PRETRAINING,
-) -> nn.Module:
-    model = DiT(width)
-    model.load_state_dict(pretrained(width, pretraining))
+def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
+    model = DiT()
+    model.load_state_dict(made_once("dit-digits-0-4-v1", _pretrain))
     return adapt(model.requires_grad_(False), rank, alpha, init, seed, LAYERS)
 
 
@@ -68,20 +60,11 @@ def evaluate(model: nn.Module) -> float:
     )
 
 
-def pretrained(width: int = WIDTH, steps: int = PRETRAINING) -> dict[str, Tensor]:
-    """The transformer's weights after steps of AdamW at 1e-3 · 128/width on the digits 0 to 4."""
-    own = (width, steps)
-    name = "-".join(
-        map(str, ("dit-digits-0-4-v1", *(own if own != (WIDTH, PRETRAINING) else ())))
-    )
-    return made_once(name, partial(_pretrain, *own))
-
-
-def _pretrain(width: int, steps: int) -> dict[str, Tensor]:
+def _pretrain() -> dict[str, Tensor]:
+    """The transformer's weights after steps of AdamW on the digits 0 to 4."""
     with seeded(0):
-        model = DiT(width)
-    old = batches(0, BATCH, new=False)
-    return trained_on(model, old, loss, steps, 1e-3 * WIDTH / width)
+        model = DiT()
+    return trained_on(model, batches(0, BATCH, new=False), loss, PRETRAINING)
 
 
 DOMAIN = Domain(

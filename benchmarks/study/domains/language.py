@@ -12,31 +12,20 @@ from . import Domain
 from ._adapters import adapt
 from ._llama import (
     LAYERS,
-    MLP,
     VOCABULARY,
-    WIDTH,
     WIDTHS,
     llama,
     token_loss,
     tokens,
     windows,
 )
-from ._llama import STEPS as PRETRAINING
 
 BATCH, STEPS, HELD_OUT = 8, 100, 64
 SCORE = f"nats a token; before training worse than a uniform guess, {math.log(VOCABULARY):.2f}"
 
 
-def build(
-    rank: int | None,
-    alpha: float,
-    init: str,
-    seed: int,
-    width: int = WIDTH,
-    mlp: int = MLP,
-    pretraining: int = PRETRAINING,
-) -> nn.Module:
-    return adapt(llama(width, mlp, pretraining), rank, alpha, init, seed, LAYERS)
+def build(rank: int | None, alpha: float, init: str, seed: int) -> nn.Module:
+    return adapt(llama(), rank, alpha, init, seed, LAYERS)
 
 
 def batches(seed: int, batch: int) -> Iterator[Tensor]:
