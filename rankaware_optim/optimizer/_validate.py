@@ -29,12 +29,14 @@ from ..laws import DEFAULT_LAW, Law
 from ..recipe import (
     SAME_UPDATES,
     Recipe,
+    configuration_of,
     differences,
     is_for,
     other_rates_on,
     plain_value,
-    rate_on,
+    rate,
     settings_of,
+    warn_of,
 )
 from ._param_groups import Group, Groups, Native, UserGroup, named_params, params_in
 from ._plan import PlanOptions, RecipeUse, Settings
@@ -298,9 +300,11 @@ def use_recipe(
         return None
     steps, batch = horizon["steps"], horizon["batch"]
     batch = None if recipe.batch is None else batch
-    rate, by_steps = rate_on(recipe, survey, steps, batch), 1.0
+    at = configuration_of(recipe, survey)
+    own, by_steps = rate(recipe, at, steps, batch), 1.0
+    warn_of(recipe, rate(recipe, at))  # other steps are said below
     if steps is not None:
-        by_steps = rate_on(recipe, survey, steps).lr / rate_on(recipe, survey).lr
+        by_steps = rate(recipe, at, steps).lr / rate(recipe, at).lr
     in_force = _settings_in_force(
         recipe, survey, {**defaults_of(native), **settings}, groups
     )
@@ -311,10 +315,10 @@ def use_recipe(
         at_steps = steps or recipe.steps or "unknown"
         at_batch = batch or recipe.batch or "unknown"
         notes.append(
-            f"recipe {recipe.name!r}: the best rate lies between {rate.low:.3g} and {rate.high:.3g}"
+            f"recipe {recipe.name!r}: the best rate lies between {own.low:.3g} and {own.high:.3g}"
             f" with 90 %, for {at_steps} steps at batch {at_batch}."
         )
-        notes += rate.notes
+        notes += own.notes
     return RecipeUse(recipe, tuple(notes), by_steps, other_rates_on(recipe, survey))
 
 

@@ -29,7 +29,7 @@ from .._types import Init, Method, Survey
 from ..errors import CheckpointError, InspectionError, OptimizerError
 from ..inspection import ReferenceLike, Walk, survey_of, walk
 from ..laws import Law
-from ..recipe import Recipe
+from ..recipe import Recipe, base_lr, configuration_of
 from ._param_groups import (
     Group,
     Models,
@@ -197,7 +197,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         refuse_outside(groups, walked, options, built=built is not None)
         survey = survey_of(walked, method=method, init=init, also=_frozen(groups))
         trained = _trained(survey, walked)
-        lr = plain_lr(lr) if loaded is None else loaded.base_lr(trained)
+        lr = plain_lr(lr)
+        if loaded is not None:
+            lr = base_lr(loaded, configuration_of(loaded, trained))
         check_base_lr(native, built, lr, groups, options)
         if built is not None and lr is not None:
             _drop_rates(groups)

@@ -6,59 +6,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .._optimizers import known_optimizer
-from .._printing import times
 from .._rate import Rate
-from .._types import (
-    GAMMA,
-    Method,
-    Reference,
-    Scaling,
-    Survey,
-    scaling_factor,
-    width_for,
-)
-from .._warn import warn
-from ..errors import RankAwareError, RecipeError
+from .._types import Method, Reference, Scaling
 from ..fitting import Fit, centred_law
-from ..laws import (
-    Law,
-    Power,
-    checked_batch_multiplier,
-    checked_multiplier,
-)
+from ..laws import Law, Power
 from . import _recipe_files as files
 from . import _recipe_text as words
 from . import _sharing as sharing
-from ._horizon import by_batch, by_steps
-from ._other_rates import OtherRates, TableOfRates
+from ._other_rates import TableOfRates
+from ._rates import configuration, rate, warn_of
 from ._schema import Trials, to_document
-from ._uncertainty import Z90, margin, spread
+from ._uncertainty import margin, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class _Own(Enum):
-    """Stands for the recipe's own rank where none is given, since None is full finetuning."""
-
-    RANK = "the recipe's own"
-
-
-# used for an unknown fan-in, which nearly cancels between ranks of one init
-ANY_WIDTH = 4096.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +128,6 @@ class Recipe:
         return self.reference.batch
 
     @property
-    def full_factor(self) -> float:
-        """The factor by which the law's rate for full finetuning is multiplied."""
-        return self.law.full_factor
-
-    @property
     def tag(self) -> str:
         """The recipe in a line, "hash name", as stored in an optimizer's state_dict.
 
@@ -178,7 +143,7 @@ class Recipe:
 
     def at(
         self,
-        rank: int | Literal[_Own.RANK] | None = _Own.RANK,
+        rank: int | None = None,
         *,
         alpha: float | None = None,
         rslora: bool = False,
@@ -191,16 +156,16 @@ class Recipe:
         """Return the rate for another rank, alpha, init, width, number of steps or batch, or for
         full finetuning.
 
-        Outside the configurations of the trials the rate is marked `extrapolated`, and its band
-        widens with the distance. A warning is given once.
+        Outside the configurations of the trials the rate is marked `extrapolated`, its band widens
+        with the distance, and a warning says so.
 
         Args:
-            rank: the LoRA rank, by default the recipe's own. None means full finetuning.
+            rank: the LoRA rank, by default the recipe's own.
             alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
                 recipe's own.
-            method: "lora" or "full". `at(method="full")` is `at(rank=None)`.
+            method: "lora" or "full".
             fan_in: the model's width, by default the recipe's own.
             steps: optimizer steps, by default the recipe's own. Others widen the band.
             batch: batch size in the recipe's unit, by default its own. It moves the rate by the
@@ -216,158 +181,10 @@ class Recipe:
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
-        if rank is None:
-            method = "full"
-        if method == "full" and init is not None:
-            raise RecipeError(
-                "init was given for full finetuning, which has none.",
-                "Leave it out.",
-                "init",
-            )
-        target = self._target(
-            None if rank is _Own.RANK else rank, alpha, method, rslora
-        )
-        if init is not None:
-            target = replace(target, init=init)
-        if fan_in is not None:
-            target = replace(target, fan_in=fan_in)
-        rate = self._quoted(target, steps, batch)
-        self._warn_of(rate)
-        return rate
-
-    def _warn_of(self, rate: Rate) -> None:
-        """Warn, once per recipe, that a rate is extrapolated."""
-        if rate.extrapolated and not self.__dict__.get("_warned"):
-            object.__setattr__(self, "_warned", True)
-            warn(f"Recipe {self.name!r} extrapolates: {rate.notes[0]}.")
-
-    def _quoted(
-        self, target: Reference, steps: int | None = None, batch: float | None = None
-    ) -> Rate:
-        """Return the rate at a reference, without a warning. Its first notes say what was not
-        tried.
-        """
-        asked, (target, reference) = target, self._with_widths(target)
-        longer = by_steps(steps, self.steps, self.name)
-        by_law = math.log2(checked_batch_multiplier(self.law, 2.0))
-        larger = by_batch(batch, self.batch, by_law, self.name)
-        sd, untried = spread(self, target)
-        sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, self.scatter**2))
-        untried += (*longer.notes, *larger.notes)
-        try:
-            moved = checked_multiplier(self.law, target.as_factor(), reference)
-            moved *= 2.0 ** (longer.octaves + larger.octaves)
-            width = 2.0 ** (Z90 * sd)
-        except OverflowError:
-            moved = width = math.inf
-        best = self.fitted_lr * moved
-        octaves = self._margin(sd)
-        notes = [*untried]
-        law_alone = target.method == "full" and not self.full_seen
-        if law_alone:
-            notes.append(words.to_settle(width))
-        if octaves:
-            notes.append(f"the best rate {times(-octaves)}, since too high costs more")
-        rate = Rate(
-            lr=best * 2.0**-octaves,
-            low=best / width,
-            high=best * width,
-            ceiling=None if self.ceiling is None or law_alone else self.ceiling * moved,
-            extrapolated=bool(untried),
-            notes=(*notes, *self.notes),
-            configuration=words.configuration(self, asked, steps, batch),
-        )
-        edges = (rate.lr, rate.low, rate.high, rate.ceiling)
-        if not all(edge is None or 0 < edge < math.inf for edge in edges):
-            raise RecipeError(
-                f"Recipe {self.name!r} gives {target} a rate or a band that is not positive and"
-                " finite.",
-                "Ask for a configuration nearer to its own, or restore the recipe.",
-            )
-        return rate
-
-    def _with_widths(self, target: Reference) -> tuple[Reference, Reference]:
-        """Return a target and the recipe's reference, with a width if the reference has none."""
-        reference = self.reference
-        if reference.fan_in is not None:
-            return target, reference
-        same = (target.method, target.init) == (reference.method, reference.init)
-        if target.fan_in is None and not same:
-            raise RecipeError(
-                f"Recipe {self.name!r} has no fan-in, and the rate for {target} depends on it.",
-                "Give the model's width as fan_in.",
-            )
-        width = target.fan_in or ANY_WIDTH
-        return replace(target, fan_in=width), replace(reference, fan_in=width)
-
-    def _margin(self, sd: float) -> float:
-        """Return how far below the best rate to stay, octaves. sd: the rate's, octaves."""
-        return margin(self.steepness, sd) if self.steepness else self.lean
-
-    def base_lr(self, survey: Survey) -> float:
-        """Return the base rate for a model: the best rate less the margin for the model's
-        configuration.
-
-        Args:
-            survey: the model's survey, from `inspect_model`.
-        """
-        own = survey.dominant()
-        if not self.steepness:
-            return self.lr
-        width = width_for(survey, own.method, self.reference.init)
-        sd, _ = spread(self, replace(own, fan_in=width))
-        return float(self.fitted_lr * 2.0 ** -margin(self.steepness, sd))
-
-    def _target(
-        self,
-        rank: int | None,
-        alpha: float | None,
-        method: Method,
-        rslora: bool = False,
-    ) -> Reference:
-        """Return the arguments of `at` as a reference at the recipe's own init and width."""
-        own = self.reference
-        too_few = rslora and alpha is None
-        if too_few or (method == "full" and not rank is alpha is None):
-            raise RecipeError(
-                f"rank={rank}, alpha={alpha}, rslora={rslora} cannot be combined with"
-                f" method={method!r}.",
-                "Give rank and alpha for LoRA, rslora only with alpha, and none of them for full"
-                " finetuning.",
-            )
-        if method == "full":
-            return Reference(
-                method="full", init=own.init, fan_in=self.full_fan_in or own.fan_in
-            )
-        if rank is None and own.method == "full":
-            raise RecipeError(
-                "This recipe was made by full finetuning alone.",
-                "Give a rank and an alpha for LoRA.",
-            )
-        rank = own.rank if rank is None else rank
-        if alpha is None:
-            Reference(rank, 1.0, method=method)  # checks the rank before it is used
-            at = Reference.from_scaling(rank, self._scaling_at(rank), init=own.init)
-            return replace(at, fan_in=own.fan_in)
-        if self.scaling_rule == "as swept":
-            raise RecipeError(
-                f"The sweep behind recipe {self.name!r} has no alpha, so its rates hold only for"
-                " the alpha swept.",
-                "Fit it again with an alpha, or use recipe.at(rank=...).lr as a plain rate.",
-            )
-        return Reference(rank, alpha, rslora, own.init, own.fan_in, method)
-
-    def _scaling_at(self, rank: int | None) -> float:
-        """Return the scaling at a rank, by the rule of the trials."""
-        own = self.reference
-        if rank == own.rank:
-            return own.scaling
-        if self.scaling_rule not in GAMMA or own.rank is None or rank is None:
-            raise RecipeError(
-                f"The trials of recipe {self.name!r} give no rule for alpha by rank.",
-                "Give an alpha with the rank.",
-            )
-        return own.scaling * scaling_factor(self.scaling_rule, own.rank, rank)
+        target = configuration(self, rank, alpha, rslora, init, method, fan_in)
+        found = rate(self, target, steps, batch)
+        warn_of(self, found)
+        return found
 
     def explain(self) -> str:
         """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""
@@ -471,62 +288,3 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         **others,
     )
     return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
-
-
-def known_rate(
-    recipe: Recipe, rank: int | None, alpha: float | None = None
-) -> Rate | None:
-    """Return the rate at a rank, or for full finetuning if it is None. No warning is given.
-
-    Returns None if the recipe needs more arguments, such as alpha.
-    """
-    with warnings.catch_warnings():  # a third-party law may warn
-        warnings.simplefilter("ignore")
-        try:
-            return recipe._quoted(
-                recipe._target(rank, alpha, "full" if rank is None else "lora")
-            )
-        except RankAwareError:
-            return None
-
-
-def rate_on(
-    recipe: Recipe, survey: Survey, steps: int | None = None, batch: float | None = None
-) -> Rate:
-    """Return the rate at a model's most common configuration. Warn once, as `at` does, if it is
-    extrapolated.
-    """
-    own = survey.dominant()
-    if own.method == "full":
-        target = _full_target(recipe, survey)
-    else:
-        target = replace(
-            recipe._target(own.rank, own.alpha, "lora"),
-            fan_in=survey.width,
-            init=own.init,
-        )
-    rate = recipe._quoted(target)
-    recipe._warn_of(rate)
-    return rate if steps is batch is None else recipe._quoted(target, steps, batch)
-
-
-def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
-    """Return a recipe's rates for a model's parameters that are not factors."""
-    full = recipe._quoted(_full_target(recipe, survey)).lr if recipe.full_seen else None
-    return OtherRates(recipe.name, recipe.other_rates, recipe.lr, full)
-
-
-def _full_target(recipe: Recipe, survey: Survey) -> Reference:
-    return replace(
-        recipe._target(None, None, "full"),
-        fan_in=survey.full_width(recipe.reference.init),
-    )
-
-
-def is_for(recipe: Recipe, optimizer: type) -> bool:
-    """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
-    name = recipe.optimizer.rpartition(".")[2]
-    known = known_optimizer(name)[0]
-    return name == optimizer.__name__ or (
-        known != "" and known == known_optimizer(optimizer)[0]
-    )

@@ -188,7 +188,7 @@ def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
     assert min(map(abs, octaves)) < (1.2 if full_trials == 1 else 0.75)
     if full_trials == 3:
         assert len({round(x, 3) for x in octaves}) == 3
-        assert math.log2(recipe.full_factor) * factor >= 0
+        assert math.log2(recipe.law.full_factor) * factor >= 0
 
 
 # --- pruning --------------------------------------------------------------------------------------------------------

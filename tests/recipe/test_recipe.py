@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -30,6 +31,7 @@ from rankaware_optim import (
 )
 from rankaware_optim._types import infer_scaling
 from rankaware_optim.optimizer import effective_lr
+from rankaware_optim.recipe import base_lr, configuration_of
 
 from ..helpers.models import mlp, train
 
@@ -116,20 +118,13 @@ def test_the_reference_gets_the_base_rate():
     assert made.lr == made.fitted_lr * 2**-0.25
 
 
-@extrapolates
-def test_no_rank_is_full_finetuning():
-    """rank=None is full finetuning, as a trial's rank None is. Without a rank the reference's own rate is given."""
-    made = recipe()
-    assert (
-        made.at(rank=None)
-        == made.at(None)
-        == made.at(rank=None, method="full")
-        == made.at(method="full")
-    )
-    assert made.at(rank=None) != made.at()
-    for beside in ({"alpha": 8}, {"init": "A"}, {"rslora": True}):
-        with pytest.raises(RecipeError, match="full finetuning"):
-            made.at(rank=None, **beside)
+@pytest.mark.parametrize(
+    "beside", [{"rank": 8}, {"alpha": 8}, {"init": "A"}, {"rslora": True}], ids=str
+)
+def test_full_finetuning_has_no_rank(beside):
+    """A rank, alpha, init or rsLoRA beside method="full" is refused by name."""
+    with pytest.raises(RecipeError, match=f"{next(iter(beside))} .*full finetuning"):
+        recipe().at(method="full", **beside)
 
 
 def test_recipes_are_compared_by_their_values():
@@ -161,12 +156,13 @@ def test_outside_the_band_is_wider_and_flagged(inside, outside):
     assert far.high / far.low > near.high / near.low
 
 
-def test_a_recipe_warns_once():
-    """Of any number of extrapolations of one recipe only the first warns; another recipe warns again."""
-    for made in (recipe(), recipe()):
-        with pytest.warns(RankAwareWarning) as caught:
-            assert all(made.at(rank=rank).extrapolated for rank in (128, 256, 1))
-        assert len(caught) == 1
+def test_an_extrapolation_is_said_once_a_line():
+    """Python shows one warning for each extrapolation at a line of the user's code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            assert recipe().at(rank=128).extrapolated
+    assert len(caught) == 1
 
 
 TARGETS = [
@@ -458,7 +454,7 @@ def test_the_base_rate_of_a_model_keeps_the_models_margin(method):
         torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3)
     )
     survey = inspect_model(plain if method == "full" else pair, method=method)
-    base = made.base_lr(survey)
+    base = base_lr(made, configuration_of(made, survey))
     rate = made.at(method=method, fan_in=2.0 * WIDTH)
     middle = math.sqrt(rate.low * rate.high)
     assert base / made.fitted_lr == pytest.approx(rate.lr / middle)

@@ -18,7 +18,13 @@ from rankaware_optim import (
     inspect_model,
 )
 from rankaware_optim.fitting import Fit, Prior
-from rankaware_optim.recipe import ANY_WIDTH, known_rate, rate_on, recipe_of
+from rankaware_optim.recipe import (
+    ANY_WIDTH,
+    configuration_of,
+    known_rate,
+    rate,
+    recipe_of,
+)
 from rankaware_optim.recipe._uncertainty import margin, own_band, spread
 
 from ..helpers.models import mlp
@@ -103,8 +109,8 @@ def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
 def test_the_width_of_full_finetuning_is_its_own():
     """Where none is asked for it is the recipe's width for full finetuning, not that of its reference."""
     tried = replace(RECIPE, full_seen=True)
-    assert tried.at(None) == tried.at(None, fan_in=512.0)
-    assert tried.at(None) != tried.at(None, fan_in=256.0)
+    assert tried.at(method="full") == tried.at(method="full", fan_in=512.0)
+    assert tried.at(method="full") != tried.at(method="full", fan_in=256.0)
 
 
 def test_a_models_rate_is_moved_to_steps_and_batch():
@@ -113,8 +119,9 @@ def test_a_models_rate_is_moved_to_steps_and_batch():
     survey = inspect_model(mlp((16,)))
     with pytest.warns(RankAwareWarning, match="extrapolates"):
         moved = tried.at(steps=64, batch=64)
-    assert rate_on(tried, survey, 64, 64).lr == pytest.approx(moved.lr)
-    assert rate_on(tried, survey).lr == pytest.approx(tried.lr)
+    at = configuration_of(tried, survey)
+    assert rate(tried, at, 64, 64).lr == pytest.approx(moved.lr)
+    assert rate(tried, at).lr == pytest.approx(tried.lr)
     assert moved.lr != pytest.approx(tried.lr)
 
 

@@ -1,0 +1,230 @@
+"""The rate of a recipe at a configuration, its band, and what both depend on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from .._optimizers import known_optimizer
+from .._printing import times
+from .._rate import Rate
+from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
+from .._warn import warn
+from ..errors import RankAwareError, RecipeError
+from ..laws import checked_batch_multiplier, checked_multiplier
+from . import _recipe_text as words
+from ._horizon import by_batch, by_steps
+from ._other_rates import OtherRates
+from ._uncertainty import Z90, margin, spread
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+# used for an unknown fan-in, which nearly cancels between ranks of one init
+ANY_WIDTH = 4096.0
+
+
+def rate(
+    recipe: Recipe,
+    at: Reference,
+    steps: int | None = None,
+    batch: float | None = None,
+) -> Rate:
+    """Return the rate at a configuration. Its first notes say what was not tried.
+
+    The best rate is fitted_lr · law(at) / law(reference), moved to the batch. The rate to use is
+    `margin` octaves below it, and the band reaches 1.645 standard deviations to either side.
+
+    Args:
+        recipe: the recipe.
+        at: the configuration. Without a fan-in it has the recipe's.
+        steps: optimizer steps, by default the recipe's own.
+        batch: batch size, by default the recipe's own.
+
+    Raises:
+        RecipeError: steps, batch or a fan-in is missing or impossible, or the rate would not be a
+            positive finite number.
+        LawError: the law has no usable multiplier there.
+    """
+    here, reference = _with_widths(recipe, at)
+    longer = by_steps(steps, recipe.steps, recipe.name)
+    by_law = math.log2(checked_batch_multiplier(recipe.law, 2.0))
+    larger = by_batch(batch, recipe.batch, by_law, recipe.name)
+    sd, untried = spread(recipe, here)
+    sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, recipe.scatter**2))
+    untried += (*longer.notes, *larger.notes)
+    try:
+        moved = checked_multiplier(recipe.law, here.as_factor(), reference)
+        moved *= 2.0 ** (longer.octaves + larger.octaves)
+        width = 2.0 ** (Z90 * sd)
+    except OverflowError:
+        moved = width = math.inf
+    best, octaves = recipe.fitted_lr * moved, _margin(recipe, sd)
+    law_alone = here.method == "full" and not recipe.full_seen
+    notes = [*untried]
+    if law_alone:
+        notes.append(words.to_settle(width))
+    if octaves:
+        notes.append(f"the best rate {times(-octaves)}, since too high costs more")
+    ceiling = None
+    if recipe.ceiling is not None and not law_alone:
+        ceiling = recipe.ceiling * moved
+    low, high = best / width, best * width
+    lr = best * 2.0**-octaves
+    if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
+        raise RecipeError(
+            f"Recipe {recipe.name!r} gives {here} a rate or a band that is not positive and"
+            " finite.",
+            "Ask for a configuration nearer to its own, or restore the recipe.",
+        )
+    return Rate(
+        lr,
+        low=low,
+        high=high,
+        ceiling=ceiling,
+        extrapolated=bool(untried),
+        notes=(*notes, *recipe.notes),
+        configuration=words.configuration(recipe, at, steps, batch),
+    )
+
+
+def warn_of(recipe: Recipe, rate: Rate) -> None:
+    """Warn if a rate is extrapolated."""
+    if rate.extrapolated:
+        warn(f"Recipe {recipe.name!r} extrapolates: {rate.notes[0]}.")
+
+
+def base_lr(recipe: Recipe, at: Reference) -> float:
+    """Return the base rate of a model at `at`: the best rate at the recipe's reference less the
+    margin of the model's configuration.
+    """
+    if not recipe.steepness:
+        return recipe.lr
+    sd, _ = spread(recipe, at)
+    return float(recipe.fitted_lr * 2.0 ** -margin(recipe.steepness, sd))
+
+
+def _margin(recipe: Recipe, sd: float) -> float:
+    """Return how far below the best rate to stay, octaves. sd: the rate's, octaves."""
+    return margin(recipe.steepness, sd) if recipe.steepness else recipe.lean
+
+
+def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
+    """Return a configuration and the recipe's reference, with a width if the reference has none."""
+    own = recipe.reference
+    if own.fan_in is not None:
+        return at, own
+    if at.fan_in is None and (at.method, at.init) != (own.method, own.init):
+        raise RecipeError(
+            f"Recipe {recipe.name!r} has no fan-in, and the rate for {at} depends on it.",
+            "Give the model's width as fan_in.",
+        )
+    width = at.fan_in or ANY_WIDTH
+    return replace(at, fan_in=width), replace(own, fan_in=width)
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+def configuration(
+    recipe: Recipe,
+    rank: int | None = None,
+    alpha: float | None = None,
+    rslora: bool = False,
+    init: Literal["A", "B"] | None = None,
+    method: Method = "lora",
+    fan_in: float | None = None,
+) -> Reference:
+    """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own."""
+    own = recipe.reference
+    if method == "full":
+        given = {"rank": rank, "alpha": alpha, "init": init, "rslora": rslora or None}
+        for name, value in given.items():
+            if value is not None:
+                raise RecipeError(
+                    f"{name} was given for full finetuning, which has none.",
+                    "Leave it out.",
+                    name,
+                )
+        width = (recipe.full_fan_in or own.fan_in) if fan_in is None else fan_in
+        return Reference(method="full", init=own.init, fan_in=width)
+    if rslora and alpha is None:
+        raise RecipeError("rslora was given without alpha.", "Give both.", "rslora")
+    rank = own.rank if rank is None else rank
+    if rank is None:
+        raise RecipeError(
+            "This recipe was made by full finetuning alone.",
+            "Give a rank and an alpha for LoRA.",
+        )
+    init = own.init if init is None else init
+    width = own.fan_in if fan_in is None else fan_in
+    if alpha is None:
+        Reference(rank, 1.0, method=method)  # checks both before they are used
+        at = Reference.from_scaling(rank, _scaling_at(recipe, rank), init=init)
+        return replace(at, fan_in=width)
+    if recipe.scaling_rule == "as swept":
+        raise RecipeError(
+            f"The sweep behind recipe {recipe.name!r} has no alpha, so its rates hold only for"
+            " the alpha swept.",
+            "Fit it again with an alpha, or use recipe.at(rank=...).lr as a plain rate.",
+        )
+    return Reference(rank, alpha, rslora, init, width, method)
+
+
+def _scaling_at(recipe: Recipe, rank: int) -> float:
+    """Return the scaling at a rank, by the rule of the trials."""
+    own = recipe.reference
+    if rank == own.rank:
+        return own.scaling
+    if recipe.scaling_rule not in GAMMA or own.rank is None:
+        raise RecipeError(
+            f"The trials of recipe {recipe.name!r} give no rule for alpha by rank.",
+            "Give an alpha with the rank.",
+        )
+    return own.scaling * scaling_factor(recipe.scaling_rule, own.rank, rank)
+
+
+def known_rate(
+    recipe: Recipe, rank: int | None, alpha: float | None = None
+) -> Rate | None:
+    """Return the rate at a rank, or for full finetuning if it is None. No warning is given.
+
+    Returns None if the recipe needs more arguments, such as alpha.
+    """
+    method: Method = "full" if rank is None else "lora"
+    try:
+        return rate(recipe, configuration(recipe, rank, alpha, method=method))
+    except RankAwareError:
+        return None
+
+
+# --- a model --------------------------------------------------------------------------------------
+
+
+def configuration_of(recipe: Recipe, survey: Survey) -> Reference:
+    """Return a model's most common configuration, at its own width."""
+    own = survey.dominant()
+    init = own.init if own.method == "lora" else None
+    width = width_for(survey, own.method, recipe.reference.init)
+    return configuration(
+        recipe, own.rank, own.alpha, init=init, method=own.method, fan_in=width
+    )
+
+
+def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
+    """Return a recipe's rates for a model's parameters that are not factors."""
+    full = None
+    if recipe.full_seen:
+        width = survey.full_width(recipe.reference.init)
+        full = rate(recipe, configuration(recipe, method="full", fan_in=width)).lr
+    return OtherRates(recipe.name, recipe.other_rates, recipe.lr, full)
+
+
+def is_for(recipe: Recipe, optimizer: type) -> bool:
+    """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
+    name = recipe.optimizer.rpartition(".")[2]
+    known = known_optimizer(name)[0]
+    return name == optimizer.__name__ or (
+        known != "" and known == known_optimizer(optimizer)[0]
+    )
