@@ -60,14 +60,12 @@ class Form:
         move: (source site, target site, log2 rate, constants) -> log2 of the moved rate.
         grid: the values that each constant may take, by name.
         judged: whether the form takes part in the rule.
-        full_width: the fan-in of full finetuning's site, "mean" or "largest" over layers. LoRA's is the mean.
     """
 
     name: str
     move: Callable[[Site, Site, float, Constants], float]
     grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
     judged: bool = True
-    full_width: str = "mean"
 
     def choices(self) -> list[Constants]:
         return [
@@ -107,7 +105,6 @@ class Place(NamedTuple):
     Args:
         scheme: the configuration's name, or "full".
         site: where the law is evaluated, with the mean fan-in.
-        largest: the largest fan-in of the layers.
         found: log2 of the best rate, by estimator.
         tried: mean loss by log2 rate.
         lowest: the lowest mean loss.
@@ -117,16 +114,11 @@ class Place(NamedTuple):
 
     scheme: str
     site: Site
-    largest: float
     found: Mapping[str, float]
     tried: Mapping[float, float]
     lowest: float
     start: float
     floor: float | None
-
-    def seen_by(self, form: Form) -> Site:
-        whole = self.site.init == "full" and form.full_width == "largest"
-        return self.site._replace(fan_in=self.largest) if whole else self.site
 
     def regret(self, x: float) -> float:
         return share_lost(self.tried, self.lowest, self.start, x)
@@ -148,7 +140,7 @@ def stored(schemes: Sequence[str]) -> dict[str, list[Place]]:
 
 def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
     """The place of every rank in a configuration, or that of full finetuning."""
-    mean, largest = get_domain(domain).widths
+    mean, _ = get_domain(domain).widths
     for rank in (FULL,) if scheme == "full" else ranks_in(done, domain, scheme):
         cell, seeds = (domain, scheme, rank), seeds_in(done, domain, scheme)
         site = Site("full", 1, 1.0, mean)
@@ -165,7 +157,7 @@ def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
             min(curve(done, cell, seeds).values()),
         )
         start, floor = start_of(domain, done), noise_floor(done, cell)
-        yield Place(scheme, site, largest, estimates, tried, lowest, start, floor)
+        yield Place(scheme, site, estimates, tried, lowest, start, floor)
 
 
 class Move(NamedTuple):
@@ -197,10 +189,7 @@ def moves(form: Form, of: Constants, places: Sequence[Place]) -> Iterator[Move]:
             or VERTEX not in known
         ):
             continue
-        moved = {
-            name: form.move(a.seen_by(form), b.seen_by(form), a.found[name], of)
-            for name in known
-        }
+        moved = {name: form.move(a.site, b.site, a.found[name], of) for name in known}
         regret = b.regret(moved[VERTEX])
         off = {name: x - b.found[name] for name, x in moved.items()}
         yield Move(

@@ -30,7 +30,6 @@ def place(rank: int, best: float, floor: float | None = 0.0, start: float = 2.0)
     return leave_one_out.Place(
         scheme,
         site(rank),
-        WIDTH,
         {"vertex": best, "cliff": best},
         tried,
         1.0,
