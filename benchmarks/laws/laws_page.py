@@ -8,13 +8,13 @@ real optimizer class change the output of an adapter on a square layer by an rms
 least-squares slopes of log2 rate on log2 rank and log2 width. The formula's are fitted to the package's multipliers on
 the same grid. The scaling s goes as r^-gamma. The bar was set before the check, for Adam's family.
 
-**A real sweep**, frozen at 57878257 (`git show 57878257:benchmarks/results/law_check.md`): image generation at ranks 4 to
+**A real sweep**, frozen at 90ee785b (`git show 90ee785b:benchmarks/results/law_check.md`): image generation at ranks 4 to
 64, a rate moved between ranks, rms octaves with alpha = rank and with alpha kept.
 
 * *SGD with momentum*: one rate is .41 and 2.78 octaves off, the default (its form at one rank) .41 and 1.02.
 * *Muon*: one rate .19 and 1.35, the default (its form at one rank) .19 and .48.
-* *LAMB, and Adafactor that scales by the parameter*: one rate .79 and .13, LAMB's form .43 and .20. For Adafactor no form
-  is in the package.
+* *LAMB and Adafactor* together: one rate .79 and .13, µA's form of their family .43 and .20. Adafactor alone is nearer to
+  one rate (.17, its form .28), and keeps it.
 * *LARS* was not run. It keeps one rate.
 
 Adam's law is scored on sweeps by `bench_law.md` and on the study's tasks by `default_law.md`.
