@@ -237,11 +237,6 @@ def loss_curves(
     if best not in ("parabola", "bowl"):
         raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
     lora = with_alpha([run for run in runs if run.rank is not None], alpha)
-    if any(run.alpha is None for run in lora):
-        raise CalibrationError(
-            "The sweep has no alpha, which laws need to move a rate.",
-            "Give alpha= (--alpha): a number, or 'rank' if alpha followed the rank.",
-        )
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in lora:
         site = replace(site_of(run, Reference(1, 1, fan_in=fan_in))[0], batch=run.batch)

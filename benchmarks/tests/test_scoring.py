@@ -186,7 +186,7 @@ BAD = [
     (
         lambda: [{**row, "alpha": None} for row in drawn(MuA())],
         {},
-        "has no alpha.*alpha=",
+        "without an alpha.*alpha=",
     ),
     (lambda: drawn(MuA(), ranks=(16,)), {}, "No model of the sweep has two ranks"),
     (

@@ -232,6 +232,6 @@ def fit(
     echo(recipe)
     if out is not None:
         saved = shlex.quote(str(recipe.save(out)))
-        rank = max(recipe.ranks, default=recipe.reference.rank)
+        rank = recipe.reference.rank
         where = "--full" if rank is None else f"--rank {rank}"
         echo(f"Next: rankaware lr {saved} {where}")

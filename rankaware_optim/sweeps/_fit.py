@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 from torch.optim import Optimizer
@@ -19,42 +19,30 @@ from ..errors import CalibrationError
 from ..fitting import (
     Fit,
     Observation,
-    Prior,
     centred_law,
     diverged,
     fit_observations,
     prior_of,
 )
-from ..laws import PRIOR_LAW, Law, MuA, bound_law, checked_multiplier, get_law
+from ..laws import PRIOR_LAW, Law, bound_law, checked_multiplier, get_law
 from ..recipe import Z90, Recipe, recipe_of
 from ._runs import (
     GridEnd,
     Runs,
     Source,
-    SweepRun,
     ends_of,
     observation_of,
+    only_value,
     read_sweep,
     reference_of,
-    selected,
     site_of,
     with_alpha,
-    with_width,
 )
 
-# If alpha is unknown: standard deviations of the drift about the middle convention, s ∝ 1/√r, and
-# of full finetuning. The conventions s ∝ 1 and s ∝ 1/r are a quarter of an octave per octave to
-# either side (η ∝ s^(-1/2)).
-_AS_SWEPT_SD = (0.3, 2.0)
-# Prior of log2 of the effective tokens: published language models 8 to 16, small networks 1 to 50.
-_TOKENS = (3.0, 1.5)
-_TOKENS_GRID = np.arange(-2.0, 10.25, 0.5)
 # A best rate at an end of its grid is a bound. Octaves by which the optimum may be beyond it, and
 # below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
-_OFF = 0.1  # octaves: error of µA for a rank's best rate at the right number of tokens
 _UNSURE = 0.75  # octaves: a base rate with a larger standard deviation gets a note
-_NO_DRIFT_SD = 1e-3  # octaves per octave, in a fit of tokens
 _SAME_SCALING = 1e-3  # octaves
 _OPEN = 0.8  # share of the prior's sd above which the data hardly determine the drift
 
@@ -65,8 +53,6 @@ def fit_sweep(  # noqa: PLR0913
     optimizer: type[Optimizer] | str = "AdamW",
     name: str = "sweep",
     law: str | Law = PRIOR_LAW,
-    fit: Literal["drift", "tokens"] = "drift",
-    model: str | None = None,
     alpha: float | Literal["rank"] | None = None,
     init: Literal["A", "B"] | None = None,
     fan_in: float | None = None,
@@ -85,25 +71,23 @@ def fit_sweep(  # noqa: PLR0913
     rate. Diverged runs set the ceiling.
 
     Args:
-        sweep: dicts, or a .csv, .tsv, .json or .jsonl file, with the columns of `read_sweep`.
+        sweep: rows of one model, such as df.to_dict('records') of a dataframe, or a CSV file, with
+            the columns rank, lr (per step) and loss. Optional are alpha, rslora, init, method
+            ("lora" or "full"), fan_in, seed, model, batch, steps and start (the loss before
+            training). A rank of "full" is full finetuning, a loss of "diverged" one that diverged.
         optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
         law: the law that maps rates between ranks, by default µA. The fall in rank at
             Init[B] is in the fit's prior.
-        fit: the correction of the law: "drift" is a power of the rank. "tokens" is the number of
-            effective tokens of `MuA`, whose effect is bounded.
-        model: selects the rows of one model, if the sweep has several. It is filled in if rows have
-            none.
-        alpha: alpha of rows without one: a number, or "rank" if it follows the rank. If it stays
-            unknown, the rates hold only for the alpha swept, and the drift in rank is less certain.
-        init: selects rows as `model` does: "A" (B starts at zero, as in PEFT, the default) or "B"
+        alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
+        init: the init of rows without one: "A" (B starts at zero, as in PEFT, the default) or "B"
             (A starts at zero).
         fan_in: the model's mean fan-in, for rows without one. If it stays unknown, the recipe has
             no rate for full finetuning or for the other init.
         full_fan_in: the largest fan-in of the adapted layers, on which the rate of full finetuning
             depends. By default `fan_in`.
-        batch: selects rows as `model` does.
-        steps: number of steps of a run, if known.
+        batch: examples or tokens per step, for rows without them.
+        steps: number of steps of a run, for rows without one.
         warmup: share of the steps with a rising rate, from 0 to 1, if known.
         settings: the optimizer's settings. They are only recorded.
         columns: {field: column} if the names differ.
@@ -112,8 +96,9 @@ def fit_sweep(  # noqa: PLR0913
         The recipe.
 
     Raises:
-        CalibrationError: a cell is impossible, several models, batches or inits are mixed, only one
-            rate was tried, the loss is the same everywhere, or every run diverged.
+        CalibrationError: a cell is impossible, alpha is missing, several models, batches, inits or
+            widths are mixed, only one rate was tried, the loss is the same everywhere, or every run
+            diverged.
 
     >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
     >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r, x in points]
@@ -127,43 +112,65 @@ def fit_sweep(  # noqa: PLR0913
     _check_within("batch", batch)
     _check_within("steps", steps)
     _check_within("warmup", warmup, "share")
-    if fit not in ("drift", "tokens"):
-        raise CalibrationError(f"fit is {fit!r}.", "Give 'drift' or 'tokens'.", "fit")
-    chosen_law = get_law(law)
     optimizer = get_optimizer_class(optimizer)
-    bound = bound_law(chosen_law, optimizer, {})
+    bound = bound_law(get_law(law), optimizer, {})
     read = read_sweep(sweep, columns=columns)
-    chosen = {"model": model, "batch": batch, "init": init, "steps": steps}
-    runs = with_alpha(selected(read.runs, chosen), alpha)
+    only_value("model", (run.model for run in read.runs))
+    batch = only_value("batch", (run.batch for run in read.runs), batch)
+    steps = only_value("steps", (run.steps for run in read.runs), steps)
+    runs: Runs = with_alpha(read.runs, alpha)
+    lora = [run for run in runs if run.rank is not None]
+    init = only_value("init", (run.init or init or "A" for run in lora))
+    fan_in = only_value("fan_in", (run.fan_in for run in lora), fan_in)
+    widths = (run.fan_in for run in runs if run.rank is None)
+    full_width = only_value("fan_in", widths, full_fan_in) or fan_in
+    runs = [
+        replace(
+            run,
+            init=init,
+            fan_in=full_width if run.rank is None else fan_in,
+            batch=batch,
+        )
+        for run in runs
+    ]
     _check_enough(runs)
-    full_fan_in = full_fan_in or fan_in
-    runs = with_width(runs, fan_in, full_fan_in)
-    rows = _Rows(runs, reference_of(runs), full_fan_in)
-    if fit == "drift":
-        fitted = rows.by_drift(bound)
-    elif isinstance(bound, MuA):
-        fitted = rows.by_tokens(bound)
-    else:
+
+    reference = reference_of(runs)
+    ranks = sorted({run.rank for run in runs if run.rank is not None})
+    prior = prior_of(reference, ranks, full_width)
+    centred = centred_law(bound, reference, prior.pivot)
+    observations = []
+    for run in runs:
+        here, there = site_of(run, reference)
+        octaves = math.log2(checked_multiplier(centred, here.as_factor(), there))
+        observations.append(observation_of(run, math.log2(run.lr) - octaves))
+    fit = fit_observations(observations, prior)
+    if fit is None:
         raise CalibrationError(
-            f"The law {chosen_law.name!r} has no tokens to fit for {optimizer.__name__}.",
-            "Give the fit 'drift', or the law 'mua' for Adam.",
+            f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
+        )
+    fit = _bounded(fit, ends_of(observations))
+    notes = [*read.notes, *_notes_on_grid(runs), *_notes_on_fit(fit, ranks)]
+    if steps is None:
+        notes.append(
+            "the sweep does not give its steps, on which the best rate depends"
         )
     return recipe_of(
-        fitted.fit,
-        fitted.law,
-        rows.reference,
+        fit,
+        bound,
+        reference,
         name=name,
-        scaling_rule=rows.scaling_rule,
-        full_fan_in=rows.full_width,
-        ranks=tuple(rows.ranks),
-        full_seen=any(run.rank is None for run in runs),
+        scaling_rule=_scaling_rule(runs, reference),
+        full_fan_in=full_width,
+        ranks=tuple(ranks),
+        full_seen=len(lora) < len(runs),
         optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
         settings=settings or {},
-        steps=runs[0].steps,
+        steps=steps,
         warmup=warmup,
         versions=versions_used(),
-        notes=(*read.notes, *rows.notes(fitted.fit)),
-        tensors=_tensors(runs, fitted.observations),
+        notes=tuple(notes),
+        tensors=_tensors(runs, observations),
     )
 
 
@@ -203,182 +210,53 @@ def _check_enough(runs: Runs) -> None:
         )
 
 
-class _LawFit(NamedTuple):
-    """A fit, the law on which it is centred, and the runs in reference coordinates."""
+def _scaling_rule(runs: Runs, reference: Reference) -> Scaling:
+    """Return how the scaling follows the rank."""
+    scalings: dict[int, float] = {}
+    for run in runs:
+        if run.rank is None:
+            continue
+        scaling = site_of(run, reference)[0].scaling
+        known = scalings.setdefault(run.rank, scaling)
+        if abs(math.log2(scaling / known)) > _SAME_SCALING:
+            return "unknown"  # a rank at several alphas follows no rule
+    return infer_scaling(dict(sorted(scalings.items())))
 
-    fit: Fit
-    law: Law
-    observations: list[Observation]
 
-
-@dataclass(frozen=True)
-class _Rows:
-    """The runs of one model to fit. full_fan_in: as given."""
-
-    runs: Runs
-    reference: Reference
-    full_fan_in: float | None
-
-    @property
-    def ranks(self) -> list[int]:
-        return sorted({run.rank for run in self.runs if run.rank is not None})
-
-    @property
-    def lora(self) -> Runs:
-        return [run for run in self.runs if run.rank is not None]
-
-    @property
-    def as_swept(self) -> bool:
-        return any(run.alpha is None for run in self.lora)
-
-    @property
-    def full_width(self) -> float | None:
-        """Return the width of full finetuning: that of its rows, as given, or that of LoRA."""
-        widths = [run.fan_in for run in self.runs if run.rank is None]
-        return next(iter(widths), self.full_fan_in) or self.reference.fan_in
-
-    @property
-    def scaling_rule(self) -> Scaling:
-        """Return how the scaling follows the rank."""
-        if self.as_swept:
-            return "as swept"
-        scalings = {}
-        for rank in self.ranks:
-            runs = [run for run in self.lora if run.rank == rank]
-            values = [site_of(run, self.reference)[0].scaling for run in runs]
-            if math.log2(max(values) / min(values)) > _SAME_SCALING:
-                return "unknown"  # a rank at several alphas follows no rule
-            scalings[rank] = values[0]
-        return infer_scaling(scalings)
-
-    @property
-    def prior(self) -> Prior:
-        return prior_of(self.reference, self.ranks, self.full_width)
-
-    def by_drift(self, law: Law) -> _LawFit:
-        """Return the calibration's fit: base rate, drift in rank, factor of full finetuning."""
-        prior = self.prior
-        if self.as_swept:
-            drift_sd, full_sd = _AS_SWEPT_SD
-            prior = replace(prior, drift_sd=drift_sd, full_sd=full_sd)
-        return self._fitted(law, prior)
-
-    def by_tokens(self, bound: MuA) -> _LawFit:
-        """Return the fit without drift, with the tokens at which the ranks' best rates agree,
-        averaged over a grid.
-        """
-        prior = replace(self.prior, drift_sd=_NO_DRIFT_SD)
-        laws = [replace(bound, tokens=float(2.0**octaves)) for octaves in _TOKENS_GRID]
-        fits = [self._fitted(law, prior).fit for law in laws]
-        usual, sd = _TOKENS
-        belief = -0.5 * ((_TOKENS_GRID - usual) / sd) ** 2
-        weights = np.exp(belief - [_disagreement(fit) for fit in fits])
-        weights /= weights.sum()
-        best = replace(bound, tokens=float(2.0 ** (weights @ _TOKENS_GRID)))
-        fitted = self._fitted(best, prior)
-
-        # With other tokens the base rate is another, and so is the law's line over the ranks.
-        lines = np.array([self._line(law, best) for law in laws])
-        lines[:, 0] += [fit.mean[0] for fit in fits]
-        deviation = lines - weights @ lines
-        covariance = fitted.fit.covariance.copy()
-        covariance[:2, :2] += (weights * deviation.T) @ deviation
-        mean = fitted.fit.mean * (1.0, 0.0, 1.0)
-        return fitted._replace(
-            fit=replace(fitted.fit, mean=mean, covariance=covariance)
+def _notes_on_grid(runs: Runs) -> Iterator[str]:
+    """Yield sentences on ranks where the grid of rates does not hold the best one."""
+    ended = {run.rank for run in runs if math.isfinite(run.loss)}
+    for rank in sorted({run.rank for run in runs if run.rank is not None}):
+        if rank not in ended:
+            yield (
+                f"rank {rank}: every run diverged, so its rate is no measurement, and may"
+                " diverge too"
+            )
+    at_rates = [observation_of(run, math.log2(run.lr)) for run in runs]
+    for group, (x, end) in ends_of(at_rates).items():
+        label = f"rank {group}" if group else "full finetuning"
+        way = "below" if end == "lowest" else "above"
+        yield (
+            f"{label}: the best rate, {2.0**x:.3g}, is the {end} tried; the optimum may"
+            f" be {way}"
         )
 
-    def _fitted(self, law: Law, prior: Prior) -> _LawFit:
-        """Return the fit of the runs along `law`. Best rates at an end of their grid are bounds."""
-        centred = centred_law(law, self.reference, prior.pivot)
-        observations = []
-        for run in self.runs:
-            x = math.log2(run.lr) - self._octaves(centred, run)
-            observations.append(observation_of(run, x))
-        fit = fit_observations(observations, prior)
-        if fit is None:
-            raise CalibrationError(
-                f"Every one of {len(self.runs)} runs diverged.",
-                "Add lower rates to the sweep.",
-            )
-        return _LawFit(_bounded(fit, ends_of(observations)), law, observations)
 
-    def _octaves(self, law: Law, run: SweepRun) -> float:
-        """Return log2 of a law's multiplier from the reference to a run."""
-        here, there = site_of(run, self.reference)
-        return math.log2(checked_multiplier(law, here.as_factor(), there))
-
-    def _line(self, law: Law, best: Law) -> tuple[float, float]:
-        """Return how `law` differs from `best` over the ranks: octaves at their middle, and octaves
-        per octave.
-        """
-        ranks = self.ranks
-        if not ranks:
-            return 0.0, 0.0
-        low = next(run for run in self.lora if run.rank == ranks[0])
-        high = next(run for run in self.lora if run.rank == ranks[-1])
-        if len(ranks) == 1:
-            high = replace(low, rank=4 * ranks[0])
-        below = self._octaves(law, low) - self._octaves(best, low)
-        above = self._octaves(law, high) - self._octaves(best, high)
-        return (below + above) / 2, (above - below) / math.log2(
-            (high.rank or 1) / ranks[0]
+def _notes_on_fit(fit: Fit, ranks: Sequence[int]) -> Iterator[str]:
+    """Yield sentences on what a fit does not determine."""
+    base_sd, drift_sd, _ = np.sqrt(np.diag(fit.covariance))
+    if base_sd > _UNSURE:
+        yield (
+            "the loss hardly determines the best rate: from end to end its band is"
+            f" {times(2 * Z90 * base_sd)}"
         )
-
-    def notes(self, fit: Fit) -> Iterator[str]:
-        """Yield sentences on what the rows leave open."""
-        yield from self._notes_on_grid()
-        yield from self._notes_on_fit(fit)
-        if self.as_swept:
-            yield "the sweep has no alpha: its rates hold for the alpha swept"
-        if self.runs[0].steps is None:
-            yield "the sweep does not give its steps, on which the best rate depends"
-
-    def _notes_on_grid(self) -> Iterator[str]:
-        """Yield sentences on ranks where the grid of rates does not hold the best one."""
-        ended = {run.rank for run in self.runs if math.isfinite(run.loss)}
-        for rank in self.ranks:
-            if rank not in ended:
-                yield (
-                    f"rank {rank}: every run diverged, so its rate is no measurement, and may"
-                    " diverge too"
-                )
-        at_rates = [observation_of(run, math.log2(run.lr)) for run in self.runs]
-        for group, (x, end) in ends_of(at_rates).items():
-            label = f"rank {group}" if group else "full finetuning"
-            way = "below" if end == "lowest" else "above"
-            yield (
-                f"{label}: the best rate, {2.0**x:.3g}, is the {end} tried; the optimum may"
-                f" be {way}"
-            )
-
-    def _notes_on_fit(self, fit: Fit) -> Iterator[str]:
-        """Yield sentences on what a fit does not determine."""
-        base_sd, drift_sd, _ = np.sqrt(np.diag(fit.covariance))
-        if base_sd > _UNSURE:
-            yield (
-                "the loss hardly determines the best rate: from end to end its band is"
-                f" {times(2 * Z90 * base_sd)}"
-            )
-        prior_sd = fit.prior.drift_sd
-        if len(self.ranks) == 1:
-            yield "one rank was swept, so only the law says how the rate moves with rank"
-        elif self.ranks and prior_sd > _NO_DRIFT_SD and drift_sd > _OPEN * prior_sd:
-            yield (
-                "the ranks swept hardly determine how the rate moves with rank: it mostly follows"
-                " the law"
-            )
-
-
-def _disagreement(fit: Fit) -> float:
-    """Return half the weighted sum of squares of the LoRA ranks' best rates about their mean."""
-    vertices = [vertex for rank, vertex in fit.vertices.items() if rank is not None]
-    if not vertices:
-        return 0.0
-    means, sds = np.array(vertices).T
-    weights = 1.0 / (sds**2 + _OFF**2)
-    mean = weights @ means / weights.sum()
-    return float(0.5 * weights @ (means - mean) ** 2)
+    if len(ranks) == 1:
+        yield "one rank was swept, so only the law says how the rate moves with rank"
+    elif ranks and drift_sd > _OPEN * fit.prior.drift_sd:
+        yield (
+            "the ranks swept hardly determine how the rate moves with rank: it mostly follows"
+            " the law"
+        )
 
 
 def _bounded(fit: Fit, ends: Mapping[int | None, GridEnd]) -> Fit:

@@ -1,24 +1,20 @@
-"""A sweep's runs: read from other tools' rows of rank, rate and loss, in dicts, CSV or JSON, then
-selected, completed and set against a law.
-
-Each cell is checked when it is read.
-"""
+"""A sweep's runs: read from a CSV file or the rows of any tool, and set against a law."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from .._checks import is_within, range_of, shown
+import msgspec
+
+from .._checks import is_within, plain, range_of, shown
 from .._files import read_bytes
 from .._types import Reference
 from ..errors import CalibrationError
@@ -26,46 +22,38 @@ from ..fitting import Observation
 from ..recipe import ANY_WIDTH
 
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
-# Every field, and the names of its column in common tools. Case, blanks, "-", "/" and the prefixes
-# below are ignored. More than one such column is an error, unless columns= chooses one.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "rank": ("r", "lora_r", "lora_rank"),
-    "lr": ("learning_rate",),
-    "loss": (
-        "eval_loss",
-        "val_loss",
-        "validation_loss",
-        "test_loss",
-        "test_nll",
-        "value",
-    ),
-    "alpha": ("lora_alpha",),
-    "rslora": ("use_rslora",),
-    "init": (),
-    "method": (),
-    "fan_in": ("hidden_size",),
-    "seed": (),
-    "model": ("model_name", "model_name_or_path", "base_model"),
-    "batch": ("batch_size",),
-    "steps": ("max_steps",),
-    "start": ("start_loss", "untrained_loss"),
+# The names that columns have in common tools. Case, blanks, "-", "/" and Optuna's and W&B's
+# prefixes are ignored.
+ALIASES = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "learning_rate": "lr",
+    "eval_loss": "loss",
+    "val_loss": "loss",
+    "validation_loss": "loss",
+    "test_loss": "loss",
+    "test_nll": "loss",
+    "value": "loss",
+    "lora_alpha": "alpha",
+    "use_rslora": "rslora",
+    "hidden_size": "fan_in",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "batch_size": "batch",
+    "max_steps": "steps",
+    "start_loss": "start",
+    "untrained_loss": "start",
 }
-_PREFIXES = ("params_", "config.", "config_")  # Optuna's dataframe, W&B's config
+_PREFIX = r"^(params_|config[._])"
 _ABSENT = ("", "nan", "none", "null")
-_NO_STEPS = ("-1", "-1.0")  # Trainer's max_steps, by default
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")
-_TRUTH = {
-    "true": True,
-    "yes": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "0": False,
-    "": False,
-}
+_OF_LORA = ("rank", "alpha", "rslora")
 _MOST = 100_000_000  # largest file, bytes
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+_Whole = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -73,13 +61,14 @@ class SweepRun:
     """One row of a sweep. Missing values are None.
 
     Args:
-        rank: the LoRA rank, None for full finetuning.
         lr: the learning rate, per step.
         loss: the value to minimise, infinite if the run diverged.
+        rank: the LoRA rank, None for full finetuning.
         alpha: LoRA's alpha.
         rslora: whether alpha is divided by √rank instead of rank.
         init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
         fan_in: the mean fan-in of the adapted layers.
+        method: "lora" or "full".
         seed: the random seed.
         model: the model's name.
         batch: examples or tokens per step.
@@ -87,18 +76,23 @@ class SweepRun:
         start: the loss before training.
     """
 
-    rank: int | None
-    lr: float
-    loss: float
-    alpha: float | None = None
+    lr: Annotated[float, msgspec.Meta(ge=1e-30, le=1e6)]
+    loss: Annotated[float, msgspec.Meta(ge=-1e30)]
+    rank: _Whole | None = None
+    alpha: Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)] | None = None
     rslora: bool = False
     init: Literal["A", "B"] | None = None
-    fan_in: float | None = None
-    seed: int = 0
+    fan_in: Annotated[float, msgspec.Meta(ge=1e-9, le=1e61)] | None = None
+    method: Literal["lora", "full"] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] = 0
     model: str | None = None
-    batch: float | None = None
-    steps: int | None = None
-    start: float | None = None
+    batch: Annotated[float, msgspec.Meta(ge=1e-9, le=1e15)] | None = None
+    steps: Annotated[int, msgspec.Meta(ge=1, le=10**15)] | None = None
+    start: Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)] | None = None
+
+
+Runs = Sequence[SweepRun]
+_FIELDS = tuple(field.name for field in fields(SweepRun))
 
 
 class Sweep(NamedTuple):
@@ -111,135 +105,112 @@ class Sweep(NamedTuple):
 def read_sweep(source: Source, *, columns: Mapping[str, str] | None = None) -> Sweep:
     """Read and check a sweep.
 
-    The columns rank, lr and loss are required. The columns alpha, rslora, init ("A", "B"), method
-    ("lora", "full"), fan_in, seed, model, batch, steps and start (the loss before training) are
-    optional. `ALIASES` lists other names for them. An empty rank or "full" means full finetuning. A
-    rank of nan is refused unless the method is "full". A loss of nan, inf or "diverged" means that
+    The columns lr and loss are required, and rank if there is no method ("lora", "full"). The
+    other fields of `SweepRun` are optional. `ALIASES` lists other names for them. A row is of
+    full finetuning if its rank or its method is "full". A loss of nan, inf or "diverged" means that
     the run diverged. A row without a loss is left out, with a note. A row that repeats another one
     in every cell counts once.
 
     Args:
-        source: dicts, or a file with one of the endings .csv, .tsv, .json (a list) or .jsonl.
+        source: rows, such as df.to_dict('records') of a dataframe, or a CSV file.
         columns: {field: column} if the names differ, such as {"loss": "final"}.
 
     Raises:
         CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell is
-            impossible. The message names file, line and column.
+            impossible. The message names row and field.
     """
-    rows = list(_rows(source))
+    is_file = isinstance(source, (str, os.PathLike))
+    rows = _csv_rows(Path(source)) if is_file else _listed(source)  # type: ignore[arg-type]
     if not rows:
         raise CalibrationError(
             "The sweep has no rows.", "Give at least two rates of one rank."
         )
     present: dict[str, None] = {}
-    for place, row in rows:
-        if not isinstance(row, Mapping):
-            raise CalibrationError(
-                f"{place} is a {type(row).__name__}, not a dict.",
-                "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}, or df.to_dict('records')"
-                " of a dataframe.",
-            )
+    for _, row in rows:
         present |= dict.fromkeys(row)
     names = _columns(list(present), columns or {})
-    read = [_run_of(_Cells(place, row, names)) for place, row in rows]
-    runs = tuple(dict.fromkeys(run for run in read if run is not None))
-    missing = read.count(None)
-    if not missing:
-        return Sweep(runs)
-    note = (
-        f"{missing} of {len(read)} rows have no loss and were left out; write 'diverged' if a run"
-        " diverged"
-    )
-    return Sweep(runs, (note,))
+    runs = []
+    for place, row in rows:
+        cells = {field: row.get(column) for field, column in names.items()}
+        runs.append(_run_of(place, cells))
+    notes = []
+    if missing := runs.count(None):
+        notes.append(
+            f"{missing} of {len(rows)} rows have no loss and were left out; write 'diverged' if a"
+            " run diverged"
+        )
+    return Sweep(tuple(dict.fromkeys(run for run in runs if run)), tuple(notes))
 
 
-# --- rows -----------------------------------------------------------------------------------------
+_Row = tuple[str, Mapping[str, Any]]  # with its place in words
 
 
-def _rows(source: Source) -> Iterator[tuple[str, Any]]:
-    """Yield every row with its place in words."""
-    if not isinstance(source, (str, os.PathLike)):
-        yield from _listed(source, "")
-        return
-    path = Path(source)
+def _listed(source: object) -> list[_Row]:
+    cure = "Give rows such as {'rank': 16, 'lr': 1e-4, 'loss': 0.5}, or df.to_dict('records')."
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise CalibrationError(
+            f"A sweep is a list of rows, not a {type(source).__name__}.", cure
+        )
+    rows = []
+    for number, row in enumerate(source, 1):
+        if not isinstance(row, Mapping):
+            raise CalibrationError(
+                f"row {number} is a {type(row).__name__}, not a dict.", cure
+            )
+        rows.append((f"row {number}", row))
+    return rows
+
+
+def _csv_rows(path: Path) -> list[_Row]:
     try:
         text = read_bytes(path, _MOST).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows: list[_Row] = [
+            (f"{path.name}, line {reader.line_num}", row) for row in reader
+        ]
+    except (OSError, ValueError, csv.Error) as error:
         raise CalibrationError(
             f"The sweep {path} cannot be read: {error}.", "Check the path and the file."
         ) from error
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                place = f"{path.name}, line {number}"
-                yield place, _parsed(line, place)
-    elif kind == ".json":
-        yield from _listed(_parsed(text, path.name), f"{path.name}, ")
-    else:
-        yield from _csv_rows(path, text, "\t" if kind == ".tsv" else ",")
-
-
-def _listed(rows: Any, file: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
+    header = list(reader.fieldnames or ())
+    if len(set(header)) < len(header):
+        twice = max(header, key=header.count)
         raise CalibrationError(
-            f"A sweep is a list of rows, not a {type(rows).__name__}.",
-            "Give dicts, or a file.",
+            f"{path.name} has two columns {twice!r}.", "Name each column once."
         )
-    return ((f"{file}row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(
-            f"{place} is not JSON: {error}.", "Correct it, or export the sweep again."
-        ) from error
-
-
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=delimiter, strict=True
-    )
-    try:
-        columns = Counter(reader.fieldnames or ())
-        if any(count > 1 for count in columns.values()):
-            twice = columns.most_common(1)[0][0]
+    for place, row in rows:
+        if None in row or None in row.values():
             raise CalibrationError(
-                f"{path.name} has two columns {twice!r}.", "Name each column once."
+                f"{place} does not have as many cells as the header.",
+                "Quote cells that contain a comma.",
             )
-        for row in reader:
-            place = f"{path.name}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise CalibrationError(
-                    f"{place} does not have as many cells as the header.",
-                    "Quote cells that contain a comma.",
-                )
-            yield place, row
-    except csv.Error as error:
-        raise CalibrationError(
-            f"{path.name}, line {reader.reader.line_num}: {error}.", "Correct the line."
-        ) from error
+    return rows
 
 
 def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
     """Return {field: column}: those chosen, then a field's own name, then its aliases."""
     listed = ", ".join(map(str, present))
     for field, column in chosen.items():
-        if field not in ALIASES or column not in present:
+        if field not in _FIELDS or column not in present:
             raise CalibrationError(
                 f"columns has {field}={column}, but the sweep has {listed}.",
-                f"Give one of its columns for one of {', '.join(ALIASES)}.",
+                f"Give one of its columns for one of {', '.join(_FIELDS)}.",
             )
-    plain = {column: _plain_name(column) for column in present}
-    names = {}
-    for field in ALIASES:
-        match = chosen[field] if field in chosen else _column_of(field, plain)
-        if match is not None:
-            names[field] = match
-    needed = ("loss", "lr") if "method" in names else ("loss", "lr", "rank")
-    for field in needed:
+    names = dict(chosen)
+    for field in _FIELDS:
+        own = [column for column in present if _plain_name(column) == field]
+        other = [c for c in present if ALIASES.get(_plain_name(c)) == field]
+        columns = own or other
+        if field in chosen or not columns:
+            continue
+        if len(columns) > 1:
+            raise CalibrationError(
+                f"The columns {' and '.join(map(str, columns))} may all be {field}.",
+                f"Choose one by columns={{{field!r}: {columns[0]!r}}} (--column"
+                f" {field}={columns[0]}).",
+            )
+        names[field] = columns[0]
+    for field in ("lr", "loss") if "method" in names else ("lr", "loss", "rank"):
         if field not in names:
             raise CalibrationError(
                 f"The sweep has no column for {field}. It has {listed}.",
@@ -249,208 +220,78 @@ def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str
     return names
 
 
-def _column_of(field: str, plain: Mapping[str, str]) -> str | None:
-    """Return the column of a field or of its aliases, if there is one. plain: {column: name}."""
-    columns = [column for column, name in plain.items() if name == field]
-    columns = columns or [
-        column for column, name in plain.items() if name in ALIASES[field]
-    ]
-    if len(columns) > 1:
-        first = columns[0]
+def _plain_name(column: object) -> str:
+    return re.sub("[-/ ]", "_", re.sub(_PREFIX, "", str(column).strip().lower()))
+
+
+def _run_of(place: str, row: Mapping[str, Any]) -> SweepRun | None:
+    """Return a row as a run, or None if it has no loss."""
+    cells = {}
+    for field, value in row.items():
+        text = "" if value is None else str(plain(value)).strip()
+        if field == "loss" and text.lower() in _DIVERGED:
+            text = "inf"
+        is_default = field == "steps" and text in ("-1", "-1.0")  # Trainer's max_steps
+        if text.lower() not in _ABSENT and not is_default:
+            cells[field] = text
+    if "loss" not in cells:
+        return None
+    if "full" in (cells.get("rank"), cells.get("method")):
+        cells = {f: cell for f, cell in cells.items() if f not in _OF_LORA}
+    elif "rank" not in cells:
         raise CalibrationError(
-            f"The columns {' and '.join(map(str, columns))} may all be {field}.",
-            f"Choose one by columns={{{field!r}: {first!r}}} (--column {field}={first}).",
+            f"{place} has no rank.", "Give one, or 'full' for full finetuning."
         )
-    return columns[0] if columns else None
-
-
-def _plain_name(column: str) -> str:
-    name = str(column).strip().lower()
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return re.sub("[-/ ]", "_", name)
-
-
-# --- cells ----------------------------------------------------------------------------------------
-
-
-class _Cells(NamedTuple):
-    """One row's cells by field. Each is checked when it is read."""
-
-    place: str
-    row: Mapping[str, Any]
-    names: Mapping[str, str]
-
-    def raw(self, field: str) -> str:
-        """Return the cell as text, "" if it is empty."""
-        value = self.row.get(self.names.get(field, ""))
-        try:
-            return "" if value is None else str(value).strip()
-        except ValueError:  # an int of more than 4,300 digits
-            raise self.error(field, "a short text or number") from None
-
-    def text(self, field: str) -> str | None:
-        """Return the cell as text, or None if it has no value."""
-        text = self.raw(field)
-        no_steps = field == "steps" and text in _NO_STEPS
-        return None if no_steps or text.lower() in _ABSENT else text
-
-    def number(self, field: str, range_: str = "") -> float | None:
-        """Return the cell as a number in the range of this name, by default the field's, or None if
-        it is empty.
-        """
-        text, range_ = self.text(field), range_ or field
-        if text is None:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not is_within(range_, value):
-            raise self.error(field, range_of(range_))
-        return value
-
-    def whole(self, field: str) -> int | None:
-        value = self.number(field)
-        return None if value is None else int(value)
-
-    def choice(self, field: str, known: Mapping[str, Any]) -> Any:
-        text = (self.text(field) or "").lower()
-        if text not in known:
-            raise self.error(field, f"one of {', '.join(key for key in known if key)}")
-        return known[text]
-
-    def rank(self) -> int | None:
-        """Return the rank, None for full finetuning. A NaN is neither: pandas writes it where a
-        rank is missing.
-        """
-        text = self.raw("rank").lower()
-        if text == "nan":
-            raise self.error("rank", "a rank, or 'full' for full finetuning")
-        return None if text == "full" else self.whole("rank")
-
-    def loss(self) -> float | None:
-        """Return the loss: infinite if the run diverged, None if there is none."""
-        diverged = self.raw("loss").lower() in _DIVERGED
-        return math.inf if diverged else self.number("loss")
-
-    def error(self, field: str, kind: str) -> CalibrationError:
-        column = self.names.get(field, field)
-        cause = f"{self.place}, column {column!r}: {shown(self.row.get(column))} is not {kind}."
-        return CalibrationError(cause, "Correct the cell.")
-
-
-def _run_of(cells: _Cells) -> SweepRun | None:
-    """Return the row as a run, or None if it has no loss."""
-    loss = cells.loss()
-    full = cells.choice("method", {"full": True, "lora": False, "": None})
-    rank = None if full else cells.rank()
-    if rank is None and full is False:
-        raise cells.error("rank", "a LoRA run's rank")
-    lr = cells.number("lr")
-    if lr is None:
-        raise cells.error("lr", range_of("lr"))
-    run = SweepRun(
-        rank=rank,
-        lr=lr,
-        loss=math.inf if loss is None else loss,
-        alpha=None if rank is None else cells.number("alpha"),
-        rslora=rank is not None and cells.choice("rslora", _TRUTH),
-        init=cells.choice("init", {"a": "A", "b": "B", "": None}),
-        fan_in=cells.number("fan_in"),
-        seed=cells.whole("seed") or 0,
-        model=cells.text("model"),
-        batch=cells.number("batch"),
-        steps=cells.whole("steps"),
-        start=cells.number("start", "loss"),
-    )
-    return None if loss is None else run
+    try:
+        return msgspec.convert(cells, SweepRun, strict=False)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`")
+        cell = f", {field} {shown(cells[field])}" if field else ""
+        raise CalibrationError(f"{place}{cell}: {message}.", "Correct it.") from error
 
 
 # --- runs of one model ----------------------------------------------------------------------------
 
-Runs = Sequence[SweepRun]
 
-
-def selected(runs: Runs, chosen: Mapping[str, Any]) -> Runs:
-    """Return the runs of one model, batch, init and number of steps. Missing values are filled in.
-
-    Beside LoRA rows that state an init, one without has the default, "A".
-    """
-    for name, wanted in chosen.items():
-        if name == "init" and any(run.init for run in runs if run.rank is not None):
-            runs = [_with_init(run) for run in runs]
-        runs = _of_one_value(runs, name, wanted)
-    return runs
-
-
-def _with_init(run: SweepRun) -> SweepRun:
-    return run if run.init or run.rank is None else replace(run, init="A")
-
-
-def _of_one_value(runs: Runs, name: str, wanted: Any) -> Runs:
-    values = sorted({getattr(run, name) for run in runs} - {None})
-    listed = ", ".join(map(str, values))
-    if wanted is None and len(values) > 1:
-        raise CalibrationError(
-            f"The sweep mixes {len(values)} values of {name}: {listed}.",
-            f"A recipe is for one of them: choose it by {name}=.",
-        )
-    value = values[0] if wanted is None and values else wanted
-    matching = [run for run in runs if getattr(run, name) in (None, value)]
-    if not matching:
-        raise CalibrationError(
-            f"No row of the sweep has {name}={wanted!r}.", f"It has {listed}."
-        )
-    return [replace(run, **{name: value}) for run in matching]
-
-
-def with_alpha(runs: Runs, alpha: float | str | None) -> Runs:
+def with_alpha(runs: Runs, alpha: float | str | None) -> list[SweepRun]:
     """Return the runs with `alpha` filled in for LoRA rows without one. "rank" means the row's
     rank.
+
+    Raises:
+        CalibrationError: `alpha` is impossible, or a row still has none.
     """
     if alpha not in (None, "rank") and not is_within("alpha", alpha):
         raise CalibrationError(
             f"alpha is {shown(alpha)}.",
             f"Give {range_of('alpha')}, or 'rank' if it follows it.",
         )
-    if alpha is not None:
-        runs = [_with_alpha(run, alpha) for run in runs]
-    if len({run.alpha is None for run in runs if run.rank is not None}) > 1:
-        raise CalibrationError(
-            "Some rows have an alpha and others do not.",
-            "Give an alpha for those without.",
-        )
-    return runs
+    filled = []
+    for run in runs:
+        if run.rank is not None and run.alpha is None:
+            if alpha is None:
+                raise CalibrationError(
+                    "The sweep has LoRA rows without an alpha, which a rate belongs to.",
+                    "Give alpha= (--alpha): a number, or 'rank' if alpha followed the rank.",
+                )
+            run = replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
+        filled.append(run)
+    return filled
 
 
-def _with_alpha(run: SweepRun, alpha: float | str) -> SweepRun:
-    if run.rank is None or run.alpha is not None:
-        return run
-    return replace(run, alpha=float(run.rank if alpha == "rank" else alpha))
+def only_value(name: str, values: Iterable[Any], given: Any = None) -> Any:
+    """Return the only value of a column, or the argument if it has none.
 
-
-def with_width(runs: Runs, fan_in: float | None, full_fan_in: float | None) -> Runs:
-    """Return the runs with one fan-in for LoRA and one for full finetuning: that of the rows, else
-    the argument.
+    Raises:
+        CalibrationError: there are several.
     """
-    if full_fan_in is None:
-        full_fan_in = fan_in
-    lora = _width([run for run in runs if run.rank is not None], fan_in)
-    full = _width([run for run in runs if run.rank is None], full_fan_in)
-    return [replace(run, fan_in=full if run.rank is None else lora) for run in runs]
-
-
-def _width(runs: Runs, argument: float | None) -> float | None:
-    widths = sorted({run.fan_in for run in runs if run.fan_in is not None})
-    if len(widths) == 1:
-        return widths[0]
-    if len(widths) > 1 and argument is None:
+    several = sorted({value for value in (*values, given) if value is not None})
+    if len(several) > 1:
         raise CalibrationError(
-            f"The sweep mixes fan-ins: {', '.join(f'{n:g}' for n in widths)}.",
-            "A recipe is for one model: give its mean fan-in.",
+            f"The sweep mixes {len(several)} values of {name}: {', '.join(map(str, several))}.",
+            "A recipe is for one of them: keep its rows.",
         )
-    return argument
+    return several[0] if several else None
 
 
 def reference_of(runs: Runs) -> Reference:
@@ -462,34 +303,31 @@ def reference_of(runs: Runs) -> Reference:
     if not ranks:
         return Reference(method="full", fan_in=runs[0].fan_in, batch=batch)
     rank = ranks[(len(ranks) - 1) // 2]
-    run = min(
-        (run for run in runs if run.rank == rank), key=lambda run: run.alpha or 0.0
+    of_rank = (run for run in runs if run.rank == rank)
+    return replace(
+        _place_of(min(of_rank, key=lambda run: run.alpha or 0.0)), batch=batch
     )
-    alpha = float(rank) if run.alpha is None else run.alpha
-    return Reference(rank, alpha, run.rslora, run.init or "A", run.fan_in, batch=batch)
+
+
+def _place_of(run: SweepRun) -> Reference:
+    if run.rank is None:
+        return Reference(method="full", fan_in=run.fan_in)
+    return Reference(run.rank, run.alpha, run.rslora, run.init or "A", run.fan_in)
 
 
 def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
     """Return the configuration of `run`, and the reference, both with a fan-in.
 
-    If alpha is unknown, the scaling is taken as 1 at the reference and proportional to
-    1/√rank. If no fan-in is known, a usual one is used, which nearly cancels between ranks.
+    If no fan-in is known, a usual one is used, which nearly cancels between ranks.
     """
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
-    width = run.fan_in or there.fan_in
-    init = run.init or "A"
-    if run.rank is None:
-        if reference.method == "lora" and not (reference.fan_in or run.fan_in):
-            raise CalibrationError(
-                "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-                "Give a fan-in, or leave out the rows of full finetuning.",
-            )
-        return Reference(method="full", fan_in=width), there
-    if run.alpha is not None:
-        return Reference(run.rank, run.alpha, run.rslora, init, width), there
-    scaling = math.sqrt((reference.rank or 1) / run.rank)
-    here = Reference.from_scaling(run.rank, scaling, init=init)
-    return replace(here, fan_in=width), there
+    here = _place_of(run)
+    if here.method != reference.method and not (reference.fan_in or run.fan_in):
+        raise CalibrationError(
+            "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
+            "Give a fan-in, or leave out the rows of full finetuning.",
+        )
+    return replace(here, fan_in=run.fan_in or there.fan_in), there
 
 
 def observation_of(run: SweepRun, x: float) -> Observation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import random
@@ -127,25 +126,11 @@ def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
         assert recipe.law.exponent == pytest.approx(drift, abs=0.06)
 
 
-@pytest.mark.parametrize("tokens", [1.0, 4.0, 16.0, 64.0])
-def test_tokens_are_recovered(tokens):
-    """fit="tokens" finds the effective tokens of the law the sweep was drawn from within a factor of two and a half."""
-    rows = drawn(MuA(tokens=tokens), ranks=(2, 8, 32, 128), noise=0.001)
-    recipe = fit_sweep(rows, fit="tokens", fan_in=WIDTH, steps=100)
-    found = recipe.law.law
-    assert isinstance(found, MuA)
-    assert abs(math.log2(found.tokens / tokens)) < math.log2(2.5)
-    assert recipe.law.exponent == 0.0
-
-
-@pytest.mark.parametrize("fit", ["drift", "tokens"])
-def test_the_band_covers_the_truth(fit):
+def test_the_band_covers_the_truth():
     """In at least 24 of 30 noisy sweeps the 90 % band holds the true best rate at the ranks swept."""
     held = []
     for draw in range(10):
-        recipe = fit_sweep(
-            drawn(noise=0.01, draw=draw), fit=fit, fan_in=WIDTH, steps=100
-        )
+        recipe = fit_sweep(drawn(noise=0.01, draw=draw), fan_in=WIDTH, steps=100)
         rates = {rank: recipe.at(rank) for rank in (4, 16, 64)}
         held += [
             rate.low < 2.0 ** best_of(PRIOR, rank) < rate.high
@@ -259,26 +244,6 @@ def test_a_loss_that_hardly_moves_is_said():
 
 
 @extrapolates
-@pytest.mark.parametrize("custom", ["rank", "kept"])
-def test_without_alpha_rates_hold_as_swept(custom, tmp_path):
-    """Without alpha the ranks swept are met whichever custom was used; another alpha, and a model's, are refused."""
-    rows = [{**row, "alpha": None} for row in drawn(custom=custom)]
-    recipe = Recipe.load(
-        fit_sweep(rows, fan_in=WIDTH, steps=9).save(tmp_path / "r.toml")
-    )
-    assert recipe.scaling_rule == "as swept"
-    assert any("has no alpha" in note for note in recipe.at().notes)
-    for rank in (4, 16, 64):
-        assert log2_at(recipe, rank) == pytest.approx(
-            best_of(PRIOR, rank, custom), abs=0.3
-        )
-    with pytest.raises(RecipeError, match=r"has no alpha.*with an alpha"):
-        recipe.at(8, alpha=16)
-    with pytest.raises(RecipeError, match="has no alpha"):
-        RankAwareOptimizer(mlp(), torch.optim.AdamW, recipe=recipe)
-
-
-@extrapolates
 def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
     """Without a fan-in ranks are served as with one; full finetuning and another init need it, and take it."""
     known = fit_sweep(drawn(), fan_in=4096.0, steps=9)
@@ -300,14 +265,6 @@ def test_steps_that_nobody_told_are_unknown(tmp_path):
     assert any("steps" in note for note in recipe.notes)
     stated = fit_sweep([{**row, "max_steps": 780} for row in drawn()])
     assert (stated.steps, any("steps" in note for note in stated.notes)) == (780, False)
-
-
-def test_a_saved_recipe_gives_the_same_rates(tmp_path):
-    """Rates, bands and notes survive the file."""
-    recipe = fit_sweep(drawn(cliff=1.5), fan_in=WIDTH, steps=100, batch=128, warmup=0.1)
-    loaded = Recipe.load(recipe.save(tmp_path / "r.toml"))
-    assert loaded.at(8) == recipe.at(8)
-    assert loaded.notes == recipe.notes
 
 
 def test_a_recipe_of_a_sweep_drives_an_optimizer():
@@ -381,124 +338,98 @@ def test_repeated_rows_and_seeds_by_other_names_do_not_matter(rows, times):
 
 ROWS = [
     {"rank": 4, "lr": 1e-4, "loss": 0.75, "alpha": 8},
-    {"rank": None, "lr": 2e-5, "loss": math.inf},
+    {"rank": "full", "lr": 2e-5, "loss": math.inf, "alpha": None},
     {"rank": 4, "lr": 3e-4, "loss": 0.5, "alpha": 8},
 ]
 RUNS = (
-    SweepRun(4, 1e-4, 0.75, 8.0),
-    SweepRun(None, 2e-5, math.inf),
-    SweepRun(4, 3e-4, 0.5, 8.0),
+    SweepRun(1e-4, 0.75, 4, 8.0),
+    SweepRun(2e-5, math.inf),
+    SweepRun(3e-4, 0.5, 4, 8.0),
 )
 FILES = {
     "s.csv": "rank,lr,loss,alpha\n4,1e-4,0.75,8\nfull,2e-5,diverged,\n4,3e-4,0.5,8\n",
-    "bom.csv": "\ufeffrank,lr,loss,alpha\n4.0,1e-4,0.75,8\n,2e-5,NaN,\n4.0,3e-4,0.5,8\n",
-    "wandb.csv": '"Name","lora_r","learning_rate","lora_alpha","eval/loss"\n'
-    '"a","4","0.0001","8","0.75"\n"b","","2e-05","","Infinity"\n"c","4","0.0003","8","0.5"\n',
+    "bom.csv": "\ufeffrank,lr,loss,alpha\n4.0, 1e-4,0.75,8\nfull,2e-5,NaN,\n4.0,3e-4,0.5,8\n",
+    "wandb.csv": '"Name","config.lora_r","learning-rate","lora_alpha","eval/loss"\n'
+    '"a","4","0.0001","8","0.75"\n"b","full","2e-05","","Infinity"\n"c","4","0.0003","8","0.5"\n',
     "optuna.csv": "number,value,params_learning_rate,params_lora_r,params_lora_alpha\n"
-    "0,0.75,1e-4,4,8\n1,inf,2e-5,,\n2,0.5,3e-4,4,8\n",
-    "s.tsv": "Rank\tLR\tval-loss\tAlpha\n4\t1e-4\t0.75\t8\n\t2e-5\tnan\t\n4\t3e-4\t0.5\t8\n",
-    "{s}.json": json.dumps(ROWS),
-    "s.jsonl": "\n".join(map(json.dumps, ROWS)) + "\n\n",
+    "0,0.75,1e-4,4,8\n1,inf,2e-5,full,\n2,0.5,3e-4,4,8\n",
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_sweep_reads_alike_from_every_tool(name, tmp_path):
-    """Dicts, CSV, TSV, JSON and JSON lines of one sweep are the same runs."""
+    """Dicts, and CSV as common tools write it, of one sweep are the same runs."""
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8")
     assert read_sweep(path).runs == read_sweep(str(path)).runs == RUNS
     assert read_sweep(ROWS).runs == RUNS
 
 
-@pytest.mark.parametrize(
-    ("field", "alias"), [(f, a) for f, names in ALIASES.items() for a in names]
-)
-def test_every_alias_means_its_field(field, alias):
+@pytest.mark.parametrize(("alias", "field"), ALIASES.items())
+def test_every_alias_means_its_field(alias, field):
     """A column by another name reads as one by its own."""
-    values = {
-        "rank": 4,
-        "lr": 1e-4,
-        "loss": 0.5,
-        "alpha": 8,
-        "rslora": True,
-        "fan_in": 64,
-        "model": "m",
-    }
-    plain = {**values, "batch": 2, "steps": 10, "start": 1.5}
-    named = {alias if key == field else key: value for key, value in plain.items()}
-    assert read_sweep([named]).runs == read_sweep([plain]).runs
+    row = {"rank": 4, "lr": 1e-4, "loss": 0.5, "alpha": 8, "rslora": True, "fan_in": 64}
+    row |= {"model": "m", "batch": 2, "steps": 10, "start": 1.5}
+    named = {alias if key == field else key: value for key, value in row.items()}
+    assert read_sweep([named]).runs == read_sweep([row]).runs
 
 
 def test_columns_names_what_has_no_alias():
-    """columns= settles what is ambiguous or unheard-of."""
+    """A field's own name comes first; columns= settles what is ambiguous or unheard-of."""
     row = {"rank": 4, "lr": 1e-4, "eval_loss": 0.75, "val_loss": 0.5, "alpha": 8}
+    assert read_sweep([{**row, "loss": 0.25}]).runs[0].loss == 0.25
     with pytest.raises(
         CalibrationError, match=r"eval_loss and val_loss may all be loss.*columns="
     ):
         read_sweep([row])
-    assert read_sweep([row], columns={"loss": "val_loss"}).runs == (
-        SweepRun(4, 1e-4, 0.5, 8.0),
-    )
+    assert read_sweep([row], columns={"loss": "val_loss"}).runs[0].loss == 0.5
 
 
-def test_numpy_numbers_are_numbers():
-    """Rows of a dataframe hold numpy's scalars."""
+def test_the_cells_of_dataframes_and_trainers_are_read():
+    """NumPy's scalars are numbers, and a max_steps of -1, Trainer's default, is no number of steps."""
     row = {
         "rank": np.int64(4),
         "lr": np.float32(0.25),
         "loss": np.float64("nan"),
         "rslora": np.bool_(True),
+        "max_steps": -1,
     }
-    assert read_sweep([row]).runs == (SweepRun(4, 0.25, math.inf, rslora=True),)
+    assert read_sweep([row]).runs == (SweepRun(0.25, math.inf, 4, rslora=True),)
 
 
 BAD_CELLS = [
-    ("rank", "sixteen", "whole number from 1"), ("rank", "0", "whole number from 1"),
-    ("rank", "1.5", "whole number from 1"), ("rank", "-4", "whole number from 1"), ("rank", "1e10", "to 2147483647"),
-    ("rank", "nan", "a rank, or 'full'"), ("rank", "NaN", "a rank, or 'full'"),
-    ("lr", "fast", "from 1e-30"), ("lr", "0", "from 1e-30"), ("lr", "-1e-4", "from 1e-30"),
-    ("lr", "1e-320", "from 1e-30"),
-    ("lr", "inf", "from 1e-30"), ("lr", "", "from 1e-30"), ("lr", "1,5e-4", r"to 1e\+06"), ("lr", "1e7", r"to 1e\+06"),
-    ("loss", "low", "a number from"), ("loss", "-inf", "a number from"), ("loss", "1e300", r"to 1e\+30"),
-    ("alpha", "x", "a number from"), ("alpha", "1e300", r"to 1e\+12"),
-    ("alpha", "0", "a number from"), ("rslora", "maybe", "one of true"), ("init", "C", "one of a, b"),
-    ("method", "dora", "one of full, lora"), ("fan_in", "wide", "a number"), ("fan_in", "1e300", "a number"),
-    ("seed", "1.5", "whole number"), ("seed", "1e300", "whole number"),
-    ("seed", "one", "whole number"), ("batch", "-1", "a number"), ("batch", "1e-320", "a number"),
-    ("steps", "0.5", "whole number"), ("start", "inf", "a number"), ("start", "1e300", "a number"),
+    ("rank", "sixteen"), ("rank", "0"), ("rank", "1.5"), ("rank", "-4"), ("rank", "1e10"),
+    ("lr", "fast"), ("lr", "0"), ("lr", "-1e-4"), ("lr", "1e-320"), ("lr", "inf"), ("lr", "1,5e-4"), ("lr", "1e7"),
+    ("loss", "low"), ("loss", "-inf"), ("alpha", "x"), ("alpha", "1e300"), ("alpha", "0"), ("rslora", "maybe"),
+    ("init", "C"), ("method", "dora"), ("fan_in", "wide"), ("fan_in", "1e300"), ("seed", "1.5"), ("seed", "1e300"),
+    ("batch", "-1"), ("batch", "1e-320"), ("steps", "0.5"), ("start", "inf"),
 ]  # fmt: skip
 GOOD = {"rank": "4", "lr": "1e-4", "loss": "0.5", "alpha": "8", "method": ""}
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "rows"])
-@pytest.mark.parametrize(("field", "text", "belongs"), BAD_CELLS)
-def test_a_cell_that_cannot_be_is_named(field, text, belongs, kind, tmp_path):
-    """The error says file, line and column, what stands there, and what belongs there."""
+@pytest.mark.parametrize("kind", ["csv", "rows"])
+@pytest.mark.parametrize(("field", "text"), BAD_CELLS)
+def test_a_cell_that_cannot_be_is_named(field, text, kind, tmp_path):
+    """The error says row and field, what stands there, and what belongs there."""
     rows = [{**GOOD, field: GOOD.get(field, "")}, {**GOOD, field: text}]
     source, place = rows, "row 2"
     if kind == "csv":
         source, place = tmp_path / "s.csv", "s.csv, line 3"
-        lines = [
-            ",".join(rows[0]),
-            *(",".join(f'"{value}"' for value in row.values()) for row in rows),
-        ]
-        source.write_text("\n".join(lines))
-    elif kind == "jsonl":
-        source, place = tmp_path / "s.jsonl", "s.jsonl, line 2"
-        source.write_text("\n".join(map(json.dumps, rows)))
+        cells = [",".join(f'"{value}"' for value in row.values()) for row in rows]
+        source.write_text("\n".join([",".join(rows[0]), *cells]))
     with pytest.raises(CalibrationError) as caught:
         read_sweep(source)
-    expected = rf"{re.escape(place)}, column '{field}': {re.escape(repr(text))} is not .*{belongs}"
-    assert re.search(expected, caught.value.cause)
+    expected = f"{place}, {field} {text!r}: (Expected|Invalid enum)"
+    assert re.match(expected, caught.value.cause)
 
 
-def test_a_missing_rank_of_a_dataframe_is_no_full_finetuning():
-    """A rank of NaN, as pandas fills in, is full finetuning only where the row says so."""
-    row = {"rank": math.nan, "lr": 1e-4, "loss": 0.5}
-    with pytest.raises(
-        CalibrationError, match=r"row 1, column 'rank': nan is not a rank, or 'full'"
-    ):
+@pytest.mark.parametrize(
+    "rank", [math.nan, None, "", {"method": "lora", "rank": None}], ids=repr
+)
+def test_a_missing_rank_is_no_full_finetuning(rank):
+    """A rank that is missing, as pandas fills in NaN, is full finetuning only where the row says so."""
+    row = {"lr": 1e-4, "loss": 0.5, **(rank if type(rank) is dict else {"rank": rank})}
+    with pytest.raises(CalibrationError, match=r"row 1 has no rank.*or 'full'"):
         read_sweep([row])
     assert read_sweep([{**row, "method": "full"}]).runs[0].rank is None
 
@@ -517,10 +448,7 @@ def test_a_pipe_is_no_sweep(tmp_path):
 def test_an_option_out_of_its_range_is_named(option):
     """A width, batch, length or share of warm-up that cannot be is refused before anything is fitted."""
     with pytest.raises(CalibrationError, match=rf"^{option} is 1e\+300"):
-        fit_sweep(
-            [{"rank": 4, "lr": lr, "loss": lr} for lr in (1e-3, 1e-2)],
-            **{option: 1e300},
-        )
+        fit_sweep(drawn(), **{option: 1e300})
 
 
 BAD_FILES = [
@@ -532,18 +460,9 @@ BAD_FILES = [
     ("s.csv", b"lr,loss\n1e-4,1\n", "no column for rank"),
     ("s.csv", b"rank,lr,loss\n4,1e-4,1,7\n", "line 2 does not have as many cells"),
     ("s.csv", b"rank,lr,loss\n4,1e-4\n", "line 2 does not have as many cells"),
-    ("s.csv", b'rank,lr,loss\n4,"1e-4"x,1\n', "line 2"),
-    ("s.csv", b"rank,r,learning_rate,lr,eval_loss,loss\n4,4,1,x,1,1\n", "column 'lr'"),
+    ("s.csv", b'rank,lr,loss\n4,"1e-4"x,1\n', "cannot be read"),
     ("s.csv", b"rank,lr,loss,lr\n4,1e-4,1,1\n", "two columns 'lr'"),
     ("s\0.csv", None, "cannot be read"),
-    ("s.json", b"{", "s.json is not JSON"),
-    ("s.json", b"[" * 100_000, "s.json is not JSON"),
-    ("s.json", b"[" + b"9" * 5000 + b"]", "s.json is not JSON"),
-    ("s.jsonl", b'{"a": ' * 100_000, "line 1 is not JSON"),
-    ("s.json", b'{"rank": 4}', "list of rows"),
-    ("s.json", b"[4]", "row 1 is a int"),
-    ("s.jsonl", b'{"rank": 4, "lr": 1, "loss": 1}\nx\n', "line 2 is not JSON"),
-    ("s.jsonl", b'{"rank": 4, "lr": 1, "loss": 1}\n[1]\n', "line 2 is a list"),
 ]
 
 
@@ -563,42 +482,23 @@ def one(**changes) -> list[dict]:
 BAD_SWEEPS = [
     (lambda: one(loss="nan"), {}, "Every one of 36 runs diverged.*lower rates"),
     (
-        lambda: [{"rank": 4, "lr": 1e-4 * i, "loss": i} for i in range(1, 2002)],
+        lambda: [{**drawn()[0], "lr": 1e-4 * i, "loss": i} for i in range(1, 2002)],
         {},
         "2001 runs are more than a fit allows, 2000",
     ),
     (lambda: one(loss=0.5), {}, "loss is 0.5 at every rate"),
     (lambda: one(lr=1e-4), {}, "No rank was tried at more than one rate"),
-    (
-        lambda: [*one(model="a"), *one(model="b")],
-        {},
-        "mixes 2 values of model: a, b.*choose it by model=",
-    ),
-    (
-        lambda: one(model="a"),
-        {"model": "b"},
-        "No row of the sweep has model='b'.*It has a",
-    ),
-    (
-        lambda: [*one(batch=8), *one(batch=32)],
-        {},
-        "mixes 2 values of batch: 8.0, 32.0.*batch=",
-    ),
-    (lambda: [*one(init="A"), *one(init="B")], {}, "mixes 2 values of init"),
-    (lambda: [*one(init=""), *one(init="B")], {}, "mixes 2 values of init: A, B"),
-    (lambda: [*one(steps=8), *one(steps=9)], {}, "mixes 2 values of steps"),
-    (lambda: [*one(fan_in=8), *one(fan_in=9)], {}, "mixes fan-ins: 8, 9.*mean fan-in"),
-    (lambda: [*one(), *one(alpha=None)], {}, "Some rows have an alpha.*Give an alpha"),
+    (lambda: [*one(model="a"), *one(model="b")], {}, "2 values of model: a, b.*keep"),
+    (lambda: [*one(batch=8), *one(batch=32)], {}, "2 values of batch: 8.0, 32.0"),
+    (lambda: one(batch=8), {"batch": 32}, "2 values of batch: 8.0, 32"),
+    (lambda: [*one(init="A"), *one(init="B")], {}, "2 values of init"),
+    (lambda: [*one(init=""), *one(init="B")], {}, "2 values of init: A, B"),
+    (lambda: [*one(steps=8), *one(steps=9)], {}, "2 values of steps"),
+    (lambda: [*one(fan_in=8), *one(fan_in=9)], {}, "2 values of fan_in: 8.0, 9.0"),
+    (lambda: [*one(), *one(alpha=None)], {}, "without an alpha.*Give alpha="),
     (lambda: drawn(ranks=(4, 0)), {}, "full finetuning and LoRA.*Give a fan-in"),
     (drawn, {"alpha": "double"}, "alpha is 'double'"),
     (drawn, {"alpha": -1.0}, "alpha is -1.0"),
-    (drawn, {"fit": "guess"}, "fit is 'guess'"),
-    (drawn, {"fit": "tokens", "law": "constant"}, "'constant' has no tokens"),
-    (
-        drawn,
-        {"fit": "tokens", "optimizer": "Adafactor"},
-        "'mua' has no tokens to fit for Adafactor",
-    ),
     (drawn, {"columns": {"loss": "accuracy"}}, "columns has loss=accuracy"),
     (drawn, {"columns": {"losses": "loss"}}, "columns has losses=loss"),
     (
@@ -622,20 +522,6 @@ def test_a_sweep_that_says_nothing_is_refused(rows, options, message):
         fit_sweep(rows(), **options)
 
 
-@pytest.mark.parametrize("name", ["model", "batch", "init"])
-def test_a_mixed_sweep_is_fitted_by_choice(name):
-    """Choosing one of several models, batches or inits fits its rows alone."""
-    values = {"model": ("a", "b"), "batch": (8.0, 32.0), "init": ("A", "B")}[name]
-    other = [{**row, "lr": row["lr"] * 16} for row in drawn(draw=1)]
-    rows = [
-        *({**row, name: values[0]} for row in drawn()),
-        *({**row, name: values[1]} for row in other),
-    ]
-    assert_alike(
-        fit_sweep(one(**{name: values[0]})), fit_sweep(rows, **{name: values[0]})
-    )
-
-
 def test_the_order_of_rows_decides_nothing():
     """Where a rank was swept at several alphas, no rule says which alpha another rank has, in whatever order."""
     blocks = [
@@ -651,22 +537,11 @@ def test_the_order_of_rows_decides_nothing():
             recipe.at(16)
 
 
-def test_rows_that_do_not_count_decide_no_init():
-    """A blank init becomes "A" only beside LoRA rows of the same model that state one."""
-    blank = one(init=None, model="b")
-    recipe = fit_sweep(blank, init="B")
-    for other in (
-        {"init": "B", "model": "a"},
-        {"init": "A", "model": "b", "rank": None, "method": "full", "fan_in": 64},
-    ):
-        again = fit_sweep([*blank, *one(**other)], init="B", model="b", fan_in=64)
-        assert again.reference.init == recipe.reference.init == "B"
-
-
-def test_trainers_default_of_max_steps_is_no_number_of_steps():
-    """transformers logs max_steps = -1 where epochs count: such a cell is empty."""
-    rows = [{**row, "max_steps": -1} for row in one(steps=None)]
-    assert fit_sweep(rows, steps=500).steps == 500
+def test_rows_without_an_init_have_the_one_that_is_given():
+    """An argument is the init of rows without one, and rows of full finetuning, which have none, decide nothing."""
+    full = [{**row, "method": "full", "init": "A"} for row in drawn(ranks=(0,))]
+    recipe = fit_sweep([*one(init=None), *full], init="B", fan_in=64)
+    assert recipe.reference.init == "B"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -691,8 +566,6 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
         "loss=final",
         "--alpha",
         "rank",
-        "--steps",
-        "100",
         "--fan-in",
         str(WIDTH),
         "-o",
@@ -702,10 +575,10 @@ def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
         fit_command, [str(sweep_csv), *options], catch_exceptions=False
     )
     assert done.exit_code == 0
-    made = fit_sweep(drawn(), fan_in=WIDTH, steps=100)
+    made = fit_sweep(drawn(), fan_in=WIDTH)
     assert Recipe.load(out).at(8) == made.at(8)
     assert f"base rate       {made.lr:.3g} at rank 16, alpha 16" in done.output
-    assert f"rankaware lr {out} --rank 64" in done.output
+    assert f"rankaware lr {out} --rank 16" in done.output
 
 
 @pytest.mark.parametrize("rows", ["full", "two alphas", "all"])
@@ -720,11 +593,13 @@ def test_the_command_that_fit_names_next_works(rows, tmp_path):
     if rows == "two alphas":
         runs += [{**row, "alpha": 4 * row["rank"]} for row in drawn()]
     (tmp_path / "a folder").mkdir()
-    (tmp_path / "sweep.json").write_text(json.dumps(runs))
+    heads = list(runs[0])
+    lines = [",".join(str(run[head]) for head in heads) for run in runs]
+    (tmp_path / "sweep.csv").write_text("\n".join([",".join(heads), *lines]))
     out = tmp_path / "a folder" / "r.toml"
     done = CliRunner().invoke(
         fit_command,
-        [str(tmp_path / "sweep.json"), "-o", str(out)],
+        [str(tmp_path / "sweep.csv"), "-o", str(out)],
         catch_exceptions=False,
     )
     line = next(
@@ -748,17 +623,16 @@ def test_a_rank_that_always_diverged_is_noted():
 
 
 def test_fit_says_what_is_open(sweep_csv):
-    """Without alpha and steps the command notes both."""
-    done = CliRunner().invoke(
-        fit_command, [str(sweep_csv), "--column", "loss=final"], catch_exceptions=False
-    )
-    said = " ".join(done.output.split())
-    assert "note the sweep has no alpha" in said
-    assert "note the sweep does not give its steps" in said
+    """Without steps the command says so; without alpha it asks for it."""
+    column = [str(sweep_csv), "--column", "loss=final"]
+    done = CliRunner().invoke(fit_command, [*column, "--alpha", "rank"])
+    assert "the sweep does not give its steps" in " ".join(done.output.split())
+    done = CliRunner().invoke(main, ["fit", *column])
+    assert "Give alpha= (--alpha)" in done.output
 
 
 @pytest.mark.parametrize(
-    "options", [["--column", "loss"], ["--alpha", "x"], ["--fit", "y"]], ids=" ".join
+    "options", [["--column", "loss"], ["--alpha", "x"]], ids=" ".join
 )
 def test_wrong_options_show_the_usage(options, sweep_csv):
     """An option that cannot be read ends with code 2 and the usage."""
