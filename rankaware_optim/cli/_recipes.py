@@ -147,5 +147,5 @@ def diff(ctx: click.Context, first: Path, second: Path) -> None:
         )
     except RankAwareError as error:
         raise _Trouble(str(error)) from error
-    echo(reports.diff_text(differences))
-    ctx.exit(1 if differences else 0)
+    echo(differences)
+    ctx.exit(1 if differences.fields else 0)

@@ -197,7 +197,7 @@ class Recipe:
         return words.table_of(self).html()
 
     def plot(self) -> Figure:
-        """Draw one panel per rank with its trials, fit, band, ceiling and rate, and a panel of
+        """Draw one panel per rank with its trials, band, ceiling and rate, and a panel of
         rates by rank.
 
         Needs the extra `plots`. A notebook shows the figure, and its `savefig(path)` writes it.

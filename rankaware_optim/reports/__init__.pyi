@@ -1,6 +1,4 @@
 from ._differences import diff_recipes as diff_recipes
-from ._differences import diff_text as diff_text
-from ._figure import drawable as drawable
 from ._figure import plot_recipe as plot_recipe
 from ._figure import recipe_figure as recipe_figure
 from ._page import write_report as write_report

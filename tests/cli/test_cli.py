@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,25 +275,6 @@ def test_lr_prints_the_recipes_rate(arguments, target, recipe):
     assert ("extrapolated" in done.stdout) == rate.extrapolated
     assert [done.stdout.count(note) for note in rate.notes] == [1] * len(rate.notes)
     assert done.stderr == ""
-
-
-@pytest.mark.parametrize("name", ["language-b", "image-generation-a"])
-def test_a_rate_has_the_same_digits_wherever_it_is_shown(name, tmp_path):
-    """show, lr and the page print the base rate and its band with the same three digits."""
-    made = Recipe.load(Path(__file__).parents[2] / "recipes" / f"{name}.toml")
-    path, page = made.save(tmp_path / "r.toml"), tmp_path / "page.html"
-    assert call("report", path, "-o", page).exit_code == 0
-    rate = made.at()
-    shown, (low, high) = f"{rate.lr:.3g}", rate.band.split(" to ")
-    said = call("show", path).output
-    assert f"base rate       {shown} at" in said
-    assert f"90 % band       {low} to {high}" in said
-    asked = call("lr", path, "--rank", made.reference.rank).output
-    assert f"lr        {shown}\n" in asked
-    assert f"90 % band {low} to {high}\n" in asked
-    written = page.read_text("utf-8")
-    assert f"rate is {shown}, 90 % band {low} to {high}" in written
-    assert f"<dt>Base rate</dt><dd>{shown} at" in written
 
 
 @pytest.mark.parametrize("option", ["--from", "--to"])

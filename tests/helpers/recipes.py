@@ -15,6 +15,7 @@ TENSORS = {
     "rank": np.array([4, 4, 4, 64, 64, 64]),
     "seed": np.array([0, 1, 0, 0, 1, 0]),
     "lr": np.array([1e-3, 2e-3, 8e-3, 1e-3, 2e-3, 4e-3]),
+    "own_lr": np.array([1e-3, 2e-3, 8e-3, 1e-3, 2e-3, 4e-3]),
     "value": VALUES,
 }
 RECIPE = Recipe(

@@ -42,7 +42,6 @@ from rankaware_optim._files import read_bytes
 from rankaware_optim.errors import PlotError
 from rankaware_optim.laws import LAWS
 from rankaware_optim.recipe._schema import RecipeFile
-from rankaware_optim.reports import drawable
 from rankaware_optim.reports._page import report_html
 
 from ..helpers.models import mlp
@@ -419,7 +418,7 @@ def test_the_toml_alone_gives_every_rate(target):
     assert f"trials are not here, {beside.name} is missing" in words
     assert f"{beside.name} is missing" in report_html(found)
     with pytest.raises(PlotError, match=f"{beside.name} is missing"):
-        drawable(found)
+        found.plot()
     assert ra.RankAwareOptimizer(
         mlp((8,), width=64), "adamw", recipe=target, other_lr=1e-3
     )

@@ -1,0 +1,124 @@
+"""Figures: every kind of recipe can be drawn, and what cannot be written is said."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankaware_optim.errors import PlotError
+from rankaware_optim.reports import plot_recipe, recipe_figure
+from rankaware_optim.reports._picture import MARKS
+
+from ..helpers.recipes import KINDS, RECIPE
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_recipe_can_be_drawn(kind):
+    """Each panel holds something, every trial is a mark within its panel, and a tick of a rate stands where it says."""
+    figure = recipe_figure(KINDS[kind])
+    figure.draw_without_rendering()
+    marks = 0
+    for axis in figure.axes:
+        assert axis.has_data()
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        for line in axis.get_lines():
+            if line.get_marker() in tuple("o^xD"):
+                marks += len(line.get_xdata())
+                assert all(left < x < right for x in line.get_xdata())
+                assert all(bottom < y < top for y in line.get_ydata())
+        for side in (axis.xaxis, axis.yaxis):
+            if side.get_label_text() != "learning rate, per step":
+                continue
+            low, high = side.get_view_interval()
+            ticks = zip(side.get_ticklocs(), side.get_ticklabels(), strict=True)
+            seen = [(at, text.get_text()) for at, text in ticks if low <= at <= high]
+            assert len(seen) > 1
+            assert all(float(text) == pytest.approx(at, rel=1e-5) for at, text in seen)
+    assert marks == len(KINDS[kind].tensors["lr"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_figure_is_written(suffix, tmp_path):
+    """It lies where it was asked for."""
+    path = plot_recipe(RECIPE, tmp_path / "figures" / f"out.{suffix}")
+    assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["out.unheard-of", "file/out.png", "out"])
+def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
+    """An unknown format, none, or a place that is no folder is an error of ours."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlotError, match="cannot be written"):
+        plot_recipe(RECIPE, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_recipe_without_trials_is_refused():
+    """Without its trials' tensors there is nothing to draw."""
+    with pytest.raises(PlotError, match="has no trials"):
+        replace(RECIPE, tensors={}).plot()
+    with pytest.raises(PlotError, match="is missing"):
+        replace(RECIPE, tensors={}, missing="x.trials.safetensors").plot()
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    """The error names the extra."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(PlotError, match=r"matplotlib.*\[plots\]"):
+        RECIPE.plot()
+
+
+def test_a_notebook_shows_a_plot_without_pyplot():
+    """`recipe.plot()` returns a figure of matplotlib that is a picture by itself, and leaves no state of pyplot."""
+    code = (
+        "import sys, matplotlib.figure\nfrom tests.helpers.recipes import RECIPE\n"
+        "figure = RECIPE.plot()\nassert isinstance(figure, matplotlib.figure.Figure)\n"
+        "print(figure._repr_png_()[1:4], 'matplotlib.pyplot' in sys.modules)"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, root])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["b'PNG'", "False"], done.stderr
+
+
+def test_the_legend_names_every_mark_that_is_drawn():
+    """Trials that ended in four ways have four marks, each once in the legend."""
+    ended = {
+        "rank": np.full(6, 4),
+        "value": np.array([0.5, 0.4, math.inf, math.nan, 0.45, 9.0]),
+        "diverged": np.arange(6) == 2,
+        "pruned": np.arange(6) == 3,
+    }
+    figure = recipe_figure(replace(RECIPE, tensors={**RECIPE.tensors, **ended}))
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(set(words)) == sorted(words)
+    assert {*words} >= {*MARKS.values()}
+    drawn = {line.get_marker() for axis in figure.axes for line in axis.get_lines()}
+    assert drawn >= set("o^xD")
+
+
+@pytest.mark.parametrize("kind", ["two ranks", "full too"])
+def test_what_was_not_tried_is_faded(kind):
+    """Among rates by rank only the ranks tried are strong, and full finetuning where it was tried."""
+    strong = {
+        line.get_label(): line.get_alpha() in (None, 1.0)
+        for line in recipe_figure(KINDS[kind]).axes[-1].get_lines()
+        if not line.get_label().startswith("_")
+    }
+    tried = KINDS[kind].full_seen
+    assert strong == {
+        "a rank that was tried": True,
+        "a rank that was not tried": False,
+        "full finetuning" if tried else "full finetuning, not tried": tried,
+    }
