@@ -533,8 +533,9 @@ def transfer() -> Cases:
                 found = tried(partial(ask, site, kind))
                 cases[f"suggested for {name}, {kind}, {task}"] = ends(found)
         for other, target in sites.items():
-            rate = ra.convert_lr(1e-3, from_=site, to=target).lr
-            cases[f"the rate of {name} at {other}"] = [rate]
+            rate = tried(partial(ra.convert_lr, 1e-3, from_=site, to=target))
+            if isinstance(rate, ra.Rate):  # none is moved from one init to the other
+                cases[f"the rate of {name} at {other}"] = [rate.lr]
     return cases
 
 
