@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import warnings
 from itertools import chain
@@ -50,7 +51,7 @@ def test_no_page_with_python_is_left_out() -> None:
 
 
 def test_the_api_page_names_what_is_public() -> None:
-    """Every name that `rankaware_optim` exports, other than its packages, is on the API page."""
+    """Every name that `rankaware_optim` exports, other than its packages, is on the API page, which has no other."""
     stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(
         encoding="utf-8"
     )
@@ -62,6 +63,8 @@ def test_the_api_page_names_what_is_public() -> None:
     )
     assert public
     assert public - listed == set()
+    for name in listed:
+        assert pkgutil.resolve_name(f"rankaware_optim.{name}")
 
 
 def packages_in(heading: str) -> dict[str, list[str]]:
