@@ -148,6 +148,4 @@ def _declared_init(path: Path) -> str | None:
     config = path / "adapter_config.json"
     if not config.is_file():
         return None
-    return transfer.published_init(
-        inspection.read_config(config).values.get("init_lora_weights")
-    )
+    return transfer.published_init(inspection.read_config(config).declared("").init)

@@ -3,9 +3,7 @@ from ._conventions import Reading as Reading
 from ._conventions import conventions as conventions
 from ._conventions import register_convention as register_convention
 from ._initialize import initialize as initialize
-from ._inspect_file import Training as Training
 from ._inspect_file import inspect_file as inspect_file
-from ._inspect_file import read_training as read_training
 from ._pairs import Pair as Pair
 from ._pairs import Walk as Walk
 from ._pairs import canonical_name as canonical_name

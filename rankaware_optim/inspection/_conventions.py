@@ -1,8 +1,7 @@
-"""The table of conventions: how each library stores a LoRA pair, in a model and in a file. One row
-per convention.
+"""The table of conventions: how each library stores a LoRA pair in a model. One row per convention.
 
 A row has the attributes of the module that owns a pair and the layout of its two tensors. The
-libraries are not imported. A row is matched by attributes, or by names in a file.
+libraries are not imported. A row is matched by attributes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
 
-KEYS = ("{}", "{}.weight")
 INITS = (*get_args(Init), None)
 
 Shape = tuple[int, ...]
@@ -45,8 +43,7 @@ Layout = Callable[[Any, Shape, Shape], Reading]
 """Maps the owner and the shapes of A and B to a `Reading`.
 
 A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does
-not fit. An InspectionError is raised to the user. For a file the owner has the row's attributes
-that the file contains.
+not fit. An InspectionError is raised to the user.
 """
 
 
@@ -54,12 +51,15 @@ def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r /
     groups columns.
     """
+    return rows_of(a, b, getattr(getattr(owner, "base_layer", owner), "groups", 1))
+
+
+def rows_of(a: Shape, b: Shape, groups: int) -> Reading:
+    """Return the reading of the usual layout, on a convolution of so many groups."""
     if math.prod(b[2:]) != 1:
         raise ValueError("B has a kernel")
-    groups = (
-        getattr(getattr(owner, "base_layer", owner), "groups", 1) if len(b) > 2 else 1
-    )
-    groups = groups if b[1] * groups == a[0] else 1
+    if len(b) == 2 or b[1] * groups != a[0]:
+        groups = 1
     return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
 
 
@@ -121,7 +121,11 @@ def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base
     rate.
     """
-    core = tuple(owner.lora_mid.weight.shape)
+    return tucker_of(a, b, tuple(owner.lora_mid.weight.shape))
+
+
+def tucker_of(a: Shape, b: Shape, core: Shape) -> Reading:
+    """Return the reading of a pair around a core."""
     if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
         raise ValueError("the core does not fit")
     return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
@@ -133,12 +137,7 @@ LAYOUTS: Mapping[str, Layout] = {layout.__name__[1:]: layout for layout in _NAME
 
 @dataclass(frozen=True)
 class Convention:
-    """How one library stores a LoRA pair, on the module that owns it and in a file.
-
-    A file is read by the same row. A factor's name in a file is the owner's name, a dot and one of
-    `keys`. A key that begins with _ has no dot before it. Other attributes are other entries of the
-    owner. Numbers are tensors of one element. A row with its own `keys` does not need `where` in a
-    file.
+    """How one library stores a LoRA pair on the module that owns it.
 
     Args:
         name: the convention's name.
@@ -156,8 +155,6 @@ class Convention:
         init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT),
             "B" (A starts at zero), "other" or "unknown".
         exact: whether a test compares the row with the library itself.
-        keys: names of factors in a file. {} stands for `a` or `b`, followed by the adapter's name
-            in a dict.
 
     >>> row = Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",))
     >>> register_convention(row)
@@ -176,7 +173,6 @@ class Convention:
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
     init: Init | None = None
     exact: bool = True
-    keys: tuple[str, ...] = KEYS
 
 
 _LORA = ("lora_A", "lora_B")
@@ -221,8 +217,7 @@ CONVENTIONS: tuple[Convention, ...] = (
     ),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
     Convention("lora_A/lora_B", *_LORA),
-    # MLX writes lora_a alone, transposed
-    Convention("lora_a/lora_b", "lora_a", "lora_b", keys=("{}.weight",)),
+    Convention("lora_a/lora_b", "lora_a", "lora_b"),
     Convention(
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
     ),
@@ -268,12 +263,9 @@ CONVENTIONS: tuple[Convention, ...] = (
         "up",
         where=("network_alpha", "rank"),
         alpha=("network_alpha", "alpha"),
-        keys=("lora.{}.weight", "_lora.{}.weight", "lora_linear_layer.{}.weight"),
     ),
 )
-"""Tried in this order on every module or layer of a file, after registered ones. The first that
-matches is used.
-"""
+"""Tried in this order on every module, after registered ones. The first that matches is used."""
 
 
 # --- registration ---------------------------------------------------------------------------------

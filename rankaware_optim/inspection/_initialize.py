@@ -227,7 +227,7 @@ def _memory_of(half: Half) -> tuple[torch.device, int]:
 
 def _refuse_residual(pair: Pair, configs: Configs) -> None:
     """Raise if the declared init subtracted the product of the factors from the base weight."""
-    declared = config_of(pair, configs)[1].get("init_lora_weights")
+    declared = config_of(pair, configs).get("init_lora_weights")
     if isinstance(declared, str) and declared.lower().startswith(_RESIDUAL):
         raise InspectionError(
             f"{pair.where} starts with both factors drawn, and its init {declared!r} subtracted"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import is_number
@@ -36,9 +35,7 @@ class Walk(NamedTuple):
 
 
 class Half(NamedTuple):
-    """One of a pair's two tensors, with its name relative to the owner. In a file: its full name,
-    and only a shape.
-    """
+    """One of a pair's two tensors, with its name relative to the owner."""
 
     name: str
     tensor: torch.Tensor
@@ -54,12 +51,9 @@ class Half(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two factors of a module: the module, its name, the adapter's name, the convention, A and B.
+    """Two factors of a module: the module and its name, the adapter's, the convention, A and B."""
 
-    For a file the owner is a namespace with the file's entries.
-    """
-
-    owner: Any
+    owner: nn.Module
     layer: str
     adapter: str
     convention: Convention
@@ -70,11 +64,6 @@ class Pair(NamedTuple):
     def where(self) -> str:
         """The pair's name in error messages."""
         return self.layer or type(self.owner).__name__
-
-    @property
-    def unscaled(self) -> str:
-        """What is noted if it declares no scaling."""
-        return f"{self.where} declares no scaling: 1 is assumed."
 
     @property
     def trains(self) -> bool:
@@ -170,7 +159,7 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
     small tensor.
     """
     for attribute in attributes:
-        value = pair.owner
+        value: Any = pair.owner
         for part in attribute.split("."):
             value = getattr(value, part, None)
         if isinstance(value, Mapping):
@@ -196,13 +185,17 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
     if value is None:
         alpha = declared_number(pair, pair.convention.alpha)
         value = None if alpha is None else alpha / rank
-    if value is not None and not 0 < value < math.inf:
+    return checked_scaling(pair.where, value)
+
+
+def checked_scaling(where: str, scaling: float | None) -> float | None:
+    """Return a scaling, checked to be positive and finite if there is one."""
+    if scaling is not None and not 0 < scaling < math.inf:
         raise InspectionError(
-            f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is"
-            " undefined.",
+            f"{where} has the scaling {scaling:g}, so its adapter has no effect or is undefined.",
             "Give a positive finite alpha. To disable an adapter, freeze or delete it.",
         )
-    return value
+    return scaling
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -221,20 +214,29 @@ def reading_of(pair: Pair) -> Reading:
     rank = declared_number(pair, pair.convention.rank)
     a, b = pair.a.shape, pair.b.shape
     layouts = pair.convention.layouts
-    readings = (_read_as(layout, pair.owner, a, b) for layout in layouts)
+    readings = (layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
             kind = pair.convention.kind or reading.kind or _kind(pair)
             return reading._replace(kind=kind)
+    raise misfit(pair.where, rank, (pair.a.name, a), (pair.b.name, b))
+
+
+def misfit(
+    where: str, rank: float | None, a: tuple[str, Shape], b: tuple[str, Shape]
+) -> InspectionError:
+    """Return the error for a pair whose declared rank and two named shapes do not fit."""
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
-    raise InspectionError(
-        f"{pair.where} {what} but {pair.a.name} has shape {a} and {pair.b.name} {b}.",
+    return InspectionError(
+        f"{where} {what} but {a[0]} has shape {a[1]} and {b[0]} {b[1]}.",
         "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
         " right, or register its layout with register_convention().",
     )
 
 
-def _read_as(layout: str | Layout, owner: Any, a: Shape, b: Shape) -> Reading | None:
+def layout_reading(
+    layout: str | Layout, owner: Any, a: Shape, b: Shape
+) -> Reading | None:
     """Return a layout's reading if its ranks are one positive whole number, else None."""
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
@@ -262,9 +264,6 @@ def _kind(pair: Pair) -> str:
 def is_embedding(module: nn.Module) -> bool:
     """Return whether a module, or the one that it adapts, is an embedding."""
     base = getattr(module, "base_layer", module)
-    # a layer of a file, which is read without torch
-    if isinstance(base, SimpleNamespace):
-        return False
     from torch import nn
 
     return isinstance(base, (nn.Embedding, nn.EmbeddingBag))

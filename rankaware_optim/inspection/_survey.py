@@ -163,8 +163,13 @@ def _lora_survey(
             continue
         reading = reading_of(pair)
         _warn_of_transposed(pair, reading)
-        declared = config_of(pair, configs)[1].get("init_lora_weights")
-        factors += factors_of(pair, names, reading, declared, init, notes)
+        scaling = scaling_of(pair, reading.rank_a)
+        if scaling is None:
+            notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
+        declared = config_of(pair, configs).get("init_lora_weights")
+        found = init or init_of(pair, declared, reading.kind)
+        belongs = pair.layer, pair.adapter, pair.convention.name
+        factors += factors_of(names, reading, scaling, found, belongs)
     if not factors and not any(map(is_other_adapter, trainable.values())):
         refuse_frozen(walked)
         raise InspectionError(
@@ -211,23 +216,15 @@ def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
 
 
 def factors_of(
-    pair: Pair,
     names: Iterable[str | None],
     reading: Reading,
-    declared: object,
-    init: Init | None,
-    notes: dict[str, None],
+    scaling: float | None,
+    init: Init,
+    belongs: tuple[str, str, str],
 ) -> Iterator[Factor]:
-    """Yield a pair's factors A and B, if they have names. `declared` is PEFT's init, `init` that of
-    all pairs.
-    """
-    scaling = scaling_of(pair, reading.rank_a)
-    if scaling is None:
-        notes[pair.unscaled] = None
+    """Yield a pair's factors A and B, if they have names. `belongs`: layer, adapter, convention."""
     sizes = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
-    init = init or init_of(pair, declared, reading.kind)
     how = 1.0 if scaling is None else float(scaling), init, reading.kind
-    belongs = pair.layer, pair.adapter, pair.convention.name
     roles: tuple[Role, Role] = "A", "B"
     for role, name in zip(roles, names, strict=True):
         if name is not None:

