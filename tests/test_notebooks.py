@@ -78,18 +78,6 @@ def test_a_notebook_shows_what_is_printed(kind):
         assert all(plain(cell) in text for cell in cells.texts)
 
 
-def test_a_suggestion_is_a_table_too():
-    """Printed it is a paragraph. Its table has the rate, its configuration and its band."""
-    suggestion = ra.suggest_lr(ra.Reference(rank=16, alpha=32, fan_in=4096))
-    texts = Cells(suggestion._repr_html_()).texts
-    assert texts[:6] == [
-        *("lr", "0.000253", "at", "AdamW, rank 16, alpha 32, B = 0, fan-in 4096"),
-        *("90 % band", suggestion.band),
-    ]
-    assert [f"note: {note}" for note in suggestion.notes] == texts[6:]
-    assert all(note in str(suggestion) for note in suggestion.notes)
-
-
 SHOWN = {
     "recipe": lambda: replace(RECIPE, name=EVIL, notes=(EVIL,), versions={EVIL: EVIL}),
     "rate": lambda: ra.Rate(1e-3, notes=(EVIL,), configuration=EVIL),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..fitting import FULL_SD
-from ..inspection import configs_of, declared_init, other_kind, survey_of, walk
+from ..inspection import configs_of, declared_init, inspect_model, other_kind, walk
 from ..laws import MuA, checked_multiplier
 from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
 
@@ -64,58 +64,31 @@ class Step(NamedTuple):
     outside: bool = False
 
 
-def _between(name: str, published: float, measured: float) -> Step:
-    """Return the move to the middle of two factors of plain LoRA's best rate, which is half their
-    distance from both, octaves.
-
-    published: of one 0.6B model (arXiv 2602.04998). measured: of a small one
-    (benchmarks/README.md, frozen answers).
-    """
-    low, high = sorted((math.log2(published), math.log2(measured)))
-    why = (
-        f"{name}'s best rate is plain LoRA's × {published:.2g} in a published 0.6B model, and"
-        f" × {measured:.2g} in a small one of ours: the middle is taken."
-    )
-    return Step((high - low) / 2, why, (high + low) / 2)
+def _middle(low: float, high: float) -> tuple[float, float]:
+    """Return the middle of two factors and half their distance, octaves."""
+    ends = math.log2(low), math.log2(high)
+    return (ends[1] + ends[0]) / 2, (ends[1] - ends[0]) / 2
 
 
+# Octaves from the rate of AdamW and plain LoRA, and their standard deviation. Of an init and DoRA:
+# from the factor in a published 0.6B model (arXiv 2602.04998) to that in a small one of ours
+# (benchmarks/README.md, frozen answers). LoRA-GA was published only.
 VARIANTS = {
-    "pissa": _between("PiSSA", 1 / 10, 0.88),
-    "olora": _between("OLoRA", 1 / 18, 0.80),
-    "lora_ga": Step(
-        2.0,
-        "LoRA-GA's best rate is plain LoRA's × 0.056 in a published 0.6B model. Its factors for"
-        " PiSSA and OLoRA did not hold in a small one of ours.",
-        -math.log2(18),
-    ),
+    "pissa": _middle(1 / 10, 0.88),
+    "olora": _middle(1 / 18, 0.80),
+    "lora_ga": (-math.log2(18), 2.0),
 }
-DORA = _between("DoRA", 1 / 1.8, 1.5)
-
-_MATCHED_MUON = Step(
-    1.0,
-    "{} has no published rate: torch's documentation reuses AdamW's with match_rms_adamw, on whole"
-    " weights.",
-)
-# How another optimizer's rate follows from AdamW's, by the relation in the table of optimizers.
-# Muon's depends on its settings.
-RULES: dict[str, Step] = {
-    "as AdamW": Step(0.0),
-    "steps of AdamW's size": Step(
-        0.5,
-        "{} has no published rate: that of AdamW is used, whose steps have the same size.",
-    ),
-    "Lion's rule": Step(
-        math.log2(10 / 2) / 2,
-        "{} has no published rate: rule of thumb of its authors (Chen et al. 2023), AdamW's divided"
-        " by 3 to 10. In small tasks of ours it was 2.",
-        -math.log2(20) / 2,
-    ),
-    "schedule-free's rule": Step(
-        math.log2(10) / 2,
-        "{} has no published rate: rule of thumb of its authors' README, 1 to 10 times AdamW's.",
-        math.log2(10) / 2,
-    ),
+DORA = _middle(1 / 1.8, 1.5)
+# Of an optimizer, by its relation in the table of optimizers.
+RULES = {
+    "as AdamW": (0.0, 0.0),
+    "steps of AdamW's size": (0.0, 0.5),
+    # 1/10 (Chen et al. 2023 say 1/10 to 1/3) to 1/2, as in small tasks of ours
+    "Lion's rule": (-math.log2(20) / 2, math.log2(10 / 2) / 2),
+    "schedule-free's rule": _middle(1, 10),  # its authors' README
 }
+# torch's documentation reuses AdamW's rate, on whole weights
+_MATCHED_MUON = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,37 +100,10 @@ class Suggestion(Rate):
     tuned_at=s.reference)`.
 
     Args:
-        optimizer: the optimizer's name.
-        reference: the configuration of the rate, without a fan-in if it was made for a model.
-        fan_in: the model's width.
-    """
-
-    optimizer: str
-    reference: Reference
-    fan_in: float
-
-    def explain(self) -> str:
-        """Return a paragraph: the configuration, the rate, its band, its sources, and how to narrow
-        it.
-        """
-        band = (
-            f"The best rate is between {self.low:.1e} and {self.high:.1e} with about 90 %"
-            " probability"
-        )
-        return " ".join(
-            [f"{self.configuration}: start with lr {self.lr:.1e}. {band}.", *self.notes]
-        )
-
-
-class _Case(NamedTuple):
-    """The configuration of a suggestion: a resolved reference, one of VARIANTS or "", and whether
-    it is DoRA.
+        reference: the configuration of the rate, without a fan-in.
     """
 
     reference: Reference
-    variant: str
-    dora: bool
-    notes: tuple[str, ...]
 
 
 def suggest_lr(
@@ -205,24 +151,30 @@ def suggest_lr(
             f"The task is 'chat' or 'other', not {task!r}.", "Give one of the two."
         )
     name, rule = _rule(optimizer, settings or {})
-    case = _case(model, method, init, dora)
-    steps = [*_steps(case, task), rule._replace(why=rule.why.format(name))]
+    notes: tuple[str, ...] = ()
+    if not isinstance(model, Reference):
+        model, init, dora, notes = _read(model, method, init, dora)
+    elif method == "full" and model.method == "lora":
+        raise InvalidReferenceError(
+            "The reference is for LoRA, but method is 'full'.",
+            "Give Reference(method='full', fan_in=...).",
+        )
+    at = model if init is None else replace(model, init="B" if init == "B" else "A")
+    steps = [*_steps(at, task), *_variants(at, init, dora), _by_factor(name, *rule)]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
-    width = case.reference.fan_in or NO_WIDTH
+    width = at.fan_in or NO_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
     return Suggestion(
         lr=2.0 ** (middle - MARGIN),
         low=2.0 ** (middle - reach),
         high=2.0 ** (middle + reach),
-        optimizer=name,
         extrapolated=any(step.outside for step in steps),
-        reference=replace(case.reference, fan_in=None),
-        fan_in=width,
-        configuration=f"{name}, {case.reference}, fan-in {width:g}",
+        reference=replace(at, fan_in=None),
+        configuration=f"{name}, {at}, fan-in {width:g}",
         notes=(
             f"{_SOURCE}, then {times(-MARGIN)}, since too high costs more.",
             *(step.why for step in steps if step.why),
-            *case.notes,
+            *notes,
             _NARROW,
         ),
     )
@@ -233,7 +185,7 @@ def suggest_lr(
 
 def _rule(
     optimizer: type[Optimizer] | str, settings: Mapping[str, Any]
-) -> tuple[str, Step]:
+) -> tuple[str, tuple[float, float]]:
     """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its
     base class.
     """
@@ -245,59 +197,41 @@ def _rule(
     if known == "muon" and settings.get("adjust_lr_fn") == "match_rms_adamw":
         return name, _MATCHED_MUON
     if not row.relation:
-        muon = (
-            " With adjust_lr_fn='match_rms_adamw' in settings Muon reuses AdamW's."
-            if known == "muon"
-            else ""
-        )
         raise OptimizerError(
             f"No published rate is known for {name}, and no documented rule derives it from"
             " AdamW's.",
-            f"Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep).{muon}",
+            "Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep). Muon reuses"
+            " AdamW's with adjust_lr_fn='match_rms_adamw' in settings.",
         )
     return "AdamW" if name.lower() == "adamw" else name, RULES[row.relation]
 
 
-# --- the configuration ----------------------------------------------------------------------------
-
-
-def _case(
-    model: nn.Module | Survey | Reference,
-    method: Method,
-    init: str | bool | None,
-    dora: bool | None,
-) -> _Case:
-    notes: Iterable[str] = ()
-    if isinstance(model, Reference):
-        if method == "full" and model.method == "lora":
-            raise InvalidReferenceError(
-                "The reference is for LoRA, but method is 'full'.",
-                "Give Reference(method='full', fan_in=...).",
-            )
-        reference = model
-    else:
-        survey, init = _read(model, method, init)
-        reference = Reference(method="full") if method == "full" else survey.dominant()
-        if reference.method == "full":
-            reference = replace(reference, fan_in=survey.full_width())
-        else:
-            reference = replace(reference, fan_in=_common_width(survey))
-            notes = _assumptions(survey, init)
-            if dora is None:
-                dora = "DoRA magnitude" in map(other_kind, survey.other)
-    if init is not None:
-        reference = replace(reference, init="B" if init == "B" else "A")
-    return _Case(reference, _variant(init), bool(dora), tuple(notes))
+# --- a model --------------------------------------------------------------------------------------
 
 
 def _read(
-    model: object, method: Method, init: str | bool | None
-) -> tuple[Survey, str | bool | None]:
-    """Return a model's survey, and its init: where neither factor starts at zero, the declared
-    one.
+    model: nn.Module | Survey,
+    method: Method,
+    init: str | bool | None,
+    dora: bool | None,
+) -> tuple[Reference, str | bool | None, bool | None, tuple[str, ...]]:
+    """Return a model's configuration, init and whether it is DoRA, as given or else as declared,
+    and what is assumed.
     """
-    if isinstance(model, Survey):
-        return model, init
+    survey = model if isinstance(model, Survey) else _survey(model, method, init)
+    if method == "full" or any(f.role == "full" for f in survey.factors):
+        at = Reference(method="full", fan_in=survey.full_width())
+        return at, init, dora, ()
+    others = 2 * sum(f.init == "other" for f in survey.factors)
+    if init is None and others > len(survey.factors):
+        init = _declared(model)
+    if dora is None:
+        dora = "DoRA magnitude" in map(other_kind, survey.other)
+    at = replace(survey.dominant(), fan_in=_common_width(survey))
+    return at, init, dora, tuple(_assumptions(survey, init))
+
+
+def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
     from torch import nn
 
     if not isinstance(model, nn.Module):
@@ -305,29 +239,29 @@ def _read(
             f"A rate is suggested for a model, a survey or a Reference, not for {model!r}.",
             "Give one of them, such as Reference(rank=16, alpha=32, fan_in=4096).",
         )
-    walked = walk(model)
     read_as: Any = init if init in ("A", "B") else None
-    survey = survey_of(walked, method=method, init=read_as)
-    if init is None and _neither_zero(survey):
-        configs = configs_of(walked.modules).values()
-        declared = (fields.get("init_lora_weights") for fields in configs)
-        init = next(filter(None, map(published_init, declared)), None)
-    return survey, init
+    return inspect_model(model, method=method, init=read_as)
+
+
+def _declared(model: Any) -> str:
+    """Return the published init that a model's configuration declares.
+
+    Raises:
+        LawError: there is none.
+    """
+    configs = {} if isinstance(model, Survey) else configs_of(walk(model).modules)
+    for fields in configs.values():
+        if variant := published_init(fields.get("init_lora_weights")):
+            return variant
+    raise LawError(
+        "Neither factor of these adapters starts at zero, and they declare no init with a published"
+        " rate.",
+        f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
+        " calibrate.",
+    )
 
 
 def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
-    """Yield what is assumed of adapters.
-
-    Raises:
-        LawError: their init has no published rate.
-    """
-    if init is None and _neither_zero(survey):
-        raise LawError(
-            "Neither factor of these adapters starts at zero, and they declare no init with a"
-            " published rate.",
-            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
-            " calibrate.",
-        )
     kinds = {(f.rank, f.scaling) for f in survey.factors}
     if len(kinds) > 1:
         yield (
@@ -346,26 +280,6 @@ def _common_width(survey: Survey) -> float:
     return Counter(layers.values()).most_common(1)[0][0] if layers else 1.0
 
 
-def _neither_zero(survey: Survey) -> bool:
-    """Return whether neither factor starts at zero in most pairs."""
-    return 2 * sum(f.init == "other" for f in survey.factors) > len(survey.factors)
-
-
-def _variant(init: str | bool | None) -> str:
-    """Return the name in VARIANTS of an init, "" for "A", "B" and PEFT's names that start with B =
-    0.
-    """
-    if init in (None, "A", "B") or declared_init(init, "linear") == "A":
-        return ""
-    variant = published_init(init)
-    if variant is None:
-        raise LawError(
-            f"No published rate is known for the init {init!r}.",
-            f"Known are 'A', 'B', {', '.join(map(repr, VARIANTS))}; or calibrate (ra.calibrate).",
-        )
-    return variant
-
-
 def published_init(declared: object) -> str | None:
     """Return the name in VARIANTS for a value of PEFT's `init_lora_weights`; None if there is none.
 
@@ -379,9 +293,8 @@ def published_init(declared: object) -> str | None:
 # --- the moves ------------------------------------------------------------------------------------
 
 
-def _steps(case: _Case, task: Task) -> Iterator[Step]:
-    """Yield the moves from the published configuration to the case."""
-    at = case.reference
+def _steps(at: Reference, task: Task) -> Iterator[Step]:
+    """Yield the moves from the published configuration to another."""
     if at.fan_in is None:
         at = replace(at, fan_in=NO_WIDTH)
         yield Step(NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
@@ -392,37 +305,25 @@ def _steps(case: _Case, task: Task) -> Iterator[Step]:
             TASK_SD,
             "Your task, batch and horizon differ from theirs, which widens the band most.",
         )
-    if at.method == "lora":
-        yield from _lora_steps(case, at.rank or 1, at.fan_in or 1.0)
-        return
-    if case.variant or case.dora:
-        raise InvalidReferenceError(
-            "Full finetuning has neither an init nor DoRA.", "Leave them out."
-        )
     low, high = WIDTHS
-    feed_forward = 4 * high
-    yield from _outside("fan-in", at.fan_in or 1.0, (low, feed_forward), WIDTH_SD)
-    yield Step(
-        FULL_SD["A"],
-        "For full finetuning it is the law's rate, derived from LoRA: no sweep of full finetuning"
-        " supports it, and too high costs more than too low.",
-    )
-
-
-def _lora_steps(case: _Case, rank: int, fan_in: float) -> Iterator[Step]:
-    at = case.reference
-    yield from _outside("fan-in", fan_in, WIDTHS, WIDTH_SD)
+    if at.method == "full":
+        feed_forward = 4 * high
+        yield from _outside("fan-in", at.fan_in or 1.0, (low, feed_forward), WIDTH_SD)
+        yield Step(
+            FULL_SD["A"],
+            "For full finetuning it is the law's rate, derived from LoRA: no sweep of full"
+            " finetuning supports it, and too high costs more than too low.",
+        )
+        return
+    rank, alpha = at.rank or 1, PUBLISHED.alpha or 1.0
+    yield from _outside("fan-in", at.fan_in or 1.0, WIDTHS, WIDTH_SD)
     yield from _outside("rank", rank, RANKS, RANK_SD)
-    yield Step(ALPHA_SD * abs(math.log2(at.scaling * rank / (PUBLISHED.alpha or 1.0))))
+    yield Step(ALPHA_SD * abs(math.log2(at.scaling * rank / alpha)))
     if at.init == "B":
         yield Step(
             INIT_SD,
             "All used B = 0: µA moves the rate to A = 0, where low ranks needed more in our tasks.",
         )
-    if case.variant:
-        yield VARIANTS[case.variant]
-    if case.dora:
-        yield DORA
 
 
 def _outside(
@@ -436,3 +337,41 @@ def _outside(
             f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).",
             outside=True,
         )
+
+
+def _variants(
+    at: Reference, init: str | bool | None, dora: bool | None
+) -> Iterator[Step]:
+    """Yield the moves to an init of PEFT and to DoRA.
+
+    Raises:
+        InvalidReferenceError: full finetuning has neither.
+        LawError: no rate is published for the init.
+    """
+    variant = published_init(init)
+    starts_at_zero = init in (None, "A", "B") or declared_init(init, "linear") == "A"
+    if variant is None and not starts_at_zero:
+        raise LawError(
+            f"No published rate is known for the init {init!r}.",
+            f"Known are 'A', 'B', {', '.join(map(repr, VARIANTS))}; or calibrate (ra.calibrate).",
+        )
+    if at.method == "full" and (variant or dora):
+        raise InvalidReferenceError(
+            "Full finetuning has neither an init nor DoRA.", "Leave them out."
+        )
+    if variant:
+        yield _by_factor(str(init), *VARIANTS[variant])
+    if dora:
+        yield _by_factor("DoRA", *DORA)
+
+
+def _by_factor(what: str, octaves: float, sd: float) -> Step:
+    """Return the move by a factor that is known to lie within a range."""
+    if not sd:
+        return Step(0.0, octaves=octaves)
+    low, high = 2.0 ** (octaves - sd), 2.0 ** (octaves + sd)
+    why = (
+        f"For {what} the rate of AdamW and plain LoRA is multiplied by {low:.2g} to {high:.2g}: the"
+        " middle is taken."
+    )
+    return Step(sd, why, octaves)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -23,7 +24,6 @@ from rankaware_optim import (
     RankAwareOptimizer,
     Reference,
 )
-from rankaware_optim._optimizers import _KNOWN
 from rankaware_optim.cli._adapters import suggest
 from rankaware_optim.inspection import inspect_model
 from rankaware_optim.optimizer import effective_lr
@@ -111,19 +111,6 @@ def test_documented_inits_have_their_factor(init, factor):
     assert (reach(found) > reach(plain)) == (factor > 1)
 
 
-@pytest.mark.parametrize(
-    ("init", "published", "measured"), [("pissa", 1 / 10, 0.88), ("olora", 1 / 18, 0.8)]
-)
-def test_a_band_holds_both_measured_rates(init, published, measured):
-    """The band of an init that two studies put apart holds the published factor of LoRA's rate, and ours."""
-    plain, found = (
-        suggest_lr(PUBLISHED, task="chat"),
-        suggest_lr(PUBLISHED, task="chat", init=init),
-    )
-    for factor in (published, measured):
-        assert found.low < 2.0 ** middle(plain) * factor < found.high
-
-
 def test_dora_has_its_factor():
     """DoRA has its own factor, on top of an init's."""
     plain = suggest_lr(PUBLISHED).lr
@@ -204,7 +191,7 @@ def test_documented_rules_lead_to_other_optimizers(optimizer, most, least):
         <= 2 ** middle(plain) * most
         <= found.high
     )
-    assert ("no published rate" in str(found)) == (reach(found) > reach(plain))
+    assert ("the middle is taken" in str(found)) == (reach(found) > reach(plain))
 
 
 @pytest.mark.parametrize(
@@ -228,15 +215,6 @@ def test_muon_that_matches_adamw_takes_its_rate():
         suggest_lr(AT, kind("Muon"), settings={"adjust_lr_fn": "original"})
 
 
-def test_every_rule_is_reached_by_its_name():
-    """Each name in the table gives a suggestion that names the optimizer."""
-    assert all(
-        name in str(suggest_lr(AT, name)).lower()
-        for name, row in _KNOWN.items()
-        if row.relation
-    )
-
-
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +229,8 @@ def model_of(*pairs: tuple[int, int], init: str = "A", width: int = 64) -> nn.Mo
 def test_a_model_is_answered_at_its_own_configuration(init):
     """Rank, scaling and init are the model's commonest, the width its commonest fan-in; the other ranks are said."""
     found = suggest_lr(model_of((8, 64), (8, 64), (4, 256), init=init))
-    assert (found.reference, found.fan_in) == (
-        Reference(rank=8, alpha=16, init=init),
-        64,
-    )
+    assert found.reference == Reference(rank=8, alpha=16, init=init)
+    assert found.configuration.endswith(", fan-in 64")
     assert found.lr == suggest_lr(replace(found.reference, fan_in=64)).lr
     assert "has 2 ranks or scalings" in str(found)
     assert "holds" not in str(suggest_lr(model_of((8, 64))))
@@ -283,21 +259,12 @@ def test_the_rest_of_a_model_follows_by_the_law():
     )
 
 
-def test_on_its_own_model_the_rate_is_used_as_it_is():
-    """With its reference the rate stands at every group of that model, also where the layers are unequal."""
-    model = model_of((8, 64), (8, 64), (8, 256))
-    found = suggest_lr(model)
-    optimizer = RankAwareOptimizer(
-        model, torch.optim.AdamW, lr=found.lr, tuned_at=found.reference
-    )
-    assert {group["lr"] for group in optimizer.param_groups} == {found.lr}
-
-
 def test_full_finetuning_takes_the_largest_fan_in():
     """A plain model under method="full" is answered at its largest fan-in, with its caution; a survey of LoRA too."""
     plain = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32))
     found = suggest_lr(plain, method="full")
-    assert (found.reference, found.fan_in) == (Reference(method="full"), 128)
+    assert found.reference == Reference(method="full")
+    assert found.lr == suggest_lr(replace(found.reference, fan_in=128)).lr
     assert "the law's rate" in str(found)
     assert (
         suggest_lr(model_of((8, 64), (8, 256)), init="A").lr
@@ -352,7 +319,7 @@ def test_real_peft_models_are_read():
         return peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
 
     plain = suggest_lr(wrapped())
-    assert (plain.reference, plain.fan_in) == (Reference(rank=4, alpha=8), 64)
+    assert plain.reference == Reference(rank=4, alpha=8)
     assert plain.lr / suggest_lr(
         wrapped(init_lora_weights="pissa")
     ).lr == pytest.approx(PISSA)
@@ -409,17 +376,16 @@ def test_published_inits_by_their_declaration(declared, name):
 # --- in words -------------------------------------------------------------------------------------------------------
 
 
-def test_printed_it_is_one_paragraph():
-    """Printed: rate, band, sources, what widens the band, and how to narrow it, in one short paragraph."""
+def test_it_says_what_it_rests_on():
+    """Printed: rate, configuration, band, sources, what widens the band, and how to narrow it."""
     text = str(suggest_lr(AT, "lion", init="B"))
-    assert "\n" not in text
-    assert len(text) < 1000
     for part in (
-        "lr ",
-        "with about 90 %",
+        "lr  ",
+        "at        lion, rank 16, alpha 32, A = 0, fan-in 4096",
+        "90 % band",
         "tinker-cookbook",
-        "rule of thumb",
-        "A = 0",
+        "multiplied by 0.1 to 0.5",
+        "All used B = 0",
         "ra.calibrate",
         "ra.sweeps.fit_sweep",
     ):
@@ -514,7 +480,8 @@ def test_the_command_reads_an_adapter(folder, config, arguments, reference, opti
     """For an adapter's folder the configuration comes from its files, its declared init too."""
     done = call(folder(**config), *arguments)
     assert done.exit_code == 0, done.output
-    assert f"lr {suggest_lr(reference, **options).lr:.1e}." in done.output
+    rate = suggest_lr(reference, **options)
+    assert re.search(rf"^lr +{rate.lr:.3g}$", done.output, re.MULTILINE)
 
 
 def test_an_unreadable_init_is_said(folder):
