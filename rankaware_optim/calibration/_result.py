@@ -14,7 +14,7 @@ from .._printing import give_or_take
 from .._types import infer_scaling
 from ..errors import CalibrationError
 from ..fitting import Fit, at_target, fit_observations, steps_variance
-from ..recipe import Recipe, agreed, recipe_of
+from ..recipe import Recipe, agreed, constructor_settings, recipe_of
 from ._calibration import Calibration
 from ._provenance import settings_in, versions_used
 from ._trials import Setting, TrialRecord, Trials
@@ -85,10 +85,12 @@ def _settings(calibration: Calibration, built: list[dict[str, Any]]) -> dict[str
     """Return the optimizer's settings common to all trials, defaults included; those given if none
     are known.
     """
-    if not built:
-        return dict(calibration.settings)
-    names = {**defaults_of(calibration.options.optimizer), **calibration.settings}
-    return agreed([settings_in(values, names) for values in built])
+    optimizer = calibration.options.optimizer
+    settings = dict(calibration.settings)
+    if built:
+        names = {**defaults_of(optimizer), **settings}
+        settings = agreed(settings_in(values, names) for values in built)
+    return constructor_settings(settings, optimizer)
 
 
 def _fit(calibration: Calibration, trials: Trials) -> Fit:

@@ -26,7 +26,7 @@ from ..fitting import TAIL, Observation, height, recent
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
-from ..recipe import Recipe, plain_setting
+from ..recipe import Recipe, plain_value
 from ._calibration import Calibration
 from ._liveness import Heartbeat
 from ._progress import Show, rank_words
@@ -425,7 +425,7 @@ class Runner:
         calibration.learn(at, survey)
         ours = inspect.signature(RankAwareOptimizer.__new__).parameters
         calibration.settings = {
-            key: plain_setting(value)
+            key: plain_value(value)
             for key, value in settings.items()
             if key not in ours
         }

@@ -17,8 +17,8 @@ from ._recipe_text import missing_trials as missing_trials
 from ._schema import to_document as to_document
 from ._settings import SAME_UPDATES as SAME_UPDATES
 from ._settings import agreed as agreed
+from ._settings import constructor_settings as constructor_settings
 from ._settings import differences as differences
-from ._settings import plain_setting as plain_setting
 from ._settings import plain_value as plain_value
 from ._settings import settings_of as settings_of
 from ._uncertainty import INIT_SD as INIT_SD

@@ -13,9 +13,9 @@ from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..laws import checked_batch_multiplier, checked_multiplier
-from . import _recipe_text as words
 from ._horizon import by_batch, by_steps
 from ._other_rates import OtherRates
+from ._recipe_text import configuration_text
 from ._uncertainty import Z90, margin, spread
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ def rate(
     law_alone = here.method == "full" and not recipe.full_seen
     notes = [*untried]
     if law_alone:
-        notes.append(words.to_settle(width))
+        notes.append(
+            f"the best rate of full finetuning is known within a factor of {width:.2g} to either"
+            " side: three full runs (calibrate with full_trials=3) would settle it"
+        )
     if octaves:
         notes.append(f"the best rate {times(-octaves)}, since too high costs more")
     ceiling = None
@@ -85,7 +88,7 @@ def rate(
         ceiling=ceiling,
         extrapolated=bool(untried),
         notes=(*notes, *recipe.notes),
-        configuration=words.configuration(recipe, at, steps, batch),
+        configuration=configuration_text(recipe, at, steps, batch),
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from .._printing import Table, give_or_take, printable, times
+from .._printing import Table, printable, times
 from .._types import Reference, Scaling, init_text
-from ..fitting import steps_variance
 from ..laws import Power, law_sentence
 from ._other_rates import BASE
 from ._uncertainty import own_band
@@ -24,65 +22,50 @@ _ALPHA: Mapping[Scaling, str] = {
     "as swept": "as in the sweep, which does not give it",
     "unknown": "no rule known: give alpha",
 }
+_COLUMN = 16  # characters of a fact's name
 
 
 def lead(recipe: Recipe) -> str:
     """Return the recipe in a sentence: optimizer, steps, batch and the configurations tried."""
     optimizer = recipe.optimizer.rpartition(".")[2]
-    at = f"{recipe.steps or 'unknown'} steps at batch {_number(recipe.batch)}"
-    return f"{optimizer}, {at}, calibrated at {_tried(recipe)}."
+    steps, batch = _number(recipe.steps), _number(recipe.batch)
+    tried = _tried(recipe)
+    return f"{optimizer}, {steps} steps at batch {batch}, calibrated at {tried}."
 
 
 def facts(recipe: Recipe) -> list[tuple[str, str]]:
     """Return a recipe's facts as pairs of a name and a text."""
-    at, twice = recipe.reference, math.sqrt(steps_variance(1.0))
+    at = recipe.reference
+    low, high = own_band(recipe)
     ceiling = "none seen"
     if recipe.ceiling is not None:
         ceiling = (
             f"{recipe.ceiling:.3g}, the smallest rate that diverged, moved to the base rate's"
             " configuration"
         )
-    settings = _listed(recipe.settings)
+    optimizer = recipe.optimizer
+    if recipe.settings:
+        optimizer += f" with {_listed(recipe.settings)}"
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
-    batch = _number(recipe.batch)
-    low, high = own_band(recipe)
-    return [
-        (
-            "base rate",
-            f"{recipe.lr:.3g} at {_words(recipe, at)}, mean fan-in {_fan_in(at.fan_in)}",
-        ),
-        (
-            "fitted optimum",
-            f"{recipe.fitted_lr:.3g}; {times(-recipe.lean)} is the base rate, the one to use",
-        ),
-        ("90 % band", f"{low:.3g} to {high:.3g}"),
-        ("ceiling", ceiling),
-        (
-            "largest fan-in",
-            f"{_fan_in(recipe.full_fan_in)}, which full finetuning's rate depends on",
-        ),
-        ("law", _law(recipe.law)),
-        ("alpha by rank", _ALPHA[recipe.scaling_rule]),
-        ("optimizer", " with ".join(filter(None, (recipe.optimizer, settings)))),
-        (
-            "horizon",
-            f"{recipe.steps or 'unknown'} steps, batch {batch}, warm-up {warmup}",
-        ),
-        (
-            "other steps",
-            f"the same rate, {give_or_take(twice)} for twice the steps",
-        ),
-        ("seen", f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}"),
-        ("other rates", _other_rates(recipe)),
-        ("code", _listed(recipe.source).removeprefix("train ") or "unknown"),
-        ("versions", _listed(recipe.versions) or "unknown"),
-        ("hash", recipe.tag.partition(" ")[0]),
-        *(("note", note) for note in recipe.notes),
-    ]
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_setting(value)}" for name, value in values.items())
+    steps, batch = _number(recipe.steps), _number(recipe.batch)
+    rows = {
+        "base rate": f"{recipe.lr:.3g} at {_words(recipe, at)}, mean fan-in {_fan_in(at.fan_in)}",
+        "fitted optimum": f"{recipe.fitted_lr:.3g}; {times(-recipe.lean)} is the base rate, the"
+        " one to use",
+        "90 % band": f"{low:.3g} to {high:.3g}",
+        "ceiling": ceiling,
+        "largest fan-in": f"{_fan_in(recipe.full_fan_in)}, which full finetuning's rate depends on",
+        "law": _law(recipe.law),
+        "alpha by rank": _ALPHA[recipe.scaling_rule],
+        "optimizer": optimizer,
+        "horizon": f"{steps} steps, batch {batch}, warm-up {warmup}",
+        "seen": f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}",
+        "other rates": _other_rates(recipe),
+        "code": _listed(recipe.source).removeprefix("train ") or "unknown",
+        "versions": _listed(recipe.versions) or "unknown",
+        "hash": recipe.tag.partition(" ")[0],
+    }
+    return [*rows.items(), *(("note", note) for note in recipe.notes)]
 
 
 def missing_trials(recipe: Recipe) -> str:
@@ -102,71 +85,49 @@ def table_of(recipe: Recipe) -> Table:
 
 def explain(recipe: Recipe) -> str:
     """Return the facts, one per line."""
-    table = table_of(recipe)
-    lines = [
-        fill(f"{name:<16}{text}", 100, subsequent_indent=" " * 16)
-        for name, text in table.rows
-    ]
-    return printable("\n".join([table.title, *lines]))
+    table, indent = table_of(recipe), " " * _COLUMN
+    lines = [table.title]
+    for name, text in table.rows:
+        lines.append(fill(name.ljust(_COLUMN) + text, 100, subsequent_indent=indent))
+    return printable("\n".join(lines))
 
 
-def configuration(
-    recipe: Recipe, target: Reference, steps: int | None, batch: float | None
+def configuration_text(
+    recipe: Recipe, at: Reference, steps: int | None, batch: float | None
 ) -> str:
-    """Return the configuration of a rate at `target` in words. Steps and batch are by default the
-    recipe's own.
-    """
-    numbers = (
-        ("fan-in {}", target.fan_in and _fan_in(target.fan_in)),
-        ("{} steps", steps or recipe.steps),
-        ("batch {:g}", batch or recipe.batch),
-    )
-    known = (words.format(value) for words, value in numbers if value is not None)
-    return ", ".join([_words(recipe, target), *known])
+    """Return the configuration of a rate in words. Steps and batch are by default the recipe's."""
+    words = [_words(recipe, at)]
+    if at.fan_in is not None:
+        words.append(f"fan-in {_fan_in(at.fan_in)}")
+    steps, batch = steps or recipe.steps, batch or recipe.batch
+    if steps is not None:
+        words.append(f"{steps} steps")
+    if batch is not None:
+        words.append(f"batch {batch:g}")
+    return ", ".join(words)
 
 
-def to_settle(width: float) -> str:
-    """Return what full runs would settle, where none was made. width: ratio of the band's end to
-    its middle.
-    """
-    return (
-        f"the best rate of full finetuning is known within a factor of {width:.2g} to either side:"
-        " three full runs (calibrate with full_trials=3) would settle it"
-    )
-
-
-def _words(recipe: Recipe, target: Reference) -> str:
+def _words(recipe: Recipe, at: Reference) -> str:
     """Return a reference as text, without the alpha of a sweep that does not give it."""
-    swept = target.method == "lora" and recipe.scaling_rule == "as swept"
-    return (
-        f"rank {target.rank}, alpha as swept, {init_text(target.init)}"
-        if swept
-        else str(target)
-    )
+    if at.method == "lora" and recipe.scaling_rule == "as swept":
+        return f"rank {at.rank}, alpha as swept, {init_text(at.init)}"
+    return str(at)
 
 
 def _law(law: Power) -> str:
     """The law that rates move by, and how the trials corrected it."""
-    parts = [law_sentence(law.law)]
+    words = law_sentence(law.law)
     if law.exponent:
-        parts.append(f"times rank^{law.exponent:.3g}")
+        words += f", times rank^{law.exponent:.3g}"
     if law.full_factor != 1.0:
-        parts.append(f"times {law.full_factor:.3g} in full finetuning")
-    return ", ".join(parts)
+        words += f", times {law.full_factor:.3g} in full finetuning"
+    return words
 
 
 def _trials(recipe: Recipe) -> str:
     if recipe.missing:
         return f"its trials are not here, {recipe.missing} is missing"
     return f"{len(recipe.tensors.get('lr', ()))} trials"
-
-
-def _setting(value: Any) -> str:
-    return (
-        f"({', '.join(map(_setting, value))})"
-        if isinstance(value, (list, tuple))
-        else str(value)
-    )
 
 
 def _tried(recipe: Recipe) -> str:
@@ -176,23 +137,24 @@ def _tried(recipe: Recipe) -> str:
 
 
 def _other_rates(recipe: Recipe) -> str:
-    """Return the rates of the parameters that are not factors, in words. Those that the trials
-    trained come first.
+    """Return the rates of the parameters that are not factors, those that the trials trained
+    first.
     """
-    seen = (
-        f"{name} {'the base rate' if rate == BASE else f'{rate:.3g}'}"
-        for name, rate in recipe.other_rates.items()
-    )
-    rest = (
-        "that of full finetuning"
-        if recipe.full_seen
-        else "must be given, as full finetuning was not tried"
-    )
-    return "; ".join([*seen, f"any other {rest}"]) if recipe.other_rates else rest
+    words = []
+    for name, rate in recipe.other_rates.items():
+        words.append(f"{name} {'the base rate' if rate == BASE else f'{rate:.3g}'}")
+    rest = "must be given, as full finetuning was not tried"
+    if recipe.full_seen:
+        rest = "that of full finetuning"
+    return "; ".join([*words, f"any other {rest}" if words else rest])
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:g}"
+    return "unknown" if value is None else f"{value:.15g}"
 
 
 def _fan_in(value: float | None) -> str:

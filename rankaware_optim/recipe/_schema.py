@@ -22,8 +22,6 @@ from ._uncertainty import own_band
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-# --- numbers and texts ----------------------------------------------------------------------------
-
 
 def _range(name: str) -> Meta:
     low, high = RANGES[name]
@@ -32,20 +30,13 @@ def _range(name: str) -> Meta:
 
 Lr = Annotated[float, _range("lr")]
 Octaves = Annotated[float, _range("octaves")]
-Steepness = Annotated[float, _range("steepness")]
+FanIn = Annotated[float, _range("fan_in")]
+Seed = Annotated[int, _range("seed")]
+Ranks = tuple[Annotated[int, _range("rank")], ...]
 # up to a standard deviation of 100 octaves
 Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
 ThreeNumbers = tuple[Variance, Variance, Variance]
-Rank = Annotated[int, _range("rank")]
-Steps = Annotated[int, _range("steps")]
-Seed = Annotated[int, _range("seed")]
-Share = Annotated[float, _range("share")]
-FanIn = Annotated[float, _range("fan_in")]
-Text = Annotated[str, Meta(max_length=10_000)]
-Plain = bool | Seed | float | Text
-Settings = dict[Text, Plain | Annotated[tuple[Plain, ...], Meta(max_length=500)]]
-OtherRates = dict[Text, Lr | Literal["base"]]
-MANY = Meta(max_length=3000)
+Plain = bool | Seed | float | str
 Array = npt.NDArray[Any]
 Trials = Mapping[str, Array]
 
@@ -85,24 +76,26 @@ class ReferenceTable(Table):
 
 
 class OptimizerTable(Table):
-    optimizer: Text = field(name="class")
-    settings: Annotated[Settings, Meta(max_length=500)]
+    optimizer: str = field(name="class")
+    settings: dict[str, Plain | tuple[Plain, ...]]
 
 
 class HorizonTable(Table):
-    steps: Steps | None = None
-    warmup: Share | None = field(name="warmup_share", default=None)
+    steps: Annotated[int, _range("steps")] | None = None
+    warmup: Annotated[float, _range("share")] | None = field(
+        name="warmup_share", default=None
+    )
 
 
 class SeenTable(Table):
     """What the trials tried, and what they left open."""
 
-    ranks: Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)]
+    ranks: Annotated[Ranks, Meta(max_length=MOST_RANKS)]
     full_seen: bool = field(name="full")
     seed: Seed
-    notes: Annotated[tuple[Text, ...], Meta(max_length=100)]
-    other_rates: Annotated[OtherRates, MANY]
-    layers: Annotated[dict[Text, FanIn], MANY]
+    notes: tuple[str, ...]
+    other_rates: dict[str, Lr | Literal["base"]]
+    layers: dict[str, FanIn]
 
 
 class FitTable(Table):
@@ -110,7 +103,9 @@ class FitTable(Table):
 
     fitted_lr: Lr
     lean: Octaves = field(name="lean_octaves")
-    steepness: Steepness = field(name="steepness_per_octave")
+    steepness: Annotated[float, _range("steepness")] = field(
+        name="steepness_per_octave"
+    )
     scatter: Octaves = field(name="scatter_octaves")
     covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
     ceiling: Lr | None = None
@@ -130,7 +125,7 @@ class FitTable(Table):
 class TrialsTable(Table):
     """The file of trials: its hash, and how many trials and training steps there are."""
 
-    sha256: Text
+    sha256: str
     count: int
     steps: int | None = None
     pruned: int | None = None
@@ -139,7 +134,7 @@ class TrialsTable(Table):
 
 class RecipeFile(Table):
     schema: Literal[1]
-    name: Text
+    name: str
     scaling_rule: Scaling
     rate: RateTable
     reference: ReferenceTable
@@ -148,8 +143,8 @@ class RecipeFile(Table):
     horizon: HorizonTable
     seen: SeenTable
     fit: FitTable
-    source: Annotated[dict[Text, Text], Meta(max_length=20)]
-    versions: Annotated[dict[Text, Text], Meta(max_length=1000)]
+    source: dict[str, str]
+    versions: dict[str, str]
     full_fan_in: FanIn | None = None
     trials: TrialsTable | None = None
 

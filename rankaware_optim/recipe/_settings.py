@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._checks import is_number, plain_lr
+from .._optimizers import defaults_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 # Settings that do not change the updates.
 SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
@@ -44,23 +48,43 @@ def plain_value(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def plain_setting(value: Any) -> Any:
-    """Return an optimizer's setting as a TOML value. What TOML cannot hold becomes its repr."""
-    if isinstance(value, (list, tuple)):
-        return [plain_setting(v) for v in value]
-    return value if isinstance(value, (bool, int, float, str)) else repr(value)
-
-
-def agreed(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def agreed(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the union of the tables, without keys for which two tables differ."""
-    made: dict[str, Any] = {}
+    made: dict[str, list[Any]] = {}
     for table in tables:
-        made = {**table, **made}
+        for key, value in table.items():
+            made.setdefault(key, []).append(value)
     return {
-        key: value
-        for key, value in made.items()
-        if all(table.get(key, value) == value for table in tables)
+        key: values[0]
+        for key, values in made.items()
+        if values.count(values[0]) == len(values)
     }
+
+
+def constructor_settings(
+    settings: Mapping[str, Any], optimizer: type[Optimizer]
+) -> dict[str, Any]:
+    """Return those settings that an optimizer's constructor takes, so that `**settings` gives them
+    again.
+
+    A value in which groups differed, and an object that became a text, is none.
+    """
+    defaults = defaults_of(optimizer)
+    made = {}
+    for name, value in settings.items():
+        default = defaults.get(name)
+        if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+            value = tuple(value)
+            taken = len(value) == len(default)
+        elif isinstance(value, str):
+            taken = isinstance(default, str) or (
+                default is None and value.isidentifier()
+            )
+        else:
+            taken = isinstance(value, (bool, int, float))
+        if name in defaults and taken:
+            made[name] = value
+    return made
 
 
 def differences(

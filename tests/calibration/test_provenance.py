@@ -122,7 +122,7 @@ def test_settings_are_recorded_with_their_defaults(tmp_path):
     loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
     expected = {
         "weight_decay": 0.25,
-        "betas": [0.9, 0.999],
+        "betas": (0.9, 0.999),
         "eps": 1e-8,
         "amsgrad": False,
         "maximize": False,
@@ -174,7 +174,7 @@ def test_settings_that_follow_the_rank_are_no_recipes():
 
     settings = calibrate(loop, trials=4).settings
     assert "weight_decay" not in settings
-    assert settings["betas"] == [0.9, 0.999]
+    assert settings["betas"] == (0.9, 0.999)
 
 
 # --- what trains beside the adapters --------------------------------------------------------------------------------

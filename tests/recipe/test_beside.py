@@ -163,7 +163,7 @@ def test_nothing_is_written_outside_the_folder(linked, adapter, tmp_path):
     before = {
         file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")
     }
-    with pytest.raises(RecipeError, match=r"is a link to .*, outside "):
+    with pytest.raises(RecipeError, match=r"is a link to outside "):
         RECIPE.save_beside(adapter)
     assert {
         file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")

@@ -19,7 +19,7 @@ from ..helpers.recipes import KINDS, RECIPE
 FULL = replace(
     RECIPE,
     lean=0.25,
-    settings={"weight_decay": 0.01, "betas": [0.9, 0.99]},
+    settings={"weight_decay": 0.01, "betas": (0.9, 0.99)},
     reference=Reference(rank=4, alpha=8, fan_in=64, batch=16.0),
     steps=1,
     warmup=0.05,
@@ -109,11 +109,6 @@ WORDS = [
         {"full_fan_in": None},
         "largest fan-in",
         "unknown, which full finetuning's rate depends on",
-    ),
-    (
-        {},
-        "other steps",
-        "the same rate, give or take a factor of 1.28 for twice the steps",
     ),
 ]
 

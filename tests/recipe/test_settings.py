@@ -8,8 +8,8 @@ import torch
 
 from rankaware_optim.recipe import (
     agreed,
+    constructor_settings,
     differences,
-    plain_setting,
     plain_value,
     settings_of,
 )
@@ -57,10 +57,15 @@ def test_an_object_is_named_without_its_address():
     assert plain_value(Thing()).endswith(".Thing object>")
 
 
-def test_what_toml_cannot_hold_is_a_text():
-    """None and an object are written as Python shows them, inside lists too."""
-    assert plain_setting((1, (True, None))) == [1, [True, "None"]]
-    assert plain_setting({"a": 1}) == "{'a': 1}"
+def test_settings_are_those_that_the_constructor_takes():
+    """What groups differ in, an object's text and another optimizer's settings are left out; lists are tuples."""
+    held = {"betas": [0.9, 0.99], "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
+    others = {"weight_decay": [0.1, 0.2], "foreach": "<object>", "nesterov": True}
+    assert constructor_settings({**held, "foreach": "<object>"}, torch.optim.AdamW) == {
+        **held,
+        "betas": (0.9, 0.99),
+    }
+    assert constructor_settings(others, torch.optim.AdamW) == {}
 
 
 def test_tables_agree_on_what_no_two_say_differently():
