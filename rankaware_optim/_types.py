@@ -20,7 +20,7 @@ from .errors import InspectionError, InvalidReferenceError
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]
-Scaling = Literal["fixed", "rslora", "alpha", "as swept", "unknown"]
+Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 
 class Rated(NamedTuple):
@@ -422,14 +422,8 @@ class Reference:
 
 # --- the rule by which s follows the rank: s = c·r^(−γ) -------------------------------------------
 
-# γ of every rule. "as swept" is for a sweep without alpha. It has the middle of the conventions and
-# a wider drift.
-GAMMA: dict[Scaling, float] = {
-    "fixed": 0.0,
-    "rslora": 0.5,
-    "alpha": 1.0,
-    "as swept": 0.5,
-}
+# γ of every rule
+GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 
 
 def scaling_factor(rule: Scaling, at: float, rank: float) -> float:

@@ -166,12 +166,6 @@ def configuration(
         Reference(rank, 1.0, method=method)  # checks both before they are used
         at = Reference.from_scaling(rank, _scaling_at(recipe, rank), init=init)
         return replace(at, fan_in=width)
-    if recipe.scaling_rule == "as swept":
-        raise RecipeError(
-            f"The sweep behind recipe {recipe.name!r} has no alpha, so its rates hold only for"
-            " the alpha swept.",
-            "Fit it again with an alpha, or use recipe.at(rank=...).lr as a plain rate.",
-        )
     return Reference(rank, alpha, rslora, init, width, method)
 
 

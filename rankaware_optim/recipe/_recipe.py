@@ -51,7 +51,7 @@ class Recipe:
             if no trial did.
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the
             trials: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant),
-            "as swept" (a sweep without alpha) or "unknown".
+            or "unknown".
         full_fan_in: the width that full finetuning's rate belongs to.
         ranks: the LoRA ranks of the trials.
         full_seen: whether full finetuning was among the trials.

@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .._printing import Table, printable, times
-from .._types import Reference, Scaling, init_text
+from .._types import Reference, Scaling
 from ..laws import Power, law_sentence
 from ._other_rates import BASE
 from ._uncertainty import own_band
@@ -19,7 +19,6 @@ _ALPHA: Mapping[Scaling, str] = {
     "fixed": "alpha follows rank (s fixed)",
     "rslora": "alpha fixed under rsLoRA (s falls as 1/√rank)",
     "alpha": "alpha fixed (s falls as 1/rank)",
-    "as swept": "as in the sweep, which does not give it",
     "unknown": "no rule known: give alpha",
 }
 _COLUMN = 16  # characters of a fact's name
@@ -49,7 +48,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps, batch = _number(recipe.steps), _number(recipe.batch)
     rows = {
-        "base rate": f"{recipe.lr:.3g} at {_words(recipe, at)}, mean fan-in {_fan_in(at.fan_in)}",
+        "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_fan_in(at.fan_in)}",
         "fitted optimum": f"{recipe.fitted_lr:.3g}; {times(-recipe.lean)} is the base rate, the"
         " one to use",
         "90 % band": f"{low:.3g} to {high:.3g}",
@@ -96,7 +95,7 @@ def configuration_text(
     recipe: Recipe, at: Reference, steps: int | None, batch: float | None
 ) -> str:
     """Return the configuration of a rate in words. Steps and batch are by default the recipe's."""
-    words = [_words(recipe, at)]
+    words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {_fan_in(at.fan_in)}")
     steps, batch = steps or recipe.steps, batch or recipe.batch
@@ -105,13 +104,6 @@ def configuration_text(
     if batch is not None:
         words.append(f"batch {batch:g}")
     return ", ".join(words)
-
-
-def _words(recipe: Recipe, at: Reference) -> str:
-    """Return a reference as text, without the alpha of a sweep that does not give it."""
-    if at.method == "lora" and recipe.scaling_rule == "as swept":
-        return f"rank {at.rank}, alpha as swept, {init_text(at.init)}"
-    return str(at)
 
 
 def _law(law: Power) -> str:

@@ -153,7 +153,6 @@ RULES = [
     ("fixed", "alpha follows rank (s fixed)"),
     ("rslora", "alpha fixed under rsLoRA (s falls as 1/√rank)"),
     ("alpha", "alpha fixed (s falls as 1/rank)"),
-    ("as swept", "as in the sweep, which does not give it"),
     ("unknown", "no rule known: give alpha"),
 ]
 
@@ -218,11 +217,6 @@ AT = [
         "full finetuning, fan-in 64, 9 steps, batch 4",
     ),
     (BARE, {"rank": 8}, "rank 8, alpha 8, B = 0"),
-    (
-        {"scaling_rule": "as swept"},
-        {"rank": 8},
-        "rank 8, alpha as swept, B = 0, fan-in 64, 100 steps, batch 16",
-    ),
 ]
 
 
