@@ -7,10 +7,7 @@ this module imports none of these packages.
 from __future__ import annotations
 
 import copy
-import logging
-import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 
 from .._optimizers import get_optimizer_class
-from ..calibration import Pushed, Trial, calibrate, release_memory, seeded
+from ..calibration import Pushed, Trial, calibrate, release_memory
 from ..errors import CalibrationError
 from ..recipe import Recipe
 from ._trainer_factory import TrainerFactory
@@ -60,8 +57,7 @@ def calibrate_trainer(
     optimizer at a constant rate. The number of steps replaces the trainer's epochs.
 
     The value of a step is its training loss, summed over accumulated batches with the trainer's
-    weights. A callback prunes runs. The global random state, os.environ, loggers and warning
-    filters are restored at the end.
+    weights. A callback prunes runs. The global random state is restored at the end.
 
     Args:
         make_trainer: returns the trainer for a `Trial`, with a model at `trial.rank`, or for full
@@ -92,19 +88,20 @@ def calibrate_trainer(
         )
 
     native = get_optimizer_class(optimizer)
-
     horizon: dict[str, Any] = {}  # of the trainer's arguments
 
     @wraps(make_trainer)
     def pushed(trial: Trial) -> Pushed:
         def run(report: Callable[[Any], bool]) -> Any:
             of_trial = TrainerRun(trial, native, settings or {}, score, report, horizon)
-            return _run(make_trainer, of_trial)
+            try:
+                return _run(make_trainer(trial), of_trial)
+            finally:
+                release_memory()  # of the trainer, before the next trial
 
         return Pushed(run)
 
-    with seeded(0), _surroundings():
-        recipe = calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)
+    recipe = calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)
     if recipe.batch is None:
         reference = replace(recipe.reference, batch=horizon.get("batch"))
         recipe = replace(recipe, reference=reference)
@@ -113,50 +110,18 @@ def calibrate_trainer(
     return recipe
 
 
-def _run(make_trainer: Callable[[Trial], Any], run: TrainerRun) -> Any:
+def _run(made: Any, run: TrainerRun) -> Any:
     """Run one trial and return its score, or None if there is none."""
-    # the only reference, so that its memory is released before the next trial
-    trainer = make_trainer(run.trial)
-    try:
-        if (
-            isinstance(trainer, tuple)
-            and len(trainer) >= 2
-            and hasattr(trainer[0], "fit_loop")
-        ):
-            return run_lightning(trainer[0], trainer[1], trainer[2:], run)
-        if hasattr(trainer, "callback_handler") and hasattr(trainer, "training_step"):
-            return run_transformers(trainer, run)
-    finally:
-        del trainer
-        release_memory()
+    is_several = isinstance(made, tuple) and len(made) >= 2
+    if is_several and hasattr(made[0], "fit_loop"):
+        return run_lightning(made[0], made[1], made[2:], run)
+    if hasattr(made, "callback_handler") and hasattr(made, "training_step"):
+        return run_transformers(made, run)
     raise CalibrationError(
         "make_trainer returned no known trainer.",
         "Return a Trainer of transformers or TRL, or a tuple of Lightning's Trainer, module and"
         " data.",
     )
-
-
-@contextmanager
-def _surroundings() -> Iterator[None]:
-    """Restore at the end what trainers change: os.environ, loggers and warning filters."""
-    environment = dict(os.environ)
-    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
-    states = [
-        (logger, logger.level, logger.propagate, logger.disabled, [*logger.handlers])
-        for logger in loggers
-        if isinstance(logger, logging.Logger)
-    ]
-    with warnings.catch_warnings():
-        try:
-            yield
-        finally:
-            for logger, level, propagate, disabled, handlers in states:
-                logger.setLevel(level)
-                logger.propagate, logger.disabled = propagate, disabled
-                logger.handlers[:] = handlers
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
-            os.environ.update(environment)
 
 
 # --- a trial --------------------------------------------------------------------------------------
