@@ -27,25 +27,19 @@ def inputs(kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("before", ["A", "B"])
-@pytest.mark.parametrize("variance", ["mua", "peft"])
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("style", STYLES)
-def test_every_style_and_layer_kind(style, kind, init, variance, before):
+def test_every_style_and_layer_kind(style, kind, init, before):
     """From either untrained start a pair gets the init asked for, while the layer's output keeps every bit."""
-    if (init, variance) == ("B", "peft"):
-        with pytest.raises(InspectionError, match=r"init='B' has no variance 'peft'"):
-            initialize(adapted(style, kind), init, variance=variance)
-        return
     layer, x = adapted(style, kind, init=before), inputs(kind)
     output = layer(x)
-    survey = initialize(layer, init, variance=variance)
-    expected = "B" if (kind, variance) == ("embedding", "peft") else init
-    assert [f.init for f in survey.factors] == [expected] * 2
+    survey = initialize(layer, init)
+    assert [f.init for f in survey.factors] == [init] * 2
     assert survey == inspect_model(layer)
     assert torch.equal(output, layer(x))
     a, b = layer.pair()
-    zero, drawn = (b, a) if expected == "A" else (a, b)
+    zero, drawn = (b, a) if init == "A" else (a, b)
     assert not zero.any()
     assert drawn.all()
 
@@ -147,25 +141,6 @@ def test_the_variance_of_every_layout(layout, init):
         0.05, abs=5 * math.sqrt(0.05 / count)
     )
     assert not zero.any()
-
-
-def test_the_variance_of_peft_is_uniform_within_one_over_the_root_of_the_fan_in():
-    """variance="peft" draws as torch's own layers do: uniform, of variance 1/(3·fan_in)."""
-    model = owner((16, 400), (8, 16))
-    initialize(model, "A", variance="peft")
-    unit = model.lora_A.detach() * 20
-    assert 0.99 < unit.abs().max() <= 1
-    assert unit.square().mean() == pytest.approx(1 / 3, abs=0.02)
-    assert unit.square().square().mean() == pytest.approx(1 / 5, abs=0.02)
-
-
-def test_embeddings_under_the_variance_of_peft():
-    """PEFT's embeddings start at Init[B] with B of variance 1, and that is what variance="peft" restores."""
-    model = of_embedding()
-    survey = initialize(model, "A", variance="peft")
-    assert {f.init for f in survey.factors} == {"B"}
-    assert model.lora_B.detach().var() == pytest.approx(1, abs=0.2)
-    assert not model.lora_A.any()
 
 
 def drawn(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -361,11 +336,6 @@ def tied(model: nn.Module) -> None:
     model["down"].lora_A = nn.Parameter(model["up"].lora_B.detach().T)
 
 
-def merged(model: nn.Module) -> None:
-    trained(model)
-    model["up"].merged = True
-
-
 def integers(model: nn.Module) -> None:
     model["up"].lora_A = nn.Parameter(
         torch.zeros(4, 12, dtype=torch.int8), requires_grad=False
@@ -401,15 +371,14 @@ def without(half: str):
 
 
 REFUSED = [
-    (trained, {"init": "A"}, r"^up was trained already, .* give force=True"),
+    (trained, {"init": "A"}, r"^up was trained already, .* Rebuild the adapter"),
     (trained, {"init": "B"}, r"^up was trained already"),
-    (merged, {"force": True}, r"^up is merged into its base weight, .* Unmerge"),
     (adalora, {}, r"^up needs the init of its convention 'peft-adalora'"),
-    (gated, {"force": True}, r"^up multiplies its adapter by a `scalar` of zero"),
+    (gated, {}, r"^up multiplies its adapter by a `scalar` of zero"),
     (tied, {}, r"^lora_[AB] of (up|down) is tied to a factor that must be drawn"),
     (
         without("lora_A"),
-        {"init": "B", "force": True},
+        {"init": "B"},
         r"^lora_A of up is frozen, .* use init='A'",
     ),
     (without("lora_B"), {"init": "A"}, r"^lora_B of up is frozen, .* use init='B'"),
@@ -435,7 +404,6 @@ REFUSED = [
         {"init": "C"},
         r"^An adapter is initialised at 'A' \(B = 0 at the start\) or 'B' \(A = 0\), not 'C'",
     ),
-    (None, {"init": "A", "variance": "xavier"}, r"^init='A' has no variance 'xavier'"),
     (None, {"seed": 1.5}, r"^The seed 1.5 is not a whole number"),
 ]
 
@@ -479,21 +447,6 @@ def test_a_bias_behind_a_zero_factor_adds_something():
     nn.init.zeros_(model.lora_a.weight)
     with pytest.raises(InspectionError, match="is not zero"):
         initialize(model, "A")
-
-
-@pytest.mark.parametrize("init", ["A", "B"])
-def test_force_starts_a_trained_adapter_over(init):
-    """With force=True a trained model is the base model again."""
-    model = mlp(head=False)
-    base = model(torch.ones(2, 16))
-    train(
-        model,
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1),
-    )
-    assert not torch.equal(base, model(torch.ones(2, 16)))
-    survey = initialize(model, init, force=True)
-    assert torch.equal(base, model(torch.ones(2, 16)))
-    assert {f.init for f in survey.factors} == {init}
 
 
 def test_a_frozen_drawn_factor_is_drawn():
