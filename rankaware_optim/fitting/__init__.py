@@ -1,6 +1,5 @@
 """The fit: from scored runs to a base rate, a drift in rank, and their covariance."""
 
-from ._loss_model import curves_of
 from ._observations import (
     CLEAR,
     EARLY,
@@ -43,7 +42,6 @@ __all__ = [
     "below_cliff",
     "best_fall",
     "centred_law",
-    "curves_of",
     "diverged",
     "fit_observations",
     "gain_of",

@@ -122,30 +122,19 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
     return Bowls(log_weight, mean, sd, _STEEPNESS_OF_SHAPE)
 
 
-def _log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
-    """Return log p(losses | shape, optimum), the level integrated out: (σ, h, a, k, optima)."""
-    return _levelled(arm, _gaps(arm.x[None, :] - optima[:, None], plateau))[0]
-
-
 def _gaps(u: Array, plateau: float) -> Array:
     """Return the loss above its minimum under every shape, at octaves u from the optimum: (h, a, k,
     *u.shape).
     """
-    bowls, highest = _bowls(u, plateau)
-    k = CURVATURE.reshape(-1, *[1] * u.ndim)
-    return np.asarray(np.minimum(k * bowls, highest))
-
-
-def _bowls(u: Array, plateau: float) -> tuple[Array, Array]:
-    """Return the bowls of curvature 1, (h, a, 1, *u.shape), and where they end, (*u.shape)."""
     h = REACH.reshape(-1, 1, *[1] * u.ndim)
     a = STEEPNESS[1:].reshape(-1, *[1] * u.ndim)
+    k = CURVATURE.reshape(-1, *[1] * u.ndim)
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     cliffs = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2
     above = np.stack([u**2 / 2, *cliffs])
     bowls = np.where(u < 0, below, above)  # of curvature 1: (h, a, *u.shape)
     highest = np.where(u < 0, CAP, plateau)
-    return bowls[:, :, None], highest
+    return np.asarray(np.minimum(k * bowls[:, :, None], highest))
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
@@ -161,13 +150,13 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
     return noise, np.outer(gap, gap) * (smooth + white) / 2
 
 
-def _levelled(arm: Arm, gaps: Array) -> tuple[Array, Array]:
-    """Return the log density of the losses about `gaps` plus a common level, and that level's mean,
-    of shape (σ, ...).
+def _log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
+    """Return log p(losses | shape, optimum), (σ, h, a, k, optima).
 
-    gaps: (..., trials). The level has a flat prior. One basis diagonalizes both covariances for
+    The level has a flat prior and is integrated out. One basis diagonalizes both covariances for
     every σ at once.
     """
+    gaps = _gaps(arm.x[None, :] - optima[:, None], plateau)
     noise, shape = _covariances(arm)
     whiten = np.linalg.inv(np.linalg.cholesky(noise))
     variances, basis = np.linalg.eigh(whiten @ shape @ whiten.T)
@@ -183,8 +172,7 @@ def _levelled(arm: Arm, gaps: Array) -> tuple[Array, Array]:
         - np.log(precision).sum(axis=0)
         + np.log(level_precision)
     )
-    logs = -0.5 * (misfit + logdet)
-    return np.moveaxis(logs, -1, 0), np.moveaxis(projection / level_precision, -1, 0)
+    return np.moveaxis(-0.5 * (misfit + logdet), -1, 0)
 
 
 def _optimum(log_likelihood: Array, optima: Array) -> tuple[Array, Array, Array]:
@@ -212,71 +200,3 @@ def _rank_given_shared() -> Array:
         weights = np.exp(-0.5 * ((values[:, None] - values[None, :]) / sd) ** 2)
         kernel = np.kron(kernel, weights / weights.sum(axis=1, keepdims=True))
     return kernel
-
-
-# --- the curves of a fit --------------------------------------------------------------------------
-
-
-def curves_of(arms: Arms, u: Mapping[int | None, Array]) -> dict[int | None, Array]:
-    """Return every arm's expected gap at octaves `u` from its optimum, which must be at x = 0. The
-    arrays of `u` have one length.
-
-    This is the mean over the posterior of shapes, noise and levels that `bowls_of` uses, given the
-    optima.
-    """
-    logs, choices = [], []
-    for plateaus in _plateaus(arms):
-        evidence, of_arms = _curves_where(arms, plateaus, u)
-        logs.append(evidence)
-        choices.append(of_arms)
-    weights = np.exp(np.array(logs) - max(logs))
-    weights /= weights.sum()
-    curves = np.tensordot(weights, choices, 1)  # (arms, points)
-    return dict(zip(arms, curves, strict=True))
-
-
-def _curves_where(
-    arms: Arms, plateaus: Sequence[float], u: Mapping[int | None, Array]
-) -> tuple[float, list[Array]]:
-    """Return the log evidence of the optima under these plateaus, and every arm's mean curve."""
-    optimum, kernel = np.zeros(1), _rank_given_shared()
-    logs = np.array(
-        [
-            _log_likelihood(arm, optimum, plateau).ravel()
-            for arm, plateau in zip(arms.values(), plateaus, strict=True)
-        ]
-    )  # (arms, shapes)
-    likelihood = np.exp(logs - logs.max(axis=1, keepdims=True))
-    given_shared = likelihood @ kernel.T + _LEAST
-    log_shared = _LOG_PRIOR + np.log(given_shared).sum(axis=0)
-    shared = np.exp(log_shared - log_shared.max())
-    evidence = np.log(shared.sum()) + log_shared.max() + logs.max(axis=1).sum()
-    beliefs = likelihood * ((shared / given_shared) @ kernel)
-    beliefs /= beliefs.sum(axis=1, keepdims=True)
-    curves = []
-    for (rank, arm), plateau, belief in zip(
-        arms.items(), plateaus, beliefs, strict=True
-    ):
-        curves.append(_mean_curve(arm, plateau, belief, u[rank]))
-    return float(evidence), curves
-
-
-def _mean_curve(arm: Arm, plateau: float, belief: Array, u: Array) -> Array:
-    """Return an arm's mean curve over its shapes, each at the level that the trials give it."""
-    levels = _levelled(arm, _gaps(arm.x, plateau))[1]
-    by_bowl = belief.reshape(len(NOISE), -1).sum(axis=0)
-    bowls = _gaps_between(u, plateau).reshape(-1, len(u))
-    return np.asarray(belief @ levels.ravel() + by_bowl @ bowls)
-
-
-def _gaps_between(u: Array, plateau: float) -> Array:
-    """Return `_gaps`, each the mean over the curvatures nearest to its own on the grid.
-
-    The corner of a single curvature is one of the grid, not of the fit.
-    """
-    bowls, highest = _bowls(u, plateau)
-    half = math.sqrt(CURVATURE[1] / CURVATURE[0])
-    k = CURVATURE[:, None]
-    corner = np.clip(highest / np.maximum(bowls, _LEAST), k / half, k * half)
-    risen = bowls * (corner - k / half) + highest * np.log(k * half / corner)
-    return np.asarray(risen / (2 * math.log(half)))

@@ -1,17 +1,24 @@
-"""The recipes that the repository ships: what they are known by, and that their pictures show the fit."""
+"""The recipes that the repository ships: what they are known by, and that they are the fits of their trials."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rankaware_optim import Recipe
-from rankaware_optim.fitting import diverged, fit_observations, prior_of
-from rankaware_optim.reports._picture import _observations, _trials, picture_of
+from rankaware_optim.fitting import (
+    Observation,
+    fit_observations,
+    height,
+    impute,
+    noise_of,
+    prior_of,
+    recent,
+)
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # What optimizers' checkpoints know them by: a package that hashed them otherwise would take them for other recipes.
@@ -56,44 +63,38 @@ def test_the_hash_stays(shipped):
     assert shipped.tag == f"{HASHES[shipped.name]} {shipped.name}"
 
 
-def test_the_picture_is_drawn_from_what_the_fit_saw(shipped):
-    """Fitted once more as then, the observations behind the curves give the recipe's own rate and covariance."""
-    at_base = replace(
-        shipped, tensors={**shipped.tensors, "own_lr": shipped.tensors["lr"]}
-    )
-    pairs = [
-        pair
-        for rank, points in _trials(at_base).items()
-        for pair in _observations(rank, points, 0.0)
-    ]
-    seen = [o for o, _ in pairs]
+def observations(tensors: dict[str, np.ndarray]) -> Iterator[Observation]:
+    """The trials of a recipe as the fit saw them, those that were pruned last, with the score imputed."""
+    best: dict[tuple[int, int], tuple[Observation, np.ndarray]] = {}
+    for i in np.argsort(tensors["pruned"], kind="stable"):
+        rank, seed = int(tensors["rank"][i]), int(tensors["seed"][i])
+        x, value = math.log2(tensors["lr"][i]), float(tensors["value"][i])
+        curve = tensors["curve"][i, : tensors["steps"][i]].astype(np.float64)
+        if tensors["pruned"][i]:
+            carried = impute(x, curve, *best[rank, seed])
+            if carried is not None:
+                yield carried
+        elif not math.isfinite(value):
+            yield Observation(rank or None, seed, x, math.inf, math.inf, math.inf)
+        else:
+            ends = {"start": height(curve), "tail": recent(curve)}
+            run = Observation(
+                rank or None, seed, x, value, **ends, noise=noise_of(curve)
+            )
+            held = best.setdefault((rank, seed), (run, curve))
+            if run.value < held[0].value:
+                best[rank, seed] = run, curve
+            yield run
+
+
+def test_a_fit_of_its_trials_gives_the_recipe(shipped):
+    """Fitted once more, a shipped recipe's trials give its own rate, covariance and ceiling."""
     prior = prior_of(shipped.reference, shipped.ranks, shipped.full_fan_in)
-    fit = fit_observations(seen, prior)
+    fit = fit_observations([*observations(shipped.tensors)], prior)
     best = fit.best(shipped.reference.rank)
-    pruned_last = [
-        sorted(points, key=lambda p: p.fate == "pruned")
-        for points in _trials(at_base).values()
-    ]
-    fates = [point.fate for points in pruned_last for point in points]
-    # The fit takes a run that was pruned far above its start for diverged. The picture shows it as pruned.
-    assert [lost for _, lost in pairs] == [
-        bad and fate != "pruned"
-        for bad, fate in zip(diverged(seen), fates, strict=True)
-    ]
     assert 2.0**best == pytest.approx(shipped.fitted_lr, rel=1e-9)
     assert np.allclose(fit.covariance, shipped.covariance, rtol=1e-9, atol=1e-12)
     assert (fit.ceiling is None) == (shipped.ceiling is None)
     assert fit.ceiling is None or 2.0 ** (
         fit.ceiling + best - fit.mean[0]
     ) == pytest.approx(shipped.ceiling, rel=1e-9)
-
-
-def test_curves_have_their_lowest_point_at_the_best_rate(shipped):
-    """A curve that reaches into the frame is lowest where the recipe puts the optimum, to the curve's own steps."""
-    curves = [(arm, arm.curve) for arm in picture_of(shipped).arms if arm.curve]
-    assert len(curves) >= 2
-    for arm, curve in curves:
-        rates, scores = np.array(curve).T
-        assert math.log2(rates[scores.argmin()]) == pytest.approx(
-            math.log2(arm.rate.lr) + shipped.lean, abs=0.1
-        )
