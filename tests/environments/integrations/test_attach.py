@@ -194,15 +194,6 @@ def test_the_readmes_line_moves_a_trainers_rates(tmp_path, capsys):
     } == {4, 8}
 
 
-def test_a_second_run_prints_no_second_report(tmp_path, capsys):
-    """A trainer that trains twice prints its report once."""
-    trainer = plain(llama(), tmp_path)
-    attach(trainer, AdamW, lr=LR, tuned_at=AT_16)
-    trainer.train()
-    trainer.train()
-    assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
-
-
 # --- the number of convert ------------------------------------------------------------------------------------------
 
 

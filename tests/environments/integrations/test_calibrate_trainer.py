@@ -22,7 +22,15 @@ from ...helpers.models import batches, mlp
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from .test_trainers import arguments, datasets, lightning, peft, transformers, trl
+    from .test_trainers import (
+        arguments,
+        datasets,
+        lightning,
+        peft,
+        tokenizer,
+        transformers,
+        trl,
+    )
 
 pytestmark = [
     # peft, trl
@@ -260,40 +268,17 @@ def test_ctrl_c_comes_through(tmp_path):
 
 def test_trl(tmp_path):
     """SFTTrainer calibrates as Trainer does, on text that it prepares itself."""
-    rows = datasets.Dataset.from_dict(
-        {"input_ids": [[1 + i % 30] * 8 for i in range(32)]}
-    )
+    watch, rows = Watch(), datasets.Dataset.from_dict({"text": ["w2 w3 w4 w5"] * 32})
 
     def make(trial):
-        args = arguments(
-            tmp_path, trl.SFTConfig, max_steps=-1, max_length=8, bf16=False
-        )
-        words = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer(), pad_token="a", eos_token="b"
-        )
-        watch.trial = trial
-        return trl.SFTTrainer(
-            llama(trial.rank),
-            args,
-            train_dataset=rows,
-            processing_class=words,
-            callbacks=[watch],
-        )
+        options = {"max_steps": -1, "max_length": 8, "bf16": False}
+        args = arguments(tmp_path, trl.SFTConfig, **options)
+        data = {"train_dataset": rows, "processing_class": tokenizer()}
+        return trl.SFTTrainer(llama(trial.rank), args, callbacks=[watch], **data)
 
-    watch = Watch()
     recipe = calibrate(make, trials=2)
     for run, curve in zip(watch.runs, recipe.tensors["curve"].tolist(), strict=True):
         assert curve == pytest.approx(run["losses"], rel=1e-5)
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models
-
-    return Tokenizer(
-        models.WordLevel(
-            {"a": 0, "b": 1, **{str(i): i for i in range(2, 32)}}, unk_token="a"
-        )
-    )
 
 
 def with_optimizer(folder):

@@ -1,4 +1,4 @@
-"""Real runs of a few steps: transformers, TRL, Lightning, accelerate, and a loop of one's own."""
+"""Real runs of a few steps: transformers and Lightning."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankaware_optim import (
@@ -142,37 +140,18 @@ def by_hand(model, kind=torch.optim.AdamW):
     return {"optimizers": (kind(list(groups.values()), lr=LR, **ADAMW), None)}
 
 
-def trained(
-    folder,
-    route=None,
-    resume=None,
-    kind=transformers.Trainer,
-    attached=None,
-    **own,
-):
+def trained(folder, route=None, resume=None, attached=None, **own):
     """A trainer after its run, and the adapters it left. Without a route, by attach."""
     model = llama()
-    config = (
-        arguments(folder, trl.SFTConfig, max_length=None, **own)
-        if kind is trl.SFTTrainer
-        else arguments(folder, **own)
-    )
-    extra = {"processing_class": tokenizer()} if kind is trl.SFTTrainer else {}
-    trainer = kind(
-        model=model,
-        args=config,
+    trainer = transformers.Trainer(
+        model,
+        arguments(folder, **own),
         train_dataset=tokens(),
-        **extra,
         **(route(model) if route else {}),
     )
     if route is None:
-        attach(
-            trainer,
-            **(
-                attached
-                or {"optimizer": torch.optim.AdamW, "lr": LR, "tuned_at": AT_16}
-            ),
-        )
+        usual = {"optimizer": torch.optim.AdamW, "lr": LR, "tuned_at": AT_16}
+        attach(trainer, **(attached or usual))
     trainer.train(resume_from_checkpoint=resume)
     return trainer, {
         name: p.detach().clone()
@@ -203,28 +182,23 @@ def counted():
 
 
 each_route = pytest.mark.parametrize("route", [by_class, None, by_instance])
-each_trainer = pytest.mark.parametrize("kind", [transformers.Trainer, trl.SFTTrainer])
 
 
-@each_trainer
 @each_route
-def test_trainer_trains_as_with_groups_by_hand(tmp_path, kind, route):
+def test_trainer_trains_as_with_groups_by_hand(tmp_path, route):
     """By every route Trainer leaves the weights of torch's own class with groups written out, bit for bit."""
-    trainer, ours = trained(tmp_path / "ours", route, kind=kind)
-    _, hand = trained(tmp_path / "hand", by_hand, kind=kind)
+    trainer, ours = trained(tmp_path / "ours", route)
+    _, hand = trained(tmp_path / "hand", by_hand)
     assert isinstance(trainer.optimizer.optimizer, RankAwareOptimizer)
     assert same(ours, hand)
 
 
-@each_trainer
 @each_route
-def test_trainer_resumes(tmp_path, kind, route):
+def test_trainer_resumes(tmp_path, route):
     """A run resumed from its middle checkpoint takes the other half and ends at the same weights, bit for bit."""
-    _, whole = trained(tmp_path, route, kind=kind)
+    _, whole = trained(tmp_path, route)
     with counted() as steps:
-        _, resumed = trained(
-            tmp_path, route, resume=str(tmp_path / "checkpoint-3"), kind=kind
-        )
+        _, resumed = trained(tmp_path, route, str(tmp_path / "checkpoint-3"))
     assert len(steps) == STEPS - 3
     assert same(whole, resumed)
 
@@ -558,77 +532,3 @@ def test_a_group_added_through_lightning_is_scaled(package):
     assert [group["rank_multiplier"] for group in added] == pytest.approx(
         [multiplier(8)] * 2
     )
-
-
-# --- accelerate and a loop of one's own -----------------------------------------------------------------------------
-
-
-def accelerated(make, folder=None):
-    """A model trained through accelerate, two batches a step; where a folder is named, stopped and resumed halfway."""
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = mlp((4, 8), seed=3)
-    opt = make(model)
-    parts = accelerator.prepare(
-        model, opt, loader(), torch.optim.lr_scheduler.CosineAnnealingLR(opt, STEPS)
-    )
-    for epoch in range(2):
-        if epoch and folder is not None:
-            accelerator.save_state(str(folder))
-            nn.init.ones_(parts[0].head.weight)
-            accelerator.load_state(str(folder))
-        _epoch(accelerator, *parts)
-    return snapshot(accelerator.unwrap_model(parts[0]))
-
-
-def _epoch(accelerator, model, opt, data, schedule):
-    for (x,) in data:
-        with accelerator.accumulate(model):
-            accelerator.backward((model(x) - x[:, :3].sin()).square().mean())
-            accelerator.clip_grad_norm_(model.parameters(), 0.1)
-            opt.step()
-            schedule.step()
-            opt.zero_grad()
-
-
-def test_accelerate_trains_as_with_groups_by_hand():
-    """Prepared by accelerate, with accumulation and clipping, it leaves the weights of groups written out."""
-    assert same(accelerated(rank_aware), accelerated(handmade))
-
-
-def test_accelerate_saves_and_loads(tmp_path):
-    """accelerate's save_state and load_state in the middle of a run change nothing."""
-    assert same(accelerated(rank_aware), accelerated(rank_aware, tmp_path))
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_loop_of_ones_own(resume):
-    """A loop with warm-up, clipping and a checkpoint in the middle leaves the weights of groups written out."""
-    ends = []
-    for make in (rank_aware, handmade):
-        model = mlp((4, 8), seed=3)
-        opt, schedule = _with_warmup(make(model))
-        _loop(model, opt, schedule, 0, STEPS)
-        if resume:
-            state = (opt.state_dict(), schedule.state_dict())
-            fresh = mlp((4, 8), seed=3)
-            opt, schedule = _with_warmup(make(fresh))
-            fresh.load_state_dict(model.state_dict())
-            model = fresh
-            opt.load_state_dict(state[0])
-            schedule.load_state_dict(state[1])
-        _loop(model, opt, schedule, STEPS, 2 * STEPS)
-        ends.append(snapshot(model))
-    assert same(*ends)
-
-
-def _with_warmup(opt):
-    return opt, torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=STEPS)
-
-
-def _loop(model, opt, schedule, first, last):
-    for x in list(batches(last))[first:]:
-        opt.zero_grad()
-        functional.mse_loss(model(x), x[:, :3].sin()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        opt.step()
-        schedule.step()
