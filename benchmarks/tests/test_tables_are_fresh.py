@@ -126,7 +126,7 @@ def suggestions(patch: pytest.MonkeyPatch) -> None:
     ("change", "seen"),
     [
         (rates_of_b, {"laws.adam", "optimizer.common"}),
-        (full_width, {"inspection"}),
+        (full_width, {"inspection", "transfer"}),
         (rates_of_recipes, {"recipes"}),
         (suggestions, {"transfer"}),
     ],
