@@ -24,7 +24,7 @@ from recording import machine, record
 RESTS_ON = ()  # outcomes: made again at a release
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rankaware_optim"
-LIMIT_S = 400.0  # of the tests of a bug; one that takes longer is seen
+LIMIT_S = 1200.0  # of the tests of a bug; one that takes longer is seen
 
 
 class Bug(NamedTuple):
@@ -59,7 +59,7 @@ BUGS = (
     Bug("inspection/_safetensors.py", "if not os.path.isfile(path):", "if False:", "tests/inspection"),
     Bug("inspection/_safetensors.py", "except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:", "except (OSError, TypeError) as error:", "tests/inspection"),
     Bug("inspection/_safetensors.py", "if name.endswith(\".alpha\") and shape in ((), (1,))", "if False", "tests/inspection"),
-    Bug("fitting/_observations.py", "_DIVERGED = 0.25", "_DIVERGED = 2.5", "tests/fitting tests/calibration"),
+    Bug("fitting/_observations.py", "_DIVERGED = 0.25", "_DIVERGED = 2.5", "tests/fitting"),
     Bug("fitting/_observations.py", "gap = max(0.0, recent(curve, TAIL) - recent(beside[: len(curve)], TAIL))", "gap = 0.0", "tests/fitting"),
     Bug("recipe/_recipe_files.py", "if hashlib.sha256(data).hexdigest() != sha256:", "if False:", "tests/recipe"),
     Bug("recipe/_recipe_files.py", "        if trials:\n            real = Path(os.path.realpath(target))\n            replace_bytes(_trials_beside(real), trials)\n        replace_bytes(target, text)\n", "        replace_bytes(target, text)\n        if trials:\n            real = Path(os.path.realpath(target))\n            replace_bytes(_trials_beside(real), trials)\n", "tests/recipe"),
@@ -88,15 +88,11 @@ BUGS = (
 def main(only: str, workers: int) -> None:
     """Plant the bugs, and write which are seen."""
     bugs = [bug for bug in BUGS if only in bug.file]
-    rooms = sorted({bug.tests for bug in bugs})
+    rooms = sorted({path for bug in bugs for path in bug.tests.split()})
     init = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    if is_seen("__init__.py", init, rooms):
+        raise click.ClickException("Without a bug a test fails, or takes too long.")
     with ThreadPoolExecutor(workers) as pool:
-        fail = list(
-            pool.map(lambda room: is_seen("__init__.py", init, room.split()), rooms)
-        )
-        if any(fail):
-            failing = ", ".join(r for r, f in zip(rooms, fail, strict=True) if f)
-            raise click.ClickException(f"Without a bug a test fails in {failing}.")
         rows = list(pool.map(row_of, bugs))
     if not only:
         seen = sum(row["seen"] for row in rows)
