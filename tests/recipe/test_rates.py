@@ -1,4 +1,4 @@
-"""Recipes: what survives the two files, what is refused when read, and the rates quoted from them."""
+"""The rates of a recipe, what is extrapolated, and the hash of what decides them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ from rankaware_optim import (
     Recipe,
     RecipeError,
     Reference,
-    inspect_model,
     to_plain_state_dict,
 )
 from rankaware_optim._types import infer_scaling
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.recipe import base_lr, configuration_of
 
 from ..helpers.models import mlp, train
 
@@ -69,19 +67,6 @@ def recipe(**changes) -> Recipe:
         },
     }
     return Recipe(**{**values, **changes})
-
-
-def test_what_a_recipe_is_not_given_is_nothing():
-    """Of the required values alone it has no margin, no ceiling, no ranks, one step, and no trials in its text."""
-    made = Recipe("r", 2e-3, AT_16, Power(), np.eye(3))
-    assert (made.lr, made.ceiling, made.scaling_rule) == (2e-3, None, "unknown")
-    assert (made.ranks, made.full_seen, made.notes, made.missing) == ((), False, (), "")
-    assert (made.steps, made.batch, made.warmup, made.seed) == (None, 16.0, None, 0)
-    assert (made.steepness, made.scatter, made.full_fan_in) == (0.0, 0.0, None)
-    assert made.optimizer == "torch.optim.AdamW"
-    for name in ("settings", "other_rates", "versions", "source", "tensors"):
-        assert getattr(made, name) == {}
-    assert "tensors" not in repr(recipe())
 
 
 @dataclass(frozen=True)
@@ -185,26 +170,20 @@ def test_whatever_else_was_not_seen_is_flagged_too(target, note):
 
 
 def test_full_finetuning_that_was_tried_is_not_extrapolated():
-    """Full trials settle full finetuning: no flag, no warning."""
+    """Full trials settle full finetuning: no flag, no warning, and its own ceiling."""
     rate = recipe(full_seen=True).at(method="full")
-    assert not rate.extrapolated
+    assert (rate.extrapolated, rate.ceiling is None) == (False, False)
     assert rate.lr / rate.low == pytest.approx(
         2 ** (-0.25 + 1.645 * math.sqrt(0.04 + 0.09))
     )
 
 
 @extrapolates
-def test_full_finetuning_has_a_ceiling_only_from_full_runs():
-    """A rate at which LoRA diverged is no ceiling of full finetuning that was never run."""
-    assert recipe(full_seen=False).at(method="full").ceiling is None
-    assert recipe(full_seen=True).at(method="full").ceiling is not None
-
-
-@extrapolates
 def test_a_recipe_without_full_runs_says_what_they_would_settle():
-    """The note names full_trials=3 and how far the band reaches; where full finetuning was tried there is none."""
+    """The note names full_trials=3 and how far the band reaches. A rate at which LoRA diverged is no ceiling there."""
     made = recipe(full_seen=False)
     rate = made.at(method="full")
+    assert rate.ceiling is None
     (note,) = (note for note in rate.notes if "full_trials=3" in note)
     assert f"a factor of {math.sqrt(rate.high / rate.low):.2g} to either side" in note
     tried = (recipe(full_seen=True).at(method="full"), made.at(rank=16))
@@ -226,11 +205,6 @@ def test_alpha_left_out_follows_the_rule(rule, scalings):
         assert made.at(rank=rank).lr == pytest.approx(
             made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-12
         )
-
-
-def test_rslora_divides_alpha_by_the_root_of_the_rank():
-    """alpha with rslora is the multiplier alpha / √rank."""
-    made = recipe()
     assert made.at(rank=64, alpha=16, rslora=True) == made.at(rank=64, alpha=128)
 
 
@@ -241,15 +215,6 @@ def test_an_unknown_rule_asks_for_alpha():
         made.at(rank=8)
     assert made.at(rank=16) == made.at()
     assert made.at(rank=8, alpha=16).lr == recipe().at(rank=8).lr
-
-
-def test_the_law_and_the_drift_compose():
-    """A recipe's rates are its law's, times the drift in rank."""
-    plain, drifting = (
-        recipe(law=Power(exponent=e, law=Constant()), lean=0.0) for e in (0.0, 0.5)
-    )
-    assert plain.at(rank=64).lr == plain.fitted_lr
-    assert drifting.at(rank=64).lr == pytest.approx(2 * drifting.fitted_lr)
 
 
 IMPOSSIBLE = [
@@ -283,18 +248,6 @@ def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
         assert made.at(rank=8, alpha=8).extrapolated
     with pytest.raises(RecipeError, match="give no rule for alpha by rank"):
         replace(made, scaling_rule="fixed").at(rank=8)
-
-
-@given(
-    rank=st.integers(1, 4096),
-    alpha=st.floats(0.01, 1e4),
-    fan_in=st.none() | st.floats(1, 1e5),
-)
-@extrapolates
-def test_every_rate_lies_in_its_band(rank, alpha, fan_in):
-    """Wherever it is asked, a rate without margin lies in a finite positive band."""
-    rate = recipe(lean=0.0).at(rank, alpha=alpha, fan_in=fan_in)
-    assert 0 < rate.low <= rate.lr <= rate.high < math.inf
 
 
 SCALINGS = [
@@ -341,6 +294,7 @@ def test_a_rate_is_positive_and_finite_or_an_error(
     """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
     made = recipe(
         fitted_lr=lr,
+        lean=0.0,
         ceiling=lr,
         law=Power(exponent=exponent, pivot=1e-9, law=MuA(tokens=None)),
         covariance=np.eye(3) * variance,
@@ -350,8 +304,8 @@ def test_a_rate_is_positive_and_finite_or_an_error(
         rate = made.at(**target)
     except RankAwareError:
         return
-    assert 0 < rate.low <= rate.high < math.inf
-    assert all(0 < value < math.inf for value in (rate.lr, rate.ceiling or rate.lr))
+    assert 0 < rate.low <= rate.lr <= rate.high < math.inf
+    assert 0 < (rate.ceiling or rate.lr) < math.inf
 
 
 # --- with the optimizer ---------------------------------------------------------------------------------------------
@@ -432,9 +386,10 @@ def whole(width: int) -> torch.nn.Sequential:
 @extrapolates
 @pytest.mark.parametrize("width", [WIDTH, 8 * WIDTH])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_report_quotes_the_band_of_this_model(method, width):
-    """The band that the report names is that of the model's own width, and holds the rate in use."""
-    made = recipe(full_seen=True, lean=0.0)
+@pytest.mark.parametrize("steepness", [0.0, 3.0])
+def test_the_report_quotes_the_band_of_this_model(steepness, method, width):
+    """The band that the report names is that of the model's own width, and the rate in use keeps its margin."""
+    made = recipe(full_seen=True, lean=0.0, steepness=steepness)
     model = whole(width) if method == "full" else mlp((16,), scalings=2.0, width=width)
     opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method=method)
     rate = made.at(method=method, fan_in=float(width))
@@ -442,23 +397,7 @@ def test_the_report_quotes_the_band_of_this_model(method, width):
     (used,) = rates(opt, "full" if method == "full" else "A")
     assert used == pytest.approx(rate.lr, rel=1e-9)
     assert rate.low < used < rate.high
-
-
-@extrapolates
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_base_rate_of_a_model_keeps_the_models_margin(method):
-    """It is as far below the fitted optimum as the rate at the model's width is below the middle of its band."""
-    made = recipe(steepness=3.0, full_seen=True, covariance=np.diag([0.02, 0.0, 0.01]))
-    pair = mlp((16,), scalings=2.0, width=2 * WIDTH)
-    plain = torch.nn.Sequential(
-        torch.nn.Linear(2 * WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3)
-    )
-    survey = inspect_model(plain if method == "full" else pair, method=method)
-    base = base_lr(made, configuration_of(made, survey))
-    rate = made.at(method=method, fan_in=2.0 * WIDTH)
-    middle = math.sqrt(rate.low * rate.high)
-    assert base / made.fitted_lr == pytest.approx(rate.lr / middle)
-    assert base < made.fitted_lr * 0.99
+    assert (used < 0.99 * math.sqrt(rate.low * rate.high)) == bool(steepness)
 
 
 # --- the hash in the optimizer's state ------------------------------------------------------------------------------
@@ -474,13 +413,6 @@ def tagged(made: Recipe, **options):
 
 def hashed(made: Recipe) -> str:
     return made.tag.partition(" ")[0]
-
-
-def test_the_tag_survives_the_files_and_names_the_recipe(tmp_path):
-    """A recipe read back has the tag it had: a hash of twelve digits, then its name."""
-    made = recipe(name="two words\n")
-    assert Recipe.load(made.save(tmp_path / "r.toml")).tag == made.tag
-    assert re.fullmatch(r"[0-9a-f]{12} two words\n", made.tag)
 
 
 DECISIVE = [
@@ -504,6 +436,7 @@ def test_the_hash_is_of_what_decides_the_rates():
     assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(
         DECISIVE
     )
+    assert re.fullmatch(r"[0-9a-f]{12} two words\n", recipe(name="two words\n").tag)
     same = {
         "name": "other",
         "versions": {},
