@@ -7,8 +7,7 @@ from __future__ import annotations
 import shlex
 import signal
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,13 @@ from ._options import (
     INTERRUPTED,
     LAW_TEXT,
     OPTIMIZER,
-    OrWord,
-    Several,
     echo,
     flag,
     law_option,
     may_name_module,
     option,
     out_option,
+    several,
 )
 from ._workers import run_workers
 
@@ -46,7 +44,7 @@ from ._workers import run_workers
 @click.argument("spec", callback=may_name_module, metavar="MODULE:TRAIN")
 @option(
     "--ranks",
-    Several(OrWord(click.INT, full=None)),
+    several(int, full=None),
     "Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
     required=True,
 )
@@ -64,13 +62,13 @@ from ._workers import run_workers
 @option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
 @option(
     "--seeds",
-    Several(click.INT),
+    several(int),
     "Random seeds of the trials, the same at every rank.",
     default="0,1",
 )
 @option(
     "--lr-range",
-    Several(click.FLOAT),
+    several(float),
     "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an"
     " edge.",
 )
@@ -128,50 +126,37 @@ def calibrate(
         )
     options["name"] = options["name"] or out.stem
     options["storage"] = options["storage"] or str(out.with_suffix(".journal"))
-    with _sigterm_interrupts():
-        if workers > 1:
-            ctx.exit(run_workers(workers))
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    ctx.call_on_close(partial(signal.signal, signal.SIGTERM, before))
+    if workers > 1:
+        ctx.exit(run_workers(workers))
+    if quiet:
+        warnings.simplefilter("ignore", RankAwareWarning)
+    try:
+        recipe = calibration.calibrate(load_train(spec), progress=not quiet, **options)
+    except KeyboardInterrupt:
         if quiet:
-            warnings.simplefilter("ignore", RankAwareWarning)
-        try:
-            recipe = calibration.calibrate(
-                load_train(spec), progress=not quiet, **options
-            )
-        except KeyboardInterrupt:
-            if quiet:
-                ctx.exit(INTERRUPTED)
-            raise
-    saved = recipe.save(out)
+            ctx.exit(INTERRUPTED)
+        raise
+    recipe.save(out)
     if not quiet:
-        _summarize(recipe, saved)
+        _print(recipe, out)
 
 
-def _summarize(recipe: recipes.Recipe, path: Path) -> None:
-    rate = recipe.at(method=recipe.reference.method)
-    pruned, steps = recipe.tensors["pruned"], int(recipe.tensors["steps"].sum())
-    echo(f"{path}: base rate {recipe.lr:.3g} at {recipe.reference}")
-    echo(
-        f"90 % band {rate.band}; {len(pruned)} trials, {steps} steps, {int(pruned.sum())} pruned"
-    )
-    for note in recipe.notes:
-        echo(f"note: {note}")
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def _interrupt(number: int, _: object) -> None:
     """Treat SIGTERM, which a cluster sends at a time limit, like Ctrl-C, so that the trial is given
     back. It counts once.
     """
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
-    def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _print(recipe: recipes.Recipe, path: Path | None) -> None:
+    echo(recipe)
+    if path is not None:
+        rank = recipe.reference.rank
+        where = "--full" if rank is None else f"--rank {rank}"
+        echo(f"Next: rankaware lr {shlex.quote(str(path))} {where}")
 
 
 def load_train(spec: str) -> Any:
@@ -229,9 +214,6 @@ def fit(
     before training) are optional. Write diverged as the loss of a run that diverged.
     """
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
-    echo(recipe)
     if out is not None:
-        saved = shlex.quote(str(recipe.save(out)))
-        rank = recipe.reference.rank
-        where = "--full" if rank is None else f"--rank {rank}"
-        echo(f"Next: rankaware lr {saved} {where}")
+        recipe.save(out)
+    _print(recipe, out)

@@ -62,39 +62,26 @@ def in_options(error: RankAwareError, command: click.Command) -> str:
 # --- values ---------------------------------------------------------------------------------------
 
 
-class OrWord(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions
-    """A number, or a word that stands for a value."""
+def several(
+    kind: Callable[[str], Any], **words: Any
+) -> Callable[[str], tuple[Any, ...]]:
+    """Return a parser of values separated by commas, as in 4,64. words: texts that stand for a
+    value.
+    """
 
-    def __init__(self, number: Any, **words: Any) -> None:
-        self.number, self.words = number, words
-        self.name = "|".join([number.name, *words])
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if value in self.words:
-            return self.words[value]
-        return self.number.convert(value, param, ctx)
-
-
-class Several(click.ParamType):  # type: ignore[type-arg]
-    """Values separated by commas, as in 4,64. They are a tuple."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind, self.name = kind, f"{kind.name},..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if isinstance(value, tuple):
-            return value
+    def numbers(text: str) -> tuple[Any, ...]:
         try:
-            return tuple(
-                self.kind.convert(word.strip(), param, ctx) for word in value.split(",")
-            )
-        except click.BadParameter as error:
-            self.fail(
-                f"{error.message} Separate numbers by commas, as in 4,64.", param, ctx
-            )
+            return tuple(words[w] if w in words else kind(w) for w in text.split(","))
+        except ValueError as error:
+            raise click.BadParameter(
+                f"{error}. Separate numbers by commas, as in 4,64."
+            ) from error
+
+    return numbers
 
 
-RANK_OR_NUMBER = OrWord(click.FLOAT, rank="rank")
+def _alpha(text: str) -> float | str:
+    return text if text == "rank" else float(text)
 
 
 def may_name_module(ctx: click.Context, _: Any, value: Any) -> Any:
@@ -187,7 +174,7 @@ def init_option(
 
 ALPHA = option(
     "--alpha",
-    RANK_OR_NUMBER,
+    _alpha,
     "alpha of rows without one: a number, or 'rank' for alpha = rank.",
 )
 COLUMN = option(

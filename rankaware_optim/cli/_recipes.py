@@ -10,12 +10,11 @@ import click
 
 from .. import recipe as recipes
 from .. import reports
-from ..errors import RankAwareError, RankAwareWarning
+from ..errors import RankAwareWarning
 from ._options import (
     FILE,
     RATE_FIELDS,
     RSLORA,
-    Decorator,
     echo,
     echo_result,
     flag,
@@ -29,22 +28,6 @@ from ._options import (
 _RECIPE = click.argument("recipe", type=FILE)
 
 
-def _refuse_a_move(_: Any, option: click.Parameter, value: str | None) -> None:
-    """Name the command that takes an option which `lr` does not have."""
-    if value is not None:
-        raise click.UsageError(
-            f"{option.opts[0]} moves a rate without a recipe: use rankaware convert LR --from r=16,"
-            "alpha=32 --to r=64."
-        )
-
-
-def _of_convert(name: str) -> Decorator:
-    """Return an option that is not in the help, since only `convert` has it."""
-    return option(
-        name, str, "", hidden=True, expose_value=False, callback=_refuse_a_move
-    )
-
-
 @click.command()
 @_RECIPE
 @option("--rank", int, "LoRA rank.")
@@ -55,8 +38,6 @@ def _of_convert(name: str) -> Decorator:
 )
 @RSLORA
 @init_option("By default the recipe's.")
-@_of_convert("--from")
-@_of_convert("--to")
 @flag("--full", "Print the rate for full finetuning.")
 @option("--fan-in", float, "Width of the model, if it differs from the recipe's.")
 @option(
@@ -123,14 +104,6 @@ def report(recipe: Path, out: Path) -> None:
     echo(reports.write_report(recipes.Recipe.load(recipe), out))
 
 
-class _Trouble(click.ClickException):
-    """An error of the comparison. Its exit code is 2, as for diff(1), since 1 means that the two
-    differ.
-    """
-
-    exit_code = 2
-
-
 @click.command()
 @click.argument("first", type=FILE)
 @click.argument("second", type=FILE)
@@ -138,14 +111,10 @@ class _Trouble(click.ClickException):
 def diff(ctx: click.Context, first: Path, second: Path) -> None:
     """Print how recipe SECOND differs from recipe FIRST.
 
-    Rates, law, optimizer, steps, batch and trials are compared. The exit code is 0 if the recipes
-    are equal, 1 if they differ, and 2 if one of them cannot be read.
+    Rates, law, optimizer, steps, batch and trials are compared. The exit code is 0 only if the
+    recipes are equal.
     """
-    try:
-        differences = reports.diff_recipes(
-            recipes.Recipe.load(first), recipes.Recipe.load(second)
-        )
-    except RankAwareError as error:
-        raise _Trouble(str(error)) from error
+    one, two = recipes.Recipe.load(first), recipes.Recipe.load(second)
+    differences = reports.diff_recipes(one, two)
     echo(differences)
     ctx.exit(1 if differences.fields else 0)

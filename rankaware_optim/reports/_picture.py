@@ -5,7 +5,6 @@ ceilings.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -90,22 +89,11 @@ class PictureArm:
     @property
     def words(self) -> str:
         """Return a sentence that describes the arm's figure."""
-        fates = Counter(point.fate for point in self.points)
-        ends = [
-            f"{fates[fate]} {fate}" for fate in ("diverged", "pruned") if fates[fate]
-        ]
-        parts = [", ".join([f"{self.label}: {len(self.points)} trials", *ends])]
-        finite = [point for point in self.points if math.isfinite(point.value)]
-        if finite:
-            best = min(finite, key=lambda point: point.value)
-            parts.append(
-                f"the lowest score is {best.value:.3g} at rate {best.rate:.3g}"
-            )
-        if self.rate is not None:
-            parts.append(
-                f"the recipe's rate is {self.rate.lr:.3g}, 90 % band {self.rate.band}"
-            )
-        return "; ".join(parts) + "."
+        trials = f"{self.title}: {len(self.points)} trials"
+        if self.rate is None:
+            return f"{trials}."
+        rate = f"the recipe's rate is {self.rate.lr:.3g}"
+        return f"{trials}, {rate}, with a 90 % band from {self.rate.band}."
 
 
 @dataclass(frozen=True)

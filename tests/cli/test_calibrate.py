@@ -112,8 +112,8 @@ def test_it_writes_the_recipe(folder):
     )
     assert (recipe.seed, len(recipe.tensors["lr"])) == (3, 6)
     assert "6 trials" in done.output
-    assert f"base rate {recipe.lr:.3g}" in done.output
-    assert "note: ranks 2 and 4 differ by less than a factor 16" in done.output
+    assert f"base rate       {recipe.lr:.3g} at" in done.output
+    assert "ranks 2 and 4 differ by less than a factor 16" in done.output
     assert Path("made/r.journal").is_file()
     assert CliRunner().invoke(main, ["lr", "made/r.toml", "--rank", "4"]).exit_code == 0
 
@@ -284,23 +284,18 @@ def test_the_same_command_elsewhere_joins(folder):
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
 LONG = shared("slow_loops:train", "--trials", 500, "--workers", 2)
-INTERRUPTS = {
-    "Ctrl-C": (os.killpg, signal.SIGINT),
-    "SIGTERM to all": (os.killpg, signal.SIGTERM),
-    "SIGTERM to the command": (os.kill, signal.SIGTERM),
-}
 
 
 @POSIX
-@pytest.mark.parametrize(("send", "number"), INTERRUPTS.values(), ids=INTERRUPTS)
-def test_an_interrupt_ends_all_workers_in_a_sentence(send, number, folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
     """A terminal's Ctrl-C, or a cluster's SIGTERM, ends them with one sentence and code 130. No trial is left."""
     process = started(*LONG, start_new_session=True)
     until = time.monotonic() + 300
     while len(seen(folder, "threads")) < 2:
         assert time.monotonic() < until
         time.sleep(0.05)
-    send(process.pid, number)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=300)  # until every worker has closed it
     said = [line for line in err.splitlines() if not line.startswith("trial ")]
     assert process.returncode == 130, err

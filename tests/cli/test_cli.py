@@ -3,80 +3,63 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
-from rankaware_optim import Power, RankAwareWarning, Recipe, Reference
-from rankaware_optim.cli._main import main
-from rankaware_optim.transfer import convert_lr
+from rankaware_optim import Power, Reference, convert_lr
+from rankaware_optim.cli import main
+from rankaware_optim.cli._options import echo_result
 
-COMMANDS = ("inspect", "convert", "show", "lr", "plot", "diff", "report")
-AT_16 = Reference(rank=16, alpha=32, fan_in=64, batch=16.0)
+from ..helpers.recipes import RECIPE
 
-
-@pytest.fixture
-def recipe(tmp_path):
-    """A saved recipe: its path and itself."""
-    made = Recipe(
-        name="digits",
-        fitted_lr=2e-3,
-        reference=AT_16,
-        law=Power(exponent=0.1, full_factor=1.5),
-        covariance=np.diag([0.04, 0.01, 0.09]),
-        ceiling=3e-2,
-        scaling_rule="fixed",
-        full_fan_in=64.0,
-        ranks=(4, 64),
-        settings={"weight_decay": 0.01},
-        steps=100,
-        versions={"torch": "2.6"},
-        tensors={
-            "rank": np.array([4, 64]),
-            "lr": np.array([1e-3, 2e-3]),
-            "value": np.array([0.5, 0.4]),
-        },
-    )
-    return made.save(tmp_path / "digits.toml"), made
+RECIPE = replace(
+    RECIPE,
+    reference=Reference(rank=16, alpha=32, fan_in=64, batch=16.0),
+    law=Power(exponent=0.1, full_factor=1.5),
+    steps=100,
+    versions={"torch": "2.6"},
+)
+RATE = {"lr", "low", "high", "ceiling", "extrapolated", "notes", "configuration"}
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A PEFT folder of two layers and a head."""
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where one stands: a recipe, PEFT's folder of two layers and a head, a file of kohya's, and what is broken."""
+    monkeypatch.chdir(tmp_path)
+    RECIPE.save("digits.toml")
     names = ("base_model.model.q", "base_model.model.v")
-    tensors = {f"{name}.lora_A.weight": torch.zeros(8, 32) for name in names}
-    tensors |= {f"{name}.lora_B.weight": torch.zeros(48, 8) for name in names}
-    made = tmp_path / "adapter"
-    made.mkdir()
-    save_file(
-        {**tensors, "base_model.model.score.weight": torch.zeros(2, 2)},
-        made / "adapter_model.safetensors",
-    )
-    (made / "adapter_config.json").write_text(
-        json.dumps({"r": 8, "lora_alpha": 16, "init_lora_weights": True})
-    )
-    return made
+    tensors = {f"{name}.lora_A.weight": (8, 32) for name in names}
+    tensors |= {f"{name}.lora_B.weight": (48, 8) for name in names}
+    tensors |= {"base_model.model.score.weight": (2, 2)}
+    (tmp_path / "adapter").mkdir()
+    made = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    save_file(made, "adapter/adapter_model.safetensors")
+    config = {"r": 8, "lora_alpha": 16, "init_lora_weights": True}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    kohya = {"x.lora_down.weight": (8, 32), "x.lora_up.weight": (48, 8)}
+    made = {name: np.zeros(shape, np.float32) for name, shape in kohya.items()}
+    save_file({**made, "x.alpha": np.array(4.0, np.float32)}, "kohya.safetensors")
+    (tmp_path / "broken.toml").write_text("schema = ")
+    (tmp_path / "sweep.csv").write_text("rank,lr\n4,1e-3\n")
+    return tmp_path
 
 
 def call(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="rankaware")
 
 
-def number(output: str, name: str) -> float:
-    """The number after `name` on its own line."""
-    return float(re.search(rf"^{name}\s+(\S+)", output, re.MULTILINE)[1])
-
-
 def test_the_module_is_the_command():
-    """`python -m rankaware_optim --help` lists the commands."""
+    """`python -m rankaware_optim --help` lists every command once, and --version names four packages."""
     done = subprocess.run(
         [sys.executable, "-m", "rankaware_optim", "--help"],
         capture_output=True,
@@ -84,155 +67,83 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: rankaware ")
-    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
-
-
-def test_the_version_is_told():
-    """--version names the versions that a report of an error needs."""
+    assert [done.stdout.count(f"\n  {name} ") for name in main.commands] == [1] * 10
     lines = call("--version").output.splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "rankaware-optim",
-        "torch",
-        "peft",
-        "optuna",
-    ]
+    packages = ["rankaware-optim", "torch", "peft", "optuna"]
+    assert [line.split()[0] for line in lines] == packages
     assert re.fullmatch(r"rankaware-optim \d+\.\d+\.\d+", lines[0])
 
 
-# --- inspect --------------------------------------------------------------------------------------------------------
+PRINTED = {  # what a command prints, as patterns
+    "inspect adapter": [
+        r"peft +linear +A +8 +2 +B = 0 +32 +48 +2",
+        r"peft +linear +B +8 +2 +B = 0 +32 +48 +2",
+        r" other +1 +no LoRA factor: the base rate",
+    ],
+    "inspect adapter --per-module": [
+        *(rf"model\.{name}\.lora_{half}\.weight" for name in "qv" for half in "AB"),
+        r"model\.score\.weight",
+    ],
+    "inspect adapter --lr 2e-4 --tuned-at r=8,alpha=16": [
+        r" 0\.0002 +default law: from rank 8, alpha 16, B = 0"
+    ],
+    "inspect adapter --lr 2e-4 --tuned-at r=64,alpha=16": [r" 0\.000\d+ "],
+    "inspect adapter --lr 1e-4 --law loraplus": [
+        r"peft +linear +A .* 0\.0001 +loraplus",
+        r"peft +linear +B .* 0\.0016 +loraplus",
+    ],
+    "inspect kohya.safetensors": [
+        r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1"
+    ],
+    "convert 2e-4 --from r=16,alpha=32 --to r=64": [r"such as fan_in=2048\."],
+    "show digits.toml": [
+        r"base rate +0\.002 at rank 16, alpha 32, B = 0, mean fan-in 64",
+        r"times rank\^0\.1, times 1\.5",
+        r"AdamW",
+        r"100 steps, batch 16",
+        r"ranks 4, 64; 6 trials",
+        r"torch 2\.6",
+    ],
+}
 
 
-def test_inspect_reads_a_peft_folder(folder):
-    """Like factors share a line: role, rank, scaling, init, fans and count; other tensors are named."""
-    done = call("inspect", folder)
-    assert done.exit_code == 0
-    assert re.search(r"peft +linear +A +8 +2 +B = 0 +32 +48 +2", done.output)
-    assert re.search(r"peft +linear +B +8 +2 +B = 0 +32 +48 +2", done.output)
-    assert re.search(r" other +1 +no LoRA factor: the base rate", done.output)
-
-
-def test_inspect_adds_rates_to_a_base_rate(folder):
-    """--lr with --tuned-at adds the law's multipliers and rates; at its own configuration nothing changes."""
-    own, other = (
-        call("inspect", folder, "--lr", "2e-4", "--tuned-at", at)
-        for at in ("r=8,alpha=16", "r=64,alpha=16")
-    )
-    assert own.exit_code == other.exit_code == 0
-    assert own.output.count(" 0.0002 ") == 2
-    assert other.output.count(" 0.0002 ") == 0
-    assert own.output.count("default law: from rank 8, alpha 16, B = 0") == 2
-
-
-def test_inspect_names_every_tensor_if_asked(folder):
-    """--per-module gives each factor and other tensor its own line."""
-    done = call("inspect", folder, "--per-module")
-    names = [
-        f"base_model.model.{name}.lora_{half}.weight" for name in "qv" for half in "AB"
-    ]
-    assert done.exit_code == 0
-    assert all(
-        done.output.count(name) == 1
-        for name in [*names, "base_model.model.score.weight"]
-    )
-
-
-def test_inspect_takes_a_law_by_name(folder):
-    """--law loraplus shows B's sixteenfold rate."""
-    done = call("inspect", folder, "--lr", "1e-4", "--law", "loraplus")
-    assert re.search(r"peft +linear +A .* 0\.0001 +loraplus", done.output)
-    assert re.search(r"peft +linear +B .* 0\.0016 +loraplus", done.output)
-
-
-def test_inspect_reads_a_kohya_file(tmp_path):
-    """alpha in the file gives the scaling."""
-    path = tmp_path / "lora.safetensors"
-    pair = {
-        "x.lora_down.weight": torch.zeros(8, 32),
-        "x.lora_up.weight": torch.zeros(48, 8),
-    }
-    save_file({**pair, "x.alpha": torch.tensor(4.0)}, path)
-    done = call("inspect", path)
-    assert done.exit_code == 0
-    assert re.search(
-        r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1", done.output
-    )
-    assert " other " not in done.output
+@pytest.mark.parametrize("command", PRINTED)
+def test_a_command_prints_what_was_asked_for(command):
+    """Factors, rates and facts stand in its output."""
+    done = call(*command.split())
+    assert done.exit_code == 0, done.output
+    assert [p for p in PRINTED[command] if not re.search(p, done.output)] == []
 
 
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_a_note(folder):
     """What the package warns of is printed to standard error as a note, and the command succeeds."""
     config = {"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    done = call("inspect", folder, "--lr", "1e-4")
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    done = call("inspect", "adapter", "--lr", "1e-4")
     assert done.exit_code == 0
     assert done.stderr.startswith("note: ")
     assert "Warning" not in done.output
 
 
-# --- convert --------------------------------------------------------------------------------------------------------
+CONVERSIONS = [
+    ("r=16,alpha=32,fan_in=512", "r=128,alpha=16,rslora", "mua"),
+    ("r=16,alpha=32,fan_in=512", "r=128,alpha=16,rslora", "loraplus"),
+    ("adapter", "r=64,alpha=16", "falling"),
+]
 
 
-def test_convert_names_an_adapter_as_reference(folder):
-    """--from and --to take an adapter's folder, at its own width."""
-    done = call("convert", "2e-4", "--from", folder, "--to", "r=64,alpha=16")
-    assert (
-        done.output.rstrip("\n")
-        == convert_lr(2e-4, from_=folder, to="r=64,alpha=16").explain()
-    )
-
-
-def test_convert_prints_what_convert_lr_gives():
-    """--from, --to and --law are those of `convert_lr`."""
-    words = {"from_": "r=16,alpha=32,fan_in=512", "to": "r=128,alpha=16,rslora"}
-    for law in ("mua", "loraplus"):
-        done = call(
-            "convert",
-            "2e-4",
-            "--from",
-            words["from_"],
-            "--to",
-            words["to"],
-            "--law",
-            law,
-        )
-        assert (done.exit_code, done.output.rstrip("\n")) == (
-            0,
-            convert_lr(2e-4, **words, law=law).explain(),
-        )
-
-
-def test_convert_says_how_an_option_gives_the_width():
-    """Without a width the note says how the reference gives it, and giving it ends the note."""
-    printed = call("convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64").output
-    assert "Add your model's to the reference, such as fan_in=2048." in printed
-    assert (
-        "No width"
-        not in call(
-            "convert", "2e-4", "--from", "r=16,alpha=32,fan_in=4096", "--to", "r=64"
-        ).output
-    )
-
-
-# --- recipes --------------------------------------------------------------------------------------------------------
-
-
-def test_show_prints_what_a_recipe_holds(recipe):
-    """Base rate, band, ceiling, law, optimizer, horizon and what was seen."""
-    done = call("show", recipe[0])
-    assert done.exit_code == 0
-    at_16 = "0.002 at rank 16, alpha 32, B = 0, mean fan-in 64"
-    for text in (
-        "digits",
-        at_16,
-        "0.03",
-        "times rank^0.1, times 1.5",
-        "AdamW",
-        "100 steps",
-        "ranks 4, 64; 2 trials",
-        "torch 2.6",
-    ):
-        assert text in done.output
+@pytest.mark.parametrize(("origin", "to", "law"), CONVERSIONS)
+def test_convert_gives_what_convert_lr_gives(origin, to, law):
+    """--from, --to and --law are those of `convert_lr`, in words and as JSON, which says from where to where."""
+    command = ["convert", "2e-4", "--from", origin, "--to", to, "--law", law]
+    wanted = convert_lr(2e-4, from_=origin, to=to, law=law)
+    assert call(*command).output == f"{wanted.explain()}\n"
+    document = json.loads(call(*command, "--json").output)
+    assert document.keys() == RATE | {"from_lr", "from", "to"}
+    assert (document["lr"], document["from_lr"]) == (wanted.lr, 2e-4)
+    again = convert_lr(2e-4, from_=document["from"], to=document["to"], law=law)
+    assert again.lr == wanted.lr
 
 
 RATES = [
@@ -257,44 +168,77 @@ RATES = [
 
 @pytest.mark.filterwarnings("always")
 @pytest.mark.parametrize(("arguments", "target"), RATES)
-def test_lr_prints_the_recipes_rate(arguments, target, recipe):
-    """The rate, its band and ceiling are those of Recipe.at, to three digits; extrapolation and notes are said once."""
-    path, made = recipe
-    done = call("lr", path, *arguments)
+def test_lr_prints_the_recipes_rate(arguments, target):
+    """The rate is that of Recipe.at, in words and as JSON; that it is extrapolated is said once."""
+    done = call("lr", "digits.toml", *arguments)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RankAwareWarning)
-        rate = made.at(**target)
-    assert done.exit_code == 0
-    assert number(done.stdout, "lr") == pytest.approx(rate.lr, rel=5e-3)
-    assert f"at        {rate.configuration}" in done.stdout.splitlines()
-    if rate.ceiling is None:
-        assert "ceiling" not in done.stdout
-    else:
-        assert number(done.stdout, "ceiling") == pytest.approx(rate.ceiling, rel=5e-3)
-    assert number(done.stdout, "90 % band") == pytest.approx(rate.low, rel=5e-3)
-    assert ("extrapolated" in done.stdout) == rate.extrapolated
+        warnings.simplefilter("ignore")
+        rate = RECIPE.at(**target)
+    assert (done.stdout, done.stderr) == (f"{rate.explain()}\n", "")
     assert [done.stdout.count(note) for note in rate.notes] == [1] * len(rate.notes)
-    assert done.stderr == ""
+    document = json.loads(call("lr", "digits.toml", *arguments, "--json").stdout)
+    assert document.keys() == RATE
+    assert [document[name] for name in ("lr", "low", "high", "ceiling")] == [
+        rate.lr,
+        rate.low,
+        rate.high,
+        rate.ceiling,
+    ]
 
 
-@pytest.mark.parametrize("option", ["--from", "--to"])
-def test_lr_names_the_command_that_moves_a_rate(option):
-    """A rate that was tuned elsewhere has no recipe, and `lr` says which command moves it."""
-    done = call("lr", "2e-4", option, "r=16,alpha=32")
-    assert done.exit_code == 2
-    assert (
-        f"{option} moves a rate without a recipe: use rankaware convert" in done.stderr
-    )
-    assert option not in call("lr", "--help").output
+def test_inspect_names_every_tensor_in_json():
+    """Factors and other parameters have their names; a factor its rate and the reason with --lr, else null."""
+    command = ("inspect", "kohya.safetensors", "--json")
+    plain = json.loads(call(*command).output)
+    rated = json.loads(call(*command, "--lr", "1e-4", "--init", "A").stdout)
+    assert plain.keys() == {"factors", "others", "checks", "notes"}
+    assert [one["role"] for one in plain["factors"]] == ["A", "B"]
+    assert all(one["lr"] is one["reason"] is None for one in plain["factors"])
+    assert all(one["lr"] > 0 and one["reason"] for one in rated["factors"])
+    others = json.loads(call("inspect", "adapter", "--json").output)["others"]
+    assert [other["name"] for other in others] == ["base_model.model.score.weight"]
 
 
-def test_plot_writes_a_figure(recipe, tmp_path):
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_json_cannot_hold_is_null(value, capsys):
+    """Numbers that are not finite are null, so that every parser reads the document."""
+    echo_result(True, {"a": [value, 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0]}
+
+
+OUT = {
+    "calibrate loops:train --ranks 2,4 --steps 5": "made.toml",
+    "fit sweep.csv": "made.toml",
+    "report digits.toml": "made.html",
+    "plot digits.toml": "made.png",
+}
+
+
+@pytest.mark.parametrize("command", OUT)
+def test_a_file_that_exists_is_left(command, folder):
+    """It stays as it is, and the error comes before any work, in one sentence with its cure."""
+    out = folder / OUT[command]
+    out.write_text("Notes of many years.\n")
+    done = call(*command.split(), "-o", out.name)
+    assert done.exit_code == 1
+    assert done.stderr == f"Error: {out.name} exists. --force overwrites it.\n"
+    assert out.read_text() == "Notes of many years.\n"
+
+
+@pytest.mark.parametrize("order", ["-o page.html --force", "--force -o page.html"])
+def test_force_overwrites(order, folder):
+    """With --force the file is written, wherever the option stands."""
+    (folder / "page.html").touch()
+    assert call("report", "digits.toml", *order.split()).exit_code == 0
+    assert (folder / "page.html").stat().st_size
+
+
+def test_plot_writes_a_figure(folder):
     """plot draws the recipe and prints where."""
     pytest.importorskip("matplotlib")
-    out = tmp_path / "figures" / "out.png"
-    done = call("plot", recipe[0], "-o", out)
-    assert (done.exit_code, done.output.strip()) == (0, str(out))
-    assert out.read_bytes().startswith(b"\x89PNG")
+    done = call("plot", "digits.toml", "-o", "figures/out.png")
+    assert (done.exit_code, done.output) == (0, "figures/out.png\n")
+    assert (folder / "figures" / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -342,20 +286,15 @@ BAD = [
     BAD,
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
-def test_an_error_is_a_sentence(
-    arguments, message, recipe, folder, tmp_path, monkeypatch
-):
+def test_an_error_is_a_sentence(arguments, message, folder):
     """Bad input ends with code 1 and one line that begins with Error, and nothing is written."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken.toml").write_text("schema = ")
-    (tmp_path / "sweep.csv").write_text("rank,lr\n4,1e-3\n")
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted(folder.rglob("*"))
     done = call(*arguments)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: ")
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
 USAGE = [
@@ -380,9 +319,8 @@ USAGE = [
 
 
 @pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
-def test_wrong_usage_shows_the_usage(arguments, recipe, monkeypatch, tmp_path):
+def test_wrong_usage_shows_the_usage(arguments):
     """Options that contradict one another or are missing end with code 2 and the usage."""
-    monkeypatch.chdir(tmp_path)
     done = call(*arguments)
     assert done.exit_code == 2
     assert "Usage: " in done.stderr

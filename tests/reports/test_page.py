@@ -86,7 +86,7 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
     assert all(len(drawing["aria-label"]) > 30 for drawing in drawings)
     assert ("The page has no pictures. Plots need matplotlib." in page) == (not DRAWS)
     if DRAWS:
-        assert "rank 4: 3 trials, 1 diverged; the lowest score is 0.4" in page
+        assert "Rank 4: 3 trials, the recipe&#39;s rate is 0.00" in page
         assert "#0072b2" not in page.partition("</style>")[2]
 
 
