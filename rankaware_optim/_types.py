@@ -31,17 +31,8 @@ class Rated(NamedTuple):
 
 
 _HEADINGS = (
-    "convention",
-    "kind",
-    "role",
-    "rank",
-    "scaling",
-    "init",
-    "fan-in",
-    "fan-out",
-    "tensors",
-    "lr",
-    "why",
+    *("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out"),
+    *("tensors", "lr", "why"),
 )
 _LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
 _LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0
@@ -136,7 +127,6 @@ class Survey:
         looked_at: number of parameters examined.
         tried: names of the conventions tried.
         frozen: names of LoRA factors that do not train.
-        unadapted: names of frozen expert weights that no pair adapts.
         unsupported: the adapter's kind for those of `other` that no law covers, such as
             {"q.hada_w1_a": "LoHa"}.
     """
@@ -147,7 +137,6 @@ class Survey:
     looked_at: int = 0
     tried: tuple[str, ...] = field(default=(), repr=False)
     frozen: tuple[str, ...] = field(default=(), repr=False)
-    unadapted: tuple[str, ...] = field(default=(), repr=False)
     unsupported: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     @property
@@ -214,68 +203,59 @@ class Survey:
         self, per_module: bool = False, rates: Mapping[str, Rated] | None = None
     ) -> Table:
         lines = Counter[tuple[str, ...]]()
-        for name, convention, cells, reason in self._lines():
-            rated = (rates or {}).get(name)
-            why = ("", reason) if rated is None else (f"{rated.lr:.3g}", rated.reason)
-            lines[(name if per_module else convention, *cells, *why)] += 1
+        for name, convention, *cells, why in self._lines():
+            lr = ""
+            if rates and name in rates:
+                lr, why = f"{rates[name].lr:.3g}", rates[name].reason
+            lines[(name if per_module else convention, *cells, lr, why)] += 1
         rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
-        headings = ("module" if per_module else _HEADINGS[0], *_HEADINGS[1:])
+        headings = ("module" if per_module else "convention", *_HEADINGS[1:])
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
         return Table(headings, rows, remarks, left=_LEFT_ALIGNED)
 
-    def _lines(self) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    def _lines(self) -> Iterator[tuple[str, ...]]:
         """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
+        blank = [""] * 5
         for f in self.factors:
-            pair, reason = (f"{f.scaling:g}", init_text(f.init)), "a LoRA pair"
+            how, why = [f"{f.scaling:g}", init_text(f.init)], "a LoRA pair"
             if f.role == "full":
-                pair, reason = ("", ""), "a whole weight"
+                how, why = ["", ""], "a whole weight"
+            elif f.init == "other":
+                why = NO_LAW
+            cells = (f.kind, f.role, str(f.rank or ""), *how)
             fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
-            cells = (f.kind, f.role, str(f.rank or ""), *pair, *fans)
-            reason = NO_LAW if f.init == "other" else reason
-            yield f.name, f.convention, cells, reason
+            yield f.name, f.convention, *cells, *fans, why
         for name in self.other:
             kind = self.unsupported.get(name, "")
-            reason = reason_of_other([kind] if kind else [])
-            yield name, "", (kind, "other", *[""] * 5), reason
+            why = reason_of_other([kind] if kind else [])
+            yield name, "", kind, "other", *blank, why
         for name in self.frozen:
-            reason = "a LoRA factor that does not train"
-            yield name, "", ("", "frozen", *[""] * 5), reason
+            yield name, "", "", "frozen", *blank, "a LoRA factor that does not train"
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
-        checks = list(self._checks())
+        checks = []
+        if not self.factors:
+            kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
+            checks.append(
+                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
+            )
+        idle = "trained: an inactive adapter, or one frozen by mistake"
+        odd = [(self.frozen, "LoRA factor", idle)]
+        for is_odd, problem in _ODD_FACTORS:
+            names = tuple(f.name for f in self.factors if is_odd(f))
+            odd.append((names, "factor", problem))
+        for names, what, problem in odd:
+            if len(names) == 1:
+                checks.append(f"1 {what} ({names[0]}) is not {problem}.")
+            elif names:
+                checks.append(
+                    f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
+                )
         for adapter in dict.fromkeys(f.adapter for f in self.factors):
             checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
         return tuple(checks)
-
-    def _checks(self) -> Iterator[str]:
-        if not self.factors:
-            kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
-            yield (
-                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
-            )
-        checks = [
-            (
-                self.frozen,
-                "LoRA factor",
-                "trained: an inactive adapter, or one frozen by mistake",
-            ),
-            (
-                self.unadapted,
-                "frozen stack",
-                "adapted: in PEFT, experts that are bare parameters need target_parameters instead"
-                " of target_modules",
-            ),
-        ]
-        for is_odd, problem in _ODD_FACTORS:
-            odd = tuple(f.name for f in self.factors if is_odd(f))
-            checks.append((odd, "factor", problem))
-        for names, what, problem in checks:
-            if len(names) == 1:
-                yield f"1 {what} ({names[0]}) is not {problem}."
-            elif names:
-                yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:
@@ -290,30 +270,17 @@ def width_for(survey: Survey, method: Method, init: Init) -> float:
 
 
 def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
-    """Yield a sentence if patterns scale some factors of an adapter far more than the rest.
-
-    PEFT's rank_pattern gives experts a small rank. The alpha that they keep is then divided by it.
+    """Yield a sentence if some factors of an adapter are scaled far more than the rest, as where
+    PEFT's rank_pattern gives experts a small rank and they keep alpha.
     """
-    least, most = (end(factors, key=lambda f: f.scaling) for end in (min, max))
-    times = most.scaling / least.scaling
-    if times < _FAR_SCALING:
-        return
-    far = [f for f in factors if f.scaling >= _FAR_SCALING * least.scaling]
-    up_to = "up to " if len({f.scaling for f in factors}) > 2 else ""
-    why = ": their rank was divided and alpha was kept" if _keep_alpha(factors) else ""
-    yield (
-        f"{len(far)} factors ({far[0].name}, …) are scaled {up_to}{times:.3g} times as strongly as"
-        f" the rest{why}. Give alpha_pattern too, or know that the law gives them a lower rate."
-    )
-
-
-def _keep_alpha(factors: Iterable[Factor]) -> bool:
-    """Return whether all have one alpha: scaling × rank, or with rsLoRA scaling × √rank."""
-    for power in (1.0, 0.5):
-        alphas = [f.scaling * (f.rank or 1) ** power for f in factors]
-        if math.isclose(min(alphas), max(alphas)):
-            return True
-    return False
+    least, most = (end(f.scaling for f in factors) for end in (min, max))
+    far = [f for f in factors if f.scaling >= _FAR_SCALING * least]
+    if far:
+        yield (
+            f"{len(far)} factors ({far[0].name}, …) are scaled up to {most / least:.3g} times as"
+            " strongly as the rest. If their rank was divided and alpha kept, give alpha_pattern"
+            " too, or know that the law gives them a lower rate."
+        )
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,14 @@ _KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fan_in": ("fan_in", float),
     "batch": ("batch", float),
     "method": ("method", str),
+    "full": ("method", {"true": "full"}.__getitem__),
 }
-_FLAGS: dict[str, tuple[str, Any]] = {
-    "full": ("method", "full"),
-    "rslora": ("rslora", True),
-}
+_FLAGS = {"full": "true", "rslora": "true"}  # parts of a text without a value
 _OF_FULL = {"method", "fan_in", "batch"}
 _OF_PEFT = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "peft_type")
+
+# A part in words, its key and its value.
+_Entry = tuple[str, str, Any]
 
 
 def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Reference:
@@ -74,7 +75,13 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     if isinstance(value, str) and not _is_path(value):
         return parse_reference(value, like=like)
     if isinstance(value, (str, os.PathLike)):
-        return _of_adapter(os.fspath(value))
+        if not os.path.exists(value):
+            raise InspectionError(
+                f"There is no folder or file {os.fspath(value)}.",
+                "Give the folder of an adapter on this machine (download one from the Hub first),"
+                ' or a text such as "r=16,alpha=32".',
+            )
+        return reference_of(inspect_file(os.fspath(value)))
     config: Any = value
     if not isinstance(value, Mapping):
         config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
@@ -87,16 +94,6 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     if "lora_alpha" in config:
         _refuse_lawless(config, type(value).__name__)
     return _from_entries(_entries(config), value, like)
-
-
-def _of_adapter(path: str) -> Reference:
-    if not os.path.exists(path):
-        raise InspectionError(
-            f"There is no folder or file {path}.",
-            "Give the folder of an adapter on this machine (download one from the Hub first), or a"
-            ' text such as "r=16,alpha=32".',
-        )
-    return reference_of(inspect_file(path))
 
 
 def reference_of(survey: Survey) -> Reference:
@@ -124,10 +121,7 @@ def _is_path(text: str) -> bool:
     """Return whether `text` names a folder or file: one that is there, or by its form. If every
     part begins like a part of a reference, it does not.
     """
-    if all(
-        part.strip() in _FLAGS or part.partition("=")[0].strip() in _KEYS
-        for part in text.split(",")
-    ):
+    if all(part.partition("=")[0].strip() in _KEYS for part in text.split(",")):
         return False
     of_path = os.path.dirname(text) or text.endswith(".safetensors")
     return bool(of_path) or os.path.exists(text)
@@ -152,13 +146,20 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
     'rank 64, alpha 32, B = 0'
     """
-    parts = filter(None, map(str.strip, text.split(",")))
-    entries = ((part, *(_FLAGS.get(part) or _entry(part))) for part in parts)
-    return _from_entries(entries, text, like)
+    return _from_entries(_parts(text), text, like)
 
 
-# A part in words, the field of `Reference`, and its value.
-_Entry = tuple[str, str, Any]
+def _parts(text: str) -> Iterator[_Entry]:
+    for part in filter(None, map(str.strip, text.split(","))):
+        key, equals, value = map(str.strip, part.partition("="))
+        yield part, key, value if equals else _FLAGS.get(key, "")
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[_Entry]:
+    """Yield the entries of a dict. What else PEFT's configuration has is left out."""
+    for key, value in config.items():
+        if value is not None and ("lora_alpha" not in config or key in _KEYS):
+            yield f"{key}={value}", key, value
 
 
 def _from_entries(
@@ -166,7 +167,18 @@ def _from_entries(
 ) -> Reference:
     """Return the reference with these entries. `whole` is what they were read from."""
     values: dict[str, Any] = {}
-    for part, name, value in entries:
+    for part, key, value in entries:
+        try:
+            name, read = _KEYS[key]
+            value = read(value) if isinstance(value, str) else value
+        except (KeyError, ValueError) as error:
+            nor = "" if "=" in part else ", and there is no folder of that name"
+            raise InvalidReferenceError(
+                f"{part!r} is not a part of a reference{nor}.",
+                'Write it as "r=16,alpha=32", or with more, as'
+                ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or'
+                " give an adapter's folder or file.",
+            ) from error
         if name in values:
             raise InvalidReferenceError(
                 f"{part!r} gives {name} a second time in {shown(whole)}.",
@@ -179,39 +191,7 @@ def _from_entries(
             f"Full finetuning has no {extra[0]}, which {shown(whole)} gives it.",
             'Write "full", with fan_in=4096 or batch=64.',
         )
-    if (
-        like is not None
-        and like.method == "lora"
-        and values
-        and not {"alpha", "method"} & values.keys()
-    ):
-        return replace(like, **values)
-    return Reference(**values)
-
-
-def _entries(config: Mapping[str, Any]) -> Iterator[_Entry]:
-    """Yield the entries of a dict. What else PEFT's configuration has is left out."""
-    for key, value in config.items():
-        if value is None or ("lora_alpha" in config and key not in _KEYS):
-            continue
-        part = f"{key}={value}"
-        if isinstance(value, str) or key not in _KEYS:
-            yield part, *_entry(part)
-        else:
-            yield part, _KEYS[key][0], value
-
-
-def _entry(part: str) -> tuple[str, Any]:
-    """Return the field of `Reference` for "key=value", and its value."""
-    key, _, value = map(str.strip, part.partition("="))
-    try:
-        name, read = _KEYS[key]
-        return name, read(value)
-    except (KeyError, ValueError) as error:
-        nor = "" if "=" in part else ", and there is no folder of that name"
-        raise InvalidReferenceError(
-            f"{part!r} is not a part of a reference{nor}.",
-            'Write it as "r=16,alpha=32", or with more, as'
-            ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give'
-            " an adapter's folder or file.",
-        ) from error
+    own = not values or {"alpha", "method"} & values.keys()
+    if like is None or like.method == "full" or own:
+        return Reference(**values)
+    return replace(like, **values)

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from .._checks import check_init
 from .._types import Factor, Init, Method, Role, Survey
-from .._warn import warn
 from ..errors import InspectionError
 from ._conventions import INITS, Reading, conventions
 from ._pairs import (
     Pair,
     Walk,
-    declared_number,
     is_embedding,
     pairs_of,
     reading_of,
@@ -162,7 +160,6 @@ def _lora_survey(
         if not any(names):
             continue
         reading = reading_of(pair)
-        _warn_of_transposed(pair, reading)
         scaling = scaling_of(pair, reading.rank_a)
         if scaling is None:
             notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
@@ -181,7 +178,6 @@ def _lora_survey(
         tuple(factors),
         notes=tuple(notes),
         frozen=tuple(frozen.values()),
-        unadapted=tuple(_unadapted(walked)),
     )
 
 
@@ -194,24 +190,6 @@ def refuse_frozen(walked: Walk) -> None:
             f"{len(tensors)} LoRA factors found, all frozen.",
             "Load with is_trainable=True (PeftModel.from_pretrained), or set requires_grad on those"
             " to train.",
-        )
-
-
-def _warn_of_transposed(pair: Pair, reading: Reading) -> None:
-    """Warn if an undeclared rank is ambiguous because the factors may be stored transposed: (64, 4)
-    and (4, 64).
-    """
-    rank, other = reading.rank_a, reading.fan_in
-    is_square = pair.a.shape == pair.b.shape[::-1] == (rank, other)
-    if (
-        is_square
-        and rank > other
-        and declared_number(pair, pair.convention.rank) is None
-    ):
-        warn(
-            f"{pair.where} declares no rank: its factors are read as rank {rank:g} on a layer of"
-            f" width {other:g}. If they are stored transposed, the rank is {other:g} and the width"
-            f" {rank:g}: set the rank's attribute."
         )
 
 
@@ -229,24 +207,6 @@ def factors_of(
     for role, name in zip(roles, names, strict=True):
         if name is not None:
             yield Factor(name, role, *sizes, *how, *belongs)
-
-
-def _unadapted(walked: Walk) -> Iterator[str]:
-    """Yield frozen stacks of expert weights that no pair adapts, because only target_modules was
-    given.
-    """
-    adapted = [
-        (f"{name}.", f".{module.parameter_name}")
-        for name, module in walked.modules
-        if hasattr(module, "parameter_name")
-    ]
-    for name, param in walked.parameters:
-        if param.dim() != 3 or "expert" not in name or param.requires_grad:
-            continue
-        if not any(
-            name.startswith(start) and name.endswith(end) for start, end in adapted
-        ):
-            yield name
 
 
 def declared_init(declared: object, kind: str) -> Init:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import InspectionError, RankAwareWarning, inspect_model
+from rankaware_optim import InspectionError, inspect_model
 from rankaware_optim._types import Factor, Survey
 from rankaware_optim.inspection import canonical_name
 from rankaware_optim.inspection._conventions import CONVENTIONS
@@ -472,22 +471,3 @@ def test_transposed_convolutions_have_their_own_fan_in() -> None:
     """A ConvTranspose stores (in, out, k, k): its fan-in is in × k²."""
     (factor,) = inspect_model(nn.ConvTranspose2d(6, 4, 3), method="full").factors
     assert (factor.fan_in, factor.fan_out) == (54.0, 4.0)
-
-
-def test_a_transposed_pair_of_no_declared_rank_is_said_with_both_readings():
-    """(64, 4) and (4, 64) without a declared rank stay rank 64 on width 4, and a warning names rank 4 on width 64."""
-    pair = nn.Module()
-    pair.lora_A, pair.lora_B = (
-        nn.Parameter(torch.randn(64, 4)),
-        nn.Parameter(torch.zeros(4, 64)),
-    )
-    with pytest.warns(
-        RankAwareWarning,
-        match=r"read as rank 64 on a layer of width 4.*rank is 4 and the width 64",
-    ):
-        survey = inspect_model(pair)
-    assert {f.rank for f in survey.factors} == {64}
-    pair.r = 64
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        inspect_model(pair)

@@ -356,8 +356,10 @@ def test_experts_that_keep_alpha_are_pointed_out(alphas, warns):
     checks = RankAwareOptimizer(model, "adamw", lr=1e-3).report().audit
     (sentence,) = [check for check in checks if "times as strongly" in check] or [""]
     of_v = "base_model.model.v.lora_A.default.weight"
-    assert sentence.startswith(f"2 factors ({of_v}, …) are scaled 16 times") == warns
-    assert ("rank was divided and alpha was kept" in sentence) == warns
+    assert (
+        sentence.startswith(f"2 factors ({of_v}, …) are scaled up to 16 times") == warns
+    )
+    assert ("give alpha_pattern too" in sentence) == warns
 
 
 def test_a_rank_pattern_is_scaled_around_the_dominant_rank():
