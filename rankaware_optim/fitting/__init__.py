@@ -1,9 +1,7 @@
 """The fit: from scored runs to a base rate, a drift in rank, and their covariance."""
 
+from ._constants import CLEAR, EARLY, FULL_SD, TAIL
 from ._observations import (
-    CLEAR,
-    EARLY,
-    TAIL,
     Observation,
     all_rose,
     arms_of,
@@ -21,7 +19,6 @@ from ._observations import (
 )
 from ._posterior import Fit, Prior, fit_observations
 from ._priors import (
-    FULL_SD,
     at_target,
     centred_law,
     prior_of,

@@ -21,7 +21,7 @@ part have standard deviation σ together. The last is the error of the shape its
 gap to the best.
 
 The posterior is over a grid of shapes (σ, h, a, k), weighted by prior and evidence. Ranks nearly
-share a shape: each has its own, within `_OWN` of the shared one.
+share a shape: each has its own, within `OWN` of the shared one.
 """
 
 from __future__ import annotations
@@ -34,34 +34,29 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from ._constants import (
+    BEYOND,
+    CAP,
+    CURVATURE,
+    GRID,
+    LEAST,
+    LENGTH,
+    NOISE,
+    NOISE_SD,
+    OWN,
+    REACH,
+    SEED,
+    SHAPE,
+    SMOOTH,
+    STEEPNESS,
+    USUAL_NOISE,
+)
 
-# The grid of shapes.
-NOISE = np.geomspace(0.002, 0.5, 6)  # σ, in units of the gain
-REACH = np.array([0.4, 1.0, 4.0])  # h: from a corner to a parabola
-STEEPNESS = np.array(
-    [0.0, 1.5, 3.0, 4.5]
-)  # a: from a parabola to a cliff within half an octave
-CURVATURE = np.geomspace(0.005, 2.0, 10)  # k, in units of the gain
-_USUAL_NOISE, _NOISE_SD = (
-    0.015,
-    1.2,
-)  # prior of σ: its median, and the standard deviation of log σ
-# Standard deviations of a rank's log σ, log h, a and log k about the shared values.
-_OWN = (0.5, 0.7, 1.0, 0.7)
-_SEED = 3.0  # standard deviation of a seed's level, in units of σ
-_SMOOTH = 0.5  # share of σ² that is smooth in the rate
-_SHAPE = 0.2  # error of the shape, as a share of the gap to the best
-_LENGTH = 1.0  # correlation length of the smooth noise, octaves
-_GRID = 0.125  # octaves between candidate optima
-_BEYOND = 3.0  # octaves that an optimum may lie beyond the rates tried
-_LEAST = 1e-250  # smallest likelihood, so that its logarithm is finite
-# Gap to the best, in units of the gain, at which a run counts as no better than untrained.
-CAP = 1.0
+Array = npt.NDArray[np.float64]
 
 _SHAPES = np.meshgrid(NOISE, REACH, STEEPNESS, CURVATURE, indexing="ij")
 _NOISE_OF_SHAPE, _, _STEEPNESS_OF_SHAPE, _ = (values.ravel() for values in _SHAPES)
-_LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / _USUAL_NOISE) / _NOISE_SD) ** 2
+_LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 
 
 class Arm(NamedTuple):
@@ -111,9 +106,9 @@ def _plateaus(arms: Arms) -> list[list[float]]:
 
 def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
     xs = np.concatenate([arm.x for arm in arms.values()])
-    span = float(xs.max() - xs.min()) + 2 * _BEYOND
-    count = math.ceil(round(span / _GRID, 6))  # whatever rounding does
-    optima = np.asarray(xs.min() - _BEYOND + _GRID * np.arange(count))
+    span = float(xs.max() - xs.min()) + 2 * BEYOND
+    count = math.ceil(round(span / GRID, 6))  # whatever rounding does
+    optima = np.asarray(xs.min() - BEYOND + GRID * np.arange(count))
     fits = []
     for arm, plateau in zip(arms.values(), plateaus, strict=True):
         fits.append(_optimum(_log_likelihood(arm, optima, plateau), optima))
@@ -143,10 +138,10 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
     """
     white = np.eye(len(arm.x))
     distance = arm.x[:, None] - arm.x[None, :]
-    smooth = np.exp(-0.5 * (distance / _LENGTH) ** 2)
+    smooth = np.exp(-0.5 * (distance / LENGTH) ** 2)
     paired = arm.seeds[:, None] == arm.seeds[None, :]
-    noise = paired * (_SEED**2 + _SMOOTH * smooth) + (1.0 - _SMOOTH) * white
-    gap = _SHAPE * arm.y
+    noise = paired * (SEED**2 + SMOOTH * smooth) + (1.0 - SMOOTH) * white
+    gap = SHAPE * arm.y
     return noise, np.outer(gap, gap) * (smooth + white) / 2
 
 
@@ -180,12 +175,12 @@ def _optimum(log_likelihood: Array, optima: Array) -> tuple[Array, Array, Array]
     shape (shapes,).
     """
     top, middle = log_likelihood.max(), optima.mean()
-    likelihood = np.exp(log_likelihood - top) + _LEAST
+    likelihood = np.exp(log_likelihood - top) + LEAST
     u = optima - middle
     moments = likelihood @ np.stack([u**0, u, u**2], axis=1)
     total, first, second = (_rank_given_shared() @ moments.reshape(-1, 3)).T
     mean = first / total
-    variance = np.maximum(second / total - mean**2, (_GRID / 4) ** 2)
+    variance = np.maximum(second / total - mean**2, (GRID / 4) ** 2)
     return np.log(total / len(optima)) + top, mean + middle, np.sqrt(variance)
 
 
@@ -196,7 +191,7 @@ def _rank_given_shared() -> Array:
     """
     axes = np.log(NOISE), np.log(REACH), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))
-    for values, sd in zip(axes, _OWN, strict=True):
+    for values, sd in zip(axes, OWN, strict=True):
         weights = np.exp(-0.5 * ((values[:, None] - values[None, :]) / sd) ** 2)
         kernel = np.kron(kernel, weights / weights.sum(axis=1, keepdims=True))
     return kernel

@@ -12,14 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ._loss_model import CAP, Arm
+from ._constants import CAP, CLEAR, DIVERGED, EARLY, ROSE, TAIL
+from ._loss_model import Arm
 
-TAIL = 5  # fewest values in the mean that scores a run
-EARLY = 0.3  # share of its steps before which a run is not judged
-# A mean of `TAIL` values is clearly higher if it is by this many standard deviations of a value.
-CLEAR = 1.5
-_ROSE = 2.0  # standard deviations of a value by which a curve ends clearly above its first value
-_DIVERGED = 0.25  # a run has diverged if it ends this share of the gain above its start
 # Median absolute value of second differences, if a value's standard deviation is 1.
 _BEND = 0.6745 * math.sqrt(6.0)
 
@@ -185,7 +180,7 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
     scores were returned, because these may not be comparable with the curve.
     """
     start, gain = usual_start(observations), best_fall(observations)
-    margin = max(_DIVERGED * gain, CLEAR * usual_noise(observations))
+    margin = max(DIVERGED * gain, CLEAR * usual_noise(observations))
 
     def is_lost(o: Observation) -> bool:
         if o.stopped or not math.isfinite(o.value + o.tail):
@@ -216,7 +211,7 @@ def all_rose(observations: Iterable[Observation]) -> bool:
     """Return whether every run's curve ended clearly above its first value, so that all rates may
     be too high.
     """
-    return all(o.tail > o.first + _ROSE * o.noise for o in observations)
+    return all(o.tail > o.first + ROSE * o.noise for o in observations)
 
 
 def none_learned(observations: Sequence[Observation]) -> bool:
@@ -226,7 +221,7 @@ def none_learned(observations: Sequence[Observation]) -> bool:
     without a rise.
     """
     noise = usual_noise(observations)
-    rise = _ROSE * noise
+    rise = ROSE * noise
     highest = max((o.tail for o in observations), default=0.0) - CLEAR * noise
 
     def learned(o: Observation) -> bool:

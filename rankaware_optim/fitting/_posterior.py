@@ -19,13 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ._constants import BASE_SD, DRIFT, FULL_SD, MODEL_ERROR, USUAL_PIVOT
 from ._loss_model import Array, bowls_of
 from ._observations import Observation, arms_of, gain_of, split
-
-# Octaves: standard deviation of a rank's own best rate about a power of the rank. It was .29 over
-# 21 sweeps of the study, .17 of which is noise (benchmarks/calibration/simulated.py scatter).
-MODEL_ERROR = 0.2
-_BASE_SD = 1e3  # octaves: a flat prior of the base rate
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,9 @@ class Prior:
         scatter: standard deviation of a rank's own optimum about the law, octaves.
     """
 
-    drift_sd: float = 0.15
-    full_sd: float = 0.8
-    pivot: float = 16.0
+    drift_sd: float = DRIFT["A"][1]
+    full_sd: float = FULL_SD["A"]
+    pivot: float = USUAL_PIVOT
     full_reach: float = 0.0
     scatter: float = MODEL_ERROR
 
@@ -133,7 +129,7 @@ def _shrunk(
     """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for
     each shape s.
     """
-    prior_sd = np.array([_BASE_SD, prior.drift_sd, prior.full_sd])
+    prior_sd = np.array([BASE_SD, prior.drift_sd, prior.full_sd])
     weights = 1.0 / (sds**2 + prior.scatter**2)
     middle = means.mean()
     residuals = means - middle

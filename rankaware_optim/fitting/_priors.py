@@ -22,19 +22,15 @@ import numpy as np
 
 from .._types import Reference
 from ..laws import Law, Power
+from ._constants import (
+    CERTAIN,
+    DRIFT,
+    FULL_SD,
+    SLOPE_LENGTH,
+    SLOPE_SD,
+    USUAL_PIVOT,
+)
 from ._posterior import Fit, Prior
-
-# Octaves, by init: standard deviation of the law's rate for full finetuning when only LoRA was
-# tried. The study found .79 from Init[A], .84 from all ranks at Init[B], from high ones .4 to .6.
-# Its mean is 0: full finetuning needs no factor at the width of Survey.full_width (both are frozen
-# answers of benchmarks/README.md).
-FULL_SD = {"A": 0.8, "B": 0.6}
-# Octaves per octave of rank, by init: mean and standard deviation of the drift. Small studies found
-# that rates at Init[B] fall with rank by 0.3 to 0.75.
-_DRIFT = {"A": (0.0, 0.15), "B": (-0.45, 0.2)}
-_CERTAIN = 1e-3  # octaves: a negligible standard deviation
-_USUAL_PIVOT = 16.0  # of trials of full finetuning alone
-_REACH = 1.5  # λ, octaves
 
 
 def prior_of(
@@ -48,10 +44,10 @@ def prior_of(
         full_fan_in: the width on which the rate of full finetuning depends.
     """
     logs = [math.log(rank) for rank in ranks if rank is not None]
-    pivot = round(math.exp(sum(logs) / len(logs)), 9) if logs else _USUAL_PIVOT
-    drift_sd = _DRIFT[reference.init][1]
+    pivot = round(math.exp(sum(logs) / len(logs)), 9) if logs else USUAL_PIVOT
+    drift_sd = DRIFT[reference.init][1]
     if reference.method == "full":  # the base rate is that of full finetuning
-        return Prior(drift_sd, _CERTAIN, pivot)
+        return Prior(drift_sd, CERTAIN, pivot)
     to_full = (full_fan_in or pivot) if reference.init == "B" else pivot
     return Prior(drift_sd, FULL_SD[reference.init], pivot, math.log2(to_full / pivot))
 
@@ -74,7 +70,7 @@ def centred_law(
     """
     if reference.method == "full":
         return Power(law=law)
-    mean = 0.0 if law.falls_with_rank else _DRIFT[reference.init][0]
+    mean = 0.0 if law.falls_with_rank else DRIFT[reference.init][0]
     return Power(
         exponent=mean + drift,
         full_factor=2.0**factor,
@@ -84,15 +80,10 @@ def centred_law(
     )
 
 
-# Standard deviation of the slope, octaves of rate per octave of steps: the least of five with which
-# bands hold the best rate over eight times the steps on four tasks.
-_SLOPE_SD = 0.4
-
-
-def steps_variance(octaves: float, slope_sd: float = _SLOPE_SD) -> float:
+def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
     """Return the variance of log2 of a best rate over octaves of steps, up or down."""
-    u = abs(octaves) / _REACH
-    return 2.0 * (slope_sd * _REACH) ** 2 * (u + math.expm1(-u))
+    u = abs(octaves) / SLOPE_LENGTH
+    return 2.0 * (slope_sd * SLOPE_LENGTH) ** 2 * (u + math.expm1(-u))
 
 
 def at_target(fit: Fit, octaves: float) -> Fit:

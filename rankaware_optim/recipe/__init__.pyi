@@ -1,7 +1,11 @@
+from ._constants import ANY_WIDTH as ANY_WIDTH
+from ._constants import INIT_SD as INIT_SD
+from ._constants import RANK_SD as RANK_SD
+from ._constants import WIDTH_SD as WIDTH_SD
+from ._constants import Z90 as Z90
 from ._other_rates import BASE as BASE
 from ._other_rates import OtherRates as OtherRates
 from ._other_rates import name_pattern as name_pattern
-from ._rates import ANY_WIDTH as ANY_WIDTH
 from ._rates import base_lr as base_lr
 from ._rates import configuration_of as configuration_of
 from ._rates import is_for as is_for
@@ -21,7 +25,3 @@ from ._settings import constructor_settings as constructor_settings
 from ._settings import differences as differences
 from ._settings import plain_value as plain_value
 from ._settings import settings_of as settings_of
-from ._uncertainty import INIT_SD as INIT_SD
-from ._uncertainty import RANK_SD as RANK_SD
-from ._uncertainty import WIDTH_SD as WIDTH_SD
-from ._uncertainty import Z90 as Z90

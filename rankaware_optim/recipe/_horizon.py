@@ -9,10 +9,7 @@ from .._checks import is_within, plain, range_of, shown
 from .._printing import give_or_take, times
 from ..errors import RecipeError
 from ..fitting import steps_variance
-
-# Standard deviation of the batch exponent about the law's, octaves of rate per octave of batch
-# (small sweeps had 0.3 to 0.67).
-BATCH_SD = 0.15
+from ._constants import BATCH_SD
 
 
 class Moved(NamedTuple):

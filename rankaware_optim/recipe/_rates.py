@@ -13,16 +13,14 @@ from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..laws import checked_batch_multiplier, checked_multiplier
+from ._constants import ANY_WIDTH, Z90
 from ._horizon import by_batch, by_steps
 from ._other_rates import OtherRates
 from ._recipe_text import configuration_text
-from ._uncertainty import Z90, margin, spread
+from ._uncertainty import margin, spread
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
-
-# used for an unknown fan-in, which nearly cancels between ranks of one init
-ANY_WIDTH = 4096.0
 
 
 def rate(

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .._checks import is_number, plain_lr
 from .._optimizers import defaults_of
+from ._constants import SAME
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # Settings that do not change the updates.
 SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
-SAME = 1e-6  # relative tolerance of numbers, about float32's precision
 
 
 def settings_of(

@@ -12,21 +12,10 @@ import numpy as np
 
 from .._types import Reference, init_text
 from ..fitting import FULL_SD
+from ._constants import DRIFT_SHARE, INIT_SD, MOST_MARGIN, RANK_SD, WIDTH_SD, Z90
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
-
-Z90 = 1.645
-# Standard deviations that are added outside the data, octaves of rate per octave of rank or of
-# width. They are rules of thumb, from the spread of published sweeps around the law.
-RANK_SD = 0.1
-WIDTH_SD = 0.25
-INIT_SD = 1.0  # octaves, from one init to the other
-# Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened.
-_DRIFT_SHARE = 0.5
-# Octaves. Larger margins lost more than they saved (benchmarks/calibration/simulated.py --surfaces
-# other).
-MOST_MARGIN = 0.25
 
 
 def own_band(recipe: Recipe) -> tuple[float, float]:
@@ -98,7 +87,7 @@ def _law_alone(recipe: Recipe, target: Reference) -> tuple[float, str]:
     octaves = (
         0.0 if law.to_full else math.log2((target.fan_in or law.pivot) / law.pivot)
     )
-    return _DRIFT_SHARE * law.exponent * octaves, (
+    return DRIFT_SHARE * law.exponent * octaves, (
         f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
         f" alone. Over the tasks of a study it was off by a factor of {2.0 ** FULL_SD[init]:.2g}"
         " (one standard deviation)"

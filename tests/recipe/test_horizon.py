@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Reference
 from rankaware_optim.fitting import steps_variance
-from rankaware_optim.recipe._horizon import BATCH_SD
+from rankaware_optim.recipe._constants import BATCH_SD
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::rankaware_optim.errors.RankAwareWarning"

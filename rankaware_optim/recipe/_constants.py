@@ -1,0 +1,22 @@
+"""The constants of a recipe's rates. The end of each comment is its evidence: a page of
+benchmarks/results, or "by hand".
+"""
+
+from __future__ import annotations
+
+Z90 = 1.645  # standard deviations to the end of a 90 % band: its meaning
+# What is added outside the data: standard deviations, octaves of rate per octave of rank, of width
+# and of batch, and octaves from one init to the other. They are rules of thumb from the spread of
+# published sweeps about the law, for the batch from small sweeps (.3 to .67): by hand
+RANK_SD = 0.1
+WIDTH_SD = 0.25
+BATCH_SD = 0.15
+INIT_SD = 1.0
+# Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened: by
+# hand
+DRIFT_SHARE = 0.5
+# Octaves. Larger margins lost more than they saved: simulated.md
+MOST_MARGIN = 0.25
+# The width where none is known, which nearly cancels between ranks of one init: by hand
+ANY_WIDTH = 4096.0
+SAME = 1e-6  # relative tolerance of settings, about float32's precision
