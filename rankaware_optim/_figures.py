@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def figure_of(
-    columns: int, width: float, height: float = 4.2, rows: int = 1, sharey: bool = False
+    columns: int, rows: int, width: float, height: float
 ) -> tuple[Figure, Any]:
     """Return a figure and its axes, row by row. width, height: inches."""
     try:
@@ -38,11 +38,7 @@ def figure_of(
             return buffer.getvalue()
 
     figure = Shown(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
-
-
-def short(name: str, most: int = 30) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
 def rate_axis(axis: Any, side: str = "x") -> None:

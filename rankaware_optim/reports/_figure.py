@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._figures import COLOURS, figure_of, rate_axis, save, short
+from .._figures import COLOURS, figure_of, rate_axis, save
 from .._printing import printable
 from ..errors import PlotError
 from ..recipe import Recipe, missing_trials
@@ -51,20 +51,16 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
 
 def recipe_figure(recipe: Recipe) -> Figure:
     """Return the figure that `plot_recipe` writes."""
-    if recipe.missing:
-        raise PlotError(
-            missing_trials(recipe), "Copy it there too. The rates do not need it."
-        )
     picture = picture_of(recipe)
     if not picture.arms:
         raise PlotError(
-            f"The recipe {recipe.name!r} has no trials to draw.",
-            "Give one made by ra.calibrate.",
+            missing_trials(recipe) or f"The recipe {recipe.name!r} has no trials.",
+            "Give its trials for a picture; the rates do not need them.",
         )
     panels = len(picture.arms) + bool(picture.by_rank)
     columns = 2 if panels == 4 else min(3, panels)
     rows = -(-panels // columns)
-    figure, axes = figure_of(columns, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows, rows)
+    figure, axes = figure_of(columns, rows, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows)
     for axis, arm in zip(axes, picture.arms, strict=False):
         draw_trials(axis, picture, arm)
         axis.set_title(arm.title, fontsize=10)
@@ -73,11 +69,9 @@ def recipe_figure(recipe: Recipe) -> Figure:
         axes[panels - 1].set_title("Rates by rank, with their 90 % band", fontsize=10)
     for axis in axes[panels:]:
         axis.remove()
-    made_by = (
-        f"{recipe.optimizer.rpartition('.')[2]}, {recipe.steps or 'unknown'} steps"
-    )
-    title = printable(f"Recipe {short(recipe.name, 60)!r}: {made_by}")
-    figure.suptitle(title, parse_math=False)
+    optimizer = recipe.optimizer.rpartition(".")[2]
+    title = f"{recipe.name[:60]}: {optimizer}, {recipe.steps or 'unknown'} steps"
+    figure.suptitle(printable(title), parse_math=False)
     named: dict[str, Any] = {}
     for axis in axes[:panels]:
         handles, labels = axis.get_legend_handles_labels()
@@ -142,7 +136,7 @@ def panel_svg(name: str, draw: Callable[..., None], *data: object) -> str:
     """Return what `draw` draws as an SVG element with the page's fonts and colours. name: the
     panel's, different from the page's others.
     """
-    figure, [axis] = figure_of(1, 3.7, 2.4)
+    figure, [axis] = figure_of(1, 1, 3.7, 2.4)
     draw(axis, *data)
     axis.spines[["top", "right"]].set_visible(False)
     from matplotlib import rc_context

@@ -81,7 +81,7 @@ def _panels(picture: Picture) -> list[tuple[str, str, str]]:
     """Return each rank's title, description and SVG."""
     panels = []
     for arm in picture.arms:
-        svg = panel_svg(arm.label, draw_trials, picture, arm)
+        svg = panel_svg(arm.title, draw_trials, picture, arm)
         panels.append((arm.title, arm.words, svg))
     return panels
 

@@ -17,7 +17,7 @@ from ..recipe import Recipe, known_rate
 
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _MOST = 1e100  # of a score that is drawn
-_FAR = 3.0
+_FAR = 3.0  # times the median of a rank: scores farther off are not in its frame
 _OCTAVES = 2  # beyond the ranks tried, in which rates by rank are drawn
 
 SCORE = "score, lower is better"  # a recipe does not say whether what the loop returned was a loss
@@ -64,12 +64,8 @@ class PictureArm:
     scores: Span
 
     @property
-    def label(self) -> str:
-        return "full finetuning" if self.rank is None else f"rank {self.rank}"
-
-    @property
     def title(self) -> str:
-        return self.label[0].upper() + self.label[1:]
+        return "Full finetuning" if self.rank is None else f"Rank {self.rank}"
 
     def marks(self) -> dict[str, list[Span]]:
         """Return the (rate, score) at which to draw the trials, by their key in `MARKS`.
