@@ -7,7 +7,7 @@ with weights_only=True.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .._checks import check_lr, plain_lr
 from .._optimizers import Known, known_optimizer
 from .._rate import Rate
-from .._types import Init, Method
+from .._types import Factor, Init, Method, Survey
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
 from ..inspection import (
@@ -29,7 +29,7 @@ from ..inspection import (
     walk,
 )
 from ..laws import DEFAULT_LAW, Law, caution_of
-from ._plan import Assignment, Plan, PlanOptions, Settings, make_plan
+from ._plan import Label, Plan, PlanOptions, Rule, Settings, make_plan
 
 Group = dict[str, Any]
 Groups = Sequence[Group]
@@ -40,7 +40,7 @@ State = Mapping[Any, Any]
 GROUP_FORMAT = 1
 # Keys of our groups besides torch's.
 TAGS = (
-    *Assignment._fields,
+    *Label._fields,
     "user_group",
     "rankaware_format",
     "param_shapes",
@@ -148,31 +148,67 @@ def user_groups(
         InspectionError: there is no parameter, and the model's LoRA factors are frozen.
         OptimizerError: a parameter is listed twice, there is none, or none belongs to the model.
     """
-    names = {p: name for name, p in walked.parameters}
-    taken = set(names.values())
-    groups = []
-    listed: set[torch.Tensor] = set()
-    for number, group in enumerate(_as_dicts(params, model, walked), first):
-        groups.append(_user_group(group, number, names, taken))
-        for name, param in groups[-1].named:
-            if param in listed:
+    names: dict[Any, str] = {p: name for name, p in walked.parameters}
+    taken, dicts = set(names.values()), _dicts(params, model, walked)
+    groups: list[UserGroup] = []
+    seen: set[torch.Tensor] = set()
+    for number, given in enumerate(dicts, first):
+        options = own_settings(given)
+        check_lr(options.get("lr", 1.0), "A parameter group's lr")
+        named = list(_named(options, names, taken, number))
+        for name, param in named:
+            if param in seen:
                 raise OptimizerError(
                     f"The parameter {name} is listed twice.",
                     "List every parameter in one group only.",
                 )
-            listed.add(param)
-    if not listed:
+            seen.add(param)
+        options = {key: plain_lr(value) for key, value in options.items()}
+        groups.append(UserGroup(named, options))
+    if not seen:
         refuse_frozen(walked)
         raise OptimizerError(
             "There is no trainable parameter to optimize.",
             "Set requires_grad on what should be trained.",
         )
-    if listed.isdisjoint(names) and not outside:
+    if seen.isdisjoint(names) and not outside:
         raise OptimizerError(
-            f"None of the {len(listed)} parameters given belongs to the model.",
+            f"None of the {len(seen)} parameters given belongs to the model.",
             "Give the model that these parameters belong to as model=.",
         )
     return groups
+
+
+def _dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
+    """Return the user's parameters as torch's list of dicts."""
+    if isinstance(params, nn.Module):
+        parameters = (walked if params is model else walk(params)).parameters
+        params = [p for _, p in parameters if p.requires_grad]
+    entries = _listed(params)
+    is_of_dicts = bool(entries) and isinstance(entries[0], Mapping)
+    return entries if is_of_dicts else [{"params": entries}]
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
+
+
+def _named(
+    options: Group, names: Mapping[Any, str], taken: Collection[str], number: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Take a group's parameters out of it, each by its name in the model, or one of its own."""
+    entries = _listed(options.pop("params"))
+    labels = options.pop("param_names", None) or [None] * len(entries)
+    for place, (entry, label) in enumerate(zip(entries, labels, strict=True)):
+        name, param = entry if isinstance(entry, tuple) else (label, entry)
+        if not isinstance(param, torch.Tensor):
+            raise OptimizerError(
+                f"A parameter group holds a {type(param).__name__}.",
+                "Give tensors, (name, tensor) pairs, or dicts.",
+            )
+        if name is None or name in taken:
+            name = f"group{number}.{name or 'unnamed'}.{place}"
+        yield names.get(param, name), param
 
 
 def refuse_outside(
@@ -197,39 +233,6 @@ def refuse_outside(
                 )
 
 
-def _as_dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
-    """Return the user's parameters as torch's list of dicts."""
-    if isinstance(params, nn.Module):
-        parameters = (walked if params is model else walk(params)).parameters
-        params = [p for _, p in parameters if p.requires_grad]
-    entries = [params] if isinstance(params, torch.Tensor) else list(params)
-    if entries and isinstance(entries[0], Mapping):
-        return entries
-    return [{"params": entries}]
-
-
-def _user_group(
-    group: Settings, number: int, names: Mapping[Any, str], taken: set[str]
-) -> UserGroup:
-    options = own_settings(group)
-    check_lr(options.get("lr", 1.0), "A parameter group's lr")
-    params = options.pop("params")
-    entries = [params] if isinstance(params, torch.Tensor) else list(params)
-    labels = options.pop("param_names", None) or [None] * len(entries)
-    named: list[tuple[str, torch.Tensor]] = []
-    for entry, label in zip(entries, labels, strict=True):
-        name, param = entry if isinstance(entry, tuple) else (label, entry)
-        if not isinstance(param, torch.Tensor):
-            raise OptimizerError(
-                f"A parameter group holds a {type(param).__name__}.",
-                "Give tensors, (name, tensor) pairs, or dicts.",
-            )
-        if name is None or name in taken:  # one outside the model gets no name of it
-            name = f"group{number}.{name or 'unnamed'}.{len(named)}"
-        named.append((names.get(param, name), param))
-    return UserGroup(named, {key: plain_lr(value) for key, value in options.items()})
-
-
 def own_settings(group: Settings) -> Group:
     """Return a group without the keys that this package wrote, and at its base rate."""
     clash = next((key for key in TAGS if key in group), None)
@@ -244,61 +247,74 @@ def own_settings(group: Settings) -> Group:
 def split(
     groups: Iterable[UserGroup],
     plan: Plan,
+    survey: Survey,
     first: int = 0,
-    state: Mapping[Any, Settings] | None = None,
+    state: Mapping[Any, Any] | None = None,
 ) -> list[Group]:
-    """Split each user group by assignment, in the user's order. They are never merged.
+    """Label every parameter, and split each user group by label, in the user's order. Groups are
+    never merged.
 
     Args:
         groups: the user's groups.
         plan: the plan of the model.
+        survey: the model's, with the factors that do not train yet.
         first: number of the first group.
         state: the state of a built optimizer. Some mark there which parameters Muon gets.
 
     Returns:
         Groups for torch, of (name, parameter) pairs, with tags and the user's own rate if any.
     """
-    factors = {f.name: f for f in plan.survey.factors}
-    tag = "" if plan.use is None else plan.use.recipe.tag
+    factors = {f.name: f for f in survey.factors}
     parts: list[Group] = []
     for number, group in enumerate(groups, first):
-        own_lr = "lr" in group.options
-        positions: dict[Assignment, list[int]] = {}
-        marks: dict[Assignment, Group] = {}
-        plans: dict[Any, Plan] = {}
-        for position, (name, param) in enumerate(group.named):
-            marked = _marks(plan, (state or {}).get(param, {}))
-            to_adam = param.dim() < 2
-            kind = (to_adam, *marked.items())
-            if kind not in plans:
-                plans[kind] = plan.for_group({**group.options, **marked}, to_adam)
-            decision = plans[kind].assign(
-                name, factors.get(name), own_lr=own_lr, trains=param.requires_grad
-            )
-            positions.setdefault(decision, []).append(position)
-            marks[decision] = marked
-        for decision, at in positions.items():
+        positions: dict[Any, list[int]] = {}
+        labels = _labels(group, plan, factors, state or {})
+        for position, label in enumerate(labels):
+            positions.setdefault(label, []).append(position)
+        for (label, marks), at in positions.items():
+            options = {**group.options_at(at), **dict(marks)}
+            tags = {**label._asdict(), "user_group": number}
             pairs = [group.named[position] for position in at]
-            tags = {
-                **decision._asdict(),
-                "user_group": number,
-                "rankaware_format": GROUP_FORMAT,
-                # "8x64 64x8": by it a load identifies the state
-                "param_shapes": " ".join("x".join(map(str, p.shape)) for _, p in pairs),
-                "rankaware_recipe": tag,
-                "rankaware_lr": _OF_LR,
-            }
-            options = {**group.options_at(at), **marks[decision]}
-            parts.append({"params": pairs, **options, **tags})
-    _warn_of_far(parts)
+            parts.append({"params": pairs, **options, **tags, **_record(pairs, plan)})
+    for part in parts:
+        caution = caution_of(part["rank_multiplier"])
+        if caution and part["pinned_lr"] is None:
+            warn(f"{part['params'][0][0]}: {caution}")
+            break
     return parts
 
 
-def _marks(plan: Plan, moments: Settings) -> Group:
-    """Return the settings by which a parameter's state decides its family."""
-    row = known_optimizer(plan.optimizer)[1] if plan.optimizer and moments else Known()
-    names = {switch.setting for switch in row.switches}
-    return {name: moments[name] for name in names & moments.keys()}
+def _labels(
+    group: UserGroup,
+    plan: Plan,
+    factors: Mapping[str, Factor],
+    state: Mapping[Any, Any],
+) -> Iterator[tuple[Label, tuple[tuple[str, Any], ...]]]:
+    """Yield each parameter's label, and the settings by which its state decides its family."""
+    row = Known() if plan.optimizer is None else known_optimizer(plan.optimizer)[1]
+    switches = sorted({switch.setting for switch in row.switches})
+    own_lr = "lr" in group.options
+    rules: dict[Any, Rule] = {}
+    for name, param in group.named:
+        moments, to_adam = state.get(param, {}), param.dim() < 2
+        marks = tuple((key, moments[key]) for key in switches if key in moments)
+        if (to_adam, marks) not in rules:
+            settings = {**group.options, **dict(marks)}
+            rules[to_adam, marks] = plan.rule_for(settings, to_adam)
+        rule, factor = rules[to_adam, marks], factors.get(name)
+        trains = param.requires_grad
+        yield plan.label(name, factor, rule, own_lr=own_lr, trains=trains), marks
+
+
+def _record(pairs: Iterable[tuple[str, torch.Tensor]], plan: Plan) -> Group:
+    """Return the tags by which a load and a reader of the state know a group."""
+    return {
+        "rankaware_format": GROUP_FORMAT,
+        # "8x64 64x8": by it a load identifies the state
+        "param_shapes": " ".join("x".join(map(str, p.shape)) for _, p in pairs),
+        "rankaware_recipe": "" if plan.use is None else plan.use.recipe.tag,
+        "rankaware_lr": _OF_LR,
+    }
 
 
 def rated(part: Group, lr: Any, named: bool) -> Group:
@@ -308,15 +324,6 @@ def rated(part: Group, lr: Any, named: bool) -> Group:
         group["params"] = [param for _, param in part["params"]]
     set_rate(group)
     return group
-
-
-def _warn_of_far(parts: Groups) -> None:
-    """Warn once of a multiplier that no usual rank or alpha gives."""
-    for part in parts:
-        caution = caution_of(part["rank_multiplier"])
-        if caution and part["pinned_lr"] is None:
-            warn(f"{part['params'][0][0]}: {caution}")
-            return
 
 
 def set_rate(group: Group) -> None:
@@ -446,7 +453,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     each = [group.options for group in listed]
     plan = make_plan(survey, options, optimizer_class, settings, groups=each)
     groups = []
-    for part in split(listed, plan):
+    for part in split(listed, plan, survey):
         groups.append(rated(part, plain_lr(lr), named))
         multiply_for_native(groups[-1])
     return groups

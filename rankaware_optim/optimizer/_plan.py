@@ -1,8 +1,10 @@
-"""The plan: the rate of every parameter by name, from a survey, a law and the user's options."""
+"""The plan: what every parameter is, and the rule by which it gets a rate, from a survey, a law and
+the user's options.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
@@ -59,16 +61,18 @@ class PlanOptions:
                 f"batch is {self.batch!r}.", "Give a positive number, or leave it out."
             )
 
-    def rate_of(self, name: str) -> float | None:
-        """Return the rate of the first pattern that matches `name`, or None."""
+    def rate_of(self, name: str, other: bool = False) -> float | None:
+        """Return the rate of the first pattern that matches `name`, else `other_lr` if it is no
+        factor (`other`), or None.
+        """
         for pattern, rate in self.rates.items():
             if fnmatchcase(name, pattern):
                 return float(rate)
-        return None
+        return plain_lr(self.other_lr) if other else None
 
 
-class Assignment(NamedTuple):
-    """The decision for one parameter, as tags of its group. Parameters with equal ones share a
+class Label(NamedTuple):
+    """What a parameter is, and its rate, as tags of its group. Parameters with equal labels share a
     group.
 
     `rank_multiplier` multiplies the base rate. `pinned_lr`, if given, replaces the product.
@@ -81,6 +85,17 @@ class Assignment(NamedTuple):
     lora_scale: float = 1.0
     lora_init: str | None = None
     rank_family: str = "sign-like"
+
+
+class Rule(NamedTuple):
+    """How the groups of one family of optimizers get their rates.
+
+    law: bound to the optimizer. by_run: the factor of all rates for the run's batch and steps.
+    """
+
+    law: Law
+    family: str = "sign-like"
+    by_run: float = 1.0
 
 
 class RecipeUse(NamedTuple):
@@ -96,99 +111,81 @@ class RecipeUse(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The options resolved for one model and optimizer. It maps a factor or a name to an
-    `Assignment`.
+    """The options resolved for one model and optimizer. It maps a parameter to its `Label`.
 
-    survey: of the model before training, since a trained pair does not show its init. law: bound to
-    the optimizer. reference: with its `fan_in`. width: the model's. family: the optimizer's. use:
-    the recipe of the base rate, or None. batch_multiplier: factor of every rate, those of other
-    parameters included, if the batch differs from the reference's. optimizer, settings: the class,
-    and what it was given for all groups.
+    survey: of what trains, before training. reference: with its `fan_in`. width: the model's. rule:
+    that of groups without settings of their own. use: the recipe of the base rate, or None.
+    optimizer, settings: the class, and what it was given for all groups.
     """
 
     options: PlanOptions
     survey: Survey = field(repr=False)
-    law: Law
     reference: Reference
     method: Method
     width: float
-    family: str = "sign-like"
+    rule: Rule
     use: RecipeUse | None = field(default=None, repr=False, compare=False)
-    batch_multiplier: float = 1.0
-    notes: tuple[str, ...] = ()
     optimizer: type | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
-    def for_group(self, settings: Settings, to_adam: bool = False) -> Plan:
-        """Return the plan for a parameter group, whose settings may put it into another family.
+    def rule_for(self, settings: Settings, to_adam: bool = False) -> Rule:
+        """Return the rule of a parameter group, whose settings may put it into another family.
 
         Args:
             settings: the group's own settings.
             to_adam: whether it holds what a spectral optimizer hands to its Adam.
         """
-        if self.optimizer is None:
-            return self
         in_force = {**self.settings, **settings}
         if to_adam:
             in_force["use_muon"] = False
-        law, family = _bound(self.options, self.optimizer, in_force)
-        by_batch = _by_batch(self.options, self.reference, law)
-        return replace(self, law=law, family=family, batch_multiplier=by_batch)
+        return _rule(self.options, self.reference, self.use, self.optimizer, in_force)
 
-    @property
-    def run_multiplier(self) -> float:
-        """The factor of every rate for the run's batch and steps."""
-        return self.batch_multiplier * (1.0 if self.use is None else self.use.by_steps)
-
-    def assign(
+    def label(
         self,
         name: str,
         factor: Factor | None,
+        rule: Rule,
         *,
         own_lr: bool = False,
         trains: bool = True,
-    ) -> Assignment:
-        """Return the assignment of a parameter.
+    ) -> Label:
+        """Return the label of a parameter.
 
         Args:
             name: the parameter's name.
             factor: the LoRA factor or whole weight that it is, None for other parameters.
+            rule: that of its group.
             own_lr: whether the user's group has an explicit rate. For other parameters it takes
                 precedence over a recipe.
             trains: whether the parameter trains. One that does not needs no rate.
         """
-        pinned, moved = self.options.rate_of(name), self.run_multiplier
+        label = Label(rule.by_run, rank_family=rule.family)
         if factor is not None:
-            moved = 1.0 if pinned is not None else moved * self.used_multiplier(factor)
-            return Assignment(
-                moved,
-                pinned,
-                factor.role,
-                factor.rank,
-                factor.scaling,
-                factor.init,
-                self.family,
+            label = label._replace(
+                lora_role=factor.role,
+                lora_rank=factor.rank,
+                lora_scale=factor.scaling,
+                lora_init=factor.init,
             )
-        if pinned is None:
-            pinned = plain_lr(self.options.other_lr)
-        if pinned is None and self.method == "full":
-            whole = Factor("other parameters", "full", None, self.width, self.width)
-            moved *= self.used_multiplier(whole)
-            return Assignment(moved, rank_family=self.family)
-        if pinned is None and self.use is not None and not own_lr:
-            rate = self.use.others.rate(name, trains)
-            pinned = None if rate is None else rate * moved
+        pinned = self.options.rate_of(name, other=factor is None)
+        if factor is None and self.method == "full":
+            factor = Factor("other parameters", "full", None, self.width, self.width)
+        by_recipe = self.use is not None and factor is None and not own_lr
+        if pinned is None and by_recipe:
+            pinned = self._rate_by_recipe(name, rule, trains)
         if pinned is not None:
-            moved = 1.0
-        return Assignment(moved, pinned, rank_family=self.family)
+            return label._replace(rank_multiplier=1.0, pinned_lr=pinned)
+        if factor is None:
+            return label
+        moved = at_distance(rule.law, self.multiplier(factor, rule.law))
+        return label._replace(rank_multiplier=rule.by_run * moved)
 
-    def used_multiplier(self, factor: Factor) -> float:
-        """Return the multiplier with which `factor` trains at the reference's batch: the law's, at
-        its distance.
-        """
-        return at_distance(self.law, self.multiplier(factor))
+    def _rate_by_recipe(self, name: str, rule: Rule, trains: bool) -> float | None:
+        rate = None if self.use is None else self.use.others.rate(name, trains)
+        return None if rate is None else rate * rule.by_run
 
-    def multiplier(self, factor: Factor) -> float:
+    def multiplier(self, factor: Factor, law: Law | None = None) -> float:
         """Return the law's multiplier for `factor`, at the model's width and within the law of the
         factor's init.
 
@@ -196,21 +193,22 @@ class Plan:
         one-hot, so its width is 1, and its rate moves only within its init. It does not move from a
         full-finetuning rate, which has no init.
         """
+        law = self.rule.law if law is None else law
         reference, embedding = self.reference, factor.kind == "embedding"
-        width = self.width
         if factor.role == "full":
             return checked_multiplier(
-                self.law, replace(factor, fan_in=width), reference
+                law, replace(factor, fan_in=self.width), reference
             )
         if factor.init == "other" or (embedding and reference.method == "full"):
             return 1.0
         init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
+        width = 1.0 if embedding else self.width
         if embedding:
-            width, reference = 1.0, replace(reference, init=init, fan_in=1.0)
+            reference = replace(reference, init=init, fan_in=1.0)
         elif reference.method == "lora":
             reference = replace(reference, init=init)
         return checked_multiplier(
-            self.law, replace(factor, fan_in=width, init=init), reference
+            law, replace(factor, fan_in=width, init=init), reference
         )
 
 
@@ -227,50 +225,30 @@ def make_plan(
     groups: the settings of each of the user's groups, of whose families the notes speak.
     """
     _check_patterns(options, survey)
-    roles = {f.role for f in survey.factors}
-    method: Method = "full" if "full" in roles else "lora"
-    factors = (f for f in survey.factors if options.rate_of(f.name) is None)
-    moved = replace(survey, factors=tuple(factors))
+    moved = tuple(f for f in survey.factors if options.rate_of(f.name) is None)
+    of_moved = replace(survey, factors=moved)
+    is_full = "full" in {f.role for f in survey.factors}
+    method: Method = "full" if is_full else "lora"
     reference = options.tuned_at
     if reference is None:  # without pairs no rate is moved
         reference = survey.dominant() if survey.factors else Reference(method="full")
-    reference = reference.resolve(moved)
-    law, family, settings = get_law(options.law), "sign-like", settings or {}
-    if optimizer_class is not None:
-        law, family = _bound(options, optimizer_class, settings)
-    width = width_for(moved, method, reference.init)
-    by_batch = _by_batch(options, reference, law)
+    reference = reference.resolve(of_moved)
     plan = Plan(
         options,
         survey,
-        law,
         reference,
         method,
-        width,
-        family,
+        width_for(of_moved, method, reference.init),
+        _rule(options, reference, use, optimizer_class, settings or {}),
         use,
-        by_batch,
-        optimizer=optimizer_class,
-        settings=settings,
+        optimizer_class,
+        settings or {},
     )
-    notes = list(_notes(plan, moved))
-    for each in {p.family: p for p in map(plan.for_group, groups)}.values():
-        notes += _family_notes(each)
-    return replace(plan, notes=(*notes, *_batch_notes(plan)))
-
-
-def _bound(
-    options: PlanOptions, optimizer_class: type, settings: Settings
-) -> tuple[Law, str]:
-    """Return the law for a parameter group of an optimizer, and the group's family."""
-    law = bound_law(get_law(options.law), optimizer_class, settings)
-    return law, optimizer_family(optimizer_class, settings)
-
-
-def _by_batch(options: PlanOptions, reference: Reference, law: Law) -> float:
-    if options.batch is None or reference.batch is None:
-        return 1.0
-    return checked_batch_multiplier(law, options.batch / reference.batch)
+    notes = [*survey.notes, *(use.notes if use else ()), *_adapter_notes(plan)]
+    notes += _move_notes(plan, moved)
+    for rule in {rule.family: rule for rule in map(plan.rule_for, groups)}.values():
+        notes += _family_note(plan, rule)
+    return replace(plan, notes=(*notes, *_batch_note(plan)))
 
 
 def _check_patterns(options: PlanOptions, survey: Survey) -> None:
@@ -284,127 +262,150 @@ def _check_patterns(options: PlanOptions, survey: Survey) -> None:
             )
 
 
-def _notes(plan: Plan, moved: Survey) -> Iterator[str]:
-    """Yield the report's notes on the plan: what no law covers, what is uncertain, and what was
-    assumed.
-
-    moved: the survey without the factors that have a rate by name.
-    """
-    yield from plan.survey.notes
-    if plan.use is not None:
-        yield from plan.use.notes
-    yield from _init_notes(plan)
-    of_each_kind = {
-        (f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved.factors
-    }
-    if any(
-        plan.used_multiplier(f) != plan.multiplier(f) for f in of_each_kind.values()
-    ):
-        yield DISTANCE_NOTE
-    if plan.method == "full" and plan.reference.method == "lora":
-        yield from _full_notes(plan)
+def _rule(
+    options: PlanOptions,
+    reference: Reference,
+    use: RecipeUse | None,
+    optimizer_class: type | None,
+    settings: Settings,
+) -> Rule:
+    """Return the rule of a parameter group of an optimizer with these settings."""
+    law, family = get_law(options.law), "sign-like"
+    if optimizer_class is not None:
+        law = bound_law(law, optimizer_class, settings)
+        family = optimizer_family(optimizer_class, settings)
+    by_run = 1.0 if use is None else use.by_steps
+    if options.batch is not None and reference.batch is not None:
+        by_run *= checked_batch_multiplier(law, options.batch / reference.batch)
+    return Rule(law, family, by_run)
 
 
-def _init_notes(plan: Plan) -> Iterator[str]:
-    """Yield what is assumed of the adapters' ranks and inits."""
+# --- notes: rows of a condition and a sentence ----------------------------------------------------
+
+
+def _adapter_notes(plan: Plan) -> list[str]:
+    """Return what is assumed of the adapters' ranks and inits."""
     reference, factors = plan.reference, plan.survey.factors
     inits = {f.init for f in factors}
+    kinds = {(f.rank, f.scaling, f.init) for f in factors}
     if "other" in inits:
         warn(_NO_ZERO)
-        yield _NO_ZERO
-    kinds = {(f.rank, f.scaling, f.init) for f in factors}
-    if plan.options.tuned_at is None and len(kinds) > 1:
-        yield (
-            f"tuned_at not given: lr counts as tuned at {reference}, the most common of this model."
-        )
-    if "unknown" in inits:
-        yield (
-            "The init of some adapters could not be read. It is assumed that they started at B = 0."
-        )
-    other = {"A": "B", "B": "A"}[reference.init]
-    of_layers = {f.init for f in dense(factors)}
-    if other in of_layers and plan.method == reference.method == "lora":
-        yield (
-            f"Adapters at {init_text(other)} are scaled within their own init, though the"
-            f" rate was tuned at {init_text(reference.init)}: tune or calibrate there."
-        )
+    is_lora = plan.method == reference.method == "lora"
+    another = "B" if reference.init == "A" else "A"
+    return _those_that_apply(
+        ("other" in inits, _NO_ZERO),
+        (
+            plan.options.tuned_at is None and len(kinds) > 1,
+            f"tuned_at not given: lr counts as tuned at {reference}, the most common of this"
+            " model.",
+        ),
+        (
+            "unknown" in inits,
+            "The init of some adapters could not be read. It is assumed that they started at B ="
+            " 0.",
+        ),
+        (
+            is_lora and another in {f.init for f in dense(factors)},
+            f"Adapters at {init_text(another)} are scaled within their own init, though the rate"
+            f" was tuned at {init_text(reference.init)}: tune or calibrate there.",
+        ),
+    )
 
 
-def _batch_notes(plan: Plan) -> Iterator[str]:
-    """Yield what the run's batch does to the rates."""
-    batch, tuned = plan.options.batch, plan.reference.batch
-    if batch is None:
-        return
-    if tuned is None:
-        yield (
-            "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
-            " 'r=16,alpha=32,batch=16'."
-        )
-    elif plan.batch_multiplier != 1.0:
-        yield (
-            f"From batch {tuned:g} to {batch:g} every rate is multiplied by"
-            f" {plan.batch_multiplier:.3g}, a rule of thumb."
-        )
-    elif batch != tuned:
-        yield f"The law {plan.law.name!r} does not move rates with the batch."
-
-
-def _full_notes(plan: Plan) -> Iterator[str]:
-    """Yield a note on the uncertainty of a LoRA rate that is moved to full finetuning without a
-    calibration.
-    """
-    if plan.law.name == "constant":
-        yield (
+def _move_notes(plan: Plan, moved: Iterable[Factor]) -> list[str]:
+    """Return what is uncertain of the moves. moved: the factors without a rate by name."""
+    law, family = plan.rule.law, plan.rule.family
+    of_each_kind = {
+        (f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved
+    }
+    multipliers = [plan.multiplier(f) for f in of_each_kind.values()]
+    to_full = plan.method == "full" and plan.reference.method == "lora"
+    worth = "is good to a factor of 2 to 4"
+    if family not in SIGN_LIKE:
+        worth = f"was never tried with {family} optimizers"
+    return _those_that_apply(
+        (any(at_distance(law, m) != m for m in multipliers), DISTANCE_NOTE),
+        (
+            to_full and law.name == "constant",
             "No law moves this LoRA rate to full finetuning, whose best rate may be several times"
-            " as high or as low: calibrate with full runs."
-        )
-    elif plan.law.name != "power":
-        worth = "is good to a factor of 2 to 4"
-        if plan.family not in SIGN_LIKE:
-            worth = f"was never tried with {plan.family} optimizers"
-        yield (
+            " as high or as low: calibrate with full runs.",
+        ),
+        (
+            to_full and law.name not in ("constant", "power"),
             f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"
             " more than too low: start at half of it, or settle it by three full runs (calibrate"
-            " with full_trials=3)."
-        )
+            " with full_trials=3).",
+        ),
+    )
+
+
+def _those_that_apply(*rows: tuple[bool, str]) -> list[str]:
+    return [sentence for applies, sentence in rows if applies]
+
+
+def _batch_note(plan: Plan) -> list[str]:
+    """Return what the run's batch does to the rates."""
+    batch, tuned, law = plan.options.batch, plan.reference.batch, plan.rule.law
+    if batch is None:
+        return []
+    if tuned is None:
+        return [
+            "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
+            " 'r=16,alpha=32,batch=16'."
+        ]
+    by_batch = checked_batch_multiplier(law, batch / tuned)
+    return _those_that_apply(
+        (
+            by_batch != 1.0,
+            f"From batch {tuned:g} to {batch:g} every rate is multiplied by {by_batch:.3g}, a rule"
+            " of thumb.",
+        ),
+        (
+            by_batch == 1.0 and batch != tuned,
+            f"The law {law.name!r} does not move rates with the batch.",
+        ),
+    )
 
 
 _WARNED: set[type] = set()  # classes of an unknown family, each once
 
 
-def _family_notes(plan: Plan) -> Iterator[str]:
-    """Yield a note on groups that are not sign-like: which law moves their rates, and why."""
-    law, family, optimizer = plan.law, plan.family, plan.optimizer
-    constant = get_law(plan.options.law).name == "constant"
-    if optimizer is None or family == "sign-like" or constant:
-        return
-    if family == "unknown":
-        words = (
-            "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
-        )
-        if plan.use is None and optimizer not in _WARNED:
-            _WARNED.add(optimizer)
-            warn(f"{optimizer.__name__} is {words}. A calibration measures it.")
-    elif family == RANK_AWARE:
-        words = (
-            f"{family}: by its own rule its updates move with the rank, so all ranks keep one"
-            " rate"
-        )
-    elif family not in FORMS and isinstance(law, Constant):
-        words = (
-            f"{family}: no form of µA is known to hold for that family, so all ranks have"
-            " one rate"
-        )
-    elif getattr(innermost(law), "family", None) != family:
-        words = f"{family}, for which the law {law.name!r} has no form"
-    elif FORMS[family].one_rank:
-        words = (
+def _family_note(plan: Plan, rule: Rule) -> list[str]:
+    """Return a note on groups that are not sign-like: which law moves their rates, and why."""
+    law, family, optimizer = rule.law, rule.family, plan.optimizer
+    is_constant = get_law(plan.options.law).name == "constant"
+    if optimizer is None or family == "sign-like" or is_constant:
+        return []
+    form = FORMS.get(family)
+    words = _those_that_apply(
+        (
+            family == "unknown",
+            "of an unknown family and is scaled as a sign-like optimizer, such as Adam",
+        ),
+        (
+            family == RANK_AWARE,
+            f"{family}: by its own rule its updates move with the rank, so all ranks keep one rate",
+        ),
+        (
+            form is None and isinstance(law, Constant),
+            f"{family}: no form of µA is known to hold for that family, so all ranks have one rate",
+        ),
+        (
+            getattr(innermost(law), "family", None) != family,
+            f"{family}, for which the law {law.name!r} has no form",
+        ),
+        (
+            form is not None and form.one_rank,
             f"{family}: in small runs its best rate followed µA's form with alpha but not with"
-            " rank, so its rates do the same"
-        )
-    else:
-        words = (
+            " rank, so its rates do the same",
+        ),
+        (
+            True,
             f"{family}: µA's form for that family moves its rates, derived for square layers; in"
-            " small runs it lost less than one rate"
-        )
-    yield f"{optimizer.__name__} is {words}."
+            " small runs it lost less than one rate",
+        ),
+    )[0]
+    if family == "unknown" and plan.use is None and optimizer not in _WARNED:
+        _WARNED.add(optimizer)
+        warn(f"{optimizer.__name__} is {words}. A calibration measures it.")
+    return [f"{optimizer.__name__} is {words}."]

@@ -78,22 +78,24 @@ def fit_checkpoint(
     # a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat share
     if any(len(g["params"]) != len(g["param_names"]) for g in param_groups):
         sources, keys = _flat(param_groups, groups, state)
-        moments = state
+        moments = dict(state)
     else:
         slots = _slots(param_groups, groups, order)
         sources = [_sources(group, slots) for group in param_groups]
-        shapes = _written_shapes(groups)
-        keys, moments = _moments(param_groups, slots, state, shapes)
-        # some optimizers keep state that is of no parameter
-        for key in state.keys() - set(params_in(groups)):
-            if not isinstance(key, int):
-                moments[key] = state[key]
+        keys, moments = _moments(param_groups, slots, state, _written_shapes(groups))
+        moments |= _of_no_parameter(groups, state)
     fitted = []
     for group, theirs, numbers in zip(param_groups, sources, keys, strict=True):
         fitted.append({**_merged(group, theirs[0]), "params": numbers})
         check_product(fitted[-1], CheckpointError)
     _warn_of_changes(param_groups, groups, fitted, sources)
     return {**state_dict, "state": moments, "param_groups": fitted}
+
+
+def _of_no_parameter(groups: Groups, state: State) -> dict[Any, Any]:
+    """Return the state that is of no parameter, which some optimizers keep."""
+    keys = state.keys() - set(params_in(groups))
+    return {key: state[key] for key in keys if not isinstance(key, int)}
 
 
 def _check_group(group: Group) -> None:
@@ -115,15 +117,20 @@ def _check_group(group: Group) -> None:
             " one was.",
         )
     for key in _RATES:
-        value = group.get(key, 1.0)
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        unpinned = key == "pinned_lr" and value is None
-        of_warm_up = key.endswith("lr") and is_number(value) and value == 0
-        if not (is_positive(value) or unpinned or of_warm_up):
+        if not _is_usable(key, group.get(key, 1.0)):
             raise CheckpointError(
                 f"A group of the checkpoint has {key}={group[key]!r}.", _CURE
             )
+
+
+def _is_usable(key: str, value: Any) -> bool:
+    """Return whether a saved rate or multiplier is positive, or the 0 of a warm-up, or none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if key == "pinned_lr" and value is None:
+        return True
+    is_zero = is_number(value) and value == 0
+    return is_positive(value) or (is_zero and key in ("lr", "initial_lr"))
 
 
 # --- which of its parameters is which of ours -----------------------------------------------------
@@ -142,23 +149,27 @@ def _slots(param_groups: Groups, groups: Groups, order: Order) -> dict[str, _Slo
     by_name = dict(zip(names, slots, strict=True))
     if len(by_name) < len(slots) or len(set(params_in(groups))) < len(slots):
         raise CheckpointError("The checkpoint's groups list a parameter twice.", _CURE)
-    ours = [name for name, _ in named_params(param_groups)]
-    missing = [name for name in ours if name not in by_name]
+    missing = [n for n, _ in named_params(param_groups) if n not in by_name]
     if missing:
         raise CheckpointError(
             f"The checkpoint lacks {len(missing)} of this optimizer's parameters, such as"
             f" {missing[0]}.",
             "Load it into the model it was saved from.",
         )
-    built_from = {group["user_group"] for group in param_groups}
-    saved_from = {group.get("user_group") for group in groups} - {None}
-    if saved_from and len(saved_from) != len(built_from):
+    _check_user_groups(param_groups, groups)
+    return by_name
+
+
+def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
+    """Raise, as torch does, if a checkpoint of ours was built from another number of groups."""
+    ours = {group["user_group"] for group in param_groups}
+    theirs = {group.get("user_group") for group in groups} - {None}
+    if theirs and len(theirs) != len(ours):
         raise CheckpointError(
-            f"The checkpoint's optimizer was built from {len(saved_from)} groups, this one from"
-            f" {len(built_from)}.",
+            f"The checkpoint's optimizer was built from {len(theirs)} groups, this one from"
+            f" {len(ours)}.",
             "Build it from the same groups, whose rates and decays are in the checkpoint.",
         )
-    return by_name
 
 
 def _names_in(groups: Groups) -> Iterator[str]:
@@ -362,38 +373,42 @@ def _warn_of_changes(
 
     sources: the saved groups that each of `fitted` was made from.
     """
-    words = []
     (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
-    if now and before and now != before:
-        words.append(
+    another_recipe = "" not in (now, before) and now != before
+    another_law = any(map(_is_of_another_law, fitted, sources))
+    by_key = [group for group in theirs if _by_key(group)]
+    bases = {(group.get("user_group"), float(group["lr"])) for group in by_key}
+    rows = [
+        (
+            another_recipe,
             f"The checkpoint was made with the recipe {saved_name!r} ({before}), this optimizer"
             f" with {name!r} ({now}): the checkpoint's base rate is kept. Build the optimizer with"
-            " the checkpoint's recipe, or start with a new state to use the new recipe's rate."
-        )
-    elif any(map(_is_of_another_law, fitted, sources)):
-        words.append(
+            " the checkpoint's recipe, or start with a new state to use the new recipe's rate.",
+        ),
+        (
+            another_law and not another_recipe,
             "The checkpoint was made with another law or reference at the same rank: its base rate"
             " is kept, and this optimizer's law multiplies it. For the same rates, build the"
-            " optimizer as the saved one was."
-        )
-    if len(ours) != len(theirs) and any("initial_lr" in group for group in theirs):
-        words.append(
+            " optimizer as the saved one was.",
+        ),
+        (
+            len(ours) != len(theirs) and "initial_lr" in set(chain(*theirs)),
             f"The checkpoint has {len(theirs)} parameter groups, this optimizer has {len(ours)}, so"
             " a scheduler's state from there does not fit. Before you load it, let its lists have a"
             ' value for each group here: state["base_lrs"] = opt.expand(state["base_lrs"]), and'
-            " _last_lr and lr_lambdas likewise."
-        )
-    by_key = [group for group in theirs if _by_key(group)]
-    bases = {(group.get("user_group"), float(group["lr"])) for group in by_key}
-    # with full_state_dict=True all parts but one keep their old rate
-    if len(bases) > len({user for user, _ in bases}):
-        words.append(
-            "torch.distributed.checkpoint loaded several base rates into the parts of one"
-            " group: it loads a saved group's settings into only one of them. Set group['lr']"
-            " of all of them to the saved rate."
-        )
+            " _last_lr and lr_lambdas likewise.",
+        ),
+        (
+            # with full_state_dict=True all parts but one keep their old rate
+            len(bases) > len({user for user, _ in bases}),
+            "torch.distributed.checkpoint loaded several base rates into the parts of one group: it"
+            " loads a saved group's settings into only one of them. Set group['lr'] of all of them"
+            " to the saved rate.",
+        ),
+    ]
+    words = " ".join(sentence for applies, sentence in rows if applies)
     if words:
-        warn(" ".join(words))
+        warn(words)
 
 
 def _is_of_another_law(fitted: Group, sources: Groups) -> bool:

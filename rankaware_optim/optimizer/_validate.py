@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from ..recipe import (
     settings_of,
     warn_of,
 )
-from ._param_groups import Group, Groups, Native, UserGroup, named_params, params_in
+from ._param_groups import Groups, Native, UserGroup, named_params, params_in
 from ._plan import PlanOptions, RecipeUse, Settings
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -47,44 +47,120 @@ _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def native_class(
-    built: Optimizer | None,
+class Source(NamedTuple):
+    """What is wrapped: the class, the optimizer if it is built already, the user's parameters, and
+    the settings of all groups.
+    """
+
+    native: Native
+    built: Optimizer | None
+    params: Any
+    settings: Settings
+
+
+def read_source(
+    params: Any,
     optimizer: type[Optimizer] | str | None,
     lr: object,
     settings: Settings,
-) -> Native:
-    """Return the class to wrap: that of the built optimizer, or the given one. Raise if it cannot
-    have group rates, or a rate or settings are given for an optimizer that is built already.
+    ours: Collection[str],
+) -> Source:
+    """Return what is wrapped. Raise if it cannot have group rates, or if an argument is not one of
+    `ours` nor of the class.
     """
-    native = _class_of(built, optimizer, lr, settings)
-    if hasattr(native, "_rankaware_native"):
-        raise OptimizerError(
-            "This optimizer is rank-aware already.", "Use it as it is."
-        )
+    built = params if isinstance(params, Optimizer) else None
+    given = next(iter(settings), None if lr is None else "lr")
+    _refuse(
+        [
+            (
+                built is None and optimizer is None,
+                "No optimizer was given.",
+                "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
+            ),
+            (
+                built is not None and optimizer is not None,
+                "Both a built optimizer and a class were given.",
+                "Give one of the two.",
+            ),
+            (
+                built is not None and given is not None,
+                f"{given}= was given for an optimizer that is built already.",
+                "Give it when building it.",
+            ),
+        ]
+    )
     if built is not None:
-        _refuse_old_groups(built)
-    why = known_optimizer(native)[1].one_rate
-    if why:
-        raise OptimizerError(
-            f"{native.__name__} {why}, so it cannot have a rate per rank.",
-            "Use it unwrapped, or choose another optimizer.",
-        )
+        native: Native = type(built)
+        source = Source(native, built, built.param_groups, built.defaults)
+    else:
+        native = get_optimizer_class(optimizer or "")
+        source = Source(native, None, params, settings)
+    _refuse(_not_wrapped(native, built))
+    if built is not None:
+        refuse_rateless(built)
+    _refuse_keywords(native, settings, ours)
+    return source
+
+
+_Refusal = tuple[bool, str, str]  # whether it applies, cause and cure
+
+
+def _refuse(refusals: Iterable[_Refusal]) -> None:
+    for applies, cause, cure in refusals:
+        if applies:
+            raise OptimizerError(cause, cure)
+
+
+def _list_by_group(built: Optimizer) -> str:
+    """Return the name of a list with an entry per group, as AdaBound keeps its groups' rates; ""
+    without one. Groups that are added later would never be stepped.
+    """
+    for name, value in vars(built).items():
+        of_groups = isinstance(value, (list, tuple)) and name != "param_groups"
+        if of_groups and len(value) == len(built.param_groups):
+            return name
+    return ""
+
+
+def _not_wrapped(native: Native, built: Optimizer | None) -> Iterator[_Refusal]:
+    """Yield what cannot be wrapped."""
+    name = native.__name__
     takes = list(inspect.signature(native).parameters)
+    attributes = {} if built is None else vars(built)
+    kept = "" if built is None else _list_by_group(built)
+    one_rate = known_optimizer(native)[1].one_rate
     inner = {"optimizer", "base_optimizer", "optimizer_class"}.intersection(takes)
-    attributes = [] if built is None else vars(built).values()
-    if inner or any(isinstance(value, Optimizer) for value in attributes):
-        raise OptimizerError(
-            f"{native.__name__} wraps another optimizer, whose groups would not change.",
-            "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the"
-            " result.",
-        )
-    if built is None and takes[:1] == ["model"]:
-        raise OptimizerError(
-            f"{native.__name__} takes a model and makes its groups itself.",
-            f"Build it, then wrap it: RankAwareOptimizer({native.__name__}(model, ...),"
-            " model=model).",
-        )
-    return native
+    holds = any(isinstance(value, Optimizer) for value in attributes.values())
+    yield (
+        hasattr(native, "_rankaware_native"),
+        "This optimizer is rank-aware already.",
+        "Use it as it is.",
+    )
+    yield (
+        built is not None and hasattr(built.step, "_wrapped_by_lr_sched"),
+        "A scheduler was built on this optimizer and holds its old groups.",
+        "Wrap the optimizer first, then build the scheduler.",
+    )
+    yield (
+        bool(kept),
+        f"{name} keeps {kept} for each of its first groups, so it cannot be regrouped.",
+        "Give the class and its settings instead of the instance.",
+    )
+    yield (
+        bool(one_rate),
+        f"{name} {one_rate}, so it cannot have a rate per rank.",
+        "Use it unwrapped, or choose another optimizer.",
+    )
+    yield (
+        bool(inner) or holds,
+        f"{name} wraps another optimizer, whose groups would not change.",
+        "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the result.",
+    )
+    yield (
+        built is None and takes[:1] == ["model"],
+        f"{name} takes a model and makes its groups itself.",
+        f"Build it, then wrap it: RankAwareOptimizer({name}(model, ...), model=model).",
+    )
 
 
 # Keywords that this class had, or that a user may know from there.
@@ -99,7 +175,7 @@ _GONE = (
 )
 
 
-def refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) -> None:
+def _refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) -> None:
     """Raise for a keyword that went, or that is nearly one of `ours`, unless the class has an
     argument of that name. A class that takes `**kwargs` would drop it silently.
     """
@@ -110,58 +186,6 @@ def refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) -
                 f"{name}= is an argument neither of RankAwareOptimizer nor of"
                 f" {native.__name__}.",
                 f"Give {near[0]}=." if near else "Leave it out.",
-            )
-
-
-def _class_of(
-    built: Optimizer | None,
-    optimizer: type[Optimizer] | str | None,
-    lr: object,
-    settings: Settings,
-) -> Native:
-    if built is None:
-        if optimizer is not None:
-            return get_optimizer_class(optimizer)
-        raise OptimizerError(
-            "No optimizer was given.",
-            "Give a class, such as RankAwareOptimizer(model, AdamW, ...).",
-        )
-    if optimizer is not None:
-        raise OptimizerError(
-            "Both a built optimizer and a class were given.", "Give one of the two."
-        )
-    if settings or lr is not None:
-        name = next(iter(settings), "lr")
-        raise OptimizerError(
-            f"{name}= was given for an optimizer that is built already.",
-            "Give it when building it.",
-        )
-    return type(built)
-
-
-def _refuse_old_groups(built: Optimizer) -> None:
-    """Raise if something else holds the instance's old groups: a scheduler, or a list with one
-    entry per group.
-
-    AdaBound, for example, keeps its groups' rates in a list. Groups that are added later would
-    never be stepped.
-    """
-    if hasattr(built.step, "_wrapped_by_lr_sched"):
-        raise OptimizerError(
-            "A scheduler was built on this optimizer and holds its old groups.",
-            "Wrap the optimizer first, then build the scheduler.",
-        )
-    count = len(built.param_groups)
-    for name, value in vars(built).items():
-        if (
-            name != "param_groups"
-            and isinstance(value, (list, tuple))
-            and len(value) == count
-        ):
-            raise OptimizerError(
-                f"{type(built).__name__} keeps {name} for each of its first groups, so it cannot be"
-                " regrouped.",
-                "Give the class and its settings instead of the instance.",
             )
 
 
@@ -178,11 +202,7 @@ def refuse_inside_zero() -> None:
 
 
 def check_base_lr(
-    native: Native,
-    built: Optimizer | None,
-    lr: Any,
-    groups: Iterable[UserGroup],
-    options: PlanOptions,
+    source: Source, lr: Any, groups: Iterable[UserGroup], options: PlanOptions
 ) -> None:
     """Check the given base rate, a number or a tensor, or else that the optimizer or its groups
     have rates.
@@ -190,34 +210,31 @@ def check_base_lr(
     The optimizer's default was not tuned. It is refused where a reference says that it was, and
     warned of elsewhere.
     """
+    name = source.native.__name__
     if lr is not None:
         check_lr(lr)
-    if built is not None:
-        refuse_rateless(built)
-    if built is not None or lr is not None:
+    if source.built is not None or lr is not None:
         return
-    default = defaults_of(native).get("lr")
+    default = defaults_of(source.native).get("lr")
     if not isinstance(default, (int, float)):
-        raise OptimizerError(
-            f"{native.__name__} has no default learning rate.", "Give lr=."
-        )
+        raise OptimizerError(f"{name} has no default learning rate.", "Give lr=.")
     without = [group.names for group in groups if "lr" not in group.options]
-    if all(options.rate_of(name) is not None for name in chain(*without)):
+    if all(options.rate_of(each) is not None for each in chain(*without)):
         return
     if options.tuned_at is not None:
         raise OptimizerError(
-            f"tuned_at= was given without lr=, but {native.__name__}'s default, {default}, is not"
-            " tuned.",
+            f"tuned_at= was given without lr=, but {name}'s default, {default}, is not tuned.",
             "Give the tuned rate as lr=, or leave tuned_at= out.",
         )
     warn(
-        f"No lr= was given, so this trains at {native.__name__}'s default rate, {default:g}, which"
-        " nobody tuned for this model. Give lr= with tuned_at=, the rank and alpha at which it was"
-        " tuned, or recipe=."
+        f"No lr= was given, so this trains at {name}'s default rate, {default:g}, which nobody"
+        " tuned for this model. Give lr= with tuned_at=, the rank and alpha at which it was tuned,"
+        " or recipe=."
     )
 
 
 def refuse_rateless(opt: Optimizer) -> None:
+    """Raise if an optimizer has no rate in its groups."""
     if any("lr" not in group for group in opt.param_groups):
         raise OptimizerError(
             f"{type(opt).__name__} has no rate in its groups, so none can be set by rank.",
@@ -259,7 +276,7 @@ def refuse_groups(
 
 def read_recipe(
     recipe: Recipe | str | os.PathLike[str] | None,
-    horizon: Settings,
+    steps: int | None,
     law: str | Law | None,
     tuned_at: ReferenceLike | None,
     lr: object,
@@ -268,7 +285,7 @@ def read_recipe(
     those given. Raise if something is given that a recipe includes, or that needs one.
     """
     if recipe is None:
-        if horizon["steps"] is not None:
+        if steps is not None:
             raise OptimizerError(
                 "steps= was given without recipe=, so it has no effect.",
                 "Leave it out.",
@@ -286,28 +303,26 @@ def read_recipe(
 
 
 def use_recipe(
-    recipe: Recipe | None,
+    recipe: Recipe,
     survey: Survey,
-    native: Native,
-    settings: Settings,
-    groups: Iterable[UserGroup],
+    source: Source,
+    groups: Sequence[UserGroup],
     horizon: Settings,
-) -> RecipeUse | None:
+) -> RecipeUse:
     """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
-    trials.
+    trials. The rates with which an optimizer was built are dropped, since the recipe's replace
+    them.
     """
-    if recipe is None:
-        return None
-    steps, batch = horizon["steps"], horizon["batch"]
-    batch = None if recipe.batch is None else batch
+    for group in groups if source.built is not None else ():
+        group.options.pop("lr", None)
+    steps, native = horizon["steps"], source.native
+    batch = None if recipe.batch is None else horizon["batch"]
     at = configuration_of(recipe, survey)
     own, by_steps = rate(recipe, at, steps, batch), 1.0
     warn_of(recipe, rate(recipe, at))  # other steps are said below
     if steps is not None:
         by_steps = rate(recipe, at, steps).lr / rate(recipe, at).lr
-    in_force = _settings_in_force(
-        recipe, survey, {**defaults_of(native), **settings}, groups
-    )
+    in_force = _settings_in_force(recipe, survey, source, groups)
     notes = _differing(recipe, native, in_force, horizon)
     if notes:
         warn(notes[0])
@@ -323,9 +338,10 @@ def use_recipe(
 
 
 def _settings_in_force(
-    recipe: Recipe, survey: Survey, base: Settings, groups: Iterable[UserGroup]
+    recipe: Recipe, survey: Survey, source: Source, groups: Iterable[UserGroup]
 ) -> Settings:
-    """Return those of the recipe's settings that the factors train with, or `base`."""
+    """Return those of the recipe's settings that the factors train with."""
+    base = {**defaults_of(source.native), **source.settings}
     names = [name for name in recipe.settings if name in base.keys() - SAME_UPDATES]
     factors = {f.name for f in survey.factors}
     own = [g.options for g in groups if not factors.isdisjoint(g.names)]
@@ -387,41 +403,31 @@ def check_parameters(
     for holder in (opt, *others):
         held = set(params_in(holder.param_groups))
         lost = {name: p for name, p in lost.items() if p not in held}
-    _refuse_lost(groups, walked, lost)
+    if lost:
+        _refuse_lost(groups, walked, lost)
 
 
 def _refuse_lost(
     groups: Groups, walked: Walk, lost: Mapping[str, nn.Parameter]
 ) -> None:
     """Raise if `lost` parameters, which no optimizer has, train in place of those in `groups`."""
-    if not lost:
-        return
     for name, param in named_params(groups):
         if name in lost and param.grad is None:
             raise _lost(name, "whose tensor of that name has none")
-    adapters, params = _adapters_in(lost, walked), params_in(groups)
+    halves = set(chain(*((p.a.tensor, p.b.tensor) for p in pairs_of(walked.modules))))
+    adapters = [name for name, p in lost.items() if p in halves]
+    params = params_in(groups)
     # FSDP1 flattens them
     gone = set(params).isdisjoint(dict(walked.parameters).values())
     if _is_idle(params) and (adapters or gone):
         raise _lost([*adapters, *lost][0], "none of whose parameters has one")
-    if adapters and _is_idle(params_in(filter(_is_of_adapter, groups))):
+    held = params_in(g for g in groups if g.get("lora_role") in ("A", "B"))
+    if adapters and _is_idle(held):
         warn(
             f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
             " not hold, has one and does not train. Build the optimizer after the adapter was"
             " added and activated."
         )
-
-
-def _is_of_adapter(group: Group) -> bool:
-    return group.get("lora_role") in ("A", "B")
-
-
-def _adapters_in(lost: Mapping[str, nn.Parameter], walked: Walk) -> list[str]:
-    """Return the names of those that are LoRA factors."""
-    halves: set[torch.Tensor] = set()
-    for pair in pairs_of(walked.modules):
-        halves |= {pair.a.tensor, pair.b.tensor}
-    return [name for name, p in lost.items() if p in halves]
 
 
 def _is_graded(param: torch.Tensor) -> bool:

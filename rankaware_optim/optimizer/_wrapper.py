@@ -26,8 +26,8 @@ from .._checks import plain_lr
 from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Init, Method, Survey
-from ..errors import CheckpointError, InspectionError, OptimizerError
-from ..inspection import ReferenceLike, Walk, survey_of, walk
+from ..errors import CheckpointError, OptimizerError
+from ..inspection import ReferenceLike, survey_of, walk
 from ..laws import Law
 from ..recipe import Recipe, base_lr, configuration_of
 from ._param_groups import (
@@ -35,7 +35,6 @@ from ._param_groups import (
     Models,
     Native,
     UserGroup,
-    at_base_rate,
     base_of,
     model_of,
     params_in,
@@ -52,11 +51,10 @@ from ._state_dict import fit_checkpoint
 from ._validate import (
     check_base_lr,
     check_parameters,
-    native_class,
     read_recipe,
+    read_source,
     refuse_groups,
     refuse_inside_zero,
-    refuse_keywords,
     refuse_rateless,
     use_recipe,
 )
@@ -68,10 +66,11 @@ T = TypeVar("T")
 class _Wrap:
     """The state of a wrapped optimizer besides torch's. Copy and pickle keep it.
 
-    order: names by user group, in the given order.
+    survey: with the factors that do not train yet. order: names by user group, in the given order.
     """
 
     plan: Plan
+    survey: Survey
     init: Init | None
     order: tuple[tuple[str, ...], ...]
 
@@ -179,42 +178,40 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         steps: int | None = None,
         **settings: Any,
     ) -> RankAwareOptimizer:
-        built = params if isinstance(params, Optimizer) else None
-        params = together(params)
-        model = model_of(params, model)
-        native = native_class(built, optimizer, lr, settings)
         refuse_inside_zero()
-        refuse_keywords(native, settings, signature(cls.__new__).parameters)
+        params, ours = together(params), signature(cls.__new__).parameters
+        model = model_of(params, model)
+        source = read_source(params, optimizer, lr, settings, ours)
         horizon = {"batch": batch, "steps": steps}
-        loaded, law, at = read_recipe(recipe, horizon, law, tuned_at, lr)
+        loaded, law, at = read_recipe(recipe, steps, law, tuned_at, lr)
         options = PlanOptions(law, at, dict(rates or {}), other_lr, batch)
-        if built is None:
-            listed, in_force = params, settings
-        else:
-            listed, in_force = built.param_groups, built.defaults
         walked = walk(model)
-        groups = user_groups(listed, model, walked)
-        refuse_outside(groups, walked, options, built=built is not None)
-        survey = survey_of(walked, method=method, init=init, also=_frozen(groups))
-        trained = _trained(survey, walked)
-        lr = plain_lr(lr)
+        groups = user_groups(source.params, model, walked)
+        refuse_outside(groups, walked, options, built=source.built is not None)
+        trained = survey = survey_of(walked, method=method, init=init)
+        if frozen := _frozen(groups):
+            survey = survey_of(walked, method=method, init=init, also=frozen)
+        use, lr = None, plain_lr(lr)
         if loaded is not None:
+            use = use_recipe(loaded, trained, source, groups, horizon)
             lr = base_lr(loaded, configuration_of(loaded, trained))
-        check_base_lr(native, built, lr, groups, options)
-        if built is not None and lr is not None:
-            _drop_rates(groups)
-        use = use_recipe(loaded, trained, native, in_force, groups, horizon)
+        check_base_lr(source, lr, groups, options)
         each = [group.options for group in groups]
-        plan = make_plan(trained, options, native, in_force, use, each)
-        plan = replace(plan, survey=survey)
-        parts = split(groups, plan, state=None if built is None else built.state)
+        native = source.native
+        plan = make_plan(trained, options, native, source.settings, use, each)
+        state = None if source.built is None else source.built.state
+        parts = split(groups, plan, survey, state=state)
         refuse_groups(native, groups)
-        if built is None:
+        if source.built is None:
             opt = _construct(native, parts, lr, settings)
         else:
-            opt = _regroup(built, native, parts, lr)
-        order = tuple(group.names for group in groups)
-        return _attached(opt, _Wrap(plan, init, order), model)  # type: ignore[no-any-return]
+            opt = _regroup(source.built, parts, lr)
+        opt._rankaware = _Wrap(plan, survey, init, tuple(g.names for g in groups))
+        opt._rankaware_model = _weakly(model)
+        roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
+        opt._rankaware_watched = roles.index(True) if any(roles) else 0
+        _LIVE.add(opt)
+        return opt  # type: ignore[no-any-return]
 
     def report(self, *, per_module: bool = False) -> Report:
         """Return a table of the groups with their current rates, the reasons for them, and what to
@@ -225,7 +222,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         wrap = self._rankaware
         title = f"RankAwareOptimizer({type(self).__name__}), {origin(wrap.plan)}"
-        return make_report(self.param_groups, wrap.plan, title, per_module)
+        return make_report(self.param_groups, wrap.plan, wrap.survey, title, per_module)
 
     def expand(self, values: Sequence[T]) -> list[T]:
         """Repeat values for the groups that were split, for schedulers that take a list.
@@ -396,25 +393,6 @@ def _frozen(groups: Iterable[UserGroup]) -> set[int]:
     return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
 
 
-def _drop_rates(groups: Iterable[UserGroup]) -> None:
-    """Drop the rates with which an optimizer was built, since a recipe's replaces them."""
-    for group in groups:
-        group.options.pop("lr", None)
-
-
-def _trained(survey: Survey, walked: Walk) -> Survey:
-    """Return the survey without the parameters that do not train, of which no plan is made."""
-    trains = {name for name, p in walked.parameters if p.requires_grad}
-    factors = tuple(f for f in survey.factors if f.name in trains)
-    if survey.factors and not factors and not survey.unsupported:
-        raise InspectionError(
-            "None of the factors listed trains.",
-            "Set requires_grad on what should be trained.",
-        )
-    other = tuple(name for name in survey.other if name in trains)
-    return replace(survey, factors=factors, other=other)
-
-
 def _construct(native: Native, parts: list[Group], lr: Any, settings: Settings) -> Any:
     """Build the optimizer. Groups are split before the native __init__, which may copy them, and
     scaled after it.
@@ -439,7 +417,7 @@ def _construct(native: Native, parts: list[Group], lr: Any, settings: Settings) 
     return opt
 
 
-def _regroup(built: Optimizer, native: Native, parts: list[Group], lr: Any) -> Any:
+def _regroup(built: Optimizer, parts: list[Group], lr: Any) -> Any:
     """Replace the groups of a built optimizer in place, and its class. Its state is kept."""
     groups = []
     for part in parts:
@@ -448,19 +426,9 @@ def _regroup(built: Optimizer, native: Native, parts: list[Group], lr: Any) -> A
     if lr is not None:
         built.defaults["lr"] = lr
     built.param_groups[:] = groups
-    built.__class__ = _subclass(native)
+    built.__class__ = _subclass(type(built))
     built._patch_step_function()  # torch hooks `step` by class
     return built
-
-
-def _attached(opt: Any, wrap: _Wrap, model: nn.Module) -> Any:
-    """Return the optimizer with its state, and remember it among those alive."""
-    opt._rankaware = wrap
-    opt._rankaware_model = _weakly(model)
-    roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
-    opt._rankaware_watched = roles.index(True) if any(roles) else 0
-    _LIVE.add(opt)
-    return opt
 
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
@@ -479,12 +447,10 @@ def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
 def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
     """Return the groups that a group added later is split into, and the state that includes it."""
     model, wrap = _model_of(opt), opt._rankaware
-    if model is None and "rankaware_format" in param_group:
-        return [at_base_rate(param_group)], wrap
     if model is None:
         raise OptimizerError(
             "This optimizer is a copy, or its model is gone, so a new group has no rate.",
-            "Wrap again with model=, or add groups made by rank_aware_param_groups.",
+            "Wrap again with model=.",
         )
     walked, first, plan = walk(model), len(wrap.order), wrap.plan
     groups = user_groups([param_group], model, walked, first=first, outside=True)
@@ -495,14 +461,14 @@ def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
     )
     named = all("param_names" in group for group in opt.param_groups)
     base, parts = opt.defaults.get("lr"), []
-    for part in split(groups, replace(plan, survey=survey), first):
+    for part in split(groups, plan, survey, first):
         parts.append(rated(part, base, named))
-    before = plan.survey.factors
+    before = wrap.survey.factors
     # those of before stay as they were, since trained weights do not show their init
     factors = {f.name: f for f in (*before, *survey.factors, *before)}.values()
-    plan = replace(plan, survey=replace(plan.survey, factors=tuple(factors)))
+    survey = replace(wrap.survey, factors=tuple(factors))
     order = (*wrap.order, *(group.names for group in groups))
-    return parts, replace(wrap, plan=plan, order=order)
+    return parts, replace(wrap, survey=survey, order=order)
 
 
 # --- the step -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ..inspection import ReferenceLike, as_reference
 from ..laws import (
     DEFAULT_LAW,
     Law,
+    at_distance,
     caution_of,
     checked_multiplier,
     get_law,
@@ -75,7 +76,7 @@ def convert_lr(
     factor = target.as_factor()
     options = PlanOptions(law, tuned_at=origin, batch=batch)
     plan = make_plan(Survey((factor,)), options)
-    multiplier = plan.used_multiplier(factor)
+    multiplier = at_distance(plan.rule.law, plan.multiplier(factor))
     notes = list(_notes(law, origin, target, multiplier))
     if width is None and multiplier != 1.0:
         notes.append(
@@ -83,7 +84,7 @@ def convert_lr(
             " as fan_in=2048."
         )
     return Rate(
-        check_lr(base * plan.batch_multiplier * multiplier, "The converted lr"),
+        check_lr(base * plan.rule.by_run * multiplier, "The converted lr"),
         notes=(*notes, *plan.notes),
         configuration=str(target),
     )

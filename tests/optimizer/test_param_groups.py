@@ -460,7 +460,7 @@ def test_a_rate_that_the_default_law_moves_keeps_one_distance(options, kept):
         == pytest.approx(made.multiplier(factor) * kept)
     )
     # not moved by the law
-    assert found["layer1.lora_A"] == found["head.weight"] == made.run_multiplier
+    assert found["layer1.lora_A"] == found["head.weight"] == made.rule.by_run
     assert sum("keeps a distance: × 0.9" in note for note in made.notes) == (
         kept not in (1.0, 2.0)
     )
