@@ -11,7 +11,6 @@ from ._pairs import pairs_of as pairs_of
 from ._pairs import reading_of as reading_of
 from ._pairs import scaling_of as scaling_of
 from ._pairs import walk as walk
-from ._peft_config import configs_of as configs_of
 from ._peft_config import read_config as read_config
 from ._references import ReferenceLike as ReferenceLike
 from ._references import as_reference as as_reference

@@ -91,7 +91,7 @@ def calibrate_trainer(
     horizon: dict[str, Any] = {}  # of the trainer's arguments
 
     @wraps(make_trainer)
-    def pushed(trial: Trial) -> Pushed:
+    def train(trial: Trial) -> Pushed:
         def run(report: Callable[[Any], bool]) -> Any:
             of_trial = TrainerRun(trial, native, settings or {}, score, report, horizon)
             try:
@@ -101,7 +101,7 @@ def calibrate_trainer(
 
         return Pushed(run)
 
-    recipe = calibrate(pushed, optimizer, ranks=ranks, steps=steps, **options)
+    recipe = calibrate(train, optimizer, ranks=ranks, steps=steps, **options)
     if recipe.batch is None:
         reference = replace(recipe.reference, batch=horizon.get("batch"))
         recipe = replace(recipe, reference=reference)
@@ -110,13 +110,14 @@ def calibrate_trainer(
     return recipe
 
 
-def _run(made: Any, run: TrainerRun) -> Any:
+def _run(trainer: Any, run: TrainerRun) -> Any:
     """Run one trial and return its score, or None if there is none."""
-    is_several = isinstance(made, tuple) and len(made) >= 2
-    if is_several and hasattr(made[0], "fit_loop"):
-        return run_lightning(made[0], made[1], made[2:], run)
-    if hasattr(made, "callback_handler") and hasattr(made, "training_step"):
-        return run_transformers(made, run)
+    if isinstance(trainer, tuple) and len(trainer) >= 2:
+        lightning, module, *data = trainer
+        if hasattr(lightning, "fit_loop"):
+            return run_lightning(lightning, module, data, run)
+    if hasattr(trainer, "callback_handler") and hasattr(trainer, "training_step"):
+        return run_transformers(trainer, run)
     raise CalibrationError(
         "make_trainer returned no known trainer.",
         "Return a Trainer of transformers or TRL, or a tuple of Lightning's Trainer, module and"

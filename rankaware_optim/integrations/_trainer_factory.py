@@ -127,14 +127,14 @@ def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
 
     # a method that does not use `self`
     names_of: Any = Trainer.get_decay_parameter_names
-    decayed = set(names_of(None, model))
+    with_decay = set(names_of(None, model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    spared = [p for name, p in trained if name not in decayed]
-    if not spared:
+    without_decay = [p for name, p in trained if name not in with_decay]
+    if not without_decay:
         return model
     return [
-        {"params": [p for name, p in trained if name in decayed]},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": [p for name, p in trained if name in with_decay]},
+        {"params": without_decay, "weight_decay": 0.0},
     ]
 
 

@@ -198,10 +198,10 @@ def _are_whole(values: Any) -> bool:
 def _tokens(features: int, count: int, seed: int) -> torch.Tensor:
     """Draw tokens of rms 1, (features, count). The global generator is not used."""
     source = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randn(
+    tokens = torch.randn(
         features, count, generator=source, dtype=torch.float32, device="cpu"
     )
-    return drawn / drawn.square().mean(dim=0).sqrt()
+    return tokens / tokens.square().mean(dim=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -248,12 +248,12 @@ class _Stepper:
     ) -> float:
         """Return the rms of s·B·A·x after the steps: the whole change, since B₀·A₀ = 0."""
         s = factor.scaling
-        a, b = self._drawn(factor)
+        a, b = self._pair(factor)
         lr_a, lr_b = self.rates(factor, lr)
         with torch.random.fork_rng(devices=()):  # for optimizers that draw numbers
             torch.default_generator.manual_seed(self.seed)
             try:
-                opt = self._built(
+                opt = self._optimizer(
                     [{"params": [a], "lr": lr_a}, {"params": [b], "lr": lr_b}]
                 )
                 for _ in range(self.steps):
@@ -269,17 +269,17 @@ class _Stepper:
                 ) from error
         return float((s * b.detach() @ (a.detach() @ x)).square().mean().sqrt())
 
-    def _drawn(self, factor: Factor) -> tuple[nn.Parameter, nn.Parameter]:
+    def _pair(self, factor: Factor) -> tuple[nn.Parameter, nn.Parameter]:
         """Draw a pair. Init[A]: A of variance 1/n_in, B = 0. Init[B]: B of variance 1/r, A = 0."""
         rank, n_in, n_out = factor.rank or 1, int(factor.fan_in), int(factor.fan_out)
         options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         a, b = torch.zeros(rank, n_in, **options), torch.zeros(n_out, rank, **options)
-        drawn, variance = (b, 1.0 / rank) if factor.init == "B" else (a, 1.0 / n_in)
+        random, variance = (b, 1.0 / rank) if factor.init == "B" else (a, 1.0 / n_in)
         source = torch.Generator("cpu").manual_seed(self.seed + 2)
-        drawn.normal_(std=math.sqrt(variance), generator=source)
+        random.normal_(std=math.sqrt(variance), generator=source)
         return nn.Parameter(a), nn.Parameter(b)
 
-    def _built(self, groups: list[dict[str, Any]]) -> Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         """Return the optimizer over two groups, without weight decay."""
         opt = self.optimizer(groups, lr=groups[0]["lr"], **self.settings)
         if hasattr(opt, "train"):  # schedule-free optimizers step in training mode only

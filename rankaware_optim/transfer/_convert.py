@@ -20,10 +20,7 @@ from ..laws import (
     law_title,
 )
 from ..optimizer import PlanOptions, make_plan
-
-# inputs of a layer, where no width is given: that of common 7B models. Twice or half of it moves a
-# rate from rank 16 to 64 by 1 to 3 %.
-_WIDTH = 4096.0
+from ..recipe import ANY_WIDTH
 
 
 def convert_lr(
@@ -70,7 +67,7 @@ def convert_lr(
     target = as_reference(to, like=origin)
     width = origin.fan_in or target.fan_in
     _check_move(origin, target, width)
-    origin = replace(origin, fan_in=width or _WIDTH)
+    origin = replace(origin, fan_in=width or ANY_WIDTH)
     target = replace(target, fan_in=target.fan_in or origin.fan_in)
     batch = None if origin.batch is None else target.batch
     factor = target.as_factor()
@@ -80,8 +77,8 @@ def convert_lr(
     notes = list(_notes(law, origin, target, multiplier))
     if width is None and multiplier != 1.0:
         notes.append(
-            f"No width was given, so {_WIDTH:g} is taken. Add your model's to the reference, such"
-            " as fan_in=2048."
+            f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's to the reference,"
+            " such as fan_in=2048."
         )
     return Rate(
         check_lr(base * plan.rule.by_run * multiplier, "The converted lr"),

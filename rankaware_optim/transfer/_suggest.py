@@ -16,9 +16,9 @@ from .._rate import Rate
 from .._types import Method, Reference, Survey
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..fitting import FULL_SD
-from ..inspection import configs_of, declared_init, inspect_model, other_kind, walk
+from ..inspection import declared_init, inspect_model, other_kind
 from ..laws import MuA, checked_multiplier
-from ..recipe import INIT_SD, RANK_SD, WIDTH_SD, Z90
+from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Task = Literal["chat", "other"]
 
-NO_WIDTH = 4096.0  # the middle of the published models, used if no width is given
-PUBLISHED = Reference(rank=16, alpha=32, fan_in=NO_WIDTH)
+# the middle of the published models
+PUBLISHED = Reference(rank=16, alpha=32, fan_in=ANY_WIDTH)
 # From benchmarks/laws/suggestion.py (results/suggestion.md): log2 of the best rate at PUBLISHED,
 # and the standard deviation between models after the law has moved them there, octaves.
 LOG2_RATE, SPREAD = -11.45, 0.50
@@ -132,7 +132,7 @@ def suggest_lr(
         settings: its settings. Muon's `adjust_lr_fn` changes the rate.
         method: "lora" or "full".
         init: "A" (B starts at zero, as in PEFT), "B" (A starts at zero), or a value of PEFT's
-            `init_lora_weights` such as "pissa". By default as the model declares.
+            `init_lora_weights` such as "pissa". Needed if neither factor starts at zero.
         dora: whether the adapters are DoRA. By default as the model declares.
         task: "chat" if the task is like that of the published sweeps, else "other".
 
@@ -162,7 +162,7 @@ def suggest_lr(
     at = model if init is None else replace(model, init="B" if init == "B" else "A")
     steps = [*_steps(at, task), *_variants(at, init, dora), _by_factor(name, *rule)]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
-    width = at.fan_in or NO_WIDTH
+    width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
     return Suggestion(
         lr=2.0 ** (middle - MARGIN),
@@ -215,16 +215,18 @@ def _read(
     init: str | bool | None,
     dora: bool | None,
 ) -> tuple[Reference, str | bool | None, bool | None, tuple[str, ...]]:
-    """Return a model's configuration, init and whether it is DoRA, as given or else as declared,
-    and what is assumed.
-    """
+    """Return a model's configuration, init, whether it is DoRA, and what is assumed."""
     survey = model if isinstance(model, Survey) else _survey(model, method, init)
     if method == "full" or any(f.role == "full" for f in survey.factors):
         at = Reference(method="full", fan_in=survey.full_width())
         return at, init, dora, ()
-    others = 2 * sum(f.init == "other" for f in survey.factors)
-    if init is None and others > len(survey.factors):
-        init = _declared(model)
+    others = sum(f.init == "other" for f in survey.factors)
+    if init is None and 2 * others > len(survey.factors):
+        raise LawError(
+            "Neither factor of these adapters starts at zero, so their init must be known.",
+            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
+            " calibrate.",
+        )
     if dora is None:
         dora = "DoRA magnitude" in map(other_kind, survey.other)
     at = replace(survey.dominant(), fan_in=_common_width(survey))
@@ -241,24 +243,6 @@ def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
         )
     read_as: Any = init if init in ("A", "B") else None
     return inspect_model(model, method=method, init=read_as)
-
-
-def _declared(model: Any) -> str:
-    """Return the published init that a model's configuration declares.
-
-    Raises:
-        LawError: there is none.
-    """
-    configs = {} if isinstance(model, Survey) else configs_of(walk(model).modules)
-    for fields in configs.values():
-        if variant := published_init(fields.get("init_lora_weights")):
-            return variant
-    raise LawError(
-        "Neither factor of these adapters starts at zero, and they declare no init with a published"
-        " rate.",
-        f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
-        " calibrate.",
-    )
 
 
 def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
@@ -296,8 +280,8 @@ def published_init(declared: object) -> str | None:
 def _steps(at: Reference, task: Task) -> Iterator[Step]:
     """Yield the moves from the published configuration to another."""
     if at.fan_in is None:
-        at = replace(at, fan_in=NO_WIDTH)
-        yield Step(NO_WIDTH_SD, f"No width was given: fan-in {NO_WIDTH:g} is assumed.")
+        at = replace(at, fan_in=ANY_WIDTH)
+        yield Step(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
     multiplier = checked_multiplier(_LAW, at.as_factor(), PUBLISHED)
     yield Step(0.0, octaves=math.log2(multiplier))
     if task == "other":

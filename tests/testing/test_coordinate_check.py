@@ -56,7 +56,7 @@ def test_steps_are_those_of_a_real_layer(kind, init):
     at = Reference(3, 1.5, init=init, fan_in=12)
     stepper = _Stepper(kind, {}, Constant(), at, 4, 0)
     x, g = _tokens(12, 7, 0), _tokens(20, 7, 1)
-    a, b = stepper._drawn(factor)
+    a, b = stepper._pair(factor)
     opt = kind([a, b], lr=0.02, weight_decay=0.0)
     for _ in range(4):
         opt.zero_grad()

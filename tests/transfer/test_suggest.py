@@ -288,19 +288,6 @@ def test_neither_factor_at_zero_asks_for_the_init():
     )
 
 
-def test_a_declared_init_is_read():
-    """PEFT's declaration is taken where neither factor is zero, and refused where no rate of it is published."""
-    model = nonzero()
-    config = {"r": 8, "lora_alpha": 16, "init_lora_weights": "pissa_niter_4"}
-    model.peft_config = {"": config}
-    assert suggest_lr(model).lr == pytest.approx(
-        suggest_lr(model_of((8, 64))).lr / PISSA
-    )
-    model.peft_config = {"": {**config, "init_lora_weights": "corda"}}
-    with pytest.raises(LawError, match="declare no init with a published rate"):
-        suggest_lr(model)
-
-
 def test_a_magnitude_is_read_as_dora():
     """A DoRA magnitude beside the pairs changes the rate; dora=False overrules it."""
     model = model_of((8, 64))
@@ -311,7 +298,7 @@ def test_a_magnitude_is_read_as_dora():
 
 
 def test_real_peft_models_are_read():
-    """PiSSA and DoRA as PEFT makes them are found without being named."""
+    """PiSSA and OLoRA as PEFT makes them ask for their name, DoRA is found without."""
     peft = pytest.importorskip("peft")
 
     def wrapped(**options):
@@ -320,12 +307,11 @@ def test_real_peft_models_are_read():
 
     plain = suggest_lr(wrapped())
     assert plain.reference == Reference(rank=4, alpha=8)
-    assert plain.lr / suggest_lr(
-        wrapped(init_lora_weights="pissa")
-    ).lr == pytest.approx(PISSA)
-    assert plain.lr / suggest_lr(
-        wrapped(init_lora_weights="olora")
-    ).lr == pytest.approx(OLORA)
+    for name, factor in (("pissa", PISSA), ("olora", OLORA)):
+        with pytest.raises(LawError, match="Neither factor"):
+            suggest_lr(wrapped(init_lora_weights=name))
+        found = suggest_lr(wrapped(init_lora_weights=name), init=name)
+        assert plain.lr / found.lr == pytest.approx(factor)
     assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(DORA)
 
 
