@@ -235,27 +235,28 @@ class Survey:
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
-        checks = []
+        idle = "trained: an inactive adapter, or one frozen by mistake"
+        checks = [*_named(self.frozen, "LoRA factor", idle)]
         if not self.factors:
             kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
-            checks.append(
-                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
+            checks.insert(
+                0,
+                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate.",
             )
-        idle = "trained: an inactive adapter, or one frozen by mistake"
-        odd = [(self.frozen, "LoRA factor", idle)]
         for is_odd, problem in _ODD_FACTORS:
-            names = tuple(f.name for f in self.factors if is_odd(f))
-            odd.append((names, "factor", problem))
-        for names, what, problem in odd:
-            if len(names) == 1:
-                checks.append(f"1 {what} ({names[0]}) is not {problem}.")
-            elif names:
-                checks.append(
-                    f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
-                )
+            odd = [f.name for f in self.factors if is_odd(f)]
+            checks += _named(odd, "factor", problem)
         for adapter in dict.fromkeys(f.adapter for f in self.factors):
             checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
         return tuple(checks)
+
+
+def _named(names: Sequence[str], what: str, problem: str) -> Iterator[str]:
+    """Yield the sentence that these parameters are not what they should be, if there are any."""
+    if len(names) == 1:
+        yield f"1 {what} ({names[0]}) is not {problem}."
+    elif names:
+        yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:

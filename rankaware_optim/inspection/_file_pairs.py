@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from .._checks import is_positive
@@ -52,8 +52,20 @@ def file_pairs(header: Header) -> Iterator[FilePair]:
     """Yield every pair, by the names of tensors.
 
     Raises:
-        InspectionError: one half is missing, or two tensors or pairs have the same place.
+        InspectionError: one half is missing, or two tensors have the same place.
     """
+    for slot, names in _slots(header).items():
+        if len(names) < 2:
+            raise InspectionError(
+                f"{header.path}: {next(iter(names.values()))} lacks the other half of its LoRA"
+                " pair.",
+                "Save the adapter again.",
+            )
+        yield FilePair(*slot, names["A"], names["B"])
+
+
+def _slots(header: Header) -> dict[tuple[str, str, str], dict[str, str]]:
+    """Return the names of A and B by layer, adapter and convention."""
     slots: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
     for name in header.shapes:
         for convention, pattern in _PATTERNS.items():
@@ -64,21 +76,20 @@ def file_pairs(header: Header) -> Iterator[FilePair]:
             first = slots[slot].setdefault(_ROLES[match["factor"]], name)
             if first != name:
                 raise _collision(header, first, name)
-    by_layer: dict[str, dict[str, str]] = defaultdict(dict)
-    for (layer, adapter, convention), names in slots.items():
-        if len(names) < 2:
-            raise InspectionError(
-                f"{header.path}: {next(iter(names.values()))} lacks the other half of its LoRA"
-                " pair.",
-                "Save the adapter again.",
-            )
-        others = by_layer[layer.removeprefix("base_model.model.")]
-        rivals = [others.get(adapter), others.get(""), *others.values()]
-        for rival in rivals if not adapter else rivals[:2]:
-            if rival is not None:
-                raise _collision(header, rival, names["A"])
-        others[adapter] = names["A"]
-        yield FilePair(layer, adapter, convention, names["A"], names["B"])
+    return slots
+
+
+def refuse_collisions(header: Header, pairs: Iterable[FilePair]) -> None:
+    """Raise if two pairs belong to the same adapter of one layer, also if their prefixes or markers
+    differ. An adapter without a name is that of any name.
+    """
+    by_layer: dict[str, list[FilePair]] = defaultdict(list)
+    for pair in pairs:
+        others = by_layer[pair.layer.removeprefix("base_model.model.")]
+        for other in others:
+            if not (pair.adapter and other.adapter) or pair.adapter == other.adapter:
+                raise _collision(header, other.a, pair.a)
+        others.append(pair)
 
 
 def _collision(header: Header, one: str, other: str) -> InspectionError:
@@ -105,44 +116,50 @@ def file_factors(
         InspectionError: the shapes do not fit the declared rank, or a scaling is impossible.
     """
     config = next((c for c in configs if pair.layer.startswith(c.prefix)), None)
-    declared = config.declared(pair.layer) if config else Declared()
     where = f"{header.path}: {pair.layer}"
     where += f", with {config.where}," if config else ""
-    core = header.shapes.get(f"{pair.layer}.lora_mid.weight")
     convention, kind = _row(header, pair, config)
+    declared = _declared(header, pair, config)
+    reading = _reading(header, pair, declared.rank, where)
+    reading = reading._replace(kind=kind or reading.kind)
+    scaling = checked_scaling(where, declared.scaling(reading.rank_a))
+    if scaling is None:
+        notes["The file and its folder have no alpha: scaling 1 is assumed."] = None
+    found: Init = "other" if convention == "peft-adalora" else "unknown"
+    if found == "unknown" and declared.init is not None:
+        found = declared_init(declared.init, reading.kind)
+    belongs = (pair.layer, pair.adapter, convention)
+    yield from factors_of((pair.a, pair.b), reading, scaling, init or found, belongs)
+
+
+def _declared(header: Header, pair: FilePair, config: AdapterConfig | None) -> Declared:
+    """Return what is declared for a pair: by the file's alpha, the configuration, and kohya's
+    metadata, in this order.
+    """
+    declared = config.declared(pair.layer) if config else Declared()
+    alpha = header.alphas.get(f"{pair.layer}.alpha")
+    is_kohyas = pair.convention == "lora_down/lora_up" and not config
+    # a convolution has conv_alpha, which the metadata lack
+    if alpha is None and is_kohyas and len(header.shapes[pair.a]) == 2:
+        alpha = _network_alpha(header)
+    if alpha is None:
+        return declared
+    return declared._replace(alpha=alpha, rslora=False)
+
+
+def _reading(header: Header, pair: FilePair, rank: int | None, where: str) -> Reading:
+    """Return what the shapes say. Raise if they do not fit each other or the declared rank."""
+    a, b = header.shapes[pair.a], header.shapes[pair.b]
+    core = header.shapes.get(f"{pair.layer}.lora_mid.weight")
 
     def layout(_: object, a: Shape, b: Shape) -> Reading:
         return rows_of(a, b, a[0] // b[1]) if core is None else tucker_of(a, b, core)
 
-    a, b = header.shapes[pair.a], header.shapes[pair.b]
     reading = layout_reading(layout, None, a, b)
-    if reading is None or declared.rank not in (None, reading.rank_a):
-        raise misfit(where, declared.rank, (pair.a, a), (pair.b, b))
-    kind = kind or reading.kind or ("conv" if len(a) > 2 else "linear")
-    alpha = header.alphas.get(f"{pair.layer}.alpha")
-    if alpha is not None:
-        declared = declared._replace(alpha=alpha, rslora=False)
-    elif config is None and convention == "lora_down/lora_up" and kind == "linear":
-        # a convolution has conv_alpha, which kohya's metadata lack
-        declared = declared._replace(alpha=_network_alpha(header))
-    scaling = None
-    if declared.alpha is None:
-        notes["The file and its folder have no alpha: scaling 1 is assumed."] = None
-    else:
-        rank = reading.rank_a
-        scaling = declared.alpha / (math.sqrt(rank) if declared.rslora else rank)
-    if init is None and convention == "peft-adalora":
-        init = "other"
-    elif init is None:
-        given = declared.init
-        init = "unknown" if given is None else declared_init(given, kind)
-    yield from factors_of(
-        (pair.a, pair.b),
-        reading._replace(kind=kind),
-        checked_scaling(where, scaling),
-        init,
-        (pair.layer, pair.adapter, convention),
-    )
+    if reading is None or rank not in (None, reading.rank_a):
+        raise misfit(where, rank, (pair.a, a), (pair.b, b))
+    kind = reading.kind or ("conv" if len(a) > 2 else "linear")
+    return reading._replace(kind=kind)
 
 
 def _row(

@@ -13,7 +13,7 @@ from .._checks import check_init
 from .._types import Factor, Init, Survey
 from ..errors import InspectionError
 from ._conventions import INITS
-from ._file_pairs import file_factors, file_pairs
+from ._file_pairs import file_factors, file_pairs, refuse_collisions
 from ._peft_config import AdapterConfig, embedded_configs, read_config
 from ._safetensors import Header, read_header, shown
 from ._survey import is_other_adapter, unsupported
@@ -59,21 +59,17 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     header = read_header(file)
     configs = [config] if config else embedded_configs(file, header.metadata)
     pairs = list(file_pairs(header))
+    refuse_collisions(header, pairs)
     factors, notes = list[Factor](), dict[str, None]()
     for pair in pairs:
         factors += file_factors(header, pair, configs, init, notes)
-    names = {f.name for f in factors}
-    lawless = [n for n in header.shapes if n not in names and is_other_adapter(n)]
-    if not factors and not lawless and not (config and config.entries is None):
+    has_adapter = factors or any(map(is_other_adapter, header.shapes))
+    if not has_adapter and (config is None or config.entries is not None):
         raise InspectionError(
             f"{file} has no LoRA pair among {len(header.shapes)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    layers = {pair.layer for pair in pairs}
-    for name in lawless:  # such as x.hada_w1_a
-        layers.add(name.removesuffix(".weight").rpartition(".")[0])
-    names |= {f"{layer}.alpha" for layer in layers} & header.alphas.keys()
-    other = tuple(name for name in header.shapes if name not in names)
+    other = _other(header, factors)
     return Survey(
         tuple(factors),
         other,
@@ -81,6 +77,15 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
         looked_at=len(header.shapes),
         unsupported=unsupported(other),
     )
+
+
+def _other(header: Header, factors: Iterable[Factor]) -> tuple[str, ...]:
+    """Return the tensors that are neither factors nor the alpha of a layer's adapter."""
+    names, layers = {f.name for f in factors}, {f.layer for f in factors}
+    for name in filter(is_other_adapter, header.shapes):  # such as x.hada_w1_a
+        layers.add(name.removesuffix(".weight").rpartition(".")[0])
+    names |= {f"{layer}.alpha" for layer in layers} & header.alphas.keys()
+    return tuple(name for name in header.shapes if name not in names)
 
 
 def _file_notes(header: Header, config: AdapterConfig | None) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -48,6 +49,12 @@ class Declared(NamedTuple):
     alpha: float | None = None
     rslora: bool | None = None
     init: bool | str | None = None
+
+    def scaling(self, rank: float) -> float | None:
+        """Return the multiplier of B·A at a rank, None if no alpha is declared."""
+        if self.alpha is None:
+            return None
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True)

@@ -82,18 +82,24 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
                 ' or a text such as "r=16,alpha=32".',
             )
         return reference_of(inspect_file(os.fspath(value)))
-    config: Any = value
-    if not isinstance(value, Mapping):
-        config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
-        if not {"r", "lora_alpha"} <= config.keys():
-            raise InvalidReferenceError(
-                f"{shown(value)} is not a reference.",
-                'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r":'
-                ' 16, "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
-            )
+    config = _config(value)
     if "lora_alpha" in config:
         _refuse_lawless(config, type(value).__name__)
     return _from_entries(_entries(config), value, like)
+
+
+def _config(value: Any) -> Mapping[str, Any]:
+    """Return a dict, or the entries of PEFT's `LoraConfig` as one."""
+    if isinstance(value, Mapping):
+        return value
+    config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise InvalidReferenceError(
+            f"{shown(value)} is not a reference.",
+            'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r": 16,'
+            ' "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
+        )
+    return config
 
 
 def reference_of(survey: Survey) -> Reference:
@@ -168,23 +174,13 @@ def _from_entries(
     """Return the reference with these entries. `whole` is what they were read from."""
     values: dict[str, Any] = {}
     for part, key, value in entries:
-        try:
-            name, read = _KEYS[key]
-            value = read(value) if isinstance(value, str) else value
-        except (KeyError, ValueError) as error:
-            nor = "" if "=" in part else ", and there is no folder of that name"
-            raise InvalidReferenceError(
-                f"{part!r} is not a part of a reference{nor}.",
-                'Write it as "r=16,alpha=32", or with more, as'
-                ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or'
-                " give an adapter's folder or file.",
-            ) from error
+        name, read_value = _field(part, key, value)
         if name in values:
             raise InvalidReferenceError(
                 f"{part!r} gives {name} a second time in {shown(whole)}.",
                 "Give each part once.",
             )
-        values[name] = value
+        values[name] = read_value
     extra = sorted(values.keys() - _OF_FULL) if values.get("method") == "full" else []
     if extra:
         raise InvalidReferenceError(
@@ -195,3 +191,18 @@ def _from_entries(
     if like is None or like.method == "full" or own:
         return Reference(**values)
     return replace(like, **values)
+
+
+def _field(part: str, key: str, value: Any) -> tuple[str, Any]:
+    """Return the field of `Reference` for an entry, and its value."""
+    try:
+        name, read = _KEYS[key]
+        return name, read(value) if isinstance(value, str) else value
+    except (KeyError, ValueError) as error:
+        nor = "" if "=" in part else ", and there is no folder of that name"
+        raise InvalidReferenceError(
+            f"{part!r} is not a part of a reference{nor}.",
+            'Write it as "r=16,alpha=32", or with more, as'
+            ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give'
+            " an adapter's folder or file.",
+        ) from error

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -42,16 +43,7 @@ def read_header(path: Path) -> Header:
             metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
-            dtypes = {
-                name: slices[name].get_dtype()
-                for name, shape in shapes.items()
-                if name.endswith(".alpha") and shape in ((), (1,))
-            }
-        # NumPy has no bfloat16, and torch is slow to import
-        with safe_open(
-            path, framework="pt" if "BF16" in dtypes.values() else "np"
-        ) as file:
-            alphas = {name: float(file.get_tensor(name).item()) for name in dtypes}
+        alphas = _alphas(path, slices)
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         why = str(error).removeprefix("Error while deserializing header: ")
         raise InspectionError(
@@ -60,6 +52,15 @@ def read_header(path: Path) -> Header:
             "Copy it again, or give another file.",
         ) from error
     return Header(path, shapes, metadata, alphas)
+
+
+def _alphas(path: Path, slices: Mapping[str, Any]) -> dict[str, float]:
+    names = [n for n, each in slices.items() if each.get_shape() in ([], [1])]
+    names = [name for name in names if name.endswith(".alpha")]
+    dtypes = {slices[name].get_dtype() for name in names}
+    # NumPy has no bfloat16, and torch is slow to import
+    with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
+        return {name: float(file.get_tensor(name).item()) for name in names}
 
 
 def shown(value: object) -> str:

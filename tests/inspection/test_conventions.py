@@ -223,10 +223,7 @@ def test_a_third_party_convention_in_five_lines(registered):
     model = Gain(4, 8.0)
     assert [
         (f.role, f.rank, f.fan_in, f.scaling) for f in inspect_model(model).factors
-    ] == [
-        ("A", 4, IN, 2.0),
-        ("B", 4, IN, 2.0),
-    ]
+    ] == [("A", 4, IN, 2.0), ("B", 4, IN, 2.0)]
     opt = ra.RankAwareOptimizer(
         model, torch.optim.AdamW, lr=1e-3, tuned_at=ra.Reference(rank=16, alpha=16)
     )

@@ -775,17 +775,7 @@ def test_an_unusable_configuration_is_refused(changes, message, folder):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "not json",
-        "[]",
-        "null",
-        "7",
-        "\0",
-        "[" * 100_000,
-        "\ufeff{}",
-    ],
+    "text", ["", "not json", "[]", "null", "7", "\0", "[" * 100_000, "\ufeff{}"]
 )
 def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
     """adapter_config.json must be one JSON object."""

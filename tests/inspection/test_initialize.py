@@ -376,11 +376,7 @@ REFUSED = [
     (adalora, {}, r"^up needs the init of its convention 'peft-adalora'"),
     (gated, {}, r"^up multiplies its adapter by a `scalar` of zero"),
     (tied, {}, r"^lora_[AB] of (up|down) is tied to a factor that must be drawn"),
-    (
-        without("lora_A"),
-        {"init": "B"},
-        r"^lora_A of up is frozen, .* use init='A'",
-    ),
+    (without("lora_A"), {"init": "B"}, r"^lora_A of up is frozen, .* use init='A'"),
     (without("lora_B"), {"init": "A"}, r"^lora_B of up is frozen, .* use init='B'"),
     (
         lambda model: model.requires_grad_(False),

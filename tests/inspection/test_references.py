@@ -116,10 +116,7 @@ NAMED = [
         lambda path: {"rank": 16, "alpha": 32, "init": "B", "fan_in": 64, "batch": 8},
         Reference(16, 32, init="B", fan_in=64, batch=8),
     ),
-    (
-        lambda path: Attributes(r=8, lora_alpha=8, fan_in=9),
-        Reference(8, 8, fan_in=9),
-    ),
+    (lambda path: Attributes(r=8, lora_alpha=8, fan_in=9), Reference(8, 8, fan_in=9)),
     (lambda path: {"r": 8, "lora_alpha": 8, "peft_type": None}, Reference(8, 8)),
     (
         lambda path: {"method": "full", "fan_in": 64},

@@ -412,11 +412,7 @@ def test_dominant_is_the_most_common_by_pairs():
         survey.dominant().rank,
         survey.dominant().scaling,
         survey.dominant().init,
-    ) == (
-        16,
-        1.0,
-        "B",
-    )
+    ) == (16, 1.0, "B")
     embeddings = (
         factor("e", 8, 8, kind="embedding", rank=2),
         factor("f", 8, 8, kind="embedding", rank=2),
