@@ -128,14 +128,9 @@ def _lines(
     Raises:
         InvalidReferenceError: `at` is full finetuning, or at Init[B], for which there are no lines.
     """
-    if at.init == "B":
+    if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
             "--as prints lines for adapters at Init[A], with which these tools start.",
-            "Leave --as out to print the rate at Init[B].",
-        )
-    if at.method == "full":
-        raise InvalidReferenceError(
-            "--as prints configurations for adapters, not for full finetuning.",
             "Leave --as out to print the rate.",
         )
     other_alpha = (

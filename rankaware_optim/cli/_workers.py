@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+from ..errors import CalibrationError
 from ._options import INTERRUPTED
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -19,6 +20,11 @@ def run_workers(count: int) -> int:
     The workers meet in the study's storage, and all write the recipe. The first one prints. When it
     has ended, a worker that does not end is stopped.
     """
+    if "calibrate" not in sys.orig_argv:
+        raise CalibrationError(
+            "--workers runs the command of this process again, and it is not rankaware's.",
+            "Run rankaware calibrate in a shell.",
+        )
     command = [sys.executable, *sys.orig_argv[1:], "--workers", "1", "--force"]
     # The workers inherit that Ctrl-C is ignored. This process passes it on.
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)

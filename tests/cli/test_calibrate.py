@@ -80,95 +80,59 @@ def folder(tmp_path, monkeypatch):
 
 
 def call(*arguments):
-    return CliRunner().invoke(main, ["calibrate", *map(str, arguments)])
+    words = (word for argument in arguments for word in str(argument).split())
+    return CliRunner().invoke(main, ["calibrate", *words])
 
 
-QUICK = ["loops:train", "--steps", 10, "-o", "made/r.toml"]
+QUICK = "loops:train --steps 10 -o made/r.toml"
+OPTIONS = {  # options, and what they leave in the recipe
+    "--ranks 2,4 --trials 6 --batch 8 --warmup 0.1 --seed 3": lambda r: [
+        (r.name, "r"),
+        (r.ranks, (2, 4)),
+        ((r.steps, r.batch, r.warmup, r.seed), (10, 8, 0.1, 3)),
+        (len(r.tensors["lr"]), 6),
+    ],
+    "--ranks 2,8 --budget 60 --full-trials 1 --seeds 5 --lr-range 1e-4,1e-1 --optimizer sgd"
+    " --law loraplus --name mine --storage kept/here.journal": lambda r: [
+        (r.name, "mine"),
+        (r.optimizer.endswith("SGD"), True),
+        (r.law.law, ra.LoRAPlus()),
+        (r.tensors["rank"].tolist()[-1], 0),
+        (r.tensors["steps"].sum() <= 60, True),
+        ({*r.tensors["seed"].tolist()}, {5}),
+        (Path("kept/here.journal").is_file(), True),
+    ],
+    "--ranks 2,full --trials 4": lambda r: [(r.full_seen, True)],
+    "--ranks 1,16 --target-steps 80 --budget 300": lambda r: [
+        (r.steps, 80),
+        (max(r.tensors["steps"].tolist()), 10),
+        (r.tensors["steps"].sum() <= 300, True),
+    ],
+}
 
 
-def test_it_writes_the_recipe(folder):
-    """The recipe, its journal beside it and what was spent; the file's name is the study's."""
-    done = call(
-        *QUICK,
-        "--ranks",
-        "2,4",
-        "--trials",
-        6,
-        "--batch",
-        8,
-        "--warmup",
-        0.1,
-        "--seed",
-        3,
-    )
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_reaches_the_calibration(options, folder):
+    """The recipe is that of the options; it is printed, and the command that it names next reads it."""
+    done = call(QUICK, options)
     assert done.exit_code == 0, done.output
     recipe = ra.Recipe.load("made/r.toml")
-    assert (recipe.name, recipe.ranks, recipe.steps, recipe.batch, recipe.warmup) == (
-        "r",
-        (2, 4),
-        10,
-        8,
-        0.1,
-    )
-    assert (recipe.seed, len(recipe.tensors["lr"])) == (3, 6)
-    assert "6 trials" in done.output
-    assert f"base rate       {recipe.lr:.3g} at" in done.output
-    assert "ranks 2 and 4 differ by less than a factor 16" in done.output
-    assert Path("made/r.journal").is_file()
-    assert CliRunner().invoke(main, ["lr", "made/r.toml", "--rank", "4"]).exit_code == 0
-
-
-def test_every_option_reaches_the_calibration(folder):
-    """Budget, full runs, seeds, range, optimizer, law, name and storage are those asked for."""
-    options = [
-        "--budget",
-        "60",
-        "--full-trials",
-        "1",
-        "--seeds",
-        "5",
-        "--lr-range",
-        "1e-4,1e-1",
-        "--optimizer",
-        "sgd",
-    ]
-    more = [
-        "--law",
-        "loraplus",
-        "--name",
-        "mine",
-        "--storage",
-        "kept/here.journal",
-        "--ranks",
-        "2,8",
-    ]
-    done = call(*QUICK, *options, *more)
-    assert done.exit_code == 0, done.output
-    recipe = ra.Recipe.load("made/r.toml")
-    assert recipe.name == "mine"
-    assert recipe.optimizer.endswith("SGD")
-    assert recipe.law.law == ra.LoRAPlus()
-    assert recipe.tensors["rank"].tolist()[-1] == 0
-    assert recipe.tensors["steps"].sum() <= 60
-    assert set(recipe.tensors["seed"].tolist()) == {5}
-    assert Path("kept/here.journal").is_file()
+    for found, wanted in OPTIONS[options](recipe):
+        assert found == wanted
+    assert f"{recipe}\n" in done.output
+    (following,) = re.findall(r"^Next: rankaware (.*)$", done.output, re.M)
+    assert CliRunner().invoke(main, following.split()).exit_code == 0
 
 
 def test_the_same_command_goes_on(folder):
     """Run again it changes nothing; with more trials it adds those alone."""
-    assert call(*QUICK, "--ranks", "2,4", "--trials", 3).exit_code == 0
+    again = f"{QUICK} --ranks 2,4 --force --trials"
+    assert call(again, 3).exit_code == 0
     first = Path("made/r.toml").read_bytes()
-    again = [*QUICK, "--ranks", "2,4", "--force"]
-    assert call(*again, "--trials", 3).exit_code == 0
+    assert call(again, 3).exit_code == 0
     assert Path("made/r.toml").read_bytes() == first
-    assert call(*again, "--trials", 5).exit_code == 0
+    assert call(again, 5).exit_code == 0
     assert len(ra.Recipe.load("made/r.toml").tensors["lr"]) == 5
-
-
-def test_full_finetuning_is_a_rank(folder):
-    """--ranks 2,full tries both."""
-    assert call(*QUICK, "--ranks", "2,full", "--trials", 4).exit_code == 0
-    assert ra.Recipe.load("made/r.toml").full_seen
 
 
 def started(*arguments, env=(), **options):
@@ -267,21 +231,6 @@ def test_workers_share_gpus_and_cores(visible, count, gpus, monkeypatch):
     assert threads <= max(count, torch.get_num_threads())
 
 
-def test_the_same_command_elsewhere_joins(folder):
-    """Two commands with one storage share the trials, and both write the whole recipe."""
-    common = shared("slow_loops:train", "--trials", 24, "--storage", "s.journal")
-    pair = [
-        started(*common, "--name", "shared", "-o", f"{i}.toml", env={"PROCESSES": "2"})
-        for i in range(2)
-    ]
-    for process in pair:
-        ended(process)
-    assert_shared(trials_of("s.journal", "shared"), 24)
-    first, second = (ra.Recipe.load(f"{i}.toml") for i in range(2))
-    assert len(first.tensors["lr"]) == len(second.tensors["lr"]) == 24
-    assert first.fitted_lr == second.fitted_lr
-
-
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
 LONG = shared("slow_loops:train", "--trials", 500, "--workers", 2)
 
@@ -318,17 +267,6 @@ def test_a_worker_that_hangs_is_stopped(monkeypatch):
     assert worker.wait(timeout=60) == -signal.SIGKILL
 
 
-def test_short_runs_make_a_recipe_for_a_long_one(folder):
-    """The recipe is the target's, and its runs are short."""
-    options = ("--ranks", "1,16", "--target-steps", 80, "--budget", 300)
-    done = call("loops:train", "--steps", 10, "-o", "r.toml", *options)
-    assert done.exit_code == 0, done.output
-    recipe = ra.Recipe.load("r.toml")
-    assert recipe.steps == 80
-    assert max(recipe.tensors["steps"].tolist()) == 10
-    assert recipe.tensors["steps"].sum() <= 300
-
-
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
@@ -360,6 +298,7 @@ BAD = [
     ),
     (["loops:train", *RANKS, "--storage", "/dev/full"], "is not a file"),
     (["loops:train", *RANKS, "--storage", "."], "is not a file"),
+    (["loops:train", *RANKS, "--workers", 2], "in a shell"),
 ]
 
 
@@ -388,20 +327,9 @@ def test_wrong_usage_shows_the_usage(wrong, folder):
 
 def test_another_configuration_of_the_same_name_is_refused(folder):
     """A journal of other steps is not gone on with."""
-    assert call(*QUICK, "--ranks", "2,4", "--trials", 2).exit_code == 0
-    done = call(
-        "loops:train",
-        "--steps",
-        20,
-        "-o",
-        "other.toml",
-        "--ranks",
-        "2,4",
-        "--name",
-        "r",
-        "--storage",
-        "made/r.journal",
-    )
+    assert call(QUICK, "--ranks 2,4 --trials 2").exit_code == 0
+    other = "--steps 20 -o other.toml --ranks 2,4 --name r --storage made/r.journal"
+    done = call("loops:train", other)
     assert done.exit_code == 1
     assert "was made with steps=10, not 20." in done.stderr
     assert "Give this calibration another name, or another storage." in done.stderr
