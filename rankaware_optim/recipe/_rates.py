@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -138,33 +139,47 @@ def configuration(
     fan_in: float | None = None,
 ) -> Reference:
     """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own."""
-    own = recipe.reference
     if method == "full":
         given = {"rank": rank, "alpha": alpha, "init": init, "rslora": rslora or None}
-        for name, value in given.items():
-            if value is not None:
-                raise RecipeError(
-                    f"{name} was given for full finetuning, which has none.",
-                    "Leave it out.",
-                    name,
-                )
-        width = (recipe.full_fan_in or own.fan_in) if fan_in is None else fan_in
-        return Reference(method="full", init=own.init, fan_in=width)
-    if rslora and alpha is None:
-        raise RecipeError("rslora was given without alpha.", "Give both.", "rslora")
+        _refuse_for_full(given)
+        width = recipe.full_fan_in or recipe.reference.fan_in
+        at = Reference(method="full", init=recipe.reference.init, fan_in=width)
+    else:
+        at = _lora(recipe, rank, alpha, rslora, method)
+    if init is not None:
+        at = replace(at, init=init)
+    return at if fan_in is None else replace(at, fan_in=fan_in)
+
+
+def _refuse_for_full(given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise RecipeError(
+                f"{name} was given for full finetuning, which has none.",
+                "Leave it out.",
+                name,
+            )
+
+
+def _lora(
+    recipe: Recipe, rank: int | None, alpha: float | None, rslora: bool, method: Method
+) -> Reference:
+    """Return a rank and alpha at the recipe's init and width. Without alpha the scaling follows the
+    rule of the trials.
+    """
+    own = recipe.reference
     rank = own.rank if rank is None else rank
     if rank is None:
         raise RecipeError(
             "This recipe was made by full finetuning alone.",
             "Give a rank and an alpha for LoRA.",
         )
-    init = own.init if init is None else init
-    width = own.fan_in if fan_in is None else fan_in
-    if alpha is None:
-        Reference(rank, 1.0, method=method)  # checks both before they are used
-        at = Reference.from_scaling(rank, _scaling_at(recipe, rank), init=init)
-        return replace(at, fan_in=width)
-    return Reference(rank, alpha, rslora, init, width, method)
+    at = Reference(rank, alpha or 1.0, rslora, own.init, own.fan_in, method)
+    if alpha is not None:
+        return replace(at, alpha=alpha)
+    if rslora:
+        raise RecipeError("rslora was given without alpha.", "Give both.", "rslora")
+    return replace(at, alpha=_scaling_at(recipe, rank) * rank)
 
 
 def _scaling_at(recipe: Recipe, rank: int) -> float:
