@@ -97,22 +97,24 @@ def foreign(tmp_path_factory):
     return folder
 
 
-def environment() -> dict[str, str]:
+def run(words: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
-
-
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The installed script, in `folder`."""
-    script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
-    assert script is not None
     return subprocess.run(
-        [script, *command.split()],
+        list(map(str, words)),
         cwd=folder,
-        env=environment(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))},
         capture_output=True,
         text=True,
     )
+
+
+def marks(folder: Path) -> list[str]:
+    """The modules of `folder` that were run since the last call and are called like an installed one."""
+    found = sorted(folder.glob("*.py.was_run"))
+    for mark in found:
+        mark.unlink()
+    names = [mark.name.partition(".")[0] for mark in found]
+    return [name for name in names if find_spec(name) is not None]
 
 
 # A script that calls the command several times: like the installed one it has its own folder first in sys.path.
@@ -131,79 +133,35 @@ for command in sys.argv[1:]:
 """
 
 
-def run_in_turn(commands: list[str], folder: Path, script: Path) -> list:
-    """The commands in one process: each with its exit code, and the modules of `folder` that were run by then."""
-    script.write_text(SEVERAL)
-    done = subprocess.run(
-        [sys.executable, script, *commands],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RAN ")]
-    assert len(lines) == len(commands), done.stderr
-    return [json.loads(line.removeprefix("RAN ")) for line in lines]
-
-
-def marks(folder: Path) -> list[str]:
-    """The modules of `folder` that were run since the last call."""
-    found = sorted(folder.glob("*.py.was_run"))
-    for mark in found:
-        mark.unlink()
-    return [mark.name.partition(".")[0] for mark in found]
-
-
-def test_commands_run_nothing_of_the_folder_they_stand_in(foreign, tmp_path):
-    """No file there that is called like a module is run, by a command or by its help."""
-    commands = ["--help", *(f"{name} --help" for name in main.commands), *PLAIN]
-    for command, code, ran in run_in_turn(commands, foreign, tmp_path / "several.py"):
-        assert ran == [], command
-        assert code == 0 or command.startswith("plot"), command
-
-
-@pytest.mark.parametrize("command", ["--help", "show digits.toml", "fit sweep.csv"])
-def test_the_installed_script_runs_nothing_of_its_folder_either(command, foreign):
-    """The same in a process of the script's own, light or with torch."""
-    done = run(command, foreign)
-    assert (done.returncode, marks(foreign)) == (0, []), done.stderr
-
-
-def test_every_command_is_tried():
-    """Each command has its help above, and a call of its own."""
+def test_commands_run_nothing_but_what_they_are_given(foreign, tmp_path):
+    """No file that is called like a module is run, by a command or its help; a module that is named is found."""
+    helps = ["--help", *(f"{name} --help" for name in main.commands)]
+    commands = [*helps, *PLAIN, *NAMING]
     assert {line.split()[0] for line in [*PLAIN, *NAMING]} == {
         *main.commands,
         "--version",
     }
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    in_turn = [name for name in commands if not name.startswith("calibrate loop")]
+    done = run([sys.executable, script, *in_turn], foreign)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RAN ")]
+    assert len(lines) == len(in_turn), done.stderr
+    for line in lines:
+        command, code, ran = json.loads(line.removeprefix("RAN "))
+        assert code == 0 or command.startswith("plot"), command
+        assert not ran or command in NAMING, command
+    assert marks(foreign) == []
 
 
-def shadowing(ran: list[str]) -> list[str]:
-    """Which of the modules that were run are called like an installed one."""
-    return [name for name in ran if find_spec(name) is not None]
-
-
-def test_a_law_or_optimizer_of_the_folder_is_found_and_shadows_nothing(
-    foreign, tmp_path
-):
-    """A module that the user names is used, and no other module of the folder."""
-    commands = [command for command in NAMING if not command.startswith("calibrate")]
-    for command, code, _ in run_in_turn(commands, foreign, tmp_path / "several.py"):
-        assert code == 0, command
-    assert shadowing(marks(foreign)) == []
-
-
-@pytest.mark.parametrize(
-    "command", [name for name in NAMING if name.startswith("calibrate")]
-)
-def test_a_loop_of_the_folder_is_found_and_shadows_nothing(command, foreign):
-    """A loop is used, its late imports and workers too, and no other module of the folder."""
-    done = run(command, foreign)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", ["show digits.toml", *NAMING[-2:]])
+def test_the_installed_script_runs_nothing_else_either(command, foreign):
+    """The same in a process of the script's own. A loop is used, its late imports and workers too."""
+    script = shutil.which("rankaware", path=str(Path(sys.executable).parent))
+    done = run([script, *command.split()], foreign)
     for made in foreign.glob("r.*"):
         made.unlink()
-    ran = marks(foreign)
-    assert shadowing(ran) == []
+    assert (done.returncode, marks(foreign)) == (0, []), done.stderr
 
 
 def test_the_check_can_fail(foreign):
