@@ -33,7 +33,6 @@ SHAPE = 0.2  # error of the shape, as a share of the gap to the best: by hand
 LENGTH = 1.0  # correlation length of the smooth noise, octaves: by hand
 GRID = 0.125  # octaves between candidate optima: by hand
 BEYOND = 3.0  # octaves from the rates tried to the last candidate: by hand
-LEAST = 1e-250  # smallest likelihood: its logarithm is finite
 CAP = 1.0  # gap to the best of an untrained run, in units of the gain: its meaning
 
 # --- priors ---------------------------------------------------------------------------------------

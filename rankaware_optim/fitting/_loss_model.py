@@ -39,7 +39,6 @@ from ._constants import (
     CAP,
     CURVATURE,
     GRID,
-    LEAST,
     LENGTH,
     NOISE,
     NOISE_SD,
@@ -175,7 +174,8 @@ def _optimum(log_likelihood: Array, optima: Array) -> tuple[Array, Array, Array]
     shape (shapes,).
     """
     top, middle = log_likelihood.max(), optima.mean()
-    likelihood = np.exp(log_likelihood - top) + LEAST
+    # every logarithm below is finite
+    likelihood = np.exp(log_likelihood - top) + np.finfo(np.float64).tiny
     u = optima - middle
     moments = likelihood @ np.stack([u**0, u, u**2], axis=1)
     total, first, second = (_rank_given_shared() @ moments.reshape(-1, 3)).T
