@@ -209,9 +209,9 @@ def fit(
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
-    SWEEP is a table with one row per run. The columns rank, lr (per step) and loss are required.
-    The columns alpha, rslora, init, method, fan_in, seed, model, batch, steps and start (the loss
-    before training) are optional. Write diverged as the loss of a run that diverged.
+    SWEEP is a .csv file with one row per run. The columns rank, lr (per step) and loss are
+    required. The columns alpha, rslora, init, method, fan_in, seed, model, batch, steps and start
+    (the loss before training) are optional. Write diverged as the loss of a run that diverged.
     """
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     if out is not None:

@@ -21,6 +21,9 @@ _BLUE, _ORANGE, _GREEN = COLOURS[:3]
 _INK = "#333333"
 _FADED = 0.45  # opacity of what was not tried
 _MARKERS = dict(zip(MARKS, "o^xD", strict=True))
+_BAND: dict[str, Any] = {"alpha": 0.12, "linewidth": 0}
+_RATE = {"color": _ORANGE, "linestyle": "--"}
+_CEILING = {"color": _INK, "linestyle": ":"}
 # The page's colours, which depend on its theme, by those that matplotlib writes.
 _OF_PAGE = {
     _BLUE.lower(): "var(--blue)",
@@ -84,18 +87,24 @@ def recipe_figure(recipe: Recipe) -> Figure:
 def draw_trials(axis: Any, picture: Picture, arm: PictureArm) -> None:
     """Draw one rank: its trials, and the recipe's rate with band and ceiling."""
     for mark, places in arm.marks().items():
-        # only those with their own score are filled
-        inner = _BLUE if mark == "finished" else "none"
-        style = {"marker": _MARKERS[mark], "markerfacecolor": inner, "linestyle": ""}
-        line = axis.plot(*zip(*places, strict=True), **style, color=_BLUE, alpha=0.8)
-        line[0].set_label(MARKS[mark])
+        rates, scores = zip(*places, strict=True)
+        axis.plot(
+            rates,
+            scores,
+            label=MARKS[mark],
+            color=_BLUE,
+            alpha=0.8,
+            linestyle="",
+            marker=_MARKERS[mark],
+            # only those with their own score are filled
+            markerfacecolor=_BLUE if mark == "finished" else "none",
+        )
     rate = arm.rate
     if rate is not None:
-        band = {"color": _BLUE, "alpha": 0.12, "linewidth": 0}
-        axis.axvspan(rate.low, rate.high, **band, label="90 % band")
-        axis.axvline(rate.lr, color=_ORANGE, linestyle="--", label="the recipe's rate")
+        axis.axvspan(rate.low, rate.high, color=_BLUE, **_BAND, label="90 % band")
+        axis.axvline(rate.lr, **_RATE, label="the recipe's rate")
         if rate.ceiling is not None:
-            axis.axvline(rate.ceiling, color=_INK, linestyle=":", label="ceiling")
+            axis.axvline(rate.ceiling, **_CEILING, label="ceiling")
     rate_axis(axis)
     axis.set(xlim=picture.rates, ylim=arm.scores, ylabel=SCORE)
 
@@ -108,24 +117,27 @@ def draw_rates(axis: Any, picture: Picture) -> None:
     for rank, rate, tried in picture.by_rank:
         if tried:
             axis.vlines(rank, rate.low, rate.high, color=_ORANGE)
-            label = "a rank that was tried"
-            axis.plot(rank, rate.lr, "s", color=_ORANGE, label=label)
-    low, high = [rate.low for rate in rates], [rate.high for rate in rates]
-    axis.fill_between(ranks, low, high, color=_BLUE, alpha=0.08, linewidth=0)
-    faded = {"alpha": _FADED, "label": "a rank that was not tried"}
+            axis.plot(rank, rate.lr, "s", color=_ORANGE, label="a rank that was tried")
+    axis.fill_between(
+        ranks,
+        [rate.low for rate in rates],
+        [rate.high for rate in rates],
+        color=_BLUE,
+        **_BAND,
+    )
     lrs = [rate.lr for rate in rates]
-    axis.plot(ranks, lrs, color=_ORANGE, linestyle="--", **faded)
+    axis.plot(ranks, lrs, **_RATE, alpha=_FADED, label="a rank that was not tried")
     if rates[0].ceiling is not None:
         ceilings = [rate.ceiling for rate in rates]
-        axis.plot(ranks, ceilings, color=_INK, linestyle=":", alpha=_FADED)
-    if picture.full is not None:
-        full, label, strength = picture.full, "full finetuning", 1.0
+        axis.plot(ranks, ceilings, **_CEILING, alpha=_FADED)
+    full = picture.full
+    if full is not None:
+        label, strength = "full finetuning", 1.0
         if not picture.full_tried:
             label, strength = "full finetuning, not tried", _FADED
-        band = {"color": _GREEN, "alpha": 0.12 * strength, "linewidth": 0}
-        axis.axhspan(full.low, full.high, **band)
-        style = {"color": _GREEN, "linestyle": "-.", "alpha": strength}
-        axis.axhline(full.lr, **style, label=label)
+        axis.axhspan(full.low, full.high, color=_GREEN, **_BAND)
+        line = axis.axhline(full.lr, color=_GREEN, linestyle="-.", alpha=strength)
+        line.set_label(label)
     axis.set_xlabel("rank")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
