@@ -154,7 +154,6 @@ class Convention:
         alpha: the same for alpha.
         init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT),
             "B" (A starts at zero), "other" or "unknown".
-        exact: whether a test compares the row with the library itself.
 
     >>> row = Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",))
     >>> register_convention(row)
@@ -172,7 +171,6 @@ class Convention:
     scaling: tuple[str, ...] = ("scaling", "scale")
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
     init: Init | None = None
-    exact: bool = True
 
 
 _LORA = ("lora_A", "lora_B")
@@ -213,9 +211,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         *_LORA,
         where=("lora_dropout_mask",),
         layouts=("rows", "columns"),
-        exact=False,
     ),
-    Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",), exact=False),
+    Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",)),
     Convention("lora_A/lora_B", *_LORA),
     Convention("lora_a/lora_b", "lora_a", "lora_b"),
     Convention(
@@ -229,7 +226,6 @@ CONVENTIONS: tuple[Convention, ...] = (
             f"lora_{part}_B",
             layouts=("columns",),
             rank=("lora_dim", "dim"),
-            exact=False,
         )
         for part in ("gate_and_up", "down")
     ),
@@ -240,7 +236,6 @@ CONVENTIONS: tuple[Convention, ...] = (
         where=("dim",),
         layouts=("rows", "experts"),
         rank=("dim",),
-        exact=False,
     ),
     Convention(
         "deepspeed-chat",
@@ -248,7 +243,6 @@ CONVENTIONS: tuple[Convention, ...] = (
         "lora_left_weight",
         layouts=("columns",),
         scaling=("lora_scaling",),
-        exact=False,
     ),
     Convention(
         "deepspeed-linear",

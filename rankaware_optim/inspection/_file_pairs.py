@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from .._checks import is_positive
+from .._checks import is_positive, shown
 from .._types import Factor, Init
 from ..errors import InspectionError
 from ._conventions import Reading, Shape, rows_of, tucker_of
 from ._pairs import checked_scaling, layout_reading, misfit
 from ._peft_config import AdapterConfig, Declared
-from ._safetensors import Header, shown
+from ._safetensors import Header
 from ._survey import declared_init, factors_of
 
 # Groups of each pattern: the layer, the factor and the adapter's name, if there is one. DyLoRA's

@@ -13,10 +13,10 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
+from .._checks import shown
 from .._files import read_bytes
 from ..errors import InspectionError
 from ._pairs import Modules, Pair
-from ._safetensors import one_line, shown
 
 _LIMIT = 10_000_000  # bytes of a file
 LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
@@ -137,7 +137,7 @@ def json_object(where: str, text: bytes | str) -> dict[str, Any]:
         values: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise InspectionError(
-            f"{where} cannot be read as a JSON object: {one_line(str(error))}.",
+            f"{where} cannot be read as a JSON object: {error}.",
             _FROM_PEFT,
         ) from error
     return values
@@ -157,7 +157,7 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
         entries = msgspec.convert(values, _Entries)
     except msgspec.ValidationError as error:
         raise InspectionError(
-            f"{where} has an entry that cannot be used: {one_line(str(error))}.",
+            f"{where} has an entry that cannot be used: {error}.",
             _FROM_PEFT,
         ) from error
     if entries.target_parameters:

@@ -48,7 +48,7 @@ def read_header(path: Path) -> Header:
         why = str(error).removeprefix("Error while deserializing header: ")
         raise InspectionError(
             f"{path} is not a complete safetensors file, or has no usable header:"
-            f" {one_line(why)}.",
+            f" {why[:200]}.",
             "Copy it again, or give another file.",
         ) from error
     return Header(path, shapes, metadata, alphas)
@@ -61,16 +61,3 @@ def _alphas(path: Path, slices: Mapping[str, Any]) -> dict[str, float]:
     # NumPy has no bfloat16, and torch is slow to import
     with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
         return {name: float(file.get_tensor(name).item()) for name in names}
-
-
-def shown(value: object) -> str:
-    """Return a value from a file for an error message: one short line of printable characters."""
-    if not isinstance(value, (str, int, float, type(None))):
-        return f"a {type(value).__name__}"
-    text = ascii(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def one_line(text: str) -> str:
-    """Return the last line of an error's text, printable and short."""
-    return ascii(text.strip().rpartition("\n")[2][:200])[1:-1]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankaware_optim import inspect_model
+from rankaware_optim import Survey, initialize, inspect_model
 from rankaware_optim.inspection import other_kind, survey_of, walk
 
 LR, EPS, DECAY, STEPS = 1e-2, 1e-3, 0.1, 5
@@ -137,3 +137,21 @@ def _move(first: nn.Module, second: nn.Module) -> dict[str, float]:
         if param.is_floating_point():
             copies[name].copy_(param * scales.get(roles.get(name, ""), 1.0))
     return scales
+
+
+def initialized(model: nn.Module, inputs: tuple[Any, ...], init: Any) -> Survey:
+    """The survey of a model after `initialize`, which keeps every bit of the output and is known after some steps."""
+    before = output_of(model, *inputs).clone()
+    survey = initialize(model, init)
+    assert torch.equal(before, output_of(model, *inputs))
+    assert {f.init for f in survey.factors} == {init}
+    start = {f.name: model.get_parameter(f.name).clone() for f in survey.factors}
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    for _ in range(3):
+        (output_of(model, *inputs) - 1).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    assert {f.init for f in inspect_model(model).factors} == {init}
+    moved = [not torch.equal(model.get_parameter(name), start[name]) for name in start]
+    assert all(moved)
+    return survey

@@ -8,7 +8,7 @@ import torch
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.testing import check_convention
 
-from ...helpers.oracle import oracle, output_of
+from ...helpers.oracle import initialized, oracle, output_of
 from ...helpers.real_adapters import cases_of, read
 
 lora = pytest.importorskip("litgpt.lora", exc_type=ImportError)
@@ -39,6 +39,13 @@ def test_a_layer_computes_and_trains_as_read(case):
     found = check_convention(case.make, *case.inputs(), run=output_of)
     assert (found.probe is not None) is case.probed
     assert oracle(case.make, *case.inputs()) < 1e-9
+
+
+@by_name
+@pytest.mark.parametrize("init", ["A", "B"])
+def test_a_layer_is_initialised(case, init):
+    """`initialize` keeps every bit of the output, and the init is known after training."""
+    initialized(case.make(4, 12), case.inputs(), init)
 
 
 def test_it_trains_at_the_laws_rates():
