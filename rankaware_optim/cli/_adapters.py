@@ -23,7 +23,6 @@ from ._options import (
     law_option,
     optimizer_option,
     option,
-    refuse_for_full,
 )
 
 _SURVEY = (
@@ -117,9 +116,8 @@ def suggest(
     method: Any = "lora"
     if full:
         method = "full"
-        refuse_for_full(
-            init=init, rank=shape["rank"], alpha=shape["alpha"], rslora=shape["rslora"]
-        )
+        for name in chosen({"init": init, **shape, "fan_in": None}):
+            raise click.UsageError(f"Full finetuning has no --{name}.")
     model: Survey | Reference
     if path is None:
         if not full and None in (shape["rank"], shape["alpha"]):

@@ -112,12 +112,6 @@ def chosen(options: Mapping[str, object]) -> list[str]:
     return [name for name, value in options.items() if value not in (None, False)]
 
 
-def refuse_for_full(**options: object) -> None:
-    """Raise if an option of adapters is given beside --full."""
-    for name in chosen(options):
-        raise click.UsageError(f"Full finetuning has no --{name}.")
-
-
 # --- options --------------------------------------------------------------------------------------
 
 

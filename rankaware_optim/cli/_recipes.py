@@ -22,7 +22,6 @@ from ._options import (
     json_option,
     option,
     out_option,
-    refuse_for_full,
 )
 
 _RECIPE = click.argument("recipe", type=FILE)
@@ -51,30 +50,18 @@ _RECIPE = click.argument("recipe", type=FILE)
     "Batch size in the recipe's unit, if it differs. This extrapolates.",
 )
 @json_option(f"an object. Fields: {RATE_FIELDS}.")
-def lr(
-    recipe: Path,
-    rank: int | None,
-    rslora: bool,
-    full: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
     """Print a recipe's rate at a rank or for full finetuning.
 
     The 90 % band, the ceiling and what the rate holds for are printed with it.
     """
-    if full == (rank is not None):
+    if full == (options["rank"] is not None):
         raise click.UsageError("Give --rank N or --full.")
-    if options["alpha"] is None and rslora:
-        raise click.UsageError("--rslora needs --alpha.")
-    if full:
-        refuse_for_full(alpha=options["alpha"], init=options["init"])
-    method: Any = "full" if full else "lora"
     loaded = recipes.Recipe.load(recipe)
     with warnings.catch_warnings():
         # the rate's notes say it
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
-        rate = loaded.at(rank, rslora=rslora, method=method, **options)
+        rate = loaded.at(method="full" if full else "lora", **options)
     echo_result(as_json, rate)
 
 

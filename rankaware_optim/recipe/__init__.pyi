@@ -7,6 +7,7 @@ from ._other_rates import BASE as BASE
 from ._other_rates import OtherRates as OtherRates
 from ._other_rates import name_pattern as name_pattern
 from ._rates import base_lr as base_lr
+from ._rates import configuration as configuration
 from ._rates import configuration_of as configuration_of
 from ._rates import is_for as is_for
 from ._rates import known_rate as known_rate

@@ -19,9 +19,17 @@ from .._files import replace_bytes
 from .._printing import printable
 from .._rate import Rate
 from ..errors import PageError, PlotError, RankAwareError
-from ..recipe import Recipe, facts, known_rate, lead, missing_trials
+from ..recipe import (
+    Recipe,
+    configuration,
+    facts,
+    known_rate,
+    lead,
+    missing_trials,
+    rate,
+)
 from ._figure import draw_rates, draw_trials, panel_svg
-from ._picture import Picture, picture_of
+from ._picture import picture_of
 
 _RANKS = 13  # the largest rank of the control is 2 ** 13
 _SCALINGS = range(-14, 11)  # of the control, log2 of alpha / rank
@@ -56,13 +64,15 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 def report_html(recipe: Recipe) -> str:
     """Return the recipe's page as text. It is the same for the same recipe and matplotlib."""
     picture = picture_of(recipe)
+    panels, chart, no_panels = [], "", ""
     try:
-        panels, no_panels = _panels(picture), ""
+        for arm in picture.arms:
+            svg = panel_svg(arm.title, draw_trials, picture, arm)
+            panels.append((arm.title, arm.words, svg))
+        if panels and picture.by_rank:
+            chart = panel_svg("rates", draw_rates, picture)
     except PlotError as error:
-        panels, no_panels = [], str(error)
-    chart = ""
-    if panels and picture.by_rank:
-        chart = panel_svg("rates", draw_rates, picture)
+        no_panels = str(error)
     text = _template().render(
         recipe=recipe,
         lead=lead(recipe),
@@ -75,15 +85,6 @@ def report_html(recipe: Recipe) -> str:
         provenance=facts(recipe),
     )
     return printable(text)
-
-
-def _panels(picture: Picture) -> list[tuple[str, str, str]]:
-    """Return each rank's title, description and SVG."""
-    panels = []
-    for arm in picture.arms:
-        svg = panel_svg(arm.title, draw_trials, picture, arm)
-        panels.append((arm.title, arm.words, svg))
-    return panels
 
 
 @cache
@@ -115,29 +116,27 @@ def rate_table(recipe: Recipe) -> dict[str, Any]:
         free.append(own is not None)
         rates.append(_logs(own or known_rate(recipe, rank, alpha=rank)))
         scaled = [known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS]
-        by_scaling.append([rate and math.log2(rate.lr) for rate in scaled])
+        by_scaling.append([found and math.log2(found.lr) for found in scaled])
+    try:
+        full = _logs(rate(recipe, configuration(recipe, method="full")))
+    except RankAwareError as error:
+        full = {"error": printable(str(error))}
     return {
         "ranks": nodes,
         "rates": rates,
         "free": free,
         "scalings": list(_SCALINGS),
         "lr": by_scaling,
-        "full": _logs(known_rate(recipe, None)) or _no_full(recipe),
+        "full": full,
     }
 
 
-def _logs(rate: Rate | None) -> dict[str, Any] | None:
-    if rate is None:
+def _logs(known: Rate | None) -> dict[str, Any] | None:
+    if known is None:
         return None
-    edges = {"lr": rate.lr, "low": rate.low, "high": rate.high, "ceiling": rate.ceiling}
-    logs = {name: value and math.log2(value) for name, value in edges.items()}
-    notes = [printable(note) for note in rate.notes]
-    return {**logs, "extrapolated": rate.extrapolated, "notes": notes}
-
-
-def _no_full(recipe: Recipe) -> dict[str, str]:
-    try:
-        recipe.at(method="full")
-    except RankAwareError as error:
-        return {"error": printable(str(error))}
-    return {"error": ""}
+    notes = [printable(note) for note in known.notes]
+    logs: dict[str, Any] = {"notes": notes, "extrapolated": known.extrapolated}
+    for name in ("lr", "low", "high", "ceiling"):
+        value = getattr(known, name)
+        logs[name] = value and math.log2(value)
+    return logs
