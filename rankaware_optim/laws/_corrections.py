@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
-from ._law import Law, bad_parameter, check_ranges
+from ._law import Law, bad_parameter, check_choice, check_ranges
 from ._mua import SIGN_LIKE, MuA
 
 _DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
@@ -81,6 +81,7 @@ class Power(Correction):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "exponent", "full_factor", "pivot")
+        check_choice(self, "to_full", (True, False))
 
     def term(self, at: Factor) -> float:
         if at.role != "full":

@@ -120,7 +120,7 @@ def check_ranges(law: Law, *names: str) -> None:
             raise bad_parameter(law, name, f"Give {range_of(name)}.")
 
 
-def check_choice(law: Law, name: str, choices: Iterable[str]) -> None:
+def check_choice(law: Law, name: str, choices: Iterable[object]) -> None:
     """Raise a `LawError` if a parameter is not one of `choices`."""
     choices = list(choices)
     if getattr(law, name) not in choices:

@@ -65,24 +65,16 @@ def constructor_settings(
     settings: Mapping[str, Any], optimizer: type[Optimizer]
 ) -> dict[str, Any]:
     """Return those settings that an optimizer's constructor takes, so that `**settings` gives them
-    again.
-
-    A value in which groups differed, and an object that became a text, is none.
+    again. A value in which groups differed, and an object that became a text, is none.
     """
-    defaults = defaults_of(optimizer)
     made = {}
-    for name, value in settings.items():
-        default = defaults.get(name)
-        if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
-            value = tuple(value)
-            taken = len(value) == len(default)
-        elif isinstance(value, str):
-            taken = isinstance(default, str) or (
-                default is None and value.isidentifier()
-            )
-        else:
-            taken = isinstance(value, (bool, int, float))
-        if name in defaults and taken:
+    for name, default in defaults_of(optimizer).items():
+        value = settings.get(name)
+        if isinstance(default, (list, tuple)):
+            many = value if isinstance(value, (list, tuple)) else ()
+            if len(many) == len(default) and all(map(is_number, many)):
+                made[name] = tuple(many)
+        elif isinstance(value, str if isinstance(default, str) else (bool, int, float)):
             made[name] = value
     return made
 

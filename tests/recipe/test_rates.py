@@ -315,48 +315,6 @@ def rates(optimizer, role: str) -> set[float]:
     return {effective_lr(g) for g in optimizer.param_groups if g["lora_role"] == role}
 
 
-@pytest.mark.parametrize(
-    "law",
-    [
-        Power(0.1, 1.5),
-        Power(law=Constant()),
-        Power(-0.4, law=MuA(tokens=None, ratio=4)),
-    ],
-)
-@pytest.mark.parametrize(
-    ("rank", "scaling"), [(4, 2.0), (8, 0.5), (16, 2.0), (64, 1.0)]
-)
-@pytest.mark.parametrize("init", ["A", "B"])
-def test_the_optimizer_uses_the_rate_that_is_quoted(rank, scaling, init, law):
-    """For a uniform model the A factors' rate is `Recipe.at` of its rank and alpha; everything else keeps the base."""
-    made = recipe(law=law, reference=replace(AT_16, init=init))
-    opt = RankAwareOptimizer(
-        mlp((rank, rank), scalings=scaling, init=init), torch.optim.AdamW, recipe=made
-    )
-    (used,) = rates(opt, "A")
-    assert used == pytest.approx(made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-9)
-    assert rates(opt, "other") == {made.lr}
-
-
-@extrapolates
-@pytest.mark.parametrize(
-    "law", [Power(0.1, 1.5), Power(-0.4, 1.5, to_full=True), Power(law=Constant())]
-)
-@pytest.mark.parametrize(
-    "reference", [AT_16, Reference(method="full", fan_in=WIDTH)], ids=["lora", "full"]
-)
-def test_the_optimizer_uses_the_full_rate_that_is_quoted(law, reference):
-    """Full finetuning at the recipe's own width trains at `Recipe.at(method="full")`, biases too."""
-    made = recipe(law=law, reference=reference, full_seen=True)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, 3)
-    )
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method="full")
-    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx(
-        [made.at(method="full").lr] * 2, rel=1e-9
-    )
-
-
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
 def test_a_recipe_is_taken_by_path(kind, tmp_path):
     """recipe= takes a path as it takes the recipe."""
@@ -379,25 +337,49 @@ def test_nothing_a_recipe_holds_is_taken_beside_it(beside):
         RankAwareOptimizer(mlp(), torch.optim.AdamW, recipe=recipe(), **beside)
 
 
-def whole(width: int) -> torch.nn.Sequential:
+def whole(width: int = WIDTH) -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 3))
 
 
+AT_B = replace(AT_16, init="B")
+FULL = Reference(method="full", fan_in=WIDTH)
+WIDE = {"fan_in": 8.0 * WIDTH}
+MODELS = [
+    # the recipe's reference, a uniform model, and its configuration
+    (AT_16, lambda: mlp((4, 4), scalings=2.0), {"rank": 4}),
+    (AT_16, lambda: mlp((8, 8), scalings=0.5), {"rank": 8, "alpha": 4.0}),
+    (AT_16, lambda: mlp((64, 64), scalings=1.0), {"rank": 64, "alpha": 64.0}),
+    (AT_16, lambda: mlp((16,), scalings=2.0, width=8 * WIDTH), WIDE),
+    (AT_B, lambda: mlp((8, 8), scalings=0.5, init="B"), {"rank": 8, "alpha": 4.0}),
+    (AT_16, whole, {"method": "full"}),
+    (AT_16, lambda: whole(8 * WIDTH), {"method": "full", **WIDE}),
+    (AT_B, whole, {"method": "full"}),
+    (FULL, whole, {"method": "full"}),
+]
+LAWS = [
+    *(Power(0.1, 1.5), Power(-0.4, 1.5, to_full=True), Power(law=Constant())),
+    Power(-0.4, law=MuA(tokens=None, ratio=4)),
+]
+
+
 @extrapolates
-@pytest.mark.parametrize("width", [WIDTH, 8 * WIDTH])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("reference", "model", "asked"), MODELS)
 @pytest.mark.parametrize("steepness", [0.0, 3.0])
-def test_the_report_quotes_the_band_of_this_model(steepness, method, width):
-    """The band that the report names is that of the model's own width, and the rate in use keeps its margin."""
-    made = recipe(full_seen=True, lean=0.0, steepness=steepness)
-    model = whole(width) if method == "full" else mlp((16,), scalings=2.0, width=width)
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, method=method)
-    rate = made.at(method=method, fan_in=float(width))
-    assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
+def test_the_optimizer_uses_the_rate_that_is_quoted(
+    steepness, reference, model, asked, law
+):
+    """A uniform model trains at `Recipe.at` of its configuration, with its margin, and the report names its band."""
+    made = recipe(
+        law=law, reference=reference, full_seen=True, lean=0.0, steepness=steepness
+    )
+    method = asked.get("method", "lora")
+    opt = RankAwareOptimizer(model(), torch.optim.AdamW, recipe=made, method=method)
+    rate = made.at(**asked)
     (used,) = rates(opt, "full" if method == "full" else "A")
     assert used == pytest.approx(rate.lr, rel=1e-9)
-    assert rate.low < used < rate.high
     assert (used < 0.99 * math.sqrt(rate.low * rate.high)) == bool(steepness)
+    assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
 
 
 # --- the hash in the optimizer's state ------------------------------------------------------------------------------
@@ -450,41 +432,26 @@ def test_the_hash_is_of_what_decides_the_rates():
 
 
 def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
-    """Every group of the state has the tag, in a file that opens without unpickling, also after a resume."""
+    """Every group of the state has the tag, in a file that opens without unpickling, also after a resume.
+
+    AdamW itself takes the state, and the plain export, which keeps the tag.
+    """
     made = recipe()
-    model, opt = tagged(made)
+    _, opt = tagged(made)
     torch.save(opt.state_dict(), tmp_path / "opt.pt")
     state = torch.load(tmp_path / "opt.pt", weights_only=True)
-    assert {group["rankaware_recipe"] for group in state["param_groups"]} == {made.tag}
     _, again = tagged(made)
     again.load_state_dict(state)
-    assert {
-        group["rankaware_recipe"] for group in again.state_dict()["param_groups"]
-    } == {made.tag}
-    assert all(
-        not g["rankaware_recipe"]
-        for g in RankAwareOptimizer(model, "adamw", lr=1e-3, init="A").param_groups
-    )
-
-
-def test_torchs_own_optimizer_loads_a_tagged_state():
-    """AdamW itself takes the state, and the plain export too, which keeps the recipe's tag."""
-    _, opt = tagged(recipe())
-    own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
-    own.load_state_dict(opt.state_dict())
-    assert [g["lr"] for g in own.param_groups] == [g["lr"] for g in opt.param_groups]
-    assert all(
-        "to_plain_state_dict" in group["rankaware_lr"] for group in own.param_groups
-    )
     plain = to_plain_state_dict(opt)
-    assert all(
-        group["rankaware_recipe"] and "rankaware_lr" not in group
-        for group in plain["param_groups"]
-    )
-    own.load_state_dict(plain)
-    assert [g["lr"] for g in own.param_groups] == [
-        effective_lr(g) for g in opt.param_groups
-    ]
+    for held in (state, again.state_dict(), plain):
+        tags = {group["rankaware_recipe"] for group in held["param_groups"]}
+        assert tags == {made.tag}
+    own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
+    for held in (state, plain):
+        own.load_state_dict(held)
+        lrs = [group["lr"] for group in held["param_groups"]]
+        assert [group["lr"] for group in own.param_groups] == lrs
+    assert lrs == [effective_lr(group) for group in opt.param_groups]
 
 
 @pytest.mark.parametrize(
