@@ -53,7 +53,7 @@ _OF_LORA = ("rank", "alpha", "rslora")
 _MOST = 100_000_000  # largest file, bytes
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-_Whole = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Loss = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class SweepRun:
     """
 
     lr: Annotated[float, msgspec.Meta(ge=1e-30, le=1e6)]
-    loss: Annotated[float, msgspec.Meta(ge=-1e30)]
-    rank: _Whole | None = None
+    loss: _Loss
+    rank: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
     alpha: Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)] | None = None
     rslora: bool = False
     init: Literal["A", "B"] | None = None
@@ -88,7 +88,7 @@ class SweepRun:
     model: str | None = None
     batch: Annotated[float, msgspec.Meta(ge=1e-9, le=1e15)] | None = None
     steps: Annotated[int, msgspec.Meta(ge=1, le=10**15)] | None = None
-    start: Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)] | None = None
+    start: _Loss | None = None
 
 
 Runs = Sequence[SweepRun]
@@ -226,29 +226,31 @@ def _plain_name(column: object) -> str:
 
 def _run_of(place: str, row: Mapping[str, Any]) -> SweepRun | None:
     """Return a row as a run, or None if it has no loss."""
-    cells = {}
+    texts = {}
     for field, value in row.items():
-        text = "" if value is None else str(plain(value)).strip()
-        if field == "loss" and text.lower() in _DIVERGED:
-            text = "inf"
-        is_default = field == "steps" and text in ("-1", "-1.0")  # Trainer's max_steps
-        if text.lower() not in _ABSENT and not is_default:
-            cells[field] = text
+        texts[field] = "" if value is None else str(plain(value)).strip()
+    has_diverged = texts["loss"].lower() in _DIVERGED
+    if has_diverged:
+        texts["loss"] = "0"
+    if texts.get("steps") in ("-1", "-1.0"):  # Trainer's max_steps, by default
+        del texts["steps"]
+    cells = {f: text for f, text in texts.items() if text.lower() not in _ABSENT}
     if "loss" not in cells:
         return None
-    if "full" in (cells.get("rank"), cells.get("method")):
+    if "full" in (cells.get("rank", "").lower(), cells.get("method")):
         cells = {f: cell for f, cell in cells.items() if f not in _OF_LORA}
     elif "rank" not in cells:
         raise CalibrationError(
             f"{place} has no rank.", "Give one, or 'full' for full finetuning."
         )
     try:
-        return msgspec.convert(cells, SweepRun, strict=False)
+        run: SweepRun = msgspec.convert(cells, SweepRun, strict=False)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
         field = path.rstrip("`")
         cell = f", {field} {shown(cells[field])}" if field else ""
         raise CalibrationError(f"{place}{cell}: {message}.", "Correct it.") from error
+    return replace(run, loss=math.inf) if has_diverged else run
 
 
 # --- runs of one model ----------------------------------------------------------------------------

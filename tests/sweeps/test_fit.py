@@ -400,7 +400,7 @@ def test_the_cells_of_dataframes_and_trainers_are_read():
 BAD_CELLS = [
     ("rank", "sixteen"), ("rank", "0"), ("rank", "1.5"), ("rank", "-4"), ("rank", "1e10"),
     ("lr", "fast"), ("lr", "0"), ("lr", "-1e-4"), ("lr", "1e-320"), ("lr", "inf"), ("lr", "1,5e-4"), ("lr", "1e7"),
-    ("loss", "low"), ("loss", "-inf"), ("alpha", "x"), ("alpha", "1e300"), ("alpha", "0"), ("rslora", "maybe"),
+    ("loss", "low"), ("loss", "-inf"), ("loss", "1e300"), ("alpha", "x"), ("alpha", "1e300"), ("alpha", "0"), ("rslora", "maybe"),
     ("init", "C"), ("method", "dora"), ("fan_in", "wide"), ("fan_in", "1e300"), ("seed", "1.5"), ("seed", "1e300"),
     ("batch", "-1"), ("batch", "1e-320"), ("steps", "0.5"), ("start", "inf"),
 ]  # fmt: skip
