@@ -67,7 +67,7 @@ def constructor_settings(
     """Return those settings that an optimizer's constructor takes, so that `**settings` gives them
     again. A value in which groups differed, and an object that became a text, is none.
     """
-    made = {}
+    made: dict[str, Any] = {}
     for name, default in defaults_of(optimizer).items():
         value = settings.get(name)
         if isinstance(default, (list, tuple)):
