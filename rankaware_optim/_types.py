@@ -236,7 +236,7 @@ class Survey:
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
         idle = "trained: an inactive adapter, or one frozen by mistake"
-        checks = [*_named(self.frozen, "LoRA factor", idle)]
+        checks = [*_sentences(self.frozen, "LoRA factor", idle)]
         if not self.factors:
             kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
             checks.insert(
@@ -245,13 +245,13 @@ class Survey:
             )
         for is_odd, problem in _ODD_FACTORS:
             odd = [f.name for f in self.factors if is_odd(f)]
-            checks += _named(odd, "factor", problem)
+            checks += _sentences(odd, "factor", problem)
         for adapter in dict.fromkeys(f.adapter for f in self.factors):
             checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
         return tuple(checks)
 
 
-def _named(names: Sequence[str], what: str, problem: str) -> Iterator[str]:
+def _sentences(names: Sequence[str], what: str, problem: str) -> Iterator[str]:
     """Yield the sentence that these parameters are not what they should be, if there are any."""
     if len(names) == 1:
         yield f"1 {what} ({names[0]}) is not {problem}."

@@ -44,6 +44,10 @@ class FilePair(NamedTuple):
     a: str
     b: str
 
+    def entry(self, name: str) -> str:
+        """Return the name of another tensor of the layer."""
+        return f"{self.layer}.{name}".removeprefix(".")
+
 
 # --- names ----------------------------------------------------------------------------------------
 
@@ -119,7 +123,7 @@ def file_factors(
     where = f"{header.path}: {pair.layer}"
     where += f", with {config.where}," if config else ""
     convention, kind = _row(header, pair, config)
-    declared = _declared(header, pair, config)
+    declared = _declarations(header, pair, config)
     reading = _reading(header, pair, declared.rank, where)
     reading = reading._replace(kind=kind or reading.kind)
     scaling = checked_scaling(where, declared.scaling(reading.rank_a))
@@ -132,12 +136,14 @@ def file_factors(
     yield from factors_of((pair.a, pair.b), reading, scaling, init or found, belongs)
 
 
-def _declared(header: Header, pair: FilePair, config: AdapterConfig | None) -> Declared:
+def _declarations(
+    header: Header, pair: FilePair, config: AdapterConfig | None
+) -> Declared:
     """Return what is declared for a pair: by the file's alpha, the configuration, and kohya's
     metadata, in this order.
     """
     declared = config.declared(pair.layer) if config else Declared()
-    alpha = header.alphas.get(f"{pair.layer}.alpha")
+    alpha = header.alphas.get(pair.entry("alpha"))
     is_kohyas = pair.convention == "lora_down/lora_up" and not config
     # a convolution has conv_alpha, which the metadata lack
     if alpha is None and is_kohyas and len(header.shapes[pair.a]) == 2:
@@ -150,7 +156,7 @@ def _declared(header: Header, pair: FilePair, config: AdapterConfig | None) -> D
 def _reading(header: Header, pair: FilePair, rank: int | None, where: str) -> Reading:
     """Return what the shapes say. Raise if they do not fit each other or the declared rank."""
     a, b = header.shapes[pair.a], header.shapes[pair.b]
-    core = header.shapes.get(f"{pair.layer}.lora_mid.weight")
+    core = header.shapes.get(pair.entry("lora_mid.weight"))
 
     def layout(_: object, a: Shape, b: Shape) -> Reading:
         return rows_of(a, b, a[0] // b[1]) if core is None else tucker_of(a, b, core)
@@ -172,11 +178,11 @@ def _row(
     if name == "peft-embedding":
         return name, "embedding"
     if name == "lora_down/lora_up":
-        tucker = f"{pair.layer}.lora_mid.weight" in header.shapes
+        tucker = pair.entry("lora_mid.weight") in header.shapes
         return "locon-tucker" if tucker else name, ""
     if name != "lora_A/lora_B":
         return name, ""
-    pruned = f"{pair.layer}.lora_E" in header.shapes
+    pruned = pair.entry("lora_E") in header.shapes
     if pruned or (config and config.kind == "ADALORA"):
         return "peft-adalora", "adalora"
     return "peft" if pair.adapter or config else name, ""

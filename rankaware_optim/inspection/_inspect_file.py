@@ -84,7 +84,8 @@ def _other(header: Header, factors: Iterable[Factor]) -> tuple[str, ...]:
     names, layers = {f.name for f in factors}, {f.layer for f in factors}
     for name in filter(is_other_adapter, header.shapes):  # such as x.hada_w1_a
         layers.add(name.removesuffix(".weight").rpartition(".")[0])
-    names |= {f"{layer}.alpha" for layer in layers} & header.alphas.keys()
+    alphas = {f"{layer}.alpha".removeprefix(".") for layer in layers}
+    names |= alphas & header.alphas.keys()
     return tuple(name for name in header.shapes if name not in names)
 
 

@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
 
 def _alphas(path: Path, slices: Mapping[str, Any]) -> dict[str, float]:
     names = [n for n, each in slices.items() if each.get_shape() in ([], [1])]
-    names = [name for name in names if name.endswith(".alpha")]
+    names = [name for name in names if name.rpartition(".")[2] == "alpha"]
     dtypes = {slices[name].get_dtype() for name in names}
     # NumPy has no bfloat16, and torch is slow to import
     with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:

@@ -139,7 +139,7 @@ def _move(first: nn.Module, second: nn.Module) -> dict[str, float]:
     return scales
 
 
-def initialized(model: nn.Module, inputs: tuple[Any, ...], init: Any) -> Survey:
+def check_initialize(model: nn.Module, inputs: tuple[Any, ...], init: Any) -> Survey:
     """The survey of a model after `initialize`, which keeps every bit of the output and is known after some steps."""
     before = output_of(model, *inputs).clone()
     survey = initialize(model, init)

@@ -405,6 +405,15 @@ def test_a_kohya_file_carries_its_own_alpha(tmp_path):
     assert survey.other == ()
 
 
+def test_a_pair_at_the_top_of_a_file_has_its_alpha(tmp_path):
+    """The state_dict of a single layer has names without a layer, its alpha too."""
+    tensors = kohya("x", 8, 4.0).items()
+    path = tmp_path / "lora.safetensors"
+    save_file({name.removeprefix("x."): tensor for name, tensor in tensors}, path)
+    survey = inspect_file(path)
+    assert ({f.scaling for f in survey.factors}, survey.other) == ({0.5}, ())
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64]
 )

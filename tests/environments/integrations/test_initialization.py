@@ -11,7 +11,7 @@ from rankaware_optim.inspection import initialize
 
 from ...helpers.llama import llama_config
 from ...helpers.models import same, snapshot
-from ...helpers.oracle import initialized, output_of
+from ...helpers.oracle import check_initialize, output_of
 from ...helpers.real_adapters import CASES, Attention, Case, Experts
 
 # Libraries warn of what these tests do on purpose: tied or grouped layers, deprecated ones, rslora with a pattern.
@@ -46,7 +46,7 @@ def steps(
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_a_library_s_layer(case, init):
     """The output keeps every bit, the survey gives the init, and training keeps the init known."""
-    survey = initialized(built(case), case.inputs(), init)
+    survey = check_initialize(built(case), case.inputs(), init)
     fans = tuple((f.fan_in, f.fan_out) for f in survey.factors if f.role == "A")
     assert fans == case.fans
 

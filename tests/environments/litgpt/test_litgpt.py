@@ -8,7 +8,7 @@ import torch
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.testing import check_convention
 
-from ...helpers.oracle import initialized, oracle, output_of
+from ...helpers.oracle import check_initialize, oracle, output_of
 from ...helpers.real_adapters import cases_of, read
 
 lora = pytest.importorskip("litgpt.lora", exc_type=ImportError)
@@ -45,7 +45,7 @@ def test_a_layer_computes_and_trains_as_read(case):
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_a_layer_is_initialised(case, init):
     """`initialize` keeps every bit of the output, and the init is known after training."""
-    initialized(case.make(4, 12), case.inputs(), init)
+    check_initialize(case.make(4, 12), case.inputs(), init)
 
 
 def test_it_trains_at_the_laws_rates():
