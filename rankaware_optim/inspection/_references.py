@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -85,7 +85,10 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     config = _config(value)
     if "lora_alpha" in config:
         _refuse_lawless(config, type(value).__name__)
-    return _from_entries(_entries(config), value, like)
+        # what else PEFT's configuration has is left out
+        config = {key: config[key] for key in config if key in _KEYS}
+    entries = [(f"{key}={v}", key, v) for key, v in config.items() if v is not None]
+    return _from_entries(entries, value, like)
 
 
 def _config(value: Any) -> Mapping[str, Any]:
@@ -152,20 +155,11 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
     'rank 64, alpha 32, B = 0'
     """
-    return _from_entries(_parts(text), text, like)
-
-
-def _parts(text: str) -> Iterator[_Entry]:
+    entries: list[_Entry] = []
     for part in filter(None, map(str.strip, text.split(","))):
         key, equals, value = map(str.strip, part.partition("="))
-        yield part, key, value if equals else _FLAGS.get(key, "")
-
-
-def _entries(config: Mapping[str, Any]) -> Iterator[_Entry]:
-    """Yield the entries of a dict. What else PEFT's configuration has is left out."""
-    for key, value in config.items():
-        if value is not None and ("lora_alpha" not in config or key in _KEYS):
-            yield f"{key}={value}", key, value
+        entries.append((part, key, value if equals else _FLAGS.get(key, "")))
+    return _from_entries(entries, text, like)
 
 
 def _from_entries(
