@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR
+from torch.optim import optimizer as torch_optim
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from rankaware_optim import (
     Constant,
@@ -47,6 +49,9 @@ class Model(nn.Module):
             PlainLoRA(nn.Linear(8, 8), rank).double() for rank in (4, 64)
         )
         self.head = nn.Linear(8, 2, bias=False, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.large(self.small(x)))
 
 
 def trained(model):
@@ -305,18 +310,6 @@ def test_what_the_optimizer_writes_itself_is_kept():
     assert_at(model, moved(model, opt), LR / 2)
 
 
-@each_form
-def test_hooks_run_once(form):
-    """Every pre- and post-hook of a step runs once, also where the native class was stepped before."""
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR).step()
-    model, calls = Model(), []
-    opt = form(model)
-    opt.register_step_pre_hook(lambda *_: calls.append("before"))
-    opt.register_step_post_hook(lambda *_: calls.append("after"))
-    moved(model, opt)
-    assert calls == ["before", "after"]
-
-
 def test_a_tensor_rate_keeps_its_identity():
     """One tensor rate shared by all groups is the same tensor with the same value after a step."""
     model = Model()
@@ -403,6 +396,216 @@ def test_emptied_groups_step_as_native_ones_do(kind, rate, emptied):
     assert [torch.equal(before[id(p)], p) for p in gone] == [
         id(p) not in kept for p in gone
     ]
+
+
+# --- around the step: the same numbers as around groups by hand -----------------------------------------------------
+
+RATE = 0.0625
+
+
+def by_hand(model, kind, lr, **settings):
+    """torch's own class, with the law's multipliers written into its groups."""
+    groups = [
+        {"params": [p], "lr": lr * WANTED[name.partition(".")[0]]}
+        for name, p in trained(model).items()
+    ]
+    return kind(groups, lr=lr, **settings)
+
+
+def of_class(model, kind, lr, **settings):
+    return RankAwareOptimizer(model, kind, lr=lr, **LAW, **settings)
+
+
+def of_instance(model, kind, lr, **settings):
+    built = kind(trained(model).values(), lr=lr, **settings)
+    return RankAwareOptimizer(built, model=model, **LAW)
+
+
+def passes(model, opt, count=6):
+    """A backward pass a step, whose number is given."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        opt.zero_grad()
+        x = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+        yield number, (model(x) - x[:, :2].sin()).square().mean()
+
+
+def with_scaler(model, opt, infinite=None, unscale=False):
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0, growth_interval=2)
+    for number, loss in passes(model, opt):
+        before = snapshot(model)
+        scaler.scale(loss).backward()
+        if number == infinite:
+            model.head.weight.grad[0, 0] = torch.inf
+        if unscale:
+            scaler.unscale_(opt)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(opt)
+        scaler.update()
+        assert same(before, snapshot(model)) == (number == infinite)
+
+
+def with_clipping(model, opt, clip):
+    for _, loss in passes(model, opt):
+        loss.backward()
+        clip(model.parameters(), 0.01)
+        opt.step()
+
+
+def with_closure(model, opt):
+    for _, loss in passes(model, opt):
+        calls = []
+
+        def closure(loss=loss, calls=calls):
+            loss.backward()
+            calls.append(loss)
+            return loss
+
+        assert opt.step(closure) is loss
+        assert len(calls) == 1
+
+
+def with_compiled_step(model, opt):
+    torch._dynamo.reset()
+    scheduler = lr_scheduler.StepLR(opt, 2, 0.5)
+    step = torch.compile(opt.step, backend=lambda module, _: module.forward)
+    for _, loss in passes(model, opt):
+        loss.backward()
+        step()
+        scheduler.step()
+
+
+def with_average(model, opt, average=None):
+    averaged = AveragedModel(model, multi_avg_fn=average)
+    rates = [group["lr"] / 2 for group in opt.param_groups]
+    scheduler = SWALR(opt, swa_lr=rates, anneal_epochs=3)
+    for _, loss in passes(model, opt):
+        loss.backward()
+        opt.step()
+        averaged.update_parameters(model)
+        scheduler.step()
+    model.load_state_dict(averaged.module.state_dict())
+
+
+AROUND = {
+    "GradScaler": with_scaler,
+    "GradScaler, clipped": partial(with_scaler, unscale=True),
+    "GradScaler, an infinite gradient": partial(with_scaler, infinite=2),
+    "clipped by norm": partial(with_clipping, clip=nn.utils.clip_grad_norm_),
+    "clipped by value": partial(with_clipping, clip=nn.utils.clip_grad_value_),
+    "closure": with_closure,
+    "compiled": with_compiled_step,
+    "averaged": with_average,
+    "averaged by EMA": partial(with_average, average=get_ema_multi_avg_fn(0.9)),
+}
+KERNELS = {
+    "foreach": (torch.optim.AdamW, float, {"foreach": True}),
+    "for loop": (torch.optim.AdamW, float, {"foreach": False}),
+    "fused": (torch.optim.AdamW, float, {"fused": True}),
+    "tensor rate": (torch.optim.AdamW, torch.tensor, {"foreach": False}),
+    "sgd": (torch.optim.SGD, float, {"momentum": 0.9}),
+    "rprop": (torch.optim.Rprop, float, {}),
+}
+
+
+# torch.compile imports parts of torch that warn of other parts of torch
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated")
+@pytest.mark.parametrize("form", [of_class, of_instance])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("loop", AROUND)
+def test_what_is_put_around_it_gives_the_same_numbers(loop, kernel, form):
+    """Scaled, clipped, compiled, averaged or in a closure, training is that of groups by hand, bit for bit."""
+    kind, rate, settings = KERNELS[kernel]
+    ends = []
+    for make in (form, by_hand):
+        torch.manual_seed(3)
+        model = Model()
+        start = snapshot(model)
+        AROUND[loop](model, make(model, kind, rate(RATE), **settings))
+        ends.append(snapshot(model))
+    assert same(*ends)
+    assert not same(start, ends[0])
+
+
+def test_one_optimizer_per_parameter_inside_the_backward_pass():
+    """Stepped as their gradients arrive, they train as one optimizer after the pass."""
+    ends = []
+    for inside in (True, False):
+        torch.manual_seed(3)
+        model = Model()
+        opt = of_class(model, torch.optim.AdamW, RATE)
+        for param in trained(model).values() if inside else ():
+            each = RankAwareOptimizer(
+                [param], torch.optim.AdamW, model=model, lr=RATE, **LAW
+            )
+            param.register_post_accumulate_grad_hook(lambda _, each=each: each.step())
+        for _, loss in passes(model, opt):
+            loss.backward()
+            if not inside:
+                opt.step()
+        ends.append(snapshot(model))
+    assert same(*ends)
+
+
+# --- hooks ----------------------------------------------------------------------------------------------------------
+
+HOOKS = {
+    "register_step_pre_hook": "step",
+    "register_step_post_hook": "step",
+    "register_state_dict_pre_hook": "save",
+    "register_state_dict_post_hook": "save",
+    "register_load_state_dict_pre_hook": "load",
+    "register_load_state_dict_post_hook": "load",
+    "register_optimizer_step_pre_hook": "step",  # of all optimizers
+    "register_optimizer_step_post_hook": "step",
+}
+
+
+@each_form
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_fire_once_with_the_object_held(form, name):
+    """Every kind of hook fires once at its event, at no other, with the object that the user holds."""
+    opt, seen = form(model := Model()), []
+    where = torch_optim if name.startswith("register_optimizer") else opt
+    backward(model)
+    handle = getattr(where, name)(lambda held, *_: seen.append((event, held)))
+    event = "step"
+    opt.step()
+    event = "save"
+    state = opt.state_dict()
+    event = "load"
+    opt.load_state_dict(state)
+    handle.remove()
+    ((fired, held),) = seen
+    assert fired == HOOKS[name]
+    assert held is opt
+
+
+@each_form
+def test_hooks_may_replace_what_is_saved_and_loaded(form):
+    """A hook that gives another dict back is obeyed, on saving and on loading."""
+
+    def faster(_, state):
+        groups = [{**group, "lr": 2 * group["lr"]} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    opt = form(Model())
+    opt.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
+    opt.register_load_state_dict_pre_hook(faster)
+    saved = opt.state_dict()
+    assert saved["note"] == 1
+    opt.load_state_dict(saved)
+    assert {group["lr"] for group in opt.param_groups} == {2 * LR}
+
+
+def test_hooks_set_before_wrapping_stay():
+    """A hook on the instance handed in fires once at each step of the same instance, wrapped."""
+    model, seen = Model(), []
+    built = torch.optim.SGD(trained(model).values(), lr=LR)
+    built.register_step_pre_hook(lambda opt, *_: seen.append(opt))
+    opt = RankAwareOptimizer(built, model=model)
+    moved(model, opt)
+    assert [held is opt for held in seen] == [True]
 
 
 # --- groups of ours, given again ------------------------------------------------------------------------------------
