@@ -1,4 +1,4 @@
-"""Names of the package that are not public. Only this module imports them: a change of the package is mended here."""
+"""Names of the package that are not public. Only this module imports them: a change of the package is followed here."""
 
 from rankaware_optim._figures import COLOURS, rate_axis
 from rankaware_optim._optimizers import get_optimizer_class, optimizer_family

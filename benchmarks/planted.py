@@ -61,7 +61,6 @@ BUGS = (
     Bug("fitting/_observations.py", "margin = max(DIVERGED * gain, CLEAR", "margin = max(10 * DIVERGED * gain, CLEAR", "tests/fitting"),
     Bug("fitting/_observations.py", "gap = max(0.0, recent(curve, TAIL) - recent(beside[: len(curve)], TAIL))", "gap = 0.0", "tests/fitting"),
     Bug("recipe/_recipe_files.py", "if hashlib.sha256(data).hexdigest() != sha256:", "if False:", "tests/recipe/test_files.py"),
-    Bug("recipe/_recipe_files.py", "        if trials:\n            real = Path(os.path.realpath(target))\n            replace_bytes(_trials_beside(real), trials)\n        replace_bytes(target, text)\n", "        replace_bytes(target, text)\n        if trials:\n            real = Path(os.path.realpath(target))\n            replace_bytes(_trials_beside(real), trials)\n", "tests/recipe/test_files.py"),
     Bug("recipe/_recipe_files.py", "_TROUBLE = (ArithmeticError, OSError, ", "_TROUBLE = (ArithmeticError, ", "tests/recipe/test_files.py"),
     Bug("recipe/_recipe_files.py", "if (array.dtype.kind, array.ndim) != _TRIAL.get(name):", "if False:", "tests/recipe/test_files.py"),
     Bug("recipe/_recipe_files.py", "if not (unknown | ((rates >= low) & (rates <= high))).all():", "if False:", "tests/recipe/test_files.py"),

@@ -2,7 +2,7 @@
 
     tox run -e core -- tests/test_golden.py --write-golden
 
-writes them anew. Their diff then shows what a change moved.
+writes them again. Their diff then shows what a change moved.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_a_room_gives_what_its_golden_file_has(
     text = path.read_text(encoding="utf-8")
     moved = differences(tomli.loads(text), now)
     assert not moved, (
-        f"{len(moved)} cases moved. If they should, write the file anew: "
+        f"{len(moved)} cases moved. If they should, write the file again: "
         "tox run -e core -- tests/test_golden.py --write-golden\n" + "\n".join(moved)
     )
     assert len(text.splitlines()) <= LINES
