@@ -57,7 +57,7 @@ BUGS = (
     Bug("laws/_corrections.py", "multiplier * _DISTANCE if multiplier != 1.0", "multiplier * _DISTANCE if multiplier > 1.0", "tests/transfer"),
     Bug("inspection/_safetensors.py", "if not os.path.isfile(path):", "if False:", "tests/inspection/test_files.py"),
     Bug("inspection/_safetensors.py", "except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:", "except (OSError, TypeError) as error:", "tests/inspection/test_files.py"),
-    Bug("inspection/_safetensors.py", 'names = [name for name in names if name.endswith(".alpha")]', "names = []", "tests/inspection/test_files.py"),
+    Bug("inspection/_safetensors.py", 'names = [name for name in names if name.rpartition(".")[2] == "alpha"]', "names = []", "tests/inspection/test_files.py"),
     Bug("fitting/_observations.py", "margin = max(DIVERGED * gain, CLEAR", "margin = max(10 * DIVERGED * gain, CLEAR", "tests/fitting"),
     Bug("fitting/_observations.py", "gap = max(0.0, recent(curve, TAIL) - recent(beside[: len(curve)], TAIL))", "gap = 0.0", "tests/fitting"),
     Bug("recipe/_recipe_files.py", "if hashlib.sha256(data).hexdigest() != sha256:", "if False:", "tests/recipe/test_files.py"),

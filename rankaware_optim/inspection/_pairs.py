@@ -164,17 +164,11 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
             value = getattr(value, part, None)
         if isinstance(value, Mapping):
             value = value.get(pair.adapter)
-        number = number_of(value)
-        if number is not None:
-            return number
+        if hasattr(value, "numel") and value.numel() == 1 and not value.is_meta:
+            value = value.item()
+        if is_number(value):
+            return value
     return None
-
-
-def number_of(value: Any) -> float | None:
-    """Return a number, also of a tensor of one element; None for anything else."""
-    if hasattr(value, "numel") and value.numel() == 1 and not value.is_meta:
-        value = value.item()
-    return value if is_number(value) else None
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
