@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -31,12 +30,11 @@ from ._runs import (
     Runs,
     Source,
     ends_of,
+    fill_in,
     observation_of,
-    only_value,
     read_sweep,
     reference_of,
     site_of,
-    with_alpha,
 )
 
 # By hand. A best rate at an end of its grid is a bound: octaves by which the optimum may be beyond
@@ -115,26 +113,17 @@ def fit_sweep(  # noqa: PLR0913
     optimizer = get_optimizer_class(optimizer)
     bound = bound_law(get_law(law), optimizer, {})
     read = read_sweep(sweep, columns=columns)
-    only_value("model", (run.model for run in read.runs))
-    batch = only_value("batch", (run.batch for run in read.runs), batch)
-    steps = only_value("steps", (run.steps for run in read.runs), steps)
-    runs: Runs = with_alpha(read.runs, alpha)
-    lora = [run for run in runs if run.rank is not None]
-    init = only_value("init", (run.init or init or "A" for run in lora))
-    fan_in = only_value("fan_in", (run.fan_in for run in lora), fan_in)
-    widths = (run.fan_in for run in runs if run.rank is None)
-    full_width = only_value("fan_in", widths, full_fan_in) or fan_in
-    runs = [
-        replace(
-            run,
-            init=init,
-            fan_in=full_width if run.rank is None else fan_in,
-            batch=batch,
-        )
-        for run in runs
-    ]
+    runs, full_width = fill_in(
+        read.runs,
+        alpha=alpha,
+        init=init,
+        fan_in=fan_in,
+        full_fan_in=full_fan_in,
+        batch=batch,
+        steps=steps,
+    )
     _check_enough(runs)
-
+    steps = runs[0].steps
     reference = reference_of(runs)
     ranks = sorted({run.rank for run in runs if run.rank is not None})
     prior = prior_of(reference, ranks, full_width)
@@ -150,7 +139,7 @@ def fit_sweep(  # noqa: PLR0913
             f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
         )
     fit = _bounded(fit, ends_of(observations))
-    notes = [*read.notes, *_notes_on_grid(runs), *_notes_on_fit(fit, ranks)]
+    notes = [*read.notes, *_notes_on_grid(runs, ranks), *_notes_on_fit(fit, ranks)]
     if steps is None:
         notes.append(
             "the sweep does not give its steps, on which the best rate depends"
@@ -163,7 +152,7 @@ def fit_sweep(  # noqa: PLR0913
         scaling_rule=_scaling_rule(runs, reference),
         full_fan_in=full_width,
         ranks=tuple(ranks),
-        full_seen=len(lora) < len(runs),
+        full_seen=any(run.rank is None for run in runs),
         optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
         settings=settings or {},
         steps=steps,
@@ -223,10 +212,10 @@ def _scaling_rule(runs: Runs, reference: Reference) -> Scaling:
     return infer_scaling(dict(sorted(scalings.items())))
 
 
-def _notes_on_grid(runs: Runs) -> Iterator[str]:
+def _notes_on_grid(runs: Runs, ranks: Sequence[int]) -> Iterator[str]:
     """Yield sentences on ranks where the grid of rates does not hold the best one."""
     ended = {run.rank for run in runs if math.isfinite(run.loss)}
-    for rank in sorted({run.rank for run in runs if run.rank is not None}):
+    for rank in ranks:
         if rank not in ended:
             yield (
                 f"rank {rank}: every run diverged, so its rate is no measurement, and may"

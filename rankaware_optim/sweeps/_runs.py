@@ -190,26 +190,17 @@ def _csv_rows(path: Path) -> list[_Row]:
 def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
     """Return {field: column}: those chosen, then a field's own name, then its aliases."""
     listed = ", ".join(map(str, present))
+    names = {}
     for field, column in chosen.items():
         if field not in _FIELDS or column not in present:
             raise CalibrationError(
                 f"columns has {field}={column}, but the sweep has {listed}.",
                 f"Give one of its columns for one of {', '.join(_FIELDS)}.",
             )
-    names = dict(chosen)
+        names[field] = column
     for field in _FIELDS:
-        own = [column for column in present if _plain_name(column) == field]
-        other = [c for c in present if ALIASES.get(_plain_name(c)) == field]
-        columns = own or other
-        if field in chosen or not columns:
-            continue
-        if len(columns) > 1:
-            raise CalibrationError(
-                f"The columns {' and '.join(map(str, columns))} may all be {field}.",
-                f"Choose one by columns={{{field!r}: {columns[0]!r}}} (--column"
-                f" {field}={columns[0]}).",
-            )
-        names[field] = columns[0]
+        if field not in names:
+            names |= _column_of(field, present)
     for field in ("lr", "loss") if "method" in names else ("lr", "loss", "rank"):
         if field not in names:
             raise CalibrationError(
@@ -220,21 +211,27 @@ def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str
     return names
 
 
+def _column_of(field: str, present: Sequence[str]) -> dict[str, str]:
+    """Return {field: column}, empty if there is no such column."""
+    own = [column for column in present if _plain_name(column) == field]
+    others = [c for c in present if ALIASES.get(_plain_name(c)) == field]
+    columns = own or others
+    if len(columns) > 1:
+        raise CalibrationError(
+            f"The columns {' and '.join(map(str, columns))} may all be {field}.",
+            f"Choose one by columns={{{field!r}: {columns[0]!r}}} (--column"
+            f" {field}={columns[0]}).",
+        )
+    return dict.fromkeys([field], columns[0]) if columns else {}
+
+
 def _plain_name(column: object) -> str:
     return re.sub("[-/ ]", "_", re.sub(_PREFIX, "", str(column).strip().lower()))
 
 
 def _run_of(place: str, row: Mapping[str, Any]) -> SweepRun | None:
     """Return a row as a run, or None if it has no loss."""
-    texts = {}
-    for field, value in row.items():
-        texts[field] = "" if value is None else str(plain(value)).strip()
-    has_diverged = texts["loss"].lower() in _DIVERGED
-    if has_diverged:
-        texts["loss"] = "0"
-    if texts.get("steps") in ("-1", "-1.0"):  # Trainer's max_steps, by default
-        del texts["steps"]
-    cells = {f: text for f, text in texts.items() if text.lower() not in _ABSENT}
+    cells = _cells(row)
     if "loss" not in cells:
         return None
     if "full" in (cells.get("rank", "").lower(), cells.get("method")):
@@ -243,6 +240,9 @@ def _run_of(place: str, row: Mapping[str, Any]) -> SweepRun | None:
         raise CalibrationError(
             f"{place} has no rank.", "Give one, or 'full' for full finetuning."
         )
+    has_diverged = cells["loss"] == _DIVERGED[0]
+    if has_diverged:
+        cells["loss"] = "0"
     try:
         run: SweepRun = msgspec.convert(cells, SweepRun, strict=False)
     except msgspec.ValidationError as error:
@@ -251,6 +251,20 @@ def _run_of(place: str, row: Mapping[str, Any]) -> SweepRun | None:
         cell = f", {field} {shown(cells[field])}" if field else ""
         raise CalibrationError(f"{place}{cell}: {message}.", "Correct it.") from error
     return replace(run, loss=math.inf) if has_diverged else run
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells that have a value, as texts."""
+    cells = {}
+    for field, value in row.items():
+        text = "" if value is None else str(plain(value)).strip()
+        if field == "loss" and text.lower() in _DIVERGED:
+            text = _DIVERGED[0]
+        if text.lower() not in _ABSENT:
+            cells[field] = text
+    if cells.get("steps") in ("-1", "-1.0"):  # Trainer's max_steps, by default
+        del cells["steps"]
+    return cells
 
 
 # --- runs of one model ----------------------------------------------------------------------------
@@ -281,13 +295,50 @@ def with_alpha(runs: Runs, alpha: float | str | None) -> list[SweepRun]:
     return filled
 
 
-def only_value(name: str, values: Iterable[Any], given: Any = None) -> Any:
-    """Return the only value of a column, or the argument if it has none.
+def fill_in(
+    runs: Runs,
+    *,
+    alpha: float | str | None,
+    init: Literal["A", "B"] | None,
+    fan_in: float | None,
+    full_fan_in: float | None,
+    batch: float | None,
+    steps: int | None,
+) -> tuple[list[SweepRun], float | None]:
+    """Return the runs with the arguments where rows have no value, and the width of full
+    finetuning.
 
     Raises:
-        CalibrationError: there are several.
+        CalibrationError: alpha is missing, or the rows have several models, batches, inits, widths
+            or numbers of steps.
     """
-    several = sorted({value for value in (*values, given) if value is not None})
+    _only_value(runs, "model")
+    batch = _only_value(runs, "batch", batch)
+    steps = _only_value(runs, "steps", steps)
+    runs = with_alpha(runs, alpha)
+    lora = [run for run in runs if run.rank is not None]
+    full = [run for run in runs if run.rank is None]
+    init = _only_value(lora, "init", missing=init or "A")
+    fan_in = _only_value(lora, "fan_in", fan_in)
+    full_fan_in = _only_value(full, "fan_in", full_fan_in) or fan_in
+    filled = []
+    for run in runs:
+        width = full_fan_in if run.rank is None else fan_in
+        filled.append(replace(run, init=init, fan_in=width, batch=batch, steps=steps))
+    return filled, full_fan_in
+
+
+def _only_value(runs: Runs, name: str, given: Any = None, missing: Any = None) -> Any:
+    """Return the only value of a column and an argument, None if there is none.
+
+    Args:
+        runs: the runs.
+        name: the field.
+        given: the argument.
+        missing: the value of rows without one.
+    """
+    values = {getattr(run, name) or missing for run in runs} | {given}
+    several = sorted(values - {None})
     if len(several) > 1:
         raise CalibrationError(
             f"The sweep mixes {len(several)} values of {name}: {', '.join(map(str, several))}.",

@@ -144,14 +144,15 @@ def coordinate_check(
     check_init(init, "init is", LawError)
     kind, settings = get_optimizer_class(optimizer), settings or {}
     bound = bound_law(get_law(law or MuA(tokens=tokens)), kind, settings)
-    scalings = {r: float(scaling(r) if callable(scaling) else scaling) for r in ranks}
+    scale = scaling if callable(scaling) else lambda rank: scaling
+    scalings = {rank: float(scale(rank)) for rank in ranks}
     (_, first_in), *_ = shapes.values()
     at = Reference(ranks[0], scalings[ranks[0]] * ranks[0], init=init, fan_in=first_in)
     stepper = _Stepper(kind, settings, bound, at, steps, seed)
     rows: list[CoordinateRow] = []
     slopes: dict[str, float] = {}
     for name, (n_out, n_in) in shapes.items():
-        x, g = (_tokens(n, tokens, seed + i) for i, n in enumerate((n_in, n_out)))
+        x, g = _tokens(n_in, tokens, seed), _tokens(n_out, tokens, seed + 1)
         changes = []
         for rank, s in scalings.items():
             a = Factor("", "A", rank, n_in, n_out, s, init)

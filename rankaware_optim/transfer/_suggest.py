@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -151,15 +151,7 @@ def suggest_lr(
             f"The task is 'chat' or 'other', not {task!r}.", "Give one of the two."
         )
     name, rule = _rule(optimizer, settings or {})
-    notes: tuple[str, ...] = ()
-    if not isinstance(model, Reference):
-        model, init, dora, notes = _read(model, method, init, dora)
-    elif method == "full" and model.method == "lora":
-        raise InvalidReferenceError(
-            "The reference is for LoRA, but method is 'full'.",
-            "Give Reference(method='full', fan_in=...).",
-        )
-    at = model if init is None else replace(model, init="B" if init == "B" else "A")
+    at, dora, notes = _configuration(model, method, init, dora)
     steps = [*_steps(at, task), *_variants(at, init, dora), _by_factor(name, *rule)]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
     width = at.fan_in or ANY_WIDTH
@@ -209,28 +201,34 @@ def _rule(
 # --- a model --------------------------------------------------------------------------------------
 
 
-def _read(
-    model: nn.Module | Survey,
+def _configuration(
+    model: nn.Module | Survey | Reference,
     method: Method,
     init: str | bool | None,
     dora: bool | None,
-) -> tuple[Reference, str | bool | None, bool | None, tuple[str, ...]]:
-    """Return a model's configuration, init, whether it is DoRA, and what is assumed."""
-    survey = model if isinstance(model, Survey) else _survey(model, method, init)
-    if method == "full" or any(f.role == "full" for f in survey.factors):
-        at = Reference(method="full", fan_in=survey.full_width())
-        return at, init, dora, ()
-    others = sum(f.init == "other" for f in survey.factors)
-    if init is None and 2 * others > len(survey.factors):
-        raise LawError(
-            "Neither factor of these adapters starts at zero, so their init must be known.",
-            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
-            " calibrate.",
-        )
-    if dora is None:
-        dora = "DoRA magnitude" in map(other_kind, survey.other)
-    at = replace(survey.dominant(), fan_in=_common_width(survey))
-    return at, init, dora, tuple(_assumptions(survey, init))
+) -> tuple[Reference, bool | None, Iterable[str]]:
+    """Return the configuration, whether it is DoRA, and what is assumed."""
+    notes: Iterable[str] = ()
+    if isinstance(model, Reference):
+        at = model
+        if method == "full" and at.method == "lora":
+            raise InvalidReferenceError(
+                "The reference is for LoRA, but method is 'full'.",
+                "Give Reference(method='full', fan_in=...).",
+            )
+    else:
+        survey = model if isinstance(model, Survey) else _survey(model, method, init)
+        at = Reference(method="full") if method == "full" else survey.dominant()
+        if at.method == "full":
+            at = replace(at, fan_in=survey.full_width())
+        else:
+            at = replace(at, fan_in=_common_width(survey))
+            notes = _assumptions(survey, init)
+            if dora is None:
+                dora = "DoRA magnitude" in map(other_kind, survey.other)
+    if init is not None:
+        at = replace(at, init="B" if init == "B" else "A")
+    return at, dora, notes
 
 
 def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
@@ -246,13 +244,27 @@ def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
 
 
 def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
+    """Yield what is assumed of adapters.
+
+    Raises:
+        LawError: neither factor starts at zero, and no init is given.
+    """
     kinds = {(f.rank, f.scaling) for f in survey.factors}
     if len(kinds) > 1:
         yield (
             f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of"
             " them."
         )
-    if init is None and any(f.init == "unknown" for f in survey.factors):
+    if init is not None:
+        return
+    inits = [f.init for f in survey.factors]
+    if 2 * inits.count("other") > len(inits):
+        raise LawError(
+            "Neither factor of these adapters starts at zero, so their init must be known.",
+            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
+            " calibrate.",
+        )
+    if "unknown" in inits:
         yield "The init could not be read. It is assumed that B started at zero, as in PEFT."
 
 
