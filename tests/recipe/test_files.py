@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import tomli
 import tomli_w
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
@@ -41,6 +42,8 @@ from rankaware_optim._checks import RANGES
 from rankaware_optim._files import read_bytes
 from rankaware_optim.errors import PlotError
 from rankaware_optim.laws import LAWS
+from rankaware_optim.optimizer import effective_lr
+from rankaware_optim.recipe._recipe_files import _TRIAL
 from rankaware_optim.recipe._schema import RecipeFile
 from rankaware_optim.reports._page import report_html
 
@@ -143,6 +146,28 @@ def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
     assert (hash(found), found.tag, found.missing) == (hash(made), made.tag, "")
     assert np.array_equal(found.covariance, made.covariance)
     trials_of(path).unlink(missing_ok=True)
+
+
+def test_a_calibration_fills_every_table(tmp_path):
+    """A recipe of real trials survives its files, and knows the layers, the loop and the packages that made it."""
+
+    def train(trial):
+        model = mlp((trial.rank, trial.rank), seed=trial.seed)
+        groups = trial.optimizer(model, weight_decay=0.01).param_groups
+        for _ in range(trial.steps):
+            yield effective_lr(groups[0]) + trial.seed
+
+    made = ra.calibrate(
+        train, torch.optim.AdamW, ranks=(2, 4), steps=3, trials=2, batch=8, warmup=0.1
+    )
+    found = Recipe.load(made.save(tmp_path / "r.toml"))
+    assert found == made
+    assert made.layers == {"layer0": 16.0, "layer1": 16.0}
+    assert (made.batch, made.warmup, made.steps) == (8, 0.1, 3)
+    assert made.settings["weight_decay"] == 0.01
+    assert {"train", "hash"} <= made.source.keys()
+    assert {"python", "torch"} <= made.versions.keys()
+    assert set(made.tensors) == set(_TRIAL)
 
 
 def test_the_toml_introduces_itself(target):
