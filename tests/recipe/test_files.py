@@ -311,6 +311,7 @@ BAD = [
     *(("fit/covariance", value) for value in ([[1, 0, 0], [0, 1, 0]], [[1, 0], [0, 1]])),
     *(("fit/covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, 1e300, -1, 2e4)),
     *(("fit/covariance", [[1, value, 0], *EYE[1:]]) for value in (-6, 0.1)),
+    ("law", {"name": "constant"}),
     ("reference/fan_in", 1e300),
     ("reference/init", "C"),
     ("scaling_rule", "banana"),
