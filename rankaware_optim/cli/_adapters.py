@@ -95,9 +95,13 @@ def inspect(
 @flag("--full", "Suggest a rate for full finetuning.")
 @option("--fan-in", float, "Hidden size of the model. With --full its largest fan-in.")
 @optimizer_option("adamw")
-@flag(
-    "--chat",
+@option(
+    "--chat task",
+    str,
     "Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
+    flag_value="chat",
+    default="other",
+    show_default=False,
 )
 def suggest(
     path: Path | None,
@@ -105,7 +109,7 @@ def suggest(
     init: str | None,
     dora: bool,
     optimizer: str,
-    chat: bool,
+    task: Any,
     **shape: Any,
 ) -> None:
     """Suggest a rate from published sweeps, without any run.
@@ -131,12 +135,7 @@ def suggest(
         model = inspection.inspect_file(path)
         init = init if init or full else _declared_init(path)
     suggestion = transfer.suggest_lr(
-        model,
-        optimizer,
-        method=method,
-        init=init,
-        dora=dora or None,
-        task="chat" if chat else "other",
+        model, optimizer, method=method, init=init, dora=dora or None, task=task
     )
     echo(suggestion)
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from rankaware_optim import Power, Reference, convert_lr
+from rankaware_optim import Power, RankAwareWarning, Reference, convert_lr
 from rankaware_optim.cli import main
 from rankaware_optim.cli._options import echo_result
 
@@ -172,7 +172,7 @@ def test_lr_prints_the_recipes_rate(arguments, target):
     """The rate is that of Recipe.at, in words and as JSON; that it is extrapolated is said once."""
     done = call("lr", "digits.toml", *arguments)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", RankAwareWarning)
         rate = RECIPE.at(**target)
     assert (done.stdout, done.stderr) == (f"{rate.explain()}\n", "")
     assert [done.stdout.count(note) for note in rate.notes] == [1] * len(rate.notes)
