@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 import re
@@ -27,7 +26,6 @@ from rankaware_optim import (
     convert_lr,
     inspect_model,
     rank_aware_param_groups,
-    suggest_lr,
 )
 from rankaware_optim.inspection import parse_reference
 from rankaware_optim.laws import kappa
@@ -140,45 +138,6 @@ def test_it_is_a_rate_without_a_band():
     assert float(CONVERTED) == CONVERTED.lr == pytest.approx(4e-4 * DISTANCE, rel=0.05)
     assert (CONVERTED.low, CONVERTED.high, CONVERTED.ceiling) == (0.0, math.inf, None)
     assert CONVERTED.configuration == "rank 16, alpha 8, B = 0"
-
-
-def adamw(weights: torch.nn.Module, lr: Rate) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights.parameters(), lr=float(lr))
-
-
-def wrapped(weights: torch.nn.Module, lr: Rate) -> torch.optim.Optimizer:
-    """Ours, which takes a `Rate` wherever it takes a rate, and makes no difference between factors here."""
-    return RankAwareOptimizer(weights, torch.optim.AdamW, lr=lr, law="constant")
-
-
-RATES = [CONVERTED, suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)), Rate(4e-4)]
-
-
-@pytest.mark.parametrize("build", [adamw, wrapped])
-@pytest.mark.parametrize("rate", RATES, ids=lambda rate: type(rate).__name__)
-def test_an_optimizer_takes_it_as_its_rate(build, rate):
-    """It trains as at the plain float, schedulers multiply it, and its checkpoint loads with weights_only=True."""
-    states = []
-    for lr in (rate, Rate(float(rate))):
-        torch.manual_seed(0)
-        model = mlp((4,))
-        optimizer = build(model, lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 1 / (1 + step)
-        )
-        for _ in range(3):
-            sum(
-                p.square().sum() for p in model.parameters() if p.requires_grad
-            ).backward()
-            optimizer.step()
-            scheduler.step()
-        states.append([param.detach() for param in model.parameters()])
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        for group in torch.load(file, weights_only=True)["param_groups"]:
-            assert (type(group["lr"]), group["initial_lr"]) == (float, float(rate))
-    assert all(map(torch.equal, *states))
 
 
 def test_a_rate_is_taken_wherever_an_optimizer_takes_one():

@@ -27,7 +27,7 @@ from rankaware_optim import (
 from rankaware_optim.cli._adapters import suggest
 from rankaware_optim.inspection import inspect_model
 from rankaware_optim.optimizer import effective_lr
-from rankaware_optim.transfer import published_init, suggest_lr
+from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
 
 from ..helpers.models import PlainLoRA
@@ -348,15 +348,6 @@ def test_bad_input_is_refused(model, options, error, message):
     """What cannot be answered is one of our errors, with its cure."""
     with pytest.raises(error, match=message):
         suggest_lr(model, **options)
-
-
-@pytest.mark.parametrize(
-    ("declared", "name"),
-    [("PiSSA_niter_8", "pissa"), (True, None), (None, None), ("eva", None)],
-)
-def test_published_inits_by_their_declaration(declared, name):
-    """A value of init_lora_weights names a published non-zero init or none."""
-    assert published_init(declared) == name
 
 
 # --- in words -------------------------------------------------------------------------------------------------------
