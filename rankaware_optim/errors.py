@@ -9,21 +9,6 @@ from ._printing import printable
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-__all__ = [
-    "CalibrationError",
-    "CalibrationInterrupted",
-    "CheckpointError",
-    "PageError",
-    "InspectionError",
-    "LawError",
-    "OptimizerError",
-    "PlotError",
-    "RankAwareError",
-    "RankAwareWarning",
-    "RecipeError",
-    "InvalidReferenceError",
-]
-
 
 class _CauseAndCure(BaseException):
     def __init__(self, cause: str, cure: str, argument: str | None = None) -> None:
