@@ -289,157 +289,105 @@ def mixture(rank: int, alpha: float) -> nn.Module:
     return get_peft_model(MixtralForCausalLM(config), lora)
 
 
+WAVES, IMAGES, CLOUDS = drawn(2, 4, 9), drawn(2, 4, 6, 6), drawn(2, 4, 4, 4, 4)
+HEADS, STACKS = drawn(2, 5, IN), drawn(3, 4, IN)
+CONV1, CONV2, CONV3 = ((12, 8),), ((36, 8),), ((108, 8),)  # fans
+
+
+def conv(dimensions: int, **options: Any) -> Callable[[], nn.Module]:
+    """A convolution from 4 to 8 channels, of kernel 3."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    return lambda: kind(4, 8, 3, **options)
+
+
+def embedding() -> nn.Module:
+    return nn.Embedding(30, 8)
+
+
 def _peft_cases() -> list[Case]:
     def case(
-        name: str,
-        layer: Any = dense,
-        inputs: Any = None,
-        fans: Any = DENSE,
-        **rest: Any,
+        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
     ) -> Case:
-        own = {
-            "convention": "peft",
-            **{k: rest.pop(k) for k in list(rest) if k in Case.__dataclass_fields__},
-        }
-        make = rest.pop("make_", None) or peft(layer, **rest)
-        return Case(
-            f"PEFT {name}",
-            "peft",
-            make=make,
-            inputs=inputs or drawn(4, IN),
-            fans=fans,
-            **own,
-        )
+        own = {"convention": "peft", **own}
+        inputs = inputs or drawn(4, IN)
+        return Case(f"PEFT {name}", "peft", make=make, inputs=inputs, fans=fans, **own)
 
-    images = drawn(2, 4, 6, 6)
-    conv = {"kind": "conv", "fans": ((36, 8),), "inputs": images}
-    heads = {"inputs": drawn(2, 5, IN), "probed": False}
-    bias, dora = "LoRA bias", "DoRA magnitude"
-    rest: list[Case] = [
-        case("Linear"),
-        case("Linear, rsLoRA", use_rslora=True, scaling=rslora),
-        case("Linear, rank_pattern", r=1, rank_pattern=lambda rank, _: {"q": rank}),
+    bias, dora, whole = "LoRA bias", "DoRA magnitude", "whole copy (modules_to_save)"
+    ranks = {"r": 1, "rank_pattern": lambda rank, _: {"q": rank}}
+    alphas = {"lora_alpha": 1, "alpha_pattern": lambda _, alpha: {"q": alpha}}
+    wide = conv(2, padding=1)
+    of_embedding = {"convention": "peft-embedding", "kind": "embedding", "init": "B"}
+    singular = {
+        "kind": "adalora",
+        "init": "other",
+        "other": "AdaLoRA's singular values",
+    }
+    experts = {"convention": "peft-experts", "kind": "experts"}
+    up, both = ("up",), ("up", "down")
+    return [
+        case("Linear", peft(dense)),
+        case("Linear, rsLoRA", peft(dense, use_rslora=True), scaling=rslora),
+        case("Linear, rank_pattern", peft(dense, **ranks)),
+        case("Linear, alpha_pattern", peft(dense, **alphas)),
+        case("Linear, lora_bias", peft(dense, lora_bias=True), other=bias),
         case(
-            "Linear, alpha_pattern",
-            lora_alpha=1,
-            alpha_pattern=lambda _, alpha: {"q": alpha},
+            *("Linear, modules_to_save", peft(dense, modules_to_save=["head"])),
+            other=whole,
         ),
-        case("Linear, lora_bias", lora_bias=True, other=bias),
-        case(
-            "Linear, modules_to_save",
-            modules_to_save=["head"],
-            other="whole copy (modules_to_save)",
-        ),
-        case("Linear, gaussian", init_lora_weights="gaussian"),
+        case("Linear, gaussian", peft(dense, init_lora_weights="gaussian")),
         *(
-            case(f"Linear, {name}", init_lora_weights=name, init="other")
+            case(f"Linear, {name}", peft(dense, init_lora_weights=name), init="other")
             for name in (False, "pissa", "olora", "orthogonal")
         ),
-        case("Linear, DoRA", use_dora=True, probed=False, other=dora),
-        case("Linear, two adapters", make_=peft_two, fans=DENSE * 2),
-        case("Conv1D of transformers", conv1d, fan_in_fan_out=True),
+        case("Linear, DoRA", peft(dense, use_dora=True), probed=False, other=dora),
+        case("Linear, two adapters", peft_two, fans=DENSE * 2),
+        case("Conv1D of transformers", peft(conv1d, fan_in_fan_out=True)),
+        case("Embedding", peft(embedding), tokens, ((30, 8),), **of_embedding),
+        case("Conv1d", peft(conv(1)), WAVES, CONV1, kind="conv"),
+        case("Conv2d", peft(wide), IMAGES, CONV2, kind="conv"),
         case(
-            "Embedding",
-            lambda: nn.Embedding(30, 8),
-            tokens,
-            ((30, 8),),
-            convention="peft-embedding",
-            kind="embedding",
-            init="B",
-        ),
-        case(
-            "Conv1d",
-            lambda: nn.Conv1d(4, 8, 3),
-            drawn(2, 4, 9),
-            ((12, 8),),
+            *("Conv2d, two groups", peft(conv(2, padding=1, groups=2)), IMAGES, CONV2),
             kind="conv",
         ),
-        case("Conv2d", lambda: nn.Conv2d(4, 8, 3, padding=1), **conv),
         case(
-            "Conv2d, two groups",
-            lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2),
-            **conv,
+            *("Conv2d, DoRA", peft(conv(2), use_dora=True), IMAGES, CONV2),
+            **{"kind": "conv", "probed": False, "other": dora},
         ),
+        case("Conv3d", peft(conv(3)), CLOUDS, CONV3, kind="conv"),
         case(
-            "Conv2d, DoRA",
-            lambda: nn.Conv2d(4, 8, 3),
-            use_dora=True,
+            *("MultiheadAttention", peft_attention("attn"), HEADS),
+            ((IN, 36), (IN, IN)),
             probed=False,
-            other=dora,
-            **conv,
         ),
+        case("AdaLoRA", peft_adalora, convention="peft-adalora", **singular),
+        case("experts (E, in, out)", peft_experts(True, *up), STACKS, **experts),
+        case("experts (E, out, in)", peft_experts(False, *up), STACKS, **experts),
         case(
-            "Conv3d",
-            lambda: nn.Conv3d(4, 8, 3),
-            drawn(2, 4, 4, 4, 4),
-            ((108, 8),),
-            kind="conv",
-        ),
-        case(
-            "MultiheadAttention",
-            make_=peft_attention("attn"),
-            fans=((IN, 36), (IN, IN)),
-            **heads,
-        ),
-        case(
-            "AdaLoRA",
-            make_=peft_adalora,
-            convention="peft-adalora",
-            kind="adalora",
-            init="other",
-            other="AdaLoRA's singular values",
-        ),
-    ]
-    experts = {
-        "convention": "peft-experts",
-        "kind": "experts",
-        "inputs": drawn(3, 4, IN),
-    }
-    return [
-        *rest,
-        case("experts (E, in, out)", make_=peft_experts(True, "up"), **experts),
-        case("experts (E, out, in)", make_=peft_experts(False, "up"), **experts),
-        case(
-            "experts, two parameters",
-            make_=peft_experts(False, "up", "down"),
-            fans=((OUT, 10), (IN, OUT)),
+            *("experts, two parameters", peft_experts(False, *both), STACKS),
+            ((OUT, 10), (IN, OUT)),
             probed=False,
             **experts,
         ),
         case(
-            "experts of transformers' Mixtral",
-            make_=mixture,
+            *("experts of transformers' Mixtral", mixture, tokens),
+            ((20, 12), (12, 40)),
             probed=False,
-            **{**experts, "inputs": tokens, "fans": ((20, 12), (12, 40))},
+            **experts,
         ),
     ]
 
 
 def _diffusers_cases() -> list[Case]:
-    def unet_inputs() -> tuple[torch.Tensor, ...]:
+    def inputs() -> tuple[torch.Tensor, ...]:
         source = torch.Generator().manual_seed(1)
-        return torch.randn(2, 4, 8, 8, generator=source), torch.randn(
-            2, 5, 12, generator=source
-        )
+        first, second = (2, 4, 8, 8), (2, 5, 12)
+        return tuple(torch.randn(n, generator=source) for n in (first, second))
 
+    unets = ("diffusers UNet, through PEFT", "diffusers", "peft", unet, inputs)
+    layer = ("diffusers LoRALinearLayer (legacy)", "diffusers", "diffusers-legacy")
     return [
-        Case(
-            "diffusers UNet, through PEFT",
-            "diffusers",
-            "peft",
-            unet,
-            unet_inputs,
-            ((12, 8),),
-            probed=False,
-        ),
-        Case(
-            "diffusers LoRALinearLayer (legacy)",
-            "diffusers",
-            "diffusers-legacy",
-            legacy,
-            drawn(4, IN),
-            DENSE,
-        ),
+        Case(*unets, ((12, 8),), probed=False),
+        Case(*layer, legacy, drawn(4, IN), DENSE),
     ]
 
 
@@ -467,64 +415,41 @@ def _loralib_cases() -> list[Case]:
         convention: str,
         make: Any,
         inputs: Any = None,
-        fans: Any = DENSE,
+        *rest: Any,
         **own: Any,
     ) -> Case:
-        return Case(
-            f"loralib {name}",
-            "loralib",
-            convention,
-            make,
-            inputs or drawn(4, IN),
-            fans,
-            **own,
-        )
+        inputs, fans = inputs or drawn(4, IN), rest or (DENSE,)
+        names = (f"loralib {name}", "loralib", convention)
+        return Case(*names, make, inputs, *fans, **own)
 
-    images, plain = drawn(2, 4, 6, 6), "lora_A/lora_B"
+    plain, kernel = "lora_A/lora_B", "loralib-conv"
     enabled = {
         "q": [True, False, False],
         "qv": [True, False, True],
         "qkv": [True, True, True],
     }
+    of_embedding = {"kind": "embedding", "init": "B"}
+    grouped = loralib("Conv2d", 4, 8, 3, groups=2)
     return [
         case("Linear", plain, loralib("Linear", IN, OUT)),
         case(
-            "Linear, transposed", plain, loralib("Linear", IN, OUT, fan_in_fan_out=True)
+            *("Linear, transposed", plain),
+            loralib("Linear", IN, OUT, fan_in_fan_out=True),
         ),
         *(
             case(
-                f"MergedLinear, {name}",
-                "merged",
+                *(f"MergedLinear, {name}", "merged"),
                 loralib("MergedLinear", IN, 30, enable_lora=parts),
-                fans=((IN, 10 * sum(parts)),),
+                *(None, ((IN, 10 * sum(parts)),)),
             )
             for name, parts in enabled.items()
         ),
         case(
-            "Embedding",
-            plain,
-            loralib("Embedding", 30, 8),
-            tokens,
-            ((30, 8),),
-            kind="embedding",
-            init="B",
+            *("Embedding", plain, loralib("Embedding", 30, 8), tokens, ((30, 8),)),
+            **of_embedding,
         ),
-        case(
-            "Conv2d",
-            "loralib-conv",
-            loralib("Conv2d", 4, 8, 3),
-            images,
-            ((36, 8),),
-            kind="conv",
-        ),
-        case(
-            "Conv2d, two groups",
-            "loralib-conv",
-            loralib("Conv2d", 4, 8, 3, groups=2),
-            images,
-            ((18, 8),),
-            kind="conv",
-        ),
+        case("Conv2d", kernel, loralib("Conv2d", 4, 8, 3), IMAGES, CONV2, kind="conv"),
+        case("Conv2d, two groups", kernel, grouped, IMAGES, ((18, 8),), kind="conv"),
     ]
 
 
@@ -558,67 +483,34 @@ def _lycoris_cases() -> list[Case]:
     def case(
         name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
     ) -> Case:
-        convention = own.pop("convention", "lora_down/lora_up")
-        return Case(
-            f"LyCORIS LoCon, {name}",
-            "lycoris-lora",
-            convention,
-            make,
-            inputs or drawn(4, IN),
-            fans,
-            **own,
-        )
+        own = {"convention": "lora_down/lora_up", **own}
+        names = {"name": f"LyCORIS LoCon, {name}", "package": "lycoris-lora"}
+        return Case(**names, make=make, inputs=inputs or drawn(4, IN), fans=fans, **own)
 
-    images, conv = drawn(2, 4, 6, 6), lambda: nn.Conv2d(4, 8, 3, padding=1)
-    scalar, dora, core = "LyCORIS scalar", "DoRA magnitude", "Tucker core"
+    def locon(base: Callable[[], nn.Module] = dense, **options: Any) -> Any:
+        return lycoris("LoConModule", base, **options)
+
+    scalar = {"init": "other", "other": "LyCORIS scalar"}
+    dora = {"probed": False, "other": "DoRA magnitude"}
+    tucker = {"convention": "locon-tucker", "other": "Tucker core"}
+    wide, of_conv, grouped = conv(2, padding=1), {"kind": "conv"}, conv(2, groups=2)
+    images = (IMAGES, CONV2)
     return [
-        case("linear", lycoris("LoConModule")),
-        case("linear, bypass", lycoris("LoConModule", bypass_mode=True)),
-        case("linear, rs_lora", lycoris("LoConModule", rs_lora=True), scaling=rslora),
+        case("linear", locon()),
+        case("linear, bypass", locon(bypass_mode=True)),
+        case("linear, rs_lora", locon(rs_lora=True), scaling=rslora),
+        case("linear, use_scalar", locon(use_scalar=True), **scalar),
+        case("linear, DoRA", locon(weight_decompose=True), **dora),
+        case("Conv1d", locon(conv(1)), WAVES, CONV1, **of_conv),
+        case("Conv2d", locon(wide), *images, **of_conv),
+        case("Conv2d, two groups", locon(grouped), IMAGES, ((18, 8),), **of_conv),
         case(
-            "linear, use_scalar",
-            lycoris("LoConModule", use_scalar=True),
-            init="other",
-            other=scalar,
+            "Conv2d, Tucker", locon(wide, use_tucker=True), *images, **of_conv, **tucker
         ),
         case(
-            "linear, DoRA",
-            lycoris("LoConModule", weight_decompose=True),
-            probed=False,
-            other=dora,
-        ),
-        case(
-            "Conv1d",
-            lycoris("LoConModule", lambda: nn.Conv1d(4, 8, 3)),
-            drawn(2, 4, 9),
-            ((12, 8),),
-            kind="conv",
-        ),
-        case("Conv2d", lycoris("LoConModule", conv), images, ((36, 8),), kind="conv"),
-        case(
-            "Conv2d, two groups",
-            lycoris("LoConModule", lambda: nn.Conv2d(4, 8, 3, groups=2)),
-            images,
-            ((18, 8),),
-            kind="conv",
-        ),
-        case(
-            "Conv2d, Tucker",
-            lycoris("LoConModule", conv, use_tucker=True),
-            images,
-            ((36, 8),),
-            kind="conv",
-            convention="locon-tucker",
-            other=core,
-        ),
-        case(
-            "Conv2d, DoRA",
-            lycoris("LoConModule", conv, weight_decompose=True),
-            images,
-            ((36, 8),),
-            kind="conv",
-            probed=False,
-            other=dora,
+            *("Conv2d, DoRA", locon(wide, weight_decompose=True), *images),
+            **of_conv,
+            **dora,
         ),
     ]
 
