@@ -315,19 +315,6 @@ def rates(optimizer, role: str) -> set[float]:
     return {effective_lr(g) for g in optimizer.param_groups if g["lora_role"] == role}
 
 
-@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
-def test_a_recipe_is_taken_by_path(kind, tmp_path):
-    """recipe= takes a path as it takes the recipe."""
-    made = recipe()
-    path = made.save(tmp_path / "r.toml")
-    by_path, by_recipe = (
-        RankAwareOptimizer(mlp((8,)), "adamw", recipe=r) for r in (kind(path), made)
-    )
-    assert [g["lr"] for g in by_path.param_groups] == [
-        g["lr"] for g in by_recipe.param_groups
-    ]
-
-
 @pytest.mark.parametrize(
     "beside", [{"lr": 1e-3}, {"tuned_at": AT_16}, {"law": "mua"}], ids=str
 )

@@ -11,23 +11,17 @@ import pytest
 from rankaware_optim import (
     Constant,
     Power,
-    RankAwareWarning,
     Recipe,
     RecipeError,
     Reference,
-    inspect_model,
 )
 from rankaware_optim.fitting import Fit, Prior
 from rankaware_optim.recipe import (
     ANY_WIDTH,
-    configuration_of,
     known_rate,
-    rate,
     recipe_of,
 )
-from rankaware_optim.recipe._uncertainty import margin, own_band, spread
-
-from ..helpers.models import mlp
+from rankaware_optim.recipe._uncertainty import margin, spread
 
 COVARIANCE = np.array([[0.05, 0.01, -0.02], [0.01, 0.02, 0.004], [-0.02, 0.004, 0.3]])
 AT_16 = Reference(16, 16.0, fan_in=256.0)
@@ -80,13 +74,6 @@ def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, adde
     assert len(notes) == (1 if recipe is TO_FULL else untried)
 
 
-def test_the_band_is_90_percent_to_either_side():
-    """1.645 standard deviations of the rate's log."""
-    low, high = own_band(RECIPE)
-    octaves = 1.645 * math.sqrt(0.05 + 2 * 0.01 + 0.02 + 0.2**2)
-    assert (low, high) == pytest.approx((2e-3 / 2**octaves, 2e-3 * 2**octaves))
-
-
 @pytest.mark.parametrize(("sd", "octaves"), [(0.0, 0.0), (0.2, 0.06), (1.0, 0.25)])
 def test_the_margin_is_of_an_exponential_cliff_and_bounded(sd, octaves):
     """a·sd²/2 for a steepness a of 3, a quarter of an octave at most."""
@@ -113,18 +100,6 @@ def test_the_width_of_full_finetuning_is_its_own():
     assert tried.at(method="full") != tried.at(method="full", fan_in=256.0)
 
 
-def test_a_models_rate_is_moved_to_steps_and_batch():
-    """As the recipe's own is, also where both have one number."""
-    tried = replace(RECIPE, steps=8, reference=replace(AT_16, fan_in=16.0, batch=8.0))
-    survey = inspect_model(mlp((16,)))
-    with pytest.warns(RankAwareWarning, match="extrapolates"):
-        moved = tried.at(steps=64, batch=64)
-    at = configuration_of(tried, survey)
-    assert rate(tried, at, 64, 64).lr == pytest.approx(moved.lr)
-    assert rate(tried, at).lr == pytest.approx(tried.lr)
-    assert moved.lr != pytest.approx(tried.lr)
-
-
 def test_a_recipe_is_made_of_a_fit():
     """Its optimum, ceiling and spread are the fit's at the reference's rank, its margin follows from them."""
     mean = np.array([-9.0, 0.5, 0.25])
@@ -142,11 +117,3 @@ def test_a_recipe_is_made_of_a_fit():
         recipe_of(replace(fit, ceiling=None), Constant(), AT_16, name="r").ceiling
         is None
     )
-
-
-def test_a_rate_too_small_for_a_float_is_refused():
-    """A rate, or an end of its band, that underflows to 0 is no rate."""
-    tiny = replace(RECIPE, fitted_lr=1e-30, law=Power(exponent=-10.0, pivot=8.0))
-    unsure = replace(tiny, covariance=np.eye(3) * 1e4, ceiling=1.0)
-    with pytest.raises(RecipeError, match="not positive and finite"):
-        unsure.at(2**31 - 1, alpha=1e12, fan_in=1e12)
