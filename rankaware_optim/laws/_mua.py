@@ -40,7 +40,7 @@ class MuA(Law):
     κ(m) is the size of a sum of m sign terms that serves b independent tokens at once. Only ratios
     of τ are used, so neither T nor the right-hand side matters.
 
-    The conditions of Muon, SGD and LAMB are in laws/_mua.py: `spectral_terms`, `gradient_rate`
+    The conditions of Muon, SGD and LAMB are in laws/_mua.py: `spectral_rate`, `gradient_rate`
     and `relative_rate`. For them a layer is square, since a reference states one width, and
     tokens=None means one token. Those of Muon and SGD are evaluated at rank 16 for every pair:
     alpha, init, width and method move the rate, the rank does not. Bound to Adafactor or LARS, for
@@ -155,23 +155,19 @@ def kappa(m: float, tokens: float | None) -> float:
     )
 
 
-def sign_terms(tokens: float | None, at: Site) -> tuple[float, float]:
-    """Return (p, q) of the change p·η + q·η_A·η_B for sign-like updates, whose entries all have
-    size η.
+def sign_rate(law: MuA, at: Site) -> float:
+    """Return σ for sign-like updates, whose entries all have size η, from the change
+    p·η + q·η_A·η_B.
 
     The η of p is that of the factor that starts at zero. Under Init[A] the term s·ΔB·A₀·x has size
     s·κ(r)·η_B. Under Init[B] the term s·B₀·ΔA·x has size s·κ(n)·η_A. Under both, s·ΔB·ΔA·x has size
     s·κ(r)·κ(n)·η_A·η_B.
     """
-    k_n = kappa(at.fan_in, tokens)
+    k_n, s = kappa(at.fan_in, law.tokens), at.scaling
     if at.init == "full":
-        return k_n, 0.0
-    k_r = kappa(at.rank, tokens)
-    return at.scaling * (k_r if at.init == "A" else k_n), at.scaling * k_r * k_n
-
-
-def sign_rate(law: MuA, at: Site) -> float:
-    return _root(law, at, *sign_terms(law.tokens, at))
+        return _root(law, at, k_n, 0.0)
+    k_r = kappa(at.rank, law.tokens)
+    return _root(law, at, s * (k_r if at.init == "A" else k_n), s * k_r * k_n)
 
 
 def _root(law: MuA, at: Site, p: float, q: float) -> float:
@@ -200,9 +196,9 @@ SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
 }
 
 
-def spectral_terms(law: MuA, at: Site) -> tuple[float, float]:
-    """Return (p, q) for spectral updates (Muon): a polar factor, all singular values 1, times a
-    shape factor a.
+def spectral_rate(law: MuA, at: Site) -> float:
+    """Return σ for spectral updates (Muon): a polar factor, all singular values 1, times a shape
+    factor a. The change is p·η + q·η_A·η_B.
 
     An update P of B has rank min(r, b) and spans the features A·x. It keeps their norm: |P·A₀·x| =
     √r per token, an rms of √(r/n) over n outputs. An update of A spans r of the at most n
@@ -216,15 +212,11 @@ def spectral_terms(law: MuA, at: Site) -> tuple[float, float]:
     n, r, s = at.fan_in, at.rank, at.scaling
     shape_factor = SHAPE_FACTORS[law.shape_factor]
     if at.init == "full":
-        return shape_factor(n, n), 0.0
+        return _root(law, at, shape_factor(n, n), 0.0)
     a_a, a_b = shape_factor(r, n), shape_factor(n, r)
     m = math.sqrt(min(1.0, r / (law.tokens or 1.0) + r / n))
     p = a_b * math.sqrt(r / n) if at.init == "A" else a_a * math.sqrt(1.0 + n / r) * m
-    return s * p, s * a_a * a_b * m
-
-
-def spectral_rate(law: MuA, at: Site) -> float:
-    return _root(law, at, *spectral_terms(law, at))
+    return _root(law, at, s * p, s * a_a * a_b * m)
 
 
 # --- gradient-like updates ------------------------------------------------------------------------
