@@ -42,7 +42,7 @@ RECIPE = """\
 
 ```{{image}} recipes/{name}.png
 :width: 100%
-:alt: Trials, fitted curve, 90 % band and rate of the recipe "{title}", rank by rank
+:alt: Trials, 90 % band and rate of the recipe "{title}", rank by rank
 ```
 
 `recipes/{name}.toml`

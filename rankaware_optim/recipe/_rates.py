@@ -101,10 +101,8 @@ def base_lr(recipe: Recipe, at: Reference) -> float:
     """Return the base rate of a model at `at`: the best rate at the recipe's reference less the
     margin of the model's configuration.
     """
-    if not recipe.steepness:
-        return recipe.lr
     sd, _ = spread(recipe, at)
-    return float(recipe.fitted_lr * 2.0 ** -margin(recipe.steepness, sd))
+    return float(recipe.fitted_lr * 2.0 ** -_margin(recipe, sd))
 
 
 def _margin(recipe: Recipe, sd: float) -> float:

@@ -200,29 +200,6 @@ def test_what_was_not_tried_stays_at_its_prior():
     assert spread(fit)[1:] == pytest.approx([Prior().drift_sd, Prior().full_sd])
 
 
-def test_drift_is_shrunk_towards_the_law():
-    """A narrower prior leaves less of a drift, in the same direction."""
-    drifts = [
-        fitted(sweep(drift=0.3), Prior(drift_sd=sd)).mean[1] for sd in (0.02, 0.15, 1.0)
-    ]
-    assert 0 < drifts[0] < drifts[1] < drifts[2] < 0.35
-    assert drifts[0] < 0.1
-
-
-def test_ranks_further_apart_tell_more_of_the_drift():
-    """The drift between 4 and 64 is surer than that between 16 and 32."""
-    wide, narrow = (
-        spread(fitted(sweep(ranks=ranks)))[1] for ranks in ((4, 64), (16, 32))
-    )
-    assert wide < 0.7 * narrow
-
-
-def test_more_trials_are_surer():
-    """The band narrows as trials come in."""
-    bands = [spread(fitted(sweep(offsets=OFFSETS[::step])))[0] for step in (4, 2, 1)]
-    assert bands == sorted(bands, reverse=True)
-
-
 # --- a longer target ------------------------------------------------------------------------------------------------
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 
 from rankaware_optim import MuA, Power, Reference
-from rankaware_optim.fitting import Fit, Prior, centred_law, prior_of
+from rankaware_optim.fitting import Prior, centred_law, prior_of
 from rankaware_optim.laws import get_law
 
 AT = {
@@ -59,16 +56,3 @@ def test_full_finetuning_takes_the_law_as_it_is():
     law = MuA(tokens=4.0)
     centred = centred_law(law, AT["full"], 8.0, drift=0.1, factor=-1.0)
     assert centred == Power(law=law)
-
-
-def test_a_rank_is_read_off_the_fit():
-    """The best rate at a rank, and its deviation, follow the base, the drift and the factor."""
-    prior = prior_of(AT["B"], (16,), 64.0)
-    fit = Fit(
-        prior, np.array([-9.0, 0.5, 0.25]), np.diag([0.04, 0.01, 0.09]), 0.0, -5.0, {}
-    )
-    assert [fit.best(rank) for rank in (16, 64, None)] == pytest.approx(
-        [-9.0, -8.0, -7.75]
-    )
-    assert fit.sd(64) == pytest.approx(math.sqrt(0.04 + 0.04))
-    assert fit.sd(None) == pytest.approx(math.sqrt(0.04 + 0.04 + 0.09))
