@@ -2,7 +2,7 @@
 Calibrate a PEFT model
 ======================
 
-Sixteen short runs at two ranks make a recipe, which gives a rate at any other rank.
+Short runs at two ranks make a recipe, which gives a rate at any other rank.
 """
 
 import peft

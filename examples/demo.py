@@ -2,10 +2,10 @@
 Calibrate a real network, and check the recipe
 ==============================================
 
-EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. Sixteen short runs at
-ranks 4 and 64 make a recipe. Its rates at rank 16 and for full finetuning are then compared with
-half, twice and other multiples of them, on other seeds. ``tox run -e demo`` runs this file in about
-two minutes on two CPU cores, and downloads nothing but packages.
+EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. Short runs at ranks 4 and
+64 make a recipe. Its rates at rank 16 and for full finetuning are then compared with half, twice
+and other multiples of them, on other seeds. ``tox run -e demo`` runs this file in about two minutes
+on two CPU cores, and downloads nothing but packages.
 """
 
 import copy
@@ -111,7 +111,7 @@ def train(trial):
     return held_out_loss(model)
 
 
-print(f"1 of 2: calibrating at ranks 4 and 64, by 16 runs of {STEPS} steps each.")
+print(f"1 of 2: calibrating at ranks 4 and 64, by runs of {STEPS} steps.")
 recipe = ra.calibrate(
     train,
     torch.optim.AdamW,

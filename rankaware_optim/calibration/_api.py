@@ -17,6 +17,7 @@ from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
 from ._calibration import Calibration
+from ._constants import SEEDS
 from ._progress import progress_shown
 from ._provenance import train_source
 from ._result import calibrated_recipe
@@ -36,7 +37,7 @@ def calibrate(  # noqa: PLR0913
     trials: int | None = None,
     budget: int | None = None,
     full_trials: int = 0,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[int] = SEEDS,
     lr_range: tuple[float, float] | None = None,
     sampler: optuna.samplers.BaseSampler | None = None,
     pruner: optuna.pruners.BasePruner | None = None,
@@ -97,7 +98,8 @@ def calibrate(  # noqa: PLR0913
         name: the name of the study and of the recipe.
         law: the law that maps rates between ranks, by default µA. The fall in rank at
             Init[B] is in the fit's prior.
-        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 per rank.
+        trials: number of runs at `ranks`. By default as many as `budget` allows, or
+            `TRIALS_PER_RANK` at each of them.
         budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials
             count the steps they ran.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted

@@ -15,9 +15,9 @@ from .._checks import MOST_RANKS, check_lr, is_positive, is_whole, is_within
 from ..errors import CalibrationError
 from ..fitting import all_rose, below_cliff
 from ..laws import Law
+from ._constants import TRIALS_PER_RANK
 from ._trials import Setting, Trials
 
-_TRIALS_PER_RANK = 8
 _SHORT_RUNS = 10  # with a budget only: most trials, as a multiple of the whole runs that it allows
 # Runs of the highest rank before any other rank, since losses of different ranks cannot be
 # compared; the most such runs if all of them rise; and runs of every other rank without which its
@@ -81,8 +81,8 @@ class Schedule:
         if self.trials is not None:
             return self.trials
         if self.budget is not None:
-            return max(_TRIALS_PER_RANK, _SHORT_RUNS * self.budget // self.steps)
-        return _TRIALS_PER_RANK * len(self.ranks)
+            return max(TRIALS_PER_RANK, _SHORT_RUNS * self.budget // self.steps)
+        return TRIALS_PER_RANK * len(self.ranks)
 
     def expected(self) -> int:
         """Return the likely number of trials, for progress reports."""

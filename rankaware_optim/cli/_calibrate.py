@@ -56,7 +56,8 @@ from ._workers import run_workers
 @option(
     "--trials",
     int,
-    "Number of runs at --ranks. By default as --budget allows, or 8 per rank.",
+    "Number of runs at --ranks. By default as --budget allows, or"
+    f" {calibration.TRIALS_PER_RANK} per rank.",
 )
 @option("--budget", int, "Largest number of training steps of all trials together.")
 @option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
@@ -64,7 +65,7 @@ from ._workers import run_workers
     "--seeds",
     several(int),
     "Random seeds of the trials, the same at every rank.",
-    default="0,1",
+    default=",".join(map(str, calibration.SEEDS)),
 )
 @option(
     "--lr-range",
