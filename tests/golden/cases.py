@@ -379,7 +379,8 @@ def transfer() -> Tables:
         tables[f"suggested, {kind}"] = {
             place: outcome(suggested, site, kind) for place, site in sites.items()
         }
-    special: Tables = {"suggested, adamw, as": {}}
+    no_width = outcome(suggested, ra.Reference(rank=16, alpha=32), "adamw")
+    special: Tables = {"suggested, adamw, as": {"no width": no_width}}
     for title, options in {
         "a chat": {"task": "chat"},
         "PiSSA": {"init": "pissa"},
