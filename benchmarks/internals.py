@@ -1,6 +1,5 @@
 """Names of the package that are not public. Only this module imports them: a change of the package is followed here."""
 
-from rankaware_optim._figures import COLOURS, rate_axis
 from rankaware_optim._optimizers import get_optimizer_class, optimizer_family
 from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._result import calibrated_recipe
@@ -8,6 +7,7 @@ from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._search import BracketSampler, search_range
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.laws._mua import FORMS, Site
+from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
     Source,
     SweepRun,

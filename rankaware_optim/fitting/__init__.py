@@ -17,10 +17,12 @@ from ._observations import (
     split,
     usual_noise,
 )
-from ._posterior import Fit, Prior, fit_observations
-from ._priors import (
+from ._posterior import (
+    Fit,
+    Prior,
     at_target,
     centred_law,
+    fit_observations,
     prior_of,
     steps_variance,
 )

@@ -1,14 +1,19 @@
-"""LoRA pairs in a file's header, by the names of three dialects: PEFT's, kohya's (LyCORIS's too)
-and the former one of diffusers.
+"""LoRA pairs in the header of a safetensors file, by the names of three dialects: PEFT's, kohya's
+(LyCORIS's too) and the former one of diffusers.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from .._checks import is_positive, shown
 from .._types import Factor, Init
@@ -16,7 +21,6 @@ from ..errors import InspectionError
 from ._conventions import Reading, Shape, rows_of, tucker_of
 from ._pairs import checked_scaling, layout_reading, misfit
 from ._peft_config import AdapterConfig, Declared
-from ._safetensors import Header
 from ._survey import declared_init, factors_of
 
 # Groups of each pattern: the layer, the factor and the adapter's name, if there is one. DyLoRA's
@@ -35,6 +39,60 @@ _PATTERNS = {name: re.compile(pattern) for name, pattern in _DIALECTS.items()}
 _ROLES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 
 
+# --- the header -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Header:
+    """The contents of a file: shapes by name, in the file's order, its table of strings, and the
+    values of entries of one element that are called `alpha`.
+    """
+
+    path: Path
+    shapes: Mapping[str, Shape]
+    metadata: Mapping[str, str]
+    alphas: Mapping[str, float]
+
+
+def read_header(path: Path) -> Header:
+    """Read a file's header and its alphas. The other tensors are not loaded.
+
+    Raises:
+        InspectionError: the file is not regular, is cut short, has another format, or its header
+            does not describe it.
+    """
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        raise InspectionError(
+            f"There is no file {path}.", "Give a PEFT folder or a .safetensors file."
+        )
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+        alphas = _alphas(path, slices)
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        raise InspectionError(
+            f"{path} is not a complete safetensors file, or has no usable header:"
+            f" {why[:200]}.",
+            "Copy it again, or give another file.",
+        ) from error
+    return Header(path, shapes, metadata, alphas)
+
+
+def _alphas(path: Path, slices: Mapping[str, Any]) -> dict[str, float]:
+    names = [n for n, each in slices.items() if each.get_shape() in ([], [1])]
+    names = [name for name in names if name.rpartition(".")[2] == "alpha"]
+    dtypes = {slices[name].get_dtype() for name in names}
+    # NumPy has no bfloat16, and torch is slow to import
+    with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
+        return {name: float(file.get_tensor(name).item()) for name in names}
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
 class FilePair(NamedTuple):
     """A pair in a file: its layer, the adapter's name, the convention, and the names of A and B."""
 
@@ -47,9 +105,6 @@ class FilePair(NamedTuple):
     def entry(self, name: str) -> str:
         """Return the name of another tensor of the layer."""
         return f"{self.layer}.{name}".removeprefix(".")
-
-
-# --- names ----------------------------------------------------------------------------------------
 
 
 def file_pairs(header: Header) -> Iterator[FilePair]:

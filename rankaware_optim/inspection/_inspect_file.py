@@ -13,9 +13,14 @@ from .._checks import check_init, shown
 from .._types import Factor, Init, Survey
 from ..errors import InspectionError
 from ._conventions import INITS
-from ._file_pairs import file_factors, file_pairs, refuse_collisions
+from ._file_pairs import (
+    Header,
+    file_factors,
+    file_pairs,
+    read_header,
+    refuse_collisions,
+)
 from ._peft_config import AdapterConfig, embedded_configs, read_config
-from ._safetensors import Header, read_header
 from ._survey import is_other_adapter, unsupported
 
 _CONFIG = "adapter_config.json"

@@ -13,6 +13,7 @@ from .._printing import Table
 from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
 from ..inspection import other_kind
 from ..laws import get_law, law_title
+from ..recipe import BASE
 from ._param_groups import Group, Groups, effective_lr, named_params
 from ._plan import Label, Plan
 
@@ -290,7 +291,10 @@ def _rate_of_other(group: Group, names: tuple[str, ...], plan: Plan) -> str:
     """Return in words where the rate of parameters that are not factors comes from."""
     if plan.use is None or not names:
         return "the base rate (other_lr= or rates= sets another)"
-    others = plan.use.others
-    if group.get("pinned_lr") is None and not others.knows(names[0]):
-        return "the base rate"
-    return others.reason(names[0])
+    tried = plan.use.others.tried(names[0])
+    if tried == BASE:
+        return "the base rate, as in the recipe's trials"
+    if tried is not None:
+        return "its rate in the recipe's trials"
+    pinned = group.get("pinned_lr") is not None
+    return "full finetuning's rate by the recipe" if pinned else "the base rate"

@@ -4,6 +4,9 @@ benchmarks/results, or "by hand".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 Z90 = 1.645  # standard deviations to the end of a 90 % band: its meaning
 # What is added outside the data: standard deviations, octaves of rate per octave of rank, of width
 # and of batch, and octaves from one init to the other. They are rules of thumb from the spread of
@@ -20,3 +23,6 @@ MOST_MARGIN = 0.25
 # The width where none is known, which nearly cancels between ranks of one init: by hand
 ANY_WIDTH = 4096.0
 SAME = 1e-6  # relative tolerance of settings, about float32's precision
+# In a table of rates by name: the parameter had each trial's base rate
+BASE: Literal["base"] = "base"
+TableOfRates = Mapping[str, float | Literal["base"]]

@@ -1,11 +1,11 @@
-"""The rate of a recipe at a configuration, its band, and what both depend on."""
+"""The rates of a recipe: at a configuration, with its band, and of a model's other parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .._optimizers import known_optimizer
 from .._printing import times
@@ -13,12 +13,10 @@ from .._rate import Rate
 from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
-from ..laws import checked_batch_multiplier, checked_multiplier
-from ._constants import ANY_WIDTH, Z90
-from ._horizon import by_batch, by_steps
-from ._other_rates import OtherRates
+from ..laws import checked_multiplier
+from ._constants import ANY_WIDTH, BASE, Z90
 from ._recipe_text import configuration_text
-from ._uncertainty import margin, spread
+from ._uncertainty import by_batch, by_steps, margin, spread
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
@@ -47,15 +45,13 @@ def rate(
         LawError: the law has no usable multiplier there.
     """
     here, reference = _with_widths(recipe, at)
-    longer = by_steps(steps, recipe.steps, recipe.name)
-    by_law = math.log2(checked_batch_multiplier(recipe.law, 2.0))
-    larger = by_batch(batch, recipe.batch, by_law, recipe.name)
+    longer, larger = by_steps(recipe, steps), by_batch(recipe, batch)
     sd, untried = spread(recipe, here)
     sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, recipe.scatter**2))
-    untried += (*longer.notes, *larger.notes)
+    untried += filter(None, (longer.note, larger.note))
     try:
         moved = checked_multiplier(recipe.law, here.as_factor(), reference)
-        moved *= 2.0 ** (longer.octaves + larger.octaves)
+        moved *= 2.0**larger.octaves
         width = 2.0 ** (Z90 * sd)
     except OverflowError:
         moved = width = math.inf
@@ -139,7 +135,13 @@ def configuration(
     """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own."""
     if method == "full":
         given = {"rank": rank, "alpha": alpha, "init": init, "rslora": rslora or None}
-        _refuse_for_full(given)
+        for name, value in given.items():
+            if value is not None:
+                raise RecipeError(
+                    f"{name} was given for full finetuning, which has none.",
+                    "Leave it out.",
+                    name,
+                )
         width = recipe.full_fan_in or recipe.reference.fan_in
         at = Reference(method="full", init=recipe.reference.init, fan_in=width)
     else:
@@ -147,16 +149,6 @@ def configuration(
     if init is not None:
         at = replace(at, init=init)
     return at if fan_in is None else replace(at, fan_in=fan_in)
-
-
-def _refuse_for_full(given: Mapping[str, object]) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise RecipeError(
-                f"{name} was given for full finetuning, which has none.",
-                "Leave it out.",
-                name,
-            )
 
 
 def _lora(
@@ -220,15 +212,6 @@ def configuration_of(recipe: Recipe, survey: Survey) -> Reference:
     )
 
 
-def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
-    """Return a recipe's rates for a model's parameters that are not factors."""
-    full = None
-    if recipe.full_seen:
-        width = survey.full_width(recipe.reference.init)
-        full = rate(recipe, configuration(recipe, method="full", fan_in=width)).lr
-    return OtherRates(recipe.name, recipe.other_rates, recipe.lr, full)
-
-
 def is_for(recipe: Recipe, optimizer: type) -> bool:
     """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
@@ -236,3 +219,62 @@ def is_for(recipe: Recipe, optimizer: type) -> bool:
     return name == optimizer.__name__ or (
         known != "" and known == known_optimizer(optimizer)[0]
     )
+
+
+# --- other parameters, such as heads and norms ----------------------------------------------------
+
+
+def name_pattern(name: str) -> str:
+    """Return a parameter's name with "*" for numbers, so that all layers share one pattern.
+
+    >>> name_pattern("layers.11.norm1.weight")
+    'layers.*.norm1.weight'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+class OtherRates(NamedTuple):
+    """A recipe's rates for a model's parameters that are not factors.
+
+    full: the rate of full finetuning on this model, None if the recipe's trials did not include it.
+    """
+
+    recipe: Recipe
+    full: float | None
+
+    def tried(self, name: str) -> float | Literal["base"] | None:
+        """Return a parameter's rate in the LoRA trials, None if they did not train it."""
+        return self.recipe.other_rates.get(name_pattern(name))
+
+    def rate(self, name: str, trains: bool = True) -> float | None:
+        """Return the rate of a parameter: that of the trials, else that of full finetuning.
+
+        Args:
+            name: the parameter's name.
+            trains: whether it has a gradient.
+
+        Returns:
+            The rate, or None if neither was tried and the parameter does not train.
+
+        Raises:
+            RecipeError: neither was tried, and the parameter trains.
+        """
+        tried = self.tried(name)
+        if tried is not None:
+            return self.recipe.lr if tried == BASE else float(tried)
+        if self.full is None and trains:
+            raise RecipeError(
+                f"The trials of recipe {self.recipe.name!r} trained neither {name} nor the full"
+                " model, so it has no rate.",
+                "Give other_lr=, or rates= for its name.",
+            )
+        return self.full
+
+
+def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
+    """Return a recipe's rates for a model's parameters that are not factors."""
+    if not recipe.full_seen:
+        return OtherRates(recipe, None)
+    width = survey.full_width(recipe.reference.init)
+    at = configuration(recipe, method="full", fan_in=width)
+    return OtherRates(recipe, rate(recipe, at).lr)

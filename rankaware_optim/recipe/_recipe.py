@@ -21,8 +21,7 @@ from ..fitting import Fit, centred_law
 from ..laws import Law, Power
 from . import _recipe_files as files
 from . import _recipe_text as words
-from . import _sharing as sharing
-from ._other_rates import TableOfRates
+from ._constants import TableOfRates
 from ._rates import configuration, rate, warn_of
 from ._schema import Trials, to_document
 from ._uncertainty import margin, spread
@@ -245,7 +244,7 @@ class Recipe:
             RecipeError: the folder does not exist; it or its README cannot be written; one of the
                 files is a link to outside the folder; or as for `save`.
         """
-        return sharing.save_beside(self, adapter)
+        return files.save_beside(self, adapter)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -262,7 +261,7 @@ class Recipe:
             RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
                 message names the value's path.
         """
-        return cls(**files.load(sharing.recipe_file(path)))
+        return cls(**files.load(path))
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:

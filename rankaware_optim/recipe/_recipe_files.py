@@ -1,10 +1,14 @@
-"""A recipe's two files: a TOML, which gives every rate, and the trials beside it."""
+"""A recipe's two files: a TOML, which gives every rate, and the trials beside it. Both may lie in
+an adapter's folder, where no loader reads them as weights.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +22,7 @@ from .._checks import MOST_RANKS, MOST_TRIALS, RANGES
 from .._files import read_bytes, replace_bytes
 from .._warn import warn
 from ..errors import RecipeError
+from ._recipe_text import explain
 from ._schema import RecipeFile, Trials, to_document, values_in
 
 if TYPE_CHECKING:
@@ -62,8 +67,10 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the arguments of the recipe in a TOML file, with its trials if they lie beside it."""
-    target = _toml_path(path)
+    """Return the arguments of the recipe in a TOML file, or of the one in an adapter's folder, with
+    its trials if they lie beside it.
+    """
+    target = _toml_path(_toml_in(Path(path)))
     try:
         file = _decoded(read_bytes(target, _MOST_TEXT))
         values = values_in(file)
@@ -174,3 +181,74 @@ def _check_trials(trials: Trials) -> None:
         unknown = np.isnan(rates) & (name == "own_lr")
         if not (unknown | ((rates >= low) & (rates <= high))).all():
             raise ValueError(f"a rate of the trials is impossible, in {name!r}")
+
+
+# --- beside an adapter ----------------------------------------------------------------------------
+
+_BESIDE = Path("rankaware", "recipe.toml")
+_BEGIN, _END = "<!-- rankaware-optim: begin -->", "<!-- rankaware-optim: end -->"
+_MOST_README = 10_000_000  # largest README, bytes
+# Untrusted texts are in the block of code.
+_SECTION = f"""\
+{_BEGIN}
+## Learning rate
+
+The calibrated recipe in `rankaware/` gives the learning rate at another rank or alpha, and for \
+full finetuning, with its 90 % band (the package is rankaware-optim):
+
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=FOLDER_OF_THIS_README)
+    rankaware lr FOLDER_OF_THIS_README --rank 64
+
+{{}}
+{_END}"""
+
+
+def _toml_in(folder: Path) -> Path:
+    """Return the file in a folder that `save_beside` wrote; a file itself."""
+    if not os.path.isdir(folder):
+        return folder
+    beside, inside = folder / _BESIDE, folder / _BESIDE.name
+    return inside if inside.is_file() and not beside.is_file() else beside
+
+
+def save_beside(recipe: Recipe, adapter: str | os.PathLike[str]) -> Path:
+    """Write the recipe into the adapter's folder."""
+    folder = Path(adapter)
+    if not os.path.isdir(folder):
+        raise RecipeError(
+            f"There is no folder {folder} to save a recipe in.",
+            "Save the adapter there first.",
+        )
+    readme, target = folder / "README.md", folder / _BESIDE
+    root = Path(os.path.realpath(folder))
+    for path in (readme, target, target.with_suffix(".trials.safetensors")):
+        if not Path(os.path.realpath(path)).is_relative_to(root):
+            raise RecipeError(
+                f"{path} is a link to outside {folder}.", "Remove the link."
+            )
+    try:
+        text = (
+            read_bytes(readme, _MOST_README).decode() if os.path.lexists(readme) else ""
+        )
+        save(recipe, target)
+        replace_bytes(readme, _with_section(text, explain(recipe)).encode())
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{readme} cannot be written: {error}.", "Repair it, or remove it."
+        ) from error
+    return target
+
+
+def _with_section(text: str, facts: str) -> str:
+    """Return a README with the section in place of earlier ones, or at the end. A section without
+    its end is text.
+    """
+    section = _SECTION.format(indent(facts, "    ").replace("<!--", "<! --"))
+    before, *after = re.split(
+        f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", text, flags=re.DOTALL
+    )
+    if after:
+        return before + section + "".join(after)
+    return "\n\n".join(filter(None, (text.rstrip(), section))) + "\n"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .._printing import Table, printable, times
 from .._types import Reference, Scaling
 from ..laws import Power, law_sentence
-from ._other_rates import BASE
+from ._constants import BASE
 from ._uncertainty import own_band
 
 if TYPE_CHECKING:

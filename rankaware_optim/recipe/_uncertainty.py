@@ -1,18 +1,30 @@
 """The uncertainty of a recipe's rate: the fit's standard deviation, and more for each octave beyond
-the trials.
+the trials, also of steps and of batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .._checks import is_within, plain, range_of, shown
+from .._printing import give_or_take, times
 from .._types import Reference, init_text
-from ..fitting import FULL_SD
-from ._constants import DRIFT_SHARE, INIT_SD, MOST_MARGIN, RANK_SD, WIDTH_SD, Z90
+from ..errors import RecipeError
+from ..fitting import FULL_SD, steps_variance
+from ..laws import checked_batch_multiplier
+from ._constants import (
+    BATCH_SD,
+    DRIFT_SHARE,
+    INIT_SD,
+    MOST_MARGIN,
+    RANK_SD,
+    WIDTH_SD,
+    Z90,
+)
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
@@ -99,3 +111,67 @@ def _octaves_beyond(ranks: tuple[int, ...], rank: float) -> float:
     if not ranks:
         return 1.0
     return max(0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks)))
+
+
+# --- another number of steps or another batch -----------------------------------------------------
+
+
+class Moved(NamedTuple):
+    """How the best rate moves for another number of steps or another batch.
+
+    octaves: change of log2 of the rate. variance: what is added to its variance, octaves². note:
+    the reason in words.
+    """
+
+    octaves: float = 0.0
+    variance: float = 0.0
+    note: str = ""
+
+
+def by_steps(recipe: Recipe, steps: int | None) -> Moved:
+    """Return what another number of steps does: the rate stays, and its band grows as that of a fit
+    does. None stands for the recipe's own.
+
+    Raises:
+        RecipeError: `steps` is not a positive whole number, or the recipe does not know its own.
+    """
+    octaves = _octaves(recipe, "steps", steps, recipe.steps)
+    if not octaves:
+        return Moved()
+    variance = steps_variance(octaves)
+    why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
+    return Moved(0.0, variance, f"{why}, {give_or_take(math.sqrt(variance))}")
+
+
+def by_batch(recipe: Recipe, batch: float | None) -> Moved:
+    """Return what another batch does: the rate moves by the law's rule. None stands for the
+    recipe's own.
+
+    Raises:
+        RecipeError: `batch` is not a positive number, or the recipe does not know its own.
+    """
+    octaves = _octaves(recipe, "batch", batch, recipe.batch)
+    if not octaves:
+        return Moved()
+    move = octaves * math.log2(checked_batch_multiplier(recipe.law, 2.0))
+    sd = BATCH_SD * abs(octaves)
+    why = f"batch {batch:g} instead of {recipe.batch:g}: an extrapolation"
+    return Moved(move, sd**2, f"{why} by {times(move)}, {give_or_take(sd)}")
+
+
+def _octaves(
+    recipe: Recipe, what: str, asked: float | None, own: float | None
+) -> float:
+    """Return log2 of the change of the steps or of the batch from the recipe's own."""
+    if asked is None:
+        return 0.0
+    asked = plain(asked)
+    if not is_within(what, asked):
+        raise RecipeError(f"{what} is {shown(asked)}.", f"Give {range_of(what)}.", what)
+    if own is None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} does not give its own {what}, so the rate cannot be moved to"
+            f" {asked:g}.",
+            f"Leave {what}= out, or calibrate with {what}=.",
+        )
+    return math.log2(asked / own)

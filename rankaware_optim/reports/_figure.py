@@ -1,14 +1,15 @@
-"""The figure of a recipe, drawn by matplotlib: all panels together, or each as SVG for a page."""
+"""The figure of a recipe, drawn by matplotlib: all panels together, or each as SVG for a page.
+matplotlib (the extra `plots`) is imported when one is drawn.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._figures import COLOURS, figure_of, rate_axis, save
 from .._printing import printable
 from ..errors import PlotError
 from ..recipe import Recipe, missing_trials
@@ -17,6 +18,8 @@ from ._picture import MARKS, SCORE, Picture, PictureArm, picture_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BLUE, _ORANGE, _GREEN = COLOURS[:3]
 _INK = "#333333"
 _FADED = 0.45  # opacity of what was not tried
@@ -49,7 +52,18 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
         PlotError: matplotlib is not installed, the recipe has no trials, or the file cannot be
             written.
     """
-    return save(recipe_figure(recipe), path)
+    target, figure = Path(path), recipe_figure(recipe)
+    try:
+        if not target.suffix:
+            raise ValueError("its name has no suffix")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=130)
+    except (OSError, ValueError) as error:
+        raise PlotError(
+            f"The figure {target} cannot be written: {error}.",
+            "Give a writable .png, .svg or .pdf.",
+        ) from error
+    return target
 
 
 def recipe_figure(recipe: Recipe) -> Figure:
@@ -162,3 +176,41 @@ def panel_svg(name: str, draw: Callable[..., None], *data: object) -> str:
         text = text.replace(colour, of_page)
     text = re.sub(r' id="[\w.]+_\d+"', "", text)  # all panels have the same
     return text[text.index("<svg") :]
+
+
+# --- matplotlib -----------------------------------------------------------------------------------
+
+
+def figure_of(
+    columns: int, rows: int, width: float, height: float
+) -> tuple[Figure, Any]:
+    """Return a figure and its axes, row by row. width, height: inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError(
+            "Plots need matplotlib.",
+            'In a clone of this package: pip install ".[plots]".',
+        ) from error
+
+    class Shown(Figure):
+        """A figure that notebooks show. They show others only once pyplot is imported."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue()
+
+    figure = Shown(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def rate_axis(axis: Any, side: str = "x") -> None:
+    """Make an axis, "x" or "y", one of rates: logarithmic, with ticks at 1 and 3."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set(**{f"{side}scale": "log", f"{side}label": "learning rate, per step"})
+    own = getattr(axis, f"{side}axis")
+    own.set_major_locator(LogLocator(subs=(1, 3)))
+    own.set_major_formatter(lambda value, _: f"{value:.6g}")
+    own.set_minor_locator(NullLocator())
