@@ -1,13 +1,15 @@
-"""What tests of several packages know of optimizers: Muon, which torch has from 2.9 on, and a moved rate's distance."""
+"""What tests of several packages know of optimizers: Muon, which torch has from 2.9 on, and the default law's rates."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from rankaware_optim import Falling, Law
+from rankaware_optim import Falling, Law, Reference
+from rankaware_optim._types import Factor
 
 DISTANCE = 0.9  # what a rate that the default law moves is multiplied by
 
@@ -27,3 +29,18 @@ def used(law: Law, multiplier: float) -> float:
         if isinstance(law, Falling) and multiplier != 1.0
         else multiplier
     )
+
+
+def multiplier(
+    rank: int | None,
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    settings: Mapping[str, Any] | None = None,
+    width: int = 16,
+) -> float:
+    """What moves a rate of rank and alpha 16 to a factor of this rank; one for other parameters, whose rank is None."""
+    if rank is None:
+        return 1.0
+    factor = Factor("by hand", "A", rank, width, width)
+    law = Falling().bind(kind, settings or {})
+    at_16 = Reference(rank=16, alpha=16, fan_in=width)
+    return used(law, law.multiplier(factor, at_16))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rankaware_optim as ra
+from rankaware_optim.calibration._storage import open_storage
 
 from ...helpers.calibrations import BEST, DIM, STEPS, Net, bowl, calibrate
 
@@ -22,9 +23,8 @@ RANKS = (2, 4)
 
 def wrapped(form: str, rank: int) -> nn.Module:
     net = Net(rank)
-    for (
-        parameter
-    ) in net.parameters():  # the same on both, as a launcher's seed would have it
+    # the same on both, as a launcher's seed would have it
+    for parameter in net.parameters():
         dist.broadcast(parameter.data, src=0)
     if form == "ddp":
         return DistributedDataParallel(net)
@@ -68,19 +68,7 @@ def test_all_see_one_study(pair, form):
     first, second = pair.run(seen_by_all, form, None, 5)
     assert first["seen"] == second["seen"]
     assert len(first["seen"]) == 5
-    assert_same(first["recipe"], second["recipe"])
-
-
-def assert_same(first: ra.Recipe, second: ra.Recipe) -> None:
-    assert (first.fitted_lr, first.law, first.notes) == (
-        second.fitted_lr,
-        second.law,
-        second.notes,
-    )
-    for key, value in first.tensors.items():
-        assert np.array_equal(
-            value, second.tensors[key], equal_nan=value.dtype.kind == "f"
-        ), key
+    assert first["recipe"] == second["recipe"]
 
 
 def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
@@ -89,19 +77,28 @@ def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
     pair.run(seen_by_all, "ddp", path, 2)
     again = pair.run(seen_by_all, "ddp", path, 4)
     assert [len(answer["seen"]) for answer in again] == [2, 2]
-    study = optuna.load_study(study_name="calibration", storage=ra_storage(path))
+    study = optuna.load_study(study_name="calibration", storage=open_storage(path))
     assert len(study.trials) == 4
-    assert_same(again[0]["recipe"], again[1]["recipe"])
+    assert again[0]["recipe"] == again[1]["recipe"]
 
 
-def ra_storage(path: str) -> Any:
-    from rankaware_optim.calibration._storage import open_storage
+def parting(trial: ra.Trial, step: int) -> float:
+    """Values that differ by process: only their mean, by the first's pruner, says when to stop."""
+    level = 9.0 if trial.number > 2 else 2.0
+    own = 0.5 * (dist.get_rank() - 0.5)
+    return own + level + 0.01 * trial.number - 0.05 * step
 
-    return open_storage(path)
+
+def lost_on_one(trial: ra.Trial, step: int) -> float:
+    """At rates that are too high the second process has no finite value from the fourth step on."""
+    u = math.log2(trial.lr) - BEST
+    if u > 1 and step > 3 and dist.get_rank() == 1:
+        return math.nan
+    return 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1)
 
 
-def pruned_together() -> list[int]:
-    """Steps of each trial where the values differ by process, and only their mean or the first's pruner says stop."""
+def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
+    """The steps of each trial, and the first value of the first."""
     steps: list[int] = []
 
     def train(trial):
@@ -109,83 +106,44 @@ def pruned_together() -> list[int]:
         taken = 0
         try:
             for taken in range(1, trial.steps + 1):
-                own = 0.5 * (dist.get_rank() - 0.5)
-                yield (
-                    own
-                    + (9.0 if trial.number > 2 else 2.0)
-                    + 0.01 * trial.number
-                    - 0.05 * taken
-                )
+                yield value(trial, taken)
         finally:
             steps.append(taken)
 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=4)
-    recipe = calibrate(train, ranks=RANKS, trials=5, pruner=pruner)
-    # the mean of both
-    assert recipe.tensors["curve"][0, 0] == pytest.approx(2.0 - 0.05)
-    return steps
+    recipe = calibrate(train, ranks=RANKS, trials=trials, pruner=pruner)
+    return steps, recipe.tensors["curve"][0, 0].item()
 
 
-def test_all_prune_at_the_same_step(pair):
-    """A run is pruned on both processes at once, by the mean of their values."""
-    first, second = pair.run(pruned_together)
+def test_all_stop_at_the_same_step(pair):
+    """By the mean of their values both processes prune a run, and both leave one whose value is lost on one of them."""
+    first, second = pair.run(steps_with, parting, 5)
     assert first == second
-    assert min(first) < STEPS == max(first)
-
-
-def diverging_on_one() -> list[int]:
-    steps: list[int] = []
-
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        u, taken = math.log2(trial.lr) - BEST, 0
-        try:
-            for taken in range(1, trial.steps + 1):
-                lost = u > 1 and taken > 3 and dist.get_rank() == 1
-                yield (
-                    math.nan
-                    if lost
-                    else 2.3 + (bowl(min(u, 1)) - 2.3) * min(taken / 10, 1)
-                )
-        finally:
-            steps.append(taken)
-
-    calibrate(train, ranks=RANKS, trials=8)
-    return steps
-
-
-def test_divergence_on_one_is_divergence_on_all(pair):
-    """A value that is not finite on one process ends the run on both at the same step."""
-    first, second = pair.run(diverging_on_one)
+    steps, value = first
+    assert min(steps) < STEPS == max(steps)
+    assert value == pytest.approx(2.0 - 0.05)
+    first, second = pair.run(steps_with, lost_on_one, 8)
     assert first == second
-    assert min(first) == 4
+    assert min(first[0]) == 4
 
 
-def refused(**options: Any) -> str:
+def refused(storage: str, steps: int) -> str:
     def train(trial):
         trial.optimizer(Net(trial.rank))
         yield from [1.0] * STEPS
 
     with pytest.raises(ra.CalibrationError) as caught:
-        calibrate(train, ranks=RANKS, trials=2, **options)
+        calibrate(train, ranks=RANKS, trials=2, storage=storage, steps=steps)
     return str(caught.value)
-
-
-def away() -> str:
-    return refused(storage="/proc/nowhere/study.journal")
-
-
-def another_configuration(path: str) -> str:
-    return refused(storage=path, steps=STEPS + 1)
 
 
 def test_what_one_cannot_decide_all_are_told(pair, tmp_path):
     """A storage that is away, or of another configuration, is the same error on both; nobody waits for ever."""
-    first, second = pair.run(away)
+    first, second = pair.run(refused, "/proc/nowhere/study.journal", STEPS)
     assert first == second
     assert "/proc/nowhere" in first
     path = str(tmp_path / "study.journal")
     pair.run(seen_by_all, "ddp", path, 1)
-    first, second = pair.run(another_configuration, path)
+    first, second = pair.run(refused, path, STEPS + 1)
     assert first == second
     assert "made with steps=20, not 21" in first

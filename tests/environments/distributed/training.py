@@ -10,25 +10,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim._types import Factor
 from rankaware_optim.inspection import canonical_name
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, mlp
-from ...helpers.optimizers import used
+from ...helpers.optimizers import multiplier
 from .worker import WORLD
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
 # two processes divide 3 unevenly, and of 1 one of them holds nothing
-RANKS = (
-    4,
-    8,
-    3,
-    1,
-)
+RANKS = (4, 8, 3, 1)
 WIDTH = 16
 
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -38,8 +31,8 @@ KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def new_model(style: str = "plain", init: str = "A") -> nn.Sequential:
-    return mlp(RANKS, width=WIDTH, style=style, init=init, seed=3)
+def new_model() -> nn.Sequential:
+    return mlp(RANKS, width=WIDTH, seed=3)
 
 
 def by_class(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
@@ -56,28 +49,16 @@ def by_instance(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
 
 
 def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
-    """The native class, its groups and their rates written out."""
+    """The native class; its groups are A and B of every rank at what the law gives it, and the head."""
     native, settings = KINDS[kind]
-    return native(hand_groups(model, kind), **settings)
-
-
-def hand_groups(model: nn.Module, kind: str = "AdamW") -> list[dict[str, Any]]:
-    """One group for A and B of every rank at what the law gives it, then one for the head at the base rate."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
     for i, rank in enumerate(RANKS):
-        rate = LR * multiplier(rank, kind=kind)
-        groups += [
-            {"params": [p], "lr": rate} for name, p in named if f"layer{i}." in name
-        ]
-    return [*groups, {"params": [p for name, p in named if "head" in name], "lr": LR}]
-
-
-def multiplier(rank: int, init: str = "A", kind: str = "AdamW") -> float:
-    factor = Factor("by hand", "A", rank, WIDTH, WIDTH, init=init)  # type: ignore[arg-type]
-    at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH, init=init)  # type: ignore[arg-type]
-    law = ra.Falling().bind(*KINDS[kind])
-    return used(law, law.multiplier(factor, at_16))
+        rate = LR * multiplier(rank, native, settings)
+        own = [p for name, p in named if f"layer{i}." in name]
+        groups += [{"params": [p], "lr": rate} for p in own]
+    groups += [{"params": [p for name, p in named if "head" in name], "lr": LR}]
+    return native(groups, **settings)
 
 
 FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instance}
@@ -86,22 +67,16 @@ FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instan
 # --- a task ---------------------------------------------------------------------------------------------------------
 
 
-def train(
-    model: nn.Module,
-    opt: Any,
-    first: int = 0,
-    last: int = 4,
-    backward: Any = torch.Tensor.backward,
-) -> None:
+def train(model: nn.Module, opt: Any, first: int = 0, last: int = 4) -> None:
     """Steps `first` to `last` of one task, on this process's half of every batch."""
     for x in list(batches(last, width=WIDTH))[first:]:
-        backward(loss(model, half(x)))
+        loss(model, half(x)).backward()
         opt.step()
         opt.zero_grad()
 
 
 def half(x: torch.Tensor) -> torch.Tensor:
-    return x.chunk(WORLD)[dist.get_rank()] if dist.is_initialized() else x
+    return x.chunk(WORLD)[dist.get_rank()]
 
 
 def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -132,14 +107,9 @@ def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
     }
 
 
-def expected_tags(
-    init: str = "A", kind: str = "AdamW"
-) -> dict[str, tuple[float, int | None]]:
-    factors = {
-        f"layer{i}.lora_{half}": rank for i, rank in enumerate(RANKS) for half in "AB"
-    }
-    tags = {
-        name: (LR * multiplier(rank, init, kind), rank)
-        for name, rank in factors.items()
-    }
+def expected_tags(kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:
+    tags: dict[str, tuple[float, int | None]] = {}
+    for i, rank in enumerate(RANKS):
+        rate = LR * multiplier(rank, *KINDS[kind])
+        tags |= {f"layer{i}.lora_{half}": (rate, rank) for half in "AB"}
     return {**tags, "head.weight": (LR, None), "head.bias": (LR, None)}
