@@ -13,8 +13,8 @@ from rankaware_optim.sweeps._runs import (
     SweepRun,
     mean_losses,
     observation_of,
+    place_of,
     read_sweep,
-    site_of,
     with_alpha,
 )
 from rankaware_optim.transfer._suggest import (
@@ -49,9 +49,9 @@ __all__ = [
     "mean_losses",
     "observation_of",
     "optimizer_family",
+    "place_of",
     "rate_axis",
     "read_sweep",
     "search_range",
-    "site_of",
     "with_alpha",
 ]

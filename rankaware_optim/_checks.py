@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from msgspec import Meta
+
 from ._rate import Rate
 from .errors import InspectionError, OptimizerError, RankAwareError
 
@@ -46,6 +48,12 @@ def is_within(name: str, value: object) -> TypeGuard[float]:
         and low <= value <= high
         and (isinstance(low, float) or value == int(value))
     )
+
+
+def limits(name: str) -> Meta:
+    """Return the range of `name` as msgspec checks it."""
+    low, high = RANGES[name]
+    return Meta(ge=low, le=high)
 
 
 def range_of(name: str) -> str:

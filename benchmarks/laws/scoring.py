@@ -19,8 +19,8 @@ from internals import (
     get_optimizer_class,
     mean_losses,
     observation_of,
+    place_of,
     read_sweep,
-    site_of,
     with_alpha,
 )
 from recording import table_of
@@ -35,6 +35,7 @@ from rankaware_optim.laws import (
     get_law,
     law_sentence,
 )
+from rankaware_optim.recipe import ANY_WIDTH
 from rankaware_optim.sweeps import DEMO_SWEEP
 
 Best = Literal["parabola", "bowl"]
@@ -239,8 +240,9 @@ def loss_curves(
     lora = with_alpha([run for run in runs if run.rank is not None], alpha)
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in lora:
-        site = replace(site_of(run, Reference(1, 1, fan_in=fan_in))[0], batch=run.batch)
-        tried.setdefault((run.model or "", site), []).append(run)
+        at = place_of(run)
+        at = replace(at, fan_in=at.fan_in or fan_in or ANY_WIDTH)
+        tried.setdefault((run.model or "", at), []).append(run)
     curves = []
     for (model, at), mine in tried.items():
         losses = mean_losses((math.log2(run.lr), run.loss) for run in mine)

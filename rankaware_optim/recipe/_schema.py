@@ -12,7 +12,7 @@ import numpy.typing as npt
 from msgspec import Meta, Struct, field
 from msgspec.structs import asdict
 
-from .._checks import MOST_RANKS, RANGES
+from .._checks import MOST_RANKS, limits
 from .._types import Method, Reference, Scaling
 from ..errors import LawError
 from ..laws import Power, law_from_dict, law_to_dict
@@ -23,16 +23,11 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 
-def _range(name: str) -> Meta:
-    low, high = RANGES[name]
-    return Meta(ge=low, le=high)
-
-
-Lr = Annotated[float, _range("lr")]
-Octaves = Annotated[float, _range("octaves")]
-FanIn = Annotated[float, _range("fan_in")]
-Seed = Annotated[int, _range("seed")]
-Ranks = tuple[Annotated[int, _range("rank")], ...]
+Lr = Annotated[float, limits("lr")]
+Octaves = Annotated[float, limits("octaves")]
+FanIn = Annotated[float, limits("fan_in")]
+Seed = Annotated[int, limits("seed")]
+Ranks = tuple[Annotated[int, limits("rank")], ...]
 # up to a standard deviation of 100 octaves
 Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
 ThreeNumbers = tuple[Variance, Variance, Variance]
@@ -81,8 +76,8 @@ class OptimizerTable(Table):
 
 
 class HorizonTable(Table):
-    steps: Annotated[int, _range("steps")] | None = None
-    warmup: Annotated[float, _range("share")] | None = field(
+    steps: Annotated[int, limits("steps")] | None = None
+    warmup: Annotated[float, limits("share")] | None = field(
         name="warmup_share", default=None
     )
 
@@ -103,7 +98,7 @@ class FitTable(Table):
 
     fitted_lr: Lr
     lean: Octaves = field(name="lean_octaves")
-    steepness: Annotated[float, _range("steepness")] = field(
+    steepness: Annotated[float, limits("steepness")] = field(
         name="steepness_per_octave"
     )
     scatter: Octaves = field(name="scatter_octaves")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,17 +25,17 @@ from ..fitting import (
     prior_of,
 )
 from ..laws import PRIOR_LAW, Law, bound_law, checked_multiplier, get_law
-from ..recipe import Z90, Recipe, recipe_of
+from ..recipe import ANY_WIDTH, Z90, Recipe, recipe_of
 from ._runs import (
     GridEnd,
     Runs,
     Source,
     ends_of,
-    fill_in,
     observation_of,
+    only_value,
+    place_of,
     read_sweep,
-    reference_of,
-    site_of,
+    with_alpha,
 )
 
 # By hand. A best rate at an end of its grid is a bound: octaves by which the optimum may be beyond
@@ -113,26 +114,15 @@ def fit_sweep(  # noqa: PLR0913
     optimizer = get_optimizer_class(optimizer)
     bound = bound_law(get_law(law), optimizer, {})
     read = read_sweep(sweep, columns=columns)
-    runs, full_width = fill_in(
-        read.runs,
-        alpha=alpha,
-        init=init,
-        fan_in=fan_in,
-        full_fan_in=full_fan_in,
-        batch=batch,
-        steps=steps,
-    )
+    runs = with_alpha(read.runs, alpha)
+    steps = only_value(runs, "steps", steps)
+    places, full_width = _places(runs, init, fan_in, full_fan_in, batch)
     _check_enough(runs)
-    steps = runs[0].steps
-    reference = reference_of(runs)
-    ranks = sorted({run.rank for run in runs if run.rank is not None})
+    ranks = sorted({place.rank for place in places if place.rank is not None})
+    reference = _middle(places, ranks)
     prior = prior_of(reference, ranks, full_width)
     centred = centred_law(bound, reference, prior.pivot)
-    observations = []
-    for run in runs:
-        here, there = site_of(run, reference)
-        octaves = math.log2(checked_multiplier(centred, here.as_factor(), there))
-        observations.append(observation_of(run, math.log2(run.lr) - octaves))
+    observations = list(_at_reference(runs, places, reference, centred))
     fit = fit_observations(observations, prior)
     if fit is None:
         raise CalibrationError(
@@ -149,7 +139,7 @@ def fit_sweep(  # noqa: PLR0913
         bound,
         reference,
         name=name,
-        scaling_rule=_scaling_rule(runs, reference),
+        scaling_rule=_scaling_rule(places),
         full_fan_in=full_width,
         ranks=tuple(ranks),
         full_seen=any(run.rank is None for run in runs),
@@ -170,6 +160,58 @@ def _check_within(name: str, value: object, range_: str = "") -> None:
         raise CalibrationError(
             f"{name} is {shown(value)}.", f"Give {range_of(range_)}.", name
         )
+
+
+def _places(
+    runs: Runs,
+    init: Literal["A", "B"] | None,
+    fan_in: float | None,
+    full_fan_in: float | None,
+    batch: float | None,
+) -> tuple[list[Reference], float | None]:
+    """Return the runs' configurations, with the arguments where rows have no value, and the width
+    of full finetuning. Raise if the rows are of several models, batches, inits or widths.
+    """
+    lora = [run for run in runs if run.rank is not None]
+    full = [run for run in runs if run.rank is None]
+    only_value(runs, "model")
+    batch = only_value(runs, "batch", batch)
+    init = only_value(lora, "init", missing=init or "A")
+    fan_in = only_value(lora, "fan_in", fan_in)
+    full_fan_in = only_value(full, "fan_in", full_fan_in) or fan_in
+    places = []
+    for run in runs:
+        width = full_fan_in if run.rank is None else fan_in
+        places.append(place_of(replace(run, init=init, fan_in=width, batch=batch)))
+    return places, full_fan_in
+
+
+def _middle(places: Sequence[Reference], ranks: Sequence[int]) -> Reference:
+    """Return the configuration of the middle one of the ranks swept, at its lowest alpha, or full
+    finetuning if there are none.
+    """
+    if not ranks:
+        return places[0]
+    rank = ranks[(len(ranks) - 1) // 2]
+    of_rank = [place for place in places if place.rank == rank]
+    return min(of_rank, key=lambda place: place.alpha or 0.0)
+
+
+def _at_reference(
+    runs: Runs, places: Sequence[Reference], reference: Reference, law: Law
+) -> Iterator[Observation]:
+    """Yield the runs as observations, whose rates the law has moved to the reference."""
+    # where no width is known, a usual one nearly cancels between ranks
+    there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
+    for run, place in zip(runs, places, strict=True):
+        if place.method != reference.method and not place.fan_in:
+            raise CalibrationError(
+                "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
+                "Give a fan-in, or leave out the rows of full finetuning.",
+            )
+        here = replace(place, fan_in=place.fan_in or ANY_WIDTH)
+        octaves = math.log2(checked_multiplier(law, here.as_factor(), there))
+        yield observation_of(run, math.log2(run.lr) - octaves)
 
 
 def _check_enough(runs: Runs) -> None:
@@ -199,15 +241,14 @@ def _check_enough(runs: Runs) -> None:
         )
 
 
-def _scaling_rule(runs: Runs, reference: Reference) -> Scaling:
+def _scaling_rule(places: Sequence[Reference]) -> Scaling:
     """Return how the scaling follows the rank."""
     scalings: dict[int, float] = {}
-    for run in runs:
-        if run.rank is None:
+    for place in places:
+        if place.rank is None:
             continue
-        scaling = site_of(run, reference)[0].scaling
-        known = scalings.setdefault(run.rank, scaling)
-        if abs(math.log2(scaling / known)) > _SAME_SCALING:
+        known = scalings.setdefault(place.rank, place.scaling)
+        if abs(math.log2(place.scaling / known)) > _SAME_SCALING:
             return "unknown"  # a rank at several alphas follows no rule
     return infer_scaling(dict(sorted(scalings.items())))
 

@@ -14,12 +14,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from .._checks import is_within, plain, range_of, shown
+from .._checks import is_within, limits, plain, range_of, shown
 from .._files import read_bytes
 from .._types import Reference
 from ..errors import CalibrationError
 from ..fitting import Observation
-from ..recipe import ANY_WIDTH
 
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
 # The names that columns have in common tools. Case, blanks, "-", "/" and Optuna's and W&B's
@@ -53,7 +52,7 @@ _OF_LORA = ("rank", "alpha", "rslora")
 _MOST = 100_000_000  # largest file, bytes
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
-_Loss = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+_Loss = Annotated[float, limits("loss")]
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,18 @@ class SweepRun:
         start: the loss before training.
     """
 
-    lr: Annotated[float, msgspec.Meta(ge=1e-30, le=1e6)]
+    lr: Annotated[float, limits("lr")]
     loss: _Loss
-    rank: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
-    alpha: Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)] | None = None
+    rank: Annotated[int, limits("rank")] | None = None
+    alpha: Annotated[float, limits("alpha")] | None = None
     rslora: bool = False
     init: Literal["A", "B"] | None = None
-    fan_in: Annotated[float, msgspec.Meta(ge=1e-9, le=1e61)] | None = None
+    fan_in: Annotated[float, limits("fan_in")] | None = None
     method: Literal["lora", "full"] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] = 0
+    seed: Annotated[int, limits("seed")] = 0
     model: str | None = None
-    batch: Annotated[float, msgspec.Meta(ge=1e-9, le=1e15)] | None = None
-    steps: Annotated[int, msgspec.Meta(ge=1, le=10**15)] | None = None
+    batch: Annotated[float, limits("batch")] | None = None
+    steps: Annotated[int, limits("steps")] | None = None
     start: _Loss | None = None
 
 
@@ -295,40 +294,7 @@ def with_alpha(runs: Runs, alpha: float | str | None) -> list[SweepRun]:
     return filled
 
 
-def fill_in(
-    runs: Runs,
-    *,
-    alpha: float | str | None,
-    init: Literal["A", "B"] | None,
-    fan_in: float | None,
-    full_fan_in: float | None,
-    batch: float | None,
-    steps: int | None,
-) -> tuple[list[SweepRun], float | None]:
-    """Return the runs with the arguments where rows have no value, and the width of full
-    finetuning.
-
-    Raises:
-        CalibrationError: alpha is missing, or the rows have several models, batches, inits, widths
-            or numbers of steps.
-    """
-    _only_value(runs, "model")
-    batch = _only_value(runs, "batch", batch)
-    steps = _only_value(runs, "steps", steps)
-    runs = with_alpha(runs, alpha)
-    lora = [run for run in runs if run.rank is not None]
-    full = [run for run in runs if run.rank is None]
-    init = _only_value(lora, "init", missing=init or "A")
-    fan_in = _only_value(lora, "fan_in", fan_in)
-    full_fan_in = _only_value(full, "fan_in", full_fan_in) or fan_in
-    filled = []
-    for run in runs:
-        width = full_fan_in if run.rank is None else fan_in
-        filled.append(replace(run, init=init, fan_in=width, batch=batch, steps=steps))
-    return filled, full_fan_in
-
-
-def _only_value(runs: Runs, name: str, given: Any = None, missing: Any = None) -> Any:
+def only_value(runs: Runs, name: str, given: Any = None, missing: Any = None) -> Any:
     """Return the only value of a column and an argument, None if there is none.
 
     Args:
@@ -347,40 +313,12 @@ def _only_value(runs: Runs, name: str, given: Any = None, missing: Any = None) -
     return several[0] if several else None
 
 
-def reference_of(runs: Runs) -> Reference:
-    """Return the configuration of the middle one of the ranks swept, or full finetuning if there
-    are none.
-    """
-    batch = runs[0].batch
-    ranks = sorted({run.rank for run in runs if run.rank is not None})
-    if not ranks:
-        return Reference(method="full", fan_in=runs[0].fan_in, batch=batch)
-    rank = ranks[(len(ranks) - 1) // 2]
-    of_rank = (run for run in runs if run.rank == rank)
-    return replace(
-        _place_of(min(of_rank, key=lambda run: run.alpha or 0.0)), batch=batch
-    )
-
-
-def _place_of(run: SweepRun) -> Reference:
+def place_of(run: SweepRun) -> Reference:
+    """Return the configuration of a run."""
     if run.rank is None:
-        return Reference(method="full", fan_in=run.fan_in)
-    return Reference(run.rank, run.alpha, run.rslora, run.init or "A", run.fan_in)
-
-
-def site_of(run: SweepRun, reference: Reference) -> tuple[Reference, Reference]:
-    """Return the configuration of `run`, and the reference, both with a fan-in.
-
-    If no fan-in is known, a usual one is used, which nearly cancels between ranks.
-    """
-    there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
-    here = _place_of(run)
-    if here.method != reference.method and not (reference.fan_in or run.fan_in):
-        raise CalibrationError(
-            "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-            "Give a fan-in, or leave out the rows of full finetuning.",
-        )
-    return replace(here, fan_in=run.fan_in or there.fan_in), there
+        return Reference(method="full", fan_in=run.fan_in, batch=run.batch)
+    init = run.init or "A"
+    return Reference(run.rank, run.alpha, run.rslora, init, run.fan_in, batch=run.batch)
 
 
 def observation_of(run: SweepRun, x: float) -> Observation:
