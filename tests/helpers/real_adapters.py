@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import nn
 
-from rankaware_optim import inspect_model
-from rankaware_optim.inspection import other_kind
+from rankaware_optim import InspectionError, inspect_model
+from rankaware_optim.inspection import initialize, other_kind
+from rankaware_optim.testing import check_convention
+
+from .oracle import check_initialize, oracle, output_of
 
 
 def per_rank(rank: int, alpha: float) -> float:
@@ -46,14 +50,6 @@ class Case:
     probed: bool = True
     other: str | None = None
 
-    def installed(self) -> bool:
-        """Whether the case's library imports here."""
-        try:
-            importlib.import_module(MODULES.get(self.package, self.package))
-        except ImportError:
-            return False
-        return True
-
     def expected(self, rank: int, alpha: float) -> Read:
         """What `read` must give of a layer built at (rank, alpha)."""
         return Read(
@@ -79,6 +75,24 @@ class Read(NamedTuple):
     other: set[str | None]
 
 
+def check_layer(case: Case) -> None:
+    """A library's layer is read as declared, computes and trains as read, and starts at another init unchanged."""
+    module = MODULES.get(case.package, case.package)
+    pytest.importorskip(module, exc_type=ImportError)
+    for rank, alpha in ((2, 3.0), (4, 8.0)):
+        torch.manual_seed(0)
+        assert read(case.make(rank, alpha)) == case.expected(rank, alpha)
+    found = check_convention(case.make, *case.inputs(), run=output_of)
+    assert (found.probe is not None) is case.probed
+    assert oracle(case.make, *case.inputs()) < 1e-9
+    for init in "AB":
+        if case.init == "other":
+            with pytest.raises(InspectionError, match=NO_START):
+                initialize(case.make(4, 12.0), init)
+        else:
+            check_initialize(case.make(4, 12.0), case.inputs(), init)
+
+
 def read(model: nn.Module) -> Read:
     """The survey of `model` in short, after a check that its factors come as pairs of A and B."""
     survey = inspect_model(model)
@@ -94,6 +108,8 @@ def read(model: nn.Module) -> Read:
     return Read(conventions, ranks, fans, scalings, inits, kinds, others)
 
 
+# of layers whose factors are both drawn, or that have an init of their own
+NO_START = "needs the init of its convention|both factors drawn|`scalar` of zero"
 MODULES = {
     "lycoris-lora": "lycoris.modules",
     "torchtune": "torchtune.modules.peft",
@@ -170,16 +186,11 @@ def peft(
     return make
 
 
-def peft_attention(*targets: str) -> Callable[[int, float], nn.Module]:
-    def make(rank: int, alpha: float) -> nn.Module:
-        from peft import LoraConfig, get_peft_model
+def peft_attention(rank: int, alpha: float) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(
-            Attention(),
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)),
-        )
-
-    return make
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["attn"])
+    return get_peft_model(Attention(), config)
 
 
 def peft_experts(transposed: bool, *names: str) -> Callable[[int, float], nn.Module]:
@@ -193,9 +204,8 @@ def peft_experts(transposed: bool, *names: str) -> Callable[[int, float], nn.Mod
 def peft_adalora(rank: int, alpha: float) -> nn.Module:
     from peft import AdaLoraConfig, get_peft_model
 
-    config = AdaLoraConfig(
-        init_r=rank, lora_alpha=alpha, target_modules=["q"], total_step=100
-    )
+    sizes = {"init_r": rank, "lora_alpha": alpha, "total_step": 100}
+    config = AdaLoraConfig(target_modules=["q"], **sizes)
     return get_peft_model(One(nn.Linear(IN, OUT)), config)
 
 
@@ -256,14 +266,10 @@ class Sampled(nn.Module):
 
 
 def legacy(rank: int, alpha: float) -> nn.Module:
-    import warnings
-
+    """Deprecated, and still in old checkpoints' loaders."""
     from diffusers.models.lora import LoRALinearLayer
 
-    with warnings.catch_warnings():
-        # deprecated, and still in old checkpoints' loaders
-        warnings.simplefilter("ignore", FutureWarning)
-        return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
+    return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
 
 
 def mixture(rank: int, alpha: float) -> nn.Module:
@@ -324,6 +330,12 @@ def _peft_cases() -> list[Case]:
     }
     experts = {"convention": "peft-experts", "kind": "experts"}
     up, both = ("up",), ("up", "down")
+    conv_dora = {"kind": "conv", "probed": False, "other": dora}
+    of_attention, of_mixture = ((IN, 36), (IN, IN)), ((20, 12), (12, 40))
+    of_both = ((OUT, 10), (IN, OUT))
+    several = experts | {"probed": False}
+    grouped = conv(2, padding=1, groups=2)
+    drawn_twice = (False, "pissa", "olora", "orthogonal")
     return [
         case("Linear", peft(dense)),
         case("Linear, rsLoRA", peft(dense, use_rslora=True), scaling=rslora),
@@ -331,13 +343,12 @@ def _peft_cases() -> list[Case]:
         case("Linear, alpha_pattern", peft(dense, **alphas)),
         case("Linear, lora_bias", peft(dense, lora_bias=True), other=bias),
         case(
-            *("Linear, modules_to_save", peft(dense, modules_to_save=["head"])),
-            other=whole,
+            "Linear, a saved head", peft(dense, modules_to_save=["head"]), other=whole
         ),
         case("Linear, gaussian", peft(dense, init_lora_weights="gaussian")),
         *(
             case(f"Linear, {name}", peft(dense, init_lora_weights=name), init="other")
-            for name in (False, "pissa", "olora", "orthogonal")
+            for name in drawn_twice
         ),
         case("Linear, DoRA", peft(dense, use_dora=True), probed=False, other=dora),
         case("Linear, two adapters", peft_two, fans=DENSE * 2),
@@ -345,35 +356,15 @@ def _peft_cases() -> list[Case]:
         case("Embedding", peft(embedding), tokens, ((30, 8),), **of_embedding),
         case("Conv1d", peft(conv(1)), WAVES, CONV1, kind="conv"),
         case("Conv2d", peft(wide), IMAGES, CONV2, kind="conv"),
-        case(
-            *("Conv2d, two groups", peft(conv(2, padding=1, groups=2)), IMAGES, CONV2),
-            kind="conv",
-        ),
-        case(
-            *("Conv2d, DoRA", peft(conv(2), use_dora=True), IMAGES, CONV2),
-            **{"kind": "conv", "probed": False, "other": dora},
-        ),
+        case("Conv2d, two groups", peft(grouped), IMAGES, CONV2, kind="conv"),
+        case("Conv2d, DoRA", peft(conv(2), use_dora=True), IMAGES, CONV2, **conv_dora),
         case("Conv3d", peft(conv(3)), CLOUDS, CONV3, kind="conv"),
-        case(
-            *("MultiheadAttention", peft_attention("attn"), HEADS),
-            ((IN, 36), (IN, IN)),
-            probed=False,
-        ),
+        case("attention", peft_attention, HEADS, of_attention, probed=False),
         case("AdaLoRA", peft_adalora, convention="peft-adalora", **singular),
         case("experts (E, in, out)", peft_experts(True, *up), STACKS, **experts),
         case("experts (E, out, in)", peft_experts(False, *up), STACKS, **experts),
-        case(
-            *("experts, two parameters", peft_experts(False, *both), STACKS),
-            ((OUT, 10), (IN, OUT)),
-            probed=False,
-            **experts,
-        ),
-        case(
-            *("experts of transformers' Mixtral", mixture, tokens),
-            ((20, 12), (12, 40)),
-            probed=False,
-            **experts,
-        ),
+        case("two experts", peft_experts(False, *both), STACKS, of_both, **several),
+        case("experts of Mixtral", mixture, tokens, of_mixture, **several),
     ]
 
 
@@ -411,45 +402,29 @@ def loralib(
 
 def _loralib_cases() -> list[Case]:
     def case(
-        name: str,
-        convention: str,
-        make: Any,
-        inputs: Any = None,
-        *rest: Any,
-        **own: Any,
+        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
     ) -> Case:
-        inputs, fans = inputs or drawn(4, IN), rest or (DENSE,)
-        names = (f"loralib {name}", "loralib", convention)
-        return Case(*names, make, inputs, *fans, **own)
+        own = {"convention": "lora_A/lora_B", **own}
+        names = {"name": f"loralib {name}", "package": "loralib"}
+        return Case(**names, make=make, inputs=inputs or drawn(4, IN), fans=fans, **own)
 
-    plain, kernel = "lora_A/lora_B", "loralib-conv"
-    enabled = {
-        "q": [True, False, False],
-        "qv": [True, False, True],
-        "qkv": [True, True, True],
-    }
+    merged = {"convention": "merged"}
+    of_conv = {"convention": "loralib-conv", "kind": "conv"}
     of_embedding = {"kind": "embedding", "init": "B"}
+    turned = loralib("Linear", IN, OUT, fan_in_fan_out=True)
+    q = loralib("MergedLinear", IN, 30, enable_lora=[True, False, False])
+    qv = loralib("MergedLinear", IN, 30, enable_lora=[True, False, True])
     grouped = loralib("Conv2d", 4, 8, 3, groups=2)
     return [
-        case("Linear", plain, loralib("Linear", IN, OUT)),
+        case("Linear", loralib("Linear", IN, OUT)),
+        case("Linear, transposed", turned),
+        case("MergedLinear, q", q, None, ((IN, 10),), **merged),
+        case("MergedLinear, qv", qv, None, ((IN, 20),), **merged),
         case(
-            *("Linear, transposed", plain),
-            loralib("Linear", IN, OUT, fan_in_fan_out=True),
+            "Embedding", loralib("Embedding", 30, 8), tokens, ((30, 8),), **of_embedding
         ),
-        *(
-            case(
-                *(f"MergedLinear, {name}", "merged"),
-                loralib("MergedLinear", IN, 30, enable_lora=parts),
-                *(None, ((IN, 10 * sum(parts)),)),
-            )
-            for name, parts in enabled.items()
-        ),
-        case(
-            *("Embedding", plain, loralib("Embedding", 30, 8), tokens, ((30, 8),)),
-            **of_embedding,
-        ),
-        case("Conv2d", kernel, loralib("Conv2d", 4, 8, 3), IMAGES, CONV2, kind="conv"),
-        case("Conv2d, two groups", kernel, grouped, IMAGES, ((18, 8),), kind="conv"),
+        case("Conv2d", loralib("Conv2d", 4, 8, 3), IMAGES, CONV2, **of_conv),
+        case("Conv2d, two groups", grouped, IMAGES, ((18, 8),), **of_conv),
     ]
 
 
@@ -492,8 +467,10 @@ def _lycoris_cases() -> list[Case]:
 
     scalar = {"init": "other", "other": "LyCORIS scalar"}
     dora = {"probed": False, "other": "DoRA magnitude"}
-    tucker = {"convention": "locon-tucker", "other": "Tucker core"}
-    wide, of_conv, grouped = conv(2, padding=1), {"kind": "conv"}, conv(2, groups=2)
+    of_conv = {"kind": "conv"}
+    conv_dora = of_conv | dora
+    tucker = of_conv | {"convention": "locon-tucker", "other": "Tucker core"}
+    wide, grouped = conv(2, padding=1), conv(2, groups=2)
     images = (IMAGES, CONV2)
     return [
         case("linear", locon()),
@@ -504,14 +481,8 @@ def _lycoris_cases() -> list[Case]:
         case("Conv1d", locon(conv(1)), WAVES, CONV1, **of_conv),
         case("Conv2d", locon(wide), *images, **of_conv),
         case("Conv2d, two groups", locon(grouped), IMAGES, ((18, 8),), **of_conv),
-        case(
-            "Conv2d, Tucker", locon(wide, use_tucker=True), *images, **of_conv, **tucker
-        ),
-        case(
-            *("Conv2d, DoRA", locon(wide, weight_decompose=True), *images),
-            **of_conv,
-            **dora,
-        ),
+        case("Conv2d, Tucker", locon(wide, use_tucker=True), *images, **tucker),
+        case("Conv2d, DoRA", locon(wide, weight_decompose=True), *images, **conv_dora),
     ]
 
 
@@ -566,48 +537,25 @@ def _other_cases() -> list[Case]:
 
     def qkv(name: str, groups: int) -> Case:
         """Two heads of 5; `groups` of keys and values."""
-        parts = heads[name]
-        make = litgpt(
-            "LoRAQKVLinear", IN, 10 + 10 * groups, 5, 2, groups, enable_lora=parts
-        )
+        parts, sizes = heads[name], (IN, 10 + 10 * groups, 5, 2, groups)
+        make = litgpt("LoRAQKVLinear", *sizes, enable_lora=parts)
         fan_out = 5 * (2 * parts[0] + groups * (parts[1] + parts[2]))
-        title = (
-            f"litgpt LoRAQKVLinear, {name}, {groups} query group{'s' * (groups > 1)}"
-        )
+        title = f"litgpt LoRAQKVLinear, {name}, query groups: {groups}"
         return Case(title, "litgpt", "merged", make, words, ((IN, fan_out),))
 
-    tune, plain = "lora_a/lora_b", "lora_A/lora_B"
+    def linear(
+        package: str, layer: str, convention: str, make: Any, **own: Any
+    ) -> Case:
+        return Case(f"{package} {layer}", package, convention, make, x, DENSE, **own)
+
+    tune, plain, ours = "lora_a/lora_b", "lora_A/lora_B", "deepspeed-linear"
+    dora = {"probed": False, "other": "DoRA magnitude"}
     return [
-        Case(
-            "torchtune LoRALinear", "torchtune", tune, torchtune("LoRALinear"), x, DENSE
-        ),
-        Case(
-            "torchtune DoRALinear",
-            "torchtune",
-            tune,
-            torchtune("DoRALinear"),
-            x,
-            DENSE,
-            probed=False,
-            other="DoRA magnitude",
-        ),
-        Case(
-            "litgpt LoRALinear",
-            "litgpt",
-            plain,
-            litgpt("LoRALinear", IN, OUT),
-            x,
-            DENSE,
-        ),
+        linear("torchtune", "LoRALinear", tune, torchtune("LoRALinear")),
+        linear("torchtune", "DoRALinear", tune, torchtune("DoRALinear"), **dora),
+        linear("litgpt", "LoRALinear", plain, litgpt("LoRALinear", IN, OUT)),
         *(qkv(name, groups) for name in heads for groups in (1, 2)),
-        Case(
-            "DeepSpeed LoRAOptimizedLinear",
-            "deepspeed",
-            "deepspeed-linear",
-            deepspeed,
-            x,
-            DENSE,
-        ),
+        linear("deepspeed", "LoRAOptimizedLinear", ours, deepspeed),
     ]
 
 
@@ -678,6 +626,7 @@ CASES = [
 ]
 
 
-def cases_of(package: str) -> list[Case]:
-    """The layers of one package, for the environment that installs it alone."""
-    return [case for case in CASES if case.package == package]
+def each_case(packages: Collection[str]) -> pytest.MarkDecorator:
+    """The layers of these packages, as rows of a test."""
+    cases = [case for case in CASES if case.package in packages]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)

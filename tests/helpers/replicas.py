@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from .models import Weight, adapted
-from .real_adapters import DENSE, IN, OUT, Case
+from .models import Weight
+from .real_adapters import DENSE, IN, OUT, Case, per_rank
+
+Make = Callable[[int, float], nn.Module]
+Declared = Callable[[int, float], dict[str, Any]]
+EXPERTS = (3,)
 
 
 def drawn(*shape: int) -> nn.Parameter:
@@ -26,12 +30,16 @@ def zeros(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape))
 
 
-class Replica(nn.Module):
-    """A frozen base, the factors and attributes given, and a forward that adds `moved(self, x)`."""
+def direct(rank, alpha):
+    return alpha
 
-    def __init__(self, base, moved, **members):
+
+class Replica(nn.Module):
+    """A frozen base, the factors and attributes given, and `by` times what the factors make of an input."""
+
+    def __init__(self, base, by, moved, members):
         super().__init__()
-        self.frozen, self.moved = base.requires_grad_(False), moved
+        self.frozen, self.by, self.moved = base.requires_grad_(False), by, moved
         for name, value in members.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
@@ -39,152 +47,43 @@ class Replica(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, x):
-        return self.frozen(x) + self.moved(self, x)
+        factors = [getattr(self, name) for name in self.moved]
+        if isinstance(factors[0], nn.Module):
+            factors = [factor.weight.mT for factor in factors]
+        return self.frozen(x) + self.by * (x @ factors[0] @ factors[1])
 
 
-class Batched(nn.Module):
-    """One frozen matrix for each of three experts."""
+class Columns(nn.Module):
+    """A matrix stored (in, out), or a stack of three of them."""
 
-    def __init__(self, fan_in, fan_out):
+    def __init__(self, *stack):
         super().__init__()
-        self.weight = drawn(3, fan_in, fan_out)
+        self.weight = drawn(*stack, IN, OUT)
 
     def forward(self, x):
-        return torch.bmm(x, self.weight)
+        return x @ self.weight
 
 
-def onetrainer(rank, alpha):
-    def moved(m, x):
-        return m.lora_up(m.lora_down(x)) * m.alpha / m.rank
+def of_modules(*names: str, declares: Declared, by=per_rank, stack=()) -> Make:
+    """Two modules of these names with a weight (rank, in) and (out, rank)."""
 
-    down, up = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(
-        nn.Linear(IN, OUT),
-        moved,
-        lora_down=down,
-        lora_up=up,
-        rank=rank,
-        alpha=torch.tensor(float(alpha)),
-    )
-
-
-def onetrainer_conv(rank, alpha):
-    def moved(m, x):
-        return m.lora_up(m.lora_down(x)) * m.alpha / m.rank
-
-    down, up = nn.Conv2d(4, rank, 3, bias=False), nn.Conv2d(rank, 8, 1, bias=False)
-    nn.init.zeros_(up.weight)
-    return Replica(
-        nn.Conv2d(4, 8, 3),
-        moved,
-        lora_down=down,
-        lora_up=up,
-        rank=rank,
-        alpha=torch.tensor(float(alpha)),
-    )
-
-
-class Weighted(Weight):
-    """A bias-free linear layer of this weight."""
-
-    def forward(self, x):
-        return functional.linear(x, self.weight)
-
-
-def megatron(rank, alpha):
-    def moved(m, x):
-        return m.linear_out(m.linear_in(x)) * m.alpha / m.dim
-
-    first, second = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(
-        nn.Linear(IN, OUT),
-        moved,
-        linear_in=first,
-        linear_out=second,
-        dim=rank,
-        alpha=alpha,
-    )
-
-
-def megatron_experts(rank, alpha):
-    def moved(m, x):
-        return (
-            m.alpha
-            / m.dim
-            * x
-            @ m.linear_in.weight.transpose(1, 2)
-            @ m.linear_out.weight.transpose(1, 2)
-        )
-
-    first, second = Weight(drawn(3, rank, IN)), Weight(zeros(3, OUT, rank))
-    return Replica(
-        Batched(IN, OUT),
-        moved,
-        linear_in=first,
-        linear_out=second,
-        dim=rank,
-        alpha=alpha,
-    )
-
-
-def automodel(rank, alpha):
-    def moved(m, x):
-        return m.lora_B(m.lora_A(x) * m.scale)
-
-    first, second = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(
-        nn.Linear(IN, OUT),
-        moved,
-        lora_A=first,
-        lora_B=second,
-        dim=rank,
-        scale=alpha / rank,
-    )
-
-
-def automodel_experts(part):
     def make(rank, alpha):
-        def moved(m, x):
-            return (
-                m.scale
-                * x
-                @ getattr(m, f"lora_{part}_A")
-                @ getattr(m, f"lora_{part}_B")
-            )
-
-        pair = {
-            f"lora_{part}_A": drawn(3, IN, rank),
-            f"lora_{part}_B": zeros(3, rank, OUT),
-        }
-        return Replica(
-            Batched(IN, OUT), moved, lora_dim=rank, scale=alpha / rank, **pair
-        )
+        pair = Weight(drawn(*stack, rank, IN)), Weight(zeros(*stack, OUT, rank))
+        members = dict(zip(names, pair, strict=True)) | declares(rank, alpha)
+        return Replica(Columns(*stack), by(rank, alpha), names, members)
 
     return make
 
 
-def deepspeed_chat(rank, alpha):
-    def moved(m, x):
-        return x @ m.lora_right_weight @ m.lora_left_weight * m.lora_scaling
+def of_parameters(*names: str, declares: Declared, stack=()) -> Make:
+    """Two parameters of these names, stored (in, rank) and (rank, out)."""
 
-    pair = {"lora_right_weight": drawn(IN, rank), "lora_left_weight": zeros(rank, OUT)}
-    return Replica(nn.Linear(IN, OUT), moved, lora_scaling=alpha / rank, **pair)
+    def make(rank, alpha):
+        pair = drawn(*stack, IN, rank), zeros(*stack, rank, OUT)
+        members = dict(zip(names, pair, strict=True)) | declares(rank, alpha)
+        return Replica(Columns(*stack), per_rank(rank, alpha), names, members)
 
-
-def deepspeed_linear(rank, alpha):
-    """DeepSpeed's LoRAOptimizedLinear, which also has an environment of its own."""
-    pair = {
-        "lora_weight_1": nn.Linear(IN, rank, bias=False),
-        "lora_weight_2": nn.Linear(rank, OUT, bias=False),
-    }
-    nn.init.zeros_(pair["lora_weight_2"].weight)
-    return Replica(
-        nn.Linear(IN, OUT),
-        lambda m, x: m.lora_scaling_factor * m.lora_weight_2(m.lora_weight_1(x)),
-        lora_config=SimpleNamespace(lora_r=rank),
-        lora_scaling_factor=alpha / rank,
-        **pair,
-    )
+    return make
 
 
 class Parametrization(nn.Module):
@@ -194,12 +93,8 @@ class Parametrization(nn.Module):
         super().__init__()
         shapes = ((IN, rank), (rank, OUT)) if swapped else ((rank, IN), (OUT, rank))
         self.lora_A, self.lora_B = drawn(*shapes[0]), zeros(*shapes[1])
-        self.rank, self.lora_alpha, self.scaling, self.swapped = (
-            rank,
-            alpha,
-            alpha / rank,
-            swapped,
-        )
+        self.rank, self.lora_alpha, self.scaling = rank, alpha, alpha / rank
+        self.swapped = swapped
         self.register_buffer("lora_dropout_mask", torch.ones(1, IN))
 
     def forward(self, weight):
@@ -207,84 +102,78 @@ class Parametrization(nn.Module):
         return weight + moved * self.scaling
 
 
-class Transposed(nn.Module):
-    """A linear layer whose weight is stored (in, out)."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = drawn(IN, OUT)
-
-    def forward(self, x):
-        return x @ self.weight
-
-
 def minlora(swapped):
     def make(rank, alpha):
-        base = (Transposed() if swapped else nn.Linear(IN, OUT)).requires_grad_(False)
+        base = Columns() if swapped else nn.Linear(IN, OUT)
         parametrize.register_parametrization(
-            base, "weight", Parametrization(rank, alpha, swapped)
+            base.requires_grad_(False), "weight", Parametrization(rank, alpha, swapped)
         )
         return base
 
     return make
 
 
-def cloneofsimo(rank, alpha):
-    """`scale` is the multiplier itself."""
+onetrainer = of_modules(
+    *("lora_down", "lora_up"),
+    declares=lambda rank, alpha: {"rank": rank, "alpha": torch.tensor(float(alpha))},
+)
+cloneofsimo = of_modules(  # `scale` is the multiplier itself
+    *("lora_down", "lora_up"),
+    declares=lambda rank, alpha: {"r": rank, "scale": alpha},
+    by=direct,
+)
+_megatron = {
+    "declares": lambda rank, alpha: {"dim": rank, "alpha": alpha},
+}
+megatron = of_modules("linear_in", "linear_out", **_megatron)
+megatron_experts = of_modules("linear_in", "linear_out", **_megatron, stack=EXPERTS)
+automodel = of_modules(
+    *("lora_A", "lora_B"),
+    declares=lambda rank, alpha: {"dim": rank, "scale": alpha / rank},
+)
+deepspeed_linear = of_modules(
+    *("lora_weight_1", "lora_weight_2"),
+    declares=lambda rank, alpha: {
+        "lora_config": SimpleNamespace(lora_r=rank),
+        "lora_scaling_factor": alpha / rank,
+    },
+)
+deepspeed_chat = of_parameters(
+    *("lora_right_weight", "lora_left_weight"),
+    declares=lambda rank, alpha: {"lora_scaling": alpha / rank},
+)
 
-    def moved(m, x):
-        return m.lora_up(m.lora_down(x)) * m.scale
 
-    down, up = nn.Linear(IN, rank, bias=False), Weighted(zeros(OUT, rank))
-    return Replica(
-        nn.Linear(IN, OUT), moved, lora_down=down, lora_up=up, r=rank, scale=alpha
+def automodel_experts(part: str) -> Make:
+    return of_parameters(
+        *(f"lora_{part}_A", f"lora_{part}_B"),
+        declares=lambda rank, alpha: {"lora_dim": rank, "scale": alpha / rank},
+        stack=EXPERTS,
     )
 
 
-def direct(rank, alpha):
-    return alpha
+def seeded(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-x = torch.randn(5, IN, generator=torch.Generator().manual_seed(1))
-stacks = torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(1))
-images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+x, stacks, images = seeded(5, IN), seeded(3, 5, IN), seeded(2, 4, 6, 6)
 
 
-def written(
-    name: str, convention: str, make: Callable[[int, float], nn.Module], inputs=x, **own
-) -> Case:
-    """The case of a replica: of one pair, whose fans follow from its kind."""
-    fans = ((36, 8),) if own.get("kind") == "conv" else DENSE
-    return Case(name, "row only", convention, make, lambda: (inputs,), fans, **own)
+def written(name: str, convention: str, make: Make, inputs=x, **own) -> Case:
+    """The case of a replica."""
+    return Case(name, "row only", convention, make, lambda: (inputs,), DENSE, **own)
 
 
 _experts = {"inputs": stacks, "kind": "experts"}
+_down, _up = "automodel-down", "automodel-gate_and_up"
 REPLICAS = [
-    written(
-        "kohya LoRAModule",
-        "lora_down/lora_up",
-        lambda r, alpha: adapted("kohya", rank=r, scaling=alpha / r),
-    ),
     written("OneTrainer", "lora_down/lora_up", onetrainer),
-    written(
-        "OneTrainer, Conv2d", "lora_down/lora_up", onetrainer_conv, images, kind="conv"
-    ),
     written("cloneofsimo", "lora_down/lora_up", cloneofsimo, scaling=direct),
     written("Megatron", "megatron", megatron),
     written("Megatron, grouped experts", "megatron", megatron_experts, **_experts),
     written("Automodel", "automodel", automodel),
-    written(
-        "Automodel, up experts",
-        "automodel-gate_and_up",
-        automodel_experts("gate_and_up"),
-        **_experts,
-    ),
-    written(
-        "Automodel, down experts",
-        "automodel-down",
-        automodel_experts("down"),
-        **_experts,
-    ),
+    written("Automodel, up experts", _up, automodel_experts("gate_and_up"), **_experts),
+    written("Automodel, down experts", _down, automodel_experts("down"), **_experts),
     written("DeepSpeed-Chat", "deepspeed-chat", deepspeed_chat),
     written("DeepSpeed's linear layer", "deepspeed-linear", deepspeed_linear),
     written("minLoRA", "minLoRA", minlora(False)),

@@ -1,0 +1,173 @@
+"""The libraries' own layers: what is read of them, what they compute, how they start, and which are no LoRA pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rankaware_optim import (
+    InspectionError,
+    RankAwareOptimizer,
+    Reference,
+    inspect_model,
+)
+from rankaware_optim.inspection import initialize, other_kind
+from rankaware_optim.testing import check_convention
+
+from ...helpers.models import snapshot
+from ...helpers.oracle import output_of
+from ...helpers.real_adapters import (
+    IN,
+    OTHER_MODULES,
+    OTHER_TUNERS,
+    One,
+    check_layer,
+    dense,
+    drawn,
+    each_case,
+    lycoris,
+    other_tuner,
+    peft,
+    peft_experts,
+)
+
+# What libraries warn of here: deprecated parts of their own, tied or unusual layers, no accelerator.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::rankaware_optim.RankAwareWarning"),
+]
+
+
+@each_case(["peft", "diffusers", "loralib", "lycoris-lora", "deepspeed"])
+def test_a_librarys_layer(case):
+    """It is read as declared, computes and trains as read, and starts at another init with the same output."""
+    check_layer(case)
+
+
+# --- PEFT -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora():
+    return pytest.importorskip("peft")
+
+
+def test_another_adapter_is_left_alone(lora):
+    """`initialize` starts the active adapter alone; an inactive one keeps factors, multiplier and configuration."""
+    model = peft(dense)(4, 12.0)
+    wide = lora.LoraConfig(r=8, lora_alpha=4, target_modules=["q"])
+    model.add_adapter("wide", wide)
+    config, before = str(model.peft_config["wide"]), snapshot(model)
+    initialize(model, "B")
+    after = snapshot(model)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name.split(".")[-2] for name in moved} == {"default"}
+    assert str(model.peft_config["wide"]) == config
+    model.set_adapter("wide")
+    found = inspect_model(model).factors
+    assert {(f.init, f.scaling) for f in found} == {("A", 0.5)}
+
+
+@pytest.mark.parametrize("part", ["a", "b"])
+def test_block_diagonal_factors(lora, part):
+    """BD-LoRA's block-diagonal A or B is read at its declared rank and passes the probe."""
+    config = pytest.importorskip("peft.tuners.lora.config")
+    if not hasattr(config, "BdLoraConfig"):
+        pytest.skip("this PEFT has no BD-LoRA")
+    blocks = config.BdLoraConfig(**{f"target_modules_bd_{part}": ["q"]}, nblocks=2)
+    found = check_convention(peft(dense, use_bdlora=blocks), *drawn(4, IN)())
+    assert found.probe == pytest.approx(0.0, abs=1e-12)
+    assert {f.fan_in for f in found.factors} == {IN / 2 if part == "a" else IN}
+
+
+def test_experts_whose_roles_are_swapped_are_refused(lora):
+    """PEFT before 0.19 swaps A and B of experts stored as (experts, out, in): that is an error with a cure."""
+    for transposed in (True, False):
+        model = peft_experts(transposed, "up")(4, 8.0)
+        # as those versions have none
+        del model.base_model.model.q._did_swap_in_out_features
+        if transposed:
+            assert {f.fan_in for f in inspect_model(model).factors} == {IN}
+        else:
+            with pytest.raises(
+                InspectionError, match=r"swaps A and B of experts.*0\.19"
+            ):
+                inspect_model(model)
+
+
+# --- frozen bases ---------------------------------------------------------------------------------------------------
+
+
+def four_bit():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 128, compute_dtype=torch.float32, quant_type="nf4"
+    ).to("cpu")
+    assert layer.weight.shape == (64 * 128 // 2, 1)
+    return layer
+
+
+def eight_bit():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return bitsandbytes.nn.Linear8bitLt(64, 128, has_fp16_weights=False).to("cpu")
+
+
+def int8_of_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(64, 128)
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    return layer
+
+
+@pytest.mark.parametrize("base", [four_bit, eight_bit, int8_of_torchao])
+def test_quantised_bases(lora, base):
+    """The fans of a quantised base are those of the layer, whatever its weight's shape, and its adapter trains."""
+    model = One(base())
+    model.is_loaded_in_4bit = base is four_bit
+    model.is_loaded_in_8bit = base is eight_bit
+    config = lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q"])
+    model = lora.get_peft_model(model, config)
+    # PEFT's own layer for the base
+    assert type(model.base_model.model.q) is not lora.tuners.lora.Linear
+    factors = inspect_model(model).factors
+    seen = {(f.rank, f.scaling, f.fan_in, f.fan_out, f.init) for f in factors}
+    assert seen == {(4, 2.0, 64.0, 128.0, "A")}
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2)
+    start = snapshot(model)
+    output_of(model, torch.randn(4, 64)).square().mean().backward()
+    opt.step()
+    assert not any(model.get_parameter(f.name).equal(start[f.name]) for f in factors)
+
+
+# --- adapters that are no LoRA pair ---------------------------------------------------------------------------------
+
+
+def of_peft(name):
+    mapping = pytest.importorskip("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
+    if name not in {kind.value for kind in mapping}:
+        pytest.skip(f"this PEFT has no {name}")
+    return other_tuner(name), OTHER_TUNERS[name][0]
+
+
+def of_lycoris(name):
+    pytest.importorskip("lycoris")
+    return lycoris(name, lambda: nn.Linear(16, 16))(4, 8.0), OTHER_MODULES[name]
+
+
+OTHERS = [(of_peft, name) for name in OTHER_TUNERS]
+OTHERS += [(of_lycoris, name) for name in OTHER_MODULES]
+
+
+@pytest.mark.parametrize(("build", "name"), OTHERS)
+def test_other_methods_stay_at_the_base_rate(build, name):
+    """A method of PEFT or LyCORIS that is no LoRA pair is named, has no factors, and trains at the rate given."""
+    torch.manual_seed(0)
+    model, kind = build(name)
+    survey = inspect_model(model)
+    assert survey.factors == ()
+    assert kind in {other_kind(name) for name in survey.other}
+    at_16 = Reference(rank=16, alpha=16)
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=at_16)
+    assert {g["lr"] for g in opt.param_groups} == {1e-3}
+    assert sum(len(g["params"]) for g in opt.param_groups) == len(survey.other)
