@@ -194,6 +194,11 @@ def train(
     return outputs
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [param for param in model.parameters() if param.requires_grad]
+
+
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all parameters and buffers, by name."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

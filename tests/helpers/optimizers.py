@@ -1,4 +1,4 @@
-"""What tests of several packages know of optimizers: Muon, which torch has from 2.9 on, and the default law's rates."""
+"""What tests of several packages know of optimizers: classes by name, Muon, the default law's rates, rates by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from rankaware_optim import Falling, Law, Reference
 from rankaware_optim._types import Factor
+from rankaware_optim.optimizer import effective_lr
 
 DISTANCE = 0.9  # what a rate that the default law moves is multiplied by
 
@@ -20,6 +21,25 @@ needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on
 def muon(*values: Any, kind: Any = Muon) -> Any:
     """A row of a table of optimizers, which has the class first, or its name."""
     return pytest.param(kind, *values, marks=needs_muon)
+
+
+def called(name: str, package: str = "somewhere") -> type[torch.optim.Optimizer]:
+    """SGD under another package's name: laws know a family by it."""
+    return type(name, (torch.optim.SGD,), {"__module__": f"{package}.optimizer"})
+
+
+def names_of(opt: torch.optim.Optimizer) -> list[list[str]]:
+    """The names of every group's parameters."""
+    return [group["param_names"] for group in opt.param_groups]
+
+
+def rates_of(opt: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate at which every parameter trains, by name."""
+    return {
+        name: effective_lr(group)
+        for group in opt.param_groups
+        for name in group["param_names"]
+    }
 
 
 def used(law: Law, multiplier: float) -> float:
