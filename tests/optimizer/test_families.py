@@ -16,27 +16,12 @@ from rankaware_optim import MuA, RankAwareOptimizer, Reference
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer._plan import _WARNED
 
-from ..helpers.models import mlp
+from ..helpers.models import mlp, trained
+from ..helpers.optimizers import called, rates_of
 
 AT_16 = Reference(rank=16, alpha=16)
 LR = 1e-3
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-class Moves(Optimizer):
-    """Moves every entry by its group's rate, and remembers nothing. Tests name subclasses after real optimizers."""
-
-    def __init__(self, params, lr=1e-3, **settings):
-        super().__init__(params, {"lr": lr, **settings})
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.data -= float(group["lr"])
-
-
-def named(name: str, package: str = "somewhere") -> type[Optimizer]:
-    return type(name, (Moves,), {"__module__": f"{package}.optimizer"})
 
 
 def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
@@ -51,8 +36,6 @@ def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
 def moved(model: nn.Module, opt: Optimizer) -> dict[str, float]:
     """How far each parameter moves in a step."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
     opt.step()
     return {
         name: float((before[name] - p.detach()).flatten()[0])
@@ -61,24 +44,17 @@ def moved(model: nn.Module, opt: Optimizer) -> dict[str, float]:
 
 
 def kept_alpha(*ranks: int) -> nn.Module:
-    """A model whose layers have these ranks, all at alpha 16."""
-    model = mlp(ranks, head=True)
-    for layer in model.children():
-        if hasattr(layer, "r"):
-            layer.scaling = 16 / layer.r
-    return model
+    """A model whose layers have these ranks, all at alpha 16, in float64: small moves are exact."""
+    scalings = tuple(16 / rank for rank in ranks)
+    return mlp(ranks, scalings=scalings, dtype=torch.float64)
 
 
 def two_groups(model: nn.Module, to_muon: dict, to_adam: dict) -> list[dict]:
     """The first layer and the head in one group, the second layer in the other."""
-    first = [*model.layer0.parameters(), *model.head.parameters()]
-    trained = [p for p in first if p.requires_grad]
+    first = [*trained(model.layer0), *model.head.parameters()]
     return [
-        {"params": trained, **to_adam},
-        {
-            "params": [p for p in model.layer1.parameters() if p.requires_grad],
-            **to_muon,
-        },
+        {"params": first, **to_adam},
+        {"params": trained(model.layer1), **to_muon},
     ]
 
 
@@ -94,24 +70,29 @@ SPELLINGS = [
 ]
 
 
+def assert_by_family(by_name: dict[str, float]) -> None:
+    """The first layer moved as by Adam, the second as by Muon, and the head at the base rate."""
+    wanted = {
+        "layer0.lora_A": law_of("sign-like", 64),
+        "layer1.lora_A": law_of("spectral", 64),
+        "layer1.lora_B": law_of("spectral", 64),
+        "head.weight": 1.0,
+    }
+    for name, multiplier in wanted.items():
+        assert by_name[name] == pytest.approx(LR * multiplier, rel=1e-9)
+
+
 @pytest.mark.parametrize(("name", "to_muon", "to_adam"), SPELLINGS)
 @pytest.mark.parametrize("form", ["class", "instance"])
 def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
     """In every spelling of Muon with an auxiliary Adam, a factor moves by its own group's law, and the report says it."""
-    model, kind = kept_alpha(64, 64), named(name)
+    model, kind = kept_alpha(64, 64), called(name)
     groups = two_groups(model, to_muon, to_adam)
     if form == "class":
         opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT_16)
     else:
         opt = RankAwareOptimizer(kind(groups, lr=LR), model=model, tuned_at=AT_16)
-    by_name = moved(model, opt)
-    assert by_name["layer0.lora_A"] == pytest.approx(
-        LR * law_of("sign-like", 64), rel=1e-5
-    )
-    assert by_name["layer1.lora_B"] == pytest.approx(
-        LR * law_of("spectral", 64), rel=1e-5
-    )
-    assert by_name["head.weight"] == pytest.approx(LR, rel=1e-5)
+    assert_by_family(moved(model, opt))
     families = {name: row.family for row in opt.report().rows for name in row.names}
     assert families["layer0.lora_A"] == "sign-like"
     assert families["layer1.lora_A"] == "spectral"
@@ -120,18 +101,17 @@ def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
 
 def test_muon_that_marks_parameters_in_its_state_is_read_there():
     """Moonlight's Muon, which ms-swift uses, has one group and marks in the state which parameters Adam gets."""
-    model, kind = kept_alpha(64, 64), named("Muon")
-    built = kind([p for p in model.parameters() if p.requires_grad], lr=LR)
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            built.state[param]["use_muon"] = name.startswith("layer1")
-    by_name = moved(model, RankAwareOptimizer(built, model=model, tuned_at=AT_16))
-    assert by_name["layer0.lora_A"] == pytest.approx(
-        LR * law_of("sign-like", 64), rel=1e-5
-    )
-    assert by_name["layer1.lora_A"] == pytest.approx(
-        LR * law_of("spectral", 64), rel=1e-5
-    )
+    model, kind = kept_alpha(64, 64), called("Muon")
+    built = kind(trained(model), lr=LR)
+    for layer, to_muon in (
+        (model.layer0, False),
+        (model.layer1, True),
+        (model.head, False),
+    ):
+        for param in trained(layer):
+            built.state[param]["use_muon"] = to_muon
+    opt = RankAwareOptimizer(built, model=model, tuned_at=AT_16)
+    assert_by_family(moved(model, opt))
 
 
 GROUPS_OF_ONE_CLASS = [
@@ -152,7 +132,7 @@ GROUPS_OF_ONE_CLASS = [
 @pytest.mark.parametrize(("name", "package", "settings", "family"), GROUPS_OF_ONE_CLASS)
 def test_settings_of_a_group_choose_its_family(name, package, settings, family):
     """A group's settings put it into another family, while the group beside it stays in the class's."""
-    model, kind = kept_alpha(4, 4), named(name, package)
+    model, kind = kept_alpha(4, 4), called(name, package)
     groups = two_groups(model, {}, settings)
     opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT_16)
     families = {name: row.family for row in opt.report().rows for name in row.names}
@@ -160,23 +140,20 @@ def test_settings_of_a_group_choose_its_family(name, package, settings, family):
     by_name = moved(model, opt)
     keeps = family in ("rank-aware", "floored-scale", "first-step")
     expected = 1.0 if keeps else law_of(family, 4)
-    assert by_name["layer0.lora_A"] == pytest.approx(LR * expected, rel=1e-5)
+    assert by_name["layer0.lora_A"] == pytest.approx(LR * expected, rel=1e-9)
 
 
 def test_a_vector_of_a_spectral_optimizer_is_adams():
     """In full finetuning Muon's biases move as under Adam, its matrices as under Muon."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).double()
     at = Reference(rank=16, alpha=16, fan_in=64)
-    kinds = {}
-    for name in ("Muon", "AdamW"):
-        opt = RankAwareOptimizer(
-            model, named(name), lr=LR, tuned_at=at, method="full", law="mua"
-        )
-        kinds[name] = moved(model, opt)
-    assert kinds["Muon"]["0.bias"] == pytest.approx(kinds["AdamW"]["0.bias"], rel=1e-5)
-    assert kinds["Muon"]["0.weight"] != pytest.approx(
-        kinds["AdamW"]["0.weight"], rel=0.1
+    given = {"lr": LR, "tuned_at": at, "method": "full", "law": "mua"}
+    muon, adam = (
+        rates_of(RankAwareOptimizer(model, called(name), **given))
+        for name in ("Muon", "AdamW")
     )
+    assert muon["0.bias"] == pytest.approx(adam["0.bias"])
+    assert muon["0.weight"] != pytest.approx(adam["0.weight"], rel=0.1)
 
 
 KEPT = [
@@ -190,7 +167,7 @@ def test_what_moves_by_rank_itself_keeps_one_rate(name, package, settings):
     """An optimizer whose own rule moves with the rank is not moved twice: one rate, and a sentence why."""
     model = kept_alpha(4, 64)
     opt = RankAwareOptimizer(
-        model, named(name, package), lr=LR, tuned_at=AT_16, **settings
+        model, called(name, package), lr=LR, tuned_at=AT_16, **settings
     )
     assert {round(rate / LR, 4) for rate in moved(model, opt).values()} <= {0.0, 1.0}
     assert "by its own rule its updates move with the rank" in " ".join(
@@ -203,7 +180,7 @@ def test_what_moves_by_rank_itself_keeps_one_rate(name, package, settings):
 
 def test_an_unknown_class_warns_once():
     """A class of an unknown family warns in Python, once a process."""
-    kind = named("Unheard")
+    kind = called("Unheard")
     with pytest.warns(ra.RankAwareWarning, match="Unheard is of an unknown family"):
         RankAwareOptimizer(mlp((4,)), kind, lr=LR, tuned_at=AT_16)
     with warnings.catch_warnings():
@@ -224,7 +201,7 @@ def test_a_recipe_of_adamw_is_at_home_with_its_fused_forms(name):
     """A recipe made with AdamW is used by FusedAdam and the like without a word."""
     recipe = ra.Recipe.load(RECIPES / "language-a.toml")
     model = mlp((16,))
-    kind = named(name)
+    kind = called(name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         RankAwareOptimizer(model, kind, recipe=recipe)
@@ -236,56 +213,38 @@ def test_a_recipe_of_adamw_is_at_home_with_its_fused_forms(name):
 
 @pytest.mark.parametrize("form", ["models", "parameters", "instance"])
 def test_each_of_several_models_moves_by_its_ranks(form):
-    """Factors of a second model move by their own rank when both models are given, in every form."""
-    unet, encoder = kept_alpha(4, 16), kept_alpha(64)
-    both = [unet, encoder]
-    params = [p for model in both for p in model.parameters() if p.requires_grad]
-    given = {"lr": LR, "tuned_at": AT_16}
+    """Factors move by their own rank in every form, their names begin with the model's number, and a state loads."""
+    both = nn.ModuleList([kept_alpha(4, 16), kept_alpha(64)])
+    kind, given = called("Adam"), {"lr": LR, "tuned_at": AT_16}
     if form == "models":
-        opt = RankAwareOptimizer(both, torch.optim.SGD, law="mua", **given)
+        opt = RankAwareOptimizer(list(both), kind, **given)
     elif form == "parameters":
-        opt = RankAwareOptimizer(params, named("Adam"), model=both, **given)
+        opt = RankAwareOptimizer(trained(both), kind, model=list(both), **given)
     else:
-        built = named("Adam")(params, lr=LR)
-        opt = RankAwareOptimizer(built, model=both, tuned_at=AT_16)
-    if form == "models":
-        return _check_names(opt)
-    before = [p.detach().clone() for p in params]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    opt.step()
-    by_id = {
-        id(p): float((b - p.detach()).flatten()[0])
-        for p, b in zip(params, before, strict=True)
-    }
-    expected = {
-        unet.layer0.lora_A: law_of("sign-like", 4),
-        unet.layer1.lora_B: 1.0,
-        encoder.layer0.lora_A: law_of("sign-like", 64),
-    }
-    for param, multiplier in expected.items():
-        assert by_id[id(param)] == pytest.approx(LR * multiplier, rel=1e-4)
-    _check_names(opt)
-
-
-def _check_names(opt):
-    """Names begin with the number of the model, a state loads by them, and a gone model is noticed."""
-    names = [name for group in opt.param_groups for name in group["param_names"]]
-    assert {name.partition(".")[0] for name in names} == {"0", "1"}
+        built = kind(trained(both), lr=LR)
+        opt = RankAwareOptimizer(built, model=list(both), tuned_at=AT_16)
+    by_name = moved(both, opt)
+    for name, multiplier in {
+        "0.layer0.lora_A": law_of("sign-like", 4),
+        "0.layer1.lora_B": 1.0,
+        "1.layer0.lora_A": law_of("sign-like", 64),
+    }.items():
+        assert by_name[name] == pytest.approx(LR * multiplier, rel=1e-9)
+    trains = {name for name, p in both.named_parameters() if p.requires_grad}
+    assert rates_of(opt).keys() == trains
     opt.load_state_dict(opt.state_dict())
 
 
 def test_one_model_in_a_list_is_one_of_several():
     """Its names have its number, so that another may be added in code without other changes."""
     opt = RankAwareOptimizer([kept_alpha(4)], torch.optim.SGD, lr=LR, tuned_at=AT_16)
-    names = [name for group in opt.param_groups for name in group["param_names"]]
-    assert {name.partition(".")[0] for name in names} == {"0"}
+    assert {name.partition(".")[0] for name in rates_of(opt)} == {"0"}
 
 
 def test_a_later_group_is_of_any_of_several_models():
     """Its names and ranks are those of the model that holds it; once one model is gone, no group is added."""
     unet, encoder = kept_alpha(4), kept_alpha(64)
-    first = [p for p in unet.parameters() if p.requires_grad]
+    first = trained(unet)
     both = [unet, encoder]
     opt = RankAwareOptimizer(
         first, torch.optim.SGD, model=both, lr=LR, tuned_at=AT_16, law="mua"
@@ -306,7 +265,7 @@ def test_a_class_that_takes_the_model_is_built_first():
 
     class Whole(torch.optim.SGD):
         def __init__(self, model, lr):
-            super().__init__([p for p in model.parameters() if p.requires_grad], lr=lr)
+            super().__init__(trained(model), lr=lr)
 
     model = kept_alpha(4, 16)
     with pytest.raises(ra.OptimizerError, match="takes a model and makes its groups"):
@@ -318,10 +277,7 @@ def test_a_class_that_takes_the_model_is_built_first():
 def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given():
     """A text encoder's factors beside a U-Net's are refused where model= names the U-Net alone."""
     unet, encoder = kept_alpha(4), kept_alpha(64)
-    params = [
-        p for model in (unet, encoder) for p in model.parameters() if p.requires_grad
-    ]
-    built = torch.optim.AdamW(params, lr=LR)
+    built = torch.optim.AdamW([*trained(unet), *trained(encoder)], lr=LR)
     with pytest.raises(ra.OptimizerError, match=r"belongs to no model given"):
         RankAwareOptimizer(built, model=unet, tuned_at=AT_16)
     assert type(built) is torch.optim.AdamW
