@@ -458,8 +458,12 @@ KINDS = [
     ("q.dora_scale", "DoRA magnitude", False),
     ("q.lora_B.default.bias", "LoRA bias", False),
     ("head.modules_to_save.default.weight", "whole copy (modules_to_save)", False),
+    ("q.lora_mid.weight", "Tucker core", False),
     ("q.lora_A.default.weight", None, False),
+    ("q.lora_A.default", None, False),
     ("head.weight", None, False),
+    ("magnitudes.weight", None, False),
+    ("soft.weight", None, False),
     ("block.layer1.weight", None, False),
 ]
 
