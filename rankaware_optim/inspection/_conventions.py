@@ -47,7 +47,7 @@ not fit. An InspectionError is raised to the user.
 """
 
 
-def _rows(owner: Any, a: Shape, b: Shape) -> Reading:
+def rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r /
     groups columns.
     """
@@ -63,7 +63,7 @@ def rows_of(a: Shape, b: Shape, groups: int) -> Reading:
     return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
 
 
-def _blocks(owner: Any, a: Shape, b: Shape) -> Reading:
+def blocks(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B, n = `nblocks` of its
     module.
     """
@@ -71,17 +71,17 @@ def _blocks(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(a[0], b[1] * n, a[1], b[0], 1 / n)
 
 
-def _columns(owner: Any, a: Shape, b: Shape) -> Reading:
+def columns(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (…, in, r), B (…, r, out): transposed, with or without a leading axis of experts."""
     return Reading(a[-1], b[-2], a[-2], b[-1], kind="experts" if len(a) > 2 else "")
 
 
-def _experts(owner: Any, a: Shape, b: Shape) -> Reading:
+def experts(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (E, r, in), B (E, out, r): one pair for each of E experts."""
     return Reading(a[-2], b[-1], a[-1], b[-2], kind="experts")
 
 
-def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
+def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
     # Set by transformers. Older versions do not have it.
@@ -101,14 +101,14 @@ def _stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     )
 
 
-def _merged(owner: Any, a: Shape, b: Shape) -> Reading:
+def merged(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora`
     selects.
     """
     return Reading(a[0] / max(1, sum(map(bool, owner.enable_lora))), b[1], a[1], b[0])
 
 
-def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
+def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions. B·A is reshaped to the
     kernel.
     """
@@ -117,7 +117,7 @@ def _kernel(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(a[0] / k, b[1] / k, fan_in, conv.out_channels, k, "conv")
 
 
-def _tucker(owner: Any, a: Shape, b: Shape) -> Reading:
+def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base
     rate.
     """
@@ -131,8 +131,8 @@ def tucker_of(a: Shape, b: Shape, core: Shape) -> Reading:
     return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
 
 
-_NAMED = (_rows, _blocks, _columns, _experts, _stacked, _merged, _kernel, _tucker)
-LAYOUTS: Mapping[str, Layout] = {layout.__name__[1:]: layout for layout in _NAMED}
+_NAMED = (rows, blocks, columns, experts, stacked, merged, kernel, tucker)
+LAYOUTS: Mapping[str, Layout] = {layout.__name__: layout for layout in _NAMED}
 
 
 @dataclass(frozen=True)
@@ -311,13 +311,13 @@ def _installed() -> tuple[Convention, ...]:
     """Return the rows of installed packages. What is none gives a warning once, since the user may
     not know the package.
     """
-    rows: list[Convention] = []
+    found: list[Convention] = []
     for point in entry_points(group=_GROUP):
         try:
             row = point.load()
             if not isinstance(row, Convention):
                 raise TypeError(f"it is a {type(row).__name__}, not a Convention")
-            rows.append(row)
+            found.append(row)
         except (Exception, SystemExit) as error:  # third-party code may raise anything
             warn(f"The plug-in {point.name!r} ({point.value}) is left out: {error}.")
-    return tuple(rows)
+    return tuple(found)

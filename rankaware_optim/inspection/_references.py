@@ -82,27 +82,28 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
                 ' or a text such as "r=16,alpha=32".',
             )
         return reference_of(inspect_file(os.fspath(value)))
-    config = _config(value)
-    if "lora_alpha" in config:
-        _refuse_lawless(config, type(value).__name__)
-        # what else PEFT's configuration has is left out
-        config = {key: config[key] for key in config if key in _KEYS}
-    entries = [(f"{key}={v}", key, v) for key, v in config.items() if v is not None]
+    given = _config(value).items()
+    entries = [(f"{key}={own}", key, own) for key, own in given if own is not None]
     return _from_entries(entries, value, like)
 
 
 def _config(value: Any) -> Mapping[str, Any]:
-    """Return a dict, or the entries of PEFT's `LoraConfig` as one."""
-    if isinstance(value, Mapping):
-        return value
-    config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
-    if not {"r", "lora_alpha"} <= config.keys():
-        raise InvalidReferenceError(
-            f"{shown(value)} is not a reference.",
-            'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r": 16,'
-            ' "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
-        )
-    return config
+    """Return a dict, or the entries of PEFT's `LoraConfig` as one. What else PEFT's configuration
+    has is left out.
+    """
+    config: Mapping[str, Any] = value
+    if not isinstance(value, Mapping):
+        config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
+        if not {"r", "lora_alpha"} <= config.keys():
+            raise InvalidReferenceError(
+                f"{shown(value)} is not a reference.",
+                'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r":'
+                ' 16, "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
+            )
+    if "lora_alpha" not in config:
+        return config
+    _refuse_lawless(config, type(value).__name__)
+    return {key: config[key] for key in config if key in _KEYS}
 
 
 def reference_of(survey: Survey) -> Reference:

@@ -122,11 +122,6 @@ class MuA(Law):
         )
 
 
-def paper() -> MuA:
-    """Return the paper's law, in which tokens do not interfere."""
-    return MuA(tokens=None)
-
-
 class Site(NamedTuple):
     """The configuration of a rate: init "A", "B" or "full", rank r, scaling s, fan-in
     n.

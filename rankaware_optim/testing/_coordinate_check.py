@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from statistics import linear_regression
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_init, is_whole, shown
+from .._checks import check_init
 from .._optimizers import get_optimizer_class, known_optimizer
 from .._printing import Table
 from .._types import Factor, Reference
@@ -27,6 +29,18 @@ from ..laws import Law, MuA, bound_law, checked_multiplier, get_law, law_title
 
 _RANGE = 60.0  # octaves: rates from 2^-60 to 2^60 are searched
 _PRECISION = 2.0**-10  # octaves of the rate
+
+
+_Whole = Annotated[int, Meta(ge=1)]
+
+
+class _Request(msgspec.Struct):
+    """What `coordinate_check` can be asked."""
+
+    shapes: Annotated[dict[str, tuple[_Whole, _Whole]], Meta(min_length=1)]
+    ranks: Annotated[set[_Whole], Meta(min_length=2)]
+    tokens: _Whole
+    steps: _Whole
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,6 @@ def coordinate_check(
     *,
     ranks: Sequence[int] = (4, 16, 64),
     law: Law | str | None = None,
-    lr: float | None = None,
     init: Literal["A", "B"] = "A",
     scaling: float | Callable[[int], float] = 1.0,
     tokens: int = 512,
@@ -114,15 +127,14 @@ def coordinate_check(
     tolerance: float = 0.25,
 ) -> CoordinateCheck:
     """Check whether features move equally far at every rank, by a few steps of the real optimizer.
-    They do if the law's rates are right.
+    They do if the law's rates are right. The base rate is that at which the output of the first
+    layer moves by an rms of 1 at the first rank.
 
     Args:
         shapes: of weights, (n_out, n_in), by layer name.
         optimizer: a torch optimizer class or its name.
         ranks: the LoRA ranks to compare.
         law: the law that gives the rates, by default µA at the number of tokens.
-        lr: A's rate at the first layer and rank, per step. By default the rate at which the output
-            there moves by an rms of 1.
         init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
         scaling: s, or a function of the rank that returns it.
         tokens: number of synthetic tokens.
@@ -140,7 +152,19 @@ def coordinate_check(
     >>> check.ok, len(check.rows)
     (True, 2)
     """
-    _check_request(shapes, ranks, tokens, steps)
+    try:
+        asked = {
+            "shapes": shapes,
+            "ranks": set(ranks),
+            "tokens": tokens,
+            "steps": steps,
+        }
+        msgspec.convert(asked, _Request)
+    except msgspec.ValidationError as error:
+        raise LawError(
+            f"This cannot be checked: {error}.",
+            "Give shapes={name: (n_out, n_in)}, two or more ranks, and whole numbers.",
+        ) from error
     check_init(init, "init is", LawError)
     kind, settings = get_optimizer_class(optimizer), settings or {}
     bound = bound_law(get_law(law or MuA(tokens=tokens)), kind, settings)
@@ -151,49 +175,24 @@ def coordinate_check(
     stepper = _Stepper(kind, settings, bound, at, steps, seed)
     rows: list[CoordinateRow] = []
     slopes: dict[str, float] = {}
+    lr: float | None = None
     for name, (n_out, n_in) in shapes.items():
         x, g = _tokens(n_in, tokens, seed), _tokens(n_out, tokens, seed + 1)
         changes = []
         for rank, s in scalings.items():
             a = Factor("", "A", rank, n_in, n_out, s, init)
-            lr = stepper.rate(x, g, a) if lr is None else float(lr)
+            lr = lr or stepper.rate(x, g, a)
             change = stepper.change(x, g, a, lr)
             if not 0 < change < math.inf:
                 raise LawError(
                     f"The output of {name} moves by {change} at rank {rank} and rate {lr:.3g}.",
-                    "Give a rate at which the optimizer takes finite steps, or leave it out.",
+                    "Give ranks or a law at which the optimizer takes finite steps.",
                 )
             changes.append(math.log2(change))
             lr_a, lr_b = stepper.rates(a, lr)
             rows.append(CoordinateRow(name, n_in, n_out, rank, s, lr_a, lr_b, change))
         slopes[name] = linear_regression([math.log2(r) for r in ranks], changes).slope
     return CoordinateCheck(tuple(rows), slopes, bound, kind.__name__, tolerance)
-
-
-def _check_request(shapes: Any, ranks: Any, tokens: object, steps: object) -> None:
-    is_named = isinstance(shapes, Mapping) and len(shapes) > 0
-    are_shapes = is_named and all(
-        _are_whole(shape) and len(shape) == 2 for shape in shapes.values()
-    )
-    cure_of_number = "Give a positive whole number."
-    for name, value, possible, cure in (
-        ("shapes", shapes, are_shapes, "Give {name: (n_out, n_in)}."),
-        (
-            "ranks",
-            ranks,
-            _are_whole(ranks) and len(set(ranks)) > 1,
-            "Give two or more.",
-        ),
-        ("tokens", tokens, is_whole(tokens), cure_of_number),
-        ("steps", steps, is_whole(steps), cure_of_number),
-    ):
-        if not possible:
-            raise LawError(f"{name}={shown(value)} cannot be checked.", cure, name)
-
-
-def _are_whole(values: Any) -> bool:
-    """Return whether `values` are positive whole numbers."""
-    return isinstance(values, (list, tuple, range)) and all(map(is_whole, values))
 
 
 def _tokens(features: int, count: int, seed: int) -> torch.Tensor:
