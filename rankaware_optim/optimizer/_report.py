@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from textwrap import fill
-from typing import TYPE_CHECKING
 
 from .._printing import Table
 from .._types import NO_LAW, Factor, Rated, Survey, init_text, reason_of_other
@@ -16,9 +15,6 @@ from ..laws import get_law, law_title
 from ..recipe import BASE
 from ._param_groups import Group, Groups, effective_lr, named_params
 from ._plan import Label, Plan
-
-if TYPE_CHECKING:
-    import torch
 
 _HEADINGS = (
     "role",
@@ -190,16 +186,14 @@ def _heads_at_base_rate(groups: Iterable[Group], plan: Plan) -> Iterator[str]:
     heads = []
     for group in groups:
         if group.get("lora_role") == "other" and not _giver(plan, group):
-            heads += [name for name, p in named_params([group]) if _is_head(name, p)]
+            for name, p in named_params([group]):
+                if p.requires_grad and p.dim() > 1 and other_kind(name) is None:
+                    heads.append(name)
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
         yield (
             f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it."
         )
-
-
-def _is_head(name: str, param: torch.Tensor) -> bool:
-    return param.requires_grad and param.dim() > 1 and other_kind(name) is None
 
 
 def _rows(groups: Groups, plan: Plan, survey: Survey) -> tuple[Row, ...]:

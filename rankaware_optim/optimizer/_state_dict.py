@@ -37,6 +37,9 @@ from ._param_groups import (
 
 Order = Sequence[Sequence[str]]
 _CURE = "Give the result of optimizer.state_dict()."
+_OTHER_MODEL = (
+    "Load it into a model of the same ranks and shapes, or start with a new state."
+)
 _RATES = ("lr", "initial_lr", "rank_multiplier", "pinned_lr")
 
 
@@ -66,15 +69,7 @@ def fit_checkpoint(
             " parameters.",
             "Add it by add_param_group.",
         )
-    groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
-        raise CheckpointError(
-            "This is not an optimizer checkpoint: it lacks param_groups or state.",
-            _CURE,
-        )
-    for group in groups:
-        _check_group(group)
-    groups = list(map(at_base_rate, groups))
+    groups, state = _read(state_dict)
     # a framework (DeepSpeed's ZeRO) replaced a group's parameters by one flat share
     if any(len(g["params"]) != len(g["param_names"]) for g in param_groups):
         sources, keys = _flat(param_groups, groups, state)
@@ -82,8 +77,7 @@ def fit_checkpoint(
     else:
         slots = _slots(param_groups, groups, order)
         sources = [_sources(group, slots) for group in param_groups]
-        keys, moments = _moments(param_groups, slots, state, _written_shapes(groups))
-        moments |= _of_no_parameter(groups, state)
+        keys, moments = _moments(param_groups, groups, slots, state)
     fitted = []
     for group, theirs, numbers in zip(param_groups, sources, keys, strict=True):
         fitted.append({**_merged(group, theirs[0]), "params": numbers})
@@ -92,35 +86,37 @@ def fit_checkpoint(
     return {**state_dict, "state": moments, "param_groups": fitted}
 
 
-def _of_no_parameter(groups: Groups, state: State) -> dict[Any, Any]:
-    """Return the state that is of no parameter, which some optimizers keep."""
-    keys = state.keys() - set(params_in(groups))
-    return {key: state[key] for key in keys if not isinstance(key, int)}
-
-
-def _check_group(group: Group) -> None:
-    """Raise if a saved group has another format, or a rate that would be misread without an
-    error.
+def _read(state_dict: State) -> tuple[list[Group], State]:
+    """Return a checkpoint's groups, at base rates, and its state. Raise if it is none, has another
+    format, or has a rate that would be misread without an error.
     """
-    if group.get("rankaware_format", GROUP_FORMAT) != GROUP_FORMAT:
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not groups or not isinstance(state, Mapping):
         raise CheckpointError(
-            f"The checkpoint has format {group['rankaware_format']}, this package reads"
-            f" {GROUP_FORMAT}.",
-            "Update rankaware-optim.",
+            "This is not an optimizer checkpoint: it lacks param_groups or state.",
+            _CURE,
         )
-    if "lr" not in group:
-        raise CheckpointError(
-            "The checkpoint's groups are split differently from this optimizer's, and"
-            " torch.distributed.checkpoint loads the settings of a group into only one of its"
-            " parts.",
-            "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the saved"
-            " one was.",
-        )
-    for key in _RATES:
-        if not _is_usable(key, group.get(key, 1.0)):
+    for group in groups:
+        if group.get("rankaware_format", GROUP_FORMAT) != GROUP_FORMAT:
             raise CheckpointError(
-                f"A group of the checkpoint has {key}={group[key]!r}.", _CURE
+                f"The checkpoint has format {group['rankaware_format']}, this package reads"
+                f" {GROUP_FORMAT}.",
+                "Update rankaware-optim.",
             )
+        if "lr" not in group:
+            raise CheckpointError(
+                "The checkpoint's groups are split differently from this optimizer's, and"
+                " torch.distributed.checkpoint loads the settings of a group into only one of its"
+                " parts.",
+                "Load a plain optimizer's checkpoint by load_state_dict, or build this one as the"
+                " saved one was.",
+            )
+        for key in _RATES:
+            if not _is_usable(key, group.get(key, 1.0)):
+                raise CheckpointError(
+                    f"A group of the checkpoint has {key}={group[key]!r}.", _CURE
+                )
+    return list(map(at_base_rate, groups)), state
 
 
 def _is_usable(key: str, value: Any) -> bool:
@@ -203,21 +199,25 @@ def _names_by_position(groups: Groups, order: Order) -> Iterable[str]:
 
 
 def _moments(
-    param_groups: Groups,
-    slots: dict[str, _Slot],
-    state: State,
-    shapes: Mapping[str, Shape],
+    param_groups: Groups, groups: Groups, slots: dict[str, _Slot], state: State
 ) -> tuple[list[list[Any]], dict[Any, Any]]:
     """Return the parameters' keys by group, and the checkpoint's state under them."""
     keys: list[list[Any]] = []
-    moments: dict[Any, Any] = {}
-    numbers = count()
+    shapes, numbers = _written_shapes(groups), count()
+    # some optimizers keep state of no parameter
+    others = state.keys() - set(params_in(groups))
+    moments = {key: state[key] for key in others if not isinstance(key, int)}
     for group in param_groups:
         keys.append([])
         for name, param in named_params([group]):
             key, theirs = slots[name]
             saved, number = state.get(key), next(numbers)
-            _check_rank(name, group, theirs)
+            rank, their_rank = group.get("lora_rank"), theirs.get("lora_rank")
+            if "lora_rank" in theirs and their_rank != rank:
+                raise CheckpointError(
+                    f"The checkpoint's {name} has rank {their_rank}, the model's has rank {rank}.",
+                    _OTHER_MODEL,
+                )
             own = _shapes_in(saved, param)
             # where the checkpoint stores the parameter's shape, state may have any
             _check_shape(name, param, [shapes[name]] if name in shapes else own)
@@ -271,38 +271,25 @@ def _merged(group: Group, theirs: Group) -> Group:
     """Return our group with the saved group's settings and base rate, and our own tags."""
     tags = {key: group[key] for key in TAGS if key in group}
     pinned, saved = group["pinned_lr"], theirs.get("pinned_lr")
-    unread = group.get("lora_init") in ("other", "unknown")
-    if pinned is None and unread and theirs.get("lora_init") in ("A", "B"):
-        # trained weights no longer show the init that gave the saved multiplier
-        tags["lora_init"] = theirs["lora_init"]
-        tags["rank_multiplier"] = theirs["rank_multiplier"]
-    elif pinned is not None and saved is not None:
+    # OneCycleLR starts at a fraction of the rate
+    base = float(theirs.get("max_lr", base_of(theirs)))
+    if pinned is None:
+        unread = group.get("lora_init") in ("other", "unknown")
+        if unread and theirs.get("lora_init") in ("A", "B"):
+            # trained weights no longer show the init that gave the saved multiplier
+            tags["lora_init"] = theirs["lora_init"]
+            tags["rank_multiplier"] = theirs["rank_multiplier"]
+    elif saved is not None:
         # its base may have been scheduled since, so its ratio is kept
         tags["rank_multiplier"] = theirs["rank_multiplier"] * (pinned / saved)
-    elif pinned is not None:
-        # OneCycleLR starts at a fraction of the rate
-        base = float(theirs.get("max_lr", base_of(theirs)))
-        if base:
-            tags["rank_multiplier"] = pinned / base
-    # the recipe that the base rate is of
-    tags["rankaware_recipe"] = theirs.get("rankaware_recipe") or tags.get(
-        "rankaware_recipe", ""
-    )
+    elif base:
+        tags["rank_multiplier"] = pinned / base
+    if theirs.get("rankaware_recipe"):  # the recipe that the base rate is of
+        tags["rankaware_recipe"] = theirs["rankaware_recipe"]
     return {**settings_in(theirs), **tags, "param_names": list(group["param_names"])}
 
 
 # --- one parameter's state ------------------------------------------------------------------------
-
-
-def _check_rank(name: str, group: Group, theirs: Group) -> None:
-    """Raise if a parameter's group has another rank in the checkpoint."""
-    rank = group.get("lora_rank")
-    saved = theirs.get("lora_rank", rank)
-    if saved != rank:
-        raise CheckpointError(
-            f"The checkpoint's {name} has rank {saved}, the model's has rank {rank}.",
-            "Load it into a model of the same rank, or start with a new optimizer state.",
-        )
 
 
 def _check_shape(name: str, param: torch.Tensor, saved: Sequence[Shape]) -> None:
@@ -322,7 +309,7 @@ def _check_shape(name: str, param: torch.Tensor, saved: Sequence[Shape]) -> None
     if not fits:
         raise CheckpointError(
             f"The checkpoint's {name} has shape {saved[0]}, the parameter {shape}.",
-            "Load it into the model it was saved from, or start with a new optimizer state.",
+            _OTHER_MODEL,
         )
 
 
@@ -376,8 +363,7 @@ def _warn_of_changes(
     (now, name), (before, saved_name) = _recipe_of(ours), _recipe_of(theirs)
     another_recipe = "" not in (now, before) and now != before
     another_law = any(map(_is_of_another_law, fitted, sources))
-    by_key = [group for group in theirs if _by_key(group)]
-    bases = {(group.get("user_group"), float(group["lr"])) for group in by_key}
+    bases = {(g.get("user_group"), float(g["lr"])) for g in filter(_by_key, theirs)}
     rows = [
         (
             another_recipe,

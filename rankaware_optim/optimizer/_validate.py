@@ -318,22 +318,21 @@ def use_recipe(
     steps, native = horizon["steps"], source.native
     batch = None if recipe.batch is None else horizon["batch"]
     at = configuration_of(recipe, survey)
-    own, by_steps = rate(recipe, at, steps, batch), 1.0
-    warn_of(recipe, rate(recipe, at))  # other steps are said below
+    here, by_steps = rate(recipe, at), 1.0
+    warn_of(recipe, here)  # other steps are said below
     if steps is not None:
-        by_steps = rate(recipe, at, steps).lr / rate(recipe, at).lr
+        by_steps = rate(recipe, at, steps).lr / here.lr
     in_force = _settings_in_force(recipe, survey, source, groups)
     notes = _differing(recipe, native, in_force, horizon)
     if notes:
         warn(notes[0])
     if is_for(recipe, native):
-        at_steps = steps or recipe.steps or "unknown"
-        at_batch = batch or recipe.batch or "unknown"
+        best = rate(recipe, at, steps, batch)
         notes.append(
-            f"recipe {recipe.name!r}: the best rate lies between {own.low:.3g} and {own.high:.3g}"
-            f" with 90 %, for {at_steps} steps at batch {at_batch}."
+            f"recipe {recipe.name!r}: the best rate lies between {best.low:.3g} and"
+            f" {best.high:.3g} with 90 % at {best.configuration}."
         )
-        notes += own.notes
+        notes += best.notes
     return RecipeUse(recipe, tuple(notes), by_steps, other_rates_on(recipe, survey))
 
 
