@@ -90,17 +90,11 @@ def bowls_of(arms: Arms) -> Bowls:
     """Fit a bowl to every arm. A run at too high a rate ends untrained, or on a plateau if no run
     was that bad.
     """
-    choices = [_bowls_where(arms, plateaus) for plateaus in _plateaus(arms)]
-    return Bowls(*map(np.concatenate, zip(*choices, strict=True)))
-
-
-def _plateaus(arms: Arms) -> list[list[float]]:
-    """Return the plateaus of all arms, once for each choice that the runs allow."""
-    untrained = [CAP] * len(arms)
+    choices = [_bowls_where(arms, [CAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
-    if max(highest) >= CAP:
-        return [untrained]
-    return [untrained, [gap or CAP for gap in highest]]
+    if max(highest) < CAP:
+        choices.append(_bowls_where(arms, [gap or CAP for gap in highest]))
+    return Bowls(*map(np.concatenate, zip(*choices, strict=True)))
 
 
 def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:

@@ -22,7 +22,10 @@ def group_rates(opt: Any) -> dict[str, float]:
         opt: the optimizer, or a framework's wrapper with `param_groups`. Its base rates are those
             that schedulers and trainers set and log.
     """
-    names = [_group_name(group) for group in opt.param_groups]
+    names = []
+    for group in opt.param_groups:
+        role, rank = group.get("lora_role", "other"), group.get("lora_rank")
+        names.append(role if rank is None else f"{role}/r{rank}")
     number = Counter[str]()
     rates = {}
     for name, group in zip(names, opt.param_groups, strict=True):
@@ -33,11 +36,6 @@ def group_rates(opt: Any) -> dict[str, float]:
         rates[f"base_lr/{unique}"] = lr / multiplier
         rates[f"rank_multiplier/{unique}"] = multiplier
     return rates
-
-
-def _group_name(group: dict[str, Any]) -> str:
-    role, rank = group.get("lora_role", "other"), group.get("lora_rank")
-    return role if rank is None else f"{role}/r{rank}"
 
 
 def log_rates(trainer: Any) -> None:

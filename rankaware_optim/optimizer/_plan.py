@@ -61,6 +61,16 @@ class PlanOptions:
                 f"batch is {self.batch!r}.", "Give a positive number, or leave it out."
             )
 
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raise if a pattern of `rates` matches none of the trainable parameters."""
+        for pattern in self.rates:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise OptimizerError(
+                    f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable"
+                    " parameters.",
+                    f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
+                )
+
     def rate_of(self, name: str, other: bool = False) -> float | None:
         """Return the rate of the first pattern that matches `name`, else `other_lr` if it is no
         factor (`other`), or None.
@@ -224,7 +234,7 @@ def make_plan(
 
     groups: the settings of each of the user's groups, of whose families the notes speak.
     """
-    _check_patterns(options, survey)
+    options.check_patterns([*(f.name for f in survey.factors), *survey.other])
     moved = tuple(f for f in survey.factors if options.rate_of(f.name) is None)
     of_moved = replace(survey, factors=moved)
     is_full = "full" in {f.role for f in survey.factors}
@@ -249,17 +259,6 @@ def make_plan(
     for rule in {rule.family: rule for rule in map(plan.rule_for, groups)}.values():
         notes += _family_note(plan, rule)
     return replace(plan, notes=(*notes, *_batch_note(plan)))
-
-
-def _check_patterns(options: PlanOptions, survey: Survey) -> None:
-    names = [*(f.name for f in survey.factors), *survey.other]
-    for pattern in options.rates:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OptimizerError(
-                f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable"
-                " parameters.",
-                f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
-            )
 
 
 def _rule(

@@ -254,20 +254,37 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             param_group: the group, as for torch.
         """
         native, inner = type(self)._rankaware_native, getattr(self, "optimizer", None)
+        # Lightning and Fabric derive a class from ours
         if isinstance(inner, RankAwareOptimizer):
-            inner.add_param_group(
-                param_group
-            )  # Lightning and Fabric derive a class from ours
-        elif "_rankaware" not in vars(
-            self
-        ):  # inside __init__, whose groups are planned already
+            inner.add_param_group(param_group)
+            return
+        # inside __init__, whose groups are planned already
+        if "_rankaware" not in vars(self):
             native.add_param_group(self, param_group)
-        else:
-            groups, wrap = _later_groups(self, param_group)
-            for group in groups:
-                native.add_param_group(self, group)
-            self._rankaware = wrap
-            self._rankaware_unchecked = True
+            return
+        model, wrap = _model_of(self), self._rankaware
+        if model is None:
+            raise OptimizerError(
+                "This optimizer is a copy, or its model is gone, so a new group has no rate.",
+                "Wrap again with model=.",
+            )
+        walked, first = walk(model), len(wrap.order)
+        groups = user_groups([param_group], model, walked, first=first, outside=True)
+        present = set(map(id, params_in(self.param_groups)))
+        refuse_groups(native, groups, present)
+        also, plan = _frozen(groups) | present, wrap.plan
+        found = survey_of(walked, method=plan.method, init=wrap.init, also=also)
+        base = self.defaults.get("lr")
+        named = all("param_names" in group for group in self.param_groups)
+        parts = [rated(part, base, named) for part in split(groups, plan, found, first)]
+        for part in parts:
+            native.add_param_group(self, part)
+        # those of before stay as they were, since trained weights do not show their init
+        factors = {f.name: f for f in (*found.factors, *wrap.survey.factors)}
+        survey = replace(wrap.survey, factors=tuple(factors.values()))
+        order = (*wrap.order, *(group.names for group in groups))
+        self._rankaware = replace(wrap, survey=survey, order=order)
+        self._rankaware_unchecked = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint by parameter name. Ranks and shapes are compared, which torch does not
@@ -442,33 +459,6 @@ def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
         return None if None in models else together(models)
 
     return again
-
-
-def _later_groups(opt: Any, param_group: Group) -> tuple[list[Group], _Wrap]:
-    """Return the groups that a group added later is split into, and the state that includes it."""
-    model, wrap = _model_of(opt), opt._rankaware
-    if model is None:
-        raise OptimizerError(
-            "This optimizer is a copy, or its model is gone, so a new group has no rate.",
-            "Wrap again with model=.",
-        )
-    walked, first, plan = walk(model), len(wrap.order), wrap.plan
-    groups = user_groups([param_group], model, walked, first=first, outside=True)
-    present = set(map(id, params_in(opt.param_groups)))
-    refuse_groups(type(opt)._rankaware_native, groups, present)
-    survey = survey_of(
-        walked, method=plan.method, init=wrap.init, also=_frozen(groups) | present
-    )
-    named = all("param_names" in group for group in opt.param_groups)
-    base, parts = opt.defaults.get("lr"), []
-    for part in split(groups, plan, survey, first):
-        parts.append(rated(part, base, named))
-    before = wrap.survey.factors
-    # those of before stay as they were, since trained weights do not show their init
-    factors = {f.name: f for f in (*before, *survey.factors, *before)}.values()
-    survey = replace(wrap.survey, factors=tuple(factors))
-    order = (*wrap.order, *(group.names for group in groups))
-    return parts, replace(wrap, survey=survey, order=order)
 
 
 # --- the step -------------------------------------------------------------------------------------

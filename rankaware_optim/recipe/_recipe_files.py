@@ -46,7 +46,9 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
     """
     target = _toml_path(path)
     try:
-        trials = _encoded(recipe.tensors)
+        _check_trials(recipe.tensors)
+        arrays = {k: np.ascontiguousarray(v) for k, v in recipe.tensors.items()}
+        trials = safetensors.numpy.save(arrays) if arrays else b""
         document = to_document(recipe, hashlib.sha256(trials).hexdigest())
         text = (_HEADER.format(recipe.name) + tomli_w.dumps(document)).encode()
         if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
@@ -138,15 +140,6 @@ _TRIAL = {
     "steps": ("i", 1),
     "curve": ("f", 2),
 }
-
-
-def _encoded(trials: Trials) -> bytes:
-    """Return trials as a safetensors file, empty if there are none."""
-    _check_trials(trials)
-    if not trials:
-        return b""
-    whole = {name: np.ascontiguousarray(array) for name, array in trials.items()}
-    return safetensors.numpy.save(whole)
 
 
 def _trials(path: Path, sha256: str) -> dict[str, Any]:

@@ -72,7 +72,11 @@ def check_law(
     """
     law = get_law(law)
     bound_law(law, torch.optim.AdamW, {})
-    references = list(_references(fan_in))
+    references = []
+    for width in fan_in:
+        references.append(Reference(method="full", fan_in=width))
+        for rank, alpha, init in itertools.product(_RANKS, _ALPHAS, _INITS):
+            references.append(Reference(rank, alpha, init=init, fan_in=width))
     for reference, at in itertools.product(references, repeat=2):
         if at.method == "lora":
             _ask(law, replace(at.as_factor(), role="B"), reference)
@@ -95,13 +99,6 @@ def check_law(
         return LawConformance(law, registered=False)
     _check_toml(law)
     return LawConformance(law, registered=True)
-
-
-def _references(widths: Iterable[float]) -> Iterable[Reference]:
-    for width in widths:
-        yield Reference(method="full", fan_in=width)
-        for rank, alpha, init in itertools.product(_RANKS, _ALPHAS, _INITS):
-            yield Reference(rank, alpha, init=init, fan_in=width)
 
 
 def _ask(law: Law, factor: Factor, reference: Reference) -> float:
