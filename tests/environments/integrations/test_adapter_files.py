@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import inspect_file
 from rankaware_optim._types import Survey
-from rankaware_optim.cli._main import main
+from rankaware_optim.inspection import other_kind
 from rankaware_optim.inspection._peft_config import _by_pattern
 
 peft = pytest.importorskip("peft")
-
-
-class Experts(nn.Module):
-    """Two stacks of four experts' weights, bare parameters as in transformers' mixtures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(4, 16, 24))
-        self.down_proj = nn.Parameter(torch.randn(4, 12, 16))
+# the libraries warn of what these tests do on purpose
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Model(nn.Module):
@@ -40,14 +30,12 @@ class Model(nn.Module):
         self.conv = nn.Conv2d(4, 8, 3)
         self.grouped = nn.Conv2d(4, 8, 3, groups=2)
         self.attention = nn.MultiheadAttention(16, 2)
-        self.experts = Experts()
         self.head = nn.Linear(16, 3)
 
 
 def lora(**settings) -> object:
-    return peft.LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"], **settings}
-    )
+    usual = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
+    return peft.LoraConfig(**{**usual, **settings})
 
 
 PATTERNS = {
@@ -55,23 +43,20 @@ PATTERNS = {
     "alpha_pattern": {"v": 32, "^layers.0.q": 1},
 }
 SAVED = {
-    "linear": lambda: lora(),
-    "head": lambda: lora(modules_to_save=["head"]),
-    "patterns": lambda: lora(**PATTERNS),
-    "rslora": lambda: lora(use_rslora=True),
-    "rslora, patterns": lambda: lora(use_rslora=True, **PATTERNS),
-    "dora": lambda: lora(use_dora=True),
-    "embedding": lambda: lora(target_modules=["embed", "q"]),
-    "conv": lambda: lora(target_modules=["conv", "grouped"]),
-    "attention": lambda: lora(
-        target_modules=["attention"], alpha_pattern={"attention": 2}
-    ),
-    "gaussian": lambda: lora(init_lora_weights="gaussian"),
-    "both drawn": lambda: lora(init_lora_weights=False),
-    "bias": lambda: lora(lora_bias=True),
-    "adalora": lambda: peft.AdaLoraConfig(
-        init_r=6, target_r=3, lora_alpha=12, total_step=10, target_modules=["q", "v"]
-    ),
+    "linear": {},
+    "head": {"modules_to_save": ["head"]},
+    "patterns": PATTERNS,
+    "rslora, patterns": {"use_rslora": True, **PATTERNS},
+    "dora": {"use_dora": True},
+    "embedding": {"target_modules": ["embed", "q"]},
+    "conv": {"target_modules": ["conv", "grouped"]},
+    "attention": {
+        "target_modules": ["attention"],
+        "alpha_pattern": {"attention": 2},
+    },
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "both drawn": {"init_lora_weights": False},
+    "bias": {"lora_bias": True},
 }
 
 
@@ -90,47 +75,34 @@ def facts(survey: Survey, prefix: str = "") -> dict[tuple[str, str], tuple]:
     }
 
 
+def first(facts: dict[tuple[str, str], tuple], count: int) -> dict:
+    return {factor: fact[:count] for factor, fact in facts.items()}
+
+
 def conventions(survey: Survey) -> set[str]:
     return {f.convention for f in survey.factors}
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", SAVED)
-def test_a_folder_saved_by_peft_is_the_live_model(name, tmp_path):
-    """Rank, fans, scaling, init, kind and convention of every factor."""
-    model = peft.get_peft_model(Model(), SAVED[name]())
-    model.save_pretrained(tmp_path, save_embedding_layers=False)
-    live, saved = ra.inspect_model(model), inspect_file(tmp_path)
+def check_folder(config, folder) -> None:
+    model = peft.get_peft_model(Model(), config)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    live, saved = ra.inspect_model(model), inspect_file(folder)
     assert facts(saved) == facts(live)
     assert conventions(saved) == conventions(live)
     assert saved.notes == ()
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("kind", "shown"),
-    [("LoHaConfig", "LoHa"), ("LoKrConfig", "LoKr"), ("VeraConfig", "VeRA")],
-)
-def test_an_adapter_without_a_law_is_named(kind, shown, tmp_path):
-    """A folder of another kind is a survey without factors, whose tensors `rankaware inspect` names by kind."""
-    peft.get_peft_model(
-        Model(), getattr(peft, kind)(r=4, target_modules=["q"])
-    ).save_pretrained(tmp_path)
-    survey = inspect_file(tmp_path)
-    done = CliRunner().invoke(main, ["inspect", str(tmp_path)])
-    assert (survey.factors, done.exit_code) == ((), 0)
-    assert f"{shown}: no law, the base rate" in done.output
+@pytest.mark.parametrize("name", SAVED)
+def test_a_folder_saved_by_peft_is_the_live_model(name, tmp_path):
+    """Rank, fans, scaling, init, kind and convention of every factor."""
+    check_folder(lora(**SAVED[name]), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_inspect_prints_what_peft_saved(tmp_path):
-    """The command says rank and scaling of a folder by PEFT, and a rate for every module if asked."""
-    peft.get_peft_model(Model(), lora(**PATTERNS)).save_pretrained(tmp_path)
-    options = ["--lr", "2e-4", "--tuned-at", "r=4,alpha=8", "--per-module"]
-    done = CliRunner().invoke(main, ["inspect", str(tmp_path), *options])
-    assert done.exit_code == 0
-    assert done.output.count("default law: from rank 4, alpha 8") == 8
-    assert "base_model.model.layers.1.v.lora_B.weight" in done.output
+def test_a_folder_of_adalora_is_the_live_model(tmp_path):
+    """Its rank is the one that it begins with, however far it would be pruned."""
+    ranks = {"init_r": 6, "target_r": 3, "total_step": 10}
+    config = peft.AdaLoraConfig(lora_alpha=12, target_modules=["q", "v"], **ranks)
+    check_folder(config, tmp_path)
 
 
 KEYS = ["q", "0.q", "layers.0.q", "^layers.0.q", "layers", "a.b", "^v", "0_q"]
@@ -144,23 +116,6 @@ def test_patterns_are_peft_s(order):
     for name in names:
         key = peft.utils.other.get_pattern_key(order, name)
         assert _by_pattern(name, values, None) == values.get(key)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"target_parameters": ["experts.down_proj"]}, "experts by target_parameters"),
-        ({"rank_pattern": {r"layers\.[1-9]\.v": 8}}, "is no plain name"),
-    ],
-)
-def test_what_a_file_does_not_tell_is_refused(settings, message, tmp_path):
-    """Experts of target_parameters and patterns that are regexes are read off the live model alone."""
-    model = peft.get_peft_model(Model(), lora(**settings))
-    model.save_pretrained(tmp_path)
-    assert ra.inspect_model(model).factors
-    with pytest.raises(ra.InspectionError, match=f"{message}.*inspect_model"):
-        inspect_file(tmp_path)
 
 
 # --- LyCORIS --------------------------------------------------------------------------------------------------------
@@ -177,49 +132,56 @@ NETWORKS = {
 def lycoris_network(**settings) -> nn.Module:
     lycoris = pytest.importorskip("lycoris")
     lycoris.LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"]})
-    dims = {
-        "linear_dim": 4,
-        "linear_alpha": 2,
-        "conv_dim": 4,
-        "conv_alpha": 1,
-        "algo": "locon",
-    }
-    return lycoris.create_lycoris(Model(), 1.0, **{**dims, **settings})
+    linear, conv = (
+        {"linear_dim": 4, "linear_alpha": 2},
+        {"conv_dim": 4, "conv_alpha": 1},
+    )
+    usual = {"algo": "locon", **linear, **conv}
+    network = lycoris.create_lycoris(Model(), 1.0, **{**usual, **settings})
+    network.apply_to()
+    return network
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_file_saved_by_lycoris_is_the_live_network(name, tmp_path):
     """Rank, fans, scaling, kind and convention of linear layers, convolutions and Tucker cores, in kohya's keys."""
-    network = lycoris_network(**NETWORKS[name])
-    network.apply_to()
-    network.save_weights(
-        str(tmp_path / "x.safetensors"),
-        torch.bfloat16,
-        {"ss_network_module": "lycoris.kohya"},
-    )
-    saved = inspect_file(tmp_path / "x.safetensors")
-    live = ra.inspect_model(network, init="A")
-    assert {key: value[:4] for key, value in facts(saved).items()} == {
-        k: v[:4] for k, v in facts(live).items()
-    }
+    network, path = lycoris_network(**NETWORKS[name]), tmp_path / "x.safetensors"
+    metadata = {"ss_network_module": "lycoris.kohya"}
+    network.save_weights(str(path), torch.bfloat16, metadata)
+    saved, live = inspect_file(path), ra.inspect_model(network, init="A")
+    assert first(facts(saved), 4) == first(facts(live), 4)
     assert conventions(saved) == conventions(live)
     assert {f.init for f in saved.factors} == {"unknown"}
-    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "x.safetensors")])
-    assert done.exit_code == 0
-    assert "lora_down/lora_up" in done.output
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("algorithm", ["loha", "lokr", "glora"])
-def test_lycoris_s_other_kinds_are_named(algorithm, tmp_path):
-    """LoHa, LoKr and GLoRA files are surveys without factors, and their alphas no tensors."""
-    network = lycoris_network(algo=algorithm)
-    network.apply_to()
-    network.save_weights(str(tmp_path / "x.safetensors"), None, None)
-    survey = inspect_file(tmp_path / "x.safetensors")
+def of_peft(kind, folder):
+    config = getattr(peft, kind)(r=4, target_modules=["q"])
+    peft.get_peft_model(Model(), config).save_pretrained(folder)
+    return folder
+
+
+def of_lycoris(algorithm, folder):
+    path = folder / "x.safetensors"
+    lycoris_network(algo=algorithm).save_weights(str(path), None, None)
+    return path
+
+
+LAWLESS = [
+    (of_peft, "LoHaConfig", "LoHa"),
+    (of_peft, "LoKrConfig", "LoKr"),
+    (of_peft, "VeraConfig", "VeRA"),
+    (of_lycoris, "loha", "LoHa"),
+    (of_lycoris, "lokr", "LoKr"),
+    (of_lycoris, "glora", "GLoRA"),
+]
+
+
+@pytest.mark.parametrize(("save", "kind", "shown"), LAWLESS)
+def test_an_adapter_without_a_law_is_named(save, kind, shown, tmp_path):
+    """It is a survey without factors, whose tensors are named by kind, alphas left out."""
+    survey = inspect_file(save(kind, tmp_path))
     assert survey.factors == ()
-    assert survey.other
+    assert shown in {other_kind(name) for name in survey.other}
     assert not any(name.endswith(".alpha") for name in survey.other)
 
 
@@ -241,68 +203,48 @@ def unet():
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-    made.add_adapter(
-        lora(
-            target_modules=targets, rank_pattern={"to_v": 2}, alpha_pattern={"to_v": 1}
-        )
-    )
+    own = {"rank_pattern": {"to_v": 2}, "alpha_pattern": {"to_v": 1}}
+    made.add_adapter(lora(target_modules=targets, **own))
     return made
 
 
-def save(unet, folder, state, **metadata) -> None:
+def by_its_loader(unet, folder):
+    """`save_lora_weights` of a pipeline, with the metadata."""
+    config = unet.peft_config["default"].to_dict()
+    state = peft.get_peft_model_state_dict(unet)
+    save(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config)
+
+
+def by_itself(unet, folder):
+    """The model's own method writes the configuration without a part's name."""
+    unet.save_lora_adapter(folder)
+
+
+def save(folder, **what) -> None:
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
-    StableDiffusionLoraLoaderMixin.save_lora_weights(
-        folder, unet_lora_layers=state, **metadata
-    )
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **what)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_file_saved_by_diffusers_is_the_live_model(unet, tmp_path):
-    """save_lora_weights with its metadata: the ranks, fans, scalings and inits of the live UNet."""
-    config = unet.peft_config["default"].to_dict()
-    save(
-        unet,
-        tmp_path,
-        peft.get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=config,
-    )
+@pytest.mark.parametrize(
+    ("written", "prefix"), [(by_its_loader, "unet."), (by_itself, "")]
+)
+def test_a_file_saved_by_diffusers_is_the_live_model(unet, written, prefix, tmp_path):
+    """The ranks, fans, scalings and inits are those of the live UNet, whichever method saved them."""
+    written(unet, tmp_path)
     saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
-    assert facts(saved) == facts(live, "unet.")
+    assert facts(saved) == facts(live, prefix)
     assert conventions(saved) == conventions(live) == {"peft"}
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_file_of_save_lora_adapter_is_the_live_model(unet, tmp_path):
-    """The model's own method writes the configuration without a part's name."""
-    unet.save_lora_adapter(tmp_path)
-    assert facts(inspect_file(tmp_path)) == facts(ra.inspect_model(unet))
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_old_keys_of_diffusers_are_read(unet, tmp_path):
     """In the keys of earlier releases there is no alpha: rank and fans are right, the scaling is 1 with a note."""
     from diffusers.utils import convert_state_dict_to_diffusers
 
     state = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
     assert any(".lora.down." in key for key in state)
-    save(unet, tmp_path, state)
+    save(tmp_path, unet_lora_layers=state)
     saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
-    assert {k: v[:3] for k, v in facts(saved).items()} == {
-        k: v[:3] for k, v in facts(live, "unet.").items()
-    }
+    assert first(facts(saved), 3) == first(facts(live, "unet."), 3)
     assert {f.scaling for f in saved.factors} == {1.0}
     assert any("scaling 1 is assumed" in note for note in saved.notes)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_config_of_another_adapter_is_refused(tmp_path):
-    """PEFT's folder with the configuration of a run at another rank: both numbers are named."""
-    peft.get_peft_model(Model(), lora()).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 64}))
-    with pytest.raises(
-        ra.InspectionError,
-        match=r"adapter_config\.json, declares rank 64 but .* has shape \(4, 16\)",
-    ):
-        inspect_file(tmp_path)
