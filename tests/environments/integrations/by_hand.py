@@ -14,12 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim._types import Factor
 
+from ...helpers import optimizers
 from ...helpers.models import batches, mlp
-from ...helpers.optimizers import used
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -100,13 +98,18 @@ def parts(case: Case, model: nn.Module) -> list[tuple[int | None, dict[str, Any]
 
 
 def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
-    """What the default law gives a factor of this rank with a rate tuned at rank 16; one for other parameters."""
-    if rank is None:
-        return 1.0
-    at_16 = Reference(rank=16, alpha=16, fan_in=case.width)
-    factor = Factor("by hand", "A", rank, case.width, case.width)
-    law = ra.Falling().bind(case.kind, case.settings)
-    return used(law, law.multiplier(factor, at_16))
+    return optimizers.multiplier(rank, case.kind, case.settings, case.width)
+
+
+def groups_by_hand(
+    model: nn.Module, lr: float, kind: type[Optimizer] = torch.optim.AdamW
+) -> list[dict[str, Any]]:
+    """The groups of `mlp((4, 8))` written out, in the order in which norms are added."""
+    groups = []
+    for layer, rank in ((model.layer0, 4), (model.layer1, 8)):
+        rate = lr * optimizers.multiplier(rank, kind)
+        groups += [{"params": [p], "lr": rate} for p in (layer.lora_A, layer.lora_B)]
+    return [*groups, {"params": list(model.head.parameters())}]
 
 
 # --- training and saving --------------------------------------------------------------------------------------------

@@ -1,534 +1,520 @@
-"""Real runs of a few steps: transformers and Lightning."""
+"""Real runs of a few steps by transformers and by every trainer of TRL: attach, the two other routes, and logs."""
 
 from __future__ import annotations
 
-import csv
+import os
+import subprocess
+import sys
 import warnings
-from contextlib import contextmanager
 
-import numpy as np
+import optuna
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankaware_optim import (
-    Power,
-    RankAwareOptimizer,
-    RankAwareWarning,
-    Recipe,
-    Reference,
-)
-from rankaware_optim.integrations import (
-    attach,
-    group_rates,
-    lightning_rates,
-)
+import rankaware_optim as ra
+from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim.integrations import attach, group_rates
 
+from ...helpers.deepspeed import on_cpu
+from ...helpers.examples import readme_blocks
 from ...helpers.llama import llama_config
-from ...helpers.models import batches, mlp, same, snapshot
-from .by_hand import multiplier
+from ...helpers.models import mlp, same
+from ...helpers.optimizers import multiplier
+from ...helpers.recipes import RECIPE
+from .trainers import (
+    AT_16,
+    LR,
+    QUIET,
+    STEPS,
+    AdamW,
+    arguments,
+    attached,
+    by_class,
+    by_hand,
+    by_instance,
+    datasets,
+    llama,
+    peft,
+    plain,
+    tokenizer,
+    tokens,
+    transformers,
+    trl,
+    weights,
+)
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    datasets = pytest.importorskip("datasets")
-    lightning = pytest.importorskip("lightning")
-    accelerate = pytest.importorskip("accelerate")
-    trl = pytest.importorskip("trl")
-
-pytestmark = [
-    # peft, trl
-    pytest.mark.filterwarnings(
-        "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"
-    ),
-    # lightning
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    # lightning
-    pytest.mark.filterwarnings(
-        "ignore:Checkpoint directory .* exists and is not empty"
-    ),
-]
-
-LR = 1e-2
-STEPS = 6
-AT_16 = Reference(rank=16, alpha=16)
-ADAMW = {"weight_decay": 0.0}
+pytestmark = QUIET
 
 
-# --- transformers and TRL -------------------------------------------------------------------------------------------
+# --- every route, every trainer -------------------------------------------------------------------------------------
 
 
-def llama():
-    """A two-layer language model from a configuration, with adapters of ranks 4 and 8."""
-    torch.manual_seed(0)
-    config = llama_config(num_hidden_layers=2)
-    model = transformers.LlamaForCausalLM(config)
-    lora = peft.LoraConfig(
-        r=4,
-        lora_alpha=4,
-        target_modules=["q_proj", "v_proj"],
-        rank_pattern={"v_proj": 8},
-        alpha_pattern={"v_proj": 8},
-    )
-    return peft.get_peft_model(model, lora)
-
-
-def tokens(count=24):
-    source = torch.Generator().manual_seed(1)
-    rows = torch.randint(32, (count, 8), generator=source).tolist()
-    return datasets.Dataset.from_dict(
-        {"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * count}
-    )
-
-
-def arguments(folder, kind=transformers.TrainingArguments, **own):
-    settings = {
-        "max_steps": STEPS,
-        "save_steps": 3,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": LR,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-        "weight_decay": 0.0,
-    }
-    return kind(output_dir=str(folder), **{**settings, **own})
-
-
-def adapters(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def by_class(model):
-    """Trainer's own groups, the model taken out of the settings."""
-    settings = {
-        "model": model,
-        "optimizer": torch.optim.AdamW,
-        "lr": LR,
-        "tuned_at": AT_16,
-        **ADAMW,
-    }
-    return {"optimizer_cls_and_kwargs": (RankAwareOptimizer, settings)}
-
-
-def by_instance(model):
-    return {
-        "optimizers": (
-            RankAwareOptimizer(
-                model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, **ADAMW
-            ),
-            None,
-        )
-    }
-
-
-def by_hand(model, kind=torch.optim.AdamW):
-    """The native class with the four groups written out."""
-    groups = {}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            rank = 4 if "q_proj" in name else 8
-            groups.setdefault(
-                (rank, "lora_A" in name), {"params": [], "lr": LR * multiplier(rank)}
-            )["params"].append(param)
-    return {"optimizers": (kind(list(groups.values()), lr=LR, **ADAMW), None)}
-
-
-def trained(folder, route=None, resume=None, attached=None, **own):
-    """A trainer after its run, and the adapters it left. Without a route, by attach."""
+def run(folder, route=None, resume=None, **own):
+    """A trainer after its run, by attach where there is no route."""
     model = llama()
-    trainer = transformers.Trainer(
-        model,
-        arguments(folder, **own),
-        train_dataset=tokens(),
-        **(route(model) if route else {}),
-    )
+    trainer = plain(model, folder, route=route and route(model), **own)
     if route is None:
-        usual = {"optimizer": torch.optim.AdamW, "lr": LR, "tuned_at": AT_16}
-        attach(trainer, **(attached or usual))
+        attached(trainer)
     trainer.train(resume_from_checkpoint=resume)
-    return trainer, {
-        name: p.detach().clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    return trainer
 
 
-def tokenizer():
-    """A tokenizer of 32 words, made in memory."""
-    from tokenizers import Tokenizer, models
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 32)}}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "w2")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
+CLIPPED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
 
 
-@contextmanager
-def counted():
-    """A list that grows by one with every optimizer step."""
+@pytest.mark.parametrize(
+    ("route", "own"),
+    [(by_class, {}), (by_instance, {}), (None, {}), (None, CLIPPED)],
+)
+def test_trainer_trains_and_resumes_as_with_groups_by_hand(tmp_path, route, own):
+    """By every route, clipped and accumulated too, weights are those of torch's own class with groups written out, bit
+    for bit, and those of a run that was resumed in its middle.
+    """
+    whole = run(tmp_path / "ours", route, **own)
+    hand = run(tmp_path / "hand", by_hand, **own)
+    assert isinstance(whole.optimizer.optimizer, RankAwareOptimizer)
+    assert same(weights(whole), weights(hand))
     steps = []
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
-    yield steps
+    middle = tmp_path / "ours" / "checkpoint-3"
+    resumed = run(tmp_path / "ours", route, str(middle), **own)
     hook.remove()
-
-
-each_route = pytest.mark.parametrize("route", [by_class, None, by_instance])
-
-
-@each_route
-def test_trainer_trains_as_with_groups_by_hand(tmp_path, route):
-    """By every route Trainer leaves the weights of torch's own class with groups written out, bit for bit."""
-    trainer, ours = trained(tmp_path / "ours", route)
-    _, hand = trained(tmp_path / "hand", by_hand)
-    assert isinstance(trainer.optimizer.optimizer, RankAwareOptimizer)
-    assert same(ours, hand)
-
-
-@each_route
-def test_trainer_resumes(tmp_path, route):
-    """A run resumed from its middle checkpoint takes the other half and ends at the same weights, bit for bit."""
-    _, whole = trained(tmp_path, route)
-    with counted() as steps:
-        _, resumed = trained(tmp_path, route, str(tmp_path / "checkpoint-3"))
     assert len(steps) == STEPS - 3
-    assert same(whole, resumed)
-
-
-def test_the_rates_matter_in_these_runs(tmp_path):
-    """Trainer's weights at the rates of each rank differ from those at one rate, so the tests above can fail."""
-    _, ours = trained(tmp_path)
-    _, plain = trained(
-        tmp_path,
-        lambda model: {"optimizers": (torch.optim.AdamW(adapters(model), lr=LR), None)},
-    )
-    assert not same(ours, plain)
-
-
-def test_trainer_clips_and_accumulates(tmp_path):
-    """Gradient clipping, accumulation and weight decay give the weights of groups written out."""
-    own = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01}
-    _, ours = trained(tmp_path, **own)
-    _, hand = trained(tmp_path, by_hand, **own)
-    assert same(ours, hand)
+    assert same(weights(whole), weights(resumed))
 
 
 def test_trainer_runs_schedulefree(tmp_path):
     """Trainer switches a schedule-free optimizer made by the factory to training and back as it does the native one."""
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
-    settings = {"optimizer": kind, "lr": LR, "tuned_at": AT_16}
-    _, ours = trained(tmp_path, attached=settings, **own)
-    _, hand = trained(tmp_path, lambda model: by_hand(model, kind), **own)
-    assert same(ours, hand)
+    ours = attached(plain(llama(), tmp_path, **own), kind)
+    ours.train()
+    hand = run(tmp_path, lambda model: by_hand(model, kind), **own)
+    assert same(weights(ours), weights(hand))
 
 
-def test_attach_with_a_recipe(tmp_path):
-    """With a recipe in place of a rate, Trainer's optimizer has the rates that the recipe gives."""
-    reference = Reference(rank=4, alpha=4, init="A", fan_in=16)
-    recipe = Recipe(
-        "tiny",
-        LR,
-        reference=reference,
-        law=Power(exponent=0.1),
-        covariance=np.eye(3) / 100,
-        ranks=(4, 8),
+def texts(**columns):
+    """Sixteen rows of short texts; a column's text is followed by the row's number as a word."""
+    return datasets.Dataset.from_dict(
+        {n: [f"{text} w{i % 30 + 2}" for i in range(16)] for n, text in columns.items()}
     )
-    trainer, _ = trained(
-        tmp_path, attached={"optimizer": "adamw", "recipe": recipe}, max_steps=1
+
+
+def rated():
+    rows = texts(prompt="w2", completion="w3 w4")
+    return rows.add_column("label", [True, False] * 8)
+
+
+def score(completions, **_):
+    return [float(len(set(text))) for text in completions]
+
+
+ONLINE = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
+TRL = {
+    # the data, and arguments of its own
+    "SFT": (tokens, {"max_length": None}),
+    "Reward": (lambda: texts(chosen="w2 w3", rejected="w4 w5"), {"max_length": None}),
+    "DPO": (
+        lambda: texts(prompt="w2", chosen="w3 w4", rejected="w5"),
+        {"max_length": None},
+    ),
+    "KTO": (rated, {"max_length": None}),
+    "GRPO": (lambda: texts(prompt="w2 w3"), ONLINE),
+    "RLOO": (lambda: texts(prompt="w2 w3"), ONLINE),
+}
+
+
+def of_trl(kind, model, folder, route=None):
+    """TRL's trainer of this kind."""
+    data, own = TRL[kind]
+    args = arguments(folder, getattr(trl, f"{kind}Config"), max_steps=2, **own)
+    rewards = {"reward_funcs": [score]} if own is ONLINE else {}
+    more = {"train_dataset": data(), "processing_class": tokenizer(), **rewards}
+    return getattr(trl, f"{kind}Trainer")(model, args=args, **more, **route or {})
+
+
+def with_score():
+    """A model of one rank that gives a score, whose head is trained beside the pairs."""
+    torch.manual_seed(0)
+    config = llama_config(pad_token_id=0, num_labels=1)
+    base = transformers.LlamaForSequenceClassification(config)
+    pairs = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    head = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    return peft.get_peft_model(base, peft.LoraConfig(**pairs, **head))
+
+
+@pytest.mark.parametrize("kind", TRL)
+def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, capsys, kind):
+    """One line after any trainer: the weights of groups written out, bit for bit, the rates logged, one report."""
+    model = with_score() if kind == "Reward" else llama()
+    ours = attached(of_trl(kind, model, tmp_path / "ours"), weight_decay=0.0)
+    start = weights(ours)
+    ours.train()
+    assert not same(start, weights(ours))
+    assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
+    assert "rank_multiplier/A/r4" in ours.state.log_history[0]
+    assert isinstance(ours.optimizer.optimizer, RankAwareOptimizer)
+    assert str(ours.optimizer.report()) == str(ours.optimizer.optimizer.report())
+    if kind == "Reward":
+        rows = {row.role: row.multiplier for row in ours.optimizer.report().rows}
+        assert rows["A"] == rows["B"] != rows["other"] == 1.0
+        return
+    model = llama()
+    hand = of_trl(kind, model, tmp_path / "hand", by_hand(model))
+    hand.train()
+    assert same(weights(ours), weights(hand))
+
+
+def test_the_readmes_line_moves_a_trainers_rates(tmp_path):
+    """The README's block trains a Trainer at ranks 4 and 8 with rates moved from rank 16."""
+    trainer = plain(llama(), tmp_path, max_steps=2)
+    exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
+    assert trainer.state.global_step == 2
+    rows = trainer.optimizer.report().rows
+    assert {row.rank for row in rows if row.multiplier != 1.0} == {4, 8}
+
+
+# --- the arguments reach it -----------------------------------------------------------------------------------------
+
+
+ONE_RANK = {"target_modules": ["q_proj"], "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def with_norms_and_biases():
+    """One rank throughout, and beside the pairs trainable norms and biases."""
+    others = {"bias": "lora_only", "modules_to_save": ["input_layernorm"]}
+    return llama({"attention_bias": True}, **ONE_RANK, **others)
+
+
+SET = {"weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("given", "optim"),
+    [
+        ({"optimizer": AdamW}, "adamw_torch"),
+        ({}, "adamw_torch_fused"),
+        ({"lr": LR}, "adafactor"),
+    ],
+)
+def test_the_arguments_reach_the_optimizer(tmp_path, given, optim):
+    """A uniform model trains as under Trainer's own optimizer, bit for bit: decay, who is spared it, betas, epsilon."""
+    ours, own = (
+        plain(with_norms_and_biases(), tmp_path, optim=optim, **SET) for _ in range(2)
     )
-    direct = RankAwareOptimizer(llama(), torch.optim.AdamW, recipe=recipe)
-    assert [g["initial_lr"] for g in trainer.optimizer.param_groups] == [
-        g["lr"] for g in direct.param_groups
-    ]
+    attach(ours, **given)
+    ours.train()
+    own.train()
+    assert same(weights(ours), weights(own))
+    decays = {
+        (g["weight_decay"], any("norm" in n for n in g["param_names"]))
+        for g in ours.optimizer.param_groups
+    }
+    assert decays == {(0.5, False), (0.0, True)}
 
 
-def test_the_callback_logs_every_groups_rate(tmp_path):
-    """Trainer's logs hold the rate that each role and rank was stepped with, in the law's ratio."""
-    trainer, _ = trained(tmp_path)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == STEPS
-    assert [entry["learning_rate"] for entry in logs] == [
-        entry["base_lr/A/r4"] for entry in logs
-    ]
-    for entry in logs:
-        assert entry["lr/A/r4"] == pytest.approx(
-            entry["base_lr/A/r4"] * entry["rank_multiplier/A/r4"]
+def test_what_is_given_holds_over_the_arguments(tmp_path):
+    """Decay and betas given to attach hold; what is left unset in the arguments leaves the class its own."""
+    trainer = plain(llama(), tmp_path, **SET)
+    attached(trainer, betas=(0.1, 0.2), weight_decay=0.25)
+    defaults = trainer.create_optimizer().defaults
+    assert (defaults["betas"], defaults["weight_decay"]) == ((0.1, 0.2), 0.25)
+    trainer = attached(plain(llama(), tmp_path), "torch_optimizer:Yogi")
+    assert trainer.create_optimizer().defaults["eps"] == 1e-3
+
+
+OWN_CLASS = {"optimizer_cls_and_kwargs": (AdamW, {"lr": 3e-3, "eps": 1e-4})}
+OF_RECIPE = {"recipe": RECIPE, "other_lr": 1e-3}
+RATES = [
+    # of the arguments, of the trainer's own class, given to attach, and which of them trains; None for a recipe's
+    (5e-5, None, {"tuned_at": AT_16}, 5e-5),
+    (5e-4, None, {}, 5e-4),
+    (5e-4, None, {"lr": 2e-4}, 2e-4),
+    (5e-4, None, OF_RECIPE, None),
+    (5e-4, OWN_CLASS, {}, 3e-3),
+    (5e-4, OWN_CLASS, {"tuned_at": AT_16}, 3e-3),
+    (5e-4, OWN_CLASS, {"lr": None}, 3e-3),
+    (5e-4, OWN_CLASS, {"lr": 2e-4}, 2e-4),
+    (5e-4, OWN_CLASS, OF_RECIPE, None),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
+@pytest.mark.parametrize(("argument", "route", "given", "trained"), RATES)
+def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, trained):
+    """A default of the arguments counts with tuned_at= alone; what is given goes before what the trainer had; and the
+    arguments, which are saved with the run, hold the rate that trains.
+    """
+    trainer = plain(llama(), tmp_path, route=route, learning_rate=argument)
+    attach(trainer, **given)
+    defaults = trainer.create_optimizer().defaults
+    if trained is None:
+        trained = RankAwareOptimizer(llama(), AdamW, **OF_RECIPE).defaults["lr"]
+    assert defaults["lr"] == trainer.args.learning_rate == trained
+    assert route is None or defaults["eps"] == 1e-4
+
+
+def untouched(kind):
+    """A trainer of TRL at its own default rate."""
+    return lambda folder: of_trl(kind, llama(), folder)
+
+
+def at_its_default(folder):
+    return plain(llama(), folder, learning_rate=5e-5)
+
+
+def at_a_rate(folder):
+    return plain(llama(), folder)
+
+
+def with_an_optimizer(folder):
+    trainer = at_a_rate(folder)
+    trainer.create_optimizer()
+    return trainer
+
+
+def attached_twice(trainer):
+    attach(trainer, AdamW)
+    attach(trainer, AdamW)
+
+
+REFUSED = [
+    (lambda folder: object(), attached, "not a Trainer of transformers"),
+    (at_its_default, attach, "attach was given no rate.*than its default, 5e-05"),
+    (at_a_rate, lambda t: attach(t, model=t.model), "given model=, but uses that of"),
+    (at_a_rate, attached_twice, "already has an optimizer"),
+    (with_an_optimizer, attach, "already has an optimizer"),
+    (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
+]
+
+
+@pytest.mark.parametrize(("make", "act", "sentence"), REFUSED)
+def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, make, act, sentence):
+    """No trainer, no rate that anyone set, an optimizer that is there, an unknown class: a sentence each."""
+    trainer = make(tmp_path)
+    with pytest.raises(OptimizerError, match=sentence):
+        act(trainer)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TRL if kind != "Reward"])
+def test_trls_default_rate_is_not_taken_for_a_tuned_one(tmp_path, kind):
+    """The rate at which a trainer of TRL trains if nobody sets one, for LoRA too, is refused with its value."""
+    trainer = of_trl(kind, llama(), tmp_path)
+    rate = type(trainer.args)(str(tmp_path), use_cpu=True).learning_rate
+    trainer.args.learning_rate = rate
+    with pytest.raises(OptimizerError, match=f"value than its default, {rate:g}, or"):
+        attach(trainer)
+
+
+def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
+    """Where the rate came from the arguments, a search's trial at their default trains at it too."""
+    seen = []
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((args.learning_rate, kwargs["optimizer"].param_groups[0]["lr"]))
+
+    own = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_steps": 1}
+    trainer = transformers.Trainer(
+        model_init=lambda: llama(),
+        args=arguments(tmp_path, **own),
+        callbacks=[Look()],
+        train_dataset=tokens(),
+        eval_dataset=tokens(),
+    )
+    attach(trainer, AdamW)
+    rates = {"learning_rate": [2e-5, 5e-5, 1e-4]}
+    trainer.hyperparameter_search(
+        lambda trial: {
+            n: trial.suggest_categorical(n, all_) for n, all_ in rates.items()
+        },
+        backend="optuna",
+        n_trials=3,
+        sampler=optuna.samplers.GridSampler(rates),
+    )
+    assert sorted(seen) == [(rate, rate) for rate in rates["learning_rate"]]
+
+
+# --- a run without attach -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
+def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
+    """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer."""
+
+    def made():
+        own = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 3}
+        data = {"train_dataset": tokens(), "eval_dataset": tokens()}
+        return transformers.Trainer(llama(), arguments(tmp_path, **own), **data)
+
+    made().train()
+    trainer = attached(made())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ra.RankAwareWarning)
+        with pytest.raises(ra.CheckpointError, match=r"rates for 2 groups, .* has 4"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_plain_runs_checkpoint_is_loaded(tmp_path):
+    """What Trainer saved before attach is loaded by it after, norms without decay included."""
+    own = {"max_steps": 1, "save_steps": 1}
+    first, again = (plain(with_norms_and_biases(), tmp_path, **own) for _ in range(2))
+    first.train()
+    opt = attached(again, tuned_at=None).create_optimizer()
+    state = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    with pytest.warns(ra.RankAwareWarning, match="opt.expand"):
+        opt.load_state_dict(state)
+    old, new = (
+        {n: state[p]["exp_avg"] for n, p in model.named_parameters() if p.requires_grad}
+        for state, model in (
+            (first.optimizer.state, first.model),
+            (opt.state, again.model),
         )
-        rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
-        assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
-        assert rates["lr/A/r4"] * multiplier(8) == pytest.approx(
-            rates["lr/B/r8"] * multiplier(4)
-        )
+    )
+    assert same(old, new)
 
 
-def test_reporters_get_the_rates(tmp_path):
-    """A reporter that the trainer was built with sees the rates in what it logs."""
+# --- what trainers do with it ---------------------------------------------------------------------------------------
+
+
+def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
+    """Ray's search sends the trainer by cloudpickle: the copy trains as the original, on its own model."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    GradientState._reset_state()  # after another training in this process it holds weak references
+    trainer = attached(plain(llama(), tmp_path))
+    copied = cloudpickle.loads(cloudpickle.dumps(trainer))
+    assert copied.optimizer_cls_and_kwargs[0]._trainer() is copied
+    copied.train()
+    trainer.train()
+    assert same(weights(copied), weights(trainer))
+
+
+ZERO = """
+import torch, transformers, peft, warnings
+import rankaware_optim as ra
+from rankaware_optim.integrations import attach
+config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    num_attention_heads=2)
+lora = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj"])
+model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+zero = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": 1}, "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+args = transformers.TrainingArguments("out", max_steps=1, report_to="none", save_strategy="no", deepspeed=zero)
+rows = [{"input_ids": list(range(8)), "labels": list(range(8))} for _ in range(8)]
+trainer = transformers.Trainer(model, args, train_dataset=rows)
+attach(trainer, torch.optim.AdamW, lr=1e-3, tuned_at="r=64,alpha=64")
+warnings.simplefilter("ignore")
+warnings.simplefilter("error", ra.RankAwareWarning)
+trainer.train()
+print("AT THE END", sorted({row.role for row in trainer.optimizer.report().rows}))
+"""
+
+
+def test_deepspeeds_wrapper_is_looked_into(tmp_path):
+    """Under ZeRO the attached optimizer is found inside DeepSpeed's: no warning, and the wrapper has its report."""
+    pytest.importorskip("deepspeed")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29763"}
+    done = subprocess.run(
+        [sys.executable, "-c", ZERO],
+        cwd=tmp_path,
+        env={**os.environ, **alone, **address, **on_cpu()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "AT THE END ['A', 'B']" in done.stdout, done.stderr[-2000:]
+
+
+class OfItsOwn(transformers.Trainer):
+    """A trainer that makes its optimizer by itself, as Unsloth's does on a GPU where embeddings have a rate."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = AdamW(self.model.parameters())
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("rate", "cure"),
+    [(None, "create_optimizer of a subclass"), (1e-5, r"'\*modules_to_save\*': 1e-05")],
+)
+def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, rate, cure):
+    """Where the trainer leaves what was attached aside, training raises before any weight has moved, with the cure."""
+    args = arguments(tmp_path, max_steps=1)
+    args.embedding_learning_rate = rate
+    trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
+    start = weights(trainer)
+    with pytest.raises(OptimizerError, match=f"has made its own AdamW .*{cure}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert same(start, weights(trainer))
+
+
+def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
+    """A factory called with groups splits them; a rate of a group's own is kept, the trainer's base rate is ours."""
+    model = llama()
+    trainer = attached(plain(model, tmp_path, learning_rate=5e-3))
+    first, *rest = (p for p in model.parameters() if p.requires_grad)
+    groups = [{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}]
+    opt = trainer.optimizer_cls_and_kwargs[0](groups)
+    found = {(group["user_group"], group["lr"]) for group in opt.param_groups}
+    assert found == {(0, 1e-4), (1, LR)}
+
+
+def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
+    """bitsandbytes' AdamW8bit holds an embedding's moments in float32, a large factor's in 8 bits."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 256, "vocab_size": 64}
+    model = llama(wide, **ONE_RANK, r=32, modules_to_save=["embed_tokens"])
+    trainer = attached(plain(model, tmp_path), bitsandbytes.optim.AdamW8bit)
+    opt = trainer.create_optimizer()
+    rows = torch.arange(64).reshape(4, 16)
+    model(input_ids=rows, labels=rows).loss.backward()
+    opt.step()
+    kinds = {
+        n.split(".")[-3]: opt.state[p]["state1"].dtype
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert kinds["modules_to_save"] == torch.float32
+    assert kinds["lora_A"] == torch.uint8
+
+
+# --- logs -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_groups_rate_is_logged(tmp_path):
+    """Trainer's logs, and what its reporters see, hold the rate of each role and rank, in the law's ratio."""
     seen = []
 
     class Reporter(transformers.TrainerCallback):
         def on_log(self, *_, logs, **__):
             seen.append("lr/A/r4" in logs)
 
-    trainer = transformers.Trainer(
-        llama(), arguments(tmp_path), train_dataset=tokens(), callbacks=[Reporter()]
-    )
-    attach(trainer, torch.optim.AdamW, tuned_at=AT_16)
+    trainer = attached(plain(llama(), tmp_path, route={"callbacks": [Reporter()]}))
     trainer.train()
     assert seen == [True] * STEPS + [False]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in logs:
+        base = entry["base_lr/A/r4"]
+        assert entry["learning_rate"] == base
+        assert entry["lr/A/r4"] == pytest.approx(base * entry["rank_multiplier/A/r4"])
+        rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
+        assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
+        ratio = multiplier(8) / multiplier(4)
+        assert rates["lr/B/r8"] == pytest.approx(rates["lr/A/r4"] * ratio)
 
 
 def test_rates_that_share_a_name_are_numbered():
     """Groups that share a name are numbered, others are not; any optimizer can be asked."""
     model = mlp((4,), head=False)
     factors = [{"params": [p]} for p in model.parameters() if p.requires_grad]
-    opt = RankAwareOptimizer(
-        [*factors], torch.optim.SGD, model=model, lr=LR, rates={"*lora_A": 1.0}
-    )
-    found = group_rates(opt)
-    assert {name: rate for name, rate in found.items() if name.startswith("lr/")} == {
-        "lr/A/r4": 1.0,
-        "lr/B/r4": LR,
-    }
-    assert (found["base_lr/A/r4"], found["rank_multiplier/A/r4"]) == (
-        pytest.approx(LR),
-        pytest.approx(1.0 / LR),
-    )
-    plain = torch.optim.SGD(
-        [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 2.0}], lr=1.0
-    )
-    assert [group_rates(plain)[f"lr/other/{number}"] for number in (0, 1)] == [1.0, 2.0]
-
-
-# --- Lightning ------------------------------------------------------------------------------------------------------
-
-
-class Lit(lightning.LightningModule):
-    """A mixed-rank model with a schedule, stepped by Lightning or by hand."""
-
-    def __init__(self, make, *, manual=False):
-        super().__init__()
-        self.net, self.make = mlp((4, 8), seed=3), make
-        self.automatic_optimization = not manual
-
-    def training_step(self, batch, _):
-        x = batch[0]
-        loss = (self.net(x) - x[:, :3].sin()).square().mean()
-        if not self.automatic_optimization:
-            opt = self.optimizers()
-            opt.zero_grad()
-            self.manual_backward(loss)
-            opt.step()
-            self.lr_schedulers().step()
-        return loss
-
-    def configure_optimizers(self):
-        opt = self.make(self.net)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 2 * STEPS)
-        return {
-            "optimizer": opt,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-
-def rank_aware(model):
-    """Lightning loads weights before it asks for the optimizer, so the adapters' init is named."""
-    return RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16, init="A")
-
-
-def of_unknown_init(model):
-    return RankAwareOptimizer(model, torch.optim.AdamW, lr=LR, tuned_at=AT_16)
-
-
-def handmade(model):
-    """torch's own AdamW with the groups of `mlp((4, 8))` written out, in the order in which norms are added."""
-    layers = [
-        (model.layer0.lora_A, 4),
-        (model.layer0.lora_B, 4),
-        (model.layer1.lora_A, 8),
-        (model.layer1.lora_B, 8),
-    ]
-    groups = [{"params": [p], "lr": LR * multiplier(rank)} for p, rank in layers]
-    return torch.optim.AdamW(
-        [*groups, {"params": list(model.head.parameters())}], lr=LR
-    )
-
-
-def loader():
-    data = torch.utils.data.TensorDataset(torch.cat(list(batches(STEPS))))
-    return torch.utils.data.DataLoader(data, batch_size=8, num_workers=0)
-
-
-def fit(folder, make, *, manual=False, resume=None, epochs=1, **options):
-    """The module after its epochs, and the trainer."""
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        default_root_dir=str(folder),
-        **{**quiet, **options},
-    )
-    module = Lit(make, manual=manual)
-    trainer.fit(module, loader(), ckpt_path=resume)
-    return module, trainer
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"manual": True}, {"precision": "bf16-mixed"}, {"gradient_clip_val": 0.01}],
-    ids=str,
-)
-def test_lightning_trains_as_with_groups_by_hand(tmp_path, options):
-    """Automatic and manual optimization, bf16 and clipping leave the weights of groups written out, bit for bit."""
-    ours, trainer = fit(tmp_path, rank_aware, **options)
-    hand, _ = fit(tmp_path, handmade, **options)
-    assert isinstance(trainer.optimizers[0], RankAwareOptimizer)
-    assert same(snapshot(ours.net), snapshot(hand.net))
-
-
-@pytest.mark.parametrize("manual", [False, True])
-def test_lightning_resumes(tmp_path, manual):
-    """A run resumed after its first epoch ends at the weights of the uninterrupted one, bit for bit."""
-    whole, _ = fit(tmp_path, rank_aware, manual=manual, epochs=2)
-    _, trainer = fit(tmp_path, rank_aware, manual=manual)
-    trainer.save_checkpoint(tmp_path / "middle.ckpt")
-    with counted() as steps:
-        resumed, _ = fit(
-            tmp_path,
-            rank_aware,
-            manual=manual,
-            epochs=2,
-            resume=tmp_path / "middle.ckpt",
-        )
-    assert len(steps) == STEPS
-    assert same(snapshot(whole.net), snapshot(resumed.net))
-
-
-@pytest.mark.filterwarnings("default::rankaware_optim.RankAwareWarning")
-def test_lightning_resumes_adapters_of_unknown_init(tmp_path):
-    """Where loaded weights no longer show the adapters' init, a warning says so and the checkpoint restores it."""
-    whole, _ = fit(tmp_path, of_unknown_init, epochs=2)
-    _, trainer = fit(tmp_path, of_unknown_init)
-    trainer.save_checkpoint(tmp_path / "middle.ckpt")
-    with pytest.warns(RankAwareWarning, match="undeclared init"):
-        resumed, _ = fit(
-            tmp_path, of_unknown_init, epochs=2, resume=tmp_path / "middle.ckpt"
-        )
-    assert same(snapshot(whole.net), snapshot(resumed.net))
-
-
-def test_lightnings_monitor_logs_every_group(tmp_path):
-    """LearningRateMonitor logs every group's base rate, and our callback what it trains at, in the law's ratios."""
-    monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
-    logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
-    fit(
-        tmp_path,
-        rank_aware,
-        callbacks=[monitor, lightning_rates()],
-        logger=logger,
-        log_every_n_steps=1,
-    )
-    rates = {name: values[0] for name, values in monitor.lrs.items() if values}
-    assert list(rates) == [f"lr-AdamW/pg{i}" for i in range(1, 6)]
-    assert list(rates.values()) == pytest.approx([LR] * 5)
-    logger.save()
-    with open(f"{logger.log_dir}/metrics.csv", encoding="utf-8") as file:
-        logged = next(row for row in csv.DictReader(file) if row["lr/A/r4"])
-    for rank in (4, 8):
-        assert float(logged[f"lr/A/r{rank}"]) == pytest.approx(LR * multiplier(rank))
-
-
-class Two(Lit):
-    """Two optimizers, one for each layer, stepped by hand, both on every batch or in turns."""
-
-    def training_step(self, batch, number):
-        for opt in (
-            self.optimizers()[number % 2 :: 2] if self.alternate else self.optimizers()
-        ):
-            opt.zero_grad()
-            self.manual_backward(self.net(batch[0]).square().mean())
-            opt.step()
-
-    def configure_optimizers(self):
-        return [
-            self.make(self.net, layer) for layer in (self.net.layer0, self.net.layer1)
-        ]
-
-
-@pytest.mark.parametrize(("every", "rows"), [(2, STEPS // 2), (1, STEPS), (0, 0)])
-@pytest.mark.parametrize("alternate", [False, True])
-def test_two_optimizers_rates_are_logged_by_number_and_interval(
-    tmp_path, every, rows, alternate
-):
-    """Two optimizers' rates have names of their own, as often as Lightning logs, whichever of them steps."""
-
-    def make(net, layer):
-        params = [p for p in layer.parameters() if p.requires_grad]
-        return RankAwareOptimizer(
-            params, torch.optim.AdamW, model=net, lr=LR, tuned_at=AT_16, init="A"
-        )
-
-    logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
-    options = {
-        "callbacks": [lightning_rates()],
-        "logger": logger,
-        "log_every_n_steps": every,
-    }
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        default_root_dir=str(tmp_path),
-        **quiet,
-        **options,
-    )
-    module = Two(make, manual=True)
-    module.alternate = alternate
-    trainer.fit(module, loader())
-    logger.save()
-    if not rows:
-        assert not logger.experiment.metrics
-        return
-    with open(f"{logger.log_dir}/metrics.csv", encoding="utf-8") as file:
-        logged = list(csv.DictReader(file))
-    for number, rank in enumerate((4, 8)):
-        values = [
-            float(row[f"{number}/lr/A/r{rank}"])
-            for row in logged
-            if row[f"{number}/lr/A/r{rank}"]
-        ]
-        assert values == pytest.approx([LR * multiplier(rank)] * rows)
-
-
-@pytest.mark.parametrize("package", ["lightning", "fabric"])
-def test_a_group_added_through_lightning_is_scaled(package):
-    """add_param_group of the optimizer that Lightning or Fabric puts around ours gives the group its own rate."""
-    model = mlp((4, 8))
-    late = [model.layer1.lora_A, model.layer1.lora_B]
-    for param in late:
-        param.requires_grad_(False)
-    opt = rank_aware(model)
-    if package == "fabric":
-        outer = lightning.Fabric(accelerator="cpu", devices=1).setup(model, opt)[1]
-    else:
-        outer = lightning.pytorch.core.optimizer.LightningOptimizer(opt)
-    for param in late:
-        param.requires_grad_(True)
-    outer.add_param_group({"params": late})
-    added = [group for group in opt.param_groups if group["lora_rank"] == 8]
-    assert [p for group in added for p in group["params"]] == late
-    assert [group["rank_multiplier"] for group in added] == pytest.approx(
-        [multiplier(8)] * 2
-    )
+    own = {"lr": LR, "rates": {"*lora_A": 1.0}}
+    found = group_rates(RankAwareOptimizer(factors, AdamW, model=model, **own))
+    assert (found["lr/A/r4"], found["lr/B/r4"]) == (1.0, LR)
+    assert found["rank_multiplier/A/r4"] == pytest.approx(1.0 / LR)
+    ones = [{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 2.0)]
+    rates = group_rates(AdamW(ones))
+    assert [rates[f"lr/other/{number}"] for number in (0, 1)] == [1.0, 2.0]

@@ -12,7 +12,7 @@ import torch
 from rankaware_optim import RankAwareOptimizer, Reference
 
 from ...helpers.models import batches, mlp, same, snapshot
-from .by_hand import Case, multiplier
+from .by_hand import groups_by_hand
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
@@ -32,21 +32,8 @@ def wrapped(model, lr=LR, kind=torch.optim.AdamW, **settings):
 
 
 def by_hand(model, lr=LR, kind=torch.optim.AdamW, **settings):
-    """torch's own class with the groups of `mlp((4, 8))` written out."""
+    """torch's own class with the groups written out."""
     return kind(groups_by_hand(model, lr, kind), lr=lr, **settings)
-
-
-def groups_by_hand(model, lr=LR, kind=torch.optim.AdamW):
-    layers = [
-        (model.layer0.lora_A, 4),
-        (model.layer0.lora_B, 4),
-        (model.layer1.lora_A, 8),
-        (model.layer1.lora_B, 8),
-    ]
-    groups = [
-        {"params": [p], "lr": lr * multiplier(rank, Case(kind))} for p, rank in layers
-    ]
-    return [*groups, {"params": list(model.head.parameters())}]
 
 
 each_form = pytest.mark.parametrize("form", [rank_aware, wrapped])
@@ -120,7 +107,7 @@ def test_sam_around_it(name):
         return outer([p for p in model.parameters() if p.requires_grad], inner, lr=LR)
 
     def hand(model):
-        return outer(groups_by_hand(model), torch.optim.AdamW, lr=LR)
+        return outer(groups_by_hand(model, LR), torch.optim.AdamW, lr=LR)
 
     assert same(*finals(sharpness_aware, ours, hand))
 

@@ -1,0 +1,205 @@
+"""Real runs of a few steps by Lightning: automatic and manual optimization, checkpoints, logs, its own wrappers."""
+
+from __future__ import annotations
+
+import csv
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rankaware_optim import RankAwareOptimizer, RankAwareWarning
+from rankaware_optim.integrations import lightning_rates
+
+from ...helpers.models import batches, mlp, same, snapshot
+from ...helpers.optimizers import multiplier
+from .by_hand import groups_by_hand
+from .trainers import AT_16, LR, QUIET, STEPS, AdamW, lightning
+
+pytestmark = QUIET
+
+
+class Lit(lightning.LightningModule):
+    """A mixed-rank model with a schedule, stepped by Lightning or by hand."""
+
+    def __init__(self, make, *, manual=False):
+        super().__init__()
+        self.net, self.make = mlp((4, 8), seed=3), make
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, _):
+        x = batch[0]
+        loss = (self.net(x) - x[:, :3].sin()).square().mean()
+        if not self.automatic_optimization:
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(loss)
+            opt.step()
+            self.lr_schedulers().step()
+        return loss
+
+    def configure_optimizers(self):
+        opt = self.make(self.net)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 2 * STEPS)
+        by_step = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": opt, "lr_scheduler": by_step}
+
+
+def ours(net, params=None, **own):
+    """Lightning loads weights before it asks for the optimizer, so the adapters' init is named."""
+    own = {"lr": LR, "tuned_at": AT_16, "init": "A", **own}
+    return RankAwareOptimizer(params or net, AdamW, model=net, **own)
+
+
+def of_unknown_init(net):
+    return ours(net, init=None)
+
+
+def by_hand(net):
+    return AdamW(groups_by_hand(net, LR), lr=LR)
+
+
+def fit(folder, module, *, resume=None, epochs=1, **options):
+    """The module after its epochs, and the trainer."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    usual = {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)}
+    trainer = lightning.Trainer(max_epochs=epochs, **{**quiet, **usual, **options})
+    data = torch.utils.data.TensorDataset(torch.cat(list(batches(STEPS))))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, num_workers=0)
+    trainer.fit(module, loader, ckpt_path=resume)
+    return module, trainer
+
+
+RUNS = [
+    (False, {}),
+    (True, {}),
+    (False, {"precision": "bf16-mixed"}),
+    (False, {"gradient_clip_val": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("manual", "options"), RUNS)
+def test_lightning_trains_as_with_groups_by_hand(tmp_path, manual, options):
+    """Automatic and manual optimization, bf16 and clipping leave the weights of groups written out, bit for bit."""
+    left, trainer = fit(tmp_path, Lit(ours, manual=manual), **options)
+    hand, _ = fit(tmp_path, Lit(by_hand, manual=manual), **options)
+    assert isinstance(trainer.optimizers[0], RankAwareOptimizer)
+    assert same(snapshot(left.net), snapshot(hand.net))
+
+
+def undeclared():
+    return pytest.warns(RankAwareWarning, match="undeclared init")
+
+
+@pytest.mark.parametrize(
+    ("make", "manual", "said"),
+    [
+        (ours, False, nullcontext),
+        (ours, True, nullcontext),
+        (of_unknown_init, False, undeclared),
+    ],
+)
+def test_lightning_resumes(tmp_path, make, manual, said):
+    """A run resumed after its first epoch ends at the weights of the uninterrupted one, bit for bit. Where loaded
+    weights no longer show the adapters' init, a warning says so.
+    """
+    whole, _ = fit(tmp_path, Lit(make, manual=manual), epochs=2)
+    _, trainer = fit(tmp_path, Lit(make, manual=manual))
+    middle = tmp_path / "middle.ckpt"
+    trainer.save_checkpoint(middle)
+    steps = []
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    with said():
+        again, _ = fit(tmp_path, Lit(make, manual=manual), epochs=2, resume=middle)
+    hook.remove()
+    assert len(steps) == STEPS
+    assert same(snapshot(whole.net), snapshot(again.net))
+
+
+# --- logs -----------------------------------------------------------------------------------------------------------
+
+
+def logged(logger):
+    """The rows that a CSVLogger wrote, none where it wrote nothing."""
+    logger.save()
+    path = Path(logger.log_dir, "metrics.csv")
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_lightnings_monitor_logs_every_group(tmp_path):
+    """LearningRateMonitor logs every group's base rate, and our callback what it trains at, in the law's ratios."""
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor(logging_interval="step")
+    logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
+    own = {"callbacks": [monitor, lightning_rates()], "log_every_n_steps": 1}
+    fit(tmp_path, Lit(ours), logger=logger, **own)
+    rates = {name: values[0] for name, values in monitor.lrs.items() if values}
+    assert list(rates) == [f"lr-AdamW/pg{i}" for i in range(1, 6)]
+    assert list(rates.values()) == pytest.approx([LR] * 5)
+    first = next(row for row in logged(logger) if row["lr/A/r4"])
+    for rank in (4, 8):
+        assert float(first[f"lr/A/r{rank}"]) == pytest.approx(LR * multiplier(rank))
+
+
+class Two(Lit):
+    """Two optimizers, one for each layer, stepped by hand, both on every batch or in turns."""
+
+    def training_step(self, batch, number):
+        both = self.optimizers()
+        for opt in both[number % 2 :: 2] if self.in_turns else both:
+            opt.zero_grad()
+            self.manual_backward(self.net(batch[0]).square().mean())
+            opt.step()
+
+    def configure_optimizers(self):
+        layers = (self.net.layer0, self.net.layer1)
+        factors = [
+            [p for p in layer.parameters() if p.requires_grad] for layer in layers
+        ]
+        return [self.make(self.net, params) for params in factors]
+
+
+@pytest.mark.parametrize(("every", "rows"), [(2, STEPS // 2), (1, STEPS), (0, 0)])
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_two_optimizers_rates_are_logged_by_number_and_interval(
+    tmp_path, every, rows, in_turns
+):
+    """Two optimizers' rates have names of their own, as often as Lightning logs, whichever of them steps."""
+    logger = lightning.pytorch.loggers.CSVLogger(str(tmp_path))
+    module = Two(ours, manual=True)
+    module.in_turns = in_turns
+    own = {"callbacks": [lightning_rates()], "log_every_n_steps": every}
+    fit(tmp_path, module, logger=logger, **own)
+    found = logged(logger)
+    for number, rank in enumerate((4, 8)):
+        values = [row[f"{number}/lr/A/r{rank}"] for row in found]
+        rates = [float(value) for value in values if value]
+        assert rates == pytest.approx([LR * multiplier(rank)] * rows)
+
+
+# --- its own wrappers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", ["lightning", "fabric"])
+def test_a_group_added_through_lightning_is_scaled(package):
+    """add_param_group of the optimizer that Lightning or Fabric puts around ours gives the group its own rate."""
+    model = mlp((4, 8))
+    late = [model.layer1.lora_A, model.layer1.lora_B]
+    for param in late:
+        param.requires_grad_(False)
+    opt = ours(model)
+    if package == "fabric":
+        outer = lightning.Fabric(accelerator="cpu", devices=1).setup(model, opt)[1]
+    else:
+        outer = lightning.pytorch.core.optimizer.LightningOptimizer(opt)
+    for param in late:
+        param.requires_grad_(True)
+    outer.add_param_group({"params": late})
+    added = [group for group in opt.param_groups if group["lora_rank"] == 8]
+    assert [p for group in added for p in group["params"]] == late
+    rates = [group["rank_multiplier"] for group in added]
+    assert rates == pytest.approx([multiplier(8)] * 2)

@@ -1,0 +1,131 @@
+"""What tests of trainers share: transformers, TRL and Lightning without their warnings, a tiny Llama, and its data."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from rankaware_optim import RankAwareOptimizer, Reference
+from rankaware_optim.integrations import attach
+
+from ...helpers.llama import llama_config
+from ...helpers.optimizers import multiplier
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    lightning = pytest.importorskip("lightning")
+    accelerate = pytest.importorskip("accelerate")
+    trl = pytest.importorskip("trl")
+
+# what the libraries warn of among themselves
+QUIET = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+]
+LR = 1e-2
+STEPS = 6
+AT_16 = Reference(rank=16, alpha=16)
+AdamW = torch.optim.AdamW
+
+
+def llama(config: dict[str, Any] | None = None, **lora: Any) -> Any:
+    """A language model of two layers, with adapters of ranks 4 and 8 unless others are asked for."""
+    torch.manual_seed(0)
+    made = llama_config(num_hidden_layers=2, **config or {})
+    ranks = {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 8}}
+    usual = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], **ranks}
+    model = transformers.LlamaForCausalLM(made)
+    return peft.get_peft_model(model, peft.LoraConfig(**{**usual, **lora}))
+
+
+def tokens(count: int = 24) -> Any:
+    source = torch.Generator().manual_seed(1)
+    return as_dataset(torch.randint(32, (count, 8), generator=source).tolist())
+
+
+def as_dataset(rows: list[list[int]]) -> Any:
+    columns = {"input_ids": rows, "labels": rows}
+    mask = [[1] * len(row) for row in rows]
+    return datasets.Dataset.from_dict({**columns, "attention_mask": mask})
+
+
+def tokenizer() -> Any:
+    """A tokenizer of 32 words, parted by spaces, made in memory."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 32)}}
+    made = Tokenizer(models.WordLevel(words, "w2"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **ends)
+
+
+def arguments(folder: Any, kind: Any = transformers.TrainingArguments, **own: Any):
+    settings = {
+        "max_steps": STEPS,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": LR,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+        "weight_decay": 0.0,
+    }
+    return kind(output_dir=str(folder), **{**settings, **own})
+
+
+def plain(model: Any, folder: Any, *, route: Any = None, **own: Any) -> Any:
+    """transformers' Trainer of a model; `own` are arguments, `route` is how it gets an optimizer."""
+    args, data = arguments(folder, **own), tokens()
+    return transformers.Trainer(model, args, train_dataset=data, **route or {})
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    named = trainer.model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+
+# --- ways to an optimizer -------------------------------------------------------------------------------------------
+
+
+def by_class(model: Any) -> dict[str, Any]:
+    """Trainer's own groups, the model taken out of the settings."""
+    settings = {"model": model, "optimizer": AdamW, "lr": LR, "tuned_at": AT_16}
+    kind = (RankAwareOptimizer, {**settings, "weight_decay": 0.0})
+    return {"optimizer_cls_and_kwargs": kind}
+
+
+def by_instance(model: Any) -> dict[str, Any]:
+    own = {"lr": LR, "tuned_at": AT_16, "weight_decay": 0.0}
+    return {"optimizers": (RankAwareOptimizer(model, AdamW, **own), None)}
+
+
+def by_hand(model: Any, kind: Any = AdamW) -> dict[str, Any]:
+    """The native class with the four groups written out."""
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            rank = 4 if "q_proj" in name else 8
+            group = {"params": [], "lr": LR * multiplier(rank)}
+            groups.setdefault((rank, "lora_A" in name), group)["params"].append(param)
+    return {"optimizers": (kind([*groups.values()], lr=LR, weight_decay=0.0), None)}
+
+
+def attached(trainer: Any, optimizer: Any = AdamW, **settings: Any) -> Any:
+    """The trainer, with an optimizer attached at the usual rate unless another is given."""
+    attach(trainer, optimizer, **{"lr": LR, "tuned_at": AT_16, **settings})
+    return trainer
