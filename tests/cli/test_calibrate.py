@@ -21,7 +21,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
 from rankaware_optim.calibration._storage import close_storage, open_storage
 from rankaware_optim.calibration._trials import Trials
-from rankaware_optim.cli import _workers
+from rankaware_optim.cli import _calibrate
 from rankaware_optim.cli._calibrate import calibrate
 from rankaware_optim.cli._main import main
 from rankaware_optim.cli._options import in_options
@@ -225,7 +225,7 @@ def test_workers_share_gpus_and_cores(visible, count, gpus, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    places = _workers._environments(count)
+    places = _calibrate._environments(count)
     assert [place.get("CUDA_VISIBLE_DEVICES") for place in places] == gpus
     threads = sum(int(place["OMP_NUM_THREADS"]) for place in places)
     assert threads <= max(count, torch.get_num_threads())
@@ -259,11 +259,11 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
 @POSIX
 def test_a_worker_that_hangs_is_stopped(monkeypatch):
     """Once the recipe is written nothing waits for a worker for ever, not even one that ignores SIGTERM."""
-    monkeypatch.setattr(_workers, "_GRACE_S", 0.5)
+    monkeypatch.setattr(_calibrate, "_GRACE_S", 0.5)
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
     worker = subprocess.Popen([sys.executable, "-c", deaf])
     time.sleep(0.5)
-    _workers._end(worker)
+    _calibrate._end(worker)
     assert worker.wait(timeout=60) == -signal.SIGKILL
 
 
