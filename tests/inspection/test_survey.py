@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -45,49 +43,53 @@ MATERIALS = {
 @pytest.mark.parametrize("style", STYLES)
 def test_every_convention_and_layer_kind_is_read(style, kind, material):
     """A pair gives an A and a B factor with the layer's fans, rank, scaling and kind, at any dtype and on meta."""
-    survey = inspect_model(
-        nn.ModuleDict({"up": adapted(style, kind, **MATERIALS[material])})
-    )
-    convention = (
-        "peft-embedding"
-        if (style, kind) == ("container", "embedding")
-        else CONVENTION[style]
-    )
+    layer = adapted(style, kind, **MATERIALS[material])
+    survey = inspect_model(nn.ModuleDict({"up": layer}))
+    convention = CONVENTION[style]
+    if (style, kind) == ("container", "embedding"):
+        convention = "peft-embedding"
     assert [f.role for f in survey.factors] == ["A", "B"]
     for factor in survey.factors:
         assert (factor.fan_in, factor.fan_out) == FANS[kind]
-        assert (factor.rank, factor.scaling, factor.kind, factor.layer) == (
-            4,
-            2.0,
-            kind,
-            "up",
-        )
+        assert (factor.rank, factor.scaling) == (4, 2.0)
+        assert (factor.kind, factor.layer) == (kind, "up")
         assert factor.init == ("unknown" if material == "meta" else "A")
         assert factor.convention == convention
     assert survey.other == ()
 
 
+def test_several_styles_in_one_model():
+    """Pairs of different conventions are found side by side, each once."""
+    model = nn.ModuleDict({style: adapted(style) for style in STYLES})
+    layers = [factor.layer for factor in inspect_model(model).factors]
+    assert layers == [style for style in STYLES for _ in "AB"]
+
+
 @pytest.mark.parametrize(
-    ("style", "attribute"), [("plain", "r"), ("tune", "rank"), ("kohya", "lora_dim")]
+    ("style", "attribute", "declared"),
+    [
+        ("plain", "r", 16),
+        ("tune", "rank", 16),
+        ("kohya", "lora_dim", 16),
+        ("plain", "r", 0),
+    ],
 )
-def test_declared_rank_against_shape_is_refused(style, attribute):
+def test_declared_rank_against_shape_is_refused(style, attribute, declared):
     """A declared rank that its factors' shapes contradict is an error that names layer and both numbers."""
     layer = adapted(style)
-    setattr(layer, attribute, 16)
-    with pytest.raises(
-        InspectionError, match=r"block\.up declares rank 16 .*\(4, 12\).*\(20, 4\)"
-    ):
-        inspect_model(nn.ModuleDict({"block": nn.ModuleDict({"up": layer})}))
+    setattr(layer, attribute, declared)
+    model = nn.ModuleDict({"block": nn.ModuleDict({"up": layer})})
+    message = rf"block\.up declares rank {declared} .*\(4, 12\).*\(20, 4\)"
+    with pytest.raises(InspectionError, match=message):
+        inspect_model(model)
 
 
 def test_factors_of_different_ranks_are_refused():
     """A and B that disagree with each other are an error even where no rank is declared."""
     layer = adapted()
     layer.r, layer.lora_B = None, nn.Parameter(torch.zeros(20, 5))
-    with pytest.raises(
-        InspectionError,
-        match=r"declares no rank but lora_A has shape \(4, 12\) and lora_B \(20, 5\)",
-    ):
+    message = r"declares no rank but lora_A has shape \(4, 12\) and lora_B \(20, 5\)"
+    with pytest.raises(InspectionError, match=message):
         inspect_model(layer)
 
 
@@ -100,9 +102,8 @@ def test_impossible_scaling_is_refused(style, attribute, value):
     """A scaling or alpha of zero, below zero, infinite or NaN is an error that names the layer."""
     layer = adapted(style)
     setattr(layer, attribute, value)
-    with pytest.raises(
-        InspectionError, match=r"^up has the scaling .* Give a positive finite alpha"
-    ):
+    message = r"^up has the scaling .* Give a positive finite alpha"
+    with pytest.raises(InspectionError, match=message):
         inspect_model(nn.ModuleDict({"up": layer}))
 
 
@@ -131,26 +132,14 @@ def test_no_pair_is_refused():
     assert "method='full'" in caught.value.cure
 
 
-@pytest.mark.parametrize(
-    "train", [lambda model: None, lambda model: model.head.requires_grad_(True)]
-)
-def test_frozen_pairs_are_refused(train):
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_frozen_pairs_are_refused(head_trains):
     """Pairs that are all frozen, as PEFT loads them, are an error that says how to load them for training."""
     model = mlp((4, 4)).requires_grad_(False)
-    train(model)
-    with pytest.raises(
-        InspectionError, match=r"^4 LoRA factors found, all frozen"
-    ) as caught:
+    model.head.requires_grad_(head_trains)
+    with pytest.raises(InspectionError, match=r"^4 LoRA .*, all frozen") as caught:
         inspect_model(model)
     assert caught.value.cure.startswith("Load with is_trainable=True")
-
-
-@pytest.mark.parametrize("lone", ["lora_A", "lora_B"])
-def test_half_a_pair_is_other(lone):
-    """A module that owns only one of the two factors owns no pair."""
-    model = nn.ModuleDict({"up": adapted(), "lone": nn.Module()})
-    model["lone"].register_parameter(lone, nn.Parameter(torch.ones(4, 4)))
-    assert inspect_model(model).other == (f"lone.{lone}",)
 
 
 @pytest.mark.parametrize(("frozen", "left"), [("lora_A", ["B"]), ("lora_B", ["A"])])
@@ -178,21 +167,18 @@ def test_a_layer_used_twice_counts_once():
     assert [f.name for f in survey.factors] == ["up.lora_A", "up.lora_B"]
 
 
-@pytest.mark.parametrize("init", ["A", "B", "other"])
+@pytest.mark.parametrize("init", ["A", "B", "other", "unknown"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", FANS)
-def test_init_is_read_from_the_zeros(style, kind, init):
-    """Without a declaration the init is the zero pattern: B zero, A zero, neither."""
-    assert {f.init for f in inspect_model(adapted(style, kind, init=init)).factors} == {
-        init
-    }
-
-
-def test_two_zero_factors_have_an_unknown_init():
-    """A pair that is all zero says nothing about its init."""
-    layer = adapted(init="B")
-    nn.init.zeros_(layer.lora_B)
-    assert {f.init for f in inspect_model(layer).factors} == {"unknown"}
+def test_init_is_read_from_the_zeros_or_named(style, kind, init):
+    """The init is the zero pattern, B zero, A zero, neither or both, unless `init=` names another."""
+    layer = adapted(style, kind, init=init if init in "AB" else "other")
+    if init == "unknown":
+        for factor in layer.pair():
+            nn.init.zeros_(factor)
+    assert {f.init for f in inspect_model(layer).factors} == {init}
+    for named in ("A", "B", "other"):
+        assert {f.init for f in inspect_model(layer, init=named).factors} == {named}
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
@@ -202,45 +188,20 @@ def test_the_sample_covers_long_factors(size):
     assert {f.init for f in inspect_model(layer).factors} == {"A"}
 
 
-@pytest.mark.parametrize("named", ["A", "B", "other"])
-@pytest.mark.parametrize("found", ["A", "B", "other"])
-def test_the_user_may_name_the_init(found, named):
-    """`init=` overrides whatever the factors say."""
-    assert {f.init for f in inspect_model(adapted(init=found), init=named).factors} == {
-        named
-    }
-
-
-@pytest.mark.parametrize("attribute", ["q_lora_rank", "kv_lora_rank", "lora_rank"])
-def test_low_rank_attention_is_no_adapter(attribute):
-    """A module with an integer such as q_lora_rank is not taken for an adapter (multi-head latent attention)."""
-    block = nn.Module()
-    setattr(block, attribute, 8)
-    block.q_a_proj, block.q_b_proj = (
-        nn.Linear(16, 8, bias=False),
-        nn.Linear(8, 16, bias=False),
-    )
-    survey = inspect_model(nn.ModuleDict({"up": adapted(), "mla": block}))
-    assert {f.layer for f in survey.factors} == {"up"}
-    assert survey.other == ("mla.q_a_proj.weight", "mla.q_b_proj.weight")
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_the_model_is_left_as_found(style):
     """Inspection changes no bit of parameters, gradients, mode or random state."""
     model = mlp((4, 8), style=style).eval()
-    model.get_submodule("head").weight.grad = torch.ones(3, 16)
-    before, random, flags = (
-        snapshot(model),
-        torch.get_rng_state(),
-        [p.requires_grad for p in model.parameters()],
-    )
+    model.head.weight.grad = gradient = torch.ones(3, 16)
+    before, random = snapshot(model), torch.get_rng_state()
+    flags = [p.requires_grad for p in model.parameters()]
     inspect_model(model)
     assert same(before, snapshot(model))
     assert torch.equal(random, torch.get_rng_state())
     assert flags == [p.requires_grad for p in model.parameters()]
     assert not model.training
-    assert torch.equal(model.get_submodule("head").weight.grad, torch.ones(3, 16))
+    assert model.head.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(3, 16))
 
 
 def test_the_rest_is_other_by_name():
@@ -253,77 +214,67 @@ def test_the_rest_is_other_by_name():
 # --- full finetuning ------------------------------------------------------------------------------------------------
 
 
-def network() -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "emb": nn.Embedding(50, 8),
-            "conv": nn.Conv2d(4, 6, 3),
-            "depthwise": nn.Conv2d(6, 6, 5, groups=6),
-            "norm": nn.BatchNorm2d(6),
-            "attn": nn.MultiheadAttention(8, 2),
-            "out": nn.Linear(24, 5),
-        }
-    )
+def conv1d() -> nn.Module:
+    """transformers' Conv1D, which stores (in, out)."""
+    layer = type("Conv1D", (nn.Module,), {})()
+    layer.nf, layer.weight = 24, nn.Parameter(torch.ones(8, 24))
+    return layer
 
 
-FULL = [
-    ("conv.weight", "conv", 36, 6),
-    ("depthwise.weight", "conv", 25, 6),
-    ("attn.in_proj_weight", "linear", 8, 24),
-    ("attn.out_proj.weight", "linear", 8, 8),
-    ("out.weight", "linear", 24, 5),
-]
+def stack() -> nn.Module:
+    """A bare parameter of three dimensions: a stack of matrices (…, out, in)."""
+    layer = nn.Module()
+    layer.experts = nn.Parameter(torch.ones(4, 24, 8))
+    return layer
+
+
+# layers, and the weights of them that are factors: their name, kind and fans
+FULL = {
+    "emb": (nn.Embedding(50, 8), []),
+    "conv": (nn.Conv2d(4, 6, 3), [("weight", "conv", 36, 6)]),
+    "transposed": (nn.ConvTranspose2d(6, 4, 3), [("weight", "conv", 54, 4)]),
+    "depthwise": (nn.Conv2d(6, 6, 5, groups=6), [("weight", "conv", 25, 6)]),
+    "norm": (nn.BatchNorm2d(6), []),
+    "attn": (
+        nn.MultiheadAttention(8, 2),
+        [("in_proj_weight", "linear", 8, 24), ("out_proj.weight", "linear", 8, 8)],
+    ),
+    "out": (nn.Linear(24, 5), [("weight", "linear", 24, 5)]),
+    "conv1d": (conv1d(), [("weight", "linear", 8, 24)]),
+    "stack": (stack(), [("experts", "linear", 8, 24)]),
+}
 
 
 def test_full_finetuning_takes_every_weight():
-    """With method="full" every trainable weight of two or more dimensions is a factor of role full."""
-    survey = inspect_model(network(), method="full")
-    assert [(f.name, f.kind, f.fan_in, f.fan_out) for f in survey.factors] == FULL
+    """Every weight of two or more dimensions is a factor of role full; embeddings, biases and norms are other."""
+    model = nn.ModuleDict({name: layer for name, (layer, _) in FULL.items()})
+    survey = inspect_model(model, method="full")
+    expected = [
+        (f"{layer}.{name}", *row)
+        for layer, (_, rows) in FULL.items()
+        for name, *row in rows
+    ]
+    found = [(f.name, f.kind, f.fan_in, f.fan_out) for f in survey.factors]
+    assert found == expected
     assert {(f.role, f.rank, f.scaling) for f in survey.factors} == {
         ("full", None, 1.0)
     }
+    names = {name for name, _ in model.named_parameters()}
+    assert set(survey.other) == names - {row[0] for row in expected}
 
 
-def test_full_finetuning_leaves_vectors_and_embeddings_as_other():
-    """Embeddings, biases and norms are other under full finetuning."""
-    others = inspect_model(network(), method="full").other
-    assert set(others) == {n for n, _ in network().named_parameters()} - {
-        row[0] for row in FULL
-    }
-    assert "emb.weight" in others
+NO_FULL = [
+    (nn.Linear(3, 3).requires_grad_(False), "full", "None of 2 parameters"),
+    (adapted(), "full", "has a trainable LoRA pair"),
+    (adapted(), "qlora", "'lora' or 'full', not 'qlora'"),
+]
 
 
-def test_full_finetuning_of_a_frozen_model_is_refused():
-    """Nothing trainable is an error that says how many parameters were looked at."""
-    model = network().requires_grad_(False)
-    with pytest.raises(
-        InspectionError, match=f"None of {len(list(model.parameters()))} parameters"
-    ):
-        inspect_model(model, method="full")
-
-
-def test_transformers_conv1d_is_transposed():
-    """A Conv1D stores (in, out), so its fan-in is the first size."""
-    layer = type("Conv1D", (nn.Module,), {})()
-    layer.nf, layer.weight = 24, nn.Parameter(torch.ones(8, 24))
-    assert [
-        (f.fan_in, f.fan_out) for f in inspect_model(layer, method="full").factors
-    ] == [(8, 24)]
-
-
-def test_stacked_experts_have_the_last_size_as_fan_in():
-    """A bare parameter of three dimensions is a stack of matrices (…, out, in)."""
-    layer = nn.Module()
-    layer.experts = nn.Parameter(torch.ones(4, 24, 8))
-    assert [
-        (f.fan_in, f.fan_out) for f in inspect_model(layer, method="full").factors
-    ] == [(8, 24)]
-
-
-def test_unknown_method_is_refused():
-    """A method other than lora and full is an error."""
-    with pytest.raises(InspectionError, match="'lora' or 'full', not 'qlora'"):
-        inspect_model(adapted(), method="qlora")
+@pytest.mark.parametrize(("model", "method", "message"), NO_FULL)
+def test_what_cannot_be_finetuned_in_full_is_refused(model, method, message):
+    """A frozen model, one with adapters to train, and a method that is none are an error."""
+    with pytest.raises(InspectionError, match=message):
+        inspect_model(model, method=method)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -348,14 +299,10 @@ def test_canonical_name(name, plain):
 
 def test_names_stay_apart():
     """Where dropping a prefix would give two parameters one name, all keep the names that the model gives them."""
-    model = nn.ModuleDict(
-        {"module": nn.ModuleDict({"up": adapted(rank=4)}), "up": adapted(rank=8)}
-    )
-    survey = inspect_model(model)
-    assert [(f.name, f.rank) for f in survey.factors if f.role == "A"] == [
-        ("module.up.lora_A", 4),
-        ("up.lora_A", 8),
-    ]
+    inner = nn.ModuleDict({"up": adapted(rank=4)})
+    survey = inspect_model(nn.ModuleDict({"module": inner, "up": adapted(rank=8)}))
+    ranks = {f.name: f.rank for f in survey.factors if f.role == "A"}
+    assert ranks == {"module.up.lora_A": 4, "up.lora_A": 8}
     assert {f.layer for f in survey.factors} == {"module.up", "up"}
 
 
@@ -370,30 +317,20 @@ def test_wrapped_models_give_the_same_survey(wrap):
 # --- the survey's numbers -------------------------------------------------------------------------------------------
 
 
-def factor(
-    layer: str,
-    n: int,
-    out: int,
-    *,
-    rank: int = 4,
-    init: str = "A",
-    kind: str = "linear",
-) -> list[Factor]:
+def pairs(*rows: tuple[str, float, float], **options) -> list[Factor]:
+    """Both factors of layers, given by name and fans."""
+    given = {"rank": 4, "init": "A", "kind": "linear", **options}
     return [
-        Factor(f"{layer}.{role}", role, rank, n, out, init=init, kind=kind, layer=layer)
+        Factor(f"{layer}.{role}", role, fan_in=n, fan_out=out, layer=layer, **given)
+        for layer, n, out in rows
         for role in "AB"
     ]
 
 
 def test_width_is_weighted_by_weight_size():
     """The width is the mean fan-in weighted by the adapted weights' size, each layer once, embeddings left out."""
-    survey = Survey(
-        (
-            *factor("a", 10, 10),
-            *factor("b", 40, 20),
-            *factor("emb", 9999, 9999, kind="embedding"),
-        )
-    )
+    adapted = pairs(("a", 10, 10), ("b", 40, 20))
+    survey = Survey((*adapted, *pairs(("emb", 9999, 9999), kind="embedding")))
     assert survey.width == pytest.approx((10 * 100 + 40 * 800) / 900)
     assert survey.full_width("A") == 40
     assert survey.full_width("B") == survey.width
@@ -401,27 +338,13 @@ def test_width_is_weighted_by_weight_size():
 
 def test_dominant_is_the_most_common_by_pairs():
     """The dominant reference is the most common (rank, scaling, init), embeddings asked last."""
-    survey = Survey(
-        (
-            *factor("a", 8, 8),
-            *factor("b", 8, 8, rank=16, init="B"),
-            *factor("c", 8, 8, rank=16, init="B"),
-        )
-    )
-    assert (
-        survey.dominant().rank,
-        survey.dominant().scaling,
-        survey.dominant().init,
-    ) == (16, 1.0, "B")
-    embeddings = (
-        factor("e", 8, 8, kind="embedding", rank=2),
-        factor("f", 8, 8, kind="embedding", rank=2),
-    )
-    assert (
-        Survey((*factor("a", 8, 8), *embeddings[0], *embeddings[1])).dominant().rank
-        == 4
-    )
-    assert Survey(tuple(embeddings[0])).dominant().rank == 2
+    one = pairs(("a", 8, 8))
+    two = pairs(("b", 8, 8), ("c", 8, 8), rank=16, init="B")
+    dominant = Survey((*one, *two)).dominant()
+    assert (dominant.rank, dominant.scaling, dominant.init) == (16, 1.0, "B")
+    embeddings = pairs(("e", 8, 8), ("f", 8, 8), kind="embedding", rank=2)
+    assert Survey((*one, *embeddings)).dominant().rank == 4
+    assert Survey(tuple(embeddings)).dominant().rank == 2
 
 
 def test_an_empty_survey_has_no_dominant_reference():
@@ -430,40 +353,9 @@ def test_an_empty_survey_has_no_dominant_reference():
         Survey().dominant()
 
 
-def test_several_styles_in_one_model():
-    """Pairs of different conventions are found side by side, each once."""
-    model = nn.ModuleDict({style: adapted(style) for style in STYLES})
-    survey = inspect_model(model)
-    assert [f.layer for f in survey.factors] == [
-        style for style in STYLES for _ in "AB"
-    ]
-
-
 def test_biases_of_factors_are_other():
     """A factor stored as a module may have a bias; it is other."""
     layer = TuneLoRA(nn.Linear(12, 20), 4)
     layer.lora_b = Weight(torch.zeros(20, 4))
     layer.lora_b.bias = nn.Parameter(torch.zeros(20))
     assert inspect_model(layer).other == ("lora_b.bias",)
-
-
-def test_errors_have_cause_and_cure():
-    """An error's text is its cause and then its cure."""
-    with pytest.raises(InspectionError) as caught:
-        inspect_model(nn.Linear(2, 2))
-    assert re.fullmatch(
-        f"{re.escape(caught.value.cause)} {re.escape(caught.value.cure)}",
-        str(caught.value),
-    )
-
-
-def test_full_finetuning_refuses_trainable_pairs() -> None:
-    """A model with adapters to train is not taken for full finetuning."""
-    with pytest.raises(InspectionError, match="has a trainable LoRA pair"):
-        inspect_model(mlp(), method="full")
-
-
-def test_transposed_convolutions_have_their_own_fan_in() -> None:
-    """A ConvTranspose stores (in, out, k, k): its fan-in is in × k²."""
-    (factor,) = inspect_model(nn.ConvTranspose2d(6, 4, 3), method="full").factors
-    assert (factor.fan_in, factor.fan_out) == (54.0, 4.0)
