@@ -40,6 +40,8 @@ from ..helpers.replicas import (
     zeros,
 )
 
+AT_16 = ra.Reference(rank=16, alpha=16)
+
 
 @pytest.fixture
 def registered():
@@ -71,21 +73,23 @@ def test_a_rank_declared_in_a_configuration_is_compared():
         inspect_model(layer)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
+INPUTS = {
+    "linear": x,
+    "conv": images[:, :3],
+    "embedding": torch.arange(12).reshape(3, 4),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("style", STYLES)
 def test_the_models_of_these_tests_conform(style, kind):
     """Every style of tests/models.py passes the ones-probe and the oracle."""
-    inputs = {
-        "linear": x,
-        "conv": images[:, :3],
-        "embedding": torch.arange(12).reshape(3, 4),
-    }[kind]
 
     def make(rank, alpha):
         return adapted(style, kind, rank=rank, scaling=alpha / rank)
 
-    assert check_convention(make, inputs).probe == pytest.approx(0.0, abs=1e-12)
-    assert oracle(make, inputs) < 1e-12
+    assert check_convention(make, INPUTS[kind]).probe == pytest.approx(0.0, abs=1e-12)
+    assert oracle(make, INPUTS[kind]) < 1e-12
 
 
 def test_the_check_leaves_the_random_state_alone():
@@ -143,32 +147,30 @@ def swapped_fans(owner, a, b):
     return Reading(a[0], b[1], b[0], a[1])
 
 
+def honest(rank, alpha):
+    return adapted(rank=rank, scaling=alpha / rank)
+
+
+TURNED = Convention("turned", "lora_A", "lora_B", layouts=(swapped_fans,))
+KOHYA = Convention("kohya", "lora_down", "lora_up")
 LIES = {
     "a rank that is another": (
-        lambda r, alpha: adapted(rank=r + 1),
+        lambda rank, alpha: adapted(rank=rank + 1),
         None,
         "'rank'.*rank 3 instead of 2",
     ),
     "no pair": (
-        lambda r, alpha: nn.Linear(IN, OUT),
+        lambda rank, alpha: nn.Linear(IN, OUT),
         None,
         "'found' fails: No trainable LoRA pair",
     ),
-    "another row": (
-        lambda r, alpha: adapted(rank=r),
-        Convention("kohya", "lora_down", "lora_up"),
-        "'found'.*read as lora_A/lora_B, not as kohya",
-    ),
+    "another row": (honest, KOHYA, "'found'.*read as lora_A/lora_B, not as kohya"),
     "a scaling that is alpha": (
         changed("scaling", direct),
         None,
         "'ones-probe'.*scaling 3 × rank 2",
     ),
-    "fans the wrong way round": (
-        lambda r, alpha: adapted(rank=r, scaling=alpha / r),
-        Convention("turned", "lora_A", "lora_B", layouts=(swapped_fans,)),
-        "'ones-probe'.*fan-in 20",
-    ),
+    "fans the wrong way round": (honest, TURNED, "'ones-probe'.*fan-in 20"),
 }
 
 
@@ -221,24 +223,18 @@ def test_a_third_party_convention_in_five_lines(registered):
     assert STRANGER not in conventions()
     registered(STRANGER)
     model = Gain(4, 8.0)
-    assert [
-        (f.role, f.rank, f.fan_in, f.scaling) for f in inspect_model(model).factors
-    ] == [("A", 4, IN, 2.0), ("B", 4, IN, 2.0)]
-    opt = ra.RankAwareOptimizer(
-        model, torch.optim.AdamW, lr=1e-3, tuned_at=ra.Reference(rank=16, alpha=16)
-    )
-    assert {g["lora_role"] for g in opt.param_groups if g.get("lora_role")} == {
-        "A",
-        "B",
-    }
+    factors = inspect_model(model).factors
+    found = [(f.role, f.rank, f.fan_in, f.scaling) for f in factors]
+    assert found == [("A", 4, IN, 2.0), ("B", 4, IN, 2.0)]
+    opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16)
+    assert {"A", "B"} <= {group["lora_role"] for group in opt.param_groups}
 
 
 def test_a_registered_row_goes_before_built_in_ones(registered):
     """Where a registered row and a built-in one fit the same attributes, the registered one reads them."""
     registered(Convention("mine", "lora_A", "lora_B", kind="mine"))
-    assert {(f.convention, f.kind) for f in inspect_model(adapted()).factors} == {
-        ("mine", "mine")
-    }
+    factors = inspect_model(adapted()).factors
+    assert {(f.convention, f.kind) for f in factors} == {("mine", "mine")}
 
 
 BAD_ROWS = [
@@ -296,34 +292,24 @@ for warning in caught:
 """
 
 
-@pytest.fixture
-def installed(tmp_path):
-    """A folder that holds an installed package of one good row and two broken ones."""
+ENTRY_POINTS = """
+[rankaware_optim.conventions]
+gain = gain_rows:ROW
+broken = not_there_at_all:ROW
+none = builtins:dict
+"""
+METADATA = "Metadata-Version: 2.1\nName: gain-rows\nVersion: 1.0\n"
+
+
+def test_a_convention_by_entry_point(tmp_path):
+    """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
     (tmp_path / "gain_rows.py").write_text(PLUGIN)
     info = tmp_path / "gain_rows-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: gain-rows\nVersion: 1.0\n"
-    )
-    points = [
-        "gain = gain_rows:ROW",
-        "broken = not_there_at_all:ROW",
-        "none = builtins:dict",
-    ]
-    (info / "entry_points.txt").write_text(
-        "\n".join(["[rankaware_optim.conventions]", *points, ""])
-    )
-    return tmp_path
-
-
-def test_a_convention_by_entry_point(installed):
-    """An installed package's row is found unasked; broken ones of other packages warn once and are left out."""
-    run = subprocess.run(
-        [sys.executable, "-c", USE, str(installed)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    (info / "METADATA").write_text(METADATA)
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    command = [sys.executable, "-c", USE, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     factors, *warned = run.stdout.splitlines()
     assert factors == "[('gain', 4, 12.0, 2.0), ('gain', 4, 12.0, 2.0)]"
     assert sorted(warned) == [
@@ -335,14 +321,9 @@ def test_a_convention_by_entry_point(installed):
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 sizes = st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple)
-junk = st.one_of(
-    st.none(),
-    st.integers(-2, 6),
-    st.floats(),
-    st.text(max_size=2),
-    st.lists(st.booleans(), max_size=3),
-    st.builds(dict),
-)
+numbers = st.integers(-2, 6) | st.floats()
+lists = st.lists(st.booleans(), max_size=3)
+junk = st.none() | numbers | st.text(max_size=2) | lists | st.builds(dict)
 
 
 @given(
@@ -355,13 +336,10 @@ def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, va
     owner, left = nn.Module(), iter(values)
     for name in (*row.where, *row.rank, *row.scaling, *row.alpha):
         setattr(owner, name.partition(".")[0], next(left))
-    for name, shape in ((row.a, shapes[0]), (row.b, shapes[1])):
+    for name, shape in zip((row.a, row.b), shapes, strict=True):
         param = nn.Parameter(torch.ones(shape))
-        setattr(
-            owner,
-            name,
-            nn.ParameterDict({"default": param}) if row.container else param,
-        )
+        held = nn.ParameterDict({"default": param}) if row.container else param
+        setattr(owner, name, held)
     try:
         factors = inspect_model(owner).factors
     except InspectionError:
@@ -371,14 +349,6 @@ def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, va
         assert f.fan_in > 0
         assert f.fan_out > 0
         assert 0 < f.scaling < float("inf")
-
-
-def test_a_declared_rank_of_zero_is_at_odds_with_factors():
-    """A rank of 0 beside factors of rank 4 is an error, not an undeclared rank."""
-    layer = adapted()
-    layer.r = 0
-    with pytest.raises(InspectionError, match="declares rank 0 but lora_A has shape"):
-        inspect_model(layer)
 
 
 def refusing(owner, a, b):
@@ -403,40 +373,57 @@ BAD_LAYOUTS = [
 def test_a_layout_that_gives_no_reading_does_not_fit(layout):
     """A third-party layout that returns something else, or raises, is an error that names the layer and the shapes."""
     row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
-    with pytest.raises(
-        InspectionError, match=r"declares rank 2 but lora_A has shape \(2, 12\)"
-    ):
-        check_convention(lambda r, alpha: adapted(rank=r), x, convention=row)
+    message = r"declares rank 2 but lora_A has shape \(2, 12\)"
+    with pytest.raises(InspectionError, match=message):
+        check_convention(honest, x, convention=row)
 
 
 # --- what is no pair ------------------------------------------------------------------------------------------------
 
 
-def test_gates_called_lora_are_no_adapter():
-    """A base model's trainable gate named `lora`, a Sequential of two linear layers, is not taken for a pair."""
-    gate = nn.Sequential(nn.Linear(IN, 4), nn.Tanh(), nn.Linear(4, OUT))
+def of_layers(first, second):
+    """Two linear layers by these names, between which there is little room."""
+    return nn.ModuleDict({first: nn.Linear(IN, 4), second: nn.Linear(4, OUT)})
+
+
+def gate():
+    return nn.Sequential(nn.Linear(IN, 4), nn.Tanh(), nn.Linear(4, OUT))
+
+
+def attention(attribute):
+    """Multi-head latent attention, which has an integer such as q_lora_rank."""
+    block = of_layers("q_a_proj", "q_b_proj")
+    setattr(block, attribute, 8)
+    return block
+
+
+def half(name):
+    """A module that owns only one of two factors."""
+    lone = nn.Module()
+    lone.register_parameter(name, nn.Parameter(torch.ones(4, 4)))
+    return lone
+
+
+NO_PAIRS = {
+    "a gate": nn.ModuleDict({"lora": gate()}),
+    **{
+        " ".join(names): of_layers(*names)
+        for names in (("down", "up"), ("A", "B"), ("linear_in", "linear_out"))
+    },
+    **{name: attention(name) for name in ("q_lora_rank", "kv_lora_rank", "lora_rank")},
+    **{name: half(name) for name in ("lora_A", "lora_B")},
+}
+
+
+@pytest.mark.parametrize("model", NO_PAIRS.values(), ids=list(NO_PAIRS))
+def test_ordinary_layers_are_no_adapter(model):
+    """Layers and gates of a base model with common names, and half a pair, are not taken for an adapter."""
     with pytest.raises(InspectionError, match="No trainable LoRA pair"):
-        inspect_model(nn.ModuleDict({"lora": gate}))
-    survey = inspect_model(nn.ModuleDict({"lora": gate, "up": adapted()}))
-    assert {f.layer for f in survey.factors} == {"up"}
-    assert len(survey.other) == 4
+        inspect_model(model)
+    survey = inspect_model(nn.ModuleDict({"base": model, "up": adapted()}))
+    assert {factor.layer for factor in survey.factors} == {"up"}
+    assert len(survey.other) == len(list(model.parameters()))
     assert {other_kind(name) for name in survey.other} == {None}
-
-
-FEED_FORWARD = [
-    ("down", "up"),
-    ("A", "B"),
-    ("linear_in", "linear_out"),
-    ("down_proj", "up_proj"),
-]
-
-
-@pytest.mark.parametrize("names", FEED_FORWARD, ids=str)
-def test_ordinary_layers_are_no_adapter(names):
-    """Two linear layers with common names and nothing that declares a rank are not taken for a pair."""
-    block = nn.ModuleDict({names[0]: nn.Linear(IN, 4), names[1]: nn.Linear(4, OUT)})
-    with pytest.raises(InspectionError, match="No trainable LoRA pair"):
-        inspect_model(block)
 
 
 KINDS = [
