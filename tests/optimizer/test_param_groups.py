@@ -27,7 +27,7 @@ from rankaware_optim import (
 )
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import Walk, walk
-from rankaware_optim.optimizer import PlanOptions, make_plan
+from rankaware_optim.optimizer import PlanOptions, effective_lr, make_plan
 from rankaware_optim.optimizer._param_groups import user_groups
 
 from ..helpers.models import adapted, mlp, trained
@@ -92,6 +92,7 @@ def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, ref
     for group in groups:
         assert group["params"]
         assert group["lr"] == pytest.approx(lr * group["rank_multiplier"])
+        assert effective_lr(group) == group["lr"]
 
 
 REFERENCES = [
