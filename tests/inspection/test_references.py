@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rankaware_optim import (
@@ -19,7 +22,7 @@ from rankaware_optim import (
     convert_lr,
     rank_aware_param_groups,
 )
-from rankaware_optim.inspection import as_reference
+from rankaware_optim.inspection import as_reference, parse_reference
 
 from ..helpers.models import mlp
 
@@ -44,202 +47,177 @@ class Attributes(dict):
     __getattr__ = dict.__getitem__
 
 
-def peft_folder(path: Path, **config) -> Path:
+def folder(path: Path, **config) -> Path:
+    """PEFT's folder of one layer of fan-in 32."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = {
         "m.q.lora_A.weight": torch.zeros(16, 32),
         "m.q.lora_B.weight": torch.zeros(48, 16),
     }
     save_file(tensors, path / "adapter_model.safetensors")
-    saved = {
-        "peft_type": "LORA",
-        "r": 16,
-        "lora_alpha": 32,
-        "init_lora_weights": True,
-        **config,
-    }
+    saved = {"r": 16, "lora_alpha": 32, "init_lora_weights": True, **config}
     (path / "adapter_config.json").write_text(json.dumps(saved))
     return path
 
 
-def kohya_file(
-    path: Path, metadata, names=("lora_unet_q", "lora_te_q"), rank=16
-) -> Path:
-    tensors = {}
-    for width, name in zip((32, 64, 64), names, strict=False):
-        tensors |= {
-            f"{name}.lora_down.weight": torch.zeros(rank, width),
-            f"{name}.alpha": torch.tensor(32.0),
-        }
-        tensors[f"{name}.lora_up.weight"] = torch.zeros(width, rank)
-    save_file(tensors, path, {key: str(value) for key, value in metadata.items()})
-    return path
+def kohya_file(path: Path) -> Path:
+    """kohya's file of one layer of fan-in 32."""
+    tensors = {
+        "lora_unet_q.lora_down.weight": torch.zeros(16, 32),
+        "lora_unet_q.lora_up.weight": torch.zeros(32, 16),
+        "lora_unet_q.alpha": torch.tensor(32.0),
+    }
+    save_file(tensors, path / "x.safetensors")
+    return path / "x.safetensors"
 
 
-# --- references -----------------------------------------------------------------------------------------------------
-
+AT, FULL = Reference(rank=16, alpha=32), Reference(method="full")
+OF_PEFT = {
+    "r": 16,
+    "lora_alpha": 32,
+    "use_rslora": None,
+    "target_modules": ["q_proj"],
+    "init_lora_weights": "gaussian",
+    "peft_type": "LORA",
+    "rank_pattern": {},
+}
 NAMED = [
-    (lambda path: "r=16,alpha=32", Reference(rank=16, alpha=32)),
-    (lambda path: str(peft_folder(path)), OWN),
-    (lambda path: f"{peft_folder(path)}/", OWN),
-    (lambda path: peft_folder(path / "r=16"), OWN),
-    (lambda path: str(peft_folder(path / "r=16,alpha=8")), OWN),
-    (lambda path: peft_folder(path, use_rslora=True), Reference(16, 128, fan_in=32)),
-    (lambda path: kohya_file(path / "x.safetensors", {}, names=("lora_unet_q",)), OWN),
-    (lambda path: LoraConfig(), Reference(rank=16, alpha=32)),
+    ("r=16,alpha=32", AT),
+    (" rank = 16 , alpha=32.5, ", replace(AT, alpha=32.5)),
+    ("r=16,alpha=32,rslora", replace(AT, rslora=True)),
+    ("r=16,lora_alpha=32", AT),
+    ("r=16,lora_alpha=32,use_rslora=True", replace(AT, rslora=True)),
+    ("r=16, alpha=32, use_rslora=false", AT),
     (
-        lambda path: LoraConfig(use_rslora=True),
-        Reference(rank=16, alpha=32, rslora=True),
+        "r=16,alpha=32,init=B,fan_in=8,batch=4",
+        Reference(16, 32, False, "B", 8, batch=4),
     ),
-    (lambda path: "r=16,lora_alpha=32", Reference(16, 32)),
-    (lambda path: "r=16,lora_alpha=32,use_rslora=True", Reference(16, 32, True)),
-    (lambda path: "r=16, alpha=32, use_rslora=false", Reference(16, 32)),
-    (lambda path: "method=full,batch=8", Reference(method="full", batch=8)),
-    (lambda path: {"r": 16, "lora_alpha": 32}, Reference(16, 32)),
+    ("full", FULL),
+    ("full, fan_in=4096, batch=8", replace(FULL, fan_in=4096, batch=8)),
+    ("method=full,batch=8", replace(FULL, batch=8)),
+    (LoraConfig(), AT),
+    (LoraConfig(use_rslora=True), replace(AT, rslora=True)),
+    ({"r": 16, "lora_alpha": 32}, AT),
+    (OF_PEFT, AT),
+    ({"r": "16", "lora_alpha": 32.5, "use_rslora": "True"}, Reference(16, 32.5, True)),
     (
-        lambda path: {"r": "16", "lora_alpha": 32.5, "use_rslora": "True"},
-        Reference(16, 32.5, True),
+        {"rank": 16, "alpha": 32, "fan_in": 64, "batch": 8},
+        replace(AT, fan_in=64, batch=8),
     ),
-    (
-        lambda path: {
-            "r": 16,
-            "lora_alpha": 32,
-            "use_rslora": None,
-            "target_modules": ["q_proj"],
-            "init_lora_weights": "gaussian",
-            "peft_type": "LORA",
-            "rank_pattern": {},
-        },
-        Reference(16, 32),
-    ),
-    (
-        lambda path: {"rank": 16, "alpha": 32, "init": "B", "fan_in": 64, "batch": 8},
-        Reference(16, 32, init="B", fan_in=64, batch=8),
-    ),
-    (lambda path: Attributes(r=8, lora_alpha=8, fan_in=9), Reference(8, 8, fan_in=9)),
-    (lambda path: {"r": 8, "lora_alpha": 8, "peft_type": None}, Reference(8, 8)),
-    (
-        lambda path: {"method": "full", "fan_in": 64},
-        Reference(method="full", fan_in=64),
-    ),
+    (Attributes(r=8, lora_alpha=8, fan_in=9), Reference(8, 8, fan_in=9)),
+    ({"r": 8, "lora_alpha": 8, "peft_type": None}, Reference(8, 8)),
+    ({"method": "full", "fan_in": 64}, replace(FULL, fan_in=64)),
+]
+ADAPTERS = [
+    lambda path: str(folder(path)),
+    lambda path: f"{folder(path)}/",
+    lambda path: folder(path / "r=16"),
+    lambda path: str(folder(path / "r=16,alpha=8")),
+    lambda path: folder(path, lora_alpha=8, use_rslora=True),
+    kohya_file,
 ]
 
 
-@pytest.mark.parametrize(("value", "reference"), NAMED)
-def test_what_names_a_reference(value, reference, tmp_path):
-    """Words, dicts, an adapter's folder or file, and a LoraConfig name a reference; an adapter's knows its width."""
-    assert as_reference(value(tmp_path)) == reference
+@pytest.mark.parametrize(("value", "reference"), NAMED, ids=lambda v: str(v)[:40])
+def test_what_names_a_reference(value, reference):
+    """Words, dicts and a LoraConfig name a reference."""
+    assert as_reference(value) == reference
 
 
-@pytest.mark.parametrize(
-    "value", ["r=16,alpha=32", LoraConfig(), {"r": 16, "lora_alpha": 32}]
-)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_names_a_reference(adapter, tmp_path):
+    """Its folder or file, however they are called, names its configuration and knows its width."""
+    assert as_reference(adapter(tmp_path)) == OWN
+
+
+@pytest.mark.parametrize("value", ["r=16,alpha=32", LoraConfig(), OF_PEFT, folder])
 def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
     """The optimizer, plain groups and conversions take a reference by name as they take a Reference."""
-    written, made = Reference(rank=16, alpha=32), peft_folder(tmp_path)
-    model = mlp()
-    for at, same in ((value, written), (made, OWN), (str(made), OWN)):
-        opts = [
-            RankAwareOptimizer(model, "adamw", lr=LR, tuned_at=each)
-            for each in (at, same)
-        ]
-        assert str(opts[0].report()) == str(opts[1].report())
-        groups = [
-            rank_aware_param_groups(model, lr=LR, tuned_at=each) for each in (at, same)
-        ]
-        assert [g["lr"] for g in groups[0]] == [g["lr"] for g in groups[1]] != [LR] * 5
-        assert convert_lr(LR, from_=at, to="r=4,alpha=4") == convert_lr(
-            LR, from_=same, to="r=4,alpha=4"
-        )
+    by_name, written = value, AT
+    if value is folder:
+        by_name, written = folder(tmp_path), OWN
+    model, said, rates, converted = mlp(), [], [], []
+    for at in (by_name, written):
+        options = {"lr": LR, "tuned_at": at}
+        said.append(str(RankAwareOptimizer(model, "adamw", **options).report()))
+        groups = rank_aware_param_groups(model, **options)
+        rates.append([group["lr"] for group in groups])
+        converted.append(convert_lr(LR, from_=at, to="r=4,alpha=4"))
+    assert said[0] == said[1]
+    assert rates[0] == rates[1] != [LR] * 5
+    assert converted[0] == converted[1]
 
 
-def test_words_without_an_alpha_change_what_they_name():
-    """to="r=64" keeps alpha, rsLoRA, init and width; with an alpha it stands alone."""
-    like = Reference(16, 32, rslora=True, init="B", fan_in=64)
-    assert as_reference("r=64", like=like) == Reference(
-        64, 32, rslora=True, init="B", fan_in=64
-    )
-    assert as_reference("init=A", like=like) == Reference(
-        16, 32, rslora=True, fan_in=64
-    )
-    assert as_reference({"r": 64}, like=like) == as_reference("r=64", like=like)
-    assert as_reference("r=64,alpha=8", like=like) == Reference(64, 8)
-    assert as_reference("full", like=like) == Reference(method="full")
-
-
-REFUSED = [
-    (lambda path: 3, InvalidReferenceError, "3 is not a reference"),
-    (lambda path: None, InvalidReferenceError, "None is not a reference"),
-    (lambda path: SimpleNamespace(r=16), InvalidReferenceError, "is not a reference"),
-    (
-        lambda path: "no/such/adapter",
-        InspectionError,
-        r"There is no folder or file no/such/adapter\. Give .* from the Hub",
-    ),
-    (lambda path: "x.safetensors", InspectionError, "There is no folder or file x.saf"),
-    (lambda path: path / "missing", InspectionError, "There is no folder or file /"),
-    (
-        lambda path: "adapter",
-        InvalidReferenceError,
-        "'adapter' is not a part of a reference, and there is no folder of that name",
-    ),
-    (
-        lambda path: "use_rslora=maybe,r=1,alpha=1",
-        InvalidReferenceError,
-        "'use_rslora=maybe' is not a part of a reference",
-    ),
-    (
-        lambda path: "alpha=8,lora_alpha=8",
-        InvalidReferenceError,
-        "'lora_alpha=8' gives alpha a second time",
-    ),
-    (
-        lambda path: {"r": 16, "alpha": 8, "lora_alpha": 8},
-        InvalidReferenceError,
-        "'lora_alpha=8' gives alpha a second time in {'r'",
-    ),
-    (
-        lambda path: {"r": 16, "alpha": 32, "rsLoRA": True},
-        InvalidReferenceError,
-        "'rsLoRA=True' is not a part of a reference",
-    ),
-    (lambda path: {16: 32}, InvalidReferenceError, "'16=32' is not a part"),
-    (lambda path: {"lora_alpha": 32}, InvalidReferenceError, "lacks rank"),
-    (lambda path: {}, InvalidReferenceError, "lacks rank"),
-    (lambda path: {"r": 1.5, "alpha": 8}, InvalidReferenceError, "rank=1.5"),
-    (lambda path: {"r": "x", "alpha": 8}, InvalidReferenceError, "'r=x' is not a part"),
-    (
-        lambda path: {"method": "full", "r": 8},
-        InvalidReferenceError,
-        "Full finetuning has no rank",
-    ),
-    (
-        lambda path: {"r": 8, "lora_alpha": 8, "init_lora_weights": "olora"},
-        InvalidReferenceError,
-        "A dict with init_lora_weights='olora' is not a reference",
-    ),
-    (lambda path: path, InspectionError, "has 0 .safetensors files"),
-    (
-        lambda path: LoraConfig(init_lora_weights="pissa"),
-        InvalidReferenceError,
-        "init_lora_weights='pissa'.*no law",
-    ),
-    (
-        lambda path: LoraConfig(peft_type="LOHA"),
-        InvalidReferenceError,
-        "the kind 'LOHA'",
-    ),
-    (lambda path: LoraConfig(r=0), InvalidReferenceError, "rank=0"),
+LIKE = Reference(16, 32, rslora=True, init="B", fan_in=64)
+CHANGED = [
+    ("r=64", replace(LIKE, rank=64)),
+    ({"r": 64}, replace(LIKE, rank=64)),
+    ("init=A", replace(LIKE, init="A")),
+    ("r=64,alpha=8", Reference(64, 8)),
+    ("full", FULL),
 ]
 
 
-@pytest.mark.parametrize(("value", "error", "message"), REFUSED)
-def test_what_names_none_is_refused(value, error, message, tmp_path):
+@pytest.mark.parametrize(("value", "reference"), CHANGED)
+def test_words_without_an_alpha_change_what_they_name(value, reference):
+    """to="r=64" keeps alpha, rsLoRA, init and width; with an alpha it stands alone."""
+    assert as_reference(value, like=LIKE) == reference
+
+
+NO_FOLDER = r"There is no folder or file no/such/adapter\. Give .* from the Hub"
+REFUSED = [
+    (3, "3 is not a reference"),
+    (None, "None is not a reference"),
+    (SimpleNamespace(r=16), "is not a reference"),
+    ("no/such/adapter", NO_FOLDER),
+    ("x.safetensors", "There is no folder or file x.saf"),
+    (Path("missing"), "There is no folder or file missing"),
+    (Path(), "has 0 .safetensors files"),
+    ("adapter", "'adapter' is not a part of a .*, and there is no folder of that name"),
+    ("16", "'16' is not a part"),
+    ("=", "'=' is not a part"),
+    ("r=x,alpha=1", "'r=x' is not a part of a reference"),
+    ("r=1.5,alpha=1", r"'r=1\.5' is not a part"),
+    ("r=" + "9" * 5000 + ",alpha=1", "is not a part"),
+    ("r=1" + "0" * 400 + ",alpha=1", r"rank=1000.*to 2147483647"),
+    ("r=0,alpha=1", "rank=0"),
+    ("r=16,alpha=5e-324", "alpha=5e-324"),
+    ("r=8,alpha=8,fan_in=inf", "fan_in=inf"),
+    ("r=8,alpha=8,batch=0", "batch=0"),
+    ("r=8,alpha=8,init=C", "init is 'A' .* not 'C'"),
+    ("r=8,alpha=8,beta=1", "'beta=1' is not a part"),
+    ("use_rslora=maybe,r=1,alpha=1", "'use_rslora=maybe' is not a part of a reference"),
+    ("alpha=8,lora_alpha=8", "'lora_alpha=8' gives alpha a second time"),
+    ("r=8,rank=16,alpha=8", "'rank=16' gives rank a second time"),
+    ("r=8,alpha=8,rslora,rslora", "gives rslora a second time"),
+    ("full,full", "gives method a second time"),
+    ("full,rslora", "Full finetuning has no rslora"),
+    ({"r": 16, "alpha": 8, "lora_alpha": 8}, "'lora_alpha=8' gives .* time in {'r'"),
+    ({"r": 16, "alpha": 32, "rsLoRA": True}, "'rsLoRA=True' is not a part of a"),
+    ({16: 32}, "'16=32' is not a part"),
+    ({"lora_alpha": 32}, "lacks rank"),
+    ({}, "lacks rank"),
+    ({"r": 1.5, "alpha": 8}, "rank=1.5"),
+    ({"r": "x", "alpha": 8}, "'r=x' is not a part"),
+    ({"method": "full", "r": 8}, "Full finetuning has no rank"),
+    (
+        {"r": 8, "lora_alpha": 8, "init_lora_weights": "olora"},
+        "A dict with init_lora_weights='olora' is not a reference",
+    ),
+    (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa'.*no law"),
+    (LoraConfig(peft_type="LOHA"), "the kind 'LOHA'"),
+    (LoraConfig(r=0), "rank=0"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), REFUSED, ids=lambda v: str(v)[:40])
+def test_what_names_none_is_refused(value, message, tmp_path, monkeypatch):
     """Another thing, a path that is not there, and a configuration without a law are errors with cause and cure."""
-    with pytest.raises(error, match=message):
-        as_reference(value(tmp_path))
-    with pytest.raises(error, match=message):
-        convert_lr(LR, from_="r=16,alpha=32", to=value(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((InvalidReferenceError, InspectionError), match=message):
+        as_reference(value)
+    with pytest.raises((InvalidReferenceError, InspectionError), match=message):
+        convert_lr(LR, from_="r=16,alpha=32", to=value)
 
 
 @pytest.mark.parametrize(
@@ -256,3 +234,14 @@ def test_half_a_reference_is_asked_for_the_other_half(value, cure):
     with pytest.raises(InvalidReferenceError) as caught:
         as_reference(value)
     assert str(caught.value).endswith(f"belongs to a rank and an alpha. {cure}")
+
+
+letters = st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40)
+
+
+@given(letters | st.text(max_size=12))
+@settings(max_examples=500)
+def test_any_text_is_a_reference_or_our_error(text):
+    """No text raises anything but an error of ours."""
+    with contextlib.suppress(InvalidReferenceError):
+        assert isinstance(parse_reference(text), Reference)
