@@ -31,6 +31,7 @@ from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
 
 from ..helpers.models import PlainLoRA
+from ..helpers.optimizers import called
 
 references = st.builds(
     Reference,
@@ -71,9 +72,8 @@ def test_published_medians_are_met(rank, median):
 def test_the_law_moves_the_rate(reference):
     """Between two configurations the middle moves as the law does, and nothing else moves it."""
     moved = math.log2(MuA(tokens=8.0).multiplier(reference.as_factor(), PUBLISHED))
-    assert middle(suggest_lr(reference)) - middle(
-        suggest_lr(PUBLISHED)
-    ) == pytest.approx(moved, abs=1e-9)
+    octaves = middle(suggest_lr(reference)) - middle(suggest_lr(PUBLISHED))
+    assert octaves == pytest.approx(moved, abs=1e-9)
 
 
 @given(reference=references, task=st.sampled_from(["chat", "other"]))
@@ -86,37 +86,27 @@ def test_the_rate_leans_low_inside_its_band(reference, task):
 
 
 # plain LoRA's rate is divided by these: the root of the published factor times ours
-PISSA, OLORA, LORA_GA, DORA = (
-    math.sqrt(10 / 0.88),
-    math.sqrt(18 / 0.8),
-    18,
-    math.sqrt(1.8 / 1.5),
-)
-INITS = [
-    ("pissa", PISSA),
-    ("pissa_niter_16", PISSA),
-    ("olora", OLORA),
-    ("lora_ga", LORA_GA),
-    ("lora-ga", LORA_GA),
-    ("eva", 1),
-    (True, 1),
+PISSA, OLORA = math.sqrt(10 / 0.88), math.sqrt(18 / 0.8)
+LORA_GA, DORA = 18, math.sqrt(1.8 / 1.5)
+FACTORS = [
+    ({"init": "pissa"}, PISSA),
+    ({"init": "pissa_niter_16"}, PISSA),
+    ({"init": "olora"}, OLORA),
+    ({"init": "lora_ga"}, LORA_GA),
+    ({"init": "lora-ga"}, LORA_GA),
+    ({"init": "eva"}, 1),
+    ({"init": True}, 1),
+    ({"dora": True}, DORA),
+    ({"dora": True, "init": "pissa"}, DORA * PISSA),
 ]
 
 
-@pytest.mark.parametrize(("init", "factor"), INITS)
-def test_documented_inits_have_their_factor(init, factor):
-    """A non-zero init divides the rate by its factor and widens the band; PEFT's zero inits are Init[A]."""
-    plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, init=init)
+@pytest.mark.parametrize(("options", "factor"), FACTORS)
+def test_documented_inits_and_dora_have_their_factor(options, factor):
+    """A non-zero init and DoRA divide the rate by their factor and widen the band; PEFT's zero inits are Init[A]."""
+    plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, **options)
     assert plain.lr / found.lr == pytest.approx(factor)
     assert (reach(found) > reach(plain)) == (factor > 1)
-
-
-def test_dora_has_its_factor():
-    """DoRA has its own factor, on top of an init's."""
-    plain = suggest_lr(PUBLISHED).lr
-    assert plain / suggest_lr(PUBLISHED, dora=True).lr == pytest.approx(DORA)
-    both = suggest_lr(PUBLISHED, dora=True, init="pissa")
-    assert plain / both.lr == pytest.approx(DORA * PISSA)
 
 
 # --- the band -------------------------------------------------------------------------------------------------------
@@ -142,77 +132,67 @@ def test_the_band_widens_with_distance(near, far):
     assert reach(suggest_lr(far)) > reach(suggest_lr(near)) + 0.005
 
 
-def test_the_task_widens_the_band_most():
-    """On chat data the band is that between models, under an octave each way; on another task twice that."""
-    assert 0.7 < reach(suggest_lr(AT, task="chat")) < 1.0
-    assert reach(suggest_lr(AT)) > 2 * reach(suggest_lr(AT, task="chat"))
+SEEN = [(rank, width) for rank in (1, 16, 128) for width in (2048, 8192)]
 
 
-def test_inside_what_was_seen_the_band_is_the_same():
-    """At a published rank, alpha and width, nothing but the models' spread and the task counts."""
-    same = {
-        round(reach(suggest_lr(Reference(r, 32, fan_in=n))), 9)
-        for r in (1, 16, 128)
-        for n in (2048, 8192)
-    }
-    assert len(same) == 1
+@pytest.mark.parametrize(("rank", "width"), SEEN)
+def test_inside_what_was_seen_the_task_alone_widens_the_band(rank, width):
+    """At a published rank, alpha and width it is that between models, under an octave; on another task twice that."""
+    at = Reference(rank, 32, fan_in=width)
+    chat, other = reach(suggest_lr(at, task="chat")), reach(suggest_lr(at))
+    assert chat == pytest.approx(reach(suggest_lr(AT, task="chat")), abs=1e-9)
+    assert 0.7 < chat < 1.0
+    assert other > 2 * chat
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def kind(name: str) -> type:
-    """A torch optimizer class of that name, as other packages have."""
-    return type(name, (torch.optim.Optimizer,), {})
-
-
+MATCHED = {"settings": {"adjust_lr_fn": "match_rms_adamw"}}
 OPTIMIZERS = [
-    (torch.optim.AdamW, 1, 1),
-    (torch.optim.Adam, 1, 1),
-    (kind("PagedAdamW8bit"), 1, 1),
-    (type("Mine", (torch.optim.AdamW,), {}), 1, 1),
-    (torch.optim.NAdam, 1, 1),
-    (kind("Lion"), 1 / 2, 1 / 10),
-    ("lion", 1 / 2, 1 / 10),
-    (kind("AdamWScheduleFree"), 10, 1),
+    # the class, what it is given, and the documented range in AdamW's rates, None for AdamW's own
+    (torch.optim.AdamW, {}, None),
+    (torch.optim.Adam, {}, None),
+    (called("PagedAdamW8bit"), {}, None),
+    (type("Mine", (torch.optim.AdamW,), {}), {}, None),
+    (torch.optim.NAdam, {}, (1, 1)),
+    (called("Lion"), {}, (1 / 10, 1 / 2)),
+    ("lion", {}, (1 / 10, 1 / 2)),
+    (called("AdamWScheduleFree"), {}, (1, 10)),
+    (called("Muon"), MATCHED, (1, 1)),
 ]
 
 
-@pytest.mark.parametrize(("optimizer", "most", "least"), OPTIMIZERS)
-def test_documented_rules_lead_to_other_optimizers(optimizer, most, least):
+@pytest.mark.parametrize(("optimizer", "options", "span"), OPTIMIZERS)
+def test_documented_rules_lead_to_other_optimizers(optimizer, options, span):
     """The band's middle is AdamW's times the middle of the documented range, and the band holds all of that range."""
-    plain, found = suggest_lr(AT, task="chat"), suggest_lr(AT, optimizer, task="chat")
-    assert 2 ** (middle(found) - middle(plain)) == pytest.approx(
-        math.sqrt(most * least)
-    )
-    assert (
-        found.low
-        <= 2 ** middle(plain) * least
-        <= 2 ** middle(plain) * most
-        <= found.high
-    )
-    assert ("the middle is taken" in str(found)) == (reach(found) > reach(plain))
+    plain = suggest_lr(AT, task="chat")
+    found = suggest_lr(AT, optimizer, task="chat", **options)
+    least, most = span or (1, 1)
+    octaves = middle(found) - middle(plain)
+    assert 2**octaves == pytest.approx(math.sqrt(most * least))
+    centre = 2 ** middle(plain)
+    assert found.low <= centre * least <= centre * most <= found.high
+    assert (reach(found) > reach(plain)) == (span is not None)
+    assert ("the middle is taken" in str(found)) == (span is not None)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    ["SGD", torch.optim.SGD, torch.optim.Adagrad, kind("LAMB"), kind("Muon")],
-)
-def test_without_a_rule_there_is_no_suggestion(optimizer):
+NO_RULE = r"No published rate is known for \w+,.*ra.calibrate"
+WITHOUT = [
+    *(
+        (optimizer, {}, NO_RULE)
+        for optimizer in ("SGD", torch.optim.SGD, torch.optim.Adagrad, called("LAMB"))
+    ),
+    (called("Muon"), {}, NO_RULE),
+    (called("Muon"), {"settings": {"adjust_lr_fn": "original"}}, "match_rms_adamw"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "options", "message"), WITHOUT)
+def test_without_a_rule_there_is_no_suggestion(optimizer, options, message):
     """An optimizer that no documented rule ties to AdamW is refused, with what to do instead."""
-    with pytest.raises(
-        OptimizerError, match=r"No published rate is known for \w+,.*ra.calibrate"
-    ):
-        suggest_lr(AT, optimizer)
-
-
-def test_muon_that_matches_adamw_takes_its_rate():
-    """Muon is answered for only where its shape factor is made to reuse AdamW's rates."""
-    found = suggest_lr(AT, kind("Muon"), settings={"adjust_lr_fn": "match_rms_adamw"})
-    assert found.lr == suggest_lr(AT).lr
-    assert reach(found) > reach(suggest_lr(AT))
-    with pytest.raises(OptimizerError, match="match_rms_adamw"):
-        suggest_lr(AT, kind("Muon"), settings={"adjust_lr_fn": "original"})
+    with pytest.raises(OptimizerError, match=message):
+        suggest_lr(AT, optimizer, **options)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -228,47 +208,41 @@ def model_of(*pairs: tuple[int, int], init: str = "A", width: int = 64) -> nn.Mo
 @pytest.mark.parametrize("init", "AB")
 def test_a_model_is_answered_at_its_own_configuration(init):
     """Rank, scaling and init are the model's commonest, the width its commonest fan-in; the other ranks are said."""
-    found = suggest_lr(model_of((8, 64), (8, 64), (4, 256), init=init))
+    model = model_of((8, 64), (8, 64), (4, 256), init=init)
+    found = suggest_lr(model)
     assert found.reference == Reference(rank=8, alpha=16, init=init)
     assert found.configuration.endswith(", fan-in 64")
     assert found.lr == suggest_lr(replace(found.reference, fan_in=64)).lr
     assert "has 2 ranks or scalings" in str(found)
-    assert "holds" not in str(suggest_lr(model_of((8, 64))))
-
-
-def test_a_survey_is_answered_like_its_model():
-    """The model and its survey give the same rate."""
-    model = model_of((8, 64))
-    assert suggest_lr(inspect_model(model)) == suggest_lr(model)
+    assert suggest_lr(inspect_model(model)) == found
+    assert "ranks or scalings" not in str(suggest_lr(model_of((8, 64))))
 
 
 def test_the_rest_of_a_model_follows_by_the_law():
     """Used with its reference and law, the rate stands at the commonest rank and the law moves it to the others."""
     model = model_of((8, 64), (8, 64), (2, 64))
     found = suggest_lr(model)
-    law, at = MuA(tokens=8.0), found.reference
-    optimizer = RankAwareOptimizer(
-        model, torch.optim.AdamW, lr=found.lr, tuned_at=at, law=law
-    )
-    rates = {
-        group["lora_rank"]: effective_lr(group) for group in optimizer.param_groups
-    }
-    assert rates[8] == pytest.approx(found.lr)
-    assert rates[2] == pytest.approx(
-        suggest_lr(replace(found.reference, rank=2, alpha=4, fan_in=64)).lr
-    )
+    options = {"tuned_at": found.reference, "law": MuA(tokens=8.0)}
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, **options)
+    at_2 = replace(found.reference, rank=2, alpha=4, fan_in=64)
+    expected = {8: found.lr, 2: suggest_lr(at_2).lr}
+    for group in opt.param_groups:
+        assert effective_lr(group) == pytest.approx(expected[group["lora_rank"]])
 
 
 def test_full_finetuning_takes_the_largest_fan_in():
     """A plain model under method="full" is answered at its largest fan-in, with its caution; a survey of LoRA too."""
-    plain = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32))
-    found = suggest_lr(plain, method="full")
-    assert found.reference == Reference(method="full")
-    assert found.lr == suggest_lr(replace(found.reference, fan_in=128)).lr
+    full = Reference(method="full")
+    found = suggest_lr(
+        nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 32)), method="full"
+    )
+    assert found.reference == full
+    assert found.lr == suggest_lr(replace(full, fan_in=128)).lr
     assert "the law's rate" in str(found)
+    of_lora = inspect_model(model_of((8, 64), (8, 256)))
     assert (
-        suggest_lr(model_of((8, 64), (8, 256)), init="A").lr
-        > suggest_lr(inspect_model(model_of((8, 64), (8, 256))), method="full").lr
+        suggest_lr(of_lora, method="full").lr
+        == suggest_lr(replace(full, fan_in=256)).lr
     )
 
 
@@ -315,28 +289,14 @@ def test_real_peft_models_are_read():
     assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(DORA)
 
 
+FULL = Reference(method="full")
 REFUSED = [
-    (Reference(16, 32), {"init": "corda"}, LawError, "init 'corda'"),
-    (Reference(16, 32), {"init": False}, LawError, "init False"),
-    (
-        Reference(16, 32),
-        {"method": "full"},
-        InvalidReferenceError,
-        "method='full', fan_in",
-    ),
-    (Reference(16, 32), {"task": "code"}, InvalidReferenceError, "not 'code'"),
-    (
-        Reference(method="full"),
-        {"init": "pissa"},
-        InvalidReferenceError,
-        "neither an init nor DoRA",
-    ),
-    (
-        Reference(method="full"),
-        {"dora": True},
-        InvalidReferenceError,
-        "neither an init nor DoRA",
-    ),
+    (AT, {"init": "corda"}, LawError, "init 'corda'"),
+    (AT, {"init": False}, LawError, "init False"),
+    (AT, {"method": "full"}, InvalidReferenceError, "method='full', fan_in"),
+    (AT, {"task": "code"}, InvalidReferenceError, "not 'code'"),
+    (FULL, {"init": "pissa"}, InvalidReferenceError, "neither an init nor DoRA"),
+    (FULL, {"dora": True}, InvalidReferenceError, "neither an init nor DoRA"),
     (16, {}, InvalidReferenceError, "not for 16"),
     (nn.Linear(4, 4), {}, InspectionError, "No trainable LoRA pair"),
     (AT, {"optimizer": int}, OptimizerError, "not a torch optimizer class"),
@@ -373,36 +333,27 @@ def call(*arguments):
     return CliRunner().invoke(suggest, [str(a) for a in arguments])
 
 
+AT_32 = "--rank 16 --alpha 32"
 COMMANDS = [
-    (("--rank", 16, "--alpha", 32), Reference(16, 32), {}),
+    (AT_32, Reference(16, 32), {}),
     (
-        ("--rank", 16, "--alpha", 32, "--rslora", "--fan-in", 768),
-        Reference(16, 32, rslora=True, fan_in=768),
-        {},
+        f"{AT_32} --rslora --fan-in 768",
+        *(Reference(16, 32, rslora=True, fan_in=768), {}),
     ),
+    (f"{AT_32} --init B --chat", Reference(16, 32, init="B"), {"task": "chat"}),
     (
-        ("--rank", 16, "--alpha", 32, "--init", "B", "--chat"),
-        Reference(16, 32, init="B"),
-        {"task": "chat"},
+        f"{AT_32} --init pissa --dora",
+        *(Reference(16, 32), {"init": "pissa", "dora": True}),
     ),
-    (
-        ("--rank", 16, "--alpha", 32, "--init", "pissa", "--dora"),
-        Reference(16, 32),
-        {"init": "pissa", "dora": True},
-    ),
-    (("--full", "--fan-in", 4096), Reference(method="full", fan_in=4096), {}),
-    (
-        ("--rank", 8, "--alpha", 8, "--optimizer", "Lion"),
-        Reference(8, 8),
-        {"optimizer": "Lion"},
-    ),
+    ("--full --fan-in 4096", replace(FULL, fan_in=4096), {}),
+    ("--rank 8 --alpha 8 --optimizer Lion", Reference(8, 8), {"optimizer": "Lion"}),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "reference", "options"), COMMANDS)
 def test_the_command_says_what_the_call_does(arguments, reference, options):
     """`rankaware suggest` prints the suggestion of the same arguments."""
-    done = call(*arguments)
+    done = call(*arguments.split())
     assert done.exit_code == 0, done.output
     assert done.output.strip() == str(suggest_lr(reference, **options))
 
@@ -410,61 +361,39 @@ def test_the_command_says_what_the_call_does(arguments, reference, options):
 @pytest.fixture
 def folder(tmp_path):
     """Saves a PEFT folder of rank 8 on fan-in 32, with entries of its configuration."""
+    factors = {
+        "q.lora_A.weight": torch.ones(8, 32),
+        "q.lora_B.weight": torch.ones(48, 8),
+    }
 
     def save(**config):
-        save_file(
-            {
-                "q.lora_A.weight": torch.ones(8, 32),
-                "q.lora_B.weight": torch.ones(48, 8),
-            },
-            tmp_path / "m.sf",
-        )
-        (tmp_path / "m.sf").rename(tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(
-            json.dumps({"r": 8, "lora_alpha": 16, **config})
-        )
+        save_file(factors, tmp_path / "adapter_model.safetensors")
+        saved = {"r": 8, "lora_alpha": 16, **config}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
         return tmp_path
 
     return save
 
 
+OF_32 = Reference(8, 16, fan_in=32)
 FOLDERS = [
-    ({"init_lora_weights": True}, (), Reference(8, 16, fan_in=32), {}),
-    (
-        {"init_lora_weights": "pissa"},
-        (),
-        Reference(8, 16, fan_in=32),
-        {"init": "pissa"},
-    ),
-    ({"init_lora_weights": "corda"}, ("--init", "A"), Reference(8, 16, fan_in=32), {}),
-    (
-        {"use_rslora": True, "init_lora_weights": True},
-        (),
-        Reference(8, 16, rslora=True, fan_in=32),
-        {},
-    ),
-    (
-        {"init_lora_weights": "pissa"},
-        ("--full",),
-        Reference(method="full", fan_in=32),
-        {},
-    ),
+    ({"init_lora_weights": True}, (), OF_32, {}),
+    ({"init_lora_weights": "pissa"}, (), OF_32, {"init": "pissa"}),
+    ({"init_lora_weights": "corda"}, ("--init", "A"), OF_32, {}),
+    ({"use_rslora": True}, (), replace(OF_32, rslora=True), {}),
+    ({"init_lora_weights": "pissa"}, ("--full",), replace(FULL, fan_in=32), {}),
 ]
 
 
 @pytest.mark.parametrize(("config", "arguments", "reference", "options"), FOLDERS)
 def test_the_command_reads_an_adapter(folder, config, arguments, reference, options):
-    """For an adapter's folder the configuration comes from its files, its declared init too."""
+    """For an adapter's folder the configuration comes from its files; an init that it lacks is said."""
     done = call(folder(**config), *arguments)
     assert done.exit_code == 0, done.output
     rate = suggest_lr(reference, **options)
     assert re.search(rf"^lr +{rate.lr:.3g}$", done.output, re.MULTILINE)
-
-
-def test_an_unreadable_init_is_said(folder):
-    """A folder that declares no init counts as Init[A], and the text says so."""
-    done = call(folder())
-    assert "The init could not be read" in done.output
+    said = "The init could not be read" in done.output
+    assert said == ("init_lora_weights" not in config)
 
 
 BAD_COMMANDS = [
