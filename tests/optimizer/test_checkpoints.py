@@ -469,6 +469,7 @@ def test_a_group_put_in_by_hand_is_said():
     lone.grad = torch.ones_like(lone)
     opt.step()
     assert lone.item() == pytest.approx(-LR)
+    assert to_plain_state_dict(opt)["param_groups"][-1]["lr"] == LR
     with pytest.raises(
         CheckpointError, match=r"param_groups directly.*add_param_group"
     ):
