@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import pickle
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +38,9 @@ class Case:
     graph: bool = False
     sparse: bool = False
     width: int = 16
-    ranks: tuple[int, ...] = RANKS
 
     def model(self) -> nn.Module:
-        return mlp(self.ranks, width=self.width, head=self.groups != "matrices", seed=3)
+        return mlp(RANKS, width=self.width, head=self.groups != "matrices", seed=3)
 
     @property
     def rate(self) -> dict[str, float]:
@@ -148,18 +146,9 @@ def _mode(opt: Any, name: str) -> None:
         getattr(opt, name)()
 
 
-def loads_safely(opt: Any) -> bool:
-    """Whether the optimizer's saved state loads with weights_only=True."""
-    try:
-        through_file(opt, weights_only=True)
-    except pickle.UnpicklingError:
-        return False
-    return True
-
-
-def through_file(opt: Any, *, weights_only: bool) -> Any:
+def through_file(opt: Any, *, safely: bool) -> Any:
     """The optimizer's state after a round through torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
-    return torch.load(file, weights_only=weights_only)
+    return torch.load(file, weights_only=safely)

@@ -25,6 +25,8 @@ PACKAGES = (
     "apollo_torch",
 )
 
+MUONS = ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
+
 # What a class needs beside a rate: settings, groups, a closure, a wide model (eight-bit state starts at 4096 numbers).
 NEEDS = {
     "torch.optim.Muon": {"groups": "matrices"},
@@ -36,17 +38,7 @@ NEEDS = {
     P + "BSAM": {"settings": {"num_data": 8}, "closure": True},
     P + "Ranger21": {"settings": {"num_iterations": 8}},
     P + "SpectralSphere": {"groups": "matrices"},
-    **{
-        P + name: {"groups": "muon"}
-        for name in (
-            "AdaGO",
-            "AdaMuon",
-            "DistributedMuon",
-            "Muon",
-            "MuonClip",
-            "NorMuon",
-        )
-    },
+    **{P + name: {"groups": "muon"} for name in MUONS},
     **{
         f"schedulefree.{name}ScheduleFreeClosure": {"closure": True}
         for name in ("AdamW", "RAdam", "SGD")
