@@ -11,19 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim._types import Factor
 
 from ...helpers.models import batches, mlp
-from ...helpers.optimizers import used
+from ...helpers.optimizers import multiplier
 
 DEVICE = os.environ.get("RANKAWARE_DEVICE", "cuda")
 # bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
-WIDTH, RANKS = (
-    1024,
-    (4, 32),
-)
+WIDTH, RANKS = 1024, (4, 32)
 LR, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.99), 1e-8
 STEPS = 4
 AT_16 = Reference(rank=16, alpha=16)
@@ -59,11 +54,9 @@ def ours(
 
 def rates(lr: float = LR) -> dict[str, float]:
     """The rate of every trained parameter: a factor's as the law moves it from rank 16, the base rate for the head."""
-    at_16 = Reference(rank=16, alpha=16, fan_in=WIDTH)
     found = {}
     for i, rank in enumerate(RANKS):
-        law, factor = ra.Falling(), Factor("by hand", "A", rank, WIDTH, WIDTH)
-        moved = lr * used(law, law.multiplier(factor, at_16))
+        moved = lr * multiplier(rank, width=WIDTH)
         found |= {f"layer{i}.lora_A": moved, f"layer{i}.lora_B": moved}
     assert len(set(found.values())) == len(RANKS)
     return found | {"head.weight": lr, "head.bias": lr}
@@ -71,20 +64,14 @@ def rates(lr: float = LR) -> dict[str, float]:
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every trained parameter in float64 on the CPU."""
-    return {
-        name: whole(p.detach())
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    named = model.named_parameters()
+    return {name: whole(p.detach()) for name, p in named if p.requires_grad}
 
 
 def gradients(model: nn.Module, scale: float = 1.0) -> dict[str, torch.Tensor]:
     """The same of gradients, divided by the scale that they carry."""
-    return {
-        name: whole(p.grad) / scale
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    named = [(name, p.grad) for name, p in model.named_parameters()]
+    return {name: whole(grad) / scale for name, grad in named if grad is not None}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,11 +103,7 @@ class ByHand:
 
     def agrees(self, model: nn.Module, within: float = 1e-3) -> None:
         """Every parameter is what it should be: within a share of its own rate, and float32's rounding."""
-        for name, value in values(model).items():
-            torch.testing.assert_close(
-                value,
-                self.params[name],
-                rtol=1e-6,
-                atol=within * rates()[name],
-                msg=name,
-            )
+        for name, rate in rates().items():
+            is_, should = values(model)[name], self.params[name]
+            near = {"rtol": 1e-6, "atol": within * rate, "msg": name}
+            torch.testing.assert_close(is_, should, **near)

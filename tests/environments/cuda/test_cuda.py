@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ...helpers.models import same
 from .by_hand import (
     BETAS,
     DECAY,
@@ -39,9 +40,9 @@ KERNELS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
 
 
-def trained(model, opt, forward=loss_of, hand=None):
+def trained(model, opt, forward=loss_of):
     """Steps of plain training beside the update by hand."""
-    hand = ByHand(model) if hand is None else hand
+    hand = ByHand(model)
     for x in inputs():
         opt.zero_grad()
         forward(model, x).backward()
@@ -53,11 +54,17 @@ def trained(model, opt, forward=loss_of, hand=None):
 # --- kernels and rates ----------------------------------------------------------------------------------------------
 
 
+def in_bf16(model, x):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        return loss_of(model, x)
+
+
 @each_kernel
-def test_every_kernel_trains_at_the_laws_rates(kernel):
-    """for-loop, foreach and fused AdamW on the device update every parameter as AdamW by hand."""
+@pytest.mark.parametrize("forward", [loss_of, in_bf16])
+def test_every_kernel_trains_at_the_laws_rates(kernel, forward):
+    """for-loop, foreach and fused AdamW on the device update every parameter as by hand, also under autocast."""
     model = new_model()
-    trained(model, ours(model, **kernel)).agrees(model)
+    trained(model, ours(model, **kernel), forward).agrees(model)
 
 
 @each_kernel
@@ -84,29 +91,20 @@ def test_a_rate_on_the_device_follows_its_schedule(kernel):
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
-def autocast(dtype):
-    def forward(model, x):
-        with torch.autocast(DEVICE, dtype=dtype):
-            return loss_of(model, x)
-
-    return forward
-
-
 @each_kernel
 @pytest.mark.parametrize("infinite", [None, 2])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler_in_fp16(kernel, infinite, unscale):
     """fp16 under GradScaler: updates are those of the unscaled gradients, and a step with an infinite one is left."""
-    model, forward = new_model(), autocast(torch.float16)
-    opt, hand, scaler = (
-        ours(model, **kernel),
-        ByHand(model),
-        torch.amp.GradScaler(DEVICE, init_scale=128.0),
-    )
+    model = new_model()
+    opt, hand = ours(model, **kernel), ByHand(model)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=128.0)
     for i, x in enumerate(inputs()):
         opt.zero_grad()
         scale = scaler.get_scale()
-        scaler.scale(forward(model, x)).backward()
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            loss = loss_of(model, x)
+        scaler.scale(loss).backward()
         if i == infinite:
             model.head.weight.grad[0, 0] = torch.inf
         if unscale:
@@ -117,13 +115,6 @@ def test_grad_scaler_in_fp16(kernel, infinite, unscale):
         scaler.update()
         assert scaler.get_scale() == scale * (0.5 if i == infinite else 1.0)
     hand.agrees(model)
-
-
-@each_kernel
-def test_bf16_by_autocast(kernel):
-    """Weights in float32 under autocast in bf16 train as by hand."""
-    model = new_model()
-    trained(model, ours(model, **kernel), autocast(torch.bfloat16)).agrees(model)
 
 
 @each_kernel
@@ -146,8 +137,6 @@ def test_bf16_weights_move_at_the_laws_rates(kernel):
 
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
 
-EIGHT_BIT = ["AdamW8bit", "PagedAdamW8bit"]
-
 
 def bitsandbytes(name):
     return getattr(pytest.importorskip("bitsandbytes").optim, name)
@@ -162,45 +151,25 @@ def test_bitsandbytes_in_32_bits(name):
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", EIGHT_BIT)
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_bitsandbytes_in_8_bits(name):
-    """With moments in 8 bits the first step is by hand's, and later ones stay within their rounding, paged or not."""
-    model = new_model()
-    opt, hand = ours(model, bitsandbytes(name)), ByHand(model)
-    for i, x in enumerate(inputs()):
-        opt.zero_grad()
-        loss_of(model, x).backward()
-        hand.step(gradients(model))
-        opt.step()
-        if i == 0:
-            hand.agrees(model, 0.02)
-    assert opt.state[model.layer1.lora_A]["state1"].dtype is torch.uint8
-    for name_, rate in rates().items():
-        off = (values(model)[name_] - hand.params[name_]).square().mean().sqrt()
-        assert off <= 0.5 * rate, name_
-
-
-@needs_cuda
-@pytest.mark.parametrize("name", EIGHT_BIT)
-def test_bitsandbytes_is_the_native_one_with_groups_by_hand(name):
-    """Bit for bit the same as bitsandbytes' class with every rate written out."""
+    """With moments in 8 bits it is, bit for bit, bitsandbytes' class with every rate written out, paged or not."""
     ends = []
-    for make in (lambda model, kind: ours(model, kind), groups_by_hand):
+    for make in (ours, groups_by_hand):
         model = new_model()
         opt = make(model, bitsandbytes(name))
         for x in inputs():
             opt.zero_grad()
             loss_of(model, x).backward()
             opt.step()
+        assert opt.state[model.layer1.lora_A]["state1"].dtype is torch.uint8
         ends.append(values(model))
-    assert all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
+    assert same(*ends)
 
 
 def groups_by_hand(model, kind):
-    groups = [
-        {"params": [model.get_parameter(name)], "lr": rate}
-        for name, rate in rates().items()
-    ]
+    named = rates().items()
+    groups = [{"params": [model.get_parameter(n)], "lr": rate} for n, rate in named]
     return kind(groups, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)
 
 
@@ -281,16 +250,6 @@ def test_fsdp2_on_one_device(one_process, kernel):
     """fully_shard's DTensors are updated as by hand."""
     model = sharded(one_process)
     trained(model, ours(model, **kernel)).agrees(model)
-
-
-def test_fsdp2_in_bf16(one_process):
-    """Sharded weights in float32 that compute in bf16 are updated as by hand from their own gradients."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    model = sharded(
-        one_process, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    )
-    trained(model, ours(model)).agrees(model)
 
 
 @needs_cuda
