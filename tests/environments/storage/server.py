@@ -30,35 +30,18 @@ class Server:
         if os.geteuid() == 0:
             shutil.chown(self.folder, "postgres", "postgres")
             self._as = {"user": "postgres", "group": "postgres", "extra_groups": []}
-        setup = [
-            found("initdb"),
-            "-D",
-            str(self.data),
-            "-A",
-            "trust",
-            "-U",
-            "tester",
-            "--no-sync",
-        ]
-        subprocess.run(
-            setup, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self._as
-        )
+        options = ["-A", "trust", "-U", "tester", "--no-sync"]
+        setup = [found("initdb"), "-D", str(self.data), *options]
+        quiet = {"stdout": subprocess.DEVNULL, "cwd": self.folder}
+        subprocess.run(setup, check=True, **quiet, **self._as)
 
     @property
     def url(self) -> str:
         return f"postgresql+psycopg://tester:a-secret@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> None:
-        options = [
-            "-p",
-            str(self.port),
-            "-h",
-            "127.0.0.1",
-            "-k",
-            str(self.folder),
-            "-F",
-        ]
-        command = [found("postgres"), "-D", str(self.data), *options]
+        place = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder)]
+        command = [found("postgres"), "-D", str(self.data), *place, "-F"]
         self.process = subprocess.Popen(
             command, cwd=self.folder, stderr=subprocess.DEVNULL, **self._as
         )
@@ -92,9 +75,8 @@ class Server:
 def found(program: str) -> str:
     """PostgreSQL's program: Debian keeps it off the path."""
     homes = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    path = shutil.which(
-        program, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)])
-    )
+    places = [os.environ.get("PATH", ""), *map(str, homes)]
+    path = shutil.which(program, path=os.pathsep.join(places))
     if path is None:
         raise FileNotFoundError(
             f"There is no {program}. Install PostgreSQL: apt-get install postgresql."
@@ -117,10 +99,8 @@ def install() -> None:
         print("PostgreSQL is not here; installing it by apt.", file=sys.stderr)
     apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
     command = apt if os.geteuid() == 0 else ["sudo", *apt]
-    for step in (
-        ["update", "-q"],
-        ["install", "-y", "-q", "--no-install-recommends", "postgresql"],
-    ):
+    needed = ["--no-install-recommends", "postgresql"]
+    for step in (["update", "-q"], ["install", "-y", "-q", *needed]):
         subprocess.run([*command, *step], check=True, stdout=sys.stderr)
 
 
