@@ -4,9 +4,10 @@ the user's options.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from .._checks import check_lr, is_number, plain_lr
@@ -123,9 +124,9 @@ class RecipeUse(NamedTuple):
 class Plan:
     """The options resolved for one model and optimizer. It maps a parameter to its `Label`.
 
-    survey: of what trains, before training. reference: with its `fan_in`. width: the model's. rule:
-    that of groups without settings of their own. use: the recipe of the base rate, or None.
-    optimizer, settings: the class, and what it was given for all groups.
+    survey: of what trains, before training. reference: with its `fan_in`. width: the model's. use:
+    the recipe of the base rate, or None. optimizer, settings: the class, and what it was given for
+    all groups.
     """
 
     options: PlanOptions
@@ -133,7 +134,6 @@ class Plan:
     reference: Reference
     method: Method
     width: float
-    rule: Rule
     use: RecipeUse | None = field(default=None, repr=False, compare=False)
     optimizer: type | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=dict, repr=False)
@@ -149,7 +149,20 @@ class Plan:
         in_force = {**self.settings, **settings}
         if to_adam:
             in_force["use_muon"] = False
-        return _rule(self.options, self.reference, self.use, self.optimizer, in_force)
+        law, family = get_law(self.options.law), "sign-like"
+        if self.optimizer is not None:
+            law = bound_law(law, self.optimizer, in_force)
+            family = optimizer_family(self.optimizer, in_force)
+        by_run = 1.0 if self.use is None else self.use.by_steps
+        batch, tuned = self.options.batch, self.reference.batch
+        if batch is not None and tuned is not None:
+            by_run *= checked_batch_multiplier(law, batch / tuned)
+        return Rule(law, family, by_run)
+
+    @cached_property
+    def rule(self) -> Rule:
+        """That of groups without settings of their own."""
+        return self.rule_for({})
 
     def label(
         self,
@@ -249,37 +262,29 @@ def make_plan(
         reference,
         method,
         width_for(of_moved, method, reference.init),
-        _rule(options, reference, use, optimizer_class, settings or {}),
         use,
         optimizer_class,
         settings or {},
     )
-    notes = [*survey.notes, *(use.notes if use else ()), *_adapter_notes(plan)]
-    notes += _move_notes(plan, moved)
-    for rule in {rule.family: rule for rule in map(plan.rule_for, groups)}.values():
-        notes += _family_note(plan, rule)
-    return replace(plan, notes=(*notes, *_batch_note(plan)))
-
-
-def _rule(
-    options: PlanOptions,
-    reference: Reference,
-    use: RecipeUse | None,
-    optimizer_class: type | None,
-    settings: Settings,
-) -> Rule:
-    """Return the rule of a parameter group of an optimizer with these settings."""
-    law, family = get_law(options.law), "sign-like"
-    if optimizer_class is not None:
-        law = bound_law(law, optimizer_class, settings)
-        family = optimizer_family(optimizer_class, settings)
-    by_run = 1.0 if use is None else use.by_steps
-    if options.batch is not None and reference.batch is not None:
-        by_run *= checked_batch_multiplier(law, options.batch / reference.batch)
-    return Rule(law, family, by_run)
+    return replace(plan, notes=tuple(_notes(plan, moved, groups)))
 
 
 # --- notes: rows of a condition and a sentence ----------------------------------------------------
+
+
+def _notes(
+    plan: Plan, moved: Iterable[Factor], groups: Iterable[Settings]
+) -> Iterator[str]:
+    """Yield what a report says of a plan. moved: the factors without a rate by name."""
+    yield from plan.survey.notes
+    if plan.use is not None:
+        yield from plan.use.notes
+    yield from _adapter_notes(plan)
+    yield from _move_notes(plan, moved)
+    by_family = {rule.family: rule for rule in map(plan.rule_for, groups)}
+    for rule in by_family.values():
+        yield from _family_note(plan, rule)
+    yield from _batch_note(plan)
 
 
 def _adapter_notes(plan: Plan) -> list[str]:
@@ -342,28 +347,25 @@ def _those_that_apply(*rows: tuple[bool, str]) -> list[str]:
     return [sentence for applies, sentence in rows if applies]
 
 
-def _batch_note(plan: Plan) -> list[str]:
-    """Return what the run's batch does to the rates."""
+def _batch_note(plan: Plan) -> Iterator[str]:
+    """Yield what the run's batch does to the rates."""
     batch, tuned, law = plan.options.batch, plan.reference.batch, plan.rule.law
-    if batch is None:
-        return []
+    if batch is None or batch == tuned:
+        return
     if tuned is None:
-        return [
+        yield (
             "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
             " 'r=16,alpha=32,batch=16'."
-        ]
+        )
+        return
     by_batch = checked_batch_multiplier(law, batch / tuned)
-    return _those_that_apply(
-        (
-            by_batch != 1.0,
+    if by_batch == 1.0:
+        yield f"The law {law.name!r} does not move rates with the batch."
+    else:
+        yield (
             f"From batch {tuned:g} to {batch:g} every rate is multiplied by {by_batch:.3g}, a rule"
-            " of thumb.",
-        ),
-        (
-            by_batch == 1.0 and batch != tuned,
-            f"The law {law.name!r} does not move rates with the batch.",
-        ),
-    )
+            " of thumb."
+        )
 
 
 _WARNED: set[type] = set()  # classes of an unknown family, each once
