@@ -21,30 +21,21 @@ from ..errors import CalibrationError
 from ..fitting import Observation
 
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
-# The names that columns have in common tools. Case, blanks, "-", "/" and Optuna's and W&B's
+# The names that a field's column has in common tools. Case, blanks, "-", "/" and Optuna's and W&B's
 # prefixes are ignored.
-ALIASES = {
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "learning_rate": "lr",
-    "eval_loss": "loss",
-    "val_loss": "loss",
-    "validation_loss": "loss",
-    "test_loss": "loss",
-    "test_nll": "loss",
-    "value": "loss",
-    "lora_alpha": "alpha",
-    "use_rslora": "rslora",
-    "hidden_size": "fan_in",
-    "model_name": "model",
-    "model_name_or_path": "model",
-    "base_model": "model",
-    "batch_size": "batch",
-    "max_steps": "steps",
-    "start_loss": "start",
-    "untrained_loss": "start",
+_NAMES = {
+    "rank": "r lora_r lora_rank",
+    "lr": "learning_rate",
+    "loss": "eval_loss val_loss validation_loss test_loss test_nll value",
+    "alpha": "lora_alpha",
+    "rslora": "use_rslora",
+    "fan_in": "hidden_size",
+    "model": "model_name model_name_or_path base_model",
+    "batch": "batch_size",
+    "steps": "max_steps",
+    "start": "start_loss untrained_loss",
 }
+ALIASES = {name: field for field, names in _NAMES.items() for name in names.split()}
 _PREFIX = r"^(params_|config[._])"
 _ABSENT = ("", "nan", "none", "null")
 _DIVERGED = ("diverged", "nan", "inf", "infinity", "+inf")

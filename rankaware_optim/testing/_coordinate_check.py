@@ -191,7 +191,7 @@ def coordinate_check(
             changes.append(math.log2(change))
             lr_a, lr_b = stepper.rates(a, lr)
             rows.append(CoordinateRow(name, n_in, n_out, rank, s, lr_a, lr_b, change))
-        slopes[name] = linear_regression([math.log2(r) for r in ranks], changes).slope
+        slopes[name] = linear_regression(list(map(math.log2, ranks)), changes).slope
     return CoordinateCheck(tuple(rows), slopes, bound, kind.__name__, tolerance)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from .._optimizers import get_optimizer_class, known_optimizer
 from .._printing import times
 from .._rate import Rate
-from .._types import Method, Reference, Survey
+from .._types import Method, Reference, Survey, dense
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..fitting import FULL_SD
 from ..inspection import declared_init, inspect_model, other_kind
@@ -150,8 +150,10 @@ def suggest_lr(
         raise InvalidReferenceError(
             f"The task is 'chat' or 'other', not {task!r}.", "Give one of the two."
         )
-    name, rule = _rule(optimizer, settings or {})
+    name, rule = _rule(optimizer, settings)
     at, dora, notes = _configuration(model, method, init, dora)
+    if init is not None:
+        at = replace(at, init="B" if init == "B" else "A")
     steps = [*_steps(at, task), *_variants(at, init, dora), _by_factor(name, *rule)]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
     width = at.fan_in or ANY_WIDTH
@@ -176,7 +178,7 @@ def suggest_lr(
 
 
 def _rule(
-    optimizer: type[Optimizer] | str, settings: Mapping[str, Any]
+    optimizer: type[Optimizer] | str, settings: Mapping[str, Any] | None
 ) -> tuple[str, tuple[float, float]]:
     """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its
     base class.
@@ -186,7 +188,8 @@ def _rule(
     kind = optimizer if by_name else get_optimizer_class(optimizer)
     known, row = known_optimizer(kind)
     name = kind if isinstance(kind, str) else kind.__name__
-    if known == "muon" and settings.get("adjust_lr_fn") == "match_rms_adamw":
+    of_muon = (settings or {}).get("adjust_lr_fn")
+    if known == "muon" and of_muon == "match_rms_adamw":
         return name, _MATCHED_MUON
     if not row.relation:
         raise OptimizerError(
@@ -208,27 +211,23 @@ def _configuration(
     dora: bool | None,
 ) -> tuple[Reference, bool | None, Iterable[str]]:
     """Return the configuration, whether it is DoRA, and what is assumed."""
-    notes: Iterable[str] = ()
     if isinstance(model, Reference):
-        at = model
-        if method == "full" and at.method == "lora":
+        if method == "full" and model.method == "lora":
             raise InvalidReferenceError(
                 "The reference is for LoRA, but method is 'full'.",
                 "Give Reference(method='full', fan_in=...).",
             )
-    else:
-        survey = model if isinstance(model, Survey) else _survey(model, method, init)
-        at = Reference(method="full") if method == "full" else survey.dominant()
-        if at.method == "full":
-            at = replace(at, fan_in=survey.full_width())
-        else:
-            at = replace(at, fan_in=_common_width(survey))
-            notes = _assumptions(survey, init)
-            if dora is None:
-                dora = "DoRA magnitude" in map(other_kind, survey.other)
-    if init is not None:
-        at = replace(at, init="B" if init == "B" else "A")
-    return at, dora, notes
+        return model, dora, ()
+    survey = model if isinstance(model, Survey) else _survey(model, method, init)
+    at = Reference(method="full") if method == "full" else survey.dominant()
+    if at.method == "full":
+        return replace(at, fan_in=survey.full_width()), dora, ()
+    if dora is None:
+        dora = "DoRA magnitude" in map(other_kind, survey.other)
+    # the most common width: published models are known by their hidden size
+    layers = {f.layer: f.fan_in for f in dense(survey.factors)}
+    [(width, _)] = Counter(layers.values()).most_common(1) or [(1.0, 0)]
+    return replace(at, fan_in=width), dora, _assumptions(survey, init)
 
 
 def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
@@ -255,25 +254,15 @@ def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
             f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of"
             " them."
         )
-    if init is not None:
-        return
-    inits = [f.init for f in survey.factors]
-    if 2 * inits.count("other") > len(inits):
+    inits = Counter(f.init for f in survey.factors)
+    if init is None and 2 * inits["other"] > inits.total():
         raise LawError(
             "Neither factor of these adapters starts at zero, so their init must be known.",
             f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
             " calibrate.",
         )
-    if "unknown" in inits:
+    if init is None and inits["unknown"]:
         yield "The init could not be read. It is assumed that B started at zero, as in PEFT."
-
-
-def _common_width(survey: Survey) -> float:
-    """Return the most common fan-in of the adapted layers: the published models are known by their
-    hidden size.
-    """
-    layers = {f.layer: f.fan_in for f in survey.factors if f.kind != "embedding"}
-    return Counter(layers.values()).most_common(1)[0][0] if layers else 1.0
 
 
 def published_init(declared: object) -> str | None:
@@ -291,9 +280,10 @@ def published_init(declared: object) -> str | None:
 
 def _steps(at: Reference, task: Task) -> Iterator[Step]:
     """Yield the moves from the published configuration to another."""
+    width = at.fan_in or ANY_WIDTH
     if at.fan_in is None:
-        at = replace(at, fan_in=ANY_WIDTH)
         yield Step(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
+        at = replace(at, fan_in=width)
     multiplier = checked_multiplier(_LAW, at.as_factor(), PUBLISHED)
     yield Step(0.0, octaves=math.log2(multiplier))
     if task == "other":
@@ -304,7 +294,7 @@ def _steps(at: Reference, task: Task) -> Iterator[Step]:
     low, high = WIDTHS
     if at.method == "full":
         feed_forward = 4 * high
-        yield from _outside("fan-in", at.fan_in or 1.0, (low, feed_forward), WIDTH_SD)
+        yield from _outside("fan-in", width, (low, feed_forward), WIDTH_SD)
         yield Step(
             FULL_SD["A"],
             "For full finetuning it is the law's rate, derived from LoRA: no sweep of full"
@@ -312,7 +302,7 @@ def _steps(at: Reference, task: Task) -> Iterator[Step]:
         )
         return
     rank, alpha = at.rank or 1, PUBLISHED.alpha or 1.0
-    yield from _outside("fan-in", at.fan_in or 1.0, WIDTHS, WIDTH_SD)
+    yield from _outside("fan-in", width, WIDTHS, WIDTH_SD)
     yield from _outside("rank", rank, RANKS, RANK_SD)
     yield Step(ALPHA_SD * abs(math.log2(at.scaling * rank / alpha)))
     if at.init == "B":
