@@ -23,11 +23,9 @@ def found(playwright: Any) -> str | None:
     """The path of a Chromium on this machine, or None."""
     own = playwright.chromium.executable_path
     names = ("chromium", "chromium-browser", "google-chrome")
-    return (
-        own
-        if Path(own).exists()
-        else next(filter(None, map(shutil.which, names)), None)
-    )
+    if Path(own).exists():
+        return own
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 @contextmanager
@@ -53,20 +51,10 @@ def install() -> None:
             return
     except subprocess.TimeoutExpired:
         print("playwright's download did not come; trying apt.", file=sys.stderr)
-    sudo = [] if os.geteuid() == 0 else ["sudo"]
-    subprocess.run([*sudo, "apt-get", "update", "-q"], check=True)
-    subprocess.run(
-        [
-            *sudo,
-            "apt-get",
-            "install",
-            "-q",
-            "-y",
-            "--no-install-recommends",
-            "chromium",
-        ],
-        check=True,
-    )
+    apt = ["apt-get"] if os.geteuid() == 0 else ["sudo", "apt-get"]
+    subprocess.run([*apt, "update", "-q"], check=True)
+    options = ["-q", "-y", "--no-install-recommends"]
+    subprocess.run([*apt, "install", *options, "chromium"], check=True)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,8 @@ AT_B = replace(AT_A, init="B")
 
 def recipe(law, reference=AT_A, **changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it."""
-    wide = replace(
-        RECIPE,
-        reference=reference,
-        full_fan_in=3072.0,
-        lean=0.25,
-        law=law,
-        notes=("as given",),
-    )
-    return replace(wide, **changes)
+    wide = {"full_fan_in": 3072.0, "lean": 0.25, "notes": ("as given",)}
+    return replace(RECIPE, law=law, reference=reference, **{**wide, **changes})
 
 
 RECIPES = {
@@ -44,14 +37,11 @@ RECIPES = {
     "no width": recipe(Power(), replace(AT_A, fan_in=None), full_fan_in=None),
     "full alone": KINDS["full alone"],
 }
+PAIRS = [(rank, alpha) for rank in (1, 7, 100, 777) for alpha in (0.5, 16, 33.3, 512)]
 # rank, alpha, rslora; None for full finetuning
 TARGETS = [
     *((rank, None, False) for rank in (1, 3, 4, 16, 63, 64, 65, 100, 256, 1000)),
-    *(
-        (rank, alpha, False)
-        for rank in (1, 7, 16, 64, 100, 777)
-        for alpha in (0.5, 16, 33.3, 512)
-    ),
+    *((rank, alpha, False) for rank, alpha in (*PAIRS, (64, 16))),
     *((rank, alpha, True) for rank in (4, 100) for alpha in (1, 32)),
     None,
 ]
@@ -72,18 +62,17 @@ def expected(made: Recipe, target):
 
 def ask(page, target) -> None:
     """Fill the control in."""
-    page.get_by_role(
-        "radio", name="LoRA" if target else "full finetuning", exact=True
-    ).check()
-    if target:
-        rank, alpha, rslora = target
-        page.get_by_label("Rank", exact=True).fill(str(rank))
-        if page.get_by_label("Alpha", exact=True).is_enabled():
-            page.get_by_label("Alpha", exact=True).fill(
-                "" if alpha is None else str(alpha)
-            )
-        if alpha is not None:
-            page.get_by_label("rsLoRA").set_checked(rslora)
+    method = "LoRA" if target else "full finetuning"
+    page.get_by_role("radio", name=method, exact=True).check()
+    if target is None:
+        return
+    rank, alpha, rslora = target
+    page.get_by_label("Rank", exact=True).fill(str(rank))
+    field = page.get_by_label("Alpha", exact=True)
+    if field.is_enabled():
+        field.fill("" if alpha is None else str(alpha))
+    if alpha is not None:
+        page.get_by_label("rsLoRA").set_checked(rslora)
 
 
 def text_of(page, name: str) -> str:
@@ -107,18 +96,16 @@ def test_the_control_gives_what_the_recipe_gives(name, visit):
         exact = target is None or target in ((4, None, False), (64, 16, False))
         near = {"rel": 5.1e-3 if exact else 2.5e-2}
         low, high = text_of(page, "band").split(" to ")
-        shown = (text_of(page, "lr"), low, high)
-        assert [*map(float, shown)] == pytest.approx(
-            [rate.lr, rate.low, rate.high], **near
-        ), target
+        shown = [float(text) for text in (text_of(page, "lr"), low, high)]
+        wanted = [rate.lr, rate.low, rate.high]
+        assert shown == pytest.approx(wanted, **near), target
         ceiling = text_of(page, "ceiling")
-        assert (ceiling == "none seen") == (rate.ceiling is None)
-        assert rate.ceiling is None or float(ceiling) == pytest.approx(
-            rate.ceiling, **near
-        )
-        assert text_of(page, "known") == (
-            "extrapolated" if rate.extrapolated else "within what was tried"
-        ), target
+        if rate.ceiling is None:
+            assert ceiling == "none seen"
+        else:
+            assert float(ceiling) == pytest.approx(rate.ceiling, **near)
+        known = "extrapolated" if rate.extrapolated else "within what was tried"
+        assert text_of(page, "known") == known, target
         notes = page.locator("#answer li").all_inner_texts()
         assert [note for note in notes if "×" not in note] == [
             note for note in rate.notes if "×" not in note
@@ -165,48 +152,34 @@ def test_the_keyboard_is_enough(visit):
     """Tab goes through the control in order, each stop visible; arrows change the method."""
     page = visit(report_html(RECIPE))
     page.keyboard.press("Tab")
-    seen = []
+    focus, seen = "document.activeElement", []
     for key in ("ArrowRight", "ArrowLeft", "Tab", "Tab", "Tab"):
-        seen.append(
-            page.evaluate("document.activeElement.value || document.activeElement.id")
-        )
-        assert (
-            page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-            != "none"
-        )
+        seen.append(page.evaluate(f"{focus}.value || {focus}.id"))
+        assert page.evaluate(f"getComputedStyle({focus}).outlineStyle") != "none"
         page.keyboard.press(key)
-    assert seen[:3] == ["lora", "full", "lora"]
-    assert seen[3:] == [str(RECIPE.reference.rank), "alpha"]
+    assert seen == ["lora", "full", "lora", str(RECIPE.reference.rank), "alpha"]
 
 
 def luminance(colour: str) -> float:
     """Relative luminance of a colour as WCAG defines it."""
-    channels = [
-        int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]
-    ]
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
-    ]
-    return sum(
-        weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
-    )
+    numbers = colour[colour.index("(") + 1 : -1].split(",")[:3]
+    light = 0.0
+    for weight, number in zip((0.2126, 0.7152, 0.0722), numbers, strict=True):
+        c = int(number) / 255
+        light += weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+    return light
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_in_light_and_dark(scheme, visit):
     """Text stands out from its card by 4.5 to 1 at least, in either scheme, and the schemes differ."""
     page = visit(report_html(RECIPE), color_scheme=scheme)
-    card = page.locator("section").first.evaluate(
-        "e => getComputedStyle(e).backgroundColor"
-    )
+    style = "e => getComputedStyle(e)."
+    card = page.locator("section").first.evaluate(f"{style}backgroundColor")
     assert (luminance(card) > 0.5) == (scheme == "light")
-    for selector, name in (
-        (".soft", "color"),
-        ("dd.big", "color"),
-        ("h2", "color"),
-        ("svg text", "fill"),
-    ):
-        ink = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{name}")
+    inks = {".soft": "color", "dd.big": "color", "h2": "color", "svg text": "fill"}
+    for selector, name in inks.items():
+        ink = page.locator(selector).first.evaluate(style + name)
         light, dark = sorted((luminance(ink), luminance(card)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, selector
 
