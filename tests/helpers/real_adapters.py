@@ -9,7 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +20,16 @@ from rankaware_optim.inspection import initialize, other_kind
 from rankaware_optim.testing import check_convention
 
 from .oracle import check_initialize, oracle, output_of
+
+# of layers whose factors are both drawn, or that have an init of their own
+NO_START = "needs the init of its convention|both factors drawn|`scalar` of zero"
+MODULES = {
+    "lycoris-lora": "lycoris.modules",
+    "torchtune": "torchtune.modules.peft",
+    "litgpt": "litgpt.lora",
+}
+IN, OUT = 12, 20
+DENSE = ((IN, OUT),)
 
 
 def per_rank(rank: int, alpha: float) -> float:
@@ -50,29 +60,30 @@ class Case:
     probed: bool = True
     other: str | None = None
 
-    def expected(self, rank: int, alpha: float) -> Read:
+    def expected(self, rank: int, alpha: float) -> dict[str, Any]:
         """What `read` must give of a layer built at (rank, alpha)."""
-        return Read(
-            {self.convention},
-            {rank},
-            self.fans,
-            {self.scaling(rank, alpha)},
-            {self.init},
-            {self.kind},
-            {self.other} - {None},
-        )
+        return {
+            "convention": {self.convention},
+            "rank": {rank},
+            "scaling": {self.scaling(rank, alpha)},
+            "init": {self.init},
+            "kind": {self.kind},
+            "fans": self.fans,
+            "other": {self.other} - {None},
+        }
 
 
-class Read(NamedTuple):
-    """A survey in short: what its factors are said to be, the fans of each A, and the kinds of what else trains."""
+def rows(package: str, title: str, convention: str) -> Callable[..., Case]:
+    """What makes cases of a package: of linear layers of one convention, unless they say something else."""
 
-    conventions: set[str]
-    ranks: set[int | None]
-    fans: tuple[tuple[float, float], ...]
-    scalings: set[float]
-    inits: set[str]
-    kinds: set[str]
-    other: set[str | None]
+    def case(
+        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
+    ) -> Case:
+        named = {"name": f"{title} {name}", "package": package, "make": make}
+        seen = {"inputs": inputs or drawn(4, IN), "fans": fans}
+        return Case(**{**named, **seen, "convention": convention, **own})
+
+    return case
 
 
 def check_layer(case: Case) -> None:
@@ -93,30 +104,18 @@ def check_layer(case: Case) -> None:
             check_initialize(case.make(4, 12.0), case.inputs(), init)
 
 
-def read(model: nn.Module) -> Read:
-    """The survey of `model` in short, after a check that its factors come as pairs of A and B."""
+def read(model: nn.Module) -> dict[str, Any]:
+    """A survey in short, of factors that come as pairs of A and B: what they are said to be, the fans of each A, and
+    the kinds of what else trains.
+    """
     survey = inspect_model(model)
     roles = [f.role for f in survey.factors]
     assert roles == ["A", "B"] * (len(roles) // 2), roles
-    fields = zip(
-        *((f.convention, f.rank, f.scaling, f.init, f.kind) for f in survey.factors),
-        strict=True,
-    )
-    conventions, ranks, scalings, inits, kinds = map(set, fields)
+    said = ("convention", "rank", "scaling", "init", "kind")
+    seen = {name: {getattr(f, name) for f in survey.factors} for name in said}
     fans = tuple((f.fan_in, f.fan_out) for f in survey.factors if f.role == "A")
     others = {other_kind(name) for name in survey.other}
-    return Read(conventions, ranks, fans, scalings, inits, kinds, others)
-
-
-# of layers whose factors are both drawn, or that have an init of their own
-NO_START = "needs the init of its convention|both factors drawn|`scalar` of zero"
-MODULES = {
-    "lycoris-lora": "lycoris.modules",
-    "torchtune": "torchtune.modules.peft",
-    "litgpt": "litgpt.lora",
-}
-IN, OUT = 12, 20
-DENSE = ((IN, OUT),)
+    return {**seen, "fans": fans, "other": others}
 
 
 def drawn(*shape: int) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -155,20 +154,16 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked matrices, (experts, in, out) where `is_transposed`, else (experts, out, in)."""
+    """A stack of matrices, (experts, in, out) where `is_transposed`, else (experts, out, in)."""
 
-    def __init__(self, transposed: bool, names: tuple[str, ...]) -> None:
+    def __init__(self, transposed: bool) -> None:
         super().__init__()
-        self.is_transposed, self.names = transposed, names
-        for name, (fan_in, fan_out) in zip(names, ((IN, OUT), (OUT, 10)), strict=False):
-            shape = (fan_in, fan_out) if transposed else (fan_out, fan_in)
-            self.register_parameter(name, nn.Parameter(torch.randn(3, *shape) / 4))
+        self.is_transposed = transposed
+        shape = (IN, OUT) if transposed else (OUT, IN)
+        self.up = nn.Parameter(torch.randn(3, *shape) / 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for name in self.names:
-            weight = getattr(self, name)
-            x = torch.bmm(x, weight if self.is_transposed else weight.transpose(1, 2))
-        return x
+        return torch.bmm(x, self.up if self.is_transposed else self.up.mT)
 
 
 def peft(
@@ -193,12 +188,9 @@ def peft_attention(rank: int, alpha: float) -> nn.Module:
     return get_peft_model(Attention(), config)
 
 
-def peft_experts(transposed: bool, *names: str) -> Callable[[int, float], nn.Module]:
-    return peft(
-        lambda: Experts(transposed, names),
-        target_modules=[],
-        target_parameters=[f"q.{name}" for name in names],
-    )
+def peft_experts(transposed: bool) -> Callable[[int, float], nn.Module]:
+    targets = {"target_modules": [], "target_parameters": ["q.up"]}
+    return peft(lambda: Experts(transposed), **targets)
 
 
 def peft_adalora(rank: int, alpha: float) -> nn.Module:
@@ -311,13 +303,7 @@ def embedding() -> nn.Module:
 
 
 def _peft_cases() -> list[Case]:
-    def case(
-        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
-    ) -> Case:
-        own = {"convention": "peft", **own}
-        inputs = inputs or drawn(4, IN)
-        return Case(f"PEFT {name}", "peft", make=make, inputs=inputs, fans=fans, **own)
-
+    case = rows("peft", "PEFT", "peft")
     bias, dora, whole = "LoRA bias", "DoRA magnitude", "whole copy (modules_to_save)"
     ranks = {"r": 1, "rank_pattern": lambda rank, _: {"q": rank}}
     alphas = {"lora_alpha": 1, "alpha_pattern": lambda _, alpha: {"q": alpha}}
@@ -329,11 +315,9 @@ def _peft_cases() -> list[Case]:
         "other": "AdaLoRA's singular values",
     }
     experts = {"convention": "peft-experts", "kind": "experts"}
-    up, both = ("up",), ("up", "down")
     conv_dora = {"kind": "conv", "probed": False, "other": dora}
     of_attention, of_mixture = ((IN, 36), (IN, IN)), ((20, 12), (12, 40))
-    of_both = ((OUT, 10), (IN, OUT))
-    several = experts | {"probed": False}
+    mixed = experts | {"probed": False}
     grouped = conv(2, padding=1, groups=2)
     drawn_twice = (False, "pissa", "olora", "orthogonal")
     return [
@@ -361,24 +345,25 @@ def _peft_cases() -> list[Case]:
         case("Conv3d", peft(conv(3)), CLOUDS, CONV3, kind="conv"),
         case("attention", peft_attention, HEADS, of_attention, probed=False),
         case("AdaLoRA", peft_adalora, convention="peft-adalora", **singular),
-        case("experts (E, in, out)", peft_experts(True, *up), STACKS, **experts),
-        case("experts (E, out, in)", peft_experts(False, *up), STACKS, **experts),
-        case("two experts", peft_experts(False, *both), STACKS, of_both, **several),
-        case("experts of Mixtral", mixture, tokens, of_mixture, **several),
+        case("experts (E, in, out)", peft_experts(True), STACKS, **experts),
+        case("experts (E, out, in)", peft_experts(False), STACKS, **experts),
+        case("experts of Mixtral", mixture, tokens, of_mixture, **mixed),
     ]
 
 
-def _diffusers_cases() -> list[Case]:
-    def inputs() -> tuple[torch.Tensor, ...]:
-        source = torch.Generator().manual_seed(1)
-        first, second = (2, 4, 8, 8), (2, 5, 12)
-        return tuple(torch.randn(n, generator=source) for n in (first, second))
+def sampled() -> tuple[torch.Tensor, ...]:
+    """An image and the words that it is made of."""
+    source = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(n, generator=source) for n in ((2, 4, 8, 8), (2, 5, 12)))
 
-    unets = ("diffusers UNet, through PEFT", "diffusers", "peft", unet, inputs)
-    layer = ("diffusers LoRALinearLayer (legacy)", "diffusers", "diffusers-legacy")
+
+def _diffusers_cases() -> list[Case]:
+    case, old = (
+        rows("diffusers", "diffusers", n) for n in ("peft", "diffusers-legacy")
+    )
     return [
-        Case(*unets, ((12, 8),), probed=False),
-        Case(*layer, legacy, drawn(4, IN), DENSE),
+        case("UNet, through PEFT", unet, sampled, ((12, 8),), probed=False),
+        old("LoRALinearLayer (legacy)", legacy),
     ]
 
 
@@ -401,13 +386,7 @@ def loralib(
 
 
 def _loralib_cases() -> list[Case]:
-    def case(
-        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
-    ) -> Case:
-        own = {"convention": "lora_A/lora_B", **own}
-        names = {"name": f"loralib {name}", "package": "loralib"}
-        return Case(**names, make=make, inputs=inputs or drawn(4, IN), fans=fans, **own)
-
+    case = rows("loralib", "loralib", "lora_A/lora_B")
     merged = {"convention": "merged"}
     of_conv = {"convention": "loralib-conv", "kind": "conv"}
     of_embedding = {"kind": "embedding", "init": "B"}
@@ -455,12 +434,7 @@ def lycoris(
 
 
 def _lycoris_cases() -> list[Case]:
-    def case(
-        name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
-    ) -> Case:
-        own = {"convention": "lora_down/lora_up", **own}
-        names = {"name": f"LyCORIS LoCon, {name}", "package": "lycoris-lora"}
-        return Case(**names, make=make, inputs=inputs or drawn(4, IN), fans=fans, **own)
+    case = rows("lycoris-lora", "LyCORIS LoCon,", "lora_down/lora_up")
 
     def locon(base: Callable[[], nn.Module] = dense, **options: Any) -> Any:
         return lycoris("LoConModule", base, **options)
@@ -527,8 +501,8 @@ def deepspeed(rank: int, alpha: float) -> nn.Module:
     )
 
 
-def _other_cases() -> list[Case]:
-    x, words = drawn(4, IN), drawn(2, 5, IN)
+def _litgpt_cases() -> list[Case]:
+    case = rows("litgpt", "litgpt", "lora_A/lora_B")
     heads = {
         "q": (True, False, False),
         "qv": (True, False, True),
@@ -539,23 +513,22 @@ def _other_cases() -> list[Case]:
         """Two heads of 5; `groups` of keys and values."""
         parts, sizes = heads[name], (IN, 10 + 10 * groups, 5, 2, groups)
         make = litgpt("LoRAQKVLinear", *sizes, enable_lora=parts)
-        fan_out = 5 * (2 * parts[0] + groups * (parts[1] + parts[2]))
-        title = f"litgpt LoRAQKVLinear, {name}, query groups: {groups}"
-        return Case(title, "litgpt", "merged", make, words, ((IN, fan_out),))
+        fans = ((IN, 5 * (2 * parts[0] + groups * (parts[1] + parts[2]))),)
+        title = f"LoRAQKVLinear, {name}, query groups: {groups}"
+        return case(title, make, HEADS, fans, convention="merged")
 
-    def linear(
-        package: str, layer: str, convention: str, make: Any, **own: Any
-    ) -> Case:
-        return Case(f"{package} {layer}", package, convention, make, x, DENSE, **own)
+    of_heads = [qkv(name, groups) for name in heads for groups in (1, 2)]
+    return [case("LoRALinear", litgpt("LoRALinear", IN, OUT)), *of_heads]
 
-    tune, plain, ours = "lora_a/lora_b", "lora_A/lora_B", "deepspeed-linear"
+
+def _other_cases() -> list[Case]:
+    tune = rows("torchtune", "torchtune", "lora_a/lora_b")
+    own = rows("deepspeed", "DeepSpeed", "deepspeed-linear")
     dora = {"probed": False, "other": "DoRA magnitude"}
     return [
-        linear("torchtune", "LoRALinear", tune, torchtune("LoRALinear")),
-        linear("torchtune", "DoRALinear", tune, torchtune("DoRALinear"), **dora),
-        linear("litgpt", "LoRALinear", plain, litgpt("LoRALinear", IN, OUT)),
-        *(qkv(name, groups) for name in heads for groups in (1, 2)),
-        linear("deepspeed", "LoRAOptimizedLinear", ours, deepspeed),
+        tune("LoRALinear", torchtune("LoRALinear")),
+        tune("DoRALinear", torchtune("DoRALinear"), **dora),
+        own("LoRAOptimizedLinear", deepspeed),
     ]
 
 
@@ -622,6 +595,7 @@ CASES = [
     *_diffusers_cases(),
     *_loralib_cases(),
     *_lycoris_cases(),
+    *_litgpt_cases(),
     *_other_cases(),
 ]
 

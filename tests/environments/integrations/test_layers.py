@@ -84,7 +84,7 @@ def test_block_diagonal_factors(lora, part):
 def test_experts_whose_roles_are_swapped_are_refused(lora):
     """PEFT before 0.19 swaps A and B of experts stored as (experts, out, in): that is an error with a cure."""
     for transposed in (True, False):
-        model = peft_experts(transposed, "up")(4, 8.0)
+        model = peft_experts(transposed)(4, 8.0)
         # as those versions have none
         del model.base_model.model.q._did_swap_in_out_features
         if transposed:
