@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from rankaware_optim import (
     Constant,
     MuA,
-    OptimizerError,
     Power,
     RankAwareError,
     RankAwareOptimizer,
@@ -40,33 +39,119 @@ extrapolates = pytest.mark.filterwarnings(
 )
 
 
+RECIPE = Recipe(
+    name="digits",
+    fitted_lr=2e-3,
+    reference=AT_16,
+    law=Power(exponent=0.1, full_factor=1.5),
+    covariance=np.diag([0.04, 0.01, 0.09]),
+    lean=0.25,
+    ceiling=3e-2,
+    scaling_rule="fixed",
+    full_fan_in=float(WIDTH),
+    ranks=(4, 64),
+    settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
+    steps=100,
+    warmup=0.05,
+    seed=3,
+    other_rates={"head.weight": "base", "head.bias": "base"},
+    versions={"torch": "2.6"},
+    source={"train": "train"},
+    tensors={
+        "rank": np.array([4, 64]),
+        "lr": np.array([1e-3, 2e-3]),
+        "value": np.array([0.5, 0.4]),
+    },
+)
+
+
 def recipe(**changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it, with `changes`."""
-    values = {
-        "name": "digits",
-        "fitted_lr": 2e-3,
-        "reference": AT_16,
-        "law": Power(exponent=0.1, full_factor=1.5),
-        "covariance": np.diag([0.04, 0.01, 0.09]),
-        "lean": 0.25,
-        "ceiling": 3e-2,
-        "scaling_rule": "fixed",
-        "full_fan_in": float(WIDTH),
-        "ranks": (4, 64),
-        "settings": {"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
-        "steps": 100,
-        "warmup": 0.05,
-        "seed": 3,
-        "other_rates": {"head.weight": "base", "head.bias": "base"},
-        "versions": {"torch": "2.6"},
-        "source": {"train": "train"},
-        "tensors": {
-            "rank": np.array([4, 64]),
-            "lr": np.array([1e-3, 2e-3]),
-            "value": np.array([0.5, 0.4]),
-        },
-    }
-    return Recipe(**{**values, **changes})
+    return replace(RECIPE, **changes)
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [4, 5, 16, 33, 64])
+def test_inside_the_ranks_seen_nothing_is_extrapolated(rank):
+    """A rank between those seen gets a rate inside its band, without a warning."""
+    rate = RECIPE.at(rank=rank)
+    assert not rate.extrapolated
+    assert rate.low < rate.lr < rate.high < rate.ceiling
+    assert float(rate) == rate.lr
+
+
+def test_the_reference_gets_the_base_rate():
+    """At its own reference the recipe quotes its own rate and ceiling, exactly."""
+    made = RECIPE
+    assert made.at() == made.at(rank=16) == made.at(rank=16, alpha=32)
+    assert (made.at().lr, made.at().ceiling) == (made.lr, made.ceiling)
+    assert made.lr == made.fitted_lr * 2**-0.25
+
+
+@pytest.mark.parametrize(
+    "beside", [{"rank": 8}, {"alpha": 8}, {"init": "A"}, {"rslora": True}], ids=str
+)
+def test_full_finetuning_has_no_rank(beside):
+    """A rank, alpha, init or rsLoRA beside method="full" is refused by name."""
+    with pytest.raises(RecipeError, match=f"{next(iter(beside))} .*full finetuning"):
+        RECIPE.at(method="full", **beside)
+
+
+OF_NAN = {"tensors": {"value": np.array([1.0, math.nan])}}
+LAW = RECIPE.law
+DECISIVE = [
+    {"fitted_lr": 1e-3},
+    {"lean": 0.0},
+    *(
+        {"reference": replace(AT_16, **change)}
+        for change in (
+            {"rank": 8},
+            {"alpha": 16},
+            {"init": "B"},
+            {"fan_in": 32},
+            {"batch": 8},
+        )
+    ),
+    {"reference": Reference(method="full", fan_in=WIDTH)},
+    {"law": replace(LAW, exponent=0.2)},
+    {"law": replace(LAW, law=MuA(tokens=4))},
+    {"law": replace(LAW, law=Constant())},
+    {"scaling_rule": "alpha"},
+]
+BESIDE = [
+    {"name": "other"},
+    {"versions": {}},
+    {"tensors": {}},
+    OF_NAN,
+    {"seed": 9},
+    {"steps": 7},
+    {"notes": ("a",)},
+    {"ceiling": None},
+    {"covariance": np.eye(3)},
+]
+
+
+def hashed(made: Recipe) -> str:
+    return made.tag.partition(" ")[0]
+
+
+def test_recipes_are_compared_by_their_values():
+    """Recipes of equal values are equal and have one hash. Another value, trial or covariance makes another recipe."""
+    for change in ({}, OF_NAN):
+        assert recipe(**change) == recipe(**change)
+        assert len({recipe(**change), recipe(**change)}) == 1
+    assert all(recipe(**change) != RECIPE for change in [*DECISIVE, *BESIDE])
+    assert RECIPE != "digits"
+
+
+def test_the_hash_is_of_what_decides_the_rates():
+    """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
+    others = {hashed(recipe(**change)) for change in DECISIVE}
+    assert len(others - {hashed(RECIPE)}) == len(DECISIVE)
+    assert {hashed(recipe(**change)) for change in BESIDE} == {hashed(RECIPE)}
+    assert re.fullmatch(r"[0-9a-f]{12} two words\n", recipe(name="two words\n").tag)
 
 
 @dataclass(frozen=True)
@@ -81,52 +166,6 @@ def test_a_law_of_any_parameter_has_a_tag():
     """It is hashed by the parameter's text."""
     laws = [Power(law=OfPath(Path(name))) for name in "ab"]
     assert len({recipe(law=law).tag for law in laws}) == 2
-
-
-# --- rates ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [4, 5, 16, 33, 64])
-def test_inside_the_ranks_seen_nothing_is_extrapolated(rank):
-    """A rank between those seen gets a rate inside its band, without a warning."""
-    rate = recipe().at(rank=rank)
-    assert not rate.extrapolated
-    assert rate.low < rate.lr < rate.high < rate.ceiling
-    assert float(rate) == rate.lr
-
-
-def test_the_reference_gets_the_base_rate():
-    """At its own reference the recipe quotes its own rate and ceiling, exactly."""
-    made = recipe()
-    assert made.at() == made.at(rank=16) == made.at(rank=16, alpha=32)
-    assert (made.at().lr, made.at().ceiling) == (made.lr, made.ceiling)
-    assert made.lr == made.fitted_lr * 2**-0.25
-
-
-@pytest.mark.parametrize(
-    "beside", [{"rank": 8}, {"alpha": 8}, {"init": "A"}, {"rslora": True}], ids=str
-)
-def test_full_finetuning_has_no_rank(beside):
-    """A rank, alpha, init or rsLoRA beside method="full" is refused by name."""
-    with pytest.raises(RecipeError, match=f"{next(iter(beside))} .*full finetuning"):
-        recipe().at(method="full", **beside)
-
-
-def test_recipes_are_compared_by_their_values():
-    """Recipes of equal values are equal and have one hash. Another value, trial or covariance makes another recipe."""
-    nan = {"tensors": {"value": np.array([1.0, math.nan])}}
-    for change in ({}, nan):
-        assert recipe(**change) == recipe(**change)
-        assert len({recipe(**change), recipe(**change)}) == 1
-    others = [
-        *DECISIVE,
-        nan,
-        {"tensors": {}},
-        {"covariance": np.eye(3)},
-        {"notes": ("a",)},
-    ]
-    assert all(recipe(**change) != recipe() for change in others)
-    assert recipe() != "digits"
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
@@ -146,7 +185,7 @@ def test_an_extrapolation_is_said_once_a_line():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            assert recipe().at(rank=128).extrapolated
+            assert RECIPE.at(rank=128).extrapolated
     assert len(caught) == 1
 
 
@@ -162,7 +201,7 @@ TARGETS = [
 @pytest.mark.parametrize(("target", "note"), TARGETS)
 def test_whatever_else_was_not_seen_is_flagged_too(target, note):
     """Another width, init or method than the recipe's own is flagged, noted, and no surer than its own."""
-    made = recipe()
+    made = RECIPE
     rate, own = made.at(**target), made.at()
     assert rate.extrapolated
     assert any(note in line for line in rate.notes)
@@ -172,39 +211,37 @@ def test_whatever_else_was_not_seen_is_flagged_too(target, note):
 def test_full_finetuning_that_was_tried_is_not_extrapolated():
     """Full trials settle full finetuning: no flag, no warning, and its own ceiling."""
     rate = recipe(full_seen=True).at(method="full")
-    assert (rate.extrapolated, rate.ceiling is None) == (False, False)
-    assert rate.lr / rate.low == pytest.approx(
-        2 ** (-0.25 + 1.645 * math.sqrt(0.04 + 0.09))
-    )
+    assert not rate.extrapolated
+    assert rate.ceiling is not None
+    half = 1.645 * math.sqrt(0.04 + 0.09)
+    assert rate.lr / rate.low == pytest.approx(2 ** (half - 0.25))
 
 
 @extrapolates
 def test_a_recipe_without_full_runs_says_what_they_would_settle():
     """The note names full_trials=3 and how far the band reaches. A rate at which LoRA diverged is no ceiling there."""
-    made = recipe(full_seen=False)
-    rate = made.at(method="full")
+    rate = RECIPE.at(method="full")
     assert rate.ceiling is None
     (note,) = (note for note in rate.notes if "full_trials=3" in note)
     assert f"a factor of {math.sqrt(rate.high / rate.low):.2g} to either side" in note
-    tried = (recipe(full_seen=True).at(method="full"), made.at(rank=16))
+    tried = (recipe(full_seen=True).at(method="full"), RECIPE.at(rank=16))
     assert not any("full_trials" in note for other in tried for note in other.notes)
 
 
-RULES = [
-    ("fixed", {4: 2.0, 64: 2.0}),
-    ("rslora", {4: 4.0, 64: 1.0}),
-    ("alpha", {4: 8.0, 64: 0.5}),
-]
+RULES = {
+    "fixed": {4: 2.0, 64: 2.0},
+    "rslora": {4: 4.0, 64: 1.0},
+    "alpha": {4: 8.0, 64: 0.5},
+}
 
 
-@pytest.mark.parametrize(("rule", "scalings"), RULES)
-def test_alpha_left_out_follows_the_rule(rule, scalings):
+@pytest.mark.parametrize("rule", RULES)
+def test_alpha_left_out_follows_the_rule(rule):
     """Without alpha the multiplier follows the ranks seen, as if alpha had been given accordingly."""
     made = recipe(scaling_rule=rule)
-    for rank, scaling in scalings.items():
-        assert made.at(rank=rank).lr == pytest.approx(
-            made.at(rank=rank, alpha=scaling * rank).lr, rel=1e-12
-        )
+    for rank, scaling in RULES[rule].items():
+        given = made.at(rank=rank, alpha=scaling * rank)
+        assert made.at(rank=rank).lr == pytest.approx(given.lr, rel=1e-12)
     assert made.at(rank=64, alpha=16, rslora=True) == made.at(rank=64, alpha=128)
 
 
@@ -214,15 +251,19 @@ def test_an_unknown_rule_asks_for_alpha():
     with pytest.raises(RecipeError, match="Give an alpha"):
         made.at(rank=8)
     assert made.at(rank=16) == made.at()
-    assert made.at(rank=8, alpha=16).lr == recipe().at(rank=8).lr
+    assert made.at(rank=8, alpha=16).lr == RECIPE.at(rank=8).lr
 
 
 IMPOSSIBLE = [
-    {"rank": 0}, {"rank": -4}, {"rank": 1.5}, {"rank": "16"}, {"rank": math.nan}, {"rank": True},
-    {"rank": 0, "alpha": 1.0}, {"rank": 8, "alpha": 0}, {"rank": 8, "alpha": -1.0}, {"rank": 8, "alpha": math.nan},
-    {"rank": 8, "init": "C"}, {"rank": 8, "fan_in": 0}, {"rank": 8, "fan_in": -1.0}, {"rank": 8, "fan_in": math.inf},
-    {"method": "full", "fan_in": 0}, {"method": "full", "fan_in": -1.0}, {"method": "Full"}, {"method": None},
-]  # fmt: skip
+    *({"rank": rank} for rank in (0, -4, 1.5, "16", math.nan, True)),
+    {"rank": 0, "alpha": 1.0},
+    *({"rank": 8, "alpha": alpha} for alpha in (0, -1.0, math.nan)),
+    {"rank": 8, "init": "C"},
+    *({"rank": 8, "fan_in": width} for width in (0, -1.0, math.inf)),
+    *({"method": "full", "fan_in": width} for width in (0, -1.0)),
+    {"method": "Full"},
+    {"method": None},
+]
 
 
 @pytest.mark.parametrize("target", IMPOSSIBLE, ids=str)
@@ -232,14 +273,12 @@ def test_impossible_targets_are_refused(target):
         recipe(full_seen=True).at(**target)
 
 
+FULL = Reference(method="full", fan_in=WIDTH)
+
+
 def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
     """Without LoRA trials there is no rank to fall back on, and no rule for alpha."""
-    made = recipe(
-        reference=Reference(method="full", fan_in=WIDTH),
-        ranks=(),
-        full_seen=True,
-        scaling_rule="unknown",
-    )
+    made = recipe(reference=FULL, ranks=(), full_seen=True, scaling_rule="unknown")
     assert made.at(method="full").lr == made.lr
     for target in ({}, {"rank": 8}):
         with pytest.raises(RecipeError, match="an alpha"):
@@ -267,6 +306,20 @@ def test_the_scaling_rule_is_read_off_the_ranks_seen(seen, rule):
     assert infer_scaling(seen) == rule
 
 
+widths = {"fan_in": st.sampled_from([1e-9, 1e12])}
+lora = st.fixed_dictionaries(
+    {},
+    optional={
+        **widths,
+        "rank": st.sampled_from([1, 64, 2**31 - 1]),
+        "alpha": st.sampled_from([1e-12, 1.0, 1e12]),
+        "steps": st.sampled_from([1, 10**15]),
+        "batch": st.sampled_from([1e-9, 1e15]),
+    },
+)
+full = st.fixed_dictionaries({"method": st.just("full")}, optional=widths)
+
+
 @extrapolates
 @settings(deadline=None, max_examples=200)
 @given(
@@ -274,19 +327,7 @@ def test_the_scaling_rule_is_read_off_the_ranks_seen(seen, rule):
     lr=st.sampled_from([1e-30, 1e6]),
     variance=st.floats(0, 1e4),
     fan_in=st.sampled_from([None, 1e-9, 1.0, 1e12]),
-    target=st.fixed_dictionaries(
-        {},
-        optional={
-            "rank": st.sampled_from([1, 64, 2**31 - 1]),
-            "alpha": st.sampled_from([1e-12, 1.0, 1e12]),
-            "fan_in": st.sampled_from([1e-9, 1e12]),
-            "steps": st.sampled_from([1, 10**15]),
-            "batch": st.sampled_from([1e-9, 1e15]),
-        },
-    )
-    | st.fixed_dictionaries(
-        {"method": st.just("full")}, optional={"fan_in": st.sampled_from([1e-9, 1e12])}
-    ),
+    target=lora | full,
 )
 def test_a_rate_is_positive_and_finite_or_an_error(
     exponent, lr, variance, fan_in, target
@@ -311,25 +352,11 @@ def test_a_rate_is_positive_and_finite_or_an_error(
 # --- with the optimizer ---------------------------------------------------------------------------------------------
 
 
-def rates(optimizer, role: str) -> set[float]:
-    return {effective_lr(g) for g in optimizer.param_groups if g["lora_role"] == role}
-
-
-@pytest.mark.parametrize(
-    "beside", [{"lr": 1e-3}, {"tuned_at": AT_16}, {"law": "mua"}], ids=str
-)
-def test_nothing_a_recipe_holds_is_taken_beside_it(beside):
-    """lr=, tuned_at= or law= beside recipe= is refused."""
-    with pytest.raises(OptimizerError, match=next(iter(beside))):
-        RankAwareOptimizer(mlp(), torch.optim.AdamW, recipe=recipe(), **beside)
-
-
 def whole(width: int = WIDTH) -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 3))
 
 
 AT_B = replace(AT_16, init="B")
-FULL = Reference(method="full", fan_in=WIDTH)
 WIDE = {"fan_in": 8.0 * WIDTH}
 MODELS = [
     # the recipe's reference, a uniform model, and its configuration
@@ -357,65 +384,30 @@ def test_the_optimizer_uses_the_rate_that_is_quoted(
     steepness, reference, model, asked, law
 ):
     """A uniform model trains at `Recipe.at` of its configuration, with its margin, and the report names its band."""
-    made = recipe(
-        law=law, reference=reference, full_seen=True, lean=0.0, steepness=steepness
-    )
+    own = {"law": law, "reference": reference, "steepness": steepness}
+    made = recipe(full_seen=True, lean=0.0, **own)
     method = asked.get("method", "lora")
-    opt = RankAwareOptimizer(model(), torch.optim.AdamW, recipe=made, method=method)
-    rate = made.at(**asked)
-    (used,) = rates(opt, "full" if method == "full" else "A")
-    assert used == pytest.approx(rate.lr, rel=1e-9)
-    assert (used < 0.99 * math.sqrt(rate.low * rate.high)) == bool(steepness)
+    opt = RankAwareOptimizer(model(), "adamw", recipe=made, method=method)
+    rate, role = made.at(**asked), "full" if method == "full" else "A"
+    used = [effective_lr(g) for g in opt.param_groups if g["lora_role"] == role]
+    assert used == pytest.approx([rate.lr] * len(used), rel=1e-9)
+    assert (used[0] < 0.99 * math.sqrt(rate.low * rate.high)) == bool(steepness)
     assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
 
 
 # --- the hash in the optimizer's state ------------------------------------------------------------------------------
 
 
-def tagged(made: Recipe, **options):
-    """A rank-8 model and its optimizer by `made`, after a step."""
+def tagged(made: Recipe) -> RankAwareOptimizer:
+    """The optimizer of a rank-8 model by `made`, after a step."""
     model = mlp((8,), scalings=1.0)
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=made, **options)
+    opt = RankAwareOptimizer(model, "adamw", recipe=made)
     train(model, opt, steps=1)
-    return model, opt
+    return opt
 
 
-def hashed(made: Recipe) -> str:
-    return made.tag.partition(" ")[0]
-
-
-DECISIVE = [
-    {"fitted_lr": 1e-3},
-    {"lean": 0.0},
-    {"reference": replace(AT_16, rank=8)},
-    {"reference": replace(AT_16, alpha=16)},
-    {"reference": replace(AT_16, init="B")},
-    {"reference": replace(AT_16, fan_in=32)},
-    {"reference": replace(AT_16, batch=8)},
-    {"reference": Reference(method="full", fan_in=WIDTH)},
-    {"law": Power(exponent=0.2, full_factor=1.5)},
-    {"law": Power(exponent=0.1, full_factor=1.5, law=MuA(tokens=4))},
-    {"law": Power(exponent=0.1, full_factor=1.5, law=Constant())},
-    {"scaling_rule": "alpha"},
-]
-
-
-def test_the_hash_is_of_what_decides_the_rates():
-    """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
-    assert len({hashed(recipe(**change)) for change in [{}, *DECISIVE]}) == 1 + len(
-        DECISIVE
-    )
-    assert re.fullmatch(r"[0-9a-f]{12} two words\n", recipe(name="two words\n").tag)
-    same = {
-        "name": "other",
-        "versions": {},
-        "tensors": {},
-        "seed": 9,
-        "steps": 7,
-        "notes": ("a",),
-        "ceiling": None,
-    }
-    assert hashed(recipe(**same)) == hashed(recipe())
+def tags(groups: list[dict]) -> set[str]:
+    return {group["rankaware_recipe"] for group in groups}
 
 
 def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
@@ -423,16 +415,13 @@ def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
 
     AdamW itself takes the state, and the plain export, which keeps the tag.
     """
-    made = recipe()
-    _, opt = tagged(made)
+    opt, again = tagged(RECIPE), tagged(RECIPE)
     torch.save(opt.state_dict(), tmp_path / "opt.pt")
     state = torch.load(tmp_path / "opt.pt", weights_only=True)
-    _, again = tagged(made)
     again.load_state_dict(state)
     plain = to_plain_state_dict(opt)
     for held in (state, again.state_dict(), plain):
-        tags = {group["rankaware_recipe"] for group in held["param_groups"]}
-        assert tags == {made.tag}
+        assert tags(held["param_groups"]) == {RECIPE.tag}
     own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
     for held in (state, plain):
         own.load_state_dict(held)
@@ -447,33 +436,25 @@ def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
 def test_a_resume_under_another_recipe_is_said_once(change):
     """One warning names both recipes, whatever the number of groups; the base rate goes on, and so does its tag."""
     first, second = recipe(name="first"), recipe(name="second", **change)
-    _, opt = tagged(first)
-    _, other = tagged(second)
-    with pytest.warns(
-        RankAwareWarning, match=r"recipe 'first' .* with 'second'"
-    ) as caught:
-        other.load_state_dict(opt.state_dict())
+    state, other = tagged(first).state_dict(), tagged(second)
+    names = r"recipe 'first' .* with 'second'"
+    with pytest.warns(RankAwareWarning, match=names) as caught:
+        other.load_state_dict(state)
     assert len(caught) == 1
     assert all(hashed(made) in str(caught[0].message) for made in (first, second))
-    assert {g["lr"] for g in other.param_groups} == {first.lr}
-    assert {g["rankaware_recipe"] for g in other.param_groups} == {first.tag}
+    assert {group["lr"] for group in other.param_groups} == {first.lr}
+    assert tags(other.param_groups) == {first.tag}
 
 
 def test_a_resume_under_the_same_rates_says_nothing():
     """A recipe renamed, an optimizer without a recipe, and a checkpoint from before there was a tag load in silence."""
-    _, opt = tagged(recipe())
-    state = opt.state_dict()
-    tagged(recipe(name="renamed"))[1].load_state_dict(state)
-    plain = RankAwareOptimizer(
-        mlp((8,), scalings=1.0),
-        "adamw",
-        lr=recipe().lr,
-        tuned_at=AT_16,
-        law=recipe().law,
-    )
+    state = tagged(RECIPE).state_dict()
+    tagged(recipe(name="renamed")).load_state_dict(state)
+    options = {"lr": RECIPE.lr, "tuned_at": AT_16, "law": RECIPE.law}
+    plain = RankAwareOptimizer(mlp((8,), scalings=1.0), "adamw", **options)
     plain.load_state_dict(state)
     for group in state["param_groups"]:
         del group["rankaware_recipe"]
-    _, again = tagged(recipe())
+    again = tagged(RECIPE)
     again.load_state_dict(state)
-    assert {group["rankaware_recipe"] for group in again.param_groups} == {recipe().tag}
+    assert tags(again.param_groups) == {RECIPE.tag}
