@@ -271,24 +271,6 @@ def test_a_magnitude_is_read_as_dora():
     assert suggest_lr(model, dora=False) == plain
 
 
-def test_real_peft_models_are_read():
-    """PiSSA and OLoRA as PEFT makes them ask for their name, DoRA is found without."""
-    peft = pytest.importorskip("peft")
-
-    def wrapped(**options):
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], **options)
-        return peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config)
-
-    plain = suggest_lr(wrapped())
-    assert plain.reference == Reference(rank=4, alpha=8)
-    for name, factor in (("pissa", PISSA), ("olora", OLORA)):
-        with pytest.raises(LawError, match="Neither factor"):
-            suggest_lr(wrapped(init_lora_weights=name))
-        found = suggest_lr(wrapped(init_lora_weights=name), init=name)
-        assert plain.lr / found.lr == pytest.approx(factor)
-    assert plain.lr / suggest_lr(wrapped(use_dora=True)).lr == pytest.approx(DORA)
-
-
 FULL = Reference(method="full")
 REFUSED = [
     (AT, {"init": "corda"}, LawError, "init 'corda'"),
