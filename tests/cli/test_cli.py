@@ -20,6 +20,7 @@ from rankaware_optim import Power, RankAwareWarning, Reference, convert_lr
 from rankaware_optim.cli import main
 from rankaware_optim.cli._options import echo_result
 
+from ..helpers.adapters import peft_folder
 from ..helpers.recipes import RECIPE
 
 RECIPE = replace(
@@ -37,18 +38,16 @@ def folder(tmp_path, monkeypatch):
     """Where one stands: a recipe, PEFT's folder of two layers and a head, a file of kohya's, and what is broken."""
     monkeypatch.chdir(tmp_path)
     RECIPE.save("digits.toml")
-    names = ("base_model.model.q", "base_model.model.v")
-    tensors = {f"{name}.lora_A.weight": (8, 32) for name in names}
-    tensors |= {f"{name}.lora_B.weight": (48, 8) for name in names}
-    tensors |= {"base_model.model.score.weight": (2, 2)}
-    (tmp_path / "adapter").mkdir()
-    made = {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}
-    save_file(made, "adapter/adapter_model.safetensors")
-    config = {"r": 8, "lora_alpha": 16, "init_lora_weights": True}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    kohya = {"x.lora_down.weight": (8, 32), "x.lora_up.weight": (48, 8)}
-    made = {name: np.zeros(shape, np.float32) for name, shape in kohya.items()}
-    save_file({**made, "x.alpha": np.array(4.0, np.float32)}, "kohya.safetensors")
+    layers = [f"base_model.model.{name}" for name in "qv"]
+    score = ["base_model.model.score.weight"]
+    adapter = tmp_path / "adapter"
+    peft_folder(adapter, layers=layers, others=score, init_lora_weights=True)
+    kohya = {
+        "x.lora_down.weight": np.zeros((8, 32)),
+        "x.lora_up.weight": np.zeros((48, 8)),
+        "x.alpha": np.array(4.0),
+    }
+    save_file(kohya, "kohya.safetensors")
     (tmp_path / "broken.toml").write_text("schema = ")
     (tmp_path / "sweep.csv").write_text("rank,lr\n4,1e-3\n")
     return tmp_path
@@ -60,14 +59,11 @@ def call(*arguments):
 
 def test_the_module_is_the_command():
     """`python -m rankaware_optim --help` lists every command once, and --version names four packages."""
-    done = subprocess.run(
-        [sys.executable, "-m", "rankaware_optim", "--help"],
-        capture_output=True,
-        text=True,
-    )
+    done = in_a_process("--help")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Usage: rankaware ")
-    assert [done.stdout.count(f"\n  {name} ") for name in main.commands] == [1] * 10
+    said = done.stdout.decode()
+    assert said.startswith("Usage: rankaware ")
+    assert [said.count(f"\n  {name} ") for name in main.commands] == [1] * 10
     lines = call("--version").output.splitlines()
     packages = ["rankaware-optim", "torch", "peft", "optuna"]
     assert [line.split()[0] for line in lines] == packages
@@ -146,44 +142,35 @@ def test_convert_gives_what_convert_lr_gives(origin, to, law):
     assert again.lr == wanted.lr
 
 
-RATES = [
-    (["--rank", 16], {"rank": 16}),
-    (["--rank", 4], {"rank": 4}),
-    (["--rank", 4, "--alpha", 64], {"rank": 4, "alpha": 64}),
-    (
-        ["--rank", 4, "--alpha", 64, "--rslora"],
-        {"rank": 4, "alpha": 64, "rslora": True},
-    ),
-    (["--rank", 256], {"rank": 256}),
-    (["--rank", 16, "--fan-in", 4096], {"rank": 16, "fan_in": 4096}),
-    (["--rank", 16, "--init", "B"], {"rank": 16, "init": "B"}),
-    (["--full"], {"method": "full"}),
-    (["--full", "--fan-in", 4096], {"method": "full", "fan_in": 4096}),
-    (
-        ["--rank", 16, "--steps", 5000, "--batch", 256],
-        {"rank": 16, "steps": 5000, "batch": 256},
-    ),
-]
+RATES = {
+    "--rank 16": {"rank": 16},
+    "--rank 4": {"rank": 4},
+    "--rank 4 --alpha 64": {"rank": 4, "alpha": 64},
+    "--rank 4 --alpha 64 --rslora": {"rank": 4, "alpha": 64, "rslora": True},
+    "--rank 256": {"rank": 256},
+    "--rank 16 --fan-in 4096": {"rank": 16, "fan_in": 4096},
+    "--rank 16 --init B": {"rank": 16, "init": "B"},
+    "--full": {"method": "full"},
+    "--full --fan-in 4096": {"method": "full", "fan_in": 4096},
+    "--rank 16 --steps 5000 --batch 256": {"rank": 16, "steps": 5000, "batch": 256},
+}
 
 
 @pytest.mark.filterwarnings("always")
-@pytest.mark.parametrize(("arguments", "target"), RATES)
-def test_lr_prints_the_recipes_rate(arguments, target):
+@pytest.mark.parametrize("options", RATES)
+def test_lr_prints_the_recipes_rate(options):
     """The rate is that of Recipe.at, in words and as JSON; that it is extrapolated is said once."""
-    done = call("lr", "digits.toml", *arguments)
+    command = ["lr", "digits.toml", *options.split()]
+    done = call(*command)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankAwareWarning)
-        rate = RECIPE.at(**target)
+        rate = RECIPE.at(**RATES[options])
     assert (done.stdout, done.stderr) == (f"{rate.explain()}\n", "")
-    assert [done.stdout.count(note) for note in rate.notes] == [1] * len(rate.notes)
-    document = json.loads(call("lr", "digits.toml", *arguments, "--json").stdout)
+    assert all(done.stdout.count(note) == 1 for note in rate.notes)
+    document = json.loads(call(*command, "--json").stdout)
     assert document.keys() == RATE
-    assert [document[name] for name in ("lr", "low", "high", "ceiling")] == [
-        rate.lr,
-        rate.low,
-        rate.high,
-        rate.ceiling,
-    ]
+    for name in ("lr", "low", "high", "ceiling"):
+        assert document[name] == getattr(rate, name)
 
 
 def test_inspect_names_every_tensor_in_json():
@@ -243,109 +230,94 @@ def test_plot_writes_a_figure(folder):
 
 # --- errors ---------------------------------------------------------------------------------------------------------
 
-BAD = [
-    (["inspect", "nowhere"], "nowhere"),
-    (["inspect", "digits.toml"], "digits.toml"),
-    (["inspect", "adapter", "--lr", "0"], "lr is 0"),
-    (["inspect", "adapter", "--lr", "nan"], "lr is nan"),
-    (["inspect", "adapter", "--lr", "1e-3", "--law", "unheard-of"], "Known are"),
-    (["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=8"], "alpha"),
-    (
-        ["inspect", "adapter", "--lr", "1e-3", "--tuned-at", "r=x"],
-        'as "r=16,alpha=32,rslora,init=B,fan_in=4096',
-    ),
-    (["inspect", "pickled.bin"], "pickled.bin is a pickle"),
-    (["convert", "1e-3", "--from", "r=8", "--to", "r=8,alpha=8"], "alpha"),
-    (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=x"], "r=x"),
-    (["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "full"], "fan_in"),
-    (["convert", "nan", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"], "lr is nan"),
-    (
-        ["convert", "1e-3", "--from", "full", "--to", "full", "--law", "unheard-of"],
-        "Known are",
-    ),
-    (["show", "nowhere.toml"], "no recipe at nowhere.toml"),
-    (["show", "adapter"], "no recipe at adapter/rankaware/recipe.toml"),
-    (["show", "broken.toml"], "cannot be read"),
-    (["lr", "nowhere.toml", "--rank", "8"], "no recipe at nowhere.toml"),
-    (["lr", "digits.toml", "--rank", "0"], "--rank=0"),
-    (["lr", "digits.toml", "--rank", "8", "--alpha", "-1"], "--alpha=-1"),
-    (["lr", "digits.toml", "--rank", "8", "--fan-in", "0"], "--fan-in=0"),
-    (["lr", "digits.toml", "--rank", "8", "--steps", "-5"], "Error: --steps is -5"),
-    (["lr", "digits.toml", "--rank", "8", "--batch", "nan"], "Error: --batch is nan"),
-    (["lr", "digits.toml", "--full", "--alpha", "8"], "--alpha was given for full"),
-    (["lr", "digits.toml", "--full", "--init", "B"], "--init was given for full"),
-    (["lr", "digits.toml", "--full", "--rslora"], "--rslora was given for full"),
-    (["lr", "digits.toml", "--rank", "8", "--rslora"], "--rslora was given without"),
-    (["plot", "nowhere.toml", "-o", "out.png"], "no recipe at nowhere.toml"),
-    (["show", f"{'x' * 300}.toml"], "cannot be read"),
-    (
-        ["fit", "sweep.csv", "-o", "out.toml"],
-        "choose one by columns={'loss': ...} (--column loss=...)",
-    ),
-]
+AT_8, LR_OF = "r=8,alpha=8", "lr digits.toml --rank 8"
+BAD = {
+    "inspect nowhere": "nowhere",
+    "inspect digits.toml": "digits.toml",
+    "inspect adapter --lr 0": "lr is 0",
+    "inspect adapter --lr nan": "lr is nan",
+    "inspect adapter --lr 1e-3 --law unheard-of": "Known are",
+    "inspect adapter --lr 1e-3 --tuned-at r=8": "alpha",
+    "inspect adapter --lr 1e-3 --tuned-at r=x": 'as "r=16,alpha=32,rslora,init=B,fan_in=4096',
+    "inspect pickled.bin": "pickled.bin is a pickle",
+    f"convert 1e-3 --from r=8 --to {AT_8}": "alpha",
+    f"convert 1e-3 --from {AT_8} --to r=x": "r=x",
+    f"convert 1e-3 --from {AT_8} --to full": "fan_in",
+    f"convert nan --from {AT_8} --to {AT_8}": "lr is nan",
+    "convert 1e-3 --from full --to full --law unheard-of": "Known are",
+    "show nowhere.toml": "no recipe at nowhere.toml",
+    "show adapter": "no recipe at adapter/rankaware/recipe.toml",
+    "show broken.toml": "cannot be read",
+    f"show {'x' * 300}.toml": "cannot be read",
+    "lr nowhere.toml --rank 8": "no recipe at nowhere.toml",
+    "lr digits.toml --rank 0": "--rank=0",
+    f"{LR_OF} --alpha -1": "--alpha=-1",
+    f"{LR_OF} --fan-in 0": "--fan-in=0",
+    f"{LR_OF} --steps -5": "Error: --steps is -5",
+    f"{LR_OF} --batch nan": "Error: --batch is nan",
+    f"{LR_OF} --rslora": "--rslora was given without",
+    "lr digits.toml --full --alpha 8": "--alpha was given for full",
+    "lr digits.toml --full --init B": "--init was given for full",
+    "lr digits.toml --full --rslora": "--rslora was given for full",
+    "plot nowhere.toml -o out.png": "no recipe at nowhere.toml",
+    "fit sweep.csv -o out.toml": "choose one by columns={'loss': ...} (--column loss=...)",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    BAD,
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
-)
-def test_an_error_is_a_sentence(arguments, message, folder):
+@pytest.mark.parametrize("command", BAD)
+def test_an_error_is_a_sentence(command, folder):
     """Bad input ends with code 1 and one line that begins with Error, and nothing is written."""
     before = sorted(folder.rglob("*"))
-    done = call(*arguments)
+    done = call(*command.split())
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: ")
-    assert message in done.stderr
+    assert BAD[command] in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(folder.rglob("*")) == before
 
 
 USAGE = [
-    ["lr", "digits.toml"],
-    ["lr", "digits.toml", "--full", "--rank", "8"],
-    ["lr", "digits.toml", "--rank", "x"],
-    ["lr", "digits.toml", "--rank", "8", "--init", "C"],
-    ["convert", "1e-3", "--to", "r=8,alpha=8"],
-    ["convert", "x", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
-    ["convert", "-1", "--from", "r=8,alpha=8", "--to", "r=8,alpha=8"],
-    ["convert", "--from", "r=8,alpha=8", "--to", "r=16"],
-    ["plot", "digits.toml"],
-    ["suggest", "--full", "--init", "B"],
-    ["inspect", "adapter", "--tuned-at", "r=8,alpha=8"],
-    ["inspect", "adapter", "--law", "mua"],
-    ["unheard-of"],
+    "lr digits.toml",
+    "lr digits.toml --full --rank 8",
+    "lr digits.toml --rank x",
+    f"{LR_OF} --init C",
+    f"convert 1e-3 --to {AT_8}",
+    f"convert x --from {AT_8} --to {AT_8}",
+    f"convert -1 --from {AT_8} --to {AT_8}",
+    f"convert --from {AT_8} --to r=16",
+    "plot digits.toml",
+    "suggest --full --init B",
+    f"inspect adapter --tuned-at {AT_8}",
+    "inspect adapter --law mua",
+    "unheard-of",
 ]
 
 
-@pytest.mark.parametrize("arguments", USAGE, ids=" ".join)
-def test_wrong_usage_shows_the_usage(arguments):
+@pytest.mark.parametrize("command", USAGE)
+def test_wrong_usage_shows_the_usage(command):
     """Options that contradict one another or are missing end with code 2 and the usage."""
-    done = call(*arguments)
+    done = call(*command.split())
     assert done.exit_code == 2
     assert "Usage: " in done.stderr
 
 
+def in_a_process(*words, **environment) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "rankaware_optim", *words]
+    return subprocess.run(
+        command, capture_output=True, env={**os.environ, **environment}
+    )
+
+
 def test_help_is_printed_where_the_console_lacks_a_letter():
     """On a console of another encoding, such as Windows', help is printed with a mark for the letters that it lacks."""
-    command = [sys.executable, "-m", "rankaware_optim", "lr", "--help"]
-    done = subprocess.run(
-        command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}
-    )
+    done = in_a_process("lr", "--help", PYTHONIOENCODING="cp1252")
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"?rank" in done.stdout
 
 
 def test_no_traceback_reaches_the_shell(tmp_path):
     """In a real process too, an error is one line and exit code 1."""
-    command = [
-        sys.executable,
-        "-m",
-        "rankaware_optim",
-        "show",
-        str(tmp_path / "nowhere.toml"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Error: There is no recipe")
+    done = in_a_process("show", str(tmp_path / "nowhere.toml"))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"Error: There is no recipe")
     assert len(done.stderr.strip().splitlines()) == 1

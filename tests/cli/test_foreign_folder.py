@@ -10,12 +10,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from rankaware_optim.cli import main
 
+from ..helpers.adapters import peft_folder
 from ..helpers.recipes import RECIPE
 
 # What the commands import, what they look for in other packages, and modules of Python that load late.
@@ -79,15 +78,7 @@ def foreign(tmp_path_factory):
     """A folder with an adapter, a recipe, a sweep, the user's modules, and a module of every name in `SHADOWS`."""
     folder = tmp_path_factory.mktemp("foreign")
     RECIPE.save(folder / "digits.toml")
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
-    factors = {
-        "lora_A": np.zeros((8, 32), np.float32),
-        "lora_B": np.zeros((48, 8), np.float32),
-    }
-    tensors = {
-        f"base_model.model.q.{name}.weight": value for name, value in factors.items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors")
+    peft_folder(folder)
     (folder / "sweep.csv").write_text(SWEEP)
     users = {"mine_law": LAW, "mine_optimizer": OPTIMIZER, "loop": LOOP, "late": ""}
     for name, text in users.items():

@@ -6,12 +6,11 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from rankaware_optim.cli import main
 
+from ..helpers.adapters import peft_folder
 from ..helpers.recipes import RECIPE
 
 PROBE = """
@@ -44,18 +43,7 @@ def folder(tmp_path_factory):
     RECIPE.save(made / "digits.toml")
     runs = "".join(f"4,4,{2.0**x},{x * x}\n" for x in (-3, -2, -1, 1))
     (made / "sweep.csv").write_text("rank,alpha,lr,loss\n" + runs)
-    (made / "adapter").mkdir()
-    (made / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"r": 8, "lora_alpha": 16})
-    )
-    factors = {
-        "lora_A": np.zeros((8, 32), np.float32),
-        "lora_B": np.zeros((48, 8), np.float32),
-    }
-    tensors = {
-        f"base_model.model.q.{name}.weight": value for name, value in factors.items()
-    }
-    save_file(tensors, made / "adapter" / "adapter_model.safetensors")
+    peft_folder(made / "adapter")
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from rankaware_optim import (
 )
 from rankaware_optim.inspection import as_reference, parse_reference
 
+from ..helpers.adapters import peft_folder
 from ..helpers.models import mlp
 
 LR = 1e-3
@@ -49,15 +49,7 @@ class Attributes(dict):
 
 def folder(path: Path, **config) -> Path:
     """PEFT's folder of one layer of fan-in 32."""
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "m.q.lora_A.weight": torch.zeros(16, 32),
-        "m.q.lora_B.weight": torch.zeros(48, 16),
-    }
-    save_file(tensors, path / "adapter_model.safetensors")
-    saved = {"r": 16, "lora_alpha": 32, "init_lora_weights": True, **config}
-    (path / "adapter_config.json").write_text(json.dumps(saved))
-    return path
+    return peft_folder(path, rank=16, init_lora_weights=True, **config)
 
 
 def kohya_file(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -12,7 +11,6 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 from rankaware_optim import (
@@ -30,6 +28,7 @@ from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
 
+from ..helpers.adapters import peft_folder
 from ..helpers.models import PlainLoRA
 from ..helpers.optimizers import called
 
@@ -340,23 +339,6 @@ def test_the_command_says_what_the_call_does(arguments, reference, options):
     assert done.output.strip() == str(suggest_lr(reference, **options))
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Saves a PEFT folder of rank 8 on fan-in 32, with entries of its configuration."""
-    factors = {
-        "q.lora_A.weight": torch.ones(8, 32),
-        "q.lora_B.weight": torch.ones(48, 8),
-    }
-
-    def save(**config):
-        save_file(factors, tmp_path / "adapter_model.safetensors")
-        saved = {"r": 8, "lora_alpha": 16, **config}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
-        return tmp_path
-
-    return save
-
-
 OF_32 = Reference(8, 16, fan_in=32)
 FOLDERS = [
     ({"init_lora_weights": True}, (), OF_32, {}),
@@ -368,9 +350,9 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize(("config", "arguments", "reference", "options"), FOLDERS)
-def test_the_command_reads_an_adapter(folder, config, arguments, reference, options):
+def test_the_command_reads_an_adapter(config, arguments, reference, options, tmp_path):
     """For an adapter's folder the configuration comes from its files; an init that it lacks is said."""
-    done = call(folder(**config), *arguments)
+    done = call(peft_folder(tmp_path, **config), *arguments)
     assert done.exit_code == 0, done.output
     rate = suggest_lr(reference, **options)
     assert re.search(rf"^lr +{rate.lr:.3g}$", done.output, re.MULTILINE)
