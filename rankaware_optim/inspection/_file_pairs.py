@@ -113,29 +113,24 @@ def file_pairs(header: Header) -> Iterator[FilePair]:
     Raises:
         InspectionError: one half is missing, or two tensors have the same place.
     """
-    for slot, names in _slots(header).items():
+    halves: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
+    for name in header.shapes:
+        for convention, pattern in _PATTERNS.items():
+            match = pattern.fullmatch(name)
+            if match is None:
+                continue
+            place = (match["layer"] or "", match["adapter"] or "", convention)
+            first = halves[place].setdefault(_ROLES[match["factor"]], name)
+            if first != name:
+                raise _collision(header, first, name)
+    for place, names in halves.items():
         if len(names) < 2:
             raise InspectionError(
                 f"{header.path}: {next(iter(names.values()))} lacks the other half of its LoRA"
                 " pair.",
                 "Save the adapter again.",
             )
-        yield FilePair(*slot, names["A"], names["B"])
-
-
-def _slots(header: Header) -> dict[tuple[str, str, str], dict[str, str]]:
-    """Return the names of A and B by layer, adapter and convention."""
-    slots: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
-    for name in header.shapes:
-        for convention, pattern in _PATTERNS.items():
-            match = pattern.fullmatch(name)
-            if match is None:
-                continue
-            slot = (match["layer"] or "", match["adapter"] or "", convention)
-            first = slots[slot].setdefault(_ROLES[match["factor"]], name)
-            if first != name:
-                raise _collision(header, first, name)
-    return slots
+        yield FilePair(*place, names["A"], names["B"])
 
 
 def refuse_collisions(header: Header, pairs: Iterable[FilePair]) -> None:

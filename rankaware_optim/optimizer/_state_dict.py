@@ -8,7 +8,7 @@ Rates in a checkpoint are base rates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from typing import Any, NamedTuple
 
@@ -135,9 +135,7 @@ def _is_usable(key: str, value: Any) -> bool:
 def _slots(param_groups: Groups, groups: Groups, order: Order) -> dict[str, _Slot]:
     """Return the checkpoint's parameters by our names."""
     slots = [_Slot(key, group) for group in groups for key in group["params"]]
-    names = list(_names_in(groups))
-    if not names:
-        names = list(_names_by_position(groups, order))
+    names = _names_of(groups, order)
     if len(names) != len(slots):
         raise CheckpointError(
             f"The checkpoint has {len(slots)} parameters and {len(names)} names.", _CURE
@@ -168,22 +166,19 @@ def _check_user_groups(param_groups: Groups, groups: Groups) -> None:
         )
 
 
-def _names_in(groups: Groups) -> Iterator[str]:
-    """Yield the parameters' names. torch.distributed.checkpoint uses them as keys, in the
-    optimizer's order, and leaves `param_names` in the saved order.
+def _names_of(groups: Groups, order: Order) -> list[str]:
+    """Return the names of a checkpoint's parameters. One that has none has those at its places in
+    the groups that were given.
     """
+    names: list[str] = []
     for group in groups:
-        names = group["params"] if _by_key(group) else group.get("param_names") or ()
-        yield from map(canonical_name, names)
-
-
-def _by_key(group: Group) -> bool:
-    return all(isinstance(key, str) for key in group["params"])
-
-
-def _names_by_position(groups: Groups, order: Order) -> Iterable[str]:
-    """Return the names for a checkpoint that has none: those at its places in the given groups."""
-    given = [len(names) for names in order if names]
+        # torch.distributed.checkpoint has names as keys, in the optimizer's order, and leaves
+        # `param_names` in the saved order
+        own = group["params"] if _by_key(group) else group.get("param_names") or ()
+        names += map(canonical_name, own)
+    if names:
+        return names
+    given = [len(each) for each in order if each]
     saved = [len(group["params"]) for group in groups if group["params"]]
     if given != saved:
         raise CheckpointError(
@@ -192,7 +187,11 @@ def _names_by_position(groups: Groups, order: Order) -> Iterable[str]:
             "Give this optimizer the groups of the saved one, in the same order, frozen parameters"
             " included, or save one that was built from model.named_parameters().",
         )
-    return chain(*order)
+    return list(chain(*order))
+
+
+def _by_key(group: Group) -> bool:
+    return all(isinstance(key, str) for key in group["params"])
 
 
 # --- the groups to load ---------------------------------------------------------------------------

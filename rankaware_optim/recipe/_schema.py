@@ -126,6 +126,15 @@ class TrialsTable(Table):
     pruned: int | None = None
     diverged: int | None = None
 
+    @classmethod
+    def of(cls, trials: Trials, sha256: str) -> TrialsTable | None:
+        """Return the table of trials whose file has this hash, None if there are none."""
+        if not trials:
+            return None
+        names = ("steps", "pruned", "diverged")
+        sums = {name: int(trials[name].sum()) for name in names if name in trials}
+        return cls(sha256=sha256, count=len(next(iter(trials.values()))), **sums)
+
 
 class RecipeFile(Table):
     schema: Literal[1]
@@ -171,22 +180,13 @@ def file_of(recipe: Recipe, sha256: str = "") -> RecipeFile:
         source=dict(recipe.source),
         versions=dict(recipe.versions),
         full_fan_in=recipe.full_fan_in,
-        trials=_trials_table(recipe.tensors, sha256),
+        trials=TrialsTable.of(recipe.tensors, sha256),
     )
 
 
 def _table(kind: type[AnyTable], source: object) -> AnyTable:
     """Return the table whose fields are attributes of a recipe or of its reference."""
     return kind(**{name: getattr(source, name) for name in kind.__struct_fields__})
-
-
-def _trials_table(trials: Trials, sha256: str) -> TrialsTable | None:
-    if not trials:
-        return None
-    names = ("steps", "pruned", "diverged")
-    sums = {name: int(trials[name].sum()) for name in names if name in trials}
-    count = len(next(iter(trials.values())))
-    return TrialsTable(sha256=sha256, count=count, **sums)
 
 
 def to_document(recipe: Recipe, sha256: str = "") -> dict[str, Any]:

@@ -71,8 +71,10 @@ def check_convention(
     Raises:
         InspectionError: a check fails. The message names the first one.
     """
-    ones = [torch.ones_like(v).double() if _is_floating(v) else v for v in inputs]
-    layers, probes = [], []
+    ones, layers, probes = [], [], []
+    for value in inputs:
+        is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        ones.append(torch.ones_like(value).double() if is_floating else value)
     with _registered(convention), torch.random.fork_rng(devices=[]):
         for rank, alpha in _BUILDS:
             module = make(rank, alpha).double()
@@ -96,10 +98,6 @@ def _registered(row: Convention | None) -> Iterator[None]:
 
 def _failed(check: str, cause: str, cure: str) -> InspectionError:
     return InspectionError(f"The check {check!r} fails: {cause}", cure)
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _factors(
