@@ -51,7 +51,7 @@ BUGS = (
     Bug("_files.py", "if not stat.S_ISREG(status.st_mode):", "if False:", "tests/recipe/test_files.py"),
     Bug("_files.py", "os.replace(made, target)", "target.write_bytes(data)", "tests/recipe/test_files.py"),
     Bug("_files.py", "os.fsync(file.fileno())", "pass", "tests/recipe/test_files.py", missed_because="a process that ends loses nothing that it wrote: only a power failure would show it"),
-    Bug("_files.py", "stat.S_IMODE(os.stat(like or target).st_mode)", "0o600", "tests/recipe/test_files.py"),
+    Bug("_files.py", "stat.S_IMODE(os.stat(target).st_mode)", "0o600", "tests/recipe/test_files.py"),
     Bug("_printing.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "tests/test_printable.py"),
     Bug("laws/_mua.py", "return 2.0 / (p + math.sqrt(p * p + 4.0 * q))", "return 1.0 / p", "tests/laws"),
     Bug("laws/_corrections.py", "multiplier * _DISTANCE if multiplier != 1.0", "multiplier * _DISTANCE if multiplier > 1.0", "tests/transfer"),

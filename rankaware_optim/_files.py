@@ -29,20 +29,26 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def replace_bytes(path: Path, data: bytes, *, like: Path | None = None) -> None:
-    """Replace the content of `path`, or of its link's target, atomically. An OSError leaves the
-    file unchanged.
-
-    The file keeps its mode, or gets that of `like`. A new file gets the default mode of the umask.
-    """
+def replaceable(path: Path) -> Path:
+    """Return the file that `path` leads to. One that is there and no regular file is an OSError."""
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError("it is not a regular file")
+    return target
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Replace the content of `path`, or of its link's target, atomically. An OSError leaves the
+    file unchanged.
+
+    The file keeps its mode. A new file gets the default mode of the umask.
+    """
+    target = replaceable(path)
     made = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         with open(made, "xb") as file:
             with suppress(FileNotFoundError):
-                os.chmod(made, stat.S_IMODE(os.stat(like or target).st_mode))
+                os.chmod(made, stat.S_IMODE(os.stat(target).st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -19,7 +19,7 @@ import tomli_w
 from safetensors import SafetensorError
 
 from .._checks import MOST_RANKS, MOST_TRIALS, RANGES
-from .._files import read_bytes, replace_bytes
+from .._files import read_bytes, replace_bytes, replaceable
 from .._warn import warn
 from ..errors import RecipeError
 from ._recipe_text import explain
@@ -58,8 +58,8 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
             )
         values_in(_decoded(text))
         target.parent.mkdir(parents=True, exist_ok=True)
+        real = replaceable(target)
         if trials:
-            real = Path(os.path.realpath(target))
             replace_bytes(_trials_beside(real), trials)
         replace_bytes(target, text)
     except _TROUBLE as error:
