@@ -222,27 +222,25 @@ def dense() -> nn.Module:
     return nn.Linear(IN, OUT)
 
 
-def unet(rank: int, alpha: float) -> nn.Module:
+def unet(rank: int, alpha: float, **more: Any) -> nn.Module:
     """A tiny UNet of diffusers, with PEFT's layers put in by diffusers' own method."""
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
-    blocks: dict[str, Any] = {
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    }
+    blocks = [("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)]
+    sizes = {"sample_size": 8, "cross_attention_dim": 12, "attention_head_dim": 4}
     model = UNet2DConditionModel(
-        sample_size=8,
         block_out_channels=(8,),
+        down_block_types=blocks[0],
+        up_block_types=blocks[1],
         layers_per_block=1,
-        cross_attention_dim=12,
         norm_num_groups=4,
-        attention_head_dim=4,
-        **blocks,
+        **sizes,
     )
     model.requires_grad_(False)
-    targets = r"down_blocks.*attn2\.to_k"
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    usual = {"target_modules": r"down_blocks.*attn2\.to_k"}
+    config = LoraConfig(r=rank, lora_alpha=alpha, **{**usual, **more})
+    model.add_adapter(config)
     return Sampled(model)
 
 

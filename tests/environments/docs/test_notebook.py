@@ -62,14 +62,6 @@ def test_nothing_is_said_but_the_bar(outputs):
     )
 
 
-def test_the_conversion_gives_the_reports_rate(outputs):
-    """The number for a plain optimizer is the rate at which the optimizer trains."""
-    tables = {line: shown(of_cell, "text/html") for line, of_cell in reversed(outputs)}
-    conversion = tables['ra.convert_lr(0.01, from_="r=8,alpha=8", to=here)'][0]
-    rate = float(re.search(r"lr</th>\s*<td[^>]*>([^<\s]+)", conversion)[1])
-    assert f">{rate:.3g}<" in tables["opt.report()"][0]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_tables_are_readable_in_both_schemes(page, address, scheme):
     """A table's words have the colour of the text around it, and no ground of their own."""

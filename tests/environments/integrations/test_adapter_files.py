@@ -12,6 +12,8 @@ from rankaware_optim._types import Survey
 from rankaware_optim.inspection import other_kind
 from rankaware_optim.inspection._peft_config import _by_pattern
 
+from ...helpers import real_adapters
+
 peft = pytest.importorskip("peft")
 # the libraries warn of what these tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -191,21 +193,10 @@ def test_an_adapter_without_a_law_is_named(save, kind, shown, tmp_path):
 @pytest.fixture(scope="module")
 def unet():
     """A small UNet of diffusers with adapters of two ranks."""
-    diffusers = pytest.importorskip("diffusers")
-    made = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+    pytest.importorskip("diffusers")
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     own = {"rank_pattern": {"to_v": 2}, "alpha_pattern": {"to_v": 1}}
-    made.add_adapter(lora(target_modules=targets, **own))
-    return made
+    return real_adapters.unet(4, 8.0, target_modules=targets, **own).unet
 
 
 def by_its_loader(unet, folder):
