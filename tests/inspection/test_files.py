@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from rankaware_optim import InspectionError, RankAwareError
 from rankaware_optim.inspection import inspect_file
+from rankaware_optim.inspection._survey import is_other_adapter
 from rankaware_optim.transfer import survey_rates
 
 RANK, WEIGHTS = 8, "adapter_model.safetensors"
@@ -260,6 +261,7 @@ def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, fol
     survey = inspect_file(folder(tensors, **changes))
     assert survey.factors == ()
     assert survey.other == tuple(others)
+    assert set(survey.unsupported) == set(filter(is_other_adapter, others))
     assert any(changes["peft_type"] in note for note in survey.notes)
 
 
