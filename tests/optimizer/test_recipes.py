@@ -8,7 +8,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,19 +27,16 @@ from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp, train
 from ..helpers.optimizers import rates_of
+from ..helpers.recipes import RECIPE as CALIBRATED
 
 WIDTH = 16  # that of models.mlp
 SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
-RECIPE = Recipe(
-    name="digits",
+RECIPE = replace(
+    CALIBRATED,
     fitted_lr=8e-3,
     reference=Reference(rank=4, alpha=4, fan_in=WIDTH, batch=16),
-    law=Power(exponent=0.1),
-    covariance=np.diag([0.04, 0.01, 0.09]),
     lean=0.25,
-    scaling_rule="fixed",
     full_fan_in=float(WIDTH),
-    ranks=(4, 64),
     optimizer="torch.optim.adamw.AdamW",
     settings={"weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "foreach": True},
     steps=100,

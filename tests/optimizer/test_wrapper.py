@@ -6,7 +6,7 @@ import copy
 import gc
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train, trained
-from ..helpers.optimizers import DISTANCE, names_of, rates_of, used
+from ..helpers.optimizers import DISTANCE, multiplier, names_of, rates_of
 from ..helpers.recipes import RECIPE
 
 LR = 1e-2
@@ -86,23 +86,17 @@ def by_groups(model, kind, options, **own):
 each_form = pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
 
 
-def by_hand(model, kind, options, reference):
-    """Groups written out by name with the multipliers of the law and its distance."""
-    reference = Reference(**{**vars(reference), "fan_in": 16})
-    law = ra.Falling().bind(kind, options)
+def by_hand(model, kind, options):
+    """Groups written out by name with the multipliers of the law from rank and alpha 16."""
     groups = {}
     for name, param in model.named_parameters():
-        if param.requires_grad:
-            layer = model.get_submodule(name.split(".")[0])
-            rank = getattr(layer, "r", None)
-            moved = (
-                used(law, law.multiplier(Factor(name, "A", rank, 16, 16), reference))
-                if rank
-                else 1.0
-            )
-            groups.setdefault(
-                (name.split(".")[-1], rank), {"params": [], "lr": LR * moved}
-            )["params"].append(param)
+        if not param.requires_grad:
+            continue
+        layer, _, half = name.partition(".")
+        rank = getattr(model.get_submodule(layer), "r", None)
+        lr = LR * multiplier(rank, kind, options)
+        group = groups.setdefault((half, rank), {"params": [], "lr": lr})
+        group["params"].append(param)
     return list(groups.values())
 
 
@@ -122,7 +116,7 @@ NATIVE = [
 def test_training_equals_the_native_class(ranks, scalings, at, kind, options, form):
     """Training is that of the native class, with groups by hand or with one group, bit for bit."""
     ours, native = (mlp(ranks, scalings=scalings) for _ in range(2))
-    groups = trained(native) if at is None else by_hand(native, kind, options, at)
+    groups = trained(native) if at is None else by_hand(native, kind, options)
     out = train(ours, form(ours, kind, options, tuned_at=at))
     expect = train(native, kind(groups, lr=LR, **options))
     assert all(torch.equal(a, b) for a, b in zip(out, expect, strict=True))
@@ -734,7 +728,6 @@ def test_a_later_group_is_split_and_scaled(form):
     """A new adapter is split, named and scaled as at construction, at its own or the base rate."""
     model = mlp((4,), head=False)
     opt = form(model, AdamW, {}, tuned_at=AT_16)
-    at, law = replace(AT_16, fan_in=16), ra.MuA()
     for own, lr in (({"lr": 0.5, "weight_decay": 0.2}, 0.5), ({}, LR)):
         model.layer9 = PlainLoRA(nn.Linear(16, 16), 8, 1.0)
         opt.add_param_group({"params": trained(model.layer9), **own})
@@ -742,8 +735,8 @@ def test_a_later_group_is_split_and_scaled(form):
         tags = [(g["lora_role"], g["lora_rank"], g["weight_decay"]) for g in new]
         decay = own.get("weight_decay", 0.01)
         assert tags == [("A", 8, decay), ("B", 8, decay)]
-        moved = law.multiplier(Factor("w", "A", 8, 16, 16), at) * DISTANCE
-        assert [effective_lr(g) for g in new] == pytest.approx([lr * moved] * 2)
+        rates = [effective_lr(group) for group in new]
+        assert rates == pytest.approx([lr * multiplier(8)] * 2)
         assert names_of(opt)[-2:] == [["layer9.lora_A"], ["layer9.lora_B"]]
         train(model, opt)
         model.old = model.layer9

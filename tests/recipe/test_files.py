@@ -594,14 +594,3 @@ def test_a_torn_save_leaves_a_recipe(tmp_path):
     assert found["killed"] == sorted(found["killed"], reverse=True)
     assert {*found["killed"]} == {*found["read"]} == {"old", "new"}
     assert found["saved"]
-
-
-def test_a_reader_in_the_middle_reads_the_old_file_to_its_end(tmp_path):
-    """A save puts a new file in the place of the old one, and never writes into it."""
-    target = RECIPE.save(tmp_path / "r.toml")
-    old = target.read_bytes()
-    with open(target, "rb", buffering=0) as reader:
-        begun = reader.read(100)
-        replace(RECIPE, name="another").save(target)
-        assert begun + reader.read() == old
-    assert target.read_bytes() != old

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankaware_optim import Power, RankAwareWarning, Recipe, RecipeError, Reference
+from rankaware_optim import Power, RankAwareWarning, RecipeError, Reference
 from rankaware_optim.fitting import steps_variance
 from rankaware_optim.recipe._constants import BATCH_SD
+
+from ..helpers.recipes import RECIPE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::rankaware_optim.errors.RankAwareWarning"
@@ -22,22 +24,16 @@ STEPS, BATCH = 100, 16.0
 AT_16 = Reference(rank=16, alpha=16, fan_in=64.0, batch=BATCH)
 
 
-def recipe(**changes) -> Recipe:
-    """A recipe of 100 steps at batch 16, sure of all but the horizon."""
-    values = {
-        "name": "digits",
-        "fitted_lr": 2e-3,
-        "reference": AT_16,
-        "law": Power(),
-        "covariance": np.diag([0.04, 0.0, 0.0]),
-        "ceiling": 3e-2,
-        "scaling_rule": "fixed",
-        "ranks": (4, 64),
-        "full_seen": True,
-        "full_fan_in": 64.0,
-        "steps": STEPS,
-    }
-    return Recipe(**{**values, **changes})
+# of 100 steps at batch 16, sure of all but the horizon
+SURE = replace(
+    RECIPE,
+    reference=AT_16,
+    law=Power(),
+    covariance=np.diag([0.04, 0.0, 0.0]),
+    ceiling=3e-2,
+    full_seen=True,
+    steps=STEPS,
+)
 
 
 def sd_of(rate) -> float:
@@ -49,7 +45,7 @@ def sd_of(rate) -> float:
 
 def test_a_batch_moves_the_rate_by_the_laws_rule():
     """Four times the batch double an Adam recipe's rate, with 0.15 octaves of doubt for each octave."""
-    own, far = recipe().at(), recipe().at(batch=4 * BATCH)
+    own, far = SURE.at(), SURE.at(batch=4 * BATCH)
     assert far.lr == pytest.approx(2 * own.lr)
     assert far.notes[0].startswith("batch 64 instead of 16: ")
     assert sd_of(far) == pytest.approx(math.hypot(0.2, 2 * BATCH_SD))
@@ -61,14 +57,14 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
 def test_another_horizon_is_said_to_be_an_extrapolation(where):
     """It is flagged, its notes say so for each of the two, and it warns."""
     with pytest.warns(RankAwareWarning, match="instead of"):
-        rate = recipe().at(**where)
+        rate = SURE.at(**where)
     assert rate.extrapolated
     assert sum("an extrapolation" in note for note in rate.notes) == len(where)
 
 
 def test_the_own_horizon_changes_nothing():
     """The recipe's own steps and batch, said or left out, give one rate."""
-    assert recipe().at(steps=STEPS, batch=BATCH) == recipe().at()
+    assert SURE.at(steps=STEPS, batch=BATCH) == SURE.at()
 
 
 @given(
@@ -81,7 +77,7 @@ def test_the_farther_the_horizon_the_wider_the_band(what, times, rank):
     own = {"steps": STEPS, "batch": BATCH}[what]
     near, far = sorted(times, key=lambda s: abs(math.log2(s / own)))
     widths = [
-        sd_of(recipe().at(rank, **where)) for where in ({}, {what: near}, {what: far})
+        sd_of(SURE.at(rank, **where)) for where in ({}, {what: near}, {what: far})
     ]
     assert widths == pytest.approx(sorted(widths), abs=1e-9)
 
@@ -96,7 +92,7 @@ REFUSED = [
 def test_impossible_horizons_are_refused(where):
     """Steps are positive whole numbers and a batch is a positive number."""
     with pytest.raises(RecipeError, match=next(iter(where))):
-        recipe().at(**where)
+        SURE.at(**where)
 
 
 @pytest.mark.parametrize("what", ["steps", "batch"])
@@ -106,10 +102,10 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
         "steps": {"steps": None},
         "batch": {"reference": replace(AT_16, batch=None)},
     }
-    made = recipe(**lost[what])
+    made = replace(SURE, **lost[what])
     with pytest.raises(RecipeError, match=f"does not give its own {what}"):
         made.at(**{what: 64})
-    assert made.at().lr == recipe().lr
+    assert made.at().lr == SURE.lr
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -117,7 +113,7 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
 def test_steps_widen_the_band(octaves, method):
     """At other steps the rate and its ceiling stay, and the band is as wide as the prior of the fit says."""
     steps = int(STEPS * 2**octaves)
-    own, far = (recipe().at(method=method, **where) for where in ({}, {"steps": steps}))
+    own, far = (SURE.at(method=method, **where) for where in ({}, {"steps": steps}))
     # two octaves: 2·σ²·λ²·(2/λ + exp(−2/λ) − 1) at σ = .4 and λ = 1.5
     added = 0.16 * 4.5 * (4 / 3 + math.exp(-4 / 3) - 1)
     assert steps_variance(octaves) == pytest.approx(added)

@@ -31,6 +31,7 @@ from rankaware_optim._types import infer_scaling
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp, train
+from ..helpers.recipes import RECIPE as CALIBRATED
 
 WIDTH = 16  # that of models.mlp
 AT_16 = Reference(rank=16, alpha=32, fan_in=WIDTH, batch=16.0)
@@ -39,29 +40,19 @@ extrapolates = pytest.mark.filterwarnings(
 )
 
 
-RECIPE = Recipe(
-    name="digits",
-    fitted_lr=2e-3,
+RECIPE = replace(
+    CALIBRATED,
     reference=AT_16,
     law=Power(exponent=0.1, full_factor=1.5),
-    covariance=np.diag([0.04, 0.01, 0.09]),
     lean=0.25,
     ceiling=3e-2,
-    scaling_rule="fixed",
     full_fan_in=float(WIDTH),
-    ranks=(4, 64),
     settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
     steps=100,
     warmup=0.05,
     seed=3,
     other_rates={"head.weight": "base", "head.bias": "base"},
     versions={"torch": "2.6"},
-    source={"train": "train"},
-    tensors={
-        "rank": np.array([4, 64]),
-        "lr": np.array([1e-3, 2e-3]),
-        "value": np.array([0.5, 0.4]),
-    },
 )
 
 

@@ -67,11 +67,7 @@ def test_at_a_large_width_the_rate_is_the_laws_limit(law, tokens, init):
 
 FORMS = [
     ("r=16,alpha=16", "r=64,alpha=64", "mua-paper", 1 / 2),
-    ("r=16,alpha=16", "r=64,alpha=16", "mua-paper", 1.0),
-    ("r=16,alpha=16", "r=16,alpha=64", "mua-paper", 1 / 2),
-    ("r=16,alpha=16", "r=16,alpha=64", "mua", 1 / 2),
     ("r=16,alpha=4,rslora", "r=64,alpha=4,rslora", "mua-paper", 2**-0.5),
-    ("r=16,alpha=16,init=B", "r=64,alpha=64,init=B", "mua", 1.0),
     ("r=16,alpha=16,init=B", "r=64,alpha=16,init=B", "mua-paper", 4.0),
     ("r=16,alpha=16,init=B", "full,fan_in=4096", "mua-paper", (1 + 2**-16) ** 0.25),
     ("full,fan_in=64", "full,fan_in=256", "mua-paper", 1 / 4),
