@@ -13,6 +13,7 @@ from .._types import Reference, Survey
 from ..laws import DEFAULT_LAW
 from ._options import (
     FILE,
+    OPTIMIZER,
     RSLORA,
     chosen,
     echo,
@@ -21,7 +22,6 @@ from ._options import (
     init_option,
     json_option,
     law_option,
-    optimizer_option,
     option,
 )
 
@@ -94,7 +94,7 @@ def inspect(
 @flag("--dora", "The adapters are DoRA.")
 @flag("--full", "Suggest a rate for full finetuning.")
 @option("--fan-in", float, "Hidden size of the model. With --full its largest fan-in.")
-@optimizer_option("adamw")
+@OPTIMIZER
 @option(
     "--chat task",
     str,

@@ -158,12 +158,9 @@ _INIT_HELP = (
 )
 
 
-def init_option(
-    more: str = "", names: Sequence[str] = ("A", "B"), **settings: Any
-) -> Decorator:
+def init_option(more: str, names: Sequence[str] = ("A", "B")) -> Decorator:
     """Return the option --init. more: what follows the meaning of A and B in its help."""
-    text = f"{_INIT_HELP} {more}".rstrip()
-    return option("--init", click.Choice(names), text, **settings)
+    return option("--init", click.Choice(names), f"{_INIT_HELP} {more}")
 
 
 ALPHA = option(
@@ -181,16 +178,17 @@ COLUMN = option(
 LAW_TEXT = "It is a registered name, or package.module:Class."
 
 
-def law_option(text: str, default: str | None = None) -> Decorator:
+def law_option(text: str, default: str) -> Decorator:
     return option("--law", str, text, callback=may_name_module, default=default)
 
 
-def optimizer_option(default: str = "AdamW") -> Decorator:
-    text = "Optimizer: a name such as AdamW, or package:Class."
-    return option("--optimizer", str, text, callback=may_name_module, default=default)
-
-
-OPTIMIZER = optimizer_option()
+OPTIMIZER = option(
+    "--optimizer",
+    str,
+    "Optimizer: a name such as AdamW, or package:Class.",
+    callback=may_name_module,
+    default="AdamW",
+)
 RSLORA = flag("--rslora", "rsLoRA: divide alpha by √rank, not by rank.")
 
 # Fields of a `Rate` in a document.

@@ -15,7 +15,6 @@ from ._peft_config import read_config as read_config
 from ._references import ReferenceLike as ReferenceLike
 from ._references import as_reference as as_reference
 from ._references import parse_reference as parse_reference
-from ._references import reference_of as reference_of
 from ._survey import declared_init as declared_init
 from ._survey import inspect_model as inspect_model
 from ._survey import other_kind as other_kind

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from .._checks import shown
-from .._types import Reference, Survey
+from .._types import Reference
 from ..errors import InspectionError, InvalidReferenceError
 from ._inspect_file import inspect_file
 from ._survey import declared_init
@@ -81,7 +81,8 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
                 "Give the folder of an adapter on this machine (download one from the Hub first),"
                 ' or a text such as "r=16,alpha=32".',
             )
-        return reference_of(inspect_file(os.fspath(value)))
+        survey = inspect_file(os.fspath(value))
+        return replace(survey.dominant(), fan_in=survey.width)
     given = _config(value).items()
     entries = [(f"{key}={own}", key, own) for key, own in given if own is not None]
     return _from_entries(entries, value, like)
@@ -104,11 +105,6 @@ def _config(value: Any) -> Mapping[str, Any]:
         return config
     _refuse_lawless(config, type(value).__name__)
     return {key: config[key] for key in config if key in _KEYS}
-
-
-def reference_of(survey: Survey) -> Reference:
-    """Return the most common configuration of an adapter, at its own width."""
-    return replace(survey.dominant(), fan_in=survey.width)
 
 
 def _refuse_lawless(config: Mapping[str, Any], owner: str) -> None:

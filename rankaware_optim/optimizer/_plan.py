@@ -110,11 +110,12 @@ class Rule(NamedTuple):
 
 
 class RecipeUse(NamedTuple):
-    """A recipe in a run: notes, the factor of every rate for the run's steps, and the rates of
-    other parameters.
+    """A recipe in a run: the base rate, notes, the factor of every rate for the run's steps, and
+    the rates of other parameters.
     """
 
     recipe: Recipe
+    lr: float
     notes: tuple[str, ...]
     by_steps: float
     others: OtherRates

@@ -29,6 +29,7 @@ from ..laws import DEFAULT_LAW, Law
 from ..recipe import (
     SAME_UPDATES,
     Recipe,
+    base_lr,
     configuration_of,
     differences,
     is_for,
@@ -333,7 +334,8 @@ def use_recipe(
             f" {best.high:.3g} with 90 % at {best.configuration}."
         )
         notes += best.notes
-    return RecipeUse(recipe, tuple(notes), by_steps, other_rates_on(recipe, survey))
+    others = other_rates_on(recipe, survey)
+    return RecipeUse(recipe, base_lr(recipe, at), tuple(notes), by_steps, others)
 
 
 def _settings_in_force(

@@ -29,7 +29,7 @@ from .._types import Init, Method, Survey
 from ..errors import CheckpointError, OptimizerError
 from ..inspection import ReferenceLike, survey_of, walk
 from ..laws import Law
-from ..recipe import Recipe, base_lr, configuration_of
+from ..recipe import Recipe
 from ._param_groups import (
     Group,
     Models,
@@ -194,7 +194,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         use, lr = None, plain_lr(lr)
         if loaded is not None:
             use = use_recipe(loaded, trained, source, groups, horizon)
-            lr = base_lr(loaded, configuration_of(loaded, trained))
+            lr = use.lr
         check_base_lr(source, lr, groups, options)
         each = [group.options for group in groups]
         native = source.native

@@ -19,7 +19,6 @@ from ._recipe import recipe_of as recipe_of
 from ._recipe_text import facts as facts
 from ._recipe_text import lead as lead
 from ._recipe_text import missing_trials as missing_trials
-from ._schema import to_document as to_document
 from ._settings import SAME_UPDATES as SAME_UPDATES
 from ._settings import agreed as agreed
 from ._settings import constructor_settings as constructor_settings
