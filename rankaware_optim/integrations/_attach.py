@@ -132,6 +132,13 @@ def _check_settings(args: Any, settings: Mapping[str, Any]) -> None:
     )
 
 
+_OF_ITS_OWN = (
+    "Take out what makes it: create_optimizer of a subclass, the optimizer in DeepSpeed's"
+    " configuration, or Unsloth's embedding_learning_rate, in whose place attach takes"
+    " rates={'*modules_to_save*': ...}. Or build RankAwareOptimizer there and leave attach out."
+)
+
+
 def _look() -> Any:
     """Return a callback that checks the trainer's optimizer and scheduler, and accelerate's
     wrapper, at the start.
@@ -143,12 +150,15 @@ def _look() -> Any:
         optimizer.
         """
 
-        def on_train_begin(self, args: Any, *_: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
             wrapper = opt = kwargs["optimizer"]
             while not isinstance(opt, RankAwareOptimizer):
                 if getattr(opt, "optimizer", None) is None:
-                    _refuse_another(args, opt)
-                    return
+                    raise OptimizerError(
+                        f"The trainer has made its own {type(opt).__name__} and would not train"
+                        " with the attached optimizer.",
+                        _OF_ITS_OWN,
+                    )
                 opt = opt.optimizer
             _refuse_plain_scheduler(kwargs["lr_scheduler"], opt)
             if wrapper is not opt:
@@ -171,22 +181,3 @@ def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
             f"{len(opt.param_groups)}. It was saved by a run without attach.",
             "Finish that run without attach, or start a new run from its weights.",
         )
-
-
-def _refuse_another(args: Any, opt: Any) -> None:
-    """Raise: the trainer has left the attached optimizer aside."""
-    rate = getattr(args, "embedding_learning_rate", None)
-    cure = (
-        "Take out what makes it, such as create_optimizer of a subclass or the optimizer in"
-        " DeepSpeed's configuration, or build RankAwareOptimizer there and leave attach out."
-    )
-    if rate is not None:
-        cure = (
-            "Leave embedding_learning_rate out, which makes Unsloth build its own optimizer, and"
-            f" give attach rates={{'*modules_to_save*': {rate:g}}}."
-        )
-    raise OptimizerError(
-        f"The trainer has made its own {type(opt).__name__} and would not train with the attached"
-        " optimizer.",
-        cure,
-    )

@@ -50,15 +50,13 @@ def plain_value(value: Any) -> Any:
 
 def agreed(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the union of the tables, without keys for which two tables differ."""
-    made: dict[str, list[Any]] = {}
+    made: dict[str, Any] = {}
+    apart: set[str] = set()
     for table in tables:
         for key, value in table.items():
-            made.setdefault(key, []).append(value)
-    return {
-        key: values[0]
-        for key, values in made.items()
-        if values.count(values[0]) == len(values)
-    }
+            if made.setdefault(key, value) != value:
+                apart.add(key)
+    return {key: value for key, value in made.items() if key not in apart}
 
 
 def constructor_settings(

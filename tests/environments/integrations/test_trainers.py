@@ -437,13 +437,11 @@ class OfItsOwn(transformers.Trainer):
 
 
 @pytest.mark.parametrize(
-    ("rate", "cure"),
-    [(None, "create_optimizer of a subclass"), (1e-5, r"'\*modules_to_save\*': 1e-05")],
+    "cure", ["create_optimizer of a subclass", r"embedding_learning_rate, .* rates="]
 )
-def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, rate, cure):
+def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, cure):
     """Where the trainer leaves what was attached aside, training raises before any weight has moved, with the cure."""
     args = arguments(tmp_path, max_steps=1)
-    args.embedding_learning_rate = rate
     trainer = attached(OfItsOwn(llama(), args, train_dataset=tokens()))
     start = weights(trainer)
     with pytest.raises(OptimizerError, match=f"has made its own AdamW .*{cure}"):
