@@ -35,8 +35,8 @@ _HEADINGS = (
     *("tensors", "lr", "why"),
 )
 _LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
-_LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0
-_FAR_SCALING = 8.0  # times the least scaling of the same adapter
+# By hand: usual scalings, and what is odd beside the least one of the same adapter.
+_LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
 NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
 
 

@@ -18,7 +18,7 @@ from .._files import read_bytes
 from ..errors import InspectionError
 from ._pairs import Modules, Pair
 
-_LIMIT = 10_000_000  # bytes of a file
+_LIMIT = 10_000_000  # bytes of a file: by hand
 LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
 _FROM_PEFT = "Give an adapter as PEFT saves it."
 

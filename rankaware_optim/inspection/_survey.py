@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SAMPLE = 1024
+_SAMPLE = 1024  # entries by which a factor is seen to be zero: by hand
 # Values of PEFT's init_lora_weights with B = 0 at the start, besides True. With other strings
 # neither factor is zero.
 _ZERO_B = {"gaussian", "eva"}

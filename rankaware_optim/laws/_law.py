@@ -19,7 +19,7 @@ from .._checks import is_positive, is_within, range_of, shown
 from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
 
-_FAR = 1e4
+_FAR = 1e4  # multipliers beyond it, or below its inverse, are cautioned: by hand
 
 
 class Law(ABC):

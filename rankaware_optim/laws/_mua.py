@@ -18,7 +18,9 @@ from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_choice, check_ranges
 
-_ONE_RANK = 16
+_ONE_RANK = (
+    16  # of forms that do not follow the rank: the middle of the ranks tried, laws.md
+)
 # Families with the sign-like form. An unknown optimizer counts as one.
 SIGN_LIKE = ("sign-like", "unknown")
 

@@ -15,6 +15,7 @@ import numpy as np
 from .._rate import Rate
 from ..recipe import Recipe, known_rate
 
+# The frames of a picture, by hand.
 _MARGIN = 2.0**0.5  # left and right of the rates drawn
 _MOST = 1e100  # of a score that is drawn
 _FAR = 3.0  # times the median of a rank: scores farther off are not in its frame

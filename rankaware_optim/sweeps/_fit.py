@@ -38,8 +38,8 @@ from ._runs import (
     with_alpha,
 )
 
-# By hand. A best rate at an end of its grid is a bound: octaves by which the optimum may be beyond
-# it, and below the lowest rate.
+# By hand, all of them. A best rate at an end of its grid is a bound: octaves by which the optimum
+# may be beyond it, and below the lowest rate.
 _EDGE_SD, _BELOW = 1.0, 0.5
 _UNSURE = 0.75  # octaves: a base rate with a larger standard deviation gets a note
 _SAME_SCALING = 1e-3  # octaves

@@ -34,7 +34,7 @@ LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
 _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
 # Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too
-# high a rate a lot.
+# high a rate a lot. By hand.
 MARGIN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of
 # narrow networks are 0.5 to 2.5 away); each octave of alpha away from 32; an unknown width.
