@@ -31,7 +31,7 @@ from rankaware_optim.optimizer import PlanOptions, effective_lr, make_plan
 from rankaware_optim.optimizer._param_groups import user_groups
 
 from ..helpers.models import adapted, mlp, trained
-from ..helpers.optimizers import DISTANCE, called, muon, used
+from ..helpers.optimizers import DISTANCE, called, used
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -181,58 +181,51 @@ def test_groups_keep_the_order_of_the_parameters():
     assert list(found) == [name for name, _ in named(mlp())]
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1e-3", True, None])
-def test_bad_rates_are_refused(value):
-    """A rate that is no positive finite number is an error that names where it stands."""
-    with pytest.raises(OptimizerError, match=r"^rates\['head\.\*'\] is"):
-        rank_aware_param_groups(mlp(), lr=LR, rates={"head.*": value})
-    with pytest.raises(OptimizerError, match=r"^lr is"):
-        rank_aware_param_groups(mlp(), lr=value)
-    if value is not None:
-        with pytest.raises(OptimizerError, match=r"^other_lr is"):
-            rank_aware_param_groups(mlp(), lr=LR, other_lr=value)
-
-
-@pytest.mark.parametrize(
-    "pattern", ["classifier*", "layer0", "layer9.*", "layer0.base_layer.*"]
-)
-def test_a_pattern_without_a_match_is_refused(pattern):
-    """A pattern that matches no trainable parameter is an error that shows a real name."""
-    with pytest.raises(
-        OptimizerError, match=r"matches none of 6 trainable parameters.*'head\.bias'"
-    ):
-        rank_aware_param_groups(mlp(), lr=LR, rates={pattern: 1e-3})
-
-
-PARAMS_ERRORS = [
-    (lambda m: [*trained(m), trained(m)[0]], r"layer0\.lora_A is listed twice"),
-    (
-        lambda m: [{"params": trained(m)}, {"params": trained(m)[-1:]}],
-        r"head\.bias is listed twice",
+NO_RATES = (0, -1.0, math.nan, math.inf, "1e-3", True)
+NO_MATCHES = ("classifier*", "layer0", "layer9.*", "layer0.base_layer.*")
+NO_BATCHES = (0, -1, math.nan, math.inf, True, "64")
+TWICE = r"{} is listed twice"
+REFUSED = [
+    # what is given in place of the model, if it is something else, the other arguments, and the error
+    *((None, {"rates": {"head.*": v}}, r"^rates\['head\.\*'\] is") for v in NO_RATES),
+    *((None, {"lr": value}, "^lr is") for value in (*NO_RATES, None)),
+    *((None, {"other_lr": value}, "^other_lr is") for value in NO_RATES),
+    *(
+        (None, {"rates": {pattern: 1e-3}}, r"matches none of 6 .*'head\.bias'")
+        for pattern in NO_MATCHES
     ),
-    (lambda m: trained(mlp()), r"None of the 6 parameters given belongs to the model"),
-    (lambda m: [], r"no trainable parameter"),
-    (lambda m: [{"params": []}], r"no trainable parameter"),
-    (lambda m: [1.0], r"holds a float"),
-    (lambda m: ["head.weight"], r"holds a str"),
-    (lambda m: [{"params": trained(m), "lr": 0.0}], r"lr is 0\.0"),
-    (lambda m: [{"params": trained(m), "lr": -1.0}], r"lr is -1\.0"),
-    (lambda m: [{"params": trained(m), "lr": math.nan}], r"lr is nan"),
+    *(
+        (None, {"batch": value}, "^batch is .* Give a positive number")
+        for value in NO_BATCHES
+    ),
+    (lambda m: [*trained(m), m.layer0.lora_A], {}, TWICE.format("layer0.lora_A")),
+    (
+        lambda m: [{"params": trained(m)}, {"params": [m.head.bias]}],
+        {},
+        TWICE.format("head.bias"),
+    ),
+    (lambda m: trained(mlp()), {}, "None of the 6 parameters given belongs to the"),
+    (lambda m: [], {}, "no trainable parameter"),
+    (lambda m: [{"params": []}], {}, "no trainable parameter"),
+    (lambda m: [1.0], {}, "holds a float"),
+    (lambda m: ["head.weight"], {}, "holds a str"),
+    *(
+        (lambda m, lr=lr: [{"params": trained(m), "lr": lr}], {}, f"lr is {lr}")
+        for lr in (0.0, -1.0, math.nan)
+    ),
+    (trained, {"model": None}, "from parameters alone"),
+    (lambda m: m.head, {"model": None}, r"Add adapters .* method='full'"),
 ]
 
 
-@pytest.mark.parametrize(("params", "message"), PARAMS_ERRORS)
-def test_bad_parameters_are_refused(params, message):
-    """Parameters listed twice, of another model, none at all, no tensors, or at an impossible rate are an error."""
+@pytest.mark.parametrize(("first", "options", "message"), REFUSED)
+def test_bad_input_is_refused(first, options, message):
+    """Rates, patterns, batches and parameters that cannot be are an error that names where they stand."""
     model = mlp()
-    with pytest.raises(OptimizerError, match=message):
-        rank_aware_param_groups(params(model), model=model, lr=LR)
-
-
-def test_parameters_without_a_model_are_refused():
-    """Parameters alone do not tell factors."""
-    with pytest.raises(OptimizerError, match="from parameters alone"):
-        rank_aware_param_groups(mlp().parameters(), lr=LR)
+    given = model if first is None else first(model)
+    options = {"model": model, "lr": LR, **options}
+    with pytest.raises((OptimizerError, InspectionError), match=message):
+        rank_aware_param_groups(given, **options)
 
 
 @pytest.mark.parametrize(
@@ -442,12 +435,6 @@ def test_full_finetuning_with_exceptions():
     )
 
 
-def test_a_model_without_pairs_needs_method_full():
-    """Without adapters and without method="full" the error says both ways out."""
-    with pytest.raises(InspectionError, match=r"Add adapters .* method='full'"):
-        rank_aware_param_groups(whole(), lr=LR)
-
-
 # --- notes and the report -------------------------------------------------------------------------------------------
 
 
@@ -466,64 +453,65 @@ def test_every_planning_option_can_be_given(takes):
 
 
 IN_SMALL_RUNS = "in small runs its best rate followed µA's form with alpha but"
-NO_FORM = "no form of µA is known to hold"
-NOTES = [
-    (AdamW, None),
-    (torch.optim.RMSprop, None),
-    (SGD, f"SGD is gradient-like: {IN_SMALL_RUNS}"),
-    muon(f"Muon is spectral: {IN_SMALL_RUNS}"),
-    (
-        called("Lamb"),
-        "Lamb is relative-scale: µA's form for that family moves its rates",
+NO_FORM, NO_LAW = (
+    "no form of µA is known to hold",
+    "No law moves this LoRA rate to full",
+)
+LORA, WHOLE = mlp((4,)), inspect_model(nn.Linear(4, 4), method="full")
+AT_4 = Reference(rank=4, alpha=4, batch=16)
+SAID = [
+    # what is planned for, the optimizer, the options, and what the notes say of each
+    (LORA, AdamW, {}, []),
+    (LORA, torch.optim.RMSprop, {}, []),
+    (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS}"]),
+    (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS}"]),
+    (LORA, called("Lamb"), {}, ["Lamb is relative-scale: µA's form for that family"]),
+    (LORA, torch.optim.Adafactor, {}, [f"Adafactor is floored-scale: {NO_FORM}"]),
+    (LORA, called("LARS"), {}, [f"LARS is first-step: {NO_FORM}"]),
+    (LORA, called("Unheard"), {}, ["Unheard is of an unknown family and is scaled as"]),
+    (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' has no form"]),
+    *(
+        (LORA, kind, {"law": law, "tuned_at": AT_16}, [why])
+        for law in ("falling", "mua")
+        for kind, why in ((SGD, "do the same"), (called("LARS"), "have one rate"))
     ),
-    (torch.optim.Adafactor, f"Adafactor is floored-scale: {NO_FORM}"),
-    (called("LARS"), f"LARS is first-step: {NO_FORM}"),
-    (called("Unheard"), "Unheard is of an unknown family and is scaled as a sign-like"),
+    (WHOLE, AdamW, {"tuned_at": AT_16}, ["distance", "good to a factor of 2 to 4"]),
+    (WHOLE, SGD, {"tuned_at": AT_16}, ["was never tried with gradient-like", "SGD"]),
+    (WHOLE, called("Lamb"), {"tuned_at": AT_16}, ["tried with relative-scale", "Lamb"]),
+    (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),
+    (WHOLE, AdamW, {"tuned_at": AT_16, "law": "constant"}, [NO_LAW]),
+    (LORA, AdamW, {"tuned_at": AT_4, "batch": 64}, ["a rule of thumb"]),
+    (LORA, AdamW, {"tuned_at": AT_4, "batch": 16}, []),
+    (LORA, AdamW, {"batch": 64}, ["has no batch"]),
+    (
+        *(LORA, AdamW, {"tuned_at": AT_4, "batch": 64, "law": "constant"}),
+        ["The law 'constant' does not move rates with the batch."],
+    ),
+    (LORA, AdamW, {"tuned_at": AT_4, "batch": 16, "law": "constant"}, []),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.* is of an unknown family")
-@pytest.mark.parametrize(("kind", "note"), NOTES)
-def test_optimizer_families_are_noted(kind, note):
-    """An optimizer that is not sign-like gets a line in the report."""
-    notes = plan(mlp(), optimizer_class=kind).notes
-    assert len(notes) == (note is not None)
-    assert all(said.startswith(note) for said in notes)
+@pytest.mark.parametrize(("model", "kind", "options", "words"), SAID)
+def test_a_plan_notes_what_is_uncertain_of_it(model, kind, options, words):
+    """A family without Adam's form, a move to full finetuning and another batch have a note each, and nothing else."""
+    survey = inspect_model(model) if model is LORA else model
+    notes = make_plan(survey, PlanOptions(**options), optimizer_class=kind).notes
+    assert len(notes) == len(words), notes
+    for note, said in zip(notes, words, strict=True):
+        assert said in note
 
 
-@pytest.mark.parametrize("kind", [SGD, muon(), called("LARS"), torch.optim.Adafactor])
+ONE_RATE = [SGD, called("Muon"), called("LARS"), torch.optim.Adafactor]
+
+
+@pytest.mark.parametrize("kind", ONE_RATE)
 @pytest.mark.parametrize("law", ["falling", "mua"])
 def test_rank_moves_no_rate_of_these_families(law, kind):
-    """Their rates stay where alpha follows the rank, and the report says why."""
+    """Their rates stay where alpha follows the rank."""
     at = replace(AT_16, fan_in=16)
     options = {"tuned_at": at, "optimizer_class": kind, "law": law}
     assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
-    (note,) = plan(mlp(), **options).notes
-    assert "do the same" in note or "one rate" in note
-
-
-NO_LAW = "No law moves this LoRA rate to full finetuning"
-TO_FULL = [
-    (AdamW, "falling", "good to a factor of 2 to 4"),
-    (SGD, "falling", "was never tried with gradient-like optimizers"),
-    (called("Lamb"), "falling", "was never tried with relative-scale optimizers"),
-    (called("LARS"), "falling", NO_LAW),
-    (AdamW, "constant", NO_LAW),
-]
-
-
-@pytest.mark.parametrize(("kind", "law", "note"), TO_FULL)
-def test_a_lora_rate_taken_to_full_finetuning_is_noted(kind, law, note):
-    """The report says how good the law's point for full finetuning is, or that no law moved the rate there."""
-    survey = inspect_model(whole(), method="full")
-    made = make_plan(survey, PlanOptions(tuned_at=AT_16, law=law), optimizer_class=kind)
-    assert any(note in each for each in made.notes)
-
-
-def test_a_law_without_families_is_said_to_know_none():
-    """A law that has one form for all is noted as such beside an optimizer of another family."""
-    (note,) = plan(mlp(), optimizer_class=SGD, law="loraplus").notes
-    assert note == "SGD is gradient-like, for which the law 'loraplus' has no form."
 
 
 BATCHES = [
@@ -545,24 +533,6 @@ def test_the_batch_moves_every_rate_where_both_sides_name_one(
     options = {"tuned_at": at, "optimizer_class": kind, "batch": batch}
     assert set(multipliers(mlp((4,)), **options).values()) == {moved}
     assert rates(mlp((4,)), **options, other_lr=0.5)["head.bias"] == 0.5
-    notes = plan(mlp((4,)), **options).notes
-    assert any("a rule of thumb" in note for note in notes) == (moved != 1.0)
-    assert any("has no batch" in note for note in notes) == (tuned is None)
-
-
-def test_a_law_that_does_not_know_the_batch_says_so():
-    """Where both sides name a batch and the law moves nothing by it, the report says that too."""
-    at = Reference(rank=4, alpha=4, batch=16)
-    said, *_ = plan(mlp((4,)), tuned_at=at, batch=64, law="constant").notes
-    assert said == "The law 'constant' does not move rates with the batch."
-    assert not plan(mlp((4,)), tuned_at=at, batch=16, law="constant").notes
-
-
-@pytest.mark.parametrize("batch", [0, -1, float("nan"), float("inf"), True, "64"])
-def test_an_impossible_batch_is_refused(batch):
-    """A batch that is no positive number is an error."""
-    with pytest.raises(OptimizerError, match=r"^batch is .* Give a positive number"):
-        plan(mlp(), batch=batch)
 
 
 def test_a_plan_prints_without_the_survey():
