@@ -25,31 +25,20 @@ from rankaware_optim.fitting import (
 )
 
 
-def run(
-    x: float = -9.0, value: float = 1.0, start: float = 2.0, **fields
-) -> Observation:
-    return Observation(
-        **{
-            "rank": 4,
-            "seed": 0,
-            "x": x,
-            "value": value,
-            "start": start,
-            "tail": value,
-            **fields,
-        }
-    )
+def run(x=-9.0, value=1.0, start=2.0, **fields) -> Observation:
+    given = {"rank": 4, "seed": 0, "tail": value, **fields}
+    return Observation(x=x, value=value, start=start, **given)
 
 
-@pytest.mark.parametrize(
-    ("curve", "start", "end"),
-    [
-        ([3.0, 1.0, 1.0, 1.0, 1.0, 7.0], 3.0, 2.2),
-        ([1.0, 3.0, 4.0, 2.0, 5.0, 9.0], 3.0, 4.6),
-        ([2.0], 2.0, 2.0),
-        ([*range(70)], 2.0, 66.0),
-    ],
-)
+CURVES = [
+    ([3.0, 1.0, 1.0, 1.0, 1.0, 7.0], 3.0, 2.2),
+    ([1.0, 3.0, 4.0, 2.0, 5.0, 9.0], 3.0, 4.6),
+    ([2.0], 2.0, 2.0),
+    ([*range(70)], 2.0, 66.0),
+]
+
+
+@pytest.mark.parametrize(("curve", "start", "end"), CURVES)
 def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, end):
     """The start is the first value or the median of five, the end the mean of the last five or last tenth."""
     assert height(curve) == start
@@ -94,28 +83,37 @@ def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
     assert below_cliff(ended) == ended
 
 
-@pytest.mark.parametrize(
-    ("noise", "end", "lost"),
-    [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True)],
-)
+RISES = [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True)]
+
+
+@pytest.mark.parametrize(("noise", "end", "lost"), RISES)
 def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(
     noise, end, lost
 ):
     """With a gain of 1.6, an end 0.4 above the start is divergence, unless a value's noise times 1.5 explains it."""
-    seen = [
-        run(-9, 0.4, noise=noise),
-        run(-8, 0.6, noise=noise),
-        run(-5, end, noise=noise),
-    ]
+    ends = {-9: 0.4, -8: 0.6, -5: end}
+    seen = [run(x, value, noise=noise) for x, value in ends.items()]
     assert diverged(seen) == [False, False, lost]
 
 
-@pytest.mark.parametrize(
-    ("tails", "rose"), [((2.3, 2.4), True), ((2.3, 2.1), False), ((1.0, 2.4), False)]
-)
-def test_all_rose_beyond_their_noise(tails, rose):
-    """Only if every curve ended two standard deviations above its first value."""
-    assert all_rose([run(tail=tail, first=2.0, noise=0.1) for tail in tails]) is rose
+ENDS = [
+    # the ends of two curves of noise 0.1 from 2.0, whether both rose, and whether one learned
+    ((2.3, 2.4), True, False),
+    ((2.3, 2.1), False, True),
+    ((1.0, 2.4), False, True),
+    ((1.9, 2.0), False, False),  # within two standard deviations of the first value
+    ((1.7, 2.0), False, True),
+    ((2.0, 2.1), False, False),
+    ((2.0, 2.2), False, True),  # clearly below another's end, without a rise
+    ((2.3, 2.6), True, False),  # below another's end, but risen
+]
+
+
+@pytest.mark.parametrize(("ends", "rose", "learned"), ENDS)
+def test_curves_rose_or_learned_beyond_their_noise_alone(ends, rose, learned):
+    """All rose if each ended above its first value, one learned if it fell below it or below another's end."""
+    seen = [run(tail=end, first=2.0, noise=0.1) for end in ends]
+    assert (all_rose(seen), not none_learned(seen)) == (rose, learned)
 
 
 def test_a_level_curve_neither_rose_nor_learned():
@@ -126,40 +124,27 @@ def test_a_level_curve_neither_rose_nor_learned():
     assert none_learned([level, run(tail=2.2, first=2.0)])
 
 
-@pytest.mark.parametrize(
-    ("tails", "learned"),
-    [
-        ((1.9, 2.0), False),  # within two standard deviations of the first value
-        ((1.7, 2.0), True),
-        ((2.0, 2.1), False),
-        ((2.0, 2.2), True),  # clearly below another's end, without a rise
-        ((2.3, 2.6), False),  # below another's end, but risen
-    ],
-)
-def test_none_learned_unless_a_curve_fell_clearly(tails, learned):
-    """A fall below the first value, or an end below another's, counts beyond the noise alone."""
-    assert (
-        none_learned([run(tail=tail, first=2.0, noise=0.1) for tail in tails])
-        is not learned
-    )
+LOW = run(value=1.0, start=1.0)  # low by chance, and level
+FALLS = [
+    ([], 0.0),
+    ([run(value=3.0)], 0.0),
+    ([run(value=1.5), run(value=-math.inf)], 0.5),
+    ([LOW, run(value=2.5), run(value=2.5)], 0.0),
+    ([run(value=0.5), run(value=1.0, start=2.2), run(value=3.0, start=2.1)], 1.6),
+]
 
 
-def test_the_gain_is_the_best_fall_from_the_usual_start():
-    """Median start less lowest end; where scores are another thing than the curve, a poor score less the best."""
-    seen = [
-        run(value=0.5, start=2.0),
-        run(value=1.0, start=2.2),
-        run(value=3.0, start=2.1),
-    ]
-    assert best_fall(seen) == gain_of(seen) == pytest.approx(1.6)
-    assert best_fall([]) == best_fall([run(value=3.0)]) == 0.0
-    assert best_fall([run(value=1.5), run(value=-math.inf)]) == 0.5
-    low = run(value=1.0, start=1.0)  # low by chance, and level
-    assert best_fall([low, run(value=2.5), run(value=2.5)]) == 0.0
-    scored = [
-        run(value=score, tail=1.0) for score in (-90.0, -80.0, -70.0, -60.0, -50.0)
-    ]
-    assert gain_of(scored) == 30.0
+@pytest.mark.parametrize(("seen", "fall"), FALLS)
+def test_the_best_fall_is_from_the_usual_start(seen, fall):
+    """It is the median start less the lowest end."""
+    assert best_fall(seen) == pytest.approx(fall)
+    assert not fall > 1 or gain_of(seen) == pytest.approx(fall)
+
+
+def test_the_gain_of_other_scores_is_of_their_own():
+    """Where scores are another thing than the curve, it is a poor score less the best; it is never zero."""
+    scores = (-90.0, -80.0, -70.0, -60.0, -50.0)
+    assert gain_of([run(value=score, tail=1.0) for score in scores]) == 30.0
     assert gain_of([run(value=5.0, start=5.0)]) == pytest.approx(6e-6)
     assert gain_of([run(value=1.5), run(value=1.75)]) == 0.5
 
