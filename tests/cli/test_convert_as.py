@@ -18,10 +18,13 @@ from rankaware_optim.inspection import parse_reference
 LR, FROM, TO = "2e-4", "r=16,alpha=32,fan_in=512", "r=64,alpha=16,rslora,fan_in=512"
 
 
-def printed(tool, *options, to=TO):
-    done = CliRunner().invoke(
-        main, ["convert", LR, "--from", FROM, "--to", to, "--as", tool, *options]
-    )
+def run(tool, *options, to=TO, origin=FROM):
+    command = ["convert", LR, "--from", origin, "--to", to, "--as", tool, *options]
+    return CliRunner().invoke(main, command)
+
+
+def printed(tool, *options, **sites):
+    done = run(tool, *options, **sites)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -51,19 +54,6 @@ def test_every_tool_is_given_the_rank(tool):
     assert f"# 0.0002 was tuned at {FROM}; at {TO} it is " in out
 
 
-@pytest.mark.parametrize(
-    ("to", "batch"), [("r=16,alpha=32,batch=64", 64), ("r=16,alpha=32,batch=16", None)]
-)
-def test_another_batch_is_given_too(to, batch):
-    """Where the rate moves with the batch, attach gets the new batch."""
-    done = CliRunner().invoke(
-        main,
-        ["convert", LR, "--from", "r=16,alpha=32,batch=16", "--to", to, "--as", "trl"],
-    )
-    given = re.search(r"batch=(\d+)\)$", done.output, re.MULTILINE)
-    assert (given and int(given[1])) == batch
-
-
 def test_trls_lines_are_python():
     """TRL's lines parse, and their reference and law are those asked for."""
     calls = [
@@ -79,23 +69,32 @@ def test_trls_lines_are_python():
     assert (arguments["lr"], arguments["law"]) == (2e-4, "mua")
 
 
-def test_tools_without_rslora_get_the_alpha_that_gives_the_same_multiplier():
-    """kohya, Automodel and OneTrainer divide alpha by the rank: alpha 16 over √64 is alpha 128 over 64."""
-    for tool, words in (
-        ("kohya", "--network_alpha 128 "),
-        ("automodel", "alpha: 128"),
-        ("onetrainer", "alpha: 128"),
-    ):
-        assert words in printed(tool)
+AT_16, OF_64 = "r=16,alpha=32,batch=16", "r=64,alpha=64,fan_in=512"
+RATE = f"{ra.convert_lr(2e-4, from_=FROM, to=TO).lr:.4g}"
+TRANSFORMERS = (
+    "# Transformers such as FLUX train at alpha = rank: convert --to r=64,alpha=64."
+)
+PRINTED = [
+    # a tool, from where to where, and what is printed or, for None, is not
+    ("trl", {"origin": AT_16, "to": "r=16,alpha=32,batch=64"}, "batch=64)\n", None),
+    ("trl", {"origin": AT_16, "to": "r=16,alpha=32,batch=16"}, None, "batch=16)\n"),
+    ("automodel", {}, "alpha: 128", None),
+    ("onetrainer", {}, "alpha: 128", None),
+    ("onetrainer", {}, f"Learning rate: {RATE}", None),
+    ("diffusers", {}, f"--learning_rate {RATE}", None),
+    ("diffusers", {}, "These scripts train at alpha = rank", None),
+    ("diffusers", {"to": OF_64}, None, "These scripts"),
+    ("ai-toolkit", {}, TRANSFORMERS, None),
+    ("ai-toolkit", {"to": OF_64}, None, "Transformers"),
+]
 
 
-def test_numbers_to_type_are_the_conversions():
-    """OneTrainer's and the diffusers scripts' number is convert_lr's, and the latter's alpha is said to be the rank."""
-    wanted = f"{ra.convert_lr(2e-4, from_=FROM, to=TO).lr:.4g}"
-    assert f"Learning rate: {wanted}" in printed("onetrainer")
-    assert f"--learning_rate {wanted}" in printed("diffusers")
-    assert "These scripts train at alpha = rank" in printed("diffusers")
-    assert "These scripts" not in printed("diffusers", to="r=64,alpha=64,fan_in=512")
+@pytest.mark.parametrize(("tool", "sites", "there", "missing"), PRINTED)
+def test_a_tool_is_given_what_it_needs(tool, sites, there, missing):
+    """Another batch, the alpha that stands for rsLoRA, a number to type, and a caution, each where it applies."""
+    out = printed(tool, **sites)
+    assert there is None or there in out
+    assert missing is None or missing not in out
 
 
 PASTED = {
@@ -124,29 +123,18 @@ def test_what_is_pasted_has_the_tools_names(tool):
     assert re.search(multiplier, plain, re.MULTILINE)
 
 
-def test_ai_toolkit_is_said_to_ignore_alpha_for_transformers():
-    """ai-toolkit trains transformers at alpha = rank, so another alpha has a sentence, and alpha = rank has none."""
-    words = (
-        "# Transformers such as FLUX train at alpha = rank: convert --to r=64,alpha=64."
-    )
-    assert words in printed("ai-toolkit")
-    assert "Transformers" not in printed("ai-toolkit", to="r=64,alpha=64,fan_in=512")
+NO_LINES = [
+    *(
+        (tool, {"origin": f"{FROM},init=B", "to": "r=64"}, "at Init[A]")
+        for tool in TOOLS
+    ),
+    ("trl", {"to": "full,fan_in=512"}, "for adapters"),
+]
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_init_b_has_no_such_lines(tool):
-    """No tool's own settings start adapters at Init[B], so lines for it would train at a rate of another init."""
-    done = CliRunner().invoke(
-        main, ["convert", LR, "--from", f"{FROM},init=B", "--to", "r=64", "--as", tool]
-    )
+@pytest.mark.parametrize(("tool", "sites", "message"), NO_LINES)
+def test_what_no_tool_can_train_has_no_lines(tool, sites, message):
+    """No tool's settings start adapters at Init[B], where the rate is another, and --as is for adapters."""
+    done = run(tool, **sites)
     assert done.exit_code == 1
-    assert "at Init[A]" in done.output
-
-
-def test_full_finetuning_has_no_such_lines():
-    """--as is for adapters: to full finetuning it is a sentence."""
-    done = CliRunner().invoke(
-        main, ["convert", LR, "--from", FROM, "--to", "full,fan_in=512", "--as", "trl"]
-    )
-    assert done.exit_code == 1
-    assert "for adapters" in done.output
+    assert message in done.output

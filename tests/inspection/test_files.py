@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from rankaware_optim import InspectionError, RankAwareError
 from rankaware_optim.inspection import inspect_file
 from rankaware_optim.inspection._survey import is_other_adapter
-from rankaware_optim.transfer import survey_rates
 
 RANK, WEIGHTS = 8, "adapter_model.safetensors"
 LAYER = "base_model.model.layers.0.q_proj"
@@ -346,15 +345,17 @@ def test_a_diffusers_file_carries_its_configurations(file_of):
 
 
 def test_peft_s_own_file_is_taken_among_several(folder):
-    """Beside a configuration, adapter_model.safetensors is the one; without, the only one is, and several are an error."""
+    """Beside a configuration adapter_model.safetensors is the one, and without it none; else the only one is."""
     made = folder()
     save_file({"w": torch.zeros(1)}, made / "another.safetensors")
     assert len(inspect_file(made).factors) == 2
+    (made / WEIGHTS).rename(made / "pytorch_lora_weights.safetensors")
+    with pytest.raises(InspectionError, match=rf"2 .*, none of them {WEIGHTS}"):
+        inspect_file(made)
     (made / "adapter_config.json").unlink()
     with pytest.raises(InspectionError, match=r"2 \.safetensors files and no adapter_"):
         inspect_file(made)
     (made / "another.safetensors").unlink()
-    (made / WEIGHTS).rename(made / "pytorch_lora_weights.safetensors")
     assert len(inspect_file(str(made)).factors) == 2
 
 
@@ -455,18 +456,12 @@ def test_a_pickle_is_refused_unread(name, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
-    """A pipe, which nobody may ever write to, is no file."""
-    os.mkfifo(tmp_path / "x.safetensors")
+@pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "x\0y", "pipe.safetensors"])
+def test_what_is_no_file_is_refused_at_once(name, tmp_path):
+    """Missing, too long or with a zero in it, or a pipe, which nobody may ever write to: an error of ours."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(InspectionError, match="There is no file"):
-        inspect_file(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("path", ["nowhere", "x" * 5000, "x\0y"])
-def test_a_path_that_cannot_be_is_refused(path):
-    """Missing, too long or with a zero in it: an error of ours."""
-    with pytest.raises(InspectionError, match="There is no file"):
-        inspect_file(path)
+        inspect_file(f"{tmp_path}/{name}")
 
 
 MISFITS = [
@@ -679,17 +674,6 @@ def test_an_alpha_of_an_odd_kind_raises_no_error_but_ours(dtype, size, tmp_path)
     only_our_errors(write_raw(tmp_path / "x.safetensors", header, bytes(64 + size)))
 
 
-def test_a_folder_without_weights_is_refused(folder):
-    """A configuration alone is an error that names what is missing."""
-    made = folder()
-    (made / WEIGHTS).unlink()
-    with pytest.raises(
-        InspectionError,
-        match=r"0 \.safetensors files, none of them adapter_model\.safetensors",
-    ):
-        inspect_file(made)
-
-
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 values = st.recursive(scalars, st.lists, max_leaves=4)
 kinds = ["F32", "BF16", "I64", "F8_E4M3", "F4", "nonsense", {"F32": None}]
@@ -740,22 +724,3 @@ def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
     save_file(pair(), tmp_path / WEIGHTS)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
     only_our_errors(tmp_path)
-
-
-# --- printing -------------------------------------------------------------------------------------------------------
-
-
-def test_the_report_counts_like_factors_on_one_line(file_of):
-    """A hundred like layers take two lines, with their rates if a base rate is given, or one a tensor if asked."""
-    layers = [pair(f"layers.{i}.q") for i in range(100)]
-    survey = inspect_file(
-        file_of({k: v for layer in layers for k, v in layer.items()}), init="A"
-    )
-    with_law, rates = survey_rates(survey, lr=2e-4, tuned_at="r=8,alpha=8")
-    plain, rated = survey.explain(), with_law.explain(rates=rates)
-    assert plain.count("100") == 2
-    assert "0.0002" not in plain
-    assert rated.count("0.0002") == 2
-    every = with_law.explain(per_module=True, rates=rates)
-    assert all(f.name in every for f in survey.factors)
-    assert every.count("0.0002") == 200

@@ -168,13 +168,6 @@ def test_power_at_full_finetuning(to_full, stands_for):
     assert move(law, full, lora) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("role", "expected"), [("A", 1.0), ("B", 16.0), ("full", 1.0)])
-def test_loraplus_is_constant(role, expected):
-    """LoRA+ gives B its ratio and everything else 1, at any rank."""
-    factor = Factor("w", role, None if role == "full" else 128, 64, 64)
-    assert LoRAPlus().multiplier(factor, Point(4, 1.0, 999).reference()) == expected
-
-
 def test_an_unresolved_reference_is_refused():
     """A law that needs the width says so where the reference was not resolved."""
     with pytest.raises(LawError, match=r"not resolved.*reference.resolve"):

@@ -282,16 +282,3 @@ def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given(
         RankAwareOptimizer(built, model=unet, tuned_at=AT_16)
     assert type(built) is torch.optim.AdamW
     assert len(built.param_groups) == 1
-
-
-# --- a scheduler's state --------------------------------------------------------------------------------------------
-
-
-def test_our_own_checkpoint_with_a_scheduler_says_nothing():
-    """A checkpoint of the same optimizer fits its scheduler, and nothing is said."""
-    model = kept_alpha(4, 64)
-    opt = RankAwareOptimizer(model, torch.optim.SGD, lr=LR, tuned_at=AT_16)
-    torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.load_state_dict(opt.state_dict())

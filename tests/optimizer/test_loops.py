@@ -170,16 +170,6 @@ def test_parameters_move_at_the_laws_rate_in_every_loop(loop, form):
         beside(step)
 
 
-def test_native_groups_lose_the_law_where_rates_are_set():
-    """The check can fail: groups multiplied by hand, under a loop that assigns rates, no longer follow the law."""
-    model = Model()
-    opt = torch.optim.SGD(rank_aware_param_groups(model, lr=LR, **LAW), lr=LR)
-    assert_at(model, moved(model, opt), LR)
-    assigned(opt)(0)
-    with pytest.raises(AssertionError):
-        assert_at(model, moved(model, opt), LR)
-
-
 def test_rates_of_their_own_are_scheduled_too():
     """A rate by pattern is a ratio to the base rate, and moves with it."""
     model = Model()

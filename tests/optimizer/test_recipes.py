@@ -25,7 +25,7 @@ from rankaware_optim import (
 from rankaware_optim._optimizers import get_optimizer_class
 from rankaware_optim.optimizer import effective_lr
 
-from ..helpers.models import mlp, train
+from ..helpers.models import mlp
 from ..helpers.optimizers import rates_of
 from ..helpers.recipes import RECIPE as CALIBRATED
 
@@ -227,16 +227,6 @@ def test_an_impossible_run_is_refused(options, message):
 
 
 # --- its settings ---------------------------------------------------------------------------------------------------
-
-
-def test_a_recipes_settings_are_its_optimizers(tmp_path):
-    """**recipe.settings, read from its file, is what the optimizer takes, nothing is said, and training goes on."""
-    recipe = Recipe.load(RECIPE.save(tmp_path / "r.toml"))
-    model = mlp((16, 16))
-    opt = built(recipe, model=model, **recipe.settings)
-    for group in opt.param_groups:
-        assert (group["weight_decay"], tuple(group["betas"])) == (0.1, (0.9, 0.95))
-    train(model, opt, steps=1)
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

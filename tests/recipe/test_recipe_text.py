@@ -6,10 +6,8 @@ import html
 from dataclasses import replace
 
 import pytest
-from click.testing import CliRunner
 
-from rankaware_optim import LoRAPlus, Power, Rate, Recipe, Reference
-from rankaware_optim.cli._main import main
+from rankaware_optim import LoRAPlus, Power, Rate, Reference
 from rankaware_optim.recipe import facts, lead
 from rankaware_optim.reports._page import report_html
 
@@ -36,25 +34,15 @@ def test_whatever_it_holds_a_recipe_prints_itself(kind):
     assert all(name and text for name, text in facts(made))
 
 
-def test_a_recipe_says_what_it_holds():
-    """Rate, reference, band, law, optimizer, horizon, what was seen, versions, hash and notes each have a line."""
-    said = dict(facts(FULL))
-    assert (
-        said["base rate"] == f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, mean fan-in 64"
-    )
-    assert said["90 % band"] == FULL.at().band
-    assert said["law"] == "mua, times rank^0.1"
-    assert (
-        said["optimizer"]
-        == "torch.optim.AdamW with weight_decay 0.01, betas (0.9, 0.99)"
-    )
-    assert said["horizon"] == "1 steps, batch 16, warm-up 5%"
-    assert said["seen"] == "ranks 4, 64; 6 trials, from seed 0"
-    assert said["hash"] == FULL.tag.split()[0]
-    assert [text for name, text in facts(FULL) if name == "note"] == ["first", "second"]
-
-
 WORDS = [
+    ({}, "base rate", f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, mean fan-in 64"),
+    ({}, "90 % band", FULL.at().band),
+    ({}, "law", "mua, times rank^0.1"),
+    ({}, "optimizer", "torch.optim.AdamW with weight_decay 0.01, betas (0.9, 0.99)"),
+    ({}, "horizon", "1 steps, batch 16, warm-up 5%"),
+    ({}, "seen", "ranks 4, 64; 6 trials, from seed 0"),
+    ({}, "hash", FULL.tag.split()[0]),
+    ({}, "note", "second"),
     ({"ceiling": None}, "ceiling", "none seen"),
     ({"ceiling": 0.03}, "ceiling", "0.03, the smallest rate that diverged, moved to the base rate's configuration"),
     ({"full_seen": True}, "seen", "ranks 4, 64 and full finetuning; 6 trials, from seed 0"),
@@ -109,19 +97,6 @@ def test_the_page_says_what_printing_says():
     assert lead(made) in page
     for name, text in facts(made):
         assert f"<dt>{name.capitalize()}</dt><dd>{text}</dd>" in page
-
-
-def test_the_commands_print_the_objects_own_text(tmp_path):
-    """`show` prints the recipe, and `lr` its rate."""
-    path = str(FULL.save(tmp_path / "r.toml"))
-    done = [
-        CliRunner().invoke(main, words)
-        for words in (["show", path], ["lr", path, "--rank", "8"])
-    ]
-    assert [one.output.rstrip("\n") for one in done] == [
-        str(Recipe.load(path)),
-        str(FULL.at(8)),
-    ]
 
 
 BARE = {"steps": None, "reference": Reference(4, 4)}

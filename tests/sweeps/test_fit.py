@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import random
 import re
 import shlex
 
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from rankaware_optim import (
     CalibrationError,
     MuA,
-    RankAwareOptimizer,
     Recipe,
     RecipeError,
     Reference,
@@ -26,11 +24,8 @@ from rankaware_optim import (
 from rankaware_optim.cli._calibrate import fit as fit_command
 from rankaware_optim.cli._main import main
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
-from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.sweeps import fit_sweep
 from rankaware_optim.sweeps._runs import ALIASES, SweepRun, read_sweep
-
-from ..helpers.models import mlp
 
 extrapolates = pytest.mark.filterwarnings(
     "ignore::rankaware_optim.errors.RankAwareWarning"
@@ -255,21 +250,6 @@ def test_steps_that_nobody_told_are_unknown(tmp_path):
     assert (stated.steps, any("steps" in note for note in stated.notes)) == (780, False)
 
 
-@pytest.mark.parametrize("fan_in", [16.0, None])
-def test_a_recipe_of_a_sweep_drives_an_optimizer(fan_in):
-    """On a model of a rank swept, the optimizer's LoRA rate is the recipe's, with the fan-in given or not."""
-    recipe = fit_sweep(drawn(ranks=(4, 8)), fan_in=fan_in)
-    opt = RankAwareOptimizer(mlp((8,), head=False), "adamw", recipe=recipe)
-    (rate,) = {effective_lr(group) for group in opt.param_groups}
-    assert rate == pytest.approx(recipe.at(8, fan_in=16.0).lr, rel=1e-9)
-
-
-def test_the_optimizer_decides_the_laws_form():
-    """A sweep of SGD is fitted along the gradient-like law, which the recipe keeps."""
-    form = MuA(tokens=8.0, family="gradient-like")
-    assert fit_sweep(drawn(), optimizer="SGD").law.law == form
-
-
 def test_rows_without_an_init_have_the_one_that_is_given():
     """An argument is the init of rows without one, and rows of full finetuning, which have none, decide nothing."""
     full = [{**row, "method": "full", "init": "A"} for row in drawn(ranks=(0,))]
@@ -289,7 +269,6 @@ sweeps = st.builds(
     cliff=st.none() | st.floats(1.0, 2.0),
     draw=st.integers(0, 1000),
 ).filter(lambda rows: any(row["loss"] != "diverged" for row in rows))
-fewer = settings(max_examples=25, deadline=None)
 
 
 def assert_alike(first: Recipe, second: Recipe) -> None:
@@ -298,31 +277,13 @@ def assert_alike(first: Recipe, second: Recipe) -> None:
     assert second.covariance == pytest.approx(first.covariance, rel=1e-3, abs=1e-9)
 
 
-@fewer
-@given(rows=sweeps, seed=st.integers(0, 99))
-def test_the_order_of_rows_does_not_matter(rows, seed):
-    """Any order of the same rows gives the same recipe."""
-    mixed = random.Random(seed).sample(rows, len(rows))
-    assert_alike(fit_sweep(rows), fit_sweep(mixed))
-
-
-@fewer
-@given(rows=sweeps, offset=st.floats(-5, 5), scale=st.floats(0.1, 100))
-def test_the_units_of_the_loss_do_not_matter(rows, offset, scale):
-    """A constant added to every loss, or another unit, changes no rate."""
-    moved = [dict(row) for row in rows]
-    for row in moved:
-        if row["loss"] != "diverged":
-            row["loss"] = offset + scale * row["loss"]
-    assert_alike(fit_sweep(rows), fit_sweep(moved))
-
-
-@fewer
-@given(rows=sweeps, times=st.integers(2, 4))
-def test_repeated_rows_and_seeds_by_other_names_do_not_matter(rows, times):
-    """Rows exported several times count once, and seeds may be called anything."""
-    renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in rows]
-    assert_alike(fit_sweep(rows), fit_sweep(renamed * times))
+@settings(max_examples=40, deadline=None)
+@given(rows=sweeps, times=st.integers(1, 3), draw=st.randoms())
+def test_order_repetition_and_names_of_seeds_do_not_matter(rows, times, draw):
+    """Rows count once however often and in whatever order they come, and seeds may be called anything."""
+    renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in rows] * times
+    draw.shuffle(renamed)
+    assert_alike(fit_sweep(rows), fit_sweep(renamed))
 
 
 def test_the_order_of_rows_decides_nothing():
