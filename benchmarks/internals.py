@@ -1,11 +1,11 @@
 """Names of the package that are not public. Only this module imports them: a change of the package is followed here."""
 
 from rankaware_optim._optimizers import get_optimizer_class, optimizer_family
-from rankaware_optim.calibration._calibration import Calibration
+from rankaware_optim.calibration._calibration import Calibration, Settled
 from rankaware_optim.calibration._result import calibrated_recipe
-from rankaware_optim.calibration._schedule import Options, Schedule
-from rankaware_optim.calibration._search import BracketSampler, search_range
-from rankaware_optim.calibration._trials import TrialRecord, Trials
+from rankaware_optim.calibration._schedule import Options, next_setting
+from rankaware_optim.calibration._search import next_rate, search_range
+from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
 from rankaware_optim.laws._mua import FORMS, Site
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
@@ -27,7 +27,6 @@ from rankaware_optim.transfer._suggest import (
 )
 
 __all__ = [
-    "BracketSampler",
     "COLOURS",
     "Calibration",
     "FORMS",
@@ -36,7 +35,8 @@ __all__ = [
     "Options",
     "PUBLISHED",
     "SPREAD",
-    "Schedule",
+    "Setting",
+    "Settled",
     "Site",
     "Source",
     "SweepRun",
@@ -47,6 +47,8 @@ __all__ = [
     "calibrated_recipe",
     "get_optimizer_class",
     "mean_losses",
+    "next_rate",
+    "next_setting",
     "observation_of",
     "optimizer_family",
     "place_of",

@@ -42,9 +42,9 @@ import click
 import numpy as np
 import torch
 from calibration.make_recipes import paths_of
-from calibration.studies import STEPS, Simulated, searched
+from calibration.studies import STEPS, searched
 from calibration.surfaces import Surface, other_surfaces, study_surfaces
-from internals import Calibration, Options, Schedule, TrialRecord
+from internals import Calibration, Options, Setting, Settled
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CONFIGS
 from study.domains import STUDY
@@ -99,12 +99,19 @@ def calibrated(
     seeds = seeds_of(on, rng)
     ranks = (on.ranks[0], on.ranks[-1]) if plan.ranks == ENDS else (4, 64)
     budget = round(plan.share * RATES * (5 + 1) * STEPS)
-    schedule = Schedule(ranks, seeds, STEPS, budget=budget, full_trials=plan.full)
-    study = Simulated(Options(torch.optim.AdamW, prior or get_law(PRIOR_LAW), schedule))
-    study.settle(reference_of(on, schedule.anchor), on.full_fan_in)
-    return searched(
-        study, rng.uniform(-GUESS, GUESS), lambda trial, x: run(on, study, trial, x)
+    law = prior or get_law(PRIOR_LAW)
+    options = Options(
+        torch.optim.AdamW,
+        law,
+        ranks,
+        seeds,
+        STEPS,
+        budget=budget,
+        full_trials=plan.full,
     )
+    settled = Settled(reference_of(on, options.anchor), on.full_fan_in, {})
+    guess = rng.uniform(-GUESS, GUESS)
+    return searched(options, settled, guess, lambda *asked: run(on, *asked))
 
 
 def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
@@ -112,17 +119,17 @@ def seeds_of(on: Surface, rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(int(seed) for seed in rng.permutation(on.seeds)[:2])
 
 
-def run(on: Surface, study: Calibration, trial: TrialRecord, x: float) -> Observation:
+def run(on: Surface, study: Calibration, setting: Setting, x: float) -> Observation:
     """Simulate a trial at log2 base rate `x`."""
-    rank, at = trial.rank or FULL, reference_of(on, trial.rank)
+    rank, at = setting.rank or FULL, reference_of(on, setting.rank)
+    reference = study.known().reference
     own = x + math.log2(
-        checked_multiplier(study.centred_law(), at.as_factor(), study.settled())
+        checked_multiplier(study.centred_law(), at.as_factor(), reference)
     )
-    loss = on.loss(rank, trial.seed, own)
+    loss = on.loss(rank, setting.seed, own)
     lost = loss > on.best[rank] + LOST * (on.start - on.best[rank])
     return Observation(
-        trial.rank,
-        trial.seed,
+        *setting,
         x,
         math.inf if lost else loss,
         on.start,

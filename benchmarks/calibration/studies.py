@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from internals import (
-    BracketSampler,
     Calibration,
     Options,
+    Setting,
+    Settled,
     TrialRecord,
     Trials,
     calibrated_recipe,
+    next_rate,
+    next_setting,
     search_range,
 )
 from optuna.trial import TrialState
@@ -23,47 +25,35 @@ from rankaware_optim.fitting import Observation
 
 STEPS = 20  # steps of a run, if nothing depends on them
 # a trial's outcome at log2 base rate x
-Run = Callable[[TrialRecord, float], Observation]
+Run = Callable[[Calibration, Setting, float], Observation]
 
 
-class Simulated(Calibration):
-    """A calibration that keeps its trials in a list, without a storage."""
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self.done: list[TrialRecord] = []
-
-    def trials(self) -> Trials:
-        return Trials(self.done)
-
-    def recall(self) -> None:
-        """Do nothing: no other worker changes the study."""
-
-
-def searched(study: Simulated, guess: float, run: Run) -> Recipe:
+def searched(options: Options, settled: Settled, guess: float, run: Run) -> Recipe:
     """Make all trials that the schedule asks for, and return the recipe.
 
     A run costs its steps, or half of them if it diverged. Nothing is pruned.
 
     Args:
-        study: the calibration, with its reference set. Trials are added to it.
+        options: what is tried.
+        settled: what the first model would settle.
         guess: octaves added to the first guess of the rate.
-        run: (trial, log2 base rate) -> the outcome.
+        run: (calibration, rank and seed, log2 base rate) -> the outcome.
     """
-    sampler, start = BracketSampler(study), study.start
-    while (setting := study.schedule.next(study.trials())) is not None:
-        trial = TrialRecord(*setting, number=len(study.done))
-        within = search_range(study)
-        study.start = start + guess
-        seen = run(trial, sampler.propose(trial, *within))
-        study.start = start
-        curve = np.linspace(
-            seen.start, seen.tail, study.schedule.steps // (1 + seen.stopped)
-        )
+    done: list[TrialRecord] = []
+    calibration = Calibration(options, lambda: Trials(done))
+    calibration.settle(settled)
+    start = calibration.start
+    while (setting := next_setting(options, Trials(done))) is not None:
+        within = search_range(calibration)
+        calibration.start = start + guess
+        seen = run(calibration, setting, next_rate(calibration, setting.rank, within))
+        calibration.start = start
+        steps = options.steps // (1 + seen.stopped)
+        curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
-        study.done.append(
-            replace(
-                trial, x=seen.x, curve=curve.tolist(), observation=seen, state=state
+        done.append(
+            TrialRecord(
+                *setting, len(done), state, seen.x, curve=curve, observation=seen
             )
         )
-    return calibrated_recipe(study)
+    return calibrated_recipe(calibration)

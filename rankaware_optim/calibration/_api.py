@@ -10,19 +10,15 @@ import optuna
 import torch
 from torch.optim import Optimizer
 
-from .._checks import plain
 from .._optimizers import get_optimizer_class
 from .._warn import warn
-from ..errors import CalibrationInterrupted
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
-from ._calibration import Calibration
 from ._constants import SEEDS
 from ._progress import progress_shown
-from ._provenance import train_source
-from ._result import calibrated_recipe
+from ._provenance import source_of
 from ._runner import Runner
-from ._schedule import Options, Schedule, octaves
+from ._schedule import Options, caution
 from ._trial import Train
 
 
@@ -52,10 +48,10 @@ def calibrate(  # noqa: PLR0913
     as a recipe.
 
     `train(trial)` is a generator. It builds the model for `trial.rank`, gets
-    `trial.optimizer(model, ...)`, and yields a value to minimise at every step. It is closed after
-    `trial.steps` values. If it ends by itself at `trial.steps` and returns a number, this is the
-    run's score. Otherwise the score is the mean of the last tenth of its values (at least 5). It
-    may raise `optuna.TrialPruned` to stop a run. Draw all random numbers, the data included, from
+    `trial.optimizer(model, ...)`, and yields a value to minimise at every step. If it ends by
+    itself at `trial.steps` and returns a number, this is the run's score. Otherwise it is closed,
+    and the score is the mean of the last tenth of its values (at least 5). It may raise
+    `optuna.TrialPruned` to stop a run. Draw all random numbers, the data included, from
     `trial.seed`. Runs of one rank and seed can then be compared without noise. A recipe notes if
     they cannot.
 
@@ -78,12 +74,12 @@ def calibrate(  # noqa: PLR0913
     zero) the line through the optima of two ranks is extended to r = n.
 
     **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed.
-    Finished trials are kept. An unfinished trial is repeated at its rank, seed and rate. Several
-    processes and machines may make the same call with one storage at the same time. They share the
-    trials and wait for each other. A process that ends by Ctrl-C or an error gives its trial back
-    at once. One that is killed or suspended writes no more heartbeats. Within a minute its trial is
-    repeated by another process, on any host, or by the same call. If it wakes up, its run does not
-    count.
+    Finished trials are kept, and an unfinished trial is run again. Several processes and machines
+    may make the same call with one storage at the same time. They share the trials and wait for
+    each other. Those that begin at the same moment may each add a run. A process that ends by
+    Ctrl-C or an error gives its trial back at once. One that is killed or suspended writes no more
+    heartbeats. Within a minute its trial is run again by another process, on any host, or by the
+    same call. If it wakes up, its run does not count.
 
     **DDP and FSDP.** Call it on every process. One process decides. All get the same rate, prune at
     the same step and return the same recipe. Values are averaged over the processes.
@@ -100,8 +96,8 @@ def calibrate(  # noqa: PLR0913
             Init[B] is in the fit's prior.
         trials: number of runs at `ranks`. By default as many as `budget` allows, or
             `TRIALS_PER_RANK` at each of them.
-        budget: optimizer steps of all trials together, never exceeded. Pruned and killed trials
-            count the steps they ran.
+        budget: optimizer steps of all trials together, which one process never exceeds. Pruned and
+            killed trials count the steps they ran.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted
             rate.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
@@ -118,7 +114,7 @@ def calibrate(  # noqa: PLR0913
             before its end.
         seed: random seed of the sampler.
         progress: whether to show on standard error how far it is: a bar with the time left and the
-            best rate so far in a notebook or on a terminal, elsewhere a line for each tenth.
+            best rate so far in a notebook or on a terminal, elsewhere a line for each trial.
         target_steps: number of steps of the target run, by default `steps`.
 
     Returns:
@@ -130,45 +126,39 @@ def calibrate(  # noqa: PLR0913
             fit.
     """
     options = Options(
-        get_optimizer_class(optimizer),
-        get_law(law),
-        Schedule(*map(plain, (ranks, seeds, steps, trials, budget, full_trials))),
-        octaves(plain(lr_range)),
-        *map(plain, (target_steps, batch, warmup, seed, name)),
+        optimizer=get_optimizer_class(optimizer),
+        law=get_law(law),
+        ranks=ranks,
+        seeds=seeds,
+        steps=steps,
+        trials=trials,
+        budget=budget,
+        full_trials=full_trials,
+        lr_range=lr_range,
+        target_steps=target_steps,
+        batch=batch,
+        warmup=warmup,
+        seed=seed,
+        name=name,
     )
     state = random.getstate()  # importing rich and using a database may draw from it
     gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
-    runner = Runner(Calibration(options, train_source(train)))
+    runner = Runner(options, source_of(train))
     leads = runner.team.leads
     try:
         runner.open(sampler, pruner, storage)
-        if leads and (caution := options.schedule.caution()):
-            warn(caution)
-        with progress_shown(
-            progress and leads, options.schedule, runner.before
-        ) as show:
-            while (trial := runner.begin()) is not None:
-                runner.one(trial, train, show)
+        if leads and (words := caution(options)):
+            warn(words)
+        shown = progress_shown(progress and leads, options.expected, runner.before)
+        with shown as runner.show:
+            while (setting := runner.next()) is not None:
+                runner.run(setting, train)
         return runner.recipe()
     except KeyboardInterrupt as interrupt:
         if not leads:
             raise
-        raise _interrupted(runner.calibration) from interrupt
+        raise runner.interrupted() from interrupt
     finally:
         torch.set_grad_enabled(gradients)
         runner.close()
         random.setstate(state)
-
-
-def _interrupted(calibration: Calibration) -> CalibrationInterrupted:
-    """Return the error of Ctrl-C, with the progress and the recipe so far."""
-    with calibration.guard():
-        error = CalibrationInterrupted(
-            f"The calibration was interrupted after {len(calibration.trials().counted())} of"
-            f" {calibration.schedule.expected()} trials.",
-            "Their fit is this error's .recipe. With a storage the same call continues where it"
-            " stopped.",
-        )
-        if calibration.fit() is not None:
-            error.recipe = calibrated_recipe(calibration)
-        return error

@@ -1,9 +1,98 @@
 """The constants of a calibration. The end of each comment is its evidence: a page of
-benchmarks/results, or "by hand".
+benchmarks/results, a frozen answer of benchmarks/README.md, or "by hand".
 """
 
 from __future__ import annotations
 
-# Runs of a search at each of its ranks, where neither trials nor a budget is given: simulated.md
+from .._types import Reference
+
+# --- the schedule ---------------------------------------------------------------------------------
+
+# Runs of the search for each rank, where none are given. 16 runs at two ranks lose .6 % in the
+# mean, 8 lose .9 and 5 lose 1.8: simulated.md
 TRIALS_PER_RANK = 8
 SEEDS = (0, 1)  # of the trials, in turn: by hand
+# Runs of a rank at one seed before the next seed, since runs of one seed share its noise: by hand
+PER_SEED = 4
+# Most trials with a budget only, as a multiple of the whole runs that it pays for: by hand
+SHORT_RUNS = 10
+# Runs of the highest rank before any other, since losses of different ranks cannot be compared; it
+# was chosen on the simulated surfaces, after they had been seen: simulated.md
+BRACKET = 3
+MOST_BRACKET = 8  # the same, while all of them rise: by hand
+OF_OTHERS = 2  # runs of every other rank without which its rate is not found: by hand
+HOPELESS = (
+    12  # runs that all diverged, each at a lower rate, and end the search: by hand
+)
+
+# --- the first rate -------------------------------------------------------------------------------
+
+# A usual rate by optimizer family, and its configuration. For sign-like optimizers it is the median
+# best AdamW rate of 18 published language models: suggestion.md. The others are customary: by hand
+USUAL_AT = Reference(rank=16, alpha=32, fan_in=4096)
+USUAL_LR = {
+    "sign-like": 2.0**-11.8,
+    "gradient-like": 2.0**-4,
+    "spectral": 2.0**-8,
+    "relative-scale": 2.0**-8,
+    "floored-scale": 2.0**-8,
+}
+MOST_OCTAVES = 330.0  # no rate of a trial is farther from 1: its meaning
+
+# --- the search -----------------------------------------------------------------------------------
+
+# Octaves between the trials that bracket, from the usual rate up to the first one, since a run too
+# high stops early and shows the cliff, and by which an edge of the range moves: by hand
+STRIDE = 2.0
+HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
+EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand
+UPWARDS = 3  # runs before the search turns downwards if none of them learned: by hand
+CLEARLY = (
+    0.25  # share of the gain by which a rate above the best is clearly worse: by hand
+)
+# Octaves from the estimated optimum, in order. The low side is safer, since the loss rises faster
+# above: by hand
+OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
+CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged: by hand
+TAKEN = (
+    0.25  # octaves to stay away from rates that run, or that the rank has run: by hand
+)
+FULL_STEP = 1.0  # octaves between runs of full finetuning after the search: by hand
+TOGETHER = (
+    50  # with k times as many trials, fits are made after every k-th trial: by hand
+)
+
+# --- pruning --------------------------------------------------------------------------------------
+
+REPORTS = 10  # reports of a run to the storage: by hand
+JUDGED = 3  # last reports of a run that are compared: by hand
+WORSE = 0.5  # share of the best run's gain so far by which a pruned run lags: by hand
+NEAR = (
+    1.0  # octaves from the best run and the optimum in which nothing is pruned: by hand
+)
+STANDARD_ERRORS = 3.0  # of the mean lag, which must exceed them: by hand
+
+# --- what a run and a recipe are checked for ------------------------------------------------------
+
+# Steps that a warm-up from zero, or a value yielded before its step, may leave without effect
+FEW = 2  # by hand
+# Octaves: with a larger standard deviation the data hardly determine the base rate: by hand
+UNDETERMINED = 1.2
+APART = 16  # factor between the lowest and the highest rank of a well measured drift: by hand
+SAME = 1e-3  # relative tolerance for the first values of two runs of one seed: by hand
+
+# --- processes: all by hand -----------------------------------------------------------------------
+
+BEAT_S = (
+    10.0  # seconds between two heartbeats, and between two looks at those of others
+)
+MISSED = 4  # looks in a row without a new heartbeat after which a trial counts as dead
+JOIN_S = 10.0  # seconds that a heartbeat's write in progress may take at the end
+POLL_S, SLOW_POLL_S = (
+    0.05,
+    2.0,
+)  # seconds between looks for other workers: first and longest
+LOCK_S = 120.0  # seconds to wait for a journal's lock, which a stopped process may hold
+# Attempts to create a database while others do; each failure means that one of 13 tables exists now
+ATTEMPTS = 30
+GIT_S = 10.0  # seconds to wait for git on a slow disk

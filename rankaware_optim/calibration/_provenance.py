@@ -1,32 +1,27 @@
 """What a calibration's trials were made with, as JSON values that are equal in every process: the
-training loop's code, the law's multipliers, and the model and settings of each trial.
+training loop's code, and the model and settings of each trial.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
-import math
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import cache, partial
-from importlib.metadata import packages_distributions, version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any, NamedTuple
+from typing import Any
 
-import optuna
-from msgspec import ValidationError
 from torch.optim import Optimizer
 
 from .._optimizers import defaults_of
-from .._types import Factor, Reference, Survey
+from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import CalibrationError
-from ..laws import Law, checked_multiplier
 from ..optimizer import RankAwareOptimizer, effective_lr
 from ..recipe import (
     BASE,
@@ -37,15 +32,9 @@ from ..recipe import (
     plain_value,
     settings_of,
 )
+from ._constants import GIT_S
 from ._schedule import Options
-from ._trials import Trials
 
-# relative tolerance of a law's multipliers, which a plug-in may measure
-_SAME_RATE = 1e-3
-_LAW_AT = Reference(rank=16, alpha=16, fan_in=64)
-# (role, init) of the factors whose multipliers identify a law's code
-_LORA = (("A", "A"), ("B", "A"), ("A", "B"), ("B", "B"))
-_FULL = (("full", "A"), ("full", "B"))
 # Optimizer settings that the study decides, or that do not change the updates.
 _LEFT_OUT = {
     "cls",
@@ -64,127 +53,52 @@ _LEFT_OUT = {
     *SAME_UPDATES,
 }
 _GIT = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-_PATIENCE_S = 10.0  # timeout for git on a slow disk
-_ALWAYS = ("rankaware-optim", "torch", "optuna")
-
+_PACKAGES = ("rankaware-optim", "torch", "optuna")
+_IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
 
 # --- the training loop ----------------------------------------------------------------------------
 
 
-class Code(NamedTuple):
-    """A training loop's code at the start of the calibration, as far as it can be read.
-
-    Args:
-        loop: the values by which two loops are compared.
-        source: the values that a recipe stores: the function's name, the first twelve digits of its
-            source's hash, and the commit of its git repository, with "-dirty" if files were
-            changed.
-        imports: the top-level modules that its file imports.
+def source_of(train: Any) -> dict[str, str]:
+    """Return what a recipe says of a training loop, without its partials and decorators: the
+    function's name, the first twelve digits of its source's hash, and the commit of its git
+    repository, with "-dirty" if files were changed. What cannot be read is left out.
     """
-
-    loop: Mapping[str, str]
-    source: Mapping[str, str]
-    imports: Collection[str]
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value}
-
-
-def train_source(train: Any) -> Code:
-    """Return the code of a training loop, without its partials and decorators."""
     function = inspect.unwrap(train)
     while isinstance(function, partial):
         function = inspect.unwrap(function.func)
     if not hasattr(function, "__qualname__"):
         function = type(function)
-    digits = ""
+    source = {"train": function.__qualname__}
     folder = Path.cwd()
-    imports: list[str] = []
     # the last two: the file was edited since, and other text stands at the function's line
     with suppress(OSError, TypeError, SyntaxError, TokenError):
-        source = inspect.getsource(function)
-        digits = hashlib.sha256(source.encode()).hexdigest()[:12]
+        text = inspect.getsource(function)
+        source["hash"] = hashlib.sha256(text.encode()).hexdigest()[:12]
         file = Path(inspect.getsourcefile(function) or "")
         folder = file.parent if file.is_file() else folder
-        imports = [*_imports("".join(inspect.findsource(function)[0]))]
-    name = function.__qualname__
-    return Code(
-        _known({"train": name, "its source's hash": digits}),
-        _known({"train": name, "hash": digits, "commit": _commit(folder)}),
-        {module.partition(".")[0] for module in imports},
-    )
-
-
-def _imports(source: str) -> Iterator[str]:
-    """Yield the modules that a file imports. Yield none if it is not plain Python, such as a
-    notebook cell.
-    """
-    with suppress(SyntaxError, ValueError):
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                yield node.module or ""
-
-
-def _commit(folder: Path) -> str:
-    """Return the commit of the git repository that contains a folder; "" without a repository or
-    without git.
-    """
     with suppress(OSError, subprocess.SubprocessError):
         git = subprocess.run(
-            _GIT,
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_S,
+            _GIT, cwd=folder, check=True, capture_output=True, text=True, timeout=GIT_S
         )
-        return git.stdout.strip()
-    return ""
+        source["commit"] = git.stdout.strip()
+    return source
 
 
-# the installed packages by module, cached, since the search can take a second
-_packages = cache(packages_distributions)
-
-
-def versions_used(imports: Iterable[str] = ()) -> dict[str, str]:
-    """Return the versions of Python, this package, its main dependencies, and the loaded packages
-    behind `imports`.
+def versions_used() -> dict[str, str]:
+    """Return the versions of Python, this package, its main dependencies, and those libraries that
+    are loaded.
     """
-    packages = _packages()
-    others = set[str]()
-    for module in imports:
-        if module in sys.modules:
-            others.update(packages.get(module, ()))
-    names = dict.fromkeys((*_ALWAYS, *sorted(others)))
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"python": python, **{name: version(name) for name in names}}
+    loaded = [name for name in _IF_LOADED if name in sys.modules]
+    versions = {"python": python}
+    for name in (*_PACKAGES, *loaded):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
-# --- law, model and settings ----------------------------------------------------------------------
-
-
-def law_values(
-    law: Law, optimizer: type[Optimizer], ranks: Iterable[int | None]
-) -> dict[str, float]:
-    """Return a law's multipliers at a study's ranks, from a small layer to a wider one. They
-    identify its code.
-    """
-    values = {}
-    for rank in ranks:
-        for role, init in _FULL if rank is None else _LORA:
-            scaling = 1.0 if rank is None else 2.0
-            factor = Factor("", role, rank, 128, 192, scaling, init)  # type: ignore[arg-type]
-            where = "full finetuning" if rank is None else f"rank {rank}, {role}"
-            # A law may not cover what no trial tries; a trial that needs it raises the error.
-            with suppress(Exception):
-                bound = law.bind(optimizer, {})
-                values[f"{where}, Init[{init}]"] = checked_multiplier(
-                    bound, factor, _LAW_AT
-                )
-    return values
+# --- model and settings ---------------------------------------------------------------------------
 
 
 def built_with(
@@ -212,9 +126,12 @@ def built_with(
     of_factors = [group for group in opt.param_groups if group["lora_role"] != "other"]
     factors = settings_of(of_factors or opt.param_groups, names)
     apart = {name: value for name, value in factors.items() if value != built[name]}
-    other_rates = {} if at.method == "full" else _other_rates(opt)
-    extras = _known({"factors' settings": apart, "other rates": other_rates})
-    return {**built, **extras, **shape_of(at)}
+    if apart:
+        built["factors' settings"] = apart
+    others = {} if at.method == "full" else _other_rates(opt)
+    if others:
+        built["other rates"] = others
+    return {**built, **shape_of(at)}
 
 
 def shape_of(at: Reference) -> dict[str, Any]:
@@ -256,113 +173,39 @@ def settings_in(built: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
 
 # --- a stored study -------------------------------------------------------------------------------
 
-# version of the stored format, raised if an earlier version would misread it
-_SCHEMA = 1
-_COMPARED = ("schema", "steps", "ranks", "seeds", "optimizer", "batch", "warmup")
-_OTHER_STUDY = "Give this calibration another name, or another storage."
-# what damaged values raise
-_DAMAGE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    ValidationError,
-)
+_SCHEMA = 1  # of a stored study, raised if an earlier version would misread it
+_MAY_DIFFER = ("train", "hash", "rankaware-optim")
 
 
-def made_with(options: Options, code: Code) -> dict[str, Any]:
+def made_with(options: Options, source: Mapping[str, str]) -> dict[str, Any]:
     """Return what the trials of a calibration are made with, as its study stores it."""
-    schedule = options.schedule
     return {
         "schema": _SCHEMA,
-        "steps": schedule.steps,
-        "ranks": schedule.lora,
-        "seeds": sorted(schedule.seeds),
+        "steps": options.steps,
+        "ranks": options.lora,
+        "seeds": sorted(options.seeds),
         "optimizer": options.optimizer_name,
         "batch": options.batch,
         "warmup": options.warmup,
-        "law": repr(options.law),
-        "multipliers": law_values(options.law, options.optimizer, schedule.ranks),
-        **code.loop,
+        "law": plain_value(options.law),
+        "train": source["train"],
+        "hash": source.get("hash"),
         "rankaware-optim": version("rankaware-optim"),
     }
-
-
-def check_whole(study: optuna.Study, law: Law) -> None:
-    """Raise a `CalibrationError` if a stored study is damaged, or was made by an earlier version
-    with runs of several lengths or batches.
-    """
-    _check_one_length(study)
-    try:
-        trials = Trials.read(study.get_trials(deepcopy=False))
-        _check_values(study, trials, law)
-    except _DAMAGE as error:
-        raise CalibrationError(
-            f"The stored study {study.study_name!r} is damaged ({type(error).__name__}: {error}),"
-            " and was not changed.",
-            "Restore its storage from a copy, or give this calibration another name, or another"
-            " storage.",
-        ) from error
-
-
-def _check_one_length(study: optuna.Study) -> None:
-    made = study.user_attrs.get("made_with")
-    if not isinstance(made, dict):
-        return
-    steps = made.get("steps")
-    trials = study.get_trials(deepcopy=False)
-    lengths = [trial.user_attrs.get("steps", steps) for trial in trials]
-    if (
-        isinstance(steps, list)
-        or made.get("batches")
-        or lengths.count(steps) < len(lengths)
-    ):
-        raise CalibrationError(
-            f"The stored study {study.study_name!r} was made by an earlier version with several"
-            " lengths or batches.",
-            _OTHER_STUDY,
-        )
-
-
-def _check_values(study: optuna.Study, trials: Trials, law: Law) -> None:
-    """Raise if a value that is read has another type, or contradicts another."""
-    stored = study.user_attrs  # after the trials, before which they are written
-    made = stored.get("made_with", {})
-    for table in (made, made.get("multipliers", {}), stored.get("settings", {})):
-        if not isinstance(table, dict):
-            raise TypeError("an attribute holds an impossible value")
-    if len(study.directions) > 1:
-        raise TypeError("it has several objectives")
-    for trial in trials:
-        if trial.rank not in (None, *made.get("ranks", [trial.rank])):
-            raise TypeError(f"trial {trial.number} has a rank that was not to be tried")
-        if len(trial.curve or ()) > made.get("steps", math.inf):
-            raise TypeError(f"trial {trial.number} has more values than steps")
-    if "reference" in stored:
-        reference = Reference(**stored["reference"])
-        checked_multiplier(law, reference.as_factor(), reference)
-        math.log2(stored["full_fan_in"])
 
 
 def check_comparable(
     name: str, stored: Mapping[str, Any], now: Mapping[str, Any]
 ) -> None:
-    """Raise a `CalibrationError` if the trials of a stored study cannot be compared with new ones.
+    """Raise a `CalibrationError` if trials cannot be compared with new ones.
 
-    stored, now: see `made_with`.
+    stored, now: see `made_with` and `built_with`.
     """
-    refuse(name, differences(stored, {key: now[key] for key in _COMPARED}))
-    law = differences(stored.get("multipliers", {}), now["multipliers"], _SAME_RATE)
-    refuse(name, law, f"other rates of the law {stored.get('law')}: ")
-
-
-def refuse(name: str, difference: str, what: str = "") -> None:
-    """Raise a `CalibrationError` if there is a difference."""
-    if difference:
+    options = {key: value for key, value in now.items() if key not in _MAY_DIFFER}
+    if difference := differences(stored, options):
         raise CalibrationError(
-            f"The stored study {name!r} was made with {what}{difference}.", _OTHER_STUDY
+            f"The stored study {name!r} was made with {difference}.",
+            "Give this calibration another name, or another storage.",
         )
 
 
@@ -370,8 +213,7 @@ def warn_of_code(
     name: str, stored: Mapping[str, Any], now: Mapping[str, Any], how: str
 ) -> None:
     """Warn if the trials were made by another loop or version. stored, now: see `made_with`."""
-    left_out = ("law", "multipliers", *_COMPARED)
-    changed = differences(stored, {key: now[key] for key in now if key not in left_out})
+    changed = differences(stored, {key: now[key] for key in _MAY_DIFFER})
     if changed:
         warn(
             f"The stored study {name!r} {how} {changed}. Its trials can be compared with new ones"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,10 @@ from ..errors import CalibrationError
 from ..fitting import Fit, at_target, fit_observations, steps_variance
 from ..recipe import Recipe, agreed, constructor_settings, recipe_of
 from ._calibration import Calibration
+from ._constants import APART, SAME, UNDETERMINED
 from ._provenance import settings_in, versions_used
-from ._trials import Setting, TrialRecord, Trials
+from ._trials import Setting, TrialRecord, Trials, rank_words
 
-# octaves: with a larger standard deviation of the base rate the data hardly determine it
-_UNDETERMINED = 1.2
-_APART = 16  # factor between the lowest and the highest rank above which the drift is well measured
 _COLUMNS = [
     ("rank", np.int64),
     ("seed", np.int64),
@@ -36,84 +34,82 @@ ALIKE = (
     "every run of a rank and seed has the same values at every rate: nothing was trained, or no"
     " rate moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
 )
-_SAME = 1e-3  # relative tolerance for the first values of two runs of one rank and seed
 
 
-def calibrated_recipe(calibration: Calibration) -> Recipe:
+def calibrated_recipe(
+    calibration: Calibration, source: Mapping[str, str] | None = None
+) -> Recipe:
     """Return the recipe of the trials so far.
+
+    source: see `source_of`.
 
     Raises:
         CalibrationError: every run failed, or all of a rank.
     """
-    calibration.recall()  # needed if other workers ran every trial
     options = calibration.options
-    code = calibration.code
     trials = calibration.trials().counted()
-    reference = calibration.settled()
     fit = at_target(_fit(calibration, trials), options.octaves_to_target)
+    settled = calibration.known()
     tried = {run.rank for run in trials.observations()}
     built = [trial.built for trial in trials if trial.built]
-    scalings = {
-        t.rank: t.scaling
-        for t in trials
-        if t.rank is not None and t.scaling is not None
-    }
+    # settings common to all trials, defaults included
+    names = {**defaults_of(options.optimizer), **calibration.settings}
+    settings = agreed(settings_in(values, names) for values in built)
     return recipe_of(
         fit,
         calibration.bound_law,
-        reference,
+        settled.reference,
         name=options.name,
-        scaling_rule=infer_scaling(scalings),
-        full_fan_in=calibration.full_fan_in,
-        layers=calibration.layers,
-        ranks=tuple(rank for rank in calibration.schedule.lora if rank in tried),
+        scaling_rule=infer_scaling(_scalings(trials)),
+        full_fan_in=settled.full_fan_in,
+        layers=settled.layers,
+        ranks=tuple(rank for rank in options.lora if rank in tried),
         full_seen=None in tried,
         optimizer=options.optimizer_name,
-        settings=_settings(calibration, built),
+        settings=constructor_settings(settings, options.optimizer),
         steps=options.target,
         warmup=options.warmup,
         seed=options.seed,
-        versions=versions_used(code.imports),
-        source=code.source,
+        versions=versions_used(),
+        source=source or {},
         other_rates=agreed([values.get("other rates", {}) for values in built]),
         notes=_notes(calibration, fit, trials),
-        tensors=tensors_of(trials, calibration.schedule.steps),
+        tensors=tensors_of(trials, options.steps),
     )
 
 
-def _settings(calibration: Calibration, built: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the optimizer's settings common to all trials, defaults included; those given if none
-    are known.
-    """
-    optimizer = calibration.options.optimizer
-    settings = dict(calibration.settings)
-    if built:
-        names = {**defaults_of(optimizer), **settings}
-        settings = agreed(settings_in(values, names) for values in built)
-    return constructor_settings(settings, optimizer)
+def _scalings(trials: Trials) -> dict[int, float]:
+    """Return s = alpha / r of the models, by rank."""
+    return {
+        trial.rank: trial.built["lora_alpha"] / trial.rank
+        for trial in trials
+        if trial.rank is not None and trial.built
+    }
 
 
 def _fit(calibration: Calibration, trials: Trials) -> Fit:
     """Return the fit of the trials, or raise a `CalibrationError` that says why there is none."""
     # Stored runs are not made again.
-    elsewhere = " The runs are stored, so give another name or storage too."
-    more = "" if calibration.storage is None else elsewhere
+    elsewhere = (
+        " Runs that are stored are not made again: give another name or storage too."
+    )
     if trials and all(trial.stopped == "memory" for trial in trials):
         raise CalibrationError(
             f"Every one of {len(trials)} runs ran out of memory.",
-            f"Lower the batch or the ranks, or free memory.{more}",
+            f"Lower the batch or the ranks, or free memory.{elsewhere}",
         )
+    calibration.known()
     fit = fit_observations(trials.evidence(), calibration.prior)
     if fit is None:
         some_pruned = len(trials.observations()) < len(trials)
         raise CalibrationError(
             f"Every one of {len(trials)} runs diverged{' or was pruned' if some_pruned else ''}.",
-            f"Lower the rates, or check the loss, the data and the pruner.{more}",
+            f"Lower the rates, or check the loss, the data and the pruner.{elsewhere}",
         )
     for runs in trials.hopeless():
         raise CalibrationError(
             f"Every one of {runs} diverged, though other ranks train.",
-            f"Check the model at that rank, or leave the rank out.{more}",
+            f"Check the model at that rank, or leave the rank out.{elsewhere}",
         )
     return fit
 
@@ -122,32 +118,31 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
     """Return sentences on what the data do not determine and on problems of the runs."""
     notes = []
     options = calibration.options
-    lora = calibration.schedule.lora
-    if len(lora) > 1 and max(lora) < _APART * min(lora):
+    lora = options.lora
+    if len(lora) > 1 and max(lora) < APART * min(lora):
         notes.append(
             f"ranks {min(lora)} and {max(lora)} differ by less than a factor 16: the drift is"
             " uncertain"
         )
     if _went_alike(trials):
         notes.append(ALIKE)
-    elif math.sqrt(float(fit.covariance[0, 0])) > _UNDETERMINED:
+    elif math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
         notes.append(
             "the data do not determine the rate: the loss hardly depends on it"
         )
-    if options.is_short:
+    if options.target > options.steps:
         variance = steps_variance(options.octaves_to_target)
         notes.append(
             f"{options.target} steps were not tried: the rate is that of"
-            f" {calibration.schedule.steps}, {give_or_take(math.sqrt(variance))}"
+            f" {options.steps}, {give_or_take(math.sqrt(variance))}"
         )
     unsteady = _unsteady(trials)
     if unsteady is not None:
         rank, seed = unsteady
-        where = "full finetuning" if rank is None else f"rank {rank}"
         notes.append(
-            f"train is not reproducible: two runs of {where}, seed {seed}, began with different"
-            " values, which adds noise; draw everything from trial.seed, and yield the loss before"
-            " the step"
+            f"train is not reproducible: two runs of {rank_words(rank)}, seed {seed}, began with"
+            " different values, which adds noise; draw everything from trial.seed, and yield the"
+            " loss before the step"
         )
     return tuple(notes)
 
@@ -160,7 +155,7 @@ def _went_alike(trials: Iterable[TrialRecord]) -> bool:
         if run is not None and math.isfinite(run.value):
             settings.add(trial.setting)
             rates.add((trial.setting, trial.x))
-            values.add((trial.setting, run.value, *(trial.curve or ())))
+            values.add((trial.setting, run.value, *trial.curve))
     return len(values) == len(settings) < len(rates)
 
 
@@ -173,7 +168,7 @@ def _unsteady(trials: Iterable[TrialRecord]) -> Setting | None:
         if not trial.curve:
             continue
         start = first.setdefault(trial.setting, trial.curve[0])
-        if not math.isclose(start, trial.curve[0], rel_tol=_SAME, abs_tol=1e-9):
+        if not math.isclose(start, trial.curve[0], rel_tol=SAME, abs_tol=1e-9):
             return trial.setting
     return None
 
@@ -191,7 +186,7 @@ def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
         if trial.x is None:
             continue
         run = trial.observation
-        curve = trial.curve or []
+        curve = trial.curve
         row = (
             trial.rank or 0,
             trial.seed,

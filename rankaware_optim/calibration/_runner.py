@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
+import msgspec
 import optuna
 import torch
 import torch.distributed as dist
@@ -21,25 +23,30 @@ from torch import nn
 
 from .._types import Reference, Survey, width_for
 from .._warn import warn
-from ..errors import CalibrationError
-from ..fitting import TAIL, Observation, height, recent
+from ..errors import CalibrationError, CalibrationInterrupted
+from ..fitting import TAIL, Observation, height, noise_of, recent
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, plain_value
-from ._calibration import Calibration
-from ._liveness import Heartbeat
-from ._progress import Show, rank_words
-from ._provenance import built_with
+from ._calibration import Calibration, Settled
+from ._constants import POLL_S, SLOW_POLL_S
+from ._liveness import Heartbeat, held_back
+from ._progress import Show
+from ._provenance import (
+    built_with,
+    check_comparable,
+    layers_of,
+    made_with,
+    shape_of,
+    warn_of_code,
+)
 from ._result import ALIKE, calibrated_recipe
+from ._schedule import Options, next_setting
 from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
-from ._storage import begin_trial
-from ._trial import Run, Train, Trial, run_trial, seeded
-from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, stored
-
-# seconds between polls: at first, and while another worker's trial runs
-_POLL_S, _SLOW_POLL_S = 0.05, 2.0
-_PATIENCE_S = 600.0  # seconds that another worker may take to build its first model
+from ._storage import begin_trial, close_storage, open_storage, quiet, storage_errors
+from ._trial import Train, Trial, run_trial, seeded
+from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, rank_words
 
 T = TypeVar("T")
 
@@ -96,34 +103,123 @@ class Replicas:
 class Runner:
     """Runs the trials of a calibration by its schedule.
 
-    Several workers may do so at once. Every decision is based on the storage, and a trial names its
-    worker from its creation. Under DDP or FSDP only the leading process of `team` has an Optuna
-    study. The others get its decisions.
+    Several workers may do so at once. All that they share is the storage. Two that read it at the
+    same moment may take the same setting: they run it at two rates, and a run more does no harm.
+    Under DDP or FSDP only the leading process of `team` has an Optuna study. The others get its
+    decisions.
+
+    Args:
+        options: what is tried.
+        source: see `source_of`.
     """
 
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
+    def __init__(self, options: Options, source: Mapping[str, str]) -> None:
+        self.options = options
+        self.calibration = Calibration(options, self._read)
         self.team = Replicas()
+        self.mean = self.team.mean
         self.before = 0  # trials that had ended before this worker came
-        self._heartbeat = Heartbeat()
-        # trials that ran when this worker came, and have shown no sign of life
-        self._unheard: set[int] = set()
+        self.show: Show = lambda done, what, best: None
+        self._source = source
+        self.storage: Any = None
+        self._opened: optuna.storages.BaseStorage | None = None
+        # from `open` on, in the leading process
+        self._study: Any = None
+        self._heartbeat: Any = None
         self._trial: optuna.Trial | None = None  # that this worker runs
-        self._endless: bool | None = None  # whether the loop continues past its steps
+        self._ended: dict[int, TrialRecord] = {}
+
+    # --- the study --------------------------------------------------------------------------------
 
     def open(self, sampler: Any, pruner: Any, storage: Any) -> None:
-        """Create the Optuna study, or continue the stored one of the same name."""
-        calibration = self.calibration
-        sampler = sampler or BracketSampler(calibration)
-        pruner = pruner or PairedPruner(calibration)
-        self.team.agree(lambda: calibration.open(sampler, pruner, storage))
-        self._agree(self._watch)
+        """Create the Optuna study, or continue the stored one of the same name.
 
-    def _watch(self) -> None:
-        self._heartbeat.watch(self.calibration.study)
-        trials = self.calibration.trials()
-        self._unheard = {trial.number for trial in trials.running()}
+        It waits until each trial that runs has shown a sign of life, or has ended. So the same call
+        after a kill repeats the killed trial before it goes on, as if it had not been killed.
+        """
+        self.storage = storage
+        silent = self._agree(lambda: self._open(sampler, pruner))
+
+        def is_heard() -> bool:
+            running = self._read().running()
+            return all(silent.get(t.number, -1) != t.heartbeat for t in running)
+
+        self._wait(is_heard)
+
+    def _open(self, sampler: Any, pruner: Any) -> dict[int, int | None]:
+        """Open the study. Return the last heartbeats of the trials that run."""
+        opened = open_storage(self.storage)
+        if isinstance(self.storage, (str, os.PathLike)):
+            self._opened = opened
+        with quiet():
+            self._study = optuna.create_study(
+                study_name=self.options.name,
+                storage=opened,
+                sampler=sampler or BracketSampler(self.calibration),
+                pruner=pruner or PairedPruner(self.calibration),
+                load_if_exists=True,
+            )
+        # A worker that starts at the same time writes this before its first trial, so trials are
+        # read before it.
+        trials = self._read()
+        name = self.options.name
+        stored = self._study.user_attrs.get("made_with", {"schema": None})
+        self._made_with = made_with(self.options, self._source)
+        if trials:
+            check_comparable(name, stored, self._made_with)
+        if trials.counted():
+            warn_of_code(name, stored, self._made_with, "was made with")
+        self._study.set_user_attr("made_with", self._made_with)
+        self._recall()
         self.before = len(trials.counted())
+        self._heartbeat = Heartbeat(self._study)
+        self._heartbeat.start()
+        return {trial.number: trial.heartbeat for trial in trials.running()}
+
+    def _recall(self) -> None:
+        """Read what the first trial of this or another worker settled. Warn if another worker runs
+        different code.
+        """
+        stored = self._study.user_attrs
+        made = stored.get("made_with", {})
+        name = self.options.name
+        warn_of_code(name, made, self._made_with, "is shared with a worker of")
+        self.calibration.settings = stored.get("settings", {})
+        if self.calibration.settled is None and "settled" in stored:
+            self.calibration.settle(msgspec.convert(stored["settled"], Settled))
+
+    def _read(self) -> Trials:
+        """Return every trial so far, of all workers. Finished trials do not change, so they are
+        read once.
+        """
+        if self._study is None:
+            return Trials()
+        trials = []
+        for stored in self._study.get_trials(deepcopy=False):
+            trial = self._ended.get(stored.number) or TrialRecord.read(stored)
+            if trial.state.is_finished():
+                self._ended[trial.number] = trial
+            trials.append(trial)
+        return Trials(trials)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Guard reads and writes of the storage. Its errors become `CalibrationError`, and Ctrl-C
+        raises afterwards.
+        """
+        with held_back(), storage_errors(self.storage):
+            yield
+
+    def _agree(self, decide: Callable[[], T]) -> T:
+        """Return on every process what the leading process decides from the storage."""
+        return self.team.agree(self._guard()(decide))
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Wait for other workers until the leading process is `ready`."""
+        pause = POLL_S
+        while not self._agree(ready):
+            time.sleep(pause)
+            pause = min(2 * pause, SLOW_POLL_S)
 
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
@@ -132,253 +228,184 @@ class Runner:
         itself failed, other workers and the next call notice that the heartbeats have stopped.
         """
         try:
-            with suppress(CalibrationError), self.calibration.guard():
-                self._heartbeat.stop()
+            with suppress(CalibrationError), self._guard():
+                if self._heartbeat:
+                    self._heartbeat.stop()
                 self._close(TrialState.FAIL)
         finally:
-            self.calibration.close()
+            if self._opened is not None:
+                with self._guard():
+                    close_storage(self._opened)
             self.team.close()
 
-    def _agree(self, decide: Callable[[], T]) -> T:
-        """Return on every process what the leading process decides from the storage."""
-        return self.team.agree(self.calibration.guard()(decide))
+    # --- the result -------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
         """Return the recipe of the trials so far."""
-        recipe = self._agree(lambda: calibrated_recipe(self.calibration))
+        recipe = self._agree(self._recipe)
         if self.team.leads and ALIKE in recipe.notes:
             warn(f"Recipe {recipe.name!r}: {ALIKE}.")
         return recipe
 
-    # --- the next trial ---------------------------------------------------------------------------
+    def _recipe(self) -> Recipe:
+        self._recall()  # needed if other workers ran every trial
+        return calibrated_recipe(self.calibration, self._source)
 
-    def begin(self) -> Trial | None:
-        """Create the next trial, to be run by this worker. Return None once the schedule is
-        complete.
-        """
-        trial = self._agree(self._begin_or_wait)
-        if trial is not None:
-            trial._build = self._build
-        return trial
-
-    def _begin_or_wait(self) -> Trial | None:
-        self._await_signs()
-        for _ in self._polls():
-            # A trial that had no heartbeat before it ran was taken by another worker.
-            with suppress(UpdateFinishedTrialError):
-                trial = self._try_to_begin()
-                # Another worker's trial may still die and be repeated here.
-                if trial is not None or not self.calibration.trials().running():
-                    return trial
-        return None
-
-    def _polls(self) -> Iterator[None]:
-        """Yield without end, after ever longer pauses."""
-        pause = _POLL_S
-        while True:
-            yield
-            self.calibration.pause(pause)
-            pause = min(2 * pause, _SLOW_POLL_S)
-
-    def _await_signs(self) -> None:
-        """Wait until each trial that ran when this worker came has shown a sign of life, or has
-        ended.
-
-        So the same call after a kill repeats the killed trial before it goes on, as if it had not
-        been killed.
-        """
-        if not self._unheard:
-            return
-        for _ in self._polls():
-            running = {trial.number for trial in self.calibration.trials().running()}
-            self._unheard &= running - self._heartbeat.heard
-            if not self._unheard:
-                return
-
-    def _try_to_begin(self) -> Trial | None:
-        """Create a running trial that has its worker and its setting from the start. Give it up if
-        workers that began before leave it nothing to do.
-        """
-        while True:
-            trials = self.calibration.trials()
-            setting = self._next(trials)
-            killed = trials.to_repeat()
-            if setting is None:
-                return None
-            number = self._create(setting, killed)
-            earlier = Trials(
-                t
-                for t in self.calibration.trials()
-                if t.state.is_finished() or t.number < number
+    def interrupted(self) -> CalibrationInterrupted:
+        """Return the error of Ctrl-C, with the progress and the recipe so far."""
+        with self._guard():
+            ended = len(self._read().counted())
+            error = CalibrationInterrupted(
+                f"The calibration was interrupted after {ended} of {self.options.expected} trials.",
+                "Their fit is this error's .recipe. With a storage the same call continues where it"
+                " stopped.",
             )
-            taken = killed is not None and any(
-                t.retry_of == killed.number for t in earlier
-            )
-            if not taken and self._next(earlier) is not None:
-                return self._prepared()
-            self._close(TrialState.FAIL)
+            if self.calibration.fit() is not None:
+                error.recipe = self._recipe()
+            return error
 
-    def _next(self, trials: Trials) -> Setting | None:
-        """Return the next rank and seed, or None if the study is complete."""
-        return self.calibration.schedule.next(trials)
+    # --- one trial --------------------------------------------------------------------------------
 
-    def _create(self, setting: Setting, killed: TrialRecord | None) -> int:
-        """Create a running trial, and return its number. If one was killed, it repeats that one, at
-        its rate.
+    def next(self) -> Setting | None:
+        """Return what to try next, or None once the schedule is complete. It waits for the last
+        trials of other workers, which may die and be run again here.
         """
-        attributes: dict[str, Any] = {"worker": self._heartbeat.worker, "heartbeat": 0}
-        rate = {}
-        if killed is not None:
-            setting = killed.setting
-            attributes["retry_of"] = killed.number
-            rate = {} if killed.x is None else {PARAMETER: killed.x}
-        self._setting = setting
-        attributes |= setting._asdict()
-        self._trial = begin_trial(self.calibration.study, attributes, rate)
+
+        def due() -> Setting | None:
+            return next_setting(self.options, self._read())
+
+        self._wait(lambda: due() is not None or not self._read().running())
+        return self._agree(due)
+
+    def run(self, setting: Setting, train: Train) -> None:
+        """Run and record a trial. If it raises, `close` fails it."""
+        steps = self.options.steps
+        number = self._agree(lambda: self._begin(setting))
+        try:
+            self._wait(self._may_choose)
+            limits = self._agree(lambda: self._prepare(setting))
+            trial = Trial(*setting, number, steps, limits, self)
+            with seeded(trial.seed):
+                run_trial(train, trial)
+            is_read = trial._stopped or "steps" in vars(trial)
+            if self.options.target > steps and not is_read:
+                raise CalibrationError(
+                    "train never read trial.steps, so its schedule may span the steps of the target"
+                    " run.",
+                    "Let its schedule and warm-up span trial.steps.",
+                )
+            self._agree(lambda: self._end(trial))
+            self._show(trial, 1.0)
+        except UpdateFinishedTrialError:
+            self._agree(lambda: self._close(TrialState.FAIL))
+            warn(
+                f"Trial {number} had no heartbeat for so long that another worker has failed it."
+                " Its run here does not count."
+            )
+
+    def _begin(self, setting: Setting) -> int:
+        """Create a running trial that has its setting from the start, and return its number."""
+        attributes = {**setting._asdict(), "heartbeat": 0}
+        self._trial = begin_trial(self._study, attributes)
         self._heartbeat.trial = self._trial
         return self._trial.number
-
-    def _prepared(self) -> Trial:
-        """Return the trial for `train`. Its rate is chosen now, after those of workers that began
-        before, but the first trial of a study gets its rate when its model is built.
-        """
-        self._await_earlier()
-        calibration = self.calibration
-        if calibration.reference is not None:
-            self._take_rate()
-        steps = calibration.schedule.steps
-        ended = calibration.trials().counted()
-        return Trial(
-            *self._setting,
-            steps,
-            self._running.number,
-            divergence_limits(ended, self._setting, steps),
-            self._endless,
-            (len(ended), calibration.best()),
-        )
-
-    def _await_earlier(self) -> None:
-        """Wait until trials begun before this one have their rates, so that no point is tried
-        twice.
-
-        Only the first trial of a study takes long, since its model must be built to settle the
-        reference.
-        """
-        until = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < until:
-            self.calibration.recall()
-            running = self.calibration.trials().running()
-            if all(
-                t.x is not None or t.number >= self._running.number for t in running
-            ):
-                return
-            self.calibration.pause(_POLL_S)
 
     @property
     def _running(self) -> optuna.Trial:
         assert self._trial is not None
         return self._trial
 
+    def _may_choose(self) -> bool:
+        """Return whether trials begun before this one have their rates, so that no point is tried
+        twice. The first trial of a study has none before its model is built.
+        """
+        self._recall()
+        running = self._read().running()
+        return all(t.x is not None or t.number >= self._running.number for t in running)
+
+    def _prepare(self, setting: Setting) -> list[float]:
+        """Choose the trial's rate, if a model was built before. Return the limits above which it
+        counts as diverged.
+        """
+        if self.calibration.settled is not None:
+            self._take_rate()
+        ended = self._read().counted()
+        self._progress = len(ended), self.calibration.best()
+        return divergence_limits(ended, setting, self.options.steps)
+
     def _take_rate(self) -> float:
         """Return log2 of the trial's rate, sampled once."""
         x = self._running.params.get(PARAMETER)
         if x is None:
-            fit = self.calibration.fit()
-            if fit is not None:
-                self._running.set_user_attr("estimate", fit.best(self._setting.rank))
             within = search_range(self.calibration)
             x = self._running.suggest_float(PARAMETER, *within)
         return float(x)
 
-    # --- one trial --------------------------------------------------------------------------------
-
-    def one(self, trial: Trial, train: Train, show: Show) -> None:
-        """Run and record one trial. If it raises, `close` fails it."""
-        steps = trial._steps
+    def is_pruned(self, trial: Trial) -> bool:
+        """Show and store the values of a run so far. Return whether it is to be pruned."""
+        taken, steps = len(trial._curve), trial._steps
+        self._show(trial, taken / steps)
         every = interval(steps)
-        done, best = trial._progress
+        if taken % every and taken != steps:
+            return False
+        value = recent(trial._curve, max(TAIL, every))
+        self._agree(lambda: self._running.report(value, taken))
+        # not in the guard: the errors of a user's pruner are no storage's
+        return taken < steps and self.team.agree(lambda: self._running.should_prune())
 
-        def watch(curve: list[float]) -> bool:
-            show(done + len(curve) / steps, rank_words(trial.rank), best)
-            if len(curve) % every and len(curve) != steps:
-                return False
-            return self._agree(lambda: self._report(curve, every, steps))
+    def _show(self, trial: Trial, share: float) -> None:
+        """Show that a share of the trial was run."""
+        if self.team.leads:
+            done, best = self._progress
+            self.show(done + share, rank_words(trial.rank), best)
 
-        try:
-            with seeded(trial.seed):
-                run = run_trial(train, trial, watch, self.team.mean)
-            is_read = "steps" in vars(trial)
-            if self.calibration.options.is_short and not run.stopped and not is_read:
-                raise CalibrationError(
-                    "train never read trial.steps, so its schedule may span the steps of the target"
-                    " run.",
-                    "Let its schedule and warm-up span trial.steps.",
-                )
-            self._agree(lambda: self._end(run))
-        except UpdateFinishedTrialError:
-            self._agree(lambda: self._close(TrialState.FAIL))
-            warn(
-                f"Trial {trial.number} had no heartbeat for so long that another worker has taken"
-                " it over. Its run here does not count."
-            )
-
-    def _report(self, curve: list[float], every: int, steps: int) -> bool:
-        self._running.report(recent(curve, max(TAIL, every)), len(curve))
-        return len(curve) < steps and self._running.should_prune()
-
-    def _end(self, run: Run) -> None:
+    def _end(self, trial: Trial) -> None:
         """Record the outcome of a run."""
-        self._check_scored(run)
-        self._endless = run.trial._endless
         store = self._running.set_user_attr
-        if run.stopped in ("pruned", "memory"):
-            store("curve", run.curve)
-            store("stopped", run.stopped)
+        curve = trial._curve
+        store("curve", curve)
+        if trial._stopped in ("pruned", "memory"):
+            store("stopped", trial._stopped)
             return self._close(TrialState.PRUNED)
+        score = recent(curve) if trial._returned is None else trial._returned
         observation = Observation(
-            *self._setting,
+            trial.rank,
+            trial.seed,
             x=self._take_rate(),
-            value=run.score,
-            start=height(run.curve),
-            tail=run.tail,
-            returned=run.returned is not None,
-            stopped=run.stopped == "diverged",
+            value=math.inf if trial._stopped else score,
+            start=height(curve),
+            tail=recent(curve),
+            returned=trial._returned is not None,
+            stopped=bool(trial._stopped),
+            first=curve[0],
+            noise=noise_of(curve),
         )
-        store("curve", run.curve)
-        store("observation", stored(observation))
-        if math.isfinite(run.score):
-            return self._close(TrialState.COMPLETE, run.score)
+        self._check_scored(observation)
+        store("observation", asdict(observation))
+        if math.isfinite(observation.value):
+            return self._close(TrialState.COMPLETE, observation.value)
         self._close(TrialState.PRUNED)
 
-    def _check_scored(self, run: Run) -> None:
+    def _check_scored(self, run: Observation) -> None:
         """Raise unless all scores were returned, or none, since they cannot be compared."""
-        if run.stopped:
-            return
-        for other in self.calibration.trials().observations():
-            if not other.stopped and other.returned != (run.returned is not None):
+        for other in self._read().observations():
+            mixed = other.returned != run.returned
+            if mixed and not (run.stopped or other.stopped):
                 raise CalibrationError(
                     "train returned a score in some trials and none in others.",
                     "Return one in every trial, or in none.",
                 )
 
     def _close(self, state: TrialState, value: float | None = None) -> None:
-        if self._trial is None:
-            return
-        number = self._trial.number
-        self._heartbeat.trial = None
-        calibration = self.calibration
-        calibration.study.tell(self._trial, value, state=state, skip_if_finished=True)
-        trials = calibration.trials()
-        spent = trials.spent(calibration.schedule.steps)
-        total = {"steps": spent, "trials": len(trials.counted())}
-        calibration.study.set_user_attr("spent", total)
-        self._trial = None
-        if state != TrialState.FAIL and trials[number].killed:
-            raise UpdateFinishedTrialError("Another worker took it over at its end.")
+        """End the trial, unless another worker has failed it."""
+        if self._trial is not None:
+            self._heartbeat.trial = None
+            self._study.tell(self._trial, value, state=state, skip_if_finished=True)
+            self._trial = None
 
     # --- the trial's optimizer --------------------------------------------------------------------
 
-    def _build(
+    def build(
         self, trial: Trial, params: Any, settings: dict[str, Any]
     ) -> RankAwareOptimizer:
         """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
@@ -392,10 +419,15 @@ class Runner:
             )
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         at = survey.dominant().resolve(survey)
+        if at.rank != trial.rank:
+            raise CalibrationError(
+                f"The model built for trial.rank={trial.rank} has rank {at.rank}.",
+                "Build it at trial.rank.",
+            )
         trial.lr, law, reference = self._agree(
             lambda: self._propose(survey, at, settings)
         )
-        native = self.calibration.options.optimizer
+        native = self.options.optimizer
         optimizer = RankAwareOptimizer(
             params,
             native,
@@ -405,7 +437,11 @@ class Runner:
             method=trial.method,
             **settings,
         )
-        self._agree(lambda: self._record(built_with(optimizer, native, settings, at)))
+        self._agree(
+            lambda: self._record(
+                trial.rank, built_with(optimizer, native, settings, at)
+            )
+        )
         return optimizer
 
     def _propose(
@@ -415,30 +451,42 @@ class Runner:
         belong to. `at` is the model's configuration.
         """
         calibration = self.calibration
-        rank = self._setting.rank
-        if at.rank != rank:
-            raise CalibrationError(
-                f"The model built for trial.rank={rank} has rank {at.rank}.",
-                "Build it at trial.rank.",
-            )
-        self._running.set_user_attr("scaling", at.scaling)
-        calibration.learn(at, survey)
+        if calibration.settled is None:
+            self._settle(survey, at)
         ours = inspect.signature(RankAwareOptimizer.__new__).parameters
         calibration.settings = {
-            key: plain_value(value)
-            for key, value in settings.items()
-            if key not in ours
+            name: plain_value(value)
+            for name, value in settings.items()
+            if name not in ours
         }
         lr = 2.0 ** self._take_rate()
         law = calibration.centred_law()
-        reference = calibration.settled()
+        reference = calibration.known().reference
         width = width_for(survey, at.method, reference.init)
         factor = replace(at, fan_in=width).as_factor()
         own_lr = lr * checked_multiplier(law, factor, reference)
         self._running.set_user_attr("own_lr", own_lr)
         return lr, law, reference
 
-    def _record(self, built: dict[str, Any]) -> None:
-        self.calibration.compare(self._running.number, self._setting.rank, built)
+    def _settle(self, survey: Survey, at: Reference) -> None:
+        """Let the first model's configuration be the reference, and store it."""
+        reference = replace(at, batch=self.options.batch)
+        settled = Settled(
+            reference, survey.full_width(reference.init), layers_of(survey)
+        )
+        self.calibration.settle(settled)
+        self._study.set_user_attr("settled", asdict(settled))
+
+    def _record(self, rank: int | None, built: dict[str, Any]) -> None:
+        """Store what the trial was built with. Raise if an earlier one of its rank, or the
+        reference, had another model or other settings.
+        """
+        reference = self.calibration.known().reference
+        before = shape_of(reference) if reference.rank == rank else {}
+        for trial in self._read().at(rank):
+            if trial.built and trial.number < self._running.number:
+                before = trial.built
+                break
+        check_comparable(self.options.name, before, built)
         self._running.set_user_attr("built", built)
-        self.calibration.study.set_user_attr("settings", self.calibration.settings)
+        self._study.set_user_attr("settings", self.calibration.settings)

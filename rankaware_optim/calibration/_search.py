@@ -29,25 +29,22 @@ from ..fitting import (
     usual_noise,
 )
 from ._calibration import Calibration
+from ._constants import (
+    CLEARANCE,
+    CLEARLY,
+    EDGE,
+    FULL_STEP,
+    HALF_RANGE,
+    JUDGED,
+    NEAR,
+    OFFSETS,
+    STANDARD_ERRORS,
+    STRIDE,
+    TAKEN,
+    UPWARDS,
+    WORSE,
+)
 from ._trials import Setting, TrialRecord, Trials
-
-_STRIDE = 2.0  # octaves between the trials that bracket
-_UPWARDS = 3  # runs before the search turns downwards if none of them learned
-_CLEARLY = 0.25  # share of the gain by which a rate above the best is clearly worse
-# Offsets from the estimated optimum, octaves, in order. The low side is safer, since the loss rises
-# faster above.
-_OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
-_CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged
-_TAKEN = 0.25  # octaves to stay away from rates that another worker is running or this rank has run
-_WIDEN = 2.0  # octaves by which an edge moves if the best rate is there
-_EDGE = 1.0  # octaves from an edge that count as being there
-_FULL_STEP = 1.0  # octaves between runs of full finetuning after the search
-_HALF_RANGE = 4.0  # octaves on either side of the first guess
-_WORSE = 0.5  # a run is pruned if it lags by this share of the best run's gain so far
-_NEAR = 1.0  # octaves around the best run and the estimated optimum in which nothing is pruned
-_DIGITS = 6  # of a distance: rates lie whole octaves apart, up to rounding
-_STANDARD_ERRORS = 3.0
-_JUDGED = 3  # number of last reports that are compared
 
 
 class BracketSampler(BaseSampler):
@@ -76,42 +73,57 @@ class BracketSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> float:
-        low, high = param_distribution.low, param_distribution.high
-        return self.propose(TrialRecord.read(trial), low, high)
+        rank = TrialRecord.read(trial).rank
+        within = param_distribution.low, param_distribution.high
+        return next_rate(self._calibration, rank, within, trial.number)
 
-    def propose(self, trial: TrialRecord, low: float, high: float) -> float:
-        """Return log2 of the rate of a trial."""
-        return float(min(max(self._propose(trial, low, high), low), high))
 
-    def _propose(self, trial: TrialRecord, low: float, high: float) -> float:
-        calibration = self._calibration
-        trials = calibration.trials()
-        rank = trial.rank
-        running = trials.running(but=trial.number)
-        tried = Trials((*trials.counted(), *running)).at(rank).rates()
-        taken = [*running.rates(), *tried]
-        observations = trials.observations()
-        if not observations:
-            return _beside(calibration.start, taken, low, high)
-        fit = calibration.fit()
-        if fit is not None and rank is None and calibration.schedule.full_trials:
-            return _next_full(trials, tried, fit.best(rank))
-        anchor = observations[0].rank
-        proposed = None
-        if rank == anchor or fit is None:
-            of_anchor = trials.at(anchor)
-            proposed = next_bracket(
-                of_anchor.observations(), low, high, of_anchor.pruned()
-            )
-        if proposed is None and fit is not None:
-            bottom, top = between(
-                trials.at(rank).observations(), trials.at(rank).pruned()
-            )
-            within = max(low, bottom), min(high, _under(fit.ceiling), top)
-            return next_refinement(tried, fit.best(rank), within)
-        if proposed is None:
-            proposed = min(observations, key=lambda run: run.x).x - _STRIDE
+def next_rate(
+    calibration: Calibration,
+    rank: int | None,
+    within: tuple[float, float],
+    number: int | None = None,
+) -> float:
+    """Return log2 of the rate to try next at a rank.
+
+    within: log2 of the lowest and the highest rate. number: of the trial that will try it.
+    """
+    low, high = within
+    proposed = _proposed(calibration, rank, low, high, number)
+    return float(min(max(proposed, low), high))
+
+
+def _proposed(
+    calibration: Calibration,
+    rank: int | None,
+    low: float,
+    high: float,
+    number: int | None,
+) -> float:
+    trials = calibration.trials()
+    running = Trials(t for t in trials.running() if t.number != number)
+    tried = Trials((*trials.counted(), *running)).at(rank).rates()
+    taken = [*running.rates(), *tried]
+    observations = trials.observations()
+    if not observations:
+        return _beside(calibration.start, taken, low, high)
+    fit = calibration.fit()
+    if fit is not None and rank is None and calibration.options.full_trials:
+        return _next_full(trials, tried, fit.best(rank))
+    anchor = observations[0].rank
+    proposed = None
+    if rank == anchor or fit is None:
+        of_anchor = trials.at(anchor)
+        proposed = next_bracket(of_anchor.observations(), low, high, of_anchor.pruned())
+    if proposed is not None:
         return _beside(proposed, taken, low, high)
+    if fit is None:
+        lowest = min(observations, key=lambda run: run.x).x
+        return _beside(lowest - STRIDE, taken, low, high)
+    bottom, top = between(trials.at(rank).observations(), trials.at(rank).pruned())
+    under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
+    within = max(low, bottom), min(high, under, top)
+    return next_refinement(tried, fit.best(rank), within)
 
 
 def search_range(calibration: Calibration) -> tuple[float, float]:
@@ -123,8 +135,8 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     rate counts as the best.
     """
     start = calibration.start
-    around = (start - _HALF_RANGE, start + _HALF_RANGE)
-    low, high = calibration.options.lr_range or around
+    around = (start - HALF_RANGE, start + HALF_RANGE)
+    low, high = calibration.options.octaves or around
     trials = calibration.trials()
     diverged = trials.diverged()
     scored = [trial for trial, _ in trials.scored()]
@@ -133,10 +145,10 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
         tried = ran.rates()
         below = _below_cliff(ran.at(trial.rank), diverged)
         best = min(below, key=lambda run: run.value).x if below else min(tried)
-        if (min(tried) if all_rose(below) else best) < low + _EDGE:
-            low -= _WIDEN
-        if below and best > high - _EDGE and best >= max(tried):
-            high += _WIDEN
+        if (min(tried) if all_rose(below) else best) < low + EDGE:
+            low -= STRIDE
+        if below and best > high - EDGE and best >= max(tried):
+            high += STRIDE
     return low, high
 
 
@@ -153,12 +165,12 @@ def _beside(proposed: float, taken: Sequence[float], low: float, high: float) ->
     If all of them are taken by other workers, return the middle of the widest gap between taken
     rates.
     """
-    sides = (-_STRIDE, _STRIDE, -_STRIDE / 2, _STRIDE / 2)
+    sides = (-STRIDE, STRIDE, -STRIDE / 2, STRIDE / 2)
     counts = range(1, len(taken) + 2)
     strides = [0.0, *map(math.prod, product(sides, counts))]
     options = [proposed + stride for stride in strides]
     for x in [x for x in options if low <= x <= high] or [proposed]:
-        if _distance(x, taken) > _TAKEN:
+        if _distance(x, taken) > TAKEN:
             return x
     marks = sorted({low, high, *(x for x in taken if low < x < high)})
     _, middle = max((b - a, (a + b) / 2) for a, b in pairwise(marks))
@@ -181,15 +193,15 @@ def next_bracket(
     """
     tried = [run.x for run in runs]
     good = below_cliff(runs)
-    below = min(tried) - _STRIDE
-    above = max(tried) + _STRIDE
-    if not good or (len(runs) >= _UPWARDS and below >= low and none_learned(good)):
+    below = min(tried) - STRIDE
+    above = max(tried) + STRIDE
+    if not good or (len(runs) >= UPWARDS and below >= low and none_learned(good)):
         return below
     best = min(good, key=lambda run: run.value)
     if not _has_cliff(best, runs, good, pruned):
         return above if above <= high else None
-    lower = best.x - _STRIDE
-    is_tried = min((*tried, *pruned)) < best.x - _STRIDE / 4
+    lower = best.x - STRIDE
+    is_tried = min((*tried, *pruned)) < best.x - STRIDE / 4
     return None if is_tried or lower < low else lower
 
 
@@ -202,7 +214,7 @@ def _has_cliff(
     """Return whether a run above the best rate diverged, was pruned or scored clearly worse."""
     if len(good) < len(runs):
         return True
-    limit = best.value + _CLEARLY * gain_of(good)
+    limit = best.value + CLEARLY * gain_of(good)
     worse = [run.x for run in good if run.value > limit]
     return max((*worse, *pruned), default=-math.inf) > best.x
 
@@ -219,11 +231,6 @@ def between(
     return lower, upper
 
 
-def _under(ceiling: float | None) -> float:
-    """Return the highest rate for refinement."""
-    return math.inf if ceiling is None else ceiling - _CLEARANCE
-
-
 def next_refinement(
     tried: Sequence[float], centre: float, within: tuple[float, float]
 ) -> float:
@@ -232,10 +239,10 @@ def next_refinement(
     """
     low, high = within
     centre = max(min(centre, high), low)
-    for offsets in _OFFSETS:
+    for offsets in OFFSETS:
         options = [max(min(centre + offset, high), low) for offset in offsets]
         best = max(options, key=lambda x: _distance(x, tried))
-        if _distance(best, tried) > _TAKEN:
+        if _distance(best, tried) > TAKEN:
             break
     return float(best)
 
@@ -256,13 +263,13 @@ def _next_full(trials: Trials, tried: Sequence[float], centre: float) -> float:
     scored = trials.at(None).scored()
     good = [run for trial, run in scored if trial.number not in lost]
     if not good:
-        return min(tried) - _FULL_STEP if tried else centre
+        return min(tried) - FULL_STEP if tried else centre
     best = min(good, key=lambda run: run.value).x
     lower, upper = between(good, tried)
     if math.isinf(lower):
-        return best - _FULL_STEP
+        return best - FULL_STEP
     if math.isinf(upper):
-        return best + _FULL_STEP
+        return best + FULL_STEP
     return (best + lower) / 2 if best - lower > upper - best else (best + upper) / 2
 
 
@@ -306,27 +313,35 @@ class PairedPruner(BasePruner):
 
     def __init__(self, calibration: Calibration) -> None:
         self._calibration = calibration
-        options = calibration.options
-        self._first = max(EARLY, options.warmup or 0.0) * options.schedule.steps
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        if trial.last_step is None or trial.last_step < self._first:
+        options = self._calibration.options
+        first = max(EARLY, options.warmup or 0.0) * options.steps
+        if trial.last_step is None or trial.last_step < first:
             return False
         record = TrialRecord.read(trial)
         best = self._calibration.trials().best_of(record.setting)
-        if best is None or record.x is None:
+        if best is None or best.x is None or record.x is None:
             return False
-        for mark in (best.x, record.estimate):
-            if mark is not None and round(abs(record.x - mark), _DIGITS) < _NEAR:
-                return False
+        fit = self._calibration.fit()
+        marks = [best.x] if fit is None else [best.x, fit.best(record.rank)]
+        if any(_is_near(record.x, mark) for mark in marks):
+            return False
         return _lags(record, best)
+
+
+def _is_near(x: float, mark: float) -> bool:
+    """Return whether two rates are nearer than an octave. They lie whole octaves apart, up to
+    rounding.
+    """
+    return round(abs(x - mark), 6) < NEAR
 
 
 def _lags(record: TrialRecord, best: TrialRecord) -> bool:
     """Return whether each of the last paired differences exceeds the margin, and their mean the
     noise.
     """
-    steps = sorted(record.reports.keys() & best.reports.keys())[-_JUDGED:]
+    steps = sorted(record.reports.keys() & best.reports.keys())[-JUDGED:]
     if len(steps) < 2 or best.observation is None:
         return False
     least = CLEAR * best.observation.noise
@@ -334,7 +349,7 @@ def _lags(record: TrialRecord, best: TrialRecord) -> bool:
     for step in steps:
         gap = record.reports[step] - best.reports[step]
         gain = best.observation.start - best.reports[step]
-        if gain <= least or gap <= _WORSE * gain:
+        if gain <= least or gap <= WORSE * gain:
             return False
         gaps.append(gap)
-    return fmean(gaps) > _STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))
+    return fmean(gaps) > STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

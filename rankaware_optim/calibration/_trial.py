@@ -7,10 +7,11 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from .._types import Method
 from ..errors import CalibrationError
 from ..fitting import TAIL, recent
 from ..optimizer import RankAwareOptimizer
+from ._constants import FEW
 
-Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 
 # Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain
@@ -33,9 +34,22 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "_STATUS_ALLOC_FAILED",
 )
-# steps that a warm-up from zero, or a value yielded before its step, may leave without effect
-_FEW = 2
 _SET_BY_TRIAL = ("lr", "tuned_at", "law", "recipe", "method")
+
+
+class Host(Protocol):
+    """Who runs a trial."""
+
+    def build(
+        self, trial: Trial, params: Any, settings: dict[str, Any]
+    ) -> RankAwareOptimizer:
+        """Build the trial's optimizer, and set its rate."""
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a value over the processes that train together."""
+
+    def is_pruned(self, trial: Trial) -> bool:
+        """Take the values of a run so far. Return whether it is to be pruned."""
 
 
 @dataclass(eq=False)
@@ -52,16 +66,16 @@ class Trial:
 
     rank: int | None
     seed: int
-    _steps: int
     number: int
+    _steps: int
     # the mean of recent values above which the run counts as diverged, for each step
     _limits: list[float] = field(repr=False)
-    # whether the loop continues past its steps; None if unknown
-    _endless: bool | None = field(repr=False)
-    # the trials done, and the best base rate so far, None before any fit
-    _progress: tuple[int, float | None] = field(repr=False)
+    _host: Host = field(repr=False)
     lr: float | None = None
-    _build: Build | None = field(default=None, repr=False)
+    _curve: list[float] = field(default_factory=list, repr=False)
+    # "diverged", "pruned", "memory" (ran out of memory), or "" for a run of all steps
+    _stopped: str = ""
+    _returned: float | None = None  # the score that the loop returned
     # gives the optimizer while it lives
     _optimizer: Callable[[], Any] | None = field(default=None, repr=False)
 
@@ -97,10 +111,78 @@ class Trial:
                     f"trial.optimizer got {name}=, which the trial sets.",
                     "Leave it out.",
                 )
-        assert self._build is not None
-        optimizer = self._build(self, params, settings)
+        optimizer = self._host.build(self, params, settings)
         self._optimizer = weakref.ref(optimizer)
         return optimizer
+
+    def _report(self, value: Any) -> bool:
+        """Take the value of a step. Return whether the run ends: it diverged, is pruned, or has run
+        its steps.
+        """
+        taken = len(self._curve)
+        if self._stopped or taken == self._steps:
+            return True
+        self._curve.append(self._host.mean(_as_float(value, taken)))
+        if taken == 0:
+            self._check_first(self._curve[0])
+        if self._has_diverged():
+            self._stopped = "diverged"
+        elif self._host.is_pruned(self):
+            self._stopped = "pruned"
+        elif FEW < len(self._curve) == self._steps:
+            self._check_trained()
+        return bool(self._stopped) or len(self._curve) == self._steps
+
+    def _check_first(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise CalibrationError(
+                f"The first value that train yielded is {value}, which does not depend on the"
+                " rate.",
+                "Fix the model or the data: the first loss must be finite.",
+            )
+        if self.lr is None:
+            raise CalibrationError(
+                "train yielded without calling trial.optimizer.",
+                "Take the optimizer from trial.optimizer(model).",
+            )
+
+    def _has_diverged(self) -> bool:
+        if not math.isfinite(self._curve[-1]):
+            return True
+        limit = max(self._curve[0], self._limits[len(self._curve) - 1])
+        return len(self._curve) > TAIL and recent(self._curve, TAIL) > limit
+
+    def _check_trained(self) -> None:
+        """Raise if every factor that was zero at the start is still zero, since any gradient and
+        rate would have moved some.
+        """
+        alive = self._optimizer
+        if self._host.mean(float(_has_moved(alive and alive()))) == 0.0:
+            raise CalibrationError(
+                f"Nothing was trained: after {len(self._curve)} steps at the rate"
+                f" {self.lr:.3g} every LoRA factor that was zero at the start is still zero.",
+                "Call loss.backward(), then the step of the optimizer of trial.optimizer, then"
+                " zero_grad(), and see that the schedule lets the rate rise above zero.",
+            )
+
+    def _end(self, returned: Any) -> None:
+        """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
+        too early.
+        """
+        taken = len(self._curve)
+        if self._stopped:
+            return
+        if not taken:
+            raise CalibrationError(
+                "train yielded nothing.", "Yield the loss once per step."
+            )
+        if taken < self._steps:
+            raise CalibrationError(
+                f"train ended after {taken} of {self._steps} steps.",
+                "Let it yield a value for each step, or lower steps=.",
+            )
+        if returned is not None:
+            self._returned = self._host.mean(_as_float(returned, taken, "return value"))
 
 
 class Pushed(NamedTuple):
@@ -114,108 +196,46 @@ class Pushed(NamedTuple):
     run: Callable[[Callable[[Any], bool]], Any]
 
 
-@dataclass
-class Run:
-    """The values of one run of `train`, and how it ended.
+def run_trial(train: Train, trial: Trial) -> None:
+    """Run `train(trial)`, which reports its values to the trial.
 
-    Args:
-        trial: the trial.
-        watch: called with the values after each. It returns whether to prune the run.
-        mean: averages a value over the processes that train together.
-        curve: the values.
-        stopped: "" (ran all steps), "diverged", "pruned" or "memory" (ran out of memory).
-        returned: the score that the loop returned, if any.
+    A run that raises optuna.TrialPruned or runs out of memory is pruned.
     """
+    try:
+        loop = train(trial) if callable(train) else train
+        if isinstance(loop, Pushed):
+            trial._end(loop.run(trial._report))
+        else:
+            trial._end(_pull(loop, trial))
+    except TrialPruned:
+        trial._stopped = "pruned"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        trial._stopped = "memory"
+    if trial._stopped == "memory":
+        release_memory()
 
-    trial: Trial
-    watch: Callable[[list[float]], bool]
-    mean: Callable[[float], float]
-    curve: list[float] = field(default_factory=list)
-    stopped: str = ""
-    returned: float | None = None
 
-    def take(self, value: Any) -> bool:
-        """Store `value`. Return whether the run ends: it diverged, was pruned, or has run its
-        steps.
-        """
-        taken = len(self.curve)
-        steps = self.trial._steps
-        if self.stopped or taken == steps:
-            return True
-        self.curve.append(self.mean(_as_float(value, taken)))
-        if taken == 0:
-            self._check_first(self.curve[0])
-        if self._has_diverged():
-            self.stopped = "diverged"
-        elif self.watch(self.curve):
-            self.stopped = "pruned"
-        elif _FEW < len(self.curve) == steps:
-            self._check_trained()
-        return bool(self.stopped) or len(self.curve) == steps
-
-    def _check_first(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise CalibrationError(
-                f"The first value that train yielded is {value}, which does not depend on the"
-                " rate.",
-                "Fix the model or the data: the first loss must be finite.",
-            )
-        if self.trial.lr is None:
-            raise CalibrationError(
-                "train yielded without calling trial.optimizer.",
-                "Take the optimizer from trial.optimizer(model).",
-            )
-
-    def _has_diverged(self) -> bool:
-        if not math.isfinite(self.curve[-1]):
-            return True
-        limit = max(self.curve[0], self.trial._limits[len(self.curve) - 1])
-        return len(self.curve) > TAIL and recent(self.curve, TAIL) > limit
-
-    def _check_trained(self) -> None:
-        """Raise if every factor that was zero at the start is still zero, since any gradient and
-        rate would have moved some.
-        """
-        alive = self.trial._optimizer
-        if self.mean(float(_has_moved(alive and alive()))) == 0.0:
-            raise CalibrationError(
-                f"Nothing was trained: after {len(self.curve)} steps at the rate"
-                f" {self.trial.lr:.3g} every LoRA factor that was zero at the start is still zero.",
-                "Call loss.backward(), then the step of the optimizer of trial.optimizer, then"
-                " zero_grad(), and see that the schedule lets the rate rise above zero.",
-            )
-
-    def end(self, returned: Any = None) -> None:
-        """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
-        too early.
-        """
-        taken = len(self.curve)
-        steps = self.trial._steps
-        if self.stopped:
-            return
-        if not taken:
-            raise CalibrationError(
-                "train yielded nothing.", "Yield the loss once per step."
-            )
-        if taken < steps:
-            raise CalibrationError(
-                f"train ended after {taken} of {steps} steps.",
-                "Let it yield a value for each step, or lower steps=.",
-            )
-        if returned is not None:
-            self.returned = self.mean(_as_float(returned, taken, "return value"))
-
-    @property
-    def tail(self) -> float:
-        """Return the mean of the last tenth of the values, at least 5 of them."""
-        return recent(self.curve)
-
-    @property
-    def score(self) -> float:
-        """Return the value to minimise."""
-        if self.stopped:
-            return math.inf
-        return self.tail if self.returned is None else self.returned
+def _pull(loop: Any, trial: Trial) -> Any:
+    """Report the values of a generator, and return what it returns after its steps. It is closed,
+    so that its `finally` blocks run.
+    """
+    if not isinstance(loop, Generator):
+        raise CalibrationError(
+            f"train returned a {type(loop).__name__} instead of a generator.",
+            "Let it yield a value at every step.",
+        )
+    with closing(loop):
+        for value in islice(loop, trial._steps):
+            if trial._report(value):
+                break
+        if not trial._stopped:
+            try:
+                next(loop)
+            except StopIteration as stop:
+                return stop.value
+    return None
 
 
 def _has_moved(opt: Any) -> bool:
@@ -229,65 +249,6 @@ def _has_moved(opt: Any) -> bool:
     # float16 has no rates below 6e-8
     judged = [p for p in parts if p.numel() and p.dtype != torch.float16]
     return not judged or any(bool(p.any()) for p in judged)
-
-
-def run_trial(
-    train: Train,
-    trial: Trial,
-    watch: Callable[[list[float]], bool],
-    mean: Callable[[float], float],
-) -> Run:
-    """Take `trial.steps` values from `train(trial)`, then close it, so that its `finally` blocks
-    run.
-
-    A run that raises optuna.TrialPruned or runs out of memory is pruned. The arguments are those of
-    `Run`.
-    """
-    run = Run(trial, watch, mean)
-    try:
-        loop = train(trial) if callable(train) else train
-        if isinstance(loop, Pushed):
-            run.end(loop.run(run.take))
-        else:
-            _pull(loop, run)
-    except TrialPruned:
-        run.stopped = "pruned"
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        run.stopped = "memory"
-    if run.stopped == "memory":
-        release_memory()
-    return run
-
-
-def _pull(loop: Any, run: Run) -> None:
-    """Take the values of a generator. Unless the loop is known to be endless, resume it once more
-    to get its return value.
-    """
-    if not isinstance(loop, Generator):
-        raise CalibrationError(
-            f"train returned a {type(loop).__name__} instead of a generator.",
-            "Let it yield a value at every step.",
-        )
-    trial = run.trial
-    try:
-        ended = any(run.take(value) for value in loop)
-        if run.stopped or trial._endless or not ended:
-            return run.end()
-        try:
-            next(loop)
-        except StopIteration as stop:
-            trial._endless = False
-            return run.end(stop.value)
-        if trial._endless is False:
-            raise CalibrationError(
-                f"train continued after {len(run.curve)} steps, but an earlier run ended there.",
-                "Let every run end at trial.steps, or none.",
-            )
-        trial._endless = True
-    finally:
-        loop.close()
 
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Annotated, Any, NamedTuple
 
@@ -14,22 +14,16 @@ from msgspec import Meta
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import RANGES
-from ..fitting import TAIL, Observation, diverged, impute, noise_of
+from ..fitting import TAIL, Observation, diverged, impute
+from ._constants import HOPELESS, MOST_OCTAVES, REPORTS
 
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
-_REPORTS = 10  # reports per run to the storage, for pruners
-# runs, each at a lower rate, after which a rank where all diverged is given up
-_HOPELESS = 12
-_MOST = 330.0  # octaves: no rate of a recipe is farther from 1
 
 
 def _within(name: str) -> Meta:
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
-
-
-Octaves = Annotated[float, Meta(ge=-_MOST, le=_MOST)]
 
 
 class Setting(NamedTuple):
@@ -46,28 +40,22 @@ class TrialRecord:
     Stored studies have the attributes' names, so do not rename them. A value is None until it is
     known.
 
-    rank, seed: see `Setting`. x: log2 of the base rate. reports: recent mean by step. worker: who
-    runs it, a random name. retry_of: the number of the killed trial that this one repeats. killed:
-    its worker was found dead, so nothing that it writes counts. estimate: log2 of the rate
-    estimated as best for the rank before the trial. built: see `built_with`. own_lr: the rate of
-    the model's most common A factors, or of its whole weights. stopped: "pruned" or "memory" if the
-    run has no final score.
+    rank, seed: see `Setting`. x: log2 of the base rate. reports: recent mean by step. heartbeat:
+    counts up while its worker lives. built: see `built_with`. own_lr: the rate of the model's most
+    common A factors, or of its whole weights. stopped: "pruned" or "memory" if the run has no final
+    score.
     """
 
     rank: Annotated[int, _within("rank")] | None = None
     seed: Annotated[int, _within("seed")] = 0
     number: int = -1
     state: TrialState = TrialState.RUNNING
-    x: Octaves | None = None
+    x: Annotated[float, Meta(ge=-MOST_OCTAVES, le=MOST_OCTAVES)] | None = None
     reports: Mapping[int, float] = field(default_factory=dict)
-    worker: str = ""
-    retry_of: int | None = None
-    killed: bool = False
-    estimate: float | None = None
-    scaling: Annotated[float, Meta(gt=0.0, le=1e308)] | None = None
+    heartbeat: int | None = None
     built: dict[str, Any] | None = None
     own_lr: Annotated[float, _within("trial_lr")] | None = None
-    curve: list[float] | None = None
+    curve: list[float] = field(default_factory=list)
     stopped: str = ""
     observation: Observation | None = None
 
@@ -85,55 +73,23 @@ class TrialRecord:
             "x": trial.params.get(PARAMETER),
             "reports": trial.intermediate_values,
         }
-        record = msgspec.convert(values, cls)
-        if record.observation is None:
-            return record
-        msgspec.convert(record.observation.x, Octaves)
-        if not record.curve:
-            return record
-        curve = record.curve
-        observation = replace(record.observation, first=curve[0], noise=noise_of(curve))
-        return replace(record, observation=observation)
+        return msgspec.convert(values, cls)
 
     @property
     def setting(self) -> Setting:
         return Setting(self.rank, self.seed)
 
 
-def stored(observation: Observation) -> dict[str, Any]:
-    """Return an observation as it is stored. Its first value and noise are read from the curve."""
-    values = asdict(observation)
-    del values["first"], values["noise"]
-    return values
-
-
 class Trials(tuple[TrialRecord, ...]):
     """The trials of a study, of all workers, or some of them."""
 
-    @classmethod
-    def read(cls, trials: Iterable[FrozenTrial]) -> Trials:
-        """Return the records of Optuna trials."""
-        return cls(map(TrialRecord.read, trials))
-
     def counted(self) -> Trials:
-        """Return the trials that count: those completed, diverged or pruned.
-
-        A storage may let a worker that was taken for dead end its trial in the moment in which it
-        wakes up. The mark of the worker that repeats the trial decides.
-        """
+        """Return the trials that count: those completed, diverged or pruned."""
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
-        return Trials(t for t in self if t.state in ended and not t.killed)
+        return Trials(t for t in self if t.state in ended)
 
-    def to_repeat(self) -> TrialRecord | None:
-        """Return the first killed trial that no other trial repeats."""
-        repeated = {trial.retry_of for trial in self}
-        lost = (t for t in self if t.killed and t.state.is_finished())
-        return next((t for t in lost if t.number not in repeated), None)
-
-    def running(self, but: int | None = None) -> Trials:
-        return Trials(
-            t for t in self if t.state == TrialState.RUNNING and t.number != but
-        )
+    def running(self) -> Trials:
+        return Trials(t for t in self if t.state == TrialState.RUNNING)
 
     def scored(self) -> list[tuple[TrialRecord, Observation]]:
         """Return the trials that ran to their end or diverged, with their observations."""
@@ -154,9 +110,9 @@ class Trials(tuple[TrialRecord, ...]):
             if trial.stopped != "pruned" or trial.x is None:
                 continue
             best = self.best_of(trial.setting)
-            if best is None or best.observation is None or best.curve is None:
+            if best is None or best.observation is None:
                 continue
-            score = impute(trial.x, trial.curve or [], best.observation, best.curve)
+            score = impute(trial.x, trial.curve, best.observation, best.curve)
             if score is not None:
                 imputed.append(score)
         return imputed
@@ -181,9 +137,9 @@ class Trials(tuple[TrialRecord, ...]):
         """Return the curve of the best finished run of a rank and seed, else of the seed, else of
         another seed, else [].
         """
-        paired = Trials(t for t in self if t.seed == setting.seed)
-        best = self.best_of(setting) or paired._best() or self._best()
-        return [] if best is None else best.curve or []
+        of_seed = Trials(t for t in self if t.seed == setting.seed)
+        best = self.best_of(setting) or of_seed._best() or self._best()
+        return [] if best is None else best.curve
 
     def _best(self) -> TrialRecord | None:
         ended = [pair for pair in self.scored() if pair[0].state == TrialState.COMPLETE]
@@ -205,9 +161,9 @@ class Trials(tuple[TrialRecord, ...]):
         for trial in self:
             if not trial.state.is_finished():
                 total += steps
-            elif trial.curve is not None:
+            elif trial.curve:
                 total += len(trial.curve)
-            elif trial.x is not None:
+            elif trial.x is not None and trial.state == TrialState.FAIL:
                 total += min(steps, max(trial.reports, default=0) + interval(steps))
         return total
 
@@ -218,15 +174,12 @@ class Trials(tuple[TrialRecord, ...]):
         lost = self.diverged()
         groups: dict[str, list[bool]] = {}
         for trial, _ in self.scored():
-            rank = (
-                "of full finetuning" if trial.rank is None else f"of rank {trial.rank}"
-            )
-            for name in ("runs", f"runs {rank}"):
+            for name in ("runs", f"runs of {rank_words(trial.rank)}"):
                 groups.setdefault(name, []).append(trial.number in lost)
         return [
             f"{len(runs)} {name}"
             for name, runs in groups.items()
-            if len(runs) >= _HOPELESS and all(runs)
+            if len(runs) >= HOPELESS and all(runs)
         ]
 
     def diverged(self) -> set[int]:
@@ -238,4 +191,8 @@ class Trials(tuple[TrialRecord, ...]):
 
 def interval(steps: int) -> int:
     """Return the number of steps between two reports of a run."""
-    return max(1, steps // _REPORTS)
+    return max(1, steps // REPORTS)
+
+
+def rank_words(rank: int | None) -> str:
+    return "full finetuning" if rank is None else f"rank {rank}"

@@ -14,14 +14,25 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import rankaware_optim as ra
-from rankaware_optim.calibration._schedule import Schedule
+from rankaware_optim.calibration._schedule import Options, caution, next_setting
 from rankaware_optim.calibration._search import PairedPruner
 from rankaware_optim.calibration._trials import TrialRecord, Trials
 from rankaware_optim.fitting import Observation, Prior, fit_observations
+from rankaware_optim.laws import get_law
 
-from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
+from ..helpers.calibrations import BEST, STEPS, AdamW, Net, bowl, calibrate, made_up
 
 # --- budget ---------------------------------------------------------------------------------------------------------
+
+
+def planned(steps, ranks=(4, 64), seeds=(0, 1), **options):
+    """The options of a calibration."""
+    return Options(AdamW, get_law("mua"), ranks, seeds, steps, **options)
+
+
+def records(trials):
+    """Optuna's trials as a calibration reads them."""
+    return Trials(map(TrialRecord.read, trials))
 
 
 @pytest.mark.filterwarnings("ignore:A budget of:rankaware_optim.RankAwareWarning")
@@ -29,16 +40,9 @@ from ..helpers.calibrations import BEST, STEPS, Net, bowl, calibrate, made_up
 @pytest.mark.parametrize("noise", [0.01, 0.3])
 def test_the_budget_is_never_exceeded(budget, noise):
     """Steps of all trials, pruned ones at what they ran, stay within the budget, and no whole run is left unspent."""
-    storage = optuna.storages.InMemoryStorage()
-    recipe = calibrate(made_up(noise=noise), budget=budget, storage=storage)
+    recipe = calibrate(made_up(noise=noise), budget=budget)
     taken = int(recipe.tensors["steps"].sum())
     assert budget - STEPS < taken <= budget
-    assert (
-        optuna.load_study(study_name="calibration", storage=storage).user_attrs[
-            "spent"
-        ]["steps"]
-        == taken
-    )
 
 
 def test_failed_runs_are_paid_too():
@@ -51,7 +55,7 @@ def test_failed_runs_are_paid_too():
     with pytest.raises(ra.CalibrationError, match="ended after 15"):
         calibrate(broken, budget=6 * STEPS, storage=storage)
     calibrate(made_up(), budget=6 * STEPS, storage=storage)
-    trials = Trials.read(storage.get_all_trials(0))
+    trials = records(storage.get_all_trials(0))
     assert trials[0].state.name == "FAIL"
     assert 15 <= Trials(trials[:1]).spent(STEPS) <= STEPS
     assert 5 * STEPS < trials.spent(STEPS) <= 6 * STEPS
@@ -103,10 +107,9 @@ def test_a_rank_that_trains_at_no_rate_ends_the_search(how_much):
 )
 def test_a_budget_for_too_few_runs_is_cautioned(budget, options, runs):
     """A budget that leaves the search fewer than three runs and two for each further rank is warned of."""
-    given = {"ranks": (4, 64), "seeds": (0, 1), "steps": STEPS, **options}
-    caution = Schedule(**given, budget=budget).caution()
-    assert runs in caution
-    assert bool(caution) == bool(runs)
+    words = caution(planned(STEPS, budget=budget, **options))
+    assert runs in words
+    assert bool(words) == bool(runs)
 
 
 def unused(trial):
@@ -126,15 +129,6 @@ def test_too_small_a_budget_is_warned_of_before_the_first_run():
     assert len(seen) == 1
 
 
-def test_spent_is_written_into_the_file(tmp_path):
-    """The recipe's TOML says how many trials and steps were spent, and how many were pruned."""
-    recipe = calibrate(made_up(), trials=12)
-    text = recipe.save(tmp_path / "r.toml").read_text()
-    assert f"steps = {int(recipe.tensors['steps'].sum())}" in text
-    assert f"pruned = {int(recipe.tensors['pruned'].sum())}" in text
-    assert ra.Recipe.load(tmp_path / "r.toml").tensors["pruned"].dtype == bool
-
-
 @given(
     trials=st.none() | st.integers(1, 30),
     budget=st.none() | st.integers(1, 30),
@@ -144,18 +138,18 @@ def test_spent_is_written_into_the_file(tmp_path):
 def test_a_schedule_keeps_to_its_counts(trials, budget, full, lengths):
     """Whatever runs are cut short at, no schedule spends more than its budget or runs more trials than it says."""
     assume(budget is None or budget > full)
-    schedule = Schedule(
-        (4, 64), (0, 1), 10, trials, budget and 10 * budget, full_trials=full
+    options = planned(
+        10, trials=trials, budget=budget and 10 * budget, full_trials=full
     )
     done = []
     while (
         len(done) < len(lengths)
-        and (setting := schedule.next(Trials(done))) is not None
+        and (setting := next_setting(options, Trials(done))) is not None
     ):
         done.append(finished(setting, len(done), lengths[len(done)]))
     settings = [trial.setting for trial in done]
     assert Trials(done).spent(10) <= (math.inf if budget is None else 10 * budget)
-    assert sum(setting.rank is not None for setting in settings) <= schedule.total
+    assert sum(setting.rank is not None for setting in settings) <= options.most
     assert sum(setting.rank is None for setting in settings) <= full
     if len(done) < len(lengths):
         assert sum(setting.rank is None for setting in settings) == full
@@ -194,14 +188,11 @@ def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
-def run(
-    x, curve, *, number=0, rank=4, seed=0, state="RUNNING", estimate=None, noise=0.0
-):
+def run(x, curve, *, number=0, rank=4, seed=0, state="RUNNING", noise=0.0):
     """A trial at log2 rate x whose reports were `curve`, ten steps apart."""
     space = {"log2_lr": optuna.distributions.FloatDistribution(-20, 0)}
     seen = Observation(rank, seed, x, curve[-1], start=2.0, tail=curve[-1], noise=noise)
     attrs = {"rank": rank, "seed": seed, "observation": asdict(seen)}
-    attrs |= {} if estimate is None else {"estimate": estimate}
     return optuna.trial.create_trial(
         state=optuna.trial.TrialState[state],
         value=curve[-1] if state == "COMPLETE" else None,
@@ -212,11 +203,16 @@ def run(
     )
 
 
-def pruner_of(study, steps=100, warmup=0.0):
-    """The pruner of a calibration with these trials."""
-    options = SimpleNamespace(schedule=SimpleNamespace(steps=steps), warmup=warmup)
-    trials = Trials.read(study.trials)
-    return PairedPruner(SimpleNamespace(options=options, trials=lambda: trials))
+def pruner_of(study, steps=100, warmup=0.0, estimate=None):
+    """The pruner of a calibration with these trials, and its fit's best rate."""
+    trials = records(study.trials)
+    fit = estimate and SimpleNamespace(best=lambda rank: estimate)
+    calibration = SimpleNamespace(
+        options=SimpleNamespace(steps=steps, warmup=warmup),
+        trials=lambda: trials,
+        fit=lambda: fit,
+    )
+    return PairedPruner(calibration)
 
 
 BEST_CURVE = [1.6, 1.3, 1.1, 1.0, 0.95, 0.9, 0.88, 0.86, 0.85, 0.85]
@@ -246,7 +242,8 @@ def test_what_the_paired_pruner_stops(why, of, expected):
     study = optuna.create_study()
     study.add_trial(run(-7.0, BEST_CURVE, state="COMPLETE"))
     study.add_trial(run(-12.0, [1.99] * 10, state="COMPLETE"))
-    assert pruner_of(study).prune(study, run(**of)) is expected
+    estimate = of.pop("estimate", None)
+    assert pruner_of(study, estimate=estimate).prune(study, run(**of)) is expected
 
 
 @pytest.mark.parametrize(
@@ -393,10 +390,9 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     starved = kept_trial(state.PRUNED, -6.0, falling[:6], stopped="memory")
     early = kept_trial(state.PRUNED, -6.0, falling[:2], stopped="pruned")
     unstarted = kept_trial(state.PRUNED, -6.0, [], stopped="pruned")
-    # and run again since
-    killed = kept_trial(state.FAIL, -5.0, falling[:6], stopped="pruned", killed=True)
-    (seen,) = Trials.read(
-        [best_trial, lost, elsewhere, starved, early, unstarted, killed]
+    failed = kept_trial(state.FAIL, -5.0, falling[:6], stopped="pruned")
+    (seen,) = records(
+        [best_trial, lost, elsewhere, starved, early, unstarted, failed]
     ).imputed()
     assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (
         4,
@@ -414,7 +410,7 @@ def test_the_recipe_is_the_fit_of_every_trial():
     recipe = calibrate(
         slow, ranks=(4, 64), steps=100, trials=16, lr_range=WIDE, storage=storage
     )
-    trials = Trials.read(storage.get_all_trials(0))
+    trials = records(storage.get_all_trials(0))
     assert trials.imputed()
     fit = fit_observations(trials.evidence(), Prior(pivot=16.0))
     assert recipe.covariance == pytest.approx(fit.covariance, rel=1e-12)

@@ -400,25 +400,18 @@ def logged(log, *, length=None, returned=None):
     return train
 
 
-LENGTHS = [
-    # the first is resumed once more, to learn whether it ends
-    (
-        None,
-        [STEPS + 1, STEPS, STEPS, STEPS],
-    ),
-    (STEPS + 5, [STEPS + 1, STEPS, STEPS, STEPS]),
-    (STEPS, [STEPS] * 4),
-]
+# an endless one is resumed once more, to learn whether it returns a score
+LENGTHS = [(None, STEPS + 1), (STEPS + 5, STEPS + 1), (STEPS, STEPS)]
 
 
 @pytest.mark.parametrize(("length", "taken"), LENGTHS)
 def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
-    """Endless or ending, a loop is asked for `steps` values and its `finally` runs before the next trial begins."""
+    """Endless or ending, a loop gives `steps` values and its `finally` runs before the next trial begins."""
     log = []
     recipe = calibrate(
         logged(log, length=length), trials=4, pruner=optuna.pruners.NopPruner()
     )
-    assert log == taken
+    assert log == [taken] * 4
     assert not np.isnan(recipe.tensors["curve"]).any()
 
 
@@ -571,8 +564,6 @@ BAD_LOOPS = [
     (returns("good"), "return value at step 20 is a str"),
     (returns(torch.ones(2)), "return value at step 20 is a Tensor"),
     (changing(STEPS, STEPS - 5), f"ended after {STEPS - 5} of {STEPS} steps"),
-    (changing(STEPS, STEPS + 5), "train continued after"),
-    (changing(STEPS, None), "train continued after"),
     (changing(None, STEPS - 1), f"ended after {STEPS - 1} of {STEPS} steps"),
     (scored_at_times, "returned a score"),
 ]
@@ -1061,27 +1052,6 @@ def test_hard_batches_are_no_divergence():
     rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"].astype(bool)
     assert not diverged[rates < 2.0**BEST].any()
     assert math.log2(recipe.fitted_lr) == pytest.approx(BEST, abs=0.5)
-
-
-class Seen(optuna.storages.InMemoryStorage):
-    """Keeps what another process would find after every write to the study."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def set_study_user_attr(self, study_id, key, value):
-        super().set_study_user_attr(study_id, key, value)
-        self.found.append(self.get_study_user_attrs(study_id).copy())
-
-
-def test_a_reference_is_stored_whole():
-    """Another process that reads between two writes, or after a kill there, finds reference and width, or none."""
-    storage = Seen()
-    calibrate(made_up(), trials=2, storage=storage)
-    settled = [found for found in storage.found if "reference" in found]
-    assert settled
-    assert all("full_fan_in" in found for found in settled)
 
 
 CHANGED = [

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +23,25 @@ from filelock import FileLock, Timeout
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _liveness
-from rankaware_optim.calibration._calibration import Calibration
 from rankaware_optim.calibration._liveness import Heartbeat
-from rankaware_optim.calibration._result import calibrated_recipe
-from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._storage import (
     begin_trial,
     close_storage,
     open_storage,
 )
-from rankaware_optim.calibration._trials import TrialRecord, Trials
-from rankaware_optim.laws import get_law
 
-from ..helpers.calibrations import BEST, STEPS, AdamW, Net, calibrate, made_up
+from ..helpers.calibrations import (
+    BEST,
+    STEPS,
+    AdamW,
+    Net,
+    calibrate,
+    counted,
+    made_up,
+    states,
+)
 from ..helpers.elsewhere import SILENT_S
 from ..helpers.interrupted import CtrlC
-from ..helpers.killed import STEPS as RUN
 from ..helpers.killed import TRIALS
 
 pytestmark = pytest.mark.skipif(
@@ -124,42 +126,27 @@ def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
     assert [trial.datetime_complete for trial in after[: len(kept)]] == [
         trial.datetime_complete for trial in kept
     ]
-    assert len(Trials.read(after).counted()) == TRIALS
-    assert not Trials.read(after).running()
-    assert_retried(after)
+    assert len(counted(after)) == TRIALS
+    assert "RUNNING" not in states(after)
 
 
 def studied(folder: Path) -> bool:
     return bool(optuna.get_all_study_names(open_storage(folder / "study.journal")))
 
 
-def assert_retried(trials) -> None:
-    """Every killed trial was run again, once, with its rank, seed and rate."""
-    for killed in (trial for trial in trials if "killed" in trial.user_attrs):
-        (again,) = [
-            trial
-            for trial in trials
-            if trial.user_attrs.get("retry_of") == killed.number
-        ]
-        assert TrialRecord.read(again).setting == TrialRecord.read(killed).setting
-        if killed.params and again.params:
-            assert again.params == killed.params
-
-
 def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
-    """Killed many times in one study, it still ends with the same recipe, and no step was spent twice but the lost."""
+    """Killed many times in one study, it still ends with the same recipe."""
     expected, seconds = straight
     chance = random.Random(0)
     for _ in range(8):
         forked.run(tmp_path, kill_after=chance.uniform(0.1, 0.5) * seconds)
     forked.run(tmp_path)
     assert (tmp_path / "recipe.toml").read_text() == expected
-    trials = trials_in(tmp_path)
-    assert_retried(trials)
-    assert Trials.read(trials).spent(RUN) <= RUN * len(trials)
 
 
-def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_path):
+def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
+    quick, tmp_path
+):
     """Cut after any write of a trial that is pruned, a journal gives, resumed, the recipe of one that was never cut."""
 
     def falling(trial):
@@ -178,8 +165,8 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_p
     recipe = calibrate(falling, storage=whole, **options)
     pruned = next(
         t.number
-        for t in Trials.read(stored(tmp_path, str(whole)))
-        if t.stopped == "pruned"
+        for t in stored(tmp_path, str(whole))
+        if t.user_attrs.get("stopped") == "pruned"
     )
     lines = whole.read_bytes().splitlines(keepends=True)
     of_it = [
@@ -203,7 +190,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(tmp_p
 @pytest.fixture
 def quick(monkeypatch):
     """Heartbeats that come often and are soon missed."""
-    monkeypatch.setattr(_liveness, "_BEAT_S", 0.1)
+    monkeypatch.setattr(_liveness, "BEAT_S", 0.1)
 
 
 @pytest.fixture
@@ -217,8 +204,8 @@ def worker():
     made = []
 
     def start(study) -> Heartbeat:
-        made.append(Heartbeat())
-        made[-1].watch(study)
+        made.append(Heartbeat(study))
+        made[-1].start()
         return made[-1]
 
     yield start
@@ -237,101 +224,57 @@ def failed_in_time(study) -> bool:
     return state_of(study) == "FAIL"
 
 
-@pytest.mark.parametrize(
-    "attributes", [{}, {"heartbeat": 3}, {"worker": "another"}], ids=str
-)
-def test_a_silent_trial_is_failed_to_be_repeated(attributes, quick, study, worker):
+@pytest.mark.parametrize("attributes", [{}, {"heartbeat": 3}], ids=str)
+def test_a_silent_trial_is_failed(attributes, quick, study, worker):
     """It is silent whether it was written by a worker that died, or by one that wrote no heartbeats at all."""
-    begin_trial(study, attributes, {})
+    begin_trial(study, attributes)
     worker(study)
     assert failed_in_time(study)
-    assert study.trials[0].user_attrs["killed"]
 
 
 def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
     """Each of two workers beats for its own trial, and looks at that of the other."""
-    pair = [worker(study), worker(study)]
-    for each in pair:
-        each.trial = begin_trial(study, {"worker": each.worker, "heartbeat": 0}, {})
-    time.sleep(2 * _liveness._BEAT_S * _liveness._MISSED)
-    assert [state_of(study, number) for number in (0, 1)] == ["RUNNING", "RUNNING"]
-    assert 1 in pair[0].heard
-    assert 0 in pair[1].heard
+    for each in [worker(study), worker(study)]:
+        each.trial = begin_trial(study, {"heartbeat": 0})
+    time.sleep(2 * _liveness.BEAT_S * _liveness.MISSED)
+    assert states(study.trials) == ["RUNNING", "RUNNING"]
 
 
 def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
     """After an hour in which nobody could beat, a worker still looks as often as always before it fails a trial."""
-    monkeypatch.setattr(_liveness, "_BEAT_S", 3600.0)
-    begin_trial(study, {}, {})
+    monkeypatch.setattr(_liveness, "BEAT_S", 3600.0)
+    begin_trial(study, {})
     looker = worker(study)
-    for _ in range(_liveness._MISSED - 1):
-        looker._look()
+    for _ in range(_liveness.MISSED - 1):
+        looker.look()
     assert state_of(study) == "RUNNING"
-    looker._look()
-    looker._look()
+    looker.look()
+    looker.look()
     assert state_of(study) == "FAIL"
 
 
-def test_what_this_process_left_is_failed_at_once(study, worker):
-    """A second Ctrl-C may keep an ended worker from failing its trial. The next call in the process knows it."""
-    left = worker(study)
-    begin_trial(study, {"worker": left.worker}, {})
-    worker(study)
-    assert state_of(study) == "RUNNING"
-    left.stop()
-    worker(study)
-    assert state_of(study) == "FAIL"
-
-
-def test_a_heartbeat_that_an_interrupt_kept_from_starting_stops():
-    """Ctrl-C may come between a heartbeat's making and its start."""
-    Heartbeat().stop()
-
-
-def test_what_the_dead_write_does_not_count():
-    """A storage may let a worker end the trial that another worker failed and repeated. Its point counts once."""
-    storage = optuna.storages.InMemoryStorage()
-    calibrate(made_up(), trials=4, storage=storage)
-    study = optuna.load_study(study_name="calibration", storage=storage)
-    records = Trials.read(study.trials)
-    marked = Trials(replace(record, killed=record.number == 1) for record in records)
-    assert len(marked.counted()) == 3
-    assert marked.to_repeat() == marked[1]
-
-
-def test_a_dead_trial_is_repeated_at_its_place(quick):
-    """It holds its place and its steps until it is failed, and is then run again at its rank, seed and rate."""
+def test_a_dead_trial_is_run_again(quick):
+    """It holds its place and its steps until it is failed. Then its rank and seed are run again."""
     storage = optuna.storages.InMemoryStorage()
     calibrate(made_up(), trials=2, storage=storage)
     study = optuna.load_study(study_name="calibration", storage=storage)
-    dead = begin_trial(
-        study, {"rank": 4, "seed": 1, "worker": "dead", "heartbeat": 5}, {}
-    )
+    dead = begin_trial(study, {"rank": 4, "seed": 1, "heartbeat": 5})
     dead.suggest_float("log2_lr", -7.0, -6.9)
-    calibrate(made_up(), trials=8, budget=6 * STEPS, storage=storage)
-    assert Trials.read(study.trials).spent(STEPS) <= 6 * STEPS
+    recipe = calibrate(made_up(), trials=8, budget=6 * STEPS, storage=storage)
     assert state_of(study, dead.number) == "FAIL"
-    assert_retried(study.trials)
-
-
-def test_a_worker_that_comes_too_late_has_the_recipe(tmp_path):
-    """Where others ran every trial after it had opened the study, it gives the same recipe."""
-    late = Calibration(Options(AdamW, get_law("mua"), Schedule((4, 16), (0, 1), STEPS)))
-    late.open(None, None, tmp_path / "s.journal")
-    recipe = calibrate(made_up(), trials=6, storage=tmp_path / "s.journal")
-    assert calibrated_recipe(late).fitted_lr == recipe.fitted_lr
-    late.close()
+    interval = STEPS // 10
+    assert int(recipe.tensors["steps"].sum()) <= 6 * STEPS - interval
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------------------------
 
 MOMENTS = [
     ("return", "create_new_study", 1),
-    ("return", "_check_stored", 1),
+    ("return", "_open", 1),
     ("call", "_apply_create_trial", 2),
     ("return", "create_new_trial", 1),
     ("return", "begin_trial", 3),
-    ("return", "begin", 2),
+    ("return", "_begin", 2),
     ("return", "acquire", 9),
     ("return", "append_logs", 12),
     ("call", "release", 9),
@@ -344,7 +287,7 @@ MOMENTS = [
 SQL = (
     "create_new_study",
     "create_new_trial",
-    "begin",
+    "_begin",
     "set_trial_state_values",
     "close_storage",
 )
@@ -393,7 +336,9 @@ def in_time(call, seconds=30):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_interrupted_at_any_moment_the_same_call_goes_on(times, interrupted, tmp_path):
+def test_interrupted_at_any_moment_the_same_call_goes_on(
+    times, interrupted, quick, tmp_path
+):
     """In the same process, the error kept, it ends as if uninterrupted; level, locks and files are as they were."""
     storage, moment = interrupted
     expected, level = small(None), logging.getLogger("optuna").level
@@ -540,15 +485,15 @@ def stored(folder: Path, storage: str = STORAGES[0]) -> list[optuna.trial.Frozen
     "fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"]
 )
 def test_a_silent_process_is_not_waited_for(fate, storage, others, tmp_path):
-    """A trial whose process gives no more signs of life is failed and run again, at its rank, seed and rate."""
+    """A trial whose process gives no more signs of life is failed, and another run takes its place."""
     dead, other = others(60, storage)
     dead.begin()
     dead.end(fate)
     assert other.result().startswith(f"{TRIALS} ")
     trials = stored(tmp_path, storage)
-    assert [trial.number for trial in trials if "killed" in trial.user_attrs] == [0]
-    assert_retried(trials)
-    assert not Trials.read(trials).running()
+    assert states(trials).count("FAIL") == 1
+    assert states(trials)[0] == "FAIL"
+    assert len(counted(trials)) == TRIALS
 
 
 def test_a_long_step_is_waited_for(others, tmp_path):
@@ -556,9 +501,9 @@ def test_a_long_step_is_waited_for(others, tmp_path):
     slow, other = others(3 * SILENT_S)
     slow.begin()
     result = other.result()
-    assert result.startswith(f"{TRIALS} ")
     assert result == slow.result()
-    assert not any("killed" in trial.user_attrs for trial in stored(tmp_path))
+    assert int(result.split()[0]) >= TRIALS
+    assert "FAIL" not in states(stored(tmp_path))
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -571,5 +516,4 @@ def test_a_run_that_was_taken_over_does_not_count(storage, others, tmp_path):
     suspended.send_signal(signal.SIGCONT)
     late = suspended.result()
     assert late.startswith(f"{result} Trial 0 had no heartbeat")
-    assert_retried(stored(tmp_path, storage))
-    assert len(Trials.read(stored(tmp_path, storage)).counted()) == TRIALS
+    assert states(stored(tmp_path, storage))[0] == "FAIL"

@@ -13,12 +13,12 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from rankaware_optim.calibration._search import (
-    BracketSampler,
     between,
     next_bracket,
+    next_rate,
     next_refinement,
 )
-from rankaware_optim.calibration._trials import PARAMETER, Trials
+from rankaware_optim.calibration._trials import PARAMETER, TrialRecord, Trials
 from rankaware_optim.fitting import Observation
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
@@ -46,18 +46,11 @@ def trial_of(
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
     """The rate that a trial at `rank` gets."""
+    seen = Trials(map(TrialRecord.read, trials))
     calibration = SimpleNamespace(
-        start=START,
-        fit=lambda: None,
-        trials=lambda: Trials.read(study.get_trials()),
+        start=START, fit=lambda: None, trials=lambda: seen, options=None
     )
-    study = optuna.create_study(sampler=BracketSampler(calibration))
-    for trial in trials:
-        study.add_trial(trial)
-    asked = study.ask()
-    asked.set_user_attr("rank", rank)
-    asked.set_user_attr("seed", 0)
-    return asked.suggest_float(PARAMETER, LOW, HIGH)
+    return next_rate(calibration, rank, (LOW, HIGH))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -18,13 +18,9 @@ from optuna.storages import InMemoryStorage
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import _storage
-from rankaware_optim.calibration._calibration import Calibration
-from rankaware_optim.calibration._result import calibrated_recipe
-from rankaware_optim.calibration._schedule import Options, Schedule
 from rankaware_optim.calibration._storage import close_storage, open_storage
-from rankaware_optim.laws import get_law
 
-from ..helpers.calibrations import STEPS, AdamW, calibrate, made_up
+from ..helpers.calibrations import calibrate, made_up
 
 TRIALS = 3
 
@@ -120,50 +116,42 @@ def test_what_names_nothing_is_refused(storage):
 # --- journals -------------------------------------------------------------------------------------------------------
 
 
-def test_an_empty_file_is_a_new_journal(tmp_path):
-    """As `mktemp` makes one."""
-    (tmp_path / "given").touch()
-    calibrate(made_up(), trials=2, storage=tmp_path / "given")
-    assert (
-        len(
-            calibrate(made_up(), trials=TRIALS, storage=tmp_path / "given").tensors[
-                "lr"
-            ]
-        )
-        == TRIALS
-    )
-
-
 ENDS = {
-    "cut in its last line": lambda data: data + b'{"op_code":4,"trial',
-    "cut at once": lambda data: data + b"{",
-    "grown before its data came": lambda data: data + b'{"op_code":4,' + bytes(5000),
-    "without its last newline": lambda data: data[:-1],
-    "with the line ends of Windows": lambda data: data.replace(b"\n", b"\r\n"),
+    "cut in its last line": b'{"op_code":4,"trial',
+    "cut at once": b"{",
+    "grown before its data came": b'{"op_code":4,' + bytes(5000),
 }
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_a_journal_goes_on_where_it_is_whole(end, journal):
-    """A last line that a full disk or a power failure cut is dropped; every line that is whole is kept."""
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_journal_goes_on_where_it_is_whole(when, end, journal):
+    """What a full disk, a power failure or a kill cut is dropped, whenever it is; whole lines are kept."""
     whole = journal.read_bytes()
-    journal.write_bytes(end(whole))
-    assert (
-        len(calibrate(made_up(), trials=TRIALS + 2, storage=journal).tensors["lr"])
-        == TRIALS + 2
-    )
-    kept = journal.read_bytes().replace(b"\r\n", b"\n")
+
+    def tear() -> None:
+        with journal.open("ab") as file:
+            file.write(end)
+
+    loop = made_up()
+    if when == "before":
+        tear()
+    else:
+        loop = functools.wraps(loop)(meanwhile(tear, at=1))
+    recipe = calibrate(loop, trials=TRIALS + 2, storage=journal)
+    assert len(recipe.tensors["lr"]) == TRIALS + 2
+    kept = journal.read_bytes()
     assert kept.startswith(whole)
     assert all(json.loads(line) for line in kept.splitlines())
 
 
-def test_a_journal_of_which_nothing_is_whole_begins_again(tmp_path):
-    """Cut in its first line, it holds nothing to lose."""
+@pytest.mark.parametrize("begun", [b"", b'{"op_code":0,"worker_id":"5f'])
+def test_a_journal_of_which_nothing_is_whole_begins_again(begun, tmp_path):
+    """Empty, as `mktemp` makes one, or cut in its first line, it holds nothing to lose."""
     path = tmp_path / "study.journal"
-    path.write_bytes(b'{"op_code":0,"worker_id":"5f')
-    assert (
-        len(calibrate(made_up(), trials=TRIALS, storage=path).tensors["lr"]) == TRIALS
-    )
+    path.write_bytes(begun)
+    recipe = calibrate(made_up(), trials=TRIALS, storage=path)
+    assert len(recipe.tensors["lr"]) == TRIALS
 
 
 def line(**changed):
@@ -186,48 +174,28 @@ def line(**changed):
 
 DAMAGED = {
     "no JSON": lambda data: data.replace(b'"op_code":4', b'"op_code":,', 1),
-    "two lines in one": lambda data: data.replace(b"}\n{", b"}{", 1),
     "not UTF-8": lambda data: data.replace(b'"rank"', b'"r\xffnk"', 1),
     "no object": lambda data: data.replace(b"\n", b"\n[]\n", 1),
-    "brackets without end": lambda data: data.replace(
-        b"\n", b"\n" + b"[" * 100_000 + b"\n", 1
-    ),
-    "another file's end": lambda data: data + b"and more",
-    "another file's last line": lambda data: data + b'{"op_code":4,and more\n',
     "an operation of none": line(op_code=99),
     "an operation that lacks what it needs": line(study_id=None),
     "a state of none": line(state=17),
-    "a time of none": line(datetime_start="yesterday"),
-    "a worker that is a number": line(user_attrs={"rank": 4, "seed": 0, "worker": 3}),
     "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
-    "a rank that was not to be tried": line(user_attrs={"rank": 5, "seed": 0}),
     "a rank beyond every model": line(user_attrs={"rank": 2**40, "seed": 0}),
-    "attributes of a wrong type": line(user_attrs=[]),
-    "a scaling below zero": lambda data: data.replace(b'"scaling":', b'"scaling":-', 1),
-    "a curve longer than its run": lambda data: data.replace(
-        b'"curve":[', b'"curve":[2.5,', 1
+    "a rate below zero": lambda data: data.replace(b'"own_lr":', b'"own_lr":-', 1),
+    "a reference without a width": lambda data: data.replace(
+        b'"full_fan_in"', b'"fan"', 1
     ),
-    "multipliers of a wrong type": lambda data: re.sub(
-        rb'"multipliers":\{[^}]*\}', b'"multipliers":1.5', data
-    ),
-    "a reference without a width": lambda data: re.sub(
-        rb'("fan_in":)[\d.]+', rb"\1null", data
-    ),
-    "a study of two objectives": lambda data: data.replace(
-        b'"directions":[1]', b'"directions":[1,1]', 1
-    ),
-    "a seed of 400 digits": line(user_attrs={"rank": 4, "seed": 10**400}),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_journal_is_refused(damage, journal):
-    """One error says that it is damaged, and it is left as it is."""
+    """One error says that it is damaged or not what was written, and every line of it stays."""
     journal.write_bytes(damage(journal.read_bytes()))
     before = journal.read_bytes()
-    with pytest.raises(CalibrationError, match="is damaged"):
+    with pytest.raises(CalibrationError, match=r"is damaged|what was written to it"):
         calibrate(made_up(), trials=TRIALS + 1, storage=journal)
-    assert journal.read_bytes() == before
+    assert journal.read_bytes().startswith(before)
 
 
 def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
@@ -235,10 +203,8 @@ def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
     link = tmp_path / "elsewhere" / "link"
     link.parent.mkdir()
     link.symlink_to(journal)
-    assert (
-        len(calibrate(made_up(), trials=TRIALS + 1, storage=link).tensors["lr"])
-        == TRIALS + 1
-    )
+    recipe = calibrate(made_up(), trials=TRIALS + 1, storage=link)
+    assert len(recipe.tensors["lr"]) == TRIALS + 1
     assert list(link.parent.iterdir()) == [link]
 
 
@@ -259,25 +225,15 @@ def meanwhile(change, at: int = 3):
     return loop
 
 
-def replaced(path: Path) -> None:
-    path.with_suffix(".copy").write_bytes(path.read_bytes())
-    path.with_suffix(".copy").replace(path)
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def overwritten(path: Path) -> None:
-    path.write_bytes(b"x\n" * path.stat().st_size)
-
-
-@pytest.mark.parametrize("change", [Path.unlink, replaced, cut, overwritten])
-def test_a_journal_that_changes_during_the_run_is_said(change, tmp_path):
-    """Deleted, replaced, cut or overwritten by another program, it is an error with its name, its cause and a cure."""
+def test_a_journal_that_is_overwritten_during_the_run_is_said(tmp_path):
+    """What another program writes into it is an error with its name, its cause and a cure."""
     path = tmp_path / "study.journal"
+
+    def overwrite() -> None:
+        path.write_bytes(b"x\n" * path.stat().st_size)
+
     with pytest.raises(CalibrationError, match=r"storage .*study\.journal ") as raised:
-        calibrate(meanwhile(lambda: change(path)), trials=6, storage=path)
+        calibrate(meanwhile(overwrite), trials=6, storage=path)
     assert raised.value.cure
 
 
@@ -287,9 +243,7 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
     url = f"sqlite:///{path}"
     calibrate(meanwhile(lambda: None), trials=1, storage=url)
     copy = path.read_bytes()
-    with pytest.raises(
-        CalibrationError, match=r"does not hold what was written to it \(KeyError"
-    ):
+    with pytest.raises(CalibrationError, match="does not hold what was written to it"):
         calibrate(
             meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url
         )
@@ -297,10 +251,10 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
     """A process that was stopped while it held the journal's lock is not waited for without end."""
-    monkeypatch.setattr(_storage, "_LOCK_S", 0.3)
+    monkeypatch.setattr(_storage, "LOCK_S", 0.3)
     with (
         FileLock(f"{journal}.rankaware.lock"),
-        pytest.raises(CalibrationError, match="was locked by another process"),
+        pytest.raises(CalibrationError, match="locked by a process that was stopped"),
     ):
         calibrate(made_up(), trials=TRIALS + 1, storage=journal)
 
@@ -345,17 +299,14 @@ def test_a_worker_may_start_between_two_reads_of_another(
         value = original(self, *arguments, **options)
         reads.append(read)
         if len(reads) == nth:
+            monkeypatch.undo()
             made.append(calibrate(made_up(), trials=6, storage=storage))
         return value
 
     monkeypatch.setattr(type(storage), read, between)
-    options = Options(AdamW, get_law("mua"), Schedule((4, 16), (0, 1), STEPS))
-    starting = Calibration(options)
-    starting.open(None, None, storage)
+    recipe = calibrate(made_up(), trials=6, storage=storage)
     monkeypatch.undo()
-    assert [calibrated_recipe(starting).fitted_lr for _ in made] == [
-        recipe.fitted_lr for recipe in made
-    ]
+    assert [other.fitted_lr for other in made] == [recipe.fitted_lr] * len(made)
     close_storage(storage)
 
 

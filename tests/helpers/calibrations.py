@@ -81,5 +81,15 @@ def made_up(
     return train
 
 
+def counted(trials):
+    """Optuna's trials that completed, diverged or were pruned."""
+    return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def states(trials):
+    """The names of the states of Optuna's trials."""
+    return [trial.state.name for trial in trials]
+
+
 def calibrate(train, *, ranks=(4, 16), steps=STEPS, optimizer=AdamW, **options):
     return ra.calibrate(train, optimizer, ranks=ranks, steps=steps, **options)

@@ -19,11 +19,11 @@ from rankaware_optim.calibration import _liveness
 from .killed import STEPS, TRIALS, Pair
 
 BEAT_S = 0.3
-SILENT_S = BEAT_S * _liveness._MISSED
+SILENT_S = BEAT_S * _liveness.MISSED
 
 
 def main(storage: str, seconds: float) -> None:
-    _liveness._BEAT_S = BEAT_S
+    _liveness.BEAT_S = BEAT_S
     waited = []
 
     def train(trial):

@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _liveness._BEAT_S = 0.05  # the killed are soon missed
+    _liveness.BEAT_S = 0.05  # the killed are soon missed
     import optuna  # noqa: F401
 
     for line in sys.stdin:
