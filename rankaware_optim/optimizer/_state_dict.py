@@ -271,7 +271,8 @@ def _merged(group: Group, theirs: Group) -> Group:
     tags = {key: group[key] for key in TAGS if key in group}
     pinned, saved = group["pinned_lr"], theirs.get("pinned_lr")
     # OneCycleLR starts at a fraction of the rate
-    base = float(theirs.get("max_lr", base_of(theirs)))
+    peak = theirs.get("max_lr")
+    base = float(base_of(theirs) if peak is None else peak)
     if pinned is None:
         unread = group.get("lora_init") in ("other", "unknown")
         if unread and theirs.get("lora_init") in ("A", "B"):

@@ -213,14 +213,6 @@ def test_force_overwrites(order, folder):
     assert (folder / "page.html").stat().st_size
 
 
-def test_plot_writes_a_figure(folder):
-    """plot draws the recipe and prints where."""
-    pytest.importorskip("matplotlib")
-    done = call("plot", "digits.toml", "-o", "figures/out.png")
-    assert (done.exit_code, done.output) == (0, "figures/out.png\n")
-    assert (folder / "figures" / "out.png").read_bytes().startswith(b"\x89PNG")
-
-
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 AT_8, LR_OF = "r=8,alpha=8", "lr digits.toml --rank 8"

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -92,6 +93,25 @@ SCHEDULES = {
 
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr, "max_lr": None})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["all"] = {"steps": self.state["all"].get("steps", 0) + 1}
+        for param in (p for group in self.param_groups for p in group["params"]):
+            state, grad = self.state[param], param.grad.reshape(len(param), -1)
+            state["left"] = state.get("left", 0) + grad @ grad.T
+            state["rows"] = grad.square().mean(1, keepdim=True)
+            move = state["left"] @ grad / (state["rows"].sum() + 1)
+            param -= 1e-3 * move.reshape(param.shape)
+
+
 RUNS = [
     *((AdamW, {}, schedule) for schedule in SCHEDULES),
     (AdamW, {"fused": True}, "lambda"),
@@ -103,9 +123,11 @@ RUNS = [
     (torch.optim.NAdam, {}, "cosine"),
     (torch.optim.ASGD, {}, "lambda"),
     (torch.optim.Rprop, {}, "lambda"),
+    (Preconditioned, {}, "cosine"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize(("kind", "options", "schedule"), RUNS)
 def test_a_resume_in_the_middle_of_a_schedule_is_bit_identical(kind, options, schedule):
     """Training interrupted, saved and resumed ends at the same bits as training that went on."""
@@ -143,40 +165,6 @@ def test_a_trained_model_of_undeclared_init_can_resume():
     train(model, opt)
     train(again, fresh)
     assert same(snapshot(model), snapshot(again))
-
-
-class Preconditioned(torch.optim.Optimizer):
-    """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
-
-    def __init__(self, params, lr=1e-3):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.state["all"] = {"steps": self.state["all"].get("steps", 0) + 1}
-        for param in (p for group in self.param_groups for p in group["params"]):
-            if param.grad is None:
-                continue
-            state, grad = self.state[param], param.grad.reshape(len(param), -1)
-            state["left"] = state.get("left", 0) + grad @ grad.T
-            state["rows"] = grad.square().mean(1, keepdim=True)
-            move = state["left"] @ grad / (state["rows"].sum() + 1)
-            param -= 1e-3 * move.reshape(param.shape)
-
-
-@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
-def test_state_of_other_shapes_is_the_optimizers_own_affair():
-    """State of other shapes than the parameters', and of no parameter, resumes bit for bit."""
-    models = [mlp((4, 8)) for _ in range(2)]
-    first, second = (ours(model, Preconditioned) for model in models)
-    for steps in (3, 2):
-        train(models[0], first, steps=steps)
-        models[1].load_state_dict(models[0].state_dict())
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert second.state["all"] == {"steps": 5}
-    for model, opt in zip(models, (first, second), strict=True):
-        train(model, opt, steps=2)
-    assert same(*map(snapshot, models))
 
 
 # --- where a checkpoint may come from -------------------------------------------------------------------------------
@@ -730,58 +718,54 @@ def test_what_is_saved_inside_a_step_holds_base_rates(take, rate, monkeypatch):
         assert {float(group["lr"]) for group in groups} == {float(rate)}
 
 
-def saved_rates(opt):
-    groups = (*opt.state_dict()["param_groups"], *opt.__getstate__()["param_groups"])
-    return {group["lr"] for group in groups}
+def by_signals(save):
+    """Calls `save` again and again from a signal's handler."""
+
+    def handle(*_):
+        save()
+        # A timer that repeats would interrupt a slow machine's handler until the stack is full.
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4)
+    yield
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
-def step_for_a_second(opt):
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        opt.step()
+def by_a_thread(save):
+    """Calls `save` all the time from another thread."""
+    done = threading.Event()
+
+    def run():
+        while not done.is_set():
+            save()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
 
 
 @pytest.mark.skipif(
     not hasattr(signal, "setitimer"), reason="timers that signal are POSIX"
 )
-def test_what_a_signal_handler_saves_holds_base_rates():
-    """Whenever a signal comes, a state that its handler takes holds base rates."""
+@pytest.mark.parametrize("saving", [by_signals, by_a_thread])
+def test_whoever_saves_while_it_steps_sees_base_rates(saving):
+    """Whenever a signal's handler or another thread saves, the state holds base rates."""
     model, found = mlp((4, 64)), []
     opt = ours(model)
     train(model, opt, steps=1)
 
-    def save(*_):
-        found.append(saved_rates(opt))
-        # A timer that repeats would interrupt a slow machine's handler until the stack is full.
-        signal.setitimer(signal.ITIMER_REAL, 1e-3)
-
-    before = signal.signal(signal.SIGALRM, save)
-    signal.setitimer(signal.ITIMER_REAL, 1e-4)
-    try:
-        step_for_a_second(opt)
-    finally:
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert len(found) > 10
-    assert set.union(*found) == {LR}
-
-
-def test_what_another_thread_saves_holds_base_rates():
-    """A thread that saves all the time never sees a multiplied rate."""
-    model = mlp((4, 64))
-    opt = ours(model)
-    train(model, opt, steps=1)
-    found, done = [], threading.Event()
-
     def save():
-        while not done.is_set():
-            found.append(saved_rates(opt))
+        states = (opt.state_dict(), opt.__getstate__())
+        found.append({g["lr"] for state in states for g in state["param_groups"]})
 
-    thread = threading.Thread(target=save)
-    thread.start()
-    step_for_a_second(opt)
-    done.set()
-    thread.join()
+    with contextmanager(saving)(save):
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            opt.step()
     assert len(found) > 10
     assert set.union(*found) == {LR}

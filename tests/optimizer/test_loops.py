@@ -170,17 +170,6 @@ def test_parameters_move_at_the_laws_rate_in_every_loop(loop, form):
         beside(step)
 
 
-def test_rates_of_their_own_are_scheduled_too():
-    """A rate by pattern is a ratio to the base rate, and moves with it."""
-    model = Model()
-    opt = by_class(model, rates={"head*": LR / 8})
-    for group in opt.param_groups:
-        group["lr"] = LR / 2
-    rates = moved(model, opt)
-    assert rates["head.weight"] == pytest.approx(LR / 16)
-    assert rates["large.lora_A"] == pytest.approx(LR / 8)
-
-
 def test_a_list_of_the_users_groups():
     """Groups keep the user's order, and `expand` turns a list for them into one for the groups here."""
     model = Model()

@@ -502,18 +502,6 @@ def test_a_plan_notes_what_is_uncertain_of_it(model, kind, options, words):
         assert said in note
 
 
-ONE_RATE = [SGD, called("Muon"), called("LARS"), torch.optim.Adafactor]
-
-
-@pytest.mark.parametrize("kind", ONE_RATE)
-@pytest.mark.parametrize("law", ["falling", "mua"])
-def test_rank_moves_no_rate_of_these_families(law, kind):
-    """Their rates stay where alpha follows the rank."""
-    at = replace(AT_16, fan_in=16)
-    options = {"tuned_at": at, "optimizer_class": kind, "law": law}
-    assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
-
-
 BATCHES = [
     (AdamW, 16, 64, 2.0),
     (AdamW, 16, 16, 1.0),

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from rankaware_optim.cli import main
 from rankaware_optim.errors import PlotError
 from rankaware_optim.reports import plot_recipe, recipe_figure
 from rankaware_optim.reports._picture import MARKS
@@ -51,6 +53,14 @@ def test_a_figure_is_written(suffix, tmp_path):
     """It lies where it was asked for."""
     path = plot_recipe(RECIPE, tmp_path / "figures" / f"out.{suffix}")
     assert path.stat().st_size > 10_000
+
+
+def test_the_command_draws_a_figure(tmp_path):
+    """plot draws the recipe and prints where."""
+    recipe, out = RECIPE.save(tmp_path / "r.toml"), tmp_path / "figures" / "out.png"
+    done = CliRunner().invoke(main, ["plot", str(recipe), "-o", str(out)])
+    assert (done.exit_code, done.output) == (0, f"{out}\n")
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["out.unheard-of", "file/out.png", "out"])

@@ -112,17 +112,6 @@ def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
         assert recipe.law.exponent == pytest.approx(drift, abs=0.06)
 
 
-def test_the_band_covers_the_truth():
-    """In at least 24 of 30 noisy sweeps the 90 % band holds the true best rate at the ranks swept."""
-    held = 0
-    for draw in range(10):
-        recipe = fitted(drawn(noise=0.01, draw=draw))
-        for rank in (4, 16, 64):
-            rate = recipe.at(rank)
-            held += rate.low < 2.0 ** best_of(PRIOR, rank) < rate.high
-    assert held >= 24
-
-
 def test_full_rows_settle_full_finetuning():
     """Rows without a rank are full finetuning; its rate is then no extrapolation."""
     law = Power(full_factor=0.7)
