@@ -14,7 +14,7 @@ from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.inspection import canonical_name
 from rankaware_optim.optimizer import effective_lr
 
-from ...helpers.models import batches, mlp
+from ...helpers.models import batches, mlp, trained
 from ...helpers.optimizers import multiplier
 from .worker import WORLD
 
@@ -42,10 +42,8 @@ def by_class(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
 
 def by_instance(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
     native, settings = KINDS[kind]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return RankAwareOptimizer(
-        native(trained, lr=LR, **settings), model=model, tuned_at=AT_16, **own
-    )
+    built = native(trained(model), lr=LR, **settings)
+    return RankAwareOptimizer(built, model=model, tuned_at=AT_16, **own)
 
 
 def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:

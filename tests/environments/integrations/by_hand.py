@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from rankaware_optim import RankAwareOptimizer, Reference
 
 from ...helpers import optimizers
-from ...helpers.models import batches, mlp
+from ...helpers.models import batches, mlp, trained
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -48,15 +48,13 @@ class Case:
 
     def own(self, model: nn.Module) -> list[dict[str, Any]]:
         """The user's own groups."""
-        trained = [p for p in model.parameters() if p.requires_grad]
         if self.groups != "muon":
-            return [{"params": trained}]
-        head = list(model.get_submodule("head").parameters())
-        matrices = [p for p in trained if all(p is not q for q in head)]
-        return [
-            {"params": matrices, "use_muon": True},
-            {"params": head, "use_muon": False},
-        ]
+            return [{"params": trained(model)}]
+        head = {id(p) for p in model.get_submodule("head").parameters()}
+        parted: dict[bool, list[Any]] = {True: [], False: []}
+        for param in trained(model):
+            parted[id(param) not in head].append(param)
+        return [{"params": params, "use_muon": is_} for is_, params in parted.items()]
 
 
 def by_class(case: Case, model: nn.Module, **options: Any) -> Any:

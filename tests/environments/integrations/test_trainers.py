@@ -20,7 +20,7 @@ from rankaware_optim.integrations import attach, group_rates
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
 from ...helpers.llama import llama_config
-from ...helpers.models import mlp, same
+from ...helpers.models import mlp, same, trained
 from ...helpers.optimizers import multiplier
 from ...helpers.recipes import RECIPE
 from .trainers import (
@@ -242,17 +242,17 @@ RATES = [
 
 
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
-@pytest.mark.parametrize(("argument", "route", "given", "trained"), RATES)
-def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, trained):
+@pytest.mark.parametrize(("argument", "route", "given", "rate"), RATES)
+def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, rate):
     """A default of the arguments counts with tuned_at= alone; what is given goes before what the trainer had; and the
     arguments, which are saved with the run, hold the rate that trains.
     """
     trainer = plain(llama(), tmp_path, route=route, learning_rate=argument)
     attach(trainer, **given)
     defaults = trainer.create_optimizer().defaults
-    if trained is None:
-        trained = RankAwareOptimizer(llama(), AdamW, **OF_RECIPE).defaults["lr"]
-    assert defaults["lr"] == trainer.args.learning_rate == trained
+    if rate is None:
+        rate = RankAwareOptimizer(llama(), AdamW, **OF_RECIPE).defaults["lr"]
+    assert defaults["lr"] == trainer.args.learning_rate == rate
     assert route is None or defaults["eps"] == 1e-4
 
 
@@ -508,7 +508,7 @@ def test_every_groups_rate_is_logged(tmp_path):
 def test_rates_that_share_a_name_are_numbered():
     """Groups that share a name are numbered, others are not; any optimizer can be asked."""
     model = mlp((4,), head=False)
-    factors = [{"params": [p]} for p in model.parameters() if p.requires_grad]
+    factors = [{"params": [param]} for param in trained(model)]
     own = {"lr": LR, "rates": {"*lora_A": 1.0}}
     found = group_rates(RankAwareOptimizer(factors, AdamW, model=model, **own))
     assert (found["lr/A/r4"], found["lr/B/r4"]) == (1.0, LR)

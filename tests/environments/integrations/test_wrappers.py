@@ -8,7 +8,7 @@ import torch
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.optimizer import effective_lr
 
-from ...helpers.models import batches, mlp, same, snapshot
+from ...helpers.models import batches, mlp, same, snapshot, trained
 from .by_hand import groups_by_hand
 
 LR = 1e-2
@@ -24,7 +24,7 @@ def by_hand(model, kind):
     return kind(groups_by_hand(model, LR, kind), lr=LR)
 
 
-def trained(around, make, kind):
+def trained_by(around, make, kind):
     """The parameters after some steps of what `around` makes of `make(model, kind)`, by closures, as SAM needs."""
     model = mlp((4, 8), seed=3)
     start = snapshot(model)
@@ -65,7 +65,7 @@ def test_optimizers_around_it(name):
     def around(model, make, kind):
         return outer(make(model, kind), **AROUND[name])
 
-    assert same(trained(around, ours, kind), trained(around, by_hand, kind))
+    assert same(trained_by(around, ours, kind), trained_by(around, by_hand, kind))
 
 
 @pytest.mark.parametrize("name", ["SAM", "LookSAM", "FriendlySAM"])
@@ -80,10 +80,10 @@ def test_sam_around_it(name):
         def inner(groups, **own):
             return RankAwareOptimizer(groups, kind, model=model, tuned_at=AT_16, **own)
 
-        return outer([p for p in model.parameters() if p.requires_grad], inner, lr=LR)
+        return outer(trained(model), inner, lr=LR)
 
     kind = torch.optim.AdamW
-    assert same(trained(around, ours, kind), trained(around, by_hand, kind))
+    assert same(trained_by(around, ours, kind), trained_by(around, by_hand, kind))
 
 
 @pytest.mark.parametrize("name", ["linear", "greedy", "reduce_lr_on_plateau"])
