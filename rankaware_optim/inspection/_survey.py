@@ -181,10 +181,15 @@ def _lora_survey(
     )
 
 
+def factor_tensors(walked: Walk) -> set[torch.Tensor]:
+    """Return both factors of every pair."""
+    pairs = pairs_of(walked.modules)
+    return {half.tensor for pair in pairs for half in (pair.a, pair.b)}
+
+
 def refuse_frozen(walked: Walk) -> None:
     """Raise if a model has LoRA factors and none of them trains."""
-    pairs = pairs_of(walked.modules)
-    tensors = {half.tensor for pair in pairs for half in (pair.a, pair.b)}
+    tensors = factor_tensors(walked)
     if tensors and not any(tensor.requires_grad for tensor in tensors):
         raise InspectionError(
             f"{len(tensors)} LoRA factors found, all frozen.",

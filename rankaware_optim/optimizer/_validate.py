@@ -24,7 +24,7 @@ from .._optimizers import (
 from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
-from ..inspection import ReferenceLike, Walk, as_reference, pairs_of, walk
+from ..inspection import ReferenceLike, Walk, as_reference, factor_tensors, walk
 from ..laws import DEFAULT_LAW, Law
 from ..recipe import (
     SAME_UPDATES,
@@ -399,11 +399,10 @@ def check_parameters(
         opt._rankaware_unchecked = False
         return
     walked = walk(model)
-    lost = {name: p for name, p in walked.parameters if _is_graded(p)}
-    opt._rankaware_unchecked &= not lost
-    for holder in (opt, *others):
-        held = set(params_in(holder.param_groups))
-        lost = {name: p for name, p in lost.items() if p not in held}
+    graded = [(name, p) for name, p in walked.parameters if _is_graded(p)]
+    opt._rankaware_unchecked &= not graded
+    held = set(params_in(chain(groups, *(other.param_groups for other in others))))
+    lost = {name: p for name, p in graded if p not in held}
     if lost:
         _refuse_lost(groups, walked, lost)
 
@@ -415,8 +414,8 @@ def _refuse_lost(
     for name, param in named_params(groups):
         if name in lost and param.grad is None:
             raise _lost(name, "whose tensor of that name has none")
-    halves = set(chain(*((p.a.tensor, p.b.tensor) for p in pairs_of(walked.modules))))
-    adapters = [name for name, p in lost.items() if p in halves]
+    factors = factor_tensors(walked)
+    adapters = [name for name, p in lost.items() if p in factors]
     params = params_in(groups)
     # FSDP1 flattens them
     gone = set(params).isdisjoint(dict(walked.parameters).values())

@@ -72,7 +72,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the arguments of the recipe in a TOML file, or of the one in an adapter's folder, with
     its trials if they lie beside it.
     """
-    target = _toml_path(_toml_in(Path(path)))
+    target = Path(path)
+    if os.path.isdir(target):
+        beside, inside = target / _BESIDE, target / _BESIDE.name
+        is_subfolder = inside.is_file() and not beside.is_file()
+        target = inside if is_subfolder else beside
+    target = _toml_path(target)
     try:
         file = _decoded(read_bytes(target, _MOST_TEXT))
         values = values_in(file)
@@ -194,14 +199,6 @@ full finetuning, with its 90 % band (the package is rankaware-optim):
 
 {{}}
 {_END}"""
-
-
-def _toml_in(folder: Path) -> Path:
-    """Return the file in a folder that `save_beside` wrote; a file itself."""
-    if not os.path.isdir(folder):
-        return folder
-    beside, inside = folder / _BESIDE, folder / _BESIDE.name
-    return inside if inside.is_file() and not beside.is_file() else beside
 
 
 def save_beside(recipe: Recipe, adapter: str | os.PathLike[str]) -> Path:

@@ -73,10 +73,13 @@ def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
             yield _law_alone(recipe, target)
     else:
         width = recipe.reference.fan_in
-        rank = float(target.rank or recipe.law.pivot)
-        beyond = _octaves_beyond(recipe.ranks, rank)
+        rank, ranks, beyond = float(target.rank or recipe.law.pivot), recipe.ranks, 1.0
+        if ranks:
+            beyond = max(
+                0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks))
+            )
         if beyond:
-            tried = ", ".join(map(str, recipe.ranks))
+            tried = ", ".join(map(str, ranks))
             yield (
                 RANK_SD * beyond,
                 f"rank {rank:g} is outside the ranks tried ({tried})",
@@ -104,13 +107,6 @@ def _law_alone(recipe: Recipe, target: Reference) -> tuple[float, str]:
         f" alone. Over the tasks of a study it was off by a factor of {2.0 ** FULL_SD[init]:.2g}"
         " (one standard deviation)"
     )
-
-
-def _octaves_beyond(ranks: tuple[int, ...], rank: float) -> float:
-    """Return how far a rank lies outside those tried, octaves; 1 if none was."""
-    if not ranks:
-        return 1.0
-    return max(0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks)))
 
 
 # --- another number of steps or another batch -----------------------------------------------------
