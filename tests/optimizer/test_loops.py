@@ -288,25 +288,16 @@ def test_what_the_optimizer_writes_itself_is_kept():
     assert_at(model, moved(model, opt), LR / 2)
 
 
-def test_a_tensor_rate_keeps_its_identity():
-    """One tensor rate shared by all groups is the same tensor with the same value after a step."""
-    model = Model()
-    rate = torch.tensor(LR, dtype=torch.float64)
-    opt = by_class(model, lr=rate)
-    held = [group["lr"] for group in opt.param_groups]
-    assert_at(model, moved(model, opt), LR)
-    assert all(
-        group["lr"] is one for group, one in zip(opt.param_groups, held, strict=True)
-    )
-    assert {float(one) for one in held} == {LR}
-
-
 @pytest.mark.parametrize("scaling", ["in place", "ReduceLROnPlateau"])
 @each_form
-def test_a_tensor_rate_is_scaled_once(form, scaling):
-    """A loop over groups that scales their tensor rates scales each once, though one group of the user was split."""
+def test_a_tensor_rate_stays_and_is_scaled_once(form, scaling):
+    """A tensor is the same one after a step, and a loop scales each once, though one group of the user was split."""
     model = Model()
     opt = form(model, lr=torch.tensor(LR, dtype=torch.float64))
+    held = [group["lr"] for group in opt.param_groups]
+    assert_at(model, moved(model, opt), LR)
+    assert [id(group["lr"]) for group in opt.param_groups] == list(map(id, held))
+    assert {float(one) for one in held} == {LR}
     if scaling == "in place":
         for group in opt.param_groups:
             group["lr"] *= 0.5
@@ -578,17 +569,6 @@ def test_hooks_set_before_wrapping_stay():
 
 
 # --- groups of ours, given again ------------------------------------------------------------------------------------
-
-
-def test_groups_of_ours_are_not_multiplied_twice():
-    """Groups made by `rank_aware_param_groups`, and those of a rank-aware optimizer, are wrapped at their base rate."""
-    model = Model()
-    for groups in (
-        rank_aware_param_groups(model, lr=LR, **LAW),
-        by_class(model).param_groups,
-    ):
-        opt = RankAwareOptimizer(groups, torch.optim.SGD, model=model, lr=LR, **LAW)
-        assert_at(model, moved(model, opt), LR)
 
 
 def of_groups(model, groups, kind=torch.optim.SGD, **options):

@@ -166,10 +166,14 @@ def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
     group = {"params": model.parameters(), **SCHEDULED}
     native = rank_aware_param_groups([group], **options)
     wrapped = RankAwareOptimizer(native, AdamW, **options).param_groups
+    again = RankAwareOptimizer(wrapped, AdamW, **options).param_groups
     for key, rate in SCHEDULED.items():
         moved = [rate * group["rank_multiplier"] for group in native]
         assert [group[key] for group in native] == pytest.approx(moved)
-        assert [group[key] for group in wrapped] == pytest.approx([rate] * len(native))
+        for groups in (wrapped, again):
+            assert [group[key] for group in groups] == pytest.approx(
+                [rate] * len(native)
+            )
 
 
 # --- the user's exceptions ------------------------------------------------------------------------------------------

@@ -90,11 +90,21 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
         assert "#0072b2" not in page.partition("</style>")[2]
 
 
-def test_a_recipe_without_trials_has_a_page_without_drawings():
-    """The rates are there without the picture of trials."""
-    text = report_html(replace(RECIPE, tensors={}))
-    assert "Score against rate" not in text
+LACKS = [
+    ({"tensors": {}}, ["Score against rate"]),
+    (
+        {"scaling_rule": "unknown"},
+        ["alpha follows the rank as it did", "an alpha that follows the rank"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), LACKS)
+def test_the_page_claims_nothing_that_the_recipe_lacks(changes, words):
+    """Without trials or a rule for alpha by rank the rates are there, and those words are not."""
+    text = report_html(replace(RECIPE, **changes))
     assert "Rates by rank" in text
+    assert not any(each in text for each in words)
 
 
 def test_whatever_a_recipe_says_is_escaped():
@@ -219,10 +229,3 @@ def test_one_rate_everywhere(recipe, rank, tmp_path):
     for row in str(report).splitlines()[4:6]:
         *_, lr, _why = row.split()
         assert lr == on_page
-
-
-def test_the_page_claims_no_rule_for_alpha_that_it_lacks():
-    """A recipe without a rule for alpha by rank has a page that says so."""
-    text = report_html(replace(RECIPE, scaling_rule="unknown"))
-    assert "alpha follows the rank as it did" not in text
-    assert "an alpha that follows the rank" not in text
