@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -32,7 +31,6 @@ from ..helpers.real_adapters import CASES, IN, OUT, read
 from ..helpers.replicas import (
     REPLICAS,
     deepspeed_linear,
-    direct,
     drawn,
     images,
     megatron,
@@ -131,24 +129,19 @@ def test_a_layer_that_answers_with_more_than_a_tensor_needs_run():
 # --- what the check must not let pass -------------------------------------------------------------------------------
 
 
-def changed(name, value):
-    """The PEFT-like layer with one attribute that lies."""
-
-    def make(rank, alpha):
-        layer = adapted("plain", rank=rank, scaling=alpha / rank)
-        layer.held = layer.multiplier
-        setattr(layer, name, value(rank, alpha))
-        return layer
-
-    return make
-
-
 def swapped_fans(owner, a, b):
     return Reading(a[0], b[1], b[0], a[1])
 
 
 def honest(rank, alpha):
     return adapted(rank=rank, scaling=alpha / rank)
+
+
+def lying(rank, alpha):
+    """A layer that says alpha where it multiplies by alpha / rank."""
+    layer = honest(rank, alpha)
+    layer.held, layer.scaling = layer.multiplier, alpha
+    return layer
 
 
 TURNED = Convention("turned", "lora_A", "lora_B", layouts=(swapped_fans,))
@@ -166,7 +159,7 @@ LIES = {
     ),
     "another row": (honest, KOHYA, "'found'.*read as lora_A/lora_B, not as kohya"),
     "a scaling that is alpha": (
-        changed("scaling", direct),
+        lying,
         None,
         "'ones-probe'.*scaling 3 × rank 2",
     ),
@@ -185,15 +178,16 @@ def test_the_check_names_what_fails(lie):
 def test_the_oracle_of_these_tests_tells_a_wrong_scaling():
     """Behind a nonlinearity there is no ones-probe; two trainings then tell a scaling that is not alpha's."""
 
-    def make(rank, alpha, lie=False):
-        model = nn.Sequential(adapted(rank=rank, scaling=alpha / rank), nn.Tanh())
-        if lie:
-            model[0].held = model[0].multiplier
-            model[0].scaling = alpha**2
-        return model
+    def squared(rank, alpha):
+        layer = honest(rank, alpha)
+        layer.held, layer.scaling = layer.multiplier, alpha**2
+        return nn.Sequential(layer, nn.Tanh())
 
-    assert check_convention(make, x).probe is None
-    assert oracle(make, x) < 1e-12 < 1e-6 < oracle(partial(make, lie=True), x)
+    def behind(rank, alpha):
+        return nn.Sequential(honest(rank, alpha), nn.Tanh())
+
+    assert check_convention(behind, x).probe is None
+    assert oracle(behind, x) < 1e-12 < 1e-6 < oracle(squared, x)
 
 
 # --- third-party rows -----------------------------------------------------------------------------------------------

@@ -38,7 +38,6 @@ from rankaware_optim.laws import (
     checked_multiplier,
     get_law,
     innermost,
-    kappa,
     law_from_dict,
     law_sentence,
     law_title,
@@ -121,14 +120,6 @@ def move(law: Law, to: Point | FullPoint, origin: Point | FullPoint) -> float:
 
 
 # --- the equations --------------------------------------------------------------------------------------------------
-
-
-@given(m=st.floats(1e-3, 1e9), b=st.floats(1e-2, 1e6))
-def test_kappa_lies_between_its_limits(m, b):
-    """κ is the root of m + (2/π)·m²/b: √m for many tokens, proportional to m for few, and m itself for None."""
-    assert kappa(m, b) ** 2 == pytest.approx(m + 2 / math.pi * m * m / b)
-    assert kappa(m, b) >= math.sqrt(m)
-    assert kappa(m, None) == m
 
 
 @given(law=laws, a=points, b=points, c=points)
@@ -292,14 +283,6 @@ def test_a_far_move_has_a_caution(far):
     assert not caution_of(far)
     beyond = far * (1.01 if far > 1 else 0.99)
     assert f"by {beyond:.3g}, beyond 0.0001 to 10000" in caution_of(beyond)
-
-
-@pytest.mark.parametrize(
-    "law", [MuA(), Constant(), Power(law=Falling()), Falling()], ids=str
-)
-def test_the_innermost_law_is_no_correction(law):
-    """Inside corrections, however many, is the law that they correct."""
-    assert innermost(law) == (Constant() if law == Constant() else MuA())
 
 
 DISTANCES = [
