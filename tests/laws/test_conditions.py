@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankaware_optim import Factor, MuA, Reference
+from rankaware_optim import MuA
+
+from .sites import sites
 
 # How far a layer's output moves at the rates τ_A, τ_B of a pair, or at the rate τ_A of a whole weight: the left-hand
 # sides of the conditions as the docstrings of laws/_mua.py state them, for T = 1, with κ(m) at b tokens.
@@ -100,28 +102,8 @@ def root(law: MuA, init: str, rank: int, scaling: float, fan_in: float) -> float
     return 2.0**low
 
 
-sites = st.tuples(
-    st.sampled_from(["A", "B", "full"]),
-    st.integers(1, 4096),
-    st.floats(2.0**-10, 2.0**6),
-    st.integers(1, 2**16),
-)
 ratios = st.floats(0.1, 32.0) | st.sampled_from([1e-6, 1e6])
 b_of_laws = st.none() | st.floats(0.25, 1e5)
-
-
-def factor(site, role="A") -> Factor:
-    init, rank, scaling, fan_in = site
-    if init == "full":
-        return Factor("w", "full", None, fan_in, fan_in)
-    return Factor("w", role, rank, fan_in, fan_in, scaling, init)
-
-
-def reference(site) -> Reference:
-    init, rank, scaling, fan_in = site
-    if init == "full":
-        return Reference(method="full", fan_in=fan_in)
-    return Reference(rank, scaling * rank, init=init, fan_in=fan_in)
 
 
 @pytest.mark.parametrize("family", CONDITIONS)
@@ -132,9 +114,9 @@ def test_multipliers_are_ratios_of_roots(family, to, origin, b, ratio, shape):
     base = root(law, *origin)
     tau = root(law, *to)
     assert law.sigma(*to) == pytest.approx(tau, rel=1e-9)
-    assert law.multiplier(factor(to), reference(origin)) == pytest.approx(
+    assert law.multiplier(to.factor(), origin.reference()) == pytest.approx(
         tau / base, rel=1e-9
     )
-    if to[0] != "full":
-        of_b = law.multiplier(factor(to, "B"), reference(origin))
+    if to.init != "full":
+        of_b = law.multiplier(to.factor("B"), origin.reference())
         assert of_b == pytest.approx(ratio * tau / base, rel=1e-9)

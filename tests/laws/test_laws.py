@@ -47,6 +47,7 @@ from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA
 from ..helpers.optimizers import called, muon
+from .sites import Site, lora_sites, ranks, sites, widths
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 LAW_TABLE = {
@@ -71,50 +72,11 @@ LAW_TABLE = {
     "falling-knee": Falling(knee=0.5, power=0.5, law=MuA(tokens=4.0)),
 }
 laws = st.sampled_from(list(LAW_TABLE.values()))
-ranks = st.integers(1, 4096)
-scalings = st.floats(2.0**-10, 2.0**6)
-widths = st.integers(1, 2**16)
 tokens = st.none() | st.floats(0.25, 1e5)
 inits = st.sampled_from("AB")
 
 
-@dataclass(frozen=True)
-class Point:
-    """A configuration, seen as a factor and as a resolved reference."""
-
-    rank: int
-    scaling: float
-    fan_in: int
-    init: str = "A"
-
-    def factor(self, role: str = "A") -> Factor:
-        return Factor("w", role, self.rank, self.fan_in, 64, self.scaling, self.init)
-
-    def reference(self) -> Reference:
-        return replace(
-            Reference.from_scaling(self.rank, self.scaling, init=self.init),
-            fan_in=self.fan_in,
-        )
-
-
-@dataclass(frozen=True)
-class FullPoint:
-    """Full finetuning at a width."""
-
-    fan_in: int
-
-    def factor(self, role: str = "full") -> Factor:
-        return Factor("w", "full", None, self.fan_in, 64)
-
-    def reference(self) -> Reference:
-        return Reference(method="full", fan_in=self.fan_in)
-
-
-lora_points = st.builds(Point, ranks, scalings, widths, inits)
-points = lora_points | st.builds(FullPoint, widths)
-
-
-def move(law: Law, to: Point | FullPoint, origin: Point | FullPoint) -> float:
+def move(law: Law, to: Site, origin: Site) -> float:
     """The multiplier of `to`'s base rate for a rate tuned at `origin`."""
     return law.multiplier(to.factor(), origin.reference())
 
@@ -122,13 +84,13 @@ def move(law: Law, to: Point | FullPoint, origin: Point | FullPoint) -> float:
 # --- the equations --------------------------------------------------------------------------------------------------
 
 
-@given(law=laws, a=points, b=points, c=points)
+@given(law=laws, a=sites, b=sites, c=sites)
 def test_multipliers_compose(law, a, b, c):
     """A rate moved from a to b and then to c is the rate moved from a to c, through full finetuning too."""
     assert move(law, b, a) * move(law, c, b) == pytest.approx(move(law, c, a), rel=1e-9)
 
 
-@given(law=laws, to=lora_points, origin=points)
+@given(law=laws, to=lora_sites, origin=sites)
 def test_b_follows_a_at_a_fixed_ratio(law, to, origin):
     """The rate of B is that of A times the law's ratio, 1 where it has none."""
     ratio = getattr(law, "ratio", 1.0)
@@ -140,7 +102,7 @@ def test_b_follows_a_at_a_fixed_ratio(law, to, origin):
 @given(to=ranks, origin=ranks, drift=st.floats(-1, 1))
 def test_power_adds_its_exponent(to, origin, drift):
     """Among LoRA ranks `Power` is the inner law times the ratio of ranks to the exponent."""
-    at, there = Point(to, 1.0, 512), Point(origin, 1.0, 512)
+    at, there = Site(rank=to, fan_in=512), Site(rank=origin, fan_in=512)
     expected = move(MuA(), at, there) * (to / origin) ** drift
     assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(
         expected, rel=1e-9
@@ -153,7 +115,7 @@ def test_power_adds_its_exponent(to, origin, drift):
 @pytest.mark.parametrize(("to_full", "stands_for"), [(False, 16), (True, 4096)])
 def test_power_at_full_finetuning(to_full, stands_for):
     """For full finetuning the rank stands for the pivot, or the fan-in where the drift continues."""
-    full, lora = FullPoint(4096), Point(4, 1.0, 4096)
+    full, lora = Site("full", fan_in=4096), Site(fan_in=4096)
     law = Power(-0.45, full_factor=0.5, to_full=to_full)
     expected = move(MuA(), full, lora) * 0.5 * (stands_for / 4) ** -0.45
     assert move(law, full, lora) == pytest.approx(expected)
@@ -162,18 +124,18 @@ def test_power_at_full_finetuning(to_full, stands_for):
 def test_an_unresolved_reference_is_refused():
     """A law that needs the width says so where the reference was not resolved."""
     with pytest.raises(LawError, match=r"not resolved.*reference.resolve"):
-        MuA().multiplier(Point(4, 1.0, 64).factor(), Reference(rank=4, alpha=4))
+        MuA().multiplier(Site().factor(), Reference(rank=4, alpha=4))
 
 
-def fall(point: Point | FullPoint, knee: float, power: float) -> float:
+def fall(point: Site, knee: float, power: float) -> float:
     """By how much full finetuning's rate is below a point's, beyond the inner law."""
-    if isinstance(point, FullPoint) or point.init == "A":
+    if point.init != "B":
         return 1.0
     lowest = min(point.rank, point.fan_in)
     return ((knee + point.fan_in) / (knee + lowest)) ** power
 
 
-@given(to=points, origin=points, knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0))
+@given(to=sites, origin=sites, knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0))
 def test_falling_is_the_inner_law_times_its_fall(to, origin, knee, power):
     """At Init[B] rates go as (r₀ + min(r, n))^-p and meet full finetuning's at r = n, from any origin."""
     moved = fall(to, knee, power) / fall(origin, knee, power)
@@ -211,6 +173,7 @@ def test_binding_takes_the_optimizers_form(optimizer, settings, form, falls):
     assert bound.family == optimizer_family(optimizer, settings)
     assert bound.bind(AdamW, {}) == law
     assert Power(0.1, law=law).bind(optimizer, settings) == Power(0.1, law=bound)
+    assert innermost(Power(law=Falling(law=bound))) == bound
     fallen = Falling(law=bound) if falls else bound
     assert Falling(law=law).bind(optimizer, settings) == fallen
     other = Falling(law=LoRAPlus()).bind(optimizer, settings)
@@ -470,11 +433,11 @@ def test_falling_takes_no_rank_of_full_finetuning():
     """A reference of full finetuning that still carries a rank and an init is full finetuning's."""
     plain = Reference(method="full", fan_in=64)
     left = replace(plain, rank=4, alpha=4, init="B")
-    target = Point(16, 1.0, 64, "B").factor()
+    target = Site("B", rank=16).factor()
     assert Falling().multiplier(target, left) == Falling().multiplier(target, plain)
 
 
-AT = Point(4, 1.0, 8)
+AT = Site(fan_in=8)
 ASKED = {
     # what is asked of a law, and the question
     "multiplier": (checked_multiplier, (AT.factor(), AT.reference())),
@@ -530,7 +493,7 @@ def test_a_correction_leaves_the_batch_to_its_law():
 @example(alpha=16, rank=20, width=512, init="A", b=8.0)
 def test_the_own_configuration_is_exactly_one(alpha, rank, width, init, b):
     """Through a reference made from a scaling, rounding noise does not move the multiplier off 1."""
-    point = Point(rank, alpha / math.sqrt(rank), width, init)
+    point = Site(init, rank, alpha / math.sqrt(rank), width)
     assert checked_multiplier(MuA(tokens=b), point.factor(), point.reference()) == 1.0
 
 
@@ -585,8 +548,7 @@ def installed(tmp_path, monkeypatch):
 def test_a_plugged_in_law_is_found(installed):
     """A law of another distribution is found by its entry point, stored and read back."""
     law = get_law("half")
-    at = Point(4, 1.0, 8)
-    assert law.multiplier(at.factor(), at.reference()) == 0.5
+    assert law.multiplier(AT.factor(), AT.reference()) == 0.5
     other = replace(law, share=0.25)
     assert law_from_dict(law_to_dict(other)) == other
 

@@ -1,0 +1,37 @@
+"""Configurations, each seen as a factor and as a resolved reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from hypothesis import strategies as st
+
+from rankaware_optim import Factor, Reference
+
+
+class Site(NamedTuple):
+    """A configuration. Full finetuning is the init "full", whose rank and scaling say nothing."""
+
+    init: str = "A"
+    rank: int = 4
+    scaling: float = 1.0
+    fan_in: int = 64
+
+    def factor(self, role: str = "A") -> Factor:
+        width = self.fan_in
+        if self.init == "full":
+            return Factor("w", "full", None, width, width)
+        return Factor("w", role, self.rank, width, width, self.scaling, self.init)
+
+    def reference(self) -> Reference:
+        if self.init == "full":
+            return Reference(method="full", fan_in=self.fan_in)
+        at = Reference.from_scaling(self.rank, self.scaling, init=self.init)
+        return replace(at, fan_in=self.fan_in)
+
+
+ranks, widths = st.integers(1, 4096), st.integers(1, 2**16)
+scalings = st.floats(2.0**-10, 2.0**6)
+lora_sites = st.builds(Site, st.sampled_from("AB"), ranks, scalings, widths)
+sites = lora_sites | widths.map(lambda width: Site("full", fan_in=width))
