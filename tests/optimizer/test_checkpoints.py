@@ -608,6 +608,16 @@ def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, sour
     assert {group["lr"] for group in opt.param_groups} == {LR}
 
 
+@pytest.mark.filterwarnings("ignore:.*expand")
+def test_a_pinned_rate_is_scheduled_from_a_cycles_peak():
+    """Where a plain run's OneCycleLR starts at a 25th of its peak, a pinned rate starts at a 25th of itself."""
+    model = mlp((4, 8))
+    native = plain(model)
+    lr_scheduler.OneCycleLR(native, LR, total_steps=9)
+    opt = loaded(ours(model, rates={"*lora_B*": 5e-4}), native.state_dict())
+    assert rates_of(opt)["layer0.lora_B"] == pytest.approx(5e-4 / 25)
+
+
 def test_a_pinned_rate_stays_scheduled():
     """A pinned rate that was halved by hand with the others is half of it after a resume, to the bit."""
     options = {"rates": {"*lora_B*": 5e-4}}

@@ -107,7 +107,8 @@ REFERENCES = [
 @pytest.mark.parametrize("scalings", [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0)])
 def test_multipliers_are_the_laws(scalings, reference):
     """A factor's multiplier is the law's at the model's width; by default from the model's dominant configuration."""
-    model = mlp(ranks := (4, 8, 4), scalings=scalings)
+    ranks = (4, 8, 4)
+    model = mlp(ranks, scalings=scalings)
     found = multipliers(model, tuned_at=reference)
     at = reference or Reference(rank=4, alpha=4)
     for i, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
@@ -171,9 +172,8 @@ def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
         moved = [rate * group["rank_multiplier"] for group in native]
         assert [group[key] for group in native] == pytest.approx(moved)
         for groups in (wrapped, again):
-            assert [group[key] for group in groups] == pytest.approx(
-                [rate] * len(native)
-            )
+            given = [group[key] for group in groups]
+            assert given == pytest.approx([rate] * len(native))
 
 
 # --- the user's exceptions ------------------------------------------------------------------------------------------
@@ -457,10 +457,8 @@ def test_every_planning_option_can_be_given(takes):
 
 
 IN_SMALL_RUNS = "in small runs its best rate followed µA's form with alpha but"
-NO_FORM, NO_LAW = (
-    "no form of µA is known to hold",
-    "No law moves this LoRA rate to full",
-)
+NO_FORM = "no form of µA is known to hold"
+NO_LAW = "No law moves this LoRA rate to full"
 LORA, WHOLE = mlp((4,)), inspect_model(nn.Linear(4, 4), method="full")
 AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [

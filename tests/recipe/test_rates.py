@@ -75,10 +75,9 @@ def test_inside_the_ranks_seen_nothing_is_extrapolated(rank):
 
 def test_the_reference_gets_the_base_rate():
     """At its own reference the recipe quotes its own rate and ceiling, exactly."""
-    made = RECIPE
-    assert made.at() == made.at(rank=16) == made.at(rank=16, alpha=32)
-    assert (made.at().lr, made.at().ceiling) == (made.lr, made.ceiling)
-    assert made.lr == made.fitted_lr * 2**-0.25
+    assert RECIPE.at() == RECIPE.at(rank=16) == RECIPE.at(rank=16, alpha=32)
+    assert (RECIPE.at().lr, RECIPE.at().ceiling) == (RECIPE.lr, RECIPE.ceiling)
+    assert RECIPE.lr == RECIPE.fitted_lr * 2**-0.25
 
 
 @pytest.mark.parametrize(
@@ -192,8 +191,7 @@ TARGETS = [
 @pytest.mark.parametrize(("target", "note"), TARGETS)
 def test_whatever_else_was_not_seen_is_flagged_too(target, note):
     """Another width, init or method than the recipe's own is flagged, noted, and no surer than its own."""
-    made = RECIPE
-    rate, own = made.at(**target), made.at()
+    rate, own = RECIPE.at(**target), RECIPE.at()
     assert rate.extrapolated
     assert any(note in line for line in rate.notes)
     assert rate.high / rate.low > own.high / own.low
