@@ -82,10 +82,10 @@ def held_back() -> Iterator[None]:
     It works in the main thread, for a signal that has a Python handler.
     """
     before: dict[int, Any] = {}
-    held: list[tuple[int, FrameType | None]] = []
+    held: list[int] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
-        held.append((number, frame))
+        held.append(number)
         if len(held) > 1:
             before[number](number, frame)
 
@@ -99,5 +99,4 @@ def held_back() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if held and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            first, frame = held[0]
-            before[first](first, frame)
+            before[held[0]](held[0], None)

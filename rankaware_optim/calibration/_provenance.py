@@ -111,17 +111,10 @@ def built_with(
     list, and the value of the factors' groups is stored too. For a LoRA trial the rates of
     parameters that are not factors are stored.
     """
-    defaults = {
-        **defaults_of(RankAwareOptimizer.__new__),
-        **defaults_of(native),
-        **settings,
-    }
+    ours = defaults_of(RankAwareOptimizer.__new__)
+    given = {**ours, **defaults_of(native), **settings}
+    built = {name: plain_value(given[name]) for name in given.keys() - _LEFT_OUT}
     names = opt.defaults.keys() - _LEFT_OUT
-    built = {
-        name: plain_value(value)
-        for name, value in defaults.items()
-        if name not in _LEFT_OUT
-    }
     built |= settings_of(opt.param_groups, names)
     of_factors = [group for group in opt.param_groups if group["lora_role"] != "other"]
     factors = settings_of(of_factors or opt.param_groups, names)
@@ -209,13 +202,12 @@ def check_comparable(
         )
 
 
-def warn_of_code(
-    name: str, stored: Mapping[str, Any], now: Mapping[str, Any], how: str
-) -> None:
+def warn_of_code(name: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn if the trials were made by another loop or version. stored, now: see `made_with`."""
     changed = differences(stored, {key: now[key] for key in _MAY_DIFFER})
     if changed:
         warn(
-            f"The stored study {name!r} {how} {changed}. Its trials can be compared with new ones"
-            " only if the training has not changed. Otherwise give this calibration another name."
+            f"The stored study {name!r} was made with {changed}. Its trials can be compared with"
+            " new ones only if the training has not changed. Otherwise give this calibration"
+            " another name."
         )

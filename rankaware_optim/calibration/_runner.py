@@ -126,7 +126,7 @@ class Runner:
         # from `open` on, in the leading process
         self._study: Any = None
         self._heartbeat: Any = None
-        self._trial: optuna.Trial | None = None  # that this worker runs
+        self._trial: Any = None  # Optuna's, that this worker runs
         self._ended: dict[int, TrialRecord] = {}
 
     # --- the study --------------------------------------------------------------------------------
@@ -164,12 +164,12 @@ class Runner:
         trials = self._read()
         name = self.options.name
         stored = self._study.user_attrs.get("made_with", {"schema": None})
-        self._made_with = made_with(self.options, self._source)
+        made = made_with(self.options, self._source)
         if trials:
-            check_comparable(name, stored, self._made_with)
-        if trials.counted():
-            warn_of_code(name, stored, self._made_with, "was made with")
-        self._study.set_user_attr("made_with", self._made_with)
+            check_comparable(name, stored, made)
+        if trials.counted() or trials.running():
+            warn_of_code(name, stored, made)
+        self._study.set_user_attr("made_with", made)
         self._recall()
         self.before = len(trials.counted())
         self._heartbeat = Heartbeat(self._study)
@@ -177,13 +177,8 @@ class Runner:
         return {trial.number: trial.heartbeat for trial in trials.running()}
 
     def _recall(self) -> None:
-        """Read what the first trial of this or another worker settled. Warn if another worker runs
-        different code.
-        """
+        """Read what the first trial of this or another worker settled."""
         stored = self._study.user_attrs
-        made = stored.get("made_with", {})
-        name = self.options.name
-        warn_of_code(name, made, self._made_with, "is shared with a worker of")
         self.calibration.settings = stored.get("settings", {})
         if self.calibration.settled is None and "settled" in stored:
             self.calibration.settle(msgspec.convert(stored["settled"], Settled))
@@ -308,20 +303,17 @@ class Runner:
         attributes = {**setting._asdict(), "heartbeat": 0}
         self._trial = begin_trial(self._study, attributes)
         self._heartbeat.trial = self._trial
-        return self._trial.number
-
-    @property
-    def _running(self) -> optuna.Trial:
-        assert self._trial is not None
-        return self._trial
+        return int(self._trial.number)
 
     def _may_choose(self) -> bool:
         """Return whether trials begun before this one have their rates, so that no point is tried
         twice. The first trial of a study has none before its model is built.
         """
-        self._recall()
         running = self._read().running()
-        return all(t.x is not None or t.number >= self._running.number for t in running)
+        earlier = [t for t in running if t.number < self._trial.number]
+        # after the trials, since what a trial settles is stored before its rate
+        self._recall()
+        return all(t.x is not None for t in earlier)
 
     def _prepare(self, setting: Setting) -> list[float]:
         """Choose the trial's rate, if a model was built before. Return the limits above which it
@@ -335,10 +327,10 @@ class Runner:
 
     def _take_rate(self) -> float:
         """Return log2 of the trial's rate, sampled once."""
-        x = self._running.params.get(PARAMETER)
+        x = self._trial.params.get(PARAMETER)
         if x is None:
             within = search_range(self.calibration)
-            x = self._running.suggest_float(PARAMETER, *within)
+            x = self._trial.suggest_float(PARAMETER, *within)
         return float(x)
 
     def is_pruned(self, trial: Trial) -> bool:
@@ -349,9 +341,9 @@ class Runner:
         if taken % every and taken != steps:
             return False
         value = recent(trial._curve, max(TAIL, every))
-        self._agree(lambda: self._running.report(value, taken))
+        self._agree(lambda: self._trial.report(value, taken))
         # not in the guard: the errors of a user's pruner are no storage's
-        return taken < steps and self.team.agree(lambda: self._running.should_prune())
+        return taken < steps and self.team.agree(lambda: self._trial.should_prune())
 
     def _show(self, trial: Trial, share: float) -> None:
         """Show that a share of the trial was run."""
@@ -361,7 +353,7 @@ class Runner:
 
     def _end(self, trial: Trial) -> None:
         """Record the outcome of a run."""
-        store = self._running.set_user_attr
+        store = self._trial.set_user_attr
         curve = trial._curve
         store("curve", curve)
         if trial._stopped in ("pruned", "memory"):
@@ -419,13 +411,8 @@ class Runner:
             )
         survey = inspect_model(model, method=trial.method, init=settings.get("init"))
         at = survey.dominant().resolve(survey)
-        if at.rank != trial.rank:
-            raise CalibrationError(
-                f"The model built for trial.rank={trial.rank} has rank {at.rank}.",
-                "Build it at trial.rank.",
-            )
         trial.lr, law, reference = self._agree(
-            lambda: self._propose(survey, at, settings)
+            lambda: self._propose(trial.rank, survey, at, settings)
         )
         native = self.options.optimizer
         optimizer = RankAwareOptimizer(
@@ -437,19 +424,21 @@ class Runner:
             method=trial.method,
             **settings,
         )
-        self._agree(
-            lambda: self._record(
-                trial.rank, built_with(optimizer, native, settings, at)
-            )
-        )
+        built = built_with(optimizer, native, settings, at)
+        self._agree(lambda: self._record(trial.rank, built))
         return optimizer
 
     def _propose(
-        self, survey: Survey, at: Reference, settings: dict[str, Any]
+        self, rank: int | None, survey: Survey, at: Reference, settings: dict[str, Any]
     ) -> tuple[float, Power, Reference]:
         """Return the trial's base rate, the law centred on its priors, and the reference that both
         belong to. `at` is the model's configuration.
         """
+        if at.rank != rank:
+            raise CalibrationError(
+                f"The model built for trial.rank={rank} has rank {at.rank}.",
+                "Build it at trial.rank.",
+            )
         calibration = self.calibration
         if calibration.settled is None:
             self._settle(survey, at)
@@ -465,7 +454,7 @@ class Runner:
         width = width_for(survey, at.method, reference.init)
         factor = replace(at, fan_in=width).as_factor()
         own_lr = lr * checked_multiplier(law, factor, reference)
-        self._running.set_user_attr("own_lr", own_lr)
+        self._trial.set_user_attr("own_lr", own_lr)
         return lr, law, reference
 
     def _settle(self, survey: Survey, at: Reference) -> None:
@@ -484,9 +473,9 @@ class Runner:
         reference = self.calibration.known().reference
         before = shape_of(reference) if reference.rank == rank else {}
         for trial in self._read().at(rank):
-            if trial.built and trial.number < self._running.number:
+            if trial.built and trial.number < self._trial.number:
                 before = trial.built
                 break
         check_comparable(self.options.name, before, built)
-        self._running.set_user_attr("built", built)
+        self._trial.set_user_attr("built", built)
         self._study.set_user_attr("settings", self.calibration.settings)

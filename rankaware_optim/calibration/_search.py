@@ -101,25 +101,24 @@ def _proposed(
     number: int | None,
 ) -> float:
     trials = calibration.trials()
-    running = Trials(t for t in trials.running() if t.number != number)
+    running = trials.running(but=number)
     tried = Trials((*trials.counted(), *running)).at(rank).rates()
     taken = [*running.rates(), *tried]
     observations = trials.observations()
     if not observations:
         return _beside(calibration.start, taken, low, high)
-    fit = calibration.fit()
-    if fit is not None and rank is None and calibration.options.full_trials:
-        return _next_full(trials, tried, fit.best(rank))
     anchor = observations[0].rank
-    proposed = None
-    if rank == anchor or fit is None:
-        of_anchor = trials.at(anchor)
-        proposed = next_bracket(of_anchor.observations(), low, high, of_anchor.pruned())
-    if proposed is not None:
-        return _beside(proposed, taken, low, high)
+    of_anchor = trials.at(anchor)
+    outwards = next_bracket(of_anchor.observations(), low, high, of_anchor.pruned())
+    fit = calibration.fit()
     if fit is None:
         lowest = min(observations, key=lambda run: run.x).x
-        return _beside(lowest - STRIDE, taken, low, high)
+        proposed = lowest - STRIDE if outwards is None else outwards
+        return _beside(proposed, taken, low, high)
+    if rank is None and calibration.options.full_trials:
+        return _next_full(trials, tried, fit.best(rank))
+    if rank == anchor and outwards is not None:
+        return _beside(outwards, taken, low, high)
     bottom, top = between(trials.at(rank).observations(), trials.at(rank).pruned())
     under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
     within = max(low, bottom), min(high, under, top)

@@ -5,16 +5,15 @@ sentences.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import optuna
 from filelock import FileLock
 from msgspec import ValidationError
 from optuna.exceptions import StorageInternalError
@@ -30,9 +29,8 @@ from optuna.study import Study
 from optuna.trial import Trial, TrialState, create_trial
 from sqlalchemy.exc import (
     ArgumentError,
+    DBAPIError,
     IntegrityError,
-    OperationalError,
-    ProgrammingError,
     SQLAlchemyError,
 )
 
@@ -104,9 +102,11 @@ def _database(url: str) -> BaseStorage:
     for _ in range(ATTEMPTS):
         try:
             return get_storage(url)
-        except (IntegrityError, OperationalError, ProgrammingError) as error:
-            is_other = isinstance(error, OperationalError)
-            if is_other and "already exists" not in str(error):
+        except DBAPIError as error:
+            is_made = isinstance(error, IntegrityError) or "already exists" in str(
+                error
+            )
+            if not is_made:
                 raise
         time.sleep(0.05)
     return get_storage(url)
@@ -119,18 +119,18 @@ def _journal(path: Path) -> BaseStorage:
     """Open a journal whose lock the kernel frees when its holder is killed. Optuna's lock file
     would stay for 30 s.
     """
-    if path.exists() and not path.is_file():
-        raise CalibrationError(
-            f"storage={str(path)!r} is not a file.",
-            "Name a file for the journal, or a URL.",
-            "storage",
-        )
     # A journal has one lock, even if it is reached by different links.
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
     _check_journal(path)
+    if lock.exists() and lock.stat().st_size:  # FileLock would empty it
+        raise CalibrationError(
+            f"The lock {str(lock)!r} is not empty, so it is not ours, and was not changed.",
+            "Move it away, or name another journal.",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return JournalStorage(_JournalFile(path))
+        return JournalStorage(_JournalFile(path, FileLock(lock, timeout=LOCK_S)))
     except OSError:
         raise
     except Exception as error:  # Optuna may raise anything for a damaged line
@@ -142,35 +142,27 @@ def _journal(path: Path) -> BaseStorage:
 
 
 def _check_journal(path: Path) -> None:
-    """Raise a `CalibrationError` if a file does not begin like a journal, or its lock has content,
-    since FileLock empties it.
-    """
-    head = b""
-    if path.exists():
-        with path.open("rb") as file:
-            head = file.read(16)
+    """Raise a `CalibrationError` if there is something else, which is left as it is."""
+    named = f"storage={str(path)!r}"
+    new = "Name a new file, or the journal of a study."
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise CalibrationError(f"{named} is not a file.", new, "storage")
+    with path.open("rb") as file:
+        head = file.read(16)
     if head.startswith(b"SQLite format 3"):
         raise CalibrationError(
-            f"storage={str(path)!r} is an SQLite database, but a path means a journal.",
+            f"{named} is an SQLite database, but a path means a journal.",
             f"Give 'sqlite:///{path}'.",
             "storage",
         )
     if head and not head.startswith(_OPERATION):
         raise CalibrationError(
-            f"storage={str(path)!r} is not the journal of a study, and was not changed.",
-            "Name a new file, or the journal of a study.",
+            f"{named} is not the journal of a study, and was not changed.",
+            new,
             "storage",
         )
-    lock = _lock_of(path)
-    if lock.exists() and lock.stat().st_size:
-        raise CalibrationError(
-            f"The lock {str(lock)!r} is not empty, so it is not ours, and was not changed.",
-            "Move it away, or name another journal.",
-        )
-
-
-def _lock_of(path: Path) -> Path:
-    return Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
 
 
 class _JournalFile(JournalFileBackend):
@@ -178,10 +170,10 @@ class _JournalFile(JournalFileBackend):
     Optuna reads past such a line, but what it appends would become a part of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        super().__init__(str(path), lock_obj=cast(Any, lock))
         self._path = path
-        self._ours = FileLock(_lock_of(path), timeout=LOCK_S)
-        super().__init__(str(path), lock_obj=cast(Any, self._ours))
+        self._ours = lock
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with self._ours:
@@ -274,19 +266,12 @@ def close_storage(storage: BaseStorage) -> None:
         cast(Any, backend._lock).release(force=True)
 
 
-_QUIET = threading.Lock()
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Optuna below warnings and restore its level afterwards. Safe in several threads at
-    once.
-    """
-    logger = logging.getLogger("optuna")
-    with _QUIET:
-        before = logger.level
-        logger.setLevel(max(before, logging.WARNING))
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
+    """Silence Optuna below warnings, and restore its level afterwards."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

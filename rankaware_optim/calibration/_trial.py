@@ -240,15 +240,20 @@ def _pull(loop: Any, trial: Trial) -> Any:
 
 def _has_moved(opt: Any) -> bool:
     """Return whether some factor that was zero at the start is not zero, or none can be seen."""
-    zero: list[torch.Tensor] = []
+    seen = False
     for group in [] if opt is None else opt.param_groups:
-        if {group.get("lora_role"), group.get("lora_init")} == {"A", "B"}:
-            zero += group["params"]
-    # of a sharded one, this process's part
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in zero]
-    # float16 has no rates below 6e-8
-    judged = [p for p in parts if p.numel() and p.dtype != torch.float16]
-    return not judged or any(bool(p.any()) for p in judged)
+        if {group.get("lora_role"), group.get("lora_init")} != {"A", "B"}:
+            continue
+        for factor in group["params"]:
+            # of a sharded one, this process's part
+            part = factor.to_local() if hasattr(factor, "to_local") else factor
+            # float16 has no rates below 6e-8
+            if not part.numel() or part.dtype == torch.float16:
+                continue
+            if part.any():
+                return True
+            seen = True
+    return not seen
 
 
 def _as_float(value: Any, step: int, what: str = "value") -> float:

@@ -88,8 +88,10 @@ class Trials(tuple[TrialRecord, ...]):
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Trials(t for t in self if t.state in ended)
 
-    def running(self) -> Trials:
-        return Trials(t for t in self if t.state == TrialState.RUNNING)
+    def running(self, but: int | None = None) -> Trials:
+        """Return the trials that run, but for that of a number."""
+        running = TrialState.RUNNING
+        return Trials(t for t in self if t.state == running and t.number != but)
 
     def scored(self) -> list[tuple[TrialRecord, Observation]]:
         """Return the trials that ran to their end or diverged, with their observations."""

@@ -196,20 +196,6 @@ def test_another_version_is_a_warning(journal):
         calibrate(named, trials=3, storage=journal)
 
 
-def test_a_worker_of_other_code_is_a_warning(journal):
-    """Where one joins with another loop while this one runs, a warning says so, though no trial had ended."""
-
-    def joined(trial):
-        made_with(journal, hash="0")
-        yield from named(trial)
-
-    with pytest.warns(
-        RankAwareWarning, match="is shared with a worker of hash='0', not"
-    ):
-        calibrate(joined, trials=2, storage=journal)
-    assert len(study_in(journal).trials) == 2
-
-
 def test_another_schema_is_refused(journal):
     """A study that is stored in a way that this version does not know is left alone."""
     calibrate(named, trials=2, storage=journal)
