@@ -1,8 +1,11 @@
 """Names of the package that are not public. Only this module imports them: a change of the package is followed here."""
 
 from rankaware_optim._optimizers import get_optimizer_class, optimizer_family
-from rankaware_optim.calibration._calibration import Calibration, Settled
-from rankaware_optim.calibration._result import calibrated_recipe
+from rankaware_optim.calibration._calibration import (
+    Calibration,
+    Settled,
+    calibrated_recipe,
+)
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials

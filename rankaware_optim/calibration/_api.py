@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import optuna
 import torch
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..laws import PRIOR_LAW, Law, get_law
 from ..recipe import Recipe
 from ._constants import SEEDS
-from ._progress import progress_shown
 from ._provenance import source_of
-from ._runner import Runner
+from ._runner import Runner, Show
 from ._schedule import Options, caution
 from ._trial import Train
 
@@ -162,3 +165,45 @@ def calibrate(  # noqa: PLR0913
         torch.set_grad_enabled(gradients)
         runner.close()
         random.setstate(state)
+
+
+@contextmanager
+def progress_shown(wanted: bool, expected: int, before: int) -> Iterator[Show]:
+    """Yield a function that shows how far a calibration is, on standard error: by a bar in a
+    notebook or on a terminal, elsewhere by a line for each trial.
+
+    expected: the likely number of trials. before: the number of those that had ended before.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    is_live = console.is_jupyter or console.file.isatty()
+    bar = tqdm(
+        desc="calibrate",
+        total=expected,
+        initial=before,
+        file=console.file if is_live else io.StringIO(),
+        miniters=0,
+        smoothing=0,
+        dynamic_ncols=is_live,
+        ascii=not is_live,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left",
+        disable=not wanted,
+    )
+    printed = before
+
+    def show(done: float, what: str, best: float | None) -> None:
+        nonlocal printed
+        bar.n, bar.total = done, max(expected, math.ceil(done))
+        words = f"trial {math.ceil(done)}/{bar.total}, {what}"
+        words += "" if best is None else f", best rate {best:.3g}"
+        bar.set_description_str(words, refresh=False)
+        bar.update(0)
+        if wanted and not is_live and int(done) > printed:
+            printed = int(done)
+            print(bar, file=console.file, flush=True)
+
+    with bar:
+        yield show
+        bar.total = bar.n or expected  # the search may end early
+        bar.update(0)

@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -154,14 +154,6 @@ def layers_of(survey: Survey) -> dict[str, float]:
     for layer, width in {f.layer: f.fan_in for f in survey.factors}.items():
         widths.setdefault(name_pattern(layer), []).append(width)
     return {pattern: sum(each) / len(each) for pattern, each in widths.items()}
-
-
-def settings_in(built: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return the optimizer's settings `names` from `built_with`'s result. If groups differ, the
-    factors' count.
-    """
-    settings = {**built, **built.get("factors' settings", {})}
-    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 # --- a stored study -------------------------------------------------------------------------------

@@ -29,10 +29,9 @@ from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, plain_value
-from ._calibration import Calibration, Settled
+from ._calibration import ALIKE, Calibration, Settled, calibrated_recipe
 from ._constants import POLL_S, SLOW_POLL_S
 from ._liveness import Heartbeat, held_back
-from ._progress import Show
 from ._provenance import (
     built_with,
     check_comparable,
@@ -41,7 +40,6 @@ from ._provenance import (
     shape_of,
     warn_of_code,
 )
-from ._result import ALIKE, calibrated_recipe
 from ._schedule import Options, next_setting
 from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
 from ._storage import begin_trial, close_storage, open_storage, quiet, storage_errors
@@ -49,6 +47,8 @@ from ._trial import Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, rank_words
 
 T = TypeVar("T")
+# takes the trials done, with the share of the running one, what runs, and the best base rate
+Show = Callable[[float, str, "float | None"], None]
 
 
 class Replicas:

@@ -16,14 +16,12 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import (
     CalibrationError,
     CalibrationInterrupted,
     InspectionError,
-    OptimizerError,
     Power,
 )
 from rankaware_optim.calibration import Pushed
@@ -46,16 +44,8 @@ from ..helpers.calibrations import (
 
 def trials_of(recipe) -> list[tuple]:
     """(rank, seed, rate, value) of every trial; -1 for a pruned one's value."""
-    values = np.nan_to_num(recipe.tensors["value"], nan=-1.0)
-    return list(
-        zip(
-            *(
-                t.tolist()
-                for t in (*(recipe.tensors[k] for k in ("rank", "seed", "lr")), values)
-            ),
-            strict=True,
-        )
-    )
+    held = [recipe.tensors[name] for name in ("rank", "seed", "lr", "value")]
+    return list(zip(*(np.nan_to_num(each, nan=-1.0) for each in held), strict=True))
 
 
 def untrained(broken: str = "zeroed first", build=Net, dtype=torch.float32, **settings):
@@ -187,33 +177,6 @@ def test_full_finetuning_alone_makes_a_recipe():
     assert recipe.at(method="full").lr == recipe.lr
 
 
-@pytest.mark.parametrize(
-    ("law", "optimizer", "expected"),
-    [
-        ("mua", AdamW, -0.45),
-        ("falling", AdamW, 0.0),
-        (ra.Power(law=ra.Falling()), AdamW, 0.0),
-        ("falling", torch.optim.SGD, -0.45),
-    ],
-)
-def test_a_law_that_falls_with_rank_gets_no_further_prior(law, optimizer, expected):
-    """From Init[B] the prior's fall is added to a law that has none, not to one that falls with that optimizer."""
-    near = (2.0 ** (BEST - 1), 2.0 ** (BEST + 1))
-    # no drift is learned
-    recipe = calibrate(
-        made_up(init="B"), law=law, optimizer=optimizer, trials=1, lr_range=near
-    )
-    assert recipe.law.exponent == pytest.approx(expected, abs=0.02)
-
-
-def test_an_init_b_model_is_calibrated_along_its_own_law():
-    """The zero pattern is read off the first model, and with it the prior: Init[B] falls with rank."""
-    recipe = calibrate(made_up(init="B"))
-    assert recipe.reference.init == "B"
-    assert recipe.law.to_full
-    assert recipe.law.exponent < -0.2
-
-
 RULES = [
     ("fixed", lambda rank: 2.0),
     ("alpha", lambda rank: 32.0 / rank),
@@ -234,48 +197,20 @@ def test_everything_told_is_recorded(tmp_path):
     """Name, ranks, steps, batch, warm-up, seed, settings and versions are in the recipe and survive its files."""
     recipe = calibrate(
         made_up(weight_decay=0.01, betas=(0.9, 0.95), other_lr=1e-3),
-        name="digits", trials=4, batch=16, warmup=0.1, seed=7, law="loraplus",
+        name="digits", trials=4, batch=16, warmup=0.0, seed=7, law="loraplus",
     )  # fmt: skip
     loaded = ra.Recipe.load(recipe.save(tmp_path / "digits.toml"))
     for made in (recipe, loaded):
-        assert (made.name, made.ranks, made.steps, made.batch) == (
-            "digits",
-            (4, 16),
-            STEPS,
-            16,
-        )
-        assert (made.warmup, made.seed, made.reference.batch) == (0.1, 7, 16)
-        assert made.settings["weight_decay"] == 0.01
-        assert list(made.settings["betas"]) == [0.9, 0.95]
+        assert (made.name, made.ranks, made.steps) == ("digits", (4, 16), STEPS)
+        assert (made.batch, made.reference.batch) == (16, 16)
+        assert (made.warmup, made.seed) == (0.0, 7)
+        assert made.settings["betas"] == (0.9, 0.95)
         assert "other_lr" not in made.settings
         assert made.law.law == ra.LoRAPlus()
         assert made.optimizer.endswith("AdamW")
         assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
-        assert {
-            "rank",
-            "seed",
-            "lr",
-            "own_lr",
-            "value",
-            "curve",
-            "diverged",
-            "pruned",
-            "steps",
-        } == made.tensors.keys()
         assert made.tensors["steps"].tolist() == [STEPS] * 4
         assert made.tensors["curve"].shape == (4, STEPS)
-
-
-@pytest.mark.parametrize("name", ["adamw", "AdamW", "SGD", "Adafactor"])
-def test_the_optimizer_may_be_named(name):
-    """An optimizer's name does as well as its class."""
-    recipe = calibrate(
-        made_up(),
-        optimizer=name,
-        trials=2,
-        lr_range=(2.0 ** (BEST - 1), 2.0 ** (BEST + 1)),
-    )
-    assert recipe.optimizer.lower().endswith(name.lower())
 
 
 # --- the same again -------------------------------------------------------------------------------------------------
@@ -339,17 +274,6 @@ def test_every_trial_is_seeded():
     assert sorted(draws) == [3, 5]
     assert all(len(seen) == 1 for seen in draws.values())
     assert draws[3] != draws[5]
-
-
-def test_ranks_take_turns_and_seeds_follow_each_other():
-    """Of the runs that do not diverge, each rank has four at a seed before the next seed."""
-    cells = [
-        (rank, seed)
-        for rank, seed, _, value in trials_of(calibrate(made_up(), trials=16))
-        if value < 9
-    ]
-    assert all(cells[:8].count((rank, 0)) == 4 for rank in (4, 16))
-    assert {seed for _, seed in cells[8:]} == {1}
 
 
 @pytest.mark.parametrize("level", [optuna.logging.DEBUG, optuna.logging.ERROR])
@@ -433,17 +357,6 @@ def test_a_returned_score_is_taken(returned):
     """A loop that ends at its steps with a value is scored by it, number or tensor, positive or not."""
     recipe = calibrate(logged([], length=STEPS, returned=returned), trials=2)
     assert recipe.tensors["value"].tolist() == [float(returned)] * 2
-
-
-def test_a_value_may_carry_a_gradient():
-    """A loss that still requires its gradient is taken as it is."""
-
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        while True:
-            yield nn.Parameter(torch.tensor(bowl(math.log2(trial.lr) - BEST)))
-
-    assert calibrate(train, trials=2).lr > 0
 
 
 def test_the_optimizer_is_the_users_at_the_trials_rate():
@@ -625,6 +538,7 @@ BAD_ARGUMENTS = [
     {"seed": -1}, {"seed": "a"}, {"name": 7}, {"name": "\udcff"}, {"name": "a\x1b[31m"},
     {"budget": 0}, {"budget": STEPS - 1}, {"budget": 100.0}, {"budget": 3 * STEPS, "full_trials": 3},
     {"full_trials": -1}, {"full_trials": True}, {"full_trials": 1.5}, {"full_trials": 2, "ranks": (4, None)},
+    {"steps": (20, 80)}, {"target_steps": 10}, {"target_steps": 0}, {"target_steps": (80, 160)},
     {"law": "unheard-of"}, {"optimizer": "unheard-of"}, {"optimizer": dict},
 ]  # fmt: skip
 
@@ -636,12 +550,6 @@ def test_bad_arguments_are_refused_before_anything_runs(options):
     with pytest.raises(ra.RankAwareError):
         calibrate(called.append, **options)
     assert not called
-
-
-def test_an_unknown_optimizer_lists_the_known():
-    """The error for an unknown name lists the known ones."""
-    with pytest.raises(OptimizerError, match="AdamW"):
-        calibrate(train, optimizer="unheard-of")
 
 
 # --- the cliff ------------------------------------------------------------------------------------------------------
@@ -990,10 +898,8 @@ def stopping_at(number: int, loop=train):
 
 
 @pytest.fixture
-def storage(tmp_path):
-    made = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
-    yield made
-    made.engine.dispose()
+def storage():
+    return optuna.storages.InMemoryStorage()
 
 
 @pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
@@ -1082,19 +988,6 @@ def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
     )
 
 
-def test_a_storage_may_be_a_url(tmp_path):
-    """storage= takes Optuna's URLs; a failed trial in it does not count."""
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    with pytest.raises(CalibrationError):
-        calibrate(yields(1.0), trials=3, storage=url)
-    assert len(trials_of(calibrate(made_up(), trials=3, storage=url))) == 3
-
-
-def test_no_warmup_is_a_warmup_told():
-    """warmup=0 says that there was none, which is not the same as leaving it out."""
-    assert calibrate(made_up(), trials=2, warmup=0.0).warmup == 0.0
-
-
 @pytest.mark.parametrize("levels", [(1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])
 def test_a_loss_that_ignores_the_rate_is_said(levels):
     """Where nothing depends on the rate, a note says so, whichever seed has the higher loss."""
@@ -1115,20 +1008,15 @@ def test_numbers_of_numpy_are_numbers():
         return (np.float32(loss) for loss in made_up(noise=0.0)(trial))
 
     numbers = {
+        "ranks": np.array([4, 16]),
+        "seeds": [np.int64(0), 1],
         "steps": np.array(20),
         "trials": np.int64(6),
-        "seed": np.int64(1),
-    }
-    numbers |= {
-        "lr_range": np.array([1e-4, 1e-1], np.float32),
+        "lr_range": np.array([1e-4, 1e-1]),
         "warmup": np.float32(0.25),
         "batch": np.int32(16),
     }
-    recipe = calibrate(
-        train, ranks=np.array([4, 16]), seeds=[np.int64(0), 1], **numbers
-    )
-    given = {key: value.tolist() for key, value in numbers.items()}
-    at = recipe.at(
-        np.int64(8), alpha=np.float32(8), steps=np.int64(20), batch=np.int64(16)
-    )
-    assert at == calibrate(train, **given).at(8, alpha=8, steps=20, batch=16)
+    plain = {name: np.array(value).tolist() for name, value in numbers.items()}
+    recipe, same = calibrate(train, **numbers), calibrate(train, **plain)
+    at = recipe.at(np.int64(8), alpha=np.float32(8), batch=np.int64(16))
+    assert at == same.at(8, alpha=8, batch=16)

@@ -16,7 +16,7 @@ from rankaware_optim import CalibrationError, RankAwareWarning
 from rankaware_optim.calibration._storage import open_storage
 
 from ..helpers import calibrations
-from ..helpers.calibrations import Net, calibrate, made_up, states
+from ..helpers.calibrations import Net, calibrate, made_up, runs, sloping, states
 
 
 @pytest.fixture
@@ -40,8 +40,7 @@ def grouped(*decays):
             }
             for layer, decay in zip(model.layers, decays, strict=True)
         ]
-        trial.optimizer(groups, model=model)
-        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+        yield from sloping(trial, groups, model=model)
 
     return train
 
@@ -99,18 +98,17 @@ ALIKE = [
 def test_the_same_settings_go_on(first, then, journal):
     """Defaults that are given, tuples read as lists, tensors of a number and ways to compute the same are no change."""
     calibrate(first, trials=2, storage=journal)
-    assert len(calibrate(then, trials=3, storage=journal).tensors["lr"]) == 3
+    assert runs(calibrate(then, trials=3, storage=journal)) == 3
 
 
 def test_settings_may_depend_on_the_rank(journal):
     """What one rank is built with says nothing of another rank's."""
 
     def loop(trial):
-        trial.optimizer(Net(trial.rank), weight_decay=0.1 / trial.rank)
-        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+        yield from sloping(trial, weight_decay=0.1 / trial.rank)
 
     calibrate(loop, trials=3, storage=journal)
-    assert len(calibrate(loop, trials=5, storage=journal).tensors["lr"]) == 5
+    assert runs(calibrate(loop, trials=5, storage=journal)) == 5
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,7 @@ def test_another_law_is_refused(journal):
 
 
 def stepping(trial):
-    trial.optimizer(Net(trial.rank))
-    yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+    yield from sloping(trial)
 
 
 named = stepping
@@ -158,7 +155,7 @@ def test_another_loop_is_a_warning(then, said, journal):
     calibrate(named, trials=2, storage=journal)
     with pytest.warns(RankAwareWarning, match=said):
         calibrate(then, trials=3, storage=journal)
-    assert len(calibrate(then, trials=4, storage=journal).tensors["lr"]) == 4
+    assert runs(calibrate(then, trials=4, storage=journal)) == 4
 
 
 WRAPPED = [functools.partial(named), functools.wraps(named)(lambda trial: named(trial))]
@@ -168,7 +165,7 @@ WRAPPED = [functools.partial(named), functools.wraps(named)(lambda trial: named(
 def test_a_wrapped_loop_is_known_by_what_it_wraps(wrapped, journal):
     """functools.partial and decorated functions are the function within."""
     calibrate(named, trials=2, storage=journal)
-    assert len(calibrate(wrapped, trials=3, storage=journal).tensors["lr"]) == 3
+    assert runs(calibrate(wrapped, trials=3, storage=journal)) == 3
 
 
 def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
@@ -179,7 +176,7 @@ def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
 
     with pytest.raises(ZeroDivisionError):
         calibrate(broken, trials=2, storage=journal)
-    assert len(calibrate(named, trials=2, storage=journal).tensors["lr"]) == 2
+    assert runs(calibrate(named, trials=2, storage=journal)) == 2
 
 
 def made_with(journal: Path, **changed) -> None:

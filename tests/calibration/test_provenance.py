@@ -18,7 +18,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration import _provenance, versions_used
 from rankaware_optim.optimizer import effective_lr
 
-from ..helpers.calibrations import Net, calibrate, made_up
+from ..helpers.calibrations import Net, calibrate, made_up, sloping
 from ..helpers.models import PlainLoRA
 
 LOOP = """
@@ -143,8 +143,7 @@ def beside(**settings):
         )
         params = settings.get("groups", lambda model: model)(model)
         own = {name: value for name, value in settings.items() if name != "groups"}
-        trial.optimizer(params, model=model, **own)
-        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+        yield from sloping(trial, params, model=model, **own)
 
     return train
 
@@ -171,8 +170,7 @@ def test_settings_that_follow_the_rank_are_no_recipes():
     """A setting that was another at every rank is not in the recipe; the rest are."""
 
     def loop(trial):
-        trial.optimizer(Net(trial.rank), weight_decay=0.1 / trial.rank)
-        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+        yield from sloping(trial, weight_decay=0.1 / trial.rank)
 
     settings = calibrate(loop, trials=4).settings
     assert "weight_decay" not in settings
@@ -225,10 +223,9 @@ def test_full_finetuning_says_nothing_of_what_trains_beside_pairs():
 
     def train(trial):
         layer = nn.Linear(8, 8)
-        trial.optimizer(
-            layer if trial.rank is None else PlainLoRA(layer, trial.rank, 1.0)
-        )
-        yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+        is_full = trial.rank is None
+        model = layer if is_full else PlainLoRA(layer, trial.rank, 1.0)
+        yield from sloping(trial, model)
 
     assert calibrate(train, ranks=(2, None), trials=4).other_rates == {}
 

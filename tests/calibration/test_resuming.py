@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import random
 import signal
@@ -31,12 +30,12 @@ from rankaware_optim.calibration._storage import (
 )
 
 from ..helpers.calibrations import (
-    BEST,
     STEPS,
     AdamW,
     Net,
     calibrate,
     counted,
+    falling,
     made_up,
     states,
 )
@@ -134,35 +133,14 @@ def studied(folder: Path) -> bool:
     return bool(optuna.get_all_study_names(open_storage(folder / "study.journal")))
 
 
-def test_killed_again_and_again_it_ends(forked, straight, tmp_path):
-    """Killed many times in one study, it still ends with the same recipe."""
-    expected, seconds = straight
-    chance = random.Random(0)
-    for _ in range(8):
-        forked.run(tmp_path, kill_after=chance.uniform(0.1, 0.5) * seconds)
-    forked.run(tmp_path)
-    assert (tmp_path / "recipe.toml").read_text() == expected
-
-
 def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
     quick, tmp_path
 ):
     """Cut after any write of a trial that is pruned, a journal gives, resumed, the recipe of one that was never cut."""
 
-    def falling(trial):
-        trial.optimizer(Net(trial.rank))
-        u = math.log2(trial.lr) - BEST
-        for step in range(trial.steps):
-            gain = (
-                2.0 * (1 - math.exp(-3 * 2**u * (step + 1) / trial.steps))
-                if u < 1
-                else -0.01 * step
-            )
-            yield 2.3 - gain
-
     whole = tmp_path / "whole.journal"
     options = {"ranks": (4, 64), "steps": 10, "trials": 7}
-    recipe = calibrate(falling, storage=whole, **options)
+    recipe = calibrate(falling(), storage=whole, **options)
     pruned = next(
         t.number
         for t in stored(tmp_path, str(whole))
@@ -178,7 +156,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
     for end in (of_it[0], *(number + 1 for number in of_it)):
         cut = tmp_path / f"{end}.journal"
         cut.write_bytes(b"".join(lines[:end]))
-        again = calibrate(falling, storage=cut, **options)
+        again = calibrate(falling(), storage=cut, **options)
         assert again.fitted_lr == recipe.fitted_lr
         assert np.array_equal(again.covariance, recipe.covariance)
         assert again.tensors["lr"].tolist() == recipe.tensors["lr"].tolist()

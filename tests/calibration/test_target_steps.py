@@ -67,39 +67,6 @@ def test_the_rate_stays_and_its_band_widens(ranks, init):
     assert not any("not tried" in note for note in near.notes)
 
 
-@pytest.mark.parametrize("target", [40, 80, 320, 1280])
-def test_the_band_grows_with_the_distance(target):
-    """Twice the target's steps leave its rate less sure."""
-    sds = [
-        band(calibrate(whole(), trials=8, target_steps=steps).at(4))[1]
-        for steps in (target, 2 * target)
-    ]
-    assert sds[1] > sds[0] + 0.05
-
-
-def test_full_runs_are_less_sure_at_the_target_too():
-    """Their rate stays, and its band widens as LoRA's does."""
-    near, far = (
-        band(
-            calibrate(whole(), trials=8, full_trials=3, target_steps=to).at(
-                method="full"
-            )
-        )
-        for to in (None, TARGET)
-    )
-    assert far[0] == pytest.approx(near[0])
-    assert far[1] == pytest.approx(math.hypot(near[1], EIGHT_TIMES), abs=1e-3)
-
-
-def test_the_ceiling_stays():
-    """At Init[B], the smallest rate that diverged is the same at the target."""
-    near, far = (
-        calibrate(whole(lambda rank: BEST - 4, "B"), trials=8, target_steps=to)
-        for to in (None, TARGET)
-    )
-    assert far.ceiling == pytest.approx(near.ceiling)
-
-
 @pytest.mark.filterwarnings("ignore:Recipe 'calibration' extrapolates")
 def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
     """A calibration for more steps, and a recipe that is asked for them, have one rate and one band."""
@@ -153,24 +120,6 @@ def test_the_target_may_change_when_a_study_goes_on(tmp_path):
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
-
-REFUSED = [
-    ({"steps": (20, 80)}, r"steps is \(20, 80\)"),
-    ({"steps": [20]}, r"steps is \[20\]"),
-    ({"steps": 20.5}, "steps is 20.5"),
-    ({"target_steps": 10}, "target_steps=10 is less than the 20 steps of a trial"),
-    ({"target_steps": 0}, "target_steps is 0"),
-    ({"target_steps": (80, 160)}, r"target_steps is \(80, 160\)"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_arguments_that_cannot_be_are_refused_before_any_run(options, message):
-    """Several lengths, or a target shorter than a trial: a sentence, and no run."""
-    seen = []
-    with pytest.raises(ra.CalibrationError, match=message):
-        calibrate(whole(seen=seen), **options)
-    assert not seen
 
 
 def test_a_loop_that_ignores_its_steps_is_found_by_its_first_run():

@@ -328,16 +328,6 @@ def test_wrong_usage_shows_the_usage(wrong, folder):
     assert "Usage: " in done.stderr
 
 
-def test_another_configuration_of_the_same_name_is_refused(folder):
-    """A journal of other steps is not gone on with."""
-    assert call(QUICK, "--ranks 2,4 --trials 2").exit_code == 0
-    other = "--steps 20 -o other.toml --ranks 2,4 --name r --storage made/r.journal"
-    done = call("loops:train", other)
-    assert done.exit_code == 1
-    assert "was made with steps=10, not 20." in done.stderr
-    assert "Give this calibration another name, or another storage." in done.stderr
-
-
 MESSAGES = [
     (
         "seeds",

@@ -81,6 +81,32 @@ def made_up(
     return train
 
 
+def falling(noise=0.0):
+    """A `train` whose loss falls as fast as the rate lets it, and rises an octave above the best."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        u = math.log2(trial.lr) - BEST
+        for step in range(trial.steps):
+            gain = -0.01 * step
+            if u < 1:
+                gain = 2.0 - 2.0 * math.exp(-3 * 2**u * (step + 1) / trial.steps)
+            yield 2.3 - gain + noise * random.random()
+
+    return train
+
+
+def sloping(trial, params=None, **settings):
+    """A `train` whose loss falls by a line, the steeper the higher the rate."""
+    trial.optimizer(Net(trial.rank) if params is None else params, **settings)
+    yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
+
+
+def runs(recipe) -> int:
+    """How many trials a recipe has."""
+    return len(recipe.tensors["lr"])
+
+
 def counted(trials):
     """Optuna's trials that completed, diverged or were pruned."""
     return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
