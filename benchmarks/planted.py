@@ -71,9 +71,8 @@ BUGS = (
     Bug("optimizer/_state_dict.py", "return is_positive(value) or (is_zero and", "return True or (is_zero and", "tests/optimizer/test_checkpoints.py"),
     Bug("transfer/_convert.py", "base * plan.rule.by_run * multiplier", "base * multiplier", "tests/transfer"),
     Bug("sweeps/_runs.py", "tuple(dict.fromkeys(run for run in runs if run))", "tuple(run for run in runs if run)", "tests/sweeps"),
-    Bug("calibration/_provenance.py", "    ValueError,\n    ValidationError,\n", "    ValueError,\n", "tests/calibration"),
-    Bug("calibration/_storage.py", "if path.exists() and not path.is_file():", "if False:", "tests/calibration"),
-    Bug("calibration/_storage.py", "os.truncate(path, whole)", "pass", "tests/calibration"),
+    Bug("calibration/_storage.py", "if not path.is_file():", "if False:", "tests/calibration"),
+    Bug("calibration/_storage.py", "os.truncate(self._path, whole)", "pass", "tests/calibration"),
 )
 # fmt: on
 

@@ -102,22 +102,19 @@ class Trials(tuple[TrialRecord, ...]):
         return [observation for _, observation in self.scored()]
 
     def evidence(self) -> list[Observation]:
-        """Return the input of the fit: observations, and imputed scores of pruned runs."""
-        return [*self.observations(), *self.imputed()]
-
-    def imputed(self) -> list[Observation]:
-        """Impute final scores of pruned runs from their gap to the best paired run."""
-        imputed = []
+        """Return the input of the fit: observations, and final scores of pruned runs, imputed from
+        their gap to the best paired run.
+        """
+        evidence = self.observations()
         for trial in self.counted():
-            if trial.stopped != "pruned" or trial.x is None:
-                continue
             best = self.best_of(trial.setting)
-            if best is None or best.observation is None:
+            if trial.stopped != "pruned" or trial.x is None or best is None:
                 continue
+            assert best.observation is not None
             score = impute(trial.x, trial.curve, best.observation, best.curve)
             if score is not None:
-                imputed.append(score)
-        return imputed
+                evidence.append(score)
+        return evidence
 
     def at(self, *ranks: int | None) -> Trials:
         """Return the trials of some ranks."""

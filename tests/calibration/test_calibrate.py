@@ -103,15 +103,6 @@ def test_whatever_moves_a_factor_is_training(how, steps):
         assert len(trials_of(calibrate(untrained(**how), trials=2, steps=steps))) == 2
 
 
-@pytest.mark.parametrize("broken", ["zeroed first", "no step"])
-def test_full_finetuning_that_trains_nothing_is_warned_of(broken):
-    """Without a factor that starts at zero the runs' equal values tell, in a warning and a note."""
-    loop = untrained(broken, weight_decay=0.0)
-    with pytest.warns(ra.RankAwareWarning, match="same values at every rate"):
-        recipe = calibrate(loop, ranks=(None,), trials=4)
-    assert any("same values at every rate" in note for note in recipe.notes)
-
-
 # --- what it finds --------------------------------------------------------------------------------------------------
 
 
@@ -160,21 +151,6 @@ def test_a_known_optimum_is_found(drift, factor):
 def recipe_like(recipe, law, fitted_lr):
     """The recipe with another law and rate, without a margin."""
     return replace(recipe, law=law, fitted_lr=fitted_lr, lean=0.0, steepness=0.0)
-
-
-def test_full_finetuning_alone_makes_a_recipe():
-    """ranks=(None,) calibrates full finetuning, whose rate is the recipe's own."""
-    methods = set()
-
-    def train(trial):
-        methods.add((trial.rank, trial.method))
-        yield from made_up()(trial)
-
-    recipe = calibrate(train, ranks=(None,))
-    assert methods == {(None, "full")}
-    assert recipe.reference.method == "full"
-    assert abs(math.log2(recipe.lr) - BEST) < 0.35
-    assert recipe.at(method="full").lr == recipe.lr
 
 
 RULES = [

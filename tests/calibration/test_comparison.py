@@ -15,7 +15,6 @@ import rankaware_optim as ra
 from rankaware_optim import CalibrationError, RankAwareWarning
 from rankaware_optim.calibration._storage import open_storage
 
-from ..helpers import calibrations
 from ..helpers.calibrations import Net, calibrate, made_up, runs, sloping, states
 
 
@@ -74,14 +73,6 @@ def test_other_settings_or_models_are_refused(first, then, message, journal):
     assert states(study_in(journal).trials).count("COMPLETE") == 2
 
 
-def test_another_width_is_refused(journal, monkeypatch):
-    """Layers of another width are other models, even at a rank and alpha that are the same."""
-    calibrate(made_up(), trials=2, storage=journal)
-    monkeypatch.setattr(calibrations, "DIM", 64)
-    with pytest.raises(CalibrationError, match=r"width=32\.0, not 64\.0"):
-        calibrate(made_up(), trials=3, storage=journal)
-
-
 ALIKE = [
     (made_up(), made_up(weight_decay=0.01)),
     (made_up(betas=(0.9, 0.999)), made_up(betas=[0.9, 0.999])),
@@ -99,16 +90,6 @@ def test_the_same_settings_go_on(first, then, journal):
     """Defaults that are given, tuples read as lists, tensors of a number and ways to compute the same are no change."""
     calibrate(first, trials=2, storage=journal)
     assert runs(calibrate(then, trials=3, storage=journal)) == 3
-
-
-def test_settings_may_depend_on_the_rank(journal):
-    """What one rank is built with says nothing of another rank's."""
-
-    def loop(trial):
-        yield from sloping(trial, weight_decay=0.1 / trial.rank)
-
-    calibrate(loop, trials=3, storage=journal)
-    assert runs(calibrate(loop, trials=5, storage=journal)) == 5
 
 
 @dataclass(frozen=True)

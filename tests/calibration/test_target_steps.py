@@ -81,17 +81,6 @@ def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
         )
 
 
-def test_another_length_is_an_extrapolation_from_the_target():
-    """`recipe.at(steps=)` goes on from the target's steps, and the band grows again."""
-    recipe = calibrate(whole(), trials=8, target_steps=TARGET)
-    assert recipe.at(4, steps=TARGET).lr == recipe.at(4).lr
-    with pytest.warns(
-        ra.RankAwareWarning, match=f"{4 * TARGET} steps instead of {TARGET}"
-    ):
-        beyond = recipe.at(4, steps=4 * TARGET)
-    assert beyond.high / beyond.low > recipe.at(4).high / recipe.at(4).low
-
-
 # --- the runs -------------------------------------------------------------------------------------------------------
 
 
