@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,8 @@ from . import _recipe_files as files
 from . import _recipe_text as words
 from ._constants import TableOfRates
 from ._rates import configuration, rate, warn_of
-from ._schema import Trials, to_document
+from ._schema import Trials
+from ._settings import plain_value
 from ._uncertainty import margin, spread
 
 if TYPE_CHECKING:
@@ -106,12 +107,7 @@ class Recipe:
         """Return whether all values and trials are equal. NaN equals NaN."""
         if not isinstance(other, Recipe):
             return NotImplemented
-        if to_document(self) != to_document(other):
-            return False
-        mine, theirs = self.tensors, other.tensors
-        return mine.keys() == theirs.keys() and all(
-            np.array_equal(mine[name], theirs[name], equal_nan=True) for name in mine
-        )
+        return differing(self, other) <= {"missing"}
 
     def __hash__(self) -> int:
         return hash((self.name, self.fitted_lr, self.lean, self.reference))
@@ -262,6 +258,24 @@ class Recipe:
                 message names the value's path.
         """
         return cls(**files.load(path))
+
+
+def differing(one: Recipe, two: Recipe) -> set[str]:
+    """Return the names of the fields in which two recipes differ."""
+    names = set()
+    for name in (f.name for f in fields(Recipe)):
+        if not _is_equal(getattr(one, name), getattr(two, name)):
+            names.add(name)
+    return names
+
+
+def _is_equal(one: Any, two: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, two, equal_nan=True)
+    if isinstance(one, Mapping):
+        return one.keys() == two.keys() and all(_is_equal(one[k], two[k]) for k in one)
+    # a list is as a tuple
+    return bool(one == two or plain_value(one) == plain_value(two))
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:

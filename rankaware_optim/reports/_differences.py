@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass
 
 from .._printing import Table
 from .._rate import Rate
-from ..recipe import Recipe, known_rate
+from ..recipe import Recipe, differing, known_rate
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,7 @@ def diff_recipes(first: Recipe, second: Recipe) -> Differences:
         if one is None or two is None:
             continue
         rates[f"rank {rank}" if rank else "full finetuning"] = (one, two)
-    names = []
-    for field in fields(Recipe):
-        if not _equal(getattr(first, field.name), getattr(second, field.name)):
-            names.append(field.name)
-    return Differences(rates, tuple(names))
+    return Differences(rates, tuple(sorted(differing(first, second))))
 
 
 def _row(at: str, one: Rate, two: Rate) -> tuple[str, ...]:
@@ -59,11 +52,3 @@ def _row(at: str, one: Rate, two: Rate) -> tuple[str, ...]:
     if max(one.low, two.low) <= min(one.high, two.high):
         bands = "overlap"
     return at, f"{one.lr:.3g}", f"{two.lr:.3g}", f"{two.lr / one.lr:.3g}", bands
-
-
-def _equal(one: Any, two: Any) -> bool:
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, two, equal_nan=True)
-    if isinstance(one, Mapping):
-        return one.keys() == two.keys() and all(_equal(one[k], two[k]) for k in one)
-    return bool(one == two)
