@@ -77,8 +77,8 @@ def test_help_needs_no_numpy_either(tmp_path):
     ]
 
 
-def test_the_help_of_the_module_is_as_light_and_names_every_command():
-    """`python -m rankaware_optim --help` imports none of them, and has a line for each command."""
+def test_the_help_of_the_module_is_as_light():
+    """`python -m rankaware_optim --help` imports none of them."""
     command = ["-X", "importtime", "-m", "rankaware_optim", "--help"]
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=True
@@ -86,5 +86,3 @@ def test_the_help_of_the_module_is_as_light_and_names_every_command():
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "click" in imported
     assert not imported & {"torch", "optuna", "numpy"}
-    listed = done.stdout.partition("Options:")[2].splitlines()
-    assert {*main.commands} <= {line.split()[0] for line in listed if line}

@@ -157,7 +157,13 @@ def test_words_without_an_alpha_change_what_they_name(value, reference):
 
 
 NO_FOLDER = r"There is no folder or file no/such/adapter\. Give .* from the Hub"
+HALF = r"belongs to a rank and an alpha\. Give {}$"
+OR_FULL = r"rank=\.\.\., or method='full' for a rate tuned by full finetuning\."
 REFUSED = [
+    ("r=16", HALF.format(r"alpha=\.\.\. too\.")),
+    ({"r": 16}, HALF.format(r"alpha=\.\.\. too\.")),
+    ("alpha=16", HALF.format(r"rank=\.\.\. too\.")),
+    ("", HALF.format(OR_FULL)),
     (3, "3 is not a reference"),
     (None, "None is not a reference"),
     (SimpleNamespace(r=16), "is not a reference"),
@@ -205,23 +211,7 @@ def test_what_names_none_is_refused(value, message, tmp_path, monkeypatch):
     with pytest.raises((InvalidReferenceError, InspectionError), match=message):
         as_reference(value)
     with pytest.raises((InvalidReferenceError, InspectionError), match=message):
-        convert_lr(LR, from_="r=16,alpha=32", to=value)
-
-
-@pytest.mark.parametrize(
-    ("value", "cure"),
-    [
-        ("r=16", "Give alpha=... too."),
-        ({"r": 16}, "Give alpha=... too."),
-        ("alpha=16", "Give rank=... too."),
-        ("", "Give rank=..., or method='full' for a rate tuned by full finetuning."),
-    ],
-)
-def test_half_a_reference_is_asked_for_the_other_half(value, cure):
-    """A rank without alpha asks for alpha alone; only where there is neither is full finetuning an answer."""
-    with pytest.raises(InvalidReferenceError) as caught:
-        as_reference(value)
-    assert str(caught.value).endswith(f"belongs to a rank and an alpha. {cure}")
+        convert_lr(LR, from_=value, to="r=16,alpha=32")
 
 
 letters = st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40)
