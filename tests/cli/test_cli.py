@@ -271,6 +271,8 @@ USAGE = [
     f"convert -1 --from {AT_8} --to {AT_8}",
     f"convert --from {AT_8} --to r=16",
     "plot digits.toml",
+    "fit sweep.csv --column loss",
+    "fit sweep.csv --alpha x",
     "suggest --full --init B",
     f"inspect adapter --tuned-at {AT_8}",
     "inspect adapter --law mua",

@@ -80,9 +80,8 @@ def scalings(survey) -> dict[str, float]:
     return {factor.layer: factor.scaling for factor in survey.factors}
 
 
-def write_raw(path, header: bytes, data: bytes = b"", length: int | None = None):
-    size = len(header) if length is None else length
-    path.write_bytes(size.to_bytes(8, "little") + header + data)
+def write_raw(path, header: bytes, data: bytes = b""):
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     return path
 
 
@@ -427,14 +426,6 @@ def test_damaged_files_are_refused(header, data, message, tmp_path):
     with pytest.raises(InspectionError, match=message) as caught:
         inspect_file(path)
     assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("length", [3, 1, 10**8, 2**64 - 1])
-def test_a_header_of_another_length_is_refused(length, tmp_path):
-    """A length that the file does not have is an error."""
-    path = write_raw(tmp_path / "x.safetensors", b"{}", length=length)
-    with pytest.raises(InspectionError, match="header"):
-        inspect_file(path)
 
 
 PICKLE = pickle.dumps({"x": [1, 2, 3] * 100})

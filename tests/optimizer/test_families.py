@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from ..helpers.optimizers import called, rates_of
 
 AT_16 = Reference(rank=16, alpha=16)
 LR = 1e-3
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
@@ -194,18 +192,6 @@ def test_a_class_derived_from_adamw_that_changes_gradients_is_unknown():
     kind = type("RiemannianPreconditionedOptimizer", (torch.optim.AdamW,), {})
     with pytest.warns(ra.RankAwareWarning, match="unknown family"):
         RankAwareOptimizer(mlp((4,)), kind, lr=LR, tuned_at=AT_16)
-
-
-@pytest.mark.parametrize("name", ["FusedAdam", "DeepSpeedCPUAdam", "PagedAdamW8bit"])
-def test_a_recipe_of_adamw_is_at_home_with_its_fused_forms(name):
-    """A recipe made with AdamW is used by FusedAdam and the like without a word."""
-    recipe = ra.Recipe.load(RECIPES / "language-a.toml")
-    model = mlp((16,))
-    kind = called(name)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        RankAwareOptimizer(model, kind, recipe=recipe)
-    assert not [w for w in caught if "was made with optimizer" in str(w.message)]
 
 
 # --- several models -------------------------------------------------------------------------------------------------

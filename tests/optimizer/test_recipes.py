@@ -26,7 +26,7 @@ from rankaware_optim._optimizers import get_optimizer_class
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp
-from ..helpers.optimizers import rates_of
+from ..helpers.optimizers import called, rates_of
 from ..helpers.recipes import RECIPE as CALIBRATED
 
 WIDTH = 16  # that of models.mlp
@@ -137,6 +137,8 @@ ALIKE = [
     (RECIPE, {**OWN, "batch": 16.0, "steps": 100}),
     (RECIPE, {"weight_decay": torch.tensor(0.1), "betas": [0.9, 0.95]}),
     (RECIPE, {**OWN, "optimizer": Eight}),
+    (RECIPE, {**OWN, "optimizer": called("FusedAdam")}),
+    (RECIPE, {**OWN, "optimizer": called("DeepSpeedCPUAdam")}),
     (replace(RECIPE, optimizer="bitsandbytes.optim.adamw.AdamW8bit"), OWN),
     (replace(RECIPE, settings={}), {"weight_decay": 0.3}),
     (

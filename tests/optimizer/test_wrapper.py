@@ -162,20 +162,22 @@ def test_the_optimizers_own_default_rate():
 
 
 TUNED = [
-    lambda model: RankAwareOptimizer(model, AdamW, lr=1e-3),
-    lambda model: RankAwareOptimizer(model, AdamW, recipe=RECIPE),
-    lambda model: RankAwareOptimizer(model, AdamW, rates={"*": 1e-4}),
-    lambda model: RankAwareOptimizer(AdamW(trained(model)), model=model),
-    lambda model: RankAwareOptimizer(
-        [{"params": trained(model), "lr": 1e-4}], AdamW, model=model
-    ),
+    {"lr": 1e-3},
+    {"recipe": RECIPE},
+    {"rates": {"*": 1e-4}},
+    {"groups": {"lr": 1e-4}},
+    {"groups": {"lr": 1e-4}, "tuned_at": AT_16},
 ]
 
 
-@pytest.mark.parametrize("build", TUNED)
-def test_a_rate_from_somewhere_is_no_default(build):
+@pytest.mark.parametrize("given", TUNED, ids=str)
+def test_a_rate_from_somewhere_is_no_default(given):
     """A rate from an argument, a recipe, a pattern, a group or a built optimizer gives no warning."""
-    build(mlp((4, 64), scalings=2.0, width=64, head=False))
+    model = mlp((4, 64), scalings=2.0, width=64, head=False)
+    own = {key: value for key, value in given.items() if key != "groups"}
+    groups = [{"params": trained(model), **given.get("groups", {})}]
+    RankAwareOptimizer(groups, AdamW, model=model, **own)
+    RankAwareOptimizer(AdamW(trained(model)), model=model)
 
 
 @pytest.mark.parametrize(
@@ -194,14 +196,6 @@ def test_one_parameter_in_any_wrapping(give):
     given = give(model.layer0.lora_A)
     opt = RankAwareOptimizer(given, AdamW, model=model, lr=LR, tuned_at=AT_16)
     assert names_of(opt) == [["layer0.lora_A"]]
-
-
-def test_groups_with_rates_of_their_own_need_no_other():
-    """With tuned_at= every group may bring the rate that was tuned there, in place of lr=."""
-    model = mlp()
-    groups = [{"params": [p], "lr": LR} for p in trained(model)]
-    opt = RankAwareOptimizer(groups, AdamW, model=model, tuned_at=AT_16)
-    assert {group["lr"] for group in opt.param_groups} == {LR}
 
 
 # --- rates of A and B -----------------------------------------------------------------------------------------------

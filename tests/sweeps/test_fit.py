@@ -556,9 +556,3 @@ def test_fit_says_what_is_open(sweep_csv):
     said = run(fit_command, *column, "--alpha", "rank")
     assert "the sweep does not give its steps" in " ".join(said.split())
     assert "Give alpha= (--alpha)" in run(main, "fit", *column, code=1)
-
-
-@pytest.mark.parametrize("option", [["--column", "loss"], ["--alpha", "x"]])
-def test_wrong_options_show_the_usage(option, sweep_csv):
-    """An option that cannot be read ends with code 2 and the usage."""
-    assert "Usage:" in run(fit_command, sweep_csv, *option, code=2)
