@@ -4,7 +4,6 @@ initial values compensate for it (Chen, Villar, Hayou, arXiv 2602.06204).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,8 +73,8 @@ def oracle(make: Callable[[int, float], nn.Module], *inputs: Any) -> float:
     )
     errors = []
     with torch.random.fork_rng(devices=[]):
-        for rank, alphas in itertools.product((2, 4), [(3.0, 8.0)]):
-            first, second = (_build(make, rank, alpha) for alpha in alphas)
+        for rank in (2, 4):
+            first, second = (_build(make, rank, alpha) for alpha in (3.0, 8.0))
             by = _move(first, second)
             plain = dict.fromkeys(by, 1.0)
             outputs = [

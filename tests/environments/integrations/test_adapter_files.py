@@ -35,9 +35,9 @@ class Model(nn.Module):
         self.head = nn.Linear(16, 3)
 
 
-def lora(**settings) -> object:
+def lora(kind=peft.LoraConfig, **settings) -> object:
     usual = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
-    return peft.LoraConfig(**{**usual, **settings})
+    return kind(**{**usual, **settings})
 
 
 PATTERNS = {
@@ -59,6 +59,13 @@ SAVED = {
     "gaussian": {"init_lora_weights": "gaussian"},
     "both drawn": {"init_lora_weights": False},
     "bias": {"lora_bias": True},
+    # its rank is the one that it begins with, however far it would be pruned
+    "adalora": {
+        "kind": peft.AdaLoraConfig,
+        "init_r": 6,
+        "target_r": 3,
+        "total_step": 10,
+    },
 }
 
 
@@ -85,26 +92,15 @@ def conventions(survey: Survey) -> set[str]:
     return {f.convention for f in survey.factors}
 
 
-def check_folder(config, folder) -> None:
-    model = peft.get_peft_model(Model(), config)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    live, saved = ra.inspect_model(model), inspect_file(folder)
-    assert facts(saved) == facts(live)
-    assert conventions(saved) == conventions(live)
-    assert saved.notes == ()
-
-
 @pytest.mark.parametrize("name", SAVED)
 def test_a_folder_saved_by_peft_is_the_live_model(name, tmp_path):
     """Rank, fans, scaling, init, kind and convention of every factor."""
-    check_folder(lora(**SAVED[name]), tmp_path)
-
-
-def test_a_folder_of_adalora_is_the_live_model(tmp_path):
-    """Its rank is the one that it begins with, however far it would be pruned."""
-    ranks = {"init_r": 6, "target_r": 3, "total_step": 10}
-    config = peft.AdaLoraConfig(lora_alpha=12, target_modules=["q", "v"], **ranks)
-    check_folder(config, tmp_path)
+    model = peft.get_peft_model(Model(), lora(**SAVED[name]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    live, saved = ra.inspect_model(model), inspect_file(tmp_path)
+    assert facts(saved) == facts(live)
+    assert conventions(saved) == conventions(live)
+    assert saved.notes == ()
 
 
 KEYS = ["q", "0.q", "layers.0.q", "^layers.0.q", "layers", "a.b", "^v", "0_q"]
