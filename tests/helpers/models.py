@@ -216,12 +216,11 @@ def _draw(base: nn.Module, rank: int, init: str) -> tuple[torch.Tensor, torch.Te
     weight = base.weight.detach()
     if isinstance(base, nn.Embedding):
         weight = weight.T
-    a = torch.randn_like(weight.new_empty(rank, *weight.shape[1:])) / math.sqrt(
-        math.prod(weight.shape[1:])
-    )
-    b = torch.randn_like(
-        weight.new_empty(weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
-    ) / math.sqrt(rank)
-    return (torch.zeros_like(a) if init == "B" else a), (
-        torch.zeros_like(b) if init == "A" else b
-    )
+    inner, rest = weight.shape[1:], [1] * (weight.dim() - 2)
+    a = torch.randn_like(weight.new_empty(rank, *inner)) / math.sqrt(math.prod(inner))
+    b = torch.randn_like(weight.new_empty(len(weight), rank, *rest)) / math.sqrt(rank)
+    if init == "A":
+        b.zero_()
+    if init == "B":
+        a.zero_()
+    return a, b

@@ -6,20 +6,35 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
 
 from ...helpers.examples import EXAMPLES
-from .conftest import NODE
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::DeprecationWarning"
 )
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 TRIALS = 16
+
+
+@pytest.fixture
+def cluster(monkeypatch) -> Iterator[Cluster]:
+    """Two nodes of one core each, whose workers import what this process imports; a run waits until both are at work."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PROCESSES", "2")
+    head = {**NODE, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(**NODE)
+    yield made
+    made.shutdown()
 
 
 def trials_of(journal):
@@ -27,15 +42,12 @@ def trials_of(journal):
     if not journal.exists():
         return []
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    names = optuna.get_all_study_names(storage)
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
-    return [
-        trial
-        for name in names
-        for trial in optuna.load_study(study_name=name, storage=storage).get_trials(
-            states=ended
-        )
-    ]
+    found = []
+    for name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        found += study.get_trials(states=ended)
+    return found
 
 
 def test_a_killed_node_loses_nothing(cluster, tmp_path):
@@ -44,12 +56,7 @@ def test_a_killed_node_loses_nothing(cluster, tmp_path):
     script, journal = tmp_path / "script.py", tmp_path / "study.journal"
     assert "steps=20," in source
     script.write_text(source.replace("steps=20,", "steps=600,"))
-    paths = os.pathsep.join(filter(None, sys.path))
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": cluster.address,
-        "PYTHONPATH": paths,
-    }
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     process = subprocess.Popen(
         [sys.executable, str(script), str(journal)],
         env=environment,
@@ -74,9 +81,8 @@ def test_a_killed_node_loses_nothing(cluster, tmp_path):
     after = trials_of(journal)
     assert [trial for trial in after if trial in before] == before
     assert len(after) >= TRIALS
-    assert len(
-        {
-            (*map(trial.user_attrs.get, ("rank", "seed")), *trial.params.values())
-            for trial in after
-        }
-    ) == len(after)
+    points = {
+        (*map(trial.user_attrs.get, ("rank", "seed")), *trial.params.values())
+        for trial in after
+    }
+    assert len(points) == len(after)
