@@ -10,7 +10,6 @@ import warnings
 import optuna
 import pytest
 import torch
-from accelerate.state import GradientState
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankaware_optim as ra
@@ -29,6 +28,7 @@ from .trainers import (
     QUIET,
     STEPS,
     AdamW,
+    accelerate,
     arguments,
     attached,
     by_class,
@@ -382,7 +382,7 @@ def test_a_plain_runs_checkpoint_is_loaded(tmp_path):
 def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
     """Ray's search sends the trainer by cloudpickle: the copy trains as the original, on its own model."""
     cloudpickle = pytest.importorskip("cloudpickle")
-    GradientState._reset_state()  # after another training in this process it holds weak references
+    accelerate.state.GradientState._reset_state()  # after another training in this process it holds weak references
     trainer = attached(plain(llama(), tmp_path))
     copied = cloudpickle.loads(cloudpickle.dumps(trainer))
     assert copied.optimizer_cls_and_kwargs[0]._trainer() is copied
