@@ -73,6 +73,15 @@ class Pair(NamedTuple):
     def is_sharded(self) -> bool:
         return self.a.is_shard or self.b.is_shard
 
+    @property
+    def kind(self) -> str:
+        """The layer's kind by its module, where neither row nor layout determines it."""
+        if is_embedding(self.owner):
+            return "embedding"
+        base = getattr(self.owner, "base_layer", self.owner)
+        is_conv = len(self.a.shape) > 2 or hasattr(base, "kernel_size")
+        return "conv" if is_conv else "linear"
+
 
 def canonical_name(name: str) -> str:
     """Return a parameter's name without prefixes of DDP, FSDP, torch.compile and checkpointing."""
@@ -211,7 +220,7 @@ def reading_of(pair: Pair) -> Reading:
     readings = (layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
-            kind = pair.convention.kind or reading.kind or _kind(pair)
+            kind = pair.convention.kind or reading.kind or pair.kind
             return reading._replace(kind=kind)
     raise misfit(pair.where, rank, (pair.a.name, a), (pair.b.name, b))
 
@@ -246,13 +255,6 @@ def layout_reading(
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
-
-
-def _kind(pair: Pair) -> str:
-    if is_embedding(pair.owner):
-        return "embedding"
-    base = getattr(pair.owner, "base_layer", pair.owner)
-    return "conv" if len(pair.a.shape) > 2 or hasattr(base, "kernel_size") else "linear"
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -95,7 +95,7 @@ def calibrate_trainer(
         def run(report: Callable[[Any], bool]) -> Any:
             of_trial = TrainerRun(trial, native, settings or {}, score, report, horizon)
             try:
-                return _run(make_trainer(trial), of_trial)
+                return of_trial.by(make_trainer(trial))
             finally:
                 release_memory()  # of the trainer, before the next trial
 
@@ -108,21 +108,6 @@ def calibrate_trainer(
     if recipe.warmup is None:
         recipe = replace(recipe, warmup=horizon.get("warmup"))
     return recipe
-
-
-def _run(trainer: Any, run: TrainerRun) -> Any:
-    """Run one trial and return its score, or None if there is none."""
-    if isinstance(trainer, tuple) and len(trainer) >= 2:
-        lightning, module, *data = trainer
-        if hasattr(lightning, "fit_loop"):
-            return run_lightning(lightning, module, data, run)
-    if hasattr(trainer, "callback_handler") and hasattr(trainer, "training_step"):
-        return run_transformers(trainer, run)
-    raise CalibrationError(
-        "make_trainer returned no known trainer.",
-        "Return a Trainer of transformers or TRL, or a tuple of Lightning's Trainer, module and"
-        " data.",
-    )
 
 
 # --- a trial --------------------------------------------------------------------------------------
@@ -145,6 +130,20 @@ class TrainerRun:
     horizon: dict[str, Any]
     steps_taken: int = 0
     _loss: Any = 0.0
+
+    def by(self, trainer: Any) -> Any:
+        """Run the trial by a trainer and return its score, or None if there is none."""
+        if isinstance(trainer, tuple) and len(trainer) >= 2:
+            lightning, module, *data = trainer
+            if hasattr(lightning, "fit_loop"):
+                return run_lightning(lightning, module, data, self)
+        if hasattr(trainer, "callback_handler") and hasattr(trainer, "training_step"):
+            return run_transformers(trainer, self)
+        raise CalibrationError(
+            "make_trainer returned no known trainer.",
+            "Return a Trainer of transformers or TRL, or a tuple of Lightning's Trainer, module and"
+            " data.",
+        )
 
     def steps_of(self, max_steps: int | None) -> int:
         """Return the trainer's number of steps: its own if it sets one, else the trial's."""
