@@ -219,12 +219,8 @@ def test_each_of_several_models_moves_by_its_ranks(form):
     trains = {name for name, p in both.named_parameters() if p.requires_grad}
     assert rates_of(opt).keys() == trains
     opt.load_state_dict(opt.state_dict())
-
-
-def test_one_model_in_a_list_is_one_of_several():
-    """Its names have its number, so that another may be added in code without other changes."""
-    opt = RankAwareOptimizer([kept_alpha(4)], torch.optim.SGD, lr=LR, tuned_at=AT_16)
-    assert {name.partition(".")[0] for name in rates_of(opt)} == {"0"}
+    alone = RankAwareOptimizer([kept_alpha(4)], kind, **given)  # another may join it
+    assert {name.partition(".")[0] for name in rates_of(alone)} == {"0"}
 
 
 def test_a_later_group_is_of_any_of_several_models():
