@@ -26,9 +26,22 @@ RANKS = (1, 8, 64, 256)
 AT_16 = ra.Reference(rank=16, alpha=16, fan_in=1024)
 
 
+class ByGradient(torch.optim.Optimizer):
+    """An optimizer that steps by the gradient. Its name is of no family."""
+
+    def __init__(self, params: Any, lr: float = 0.01, **settings: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0, **settings})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.add_(param.grad, alpha=-group["lr"])
+
+
 def class_named(name: str) -> type[torch.optim.Optimizer]:
-    """An optimizer class of this name, which steps as SGD does: laws know a family by it."""
-    return type(name, (torch.optim.SGD,), {})
+    """An optimizer class of this name, by which laws know its family."""
+    return type(name, (ByGradient,), {})
 
 
 # --- laws -------------------------------------------------------------------------------
