@@ -5,13 +5,16 @@ from __future__ import annotations
 import pkgutil
 import re
 import warnings
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+import pytest
 import tomli
 from packaging.requirements import Requirement
 
 import rankaware_optim
+from rankaware_optim.inspection import conventions
 
 from .test_examples import batches, build
 
@@ -26,6 +29,16 @@ def blocks_of(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
 
 
+@pytest.fixture
+def own_conventions() -> Iterator[None]:
+    """What is registered during a test is taken out again: other tests have layers of the same names."""
+    before = conventions()
+    yield
+    for row in set(conventions()) - set(before):
+        rankaware_optim.register_convention(row, remove=True)
+
+
+@pytest.mark.usefixtures("own_conventions")
 def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
     """The Python blocks of all pages run in order, as one program, each page with a model of its own."""
     monkeypatch.chdir(tmp_path)
