@@ -7,10 +7,12 @@ import io
 import math
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -675,7 +677,9 @@ def by_pickle(both):
 
 
 def through_a_process(both):
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+    spawn = torch.multiprocessing.get_context("spawn")
+    root = str(Path(__file__).parents[2])  # of the model's class
+    with spawn.Pool(1, initializer=sys.path.append, initargs=(root,)) as pool:
         return pool.apply_async(copy.copy, (both,)).get(timeout=100)
 
 
