@@ -7,7 +7,7 @@ import io
 import math
 import pickle
 import signal
-import sys
+import site
 import threading
 import time
 from collections.abc import Callable
@@ -679,7 +679,7 @@ def by_pickle(both):
 def through_a_process(both):
     spawn = torch.multiprocessing.get_context("spawn")
     root = str(Path(__file__).parents[2])  # of the model's class
-    with spawn.Pool(1, initializer=sys.path.append, initargs=(root,)) as pool:
+    with spawn.Pool(1, initializer=site.addsitedir, initargs=(root,)) as pool:
         return pool.apply_async(copy.copy, (both,)).get(timeout=100)
 
 
