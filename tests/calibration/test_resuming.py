@@ -47,7 +47,7 @@ pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="processes are forked and killed"
 )
 
-KILLS = 12
+KILLS = 8
 
 
 class Forked:
