@@ -16,14 +16,15 @@ SEEDS = (0, 1)  # of the trials, in turn: by hand
 PER_SEED = 4
 # Most trials with a budget only, as a multiple of the whole runs that it pays for: by hand
 SHORT_RUNS = 10
-# Runs of the highest rank before any other, since losses of different ranks cannot be compared; it
-# was chosen on the simulated surfaces, after they had been seen: simulated.md
+# Runs of the highest rank before any other, since losses of different ranks cannot be compared, and
+# before the search turns downwards if none learned; it was chosen on the simulated surfaces, after
+# they had been seen: simulated.md
 BRACKET = 3
-MOST_BRACKET = 8  # the same, while all of them rise: by hand
+# The same, while all of them rise: by hand, 4 and 16 are no worse in simulation: frozen answers
+MOST_BRACKET = 8
 OF_OTHERS = 2  # runs of every other rank without which its rate is not found: by hand
-HOPELESS = (
-    12  # runs that all diverged, each at a lower rate, and end the search: by hand
-)
+# Runs that all diverged, each at a lower rate, and end the search: by hand
+HOPELESS = 12
 
 # --- the first rate -------------------------------------------------------------------------------
 
@@ -46,30 +47,26 @@ MOST_OCTAVES = 330.0  # no rate of a trial is farther from 1: its meaning
 STRIDE = 2.0
 HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
 EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand
-UPWARDS = 3  # runs before the search turns downwards if none of them learned: by hand
-CLEARLY = (
-    0.25  # share of the gain by which a rate above the best is clearly worse: by hand
-)
+# Share of the gain by which a rate above the best is clearly worse: by hand, 0 to .5 are no worse in
+# simulation: frozen answers
+CLEARLY = 0.25
 # Octaves from the estimated optimum, in order. The low side is safer, since the loss rises faster
 # above: by hand
 OFFSETS = ((0.5, -1.0, 1.25, -2.0), (0.0, -0.5, -1.5, 0.85))
 CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged: by hand
-TAKEN = (
-    0.25  # octaves to stay away from rates that run, or that the rank has run: by hand
-)
+# Octaves to stay away from rates that run, or that the rank has run: by hand
+TAKEN = 0.25
 FULL_STEP = 1.0  # octaves between runs of full finetuning after the search: by hand
-TOGETHER = (
-    50  # with k times as many trials, fits are made after every k-th trial: by hand
-)
+# With k times as many trials, fits are made after every k-th trial: by hand
+TOGETHER = 50
 
 # --- pruning --------------------------------------------------------------------------------------
 
 REPORTS = 10  # reports of a run to the storage: by hand
 JUDGED = 3  # last reports of a run that are compared: by hand
 WORSE = 0.5  # share of the best run's gain so far by which a pruned run lags: by hand
-NEAR = (
-    1.0  # octaves from the best run and the optimum in which nothing is pruned: by hand
-)
+# Octaves from the best run and the optimum in which nothing is pruned: by hand
+NEAR = 1.0
 STANDARD_ERRORS = 3.0  # of the mean lag, which must exceed them: by hand
 
 # --- what a run and a recipe are checked for ------------------------------------------------------
@@ -83,15 +80,12 @@ SAME = 1e-3  # relative tolerance for the first values of two runs of one seed: 
 
 # --- processes: all by hand -----------------------------------------------------------------------
 
-BEAT_S = (
-    10.0  # seconds between two heartbeats, and between two looks at those of others
-)
+# Seconds between two heartbeats, and between two looks at those of others
+BEAT_S = 10.0
 MISSED = 4  # looks in a row without a new heartbeat after which a trial counts as dead
 JOIN_S = 10.0  # seconds that a heartbeat's write in progress may take at the end
-POLL_S, SLOW_POLL_S = (
-    0.05,
-    2.0,
-)  # seconds between looks for other workers: first and longest
+# Seconds between looks for other workers: first and longest
+POLL_S, SLOW_POLL_S = 0.05, 2.0
 LOCK_S = 120.0  # seconds to wait for a journal's lock, which a stopped process may hold
 # Attempts to create a database while others do; each failure means that one of 13 tables exists now
 ATTEMPTS = 30

@@ -30,6 +30,7 @@ from ..fitting import (
 )
 from ._calibration import Calibration
 from ._constants import (
+    BRACKET,
     CLEARANCE,
     CLEARLY,
     EDGE,
@@ -41,7 +42,6 @@ from ._constants import (
     STANDARD_ERRORS,
     STRIDE,
     TAKEN,
-    UPWARDS,
     WORSE,
 )
 from ._trials import Setting, TrialRecord, Trials
@@ -194,7 +194,7 @@ def next_bracket(
     good = below_cliff(runs)
     below = min(tried) - STRIDE
     above = max(tried) + STRIDE
-    if not good or (len(runs) >= UPWARDS and below >= low and none_learned(good)):
+    if not good or (len(runs) >= BRACKET and below >= low and none_learned(good)):
         return below
     best = min(good, key=lambda run: run.value)
     if not _has_cliff(best, runs, good, pruned):
