@@ -47,8 +47,8 @@ MOST_OCTAVES = 330.0  # no rate of a trial is farther from 1: its meaning
 STRIDE = 2.0
 HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
 EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand
-# Share of the gain by which a rate above the best is clearly worse: by hand, 0 to .5 are no worse in
-# simulation: frozen answers
+# Share of the gain by which a rate above the best is clearly worse: by hand, 0 to .5 are no worse
+# in simulation: frozen answers
 CLEARLY = 0.25
 # Octaves from the estimated optimum, in order. The low side is safer, since the loss rises faster
 # above: by hand
