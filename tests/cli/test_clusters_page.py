@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import rankaware_optim as ra
+from rankaware_optim.calibration import TRIALS_PER_RANK
 
 from .test_calibrate import LOOP, assert_shared, trials_of
 
@@ -45,7 +46,9 @@ def test_two_tasks_of_the_array_share_the_trials(tmp_path):
     assert [
         (task.communicate(timeout=300)[1], task.returncode)[1] for task in tasks
     ] == [0, 0]
-    assert_shared(trials_of(str(tmp_path / "finetune.journal"), "finetune"), 16)
+    assert_shared(
+        trials_of(str(tmp_path / "finetune.journal"), "finetune"), 2 * TRIALS_PER_RANK
+    )
     first, second = (
         ra.Recipe.load(tmp_path / "recipes" / f"task-{i}.toml") for i in range(2)
     )
