@@ -54,7 +54,6 @@ BUGS = (
     Bug("_files.py", "stat.S_IMODE(os.stat(target).st_mode)", "0o600", "tests/recipe/test_files.py"),
     Bug("_printing.py", 'return "".join(sign for sign in text if sign.isprintable() or sign in "\\n\\t")', "return text", "tests/test_printable.py"),
     Bug("laws/_mua.py", "return 2.0 / (p + math.sqrt(p * p + 4.0 * q))", "return 1.0 / p", "tests/laws"),
-    Bug("laws/_corrections.py", "multiplier * _DISTANCE if multiplier != 1.0", "multiplier * _DISTANCE if multiplier > 1.0", "tests/transfer"),
     Bug("inspection/_file_pairs.py", "if not os.path.isfile(path):", "if False:", "tests/inspection/test_files.py"),
     Bug("inspection/_file_pairs.py", "except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:", "except (OSError, TypeError) as error:", "tests/inspection/test_files.py"),
     Bug("inspection/_file_pairs.py", 'names = [name for name in names if name.rpartition(".")[2] == "alpha"]', "names = []", "tests/inspection/test_files.py"),

@@ -193,15 +193,14 @@ def table(published: Path, alpha: float) -> None:
 
 # The rate of one rank at another one, by three ways.
 WAYS = {
+    "1 token": MuA(tokens=1.0),
     "default law": "mua",
-    "as used": "falling",
     "8 tokens": MuA(tokens=8.0),
 }
 OF_KEPT = (
     "18 published language models, AdamW, alpha 32 at every rank. Each row is of the models that have a best rate inside "
     "the grid at both ranks, three or more. `measured`: the best rate at the higher rank over that at the lower one. "
-    "`default law`, `as used` (with the distance of a moved rate, × 0.9) and `8 tokens` are the factors by which these "
-    "move the rate.",
+    "`1 token`, `default law` and `8 tokens` are the factors by which these move the rate.",
     "Loss, %: the loss at the higher rank and the lower one's best rate, kept or moved, by a monotone spline between "
     "the rates tried, less the lowest, as a share of it. The mean over models, and the worst.",
 )

@@ -3,8 +3,8 @@
     python benchmarks/study/move_figure.py     # results/suite/move.png, of the runs on file
 
 Vision classification at alpha = rank and in full finetuning, means over seeds. The second panel has the same runs: every
-rate is divided by what the default law multiplies a rate of rank 16 with, without its distance, at the widths of the
-shipped recipe. A small dot is the mean of a rate's runs, a large one a curve's lowest point.
+rate is divided by what the default law multiplies a rate of rank 16 with, at the widths of the shipped recipe. A small
+dot is the mean of a rate's runs, a large one a curve's lowest point.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def by_the_law(rank: int) -> float:
 def draw_move(done: Losses, domain: str) -> Figure:
     """Loss against rate at alpha = rank and in full finetuning: rates as they were set, and each as a rate of rank 16.
 
-    The second panel divides every rate by what the default law multiplies a rate of rank 16 with, without its distance.
+    The second panel divides every rate by what the default law multiplies a rate of rank 16 with.
     """
     scheme = schemes_in(done, domain)[0]
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")

@@ -12,8 +12,8 @@ from study.configurations import reference_at, tuned_at
 from study.domains import DomainError, get_domain
 from study.grids import FULL
 
-from rankaware_optim import Falling, Law, Reference
-from rankaware_optim.laws import at_distance, checked_multiplier
+from rankaware_optim import Law, Reference
+from rankaware_optim.laws import checked_multiplier
 
 INITS = ("Init[A], s = 1", "Init[B], s = 1")
 # octaves from a source rank to a target rank; `FULL` is full finetuning
@@ -37,13 +37,6 @@ def by_law(domain: str, config: str, law: Law) -> Shift:
     )
 
 
-def by_default(domain: str, config: str) -> Shift:
-    """As the package moves a rate by default: by the default law, at its distance."""
-    law = Falling()
-    shift = by_law(domain, config, law)
-    return lambda a, b: math.log2(at_distance(law, 2.0 ** shift(a, b)))
-
-
 def across_inits(domain: str, rank: int, law: Law) -> float:
     """Octaves by which a law moves a rate from Init[A] to Init[B]."""
     mean, _ = get_domain(domain).widths
@@ -53,7 +46,7 @@ def across_inits(domain: str, rank: int, law: Law) -> float:
 
 @cache
 def octaves(domain: str, config: str, rank: int, law: Law) -> float:
-    """log2 of a law's multiplier for a rate tuned at rank 16 in the same configuration, without any distance.
+    """log2 of a law's multiplier for a rate tuned at rank 16 in the same configuration.
 
     Args:
         domain: the domain's name.

@@ -14,7 +14,7 @@ from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
 from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest, or_inf
 from study.loss_curves import DIVERGED, regret_between
-from study.moving import Shift, by_default, by_inverse_rank, by_law, kept
+from study.moving import Shift, by_inverse_rank, by_law, kept
 from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
 from rankaware_optim import Falling, Law, MuA, Recipe
@@ -194,14 +194,8 @@ def ways(
 ) -> Iterator[tuple[str, str, Shift]]:
     """Name, the scheme that is trained, and how it moves a rate. A name may come more than once: all count."""
     for name, law in laws.items():
-        yield (
-            name,
-            config,
-            by_default(domain, config)
-            if name == DEFAULT
-            else by_law(domain, config, law),
-        )
-    yield ONE_SEED, config, by_default(domain, config)
+        yield name, config, by_law(domain, config, law)
+    yield ONE_SEED, config, by_law(domain, config, LAWS[DEFAULT])
     # a search seed each; the recipe's rate at the target, whatever the source
     for path in paths_of(domain, config):
         yield RECIPE, config, by_recipe(done, (domain, config), Recipe.load(path))

@@ -48,7 +48,7 @@ WAYS = {  # the rows of the summary, for those who see it alone
     "noise floor": "noise floor: the sweep's best\nrate, on a seed it has not seen",
     "one rate everywhere": "keeping it: one rate for all",
     "the paper's law": "moved by the paper's law",
-    DEFAULT: "moved by the default law,\ntimes 0.9",
+    DEFAULT: "moved by the default law",
     ONE_SEED: "the same, its rate tuned\non one seed",
     RECIPE: "a calibrated recipe\n(a fifth of the sweep)",
 }
