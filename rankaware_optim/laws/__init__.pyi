@@ -1,7 +1,5 @@
-from ._corrections import DISTANCE_NOTE as DISTANCE_NOTE
 from ._corrections import Falling as Falling
 from ._corrections import Power as Power
-from ._corrections import at_distance as at_distance
 from ._law import Constant as Constant
 from ._law import Law as Law
 from ._law import LoRAPlus as LoRAPlus

@@ -13,12 +13,6 @@ from .._types import Factor, Reference
 from ._law import Law, bad_parameter, check_choice, check_ranges
 from ._mua import SIGN_LIKE, MuA
 
-_DISTANCE = 0.9  # supported by the rule of benchmarks/laws/default_law.py
-DISTANCE_NOTE = (
-    f"A rate that the law moves keeps a distance: × {_DISTANCE:g}, since too high costs more than"
-    " too low."
-)
-
 
 class Correction(Law):
     """Another law times a term at the factor, divided by the same term at the reference. Its other
@@ -105,8 +99,7 @@ class Falling(Correction):
     see the fall.
 
     The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to
-    an optimizer of another family, the result is the inner law, bound to that optimizer. With its
-    defaults it is used at a distance: see `at_distance`.
+    an optimizer of another family, the result is the inner law, bound to that optimizer.
 
     Source: this project's study, benchmarks/results/init_b_forms.md.
 
@@ -143,25 +136,3 @@ class Falling(Correction):
             return 1.0
         lowest = min(at.rank, at.fan_in)
         return math.pow((self.knee + at.fan_in) / (self.knee + lowest), self.power)
-
-
-# The default law, bound to the families for which it falls.
-_DEFAULTS = [Falling(law=MuA(family=family)) for family in SIGN_LIKE]
-
-
-def at_distance(law: Law, multiplier: float) -> float:
-    """Return a law's multiplier as it is used: a rate that the default law moves is multiplied by
-    .9.
-
-    Too high a rate costs more than too low a one. A multiplier of 1 stays 1, and so does that of
-    every other law. Apply this once, where a rate is used. A recipe's law is a `Power`, so its
-    rates, which have a margin, keep none.
-
-    Args:
-        law: the law, bound or not. The default law bound to an optimizer that is neither sign-like
-            nor unknown is another law.
-        multiplier: its multiplier, dimensionless.
-    """
-    return (
-        multiplier * _DISTANCE if multiplier != 1.0 and law in _DEFAULTS else multiplier
-    )

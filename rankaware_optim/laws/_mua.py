@@ -69,7 +69,7 @@ class MuA(Law):
     1.02
     """
 
-    tokens: float | None = 1.0
+    tokens: float | None = 2.0
     ratio: float = 1.0
     family: str = "sign-like"
     shape_factor: str = "original"
@@ -334,7 +334,7 @@ class Form(NamedTuple):
 
 # Families that are not here (Adafactor's, LARS's, the rank-aware) keep one rate.
 FORMS = {
-    **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=1.0)),
+    **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=2.0)),
     "spectral": Form(spectral_rate, one_rank=True),
     "gradient-like": Form(gradient_rate, one_rank=True, batch=1.0),
     "relative-scale": Form(relative_rate),

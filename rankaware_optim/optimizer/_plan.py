@@ -18,12 +18,10 @@ from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import (
     DEFAULT_LAW,
-    DISTANCE_NOTE,
     FORMS,
     SIGN_LIKE,
     Constant,
     Law,
-    at_distance,
     bound_law,
     checked_batch_multiplier,
     checked_multiplier,
@@ -202,7 +200,7 @@ class Plan:
             return label._replace(rank_multiplier=1.0, pinned_lr=pinned)
         if factor is None:
             return label
-        moved = at_distance(rule.law, self.multiplier(factor, rule.law))
+        moved = self.multiplier(factor, rule.law)
         return label._replace(rank_multiplier=rule.by_run * moved)
 
     def _rate_by_recipe(self, name: str, rule: Rule, trains: bool) -> float | None:
@@ -267,21 +265,19 @@ def make_plan(
         optimizer_class,
         settings or {},
     )
-    return replace(plan, notes=tuple(_notes(plan, moved, groups)))
+    return replace(plan, notes=tuple(_notes(plan, groups)))
 
 
 # --- notes: rows of a condition and a sentence ----------------------------------------------------
 
 
-def _notes(
-    plan: Plan, moved: Iterable[Factor], groups: Iterable[Settings]
-) -> Iterator[str]:
-    """Yield what a report says of a plan. moved: the factors without a rate by name."""
+def _notes(plan: Plan, groups: Iterable[Settings]) -> Iterator[str]:
+    """Yield what a report says of a plan."""
     yield from plan.survey.notes
     if plan.use is not None:
         yield from plan.use.notes
     yield from _adapter_notes(plan)
-    yield from _move_notes(plan, moved)
+    yield from _move_notes(plan)
     by_family = {rule.family: rule for rule in map(plan.rule_for, groups)}
     for rule in by_family.values():
         yield from _family_note(plan, rule)
@@ -317,19 +313,14 @@ def _adapter_notes(plan: Plan) -> list[str]:
     )
 
 
-def _move_notes(plan: Plan, moved: Iterable[Factor]) -> list[str]:
-    """Return what is uncertain of the moves. moved: the factors without a rate by name."""
+def _move_notes(plan: Plan) -> list[str]:
+    """Return what is uncertain of the moves."""
     law, family = plan.rule.law, plan.rule.family
-    of_each_kind = {
-        (f.role, f.kind, f.rank, f.scaling, f.init, f.fan_in): f for f in moved
-    }
-    multipliers = [plan.multiplier(f) for f in of_each_kind.values()]
     to_full = plan.method == "full" and plan.reference.method == "lora"
     worth = "is good to a factor of 2 to 4"
     if family not in SIGN_LIKE:
         worth = f"was never tried with {family} optimizers"
     return _those_that_apply(
-        (any(at_distance(law, m) != m for m in multipliers), DISTANCE_NOTE),
         (
             to_full and law.name == "constant",
             "No law moves this LoRA rate to full finetuning, whose best rate may be several times"

@@ -125,8 +125,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as
             "r=16,alpha=32", a dict such as {"r": 16, "lora_alpha": 32}, an adapter's folder or
             file, or a `LoraConfig`. By default the model's most common configuration.
-        law: a law or its name, by default "falling". A rate that this default moves keeps a
-            distance, × 0.9, since too high costs more than too low. Another law is used as it is.
+        law: a law or its name, by default "falling".
         recipe: a calibrated recipe, its path or its adapter's folder. It replaces `lr`, `tuned_at`
             and `law`. A warning is given if the optimizer, its settings, batch or steps differ from
             the recipe's.

@@ -13,7 +13,6 @@ from ..inspection import ReferenceLike, as_reference
 from ..laws import (
     DEFAULT_LAW,
     Law,
-    at_distance,
     caution_of,
     checked_multiplier,
     get_law,
@@ -33,8 +32,7 @@ def convert_lr(
     """Convert a rate tuned at one configuration to another: the rate at which the optimizer would
     train there.
 
-    A rate that the default law moves keeps a distance, × .9: convert the tuned rate, not a
-    converted one. If the law gives B a rate of its own, the converted one is A's.
+    If the law gives B a rate of its own, the converted one is A's.
 
     Args:
         lr: the tuned rate, per step.
@@ -73,7 +71,7 @@ def convert_lr(
     factor = target.as_factor()
     options = PlanOptions(law, tuned_at=origin, batch=batch)
     plan = make_plan(Survey((factor,)), options)
-    multiplier = at_distance(plan.rule.law, plan.multiplier(factor))
+    multiplier = plan.multiplier(factor)
     notes = list(_notes(law, origin, target, multiplier))
     if width is None and multiplier != 1.0:
         notes.append(

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from rankaware_optim import Falling, Law, Reference
+from rankaware_optim import Falling, Reference
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import effective_lr
-
-DISTANCE = 0.9  # what a rate that the default law moves is multiplied by
 
 Muon: Any = getattr(torch.optim, "Muon", None)
 needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on")
@@ -54,15 +52,6 @@ def rates_of(opt: torch.optim.Optimizer) -> dict[str, float]:
     }
 
 
-def used(law: Law, multiplier: float) -> float:
-    """A law's multiplier as a rate is trained with it: the default law keeps a distance where it moves a rate."""
-    return (
-        multiplier * DISTANCE
-        if isinstance(law, Falling) and multiplier != 1.0
-        else multiplier
-    )
-
-
 def multiplier(
     rank: int | None,
     kind: type[torch.optim.Optimizer] = torch.optim.AdamW,
@@ -75,4 +64,4 @@ def multiplier(
     factor = Factor("by hand", "A", rank, width, width)
     law = Falling().bind(kind, settings or {})
     at_16 = Reference(rank=16, alpha=16, fan_in=width)
-    return used(law, law.multiplier(factor, at_16))
+    return law.multiplier(factor, at_16)

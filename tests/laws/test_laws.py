@@ -31,7 +31,6 @@ from rankaware_optim._optimizers import optimizer_family
 from rankaware_optim._types import Survey
 from rankaware_optim.cli import main
 from rankaware_optim.laws import (
-    at_distance,
     bound_law,
     caution_of,
     checked_batch_multiplier,
@@ -197,8 +196,8 @@ def test_families_without_a_form_keep_one_rate(optimizer, settings):
 
 
 FAMILY_TOKENS = [
-    (AdamW, 1.0),
-    (called("Unheard"), 1.0),
+    (AdamW, 2.0),
+    (called("Unheard"), 2.0),
     (SGD, 8.0),
     (called("Lamb"), 8.0),
     muon(8.0),
@@ -213,8 +212,8 @@ def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
     assert bound.bind(AdamW, {}) == MuA()
     for other in (None, 4.0):
         assert MuA(tokens=other).bind(optimizer, {}).tokens == other
-    theirs = MuA(tokens=2.0, family=bound.family)
-    assert theirs.bind(optimizer, {}).tokens == 2.0
+    theirs = MuA(tokens=3.0, family=bound.family)
+    assert theirs.bind(optimizer, {}).tokens == 3.0
 
 
 WORDS = [
@@ -248,35 +247,16 @@ def test_a_far_move_has_a_caution(far):
     assert f"by {beyond:.3g}, beyond 0.0001 to 10000" in caution_of(beyond)
 
 
-DISTANCES = [
-    (Falling(), True),
-    (Falling(law=MuA(family="unknown")), True),
-    (Falling(law=MuA(tokens=8.0)), False),
-    (Falling(law=MuA(family="relative-scale")), False),
-    (Falling(knee=1.0), False),
-    (Power(law=Falling()), False),
-    (MuA(), False),
-]
-
-
-@pytest.mark.parametrize(("law", "keeps"), DISTANCES, ids=str)
-def test_the_default_law_alone_keeps_a_distance(law, keeps):
-    """A rate that the default law moves is used at nine tenths; one that stays, or of another law, as it is."""
-    assert at_distance(law, 2.0) == (1.8 if keeps else 2.0)
-    assert at_distance(law, 1.0) == 1.0
-    assert law.falls_with_rank == (law != MuA())
-
-
 # --- by name --------------------------------------------------------------------------------------------------------
 
 NAMED = [
-    ("mua", MuA(tokens=1.0)),
+    ("mua", MuA(tokens=2.0)),
     ("mua-paper", MuA(tokens=None)),
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
     (
         "power",
-        Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(1.0)),
+        Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(2.0)),
     ),
     ("falling", Falling(knee=0.0, power=1 / 3)),
     ("rankaware_optim:MuA", MuA()),

@@ -422,7 +422,7 @@ REFUSED = [
     (lambda: in_groups(lr=torch.tensor([1.0, 2.0])), r"has lr=tensor\(\[1., 2.\]\)"),
     (lambda: in_groups(initial_lr="x"), r"has initial_lr='x'"),
     (lambda: in_groups(pinned_lr=-1.0), r"has pinned_lr=-1.0"),
-    (lambda: in_groups(lr=1.5e308), r"times the multiplier 2.11 of a group is inf"),
+    (lambda: in_groups(lr=1.5e308), r"times the multiplier 2.23 of a group is inf"),
 ]
 
 

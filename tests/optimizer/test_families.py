@@ -24,11 +24,10 @@ LR = 1e-3
 
 def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
     """The default law's multiplier for a factor of this rank at alpha 16, in a family."""
-    law = MuA(tokens=1.0 if family == "sign-like" else 8.0, family=family)
+    law = MuA(tokens=2.0 if family == "sign-like" else 8.0, family=family)
     scaled = ra.Falling(law=law) if family == "sign-like" else law
     factor = Factor("f", "A", rank, 16, 16, alpha / rank)
-    multiplier = scaled.multiplier(factor, Reference(16, 16, fan_in=16))
-    return multiplier * (0.9 if family == "sign-like" else 1.0)
+    return scaled.multiplier(factor, Reference(16, 16, fan_in=16))
 
 
 def moved(model: nn.Module, opt: Optimizer) -> dict[str, float]:

@@ -17,7 +17,6 @@ from rankaware_optim import (
     InspectionError,
     MuA,
     OptimizerError,
-    Power,
     RankAwareOptimizer,
     RankAwareWarning,
     Reference,
@@ -31,7 +30,7 @@ from rankaware_optim.optimizer import PlanOptions, effective_lr, make_plan
 from rankaware_optim.optimizer._param_groups import user_groups
 
 from ..helpers.models import adapted, mlp, trained
-from ..helpers.optimizers import DISTANCE, called, used
+from ..helpers.optimizers import called
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -62,12 +61,10 @@ def expected(
     width: float = 16,
     init: str = "A",
 ) -> float:
-    """The default law's multiplier at a width that both sides share, with the distance of a rate that moves."""
+    """The default law's multiplier at a width that both sides share."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
-    moved = Falling().multiplier(
-        factor, replace(reference, fan_in=reference.fan_in or width)
-    )
-    return used(Falling(), moved)
+    at = replace(reference, fan_in=reference.fan_in or width)
+    return Falling().multiplier(factor, at)
 
 
 # --- cutting --------------------------------------------------------------------------------------------------------
@@ -276,7 +273,7 @@ def test_inits_are_not_crossed(init, other):
     found = multipliers(mlp(init=init), tuned_at=reference)
     value = expected(4, 1.0, replace(reference, init=init), init=init)
     assert found["layer0.lora_A"] == pytest.approx(value)
-    said, _ = plan(mlp(init=init), tuned_at=reference).notes
+    (said,) = plan(mlp(init=init), tuned_at=reference).notes
     assert "are scaled within their own init" in said
     assert not plan(mlp(init=init)).notes
 
@@ -324,42 +321,7 @@ def test_pinned_weights_do_not_count_for_the_width():
     assert found["0.lora_A"] == pytest.approx(expected(4, 1.0, at, width=12))
 
 
-# --- the distance of a moved rate -----------------------------------------------------------------------------------
-
-BY_BATCH = {
-    "tuned_at": Reference(rank=16, alpha=16, fan_in=16, batch=16),
-    "batch": 64,
-}
-KEEPS = [
-    ({}, DISTANCE),
-    ({"law": Falling()}, DISTANCE),
-    ({"optimizer_class": AdamW}, DISTANCE),
-    ({"optimizer_class": called("Unheard")}, DISTANCE),
-    (BY_BATCH, 2.0 * DISTANCE),
-    ({"optimizer_class": called("Lamb")}, 1.0),
-    ({"law": "mua"}, 1.0),
-    ({"law": "mua-paper"}, 1.0),
-    ({"law": Falling(power=0.5)}, 1.0),
-    ({"law": Falling(law=MuA(tokens=2.0))}, 1.0),
-    ({"law": Power(law=Falling())}, 1.0),
-]
-
-
-@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
-@pytest.mark.parametrize(("options", "kept"), KEEPS)
-def test_a_rate_that_the_default_law_moves_keeps_one_distance(options, kept):
-    """The default law's moved rates are multiplied once, with a note. Other laws and families are used as they are."""
-    given = {"tuned_at": Reference(rank=16, alpha=16, fan_in=16)} | options
-    model = mlp((4, 16))
-    made, found = plan(model, **given), multipliers(model, **given)
-    factor = next(f for f in inspect_model(model).factors if f.rank == 4)
-    value = pytest.approx(made.multiplier(factor) * kept)
-    assert found["layer0.lora_A"] == found["layer0.lora_B"] == value
-    # not moved by the law
-    assert found["layer1.lora_A"] == found["head.weight"] == made.rule.by_run
-    said = sum("keeps a distance: × 0.9" in note for note in made.notes)
-    assert said == (kept not in (1.0, 2.0))
-
+# --- what moves, and what does not ----------------------------------------------------------------------------------
 
 AS_TUNED = [
     {},
@@ -369,10 +331,10 @@ AS_TUNED = [
 
 
 @pytest.mark.parametrize("options", AS_TUNED)
-def test_what_does_not_move_keeps_no_distance(options):
-    """A rate used as it was tuned, given by name, or for other parameters keeps none, and no note speaks of it."""
+def test_a_rate_used_as_it_was_tuned_does_not_move(options):
+    """A rate used where it was tuned, given by name, or for other parameters stays, and no note speaks of a move."""
     assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
-    assert not any("distance" in note for note in plan(mlp((4,)), **options).notes)
+    assert plan(mlp((4,)), **options).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -420,7 +382,7 @@ def test_full_finetuning_moves_everything_by_one_multiplier(init, width, fan_in)
     moved = Falling().multiplier(Factor("w", "full", None, width, width), at)
     given = replace(at, fan_in=fan_in)
     found = multipliers(whole(), method="full", tuned_at=given)
-    assert list(found.values()) == pytest.approx([moved * DISTANCE] * 7)
+    assert list(found.values()) == pytest.approx([moved] * 7)
     assert set(multipliers(whole(), method="full").values()) == {1.0}
 
 
@@ -432,7 +394,7 @@ def test_full_finetuning_with_exceptions():
     others = ("emb.weight", "in.bias", "norm.weight", "norm.bias")
     assert found == pytest.approx(
         {
-            "in.weight": LR * moved * DISTANCE,
+            "in.weight": LR * moved,
             **dict.fromkeys(("out.weight", "out.bias"), 0.5),
             **dict.fromkeys(others, 0.1),
         }
@@ -477,7 +439,7 @@ SAID = [
         for law in ("falling", "mua")
         for kind, why in ((SGD, "do the same"), (called("LARS"), "have one rate"))
     ),
-    (WHOLE, AdamW, {"tuned_at": AT_16}, ["distance", "good to a factor of 2 to 4"]),
+    (WHOLE, AdamW, {"tuned_at": AT_16}, ["good to a factor of 2 to 4"]),
     (WHOLE, SGD, {"tuned_at": AT_16}, ["was never tried with gradient-like", "SGD"]),
     (WHOLE, called("Lamb"), {"tuned_at": AT_16}, ["tried with relative-scale", "Lamb"]),
     (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),

@@ -108,13 +108,12 @@ def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, 
 
 
 @pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
-def test_a_recipes_rates_keep_no_distance():
-    """Even by the default law, a recipe's moved rate is the law's: it has a margin of its own."""
+def test_a_recipes_law_moves_its_rates():
+    """A recipe's moved rate is its base rate times its own law's multiplier."""
     opt = built(replace(RECIPE, law=Power(law=Falling())))
     target = replace(RECIPE.reference, rank=16, alpha=16).as_factor()
     moved = Falling().multiplier(target, RECIPE.reference)
     assert values(opt, "A") == pytest.approx([RECIPE.lr * moved])
-    assert "keeps a distance" not in str(opt.report())
 
 
 @pytest.mark.parametrize(
