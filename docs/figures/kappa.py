@@ -10,7 +10,7 @@ M = sorted({round(2 ** (i / 8)) for i in range(97)})
 figure, axis = pyplot.subplots(figsize=(7, 3.4))
 lines = {
     "m (the paper)": ([float(m) for m in M], "#D55E00", "--"),
-    "1 token, the default": ([kappa(m, 1.0) for m in M], "#0072B2", "-"),
+    "2 tokens, the default": ([kappa(m, 2.0) for m in M], "#0072B2", "-"),
     "8 tokens": ([kappa(m, 8.0) for m in M], "#CC79A7", "-"),
     "64 tokens": ([kappa(m, 64.0) for m in M], "#009E73", "-"),
     "√m (no token agrees)": ([math.sqrt(m) for m in M], "0.4", ":"),

@@ -66,7 +66,7 @@ class MuA(Law):
     >>> round(paper.multiplier(more, at), 2)  # about r^(-1/2)
     0.48
     >>> round(ours.multiplier(kept, at), 2)  # alpha kept: it hardly moves
-    1.02
+    1.03
     """
 
     tokens: float | None = 2.0

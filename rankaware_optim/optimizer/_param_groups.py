@@ -439,7 +439,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
     >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at="r=32,alpha=32")
     >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
-    [('A', 0.00206), ('B', 0.00206)]
+    [('A', 0.00222), ('B', 0.00222)]
     """
     params = together(params)
     model = model_of(params, model)
