@@ -22,6 +22,7 @@ from ..laws import (
     SIGN_LIKE,
     Constant,
     Law,
+    beyond_batches,
     bound_law,
     checked_batch_multiplier,
     checked_multiplier,
@@ -350,13 +351,14 @@ def _batch_note(plan: Plan) -> Iterator[str]:
             " 'r=16,alpha=32,batch=16'."
         )
         return
-    by_batch = checked_batch_multiplier(law, batch / tuned)
+    ratio = batch / tuned
+    by_batch = checked_batch_multiplier(law, ratio)
     if by_batch == 1.0:
         yield f"The law {law.name!r} does not move rates with the batch."
     else:
         yield (
-            f"From batch {tuned:g} to {batch:g} every rate is multiplied by {by_batch:.3g}, a rule"
-            " of thumb."
+            f"From batch {tuned:g} to {batch:g} every rate is multiplied by"
+            f" {by_batch:.3g}{beyond_batches(ratio)}: a rule of thumb."
         )
 
 

@@ -164,7 +164,7 @@ class Recipe:
             fan_in: the model's width, by default the recipe's own.
             steps: optimizer steps, by default the recipe's own. Others widen the band.
             batch: batch size in the recipe's unit, by default its own. It moves the rate by the
-                law's rule, which is the square root for Adam.
+                law's rule, which is the square root for Adam, as for 4 times the batch at most.
 
         Returns:
             The rate with its 90 % band, ceiling and notes.

@@ -15,7 +15,7 @@ from .._printing import give_or_take, times
 from .._types import Reference, init_text
 from ..errors import RecipeError
 from ..fitting import FULL_SD, steps_variance
-from ..laws import checked_batch_multiplier
+from ..laws import beyond_batches, checked_batch_multiplier
 from ._constants import (
     BATCH_SD,
     DRIFT_SHARE,
@@ -140,8 +140,8 @@ def by_steps(recipe: Recipe, steps: int | None) -> Moved:
 
 
 def by_batch(recipe: Recipe, batch: float | None) -> Moved:
-    """Return what another batch does: the rate moves by the law's rule. None stands for the
-    recipe's own.
+    """Return what another batch does: the rate moves by the law's rule as far as that was tried,
+    and its band grows with the distance. None stands for the recipe's own.
 
     Raises:
         RecipeError: `batch` is not a positive number, or the recipe does not know its own.
@@ -149,10 +149,13 @@ def by_batch(recipe: Recipe, batch: float | None) -> Moved:
     octaves = _octaves(recipe, "batch", batch, recipe.batch)
     if not octaves:
         return Moved()
-    move = octaves * math.log2(checked_batch_multiplier(recipe.law, 2.0))
+    ratio = 2.0**octaves
+    move = math.log2(checked_batch_multiplier(recipe.law, ratio))
     sd = BATCH_SD * abs(octaves)
     why = f"batch {batch:g} instead of {recipe.batch:g}: an extrapolation"
-    return Moved(move, sd**2, f"{why} by {times(move)}, {give_or_take(sd)}")
+    beyond = beyond_batches(ratio) if move else ""
+    how = f"by {times(move)}{beyond}, {give_or_take(sd)}"
+    return Moved(move, sd**2, f"{why} {how}")
 
 
 def _octaves(

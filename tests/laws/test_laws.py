@@ -31,6 +31,7 @@ from rankaware_optim._optimizers import optimizer_family
 from rankaware_optim._types import Survey
 from rankaware_optim.cli import main
 from rankaware_optim.laws import (
+    beyond_batches,
     bound_law,
     caution_of,
     checked_batch_multiplier,
@@ -463,10 +464,20 @@ def test_a_law_that_raises_is_an_error_of_ours(method):
 
 
 def test_a_correction_leaves_the_batch_to_its_law():
-    """A batch 16 times as large takes 4 times the rate in a correction too; a law without a rule leaves it."""
+    """A batch 4 times as large takes twice the rate in a correction too; a law without a rule leaves it."""
     for law in (MuA(), Power(0.5), Falling()):
-        assert checked_batch_multiplier(law, 16.0) == pytest.approx(4.0)
-    assert checked_batch_multiplier(LoRAPlus(), 16.0) == 1.0
+        assert checked_batch_multiplier(law, 4.0) == pytest.approx(2.0)
+    assert checked_batch_multiplier(LoRAPlus(), 4.0) == 1.0
+
+
+@given(ratio=st.floats(1e-9, 1e9))
+def test_a_rate_moves_with_the_batch_as_far_as_that_was_tried(ratio):
+    """Up to a factor of 4 the rate follows the rule; beyond it the move stays, and only there words say so."""
+    within = min(max(ratio, 1 / 4), 4.0)
+    for family, power in (("sign-like", 0.5), ("gradient-like", 1.0)):
+        moved = checked_batch_multiplier(MuA(family=family), ratio)
+        assert moved == pytest.approx(within**power)
+    assert bool(beyond_batches(ratio)) == (within != ratio)
 
 
 @given(alpha=st.integers(1, 64), rank=ranks, width=widths, init=inits, b=tokens)

@@ -445,6 +445,7 @@ SAID = [
     (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),
     (WHOLE, AdamW, {"tuned_at": AT_16, "law": "constant"}, [NO_LAW]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 64}, ["a rule of thumb"]),
+    (LORA, AdamW, {"tuned_at": AT_4, "batch": 128}, ["as for 4 times the batch"]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 16}, []),
     (LORA, AdamW, {"batch": 64}, ["has no batch"]),
     (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankaware_optim import Power, RankAwareWarning, RecipeError, Reference
+from rankaware_optim import Constant, Power, RankAwareWarning, RecipeError, Reference
 from rankaware_optim.fitting import steps_variance
 from rankaware_optim.recipe._constants import BATCH_SD
 
@@ -49,6 +49,19 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
     assert far.lr == pytest.approx(2 * own.lr)
     assert far.notes[0].startswith("batch 64 instead of 16: ")
     assert sd_of(far) == pytest.approx(math.hypot(0.2, 2 * BATCH_SD))
+
+
+@pytest.mark.parametrize("times", [16, 1 / 16])
+def test_beyond_four_times_the_batch_the_rate_stays_and_the_band_grows(times):
+    """The rule was tried within a factor of 4: the rate moves as far, the doubt grows on, and the note says so."""
+    tried = SURE.at(batch=BATCH * (4 if times > 1 else 1 / 4))
+    far = SURE.at(batch=BATCH * times)
+    assert far.lr == pytest.approx(tried.lr)
+    assert sd_of(far) == pytest.approx(math.hypot(0.2, 4 * BATCH_SD))
+    assert "was tried" in far.notes[0]
+    assert "was tried" not in tried.notes[0]
+    kept = replace(SURE, law=Power(law=Constant()))
+    assert "was tried" not in kept.at(batch=BATCH * times).notes[0]
 
 
 @pytest.mark.parametrize(
