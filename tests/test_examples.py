@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import pkgutil
+import re
+import textwrap
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -11,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import nn
 
 import rankaware_optim
+from rankaware_optim.cli import main
 
 from .helpers.examples import README, readme_blocks
 
@@ -70,6 +74,16 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         rankaware_optim.Recipe.load(tmp_path / "recipes" / "digits.toml").name
         == "digits"
     )
+
+
+def test_readmes_shell_command_prints_what_it_shows() -> None:
+    """The lines below README's `$ rankaware ...` are the first that the command prints."""
+    text = README.read_text(encoding="utf-8")
+    shown = re.search(r"    \$ rankaware (.+)\n((?:    .+\n)+)", text)
+    assert shown is not None
+    printed = CliRunner().invoke(main, shown[1].split()).output.splitlines()
+    lines = textwrap.dedent(shown[2]).splitlines()
+    assert printed[: len(lines)] == lines
 
 
 def test_readme_holds_the_two_commands() -> None:
