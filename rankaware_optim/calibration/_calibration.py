@@ -283,6 +283,7 @@ def _unsteady(trials: Iterable[TrialRecord]) -> Setting | None:
     return None
 
 
+@np.errstate(all="ignore")
 def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
     """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end,
     steps and curve.

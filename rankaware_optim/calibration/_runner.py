@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -42,11 +43,20 @@ from ._provenance import (
 )
 from ._schedule import Options, next_setting
 from ._search import BracketSampler, PairedPruner, divergence_limits, search_range
-from ._storage import begin_trial, close_storage, open_storage, quiet, storage_errors
+from ._storage import (
+    begin_trial,
+    close_storage,
+    open_storage,
+    place_of,
+    quiet,
+    storage_errors,
+)
 from ._trial import Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, rank_words
 
 T = TypeVar("T")
+# the storages and names of the calibrations whose trials run in this thread
+_INSIDE: ContextVar[tuple[tuple[Any, str], ...]] = ContextVar("inside", default=())
 # takes the trials done, with the share of the running one, what runs, and the best base rate
 Show = Callable[[float, str, "float | None"], None]
 
@@ -123,6 +133,7 @@ class Runner:
         self._source = source
         self.storage: Any = None
         self._opened: optuna.storages.BaseStorage | None = None
+        self._place: tuple[Any, str] = None, options.name  # of the study
         # from `open` on, in the leading process
         self._study: Any = None
         self._heartbeat: Any = None
@@ -151,6 +162,14 @@ class Runner:
         opened = open_storage(self.storage)
         if isinstance(self.storage, (str, os.PathLike)):
             self._opened = opened
+        self._place = place_of(self.storage), self.options.name
+        if self._place in _INSIDE.get():
+            raise CalibrationError(
+                f"The calibration {self.options.name!r} was started inside one of its own trials,"
+                " and would wait for that trial to end.",
+                "Give it another name or storage.",
+                "name",
+            )
         with quiet():
             self._study = optuna.create_study(
                 study_name=self.options.name,
@@ -280,7 +299,7 @@ class Runner:
             self._wait(self._may_choose)
             limits = self._agree(lambda: self._prepare(setting))
             trial = Trial(*setting, number, steps, limits, self)
-            with seeded(trial.seed):
+            with seeded(trial.seed), self._inside():
                 run_trial(train, trial)
             is_read = trial._stopped or "steps" in vars(trial)
             if self.options.target > steps and not is_read:
@@ -297,6 +316,15 @@ class Runner:
                 f"Trial {number} had no heartbeat for so long that another worker has failed it."
                 " Its run here does not count."
             )
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Mark that a trial of this calibration runs."""
+        token = _INSIDE.set((*_INSIDE.get(), self._place))
+        try:
+            yield
+        finally:
+            _INSIDE.reset(token)
 
     def _begin(self, setting: Setting) -> int:
         """Create a running trial that has its setting from the start, and return its number."""

@@ -37,6 +37,11 @@ from sqlalchemy.exc import (
 from ..errors import CalibrationError
 from ._constants import ATTEMPTS, LOCK_S
 
+try:
+    import fcntl
+except ImportError:  # Windows, whose file systems have locks
+    fcntl = None  # type: ignore[assignment]
+
 _OPERATION = b'{"op_code":'  # the beginning of every line of a journal
 # By classes of errors: what they say of a storage, and the cure.
 _FAILED = (
@@ -97,6 +102,17 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
         return _journal(Path(storage))
 
 
+def place_of(storage: Any) -> Any:
+    """Return what two names of one storage share: a journal's real path, a URL, or the object.
+    Memory shares nothing.
+    """
+    if storage is None:
+        return object()
+    if isinstance(storage, (str, os.PathLike)) and "://" not in str(storage):
+        return os.path.realpath(storage)
+    return storage
+
+
 def _database(url: str) -> BaseStorage:
     """Open the database at a URL. Try again if another process creates its tables meanwhile."""
     for _ in range(ATTEMPTS):
@@ -129,6 +145,7 @@ def _journal(path: Path) -> BaseStorage:
             "Move it away, or name another journal.",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_lockable(lock)
     try:
         return JournalStorage(_JournalFile(path, FileLock(lock, timeout=LOCK_S)))
     except OSError:
@@ -163,6 +180,24 @@ def _check_journal(path: Path) -> None:
             new,
             "storage",
         )
+
+
+def _check_lockable(lock: Path) -> None:
+    """Raise a `CalibrationError` if the file system has no file locks, as some network mounts."""
+    if fcntl is None:
+        return
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another worker has it, so there are locks
+            return
+        except OSError as error:
+            raise CalibrationError(
+                f"The file system of {str(lock.parent)!r} has no file locks"
+                f" ({error.strerror}), so two workers could spoil the journal.",
+                "Name a journal on a local disk, or give the URL of a database.",
+                "storage",
+            ) from error
 
 
 class _JournalFile(JournalFileBackend):

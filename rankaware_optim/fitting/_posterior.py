@@ -161,6 +161,7 @@ class Fit:
         return replace(self, mean=mean[0], covariance=covariance[0], vertices=vertices)
 
 
+@np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials together. Return None if no run stayed finite."""
     ended, lost = split(observations)

@@ -189,6 +189,14 @@ def test_everything_told_is_recorded(tmp_path):
         assert made.tensors["curve"].shape == (4, STEPS)
 
 
+def test_numpy_may_be_told_to_raise(tmp_path):
+    """In a process in which numpy raises where it usually underflows, a calibration ends, and its recipe is read."""
+    with np.errstate(all="raise"):
+        recipe = calibrate(made_up(), trials=8)
+        recipe.save(tmp_path / "r.toml")
+        assert ra.Recipe.load(tmp_path / "r.toml").at(rank=8).lr > 0
+
+
 # --- the same again -------------------------------------------------------------------------------------------------
 
 

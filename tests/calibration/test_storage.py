@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import multiprocessing
 import os
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 
 import optuna
@@ -17,7 +19,7 @@ from optuna.storages import InMemoryStorage
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
-from rankaware_optim.calibration import _storage
+from rankaware_optim.calibration import _liveness, _storage
 from rankaware_optim.calibration._storage import close_storage, open_storage
 
 from ..helpers.calibrations import calibrate, made_up
@@ -268,6 +270,73 @@ def test_an_error_of_a_users_pruner_is_his_own():
     """It is not called a failed storage, whatever its type."""
     with pytest.raises(OSError, match=r"^the disk of the user's pruner$"):
         calibrate(made_up(), trials=2, pruner=Failing())
+
+
+class FullForAMoment:
+    """A disk that is full while a heartbeat is written, and has room again before the next step."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self.was_cut = False
+
+    def __call__(self) -> None:
+        resource = pytest.importorskip("resource")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        room = self.journal.stat().st_size + 10  # for a part of a line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            ends = time.monotonic() + 20.0
+            while not self.was_cut and time.monotonic() < ends:
+                self.was_cut = not self.journal.read_bytes().endswith(b"\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_for_a_moment_loses_no_trial(journal, monkeypatch):
+    """A heartbeat that is cut by a full disk spoils nothing: the run goes on, and every line is whole."""
+    monkeypatch.setattr(_liveness, "BEAT_S", 0.05)
+    full = FullForAMoment(journal)
+    loop = functools.wraps(made_up())(meanwhile(full, at=2))
+    recipe = calibrate(loop, trials=TRIALS + 3, storage=journal)
+    assert full.was_cut
+    assert len(recipe.tensors["lr"]) == TRIALS + 3
+    assert all(json.loads(line) for line in journal.read_bytes().splitlines())
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    """Where files cannot be locked, as on some network mounts, no journal is made, and the error says what to do."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(file, operation) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(CalibrationError, match=r"has no file locks .* of a database"):
+        calibrate(made_up(), trials=2, storage=tmp_path / "study.journal")
+    assert not (tmp_path / "study.journal").exists()
+
+
+def by_path(folder: Path):
+    return folder / "study.journal"
+
+
+def by_object(folder: Path):
+    return InMemoryStorage()
+
+
+@pytest.mark.parametrize("make", [by_path, by_object])
+def test_a_calibration_inside_its_own_trial_is_refused(make, tmp_path):
+    """With the same storage and name it would wait for the trial that it is in; with another name it runs."""
+    storage = make(tmp_path)
+
+    def loop(trial):
+        if trial.number == 0:
+            calibrate(made_up(), trials=2, storage=storage, name="within")
+        calibrate(made_up(), trials=2, storage=storage, name="outer")
+        yield 0.0
+
+    with pytest.raises(CalibrationError, match="inside one of its own trials"):
+        calibrate(loop, trials=2, storage=storage, name="outer")
 
 
 # --- started together -----------------------------------------------------------------------------------------------
