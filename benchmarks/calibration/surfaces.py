@@ -84,11 +84,13 @@ def other_surfaces() -> Iterator[Surface]:
 def surface_of(
     domain: str, config: str, done: Losses, seeds: tuple[int, ...] | None = None
 ) -> Surface:
-    """The surface of a configuration and full finetuning, from the rates that every seed has run."""
+    """The surface of a configuration and full finetuning, from the whole octaves that every seed has run."""
     mine = {
         job: loss
         for job, loss in done.items()
-        if job.domain == domain and job.scheme in (config, "full")
+        if job.domain == domain
+        and job.scheme in (config, "full")
+        and job.x == round(job.x)
     }
     seeds = seeds or tuple(sorted({job.seed for job in mine}))
     start, cells = start_of(domain, done), sorted({job[:3] for job in mine})

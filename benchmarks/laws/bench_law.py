@@ -144,7 +144,7 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
 AT_INIT_A = tuple(law for law in COMPARED if law != "falling")
 LAWS = (
     "mua",
-    *(MuA(tokens=tokens) for tokens in (4.0, 8.0, 16.0, 32.0)),
+    *(MuA(tokens=tokens) for tokens in (1.0, 4.0, 8.0, 16.0, 32.0)),
     *AT_INIT_A[1:],
 )
 # Candidates for leave-one-model-out: the law with the lowest mean error on the other models is chosen.

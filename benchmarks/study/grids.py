@@ -6,7 +6,7 @@ Rates are an octave apart. What was found so far decides where a grid is centred
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -141,6 +141,7 @@ class Line:
         return round(lowest(curve(done, self.cell, self.seeds)))
 
 
+Means = Callable[[Losses, Cell, int], dict[float, float]]
 MOST = 9  # rates of an axis that grows
 
 
@@ -158,10 +159,21 @@ def grown(axis: range, best: int) -> range:
 
 
 def curve(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
-    """{log2 rate: mean loss}, by rising rate, for rates that all seeds have run; infinite if a seed diverged."""
-    xs = sorted({job.x for job in done if job[:3] == cell})
-    by_seed = {x: [Job(*cell, x, seed) for seed in range(seeds)] for x in xs}
-    whole = [x for x, jobs in by_seed.items() if all(job in done for job in jobs)]
+    """{log2 rate: mean loss} of a cell's sweep, by rising rate; infinite if a seed diverged.
+
+    A sweep has whole octaves, which all seeds have run.
+    """
+    means = all_means(done, cell, seeds)
+    return {x: mean for x, mean in means.items() if x == round(x)}
+
+
+def all_means(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
+    """The same at every rate that all seeds have run: the sweep's, and those to which a best rate was moved."""
+    by_rate: dict[float, set[int]] = {}
+    for job in done:
+        if job[:3] == cell:
+            by_rate.setdefault(job.x, set()).add(job.seed)
+    whole = sorted(x for x, ran in by_rate.items() if ran >= set(range(seeds)))
     return {x: math.fsum(losses_at(done, cell, x, seeds)) / seeds for x in whole}
 
 
@@ -170,9 +182,11 @@ def losses_at(done: Losses, cell: Cell, x: float, seeds: int) -> list[float]:
     return [or_inf(done[Job(*cell, x, seed)]) for seed in range(seeds)]
 
 
-def curves_by_seed(done: Losses, cell: Cell, seeds: int) -> list[dict[float, float]]:
-    """{log2 rate: loss} of every seed, at the rates that all seeds have run."""
-    by_rate = {x: losses_at(done, cell, x, seeds) for x in curve(done, cell, seeds)}
+def curves_by_seed(
+    done: Losses, cell: Cell, seeds: int, means: Means = curve
+) -> list[dict[float, float]]:
+    """{log2 rate: loss} of every seed, at the rates of `curve` or of `all_means`."""
+    by_rate = {x: losses_at(done, cell, x, seeds) for x in means(done, cell, seeds)}
     return [{x: losses[seed] for x, losses in by_rate.items()} for seed in range(seeds)]
 
 

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import click
 from recording import RESULTS, block, machine, made_on, percent
-from study.configurations import CONFIGS, start_of
+from study.configurations import CONFIGS
 from study.domains import STUDY, get_domain
-from study.grids import FULL, Losses, curve
+from study.grids import FULL, Losses
 from study.optima import ESTIMATORS, ranks_in, seeds_in, tried_rates
-from study.regret import noise_floor, share_lost
+from study.regret import best_and_start, noise_floor, share_lost
 from study.runs_on_file import read
 from study.suite import STORES, finished
 
@@ -152,12 +152,9 @@ def places_of(done: Losses, domain: str, scheme: str) -> Iterator[Place]:
             for name, by in ESTIMATORS.items()
             if (x := by(done, cell).x) is not None
         }
-        tried, lowest = (
-            tried_rates(done, cell, seeds),
-            min(curve(done, cell, seeds).values()),
-        )
-        start, floor = start_of(domain, done), noise_floor(done, cell)
-        yield Place(scheme, site, estimates, tried, lowest, start, floor)
+        tried, floor = tried_rates(done, cell, seeds), noise_floor(done, cell)
+        ends = best_and_start(done, cell, cell)
+        yield Place(scheme, site, estimates, tried, *ends, floor)
 
 
 class Move(NamedTuple):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from study.configurations import reference_at, tuned_at
@@ -35,6 +36,19 @@ def by_law(domain: str, config: str, law: Law) -> Shift:
     return lambda a, b: (
         octaves(domain, config, b, law) - octaves(domain, config, a, law)
     )
+
+
+class Way(NamedTuple):
+    """A way to move a rate: its law (None keeps the rate), and octaves added to a rate that it moves."""
+
+    law: Law | None
+    added: float = 0.0
+
+    def shift(self, domain: str, config: str) -> Shift:
+        if self.law is None:
+            return kept
+        moved = by_law(domain, config, self.law)
+        return lambda a, b: moved(a, b) + self.added
 
 
 def across_inits(domain: str, rank: int, law: Law) -> float:

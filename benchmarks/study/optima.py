@@ -11,7 +11,7 @@ from typing import NamedTuple
 from study.best_rates import best_rate, slope
 from study.configurations import CONFIGS, RSLORA, START, start_of
 from study.domains import names
-from study.grids import Cell, Losses, curve, curves_by_seed, lowest
+from study.grids import Cell, Losses, all_means, curve, curves_by_seed, lowest
 from study.moving import octaves
 
 from rankaware_optim import Law
@@ -117,12 +117,12 @@ def crossing(
 
 
 def tried_rates(done: Losses, cell: Cell, seeds: int) -> dict[float, float]:
-    """Mean loss over all seeds by log2 rate; beyond their grid, the losses of the coarse pass of one seed."""
-    means = curve(done, cell, seeds)
+    """Mean loss over all seeds by log2 rate; beyond these rates, the losses of the coarse pass of one seed."""
+    means = all_means(done, cell, seeds)
     low, high = min(means), max(means)
-    return {
-        x: loss for x, loss in curve(done, cell, 1).items() if not low <= x <= high
-    } | means
+    coarse = curve(done, cell, 1)
+    beyond = {x: loss for x, loss in coarse.items() if not low <= x <= high}
+    return beyond | means
 
 
 ESTIMATORS: dict[str, Estimator] = {"vertex": optimum, "cliff": cliff}

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from calibration.make_recipes import paths_of
 from calibration.searches import rate_of
-from recording import RESULTS, number
+from recording import number
 from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
-from study.grids import FULL, Cell, Losses, curve, curves_by_seed, lowest, or_inf
-from study.loss_curves import DIVERGED, regret_between
+from study.grids import FULL, Cell, Losses, all_means, curve, curves_by_seed, lowest
+from study.loss_curves import regret_between
 from study.moving import Shift, by_inverse_rank, by_law, kept
 from study.optima import domains_in, optimum, ranks_in, seeds_in, tried_rates
 
@@ -79,26 +79,19 @@ class Moved(NamedTuple):
     worst_full: str = ""
 
 
-def moves(
-    done: Losses, laws: Mapping[str, Law] = LAWS, ran: Ran | None = None
-) -> list[Moved]:
+def moves(done: Losses, laws: Mapping[str, Law] = LAWS) -> list[Moved]:
     """The noise floor, then every way, in every domain and configuration that was swept at two ranks.
 
     Args:
-        done: the runs of the sweeps.
+        done: the runs on file.
         laws: laws to compare, by name.
-        ran: mean losses of moved rates that were run, by cell and log2 rate; other rates lie between swept ones.
     """
     return [
-        each
-        for domain in domains_in(done)
-        for each in moves_in(done, domain, laws, ran or {})
+        each for domain in domains_in(done) for each in moves_in(done, domain, laws)
     ]
 
 
-def moves_in(
-    done: Losses, domain: str, laws: Mapping[str, Law], ran: Ran
-) -> Iterator[Moved]:
+def moves_in(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[Moved]:
     has_full = bool(ranks_in(done, domain, "full"))
     for config in CONFIGS:
         floors = [
@@ -120,7 +113,7 @@ def moves_in(
         for target in targets(done, domain, config, laws):
             lora, whole = lost_by.setdefault(target.way, ([], []))
             mine = whole if target.trained[2] == FULL else lora
-            mine.append((target.lost(done, ran), target.name))
+            mine.append((target.lost(done), target.name))
         for way, named in lost_by.items():
             if named[0]:
                 worst = (max(each, default=(0.0, ""))[1] for each in named)
@@ -134,18 +127,6 @@ def moves_in(
 
 
 Named = tuple[float, str]  # a regret, and the move that has it
-Ran = Mapping[tuple[Cell, float], float]
-DIGITS = 2  # of log2 of a moved rate that is run
-MOVED_RUNS = RESULTS / "moved_runs.jsonl"
-
-
-def means_of(ran: Losses, swept: Losses) -> dict[tuple[Cell, float], float]:
-    """Mean losses of moved rates that were run, by cell and log2 rate, without runs that a sweep has too."""
-    by_rate: dict[tuple[Cell, float], list[float]] = {}
-    for job, loss in ran.items():
-        if job not in swept:
-            by_rate.setdefault((job[:3], job.x), []).append(or_inf(loss))
-    return {rate: statistics.fmean(losses) for rate, losses in by_rate.items()}
 
 
 class Target(NamedTuple):
@@ -157,13 +138,9 @@ class Target(NamedTuple):
     x: float
     name: str
 
-    def lost(self, done: Losses, ran: Ran) -> float:
-        """Its regret, from its own run where there is one."""
-        loss = ran.get((self.trained, round(self.x, DIGITS)))
-        if loss is None:
-            return lost(done, self.trained, self.best, self.x)
-        at_best, start = best_and_start(done, self.trained, self.best)
-        return min((loss - at_best) / (start - at_best), DIVERGED)
+    def lost(self, done: Losses) -> float:
+        """Its regret."""
+        return lost(done, self.trained, self.best, self.x)
 
 
 def targets(
@@ -216,6 +193,27 @@ def ways(
         yield "LoRA+ 16, own best", plus, own_best(done, (domain, plus), full)
 
 
+def regrets_between(
+    done: Losses, cells: Mapping[int, Cell], shift: Shift
+) -> dict[tuple[int, int], float]:
+    """The regret of each rank's best rate moved to every other cell, by (from rank, to rank).
+
+    Args:
+        done: the runs on file.
+        cells: the cell of each rank. To full finetuning (`FULL`) rates are moved, from it none.
+        shift: how a rate moves.
+    """
+    found = {}
+    for a, source in cells.items():
+        if a == FULL:
+            continue
+        x = best_at(done, source)
+        for b, target in cells.items():
+            if a != b:
+                found[a, b] = lost(done, target, target, x + shift(a, b))
+    return found
+
+
 def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:
     """From a rank's best rate to the recipe's rate at another rank, or for full finetuning."""
     domain, config = of
@@ -252,14 +250,17 @@ def best_by_seed(done: Losses, cell: Cell) -> list[float]:
 
 
 def lost(done: Losses, trained: Cell, best: Cell, x: float) -> float:
-    """Regret at 2^x; beyond the grid of all seeds by the coarse pass of one."""
+    """Regret at 2^x: what it loses beyond the lowest loss of any rate that was run there.
+
+    Beyond the rates that all seeds have run it goes by the coarse pass of one.
+    """
     tried = tried_rates(done, trained, seeds_in(done, *trained[:2]))
     return share_lost(tried, *best_and_start(done, trained, best), x)
 
 
 def best_and_start(done: Losses, trained: Cell, best: Cell) -> tuple[float, float]:
     """The lowest mean loss of `best` on the seeds of `trained`, and the loss before training."""
-    means = curve(done, best, seeds_in(done, *trained[:2]))
+    means = all_means(done, best, seeds_in(done, *trained[:2]))
     return min(means.values()), start_of(best[0], done)
 
 
@@ -280,20 +281,17 @@ def noise_floor(done: Losses, cell: Cell) -> float | None:
 
     What a sweep's own choice loses on runs that it has not seen: a regret below it says nothing.
     """
-    curves, start = (
-        curves_by_seed(done, cell, seeds_in(done, *cell[:2])),
-        start_of(cell[0], done),
-    )
-    if len(curves) < 2:
+    seeds = seeds_in(done, *cell[:2])
+    if seeds < 2:
         return None
+    start = start_of(cell[0], done)
+    swept = curves_by_seed(done, cell, seeds)
+    every = curves_by_seed(done, cell, seeds, all_means)
     regrets = []
-    for left_out in curves:
-        others = {
-            x: sum(each[x] for each in curves if each is not left_out) for x in left_out
-        }
-        regrets.append(
-            share_lost(left_out, min(left_out.values()), start, lowest(others))
-        )
+    for seed, tried in enumerate(every):
+        others = [each for at, each in enumerate(swept) if at != seed]
+        chosen = lowest({x: sum(each[x] for each in others) for x in swept[seed]})
+        regrets.append(share_lost(tried, min(tried.values()), start, chosen))
     return statistics.fmean(regrets)
 
 

@@ -29,9 +29,9 @@ from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, start
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import best_rates, domains_in
-from study.regret import LAWS, MOVED_RUNS, means_of, moves
+from study.regret import LAWS, moves
 from study.runs_on_file import complete, machines, read
-from study.suite_tables import by_setting, tables
+from study.suite_tables import for_readme, tables
 from study.training import WARMUP
 
 from rankaware_optim import Law
@@ -234,7 +234,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     done = finished_in(stores, suite)
     if not done:
         raise DomainError(f"{folder} has no runs.", "Run the suite first.")
-    moved = moves(done, laws, means_of(read(MOVED_RUNS), done))
+    moved = moves(done, laws)
     into = folder if laws == LAWS else COMPARISON
     into.mkdir(parents=True, exist_ok=True)
     page = PAGE if into == STORES else into / "tables.md"
@@ -258,7 +258,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     page.write_text(f"{text}\n")
     if page == PAGE and chosen_on:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
-        publish(README, f"{by_setting(chosen_on)}\n\n{picture}")
+        publish(README, f"{for_readme(chosen_on)}\n\n{picture}")
     click.echo(text)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from internals import COLOURS, rate_axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from recording import draw as write
 from scipy.interpolate import PchipInterpolator
 from study.configurations import start_of
@@ -28,8 +29,8 @@ from study.optima import (
     schemes_in,
     seeds_in,
 )
-from study.regret import DEFAULT, LAWS, ONE_SEED, RECIPE, Moved
-from study.suite_tables import README_WAYS, regrets_in, settings
+from study.regret import DEFAULT, FLOOR, LAWS, RECIPE, Moved
+from study.suite_tables import PEFT_SETTINGS, README_WAYS, regrets_in
 
 from rankaware_optim import Law
 
@@ -45,11 +46,9 @@ RANK_COLOURS = (
 )
 
 WAYS = {  # the rows of the summary, for those who see it alone
-    "noise floor": "noise floor: the sweep's best\nrate, on a seed it has not seen",
+    FLOOR: "noise floor: the sweep's best\nrate, on a seed it has not seen",
     "one rate everywhere": "keeping it: one rate for all",
-    "the paper's law": "moved by the paper's law",
     DEFAULT: "moved by the default law",
-    ONE_SEED: "the same, its rate tuned\non one seed",
     RECIPE: "a calibrated recipe\n(a fifth of the sweep)",
 }
 SCORE = "held-out score, lower is better"
@@ -122,9 +121,10 @@ def draw_losses(done: Losses, domain: str) -> Figure:
 def rates(axis: Any, side: str, named: bool = True) -> None:
     """Make an axis ("x" or "y") one of rates in the panels' small type, with or without its label."""
     rate_axis(axis, side)
-    getattr(axis, f"{side}axis").label.set(
-        text="learning rate" if named else "", fontsize=8
-    )
+    own = getattr(axis, f"{side}axis")
+    if side == "x":  # a narrow panel has no room for more
+        own.set_major_locator(LogLocator())
+    own.label.set(text="learning rate" if named else "", fontsize=8)
 
 
 def legend_beside(figure: Figure, axes: Sequence[Any]) -> None:
@@ -297,24 +297,22 @@ def draw_surface(done: Losses, domain: str) -> Figure:
 
 def draw_summary(moved: Sequence[Moved]) -> Figure:
     """The README's figure: one dot for the regret of each move, and a bar for the median of each way."""
-    ways = list(reversed(README_WAYS.items()))
-    figure = Figure(figsize=(11.2, 4.4), layout="constrained")
-    axes = figure.subplots(1, len(settings()), sharey=True)
-    for axis, (title, setting) in zip(axes, settings().items(), strict=True):
-        for y, (way, _) in enumerate(ways):
+    ways = list(reversed(README_WAYS))
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(PEFT_SETTINGS), sharey=True)
+    for axis, (title, setting) in zip(axes, PEFT_SETTINGS.items(), strict=True):
+        for y, way in enumerate(ways):
             plot_moves(axis, [100 * x for x in regrets_in(moved, way, *setting)], y)
-        axis.set_title(title.replace(", ", ",\n", 1), fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_xscale("symlog", linthresh=1, linscale=0.5)
         axis.set_xlim(-0.3, 1.3 * MOST)
         axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"], fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-    axis.set_yticks(
-        range(len(ways)), [WAYS.get(way, words) for way, words in ways], fontsize=8
-    )
+    axis.set_yticks(range(len(ways)), [WAYS[way] for way in ways], fontsize=8)
     axis.set_ylim(-0.5, len(ways) - 0.4)
     figure.suptitle(
         "What is lost when a tuned LoRA learning rate is moved to another rank or to full finetuning\n"
-        "(seven small tasks, AdamW; left is better; at Init[A] B starts at zero, as in PEFT, at Init[B] A does)",
+        "(seven small tasks, AdamW, PEFT's init; left is better)",
         fontsize=10,
     )
     words = "share lost of what training gains at the best rate, %"
