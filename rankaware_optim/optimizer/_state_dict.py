@@ -116,6 +116,13 @@ def _read(state_dict: State) -> tuple[list[Group], State]:
                 raise CheckpointError(
                     f"A group of the checkpoint has {key}={group[key]!r}.", _CURE
                 )
+    numbers = {str(key) for key in params_in(groups) if isinstance(key, int)}
+    if numbers & state.keys():
+        raise CheckpointError(
+            "The checkpoint's state has its parameters' numbers as text, as JSON writes them, so no"
+            " parameter would find its moments.",
+            "Save it with torch.save, or turn the keys of its state into ints.",
+        )
     return list(map(at_base_rate, groups)), state
 
 

@@ -372,6 +372,12 @@ def without(key):
     return state
 
 
+def keys_as_text():
+    state = stepped()
+    moments = {str(key): values for key, values in state["state"].items()}
+    return {**state, "state": moments}
+
+
 REFUSED = [
     (lambda: {}, "not an optimizer checkpoint"),
     (lambda: {"param_groups": [], "state": {}}, "not an optimizer checkpoint"),
@@ -416,6 +422,7 @@ REFUSED = [
     (lambda: in_groups(param_names=["layer0.lora_B"]), r"list a parameter twice"),
     (lambda: in_groups(rankaware_format=99), "has format 99, this package reads 1"),
     (lambda: without("lr"), r"split differently .*build this one as the saved"),
+    (keys_as_text, r"numbers as text, as JSON writes them"),
     # rates
     (lambda: in_groups(rank_multiplier=0.0), r"has rank_multiplier=0.0"),
     (lambda: in_groups(lr=math.nan), r"has lr=nan"),
