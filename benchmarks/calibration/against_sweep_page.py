@@ -17,7 +17,8 @@ from calibration.against_sweep_scores import (
     named,
     on_file,
 )
-from calibration.searches import LORA, RANGE_TEST, TPE, WITH_FULL
+from calibration.plain import BY_RANK, GRID, TPE
+from calibration.searches import LORA, RANGE_TEST, WITH_FULL
 from matplotlib.figure import Figure
 from recording import block, draw, number, percent
 from study.configurations import CONFIGS
@@ -27,7 +28,7 @@ from study.grids import FULL, Losses
 
 COLOURS = {LORA: "#0072B2", WITH_FULL: "#D55E00", TPE: "#CC79A7"}  # Okabe and Ito's
 SEARCHED = [named(plan, share) for plan in SHARES for share in SHARES[plan]]
-ROWS = [ORACLE, ONE_SEED, EVERY_FOURTH, *SEARCHED, *CONTENDERS, "Prodigy"]
+ROWS = [ORACLE, ONE_SEED, EVERY_FOURTH, *SEARCHED, GRID, *CONTENDERS, "Prodigy"]
 WITHIN = 0.01  # of the attainable gain
 NOTE = (
     "By rank: means over search seeds. Worst and median: over ranks and search seeds. In loss: the worst as a "
@@ -116,7 +117,7 @@ def within(
 ) -> str:
     """What a user pays for rates within 1 % of the best: runs, minutes, and how often they were that near."""
     rows = []
-    for name in (EVERY_FOURTH, ONE_SEED, *SEARCHED, *CONTENDERS):
+    for name in (EVERY_FOURTH, ONE_SEED, *SEARCHED, GRID, *CONTENDERS):
         cells = []
         for domain in domains:
             spent = [own[name] for own in costs[domain.name].values() if name in own]
@@ -254,7 +255,9 @@ def draw_contenders(
         *CONTENDERS,
         "Prodigy",
         named(RANGE_TEST, 0.11),
-        named(TPE, 0.1),
+        named(TPE, 0.2),
+        GRID,
+        named(BY_RANK, 0.3),
     ]
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     for axis, domain in zip(

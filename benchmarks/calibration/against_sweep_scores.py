@@ -11,12 +11,12 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from calibration.plain import BY_RANK, GRID, TPE, moved
 from calibration.searches import (
     LORA,
     PLANS,
     RANGE_TEST,
     RATES_SWEPT,
-    TPE,
     WITH_FULL,
     Search,
     by_arm,
@@ -41,6 +41,7 @@ SHARES = {  # of the sweep's cost, by plan
     WITH_FULL: (0.1, 0.2),
     TPE: (0.05, 0.1, 0.2),
     RANGE_TEST: (0.11,),
+    BY_RANK: (0.3,),
 }
 SEARCH_SEEDS = (0, 1, 2)
 COARSE = {
@@ -122,6 +123,8 @@ def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]
     known = Known(domain, config, domain.ranks_swept, done)
     rates = {name: pick(known) for name, pick in CONTENDERS.items()}
     rates["Prodigy"] = dict.fromkeys((*known.ranks, FULL), 0.0)
+    on_two = {TUNED: lowest(curve(done, cell_of(domain, config, TUNED), 2))}
+    rates[GRID] = moved(on_two, domain.name, config, (*known.ranks, FULL))
     for name, jobs in swept_once(known).items():
         rates[name] = {
             rank: lowest({job.x: or_inf(done[job]) for job in of})
@@ -130,9 +133,10 @@ def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]
     for row in on_file():
         if (row["domain"], row["config"]) == (domain.name, config):
             name = f"{row['plan']}, {row['share']:.0%}, seed {row['seed']}"
-            rates[name] = {
-                int(rank): math.log2(rate[0]) for rank, rate in row["rates"].items()
+            found = {
+                int(rank): math.log2(lr) for rank, (lr, *_) in row["rates"].items()
             }
+            rates[name] = moved(found, domain.name, config, (*known.ranks, FULL))
     best = dict(winners(domain, done))
     return {
         name: {rank: placed(known, best, name, rank, x) for rank, x in of.items()}

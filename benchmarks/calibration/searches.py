@@ -1,6 +1,7 @@
-"""Searches that train: our calibration by several plans, Optuna's TPE without a law, an LR range test.
+"""Searches that train: our calibration by several plans, Optuna's TPE, an LR range test.
 
-Each names a rate for every rank and for full finetuning, and keeps every run that it made.
+Each names a rate for every rank and for full finetuning, or for the one rank that it tuned, and keeps every run that it
+made.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import optuna
 import torch
-from study.configurations import ADAMW, CONFIGS, TUNED, built, optimizer
+from calibration.plain import BY_RANK, TPE, WAYS, Task
+from study.configurations import ADAMW, CONFIGS, built, optimizer
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job
 from study.training import shape, trained
@@ -190,43 +191,39 @@ def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
     return [rate.lr, rate.low, rate.high]
 
 
-# --- without a law --------------------------------------------------------------------------------------------------
+# --- without a calibration ------------------------------------------------------------------------------------------
 
 
-def by_tpe(of: Search, domain: Domain, spent: Spent) -> Rates:
-    """Optuna's TPE spends all at rank 16; its best rate is used everywhere."""
+def by_way(name: str) -> Callable[[Search, Domain, Spent], Rates]:
+    """The rates of a way that a user would write with Optuna, at the ranks that it tunes."""
 
-    def score(trial: optuna.Trial) -> float:
-        x, seed = trial.suggest_float("log2_lr", LOW, HIGH), 10 + 2 * of.seed
-        with seeded(seed):
-            model = built(domain, of.config, TUNED, seed)
-            opt = optimizer(model, domain, Job(domain.name, of.config, TUNED, x, seed))
-            share = partial(shape, steps=domain.steps, warmup=WARMUP)
-            return scored(
-                clocked(
-                    trained(domain, model, opt, seed, share),
-                    spent,
-                    TUNED,
-                    seed,
-                    lambda: x,
-                )
-            )
+    def run(of: Search, domain: Domain, spent: Spent) -> Rates:
+        seed = 10 + 2 * of.seed
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=of.seed))
-    study.optimize(score, n_trials=max(1, budget_of(of.share, domain) // domain.steps))
-    return dict.fromkeys(
-        (*domain.ranks_swept, FULL), [2.0 ** study.best_params["log2_lr"]] * 3
-    )
+        def train(rank: int, seed: int, x: float) -> float:
+            with seeded(seed):
+                model = built(domain, of.config, rank, seed)
+                job = Job(domain.name, of.config, rank, x, seed)
+                opt = optimizer(model, domain, job)
+                shaped = partial(shape, steps=domain.steps, warmup=WARMUP)
+                run = trained(domain, model, opt, seed, shaped)
+                return scored(clocked(run, spent, rank, seed, lambda: x))
+
+        spans = dict.fromkeys((*domain.ranks_swept, FULL), (LOW, HIGH))
+        trials = max(1, budget_of(of.share, domain) // domain.steps)
+        rates = WAYS[name](Task(train, spans, (seed,), of.seed, trials))
+        return {rank: [2.0**x] * 3 for rank, x in rates.items()}
+
+    return run
 
 
 def scored(run: Generator[Any, None, float]) -> float:
-    """A run's held-out loss, large where it is not finite."""
+    """A run's held-out loss, infinite where it is not finite."""
     while True:
         try:
             next(run)
         except StopIteration as stop:
-            return float(stop.value) if math.isfinite(stop.value) else 1e9
+            return float(stop.value) if math.isfinite(stop.value) else math.inf
 
 
 def by_range_test(of: Search, domain: Domain, spent: Spent) -> Rates:
@@ -262,10 +259,11 @@ def steepest(of: Search, domain: Domain, spent: Spent, rank: int) -> float:
 
 
 LORA, WITH_FULL = "LoRA trials", "LoRA and three full trials"
-TPE, RANGE_TEST = "TPE at rank 16", "LR range test"
+RANGE_TEST = "LR range test"
 PLANS: dict[str, Callable[[Search, Domain, Spent], Rates]] = {
     LORA: calibrated(),
     WITH_FULL: calibrated(full_trials=3),
-    TPE: by_tpe,
+    TPE: by_way(TPE),
     RANGE_TEST: by_range_test,
+    BY_RANK: by_way(BY_RANK),
 }
