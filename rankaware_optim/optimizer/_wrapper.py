@@ -22,10 +22,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import plain_lr
+from .._checks import is_number, plain_lr
 from .._optimizers import known_optimizer
 from .._rate import Rate
 from .._types import Init, Method, Survey
+from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
 from ..inspection import ReferenceLike, survey_of, walk
 from ..laws import Law
@@ -155,6 +156,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     # a step in progress has put in place: group, base rate, multiplied rate;
     # it is a new list after each
     _rankaware_held: Sequence[Any] = ()
+    _rankaware_bases: Sequence[Any] = ()  # the groups' base rates at the last step
     _rankaware_unchecked = True  # new parameters since these were checked
     _rankaware_watched = 0  # the number of a group of adapters
     _rankaware_idle = False  # its first parameter had no gradient at the last step
@@ -208,6 +210,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         opt._rankaware = _Wrap(plan, survey, init, tuple(g.names for g in groups))
         opt._rankaware_model = _weakly(model)
         roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
+        opt._rankaware_bases = [group["lr"] for group in opt.param_groups]
         opt._rankaware_watched = roles.index(True) if any(roles) else 0
         _LIVE.add(opt)
         return opt  # type: ignore[no-any-return]
@@ -497,6 +500,9 @@ def _multiply(opt: Any) -> None:
     """Set every group's rate to base rate × multiplier."""
     groups = opt.param_groups
     bases = [group["lr"] for group in groups]
+    if bases != opt._rankaware_bases:
+        bases = _followed(groups, opt._rankaware_bases)
+    opt._rankaware_bases = bases
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
     rates: Sequence[Any]
     if bases and all(isinstance(base, torch.Tensor) for base in bases):
@@ -507,6 +513,40 @@ def _multiply(opt: Any) -> None:
     opt._rankaware_held = list(zip(groups, bases, rates, strict=True))
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
+
+
+def _followed(groups: list[Group], before: Sequence[Any]) -> list[Any]:
+    """Return the groups' base rates, after a rate that was written by hand to one part of a user's
+    group. Where it is the first part, the others follow, since that is where a plain optimizer has
+    the whole group. Where it is another, a warning says how to write it.
+
+    With a scheduler, which writes every group's rate, nothing follows.
+
+    Args:
+        groups: the optimizer's groups.
+        before: their base rates at the last step.
+    """
+    by_user_group: dict[int, list[int]] = {}
+    if len(before) == len(groups) and "initial_lr" not in groups[0]:
+        for index, group in enumerate(groups):
+            by_user_group.setdefault(group.get("user_group", -1), []).append(index)
+    for number, parts in by_user_group.items():
+        written = [i for i in parts if groups[i]["lr"] != before[i]]
+        were_alike = all(before[i] == before[parts[0]] for i in parts)
+        are_alike = all(groups[i]["lr"] == groups[parts[0]]["lr"] for i in parts)
+        if are_alike or not were_alike:
+            continue
+        if written == parts[:1] and is_number(groups[parts[0]]["lr"]):
+            for i in parts:
+                groups[i]["lr"] = groups[parts[0]]["lr"]
+            continue
+        warn(
+            f"A rate was written to a part of user group {number}, which is split by rank into the"
+            f" groups {parts[0]} to {parts[-1]} of this optimizer. The other parts keep theirs. To"
+            f" write it to all: for g in opt.param_groups: if g['user_group'] == {number}:"
+            " g['lr'] = ..."
+        )
+    return [group["lr"] for group in groups]
 
 
 def _put_back(opt: Any) -> None:

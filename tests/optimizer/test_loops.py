@@ -121,6 +121,32 @@ def multiplied(opt):
     return set_rates
 
 
+def first_assigned(opt):
+    def set_rates(step):
+        opt.param_groups[0]["lr"] = LR * (1 - step / (STEPS + 1)) ** 0.9
+
+    return set_rates
+
+
+def first_multiplied(opt):
+    def set_rates(step):
+        opt.param_groups[0]["lr"] *= 0.9 if step % 2 else 1.0
+
+    return set_rates
+
+
+def first_updated(opt):
+    return lambda step: opt.param_groups[0].update(lr=LR / (2 + step))
+
+
+def numbered(opt):
+    def set_rates(step):
+        for index in range(len(opt.param_groups)):
+            opt.param_groups[index]["lr"] = LR / (2 + step)
+
+    return set_rates
+
+
 def sequence(opt):
     parts = [lr_scheduler.LinearLR(opt, total_iters=3), SWALR(opt, swa_lr=LR / 10)]
     return lr_scheduler.SequentialLR(opt, parts, [3])
@@ -151,6 +177,10 @@ LOOPS = {
     "a tensor filled in place": filled,
     "rates assigned": assigned,
     "rates multiplied": multiplied,
+    "rates assigned by number": numbered,
+    "the first rate assigned": first_assigned,
+    "the first rate multiplied": first_multiplied,
+    "the first group updated": first_updated,
 }
 
 
@@ -184,6 +214,48 @@ def test_a_list_of_the_users_groups():
     with pytest.raises(OptimizerError, match="3 values were given for 2 user groups"):
         opt.expand([1, 2, 3])
     assert any("opt.expand(values)" in note for note in opt.report().notes)
+
+
+def last_part(opt):
+    opt.param_groups[3]["lr"] = LR / 2
+
+
+def by_a_plain_groups_number(opt):
+    opt.param_groups[0]["lr"] = LR / 2
+    opt.param_groups[1]["lr"] = LR / 20
+
+
+@pytest.mark.parametrize("write", [last_part, by_a_plain_groups_number])
+def test_a_rate_written_to_a_part_of_a_group_is_said(write):
+    """It stays in that part alone, once said: with the user group's number, and how to write to all of it."""
+    model = Model()
+    pairs = [*trained(model.large), *trained(model.small)]
+    opt = of_groups(model, [{"params": pairs}, {"params": [model.head.weight]}])
+    write(opt)
+    written = [group["lr"] for group in opt.param_groups]
+    with pytest.warns(RankAwareWarning, match=r"user group 0.*groups 0 to 3") as said:
+        moved(model, opt)
+    moved(model, opt)
+    assert len(said) == 1
+    assert [group["lr"] for group in opt.param_groups] == written
+
+
+def test_parts_that_were_apart_stay_apart():
+    """Rates given to parts one by one, with a scheduler or by hand, are the user's own: nothing follows."""
+    model = Model()
+    opt = by_class(model)
+    opt.param_groups[-1]["lr"] = LR / 2
+    with pytest.warns(RankAwareWarning, match="user group 0"):
+        moved(model, opt)
+    opt.param_groups[0]["lr"] = LR / 4
+    assert moved(model, opt)["small.lora_B"] == pytest.approx(LR)
+
+    opt = by_class(model)
+    others = [lambda step: 1.0] * (len(opt.param_groups) - 1)
+    scheduler = lr_scheduler.LambdaLR(opt, [lambda step: 1 / (1 + step), *others])
+    moved(model, opt)
+    scheduler.step()
+    assert moved(model, opt)["head.weight"] == pytest.approx(LR)
 
 
 # --- the step -------------------------------------------------------------------------------------------------------
