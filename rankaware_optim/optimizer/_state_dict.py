@@ -40,6 +40,10 @@ _CURE = "Give the result of optimizer.state_dict()."
 _OTHER_MODEL = (
     "Load it into a model of the same ranks and shapes, or start with a new state."
 )
+_OTHER_ORDER = (
+    "The checkpoint has no names, so its parameters are taken in their order: give this optimizer"
+    " the groups of the saved one in the same order, and a model of the same ranks and shapes."
+)
 _RATES = ("lr", "initial_lr", "rank_multiplier", "pinned_lr")
 
 
@@ -177,12 +181,7 @@ def _names_of(groups: Groups, order: Order) -> list[str]:
     """Return the names of a checkpoint's parameters. One that has none has those at its places in
     the groups that were given.
     """
-    names: list[str] = []
-    for group in groups:
-        # torch.distributed.checkpoint has names as keys, in the optimizer's order, and leaves
-        # `param_names` in the saved order
-        own = group["params"] if _by_key(group) else group.get("param_names") or ()
-        names += map(canonical_name, own)
+    names = _own_names(groups)
     if names:
         return names
     given = [len(each) for each in order if each]
@@ -195,6 +194,17 @@ def _names_of(groups: Groups, order: Order) -> list[str]:
             " included, or save one that was built from model.named_parameters().",
         )
     return list(chain(*order))
+
+
+def _own_names(groups: Groups) -> list[str]:
+    """Return the names that a checkpoint has of its parameters. A plain one may have none."""
+    names: list[str] = []
+    for group in groups:
+        # torch.distributed.checkpoint has names as keys, in the optimizer's order, and leaves
+        # `param_names` in the saved order
+        own = group["params"] if _by_key(group) else group.get("param_names") or ()
+        names += map(canonical_name, own)
+    return names
 
 
 def _by_key(group: Group) -> bool:
@@ -210,6 +220,7 @@ def _moments(
     """Return the parameters' keys by group, and the checkpoint's state under them."""
     keys: list[list[Any]] = []
     shapes, numbers = _written_shapes(groups), count()
+    cure = _OTHER_MODEL if _own_names(groups) else _OTHER_ORDER
     # some optimizers keep state of no parameter
     others = state.keys() - set(params_in(groups))
     moments = {key: state[key] for key in others if not isinstance(key, int)}
@@ -226,7 +237,8 @@ def _moments(
                 )
             own = _shapes_in(saved, param)
             # where the checkpoint stores the parameter's shape, state may have any
-            _check_shape(name, param, [shapes[name]] if name in shapes else own)
+            fitting = [shapes[name]] if name in shapes else own
+            _check_shape(name, param, fitting, cure)
             keys[-1].append(number)
             if saved is not None:
                 moments[number] = {k: _laid_out(v, param) for k, v in saved.items()}
@@ -299,7 +311,9 @@ def _merged(group: Group, theirs: Group) -> Group:
 # --- one parameter's state ------------------------------------------------------------------------
 
 
-def _check_shape(name: str, param: torch.Tensor, saved: Sequence[Shape]) -> None:
+def _check_shape(
+    name: str, param: torch.Tensor, saved: Sequence[Shape], cure: str
+) -> None:
     """Raise if state of these shapes cannot belong to a parameter.
 
     It can if there are none, if one has its shape, or if they are factored statistics. These have
@@ -316,7 +330,7 @@ def _check_shape(name: str, param: torch.Tensor, saved: Sequence[Shape]) -> None
     if not fits:
         raise CheckpointError(
             f"The checkpoint's {name} has shape {saved[0]}, the parameter {shape}.",
-            _OTHER_MODEL,
+            cure,
         )
 
 

@@ -412,7 +412,7 @@ REFUSED = [
     ),
     (
         lambda: stepped((4, 16), make=plain),
-        r"shape \(16, 16\), the parameter \(8, 16\)",
+        r"shape \(16, 16\), the parameter \(8, 16\)\. .* in the same order",
     ),
     (lambda: stepped((8, 4), make=plain), r"shape \(8, 16\), the parameter \(4, 16\)"),
     # groups that contradict themselves
