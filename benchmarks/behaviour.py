@@ -364,7 +364,6 @@ ASKED = {
     "r=64": {"rank": 64},
     "full": {"method": "full"},
 }
-LONGER: dict[str, dict[str, Any]] = {"4000 steps": {"rank": 16, "steps": 4000}}
 FITTED = (  # a sweep, the configuration, its init, and gamma of its effective multiplier r^-gamma
     ("image_generation", "Init[A], s = 1", "A", 0.0),
     ("vision_classification", "Init[A], s = 1/r", "A", 1.0),
@@ -475,19 +474,6 @@ def calibration(names: Iterable[str]) -> Cases:
     return cases
 
 
-def horizon() -> Cases:
-    """A calibration for a longer target, and the rates of these recipes at another number of steps than their own."""
-    made = {name: calibrated(name)[0] for name in (*CALIBRATED, *LONG)}
-    made |= {path.stem: ra.Recipe.load(path) for path in sorted(RECIPES.glob("*.toml"))}
-    cases = calibration(LONG)
-    for name, recipe in made.items():
-        cases |= {
-            f"{name}, {asked}": values
-            for asked, values in rates(recipe, LONGER).items()
-        }
-    return cases
-
-
 # --- the scores of the benchmarks -----------------------------------------------------------------------------------
 
 
@@ -549,7 +535,6 @@ BEHAVIOUR: dict[str, Callable[[], Cases]] = {
     "fit": fit,
     "search.adam": partial(search, CALIBRATED | LONG),
     "calibration.adam": partial(calibration, CALIBRATED),
-    "horizon": horizon,
     "transfer": transfer,
     "scores": scores,
 }

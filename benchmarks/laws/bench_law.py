@@ -48,7 +48,7 @@ from rankaware_optim import (
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
 
-RESTS_ON = ("laws.adam",)
+RESTS_ON = ("laws.adam", "fit")
 FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"
 MORE_SEEDS = (2, 3)
 RANKS, ALPHA = (1, 4, 16, 64, 256), 16

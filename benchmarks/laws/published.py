@@ -129,13 +129,19 @@ def table(files: tuple[Path, ...]) -> None:
     )
 
 
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Every law's moves on a file, with both ways of finding a best rate."""
+def known(path: Path) -> Source:
+    """The source of a file, which must be the one that was read."""
     source = SOURCES.get(path.name)
     if source is None or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
         raise click.ClickException(
             f"{path} is none of the files that were read. Name one of: {', '.join(SOURCES)}."
         )
+    return source
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Every law's moves on a file, with both ways of finding a best rate."""
+    source = known(path)
     sweep, alpha = source.read(path), 32.0 if source.read is Path else None
     for best in ("parabola", "bowl"):
         for score in bench_law(sweep, LAWS, alpha=alpha, best=best):

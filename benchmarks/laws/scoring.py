@@ -237,6 +237,24 @@ def loss_curves(
     """Return the curves of ranks whose best rate is inside the grid, for models with two or more of them."""
     if best not in ("parabola", "bowl"):
         raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
+    every = all_curves(runs, alpha=alpha, fan_in=fan_in)
+    curves = [curve for curve in every if math.isfinite(curve.best)]
+    curves = [curve for curve in curves if any(map(curve.compares_with, curves))]
+    if not curves:
+        raise CalibrationError(
+            "No model of the sweep has two ranks whose best rate is inside their grid.",
+            "Sweep at least two ranks past their best rate on both sides.",
+        )
+    return _best_by_bowls(curves) if best == "bowl" else curves
+
+
+def all_curves(
+    runs: Sequence[SweepRun],
+    *,
+    alpha: float | Literal["rank"] | None = None,
+    fan_in: float | None = None,
+) -> list[LossCurve]:
+    """Return the curve of every model and rank. Its best rate is nan where the lowest loss is at an end of the grid."""
     lora = with_alpha([run for run in runs if run.rank is not None], alpha)
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in lora:
@@ -246,15 +264,10 @@ def loss_curves(
     curves = []
     for (model, at), mine in tried.items():
         losses = mean_losses((math.log2(run.lr), run.loss) for run in mine)
-        if (x := vertex_of(losses)) is not None:
-            curves.append(LossCurve(model, at, x, losses, tuple(mine)))
-    curves = [curve for curve in curves if any(map(curve.compares_with, curves))]
-    if not curves:
-        raise CalibrationError(
-            "No model of the sweep has two ranks whose best rate is inside their grid.",
-            "Sweep at least two ranks past their best rate on both sides.",
-        )
-    return _best_by_bowls(curves) if best == "bowl" else curves
+        x = vertex_of(losses)
+        best = math.nan if x is None else x
+        curves.append(LossCurve(model, at, best, losses, tuple(mine)))
+    return curves
 
 
 def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:

@@ -45,7 +45,6 @@ README, STORES, PAGE, SUMMARY = (
     RESULTS / "study.md",
     "summary.png",
 )
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"  # in the README
 QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
 NOTED = ("cpu", "cores", "threads", "torch", "python")  # what tables show of a machine
@@ -258,7 +257,7 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     page.write_text(f"{text}\n")
     if page == PAGE and chosen_on:
         picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
-        publish(README, f"{for_readme(chosen_on)}\n\n{picture}")
+        publish(README, "tables", f"{for_readme(chosen_on)}\n\n{picture}")
     click.echo(text)
 
 
@@ -285,16 +284,17 @@ def on_machines(stores: Iterable[Path]) -> str:
     )
 
 
-def publish(readme: Path, text: str) -> None:
-    """Replace the text between a README's marks."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+def publish(readme: Path, name: str, text: str) -> None:
+    """Replace the text between the marks of this name in a README."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = readme.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
         raise DomainError(
-            f"{readme} lacks {BEGIN} or {END}.",
+            f"{readme} lacks {begin} or {end}.",
             "Put both back where the tables belong.",
         )
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

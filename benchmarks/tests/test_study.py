@@ -25,7 +25,7 @@ from study.loss_curves import regret_between
 from study.optima import cliff, cliff_of, domains_in, exponent_of
 from study.regret import Moved, lost, noise_floor
 from study.runs_on_file import complete, read
-from study.suite import BEGIN, END, finished, main, parts, publish
+from study.suite import finished, main, parts, publish
 from study.suite_tables import by_setting, for_readme
 
 import rankaware_optim as ra
@@ -512,10 +512,15 @@ def test_the_readmes_figure_takes_any_study() -> None:
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
     """New tables take the place of the old ones between their marks, and nothing else changes."""
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    publish(readme, "new")
-    publish(readme, "newer")
-    assert readme.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+    text = "before\n<!-- one -->\nold\n<!-- end of one -->\nafter\n"
+    others = "<!-- two -->\nkept\n<!-- end of two -->\n"
+    readme.write_text(text + others)
+    publish(readme, "one", "new")
+    publish(readme, "one", "newer")
+    assert readme.read_text() == text.replace("\nold\n", "\n\nnewer\n\n") + others
+    with pytest.raises(DomainError, match="lacks <!-- three -->"):
+        publish(readme, "three", "new")
+    assert "newer" in readme.read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ MARK = re.compile(r"\b([a-z.]+@[0-9a-f]{8})\b")
 MADE_BY = re.compile(r"(?:Command:|Made by) `python (benchmarks/[\w/]+\.py)")
 FILE = BENCHMARKS / "fingerprints.json"
 NAMES = list(json.loads(FILE.read_text())) if FILE.exists() else []
-SLOW = ("fit", "search", "calibration", "horizon", "scores")
+SLOW = ("fit", "search", "calibration", "scores")
 QUICK = [name for name in NAMES if not name.startswith(SLOW)]
 
 

@@ -52,6 +52,6 @@ DRIFT = {"A": (0.0, 0.15), "B": (-0.45, 0.2)}
 # Its mean is 0: no factor is needed at Survey.full_width: init_b_forms.md, frozen answers
 FULL_SD = {"A": 0.8, "B": 0.6}
 # Octaves of rate per octave of steps: standard deviation of the slope, the least of five with which
-# bands hold the best rate over eight times the steps on four tasks: longer.md
+# bands hold the best rate over eight times the steps on four tasks: longer.md, frozen answers
 SLOPE_SD = 0.4
 SLOPE_LENGTH = 1.5  # λ: octaves of steps over which slopes are alike: by hand

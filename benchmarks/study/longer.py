@@ -1,0 +1,115 @@
+"""Sweeps of longer runs: 25 to 800 steps, at two ranks with alpha = rank, at Init[B], and in full finetuning.
+
+    python benchmarks/study/longer.py --domain language    # resumable: results/longer/language.jsonl
+
+Six tasks. Each length has its own warm-up of 5 % and its own decay. Four arms: Init[A] with alpha = rank at ranks 16 and
+128, Init[B] with alpha = rank at rank 64, and full finetuning. Rates are an octave apart, on two seeds (one at 800
+steps). A grid starts around the best rate of the length before it, and grows at an edge. `laws/default_law.py` reads
+the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import click
+import torch
+from recording import RESULTS
+from study.configurations import START, run_in, starts
+from study.domains import HELD_OUT, Domain, get_domain
+from study.grids import FULL, Cell, Job, Line, Losses, Together
+from study.runs_on_file import complete, read_begun
+from study.suite import UNKNOWN, provenance, study_rates
+from study.training import WARMUP
+
+RESTS_ON = ()
+STORE = RESULTS / "longer"
+TASKS = (
+    "image_generation",
+    "vision_language",
+    "super_resolution",
+    "language",
+    *HELD_OUT,
+)
+LENGTHS = (25, 50, 100, 200, 400, 800)
+LONGEST = 800  # steps, of which one seed is run
+MARK = " | "
+
+
+AT_A = "Init[A], s = 1"
+# configurations and ranks
+ARMS = ((AT_A, 16), (AT_A, 128), ("Init[B], s = 1", 64), ("full", FULL))
+
+
+def cell_of(task: str, config: str, rank: int, steps: int) -> Cell:
+    """The runs of a length at a configuration's rank."""
+    return task, f"{config}{MARK}{steps} steps", rank
+
+
+def cell_at_a(task: str, rank: int, steps: int) -> Cell:
+    """The same at Init[A], alpha = rank, and in full finetuning."""
+    return cell_of(task, "full" if rank == FULL else AT_A, rank, steps)
+
+
+@click.command()
+@click.option("--domain", "task", type=click.Choice(TASKS), required=True)
+@click.option("--workers", default=2, show_default=True)
+def main(task: str, workers: int) -> None:
+    """Run what is missing of a task's grids."""
+    torch.set_num_threads(1)
+    chains = [chain(task, *arm) for arm in ARMS]
+    grid = Together([starts(task, range(2)), *chains])
+    store = STORE / f"{task}.jsonl"
+    complete(grid, run_one, store, workers, click.echo, provenance(task))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The grids of an arm by rising length, each around the best rate of the length before it."""
+
+    cells: Sequence[Cell]
+    guess: int
+
+    def wanted(self, done: Losses) -> list[Job]:
+        centre = self.guess
+        for cell in self.cells:
+            line = Line(cell, centre, 1 if steps_of(cell[1]) == LONGEST else 2)
+            if missing := line.wanted(done):
+                return missing
+            centre = line.best(done)
+        return []
+
+
+def chain(task: str, config: str, rank: int) -> Chain:
+    """The chain of an arm, from the study's best rate at the nearest rank."""
+    rates = study_rates(task, config)
+    nearest = min(rates, key=lambda other: abs(other - rank), default=None)
+    guess = UNKNOWN if nearest is None else round(rates[nearest])
+    return Chain([cell_of(task, config, rank, steps) for steps in LENGTHS], guess)
+
+
+def steps_of(scheme: str) -> int:
+    return int(scheme.partition(MARK)[2].removesuffix(" steps"))
+
+
+def run_one(job: Job) -> float | None:
+    """The held-out loss of a run; None where it diverged."""
+    domain = get_domain(job.domain)
+    if job.scheme == START:
+        return run_in(domain, job, WARMUP)
+    plain = job._replace(scheme=job.scheme.partition(MARK)[0])
+    return run_in(of_length(domain, steps_of(job.scheme)), plain, WARMUP)
+
+
+def of_length(domain: Domain, steps: int) -> Domain:
+    return replace(domain, steps=steps)
+
+
+def on_file() -> dict[str, dict[Job, float | None]]:
+    """The runs of each task that has any."""
+    return read_begun(STORE, TASKS)
+
+
+if __name__ == "__main__":
+    main()
