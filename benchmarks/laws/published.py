@@ -44,9 +44,9 @@ LAWS = (
     Power(-1.0, law=Constant()),
 )
 NOTES = (
-    "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, on straight lines between "
-    "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss. "
-    "bench_law.md has more laws on the first source.",
+    "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, by a monotone spline "
+    "between the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown "
+    "loss. bench_law.md has more laws on the first source.",
 )
 
 

@@ -39,16 +39,6 @@ def regret_between(regrets: Mapping[float, float], x: float) -> float:
     return between({at: min(regret, DIVERGED) for at, regret in regrets.items()}, x)
 
 
-def on_lines(regrets: Mapping[float, float], x: float) -> float:
-    """Return the regret at log2 rate x on straight lines; all of the way to a diverged run counts as diverged."""
-    below = max(at for at in regrets if at <= x)
-    above = min(at for at in regrets if at >= x)
-    share = (x - below) / (above - below) if above > below else 0.0
-    if share == 0.0:
-        return min(regrets[below], DIVERGED)
-    return min((1.0 - share) * regrets[below] + share * regrets[above], DIVERGED)
-
-
 def vertex_of(curve: Mapping[float, float]) -> float | None:
     """Return the minimum of the parabola through the lowest point and its neighbours; None at an end of the grid.
 
