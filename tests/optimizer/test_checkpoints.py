@@ -445,6 +445,25 @@ def test_what_does_not_fit_is_refused(make, message):
     assert alike(before, opt.state_dict())
 
 
+def flattened(ranks):
+    """An optimizer after a step whose groups hold one flat share each, all of one size, as under ZeRO."""
+    opt = ours(mlp(ranks))
+    for group in opt.param_groups:
+        share = nn.Parameter(torch.zeros(8))
+        share.grad = torch.ones_like(share)
+        group["params"] = [share]
+    opt.step()
+    return opt
+
+
+def test_flat_shares_of_other_ranks_are_refused():
+    """Flat shares have no shapes by which to tell, so the ranks of their groups are compared."""
+    state = copy.deepcopy(flattened((4, 8)).state_dict())
+    flattened((4, 8)).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="split differently"):
+        flattened((8, 4)).load_state_dict(state)
+
+
 def test_saved_groups_that_differ_are_not_merged():
     """Parameters that had two rates are not put into one group with one of them."""
     model = mlp((4, 4))
