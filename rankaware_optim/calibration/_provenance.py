@@ -19,7 +19,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .._optimizers import defaults_of
-from .._types import Reference, Survey
+from .._types import Reference
 from .._warn import warn
 from ..errors import CalibrationError
 from ..optimizer import RankAwareOptimizer, effective_lr
@@ -146,14 +146,6 @@ def _other_rates(opt: Optimizer) -> dict[str, Any]:
         rate = BASE if rate == opt.defaults["lr"] else float(f"{rate:.12g}")
         tables.append({name_pattern(name): rate for name in group["param_names"]})
     return agreed(tables)
-
-
-def layers_of(survey: Survey) -> dict[str, float]:
-    """Return the mean fan-in of the adapted layers, by name pattern."""
-    widths: dict[str, list[float]] = {}
-    for layer, width in {f.layer: f.fan_in for f in survey.factors}.items():
-        widths.setdefault(name_pattern(layer), []).append(width)
-    return {pattern: sum(each) / len(each) for pattern, each in widths.items()}
 
 
 # --- a stored study -------------------------------------------------------------------------------

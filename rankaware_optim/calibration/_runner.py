@@ -29,14 +29,13 @@ from ..fitting import TAIL, Observation, height, noise_of, recent
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
-from ..recipe import Recipe, plain_value
+from ..recipe import Recipe, layers_of, plain_value
 from ._calibration import ALIKE, Calibration, Settled, calibrated_recipe
 from ._constants import POLL_S, SLOW_POLL_S
 from ._liveness import Heartbeat, held_back
 from ._provenance import (
     built_with,
     check_comparable,
-    layers_of,
     made_with,
     shape_of,
     warn_of_code,

@@ -274,9 +274,9 @@ def make_plan(
 
 def _notes(plan: Plan, groups: Iterable[Settings]) -> Iterator[str]:
     """Yield what a report says of a plan."""
-    yield from plan.survey.notes
     if plan.use is not None:
         yield from plan.use.notes
+    yield from plan.survey.notes
     yield from _adapter_notes(plan)
     yield from _move_notes(plan)
     by_family = {rule.family: rule for rule in map(plan.rule_for, groups)}

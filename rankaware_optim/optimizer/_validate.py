@@ -33,6 +33,7 @@ from ..recipe import (
     configuration_of,
     differences,
     is_for,
+    on_model,
     other_rates_on,
     plain_value,
     rate,
@@ -310,23 +311,27 @@ def use_recipe(
     groups: Sequence[UserGroup],
     horizon: Settings,
 ) -> RecipeUse:
-    """Move the recipe's rates to the run's steps. Warn once if the run differs from the recipe's
-    trials. The rates with which an optimizer was built are dropped, since the recipe's replace
-    them.
+    """Move the recipe's rates to the run's steps. Warn if the model is another than the recipe's,
+    and once if the run differs from its trials. The rates with which an optimizer was built are
+    dropped, since the recipe's replace them.
     """
     for group in groups if source.built is not None else ():
         group.options.pop("lr", None)
     steps, native = horizon["steps"], source.native
     batch = None if recipe.batch is None else horizon["batch"]
-    at = configuration_of(recipe, survey)
+    at, notes = configuration_of(recipe, survey), []
+    recipe, strange = on_model(recipe, survey)
+    if strange:
+        warn(strange)
+        notes.append(strange)
     here, by_steps = rate(recipe, at), 1.0
     warn_of(recipe, here)  # other steps are said below
     if steps is not None:
         by_steps = rate(recipe, at, steps).lr / here.lr
     in_force = _settings_in_force(recipe, survey, source, groups)
-    notes = _differing(recipe, native, in_force, horizon)
-    if notes:
-        warn(notes[0])
+    if differing := _differing(recipe, native, in_force, horizon):
+        warn(differing)
+        notes.append(differing)
     if is_for(recipe, native):
         best = rate(recipe, at, steps, batch)
         notes.append(
@@ -354,9 +359,9 @@ def _differing(
     native: Native,
     settings: Settings,
     horizon: Settings,
-) -> list[str]:
-    """Return how the run differs from the recipe's trials, and what to do about it; empty if it
-    does not.
+) -> str:
+    """Return how the run differs from the recipe's trials, and what to do about it; "" if it does
+    not.
     """
     trials, run = plain_value(recipe.settings), dict(settings)
     if not is_for(recipe, native):
@@ -373,7 +378,7 @@ def _differing(
         if value is not None and horizon[name] is not None:
             trials[name], run[name] = value, horizon[name]
     words = differences(trials, run)
-    return [f"Recipe {recipe.name!r} was made with {words}. {cure}"] if words else []
+    return f"Recipe {recipe.name!r} was made with {words}. {cure}" if words else ""
 
 
 # --- the parameters at a step ---------------------------------------------------------------------

@@ -4,6 +4,8 @@ from ._constants import INIT_SD as INIT_SD
 from ._constants import RANK_SD as RANK_SD
 from ._constants import WIDTH_SD as WIDTH_SD
 from ._constants import Z90 as Z90
+from ._ground import layers_of as layers_of
+from ._ground import on_model as on_model
 from ._rates import OtherRates as OtherRates
 from ._rates import base_lr as base_lr
 from ._rates import configuration as configuration

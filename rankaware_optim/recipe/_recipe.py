@@ -22,6 +22,7 @@ from ..laws import Law, Power
 from . import _recipe_files as files
 from . import _recipe_text as words
 from ._constants import TableOfRates
+from ._ground import check_width
 from ._rates import configuration, rate, warn_of
 from ._schema import Trials
 from ._settings import plain_value
@@ -161,7 +162,8 @@ class Recipe:
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
                 recipe's own.
             method: "lora" or "full".
-            fan_in: the model's width, by default the recipe's own.
+            fan_in: the model's width, by default the recipe's own. One that differs by more than a
+                factor of 2 is another model's, and refused.
             steps: optimizer steps, by default the recipe's own. Others widen the band.
             batch: batch size in the recipe's unit, by default its own. It moves the rate by the
                 law's rule, which is the square root for Adam, as for 4 times the batch at most.
@@ -171,12 +173,14 @@ class Recipe:
 
         Raises:
             RecipeError: alpha is missing but needed, or given but unknown to the sweep; the rate
-                depends on a fan-in, steps or batch that the recipe does not have; steps or batch
+                depends on a fan-in, steps or batch that the recipe does not have; the fan-in is
+                that of another model; steps or batch
                 are impossible; or the rate would not be a positive finite number.
             InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
             LawError: the law has no usable multiplier there.
         """
         target = configuration(self, rank, alpha, rslora, init, method, fan_in)
+        check_width(self, target)
         found = rate(self, target, steps, batch)
         warn_of(self, found)
         return found

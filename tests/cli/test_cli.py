@@ -141,10 +141,10 @@ RATES = {
     "--rank 4 --alpha 64": {"rank": 4, "alpha": 64},
     "--rank 4 --alpha 64 --rslora": {"rank": 4, "alpha": 64, "rslora": True},
     "--rank 256": {"rank": 256},
-    "--rank 16 --fan-in 4096": {"rank": 16, "fan_in": 4096},
+    "--rank 16 --fan-in 128": {"rank": 16, "fan_in": 128},
     "--rank 16 --init B": {"rank": 16, "init": "B"},
     "--full": {"method": "full"},
-    "--full --fan-in 4096": {"method": "full", "fan_in": 4096},
+    "--full --fan-in 128": {"method": "full", "fan_in": 128},
     "--rank 16 --steps 5000 --batch 256": {"rank": 16, "steps": 5000, "batch": 256},
 }
 
@@ -164,6 +164,15 @@ def test_lr_prints_the_recipes_rate(options):
     assert document.keys() == RATE
     for name in ("lr", "low", "high", "ceiling"):
         assert document[name] == getattr(rate, name)
+
+
+def test_another_models_width_is_said_first():
+    """For a width that is not near the recipe's own no rate is printed: the first line says what is better."""
+    done = call("lr", "digits.toml", "--rank", "16", "--fan-in", "4096")
+    assert (done.exit_code, done.stdout) == (1, "")
+    first, *_ = done.stderr.splitlines()
+    assert "fan-in 4096 is another model's" in first
+    assert "rankaware suggest" in done.stderr
 
 
 def test_inspect_names_every_tensor_in_json():

@@ -254,7 +254,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "r=32": {"rank": 32},
     "r=32 alpha=16": {"rank": 32, "alpha": 16},
     "the other init": {"rank": 16, "init": "B"},
-    "four times as wide": {"rank": 16, "fan_in": 2048.0},
+    "another model's width": {"rank": 16, "fan_in": 2048.0},
     "batch 256": {"rank": 16, "batch": 256},
     "4000 steps": {"rank": 16, "steps": 4000},
     "full": {"method": "full"},
@@ -284,9 +284,12 @@ def recipe() -> Tables:
         "vision-classification-a-inverse-rank",
         "vision-language-a",
     )
-    return {
-        name: rates(ra.Recipe.load(RECIPES / f"{name}.toml"), ASKED) for name in names
-    }
+    tables = {}
+    for name in names:
+        shipped = ra.Recipe.load(RECIPES / f"{name}.toml")
+        wider = {"rank": 16, "fan_in": 1.5 * (shipped.reference.fan_in or 0.0)}
+        tables[name] = rates(shipped, {**ASKED, "half as wide again": wider})
+    return tables
 
 
 # --- fits and calibrations --------------------------------------------------------------

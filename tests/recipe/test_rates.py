@@ -183,7 +183,7 @@ TARGETS = [
     ({"fan_in": 2.0 * WIDTH}, "fan-in"),
     ({"rank": 16, "init": "B"}, "A = 0 was not tried"),
     ({"method": "full"}, "off by a factor of 1.7 "),
-    ({"method": "full", "fan_in": 4096.0}, "not tried"),
+    ({"method": "full", "fan_in": 2.0 * WIDTH}, "not tried"),
 ]
 
 
@@ -346,16 +346,16 @@ def whole(width: int = WIDTH) -> torch.nn.Sequential:
 
 
 AT_B = replace(AT_16, init="B")
-WIDE = {"fan_in": 8.0 * WIDTH}
+WIDE = {"fan_in": 2.0 * WIDTH}
 MODELS = [
     # the recipe's reference, a uniform model, and its configuration
     (AT_16, lambda: mlp((4, 4), scalings=2.0), {"rank": 4}),
     (AT_16, lambda: mlp((8, 8), scalings=0.5), {"rank": 8, "alpha": 4.0}),
     (AT_16, lambda: mlp((64, 64), scalings=1.0), {"rank": 64, "alpha": 64.0}),
-    (AT_16, lambda: mlp((16,), scalings=2.0, width=8 * WIDTH), WIDE),
+    (AT_16, lambda: mlp((16,), scalings=2.0, width=2 * WIDTH), WIDE),
     (AT_B, lambda: mlp((8, 8), scalings=0.5, init="B"), {"rank": 8, "alpha": 4.0}),
     (AT_16, whole, {"method": "full"}),
-    (AT_16, lambda: whole(8 * WIDTH), {"method": "full", **WIDE}),
+    (AT_16, lambda: whole(2 * WIDTH), {"method": "full", **WIDE}),
     (AT_B, whole, {"method": "full"}),
     (FULL, whole, {"method": "full"}),
 ]

@@ -1,0 +1,109 @@
+"""A recipe's own ground: the model of its trials. It says where a model is another one, and refuses
+where its width is another model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .._types import Reference, Survey, width_for
+from ..errors import RecipeError
+from ._constants import ANOTHER_TASK_SD, SAME_WIDTH
+from ._rates import name_pattern
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+_PEFT = ".base_model.model."  # where PEFT puts a model
+
+
+def layers_of(survey: Survey) -> dict[str, float]:
+    """Return the mean fan-in of the layers whose factors or weights train, by name pattern."""
+    widths: dict[str, list[float]] = {}
+    for layer, width in {f.layer: f.fan_in for f in survey.factors}.items():
+        widths.setdefault(name_pattern(layer), []).append(width)
+    return {pattern: sum(each) / len(each) for pattern, each in widths.items()}
+
+
+def check_width(recipe: Recipe, at: Reference) -> None:
+    """Raise if the width of a configuration is that of another model than the recipe's."""
+    own = recipe.reference
+    known = {"full": recipe.full_fan_in, own.method: own.fan_in}
+    _refuse_other_width(recipe, at.fan_in, known.get(at.method))
+
+
+def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
+    """Return the recipe as it is for a model, and a sentence if that is another than its own.
+
+    On another model the best rate is less certain, so the band is wider. A recipe that names no
+    layers knows only a width.
+
+    Raises:
+        RecipeError: the model's width is that of another model.
+    """
+    own = recipe.reference
+    width = width_for(survey, own.method, own.init)
+    _refuse_other_width(recipe, width, own.fan_in)
+    what = _strange(recipe, survey)
+    if not what:
+        return recipe, ""
+    sd = ANOTHER_TASK_SD[own.init]
+    wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
+    sentence = (
+        f"Recipe {recipe.name!r} {what}: on another task its best rate is off by a factor of"
+        f" {2.0**sd:.2g} (one standard deviation), so calibrate on this model, or start from"
+        " suggest_lr."
+    )
+    return replace(recipe, covariance=wider), sentence
+
+
+def _strange(recipe: Recipe, survey: Survey) -> str:
+    """Return in words which layers of a model are not the recipe's, "" if all are.
+
+    Full finetuning trains more layers than an adapter, so there one that the recipe has seen is
+    enough.
+    """
+    here = layers_of(survey)
+    if not recipe.layers or not here:
+        return ""
+    new, missing = _unmatched(here, recipe.layers), _unmatched(recipe.layers, here)
+    if len(new) == len(here):
+        return f"has not seen layers such as {new[0]}, but such as {missing[0]}"
+    if "full" in (recipe.reference.method, survey.dominant().method):
+        return ""
+    if new:
+        return f"was made without {new[0]}, which this model adapts"
+    if missing:
+        return f"was made with {missing[0]} too, which this model does not adapt"
+    return ""
+
+
+def _refuse_other_width(recipe: Recipe, width: float | None, own: float | None) -> None:
+    if width is None or own is None:
+        return
+    if abs(math.log2(width / own)) <= math.log2(SAME_WIDTH):
+        return
+    raise RecipeError(
+        f"Recipe {recipe.name!r} was made at fan-in {own:.4g}, and fan-in {width:.4g} is another"
+        " model's, where neither its rate nor its band holds.",
+        "Calibrate on that model, or start from suggest_lr (in a shell, rankaware suggest). To move"
+        " the rate by the law all the same, give lr=recipe.lr and tuned_at=recipe.reference to the"
+        " optimizer, or from_= to convert_lr.",
+    )
+
+
+def _unmatched(some: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return those of some layers that are not among others."""
+    others = list(others)
+    return [one for one in some if not any(_is_one(one, other) for other in others)]
+
+
+def _is_one(layer: str, other: str) -> bool:
+    """Return whether two patterns name one layer, of which one may be in a wrapper."""
+    one, two = (f".{name}".replace(_PEFT, ".") for name in (layer, other))
+    return one.endswith(two) or two.endswith(one)

@@ -1,0 +1,227 @@
+"""A recipe's own ground: which model is another one, and what is said there first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim import RankAwareOptimizer, RankAwareWarning, RecipeError
+from rankaware_optim.optimizer import effective_lr
+from rankaware_optim.recipe._constants import ANOTHER_TASK_SD
+
+from ..helpers.calibrations import calibrate
+from ..helpers.models import PlainLoRA
+from ..helpers.recipes import RECIPE as CALIBRATED
+
+AdamW = torch.optim.AdamW
+WIDTH = 64
+QV = {"model.layers.*.q_proj": 64.0, "model.layers.*.v_proj": 64.0}
+RECIPE = replace(CALIBRATED, layers=QV, full_seen=True)
+
+
+class Block(nn.Module):
+    """A layer of a language model, adapted where it is asked for. Trained whole, it is adapted nowhere."""
+
+    def __init__(self, adapted: str, rank: int | None, width: int) -> None:
+        super().__init__()
+        for name in "qkv":
+            layer: nn.Module = nn.Linear(width, width, bias=False)
+            if rank is not None:
+                wanted = name in adapted
+                layer = PlainLoRA(layer, rank, 2.0) if wanted else frozen(layer)
+            self.add_module(f"{name}_proj", layer)
+
+
+class Nested(nn.Module):
+    """A model under a name."""
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    return layer.requires_grad_(False)
+
+
+def model(
+    adapted: str = "qv",
+    rank: int | None = 8,
+    width: int = WIDTH,
+    names: str = "model.layers",
+) -> nn.Module:
+    """Two blocks under a path of names."""
+    made: nn.Module = nn.ModuleList(Block(adapted, rank, width) for _ in range(2))
+    for name in reversed(names.split(".")):
+        made = Nested(name, made)
+    return made
+
+
+def rate_of(opt: RankAwareOptimizer) -> float:
+    (lr,) = {effective_lr(group) for group in opt.param_groups}
+    return lr
+
+
+# --- at home --------------------------------------------------------------------------------------------------------
+
+PEFT, LIGHTNING = "base_model.model.model.layers", "net.base_model.model.model.layers"
+AT_HOME = [
+    (RECIPE, model(), {}),
+    (RECIPE, model(rank=64), {}),
+    (RECIPE, model(names=PEFT), {}),
+    (RECIPE, model(names=LIGHTNING), {}),
+    (RECIPE, model(names="module.model.layers"), {}),
+    (RECIPE, model(names="_orig_mod.model.layers"), {}),
+    (RECIPE, model(names="layers"), {}),
+    (RECIPE, model(width=2 * WIDTH), {}),
+    (RECIPE, model(rank=None), {"method": "full"}),
+    (RECIPE, model(rank=None, names="net.model.layers"), {"method": "full"}),
+    (replace(RECIPE, layers={}), model("k", names="other.blocks"), {}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.* extrapolates. fan-in 128 is not")
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+@pytest.mark.parametrize(("recipe", "trained", "options"), AT_HOME)
+def test_the_same_model_is_no_stranger(recipe, trained, options, prefix):
+    """Another rank, full finetuning, up to twice the width and the prefixes of wrappers make no other model of it."""
+    layers = {f"{prefix}{name}": width for name, width in recipe.layers.items()}
+    recipe = replace(recipe, layers=layers)
+    opt = RankAwareOptimizer(trained, AdamW, recipe=recipe, **options)
+    assert not any("on another task" in note for note in opt.report().notes)
+
+
+def test_a_calibration_used_at_home_is_silent():
+    """The optimizer of a recipe's own loop warns of nothing, at a new rank and in full finetuning."""
+
+    def train(trial):
+        trial.optimizer(model(rank=trial.rank, width=32))
+        best = abs(math.log2(trial.lr) + 7)
+        yield from (2.0 + best - 0.1 * step for step in range(trial.steps))
+
+    recipe = calibrate(train, full_trials=3)
+    assert set(recipe.layers) == set(QV)
+    for rank, method in ((8, "lora"), (None, "full")):
+        opt = RankAwareOptimizer(
+            model(rank=rank, width=32), AdamW, recipe=recipe, method=method
+        )
+        assert "calibrate on this model" not in str(opt.report())
+
+
+# --- elsewhere ------------------------------------------------------------------------------------------------------
+
+STRANGERS = [
+    (
+        model(names="encoder.blocks"),
+        {},
+        r"has not seen layers such as encoder\.blocks\.\*\.q_proj",
+    ),
+    (model(rank=None, names="blocks"), {"method": "full"}, "has not seen layers"),
+    (model("qkv"), {}, r"without model\.layers\.\*\.k_proj, which this model adapts"),
+    (model("q"), {}, r"with model\.layers\.\*\.v_proj too, which this model does not"),
+    (model("qk"), {}, r"without model\.layers\.\*\.k_proj"),
+]
+
+
+@pytest.mark.parametrize(("trained", "options", "words"), STRANGERS)
+def test_a_stranger_is_told_first(trained, options, words):
+    """Of other layers a warning says what is better, the report's first note is the same, and the band is wider."""
+    home = replace(RECIPE, layers={})
+    sure = RankAwareOptimizer(trained, AdamW, recipe=home, **options).report()
+    with pytest.warns(RankAwareWarning, match=words) as caught:
+        opt = RankAwareOptimizer(trained, AdamW, recipe=RECIPE, **options)
+    (said,) = (str(warning.message) for warning in caught)
+    assert "calibrate on this model, or start from suggest_lr" in said
+    report = opt.report()
+    assert report.notes[0] == said
+    own, wider = band_in(sure.notes), band_in(report.notes)
+    variance = (wider**2 - own**2) / 1.645**2
+    assert math.sqrt(variance) == pytest.approx(ANOTHER_TASK_SD["A"], rel=0.01)
+
+
+def band_in(notes) -> float:
+    """Half of the band that a report names, octaves."""
+    (words,) = (note for note in notes if "the best rate lies between" in note)
+    low, high = words.split("between ")[1].split(" with ")[0].split(" and ")
+    return math.log2(float(high) / float(low)) / 2
+
+
+def test_a_strangers_rate_keeps_more_margin():
+    """Where the best rate is less certain the rate stays farther below it, and the recipe's hash is as it was."""
+    steep = replace(RECIPE, steepness=3.0)
+    home = RankAwareOptimizer(model(), AdamW, recipe=steep)
+    with pytest.warns(RankAwareWarning, match="on another task"):
+        away = RankAwareOptimizer(model(names="blocks"), AdamW, recipe=steep)
+    assert rate_of(away) < rate_of(home)
+    tags = [
+        opt.state_dict()["param_groups"][0]["rankaware_recipe"] for opt in (home, away)
+    ]
+    assert tags == [steep.tag] * 2
+
+
+# --- another model's width ------------------------------------------------------------------------------------------
+
+FULL_ALONE = replace(
+    RECIPE, reference=ra.Reference(method="full", fan_in=WIDTH), ranks=()
+)
+NARROW, WIDE = WIDTH / 2, 2.0 * WIDTH
+WIDTHS = [
+    (RECIPE, {"rank": 8}),
+    (RECIPE, {"method": "full"}),
+    (FULL_ALONE, {"method": "full"}),
+    (replace(RECIPE, layers={}), {"rank": 8, "alpha": 4.0}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::rankaware_optim.errors.RankAwareWarning")
+@pytest.mark.parametrize(("recipe", "asked"), WIDTHS)
+@pytest.mark.parametrize("fan_in", [NARROW, WIDE])
+def test_another_models_width_is_refused(recipe, asked, fan_in):
+    """At up to twice or half the width a rate is given; beyond it an error says what is better."""
+    farther = fan_in * (1.01 if fan_in > WIDTH else 0.99)
+    assert recipe.at(**asked, fan_in=fan_in).lr > 0
+    with pytest.raises(RecipeError, match=r"fan-in .* is another model's.*suggest_lr"):
+        recipe.at(**asked, fan_in=farther)
+
+
+@pytest.mark.parametrize("layers", [{}, QV, {"blocks.*": 64.0}])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("is_built", [False, True])
+def test_a_model_of_another_width_is_refused(layers, method, is_built):
+    """The optimizer refuses a model more than twice as wide before anything is changed, whatever its layers' names."""
+    trained = model(rank=8 if method == "lora" else None, width=3 * WIDTH)
+    native = AdamW(trained.parameters())
+    given = (native,) if is_built else (trained, AdamW)
+    recipe = replace(RECIPE, layers=layers)
+    with pytest.raises(RecipeError, match="fan-in 192 is another model's"):
+        RankAwareOptimizer(*given, model=trained, recipe=recipe, method=method)
+    assert type(native) is AdamW
+
+
+def test_the_error_names_a_way_through():
+    """The rate and the reference of the recipe, given as one's own, move by the law to any width."""
+    wide = model(width=4 * WIDTH)
+    opt = RankAwareOptimizer(
+        wide, AdamW, lr=RECIPE.lr, tuned_at=RECIPE.reference, law=RECIPE.law
+    )
+    at = replace(RECIPE.reference, rank=8, alpha=16)
+    there = replace(at, fan_in=4.0 * WIDTH).as_factor()
+    moved = RECIPE.law.multiplier(there, RECIPE.reference)
+    assert rate_of(opt) == pytest.approx(RECIPE.lr * moved)
+
+
+def test_what_lora_adapts_may_be_narrower_than_the_model():
+    """A recipe of narrow layers is at home in full finetuning of the whole model, whose largest layer is 4 times as wide."""
+    trained = model(rank=None)
+    for block in trained.model.layers:
+        block.down_proj = nn.Linear(4 * WIDTH, 8, bias=False)
+    with pytest.warns(RankAwareWarning, match="fan-in 256 is not"):
+        opt = RankAwareOptimizer(trained, AdamW, recipe=RECIPE, method="full")
+    assert not any("another" in note for note in opt.report().notes)
+    assert np.isfinite(rate_of(opt))
