@@ -10,6 +10,7 @@ from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
 from rankaware_optim.laws._mua import FORMS, Site
+from rankaware_optim.recipe._constants import ANOTHER_TASK_SD
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
     Source,
@@ -30,6 +31,7 @@ from rankaware_optim.transfer._suggest import (
 )
 
 __all__ = [
+    "ANOTHER_TASK_SD",
     "COLOURS",
     "Calibration",
     "FORMS",

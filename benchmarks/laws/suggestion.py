@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import click
 from internals import LOG2_RATE, MARGIN, PUBLISHED, SPREAD, TASK_SD, Z90
+from laws import elsewhere
 from recording import machine, record
 from study.loss_curves import vertex_of
 
@@ -28,7 +29,7 @@ from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.transfer import suggest_lr
 
-RESTS_ON = ("laws.adam", "transfer")
+RESTS_ON = ("laws.adam", "transfer", "recipes")
 
 # Hidden sizes, from the models' published configurations.
 HIDDEN = {
@@ -111,27 +112,35 @@ def main(sweep: Path) -> None:
         )
     rows = [*left_out(cells), *own_tasks()]
     title = "Suggested rates: does the 90 % band hold what it says?"
-    record("suggestion", title, rows, on, [*notes(sweep, cells), compared(sweep)])
+    recipes = elsewhere.table(curves_in(sweep), HIDDEN.__getitem__)
+    said = [*notes(sweep, cells), compared(sweep), recipes]
+    record("suggestion", title, rows, on, said)
 
 
-def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> list[Cell]:
-    curves: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(
+def curves_in(sweep: Path) -> dict[tuple[str, int], dict[float, float]]:
+    """The mean loss by log2 rate, of each model at each rank."""
+    losses: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in csv.DictReader(sweep.open()):
-        curves[row["model"], int(row["rank"])][math.log2(float(row["lr"]))].append(
+        losses[row["model"], int(row["rank"])][math.log2(float(row["lr"]))].append(
             float(list(row.values())[-1])
         )
+    return {
+        cell: {lr: statistics.mean(each) for lr, each in curve.items()}
+        for cell, curve in losses.items()
+    }
+
+
+def read(sweep: Path, width: Callable[[str], float] = HIDDEN.__getitem__) -> list[Cell]:
     cells = []
-    for (model, rank), curve in curves.items():
+    for (model, rank), curve in curves_in(sweep).items():
         if len(curve) > 1:  # one rate does not show where the best one is
             at = Reference(rank, PUBLISHED.alpha, fan_in=width(model))
             moved = math.log2(
                 checked_multiplier(MuA(tokens=8.0), at.as_factor(), PUBLISHED)
             )
-            low, high = bounds(
-                {lr: statistics.mean(losses) for lr, losses in curve.items()}
-            )
+            low, high = bounds(curve)
             cells.append(Cell(model, low - moved, high - moved))
     return cells
 

@@ -1,4 +1,4 @@
-"""Pages that are made when the site is built: one for each result on file, the gallery of the shipped recipes, and the
+"""Pages that are made when the site is built: one for each result on file, the gallery of the study's recipes, and the
 notebook of examples/ with its outputs.
 
 They are written to docs/benchmarks/results/ and docs/generated/, which git ignores, and include what lies in
@@ -133,8 +133,9 @@ def ranks_of(recipe: ra.Recipe, stem: str) -> str:
 
 
 def gallery() -> Iterator[str]:
-    """The shipped recipes: an index, and each with its picture and what it says of itself."""
-    yield "# Gallery of the shipped recipes\n"
+    """The study's recipes: an index, and each with its picture and what it says of itself."""
+    yield "# Gallery of the study's recipes\n"
+    yield "They are records and examples, [no starting points](../recipes.md#its-own-ground).\n"
     yield "Every picture and every number here is read from the recipe's own files when the site is built.\n"
     yield "[How to read a band](../bands.md) says what the parts of a picture mean.\n"
     paths = sorted(RECIPES.glob("*.toml"))

@@ -1,0 +1,79 @@
+"""A recipe of one project in another: by its file, beside an adapter, and through the Hub, as the page on recipes says."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rankaware_optim as ra
+from rankaware_optim.optimizer import effective_lr
+
+from ..helpers.calibrations import Net
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+HUB = re.findall(r"^```py\n(hugging.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+
+
+def train(trial):
+    """A loop whose best base rate is 2^-7."""
+    trial.optimizer(Net(trial.rank))
+    best = abs(math.log2(trial.lr) + 7)
+    yield from (2.0 + best - 0.1 * step for step in range(trial.steps))
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> ra.Recipe:
+    return ra.calibrate(train, torch.optim.AdamW, ranks=(4, 64), steps=20)
+
+
+def by_file(recipe: ra.Recipe, folder: Path) -> object:
+    return recipe.save(folder / "a" / "net.toml")
+
+
+def beside_the_adapter(recipe: ra.Recipe, folder: Path) -> object:
+    (folder / "adapter").mkdir()
+    recipe.save_beside(folder / "adapter")
+    return folder / "adapter"
+
+
+def through_the_hub(recipe: ra.Recipe, folder: Path) -> object:
+    """The page's own lines, with a folder in place of the Hub."""
+    beside_the_adapter(recipe, folder)
+    hub = folder / "hub"
+
+    def upload_folder(repo_id: str, folder_path: str) -> None:
+        shutil.copytree(folder_path, hub / repo_id)
+
+    def snapshot_download(repo_id: str, allow_patterns: str) -> str:
+        there = folder / "cache"
+        (there / "rankaware").mkdir(parents=True)
+        for path in (hub / repo_id).glob(allow_patterns):
+            shutil.copy(path, there / "rankaware")
+        return str(there)
+
+    fake = SimpleNamespace(
+        upload_folder=upload_folder, snapshot_download=snapshot_download
+    )
+    names = {"ra": ra, "huggingface_hub": fake}
+    (lines,) = HUB
+    exec(lines, names)
+    return names["recipe"]
+
+
+@pytest.mark.parametrize("by", [by_file, beside_the_adapter, through_the_hub])
+def test_a_recipe_goes_to_another_project(
+    by: Callable[..., object], calibrated, tmp_path, monkeypatch
+):
+    """On the same model and task at a rank that was not tried it gives its rate, and warns of nothing."""
+    monkeypatch.chdir(tmp_path)
+    given = by(calibrated, tmp_path)
+    opt = ra.RankAwareOptimizer(Net(32), torch.optim.AdamW, recipe=given)
+    rates = [effective_lr(group) for group in opt.param_groups]
+    assert rates == pytest.approx([calibrated.at(rank=32).lr] * len(rates), rel=1e-9)
