@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -187,6 +188,25 @@ def test_everything_told_is_recorded(tmp_path):
         assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
         assert made.tensors["steps"].tolist() == [STEPS] * 4
         assert made.tensors["curve"].shape == (4, STEPS)
+
+
+def test_an_init_that_cannot_be_read_is_the_one_given():
+    """With `trial.optimizer(model, init=)` the recipe is for that init, whatever the weights show."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank, init="other"), init="B")
+        end = bowl(math.log2(trial.lr) - BEST)
+        for step in range(trial.steps):
+            yield 2.3 + (end - 2.3) * step / trial.steps
+
+    assert calibrate(train, trials=4).reference.init == "B"
+
+
+def test_the_best_rate_so_far_is_shown(capsys):
+    """The last line of the progress names a rate near the recipe's fitted optimum."""
+    recipe = calibrate(made_up(), trials=6)
+    shown = re.findall(r"best rate (\S+):", capsys.readouterr().err)
+    assert abs(math.log2(float(shown[-1]) / recipe.fitted_lr)) < 0.5
 
 
 def test_numpy_may_be_told_to_raise(tmp_path):

@@ -12,11 +12,14 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from rankaware_optim.calibration._constants import STRIDE
 from rankaware_optim.calibration._search import (
     between,
+    divergence_limits,
     next_bracket,
     next_rate,
     next_refinement,
+    search_range,
 )
 from rankaware_optim.calibration._trials import PARAMETER, TrialRecord, Trials
 from rankaware_optim.fitting import Observation
@@ -26,9 +29,9 @@ RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
 
 
 def trial_of(
-    rank: int, x: float, value: float | None = None
+    rank: int | None, x: float, value: float | None = None
 ) -> optuna.trial.FrozenTrial:
-    """A finished run, or without a value one that another worker has under way."""
+    """A finished run from a loss of 1, or without a value one that another worker has under way."""
     attributes = {"rank": rank, "seed": 0}
     if value is None:
         return create_trial(
@@ -44,7 +47,14 @@ def trial_of(
     )
 
 
-def proposed(*trials: optuna.trial.FrozenTrial, rank: int = 2) -> float:
+def numbered(*trials: optuna.trial.FrozenTrial) -> Trials:
+    """The trials as a study has them, one after another."""
+    for number, trial in enumerate(trials):
+        trial.number = number
+    return Trials(map(TrialRecord.read, trials))
+
+
+def proposed(*trials: optuna.trial.FrozenTrial, rank: int | None = 2) -> float:
     """The rate that a trial at `rank` gets."""
     seen = Trials(map(TrialRecord.read, trials))
     calibration = SimpleNamespace(
@@ -97,6 +107,47 @@ def test_a_run_above_one_that_diverged_is_no_best():
     assert next_bracket([*seen, below], START - 10, START + 10) == START - 6
 
 
+def run(x: float, value: float, first: float = 1.0, noise: float = 0.0) -> Observation:
+    return Observation(2, 0, x, value, 1.0, value, first=first, noise=noise)
+
+
+# a loss that hardly moves, within its noise
+IDLE = [run(START + x, 0.99, noise=0.1) for x in (0.0, 2.0, 4.0)]
+BRACKETS = [
+    # the runs, and the next rate of the search outwards
+    ([run(START, 0.5)], START + 2),
+    ([run(START, 0.5), run(START + 2, 0.9)], START - 2),
+    ([run(START, 0.5), run(START + 2, 0.55)], START + 4),
+    ([run(START, 0.5), run(START + 2, 0.9), run(START - 2, 0.6)], None),
+    ([run(START, 0.5), run(START + 2, 0.9), run(START - 0.45, 0.6)], START - 2),
+    ([run(START, 0.5), run(START + 2, 0.9), run(START - 0.6, 0.6)], None),
+    (IDLE[:2], START + 4),
+    (IDLE, START - 2),
+]
+
+
+@pytest.mark.parametrize(("runs", "expected"), BRACKETS)
+def test_the_search_outwards_ends_where_the_optimum_is_bracketed(runs, expected):
+    """Upwards until a rate is clearly worse, then to a rate below; downwards after three runs that learned nothing."""
+    assert next_bracket(runs, START - 10, START + 10) == expected
+
+
+@pytest.mark.parametrize("full_trials", [0, 3])
+def test_a_rank_is_refined_whether_or_not_full_runs_come_later(full_trials):
+    """With an optimum bracketed, a rank's next rate is the one near the fitted optimum that is farthest from its others."""
+    seen = numbered(
+        *(trial_of(2, x, v) for x, v in ((-6.0, 0.5), (-4.0, 0.9), (-8.0, 0.6)))
+    )
+    fit = SimpleNamespace(best=lambda rank: -6.5, ceiling=None)
+    calibration = SimpleNamespace(
+        start=START,
+        fit=lambda: fit,
+        trials=lambda: seen,
+        options=SimpleNamespace(full_trials=full_trials),
+    )
+    assert next_rate(calibration, 2, (LOW, HIGH)) == -5.25
+
+
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])
 def test_refinement_goes_to_no_rate_twice(centre):
     """Near an edge of the range too, five refinements of a rank are five new rates, all in the range."""
@@ -115,3 +166,78 @@ def test_refinement_stays_between_rates_that_were_pruned():
         x = next_refinement(tried, -2.0, between(seen, pruned))
         assert x < -3.7
         seen.append(Observation(2, 0, x, 0.6, 1.0, 0.6))
+
+
+# --- full finetuning: around the predicted rate ---------------------------------------------------------------------
+
+PREDICTED = -8.0
+OF_LORA = trial_of(2, START, 0.5)
+FULL = [
+    # log2 of the rates and the losses of full runs so far, and log2 of the next rate
+    ([], PREDICTED),
+    ([(-8.0, 0.5)], -9.0),
+    ([(-8.0, math.inf)], -9.0),
+    ([(-8.0, 0.5), (-9.0, 0.6)], -7.0),
+    ([(-8.0, 0.5), (-9.0, 0.4)], -10.0),
+    ([(-8.0, 0.5), (-9.0, 0.6), (-7.5, 0.6)], -8.5),
+    ([(-8.0, 0.5), (-9.0, 0.6), (-6.0, 0.6)], -7.0),
+]
+
+
+@pytest.mark.parametrize(("runs", "expected"), FULL)
+def test_full_runs_go_around_the_predicted_rate(runs, expected):
+    """At it, an octave below the best, above it, and then into the wider gap beside the best."""
+    seen = numbered(OF_LORA, *(trial_of(None, x, value) for x, value in runs))
+    fit = SimpleNamespace(best=lambda rank: PREDICTED, ceiling=None)
+    calibration = SimpleNamespace(
+        start=START,
+        fit=lambda: fit,
+        trials=lambda: seen,
+        options=SimpleNamespace(full_trials=3),
+    )
+    assert next_rate(calibration, None, (-20.0, 0.0)) == expected
+
+
+# --- the range ------------------------------------------------------------------------------------------------------
+
+RANGES = [
+    # log2 of the rates and the losses, and how many strides the range's ends move
+    ([], (0, 0)),
+    ([(START, 0.5)], (0, 0)),
+    ([(LOW + 0.5, 0.5), (START, 0.6)], (-1, 0)),
+    ([(LOW + 1.0, 0.5), (START, 0.6)], (0, 0)),
+    ([(START, 0.5), (LOW + 0.5, 0.6)], (0, 0)),
+    ([(HIGH - 0.5, 0.5)], (0, 1)),
+    ([(HIGH - 0.5, 0.6), (START, 0.5)], (0, 1)),  # it was the best when it came
+    ([(START, 0.5), (HIGH - 0.5, 0.6)], (0, 0)),
+    ([(HIGH, 0.6), (HIGH - 0.5, 0.5)], (0, 1)),
+    ([(HIGH - 0.5, math.inf)], (0, 0)),
+    ([(LOW + 0.5, math.inf)], (-1, 0)),
+]
+
+
+@pytest.mark.parametrize(("runs", "moved"), RANGES)
+def test_the_range_widens_at_the_edge_of_the_best(runs, moved):
+    """Where the best rate so far is the last one at an edge, that end moves, and the other stays."""
+    seen = numbered(*(trial_of(2, x, value) for x, value in runs))
+    options = SimpleNamespace(octaves=(LOW, HIGH))
+    calibration = SimpleNamespace(start=START, options=options, trials=lambda: seen)
+    low, high = search_range(calibration)
+    assert ((low - LOW) / STRIDE, (high - HIGH) / STRIDE) == moved
+
+
+# --- the limits of a run --------------------------------------------------------------------------------------------
+
+
+def test_a_run_may_rise_by_half_the_gain_or_one_gain_above_a_run_beside_it():
+    """Its limit is the usual start and half the best gain, or a run on the same batches, the gain and half of it."""
+    curve = [1.0] * 5 + [3.0] * 5 + [0.2] * 5  # hard batches in the middle
+    run = trial_of(2, START, 0.2)
+    run.set_user_attr("curve", curve)
+    seen = numbered(run)
+    setting = seen[0].setting
+    limits = divergence_limits(seen, setting, 15)
+    gain = 0.8
+    assert limits[:5] == pytest.approx([1.0 + 1.5 * gain] * 5)
+    assert limits[9] == pytest.approx(3.0 + 1.5 * gain)
+    assert limits[14] == pytest.approx(1.0 + gain / 2)
