@@ -451,7 +451,14 @@ def rank_aware_param_groups(  # noqa: PLR0913
     listed = user_groups(params, model, walked)
     refuse_outside(listed, walked, options)
     each = [group.options for group in listed]
-    plan = make_plan(survey, options, optimizer_class, settings, groups=each)
+    plan = make_plan(
+        survey,
+        options,
+        optimizer_class,
+        settings,
+        groups=each,
+        are_several=isinstance(model, Models),
+    )
     groups = []
     for part in split(listed, plan, survey):
         groups.append(rated(part, plain_lr(lr), named))

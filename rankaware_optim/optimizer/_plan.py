@@ -108,6 +108,16 @@ class Rule(NamedTuple):
     by_run: float = 1.0
 
 
+class Widths(NamedTuple):
+    """From where and to where a law moves the rates of a model.
+
+    reference: with its fan-in. model: the width of the model, see `width_for`.
+    """
+
+    reference: Reference
+    model: float
+
+
 class RecipeUse(NamedTuple):
     """A recipe in a run: the base rate, notes, the factor of every rate for the run's steps, and
     the rates of other parameters.
@@ -124,9 +134,9 @@ class RecipeUse(NamedTuple):
 class Plan:
     """The options resolved for one model and optimizer. It maps a parameter to its `Label`.
 
-    survey: of what trains, before training. reference: with its `fan_in`. width: the model's. use:
-    the recipe of the base rate, or None. optimizer, settings: the class, and what it was given for
-    all groups.
+    survey: of what trains, before training. reference: with its `fan_in`. width: the model's.
+    widths: of each model, by its number, where there are several. use: the recipe of the base rate,
+    or None. optimizer, settings: the class, and what it was given for all groups.
     """
 
     options: PlanOptions
@@ -134,6 +144,7 @@ class Plan:
     reference: Reference
     method: Method
     width: float
+    widths: Mapping[str, Widths] = field(default_factory=dict, repr=False)
     use: RecipeUse | None = field(default=None, repr=False, compare=False)
     optimizer: type | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=dict, repr=False)
@@ -217,22 +228,26 @@ class Plan:
         full-finetuning rate, which has no init.
         """
         law = self.rule.law if law is None else law
-        reference, embedding = self.reference, factor.kind == "embedding"
+        embedding = factor.kind == "embedding"
+        here = Widths(self.reference, self.width)
+        reference, width = self.widths.get(_model_number(factor), here)
         if factor.role == "full":
-            return checked_multiplier(
-                law, replace(factor, fan_in=self.width), reference
-            )
+            return checked_multiplier(law, replace(factor, fan_in=width), reference)
         if factor.init == "other" or (embedding and reference.method == "full"):
             return 1.0
         init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
-        width = 1.0 if embedding else self.width
         if embedding:
+            width = 1.0
             reference = replace(reference, init=init, fan_in=1.0)
         elif reference.method == "lora":
             reference = replace(reference, init=init)
         return checked_multiplier(
             law, replace(factor, fan_in=width, init=init), reference
         )
+
+
+def _model_number(factor: Factor) -> str:
+    return factor.name.partition(".")[0]
 
 
 def make_plan(
@@ -242,10 +257,13 @@ def make_plan(
     settings: Settings | None = None,
     use: RecipeUse | None = None,
     groups: Sequence[Settings] = ({},),
+    *,
+    are_several: bool = False,
 ) -> Plan:
     """Bind the law, resolve the reference and match the user's patterns. Nothing is built yet.
 
     groups: the settings of each of the user's groups, of whose families the notes speak.
+    are_several: whether the survey is of several models, whose numbers begin its names.
     """
     options.check_patterns([*(f.name for f in survey.factors), *survey.other])
     moved = tuple(f for f in survey.factors if options.rate_of(f.name) is None)
@@ -255,13 +273,21 @@ def make_plan(
     reference = options.tuned_at
     if reference is None:  # without pairs no rate is moved
         reference = survey.dominant() if survey.factors else Reference(method="full")
-    reference = reference.resolve(of_moved)
+    by_model: dict[str, list[Factor]] = {}
+    for factor in moved if are_several else ():
+        by_model.setdefault(_model_number(factor), []).append(factor)
+    widths = {}
+    for number, factors in by_model.items():
+        of_model = replace(survey, factors=tuple(factors))
+        width = width_for(of_model, method, reference.init)
+        widths[number] = Widths(reference.resolve(of_model), width)
     plan = Plan(
         options,
         survey,
-        reference,
+        reference.resolve(of_moved),
         method,
         width_for(of_moved, method, reference.init),
+        widths,
         use,
         optimizer_class,
         settings or {},

@@ -199,7 +199,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         check_base_lr(source, lr, groups, options)
         each = [group.options for group in groups]
         native = source.native
-        plan = make_plan(trained, options, native, source.settings, use, each)
+        several = isinstance(model, Models)
+        plan = make_plan(
+            trained,
+            options,
+            native,
+            source.settings,
+            use,
+            each,
+            are_several=several,
+        )
         state = None if source.built is None else source.built.state
         parts = split(groups, plan, survey, state=state)
         refuse_groups(native, groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -220,6 +221,17 @@ def test_each_of_several_models_moves_by_its_ranks(form):
     opt.load_state_dict(opt.state_dict())
     alone = RankAwareOptimizer([kept_alpha(4)], kind, **given)  # another may join it
     assert {name.partition(".")[0] for name in rates_of(alone)} == {"0"}
+
+
+@pytest.mark.parametrize("tuned_at", [AT_16, replace(AT_16, fan_in=512)])
+def test_each_of_several_models_has_its_own_width(tuned_at):
+    """Its factors get the rates that they get without the other models, wherever the rate was tuned."""
+    both = [mlp((4,), width=16), mlp((4,), width=512)]
+    together = RankAwareOptimizer(both, "adamw", lr=LR, tuned_at=tuned_at)
+    for number, model in enumerate(both):
+        alone = RankAwareOptimizer(model, "adamw", lr=LR, tuned_at=tuned_at)
+        for name, rate in rates_of(alone).items():
+            assert rates_of(together)[f"{number}.{name}"] == rate
 
 
 def test_a_later_group_is_of_any_of_several_models():
