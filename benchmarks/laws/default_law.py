@@ -8,10 +8,10 @@ at all that this page shows, so nothing here judges it. The default before had 1
 spline, the estimator of all pages, the same rule named 2 tokens, and kept the .9.
 
 **What it rests on.** On small tasks with short runs 1 to 4 tokens lose alike, with .9 or without. In longer runs, and
-with language models that others trained, more tokens are better. There × .9 is worse than none, and with these models
-worse than keeping the rate, from rank 4 on. That is nearer to what most people train. 8 to 16 tokens would serve it
-best, and lose 1.2 to 1.9 % for .7 on the small tasks, most of it with alpha kept. What × .9 was good for is full
-finetuning on the nine tasks, 3.4 % for 4.1. In longer runs it was worse there too.
+with language models that others trained, more tokens are better. × .9 gains nothing in longer runs. With these models it
+is worse than none, and from rank 4 on worse than keeping the rate. That is nearer to what most people train. 8 to 16
+tokens would serve it best, and lose 1.2 to 1.9 % for .7 on the small tasks, most of it with alpha kept. What × .9 was
+good for is full finetuning on the nine tasks, 3.4 % for 4.1. In longer runs it was worse there too.
 
 **Figures.** Each rate that is best in the mean over seeds is moved to every other rank of its configuration, and to full
 finetuning. Regret is the study's: the share of the attainable gain that is lost. A task's figure is a mean over its
