@@ -88,6 +88,11 @@ def test_a_difference_is_said_in_points(groups: list[list[float]], said: str) ->
     assert in_points(groups) == said
 
 
+def test_a_group_weighs_as_much_as_it_has_values() -> None:
+    """Of a group of three zeros and one of a single 4, both drawn once have the mean 1."""
+    assert set(resampled([[0.0, 0.0, 0.0], [4.0]])) == {0.0, 1.0, 4.0}
+
+
 def test_a_way_is_not_compared_with_itself() -> None:
     """A row of the way that the others are compared with has a dash."""
     lost = {"a": [0.1], "b": [0.2]}

@@ -277,6 +277,14 @@ def test_a_law_of_two_rates_is_not_compared() -> None:
         octaves("language", "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
 
 
+def test_a_way_adds_octaves_to_what_its_law_moves() -> None:
+    """A way without a law keeps a rate."""
+    place, law = ("language", "Init[A], s = 1"), ra.MuA()
+    by_law = moving.by_law(*place, law)(4, 64)
+    assert moving.Way(law, -0.5).shift(*place)(4, 64) == pytest.approx(by_law - 0.5)
+    assert moving.Way(None, -0.5).shift(*place)(4, 64) == 0.0
+
+
 def test_a_domains_widths_are_its_networks() -> None:
     """The widths that tables use are those of the recipes, which read them off the networks."""
     recipes = [
@@ -427,6 +435,9 @@ def test_the_noise_floor_is_what_the_others_choice_loses_on_a_seed() -> None:
         noise_floor({run: loss for run, loss in done.items() if run.seed == 0}, cell)
         is None
     )
+    # a rate beside the sweep, the best on seed 0: the others choose none but the sweep's, and it loses there
+    beside = {job(4, -6.5, seed): 0.0 if seed == 0 else 3.0 for seed in range(3)}
+    assert noise_floor(done | beside, cell) == pytest.approx((1.0 / 2.0 + 0.4) / 3)
 
 
 def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
