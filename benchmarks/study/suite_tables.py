@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from recording import block, number, percent, table_of
 from study.configurations import CONFIGS, RSLORA, start_of
 from study.domains import HELD_OUT, get_domain
-from study.grids import FULL, Losses, curve
+from study.grids import FULL, Losses
 from study.loss_curves import DIVERGED
 from study.moving import INITS, across_inits, by_law
 from study.optima import (
@@ -20,9 +20,18 @@ from study.optima import (
     law_slope,
     optimum,
     ranks_in,
-    seeds_in,
 )
-from study.regret import DEFAULT, FLOOR, LAWS, ONE_SEED, RECIPE, Moved, pooled, score
+from study.regret import (
+    DEFAULT,
+    FLOOR,
+    LAWS,
+    ONE_SEED,
+    RECIPE,
+    Moved,
+    best_and_start,
+    pooled,
+    score,
+)
 
 from rankaware_optim import Law
 
@@ -240,7 +249,7 @@ GAIN_HEADS = (
     "1 % of the gain",
 )
 GAINS = (
-    "Losses are held out, at the best rate of the grid, in the mean over seeds. LoRA's best: the lowest and highest "
+    "Losses are held out, at the best rate that was run, in the mean over seeds. LoRA's best: the lowest and highest "
     "over ranks and configurations. The gain is the loss before training less the best. A regret times the gain is a "
     "difference of losses: the last column has it for 1 %, at the rank where it is least and where it is most."
 )
@@ -251,11 +260,8 @@ def gains(done: Losses, domain: str) -> Iterator[list[str]]:
     start, best = start_of(domain, done), {}
     for scheme in (*CONFIGS, "full"):
         for rank in ranks_in(done, domain, scheme):
-            best[scheme, rank] = min(
-                curve(
-                    done, (domain, scheme, rank), seeds_in(done, domain, scheme)
-                ).values()
-            )
+            cell = (domain, scheme, rank)
+            best[scheme, rank], _ = best_and_start(done, cell, cell)
     lora = sorted(loss for (scheme, _), loss in best.items() if scheme != "full")
     full = best.get(("full", FULL))
     shares = sorted((start - loss) / 100 for loss in best.values())
