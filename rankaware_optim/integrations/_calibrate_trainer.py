@@ -7,6 +7,7 @@ this module imports none of these packages.
 from __future__ import annotations
 
 import copy
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from ..calibration import Pushed, Trial, calibrate, release_memory
 from ..errors import CalibrationError
 from ..recipe import Recipe
 from ._trainer_factory import TrainerFactory
+
+_BY_REWARD = (
+    "a run's value is minus the reward that its trainer logged, and not its loss"
+)
 
 
 def calibrate_trainer(
@@ -57,7 +62,9 @@ def calibrate_trainer(
     optimizer at a constant rate. The number of steps replaces the trainer's epochs.
 
     The value of a step is its training loss, summed over accumulated batches with the trainer's
-    weights. A callback prunes runs. The global random state is restored at the end.
+    weights. A trainer with `reward_funcs` (TRL's GRPO and RLOO) has a loss of about zero by
+    construction. There the value is minus the reward that it logs, unless `score` is given, and the
+    recipe's notes say so. A callback prunes runs. The global random state is restored at the end.
 
     Args:
         make_trainer: returns the trainer for a `Trial`, with a model at `trial.rank`, or for full
@@ -68,15 +75,15 @@ def calibrate_trainer(
         settings: the optimizer's own arguments, and those of `RankAwareOptimizer` such as rates=.
         score: the evaluation metric to minimise after the last step ("eval_loss", or the name that
             Lightning's module logs), or a function of the trained trainer. By default it is the
-            mean of the last tenth of the losses.
+            mean of the last tenth of the values.
         **options: other arguments of `calibrate`.
 
     Returns:
         The recipe.
 
     Raises:
-        CalibrationError: the trainer is of another kind, has an optimizer, or ends too early; or as
-            in `calibrate`.
+        CalibrationError: the trainer is of another kind, has an optimizer, logs no reward where its
+            loss says nothing, or ends too early; or as in `calibrate`.
         CalibrationInterrupted: Ctrl-C.
     """
     if not callable(make_trainer) or not (
@@ -107,6 +114,8 @@ def calibrate_trainer(
         recipe = replace(recipe, reference=reference)
     if recipe.warmup is None:
         recipe = replace(recipe, warmup=horizon.get("warmup"))
+    if horizon.get("by reward"):
+        recipe = replace(recipe, notes=(*recipe.notes, _BY_REWARD))
     return recipe
 
 
@@ -118,8 +127,8 @@ class TrainerRun:
     """The trial, the optimizer's class and settings, the score, and the loss of the current step.
 
     metric: the name of an evaluation metric, a function of the trainer, or None for the mean of the
-    last losses. report: gets a step's loss and returns whether the run must end. horizon: is given
-    the batch and the warm-up's share of the arguments.
+    last values. report: gets a step's value and returns whether the run must end. horizon: is given
+    the batch and the warm-up's share of the arguments, and whether the values are rewards.
     """
 
     trial: Trial
@@ -162,8 +171,12 @@ class TrainerRun:
     def end_step(self) -> bool:
         """Report the step's loss. Return whether the run must end."""
         loss, self._loss = self._loss, 0.0
+        return self.end_step_at(loss)
+
+    def end_step_at(self, value: Any) -> bool:
+        """Report the step's value. Return whether the run must end."""
         self.steps_taken += 1
-        return self.report(loss)
+        return self.report(value)
 
     def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
         """Return the score of a run that took all its steps, or None if there is none."""
@@ -227,11 +240,52 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
             if run.end_step():
                 control.should_training_stop = True
 
-    trainer.training_step = watched_step
-    trainer.add_callback(Reports())
+    if run.metric is None and hasattr(trainer, "reward_funcs"):
+        run.horizon["by reward"] = True
+        _report_rewards(trainer, run)
+    else:
+        trainer.training_step = watched_step
+        trainer.add_callback(Reports())
     set_seed(args.seed)  # the trainer's constructor used the seed of its arguments
     trainer.train()
     return run.score(trainer, trainer.evaluate)
+
+
+def _report_rewards(trainer: Any, run: TrainerRun) -> None:
+    """Let a trainer report minus the reward that it logs after every step, and stop when the trial
+    ends. Its other callbacks see the logs of the steps at which it would have logged.
+
+    A step without new completions logs no reward, and has that of the step before.
+    """
+    args, handler = trainer.args, trainer.callback_handler
+    every = args.logging_steps if args.logging_strategy == "steps" else math.inf
+    if every < 1:  # a share of the steps
+        every = math.ceil(every * args.max_steps)
+    args.logging_strategy = type(args.logging_strategy)("steps")
+    args.logging_steps = 1
+    pass_on, reward = handler.on_log, None
+
+    def on_log(args: Any, state: Any, control: Any, logs: Mapping[str, Any]) -> Any:
+        nonlocal reward
+        if (
+            state.global_step != run.steps_taken + 1
+        ):  # of an evaluation, or of the whole run
+            return pass_on(args, state, control, logs)
+        reward = logs.get("reward", reward)
+        if reward is None:
+            raise CalibrationError(
+                f"{type(trainer).__name__} logs no reward, and its loss is about zero by"
+                " construction.",
+                "Give score=, a function of the trained trainer, such as minus its mean reward.",
+            )
+        if run.end_step_at(-reward):
+            control.should_training_stop = True
+        if state.global_step % every == 0:
+            return pass_on(args, state, control, logs)
+        control.should_log = False
+        return control
+
+    handler.on_log = on_log
 
 
 # --- Lightning ------------------------------------------------------------------------------------

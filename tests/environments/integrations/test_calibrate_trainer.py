@@ -136,6 +136,78 @@ def test_a_trainers_values_are_those_that_it_logs(tmp_path, make, own):
     assert recipe.ranks == (2, 4)
 
 
+class Rewards(transformers.TrainerCallback):
+    """Keeps each run's rewards, and the steps at which other callbacks see its logs."""
+
+    def __init__(self):
+        self.runs, self.shown = [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "reward" in logs:
+            self.shown.append(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        logged = [entry.get("reward") for entry in state.log_history]
+        self.runs.append([reward for reward in logged if reward is not None])
+
+
+def differing(completions, **_):
+    """A reward for different words."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def reward_maker(folder, kind, *callbacks, **own):
+    rows = datasets.Dataset.from_dict({"prompt": [f"w{i + 2} w3" for i in range(16)]})
+
+    def make(trial):
+        online = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
+        settings = {"max_steps": -1, "logging_steps": 3, **online, **own}
+        args = arguments(folder, getattr(trl, f"{kind}Config"), **settings)
+        more = {"train_dataset": rows, "processing_class": tokenizer()}
+        return getattr(trl, f"{kind}Trainer")(
+            model_of(trial), differing, args=args, callbacks=[*callbacks], **more
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [("GRPO", {}), ("RLOO", {}), ("GRPO", {"num_iterations": 2})]
+)
+def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, kind, own):
+    """Its loss is about zero, so a value is minus the logged reward, or that of the completions reused; a note says so."""
+    watch = Rewards()
+    unpruned = {"pruner": optuna.pruners.NopPruner(), "trials": 2}
+    recipe = calibrate(reward_maker(tmp_path, kind, watch, **own), **unpruned)
+    times = own.get("num_iterations", 1)
+    for rewards, curve in zip(
+        watch.runs, recipe.tensors["curve"].tolist(), strict=True
+    ):
+        assert curve == pytest.approx(np.repeat([-r for r in rewards], times).tolist())
+    assert "minus the reward" in recipe.notes[-1]
+    assert set(watch.shown) <= {3, 6}
+
+
+def test_a_score_replaces_the_rewards(tmp_path):
+    """With `score=` the values are the losses, and no note speaks of rewards."""
+    make = reward_maker(tmp_path, "GRPO")
+    recipe = calibrate(make, trials=1, score=lambda trainer: 1.0)
+    assert recipe.tensors["value"].tolist() == [1.0]
+    assert not any("reward" in note for note in recipe.notes)
+
+
+def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
+    """Where a loss says nothing and no reward is logged, the error says what to give."""
+
+    def make(trial):
+        trainer = maker(tmp_path)(trial)
+        trainer.reward_funcs = [differing]
+        return trainer
+
+    with pytest.raises(CalibrationError, match=r"logs no reward.*Give score="):
+        calibrate(make, trials=1)
+
+
 @pytest.mark.parametrize("given", [{}, {"batch": 99.0, "warmup": 0.5}])
 def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
     """The recipe's batch and warm-up are those of the trainer's arguments, unless they are given."""

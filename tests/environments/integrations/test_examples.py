@@ -25,6 +25,7 @@ CALIBRATIONS = (
     "calibrate_peft.py",
     "calibrate_loaded_model.py",
     "calibrate_trainer.py",
+    "calibrate_grpo.py",
 )
 APART = {  # a helper of the others, and what the environments `demo` and `ray` run
     "tiny.py",
