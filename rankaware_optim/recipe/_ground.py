@@ -55,9 +55,9 @@ def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     sd = ANOTHER_TASK_SD[own.init]
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
-        f"Recipe {recipe.name!r} {what}: on another task its best rate is off by a factor of"
-        f" {2.0**sd:.2g} (one standard deviation), so calibrate on this model, or start from"
-        " suggest_lr."
+        f"Recipe {recipe.name!r} {what}: this model counts as another task, where its best rate is"
+        f" off by a factor of {2.0**sd:.2g} (one standard deviation), so calibrate on this model,"
+        " or start from suggest_lr."
     )
     return replace(recipe, covariance=wider), sentence
 

@@ -63,7 +63,8 @@ class Recipe:
         seed: random seed of the calibration.
         other_rates: rates of the parameters that LoRA trials trained beside the factors, by name
             with "*" for numbers. "base" means each trial's base rate.
-        layers: mean fan-in of the adapted layers, by name with "*" for numbers.
+        layers: mean fan-in of the adapted layers, by name with "*" for numbers. On a model that has
+            others the optimizer warns.
         versions: versions of the packages used.
         source: the training loop's name, the hash of its source and its repository's commit.
         notes: sentences on what the data did not determine.
