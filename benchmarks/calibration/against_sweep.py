@@ -11,8 +11,13 @@ rank; three other seeds, run every half octave within 1.5 octaves of it, score a
 
     regret = (loss at a rate − loss at the sweep's best rate) / (loss before training − loss at the sweep's best rate)
 
-The calibrations of image generation are from another processor than its sweep and scores. Its network is trained before
-it is tuned, and comes out with other bits there: its loss before training is .706 instead of .716.
+What a user would write with Optuna stands beside the calibrations. Of TPE and of the grid at rank 16 the rate is moved
+by the default law. The grid is the sweep's own at that rank, on two of its seeds, so that its rates are among those by
+which regret is measured. TPE with the rank as a parameter has 16 runs and one search seed.
+
+The calibrations of image generation are from another processor than its sweep and scores, and so is TPE with the rank
+as a parameter. Its network is trained before it is tuned, and comes out with other bits there: its loss before training
+is .706 instead of .716.
 
 Cost is training steps weighted by each arm's step time, as a share of 9 rates × (5 ranks + full) × one seed.
 """

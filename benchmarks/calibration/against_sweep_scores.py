@@ -39,7 +39,7 @@ At = tuple[Cell, float]  # what is trained, and log2 of its rate
 SHARES = {  # of the sweep's cost, by plan
     LORA: (0.05, 0.1, 0.2),
     WITH_FULL: (0.1, 0.2),
-    TPE: (0.05, 0.1, 0.2),
+    TPE: (0.2,),
     RANGE_TEST: (0.11,),
     BY_RANK: (0.3,),
 }
@@ -123,8 +123,8 @@ def picks(domain: Domain, config: str, done: Losses) -> dict[str, dict[int, At]]
     known = Known(domain, config, domain.ranks_swept, done)
     rates = {name: pick(known) for name, pick in CONTENDERS.items()}
     rates["Prodigy"] = dict.fromkeys((*known.ranks, FULL), 0.0)
-    on_two = {TUNED: lowest(curve(done, cell_of(domain, config, TUNED), 2))}
-    rates[GRID] = moved(on_two, domain.name, config, (*known.ranks, FULL))
+    x = lowest(curve(done, cell_of(domain, config, TUNED), 2))
+    rates[GRID] = moved({TUNED: x}, domain.name, config, (*known.ranks, FULL))
     for name, jobs in swept_once(known).items():
         rates[name] = {
             rank: lowest({job.x: or_inf(done[job]) for job in of})
@@ -323,6 +323,9 @@ def costs_of(domain: Domain, done: Losses) -> dict[str, dict[str, Cost]]:
             spent[name] = sweep(
                 {cell: sum(job[:3] == cell and job.seed == 0 for job in done)}
             )
+        cell = cell_of(domain, config, TUNED)
+        on_two = sum(job[:3] == cell and job.seed < 2 for job in done)
+        spent[GRID] = sweep({cell: on_two})
         means = {
             name: [statistics.fmean(part) for part in zip(*each, strict=True)]
             for name, each in spent.items()

@@ -8,8 +8,8 @@ from .._types import Reference
 
 # --- the schedule ---------------------------------------------------------------------------------
 
-# Runs of the search for each rank, where none are given. 16 runs at two ranks lose .6 % in the
-# mean, 8 lose .9 and 5 lose 1.8: simulated.md
+# Runs of the search for each rank, where none are given. 16 runs at two ranks lose .5 % in the
+# mean, 8 lose .8 and 5 lose 1.8: simulated.md
 TRIALS_PER_RANK = 8
 SEEDS = (0, 1)  # of the trials, in turn: by hand
 # Runs of a rank at one seed before the next seed, since runs of one seed share its noise: by hand
