@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from .errors import OptimizerError
@@ -33,36 +34,48 @@ class Switch(NamedTuple):
         return not value if self.value is None else bool(value == self.value)
 
 
+class OwnRate(NamedTuple):
+    """A setting by which a class makes its rates itself, and the value at which it does not."""
+
+    setting: str
+    off: object
+
+
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
     family: its kind of update, which chooses the laws' form. relation: how its best rate follows
     from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot
     have a rate per group, "" if it can. switches: settings of a group that change its family, the
-    first that applies. steps: public methods other than `step` that move parameters.
+    first that applies. own_rate: a setting under which the rates given train nothing.
+    thin_to_adam: whether it hands thin matrices to its Adam, see `goes_to_adam`.
     """
 
     family: str = "unknown"
     relation: str = ""
     one_rate: str = ""
     switches: tuple[Switch, ...] = ()
-    steps: tuple[str, ...] = ()
+    own_rate: OwnRate | None = None
+    thin_to_adam: bool = False
 
 
 RANK_AWARE = "rank-aware"  # its own rule moves the updates with the rank
 _ESTIMATES = "estimates one rate for all groups itself"
 _IN_BACKWARD = "steps inside the backward pass with one rate"
 _PAIRS = "steps A and B as one pair out of one group"
-# How the spellings of Muon with an auxiliary Adam name a group of the latter: Keller Jordan's,
-# pytorch_optimizer's and Moonlight's; adv_optm's; Dion's.
+# How the spellings of Muon with an auxiliary Adam name a group of the latter: timm's; Keller
+# Jordan's, pytorch_optimizer's and Moonlight's; adv_optm's; Dion's.
 _TO_ADAM = (
+    Switch("use_fallback", True, "sign-like"),
     Switch("use_muon", False, "sign-like"),
     Switch("optim_type", "adam", "sign-like"),
     Switch("algorithm", "adamw", "sign-like"),
     Switch("algorithm", "lion", "sign-like"),
 )
-# It divides an update by its spectral norm and multiplies it by √(n_out / n_in), or 1 for A.
+# It divides an update by its spectral norm and multiplies it by √(n_out / n_in), or 1 for A. The
+# second is that of Muon's Adam.
 _NORMALIZED = Switch("spectral_normalization", True, RANK_AWARE, "adv_optm")
+_ADAM_NORMALIZED = Switch("adam_spectral_normalization", True, RANK_AWARE, "adv_optm")
 # Names in lower case, with the package in front where another has another optimizer of that name.
 # Variants have the row of their base, see `_VARIANT`. Those of the second part are known by a
 # coordinate check (benchmarks/results/optimizers.md), the others by their update rule.
@@ -76,7 +89,7 @@ _ROWS = {
     "adamax sparseadam rmsprop rprop adabelief adabound adamod adamp adopt": Known(
         "sign-like"
     ),
-    "diffgrad yogi qhadam madgrad ranger adan signsgd tiger": Known("sign-like"),
+    "diffgrad yogi qhadam ranger adan signsgd tiger timm.adafactor": Known("sign-like"),
     "sgd asgd sgdw sgdp accsgd aggmo qhm pid": Known("gradient-like"),
     "sgdschedulefree schedulefreesgd": Known("gradient-like"),
     "muon muonwithauxadam singledevicemuon singledevicemuonwithauxadam muonclip": Known(
@@ -84,6 +97,13 @@ _ROWS = {
     ),
     "normuon adamuon adago distributedmuon dion dion2": Known(
         "spectral", switches=_TO_ADAM
+    ),
+    "timm.muon adv_optm.muon adv_optm.adamuon": Known(
+        "spectral", switches=_TO_ADAM, thin_to_adam=True
+    ),
+    "mars": Known(
+        "sign-like",
+        switches=(*_TO_ADAM, Switch("mars_type", "shampoo", "spectral")),
     ),
     "lamb": Known(
         "relative-scale",
@@ -93,7 +113,9 @@ _ROWS = {
         ),
     ),
     "adafactor": Known(
-        "floored-scale", switches=(Switch("scale_parameter", False, "sign-like"),)
+        "floored-scale",
+        switches=(Switch("scale_parameter", False, "sign-like"),),
+        own_rate=OwnRate("relative_step", False),
     ),
     "lars": Known(
         "first-step",
@@ -112,11 +134,18 @@ _ROWS = {
     # The class that PEFT derives from AdamW or another: it multiplies the gradients of A and B by
     # r × r matrices first. Its paper (arXiv 2402.02347) says nothing of ranks.
     "riemannianpreconditionedoptimizer": Known(),
-    "bsam": Known(steps=("third_step",)),
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
+    "torch_optimizer.radam": Known(one_rate="keeps one step size for all groups"),
+    "a2gradexp a2gradinc a2graduni": Known(one_rate="never reads its groups' rates"),
+    # Its rate is bounded by a smoothness that it measures.
+    "pytorch_optimizer.asgd": Known(),
+    # Their warm-up, or warm-down, goes from or to one rate for all groups.
+    "torch_optimizer.apollo": Known("gradient-like", own_rate=OwnRate("warmup", 0)),
+    "apollodqn": Known("gradient-like", own_rate=OwnRate("warmup_steps", 0)),
+    "ranger21": Known("sign-like", own_rate=OwnRate("disable_lr_scheduler", True)),
 }
 _ROWS |= {
-    "adagrad adadelta ademamix simplifiedademamix laprop mars cadamw grams": Known(
+    "adagrad adadelta ademamix simplifiedademamix laprop cadamw grams": Known(
         "sign-like"
     ),
     "adagc adanorm adapnm adasmooth adatam adamc adams adamwsn aida alice ano": Known(
@@ -125,19 +154,17 @@ _ROWS |= {
     "bcos came conda exadam emofact emolynx emonavi fadam focus fira galore": Known(
         "sign-like"
     ),
-    "grokfastadamw pytorch_optimizer.apollo ranger21 rangerqh rangerva rose": Known(
-        "sign-like"
-    ),
+    "grokfastadamw pytorch_optimizer.apollo rangerqh rangerva rose": Known("sign-like"),
     "kron sara shampoo sinksgd sm3 spam spectralsphere stableadamw stablespam vsgd": Known(
         "sign-like"
     ),
     "fromage": Known("relative-scale"),
-    "adai msvag pnm srmm tam torch_optimizer.apollo apollodqn": Known("gradient-like"),
+    "adai msvag pnm tam": Known("gradient-like"),
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}
 # Quantized, paged, factored or compiled state, and other ways to call the same step.
 _VARIANT = re.compile(
-    r"(?:paged)?_?(.+?)(?:_adv|closure|reference|paper|(?:4|8|32)bit|fp8)*"
+    r"(?:paged)?_?(.+?)(?:_adv|closure|reference|paper|legacy|(?:4|8|32)bit|fp8)*"
 )
 _SAME_AS = {"fusedadam": "adamw", "deepspeedcpuadam": "adamw", "flashadamw": "adamw"}
 
@@ -179,17 +206,51 @@ def optimizer_family(
 
     Args:
         optimizer_class: the optimizer's class.
-        settings: the group's settings, which may put it into another family than its class's.
+        settings: the group's settings, which may put it into another family than its class's. What
+            is not among them has the class's default.
 
     >>> from torch.optim import Adafactor
     >>> optimizer_family(Adafactor), optimizer_family(Adafactor, {"scale_parameter": False})
     ('floored-scale', 'sign-like')
     """
     row = known_optimizer(optimizer_class)[1]
-    for switch in (_NORMALIZED, *row.switches):
-        if switch.applies(optimizer_class, settings or {}):
-            return switch.family
-    return row.family
+    settings, family = in_force(optimizer_class, settings), row.family
+    for switch in row.switches:
+        if switch.applies(optimizer_class, settings):
+            family = switch.family
+            break
+    to_adam = row.family == "spectral" != family
+    normalized = _ADAM_NORMALIZED if to_adam else _NORMALIZED
+    if normalized.applies(optimizer_class, settings):
+        return normalized.family
+    return family
+
+
+def in_force(
+    optimizer: type | str, settings: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return a class's defaults, none for a name, with the settings that were given."""
+    return {**defaults_of(optimizer), **(settings or {})}
+
+
+def goes_to_adam(
+    optimizer_class: type, settings: Mapping[str, Any], shape: Sequence[int]
+) -> bool:
+    """Return whether a spectral optimizer hands a parameter of this shape to its Adam: a vector, or
+    where its class does so, a matrix with a side below 4 or sides that are more than 128 times
+    apart, unless its group's settings say what trains it.
+
+    >>> Muon = type("Muon", (), {"__module__": "timm.optim"})
+    >>> [goes_to_adam(Muon, {}, shape) for shape in ((4, 768), (16, 768))]
+    [True, False]
+    """
+    if len(shape) < 2:
+        return True
+    says = any(settings.get(key) is not None for key in ("use_muon", "optim_type"))
+    if says or not known_optimizer(optimizer_class)[1].thin_to_adam:
+        return False
+    short, long = sorted((shape[0], prod(shape[1:])))
+    return 1 in shape[:2] or short < 4 or long > 128 * short
 
 
 # --- torch classes --------------------------------------------------------------------------------

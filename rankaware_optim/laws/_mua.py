@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .._checks import check_init
-from .._optimizers import optimizer_family
+from .._optimizers import in_force, optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_choice, check_ranges
@@ -58,7 +58,7 @@ class MuA(Law):
             with the default has 8, the number with which their forms were tried.
         ratio: λ = η_B / η_A, dimensionless.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
-        shape_factor: Muon's `adjust_lr_fn`, set by `bind`.
+        shape_factor: Muon's `adjust_lr_fn`, or what stands for it, set by `bind`.
 
     >>> paper, ours = MuA(tokens=None), MuA()
     >>> at = Reference(rank=16, alpha=16, fan_in=4096)
@@ -87,7 +87,11 @@ class MuA(Law):
         tokens = self.tokens
         if tokens == FORMS[self.family].tokens:
             tokens = FORMS[family].tokens
-        shape_factor = settings.get("adjust_lr_fn") or "original"
+        given = in_force(optimizer_class, settings)
+        matched = any(map(given.get, _MATCHED))
+        shape_factor = given.get("adjust_lr_fn") or (
+            "match_rms_adamw" if matched else "original"
+        )
         return replace(self, tokens=tokens, family=family, shape_factor=shape_factor)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
@@ -186,11 +190,15 @@ def in_quadrature(p: float, q: float) -> float:
 
 # --- spectral updates -----------------------------------------------------------------------------
 
-# Muon's shape factor of a (rows, cols) update, by the names of torch.optim.Muon's adjust_lr_fn.
+# Muon's shape factor of a (rows, cols) update, by the names of adjust_lr_fn in torch and timm.
 SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+    "rms_to_rms": lambda rows, cols: math.sqrt(rows / cols),
+    "rsqrt_in": lambda rows, cols: 1.0 / math.sqrt(cols),
 }
+# Settings that stand for "match_rms_adamw": pytorch_optimizer's and adv_optm's.
+_MATCHED = ("use_adjusted_lr", "rms_rescaling")
 
 
 def spectral_rate(law: MuA, at: Site) -> float:

@@ -296,12 +296,12 @@ def _labels(
     own_lr = "lr" in group.options
     rules: dict[Any, Rule] = {}
     for name, param in group.named:
-        moments, to_adam = state.get(param, {}), param.dim() < 2
+        moments, shape = state.get(param, {}), param.shape
         marks = tuple((key, moments[key]) for key in switches if key in moments)
-        if (to_adam, marks) not in rules:
+        if (shape, marks) not in rules:
             settings = {**group.options, **dict(marks)}
-            rules[to_adam, marks] = plan.rule_for(settings, to_adam)
-        rule, factor = rules[to_adam, marks], factors.get(name)
+            rules[shape, marks] = plan.rule_for(settings, shape)
+        rule, factor = rules[shape, marks], factors.get(name)
         trains = param.requires_grad
         yield plan.label(name, factor, rule, own_lr=own_lr, trains=trains), marks
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from .._checks import check_lr, is_number, plain_lr
-from .._optimizers import RANK_AWARE, optimizer_family
+from .._optimizers import RANK_AWARE, goes_to_adam, optimizer_family
 from .._rate import Rate
 from .._types import Factor, Method, Reference, Survey, dense, init_text, width_for
 from .._warn import warn
@@ -150,20 +150,20 @@ class Plan:
     settings: Settings = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
-    def rule_for(self, settings: Settings, to_adam: bool = False) -> Rule:
+    def rule_for(self, settings: Settings, shape: Sequence[int] | None = None) -> Rule:
         """Return the rule of a parameter group, whose settings may put it into another family.
 
         Args:
             settings: the group's own settings.
-            to_adam: whether it holds what a spectral optimizer hands to its Adam.
+            shape: that of a parameter, which may put it into another family than its group's.
         """
-        in_force = {**self.settings, **settings}
-        if to_adam:
-            in_force["use_muon"] = False
+        given = {**self.settings, **settings}
         law, family = get_law(self.options.law), "sign-like"
         if self.optimizer is not None:
-            law = bound_law(law, self.optimizer, in_force)
-            family = optimizer_family(self.optimizer, in_force)
+            if shape is not None and goes_to_adam(self.optimizer, given, shape):
+                given["use_muon"] = False
+            law = bound_law(law, self.optimizer, given)
+            family = optimizer_family(self.optimizer, given)
         by_run = 1.0 if self.use is None else self.use.by_steps
         batch, tuned = self.options.batch, self.reference.batch
         if batch is not None and tuned is not None:

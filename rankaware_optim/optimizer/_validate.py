@@ -144,6 +144,11 @@ def _not_wrapped(native: Native, built: Optimizer | None) -> Iterator[_Refusal]:
         "Wrap the optimizer first, then build the scheduler.",
     )
     yield (
+        "step" in attributes,
+        f"{name} has a step of its own on the instance, which would train without multipliers.",
+        "Wrap the optimizer before anything replaces its step.",
+    )
+    yield (
         bool(kept),
         f"{name} keeps {kept} for each of its first groups, so it cannot be regrouped.",
         "Give the class and its settings instead of the instance.",
@@ -244,15 +249,32 @@ def refuse_rateless(opt: Optimizer) -> None:
         )
 
 
-def refuse_groups(
-    native: Native, groups: Iterable[UserGroup], present: Iterable[int] = ()
-) -> None:
-    """Raise, with their names, for parameters that the optimizer does not accept or already has.
+def settings_of_built(opt: Optimizer) -> Settings:
+    """Return the settings of a built optimizer, some of which are attributes."""
+    return {**vars(opt), **opt.defaults}
 
-    present: the ids of those that it has.
+
+def refuse_groups(
+    native: Native,
+    groups: Iterable[UserGroup],
+    settings: Settings,
+    present: Iterable[int] = (),
+) -> None:
+    """Raise for groups whose rates would train nothing, and, with their names, for parameters that
+    the optimizer does not accept or already has.
+
+    settings: those in force for all groups. present: the ids of the parameters that it has.
     """
     present, odd = set(present), []
+    own = known_optimizer(native)[1].own_rate
     for group in groups:
+        value = own and {**settings, **group.options}.get(own.setting, own.off)
+        if own and value != own.off:
+            raise OptimizerError(
+                f"{native.__name__} makes its rates itself with {own.setting}={value!r}, so those"
+                " given would train nothing.",
+                f"Give {own.setting}={own.off!r}.",
+            )
         for name, param in group.named:
             if id(param) in present:
                 raise OptimizerError(

@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from inspect import isfunction, signature
 from itertools import compress
 from operator import mul
@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import is_number, plain_lr
-from .._optimizers import known_optimizer
+from .._optimizers import in_force
 from .._rate import Rate
 from .._types import Init, Method, Survey
 from .._warn import warn
@@ -57,6 +57,7 @@ from ._validate import (
     refuse_groups,
     refuse_inside_zero,
     refuse_rateless,
+    settings_of_built,
     use_recipe,
 )
 
@@ -189,6 +190,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         walked = walk(model)
         groups = user_groups(source.params, model, walked)
         refuse_outside(groups, walked, options, built=source.built is not None)
+        native, built = source.native, source.built
+        base = source.settings if built is None else settings_of_built(built)
+        refuse_groups(native, groups, in_force(native, base))
         trained = survey = survey_of(walked, method=method, init=init)
         if frozen := _frozen(groups):
             survey = survey_of(walked, method=method, init=init, also=frozen)
@@ -198,7 +202,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             lr = use.lr
         check_base_lr(source, lr, groups, options)
         each = [group.options for group in groups]
-        native = source.native
         several = isinstance(model, Models)
         plan = make_plan(
             trained,
@@ -209,13 +212,12 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             each,
             are_several=several,
         )
-        state = None if source.built is None else source.built.state
+        state = None if built is None else built.state
         parts = split(groups, plan, survey, state=state)
-        refuse_groups(native, groups)
-        if source.built is None:
+        if built is None:
             opt = _construct(native, parts, lr, settings)
         else:
-            opt = _regroup(source.built, parts, lr)
+            opt = _regroup(built, parts, lr)
         opt._rankaware = _Wrap(plan, survey, init, tuple(g.names for g in groups))
         opt._rankaware_model = _weakly(model)
         roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
@@ -282,12 +284,18 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         walked, first = walk(model), len(wrap.order)
         groups = user_groups([param_group], model, walked, first=first, outside=True)
         present = set(map(id, params_in(self.param_groups)))
-        refuse_groups(native, groups, present)
+        lr = self.defaults.get("lr")
+        if lr is None and any("lr" not in group.options for group in groups):
+            raise OptimizerError(
+                f"{native.__name__} has no default rate for a later group.",
+                "Give lr in the group.",
+            )
+        base = in_force(native, settings_of_built(self))
+        refuse_groups(native, groups, base, present)
         also, plan = _frozen(groups) | present, wrap.plan
         found = survey_of(walked, method=plan.method, init=wrap.init, also=also)
-        base = self.defaults.get("lr")
         named = all("param_names" in group for group in self.param_groups)
-        parts = [rated(part, base, named) for part in split(groups, plan, found, first)]
+        parts = [rated(part, lr, named) for part in split(groups, plan, found, first)]
         for part in parts:
             native.add_param_group(self, part)
         # those of before stay as they were, since trained weights do not show their init
@@ -359,6 +367,15 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
 
 # --- building -------------------------------------------------------------------------------------
 
+# Methods that move parameters: all, one (from a hook in the backward pass), or a part of them.
+_STEPS = (
+    "step",
+    "step_parameter",
+    "update_step",
+    "third_step",
+    "step_subgroup",
+    "group_step",
+)
 _SUBCLASSES: dict[type, Any] = {}
 # optimizers that were built, not copied
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -378,8 +395,8 @@ def _subclass(native: Native) -> Any:
     for name, value in vars(RankAwareOptimizer).items():
         if isfunction(value) or name.startswith("_rankaware"):
             namespace[name] = value
-    for name in ("step", *known_optimizer(native)[1].steps):
-        namespace[name] = _step_of(getattr(native, name))
+    for name in filter(partial(hasattr, native), _STEPS):
+        namespace[name] = _step_of(getattr(native, name), of_all=name == "step")
     _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 
@@ -475,9 +492,11 @@ def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
 # --- the step -------------------------------------------------------------------------------------
 
 
-def _step_of(native: Any) -> Callable[..., Any]:
+def _step_of(native: Any, of_all: bool) -> Callable[..., Any]:
     """Return a native step at multiplied rates. It is called without torch's hooks, which wrap this
     function.
+
+    of_all: whether it steps all parameters and may take a closure.
     """
     stepped = native.__wrapped__ if getattr(native, "hooked", False) else native
 
@@ -485,13 +504,15 @@ def _step_of(native: Any) -> Callable[..., Any]:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rankaware_stepping:  # the native step calls self.step
             return stepped(self, *args, **kwargs)
-        closure = args[0] if args else kwargs.get("closure")
-        if closure is None:
-            _check(self)
-        elif args:
+        closure = None
+        if of_all:
+            closure = args[0] if args else kwargs.get("closure")
+        if closure is not None and args:
             args = (_closure_at_base_rates(self, closure), *args[1:])
-        else:
+        elif closure is not None:
             kwargs = {**kwargs, "closure": _closure_at_base_rates(self, closure)}
+        elif of_all:
+            _check(self)
         self._rankaware_stepping = True
         try:
             _multiply(self)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .._optimizers import get_optimizer_class, known_optimizer
+from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
 from .._rate import Rate
 from .._types import Method, Reference, Survey, dense
@@ -186,10 +186,10 @@ def _rule(
     # A name whose relation is known needs no installed package.
     by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation
     kind = optimizer if by_name else get_optimizer_class(optimizer)
-    known, row = known_optimizer(kind)
+    row = known_optimizer(kind)[1]
     name = kind if isinstance(kind, str) else kind.__name__
-    of_muon = (settings or {}).get("adjust_lr_fn")
-    if known == "muon" and of_muon == "match_rms_adamw":
+    of_muon = in_force(kind, settings).get("adjust_lr_fn")
+    if row.family == "spectral" and of_muon == "match_rms_adamw":
         return name, _MATCHED_MUON
     if not row.relation:
         raise OptimizerError(

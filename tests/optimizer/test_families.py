@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 from dataclasses import replace
 
@@ -65,6 +66,7 @@ SPELLINGS = [
     ("Muon_adv", {"use_muon": True}, {"use_muon": False}),
     ("Muon", {"algorithm": "muon"}, {"algorithm": "adamw"}),
     ("Dion", {"algorithm": "dion"}, {"algorithm": "lion"}),
+    ("Muon", {}, {"use_fallback": True}),
 ]
 
 
@@ -124,6 +126,22 @@ GROUPS_OF_ONE_CLASS = [
     ("AdamW_adv", "adv_optm", {"spectral_normalization": True}, "rank-aware"),
     ("AdamW_adv", "adv_optm", {"spectral_normalization": False}, "sign-like"),
     ("Muon_adv", "adv_optm", {"spectral_normalization": True}, "rank-aware"),
+    (
+        "Muon_adv",
+        "adv_optm",
+        {"use_muon": False, "spectral_normalization": True},
+        "sign-like",
+    ),
+    (
+        "Muon_adv",
+        "adv_optm",
+        {"use_muon": False, "adam_spectral_normalization": True},
+        "rank-aware",
+    ),
+    ("AdamW_adv", "adv_optm", {"adam_spectral_normalization": True}, "sign-like"),
+    ("MARS", "pytorch_optimizer", {"mars_type": "shampoo"}, "spectral"),
+    ("MARS", "pytorch_optimizer", {"mars_type": "lion"}, "sign-like"),
+    ("Adafactor", "timm", {"scale_parameter": True}, "sign-like"),
 ]
 
 
@@ -139,6 +157,74 @@ def test_settings_of_a_group_choose_its_family(name, package, settings, family):
     keeps = family in ("rank-aware", "floored-scale", "first-step")
     expected = 1.0 if keeps else law_of(family, 4)
     assert by_name["layer0.lora_A"] == pytest.approx(LR * expected, rel=1e-9)
+
+
+def with_defaults(name: str, package: str, **defaults: object) -> type[Optimizer]:
+    """An optimizer under a real one's name, whose class has these defaults."""
+    kind = called(name, package)
+    parameters = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
+        for key, value in {"lr": LR, **defaults}.items()
+    ]
+    first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    kind.__signature__ = inspect.Signature([first, *parameters])
+    return kind
+
+
+DEFAULTS = [
+    ("Lamb", "timm", {"weight_decay": 0.01}, "relative-scale"),
+    ("Lamb", "timm", {"weight_decay": 0.0}, "sign-like"),
+    ("Adafactor", "somewhere", {"scale_parameter": False}, "sign-like"),
+]
+
+
+@pytest.mark.parametrize(("name", "package", "defaults", "family"), DEFAULTS)
+def test_a_class_default_chooses_the_family_as_a_setting_does(
+    name, package, defaults, family
+):
+    """What was not given is as the class's signature has it."""
+    kind = with_defaults(name, package, **defaults)
+    opt = RankAwareOptimizer(kept_alpha(4), kind, lr=LR, tuned_at=AT_16)
+    assert opt.report().rows[0].family == family
+
+
+THIN = [
+    # rank, width, package and class, the group's settings, the family
+    (2, 64, "timm.Muon", {}, "sign-like"),
+    (4, 768, "timm.Muon", {}, "sign-like"),
+    (4, 512, "timm.Muon", {}, "spectral"),
+    (16, 64, "timm.Muon", {}, "spectral"),
+    (2, 64, "timm.Muon", {"use_muon": True}, "spectral"),
+    (2, 64, "timm.Muon", {"use_fallback": False}, "sign-like"),
+    (16, 64, "timm.Muon", {"use_fallback": True, "use_muon": True}, "sign-like"),
+    (2, 64, "adv_optm.Muon_adv", {}, "sign-like"),
+    (2, 64, "adv_optm.AdaMuon_adv", {}, "sign-like"),
+    (2, 64, "adv_optm.AdaMuon_adv", {"optim_type": "muon"}, "spectral"),
+    (2, 64, "adv_optm.Muon_adv", {"adam_spectral_normalization": True}, "rank-aware"),
+    (16, 64, "adv_optm.Muon_adv", {"adam_spectral_normalization": True}, "spectral"),
+    (2, 64, "pytorch_optimizer.Muon", {"use_muon": True}, "spectral"),
+    (2, 64, "torch.Muon", {}, "spectral"),
+]
+
+
+@pytest.mark.parametrize(("rank", "width", "name", "settings", "family"), THIN)
+@pytest.mark.parametrize("form", ["class", "instance"])
+def test_a_thin_factor_is_of_what_trains_it(rank, width, name, settings, family, form):
+    """A Muon that hands thin matrices to its Adam: such a factor has Adam's law, the others Muon's."""
+    model = mlp((rank,), width=width, head=False, dtype=torch.float64)
+    package, kind = name.split(".")
+    kind = called(kind, package)
+    groups = [{"params": trained(model), **settings}]
+    if form == "class":
+        opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT_16)
+    else:
+        opt = RankAwareOptimizer(kind(groups, lr=LR), model=model, tuned_at=AT_16)
+    assert {row.family for row in opt.report().rows} == {family}
+    law = ra.Falling() if family == "sign-like" else MuA(tokens=8.0, family="spectral")
+    factor = Factor("f", "A", rank, width, width, 1.0)
+    at = Reference(16, 16, fan_in=width)
+    expected = 1.0 if family == "rank-aware" else law.multiplier(factor, at)
+    assert moved(model, opt)["layer0.lora_A"] == pytest.approx(LR * expected, rel=1e-9)
 
 
 def test_a_vector_of_a_spectral_optimizer_is_adams():
@@ -192,6 +278,114 @@ def test_a_class_derived_from_adamw_that_changes_gradients_is_unknown():
     kind = type("RiemannianPreconditionedOptimizer", (torch.optim.AdamW,), {})
     with pytest.warns(ra.RankAwareWarning, match="unknown family"):
         RankAwareOptimizer(mlp((4,)), kind, lr=LR, tuned_at=AT_16)
+
+
+UNCLEAR = ["timm.MADGRAD", "pytorch_optimizer.ASGD"]
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_a_rule_that_is_no_familys_is_unknown(name):
+    """MADGRAD moves by lr^(2/3), and pytorch_optimizer's ASGD measures a rate of its own: unknown, with the warning."""
+    package, kind = name.split(".")
+    with pytest.warns(ra.RankAwareWarning, match="of an unknown family"):
+        RankAwareOptimizer(mlp((4,)), called(kind, package), lr=LR, tuned_at=AT_16)
+
+
+# --- rates that train nothing ---------------------------------------------------------------------------------------
+
+OWN_RATES = [
+    ("RAdam", "torch_optimizer", {}, "keeps one step size for all groups"),
+    ("A2GradUni", "torch_optimizer", {}, "never reads"),
+    ("Adafactor", "torch_optimizer", {"relative_step": True}, "Give relative_step=Fa"),
+    ("AdaFactor", "pytorch_optimizer", {"relative_step": True}, "Give relative_step"),
+    ("Apollo", "torch_optimizer", {"warmup": 5}, "Give warmup=0"),
+    ("ApolloDQN", "pytorch_optimizer", {"warmup_steps": 500}, "Give warmup_steps=0"),
+    (
+        "Ranger21",
+        "pytorch_optimizer",
+        {"disable_lr_scheduler": False},
+        "Give disable_lr_scheduler=True",
+    ),
+]
+
+
+def in_settings(model, kind, settings, safe):
+    return RankAwareOptimizer(model, kind, lr=LR, **settings)
+
+
+def in_a_group(model, kind, settings, safe):
+    groups = [{"params": trained(model), **settings}]
+    return RankAwareOptimizer(groups, kind, model=model, lr=LR, **safe)
+
+
+def in_an_instance(model, kind, settings, safe):
+    return RankAwareOptimizer(kind(trained(model), lr=LR, **settings), model=model)
+
+
+def in_a_later_group(model, kind, settings, safe):
+    first, later = trained(model.layer0), trained(model.layer1)
+    opt = RankAwareOptimizer(first, kind, model=model, lr=LR, **safe)
+    opt.add_param_group({"params": later, **settings})
+
+
+@pytest.mark.parametrize(("name", "package", "settings", "message"), OWN_RATES)
+@pytest.mark.parametrize(
+    "give", [in_settings, in_a_group, in_an_instance, in_a_later_group]
+)
+def test_what_makes_its_own_rates_is_refused(name, package, settings, message, give):
+    """Where lr, multipliers and rates= would train nothing, a sentence says what to give, and given so it trains."""
+    model, kind = kept_alpha(4, 16), called(name, package)
+    safe = {key: not value for key, value in settings.items()}
+    with pytest.raises(ra.OptimizerError, match=message):
+        give(model, kind, settings, safe)
+    for changed in [safe] * bool(settings):
+        give(model, kind, changed, changed)
+
+
+@pytest.mark.parametrize(("name", "package", "settings", "message"), OWN_RATES)
+def test_a_default_that_makes_its_own_rates_is_refused(
+    name, package, settings, message
+):
+    """What was not given is as the class's signature has it, before the class asks for anything else, such as lr."""
+    kind = with_defaults(name, package, **{"lr": None, **settings})
+    with pytest.raises(ra.OptimizerError, match=message):
+        RankAwareOptimizer(kept_alpha(4), kind)
+
+
+# --- another way to step --------------------------------------------------------------------------------------------
+
+
+class ByParameter(torch.optim.SGD):
+    """Steps a parameter from a hook of its gradient too, as adv_optm's classes do."""
+
+    def step_parameter(self, p: nn.Parameter, group: dict, i: int | None = None):
+        p.data.sub_(p.grad, alpha=float(group["lr"]))
+
+
+def test_a_step_of_one_parameter_is_at_its_multiplied_rate():
+    """`step_parameter`, which a hook calls in the backward pass, trains at base rate × multiplier, and puts it back."""
+    model = kept_alpha(4, 64)
+    opt = RankAwareOptimizer(model, ByParameter, lr=LR, rates={"layer0.*": LR / 4})
+    by_name = rates_of(opt)
+    assert by_name["layer0.lora_A"] == LR / 4
+    for group in opt.param_groups:
+        for param, name in zip(group["params"], group["param_names"], strict=True):
+            before, param.grad = param.detach().clone(), torch.ones_like(param)
+            opt.step_parameter(param, group, 0)
+            expected = torch.full_like(param, by_name[name])
+            assert torch.allclose(before - param, expected)
+    assert {group["lr"] for group in opt.param_groups} == {LR}
+
+
+def test_a_step_on_the_instance_is_refused():
+    """A step that was put on an optimizer itself would train without multipliers: it is refused, and left as it was."""
+    model = kept_alpha(4, 64)
+    built = torch.optim.SGD(trained(model), lr=LR)
+    built.step = own = lambda closure=None: None
+    with pytest.raises(ra.OptimizerError, match="step of its own"):
+        RankAwareOptimizer(built, model=model, tuned_at=AT_16)
+    assert type(built) is torch.optim.SGD
+    assert built.step is own
 
 
 # --- several models -------------------------------------------------------------------------------------------------

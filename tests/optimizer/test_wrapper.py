@@ -727,6 +727,32 @@ def test_bad_later_groups_are_refused(group, message):
     assert before == [dict(g) for g in opt.param_groups]
 
 
+class RatesInGroups(torch.optim.SGD):
+    """Has no default rate, as pytorch_optimizer's Muon, which gives one to the groups of its `__init__`."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr=lr)
+        del self.defaults["lr"]
+
+
+@pytest.mark.parametrize("default", [None, "missing"])
+def test_a_later_group_of_a_class_without_a_default_rate_needs_its_own(default):
+    """Where the class has no default rate, a group without lr is refused with the cure, and one with it trains at it."""
+    model = mlp()
+    kept = RankAwareOptimizer(
+        trained(model.layer0), RatesInGroups, model=model, lr=LR, tuned_at=AT_16
+    )
+    if default is None:
+        kept.defaults["lr"] = None
+    group = {"params": trained(model.layer1)}
+    count = len(kept.param_groups)
+    with pytest.raises(OptimizerError, match=r"has no default rate .* Give lr in"):
+        kept.add_param_group(dict(group))
+    assert len(kept.param_groups) == count
+    kept.add_param_group({**group, "lr": 0.5})
+    assert kept.param_groups[-1]["lr"] == 0.5
+
+
 def test_a_group_is_added_after_the_groups_were_cleared():
     """An optimizer whose groups a framework cleared takes a group as any other does."""
     model = mlp((4,))

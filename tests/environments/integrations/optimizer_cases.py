@@ -23,6 +23,10 @@ PACKAGES = (
     "optimi",
     "galore_torch",
     "apollo_torch",
+    "timm.optim",
+    "came_pytorch",
+    "lion_pytorch",
+    "transformers.optimization",
 )
 
 MUONS = ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
@@ -36,7 +40,8 @@ NEEDS = {
     P + "SophiaH": {"graph": True},
     P + "AdaShift": {"settings": {"keep_num": 2}},
     P + "BSAM": {"settings": {"num_data": 8}, "closure": True},
-    P + "Ranger21": {"settings": {"num_iterations": 8}},
+    P + "Ranger21": {"settings": {"num_iterations": 8, "disable_lr_scheduler": True}},
+    P + "ApolloDQN": {"settings": {"warmup_steps": 0}},
     P + "SpectralSphere": {"groups": "matrices"},
     **{P + name: {"groups": "muon"} for name in MUONS},
     **{
@@ -49,8 +54,17 @@ NEEDS = {
     **{f"adv_optm.{name}": {"groups": "muon"} for name in ("AdaMuon_adv", "Muon_adv")},
     # the CUDA build of torch brings Triton, whose kernel asks for a device
     "optimi.StableAdamW": {"settings": {"triton": False}},
-    "galore_torch.GaLoreAdafactor": {"settings": {"relative_step": False}},
-    "apollo_torch.GaLoreAdafactor": {"settings": {"relative_step": False}},
+    "timm.optim.Adahessian": {"graph": True},
+    **{
+        name: {"settings": {"relative_step": False}}
+        for name in (
+            "torch_optimizer.Adafactor",
+            P + "AdaFactor",
+            "galore_torch.GaLoreAdafactor",
+            "apollo_torch.GaLoreAdafactor",
+            "transformers.optimization.Adafactor",
+        )
+    },
 }
 
 # Refused before anything is built, with a sentence that says this.
@@ -61,7 +75,14 @@ REFUSED = {
     "prodigyopt.Prodigy": ONE_RATE,
     "torchao.optim.CPUOffloadOptimizer": HOLDS,
     "torch.optim.LBFGS": "takes one parameter group only",
+    "timm.optim.Lookahead": HOLDS,
+    "transformers.optimization.LayerWiseDummyOptimizer": "rearranges its groups",
     "torch_optimizer.Lookahead": HOLDS,
+    "torch_optimizer.RAdam": "keeps one step size for all groups",
+    **{
+        f"torch_optimizer.A2Grad{name}": "never reads its groups' rates"
+        for name in ("Exp", "Inc", "Uni")
+    },
     P + "A2Grad": "has no rate in its groups",
     P + "AdaLOMO": "steps inside the backward pass",
     P + "AdamMini": "takes a model and makes its groups itself",
@@ -107,8 +128,13 @@ PICKLED = {
     P + "ScalableShampoo",
 }
 
-# Their own load fails in a fresh optimizer.
-LOADS_NOT = {"adv_optm.AdaMuon_adv", "adv_optm.Lion_adv", "adv_optm.Muon_adv"}
+# Their own load fails in a fresh optimizer, or leaves out a generator.
+LOADS_NOT = {
+    "adv_optm.AdaMuon_adv",
+    "adv_optm.Lion_adv",
+    "adv_optm.Muon_adv",
+    "timm.optim.Adahessian",
+}
 
 # Their step needs CUDA.
 ON_CUDA = {
