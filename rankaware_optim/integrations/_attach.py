@@ -10,7 +10,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .._checks import plain_lr
 from .._optimizers import get_optimizer_class
+from .._warn import warn
 from ..errors import CheckpointError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._logs import log_rates
@@ -29,9 +31,9 @@ def attach(
 
     The optimizer is made when the trainer has wrapped its model. Weight decay, and rate, betas and
     epsilon if they were set, come from the trainer's arguments unless they are given here. Norms
-    and biases get no weight decay, as in Trainer. Every group's rate is logged, and the report is
-    printed once. `trainer.optimizer.report()` works with accelerate's wrapper too. The base rate is
-    written into the arguments, which are saved with the run.
+    and biases get no weight decay, as in Trainer. The rates that it trains at are logged, and the
+    report is printed once. `trainer.optimizer.report()` works with accelerate's wrapper too. The
+    base rate is written into the arguments, which are saved with the run.
 
     Args:
         trainer: transformers' `Trainer` or a subclass.
@@ -48,6 +50,7 @@ def attach(
     """
     _check_trainer(trainer, optimizer)
     settings = {name: value for name, value in settings.items() if value is not None}
+    _warn_of_replaced(trainer, settings.get("lr"))
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
         settings = {**defaults, **settings}
@@ -82,11 +85,17 @@ def _check_trainer(trainer: Any, optimizer: object) -> None:
     chosen_twice = (
         trainer.optimizer_cls_and_kwargs is not None and optimizer is not None
     )
+    kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
+    if isinstance(kind, TrainerFactory):
+        raise OptimizerError(
+            "attach was called on this trainer before.",
+            "Build the trainer again, and attach once, before training.",
+        )
     if trainer.optimizer is not None or chosen_twice:
         raise OptimizerError(
-            "The trainer already has an optimizer.",
-            "Leave optimizers= and optimizer_cls_and_kwargs= out, and attach once, before"
-            " training.",
+            "The trainer already has an optimizer: it was trained, or was given one.",
+            "Build it again without optimizers= and optimizer_cls_and_kwargs=, and attach once,"
+            " before training.",
         )
 
 
@@ -115,21 +124,33 @@ def _trainers_choice(
 
 def _check_settings(args: Any, settings: Mapping[str, Any]) -> None:
     """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
-    arguments is not tuned, unless tuned_at says that it is.
+    arguments is not tuned.
     """
     if "model" in settings:
         raise OptimizerError(
             "attach was given model=, but uses that of the trainer.", "Leave it out."
         )
-    has_rate = settings.keys() & {"lr", "recipe", "tuned_at"}
-    if has_rate or "learning_rate" in changed_arguments(args):
+    is_set = "learning_rate" in changed_arguments(args)
+    if is_set or settings.keys() & {"lr", "recipe"}:
         return
     raise OptimizerError(
         "attach was given no rate.",
         "Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments to another value"
-        f" than its default, {args.learning_rate:g}, or say by tuned_at= that the default is"
-        " tuned.",
+        f" than its default, {args.learning_rate:g}, which nobody tuned.",
     )
+
+
+def _warn_of_replaced(trainer: Any, lr: Any) -> None:
+    """Warn if a rate replaces another that was set in the arguments."""
+    args = trainer.args
+    if lr is None or trainer.optimizer_cls_and_kwargs is not None:
+        return
+    is_set = "learning_rate" in changed_arguments(args)
+    if is_set and plain_lr(lr) != args.learning_rate:
+        warn(
+            f"attach's lr={float(lr):g} replaces learning_rate={args.learning_rate:g} of the"
+            " arguments."
+        )
 
 
 _OF_ITS_OWN = (

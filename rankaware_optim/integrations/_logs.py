@@ -5,9 +5,10 @@ Importing this module imports no trainer. Its functions do.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 from ..errors import OptimizerError
@@ -15,32 +16,52 @@ from ..optimizer import effective_lr
 
 
 def group_rates(opt: Any) -> dict[str, float]:
-    """Return every group's rate: "lr/A/r8" = "base_lr/A/r8" × "rank_multiplier/A/r8". Repeated
-    names are numbered.
+    """Return the rates at which an optimizer trains, each once: "lr/r8" for both factors of a rank,
+    or "lr/A/r8" and "lr/B/r8" where they differ, and "lr/other". Groups of one name at different
+    rates are numbered.
 
     Args:
-        opt: the optimizer, or a framework's wrapper with `param_groups`. Its base rates are those
-            that schedulers and trainers set and log.
+        opt: the optimizer, or a framework's wrapper with `param_groups`.
     """
-    names = []
-    for group in opt.param_groups:
-        role, rank = group.get("lora_role", "other"), group.get("lora_rank")
-        names.append(role if rank is None else f"{role}/r{rank}")
-    number = Counter[str]()
+    return rates_of(opt.param_groups)
+
+
+def rates_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return `group_rates` of some groups."""
+    by_name: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for group in groups:
+        name = role = group.get("lora_role", "other")
+        if group.get("lora_rank") is not None:
+            name = f"r{group['lora_rank']}"
+            role = f"{role}/{name}"
+        by_name.setdefault(name, {}).setdefault(role, []).append(group)
     rates = {}
-    for name, group in zip(names, opt.param_groups, strict=True):
-        unique = name if names.count(name) == 1 else f"{name}/{number[name]}"
-        number[name] += 1
-        lr, multiplier = effective_lr(group), float(group.get("rank_multiplier", 1.0))
-        rates[f"lr/{unique}"] = lr
-        rates[f"base_lr/{unique}"] = lr / multiplier
-        rates[f"rank_multiplier/{unique}"] = multiplier
+    for name, by_role in by_name.items():
+        distinct = _distinct(chain(*by_role.values()))
+        if len(distinct) == 1:
+            rates[f"lr/{name}"] = distinct[0]
+            continue
+        for role, of_role in by_role.items():
+            own = _distinct(of_role)
+            for number, rate in enumerate(own):
+                rates[f"lr/{role}/{number}" if len(own) > 1 else f"lr/{role}"] = rate
     return rates
 
 
+def _distinct(groups: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Return the rates of groups, one for those that start alike, so that a warm-up from zero has
+    the same names.
+    """
+    by_start = {}
+    for group in groups:
+        start = {**group, "lr": group.get("initial_lr", group["lr"])}
+        by_start[effective_lr(start)] = effective_lr(group)
+    return list(by_start.values())
+
+
 def log_rates(trainer: Any) -> None:
-    """Let transformers' `Trainer` log every group's rate. It logs that of group 0. `attach` calls
-    this function.
+    """Let transformers' `Trainer` log the rates that it trains at where they differ from the base
+    rate, which it logs as `learning_rate`. `attach` calls this function.
 
     Args:
         trainer: the trainer. Its reporters, such as TensorBoard's, get the rates too.
@@ -62,7 +83,9 @@ def log_rates(trainer: Any) -> None:
             self.rates: dict[str, float] = {}
 
         def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
-            self.rates = group_rates(kwargs["optimizer"])
+            groups = kwargs["optimizer"].param_groups
+            moved = [g for g in groups if g.get("rank_multiplier", 1.0) != 1.0]
+            self.rates = rates_of(moved)
 
         def on_log(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}

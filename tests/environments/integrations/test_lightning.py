@@ -140,9 +140,9 @@ def test_lightnings_monitor_logs_every_group(tmp_path):
     rates = {name: values[0] for name, values in monitor.lrs.items() if values}
     assert list(rates) == [f"lr-AdamW/pg{i}" for i in range(1, 6)]
     assert list(rates.values()) == pytest.approx([LR] * 5)
-    first = next(row for row in logged(logger) if row["lr/A/r4"])
+    first = next(row for row in logged(logger) if row["lr/r4"])
     for rank in (4, 8):
-        assert float(first[f"lr/A/r{rank}"]) == pytest.approx(LR * multiplier(rank))
+        assert float(first[f"lr/r{rank}"]) == pytest.approx(LR * multiplier(rank))
 
 
 class Two(Lit):
@@ -176,7 +176,7 @@ def test_two_optimizers_rates_are_logged_by_number_and_interval(
     fit(tmp_path, module, logger=logger, **own)
     found = logged(logger)
     for number, rank in enumerate((4, 8)):
-        values = [row[f"{number}/lr/A/r{rank}"] for row in found]
+        values = [row[f"{number}/lr/r{rank}"] for row in found]
         rates = [float(value) for value in values if value]
         assert rates == pytest.approx([LR * multiplier(rank)] * rows)
 

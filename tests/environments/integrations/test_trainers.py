@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -154,7 +155,7 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, capsys, ki
     ours.train()
     assert not same(start, weights(ours))
     assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
-    assert "rank_multiplier/A/r4" in ours.state.log_history[0]
+    assert "lr/r4" in ours.state.log_history[1]
     assert isinstance(ours.optimizer.optimizer, RankAwareOptimizer)
     assert str(ours.optimizer.report()) == str(ours.optimizer.optimizer.report())
     if kind == "Reward":
@@ -169,7 +170,7 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, capsys, ki
 
 def test_the_readmes_line_moves_a_trainers_rates(tmp_path):
     """The README's block trains a Trainer at ranks 4 and 8 with rates moved from rank 16."""
-    trainer = plain(llama(), tmp_path, max_steps=2)
+    trainer = plain(llama(), tmp_path, max_steps=2, learning_rate=2e-4)
     exec(readme_blocks()[1], {"ra": ra, "torch": torch, "trainer": trainer})
     assert trainer.state.global_step == 2
     rows = trainer.optimizer.report().rows
@@ -226,17 +227,19 @@ def test_what_is_given_holds_over_the_arguments(tmp_path):
 
 
 OWN_CLASS = {"optimizer_cls_and_kwargs": (AdamW, {"lr": 3e-3, "eps": 1e-4})}
-OF_RECIPE = {"recipe": RECIPE, "other_lr": 1e-3}
+OF_RECIPE = {  # of a model of this width
+    "recipe": replace(RECIPE, reference=replace(RECIPE.reference, fan_in=16)),
+    "other_lr": 1e-3,
+}
 RATES = [
     # of the arguments, of the trainer's own class, given to attach, and which of them trains; None for a recipe's
-    (5e-5, None, {"tuned_at": AT_16}, 5e-5),
     (5e-4, None, {}, 5e-4),
-    (5e-4, None, {"lr": 2e-4}, 2e-4),
+    (2e-4, None, {"lr": 2e-4}, 2e-4),
     (5e-4, None, OF_RECIPE, None),
     (5e-4, OWN_CLASS, {}, 3e-3),
     (5e-4, OWN_CLASS, {"tuned_at": AT_16}, 3e-3),
     (5e-4, OWN_CLASS, {"lr": None}, 3e-3),
-    (5e-4, OWN_CLASS, {"lr": 2e-4}, 2e-4),
+    (2e-4, OWN_CLASS, {"lr": 2e-4}, 2e-4),
     (5e-4, OWN_CLASS, OF_RECIPE, None),
 ]
 
@@ -244,8 +247,8 @@ RATES = [
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 @pytest.mark.parametrize(("argument", "route", "given", "rate"), RATES)
 def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, rate):
-    """A default of the arguments counts with tuned_at= alone; what is given goes before what the trainer had; and the
-    arguments, which are saved with the run, hold the rate that trains.
+    """What is given goes before what the trainer had, and the arguments, which are saved with the run, hold the rate
+    that trains.
     """
     trainer = plain(llama(), tmp_path, route=route, learning_rate=argument)
     attach(trainer, **given)
@@ -254,6 +257,13 @@ def test_one_rate_is_the_base_rate(tmp_path, argument, route, given, rate):
         rate = RankAwareOptimizer(llama(), AdamW, **OF_RECIPE).defaults["lr"]
     assert defaults["lr"] == trainer.args.learning_rate == rate
     assert route is None or defaults["eps"] == 1e-4
+
+
+def test_a_rate_of_the_arguments_that_is_replaced_is_said(tmp_path):
+    """Where both are given, attach's is trained at, and a warning names both; the same rate twice is silent."""
+    with pytest.warns(ra.RankAwareWarning, match=r"lr=0\.0001 replaces .*=0\.0002"):
+        attach(plain(llama(), tmp_path, learning_rate=2e-4), AdamW, lr=1e-4)
+    attach(plain(llama(), tmp_path, learning_rate=2e-4), AdamW, lr=2e-4)
 
 
 def untouched(kind):
@@ -275,17 +285,19 @@ def with_an_optimizer(folder):
     return trainer
 
 
-def attached_twice(trainer):
-    attach(trainer, AdamW)
-    attach(trainer, AdamW)
+def attached_twice(trainer, optimizer=AdamW):
+    attach(trainer, optimizer)
+    attach(trainer, optimizer)
 
 
 REFUSED = [
     (lambda folder: object(), attached, "not a Trainer of transformers"),
     (at_its_default, attach, "attach was given no rate.*than its default, 5e-05"),
     (at_a_rate, lambda t: attach(t, model=t.model), "given model=, but uses that of"),
-    (at_a_rate, attached_twice, "already has an optimizer"),
-    (with_an_optimizer, attach, "already has an optimizer"),
+    (at_its_default, lambda t: attach(t, tuned_at=AT_16), "given no rate"),
+    (at_a_rate, attached_twice, "called on this trainer before. Build the trainer"),
+    (at_a_rate, lambda t: attached_twice(t, None), "called on this trainer before"),
+    (with_an_optimizer, attach, "already has an optimizer: it was trained"),
     (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
 ]
 
@@ -304,7 +316,9 @@ def test_trls_default_rate_is_not_taken_for_a_tuned_one(tmp_path, kind):
     trainer = of_trl(kind, llama(), tmp_path)
     rate = type(trainer.args)(str(tmp_path), use_cpu=True).learning_rate
     trainer.args.learning_rate = rate
-    with pytest.raises(OptimizerError, match=f"value than its default, {rate:g}, or"):
+    with pytest.raises(
+        OptimizerError, match=f"value than its default, {rate:g}, which"
+    ):
         attach(trainer)
 
 
@@ -453,7 +467,9 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, cure):
 def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
     """A factory called with groups splits them; a rate of a group's own is kept, the trainer's base rate is ours."""
     model = llama()
-    trainer = attached(plain(model, tmp_path, learning_rate=5e-3))
+    plainly = plain(model, tmp_path, learning_rate=5e-3)
+    with pytest.warns(ra.RankAwareWarning, match="lr=0.01 replaces"):
+        trainer = attached(plainly)
     first, *rest = (p for p in model.parameters() if p.requires_grad)
     groups = [{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}]
     opt = trainer.optimizer_cls_and_kwargs[0](groups)
@@ -483,36 +499,37 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
 # --- logs -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_groups_rate_is_logged(tmp_path):
-    """Trainer's logs, and what its reporters see, hold the rate of each role and rank, in the law's ratio."""
+def test_the_rates_that_differ_from_the_base_rate_are_logged(tmp_path):
+    """Trainer's logs, and what its reporters see, hold the rate of each rank, in the law's ratio."""
     seen = []
 
     class Reporter(transformers.TrainerCallback):
         def on_log(self, *_, logs, **__):
-            seen.append("lr/A/r4" in logs)
+            seen.append("lr/r4" in logs)
 
     trainer = attached(plain(llama(), tmp_path, route={"callbacks": [Reporter()]}))
     trainer.train()
     assert seen == [True] * STEPS + [False]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry in logs:
-        base = entry["base_lr/A/r4"]
-        assert entry["learning_rate"] == base
-        assert entry["lr/A/r4"] == pytest.approx(base * entry["rank_multiplier/A/r4"])
-        rates = {name: rate for name, rate in entry.items() if name.startswith("lr/")}
-        assert rates.keys() == {"lr/A/r4", "lr/B/r4", "lr/A/r8", "lr/B/r8"}
-        ratio = multiplier(8) / multiplier(4)
-        assert rates["lr/B/r8"] == pytest.approx(rates["lr/A/r4"] * ratio)
+        base = entry["learning_rate"]
+        rates = {name: rate for name, rate in entry.items() if "/" in name}
+        moved = {f"lr/r{rank}": base * multiplier(rank) for rank in (4, 8)}
+        assert rates == pytest.approx(moved)
 
 
-def test_rates_that_share_a_name_are_numbered():
-    """Groups that share a name are numbered, others are not; any optimizer can be asked."""
+def test_a_rate_has_one_name():
+    """Factors of a rank share one, also in a warm-up from zero, unless they differ; other rates of one name are numbered."""
     model = mlp((4,), head=False)
     factors = [{"params": [param]} for param in trained(model)]
     own = {"lr": LR, "rates": {"*lora_A": 1.0}}
     found = group_rates(RankAwareOptimizer(factors, AdamW, model=model, **own))
-    assert (found["lr/A/r4"], found["lr/B/r4"]) == (1.0, LR)
-    assert found["rank_multiplier/A/r4"] == pytest.approx(1.0 / LR)
+    assert found == {"lr/A/r4": 1.0, "lr/B/r4": LR}
+    opt = RankAwareOptimizer(model, AdamW, **own)
+    for group in opt.param_groups:
+        group |= {"initial_lr": group["lr"], "lr": 0.0}
+    assert group_rates(opt) == {"lr/A/r4": 0.0, "lr/B/r4": 0.0}
+    assert group_rates(AdamW(trained(model), lr=LR)) == {"lr/other": LR}
     ones = [{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 2.0)]
     rates = group_rates(AdamW(ones))
     assert [rates[f"lr/other/{number}"] for number in (0, 1)] == [1.0, 2.0]
