@@ -362,7 +362,17 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
 
     def __repr__(self) -> str:
-        return f"RankAware{type(self)._rankaware_native.__repr__(self)}"
+        lines = [
+            f"RankAwareOptimizer({type(self).__name__}) of {len(self.param_groups)} groups"
+        ]
+        for number, group in enumerate(self.param_groups):
+            role, rank = group.get("lora_role", "other"), group.get("lora_rank")
+            kind = role if rank is None else f"{role} of rank {rank}"
+            rate = f"{float(group['lr']):.3g} × {group.get('rank_multiplier', 1.0):.3g}"
+            lines.append(
+                f"  {number}: {kind}, {len(group['params'])} tensors, lr {rate}"
+            )
+        return "\n".join(lines)
 
 
 # --- building -------------------------------------------------------------------------------------

@@ -131,7 +131,10 @@ def test_it_is_an_instance_of_both(kind, options, form):
         kind.__module__,
         (kind,),
     )
-    assert repr(opt).startswith(f"RankAware{kind.__name__} (")
+    first, *groups = repr(opt).splitlines()
+    assert first.startswith(f"RankAwareOptimizer({kind.__name__}) of ")
+    assert len(groups) == len(opt.param_groups)
+    assert max(map(len, groups)) < 100
     assert inspect.unwrap(type(opt).step) is inspect.unwrap(kind.step)
     assert type(form(mlp(), kind, options)) is type(opt)  # made once
     plain = kind(trained(mlp()), lr=LR)
