@@ -1,16 +1,20 @@
-"""Searches against a sweep: what a search keeps of its runs, and regret with its units, seeds and costs."""
+"""Searches against a sweep: what a search keeps of its runs, what users write instead, and regret with its units."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 from typing import Any
 
 import pytest
 from calibration import against_sweep_scores as scores
 from calibration import make_recipes as made
-from calibration import searches
-from study.grids import Job
+from calibration import plain, searches
+from study.grids import FULL, Job
+from study.moving import by_law
+
+from rankaware_optim import Falling
 
 
 def training(steps: int, end: float) -> Any:
@@ -49,6 +53,56 @@ def test_a_search_keeps_every_run(case):
         loss,
     )
     assert searches.Run(*json.loads(json.dumps(kept))) == kept
+
+
+SPANS = {4: (-12.0, -4.0), 16: (-13.0, -5.0), FULL: (-16.0, -8.0)}
+WAYS = {  # runs, and the ranks that get a rate of their own
+    plain.TPE: (16, {16}),
+    plain.GRID: (16, {16}),
+    plain.BY_RANK: (16, {*SPANS}),
+    plain.EVERY_RANK: (48, {*SPANS}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_way_takes_the_best_of_its_runs(name):
+    """Every rank tuned gets the rate that lost least there, in the mean over its seeds; one that diverged is not it."""
+    count, ranks = WAYS[name]
+    losses: dict[tuple[int, float], list[float]] = {}
+    seeds = []
+
+    def run(rank: int, seed: int, x: float) -> float:
+        low, high = SPANS[rank]
+        loss = math.inf if x > high - 2 else (x - low - 4 + seed) ** 2
+        losses.setdefault((rank, x), []).append(loss)
+        seeds.append(seed)
+        return loss
+
+    rates = plain.WAYS[name](plain.Task(run, SPANS, (0, 1), seed=0))
+    assert len(seeds) == count
+    assert seeds.count(0) == seeds.count(1)
+    assert set(rates) == ranks
+    means = {at: statistics.fmean(each) for at, each in losses.items()}
+    for rank, x in rates.items():
+        assert means[rank, x] == min(
+            loss for at, loss in means.items() if at[0] == rank
+        )
+
+
+def test_a_rank_that_tpe_never_chose_gets_the_best_rate():
+    """With one trial, which is at one rank, every rank gets its rate."""
+    task = plain.Task(lambda rank, seed, x: x, SPANS, (0,), seed=0, trials=1)
+    assert len(set(plain.WAYS[plain.BY_RANK](task).values())) == 1
+
+
+def test_the_law_moves_the_rate_of_one_rank_only():
+    """From one rank the default law gives all rates. Where several were tuned, theirs stay."""
+    at = "image_generation", "Init[B], s = 1"
+    shift = by_law(*at, Falling())
+    moved = plain.moved({16: -8.0}, *at, (4, 16, FULL))
+    assert moved == {rank: -8.0 + shift(16, rank) for rank in (4, 16, FULL)}
+    tuned = {4: -7.0, 16: -8.0}
+    assert plain.moved(tuned, *at, (4, 16)) == tuned
 
 
 def test_regret_has_units_and_seeds():
