@@ -36,6 +36,7 @@ from .laws import Law as Law
 from .laws import LoRAPlus as LoRAPlus
 from .laws import MuA as MuA
 from .laws import Power as Power
+from .laws import register_law as register_law
 from .optimizer import RankAwareOptimizer as RankAwareOptimizer
 from .optimizer import rank_aware_param_groups as rank_aware_param_groups
 from .optimizer import to_plain_state_dict as to_plain_state_dict

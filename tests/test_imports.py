@@ -72,6 +72,7 @@ PUBLIC = [
     "inspect_model",
     "rank_aware_param_groups",
     "register_convention",
+    "register_law",
     "suggest_lr",
     "to_plain_state_dict",
 ]

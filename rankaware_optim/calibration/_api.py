@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .._optimizers import get_optimizer_class
 from .._warn import warn
-from ..laws import PRIOR_LAW, Law, get_law
+from ..laws import PRIOR_LAW, Law, recordable_law
 from ..recipe import Recipe
 from ._constants import SEEDS
 from ._provenance import source_of
@@ -95,8 +95,8 @@ def calibrate(  # noqa: PLR0913
             with the distance.
         steps: optimizer steps per trial.
         name: the name of the study and of the recipe.
-        law: the law that maps rates between ranks, by default µA. The fall in rank at
-            Init[B] is in the fit's prior.
+        law: the law that maps rates between ranks, by default µA. It must be registered. The fall
+            in rank at Init[B] is in the fit's prior.
         trials: number of runs at `ranks`. By default as many as `budget` allows, or
             `TRIALS_PER_RANK` at each of them.
         budget: optimizer steps of all trials together, which one process never exceeds. Pruned and
@@ -130,7 +130,7 @@ def calibrate(  # noqa: PLR0913
     """
     options = Options(
         optimizer=get_optimizer_class(optimizer),
-        law=get_law(law),
+        law=recordable_law(law),
         ranks=ranks,
         seeds=seeds,
         steps=steps,

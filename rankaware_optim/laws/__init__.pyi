@@ -21,4 +21,6 @@ from ._text import law_from_dict as law_from_dict
 from ._text import law_sentence as law_sentence
 from ._text import law_title as law_title
 from ._text import law_to_dict as law_to_dict
+from ._text import recordable_law as recordable_law
+from ._text import register_law as register_law
 from ._text import registered_law as registered_law

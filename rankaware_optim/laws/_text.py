@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -24,6 +25,32 @@ LAWS: dict[str, Law] = {
 DEFAULT_LAW = "falling"
 PRIOR_LAW = "mua"  # of a calibration
 _GROUP = "rankaware_optim.laws"  # the entry points of other packages
+_REGISTERED: dict[str, Law] = {}
+
+
+def register_law(law: Law, *, remove: bool = False) -> None:
+    """Add a law under its name, so that a recipe can record it and be read again.
+
+    A package can register a law for its users by an entry point in the group
+    "rankaware_optim.laws". `check_law` tests a law.
+
+    Args:
+        law: the law, with the defaults of its parameters. An equal one may be registered again.
+        remove: whether to remove the law instead.
+
+    Raises:
+        LawError: it is no law, or another one has its name.
+    """
+    if not isinstance(law, Law):
+        raise LawError(f"A law is a Law instance, not {law!r}.", "Give one.")
+    if remove:
+        _REGISTERED.pop(law.name, None)
+        return
+    if {**LAWS, **_REGISTERED}.get(law.name, law) != law:
+        raise LawError(
+            f"Another law is called {law.name!r}.", "Give yours another name."
+        )
+    _REGISTERED[law.name] = law
 
 
 def get_law(law: str | Law) -> Law:
@@ -55,14 +82,15 @@ def registered_law(name: str) -> Law:
     """Return the law of a registered name: ours, or that of an installed entry point. A module is
     not imported by its name, so that a file may give the name.
     """
-    if name in LAWS:
-        return LAWS[name]
+    laws = {**LAWS, **_REGISTERED}
+    if name in laws:
+        return laws[name]
     points = {point.name: point for point in entry_points(group=_GROUP)}
     if name not in points:
         raise LawError(
             f"Unknown law {shown(name)}.",
-            f"Known are {', '.join(sorted([*LAWS, *points]))}. A package adds one by the entry"
-            f" point group {_GROUP!r}.",
+            f"Known are {', '.join(sorted([*laws, *points]))}. Add one by register_law(), a package"
+            f" by the entry point group {_GROUP!r}.",
         )
     return _load(points[name])
 
@@ -87,6 +115,17 @@ def _load(point: EntryPoint) -> Law:
 def parameters_of(law: Law) -> dict[str, Field[Any]]:
     """Return a law's fields by their names; none if it is no dataclass."""
     return {f.name: f for f in fields(law)} if is_dataclass(law) else {}
+
+
+def recordable_law(law: str | Law) -> Law:
+    """Return a law from its name, as `get_law` does, if a recipe can record it.
+
+    Raises:
+        LawError: the law is unknown, or not registered under its own name.
+    """
+    law = get_law(law)
+    law_to_dict(law)
+    return law
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -128,10 +167,14 @@ def law_to_dict(law: Law) -> dict[str, Any]:
     """Return a law as plain TOML values: its registered name and its parameters. None is written
     "none".
     """
-    if type(registered_law(law.name)) is not type(law):
+    known = None
+    with suppress(LawError):
+        known = registered_law(law.name)
+    if type(known) is not type(law):
         raise LawError(
-            f"The law {law!r} is not the one registered as {law.name!r}.",
-            "Register it under its own name.",
+            f"The law {law!r} is not registered as {law.name!r}, so no recipe can record it.",
+            "Call register_law() for it, where the recipe is made and where it is read, or let your"
+            f" package have an entry point in the group {_GROUP!r}.",
         )
     table: dict[str, Any] = {"name": law.name}
     for name in parameters_of(law):

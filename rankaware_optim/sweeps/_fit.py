@@ -24,7 +24,7 @@ from ..fitting import (
     fit_observations,
     prior_of,
 )
-from ..laws import PRIOR_LAW, Law, bound_law, checked_multiplier, get_law
+from ..laws import PRIOR_LAW, Law, bound_law, checked_multiplier, recordable_law
 from ..recipe import ANY_WIDTH, Z90, Recipe, recipe_of
 from ._runs import (
     GridEnd,
@@ -112,7 +112,7 @@ def fit_sweep(  # noqa: PLR0913
     _check_within("steps", steps)
     _check_within("warmup", warmup, "share")
     optimizer = get_optimizer_class(optimizer)
-    bound = bound_law(get_law(law), optimizer, {})
+    bound = bound_law(recordable_law(law), optimizer, {})
     read = read_sweep(sweep, columns=columns)
     runs = with_alpha(read.runs, alpha)
     steps = only_value(runs, "steps", steps)

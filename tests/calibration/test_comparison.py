@@ -103,8 +103,10 @@ class Mine(ra.Law):
         return (factor.rank / reference.rank) ** self.exponent
 
 
-def test_another_law_is_refused(journal):
+def test_another_law_is_refused(journal, request):
     """A law with another parameter is another law, also where no trial is left to run."""
+    ra.register_law(Mine(-0.5))
+    request.addfinalizer(lambda: ra.register_law(Mine(-0.5), remove=True))
     calibrate(made_up(), trials=2, storage=journal, law=Mine(-0.5))
     with pytest.raises(CalibrationError, match=r"law='Mine\(exponent=-0\.5\)', not"):
         calibrate(made_up(), trials=2, storage=journal, law=Mine(-0.6))

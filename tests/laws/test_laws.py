@@ -298,6 +298,61 @@ def test_what_names_no_law_is_refused(name, message, own_module):
         get_law(name)
 
 
+@dataclass(frozen=True)
+class Halving(Law):
+    """A law of the user's own."""
+
+    exponent: float = -0.5
+    name = "halving"
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        return (factor.rank / reference.rank) ** self.exponent
+
+
+@pytest.fixture
+def registered():
+    ra.register_law(Halving())
+    yield
+    ra.register_law(Halving(), remove=True)
+
+
+def test_a_registered_law_is_known_by_its_name(registered):
+    """A recipe's table of it is read again, with its parameters; removed, it is unknown."""
+    law = Halving(exponent=-0.25)
+    assert get_law("halving") == Halving()
+    assert law_from_dict(law_to_dict(Power(law=law))) == Power(law=law)
+    ra.register_law(Halving())  # once more
+    ra.register_law(Halving(), remove=True)
+    with pytest.raises(LawError, match=r"Unknown law 'halving'.* register_law\(\)"):
+        get_law("halving")
+
+
+def test_a_name_has_one_law(registered):
+    """Another law under a name that is taken, ours or a user's, is refused, and so is what is no law."""
+    of_ours = type("OfOurs", (Halving,), {"name": "mua"})()
+    for law in (Halving(exponent=-0.25), of_ours, "mua"):
+        with pytest.raises(LawError, match=r"Another law is called|is a Law instance"):
+            ra.register_law(law)
+
+
+def never(trial):
+    raise AssertionError("a trial was run")
+    yield
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda law: ra.calibrate(never, AdamW, ranks=(4,), steps=4, law=law),
+        lambda law: ra.sweeps.fit_sweep(ra.sweeps.DEMO_SWEEP, law=law),
+    ],
+)
+def test_a_law_that_no_recipe_can_record_is_refused_first(record):
+    """Before the first trial, and before a file is read, with the way to register it."""
+    with pytest.raises(LawError, match=r"no recipe can record it\. Call register_law"):
+        record(Halving())
+
+
 def test_a_law_of_ones_own_module_is_taken_by_every_door(own_module):
     """A law in a module is one for the wrapper, for groups, for `convert_lr` and for the command."""
     name, law = "test_law_module:HALF", Power(exponent=-0.5)
@@ -377,7 +432,7 @@ class Strange(Law):
 
 def test_a_law_that_is_not_registered_cannot_be_stored():
     """Only a law that can be read back by its name is written."""
-    with pytest.raises(LawError, match="not the one registered"):
+    with pytest.raises(LawError, match="is not registered as 'mua'"):
         law_to_dict(Strange())
 
 
