@@ -38,7 +38,7 @@ _RECIPE = click.argument("recipe", type=FILE)
 @RSLORA
 @init_option("By default the recipe's.")
 @flag("--full", "Print the rate for full finetuning.")
-@option("--fan-in", float, "Width of the model, if it differs from the recipe's.")
+@option("--fan-in", float, "Width of the model, up to twice or half the recipe's.")
 @option(
     "--steps",
     int,
