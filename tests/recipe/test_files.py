@@ -572,6 +572,16 @@ def test_files_of_others_are_left_alone(target):
     assert Recipe.load(target.with_name("copy.toml")).lr == FULL.lr
 
 
+def test_a_reader_in_the_middle_of_a_file_reads_it_to_its_end(target):
+    """A save puts a new file in the place of the old one, which whoever has it open reads whole."""
+    before = target.read_bytes()
+    with target.open("rb", buffering=0) as file:
+        begun = file.read(100)
+        NEXT.save(target)
+        assert begun + file.read() == before
+    assert Recipe.load(target).lr == NEXT.lr
+
+
 @pytest.mark.xdist_group("torn saves")
 def test_a_torn_save_leaves_a_recipe(tmp_path):
     """Killed before any of its file operations, a save leaves the old rates or the new ones, and never mixed trials.
