@@ -52,6 +52,11 @@ NEEDS = {
     "bitsandbytes.optim.AdamW8bit": {"width": 1024},
     "torchao.optim.AdamW8bit": {"width": 1024},
     **{f"adv_optm.{name}": {"groups": "muon"} for name in ("AdaMuon_adv", "Muon_adv")},
+    **{
+        f"bitsandbytes.optim.{name}{bits}": {"settings": {"momentum": 0.9}}
+        for name in ("LARS", "SGD")
+        for bits in ("", "8bit", "32bit")
+    },
     # the CUDA build of torch brings Triton, whose kernel asks for a device
     "optimi.StableAdamW": {"settings": {"triton": False}},
     "timm.optim.Adahessian": {"graph": True},
@@ -136,8 +141,11 @@ LOADS_NOT = {
     "timm.optim.Adahessian",
 }
 
-# Their step needs CUDA.
-ON_CUDA = {
+# Their step needs CUDA, or fails in the native class.
+NO_STEP = {
+    "bitsandbytes.optim.AdEMAMix32bit",
+    "bitsandbytes.optim.PagedAdEMAMix32bit",
+    "bitsandbytes.optim.PytorchLARS",
     "galore_torch.GaLoreAdamW8bit",
     "apollo_torch.GaLoreAdamW8bit",
     "apollo_torch.QAPOLLOAdamW",

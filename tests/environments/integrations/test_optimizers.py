@@ -9,6 +9,7 @@ from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import mlp, same, snapshot
+from . import displacement
 from .by_hand import (
     AT_16,
     LR,
@@ -24,7 +25,7 @@ from .optimizer_cases import (
     CASES,
     CLASSES,
     LOADS_NOT,
-    ON_CUDA,
+    NO_STEP,
     PICKLED,
     REFUSED,
     SNAPSHOTS,
@@ -39,6 +40,7 @@ pytestmark = [
     # torch_optimizer: torch's old signatures
     pytest.mark.filterwarnings("ignore:This overload of:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported:UserWarning"),
 ]
 
 # The rest of these two packages keeps its state in fewer bits by the same code.
@@ -47,7 +49,7 @@ TESTED = [
     key
     for key in CASES
     if key in OF_EACH_KIND
-    or not (key in ON_CUDA or key.startswith(("bitsandbytes", "torchao")))
+    or not (key in NO_STEP or key.startswith(("bitsandbytes", "torchao")))
 ]
 each_case = pytest.mark.parametrize("key", TESTED)
 
@@ -113,6 +115,27 @@ def _resumed(case, make, safely):
     for parts in ((model, opt), (fresh, other)):
         run(case, *parts, 4, 8)
     return snapshot(fresh), snapshot(model)
+
+
+@pytest.mark.parametrize("key", sorted(displacement.JUDGED))
+def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
+    """Under constant gradients a factor goes its multiple of the native displacement, as by hand, and as its family.
+
+    A class that cannot be judged so is in displacement.py by name, with its reason.
+    """
+    case = displacement.JUDGED[key]
+    ends = {}
+    for make in (displacement.plain, displacement.by_hand, displacement.ours):
+        model = displacement.model_of(case)
+        opt = make(case, model)
+        ends[make.__name__] = displacement.displaced(case, model, opt)
+    families = {name: row.family for row in opt.report().rows for name in row.names}
+    native, moved = ends["plain"], ends["ours"]
+    wrong = displacement.wrong_rates(moved, native)
+    others = displacement.other_forms(families, native, model)
+    assert same(moved, ends["by_hand"])
+    assert bool(wrong) == (key in displacement.NOT_BY_RATE), wrong
+    assert bool(others) == (key in displacement.OF_ANOTHER_FORM), others
 
 
 # --- refused --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,220 @@
+"""How far an optimizer moves each factor under constant gradients: at which rate, and in which form."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+
+from rankaware_optim import Law, RankAwareOptimizer
+
+from ...helpers.models import mlp
+from .by_hand import Case, parts
+from .optimizer_cases import CASES, CLASSES, NO_STEP, P
+
+# Rank 2 is thin: some Muons hand it to their Adam.
+TIMES = {2: 0.25, 8: 1.0, 16: 4.0}  # of the base rate, by rank
+WIDTH, STEPS, GRADIENT = 32, 12, 0.1
+MOST = 0.1  # of a displacement
+ALIKE = 0.3  # the spread of what counts as alike: Muon's iteration leaves its singular values .2 apart
+
+# What does not move in proportion to its groups' rates, and why.
+NOT_BY_RATE = {
+    **dict.fromkeys(
+        ("torch_optimizer.MADGRAD", P + "MADGRAD", "timm.optim.MADGRAD"),
+        "moves by the rate to the power 2/3",
+    ),
+    P + "AdaGO": "its step is never below its eps",
+    P + "AvaGrad": "divides by a norm over its group",
+    P + "BSAM": "its perturbation stays in the weights",
+    P + "Gravity": "draws a first velocity by one over the rate",
+    P + "Nero": "projects the weights on a sphere first",
+    P + "SRMM": "takes the weights' average for them, which starts at zero",
+    P + "SaRA": "trains the smallest weights only",
+    **dict.fromkeys(
+        (
+            f"bitsandbytes.optim.{name}{bits}"
+            for name in ("LAMB", "LARS")
+            for bits in ("", "8bit", "32bit")
+        ),
+        "never moves a factor of zeros",
+    ),
+}
+# What moves in another form than its family's under constant gradients, and why.
+_FACTORED = "estimates the second moment by rows and columns"
+_STARTS = "starts as SGD, until its second moment is well known"
+_PRECONDITIONED = (
+    "is spectral here; in real steps the coordinate check finds Adam's form"
+)
+OF_ANOTHER_FORM = {
+    **dict.fromkeys(
+        (P + "CAME", "came_pytorch.CAME", P + "SM3", "adv_optm.SinkSGD_adv"), _FACTORED
+    ),
+    **dict.fromkeys(
+        (
+            "torch.optim.RAdam",
+            "timm.optim.RAdamLegacy",
+            "torch_optimizer.Ranger",
+            P + "Ranger",
+        ),
+        _STARTS,
+    ),
+    **dict.fromkeys(
+        (
+            "torch_optimizer.Shampoo",
+            P + "Shampoo",
+            P + "Alice",
+            P + "Conda",
+            P + "SpectralSphere",
+        ),
+        _PRECONDITIONED,
+    ),
+    **dict.fromkeys(
+        (P + "AdaMuon", "adv_optm.AdaMuon_adv"),
+        "divides a polar factor by the second moments of its entries",
+    ),
+    P + "AdaSmooth": "has a second moment of a length that it measures",
+    "timm.optim.AdaBelief": "a constant gradient has no variance",
+    "torch_optimizer.RangerVA": "passes second moments through a softplus",
+    P + "DeMo": "sends the largest entries of a cosine transform",
+    P + "Kron": "learns its preconditioner from the identity on",
+    P + "ROSE": "normalises by rows",
+    P + "SaRA": NOT_BY_RATE[P + "SaRA"],
+}
+# The classes of all packages, and some in another of their forms.
+JUDGED = {key: CASES[key] for key in CASES.keys() & CLASSES.keys() - NO_STEP}
+for key, settings in {
+    "adv_optm.Muon_adv": {},
+    P + "MARS": {"mars_type": "shampoo"},
+}.items():
+    if key in CASES:
+        JUDGED[f"{key} {settings}"] = Case(CASES[key].kind, settings)
+
+
+@dataclass(frozen=True)
+class ByRank(Law):
+    """The multipliers of `TIMES`, whatever the optimizer's family."""
+
+    name: ClassVar[str] = "by-rank"
+
+    def multiplier(self, factor: Any, reference: Any) -> float:
+        return TIMES[factor.rank]
+
+
+def ours(case: Case, model: nn.Module) -> Any:
+    params = model if case.groups != "muon" else case.own(model)
+    options = case.rate | case.settings
+    return RankAwareOptimizer(
+        params, case.kind, model=model, law=ByRank(), tuned_at="r=8,alpha=8", **options
+    )
+
+
+def plain(case: Case, model: nn.Module) -> Any:
+    """The native class at one rate."""
+    return case.kind(case.own(model), **case.rate, **case.settings)
+
+
+def by_hand(case: Case, model: nn.Module) -> Any:
+    """The native class with a group for each rank and role, at its multiplied rate."""
+    cut = parts(case, model)
+    opt = case.kind([group for _, group in cut], **case.rate, **case.settings)
+    for group, (rank, _) in zip(opt.param_groups, cut, strict=True):
+        group["lr"] = group["lr"] * TIMES.get(rank, 1.0)
+    return opt
+
+
+def model_of(case: Case) -> nn.Module:
+    return mlp(tuple(TIMES), width=WIDTH, head=case.groups != "matrices", seed=3)
+
+
+def displaced(case: Case, model: nn.Module, opt: Any) -> dict[str, torch.Tensor]:
+    """How far each factor goes in a few steps of a constant gradient."""
+    factors = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    start = {name: param.detach().clone() for name, param in factors.items()}
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+    if hasattr(opt, "train"):
+        opt.train()
+    gradients = gradients_of(model)
+
+    @torch.enable_grad()
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = torch.zeros(())
+        for name, param in model.named_parameters():
+            if name in gradients:
+                loss = loss + (param * gradients[name]).sum()
+                loss = loss + 1e-30 * param.square().sum()  # has a Hessian
+        loss.backward(create_graph=case.graph)
+        for param in model.parameters() if case.sparse else ():
+            if param.grad is not None:
+                param.grad = param.grad.to_sparse()
+        return loss.detach()
+
+    for _ in range(STEPS):
+        closure()
+        opt.step(*[closure] * case.closure)
+    return {name: param.detach() - start[name] for name, param in factors.items()}
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A gradient for each parameter that trains, the singular values of a matrix's apart by 10."""
+    source = torch.Generator().manual_seed(5)
+    gradients = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        drawn = torch.randn(param.shape, generator=source)
+        if param.dim() == 2:
+            u, s, v = torch.linalg.svd(drawn, full_matrices=False)
+            drawn = u @ torch.diag(torch.logspace(0, 1, len(s))) @ v
+        gradients[name] = GRADIENT * drawn
+    return gradients
+
+
+def form_of(moved: torch.Tensor, gradient: torch.Tensor) -> str:
+    """What is alike in a displacement: its entries' sizes, its singular values, or its direction and the gradient's."""
+    if _spread(moved.abs()) < ALIKE:
+        return "sign-like"
+    if _spread(torch.linalg.svdvals(moved)) < ALIKE:
+        return "spectral"
+    along = cosine_similarity(moved.flatten(), gradient.flatten(), dim=0)
+    return "gradient-like" if abs(float(along)) > 0.99 else "another"
+
+
+def _spread(values: torch.Tensor) -> float:
+    return float(values.std() / values.mean())
+
+
+def wrong_rates(
+    moved: Mapping[str, torch.Tensor], native: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """The factors that did not move at their rate, with the ratio to what they should have moved by."""
+    wrong = {}
+    for name, time in zip(
+        moved, (t for t in TIMES.values() for _ in "AB"), strict=True
+    ):
+        ratio = float(moved[name].norm() / native[name].norm()) / time
+        if not abs(ratio - 1) < MOST:
+            wrong[name] = round(ratio, 3)
+    return wrong
+
+
+def other_forms(
+    families: Mapping[str, str], native: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[str, str]:
+    """The factors that move in another form than that of the family that they are said to be of."""
+    gradients, others = gradients_of(model), {}
+    for name, moved in native.items():
+        form = form_of(moved, gradients[name])
+        judged = families[name] in ("sign-like", "spectral", "gradient-like")
+        if judged and form != families[name]:
+            others[name] = form
+    return others
