@@ -336,6 +336,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
         self._rankaware_unchecked = True
+        self._rankaware_bases = [group["lr"] for group in self.param_groups]
         for group in list(compress(self.param_groups, by_default))[:1]:
             base = base_of(group)
             if float(base) > 0:
@@ -542,7 +543,6 @@ def _multiply(opt: Any) -> None:
     bases = [group["lr"] for group in groups]
     if bases != opt._rankaware_bases:
         bases = _followed(groups, opt._rankaware_bases)
-    opt._rankaware_bases = bases
     multipliers = [group.get("rank_multiplier", 1.0) for group in groups]
     rates: Sequence[Any]
     if bases and all(isinstance(base, torch.Tensor) for base in bases):
@@ -596,6 +596,8 @@ def _put_back(opt: Any) -> None:
     for group, base, rate in opt._rankaware_held:
         now = group["lr"]
         group["lr"] = base if now is rate else now / group.get("rank_multiplier", 1.0)
+    if opt._rankaware_held:
+        opt._rankaware_bases = [group["lr"] for group, _, _ in opt._rankaware_held]
     opt._rankaware_held = []
 
 

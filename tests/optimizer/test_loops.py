@@ -258,6 +258,31 @@ def test_parts_that_were_apart_stay_apart():
     assert moved(model, opt)["head.weight"] == pytest.approx(LR)
 
 
+class WritesItsRate(torch.optim.SGD):
+    """Writes each group's rate itself, by what the group holds, as pytorch_optimizer's ASGD does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * (1 + len(group["params"][0]) / 100)
+        return super().step(closure)
+
+
+def test_rates_that_the_optimizer_wrote_are_not_a_users():
+    """What an optimizer wrote in its step, and a checkpoint of it, is no rate written by hand: nothing follows."""
+    model = Model()
+    opt, other = (RankAwareOptimizer(model, WritesItsRate, lr=LR) for _ in "12")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            moved(model, opt)
+        other.load_state_dict(opt.state_dict())
+        moved(model, opt)
+        moved(model, other)
+    bases = [group["lr"] for group in opt.param_groups]
+    assert len(set(bases)) > 1
+    assert bases == [group["lr"] for group in other.param_groups]
+
+
 # --- the step -------------------------------------------------------------------------------------------------------
 
 
