@@ -103,6 +103,10 @@ def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+# Inits at which neither factor starts at zero, and for which `suggest_lr` knows a rate.
+_PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
+
+
 def check_init(
     init: object,
     what: str = "The init is",
@@ -113,9 +117,12 @@ def check_init(
     """Raise an `error` if `init` is not one of `known`. The message begins with `what`."""
     if not (init is None or isinstance(init, str)) or init not in known:
         others = "".join(f", {other!r}" for other in known[2:])
+        cure = "Give one of them."
+        if init in _PUBLISHED_INITS:
+            cure += f" At {init} take a first rate: suggest_lr(..., init={init!r})."
         raise error(
             f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.",
-            "Give one of them.",
+            cure,
         )
 
 

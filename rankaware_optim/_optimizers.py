@@ -273,6 +273,13 @@ def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     ['AdamW', 'AdamW']
     """
     kind: Any = _class_named(optimizer) if isinstance(optimizer, str) else optimizer
+    if _is_optimizer(type(kind)):
+        name = type(kind).__name__
+        raise OptimizerError(
+            f"An optimizer's class is needed, and this {name} is built already.",
+            f"Give {name} and its settings, or wrap what is built: RankAwareOptimizer(opt,"
+            " model=model).",
+        )
     if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
         raise OptimizerError(
             f"{kind!r} is not a torch optimizer class.",

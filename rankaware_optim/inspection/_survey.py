@@ -172,7 +172,8 @@ def _lora_survey(
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters (conventions tried:"
             f" {', '.join(tried)}).",
-            "Add adapters with requires_grad, or give method='full' for full finetuning.",
+            "Add adapters that train first, such as by peft.get_peft_model, or give method='full'"
+            " for full finetuning. Adapters of another layout are added by register_convention().",
         )
     return Survey(
         tuple(factors),

@@ -170,25 +170,20 @@ def _not_wrapped(native: Native, built: Optimizer | None) -> Iterator[_Refusal]:
     )
 
 
-# Keywords that this class had, or that a user may know from there.
-_GONE = (
-    "apply_settings",
-    "native_type",
-    "on_rank_change",
-    "per_layer_width",
-    "scale_weight_decay",
-    "strict",
-    "warmup_share",
-)
-
-
 def _refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) -> None:
-    """Raise for a keyword that went, or that is nearly one of `ours`, unless the class has an
-    argument of that name. A class that takes `**kwargs` would drop it silently.
+    """Raise for a keyword that the class does not take. One that takes `**kwargs` would drop it
+    silently: there, raise for what is nearly one of `ours`.
     """
-    for name in settings.keys() - inspect.signature(native).parameters.keys():
-        near = get_close_matches(name, ours, n=1, cutoff=0.8)
-        if near or name in _GONE:
+    theirs = inspect.signature(native).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in theirs.values())
+    known = [
+        name for name in (*ours, *theirs) if name not in ("cls", "params", "settings")
+    ]
+    for name in settings.keys() - theirs.keys():
+        near = get_close_matches(name, ours, 1, 0.8)
+        if not takes_any:
+            near = get_close_matches(name, known, 1, 0.7)
+        if near or not takes_any:
             raise OptimizerError(
                 f"{name}= is an argument neither of RankAwareOptimizer nor of"
                 f" {native.__name__}.",

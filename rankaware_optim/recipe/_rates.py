@@ -125,7 +125,7 @@ def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
 
 def configuration(
     recipe: Recipe,
-    rank: int | None = None,
+    rank: int | Literal["full"] | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     init: Literal["A", "B"] | None = None,
@@ -133,6 +133,8 @@ def configuration(
     fan_in: float | None = None,
 ) -> Reference:
     """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own."""
+    if rank == "full":
+        rank, method = None, "full"
     if method == "full":
         given = {"rank": rank, "alpha": alpha, "init": init, "rslora": rslora or None}
         for name, value in given.items():

@@ -140,7 +140,7 @@ class Recipe:
 
     def at(
         self,
-        rank: int | None = None,
+        rank: int | Literal["full"] | None = None,
         *,
         alpha: float | None = None,
         rslora: bool = False,
@@ -157,7 +157,7 @@ class Recipe:
         with the distance, and a warning says so.
 
         Args:
-            rank: the LoRA rank, by default the recipe's own.
+            rank: the LoRA rank, by default the recipe's own, or "full".
             alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the

@@ -77,6 +77,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         beside, inside = target / _BESIDE, target / _BESIDE.name
         is_subfolder = inside.is_file() and not beside.is_file()
         target = inside if is_subfolder else beside
+    if target.suffix != ".toml" and not os.path.lexists(target):
+        raise RecipeError(
+            f"There is no recipe at {str(target)!r}, and the name of its file ends in .toml.",
+            "Give its path, such as recipes/digits.toml, or the folder of an adapter that has one.",
+        )
     target = _toml_path(target)
     try:
         file = _decoded(read_bytes(target, _MOST_TEXT))

@@ -185,6 +185,12 @@ def _rule(
     """
     # A name whose relation is known needs no installed package.
     by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation
+    if isinstance(optimizer, str) and known_optimizer(optimizer)[1].one_rate:
+        why = known_optimizer(optimizer)[1].one_rate
+        raise OptimizerError(
+            f"No rate is suggested for {optimizer}, which {why}.",
+            "Leave its lr at its own default, or take a rate for adamw.",
+        )
     kind = optimizer if by_name else get_optimizer_class(optimizer)
     row = known_optimizer(kind)[1]
     name = kind if isinstance(kind, str) else kind.__name__

@@ -504,8 +504,6 @@ def test_a_law_without_a_usable_answer_is_refused(law, lr, message):
 
 
 WORDS = [
-    ({"native_type": True}, r"native_type= is an argument neither .*Leave it out"),
-    ({"strict": True}, r"strict= is an argument neither"),
     (
         {"tuned_att": AT_16},
         r"neither of RankAwareOptimizer nor of \w+\. Give tuned_at=",
@@ -525,10 +523,47 @@ class TakesAnything(torch.optim.SGD):
 @pytest.mark.parametrize(("given", "message"), WORDS)
 @pytest.mark.parametrize("kind", [AdamW, TakesAnything])
 def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, given, message):
-    """A typo, or an argument that went, is not dropped in silence; a class's own argument is its own."""
+    """A typo is not dropped in silence; a class's own argument is its own."""
     with pytest.raises(OptimizerError, match=message):
         RankAwareOptimizer(mlp(), kind, lr=LR, **given)
     RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
+
+
+UNHEARD = [
+    ({"tuned_on": AT_16}, r"tuned_on= .* nor of AdamW\. Give tuned_at="),
+    ({"weight_decy": 0.1}, r"weight_decy= .*Give weight_decay="),
+    ({"unheard": 1}, r"unheard= .*Leave it out"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), UNHEARD)
+def test_a_keyword_that_nobody_takes_is_refused(given, message):
+    """It is not blamed on the class alone, and the nearest argument of either is the cure."""
+    with pytest.raises(OptimizerError, match=message):
+        RankAwareOptimizer(mlp(), AdamW, lr=LR, **given)
+
+
+SLIPS = [
+    (lambda m: RankAwareOptimizer(m, AdamW(trained(m), lr=LR)), "this AdamW is built"),
+    (lambda m: RankAwareOptimizer(AdamW, m, lr=LR), "are swapped.*the model first"),
+    (lambda m: RankAwareOptimizer("adamw", m, lr=LR), "are swapped.*the model first"),
+    (lambda m: RankAwareOptimizer(m.head, AdamW, lr=LR), "get_peft_model.* regist"),
+    (lambda m: RankAwareOptimizer(m, AdamW, recipe="digits"), "no recipe at 'digits'"),
+    (lambda m: AdamW(trained(m), lr=ra.Rate(LR)), r"give rate\.lr"),
+    (lambda m: ra.suggest_lr(AT_16, optimizer="prodigy"), "one rate for all groups"),
+    (
+        lambda m: ra.convert_lr(LR, from_="r=16,alpha=16,init=pissa", to="r=8"),
+        r"suggest_lr\(..., init='pissa'\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("slip", "message"), SLIPS)
+def test_a_slip_of_the_first_hour_has_its_cure(slip, message):
+    """A built optimizer, swapped arguments, no adapters yet, a file that is not there: a short sentence says what to do."""
+    with pytest.raises((RankAwareError, TypeError), match=message) as caught:
+        slip(mlp())
+    assert len(str(caught.value)) < 600
 
 
 def test_it_has_few_parameters():

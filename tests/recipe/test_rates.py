@@ -234,6 +234,12 @@ def test_alpha_left_out_follows_the_rule(rule):
     assert made.at(rank=64, alpha=16, rslora=True) == made.at(rank=64, alpha=128)
 
 
+def test_full_is_a_rank_too():
+    """`at("full")` is `at(method="full")`, as in `tuned_at="full"`."""
+    made = recipe(full_seen=True)
+    assert made.at("full") == made.at(method="full")
+
+
 def test_an_unknown_rule_asks_for_alpha():
     """Where no rule fits, another rank needs alpha; the reference's own does not."""
     made = recipe(scaling_rule="unknown")
