@@ -147,6 +147,18 @@ def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
     assert {type(group["lr"]) for group in native} == {float}
 
 
+@pytest.mark.parametrize(
+    ("batches", "moved"), [((16, 64), 2.0), ((64, 16), 0.5), ((8, 128), 2.0)]
+)
+def test_a_rate_moves_with_the_square_root_of_the_batch(batches, moved):
+    """Where both have a batch, as far as four times; on top of what the law moves, and not where one has none."""
+    at, to = (Reference(16, 32, fan_in=64, batch=batch) for batch in batches)
+    other = replace(to, rank=4)
+    assert convert_lr(1e-3, from_=at, to=to).lr == pytest.approx(1e-3 * moved)
+    without = convert_lr(1e-3, from_=replace(at, batch=None), to=other).lr
+    assert convert_lr(1e-3, from_=at, to=other).lr == pytest.approx(without * moved)
+
+
 # --- words ----------------------------------------------------------------------------------------------------------
 
 SAID = [
