@@ -121,10 +121,10 @@ def scores(
     """Every way's rates at the lowest rank tried and below it."""
     made = recipes_by_way(recipe, observations)
     lowest = made[TODAY].ranks[0]
+    ranks = [rank for rank in gaps if rank < lowest]
     at = {
         (way, rank): rate_of(each, rank)
-        for (way, each), rank in product(made.items(), gaps)
-        if rank <= lowest
+        for (way, each), rank in product(made.items(), (*ranks, lowest))
     }
     shift = at[TODAY, lowest][1] - at[ALONE, lowest][1]
     for rank in gaps:
