@@ -39,7 +39,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 from calibration import simulated
-from calibration.longer import BY_FIT, observations_of
+from calibration.fit_recipes_again import BY_FIT, observations_of
 from calibration.make_recipes import paths_of
 from calibration.simulated import GUESS, RATES, real_best, reference_of, seeds_of
 from calibration.studies import STEPS, searched

@@ -1,0 +1,100 @@
+"""Fit the trials of the recipes on file once more, by the law and the fit as they are. No training.
+
+    python benchmarks/calibration/fit_recipes_again.py    # recipes/ and results/recipes
+
+A trial trained at a rate of its own. From this follows its base rate by today's law.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from calibration.make_recipes import OTHER_SEEDS, RECIPES
+
+from rankaware_optim import Law, Recipe
+from rankaware_optim.fitting import (
+    Observation,
+    fit_observations,
+    height,
+    impute,
+    noise_of,
+    prior_of,
+    recent,
+)
+from rankaware_optim.laws import PRIOR_LAW, bound_law, checked_multiplier, get_law
+from rankaware_optim.recipe import configuration, recipe_of
+
+# What a fit decides of a recipe.
+BY_FIT = {
+    *("fitted_lr", "reference", "law", "covariance"),
+    *("steepness", "scatter", "ceiling", "lean"),
+}
+
+
+@click.command()
+def main() -> None:
+    """Replace every recipe on file by that of the same trials."""
+    for path in sorted([*RECIPES.glob("*.toml"), *OTHER_SEEDS.glob("*.toml")]):
+        click.echo(fitted_again(Recipe.load(path)).save(path))
+
+
+def fitted_again(recipe: Recipe) -> Recipe:
+    """The recipe of the same trials by today's law and fit."""
+    law = bound_law(get_law(PRIOR_LAW), torch.optim.AdamW, recipe.settings)
+    rates = base_rates(recipe, law)
+    moved = replace(recipe, tensors={**recipe.tensors, "lr": rates})
+    prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)
+    fit = fit_observations([*observations_of(moved)], prior)
+    assert fit is not None
+    kept = {f.name for f in fields(recipe)} - BY_FIT
+    others = {name: getattr(moved, name) for name in kept}
+    return recipe_of(fit, law, recipe.reference, **others)
+
+
+def base_rates(recipe: Recipe, law: Law) -> np.ndarray[Any, Any]:
+    """The base rates by a law, in the order of the trials."""
+    at = {rank: configuration(recipe, rank) for rank in recipe.ranks}
+    at[0] = configuration(recipe, method="full")
+    moved = {}
+    for rank, place in at.items():
+        before, after = (
+            checked_multiplier(each, place.as_factor(), recipe.reference)
+            for each in (recipe.law.law, law)
+        )
+        moved[rank] = before / after
+    ranks = recipe.tensors["rank"].tolist()
+    return recipe.tensors["lr"] * np.array([moved[rank] for rank in ranks])
+
+
+def observations_of(recipe: Recipe) -> Iterator[Observation]:
+    """The trials at their base rates, pruned ones last. Their scores are imputed."""
+    best: dict[tuple[int, int], tuple[Observation, np.ndarray[Any, Any]]] = {}
+    stored = recipe.tensors
+    for i in np.argsort(stored["pruned"], kind="stable"):
+        rank, seed = int(stored["rank"][i]), int(stored["seed"][i])
+        x, value = math.log2(stored["lr"][i]), float(stored["value"][i])
+        curve = stored["curve"][i, : stored["steps"][i]].astype(np.float64)
+        if stored["pruned"][i]:
+            imputed = impute(x, curve, *best[rank, seed])
+            if imputed is not None:
+                yield imputed
+            continue
+        if not math.isfinite(value):
+            yield Observation(rank or None, seed, x, math.inf, math.inf, math.inf)
+            continue
+        ends = {"start": height(curve), "tail": recent(curve)}
+        run = Observation(rank or None, seed, x, value, **ends, noise=noise_of(curve))
+        yield run
+        held = best.setdefault((rank, seed), (run, curve))
+        if run.value < held[0].value:
+            best[rank, seed] = run, curve
+
+
+if __name__ == "__main__":
+    main()
