@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +29,18 @@ def layers_of(survey: Survey) -> dict[str, float]:
     widths: dict[str, list[float]] = {}
     for layer, width in {f.layer: f.fan_in for f in survey.factors}.items():
         widths.setdefault(name_pattern(layer), []).append(width)
-    return {pattern: sum(each) / len(each) for pattern, each in widths.items()}
+    return {pattern: fmean(each) for pattern, each in widths.items()}
 
 
 def check_width(recipe: Recipe, at: Reference) -> None:
-    """Raise if the width of a configuration is that of another model than the recipe's."""
+    """Raise if the width of a configuration is that of another model than the recipe's.
+
+    Adapters may leave out a model's widest layers, so a recipe that names its layers may be at home
+    at a larger width of full finetuning.
+    """
     own = recipe.reference
-    known = {"full": recipe.full_fan_in, own.method: own.fan_in}
+    full = None if recipe.layers else recipe.full_fan_in
+    known = {"full": full, own.method: own.fan_in}
     _refuse_other_width(recipe, at.fan_in, known.get(at.method))
 
 
@@ -46,13 +53,12 @@ def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     Raises:
         RecipeError: the model's width is that of another model.
     """
-    own = recipe.reference
-    width = width_for(survey, own.method, own.init)
-    _refuse_other_width(recipe, width, own.fan_in)
+    width, own = _widths(recipe, survey)
+    _refuse_other_width(recipe, width, own)
     what = _strange(recipe, survey)
     if not what:
         return recipe, ""
-    sd = ANOTHER_TASK_SD[own.init]
+    sd = ANOTHER_TASK_SD[recipe.reference.init]
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
         f"Recipe {recipe.name!r} {what}: this model counts as another task, where its best rate is"
@@ -60,6 +66,21 @@ def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
         " or start from suggest_lr."
     )
     return replace(recipe, covariance=wider), sentence
+
+
+def _widths(recipe: Recipe, survey: Survey) -> tuple[float, float | None]:
+    """Return the mean widths of a model and of the recipe's: over the layers that both have, or
+    over all where they have none.
+    """
+    here, own = layers_of(survey), recipe.reference
+    pairs = product(here, recipe.layers)
+    shared = [(ours, theirs) for ours, theirs in pairs if _is_one(ours, theirs)]
+    if not shared:
+        return width_for(survey, own.method, own.init), own.fan_in
+    return (
+        fmean(here[ours] for ours, _ in shared),
+        fmean(recipe.layers[theirs] for _, theirs in shared),
+    )
 
 
 def _strange(recipe: Recipe, survey: Survey) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -181,7 +180,7 @@ def test_a_strangers_rate_keeps_more_margin():
 NARROW, WIDE = WIDTH / 2, 2.0 * WIDTH
 WIDTHS = [
     (RECIPE, {"rank": 8}),
-    (RECIPE, {"method": "full"}),
+    (replace(RECIPE, layers={}), {"method": "full"}),
     (FULL_ALONE, {"method": "full"}),
     (replace(RECIPE, layers={}), {"rank": 8, "alpha": 4.0}),
 ]
@@ -224,12 +223,38 @@ def test_the_error_names_a_way_through():
     assert rate_of(opt) == pytest.approx(RECIPE.lr * moved)
 
 
+@pytest.mark.filterwarnings("ignore:.* extrapolates. fan-in")
 def test_what_lora_adapts_may_be_narrower_than_the_model():
-    """A recipe of narrow layers is at home in full finetuning of the whole model, whose largest layer is 4 times as wide."""
+    """In full finetuning of the whole model, with layers many times as wide, a recipe of narrow ones is at home."""
     trained = model(rank=None)
     for block in trained.model.layers:
-        block.down_proj = nn.Linear(4 * WIDTH, 8, bias=False)
-    with pytest.warns(RankAwareWarning, match="fan-in 256 is not"):
-        opt = RankAwareOptimizer(trained, AdamW, recipe=RECIPE, method="full")
+        block.down_proj = nn.Linear(8 * WIDTH, 4 * WIDTH, bias=False)
+    opt = RankAwareOptimizer(trained, AdamW, recipe=RECIPE, method="full")
+    rate = RECIPE.at(method="full", fan_in=8.0 * WIDTH)
     assert not any("another" in note for note in opt.report().notes)
-    assert np.isfinite(rate_of(opt))
+    assert rate_of(opt) == pytest.approx(rate.lr)
+
+
+OF_LORA = replace(RECIPE.reference, fan_in=120)
+OF_FULL = ra.Reference(method="full", fan_in=360)
+
+
+@pytest.mark.filterwarnings("ignore:.* extrapolates. fan-in")
+@pytest.mark.parametrize("reference", [OF_LORA, OF_FULL])
+def test_without_names_the_width_is_of_the_recipes_own_kind(reference):
+    """A LoRA rate's mean fan-in is compared with the model's mean of 174, a full rate's largest with its largest, 256."""
+    trained = model(rank=None)
+    for block in trained.model.layers:
+        block.down_proj = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+    recipe = replace(RECIPE, reference=reference, layers={})
+    assert RankAwareOptimizer(trained, AdamW, recipe=recipe, method="full")
+
+
+@pytest.mark.filterwarnings("ignore:.* extrapolates. fan-in")
+def test_other_layers_of_the_same_model_are_no_other_model():
+    """Where the layers that both have are as wide, a much wider one beside them makes a stranger, not an error."""
+    trained = model()
+    for block in trained.model.layers:
+        block.down_proj = PlainLoRA(nn.Linear(8 * WIDTH, 4 * WIDTH, bias=False), 8, 2.0)
+    with pytest.warns(RankAwareWarning, match="was made without model.*down_proj"):
+        RankAwareOptimizer(trained, AdamW, recipe=RECIPE)
