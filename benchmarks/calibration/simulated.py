@@ -22,12 +22,10 @@ them stands the best run that such a search made at a rank, taken as that rank's
 A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the
 cells have such a rate inside their grid.
 
-**Rules.** The margin's cap is chosen on the other surfaces (two domains, 30 % warm-up). Bracketing the highest rank
-first was chosen on both sets of surfaces, after they had been seen, so the study's surfaces are no test of it. The
-scatter about a power of the rank is measured on the study's sweeps. Bars, on the study's surfaces: with 10 % of a
-sweep, regret is at most 1 % in the mean and 8 % at the 99th percentile, and with 20 % at most .4 and 4. With three full
-runs, full finetuning's 95th percentile is at most 3 %. 90 % bands hold 85 to 95 % of the real best rates, and at least
-80 % in every domain.
+**Rules.** Bracketing the highest rank first was chosen on these surfaces, after they had been seen, so they are no test
+of it. Bars: with 10 % of a sweep, regret is at most 1 % in the mean and 8 % at the 99th percentile, and with 20 % at
+most .4 and 4. With three full runs, full finetuning's 95th percentile is at most 3 %. 90 % bands hold 85 to 95 % of the
+real best rates, and at least 80 % in every domain.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ import torch
 from calibration.make_recipes import paths_of
 from calibration.plain import EVERY_RANK, TRIALS, WAYS, Task, moved
 from calibration.studies import STEPS, searched
-from calibration.surfaces import Surface, other_surfaces, study_surfaces
+from calibration.surfaces import Surface, study_surfaces
 from internals import (
     Calibration,
     Options,
@@ -69,13 +67,11 @@ from study.suite import STORES
 from rankaware_optim import RankAwareWarning, Recipe, Reference
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
-from rankaware_optim.recipe import Z90
 
 RESTS_ON = ("search.adam", "calibration.adam", "scores")
 RATES = 9  # rates of the sweep
 LOST = 1.25  # gap, a share of the gain, above which a run counts as diverged
 GUESS = 1.0  # the first guess is moved by this many octaves at most
-CAPS = (0.0, 0.15, 0.25, 0.35, 0.5)
 ENDS, INNER = "lowest, highest", "4, 64"
 
 
@@ -106,7 +102,6 @@ PLANS = (
 RUNS = (3, 4, 5, 6, 8, 12, TRIALS)
 FEW = tuple(Plan(ENDS, None, 0, runs) for runs in RUNS)
 DEFAULT, WITH_FULL = FEW[-1], Plan(ENDS, None, 3, TRIALS - 3)
-SURFACES = {"study": study_surfaces, "other": other_surfaces}
 
 
 # --- one study ------------------------------------------------------------------------------------------------------
@@ -193,12 +188,11 @@ def reference_of(on: Surface, rank: int) -> Reference:
 
 
 class Outcome(NamedTuple):
-    """A study's result at a rank (`FULL`: full finetuning): log2 of rate and band, and the cliff's steepness.
+    """A study's result at a rank (`FULL`: full finetuning): log2 of rate and band.
 
     The plan is a way's name where there was no calibration: the band is its rate.
     """
 
-    surfaces: str
     domain: str
     config: str
     plan: Plan | str
@@ -207,43 +201,31 @@ class Outcome(NamedTuple):
     rate: float
     low: float
     high: float
-    steepness: float = 0.0
-
-    @property
-    def best(self) -> float:
-        return (self.low + self.high) / 2
-
-    def capped(self, cap: float) -> float:
-        """log2 of the rate if the margin had another cap, in octaves."""
-        sd = (self.high - self.low) / (2 * Z90)
-        return self.best - min(self.steepness * sd * sd / 2, cap)
 
 
 def all_outcomes(studies: int, workers: int) -> list[Outcome]:
     """The outcome of every study, at every rank."""
-    jobs = [(which, place, studies) for which in SURFACES for place in surfaces(which)]
+    on_each = partial(outcomes, studies)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        return list(chain.from_iterable(pool.map(outcomes, *zip(*jobs, strict=True))))
+        return list(chain.from_iterable(pool.map(on_each, surfaces())))
 
 
-def outcomes(which: str, place: tuple[str, str], studies: int) -> list[Outcome]:
-    """The outcomes of all plans on a surface, and on the study's of few runs and of the ways without a calibration."""
+def outcomes(studies: int, place: tuple[str, str]) -> list[Outcome]:
+    """The outcomes on a surface of all plans, and of the ways without a calibration."""
     torch.set_num_threads(1)
     # extrapolations are asked for on purpose
     warnings.simplefilter("ignore", RankAwareWarning)
-    on, index = surfaces(which)[place], list(surfaces(which)).index(place)
-    of_study = which == "study"
+    on, index = surfaces()[place], list(surfaces()).index(place)
     found = []
     for draw in range(studies):
-        for plan in (*PLANS, *((*FEW, WITH_FULL) if of_study else ())):
+        for plan in (*PLANS, *FEW, WITH_FULL):
             recipe = calibrated(on, plan, (index, draw))
             for rank in (*on.ranks, FULL):
                 rate = rate_of(recipe, on, rank)
-                asked = which, *place, plan, draw, rank
-                found.append(Outcome(*asked, *rate, recipe.steepness))
-        for name in WAYS if of_study else ():
+                found.append(Outcome(*place, plan, draw, rank, *rate))
+        for name in WAYS:
             for rank, x in by_way(on, name, (index, draw)).items():
-                found.append(Outcome(which, *place, name, draw, rank, x, x, x))
+                found.append(Outcome(*place, name, draw, rank, x, x, x))
     return found
 
 
@@ -267,8 +249,8 @@ Seen = tuple[float, float, float]
 def on_unseen(found: Sequence[Outcome]) -> Iterator[Seen]:
     """What the rates of studies lose on every seed that the study has not trained on."""
     for o in found:
-        known, place = surfaces(o.surfaces), (o.domain, o.config)
-        on, index = known[place], list(known).index(place)
+        place = o.domain, o.config
+        on, index = surfaces()[place], list(surfaces()).index(place)
         seen, _ = drawn(on, (index, o.draw))
         yield from (
             on_seed(on, o.rank, seed, o.rate) for seed in on.seeds if seed not in seen
@@ -277,7 +259,7 @@ def on_unseen(found: Sequence[Outcome]) -> Iterator[Seen]:
 
 def swept_once(full: bool) -> Iterator[Seen]:
     """What the best rates of a sweep of one seed lose on every other seed of the study."""
-    for on in surfaces("study").values():
+    for on in surfaces().values():
         for rank in [FULL] if full else on.ranks:
             for own in on.seeds:
                 x = min(on.rates[rank], key=on.by_seed[rank, own])
@@ -332,7 +314,7 @@ class Real(NamedTuple):
 
 def real() -> Iterator[Real]:
     """The recipes of the study's domains at every rank swept."""
-    for on in surfaces("study").values():
+    for on in surfaces().values():
         for path in paths_of(on.domain, on.config):
             recipe = Recipe.load(path)
             best = best_tried(recipe)
@@ -372,7 +354,7 @@ def of_real(found: Sequence[Outcome]) -> Iterator[list[str]]:
             ]
             tried = [(each.lost, each.tried) for each in mine if each.tried is not None]
             lost = (
-                [(regret(o, o.rate),) for o in simulated],
+                [(regret(o),) for o in simulated],
                 [(each.lost,) for each in mine],
                 tried,
             )
@@ -403,13 +385,13 @@ def compared(unseen: Sequence[Sequence[str]], against: Sequence[Sequence[str]]) 
 
 
 @cache
-def surfaces(which: str) -> dict[tuple[str, str], Surface]:
-    return {(on.domain, on.config): on for on in SURFACES[which]()}
+def surfaces() -> dict[tuple[str, str], Surface]:
+    return {(on.domain, on.config): on for on in study_surfaces()}
 
 
-def regret(of: Outcome, x: float) -> float:
-    """Regret of a rate 2^x, as a share of the gain."""
-    return surfaces(of.surfaces)[of.domain, of.config].mean[of.rank](x)
+def regret(of: Outcome) -> float:
+    """Regret of a study's rate, as a share of the gain."""
+    return surfaces()[of.domain, of.config].mean[of.rank](of.rate)
 
 
 def outcomes_of(
@@ -427,7 +409,6 @@ def outcomes_of(
 def main(studies: int, workers: int) -> None:
     """Simulate all studies, and write results/simulated.md."""
     on, found = machine(1), all_outcomes(studies, workers)
-    study, other = ([o for o in found if o.surfaces == which] for which in SURFACES)
     heads = (
         "ranks tried",
         "share of a sweep",
@@ -440,19 +421,18 @@ def main(studies: int, workers: int) -> None:
         "95th",
         "worst",
     )
-    rows = [[*in_words(plan), *of_plan(plan, study)] for plan in PLANS]
-    few = [[str(plan.trials), *of_plan(plan, study)] for plan in FEW]
-    held = [[*in_words(plan), *of_bands(plan, study)] for plan in PLANS]
-    caps = [[*of_cap(cap, other)] for cap in CAPS]
-    unseen, against = list(of_seeds(study)), list(of_real(study))
+    rows = [[*in_words(plan), *of_plan(plan, found)] for plan in PLANS]
+    few = [[str(plan.trials), *of_plan(plan, found)] for plan in FEW]
+    held = [[*in_words(plan), *of_bands(plan, found)] for plan in PLANS]
+    unseen, against = list(of_seeds(found)), list(of_real(found))
     parts = [
         "# Simulated calibrations",
         __doc__ or "",
-        verdict(study),
+        verdict(found),
         compared(unseen, against),
         scatter(),
         block("Regret on the study's surfaces", heads, rows),
-        block("What a user would write instead", WAY_HEADS, list(of_ways(study))),
+        block("What a user would write instead", WAY_HEADS, list(of_ways(found))),
         block(
             "Regret by the number of runs, at the lowest and the highest rank",
             ("runs", *heads[3:]),
@@ -474,11 +454,6 @@ def main(studies: int, workers: int) -> None:
             ("ranks tried", "share", "full runs", *STUDY, "LoRA", "full"),
             held,
         ),
-        block(
-            "Regret on the other surfaces by the margin's cap, octaves",
-            ("cap", "LoRA: mean", "99th", "full: mean", "95th"),
-            caps,
-        ),
         made_on(on),
     ]
     (RESULTS / "simulated.md").write_text("\n\n".join(parts) + "\n")
@@ -493,8 +468,7 @@ def in_words(plan: Plan) -> Iterator[str]:
 def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     """Cells of the table: a plan's number of studies and regret."""
     lora, full = (
-        [regret(o, o.rate) for o in outcomes_of(plan, found, whole)]
-        for whole in (False, True)
+        [regret(o) for o in outcomes_of(plan, found, whole)] for whole in (False, True)
     )
     yield str(len(full))
     yield from map(
@@ -511,7 +485,7 @@ WAY_HEADS = (
     *(
         f"{what}: {of}"
         for what in ("LoRA", "full")
-        for of in ("mean, %", "more than the first, points", "more in")
+        for of in ("mean, %", "more than the first, points", "tasks with more")
     ),
 )
 
@@ -539,21 +513,8 @@ def by_tasks(found: Sequence[Outcome], plan: Plan | str, full: bool) -> list[flo
     """Mean regret of a plan or way in each task, at LoRA's ranks or in full finetuning."""
     mine = outcomes_of(plan, found, full)
     return [
-        statistics.fmean(regret(o, o.rate) for o in mine if o.domain == task)
-        for task in STUDY
+        statistics.fmean(regret(o) for o in mine if o.domain == task) for task in STUDY
     ]
-
-
-def of_cap(cap: float, found: Sequence[Outcome]) -> Iterator[str]:
-    """A row of the table: regret with another cap of the margin, over the plans at the lowest and highest rank."""
-    mine = [o for o in found if o.plan.ranks == ENDS]
-    lora, full = (
-        [regret(o, o.capped(cap)) for o in mine if (o.rank == FULL) == whole]
-        for whole in (False, True)
-    )
-    yield number(cap)
-    yield from map(percent, (statistics.fmean(lora), np.quantile(lora, 0.99)))
-    yield from map(percent, (statistics.fmean(full), np.quantile(full, 0.95)))
 
 
 @cache
@@ -595,7 +556,7 @@ def verdict(found: Sequence[Outcome]) -> str:
     )
     said = []
     for plan, full, most, highest, share in bars:
-        lost = [100 * regret(o, o.rate) for o in outcomes_of(plan, found, full)]
+        lost = [100 * regret(o) for o in outcomes_of(plan, found, full)]
         mean, high = statistics.fmean(lost), float(np.quantile(lost, share))
         what = "full finetuning" if full else "LoRA"
         met = "met" if mean <= most and high <= highest else "NOT met"

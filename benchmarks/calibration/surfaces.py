@@ -70,20 +70,7 @@ def study_surfaces() -> Iterator[Surface]:
         yield from (surface_of(domain, config, done) for config in CONFIGS)
 
 
-def other_surfaces() -> Iterator[Surface]:
-    """Surfaces of two domains with 30 % warm-up, from the sweeps of `against_sweep.py`."""
-    done = {
-        job: loss
-        for job, loss in read(RESULTS / "calibration_runs.jsonl").items()
-        if job.seed < 6
-    }
-    for domain in ("image_generation", "vision_classification"):
-        yield from (surface_of(domain, config, done, (0, 1, 2)) for config in CONFIGS)
-
-
-def surface_of(
-    domain: str, config: str, done: Losses, seeds: tuple[int, ...] | None = None
-) -> Surface:
+def surface_of(domain: str, config: str, done: Losses) -> Surface:
     """The surface of a configuration and full finetuning, from the whole octaves that every seed has run."""
     mine = {
         job: loss
@@ -92,7 +79,7 @@ def surface_of(
         and job.scheme in (config, "full")
         and job.x == round(job.x)
     }
-    seeds = seeds or tuple(sorted({job.seed for job in mine}))
+    seeds = sorted({job.seed for job in mine})
     start, cells = start_of(domain, done), sorted({job[:3] for job in mine})
     mean, by_seed, best, rates = {}, {}, {}, {}
     for cell in cells:

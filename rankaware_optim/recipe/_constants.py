@@ -23,7 +23,7 @@ SAME_WIDTH = 2.0
 # Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened: by
 # hand
 DRIFT_SHARE = 0.5
-# Octaves. Larger margins lost more than they saved: simulated.md
+# Octaves. Larger margins lost no less: frozen answers
 MOST_MARGIN = 0.25
 # The width where none is known, which nearly cancels between ranks of one init: by hand
 ANY_WIDTH = 4096.0
