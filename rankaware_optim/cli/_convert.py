@@ -29,14 +29,23 @@ _SHAPE = (
 class Tool:
     """A trainer's lines, with the names of `_lines`'s values in braces.
 
-    rslora: what says rsLoRA. at_rank: what trains at alpha = rank, whatever alpha is.
+    rslora: what says rsLoRA. at_rank: what trains at alpha = rank, whatever alpha is. has_layers:
+    whether the lines name the adapted layers, which are all linear ones.
     """
 
     lines: str
     rslora: str = ""
     at_rank: str = ""
+    has_layers: bool = False
 
 
+_ALL_LINEAR = (
+    "All linear layers are adapted here: name those of your run if they were fewer."
+)
+
+
+# The names of Axolotl, LLaMA-Factory, ms-swift and Unsloth were read in their own schemas, of
+# 0.19.0, 0.9.5, 4.6.0 and 2026.10.9. A test runs TRL's lines.
 TOOLS = {
     "ai-toolkit": Tool(
         """\
@@ -59,8 +68,10 @@ optimizer:
 adapter: lora
 lora_r: {rank}
 lora_alpha: {alpha}
+lora_target_linear: true
 {rslora}learning_rate: {converted}""",
         rslora="peft_use_rslora: true\n",
+        has_layers=True,
     ),
     "diffusers": Tool(
         "{other_alpha}--rank {rank} --learning_rate {converted}",
@@ -74,8 +85,10 @@ lora_alpha: {alpha}
 finetuning_type: lora
 lora_rank: {rank}
 lora_alpha: {alpha}
+lora_target: all
 {rslora}learning_rate: {converted}""",
         rslora="use_rslora: true\n",
+        has_layers=True,
     ),
     "mlx": Tool("""\
 fine_tune_type: lora
@@ -91,22 +104,36 @@ Learning rate: {converted}"""),
     "swift": Tool(
         """\
 --tuner_type lora --lora_rank {rank} --lora_alpha {alpha}{rslora} \\
---learning_rate {converted}""",
+--target_modules all-linear --learning_rate {converted}""",
         rslora=" --use_rslora true",
+        has_layers=True,
     ),
     "trl": Tool(
         """\
-peft_config = LoraConfig(r={rank}, lora_alpha={alpha}{rslora})
+import rankaware_optim, torch
+from peft import LoraConfig
+
+peft_config = LoraConfig(
+    r={rank}, lora_alpha={alpha}{rslora}, target_modules="all-linear"
+)
 # after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:
 rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={lr},
     {settings})""",
         rslora=", use_rslora=True",
+        has_layers=True,
     ),
     "unsloth": Tool(
         """\
-model = FastLanguageModel.get_peft_model(model, r={rank}, lora_alpha={alpha}{rslora})
+from unsloth import FastLanguageModel
+from trl import SFTConfig
+
+layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+model = FastLanguageModel.get_peft_model(
+    model, r={rank}, lora_alpha={alpha}{rslora}, target_modules=layers
+)
 args = SFTConfig(learning_rate={converted})""",
         rslora=", use_rslora=True",
+        has_layers=True,
     ),
     "verl": Tool("""\
 actor_rollout_ref.model.lora_rank={rank} \\
@@ -152,7 +179,10 @@ def _lines(
         converted=f"{to.lr:.4g}",
         settings=", ".join(_settings(origin, at, law)),
     )
-    return "\n".join([*(f"# {line}" for line in (summary, *to.notes)), lines])
+    comments = [summary, *to.notes]
+    if tool.has_layers:
+        comments.append(_ALL_LINEAR)
+    return "\n".join([*(f"# {line}" for line in comments), lines])
 
 
 def _settings(origin: Reference, at: Reference, law: str) -> Iterator[str]:

@@ -98,14 +98,16 @@ def test_a_tool_is_given_what_it_needs(tool, sites, there, missing):
 
 
 PASTED = {
-    "axolotl": "adapter: lora\nlora_r: 64\nlora_alpha: 16\npeft_use_rslora: true\nlearning_rate: {}\n",
+    "axolotl": "adapter: lora\nlora_r: 64\nlora_alpha: 16\nlora_target_linear: true\npeft_use_rslora: true\nlearning_rate: {}\n",
     "kohya": "--network_dim 64 --network_alpha 128 \\\n--learning_rate {}\n",
-    "swift": "--tuner_type lora --lora_rank 64 --lora_alpha 16 --use_rslora true \\\n--learning_rate {}\n",
+    "swift": "--tuner_type lora --lora_rank 64 --lora_alpha 16 --use_rslora true \\\n--target_modules all-linear"
+    " --learning_rate {}\n",
     "ai-toolkit": "network:\n  type: lora\n  linear: 64\n  linear_alpha: 128\ntrain:\n  lr: {}\n",
-    "llamafactory": "finetuning_type: lora\nlora_rank: 64\nlora_alpha: 16\nuse_rslora: true\nlearning_rate: {}\n",
+    "llamafactory": "finetuning_type: lora\nlora_rank: 64\nlora_alpha: 16\nlora_target: all\nuse_rslora: true\nlearning_rate: {}\n",
     "mlx": "fine_tune_type: lora\nlearning_rate: {}\nlora_parameters:  # all three are required; scale multiplies,"
     " it is no alpha\n  rank: 64\n  scale: 2\n  dropout: 0.0\n",
-    "unsloth": "model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=16, use_rslora=True)\n"
+    "unsloth": "model = FastLanguageModel.get_peft_model(\n"
+    "    model, r=64, lora_alpha=16, use_rslora=True, target_modules=layers\n)\n"
     "args = SFTConfig(learning_rate={})\n",
     "verl": "actor_rollout_ref.model.lora_rank=64 \\\nactor_rollout_ref.model.lora_alpha=128 \\\n"
     "actor_rollout_ref.actor.optim.lr={}\n",

@@ -11,10 +11,12 @@ from dataclasses import replace
 import optuna
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim.cli import main
 from rankaware_optim.integrations import attach, group_rates
 
 from ...helpers.deepspeed import on_cpu
@@ -166,6 +168,32 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, capsys, ki
     hand = of_trl(kind, model, tmp_path / "hand", by_hand(model))
     hand.train()
     assert same(weights(ours), weights(hand))
+
+
+def test_trls_pasted_lines_train_the_layers_that_they_name(tmp_path):
+    """The lines of `convert --as trl` run as they stand: every linear layer trains at the converted rate."""
+    asked = ["convert", "2e-4", "--from", "r=16,alpha=16", "--to", "r=64,alpha=64"]
+    done = CliRunner().invoke(main, [*asked, "--as", "trl"])
+    before, after = done.output.split("# after trainer = ")
+    names = {}
+    exec(before, names)
+    args = arguments(tmp_path, trl.SFTConfig, max_steps=1, max_length=None)
+    names["trainer"] = trainer = trl.SFTTrainer(
+        transformers.LlamaForCausalLM(llama_config()),
+        args=args,
+        train_dataset=tokens(),
+        processing_class=tokenizer(),
+        peft_config=names["peft_config"],
+    )
+    trainer.args.learning_rate = 2e-4
+    exec(after.partition("\n")[2], names)
+    trainer.train()
+    rows = trainer.optimizer.report().rows
+    assert {row.rank for row in rows} == {64}
+    adapted = {
+        n.split(".")[-4] for n, p in trainer.model.named_parameters() if p.requires_grad
+    }
+    assert len(adapted) == 7
 
 
 def test_the_readmes_line_moves_a_trainers_rates(tmp_path):
