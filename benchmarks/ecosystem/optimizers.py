@@ -1,4 +1,4 @@
-"""Every optimizer class of eleven packages: its family, and whether it trains at the rates that it was given.
+"""Every optimizer class of fifteen packages: its family, and whether it trains at the rates that it was given.
 
     python benchmarks/ecosystem/optimizers.py     # results/optimizers.md, about ten minutes on a core
 
@@ -12,6 +12,13 @@ where the form is the optimizer's. The rule, committed before the run:
 * it finds relative-scale, instead, where four times larger weights make four times larger steps, within a fifth;
 * where it finds none, or the class cannot be stepped so, the table's family is that of the published update rule, or
   unknown.
+
+Under constant gradients ours, the native class at one rate and the native class with groups by hand are compared: does
+each factor go its multiple of the native displacement (within a tenth), and are its entries, its singular values or its
+direction and the gradient's alike, as its family says? The same methods as in the environment's test.
+
+A public method other than `step` that moves a parameter farther at a larger rate is another way to step; it must move
+ours as by hand.
 
 Two comparisons with the native class and the same groups multiplied by hand, in float32, eight steps each: under a
 cosine schedule; and saved, loaded into a fresh one and continued. "equal" means bit for bit; "within" gives the largest
@@ -49,6 +56,13 @@ from tests.environments.integrations.by_hand import (
     run,
     through_file,
 )
+from tests.environments.integrations.displacement import (
+    JUDGED,
+    NOT_BY_RATE,
+    OF_ANOTHER_FORM,
+    judged,
+    ways_to_step,
+)
 from tests.environments.integrations.optimizer_cases import (
     CASES,
     CLASSES,
@@ -69,6 +83,9 @@ NOTES = [
     "check: the family that the coordinate check finds, and the rms of its form's slopes; in brackets the nearest form"
     " and its rms where it finds none. known by: the check, the update rule where the check finds none, another, or was"
     " not possible, or nothing.",
+    "displacement: under constant gradients. as given: at each factor's rate, and in its family's form where that is"
+    " sign-like, spectral or gradient-like; else why that cannot be judged so. another way to step: a public method that"
+    " moves parameters by the rate. Ours moves there by the multiplied one, as by hand; × gives the ratio where not.",
     "native: what the native class raised by itself, with the first words. torchao keeps rates in float32, so that the"
     " order of two products rounds.",
     "In adv_optm's Muon and AdaMuon the check finds Adam's form, since they rescale an update to Adam's rms; with"
@@ -131,6 +148,8 @@ def row(key: str) -> dict[str, str]:
             "family": "",
             "known by": REFUSED[key],
             "check": "",
+            "displacement": "",
+            "another way to step": "",
             **cells,
         }
     kind = CASES[key].kind
@@ -143,8 +162,37 @@ def row(key: str) -> dict[str, str]:
         "family": family,
         "known by": "–" if family == "unknown" else by,
         "check": words,
+        "displacement": as_displaced(key),
+        "another way to step": other_ways(key),
         **cells,
     }
+
+
+def as_displaced(key: str) -> str:
+    """Whether factors move at their rates and in their family's form, or why that cannot be judged."""
+    if key not in JUDGED:
+        return ""
+    try:
+        with patience():
+            found = judged(JUDGED[key])
+    except Exception as error:
+        return f"native: {type(error).__name__}"
+    if not found.as_by_hand:
+        return "NOT AS BY HAND"
+    words = [NOT_BY_RATE.get(key, "ANOTHER RATE")] * bool(found.wrong_rates)
+    words += [OF_ANOTHER_FORM.get(key, "ANOTHER FORM")] * bool(found.other_forms)
+    return "; ".join(dict.fromkeys(words)) or "as given"
+
+
+def other_ways(key: str) -> str:
+    """The methods that step too, and whether ours is at the multiplied rate there."""
+    if key not in JUDGED:
+        return ""
+    ways = ways_to_step(JUDGED[key])
+    return ", ".join(
+        name if math.isclose(times, 1.0, rel_tol=1e-3) else f"{name} × {times:.3g}"
+        for name, times in ways.items()
+    )
 
 
 def tried(train: Callable[[Case, Builder], Any], case: Case) -> str:

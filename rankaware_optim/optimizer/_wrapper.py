@@ -385,6 +385,7 @@ _STEPS = (
     "update_step",
     "third_step",
     "step_subgroup",
+    "rollback_subgroup",
     "group_step",
 )
 _SUBCLASSES: dict[type, Any] = {}

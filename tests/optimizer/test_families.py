@@ -355,23 +355,33 @@ def test_a_default_that_makes_its_own_rates_is_refused(
 # --- another way to step --------------------------------------------------------------------------------------------
 
 
-class ByParameter(torch.optim.SGD):
-    """Steps a parameter from a hook of its gradient too, as adv_optm's classes do."""
+WAYS = [
+    "step_parameter",  # adv_optm, from a hook of the gradient
+    "update_step",  # bitsandbytes
+    "third_step",  # bSAM
+    "step_subgroup",  # DeepSpeed, as the two that follow
+    "rollback_subgroup",
+    "group_step",
+]
 
-    def step_parameter(self, p: nn.Parameter, group: dict, i: int | None = None):
-        p.data.sub_(p.grad, alpha=float(group["lr"]))
+
+def step_one(self: Optimizer, p: nn.Parameter, group: dict, i: int | None = None):
+    """What such a method does."""
+    p.data.sub_(p.grad, alpha=float(group["lr"]))
 
 
-def test_a_step_of_one_parameter_is_at_its_multiplied_rate():
-    """`step_parameter`, which a hook calls in the backward pass, trains at base rate × multiplier, and puts it back."""
+@pytest.mark.parametrize("way", WAYS)
+def test_another_way_to_step_is_at_the_multiplied_rate(way):
+    """A method that steps a parameter trains it at base rate × multiplier, and puts the base rate back."""
     model = kept_alpha(4, 64)
-    opt = RankAwareOptimizer(model, ByParameter, lr=LR, rates={"layer0.*": LR / 4})
+    kind = type("ByParameter", (torch.optim.SGD,), {way: step_one})
+    opt = RankAwareOptimizer(model, kind, lr=LR, rates={"layer0.*": LR / 4})
     by_name = rates_of(opt)
     assert by_name["layer0.lora_A"] == LR / 4
     for group in opt.param_groups:
         for param, name in zip(group["params"], group["param_names"], strict=True):
             before, param.grad = param.detach().clone(), torch.ones_like(param)
-            opt.step_parameter(param, group, 0)
+            getattr(opt, way)(param, group, 0)
             expected = torch.full_like(param, by_name[name])
             assert torch.allclose(before - param, expected)
     assert {group["lr"] for group in opt.param_groups} == {LR}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
+from torch.optim import Optimizer
 
 from rankaware_optim import Law, RankAwareOptimizer
 
-from ...helpers.models import mlp
+from ...helpers.models import mlp, same
 from .by_hand import Case, parts
 from .optimizer_cases import CASES, CLASSES, NO_STEP, P
 
@@ -137,11 +139,25 @@ def displaced(case: Case, model: nn.Module, opt: Any) -> dict[str, torch.Tensor]
     """How far each factor goes in a few steps of a constant gradient."""
     factors = {n: p for n, p in model.named_parameters() if ".lora_" in n}
     start = {name: param.detach().clone() for name, param in factors.items()}
+    seeded(opt)
+    closure = closure_of(case, model, opt)
+    for _ in range(STEPS):
+        closure()
+        opt.step(*[closure] * case.closure)
+    return {name: param.detach() - start[name] for name, param in factors.items()}
+
+
+def seeded(opt: Any) -> None:
+    """Seed what draws, and put the optimizer into its training mode, if it has one."""
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
     if hasattr(opt, "train"):
         opt.train()
+
+
+def closure_of(case: Case, model: nn.Module, opt: Any) -> Callable[[], torch.Tensor]:
+    """What puts the constant gradients into the parameters."""
     gradients = gradients_of(model)
 
     @torch.enable_grad()
@@ -158,10 +174,7 @@ def displaced(case: Case, model: nn.Module, opt: Any) -> dict[str, torch.Tensor]
                 param.grad = param.grad.to_sparse()
         return loss.detach()
 
-    for _ in range(STEPS):
-        closure()
-        opt.step(*[closure] * case.closure)
-    return {name: param.detach() - start[name] for name, param in factors.items()}
+    return closure
 
 
 def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -218,3 +231,77 @@ def other_forms(
         if judged and form != families[name]:
             others[name] = form
     return others
+
+
+class Judged(NamedTuple):
+    """How a class moves factors: the ratios that are not their rates', the forms that are not their families', and
+    whether ours moves them as the native class with groups by hand.
+    """
+
+    wrong_rates: dict[str, float]
+    other_forms: dict[str, str]
+    as_by_hand: bool
+
+
+def judged(case: Case) -> Judged:
+    ends = {}
+    for make in (plain, by_hand, ours):
+        model = model_of(case)
+        opt = make(case, model)
+        ends[make] = displaced(case, model, opt)
+    families = {name: row.family for row in opt.report().rows for name in row.names}
+    return Judged(
+        wrong_rates(ends[ours], ends[plain]),
+        other_forms(families, ends[plain], model),
+        same(ends[ours], ends[by_hand]),
+    )
+
+
+# --- another way to step --------------------------------------------------------------------------------------------
+
+
+def ways_to_step(case: Case) -> dict[str, float]:
+    """The methods other than `step` that move a factor by the rate, and how far ours goes, by hand being 1."""
+    ways = {}
+    for name in dir(case.kind):
+        if name.startswith("_") or hasattr(Optimizer, name):
+            continue
+        try:
+            once, twice = (moved_by(case, plain, name, times) for times in (1.0, 2.0))
+            if twice > 1.5 * once:
+                hand = moved_by(case, by_hand, name)
+                ways[name] = moved_by(case, ours, name) / hand
+        except Exception:  # no method, or none that can be called so
+            continue
+    return ways
+
+
+def moved_by(case: Case, make: Any, name: str, times: float = 1.0) -> float:
+    """How far a method moves the factor of rank 2 after a step, with its own gradient, at a multiple of the rate."""
+    model = model_of(case)
+    opt = make(case, model)
+    seeded(opt)
+    closure = closure_of(case, model, opt)
+    closure()
+    opt.step(*[closure] * case.closure)
+    for group in opt.param_groups:
+        group["lr"] = group["lr"] * times
+    closure()
+    param = model.get_parameter("layer0.lora_A")
+    before = param.detach().clone()
+    getattr(opt, name)(**arguments_of(getattr(opt, name), opt, param))
+    return float((param.detach() - before).norm())
+
+
+def arguments_of(method: Any, opt: Any, param: nn.Parameter) -> dict[str, Any]:
+    """What a method that steps a parameter may ask for, by the names that packages give it."""
+    gindex, pindex, group = next(
+        (gindex, pindex, group)
+        for gindex, group in enumerate(opt.param_groups)
+        for pindex, each in enumerate(group["params"])
+        if each is param
+    )
+    known = {"p": param, "param": param, "group": group, "gindex": gindex}
+    known |= {"pindex": pindex, "i": pindex}
+    asked = inspect.signature(method).parameters
+    return {name: known[name] for name in asked if name in known}

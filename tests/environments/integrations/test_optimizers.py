@@ -123,19 +123,17 @@ def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
 
     A class that cannot be judged so is in displacement.py by name, with its reason.
     """
-    case = displacement.JUDGED[key]
-    ends = {}
-    for make in (displacement.plain, displacement.by_hand, displacement.ours):
-        model = displacement.model_of(case)
-        opt = make(case, model)
-        ends[make.__name__] = displacement.displaced(case, model, opt)
-    families = {name: row.family for row in opt.report().rows for name in row.names}
-    native, moved = ends["plain"], ends["ours"]
-    wrong = displacement.wrong_rates(moved, native)
-    others = displacement.other_forms(families, native, model)
-    assert same(moved, ends["by_hand"])
-    assert bool(wrong) == (key in displacement.NOT_BY_RATE), wrong
-    assert bool(others) == (key in displacement.OF_ANOTHER_FORM), others
+    found = displacement.judged(displacement.JUDGED[key])
+    assert found.as_by_hand
+    listed = key in displacement.NOT_BY_RATE, key in displacement.OF_ANOTHER_FORM
+    assert (bool(found.wrong_rates), bool(found.other_forms)) == listed, found
+
+
+@pytest.mark.parametrize("key", sorted(displacement.JUDGED))
+def test_another_way_to_step_is_at_the_multiplied_rate(key):
+    """A public method that moves parameters by the rate moves them by the multiplied one, as `step` does."""
+    ways = displacement.ways_to_step(displacement.JUDGED[key])
+    assert ways == pytest.approx(dict.fromkeys(ways, 1.0))
 
 
 # --- refused --------------------------------------------------------------------------------------------------------
