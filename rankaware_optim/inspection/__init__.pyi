@@ -18,6 +18,7 @@ from ._references import parse_reference as parse_reference
 from ._survey import declared_init as declared_init
 from ._survey import factor_tensors as factor_tensors
 from ._survey import inspect_model as inspect_model
+from ._survey import is_other_adapter as is_other_adapter
 from ._survey import other_kind as other_kind
 from ._survey import refuse_frozen as refuse_frozen
 from ._survey import survey_of as survey_of

@@ -16,6 +16,7 @@ from .._rate import Rate
 from .._types import Factor, Method, Reference, Survey, dense, init_text, width_for
 from .._warn import warn
 from ..errors import OptimizerError
+from ..inspection import is_other_adapter
 from ..laws import (
     DEFAULT_LAW,
     FORMS,
@@ -311,6 +312,19 @@ def _notes(plan: Plan, groups: Iterable[Settings]) -> Iterator[str]:
     yield from _batch_note(plan)
 
 
+def _warn_of_adapters_without_a_law(plan: Plan) -> None:
+    """Warn where a rate is said to be moved and some adapters stay at the base rate."""
+    kinds = plan.survey.unsupported
+    names = [name for name in kinds if is_other_adapter(name)]
+    if not names or plan.options.tuned_at is None:
+        return
+    words = " and ".join(sorted({kinds[name] for name in names}))
+    warn(
+        f"No law covers {words}: {len(names)} of its parameters, such as {names[0]}, train at the"
+        " base rate, whatever tuned_at= says. rates= gives them another."
+    )
+
+
 def _adapter_notes(plan: Plan) -> list[str]:
     """Return what is assumed of the adapters' ranks and inits."""
     reference, factors = plan.reference, plan.survey.factors
@@ -318,6 +332,7 @@ def _adapter_notes(plan: Plan) -> list[str]:
     kinds = {(f.rank, f.scaling, f.init) for f in factors}
     if "other" in inits:
         warn(_NO_ZERO)
+    _warn_of_adapters_without_a_law(plan)
     is_lora = plan.method == reference.method == "lora"
     another = "B" if reference.init == "A" else "A"
     return _those_that_apply(

@@ -337,6 +337,15 @@ def test_a_rate_used_as_it_was_tuned_does_not_move(options):
     assert plan(mlp((4,)), **options).notes == ()
 
 
+def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
+    """With tuned_at= a warning says that LoKr's parameters stay at the base rate; without it the report says so alone."""
+    model = mlp((4,))
+    model.lokr_w1 = nn.Parameter(torch.ones(2, 2))
+    with pytest.warns(RankAwareWarning, match=r"No law covers LoKr: 1 of .*lokr_w1"):
+        plan(model, tuned_at=AT_16)
+    assert plan(model).survey.unsupported == {"lokr_w1": "LoKr"}
+
+
 @pytest.mark.parametrize(
     ("ranks", "to"),
     [

@@ -9,6 +9,7 @@ from torch import nn
 from rankaware_optim import (
     InspectionError,
     RankAwareOptimizer,
+    RankAwareWarning,
     Reference,
     inspect_model,
 )
@@ -161,13 +162,14 @@ OTHERS += [(of_lycoris, name) for name in OTHER_MODULES]
 
 @pytest.mark.parametrize(("build", "name"), OTHERS)
 def test_other_methods_stay_at_the_base_rate(build, name):
-    """A method of PEFT or LyCORIS that is no LoRA pair is named, has no factors, and trains at the rate given."""
+    """A method of PEFT or LyCORIS that is no LoRA pair is named, has no factors, and trains at the rate given, which is said."""
     torch.manual_seed(0)
     model, kind = build(name)
     survey = inspect_model(model)
     assert survey.factors == ()
     assert kind in {other_kind(name) for name in survey.other}
     at_16 = Reference(rank=16, alpha=16)
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=at_16)
+    with pytest.warns(RankAwareWarning, match=f"No law covers {kind}"):
+        opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=at_16)
     assert {g["lr"] for g in opt.param_groups} == {1e-3}
     assert sum(len(g["params"]) for g in opt.param_groups) == len(survey.other)
