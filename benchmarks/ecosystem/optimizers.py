@@ -314,7 +314,7 @@ def resumed(case: Case, build: Builder) -> Any:
     run(case, model, opt, 0, 4)
     other = build(case, fresh)
     fresh.load_state_dict(model.state_dict())
-    other.load_state_dict(through_file(opt, weights_only=False))
+    other.load_state_dict(through_file(opt, safely=False))
     run(case, fresh, other, 4, 8)
     return snapshot(fresh)
 
