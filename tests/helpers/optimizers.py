@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import Parameter, Signature
 from typing import Any
 
 import pytest
@@ -36,6 +37,20 @@ class Moves(torch.optim.Optimizer):
 def called(name: str, package: str = "somewhere") -> type[torch.optim.Optimizer]:
     """An optimizer under the name of a real one, by which laws know its family."""
     return type(name, (Moves,), {"__module__": f"{package}.optimizer"})
+
+
+def with_defaults(
+    name: str, package: str, **defaults: Any
+) -> type[torch.optim.Optimizer]:
+    """An optimizer under the name of a real one, whose class has these defaults."""
+    parameters = [
+        Parameter(key, Parameter.KEYWORD_ONLY, default=value)
+        for key, value in {"lr": 1e-3, **defaults}.items()
+    ]
+    kind: Any = called(name, package)
+    params = Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)
+    kind.__signature__ = Signature([params, *parameters])
+    return kind
 
 
 def names_of(opt: torch.optim.Optimizer) -> list[list[str]]:

@@ -46,7 +46,7 @@ from rankaware_optim.laws import (
 from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA
-from ..helpers.optimizers import called, muon
+from ..helpers.optimizers import called, muon, with_defaults
 from .sites import Site, lora_sites, ranks, sites, widths
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
@@ -155,6 +155,30 @@ BOUND = [
     muon({}, SPECTRAL, False),
     muon({"adjust_lr_fn": None}, SPECTRAL, False),
     muon(MATCHED, {**SPECTRAL, "shape_factor": "match_rms_adamw"}, False),
+    (
+        with_defaults("Muon", "timm", **MATCHED),
+        {},
+        {**SPECTRAL, "shape_factor": "match_rms_adamw"},
+        False,
+    ),
+    (
+        with_defaults("Muon", "timm", **MATCHED),
+        {"adjust_lr_fn": "rms_to_rms"},
+        {**SPECTRAL, "shape_factor": "rms_to_rms"},
+        False,
+    ),
+    (
+        with_defaults("Muon_adv", "adv_optm", rms_rescaling=True),
+        {},
+        {**SPECTRAL, "shape_factor": "match_rms_adamw"},
+        False,
+    ),
+    (
+        called("Muon", "pytorch_optimizer"),
+        {"use_adjusted_lr": True},
+        {**SPECTRAL, "shape_factor": "match_rms_adamw"},
+        False,
+    ),
     (SGD, {"momentum": 0.9}, GRADIENT, False),
     (called("Lamb"), {}, {"family": "relative-scale"}, False),
     (LARS_OF, {}, GRADIENT, False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import warnings
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer._plan import _WARNED
 
 from ..helpers.models import mlp, trained
-from ..helpers.optimizers import called, rates_of
+from ..helpers.optimizers import called, rates_of, with_defaults
 
 AT_16 = Reference(rank=16, alpha=16)
 LR = 1e-3
@@ -157,18 +156,6 @@ def test_settings_of_a_group_choose_its_family(name, package, settings, family):
     keeps = family in ("rank-aware", "floored-scale", "first-step")
     expected = 1.0 if keeps else law_of(family, 4)
     assert by_name["layer0.lora_A"] == pytest.approx(LR * expected, rel=1e-9)
-
-
-def with_defaults(name: str, package: str, **defaults: object) -> type[Optimizer]:
-    """An optimizer under a real one's name, whose class has these defaults."""
-    kind = called(name, package)
-    parameters = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
-        for key, value in {"lr": LR, **defaults}.items()
-    ]
-    first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    kind.__signature__ = inspect.Signature([first, *parameters])
-    return kind
 
 
 DEFAULTS = [

@@ -30,7 +30,7 @@ from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
 
 from ..helpers.adapters import peft_folder
 from ..helpers.models import PlainLoRA
-from ..helpers.optimizers import called
+from ..helpers.optimizers import called, with_defaults
 
 references = st.builds(
     Reference,
@@ -159,6 +159,7 @@ OPTIMIZERS = [
     ("lion", {}, (1 / 10, 1 / 2)),
     (called("AdamWScheduleFree"), {}, (1, 10)),
     (called("Muon"), MATCHED, (1, 1)),
+    (with_defaults("Muon", "timm", **MATCHED["settings"]), {}, (1, 1)),
 ]
 
 

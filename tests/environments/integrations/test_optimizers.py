@@ -1,4 +1,4 @@
-"""Every optimizer class of six packages: the same numbers as the native class with groups by hand, saved and loaded."""
+"""Every optimizer class of fifteen packages: the same numbers as the native class with groups by hand, saved and loaded."""
 
 from __future__ import annotations
 
