@@ -21,7 +21,7 @@ the ranks tried is lower than today's and the interval of the difference lies be
 higher. Else, if fewer than 85 % of today's bands hold below the ranks tried in one of the kinds, the spread there becomes
 the least of .2 and .3 with which 85 % hold in all, or .3 if neither does.
 
-**Amended after a first run** (commit 2ced950a), which took a tenth and a fifth of a sweep as one kind. No way won there
+**Amended after a first run** (page at d56aec36), which took a tenth and a fifth of a sweep as one kind. No way won there
 either, and 97 % of bands held: of a tenth, three full runs leave two runs of LoRA, and bands of octaves. Now each share is
 a kind of its own. *Lower* was added then: a tenth of an octave less for each octave below. It is shown, not judged.
 """
@@ -41,10 +41,10 @@ import numpy as np
 from calibration import simulated
 from calibration.fit_recipes_again import BY_FIT, observations_of
 from calibration.make_recipes import paths_of
-from calibration.simulated import GUESS, RATES, real_best, reference_of, seeds_of
+from calibration.simulated import RATES, drawn, real_best, settled_of
 from calibration.studies import STEPS, searched
 from calibration.surfaces import Gap, Surface, gap_of, study_surfaces
-from internals import Calibration, Options, Setting, Settled
+from internals import Calibration, Options, Setting
 from recording import block, machine, made_on, number, write_explained
 from study.configurations import start_of
 from study.domains import HELD_OUT, STUDY
@@ -180,8 +180,7 @@ def study(
     on: Surface, ranks: tuple[int, int], share: float, seed: tuple[int, int]
 ) -> tuple[Recipe, list[Observation]]:
     """A study as `simulated.calibrated` makes it, at these ranks, with its runs."""
-    rng = np.random.default_rng(seed)
-    seeds = seeds_of(on, rng)
+    seeds, guess = drawn(on, seed)
     budget = round(share * RATES * 6 * STEPS)
     options = Options(
         AdamW,
@@ -192,14 +191,14 @@ def study(
         budget=budget,
         full_trials=FULL_TRIALS,
     )
-    settled = Settled(reference_of(on, options.anchor), on.full_fan_in, {})
+    settled = settled_of(on, options)
     seen = []
 
     def run(study: Calibration, setting: Setting, x: float) -> Observation:
         seen.append(simulated.run(on, study, setting, x))
         return seen[-1]
 
-    return searched(options, settled, rng.uniform(-GUESS, GUESS), run), seen
+    return searched(options, settled, guess, run), seen
 
 
 def from_recipes() -> Iterator[Score]:
