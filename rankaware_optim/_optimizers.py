@@ -233,21 +233,19 @@ def in_force(
     return {**defaults_of(optimizer), **(settings or {})}
 
 
-def goes_to_adam(
-    optimizer_class: type, settings: Mapping[str, Any], shape: Sequence[int]
-) -> bool:
+def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) -> bool:
     """Return whether a spectral optimizer hands a parameter of this shape to its Adam: a vector, or
     where its class does so, a matrix with a side below 4 or sides that are more than 128 times
     apart, unless its group's settings say what trains it.
 
-    >>> Muon = type("Muon", (), {"__module__": "timm.optim"})
-    >>> [goes_to_adam(Muon, {}, shape) for shape in ((4, 768), (16, 768))]
+    >>> timm = known_optimizer("timm.Muon")[1]
+    >>> [goes_to_adam(timm, {}, shape) for shape in ((4, 768), (16, 768))]
     [True, False]
     """
     if len(shape) < 2:
         return True
     says = any(settings.get(key) is not None for key in ("use_muon", "optim_type"))
-    if says or not known_optimizer(optimizer_class)[1].thin_to_adam:
+    if says or not row.thin_to_adam:
         return False
     short, long = sorted((shape[0], prod(shape[1:])))
     return 1 in shape[:2] or short < 4 or long > 128 * short

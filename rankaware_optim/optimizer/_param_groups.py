@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import Known, known_optimizer
 from .._rate import Rate
 from .._types import Factor, Init, Method, Survey
 from .._warn import warn
@@ -297,17 +296,17 @@ def _labels(
     state: Mapping[Any, Any],
 ) -> Iterator[tuple[Label, tuple[tuple[str, Any], ...]]]:
     """Yield each parameter's label, and the settings by which its state decides its family."""
-    row = Known() if plan.optimizer is None else known_optimizer(plan.optimizer)[1]
-    switches = sorted({switch.setting for switch in row.switches})
+    switches = sorted({switch.setting for switch in plan.known.switches})
     own_lr = "lr" in group.options
     rules: dict[Any, Rule] = {}
     for name, param in group.named:
-        moments, shape = state.get(param, {}), param.shape
+        moments = state.get(param, {})
         marks = tuple((key, moments[key]) for key in switches if key in moments)
-        if (shape, marks) not in rules:
-            settings = {**group.options, **dict(marks)}
-            rules[shape, marks] = plan.rule_for(settings, shape)
-        rule, factor = rules[shape, marks], factors.get(name)
+        settings = {**group.options, **dict(marks)}
+        to_adam = plan.goes_to_adam(settings, param.shape)
+        if (to_adam, marks) not in rules:
+            rules[to_adam, marks] = plan.rule_for(settings, to_adam)
+        rule, factor = rules[to_adam, marks], factors.get(name)
         trains = param.requires_grad
         yield plan.label(name, factor, rule, own_lr=own_lr, trains=trains), marks
 

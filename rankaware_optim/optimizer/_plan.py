@@ -11,7 +11,13 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from .._checks import check_lr, is_number, plain_lr
-from .._optimizers import RANK_AWARE, goes_to_adam, optimizer_family
+from .._optimizers import (
+    RANK_AWARE,
+    Known,
+    goes_to_adam,
+    known_optimizer,
+    optimizer_family,
+)
 from .._rate import Rate
 from .._types import Factor, Method, Reference, Survey, dense, init_text, width_for
 from .._warn import warn
@@ -151,18 +157,29 @@ class Plan:
     settings: Settings = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
-    def rule_for(self, settings: Settings, shape: Sequence[int] | None = None) -> Rule:
+    @cached_property
+    def known(self) -> Known:
+        """The optimizer's known properties."""
+        return Known() if self.optimizer is None else known_optimizer(self.optimizer)[1]
+
+    def goes_to_adam(self, settings: Settings, shape: Sequence[int]) -> bool:
+        """Return whether the optimizer hands a parameter of a group with these settings to its
+        Adam.
+        """
+        return goes_to_adam(self.known, {**self.settings, **settings}, shape)
+
+    def rule_for(self, settings: Settings, to_adam: bool = False) -> Rule:
         """Return the rule of a parameter group, whose settings may put it into another family.
 
         Args:
             settings: the group's own settings.
-            shape: that of a parameter, which may put it into another family than its group's.
+            to_adam: whether it holds what a spectral optimizer hands to its Adam.
         """
         given = {**self.settings, **settings}
+        if to_adam:
+            given["use_muon"] = False
         law, family = get_law(self.options.law), "sign-like"
         if self.optimizer is not None:
-            if shape is not None and goes_to_adam(self.optimizer, given, shape):
-                given["use_muon"] = False
             law = bound_law(law, self.optimizer, given)
             family = optimizer_family(self.optimizer, given)
         by_run = 1.0 if self.use is None else self.use.by_steps
@@ -306,10 +323,20 @@ def _notes(plan: Plan, groups: Iterable[Settings]) -> Iterator[str]:
     yield from plan.survey.notes
     yield from _adapter_notes(plan)
     yield from _move_notes(plan)
-    by_family = {rule.family: rule for rule in map(plan.rule_for, groups)}
+    shapes, by_family = set(map(_shape_of, plan.survey.factors)), {}
+    for settings in groups:
+        handed = {plan.goes_to_adam(settings, shape) for shape in shapes} or {False}
+        for rule in (plan.rule_for(settings, to_adam) for to_adam in sorted(handed)):
+            by_family[rule.family] = rule
     for rule in by_family.values():
         yield from _family_note(plan, rule)
     yield from _batch_note(plan)
+
+
+def _shape_of(factor: Factor) -> tuple[int, int]:
+    rows = factor.rank if factor.role == "A" else factor.fan_out
+    columns = factor.rank if factor.role == "B" else factor.fan_in
+    return int(rows or 1), int(columns or 1)
 
 
 def _warn_of_adapters_without_a_law(plan: Plan) -> None:

@@ -207,6 +207,9 @@ def test_a_thin_factor_is_of_what_trains_it(rank, width, name, settings, family,
     else:
         opt = RankAwareOptimizer(kind(groups, lr=LR), model=model, tuned_at=AT_16)
     assert {row.family for row in opt.report().rows} == {family}
+    noted = any(f"is {family}" in note for note in opt.report().notes)
+    assert noted == (family != "sign-like")
+    assert len(opt.report().notes) == noted
     law = ra.Falling() if family == "sign-like" else MuA(tokens=8.0, family="spectral")
     factor = Factor("f", "A", rank, width, width, 1.0)
     at = Reference(16, 16, fan_in=width)
