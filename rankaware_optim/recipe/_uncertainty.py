@@ -20,6 +20,7 @@ from ._constants import (
     BATCH_SD,
     DRIFT_SHARE,
     INIT_SD,
+    LOWER_RANK_SD,
     MOST_MARGIN,
     RANK_SD,
     WIDTH_SD,
@@ -73,17 +74,8 @@ def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
             yield _law_alone(recipe, target)
     else:
         width = recipe.reference.fan_in
-        rank, ranks, beyond = float(target.rank or recipe.law.pivot), recipe.ranks, 1.0
-        if ranks:
-            beyond = max(
-                0.0, math.log2(min(ranks) / rank), math.log2(rank / max(ranks))
-            )
-        if beyond:
-            tried = ", ".join(map(str, ranks))
-            yield (
-                RANK_SD * beyond,
-                f"rank {rank:g} is outside the ranks tried ({tried})",
-            )
+        rank = float(target.rank or recipe.law.pivot)
+        yield from _other_rank(recipe, rank)
     if target.fan_in and width and not math.isclose(target.fan_in, width, rel_tol=0.01):
         here, own = round(target.fan_in, 1), round(width, 1)
         words = f"fan-in {here:g} is not the recipe's own {own:g}"
@@ -94,6 +86,22 @@ def _unseen(recipe: Recipe, target: Reference) -> Iterator[tuple[float, str]]:
             " init"
         )
         yield INIT_SD, words
+
+
+def _other_rank(recipe: Recipe, rank: float) -> Iterator[tuple[float, str]]:
+    """Yield what is added for a rank beyond those tried, and the note on it."""
+    tried = recipe.ranks
+    below = math.log2(min(tried) / rank) if tried else 0.0
+    above = math.log2(rank / max(tried)) if tried else 1.0
+    if max(below, above) <= 0:
+        return
+    listed = ", ".join(map(str, tried))
+    words = f"rank {rank:g} is outside the ranks tried ({listed})"
+    if below > 0 and recipe.reference.init == "B":
+        words += f": with {init_text('B')} the rate tends to be too high"
+        yield LOWER_RANK_SD * below, words
+    else:
+        yield RANK_SD * max(below, above), words
 
 
 def _law_alone(recipe: Recipe, target: Reference) -> tuple[float, str]:

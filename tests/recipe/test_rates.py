@@ -170,6 +170,19 @@ def test_outside_the_band_is_wider_and_flagged(inside, outside):
     assert far.high / far.low > near.high / near.low
 
 
+@pytest.mark.parametrize(
+    ("init", "rank", "said"), [("B", 1, True), ("B", 128, False), ("A", 1, False)]
+)
+def test_a_rate_below_the_ranks_tried_at_init_b_is_called_high(init, rank, said):
+    """There the fall in rank flattens, which is said of lower ranks at Init[B] alone."""
+    at = Reference(16, 16.0, init=init, fan_in=256.0)
+    with pytest.warns(RankAwareWarning) as warned:
+        recipe(reference=at).at(rank)
+    assert (
+        "with A = 0 the rate tends to be too high" in str(warned[0].message)
+    ) == said
+
+
 def test_an_extrapolation_is_said_once_a_line():
     """Python shows one warning for each extrapolation at a line of the user's code."""
     with warnings.catch_warnings(record=True) as caught:

@@ -51,6 +51,8 @@ CASES = [
     (RECIPE, replace(AT_16, fan_in=262.0), (1, 1, 0), [0.2, 0.25 * math.log2(262 / 256)]),
     (RECIPE, replace(AT_16, init="B"), (1, 1, 0), [0.2, 1.0]),
     (B, AT_16, (1, 1, 0), [0.2, 1.0]),
+    (B, replace(B.reference, rank=256), (1, 5, 0), [0.2, 0.1 * 2]),
+    (B, replace(B.reference, rank=1), (1, -3, 0), [0.2, 0.2 * 2]),
     (replace(RECIPE, ranks=()), AT_16, (1, 1, 0), [0.2, 0.1]),
     (RECIPE, FULL, (1, 0, 1), [0.4 / 2 * 6]),
     (TO_FULL, FULL, (1, 6, 1), []),
@@ -66,7 +68,7 @@ CASES = [
 
 @pytest.mark.parametrize(("recipe", "target", "row", "added"), CASES)
 def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, added):
-    """A tenth for each octave of rank beyond, a quarter of width, one for the init; half the drift up to the width."""
+    """A tenth for each octave of rank beyond, a fifth below at Init[B], a quarter of width, one for the init."""
     variance = np.array(row) @ COVARIANCE @ row + sum(sd**2 for sd in added)
     sd, notes = spread(recipe, target)
     assert sd == pytest.approx(math.sqrt(variance))
