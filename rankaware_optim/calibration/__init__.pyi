@@ -1,4 +1,5 @@
 from ._api import calibrate as calibrate
+from ._api import options_of as options_of
 from ._constants import SEEDS as SEEDS
 from ._constants import TRIALS_PER_RANK as TRIALS_PER_RANK
 from ._provenance import versions_used as versions_used

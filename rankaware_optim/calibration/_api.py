@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import optuna
 import torch
@@ -128,9 +129,9 @@ def calibrate(  # noqa: PLR0913
         CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their
             fit.
     """
-    options = Options(
-        optimizer=get_optimizer_class(optimizer),
-        law=recordable_law(law),
+    options = options_of(
+        optimizer,
+        law,
         ranks=ranks,
         seeds=seeds,
         steps=steps,
@@ -152,7 +153,7 @@ def calibrate(  # noqa: PLR0913
         runner.open(sampler, pruner, storage)
         if leads and (words := caution(options)):
             warn(words)
-        shown = progress_shown(progress and leads, options.expected, runner.before)
+        shown = progress_shown(progress and leads, options, runner.before)
         with shown as runner.show:
             while (setting := runner.next()) is not None:
                 runner.run(setting, train)
@@ -167,16 +168,29 @@ def calibrate(  # noqa: PLR0913
         random.setstate(state)
 
 
-@contextmanager
-def progress_shown(wanted: bool, expected: int, before: int) -> Iterator[Show]:
-    """Yield a function that shows how far a calibration is, on standard error: by a bar in a
-    notebook or on a terminal, elsewhere by a line for each trial.
+def options_of(
+    optimizer: type[Optimizer] | str, law: str | Law, **others: Any
+) -> Options:
+    """Return the checked arguments of `calibrate`.
 
-    expected: the likely number of trials. before: the number of those that had ended before.
+    Raises:
+        CalibrationError, OptimizerError, LawError: one is impossible.
+    """
+    return Options(get_optimizer_class(optimizer), recordable_law(law), **others)
+
+
+@contextmanager
+def progress_shown(wanted: bool, options: Options, before: int) -> Iterator[Show]:
+    """Yield a function that shows how far a calibration is, on standard error: first what it costs,
+    then a bar in a notebook or on a terminal, elsewhere a line for each trial.
+
+    before: the number of trials that had ended before.
     """
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console, expected = Console(stderr=True), options.expected
+    if wanted and not before:
+        print(f"calibrate: {options.price}", file=console.file, flush=True)
     is_live = console.is_jupyter or console.file.isatty()
     bar = tqdm(
         desc="calibrate",

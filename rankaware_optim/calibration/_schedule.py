@@ -131,6 +131,16 @@ class Options:
         """The likely number of all trials."""
         return self.searches + self.full_trials
 
+    @property
+    def price(self) -> str:
+        """What all trials cost, in words."""
+        if self.budget is not None:
+            return f"at most {self.budget:,} steps in all"
+        steps = self.expected * self.steps
+        return (
+            f"{self.expected} trials × {self.steps:,} steps = at most {steps:,} steps"
+        )
+
 
 # --- the order of the trials ----------------------------------------------------------------------
 

@@ -106,6 +106,7 @@ _GRACE_S = 10.0  # for a worker to end by itself
     "Run this command so many times at once, each on a GPU of its own if there are any.",
     default=1,
 )
+@flag("--dry-run", "Print what the trials cost, and train nothing.")
 @flag("--quiet", "Print nothing but errors, and warnings of MODULE.")
 @click.pass_context
 def calibrate(
@@ -114,6 +115,7 @@ def calibrate(
     spec: str,
     out: Path,
     workers: int,
+    dry_run: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -132,6 +134,11 @@ def calibrate(
         )
     options["name"] = options["name"] or out.stem
     options["storage"] = options["storage"] or str(out.with_suffix(".journal"))
+    if dry_run:
+        load_train(spec)
+        del options["storage"]
+        echo(f"{spec}: {calibration.options_of(**options).price}")
+        return
     before = signal.signal(signal.SIGTERM, _interrupt)
     ctx.call_on_close(partial(signal.signal, signal.SIGTERM, before))
     if workers > 1:

@@ -51,10 +51,11 @@ def on_a_terminal(code: str) -> str:
 
 
 def test_a_bar_fits_a_terminal_of_80_columns():
-    """Every frame fits in a line, with a bar and the time left; the last has all trials and the best rate."""
-    frames = [
+    """The price comes first. Every frame fits in a line, with a bar and the time left; the last has the best rate."""
+    price, *frames = [
         frame for frame in re.split(r"[\r\n]+", on_a_terminal(CODE)) if frame.strip()
     ]
+    assert price == "calibrate: 12 trials × 4 steps = at most 48 steps"
     assert max(map(len, frames)) <= WIDTH
     assert all(re.search(r" +\d+%\|.{10,}\| \S+ left *$", frame) for frame in frames)
     assert re.match(
@@ -64,11 +65,13 @@ def test_a_bar_fits_a_terminal_of_80_columns():
 
 
 def percentages(written: str) -> list[int]:
-    """The percentages of lines, each of which has a bar and the time left."""
+    """The percentages of lines, each of which has a bar and the time left, below one that has the price."""
     pattern = (
         r"trial \d+/\d+, rank \d+(?:, best rate [\d.e-]+)?: +(\d+)%\|[#\d ]+\| \S+ left"
     )
-    lines = [re.fullmatch(pattern, line) for line in written.splitlines()]
+    price, *rest = written.splitlines()
+    lines = [re.fullmatch(pattern, line) for line in rest]
+    assert price.startswith("calibrate: ")
     return [int(line[1]) for line in lines]
 
 
@@ -77,6 +80,7 @@ def test_where_there_is_no_terminal_each_trial_has_a_line(capfd):
     calibrate(made_up(), trials=5)
     out, err = capfd.readouterr()
     assert out == ""
+    assert err.splitlines()[0] == "calibrate: 5 trials × 20 steps = at most 100 steps"
     assert percentages(err) == [20, 40, 60, 80, 100]
     assert "best rate" in err.splitlines()[-1]
 
@@ -87,7 +91,7 @@ def test_a_continued_calibration_shows_the_rest(tmp_path, capfd):
     calibrate(made_up(), trials=2, **where)
     capfd.readouterr()
     calibrate(made_up(), trials=4, **where)
-    assert percentages(capfd.readouterr().err) == [75, 100]
+    assert percentages(f"calibrate: \n{capfd.readouterr().err}") == [75, 100]
 
 
 def test_nothing_is_shown_against_a_wish(capfd):
