@@ -86,6 +86,15 @@ def test_readmes_shell_command_prints_what_it_shows() -> None:
     assert printed[: len(lines)] == lines
 
 
+@pytest.mark.parametrize("command", ["convert", "suggest", "calibrate"])
+def test_the_agents_page_has_commands_that_run(command: str) -> None:
+    """The three commands of SKILL.md have arguments that the command line takes."""
+    text = (README.parent / "SKILL.md").read_text(encoding="utf-8")
+    [shown] = re.findall(rf"^rankaware {command} ([^#\n]+)", text, re.M)
+    parsed = main.commands[command].make_context(command, shown.split())
+    assert parsed.params
+
+
 def test_readme_holds_the_two_commands() -> None:
     """The first lines that name tox are the two bare commands that a newcomer copies."""
     lines = [

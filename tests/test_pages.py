@@ -107,7 +107,8 @@ def test_the_tables_of_packages_are_those_of_pyproject() -> None:
 def test_nothing_installs_the_package_from_pypi() -> None:
     """No text says `pip install rankaware-optim` while no release holds the name."""
     folders = ("docs", "examples", "rankaware_optim", "recipes", ".github")
-    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+    names = ("README.md", "SKILL.md", "CONTRIBUTING.md", "SECURITY.md")
+    texts = [ROOT / name for name in names]
     for folder in folders:
         texts += [
             p

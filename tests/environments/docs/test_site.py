@@ -59,9 +59,21 @@ def test_every_link_leads_somewhere(page, address):
     }
 
 
-@pytest.mark.parametrize(
-    ("words", "page_found"), [("convention", "extend/convention"), ("rsLoRA", "faq")]
-)
+SEARCHED = [
+    ("convention", "extend/convention"),
+    ("rsLoRA", "faq"),
+    ("7B", "faq"),
+    ("GPU hours", "calibrate"),
+    ("LR finder", "faq"),
+    ("multi-GPU", "clusters"),
+    ("NaN", "symptoms"),
+    ("Prodigy", "faq"),
+    ("torchtune", "trainers/index"),
+    ("wandb", "trainers/transformers"),
+]
+
+
+@pytest.mark.parametrize(("words", "page_found"), SEARCHED)
 def test_the_search_finds(page, address, words, page_found):
     """A word typed into the search box leads to the page about it."""
     page.goto(address + "index.html")
