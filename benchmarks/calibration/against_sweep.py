@@ -15,9 +15,9 @@ What a user would write with Optuna stands beside the calibrations. Of TPE and o
 by the default law. The grid is the sweep's own at that rank, on two of its seeds, so that its rates are among those by
 which regret is measured. TPE with the rank as a parameter has 16 runs and one search seed.
 
-The calibrations of image generation are from another processor than its sweep and scores, and so is TPE with the rank
-as a parameter. Its network is trained before it is tuned, and comes out with other bits there: its loss before training
-is .706 instead of .716.
+The calibrations of image generation are from another processor than its sweep and scores, and so are TPE with the rank
+as a parameter and three rates that score it. Its network is trained before it is tuned, and comes out with other bits
+there: its loss before training is .706 instead of .716.
 
 Cost is training steps weighted by each arm's step time, as a share of 9 rates × (5 ranks + full) × one seed.
 """
