@@ -87,9 +87,9 @@ def test_the_search_finds(page, address, words, page_found):
     )
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1050, 1280])
 def test_nothing_is_cut_off(page, address, width):
-    """On a phone and on a laptop every page is as wide as the window: tables and code scroll within themselves."""
+    """On a phone, a tablet and a laptop every page is as wide as the window: tables and code scroll within themselves."""
     page.set_viewport_size({"width": width, "height": 900})
     wide = {}
     for path in sorted(SITE.rglob("*.html")):
