@@ -16,8 +16,9 @@ weighted, as the shapes are.
 k is the curvature at v (per octave²). a is the steepness of the cliff above v (per octave). h is
 the distance below v at which the parabola becomes a straight line (octaves).
 
-A run's noise has the standard deviation σ. The level differs between seeds, and the error of the
-shape itself is a share of the gap to the best. All three are independent.
+The noise has four parts. One is a level common to all runs of a seed. A smooth part and a white
+part have standard deviation σ together. The last is the error of the shape itself, a share of the
+gap to the best.
 
 The posterior is over a grid of shapes (σ, h, a, k), weighted by prior and evidence. Ranks nearly
 share a shape: each has its own, within `OWN` of the shared one.
@@ -38,12 +39,14 @@ from ._constants import (
     CAP,
     CURVATURE,
     GRID,
+    LENGTH,
     NOISE,
     NOISE_SD,
     OWN,
     REACH,
     SEED,
     SHAPE,
+    SMOOTH,
     STEEPNESS,
     USUAL_NOISE,
 )
@@ -122,28 +125,41 @@ def _gaps(u: Array, plateau: float) -> Array:
     return np.asarray(np.minimum(k * bowls[:, :, None], highest))
 
 
+def _covariances(arm: Arm) -> tuple[Array, Array]:
+    """Return two covariances of the losses, (trials, trials): the noise in units of σ², and the
+    error of the shape.
+    """
+    white = np.eye(len(arm.x))
+    distance = arm.x[:, None] - arm.x[None, :]
+    smooth = np.exp(-0.5 * (distance / LENGTH) ** 2)
+    paired = arm.seeds[:, None] == arm.seeds[None, :]
+    noise = paired * (SEED**2 + SMOOTH * smooth) + (1.0 - SMOOTH) * white
+    gap = SHAPE * arm.y
+    return noise, np.outer(gap, gap) * (smooth + white) / 2
+
+
 def _log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     """Return log p(losses | shape, optimum), (σ, h, a, k, optima).
 
-    The level has a flat prior, and that of a seed is normal about it. Both are integrated out.
+    The level has a flat prior and is integrated out. One basis diagonalizes both covariances for
+    every σ at once.
     """
-    miss = arm.y - _gaps(arm.x - optima[:, None], plateau)
-    precision = 1.0 / (NOISE**2 + np.square(SHAPE * arm.y)[:, None])  # (trials, σ)
-    misfit = np.square(miss) @ precision
-    logdet = -np.log(precision).sum(axis=0)
-    weights, weighted = np.zeros_like(NOISE), np.zeros_like(misfit)
-    for seed in np.unique(arm.seeds):
-        own = precision * (arm.seeds == seed)[:, None]
-        total = own.sum(axis=0)
-        level = miss @ (own / total)
-        # of the seed's level, as a measure of the arm's
-        weight = 1.0 / ((SEED * NOISE) ** 2 + 1.0 / total)
-        misfit -= (total - weight) * level**2
-        logdet += np.log(total / weight)
-        weights += weight
-        weighted += weight * level
-    misfit -= weighted**2 / weights
-    logdet += np.log(weights)
+    gaps = _gaps(arm.x[None, :] - optima[:, None], plateau)
+    noise, shape = _covariances(arm)
+    whiten = np.linalg.inv(np.linalg.cholesky(noise))
+    variances, basis = np.linalg.eigh(whiten @ shape @ whiten.T)
+    basis = whiten.T @ basis
+    precision = 1.0 / (NOISE**2 + np.maximum(variances, 0.0)[:, None])  # (trials, σ)
+    ones = basis.sum(axis=0)[:, None]
+    miss = arm.y @ basis - gaps @ basis
+    level_precision = (ones**2 * precision).sum(axis=0)
+    projection = miss @ (ones * precision)
+    misfit = np.square(miss) @ precision - projection**2 / level_precision
+    logdet = (
+        np.linalg.slogdet(noise)[1]
+        - np.log(precision).sum(axis=0)
+        + np.log(level_precision)
+    )
     return np.moveaxis(-0.5 * (misfit + logdet), -1, 0)
 
 

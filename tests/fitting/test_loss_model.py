@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import numpy as np
@@ -24,11 +25,28 @@ def arm(u, **shape):
     return model.Arm(u, y - y.min(), np.zeros(len(u), dtype=np.int64))
 
 
-def covariance(arm, sigma):
-    """Of the gaps: noise σ, a level of 3σ for each seed, and a fifth of each gap."""
-    same_seed = arm.seeds[:, None] == arm.seeds
-    noise = np.eye(len(arm.x)) + 3.0**2 * same_seed
-    return sigma**2 * noise + np.diag((0.2 * arm.y) ** 2)
+def covariances(arm):
+    """The noise of two trials in units of σ², and the error of the shape, trial by trial."""
+    noise, error = np.zeros((2, len(arm.x), len(arm.x)))
+    for i, j in product(range(len(arm.x)), repeat=2):
+        near = math.exp(-((arm.x[i] - arm.x[j]) ** 2) / 2)
+        if arm.seeds[i] == arm.seeds[j]:
+            noise[i, j] = 3.0**2 + near / 2  # a level of 3σ, and half of σ² smooth
+        error[i, j] = 0.2**2 * arm.y[i] * arm.y[j] * near / 2
+    error += np.diag((0.2 * arm.y) ** 2) / 2
+    return noise + np.eye(len(arm.x)) / 2, error
+
+
+@pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 0), (2, 1, 0)])
+def test_trials_of_a_seed_share_its_level_and_near_ones_their_smooth_noise(seeds):
+    """Half of the noise, and of a gap's fifth, is smooth over an octave; noise is shared within a seed alone."""
+    seen = model.Arm(
+        np.array([-2.0, 0.0, 0.5]), np.array([0.7, 0.0, 0.2]), np.array(seeds)
+    )
+    for given, expected in zip(
+        model._covariances(seen), covariances(seen), strict=True
+    ):
+        assert given == pytest.approx(expected, abs=1e-12)
 
 
 def shape(u, h, a, k, plateau=1.0):
@@ -46,16 +64,18 @@ PRIOR = np.exp(-0.5 * (np.log(SHAPES[:, 0] / 0.015) / 1.2) ** 2)
 
 def of_shapes(arm, plateau, optima):
     """log density of an arm's gaps about every shape + a level of flat prior, by a dense formula: (shapes, optima)."""
+    noise, error = covariances(arm)
     u = arm.x - optima[:, None]
     miss = arm.y - np.array([shape(u, *bowl, plateau) for bowl in BOWLS])
     logs = []
     for sigma in SIGMAS:
-        precision = np.linalg.inv(covariance(arm, sigma))
+        covariance = sigma**2 * noise + error
+        precision = np.linalg.inv(covariance)
         level = miss @ precision.sum(axis=0) / precision.sum()
         rest = miss - level[..., None]
         logs.append(
             -0.5 * np.sum(rest @ precision * rest, axis=-1)
-            + 0.5 * np.linalg.slogdet(precision)[1]
+            - 0.5 * np.linalg.slogdet(covariance)[1]
             - 0.5 * np.log(precision.sum())
         )
     return np.concatenate(logs)
