@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import wraps
 from inspect import isfunction, signature
 from itertools import compress
 from operator import mul
@@ -407,8 +407,10 @@ def _subclass(native: Native) -> Any:
     for name, value in vars(RankAwareOptimizer).items():
         if isfunction(value) or name.startswith("_rankaware"):
             namespace[name] = value
-    for name in filter(partial(hasattr, native), _STEPS):
-        namespace[name] = _step_of(getattr(native, name), of_all=name == "step")
+    for name in _STEPS:
+        method = getattr(native, name, None)
+        if callable(method):
+            namespace[name] = _step_of(method, of_all=name == "step")
     _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 
