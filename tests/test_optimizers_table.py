@@ -7,6 +7,7 @@ import pytest
 from rankaware_optim._optimizers import (
     _KNOWN,
     RANK_AWARE,
+    goes_to_adam,
     known_name,
     known_optimizer,
     optimizer_family,
@@ -66,6 +67,29 @@ def test_settings_decide_where_the_class_does_not():
         == optimizer_family(named("LARS"))
         == "first-step"
     )
+
+
+SHAPES = [
+    ((64,), True),
+    ((64, 128), False),
+    ((3, 64), True),
+    ((4, 512), False),
+    ((4, 513), True),
+    ((513, 4), True),
+    ((96, 3, 4, 4), False),
+    ((64, 1, 3, 3), True),
+    ((1, 196, 768), True),
+]
+
+
+@pytest.mark.parametrize(("shape", "to_adam"), SHAPES)
+def test_a_thin_matrix_goes_to_adam_where_its_class_does_so(shape, to_adam):
+    """By timm's rule, unless the group says what trains it; another Muon hands on vectors alone."""
+    timm, torchs = known_optimizer("timm.Muon")[1], known_optimizer("Muon")[1]
+    vector = len(shape) == 1
+    assert goes_to_adam(timm, {"use_muon": None}, shape) == to_adam
+    assert goes_to_adam(timm, {"use_muon": True}, shape) == vector
+    assert goes_to_adam(torchs, {}, shape) == vector
 
 
 @pytest.mark.parametrize("name", _KNOWN)

@@ -340,6 +340,9 @@ def test_a_default_that_makes_its_own_rates_is_refused(
     kind = with_defaults(name, package, **{"lr": None, **settings})
     with pytest.raises(ra.OptimizerError, match=message):
         RankAwareOptimizer(kept_alpha(4), kind)
+    safe = {key: not value for key, value in settings.items()}
+    for changed in [safe] * bool(settings):
+        in_a_later_group(kept_alpha(4, 16), kind, {}, changed)
 
 
 # --- another way to step --------------------------------------------------------------------------------------------

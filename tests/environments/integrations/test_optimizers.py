@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
 from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim._optimizers import goes_to_adam, known_optimizer
 from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import mlp, same, snapshot
@@ -127,6 +130,20 @@ def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
     assert found.as_by_hand
     listed = key in displacement.NOT_BY_RATE, key in displacement.OF_ANOTHER_FORM
     assert (bool(found.wrong_rates), bool(found.other_forms)) == listed, found
+
+
+@pytest.mark.parametrize("module", ["timm.optim.muon", "adv_optm.util.Muon_util"])
+def test_what_a_muon_hands_to_its_adam_is_as_its_package_decides(module):
+    """Of every shape with sides from 1 to 4096, vectors and convolutions among them."""
+    suits = pytest.importorskip(module)._is_suitable_for_muon
+    row = known_optimizer(f"{module.partition('.')[0]}.Muon")[1]
+    sides = (1, 2, 3, 4, 5, 16, 31, 32, 33, 512, 513, 4096)
+    shapes = [(side,) for side in sides]
+    shapes += [*product(sides, sides), *product(sides, sides, (1, 3))]
+    shapes += [(rows, columns, 3, 3) for rows, columns in product(sides, sides)]
+    for shape in shapes:
+        param = torch.empty(shape, device="meta")
+        assert goes_to_adam(row, {}, shape) != suits(param), shape
 
 
 @pytest.mark.parametrize("key", sorted(displacement.JUDGED))
