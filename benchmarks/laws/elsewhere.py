@@ -105,7 +105,7 @@ def less_certain(recipe: Recipe, horizon: Mapping[str, int]) -> Asked:
 
 
 def refused(targets: Sequence[Target], recipes: Iterable[Recipe]) -> str:
-    """How many of all questions the recipes refuse, told the alpha and width, and the steps and batch or not."""
+    """How many of all questions the recipes refuse, given the alpha and width, and the steps and batch or not."""
     count, asked = 0, 0
     for recipe in recipes:
         for target in targets:
@@ -134,16 +134,16 @@ def table(curves: Curves, width: Callable[[str], float]) -> str:
         "with the spread between tasks": less_certain,
     }
     for kind, asked in kinds.items():
-        for told, horizon in horizons.items():
+        for given, horizon in horizons.items():
             scores = [score(targets, asked(recipe, horizon)) for recipe in recipes]
-            rows.append(row(f"{kind}, {told} told", scores))
+            rows.append(row(f"{kind}, {given} given", scores))
     rows.append(
         ["any shipped recipe now", "", "", refused(targets, shipped())],
     )
     heads = ["rate", "loss lost, %", "octaves above the best", "90 % band holds"]
     words = (
         f"{len(targets)} best rates inside the grid, alpha {PUBLISHED.alpha:g}. Of recipes: the mean, the least and the most "
-        f"of the {len(recipes)} at Init[A], told the model's width as `fan_in`, or {STEPS} steps and batch {BATCH} too. `suggest_lr` "
+        f"of the {len(recipes)} at Init[A], given the model's width as `fan_in`, or {STEPS} steps and batch {BATCH} too. `suggest_lr` "
         "is fitted to this sweep; recipes and the spread between tasks ([another task](another_task.md)) are not. With "
         "that spread the bands still miss: what parts these models from the study's tasks, wider and with more steps, the "
         "study does not hold. So a recipe refuses a width that differs by more than a factor of 2."

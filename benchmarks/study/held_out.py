@@ -208,7 +208,7 @@ def apart_rows() -> Iterator[list[str]]:
 
 
 def interval(apart: Mapping[Move, float], tasks: Sequence[str]) -> str:
-    """The mean over the moves of tasks, and its interval over rates drawn anew."""
+    """The mean over the moves of tasks, and its interval over rates drawn again."""
     by_source: dict[tuple[str, str, int], list[float]] = {}
     for move, difference in apart.items():
         if move.task in tasks:

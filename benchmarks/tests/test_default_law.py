@@ -84,7 +84,7 @@ def test_the_mean_of_groups_lies_in_its_interval(groups: list[list[float]]) -> N
     ],
 )
 def test_a_difference_is_said_in_points(groups: list[list[float]], said: str) -> None:
-    """The mean of all values, and the interval of means over groups drawn anew."""
+    """The mean of all values, and the interval of means over groups drawn again."""
     assert in_points(groups) == said
 
 

@@ -21,7 +21,7 @@ LOWER_RANK_SD = 0.2
 # Octaves, by init: standard deviation of the best rate that another task gives: another_task.md
 ANOTHER_TASK_SD = {"A": 1.3, "B": 2.4}
 # A width that differs by more than this factor is another model's, where even a band with that
-# spread missed a third of the best rates with steps and batch told: suggestion.md
+# spread missed a third of the best rates with steps and batch given: suggestion.md
 SAME_WIDTH = 2.0
 # Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened: by
 # hand
