@@ -87,8 +87,8 @@ NOTES = [
     " sign-like, spectral or gradient-like; else why that cannot be judged so. another way to step: a public method that"
     " moves parameters by the rate. Ours moves there by the multiplied one, as by hand; × gives the ratio where not.",
     "native: what the native class raised by itself, with the first words. torchao keeps rates in float32, so that the"
-    " order of two products rounds. In AdamW8bit such a rounding moves entries of the eight-bit state by a level under"
-    " the schedule, by more than the 1e-4 taken as rounding; at one rate it is equal.",
+    " order of two products rounds. In AdamW8bit that is more than the 1e-4 taken as rounding, since entries of its"
+    " state jump by a level: the native class at rates one float32 step higher differs by 2e-3.",
     "In adv_optm's Muon and AdaMuon the check finds Adam's form, since they rescale an update to Adam's rms; with"
     " rms_rescaling=False it finds Muon's (0.06 and 0.03). So does torch's Muon with adjust_lr_fn='match_rms_adamw'"
     " (Adam's form 0.09, Muon's of that shape 0.04). Whether their best rates move with the rank as Adam's was not run:"
