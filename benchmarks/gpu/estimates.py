@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from study.grids import Cell, Job, Losses, curve, losses_at, lowest, or_inf
+from study.grids import Cell, Job, Losses, all_means, losses_at, lowest, or_inf
 from study.optima import cliff_of, crossing
 
 WIDE = 2  # whole octaves to either side of the guess at first
@@ -66,13 +66,13 @@ class Found(NamedTuple):
 
 def estimate(done: Losses, cell: Cell, start: float, seeds: int) -> Estimate | None:
     """Estimate a cell's best rate; None where its half octaves are incomplete. `start` is the loss before training."""
-    means = curve(done, cell, seeds)
+    means = all_means(done, cell, seeds)
     if len(means) < 5 or all(x.is_integer() for x in means):
         return None
     best = lowest(means)
     at_best = losses_at(done, cell, best, seeds)
     shift = means[best] - at_best[0]  # puts seed 0's octaves on the level of the means
-    tried = {x: loss + shift for x, loss in curve(done, cell, 1).items()} | means
+    tried = {x: loss + shift for x, loss in all_means(done, cell, 1).items()} | means
     gain = start - means[best]
     bottom = means[best] + max(NEAR * gain, 2 * standard_error(done, cell, best, seeds))
     left, right = crossing(tried, best, bottom, -1), crossing(tried, best, bottom, 1)
