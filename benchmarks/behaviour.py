@@ -48,7 +48,6 @@ FAMILIES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "muon": (("Muon", {}), ("Muon", {"adjust_lr_fn": "match_rms_adamw"})),
     "lamb": (("Lamb", {}),),
     "adafactor": (("Adafactor", {}), ("Adafactor", {"scale_parameter": False})),
-    "lars": (("LARS", {"weight_decay": 0.01}),),
     "unknown": (("Unheard", {}),),
 }
 DEFAULTS: dict[str, ra.Law] = {"falling": ra.Falling(), "mua": ra.MuA()}
@@ -246,11 +245,7 @@ WRAPPED: dict[str, dict[str, Any]] = {
     "at r=16": {"tuned_at": AT},
     "at its own": {},
     "by mua": {"tuned_at": AT, "law": "mua"},
-    "by loraplus": {"tuned_at": AT, "law": "loraplus"},
-    "rates of the head": {"tuned_at": AT, "rates": {"2.weight": 1e-3}},
-    "rate of the others": {"tuned_at": AT, "other_lr": 5e-3},
     "batch": {"tuned_at": ra.Reference(rank=16, alpha=16, batch=8), "batch": 32},
-    "decay": {"tuned_at": AT, "weight_decay": 0.1},
 }
 STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"weight_decay": 0.01}),
@@ -259,7 +254,7 @@ STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def optimizer() -> Cases:
-    """Groups, rates and three steps of AdamW and SGD, some of which continue from a checkpoint."""
+    """Groups, rates and three steps of AdamW and SGD."""
     cases: Cases = {}
     for init in ("A", "B"):
         for name, options in WRAPPED.items():
@@ -268,11 +263,6 @@ def optimizer() -> Cases:
         for name, (kind, settings) in STEPPED.items():
             options = {"tuned_at": AT, **settings}
             cases |= stepped(f"{name}, Init[{init}]", two_layers(init), kind, options)
-    cases |= continued()
-    groups = ra.rank_aware_param_groups(two_layers(), lr=0.01, tuned_at=AT)
-    cases["rank_aware_param_groups"] = [
-        value for group in groups for value in (group["lr"], len(group["params"]))
-    ]
     return cases
 
 
@@ -305,19 +295,6 @@ def norms(model: nn.Module) -> list[Value]:
     return [
         float(each.detach().norm()) for each in model.parameters() if each.requires_grad
     ]
-
-
-def continued() -> Cases:
-    """Training that goes on from a checkpoint."""
-    first, second = two_layers(), two_layers()
-    saved, loaded = (
-        ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=0.01, tuned_at=AT)
-        for model in (first, second)
-    )
-    train(first, saved)
-    loaded.load_state_dict(saved.state_dict())
-    train(second, loaded)
-    return {"from a checkpoint of the same rank": norms(second)}
 
 
 # --- recipes --------------------------------------------------------------------------------------------------------
