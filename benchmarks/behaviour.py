@@ -244,7 +244,6 @@ AT = ra.Reference(rank=16, alpha=16)
 WRAPPED: dict[str, dict[str, Any]] = {
     "at r=16": {"tuned_at": AT},
     "at its own": {},
-    "by mua": {"tuned_at": AT, "law": "mua"},
     "batch": {"tuned_at": ra.Reference(rank=16, alpha=16, batch=8), "batch": 32},
 }
 STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
