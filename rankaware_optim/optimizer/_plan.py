@@ -4,6 +4,7 @@ the user's options.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -43,6 +44,13 @@ _NO_ZERO = (
     "Adapters with neither factor zero (PiSSA, OLoRA, LoRA-GA, or trained ones of undeclared init)"
     " keep the base rate, since no law covers them: give init='A' (B = 0 at the start) or 'B' (A ="
     " 0) if you know it."
+)
+
+
+_CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
+_NEW_HEAD = (
+    "A new classifier often wants 4 times the base rate at which it trains here: other_lr= or"
+    " rates= sets it."
 )
 
 
@@ -360,10 +368,15 @@ def _adapter_notes(plan: Plan) -> list[str]:
     if "other" in inits:
         warn(_NO_ZERO)
     _warn_of_adapters_without_a_law(plan)
+    at_base = [n for n in plan.survey.other if plan.options.rate_of(n, True) is None]
     is_lora = plan.method == reference.method == "lora"
     another = "B" if reference.init == "A" else "A"
     return _those_that_apply(
         ("other" in inits, _NO_ZERO),
+        (
+            is_lora and plan.use is None and any(map(_CLASSIFIER.search, at_base)),
+            _NEW_HEAD,
+        ),
         (
             plan.options.tuned_at is None and len(kinds) > 1,
             f"tuned_at not given: lr counts as tuned at {reference}, the most common of this"

@@ -337,6 +337,19 @@ def test_a_rate_used_as_it_was_tuned_does_not_move(options):
     assert plan(mlp((4,)), **options).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [({}, True), ({"rates": {"*score*": 1.0}}, False), ({"other_lr": 1.0}, False)],
+)
+def test_a_new_classifier_at_the_base_rate_is_noted(options, is_said):
+    """Under the names that libraries give it, unless it has a rate of its own; another head is not."""
+    model = mlp((4,))
+    assert not any("classifier" in note for note in plan(model).notes)
+    model.score = nn.Linear(16, 2)
+    notes = plan(model, **options).notes
+    assert any("classifier often wants 4 times" in note for note in notes) is is_said
+
+
 def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
     """With tuned_at= a warning says that LoKr's parameters stay at the base rate; without it the report says so alone."""
     model = mlp((4,))
