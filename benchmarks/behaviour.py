@@ -244,7 +244,7 @@ AT = ra.Reference(rank=16, alpha=16)
 WRAPPED: dict[str, dict[str, Any]] = {
     "at r=16": {"tuned_at": AT},
     "at its own": {},
-    "batch": {"tuned_at": ra.Reference(rank=16, alpha=16, batch=8), "batch": 32},
+    "by loraplus": {"tuned_at": AT, "law": "loraplus"},
 }
 STEPPED: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"weight_decay": 0.01}),
