@@ -24,7 +24,14 @@ SHADOWS = """
     csv json logging multiprocessing pickle queue random secrets signal socket sqlite3 tempfile threading uuid
 """
 MARKING = 'open(__file__ + ".was_run", "w").close()\n'
-LAW = "from rankaware_optim.laws import Constant\nclass Mine(Constant):\n    name = 'mine'\n"
+LAW = """
+from rankaware_optim.laws import Constant, register_law
+
+class Mine(Constant):
+    name = "mine"
+
+register_law(Mine())
+"""
 OPTIMIZER = "import torch\nclass AdamW(torch.optim.AdamW):\n    pass\n"
 LOOP = """
 def train(trial):
