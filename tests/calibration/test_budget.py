@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -226,6 +227,7 @@ JUDGED = {
     "risen": ({"x": -4.0, "curve": [2.4, 2.5, 2.6, 2.7]}, True),
     "the best gained more than its noise": ({"curve": BEHIND, "best": 0.4}, True),
     "the best gained as much as its noise": ({"curve": BEHIND, "best": 0.7}, False),
+    "two reports are enough": ({"curve": BEHIND[:2], "steps": 60}, True),
     "the warm-up is over": ({"curve": BEHIND, "warmup": 0.39}, True),
     "the warm-up lasts": ({"curve": BEHIND, "warmup": 0.41}, False),
 }
@@ -234,8 +236,9 @@ JUDGED = {
 @pytest.mark.parametrize(("of", "expected"), JUDGED.values(), ids=JUDGED)
 def test_what_the_paired_pruner_stops(of, expected):
     """A run is stopped that clearly lags the best of its rank and seed at the same step, and no other."""
-    given = {"x": -11.0, "estimate": None, "best": 0.0, "warmup": 0.0, **of}
-    how = {"estimate": given.pop("estimate"), "warmup": given.pop("warmup")}
+    usual = {"x": -11.0, "estimate": None, "best": 0.0, "warmup": 0.0, "steps": 100}
+    given = {**usual, **of}
+    how = {name: given.pop(name) for name in ("estimate", "warmup", "steps")}
     study = optuna.create_study()
     assert not pruner_of(study, **how).prune(study, run(given["x"], given["curve"]))
     noise = given.pop("best")
@@ -265,6 +268,13 @@ def test_pruning_saves_steps_and_loses_no_rate():
 WIDE = (2.0 ** (BEST - 8), 2.0 ** (BEST + 3))
 
 
+def test_the_samplers_seed_has_32_bits():
+    """The largest seed that NumPy takes is taken, and the next one is refused."""
+    assert planned(10, seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ra.CalibrationError, match="seed is 4294967296"):
+        planned(10, seed=2**32)
+
+
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 
@@ -276,11 +286,19 @@ def unsteady(trial):
         yield start + (bowl(math.log2(trial.lr) - BEST) - start) * min(step / 10, 1)
 
 
+def starved_at_first(trial):
+    """Its first trial runs out of memory, before it has a loss."""
+    if trial.number == 0:
+        raise torch.OutOfMemoryError("no memory left")
+    yield from unsteady(trial)
+
+
 SAID = [
     (made_up(), (4, 64), None),
     (made_up(), (16,), None),
     (made_up(), (4, 16), "differ by less than a factor 16"),
     (unsteady, (4, 64), "not reproducible: two runs of rank"),
+    (starved_at_first, (4, 64), "not reproducible: two runs of rank"),
 ]
 
 

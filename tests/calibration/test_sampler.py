@@ -9,10 +9,14 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from rankaware_optim import MuA, Reference
+from rankaware_optim.calibration._calibration import Calibration, Settled
 from rankaware_optim.calibration._constants import STRIDE
+from rankaware_optim.calibration._schedule import Options
 from rankaware_optim.calibration._search import (
     between,
     divergence_limits,
@@ -23,6 +27,8 @@ from rankaware_optim.calibration._search import (
 )
 from rankaware_optim.calibration._trials import PARAMETER, TrialRecord, Trials
 from rankaware_optim.fitting import Observation
+
+from ..helpers.optimizers import called
 
 START, LOW, HIGH = -6.5, -10.5, -2.5
 RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
@@ -146,6 +152,37 @@ def test_a_rank_is_refined_whether_or_not_full_runs_come_later(full_trials):
         options=SimpleNamespace(full_trials=full_trials),
     )
     assert next_rate(calibration, 2, (LOW, HIGH)) == -5.25
+
+
+def test_a_rank_stays_below_what_diverged():
+    """No rate within half an octave of the lowest that diverged is tried, wherever the optimum is thought to be."""
+    runs = ((-8.5, 0.5), (-7.5, 0.9), (-10.0, 0.6))
+    seen = numbered(*(trial_of(2, x, value) for x, value in runs))
+    fit = SimpleNamespace(best=lambda rank: -6.0, ceiling=-6.0)
+    calibration = SimpleNamespace(
+        start=START,
+        fit=lambda: fit,
+        trials=lambda: seen,
+        options=SimpleNamespace(full_trials=0),
+    )
+    assert next_rate(calibration, 2, (LOW, HIGH)) == -6.5
+
+
+FIRST = [
+    (torch.optim.AdamW, -11.8),
+    (torch.optim.SGD, -4.0),
+    (called("Muon"), -8.0),
+    (called("Lamb"), -8.0),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "usual"), FIRST)
+def test_the_first_rate_is_two_octaves_above_the_familys_usual_one(optimizer, usual):
+    """At rank 16, alpha 32 and width 4096 the usual rate is a constant of the optimizer's family."""
+    options = Options(optimizer, MuA(), (16,), (0,), 10)
+    calibration = Calibration(options, Trials)
+    calibration.settle(Settled(Reference(16, 32, fan_in=4096), 4096.0, {}))
+    assert calibration.start == pytest.approx(usual + STRIDE)
 
 
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])
