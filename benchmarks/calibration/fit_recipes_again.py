@@ -8,7 +8,6 @@ A trial trained at a rate of its own. From this follows its base rate by today's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,13 +15,14 @@ import click
 import numpy as np
 import torch
 from calibration.make_recipes import OTHER_SEEDS, RECIPES
+from internals import TrialRecord, Trials
+from optuna.trial import TrialState
 
 from rankaware_optim import Law, Recipe
 from rankaware_optim.fitting import (
     Observation,
     fit_observations,
     height,
-    impute,
     noise_of,
     prior_of,
     recent,
@@ -50,7 +50,7 @@ def fitted_again(recipe: Recipe) -> Recipe:
     rates = base_rates(recipe, law)
     moved = replace(recipe, tensors={**recipe.tensors, "lr": rates})
     prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)
-    fit = fit_observations([*observations_of(moved)], prior)
+    fit = fit_observations(trials_of(moved).evidence(), prior)
     assert fit is not None
     kept = {f.name for f in fields(recipe)} - BY_FIT
     others = {name: getattr(moved, name) for name in kept}
@@ -72,28 +72,30 @@ def base_rates(recipe: Recipe, law: Law) -> np.ndarray[Any, Any]:
     return recipe.tensors["lr"] * np.array([moved[rank] for rank in ranks])
 
 
-def observations_of(recipe: Recipe) -> Iterator[Observation]:
-    """The trials at their base rates, pruned ones last. Their scores are imputed."""
-    best: dict[tuple[int, int], tuple[Observation, np.ndarray[Any, Any]]] = {}
-    stored = recipe.tensors
-    for i in np.argsort(stored["pruned"], kind="stable"):
-        rank, seed = int(stored["rank"][i]), int(stored["seed"][i])
-        x, value = math.log2(stored["lr"][i]), float(stored["value"][i])
-        curve = stored["curve"][i, : stored["steps"][i]].astype(np.float64)
+def trials_of(recipe: Recipe) -> Trials:
+    """The trials as a study has them."""
+    stored, records = recipe.tensors, []
+    for i in range(len(stored["lr"])):
+        curve = stored["curve"][i, : stored["steps"][i]].astype(np.float64).tolist()
+        rank, seed = int(stored["rank"][i]) or None, int(stored["seed"][i])
+        known = {"rank": rank, "seed": seed, "x": math.log2(stored["lr"][i])}
         if stored["pruned"][i]:
-            imputed = impute(x, curve, *best[rank, seed])
-            if imputed is not None:
-                yield imputed
-            continue
-        if not math.isfinite(value):
-            yield Observation(rank or None, seed, x, math.inf, math.inf, math.inf)
-            continue
-        ends = {"start": height(curve), "tail": recent(curve)}
-        run = Observation(rank or None, seed, x, value, **ends, noise=noise_of(curve))
-        yield run
-        held = best.setdefault((rank, seed), (run, curve))
-        if run.value < held[0].value:
-            best[rank, seed] = run, curve
+            ended = {"state": TrialState.PRUNED, "stopped": "pruned"}
+        else:
+            run = observation_of(**known, value=float(stored["value"][i]), curve=curve)
+            ended = {"state": TrialState.COMPLETE, "observation": run}
+        records.append(TrialRecord(**known, **ended, curve=curve))
+    return Trials(records)
+
+
+def observation_of(
+    rank: int | None, seed: int, x: float, value: float, curve: list[float]
+) -> Observation:
+    """What a trial that was not pruned tells the fit."""
+    if not math.isfinite(value):
+        return Observation(rank, seed, x, math.inf, math.inf, math.inf)
+    start, tail = height(curve), recent(curve)
+    return Observation(rank, seed, x, value, start, tail, noise=noise_of(curve))
 
 
 if __name__ == "__main__":
