@@ -5,7 +5,7 @@ where its width is another model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
 from statistics import fmean
@@ -53,9 +53,14 @@ def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     Raises:
         RecipeError: the model's width is that of another model.
     """
-    width, own = _widths(recipe, survey)
-    _refuse_other_width(recipe, width, own)
-    what = _strange(recipe, survey)
+    here, own = layers_of(survey), recipe.reference
+    width, own_width = width_for(survey, own.method, own.init), own.fan_in
+    pairs = [pair for pair in product(here, recipe.layers) if _is_one(*pair)]
+    if pairs:  # the widths are those of the layers that both have
+        width = fmean(here[ours] for ours, _ in pairs)
+        own_width = fmean(recipe.layers[theirs] for _, theirs in pairs)
+    _refuse_other_width(recipe, width, own_width)
+    what = _strange(recipe, survey, here, pairs)
     if not what:
         return recipe, ""
     sd = ANOTHER_TASK_SD[recipe.reference.init]
@@ -68,32 +73,25 @@ def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     return replace(recipe, covariance=wider), sentence
 
 
-def _widths(recipe: Recipe, survey: Survey) -> tuple[float, float | None]:
-    """Return the mean widths of a model and of the recipe's: over the layers that both have, or
-    over all where they have none.
-    """
-    here, own = layers_of(survey), recipe.reference
-    pairs = product(here, recipe.layers)
-    shared = [(ours, theirs) for ours, theirs in pairs if _is_one(ours, theirs)]
-    if not shared:
-        return width_for(survey, own.method, own.init), own.fan_in
-    return (
-        fmean(here[ours] for ours, _ in shared),
-        fmean(recipe.layers[theirs] for _, theirs in shared),
-    )
-
-
-def _strange(recipe: Recipe, survey: Survey) -> str:
+def _strange(
+    recipe: Recipe,
+    survey: Survey,
+    here: Collection[str],
+    pairs: Collection[tuple[str, str]],
+) -> str:
     """Return in words which layers of a model are not the recipe's, "" if all are.
+
+    here: the model's layers. pairs: those that both have, by the name in each.
 
     Full finetuning trains more layers than an adapter, so there one that the recipe has seen is
     enough.
     """
-    here = layers_of(survey)
     if not recipe.layers or not here:
         return ""
-    new, missing = _unmatched(here, recipe.layers), _unmatched(recipe.layers, here)
-    if len(new) == len(here):
+    ours, theirs = {one for one, _ in pairs}, {other for _, other in pairs}
+    new = [layer for layer in here if layer not in ours]
+    missing = [layer for layer in recipe.layers if layer not in theirs]
+    if not pairs:
         return f"has not seen layers such as {new[0]}, but such as {missing[0]}"
     if "full" in (recipe.reference.method, survey.dominant().method):
         return ""
@@ -116,12 +114,6 @@ def _refuse_other_width(recipe: Recipe, width: float | None, own: float | None) 
         " the rate by the law all the same, give lr=recipe.lr and tuned_at=recipe.reference to the"
         " optimizer, or from_= to convert_lr.",
     )
-
-
-def _unmatched(some: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Return those of some layers that are not among others."""
-    others = list(others)
-    return [one for one in some if not any(_is_one(one, other) for other in others)]
 
 
 def _is_one(layer: str, other: str) -> bool:
