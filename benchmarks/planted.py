@@ -81,7 +81,7 @@ BUGS = (
     Bug("optimizer/_state_dict.py", "if numbers & state.keys():", "if False:", "tests/optimizer/test_checkpoints.py"),
     Bug("optimizer/_state_dict.py", 'for key in ("param_names", "lora_rank"):', 'for key in ("param_names",):', "tests/optimizer/test_checkpoints.py"),
     Bug("optimizer/_wrapper.py", "if self._rankaware_stepping:  # the native step calls self.step", "if False:", "tests/optimizer/test_loops.py"),
-    Bug("optimizer/_wrapper.py", "if written == parts[:1] and", "if written and", "tests/optimizer/test_loops.py"),
+    Bug("optimizer/_wrapper.py", "if now[1:] == was[1:] and", "if", "tests/optimizer/test_loops.py"),
     Bug("inspection/_inspect_file.py", "if path.suffix.lower() in _PICKLES:", "if path.suffix in _PICKLES:", "tests/inspection/test_files.py"),
     Bug("calibration/_liveness.py", "missed = missed + 1 if beat == last else 0", "missed = missed + 1", "tests/calibration"),
     Bug("calibration/_liveness.py", "if missed >= MISSED:", "if False:", "tests/calibration"),

@@ -176,13 +176,11 @@ def _refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) 
     """
     theirs = inspect.signature(native).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in theirs.values())
-    known = [
-        name for name in (*ours, *theirs) if name not in ("cls", "params", "settings")
-    ]
+    known, alike = set(ours), 0.8
+    if not takes_any:
+        known, alike = {*ours, *theirs} - {"cls", "params", "settings"}, 0.7
     for name in settings.keys() - theirs.keys():
-        near = get_close_matches(name, ours, 1, 0.8)
-        if not takes_any:
-            near = get_close_matches(name, known, 1, 0.7)
+        near = get_close_matches(name, known, 1, alike)
         if near or not takes_any:
             raise OptimizerError(
                 f"{name}= is an argument neither of RankAwareOptimizer nor of"

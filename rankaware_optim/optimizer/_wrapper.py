@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isfunction, signature
-from itertools import compress
+from itertools import compress, groupby
 from operator import mul
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -221,7 +221,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         opt._rankaware = _Wrap(plan, survey, init, tuple(g.names for g in groups))
         opt._rankaware_model = _weakly(model)
         roles = [group["lora_role"] in ("A", "B") for group in opt.param_groups]
-        opt._rankaware_bases = [group["lr"] for group in opt.param_groups]
+        _note_bases(opt)
         opt._rankaware_watched = roles.index(True) if any(roles) else 0
         _LIVE.add(opt)
         return opt  # type: ignore[no-any-return]
@@ -336,7 +336,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
         self._rankaware_unchecked = True
-        self._rankaware_bases = [group["lr"] for group in self.param_groups]
+        _note_bases(self)
         for group in list(compress(self.param_groups, by_default))[:1]:
             base = base_of(group)
             if float(base) > 0:
@@ -569,27 +569,35 @@ def _followed(groups: list[Group], before: Sequence[Any]) -> list[Any]:
         groups: the optimizer's groups.
         before: their base rates at the last step.
     """
-    by_user_group: dict[int, list[int]] = {}
-    if len(before) == len(groups) and "initial_lr" not in groups[0]:
-        for index, group in enumerate(groups):
-            by_user_group.setdefault(group.get("user_group", -1), []).append(index)
-    for number, parts in by_user_group.items():
-        written = [i for i in parts if groups[i]["lr"] != before[i]]
-        were_alike = all(before[i] == before[parts[0]] for i in parts)
-        are_alike = all(groups[i]["lr"] == groups[parts[0]]["lr"] for i in parts)
-        if are_alike or not were_alike:
+    rates = [group["lr"] for group in groups]
+    if len(before) != len(groups) or "initial_lr" in groups[0]:
+        return rates
+    parts = groupby(range(len(groups)), lambda i: groups[i].get("user_group", -1))
+    for number, (first, *others) in parts:
+        end = first + len(others) + 1
+        now, was = rates[first:end], before[first:end]
+        if _are_alike(now) or not _are_alike(was):
             continue
-        if written == parts[:1] and is_number(groups[parts[0]]["lr"]):
-            for i in parts:
-                groups[i]["lr"] = groups[parts[0]]["lr"]
+        if now[1:] == was[1:] and is_number(now[0]):
+            for i in others:
+                rates[i] = groups[i]["lr"] = now[0]
             continue
         warn(
             f"A rate was written to a part of user group {number}, which is split by rank into the"
-            f" groups {parts[0]} to {parts[-1]} of this optimizer. The other parts keep theirs. To"
+            f" groups {first} to {end - 1} of this optimizer. The other parts keep theirs. To"
             f" write it to all: for g in opt.param_groups: if g['user_group'] == {number}:"
             " g['lr'] = ..."
         )
-    return [group["lr"] for group in groups]
+    return rates
+
+
+def _are_alike(rates: Sequence[Any]) -> bool:
+    return all(rate == rates[0] for rate in rates)
+
+
+def _note_bases(opt: Any) -> None:
+    """Note the base rates, so that a later step sees which of them were written by hand."""
+    opt._rankaware_bases = [group["lr"] for group in opt.param_groups]
 
 
 def _put_back(opt: Any) -> None:
@@ -600,7 +608,7 @@ def _put_back(opt: Any) -> None:
         now = group["lr"]
         group["lr"] = base if now is rate else now / group.get("rank_multiplier", 1.0)
     if opt._rankaware_held:
-        opt._rankaware_bases = [group["lr"] for group, _, _ in opt._rankaware_held]
+        _note_bases(opt)
     opt._rankaware_held = []
 
 
