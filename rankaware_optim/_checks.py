@@ -104,7 +104,7 @@ def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
 
 
 # Inits at which neither factor starts at zero, and for which `suggest_lr` knows a rate.
-_PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
+PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
 
 
 def check_init(
@@ -118,7 +118,7 @@ def check_init(
     if not (init is None or isinstance(init, str)) or init not in known:
         others = "".join(f", {other!r}" for other in known[2:])
         cure = "Give one of them."
-        if init in _PUBLISHED_INITS:
+        if init in PUBLISHED_INITS:
             cure += f" At {init} take a first rate: suggest_lr(..., init={init!r})."
         raise error(
             f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.",

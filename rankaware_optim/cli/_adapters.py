@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .. import inspection, transfer
+from .._checks import PUBLISHED_INITS
 from .._types import Reference, Survey
 from ..laws import DEFAULT_LAW
 from ._options import (
@@ -89,7 +90,7 @@ def inspect(
 @RSLORA
 @init_option(
     "Others: as in PEFT's init_lora_weights.",
-    ("A", "B", "pissa", "olora", "lora_ga"),
+    ("A", "B", *PUBLISHED_INITS),
 )
 @flag("--dora", "The adapters are DoRA.")
 @flag("--full", "Suggest a rate for full finetuning.")

@@ -50,13 +50,12 @@ def attach(
     """
     _check_trainer(trainer, optimizer)
     settings = {name: value for name, value in settings.items() if value is not None}
-    _warn_of_replaced(trainer, settings.get("lr"))
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
         settings = {**defaults, **settings}
     else:
         native = get_optimizer_class(optimizer)
-    _check_settings(trainer.args, settings)
+    _check_settings(trainer, settings)
     prints, saved = trainer.is_world_process_zero(), trainer.args
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
@@ -122,15 +121,23 @@ def _trainers_choice(
     return get_optimizer_class(native), defaults
 
 
-def _check_settings(args: Any, settings: Mapping[str, Any]) -> None:
+def _check_settings(trainer: Any, settings: Mapping[str, Any]) -> None:
     """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
-    arguments is not tuned.
+    arguments is not tuned. Warn if a rate replaces one that was set there.
     """
+    args, lr = trainer.args, settings.get("lr")
     if "model" in settings:
         raise OptimizerError(
             "attach was given model=, but uses that of the trainer.", "Leave it out."
         )
     is_set = "learning_rate" in changed_arguments(args)
+    # an own class of the trainer has its own rate
+    counts = is_set and trainer.optimizer_cls_and_kwargs is None
+    if counts and lr is not None and plain_lr(lr) != args.learning_rate:
+        warn(
+            f"attach's lr={float(lr):g} replaces learning_rate={args.learning_rate:g} of the"
+            " arguments."
+        )
     if is_set or settings.keys() & {"lr", "recipe"}:
         return
     raise OptimizerError(
@@ -138,19 +145,6 @@ def _check_settings(args: Any, settings: Mapping[str, Any]) -> None:
         "Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments to another value"
         f" than its default, {args.learning_rate:g}, which nobody tuned.",
     )
-
-
-def _warn_of_replaced(trainer: Any, lr: Any) -> None:
-    """Warn if a rate replaces another that was set in the arguments."""
-    args = trainer.args
-    if lr is None or trainer.optimizer_cls_and_kwargs is not None:
-        return
-    is_set = "learning_rate" in changed_arguments(args)
-    if is_set and plain_lr(lr) != args.learning_rate:
-        warn(
-            f"attach's lr={float(lr):g} replaces learning_rate={args.learning_rate:g} of the"
-            " arguments."
-        )
 
 
 _OF_ITS_OWN = (

@@ -267,9 +267,8 @@ def _report_rewards(trainer: Any, run: TrainerRun) -> None:
 
     def on_log(args: Any, state: Any, control: Any, logs: Mapping[str, Any]) -> Any:
         nonlocal reward
-        if (
-            state.global_step != run.steps_taken + 1
-        ):  # of an evaluation, or of the whole run
+        # logs of an evaluation, or of the whole run
+        if state.global_step != run.steps_taken + 1:
             return pass_on(args, state, control, logs)
         reward = logs.get("reward", reward)
         if reward is None:

@@ -184,14 +184,13 @@ def _rule(
     base class.
     """
     # A name whose relation is known needs no installed package.
-    by_name = isinstance(optimizer, str) and known_optimizer(optimizer)[1].relation
-    if isinstance(optimizer, str) and known_optimizer(optimizer)[1].one_rate:
-        why = known_optimizer(optimizer)[1].one_rate
+    is_name, row = isinstance(optimizer, str), known_optimizer(optimizer)[1]
+    if is_name and row.one_rate:
         raise OptimizerError(
-            f"No rate is suggested for {optimizer}, which {why}.",
+            f"No rate is suggested for {optimizer}, which {row.one_rate}.",
             "Leave its lr at its own default, or take a rate for adamw.",
         )
-    kind = optimizer if by_name else get_optimizer_class(optimizer)
+    kind = optimizer if is_name and row.relation else get_optimizer_class(optimizer)
     row = known_optimizer(kind)[1]
     name = kind if isinstance(kind, str) else kind.__name__
     of_muon = in_force(kind, settings).get("adjust_lr_fn")
