@@ -168,15 +168,11 @@ class TrainerRun:
         """Add a batch's loss, divided by the number of batches per step."""
         self._loss = self._loss + loss.detach()
 
-    def end_step(self) -> bool:
-        """Report the step's loss. Return whether the run must end."""
+    def end_step(self, value: Any = None) -> bool:
+        """Report the step's value, by default its loss. Return whether the run must end."""
         loss, self._loss = self._loss, 0.0
-        return self.end_step_at(loss)
-
-    def end_step_at(self, value: Any) -> bool:
-        """Report the step's value. Return whether the run must end."""
         self.steps_taken += 1
-        return self.report(value)
+        return self.report(loss if value is None else value)
 
     def score(self, trainer: Any, evaluate: Callable[[], Mapping[str, Any]]) -> Any:
         """Return the score of a run that took all its steps, or None if there is none."""
@@ -277,7 +273,7 @@ def _report_rewards(trainer: Any, run: TrainerRun) -> None:
                 " construction.",
                 "Give score=, a function of the trained trainer, such as minus its mean reward.",
             )
-        if run.end_step_at(-reward):
+        if run.end_step(-reward):
             control.should_training_stop = True
         if state.global_step % every == 0:
             return pass_on(args, state, control, logs)

@@ -72,8 +72,7 @@ def model_of(params: Any, model: Any) -> nn.Module:
             f"A {type(holder).__name__} is a trainer, not a model.",
             "Call rankaware_optim.integrations.attach(trainer, AdamW, ...) with the same settings.",
         )
-    is_class = isinstance(holder, (str, type))
-    if is_class:
+    if isinstance(holder, (str, type)):
         raise OptimizerError(
             "The model and the optimizer's class are swapped.",
             "Give the model first: RankAwareOptimizer(model, AdamW, ...).",

@@ -157,8 +157,8 @@ class Plan:
     options: PlanOptions
     survey: Survey = field(repr=False)
     reference: Reference
-    method: Method
     width: float
+    method: Method
     widths: Mapping[str, Widths] = field(default_factory=dict, repr=False)
     use: RecipeUse | None = field(default=None, repr=False, compare=False)
     optimizer: type | None = field(default=None, repr=False)
@@ -276,6 +276,11 @@ def _model_number(factor: Factor) -> str:
     return factor.name.partition(".")[0]
 
 
+def _widths(survey: Survey, method: Method, reference: Reference) -> Widths:
+    width = width_for(survey, method, reference.init)
+    return Widths(reference.resolve(survey), width)
+
+
 def make_plan(
     survey: Survey,
     options: PlanOptions,
@@ -305,14 +310,12 @@ def make_plan(
     widths = {}
     for number, factors in by_model.items():
         of_model = replace(survey, factors=tuple(factors))
-        width = width_for(of_model, method, reference.init)
-        widths[number] = Widths(reference.resolve(of_model), width)
+        widths[number] = _widths(of_model, method, reference)
     plan = Plan(
         options,
         survey,
-        reference.resolve(of_moved),
+        *_widths(of_moved, method, reference),
         method,
-        width_for(of_moved, method, reference.init),
         widths,
         use,
         optimizer_class,

@@ -202,7 +202,6 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             lr = use.lr
         check_base_lr(source, lr, groups, options)
         each = [group.options for group in groups]
-        several = isinstance(model, Models)
         plan = make_plan(
             trained,
             options,
@@ -210,7 +209,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             source.settings,
             use,
             each,
-            are_several=several,
+            are_several=isinstance(model, Models),
         )
         state = None if built is None else built.state
         parts = split(groups, plan, survey, state=state)
