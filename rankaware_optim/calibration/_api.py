@@ -6,6 +6,7 @@ import io
 import math
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..laws import PRIOR_LAW, Law, recordable_law
 from ..recipe import Recipe
-from ._constants import SEEDS
+from ._constants import SEEDS, TIMED
 from ._provenance import source_of
 from ._runner import Runner, Show
 from ._schedule import Options, caution
@@ -182,14 +183,16 @@ def options_of(
 @contextmanager
 def progress_shown(wanted: bool, options: Options, before: int) -> Iterator[Show]:
     """Yield a function that shows how far a calibration is, on standard error: first what it costs,
-    then a bar in a notebook or on a terminal, elsewhere a line for each trial.
+    in steps and after ten of them in hours, then a bar in a notebook or on a terminal, elsewhere a
+    line for each trial.
 
     before: the number of trials that had ended before.
     """
     from rich.console import Console
 
     console, expected = Console(stderr=True), options.expected
-    if wanted and not before:
+    is_new = wanted and not before
+    if is_new:
         print(f"calibrate: {options.price}", file=console.file, flush=True)
     is_live = console.is_jupyter or console.file.isatty()
     bar = tqdm(
@@ -205,9 +208,19 @@ def progress_shown(wanted: bool, options: Options, before: int) -> Iterator[Show
         disable=not wanted,
     )
     printed = before
+    began = 0.0  # when a trial's first step had ended, without which a step is too long
 
     def show(done: float, what: str, best: float | None) -> None:
-        nonlocal printed
+        nonlocal printed, began, is_new
+        step = round(done * options.steps) % options.steps
+        if step == 1:
+            began = time.monotonic()
+        if is_new and step == 1 + TIMED:
+            is_new = False
+            pace = (time.monotonic() - began) / TIMED
+            hours = options.most_steps * pace / 3600
+            words = f"at most {hours:.2g} hours in all, at {pace:.2g} s a step"
+            bar.write(f"calibrate: {words}", file=console.file)
         bar.n, bar.total = done, max(expected, math.ceil(done))
         words = f"trial {math.ceil(done)}/{bar.total}, {what}"
         words += "" if best is None else f", best rate {best:.3g}"

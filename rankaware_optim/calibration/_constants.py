@@ -25,6 +25,7 @@ MOST_BRACKET = 8
 OF_OTHERS = 2  # runs of every other rank without which its rate is not found: by hand
 # Runs that all diverged, each at a lower rate, and end the search: by hand
 HOPELESS = 12
+TIMED = 10  # steps that are timed, for the hours of all of them: by hand
 
 # --- the first rate -------------------------------------------------------------------------------
 

@@ -132,14 +132,17 @@ class Options:
         return self.searches + self.full_trials
 
     @property
+    def most_steps(self) -> int:
+        """The largest number of steps of all trials."""
+        return self.budget or self.expected * self.steps
+
+    @property
     def price(self) -> str:
         """What all trials cost, in words."""
+        most = f"at most {self.most_steps:,} steps"
         if self.budget is not None:
-            return f"at most {self.budget:,} steps in all"
-        steps = self.expected * self.steps
-        return (
-            f"{self.expected} trials × {self.steps:,} steps = at most {steps:,} steps"
-        )
+            return f"{most} in all"
+        return f"{self.expected} trials × {self.steps:,} steps = {most}"
 
 
 # --- the order of the trials ----------------------------------------------------------------------
