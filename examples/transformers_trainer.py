@@ -27,5 +27,8 @@ args = TrainingArguments(
 )
 
 trainer = Trainer(model, args, train_dataset=data)
-ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
+report = ra.integrations.attach(
+    trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32"
+)
+print(report)
 trainer.train()

@@ -5,6 +5,7 @@ Importing this module imports none of them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,27 +14,28 @@ from torch.optim import Optimizer
 from .._checks import plain_lr
 from .._optimizers import get_optimizer_class
 from .._warn import warn
-from ..errors import CheckpointError, OptimizerError
-from ..optimizer import RankAwareOptimizer
+from ..errors import CheckpointError, OptimizerError, RankAwareWarning
+from ..optimizer import RankAwareOptimizer, Report
 from ._logs import log_rates
 from ._trainer_factory import TrainerFactory, changed_arguments
 
 
 def attach(
     trainer: Any, optimizer: type[Optimizer] | str | None = None, **settings: Any
-) -> None:
-    """Let a trainer of transformers or TRL train with a `RankAwareOptimizer`. Call it before
-    training::
+) -> Report:
+    """Let a trainer of transformers or TRL train with a `RankAwareOptimizer`, and return the report
+    of its rates. Call it before training::
 
         trainer = GRPOTrainer(model, rewards, args=args, train_dataset=data)
-        ra.integrations.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
+        tuned = {"lr": 2e-4, "tuned_at": "r=16,alpha=32"}
+        print(ra.integrations.attach(trainer, torch.optim.AdamW, **tuned))
         trainer.train()
 
-    The optimizer is made when the trainer has wrapped its model. Weight decay, and rate, betas and
-    epsilon if they were set, come from the trainer's arguments unless they are given here. Norms
-    and biases get no weight decay, as in Trainer. The rates that it trains at are logged, and the
-    report is printed once. `trainer.optimizer.report()` works with accelerate's wrapper too. The
-    base rate is written into the arguments, which are saved with the run.
+    The optimizer is made again when the trainer has wrapped its model. Weight decay, and rate,
+    betas and epsilon if they were set, come from the trainer's arguments unless they are given
+    here. Norms and biases get no weight decay, as in Trainer. The rates that it trains at are
+    logged. While it trains, `trainer.optimizer` has `report()` and `expand()`, through accelerate's
+    wrapper too. The base rate is written into the arguments, which are saved with the run.
 
     Args:
         trainer: transformers' `Trainer` or a subclass.
@@ -45,8 +47,8 @@ def attach(
 
     Raises:
         OptimizerError: it is not such a trainer, it has an optimizer already, or no rate was given.
-            Nothing was changed. `train` raises it before the first step if the trainer has made
-            another optimizer.
+            As with every error of `RankAwareOptimizer`, nothing was changed. `train` raises it
+            before the first step if the trainer has made another optimizer.
     """
     _check_trainer(trainer, optimizer)
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -56,20 +58,22 @@ def attach(
     else:
         native = get_optimizer_class(optimizer)
     _check_settings(trainer, settings)
-    prints, saved = trainer.is_world_process_zero(), trainer.args
+    saved = trainer.args
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
         opt = RankAwareOptimizer(params, native, **arguments)
-        if prints:
-            # before a warm-up has set the rates to zero
-            print(opt.report(), flush=True)
         saved.learning_rate = float(opt.defaults["lr"])
         return opt
 
     factory = TrainerFactory(trainer, native, settings, make)
+    with warnings.catch_warnings():
+        # its warnings come when it is made for training
+        warnings.simplefilter("ignore", RankAwareWarning)
+        report: Report = factory(trainer.model).report()
     trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
     trainer.add_callback(_look())
+    return report
 
 
 def _check_trainer(trainer: Any, optimizer: object) -> None:
@@ -194,5 +198,6 @@ def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
         raise CheckpointError(
             f"The checkpoint's scheduler has rates for {len(rates)} groups, and this optimizer has "
             f"{len(opt.param_groups)}. It was saved by a run without attach.",
-            "Finish that run without attach, or start a new run from its weights.",
+            "Finish that run without attach. Or put opt.expand(list) in place of each list in its"
+            " scheduler.pt, where opt = trainer.create_optimizer().",
         )

@@ -60,7 +60,7 @@ class TrainerFactory:
         args = trainer.args
         settings = trainer_settings(self._native, args, self._settings)
         if isinstance(params, nn.Module):
-            model, groups = params, trainer_groups(params, self._native)
+            model, groups = params, trainer_groups(params)
         else:
             model, groups = trainer.model, [dict(group) for group in params]
             for group in groups:
@@ -114,27 +114,24 @@ def _takes(native: type[Optimizer], name: str, value: Any) -> bool:
     return isinstance(default, float)
 
 
-def trainer_groups(model: nn.Module, native: type[Optimizer]) -> Any:
-    """Return Trainer's two groups, the second of norms and biases without weight decay, or the
-    model.
+def trainer_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return Trainer's two groups, the second of norms and biases without weight decay.
 
-    The model is returned if the optimizer has no weight decay, or if all trainable parameters get
-    it. A decay of 0 gives two groups too, since checkpoints are matched by their order.
+    A decay of 0, or a model without norms and biases, gives two groups too, since a checkpoint's
+    lists are matched by them.
     """
-    if "weight_decay" not in inspect.signature(native).parameters:
-        return model
     from transformers import Trainer
 
     # a method that does not use `self`
     names_of: Any = Trainer.get_decay_parameter_names
     with_decay = set(names_of(None, model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    without_decay = [p for name, p in trained if name not in with_decay]
-    if not without_decay:
-        return model
     return [
         {"params": [p for name, p in trained if name in with_decay]},
-        {"params": without_decay, "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained if name not in with_decay],
+            "weight_decay": 0.0,
+        },
     ]
 
 

@@ -18,6 +18,7 @@ import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer
 from rankaware_optim.cli import main
 from rankaware_optim.integrations import attach, group_rates
+from rankaware_optim.optimizer._wrapper import _LIVE
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
@@ -149,14 +150,13 @@ def with_score():
 
 
 @pytest.mark.parametrize("kind", TRL)
-def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, capsys, kind):
-    """One line after any trainer: the weights of groups written out, bit for bit, the rates logged, one report."""
+def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
+    """One line after any trainer: the weights of groups written out, bit for bit, and the rates logged."""
     model = with_score() if kind == "Reward" else llama()
     ours = attached(of_trl(kind, model, tmp_path / "ours"), weight_decay=0.0)
     start = weights(ours)
     ours.train()
     assert not same(start, weights(ours))
-    assert capsys.readouterr().out.count("RankAwareOptimizer(AdamW)") == 1
     assert "lr/r4" in ours.state.log_history[1]
     assert isinstance(ours.optimizer.optimizer, RankAwareOptimizer)
     assert str(ours.optimizer.report()) == str(ours.optimizer.optimizer.report())
@@ -318,6 +318,11 @@ def attached_twice(trainer, optimizer=AdamW):
     attach(trainer, optimizer)
 
 
+def without_adapters(folder):
+    model = transformers.LlamaForCausalLM(llama_config())
+    return plain(model, folder, learning_rate=5e-5)
+
+
 REFUSED = [
     (lambda folder: object(), attached, "not a Trainer of transformers"),
     (at_its_default, attach, "attach was given no rate.*than its default, 5e-05"),
@@ -327,7 +332,40 @@ REFUSED = [
     (at_a_rate, lambda t: attached_twice(t, None), "called on this trainer before"),
     (with_an_optimizer, attach, "already has an optimizer: it was trained"),
     (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
+    (at_a_rate, lambda t: attached(t, optimizer="prodigyopt:Prodigy"), "one rate for"),
 ]
+# of the wrapper: they come from attach, not when training starts
+OF_THE_MODEL = [
+    (without_adapters, {}, ra.InspectionError, "get_peft_model"),
+    (at_its_default, {"tuned_at": "r=0"}, ra.InvalidReferenceError, "rank"),
+    (at_its_default, {"law": "no_law"}, ra.LawError, "no_law"),
+    (at_its_default, {"rates": {"*nowhere*": 1.0}}, OptimizerError, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("make", "given", "kind", "sentence"), OF_THE_MODEL)
+def test_what_the_wrapper_refuses_attach_refuses(tmp_path, make, given, kind, sentence):
+    """A model or an argument that the wrapper refuses is refused at the line of attach, and the trainer is unchanged."""
+    trainer = make(tmp_path)
+    rate, callbacks = trainer.args.learning_rate, [*trainer.callback_handler.callbacks]
+    with pytest.raises(kind, match=sentence):
+        attached(trainer, **given)
+    assert trainer.args.learning_rate == rate
+    assert trainer.callback_handler.callbacks == callbacks
+    assert trainer.optimizer_cls_and_kwargs is None
+
+
+def test_attach_returns_the_report(tmp_path, capsys):
+    """Its rates are those of training, nothing is printed, and no optimizer but the trainer's own stays alive."""
+    trainer = plain(llama(), tmp_path, max_steps=1, lr_scheduler_type="constant")
+    before = {*_LIVE}
+    report = attach(trainer, AdamW, tuned_at=AT_16)
+    assert {*_LIVE} <= before
+    printed = capsys.readouterr().out
+    trainer.train()
+    assert printed == ""
+    assert "why" not in capsys.readouterr().out
+    assert trainer.optimizer.report().rows == report.rows
 
 
 @pytest.mark.parametrize(("make", "act", "sentence"), REFUSED)
@@ -384,7 +422,9 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
 
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
 def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
-    """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer."""
+    """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer, until
+    its lists are expanded, as the error says.
+    """
 
     def made():
         own = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 3}
@@ -392,11 +432,23 @@ def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
         return transformers.Trainer(llama(), arguments(tmp_path, **own), **data)
 
     made().train()
-    trainer = attached(made())
+    trainer, folder = attached(made()), tmp_path / "checkpoint-3"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ra.RankAwareWarning)
-        with pytest.raises(ra.CheckpointError, match=r"rates for 2 groups, .* has 4"):
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        with pytest.raises(ra.CheckpointError, match=r"2 groups, .* 4.*opt\.expand"):
+            trainer.train(resume_from_checkpoint=str(folder))
+        trainer = attached(made())
+        opt = trainer.create_optimizer()
+        state = torch.load(folder / "scheduler.pt", weights_only=True)
+        for name, values in state.items():
+            if isinstance(values, list):
+                state[name] = opt.expand(values)
+        torch.save(state, folder / "scheduler.pt")
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert trainer.state.global_step == STEPS
+    last = trainer.lr_scheduler.get_last_lr()
+    assert len(last) == 4
+    assert len({*last}) == 1
 
 
 def test_a_plain_runs_checkpoint_is_loaded(tmp_path):
@@ -499,7 +551,8 @@ def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
     with pytest.warns(ra.RankAwareWarning, match="lr=0.01 replaces"):
         trainer = attached(plainly)
     first, *rest = (p for p in model.parameters() if p.requires_grad)
-    groups = [{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 5e-3}]
+    base = {"params": rest, "lr": trainer.args.learning_rate}
+    groups = [{"params": [first], "lr": 1e-4}, base]
     opt = trainer.optimizer_cls_and_kwargs[0](groups)
     found = {(group["user_group"], group["lr"]) for group in opt.param_groups}
     assert found == {(0, 1e-4), (1, LR)}

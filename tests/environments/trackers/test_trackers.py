@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rankaware_optim import Reference, convert_lr
+
 from .wandb_file import read_history
 
 for name in ("tensorboard", "wandb", "mlflow", "transformers", "peft"):
@@ -17,7 +19,6 @@ for name in ("tensorboard", "wandb", "mlflow", "transformers", "peft"):
 
 ROOT = Path(__file__).parents[3]
 STEPS = 3
-NAMES = ("base_lr", "rank_multiplier", "lr")
 
 
 def tensorboard(folder: Path) -> dict[str, list[float]]:
@@ -80,14 +81,13 @@ def ran(folder: Path, tracker: str) -> Path:
 
 
 @pytest.mark.parametrize("tracker", READERS)
-def test_trackers_get_every_groups_rates(tracker, tmp_path):
-    """Every group's rate is logged at every step, as the base rate times the multiplier."""
+def test_trackers_get_the_trained_rates(tracker, tmp_path):
+    """Every step's base rate is logged, and the rate of the rank: one multiplier times it, on the Trainer's schedule."""
     metrics = READERS[tracker](ran(tmp_path, tracker))
     prefix = "" if tracker == "mlflow" else "train/"  # Trainer's own
-    for role in "AB":
-        base, by, lr = (metrics[f"{prefix}{name}/{role}/r4"] for name in NAMES)
-        assert len(base) == STEPS
-        assert lr == pytest.approx([b * m for b, m in zip(base, by, strict=True)])
-        assert base == sorted(base, reverse=True)
-        assert base[0] > base[-1]  # the schedule's
-        assert set(by) != {1.0}
+    base, lr = metrics[f"{prefix}learning_rate"], metrics[f"{prefix}lr/r4"]
+    assert len(base) == len(lr) == STEPS
+    moved = convert_lr(1.0, from_="r=16,alpha=16", to=Reference(4, 8, fan_in=64)).lr
+    assert lr == pytest.approx([b * moved for b in base], rel=1e-3)
+    assert base == sorted(base, reverse=True)
+    assert base[0] > base[-1]
