@@ -1,0 +1,127 @@
+"""Real runs of optimizers that find their own rate, on the seeds of the study's sweeps.
+
+    python benchmarks/frontier/runs.py --domain language    # resumable: results/frontier/language.jsonl
+
+At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full finetuning, two seeds. At 400 steps (two
+seeds) and at 800 (one): Init[A], alpha = rank, rank 128, and full finetuning, where `study/longer.py` has sweeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import click
+import torch
+from frontier.adaptive import (
+    ADAPTIVE,
+    D_ADAPTATION,
+    SCHEDULE_FREE,
+    optimizer,
+)
+from recording import RESULTS
+from study.configurations import built
+from study.domains import Domain, get_domain
+from study.grids import FULL, Job, Listed
+from study.longer import AT_A, MARK, TASKS, of_length
+from study.runs_on_file import complete
+from study.suite import provenance
+from study.training import train
+
+from rankaware_optim import Reference, suggest_lr
+
+STORE = RESULTS / "frontier"
+KEPT = "Init[A], s = 1/r"
+SHORT_TASKS = (
+    "image_generation",
+    "vision_classification",
+    "language",
+    "vision_language",
+    "text_classification",
+    "audio",
+    "time_series",
+)
+# configurations and ranks at a task's own steps, and in longer runs
+SHORT = ((AT_A, 4), (AT_A, 64), (KEPT, 64), ("full", FULL))
+LONG = ((AT_A, 128), ("full", FULL))
+SEEDS = {400: 2, 800: 1}
+
+
+class Arm(NamedTuple):
+    """What is trained, how long, and on how many seeds."""
+
+    config: str
+    rank: int
+    steps: int
+    seeds: int
+
+
+def arms(domain: Domain) -> Iterator[Arm]:
+    if domain.name in SHORT_TASKS:
+        for config, rank in SHORT:
+            yield Arm(config, rank, domain.steps, 2)
+    if domain.name in TASKS:
+        for steps, seeds in SEEDS.items():
+            for config, rank in LONG:
+                yield Arm(config, rank, steps, seeds)
+
+
+def settings(domain: Domain, way: str, arm: Arm) -> list[float]:
+    """log2 of the settings that a way is run with."""
+    if way == SCHEDULE_FREE:
+        return [round(x, 2) for x in suggested(domain, arm)]
+    return [0.0] if way == D_ADAPTATION else [0.0, 1.0]
+
+
+def suggested(domain: Domain, arm: Arm) -> Iterator[float]:
+    """log2 of the suggested rates, as AdamW's and as schedule-free AdamW's."""
+    width = domain.widths[0]
+    full = Reference(method="full", fan_in=domain.widths[1])
+    alpha = 1.0 if arm.config == KEPT else float(arm.rank)
+    at = full if arm.rank == FULL else Reference(arm.rank, alpha, fan_in=width)
+    for kind in ("adamw", "AdamWScheduleFree"):
+        yield math.log2(suggest_lr(at, kind).lr)
+
+
+def scheme_of(way: str, config: str, steps: int) -> str:
+    return f"{config} | {way}{MARK}{steps} steps"
+
+
+def jobs(domain: Domain, ways: tuple[str, ...]) -> Iterator[Job]:
+    for arm in arms(domain):
+        for way in ways:
+            scheme = scheme_of(way, arm.config, arm.steps)
+            for setting in settings(domain, way, arm):
+                for seed in range(arm.seeds):
+                    yield Job(domain.name, scheme, arm.rank, setting, seed)
+
+
+def run_one(job: Job) -> float | None:
+    """The held-out loss of a run; None where it diverged."""
+    config, way, length = job.scheme.split(" | ")
+    steps = int(length.removesuffix(" steps"))
+    domain = of_length(get_domain(job.domain), steps)
+    model = built(domain, config, job.rank, job.seed)
+    opt = optimizer(way, model, domain, steps, 2.0**job.x)
+    of = ADAPTIVE[way]
+    return train(domain, model, opt, job.seed, of.clip, of.warmup)
+
+
+@click.command()
+@click.option("--domain", "name", required=True)
+@click.option(
+    "--way", "ways", type=click.Choice([*ADAPTIVE]), multiple=True, default=[*ADAPTIVE]
+)
+@click.option("--workers", default=1, show_default=True)
+def main(name: str, ways: tuple[str, ...], workers: int) -> None:
+    """Run what is missing of a task."""
+    torch.set_num_threads(1)
+    domain = get_domain(name)
+    todo = Listed([*jobs(domain, ways)])
+    store = STORE / f"{name}.jsonl"
+    complete(todo, run_one, store, workers, click.echo, provenance(name))
+
+
+if __name__ == "__main__":
+    main()
