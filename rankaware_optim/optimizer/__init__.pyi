@@ -1,5 +1,5 @@
+from ._native_groups import rank_aware_param_groups as rank_aware_param_groups
 from ._param_groups import effective_lr as effective_lr
-from ._param_groups import rank_aware_param_groups as rank_aware_param_groups
 from ._plan import PlanOptions as PlanOptions
 from ._plan import make_plan as make_plan
 from ._report import Report as Report

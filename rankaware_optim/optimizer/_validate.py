@@ -97,6 +97,7 @@ def read_source(
     else:
         native = get_optimizer_class(optimizer or "")
         source = Source(native, None, params, settings)
+    refuse_one_rate(native)
     _refuse(_not_wrapped(native, built))
     if built is not None:
         refuse_rateless(built)
@@ -130,7 +131,6 @@ def _not_wrapped(native: Native, built: Optimizer | None) -> Iterator[_Refusal]:
     takes = list(inspect.signature(native).parameters)
     attributes = {} if built is None else vars(built)
     kept = "" if built is None else _list_by_group(built)
-    one_rate = known_optimizer(native)[1].one_rate
     inner = {"optimizer", "base_optimizer", "optimizer_class"}.intersection(takes)
     holds = any(isinstance(value, Optimizer) for value in attributes.values())
     yield (
@@ -154,11 +154,6 @@ def _not_wrapped(native: Native, built: Optimizer | None) -> Iterator[_Refusal]:
         "Give the class and its settings instead of the instance.",
     )
     yield (
-        bool(one_rate),
-        f"{name} {one_rate}, so it cannot have a rate per rank.",
-        "Use it unwrapped, or choose another optimizer.",
-    )
-    yield (
         bool(inner) or holds,
         f"{name} wraps another optimizer, whose groups would not change.",
         "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the result.",
@@ -168,6 +163,16 @@ def _not_wrapped(native: Native, built: Optimizer | None) -> Iterator[_Refusal]:
         f"{name} takes a model and makes its groups itself.",
         f"Build it, then wrap it: RankAwareOptimizer({name}(model, ...), model=model).",
     )
+
+
+def refuse_one_rate(native: Native) -> None:
+    """Raise for an optimizer that cannot have a rate for each group."""
+    reason = known_optimizer(native)[1].one_rate
+    if reason:
+        raise OptimizerError(
+            f"{native.__name__} {reason}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
 
 
 def _refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) -> None:

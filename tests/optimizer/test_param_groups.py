@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import torch_optimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -98,6 +99,20 @@ REFERENCES = [
     Reference(rank=4, alpha=16),
     Reference(rank=8, alpha=8, fan_in=64),
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (torch.optim.LBFGS, "takes one parameter group only"),
+        (torch_optimizer.RAdam, "keeps one step size for all groups"),
+        (torch_optimizer.Adafactor, "relative_step=True"),
+    ],
+)
+def test_groups_that_would_train_at_other_rates_are_refused(kind, reason):
+    """Native groups are refused for a class that would not train at their rates."""
+    with pytest.raises(OptimizerError, match=reason):
+        rank_aware_param_groups(mlp((4, 8)), lr=LR, optimizer_class=kind)
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
