@@ -1,0 +1,124 @@
+"""The sweep that is published with the tinker-cookbook: supervised finetuning of 35 language models, ranks by rates.
+
+It is a Markdown file, `sft_sweep.md`, with a table for each model: learning rate, LoRA's rank, test loss. `published.py`
+names its source, commit and hash. Nothing of it is kept here but the widths of its models.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ALPHA = 32.0  # at every rank, by that service's documentation
+MODEL = re.compile(r"- Model: `(?P<model>.+)`")
+RUN = re.compile(r"\| (?P<lr>\d\S*) \| (?P<rank>\d+) \| (?P<loss>[\d.]+) \|")
+
+# Hidden sizes, from the models' published configurations: of the 18 that were there when the default law was chosen,
+# and of those added since.
+_FIRST = {
+    2048: (
+        "Qwen/Qwen3-30B-A3B",
+        "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        "Qwen/Qwen3.5-35B-A3B-Base",
+        "meta-llama/Llama-3.2-1B",
+    ),
+    2560: ("Qwen/Qwen3-4B-Instruct-2507",),
+    2880: ("openai/gpt-oss-20b",),
+    4096: (
+        "Qwen/Qwen3-8B-Base",
+        "Qwen/Qwen3-VL-235B-A22B-Instruct",
+        "Qwen/Qwen3.5-397B-A17B",
+        "Qwen/Qwen3.5-9B-Base",
+        "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16",
+    ),
+    5120: ("Qwen/Qwen3-32B", "Qwen/Qwen3.6-27B"),
+    7168: (
+        "deepseek-ai/DeepSeek-V3.1-Base",
+        "moonshotai/Kimi-K2.5",
+        "moonshotai/Kimi-K2.6",
+    ),
+    8192: ("meta-llama/Llama-3.3-70B-Instruct",),
+}
+_ADDED = {
+    2048: (
+        "Qwen/Qwen3-30B-A3B-Base",
+        "Qwen/Qwen3.5-35B-A3B",
+        "Qwen/Qwen3.6-35B-A3B",
+    ),
+    2560: ("Qwen/Qwen3.5-4B",),
+    2688: ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",),
+    2880: ("openai/gpt-oss-120b",),
+    3072: ("meta-llama/Llama-3.2-3B",),
+    4096: (
+        "Qwen/Qwen3-235B-A22B-Instruct-2507",
+        "Qwen/Qwen3-8B",
+        "Qwen/Qwen3.5-9B",
+        "meta-llama/Llama-3.1-8B",
+        "meta-llama/Llama-3.1-8B-Instruct",
+    ),
+    5120: ("Qwen/Qwen3.5-27B",),
+    7168: ("deepseek-ai/DeepSeek-V3.1", "moonshotai/Kimi-K2-Thinking"),
+    8192: (
+        "meta-llama/Llama-3.1-70B",
+        "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16",
+    ),
+}
+FIRST = {name: width for width, names in _FIRST.items() for name in names}
+ADDED = {name: width for width, names in _ADDED.items() for name in names}
+HIDDEN = FIRST | ADDED
+
+# Thousand millions of parameters, where the name does not say.
+_UNNAMED = {"deepseek-ai/DeepSeek": 671.0, "moonshotai/Kimi": 1000.0}
+
+
+def parameters(model: str) -> float:
+    """Thousand millions of parameters, by the model's name."""
+    for begin, count in _UNNAMED.items():
+        if model.startswith(begin):
+            return count
+    named = re.search(r"(\d+)B", model, re.IGNORECASE)
+    if named is None:
+        raise ValueError(f"The name {model!r} does not say how many parameters.")
+    return float(named[1])
+
+
+def runs(path: Path) -> Iterator[dict[str, Any]]:
+    """The runs of all models. Those that diverged are not in the file's tables."""
+    model = ""
+    for line in path.read_text().splitlines():
+        named, run = MODEL.match(line), RUN.match(line)
+        if named:
+            model = named["model"]
+        if run:
+            yield {
+                "model": model,
+                "rank": int(run["rank"]),
+                "alpha": ALPHA,
+                "fan_in": HIDDEN[model],
+                "lr": float(run["lr"]),
+                "loss": float(run["loss"]),
+            }
+
+
+def added(path: Path) -> list[dict[str, Any]]:
+    """The runs of the models that were added since the default law was chosen."""
+    return [run for run in runs(path) if run["model"] in ADDED]
+
+
+def curves(path: Path) -> dict[tuple[str, int], dict[float, float]]:
+    """The mean loss by log2 rate, of each model at each rank."""
+    losses: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for run in runs(path):
+        losses[run["model"], run["rank"]][math.log2(run["lr"])].append(run["loss"])
+    return {
+        cell: {lr: statistics.mean(each) for lr, each in curve.items()}
+        for cell, curve in losses.items()
+    }
