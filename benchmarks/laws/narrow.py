@@ -28,7 +28,7 @@ from laws.another_task import INITS, runs
 from laws.suggested import COMMON_WIDTHS, suggestion_of, width_of
 from recording import block, number
 from study.domains import HELD_OUT, STUDY
-from study.grids import FULL, Cell
+from study.grids import Cell
 from study.optima import optimum, ranks_in
 from study.regret import lost
 
@@ -78,9 +78,7 @@ def found(cell: Cell, exponent: float) -> Found:
 def mean_regret(tasks: Iterable[str], kind: Kind, exponent: float) -> float:
     """The mean over tasks of the mean over their cells."""
     return statistics.fmean(
-        statistics.fmean(
-            found(cell, exponent).regret for cell in cells_of(task, kind)
-        )
+        statistics.fmean(found(cell, exponent).regret for cell in cells_of(task, kind))
         for task in tasks
     )
 
@@ -153,19 +151,22 @@ def scores(tasks: Sequence[str], kind: Kind, exponent: float) -> list[str]:
 
 def outcome() -> str:
     """Whether the judges adopt the exponent, and what leaving one task out says."""
-    before, after = (
-        100 * mean_regret(JUDGE, "Init[A]", exponent) for exponent in (0.0, chosen())
-    )
+    before, after = (mean_regret(JUDGE, "Init[A]", c) for c in (0.0, chosen()))
     verdict = "adopted" if after < before else "not adopted"
     each = {task: left_out(task) for task in TASKS}
-    lost = statistics.fmean(mean_regret([t], "Init[A]", c) for t, c in each.items())
-    plain = mean_regret(TASKS, "Init[A]", 0.0)
-    worst = max(each, key=lambda task: mean_regret([task], "Init[A]", each[task]))
+    lost = {task: mean_regret([task], "Init[A]", c) for task, c in each.items()}
+    worst = max(lost, key=lost.__getitem__)
+    plain = {task: mean_regret([task], "Init[A]", 0.0) for task in TASKS}
     return (
-        f"**Outcome: {verdict}.** The first half chooses c = {number(chosen())} at Init[A]. On the second the raised rates "
-        f"lose {number(after, 1)} % in the mean, those as they are {number(before, 1)} %. Then, after that look, each task was "
-        f"left out in turn: c by the other eight is {number(min(each.values()))} to {number(max(each.values()))}, and loses "
-        f"{number(100 * lost, 1)} % in the mean of the nine, without it {number(100 * plain, 1)}. The loss is that of "
-        f"{worst}: the other eight do not show how low its rates lie. What a task's best rate is, its width does not say. Too low a rate "
-        "loses little everywhere, too high a one much somewhere. So the suggestion stays low."
+        f"**Outcome: {verdict}.** The first half chooses c = {number(chosen())} at Init[A]. On the second half the raised "
+        f"rates lose {share(after)} in the mean, those as they are {share(before)}. After that look each task was left out in "
+        f"turn. The c of the other eight is {number(min(each.values()))} to {number(max(each.values()))}. It loses "
+        f"{share(statistics.fmean(lost.values()))} in the mean of the nine, and {share(lost[worst])} on {worst}, whose rates "
+        f"lie lower than any other's. Without c it is {share(statistics.fmean(plain.values()))}, at most "
+        f"{share(max(plain.values()))}. A task's best rate does not follow from its width, and too high a rate loses far "
+        "more than too low a one. So the suggestion stays low."
     )
+
+
+def share(regret: float) -> str:
+    return f"{number(100 * regret, 1)} %"

@@ -31,6 +31,7 @@ from rankaware_optim.laws import checked_multiplier
 RESTS_ON = ("laws.adam", "transfer", "recipes")
 Width = Callable[[str], float]
 
+
 class Cell(NamedTuple):
     """log2 of a model's best rate at a rank, moved to PUBLISHED: from `low` to `high`, equal if the rate was found."""
 
@@ -139,7 +140,11 @@ def own_tasks() -> list[dict[str, Any]]:
             for task in narrow.TASKS
             for cell in narrow.cells_of(task, kind)
         ]
-        seen = [(one.above, one.half, abs(one.above)) for one in each if one.above is not None]
+        seen = [
+            (one.above, one.half, abs(one.above))
+            for one in each
+            if one.above is not None
+        ]
         rows.append(summary(f"the study's nine tasks, {kind}", seen))
     return rows
 

@@ -36,12 +36,13 @@ _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the 
 # Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too
 # high a rate a lot. By hand.
 MARGIN = 0.5
-# Standard deviations, octaves, by rules of thumb: another task, batch and horizon (small sweeps of
-# narrow networks are 0.5 to 2.5 away); each octave of alpha away from 32; an unknown width.
+# Standard deviations, octaves, by rules of thumb: another task, batch and horizon (narrow networks'
+# best rates lie 1.4 above the middle in the mean; raising theirs lost more: results/suggestion.md);
+# each octave of alpha away from 32; an unknown width.
 TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 
 _SOURCE = (
-    "It is based on published sweeps of 18 language models (tinker-cookbook: AdamW, Tulu 3 chat"
+    "It is based on published sweeps of 35 language models (tinker-cookbook: AdamW, Tulu 3 chat"
     " data, batch 128, about 780 steps, alpha 32, ranks 1 to 128, hidden sizes 2048 to 8192), moved"
     " to this configuration by the law"
 )
@@ -72,7 +73,8 @@ def _middle(low: float, high: float) -> tuple[float, float]:
 
 # Octaves from the rate of AdamW and plain LoRA, and their standard deviation. Of an init and DoRA:
 # from the factor in a published 0.6B model (arXiv 2602.04998) to that in a small one of ours
-# (benchmarks/README.md, frozen answers). LoRA-GA was published only.
+# (benchmarks/README.md, frozen answers); in a published 1B model PiSSA's lies between
+# (results/published.md). LoRA-GA was published only.
 VARIANTS = {
     "pissa": _middle(1 / 10, 0.88),
     "olora": _middle(1 / 18, 0.80),
