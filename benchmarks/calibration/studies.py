@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from internals import (
@@ -29,7 +29,19 @@ Run = Callable[[Calibration, Setting, float], Observation]
 
 
 def searched(options: Options, settled: Settled, guess: float, run: Run) -> Recipe:
-    """Make all trials that the schedule asks for, and return the recipe.
+    """Make all trials that the schedule asks for, and return the recipe: see `search`."""
+    *_, calibration = search(options, settled, guess, run)
+    return calibrated_recipe(calibration)
+
+
+def search(
+    options: Options,
+    settled: Settled,
+    guess: float,
+    run: Run,
+    first: Sequence[float] = (),
+) -> Iterator[Calibration]:
+    """Make all trials that the schedule asks for, and yield the calibration after each.
 
     A run costs its steps, or half of them if it diverged. Nothing is pruned.
 
@@ -38,6 +50,7 @@ def searched(options: Options, settled: Settled, guess: float, run: Run) -> Reci
         settled: what the first model would settle.
         guess: octaves added to the first guess of the rate.
         run: (calibration, rank and seed, log2 base rate) -> the outcome.
+        first: log2 base rates of the first trials, where the search does not choose them.
     """
     done: list[TrialRecord] = []
     calibration = Calibration(options, lambda: Trials(done))
@@ -46,8 +59,13 @@ def searched(options: Options, settled: Settled, guess: float, run: Run) -> Reci
     while (setting := next_setting(options, Trials(done))) is not None:
         within = search_range(calibration)
         calibration.start = start + guess
-        seen = run(calibration, setting, next_rate(calibration, setting.rank, within))
+        x = (
+            first[len(done)]
+            if len(done) < len(first)
+            else next_rate(calibration, setting.rank, within)
+        )
         calibration.start = start
+        seen = run(calibration, setting, x)
         steps = options.steps // (1 + seen.stopped)
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
@@ -56,4 +74,4 @@ def searched(options: Options, settled: Settled, guess: float, run: Run) -> Reci
                 *setting, len(done), state, seen.x, curve=curve, observation=seen
             )
         )
-    return calibrated_recipe(calibration)
+        yield calibration

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from recording import RESULTS
 from study.configurations import CONFIGS, start_of
-from study.domains import STUDY
+from study.domains import STUDY, get_domain
 from study.grids import FULL, Job, Losses
 from study.loss_curves import DIVERGED, regret_between
 from study.runs_on_file import read
 from study.suite import STORES
 
-from rankaware_optim import Recipe
-
 BEND = 0.02  # gap, a share of the gain, above which gaps beyond a grid are on a logarithmic scale
 SLOPE = 0.3  # least slope per octave of the bent gap below a grid
-RECIPES = RESULTS.parents[1] / "recipes"
 Gap = Callable[[float], float]
 
 
@@ -63,9 +59,9 @@ class Surface:
         ](x)
 
 
-def study_surfaces() -> Iterator[Surface]:
-    """The study's surfaces: seven domains, three configurations, 5 % warm-up."""
-    for domain in STUDY:
+def study_surfaces(domains: Sequence[str] = STUDY) -> Iterator[Surface]:
+    """The study's surfaces: seven domains or those named, three configurations, 5 % warm-up."""
+    for domain in domains:
         done = read(STORES / f"{domain}.jsonl")
         yield from (surface_of(domain, config, done) for config in CONFIGS)
 
@@ -106,13 +102,11 @@ def surface_of(domain: str, config: str, done: Losses) -> Surface:
             )
             for i, seed in enumerate(seeds)
         }
-    init = "b" if CONFIGS[config].init == "B" else "a"
-    made = Recipe.load(
-        RECIPES
-        / f"{domain.replace('_', '-')}-{init}{'-inverse-rank' * bool(CONFIGS[config].gamma)}.toml"
+    width, largest = get_domain(domain).widths
+    full_width = width if CONFIGS[config].init == "B" else largest
+    return Surface(
+        domain, config, start, mean, by_seed, best, rates, width, full_width
     )
-    widths = made.reference.fan_in or 1.0, made.full_fan_in or 1.0
-    return Surface(domain, config, start, mean, by_seed, best, rates, *widths)
 
 
 def gap_of(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
