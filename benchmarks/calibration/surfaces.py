@@ -104,9 +104,7 @@ def surface_of(domain: str, config: str, done: Losses) -> Surface:
         }
     width, largest = get_domain(domain).widths
     full_width = width if CONFIGS[config].init == "B" else largest
-    return Surface(
-        domain, config, start, mean, by_seed, best, rates, width, full_width
-    )
+    return Surface(domain, config, start, mean, by_seed, best, rates, width, full_width)
 
 
 def gap_of(losses: Mapping[float, float | None], best: float, start: float) -> Gap:
