@@ -17,7 +17,7 @@ from .errors import InspectionError, OptimizerError, RankAwareError
 RANGES: Mapping[str, tuple[float, float]] = {
     "lr": (1e-30, 1e6),
     "trial_lr": (1e-100, 1e100),  # a rate moved to a reference, or from it
-    "octaves": (0.0, 10.0),  # a safety margin, or a standard deviation
+    "octaves": (0.0, 10.0),  # a margin, or a standard deviation
     "steepness": (0.0, 10.0),  # per octave
     "rank": (1, 2**31 - 1),
     "alpha": (1e-12, 1e12),

@@ -152,7 +152,7 @@ class Survey:
     def full_width(self, init: Init = "A") -> float:
         """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
 
-        It is the largest fan-in for Init[A] and the mean fan-in for Init[B]. With these widths the
+        It is the largest fan-in from B = 0 and the mean fan-in from A = 0. With these widths the
         law needs no further factor (benchmarks/README.md, frozen answers).
 
         Args:

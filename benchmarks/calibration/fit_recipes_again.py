@@ -33,7 +33,7 @@ from rankaware_optim.recipe import configuration, recipe_of
 # What a fit decides of a recipe.
 BY_FIT = {
     *("fitted_lr", "reference", "law", "covariance"),
-    *("steepness", "scatter", "ceiling", "lean"),
+    *("steepness", "scatter", "ceiling", "margin"),
 }
 
 

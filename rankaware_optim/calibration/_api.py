@@ -74,9 +74,9 @@ def calibrate(  # noqa: PLR0913
     target's steps.
 
     **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the
-    most reliable way. With LoRA trials only, `recipe.at(method="full")` has a wide band. With
-    Init[A] (B starts at zero, as in PEFT) the rate follows from the law. With Init[B] (A starts at
-    zero) the line through the optima of two ranks is extended to r = n.
+    most reliable way. With LoRA trials only, `recipe.at(method="full")` has a wide band. Where
+    B starts at zero, as in PEFT, the rate follows from the law. Where A starts at zero, the line
+    through the optima of two ranks is extended to r = n.
 
     **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed.
     Finished trials are kept, and an unfinished trial is run again. Several processes and machines
@@ -98,7 +98,7 @@ def calibrate(  # noqa: PLR0913
         steps: optimizer steps per trial.
         name: the name of the study and of the recipe.
         law: the law that maps rates between ranks, by default µA. It must be registered. The fall
-            in rank at Init[B] is in the fit's prior.
+            in rank at A = 0 is in the fit's prior.
         trials: number of runs at `ranks`. By default as many as `budget` allows, or
             `TRIALS_PER_RANK` at each of them.
         budget: optimizer steps of all trials together, which one process never exceeds. Pruned and

@@ -46,10 +46,10 @@ USUAL_PIVOT = 16.0  # the rank, where no LoRA rank was tried: by hand
 # 21 sweeps of the study, .17 of which is noise: simulated.md
 MODEL_ERROR = 0.2
 # Octaves per octave of rank, by init: mean and standard deviation of the drift. Small studies found
-# that rates at Init[B] fall with rank by 0.3 to 0.75: by hand
+# that rates at A = 0 fall with rank by 0.3 to 0.75: by hand
 DRIFT = {"A": (0.0, 0.15), "B": (-0.45, 0.2)}
 # Octaves, by init: standard deviation of the law's rate for full finetuning when only LoRA was
-# tried. The study found .79 from Init[A], .84 from all ranks at Init[B], from high ones .4 to .6.
+# tried. The study found .79 from B = 0, .84 from all ranks at A = 0, from high ones .4 to .6.
 # Its mean is 0: no factor is needed at Survey.full_width: init_b_forms.md, frozen answers
 FULL_SD = {"A": 0.8, "B": 0.6}
 # Octaves of rate per octave of steps: standard deviation of the slope, the least of five with which

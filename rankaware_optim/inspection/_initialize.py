@@ -1,4 +1,4 @@
-"""Initialisation of every trainable LoRA pair at Init[A] or Init[B], without a change of the
+"""Initialisation of every trainable LoRA pair at B = 0 or A = 0, without a change of the
 model's function.
 """
 
@@ -41,9 +41,9 @@ class Start(NamedTuple):
 def initialize(model: nn.Module, init: DrawnInit, *, seed: int = 0) -> Survey:
     """Initialise every trainable LoRA pair of a model, without a change of the model's function.
 
-    Init[A] sets B = 0 and draws A ~ N(0, 1/fan_in), with fan-in 1 for an embedding. Init[B] sets
-    A = 0 and draws B ~ N(0, 1/r). Here r is the number of inner features that one output sums: r·k
-    in loralib's convolutions, r/groups with a grouped B. Init[B] with alpha = rank is closest to
+    "A" sets B = 0 and draws A ~ N(0, 1/fan_in), with fan-in 1 for an embedding. "B" sets A = 0 and
+    draws B ~ N(0, 1/r). Here r is the number of inner features that one output sums: r·k
+    in loralib's convolutions, r/groups with a grouped B. A = 0 with alpha = rank is closest to
     full finetuning (Chen, Villar, Hayou, arXiv 2602.06204).
 
     The function does not change in any bit, since B·A is zero before and after. Each draw depends

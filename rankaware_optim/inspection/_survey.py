@@ -228,8 +228,8 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
     """Return the init by the row, else as `initialize` recorded it, else by PEFT's declaration,
     else by the zeros.
 
-    A factor of zeros overrides PEFT's declaration if they contradict. With a declared Init[A], A is
-    never all zero. If it is, the pair was set to Init[B] by hand. Shards differ between processes,
+    A factor of zeros overrides PEFT's declaration if they contradict. With a declared B = 0, A is
+    never all zero. If it is, the pair was set to A = 0 by hand. Shards differ between processes,
     which must all get the same rate, so their zeros are not used.
     """
     marks: Mapping[str, Init] = getattr(pair.owner, INIT_MARK, {})

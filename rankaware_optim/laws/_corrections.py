@@ -86,11 +86,11 @@ class Power(Correction):
 
 @dataclass(frozen=True)
 class Falling(Correction):
-    """Another law, with rates that fall in rank under Init[B] (A starts at zero). Around `MuA` it
+    """Another law, with rates that fall in rank where A starts at zero. Around `MuA` it
     is the default law::
 
-        Init[B]                             multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
-        Init[A] (B = 0), full finetuning    multiplier ∝ law
+        A = 0                       multiplier ∝ law · ((r₀ + n) / (r₀ + min(r, n)))^p
+        B = 0, full finetuning      multiplier ∝ law
 
     r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The reference is treated in the same
     way. Above r₀ the rate falls as r^-p. At r = n it equals the rate of full finetuning. The form

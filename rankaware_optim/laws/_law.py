@@ -29,8 +29,8 @@ class Law(ABC):
     """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write
     `multiplier`.
 
-    Init[A] means that A is drawn and B starts at zero, as in PEFT. Init[B] means that B is drawn
-    and A starts at zero.
+    An init of "A", printed as B = 0, means that A is drawn and B starts at zero, as in PEFT. "B",
+    printed as A = 0, is the reverse.
 
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Law(ABC):
 
     @property
     def falls_with_rank(self) -> bool:
-        """Whether the law lowers the rates of Init[B] with the rank. A calibration then expects no
+        """Whether the law lowers the rates of A = 0 with the rank. A calibration then expects no
         further fall.
         """
         return False

@@ -31,11 +31,11 @@ class MuA(Law):
 
     The best rate is the largest at which a layer's output still moves by Θ(1). Let τ = T·η over T
     steps, s be the scaling, r the rank, n the fan-in, b = `tokens` and λ = `ratio` =
-    η_B / η_A. Under Init[A], A is drawn and B starts at zero, as in PEFT. Under Init[B], B is drawn
-    and A starts at zero. For a sign-like optimizer (Adam and its variants)::
+    η_B / η_A. B = 0 means that B starts at zero and A is drawn, as in PEFT. A = 0 is the reverse.
+    For a sign-like optimizer (Adam and its variants)::
 
-        Init[A]   s·κ(r)·λ·τ·(1 + κ(n)·τ) = 1
-        Init[B]   hypot(s·κ(n)·τ, s·κ(n)·κ(r)·λ·τ²) = 1
+        B = 0     s·κ(r)·λ·τ·(1 + κ(n)·τ) = 1
+        A = 0     hypot(s·κ(n)·τ, s·κ(n)·κ(r)·λ·τ²) = 1
         full      κ(n)·τ = 1
         κ(m) = √(m + (2/π)·m²/b);  κ(m) = m for tokens=None, the paper's law
 
@@ -160,8 +160,8 @@ def sign_rate(law: MuA, at: Site) -> float:
     """Return σ for sign-like updates, whose entries all have size η, from the change
     p·η + q·η_A·η_B.
 
-    The η of p is that of the factor that starts at zero. Under Init[A] the term s·ΔB·A₀·x has size
-    s·κ(r)·η_B. Under Init[B] the term s·B₀·ΔA·x has size s·κ(n)·η_A. Under both, s·ΔB·ΔA·x has size
+    The η of p is that of the factor that starts at zero. With B = 0 the term s·ΔB·A₀·x has size
+    s·κ(r)·η_B. With A = 0 the term s·B₀·ΔA·x has size s·κ(n)·η_A. In both, s·ΔB·ΔA·x has size
     s·κ(r)·κ(n)·η_A·η_B.
     """
     k_n, s = kappa(at.fan_in, law.tokens), at.scaling
@@ -172,7 +172,7 @@ def sign_rate(law: MuA, at: Site) -> float:
 
 
 def _root(law: MuA, at: Site, p: float, q: float) -> float:
-    """Return the root σ of p·σ + q·σ² = 1. Under Init[B] the terms are nearly orthogonal and add in
+    """Return the root σ of p·σ + q·σ² = 1. With A = 0 the terms are nearly orthogonal and add in
     quadrature.
     """
     q *= law.ratio
@@ -210,8 +210,8 @@ def spectral_rate(law: MuA, at: Site) -> float:
     directions of the b tokens. It keeps a norm of m·√n out of √n, with m = √min(1, r/b + r/n). B₀,
     with entries of variance 1/r, turns a norm ν into the rms ν·√(1/n + 1/r). Hence
 
-        Init[A]   p = s·a_B·√(r/n)              q = s·a_A·a_B·m
-        Init[B]   p = s·a_A·√n·√(1/n + 1/r)·m   q as above
+        B = 0     p = s·a_B·√(r/n)              q = s·a_A·a_B·m
+        A = 0     p = s·a_A·√n·√(1/n + 1/r)·m   q as above
         full      p = a
     """
     n, r, s = at.fan_in, at.rank, at.scaling
@@ -236,8 +236,8 @@ def gradient_rate(law: MuA, at: Site) -> float:
     s·g₀·T·√(η_A·η_B) for many small steps. G has k = min(b, n) pairs, with g₀² = n² + 2·b·n (the
     power-weighted mean for independent tokens). With z = sinh²φ,
 
-        Init[A]   s²·λ·z·(1 + z)·r·(r + k + 1)/n² = 1
-        Init[B]   s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
+        B = 0     s²·λ·z·(1 + z)·r·(r + k + 1)/n² = 1
+        A = 0     s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
         full      τ·√n·√(n + b) = 1 (one step: nothing compounds)
     """
     n, r, s, ratio, tokens = (
@@ -268,10 +268,10 @@ def relative_rate(law: MuA, at: Site) -> float:
 
     A factor drawn with rms ρ moves by Δ, orthogonal to its start: dΔ/dτ = √(ρ² + Δ²), so Δ = ρ·sinh
     τ. A factor that starts at zero first takes one step of plain η = τ/4 and grows from there, to
-    z(τ) = τ/4·e^(τ − τ/4). With ρ_A = 1/√n under Init[A] and ρ_B = 1/√r under Init[B],
+    z(τ) = τ/4·e^(τ − τ/4). With ρ_A = 1/√n where B = 0 and ρ_B = 1/√r where A = 0,
 
-        Init[A]   s·κ(r)·z(τ_B)·(1 + κ(n)·sinh(τ_A)/√n) = 1
-        Init[B]   hypot(s·κ(n)·z(τ_A), s·κ(n)·κ(r)·z(τ_A)·sinh(τ_B)/√r) = 1
+        B = 0     s·κ(r)·z(τ_B)·(1 + κ(n)·sinh(τ_A)/√n) = 1
+        A = 0     hypot(s·κ(n)·z(τ_A), s·κ(n)·κ(r)·z(τ_A)·sinh(τ_B)/√r) = 1
         full      κ(n)·sinh(τ)/√n = 1
 
     LAMB's cap on the weights' norm is left out.

@@ -15,7 +15,7 @@ RANK_SD = 0.1
 WIDTH_SD = 0.25
 BATCH_SD = 0.15
 INIT_SD = 1.0
-# RANK_SD for a rank below those tried at Init[B], where best rates fall less with rank than the
+# RANK_SD for a rank below those tried at A = 0, where best rates fall less with rank than the
 # trials say: frozen answers
 LOWER_RANK_SD = 0.2
 # Octaves, by init: standard deviation of the best rate that another task gives: another_task.md
@@ -23,7 +23,7 @@ ANOTHER_TASK_SD = {"A": 1.3, "B": 2.4}
 # A width that differs by more than this factor is another model's, where even a band with that
 # spread missed a third of the best rates with steps and batch given: suggestion.md
 SAME_WIDTH = 2.0
-# Share of an Init[A] drift, continued to r = n, by which the band of full finetuning is widened: by
+# Share of a drift at B = 0, continued to r = n, by which the band of full finetuning is widened: by
 # hand
 DRIFT_SHARE = 0.5
 # Octaves. Larger margins lost no less: frozen answers

@@ -103,7 +103,7 @@ def base_lr(recipe: Recipe, at: Reference) -> float:
 
 def _margin(recipe: Recipe, sd: float) -> float:
     """Return how far below the best rate to stay, octaves. sd: the rate's, octaves."""
-    return margin(recipe.steepness, sd) if recipe.steepness else recipe.lean
+    return margin(recipe.steepness, sd) if recipe.steepness else recipe.margin
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:

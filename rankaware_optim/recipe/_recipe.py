@@ -46,8 +46,7 @@ class Recipe:
         law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor
             of full finetuning.
         covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
-        lean: safety margin of `lr` below `fitted_lr`, octaves. Too high a rate costs more than too
-            low a rate.
+        margin: octaves of `lr` below `fitted_lr`. Too high a rate costs more than too low a rate.
         ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law. None
             if no trial did.
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the
@@ -72,7 +71,7 @@ class Recipe:
             `value` (NaN if pruned), `diverged`, `pruned`, `steps`, and `curve` of shape (trials,
             values).
         steepness: steepness of the loss above the optimum, per octave. The margin for another
-            configuration follows from it and the uncertainty there. With 0 the margin is `lean`
+            configuration follows from it and the uncertainty there. With 0 it is `margin`
             everywhere.
         scatter: standard deviation of a rank's own best rate about the law, octaves.
         missing: the name of the trials' file if it was not beside the recipe when it was read.
@@ -84,7 +83,7 @@ class Recipe:
     reference: Reference
     law: Power
     covariance: npt.NDArray[np.float64]
-    lean: float = 0.0
+    margin: float = 0.0
     ceiling: float | None = None
     scaling_rule: Scaling = "unknown"
     full_fan_in: float | None = None
@@ -112,12 +111,12 @@ class Recipe:
         return differing(self, other) <= {"missing"}
 
     def __hash__(self) -> int:
-        return hash((self.name, self.fitted_lr, self.lean, self.reference))
+        return hash((self.name, self.fitted_lr, self.margin, self.reference))
 
     @property
     def lr(self) -> float:
-        """The base rate to use, per step: `lean` octaves below `fitted_lr`."""
-        return float(self.fitted_lr * 2.0**-self.lean)
+        """The base rate to use, per step: `margin` octaves below `fitted_lr`."""
+        return float(self.fitted_lr * 2.0**-self.margin)
 
     @property
     def batch(self) -> float | None:
@@ -305,4 +304,6 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + to_reference),
         **others,
     )
-    return replace(recipe, lean=margin(recipe.steepness, spread(recipe, reference)[0]))
+    return replace(
+        recipe, margin=margin(recipe.steepness, spread(recipe, reference)[0])
+    )

@@ -49,8 +49,8 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
     steps, batch = _number(recipe.steps), _number(recipe.batch)
     rows = {
         "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_fan_in(at.fan_in)}",
-        "fitted optimum": f"{recipe.fitted_lr:.3g}; {times(-recipe.lean)} is the base rate, the"
-        " one to use",
+        "fitted optimum": f"{recipe.fitted_lr:.3g}; the base rate, the one to use, is a margin of"
+        f" {times(-recipe.margin)} below",
         "90 % band": f"{low:.3g} to {high:.3g}",
         "ceiling": ceiling,
         "largest fan-in": f"{_fan_in(recipe.full_fan_in)}, which full finetuning's rate depends on",

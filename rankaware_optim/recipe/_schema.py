@@ -97,7 +97,7 @@ class FitTable(Table):
     """What the fit found, see `Recipe`."""
 
     fitted_lr: Lr
-    lean: Octaves = field(name="lean_octaves")
+    margin: Octaves = field(name="margin_octaves")
     steepness: Annotated[float, limits("steepness")] = field(
         name="steepness_per_octave"
     )
@@ -153,10 +153,10 @@ class RecipeFile(Table):
     trials: TrialsTable | None = None
 
     def __post_init__(self) -> None:
-        lr = self.fit.fitted_lr * 2.0**-self.fit.lean
+        lr = self.fit.fitted_lr * 2.0**-self.fit.margin
         if not math.isclose(self.rate.lr, lr, rel_tol=1e-6):
             raise ValueError(
-                f"rate.lr is {self.rate.lr:g}, but fit.fitted_lr and fit.lean_octaves make {lr:g}"
+                f"rate.lr is {self.rate.lr:g}, but fit.fitted_lr and fit.margin_octaves make {lr:g}"
             )
 
 

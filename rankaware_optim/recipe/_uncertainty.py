@@ -38,7 +38,7 @@ def own_band(recipe: Recipe) -> tuple[float, float]:
 
 
 def margin(steepness: float, sd: float) -> float:
-    """Return the safety margin below the best rate, octaves: a·sd²/2, at most 1/4.
+    """Return the margin below the best rate, octaves: a·sd²/2, at most 1/4.
 
     This margin minimizes the expected loss if the loss above the optimum rises as exp(a·u), u in
     octaves.

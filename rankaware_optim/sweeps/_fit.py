@@ -77,7 +77,7 @@ def fit_sweep(  # noqa: PLR0913
         optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
         law: the law that maps rates between ranks, by default µA. The fall in rank at
-            Init[B] is in the fit's prior.
+            A = 0 is in the fit's prior.
         alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
         init: the init of rows without one: "A" (B starts at zero, as in PEFT, the default) or "B"
             (A starts at zero).

@@ -270,7 +270,7 @@ class _Stepper:
         return float((s * b.detach() @ (a.detach() @ x)).square().mean().sqrt())
 
     def _pair(self, factor: Factor) -> tuple[nn.Parameter, nn.Parameter]:
-        """Draw a pair. Init[A]: A of variance 1/n_in, B = 0. Init[B]: B of variance 1/r, A = 0."""
+        """Draw a pair: A of variance 1/n_in with B = 0, or B of variance 1/r with A = 0."""
         rank, n_in, n_out = factor.rank or 1, int(factor.fan_in), int(factor.fan_out)
         options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         a, b = torch.zeros(rank, n_in, **options), torch.zeros(n_out, rank, **options)

@@ -41,7 +41,7 @@ def convert_lr(
         to: the other configuration. A text or dict without alpha, such as "r=64", keeps the
             alpha of `from_`. A width that only one of the two has is used for both, and 4096 if
             neither has one. The optimizer uses `Survey.width` for LoRA, the mean fan-in, and
-            `Survey.full_width` for full finetuning, the largest one (from Init[B] the mean). If
+            `Survey.full_width` for full finetuning, the largest one (from A = 0 the mean). If
             both have a batch, the rate moves by the law's rule for the batch.
         law: a law or its name. For an optimizer other than Adam and its variants, give
             Falling().bind(optimizer_class, settings).

@@ -151,7 +151,7 @@ def test_a_known_optimum_is_found(drift, factor):
 
 def recipe_like(recipe, law, fitted_lr):
     """The recipe with another law and rate, without a margin."""
-    return replace(recipe, law=law, fitted_lr=fitted_lr, lean=0.0, steepness=0.0)
+    return replace(recipe, law=law, fitted_lr=fitted_lr, margin=0.0, steepness=0.0)
 
 
 RULES = [

@@ -126,17 +126,14 @@ def test_what_is_pasted_has_the_tools_names(tool):
 
 
 NO_LINES = [
-    *(
-        (tool, {"origin": f"{FROM},init=B", "to": "r=64"}, "at Init[A]")
-        for tool in TOOLS
-    ),
+    *((tool, {"origin": f"{FROM},init=B", "to": "r=64"}, "at B = 0") for tool in TOOLS),
     ("trl", {"to": "full,fan_in=512"}, "for adapters"),
 ]
 
 
 @pytest.mark.parametrize(("tool", "sites", "message"), NO_LINES)
 def test_what_no_tool_can_train_has_no_lines(tool, sites, message):
-    """No tool's settings start adapters at Init[B], where the rate is another, and --as is for adapters."""
+    """No tool's settings start adapters at A = 0, where the rate is another, and --as is for adapters."""
     done = run(tool, **sites)
     assert done.exit_code == 1
     assert message in done.output

@@ -20,7 +20,7 @@ AT = {
     [("A", 0.15, 0.8, 0.0), ("B", 0.2, 0.6, 7.0), ("full", 0.15, 1e-3, 0.0)],
 )
 def test_the_prior_is_that_of_the_init(at, drift_sd, full_sd, full_reach):
-    """Ranks 4 and 64 meet at 16. At Init[B] the drift goes on to r = n, seven octaves up at a width of 2048."""
+    """Ranks 4 and 64 meet at 16. At A = 0 the drift goes on to r = n, seven octaves up at a width of 2048."""
     prior = prior_of(AT[at], (4, 64, None), 2048.0)
     assert (prior.drift_sd, prior.full_sd, prior.pivot) == (drift_sd, full_sd, 16.0)
     assert prior.full_reach == pytest.approx(full_reach)
@@ -44,7 +44,7 @@ def test_the_pivot_is_the_ranks_geometric_mean_to_nine_decimals():
     [("A", "mua", 0.1, False), ("B", "mua", -0.35, True), ("B", "falling", 0.1, True)],
 )
 def test_the_law_is_centred_on_the_prior(at, law, exponent, to_full):
-    """At Init[B] rates fall with rank by 0.45, unless the law itself says so; what was fitted is added."""
+    """At A = 0 rates fall with rank by 0.45, unless the law itself says so; what was fitted is added."""
     centred = centred_law(get_law(law), AT[at], 8.0, drift=0.1, factor=-1.0)
     assert centred.exponent == pytest.approx(exponent)
     assert (centred.full_factor, centred.pivot, centred.to_full) == (0.5, 8.0, to_full)

@@ -81,7 +81,7 @@ CONV = nn.Conv2d(32, 64, 3).requires_grad_(False)
 OF_CONV = (16, 32, 3, 3)
 POINTWISE = ((16, 32, 1, 1), (256, 16, 1, 1))
 LAYOUTS = {
-    # the owner, the variance of A under Init[A], that of B under Init[B]
+    # the owner, the variance of A at B = 0, that of B at A = 0
     "rows": (partial(owner, (16, 128), (256, 16)), 1 / 128, 1 / 16),
     "embedding": (of_embedding, 1.0, 1 / 16),
     "conv": (partial(owner, OF_CONV, (256, 16, 1, 1)), 1 / 288, 1 / 16),
@@ -247,7 +247,7 @@ def test_tied_factors_are_drawn_once():
 
 
 def test_a_bias_of_the_inner_layer_is_zeroed():
-    """Under Init[B] a bias behind A would show through B, so it goes, and the output stays."""
+    """At A = 0 a bias behind A would show through B, so it goes, and the output stays."""
 
     class Biased(nn.Module):
         def __init__(self) -> None:

@@ -137,7 +137,7 @@ def fall(point: Site, knee: float, power: float) -> float:
 
 @given(to=sites, origin=sites, knee=st.floats(0.0, 1e4), power=st.floats(0.0, 1.0))
 def test_falling_is_the_inner_law_times_its_fall(to, origin, knee, power):
-    """At Init[B] rates go as (r₀ + min(r, n))^-p and meet full finetuning's at r = n, from any origin."""
+    """At A = 0 rates go as (r₀ + min(r, n))^-p and meet full finetuning's at r = n, from any origin."""
     moved = fall(to, knee, power) / fall(origin, knee, power)
     expected = move(MuA(), to, origin) * moved
     law = Falling(knee, power)

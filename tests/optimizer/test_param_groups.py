@@ -310,7 +310,7 @@ def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
 
 
 def test_unknown_inits_count_as_a():
-    """On the meta device adapters count as Init[A], with a note."""
+    """On the meta device adapters count as B = 0, with a note."""
     model = nn.Sequential(adapted(device="meta"))
     found = multipliers(model, tuned_at=AT_16)
     assert found["0.lora_A"] == pytest.approx(expected(4, 2.0, AT_16, width=12))
@@ -414,7 +414,7 @@ LARGEST, MEAN = 32.0, (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
     [("A", LARGEST, None), ("A", LARGEST, 32), ("B", MEAN, 32)],
 )
 def test_full_finetuning_moves_everything_by_one_multiplier(init, width, fan_in):
-    """From the mean width to the largest one, of Init[A], or the mean one, of Init[B]; without a reference nothing moves."""
+    """From the mean width to the largest one, from B = 0, or the mean one, from A = 0; without a reference nothing moves."""
     at = replace(AT_16, init=init, fan_in=fan_in or MEAN)
     moved = Falling().multiplier(Factor("w", "full", None, width, width), at)
     given = replace(at, fan_in=fan_in)

@@ -35,7 +35,7 @@ RECIPE = replace(
     CALIBRATED,
     fitted_lr=8e-3,
     reference=Reference(rank=4, alpha=4, fan_in=WIDTH, batch=16),
-    lean=0.25,
+    margin=0.25,
     full_fan_in=float(WIDTH),
     optimizer="torch.optim.adamw.AdamW",
     settings={"weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "foreach": True},

@@ -55,7 +55,7 @@ PAGE = ROOT / "recipes" / "SCHEMA.md"
 HANG = 120  # seconds
 FULL = replace(
     RECIPE,
-    lean=0.25,
+    margin=0.25,
     reference=Reference(rank=4, alpha=8, fan_in=64, batch=16),
     settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
     steps=100,
@@ -109,7 +109,7 @@ recipes = st.builds(
     reference=references,
     law=laws,
     covariance=st.just(np.diag([0.04, 0.01, 0.09])),
-    lean=st.floats(0, 1),
+    margin=st.floats(0, 1),
     steepness=st.floats(0, 10),
     scatter=st.floats(0, 1),
     ceiling=st.none() | positive,
@@ -301,7 +301,7 @@ BAD = [
     *((path, ...) for path in NEEDED),
     *(("schema", value) for value in (0, 2, 3, "1", True)),
     *(("rate/lr", value) for value in (5e-3, 1e-31)),
-    *(("fit/lean_octaves", value) for value in (11, math.nan, -0.5)),
+    *(("fit/margin_octaves", value) for value in (11, math.nan, -0.5)),
     *(("reference/rank", value) for value in (2**31, 1.5)),
     *(("reference/method", value) for value in ("lore", "full ")),
     *(("horizon/warmup_share", value) for value in (2, -0.1)),

@@ -44,7 +44,7 @@ RECIPE = replace(
     CALIBRATED,
     reference=AT_16,
     law=Power(exponent=0.1, full_factor=1.5),
-    lean=0.25,
+    margin=0.25,
     ceiling=3e-2,
     full_fan_in=float(WIDTH),
     settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
@@ -93,7 +93,7 @@ OF_NAN = {"tensors": {"value": np.array([1.0, math.nan])}}
 LAW = RECIPE.law
 DECISIVE = [
     {"fitted_lr": 1e-3},
-    {"lean": 0.0},
+    {"margin": 0.0},
     *(
         {"reference": replace(AT_16, **change)}
         for change in (
@@ -174,7 +174,7 @@ def test_outside_the_band_is_wider_and_flagged(inside, outside):
     ("init", "rank", "said"), [("B", 1, True), ("B", 128, False), ("A", 1, False)]
 )
 def test_a_rate_below_the_ranks_tried_at_init_b_is_called_high(init, rank, said):
-    """There the fall in rank flattens, which is said of lower ranks at Init[B] alone."""
+    """There the fall in rank flattens, which is said of lower ranks at A = 0 alone."""
     at = Reference(16, 16.0, init=init, fan_in=256.0)
     with pytest.warns(RankAwareWarning) as warned:
         recipe(reference=at).at(rank)
@@ -343,7 +343,7 @@ def test_a_rate_is_positive_and_finite_or_an_error(
     """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
     made = recipe(
         fitted_lr=lr,
-        lean=0.0,
+        margin=0.0,
         ceiling=lr,
         law=Power(exponent=exponent, pivot=1e-9, law=MuA(tokens=None)),
         covariance=np.eye(3) * variance,
@@ -393,7 +393,7 @@ def test_the_optimizer_uses_the_rate_that_is_quoted(
 ):
     """A uniform model trains at `Recipe.at` of its configuration, with its margin, and the report names its band."""
     own = {"law": law, "reference": reference, "steepness": steepness}
-    made = recipe(full_seen=True, lean=0.0, **own)
+    made = recipe(full_seen=True, margin=0.0, **own)
     method = asked.get("method", "lora")
     opt = RankAwareOptimizer(model(), "adamw", recipe=made, method=method)
     rate, role = made.at(**asked), "full" if method == "full" else "A"

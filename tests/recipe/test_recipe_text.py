@@ -15,7 +15,7 @@ from ..helpers.recipes import KINDS, RECIPE
 
 FULL = replace(
     RECIPE,
-    lean=0.25,
+    margin=0.25,
     settings={"weight_decay": 0.01, "betas": (0.9, 0.99)},
     reference=Reference(rank=4, alpha=8, fan_in=64, batch=16.0),
     steps=1,
@@ -58,7 +58,7 @@ WORDS = [
     ({"settings": {}}, "optimizer", "torch.optim.AdamW"),
     ({}, "alpha by rank", "alpha follows rank (s fixed)"),
     ({"scaling_rule": "alpha"}, "alpha by rank", "alpha fixed (s falls as 1/rank)"),
-    ({}, "fitted optimum", "0.002; × 0.841 is the base rate, the one to use"),
+    ({}, "fitted optimum", "0.002; the base rate, the one to use, is a margin of × 0.841 below"),
     ({"source": {}}, "code", "unknown"),
     ({"source": {"train": "a", "commit": "b"}}, "code", "a, commit b"),
     ({"source": {"train": "train", "hash": "0f"}}, "code", "train, hash 0f"),

@@ -68,7 +68,7 @@ CASES = [
 
 @pytest.mark.parametrize(("recipe", "target", "row", "added"), CASES)
 def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, added):
-    """A tenth for each octave of rank beyond, a fifth below at Init[B], a quarter of width, one for the init."""
+    """A tenth for each octave of rank beyond, a fifth below at A = 0, a quarter of width, one for the init."""
     variance = np.array(row) @ COVARIANCE @ row + sum(sd**2 for sd in added)
     sd, notes = spread(recipe, target)
     assert sd == pytest.approx(math.sqrt(variance))
@@ -114,7 +114,7 @@ def test_a_recipe_is_made_of_a_fit():
     assert made.law == Power(0.5, 2**0.25, pivot=16.0, law=Constant())
     assert (made.steepness, made.scatter) == (2.0, 0.3)
     variance = np.array([1, 2, 0]) @ COVARIANCE @ [1, 2, 0] + 0.3**2
-    assert made.lean == pytest.approx(min(variance, 0.25))
+    assert made.margin == pytest.approx(min(variance, 0.25))
     assert (
         recipe_of(replace(fit, ceiling=None), Constant(), AT_16, name="r").ceiling
         is None

@@ -215,7 +215,7 @@ def shown(*arguments: str, line: str) -> str:
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 @pytest.mark.parametrize("rank", [1, 4, 8, 256])
 @pytest.mark.parametrize(
-    "recipe", [RECIPE, replace(RECIPE, steepness=2.0, lean=MARGIN)]
+    "recipe", [RECIPE, replace(RECIPE, steepness=2.0, margin=MARGIN)]
 )
 def test_one_rate_everywhere(recipe, rank, tmp_path):
     """The page, `rankaware lr`, `rankaware show` and the optimizer's report show one rate in the same digits."""

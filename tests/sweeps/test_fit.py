@@ -85,7 +85,7 @@ def fitted(rows: list[dict], **options) -> Recipe:
 def log2_at(recipe: Recipe, rank: int, **target) -> float:
     """log2 of the recipe's best rate at a rank: its quoted rate without the margin."""
     rate = recipe.at(**target) if not rank else recipe.at(rank, **target)
-    return math.log2(rate.lr) + recipe.lean
+    return math.log2(rate.lr) + recipe.margin
 
 
 # --- what it finds --------------------------------------------------------------------------------------------------

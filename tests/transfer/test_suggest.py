@@ -102,7 +102,7 @@ FACTORS = [
 
 @pytest.mark.parametrize(("options", "factor"), FACTORS)
 def test_documented_inits_and_dora_have_their_factor(options, factor):
-    """A non-zero init and DoRA divide the rate by their factor and widen the band; PEFT's zero inits are Init[A]."""
+    """A non-zero init and DoRA divide the rate by their factor and widen the band; PEFT's zero inits are B = 0."""
     plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, **options)
     assert plain.lr / found.lr == pytest.approx(factor)
     assert (reach(found) > reach(plain)) == (factor > 1)

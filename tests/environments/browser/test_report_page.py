@@ -24,14 +24,14 @@ AT_B = replace(AT_A, init="B")
 
 def recipe(law, reference=AT_A, **changes) -> Recipe:
     """A recipe as a calibration at ranks 4 and 64 would leave it."""
-    wide = {"full_fan_in": 3072.0, "lean": 0.25, "notes": ("as given",)}
+    wide = {"full_fan_in": 3072.0, "margin": 0.25, "notes": ("as given",)}
     return replace(RECIPE, law=law, reference=reference, **{**wide, **changes})
 
 
 RECIPES = {
     "two ranks": RECIPE,
     "finite tokens": recipe(Power(0.1, 1.5)),
-    "Init[B], no ceiling": recipe(Power(-0.45, to_full=True), AT_B, ceiling=None),
+    "A = 0, no ceiling": recipe(Power(-0.45, to_full=True), AT_B, ceiling=None),
     "alpha kept, full seen": recipe(Power(), full_seen=True, scaling_rule="alpha"),
     "no rule": recipe(Power(), scaling_rule="unknown"),
     "no width": recipe(Power(), replace(AT_A, fan_in=None), full_fan_in=None),

@@ -95,7 +95,7 @@ def test_a_resume_changes_no_rate(targets):
 
 
 def test_init_b_made_by_hand():
-    """Where the user drew B and zeroed A of a declared Init[A], the zeros win."""
+    """Where the user drew B and zeroed A of a declared B = 0, the zeros win."""
     model = wrapped()
     for name, param in model.named_parameters():
         if "lora_" in name:
