@@ -1,16 +1,26 @@
-"""What `suggest_lr` says for the study's tasks, at price 0: no run of a task enters it."""
+"""What `suggest_lr` says for the study's tasks, at price 0, and what that loses: no run of a task enters it."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
+from laws.another_task import INITS, runs
+from recording import block, number
 from study.configurations import reference_at
-from study.domains import get_domain
-from study.grids import FULL
+from study.domains import HELD_OUT, STUDY, get_domain
+from study.grids import FULL, Cell
+from study.optima import optimum, ranks_in
+from study.regret import lost
 
 from rankaware_optim import Reference
 from rankaware_optim.transfer import Suggestion, suggest_lr
 
+Kind = Literal["Init[A]", "Init[B]", "full finetuning"]
+KINDS: tuple[Kind, ...] = ("Init[A]", "Init[B]", "full finetuning")
+TASKS = (*STUDY, *HELD_OUT)
 # The most common fan-in of each task's adapted layers, of two as common the first layer's: what `suggest_lr` reads off
 # the network itself.
 COMMON_WIDTHS = {
@@ -43,3 +53,61 @@ def suggestion_of(task: str, config: str, rank: int) -> Suggestion:
 def suggested(task: str, config: str, rank: int) -> float:
     """log2 of the suggested rate."""
     return math.log2(suggestion_of(task, config, rank).lr)
+
+
+# --- what it loses ----------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What a suggestion is worth in a cell: its regret, octaves of the best rate above its band's middle, half the band.
+
+    The best rate is None where it lies outside the grid.
+    """
+
+    regret: float
+    above: float | None
+    half: float
+
+
+def found(cell: Cell) -> Found:
+    given = suggestion_of(*cell)
+    middle = math.log2(given.low * given.high) / 2
+    best = optimum(runs(), cell).x
+    return Found(
+        lost(runs(), cell, cell, math.log2(given.lr)),
+        None if best is None else best - middle,
+        math.log2(given.high / given.low) / 2,
+    )
+
+
+def cells_of(task: str, kind: Kind) -> Iterator[Cell]:
+    """The cells of a task that were swept."""
+    configs = ["full"] if kind == "full finetuning" else INITS[kind[5]]
+    for config in configs:
+        yield from ((task, config, rank) for rank in ranks_in(runs(), task, config))
+
+
+def found_in(kind: Kind) -> list[Found]:
+    """Every cell of the nine tasks."""
+    return [found(cell) for task in TASKS for cell in cells_of(task, kind)]
+
+
+def mean_regret(task: str, kind: Kind) -> float:
+    return statistics.fmean(found(cell).regret for cell in cells_of(task, kind))
+
+
+def losses() -> str:
+    """The regret of every task and kind, and its mean over the tasks."""
+    regrets = {
+        task: [100 * mean_regret(task, kind) for kind in KINDS] for task in TASKS
+    }
+    rows = [
+        [task, f"{COMMON_WIDTHS[task]}", *(number(each, 1) for each in regrets[task])]
+        for task in TASKS
+    ]
+    means = [statistics.fmean(column) for column in zip(*regrets.values(), strict=True)]
+    rows.append(["mean", "", *(number(mean, 1) for mean in means)])
+    title = (
+        "The study's tasks: share of the gain that the suggested rate loses, mean, %"
+    )
+    return block(title, ["task", "width", *KINDS], rows)

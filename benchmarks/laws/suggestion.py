@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import click
 from internals import LOG2_RATE, PUBLISHED, SPREAD, TASK_SD, Z90
-from laws import another_model, elsewhere, narrow, tinker
+from laws import another_model, elsewhere, suggested, tinker
 from laws.published import known
 from recording import machine, record
 from study.loss_curves import vertex_of
@@ -59,7 +59,7 @@ def main(sweep: Path) -> None:
         source.words(sweep.name),
         another_model.table(tinker.curves(sweep)),
         elsewhere.table(tinker.curves(sweep), tinker.HIDDEN.__getitem__),
-        narrow.tables(),
+        suggested.losses(),
     ]
     record("suggestion", title, [*left_out(cells), *own_tasks()], on, said)
 
@@ -134,16 +134,11 @@ def outside(cell: Cell, middle: float) -> float:
 def own_tasks() -> list[dict[str, Any]]:
     """A row for each kind, over the study's nine tasks."""
     rows = []
-    for kind in narrow.KINDS:
-        each = [
-            narrow.found(cell, 0.0)
-            for task in narrow.TASKS
-            for cell in narrow.cells_of(task, kind)
-        ]
+    for kind in suggested.KINDS:
         seen = [
-            (one.above, one.half, abs(one.above))
-            for one in each
-            if one.above is not None
+            (each.above, each.half, abs(each.above))
+            for each in suggested.found_in(kind)
+            if each.above is not None
         ]
         rows.append(summary(f"the study's nine tasks, {kind}", seen))
     return rows

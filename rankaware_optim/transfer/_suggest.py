@@ -37,7 +37,7 @@ _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the 
 # high a rate a lot. By hand.
 MARGIN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (narrow networks'
-# best rates lie 1.4 above the middle in the mean; raising theirs lost more: results/suggestion.md);
+# best rates lie 1.4 above the middle in the mean; raising theirs lost more: frozen answers);
 # each octave of alpha away from 32; an unknown width.
 TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 
