@@ -1,8 +1,8 @@
 """The yardstick for laws: make our own sweep, then score laws on it and on a published sweep.
 
-    python benchmarks/laws/bench_law.py sweep                             # makes missing runs of the package's sweep
-    python benchmarks/laws/bench_law.py table ../shared/data/sft_sweep.csv  # results/bench_law.md
-    python benchmarks/laws/bench_law.py kept ../shared/data/sft_sweep.csv   # results/kept_alpha.md
+    python benchmarks/laws/bench_law.py sweep                 # makes missing runs of the package's sweep
+    python benchmarks/laws/bench_law.py table sft_sweep.md    # results/bench_law.md
+    python benchmarks/laws/bench_law.py kept sft_sweep.md     # results/kept_alpha.md
     python benchmarks/laws/bench_law.py score my_sweep.csv --law mua --law my_pkg:MyLaw     # prints a table
 
 The sweep trains the demo's network (EfficientNet-lite0 on scikit-learn's digits) with alpha = rank and with alpha = 16.
@@ -22,7 +22,9 @@ from typing import Any
 
 import click
 import torch
-from internals import read_sweep
+from internals import Source, read_sweep
+from laws import tinker
+from laws.published import known
 from laws.scoring import (
     COMPARED,
     LawScore,
@@ -60,8 +62,8 @@ NOTES = (
     "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, by a monotone spline between "
     "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss.",
     "demo_sweep.csv: EfficientNet-lite0 on digits, AdamW, 40 steps of 16, alpha = rank and alpha 16, two seeds and two "
-    "more near the best rates, held-out loss. sft_sweep.csv: 18 published language models, AdamW, alpha 32. The moves "
-    "are on the 11 that have a best rate inside the grid at two ranks or more.",
+    "more near the best rates, held-out loss. sft_sweep.md: 35 published language models, AdamW, alpha 32. The moves "
+    "are on those that have a best rate inside the grid at two ranks or more.",
 )
 LOWEST = range(-15, -11)  # where rank 256's best rate lies with alpha = rank
 
@@ -163,24 +165,25 @@ FAMILIES: dict[str, list[Law]] = {
 
 @main.command()
 @click.argument("published", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--alpha", default=32.0, show_default=True, help="Alpha of the published sweep."
-)
-def table(published: Path, alpha: float) -> None:
+def table(published: Path) -> None:
     """Write results/bench_law.md."""
+    known(published)
+    sweeps: dict[str, Source] = {
+        DEMO_SWEEP.name: DEMO_SWEEP,
+        published.name: tinker.of_models(published),
+    }
     rows: list[dict[str, Any]] = []
-    for source, given in ((DEMO_SWEEP, None), (published, alpha)):
+    for name, source in sweeps.items():
         for best in ("parabola", "bowl"):
-            curves = loss_curves(read_sweep(source).runs, best=best, alpha=given)
+            curves = loss_curves(read_sweep(source).runs, best=best)
             scores = [score_of(law, curves) for law in LAWS]
             if len({curve.model for curve in curves}) > 2:
                 scores += [
-                    _left_out(f"{name}, chosen on the other models", laws, curves)
-                    for name, laws in FAMILIES.items()
+                    _left_out(f"{family}, chosen on the other models", laws, curves)
+                    for family, laws in FAMILIES.items()
                 ]
             rows += [
-                {"sweep": source.name, "best rate by": best, **score.row()}
-                for score in scores
+                {"sweep": name, "best rate by": best, **score.row()} for score in scores
             ]
     record(
         "bench_law",
@@ -198,7 +201,7 @@ WAYS = {
     "8 tokens": MuA(tokens=8.0),
 }
 OF_KEPT = (
-    "18 published language models, AdamW, alpha 32 at every rank. Each row is of the models that have a best rate inside "
+    "35 published language models, AdamW, alpha 32 at every rank. Each row is of the models that have a best rate inside "
     "the grid at both ranks, three or more. `measured`: the best rate at the higher rank over that at the lower one. "
     "`1 token`, `default law` and `8 tokens` are the factors by which these move the rate.",
     "Loss, %: the loss at the higher rank and the lower one's best rate, kept or moved, by a monotone spline between "
@@ -208,14 +211,13 @@ OF_KEPT = (
 
 @main.command()
 @click.argument("published", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--alpha", default=32.0, show_default=True, help="Alpha of the published sweep."
-)
-def kept(published: Path, alpha: float) -> None:
+def kept(published: Path) -> None:
     """Write results/kept_alpha.md: how far a best rate moves up the ranks of a sweep with one alpha."""
+    known(published)
+    runs = read_sweep(tinker.of_models(published)).runs
     rows = []
     for best in ("parabola", "bowl"):
-        curves = loss_curves(read_sweep(published).runs, best=best, alpha=alpha)
+        curves = loss_curves(runs, best=best)
         pairs: dict[tuple[int, int], list[tuple[LossCurve, LossCurve]]] = {}
         for low, high in itertools.permutations(curves, 2):
             ranks = (low.at.rank or 0, high.at.rank or 0)

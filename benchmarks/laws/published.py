@@ -54,7 +54,7 @@ LAWS = (
 NOTES = (
     "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, by a monotone spline "
     "between the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown "
-    "loss. bench_law.md has more laws on the first source.",
+    "loss. bench_law.md has more laws on all 35 models.",
 )
 
 
@@ -91,15 +91,6 @@ def grid(path: Path) -> Rows:
 
 
 SOURCES = {
-    "sft_sweep.csv": Source(
-        "the sweep that is published with thinkingmachines' tinker-cookbook",
-        "Apache-2.0",
-        "983d2738ad8115e8d75dc5b348418e08001a05d77ce2c580d0977221f10b7ad0",
-        Path,
-        "Supervised finetuning of 18 language models on Tulu 3, AdamW, batch 128, about 780 steps, held-out loss in "
-        "nats a token. Alpha is 32 at every rank by that service's documentation. The file does not record it. Init[A] "
-        "is assumed. Runs that diverged are left out of the source.",
-    ),
     "sft_sweep.md": Source(
         "github.com/thinking-machines-lab/tinker-cookbook, tinker_cookbook/recipes/chat_sl/results/, commit 9dfcc3a2",
         "Apache-2.0",
@@ -107,8 +98,8 @@ SOURCES = {
         tinker.added,
         "Supervised finetuning of 35 language models on Tulu 3, AdamW, batch 128, 780 steps: test losses on a grid of "
         "ranks and rates, no rate by a formula. Alpha is 32 by that service's documentation, Init[A] is assumed, and runs "
-        "that diverged are left out. 18 of the models are those of sft_sweep.csv, with the same losses. Laws are scored "
-        "on the 17 that were added since: nobody had looked at them when a law was chosen.",
+        "that diverged are left out. The default law was chosen after a look at 18 of the models. Here laws are scored on "
+        "the 17 that were added since.",
     ),
     "rank_x_lr_results.json": Source(
         "github.com/agme2019/lora-lr-rank-sensitivity, artifacts/, commit 8676b5ea",
@@ -165,9 +156,9 @@ def known(path: Path) -> Source:
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
     """Every law's moves on a file, with both ways of finding a best rate."""
     source = known(path)
-    sweep, alpha = source.read(path), 32.0 if source.read is Path else None
+    sweep = source.read(path)
     for best in ("parabola", "bowl"):
-        for score in bench_law(sweep, LAWS, alpha=alpha, best=best):
+        for score in bench_law(sweep, LAWS, best=best):
             yield {"sweep": path.name, "best rate by": best, **score.row()}
 
 

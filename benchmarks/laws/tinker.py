@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,14 @@ def runs(path: Path) -> Iterator[dict[str, Any]]:
             }
 
 
+def of_models(path: Path, models: Container[str] = HIDDEN) -> list[dict[str, Any]]:
+    """The runs of some of the models, by default of all."""
+    return [run for run in runs(path) if run["model"] in models]
+
+
 def added(path: Path) -> list[dict[str, Any]]:
     """The runs of the models that were added since the default law was chosen."""
-    return [run for run in runs(path) if run["model"] in ADDED]
+    return of_models(path, ADDED)
 
 
 def curves(path: Path) -> dict[tuple[str, int], dict[float, float]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,31 +12,28 @@ from hypothesis import strategies as st
 from laws import default_law
 from study.regret import in_points, resampled
 
-from rankaware_optim import MuA, Reference
+from rankaware_optim import CalibrationError, MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 
 RATES = range(-18, -6)
+MODEL = "Qwen/Qwen3-8B-Base"  # of width 4096
 
 
-def sweep_of(tmp_path: Path, ranks: dict[int, range]) -> Path:
-    """A sweep of one model that follows two tokens at alpha 32, each rank at its own rates (log2)."""
-    at = {rank: Reference(rank, 32, fan_in=4096) for rank in ranks}
-    lines = ["model,rank,lr,loss"]
+def runs_of(ranks: dict[int, range]) -> Iterator[tuple[int, float, float]]:
+    """Runs of one model that follows two tokens at alpha 32, each rank at its own rates (log2)."""
     for rank, rates in ranks.items():
-        factor = at[rank].as_factor()
+        factor = Reference(rank, 32, fan_in=4096).as_factor()
         moved = checked_multiplier(
             MuA(tokens=2.0), factor, Reference(16, 32, fan_in=4096)
         )
         best = -12.0 + math.log2(moved)
-        lines += [f"one,{rank},{2.0**x},{1.0 + 0.1 * (x - best) ** 2}" for x in rates]
-    path = tmp_path / "sweep.csv"
-    path.write_text("\n".join(lines))
-    return path
+        for x in rates:
+            yield rank, 2.0**x, 1.0 + 0.1 * (x - best) ** 2
 
 
-def test_a_sweep_loses_least_by_its_own_law(tmp_path: Path) -> None:
+def test_a_sweep_loses_least_by_its_own_law(published_page: Any) -> None:
     """Drawn from two tokens, a sweep loses nothing by them that the grid shows, and more by other ways the farther off."""
-    path = sweep_of(tmp_path, {1: RATES, 4: RATES, 64: RATES})
+    path = published_page({MODEL: runs_of({1: RATES, 4: RATES, 64: RATES})})
     means = {
         name: float(default_law.mean_of(default_law.lost_by_models(path, way, 1), 4))
         for name, way in default_law.WAYS.items()
@@ -46,15 +44,24 @@ def test_a_sweep_loses_least_by_its_own_law(tmp_path: Path) -> None:
     assert means["4 tokens"] < means["8 tokens"] < means["16 tokens"]
 
 
-def test_an_end_of_a_grid_is_a_target_and_no_source(tmp_path: Path) -> None:
+def test_an_end_of_a_grid_is_a_target_and_no_source(published_page: Any) -> None:
     """A rate is moved from ranks whose best rate lies inside the grid, to all with three rates, from the lowest rank on."""
     ranks = {1: RATES, 4: RATES, 16: range(-18, -13), 64: range(-13, -11)}
-    path = sweep_of(tmp_path, ranks)
+    path = published_page({MODEL: runs_of(ranks)})
     way = default_law.WAYS[default_law.TODAY]
     for lowest, moves in ((1, 4), (4, 1)):  # 1 and 4 to each other and to 16; 4 to 16
         (lost,) = default_law.lost_by_models(path, way, lowest).values()
         assert len(lost) == moves
         assert min(lost) >= 0.0
+
+
+def test_models_are_counted_apart(published_page: Any) -> None:
+    """The models that a law was chosen by are no part of those added since."""
+    path = published_page({MODEL: runs_of({1: RATES, 4: RATES})})
+    way = default_law.WAYS[default_law.TODAY]
+    assert MODEL in default_law.lost_by_models(path, way, 1, default_law.FIRST)
+    with pytest.raises(CalibrationError):
+        default_law.lost_by_models(path, way, 1, default_law.ADDED)
 
 
 GROUPS = st.lists(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import math
 import random
@@ -13,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws import scoring
+from laws import scoring, tinker
 
 from rankaware_optim import (
     CalibrationError,
@@ -246,22 +245,17 @@ def test_the_script_scores_a_law_of_ones_own(own_module: None) -> None:
 
 
 def test_the_factors_measured_where_alpha_is_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, published_page: Any
 ) -> None:
     """On three models drawn from the default law the table's measured factors are the law's, which loses nothing, and
     what is kept loses more."""
     script = importlib.import_module("laws.bench_law")
     monkeypatch.setattr(importlib.import_module("recording"), "RESULTS", tmp_path)
-    rows = [
-        {**row, "model": model}
-        for model in "abc"
-        for row in drawn(MuA(), ranks=(1, 64))
+    monkeypatch.setattr(script, "known", lambda path: None)
+    runs = [
+        (row["rank"], row["lr"], row["loss"]) for row in drawn(MuA(), ranks=(1, 64))
     ]
-    sweep = tmp_path / "sweep.csv"
-    with sweep.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    sweep = published_page(dict.fromkeys(list(tinker.HIDDEN)[:3], runs))
     done = CliRunner().invoke(script.main, ["kept", str(sweep)])
     assert done.exit_code == 0, done.output
     lines = (tmp_path / "kept_alpha.md").read_text().splitlines()
