@@ -75,7 +75,7 @@ MOVES = (  # what changes, from, to, how sure
         "theory; one seed measured",
     ),
     (
-        "rank 16 → 128 at Init[B], alpha = rank",
+        "rank 16 → 128 at A = 0, alpha = rank",
         B16,
         replace(B16, rank=128, alpha=128),
         "measured, against theory",
@@ -85,7 +85,7 @@ MOVES = (  # what changes, from, to, how sure
     ("width × 4", A16, replace(A16, fan_in=4 * WIDTH), "theory"),
     ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
     (
-        "LoRA at rank 16, Init[B] → full finetuning",
+        "LoRA at rank 16, A = 0 → full finetuning",
         B16,
         FULL,
         "rule of thumb: calibrate",
@@ -135,7 +135,7 @@ def ranks_of(recipe: ra.Recipe, stem: str) -> str:
 def gallery() -> Iterator[str]:
     """The study's recipes: an index, and each with its picture and what it says of itself."""
     yield "# Gallery of the study's recipes\n"
-    yield "They are records and examples, [no starting points](../recipes.md#its-own-ground).\n"
+    yield "They are records and examples, [no starting points](../recipes.md#where-it-holds).\n"
     yield "Every picture and every number here is read from the recipe's own files when the site is built.\n"
     yield "[How to read a band](../bands.md) says what the parts of a picture mean.\n"
     paths = sorted(RECIPES.glob("*.toml"))

@@ -1,4 +1,4 @@
-"""The best rate over rank by the default law, relative to rank 16 at Init[A]."""
+"""The best rate over rank by the default law, relative to rank 16 at B = 0."""
 
 from matplotlib import pyplot
 
@@ -22,9 +22,9 @@ def line(alpha, init="A"):
 figure, axis = pyplot.subplots(figsize=(7, 4))
 full = LAW.multiplier(Reference(method="full", fan_in=WIDTH).as_factor(), AT)
 lines = {
-    "Init[A], alpha = rank": (line(lambda r: r), "#0072B2", "-"),
-    "Init[A], alpha = 16": (line(lambda r: 16), "#D55E00", "-"),
-    "Init[B], alpha = rank": (line(lambda r: r, "B"), "#009E73", "--"),
+    "B = 0, alpha = rank": (line(lambda r: r), "#0072B2", "-"),
+    "B = 0, alpha = 16": (line(lambda r: 16), "#D55E00", "-"),
+    "A = 0, alpha = rank": (line(lambda r: r, "B"), "#009E73", "--"),
     "full finetuning": ([full] * len(RANKS), "0.4", ":"),
 }
 for label, (values, colour, style) in lines.items():

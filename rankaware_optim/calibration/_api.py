@@ -49,8 +49,8 @@ def calibrate(  # noqa: PLR0913
     progress: bool = True,
     target_steps: int | None = None,
 ) -> Recipe:
-    """Find the base rate, its drift in rank and its uncertainty by a short study, and return them
-    as a recipe.
+    """Find the base rate, how it moves with rank, and how certain both are, by short runs. Return
+    them as a recipe.
 
     `train(trial)` is a generator. It builds the model for `trial.rank`, gets
     `trial.optimizer(model, ...)`, and yields a value to minimise at every step. If it ends by

@@ -231,8 +231,8 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
     lora = options.lora
     if len(lora) > 1 and max(lora) < APART * min(lora):
         notes.append(
-            f"ranks {min(lora)} and {max(lora)} differ by less than a factor {APART}: the drift"
-            " is uncertain"
+            f"ranks {min(lora)} and {max(lora)} differ by less than a factor {APART}: how the"
+            " rate moves with rank is uncertain"
         )
     if _went_alike(trials):
         notes.append(ALIKE)

@@ -1,5 +1,5 @@
-"""A recipe's own ground: the model of its trials. It says where a model is another one, and refuses
-where its width is another model's.
+"""Where a recipe holds: on the model of its trials. It says where a model is another one, and
+refuses where its width is another model's.
 """
 
 from __future__ import annotations

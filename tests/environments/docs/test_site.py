@@ -70,6 +70,12 @@ SEARCHED = [
     ("Prodigy", "faq"),
     ("torchtune", "trainers/index"),
     ("wandb", "trainers/transformers"),
+    ("LoKr", "inspect"),
+    ("layer-wise decay", "loops"),
+    ("vision tower", "loops"),
+    ("epochs", "faq"),
+    ("expand", "trainers/transformers"),
+    ("octave", "quickstart"),
 ]
 
 
