@@ -71,6 +71,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
         InspectionError: the adapters cannot be read.
         LawError: the law cannot be used.
 
+    >>> import torch
     >>> pair, linear = torch.nn.Module(), torch.nn.Linear
     >>> pair.lora_A, pair.lora_B = linear(64, 8, bias=False), linear(8, 64, bias=False)
     >>> pair.r, pair.scaling = 8, 1.0
