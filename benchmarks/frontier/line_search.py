@@ -1,14 +1,15 @@
-"""A rate by a line search along Adam's first direction: one gradient and 35 forward passes, no run.
+"""A rate by a line search along Adam's first direction: one gradient and 18 forward passes, no run.
 
     python benchmarks/frontier/line_search.py search --domain language    # resumable: results/line_search/language.jsonl
     python benchmarks/frontier/line_search.py table                       # results/line_search.md
 
 Adam's first step at rate t moves every weight by t·g/(|g| + eps). The search takes the gradient of one batch, and the
-loss of another batch, with the same noise each time, at 35 rates from 2^-17 to 1, half an octave apart. Its rate is the
-vertex of the parabola through the lowest point and its neighbours. New heads stay as they are, as their rates are fixed
-in the study. Two directions:
+loss after the step at 18 rates from 2^-17 to 1, an octave apart, with the same noise each time. Its rate is the vertex of
+the parabola through the lowest point and its neighbours. New heads stay as they are, as their rates are fixed in the
+study. Three ways:
 
-* *one gradient*: the first step as it is. One factor is zero, so only that one moves.
+* *one gradient*: the first step as it is, and the loss of the same batch. One factor is zero, so only that one moves.
+* *another batch*: the same, with the loss of a second batch.
 * *two gradients*: the other factor moves too, along the sign of its gradient after a step of 2^-20 of the first. In full
   finetuning it is the same as one.
 
@@ -50,10 +51,10 @@ from rankaware_optim.transfer import suggest_lr
 RESTS_ON = ("transfer", "scores")
 STORE = RESULTS / "line_search"
 TASKS = (*STUDY, *HELD_OUT)
-ONE, TWO = "one gradient", "two gradients"
+ONE, OTHER, TWO = "one gradient", "another batch", "two gradients"
 MARK = " | "
 EPS = 1e-8  # Adam's
-RATES = [-17 + step / 2 for step in range(35)]  # log2
+RATES = range(-17, 1)  # log2
 PROBE = -20.0  # log2 of the step before the second gradient
 FULL_NAME = "full"
 
@@ -70,7 +71,8 @@ def searched(domain: Domain, config: str, rank: int, seed: int, way: str) -> flo
     step = direction(domain, model, moving, seed)
     if way == TWO and rank != FULL:
         step |= second_direction(domain, model, step, seed)
-    at = {x: loss_at(domain, model, step, x, seed) for x in RATES}
+    which = 1 if way == OTHER else 0
+    at = {x: loss_at(domain, model, step, x, seed, which) for x in RATES}
     vertex = vertex_of(at)
     return min(at, key=at.__getitem__) if vertex is None else vertex
 
@@ -90,7 +92,7 @@ def direction(
 ) -> Step:
     """Adam's first step of rate 1, of the parameters that have a gradient."""
     model.zero_grad()
-    loss_of(domain, model, seed, first=True).backward()
+    loss_of(domain, model, seed, 0).backward()
     step = {}
     for param in moving:
         if param.grad is not None and bool(param.grad.any()):
@@ -103,17 +105,19 @@ def second_direction(domain: Domain, model: nn.Module, step: Step, seed: int) ->
     still = [p for p in moved_parameters(domain, model) if p not in step]
     move(step, 2.0**PROBE)
     model.zero_grad()
-    loss_of(domain, model, seed, first=True).backward()
+    loss_of(domain, model, seed, 0).backward()
     move(step, -(2.0**PROBE))
     return {param: -param.grad.sign() for param in still if param.grad is not None}
 
 
 @torch.no_grad()
-def loss_at(domain: Domain, model: nn.Module, step: Step, x: float, seed: int) -> float:
-    """The loss on the second batch after a step of rate 2^x; infinite where it is no number."""
+def loss_at(
+    domain: Domain, model: nn.Module, step: Step, x: float, seed: int, which: int
+) -> float:
+    """The loss on a batch after a step of rate 2^x; infinite where it is no number."""
     before = {param: param.clone() for param in step}
     move(step, 2.0**x)
-    loss = float(loss_of(domain, model, seed, first=False))
+    loss = float(loss_of(domain, model, seed, which))
     for param, was in before.items():
         param.copy_(was)
     return loss if math.isfinite(loss) else math.inf
@@ -125,9 +129,9 @@ def move(step: Step, rate: float) -> None:
         param.add_(by, alpha=rate)
 
 
-def loss_of(domain: Domain, model: nn.Module, seed: int, first: bool) -> Tensor:
-    """The loss on the seed's first batch or second, drawn anew, so that its noise is the same each time."""
-    batch = next(islice(domain.batches(seed, domain.batch), 0 if first else 1, None))
+def loss_of(domain: Domain, model: nn.Module, seed: int, which: int) -> Tensor:
+    """The loss on a batch of the seed's, drawn anew, so that its noise is the same each time."""
+    batch = next(islice(domain.batches(seed, domain.batch), which, None))
     return domain.loss(model, batch)
 
 
@@ -151,11 +155,12 @@ def search(task: str) -> None:
 def cells(task: str) -> Iterator[Cell]:
     domain = get_domain(task)
     ranks = domain.ranks if domain.large else domain.ranks_swept
-    for way in (ONE, TWO):
+    for way in (ONE, OTHER, TWO):
         for config in CONFIGS:
             for rank in ranks:
                 yield task, f"{config}{MARK}{way}", rank
     yield task, f"{FULL_NAME}{MARK}{ONE}", FULL
+    yield task, f"{FULL_NAME}{MARK}{OTHER}", FULL
 
 
 def seeds(task: str) -> range:
@@ -194,7 +199,7 @@ Way = Callable[[Cell], float]  # log2 of the rate in a cell of the study
 def of_search(way: str, cell: Cell) -> float:
     """The mean of a cell's searches."""
     task, config, rank = cell
-    scheme = f"{config}{MARK}{ONE if rank == FULL else way}"
+    scheme = f"{config}{MARK}{ONE if rank == FULL and way == TWO else way}"
     found = on_file()[task]
     each = [found[Job(task, scheme, rank, 0.0, seed)] or 0.0 for seed in seeds(task)]
     return statistics.fmean(each)
@@ -251,6 +256,7 @@ def regrets(task: str, way: Way, offsets: bool, full: bool) -> list[float]:
 WAYS: dict[str, Way] = {
     "`suggest_lr`": of_suggestion,
     f"line search, {ONE}": partial(of_search, ONE),
+    f"line search, {OTHER}": partial(of_search, OTHER),
     f"line search, {TWO}": partial(of_search, TWO),
 }
 
