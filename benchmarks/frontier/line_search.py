@@ -36,8 +36,9 @@ from functools import cache, partial
 
 import click
 import torch
+from laws.suggested import suggested
 from recording import RESULTS, block, machine, number, write_explained
-from study.configurations import CONFIGS, built, reference_at
+from study.configurations import CONFIGS, built
 from study.domains import HELD_OUT, STUDY, Domain, get_domain
 from study.grids import FULL, Cell, Job, Listed, Losses
 from study.loss_curves import vertex_of
@@ -45,9 +46,6 @@ from study.regret import best_at, in_points, lost, score
 from study.runs_on_file import complete, made_by, read_begun
 from study.suite import STORES, finished_in, provenance
 from torch import Tensor, nn
-
-from rankaware_optim import Reference
-from rankaware_optim.transfer import suggest_lr
 
 RESTS_ON = ("transfer", "scores")
 STORE = RESULTS / "line_search"
@@ -202,15 +200,8 @@ def of_search(way: str, cell: Cell) -> float:
 
 
 def of_suggestion(cell: Cell) -> float:
-    """`suggest_lr`, given the mean fan-in of the adapted layers, and the largest in full finetuning."""
-    task, config, rank = cell
-    mean, largest = get_domain(task).widths
-    if rank == FULL:
-        asked = Reference(method="full", fan_in=largest)
-        return math.log2(suggest_lr(asked, method="full").lr)
-    at = reference_at(config, rank)
-    asked = Reference(rank, at.alpha, init=at.init, fan_in=mean)
-    return math.log2(suggest_lr(asked).lr)
+    """`suggest_lr`."""
+    return suggested(*cell)
 
 
 def study_cells(task: str, full: bool = False) -> list[Cell]:
