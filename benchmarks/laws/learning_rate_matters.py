@@ -115,9 +115,10 @@ def ratios() -> str:
             }.items()
         ),
         ["Init[AB]", on_gemma("Init[AB]", 1), "no rate: neither factor starts at zero"],
-        ["batch 16 → 64", in_steps(2), of_batch(4.0)],
-        ["batch 64 → 128", in_steps(1), of_batch(2.0)],
-        ["batch 16 → 128", in_steps(3), of_batch(8.0)],
+        *(
+            [f"batch {a} → {b}", by_batch(a, b), of_batch(b / a)]
+            for a, b in ((16, 64), (64, 128), (16, 128))
+        ),
         ["5,000 → 395,000 examples", "÷ 3.1", "× 1: the rate stays, its band grows"],
     ]
     return block("What multiplies the best rate", ["change", "theirs", "ours"], rows)
@@ -130,6 +131,13 @@ def on_gemma(name: str, below: int) -> str:
         return words
     factors = [in_steps(BY_BATCH[name][b] - at) for b, at in BY_BATCH["LoRA"].items()]
     return f"{words}; on Gemma {', '.join(factors)}"
+
+
+def by_batch(a: int, b: int) -> str:
+    """The factor of every variant from one batch to another."""
+    return ", ".join(
+        f"{name} {in_steps(best[b] - best[a])}" for name, best in BY_BATCH.items()
+    )
 
 
 def of_variant(plain: float, **options: object) -> str:
