@@ -52,14 +52,16 @@ def main(sweep: Path) -> None:
         raise SystemExit(
             f"The package holds {LOG2_RATE}, {SPREAD}; the sweep gives {middle}, {spread}."
         )
+    curves, width = tinker.curves(sweep), tinker.HIDDEN.__getitem__
     title = "Suggested rates: does the 90 % band hold what it says?"
     said = [
         *notes(cells),
         compared(sweep),
         source.words(sweep.name),
-        another_model.table(tinker.curves(sweep)),
-        elsewhere.table(tinker.curves(sweep), tinker.HIDDEN.__getitem__),
+        another_model.table(curves),
+        elsewhere.table(curves, width),
         suggested.losses(),
+        suggested.margins(elsewhere.targets_in(curves, width)),
     ]
     record("suggestion", title, [*left_out(cells), *own_tasks()], on, said)
 
