@@ -2,8 +2,9 @@
 
     python benchmarks/frontier/runs.py --domain language    # resumable: results/frontier/language.jsonl
 
-At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full finetuning, two seeds. At 400 steps (two
-seeds) and at 800 (one): Init[A], alpha = rank, rank 128, and full finetuning, where `study/longer.py` has sweeps.
+At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full finetuning, two seeds. In five
+tasks at 400 steps (two seeds) and Prodigy at 800 (one): rank 128 with alpha = rank, and full finetuning, where
+`study/longer.py` has sweeps.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from frontier.adaptive import (
     ADAPTIVE,
     D_ADAPTATION,
+    PRODIGY,
+    SAFEGUARDED,
     SCHEDULE_FREE,
     optimizer,
 )
@@ -24,7 +27,7 @@ from recording import RESULTS
 from study.configurations import built
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Listed
-from study.longer import AT_A, MARK, TASKS, of_length
+from study.longer import AT_A, LONGEST, MARK, of_length
 from study.runs_on_file import complete
 from study.suite import provenance
 from study.training import train
@@ -45,7 +48,14 @@ SHORT_TASKS = (
 # configurations and ranks at a task's own steps, and in longer runs
 SHORT = ((AT_A, 4), (AT_A, 64), (KEPT, 64), ("full", FULL))
 LONG = ((AT_A, 128), ("full", FULL))
-SEEDS = {400: 2, 800: 1}
+LONG_TASKS = (
+    "image_generation",
+    "time_series",
+    "audio",
+    "language",
+    "vision_language",
+)
+SEEDS = {400: 2, LONGEST: 1}
 
 
 class Arm(NamedTuple):
@@ -61,7 +71,7 @@ def arms(domain: Domain) -> Iterator[Arm]:
     if domain.name in SHORT_TASKS:
         for config, rank in SHORT:
             yield Arm(config, rank, domain.steps, 2)
-    if domain.name in TASKS:
+    if domain.name in LONG_TASKS:
         for steps, seeds in SEEDS.items():
             for config, rank in LONG:
                 yield Arm(config, rank, steps, seeds)
@@ -69,9 +79,11 @@ def arms(domain: Domain) -> Iterator[Arm]:
 
 def settings(domain: Domain, way: str, arm: Arm) -> list[float]:
     """log2 of the settings that a way is run with."""
+    if arm.steps == LONGEST and way not in (PRODIGY, SAFEGUARDED):
+        return []
     if way == SCHEDULE_FREE:
         return [round(x, 2) for x in suggested(domain, arm)]
-    return [0.0] if way == D_ADAPTATION else [0.0, 1.0]
+    return [0.0, 1.0] if arm.steps < LONGEST and way != D_ADAPTATION else [0.0]
 
 
 def suggested(domain: Domain, arm: Arm) -> Iterator[float]:
@@ -88,8 +100,10 @@ def scheme_of(way: str, config: str, steps: int) -> str:
     return f"{config} | {way}{MARK}{steps} steps"
 
 
-def jobs(domain: Domain, ways: tuple[str, ...]) -> Iterator[Job]:
+def jobs(domain: Domain, ways: tuple[str, ...], most: int) -> Iterator[Job]:
     for arm in arms(domain):
+        if arm.steps > most:
+            continue
         for way in ways:
             scheme = scheme_of(way, arm.config, arm.steps)
             for setting in settings(domain, way, arm):
@@ -113,12 +127,15 @@ def run_one(job: Job) -> float | None:
 @click.option(
     "--way", "ways", type=click.Choice([*ADAPTIVE]), multiple=True, default=[*ADAPTIVE]
 )
+@click.option(
+    "--steps", default=LONGEST, show_default=True, help="Runs of at most so many steps."
+)
 @click.option("--workers", default=1, show_default=True)
-def main(name: str, ways: tuple[str, ...], workers: int) -> None:
+def main(name: str, ways: tuple[str, ...], steps: int, workers: int) -> None:
     """Run what is missing of a task."""
     torch.set_num_threads(1)
     domain = get_domain(name)
-    todo = Listed([*jobs(domain, ways)])
+    todo = Listed([*jobs(domain, ways, steps)])
     store = STORE / f"{name}.jsonl"
     complete(todo, run_one, store, workers, click.echo, provenance(name))
 
