@@ -17,4 +17,374 @@
 * *Where people disagree* on a setting, the way is run with each, and the better mean of a column counts.
 * Means are over tasks, each the mean over its cells; the 95th percentile is over cells. Real runs have fewer cells than
   the sweeps, so a second table has all ways on the cells of the real runs.
+
+**Where the sweeps end.** The nine tasks at their own steps have sweeps at all ranks, and two of them one seed or none
+that a way has not seen: there it is scored on the seed that it has. Five tasks have sweeps of 400 steps, at rank 128 with
+alpha = rank and in full finetuning; an eighth of 400 steps is a trial that a user would make. Beyond a sweep's rates, loss
+goes on as in `calibration/surfaces.py`.
 """
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE
+from frontier import searches
+from frontier.adaptive import ADAPTIVE, PRODIGY, SAFEGUARDED
+from frontier.figure import LONG as LONG_PRICES
+from frontier.figure import SHORT as SHORT_PRICES
+from frontier.figure import Evidence, Point, draw_frontier
+from frontier.runs import LONG_TASKS, SHORT, SHORT_TASKS, STORE, scheme_of
+from frontier.scores import (
+    AT_A,
+    AT_B,
+    KEPT,
+    OWN,
+    Sweeps,
+    of_length,
+    own_steps,
+)
+from frontier.simulations import (
+    CALIBRATION,
+    FULL_TRIALS,
+    GRIDS,
+    RECIPES,
+    Searched,
+    recipes_on_file,
+    simulated,
+    whole_grids,
+)
+from frontier.ways import A_RATE, FREE, NOTHING, configs_of, seeds_of
+from recording import RESULTS, block, draw, machine, number, write_explained
+from study.domains import get_domain
+from study.grids import FULL, Job, Losses
+from study.longer import LONGEST
+from study.runs_on_file import made_by, read_begun
+
+RESTS_ON = (
+    "laws.adam",
+    "transfer",
+    "recipes",
+    "search.adam",
+    "calibration.adam",
+    "scores",
+)
+CURVES, REAL, SIMULATED = "on the sweeps", "real runs", "simulated"
+LONG = 400
+
+
+class Lost(NamedTuple):
+    """What a way loses in a cell, with the setting that it was run with."""
+
+    way: str
+    task: str
+    config: str
+    rank: int
+    lost: float
+    setting: str = ""
+
+
+# --- what every way loses -------------------------------------------------------------------------------------------
+
+
+def free(on: Sweeps) -> Iterator[Lost]:
+    """The ways that need no run, in the configurations that were swept."""
+    for name, way in FREE.items():
+        for config in configs_of(way):
+            if not on.has(config + way.added):
+                continue
+            for seed, scored in seeds_of(way, on, config):
+                rates = way.rates(on, config, seed)
+                for rank, x in rates.items():
+                    trained = config if rank == FULL else config + way.added
+                    lost = on.lost_at(trained, rank, x, scored)
+                    yield Lost(name, on.task, config, rank, lost)
+
+
+def of_searches(found: Iterable[Searched]) -> Iterator[Lost]:
+    """Searches, on seeds that they have not seen."""
+    for each in found:
+        on = Sweeps(each.task, OWN)
+        unseen = on.unseen(*each.seen)
+        for rank in on.targets(each.config):
+            lost = on.lost_at(each.config, rank, each.rates[rank], unseen)
+            yield Lost(each.way, each.task, each.config, rank, lost)
+
+
+def of_long_searches() -> Iterator[Lost]:
+    """The real searches for a run of 400 steps."""
+    for found in searches.on_file():
+        on = Sweeps(found.task, LONG)
+        for rank in (128, FULL):
+            lost = on.lost_at(AT_A, rank, found.rates[rank], on.unseen())
+            yield Lost(found.way, found.task, AT_A, rank, lost)
+
+
+def adaptive(on: Sweeps, steps: int) -> Iterator[Lost]:
+    """The real runs of optimizers that find their own rate."""
+    done = on_file().get(on.task, {})
+    for way in ADAPTIVE:
+        for config in (AT_A, KEPT, "full"):
+            scheme = scheme_of(way, config, steps)
+            for job, loss in done.items():
+                if job.scheme == scheme:
+                    lost = on.lost_by(config, job.rank, loss, [job.seed])
+                    named = AT_A if config == "full" else config
+                    yield Lost(
+                        way, on.task, named, job.rank, lost, setting_of(way, job)
+                    )
+
+
+def setting_of(way: str, job: Job) -> str:
+    if way in (PRODIGY, SAFEGUARDED):
+        return f"d_coef {2**job.x:g}"
+    return ""
+
+
+def on_file() -> Mapping[str, Losses]:
+    tasks = [path.stem for path in STORE.glob("*.jsonl") if path.stem != "searches"]
+    return read_begun(STORE, tasks)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """Cells that are averaged: configurations, and whether in full finetuning."""
+
+    name: str
+    configs: tuple[str, ...]
+    full: bool
+
+    def has(self, lost: Lost) -> bool:
+        return lost.config in self.configs and (lost.rank == FULL) == self.full
+
+
+RANKS_A = Column("another rank, alpha = rank", (AT_A,), False)
+RANKS_KEPT = Column("another rank, alpha kept", (KEPT,), False)
+RANKS_B = Column("another rank, A = 0", (AT_B,), False)
+TO_FULL = Column("full finetuning", (AT_A, KEPT), True)
+COLUMNS = (RANKS_A, RANKS_KEPT, RANKS_B, TO_FULL)
+
+
+class Score(NamedTuple):
+    """A way in a column: the mean over tasks, the 95th percentile over cells, in %, and the setting."""
+
+    mean: float
+    high: float
+    setting: str = ""
+
+    def words(self) -> str:
+        said = f"{number(self.mean, 1)} / {number(self.high, 1)}"
+        return f"{said} ({self.setting})" if self.setting else said
+
+
+def score(losts: Iterable[Lost], way: str, column: Column) -> Score | None:
+    """The better of a way's settings."""
+    by_setting: dict[str, list[Lost]] = defaultdict(list)
+    for each in losts:
+        if each.way == way and column.has(each):
+            by_setting[each.setting].append(each)
+    scores = [scored(each, setting) for setting, each in by_setting.items()]
+    return min(scores, default=None)
+
+
+def scored(losts: Sequence[Lost], setting: str) -> Score:
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for each in losts:
+        by_task[each.task].append(100 * each.lost)
+    mean = statistics.fmean(map(statistics.fmean, by_task.values()))
+    every = [loss for losses in by_task.values() for loss in losses]
+    return Score(mean, float(np.quantile(every, 0.95)), setting)
+
+
+class Row(NamedTuple):
+    """A way in a table: its price in runs, whether it is ours, what it needs, and how it was scored."""
+
+    way: str
+    price: float
+    ours: bool
+    needs: str
+    how: str
+
+    @property
+    def name(self) -> str:
+        return f"**{self.way}**" if self.ours else self.way
+
+    @property
+    def runs(self) -> str:
+        return number(self.price, 0 if self.price == round(self.price) else 1)
+
+
+def table(
+    title: str, found: Sequence[Lost], rows: Iterable[Row], columns: Sequence[Column]
+) -> str:
+    heads = ["runs", "way", "needs", "scored", *(column.name for column in columns)]
+    cells = [
+        [row.runs, row.name, row.needs, row.how, *scores_of(found, row, columns)]
+        for row in rows
+    ]
+    return block(title, heads, cells)
+
+
+def scores_of(
+    found: Sequence[Lost], row: Row, columns: Sequence[Column]
+) -> Iterator[str]:
+    for column in columns:
+        got = score(found, row.way, column)
+        yield "–" if got is None else got.words()
+
+
+FREE_ROWS = [Row(name, 0, way.ours, way.needs, CURVES) for name, way in FREE.items()]
+ADAPTIVE_ROWS = [Row(name, 0, False, NOTHING, REAL) for name in ADAPTIVE]
+PRICED = {
+    CALIBRATION: True,
+    FULL_TRIALS: True,
+    TPE: False,
+    GRID: False,
+    BY_RANK: False,
+    EVERY_RANK: False,
+}
+NOTED = {searches.HALF: True, searches.TWO: True}  # ours
+
+
+def priced_rows(found: Sequence[Searched]) -> Iterator[Row]:
+    """The searches at a task's own steps, by their price."""
+    yield Row(RECIPES, price(found, RECIPES), True, NOTHING, REAL)
+    for name, ours in PRICED.items():
+        yield Row(name, price(found, name), ours, NOTHING, SIMULATED)
+    yield Row(GRIDS, price(found, GRIDS), False, NOTHING, CURVES)
+
+
+def price(found: Sequence[Searched], way: str) -> float:
+    """The mean number of runs, rounded to whole ones."""
+    return round(statistics.fmean(each.runs for each in found if each.way == way))
+
+
+def long_rows() -> Iterator[Row]:
+    """The searches for a run of 400 steps."""
+    on_file = list(searches.on_file())
+    for name in searches.PLANS:
+        runs = [each.runs for each in on_file if each.way == name]
+        if runs:
+            cost = round(statistics.fmean(runs), 1)
+            yield Row(name, cost, name in NOTED, NOTHING, REAL)
+
+
+def in_real_cells(found: Iterable[Lost]) -> list[Lost]:
+    """What lies in the cells of the real runs at a task's own steps."""
+    cells = {*SHORT, (AT_A, FULL)}
+    return [
+        each
+        for each in found
+        if each.task in SHORT_TASKS and (each.config, each.rank) in cells
+    ]
+
+
+def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
+    """Rows: each optimizer with each setting, in the tasks that were run at every length."""
+    for way in (PRODIGY, SAFEGUARDED):
+        for setting in ("d_coef 1", "d_coef 2"):
+            cells = [f"{way}, `{setting}`"]
+            for column in (RANKS_A, TO_FULL):
+                for losts in runs.values():
+                    mine = [
+                        each
+                        for each in losts
+                        if (each.way, each.setting) == (way, setting)
+                        and each.task in LONG_TASKS
+                        and each.rank != 4
+                        and column.has(each)
+                    ]
+                    cells.append(scored(mine, "").words() if mine else "–")
+            yield cells
+
+
+def settings_table() -> str:
+    rows = [[name, way.settings, way.advised_by] for name, way in FREE.items()]
+    rows += [[name, of.settings, of.advised_by] for name, of in ADAPTIVE.items()]
+    return block("Settings", ["way", "settings", "who advises it"], rows)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--workers", default=2, show_default=True)
+def main(workers: int) -> None:
+    """Write results/frontier.md, its picture, and README's table."""
+    on = machine(1)
+    found = [*simulated(workers), *recipes_on_file(), *whole_grids()]
+    own = [lost for each in own_steps() for lost in free(each)]
+    own += of_searches(found)
+    short = in_real_cells(own)
+    for each in own_steps():
+        short += adaptive(each, get_domain(each.task).steps)
+    long = [lost for each in of_length(LONG) for lost in free(each)]
+    for each in of_length(LONG):
+        long += adaptive(each, LONG)
+    long += of_long_searches()
+    longest = [lost for each in of_length(LONGEST) for lost in adaptive(each, LONGEST)]
+    rows = [*FREE_ROWS, *priced_rows(found)]
+    long_ways = [*FREE_ROWS, *ADAPTIVE_ROWS, *long_rows()]
+    picture = [
+        Evidence("Nine tasks at their own steps", SHORT_PRICES, points(own, rows)),
+        Evidence("Five tasks at 400 steps", LONG_PRICES, points(long, long_ways)),
+    ]
+    draw(draw_frontier(picture), PICTURE, dpi=90)
+    parts = [
+        f"![Loss over price]({PICTURE.name})",
+        table("Nine tasks at their own steps", own, rows, COLUMNS),
+        table("Five tasks at 400 steps", long, long_ways, (RANKS_A, TO_FULL)),
+        table(
+            "The cells of the real runs at own steps",
+            short,
+            [*FREE_ROWS, *ADAPTIVE_ROWS],
+            (RANKS_A, RANKS_KEPT, TO_FULL),
+        ),
+        block(
+            "Prodigy by the length of a run",
+            LENGTH_HEADS,
+            list(by_length({100: short, LONG: long, LONGEST: longest})),
+        ),
+        settings_table(),
+    ]
+    write_explained("frontier", TITLE, __doc__, *parts, made_by(on, *stores()))
+
+
+def stores() -> list[Path]:
+    return [STORE / f"{task}.jsonl" for task in on_file()]
+
+
+def points(found: Sequence[Lost], rows: Iterable[Row]) -> dict[str, list[Point]]:
+    """The points of the picture, by column."""
+    panels: dict[str, list[Point]] = {column.name: [] for column in DRAWN}
+    for row in rows:
+        for column in DRAWN:
+            if got := score(found, row.way, column):
+                has_rate = row.needs == A_RATE
+                point = Point(row.way, row.price, *got[:2], row.ours, has_rate)
+                panels[column.name].append(point)
+    return panels
+
+
+DRAWN = (RANKS_A, TO_FULL)
+PICTURE = RESULTS / "frontier.png"
+TITLE = "The frontier: what a rate costs and what it loses"
+LENGTH_HEADS = [
+    "",
+    *(
+        f"{column}: {steps}"
+        for column in ("another rank", "full")
+        for steps in ("own steps", "400", "800")
+    ),
+]
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,8 @@
 
 At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full finetuning, two seeds. In five
 tasks at 400 steps (two seeds) and Prodigy at 800 (one): rank 128 with alpha = rank, and full finetuning, where
-`study/longer.py` has sweeps.
+`study/longer.py` has sweeps. There AdamW too is run at two rates below the sweep, on one seed, for ways whose rates lie
+there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from frontier.adaptive import (
     SCHEDULE_FREE,
     optimizer,
 )
+from laws.suggested import asked
 from recording import RESULTS
+from study import longer
 from study.configurations import built
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Listed
@@ -32,8 +35,9 @@ from study.runs_on_file import complete
 from study.suite import provenance
 from study.training import train
 
-from rankaware_optim import Reference, suggest_lr
+from rankaware_optim import suggest_lr
 
+RESTS_ON = ()
 STORE = RESULTS / "frontier"
 KEPT = "Init[A], s = 1/r"
 SHORT_TASKS = (
@@ -56,6 +60,7 @@ LONG_TASKS = (
     "vision_language",
 )
 SEEDS = {400: 2, LONGEST: 1}
+BELOW = (-12.0, -10.0)  # log2 of AdamW's rates below the sweeps of 400 steps
 
 
 class Arm(NamedTuple):
@@ -88,10 +93,7 @@ def settings(domain: Domain, way: str, arm: Arm) -> list[float]:
 
 def suggested(domain: Domain, arm: Arm) -> Iterator[float]:
     """log2 of the suggested rates, as AdamW's and as schedule-free AdamW's."""
-    width = domain.widths[0]
-    full = Reference(method="full", fan_in=domain.widths[1])
-    alpha = 1.0 if arm.config == KEPT else float(arm.rank)
-    at = full if arm.rank == FULL else Reference(arm.rank, alpha, fan_in=width)
+    at = asked(domain.name, arm.config, arm.rank)
     for kind in ("adamw", "AdamWScheduleFree"):
         yield math.log2(suggest_lr(at, kind).lr)
 
@@ -111,8 +113,23 @@ def jobs(domain: Domain, ways: tuple[str, ...], most: int) -> Iterator[Job]:
                     yield Job(domain.name, scheme, arm.rank, setting, seed)
 
 
+def below_sweeps(domain: Domain) -> Iterator[Job]:
+    """AdamW's runs of 400 steps at low rates that are not on file."""
+    if domain.name not in LONG_TASKS:
+        return
+    swept = longer.on_file()[domain.name]
+    for config, rank in LONG:
+        cell = longer.cell_of(domain.name, config, rank, 400)
+        for x in BELOW:
+            job = Job(*cell, x, 0)
+            if job not in swept:
+                yield job
+
+
 def run_one(job: Job) -> float | None:
     """The held-out loss of a run; None where it diverged."""
+    if job.scheme.count(" | ") == 1:
+        return longer.run_one(job)
     config, way, length = job.scheme.split(" | ")
     steps = int(length.removesuffix(" steps"))
     domain = of_length(get_domain(job.domain), steps)
@@ -135,7 +152,8 @@ def main(name: str, ways: tuple[str, ...], steps: int, workers: int) -> None:
     """Run what is missing of a task."""
     torch.set_num_threads(1)
     domain = get_domain(name)
-    todo = Listed([*jobs(domain, ways, steps)])
+    low = below_sweeps(domain) if steps >= 400 else ()
+    todo = Listed([*jobs(domain, ways, steps), *low])
     store = STORE / f"{name}.jsonl"
     complete(todo, run_one, store, workers, click.echo, provenance(name))
 

@@ -39,6 +39,7 @@ from study.training import WARMUP, shape, trained
 from rankaware_optim import Reference
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
+RESTS_ON = ()
 STEPS, EIGHTH = 400, 50
 RANKS = (16, 128, FULL)
 SEEDS = (0, 1)
@@ -129,8 +130,8 @@ def schedule(steps: int, warmup: float = WARMUP) -> Callable[[int], float]:
 
 HALF = "4 trials of an eighth at rank 64"
 TWO = "16 trials of an eighth at ranks 4 and 64"
-GRID_OF_EIGHTHS = "8 rates × 2 seeds of an eighth at rank 16, the law"
-PRODIGY_ONCE = "one run of Prodigy, then AdamW at its rate, the law"
+GRID_OF_EIGHTHS = "8 rates × 2 seeds of an eighth, the law"
+PRODIGY_ONCE = "Prodigy, then AdamW at its rate, the law"
 RANGE_TEST = "LR range test at every rank"
 PLANS: dict[str, Callable[[Ask, Spent], Rates]] = {
     HALF: calibrated((64,), 4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from internals import MARGIN
@@ -43,13 +44,16 @@ def width_of(task: str, rank: int) -> float:
     return get_domain(task).widths[1] if rank == FULL else float(COMMON_WIDTHS[task])
 
 
-def suggestion_of(task: str, config: str, rank: int) -> Suggestion:
-    """The suggestion for a task in a configuration at a rank, or in full finetuning at rank `FULL`."""
+def asked(task: str, config: str, rank: int) -> Reference:
+    """A task in a configuration at a rank, or in full finetuning at rank `FULL`."""
     width = width_of(task, rank)
     if rank == FULL:
-        return suggest_lr(Reference(method="full", fan_in=width))
-    at = reference_at(config, rank)
-    return suggest_lr(Reference(at.rank, at.alpha, init=at.init, fan_in=width))
+        return Reference(method="full", fan_in=width)
+    return replace(reference_at(config, rank), fan_in=width)
+
+
+def suggestion_of(task: str, config: str, rank: int) -> Suggestion:
+    return suggest_lr(asked(task, config, rank))
 
 
 def suggested(task: str, config: str, rank: int) -> float:

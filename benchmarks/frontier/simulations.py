@@ -1,0 +1,104 @@
+"""Searches at 16 runs and more, simulated on the sweeps at a task's own steps, and the recipes on file."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from itertools import chain
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from calibration.make_recipes import paths_of
+from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE, TRIALS
+from calibration.searches import rate_of
+from calibration.simulated import DEFAULT, WITH_FULL, by_way, calibrated, drawn
+from calibration.surfaces import Surface, study_surfaces
+from frontier.scores import Sweeps, own_steps
+from study.configurations import CONFIGS
+from study.domains import HELD_OUT, STUDY
+from study.grids import FULL
+
+from rankaware_optim import RankAwareWarning, Recipe
+
+CALIBRATION = "a calibration: 16 trials at two ranks"
+FULL_TRIALS = "the same, three of them in full"
+PLANS = {CALIBRATION: DEFAULT, FULL_TRIALS: WITH_FULL}
+WAYS = (TPE, GRID, BY_RANK, EVERY_RANK)
+RECIPES = "a recipe on file, real runs"
+GRIDS = "the whole grid, a seed"
+DRAWS = 10
+
+
+class Searched(NamedTuple):
+    """The rates that a search names: log2, by rank. It has seen these seeds, and cost so many runs."""
+
+    way: str
+    task: str
+    config: str
+    rates: dict[int, float]
+    seen: tuple[int, ...]
+    runs: float
+
+
+@cache
+def surfaces() -> list[Surface]:
+    return list(study_surfaces((*STUDY, *HELD_OUT)))
+
+
+def simulated(workers: int) -> list[Searched]:
+    """Every search on every surface, drawn ten times."""
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(chain.from_iterable(pool.map(on_surface, range(len(surfaces())))))
+
+
+def on_surface(index: int) -> list[Searched]:
+    torch.set_num_threads(1)
+    # extrapolations are asked for on purpose
+    warnings.simplefilter("ignore", RankAwareWarning)
+    on, found = surfaces()[index], []
+    for draw in range(DRAWS):
+        seed = (index, draw)
+        seen, _ = drawn(on, seed)
+        made = partial(Searched, task=on.domain, config=on.config, seen=seen)
+        for name, plan in PLANS.items():
+            recipe = calibrated(on, plan, seed)
+            found.append(made(name, rates=rates_of(recipe, on), runs=TRIALS))
+        for name in WAYS:
+            arms = len(on.ranks) + 1 if name == EVERY_RANK else 1
+            found.append(made(name, rates=by_way(on, name, seed), runs=TRIALS * arms))
+    return found
+
+
+def rates_of(recipe: Recipe, on: Surface) -> dict[int, float]:
+    ranks = (*on.ranks, FULL)
+    return {rank: math.log2(rate_of(recipe, on.config, rank)[0]) for rank in ranks}
+
+
+def recipes_on_file() -> Iterator[Searched]:
+    """The rates of real calibrations, on seeds that are not the sweep's."""
+    for on in surfaces():
+        for path in paths_of(on.domain, on.config):
+            recipe = Recipe.load(path)
+            runs = len(recipe.tensors["value"])
+            rates = rates_of(recipe, on)
+            yield Searched(RECIPES, on.domain, on.config, rates, (), runs)
+
+
+def whole_grids() -> Iterator[Searched]:
+    """The best rate of every rank, by the sweep of each seed."""
+    for on in own_steps():
+        for config in CONFIGS:
+            yield from whole_grid(on, config)
+
+
+def whole_grid(on: Sweeps, config: str) -> Iterator[Searched]:
+    targets = on.targets(config)
+    best = {rank: on.best_by_seed(config, rank) for rank in targets}
+    runs = 9 * (len(targets) + 1)
+    for seed in range(on.seeds(config, FULL)):
+        rates = {rank: each[seed] for rank, each in best.items()}
+        yield Searched(GRIDS, on.task, config, rates, (seed,), runs)
