@@ -119,7 +119,10 @@ def check_init(
         others = "".join(f", {other!r}" for other in known[2:])
         cure = "Give one of them."
         if init in PUBLISHED_INITS:
-            cure += f" At {init} take a first rate: suggest_lr(..., init={init!r})."
+            cure += (
+                f" At {init} take a first rate: suggest_lr(..., init={init!r}), in a shell"
+                f" rankaware suggest --init {init}."
+            )
         raise error(
             f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.",
             cure,

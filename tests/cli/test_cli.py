@@ -237,6 +237,8 @@ BAD = {
     f"convert 1e-3 --from r=8 --to {AT_8}": "alpha",
     f"convert 1e-3 --from {AT_8} --to r=x": "r=x",
     f"convert 1e-3 --from {AT_8} --to full": "fan_in",
+    f"convert 1e-3 --from {AT_8},init=pissa --to {AT_8}": "suggest --init pissa",
+    "suggest --rank 8 --alpha 8 --optimizer prodigy": "one rate for all groups",
     f"convert nan --from {AT_8} --to {AT_8}": "lr is nan",
     "convert 1e-3 --from full --to full --law unheard-of": "Known are",
     "show nowhere.toml": "no recipe at nowhere.toml",

@@ -543,12 +543,23 @@ def test_a_keyword_that_nobody_takes_is_refused(given, message):
         RankAwareOptimizer(mlp(), AdamW, lr=LR, **given)
 
 
+def plain_checkpoint_of_a_and_b(model):
+    """The groups of LoRA+, which others save, are loaded into one group."""
+    pairs = [p for name, p in model.named_parameters() if "lora" in name]
+    theirs = AdamW([{"params": pairs[::2]}, {"params": pairs[1::2]}], lr=LR)
+    opt = RankAwareOptimizer(pairs, AdamW, model=model, lr=LR)
+    opt.load_state_dict(theirs.state_dict())
+
+
 SLIPS = [
     (lambda m: RankAwareOptimizer(m, AdamW(trained(m), lr=LR)), "this AdamW is built"),
     (lambda m: RankAwareOptimizer(AdamW, m, lr=LR), "are swapped.*the model first"),
     (lambda m: RankAwareOptimizer("adamw", m, lr=LR), "are swapped.*the model first"),
     (lambda m: RankAwareOptimizer(m.head, AdamW, lr=LR), "get_peft_model.* register"),
     (lambda m: RankAwareOptimizer(m, AdamW, recipe="digits"), "no recipe at 'digits'"),
+    (lambda m: RankAwareOptimizer(m, AdamW, tuned_at=AT_16), "is not tuned. Give the"),
+    (lambda m: RankAwareOptimizer(m, AdamW, lr=LR, tuned_on=AT_16), "Give tuned_at="),
+    (plain_checkpoint_of_a_and_b, "was given groups of.*in the same order"),
     (lambda m: AdamW(trained(m), lr=ra.Rate(LR)), r"give rate\.lr"),
     (lambda m: ra.suggest_lr(AT_16, optimizer="prodigy"), "one rate for all groups"),
     (
