@@ -60,12 +60,29 @@ from frontier.simulations import (
     simulated,
     whole_grids,
 )
-from frontier.ways import A_RATE, FREE, NOTHING, configs_of, seeds_of
-from recording import RESULTS, block, draw, machine, number, write_explained
+from frontier.ways import (
+    A_RATE,
+    FREE,
+    LAW,
+    NOTHING,
+    SUGGESTED,
+    configs_of,
+    seeds_of,
+)
+from recording import (
+    RESULTS,
+    block,
+    draw,
+    machine,
+    number,
+    table_of,
+    write_explained,
+)
 from study.domains import get_domain
 from study.grids import FULL, Job, Losses
 from study.longer import LONGEST
 from study.runs_on_file import made_by, read_begun
+from study.suite import README, publish
 
 RESTS_ON = (
     "laws.adam",
@@ -356,6 +373,28 @@ def main(workers: int) -> None:
         settings_table(),
     ]
     write_explained("frontier", TITLE, __doc__, *parts, made_by(on, *stores()))
+    picture_line = f"![Loss over price]({PICTURE.relative_to(README.parent)})"
+    short_table = for_readme(own, [*rows, *ADAPTIVE_ROWS], long, long_ways)
+    publish(README, "tables", f"{short_table}\n\n{picture_line}")
+
+
+def for_readme(
+    own: Sequence[Lost],
+    rows: Iterable[Row],
+    long: Sequence[Lost],
+    long_rows: Iterable[Row],
+) -> str:
+    """README's table: means of some ways, on both sets of cells."""
+    every = {row.way: row for row in (*rows, *long_rows)}
+    cells = []
+    for name in SHOWN:
+        row = every[name]
+        needs = ", from rank 16's" if row.needs == A_RATE else ""
+        scores = [score(own, name, column) for column in DRAWN]
+        scores += [score(long, name, column) for column in DRAWN]
+        said = ["–" if each is None else number(each.mean, 1) for each in scores]
+        cells.append([row.runs, f"{row.name}{needs}", *said])
+    return table_of(README_HEADS, cells)
 
 
 def stores() -> list[Path]:
@@ -375,6 +414,27 @@ def points(found: Sequence[Lost], rows: Iterable[Row]) -> dict[str, list[Point]]
 
 
 DRAWN = (RANKS_A, TO_FULL)
+README_HEADS = (
+    "runs before",
+    "way",
+    "nine tasks: other ranks",
+    "full",
+    "five tasks, 400 steps: rank 128",
+    "full",
+)
+SHOWN = (
+    "2e-4",
+    PRODIGY,
+    SUGGESTED,
+    "keeping it",
+    LAW,
+    searches.HALF,
+    searches.PRODIGY_ONCE,
+    searches.TWO,
+    CALIBRATION,
+    TPE,
+    GRIDS,
+)
 PICTURE = RESULTS / "frontier.png"
 TITLE = "The frontier: what a rate costs and what it loses"
 LENGTH_HEADS = [

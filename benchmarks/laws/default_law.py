@@ -37,7 +37,7 @@ from internals import read_sweep
 from laws import tinker
 from laws.published import known
 from laws.scoring import LossCurve, all_curves
-from recording import block, machine, made_on, number, table_of, write_explained
+from recording import block, machine, made_on, number, write_explained
 from study import longer
 from study.configurations import CONFIGS, RSLORA
 from study.domains import HELD_OUT, STUDY
@@ -46,7 +46,7 @@ from study.moving import Way
 from study.optima import ranks_in
 from study.regret import in_points, regrets_between
 from study.runs_on_file import read
-from study.suite import README, STORES, finished, publish
+from study.suite import STORES, finished
 
 from rankaware_optim import Falling, MuA
 from rankaware_optim.laws import bound_law, checked_multiplier
@@ -76,7 +76,7 @@ LESS = f"{TODAY} less this one"
 @click.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 def main(path: Path) -> None:
-    """Write results/default_law.md and README's table of longer runs. PATH is sft_sweep.md."""
+    """Write results/default_law.md. PATH is sft_sweep.md."""
     known(path)
     write_explained(
         "default_law",
@@ -93,7 +93,6 @@ def main(path: Path) -> None:
         on_models(path),
         made_on(machine(1)),
     )
-    publish(README, "longer runs", for_readme(path))
 
 
 def mean_of(lost: Lost, digits: int = 2) -> str:
@@ -262,24 +261,8 @@ def on_models(path: Path) -> str:
         "A best rate inside its grid is moved to every other rank of its model that has three rates or more. Where the best "
         "rate there lies at an end of its grid, more is lost than is shown. All moves weigh the same: "
         f"{counts[0]}, from rank {LOWEST} on {counts[1]}; of those added since {counts[2]} and {counts[3]}. These were not "
-        "looked at when the law was chosen. README's row is of all."
+        "looked at when the law was chosen. README's figures are of all models from that rank on."
     )
-
-
-def for_readme(path: Path) -> str:
-    """Keeping a rate and the default law on what is longer and larger than the study's tasks."""
-    shown = {"keeping it": WAYS[KEEPING], "the default law": WAYS[TODAY]}
-    models = len(lost_by_models(path, WAYS[TODAY], LOWEST))
-    heads = (
-        "% lost, mean",
-        "six small tasks, 200 to 800 steps, ranks 16 ↔ 128, alpha = rank: of the gain",
-        f"{models} language models, ranks 4 to 128, alpha kept: of the loss",
-    )
-    rows = []
-    for name, way in shown.items():
-        long, large = over(way, LONGER), lost_by_models(path, way, LOWEST)
-        rows.append([name, mean_of(long, 1), mean_of(large, 2)])
-    return table_of(heads, rows)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from recording import RESULTS, draw, machine, written_by
+from recording import RESULTS, machine, written_by
 from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, starts
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import best_rates, domains_in
 from study.regret import LAWS, moves
 from study.runs_on_file import complete, machines, read
-from study.suite_tables import for_readme, tables
+from study.suite_tables import tables
 from study.training import WARMUP
 
 from rankaware_optim import Law
@@ -39,12 +39,8 @@ from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
 RESTS_ON = ("laws.adam", "recipes", "scores")
-README, STORES, PAGE, SUMMARY = (
-    RESULTS.parents[1] / "README.md",
-    RESULTS / "suite",
-    RESULTS / "study.md",
-    "summary.png",
-)
+README = RESULTS.parents[1] / "README.md"
+STORES, PAGE = RESULTS / "suite", RESULTS / "study.md"
 QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")
 COMPARISON = Path("bench-laws")  # where tables with further laws are written
 NOTED = ("cpu", "cores", "threads", "torch", "python")  # what tables show of a machine
@@ -227,7 +223,7 @@ def finished(done: Losses, suite: str) -> dict[Job, float | None]:
 
 def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     """Write the tables and figures of every domain on file."""
-    from study.suite_figures import draw_all, draw_summary
+    from study.suite_figures import draw_all
 
     stores = sorted(folder.glob("*.jsonl"))
     done = finished_in(stores, suite)
@@ -238,10 +234,6 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
     into.mkdir(parents=True, exist_ok=True)
     page = PAGE if into == STORES else into / "tables.md"
     figures = draw_all(done, into, laws)
-    chosen_on = [each for each in moved if each.domain in STUDY]
-    if chosen_on:
-        figures.insert(0, into / SUMMARY)
-        draw(draw_summary(chosen_on), figures[0], dpi=110)
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
@@ -255,9 +247,6 @@ def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
         ]
     )
     page.write_text(f"{text}\n")
-    if page == PAGE and chosen_on:
-        picture = f"![Regret of moved rates]({figures[0].relative_to(README.parent)})"
-        publish(README, "tables", f"{for_readme(chosen_on)}\n\n{picture}")
     click.echo(text)
 
 

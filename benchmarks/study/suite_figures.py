@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from internals import COLOURS, rate_axis
+from internals import rate_axis
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from recording import draw as write
 from scipy.interpolate import PchipInterpolator
 from study.configurations import start_of
 from study.grids import FULL, Losses, curve, lowest
-from study.loss_curves import DIVERGED
 from study.moving import octaves
 from study.optima import (
     domains_in,
@@ -29,13 +26,11 @@ from study.optima import (
     schemes_in,
     seeds_in,
 )
-from study.regret import DEFAULT, FLOOR, LAWS, RECIPE, Moved
-from study.suite_tables import PEFT_SETTINGS, README_WAYS, regrets_in
+from study.regret import LAWS
 
 from rankaware_optim import Law
 
 SHOWN = 0.9  # share of the losses in view: the highest would flatten the rest
-MOST = 300.0  # % of the gain: larger regrets are drawn here in the summary
 # from dark to light as the rank rises
 RANK_COLOURS = (
     "#440154",
@@ -45,12 +40,6 @@ RANK_COLOURS = (
     "#B5A000",
 )
 
-WAYS = {  # the rows of the summary, for those who see it alone
-    FLOOR: "noise floor: the sweep's best\nrate, on a seed it has not seen",
-    "one rate everywhere": "keeping it: one rate for all",
-    DEFAULT: "moved by the default law",
-    RECIPE: "a calibrated recipe\n(a fifth of the sweep)",
-}
 SCORE = "held-out score, lower is better"
 ENDS = {"^": "above the frame", "x": "a seed diverged"}
 EDGE = 0.97  # where they stand, as a share of the panel's height
@@ -293,62 +282,3 @@ def draw_surface(done: Losses, domain: str) -> Figure:
     bar.set_label(SCORE, fontsize=8)
     axes[0].set_ylabel("learning rate", fontsize=8)
     return figure
-
-
-def draw_summary(moved: Sequence[Moved]) -> Figure:
-    """The README's figure: one dot for the regret of each move, and a bar for the median of each way."""
-    ways = list(reversed(README_WAYS))
-    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(PEFT_SETTINGS), sharey=True)
-    for axis, (title, setting) in zip(axes, PEFT_SETTINGS.items(), strict=True):
-        for y, way in enumerate(ways):
-            plot_moves(axis, [100 * x for x in regrets_in(moved, way, *setting)], y)
-        axis.set_title(title, fontsize=9)
-        axis.set_xscale("symlog", linthresh=1, linscale=0.5)
-        axis.set_xlim(-0.3, 1.3 * MOST)
-        axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"], fontsize=8)
-        axis.grid(axis="x", alpha=0.3)
-    axis.set_yticks(range(len(ways)), [WAYS[way] for way in ways], fontsize=8)
-    axis.set_ylim(-0.5, len(ways) - 0.4)
-    figure.suptitle(
-        "What is lost when a tuned LoRA learning rate is moved to another rank or to full finetuning\n"
-        "(seven small tasks, AdamW, PEFT's init; left is better)",
-        fontsize=10,
-    )
-    words = "share lost of what training gains at the best rate, %"
-    axes[len(axes) // 2].set_xlabel(words, fontsize=9)
-    labels = (
-        ("o", COLOURS[0], "one move of one task"),
-        (r"$\mathbf{|}$", COLOURS[1], "median"),
-        (">", COLOURS[0], f"more than {MOST:g} %"),
-        ("x", COLOURS[0], f"{100 * DIVERGED:g} % or more, or diverged"),
-    )
-    marks = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, label=words)
-        for marker, colour, words in labels
-    ]
-    figure.legend(
-        handles=marks, loc="outside lower center", ncols=4, fontsize=9, frameon=False
-    )
-    return figure
-
-
-def plot_moves(axis: Any, regrets: Sequence[float], y: int) -> None:
-    """Draw a way's regrets (%) in row `y`, spread in height by their order so that few dots hide another."""
-    if not regrets:
-        return
-    heights = y + 0.22 * np.sin(2.4 * np.arange(len(regrets)))
-    shown = np.clip(regrets, -0.3, MOST)
-    style = {"markersize": 2.5, "alpha": 0.35, "clip_on": False, "color": COLOURS[0]}
-    lost = np.array(regrets) >= 100 * DIVERGED
-    strong = {**style, "markersize": 4, "alpha": 0.8}
-    for marker, where, look in (
-        ("o", shown < MOST, style),
-        (">", (shown >= MOST) & ~lost, strong),
-        ("x", lost, strong),
-    ):
-        if where.any():  # an empty line that is not clipped has no place in a layout
-            axis.plot(shown[where], heights[where], marker, **look)
-    median = min(statistics.median(regrets), MOST)
-    bar = [y - 0.35, y + 0.35]
-    axis.plot([median] * 2, bar, color=COLOURS[1], linewidth=2.5)

@@ -348,7 +348,6 @@ SCORED = {  # the rows of the table by setting, in its words
     ONE_SEED: "the same, its rate from one seed",
     RECIPE: "a calibrated recipe",
 }
-README_WAYS = (FLOOR, "one rate everywhere", DEFAULT, RECIPE)
 Setting = tuple[tuple[str, ...], int]
 # configurations, and 0 for moves to another rank or 1 for those to full finetuning, by words; first at PEFT's init
 PEFT_SETTINGS: dict[str, Setting] = {
@@ -382,18 +381,6 @@ def by_setting(moved: Sequence[Moved]) -> str:
         scores = [score(regrets).words() if regrets else "–" for regrets in cells]
         rows.append([words, *scores])
     return table_of(["", *SETTINGS], rows)
-
-
-def for_readme(moved: Sequence[Moved]) -> str:
-    """README's table: the means of four ways at PEFT's init."""
-    rows = []
-    for way in README_WAYS:
-        row = [SCORED[way]]
-        for setting in PEFT_SETTINGS.values():
-            regrets = regrets_in(moved, way, *setting)
-            row.append(number(100 * statistics.fmean(regrets), 1) if regrets else "–")
-        rows.append(row)
-    return table_of(["% lost, mean", *PEFT_SETTINGS], rows)
 
 
 # --- from one configuration to another ------------------------------------------------------------------------------

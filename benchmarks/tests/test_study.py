@@ -26,7 +26,7 @@ from study.optima import cliff, cliff_of, domains_in, exponent_of
 from study.regret import Moved, lost, noise_floor
 from study.runs_on_file import complete, read
 from study.suite import finished, main, parts, publish
-from study.suite_tables import by_setting, for_readme
+from study.suite_tables import by_setting
 
 import rankaware_optim as ra
 
@@ -453,7 +453,7 @@ def test_a_grid_grows_until_its_best_lies_inside(tmp_path: Path) -> None:
 
 
 def test_the_tables_pool_domains_and_keep_settings_apart() -> None:
-    """Scores are over the moves of all domains, by setting; README has the means of four ways at PEFT's init."""
+    """Scores are over the moves of all domains, by setting."""
     keep = "one rate everywhere"
     moved = [
         Moved("language", "Init[A], s = 1", keep, (0.01, 0.02), (0.5,)),
@@ -461,17 +461,12 @@ def test_the_tables_pool_domains_and_keep_settings_apart() -> None:
         Moved("language", "Init[B], s = 1", keep, (0.03, 0.03), (0.0,)),
         Moved("language", "Init[A], s = 1", "a way nobody compares", (9.0,), (9.0,)),
     ]
-    of_table = {
-        table: {row.split(" | ")[0]: row for row in table(moved).splitlines()[2:]}
-        for table in (by_setting, for_readme)
-    }
-    scores, means = of_table[by_setting], of_table[for_readme]
+    rows = by_setting(moved).splitlines()[2:]
+    scores = {row.split(" | ")[0]: row for row in rows}
     lora, to_full = "4.0 / 8.3 / 33 | –", "30.0 / 48.0 / 100"
     at_b = "3.0 / 3.0 / 0 | 0.0 / 0.0 / 0"
     assert scores["| keeping it"] == f"| keeping it | {lora} | {to_full} | {at_b} |"
     assert scores["| the default law"] == "| the default law" + " | –" * 5 + " |"
-    assert means["| keeping it"] == "| keeping it | 4.0 | – | 30.0 |"
-    assert len(means) == 4
 
 
 @given(st.floats(-9.9, -2.1), st.floats(0.5, 3.0), st.floats(-10.0, -2.0))
@@ -506,18 +501,6 @@ def test_each_best_rate_is_moved_to_every_other_cell() -> None:
     assert max(by_law.values()) == pytest.approx(0.0, abs=1e-9)
     kept = regret.regrets_between(done, cells, moving.kept)
     assert kept[4, 16] == lost(done, cells[16], cells[16], -6.0) > 0.0
-
-
-def test_the_readmes_figure_takes_any_study() -> None:
-    """The figure is drawn of one domain without full runs, and of moves that diverged or gained."""
-    pytest.importorskip("matplotlib")
-    from study.suite_figures import draw_summary
-
-    moved = [
-        Moved("language", "Init[A], s = 1", "one rate everywhere", (-0.01, 5.0), ())
-    ]
-    figure = draw_summary(moved)
-    assert figure.axes[-1].get_title() == "to full finetuning"
 
 
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
