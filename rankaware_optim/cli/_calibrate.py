@@ -27,7 +27,6 @@ from ..errors import (
 from ..laws import PRIOR_LAW
 from ._options import (
     ALPHA,
-    COLUMN,
     FILE,
     INTERRUPTED,
     LAW_TEXT,
@@ -276,7 +275,6 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
     float,
     "Warm-up as a share of the steps, 0 to 1. The recipe records it.",
 )
-@COLUMN
 def fit(
     sweep: Path, out: Path | None, name: str | None, law: str, **options: Any
 ) -> None:

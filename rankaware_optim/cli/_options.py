@@ -97,16 +97,6 @@ def may_name_module(ctx: click.Context, _: Any, value: Any) -> Any:
     return value
 
 
-def _columns(_: Any, __: Any, pairs: Sequence[str]) -> dict[str, str]:
-    columns = {}
-    for pair in pairs:
-        field, equals, column = pair.partition("=")
-        if not equals:
-            raise click.BadParameter("Write FIELD=COLUMN, such as loss=final_loss.")
-        columns[field.strip()] = column.strip()
-    return columns
-
-
 def chosen(options: Mapping[str, object]) -> list[str]:
     """Return the names of the options that the user gave."""
     return [name for name, value in options.items() if value not in (None, False)]
@@ -164,13 +154,6 @@ ALPHA = option(
     "--alpha",
     _alpha,
     "alpha of rows without one: a number, or 'rank' for alpha = rank.",
-)
-COLUMN = option(
-    "--column columns",
-    str,
-    "Column of a field, such as loss=final_loss. Repeatable.",
-    multiple=True,
-    callback=_columns,
 )
 LAW_TEXT = "It is a registered name, or package.module:Class."
 

@@ -85,18 +85,12 @@ def _check_trainer(trainer: Any, optimizer: object) -> None:
             "Give a trainer of transformers or TRL. For Lightning build the optimizer in"
             " configure_optimizers.",
         )
-    chosen_twice = (
-        trainer.optimizer_cls_and_kwargs is not None and optimizer is not None
-    )
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
-    if isinstance(kind, TrainerFactory):
+    is_attached = isinstance(kind, TrainerFactory)
+    if is_attached or trainer.optimizer is not None or (kind and optimizer):
         raise OptimizerError(
-            "attach was called on this trainer before.",
-            "Build the trainer again, and attach once, before training.",
-        )
-    if trainer.optimizer is not None or chosen_twice:
-        raise OptimizerError(
-            "The trainer already has an optimizer: it was trained, or was given one.",
+            "The trainer already has an optimizer: attach was called on it before, or it was"
+            " trained, or was given one.",
             "Build it again without optimizers= and optimizer_cls_and_kwargs=, and attach once,"
             " before training.",
         )

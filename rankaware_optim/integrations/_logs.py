@@ -65,16 +65,8 @@ def log_rates(trainer: Any) -> None:
 
     Args:
         trainer: the trainer. Its reporters, such as TensorBoard's, get the rates too.
-
-    Raises:
-        OptimizerError: transformers is not installed.
     """
-    try:
-        from transformers import TrainerCallback
-    except ImportError as error:
-        raise OptimizerError(
-            "log_rates is for transformers, which is not installed.", "Install it."
-        ) from error
+    from transformers import TrainerCallback
 
     class LogRates(TrainerCallback):
         """Adds the rates of the last step to the training logs, as Trainer does for group 0."""

@@ -46,7 +46,7 @@ _SAME_SCALING = 1e-3  # octaves
 _OPEN = 0.8  # share of the prior's sd above which the data hardly determine the drift
 
 
-def fit_sweep(  # noqa: PLR0913
+def fit_sweep(
     sweep: Source,
     *,
     optimizer: type[Optimizer] | str = "AdamW",
@@ -60,7 +60,6 @@ def fit_sweep(  # noqa: PLR0913
     steps: int | None = None,
     warmup: float | None = None,
     settings: Mapping[str, Any] | None = None,
-    columns: Mapping[str, str] | None = None,
 ) -> Recipe:
     """Fit a recipe to an existing learning-rate sweep from any tool.
 
@@ -89,7 +88,6 @@ def fit_sweep(  # noqa: PLR0913
         steps: number of steps of a run, for rows without one.
         warmup: share of the steps with a rising rate, from 0 to 1, if known.
         settings: the optimizer's settings. They are only recorded.
-        columns: {field: column} if the names differ.
 
     Returns:
         The recipe.
@@ -113,7 +111,7 @@ def fit_sweep(  # noqa: PLR0913
     _check_within("warmup", warmup, "share")
     optimizer = get_optimizer_class(optimizer)
     bound = bound_law(recordable_law(law), optimizer, {})
-    read = read_sweep(sweep, columns=columns)
+    read = read_sweep(sweep)
     runs = with_alpha(read.runs, alpha)
     steps = only_value(runs, "steps", steps)
     places, full_width = _places(runs, init, fan_in, full_fan_in, batch)

@@ -82,7 +82,6 @@ class SweepRun:
 
 
 Runs = Sequence[SweepRun]
-_FIELDS = tuple(field.name for field in fields(SweepRun))
 
 
 class Sweep(NamedTuple):
@@ -92,7 +91,7 @@ class Sweep(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def read_sweep(source: Source, *, columns: Mapping[str, str] | None = None) -> Sweep:
+def read_sweep(source: Source) -> Sweep:
     """Read and check a sweep.
 
     The columns lr and loss are required, and rank if there is no method ("lora", "full"). The
@@ -103,7 +102,6 @@ def read_sweep(source: Source, *, columns: Mapping[str, str] | None = None) -> S
 
     Args:
         source: rows, such as df.to_dict('records') of a dataframe, or a CSV file.
-        columns: {field: column} if the names differ, such as {"loss": "final"}.
 
     Raises:
         CalibrationError: the file cannot be read, a column is missing or ambiguous, or a cell is
@@ -118,7 +116,7 @@ def read_sweep(source: Source, *, columns: Mapping[str, str] | None = None) -> S
     present: dict[str, None] = {}
     for _, row in rows:
         present |= dict.fromkeys(row)
-    names = _columns(list(present), columns or {})
+    names = _columns(list(present))
     runs = []
     for place, row in rows:
         cells = {field: row.get(column) for field, column in names.items()}
@@ -177,26 +175,16 @@ def _csv_rows(path: Path) -> list[_Row]:
     return rows
 
 
-def _columns(present: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
-    """Return {field: column}: those chosen, then a field's own name, then its aliases."""
-    listed = ", ".join(map(str, present))
-    names = {}
-    for field, column in chosen.items():
-        if field not in _FIELDS or column not in present:
-            raise CalibrationError(
-                f"columns has {field}={column}, but the sweep has {listed}.",
-                f"Give one of its columns for one of {', '.join(_FIELDS)}.",
-            )
-        names[field] = column
-    for field in _FIELDS:
-        if field not in names:
-            names |= _column_of(field, present)
+def _columns(present: Sequence[str]) -> dict[str, str]:
+    """Return {field: column}: a field's own name, else one of its aliases."""
+    names: dict[str, str] = {}
+    for each in fields(SweepRun):
+        names |= _column_of(each.name, present)
     for field in ("lr", "loss") if "method" in names else ("lr", "loss", "rank"):
         if field not in names:
             raise CalibrationError(
-                f"The sweep has no column for {field}. It has {listed}.",
-                f"Name it {field}, or choose one by columns={{{field!r}: ...}}"
-                f" (--column {field}=...).",
+                f"The sweep has no column for {field}. It has {', '.join(map(str, present))}.",
+                f"Call its column {field}.",
             )
     return names
 
@@ -209,8 +197,7 @@ def _column_of(field: str, present: Sequence[str]) -> dict[str, str]:
     if len(columns) > 1:
         raise CalibrationError(
             f"The columns {' and '.join(map(str, columns))} may all be {field}.",
-            f"Choose one by columns={{{field!r}: {columns[0]!r}}} (--column"
-            f" {field}={columns[0]}).",
+            f"Call the one to use {field}.",
         )
     return dict.fromkeys([field], columns[0]) if columns else {}
 

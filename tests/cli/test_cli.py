@@ -256,7 +256,7 @@ BAD = {
     "lr digits.toml --full --init B": "--init was given for full",
     "lr digits.toml --full --rslora": "--rslora was given for full",
     "plot nowhere.toml -o out.png": "no recipe at nowhere.toml",
-    "fit sweep.csv -o out.toml": "choose one by columns={'loss': ...} (--column loss=...)",
+    "fit sweep.csv -o out.toml": "It has rank, lr. Call its column loss.",
 }
 
 
@@ -282,7 +282,6 @@ USAGE = [
     f"convert -1 --from {AT_8} --to {AT_8}",
     f"convert --from {AT_8} --to r=16",
     "plot digits.toml",
-    "fit sweep.csv --column loss",
     "fit sweep.csv --alpha x",
     "suggest --full --init B",
     f"inspect adapter --tuned-at {AT_8}",

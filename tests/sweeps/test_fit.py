@@ -340,14 +340,13 @@ def test_every_alias_means_its_field(alias, field):
     assert read_sweep([named]).runs == read_sweep([row]).runs
 
 
-def test_columns_names_what_has_no_alias():
-    """A field's own name comes first; columns= settles what is ambiguous or unheard-of."""
+def test_a_fields_own_name_settles_what_is_ambiguous():
+    """It comes first; two columns that may be the same field are refused, with the name that settles it."""
     row = {"rank": 4, "lr": 1e-4, "eval_loss": 0.75, "val_loss": 0.5, "alpha": 8}
     assert read_sweep([{**row, "loss": 0.25}]).runs[0].loss == 0.25
-    ambiguous = r"eval_loss and val_loss may all be loss.*columns="
+    ambiguous = r"eval_loss and val_loss may all be loss\. Call the one to use loss"
     with pytest.raises(CalibrationError, match=ambiguous):
         read_sweep([row])
-    assert read_sweep([row], columns={"loss": "val_loss"}).runs[0].loss == 0.5
 
 
 def test_the_cells_of_dataframes_and_trainers_are_read():
@@ -473,8 +472,6 @@ BAD_SWEEPS = [
     (drawn(ranks=(4, 0)), {}, "full finetuning and LoRA.*Give a fan-in"),
     (drawn(), {"alpha": "double"}, "alpha is 'double'"),
     (drawn(), {"alpha": -1.0}, "alpha is -1.0"),
-    (drawn(), {"columns": {"loss": "accuracy"}}, "columns has loss=accuracy"),
-    (drawn(), {"columns": {"losses": "loss"}}, "columns has losses=loss"),
     (COLUMNS, {}, "list of rows, not a dict"),
     ([], {}, "no rows"),
     ([(4, 1e-4, 1.0)], {}, r"row 1 is a tuple.*to_dict\('records'\)"),
@@ -497,11 +494,10 @@ def test_a_sweep_that_says_nothing_is_refused(rows, options, message):
 def written(tmp_path):
     """Writes rows into a CSV file."""
 
-    def write(rows, **renamed):
+    def write(rows):
         heads = list(rows[0])
         lines = [",".join(str(row[head]) for head in heads) for row in rows]
-        names = [renamed.get(head, head) for head in heads]
-        (tmp_path / "mine.csv").write_text("\n".join([",".join(names), *lines]))
+        (tmp_path / "mine.csv").write_text("\n".join([",".join(heads), *lines]))
         return str(tmp_path / "mine.csv")
 
     return write
@@ -511,7 +507,7 @@ def written(tmp_path):
 def sweep_csv(written):
     """A sweep in a CSV file, without alpha."""
     rows = [{k: v for k, v in row.items() if k != "alpha"} for row in drawn()]
-    return written(rows, loss="final")
+    return written(rows)
 
 
 def run(command, *words, code=0) -> str:
@@ -524,7 +520,7 @@ def run(command, *words, code=0) -> str:
 def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
     """`fit` prints the recipe, and writes the recipe that fit_sweep gives."""
     out = tmp_path / "made" / "r.toml"
-    options = f"--column loss=final --alpha rank --fan-in {WIDTH} -o".split()
+    options = f"--alpha rank --fan-in {WIDTH} -o".split()
     said = run(fit_command, sweep_csv, *options, out)
     made = fit_sweep(drawn(), fan_in=WIDTH)
     assert Recipe.load(out).at(8) == made.at(8)
@@ -552,7 +548,6 @@ def test_the_command_that_fit_names_next_works(rows, written, tmp_path):
 
 def test_fit_says_what_is_open(sweep_csv):
     """Without steps the command says so; without alpha it asks for it."""
-    column = (sweep_csv, "--column", "loss=final")
-    said = run(fit_command, *column, "--alpha", "rank")
+    said = run(fit_command, sweep_csv, "--alpha", "rank")
     assert "the sweep does not give its steps" in " ".join(said.split())
-    assert "Give alpha= (--alpha)" in run(main, "fit", *column, code=1)
+    assert "Give alpha= (--alpha)" in run(main, "fit", sweep_csv, code=1)
