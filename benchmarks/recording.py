@@ -10,7 +10,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,14 +175,6 @@ def made_with(machines: Iterable[Mapping[str, Any]]) -> str:
     )
     on = "; ".join(sorted(each)) or "not noted"
     return f"Machine: {on}." + (f" Networks: {weights}." if weights else "")
-
-
-def searched_with(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The commits and networks of searches on file, in words."""
-    each = Counter(f"commit {row['commit']}, network {row['weights']}" for row in rows)
-    return (
-        f"Searches: {'; '.join(f'{n} by {made}' for made, n in sorted(each.items()))}."
-    )
 
 
 def shown(value: object) -> str:

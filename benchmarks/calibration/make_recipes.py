@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -28,7 +29,7 @@ from study.digits_loop import (
     evaluate,
     fit,
 )
-from study.domains import get_domain, names
+from study.domains import Domain, get_domain, names
 from study.domains._efficientnet import HEAD_RATE
 from study.training import WARMUP
 
@@ -36,7 +37,7 @@ from rankaware_optim import calibrate
 from rankaware_optim.calibration import Trial
 
 RECIPES, OTHER_SEEDS = Path(__file__).parents[2] / "recipes", RESULTS / "recipes"
-SHARE, FULL_TRIALS = 0.2, 3
+SHARE, RATES_SWEPT, FULL_TRIALS = 0.2, 9, 3
 
 
 @click.command()
@@ -61,12 +62,9 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
         for config in CONFIGS:
             path = path_of(name, config, seed)
             path.parent.mkdir(exist_ok=True)
-            own = {"full_trials": FULL_TRIALS, "name": path.stem}
-            click.echo(
-                recipe_of(
-                    get_domain(name), config, SHARE, seed, [], WARMUP, **own
-                ).save(path)
-            )
+            plan = {**plan_of(get_domain(name)), "name": path.stem}
+            recipe = recipe_of(get_domain(name), config, seed, [], **plan)
+            click.echo(recipe.save(path))
     if not chosen:
         given = {
             "ranks": CALIBRATED_RANKS,
@@ -79,6 +77,18 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
             digits, torch.optim.AdamW, **given, name="efficientnet-lite0-digits"
         )
         click.echo(recipe.save(RECIPES / f"{recipe.name}.toml"))
+
+
+def plan_of(domain: Domain) -> dict[str, Any]:
+    """The options of a domain's calibration."""
+    arms = len(domain.ranks_swept) + 1
+    return {
+        "ranks": (domain.ranks_swept[0], domain.ranks_swept[-1]),
+        "steps": domain.steps,
+        "budget": round(SHARE * RATES_SWEPT * arms * domain.steps),
+        "full_trials": FULL_TRIALS,
+        "warmup": WARMUP,
+    }
 
 
 def digits(trial: Trial) -> Generator[torch.Tensor, None, float]:

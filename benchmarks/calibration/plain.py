@@ -30,14 +30,12 @@ class Task:
         spans: log2 of the lowest and the highest rate to try, by rank; `FULL` is full finetuning.
         seeds: those of the runs, in turn.
         seed: of the sampler.
-        trials: runs of TPE.
     """
 
     run: Run
     spans: Mapping[int, tuple[float, float]]
     seeds: Sequence[int]
     seed: int
-    trials: int = TRIALS
 
 
 def by_tpe(task: Task, *ranks: int) -> Rates:
@@ -54,7 +52,7 @@ def by_tpe(task: Task, *ranks: int) -> Rates:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=task.seed))
-    study.optimize(score, n_trials=task.trials)
+    study.optimize(score, n_trials=TRIALS)
     best = dict.fromkeys(ranks, study.best_params["log2_lr"])
     for trial in sorted(study.trials, key=lambda trial: trial.value, reverse=True):
         best[trial.params["rank"]] = trial.params["log2_lr"]  # the lowest loss is last

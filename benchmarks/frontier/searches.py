@@ -17,12 +17,12 @@ import click
 import torch
 from calibration.plain import GRID, WAYS, Task, moved
 from calibration.searches import (
-    Search,
     Spent,
     clocked,
     rate_of,
     recipe_of,
     scored,
+    seeds_of,
     steepest,
 )
 from frontier.adaptive import ADAPTIVE, PRODIGY, optimizer
@@ -71,8 +71,8 @@ def prodigy_once(ask: Ask, spent: Spent) -> Rates:
 def range_test(ask: Ask, spent: Spent) -> Rates:
     """A range test at each rank: a run each."""
     domain = of_length(get_domain(ask.task), STEPS)
-    of = Search(ask.task, AT_A, "", 0.0, ask.seed)
-    return {rank: steepest(of, domain, spent, rank) for rank in RANKS}
+    seed, _ = seeds_of(ask.seed)
+    return {rank: steepest(domain, AT_A, rank, seed, spent) for rank in RANKS}
 
 
 def calibrated(ranks: tuple[int, ...], trials: int) -> Callable[[Ask, Spent], Rates]:
@@ -83,15 +83,13 @@ def calibrated(ranks: tuple[int, ...], trials: int) -> Callable[[Ask, Spent], Ra
         recipe = recipe_of(
             domain,
             AT_A,
-            1.0,
             ask.seed,
             spent,
-            warmup=WARMUP,
             ranks=ranks,
             steps=EIGHTH,
             target_steps=STEPS,
             trials=trials,
-            budget=None,
+            warmup=WARMUP,
         )
         return {rank: math.log2(rate_of(recipe, AT_A, rank)[0]) for rank in RANKS}
 
@@ -101,7 +99,7 @@ def calibrated(ranks: tuple[int, ...], trials: int) -> Callable[[Ask, Spent], Ra
 def grid(ask: Ask, spent: Spent) -> Rates:
     """Rates an octave apart at rank 16, on two seeds, with an eighth of the steps; the law moves the best."""
     domain = of_length(get_domain(ask.task), EIGHTH)
-    seeds = (10 + 2 * ask.seed, 11 + 2 * ask.seed)
+    seeds = seeds_of(ask.seed)
 
     def train(rank: int, seed: int, x: float) -> float:
         model = built(domain, AT_A, rank, seed)

@@ -17,7 +17,7 @@ import rankaware_optim as ra
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 CLIP, TUNED = 1.0, 16
-LORAPLUS, PRODIGY = ", LoRA+ 16", ", Prodigy"  # added to a configuration's name
+LORAPLUS = ", LoRA+ 16"  # added to a configuration's name
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ def built(domain: Domain, config: str, rank: int, seed: int) -> nn.Module:
 START = "before training"  # a scheme without steps
 
 
-def run_at(job: Job, warmup: float) -> float | None:
+def run_at(job: Job) -> float | None:
     """The held-out loss of a job's run at rate 2^x: AdamW, gradients clipped at norm 1, heads at fixed rates."""
-    return run_in(get_domain(job.domain), job, warmup)
+    return run_in(get_domain(job.domain), job)
 
 
-def run_in(domain: Domain, job: Job, warmup: float) -> float | None:
+def run_in(domain: Domain, job: Job) -> float | None:
     """The same as `run_at`, in a given domain instead of the one that the job names."""
     model = built(domain, config_of(job.scheme), job.rank, job.seed)
     if job.scheme == START:
         return domain.evaluate(model)
-    return train(domain, model, optimizer(model, domain, job), job.seed, CLIP, warmup)
+    return train(domain, model, optimizer(model, domain, job), job.seed, CLIP)
 
 
 def starts(domain: str, seeds: Sequence[int]) -> Listed:
@@ -85,15 +85,9 @@ def start_of(domain: str, done: Losses) -> float:
 def optimizer(model: nn.Module, domain: Domain, job: Job) -> Optimizer:
     """The optimizer of a job: AdamW with rate 2^x for both A and B, unless the scheme's name says otherwise.
 
-    LoRA+ has 16 times the rate for B. Prodigy is not wrapped, and finds one rate for all.
+    LoRA+ has 16 times the rate for B.
     """
     method = "full" if job.rank == FULL else "lora"
-    if job.scheme.endswith(PRODIGY):
-        from pytorch_optimizer import Prodigy
-
-        return Prodigy(
-            [p for p in model.parameters() if p.requires_grad], lr=1.0, **ADAMW
-        )
     law = ra.LoRAPlus(16.0) if job.scheme.endswith(LORAPLUS) else "constant"
     rates = domain.head_rates
     return ra.RankAwareOptimizer(

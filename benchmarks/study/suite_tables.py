@@ -50,8 +50,7 @@ REGRET = (
     "the attainable gain that is lost, by the seeds that chose the best rates, by a monotone spline between the rates "
     "tried, beyond them at the last. A diverged run counts as 500 %. Noise floor: at every rank, and "
     "in full finetuning, what the rate loses on a seed that all other seeds chose, the mean over seeds; one seed has "
-    "none. A regret of no more than the floor says nothing. 'µA, falling at B' is the default law. `calibration.md` has "
-    "the regret of two domains on fresh seeds, beside what the sweep itself loses on them."
+    "none. A regret of no more than the floor says nothing. 'µA, falling at B' is the default law."
 )
 JUMPS = (
     "Octaves from the best rate, or the cliff, there to the one moved there, at the lowest rank first: above 0 it is "

@@ -1,4 +1,4 @@
-"""Searches against a sweep: what a search keeps of its runs, what users write instead, and regret with its units."""
+"""Searches: what one keeps of its runs, what users write instead of a calibration, and where recipes are found."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import statistics
 from typing import Any
 
 import pytest
-from calibration import against_sweep_scores as scores
 from calibration import make_recipes as made
 from calibration import plain, searches
-from study.grids import FULL, Job
+from study.grids import FULL
 from study.moving import by_law
 
 from rankaware_optim import Falling
@@ -89,9 +88,10 @@ def test_a_way_takes_the_best_of_its_runs(name):
         )
 
 
-def test_a_rank_that_tpe_never_chose_gets_the_best_rate():
+def test_a_rank_that_tpe_never_chose_gets_the_best_rate(monkeypatch):
     """With one trial, which is at one rank, every rank gets its rate."""
-    task = plain.Task(lambda rank, seed, x: x, SPANS, (0,), seed=0, trials=1)
+    monkeypatch.setattr(plain, "TRIALS", 1)
+    task = plain.Task(lambda rank, seed, x: x, SPANS, (0,), seed=0)
     assert len(set(plain.WAYS[plain.BY_RANK](task).values())) == 1
 
 
@@ -103,23 +103,6 @@ def test_the_law_moves_the_rate_of_one_rank_only():
     assert moved == {rank: -8.0 + shift(16, rank) for rank in (4, 16, FULL)}
     tuned = {4: -7.0, 16: -8.0}
     assert plain.moved(tuned, *at, (4, 16)) == tuned
-
-
-def test_regret_has_units_and_seeds():
-    """Regret is a share of the gain, on all scoring seeds and on each. Beside it is a difference of losses."""
-    cell = ("image_generation", "Init[A], s = 1", 4)
-    losses = {-9.0: (0.2, 0.2, 0.2), -8.0: (0.3, 0.2, 0.4)}
-    done = {
-        Job(*cell, x, seed): loss
-        for x, each in losses.items()
-        for seed, loss in zip((3, 4, 5), each, strict=True)
-    }
-    found = scores.score(
-        done, 1.2, ("Init[A], s = 1", "x", 4), (cell, -8.0), (cell, -9.0)
-    )
-    assert (found.domain, found.name, found.rank) == ("image_generation", "x", 4)
-    assert (found.regret, found.loss) == pytest.approx((0.1, 0.1))
-    assert found.by_seed == pytest.approx((0.1, 0.0, 0.2))
 
 
 def test_a_recipe_of_every_search_seed_is_found(monkeypatch, tmp_path):
