@@ -25,7 +25,6 @@ from study.regret import LAWS
 from study.runs_on_file import complete, machines, read
 from study.suite import COARSE, STORES, study
 from study.suite_tables import claims, exponents
-from study.training import WARMUP
 
 NAME = "language_smollm2"
 SEEDS, HALF = 3, 3
@@ -69,7 +68,7 @@ def run(setup: Setup) -> None:
         if setup.over:
             return
         click.echo(f"{domain.name}: {len(read(store))} runs on file")
-        one = partial(run_in, domain, warmup=WARMUP)
+        one = partial(run_in, domain)
         complete(Boxed(task, setup.until), one, store, 1, lambda said: None, on)
 
 

@@ -81,7 +81,6 @@ from study.domains._llama import (
 from study.grids import FULL, Job, Listed, Wanting
 from study.runs_on_file import complete, machines, read
 from study.suite import study_rates
-from study.training import WARMUP
 
 from rankaware_optim import Constant, Falling, Law, MuA, Power, Reference
 from rankaware_optim.calibration import seeded
@@ -248,7 +247,7 @@ def run(setup: Setup) -> None:
         if missing and begun < until:
             click.echo(f"width: {name_of(width)}, {key[1]}, rank {key[2]}")
             one, on = (
-                partial(run_in, domain_of(width, setup), warmup=WARMUP),
+                partial(run_in, domain_of(width, setup)),
                 provenance(width, setup),
             )
             for task in missing:

@@ -45,7 +45,7 @@ from study.domains._wordnet import WORDNET
 from study.grids import Job, Losses, Together, around, grown, or_inf
 from study.runs_on_file import complete, made_by, read
 from study.suite import provenance, study_rates
-from study.training import WARMUP, train
+from study.training import train
 from torch import Tensor, nn
 
 import rankaware_optim as ra
@@ -198,7 +198,7 @@ def run_one(job: Job) -> float | None:
     opt = ra.RankAwareOptimizer(
         model, "adamw", lr=lr, rates=head, law="constant", **ADAMW
     )
-    return train(domain, model, opt, job.seed, CLIP, WARMUP)
+    return train(domain, model, opt, job.seed, CLIP)
 
 
 def multiple_of(job: Job) -> int:

@@ -38,7 +38,7 @@ from study.moving import by_law
 from study.regret import best_at, lost, share_lost
 from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, finished_in, provenance, study_rates
-from study.training import WARMUP, train
+from study.training import train
 from torch import Tensor, nn
 
 import rankaware_optim as ra
@@ -154,7 +154,7 @@ def run_one(job: Job) -> float | None:
         opt = ra.RankAwareOptimizer(
             model, "adamw", lr=lr, rates=rates, law="constant", **ADAMW
         )
-    return train(domain, model, opt, job.seed, CLIP, WARMUP)
+    return train(domain, model, opt, job.seed, CLIP)
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

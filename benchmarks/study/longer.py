@@ -21,7 +21,6 @@ from study.domains import HELD_OUT, Domain, get_domain
 from study.grids import FULL, Cell, Job, Line, Losses, Together
 from study.runs_on_file import complete, read_begun
 from study.suite import UNKNOWN, provenance, study_rates
-from study.training import WARMUP
 
 RESTS_ON = ()
 STORE = RESULTS / "longer"
@@ -97,9 +96,9 @@ def run_one(job: Job) -> float | None:
     """The held-out loss of a run; None where it diverged."""
     domain = get_domain(job.domain)
     if job.scheme == START:
-        return run_in(domain, job, WARMUP)
+        return run_in(domain, job)
     plain = job._replace(scheme=job.scheme.partition(MARK)[0])
-    return run_in(of_length(domain, steps_of(job.scheme)), plain, WARMUP)
+    return run_in(of_length(domain, steps_of(job.scheme)), plain)
 
 
 def of_length(domain: Domain, steps: int) -> Domain:

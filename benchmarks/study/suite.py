@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from study.optima import best_rates, domains_in
 from study.regret import LAWS, moves
 from study.runs_on_file import complete, machines, read
 from study.suite_tables import tables
-from study.training import WARMUP
 
 from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
@@ -175,7 +174,7 @@ def sweep(domain: str, suite: str, store: Path, workers: int) -> None:
         starts(domain, range(asked[0].seeds)),
         *(part.grid(part.cells(domain)) for part in asked),
     ):
-        complete(grid, partial(run_at, warmup=WARMUP), store, workers, click.echo, on)
+        complete(grid, run_at, store, workers, click.echo, on)
 
 
 def provenance(domain: str | Domain) -> dict[str, Any]:
