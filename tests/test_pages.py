@@ -25,9 +25,9 @@ PAGES = ("index", "quickstart", "which-rate", "notebooks", "loops", "inspect", "
 
 def pages() -> list[Path]:
     """The pages of docs/ that are written by hand."""
-    made = ("_build", "generated", "examples")
+    made = ("_build/", "generated/", "examples/", "benchmarks/results/")
     every = sorted(DOCS.rglob("*.md"))
-    return [path for path in every if path.relative_to(DOCS).parts[0] not in made]
+    return [p for p in every if not p.relative_to(DOCS).as_posix().startswith(made)]
 
 
 def blocks_of(page: str) -> list[str]:

@@ -123,11 +123,11 @@ def suggest_lr(
 
     lr = 2^(-11.45 - 0.5) · law(model; rank 16, alpha 32, fan-in 4096) · factors, with the law
     `MuA(tokens=8)`. The 90 % band is ± 1.645·√(sum of variances) octaves. Standard deviations are
-    0.5 octaves between published models, 1.0 for another task, batch and horizon (0 with
+    0.5 octaves between published models, 1.0 for another task and horizon (0 with
     task="chat"), and those in the notes.
 
     Args:
-        model: the model, its survey, or a `Reference`. A model's width is its most common fan-in,
+        model: the model, its survey, or a `Reference`. Its hidden size is its most common fan-in,
             or the largest for full finetuning. With several ranks the rate is for the most common
             one. `tuned_at=suggestion.reference` moves it to the others.
         optimizer: a torch optimizer class or its name.
@@ -296,7 +296,7 @@ def _steps(at: Reference, task: Task) -> Iterator[Step]:
     if task == "other":
         yield Step(
             TASK_SD,
-            "Your task, batch and horizon differ from theirs, which widens the band most.",
+            "Your task and horizon differ from theirs, which widens the band most.",
         )
     low, high = WIDTHS
     if at.method == "full":
