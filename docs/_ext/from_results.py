@@ -82,7 +82,12 @@ MOVES = (  # what changes, from, to, how sure
     ),
     ("alpha × 2 at one rank, two rates", None, None, "exact (Adam, no clipping)"),
     ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
-    ("width × 4", A16, replace(A16, fan_in=4 * WIDTH), "theory"),
+    (
+        "width × 4",
+        A16,
+        replace(A16, fan_in=4 * WIDTH),
+        "theory; on published models keeping does as well",
+    ),
     ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
     (
         "LoRA at rank 16, A = 0 → full finetuning",
