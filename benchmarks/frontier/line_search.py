@@ -16,7 +16,7 @@ study. Two ways:
 first seed's searches found no lower loss at any rate.)
 
 Both are run on the study's nine tasks, in three configurations at all ranks and in full finetuning, on two seeds (one
-where a domain is large). The rate of a cell is the mean of its seeds'.
+where a domain is large, and there by two gradients only). The rate of a cell is the mean of its seeds'.
 
 **Rules**, committed before any run. The rate of a search is used as it is, and with an offset: the mean distance from
 best rates on the *other* tasks, in which tasks weigh the same. `suggest_lr` is used as it is, and with such an offset
@@ -155,7 +155,7 @@ def search(task: str) -> None:
 def cells(task: str) -> Iterator[Cell]:
     domain = get_domain(task)
     ranks = domain.ranks if domain.large else domain.ranks_swept
-    for way in (ONE, TWO):
+    for way in (TWO,) if domain.large else (ONE, TWO):
         for config in CONFIGS:
             for rank in ranks:
                 yield task, f"{config}{MARK}{way}", rank

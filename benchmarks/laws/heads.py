@@ -3,7 +3,7 @@
     python benchmarks/laws/heads.py run --task "glosses"    # resumable: results/heads/glosses.jsonl
     python benchmarks/laws/heads.py table                   # results/heads.md
 
-Four tasks with a newly drawn head, 500 steps of 16 examples each, 5 % warm-up, AdamW, clipping at norm 1, a cosine to a
+Four tasks with a newly drawn head, 500 steps of 8 examples each, 5 % warm-up, AdamW, clipping at norm 1, a cosine to a
 tenth. LoRA of rank 16 at Init[A] with alpha = rank, which is where a user tunes:
 
 * *glosses*: the study's text classification. MiniLM, 26 classes of nouns.
@@ -53,7 +53,7 @@ from rankaware_optim.calibration import seeded
 
 RESTS_ON = ("optimizer.common", "scores")
 STORE = RESULTS / "heads"
-CONFIG, RANK, STEPS, SEEDS = "Init[A], s = 1", 16, 500, 2
+CONFIG, RANK, STEPS, BATCH, SEEDS = "Init[A], s = 1", 16, 500, 8, 2
 MULTIPLES = (1, 4, 16)
 JUDGED = 4
 
@@ -124,7 +124,10 @@ def tasks() -> dict[str, Domain]:
         "digits of MNIST": get_domain("vision_classification"),
         "digits of scikit-learn": get_domain("digits_vision"),
     }
-    return {name: replace(domain, steps=STEPS) for name, domain in found.items()}
+    return {
+        name: replace(domain, steps=STEPS, batch=BATCH)
+        for name, domain in found.items()
+    }
 
 
 NAMES = ("glosses", "verbs", "digits of MNIST", "digits of scikit-learn")
