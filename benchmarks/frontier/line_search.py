@@ -37,7 +37,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache
 
 import click
 import torch
@@ -175,10 +175,7 @@ def run_one(job: Job) -> float:
 # --- what the searches on file say ----------------------------------------------------------------------------------
 
 
-def line_search(task: str, config: str, rank: int, seed: int, way: str = ONE) -> float:
-    """log2 of the rate of a search on file, with the offset that the other tasks ask for."""
-    found = on_file()[task][Job(task, f"{config}{MARK}{way}", rank, 0.0, seed)]
-    return (found or 0.0) + offset(task, partial(of_search, way))
+Way = Callable[[Cell], float]  # log2 of the rate in a cell of the study
 
 
 @cache
@@ -192,10 +189,7 @@ def study_runs() -> Losses:
     return finished_in([STORES / f"{task}.jsonl" for task in TASKS], "full")
 
 
-Way = Callable[[Cell], float]  # log2 of the rate in a cell of the study
-
-
-def of_search(way: str, cell: Cell) -> float:
+def of_search(cell: Cell, way: str) -> float:
     """The mean of a cell's searches."""
     task, config, rank = cell
     scheme = f"{config}{MARK}{ONE if rank == FULL else way}"
@@ -204,14 +198,38 @@ def of_search(way: str, cell: Cell) -> float:
     return statistics.fmean(each)
 
 
-def of_suggestion(cell: Cell) -> float:
-    """`suggest_lr`."""
+def one_gradient(cell: Cell) -> float:
+    """The search along the first step."""
+    return of_search(cell, ONE)
+
+
+def two_gradients(cell: Cell) -> float:
+    """The search that moves both factors."""
+    return of_search(cell, TWO)
+
+
+def suggestion(cell: Cell) -> float:
+    """`suggest_lr`, which needs no search."""
     return suggested(*cell)
 
 
 def half_way(cell: Cell) -> float:
-    """The middle of `suggest_lr`'s log2 rate and the search's."""
-    return (of_suggestion(cell) + of_search(TWO, cell)) / 2
+    """The middle of `suggest_lr`'s log2 rate and that of the search by two gradients."""
+    return (suggestion(cell) + two_gradients(cell)) / 2
+
+
+WAYS: dict[str, Way] = {
+    "`suggest_lr`": suggestion,
+    "one gradient": one_gradient,
+    "two gradients": two_gradients,
+    "half way": half_way,
+}
+
+
+def tasks_of(way: Way, full: bool = False) -> list[str]:
+    """The tasks where a way was searched."""
+    without_large = way is one_gradient and not full
+    return [task for task in TASKS if not (without_large and get_domain(task).large)]
 
 
 def study_cells(task: str, full: bool = False) -> list[Cell]:
@@ -233,7 +251,7 @@ def offset(task: str, way: Way, full: bool = False) -> float:
     """Octaves to add to a way's rates, from all other tasks' best rates."""
     means = [
         statistics.fmean(error(way, cell) for cell in study_cells(other, full))
-        for other in TASKS
+        for other in tasks_of(way, full)
         if other != task
     ]
     return -statistics.fmean(means)
@@ -250,13 +268,6 @@ def regrets(task: str, way: Way, offsets: bool, full: bool) -> list[float]:
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
-WAYS: dict[str, Way] = {
-    "`suggest_lr`": of_suggestion,
-    f"line search, {ONE}": partial(of_search, ONE),
-    f"line search, {TWO}": partial(of_search, TWO),
-    "half way": half_way,
-}
-
 
 @main.command()
 def table() -> None:
@@ -268,7 +279,7 @@ def table() -> None:
         __doc__,
         block("Regret", ["way", *HEADS], list(regret_rows(full=False))),
         block("Regret in full finetuning", ["way", *HEADS], list(regret_rows(True))),
-        block("By configuration", ["way", *CONFIGS], list(config_rows())),
+        block("By configuration, %", ["way", *CONFIGS], list(config_rows())),
         block("Points lost beyond `suggest_lr`", COMPARED, list(differences())),
         block("Octaves above the best rate", ["way", "of", *TASKS], list(errors())),
         made_by(machine(1), *stores),
@@ -276,7 +287,7 @@ def table() -> None:
 
 
 HEADS = ["mean / 95th percentile / share above 5 %, %", *TASKS]
-COMPARED = ["line search with offset", "beyond it as it is", "beyond it with offset"]
+COMPARED = ["way", "beyond it as it is", "beyond it with offset"]
 
 
 def named_ways() -> Iterator[tuple[str, Way, bool]]:
@@ -287,23 +298,29 @@ def named_ways() -> Iterator[tuple[str, Way, bool]]:
 
 def regret_rows(full: bool) -> Iterator[list[str]]:
     for name, way, offsets in named_ways():
-        if full and way is WAYS[f"line search, {TWO}"]:
+        if full and way is two_gradients:
             continue  # the same as one
-        by_task = [regrets(task, way, offsets, full) for task in TASKS]
-        means = [statistics.fmean(each) for each in by_task]
-        every = score(regret for each in by_task for regret in each)
-        pooled = every._replace(mean=statistics.fmean(means))
-        yield [name, pooled.words(), *(number(100 * mean, 1) for mean in means)]
+        found = {
+            task: regrets(task, way, offsets, full) for task in tasks_of(way, full)
+        }
+        means = {task: statistics.fmean(each) for task, each in found.items()}
+        every = score(regret for each in found.values() for regret in each)
+        pooled = every._replace(mean=statistics.fmean(means.values()))
+        yield [name, pooled.words(), *(shown(means.get(task)) for task in TASKS)]
+
+
+def shown(share: float | None) -> str:
+    return number(None if share is None else 100 * share, 1)
 
 
 def config_rows() -> Iterator[list[str]]:
     """Mean regret by configuration, tasks weighing the same."""
     for name, way, offsets in named_ways():
-        cells_in = []
+        row = [name]
         for config in CONFIGS:
-            means = [mean_in(config, task, way, offsets) for task in TASKS]
-            cells_in.append(number(100 * statistics.fmean(means), 1) + " %")
-        yield [name, *cells_in]
+            means = [mean_in(config, task, way, offsets) for task in tasks_of(way)]
+            row.append(shown(statistics.fmean(means)))
+        yield row
 
 
 def mean_in(config: str, task: str, way: Way, offsets: bool) -> float:
@@ -312,31 +329,34 @@ def mean_in(config: str, task: str, way: Way, offsets: bool) -> float:
 
 
 def differences() -> Iterator[list[str]]:
-    """Points by which a search with its offset loses more than `suggest_lr`, with 95 % intervals."""
-    suggested = WAYS["`suggest_lr`"]
+    """Points by which a way loses more than `suggest_lr`, with 95 % intervals. Half way has no offset."""
     for name, way in WAYS.items():
-        if way is suggested:
+        if way is suggestion:
             continue
-        mine = task_means(way, True)
         row = [name]
         for offsets in (False, True):
-            theirs = task_means(suggested, offsets)
-            row.append(in_points([[a - b] for a, b in zip(mine, theirs, strict=True)]))
+            points = []
+            for task in tasks_of(way):
+                mine = regrets(task, way, way is not half_way, False)
+                theirs = regrets(task, suggestion, offsets, False)
+                points.append([statistics.fmean(mine) - statistics.fmean(theirs)])
+            row.append(in_points(points))
         yield row
 
 
-def task_means(way: Way, offsets: bool) -> list[float]:
-    return [statistics.fmean(regrets(task, way, offsets, False)) for task in TASKS]
-
-
 def errors() -> Iterator[list[str]]:
-    """The mean of a task's errors and their standard deviation."""
+    """The mean of a task's errors, their standard deviation, and that of full finetuning."""
     for name, way in WAYS.items():
-        by_task = [[error(way, cell) for cell in study_cells(task)] for task in TASKS]
-        yield [name, "mean", *(number(statistics.fmean(e), 1, True) for e in by_task)]
-        yield [name, "spread", *(number(statistics.pstdev(e), 1) for e in by_task)]
-        full = [error(way, cell) for t in TASKS for cell in study_cells(t, True)]
-        yield [name, "full finetuning", *(number(e, 1, True) for e in full)]
+        found = {
+            task: [error(way, cell) for cell in study_cells(task)]
+            for task in tasks_of(way)
+        }
+        means = {task: statistics.fmean(each) for task, each in found.items()}
+        spread = {task: statistics.pstdev(each) for task, each in found.items()}
+        full = [error(way, study_cells(task, full=True)[0]) for task in TASKS]
+        yield [name, "mean", *(number(means.get(task), 1, True) for task in TASKS)]
+        yield [name, "spread", *(number(spread.get(task), 1) for task in TASKS)]
+        yield [name, "full finetuning", *(number(each, 1, True) for each in full)]
 
 
 if __name__ == "__main__":
