@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from frontier.line_search import line_search
+from frontier import line_search
 from frontier.scores import AT_A, Sweeps
 from laws.suggested import COMMON_WIDTHS, suggested
 from study.configurations import CONFIGS, LORAPLUS, TUNED
-from study.domains import get_domain
 from study.grids import FULL
 from study.moving import Shift, by_law, kept
 
@@ -59,13 +58,13 @@ def suggestion(on: Sweeps, config: str, seed: int) -> Rates:
     return {rank: suggested(on.task, config, rank) for rank in on.targets(config)}
 
 
-def searched_line(on: Sweeps, config: str, seed: int) -> Rates:
+def searched_line(on: Sweeps, config: str, seed: int, way: line_search.Way) -> Rates:
     """The search at every rank, or at the nearest one that was searched."""
+    ranks = [rank for _, _, rank in line_search.study_cells(on.task)]
     rates = {}
     for rank in on.targets(config):
-        ranks = get_domain(on.task).ranks
         near = rank and min(ranks, key=lambda other: abs(math.log2(other / rank)))
-        rates[rank] = line_search(*on.cell(config, near), seed)
+        rates[rank] = way(on.cell(config, near))
     return rates
 
 
@@ -108,10 +107,17 @@ FREE: Mapping[str, Way] = {
     ),
     SUGGESTED: Way(suggestion, True, NOTHING, "task='other'", "this package"),
     "line search": Way(
-        searched_line,
+        partial(searched_line, way=line_search.two_gradients),
         False,
         NOTHING,
-        "the step along Adam's first direction at which a batch's loss is lowest, by an offset of the other tasks",
+        "the step along Adam's first directions of both factors at which a batch's loss is lowest",
+        "nobody; tried here",
+    ),
+    "half way to a line search": Way(
+        partial(searched_line, way=line_search.half_way),
+        False,
+        NOTHING,
+        "the geometric mean of `suggest_lr`'s rate and the line search's",
         "nobody; tried here",
     ),
     "keeping it": Way(
