@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 import torch
-from calibration.searches import recipe_of
+from calibration.searches import Spent, recipe_of
 from recording import RESULTS
 from study.configurations import CONFIGS
 from study.digits_loop import (
@@ -63,7 +63,7 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
             path = path_of(name, config, seed)
             path.parent.mkdir(exist_ok=True)
             plan = {**plan_of(get_domain(name)), "name": path.stem}
-            recipe = recipe_of(get_domain(name), config, seed, [], **plan)
+            recipe = recipe_of(get_domain(name), config, seed, Spent(), **plan)
             click.echo(recipe.save(path))
     if not chosen:
         given = {

@@ -1,14 +1,13 @@
-"""Searches that train, of which every run is kept: a calibration by the package, and an LR range test."""
+"""Searches that train, whose steps are counted: a calibration by the package, and an LR range test."""
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
-from collections.abc import Callable, Generator
-from dataclasses import replace
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from study.configurations import ADAMW, CONFIGS, built, optimizer
@@ -20,50 +19,24 @@ import rankaware_optim as ra
 
 LOW, HIGH = -15.0, -2.0  # log2 of the rates of the range test
 SMOOTHED = 0.9  # the range test's moving average of losses
-Spent = list["Run"]
 
 
-class Run(NamedTuple):
-    """A run of a search.
+@dataclass
+class Spent:
+    """What a search trains: the steps of all its runs."""
 
-    x: log2 of the base rate, None where it varied. loss: held out, None where the run diverged or was stopped.
-    """
-
-    rank: int
-    x: float | None
-    seed: int
-    steps: int
-    seconds: float
-    loss: float | None
+    steps: int = 0
 
 
-def clocked(
-    run: Generator[Any, None, Any],
-    spent: Spent,
-    rank: int,
-    seed: int,
-    x: Callable[[], float | None],
-) -> Generator[Any, None, Any]:
-    """The same run; what it took and its loss are appended to `spent` at its end, however it ends."""
-    steps, seconds, loss = 0, 0.0, None
-    try:
-        while True:
-            start = time.perf_counter()
-            try:
-                value = next(run)
-            except StopIteration as stop:
-                loss = stop.value
-                return loss
-            finally:
-                seconds += time.perf_counter() - start
-            steps += 1
-            yield value
-    finally:
-        at, finite = x(), loss is not None and math.isfinite(loss)
-        rate = None if at is None else round(at, 4)
-        spent.append(
-            Run(rank, rate, seed, steps, round(seconds, 3), loss if finite else None)
-        )
+def counted(run: Generator[Any, None, Any], spent: Spent) -> Generator[Any, None, Any]:
+    """The same run; its steps are counted, also where it is stopped."""
+    while True:
+        try:
+            value = next(run)
+        except StopIteration as stop:
+            return stop.value
+        spent.steps += 1
+        yield value
 
 
 def scored(run: Generator[Any, None, float]) -> float:
@@ -84,13 +57,7 @@ def recipe_of(
     """A domain's recipe in a configuration, by these options of `ra.calibrate`; `seed` is of the search."""
 
     def train(trial: ra.Trial) -> Generator[Any, None, Any]:
-        return clocked(
-            loop(trial),
-            spent,
-            trial.rank or FULL,
-            trial.seed,
-            lambda: trial.lr and math.log2(trial.lr),
-        )
+        return counted(loop(trial), spent)
 
     def loop(trial: ra.Trial) -> Generator[float, None, float]:
         model = built(domain, config, trial.rank or FULL, trial.seed)
@@ -140,7 +107,7 @@ def steepest(domain: Domain, config: str, rank: int, seed: int, spent: Spent) ->
     model = built(domain, config, rank, seed)
     opt = optimizer(model, domain, Job(domain.name, config, rank, LOW, seed))
     run = trained(domain, model, opt, seed, lambda step: 2.0 ** (octaves * step))
-    rising = clocked(run, spent, rank, seed, lambda: None)
+    rising = counted(run, spent)
     losses, average = [], 0.0
     for step, loss in enumerate(rising, 1):
         average = SMOOTHED * average + (1 - SMOOTHED) * loss

@@ -18,7 +18,7 @@ import torch
 from calibration.plain import GRID, WAYS, Task, moved
 from calibration.searches import (
     Spent,
-    clocked,
+    counted,
     rate_of,
     recipe_of,
     scored,
@@ -63,7 +63,7 @@ def prodigy_once(ask: Ask, spent: Spent) -> Rates:
     opt = optimizer(PRODIGY, model, domain, STEPS, 1.0)
     shaped = schedule(STEPS, of.warmup)
     run = trained(domain, model, opt, seed, shaped, of.clip)
-    scored(clocked(run, spent, TUNED, seed, lambda: None))
+    scored(counted(run, spent))
     x = math.log2(opt.param_groups[0]["d"])
     return moved({TUNED: x}, ask.task, AT_A, RANKS)
 
@@ -105,7 +105,7 @@ def grid(ask: Ask, spent: Spent) -> Rates:
         model = built(domain, AT_A, rank, seed)
         opt = adamw(model, domain, Job(domain.name, AT_A, rank, x, seed))
         run = trained(domain, model, opt, seed, schedule(EIGHTH))
-        return scored(clocked(run, spent, rank, seed, lambda: x))
+        return scored(counted(run, spent))
 
     task = Task(train, {TUNED: first_octaves(domain)}, seeds, ask.seed)
     return moved(WAYS[GRID](task), ask.task, AT_A, RANKS)
@@ -160,7 +160,7 @@ def on_file() -> Iterator[Found]:
 def searched(ask: Ask) -> dict[str, Any]:
     spent = Spent()
     rates = PLANS[ask.way](ask, spent)
-    runs = sum(run.steps for run in spent) / STEPS
+    runs = spent.steps / STEPS
     rounded = {rank: round(x, 4) for rank, x in rates.items()}
     return {
         **ask._asdict(),

@@ -1,8 +1,8 @@
-"""Searches: what one keeps of its runs, what users write instead of a calibration, and where recipes are found."""
+"""Searches: what one counts, what users write instead of a calibration, and where recipes are found."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import statistics
 from typing import Any
@@ -16,42 +16,22 @@ from study.moving import by_law
 from rankaware_optim import Falling
 
 
-def training(steps: int, end: float) -> Any:
+def training(steps: int) -> Any:
     for _ in range(steps):
         yield 1.0
-    return end
+    return 0.5
 
 
-ENDS = {  # steps taken before it was stopped, what the run ends with: steps and loss that are kept
-    "to its end": (None, 0.5, 3, 0.5),
-    "diverged": (None, math.inf, 3, None),
-    "not a number": (None, math.nan, 3, None),
-    "stopped": (2, 0.5, 2, None),
-}
-
-
-@pytest.mark.parametrize("case", ENDS)
-def test_a_search_keeps_every_run(case):
-    """A run is kept with its rate, seed and steps however it ends, and with a loss only where it has one."""
-    stopped, end, steps, loss = ENDS[case]
-    spent: list[Any] = []
-    run = searches.clocked(training(3, end), spent, 4, 7, lambda: -9.0)
-    if stopped is None:
-        for _ in run:
-            pass
-    else:
-        for _ in range(stopped):
-            next(run)
-        run.close()
-    (kept,) = spent
-    assert (kept.rank, kept.x, kept.seed, kept.steps, kept.loss) == (
-        4,
-        -9.0,
-        7,
-        steps,
-        loss,
-    )
-    assert searches.Run(*json.loads(json.dumps(kept))) == kept
+@pytest.mark.parametrize("stopped", [None, 2])
+def test_a_search_counts_its_steps(stopped):
+    """Every step of every run counts, also of one that was stopped. A whole run ends with its loss."""
+    spent = searches.Spent()
+    assert searches.scored(searches.counted(training(3), spent)) == 0.5
+    run = searches.counted(training(3), spent)
+    for _ in itertools.islice(run, stopped):
+        pass
+    run.close()
+    assert spent.steps == 3 + (stopped or 3)
 
 
 SPANS = {4: (-12.0, -4.0), 16: (-13.0, -5.0), FULL: (-16.0, -8.0)}
