@@ -64,7 +64,9 @@ def rate(
             " side: three full runs (calibrate with full_trials=3) would settle it"
         )
     if octaves:
-        notes.append(f"the best rate {times(-octaves)}, since too high costs more")
+        notes.append(
+            f"a margin of {times(-octaves)} below the best, since too high costs more"
+        )
     ceiling = None
     if recipe.ceiling is not None and not law_alone:
         ceiling = recipe.ceiling * moved

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 _ALPHA: Mapping[Scaling, str] = {
-    "fixed": "alpha follows rank (s fixed)",
-    "rslora": "alpha fixed under rsLoRA (s falls as 1/√rank)",
-    "alpha": "alpha fixed (s falls as 1/rank)",
+    "fixed": "alpha follows rank (scaling fixed)",
+    "rslora": "alpha kept under rsLoRA (scaling falls as 1/√rank)",
+    "alpha": "alpha kept (scaling falls as 1/rank)",
     "unknown": "no rule known: give alpha",
 }
 _COLUMN = 16  # characters of a fact's name

@@ -168,7 +168,7 @@ def suggest_lr(
         reference=replace(at, fan_in=None),
         configuration=f"{name}, {at}, fan-in {width:g}",
         notes=(
-            f"{_SOURCE}, then {times(-MARGIN)}, since too high costs more.",
+            f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
             *(step.why for step in steps if step.why),
             *notes,
             _NARROW,
