@@ -11,6 +11,8 @@ scores the recipes of every search seed that there are; that of seed 0 is shippe
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ from study.digits_loop import (
 )
 from study.domains import Domain, get_domain, names
 from study.domains._efficientnet import HEAD_RATE
+from study.grids import FULL
 from study.training import WARMUP
 
-from rankaware_optim import calibrate
+from rankaware_optim import RankAwareWarning, Recipe, calibrate
 from rankaware_optim.calibration import Trial
 
 RECIPES, OTHER_SEEDS = Path(__file__).parents[2] / "recipes", RESULTS / "recipes"
@@ -107,6 +110,19 @@ def paths_of(domain: str, config: str) -> list[Path]:
     shipped, own = path_of(domain, config, 0), path_of(domain, config, 1)
     others = own.parent.glob(f"{shipped.stem}-[0-9].toml")
     return [path for path in (shipped, *sorted(others)) if path.exists()]
+
+
+def rate_of(recipe: Recipe, config: str, rank: int) -> list[float]:
+    """log2 of the rate and of its band's ends at a rank of the configuration, or for full finetuning."""
+    with warnings.catch_warnings():
+        # extrapolations are asked for on purpose
+        warnings.simplefilter("ignore", RankAwareWarning)
+        rate = (
+            recipe.at(method="full")
+            if rank == FULL
+            else recipe.at(rank, alpha=CONFIGS[config].alpha(rank))
+        )
+    return [math.log2(value) for value in (rate.lr, rate.low, rate.high)]
 
 
 def path_of(domain: str, config: str, seed: int) -> Path:

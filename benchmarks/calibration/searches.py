@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from study.configurations import ADAMW, CONFIGS, built, optimizer
+from study.configurations import ADAMW, built, optimizer
 from study.domains import Domain
 from study.grids import FULL, Job
 from study.training import shape, trained
@@ -80,18 +79,6 @@ def recipe_of(
 def seeds_of(search: int) -> tuple[int, int]:
     """The seeds of a search's runs, which no sweep of the study has."""
     return 10 + 2 * search, 11 + 2 * search
-
-
-def rate_of(recipe: ra.Recipe, config: str, rank: int) -> list[float]:
-    """The rate and its band at a rank of the configuration, or for full finetuning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ra.RankAwareWarning)
-        rate = (
-            recipe.at(method="full")
-            if rank == FULL
-            else recipe.at(rank, alpha=CONFIGS[config].alpha(rank))
-        )
-    return [rate.lr, rate.low, rate.high]
 
 
 # --- a range test -----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 import torch
-from calibration.make_recipes import paths_of
+from calibration.make_recipes import paths_of, rate_of
 from calibration.plain import EVERY_RANK, TRIALS, WAYS, Task, moved
 from calibration.studies import STEPS, searched
 from calibration.surfaces import Surface, study_surfaces
@@ -221,22 +221,12 @@ def outcomes(studies: int, place: tuple[str, str]) -> list[Outcome]:
         for plan in (*PLANS, *FEW, WITH_FULL):
             recipe = calibrated(on, plan, (index, draw))
             for rank in (*on.ranks, FULL):
-                rate = rate_of(recipe, on, rank)
+                rate = rate_of(recipe, on.config, rank)
                 found.append(Outcome(*place, plan, draw, rank, *rate))
         for name in WAYS:
             for rank, x in by_way(on, name, (index, draw)).items():
                 found.append(Outcome(*place, name, draw, rank, x, x, x))
     return found
-
-
-def rate_of(recipe: Recipe, on: Surface, rank: int) -> list[float]:
-    """log2 of the rate and of the band's ends at a rank."""
-    rate = (
-        recipe.at(method="full")
-        if rank == FULL
-        else recipe.at(rank, alpha=CONFIGS[on.config].alpha(rank))
-    )
-    return [math.log2(value) for value in (rate.lr, rate.low, rate.high)]
 
 
 # --- seeds not seen, and real searches ------------------------------------------------------------------------------
@@ -321,7 +311,7 @@ def real() -> Iterator[Real]:
             for rank, regret_at in on.mean.items():
                 own = regret_at(best[rank]) if rank in best else None
                 yield Real(
-                    on.config, rank, regret_at(rate_of(recipe, on, rank)[0]), own
+                    on.config, rank, regret_at(rate_of(recipe, on.config, rank)[0]), own
                 )
 
 

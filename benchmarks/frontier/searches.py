@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from calibration.make_recipes import rate_of
 from calibration.plain import GRID, WAYS, Task, moved
 from calibration.searches import (
     Spent,
     counted,
-    rate_of,
     recipe_of,
     scored,
     seeds_of,
@@ -91,7 +91,7 @@ def calibrated(ranks: tuple[int, ...], trials: int) -> Callable[[Ask, Spent], Ra
             trials=trials,
             warmup=WARMUP,
         )
-        return {rank: math.log2(rate_of(recipe, AT_A, rank)[0]) for rank in RANKS}
+        return {rank: rate_of(recipe, AT_A, rank)[0] for rank in RANKS}
 
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,9 +11,8 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
-from calibration.make_recipes import paths_of
+from calibration.make_recipes import paths_of, rate_of
 from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE, TRIALS
-from calibration.searches import rate_of
 from calibration.simulated import DEFAULT, WITH_FULL, by_way, calibrated, drawn
 from calibration.surfaces import Surface, study_surfaces
 from frontier.scores import Sweeps, own_steps
@@ -75,7 +73,7 @@ def on_surface(index: int) -> list[Searched]:
 
 def rates_of(recipe: Recipe, on: Surface) -> dict[int, float]:
     ranks = (*on.ranks, FULL)
-    return {rank: math.log2(rate_of(recipe, on.config, rank)[0]) for rank in ranks}
+    return {rank: rate_of(recipe, on.config, rank)[0] for rank in ranks}
 
 
 def recipes_on_file() -> Iterator[Searched]:

@@ -55,8 +55,7 @@ from functools import cache
 from typing import NamedTuple
 
 import click
-from calibration.make_recipes import paths_of
-from calibration.searches import rate_of
+from calibration.make_recipes import paths_of, rate_of
 from recording import block, machine, number, percent, write_explained
 from study.configurations import CONFIGS
 from study.domains import HELD_OUT, STUDY
@@ -268,7 +267,7 @@ def held(*tasks: str) -> list[bool]:
                 recipe = Recipe.load(path)
                 for rank, x in best.items():
                     _, low, high = rate_of(recipe, config, rank)
-                    found.append(low <= 2.0**x <= high)
+                    found.append(low <= x <= high)
     return found
 
 

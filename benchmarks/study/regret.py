@@ -9,8 +9,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-from calibration.make_recipes import paths_of
-from calibration.searches import rate_of
+from calibration.make_recipes import paths_of, rate_of
 from recording import number
 from study.configurations import CONFIGS, LORAPLUS, start_of
 from study.domains import get_domain
@@ -239,7 +238,7 @@ def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:
     """From a rank's best rate to the recipe's rate at another rank, or for full finetuning."""
     domain, config = of
     rates = {
-        rank: math.log2(rate_of(recipe, config, rank)[0])
+        rank: rate_of(recipe, config, rank)[0]
         for rank in (*get_domain(domain).ranks_swept, FULL)
     }
     return lambda a, b: rates[b] - best_at(done, (domain, config, a))
