@@ -280,8 +280,8 @@ def priced_rows(found: Sequence[Searched]) -> Iterator[Row]:
 
 
 def price(found: Sequence[Searched], way: str) -> float:
-    """The mean number of runs, rounded to whole ones."""
-    return round(statistics.fmean(each.runs for each in found if each.way == way))
+    """The median number of runs: tasks with fewer ranks need fewer."""
+    return round(statistics.median(each.runs for each in found if each.way == way))
 
 
 def long_rows() -> Iterator[Row]:
