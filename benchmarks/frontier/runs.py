@@ -83,12 +83,19 @@ def arms(domain: Domain) -> Iterator[Arm]:
 
 
 def settings(domain: Domain, way: str, arm: Arm) -> list[float]:
-    """log2 of the settings that a way is run with."""
-    if arm.steps == LONGEST and way not in (PRODIGY, SAFEGUARDED):
-        return []
+    """log2 of the settings that a way is run with.
+
+    In longer runs others than Prodigy have the one that was better at own steps.
+    """
+    is_long = arm.steps > domain.steps
+    if arm.steps == LONGEST:
+        return [0.0] if way == PRODIGY else []
     if way == SCHEDULE_FREE:
-        return [round(x, 2) for x in suggested(domain, arm)]
-    return [0.0, 1.0] if arm.steps < LONGEST and way != D_ADAPTATION else [0.0]
+        rates = [round(x, 2) for x in suggested(domain, arm)]
+        return rates[1:] if is_long else rates
+    if way == D_ADAPTATION:
+        return [0.0]
+    return [1.0] if is_long and way == SAFEGUARDED else [0.0, 1.0]
 
 
 def suggested(domain: Domain, arm: Arm) -> Iterator[float]:

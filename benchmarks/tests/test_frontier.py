@@ -131,14 +131,14 @@ def test_the_better_setting_counts_and_tasks_weigh_the_same() -> None:
 
 
 def test_a_run_of_each_arm_is_asked_for() -> None:
-    """A short task has runs at its own steps only, and Prodigy alone is run at the longest."""
+    """A short task has runs at its own steps only, and only Prodigy is run at the longest."""
     from study.domains import get_domain
 
     text = list(runs.jobs(get_domain("text_classification"), tuple(ADAPTIVE), 800))
     assert {job.scheme.rpartition(" | ")[2] for job in text} == {"60 steps"}
     language = list(runs.jobs(get_domain(TASK), tuple(ADAPTIVE), 800))
     longest = {job.scheme.split(" | ")[1] for job in language if "800" in job.scheme}
-    assert longest == {"Prodigy", "Prodigy with safeguard"}
+    assert longest == {"Prodigy"}
     assert len(set(language)) == len(language)
 
 
