@@ -34,8 +34,8 @@ def attach(
     The optimizer is made again when the trainer has wrapped its model. Weight decay, and rate,
     betas and epsilon if they were set, come from the trainer's arguments unless they are given
     here. Norms and biases get no weight decay, as in Trainer. The rates that it trains at are
-    logged. While it trains, `trainer.optimizer` has `report()` and `expand()`, through accelerate's
-    wrapper too. The base rate is written into the arguments, which are saved with the run.
+    logged. While it trains, `trainer.optimizer.report()` works with accelerate's wrapper too. The
+    base rate is written into the arguments, which are saved with the run.
 
     Args:
         trainer: transformers' `Trainer` or a subclass.
@@ -159,9 +159,7 @@ def _look() -> Any:
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):
-        """Gives the wrapper `report` and `expand`, and raises if the trainer has made another
-        optimizer.
-        """
+        """Gives the wrapper `report`, and raises if the trainer has made another optimizer."""
 
         def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
             wrapper = opt = kwargs["optimizer"]
@@ -175,7 +173,7 @@ def _look() -> Any:
                 opt = opt.optimizer
             _refuse_plain_scheduler(kwargs["lr_scheduler"], opt)
             if wrapper is not opt:
-                wrapper.report, wrapper.expand = opt.report, opt.expand
+                wrapper.report = opt.report
 
     return Look()
 

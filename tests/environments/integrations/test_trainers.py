@@ -449,6 +449,24 @@ def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
     assert len({*last}) == 1
 
 
+def test_a_scheduler_of_ones_own_takes_a_value_for_each_of_trainers_groups(tmp_path):
+    """`expand` spreads a list of two, as Trainer's own optimizer takes it, also where nothing is spared the decay."""
+
+    class OfItsOwn(transformers.Trainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            opt = self.optimizer.optimizer
+            each = opt.expand([lambda step: 0.5, lambda step: 0.25])
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(opt, each)
+            return self.lr_scheduler
+
+    for model, shares in ((llama(), {0.5}), (with_norms_and_biases(), {0.5, 0.25})):
+        args = arguments(tmp_path, max_steps=1, save_strategy="no")
+        trainer = attached(OfItsOwn(model, args, train_dataset=tokens()))
+        trainer.train()
+        groups = trainer.optimizer.param_groups
+        assert {group["lr"] / LR for group in groups} == shares
+
+
 def test_a_plain_runs_checkpoint_is_loaded(tmp_path):
     """What Trainer saved before attach is loaded by it after, norms without decay included."""
     own = {"max_steps": 1, "save_steps": 1}
