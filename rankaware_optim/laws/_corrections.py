@@ -101,7 +101,7 @@ class Falling(Correction):
     The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to
     an optimizer of another family, the result is the inner law, bound to that optimizer.
 
-    Source: this project's study, benchmarks/results/init_b_forms.md.
+    Source: init_b_forms.md, of the frozen answers in benchmarks/README.md.
 
     Args:
         knee: r₀, the rank below which the rate hardly falls.
