@@ -144,7 +144,7 @@ def table(curves: Curves, width: Callable[[str], float]) -> str:
     words = (
         f"{len(targets)} best rates inside the grid, alpha {PUBLISHED.alpha:g}. Of recipes: the mean, the least and the most "
         f"of the {len(recipes)} at Init[A], given the model's width as `fan_in`, or {STEPS} steps and batch {BATCH} too. `suggest_lr` "
-        "is fitted to this sweep; recipes and the spread between tasks ([another task](another_task.md)) are not. With "
+        "is fitted to this sweep; recipes and the spread between tasks are not. With "
         "that spread the bands still miss: what parts these models from the study's tasks, wider and with more steps, the "
         "study does not hold. So a recipe refuses a width that differs by more than a factor of 2."
     )

@@ -6,17 +6,18 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Literal, NamedTuple
 
 from internals import MARGIN
 from laws import elsewhere
-from laws.another_task import INITS, runs
-from recording import block, number
-from study.configurations import reference_at
+from recording import RESULTS, block, number
+from study.configurations import CONFIGS, reference_at
 from study.domains import HELD_OUT, STUDY, get_domain
-from study.grids import FULL, Cell
+from study.grids import FULL, Cell, Losses
 from study.optima import optimum, ranks_in
 from study.regret import lost
+from study.runs_on_file import read_begun
 
 from rankaware_optim import Rate, Reference
 from rankaware_optim.transfer import Suggestion, suggest_lr
@@ -24,6 +25,10 @@ from rankaware_optim.transfer import Suggestion, suggest_lr
 Kind = Literal["Init[A]", "Init[B]", "full finetuning"]
 KINDS: tuple[Kind, ...] = ("Init[A]", "Init[B]", "full finetuning")
 TASKS = (*STUDY, *HELD_OUT)
+INITS = {
+    init: [name for name, config in CONFIGS.items() if config.init == init]
+    for init in ("A", "B")
+}
 # The most common fan-in of each task's adapted layers, of two as common the first layer's: what `suggest_lr` reads off
 # the network itself.
 COMMON_WIDTHS = {
@@ -37,6 +42,15 @@ COMMON_WIDTHS = {
     "audio": 320,
     "time_series": 128,
 }
+
+
+@cache
+def runs() -> Losses:
+    """The runs of every task."""
+    done = {}
+    for found in read_begun(RESULTS / "suite", TASKS).values():
+        done.update(found)
+    return done
 
 
 def width_of(task: str, rank: int) -> float:

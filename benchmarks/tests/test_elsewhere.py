@@ -1,49 +1,12 @@
-"""What a recipe gives on another task or model: errors between tasks, and the scores of rates on published curves."""
+"""What a recipe gives on another model: the scores of rates on published curves."""
 
 from __future__ import annotations
 
 import pytest
 from internals import PUBLISHED
-from laws import another_task, elsewhere
+from laws import elsewhere
 
 from rankaware_optim import Rate
-
-BEST = {"image_generation": 0.0, "language": 1.0, "reinforcement": 3.0}
-TASKS = list(BEST)
-
-
-@pytest.fixture
-def best_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best rate of a task is the same at two ranks; one task has a third."""
-
-    def at_one_width(task: str, config: str) -> dict[int, float]:
-        ranks = (4, 16, 64) if task == TASKS[0] else (4, 16)
-        return dict.fromkeys(ranks, BEST[task])
-
-    monkeypatch.setattr(another_task, "at_one_width", at_one_width)
-    monkeypatch.setattr(another_task, "STUDY", TASKS)
-
-
-@pytest.mark.usefixtures("best_rates")
-def test_errors_are_those_of_a_rate_taken_from_another_task() -> None:
-    """At each rank that both have and in each configuration of the init, a rate is too high by what they differ."""
-    assert another_task.errors("reinforcement", "language", "A") == [2.0] * 4
-    assert another_task.errors("language", "image_generation", "B") == [1.0] * 2
-    assert another_task.into("language", TASKS, "B") == [-1.0] * 2 + [2.0] * 2
-    of_three = another_task.root_mean_square([1.0, 2.0, 3.0])
-    assert another_task.spread(TASKS, "A") == pytest.approx(
-        of_three * 2.920 / 1.645, rel=1e-3
-    )
-    assert another_task.held([1.0, -2.0, 3.0, 0.0], 1.5) == "75 % of 4"
-
-
-@pytest.mark.usefixtures("best_rates")
-def test_a_shift_that_explains_the_errors_is_found() -> None:
-    """Where best rates follow what differs, the slope is one and no error is left."""
-    slope = another_task.slope(TASKS, BEST.__getitem__, "A")
-    assert slope == pytest.approx(1.0)
-    assert another_task.moved("language", BEST.__getitem__, slope, "A") == [0.0] * 8
-
 
 WIDTHS = {"small": 2048.0}.__getitem__
 PARABOLA = {float(x): 2.0 + (x + 12) ** 2 / 10 for x in range(-15, -8)}

@@ -18,7 +18,8 @@ INIT_SD = 1.0
 # RANK_SD for a rank below those tried at A = 0, where best rates fall less with rank than the
 # trials say: frozen answers
 LOWER_RANK_SD = 0.2
-# Octaves, by init: standard deviation of the best rate that another task gives: another_task.md
+# Octaves, by init: standard deviation of the best rate that another task gives: another_task.md,
+# frozen answers
 ANOTHER_TASK_SD = {"A": 1.3, "B": 2.4}
 # A width that differs by more than this factor is another model's, where even a band with that
 # spread missed a third of the best rates with steps and batch given: suggestion.md
