@@ -2,7 +2,6 @@
 
     python benchmarks/laws/bench_law.py sweep                 # makes missing runs of the package's sweep
     python benchmarks/laws/bench_law.py table sft_sweep.md    # results/bench_law.md
-    python benchmarks/laws/bench_law.py kept sft_sweep.md     # results/kept_alpha.md
     python benchmarks/laws/bench_law.py score my_sweep.csv --law mua --law my_pkg:MyLaw     # prints a table
 
 The sweep trains the demo's network (EfficientNet-lite0 on scikit-learn's digits) with alpha = rank and with alpha = 16.
@@ -45,7 +44,6 @@ from rankaware_optim import (
     MuA,
     Power,
     RankAwareOptimizer,
-    convert_lr,
 )
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
@@ -192,65 +190,6 @@ def table(published: Path) -> None:
         machine(1),
         NOTES,
     )
-
-
-# The rate of one rank at another one, by three ways.
-WAYS = {
-    "1 token": MuA(tokens=1.0),
-    "default law": "mua",
-    "8 tokens": MuA(tokens=8.0),
-}
-OF_KEPT = (
-    "35 published language models, AdamW, alpha 32 at every rank. Each row is of the models that have a best rate inside "
-    "the grid at both ranks, three or more. `measured`: the best rate at the higher rank over that at the lower one. "
-    "`1 token`, `default law` and `8 tokens` are the factors by which these move the rate.",
-    "Loss, %: the loss at the higher rank and the lower one's best rate, kept or moved, by a monotone spline between "
-    "the rates tried, less the lowest, as a share of it. The mean over models, and the worst.",
-)
-
-
-@main.command()
-@click.argument("published", type=click.Path(exists=True, path_type=Path))
-def kept(published: Path) -> None:
-    """Write results/kept_alpha.md: how far a best rate moves up the ranks of a sweep with one alpha."""
-    known(published)
-    runs = read_sweep(tinker.of_models(published)).runs
-    rows = []
-    for best in ("parabola", "bowl"):
-        curves = loss_curves(runs, best=best)
-        pairs: dict[tuple[int, int], list[tuple[LossCurve, LossCurve]]] = {}
-        for low, high in itertools.permutations(curves, 2):
-            ranks = (low.at.rank or 0, high.at.rank or 0)
-            if low.compares_with(high) and ranks[0] < ranks[1]:
-                pairs.setdefault(ranks, []).append((low, high))
-        for (low_rank, high_rank), of_models in sorted(pairs.items()):
-            if len(of_models) >= 3:
-                ends = {"from rank": low_rank, "to rank": high_rank}
-                rows.append({"best rate by": best, **ends, **_kept_row(of_models)})
-    title = "Where alpha is kept: how far does a best rate move with the rank?"
-    record("kept_alpha", title, rows, machine(1), OF_KEPT)
-
-
-def _kept_row(pairs: Sequence[tuple[LossCurve, LossCurve]]) -> dict[str, Any]:
-    """Return the measured factors of models, those of the ways, and what the moved rates lose."""
-    measured = [2.0 ** (high.best - low.best) for low, high in pairs]
-    low, high = (curve.at for curve in pairs[0])
-    factors = {
-        way: convert_lr(1.0, from_=low, to=high, law=law).lr
-        for way, law in WAYS.items()
-    }
-    row: dict[str, Any] = {
-        "models": len(pairs),
-        "measured, median": statistics.median(measured),
-        "lowest": min(measured),
-        "highest": max(measured),
-        **factors,
-    }
-    for way, factor in {"kept": 1.0, **factors}.items():
-        moved = [target.lost_at(at.best + math.log2(factor)) for at, target in pairs]
-        lost = [100.0 * share for share in moved if share is not None]
-        row[f"{way}: loss, %"] = f"{statistics.fmean(lost):.2f} / {max(lost):.2f}"
-    return row
 
 
 @main.command()

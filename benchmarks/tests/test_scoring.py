@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from laws import scoring, tinker
+from laws import scoring
 
 from rankaware_optim import (
     CalibrationError,
@@ -242,32 +242,3 @@ def test_the_script_scores_a_law_of_ones_own(own_module: None) -> None:
         refused.exit_code,
         refused.output.startswith("Error: Unknown law 'nua'"),
     ) == (1, True)
-
-
-def test_the_factors_measured_where_alpha_is_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, published_page: Any
-) -> None:
-    """On three models drawn from the default law the table's measured factors are the law's, which loses nothing, and
-    what is kept loses more."""
-    script = importlib.import_module("laws.bench_law")
-    monkeypatch.setattr(importlib.import_module("recording"), "RESULTS", tmp_path)
-    monkeypatch.setattr(script, "known", lambda path: None)
-    runs = [
-        (row["rank"], row["lr"], row["loss"]) for row in drawn(MuA(), ranks=(1, 64))
-    ]
-    sweep = published_page(dict.fromkeys(list(tinker.HIDDEN)[:3], runs))
-    done = CliRunner().invoke(script.main, ["kept", str(sweep)])
-    assert done.exit_code == 0, done.output
-    lines = (tmp_path / "kept_alpha.md").read_text().splitlines()
-    heads, row = (lines[at].strip("| ").split(" | ") for at in (2, 4))
-    parabola = dict(zip(heads, row, strict=True))
-    ends = ("from rank", "to rank", "models")
-    assert [parabola[name] for name in ends] == ["1", "64", "3"]
-    law = float(parabola["default law"])
-    for name in ("measured, median", "lowest", "highest"):
-        assert float(parabola[name]) == pytest.approx(law, rel=1e-2)
-    kept, moved = (
-        float(parabola[f"{way}: loss, %"].split(" / ")[0])
-        for way in ("kept", "default law")
-    )
-    assert moved < kept
