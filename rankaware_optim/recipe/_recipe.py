@@ -110,9 +110,6 @@ class Recipe:
             return NotImplemented
         return differing(self, other) <= {"missing"}
 
-    def __hash__(self) -> int:
-        return hash((self.name, self.fitted_lr, self.margin, self.reference))
-
     @property
     def lr(self) -> float:
         """The base rate to use, per step: `margin` octaves below `fitted_lr`."""

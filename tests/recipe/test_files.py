@@ -143,7 +143,7 @@ def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
     path = made.save(tmp_path / "r.toml")
     found = Recipe.load(path)
     assert found == made
-    assert (hash(found), found.tag, found.missing) == (hash(made), made.tag, "")
+    assert (found.tag, found.missing) == (made.tag, "")
     assert np.array_equal(found.covariance, made.covariance)
     beside = {trials_of(path)} if made.tensors else set()
     assert set(tmp_path.iterdir()) == {path} | beside
