@@ -23,7 +23,6 @@ import click
 import torch
 from internals import Source, read_sweep
 from laws import tinker
-from laws.published import known
 from laws.scoring import (
     COMPARED,
     LawScore,
@@ -165,7 +164,7 @@ FAMILIES: dict[str, list[Law]] = {
 @click.argument("published", type=click.Path(exists=True, path_type=Path))
 def table(published: Path) -> None:
     """Write results/bench_law.md."""
-    known(published)
+    tinker.checked(published)
     sweeps: dict[str, Source] = {
         DEMO_SWEEP.name: DEMO_SWEEP,
         published.name: tinker.of_models(published),

@@ -35,7 +35,6 @@ import click
 import torch
 from internals import read_sweep
 from laws import tinker
-from laws.published import known
 from laws.scoring import LossCurve, all_curves
 from recording import block, machine, made_on, number, write_explained
 from study import longer
@@ -77,7 +76,7 @@ LESS = f"{TODAY} less this one"
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 def main(path: Path) -> None:
     """Write results/default_law.md. PATH is sft_sweep.md."""
-    known(path)
+    tinker.checked(path)
     write_explained(
         "default_law",
         "The default law",

@@ -2,7 +2,7 @@
 
     python benchmarks/laws/suggestion.py sft_sweep.md    # results/suggestion.md
 
-`published.py` names the file's source and hash, `tinker.py` reads it. Alpha was 32. The best rate of a cell (model, rank) is the vertex of the
+`tinker.py` reads the file. Alpha was 32. The best rate of a cell (model, rank) is the vertex of the
 parabola through the best three log2 rates. Where the best lies at an edge of the grid, we know only that the vertex
 lies beyond the middle of the last two rates. The law moves all best rates to rank 16 and fan-in 4096. Then a normal
 distribution is fitted to them, with weight 1 per model; cells at an edge count by their tail (Tobit). Its mean and
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import click
 from internals import LOG2_RATE, PUBLISHED, SPREAD, TASK_SD, Z90
 from laws import another_model, elsewhere, suggested, tinker
-from laws.published import known
 from recording import machine, record
 from study.loss_curves import vertex_of
 
@@ -45,8 +44,7 @@ class Cell(NamedTuple):
 def main(sweep: Path) -> None:
     """Write results/suggestion.md."""
     on = machine(1)
-    source = known(sweep)
-    cells = read(sweep)
+    cells = read(tinker.checked(sweep))
     middle, spread = fit(cells)
     if (middle, spread) != (LOG2_RATE, SPREAD):
         raise SystemExit(
@@ -57,7 +55,7 @@ def main(sweep: Path) -> None:
     said = [
         *notes(cells),
         compared(sweep),
-        source.words(sweep.name),
+        tinker.WORDS,
         another_model.table(curves),
         elsewhere.table(curves, width),
         suggested.losses(),

@@ -1,80 +1,46 @@
-"""Sweeps that others published: only the files that were read are taken, and a grid of accuracies is read as LoRA's."""
+"""Sweeps that others published: only the file that was read is taken."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import json
-import math
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from laws import published
-
-NAME = "rank_x_lr_results.json"
+from laws import published, tinker
 
 
-def accuracies(tmp_path: Path) -> Path:
-    """LoRA's accuracy by rank and rate, best at 2^-10 at rank 4 and an octave lower at rank 16; another method's."""
-    ranks = {
-        str(rank): {
-            "lrs": [2.0**x for x in range(-14, -6)],
-            "acc": [0.5 - (x - best) ** 2 / 100 for x in range(-14, -6)],
-        }
+def page(published_page: Any) -> Path:
+    """A model's losses at ranks 4 and 16, best at 2^-10 and an octave lower."""
+    runs = [
+        (rank, 2.0**x, 1.0 + (x - best) ** 2 / 10)
         for rank, best in ((4, -10), (16, -11))
-    }
-    path = tmp_path / NAME
-    path.write_text(
-        json.dumps(
-            {
-                "lora": {"ranks": ranks},
-                "dora": {"ranks": {"4": {"lrs": [1.0], "acc": [1.0]}}},
-            }
-        )
-    )
-    return path
+        for x in range(-14, -6)
+    ]
+    found: Path = published_page({"Qwen/Qwen3-8B": runs})
+    return found
 
 
-def test_a_grid_is_read_at_s_of_1(tmp_path: Path) -> None:
-    """Every accuracy of LoRA is a run whose loss is what is missing to 1, with alpha equal to the rank."""
-    runs = (
-        importlib.import_module("internals")
-        .read_sweep(published.grid(accuracies(tmp_path)))
-        .runs
-    )
-    assert len(runs) == 16
-    assert {(run.rank, run.alpha) for run in runs} == {(4, 4), (16, 16)}
-    assert min(runs, key=lambda run: run.loss).lr in (2.0**-10, 2.0**-11)
-    assert min(run.loss for run in runs) == pytest.approx(0.5)
-
-
-def test_laws_are_scored_on_a_known_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_laws_are_scored_on_the_models_added(published_page: Any) -> None:
     """A law that moves the best rate by an octave is right, one that keeps it is an octave off."""
-    path = accuracies(tmp_path)
-    known = replace(
-        published.SOURCES[NAME], sha256=hashlib.sha256(path.read_bytes()).hexdigest()
-    )
-    monkeypatch.setitem(published.SOURCES, NAME, known)
     worst = {
         row["law"]: row["worst_octaves"]
-        for row in published.rows_of(path)
+        for row in published.rows_of(page(published_page))
         if row["best rate by"] == "parabola"
     }
-    assert worst["power with exponent -0.5, law (constant)"] == pytest.approx(
-        0.0, abs=0.01
-    )
     assert worst["constant"] == pytest.approx(1.0, abs=0.01)
-    assert all(math.isfinite(octaves) for octaves in worst.values())
+    by_root = worst["power with exponent -0.5, law (constant)"]
+    assert by_root == pytest.approx(0.0, abs=0.01)
 
 
-@pytest.mark.parametrize("name", [NAME, "other.json"])
-def test_another_file_is_refused(tmp_path: Path, name: str) -> None:
-    """A file of another hash or name is not scored, and nothing is written."""
-    path = accuracies(tmp_path).rename(tmp_path / name)
-    said = CliRunner().invoke(published.main, ["table", str(path)])
+def test_another_file_is_refused(
+    published_page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of another hash is not scored."""
+    path = page(published_page)
+    said = CliRunner().invoke(published.main, [str(path)])
     assert said.exit_code == 1
-    assert "none of the files that were read" in said.output
+    assert "is not the sft_sweep.md that was read" in said.output
+    monkeypatch.setattr(tinker, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert tinker.checked(path) == path
