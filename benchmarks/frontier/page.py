@@ -40,7 +40,7 @@ from frontier.adaptive import ADAPTIVE, PRODIGY, SAFEGUARDED
 from frontier.figure import LONG as LONG_PRICES
 from frontier.figure import SHORT as SHORT_PRICES
 from frontier.figure import Evidence, Point, draw_frontier
-from frontier.runs import LONG_TASKS, SHORT, SHORT_TASKS, STORE, scheme_of
+from frontier.runs import SHORT, STORE, TASKS, scheme_of
 from frontier.scores import (
     AT_A,
     AT_B,
@@ -300,7 +300,7 @@ def in_real_cells(found: Iterable[Lost]) -> list[Lost]:
     return [
         each
         for each in found
-        if each.task in SHORT_TASKS and (each.config, each.rank) in cells
+        if each.task in TASKS and (each.config, each.rank) in cells
     ]
 
 
@@ -315,7 +315,7 @@ def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
                         each
                         for each in losts
                         if (each.way, each.setting) == (way, setting)
-                        and each.task in LONG_TASKS
+                        and each.task in TASKS
                         and each.rank != 4
                         and column.has(each)
                     ]

@@ -2,10 +2,10 @@
 
     python benchmarks/frontier/runs.py --domain language    # resumable: results/frontier/language.jsonl
 
-At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full finetuning, two seeds. In five
-tasks at 400 steps (two seeds) and Prodigy at 800 (one): rank 128 with alpha = rank, and full finetuning, where
-`study/longer.py` has sweeps. There AdamW too is run at two rates below the sweep, on one seed, for ways whose rates lie
-there.
+Five tasks. At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full
+finetuning, two seeds. At 400 steps, where `study/longer.py` has sweeps: rank 128 with alpha = rank, and full finetuning.
+Prodigy also at 800 steps, on one seed. AdamW too is run for 400 steps at two rates below the sweep, on one seed, for ways
+whose rates lie there.
 """
 
 from __future__ import annotations
@@ -40,25 +40,16 @@ from rankaware_optim import suggest_lr
 RESTS_ON = ()
 STORE = RESULTS / "frontier"
 KEPT = "Init[A], s = 1/r"
-SHORT_TASKS = (
+TASKS = (
     "image_generation",
-    "vision_classification",
+    "time_series",
+    "audio",
     "language",
     "vision_language",
-    "text_classification",
-    "audio",
-    "time_series",
 )
 # configurations and ranks at a task's own steps, and in longer runs
 SHORT = ((AT_A, 4), (AT_A, 64), (KEPT, 64), ("full", FULL))
 LONG = ((AT_A, 128), ("full", FULL))
-LONG_TASKS = (
-    "image_generation",
-    "time_series",
-    "audio",
-    "language",
-    "vision_language",
-)
 SEEDS = {400: 2, LONGEST: 1}
 BELOW = (-12.0, -10.0)  # log2 of AdamW's rates below the sweeps of 400 steps
 
@@ -73,13 +64,11 @@ class Arm(NamedTuple):
 
 
 def arms(domain: Domain) -> Iterator[Arm]:
-    if domain.name in SHORT_TASKS:
-        for config, rank in SHORT:
-            yield Arm(config, rank, domain.steps, 2)
-    if domain.name in LONG_TASKS:
-        for steps, seeds in SEEDS.items():
-            for config, rank in LONG:
-                yield Arm(config, rank, steps, seeds)
+    for config, rank in SHORT:
+        yield Arm(config, rank, domain.steps, 2)
+    for steps, seeds in SEEDS.items():
+        for config, rank in LONG:
+            yield Arm(config, rank, steps, seeds)
 
 
 def settings(domain: Domain, way: str, arm: Arm) -> list[float]:
@@ -122,8 +111,6 @@ def jobs(domain: Domain, ways: tuple[str, ...], most: int) -> Iterator[Job]:
 
 def below_sweeps(domain: Domain) -> Iterator[Job]:
     """AdamW's runs of 400 steps at low rates that are not on file."""
-    if domain.name not in LONG_TASKS:
-        return
     swept = longer.on_file()[domain.name]
     for config, rank in LONG:
         cell = longer.cell_of(domain.name, config, rank, 400)
@@ -147,7 +134,7 @@ def run_one(job: Job) -> float | None:
 
 
 @click.command()
-@click.option("--domain", "name", required=True)
+@click.option("--domain", "name", type=click.Choice(TASKS), required=True)
 @click.option(
     "--way", "ways", type=click.Choice([*ADAPTIVE]), multiple=True, default=[*ADAPTIVE]
 )

@@ -9,7 +9,7 @@ from functools import cache
 
 from calibration import half_run
 from calibration.surfaces import gap_of
-from frontier.runs import LONG_TASKS, STORE
+from frontier.runs import STORE, TASKS
 from study import longer
 from study.configurations import CONFIGS, TUNED, start_of
 from study.domains import HELD_OUT, STUDY
@@ -124,5 +124,5 @@ def own_steps() -> Iterator[Sweeps]:
 
 
 def of_length(steps: int) -> Iterator[Sweeps]:
-    for task in LONG_TASKS:
+    for task in TASKS:
         yield Sweeps(task, steps)

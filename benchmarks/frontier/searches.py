@@ -26,7 +26,7 @@ from calibration.searches import (
     steepest,
 )
 from frontier.adaptive import ADAPTIVE, PRODIGY, optimizer
-from frontier.runs import LONG_TASKS, STORE
+from frontier.runs import STORE, TASKS
 from internals import Calibration, Options, Settled, Trials, search_range
 from recording import commit
 from study.configurations import TUNED, built
@@ -171,7 +171,7 @@ def searched(ask: Ask) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--domain", "name", type=click.Choice(LONG_TASKS), required=True)
+@click.option("--domain", "name", type=click.Choice(TASKS), required=True)
 @click.option("--way", "ways", type=click.Choice([*PLANS]), multiple=True)
 def main(name: str, ways: tuple[str, ...]) -> None:
     """Run what is missing of a task, each search appended at its end."""

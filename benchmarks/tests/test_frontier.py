@@ -15,7 +15,7 @@ from frontier.page import Lost, score
 from frontier.scores import OWN, Sweeps
 from frontier.ways import FREE, LAW, SUGGESTED, seeds_of
 from study.configurations import START
-from study.domains import Domain
+from study.domains import Domain, get_domain
 from study.grids import FULL, Job
 from torch import Tensor, nn
 
@@ -130,15 +130,16 @@ def test_the_better_setting_counts_and_tasks_weigh_the_same() -> None:
     assert score(losts, "Prodigy", page.RANKS_KEPT) is None
 
 
-def test_a_run_of_each_arm_is_asked_for() -> None:
-    """A short task has runs at its own steps only, and only Prodigy is run at the longest."""
-    from study.domains import get_domain
-
-    text = list(runs.jobs(get_domain("text_classification"), tuple(ADAPTIVE), 800))
-    assert {job.scheme.rpartition(" | ")[2] for job in text} == {"60 steps"}
+def test_a_run_of_each_arm_is_asked_for_once() -> None:
+    """Every way is run at own steps and at 400, only Prodigy at the longest, and no run twice."""
     language = list(runs.jobs(get_domain(TASK), tuple(ADAPTIVE), 800))
-    longest = {job.scheme.split(" | ")[1] for job in language if "800" in job.scheme}
-    assert longest == {"Prodigy"}
+    by_length: dict[str, set[str]] = {}
+    for job in language:
+        _, way, steps = job.scheme.split(" | ")
+        by_length.setdefault(steps, set()).add(way)
+    every = set(ADAPTIVE)
+    asked = {"100 steps": every, "400 steps": every, "800 steps": {"Prodigy"}}
+    assert by_length == asked
     assert len(set(language)) == len(language)
 
 
