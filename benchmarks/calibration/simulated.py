@@ -8,11 +8,6 @@ octave of the package's. It has a number of runs, or may spend a share of what t
 full) × one seed. A run costs its steps, or half of them if it diverges. Nothing is pruned. Regret is a share of the
 gain, on the mean loss over all seeds.
 
-What a user would write with Optuna instead is simulated beside it, with the same seeds and the same octaves of rates at
-every rank: those in which the calibration begins. TPE takes the seeds in turn. From one rank the default law moves the
-rate. The differences are means over a task's configurations, studies and ranks, with the 95 % interval of 10,000
-bootstraps of the seven tasks. The default law was chosen on these tasks.
-
 The search has seen two of these seeds. So one table has regret on the third alone, in the domains with three: from the
 rate that is best in the mean, and from the third seed's own best rate, as in the study's noise floor. Its last row is
 the best rate of a whole sweep of one seed, on the other two. One table has real searches: the recipes on file, made at
@@ -44,7 +39,7 @@ import click
 import numpy as np
 import torch
 from calibration.make_recipes import paths_of, rate_of
-from calibration.plain import EVERY_RANK, TRIALS, WAYS, Task, moved
+from calibration.plain import TRIALS
 from calibration.studies import STEPS, searched
 from calibration.surfaces import Surface, study_surfaces
 from internals import (
@@ -52,15 +47,12 @@ from internals import (
     Options,
     Setting,
     Settled,
-    Trials,
-    search_range,
 )
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CONFIGS
 from study.domains import STUDY
 from study.grids import FULL
 from study.optima import best_rates, optimum
-from study.regret import in_points
 from study.runs_on_file import read
 from study.suite import STORES
 
@@ -113,20 +105,6 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
     options = options_of(on, plan, seeds)
     settled = settled_of(on, options)
     return searched(options, settled, guess, partial(run, on))
-
-
-def by_way(on: Surface, name: str, seed: Sequence[int]) -> dict[int, float]:
-    """log2 of the rates of a way that a user would write with Optuna."""
-    seeds, guess = drawn(on, seed)
-    study = Calibration(options_of(on, DEFAULT, seeds), Trials)
-    study.settle(settled_of(on, study.options))
-    ends = [end + guess for end in search_range(study)]
-    spans = {}
-    for rank in (*on.ranks, FULL):
-        low, high = (own_rate(on, study, rank, end) for end in ends)
-        spans[rank] = low, high
-    rates = WAYS[name](Task(partial(loss, on), spans, seeds, seed[-1]))
-    return moved(rates, on.domain, on.config, (*on.ranks, FULL))
 
 
 def drawn(on: Surface, seed: Sequence[int]) -> tuple[tuple[int, ...], float]:
@@ -188,14 +166,11 @@ def reference_of(on: Surface, rank: int) -> Reference:
 
 
 class Outcome(NamedTuple):
-    """A study's result at a rank (`FULL`: full finetuning): log2 of rate and band.
-
-    The plan is a way's name where there was no calibration: the band is its rate.
-    """
+    """A study's result at a rank (`FULL`: full finetuning): log2 of rate and band."""
 
     domain: str
     config: str
-    plan: Plan | str
+    plan: Plan
     draw: int
     rank: int
     rate: float
@@ -211,7 +186,7 @@ def all_outcomes(studies: int, workers: int) -> list[Outcome]:
 
 
 def outcomes(studies: int, place: tuple[str, str]) -> list[Outcome]:
-    """The outcomes on a surface of all plans, and of the ways without a calibration."""
+    """The outcomes on a surface of all plans."""
     torch.set_num_threads(1)
     # extrapolations are asked for on purpose
     warnings.simplefilter("ignore", RankAwareWarning)
@@ -223,9 +198,6 @@ def outcomes(studies: int, place: tuple[str, str]) -> list[Outcome]:
             for rank in (*on.ranks, FULL):
                 rate = rate_of(recipe, on.config, rank)
                 found.append(Outcome(*place, plan, draw, rank, *rate))
-        for name in WAYS:
-            for rank, x in by_way(on, name, (index, draw)).items():
-                found.append(Outcome(*place, name, draw, rank, x, x, x))
     return found
 
 
@@ -384,10 +356,8 @@ def regret(of: Outcome) -> float:
     return surfaces()[of.domain, of.config].mean[of.rank](of.rate)
 
 
-def outcomes_of(
-    plan: Plan | str, found: Sequence[Outcome], full: bool
-) -> list[Outcome]:
-    """The outcomes of a plan or a way at LoRA's ranks, or in full finetuning."""
+def outcomes_of(plan: Plan, found: Sequence[Outcome], full: bool) -> list[Outcome]:
+    """The outcomes of a plan at LoRA's ranks, or in full finetuning."""
     return [o for o in found if o.plan == plan and (o.rank == FULL) == full]
 
 
@@ -420,9 +390,7 @@ def main(studies: int, workers: int) -> None:
         __doc__ or "",
         verdict(found),
         compared(unseen, against),
-        scatter(),
         block("Regret on the study's surfaces", heads, rows),
-        block("What a user would write instead", WAY_HEADS, list(of_ways(found))),
         block(
             "Regret by the number of runs, at the lowest and the highest rank",
             ("runs", *heads[3:]),
@@ -467,44 +435,6 @@ def of_plan(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     yield from map(
         percent, (statistics.fmean(full), np.quantile(full, 0.95), max(full))
     )
-
-
-WAY_HEADS = (
-    "",
-    "runs",
-    *(
-        f"{what}: {of}"
-        for what in ("LoRA", "full")
-        for of in ("mean, %", "more than the first, points", "tasks with more")
-    ),
-)
-
-
-def of_ways(found: Sequence[Outcome]) -> Iterator[list[str]]:
-    """Rows of the table: regret of calibrations and of the ways without one, beside that of the first."""
-    named: dict[Plan | str, str] = {
-        DEFAULT: "a calibration",
-        WITH_FULL: "the same, three of them full",
-        **{name: name for name in WAYS},
-    }
-    for plan, name in named.items():
-        cells = []
-        for full in (False, True):
-            by_task, first = (by_tasks(found, each, full) for each in (plan, DEFAULT))
-            more = np.subtract(by_task, first)
-            apart = in_points([[each] for each in more])
-            cells.append(number(100 * statistics.fmean(by_task)))
-            against = [apart, f"{(more > 0).sum()} of {len(more)}"]
-            cells += ["–", "–"] if plan == DEFAULT else against
-        yield [name, str(TRIALS * (5 + 1 if plan == EVERY_RANK else 1)), *cells]
-
-
-def by_tasks(found: Sequence[Outcome], plan: Plan | str, full: bool) -> list[float]:
-    """Mean regret of a plan or way in each task, at LoRA's ranks or in full finetuning."""
-    mine = outcomes_of(plan, found, full)
-    return [
-        statistics.fmean(regret(o) for o in mine if o.domain == task) for task in STUDY
-    ]
 
 
 @cache
@@ -560,32 +490,6 @@ def verdict(found: Sequence[Outcome]) -> str:
             f"{share:.0%} below {high:.1f} % ({asked}): {met}."
         )
     return " ".join(said)
-
-
-def scatter() -> str:
-    """How far the study's best rates are from a power of the rank, and how much of it is noise of three seeds."""
-    off, noise = [], []
-    for domain in STUDY:
-        done = read(STORES / f"{domain}.jsonl")
-        for config in CONFIGS:
-            best = best_rates(done, domain, config)
-            octaves, x = np.log2(list(best)), np.array(list(best.values()))
-            line = np.polyval(np.polyfit(octaves, x, 1), octaves)
-            off.append(((x - line) ** 2).sum() / (len(x) - 2))
-            seeds = [
-                [
-                    v
-                    for v in optimum(done, (domain, config, rank)).by_seed
-                    if v is not None
-                ]
-                for rank in best
-            ]
-            noise += [statistics.variance(of) / 3 for of in seeds if len(of) == 3]
-    rms, own = (math.sqrt(statistics.fmean(of)) for of in (off, noise))
-    return (
-        f"In {len(off)} sweeps best rates lie {rms:.2f} octaves (rms) off a power of the rank, {own:.2f} of it noise; "
-        f"without {math.sqrt(rms**2 - own**2):.2f}."
-    )
 
 
 if __name__ == "__main__":

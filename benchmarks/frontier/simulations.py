@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import chain
@@ -12,10 +12,20 @@ from typing import NamedTuple
 
 import torch
 from calibration.make_recipes import paths_of, rate_of
-from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE, TRIALS
-from calibration.simulated import DEFAULT, WITH_FULL, by_way, calibrated, drawn
+from calibration.plain import EVERY_RANK, TRIALS, WAYS, Task, moved
+from calibration.simulated import (
+    DEFAULT,
+    WITH_FULL,
+    calibrated,
+    drawn,
+    loss,
+    options_of,
+    own_rate,
+    settled_of,
+)
 from calibration.surfaces import Surface, study_surfaces
 from frontier.scores import Sweeps, own_steps
+from internals import Calibration, Trials, search_range
 from study.configurations import CONFIGS
 from study.domains import HELD_OUT, STUDY
 from study.grids import FULL
@@ -25,7 +35,6 @@ from rankaware_optim import RankAwareWarning, Recipe
 CALIBRATION = "a calibration: 16 trials at two ranks"
 FULL_TRIALS = "the same, three of them in full"
 PLANS = {CALIBRATION: DEFAULT, FULL_TRIALS: WITH_FULL}
-WAYS = (TPE, GRID, BY_RANK, EVERY_RANK)
 RECIPES = "a recipe on file, real runs"
 GRIDS = "the whole grid, a seed"
 DRAWS = 10
@@ -69,6 +78,20 @@ def on_surface(index: int) -> list[Searched]:
             arms = len(on.ranks) + 1 if name == EVERY_RANK else 1
             found.append(made(name, rates=by_way(on, name, seed), runs=TRIALS * arms))
     return found
+
+
+def by_way(on: Surface, name: str, seed: Sequence[int]) -> dict[int, float]:
+    """log2 of the rates of a way that a user would write with Optuna."""
+    seeds, guess = drawn(on, seed)
+    study = Calibration(options_of(on, DEFAULT, seeds), Trials)
+    study.settle(settled_of(on, study.options))
+    ends = [end + guess for end in search_range(study)]
+    spans = {}
+    for rank in (*on.ranks, FULL):
+        low, high = (own_rate(on, study, rank, end) for end in ends)
+        spans[rank] = low, high
+    rates = WAYS[name](Task(partial(loss, on), spans, seeds, seed[-1]))
+    return moved(rates, on.domain, on.config, (*on.ranks, FULL))
 
 
 def rates_of(recipe: Recipe, on: Surface) -> dict[int, float]:

@@ -43,7 +43,7 @@ BASE_SD = 1e3  # octaves: a flat prior of the base rate
 CERTAIN = 1e-3  # octaves: a negligible standard deviation
 USUAL_PIVOT = 16.0  # the rank, where no LoRA rank was tried: by hand
 # Octaves: standard deviation of a rank's own best rate about a power of the rank. It was .29 over
-# 21 sweeps of the study, .17 of which is noise: simulated.md
+# 21 sweeps of the study, .17 of which is noise: simulated.md, frozen answers
 MODEL_ERROR = 0.2
 # Octaves per octave of rank, by init: mean and standard deviation of the drift. Small studies found
 # that rates at A = 0 fall with rank by 0.3 to 0.75: by hand
