@@ -30,10 +30,7 @@ class Rated(NamedTuple):
     reason: str
 
 
-_HEADINGS = (
-    *("convention", "kind", "role", "rank", "scaling", "init", "fan-in", "fan-out"),
-    *("tensors", "lr", "why"),
-)
+_HEADINGS = ("kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
 _LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
 # By hand: usual scalings, and what is odd beside the least one of the same adapter.
 _LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
@@ -181,17 +178,13 @@ class Survey:
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
 
-    def explain(
-        self, *, per_module: bool = False, rates: Mapping[str, Rated] | None = None
-    ) -> str:
-        """Return a table of the factors with their rates and reasons, and sentences on what to
-        check.
+    def explain(self, *, per_module: bool = False) -> str:
+        """Return a table of the factors, and sentences on what to check.
 
         Args:
             per_module: whether every tensor has its own line. Otherwise equal factors share one.
-            rates: rates and reasons by parameter name, for the columns lr and why.
         """
-        return self._table(per_module, rates).text(200 if per_module else 140)
+        return self._table(per_module).text(200 if per_module else 140)
 
     def __str__(self) -> str:
         return self.explain()
@@ -204,12 +197,14 @@ class Survey:
     ) -> Table:
         lines = Counter[tuple[str, ...]]()
         for name, convention, *cells, why in self._lines():
-            lr = ""
-            if rates and name in rates:
-                lr, why = f"{rates[name].lr:.3g}", rates[name].reason
-            lines[(name if per_module else convention, *cells, lr, why)] += 1
+            reasons = [why]
+            if rates is not None:
+                rate = rates.get(name)
+                reasons = [f"{rate.lr:.3g}", rate.reason] if rate else ["", why]
+            lines[(name if per_module else convention, *cells, *reasons)] += 1
         rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
-        headings = ("module" if per_module else "convention", *_HEADINGS[1:])
+        headings = ["module" if per_module else "convention", *_HEADINGS]
+        headings += ["why"] if rates is None else ["lr", "why"]
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
         return Table(headings, rows, remarks, left=_LEFT_ALIGNED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import click
 from .. import inspection, transfer
 from .._checks import PUBLISHED_INITS
 from .._types import Reference, Survey
-from ..laws import DEFAULT_LAW
 from ._options import (
     FILE,
     OPTIMIZER,
@@ -22,7 +20,6 @@ from ._options import (
     flag,
     init_option,
     json_option,
-    law_option,
     option,
 )
 
@@ -30,57 +27,30 @@ _SURVEY = (
     "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the"
     " other tensors), checks (sentences on likely mistakes), notes (sentences). A factor has name,"
     " role (A or B), rank, fan_in and fan_out (of the adapted layer), scaling (alpha"
-    " / rank), init, kind, layer, adapter, convention, lr (per step) and reason (of lr). lr and"
-    " reason are null without --lr."
+    " / rank), init, kind, layer, adapter and convention."
 )
 
 
 @click.command()
 @click.argument("path", type=FILE)
-@option("--lr", float, "Base rate, per step. Adds a column of rates.")
-@law_option("Law that moves --lr.", DEFAULT_LAW)
-@option(
-    "--tuned-at",
-    str,
-    "Configuration at which --lr was tuned: r=16,alpha=32,init=B, or an adapter's path.",
-)
-@init_option("By default as the files declare it.")
 @flag("--per-module", "Print one line per tensor.")
 @json_option(_SURVEY)
-def inspect(
-    path: Path,
-    lr: float | None,
-    law: str,
-    tuned_at: str | None,
-    init: Any,
-    per_module: bool,
-    as_json: bool,
-) -> None:
+def inspect(path: Path, per_module: bool, as_json: bool) -> None:
     """List the LoRA factors in an adapter's files.
 
     PATH is a PEFT folder or a .safetensors file. The model is not needed.
     """
-    if lr is None and (tuned_at is not None or law != DEFAULT_LAW):
-        raise click.UsageError("--tuned-at and --law move a rate, so give --lr too.")
-    survey, rates = transfer.survey_rates(
-        inspection.inspect_file(path, init=init), lr=lr, law=law, tuned_at=tuned_at
-    )
-    factors = []
-    for factor in survey.factors:
-        rate = rates.get(factor.name)
-        rated = {"lr": None, "reason": None} if rate is None else rate._asdict()
-        factors.append({**asdict(factor), **rated})
+    survey = inspection.inspect_file(path)
     others = [
         {"name": name, "kind": survey.unsupported.get(name)} for name in survey.other
     ]
     document = {
-        "factors": factors,
+        "factors": survey.factors,
         "others": others,
         "checks": survey.audit(),
         "notes": survey.notes,
     }
-    text = survey.explain(per_module=per_module, rates=rates)
-    echo_result(as_json, text, document)
+    echo_result(as_json, survey.explain(per_module=per_module), document)
 
 
 @click.command()

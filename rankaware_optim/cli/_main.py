@@ -21,9 +21,9 @@ from ._options import INTERRUPTED, echo, in_options, warnings_as_notes
 from ._recipes import diff, lr, plot, report, show
 
 _SECTIONS = {
-    "Move a rate that you have": (convert, inspect),
+    "Move a rate that you have": (convert,),
     "Find a first rate": (suggest, calibrate, fit),
-    "Read a recipe": (lr, show, plot, report, diff),
+    "Read an adapter or a recipe": (inspect, lr, show, plot, report, diff),
 }
 
 

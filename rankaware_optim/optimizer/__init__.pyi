@@ -3,6 +3,5 @@ from ._param_groups import effective_lr as effective_lr
 from ._plan import PlanOptions as PlanOptions
 from ._plan import make_plan as make_plan
 from ._report import Report as Report
-from ._report import plan_rates as plan_rates
 from ._state_dict import to_plain_state_dict as to_plain_state_dict
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer

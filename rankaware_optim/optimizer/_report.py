@@ -155,17 +155,6 @@ def origin(plan: Plan) -> str:
     return f"{words}: moved from {plan.reference}" if given else words
 
 
-def plan_rates(plan: Plan, lr: float) -> dict[str, Rated]:
-    """Return the rate of every factor of a plan at the base rate `lr`, for `Survey.explain`."""
-    groups = []
-    for f in plan.survey.factors:
-        label = plan.label(f.name, f, plan.rule)
-        base = lr if label.pinned_lr is None else label.pinned_lr
-        names = {"params": [f], "param_names": [f.name]}
-        groups.append({"lr": base, **names, **label._asdict()})
-    return _rates_of(_rows(groups, plan, plan.survey))
-
-
 def _rates_of(rows: Iterable[Row]) -> dict[str, Rated]:
     return {name: Rated(row.lr, row.reason) for row in rows for name in row.names}
 

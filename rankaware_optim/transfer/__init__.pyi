@@ -1,5 +1,4 @@
 from ._convert import convert_lr as convert_lr
-from ._convert import survey_rates as survey_rates
 from ._suggest import Suggestion as Suggestion
 from ._suggest import published_init as published_init
 from ._suggest import suggest_lr as suggest_lr

@@ -73,7 +73,6 @@ NAMING = [
     "convert 2e-4 --from r=16,alpha=32 --to r=64 --law mine_law:Mine",
     "fit sweep.csv --law mine_law:Mine",
     "fit sweep.csv --optimizer mine_optimizer:AdamW",
-    "inspect . --lr 1e-3 --tuned-at r=4,alpha=4 --law mine_law:Mine",
     "suggest . --optimizer mine_optimizer:AdamW",
     f"calibrate loop:train {SHORT}",
     f"calibrate loop:train {SHORT} --workers 2",

@@ -18,14 +18,11 @@ from rankaware_optim import (
     Survey,
     inspect_model,
 )
-from rankaware_optim._types import Factor, Rated
+from rankaware_optim._types import Factor
 from rankaware_optim.inspection._survey import unsupported
 from rankaware_optim.optimizer import (
-    PlanOptions,
     Report,
     effective_lr,
-    make_plan,
-    plan_rates,
 )
 
 from ..helpers.models import adapted, mlp, trained
@@ -211,19 +208,6 @@ def test_explain_merges_alike_factors():
     counts = [(cells[2], cells[3], cells[10]) for cells in lines if cells[2] in "AB"]
     expected = {"4": "2", "8": "1"}
     assert counts == [(r, rank, n) for rank, n in expected.items() for r in "AB"]
-
-
-def test_explain_shows_rates_and_reasons():
-    """Rates given by name fill the columns lr and why."""
-    survey = inspect_model(mlp((4, 8)))
-    options = PlanOptions(tuned_at=AT_16, rates={"layer1.lora_B": 0.5})
-    planned = plan_rates(make_plan(survey, options), LR)
-    assert planned["layer1.lora_B"].lr == 0.5
-    shown = survey.explain(per_module=True, rates=planned)
-    assert shown.count("given by rates=") == 1
-    assert shown.count("default law: from rank 16, alpha 16, B = 0") == 3
-    own = {"layer0.lora_A": Rated(0.25, "since I say so")}
-    assert survey.explain(rates=own).count("since I say so") == 1
 
 
 UNSUPPORTED = {
