@@ -107,8 +107,9 @@ def calibrate(  # noqa: PLR0913
             rate.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
             each run.
-        lr_range: lowest and highest base rate at the first rank. It is widened if the best rate is
-            at an edge.
+        lr_range: lowest and highest base rate at the highest rank. The first run has the rate in
+            their middle, so (lr / 16, 16 * lr) searches around a rate that you have. The range is
+            widened if the best rate is at an edge.
         sampler: an Optuna sampler. By default it brackets the optimum and then refines it.
         pruner: an Optuna pruner, by default `PairedPruner`.
         storage: path of a journal file, or an Optuna URL or storage. By default the study is kept

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -90,18 +91,20 @@ class Calibration:
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def settle(self, settled: Settled) -> None:
-        """Set the reference, the prior for its init, and log2 of a first guess, which is the upper
-        end of the family's usual rates.
+        """Set the reference, the prior for its init, and log2 of the first rate: the middle of the
+        range that is given, else the upper end of the family's usual rates.
         """
         self.settled = settled
         reference = settled.reference
         self.prior = prior_of(reference, self.options.ranks, settled.full_fan_in)
+        if self.options.octaves is not None:
+            self.start = fmean(self.options.octaves)
+            return
         family = optimizer_family(self.options.optimizer)
         law = bound_law(self.options.law, self.options.optimizer, {})
         multiplier = checked_multiplier(law, reference.as_factor(), USUAL_AT)
         usual = USUAL_LR.get(family, USUAL_LR["sign-like"]) * multiplier
-        low, high = self.options.octaves or (-math.inf, math.inf)
-        self.start = min(max(STRIDE + math.log2(usual), low), high)
+        self.start = STRIDE + math.log2(usual)
 
     def known(self) -> Settled:
         """Return what the first model has settled."""

@@ -74,8 +74,8 @@ _GRACE_S = 10.0  # for a worker to end by itself
 @option(
     "--lr-range",
     several(float),
-    "Lowest and highest base rate to try, such as 1e-5,1e-2. Widened if the best rate is at an"
-    " edge.",
+    "Lowest and highest base rate to try, such as 1e-5,1e-2. The first run is in their middle."
+    " Widened if the best rate is at an edge.",
 )
 @option(
     "--batch",
