@@ -48,7 +48,7 @@ by the package as it is left. If four trials do not reach it, the page says how 
 
 **Outcome.** "From the guess" was chosen, and wins on the judging tasks. It is what `lr_range` does now: the first trial
 has the rate in its middle. Three rates at once, and the study's prior on the shape, lose more on the choosing tasks. A
-larger margin for the length gains 2 to 3 points on the two language models, and loses up to 1 where best rates rise
+larger margin for the length gains 2 points on the two language models, and loses up to 1 where best rates rise
 with the steps. On tasks left out its interval holds 0, so it does not enter. Five trials meet the goal in both sets;
 four miss it by .3 points at the 95th percentile of the first.
 """
