@@ -1,4 +1,4 @@
-"""Figures of `suite.py`: loss against rate, the best rate against rank, and the loss over both."""
+"""Figures of `suite.py`: loss against rate, and the best rate against rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator
 from recording import draw as write
 from scipy.interpolate import PchipInterpolator
 from study.configurations import start_of
-from study.grids import FULL, Losses, curve, lowest
+from study.grids import FULL, Losses, curve
 from study.moving import octaves
 from study.optima import (
     domains_in,
@@ -54,13 +54,12 @@ LAW_STYLES = (
 
 
 def draw_all(done: Losses, folder: Path, laws: Mapping[str, Law] = LAWS) -> list[Path]:
-    """Draw three figures of each domain, and return their paths."""
+    """Draw two figures of each domain, and return their paths."""
     paths = []
     for domain in domains_in(done):
         for name, draw in (
             ("loss", draw_losses),
             ("rate", partial(draw_rates, laws=laws)),
-            ("surface", draw_surface),
         ):
             figure = draw(done, domain)
             paths.append(folder / f"{domain}-{name}.png")
@@ -240,45 +239,3 @@ def plot_laws(
         axis.plot(
             ranks, fitted, ":", color="#009E73", label="power of the rank, fitted"
         )
-
-
-def draw_surface(done: Losses, domain: str) -> Figure:
-    """The loss over rank and rate, with each rank's best rate marked."""
-    words = "score by rank and rate. White dots: the best rate. ×: a seed diverged. Blank: not run"
-    figure, axes, schemes = panels(done, domain, words)
-    start = start_of(domain, done)
-    for axis, scheme in zip(axes, schemes, strict=True):
-        ranks = ranks_in(done, domain, scheme)
-        means = [
-            curve(done, (domain, scheme, rank), seeds_in(done, domain, scheme))
-            for rank in ranks
-        ]
-        xs = sorted({x for each in means for x in each})
-        values = np.array(
-            [[min(each.get(x, math.nan), start) for each in means] for x in xs]
-        )
-        shown = axis.pcolormesh(
-            range(len(ranks)), xs, values, shading="nearest", cmap="viridis_r"
-        )
-        axis.plot(
-            range(len(ranks)),
-            list(map(lowest, means)),
-            "o-",
-            color="white",
-            markersize=4,
-        )
-        lost = [
-            (column, x)
-            for column, each in enumerate(means)
-            for x, mean in each.items()
-            if math.isinf(mean)
-        ]
-        axis.plot(*zip(*lost, strict=True) if lost else ([], []), "x", color="white")
-        axis.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
-        axis.set_yticks(xs[::2], [f"{2.0**x:.2g}" for x in xs[::2]])
-        axis.set_xlabel("rank", fontsize=8)
-        bar = figure.colorbar(shown, ax=axis)
-        bar.ax.tick_params(labelsize=6)
-    bar.set_label(SCORE, fontsize=8)
-    axes[0].set_ylabel("learning rate", fontsize=8)
-    return figure
