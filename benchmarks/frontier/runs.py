@@ -3,7 +3,8 @@
     python benchmarks/frontier/runs.py --domain language    # resumable: results/frontier/language.jsonl
 
 Five tasks. At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full
-finetuning, two seeds. At 400 steps, where `study/longer.py` has sweeps: rank 128 with alpha = rank, and full finetuning.
+finetuning, two seeds. At 400 steps, where `study/longer.py` has sweeps: rank 128 with alpha = rank, and full finetuning;
+Prodigy with `d_coef` 1 on two seeds, what was worse at own steps on one.
 Prodigy also at 800 steps, on one seed. AdamW too is run for 400 steps at two rates below the sweep, on one seed, for ways
 whose rates lie there.
 """
@@ -105,7 +106,9 @@ def jobs(domain: Domain, ways: tuple[str, ...], most: int) -> Iterator[Job]:
         for way in ways:
             scheme = scheme_of(way, arm.config, arm.steps)
             for setting in settings(domain, way, arm):
-                for seed in range(arm.seeds):
+                is_main = (way, setting) == (PRODIGY, 0.0)
+                few = arm.steps > domain.steps and not is_main
+                for seed in range(1 if few else arm.seeds):
                     yield Job(domain.name, scheme, arm.rank, setting, seed)
 
 
