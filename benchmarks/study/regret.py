@@ -44,9 +44,9 @@ class Score(NamedTuple):
     high: float
     large: float
 
-    def words(self, digits: int = 1) -> str:
+    def words(self) -> str:
         """Mean / 95th percentile / share above 5 %, all in %."""
-        mean, high = (number(100 * self.mean, digits), number(100 * self.high, 1))
+        mean, high = (number(100 * share, 1) for share in (self.mean, self.high))
         return f"{mean} / {high} / {number(100 * self.large, 0)}"
 
 
