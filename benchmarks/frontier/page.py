@@ -35,7 +35,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE
-from frontier import searches
+from frontier import searches, simulations
 from frontier.adaptive import ADAPTIVE, PRODIGY, SAFEGUARDED
 from frontier.figure import LONG as LONG_PRICES
 from frontier.figure import SHORT as SHORT_PRICES
@@ -243,10 +243,11 @@ def table(
     title: str, found: Sequence[Lost], rows: Iterable[Row], columns: Sequence[Column]
 ) -> str:
     heads = ["runs", "way", "needs", "scored", *(column.name for column in columns)]
-    cells = [
-        [row.runs, row.name, row.needs, row.how, *scores_of(found, row, columns)]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        scores = list(scores_of(found, row, columns))
+        if any(each != "–" for each in scores):
+            cells.append([row.runs, row.name, row.needs, row.how, *scores])
     return block(title, heads, cells)
 
 
@@ -326,6 +327,8 @@ def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
 def settings_table() -> str:
     rows = [[name, way.settings, way.advised_by] for name, way in FREE.items()]
     rows += [[name, of.settings, of.advised_by] for name, of in ADAPTIVE.items()]
+    priced = {**searches.SETTINGS, **simulations.SETTINGS}
+    rows += [[name, *said] for name, said in priced.items()]
     return block("Settings", ["way", "settings", "who advises it"], rows)
 
 

@@ -126,6 +126,7 @@ def schedule(steps: int, warmup: float = WARMUP) -> Callable[[int], float]:
     return lambda step: shape(step, steps, warmup)
 
 
+OURS = "this package"
 HALF = "4 trials of an eighth at rank 64"
 TWO = "16 trials of an eighth at ranks 4 and 64"
 GRID_OF_EIGHTHS = "8 rates × 2 seeds of an eighth, the law"
@@ -137,6 +138,25 @@ PLANS: dict[str, Callable[[Ask, Spent], Rates]] = {
     GRID_OF_EIGHTHS: grid,
     PRODIGY_ONCE: prodigy_once,
     RANGE_TEST: range_test,
+}
+
+
+# in words, and who advises it
+SETTINGS = {
+    HALF: ("`ra.calibrate(ranks=(64,), steps=50, target_steps=400, trials=4)`", OURS),
+    TWO: ("`ra.calibrate(ranks=(4, 64), steps=50, target_steps=400)`", OURS),
+    GRID_OF_EIGHTHS: (
+        "octaves among which a calibration begins; the best mean, moved by the default law",
+        "what one would do by hand",
+    ),
+    PRODIGY_ONCE: (
+        "`d_coef` 1 at rank 16 for the whole run, then its last `d`",
+        "nobody; tried here",
+    ),
+    RANGE_TEST: (
+        "from 2^-15 to 2^-2 in one run; the end of the octave over which the smoothed loss falls most",
+        "Smith; LR finders of trainers",
+    ),
 }
 
 

@@ -12,7 +12,16 @@ from typing import NamedTuple
 
 import torch
 from calibration.make_recipes import paths_of, rate_of
-from calibration.plain import EVERY_RANK, TRIALS, WAYS, Task, moved
+from calibration.plain import (
+    BY_RANK,
+    EVERY_RANK,
+    GRID,
+    TPE,
+    TRIALS,
+    WAYS,
+    Task,
+    moved,
+)
 from calibration.simulated import (
     DEFAULT,
     WITH_FULL,
@@ -38,6 +47,23 @@ PLANS = {CALIBRATION: DEFAULT, FULL_TRIALS: WITH_FULL}
 RECIPES = "a recipe on file, real runs"
 GRIDS = "the whole grid, a seed"
 DRAWS = 10
+# in words, and who advises it
+SETTINGS = {
+    CALIBRATION: ("`ra.calibrate`, the lowest and the highest rank", "this package"),
+    FULL_TRIALS: ("`full_trials=3`", "this package"),
+    RECIPES: (
+        "the same at a fifth of a sweep's steps and three full runs",
+        "this package",
+    ),
+    TPE: ("Optuna's sampler in the octaves where a calibration begins", "Optuna"),
+    GRID: ("an octave apart; the best mean", "what one would do by hand"),
+    BY_RANK: ("the rank a categorical parameter", "Optuna"),
+    EVERY_RANK: ("a study at each rank and in full", "Optuna"),
+    GRIDS: (
+        "nine rates an octave apart at each rank and in full",
+        "what a paper would do",
+    ),
+}
 
 
 class Searched(NamedTuple):

@@ -95,9 +95,7 @@ NOTHING, A_RATE = "nothing", "a rate tuned at rank 16"
 LAW, SUGGESTED = "the default law", "`suggest_lr`"
 FREE: Mapping[str, Way] = {
     "2e-4": Way(one_rate(2e-4), False, NOTHING, "at every rank", "QLoRA's paper"),
-    "3e-4": Way(
-        one_rate(3e-4), False, NOTHING, "at every rank", "LoRA trainers' examples"
-    ),
+    "3e-4": Way(one_rate(3e-4), False, NOTHING, "at every rank", "alpaca-lora"),
     "Tinker's formula": Way(
         partial(tinker, exponent=0.781),
         False,
@@ -121,7 +119,7 @@ FREE: Mapping[str, Way] = {
         "nobody; tried here",
     ),
     "keeping it": Way(
-        from_16(not_at_all), False, A_RATE, "alpha / rank as it is", "most examples"
+        from_16(not_at_all), False, A_RATE, "alpha / rank as it is", "what most do"
     ),
     "LoRA+ 16, kept": Way(
         from_16(not_at_all, LORAPLUS),
