@@ -41,6 +41,7 @@ COMMON_WIDTHS = {
     "language_smollm2": 576,
     "audio": 320,
     "time_series": 128,
+    "super_resolution": 576,
 }
 
 
