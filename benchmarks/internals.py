@@ -21,6 +21,7 @@ from rankaware_optim.sweeps._runs import (
     read_sweep,
     with_alpha,
 )
+from rankaware_optim.transfer._line_search import line_search
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
     MARGIN,
@@ -51,6 +52,7 @@ __all__ = [
     "Z90",
     "calibrated_recipe",
     "get_optimizer_class",
+    "line_search",
     "mean_losses",
     "next_rate",
     "next_setting",

@@ -60,11 +60,11 @@ def suggestion(on: Sweeps, config: str, seed: int) -> Rates:
 
 def searched_line(on: Sweeps, config: str, seed: int, way: line_search.Way) -> Rates:
     """The search at every rank, or at the nearest one that was searched."""
-    ranks = [rank for _, _, rank in line_search.study_cells(on.task)]
+    ranks = [rank for _, _, rank in line_search.cells(on.task)]
     rates = {}
     for rank in on.targets(config):
         near = rank and min(ranks, key=lambda other: abs(math.log2(other / rank)))
-        rates[rank] = way(on.cell(config, near))
+        rates[rank] = way(on.cell(config, near), seed)
     return rates
 
 
@@ -105,18 +105,18 @@ FREE: Mapping[str, Way] = {
     ),
     SUGGESTED: Way(suggestion, True, NOTHING, "task='other'", "this package"),
     "line search": Way(
-        partial(searched_line, way=line_search.two_gradients),
+        partial(searched_line, way=line_search.search_alone),
         False,
         NOTHING,
         "the step along Adam's first directions of both factors at which a batch's loss is lowest",
         "nobody; tried here",
     ),
-    "half way to a line search": Way(
+    "`suggest_lr` with a loss": Way(
         partial(searched_line, way=line_search.half_way),
-        False,
+        True,
         NOTHING,
-        "the geometric mean of `suggest_lr`'s rate and the line search's",
-        "nobody; tried here",
+        "`loss=` of one batch: half way, in octaves, to the line search's rate",
+        "this package",
     ),
     "keeping it": Way(
         from_16(not_at_all), False, A_RATE, "alpha / rank as it is", "what most do"
