@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from internals import (
@@ -35,11 +35,7 @@ def searched(options: Options, settled: Settled, guess: float, run: Run) -> Reci
 
 
 def search(
-    options: Options,
-    settled: Settled,
-    guess: float,
-    run: Run,
-    first: Sequence[float] = (),
+    options: Options, settled: Settled, guess: float, run: Run
 ) -> Iterator[Calibration]:
     """Make all trials that the schedule asks for, and yield the calibration after each.
 
@@ -50,7 +46,6 @@ def search(
         settled: what the first model would settle.
         guess: octaves added to the first guess of the rate.
         run: (calibration, rank and seed, log2 base rate) -> the outcome.
-        first: log2 base rates of the first trials, where the search does not choose them.
     """
     done: list[TrialRecord] = []
     calibration = Calibration(options, lambda: Trials(done))
@@ -59,13 +54,8 @@ def search(
     while (setting := next_setting(options, Trials(done))) is not None:
         within = search_range(calibration)
         calibration.start = start + guess
-        x = (
-            first[len(done)]
-            if len(done) < len(first)
-            else next_rate(calibration, setting.rank, within)
-        )
+        seen = run(calibration, setting, next_rate(calibration, setting.rank, within))
         calibration.start = start
-        seen = run(calibration, setting, x)
         steps = options.steps // (1 + seen.stopped)
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
