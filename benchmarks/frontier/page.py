@@ -390,13 +390,11 @@ def for_readme(
     """README's table: means of some ways, on both sets of cells."""
     every = {row.way: row for row in (*rows, *long_rows)}
     cells = []
-    for name in SHOWN:
-        row = every[name]
-        needs = ", from rank 16's" if row.needs == A_RATE else ""
+    for name, words in SHOWN.items():
         scores = [score(own, name, column) for column in DRAWN]
         scores += [score(long, name, column) for column in DRAWN]
         said = ["–" if each is None else number(each.mean, 1) for each in scores]
-        cells.append([row.runs, f"{row.name}{needs}", *said])
+        cells.append([every[name].runs, words, *said])
     return table_of(README_HEADS, cells)
 
 
@@ -420,24 +418,24 @@ DRAWN = (RANKS_A, TO_FULL)
 README_HEADS = (
     "runs before",
     "way",
-    "nine tasks: other ranks",
-    "full",
-    "five tasks, 400 steps: rank 128",
+    "other ranks",
+    "full finetuning",
+    "400 steps: rank 128",
     "full",
 )
-SHOWN = (
-    "2e-4",
-    PRODIGY,
-    SUGGESTED,
-    "keeping it",
-    LAW,
-    searches.HALF,
-    searches.PRODIGY_ONCE,
-    searches.TWO,
-    CALIBRATION,
-    TPE,
-    GRIDS,
-)
+# README's words for the ways that it shows
+SHOWN = {
+    "2e-4": "2e-4",
+    PRODIGY: "Prodigy",
+    SUGGESTED: "**`suggest_lr`**",
+    "keeping it": "rank 16's rate, kept",
+    LAW: "**the same, moved by the law**",
+    searches.HALF: "**4 trials of an eighth**",
+    searches.TWO: "**16 trials of an eighth**",
+    CALIBRATION: "**16 trials**",
+    TPE: "Optuna's TPE, the law",
+    GRIDS: "a grid everywhere",
+}
 PICTURE = RESULTS / "frontier.png"
 TITLE = "The frontier: what a rate costs and what it loses"
 LENGTH_HEADS = [
