@@ -13,7 +13,7 @@ study's: the share of the attainable gain that is lost, by the spline through th
 search. A task's figure is a mean over its cells, and all tasks weigh the same.
 
 **How half way was chosen.** The rule, committed before any search, asked whether a search beats `suggest_lr`, as it is or
-with an offset from the other tasks. It does not (the page at 935fb30d): it loses 13 %, by one gradient, where only one
+with an offset from the other tasks. It does not (the page at 691ec2e9): it loses 13 %, by one gradient, where only one
 factor moves, 90, and `suggest_lr` 12. In most tasks the search is too high and `suggest_lr` too low. Half way lost 4.0 % on
 seven tasks, where `suggest_lr` lost 13.2. Four conditions were then committed before they were looked at. Half way should
 lose less than `suggest_lr` in reinforcement learning, with SmolLM2, and over the sweeps of super resolution of 100, 200 and
