@@ -66,6 +66,7 @@ from frontier.ways import (
     LAW,
     NOTHING,
     SUGGESTED,
+    WITH_LOSS,
     configs_of,
     seeds_of,
 )
@@ -428,6 +429,7 @@ SHOWN = {
     "2e-4": "2e-4",
     PRODIGY: "Prodigy",
     SUGGESTED: "**`suggest_lr`**",
+    WITH_LOSS: "**the same with a loss**",
     "keeping it": "rank 16's rate, kept",
     LAW: "**the same, moved by the law**",
     searches.HALF: "**4 trials of an eighth**",

@@ -93,6 +93,7 @@ def from_16(
 
 NOTHING, A_RATE = "nothing", "a rate tuned at rank 16"
 LAW, SUGGESTED = "the default law", "`suggest_lr`"
+WITH_LOSS = "`suggest_lr` with a loss"
 FREE: Mapping[str, Way] = {
     "2e-4": Way(one_rate(2e-4), False, NOTHING, "at every rank", "QLoRA's paper"),
     "3e-4": Way(one_rate(3e-4), False, NOTHING, "at every rank", "alpaca-lora"),
@@ -111,7 +112,7 @@ FREE: Mapping[str, Way] = {
         "the step along Adam's first directions of both factors at which a batch's loss is lowest",
         "nobody; tried here",
     ),
-    "`suggest_lr` with a loss": Way(
+    WITH_LOSS: Way(
         partial(searched_line, way=line_search.half_way),
         True,
         NOTHING,
