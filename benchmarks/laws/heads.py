@@ -21,6 +21,11 @@ tasks is below 0 by more than twice its standard error, which is the larger of t
 and that from the spread between seeds, where each task's two differences are taken at the same rates. If it wins it is
 the default where a head is known to be new. Else nothing changes. What × 4 loses or gains at the base rate that is best
 for × 1 is shown, and judges nothing.
+
+**Outcome.** × 4 does not win, so nothing changes but the report's note, which now speaks of text only: the classifier of
+verbs gains a quarter by it, as that of glosses did in 60 steps, and the two of digits nothing or less. *Glosses* were not
+run, for want of time. They could not change the verdict: whatever their difference, the mean of four is not twice its
+standard error below 0.
 """
 
 from __future__ import annotations
@@ -179,11 +184,18 @@ def main() -> None:
 def run(task: str, most: int) -> None:
     """Run what is missing of a task."""
     torch.set_num_threads(1)
-    domain = tasks()[task]
-    centre = round(study_rates(STUDIED[task], CONFIG)[RANK])
+    grid = grid_of(task, most)
+    on = provenance(tasks()[task])
+    complete(grid, run_one, store_of(task), 1, click.echo, on)
+
+
+def grid_of(task: str, most: int = JUDGED) -> Together:
+    studied = STUDIED[task]
+    centre = round(study_rates(studied, CONFIG)[RANK])
+    # the verbs, which ran first, were best an octave lower
+    centre -= studied == "text_classification"
     chosen = [Rates(task, each, centre) for each in MULTIPLES if each <= most]
-    grid = Together([starts(task, range(SEEDS)), *chosen])
-    complete(grid, run_one, store_of(task), 1, click.echo, provenance(domain))
+    return Together([starts(task, range(SEEDS)), *chosen])
 
 
 def store_of(task: str) -> Any:
@@ -270,7 +282,9 @@ def standard_errors(each: Sequence[Sequence[float]]) -> tuple[float, float]:
 @main.command()
 def table() -> None:
     """Write results/heads.md."""
-    found = [swept(task) for task in NAMES]
+    done = {task: read(store_of(task)) for task in NAMES}
+    finished = [task for task in NAMES if not grid_of(task).wanted(done[task])]
+    found = [swept(task) for task in finished]
     heads = ["task", "× 1's loss", *HEADS]
     write_explained(
         "heads",
@@ -278,7 +292,7 @@ def table() -> None:
         __doc__,
         block("Losses", heads, [row for each in found for row in rows(each)]),
         verdict(found),
-        made_by(machine(1), *(store_of(task) for task in NAMES)),
+        made_by(machine(1), *(store_of(task) for task in finished)),
     )
 
 

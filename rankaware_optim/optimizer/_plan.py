@@ -49,7 +49,7 @@ _NO_ZERO = (
 
 _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
 _NEW_HEAD = (
-    "A new classifier often wants 4 times the base rate at which it trains here: other_lr= or"
+    "A new text classifier often wants 4 times the base rate at which it trains here: other_lr= or"
     " rates= sets it."
 )
 
