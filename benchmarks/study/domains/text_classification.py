@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -62,25 +62,20 @@ def unpacked(folder: str) -> str:
 @cache
 def examples() -> Batch:
     """Token ids (8192, 24) of the first 8,192 glosses, padded, and their classes (8192,)."""
-    chosen = glosses()[:EXAMPLES]
-    ids = encoded([f"{word}: {gloss}" for word, gloss, _ in chosen])
-    return ids, torch.tensor([number for _, _, number in chosen])
-
-
-def encoded(texts: Sequence[str]) -> Tensor:
-    """Token ids (n, 24) of texts, padded."""
     from transformers import AutoTokenizer
 
+    chosen = glosses()[:EXAMPLES]
     with tempfile.TemporaryDirectory() as folder:
         coder = AutoTokenizer.from_pretrained(unpacked(folder))
-    ids: Tensor = coder(
-        list(texts),
+    texts = [f"{word}: {gloss}" for word, gloss, _ in chosen]
+    ids = coder(
+        texts,
         padding="max_length",
         truncation=True,
         max_length=LENGTH,
         return_tensors="pt",
     )["input_ids"]
-    return ids
+    return ids, torch.tensor([number for _, _, number in chosen])
 
 
 def batches(seed: int, batch: int) -> Iterator[Batch]:
