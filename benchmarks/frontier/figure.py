@@ -100,7 +100,7 @@ def plot_point(axis: Any, x: float, point: Point, label_y: float) -> None:
     fill = "none" if point.has_rate else colour
     axis.plot(x, y, "o", color=colour, markerfacecolor=fill, markersize=5)
     axis.annotate(
-        point.name.strip("`"),
+        point.name.replace("`", ""),
         (x, y),
         (x + 0.14, label_y),
         fontsize=7,

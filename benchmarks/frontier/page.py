@@ -433,7 +433,6 @@ SHOWN = {
     "keeping it": "rank 16's rate, kept",
     LAW: "**the same, moved by the law**",
     searches.HALF: "**4 trials of an eighth**",
-    searches.TWO: "**16 trials of an eighth**",
     CALIBRATION: "**16 trials**",
     TPE: "Optuna's TPE, the law",
     GRIDS: "a grid everywhere",
