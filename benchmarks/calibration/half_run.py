@@ -22,7 +22,7 @@ which happens to lie near the best rates of these tasks.
 
 *The goal*: a median of at most 1 % and a 95th percentile of at most 6 %, in each of the two sets over all its tasks.
 
-**Other ways were tried** ([frozen answers](../README.md#frozen-answers)). The first trial two octaves above the guess
+**Other ways were tried** (frozen answers of the guide). The first trial two octaves above the guess
 loses more, three rates at once and the study's prior on the shape too. A larger margin below the fitted optimum, where
 trials are shorter than the run, gains 2 points on the two language models and loses up to 1 where best rates rise with
 the steps.
