@@ -85,7 +85,7 @@ def test_the_search_finds(page, address, words, page_found):
     page.goto(address + "index.html")
     page.locator("input.sidebar-search").fill(words)
     page.keyboard.press("Enter")
-    page.locator("ul.search li a").first.wait_for()
+    page.get_by_text("Search finished").wait_for()
     found = page.locator("ul.search li a").evaluate_all(HREFS)
     assert any(
         urldefrag(href).url.removeprefix(address).startswith(f"{page_found}.html")
