@@ -124,6 +124,3 @@ def _notes(
         law, of_b, origin
     ) != checked_multiplier(law, of_a, origin):
         yield f"The law {law.name!r} gives B a rate of its own. This one is A's."
-
-
-# --- the rates of an adapter on disk --------------------------------------------------------------

@@ -160,12 +160,17 @@ def suggest_lr(
             f"The task is 'chat' or 'other', not {task!r}.", "Give one of the two."
         )
     name, rule = _rule(optimizer, settings)
-    at, dora, notes = _configuration(model, method, init, dora)
+    known = (
+        model
+        if isinstance(model, (Reference, Survey))
+        else _survey(model, method, init)
+    )
+    at, dora, notes = _configuration(known, method, init, dora)
     if init is not None:
         at = replace(at, init="B" if init == "B" else "A")
     steps = [*_steps(at, task), *_variants(at, init, dora)]
     if loss is not None:
-        steps.append(_half_way(model, method, loss, steps))
+        steps.append(_half_way(model, known, loss, steps))
     steps.append(_by_factor(name, *rule))
     middle = LOG2_RATE + sum(step.octaves for step in steps)
     width = at.fan_in or ANY_WIDTH
@@ -222,29 +227,28 @@ def _rule(
 
 
 def _configuration(
-    model: nn.Module | Survey | Reference,
+    known: Survey | Reference,
     method: Method,
     init: str | bool | None,
     dora: bool | None,
 ) -> tuple[Reference, bool | None, Iterable[str]]:
     """Return the configuration, whether it is DoRA, and what is assumed."""
-    if isinstance(model, Reference):
-        if method == "full" and model.method == "lora":
+    if isinstance(known, Reference):
+        if method == "full" and known.method == "lora":
             raise InvalidReferenceError(
                 "The reference is for LoRA, but method is 'full'.",
                 "Give Reference(method='full', fan_in=...).",
             )
-        return model, dora, ()
-    survey = model if isinstance(model, Survey) else _survey(model, method, init)
-    at = Reference(method="full") if method == "full" else survey.dominant()
+        return known, dora, ()
+    at = Reference(method="full") if method == "full" else known.dominant()
     if at.method == "full":
-        return replace(at, fan_in=survey.full_width()), dora, ()
+        return replace(at, fan_in=known.full_width()), dora, ()
     if dora is None:
-        dora = "DoRA magnitude" in map(other_kind, survey.other)
+        dora = "DoRA magnitude" in map(other_kind, known.other)
     # the most common width: published models are known by their hidden size
-    layers = {f.layer: f.fan_in for f in dense(survey.factors)}
+    layers = {f.layer: f.fan_in for f in dense(known.factors)}
     [(width, _)] = Counter(layers.values()).most_common(1) or [(1.0, 0)]
-    return replace(at, fan_in=width), dora, _assumptions(survey, init)
+    return replace(at, fan_in=width), dora, _assumptions(known, init)
 
 
 def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
@@ -368,7 +372,9 @@ def _variants(
         yield _by_factor("DoRA", *DORA)
 
 
-def _half_way(model: object, method: Method, loss: Loss, steps: Iterable[Step]) -> Step:
+def _half_way(
+    model: object, known: Survey | Reference, loss: Loss, steps: Iterable[Step]
+) -> Step:
     """Return the move to half way between AdamW's rate after these steps and a line search's.
 
     Raises:
@@ -378,12 +384,12 @@ def _half_way(model: object, method: Method, loss: Loss, steps: Iterable[Step]) 
 
     from ._line_search import line_search
 
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(known, Reference):
         raise InvalidReferenceError(
             "A loss belongs to a model, and none was given.",
             "Give the model, or no loss.",
         )
-    names = {factor.name for factor in inspect_model(model, method=method).factors}
+    names = {factor.name for factor in known.factors}
     weights = [param for name, param in model.named_parameters() if name in names]
     found = line_search(weights, loss, model.buffers())
     octaves = (found - LOG2_RATE + MARGIN - sum(step.octaves for step in steps)) / 2
