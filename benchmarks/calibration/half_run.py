@@ -205,11 +205,6 @@ def regrets_of(
         yield runs, lost
 
 
-def four_trials(draws: int = DRAWS, workers: int = 2) -> list[Outcome]:
-    """What half a run loses: the outcomes of four trials from a guess, in every cell and at every rank."""
-    return [o for o in all_outcomes((FROM,), draws, workers) if o.runs == FOUR]
-
-
 # --- the page -------------------------------------------------------------------------------------------------------
 
 PLACES = (

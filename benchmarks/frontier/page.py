@@ -36,7 +36,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import cache
 from typing import NamedTuple
 
 import click
@@ -47,16 +47,8 @@ from frontier.adaptive import ADAPTIVE, PRODIGY, SAFEGUARDED
 from frontier.figure import LONG as LONG_PRICES
 from frontier.figure import SHORT as SHORT_PRICES
 from frontier.figure import Evidence, Point, draw_frontier
-from frontier.runs import SHORT, STORE, TASKS, scheme_of
-from frontier.scores import (
-    AT_A,
-    AT_B,
-    KEPT,
-    OWN,
-    Sweeps,
-    of_length,
-    own_steps,
-)
+from frontier.runs import AT_A, AT_B, KEPT, SHORT, STORE, TASKS, scheme_of
+from frontier.scores import OURS, OWN, Sweeps, of_length, own_steps
 from frontier.simulations import (
     CALIBRATION,
     FULL_TRIALS,
@@ -172,9 +164,9 @@ def setting_of(way: str, job: Job) -> str:
     return ""
 
 
+@cache
 def on_file() -> Mapping[str, Losses]:
-    tasks = [path.stem for path in STORE.glob("*.jsonl") if path.stem != "searches"]
-    return read_begun(STORE, tasks)
+    return read_begun(STORE, TASKS)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -230,13 +222,17 @@ def scored(losts: Sequence[Lost], setting: str) -> Score:
 
 
 class Row(NamedTuple):
-    """A way in a table: its price in runs, whether it is ours, what it needs, and how it was scored."""
+    """A way in a table: its price in runs, what it needs, and how it was scored."""
 
     way: str
     price: float
-    ours: bool
     needs: str
     how: str
+
+    @property
+    def ours(self) -> bool:
+        _, advised_by = SETTINGS[self.way]
+        return advised_by == OURS
 
     @property
     def name(self) -> str:
@@ -267,25 +263,24 @@ def scores_of(
         yield "–" if got is None else got.words()
 
 
-FREE_ROWS = [Row(name, 0, way.ours, way.needs, CURVES) for name, way in FREE.items()]
-ADAPTIVE_ROWS = [Row(name, 0, False, NOTHING, REAL) for name in ADAPTIVE]
-PRICED = {
-    CALIBRATION: True,
-    FULL_TRIALS: True,
-    TPE: False,
-    GRID: False,
-    BY_RANK: False,
-    EVERY_RANK: False,
+# of every way: in words, and who advises it
+SETTINGS: Mapping[str, tuple[str, str]] = {
+    **{name: (of.settings, of.advised_by) for name, of in FREE.items()},
+    **{name: (of.settings, of.advised_by) for name, of in ADAPTIVE.items()},
+    **searches.SETTINGS,
+    **simulations.SETTINGS,
 }
-NOTED = {searches.HALF: True, searches.TWO: True}  # ours
+FREE_ROWS = [Row(name, 0, way.needs, CURVES) for name, way in FREE.items()]
+ADAPTIVE_ROWS = [Row(name, 0, NOTHING, REAL) for name in ADAPTIVE]
+PRICED = (CALIBRATION, FULL_TRIALS, TPE, GRID, BY_RANK, EVERY_RANK)
 
 
 def priced_rows(found: Sequence[Searched]) -> Iterator[Row]:
     """The searches at a task's own steps, by their price."""
-    yield Row(RECIPES, price(found, RECIPES), True, NOTHING, REAL)
-    for name, ours in PRICED.items():
-        yield Row(name, price(found, name), ours, NOTHING, SIMULATED)
-    yield Row(GRIDS, price(found, GRIDS), False, NOTHING, CURVES)
+    yield Row(RECIPES, price(found, RECIPES), NOTHING, REAL)
+    for name in PRICED:
+        yield Row(name, price(found, name), NOTHING, SIMULATED)
+    yield Row(GRIDS, price(found, GRIDS), NOTHING, CURVES)
 
 
 def price(found: Sequence[Searched], way: str) -> float:
@@ -300,7 +295,7 @@ def long_rows() -> Iterator[Row]:
         runs = [each.runs for each in on_file if each.way == name]
         if runs:
             cost = round(statistics.fmean(runs), 1)
-            yield Row(name, cost, name in NOTED, NOTHING, REAL)
+            yield Row(name, cost, NOTHING, REAL)
 
 
 def in_real_cells(found: Iterable[Lost]) -> list[Lost]:
@@ -324,7 +319,6 @@ def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
                         each
                         for each in losts
                         if (each.way, each.setting) == (way, setting)
-                        and each.task in TASKS
                         and each.rank != 4
                         and column.has(each)
                     ]
@@ -333,10 +327,7 @@ def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
 
 
 def settings_table() -> str:
-    rows = [[name, way.settings, way.advised_by] for name, way in FREE.items()]
-    rows += [[name, of.settings, of.advised_by] for name, of in ADAPTIVE.items()]
-    priced = {**searches.SETTINGS, **simulations.SETTINGS}
-    rows += [[name, *said] for name, said in priced.items()]
+    rows = [[name, *said] for name, said in SETTINGS.items()]
     return block("Settings", ["way", "settings", "who advises it"], rows)
 
 
@@ -383,7 +374,8 @@ def main(workers: int) -> None:
         ),
         settings_table(),
     ]
-    write_explained("frontier", TITLE, __doc__, *parts, made_by(on, *stores()))
+    stores = [STORE / f"{task}.jsonl" for task in on_file()]
+    write_explained("frontier", TITLE, __doc__, *parts, made_by(on, *stores))
     picture_line = f"![Loss over price]({PICTURE.relative_to(README.parent)})"
     short_table = for_readme(own, [*rows, *ADAPTIVE_ROWS], long, long_ways)
     publish(README, "tables", f"{short_table}\n\n{picture_line}")
@@ -404,10 +396,6 @@ def for_readme(
         said = ["–" if each is None else number(each.mean, 1) for each in scores]
         cells.append([every[name].runs, words, *said])
     return table_of(README_HEADS, cells)
-
-
-def stores() -> list[Path]:
-    return [STORE / f"{task}.jsonl" for task in on_file()]
 
 
 def points(found: Sequence[Lost], rows: Iterable[Row]) -> dict[str, list[Point]]:

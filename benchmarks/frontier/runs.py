@@ -12,7 +12,7 @@ whose rates lie there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import click
@@ -28,10 +28,10 @@ from frontier.adaptive import (
 from laws.suggested import asked
 from recording import RESULTS
 from study import longer
-from study.configurations import built
+from study.configurations import CONFIGS, built
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job, Listed
-from study.longer import AT_A, LONGEST, MARK, of_length
+from study.longer import LONGEST, MARK, of_length
 from study.runs_on_file import complete
 from study.suite import provenance
 from study.training import train
@@ -40,7 +40,7 @@ from rankaware_optim import suggest_lr
 
 RESTS_ON = ()
 STORE = RESULTS / "frontier"
-KEPT = "Init[A], s = 1/r"
+AT_A, KEPT, AT_B = CONFIGS
 TASKS = (
     "image_generation",
     "time_series",
@@ -51,65 +51,59 @@ TASKS = (
 # configurations and ranks at a task's own steps, and in longer runs
 SHORT = ((AT_A, 4), (AT_A, 64), (KEPT, 64), ("full", FULL))
 LONG = ((AT_A, 128), ("full", FULL))
-SEEDS = {400: 2, LONGEST: 1}
 BELOW = (-12.0, -10.0)  # log2 of AdamW's rates below the sweeps of 400 steps
 
 
-class Arm(NamedTuple):
-    """What is trained, how long, and on how many seeds."""
+class Row(NamedTuple):
+    """A way with a setting, and on how many seeds it is run: at own steps, at 400, and at the longest.
 
-    config: str
-    rank: int
-    steps: int
-    seeds: int
-
-
-def arms(domain: Domain) -> Iterator[Arm]:
-    for config, rank in SHORT:
-        yield Arm(config, rank, domain.steps, 2)
-    for steps, seeds in SEEDS.items():
-        for config, rank in LONG:
-            yield Arm(config, rank, steps, seeds)
-
-
-def settings(domain: Domain, way: str, arm: Arm) -> list[float]:
-    """log2 of the settings that a way is run with.
-
-    In longer runs others than Prodigy have the one that was better at own steps.
+    Args:
+        way: a name of `ADAPTIVE`.
+        setting: what varies; for the schedule-free one the optimizer whose suggested rate it has.
+        seeds: by length. In longer runs what was worse at own steps has fewer.
     """
-    is_long = arm.steps > domain.steps
-    if arm.steps == LONGEST:
-        return [0.0] if way == PRODIGY else []
-    if way == SCHEDULE_FREE:
-        rates = [round(x, 2) for x in suggested(domain, arm)]
-        return rates[1:] if is_long else rates
-    if way == D_ADAPTATION:
-        return [0.0]
-    return [1.0] if is_long and way == SAFEGUARDED else [0.0, 1.0]
+
+    way: str
+    setting: float | str
+    seeds: tuple[int, int, int]
+
+    def x(self, domain: Domain, config: str, rank: int) -> float:
+        """log2 of the setting in a cell."""
+        if not isinstance(self.setting, str):
+            return math.log2(self.setting)
+        at = asked(domain.name, config, rank)
+        return round(math.log2(suggest_lr(at, self.setting).lr), 2)
 
 
-def suggested(domain: Domain, arm: Arm) -> Iterator[float]:
-    """log2 of the suggested rates, as AdamW's and as schedule-free AdamW's."""
-    at = asked(domain.name, arm.config, arm.rank)
-    for kind in ("adamw", "AdamWScheduleFree"):
-        yield math.log2(suggest_lr(at, kind).lr)
+ROWS = (
+    Row(PRODIGY, 1.0, (2, 2, 1)),
+    Row(PRODIGY, 2.0, (2, 1, 0)),
+    Row(SAFEGUARDED, 1.0, (2, 0, 0)),
+    Row(SAFEGUARDED, 2.0, (2, 1, 0)),
+    Row(D_ADAPTATION, 1.0, (2, 1, 0)),
+    Row(SCHEDULE_FREE, "adamw", (2, 0, 0)),
+    Row(SCHEDULE_FREE, "AdamWScheduleFree", (2, 1, 0)),
+)
 
 
 def scheme_of(way: str, config: str, steps: int) -> str:
-    return f"{config} | {way}{MARK}{steps} steps"
+    return MARK.join((config, way, f"{steps} steps"))
 
 
-def jobs(domain: Domain, ways: tuple[str, ...], most: int) -> Iterator[Job]:
-    for arm in arms(domain):
-        if arm.steps > most:
+def jobs(domain: Domain, ways: Sequence[str], most: int) -> Iterator[Job]:
+    """The runs of these ways of at most so many steps."""
+    lengths = ((domain.steps, SHORT), (400, LONG), (LONGEST, LONG))
+    for at, (steps, cells) in enumerate(lengths):
+        if steps > most:
             continue
-        for way in ways:
-            scheme = scheme_of(way, arm.config, arm.steps)
-            for setting in settings(domain, way, arm):
-                is_main = (way, setting) == (PRODIGY, 0.0)
-                few = arm.steps > domain.steps and not is_main
-                for seed in range(1 if few else arm.seeds):
-                    yield Job(domain.name, scheme, arm.rank, setting, seed)
+        for config, rank in cells:
+            for row in ROWS:
+                if row.way not in ways:
+                    continue
+                scheme = scheme_of(row.way, config, steps)
+                x = row.x(domain, config, rank)
+                for seed in range(row.seeds[at]):
+                    yield Job(domain.name, scheme, rank, x, seed)
 
 
 def below_sweeps(domain: Domain) -> Iterator[Job]:
@@ -125,9 +119,9 @@ def below_sweeps(domain: Domain) -> Iterator[Job]:
 
 def run_one(job: Job) -> float | None:
     """The held-out loss of a run; None where it diverged."""
-    if job.scheme.count(" | ") == 1:
+    if job.scheme.count(MARK) == 1:
         return longer.run_one(job)
-    config, way, length = job.scheme.split(" | ")
+    config, way, length = job.scheme.split(MARK)
     steps = int(length.removesuffix(" steps"))
     domain = of_length(get_domain(job.domain), steps)
     model = built(domain, config, job.rank, job.seed)

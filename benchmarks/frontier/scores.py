@@ -11,16 +11,16 @@ from calibration import half_run
 from calibration.surfaces import gap_of
 from frontier.runs import STORE, TASKS
 from study import longer
-from study.configurations import CONFIGS, TUNED, start_of
+from study.configurations import TUNED, start_of
 from study.domains import HELD_OUT, STUDY
 from study.grids import FULL, Cell, Losses, all_means, curve, losses_at, lowest
 from study.loss_curves import DIVERGED
-from study.optima import best_rates, ranks_in, seeds_in
+from study.optima import ranks_in, seeds_in
 from study.regret import best_by_seed
 from study.runs_on_file import read
 from study.suite import STORES, finished_in
 
-AT_A, KEPT, AT_B = CONFIGS
+OURS = "this package"  # who advises a way of ours
 OWN = 0  # in place of a number of steps: a task's own
 
 
@@ -58,11 +58,6 @@ class Sweeps:
     def best_by_seed(self, config: str, rank: int) -> list[float]:
         """log2 of the best rate of each seed's sweep."""
         return best_by_seed(self.done, self.cell(config, rank))
-
-    def best(self, config: str, rank: int) -> float:
-        """log2 of the best rate of all seeds."""
-        found = best_rates(self.done, *self.cell(config, rank)[:2]).get(rank)
-        return self.lowest(config, rank) if found is None else found
 
     def lowest(self, config: str, rank: int) -> float:
         """log2 of the rate with the lowest mean loss of all that were run."""

@@ -27,6 +27,7 @@ from calibration.searches import (
 )
 from frontier.adaptive import ADAPTIVE, PRODIGY, optimizer
 from frontier.runs import STORE, TASKS
+from frontier.scores import OURS
 from internals import Calibration, Options, Settled, Trials, search_range
 from recording import commit
 from study.configurations import TUNED, built
@@ -126,7 +127,6 @@ def schedule(steps: int, warmup: float = WARMUP) -> Callable[[int], float]:
     return lambda step: shape(step, steps, warmup)
 
 
-OURS = "this package"
 HALF = "4 trials of an eighth at rank 64"
 TWO = "16 trials of an eighth at ranks 4 and 64"
 GRID_OF_EIGHTHS = "8 rates × 2 seeds of an eighth, the law"

@@ -33,7 +33,7 @@ from calibration.simulated import (
     settled_of,
 )
 from calibration.surfaces import Surface, study_surfaces
-from frontier.scores import Sweeps, own_steps
+from frontier.scores import OURS, Sweeps, own_steps
 from internals import Calibration, Trials, search_range
 from study.configurations import CONFIGS
 from study.domains import HELD_OUT, STUDY
@@ -49,11 +49,11 @@ GRIDS = "the whole grid, a seed"
 DRAWS = 10
 # in words, and who advises it
 SETTINGS = {
-    CALIBRATION: ("`ra.calibrate`, the lowest and the highest rank", "this package"),
-    FULL_TRIALS: ("`full_trials=3`", "this package"),
+    CALIBRATION: ("`ra.calibrate`, the lowest and the highest rank", OURS),
+    FULL_TRIALS: ("`full_trials=3`", OURS),
     RECIPES: (
         "the same at a fifth of a sweep's steps and three full runs",
-        "this package",
+        OURS,
     ),
     TPE: ("Optuna's sampler in the octaves where a calibration begins", "Optuna"),
     GRID: ("an octave apart; the best mean", "what one would do by hand"),

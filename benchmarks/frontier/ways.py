@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from frontier import line_search
-from frontier.scores import AT_A, Sweeps
+from frontier.runs import AT_A
+from frontier.scores import OURS, Sweeps
 from laws.suggested import COMMON_WIDTHS, suggested
 from study.configurations import CONFIGS, LORAPLUS, TUNED
 from study.grids import FULL
@@ -25,7 +26,6 @@ class Way:
 
     Args:
         rates: (sweeps, configuration, seed of the sweep that tuned rank 16) -> log2 rates at the other ranks.
-        ours: whether the package has it.
         needs: what must be there.
         settings: in words.
         advised_by: who says so.
@@ -33,7 +33,6 @@ class Way:
     """
 
     rates: Callable[[Sweeps, str, int], Rates]
-    ours: bool
     needs: str
     settings: str
     advised_by: str
@@ -95,42 +94,38 @@ NOTHING, A_RATE = "nothing", "a rate tuned at rank 16"
 LAW, SUGGESTED = "the default law", "`suggest_lr`"
 WITH_LOSS = "`suggest_lr` with a loss"
 FREE: Mapping[str, Way] = {
-    "2e-4": Way(one_rate(2e-4), False, NOTHING, "at every rank", "QLoRA's paper"),
-    "3e-4": Way(one_rate(3e-4), False, NOTHING, "at every rank", "alpaca-lora"),
+    "2e-4": Way(one_rate(2e-4), NOTHING, "at every rank", "QLoRA's paper"),
+    "3e-4": Way(one_rate(3e-4), NOTHING, "at every rank", "alpaca-lora"),
     "Tinker's formula": Way(
         partial(tinker, exponent=0.781),
-        False,
         NOTHING,
         "5e-5 × 10 × (2000 / width)^.781, a tenth of it in full finetuning",
         "tinker-cookbook, the exponent of Llama; by Qwen's, .0775, rates are lower",
     ),
-    SUGGESTED: Way(suggestion, True, NOTHING, "task='other'", "this package"),
+    SUGGESTED: Way(suggestion, NOTHING, "task='other'", OURS),
     "line search": Way(
         partial(searched_line, way=line_search.search_alone),
-        False,
         NOTHING,
         "the step along Adam's first directions of both factors at which a batch's loss is lowest",
         "nobody; tried here",
     ),
     WITH_LOSS: Way(
         partial(searched_line, way=line_search.half_way),
-        True,
         NOTHING,
         "`loss=` of one batch: half way, in octaves, to the line search's rate",
-        "this package",
+        OURS,
     ),
     "keeping it": Way(
-        from_16(not_at_all), False, A_RATE, "alpha / rank as it is", "what most do"
+        from_16(not_at_all), A_RATE, "alpha / rank as it is", "what most do"
     ),
     "LoRA+ 16, kept": Way(
         from_16(not_at_all, LORAPLUS),
-        False,
         A_RATE,
         "B's rate is 16 times A's, tuned so at rank 16",
         "LoRA+'s paper",
         LORAPLUS,
     ),
-    LAW: Way(from_16(by_default_law), True, A_RATE, "`tuned_at=`", "this package"),
+    LAW: Way(from_16(by_default_law), A_RATE, "`tuned_at=`", OURS),
 }
 
 
