@@ -5,9 +5,10 @@ Each trains all adapters at one rate of its own. Parameters beside them have the
 
 from __future__ import annotations
 
-import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,6 @@ from study.training import WARMUP, shape
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-NO_CLIP = float("inf")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Adaptive:
     build: Callable[[Sequence[Tensor], int, float], Optimizer]
     settings: str
     advised_by: str
-    clip: float = NO_CLIP
+    clip: float = math.inf
     warmup: float = WARMUP
 
 
@@ -95,19 +94,28 @@ def optimizer(
     way: str, model: nn.Module, domain: Domain, steps: int, setting: float
 ) -> Optimizer:
     """An optimizer of the adapters, or of all weights. After its step AdamW steps the heads, at their rates."""
-    rates, params, heads = domain.head_rates, [], []
-    for name, param in model.named_parameters():
-        fixed = [lr for pattern, lr in rates.items() if fnmatch.fnmatch(name, pattern)]
-        if not param.requires_grad:
-            continue
-        if fixed:
-            heads.append({"params": [param], "lr": fixed[0]})
-        else:
-            params.append(param)
+    params, heads = parted(model, domain)
     opt = ADAPTIVE[way].build(params, steps, setting)
     if heads:
         with_heads(opt, heads, steps)
     return opt
+
+
+def parted(
+    model: nn.Module, domain: Domain
+) -> tuple[list[nn.Parameter], list[dict[str, Any]]]:
+    """What trains at the rate that is sought, and groups of what has a fixed rate."""
+    params, heads = [], []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        rates = domain.head_rates.items()
+        fixed = [lr for pattern, lr in rates if fnmatchcase(name, pattern)]
+        if fixed:
+            heads.append({"params": [param], "lr": fixed[0]})
+        else:
+            params.append(param)
+    return params, heads
 
 
 def with_heads(opt: Optimizer, heads: list[dict[str, Any]], steps: int) -> None:

@@ -29,10 +29,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from functools import cache
 
 import click
+from frontier.adaptive import parted
 from internals import line_search
 from laws.suggested import suggested
 from recording import RESULTS, block, machine, number, write_explained
@@ -59,12 +59,7 @@ LOWER = STORE / "lower_rates.jsonl"  # runs of super resolution below its sweeps
 def searched(domain: Domain, config: str, rank: int, seed: int) -> int:
     """log2 of the rate that a search finds."""
     model = built(domain, config, rank, seed)
-    moving = [
-        param
-        for name, param in model.named_parameters()
-        if param.requires_grad
-        and not any(fnmatchcase(name, head) for head in domain.head_rates)
-    ]
+    moving, _ = parted(model, domain)
 
     def loss() -> Tensor:
         return domain.loss(model, next(domain.batches(seed, domain.batch)))

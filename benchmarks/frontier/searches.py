@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import click
@@ -62,7 +63,7 @@ def prodigy_once(ask: Ask, spent: Spent) -> Rates:
     seed = 10 + ask.seed
     model = built(domain, AT_A, TUNED, seed)
     opt = optimizer(PRODIGY, model, domain, STEPS, 1.0)
-    shaped = schedule(STEPS, of.warmup)
+    shaped = partial(shape, steps=STEPS, warmup=of.warmup)
     run = trained(domain, model, opt, seed, shaped, of.clip)
     scored(counted(run, spent))
     x = math.log2(opt.param_groups[0]["d"])
@@ -105,7 +106,7 @@ def grid(ask: Ask, spent: Spent) -> Rates:
     def train(rank: int, seed: int, x: float) -> float:
         model = built(domain, AT_A, rank, seed)
         opt = adamw(model, domain, Job(domain.name, AT_A, rank, x, seed))
-        run = trained(domain, model, opt, seed, schedule(EIGHTH))
+        run = trained(domain, model, opt, seed, partial(shape, steps=EIGHTH))
         return scored(counted(run, spent))
 
     task = Task(train, {TUNED: first_octaves(domain)}, seeds, ask.seed)
@@ -121,10 +122,6 @@ def first_octaves(domain: Domain) -> tuple[float, float]:
     study.settle(Settled(at, domain.widths[1], {}))
     low, high = search_range(study)
     return low, high
-
-
-def schedule(steps: int, warmup: float = WARMUP) -> Callable[[int], float]:
-    return lambda step: shape(step, steps, warmup)
 
 
 HALF = "4 trials of an eighth at rank 64"
