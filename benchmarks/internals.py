@@ -21,7 +21,6 @@ from rankaware_optim.sweeps._runs import (
     read_sweep,
     with_alpha,
 )
-from rankaware_optim.transfer._line_search import line_search
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
     MARGIN,
@@ -52,7 +51,6 @@ __all__ = [
     "Z90",
     "calibrated_recipe",
     "get_optimizer_class",
-    "line_search",
     "mean_losses",
     "next_rate",
     "next_setting",

@@ -2,7 +2,7 @@
 
     python benchmarks/frontier/runs.py --domain language         # real runs, resumable
     python benchmarks/frontier/searches.py --domain language     # real searches, resumable
-    python benchmarks/frontier/page.py                           # results/frontier.md and its picture, README's table
+    python benchmarks/frontier/page.py                           # results/frontier.md and its picture
 
 **Rules**, committed before the real runs.
 
@@ -18,8 +18,8 @@
 * Means are over tasks, each the mean over its cells; the 95th percentile is over cells. Real runs have fewer cells than
   the sweeps, so a second table has all ways on the cells of the real runs.
 
-**What it says.** Who has a rate moves it by the law, for nothing: .8 % lost, as a whole grid loses. Who has none and one
-batch asks `suggest_lr` with a loss: 1.7 %. Four short trials lose .4 in longer runs, sixteen trials .3. Others do well too:
+**What it says.** Who has a rate moves it by the law, for nothing: .8 % lost, as a whole grid loses. Who has none and makes no
+run has `suggest_lr`: 9.8 %. Four short trials lose .4 in longer runs, sixteen trials .3. Others do well too:
 in full finetuning Prodigy by its README loses 1.6 to 3.1 %, at no price; with LoRA it loses 12 % even at 400 steps. By its
 README for warm-up it is slow until runs are long. Schedule-free AdamW forgives the suggested rate, which AdamW does not:
 1.5 % for 5.9 at 400 steps. Range tests lose most, and cost most of what is not a full search.
@@ -28,7 +28,7 @@ README for warm-up it is slow until runs are long. Schedule-free AdamW forgives 
 that ran is scored on the seed that it has seen. Five tasks have sweeps of 400 steps, at rank 128 with alpha = rank and in
 full finetuning; an eighth of 400 steps is a trial that a user would make. Optimizers were run in these five, at 400 steps
 on one seed where a setting had been worse before, and at 800 on one. Beyond a sweep's rates, loss goes on as in
-`calibration/surfaces.py`. The default law and `suggest_lr` with a loss were chosen after a look at most of these tasks.
+`calibration/surfaces.py`. The default law was chosen after a look at most of these tasks.
 """
 
 from __future__ import annotations
@@ -62,10 +62,7 @@ from frontier.simulations import (
 from frontier.ways import (
     A_RATE,
     FREE,
-    LAW,
     NOTHING,
-    SUGGESTED,
-    WITH_LOSS,
     configs_of,
     seeds_of,
 )
@@ -75,14 +72,12 @@ from recording import (
     draw,
     machine,
     number,
-    table_of,
     write_explained,
 )
 from study.domains import get_domain
 from study.grids import FULL, Job, Losses
 from study.longer import LONGEST
 from study.runs_on_file import made_by, read_begun
-from study.suite import README, publish
 
 RESTS_ON = (
     "laws.adam",
@@ -337,7 +332,7 @@ def settings_table() -> str:
 @click.command()
 @click.option("--workers", default=2, show_default=True)
 def main(workers: int) -> None:
-    """Write results/frontier.md, its picture, and README's table."""
+    """Write results/frontier.md and its picture."""
     on = machine(1)
     found = [*simulated(workers), *recipes_on_file(), *whole_grids()]
     own = [lost for each in own_steps() for lost in free(each)]
@@ -376,26 +371,6 @@ def main(workers: int) -> None:
     ]
     stores = [STORE / f"{task}.jsonl" for task in on_file()]
     write_explained("frontier", TITLE, __doc__, *parts, made_by(on, *stores))
-    picture_line = f"![Loss over price]({PICTURE.relative_to(README.parent)})"
-    short_table = for_readme(own, [*rows, *ADAPTIVE_ROWS], long, long_ways)
-    publish(README, "tables", f"{short_table}\n\n{picture_line}")
-
-
-def for_readme(
-    own: Sequence[Lost],
-    rows: Iterable[Row],
-    long: Sequence[Lost],
-    long_rows: Iterable[Row],
-) -> str:
-    """README's table: means of some ways, on both sets of cells."""
-    every = {row.way: row for row in (*rows, *long_rows)}
-    cells = []
-    for name, words in SHOWN.items():
-        scores = [score(own, name, column) for column in DRAWN]
-        scores += [score(long, name, column) for column in DRAWN]
-        said = ["–" if each is None else number(each.mean, 1) for each in scores]
-        cells.append([every[name].runs, words, *said])
-    return table_of(README_HEADS, cells)
 
 
 def points(found: Sequence[Lost], rows: Iterable[Row]) -> dict[str, list[Point]]:
@@ -411,27 +386,6 @@ def points(found: Sequence[Lost], rows: Iterable[Row]) -> dict[str, list[Point]]
 
 
 DRAWN = (RANKS_A, TO_FULL)
-README_HEADS = (
-    "runs before",
-    "way",
-    "other ranks",
-    "full finetuning",
-    "400 steps: rank 128",
-    "full",
-)
-# README's words for the ways that it shows
-SHOWN = {
-    "2e-4": "2e-4",
-    PRODIGY: "Prodigy",
-    SUGGESTED: "**`suggest_lr`**",
-    WITH_LOSS: "**the same with a loss**",
-    "keeping it": "rank 16's rate, kept",
-    LAW: "**the same, moved by the law**",
-    searches.HALF: "**4 trials of an eighth**",
-    CALIBRATION: "**16 trials**",
-    TPE: "Optuna's TPE, the law",
-    GRIDS: "a grid everywhere",
-}
 PICTURE = RESULTS / "frontier.png"
 TITLE = "The frontier: what a rate costs and what it loses"
 LENGTH_HEADS = [

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from frontier import line_search
 from frontier.runs import AT_A
 from frontier.scores import OURS, Sweeps
 from laws.suggested import COMMON_WIDTHS, suggested
@@ -57,16 +56,6 @@ def suggestion(on: Sweeps, config: str, seed: int) -> Rates:
     return {rank: suggested(on.task, config, rank) for rank in on.targets(config)}
 
 
-def searched_line(on: Sweeps, config: str, seed: int, way: line_search.Way) -> Rates:
-    """The search at every rank, or at the nearest one that was searched."""
-    ranks = [rank for _, _, rank in line_search.cells(on.task)]
-    rates = {}
-    for rank in on.targets(config):
-        near = rank and min(ranks, key=lambda other: abs(math.log2(other / rank)))
-        rates[rank] = way(on.cell(config, near), seed)
-    return rates
-
-
 def moved(
     on: Sweeps, config: str, seed: int, shift: Callable[[str, str], Shift], added: str
 ) -> Rates:
@@ -92,7 +81,6 @@ def from_16(
 
 NOTHING, A_RATE = "nothing", "a rate tuned at rank 16"
 LAW, SUGGESTED = "the default law", "`suggest_lr`"
-WITH_LOSS = "`suggest_lr` with a loss"
 FREE: Mapping[str, Way] = {
     "2e-4": Way(one_rate(2e-4), NOTHING, "at every rank", "QLoRA's paper"),
     "3e-4": Way(one_rate(3e-4), NOTHING, "at every rank", "alpaca-lora"),
@@ -103,18 +91,6 @@ FREE: Mapping[str, Way] = {
         "tinker-cookbook, the exponent of Llama; by Qwen's, .0775, rates are lower",
     ),
     SUGGESTED: Way(suggestion, NOTHING, "task='other'", OURS),
-    "line search": Way(
-        partial(searched_line, way=line_search.search_alone),
-        NOTHING,
-        "the step along Adam's first directions of both factors at which a batch's loss is lowest",
-        "nobody; tried here",
-    ),
-    WITH_LOSS: Way(
-        partial(searched_line, way=line_search.half_way),
-        NOTHING,
-        "`loss=` of one batch: half way, in octaves, to the line search's rate",
-        OURS,
-    ),
     "keeping it": Way(
         from_16(not_at_all), A_RATE, "alpha / rank as it is", "what most do"
     ),

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from ._line_search import Loss
-
 Task = Literal["chat", "other"]
 
 # the middle of the published models
@@ -119,7 +117,6 @@ def suggest_lr(
     init: str | bool | None = None,
     dora: bool | None = None,
     task: Task = "other",
-    loss: Loss | None = None,
 ) -> Suggestion:
     """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`,
     without any run.
@@ -140,10 +137,6 @@ def suggest_lr(
             `init_lora_weights` such as "pissa". Needed if neither factor starts at zero.
         dora: whether the adapters are DoRA. By default as the model declares.
         task: "chat" if the task is like that of the published sweeps, else "other".
-        loss: () -> the training loss of one batch, the same one each time. With it the rate is half
-            way, in octaves, to that of the first step of Adam that lowers this loss most: two
-            gradients, 18 forward passes, and a copy of the weights that train. It was not tried
-            above 135 million parameters.
 
     Raises:
         OptimizerError: neither a published rate nor a documented rule of thumb exists for this
@@ -168,10 +161,11 @@ def suggest_lr(
     at, dora, notes = _configuration(known, method, init, dora)
     if init is not None:
         at = replace(at, init="B" if init == "B" else "A")
-    steps = [*_steps(at, task), *_variants(at, init, dora)]
-    if loss is not None:
-        steps.append(_half_way(model, known, loss, steps))
-    steps.append(_by_factor(name, *rule))
+    steps = [
+        *_steps(at, task),
+        *_variants(at, init, dora),
+        _by_factor(name, *rule),
+    ]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
@@ -370,34 +364,6 @@ def _variants(
         yield _by_factor(str(init), *VARIANTS[variant])
     if dora:
         yield _by_factor("DoRA", *DORA)
-
-
-def _half_way(
-    model: object, known: Survey | Reference, loss: Loss, steps: Iterable[Step]
-) -> Step:
-    """Return the move to half way between AdamW's rate after these steps and a line search's.
-
-    Raises:
-        InvalidReferenceError: there is no model, or its loss shows no rate.
-    """
-    from torch import nn
-
-    from ._line_search import line_search
-
-    if not isinstance(model, nn.Module) or isinstance(known, Reference):
-        raise InvalidReferenceError(
-            "A loss belongs to a model, and none was given.",
-            "Give the model, or no loss.",
-        )
-    names = {factor.name for factor in known.factors}
-    weights = [param for name, param in model.named_parameters() if name in names]
-    found = line_search(weights, loss, model.buffers())
-    octaves = (found - LOG2_RATE + MARGIN - sum(step.octaves for step in steps)) / 2
-    why = (
-        f"A first step lowers your loss most at {2.0**found:.1g}: the rate is half way there,"
-        f" {times(octaves)}."
-    )
-    return Step(0.0, why, octaves)
 
 
 def _by_factor(what: str, octaves: float, sd: float) -> Step:

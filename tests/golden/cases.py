@@ -407,7 +407,6 @@ def transfer() -> Tables:
         special["suggested, adamw, as"][title] = outcome(
             suggested, site, "adamw", **options
         )
-    special["suggested, adamw, as"]["with a loss"] = suggested_by_a_loss()
     return tables | special
 
 
@@ -417,14 +416,6 @@ def rate_of(ask: Callable[..., Any], *args: Any, **options: Any) -> float:
 
 def suggested(site: ra.Reference, kind: str, **options: Any) -> list[float]:
     rate = ra.suggest_lr(site, kind, method=site.method, **options)
-    return [float(rate), rate.low, rate.high]
-
-
-def suggested_by_a_loss() -> list[float]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model, batch = PlainLoRA(nn.Linear(16, 16), 4), torch.randn(32, 16)
-    rate = ra.suggest_lr(model, loss=lambda: (model(batch) - 1.0).square().mean())
     return [float(rate), rate.low, rate.high]
 
 
