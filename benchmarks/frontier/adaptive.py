@@ -27,6 +27,7 @@ class Adaptive:
 
     Args:
         build: (parameters, steps of the run, the setting that varies) -> the optimizer.
+        varies: the setting on which people disagree.
         settings: in words.
         advised_by: who says so.
         clip: the norm at which gradients are clipped.
@@ -34,6 +35,7 @@ class Adaptive:
     """
 
     build: Callable[[Sequence[Tensor], int, float], Optimizer]
+    varies: str
     settings: str
     advised_by: str
     clip: float = math.inf
@@ -46,6 +48,12 @@ def prodigy(
     from prodigyopt import Prodigy
 
     return Prodigy(params, lr=1.0, d_coef=d_coef, **options, **ADAMW)
+
+
+def from_d0(params: Sequence[Tensor], steps: int, d0: float) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(params, lr=1.0, d0=d0, **ADAMW)
 
 
 def d_adaptation(params: Sequence[Tensor], steps: int, scale: float) -> Optimizer:
@@ -62,28 +70,40 @@ def schedule_free(params: Sequence[Tensor], steps: int, lr: float) -> Optimizer:
 
 
 PRODIGY, SAFEGUARDED = "Prodigy", "Prodigy with safeguard"
+FROM_D0 = "Prodigy from a larger `d0`"
 D_ADAPTATION, SCHEDULE_FREE = "D-Adaptation", "schedule-free AdamW"
 ADAPTIVE = {
     PRODIGY: Adaptive(
         prodigy,
-        "lr 1, decay .01, cosine without warm-up, no clipping; `d_coef` 1 and 2",
+        "d_coef",
+        "lr 1, decay .01, cosine without warm-up, no clipping; `d_coef` .5, 1 and 2",
         "its README (prodigyopt 1.1.2)",
+        warmup=0.0,
+    ),
+    FROM_D0: Adaptive(
+        from_d0,
+        "d0",
+        "the same with `d_coef` 1; `d0` 1e-5 and 1e-4 for 1e-6",
+        "its README, for a model that does not train",
         warmup=0.0,
     ),
     SAFEGUARDED: Adaptive(
         partial(prodigy, safeguard_warmup=True, use_bias_correction=True),
-        "the same with warm-up of 5 %, its safeguard, and bias correction",
+        "d_coef",
+        "warm-up of 5 %, its safeguard, and bias correction; `d_coef` 1 and 2",
         "its README, for warm-up and for diffusion models",
     ),
     D_ADAPTATION: Adaptive(
         d_adaptation,
+        "lr",
         "Adam, lr 1, decoupled decay of .01, schedule and clipping as one would have them",
         "its README (dadaptation 3.2)",
         CLIP,
     ),
     SCHEDULE_FREE: Adaptive(
         schedule_free,
-        "no schedule, warm-up of 5 %, clipping at 1",
+        "rate of",
+        "no schedule, warm-up of 5 %, clipping at 1; the rate suggested for AdamW, and for itself",
         "its README (schedulefree 1.4.1)",
         CLIP,
     ),

@@ -43,11 +43,11 @@ import click
 import numpy as np
 from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE
 from frontier import searches, simulations
-from frontier.adaptive import ADAPTIVE, PRODIGY, SAFEGUARDED
+from frontier.adaptive import ADAPTIVE, FROM_D0, PRODIGY, SAFEGUARDED
 from frontier.figure import LONG as LONG_PRICES
 from frontier.figure import SHORT as SHORT_PRICES
 from frontier.figure import Evidence, Point, draw_frontier
-from frontier.runs import AT_A, AT_B, KEPT, SHORT, STORE, TASKS, scheme_of
+from frontier.runs import AT_A, AT_B, KEPT, ROWS, SHORT, STORE, TASKS
 from frontier.scores import OURS, OWN, Sweeps, of_length, own_steps
 from frontier.simulations import (
     CALIBRATION,
@@ -63,7 +63,6 @@ from frontier.ways import (
     A_RATE,
     FREE,
     NOTHING,
-    configs_of,
     seeds_of,
 )
 from recording import (
@@ -75,8 +74,8 @@ from recording import (
     write_explained,
 )
 from study.domains import get_domain
-from study.grids import FULL, Job, Losses
-from study.longer import LONGEST
+from study.grids import FULL, Losses
+from study.longer import LONGEST, MARK
 from study.runs_on_file import made_by, read_begun
 
 RESTS_ON = (
@@ -108,7 +107,7 @@ class Lost(NamedTuple):
 def free(on: Sweeps) -> Iterator[Lost]:
     """The ways that need no run, in the configurations that were swept."""
     for name, way in FREE.items():
-        for config in configs_of(way):
+        for config in way.configs:
             if not on.has(config + way.added):
                 continue
             for seed, scored in seeds_of(way, on, config):
@@ -140,23 +139,17 @@ def of_long_searches() -> Iterator[Lost]:
 
 def adaptive(on: Sweeps, steps: int) -> Iterator[Lost]:
     """The real runs of optimizers that find their own rate."""
-    done = on_file().get(on.task, {})
-    for way in ADAPTIVE:
-        for config in (AT_A, KEPT, "full"):
-            scheme = scheme_of(way, config, steps)
-            for job, loss in done.items():
-                if job.scheme == scheme:
-                    lost = on.lost_by(config, job.rank, loss, [job.seed])
-                    named = AT_A if config == "full" else config
-                    yield Lost(
-                        way, on.task, named, job.rank, lost, setting_of(way, job)
-                    )
-
-
-def setting_of(way: str, job: Job) -> str:
-    if way in (PRODIGY, SAFEGUARDED):
-        return f"d_coef {2**job.x:g}"
-    return ""
+    domain = get_domain(on.task)
+    rows = {job: row for row in ROWS for job in row.jobs(domain, steps)}
+    for job, loss in on_file().get(on.task, {}).items():
+        # a run on a seed more than was asked counts too
+        row = rows.get(job._replace(seed=0))
+        if row is None:
+            continue
+        config, *_ = job.scheme.split(MARK)
+        lost = on.lost_by(config, job.rank, loss, [job.seed])
+        named = AT_A if config == "full" else config
+        yield Lost(row.way, on.task, named, job.rank, lost, row.words)
 
 
 @cache
@@ -262,7 +255,7 @@ def scores_of(
 SETTINGS: Mapping[str, tuple[str, str]] = {
     **{name: (of.settings, of.advised_by) for name, of in FREE.items()},
     **{name: (of.settings, of.advised_by) for name, of in ADAPTIVE.items()},
-    **searches.SETTINGS,
+    **{name: (of.settings, of.advised_by) for name, of in searches.PLANS.items()},
     **simulations.SETTINGS,
 }
 FREE_ROWS = [Row(name, 0, way.needs, CURVES) for name, way in FREE.items()]
@@ -305,20 +298,21 @@ def in_real_cells(found: Iterable[Lost]) -> list[Lost]:
 
 def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
     """Rows: each optimizer with each setting, in the tasks that were run at every length."""
-    for way in (PRODIGY, SAFEGUARDED):
-        for setting in ("d_coef 1", "d_coef 2"):
-            cells = [f"{way}, `{setting}`"]
-            for column in (RANKS_A, TO_FULL):
-                for losts in runs.values():
-                    mine = [
-                        each
-                        for each in losts
-                        if (each.way, each.setting) == (way, setting)
-                        and each.rank != 4
-                        and column.has(each)
-                    ]
-                    cells.append(scored(mine, "").words() if mine else "–")
-            yield cells
+    for row in ROWS:
+        if row.way not in (PRODIGY, FROM_D0, SAFEGUARDED):
+            continue
+        cells = [f"{row.way}, {row.words}"]
+        for column in (RANKS_A, TO_FULL):
+            for losts in runs.values():
+                mine = [
+                    each
+                    for each in losts
+                    if (each.way, each.setting) == (row.way, row.words)
+                    and each.rank != 4
+                    and column.has(each)
+                ]
+                cells.append(scored(mine, "").words() if mine else "–")
+        yield cells
 
 
 def settings_table() -> str:

@@ -4,8 +4,8 @@
 
 Five tasks. At a task's own steps: Init[A] at ranks 4 and 64 with alpha = rank, at 64 with alpha kept, and full
 finetuning, two seeds. At 400 steps, where `study/longer.py` has sweeps: rank 128 with alpha = rank, and full finetuning;
-Prodigy with `d_coef` 1 on two seeds, what was worse at own steps on one.
-Prodigy also at 800 steps, on one seed. AdamW too is run for 400 steps at two rates below the sweep, on one seed, for ways
+Prodigy with `d_coef` 1 on two seeds, the others on one: what was worse at own steps, and what its README names beside it.
+Prodigy with `d_coef` 1 also at 800 steps, on one seed. AdamW too is run for 400 steps at two rates below the sweep, on one seed, for ways
 whose rates lie there.
 """
 
@@ -20,6 +20,7 @@ import torch
 from frontier.adaptive import (
     ADAPTIVE,
     D_ADAPTATION,
+    FROM_D0,
     PRODIGY,
     SAFEGUARDED,
     SCHEDULE_FREE,
@@ -67,6 +68,23 @@ class Row(NamedTuple):
     setting: float | str
     seeds: tuple[int, int, int]
 
+    @property
+    def words(self) -> str:
+        """The setting, as tables name it."""
+        setting = self.setting
+        said = setting if isinstance(setting, str) else f"{setting:g}"
+        return f"{ADAPTIVE[self.way].varies} {said}"
+
+    def jobs(self, domain: Domain, steps: int) -> Iterator[Job]:
+        """Its runs of so many steps."""
+        of_length = {400: self.seeds[1], LONGEST: self.seeds[2]}
+        seeds = of_length.get(steps, self.seeds[0])
+        for config, rank in LONG if steps in of_length else SHORT:
+            scheme = scheme_of(self.way, config, steps)
+            x = self.x(domain, config, rank)
+            for seed in range(seeds):
+                yield Job(domain.name, scheme, rank, x, seed)
+
     def x(self, domain: Domain, config: str, rank: int) -> float:
         """log2 of the setting in a cell."""
         if not isinstance(self.setting, str):
@@ -76,8 +94,11 @@ class Row(NamedTuple):
 
 
 ROWS = (
+    Row(PRODIGY, 0.5, (2, 1, 0)),
     Row(PRODIGY, 1.0, (2, 2, 1)),
     Row(PRODIGY, 2.0, (2, 1, 0)),
+    Row(FROM_D0, 1e-5, (2, 1, 0)),
+    Row(FROM_D0, 1e-4, (2, 1, 0)),
     Row(SAFEGUARDED, 1.0, (2, 0, 0)),
     Row(SAFEGUARDED, 2.0, (2, 1, 0)),
     Row(D_ADAPTATION, 1.0, (2, 1, 0)),
@@ -92,18 +113,10 @@ def scheme_of(way: str, config: str, steps: int) -> str:
 
 def jobs(domain: Domain, ways: Sequence[str], most: int) -> Iterator[Job]:
     """The runs of these ways of at most so many steps."""
-    lengths = ((domain.steps, SHORT), (400, LONG), (LONGEST, LONG))
-    for at, (steps, cells) in enumerate(lengths):
-        if steps > most:
-            continue
-        for config, rank in cells:
-            for row in ROWS:
-                if row.way not in ways:
-                    continue
-                scheme = scheme_of(row.way, config, steps)
-                x = row.x(domain, config, rank)
-                for seed in range(row.seeds[at]):
-                    yield Job(domain.name, scheme, rank, x, seed)
+    for row in ROWS:
+        for steps in (domain.steps, 400, LONGEST):
+            if row.way in ways and steps <= most:
+                yield from row.jobs(domain, steps)
 
 
 def below_sweeps(domain: Domain) -> Iterator[Job]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +29,7 @@ class Way:
         settings: in words.
         advised_by: who says so.
         added: to the name of the configuration that is trained.
+        configs: those in which it says something.
     """
 
     rates: Callable[[Sweeps, str, int], Rates]
@@ -36,6 +37,7 @@ class Way:
     settings: str
     advised_by: str
     added: str = ""
+    configs: Sequence[str] = tuple(CONFIGS)
 
 
 def one_rate(lr: float) -> Callable[[Sweeps, str, int], Rates]:
@@ -56,11 +58,31 @@ def suggestion(on: Sweeps, config: str, seed: int) -> Rates:
     return {rank: suggested(on.task, config, rank) for rank in on.targets(config)}
 
 
+def tuned(on: Sweeps, config: str, seed: int) -> float:
+    """log2 of the best rate of rank 16 in the sweep of one seed."""
+    return on.best_by_seed(config, TUNED)[seed]
+
+
+def by_root(on: Sweeps, config: str, seed: int) -> Rates:
+    """The rate falls by the root of the rank. The rule says nothing of full finetuning."""
+    x = tuned(on, config, seed)
+    return {
+        rank: x - math.log2(rank / TUNED) / 2
+        for rank in on.targets(config)
+        if rank != FULL
+    }
+
+
+def a_tenth(on: Sweeps, config: str, seed: int) -> Rates:
+    """The converse of "LoRA's rate is ten times that of full finetuning"."""
+    return {FULL: tuned(on, config, seed) - math.log2(10)}
+
+
 def moved(
     on: Sweeps, config: str, seed: int, shift: Callable[[str, str], Shift], added: str
 ) -> Rates:
     """The best rate of rank 16 in a sweep of one seed, moved."""
-    x = on.best_by_seed(config + added, TUNED)[seed]
+    x = tuned(on, config + added, seed)
     by = shift(on.task, config)
     return {rank: x + by(TUNED, rank) for rank in on.targets(config)}
 
@@ -81,6 +103,7 @@ def from_16(
 
 NOTHING, A_RATE = "nothing", "a rate tuned at rank 16"
 LAW, SUGGESTED = "the default law", "`suggest_lr`"
+ROOT, TENTH = "× √(16 / r)", "a tenth in full finetuning"
 FREE: Mapping[str, Way] = {
     "2e-4": Way(one_rate(2e-4), NOTHING, "at every rank", "QLoRA's paper"),
     "3e-4": Way(one_rate(3e-4), NOTHING, "at every rank", "alpaca-lora"),
@@ -100,13 +123,23 @@ FREE: Mapping[str, Way] = {
         "B's rate is 16 times A's, tuned so at rank 16",
         "LoRA+'s paper",
         LORAPLUS,
+        (AT_A,),
+    ),
+    ROOT: Way(
+        by_root,
+        A_RATE,
+        "where alpha grows with the rank",
+        "a rule of thumb",
+        configs=(AT_A,),
+    ),
+    TENTH: Way(
+        a_tenth,
+        A_RATE,
+        "rank 16's rate / 10",
+        "LoRA Without Regret, at alpha 32 and the other way round",
     ),
     LAW: Way(from_16(by_default_law), A_RATE, "`tuned_at=`", OURS),
 }
-
-
-def configs_of(way: Way) -> list[str]:
-    return [AT_A] if way.added else [*CONFIGS]
 
 
 def seeds_of(way: Way, on: Sweeps, config: str) -> Iterator[tuple[int, list[int]]]:

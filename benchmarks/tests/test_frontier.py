@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from frontier import page, runs, scores
-from frontier.adaptive import ADAPTIVE, optimizer
+from calibration.searches import Spent
+from frontier import page, runs, scores, searches
+from frontier.adaptive import ADAPTIVE, SCHEDULE_FREE, optimizer
 from frontier.figure import APART, spread
 from frontier.page import Lost, score
 from frontier.scores import OWN, Sweeps
-from frontier.ways import FREE, LAW, SUGGESTED, seeds_of
+from frontier.ways import FREE, LAW, ROOT, SUGGESTED, TENTH, seeds_of
 from study.configurations import START
 from study.domains import Domain, get_domain
 from study.grids import FULL, Job
@@ -128,6 +129,43 @@ def test_the_better_setting_counts_and_tasks_weigh_the_same() -> None:
     assert of_ranks.setting == "d_coef 1"
     assert of_ranks.mean == pytest.approx(25.0)
     assert score(losts, "Prodigy", page.RANKS_KEPT) is None
+
+
+def test_two_suggested_rates_are_two_settings(
+    on: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedule-free AdamW was run at two rates: a column has the better one, not their mean."""
+    asked_for = runs.jobs(get_domain(TASK), (SCHEDULE_FREE,), get_domain(TASK).steps)
+    in_full = sorted({job for job in asked_for if job.rank == FULL and job.seed == 0})
+    low, high = in_full
+    monkeypatch.setattr(page, "on_file", lambda: {TASK: {low: 1.5, high: 1.1}})
+    losts = list(page.adaptive(on, get_domain(TASK).steps))
+    of_full = score(losts, SCHEDULE_FREE, page.TO_FULL)
+    assert of_full is not None
+    best = on.lost_by("full", FULL, 1.1, [0])
+    assert of_full.mean == pytest.approx(100 * best)
+
+
+def test_a_range_test_is_charged_as_tools_make_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tools take 100 steps, at the rank that is trained: a quarter of a run of 400."""
+
+    def steepest(domain: Domain, *_: object) -> float:
+        spent = _[-1]
+        assert isinstance(spent, Spent)
+        spent.steps += domain.steps
+        return -8.0
+
+    monkeypatch.setattr(searches, "steepest", steepest)
+    row = searches.searched(searches.Ask(TASK, searches.RANGE_TEST, 0))
+    assert row["runs"] == 0.25
+
+
+def test_rules_of_thumb_name_what_they_are_about(on: Sweeps) -> None:
+    """The root of the rank names LoRA's rates, a tenth that of full finetuning: no rule is scored where it is silent."""
+    assert FREE[ROOT].rates(on, AT_A, 1) == {4: pytest.approx(-4.0)}
+    assert FREE[TENTH].rates(on, AT_A, 1) == {FULL: pytest.approx(-5 - math.log2(10))}
 
 
 def test_a_run_of_each_arm_is_asked_for_once() -> None:
