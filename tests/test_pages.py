@@ -7,9 +7,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
+import torch
 from packaging.requirements import Requirement
 
 import rankaware_optim
@@ -144,3 +146,25 @@ def test_the_pages_are_short() -> None:
     api = (DOCS / "api.md").read_text(encoding="utf-8")
     assert sum(len(text.split()) for text in texts) - len(api.split()) <= 14_000
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 800
+
+
+LLAMA_8B = {  # fan-in and fan-out of a block's linear layers
+    "q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096),
+    "gate": (4096, 14336), "up": (4096, 14336), "down": (14336, 4096),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["faq", "without-regret"])
+def test_a_page_and_the_wrapper_say_one_number_for_one_model(page: str) -> None:
+    """From LoRA to full finetuning of an 8B Llama a page prints the factor of the wrapper, by the model's own widths."""
+    with torch.device("meta"):
+        layers = {name: torch.nn.Linear(*fans) for name, fans in LLAMA_8B.items()}
+    model = torch.nn.ModuleDict(layers)
+    tuned: Any = {"lr": 1.0, "tuned_at": "r=16,alpha=32", "method": "full"}
+    opt = rankaware_optim.RankAwareOptimizer(model, torch.optim.AdamW, **tuned)
+    factor = 1 / opt.param_groups[0]["rank_multiplier"]
+    survey = rankaware_optim.inspect_model(model, method="full")
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    for printed in (factor, survey.width, survey.full_width()):
+        digits = f"{printed:.1f}" if printed < 100 else f"{printed:.0f}"
+        assert re.search(rf"\b{digits}\b", text), (page, printed)

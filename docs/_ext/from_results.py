@@ -57,9 +57,10 @@ TASKS = {  # where the name of the file is not words
     "reinforcement": "Reinforcement learning",
     "vision-language": "Captions of pictures",
 }
-WIDTH = 4096.0
+# mean and largest fan-in of an 8B Llama's linear layers
+WIDTH, LARGEST = 6853.0, 14336.0
 A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B"))
-FULL = ra.Reference(method="full", fan_in=WIDTH)
+FULL = ra.Reference(method="full", fan_in=LARGEST)
 MOVES = (  # what changes, from, to, how sure
     (
         "rank 16 → 128, alpha = rank",
@@ -92,7 +93,7 @@ MOVES = (  # what changes, from, to, how sure
     (
         "LoRA at rank 16, A = 0 → full finetuning",
         B16,
-        FULL,
+        replace(FULL, fan_in=WIDTH),
         "rule of thumb: calibrate",
     ),
     ("batch × 4", replace(A16, batch=16), replace(A16, batch=64), "rule of thumb"),

@@ -4,7 +4,7 @@ from matplotlib import pyplot
 
 from rankaware_optim import Falling, Reference
 
-WIDTH = 4096
+WIDTH, LARGEST = 6853, 14336  # mean and largest fan-in of an 8B Llama's linear layers
 RANKS = range(1, 257)
 TICKS = (1, 4, 16, 64, 256)
 AT = Reference(rank=16, alpha=16, fan_in=WIDTH)
@@ -20,7 +20,7 @@ def line(alpha, init="A"):
 
 
 figure, axis = pyplot.subplots(figsize=(7, 4))
-full = LAW.multiplier(Reference(method="full", fan_in=WIDTH).as_factor(), AT)
+full = LAW.multiplier(Reference(method="full", fan_in=LARGEST).as_factor(), AT)
 lines = {
     "B = 0, alpha = rank": (line(lambda r: r), "#0072B2", "-"),
     "B = 0, alpha = 16": (line(lambda r: 16), "#D55E00", "-"),
@@ -47,6 +47,8 @@ axis.set(
     xlim=(1, RANKS[-1]),
 )
 axis.set_xticks(TICKS, list(map(str, TICKS)))
-axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+axis.set_yticks(
+    [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"]
+)
 axis.minorticks_off()
 axis.spines[["top", "right"]].set_visible(False)
