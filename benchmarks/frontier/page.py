@@ -62,7 +62,9 @@ from frontier.simulations import (
 from frontier.ways import (
     A_RATE,
     FREE,
+    LAW,
     NOTHING,
+    TENTH,
     seeds_of,
 )
 from recording import (
@@ -73,7 +75,7 @@ from recording import (
     number,
     write_explained,
 )
-from study.domains import get_domain
+from study.domains import HELD_OUT, STUDY, get_domain
 from study.grids import FULL, Losses
 from study.longer import LONGEST, MARK
 from study.runs_on_file import made_by, read_begun
@@ -174,8 +176,9 @@ class Column(NamedTuple):
 RANKS_A = Column("another rank, alpha = rank", (AT_A,), False)
 RANKS_KEPT = Column("another rank, alpha kept", (KEPT,), False)
 RANKS_B = Column("another rank, A = 0", (AT_B,), False)
-TO_FULL = Column("full finetuning", (AT_A, KEPT), True)
-COLUMNS = (RANKS_A, RANKS_KEPT, RANKS_B, TO_FULL)
+TO_FULL = Column("full finetuning, alpha = rank", (AT_A,), True)
+KEPT_TO_FULL = Column("full finetuning, alpha kept", (KEPT,), True)
+COLUMNS = (RANKS_A, RANKS_KEPT, RANKS_B, TO_FULL, KEPT_TO_FULL)
 
 
 class Score(NamedTuple):
@@ -315,6 +318,21 @@ def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
         yield cells
 
 
+def without(losts: Iterable[Lost], task: str) -> list[Lost]:
+    return [each for each in losts if each.task != task]
+
+
+def by_task(own: Sequence[Lost]) -> Iterator[list[str]]:
+    """Rows: the ways from rank 16's rate to full finetuning, task by task."""
+    for column in (TO_FULL, KEPT_TO_FULL):
+        for way in (LAW, TENTH):
+            mine = [each for each in own if each.way == way and column.has(each)]
+            parts = [mine, without(mine, UNLIKE)]
+            parts += [[e for e in mine if e.task == task] for task in NINE]
+            means = [number(scored(part, "").mean, 1) for part in parts]
+            yield [f"{way}, {column.name.partition(', ')[2]}", *means]
+
+
 def settings_table() -> str:
     rows = [[name, *said] for name, said in SETTINGS.items()]
     return block("Settings", ["way", "settings", "who advises it"], rows)
@@ -349,6 +367,9 @@ def main(workers: int) -> None:
     parts = [
         f"![Loss over price]({PICTURE.name})",
         table("Nine tasks at their own steps", own, rows, COLUMNS),
+        block(
+            "From rank 16's rate to full finetuning, %", TASK_HEADS, list(by_task(own))
+        ),
         table("Five tasks at 400 steps", long, long_ways, (RANKS_A, TO_FULL)),
         table(
             "The cells of the real runs at own steps",
@@ -380,6 +401,11 @@ def points(found: Sequence[Lost], rows: Iterable[Row]) -> dict[str, list[Point]]
 
 
 DRAWN = (RANKS_A, TO_FULL)
+NINE = (*STUDY, *HELD_OUT)
+UNLIKE = (
+    "reinforcement"  # the task whose best rate of full finetuning is unlike the others'
+)
+TASK_HEADS = ("", "mean", f"without {UNLIKE}", *NINE)
 PICTURE = RESULTS / "frontier.png"
 TITLE = "The frontier: what a rate costs and what it loses"
 LENGTH_HEADS = [
