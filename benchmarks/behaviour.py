@@ -490,7 +490,7 @@ def transfer() -> Cases:
     }
     for name, site in sites.items():
         for kind in ("adamw", "lion", "muon"):
-            for task in ("chat", "other"):
+            for task in ("chat", "other", "rl"):
                 ask = partial(ra.suggest_lr, task=task, method=site.method)
                 found = tried(partial(ask, site, kind))
                 cases[f"suggested for {name}, {kind}, {task}"] = ends(found)

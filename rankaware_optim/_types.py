@@ -20,6 +20,7 @@ from .errors import InspectionError, InvalidReferenceError
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]
+Task = Literal["chat", "other", "rl"]  # of a suggestion
 Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from .. import inspection, transfer
 from .._checks import PUBLISHED_INITS
-from .._types import Reference, Survey
+from .._types import Reference, Survey, Task
 from ._options import (
     FILE,
     OPTIMIZER,
@@ -67,12 +67,11 @@ def inspect(path: Path, per_module: bool, as_json: bool) -> None:
 @option("--fan-in", float, "Hidden size of the model. With --full its largest fan-in.")
 @OPTIMIZER
 @option(
-    "--chat task",
-    str,
-    "Your data is chat, your batch near 128, and you train about 800 steps. Narrows the band.",
-    flag_value="chat",
+    "--task",
+    click.Choice(get_args(Task)),
+    "chat: your data is chat, your batch near 128, and you train about 800 steps, which narrows the"
+    " band. rl: reinforcement learning (GRPO, RLOO), which lowers LoRA's rate.",
     default="other",
-    show_default=False,
 )
 def suggest(
     path: Path | None,
@@ -80,7 +79,7 @@ def suggest(
     init: str | None,
     dora: bool,
     optimizer: str,
-    task: Any,
+    task: Task,
     **shape: Any,
 ) -> None:
     """Suggest a rate from published sweeps, without any run.

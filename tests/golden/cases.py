@@ -399,6 +399,7 @@ def transfer() -> Tables:
     special: Tables = {"suggested, adamw, as": {"no width": no_width}}
     for title, options in {
         "a chat": {"task": "chat"},
+        "reinforcement learning": {"task": "rl"},
         "PiSSA": {"init": "pissa"},
         "OLoRA": {"init": "olora"},
         "DoRA": {"dora": True},

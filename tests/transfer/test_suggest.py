@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_law_moves_the_rate(reference):
     assert octaves == pytest.approx(moved, abs=1e-9)
 
 
-@given(reference=references, task=st.sampled_from(["chat", "other"]))
+@given(reference=references, task=st.sampled_from(["chat", "other", "rl"]))
 def test_the_rate_leans_low_inside_its_band(reference, task):
     """The rate is a positive number half an octave below the middle of a band that holds it."""
     found = suggest_lr(reference, task=task)
@@ -106,6 +107,37 @@ def test_documented_inits_and_dora_have_their_factor(options, factor):
     plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, **options)
     assert plain.lr / found.lr == pytest.approx(factor)
     assert (reach(found) > reach(plain)) == (factor > 1)
+
+
+# A published GRPO at alpha 32: accuracy is flat between these rates, and collapses at twice the upper one.
+FLAT = 3e-5, 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 16, 256])
+def test_a_published_grpo_learns_at_the_suggested_rate(rank):
+    """For reinforcement learning with LoRA the rate lies where it learned, and the band holds all of it."""
+    found = suggest_lr(Reference(rank, 32, fan_in=2048), task="rl")
+    assert FLAT[0] < found.lr < FLAT[1]
+    assert found.low < FLAT[0] < FLAT[1] < found.high
+    assert "runs collapsed from 2e-4" in str(found)
+
+
+def test_full_finetuning_has_the_same_rate_in_reinforcement_learning():
+    """Its suggestion was right there: 1.5e-5 to 2e-5 were best."""
+    full = Reference(method="full", fan_in=6144)
+    found = suggest_lr(full, task="rl")
+    assert found == suggest_lr(full)
+    assert 1.5e-5 < found.lr < 2e-5
+
+
+@pytest.mark.parametrize("own", [{}, {"reward_funcs": [len]}])
+def test_a_trainer_says_its_model_and_its_task(own):
+    """A built trainer stands for its model, and one with rewards for reinforcement learning, unless a task is given."""
+    trainer = SimpleNamespace(model=model_of((8, 64)), **own)
+    task = "rl" if own else "other"
+    assert suggest_lr(trainer) == suggest_lr(trainer.model, task=task)
+    chat = suggest_lr(trainer, task="chat")
+    assert chat == suggest_lr(trainer.model, task="chat")
 
 
 # --- the band -------------------------------------------------------------------------------------------------------
@@ -322,12 +354,13 @@ COMMANDS = [
         f"{AT_32} --rslora --fan-in 768",
         *(Reference(16, 32, rslora=True, fan_in=768), {}),
     ),
-    (f"{AT_32} --init B --chat", Reference(16, 32, init="B"), {"task": "chat"}),
+    (f"{AT_32} --init B --task chat", Reference(16, 32, init="B"), {"task": "chat"}),
     (
         f"{AT_32} --init pissa --dora",
         *(Reference(16, 32), {"init": "pissa", "dora": True}),
     ),
     ("--full --fan-in 4096", replace(FULL, fan_in=4096), {}),
+    (f"{AT_32} --task rl", Reference(16, 32), {"task": "rl"}),
     ("--rank 8 --alpha 8 --optimizer Lion", Reference(8, 8), {"optimizer": "Lion"}),
 ]
 
