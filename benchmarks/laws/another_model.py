@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from internals import PUBLISHED
-from laws.tinker import HIDDEN, parameters
+from laws.tinker import HIDDEN, parameters, power_of
 from recording import block, number
 from study.loss_curves import between, vertex_of
 
@@ -41,11 +41,8 @@ def by_parameters(model: str) -> float:
 
 def by_family(model: str) -> float | None:
     """The cookbook's `get_lr`: a power of the hidden size, fitted for Llama and for Qwen."""
-    powers = {"llama": 0.781, "qwen": 0.0775}
-    for family, power in powers.items():
-        if family in model.lower():
-            return power * math.log2(2000 / HIDDEN[model])
-    return None
+    power = power_of(model)
+    return None if power is None else power * math.log2(2000 / HIDDEN[model])
 
 
 def kept_in_families(model: str) -> float | None:

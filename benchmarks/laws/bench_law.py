@@ -1,7 +1,6 @@
 """The yardstick for laws: make our own sweep, then score laws on it and on a published sweep.
 
     python benchmarks/laws/bench_law.py sweep                 # makes missing runs of the package's sweep
-    python benchmarks/laws/bench_law.py table sft_sweep.md    # results/bench_law.md
     python benchmarks/laws/bench_law.py score my_sweep.csv --law mua --law my_pkg:MyLaw     # prints a table
 
 The sweep trains the demo's network (EfficientNet-lite0 on scikit-learn's digits) with alpha = rank and with alpha = 16.
@@ -13,41 +12,27 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from internals import Source, read_sweep
-from laws import tinker
 from laws.scoring import (
     COMPARED,
-    LawScore,
-    LossCurve,
-    Move,
     bench_law,
-    loss_curves,
-    score_of,
     score_table,
 )
-from recording import machine, record
 from study.digits_loop import SEEDS, build, evaluate, fit, untrained
 from study.domains._efficientnet import HEAD_RATE
 
 from rankaware_optim import (
-    Constant,
-    Law,
-    MuA,
-    Power,
     RankAwareOptimizer,
 )
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
 
-RESTS_ON = ("laws.adam", "fit")
 FOLLOWS, KEPT = "efficientnet-lite0, alpha = rank", "efficientnet-lite0, alpha 16"
 MORE_SEEDS = (2, 3)
 RANKS, ALPHA = (1, 4, 16, 64, 256), 16
@@ -55,13 +40,6 @@ WIDTH = 567  # mean fan-in of the adapted layers: Survey.width
 # log2 rates by model: a wide range with SEEDS, and a range near the best rates with MORE_SEEDS.
 WIDE = {FOLLOWS: range(-11, -1), KEPT: range(-11, -1)}
 NEAR = {FOLLOWS: range(-13, -5), KEPT: range(-11, -6)}
-NOTES = (
-    "Octaves: |log2(moved rate / best rate found there)|. Loss: the loss at the moved rate, by a monotone spline between "
-    "the rates tried, less the lowest, as a share of it. `off_grid`: moves beyond the rates tried, of unknown loss.",
-    "demo_sweep.csv: EfficientNet-lite0 on digits, AdamW, 40 steps of 16, alpha = rank and alpha 16, two seeds and two "
-    "more near the best rates, held-out loss. sft_sweep.md: 35 published language models, AdamW, alpha 32. The moves "
-    "are on those that have a best rate inside the grid at two ranks or more.",
-)
 LOWEST = range(-15, -11)  # where rank 256's best rate lies with alpha = rank
 
 
@@ -137,60 +115,6 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
     return f"{after:.4f}" if math.isfinite(after) else "diverged"
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
-
-# at Init[A] it equals "mua"
-AT_INIT_A = tuple(law for law in COMPARED if law != "falling")
-LAWS = (
-    "mua",
-    *(MuA(tokens=tokens) for tokens in (1.0, 4.0, 8.0, 16.0, 32.0)),
-    *AT_INIT_A[1:],
-)
-# Candidates for leave-one-model-out: the law with the lowest mean error on the other models is chosen.
-FAMILIES: dict[str, list[Law]] = {
-    "tokens of mua": [MuA(tokens=2.0 ** (half / 2)) for half in range(-4, 19)],
-    "a power of the rank": [
-        Power(exponent=step / 50, law=Constant()) for step in range(-30, 31)
-    ],
-    "tokens and a power": [
-        Power(exponent=step / 20, law=MuA(tokens=2.0**t))
-        for step in range(-6, 7)
-        for t in range(-2, 10)
-    ],
-}
-
-
-@main.command()
-@click.argument("published", type=click.Path(exists=True, path_type=Path))
-def table(published: Path) -> None:
-    """Write results/bench_law.md."""
-    tinker.checked(published)
-    sweeps: dict[str, Source] = {
-        DEMO_SWEEP.name: DEMO_SWEEP,
-        published.name: tinker.of_models(published),
-    }
-    rows: list[dict[str, Any]] = []
-    for name, source in sweeps.items():
-        for best in ("parabola", "bowl"):
-            curves = loss_curves(read_sweep(source).runs, best=best)
-            scores = [score_of(law, curves) for law in LAWS]
-            if len({curve.model for curve in curves}) > 2:
-                scores += [
-                    _left_out(f"{family}, chosen on the other models", laws, curves)
-                    for family, laws in FAMILIES.items()
-                ]
-            rows += [
-                {"sweep": name, "best rate by": best, **score.row()} for score in scores
-            ]
-    record(
-        "bench_law",
-        "Laws on sweeps: a best rate moved from one rank to another",
-        rows,
-        machine(1),
-        NOTES,
-    )
-
-
 @main.command()
 @click.argument(
     "sweep", type=click.Path(exists=True, path_type=Path), default=DEMO_SWEEP
@@ -226,20 +150,6 @@ def score(
         click.echo(score_table(scores))
     except RankAwareError as error:
         raise click.ClickException(str(error)) from error
-
-
-def _left_out(label: str, laws: Sequence[Law], curves: Sequence[LossCurve]) -> LawScore:
-    """Score each model by the law with the lowest mean error on the other models, so that no test data are fitted."""
-    scored = [score_of(law, curves) for law in laws]
-    moves: list[Move] = []
-    for model in dict.fromkeys(curve.model for curve in curves):
-        others = [
-            [abs(move.octaves) for move in score.moves if move.model != model]
-            for score in scored
-        ]
-        best = min(range(len(laws)), key=lambda i: statistics.fmean(others[i]))
-        moves += [move for move in scored[best].moves if move.model == model]
-    return LawScore(label, laws[0], tuple(moves))
 
 
 if __name__ == "__main__":

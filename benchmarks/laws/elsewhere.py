@@ -34,6 +34,7 @@ class Target(NamedTuple):
     at: Reference
     curve: Mapping[float, float]
     best: float
+    model: str = ""
 
 
 class Score(NamedTuple):
@@ -50,15 +51,19 @@ def targets_in(curves: Curves, width: Callable[[str], float]) -> list[Target]:
         best = vertex_of(curve) if len(curve) > 1 else None
         if best is not None:
             at = Reference(rank, PUBLISHED.alpha, fan_in=width(model))
-            found.append(Target(at, curve, best))
+            found.append(Target(at, curve, best, model))
     return found
 
 
 def score(targets: Sequence[Target], asked: Asked) -> Score:
-    """The means over the targets. Beyond the grid the loss is that of its end."""
+    """The means over the targets."""
+    return score_of(targets, [asked(target.at) for target in targets])
+
+
+def score_of(targets: Sequence[Target], rates: Sequence[Rate]) -> Score:
+    """The means over the targets, of a rate for each. Beyond the grid the loss is that of its end."""
     lost, octaves, held = [], [], 0
-    for target in targets:
-        given = asked(target.at)
+    for target, given in zip(targets, rates, strict=True):
         x, least = math.log2(given.lr), min(target.curve.values())
         lost.append(100 * (between(target.curve, x) - least) / least)
         octaves.append(x - target.best)

@@ -18,13 +18,14 @@ from typing import Any
 import click
 
 SHA256 = "ef4d8afaf871dd890141f22e74dce83640b38131d35f7fccd3439d473f624682"
-WORDS = (
-    "**sft_sweep.md**: github.com/thinking-machines-lab/tinker-cookbook, tinker_cookbook/recipes/chat_sl/results/, commit "
-    f"9dfcc3a2, Apache-2.0, sha256 {SHA256[:16]}. Supervised finetuning of 35 language models on Tulu 3, AdamW, batch 128, "
-    "780 steps: test losses on a grid of ranks and rates, no rate by a formula. Alpha is 32 by that service's "
-    "documentation, Init[A] is assumed, and runs that diverged are left out. The default law was chosen after a look at 18 "
-    "of the models."
+SET_UP = (
+    "Supervised finetuning of 35 language models on Tulu 3, AdamW, batch 128, 780 steps: test losses on a grid of ranks and "
+    "rates, no rate by a formula. Alpha is 32 by that service's documentation, Init[A] is assumed, and runs that diverged "
+    "are left out. The default law was chosen after a look at 18 of the models. "
+    "github.com/thinking-machines-lab/tinker-cookbook, commit 9dfcc3a2, Apache-2.0, "
+    "`tinker_cookbook/recipes/chat_sl/results/`."
 )
+WORDS = f"**sft_sweep.md**, sha256 {SHA256[:16]}: {SET_UP}"
 ALPHA = 32.0  # at every rank, by that service's documentation
 MODEL = re.compile(r"- Model: `(?P<model>.+)`")
 RUN = re.compile(r"\| (?P<lr>\d\S*) \| (?P<rank>\d+) \| (?P<loss>[\d.]+) \|")
@@ -99,11 +100,28 @@ def parameters(model: str) -> float:
     return float(named[1])
 
 
+# The cookbook's `get_lr`: a power of the hidden size, fitted for each family.
+POWERS = {"llama": 0.781, "qwen": 0.0775}
+
+
+def power_of(model: str) -> float | None:
+    """The power of a model's family, None for the others."""
+    return next((at for name, at in POWERS.items() if name in model.lower()), None)
+
+
+def get_lr(model: str, hidden: float, is_lora: bool = True) -> float | None:
+    """The cookbook's `get_lr`, None for a family without a formula."""
+    power = power_of(model)
+    if power is None:
+        return None
+    return (5e-4 if is_lora else 5e-5) * (2000 / hidden) ** power
+
+
 def checked(path: Path) -> Path:
     """The same path, of the file that was read."""
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise click.ClickException(
-            f"{path} is not the sft_sweep.md that was read. published.md names its source and hash."
+            f"{path} is not the sft_sweep.md that was read. large_models.md names its source and hash."
         )
     return path
 

@@ -1,0 +1,594 @@
+"""Does it hold on large models? Sweeps that others published, of .6 to 1,000 thousand million parameters.
+
+    python benchmarks/laws/large_models.py FILE...   # results/large_models.md, its picture, and README's table
+
+The files are those of `laws/others.py`, in any order. No run is ours, and none of the files is in the repository.
+
+**How it is read.** A rank's best rate, and full finetuning's, is moved to every other rank and to full finetuning: by the
+default law, by µA of 8 tokens (that of `suggest_lr`), by the paper's law, by × √(16 / rank), and kept. The law counts the
+mean fan-in of the adapted layers, for full finetuning the largest. `suggest_lr` counts the most common one. A way without
+a run is one rate for every rank: 2e-4, 1e-4, or the formula of Tinker's cookbook, `get_lr`.
+
+* *A best rate* is read in two ways: as it was *tried*, and as the *vertex* of the parabola through the three lowest losses.
+  Where it lies at an end of the grid it is not known. Then nothing is moved from there, and a loss there is too low.
+* *The loss of a rate* lies on straight lines between the rates tried, so that a best rate between two of them loses
+  something: .7 % at rank 16 of the 7B. Beyond the grid it is that of its end, marked by ≥. Losses are in % of the lowest
+  one tried. In reinforcement learning they are points of accuracy, in octaves where only best rates are known.
+* *Nearly all cells have one seed*, so a difference of some tenths of a percent says nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+from internals import get_optimizer_class
+from laws import elsewhere, learning_rate_matters, others, tinker
+from laws.large_figure import draw_moved
+from laws.others import READINGS, Broken, Curve, Reading, Sweep
+from laws.scoring import bench_law
+from recording import RESULTS, block, draw, machine, made_on, number, table_of
+from study.grids import FULL
+from study.suite import README, publish
+
+from rankaware_optim import Constant, Falling, Law, MuA, Power, Rate, suggest_lr
+from rankaware_optim.laws import bound_law, checked_multiplier
+from rankaware_optim.transfer import Suggestion
+
+RESTS_ON = ("laws.adam", "transfer", "fit")
+PAGE, PICTURE = RESULTS / "large_models.md", RESULTS / "large_models.png"
+TUNED = 16  # rank at which most people have a rate
+DEFAULT, KEPT = "the default law", "kept"
+ROOT = "× √(16 / rank)"
+# Octaves from a rank to another one, None where the way has no answer.
+Way = Callable[[Sweep, int, int], float | None]
+
+
+def by_law(law: Law) -> Way:
+    bound = bound_law(law, get_optimizer_class("AdamW"), {})
+
+    def way(sweep: Sweep, a: int, b: int) -> float:
+        here, there = (
+            checked_multiplier(bound, sweep.at(rank).as_factor(), sweep.at(TUNED))
+            for rank in (a, b)
+        )
+        return math.log2(there / here)
+
+    return way
+
+
+def by_root(sweep: Sweep, a: int, b: int) -> float | None:
+    return None if FULL in (a, b) else math.log2(a / b) / 2
+
+
+WAYS: dict[str, Way] = {
+    DEFAULT: by_law(Falling()),
+    "µA of 8 tokens": by_law(MuA(tokens=8.0)),
+    "the paper's law": by_law(MuA(tokens=None)),
+    ROOT: by_root,
+    KEPT: lambda sweep, a, b: 0.0,
+}
+CONSTANTS = (2e-4, 1e-4)
+FORMULA = "Tinker's formula"
+
+
+@click.command()
+@click.argument(
+    "paths", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+def main(paths: Sequence[Path]) -> None:
+    """Write results/large_models.md, its picture and README's table."""
+    of = others.files_by_name(paths)
+    seven = others.qwen_7b(of["qwen2.5-7b.csv"])
+    four = others.qwen_4b(of["qwen3-4b.csv"])
+    at_end = others.qwen_grpo(of["qwen3-1.7b-grpo.csv"])
+    at_best = others.qwen_grpo(of["qwen3-1.7b-grpo.csv"], "accuracy_best")
+    broken = others.olmo_dpo(of["olmo2-1b-dpo.csv"])
+    published = of["sft_sweep.md"]
+    explanation = (__doc__ or "").partition("\n\n")[2].strip("\n")
+    looked = (others.__doc__ or "").partition("**Looked for**")
+    parts = [
+        "# Does it hold on large models?",
+        explanation,
+        summary(seven, four, at_end, broken),
+        f"![Loss against rate, a curve a rank, before and after the move]({PICTURE.name})",
+        "What ways lose on the 7B, % of the loss:",
+        readme_table(seven),
+        of_7b(seven),
+        of_4b(four),
+        of_grpo(at_end, at_best),
+        of_dpo(broken),
+        of_published(published),
+        of_gemma(),
+        sources(),
+        looked[1] + looked[2].rstrip(),
+        made_on(machine(1)),
+    ]
+    PAGE.write_text("\n\n".join(parts) + "\n")
+    draw(draw_moved(seven, WAYS[DEFAULT]), PICTURE, dpi=125)
+    publish(README, "tables", readme_table(seven))
+
+
+# --- moves ------------------------------------------------------------------------------------------------------------
+
+
+class Move(NamedTuple):
+    """A best rate moved to a rank: log2 of it, octaves above the best rate there (None if unknown), and what it loses."""
+
+    x: float
+    octaves: float | None
+    lost: float
+
+
+def moved(sweep: Sweep, way: Way, reading: Reading, a: int, b: int) -> Move | None:
+    """The best rate of rank a at rank b; None where it is not known, or the way has no answer."""
+    best = sweep.best[reading]
+    octaves = way(sweep, a, b)
+    if a not in best or octaves is None:
+        return None
+    x = best[a] + octaves
+    off = x - best[b] if b in best else None
+    return Move(x, off, sweep.lost(b, x) if b in sweep.curves else math.nan)
+
+
+def moves(sweep: Sweep, way: Way, reading: Reading, to_full: bool) -> list[Move]:
+    """All moves between ranks whose best rates are known, or those to full finetuning."""
+    known = sweep.best[reading]
+    ranks = [rank for rank in sweep.ranks if rank in known and rank != FULL]
+    pairs = [(rank, FULL) for rank in ranks]
+    if not to_full:
+        pairs = list(itertools.permutations(ranks, 2))
+    every = (moved(sweep, way, reading, a, b) for a, b in pairs)
+    return [each for each in every if each is not None]
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(statistics.fmean(value * value for value in values))
+
+
+def all_moves(sweep: Sweep) -> str:
+    """Every way over all pairs of ranks, and to full finetuning, by both readings of a best rate."""
+    rows = []
+    for reading, (name, way) in itertools.product(READINGS, WAYS.items()):
+        row = [name, NAMES[sweep.unit][reading]]
+        for to_full in (False, True):
+            found = moves(sweep, way, reading, to_full)
+            off = [each.octaves for each in found if each.octaves is not None]
+            lost = [each.lost for each in found]
+            row.append(number(root_mean_square(off)) if off else "–")
+            if sweep.curves:
+                row += [number(statistics.fmean(lost), 1) if lost else "–"]
+                row += [number(max(lost), 1) if lost else "–"]
+        if row[2] != "–":
+            rows.append(row)
+    lost_heads = [f"lost, mean, {sweep.unit}", "worst"] if sweep.curves else []
+    heads = ["way", "best rate", "between ranks: octaves off, rms", *lost_heads]
+    heads += ["to full finetuning: octaves off, rms", *lost_heads]
+    return table_of(heads, rows)
+
+
+# what the two readings are called
+NAMES = {
+    "%": {"tried": "tried", "vertex": "vertex"},
+    "points": {"tried": "tried", "vertex": "middle of the flat part"},
+    "octaves": {"tried": "tried", "vertex": "–"},
+}
+
+
+def named(rank: int) -> str:
+    return "full" if rank == FULL else f"rank {rank}"
+
+
+def from_rank(sweep: Sweep, reading: Reading, a: int) -> str:
+    """What every way loses at every rank, from one rank's best rate."""
+    rows = [
+        [name, *(cell(sweep, moved(sweep, way, reading, a, b), b) for b in sweep.ranks)]
+        for name, way in WAYS.items()
+    ]
+    return table_of([f"from rank {a}", *map(named, sweep.ranks)], rows)
+
+
+def by_default_law(sweep: Sweep, reading: Reading) -> str:
+    """What the default law loses from every rank to every other one."""
+    rows = []
+    for a in sweep.ranks:
+        if a in sweep.best[reading]:
+            every = [moved(sweep, WAYS[DEFAULT], reading, a, b) for b in sweep.ranks]
+            cells = [
+                cell(sweep, each, b) for each, b in zip(every, sweep.ranks, strict=True)
+            ]
+            rows.append([named(a), *cells])
+    return table_of(["from / to", *map(named, sweep.ranks)], rows)
+
+
+def cell(sweep: Sweep, move: Move | None, rank: int) -> str:
+    """What a move loses, or its octaves where only best rates are known."""
+    if move is None:
+        return "–"
+    if not sweep.curves:
+        return number(move.octaves, sign=True)
+    return lost_in_words(sweep, rank, move.x)
+
+
+def lost_in_words(sweep: Sweep, rank: int, x: float) -> str:
+    beyond = "" if sweep.is_tried(rank, x) else "≥ "
+    return beyond + number(sweep.lost(rank, x), 1)
+
+
+# --- rates without a run ----------------------------------------------------------------------------------------------
+
+
+def suggestion_of(sweep: Sweep, rank: int) -> Suggestion:
+    task = "rl" if sweep.unit == "points" else "other"
+    return suggest_lr(sweep.asked(rank), method=sweep.at(rank).method, task=task)
+
+
+def constants(sweep: Sweep, rank: int) -> dict[str, float]:
+    """The rates of those who do not look at the rank."""
+    found = {f"{rate:g}": rate for rate in CONSTANTS}
+    formula = tinker.get_lr(sweep.model, sweep.widths.hidden, rank != FULL)
+    return found | ({} if formula is None else {FORMULA: formula})
+
+
+def best_in_words(sweep: Sweep, rank: int) -> Iterator[str]:
+    """The best rate by both readings. One at an end of the grid has the sign of what lies beyond."""
+    curve = sweep.curves.get(rank)
+    for reading in READINGS if curve else ("tried",):
+        x = sweep.best[reading].get(rank)
+        if x is not None or curve is None:
+            yield "–" if x is None else f"{2.0**x:.2g}"
+        elif reading == "tried":
+            end = min(curve, key=curve.__getitem__)
+            yield f"{'≥' if end == max(curve) else '≤'} {2.0**end:.2g}"
+        else:
+            yield "at an end"
+
+
+def without_a_run(sweep: Sweep) -> str:
+    """The suggestion and its band at every rank, and what it and other rates lose there."""
+    rows = []
+    for rank in sweep.ranks:
+        given = suggestion_of(sweep, rank)
+        best = sweep.best["vertex"].get(rank, sweep.best["tried"].get(rank))
+        held = "–" if best is None else inside(given, best)
+        row = [named(rank), *best_in_words(sweep, rank)]
+        row += [f"{given.lr:.2g}", f"{given.low:.1g} to {given.high:.1g}", held]
+        for rate in (given.lr, *constants(sweep, rank).values()):
+            x = math.log2(rate)
+            if sweep.curves:
+                row.append(lost_in_words(sweep, rank, x))
+            else:
+                row.append("–" if best is None else number(x - best, sign=True))
+        rows.append(row)
+    readings = READINGS if sweep.curves else READINGS[:1]
+    heads = ["", *(f"best: {NAMES[sweep.unit][each]}" for each in readings)]
+    heads += ["suggested", "90 % band", "holds it", "it loses"]
+    heads += [f"{name} loses" for name in constants(sweep, TUNED)]
+    if not sweep.curves:
+        heads = [head.replace("loses", "is off, octaves") for head in heads]
+    return table_of(heads, rows)
+
+
+def inside(given: Rate, x: float) -> str:
+    return "yes" if given.low <= 2.0**x <= given.high else "no"
+
+
+# --- the sections -----------------------------------------------------------------------------------------------------
+
+
+def spacing(curves: Sequence[Curve]) -> str:
+    """The steps between neighbouring rates of grids, in octaves."""
+    steps = [b - a for each in curves for a, b in itertools.pairwise(sorted(each))]
+    return f"{min(steps):.1f} to {max(steps):.1f} octaves"
+
+
+def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
+    """What the page says, in sentences."""
+    without = [seven.lost(rank, suggested(seven, rank)) for rank in JUDGED]
+    law, kept = (
+        statistics.fmean(seven.lost(rank, at_rank(seven, way, rank)) for rank in HIGHER)
+        for way in (DEFAULT, KEPT)
+    )
+    best = seven.best["vertex"]
+    to_full = [
+        shortfall(sweep, reading)
+        for sweep, reading in ((seven, "vertex"), (four, "tried"), (at_end, "vertex"))
+    ]
+    lines = [
+        "**What it says.**",
+        "",
+        f"* *alpha = rank* (7B): `suggest_lr` loses {statistics.fmean(without):.1f} % in the mean of ranks 8 to 256 and "
+        f"{max(without):.1f} at worst, without a run. Rank 16's best rate loses {law:.1f} in the mean of ranks 32 to 256 "
+        f"moved by the default law, {kept:.0f} kept. Best rates fall by a factor of {2 ** (best[TUNED] - best[256]):.1f} "
+        f"from rank 16 to 256. {ROOT} does as well.",
+        "* *alpha kept* (4B, 35 models): best rates rise with the rank by a little. A law that follows them gains hundredths "
+        f"of a percent over one rate for all. {ROOT} is wrong there.",
+        "* *To full finetuning* the law gives too low a rate: from rank 16 by a factor of "
+        f"{', '.join(f'{factor:.1f}' for factor in to_full)} (7B, 4B, GRPO).",
+        '* *Reinforcement learning* (GRPO): a suggestion for other tasks lies where runs collapse, by `task="rl"` where they '
+        "learn.",
+        "* *A ceiling* (DPO): from rank 8 to 128 the highest rate that leaves stories whole falls as "
+        f"rank^{slope_of(broken, 8, 128):.1f}, where best rates fall as rank^{law_slope(broken, 8, 128):.1f} by the law. "
+        f"From rank 1 to 256 it is rank^{slope_of(broken, 1, 256):.1f}, with nine stories a cell. So a ceiling need not "
+        "move as the best rate does.",
+    ]
+    return "\n".join(lines)
+
+
+def shortfall(sweep: Sweep, reading: Reading) -> float:
+    """The factor by which the default law's rate of full finetuning is too low, from rank 16."""
+    move = moved(sweep, WAYS[DEFAULT], reading, TUNED, FULL)
+    if move is None or move.octaves is None:
+        raise ValueError(f"{sweep.model} has no best rate of full finetuning.")
+    return 2.0**-move.octaves
+
+
+JUDGED = (8, 16, 32, 64, 128, 256)  # ranks of the 7B whose best rate is known
+HIGHER = (32, 64, 128, 256)  # than rank 16
+
+
+def of_7b(sweep: Sweep) -> str:
+    grids = spacing([each for rank, each in sweep.curves.items() if rank != FULL])
+    return "\n\n".join(
+        [
+            "## Qwen2.5-7B-Instruct, alpha = rank",
+            f"Rates are {grids} apart. At ranks 2 and 4 the highest rate tried is the best one. At rank 8 it is so too, and "
+            "the vertex lies below it. Full finetuning was pure bfloat16, where steps of a small rate are rounded away, and "
+            "its lowest loss is far above LoRA's. Below 1e-5 it was not tried.",
+            "What a rate without a run loses, % of the loss. Tinker's formula is for alpha 32, and used as it is here:",
+            without_a_run(sweep),
+            "What rank 16's best rate (vertex) loses, %:",
+            from_rank(sweep, "vertex", TUNED),
+            "What the default law loses from each rank's best rate (vertex), %:",
+            by_default_law(sweep, "vertex"),
+            "All moves between ranks whose best rate is known, and all from them to full finetuning:",
+            all_moves(sweep),
+        ]
+    )
+
+
+def of_4b(sweep: Sweep) -> str:
+    law = [
+        [name, *(cell(sweep, moved(sweep, way, "tried", a, b), b) for a, b in PAIRS)]
+        for name, way in WAYS.items()
+    ]
+    heads = ["octaves above the best", *(f"{named(a)} → {named(b)}" for a, b in PAIRS)]
+    return "\n\n".join(
+        [
+            "## Qwen3-4B, alpha 32",
+            "Only best rates are known, from grids of 12 to 20 rates on one seed. Losses at them differ by .003 from rank "
+            "1 to full finetuning, so that little is lost by any of these.",
+            without_a_run(sweep),
+            table_of(heads, law),
+            all_moves(sweep),
+        ]
+    )
+
+
+PAIRS = ((1, 16), (1, 256), (16, 256), (16, 1), (1, FULL), (16, FULL), (256, FULL))
+
+
+def of_grpo(at_end: Sweep, at_best: Sweep) -> str:
+    grids = spacing([each for rank, each in at_end.curves.items() if rank != FULL])
+    flat = at_end.best["vertex"]
+    ratios = [2.0 ** (x - flat[FULL]) for rank, x in flat.items() if rank != FULL]
+    rows = []
+    for rank in at_end.ranks:
+        asked = at_end.asked(rank)
+        plain = suggest_lr(asked, method=asked.method)
+        for name, given in (
+            ("other", plain),
+            ("rl", suggestion_of(at_end, rank)),
+        ):
+            x = math.log2(given.lr)
+            accuracy = [
+                number(100 * share, 0)
+                for share in (accuracy_at(each, rank, x) for each in (at_best, at_end))
+            ]
+            rows.append([named(rank), name, f"{given.lr:.2g}", *accuracy])
+    heads = ["", "task", "suggested", "accuracy over the run, %", "at its end, %"]
+    return "\n\n".join(
+        [
+            "## GRPO of Qwen3-1.7B on MATH, alpha 32",
+            f"Rates are {grids} apart, one seed. Accuracy at the end of a run is judged; a collapse shows there. Between "
+            'a rate that learns and one that collapses, straight lines mean little. `task="rl"` was set on this file '
+            "and on the study's task of reinforcement learning (`suggestion.md`), so nothing here judges it. Full "
+            "finetuning has the same rate by either task.",
+            table_of(heads, rows),
+            "What a rate without a run loses, points of accuracy at the end:",
+            without_a_run(at_end),
+            "What the default law loses from each rank's best rate (the middle of its flat part), points:",
+            by_default_law(at_end, "vertex"),
+            "All moves between ranks, and all from them to full finetuning. LoRA's best rates are "
+            f"{min(ratios):.1f} to {max(ratios):.1f} times those of full finetuning here, less than by the law:",
+            all_moves(at_end),
+        ]
+    )
+
+
+def accuracy_at(sweep: Sweep, rank: int, x: float) -> float:
+    return abs(min(sweep.curves[rank].values()) + sweep.lost(rank, x)) / 100
+
+
+def of_dpo(broken: Broken) -> str:
+    start = broken.highest_whole(8)
+    rows = []
+    for rank, shares in broken.coherent.items():
+        trait = broken.trait[rank]
+        x = suggested(broken.model, rank)
+        whole = float(np.interp(x, list(shares), list(shares.values())))
+        rates = [
+            broken.highest_whole(rank),
+            start + law_of(broken, 8, rank),
+            start + math.log2(8 / rank),
+            max(trait, key=trait.__getitem__),
+            x,
+        ]
+        rows.append([f"{rank}", *(f"{2.0**x:.2g}" for x in rates), f"{whole:.0f} %"])
+    heads = ["rank", "highest rate with all stories whole", "from rank 8 by the law"]
+    heads += ["by 1 / rank", "rate with most of the trait", "suggested"]
+    heads += ["stories whole there"]
+    slopes = "; ".join(
+        f"from rank {low} to {high} {slope_of(broken, low, high):.2f}, by the law {law_slope(broken, low, high):.2f}"
+        for low, high in ((8, 128), (1, 256))
+    )
+    return "\n\n".join(
+        [
+            "## DPO of OLMo-2-1B, alpha = 2 rank",
+            f"Rates are {spacing([*broken.coherent.values()])} apart. Nine stories a cell are few: at 4e-4 rank 4 breaks some "
+            "and rank 8 none. The trait is no loss.",
+            table_of(heads, rows),
+            f"The power of the rank by which the highest whole rate falls, by least squares: {slopes}. From rank 8 on a "
+            "ceiling that is moved by the law to a higher rank lies too high. So does the suggestion, which is made for "
+            "supervised finetuning.",
+        ]
+    )
+
+
+def law_of(broken: Broken, a: int, b: int) -> float:
+    """Octaves by which the default law moves a rate."""
+    return WAYS[DEFAULT](broken.model, a, b) or 0.0
+
+
+def slope_of(broken: Broken, low: int, high: int) -> float:
+    """The power of the rank by which the highest whole rate falls, by least squares."""
+    ranks = [rank for rank in broken.coherent if low <= rank <= high]
+    return power([(rank, broken.highest_whole(rank)) for rank in ranks])
+
+
+def law_slope(broken: Broken, low: int, high: int) -> float:
+    """The same of the default law."""
+    ranks = [rank for rank in broken.coherent if low <= rank <= high]
+    return power([(rank, law_of(broken, TUNED, rank)) for rank in ranks])
+
+
+def power(points: Sequence[tuple[int, float]]) -> float:
+    """The slope of log2 rates over log2 of the rank, by least squares."""
+    return float(
+        np.polyfit([math.log2(rank) for rank, _ in points], [x for _, x in points], 1)[
+            0
+        ]
+    )
+
+
+# --- 35 published models ----------------------------------------------------------------------------------------------
+
+LAWS = ("mua", MuA(tokens=8.0), "constant", Power(-0.5, law=Constant()))
+LAW_NAMES = (DEFAULT, "µA of 8 tokens", "kept (as by the paper's law)", ROOT)
+
+
+def of_published(path: Path) -> str:
+    rows = []
+    for count, models in (("35", tinker.HIDDEN), ("17 added", tinker.ADDED)):
+        runs = tinker.of_models(path, models)
+        for best in ("parabola", "bowl"):
+            scores = bench_law(runs, LAWS, best=best)
+            for name, score in zip(LAW_NAMES, scores, strict=True):
+                mean = statistics.fmean(score.lost)
+                rows.append(
+                    [
+                        *(count, best, name),
+                        *(number(score.median), number(score.worst)),
+                        *(number(100 * mean), number(100 * max(score.lost))),
+                        f"{len(score.moves)}",
+                        f"{score.off_grid}",
+                    ]
+                )
+    heads = ["models", "best rate by", "law", "median, octaves", "worst"]
+    heads += ["lost, mean, %", "worst", "moves", "off the grid"]
+    return "\n\n".join(
+        [
+            "## 35 language models, alpha 32",
+            "The moves are on models with a best rate inside the grid at two ranks or more. Here losses lie on the study's "
+            "spline between rates, and a best rate is the vertex through the lowest rate and its neighbours, or that of a "
+            "bowl which all ranks of a model share. Grids are 1 to 2 octaves apart. There is no full finetuning. The "
+            "default law was chosen after a look at 18 of the models, and `suggest_lr` is fitted to all.",
+            table_of(heads, rows),
+            published_without_a_run(path),
+        ]
+    )
+
+
+def published_without_a_run(path: Path) -> str:
+    """What rates lose that need no run, at all best rates inside the grids."""
+    targets = elsewhere.targets_in(tinker.curves(path), tinker.HIDDEN.__getitem__)
+    families = [each for each in targets if tinker.power_of(each.model) is not None]
+    suggested = "`suggest_lr`"
+    of_families = ", Llama and Qwen"
+    rates = {
+        suggested: [suggest_lr(each.at) for each in targets],
+        "2e-4": [Rate(2e-4)] * len(targets),
+        "1e-4": [Rate(1e-4)] * len(targets),
+        suggested + of_families: [suggest_lr(each.at) for each in families],
+        FORMULA + of_families: [formula_of(each) for each in families],
+    }
+    rows = []
+    for name, given in rates.items():
+        score = elsewhere.score_of(families if of_families in name else targets, given)
+        held = f"{100 * score.held:.0f} %" if suggested in name else "–"
+        octaves = number(score.octaves, 1, sign=True)
+        rows.append([name, number(score.lost), octaves, held, f"{len(given)}"])
+    heads = ["rate", "lost, mean, %", "octaves above the best", "90 % band holds"]
+    return table_of([*heads, "best rates"], rows)
+
+
+def formula_of(target: elsewhere.Target) -> Rate:
+    """The cookbook's rate for a model of a family that it has a formula for."""
+    return Rate(tinker.get_lr(target.model, tinker.HIDDEN[target.model]) or math.nan)
+
+
+def of_gemma() -> str:
+    explained = (learning_rate_matters.__doc__ or "").strip()
+    tables = learning_rate_matters.tables().replace("## ", "### ")
+    return f"## Gemma-3-1B and Qwen3-0.6B, alpha = rank\n\n{explained}\n\n{tables}"
+
+
+def sources() -> str:
+    rows = [
+        [f"`{name}`", source.words, f"`{source.sha256}`"]
+        for name, source in others.SOURCES.items()
+    ]
+    return block("The files", ["file", "what it holds, and its source", "sha256"], rows)
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def readme_table(seven: Sweep) -> str:
+    """What ways lose at every rank of the 7B whose best rate is known, %."""
+    rates: dict[str, Callable[[int], float]] = {
+        "**`suggest_lr`**, no run": lambda rank: suggested(seven, rank),
+        "rank 16's best rate, **moved by the law**": lambda rank: at_rank(
+            seven, DEFAULT, rank
+        ),
+        f"the same, {ROOT}": lambda rank: at_rank(seven, ROOT, rank),
+        "the same, kept": lambda rank: at_rank(seven, KEPT, rank),
+        "2e-4 at every rank": lambda rank: math.log2(2e-4),
+    }
+    rows = [
+        [name, *(number(seven.lost(rank, rate(rank)), 1) for rank in JUDGED)]
+        for name, rate in rates.items()
+    ]
+    return table_of(["", *map(named, JUDGED)], rows)
+
+
+def suggested(sweep: Sweep, rank: int) -> float:
+    """log2 of the suggested rate."""
+    return math.log2(suggestion_of(sweep, rank).lr)
+
+
+def at_rank(sweep: Sweep, way: str, rank: int) -> float:
+    move = moved(sweep, WAYS[way], "vertex", TUNED, rank)
+    if move is None:
+        raise ValueError(f"{sweep.model} has no best rate at rank {TUNED}.")
+    return move.x
+
+
+if __name__ == "__main__":
+    main()
