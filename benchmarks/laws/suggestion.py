@@ -59,6 +59,7 @@ def main(sweep: Path) -> None:
         another_model.table(curves),
         elsewhere.table(curves, width),
         suggested.losses(),
+        suggested.reinforcement(),
         suggested.margins(elsewhere.targets_in(curves, width)),
     ]
     record("suggestion", title, [*left_out(cells), *own_tasks()], on, said)
