@@ -19,8 +19,10 @@ class Rate:
             more.
         low: lower end of the 90 % band of the best rate, 0 if unknown.
         high: upper end of the band, infinity if unknown.
-        ceiling: the smallest rate that diverged, moved to this configuration by the law. None if no
-            run diverged, and for full finetuning that was never run.
+        ceiling: the smallest rate that diverged, moved to this configuration by the law of best
+            rates. At a higher rank runs may break below it: in a published DPO such a rate fell
+            twice as fast (benchmarks/results/large_models.md). None if no run diverged, and for
+            full finetuning that was never run.
         extrapolated: whether the configuration is outside those tried.
         notes: sentences on assumptions and uncertainties.
         configuration: the rate's rank, alpha, steps and more in words, as far as known.
@@ -80,7 +82,7 @@ class Rate:
             yield (
                 "ceiling",
                 f"{self.ceiling:.3g} (the smallest rate that diverged, moved to this"
-                " configuration)",
+                " configuration as a best rate; at a higher rank it may be lower)",
             )
         if self.extrapolated:
             yield "extrapolated", ""

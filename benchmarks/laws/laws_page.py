@@ -17,7 +17,7 @@ the same grid. The scaling s goes as r^-gamma. The bar was set before the check,
   one rate (.17, its form .28), and keeps it.
 * *LARS* was not run. It keeps one rate.
 
-Adam's law is scored on sweeps by `bench_law.md` and on the study's tasks by `default_law.md`.
+Adam's law is scored on large models by `large_models.md` and on the study's tasks by `study.md`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 perceptron over the weather that learns hourly departures of flights. Both were run once, when every law, prior and
 default of that time was in the package. That default had 1 token, and multiplied a moved rate by .9.
 
-**Today's default was chosen later**, after a look at these two tasks among others (`default_law.md`): 2 tokens, and the
+**Today's default was chosen later**, after a look at these two tasks among others (`default_law.md`, frozen): 2 tokens, and the
 law's rate as it is. They judge it no more. They still judge what was there before: that a rate moves at all, the fall
 at Init[B], and the bands of recipes.
 

@@ -4,7 +4,7 @@
 
 Six tasks. Each length has its own warm-up of 5 % and its own decay. Four arms: Init[A] with alpha = rank at ranks 16 and
 128, Init[B] with alpha = rank at rank 64, and full finetuning. Rates are an octave apart, on two seeds (one at 800
-steps). A grid starts around the best rate of the length before it, and grows at an edge. `laws/default_law.py` reads
+steps). A grid starts around the best rate of the length before it, and grows at an edge. `frontier/page.py` reads
 the runs.
 """
 
@@ -44,11 +44,6 @@ ARMS = ((AT_A, 16), (AT_A, 128), ("Init[B], s = 1", 64), ("full", FULL))
 def cell_of(task: str, config: str, rank: int, steps: int) -> Cell:
     """The runs of a length at a configuration's rank."""
     return task, f"{config}{MARK}{steps} steps", rank
-
-
-def cell_at_a(task: str, rank: int, steps: int) -> Cell:
-    """The same at Init[A], alpha = rank, and in full finetuning."""
-    return cell_of(task, "full" if rank == FULL else AT_A, rank, steps)
 
 
 @click.command()

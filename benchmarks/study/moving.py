@@ -39,16 +39,14 @@ def by_law(domain: str, config: str, law: Law) -> Shift:
 
 
 class Way(NamedTuple):
-    """A way to move a rate: its law (None keeps the rate), and octaves added to a rate that it moves."""
+    """A way to move a rate: its law. None keeps the rate."""
 
     law: Law | None
-    added: float = 0.0
 
     def shift(self, domain: str, config: str) -> Shift:
         if self.law is None:
             return kept
-        moved = by_law(domain, config, self.law)
-        return lambda a, b: moved(a, b) + self.added
+        return by_law(domain, config, self.law)
 
 
 def across_inits(domain: str, rank: int, law: Law) -> float:

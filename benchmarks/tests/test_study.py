@@ -23,7 +23,7 @@ from study.domains._assets import made_once
 from study.grids import FULL, Grid, Job, Line, Listed
 from study.loss_curves import regret_between
 from study.optima import cliff, cliff_of, domains_in, exponent_of
-from study.regret import Moved, lost, noise_floor
+from study.regret import Moved, in_points, lost, noise_floor, resampled
 from study.runs_on_file import complete, read
 from study.suite import finished, main, parts, publish
 from study.suite_tables import by_setting
@@ -209,11 +209,11 @@ def test_the_guide_names_every_script() -> None:
     assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
 
 
-def test_the_first_screen_has_the_eight_pages() -> None:
+def test_the_first_screen_has_the_seven_pages() -> None:
     """The README begins with the pages that the claims rest on; each is on file."""
     first = (BENCHMARKS / "README.md").read_text().partition("What they rest on")[0]
     pages = re.findall(r"^\| \[(\w+)\]\((results/\1\.md)\)", first, re.M)
-    assert len(pages) == 8
+    assert len(pages) == 7
     assert all((BENCHMARKS / path).exists() for _, path in pages)
 
 
@@ -277,12 +277,12 @@ def test_a_law_of_two_rates_is_not_compared() -> None:
         octaves("language", "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
 
 
-def test_a_way_adds_octaves_to_what_its_law_moves() -> None:
+def test_a_way_moves_a_rate_by_its_law() -> None:
     """A way without a law keeps a rate."""
     place, law = ("language", "Init[A], s = 1"), ra.MuA()
     by_law = moving.by_law(*place, law)(4, 64)
-    assert moving.Way(law, -0.5).shift(*place)(4, 64) == pytest.approx(by_law - 0.5)
-    assert moving.Way(None, -0.5).shift(*place)(4, 64) == 0.0
+    assert moving.Way(law).shift(*place)(4, 64) == by_law
+    assert moving.Way(None).shift(*place)(4, 64) == 0.0
 
 
 def test_a_domains_widths_are_its_networks() -> None:
@@ -527,3 +527,41 @@ def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
     assert {16, 256 if domain == "language_smollm2" else 192} <= set(
         parts(domain, "full")[0].ranks
     )
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+GROUPS = st.lists(
+    st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=4), min_size=1, max_size=6
+)
+
+
+@given(GROUPS)
+def test_the_mean_of_groups_lies_in_its_interval(groups: list[list[float]]) -> None:
+    """Resampled means stay between the lowest and the highest group, around the mean of all values."""
+    means = [sum(each) / len(each) for each in groups]
+    drawn = resampled(groups)
+    assert min(means) - 1e-9 <= drawn.min() <= drawn.max() <= max(means) + 1e-9
+    whole = [value for each in groups for value in each]
+    if len(set(map(len, groups))) == 1:
+        apart = abs(drawn.mean() - sum(whole) / len(whole))
+        assert apart <= 0.05 * (max(means) - min(means)) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([[0.01], [0.01]], "+1.00 [+1.00, +1.00]"),
+        # a group counts by its values
+        ([[0.0, 0.0, 0.0], [0.04]], "+1.00 [+0.00, +4.00]"),
+        ([[-0.01], [0.01]], "+0.00 [-1.00, +1.00]"),
+    ],
+)
+def test_a_difference_is_said_in_points(groups: list[list[float]], said: str) -> None:
+    """The mean of all values, and the interval of means over groups drawn again."""
+    assert in_points(groups) == said
+
+
+def test_a_group_weighs_as_much_as_it_has_values() -> None:
+    """Of a group of three zeros and one of a single 4, both drawn once have the mean 1."""
+    assert set(resampled([[0.0, 0.0, 0.0], [4.0]])) == {0.0, 1.0, 4.0}

@@ -174,6 +174,6 @@ RSLORA = flag("--rslora", "rsLoRA: divide alpha by √rank, not by rank.")
 # Fields of a `Rate` in a document.
 RATE_FIELDS = (
     "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that"
-    " diverged, moved to this configuration, or null), extrapolated (whether it is outside what was"
-    " tried), notes (sentences), configuration (text)"
+    " diverged, moved to this configuration as a best rate, or null), extrapolated (whether it is"
+    " outside what was tried), notes (sentences), configuration (text)"
 )

@@ -330,8 +330,9 @@ class Form(NamedTuple):
     arXiv 1706.02677). For spectral and relative-scale updates 1/2 is an assumption without a
     source.
 
-    tokens: b of a law that has its family's number. That of sign-like optimizers was chosen by
-    benchmarks/laws/default_law.py. The other forms were judged with 8.
+    tokens: b of a law that has its family's number. That of sign-like optimizers was chosen after a
+    look at all runs on file (benchmarks/README.md, frozen answers). The other forms were judged
+    with 8.
     """
 
     rate: Callable[[MuA, Site], float]

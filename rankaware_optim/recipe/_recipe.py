@@ -47,8 +47,8 @@ class Recipe:
             of full finetuning.
         covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
         margin: octaves of `lr` below `fitted_lr`. Too high a rate costs more than too low a rate.
-        ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law. None
-            if no trial did.
+        ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law of
+            best rates, which a ceiling need not follow. None if no trial did.
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the
             trials: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant),
             or "unknown".

@@ -40,7 +40,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.ceiling is not None:
         ceiling = (
             f"{recipe.ceiling:.3g}, the smallest rate that diverged, moved to the base rate's"
-            " configuration"
+            " configuration as a best rate"
         )
     optimizer = recipe.optimizer
     if recipe.settings:

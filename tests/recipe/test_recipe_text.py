@@ -44,7 +44,7 @@ WORDS = [
     ({}, "hash", FULL.tag.split()[0]),
     ({}, "note", "second"),
     ({"ceiling": None}, "ceiling", "none seen"),
-    ({"ceiling": 0.03}, "ceiling", "0.03, the smallest rate that diverged, moved to the base rate's configuration"),
+    ({"ceiling": 0.03}, "ceiling", "0.03, the smallest rate that diverged, moved to the base rate's configuration as a best rate"),
     ({"full_seen": True}, "seen", "ranks 4, 64 and full finetuning; 6 trials, from seed 0"),
     ({"ranks": (), "full_seen": True}, "seen", "full finetuning; 6 trials, from seed 0"),
     ({"ranks": (), "tensors": {}}, "seen", "nothing; 0 trials, from seed 0"),
@@ -119,7 +119,7 @@ def test_a_rate_says_what_it_is_for(changes, asked, words):
     assert str(rate).splitlines()[1] == f"at        {words}"
 
 
-MOVED = "the smallest rate that diverged, moved to this configuration"
+MOVED = "the smallest rate that diverged, moved to this configuration as a best rate; at a higher rank it may be lower"
 RATES = [
     (Rate(1e-3), ["lr        0.001"]),
     (Rate(1e-3, 5e-4, 2e-3), ["lr        0.001", "90 % band 0.0005 to 0.002"]),
