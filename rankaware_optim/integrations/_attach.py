@@ -141,7 +141,8 @@ def _check_settings(trainer: Any, settings: Mapping[str, Any]) -> None:
     raise OptimizerError(
         "attach was given no rate.",
         "Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments to another value"
-        f" than its default, {args.learning_rate:g}, which nobody tuned.",
+        f" than its default, {args.learning_rate:g}, which nobody tuned. ra.suggest_lr(trainer)"
+        " says a first one.",
     )
 
 

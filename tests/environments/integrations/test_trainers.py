@@ -170,6 +170,14 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
     assert same(weights(ours), weights(hand))
 
 
+@pytest.mark.parametrize("kind", ["SFT", "GRPO", "RLOO"])
+def test_a_suggestion_for_a_trainer_knows_of_its_rewards(tmp_path, kind):
+    """It is that of the trainer's model, and of reinforcement learning where the trainer has rewards."""
+    trainer = of_trl(kind, llama(), tmp_path)
+    task = "other" if kind == "SFT" else "rl"
+    assert ra.suggest_lr(trainer) == ra.suggest_lr(trainer.model, task=task)
+
+
 def test_trls_pasted_lines_train_the_layers_that_they_name(tmp_path):
     """The lines of `convert --as trl` run as they stand: every linear layer trains at the converted rate."""
     asked = ["convert", "2e-4", "--from", "r=16,alpha=16", "--to", "r=64,alpha=64"]
