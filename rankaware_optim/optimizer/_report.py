@@ -116,7 +116,8 @@ class Report:
     def _table(self) -> Table:
         if self.per_module:
             table = self.survey._table(per_module=True, rates=_rates_of(self.rows))
-            return replace(table, title=self.title)
+            lines = [*table.lines, *(f"check: {text}" for text in self.unmoved)]
+            return replace(table, title=self.title, lines=lines)
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
         lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]

@@ -119,17 +119,17 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 # --- sentences ------------------------------------------------------------------------------------
 
 
-def highest_rate(group: Mapping[str, Any], before: Any = 0.0) -> float:
+def highest_rate(group: Mapping[str, Any], before: Iterable[Any] = ()) -> float:
     """Return the highest rate of a group that is known, since the first steps of a warm-up are
-    small: that which a scheduler noted, or the larger one of `before` and now.
+    small: that which a scheduler noted, else the largest of now and `before`.
 
-    before: the rate that the group was built with, which a loop's own warm-up has overwritten.
+    before: rates that the group had, such as the one that it was built with.
 
-    >>> highest_rate({"lr": 0.0, "initial_lr": 1e-5}, before=1e-3), highest_rate({"lr": 0.0}, 1e-3)
+    >>> highest_rate({"lr": 0.0, "initial_lr": 1e-5}, [1e-3]), highest_rate({"lr": 0.0}, [1e-3])
     (1e-05, 0.001)
     """
     peaks = [group[key] for key in _PEAKS if group.get(key) is not None]
-    return max(map(float, (group["lr"], *(peaks or [before]))))
+    return max(map(float, (group["lr"], *(peaks or before))))
 
 
 def rounding(groups: Iterable[Trained]) -> str:

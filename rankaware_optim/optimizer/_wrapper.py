@@ -586,14 +586,18 @@ def _warn_of_unmoved(opt: Any) -> None:
 
 
 def _trained(opt: Any, before: Sequence[Any] = ()) -> list[Trained]:
-    """Return the sign-like groups at their highest rates. before: their base rates of before."""
-    groups = []
+    """Return the sign-like groups at their highest rates. before: base rates, at a first step."""
+    trained = []
+    none_trains = not any(float(group["lr"]) for group in opt.param_groups)
     for number, group in enumerate(opt.param_groups):
-        if group.get("rank_family") == "sign-like":
-            base = highest_rate(group, *before[number : number + 1])
-            rate = base * group.get("rank_multiplier", 1.0)
-            groups.append(trained_by(opt, group, dict(named_params([group])), rate))
-    return groups
+        if group.get("rank_family") != "sign-like":
+            continue
+        # a rate of 0 freezes a group beside others, and begins a warm-up of all
+        trains = none_trains or float(group["lr"]) > 0
+        base = highest_rate(group, before[number : number + 1] if trains else ())
+        rate = base * group.get("rank_multiplier", 1.0)
+        trained.append(trained_by(opt, group, dict(named_params([group])), rate))
+    return trained
 
 
 def _followed(groups: list[Group], before: Sequence[Any]) -> list[Any]:
