@@ -166,7 +166,10 @@ _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}
 # rounds away, and the dtypes in which it keeps them: Kahan summation, more bits for a weight, and
 # stochastic rounding. None lets the class choose, which keeps them then.
 _KEEPS_SMALL_STEPS = {
-    "kahan_sum": ("bfloat16", "float16"),  # torch-optimi's, pytorch_optimizer's StableAdamW
+    "kahan_sum": (
+        "bfloat16",
+        "float16",
+    ),  # torch-optimi's, pytorch_optimizer's StableAdamW
     "master_byte_width": ("bfloat16", "float16"),  # pytorch_optimizer's FlashAdamW
     "bf16_stochastic_round": ("bfloat16",),  # torchao's
     "bf16_sr": ("bfloat16",),  # pytorch_optimizer's ROSE

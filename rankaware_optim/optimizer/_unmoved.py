@@ -17,13 +17,10 @@ from torch.optim import Optimizer
 
 from .._optimizers import kept_dtypes, known_optimizer
 
-WORTH_SAYING = (
-    0.1  # a share of a group's weights, or of their steps, above which it is said
-)
+# The share of a group's weights, or of their steps, above which it is said.
+WORTH_SAYING = 0.1
 ENTRIES = 2**12  # read of a group: a share of .1 is within .014, three standard errors
-STD = (
-    0.02  # of a transformer's weights where there is no model: GPT-2's and Llama's init
-)
+STD = 0.02  # of weights where there is no model to read: the init of GPT-2 and Llama
 # The step at which epsilon is looked at once. Where B starts at zero, A's first gradients are zero,
 # and grow with B.
 EPSILON_AT = 100
@@ -91,9 +88,8 @@ def unmoved_share(values: Tensor, step: float | Tensor) -> float:
     """
     # as optimizers do: the sum in float32, then one rounding
     wide = values.float() if values.element_size() < 4 else values
-    up = (wide + step).to(values.dtype) == values
-    down = (wide - step).to(values.dtype) == values
-    return float(up.sum() + down.sum()) / (2 * values.numel())
+    moved = torch.stack((wide + step, wide - step)).to(values.dtype)
+    return float((moved == values).sum()) / moved.numel()
 
 
 def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:

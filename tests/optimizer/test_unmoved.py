@@ -198,6 +198,32 @@ def test_a_zero_moves_at_any_rate():
     )
 
 
+def test_the_rate_is_the_groups_own():
+    """The sentence has the rate that the law gives a group, where it is another than the base rate; frozen weights do
+    not count.
+    """
+    model = adapters(BF16)
+    model.layer1.lora_A.requires_grad_(False)
+    params = [model.layer0.lora_A, model.layer1.lora_A]
+    opt = RankAwareOptimizer(
+        params, AdamW, model=model, lr=1e-5, tuned_at="r=256,alpha=256"
+    )
+    (group, *_) = opt.param_groups
+    rate = group["lr"] * group["rank_multiplier"]
+    assert rate > 2e-5
+    (line,) = opt.report().unmoved
+    assert line.startswith(f"At a rate of {rate:.3g} a step leaves ")
+    assert " in layer0.lora_A: " in line
+
+
+@pytest.mark.parametrize(("stay", "is_said"), [(9, False), (11, True)])
+def test_a_tenth_is_not_worth_saying(stay, is_said):
+    """Up to a tenth of the weights may stay where they are."""
+    weight = torch.zeros(100, dtype=BF16)
+    weight[:stay] = 1.0
+    assert bool(rounding([Trained({"weight": weight}, 1e-5)])) == is_said
+
+
 def test_norms_do_not_count_beside_matrices():
     """A norm's ones stay in bfloat16 at 1e-3 and nobody says so, unless norms are all that trains."""
     model = network()
@@ -447,7 +473,9 @@ def test_epsilon_is_read_where_moments_are_adams():
     param = torch.zeros(4)
     moments = {"exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4) / 10}
     known = {**moments, "step": torch.tensor(1.0)}
+    largest = {**known, "max_exp_avg_sq": torch.full((4,), 1e8)}
     rows = [
+        (largest, 1.0, False),
         (known, 1.0, True),
         (known, 1e-3, False),
         (moments, 1.0, False),
