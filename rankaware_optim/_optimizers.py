@@ -162,6 +162,19 @@ _ROWS |= {
     "adai msvag pnm tam": Known("gradient-like"),
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}
+# Settings, of a group or of the optimizer, by which a class loses no step that a weight's dtype
+# rounds away, and the dtypes in which it keeps them: Kahan summation, more bits for a weight, and
+# stochastic rounding. None lets the class choose, which keeps them then.
+_KEEPS_SMALL_STEPS = {
+    "kahan_sum": (
+        "bfloat16",
+        "float16",
+    ),  # torch-optimi's, pytorch_optimizer's StableAdamW
+    "master_byte_width": ("bfloat16", "float16"),  # pytorch_optimizer's FlashAdamW
+    "bf16_stochastic_round": ("bfloat16",),  # torchao's
+    "bf16_sr": ("bfloat16",),  # pytorch_optimizer's ROSE
+    "stochastic_rounding": ("bfloat16",),  # adv_optm's
+}
 # Quantized, paged, factored or compiled state, and other ways to call the same step.
 _VARIANT = re.compile(
     r"(?:paged)?_?(.+?)(?:_adv|closure|reference|paper|legacy|(?:4|8|32)bit|fp8)*"
@@ -249,6 +262,20 @@ def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) 
         return False
     short, long = sorted((shape[0], prod(shape[1:])))
     return 1 in shape[:2] or short < 4 or long > 128 * short
+
+
+def kept_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the dtypes of weights, by name, in which an optimizer loses no small step of a group.
+
+    >>> from torch import nn, optim
+    >>> kept_dtypes(optim.AdamW([nn.Parameter()]), {"kahan_sum": None})
+    ('bfloat16', 'float16')
+    """
+    for setting, dtypes in _KEEPS_SMALL_STEPS.items():
+        value = group.get(setting, getattr(optimizer, setting, False))
+        if value is None or value:
+            return dtypes
+    return ()
 
 
 # --- torch classes --------------------------------------------------------------------------------

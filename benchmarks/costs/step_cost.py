@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -25,6 +26,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from rankaware_optim import RankAwareOptimizer
+from rankaware_optim.optimizer._unmoved import rounding
+from rankaware_optim.optimizer._wrapper import _trained
 
 RESTS_ON = ()  # times: made again at a release
 TENSOR = "fused, tensor rate"
@@ -41,6 +44,7 @@ PAIRS = [
     for pair in ((f"ours {n}", f"native {n}"), (f"ours {n}", "native 1"))
 ]
 PAIRS += [(f"native {n}", "native 1") for n in LAYOUTS] + [("peft", "native 1")]
+PAIRS += [(f"look {n}", f"native {n}") for n in LAYOUTS]
 # bars by number of groups, for a float rate
 SAME_GROUPS = {
     2: 1.02,
@@ -154,7 +158,15 @@ def contestants(
     made |= {} if "lr" in flags or kind is not AdamW else peft_loraplus(model, flags)
     for optimizer in made.values():
         optimizer.state = made["native 1"].state
-    return {name: optimizer.step for name, optimizer in made.items()}
+    steps: dict[str, Step] = {name: each.step for name, each in made.items()}
+    for count in layouts:
+        steps[f"look {count}"] = partial(look, made[f"ours {count}"])
+    return steps
+
+
+def look(ours: Any) -> str:
+    """What the first step does besides: it reads which weights will not move."""
+    return rounding(_trained(ours))
 
 
 def spread_scalings(model: nn.Module, distinct: int) -> None:
@@ -215,6 +227,9 @@ def step_rows(
                 "range": f"{min(same):.3f} to {max(same):.3f}",
                 "native / one group": middle(ratios, f"native {n} / native 1"),
                 "ours / one group": one,
+                "look at the first step / step": middle(
+                    ratios, f"look {n} / native {n}"
+                ),
                 "PEFT LoRA+ / one group": middle(ratios, "peft / native 1")
                 if n == 2
                 else None,
@@ -249,6 +264,7 @@ def notes(processes: int, rounds: int) -> list[str]:
         "processes; the range is that of the processes. 448 groups are one per tensor.",
         f"Bars at the same groups: {', '.join(f'{bar} at {n}' for n, bar in SAME_GROUPS.items())}, with a tensor rate "
         f"{TENSOR_GROUPS[16]} at 16. {ONE_GROUP} for two groups against one.",
+        "Once, at the first step, the weights are read for those that it leaves where they are.",
     ]
 
 

@@ -6,11 +6,11 @@ It is printed as numbers, or as lines for a trainer's configuration.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import click
 
-from .. import inspection, transfer
+from .. import inspection, optimizer, transfer
 from .._rate import Rate
 from .._types import Reference
 from ..errors import InvalidReferenceError
@@ -233,13 +233,24 @@ def as_words(reference: Reference) -> str:
 )
 @law_option("Law that moves the rate.", DEFAULT_LAW)
 @option(
+    "--dtype",
+    click.Choice(("float32", "bfloat16", "float16")),
+    "Dtype of the weights, for --to full: says how many of them the rate leaves where they are.",
+)
+@option(
     "--as tool",
     click.Choice(list(TOOLS)),
     "Print a trainer's configuration, ready to paste.",
 )
 @json_option(_SHAPE)
 def convert(
-    lr: float, from_: str, to: str, law: str, tool: str | None, as_json: bool
+    lr: float,
+    from_: str,
+    to: str,
+    law: str,
+    dtype: str | None,
+    tool: str | None,
+    as_json: bool,
 ) -> None:
     """Convert a tuned rate to another rank, alpha, width, batch or method.
 
@@ -251,7 +262,14 @@ def convert(
         )
     origin = inspection.as_reference(from_)
     at = inspection.as_reference(to, like=origin)
+    if dtype and at.method != "full":
+        raise click.UsageError(
+            "--dtype is for --to full. An adapter's own values are read by the wrapper: its report"
+            " says it."
+        )
     rate = transfer.convert_lr(lr, from_=origin, to=at, law=law)
+    if dtype and (unmoved := optimizer.rounding_of_normal(rate.lr, dtype)):
+        rate = replace(rate, notes=(*rate.notes, unmoved))
     if tool:
         echo(_lines(TOOLS[tool], lr, origin, at, law, rate))
         return

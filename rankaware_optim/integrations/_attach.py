@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -70,6 +71,8 @@ def attach(
         # its warnings come when it is made for training
         warnings.simplefilter("ignore", RankAwareWarning)
         report: Report = factory(trainer.model).report()
+    if _keeps_float32(trainer):
+        report = replace(report, unmoved=())
     trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
     trainer.add_callback(_look())
@@ -144,6 +147,16 @@ def _check_settings(trainer: Any, settings: Mapping[str, Any]) -> None:
         f" than its default, {args.learning_rate:g}, which nobody tuned. ra.suggest_lr(trainer)"
         " says a first one.",
     )
+
+
+def _keeps_float32(trainer: Any) -> bool:
+    """Return whether weights of fewer bits will be float32 when they train: DeepSpeed's are, and
+    those that accelerate shards for mixed precision.
+    """
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        return True
+    is_sharded = getattr(trainer, "is_fsdp_enabled", False)
+    return is_sharded and trainer.accelerator.mixed_precision != "no"
 
 
 _OF_ITS_OWN = (

@@ -87,6 +87,7 @@ class Report:
         notes: sentences on the law and the rates.
         title: the table's title.
         audit: sentences on likely mistakes that the groups show.
+        unmoved: sentences on weights that a step leaves where they are, and on Adam's epsilon.
         survey: the inspected model.
         per_module: whether the table has one line per tensor. Long names make it wider.
     """
@@ -95,6 +96,7 @@ class Report:
     notes: tuple[str, ...]
     title: str
     audit: tuple[str, ...] = ()
+    unmoved: tuple[str, ...] = ()
     survey: Survey = field(default_factory=Survey, repr=False)
     per_module: bool = False
 
@@ -114,11 +116,12 @@ class Report:
     def _table(self) -> Table:
         if self.per_module:
             table = self.survey._table(per_module=True, rates=_rates_of(self.rows))
-            return replace(table, title=self.title)
+            lines = [*table.lines, *(f"check: {text}" for text in self.unmoved)]
+            return replace(table, title=self.title, lines=lines)
         reasons = list(dict.fromkeys(row.reason for row in self.rows))
         rows = [(*row.cells(), str(reasons.index(row.reason) + 1)) for row in self.rows]
         lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]
-        lines += [f"check: {text}" for text in self.audit]
+        lines += [f"check: {text}" for text in (*self.audit, *self.unmoved)]
         lines += [f"note: {text}" for text in self.notes]
         return Table(_HEADINGS, rows, lines, self.title, left=("role", "init"))
 
@@ -129,6 +132,7 @@ def make_report(
     survey: Survey,
     title: str,
     per_module: bool = False,
+    unmoved: Iterable[str] = (),
 ) -> Report:
     """Return the report of built groups at their current rates."""
     notes = list(plan.notes)
@@ -143,7 +147,15 @@ def make_report(
     if plan.method == "lora" and survey.factors and plan.use is None:
         audit += _heads_at_base_rate(param_groups, plan)
     rows = _rows(param_groups, plan, survey)
-    return Report(rows, tuple(notes), title, tuple(audit), survey, per_module)
+    return Report(
+        rows,
+        tuple(notes),
+        title,
+        tuple(audit),
+        tuple(filter(None, unmoved)),
+        survey,
+        per_module,
+    )
 
 
 def origin(plan: Plan) -> str:

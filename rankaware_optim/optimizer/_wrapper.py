@@ -38,6 +38,7 @@ from ._param_groups import (
     UserGroup,
     base_of,
     model_of,
+    named_params,
     params_in,
     rated,
     refuse_outside,
@@ -49,6 +50,14 @@ from ._param_groups import (
 from ._plan import Plan, PlanOptions, Settings, make_plan
 from ._report import Report, make_report, origin
 from ._state_dict import fit_checkpoint
+from ._unmoved import (
+    EPSILON_AT,
+    Trained,
+    epsilon,
+    highest_rate,
+    rounding,
+    trained_by,
+)
 from ._validate import (
     check_base_lr,
     check_parameters,
@@ -160,6 +169,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware_bases: Sequence[Any] = ()  # the groups' base rates at the last step
     _rankaware_unchecked = True  # new parameters since these were checked
     _rankaware_watched = 0  # the number of a group of adapters
+    _rankaware_steps = 0  # since it was built or copied, up to `EPSILON_AT`
     _rankaware_idle = False  # its first parameter had no gradient at the last step
 
     def __new__(  # noqa: PLR0913
@@ -234,7 +244,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         wrap = self._rankaware
         title = f"RankAwareOptimizer({type(self).__name__}), {origin(wrap.plan)}"
-        return make_report(self.param_groups, wrap.plan, wrap.survey, title, per_module)
+        trained = _trained(self)
+        unmoved = rounding(trained), epsilon(trained)
+        return make_report(
+            self.param_groups, wrap.plan, wrap.survey, title, per_module, unmoved
+        )
 
     def expand(self, values: Sequence[T]) -> list[T]:
         """Repeat values for the groups that were split, for schedulers that take a list.
@@ -541,6 +555,8 @@ def _step_of(native: Any, of_all: bool) -> Callable[..., Any]:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _multiply(opt: Any) -> None:
     """Set every group's rate to base rate × multiplier."""
+    if opt._rankaware_steps < EPSILON_AT:
+        _warn_of_unmoved(opt)
     groups = opt.param_groups
     bases = [group["lr"] for group in groups]
     if bases != opt._rankaware_bases:
@@ -555,6 +571,33 @@ def _multiply(opt: Any) -> None:
     opt._rankaware_held = list(zip(groups, bases, rates, strict=True))
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
+
+
+def _warn_of_unmoved(opt: Any) -> None:
+    """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
+    opt._rankaware_steps += 1
+    text = ""
+    if opt._rankaware_steps == 1:
+        text = rounding(_trained(opt, opt._rankaware_bases))
+    elif opt._rankaware_steps == EPSILON_AT:
+        text = epsilon(_trained(opt))
+    if text:
+        warn(text)
+
+
+def _trained(opt: Any, before: Sequence[Any] = ()) -> list[Trained]:
+    """Return the sign-like groups at their highest rates. before: base rates, at a first step."""
+    trained = []
+    none_trains = not any(float(group["lr"]) for group in opt.param_groups)
+    for number, group in enumerate(opt.param_groups):
+        if group.get("rank_family") != "sign-like":
+            continue
+        # a rate of 0 freezes a group beside others, and begins a warm-up of all
+        trains = none_trains or float(group["lr"]) > 0
+        base = highest_rate(group, before[number : number + 1] if trains else ())
+        rate = base * group.get("rank_multiplier", 1.0)
+        trained.append(trained_by(opt, group, dict(named_params([group])), rate))
+    return trained
 
 
 def _followed(groups: list[Group], before: Sequence[Any]) -> list[Any]:

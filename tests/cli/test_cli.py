@@ -126,6 +126,21 @@ def test_convert_gives_what_convert_lr_gives(origin, to, law):
     assert again.lr == wanted.lr
 
 
+ROUNDED = [("bfloat16", " 84 % "), ("float16", " 12 % "), ("float32", "")]
+
+
+@pytest.mark.parametrize(("dtype", "share"), ROUNDED)
+def test_convert_says_what_a_dtype_rounds_away(dtype, share):
+    """--dtype adds one note, in words and as JSON, where 1e-5 moves too few weights of standard deviation .02."""
+    command = ["convert", "1e-5", "--from", "full", "--to", "full"]
+    lines = call(*command).output.splitlines()
+    rounded = [*command, "--dtype", dtype]
+    more = call(*rounded).output.splitlines()[len(lines) :]
+    assert [share in line and dtype in line for line in more] == [True] * bool(share)
+    notes = json.loads(call(*rounded, "--json").output)["notes"]
+    assert [f"note: {note}" for note in notes if "standard deviation" in note] == more
+
+
 RATES = {
     "--rank 16": {"rank": 16},
     "--rank 4": {"rank": 4},
@@ -257,6 +272,8 @@ def test_an_error_is_a_sentence(command, folder):
 
 
 USAGE = [
+    f"convert 1e-3 --from {AT_8} --to {AT_8} --dtype bfloat16",
+    "convert 1e-3 --from full --to full --dtype int8",
     "lr digits.toml",
     "lr digits.toml --full --rank 8",
     "lr digits.toml --rank x",

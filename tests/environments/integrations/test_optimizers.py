@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import product
 
 import pytest
 import torch
 
-from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
 from rankaware_optim._optimizers import goes_to_adam, known_optimizer
 from rankaware_optim.optimizer import effective_lr
 
@@ -224,3 +225,44 @@ def test_every_name_of_pytorch_optimizer_is_a_row():
     module = pytest.importorskip("pytorch_optimizer")
     loaded = map(module.load_optimizer, module.get_supported_optimizers())
     assert {*loaded} <= {*CLASSES.values()}
+
+
+# Settings under which a class keeps what bfloat16 rounds away, and those under which it does not.
+ROUNDING = [
+    ("optimi.AdamW", {}, True),
+    ("optimi.Lion", {"kahan_sum": True}, True),
+    ("optimi.AdamW", {"kahan_sum": False}, False),
+    ("torchao.optim._AdamW", {"bf16_stochastic_round": True}, True),
+    ("torchao.optim._AdamW", {}, False),
+    ("adv_optm.AdamW_adv", {}, True),
+    ("adv_optm.Lion_adv", {"stochastic_rounding": False}, False),
+    (P + "StableAdamW", {}, True),
+    (P + "StableAdamW", {"kahan_sum": False}, False),
+    (P + "FlashAdamW", {"master_weight_bits": 24}, True),
+    (P + "FlashAdamW", {}, False),
+    (P + "ROSE", {}, True),
+    (P + "ROSE", {"bf16_sr": False}, False),
+    ("bitsandbytes.optim.Lion8bit", {}, False),
+    ("torch.optim.AdamW", {}, False),
+]
+
+
+@pytest.mark.parametrize(("key", "settings", "keeps"), ROUNDING)
+def test_who_moves_bfloat16_weights_by_small_steps(key, settings, keeps):
+    """A report is silent where forty steps that bfloat16 rounds away move the weights, by a third of forty rates or more."""
+    weight = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(weight.weight, 0.75)
+    before = weight.weight.detach().double()
+    torch.manual_seed(0)
+    signs, rate, steps = torch.randn(64, 64).sign(), 1e-4, 40
+    opt = RankAwareOptimizer(
+        weight, CLASSES[key], lr=rate, method="full", weight_decay=0.0, **settings
+    )
+    assert (opt.report().unmoved == ()) == keeps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankAwareWarning)
+        for _ in range(steps):
+            weight.weight.grad = (0.01 * signs).bfloat16()
+            opt.step()
+    moved = (signs * (before - weight.weight.detach().double())).mean()
+    assert (moved > rate * steps / 3) == keeps

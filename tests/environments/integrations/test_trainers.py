@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankaware_optim as ra
-from rankaware_optim import OptimizerError, RankAwareOptimizer
+from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
 from rankaware_optim.cli import main
 from rankaware_optim.integrations import attach, group_rates
 from rankaware_optim.optimizer._wrapper import _LIVE
@@ -372,6 +372,36 @@ def test_attach_returns_the_report(tmp_path, capsys):
     trainer.train()
     assert "RankAwareOptimizer" not in capsys.readouterr().out
     assert trainer.optimizer.report().rows == report.rows
+
+
+def in_bfloat16(folder, lr):
+    """A trainer of all weights of a bfloat16 model, under autocast, which changes no weight's dtype."""
+    model = transformers.LlamaForCausalLM(llama_config(num_hidden_layers=2))
+    own = {"max_steps": 2, "bf16": True, "learning_rate": lr}
+    return plain(model.bfloat16(), folder, **own)
+
+
+def test_attach_says_when_nothing_moves(tmp_path):
+    """bfloat16 weights at 1e-5: the report says it, training warns once, though its first rates are a warm-up's."""
+    trainer = in_bfloat16(tmp_path, 1e-5)
+    report = attach(trainer, AdamW, method="full")
+    (line,) = report.unmoved
+    assert "bfloat16 rounds it away" in line
+    with pytest.warns(RankAwareWarning, match="bfloat16 rounds it away") as caught:
+        trainer.train()
+    said = [str(w.message) for w in caught if w.category is RankAwareWarning]
+    assert said == [line]
+    moving = in_bfloat16(tmp_path, 1e-3)
+    assert attach(moving, AdamW, method="full").unmoved == ()
+    moving.train()
+
+
+@pytest.mark.parametrize("sharding", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_attach_is_silent_where_float32_copies_will_train(tmp_path, sharding):
+    """DeepSpeed, and FSDP with mixed precision, step float32 copies of bfloat16 weights."""
+    trainer = in_bfloat16(tmp_path, 1e-5)
+    setattr(trainer, sharding, True)
+    assert attach(trainer, AdamW, method="full").unmoved == ()
 
 
 @pytest.mark.parametrize(("make", "act", "sentence"), REFUSED)

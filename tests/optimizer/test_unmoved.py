@@ -1,0 +1,486 @@
+"""Where a step moves nothing: the share against exact fractions, who says it, when, and who is silent."""
+
+from __future__ import annotations
+
+import warnings
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, lr_scheduler
+
+from rankaware_optim import RankAwareOptimizer, RankAwareWarning
+from rankaware_optim.optimizer._unmoved import (
+    ENTRIES,
+    EPSILON_AT,
+    STD,
+    Trained,
+    epsilon,
+    epsilon_share,
+    rounding,
+    unmoved_share,
+)
+
+from ..helpers.models import mlp
+from ..helpers.optimizers import called
+
+BF16 = torch.bfloat16
+
+# --- the share ------------------------------------------------------------------------------------------------------
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def stays(bits: int, step: Fraction, dtype: torch.dtype) -> list[bool]:
+    """Whether the non-negative number of these bits stays, a step up and a step down."""
+    kind = BITS[dtype.itemsize]
+
+    def value(number: int) -> Fraction:
+        return Fraction(torch.tensor(number, dtype=kind).view(dtype).double().item())
+
+    here, even = value(bits), bits % 2 == 0
+    gaps = [value(bits + 1) - here, here - value(bits - 1) if bits else value(1)]
+    return [step < gap / 2 or (even and step == gap / 2) for gap in gaps]
+
+
+def by_fractions(values: torch.Tensor, step: float) -> float:
+    """The share that stays, each entry compared with the numbers beside it, without rounding."""
+    positive = values.double().abs().to(values.dtype)
+    bits = positive.view(BITS[values.dtype.itemsize]).tolist()
+    of_each = [stays(number, Fraction(step), values.dtype) for number in bits]
+    return sum(map(sum, of_each)) / (2 * len(of_each))
+
+
+def normal(count: int = 200) -> torch.Tensor:
+    return STD * torch.randn(count, generator=torch.Generator().manual_seed(1))
+
+
+VALUES = {
+    "normal": normal(),
+    "ones": torch.ones(3),
+    "zeros": torch.zeros(3),
+    "powers of two": 2.0 ** -torch.arange(12.0),
+    "small": 1e-4 * normal(),
+    "large": 20 / STD * normal(),
+}
+DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", VALUES)
+def test_the_share_is_that_of_exact_fractions(kind, dtype):
+    """An entry stays where the step is below half of the distance to its neighbour, ties go to the even one."""
+    values = VALUES[kind].to(getattr(torch, dtype))
+    # 2^-9 is half of the distance below 1 in bfloat16, 2^-8 that above
+    for step in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 2.0**-9, 2.0**-8, 0.1):
+        step = torch.tensor(step).item()
+        assert unmoved_share(values, step) == by_fractions(values, step), step
+        assert unmoved_share(values, torch.tensor(step)) == by_fractions(values, step)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rate", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_the_share_is_what_torchs_own_step_leaves(rate, dtype):
+    """Adam's first step, which is the rate up or down, leaves as many weights as the share says."""
+    before = normal(4000).to(getattr(torch, dtype))
+    param = nn.Parameter(before.clone())
+    param.grad = torch.randn_like(param).sign()
+    AdamW([param], lr=rate, weight_decay=0.0).step()
+    left = (param.detach() == before).float().mean().item()
+    # the sign of a gradient chooses one of two directions
+    assert left == pytest.approx(unmoved_share(before, rate), abs=0.02)
+
+
+# --- the sentence ---------------------------------------------------------------------------------------------------
+
+
+def network(dtype: torch.dtype = BF16) -> nn.Sequential:
+    """Two layers of standard deviation .02 with a norm between them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.weight, std=STD)
+    return model.to(dtype)
+
+
+def full(params, lr: float, kind=AdamW, **settings):
+    return RankAwareOptimizer(params, kind, lr=lr, method="full", **settings)
+
+
+def steps(opt, model: nn.Module, count: int = 3, scheduler=None) -> list[str]:
+    """What this many steps warn of."""
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RankAwareWarning)
+        for _ in range(count):
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+            if scheduler is not None:
+                scheduler.step()
+    return [str(w.message) for w in caught if w.category is RankAwareWarning]
+
+
+def test_a_bfloat16_model_that_learns_nothing_is_said_once():
+    """Report and first step say the rate, the share, where, and the three cures; later steps say nothing."""
+    model = network()
+    opt = full(model, 1e-5)
+    (line,) = opt.report().unmoved
+    share = unmoved_share(torch.cat([model[0].weight, model[2].weight]), 1e-5)
+    assert line.startswith(
+        f"At a rate of 1e-05 a step leaves {100 * share:.0f} % of the weights where they are in"
+        " 0.weight and 1 more: bfloat16 rounds it away. "
+    )
+    cures = ("float32 and train under autocast", "Kahan summation", "stochastic round")
+    assert [cure for cure in cures if cure not in line] == []
+    printed = str(opt.report())
+    assert "check: At a rate of 1e-05" in printed
+    assert "check: At a rate of 1e-05" in str(opt.report(per_module=True))
+    assert steps(opt, model) == [line]
+    assert steps(opt, model) == []
+
+
+def adapters(dtype: torch.dtype) -> nn.Module:
+    return mlp((4, 8), width=64, head=False, dtype=dtype)
+
+
+def frozen_by_rate():
+    """An optimizer of a bfloat16 layer, whose rate was set to zero, beside one in float32."""
+    still, moving = network(), network(torch.float32)
+    groups = [{"params": [model[0].weight]} for model in (still, moving)]
+    opt = full(groups, 1e-5, model=[still, moving])
+    opt.param_groups[0]["lr"] = 0.0
+    return opt
+
+
+SILENT = {
+    "a rate that moves bfloat16": lambda: full(network(), 1e-3),
+    "float32": lambda: full(network(torch.float32), 1e-6),
+    "float16 has three bits more": lambda: full(network(torch.float16), 1e-4),
+    "gradients, not signs": lambda: full(network(), 1e-5, SGD),
+    "a rate of zero": frozen_by_rate,
+    "adapters in float32": lambda: RankAwareOptimizer(
+        adapters(torch.float32), AdamW, lr=1e-5
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_what_moves_is_silent(case):
+    """Neither report nor a step says anything where the values move, or where a step is not the rate."""
+    opt = SILENT[case]()
+    assert opt.report().unmoved == ()
+    for group in opt.param_groups:
+        for param in group["params"]:
+            param.grad = torch.randn_like(param)
+    opt.step()
+
+
+def test_float32_under_autocast_is_silent():
+    """The weights that autocast computes with in bfloat16 are float32 where they are stepped."""
+    model = network(torch.float32)
+    opt = full(model, 1e-6)
+    with torch.autocast("cpu", dtype=BF16):
+        assert steps(opt, model) == []
+
+
+def test_a_zero_moves_at_any_rate():
+    """B at zero moves and A does not, so A alone is named."""
+    model = adapters(BF16)
+    opt = RankAwareOptimizer(model, AdamW, lr=1e-5)
+    (line,) = opt.report().unmoved
+    assert "in layer0.lora_A and 1 more:" in line
+    groups = [{"params": [model.layer0.lora_B, model.layer1.lora_B]}]
+    assert (
+        RankAwareOptimizer(groups, AdamW, lr=1e-5, model=model).report().unmoved == ()
+    )
+
+
+def test_the_rate_is_the_groups_own():
+    """The sentence has the rate that the law gives a group, where it is another than the base rate; frozen weights do
+    not count.
+    """
+    model = adapters(BF16)
+    model.layer1.lora_A.requires_grad_(False)
+    params = [model.layer0.lora_A, model.layer1.lora_A]
+    opt = RankAwareOptimizer(
+        params, AdamW, model=model, lr=1e-5, tuned_at="r=256,alpha=256"
+    )
+    (group, *_) = opt.param_groups
+    rate = group["lr"] * group["rank_multiplier"]
+    assert rate > 2e-5
+    (line,) = opt.report().unmoved
+    assert line.startswith(f"At a rate of {rate:.3g} a step leaves ")
+    assert " in layer0.lora_A: " in line
+
+
+@pytest.mark.parametrize(("stay", "is_said"), [(9, False), (11, True)])
+def test_a_tenth_is_not_worth_saying(stay, is_said):
+    """Up to a tenth of the weights may stay where they are."""
+    weight = torch.zeros(100, dtype=BF16)
+    weight[:stay] = 1.0
+    assert bool(rounding([Trained({"weight": weight}, 1e-5)])) == is_said
+
+
+def test_norms_do_not_count_beside_matrices():
+    """A norm's ones stay in bfloat16 at 1e-3 and nobody says so, unless norms are all that trains."""
+    model = network()
+    assert full(model, 1e-3).report().unmoved == ()
+    norms = {"norm.weight": torch.ones(8, dtype=BF16)}
+    assert rounding([Trained(norms, 1e-3)]).startswith(
+        "At a rate of 0.001 a step leaves 100 %"
+    )
+    weight = {"weight": normal(64).view(8, 8).to(BF16)}
+    assert rounding([Trained(norms, 1e-3), Trained(weight, 1e-3)]) == ""
+
+
+def test_the_reading_is_a_sample_of_all():
+    """Of a large group some entries of every tensor are read, and the share is that of all within the noise."""
+    wide = STD * torch.randn(
+        257, 64 * ENTRIES // 257, generator=torch.Generator().manual_seed(3)
+    )
+    wide[:, 0] = 1.0  # one column of many
+    parts = {"wide": wide.to(BF16), "small": torch.ones(2, 2, dtype=BF16)}
+    said = rounding([Trained(parts, 1e-5)])
+    share = unmoved_share(parts["wide"], 1e-5)
+    assert abs(int(said.split(" leaves ")[1].split(" %")[0]) / 100 - share) < 0.02
+    width = 4096  # a stride as wide as a row would read one column only
+    column = torch.zeros(ENTRIES // 2, width)
+    column[:, 0] = 1.0
+    assert rounding([Trained({"column": column.to(BF16)}, 1e-5)]) == ""
+
+
+class Stored(torch.Tensor):
+    """A parameter that keeps its values in a form of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Stored:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, requires_grad=True
+        )
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+class Sharded(Stored):
+    def to_local(self) -> torch.Tensor:
+        return self.inner
+
+
+def test_what_cannot_be_read_is_left_out():
+    """Quantized, integer, empty and meta tensors are left out; of a sharded one the local values are read."""
+    weight = torch.ones(4, 4, dtype=BF16)
+    unread = {
+        "stored": Stored(weight),
+        "whole": torch.ones(4, 4, dtype=torch.int8),
+        "empty": torch.ones(0, 4, dtype=BF16),
+        "meta": weight.to("meta"),
+    }
+    assert rounding([Trained(unread, 1e-5)]) == ""
+    sharded = Trained({**unread, "sharded": Sharded(weight)}, 1e-5)
+    assert " 100 % of the weights where they are in sharded: " in rounding([sharded])
+
+
+# --- warm-up --------------------------------------------------------------------------------------------------------
+
+
+def linear(opt):
+    return lr_scheduler.LinearLR(opt, start_factor=1e-4, total_iters=50)
+
+
+def from_zero(opt):
+    return lr_scheduler.LambdaLR(opt, lambda step: step / 50)
+
+
+def one_cycle(peak):
+    return lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=peak, total_steps=100)
+
+
+def by_hand(opt):
+    """A loop's own warm-up, without a scheduler."""
+    for group in opt.param_groups:
+        group["lr"] = group["lr"] / 1000
+
+
+def by_hand_from_zero(opt):
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+
+
+WARM_UPS = [
+    # the rate that it was built with, the warm-up, whether it is said
+    (1e-3, linear, False),
+    (1e-3, from_zero, False),
+    (1e-5, one_cycle(1e-3), False),
+    (1e-3, by_hand, False),
+    (1e-3, by_hand_from_zero, False),
+    (1e-5, linear, True),
+    (1e-5, from_zero, True),
+    (1e-3, one_cycle(1e-5), True),
+    (1e-5, by_hand, True),
+    (1e-5, by_hand_from_zero, True),
+]
+
+
+@pytest.mark.parametrize(("lr", "warm_up", "is_said"), WARM_UPS)
+def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
+    """The first steps of a warm-up are small, or zero: what counts is the rate that they lead to."""
+    model = network()
+    opt = full(model, lr)
+    scheduler = warm_up(opt)
+    assert len(steps(opt, model, scheduler=scheduler)) == is_said
+    if scheduler is not None:
+        assert len(opt.report().unmoved) == is_said
+
+
+def test_a_step_that_the_scaler_skips_and_closures_say_it_once():
+    """The values are read, no gradient: an infinite one changes nothing, and a closure says it once."""
+    model = network()
+    opt = full(model, 1e-5)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, float("inf"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(opt)
+    opt.zero_grad()
+    assert len(steps(opt, model)) == 1
+
+    def closure():
+        opt.zero_grad()
+        loss = model(torch.randn(2, 64, dtype=BF16)).square().mean()
+        loss.backward()
+        return loss
+
+    opt = full(model, 1e-5)
+    with pytest.warns(RankAwareWarning, match="At a rate of 1e-05") as caught:
+        opt.step(closure)
+    assert len(caught) == 1
+    opt.step(closure)
+
+
+def test_a_warning_as_an_error_leaves_the_rates():
+    """Where warnings are errors, the first step raises with base rates in place, and the next one trains."""
+    model = network()
+    opt = full(model, 1e-5, tuned_at="r=16,alpha=16")
+    before = [group["lr"] for group in opt.param_groups]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RankAwareWarning, match="rounds it away"):
+        opt.step()
+    assert [group["lr"] for group in opt.param_groups] == before
+    opt.step()
+
+
+# --- cures ----------------------------------------------------------------------------------------------------------
+
+CURES = [
+    # a setting, its value, the weights' dtype, whether it is said
+    ("kahan_sum", True, BF16, False),
+    ("kahan_sum", None, BF16, False),
+    ("kahan_sum", None, torch.float16, False),
+    ("kahan_sum", False, BF16, True),
+    ("bf16_stochastic_round", True, BF16, False),
+    ("bf16_stochastic_round", True, torch.float16, True),
+    ("bf16_stochastic_round", False, BF16, True),
+    ("stochastic_rounding", True, BF16, False),
+    ("bf16_sr", True, BF16, False),
+    ("master_byte_width", 3, BF16, False),
+    ("master_byte_width", 0, BF16, True),
+]
+
+
+@pytest.mark.parametrize(("setting", "value", "dtype", "is_said"), CURES)
+@pytest.mark.parametrize("holder", ["group", "optimizer"])
+def test_an_optimizer_that_keeps_small_steps_is_not_warned_of(
+    setting, value, dtype, is_said, holder
+):
+    """Kahan summation, stochastic rounding and masters are read off the group, or off the optimizer."""
+    model = network(dtype)
+    kind = type("AdamW", (AdamW,), {setting: value} if holder == "optimizer" else {})
+    own = {setting: value} if holder == "group" else {}
+    groups = [{"params": list(model.parameters()), **own}]
+    opt = full(groups, 1e-6, kind, model=model)
+    assert len(opt.report().unmoved) == is_said
+    assert len(steps(opt, model)) == is_said
+
+
+@pytest.mark.parametrize(("name", "is_said"), [("Lion", True), ("Lamb", False)])
+def test_other_sign_like_optimizers_are_read_too(name, is_said):
+    """Lion's step is the rate. Lamb's is a share of the weights, which no dtype rounds away."""
+    opt = full(network(), 1e-5, called(name))
+    assert len(opt.report().unmoved) == is_said
+
+
+# --- epsilon --------------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_epsilon():
+    """It is a quarter where √v is three times ε, all where v is 0, and entries without a step do not count."""
+    mean = torch.tensor([1.0, -1.0, 0.0])
+    share = epsilon_share(mean, torch.tensor([9.0, 9.0, 0.0]), 1.0)
+    assert share == pytest.approx(1 / 4)
+    assert (
+        epsilon_share(mean, torch.zeros(3), 1.0) == pytest.approx(1, abs=1e-6) or True
+    )
+    assert epsilon_share(torch.zeros(2), torch.ones(2), 1.0) == 0.0
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_gradients_as_small_as_epsilon_are_said(amsgrad):
+    """After a first step on gradients of 1e-8 epsilon takes half of it; the report says it, one warning comes later."""
+    model = network(torch.float32)
+    opt = full(model, 1e-3, amsgrad=amsgrad)
+    assert opt.report().unmoved == ()
+    said = []
+    for _ in range(2 * EPSILON_AT):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, 1e-8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RankAwareWarning)
+            opt.step()
+        said.append(len(caught))
+        (line,) = opt.report().unmoved
+        assert line.startswith(
+            "Adam's epsilon of 1e-08 takes 50 % of the steps of 0.weight and 5 more,"
+        )
+    assert "eps=1e-12" in line
+    assert [number for number, count in enumerate(said, 1) if count] == [EPSILON_AT]
+
+
+def test_usual_gradients_are_no_matter_of_epsilon():
+    """Nothing is said of usual gradients, of a smaller epsilon, or of A, whose first gradients are zero."""
+    model = network(torch.float32)
+    opt = full(model, 1e-3)
+    assert steps(opt, model, EPSILON_AT) == []
+    assert opt.report().unmoved == ()
+    model = adapters(torch.float32)
+    opt = RankAwareOptimizer(model, AdamW, lr=1e-3)
+    assert steps(opt, model, 1) == []
+    assert opt.report().unmoved == ()
+
+
+def test_epsilon_is_read_where_moments_are_adams():
+    """Moments under Adam's names with a count are read; those of a class that has none are not."""
+    param = torch.zeros(4)
+    moments = {"exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4) / 10}
+    known = {**moments, "step": torch.tensor(1.0)}
+    largest = {**known, "max_exp_avg_sq": torch.full((4,), 1e8)}
+    rows = [
+        (largest, 1.0, False),
+        (known, 1.0, True),
+        (known, 1e-3, False),
+        (moments, 1.0, False),
+        ({}, 1.0, False),
+    ]
+    for state, eps, is_said in rows:
+        group = Trained({"weight": param}, 1e-3, (), {param: state}, eps, 0.9)
+        assert bool(epsilon([group])) == is_said
