@@ -151,10 +151,10 @@ def make_report(
         rows,
         tuple(notes),
         title,
-        tuple(audit),
-        tuple(filter(None, unmoved)),
-        survey,
-        per_module,
+        audit=tuple(audit),
+        unmoved=tuple(filter(None, unmoved)),
+        survey=survey,
+        per_module=per_module,
     )
 
 
