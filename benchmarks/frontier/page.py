@@ -280,13 +280,13 @@ def price(found: Sequence[Searched], way: str) -> float:
 
 
 def long_rows() -> Iterator[Row]:
-    """The searches for a run of 400 steps."""
-    on_file = list(searches.on_file())
-    for name in searches.PLANS:
-        runs = [each.runs for each in on_file if each.way == name]
-        if runs:
-            cost = round(statistics.fmean(runs), 1)
-            yield Row(name, cost, NOTHING, REAL)
+    """The searches for a run of 400 steps, by their price."""
+    runs: dict[str, list[float]] = defaultdict(list)
+    for each in searches.on_file():
+        runs[each.way].append(each.runs)
+    costs = {name: round(statistics.fmean(each), 1) for name, each in runs.items()}
+    for name in sorted(costs, key=costs.__getitem__):
+        yield Row(name, costs[name], NOTHING, REAL)
 
 
 def in_real_cells(found: Iterable[Lost]) -> list[Lost]:
