@@ -39,7 +39,6 @@ from .laws import Power as Power
 from .laws import register_law as register_law
 from .optimizer import RankAwareOptimizer as RankAwareOptimizer
 from .optimizer import rank_aware_param_groups as rank_aware_param_groups
-from .optimizer import to_plain_state_dict as to_plain_state_dict
 from .recipe import Recipe as Recipe
 from .transfer import convert_lr as convert_lr
 from .transfer import suggest_lr as suggest_lr

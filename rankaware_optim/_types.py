@@ -47,11 +47,11 @@ def init_text(init: str) -> str:
     return {"A": "B = 0", "B": "A = 0"}.get(init, init)
 
 
-def reason_of_other(kinds: Sequence[str], rate: str = "the base rate") -> str:
-    """Return why a parameter that is not a factor has its rate. `kinds`: its adapter's kinds, if no
-    law covers them.
+def reason_of_other(kind: str | None, rate: str = "the base rate") -> str:
+    """Return why a parameter that is no factor has its rate. kind: its adapter's, if no law covers
+    it.
     """
-    return f"{', '.join(kinds)}: no law, {rate}" if kinds else f"no LoRA factor: {rate}"
+    return f"{kind}: no law, {rate}" if kind else f"no LoRA factor: {rate}"
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Survey:
             yield f.name, f.convention, *cells, *fans, why
         for name in self.other:
             kind = self.unsupported.get(name, "")
-            why = reason_of_other([kind] if kind else [])
+            why = reason_of_other(kind)
             yield name, "", kind, "other", *blank, why
         for name in self.frozen:
             yield name, "", "", "frozen", *blank, "a LoRA factor that does not train"

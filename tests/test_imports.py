@@ -74,7 +74,6 @@ PUBLIC = [
     "register_convention",
     "register_law",
     "suggest_lr",
-    "to_plain_state_dict",
 ]
 FACES = [
     package

@@ -162,7 +162,7 @@ def test_a_page_and_the_wrapper_say_one_number_for_one_model(page: str) -> None:
     model = torch.nn.ModuleDict(layers)
     tuned: Any = {"lr": 1.0, "tuned_at": "r=16,alpha=32", "method": "full"}
     opt = rankaware_optim.RankAwareOptimizer(model, torch.optim.AdamW, **tuned)
-    factor = 1 / opt.param_groups[0]["rank_multiplier"]
+    factor = 1 / opt.rates.groups[0].multiplier
     survey = rankaware_optim.inspect_model(model, method="full")
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     for printed in (factor, survey.width, survey.full_width()):

@@ -22,7 +22,7 @@ from .._optimizers import defaults_of
 from .._types import Reference
 from .._warn import warn
 from ..errors import CalibrationError
-from ..optimizer import RankAwareOptimizer, effective_lr
+from ..optimizer import RankAwareOptimizer
 from ..recipe import (
     BASE,
     SAME_UPDATES,
@@ -102,7 +102,7 @@ def versions_used() -> dict[str, str]:
 
 
 def built_with(
-    opt: Optimizer, native: type[Optimizer], settings: Mapping[str, Any], at: Reference
+    opt: Any, native: type[Optimizer], settings: Mapping[str, Any], at: Reference
 ) -> dict[str, Any]:
     """Return what decides a trial besides its rank, seed and rate: the model's width, alpha and
     init, and all settings.
@@ -116,7 +116,8 @@ def built_with(
     built = {name: plain_value(given[name]) for name in given.keys() - _LEFT_OUT}
     names = opt.defaults.keys() - _LEFT_OUT
     built |= settings_of(opt.param_groups, names)
-    of_factors = [group for group in opt.param_groups if group["lora_role"] != "other"]
+    numbers = {group.user_group for group in opt.rates.groups if group.role != "other"}
+    of_factors = [opt.param_groups[number] for number in sorted(numbers)]
     factors = settings_of(of_factors or opt.param_groups, names)
     apart = {name: value for name, value in factors.items() if value != built[name]}
     if apart:
@@ -133,18 +134,18 @@ def shape_of(at: Reference) -> dict[str, Any]:
     return {"width": at.fan_in, "lora_alpha": at.alpha, "init": at.init}
 
 
-def _other_rates(opt: Optimizer) -> dict[str, Any]:
+def _other_rates(opt: Any) -> dict[str, Any]:
     """Return the rates of parameters that are not factors, by name pattern. Patterns with two rates
     are left out.
     """
     tables = []
-    for group in opt.param_groups:
-        if group["lora_role"] != "other":
+    for group in opt.rates.groups:
+        if group.role != "other":
             continue
-        rate: Any = effective_lr(group)
+        rate: Any = group.lr
         # twelve digits remove a ratio's rounding error
         rate = BASE if rate == opt.defaults["lr"] else float(f"{rate:.12g}")
-        tables.append({name_pattern(name): rate for name in group["param_names"]})
+        tables.append({name_pattern(name): rate for name in group.names})
     return agreed(tables)
 
 

@@ -241,10 +241,10 @@ def _pull(loop: Any, trial: Trial) -> Any:
 def _has_moved(opt: Any) -> bool:
     """Return whether some factor that was zero at the start is not zero, or none can be seen."""
     seen = False
-    for group in [] if opt is None else opt.param_groups:
-        if {group.get("lora_role"), group.get("lora_init")} != {"A", "B"}:
+    for group in [] if opt is None else opt.rates.groups:
+        if {group.role, group.init} != {"A", "B"}:
             continue
-        for factor in group["params"]:
+        for factor in group.params:
             # of a sharded one, this process's part
             part = factor.to_local() if hasattr(factor, "to_local") else factor
             # float16 has no rates below 6e-8

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .._checks import plain_lr
 from .._optimizers import get_optimizer_class
 from .._warn import warn
-from ..errors import CheckpointError, OptimizerError, RankAwareWarning
+from ..errors import OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
 from ._logs import log_rates
 from ._trainer_factory import TrainerFactory, changed_arguments
@@ -35,8 +35,8 @@ def attach(
     The optimizer is made again when the trainer has wrapped its model. Weight decay, and rate,
     betas and epsilon if they were set, come from the trainer's arguments unless they are given
     here. Norms and biases get no weight decay, as in Trainer. The rates that it trains at are
-    logged. While it trains, `trainer.optimizer.report()` works with accelerate's wrapper too. The
-    base rate is written into the arguments, which are saved with the run.
+    logged. While it trains, `trainer.optimizer` has `report` and `rates`, in accelerate's wrapper
+    too. The base rate is written into the arguments, which are saved with the run.
 
     Args:
         trainer: transformers' `Trainer` or a subclass.
@@ -167,13 +167,11 @@ _OF_ITS_OWN = (
 
 
 def _look() -> Any:
-    """Return a callback that checks the trainer's optimizer and scheduler, and accelerate's
-    wrapper, at the start.
-    """
+    """Return a callback that looks into the wrapper around the trainer's optimizer at the start."""
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):
-        """Gives the wrapper `report`, and raises if the trainer has made another optimizer."""
+        """Gives the wrapper `report` and `rates`, and raises if the trainer made another optimizer."""
 
         def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
             wrapper = opt = kwargs["optimizer"]
@@ -185,25 +183,7 @@ def _look() -> Any:
                         _OF_ITS_OWN,
                     )
                 opt = opt.optimizer
-            _refuse_plain_scheduler(kwargs["lr_scheduler"], opt)
             if wrapper is not opt:
-                wrapper.report = opt.report
+                wrapper.report, wrapper.rates = opt.report, opt.rates
 
     return Look()
-
-
-def _refuse_plain_scheduler(scheduler: Any, opt: RankAwareOptimizer) -> None:
-    """Raise if a checkpoint's scheduler has rates for another number of groups. Older torch skips
-    groups silently.
-    """
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's
-    rates = getattr(
-        scheduler, "base_lrs", getattr(scheduler, "min_lrs", opt.param_groups)
-    )
-    if len(rates) != len(opt.param_groups):
-        raise CheckpointError(
-            f"The checkpoint's scheduler has rates for {len(rates)} groups, and this optimizer has "
-            f"{len(opt.param_groups)}. It was saved by a run without attach.",
-            "Finish that run without attach. Or put opt.expand(list) in place of each list in its"
-            " scheduler.pt, where opt = trainer.create_optimizer().",
-        )

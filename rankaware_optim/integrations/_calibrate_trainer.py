@@ -216,6 +216,7 @@ def run_transformers(trainer: Any, run: TrainerRun) -> Any:
     def make(
         params: Any, *, lr: Any = None, **settings: Any
     ) -> Any:  # the rate is the trial's
+        run.trial.lr = None  # under DeepSpeed it is made twice
         return run.trial.optimizer(params, **settings)
 
     factory = TrainerFactory(trainer, run.native, run.settings, make)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import OptimizerError
-from ..optimizer import effective_lr
+from ..optimizer import RankAwareOptimizer
 
 
 def group_rates(opt: Any) -> dict[str, float]:
@@ -21,42 +21,66 @@ def group_rates(opt: Any) -> dict[str, float]:
     rates are numbered.
 
     Args:
-        opt: the optimizer, or a framework's wrapper with `param_groups`.
+        opt: a `RankAwareOptimizer`, in a framework's wrapper or not. Another optimizer's groups,
+            such as those of `rank_aware_param_groups`, are taken as they are.
     """
-    return rates_of(opt.param_groups)
+    return _named(_rates_of(opt))
 
 
-def rates_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return `group_rates` of some groups."""
-    by_name: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for group in groups:
-        name = role = group.get("lora_role", "other")
-        if group.get("lora_rank") is not None:
-            name = f"r{group['lora_rank']}"
+class _Rate(NamedTuple):
+    """A rate, the one from which its schedule started, and what trains at it."""
+
+    lr: float
+    initial_lr: float
+    multiplier: float
+    role: str
+    rank: int | None
+
+
+def _rates_of(opt: Any) -> list[_Rate]:
+    wrapped = opt
+    while not isinstance(wrapped, RankAwareOptimizer):
+        wrapped = getattr(wrapped, "optimizer", None)
+        if wrapped is None:
+            return [_native(group) for group in opt.param_groups]
+    return [
+        _Rate(g.lr, g.initial_lr, g.multiplier, g.role, g.rank)
+        for g in wrapped.rates.groups
+    ]
+
+
+def _native(group: Mapping[str, Any]) -> _Rate:
+    lr = float(group["lr"])
+    start, role = float(group.get("initial_lr", lr)), group.get("lora_role", "other")
+    return _Rate(lr, start, 1.0, role, group.get("lora_rank"))
+
+
+def _named(rates: Iterable[_Rate]) -> dict[str, float]:
+    by_name: dict[str, dict[str, list[_Rate]]] = {}
+    for rate in rates:
+        name = role = rate.role
+        if rate.rank is not None:
+            name = f"r{rate.rank}"
             role = f"{role}/{name}"
-        by_name.setdefault(name, {}).setdefault(role, []).append(group)
-    rates = {}
+        by_name.setdefault(name, {}).setdefault(role, []).append(rate)
+    named = {}
     for name, by_role in by_name.items():
         distinct = _distinct(chain(*by_role.values()))
         if len(distinct) == 1:
-            rates[f"lr/{name}"] = distinct[0]
+            named[f"lr/{name}"] = distinct[0]
             continue
         for role, of_role in by_role.items():
             own = _distinct(of_role)
-            for number, rate in enumerate(own):
-                rates[f"lr/{role}/{number}" if len(own) > 1 else f"lr/{role}"] = rate
-    return rates
+            for number, lr in enumerate(own):
+                named[f"lr/{role}/{number}" if len(own) > 1 else f"lr/{role}"] = lr
+    return named
 
 
-def _distinct(groups: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Return the rates of groups, one for those that start alike, so that a warm-up from zero has
-    the same names.
+def _distinct(rates: Iterable[_Rate]) -> list[float]:
+    """Return the rates, one for those that start alike, so that a warm-up from zero has the same
+    names.
     """
-    by_start = {}
-    for group in groups:
-        start = {**group, "lr": group.get("initial_lr", group["lr"])}
-        by_start[effective_lr(start)] = effective_lr(group)
-    return list(by_start.values())
+    return list({rate.initial_lr: rate.lr for rate in rates}.values())
 
 
 def log_rates(trainer: Any) -> None:
@@ -75,9 +99,8 @@ def log_rates(trainer: Any) -> None:
             self.rates: dict[str, float] = {}
 
         def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
-            groups = kwargs["optimizer"].param_groups
-            moved = [g for g in groups if g.get("rank_multiplier", 1.0) != 1.0]
-            self.rates = rates_of(moved)
+            rates = _rates_of(kwargs["optimizer"])
+            self.rates = _named(rate for rate in rates if rate.multiplier != 1.0)
 
         def on_log(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
             logs = kwargs.get("logs") or {}

@@ -9,10 +9,13 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+from ..optimizer import RankAwareOptimizer
 
 
 class TrainerFactory:
@@ -26,7 +29,8 @@ class TrainerFactory:
         native: the class that is wrapped.
         settings: the user's. Without a rate or a recipe, the rate is that of the arguments at each
             call.
-        make: `make(params, model=..., **settings)` builds the optimizer.
+        make: `make(params, model=..., **settings)` builds the optimizer. It is called twice under
+            DeepSpeed.
     """
 
     def __init__(
@@ -34,7 +38,7 @@ class TrainerFactory:
         trainer: Any,
         native: type[Optimizer],
         settings: Mapping[str, Any],
-        make: Callable[..., Optimizer],
+        make: Callable[..., RankAwareOptimizer],
     ) -> None:
         self._trainer = weakref.ref(trainer)
         self._native = native
@@ -69,7 +73,12 @@ class TrainerFactory:
                         "lr", None
                     )  # a group at the trainer's base rate gets ours
         keep_embeddings_in_32_bits(model, self._native, settings)
-        return self._make(groups, model=model, **settings)
+        make = partial(self._make, model=model, **settings)
+        if not trainer.is_deepspeed_enabled:
+            return make(groups)
+        # ZeRO flattens every group, so each part is a group of its own
+        parts = make([dict(group) for group in groups]).rates.groups
+        return make([{**groups[p.user_group], "params": list(p.params)} for p in parts])
 
 
 def trainer_settings(

@@ -1,8 +1,10 @@
+from ._assign import Assigner as Assigner
+from ._assign import make_assigner as make_assigner
 from ._native_groups import rank_aware_param_groups as rank_aware_param_groups
-from ._param_groups import effective_lr as effective_lr
-from ._plan import PlanOptions as PlanOptions
-from ._plan import make_plan as make_plan
+from ._notes import notes_of as notes_of
+from ._rates import RateGroup as RateGroup
+from ._rates import Rates as Rates
 from ._report import Report as Report
-from ._state_dict import to_plain_state_dict as to_plain_state_dict
+from ._source import Tuned as Tuned
 from ._unmoved import rounding_of_normal as rounding_of_normal
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer

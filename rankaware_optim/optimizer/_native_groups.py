@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import in_force
 from .._rate import Rate
 from .._types import Init, Method
-from ..inspection import ReferenceLike, as_reference, survey_of, walk
-from ..laws import DEFAULT_LAW, Law
-from ._param_groups import (
-    Models,
-    model_of,
-    multiply_for_native,
-    rated,
-    refuse_outside,
-    split,
-    together,
-    user_groups,
-)
-from ._plan import PlanOptions, make_plan
-from ._validate import refuse_groups, refuse_one_rate
+from ..inspection import ReferenceLike
+from ..laws import Law
+from ..recipe import Recipe
+from ._assign import Explicit
+from ._prepare import prepare
+from ._refuse import Wrapped, refuse_one_rate
+from ._source import read_source
+from ._user_groups import MULTIPLIED, model_of, together
 
 
 def rank_aware_param_groups(  # noqa: PLR0913
     params: Any,
     *,
-    lr: float | Rate,
+    lr: float | Rate | None = None,
     model: nn.Module | Sequence[nn.Module] | None = None,
-    law: str | Law = DEFAULT_LAW,
+    law: str | Law | None = None,
     tuned_at: ReferenceLike | None = None,
-    optimizer_class: type | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    optimizer_class: type[Optimizer] | None = None,
     settings: Mapping[str, Any] | None = None,
     named: bool = True,
     method: Method = "lora",
@@ -42,20 +38,23 @@ def rank_aware_param_groups(  # noqa: PLR0913
     rates: Mapping[str, float | Rate] | None = None,
     other_lr: float | Rate | None = None,
     batch: float | None = None,
+    steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups with their rates, for any torch optimizer without the wrapper.
 
-    group["lr"] is the user group's lr, or `lr`, times group["rank_multiplier"]. The optimizer's
-    step does not multiply again. A scheduler that sets rates to absolute values therefore removes
-    the multipliers.
+    group["lr"] is the user group's lr, or the base rate, times group["rank_multiplier"]. The
+    optimizer's step does not multiply again. A scheduler that sets rates to absolute values
+    therefore removes the multipliers.
 
     Args:
         params: a model (its trainable parameters), or parameters or groups with `model=`.
-        lr: the base rate, per step, tuned at `tuned_at`.
+        lr: the base rate, per step, tuned at `tuned_at`. A recipe has its own.
         model: as for `RankAwareOptimizer`.
         law: a law or its name.
         tuned_at: the configuration of `lr`, as for `RankAwareOptimizer`.
-        optimizer_class: the optimizer that gets the groups. It decides the form of the law.
+        recipe: as for `RankAwareOptimizer`.
+        optimizer_class: the optimizer that gets the groups, by default AdamW. It decides the form
+            of the law.
         settings: its settings. Muon's adjust_lr_fn and Adafactor's scale_parameter change the law's
             form.
         named: whether groups contain parameter names. ZeroRedundancyOptimizer needs False.
@@ -64,12 +63,14 @@ def rank_aware_param_groups(  # noqa: PLR0913
         rates: as for `RankAwareOptimizer`.
         other_lr: as for `RankAwareOptimizer`.
         batch: as for `RankAwareOptimizer`.
+        steps: as for `RankAwareOptimizer`.
 
     Raises:
         OptimizerError: the parameters or a rate cannot be used, or the optimizer would not train
             at the groups' rates.
         InspectionError: the adapters cannot be read.
         LawError: the law cannot be used.
+        RecipeError: the recipe cannot be read, or has no rate for this model.
 
     >>> import torch
     >>> pair, linear = torch.nn.Module(), torch.nn.Linear
@@ -81,28 +82,33 @@ def rank_aware_param_groups(  # noqa: PLR0913
     [('A', 0.00222), ('B', 0.00222)]
     """
     params = together(params)
-    model = model_of(params, model)
-    check_lr(lr)
-    reference = None if tuned_at is None else as_reference(tuned_at)
-    options = PlanOptions(law, reference, dict(rates or {}), other_lr, batch)
-    walked = walk(model)
-    survey = survey_of(walked, method=method, init=init)
-    listed = user_groups(params, model, walked)
-    refuse_outside(listed, walked, options)
-    if optimizer_class is not None:
-        refuse_one_rate(optimizer_class)
-        refuse_groups(optimizer_class, listed, in_force(optimizer_class, settings))
-    each = [group.options for group in listed]
-    plan = make_plan(
-        survey,
-        options,
-        optimizer_class,
-        settings,
-        groups=each,
-        are_several=isinstance(model, Models),
+    native = AdamW if optimizer_class is None else optimizer_class
+    refuse_one_rate(native)
+    source = read_source(recipe, law, tuned_at, plain_lr(lr), batch, steps)
+    if recipe is None:
+        check_lr(lr)
+    prepared, splits = prepare(
+        params,
+        model_of(params, model),
+        Wrapped(native, None, settings or {}),
+        source,
+        Explicit(dict(rates or {}), other_lr),
+        method,
+        init,
     )
     groups = []
-    for part in split(listed, plan, survey):
-        groups.append(rated(part, plain_lr(lr), named))
-        multiply_for_native(groups[-1])
+    for split in splits:
+        for part in split.parts:
+            part.settle(part.group.get("lr", prepared.assigner.source.lr))
+            group = {**part.group, "lr": part.base * part.multiplier}
+            for key in ("initial_lr", "max_lr", "min_lr"):
+                if group.get(key) is not None:
+                    group[key] = group[key] * part.multiplier
+            names = [split.members[i].name for i in part.at]
+            group.pop("param_names", None)
+            if named:
+                group["params"] = list(zip(names, group["params"], strict=True))
+            assigned = part.assigned
+            group |= {"lora_role": assigned.role, "lora_rank": assigned.rank}
+            groups.append({**group, MULTIPLIED: part.multiplier})
     return groups

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._optimizers import kept_dtypes, known_optimizer
+from .._warn import warn
 
 # The share of a group's weights, or of their steps, above which it is said.
 WORTH_SAYING = 0.1
@@ -67,6 +68,39 @@ def trained_by(
         return Trained(params, rate, kept)
     eps, betas = group.get("eps", 0.0), group.get("betas", (0.0, 0.0))
     return Trained(params, rate, kept, optimizer.state, eps, float(betas[1]))
+
+
+def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
+    """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates.
+
+    first_step: whether the rates with which it was built count too.
+    """
+    parts, trained = opt._rankaware.parts, []
+    users = parts.shown(opt)
+    splits = parts.of(users)
+    none_trains = not any(float(user["lr"]) for user in users)
+    for group in opt.rates.groups:
+        if group.family != "sign-like":
+            continue
+        user = users[group.user_group]
+        # a rate of 0 freezes a group beside others, and begins a warm-up of all
+        trains = none_trains or float(user["lr"]) > 0
+        before = [splits[group.user_group].lr] if first_step and trains else ()
+        rate = highest_rate(user, before) * group.multiplier
+        params = dict(zip(group.names, group.params, strict=False))
+        trained.append(trained_by(opt, user, params, rate))
+    return trained
+
+
+def warn_of_unmoved(opt: Any, step: int) -> None:
+    """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
+    text = ""
+    if step == 1:
+        text = rounding(trained_parts(opt, first_step=True))
+    elif step == EPSILON_AT:
+        text = epsilon(trained_parts(opt))
+    if text:
+        warn(text)
 
 
 # --- two shares -----------------------------------------------------------------------------------

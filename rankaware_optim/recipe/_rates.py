@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from .._optimizers import known_optimizer
 from .._printing import times
 from .._rate import Rate
-from .._types import GAMMA, Method, Reference, Survey, scaling_factor, width_for
+from .._types import (
+    GAMMA,
+    Method,
+    Rated,
+    Reference,
+    Survey,
+    scaling_factor,
+    width_for,
+)
 from .._warn import warn
 from ..errors import RankAwareError, RecipeError
 from ..laws import checked_multiplier
@@ -246,11 +254,7 @@ class OtherRates(NamedTuple):
     recipe: Recipe
     full: float | None
 
-    def tried(self, name: str) -> float | Literal["base"] | None:
-        """Return a parameter's rate in the LoRA trials, None if they did not train it."""
-        return self.recipe.other_rates.get(name_pattern(name))
-
-    def rate(self, name: str, trains: bool = True) -> float | None:
+    def rate(self, name: str, trains: bool = True) -> Rated | None:
         """Return the rate of a parameter: that of the trials, else that of full finetuning.
 
         Args:
@@ -263,16 +267,20 @@ class OtherRates(NamedTuple):
         Raises:
             RecipeError: neither was tried, and the parameter trains.
         """
-        tried = self.tried(name)
+        tried = self.recipe.other_rates.get(name_pattern(name))
+        if tried == BASE:
+            return Rated(self.recipe.lr, "the base rate, as in the recipe's trials")
         if tried is not None:
-            return self.recipe.lr if tried == BASE else float(tried)
-        if self.full is None and trains:
+            return Rated(float(tried), "its rate in the recipe's trials")
+        if self.full is not None:
+            return Rated(self.full, "full finetuning's rate by the recipe")
+        if trains:
             raise RecipeError(
                 f"The trials of recipe {self.recipe.name!r} trained neither {name} nor the full"
                 " model, so it has no rate.",
                 "Give other_lr=, or rates= for its name.",
             )
-        return self.full
+        return None
 
 
 def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:

@@ -18,7 +18,7 @@ from ..laws import (
     get_law,
     law_title,
 )
-from ..optimizer import PlanOptions, make_plan
+from ..optimizer import Tuned, make_assigner, notes_of
 from ..recipe import ANY_WIDTH
 
 
@@ -69,9 +69,12 @@ def convert_lr(
     target = replace(target, fan_in=target.fan_in or origin.fan_in)
     batch = None if origin.batch is None else target.batch
     factor = target.as_factor()
-    options = PlanOptions(law, tuned_at=origin, batch=batch)
-    plan = make_plan(Survey((factor,)), options)
-    multiplier = plan.multiplier(factor)
+    source = Tuned(law=law, reference=origin, batch=batch)
+    survey = Survey((factor,))
+    assigner = make_assigner(survey, source)
+    rule = assigner.rule({})
+    multiplier = assigner.multiplier(factor, rule.law)
+    moved = assigner.assign(factor.name, factor, rule).multiplier
     notes = list(_notes(law, origin, target, multiplier))
     if width is None and multiplier != 1.0:
         notes.append(
@@ -79,8 +82,8 @@ def convert_lr(
             " such as fan_in=2048."
         )
     return Rate(
-        check_lr(base * plan.rule.by_run * multiplier, "The converted lr"),
-        notes=(*notes, *plan.notes),
+        check_lr(base * moved, "The converted lr"),
+        notes=(*notes, *notes_of(assigner, survey)),
         configuration=str(target),
     )
 

@@ -27,7 +27,6 @@ from rankaware_optim import (
 )
 from rankaware_optim.calibration import Pushed
 from rankaware_optim.laws import PRIOR_LAW, get_law
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import (
     BEST,
@@ -384,7 +383,7 @@ def test_the_optimizer_is_the_users_at_the_trials_rate():
         assert isinstance(opt, AdamW)
         assert isinstance(opt, ra.RankAwareOptimizer)
         assert opt.defaults["weight_decay"] == 0.5
-        (used,) = {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "A"}
+        (used,) = {part.lr for part in opt.rates.groups if part.role == "A"}
         by_law = recipe_like(recipe, Power(pivot=8.0, law=get_law(PRIOR_LAW)), trial.lr)
         assert used == pytest.approx(by_law.at(rank=trial.rank).lr, rel=1e-9)
 

@@ -16,7 +16,6 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _provenance, versions_used
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import Net, calibrate, made_up, sloping
 from ..helpers.models import PlainLoRA
@@ -210,9 +209,8 @@ def test_a_calibrated_head_trains_on_as_it_did():
     model = Net(64)
     model.head = nn.Linear(4, 2)
     opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)
-    assert {effective_lr(g) for g in opt.param_groups if g["lora_role"] == "other"} == {
-        recipe.lr
-    }
+    others = {part.lr for part in opt.rates.groups if part.role == "other"}
+    assert others == {recipe.lr}
     model.fresh = nn.Linear(2, 2)
     with pytest.raises(ra.RecipeError, match=r"trained neither fresh\.weight"):
         ra.RankAwareOptimizer(model, torch.optim.AdamW, recipe=recipe)

@@ -231,7 +231,6 @@ def stepped(init: str, kind: Any, options: dict[str, Any]) -> Table:
     model = network(init)
     given = {"tuned_at": ra.Reference(rank=16, alpha=16), **options}
     opt = ra.RankAwareOptimizer(model, kind, lr=0.01, **given)
-    groups = opt.param_groups
     x = torch.linspace(-1.0, 1.0, 128, dtype=torch.float64).reshape(8, 16)
     for _ in range(3):
         opt.zero_grad()
@@ -239,9 +238,12 @@ def stepped(init: str, kind: Any, options: dict[str, Any]) -> Table:
         opt.step()
     trained = [each for each in model.parameters() if each.requires_grad]
     return {
-        "lr": [group["lr"] for group in groups],
-        "multiplier": [group["rank_multiplier"] for group in groups],
-        "weight_decay": [group["weight_decay"] for group in groups],
+        "lr": [group.base_lr for group in opt.rates.groups],
+        "multiplier": [group.multiplier for group in opt.rates.groups],
+        "weight_decay": [
+            opt.param_groups[group.user_group]["weight_decay"]
+            for group in opt.rates.groups
+        ],
         "norms": [float(each.detach().norm()) for each in trained],
     }
 

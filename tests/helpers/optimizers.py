@@ -11,7 +11,6 @@ import torch
 
 from rankaware_optim import Falling, Reference
 from rankaware_optim._types import Factor
-from rankaware_optim.optimizer import effective_lr
 
 Muon: Any = getattr(torch.optim, "Muon", None)
 needs_muon = pytest.mark.skipif(Muon is None, reason="torch has Muon from 2.9 on")
@@ -53,18 +52,14 @@ def with_defaults(
     return kind
 
 
-def names_of(opt: torch.optim.Optimizer) -> list[list[str]]:
-    """The names of every group's parameters."""
-    return [group["param_names"] for group in opt.param_groups]
+def names_of(opt: Any) -> list[list[str]]:
+    """The names of the parameters of every part of the groups."""
+    return [list(group.names) for group in opt.rates.groups]
 
 
-def rates_of(opt: torch.optim.Optimizer) -> dict[str, float]:
+def rates_of(opt: Any) -> dict[str, float]:
     """The rate at which every parameter trains, by name."""
-    return {
-        name: effective_lr(group)
-        for group in opt.param_groups
-        for name in group["param_names"]
-    }
+    return {name: group.lr for name, group in opt.rates.items()}
 
 
 def multiplier(

@@ -221,7 +221,7 @@ def test_a_third_party_convention_in_five_lines(registered):
     found = [(f.role, f.rank, f.fan_in, f.scaling) for f in factors]
     assert found == [("A", 4, IN, 2.0), ("B", 4, IN, 2.0)]
     opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-3, tuned_at=AT_16)
-    assert {"A", "B"} <= {group["lora_role"] for group in opt.param_groups}
+    assert {"A", "B"} <= {part.role for part in opt.rates.groups}
 
 
 def test_a_registered_row_goes_before_built_in_ones(registered):

@@ -43,7 +43,6 @@ from rankaware_optim.laws import (
     law_title,
     law_to_dict,
 )
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA
 from ..helpers.optimizers import called, muon, with_defaults
@@ -388,7 +387,7 @@ def test_a_law_of_ones_own_module_is_taken_by_every_door(own_module):
         rates.append([group["lr"] for group in groups])
     opt = ra.RankAwareOptimizer(model, "adamw", law=name, **options)
     assert rates[0] == rates[1] != rates[2]
-    assert [effective_lr(group) for group in opt.param_groups] == rates[0]
+    assert [part.lr for part in opt.rates.groups] == rates[0]
     a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"
     moved = ra.convert_lr(1e-3, from_=a, to=b, law=name)
     assert moved.lr == ra.convert_lr(1e-3, from_=a, to=b, law=law).lr

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import rankaware_optim as ra
 from rankaware_optim import MuA, RankAwareOptimizer, Reference
 from rankaware_optim._types import Factor
-from rankaware_optim.optimizer._plan import _WARNED
+from rankaware_optim.optimizer._notes import _WARNED
 
 from ..helpers.models import mlp, trained
 from ..helpers.optimizers import called, rates_of, with_defaults
@@ -92,7 +92,7 @@ def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
     else:
         opt = RankAwareOptimizer(kind(groups, lr=LR), model=model, tuned_at=AT_16)
     assert_by_family(moved(model, opt))
-    families = {name: row.family for row in opt.report().rows for name in row.names}
+    families = {name: part.family for name, part in opt.rates.items()}
     assert families["layer0.lora_A"] == "sign-like"
     assert families["layer1.lora_A"] == "spectral"
     assert ", spectral: from rank 16" in str(opt.report()).replace("\n  ", " ")
@@ -150,7 +150,7 @@ def test_settings_of_a_group_choose_its_family(name, package, settings, family):
     model, kind = kept_alpha(4, 4), called(name, package)
     groups = two_groups(model, {}, settings)
     opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT_16)
-    families = {name: row.family for row in opt.report().rows for name in row.names}
+    families = {name: part.family for name, part in opt.rates.items()}
     assert families["layer0.lora_A"] == family
     by_name = moved(model, opt)
     keeps = family in ("rank-aware", "floored-scale", "first-step")
@@ -371,13 +371,14 @@ def test_another_way_to_step_is_at_the_multiplied_rate(way):
     opt = RankAwareOptimizer(model, kind, lr=LR, rates={"layer0.*": LR / 4})
     by_name = rates_of(opt)
     assert by_name["layer0.lora_A"] == LR / 4
-    for group in opt.param_groups:
-        for param, name in zip(group["params"], group["param_names"], strict=True):
-            before, param.grad = param.detach().clone(), torch.ones_like(param)
-            getattr(opt, way)(param, group, 0)
-            expected = torch.full_like(param, by_name[name])
-            assert torch.allclose(before - param, expected)
-    assert {group["lr"] for group in opt.param_groups} == {LR}
+    (group,) = opt.param_groups
+    names = {param: name for name, param in model.named_parameters()}
+    for param in group["params"]:
+        before, param.grad = param.detach().clone(), torch.ones_like(param)
+        getattr(opt, way)(param, group, 0)
+        expected = torch.full_like(param, by_name[names[param]])
+        assert torch.allclose(before - param, expected)
+    assert group["lr"] == LR
 
 
 def test_a_step_on_the_instance_is_refused():
@@ -440,8 +441,8 @@ def test_a_later_group_is_of_any_of_several_models():
         first, torch.optim.SGD, model=both, lr=LR, tuned_at=AT_16, law="mua"
     )
     opt.add_param_group({"params": [encoder.layer0.lora_A]})
-    assert opt.param_groups[-1]["param_names"] == ["1.layer0.lora_A"]
-    assert opt.param_groups[-1]["lora_rank"] == 64
+    assert opt.rates.groups[-1].names == ("1.layer0.lora_A",)
+    assert opt.rates.groups[-1].rank == 64
     later = encoder.layer0.lora_B
     del unet, both, first
     opt.param_groups[0]["params"].clear()
@@ -461,7 +462,7 @@ def test_a_class_that_takes_the_model_is_built_first():
     with pytest.raises(ra.OptimizerError, match="takes a model and makes its groups"):
         RankAwareOptimizer(model, Whole, lr=LR, tuned_at=AT_16)
     opt = RankAwareOptimizer(Whole(model, LR), model=model, tuned_at=AT_16)
-    assert {group["lora_rank"] for group in opt.param_groups} == {4, 16, None}
+    assert {part.rank for part in opt.rates.groups} == {4, 16, None}
 
 
 def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given():

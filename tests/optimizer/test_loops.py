@@ -201,61 +201,30 @@ def test_parameters_move_at_the_laws_rate_in_every_loop(loop, form):
 
 
 def test_a_list_of_the_users_groups():
-    """Groups keep the user's order, and `expand` turns a list for them into one for the groups here."""
+    """Groups keep the user's number and order, so a scheduler's list for them works, as natively."""
     model = Model()
     pairs = [*trained(model.large), *trained(model.small)]
     groups = [{"params": [model.head.weight]}, {"params": pairs, "lr": LR / 2}]
     opt = of_groups(model, groups)
-    assert [g["user_group"] for g in opt.param_groups] == [0, 1, 1, 1, 1]
-    lr_scheduler.LambdaLR(opt, opt.expand([lambda step: 1.0, lambda step: 0.5]))
+    assert [part.user_group for part in opt.rates.groups] == [0, 1, 1, 1, 1]
+    lr_scheduler.LambdaLR(opt, [lambda step: 1.0, lambda step: 0.5])
     rates = moved(model, opt)
     assert rates["head.weight"] == pytest.approx(LR)
     assert rates["large.lora_A"] == pytest.approx(LR / 16)
-    with pytest.raises(OptimizerError, match="3 values were given for 2 user groups"):
-        opt.expand([1, 2, 3])
-    assert any("opt.expand(values)" in note for note in opt.report().notes)
 
 
-def last_part(opt):
-    opt.param_groups[3]["lr"] = LR / 2
-
-
-def by_a_plain_groups_number(opt):
-    opt.param_groups[0]["lr"] = LR / 2
-    opt.param_groups[1]["lr"] = LR / 20
-
-
-@pytest.mark.parametrize("write", [last_part, by_a_plain_groups_number])
-def test_a_rate_written_to_a_part_of_a_group_is_said(write):
-    """It stays in that part alone, once said: with the user group's number, and how to write to all of it."""
+def test_a_rate_written_by_a_groups_number_reaches_the_whole_group():
+    """It trains every part of that group, and no other."""
     model = Model()
     pairs = [*trained(model.large), *trained(model.small)]
     opt = of_groups(model, [{"params": pairs}, {"params": [model.head.weight]}])
-    write(opt)
-    written = [group["lr"] for group in opt.param_groups]
-    with pytest.warns(RankAwareWarning, match=r"user group 0.*groups 0 to 3") as said:
-        moved(model, opt)
-    moved(model, opt)
-    assert len(said) == 1
-    assert [group["lr"] for group in opt.param_groups] == written
-
-
-def test_parts_that_were_apart_stay_apart():
-    """Rates given to parts one by one, with a scheduler or by hand, are the user's own: nothing follows."""
-    model = Model()
-    opt = by_class(model)
-    opt.param_groups[-1]["lr"] = LR / 2
-    with pytest.warns(RankAwareWarning, match="user group 0"):
-        moved(model, opt)
-    opt.param_groups[0]["lr"] = LR / 4
-    assert moved(model, opt)["small.lora_B"] == pytest.approx(LR)
-
-    opt = by_class(model)
-    others = [lambda step: 1.0] * (len(opt.param_groups) - 1)
-    scheduler = lr_scheduler.LambdaLR(opt, [lambda step: 1 / (1 + step), *others])
-    moved(model, opt)
-    scheduler.step()
-    assert moved(model, opt)["head.weight"] == pytest.approx(LR)
+    opt.param_groups[1]["lr"] = 0.0
+    assert_at(model, {**moved(model, opt), "head.weight": LR}, LR)
+    opt.param_groups[0]["lr"] = LR / 2
+    rates = moved(model, opt)
+    assert rates["head.weight"] == 0.0
+    assert_at(model, {**rates, "head.weight": LR / 2}, LR / 2)
+    assert [group["lr"] for group in opt.param_groups] == [LR / 2, 0.0]
 
 
 class WritesItsRate(torch.optim.SGD):
@@ -268,7 +237,7 @@ class WritesItsRate(torch.optim.SGD):
 
 
 def test_rates_that_the_optimizer_wrote_are_not_a_users():
-    """What an optimizer wrote in its step, and a checkpoint of it, is no rate written by hand: nothing follows."""
+    """What an optimizer wrote for its parts in its step, and a checkpoint of it, is no rate written by hand."""
     model = Model()
     opt, other = (RankAwareOptimizer(model, WritesItsRate, lr=LR) for _ in "12")
     with warnings.catch_warnings():
@@ -278,9 +247,12 @@ def test_rates_that_the_optimizer_wrote_are_not_a_users():
         other.load_state_dict(opt.state_dict())
         moved(model, opt)
         moved(model, other)
-    bases = [group["lr"] for group in opt.param_groups]
+    bases = [part.base_lr for part in opt.rates.groups]
     assert len(set(bases)) > 1
-    assert bases == [group["lr"] for group in other.param_groups]
+    assert bases == [part.base_lr for part in other.rates.groups]
+    assert opt.param_groups[0]["lr"] == bases[0]
+    opt.param_groups[0]["lr"] = LR
+    assert {part.base_lr for part in opt.rates.groups} == {LR}
 
 
 # --- the step -------------------------------------------------------------------------------------------------------
@@ -388,7 +360,7 @@ def test_what_the_optimizer_writes_itself_is_kept():
 @pytest.mark.parametrize("scaling", ["in place", "ReduceLROnPlateau"])
 @each_form
 def test_a_tensor_rate_stays_and_is_scaled_once(form, scaling):
-    """A tensor is the same one after a step, and a loop scales each once, though one group of the user was split."""
+    """A tensor is the same one after a step, and a loop scales it once, though the group has several parts."""
     model = Model()
     opt = form(model, lr=torch.tensor(LR, dtype=torch.float64))
     held = [group["lr"] for group in opt.param_groups]
@@ -673,28 +645,33 @@ def of_groups(model, groups, kind=torch.optim.SGD, **options):
     return RankAwareOptimizer(groups, kind, model=model, lr=LR, **LAW, **options)
 
 
-def test_a_users_key_of_our_name_is_refused():
-    """A key of the user's own under a name of ours is neither taken for ours nor overwritten."""
+def test_a_users_key_is_the_users():
+    """A key of the user's own, whatever its name, is neither taken for ours nor overwritten."""
     model = Model()
-    with pytest.raises(OptimizerError, match=r"'lora_rank'.*Rename"):
-        of_groups(model, [{"params": [model.head.weight], "lora_rank": 7}])
+    opt = of_groups(model, [{"params": trained(model), "lora_rank": 7}])
+    moved(model, opt)
+    assert [group["lora_rank"] for group in opt.param_groups] == [7]
+    assert opt.state_dict()["param_groups"][0]["lora_rank"] == 7
+    assert {part.rank for part in opt.rates.groups} == {4, 64, None}
 
 
-def test_parameters_of_other_networks_keep_their_own_state():
+@pytest.mark.parametrize("are_named", [True, False])
+def test_parameters_of_other_networks_keep_their_own_state(are_named):
     """Two groups outside the model, and a second network with equal names, load what they saved."""
     model = Model()
     critic = nn.ModuleDict({"head": nn.Linear(8, 2, bias=False).double()})
     strangers = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
-    groups = [
-        {"params": named(model)},
-        {"params": named(critic)},
-        *({"params": [p], "lr": LR} for p in strangers),
-    ]
+    strange = [[(f"own{i}", p)] for i, p in enumerate(strangers)]
+    params = [named(model), named(critic), *strange]
+    if not are_named:
+        params = [[p for _, p in each] for each in params]
+    groups = [{"params": each} for each in params[:2]]
+    groups += [{"params": each, "lr": LR} for each in params[2:]]
     options = {"model": [model, critic], "lr": LR, "momentum": 0.9, **LAW}
     opt, again = (RankAwareOptimizer(groups, "sgd", **options) for _ in range(2))
     listed = [name for names in names_of(opt) for name in names]
     assert len(set(listed)) == len(listed)
-    params = [p for group in opt.param_groups for p in group["params"]]
+    params = trained(model) + trained(critic) + strangers
     for count, param in enumerate(params, start=1):
         param.grad = torch.full_like(param, float(count))
     opt.step()
@@ -705,13 +682,23 @@ def test_parameters_of_other_networks_keep_their_own_state():
 
 
 def test_lists_with_a_value_a_parameter_are_split_along():
-    """An option that holds one value for each parameter of the user's group is cut as its parameters are."""
-    model = Model()
+    """In the step, an option with one value for each parameter of the user's group is cut as its parameters are."""
+    model, seen = Model(), {}
     params = trained(model)
-    opt = of_groups(model, [{"params": params, "marks": list("abcde")}])
-    order = dict(zip(map(id, params), "abcde", strict=True))
-    for group in opt.param_groups:
-        assert group["marks"] == [order[id(p)] for p in group["params"]]
+
+    class Marked(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                marks = zip(map(id, group["params"]), group["marks"], strict=True)
+                seen.update(marks)
+            return super().step(closure)
+
+    opt = of_groups(model, [{"params": params, "marks": list("abcde")}], Marked)
+    for marks in ("abcde", "vwxyz"):
+        opt.param_groups[0]["marks"] = list(marks)
+        moved(model, opt)
+        assert seen == dict(zip(map(id, params), marks, strict=True))
+        assert opt.param_groups[0]["marks"] == list(marks)
 
 
 @pytest.mark.parametrize("settings", [{"scale_parameter": False}, {}])
@@ -719,13 +706,13 @@ def test_groups_for_native_classes_know_the_settings(settings):
     """rank_aware_param_groups with an optimizer's class and settings gives the wrapper's multipliers."""
     model, kind = mlp((4, 64), head=False), called("Adafactor")
     given = {"lr": LR, "tuned_at": Reference(rank=16, alpha=16)}
-    ours = RankAwareOptimizer(model, kind, **given, **settings).param_groups
+    parts = RankAwareOptimizer(model, kind, **given, **settings).rates.groups
     native = rank_aware_param_groups(
         model, optimizer_class=kind, settings=settings, **given
     )
-    found = [[group["rank_multiplier"] for group in each] for each in (ours, native)]
-    assert found[0] == found[1]
-    assert (found[0] == [1.0] * 4) == (not settings)
+    ours = [part.multiplier for part in parts]
+    assert ours == [group["rank_multiplier"] for group in native]
+    assert (ours == [1.0] * 4) == (not settings)
 
 
 # --- parameters that never train ------------------------------------------------------------------------------------
@@ -770,7 +757,7 @@ def test_a_model_is_walked_once_where_an_adapter_rests():
     backward(model)
     model.small.lora_A.grad = model.large.lora_A.grad = None
     opt.step()
-    assert not opt._rankaware_unchecked
+    assert not opt._rankaware.unchecked
 
 
 def test_an_adapter_made_active_later_is_said():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,16 +22,14 @@ from rankaware_optim import (
     RankAwareWarning,
     Reference,
     convert_lr,
-    inspect_model,
     rank_aware_param_groups,
 )
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import Walk, walk
-from rankaware_optim.optimizer import PlanOptions, effective_lr, make_plan
-from rankaware_optim.optimizer._param_groups import user_groups
+from rankaware_optim.optimizer._user_groups import user_groups
 
 from ..helpers.models import adapted, mlp, trained
-from ..helpers.optimizers import called
+from ..helpers.optimizers import called, names_of
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -90,7 +88,6 @@ def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, ref
     for group in groups:
         assert group["params"]
         assert group["lr"] == pytest.approx(lr * group["rank_multiplier"])
-        assert effective_lr(group) == group["lr"]
 
 
 REFERENCES = [
@@ -173,19 +170,31 @@ SCHEDULED = {"lr": LR, "initial_lr": 2 * LR, "max_lr": 8 * LR, "min_lr": LR / 8}
 
 
 def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
-    """The rates between which a scheduler moves a group get its multiplier, and a wrapper reads them back as given."""
+    """The rates between which a scheduler moves a native group get its multiplier; a wrapper keeps them as given."""
     model = mlp()
     options = {"lr": 1.0, "model": model, "tuned_at": AT_16}
-    group = {"params": model.parameters(), **SCHEDULED}
+    group = {"params": trained(model), **SCHEDULED}
     native = rank_aware_param_groups([group], **options)
-    wrapped = RankAwareOptimizer(native, AdamW, **options).param_groups
-    again = RankAwareOptimizer(wrapped, AdamW, **options).param_groups
+    opt = RankAwareOptimizer([group], AdamW, **options)
+    starts = [part.initial_lr for part in opt.rates.groups]
+    assert starts == pytest.approx([2 * part.lr for part in opt.rates.groups])
     for key, rate in SCHEDULED.items():
         moved = [rate * group["rank_multiplier"] for group in native]
+        assert opt.param_groups[0][key] == rate
         assert [group[key] for group in native] == pytest.approx(moved)
-        for groups in (wrapped, again):
-            given = [group[key] for group in groups]
-            assert given == pytest.approx([rate] * len(native))
+
+
+def test_groups_that_are_multiplied_already_are_refused():
+    """Native groups are for native classes: given again, their rates would be multiplied twice."""
+    model = mlp()
+    native = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
+    for give in (
+        lambda: RankAwareOptimizer(native, AdamW, model=model, lr=LR),
+        lambda: RankAwareOptimizer(AdamW(native), model=model),
+        lambda: rank_aware_param_groups(native, model=model, lr=LR),
+    ):
+        with pytest.raises(OptimizerError, match=r"are multiplied already.*native"):
+            give()
 
 
 # --- the user's exceptions ------------------------------------------------------------------------------------------
@@ -264,18 +273,20 @@ def test_a_tensor_outside_the_model_takes_no_name_of_it():
     """It keeps a name of its own, or is numbered in its group; the model's tensors have the model's names."""
     model = mlp((4,))
     mine, taken, nameless = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    groups = [
-        {"params": trained(model)},
-        {"params": [("mine", mine), ("head.bias", taken)], "lr": 0.5},
-        {"params": [nameless], "lr": 0.25},
-    ]
-    opt = RankAwareOptimizer(groups, SGD, model=model, lr=LR, init="A")
-    names = {0: [], 1: [], 2: []}
-    for group in opt.param_groups:
-        names[group["user_group"]] += group["param_names"]
-    assert sorted(names[0]) == sorted(name for name, _ in named(model))
-    assert names[1] == ["mine", "group1.head.bias.1"]
-    assert names[2] == ["group2.unnamed.0"]
+    own = [name for name, _ in named(model)]
+    for params, stranger, names in (
+        (
+            named(model),
+            [("mine", mine), ("head.bias", taken)],
+            ["mine", "group1.head.bias.1"],
+        ),
+        (trained(model), [nameless], ["group1.unnamed.0"]),
+    ):
+        groups = [{"params": params}, {"params": stranger, "lr": 0.5}]
+        opt = RankAwareOptimizer(groups, SGD, model=model, lr=LR, init="A")
+        *of_model, of_stranger = names_of(opt)
+        assert [name for part in of_model for name in part] == own
+        assert of_stranger == names
 
 
 # --- inits, embeddings, widths --------------------------------------------------------------------------------------
@@ -288,9 +299,9 @@ def test_inits_are_not_crossed(init, other):
     found = multipliers(mlp(init=init), tuned_at=reference)
     value = expected(4, 1.0, replace(reference, init=init), init=init)
     assert found["layer0.lora_A"] == pytest.approx(value)
-    (said,) = plan(mlp(init=init), tuned_at=reference).notes
+    (said,) = notes_of(mlp(init=init), tuned_at=reference)
     assert "are scaled within their own init" in said
-    assert not plan(mlp(init=init)).notes
+    assert not notes_of(mlp(init=init))
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
@@ -314,7 +325,7 @@ def test_unknown_inits_count_as_a():
     model = nn.Sequential(adapted(device="meta"))
     found = multipliers(model, tuned_at=AT_16)
     assert found["0.lora_A"] == pytest.approx(expected(4, 2.0, AT_16, width=12))
-    assert "started at B = 0" in plan(model).notes[0]
+    assert "started at B = 0" in notes_of(model)[0]
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
@@ -349,7 +360,7 @@ AS_TUNED = [
 def test_a_rate_used_as_it_was_tuned_does_not_move(options):
     """A rate used where it was tuned, given by name, or for other parameters stays, and no note speaks of a move."""
     assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
-    assert plan(mlp((4,)), **options).notes == ()
+    assert notes_of(mlp((4,)), **options) == ()
 
 
 @pytest.mark.parametrize(
@@ -359,9 +370,9 @@ def test_a_rate_used_as_it_was_tuned_does_not_move(options):
 def test_a_new_classifier_at_the_base_rate_is_noted(options, is_said):
     """Under the names that libraries give it, unless it has a rate of its own; another head is not."""
     model = mlp((4,))
-    assert not any("classifier" in note for note in plan(model).notes)
+    assert not any("classifier" in note for note in notes_of(model))
     model.score = nn.Linear(16, 2)
-    notes = plan(model, **options).notes
+    notes = notes_of(model, **options)
     assert any("classifier often wants 4 times" in note for note in notes) is is_said
 
 
@@ -370,8 +381,9 @@ def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
     model = mlp((4,))
     model.lokr_w1 = nn.Parameter(torch.ones(2, 2))
     with pytest.warns(RankAwareWarning, match=r"No law covers LoKr: 1 of .*lokr_w1"):
-        plan(model, tuned_at=AT_16)
-    assert plan(model).survey.unsupported == {"lokr_w1": "LoKr"}
+        notes_of(model, tuned_at=AT_16)
+    report = RankAwareOptimizer(model, AdamW, lr=LR).report()
+    assert report.survey.unsupported == {"lokr_w1": "LoKr"}
 
 
 @pytest.mark.parametrize(
@@ -441,27 +453,24 @@ def test_full_finetuning_with_exceptions():
 # --- notes and the report -------------------------------------------------------------------------------------------
 
 
-def plan(model, optimizer_class=None, **options):
-    return make_plan(
-        inspect_model(model), PlanOptions(**options), optimizer_class=optimizer_class
-    )
+def notes_of(model, optimizer=AdamW, **options):
+    return RankAwareOptimizer(model, optimizer, lr=LR, **options).report().notes
 
 
-@pytest.mark.parametrize("takes", [RankAwareOptimizer.__new__, rank_aware_param_groups])
-def test_every_planning_option_can_be_given(takes):
-    """Each of the options that decide a plan is a keyword of the optimizer and of the function for groups."""
-    assert {option.name for option in fields(PlanOptions)} <= inspect.signature(
-        takes
-    ).parameters.keys()
+def test_native_groups_take_what_the_optimizer_takes():
+    """What decides the rates is a keyword of the optimizer and of the function for groups."""
+    ours = inspect.signature(RankAwareOptimizer.__new__).parameters.keys()
+    native = inspect.signature(rank_aware_param_groups).parameters.keys()
+    assert ours - {"cls", "optimizer"} == native - {"optimizer_class", "named"}
 
 
 IN_SMALL_RUNS = "in small runs its best rate followed µA's form with alpha but"
 NO_FORM = "no form of µA is known to hold"
 NO_LAW = "No law moves this LoRA rate to full"
-LORA, WHOLE = mlp((4,)), inspect_model(nn.Linear(4, 4), method="full")
+LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
 AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [
-    # what is planned for, the optimizer, the options, and what the notes say of each
+    # the model, the optimizer, the options, and what the notes say of each
     (LORA, AdamW, {}, []),
     (LORA, torch.optim.RMSprop, {}, []),
     (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS}"]),
@@ -495,10 +504,10 @@ SAID = [
 
 @pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize(("model", "kind", "options", "words"), SAID)
-def test_a_plan_notes_what_is_uncertain_of_it(model, kind, options, words):
+def test_what_is_uncertain_is_noted(model, kind, options, words):
     """A family without Adam's form, a move to full finetuning and another batch have a note each, and nothing else."""
-    survey = inspect_model(model) if model is LORA else model
-    notes = make_plan(survey, PlanOptions(**options), optimizer_class=kind).notes
+    method = "lora" if model is LORA else "full"
+    notes = notes_of(model, kind, method=method, **options)
     assert len(notes) == len(words), notes
     for note, said in zip(notes, words, strict=True):
         assert said in note
@@ -525,10 +534,38 @@ def test_the_batch_moves_every_rate_where_both_sides_name_one(
     assert rates(mlp((4,)), **options, other_lr=0.5)["head.bias"] == 0.5
 
 
-def test_a_plan_prints_without_the_survey():
-    """Its text is of the decisions, not of every tensor."""
-    plan = make_plan(inspect_model(mlp((4,))), PlanOptions(tuned_at=AT_16))
-    assert "lora_A" not in repr(plan)
+def test_rates_print_by_part():
+    """Their text has a line a part, not every tensor."""
+    opt = RankAwareOptimizer(mlp((4, 4, 8)), AdamW, lr=LR, tuned_at=AT_16)
+    title, *lines = repr(opt.rates).splitlines()
+    assert title == "Rates of 8 parameters"
+    assert (
+        lines[0].split()
+        == "A of rank 4, 2 tensors, lr 0.001 × {:.3g}".format(
+            opt.rates["layer0.lora_A"].multiplier
+        ).split()
+    )
+    assert len(lines) == len(opt.rates.groups) == 5
+    assert "lora_A" not in repr(opt)
+
+
+def test_rates_are_a_mapping_that_follows_the_optimizer():
+    """A name gives its part's record, at the rate of the next step."""
+    model = mlp((4, 8))
+    opt = RankAwareOptimizer(model, AdamW, lr=LR, tuned_at=AT_16)
+    held = opt.rates
+    assert list(held) == [name for name, _ in named(model)]
+    assert set(held.values()) == set(held.groups)
+    for name, param in named(model):
+        part = held[name]
+        assert any(p is param for p in part.params)
+        assert part.lr == part.base_lr * part.multiplier == LR * part.multiplier
+    opt.param_groups[0]["lr"] = LR / 2
+    assert {part.base_lr for part in held.values()} == {LR / 2}
+    with pytest.raises(KeyError):
+        held["layer9.lora_A"]
+    with pytest.raises(TypeError):
+        held["layer0.lora_A"] = 1.0
 
 
 def test_an_optimizer_that_holds_another_is_refused():

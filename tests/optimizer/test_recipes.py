@@ -23,7 +23,6 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim._optimizers import get_optimizer_class
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp
 from ..helpers.optimizers import called, rates_of
@@ -56,8 +55,8 @@ def built(
 
 def values(opt, role: str = "other") -> list[float]:
     """The different rates of a role, to nine digits."""
-    groups = [group for group in opt.param_groups if group["lora_role"] == role]
-    return sorted({float(f"{effective_lr(group):.9g}") for group in groups})
+    groups = [group for group in opt.rates.groups if group.role == role]
+    return sorted({float(f"{group.lr:.9g}") for group in groups})
 
 
 def heads(opt) -> dict[str, float]:
@@ -269,7 +268,7 @@ def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
     opt = built(recipe, **options)
     assert heads(opt) == pytest.approx({"head.weight": lr, "head.bias": lr}, rel=1e-9)
     report = opt.report()
-    assert {row.reason for row in report.rows if row.role == "other"} == {why}
+    assert {row.why for row in report.rows if row.role == "other"} == {why}
     assert report.audit == ()
 
 
@@ -309,9 +308,9 @@ def test_seen_and_unseen_parameters_part():
         "head.bias": (FULL_LR, IN_FULL),
         "new.weight": (FULL_LR, IN_FULL),
     }
-    found = {name: row for row in opt.report().rows for name in row.names}
     for name, (lr, why) in expected.items():
-        assert (found[name].lr, found[name].reason) == (pytest.approx(lr), why)
+        part = opt.rates[name]
+        assert (part.lr, part.why) == (pytest.approx(lr), why)
 
 
 @pytest.mark.parametrize("added", [False, True], ids=["built", "added"])
@@ -331,13 +330,13 @@ def test_a_head_added_later_is_treated_alike():
     """A group that is added has the rates that the recipe gives, scheduled with the others, also in a copy."""
     model = mlp((16, 16))
     pairs, head = grouped(model, {}, {})
-    opt = RankAwareOptimizer([pairs], AdamW, model=model, recipe=FULL)
-    opt.add_param_group(head)
+    opt = RankAwareOptimizer([dict(pairs)], AdamW, model=model, recipe=FULL)
+    opt.add_param_group(dict(head))
     assert values(opt) == pytest.approx([FULL_LR])
     unknown = RankAwareOptimizer([pairs], AdamW, model=model, recipe=UNSEEN)
     with pytest.raises(RecipeError, match="other_lr="):
         unknown.add_param_group(head)
-    assert len(unknown.param_groups) == 2
+    assert len(unknown.param_groups) == 1
     for again in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         assert str(again.report()) == str(opt.report())
     for group in opt.param_groups:
@@ -360,7 +359,7 @@ def test_in_full_finetuning_everything_is_full():
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
     recipe = replace(FULL, other_rates={"*.bias": 1.0})
     opt = built(recipe, model=model, method="full")
-    assert [effective_lr(g) for g in opt.param_groups] == pytest.approx([FULL_LR] * 2)
+    assert list(rates_of(opt).values()) == pytest.approx([FULL_LR] * 4)
 
 
 def test_a_recipe_of_full_finetuning_gives_a_head_its_rate():

@@ -208,8 +208,7 @@ def test_the_rate_is_the_groups_own():
     opt = RankAwareOptimizer(
         params, AdamW, model=model, lr=1e-5, tuned_at="r=256,alpha=256"
     )
-    (group, *_) = opt.param_groups
-    rate = group["lr"] * group["rank_multiplier"]
+    rate = opt.rates.groups[0].lr
     assert rate > 2e-5
     (line,) = opt.report().unmoved
     assert line.startswith(f"At a rate of {rate:.3g} a step leaves ")

@@ -26,7 +26,6 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim._optimizers import get_optimizer_class
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train, trained
 from ..helpers.optimizers import multiplier, names_of, rates_of
@@ -132,9 +131,10 @@ def test_it_is_an_instance_of_both(kind, options, form):
         (kind,),
     )
     first, *groups = repr(opt).splitlines()
-    assert first.startswith(f"RankAwareOptimizer({kind.__name__}) of ")
-    assert len(groups) == len(opt.param_groups)
+    assert first.startswith(f"RankAwareOptimizer({kind.__name__}): Rates of ")
+    assert len(groups) == len(opt.rates.groups)
     assert max(map(len, groups)) < 100
+    assert "lora_A" not in repr(opt)
     assert inspect.unwrap(type(opt).step) is inspect.unwrap(kind.step)
     assert type(form(mlp(), kind, options)) is type(opt)  # made once
     plain = kind(trained(mlp()), lr=LR)
@@ -255,27 +255,34 @@ def test_loraplus_is_another_alpha(kind, ratio, init):
 
 
 @each_form
-def test_groups_are_merged_named_and_ordered(form):
-    """Groups are one a role, rank and scaling, never empty, named, at the base rate, which schedules read."""
+def test_rates_are_merged_named_and_ordered(form):
+    """Parts are one a role, rank and scaling, never empty and named, in the user's one group at the base rate."""
     opt = form(mlp((4, 8, 4, 8)), AdamW, {})
-    keys = ("lora_role", "lora_rank", "lora_scale")
-    tags = [tuple(group[key] for key in keys) for group in opt.param_groups]
+    parts = opt.rates.groups
     lora = [(role, rank, 1.0) for rank in (4, 8) for role in "AB"]
-    assert tags == [*lora, ("other", None, 1.0)]
+    kinds = [(part.role, part.rank, part.scaling) for part in parts]
+    assert kinds == [*lora, ("other", None, None)]
     layers = [
         [f"layer{i}.lora_{role}" for i in each]
         for each in ((0, 2), (1, 3))
         for role in "AB"
     ]
     assert names_of(opt) == [*layers, ["head.weight", "head.bias"]]
-    moved = [group["rank_multiplier"] != 1.0 for group in opt.param_groups]
-    assert moved == [False, False, True, True, False]
-    assert {group["lr"] for group in opt.param_groups} == {opt.defaults["lr"]} == {LR}
+    assert [part.multiplier != 1.0 for part in parts] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert {part.base_lr for part in parts} == {opt.defaults["lr"]} == {LR}
+    (group,) = opt.param_groups
+    assert group["lr"] == LR
 
 
 @pytest.mark.parametrize("built", [False, True])
 def test_users_groups_keep_their_options(built):
-    """The user's groups are split, never merged; their own rate is multiplied and their other options are kept."""
+    """The user's groups are shown as they were given; their own rate is multiplied and their other options are kept."""
     model = mlp((4, 8))
     first, second = model.layer0, model.layer1
     groups = [
@@ -288,22 +295,47 @@ def test_users_groups_keep_their_options(built):
     own = {} if built else {"lr": LR}
     law = Reparametrised(2.0, 4.0)
     opt = RankAwareOptimizer(*given, model=model, law=law, **own)
-    seen = {
-        group["param_names"][0]: (
-            effective_lr(group),
-            *(group[key] for key in ("betas", "weight_decay", "eps")),
-        )
-        for group in opt.param_groups
-    }
-    beta = (0.9, 0.999)
-    assert seen == {
-        "head.weight": (LR, beta, 0.01, 1e-4),
-        "layer0.lora_A": (1.0, (0.1, 0.2), 0.01, 1e-8),
-        "layer0.lora_B": (2.0, (0.1, 0.2), 0.01, 1e-8),
-        "layer1.lora_A": (2 * LR, beta, 0.25, 1e-8),
-        "layer1.lora_B": (4 * LR, beta, 0.25, 1e-8),
+    keys, beta = ("lr", "betas", "weight_decay", "eps"), (0.9, 0.999)
+    assert [tuple(group[key] for key in keys) for group in opt.param_groups] == [
+        (0.5, (0.1, 0.2), 0.01, 1e-8),
+        (LR, beta, 0.25, 1e-8),
+        (LR, beta, 0.25, 1e-8),
+        (LR, beta, 0.01, 1e-4),
+    ]
+    listed = [group["params"] for group in opt.param_groups]
+    halves = [[second.lora_A], [second.lora_B]]
+    wanted = [trained(first), *halves, list(model.head.parameters())]
+    assert [list(map(id, each)) for each in listed] == [
+        list(map(id, each)) for each in wanted
+    ]
+    assert rates_of(opt) == {
+        "head.weight": LR,
+        "head.bias": LR,
+        "layer0.lora_A": 1.0,
+        "layer0.lora_B": 2.0,
+        "layer1.lora_A": 2 * LR,
+        "layer1.lora_B": 4 * LR,
     }
     train(model, opt)
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_the_dict_that_was_given_is_the_group(built):
+    """What the user or torch writes into the dict that was given trains."""
+    model = mlp((4, 8))
+    given = {"params": trained(model)}
+    native = AdamW([given], lr=LR)
+    given = native.param_groups[0] if built else given
+    first = (native,) if built else ([given], AdamW)
+    own = {} if built else {"lr": LR}
+    opt = RankAwareOptimizer(*first, model=model, tuned_at=AT_16, **own)
+    assert opt.param_groups[0] is given
+    before = rates_of(opt)
+    given["lr"] = 2 * LR
+    assert rates_of(opt) == pytest.approx({n: 2 * lr for n, lr in before.items()})
+    train(model, opt)
+    assert opt.param_groups[0] is given
 
 
 @each_form
@@ -327,11 +359,8 @@ def test_a_part_of_the_model_is_named_by_the_whole():
     """A module given beside model= trains alone, under its names in the model and from the model's own reference."""
     model = mlp((4, 4, 8))
     opt = RankAwareOptimizer(model.layer2, AdamW, model=model, lr=LR)
-    assert [group["param_names"] for group in opt.param_groups] == [
-        ["layer2.lora_A"],
-        ["layer2.lora_B"],
-    ]
-    assert {group["rank_multiplier"] < 1 for group in opt.param_groups} == {True}
+    assert names_of(opt) == [["layer2.lora_A"], ["layer2.lora_B"]]
+    assert all(part.multiplier < 1 for part in opt.rates.groups)
 
 
 # --- classes by name ------------------------------------------------------------------------------------------------
@@ -559,7 +588,7 @@ SLIPS = [
     (lambda m: RankAwareOptimizer(m, AdamW, recipe="digits"), "no recipe at 'digits'"),
     (lambda m: RankAwareOptimizer(m, AdamW, tuned_at=AT_16), "is not tuned. Give the"),
     (lambda m: RankAwareOptimizer(m, AdamW, lr=LR, tuned_on=AT_16), "Give tuned_at="),
-    (plain_checkpoint_of_a_and_b, "was given groups of.*in the same order"),
+    (plain_checkpoint_of_a_and_b, "in the same order"),
     (lambda m: AdamW(trained(m), lr=ra.Rate(LR)), r"give rate\.lr"),
     (lambda m: ra.suggest_lr(AT_16, optimizer="prodigy"), "one rate for all groups"),
     (
@@ -612,7 +641,7 @@ class Sorted(torch.optim.SGD):
         self.param_groups.reverse()
 
 
-class Dealt(AdamW):
+class Dealt(torch.optim.SGD):
     """An optimizer whose constructor deals its parameters out among its groups again."""
 
     def __init__(self, params, lr=LR):
@@ -622,31 +651,46 @@ class Dealt(AdamW):
             group["params"] = other
 
 
-class Forgetful(torch.optim.SGD):
-    """An optimizer whose constructor drops the keys it does not know."""
+class Merged(torch.optim.SGD):
+    """An optimizer whose constructor makes one group of all."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
-        for group in self.param_groups:
-            del group["rank_multiplier"]
+        first, *others = self.param_groups
+        for group in others:
+            first["params"] += group["params"]
+        del self.param_groups[1:]
 
 
-@pytest.mark.parametrize("kind", [Dealt, Forgetful])
+class Sliced(torch.optim.SGD):
+    """An optimizer whose constructor makes a group of every parameter."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        self.param_groups = [
+            {**group, "params": [param]}
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+
+
+@pytest.mark.parametrize("kind", [Merged, Sliced])
 def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
     """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
     with pytest.raises(
         OptimizerError,
         match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it",
     ):
-        RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, tuned_at=AT_16)
+        RankAwareOptimizer(mlp((4, 64, 4)), kind, lr=LR, tuned_at=AT_16)
 
 
-def test_groups_in_another_order_keep_their_rates():
+@pytest.mark.parametrize("kind", [Sorted, Dealt])
+def test_groups_in_another_order_keep_their_rates(kind):
     """A constructor that reorders whole groups changes no parameter's rate, one of its own included."""
     own = {"head.*": 0.5, "layer1*": 0.25}
     native, ordered = (
-        rates_of(RankAwareOptimizer(mlp((4, 64)), kind, lr=LR, law="mua", rates=own))
-        for kind in (torch.optim.SGD, Sorted)
+        rates_of(RankAwareOptimizer(mlp((4, 64)), each, lr=LR, law="mua", rates=own))
+        for each in (torch.optim.SGD, kind)
     )
     assert native == ordered
     assert set(native.values()) > {0.5, 0.25}
@@ -714,17 +758,19 @@ def test_a_refused_instance_is_left_as_it_was(make, options, message):
 
 @each_form
 def test_a_later_group_is_split_and_scaled(form):
-    """A new adapter is split, named and scaled as at construction, at its own or the base rate."""
+    """A new adapter is one group, split, named and scaled as at construction, at its own or the base rate."""
     model = mlp((4,), head=False)
     opt = form(model, AdamW, {}, tuned_at=AT_16)
     for own, lr in (({"lr": 0.5, "weight_decay": 0.2}, 0.5), ({}, LR)):
         model.layer9 = PlainLoRA(nn.Linear(16, 16), 8, 1.0)
+        count = len(opt.param_groups)
         opt.add_param_group({"params": trained(model.layer9), **own})
-        new = opt.param_groups[-2:]
-        tags = [(g["lora_role"], g["lora_rank"], g["weight_decay"]) for g in new]
+        assert len(opt.param_groups) == count + 1
+        group, parts = opt.param_groups[-1], opt.rates.groups[-2:]
         decay = own.get("weight_decay", 0.01)
-        assert tags == [("A", 8, decay), ("B", 8, decay)]
-        rates = [effective_lr(group) for group in new]
+        assert (group["lr"], group["weight_decay"]) == (lr, decay)
+        assert [(part.role, part.rank) for part in parts] == [("A", 8), ("B", 8)]
+        rates = [part.lr for part in parts]
         assert rates == pytest.approx([lr * multiplier(8)] * 2)
         assert names_of(opt)[-2:] == [["layer9.lora_A"], ["layer9.lora_B"]]
         train(model, opt)
@@ -737,8 +783,8 @@ def test_a_later_group_may_lie_outside_the_model(form):
     model, head = mlp((4,), head=False), nn.Linear(16, 2)
     opt = form(model, AdamW, {}, tuned_at=AT_16)
     opt.add_param_group({"params": list(head.parameters())})
-    added = opt.param_groups[-1]
-    assert (added["lora_role"], effective_lr(added)) == ("other", LR)
+    added = opt.rates.groups[-1]
+    assert (added.role, added.lr) == ("other", LR)
     early = {"params": list(nn.Linear(16, 2).parameters()), "lr": LR}
     groups = [{"params": trained(model)}, early]
     built = RankAwareOptimizer(groups, AdamW, model=model, lr=LR, tuned_at=AT_16)
@@ -808,11 +854,8 @@ def test_a_group_is_added_after_the_groups_were_cleared():
     opt = by_class(model, AdamW, {}, tuned_at=AT_16)
     opt.param_groups.clear()
     opt.add_param_group({"params": trained(model.layer0)})
-    assert [group["param_names"] for group in opt.param_groups] == [
-        ["layer0.lora_A"],
-        ["layer0.lora_B"],
-    ]
-    assert all(group["rank_multiplier"] > 1 for group in opt.param_groups)
+    assert names_of(opt) == [["layer0.lora_A"], ["layer0.lora_B"]]
+    assert all(part.multiplier > 1 for part in opt.rates.groups)
 
 
 @pytest.mark.parametrize(
@@ -850,7 +893,8 @@ def test_tied_factors_are_one_parameter_of_one_group():
     model = mlp((4, 4))
     model.layer1.lora_A = model.layer0.lora_A
     opt = by_class(model, AdamW, {}, tuned_at=AT_16)
-    names = [name for group in opt.param_groups for name in group["param_names"]]
+    names = [name for part in names_of(opt) for name in part]
     assert names.count("layer0.lora_A") == 1
     assert "layer1.lora_A" not in names
+    assert len(opt.param_groups[0]["params"]) == len(names)
     train(model, opt, steps=2)

@@ -42,7 +42,6 @@ from rankaware_optim._checks import RANGES
 from rankaware_optim._files import read_bytes
 from rankaware_optim.errors import PlotError
 from rankaware_optim.laws import LAWS
-from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.recipe._recipe_files import _TRIAL
 from rankaware_optim.recipe._schema import RecipeFile
 from rankaware_optim.reports._page import report_html
@@ -155,9 +154,9 @@ def test_a_calibration_fills_every_table(tmp_path):
 
     def train(trial):
         model = mlp((trial.rank, trial.rank), seed=trial.seed)
-        groups = trial.optimizer(model, weight_decay=0.01).param_groups
+        rates = trial.optimizer(model, weight_decay=0.01).rates.groups
         for _ in range(trial.steps):
-            yield effective_lr(groups[0]) + trial.seed
+            yield rates[0].lr + trial.seed
 
     options = {"ranks": (2, 4), "steps": 3, "trials": 2, "batch": 8, "warmup": 0.1}
     made = ra.calibrate(train, torch.optim.AdamW, **options)

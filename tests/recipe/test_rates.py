@@ -25,12 +25,10 @@ from rankaware_optim import (
     Recipe,
     RecipeError,
     Reference,
-    to_plain_state_dict,
 )
 from rankaware_optim._types import infer_scaling
-from rankaware_optim.optimizer import effective_lr
 
-from ..helpers.models import mlp, train
+from ..helpers.models import mlp
 from ..helpers.recipes import RECIPE as CALIBRATED
 
 WIDTH = 16  # that of models.mlp
@@ -396,72 +394,7 @@ def test_the_optimizer_uses_the_rate_that_is_quoted(
     method = asked.get("method", "lora")
     opt = RankAwareOptimizer(model(), "adamw", recipe=made, method=method)
     rate, role = made.at(**asked), "full" if method == "full" else "A"
-    used = [effective_lr(g) for g in opt.param_groups if g["lora_role"] == role]
+    used = [part.lr for part in opt.rates.groups if part.role == role]
     assert used == pytest.approx([rate.lr] * len(used), rel=1e-9)
     assert (used[0] < 0.99 * math.sqrt(rate.low * rate.high)) == bool(steepness)
     assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
-
-
-# --- the hash in the optimizer's state ------------------------------------------------------------------------------
-
-
-def tagged(made: Recipe) -> RankAwareOptimizer:
-    """The optimizer of a rank-8 model by `made`, after a step."""
-    model = mlp((8,), scalings=1.0)
-    opt = RankAwareOptimizer(model, "adamw", recipe=made)
-    train(model, opt, steps=1)
-    return opt
-
-
-def tags(groups: list[dict]) -> set[str]:
-    return {group["rankaware_recipe"] for group in groups}
-
-
-def test_the_optimizers_state_carries_the_recipes_tag(tmp_path):
-    """Every group of the state has the tag, in a file that opens without unpickling, also after a resume.
-
-    AdamW itself takes the state, and the plain export, which keeps the tag.
-    """
-    opt, again = tagged(RECIPE), tagged(RECIPE)
-    torch.save(opt.state_dict(), tmp_path / "opt.pt")
-    state = torch.load(tmp_path / "opt.pt", weights_only=True)
-    again.load_state_dict(state)
-    plain = to_plain_state_dict(opt)
-    for held in (state, again.state_dict(), plain):
-        assert tags(held["param_groups"]) == {RECIPE.tag}
-    own = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
-    for held in (state, plain):
-        own.load_state_dict(held)
-        lrs = [group["lr"] for group in held["param_groups"]]
-        assert [group["lr"] for group in own.param_groups] == lrs
-    assert lrs == [effective_lr(group) for group in opt.param_groups]
-
-
-@pytest.mark.parametrize(
-    "change", [{"fitted_lr": 1e-3}, {"law": Power(exponent=0.4)}], ids=["rate", "law"]
-)
-def test_a_resume_under_another_recipe_is_said_once(change):
-    """One warning names both recipes, whatever the number of groups; the base rate goes on, and so does its tag."""
-    first, second = recipe(name="first"), recipe(name="second", **change)
-    state, other = tagged(first).state_dict(), tagged(second)
-    names = r"recipe 'first' .* with 'second'"
-    with pytest.warns(RankAwareWarning, match=names) as caught:
-        other.load_state_dict(state)
-    assert len(caught) == 1
-    assert all(hashed(made) in str(caught[0].message) for made in (first, second))
-    assert {group["lr"] for group in other.param_groups} == {first.lr}
-    assert tags(other.param_groups) == {first.tag}
-
-
-def test_a_resume_under_the_same_rates_says_nothing():
-    """A recipe renamed, an optimizer without a recipe, and a checkpoint from before there was a tag load in silence."""
-    state = tagged(RECIPE).state_dict()
-    tagged(recipe(name="renamed")).load_state_dict(state)
-    options = {"lr": RECIPE.lr, "tuned_at": AT_16, "law": RECIPE.law}
-    plain = RankAwareOptimizer(mlp((8,), scalings=1.0), "adamw", **options)
-    plain.load_state_dict(state)
-    for group in state["param_groups"]:
-        del group["rankaware_recipe"]
-    again = tagged(RECIPE)
-    again.load_state_dict(state)
-    assert tags(again.param_groups) == {RECIPE.tag}

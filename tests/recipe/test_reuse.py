@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import rankaware_optim as ra
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.calibrations import Net
 
@@ -75,5 +74,5 @@ def test_a_recipe_goes_to_another_project(
     monkeypatch.chdir(tmp_path)
     given = by(calibrated, tmp_path)
     opt = ra.RankAwareOptimizer(Net(32), torch.optim.AdamW, recipe=given)
-    rates = [effective_lr(group) for group in opt.param_groups]
+    rates = [part.lr for part in opt.rates.groups]
     assert rates == pytest.approx([calibrated.at(rank=32).lr] * len(rates), rel=1e-9)

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rankaware_optim as ra
-from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.reports._picture import MARKS, PictureArm, Point, picture_of
 
 from ..helpers.models import mlp
@@ -25,11 +24,9 @@ def calibrated(init, ranks, drift):
 
     def train(trial):
         model = mlp((trial.rank, trial.rank) if trial.rank else (), init=init, width=32)
-        groups = trial.optimizer(model).param_groups
+        groups = trial.optimizer(model).rates.groups
         role = "A" if trial.rank else "full"
-        (rate,) = {
-            effective_lr(group) for group in groups if group["lora_role"] == role
-        }
+        (rate,) = {group.lr for group in groups if group.role == role}
         used.append((trial.rank, trial.seed, rate))
         u = math.log2(rate) + 7 - drift * math.log2((trial.rank or 32) / 8)
         for step in range(trial.steps):

@@ -23,7 +23,6 @@ from rankaware_optim import (
     rank_aware_param_groups,
 )
 from rankaware_optim.laws import kappa
-from rankaware_optim.optimizer import effective_lr
 
 from ..helpers.models import mlp, trained
 
@@ -141,7 +140,8 @@ def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
         RankAwareOptimizer(groups, "adamw", model=model, lr=1e-3, **options),
     ):
         assert {type(group["lr"]) for group in opt.param_groups} == {float}
-        rates = [effective_lr(group) for group in opt.param_groups]
+        rates = [part.lr for part in opt.rates.groups]
+        assert {type(lr) for lr in rates} == {float}
         assert rates == pytest.approx([3e-4, 2e-4, 5e-4])
     native = rank_aware_param_groups(model, lr=rate)
     assert {type(group["lr"]) for group in native} == {float}
@@ -205,8 +205,8 @@ def test_typed_widths_give_the_optimizers_number(init, of_full):
     opt = RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at=at, method="full")
     full = Reference(method="full", fan_in=width)
     converted = convert_lr(1e-3, from_=replace(at, fan_in=mean), to=full)
-    for group in opt.param_groups:
-        assert effective_lr(group) == pytest.approx(converted.lr)
+    for part in opt.rates.groups:
+        assert part.lr == pytest.approx(converted.lr)
     (words,) = [note for note in converted.notes if note.startswith("The width")]
     assert f"LoRA, {mean:g}, and the {of_full} for full finetuning, {width:g}:" in words
 

@@ -25,7 +25,6 @@ from rankaware_optim import (
 )
 from rankaware_optim.cli._adapters import suggest
 from rankaware_optim.inspection import inspect_model
-from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
 
@@ -258,8 +257,8 @@ def test_the_rest_of_a_model_follows_by_the_law():
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, **options)
     at_2 = replace(found.reference, rank=2, alpha=4, fan_in=64)
     expected = {8: found.lr, 2: suggest_lr(at_2).lr}
-    for group in opt.param_groups:
-        assert effective_lr(group) == pytest.approx(expected[group["lora_rank"]])
+    for part in opt.rates.groups:
+        assert part.lr == pytest.approx(expected[part.rank])
 
 
 def test_full_finetuning_takes_the_largest_fan_in():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim.optimizer import Report
+from rankaware_optim.optimizer import RateGroup, Report
 
 
 def of_torch(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -28,6 +28,9 @@ def train(model: nn.Module, built: torch.optim.SGD, trial: ra.Trial) -> None:
     assert_type(opt.step(lambda: 0.5), float)
     assert_type(opt.param_groups, list[dict[str, Any]])
     assert_type(opt.state_dict(), dict[str, Any])
+    assert_type(opt.rates["q.lora_A"], RateGroup)
+    assert_type(opt.rates.groups, tuple[RateGroup, ...])
+    assert_type(opt.rates.groups[0].lr, float)
     of_torch(opt).step()
     opt.zero_grad()
     opt.step()
@@ -48,4 +51,5 @@ def mistakes(model: nn.Module) -> None:
     opt = ra.RankAwareOptimizer(model, torch.optim.AdamW, lr="2e-4")  # type: ignore[arg-type]
     ra.RankAwareOptimizer(model, torch.optim.AdamW, method="adapters")  # type: ignore[arg-type]
     opt.reports()  # type: ignore[attr-defined]
+    opt.rates["q.lora_A"] = 1.0  # type: ignore[index]
     of_torch(model)  # type: ignore[arg-type]

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from rankaware_optim.optimizer import effective_lr
-
 from ...helpers.models import batches, same
 from .training import (
     WIDTH,
@@ -17,6 +15,7 @@ from .training import (
     by_hand,
     expected_tags,
     loss,
+    lrs,
     new_model,
     tagged,
     train,
@@ -66,8 +65,7 @@ def trained(kind: str, form: str, accumulate: int) -> dict[str, Any]:
             opt.step()
             scheduler.step()
             opt.zero_grad()
-    lrs = sorted({effective_lr(group) for group in opt.param_groups})
-    return {"weights": weights(model), "lrs": lrs, "type": type(model).__name__}
+    return {"weights": weights(model), "lrs": lrs(opt), "type": type(model).__name__}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1,13 +1,15 @@
-"""DeepSpeed's ZeRO-1 and 2 on CPU over gloo: it flattens every group and hands each process a share."""
+"""DeepSpeed's ZeRO on CPU over gloo: it flattens every group and hands each process a share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.models import batches, same
@@ -16,9 +18,11 @@ from .training import (
     FORMS,
     LR,
     WIDTH,
+    by_class,
     by_hand,
     half,
     loss,
+    lrs,
     new_model,
     weights,
 )
@@ -34,7 +38,17 @@ IGNORED = (
 environment = on_cpu
 
 
-BUILT = {**FORMS, "hand": by_hand}
+def by_part(form: str) -> Callable[..., Any]:
+    """What builds an optimizer of this form on groups that are split beforehand."""
+
+    def built(model: nn.Module) -> Any:
+        parts = FORMS[form](model).rates.groups
+        return FORMS[form](model, params=[{"params": list(p.params)} for p in parts])
+
+    return built
+
+
+BUILT = {**{form: by_part(form) for form in FORMS}, "whole": by_class, "hand": by_hand}
 
 
 def engine_of(form: str, stage: int) -> Any:
@@ -63,28 +77,53 @@ def engine_of(form: str, stage: int) -> Any:
     )[0]
 
 
+def in_one_group(stage: int) -> str:
+    engine = engine_of("whole", stage)
+    before = gathered(engine)
+    with pytest.raises(ra.OptimizerError) as refused:
+        run(engine, 0, 1)
+    assert same(gathered(engine), before)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_group_of_several_rates_is_refused(pair, stage):
+    """ZeRO flattens a group, so one of several parts is refused at the first step, in words, and nothing has moved."""
+    for sentence in pair.run(in_one_group, stage):
+        assert "those of opt.rates.groups" in sentence
+
+
 def run(engine: Any, first: int = 0, last: int = 4) -> None:
     for x in list(batches(last, width=WIDTH))[first:]:
         engine.backward(loss(engine, half(x)))
         engine.step()
 
 
+def gathered(engine: Any) -> dict[str, torch.Tensor]:
+    """The trained parameters, whole: ZeRO-3 leaves a share in each process."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.parameters())):
+        return weights(engine)
+
+
 def trained(form: str, stage: int) -> dict[str, Any]:
     engine = engine_of(form, stage)
     run(engine)
     return {
-        "weights": weights(engine),
-        "lrs": sorted({effective_lr(group) for group in engine.optimizer.param_groups}),
+        "weights": gathered(engine),
+        "lrs": lrs(engine.optimizer),
     }
 
 
 @pytest.mark.parametrize("form", [*FORMS, "groups"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_trains_as_by_hand(pair, stage, form):
     """Under ZeRO every weight and rate is, bit for bit, that of the native optimizer with groups by hand."""
     hand = pair.run(trained, "hand", stage)
     for got, expected in zip(pair.run(trained, form, stage), hand, strict=True):
         assert got["lrs"] == expected["lrs"]
+        assert all(weight.numel() for weight in got["weights"].values())
         assert same(got["weights"], expected["weights"])
 
 

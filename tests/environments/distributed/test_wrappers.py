@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rankaware_optim as ra
 from rankaware_optim import InspectionError, OptimizerError, RankAwareOptimizer
 
-from ...helpers.models import BASES, STYLES, adapted, same
+from ...helpers.models import BASES, STYLES, adapted, same, trained
 from .training import (
     AT_16,
     FORMS,
@@ -36,6 +37,7 @@ from .training import (
     train,
     weights,
 )
+from .worker import WORLD
 
 IGNORED = (
     # torch.distributed.optim scripts at import
@@ -103,25 +105,61 @@ def test_a_wrapped_model_trains_as_by_hand(pair, form, kind, wrapper, first):
         assert got["tags"] == expected_tags(kind=kind)
 
 
-def zero(kind: str) -> dict[str, torch.Tensor]:
+def zero(model: nn.Module, kind: str, form: str) -> Any:
+    """ZeroRedundancyOptimizer around ours, or a native one on groups of ours."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model = DistributedDataParallel(new_model())
     native_class, settings = KINDS[kind]
+    own = {"tuned_at": AT_16, "model": model, "init": "A"}
+    if form == "class":
+        made = partial(RankAwareOptimizer, optimizer=native_class, **own)
+        return ZeroRedundancyOptimizer(trained(model), made, lr=LR, **settings)
     groups = ra.rank_aware_param_groups(
-        model, lr=LR, tuned_at=AT_16, named=False, optimizer_class=native_class
+        trained(model), lr=LR, named=False, optimizer_class=native_class, **own
     )
-    opt = ZeroRedundancyOptimizer(groups, native_class, lr=LR, **settings)
-    train(model, opt)
+    return ZeroRedundancyOptimizer(groups, native_class, lr=LR, **settings)
+
+
+def halved(kind: str, form: str) -> dict[str, torch.Tensor]:
+    """The weights after steps at the rates, and at half of them."""
+    model = DistributedDataParallel(new_model())
+    opt = by_hand(model, kind) if form == "hand" else zero(model, kind, form)
+    train(model, opt, 0, 3)
+    for group in opt.param_groups:
+        group["lr"] /= 2
+    train(model, opt, 3, 6)
     return weights(model)
 
 
+@pytest.mark.parametrize("form", ["class", "groups"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_redundancy_trains_as_by_hand(pair, kind):
-    """ZeroRedundancyOptimizer on unnamed groups of ours is, bit for bit, plain DDP on groups by hand."""
-    answers = zip(pair.run(zero, kind), pair.run(native, kind, "ddp"), strict=True)
-    for got, expected in answers:
+def test_zero_redundancy_trains_as_by_hand(pair, kind, form):
+    """ZeroRedundancyOptimizer around ours, or on groups of ours, is plain DDP on groups by hand, bit for bit."""
+    hand = pair.run(halved, kind, "hand")
+    for got, expected in zip(pair.run(halved, kind, form), hand, strict=True):
         assert same(got, expected)
+
+
+def zero_resumed(kind: str) -> list[dict[str, torch.Tensor]]:
+    straight, broken = (DistributedDataParallel(new_model()) for _ in range(2))
+    train(straight, zero(straight, kind, "class"), 0, 6)
+    opt = zero(broken, kind, "class")
+    train(broken, opt, 0, 3)
+    states = []
+    for rank in range(WORLD):
+        opt.consolidate_state_dict(rank)
+        states += [opt.state_dict()] if rank == dist.get_rank() else []
+    again = zero(broken, kind, "class")
+    again.load_state_dict(*states)
+    train(broken, again, 3, 6)
+    return [weights(straight), weights(broken)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_redundancy_around_ours_resumes(pair, kind):
+    """Its consolidated state goes on bit for bit."""
+    for straight, broken in pair.run(zero_resumed, kind):
+        assert same(straight, broken)
 
 
 # --- surveys --------------------------------------------------------------------------------------------------------
@@ -236,32 +274,26 @@ def sharded_too_late(form: str) -> str:
     return str(refused.value)
 
 
-def zero_of_ours(made: str) -> str:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
+def class_of_ours() -> str:
     model = new_model()
-    kind = type(by_class(model))
-    if made == "class":
-        kind = partial(RankAwareOptimizer, optimizer="adamw", model=model)
     with pytest.raises(OptimizerError) as refused:
-        ZeroRedundancyOptimizer(model.parameters(), kind, lr=LR)
+        type(by_class(model))(model.parameters(), lr=LR)
     return str(refused.value)
 
 
 TOO_LATE = "Shard or wrap the model first (fully_shard"
-PLAIN_GROUPS = "rank_aware_param_groups(model, ..., named=False)"
 REFUSALS = [
     (flat_shares, ("init", None), "Give init='A'"),
     (flat_shares, ("rank", "A"), "declares no rank"),
     (flat_shares, ("any rank", "A"), "declares rank 0"),
     (flat_shares, ("fans", "A"), "has its fan-in"),
     *((sharded_too_late, (form,), TOO_LATE) for form in FORMS),
-    *((zero_of_ours, (made,), PLAIN_GROUPS) for made in ("class", "type")),
+    (class_of_ours, (), "cannot be called"),
 ]
 
 
 @pytest.mark.parametrize(("attempt", "how", "sentence"), REFUSALS)
 def test_what_cannot_be_known_or_held_is_refused(pair, attempt, how, sentence):
-    """Flat shares without declarations, sharding after the optimizer, and ZeRO of ours: a sentence on both processes."""
+    """Flat shares without declarations, sharding after the optimizer, and our class called: a sentence on both processes."""
     for said in pair.run(attempt, *how):
         assert sentence in said

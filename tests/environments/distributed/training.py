@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.inspection import canonical_name
-from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, mlp, trained
 from ...helpers.optimizers import multiplier
@@ -35,14 +34,19 @@ def new_model() -> nn.Sequential:
     return mlp(RANKS, width=WIDTH, seed=3)
 
 
-def by_class(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
+def by_class(
+    model: nn.Module, kind: str = "AdamW", params: Any = None, **own: Any
+) -> Any:
     native, settings = KINDS[kind]
-    return RankAwareOptimizer(model, native, lr=LR, tuned_at=AT_16, **own, **settings)
+    own |= {"model": model, "tuned_at": AT_16, **settings}
+    return RankAwareOptimizer(params or trained(model), native, lr=LR, **own)
 
 
-def by_instance(model: nn.Module, kind: str = "AdamW", **own: Any) -> Any:
+def by_instance(
+    model: nn.Module, kind: str = "AdamW", params: Any = None, **own: Any
+) -> Any:
     native, settings = KINDS[kind]
-    built = native(trained(model), lr=LR, **settings)
+    built = native(params or trained(model), lr=LR, **settings)
     return RankAwareOptimizer(built, model=model, tuned_at=AT_16, **own)
 
 
@@ -98,11 +102,23 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
     """Every parameter's rate and declared rank, by name."""
-    return {
-        n: (effective_lr(g), g["lora_rank"])
-        for g in opt.param_groups
-        for n in g["param_names"]
-    }
+    rates = inner(opt).rates
+    return {name: (rate.lr, rate.rank) for name, rate in rates.items()}
+
+
+def lrs(opt: Any) -> list[float]:
+    """The rates at which an optimizer trains, ours or a native one."""
+    opt = inner(opt)
+    if isinstance(opt, RankAwareOptimizer):
+        return sorted({group.lr for group in opt.rates.groups})
+    return sorted({group["lr"] for group in opt.param_groups})
+
+
+def inner(opt: Any) -> Any:
+    """The optimizer inside a framework's wrappers."""
+    while hasattr(opt, "optimizer"):
+        opt = opt.optimizer
+    return opt
 
 
 def expected_tags(kind: str = "AdamW") -> dict[str, tuple[float, int | None]]:

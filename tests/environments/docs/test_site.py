@@ -74,7 +74,6 @@ SEARCHED = [
     ("layer-wise decay", "loops"),
     ("vision tower", "loops"),
     ("epochs", "faq"),
-    ("expand", "trainers/transformers"),
     ("octave", "quickstart"),
 ]
 

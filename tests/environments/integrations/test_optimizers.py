@@ -10,7 +10,6 @@ import torch
 
 from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
 from rankaware_optim._optimizers import goes_to_adam, known_optimizer
-from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import mlp, same, snapshot
 from . import displacement
@@ -189,13 +188,8 @@ def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
     kind = pytest.importorskip("pytorch_optimizer").AdamMini
     model = mlp((4, 8))
     opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
-    rates = {
-        name: effective_lr(group)
-        for group in opt.param_groups
-        for name in group["param_names"]
-    }
-    assert rates["layer0.lora_A"] == LR * multiplier(4, Case(kind))
-    assert rates["layer1.lora_B"] == LR * multiplier(8, Case(kind))
+    assert opt.rates["layer0.lora_A"].lr == LR * multiplier(4, Case(kind))
+    assert opt.rates["layer1.lora_B"].lr == LR * multiplier(8, Case(kind))
     run(Case(kind), model, opt)
 
 

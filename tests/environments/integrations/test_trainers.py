@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 
 import optuna
@@ -160,6 +159,7 @@ def test_every_trainer_of_trl_trains_as_with_groups_by_hand(tmp_path, kind):
     assert "lr/r4" in ours.state.log_history[1]
     assert isinstance(ours.optimizer.optimizer, RankAwareOptimizer)
     assert str(ours.optimizer.report()) == str(ours.optimizer.optimizer.report())
+    assert ours.optimizer.rates == ours.optimizer.optimizer.rates
     if kind == "Reward":
         rows = {row.role: row.multiplier for row in ours.optimizer.report().rows}
         assert rows["A"] == rows["B"] != rows["other"] == 1.0
@@ -245,11 +245,10 @@ def test_the_arguments_reach_the_optimizer(tmp_path, given, optim):
     ours.train()
     own.train()
     assert same(weights(ours), weights(own))
-    decays = {
-        (g["weight_decay"], any("norm" in n for n in g["param_names"]))
-        for g in ours.optimizer.param_groups
-    }
-    assert decays == {(0.5, False), (0.0, True)}
+    parts = ours.optimizer.optimizer.rates.groups
+    of_norms = {p.user_group for p in parts if any("norm" in n for n in p.names)}
+    decays = [group["weight_decay"] for group in ours.optimizer.param_groups]
+    assert (decays, of_norms) == ([0.5, 0.0], {1})
 
 
 def test_what_is_given_holds_over_the_arguments(tmp_path):
@@ -457,9 +456,9 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "reduce_lr_on_plateau"])
-def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
-    """A plain run's checkpoint is not resumed where its scheduler has rates for fewer groups than the optimizer, until
-    its lists are expanded, as the error says.
+def test_a_plain_runs_checkpoint_is_resumed(tmp_path, schedule):
+    """What Trainer saved before attach, its scheduler included, goes on after it: at the plain run's rates times the
+    law's multipliers.
     """
 
     def made():
@@ -467,53 +466,48 @@ def test_a_plain_runs_scheduler_of_other_groups_is_refused(tmp_path, schedule):
         data = {"train_dataset": tokens(), "eval_dataset": tokens()}
         return transformers.Trainer(llama(), arguments(tmp_path, **own), **data)
 
-    made().train()
-    trainer, folder = attached(made()), tmp_path / "checkpoint-3"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ra.RankAwareWarning)
-        with pytest.raises(ra.CheckpointError, match=r"2 groups, .* 4.*opt\.expand"):
-            trainer.train(resume_from_checkpoint=str(folder))
-        trainer = attached(made())
-        opt = trainer.create_optimizer()
-        state = torch.load(folder / "scheduler.pt", weights_only=True)
-        for name, values in state.items():
-            if isinstance(values, list):
-                state[name] = opt.expand(values)
-        torch.save(state, folder / "scheduler.pt")
-        trainer.train(resume_from_checkpoint=str(folder))
+    def rates(trainer):
+        logs = trainer.state.log_history
+        return [entry["learning_rate"] for entry in logs if "learning_rate" in entry]
+
+    plainly = made()
+    plainly.train()
+    trainer = attached(made())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert trainer.state.global_step == STEPS
-    last = trainer.lr_scheduler.get_last_lr()
-    assert len(last) == 4
-    assert len({*last}) == 1
+    assert rates(trainer) == rates(plainly)
+    assert len(trainer.lr_scheduler.get_last_lr()) == 2
+    logs = [entry for entry in trainer.state.log_history if "lr/r4" in entry]
+    assert len(logs) == STEPS - 3
+    for entry in logs:
+        assert entry["lr/r4"] == pytest.approx(entry["learning_rate"] * multiplier(4))
 
 
 def test_a_scheduler_of_ones_own_takes_a_value_for_each_of_trainers_groups(tmp_path):
-    """`expand` spreads a list of two, as Trainer's own optimizer takes it, also where nothing is spared the decay."""
+    """A list of two, as Trainer's own optimizer takes it, also where nothing is spared the decay."""
 
     class OfItsOwn(transformers.Trainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
-            opt = self.optimizer.optimizer
-            each = opt.expand([lambda step: 0.5, lambda step: 0.25])
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(opt, each)
+            each = [lambda step: 0.5, lambda step: 0.25]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, each)
             return self.lr_scheduler
 
-    for model, shares in ((llama(), {0.5}), (with_norms_and_biases(), {0.5, 0.25})):
+    for model in (llama(), with_norms_and_biases()):
         args = arguments(tmp_path, max_steps=1, save_strategy="no")
         trainer = attached(OfItsOwn(model, args, train_dataset=tokens()))
         trainer.train()
         groups = trainer.optimizer.param_groups
-        assert {group["lr"] / LR for group in groups} == shares
+        assert [group["lr"] / LR for group in groups] == [0.5, 0.25]
 
 
-def test_a_plain_runs_checkpoint_is_loaded(tmp_path):
+def test_a_plain_runs_moments_are_loaded(tmp_path):
     """What Trainer saved before attach is loaded by it after, norms without decay included."""
     own = {"max_steps": 1, "save_steps": 1}
     first, again = (plain(with_norms_and_biases(), tmp_path, **own) for _ in range(2))
     first.train()
     opt = attached(again, tuned_at=None).create_optimizer()
     state = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
-    with pytest.warns(ra.RankAwareWarning, match="opt.expand"):
-        opt.load_state_dict(state)
+    opt.load_state_dict(state)
     old, new = (
         {n: state[p]["exp_avg"] for n, p in model.named_parameters() if p.requires_grad}
         for state, model in (
@@ -599,7 +593,7 @@ def test_a_trainer_that_makes_another_optimizer_is_refused(tmp_path, cure):
 
 
 def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
-    """A factory called with groups splits them; a rate of a group's own is kept, the trainer's base rate is ours."""
+    """A factory called with groups keeps them and a rate of a group's own; the trainer's base rate is ours."""
     model = llama()
     plainly = plain(model, tmp_path, learning_rate=5e-3)
     with pytest.warns(ra.RankAwareWarning, match="lr=0.01 replaces"):
@@ -608,8 +602,8 @@ def test_groups_that_a_trainer_hands_over_keep_their_own_rates(tmp_path):
     base = {"params": rest, "lr": trainer.args.learning_rate}
     groups = [{"params": [first], "lr": 1e-4}, base]
     opt = trainer.optimizer_cls_and_kwargs[0](groups)
-    found = {(group["user_group"], group["lr"]) for group in opt.param_groups}
-    assert found == {(0, 1e-4), (1, LR)}
+    assert [group["lr"] for group in opt.param_groups] == [1e-4, LR]
+    assert {(g.user_group, g.base_lr) for g in opt.rates.groups} == {(0, 1e-4), (1, LR)}
 
 
 def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):

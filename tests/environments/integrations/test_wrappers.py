@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import batches, mlp, same, snapshot, trained
 from .by_hand import groups_by_hand
@@ -104,7 +103,6 @@ def test_a_schedule_of_transformers_sets_the_base_rate(name):
         base = plain.param_groups[0]["lr"]
         bases.add(base)
         assert {group["lr"] for group in opt.param_groups} == {base}
-        assert [effective_lr(g) for g in opt.param_groups] == [
-            base * g["rank_multiplier"] for g in opt.param_groups
-        ]
+        rates = opt.rates.groups
+        assert [g.lr for g in rates] == [base * g.multiplier for g in rates]
     assert len(bases) > 1

@@ -13,7 +13,6 @@ from rankaware_optim import (
     Reference,
     inspect_model,
 )
-from rankaware_optim.optimizer import effective_lr
 
 from ...helpers.models import same, snapshot
 from ...helpers.recipes import RECIPE
@@ -89,9 +88,7 @@ def test_a_resume_changes_no_rate(targets):
     opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=AT_16)
     train(model, opt)
     again = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=AT_16)
-    assert [(g["lr"], g["param_names"]) for g in again.param_groups] == [
-        (g["lr"], g["param_names"]) for g in opt.param_groups
-    ]
+    assert again.rates.groups == opt.rates.groups
 
 
 def test_init_b_made_by_hand():
@@ -184,7 +181,7 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
         RankAwareOptimizer(wrapped(), "adamw", lr=1e-3, tuned_at=given)
         for given in (at, config, config.to_dict(), tmp_path)
     ]
-    rates = [[effective_lr(group) for group in opt.param_groups] for opt in opts]
+    rates = [[group.lr for group in opt.rates.groups] for opt in opts]
     assert rates[0] == rates[1] == rates[2] == pytest.approx(rates[3])
     assert 1e-3 not in rates[0]
     again = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)

@@ -62,9 +62,12 @@ def test_unsloths_trainer_trains_at_moved_rates(tmp_path, tiny, rate):
     )
     trainer.train()
     assert {row.role for row in report.rows} == {"A", "B", "other"}
-    groups = {
-        group["lora_role"]: group for group in trainer.optimizer.optimizer.param_groups
+    opt = trainer.optimizer.optimizer
+    groups = {group.role: group for group in opt.rates.groups}
+    initial = {
+        role: opt.param_groups[group.user_group]["initial_lr"]
+        for role, group in groups.items()
     }
-    assert groups["A"]["initial_lr"] == groups["B"]["initial_lr"] == LR
-    assert groups["A"]["rank_multiplier"] != 1.0
-    assert groups["other"]["initial_lr"] == (LR if rate is None else rate)
+    assert initial["A"] == initial["B"] == LR
+    assert groups["A"].multiplier != 1.0
+    assert initial["other"] == (LR if rate is None else rate)

@@ -6,7 +6,6 @@ import torch
 from rankaware_example import Bottleneck, StableProduct
 
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim.optimizer import effective_lr
 from rankaware_optim.testing import check_convention, check_law
 
 
@@ -32,4 +31,4 @@ def test_both_are_used() -> None:
     optimizer = RankAwareOptimizer(
         model, torch.optim.AdamW, lr=1e-3, law="example-product", tuned_at=at
     )
-    assert {round(effective_lr(group), 9) for group in optimizer.param_groups} == {5e-4}
+    assert {round(part.lr, 9) for part in optimizer.rates.groups} == {5e-4}

@@ -1,0 +1,756 @@
+"""The user's groups stay the user's: in every loop, parameters are those of groups that were split by hand, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.optim import lr_scheduler as schedulers
+from torch.optim.swa_utils import SWALR
+
+from rankaware_optim import CheckpointError, OptimizerError, RankAwareOptimizer
+
+from ..helpers.models import mlp, trained
+from ..helpers.optimizers import needs_muon
+from ..helpers.split_by_hand import (
+    AT_16,
+    LR,
+    STEPS,
+    AdamW,
+    ByHand,
+    Ours,
+    Run,
+    first_difference,
+    one,
+    three,
+    two,
+)
+
+SGD = torch.optim.SGD
+
+# --- schedulers, with a value for each of the user's groups ---------------------------------------------------------
+
+
+def half(step):
+    return 1 / (1 + step)
+
+
+def slow(step):
+    return 0.9**step
+
+
+def sequential(opt):
+    parts = [
+        schedulers.LinearLR(opt, 0.1, total_iters=4),
+        schedulers.CosineAnnealingLR(opt, 8),
+    ]
+    return schedulers.SequentialLR(opt, parts, [4])
+
+
+def chained(opt):
+    parts = [schedulers.ConstantLR(opt, 0.5, 4), schedulers.ExponentialLR(opt, 0.9)]
+    return schedulers.ChainedScheduler(parts)
+
+
+class Plateau:
+    def __init__(self, opt):
+        self.scheduler = schedulers.ReduceLROnPlateau(
+            opt, patience=0, min_lr=[1e-3, 1e-4]
+        )
+
+    def step(self):
+        self.scheduler.step(1.0)
+
+
+SCHEDULES = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, [slow, half]),
+    "LambdaLR, one": lambda o: schedulers.LambdaLR(o, slow),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(
+        o, [lambda e: 0.9, lambda e: 0.8]
+    ),
+    "StepLR": lambda o: schedulers.StepLR(o, 3),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5]),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, STEPS),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 8, eta_min=1e-4),
+    "warm restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 5, 1, 1e-4),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, [1e-2, 3e-2], total_steps=14),
+    "CyclicLR": lambda o: schedulers.CyclicLR(
+        o, [1e-3, 2e-3], [1e-2, 2e-2], 4, cycle_momentum=True
+    ),
+    "ReduceLROnPlateau": Plateau,
+    "SequentialLR": sequential,
+    "ChainedScheduler": chained,
+    "SWALR": lambda o: SWALR(o, swa_lr=[1e-3, 2e-3], anneal_epochs=5),
+}
+
+
+def scheduled(run, schedule):
+    scheduler = SCHEDULES[schedule](run.opt)
+    run.train(STEPS, scheduler.step)
+
+
+def resumed_schedule(run, schedule):
+    """Torch's order: the scheduler is made, then both states are loaded."""
+    made = [SCHEDULES[schedule](run.opt)]
+    run.train(6, made[0].step)
+    state = made[0].state_dict()
+    run.side.resume(lambda opt: made.append(SCHEDULES[schedule](opt)))
+    made[-1].load_state_dict(state)
+    run.train(6, made[-1].step)
+
+
+# --- what loops write -----------------------------------------------------------------------------------------------
+
+
+def rate_by_index(run):
+    run.train(4)
+    run.groups[0]["lr"] = 3e-3
+    run.train(4)
+    run.groups[1]["lr"] = 5e-3
+    run.train(4)
+
+
+def zero_by_index(run):
+    """As a script freezes a group."""
+    run.train(4)
+    run.groups[1]["lr"] = 0.0
+    run.train(8)
+
+
+def rate_by_index_under_a_scheduler(run):
+    scheduler = schedulers.LambdaLR(run.opt, lambda step: 1.0)
+    run.train(4, scheduler.step)
+    for number in range(8):
+        run.groups[0]["lr"] = 1e-3 * (1 + number)
+        run.groups[1]["lr"] = 2e-3 * (1 + number)
+        run.train(1)
+
+
+def rate_by_index_before_a_chainable_scheduler(run):
+    scheduler = schedulers.ExponentialLR(run.opt, 0.9)
+    run.train(4, scheduler.step)
+    run.groups[0]["lr"] = 3e-3
+    run.train(8, scheduler.step)
+
+
+def rates_zipped_with_a_list(run):
+    for number in range(STEPS):
+        for group, lr in zip(run.groups, (1e-2, 2e-2, 3e-2), strict=True):
+            group["lr"] = lr * 0.9**number
+        run.train(1)
+
+
+def options_by_index(run):
+    run.train(4)
+    run.groups[0]["betas"] = (0.5, 0.9)
+    run.groups[0]["weight_decay"] = 0.3
+    run.train(8)
+
+
+def decay_by_a_schedule(run):
+    for number in range(STEPS):
+        run.groups[0]["weight_decay"] = 0.1 * 0.9**number
+        run.train(1)
+
+
+def options_before_the_first_step(run):
+    run.groups[1].update(lr=4e-3, eps=1e-6)
+    run.train()
+
+
+def rate_inside_a_closure(run):
+    def closure():
+        run.groups[0]["lr"] = 1e-3 * (1 + run.count)
+        return 0.0
+
+    def step():
+        if run.is_ours:
+            return run.side.step(closure)
+        closure()
+        return run.side.step()
+
+    run.train(step=step)
+
+
+def gradients_inside_a_closure(run):
+    run.train(step=lambda: run.side.step(run.backward))
+
+
+def tensor_rates(model):
+    return [{**g, "lr": torch.tensor(g.get("lr", LR))} for g in two(model)]
+
+
+def tensor_filled_in_place(run):
+    run.train(4)
+    run.groups[0]["lr"].fill_(3e-3)
+    run.train(8)
+
+
+def tensor_replaced(run):
+    run.train(4)
+    run.groups[0]["lr"] = torch.tensor(3e-3)
+    run.train(8)
+
+
+# --- groups and parameters ------------------------------------------------------------------------------------------
+
+
+def first_layer(model):
+    return [{"params": trained(model.layer0)}]
+
+
+def a_later_group(run):
+    run.train(4)
+    model = run.side.model
+    later = [*trained(model.layer1), *trained(model.head)]
+    run.side.add_param_group({"params": later, "lr": 4e-3})
+    run.train(4)
+    run.groups[1]["lr"] = 1e-3
+    run.train(4)
+
+
+def frozen_and_thawed(run):
+    run.train(4)
+    layer = run.side.model.layer1
+    factors = trained(layer)
+    for trains in (False, True):
+        for param in factors:
+            param.requires_grad_(trains)
+        run.train(4)
+
+
+def parameters_replaced_in_place(run):
+    """As accelerate does for FSDP2: other tensors in the same places."""
+    run.train(1)
+    if not run.is_ours:
+        run.train(11)
+        return
+    model = run.side.model
+    other = copy.deepcopy(model)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    place = {id(old): new for old, new in pairs}
+    for group in run.groups:
+        for i, param in enumerate(group["params"]):
+            new = place[id(param)]
+            run.opt.state[new] = run.opt.state.pop(param)
+            group["params"][i] = new
+    run.side.model = other
+    run.train(11)
+
+
+def a_group_dict_replaced(run):
+    run.train(4)
+    run.groups[0] = {**run.groups[0], "lr": 2e-3}
+    run.train(8)
+
+
+# --- copies and checkpoints -----------------------------------------------------------------------------------------
+
+
+def resumed(run):
+    run.train(6)
+    run.side.resume()
+    run.train(6)
+
+
+def resumed_after_decay_by_hand(run):
+    def decay():
+        for group in run.groups:
+            group["lr"] *= 0.9
+
+    run.train(6, decay)
+    run.side.resume()
+    run.train(6, decay)
+
+
+def deep_copied(run):
+    run.train(6)
+    run.side.copied()
+    run.groups[0]["weight_decay"] = 0.2
+    run.train(6)
+
+
+def pickled(run):
+    run.train(6)
+    run.side.pickled()
+    run.groups[0]["weight_decay"] = 0.2
+    run.train(6)
+
+
+def wrapped_when_built(run):
+    if run.is_ours:
+        native = AdamW(three(run.side.model), lr=LR)
+        options = {"model": run.side.model, "tuned_at": AT_16}
+        run.side.opt = RankAwareOptimizer(native, **options)
+        assert run.side.opt is native
+    run.train()
+
+
+def wrapped_in_the_middle(run):
+    """A plain run goes on with multipliers, and with its state."""
+    if run.is_ours:
+        native = AdamW(three(run.side.model), lr=LR)
+        run.side.opt = native
+        run.train(1)
+        options = {"model": run.side.model, "tuned_at": AT_16, "init": "A"}
+        RankAwareOptimizer(native, **options)
+    else:
+        owner = run.side.owner
+        run.side.owner = [(number, 1.0) for number, _ in owner]
+        run.train(1)
+        run.side.owner = owner
+    run.train(6)
+
+
+def through_distributed_checkpoint(run, **options):
+    run.train(6)
+    if run.is_ours:
+        how = dcp.StateDictOptions(**options)
+        old = run.side.model
+        state = dcp.get_optimizer_state_dict(old, run.opt, options=how)
+        state = copy.deepcopy(state)
+        run.side.model = copy.deepcopy(old)
+        run.side.opt = run.side.build(copy.deepcopy(mlp()))  # of another model
+        run.side.opt = RankAwareOptimizer(
+            three(run.side.model),
+            AdamW,
+            model=run.side.model,
+            lr=LR,
+            tuned_at=AT_16,
+            init="A",
+        )
+        dcp.set_optimizer_state_dict(run.side.model, run.opt, state, options=how)
+        assert [g["lr"] for g in run.groups] == [2 * LR, LR, LR]
+        assert run.groups[0]["weight_decay"] == 0.1
+    run.train(6)
+
+
+# --- around it ------------------------------------------------------------------------------------------------------
+
+
+def scaled(run, clip=False):
+    scaler, opt = torch.amp.GradScaler("cpu", init_scale=128.0), run.stepping
+
+    def step():
+        run.side.model.zero_grad()
+        scaler.scale(run.loss()).backward()
+        if clip:
+            scaler.unscale_(opt)
+            torch.nn.utils.clip_grad_norm_(run.side.model.parameters(), 0.1)
+        scaler.step(opt)
+        scaler.update()
+
+    run.train(step=step)
+
+
+def compiled(run):
+    torch._dynamo.reset()
+    opt = run.stepping
+    run.train(step=torch.compile(lambda: opt.step(), backend="eager"))
+
+
+class Decaying(AdamW):
+    """Halves its groups' rates after each step."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.5
+        return loss
+
+
+def rates_that_the_optimizer_writes(run):
+    def step():
+        run.side.step()
+        for group in run.groups if not run.is_ours else ():
+            group["lr"] *= 0.5
+
+    run.train(step=step)
+
+
+class Counting(SGD):
+    """Keeps in each group what depends on its parameters, as schedule-free optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            size = sum(param.numel() for param in group["params"])
+            group["count"] = group.get("count", 0) + size
+            group["momentum"] = 0.9 / (1 + group["count"] / 1000)
+        return super().step(closure)
+
+    def train(self):
+        for group in self.param_groups:
+            group["count"] = group["count"] // 2
+
+
+def options_that_parts_hold_apart(run, how):
+    run.train(4)
+    run.side.call("train")
+    if how != "on":
+        getattr(run.side, how)()
+    run.groups[0]["weight_decay"] = 0.2
+    run.train(8)
+
+
+plain = Run.train
+SCENARIOS = [
+    *((f"{s}", partial(scheduled, schedule=s), two, SGD, {"momentum": 0.9}) for s in SCHEDULES),
+    *((f"{s}, resumed", partial(resumed_schedule, schedule=s), two, AdamW, {})
+      for s in ("LambdaLR", "OneCycleLR", "SequentialLR", "CosineAnnealingLR")),
+    ("two groups", plain, two, AdamW, {}),
+    ("three groups", plain, three, AdamW, {}),
+    *((f.__name__, f, two, AdamW, {}) for f in (
+        rate_by_index, zero_by_index, rate_by_index_under_a_scheduler,
+        rate_by_index_before_a_chainable_scheduler, options_by_index,
+        options_before_the_first_step, rate_inside_a_closure, gradients_inside_a_closure,
+        frozen_and_thawed, a_group_dict_replaced,
+    )),
+    *((f.__name__, f, three, AdamW, {}) for f in (
+        rates_zipped_with_a_list, decay_by_a_schedule, parameters_replaced_in_place, resumed,
+        deep_copied, pickled, wrapped_when_built, wrapped_in_the_middle,
+        through_distributed_checkpoint,
+    )),
+    ("flat distributed checkpoint", partial(through_distributed_checkpoint, flatten_optimizer_state_dict=True), three, AdamW, {}),
+    ("a later group", a_later_group, first_layer, AdamW, {}),
+    ("other_lr", partial(scheduled, schedule="LambdaLR, one"), one, AdamW, {"pinned": 5e-4}),
+    ("other_lr, resumed", resumed_after_decay_by_hand, one, AdamW, {"pinned": 5e-4}),
+    ("rates in tensors", partial(scheduled, schedule="ExponentialLR"), tensor_rates, AdamW, {"foreach": False}),
+    ("a tensor filled in place", tensor_filled_in_place, tensor_rates, AdamW, {"foreach": False}),
+    ("a tensor replaced", tensor_replaced, tensor_rates, AdamW, {"foreach": False}),
+    ("tensors, copied", deep_copied, tensor_rates, AdamW, {"foreach": False}),
+    ("GradScaler", scaled, two, AdamW, {"fused": True}),
+    ("GradScaler, clipped", partial(scaled, clip=True), two, AdamW, {}),
+    ("torch.compile", compiled, tensor_rates, AdamW, {}),
+    ("writes its rates", rates_that_the_optimizer_writes, three, Decaying, {}),
+    *((f"parts apart, {how}", partial(options_that_parts_hold_apart, how=how), three, Counting, {})
+      for how in ("on", "copied", "pickled", "resume")),
+]  # fmt: skip
+KINDS = [
+    (SGD, {"momentum": 0.9, "nesterov": True}),
+    (AdamW, {"fused": True}),
+    (AdamW, {"foreach": True}),
+    (torch.optim.Adam, {"amsgrad": True}),
+    (torch.optim.Adafactor, {}),
+    (torch.optim.Rprop, {}),
+    (torch.optim.ASGD, {}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.RAdam, {}),
+    (torch.optim.Adagrad, {}),
+    (torch.optim.RMSprop, {"momentum": 0.5}),
+]
+OTHERS = [
+    "Lamb",
+    "AdaBound",
+    "DiffGrad",
+    "Yogi",
+    "AdaMod",
+    "AdaBelief",
+    "AggMo",
+    "QHAdam",
+    "Ranger",
+    "Shampoo",
+    "NovoGrad",
+]
+
+
+def ends(scenario, groups, kind, given):
+    """The logs of the run with split groups, and of ours."""
+    logs = []
+    for side in (ByHand, Ours):
+        torch.manual_seed(0)
+        run = Run(side, groups, kind, **given)
+        scenario(run)
+        logs.append(run.log)
+    return logs
+
+
+# by hand a scheduler sees an optimizer that never steps
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated")
+@pytest.mark.parametrize(
+    ("scenario", "groups", "kind", "given"),
+    [pytest.param(*row, id=name) for name, *row in SCENARIOS],
+)
+def test_it_trains_as_groups_split_by_hand(scenario, groups, kind, given):
+    """Whatever schedulers, loops, frameworks and checkpoints do to the groups, parameters move as split groups' do."""
+    assert first_difference(*ends(scenario, groups, kind, given)) is None
+
+
+@pytest.mark.parametrize(("kind", "given"), KINDS)
+def test_every_class_of_torch_trains_as_split_groups(kind, given):
+    """Each of torch's classes and kernels trains the parts as it trains groups that were split by hand."""
+    assert first_difference(*ends(resumed, three, kind, given)) is None
+
+
+@needs_muon
+def test_muon_trains_as_split_groups():
+    """Matrices alone, with the factor of Muon's law."""
+
+    def factors(model):
+        return [{"params": trained(model.layer0)}, {"params": trained(model.layer1)}]
+
+    given = {"head": False}
+    assert first_difference(*ends(resumed, factors, torch.optim.Muon, given)) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS)
+def test_classes_of_torch_optimizer_train_as_split_groups(name):
+    """Those that keep state by group, or of other shapes than the parameters', go on after a resume too."""
+    import torch_optimizer
+
+    kind = getattr(torch_optimizer, name)
+    assert first_difference(*ends(resumed, three, kind, {})) is None
+
+
+# --- the groups and the state are the native ones -------------------------------------------------------------------
+
+
+def ours(model, groups=two, **options):
+    given = {"model": model, "lr": LR, "tuned_at": AT_16, "init": "A", **options}
+    return RankAwareOptimizer(groups(model), AdamW, **given)
+
+
+def without_params(groups):
+    return [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+
+NAMED = {
+    "one": one,
+    "two": two,
+    "three": three,
+    "named": lambda model: [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+    "an empty one": lambda model: [*two(model), {"params": [], "weight_decay": 0.5}],
+    "frozen ones": lambda model: list(model.parameters()),
+    "a tensor rate": tensor_rates,
+    "a list for the parameters": lambda model: [{"params": trained(model), "marks": list("abcdef")}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", NAMED.values(), ids=list(NAMED))
+@pytest.mark.parametrize("stepped", [False, True])
+def test_groups_and_state_are_those_of_the_native_class(groups, stepped):
+    """param_groups has what a plain optimizer would show, parameters in their order; state_dict its very layout."""
+    model, twin = mlp((4, 8)), mlp((4, 8))
+    opt, native = ours(model, groups), AdamW(groups(twin), lr=LR)
+    for each, optimizer in ((model, opt), (twin, native)):
+        for param in trained(each) if stepped else ():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert without_params(opt.param_groups) == without_params(native.param_groups)
+    names = [{id(p): n for n, p in each.named_parameters()} for each in (model, twin)]
+    shown = [
+        [[of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        for of, optimizer in zip(names, (opt, native), strict=True)
+    ]
+    assert shown[0] == shown[1]
+    assert opt.state_dict()["param_groups"] == native.state_dict()["param_groups"]
+    ours_keys, theirs = (
+        {key: list(value) for key, value in o.state_dict()["state"].items()}
+        for o in (opt, native)
+    )
+    assert ours_keys == theirs
+
+
+def test_betas_in_a_list_are_no_list_of_two_parameters():
+    """Options in a list, as a file gives them, are whole for each part, though the group has as many parameters."""
+    model = mlp((4,), head=False)
+    groups = [{"params": trained(model), "betas": [0.5, 0.9]}]
+    opt = RankAwareOptimizer(groups, AdamW, model=model, lr=LR, tuned_at=AT_16)
+    assert stepped(model, opt)["param_groups"][0]["betas"] == [0.5, 0.9]
+    assert not torch.equal(model.layer0.lora_B, torch.zeros_like(model.layer0.lora_B))
+
+
+def test_the_dict_that_was_given_is_the_group():
+    """As natively, a rate that is written to the user's own dict is trained at."""
+    model = mlp((4, 8))
+    mine = {"params": trained(model), "lr": LR}
+    opt = RankAwareOptimizer([mine], "sgd", model=model, tuned_at=AT_16)
+    assert opt.param_groups[0] is mine
+    mine["lr"] = LR / 4
+    before = model.head.weight.detach().clone()
+    for param in trained(model):
+        param.grad = torch.ones_like(param)
+    opt.step()
+    moved = (before - model.head.weight.detach()).mean()
+    assert float(moved) == pytest.approx(LR / 4)
+
+
+def test_a_refused_optimizer_leaves_the_given_dicts():
+    """Where building fails, the user's groups are what they were."""
+    model = mlp((4, 8))
+    mine = {"params": trained(model), "lr": 1e308}
+    with pytest.raises(OptimizerError, match="times the multiplier"):
+        RankAwareOptimizer([mine], AdamW, model=model, tuned_at=AT_16)
+    assert mine.keys() == {"params", "lr"}
+
+
+# --- plain checkpoints, both ways -----------------------------------------------------------------------------------
+
+
+def stepped(model, opt):
+    for param in trained(model):
+        param.grad = torch.ones_like(param)
+    opt.step()
+    return copy.deepcopy(opt.state_dict())
+
+
+@pytest.mark.parametrize("groups", [one, two, three])
+def test_plain_checkpoints_load_both_ways(groups):
+    """A plain AdamW's state goes on here, its rates as base rates, and a state of here in a plain AdamW."""
+    plain_model, model = mlp((4, 8)), mlp((4, 8))
+    native, opt = AdamW(groups(plain_model), lr=LR / 2), ours(model, groups)
+    theirs = stepped(plain_model, native)
+    opt.load_state_dict(theirs)
+    assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in native.param_groups]
+    back = AdamW(groups(plain_model), lr=1.0)
+    back.load_state_dict(opt.state_dict())
+    assert without_params(back.param_groups) == without_params(native.param_groups)
+    for param, other in zip(trained(plain_model), trained(model), strict=True):
+        for key, value in native.state[param].items():
+            assert torch.equal(value, opt.state[other][key])
+            assert torch.equal(value, back.state[param][key])
+
+
+def test_a_plain_schedulers_state_goes_on():
+    """The scheduler of a plain run loads as it is, and its list is for the same groups."""
+    plain_model, model = mlp((4, 8)), mlp((4, 8))
+    native, opt = AdamW(two(plain_model), lr=LR), ours(model)
+    before = schedulers.OneCycleLR(native, [1e-2, 3e-2], total_steps=14)
+    state = stepped(plain_model, native)
+    before.step()
+    after = schedulers.OneCycleLR(opt, [1e-2, 3e-2], total_steps=14)
+    opt.load_state_dict(state)
+    after.load_state_dict(before.state_dict())
+    for model_of, scheduler in ((plain_model, before), (model, after)):
+        stepped(model_of, scheduler.optimizer)
+        scheduler.step()
+    assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in native.param_groups]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def appended(opt, model):
+    opt.param_groups[0]["params"].append(model.head.weight)
+
+
+def flattened(opt, model):
+    opt.param_groups[0]["params"] = [torch.nn.Parameter(torch.zeros(8))]
+
+
+def reordered(opt, model):
+    opt.param_groups[1]["params"].reverse()  # of one rate
+    opt.param_groups[0]["params"].reverse()
+
+
+def two_swapped(opt, model):
+    new = [
+        torch.nn.Parameter(p.detach().clone()) for p in opt.param_groups[0]["params"]
+    ]
+    opt.param_groups[0]["params"] = new[::-1]
+
+
+CHANGES = [
+    (appended, "group of 4 parameters has 5.*add_param_group"),
+    (flattened, r"group of 4 parameters has 1.*opt\.rates\.groups"),
+    (reordered, "The 4 parameters of a group were put into another order"),
+    (two_swapped, r"layer0\.lora_A had shape \(4, 16\) and has \(16, 8\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_group_that_no_longer_fits_its_parts_is_refused(change, message):
+    """Parameters that were added, flattened or replaced in another order are refused at the step, and nothing moves."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    change(opt, model)
+    before = [param.detach().clone() for param in model.parameters()]
+    for param in opt.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(OptimizerError, match=message):
+        opt.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_groups_of_one_part_may_be_flattened_one_at_a_time():
+    """DeepSpeed's ZeRO puts one group at a time in place, flattened: those of one rank and role train at their rate."""
+    model = mlp((4, 8), head=False)
+
+    def apart(model):
+        return [{"params": [p]} for p in trained(model)]
+
+    opt = RankAwareOptimizer(apart(model), SGD, model=model, lr=LR, tuned_at=AT_16)
+    rates = [group.lr for group in opt.rates.groups]
+    groups, shares = opt.param_groups, []
+    for group in groups:
+        shares.append(torch.nn.Parameter(torch.zeros(8)))
+        shares[-1].grad = torch.ones(8)
+        group["params"] = shares[-1:]
+    for group in groups:
+        opt.param_groups = [group]
+        opt.step()
+    opt.param_groups = groups
+    assert [-float(share.detach()[0]) for share in shares] == pytest.approx(rates)
+
+
+def test_parameters_are_not_kept_alive():
+    """Parameters that a framework replaced are freed: between steps the parts hold none."""
+    import gc
+    import weakref
+
+    model = mlp((4, 8))
+    opt = ours(model, one)
+    stepped(model, opt)
+    old = weakref.ref(opt.param_groups[0]["params"][0])
+    other = copy.deepcopy(model)
+    opt.param_groups[0]["params"] = trained(other)
+    opt.state.clear()
+    del model
+    gc.collect()
+    assert old() is None
+
+
+def test_names_that_differ_are_refused():
+    """Where both sides have names, a state in another order is refused; without them the order decides, as natively."""
+
+    def named(model):
+        return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    model = mlp((4, 4))
+    state = stepped(model, ours(model, named))
+    other = ours(
+        mlp((4, 4)),
+        lambda model: named(model)[2:4] + named(model)[:2] + named(model)[4:],
+    )
+    with pytest.raises(CheckpointError, match=r"layer0\.lora_A where .* has layer1"):
+        other.load_state_dict(state)
+    for group in state["param_groups"]:
+        group["param_names"] = [f"module.{name}" for name in group["param_names"]]
+    ours(mlp((4, 4)), named).load_state_dict(state)
+
+
+# --- the table of rates ---------------------------------------------------------------------------------------------
+
+
+def test_rates_follow_the_scheduler():
+    """opt.rates gives every parameter's record by name: what it is, its rate now, and why."""
+    model = mlp((4, 8))
+    opt = ours(model)
+    rates = opt.rates
+    assert list(rates) == [n for n, p in model.named_parameters() if p.requires_grad]
+    record = rates["layer1.lora_B"]
+    assert (record.role, record.rank, record.scaling, record.init) == ("B", 8, 1.0, "A")
+    assert record.lr == LR * record.multiplier
+    assert record.why == "default law: from rank 16, alpha 16, B = 0"
+    assert record in rates.groups
+    assert record.names == ("layer1.lora_B",)
+    opt.param_groups[0]["lr"] = LR / 2
+    assert rates["layer1.lora_B"].lr == LR / 2 * record.multiplier
+    assert rates["head.weight"].lr == LR / 5
+    with pytest.raises(TypeError):
+        rates["head.weight"] = 1.0
