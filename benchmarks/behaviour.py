@@ -273,9 +273,10 @@ def stepped(
     if isinstance(opt, str):
         return {name: [opt]}
     groups: list[Value] = []
-    for group in opt.param_groups:
-        groups += [group["lr"], group["rank_multiplier"]]
-        groups += [len(group["params"]), group.get("weight_decay")]
+    for group in opt.rates.groups:
+        options = opt.param_groups[group.user_group]
+        groups += [group.base_lr, group.multiplier]
+        groups += [len(group.params), options.get("weight_decay")]
     train(model, opt)
     return {f"{name}: groups": groups, f"{name}: after three steps": norms(model)}
 

@@ -26,8 +26,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from rankaware_optim import RankAwareOptimizer
-from rankaware_optim.optimizer._unmoved import rounding
-from rankaware_optim.optimizer._wrapper import _trained
+from rankaware_optim.optimizer._unmoved import rounding, trained_parts
 
 RESTS_ON = ()  # times: made again at a release
 TENSOR = "fused, tensor rate"
@@ -147,12 +146,11 @@ def contestants(
     for count in layouts:
         spread_scalings(model, count // 2)
         ours = RankAwareOptimizer(model, kind, init="A", **settings)
-        assert len(ours.param_groups) == count, (
-            f"{len(ours.param_groups)} groups in place of {count}"
-        )
+        (group,), parts = ours.param_groups, ours.rates.groups
+        assert len(parts) == count, f"{len(parts)} parts in place of {count}"
         by_hand = [
-            {"params": group["params"], "lr": group["lr"]}
-            for group in ours.param_groups
+            {"params": part.params, "lr": group["lr"] * part.multiplier}
+            for part in parts
         ]
         made |= {f"native {count}": kind(by_hand, **settings), f"ours {count}": ours}
     made |= {} if "lr" in flags or kind is not AdamW else peft_loraplus(model, flags)
@@ -166,7 +164,7 @@ def contestants(
 
 def look(ours: Any) -> str:
     """What the first step does besides: it reads which weights will not move."""
-    return rounding(_trained(ours))
+    return rounding(trained_parts(ours))
 
 
 def spread_scalings(model: nn.Module, distinct: int) -> None:
