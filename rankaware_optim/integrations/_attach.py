@@ -171,7 +171,7 @@ def _look() -> Any:
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):
-        """Gives the wrapper `report` and `rates`, and raises if the trainer made another optimizer."""
+        """Gives the wrapper `report` and `rates`. Raises if the trainer made its own optimizer."""
 
         def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
             wrapper = opt = kwargs["optimizer"]
