@@ -162,9 +162,6 @@ def _of_batch(assigner: Assigner) -> Iterator[str]:
         )
 
 
-_WARNED: set[type] = set()  # classes of an unknown family, each once
-
-
 def _of_family(assigner: Assigner, rule: Rule) -> Iterator[str]:
     """Yield which law moves the rates of groups that are not sign-like, and why."""
     optimizer, source = assigner.optimizer, assigner.source
@@ -172,9 +169,7 @@ def _of_family(assigner: Assigner, rule: Rule) -> Iterator[str]:
     if optimizer is None or rule.family == "sign-like" or is_constant:
         return
     words = _words_of_family(rule)
-    unknown = rule.family == "unknown" and not isinstance(source, ByRecipe)
-    if unknown and optimizer not in _WARNED:
-        _WARNED.add(optimizer)
+    if rule.family == "unknown" and not isinstance(source, ByRecipe):
         warn(f"{optimizer.__name__} is {words}. A calibration measures it.")
     yield f"{optimizer.__name__} is {words}."
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .._checks import is_number, is_positive
+from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
 from ._parts import SplitGroup, same
@@ -26,11 +27,27 @@ _CURE = "Give the result of optimizer.state_dict()."
 _OTHER_MODEL = (
     "Load it into a model of the same ranks and shapes, or start with a new state."
 )
-# State of torch's classes, on whose shapes their kernels rely. Adafactor's is factored.
-_MOMENTS = {
-    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
-    *("square_avg", "grad_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
+# What torch's classes keep of a parameter once they have stepped it. Tensors among it have its
+# shape, on which their kernels rely. Adafactor's state is factored.
+_KEPT_BY_TORCH = {
+    "Adam": "step exp_avg exp_avg_sq",
+    "AdamW": "step exp_avg exp_avg_sq",
+    "NAdam": "step exp_avg exp_avg_sq mu_product",
+    "RAdam": "step exp_avg exp_avg_sq",
+    "SparseAdam": "step exp_avg exp_avg_sq",
+    "Adamax": "step exp_avg exp_inf",
+    "Adagrad": "step sum",
+    "Adadelta": "step square_avg acc_delta",
+    "RMSprop": "step square_avg",
+    "Rprop": "step prev step_size",
+    "ASGD": "step eta mu ax",
+    "SGD": "",
+    "Muon": "momentum_buffer",
 }
+_SCALARS = {"step", "mu_product", "eta", "mu"}
+_SOMETIMES = {"max_exp_avg_sq", "momentum_buffer", "grad_avg"}
+_MOMENTS = {*" ".join(_KEPT_BY_TORCH.values()).split(), *_SOMETIMES} - _SCALARS
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf")
 
 
 # --- to save --------------------------------------------------------------------------------------
@@ -90,7 +107,7 @@ def read_checkpoint(
     for group, of_parts in zip(groups, values, strict=True):
         _check_rates(group, of_parts)
     _check_sizes(splits, groups, state)
-    moments = dict(state)
+    moments, kinds = dict(state), list(filter(_is_torchs, native.__mro__))
     for split, group, of_parts in zip(splits, groups, values, strict=True):
         _check_names(split.group, group)
         params = split.group["params"]
@@ -98,8 +115,13 @@ def read_checkpoint(
         rows = zip(group["params"], params, shapes, split.members, strict=False)
         for key, param, shape, member in rows:  # flattened, they are fewer
             if key in state:
-                _check_moments(member.name, param, state[key], shape, native)
+                if kinds:
+                    is_own = kinds[0] is native
+                    _check_torchs(member.name, param, state[key], kinds[0], is_own)
+                else:
+                    _check_others(member.name, param, state[key], shape)
                 moments[key] = {k: _laid_out(v, param) for k, v in state[key].items()}
+    _check_squares(moments.values())
     return {**state_dict, "state": moments, "param_groups": groups}, values
 
 
@@ -165,34 +187,71 @@ def _check_names(user: Group, group: Group) -> None:
             )
 
 
-def _check_moments(
-    name: str, param: Any, saved: State, written: Any, native: type
-) -> None:
-    """Raise for state that cannot belong to a parameter. torch would take it, and fused kernels
-    then write out of bounds.
+def _is_torchs(kind: type) -> bool:
+    in_torch = kind.__module__.startswith("torch.optim.")
+    return in_torch and kind.__name__ in _KEPT_BY_TORCH
 
-    Torch's own moments have the parameter's shape. Of another class's state the written shape
-    decides, if there is one.
+
+def _check_torchs(
+    name: str, param: Any, saved: State, kind: type, is_own: bool
+) -> None:
+    """Raise where state is not what a class of torch keeps. torch would take it, and fused kernels
+    then write out of bounds. is_own: whether it is not of a class that is derived from it, which
+    may keep more.
+    """
+    missing = set(_KEPT_BY_TORCH[kind.__name__].split()) - saved.keys()
+    if saved and missing:
+        raise CheckpointError(
+            f"The checkpoint's {name} lacks {', '.join(sorted(missing))}, which"
+            f" {kind.__name__} keeps.",
+            "Give a checkpoint of the same optimizer class.",
+        )
+    for key, value in saved.items():
+        if key in _MOMENTS and value is not None:
+            is_dense = torch.is_tensor(value) and value.layout == torch.strided
+            if not is_dense:
+                raise CheckpointError(
+                    f"The checkpoint's {name} has no dense tensor as {key}.", _CURE
+                )
+            if value.shape != param.shape:
+                raise _of_another_shape(name, value.shape, tuple(param.shape))
+        elif is_own and torch.is_tensor(value) and value.numel() != 1:
+            raise _of_another_shape(name, value.shape, tuple(param.shape))
+
+
+def _check_others(name: str, param: Any, saved: State, written: Any) -> None:
+    """Raise where the shapes of another class's state cannot be of a parameter. The shape that was
+    written beside it decides, if there is one.
     """
     shape = tuple(param.shape)
-    if any(map(_is_torchs, native.__mro__)):
-        for key, value in saved.items():
-            checked = key in _MOMENTS or _is_torchs(native)
-            scalar = torch.is_tensor(value) and value.numel() == 1
-            if scalar and key not in _MOMENTS:
-                continue
-            if checked and torch.is_tensor(value) and value.shape != param.shape:
-                raise _of_another_shape(name, value.shape, shape)
-    elif written is not None and tuple(written) != shape:
+    if written is not None and tuple(written) != shape:
         raise _of_another_shape(name, written, shape)
-    elif written is None and not _fits(saved, shape):
+    if written is None and not _fits(saved, shape):
         raise _of_another_shape(name, _shapes_in(saved, len(shape))[0], shape)
 
 
-def _is_torchs(kind: type) -> bool:
-    """Return whether a class is one of torch's that keep moments of their parameters' shapes."""
-    others = ("Optimizer", "Adafactor")
-    return kind.__module__.startswith("torch.optim.") and kind.__name__ not in others
+def _check_squares(states: Iterable[Any]) -> None:
+    """Raise for a mean of squares that is not finite: each step would give NaN, or none."""
+    squares = [
+        state[key]
+        for state in states
+        for key in _SQUARES
+        if isinstance(state, Mapping) and _is_float(state.get(key))
+    ]
+    if not squares:
+        return
+    largest = torch._foreach_norm(squares, float("inf"))  # one call for all
+    together = torch.stack([norm.to("cpu", torch.float64) for norm in largest])
+    if not together.isfinite().all():
+        raise CheckpointError(
+            "The checkpoint has second moments that are not finite: its run had diverged.",
+            "Go back to an earlier one, or start with a new state.",
+        )
+
+
+def _is_float(value: Any) -> bool:
+    is_plain = type(value) is torch.Tensor and value.layout == torch.strided
+    return is_plain and value.is_floating_point() and value.numel() > 0
 
 
 def _of_another_shape(name: str, saved: Iterable[int], shape: Shape) -> CheckpointError:
@@ -236,6 +295,32 @@ def _laid_out(value: Any, param: torch.Tensor) -> Any:
     return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
+# --- the rates ------------------------------------------------------------------------------------
+
+
+def warn_of_rates(built: Iterable[float], groups: Iterable[Group]) -> None:
+    """Warn once where a loaded base rate is not that with which this optimizer was built.
+
+    built, groups: `peak_of` each group before the load, and the groups after it.
+    """
+    for number, (given, group) in enumerate(zip(built, groups, strict=True)):
+        saved = peak_of(group)
+        if given and saved and abs(saved / given - 1) > 1e-6:
+            warn(
+                f"The checkpoint's base rate trains on in group {number}, as natively: {saved:.3g},"
+                f" times this optimizer's multipliers, and not the {given:.3g} with which it was"
+                " built. If a plain optimizer wrote the checkpoint, its rate was not multiplied"
+                " before. For the other rate, set group['lr'] of opt.param_groups after the load,"
+                " and group['initial_lr'] before a scheduler is built."
+            )
+            return
+
+
+def peak_of(group: Group) -> float:
+    """Return the rate from which a group's schedule starts. OneCycleLR starts at a fraction."""
+    return float(group.get("max_lr") or group.get("initial_lr", group["lr"]))
+
+
 # --- after the native load ------------------------------------------------------------------------
 
 
@@ -249,10 +334,9 @@ def restore(
         split.group, split.lr = user, user["lr"]
         split.follow_options(always=True)
         split.see()
-        # OneCycleLR starts at a fraction of the rate
-        peak = user.get("max_lr") or user.get("initial_lr", user["lr"])
+        peak = peak_of(user)
         for part, own in zip(split.parts, _by_part(split, of_parts), strict=True):
-            part.settle(peak)
+            part.settle(peak if part.assigned.lr else user["lr"])
             pinned, saved = part.assigned.lr, own.pop("own_lr", None)
             multiplier = own.pop("multiplier", None)
             if (

@@ -35,7 +35,13 @@ from ._rates import Rates
 from ._refuse import Native, Wrapped, read_optimizer, refuse_rateless
 from ._report import Report, make_report
 from ._source import read_source
-from ._state_dict import read_checkpoint, restore, with_parts
+from ._state_dict import (
+    peak_of,
+    read_checkpoint,
+    restore,
+    warn_of_rates,
+    with_parts,
+)
 from ._unmoved import EPSILON_AT, warn_of_unmoved
 from ._user_groups import Models, model_of, together
 
@@ -226,8 +232,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """Load a checkpoint, which has the native layout. Names, shapes and rates are compared,
         which torch does not do.
 
-        Rates in it are base rates, also those of a plain optimizer. The multipliers of this
-        optimizer are kept. Explicit rates (`rates`, `other_lr`) do not follow the base rate.
+        Rates in it are base rates, also those of a plain optimizer, and train on as natively. A
+        warning is given where they differ from those of this optimizer, whose multipliers are kept.
+        Explicit rates (`rates`, `other_lr`) do not follow the base rate.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -240,8 +247,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         try:
             splits = parts.of(self.param_groups)
             state, values = read_checkpoint(splits, state_dict, native)
+            built = [peak_of(group) for group in self.param_groups]
             native.load_state_dict(self, state)
             restore(splits, self.param_groups, values)
+            warn_of_rates(built, self.param_groups)
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)

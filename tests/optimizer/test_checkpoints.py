@@ -10,6 +10,7 @@ import signal
 import site
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,6 +214,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_parameter_gets_its_own_state(source):
     """By position in the groups given, moments and base rates are the source's, and rates the law's."""
@@ -295,6 +297,23 @@ def keys_as_text():
     return {**state, "state": moments}
 
 
+def swapped():
+    """A state whose first two parameters have each other's moments."""
+    state = stepped()
+    moments = state["state"]
+    moments[0], moments[1] = moments[1], moments[0]
+    return state
+
+
+def in_state_of(value, key):
+    state = stepped()
+    if value is None:
+        del state["state"][0][key]
+    else:
+        state["state"][0][key] = value(state["state"][0][key])
+    return state
+
+
 def in_parts(**values):
     return in_groups(rank_parts=values)
 
@@ -312,7 +331,7 @@ REFUSED = [
     ),
     (
         lambda: stepped((4, 16), torch.optim.Adafactor),
-        r"layer0.lora_A has shape \(4, 1\), the parameter \(4, 16\)",
+        r"layer0.lora_A lacks exp_avg, exp_avg_sq, which AdamW keeps.*same optimizer",
     ),
     (lambda: stepped(width=32), r"has shape \(4, 32\), the parameter \(4, 16\)"),
     (
@@ -334,6 +353,22 @@ REFUSED = [
         lambda: stepped(make=lambda model, kind: on_groups(model)),
         r"rank_aware_param_groups, whose rates are multiplied already",
     ),
+    # moments that a kernel would misread, or that give no step
+    (
+        lambda: in_state(torch.ones(1, 1), "exp_avg"),
+        r"layer0.lora_A has shape \(1, 1\), the parameter \(4, 16\)",
+    ),
+    (swapped, r"layer0.lora_A has shape \(16, 4\), the parameter \(4, 16\)"),
+    (lambda: in_state(torch.ones(4, 1)), r"has shape \(4, 1\)"),
+    (lambda: in_state(3.0), r"layer0.lora_A has no dense tensor as exp_avg_sq"),
+    (lambda: in_state_of(torch.Tensor.to_sparse, "exp_avg_sq"), "no dense tensor"),
+    (lambda: in_state_of(None, "exp_avg_sq"), r"lacks exp_avg_sq, which AdamW keeps"),
+    (lambda: in_state_of(None, "step"), r"lacks step, which AdamW keeps"),
+    (
+        lambda: in_state_of(lambda v: v / 0, "exp_avg_sq"),
+        r"moments that are not finite",
+    ),
+    (lambda: in_state_of(lambda v: v * math.nan, "exp_avg_sq"), r"not finite"),
     # groups that contradict themselves
     (lambda: in_groups(params=[0, 0, 1, 2, 3, 4]), r"list a parameter twice"),
     (lambda: without("lr"), r"has lr=None"),
@@ -370,6 +405,7 @@ def test_factored_state_of_another_rank_is_refused():
         opt.load_state_dict(stepped((4, 16), torch.optim.Adafactor))
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 def test_a_group_put_in_by_hand_trains_as_natively():
     """A group that was appended to param_groups trains at its rate, and is saved and loaded like the others."""
     model, lone = mlp((4, 8)), nn.Parameter(torch.zeros(1))
@@ -461,6 +497,28 @@ def test_a_damaged_checkpoint_is_refused_whole_or_loaded_whole(data, kind, make)
 # --- what is said, and kept -----------------------------------------------------------------------------------------
 
 
+PLAIN = 7.8e-5  # a rate that was moved by hand
+
+
+@pytest.mark.parametrize("given", [LR, PLAIN])
+def test_a_plain_runs_rate_trains_on_and_is_said_where_it_is_another(given):
+    """A checkpoint's base rate trains on, times the multipliers. Where another was given, one warning has both rates,
+    which one trains, that a plain one was not multiplied, and the cure."""
+    model = mlp((4, 8))
+    state = AdamW(trained(model), lr=PLAIN).state_dict()
+    opt = ours(model, lr=given)
+    by_law = {name: rate / given for name, rate in rates_of(opt).items()}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        opt.load_state_dict(state)
+    assert rates_of(opt) == pytest.approx({n: PLAIN * by for n, by in by_law.items()})
+    words = [str(each.message) for each in said]
+    assert len(words) == (given != PLAIN)
+    for part in ("7.8e-05", "0.01", "plain", "set group['lr']"):
+        assert all(part in text for text in words)
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 def test_a_rate_in_a_tensor_is_loaded():
     """One number in a tensor is a rate, the 0 of a warm-up too."""
     opt = ours(mlp((4, 8)))
@@ -480,7 +538,7 @@ SAVED = {
 }
 
 
-@pytest.mark.filterwarnings("error::rankaware_optim.RankAwareWarning")
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 @pytest.mark.parametrize(("options", "where"), PINNED.values(), ids=list(PINNED))
 @pytest.mark.parametrize("source", SAVED)
 def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, source):
@@ -501,6 +559,7 @@ def test_a_pinned_rate_is_scheduled_from_a_cycles_peak():
     assert rates_of(opt)["layer0.lora_B"] == pytest.approx(5e-4 / 25)
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 def test_a_pinned_rate_stays_scheduled():
     """A pinned rate that was halved by hand with the others is half of it after a resume, to the bit."""
     options = {"rates": {"*lora_B*": 5e-4}}

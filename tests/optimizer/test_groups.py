@@ -470,6 +470,7 @@ def ends(scenario, groups, kind, given):
 
 # by hand a scheduler sees an optimizer that never steps
 @pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated")
 @pytest.mark.parametrize(
     ("scenario", "groups", "kind", "given"),
@@ -599,6 +600,7 @@ def stepped(model, opt):
     return copy.deepcopy(opt.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 @pytest.mark.parametrize("groups", [one, two, three])
 def test_plain_checkpoints_load_both_ways(groups):
     """A plain AdamW's state goes on here, its rates as base rates, and a state of here in a plain AdamW."""
