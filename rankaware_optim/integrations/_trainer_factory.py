@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..errors import OptimizerError
 from ..optimizer import RankAwareOptimizer
 
 
@@ -28,9 +29,10 @@ class TrainerFactory:
         trainer: the trainer. It holds the factory, so the reference is weak.
         native: the class that is wrapped.
         settings: the user's. Without a rate or a recipe, the rate is that of the arguments at each
-            call.
+            call. With a rate too, once a search or the user has written another into them.
         make: `make(params, model=..., **settings)` builds the optimizer. It is called twice under
             DeepSpeed.
+        written: the rate of the arguments when an optimizer was last made, None before.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class TrainerFactory:
         native: type[Optimizer],
         settings: Mapping[str, Any],
         make: Callable[..., RankAwareOptimizer],
+        written: float | None = None,
     ) -> None:
         self._trainer = weakref.ref(trainer)
+        self._written = written
         self._native = native
         self._settings = settings
         self._make = make
@@ -52,6 +56,7 @@ class TrainerFactory:
             self._native,
             self._settings,
             self._make,
+            self._written,
         )
 
     def __call__(self, params: Any = None, **_: Any) -> Any:
@@ -63,6 +68,8 @@ class TrainerFactory:
         trainer: Any = self._trainer()
         args = trainer.args
         settings = trainer_settings(self._native, args, self._settings)
+        if self._written not in (None, args.learning_rate):
+            _follow(args.learning_rate, settings)
         if isinstance(params, nn.Module):
             model, groups = params, trainer_groups(params)
         else:
@@ -74,11 +81,24 @@ class TrainerFactory:
                     )  # a group at the trainer's base rate gets ours
         keep_embeddings_in_32_bits(model, self._native, settings)
         make = partial(self._make, model=model, **settings)
-        if not trainer.is_deepspeed_enabled:
-            return make(groups)
-        # ZeRO flattens every group, so each part is a group of its own
-        parts = make([dict(group) for group in groups]).rates.groups
-        return make([{**groups[p.user_group], "params": list(p.params)} for p in parts])
+        if trainer.is_deepspeed_enabled:
+            # ZeRO flattens every group, so each part is a group of its own
+            parts = make([dict(group) for group in groups]).rates.groups
+            groups = [{**groups[p.user_group], "params": list(p.params)} for p in parts]
+        opt = make(groups)
+        self._written = args.learning_rate
+        return opt
+
+
+def _follow(lr: float, settings: dict[str, Any]) -> None:
+    """Take a rate that was written into the trainer's arguments since, as a search does."""
+    if "recipe" in settings:
+        raise OptimizerError(
+            f"learning_rate={lr:g} was written into the trainer's arguments, as by a search, after"
+            " attach was given a recipe, whose rate it is not.",
+            "Leave learning_rate out of the search, or attach with lr= and tuned_at=.",
+        )
+    settings["lr"] = lr
 
 
 def trainer_settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import optuna
@@ -423,8 +424,9 @@ def test_trls_default_rate_is_not_taken_for_a_tuned_one(tmp_path, kind):
         attach(trainer)
 
 
-def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
-    """Where the rate came from the arguments, a search's trial at their default trains at it too."""
+@pytest.mark.parametrize("given", [{}, {"lr": 3e-4}], ids=["arguments", "attach"])
+def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, given):
+    """Wherever the rate came from, a search's trial trains at the one that it tries, also at the arguments' own."""
     seen = []
 
     class Look(transformers.TrainerCallback):
@@ -439,7 +441,9 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
         train_dataset=tokens(),
         eval_dataset=tokens(),
     )
-    attach(trainer, AdamW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankAwareWarning)  # lr= replaces the arguments'
+        attach(trainer, AdamW, **given)
     rates = {"learning_rate": [2e-5, 5e-5, 1e-4]}
     trainer.hyperparameter_search(
         lambda trial: {
@@ -450,6 +454,15 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path):
         sampler=optuna.samplers.GridSampler(rates),
     )
     assert sorted(seen) == [(rate, rate) for rate in rates["learning_rate"]]
+
+
+def test_a_rate_written_after_attach_is_refused_beside_a_recipe(tmp_path):
+    """A recipe has its rate: one that a search writes into the arguments is refused in words."""
+    trainer = transformers.Trainer(llama(), arguments(tmp_path), train_dataset=tokens())
+    attach(trainer, AdamW, **OF_RECIPE)
+    trainer.args.learning_rate = 1e-3
+    with pytest.raises(OptimizerError, match="written into the trainer's arguments"):
+        trainer.train()
 
 
 # --- a run without attach -------------------------------------------------------------------------------------------
