@@ -6,7 +6,7 @@ more key holds the values of the parts. Rates in a checkpoint are base rates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,13 @@ _KEPT_BY_TORCH = {
     "Muon": "momentum_buffer",
 }
 _SCALARS = {"step", "mu_product", "eta", "mu"}
-_SOMETIMES = {"max_exp_avg_sq", "momentum_buffer", "grad_avg"}
-_MOMENTS = {*" ".join(_KEPT_BY_TORCH.values()).split(), *_SOMETIMES} - _SCALARS
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf")
+# What they keep by a setting of their group.
+_SOMETIMES = {
+    "amsgrad": "max_exp_avg_sq",
+    "momentum": "momentum_buffer",
+    "centered": "grad_avg",
+}
+_MOMENTS = {*" ".join(_KEPT_BY_TORCH.values()).split(), *_SOMETIMES.values()} - _SCALARS
 
 
 # --- to save --------------------------------------------------------------------------------------
@@ -110,18 +114,19 @@ def read_checkpoint(
     moments, kinds = dict(state), list(filter(_is_torchs, native.__mro__))
     for split, group, of_parts in zip(splits, groups, values, strict=True):
         _check_names(split.group, group)
-        params = split.group["params"]
+        params, is_own = split.group["params"], native in kinds
+        kept = _kept_by(kinds[0], group) if kinds else set()
         shapes = of_parts.pop("shapes", [None] * len(params))
         rows = zip(group["params"], params, shapes, split.members, strict=False)
         for key, param, shape, member in rows:  # flattened, they are fewer
             if key in state:
                 if kinds:
-                    is_own = kinds[0] is native
-                    _check_torchs(member.name, param, state[key], kinds[0], is_own)
+                    _check_torchs(member.name, param, state[key], kept, is_own)
                 else:
                     _check_others(member.name, param, state[key], shape)
                 moments[key] = {k: _laid_out(v, param) for k, v in state[key].items()}
-    _check_squares(moments.values())
+    if kinds:
+        _check_finite(moments.values())
     return {**state_dict, "state": moments, "param_groups": groups}, values
 
 
@@ -167,7 +172,7 @@ def _check_rates(group: Group, values: Group) -> None:
 
 
 def _is_rate(value: Any) -> bool:
-    """Return whether a saved value is a positive number, or the 0 of a warm-up."""
+    """Return whether a saved value is a positive number, or 0, as in a warm-up."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     return is_positive(value) or (is_number(value) and value == 0)
@@ -192,19 +197,28 @@ def _is_torchs(kind: type) -> bool:
     return in_torch and kind.__name__ in _KEPT_BY_TORCH
 
 
+def _kept_by(kind: type, group: Group) -> set[str]:
+    """Return what a class of torch keeps of a parameter in a group of these settings."""
+    kept = set(_KEPT_BY_TORCH[kind.__name__].split())
+    for setting, key in _SOMETIMES.items():
+        if group.get(setting):
+            kept.add(key)
+    return kept
+
+
 def _check_torchs(
-    name: str, param: Any, saved: State, kind: type, is_own: bool
+    name: str, param: Any, saved: State, kept: Collection[str], is_own: bool
 ) -> None:
     """Raise where state is not what a class of torch keeps. torch would take it, and fused kernels
     then write out of bounds. is_own: whether it is not of a class that is derived from it, which
     may keep more.
     """
-    missing = set(_KEPT_BY_TORCH[kind.__name__].split()) - saved.keys()
-    if saved and missing:
+    missing = [key for key in kept if saved.get(key) is None]
+    if missing and (saved or "step" not in kept):
         raise CheckpointError(
-            f"The checkpoint's {name} lacks {', '.join(sorted(missing))}, which"
-            f" {kind.__name__} keeps.",
-            "Give a checkpoint of the same optimizer class.",
+            f"The checkpoint's {name} lacks {', '.join(sorted(missing))}, which this optimizer"
+            " keeps.",
+            "Give a checkpoint of the same optimizer class and settings.",
         )
     for key, value in saved.items():
         if key in _MOMENTS and value is not None:
@@ -215,6 +229,10 @@ def _check_torchs(
                 )
             if value.shape != param.shape:
                 raise _of_another_shape(name, value.shape, tuple(param.shape))
+        elif key in _SCALARS and not _is_rate(value):
+            raise CheckpointError(
+                f"The checkpoint's {name} has {key}={value!r}.", _CURE
+            )
         elif is_own and torch.is_tensor(value) and value.numel() != 1:
             raise _of_another_shape(name, value.shape, tuple(param.shape))
 
@@ -230,21 +248,21 @@ def _check_others(name: str, param: Any, saved: State, written: Any) -> None:
         raise _of_another_shape(name, _shapes_in(saved, len(shape))[0], shape)
 
 
-def _check_squares(states: Iterable[Any]) -> None:
-    """Raise for a mean of squares that is not finite: each step would give NaN, or none."""
-    squares = [
-        state[key]
+def _check_finite(states: Iterable[Any]) -> None:
+    """Raise for moments that are not finite: a step would give NaN, or none."""
+    moments = [
+        value
         for state in states
-        for key in _SQUARES
-        if isinstance(state, Mapping) and _is_float(state.get(key))
+        for key, value in state.items()
+        if key in _MOMENTS and _is_float(value)
     ]
-    if not squares:
+    if not moments:
         return
-    largest = torch._foreach_norm(squares, float("inf"))  # one call for all
+    largest = torch._foreach_norm(moments, float("inf"))  # one call for all
     together = torch.stack([norm.to("cpu", torch.float64) for norm in largest])
     if not together.isfinite().all():
         raise CheckpointError(
-            "The checkpoint has second moments that are not finite: its run had diverged.",
+            "The checkpoint has moments that are not finite: its run had diverged.",
             "Go back to an earlier one, or start with a new state.",
         )
 
