@@ -335,8 +335,9 @@ def test_a_step_inside_a_step_multiplies_once(kind, call):
     """A step that calls itself or another step of the table, or the latter alone, moves at the multiplier."""
     model = Model()
     opt = by_class(model, kind)
-    opt.step = getattr(opt, call)
+    opt.step, groups = getattr(opt, call), opt.param_groups
     assert_at(model, moved(model, opt), LR)
+    assert opt.param_groups is groups
 
 
 class Decaying(torch.optim.SGD):
@@ -355,6 +356,27 @@ def test_what_the_optimizer_writes_itself_is_kept():
     opt = by_class(model, Decaying)
     assert_at(model, moved(model, opt), LR)
     assert_at(model, moved(model, opt), LR / 2)
+
+
+class CountsInPlace(torch.optim.SGD):
+    """Counts its steps in a tensor of each group."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"].add_(1)
+        return super().step(closure)
+
+
+def test_what_a_step_counts_in_a_tensor_is_counted_once():
+    """However many rates a group's parameters have, its tensor is the user's, and counts once a step."""
+    model, count = Model(), torch.zeros(())
+    groups = [{"params": trained(model), "count": count}]
+    opt = RankAwareOptimizer(groups, CountsInPlace, model=model, lr=LR, **LAW)
+    moved(model, opt)
+    moved(model, opt)
+    assert len(opt.rates.groups) > 1
+    assert opt.param_groups[0]["count"] is count
+    assert count == 2
 
 
 @pytest.mark.parametrize("scaling", ["in place", "ReduceLROnPlateau"])
