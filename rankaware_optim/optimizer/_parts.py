@@ -452,4 +452,6 @@ def present(split: SplitGroup) -> None:
     lists = {key: split.seen[key] for key in split.lists}
     user.update({**first, **lists, "params": params})
     split.ids, split.lr = list(map(id, params)), user["lr"]
+    for part in split.parts:  # torchao makes a tensor of each rate
+        part.base = split.lr
     split.see()

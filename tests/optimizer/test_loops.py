@@ -236,6 +236,7 @@ class WritesItsRate(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 def test_rates_that_the_optimizer_wrote_are_not_a_users():
     """What an optimizer wrote for its parts in its step, and a checkpoint of it, is no rate written by hand."""
     model = Model()
@@ -377,6 +378,23 @@ def test_what_a_step_counts_in_a_tensor_is_counted_once():
     assert len(opt.rates.groups) > 1
     assert opt.param_groups[0]["count"] is count
     assert count == 2
+
+
+class TensorRates(torch.optim.SGD):
+    """Makes a tensor of each group's rate when it is built, as torchao's classes do."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+
+
+def test_a_rate_that_the_class_makes_a_tensor_is_one_for_all_parts():
+    """Where a scheduler fills the shown tensor, every parameter follows."""
+    model = Model()
+    opt = by_class(model, TensorRates)
+    opt.param_groups[0]["lr"].fill_(LR / 4)
+    assert_at(model, moved(model, opt), LR / 4)
 
 
 @pytest.mark.parametrize("scaling", ["in place", "ReduceLROnPlateau"])
@@ -632,6 +650,7 @@ def test_hooks_fire_once_with_the_object_held(form, name):
     assert held is opt
 
 
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 @each_form
 def test_hooks_may_replace_what_is_saved_and_loaded(form):
     """A hook that gives another dict back is obeyed, on saving and on loading."""
