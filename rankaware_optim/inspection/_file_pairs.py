@@ -19,7 +19,7 @@ from .._checks import is_positive, shown
 from .._types import Factor, Init
 from ..errors import InspectionError
 from ._conventions import Reading, Shape, rows_of, tucker_of
-from ._pairs import checked_scaling, layout_reading, misfit
+from ._pairs import checked_scaling, layout_reading, misfit, refuse_either_way
 from ._peft_config import AdapterConfig, Declared
 from ._survey import declared_init, factors_of
 
@@ -214,6 +214,10 @@ def _reading(header: Header, pair: FilePair, rank: int | None, where: str) -> Re
     reading = layout_reading(layout, None, a, b)
     if reading is None or rank not in (None, reading.rank_a):
         raise misfit(where, rank, (pair.a, a), (pair.b, b))
+    if rank is None and not pair.a.endswith(
+        ".weight"
+    ):  # a module's weight is (out, in)
+        refuse_either_way(where, reading, (pair.a, a), (pair.b, b))
     kind = reading.kind or ("conv" if len(a) > 2 else "linear")
     return reading._replace(kind=kind)
 

@@ -212,7 +212,8 @@ def reading_of(pair: Pair) -> Reading:
     fan-out are used.
 
     Raises:
-        InspectionError: no layout fits the shapes and the declared rank.
+        InspectionError: no layout fits the shapes and the declared rank, or none is declared and
+            two ranks fit.
     """
     rank = declared_number(pair, pair.convention.rank)
     a, b = pair.a.shape, pair.b.shape
@@ -220,6 +221,10 @@ def reading_of(pair: Pair) -> Reading:
     readings = (layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
+            if rank is None:
+                refuse_either_way(
+                    pair.where, reading, (pair.a.name, a), (pair.b.name, b)
+                )
             kind = pair.convention.kind or reading.kind or pair.kind
             return reading._replace(kind=kind)
     raise misfit(pair.where, rank, (pair.a.name, a), (pair.b.name, b))
@@ -235,6 +240,22 @@ def misfit(
         "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
         " right, or register its layout with register_convention().",
     )
+
+
+def refuse_either_way(
+    where: str, reading: Reading, a: tuple[str, Shape], b: tuple[str, Shape]
+) -> None:
+    """Raise if the named shapes of a pair without a declared rank also fit a larger square layer,
+    at a lower rank and with A and B transposed.
+    """
+    rank, side = reading.rank_a, reading.fan_in
+    if side == reading.fan_out < rank:
+        raise InspectionError(
+            f"{where} declares no rank, and {a[0]} has shape {a[1]} and {b[0]} {b[1]}, so the rank"
+            f" may be {rank:g} or {side:g}.",
+            "Declare it, such as by `r` on the module that owns the pair, or by PEFT's"
+            " configuration of a file.",
+        )
 
 
 def layout_reading(

@@ -212,12 +212,23 @@ def test_every_layout_is_read(first, a, b, changes, expected, folder):
     assert said == (changes is ALONE)
 
 
+def test_a_square_pair_of_bare_tensors_may_be_stored_either_way(folder):
+    """A file of lora_A (64, 4) and lora_B (4, 64) is refused; a configuration, or modules' weights, say the rank."""
+    tensors = {"x.lora_A": torch.zeros(64, 4), "x.lora_B": torch.zeros(4, 64)}
+    with pytest.raises(InspectionError, match=r"declares no rank.* may be 64 or 4"):
+        inspect_file(folder(tensors) / WEIGHTS)
+    weights = {f"{name}.weight": tensor for name, tensor in tensors.items()}
+    read = inspect_file(folder(tensors, r=64)), inspect_file(folder(weights) / WEIGHTS)
+    assert {f.rank for survey in read for f in survey.factors} == {64}
+
+
 A_AND_B, DOWN_AND_UP = (
     ("x.lora_A", "x.lora_B"),
     ("x.lora_down.weight", "x.lora_up.weight"),
 )
 BESIDE = [
     (A_AND_B, (), {"x.lora_E": (8, 1)}, (32, "adalora", "peft-adalora")),
+    (A_AND_B, (), {"x.lora_diag": (8,)}, (32, "kasa", "peft-kasa")),
     (
         DOWN_AND_UP,
         (1, 1),

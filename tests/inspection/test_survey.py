@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,29 @@ def test_factors_of_different_ranks_are_refused():
     layer = adapted()
     layer.r, layer.lora_B = None, nn.Parameter(torch.zeros(20, 5))
     message = r"declares no rank but lora_A has shape \(4, 12\) and lora_B \(20, 5\)"
+    with pytest.raises(InspectionError, match=message):
+        inspect_model(layer)
+
+
+SQUARE = [  # the shapes of A and B, the declared rank, and the one that is read
+    ((64, 4), (4, 64), None, None),
+    ((3, 64, 4), (3, 4, 64), None, None),
+    ((64, 4), (4, 64), 64, 64),
+    ((4, 64), (64, 4), None, 4),
+    ((64, 64), (64, 64), None, 64),
+]
+
+
+@pytest.mark.parametrize(("a", "b", "declared", "rank"), SQUARE)
+def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
+    """A of (64, 4) and B of (4, 64) may have rank 64 or 4, so without a declared rank they are refused."""
+    layer = nn.Module()
+    layer.linear_in, layer.linear_out = Weight(torch.ones(a)), Weight(torch.zeros(b))
+    layer.dim = declared
+    if rank is not None:
+        assert {f.rank for f in inspect_model(layer).factors} == {rank}
+        return
+    message = rf"no rank.*{re.escape(str(a))}.* may be 64 or 4\. Declare it"
     with pytest.raises(InspectionError, match=message):
         inspect_model(layer)
 
