@@ -36,6 +36,8 @@ _LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
 # By hand: usual scalings, and what is odd beside the least one of the same adapter.
 _LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
 NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
+# Pairs that add more than s·B·A, which is what the laws are derived for, by their factors' kind.
+LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "xlora": "X-LoRA"}
 
 
 def init_text(init: str) -> str:
@@ -52,6 +54,12 @@ def reason_of_other(kind: str | None, rate: str = "the base rate") -> str:
     it.
     """
     return f"{kind}: no law, {rate}" if kind else f"no LoRA factor: {rate}"
+
+
+def reason_without_law(factor: Factor) -> str:
+    """Return why a factor of init "other" keeps the base rate."""
+    name = LAWLESS.get(factor.kind)
+    return NO_LAW if name is None else reason_of_other(name)
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,12 @@ def dense(factors: Iterable[Factor]) -> list[Factor]:
 # What is odd about a LoRA factor: whether it is so, and in words what the factor is not.
 _ODD_FACTORS: tuple[tuple[Callable[[Factor], bool], str], ...] = (
     (
-        lambda f: f.init == "other",
+        lambda f: f.init == "other" and f.kind not in LAWLESS,
         "covered by a law's derivation: neither factor zero at the start",
+    ),
+    *(
+        (lambda f, kind=kind: f.kind == kind, f"covered by a law: {name}")
+        for kind, name in LAWLESS.items()
     ),
     (
         lambda f: f.init == "unknown",
@@ -218,7 +230,7 @@ class Survey:
             if f.role == "full":
                 how, why = ["", ""], "a whole weight"
             elif f.init == "other":
-                why = NO_LAW
+                why = reason_without_law(f)
             cells = (f.kind, f.role, str(f.rank or ""), *how)
             fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
             yield f.name, f.convention, *cells, *fans, why

@@ -22,3 +22,4 @@ from ._survey import is_other_adapter as is_other_adapter
 from ._survey import other_kind as other_kind
 from ._survey import refuse_frozen as refuse_frozen
 from ._survey import survey_of as survey_of
+from ._survey import unread_lora as unread_lora

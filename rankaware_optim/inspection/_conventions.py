@@ -189,6 +189,15 @@ CONVENTIONS: tuple[Convention, ...] = (
         alpha=("scaling",),
         init="other",
     ),
+    # KaSA is B·diag(d)·A with d drawn. It also cuts the base weight.
+    Convention(
+        "peft-kasa",
+        *_LORA,
+        container=True,
+        kind="kasa",
+        where=("lora_diag",),
+        init="other",
+    ),
     Convention(
         "peft-experts",
         *_LORA,

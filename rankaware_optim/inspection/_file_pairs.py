@@ -179,8 +179,8 @@ def file_factors(
     scaling = checked_scaling(where, declared.scaling(reading.rank_a))
     if scaling is None:
         notes["The file and its folder have no alpha: scaling 1 is assumed."] = None
-    found: Init = "other" if convention == "peft-adalora" else "unknown"
-    if found == "unknown" and declared.init is not None:
+    found: Init = "unknown"
+    if declared.init is not None:
         found = declared_init(declared.init, reading.kind)
     belongs = (pair.layer, pair.adapter, convention)
     yield from factors_of((pair.a, pair.b), reading, scaling, init or found, belongs)
@@ -236,6 +236,8 @@ def _row(
         return "locon-tucker" if tucker else name, ""
     if name != "lora_A/lora_B":
         return name, ""
+    if pair.entry("lora_diag") in header.shapes:
+        return "peft-kasa", "kasa"
     pruned = pair.entry("lora_E") in header.shapes
     if pruned or (config and config.kind == "ADALORA"):
         return "peft-adalora", "adalora"

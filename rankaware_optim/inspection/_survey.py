@@ -8,14 +8,15 @@ import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import filterfalse
+from itertools import accumulate, filterfalse
 from typing import TYPE_CHECKING, Any
 
 from .._checks import check_init
-from .._types import Factor, Init, Method, Role, Survey
+from .._types import LAWLESS, Factor, Init, Method, Role, Survey
 from ..errors import InspectionError
 from ._conventions import INITS, Reading, conventions
 from ._pairs import (
+    Modules,
     Pair,
     Walk,
     is_embedding,
@@ -150,6 +151,7 @@ def _lora_survey(
     configs, left = configs_of(walked.modules), dict(trainable)
     factors, notes = list[Factor](), dict[str, None]()
     frozen: dict[int, str] = {}  # a tied factor has its first name
+    mixed = tuple(_mixtures(walked.modules))
     for pair in pairs_of(walked.modules):
         names = []
         for half in (pair.a, pair.b):
@@ -165,6 +167,8 @@ def _lora_survey(
             notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
         declared = config_of(pair, configs).get("init_lora_weights")
         found = init or init_of(pair, declared, reading.kind)
+        if pair.layer.startswith(mixed):
+            reading = reading._replace(kind="xlora")
         belongs = pair.layer, pair.adapter, pair.convention.name
         factors += factors_of(names, reading, scaling, found, belongs)
     if not factors and not any(map(is_other_adapter, trainable.values())):
@@ -180,6 +184,13 @@ def _lora_survey(
         notes=tuple(notes),
         frozen=tuple(frozen.values()),
     )
+
+
+def _mixtures(modules: Modules) -> Iterator[str]:
+    """Yield the names of X-LoRA models, whose classifier scales the pairs inside by token."""
+    for name, module in modules:
+        if "internal_xlora_classifier" in module._modules:
+            yield name and f"{name}."
 
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:
@@ -206,7 +217,12 @@ def factors_of(
     init: Init,
     belongs: tuple[str, str, str],
 ) -> Iterator[Factor]:
-    """Yield a pair's factors A and B, if they have names. `belongs`: layer, adapter, convention."""
+    """Yield a pair's factors A and B, if they have names. `belongs`: layer, adapter, convention.
+
+    The init of a kind without a law is "other", since no init is covered there.
+    """
+    if reading.kind in LAWLESS:
+        init = "other"
     sizes = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
     how = 1.0 if scaling is None else float(scaling), init, reading.kind
     roles: tuple[Role, Role] = "A", "B"
@@ -316,6 +332,7 @@ _ADAPTERS = {
 _PARTS = {
     "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
     "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
+    "X-LoRA's classifier": r"internal_xlora_classifier",
     "MonteCLoRA's sampler": r"lora_monteclora_sampler",
     "DoRA magnitude": r"lora_magnitude|dora_scale|(^|\.)(weight_)?magnitude(\.|$)",
     "Tucker core": r"lora_mid\.",
@@ -351,3 +368,25 @@ def unsupported(names: Iterable[str]) -> dict[str, str]:
     name.
     """
     return {name: kind for name in names if (kind := other_kind(name))}
+
+
+def unread_lora(survey: Survey) -> list[str]:
+    """Return those of `survey.other` that are LoRA's by their names, and no known part of an
+    adapter: "lora" is in the name of a module, or of the parameter, in which no factor was read.
+    """
+    rest = [name for name in survey.other if "lora" in name.lower()]
+    rest = [name for name in rest if name not in survey.unsupported]
+    read = {path for f in survey.factors for path in _paths(f.name)} if rest else set()
+    return [
+        name
+        for name in rest
+        if any(
+            "lora" in path.rpartition(".")[2].lower() and path not in read
+            for path in _paths(name)
+        )
+    ]
+
+
+def _paths(name: str) -> Iterator[str]:
+    """Return the paths to a parameter: of its modules from the outermost, and its own."""
+    return accumulate(name.split("."), "{}.{}".format)

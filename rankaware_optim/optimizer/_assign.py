@@ -15,13 +15,13 @@ from .._checks import check_lr, plain_lr
 from .._optimizers import Known, goes_to_adam, known_optimizer, optimizer_family
 from .._rate import Rate
 from .._types import (
-    NO_LAW,
     Factor,
     Method,
     Rated,
     Reference,
     Survey,
     reason_of_other,
+    reason_without_law,
     width_for,
 )
 from ..errors import OptimizerError
@@ -186,7 +186,7 @@ class Assigner:
     def _why(self, factor: Factor, rule: Rule, by_law: float) -> str:
         """Return why a rate that the law moves is what it is."""
         if factor.init == "other":
-            return NO_LAW
+            return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
             return "tuned_at not given: nothing is moved"
         family = "" if rule.family == "sign-like" else f", {rule.family}"

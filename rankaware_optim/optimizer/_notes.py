@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 from .._optimizers import RANK_AWARE
-from .._types import Factor, Survey, dense, init_text
+from .._types import LAWLESS, Factor, Survey, dense, init_text
 from .._warn import warn
-from ..inspection import is_other_adapter
+from ..inspection import is_other_adapter, unread_lora
 from ..laws import (
     FORMS,
     SIGN_LIKE,
@@ -63,10 +63,11 @@ def _shape_of(factor: Factor) -> tuple[int, int]:
 def _of_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
     """Yield what is assumed of the adapters' ranks and inits."""
     inits = {f.init for f in survey.factors}
-    if "other" in inits:
+    if any(f.init == "other" and f.kind not in LAWLESS for f in survey.factors):
         warn(_NO_ZERO)
         yield _NO_ZERO
     _warn_of_adapters_without_a_law(assigner, survey)
+    yield from _of_unread_lora(assigner, survey)
     yield from _of_new_heads(assigner, survey)
     kinds = {(f.rank, f.scaling, f.init) for f in survey.factors}
     if assigner.source.reference is None and len(kinds) > 1:
@@ -107,16 +108,39 @@ def _is_lora(assigner: Assigner) -> bool:
 
 
 def _warn_of_adapters_without_a_law(assigner: Assigner, survey: Survey) -> None:
-    """Warn where a rate is said to be moved and some adapters stay at the base rate."""
-    kinds = survey.unsupported
-    names = [name for name in kinds if is_other_adapter(name)]
-    if not names or assigner.source.reference is None:
+    """Warn of pairs that no law covers, and where a rate is said to be moved of other adapters."""
+    explicit = assigner.explicit
+    kinds = {
+        f.name: LAWLESS[f.kind]
+        for f in survey.factors
+        if f.kind in LAWLESS and explicit.rate_of(f.name) is None
+    }
+    for name, kind in survey.unsupported.items():
+        is_said = assigner.source.reference is not None and is_other_adapter(name)
+        if is_said and explicit.rate_of(name, other=True) is None:
+            kinds[name] = kind
+    if kinds:
+        words = " and ".join(sorted(set(kinds.values())))
+        warn(
+            f"No law covers {words}: {len(kinds)} of its parameters, such as {next(iter(kinds))},"
+            " train at the base rate, whatever tuned_at= says. rates= gives them another."
+        )
+
+
+def _of_unread_lora(assigner: Assigner, survey: Survey) -> Iterator[str]:
+    """Yield, and warn, that some parameters are LoRA's by name and in no pair that was read."""
+    if assigner.method == "full":
         return
-    words = " and ".join(sorted({kinds[name] for name in names}))
-    warn(
-        f"No law covers {words}: {len(names)} of its parameters, such as {names[0]}, train at the"
-        " base rate, whatever tuned_at= says. rates= gives them another."
-    )
+    explicit = assigner.explicit
+    names = [n for n in unread_lora(survey) if explicit.rate_of(n, other=True) is None]
+    if names:
+        sentence = (
+            f"{len(names)} trainable parameters with 'lora' in their names, such as {names[0]}, are"
+            " in no LoRA pair that inspection can read, so no law moves their rate: rates= gives"
+            " them one, and register_convention() adds a layout."
+        )
+        warn(sentence)
+        yield sentence
 
 
 def _of_full_finetuning(assigner: Assigner) -> Iterator[str]:

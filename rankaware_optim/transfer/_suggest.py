@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
 from .._rate import Rate
-from .._types import Method, Reference, Survey, Task, dense
+from .._types import LAWLESS, Method, Reference, Survey, Task, dense
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..fitting import FULL_SD
 from ..inspection import declared_init, inspect_model, other_kind
@@ -277,8 +277,15 @@ def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
     """Yield what is assumed of adapters.
 
     Raises:
-        LawError: neither factor starts at zero, and no init is given.
+        LawError: neither factor starts at zero, and no init is given, or some pairs add more than
+            s·B·A.
     """
+    lawless = sorted({LAWLESS[f.kind] for f in survey.factors if f.kind in LAWLESS})
+    if lawless:
+        raise LawError(
+            f"No law covers {' and '.join(lawless)}, so no rate is known for it.",
+            "Calibrate.",
+        )
     kinds = {(f.rank, f.scaling) for f in survey.factors}
     if len(kinds) > 1:
         yield (

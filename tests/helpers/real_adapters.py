@@ -201,6 +201,12 @@ def peft_adalora(rank: int, alpha: float) -> nn.Module:
     return get_peft_model(One(nn.Linear(IN, OUT)), config)
 
 
+def peft_kasa(rank: int, alpha: float) -> nn.Module:
+    from peft import KasaConfig
+
+    return peft(dense, kasa_config=KasaConfig())(rank, alpha)
+
+
 def peft_two(rank: int, alpha: float) -> nn.Module:
     """Two adapters, both active."""
     from peft import LoraConfig, get_peft_model
@@ -312,6 +318,7 @@ def _peft_cases() -> list[Case]:
         "init": "other",
         "other": "AdaLoRA's singular values",
     }
+    diagonal = {"kind": "kasa", "init": "other", "other": "KaSA's singular values"}
     experts = {"convention": "peft-experts", "kind": "experts"}
     conv_dora = {"kind": "conv", "probed": False, "other": dora}
     of_attention, of_mixture = ((IN, 36), (IN, IN)), ((20, 12), (12, 40))
@@ -343,6 +350,7 @@ def _peft_cases() -> list[Case]:
         case("Conv3d", peft(conv(3)), CLOUDS, CONV3, kind="conv"),
         case("attention", peft_attention, HEADS, of_attention, probed=False),
         case("AdaLoRA", peft_adalora, convention="peft-adalora", **singular),
+        case("KaSA", peft_kasa, convention="peft-kasa", **diagonal),
         case("experts (E, in, out)", peft_experts(True), STACKS, **experts),
         case("experts (E, out, in)", peft_experts(False), STACKS, **experts),
         case("experts of Mixtral", mixture, tokens, of_mixture, **mixed),

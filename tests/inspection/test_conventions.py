@@ -433,6 +433,8 @@ KINDS = [
     ("q.boft_R.default", "BOFT", True),
     ("q.ia3_l.default", "IA³", True),
     ("q.lora_E.default", "AdaLoRA's singular values", False),
+    ("q.lora_diag.default", "KaSA's singular values", False),
+    ("internal_xlora_classifier.layers.0.weight", "X-LoRA's classifier", False),
     ("q.lora_magnitude_vector.default.weight", "DoRA magnitude", False),
     ("q.lora_magnitude", "DoRA magnitude", False),
     ("q.magnitude", "DoRA magnitude", False),

@@ -242,7 +242,7 @@ BESIDE = [
 def test_a_third_tensor_of_a_layer_tells_its_convention(
     names, kernel, others, expected, file_of
 ):
-    """AdaLoRA's singular values, and Tucker's core, whose kernel counts for the fan-in, are no factors."""
+    """AdaLoRA's and KaSA's singular values, and Tucker's core, whose kernel counts for the fan-in, are no factors."""
     shapes = {names[0]: (8, 32, *kernel), names[1]: (48, 8, *kernel), **others}
     survey = inspect_file(
         file_of({n: torch.zeros(shape) for n, shape in shapes.items()})

@@ -28,7 +28,7 @@ from rankaware_optim._types import Factor
 from rankaware_optim.inspection import Walk, walk
 from rankaware_optim.optimizer._user_groups import user_groups
 
-from ..helpers.models import adapted, mlp, trained
+from ..helpers.models import TuneLoRA, adapted, mlp, trained
 from ..helpers.optimizers import called, names_of
 
 LR = 1e-3
@@ -384,6 +384,114 @@ def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
         notes_of(model, tuned_at=AT_16)
     report = RankAwareOptimizer(model, AdamW, lr=LR).report()
     assert report.survey.unsupported == {"lokr_w1": "LoKr"}
+    assert notes_of(model, tuned_at=AT_16, other_lr=LR) == ()
+
+
+def adalora() -> nn.Module:
+    """As PEFT builds it: a singular value for every unit of rank, between A and B."""
+    layer = adapted("container", init="other")
+    layer.lora_A, layer.lora_B, layer.lora_E = (
+        nn.ParameterDict({"default": torch.ones(shape)})
+        for shape in ((4, 12), (20, 4), (4, 1))
+    )
+    return layer
+
+
+def kasa() -> nn.Module:
+    """As PEFT builds it: a diagonal between A and B."""
+    layer = adapted("container")
+    layer.lora_diag = nn.ParameterDict({"default": torch.ones(4)})
+    return layer
+
+
+def xlora() -> nn.Module:
+    """As PEFT builds it: a classifier beside the model gives every token its scalings."""
+    model = nn.ModuleDict({"lora_model": nn.ModuleDict({"q": adapted("container")})})
+    model["internal_xlora_classifier"] = nn.Linear(12, 1)
+    return model
+
+
+LAWLESS = {"AdaLoRA": adalora, "KaSA": kasa, "X-LoRA": xlora}
+
+
+@pytest.mark.parametrize("options", [{"tuned_at": AT_16}, {"init": "A"}, {}])
+@pytest.mark.parametrize("name", LAWLESS)
+def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
+    name, options
+):
+    """AdaLoRA, KaSA and X-LoRA are warned of by name, and no init moves them; a plain pair beside them moves."""
+    model = nn.ModuleDict({"odd": LAWLESS[name](), "plain": adapted(rank=8)})
+    with pytest.warns(RankAwareWarning, match=rf"^No law covers {name}: 2 of") as said:
+        opt = RankAwareOptimizer(model, AdamW, lr=LR, **options)
+    assert len(said) == 1
+    (pair,) = {p.why for p in opt.rates.groups if p.role in "AB" and p.rank == 4}
+    assert pair == f"{name}: no law, the base rate"
+    assert f"not covered by a law: {name}" in " ".join(opt.report().survey.audit())
+    (plain,) = {p.multiplier for p in opt.rates.groups if p.rank == 8}
+    assert plain != 1.0
+
+
+def split() -> nn.Module:
+    """As kohya's scripts build a fused layer with `split_qkv`: a list of pairs."""
+    layer = nn.Module()
+    layer.lora_down = nn.ModuleList([nn.Linear(12, 4), nn.Linear(12, 4)])
+    layer.lora_up = nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 14)])
+    for part in (*layer.lora_down, *layer.lora_up):
+        part.bias = None
+    return layer
+
+
+UNREAD = {
+    "lora_unet_qkv": (split(), 4),
+    "q": (split(), 4),
+    "blocks": (nn.ModuleDict({"LoRA_down": nn.Linear(3, 3)}), 2),
+    "alone": (nn.ParameterDict({"lora_A": torch.ones(4, 4)}), 1),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"tuned_at": AT_16}])
+@pytest.mark.parametrize("name", UNREAD)
+def test_lora_that_was_not_read_is_warned_of(name, options):
+    """What LoRA's by its name and in no pair keeps its rate, which a warning says until it is given one."""
+    odd, count = UNREAD[name]
+    model = nn.ModuleDict({name: odd, "plain": adapted()})
+    message = (
+        rf"^{count} trainable param.* 'lora' .* such as {name}\..* in no LoRA pair"
+    )
+    with pytest.warns(RankAwareWarning, match=message) as said:
+        notes = notes_of(model, **options)
+    assert len(said) == 1
+    assert str(said[0].message) in notes
+    rank_aware_param_groups(model, lr=LR, **options, rates={f"{name}.*": LR})
+
+
+def in_lora(*names: str) -> nn.Module:
+    """A pair inside a model that is called after LoRA, with other parameters of these names."""
+    model = nn.ModuleDict({"q": adapted(), "head": nn.Linear(3, 3)})
+    for name in names:
+        model["q"].register_parameter(name, nn.Parameter(torch.ones(3)))
+    return nn.ModuleDict({"lora_model": model})
+
+
+READ = [
+    in_lora(),
+    in_lora("lora_magnitude", "lora_E", "dora_scale", "trainable_tokens_delta"),
+    TuneLoRA(nn.Linear(12, 20), 4),
+]
+
+
+@pytest.mark.parametrize("model", READ)
+def test_parts_of_a_pair_and_what_stands_beside_it_are_no_unread_lora(model):
+    """DoRA's magnitudes, biases of factors and a head of a model that is called after LoRA give no warning."""
+    if isinstance(model, TuneLoRA):
+        model.lora_b.bias = nn.Parameter(torch.zeros(20))
+    rank_aware_param_groups(model, lr=LR, tuned_at=replace(AT_16, fan_in=12))
+
+
+def test_full_finetuning_has_no_unread_lora():
+    """Layers of a base model that are called after LoRA, such as those of latent attention, are weights as others."""
+    model = nn.ModuleDict({"q_lora": nn.Linear(8, 4), "q_lora_norm": nn.LayerNorm(4)})
+    rank_aware_param_groups(model, lr=LR, method="full", tuned_at="full")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
 
 from ..helpers.adapters import peft_folder
-from ..helpers.models import PlainLoRA
+from ..helpers.models import PlainLoRA, adapted
 from ..helpers.optimizers import called, with_defaults
 
 references = st.builds(
@@ -291,6 +291,15 @@ def test_neither_factor_at_zero_asks_for_the_init():
     assert suggest_lr(nonzero(), init="pissa").lr == pytest.approx(
         suggest_lr(model_of((8, 64))).lr / PISSA
     )
+
+
+@pytest.mark.parametrize("init", [None, "A"])
+def test_pairs_without_a_law_have_no_suggestion(init):
+    """KaSA, whose diagonal stands between A and B, is refused by name, and no init changes that."""
+    model = nn.Sequential(adapted("container"))
+    model[0].lora_diag = nn.ParameterDict({"default": torch.ones(4)})
+    with pytest.raises(LawError, match="No law covers KaSA"):
+        suggest_lr(model, init=init)
 
 
 def test_a_magnitude_is_read_as_dora():

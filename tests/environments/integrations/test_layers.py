@@ -70,6 +70,44 @@ def test_another_adapter_is_left_alone(lora):
     assert {(f.init, f.scaling) for f in found} == {("A", 0.5)}
 
 
+def mixture_of_loras(lora, folder, trainable: bool) -> nn.Module:
+    """A tiny Llama under X-LoRA, with two saved adapters of rank 4 and alpha 8."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 30}
+    base = LlamaConfig(**sizes, **heads, use_cache=False)
+    expert = lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    adapters = {}
+    for name in "01":
+        adapters[name] = str(folder / name)
+        model = lora.get_peft_model(LlamaForCausalLM(base), expert)
+        model.save_pretrained(adapters[name])
+    config = lora.XLoraConfig(
+        task_type="CAUSAL_LM",
+        hidden_size=16,
+        adapters=adapters,
+        use_trainable_adapters=trainable,
+    )
+    return lora.get_peft_model(LlamaForCausalLM(base), config)
+
+
+def test_mixed_experts_of_xlora_keep_the_base_rate(lora, tmp_path):
+    """Pairs that X-LoRA's classifier scales for every token are named; where they are frozen there is no pair."""
+    model = mixture_of_loras(lora, tmp_path, trainable=True)
+    survey = inspect_model(model)
+    assert {(f.kind, f.init, f.rank) for f in survey.factors} == {("xlora", "other", 4)}
+    assert len(survey.factors) == 8
+    assert set(survey.unsupported.values()) == {"X-LoRA's classifier"}
+    assert set(survey.unsupported) == set(survey.other)
+    with pytest.warns(RankAwareWarning, match="^No law covers X-LoRA: 8 of") as said:
+        opt = RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
+    assert [str(w.message)[:20] for w in said].count("No law covers X-LoRA") == 1
+    assert {group.multiplier for group in opt.rates.groups} == {1.0}
+    with pytest.raises(InspectionError, match="all frozen"):
+        inspect_model(mixture_of_loras(lora, tmp_path, trainable=False))
+
+
 @pytest.mark.parametrize("part", ["a", "b"])
 def test_block_diagonal_factors(lora, part):
     """BD-LoRA's block-diagonal A or B is read at its declared rank and passes the probe."""
