@@ -54,6 +54,9 @@ def test_noise_is_measured_about_the_trend(trend):
     curve[900] = math.nan
     assert noise_of(curve) == pytest.approx(0.3, rel=0.1)
     assert noise_of([1.0, 2.0]) == 0.0
+    assert (
+        noise_of([2.0, 1.75, math.nan, 1.5, math.inf, 1.25]) == 0.0
+    )  # left out, not 0
 
 
 def test_a_pruned_run_keeps_its_gap_to_the_best():

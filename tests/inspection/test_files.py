@@ -293,6 +293,13 @@ def test_a_layers_alpha_is_a_number_of_any_dtype(alphas, expected, file_of):
     assert set(survey.other) == (set() if expected["x"] == 0.5 else set(alphas))
 
 
+def test_a_files_own_alpha_is_divided_by_the_rank(folder):
+    """The `use_rslora` of the configuration is for its own alpha, not for one that the file has."""
+    tensors = {**pair(), f"{LAYER}.alpha": torch.tensor(4.0)}
+    survey = inspect_file(folder(tensors, use_rslora=True))
+    assert {f.scaling for f in survey.factors} == {4 / RANK}
+
+
 def test_a_pair_at_the_top_of_a_file_has_its_alpha(file_of):
     """The state_dict of a single layer has names without a layer, its alpha too."""
     tensors = kohya("x", 8, 4.0).items()

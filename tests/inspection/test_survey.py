@@ -148,6 +148,19 @@ def test_undeclared_rank_and_scaling():
     assert survey.notes == ("up declares no scaling: 1 is assumed.",)
 
 
+@pytest.mark.parametrize("hidden", ["a", "b", "ab"])
+@pytest.mark.parametrize("kind", FANS)
+@pytest.mark.parametrize("style", STYLES)
+def test_empty_shards_are_read_by_their_modules(style, kind, hidden):
+    """Where a process holds nothing of a factor, as under ZeRO-3, rank and fans are those of the whole layer."""
+    layer = adapted(style, kind)
+    whole = inspect_model(layer, init="A")
+    for name, half in zip("ab", layer.pair(), strict=True):
+        if name in hidden:
+            half.data = torch.empty(0)
+    assert inspect_model(layer, init="A") == whole
+
+
 def test_no_pair_is_refused():
     """A model without pairs is an error that says how many parameters and which conventions were tried."""
     with pytest.raises(InspectionError) as caught:

@@ -566,6 +566,25 @@ def test_betas_in_a_list_are_no_list_of_two_parameters():
     assert not torch.equal(model.layer0.lora_B, torch.zeros_like(model.layer0.lora_B))
 
 
+class Pairing(SGD):
+    """An optimizer that notes what it gets together, as one that pairs factors by their place does."""
+
+    def step(self, closure=None):
+        self.got = [[*map(id, group["params"])] for group in self.param_groups]
+        return super().step(closure)
+
+
+def test_the_native_step_gets_parameters_in_the_users_order():
+    """Parameters of one rate come in the order that they have in the user's group, at every step."""
+    model = mlp((4, 4, 4))
+    pairs = [(f"layer{n}.lora_B", f"layer{n}.lora_A") for n in (1, 2, 0)]
+    params = [model.get_parameter(name) for pair in pairs for name in pair]
+    opt = RankAwareOptimizer([{"params": params}], Pairing, model=model, lr=LR)
+    for _ in range(2):
+        opt.step()
+        assert opt.got == [[*map(id, params[::2])], [*map(id, params[1::2])]]
+
+
 def test_the_dict_that_was_given_is_the_group():
     """As natively, a rate that is written to the user's own dict is trained at."""
     model = mlp((4, 8))

@@ -170,6 +170,7 @@ SAID = [
     ("r=16,alpha=32,fan_in=64", "full", "start at half of it", True),
     ("full,fan_in=64", "r=8,alpha=32", "start at half", False),
     ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", "From batch 8 to 64", True),
+    ("r=16,alpha=32", "r=16,alpha=32,batch=64", "batch", False),
     ("r=16,alpha=16", "r=16,alpha=1e-2", "beyond 0.0001 to 10000", False),
     ("r=16,alpha=16", "r=16,alpha=1e-12", "beyond 0.0001 to 10000", True),
     ("r=16,alpha=16", "r=16,alpha=1e12", "beyond 0.0001 to 10000", True),
