@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from .._checks import check_init
 from .._optimizers import in_force, optimizer_family
@@ -54,8 +54,9 @@ class MuA(Law):
 
     Args:
         tokens: b, the effective number of independent tokens, far below the tokens in a batch; None
-            for the paper's law. The default was chosen for Adam. Bound to Muon, SGD or LAMB, a law
-            with the default has 8, the number with which their forms were tried.
+            for the paper's law. "family", the default, is the number of the optimizer's family: 2
+            for sign-like optimizers, 8 for Muon, SGD and LAMB. A number stays whatever the
+            optimizer.
         ratio: λ = η_B / η_A, dimensionless.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
         shape_factor: Muon's `adjust_lr_fn`, or what stands for it, set by `bind`.
@@ -69,7 +70,7 @@ class MuA(Law):
     1.03
     """
 
-    tokens: float | None = 2.0
+    tokens: float | Literal["family"] | None = "family"
     ratio: float = 1.0
     family: str = "sign-like"
     shape_factor: str = "original"
@@ -78,21 +79,26 @@ class MuA(Law):
     def __post_init__(self) -> None:
         check_choice(self, "family", FORMS)
         check_choice(self, "shape_factor", SHAPE_FACTORS)
-        check_ranges(self, "ratio", *(() if self.tokens is None else ("tokens",)))
+        number = () if self.tokens in (None, "family") else ("tokens",)
+        check_ranges(self, "ratio", *number)
+
+    @property
+    def effective_tokens(self) -> float | None:
+        """b as a number, that of the family unless it was given; None for the paper's law."""
+        if self.tokens == "family":
+            return FORMS[self.family].tokens
+        return self.tokens
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         family = optimizer_family(optimizer_class, settings)
         if family not in FORMS:
             return Constant()
-        tokens = self.tokens
-        if tokens == FORMS[self.family].tokens:
-            tokens = FORMS[family].tokens
         given = in_force(optimizer_class, settings)
         matched = any(map(given.get, _MATCHED))
         shape_factor = given.get("adjust_lr_fn") or (
             "match_rms_adamw" if matched else "original"
         )
-        return replace(self, tokens=tokens, family=family, shape_factor=shape_factor)
+        return replace(self, family=family, shape_factor=shape_factor)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
         init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"
@@ -164,10 +170,10 @@ def sign_rate(law: MuA, at: Site) -> float:
     s·κ(r)·η_B. With A = 0 the term s·B₀·ΔA·x has size s·κ(n)·η_A. In both, s·ΔB·ΔA·x has size
     s·κ(r)·κ(n)·η_A·η_B.
     """
-    k_n, s = kappa(at.fan_in, law.tokens), at.scaling
+    k_n, s = kappa(at.fan_in, law.effective_tokens), at.scaling
     if at.init == "full":
         return _root(law, at, k_n, 0.0)
-    k_r = kappa(at.rank, law.tokens)
+    k_r = kappa(at.rank, law.effective_tokens)
     return _root(law, at, s * (k_r if at.init == "A" else k_n), s * k_r * k_n)
 
 
@@ -219,7 +225,7 @@ def spectral_rate(law: MuA, at: Site) -> float:
     if at.init == "full":
         return _root(law, at, shape_factor(n, n), 0.0)
     a_a, a_b = shape_factor(r, n), shape_factor(n, r)
-    m = math.sqrt(min(1.0, r / (law.tokens or 1.0) + r / n))
+    m = math.sqrt(min(1.0, r / (law.effective_tokens or 1.0) + r / n))
     p = a_b * math.sqrt(r / n) if at.init == "A" else a_a * math.sqrt(1.0 + n / r) * m
     return _root(law, at, s * p, s * a_a * a_b * m)
 
@@ -245,7 +251,7 @@ def gradient_rate(law: MuA, at: Site) -> float:
         at.rank,
         at.scaling,
         law.ratio,
-        law.tokens or 1.0,
+        law.effective_tokens or 1.0,
     )
     if at.init == "full":
         return 1.0 / math.sqrt(n * (n + tokens))
@@ -277,7 +283,8 @@ def relative_rate(law: MuA, at: Site) -> float:
     LAMB's cap on the weights' norm is left out.
     """
     n, r, s, ratio = at.fan_in, at.rank, at.scaling, law.ratio
-    k_n, k_r = kappa(n, law.tokens), kappa(r, law.tokens)
+    b = law.effective_tokens
+    k_n, k_r = kappa(n, b), kappa(r, b)
     if at.init == "full":
         return math.asinh(math.sqrt(n) / k_n)
 
@@ -322,6 +329,8 @@ class Form(NamedTuple):
 
     rate: σ at a site.
 
+    words: what a report says of the form, and of its evidence only what was measured.
+
     one_rank: whether every pair is evaluated at rank 16. Small runs of SGD and Muon followed the
     form with alpha but not with the rank (benchmarks/results/laws.md).
 
@@ -336,15 +345,25 @@ class Form(NamedTuple):
     """
 
     rate: Callable[[MuA, Site], float]
+    words: str
     one_rank: bool = False
     batch: float = 0.5
     tokens: float = 8.0
 
 
+_BY_ALPHA = (
+    "in small runs its best rate followed µA's form with alpha but not with rank, so its rates do"
+    " the same"
+)
+_SIGN = Form(sign_rate, "µA's form for that family moves its rates", tokens=2.0)
 # Families that are not here (Adafactor's, LARS's, the rank-aware) keep one rate.
 FORMS = {
-    **dict.fromkeys(SIGN_LIKE, Form(sign_rate, tokens=2.0)),
-    "spectral": Form(spectral_rate, one_rank=True),
-    "gradient-like": Form(gradient_rate, one_rank=True, batch=1.0),
-    "relative-scale": Form(relative_rate),
+    **dict.fromkeys(SIGN_LIKE, _SIGN),
+    "spectral": Form(spectral_rate, _BY_ALPHA, one_rank=True),
+    "gradient-like": Form(gradient_rate, _BY_ALPHA, one_rank=True, batch=1.0),
+    "relative-scale": Form(
+        relative_rate,
+        "µA's form for that family moves its rates, derived for square layers; in small runs with"
+        " alpha = rank it was nearer than one rate",
+    ),
 }

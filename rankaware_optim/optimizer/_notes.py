@@ -215,14 +215,6 @@ def _words_of_family(rule: Rule) -> str:
             f"{family}: no form of µA is known to hold for that family, so all ranks have one"
             " rate"
         )
-    if getattr(innermost(law), "family", None) != family:
+    if form is None or getattr(innermost(law), "family", None) != family:
         return f"{family}, for which the law {law.name!r} has no form"
-    if form is not None and form.one_rank:
-        return (
-            f"{family}: in small runs its best rate followed µA's form with alpha but not with"
-            " rank, so its rates do the same"
-        )
-    return (
-        f"{family}: µA's form for that family moves its rates, derived for square layers; in"
-        " small runs it lost less than one rate"
-    )
+    return f"{family}: {form.words}"

@@ -230,19 +230,23 @@ FAMILY_TOKENS = [
 
 @pytest.mark.parametrize(("optimizer", "tokens"), FAMILY_TOKENS)
 def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
-    """A law with its family's tokens takes those of the next family; another number stays."""
+    """Without a number a law has that of each family that it is bound to; a number given stays."""
     bound = MuA().bind(optimizer, {})
-    assert bound.tokens == tokens
+    assert bound.effective_tokens == tokens
     assert bound.bind(AdamW, {}) == MuA()
-    for other in (None, 4.0):
-        assert MuA(tokens=other).bind(optimizer, {}).tokens == other
-    theirs = MuA(tokens=3.0, family=bound.family)
-    assert theirs.bind(optimizer, {}).tokens == 3.0
+    for given in (None, 2.0, 4.0, 8.0):
+        other = MuA(tokens=given).bind(optimizer, {})
+        assert other.effective_tokens == other.tokens == given
+        assert other.bind(AdamW, {}) == MuA(tokens=given)
+    at, there = Site().reference(), Site(init="A", rank=64, scaling=0.25).factor()
+    by_number = MuA(tokens=tokens).bind(optimizer, {})
+    assert bound.multiplier(there, at) == by_number.multiplier(there, at)
 
 
 WORDS = [
     (MuA(), "law mua"),
     (MuA(tokens=4.0), "law mua with tokens 4"),
+    (MuA(tokens=2.0), "law mua with tokens 2"),
     (Falling(), "default law"),
     (
         Falling(knee=2.0, law=MuA(tokens=None)),
@@ -274,13 +278,13 @@ def test_a_far_move_has_a_caution(far):
 # --- by name --------------------------------------------------------------------------------------------------------
 
 NAMED = [
-    ("mua", MuA(tokens=2.0)),
+    ("mua", MuA(tokens="family")),
     ("mua-paper", MuA(tokens=None)),
     ("constant", Constant()),
     ("loraplus", LoRAPlus(ratio=16.0)),
     (
         "power",
-        Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA(2.0)),
+        Power(exponent=0.0, full_factor=1.0, pivot=16.0, to_full=False, law=MuA()),
     ),
     ("falling", Falling(knee=0.0, power=1 / 3)),
     ("rankaware_optim:MuA", MuA()),

@@ -26,6 +26,7 @@ from rankaware_optim import (
 )
 from rankaware_optim._types import Factor
 from rankaware_optim.inspection import Walk, walk
+from rankaware_optim.laws import FORMS as FORMS_OF_MUA
 from rankaware_optim.optimizer._user_groups import user_groups
 
 from ..helpers.models import TuneLoRA, adapted, mlp, trained
@@ -619,6 +620,13 @@ def test_what_is_uncertain_is_noted(model, kind, options, words):
     assert len(notes) == len(words), notes
     for note, said in zip(notes, words, strict=True):
         assert said in note
+
+
+def test_a_form_says_itself_what_was_measured(monkeypatch):
+    """A family's report says its form's words alone, so that a new form claims no runs of another."""
+    form = FORMS_OF_MUA["relative-scale"]._replace(words="never tried")
+    monkeypatch.setitem(FORMS_OF_MUA, "relative-scale", form)
+    assert notes_of(LORA, called("Lamb")) == ("Lamb is relative-scale: never tried.",)
 
 
 BATCHES = [

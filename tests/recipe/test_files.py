@@ -54,6 +54,7 @@ PAGE = ROOT / "recipes" / "SCHEMA.md"
 HANG = 120  # seconds
 FULL = replace(
     RECIPE,
+    law=Power(-0.3, law=MuA(tokens=2.0)),
     margin=0.25,
     reference=Reference(rank=4, alpha=8, fan_in=64, batch=16),
     settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
