@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,10 +12,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr
+from .._checks import check_lr, is_number
 from .._optimizers import defaults_of, get_optimizer_class, known_optimizer
 from .._warn import warn
-from ..errors import OptimizerError
+from ..errors import OptimizerError, RankAwareError
 from ._assign import Explicit
 from ._source import Tuned
 from ._user_groups import UserGroup
@@ -72,24 +73,54 @@ def read_optimizer(
 
 def _refuse_class(native: Native) -> None:
     """Raise for a class that cannot be built on groups of ours."""
-    name, takes = native.__name__, list(inspect.signature(native).parameters)
+    name, takes = native.__name__, inspect.signature(native).parameters
     _refuse_wrapper(native)
-    if takes[:1] == ["model"]:
+    if next(iter(takes), "") == "model":
         raise OptimizerError(
             f"{name} takes a model and makes its groups itself.",
             f"Build it, then wrap it: RankAwareOptimizer({name}(model, ...), model=model).",
         )
+    if "lr" not in takes and not _takes_any(native):
+        raise OptimizerError(
+            f"{name} takes no lr=.",
+            f"Build it yourself and wrap the instance: {_of_instance(native)}.",
+        )
 
 
-def _refuse_wrapper(native: Native, attributes: Iterable[object] = ()) -> None:
-    """Raise for an optimizer around another one."""
+def _takes_any(native: Native) -> bool:
+    """Return whether a class takes `**kwargs`."""
+    takes = inspect.signature(native).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
+
+
+def _of_instance(native: Native) -> str:
+    """Return how an instance is wrapped, of a class that looks at its parameters when built."""
+    return f"RankAwareOptimizer({native.__name__}(...), model=model)"
+
+
+@contextmanager
+def building(native: Native) -> Iterator[None]:
+    """Raise an error of ours for whatever a class raises when it is built on groups of ours."""
+    try:
+        yield
+    except (RankAwareError, Warning):
+        raise
+    except Exception as error:
+        raise OptimizerError(
+            f"{native.__name__} cannot be built with these settings on groups by rank: {error!r}.",
+            "Give settings that it takes, or build it yourself and wrap the instance:"
+            f" {_of_instance(native)}.",
+        ) from error
+
+
+def _refuse_wrapper(native: Native) -> None:
+    """Raise for the class of an optimizer around another one."""
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
             "This optimizer is rank-aware already.", "Use it as it is."
         )
     takes = inspect.signature(native).parameters
-    inner = {"optimizer", "base_optimizer", "optimizer_class"}.intersection(takes)
-    if inner or any(isinstance(value, Optimizer) for value in attributes):
+    if {"optimizer", "base_optimizer", "optimizer_class"}.intersection(takes):
         raise OptimizerError(
             f"{native.__name__} wraps another optimizer, whose groups would not change.",
             "Wrap the inner one first: RankAwareOptimizer(model, AdamW, ...). Then wrap the"
@@ -100,7 +131,7 @@ def _refuse_wrapper(native: Native, attributes: Iterable[object] = ()) -> None:
 def _refuse_built(built: Optimizer) -> None:
     """Raise for an optimizer that cannot be regrouped any more."""
     name, attributes = type(built).__name__, vars(built)
-    _refuse_wrapper(type(built), attributes.values())
+    _refuse_wrapper(type(built))
     if hasattr(built.step, "_wrapped_by_lr_sched"):
         raise OptimizerError(
             "A scheduler was built on this optimizer and holds its step.",
@@ -112,15 +143,16 @@ def _refuse_built(built: Optimizer) -> None:
             " multipliers.",
             "Wrap the optimizer before anything replaces its step.",
         )
+    own = {"param_groups", *inspect.signature(type(built)).parameters}  # such as betas
     for kept, value in attributes.items():
         # as AdaBound keeps its groups' rates
-        of_groups = isinstance(value, (list, tuple)) and kept != "param_groups"
+        of_groups = isinstance(value, (list, tuple)) and kept not in own
         if of_groups and len(value) == len(built.param_groups):
             raise OptimizerError(
                 f"{name} keeps {kept} for each of its first groups, so it cannot be regrouped.",
                 "Give the class and its settings instead of the instance.",
             )
-    refuse_rateless(built)
+    refuse_other_rates(built)
 
 
 def refuse_one_rate(native: Native) -> None:
@@ -137,8 +169,7 @@ def _refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) 
     """Raise for a keyword that the class does not take. One that takes `**kwargs` would drop it
     silently: there, raise for what is nearly one of `ours`.
     """
-    theirs = inspect.signature(native).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in theirs.values())
+    theirs, takes_any = inspect.signature(native).parameters, _takes_any(native)
     known, alike = set(ours), 0.8
     if not takes_any:
         known, alike = {*ours, *theirs} - {"cls", "params", "settings"}, 0.7
@@ -152,13 +183,37 @@ def _refuse_keywords(native: Native, settings: Settings, ours: Collection[str]) 
             )
 
 
-def refuse_rateless(opt: Optimizer) -> None:
-    """Raise if an optimizer has no rate in its groups."""
+# What ends as a rate in groups, and is none at which a parameter trains: a schedule's, or that of a
+# preconditioner.
+_NO_RATES = {
+    *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
+    *("scheduled_lr", "precond_lr", "precondition_lr"),
+}
+
+
+def refuse_other_rates(opt: Optimizer) -> None:
+    """Raise if an optimizer has no rate in its groups, or trains parameters at another one too,
+    which no multiplier would move.
+    """
+    name = type(opt).__name__
     if any("lr" not in group for group in opt.param_groups):
         raise OptimizerError(
-            f"{type(opt).__name__} has no rate in its groups, so none can be set by rank.",
+            f"{name} has no rate in its groups, so none can be set by rank.",
             "Use it unwrapped, or choose another optimizer.",
         )
+    if any(isinstance(value, Optimizer) for value in vars(opt).values()):
+        raise OptimizerError(
+            f"{name} holds another optimizer, whose groups would not change.",
+            "If you gave it that one, wrap that one first. Else use it unwrapped, or choose another"
+            " optimizer.",
+        )
+    for key, value in chain(*(group.items() for group in opt.param_groups)):
+        if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
+            raise OptimizerError(
+                f"{name} trains some of its parameters at a second rate, {key}={value:g}, which"
+                " would not move with their rank.",
+                "Use it unwrapped, or choose another optimizer.",
+            )
 
 
 def settings_of_built(opt: Optimizer) -> Settings:

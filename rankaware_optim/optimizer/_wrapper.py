@@ -32,7 +32,7 @@ from ._lost import check_parameters
 from ._parts import Parts, SplitGroup, adopt, enter, leave, present
 from ._prepare import Prepared, prepare, prepare_later
 from ._rates import Rates
-from ._refuse import Native, Wrapped, read_optimizer, refuse_rateless
+from ._refuse import Native, Wrapped, building, read_optimizer, refuse_other_rates
 from ._report import Report, make_report
 from ._source import read_source
 from ._state_dict import (
@@ -359,11 +359,12 @@ def _construct(wrapped: Wrapped, splits: Sequence[SplitGroup], lr: Any) -> Any:
     """
     native, built, settings = wrapped
     if built is None:
-        opt = _blank(native)
         groups = [dict(part.group) for split in splits for part in split.parts]
         given = settings if lr is None else {"lr": lr, **settings}
-        native.__init__(opt, groups, **given)
-        refuse_rateless(opt)
+        with building(native):
+            opt = _blank(native)
+            native.__init__(opt, groups, **given)
+        refuse_other_rates(opt)
         adopt(opt, splits)
         opt.param_groups = [split.group for split in splits]
         return opt

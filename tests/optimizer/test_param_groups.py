@@ -694,7 +694,7 @@ def test_an_optimizer_that_holds_another_is_refused():
             self.fast = SGD(params, lr=lr)
 
     model = mlp((4,))
-    with pytest.raises(OptimizerError, match="Holds wraps another optimizer"):
+    with pytest.raises(OptimizerError, match="Holds holds another optimizer"):
         RankAwareOptimizer(Holds(model.parameters(), lr=LR), model=model, init="A")
 
 
