@@ -48,7 +48,9 @@ class Known(NamedTuple):
     from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot
     have a rate per group, "" if it can. switches: settings of a group that change its family, the
     first that applies. own_rate: a setting under which the rates given train nothing.
-    thin_to_adam: whether it hands thin matrices to its Adam, see `goes_to_adam`.
+    thin_to_adam: whether it hands thin matrices to its Adam, see `goes_to_adam`. packages: those
+    whose classes have the row by their bare name, since others have another optimizer of that
+    name; () for all.
     """
 
     family: str = "unknown"
@@ -57,6 +59,11 @@ class Known(NamedTuple):
     switches: tuple[Switch, ...] = ()
     own_rate: OwnRate | None = None
     thin_to_adam: bool = False
+    packages: tuple[str, ...] = ()
+
+    def is_of(self, package: str) -> bool:
+        """Return whether a package's class of a bare name in the row is that optimizer."""
+        return not self.packages or package in self.packages
 
 
 RANK_AWARE = "rank-aware"  # its own rule moves the updates with the rank
@@ -78,7 +85,12 @@ _NORMALIZED = Switch("spectral_normalization", True, RANK_AWARE, "adv_optm")
 _ADAM_NORMALIZED = Switch("adam_spectral_normalization", True, RANK_AWARE, "adv_optm")
 # Names in lower case, with the package in front where another has another optimizer of that name.
 # Variants have the row of their base, see `_VARIANT`. Those of the second part are known by a
-# coordinate check (benchmarks/results/optimizers.md), the others by their update rule.
+# coordinate check (benchmarks/results/optimizers.md) of these packages' classes, and only there.
+# The others are known by their update rule, which the name stands for everywhere.
+_CHECKED = (
+    *("torch", "torch_optimizer", "pytorch_optimizer", "pytorch_ranger", "timm", "optimi"),
+    *("adv_optm", "bitsandbytes", "came_pytorch", "nadir", "heavyball", "kron_torch"),
+)
 _ROWS = {
     "adam adamw": Known("sign-like", "as AdamW"),
     "nadam nadamw radam": Known("sign-like", "steps of AdamW's size"),
@@ -95,12 +107,8 @@ _ROWS = {
     "muon muonwithauxadam singledevicemuon singledevicemuonwithauxadam muonclip": Known(
         "spectral", switches=_TO_ADAM
     ),
-    "normuon adamuon adago distributedmuon dion dion2": Known(
-        "spectral", switches=_TO_ADAM
-    ),
-    "timm.muon adv_optm.muon adv_optm.adamuon": Known(
-        "spectral", switches=_TO_ADAM, thin_to_adam=True
-    ),
+    "normuon distributedmuon dion dion2": Known("spectral", switches=_TO_ADAM),
+    "timm.muon adv_optm.muon": Known("spectral", switches=_TO_ADAM, thin_to_adam=True),
     "mars": Known(
         "sign-like",
         switches=(*_TO_ADAM, Switch("mars_type", "shampoo", "spectral")),
@@ -144,22 +152,25 @@ _ROWS = {
     "apollodqn": Known("gradient-like", own_rate=OwnRate("warmup_steps", 0)),
     "ranger21": Known("sign-like", own_rate=OwnRate("disable_lr_scheduler", True)),
 }
+_SIGN, _SPECTRAL, _GRADIENT, _SCALE = (
+    Known(family, packages=_CHECKED)
+    for family in ("sign-like", "spectral", "gradient-like", "relative-scale")
+)
 _ROWS |= {
-    "adagrad adadelta ademamix simplifiedademamix laprop cadamw grams": Known(
-        "sign-like"
-    ),
-    "adagc adanorm adapnm adasmooth adatam adamc adams adamwsn aida alice ano": Known(
-        "sign-like"
-    ),
-    "bcos came conda exadam emofact emolynx emonavi fadam focus fira galore": Known(
-        "sign-like"
-    ),
-    "grokfastadamw pytorch_optimizer.apollo rangerqh rangerva rose": Known("sign-like"),
-    "kron sara shampoo sinksgd sm3 spam spectralsphere stableadamw stablespam vsgd": Known(
-        "sign-like"
-    ),
-    "fromage": Known("relative-scale"),
-    "adai msvag pnm tam": Known("gradient-like"),
+    "adagrad adadelta ademamix simplifiedademamix laprop cadamw grams": _SIGN,
+    "adagc adanorm adapnm adasmooth adatam adamc adams adamwsn aida alice ano": _SIGN,
+    "bcos came conda exadam emofact emolynx emonavi fadam focus fira galore": _SIGN,
+    "grokfastadamw pytorch_optimizer.apollo rangerqh rangerva rose": _SIGN,
+    "kron sara sinksgd sm3 spam stableadamw stablespam vsgd": _SIGN,
+    # By how far they move an output at rank 64 and at rank 4, with gradients that agree and that
+    # do not (optimizers.md): AdaMuon's entries are divided by their second moments, Shampoo and
+    # SpectralSphere take polar factors. adv_optm's AdaMuon moves as none.
+    "adamuon": _SIGN,
+    "shampoo spectralsphere": _SPECTRAL,
+    "adago": _SPECTRAL._replace(switches=_TO_ADAM),
+    "adv_optm.adamuon": Known(switches=_TO_ADAM, thin_to_adam=True),
+    "fromage": _SCALE,
+    "adai msvag pnm tam": _GRADIENT,
 }
 _KNOWN = {name: row for names, row in _ROWS.items() for name in names.split()}
 # Settings, of a group or of the optimizer, by which a class loses no step that a weight's dtype
@@ -198,17 +209,18 @@ def known_name(name: str) -> str:
 
 def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
     """Return name and row of the first class in the table along a class's bases, or of a name; else
-    ("", Known()).
+    ("", Known()). A class of another package than its row's is not in it.
     """
     if isinstance(optimizer, str):
-        names = [optimizer]
-    else:
-        names = []
-        for base in optimizer.__mro__:
-            package = base.__module__.partition(".")[0]
-            names += [f"{package}.{base.__name__}", base.__name__]
-    name = next(filter(None, map(known_name, names)), "")
-    return name, _KNOWN.get(name, Known())
+        name = known_name(optimizer)
+        return name, _KNOWN.get(name, Known())
+    for base in optimizer.__mro__:
+        package = base.__module__.partition(".")[0]
+        for text in (f"{package}.{base.__name__}", base.__name__):
+            name = known_name(text)
+            if name and _KNOWN[name].is_of(package):
+                return name, _KNOWN[name]
+    return "", Known()
 
 
 def optimizer_family(
@@ -232,7 +244,7 @@ def optimizer_family(
         if switch.applies(optimizer_class, settings):
             family = switch.family
             break
-    to_adam = row.family == "spectral" != family
+    to_adam = family != row.family
     normalized = _ADAM_NORMALIZED if to_adam else _NORMALIZED
     if normalized.applies(optimizer_class, settings):
         return normalized.family
@@ -247,7 +259,7 @@ def in_force(
 
 
 def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) -> bool:
-    """Return whether a spectral optimizer hands a parameter of this shape to its Adam: a vector, or
+    """Return whether a Muon hands a parameter of this shape to its Adam: a vector, or
     where its class does so, a matrix with a side below 4 or sides that are more than 128 times
     apart, unless its group's settings say what trains it.
 

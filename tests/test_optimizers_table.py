@@ -54,6 +54,28 @@ def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
     )
 
 
+NAMESAKES = [
+    ("torchium", "Shampoo", "unknown"),
+    ("torchium", "Adai", "unknown"),
+    ("torchium", "AdaGO", "unknown"),
+    ("torchium", "AdamW", "sign-like"),
+    ("pytorch_optimizer", "Shampoo", "spectral"),
+    ("torch_optimizer", "Shampoo", "spectral"),
+    ("pytorch_optimizer", "Adai", "gradient-like"),
+    ("pytorch_optimizer", "AdaGO", "spectral"),
+    ("pytorch_optimizer", "AdaMuon", "sign-like"),
+    ("adv_optm", "AdaMuon_adv", "unknown"),
+]
+
+
+@pytest.mark.parametrize(("package", "name", "family"), NAMESAKES)
+def test_a_bare_name_counts_in_the_packages_of_its_row(package, name, family):
+    """Another package's optimizer of a rare name is not taken for it, and a class that derives from the real one is."""
+    kind = type(name, (), {"__module__": f"{package}.optimizers"})
+    mine = type(name, (kind,), {"__module__": "__main__"})
+    assert optimizer_family(kind) == optimizer_family(mine) == family
+
+
 def test_settings_decide_where_the_class_does_not():
     """Adafactor without parameter scale is sign-like, and torch_optimizer's LARS without decay is SGD."""
     lars = type("LARS", (), {"__module__": "torch_optimizer.lars"})

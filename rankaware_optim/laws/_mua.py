@@ -352,15 +352,17 @@ class Form(NamedTuple):
 
 
 _BY_ALPHA = (
-    "in small runs its best rate followed µA's form with alpha but not with rank, so its rates do"
-    " the same"
+    "in small runs of {} the best rate followed µA's form with alpha but not with rank, so its"
+    " rates do the same"
 )
 _SIGN = Form(sign_rate, "µA's form for that family moves its rates", tokens=2.0)
 # Families that are not here (Adafactor's, LARS's, the rank-aware) keep one rate.
 FORMS = {
     **dict.fromkeys(SIGN_LIKE, _SIGN),
-    "spectral": Form(spectral_rate, _BY_ALPHA, one_rank=True),
-    "gradient-like": Form(gradient_rate, _BY_ALPHA, one_rank=True, batch=1.0),
+    "spectral": Form(spectral_rate, _BY_ALPHA.format("Muon"), one_rank=True),
+    "gradient-like": Form(
+        gradient_rate, _BY_ALPHA.format("SGD"), one_rank=True, batch=1.0
+    ),
     "relative-scale": Form(
         relative_rate,
         "µA's form for that family moves its rates, derived for square layers; in small runs with"

@@ -573,7 +573,7 @@ def test_native_groups_take_what_the_optimizer_takes():
     assert ours - {"cls", "optimizer"} == native - {"optimizer_class", "named"}
 
 
-IN_SMALL_RUNS = "in small runs its best rate followed µA's form with alpha but"
+IN_SMALL_RUNS = "in small runs of {} the best rate followed µA's form with alpha but"
 NO_FORM = "no form of µA is known to hold"
 NO_LAW = "No law moves this LoRA rate to full"
 LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
@@ -582,8 +582,8 @@ SAID = [
     # the model, the optimizer, the options, and what the notes say of each
     (LORA, AdamW, {}, []),
     (LORA, torch.optim.RMSprop, {}, []),
-    (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS}"]),
-    (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS}"]),
+    (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS.format('SGD')}"]),
+    (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS.format('Muon')}"]),
     (LORA, called("Lamb"), {}, ["Lamb is relative-scale: µA's form for that family"]),
     (LORA, torch.optim.Adafactor, {}, [f"Adafactor is floored-scale: {NO_FORM}"]),
     (LORA, called("LARS"), {}, [f"LARS is first-step: {NO_FORM}"]),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import numpy
@@ -305,3 +308,108 @@ def arguments_of(method: Any, opt: Any, param: nn.Parameter) -> dict[str, Any]:
     known |= {"pindex": pindex, "i": pindex}
     asked = inspect.signature(method).parameters
     return {name: known[name] for name in asked if name in known}
+
+# --- over ranks -----------------------------------------------------------------------------------------------------
+
+# A pair of B = 0 or A = 0 on a square layer, at alpha = rank and one rate. Tokens in a batch, whose gradients agree less
+# the more they are; the same batch in every step, or another.
+FROM, TO, SIDE, BATCHES, DRAWS, SHORT = 4, 64, 128, (1, 8, 128), 4, 6
+REGIMES = tuple(product("AB", BATCHES, (True, False)))
+SAME, TIMES_NEARER = 0.25, 2.0  # octaves of output per octave of rank, rms
+
+
+class Regime(NamedTuple):
+    """The factor that is drawn, the tokens in a batch, and whether every step has the same one."""
+
+    drawn: str
+    tokens: int
+    agree: bool
+
+
+@cache
+def forms_over_rank() -> dict[str, list[float]]:
+    """How the output's displacement goes with the rank in each form: those of torch's own optimizers."""
+    optim: Any = torch.optim
+    by_form = {
+        "sign-like": Case(optim.AdamW),
+        "gradient-like": Case(optim.SGD),
+        "spectral": Case(optim.Muon),
+        "spectral, with match_rms_adamw": Case(
+            optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}
+        ),
+    }
+    return {form: slopes_over_rank(case) for form, case in by_form.items()}
+
+
+def distances_over_rank(case: Case) -> dict[str, float]:
+    """How far a class is from each form, rms octaves of output per octave of rank; the nearest first."""
+    slopes, distances = slopes_over_rank(case), {}
+    for form, others in forms_over_rank().items():
+        pairs = zip(slopes, others, strict=True)
+        squares = [(a - b) ** 2 for a, b in pairs if not math.isnan(a)]
+        distances[form] = math.sqrt(sum(squares) / len(squares))
+    return dict(sorted(distances.items(), key=lambda pair: pair[1]))
+
+
+def family_over_rank(case: Case) -> str:
+    """The family whose form a class has over ranks: within .25, and twice as near as the next; else "unknown"."""
+    distances = distances_over_rank(case)
+    by_family: dict[str, float] = {}
+    for form, distance in distances.items():
+        by_family.setdefault(form.partition(",")[0], distance)
+    (family, nearest), (_, next_one), *_ = by_family.items()
+    is_found = nearest <= SAME and next_one >= TIMES_NEARER * nearest
+    return family if is_found else "unknown"
+
+
+def slopes_over_rank(case: Case) -> list[float]:
+    """Octaves of the output's displacement per octave of rank in every regime, nan where a class cannot step."""
+    octaves = math.log2(TO / FROM)
+    slopes = []
+    for regime in map(Regime._make, REGIMES):
+        try:
+            low, high = (output_moved(case, regime, rank) for rank in (FROM, TO))
+            slopes.append(math.log2(high / low) / octaves)
+        except Exception:  # such as an SVD that does not converge on a gradient of rank one
+            slopes.append(math.nan)
+    return slopes
+
+
+def output_moved(case: Case, regime: Regime, rank: int) -> float:
+    """The rms by which a few steps move the output for a batch: the one they were taken on where they agree."""
+    squares = []
+    for seed in range(DRAWS):
+        source = torch.Generator().manual_seed(seed)
+        a, b = pair_drawn(regime.drawn, rank, source)
+        before = b.detach() @ a.detach()
+        params = {"params": [a, b], **({"use_muon": True} if case.groups == "muon" else {})}
+        opt = case.kind([params], lr=1e-5, **case.settings)
+        seeded(opt)
+        for group in opt.param_groups:
+            group["weight_decay"] = 0.0
+        first = batch_drawn(regime.tokens, source)
+        for _ in range(SHORT):
+            x, g = first if regime.agree else batch_drawn(regime.tokens, source)
+            a.grad, b.grad = b.detach().T @ g @ x.T, g @ (a.detach() @ x).T
+            opt.step()
+        moved = (b.detach() @ a.detach() - before) @ first[0]
+        squares.append(float(moved.square().mean()))
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def pair_drawn(
+    drawn: str, rank: int, source: torch.Generator
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B, the one drawn as PEFT does and the other at zero."""
+    a, b = torch.zeros(rank, SIDE), torch.zeros(SIDE, rank)
+    param, fan_in = (a, SIDE) if drawn == "A" else (b, rank)
+    param.normal_(std=fan_in**-0.5, generator=source)
+    return nn.Parameter(a), nn.Parameter(b)
+
+
+def batch_drawn(
+    tokens: int, source: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and output gradients."""
+    x, g = (torch.randn(SIDE, tokens, generator=source) for _ in "xg")
+    return x, g
