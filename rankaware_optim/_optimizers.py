@@ -88,7 +88,14 @@ _ADAM_NORMALIZED = Switch("adam_spectral_normalization", True, RANK_AWARE, "adv_
 # coordinate check (benchmarks/results/optimizers.md) of these packages' classes, and only there.
 # The others are known by their update rule, which the name stands for everywhere.
 _CHECKED = (
-    *("torch", "torch_optimizer", "pytorch_optimizer", "pytorch_ranger", "timm", "optimi"),
+    *(
+        "torch",
+        "torch_optimizer",
+        "pytorch_optimizer",
+        "pytorch_ranger",
+        "timm",
+        "optimi",
+    ),
     *("adv_optm", "bitsandbytes", "came_pytorch", "nadir", "heavyball", "kron_torch"),
 )
 _ROWS = {

@@ -1,6 +1,6 @@
-"""Every optimizer class of fifteen packages: its family, and whether it trains at the rates that it was given.
+"""Every optimizer class of 25 packages: its family, and whether it trains at the rates that it was given.
 
-    python benchmarks/ecosystem/optimizers.py     # results/optimizers.md, about ten minutes on a core
+    python benchmarks/ecosystem/optimizers.py     # results/optimizers.md, about an hour on a core
 
 A class is in the table that gives families by its name. The table's family is compared with a coordinate check: real
 steps on LoRA factors of ranks 4, 16 and 64 on a layer of 64 × 64, at the rates that the form of each family gives, at
@@ -10,6 +10,10 @@ where the form is the optimizer's. The rule, committed before the run:
 * the check finds a family if its form's slopes have an rms of at most 0.25 and every other form's at least twice as
   much. The forms are sign-like, spectral and gradient-like;
 * it finds relative-scale, instead, where four times larger weights make four times larger steps, within a fifth;
+* over ranks it finds sign-like, spectral or gradient-like by how far the output moves at rank 64 and at rank 4, at one
+  rate, under torch's AdamW, Muon (of both shape factors) and SGD: with 1, 8 and 128 tokens in a batch, the same batch in
+  every step (gradients that agree) or others (that do not), A or B at zero. The rms difference of the slopes to a form is
+  at most 0.25 and to every other family's twice as much (`displacement.py`);
 * where it finds none, or the class cannot be stepped so, the table's family is that of the published update rule, or
   unknown.
 
@@ -60,6 +64,8 @@ from tests.environments.integrations.displacement import (
     JUDGED,
     NOT_BY_RATE,
     OF_ANOTHER_FORM,
+    distances_over_rank,
+    family_of_distances,
     judged,
     ways_to_step,
 )
@@ -80,9 +86,10 @@ PATIENCE_S = 300
 ROUNDING = 1e-4  # of weights, where a class keeps its rates in float32
 Builder = Callable[..., Any]
 NOTES = [
-    "check: the family that the coordinate check finds, and the rms of its form's slopes; in brackets the nearest form"
-    " and its rms where it finds none. known by: the check, the update rule where the check finds none, another, or was"
-    " not possible, or nothing.",
+    "check: the family that the coordinate check finds, and the rms of its form's slopes; over ranks: the same by the"
+    " output's displacement at ranks 4 and 64, and the rms difference to the form's; in brackets the nearest form and its"
+    " rms where none is found. known by: the check, ranks, the update rule where both find none, another, or were not"
+    " possible, or nothing.",
     "displacement: under constant gradients. as given: at each factor's rate, and in its family's form where that is"
     " sign-like, spectral or gradient-like; else why that cannot be judged so. another way to step: a public method that"
     " moves parameters by the rate. Ours moves there by the multiplied one, as by hand; × gives the ratio where not.",
@@ -92,7 +99,7 @@ NOTES = [
     "In adv_optm's Muon and AdaMuon the check finds Adam's form, since they rescale an update to Adam's rms; with"
     " rms_rescaling=False it finds Muon's (0.06 and 0.03). So does torch's Muon with adjust_lr_fn='match_rms_adamw'"
     " (Adam's form 0.09, Muon's of that shape 0.04). Whether their best rates move with the rank as Adam's was not run:"
-    " their family is Muon's.",
+    " their family is Muon's. Over ranks, too, adv_optm's Muon moves as Adam.",
 ]
 
 
@@ -117,6 +124,7 @@ def main() -> None:
     """Check and train every class, print, and write results/optimizers.md."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # the same numbers, without a compiler
     rows = []
     for key in [*CLASSES, *(key for key in CASES if key not in CLASSES)]:
         rows.append(row(key))
@@ -149,6 +157,7 @@ def row(key: str) -> dict[str, str]:
             "family": "",
             "known by": REFUSED[key],
             "check": "",
+            "over ranks": "",
             "displacement": "",
             "another way to step": "",
             **cells,
@@ -156,13 +165,15 @@ def row(key: str) -> dict[str, str]:
     kind = CASES[key].kind
     family = optimizer_family(kind)
     found, words = checked(key, kind)
-    by = "check" if found and found == family else "rule"
+    over_ranks, words_of_ranks = checked_over_ranks(key)
+    by = {over_ranks: "ranks", found: "check"}.get(family, "rule")
     cells = {name: tried(compare, CASES[key]) for name, compare in COMPARISONS.items()}
     return {
         "class": key,
         "family": family,
         "known by": "–" if family == "unknown" else by,
         "check": words,
+        "over ranks": words_of_ranks,
         "displacement": as_displaced(key),
         "another way to step": other_ways(key),
         **cells,
@@ -254,6 +265,19 @@ def checked(key: str, kind: type[Optimizer]) -> tuple[str, str]:
     if slopes[best] <= MOST and slopes[second] >= TIMES * slopes[best]:
         return best, words
     return "", f"({words})"
+
+
+def checked_over_ranks(key: str) -> tuple[str, str]:
+    """The family by the output's displacement at two ranks, "unknown" if none, and a cell of the table."""
+    try:
+        with patience():
+            distances = distances_over_rank(CASES[key])
+    except Exception:
+        return "unknown", ""
+    family = family_of_distances(distances)
+    form, distance = next(iter(distances.items()))
+    words = f"{form} {distance:.2f}"
+    return family, words if family != "unknown" else f"({words})"
 
 
 def slope_of(kind: type[Optimizer], settings: dict[str, Any], family: str) -> float:

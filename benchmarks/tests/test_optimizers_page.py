@@ -17,6 +17,7 @@ def test_a_row_is_complete(key):
     family, check = ROWS[key]
     made = row(key)
     assert made.pop("check").startswith(check)
+    assert made.pop("over ranks").startswith(check)
     assert made == {
         "class": key,
         "family": family,

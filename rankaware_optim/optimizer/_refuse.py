@@ -147,7 +147,8 @@ def _refuse_built(built: Optimizer) -> None:
     for kept, value in attributes.items():
         # as AdaBound keeps its groups' rates
         of_groups = isinstance(value, (list, tuple)) and kept not in own
-        if of_groups and len(value) == len(built.param_groups):
+        of_groups = of_groups and len(value) == len(built.param_groups)
+        if of_groups and all(map(is_number, value)):
             raise OptimizerError(
                 f"{name} keeps {kept} for each of its first groups, so it cannot be regrouped.",
                 "Give the class and its settings instead of the instance.",

@@ -428,13 +428,13 @@ def test_a_class_that_takes_no_rate_is_built_first(given):
     assert by_name["layer0.lora_A"] == pytest.approx(LR * law_of("gradient-like", 4))
 
 
-def test_an_argument_with_a_value_for_each_group_is_no_list_of_rates():
-    """Two betas on an attribute and two groups, as muonium's Muon has them, are no reason to refuse an instance."""
+def test_what_has_the_length_of_the_groups_by_chance_is_no_list_of_rates():
+    """Two betas and two functions beside two groups, as muonium's Muon and heavyball have them, are no reason to refuse."""
 
     class Muon(torch.optim.SGD):
         def __init__(self, params, lr=LR, adam_betas=(0.9, 0.95)):
             super().__init__(params, lr=lr)
-            self.adam_betas = adam_betas
+            self.adam_betas, self._fns = adam_betas, [min, max]
 
     model = kept_alpha(64, 64)
     built = Muon(two_groups(model, {}, {"algorithm": "adamw"}), lr=LR)
@@ -476,8 +476,9 @@ def step_one(self: Optimizer, p: nn.Parameter, group: dict, i: int | None = None
     p.data.sub_(p.grad, alpha=float(group["lr"]))
 
 
+@pytest.mark.parametrize("by_keyword", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_another_way_to_step_is_at_the_multiplied_rate(way):
+def test_another_way_to_step_is_at_the_multiplied_rate(way, by_keyword):
     """A method that steps a parameter trains it at base rate × multiplier, and puts the base rate back."""
     model = kept_alpha(4, 64)
     kind = type("ByParameter", (torch.optim.SGD,), {way: step_one})
@@ -488,7 +489,10 @@ def test_another_way_to_step_is_at_the_multiplied_rate(way):
     names = {param: name for name, param in model.named_parameters()}
     for param in group["params"]:
         before, param.grad = param.detach().clone(), torch.ones_like(param)
-        getattr(opt, way)(param, group, 0)
+        if by_keyword:
+            getattr(opt, way)(p=param, group=group)
+        else:
+            getattr(opt, way)(param, group, 0)
         expected = torch.full_like(param, by_name[names[param]])
         assert torch.allclose(before - param, expected)
     assert group["lr"] == LR

@@ -32,10 +32,19 @@ ALIKE = 0.3  # the spread of what counts as alike: Muon's iteration leaves its s
 # What does not move in proportion to its groups' rates, and why.
 NOT_BY_RATE = {
     **dict.fromkeys(
-        ("torch_optimizer.MADGRAD", P + "MADGRAD", "timm.optim.MADGRAD"),
+        (
+            *("torch_optimizer.MADGRAD", P + "MADGRAD", "timm.optim.MADGRAD"),
+            "madgrad.MADGRAD",
+        ),
         "moves by the rate to the power 2/3",
     ),
     P + "AdaGO": "its step is never below its eps",
+    "heavyball.HyperBallAdamW": "keeps the weights' norm, of zeros too",
+    "heavyball.LaPropOrtho": "steps at right angles to the weights",
+    "heavyball.MSAMLaProp": "its perturbation stays in the weights",
+    "heavyball.Scion": "puts the weights on a ball first",
+    "torchium.optimizers.AdamP": "projects what is along the weights out of a step",
+    "torchium.optimizers.FTRL": "makes the weights from its sums, not by steps",
     P + "AvaGrad": "divides by a norm over its group",
     P + "BSAM": "its perturbation stays in the weights",
     P + "Gravity": "draws a first velocity by one over the rate",
@@ -72,25 +81,22 @@ OF_ANOTHER_FORM = {
     ),
     **dict.fromkeys(
         (
-            "torch_optimizer.Shampoo",
-            P + "Shampoo",
             P + "Alice",
             P + "Conda",
-            P + "SpectralSphere",
         ),
         _PRECONDITIONED,
-    ),
-    **dict.fromkeys(
-        (P + "AdaMuon", "adv_optm.AdaMuon_adv"),
-        "divides a polar factor by the second moments of its entries",
     ),
     P + "AdaSmooth": "has a second moment of a length that it measures",
     "timm.optim.AdaBelief": "a constant gradient has no variance",
     "torch_optimizer.RangerVA": "passes second moments through a softplus",
     P + "DeMo": "sends the largest entries of a cosine transform",
-    P + "Kron": "learns its preconditioner from the identity on",
+    **dict.fromkeys(
+        (P + "Kron", "kron_torch.Kron"),
+        "learns its preconditioner from the identity on",
+    ),
     P + "ROSE": "normalises by rows",
     P + "SaRA": NOT_BY_RATE[P + "SaRA"],
+    "torchium.optimizers.AdamP": NOT_BY_RATE["torchium.optimizers.AdamP"],
 }
 # The classes of all packages, and some in another of their forms.
 JUDGED = {key: CASES[key] for key in CASES.keys() & CLASSES.keys() - NO_STEP}
@@ -309,6 +315,7 @@ def arguments_of(method: Any, opt: Any, param: nn.Parameter) -> dict[str, Any]:
     asked = inspect.signature(method).parameters
     return {name: known[name] for name in asked if name in known}
 
+
 # --- over ranks -----------------------------------------------------------------------------------------------------
 
 # A pair of B = 0 or A = 0 on a square layer, at alpha = rank and one rate. Tokens in a batch, whose gradients agree less
@@ -347,13 +354,14 @@ def distances_over_rank(case: Case) -> dict[str, float]:
     for form, others in forms_over_rank().items():
         pairs = zip(slopes, others, strict=True)
         squares = [(a - b) ** 2 for a, b in pairs if not math.isnan(a)]
+        if len(squares) < len(slopes) / 2:
+            raise ValueError("most regimes cannot be stepped")
         distances[form] = math.sqrt(sum(squares) / len(squares))
     return dict(sorted(distances.items(), key=lambda pair: pair[1]))
 
 
-def family_over_rank(case: Case) -> str:
+def family_of_distances(distances: Mapping[str, float]) -> str:
     """The family whose form a class has over ranks: within .25, and twice as near as the next; else "unknown"."""
-    distances = distances_over_rank(case)
     by_family: dict[str, float] = {}
     for form, distance in distances.items():
         by_family.setdefault(form.partition(",")[0], distance)
@@ -370,7 +378,9 @@ def slopes_over_rank(case: Case) -> list[float]:
         try:
             low, high = (output_moved(case, regime, rank) for rank in (FROM, TO))
             slopes.append(math.log2(high / low) / octaves)
-        except Exception:  # such as an SVD that does not converge on a gradient of rank one
+        except (
+            Exception
+        ):  # such as an SVD that does not converge on a gradient of rank one
             slopes.append(math.nan)
     return slopes
 
@@ -382,7 +392,10 @@ def output_moved(case: Case, regime: Regime, rank: int) -> float:
         source = torch.Generator().manual_seed(seed)
         a, b = pair_drawn(regime.drawn, rank, source)
         before = b.detach() @ a.detach()
-        params = {"params": [a, b], **({"use_muon": True} if case.groups == "muon" else {})}
+        params = {
+            "params": [a, b],
+            **({"use_muon": True} if case.groups == "muon" else {}),
+        }
         opt = case.kind([params], lr=1e-5, **case.settings)
         seeded(opt)
         for group in opt.param_groups:

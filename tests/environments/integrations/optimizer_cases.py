@@ -27,6 +27,16 @@ PACKAGES = (
     "came_pytorch",
     "lion_pytorch",
     "transformers.optimization",
+    "omnimuon",
+    "torchium.optimizers",
+    "muonium.optim",
+    "nadir",
+    "heavyball",
+    "optimuon",
+    "muon",
+    "kron_torch",
+    "madgrad",
+    "sophia_opt",
 )
 
 MUONS = ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
@@ -68,13 +78,36 @@ NEEDS = {
             "galore_torch.GaLoreAdafactor",
             "apollo_torch.GaLoreAdafactor",
             "transformers.optimization.Adafactor",
+            "torchium.optimizers.AdaFactor",
         )
     },
+    "heavyball.AdamC": {"settings": {"max_lr": 1e-3}},
+    "muonium.optim.Muon": {"groups": "matrices"},
+    "muonium.optim.MuonLP": {"groups": "matrices"},
+    "optimuon.Muon": {"groups": "matrices"},
+    "muon.SingleDeviceMuon": {"groups": "matrices"},
+    "torchium.optimizers.AdaHessian": {"graph": True},
+    "torchium.optimizers.SparseAdam": {"sparse": True},
 }
 
 # Refused before anything is built, with a sentence that says this.
 HOLDS = "wraps another optimizer, whose groups would not change"
 ONE_RATE = "estimates one rate for all groups"
+NO_RATE = r"takes no lr=. Build it yourself and wrap the instance"
+BUILT_ALONE = "cannot be built with these settings on groups by rank"
+T_WRAPPERS = (
+    *("ASAM", "GSAM", "GradNorm", "GradientCentralization", "LookSAM", "PCGrad"),
+    *("SAM", "WSAM"),
+)
+T_WITHOUT = (
+    *("CMAES", "DifferentialEvolution", "GeneticAlgorithm"),
+    *("ParticleSwarmOptimization", "QuantumAnnealing"),
+)
+H_WITHOUT = ("PSGDBase", "SAMWrapper", "SOAPBase", "SplitOpt")
+BY_CONFIG = (
+    *("Adadelta", "Adagrad", "Adam", "Adamax", "BaseOptimizer", "Lion", "Momentum"),
+    *("RMSProp", "Radam", "SGD"),
+)
 REFUSED = {
     "adv_optm.Prodigy_adv": ONE_RATE,
     "prodigyopt.Prodigy": ONE_RATE,
@@ -113,6 +146,20 @@ REFUSED = {
     P + "ScheduleFreeWrapper": HOLDS,
     P + "TRAC": HOLDS,
     P + "WSAM": HOLDS,
+    **{f"torchium.optimizers.{name}": HOLDS for name in T_WRAPPERS},
+    **{f"torchium.optimizers.{name}": NO_RATE for name in T_WITHOUT},
+    "torchium.optimizers.AdaLOMO": "steps inside the backward pass",
+    "torchium.optimizers.LBFGS": "takes one parameter group only",
+    **{f"nadir.{name}": NO_RATE for name in BY_CONFIG},
+    "omnimuon.Muon": "at a second rate, matrix_lr",
+    "omnimuon.OmniMuon": "at a second rate, matrix_lr",
+    "muon.Muon": BUILT_ALONE,
+    "muon.MuonWithAuxAdam": NO_RATE,
+    "muon.SingleDeviceMuonWithAuxAdam": NO_RATE,
+    "kron_torch.DistributedKron": BUILT_ALONE,
+    "kron_torch.DistributedOneSidedKron": BUILT_ALONE,
+    "heavyball.PSGDLRA": BUILT_ALONE,
+    **{f"heavyball.{name}": NO_RATE for name in H_WITHOUT},
 }
 
 # Take no new groups once they are built: the class form alone.
@@ -139,6 +186,7 @@ LOADS_NOT = {
     "adv_optm.Lion_adv",
     "adv_optm.Muon_adv",
     "timm.optim.Adahessian",
+    "kron_torch.Kron",
 }
 
 # Their step needs CUDA, or fails in the native class.
@@ -149,6 +197,12 @@ NO_STEP = {
     "galore_torch.GaLoreAdamW8bit",
     "apollo_torch.GaLoreAdamW8bit",
     "apollo_torch.QAPOLLOAdamW",
+    *(f"torchium.optimizers.{name}" for name in ("AdaBound", "AdaMod", "Ranger")),
+    "torchium.optimizers.AdaHessian",
+    *("muonium.optim.Muon", "muonium.optim.MuonLP"),
+    "torchium.optimizers.Yogi",  # the root of a negative number
+    # ask for a gradient of A, which is zero at the start
+    *(f"heavyball.{name}" for name in ("LATHER", "PSGDKron", "PSGDPRO", "QSGD")),
 }
 
 
