@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Lamb": ("Lamb", {}),
     "Adafactor": ("Adafactor", {}),
     "LARS": ("LARS", {"weight_decay": 0.01}),
+    "LoRA-Muon": ("LoRAMuon", {}),
     "unknown": ("Unheard", {}),
 }
 LAWS: dict[str, ra.Law] = {
@@ -397,6 +398,11 @@ def transfer() -> Tables:
         tables[f"suggested, {kind}"] = {
             place: outcome(suggested, site, kind) for place, site in sites.items()
         }
+    site = sites["r=16 alpha=32"]
+    tables["suggested, by family"] = {
+        family: outcome(suggested, site, class_named(name), settings=settings)
+        for family, (name, settings) in FAMILIES.items()
+    }
     no_width = outcome(suggested, ra.Reference(rank=16, alpha=32), "adamw")
     special: Tables = {"suggested, adamw, as": {"no width": no_width}}
     for title, options in {
@@ -406,7 +412,6 @@ def transfer() -> Tables:
         "OLoRA": {"init": "olora"},
         "DoRA": {"dora": True},
     }.items():
-        site = sites["r=16 alpha=32"]
         special["suggested, adamw, as"][title] = outcome(
             suggested, site, "adamw", **options
         )
@@ -417,7 +422,9 @@ def rate_of(ask: Callable[..., Any], *args: Any, **options: Any) -> float:
     return float(ask(*args, **options))
 
 
-def suggested(site: ra.Reference, kind: str, **options: Any) -> list[float]:
+def suggested(
+    site: ra.Reference, kind: type[torch.optim.Optimizer] | str, **options: Any
+) -> list[float]:
     rate = ra.suggest_lr(site, kind, method=site.method, **options)
     return [float(rate), rate.low, rate.high]
 

@@ -234,10 +234,10 @@ def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
     bound = MuA().bind(optimizer, {})
     assert bound.effective_tokens == tokens
     assert bound.bind(AdamW, {}) == MuA()
-    for given in (None, 2.0, 4.0, 8.0):
-        other = MuA(tokens=given).bind(optimizer, {})
-        assert other.effective_tokens == other.tokens == given
-        assert other.bind(AdamW, {}) == MuA(tokens=given)
+    for number in (None, 2.0, 4.0, 8.0):
+        other = MuA(tokens=number).bind(optimizer, {})
+        assert other.effective_tokens == other.tokens == number
+        assert other.bind(AdamW, {}) == MuA(tokens=number)
     at, there = Site().reference(), Site(init="A", rank=64, scaling=0.25).factor()
     by_number = MuA(tokens=tokens).bind(optimizer, {})
     assert bound.multiplier(there, at) == by_number.multiplier(there, at)
