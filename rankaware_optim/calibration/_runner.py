@@ -130,6 +130,7 @@ class Runner:
         self.before = 0  # trials that had ended before this worker came
         self.show: Show = lambda done, what, best: None
         self._source = source
+        self._made = made_with(options, source)
         self.storage: Any = None
         self._opened: optuna.storages.BaseStorage | None = None
         self._place: tuple[Any, str] = None, options.name  # of the study
@@ -177,22 +178,22 @@ class Runner:
                 pruner=pruner or PairedPruner(self.calibration),
                 load_if_exists=True,
             )
-        # A worker that starts at the same time writes this before its first trial, so trials are
-        # read before it.
         trials = self._read()
-        name = self.options.name
-        stored = self._study.user_attrs.get("made_with", {"schema": None})
-        made = made_with(self.options, self._source)
-        if trials:
-            check_comparable(name, stored, made)
-        if trials.counted() or trials.running():
-            warn_of_code(name, stored, made)
-        self._study.set_user_attr("made_with", made)
+        self._check_study(trials)
+        for trial in (*trials.counted(), *trials.running())[-1:]:
+            warn_of_code(self.options.name, trial.made_with, self._made)
         self._recall()
         self.before = len(trials.counted())
         self._heartbeat = Heartbeat(self._study)
         self._heartbeat.start()
         return {trial.number: trial.heartbeat for trial in trials.running()}
+
+    def _check_study(self, trials: Trials) -> None:
+        """Raise unless the study is of these options: those of its first trial. Of two workers that
+        start together only the storage knows which was first.
+        """
+        for first in trials[:1]:
+            check_comparable(self.options.name, first.made_with, self._made)
 
     def _recall(self) -> None:
         """Read what the first trial of this or another worker settled."""
@@ -327,9 +328,10 @@ class Runner:
 
     def _begin(self, setting: Setting) -> int:
         """Create a running trial that has its setting from the start, and return its number."""
-        attributes = {**setting._asdict(), "heartbeat": 0}
+        attributes = {**setting._asdict(), "heartbeat": 0, "made_with": self._made}
         self._trial = begin_trial(self._study, attributes)
         self._heartbeat.trial = self._trial
+        self._check_study(self._read())
         return int(self._trial.number)
 
     def _may_choose(self) -> bool:
@@ -452,6 +454,7 @@ class Runner:
             **settings,
         )
         built = built_with(optimizer, native, settings, at)
+        self._wait(lambda: self._may_compare(trial.rank))
         self._agree(lambda: self._record(trial.rank, built))
         return optimizer
 
@@ -492,6 +495,14 @@ class Runner:
         )
         self.calibration.settle(settled)
         self._study.set_user_attr("settled", asdict(settled))
+
+    def _may_compare(self, rank: int | None) -> bool:
+        """Return whether a trial of the rank begun before this one has stored what it was built
+        with, or none will.
+        """
+        trials = self._read()
+        earlier = Trials(t for t in trials.at(rank) if t.number < self._trial.number)
+        return any(t.built for t in earlier) or not earlier.running()
 
     def _record(self, rank: int | None, built: dict[str, Any]) -> None:
         """Store what the trial was built with. Raise if an earlier one of its rank, or the

@@ -41,7 +41,7 @@ class TrialRecord:
     known.
 
     rank, seed: see `Setting`. x: log2 of the base rate. reports: recent mean by step. heartbeat:
-    counts up while its worker lives. built: see `built_with`. own_lr: the rate of the model's most
+    counts up while its worker lives. made_with: see that function. built: see `built_with`. own_lr: the rate of the model's most
     common A factors, or of its whole weights. stopped: "pruned" or "memory" if the run has no final
     score.
     """
@@ -53,6 +53,7 @@ class TrialRecord:
     x: Annotated[float, Meta(ge=-MOST_OCTAVES, le=MOST_OCTAVES)] | None = None
     reports: Mapping[int, float] = field(default_factory=dict)
     heartbeat: int | None = None
+    made_with: dict[str, Any] = field(default_factory=lambda: {"schema": None})
     built: dict[str, Any] | None = None
     own_lr: Annotated[float, _within("trial_lr")] | None = None
     curve: list[float] = field(default_factory=list)

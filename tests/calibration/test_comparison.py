@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,8 +165,13 @@ def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
 
 def made_with(journal: Path, **changed) -> None:
     """Let a stored study be one of another version."""
-    study = study_in(journal)
-    study.set_user_attr("made_with", {**study.user_attrs["made_with"], **changed})
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        if "made_with" in line.get("user_attrs", {}):
+            line["user_attrs"]["made_with"] |= changed
+    journal.write_text(
+        "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines)
+    )
 
 
 def test_another_version_is_a_warning(journal):
@@ -182,8 +188,8 @@ def test_another_schema_is_refused(journal):
     made_with(journal, schema=99)
     with pytest.raises(CalibrationError, match="schema=99, not 1"):
         calibrate(named, trials=3, storage=journal)
-    assert study_in(journal).user_attrs["made_with"]["schema"] == 99
-    assert len(study_in(journal).trials) == 2
+    trials = study_in(journal).trials
+    assert [t.user_attrs["made_with"]["schema"] for t in trials] == [99, 99]
 
 
 def test_a_setting_called_alpha_is_the_optimizers(journal):

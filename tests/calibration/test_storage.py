@@ -22,7 +22,7 @@ from rankaware_optim import CalibrationError
 from rankaware_optim.calibration import _liveness, _storage
 from rankaware_optim.calibration._storage import close_storage, open_storage
 
-from ..helpers.calibrations import calibrate, made_up
+from ..helpers.calibrations import STEPS, calibrate, counted, made_up
 
 TRIALS = 3
 
@@ -377,6 +377,76 @@ def test_a_worker_may_start_between_two_reads_of_another(
     monkeypatch.undo()
     assert [other.fitted_lr for other in made] == [recipe.fitted_lr] * len(made)
     close_storage(storage)
+
+
+def calibrate_together(train, barrier, ends, options) -> None:
+    barrier.wait()
+    try:
+        recipe = calibrate(train, trials=6, progress=False, **options)
+        ends.put((None, recipe.steps, recipe.ranks, recipe.law.law.name))
+    except BaseException as error:
+        ends.put((type(error).__name__, str(error)))
+
+
+JOURNAL, SQLITE = "{}/study.journal", "sqlite:///{}/study.db"
+TOGETHER = [
+    (JOURNAL, {}, {"law": "loraplus"}, "law="),
+    (SQLITE, {}, {"law": "loraplus"}, "law="),
+    (JOURNAL, {}, {"ranks": (4, 64)}, "ranks="),
+    (JOURNAL, {"steps": STEPS}, {"steps": STEPS + 5}, "steps="),
+    # settings may follow the rank, so they are compared at each
+    (JOURNAL, {"ranks": (4,)}, {"ranks": (4,), "weight_decay": 0.5}, "weight_decay="),
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are forked")
+@pytest.mark.parametrize(("make", "one", "other", "difference"), TOGETHER, ids=str)
+def test_workers_with_other_options_that_start_together_do_not_mix(
+    make, one, other, difference, tmp_path
+):
+    """One of two processes is refused by name of what differs, and every run that counts is of the other."""
+    url = make.format(tmp_path)
+    close_storage(open_storage(url))  # imports what it needs, in both alike
+    fork = multiprocessing.get_context("fork")
+    barrier, ends = fork.Barrier(2), fork.SimpleQueue()
+    workers = []
+    for each in (one, other):
+        options = {"storage": url, **each}
+        decay = options.pop("weight_decay", 0.0)
+        train = in_time(made_up(weight_decay=decay))
+        arguments = (train, barrier, ends, options)
+        workers.append(fork.Process(target=calibrate_together, args=arguments))
+    for worker in workers:
+        worker.start()
+    results = [ends.get() for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    (refused,) = (result for result in results if result[0] is not None)
+    (recipe,) = (result for result in results if result[0] is None)
+    assert refused[0] == "CalibrationError"
+    assert difference in refused[1]
+    assert "was made with" in refused[1]
+    storage = open_storage(url)
+    study = optuna.load_study(study_name="calibration", storage=storage)
+    runs = counted(study.trials)
+    close_storage(storage)
+    assert len(runs) == 6
+    whole = [run for run in runs if run.state.name == "COMPLETE"]
+    assert {len(run.user_attrs["curve"]) for run in whole} == {recipe[1]}
+    assert {run.user_attrs["rank"] for run in runs} == set(recipe[2])
+    assert len({run.user_attrs["built"]["weight_decay"] for run in runs}) == 1
+
+
+def in_time(loop):
+    """The loop, slow enough that the trials of two processes overlap."""
+
+    @functools.wraps(loop)
+    def train(trial):
+        for value in loop(trial):
+            time.sleep(0.005)
+            yield value
+
+    return train
 
 
 # --- databases ------------------------------------------------------------------------------------------------------
