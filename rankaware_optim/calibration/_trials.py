@@ -41,9 +41,9 @@ class TrialRecord:
     known.
 
     rank, seed: see `Setting`. x: log2 of the base rate. reports: recent mean by step. heartbeat:
-    counts up while its worker lives. made_with: see that function. built: see `built_with`. own_lr: the rate of the model's most
-    common A factors, or of its whole weights. stopped: "pruned" or "memory" if the run has no final
-    score.
+    counts up while its worker lives. made_with: see that function. built: see `built_with`. own_lr:
+    the rate of the model's most common A factors, or of its whole weights. stopped: "pruned" or
+    "memory" if the run has no final score.
     """
 
     rank: Annotated[int, _within("rank")] | None = None

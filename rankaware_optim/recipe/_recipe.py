@@ -31,6 +31,11 @@ from ._uncertainty import margin, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_BELOW = (
+    "a run diverged at {:.3g}, below the fitted optimum, so the recipe has no ceiling: see whether"
+    " that run diverges again"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
@@ -48,7 +53,8 @@ class Recipe:
         covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
         margin: octaves of `lr` below `fitted_lr`. Too high a rate costs more than too low a rate.
         ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law of
-            best rates, which a ceiling need not follow. None if no trial did.
+            best rates, which a ceiling need not follow. None if no trial did, or if one did below
+            `fitted_lr`, as a note says.
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the
             trials: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant),
             or "unknown".
@@ -258,7 +264,7 @@ class Recipe:
             RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
                 message names the value's path.
         """
-        return cls(**files.load(path))
+        return files.load(cls, path)
 
 
 def differing(one: Recipe, two: Recipe) -> set[str]:
@@ -290,7 +296,12 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
     """
     _, drift, factor = (float(value) for value in fit.mean)
     best = fit.best(reference.rank)
-    to_reference = best - float(fit.mean[0])
+    ceiling = None
+    if fit.ceiling is not None:
+        ceiling = 2.0 ** (fit.ceiling + best - float(fit.mean[0]))
+    if ceiling is not None and ceiling <= 2.0**best:
+        others["notes"] = (*others.get("notes", ()), _BELOW.format(ceiling))
+        ceiling = None
     recipe = Recipe(
         fitted_lr=2.0**best,
         reference=reference,
@@ -298,7 +309,7 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         covariance=fit.covariance,
         steepness=fit.steepness,
         scatter=fit.prior.scatter,
-        ceiling=None if fit.ceiling is None else 2.0 ** (fit.ceiling + to_reference),
+        ceiling=ceiling,
         **others,
     )
     return replace(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ _HEADER = """\
 # Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
 # Rates are per step, an octave is a factor 2. rate.lr is the one to use, fit.fitted_lr the optimum.
 """
+_RESTORE = "Restore or remake it."
 # What a file, a value or a third-party law may raise.
 _TROUBLE = (ArithmeticError, OSError, RecursionError, TypeError, ValueError)
 
@@ -68,9 +70,9 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the arguments of the recipe in a TOML file, or of the one in an adapter's folder, with
-    its trials if they lie beside it.
+def load(kind: type[Recipe], path: str | os.PathLike[str]) -> Recipe:
+    """Return the recipe, of its class, in a TOML file, or the one in an adapter's folder, with its
+    trials if they lie beside it.
     """
     target = Path(path)
     if os.path.isdir(target):
@@ -85,29 +87,36 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     target = _toml_path(target)
     try:
         file = _decoded(read_bytes(target, _MOST_TEXT))
-        values = values_in(file)
+        recipe = kind(**values_in(file))
+        file.check_band(recipe)
     except FileNotFoundError as error:
         raise RecipeError(
             f"There is no recipe at {target}.",
             "Check the path, or make one by ra.calibrate.",
         ) from error
     except _TROUBLE as error:
-        raise _error(target, "read", error, "Restore or remake it.") from error
-    if file.trials is None:
-        return values
+        raise _error(target, "read", error, _RESTORE) from error
+    table = file.trials
+    if table == "none":
+        return recipe
     beside = _trials_beside(target)
     if not os.path.lexists(beside):
         beside = _trials_beside(Path(os.path.realpath(target)))
     try:
-        return {**values, "tensors": _trials(beside, file.trials.sha256)}
+        tensors = _trials(beside, table.sha256)
     except FileNotFoundError:
-        pass
+        return replace(recipe, missing=beside.name)
     except (*_TROUBLE, SafetensorError) as error:
         warn(
             f"The trials {beside} of recipe {file.name!r} cannot be used: {error}. The recipe"
             " gives its rates without them. Copy both of its files."
         )
-    return {**values, "missing": beside.name}
+        return replace(recipe, missing=beside.name)
+    try:
+        table.check(tensors)
+    except ValueError as error:
+        raise _error(target, "read", error, _RESTORE) from error
+    return replace(recipe, tensors=tensors)
 
 
 def _error(target: Path, verb: str, error: BaseException, cure: str) -> RecipeError:

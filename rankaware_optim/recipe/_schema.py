@@ -12,7 +12,7 @@ import numpy.typing as npt
 from msgspec import Meta, Struct, field
 from msgspec.structs import asdict
 
-from .._checks import MOST_RANKS, limits
+from .._checks import MOST_RANKS, MOST_TRIALS, limits
 from .._types import Method, Reference, Scaling
 from ..errors import LawError
 from ..laws import Power, law_from_dict, law_to_dict
@@ -32,15 +32,24 @@ Ranks = tuple[Annotated[int, limits("rank")], ...]
 Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
 ThreeNumbers = tuple[Variance, Variance, Variance]
 Plain = bool | Seed | float | str
+Count = Annotated[int, Meta(ge=0, le=MOST_TRIALS)]
 Array = npt.NDArray[Any]
 Trials = Mapping[str, Array]
+Unknown = Literal["none"]  # TOML has no None
 
 
 # --- the file -------------------------------------------------------------------------------------
 
 
-class Table(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A table of the file. None is left out."""
+class Table(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file. Every field is required, since a default would stand for a lost line."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields' values, with None for "none"."""
+        return {
+            key: None if value == "none" else value
+            for key, value in asdict(self).items()
+        }
 
 
 AnyTable = TypeVar("AnyTable", bound=Table)
@@ -60,14 +69,14 @@ class ReferenceTable(Table):
     method: Method
     init: Literal["A", "B"]
     rslora: bool
-    rank: int | None = None
-    alpha: float | None = None
+    rank: int | Unknown
+    alpha: float | Unknown
     # A whole number stays an int, since the recipe's hash depends on it.
-    fan_in: int | float | None = None
-    batch: int | float | None = None
+    fan_in: int | float | Unknown
+    batch: int | float | Unknown
 
     def __post_init__(self) -> None:
-        Reference(**asdict(self))
+        Reference(**self.values())
 
 
 class OptimizerTable(Table):
@@ -76,10 +85,8 @@ class OptimizerTable(Table):
 
 
 class HorizonTable(Table):
-    steps: Annotated[int, limits("steps")] | None = None
-    warmup: Annotated[float, limits("share")] | None = field(
-        name="warmup_share", default=None
-    )
+    steps: Annotated[int, limits("steps")] | Unknown
+    warmup: Annotated[float, limits("share")] | Unknown = field(name="warmup_share")
 
 
 class SeenTable(Table):
@@ -92,6 +99,10 @@ class SeenTable(Table):
     other_rates: dict[str, Lr | Literal["base"]]
     layers: dict[str, FanIn]
 
+    def __post_init__(self) -> None:
+        if len({*self.ranks}) < len(self.ranks):
+            raise ValueError(f"The ranks {[*self.ranks]} name one twice")
+
 
 class FitTable(Table):
     """What the fit found, see `Recipe`."""
@@ -103,9 +114,13 @@ class FitTable(Table):
     )
     scatter: Octaves = field(name="scatter_octaves")
     covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
-    ceiling: Lr | None = None
+    ceiling: Lr | Unknown
 
     def __post_init__(self) -> None:
+        if self.ceiling != "none" and self.ceiling <= self.fitted_lr:
+            raise ValueError(
+                f"The ceiling {self.ceiling:g} is not above fitted_lr, {self.fitted_lr:g}"
+            )
         matrix = np.array(self.covariance)
         largest = float(np.abs(matrix).max())
         if not math.isfinite(largest) or not np.allclose(
@@ -121,19 +136,28 @@ class TrialsTable(Table):
     """The file of trials: its hash, and how many trials and training steps there are."""
 
     sha256: str
-    count: int
-    steps: int | None = None
-    pruned: int | None = None
-    diverged: int | None = None
+    count: Count
+    steps: Annotated[int, Meta(ge=0)] | Unknown
+    pruned: Count | Unknown
+    diverged: Count | Unknown
 
     @classmethod
-    def of(cls, trials: Trials, sha256: str) -> TrialsTable | None:
-        """Return the table of trials whose file has this hash, None if there are none."""
+    def of(cls, trials: Trials, sha256: str) -> TrialsTable | Unknown:
+        """Return the table of trials whose file has this hash, "none" if there are none."""
         if not trials:
-            return None
-        names = ("steps", "pruned", "diverged")
-        sums = {name: int(trials[name].sum()) for name in names if name in trials}
+            return "none"
+        sums: dict[str, Any] = {}
+        for name in ("steps", "pruned", "diverged"):
+            sums[name] = int(trials[name].sum()) if name in trials else "none"
         return cls(sha256=sha256, count=len(next(iter(trials.values()))), **sums)
+
+    def check(self, trials: Trials) -> None:
+        """Raise a ValueError if these are not the numbers of its trials."""
+        counted = self.of(trials, self.sha256)
+        if self != counted:
+            raise ValueError(
+                f"The trials are counted as {self}, but their file makes {counted} - at `$.trials`"
+            )
 
 
 class RecipeFile(Table):
@@ -149,8 +173,8 @@ class RecipeFile(Table):
     fit: FitTable
     source: dict[str, str]
     versions: dict[str, str]
-    full_fan_in: FanIn | None = None
-    trials: TrialsTable | None = None
+    full_fan_in: FanIn | Unknown
+    trials: TrialsTable | Unknown
 
     def __post_init__(self) -> None:
         lr = self.fit.fitted_lr * 2.0**-self.fit.margin
@@ -158,6 +182,15 @@ class RecipeFile(Table):
             raise ValueError(
                 f"rate.lr is {self.rate.lr:g}, but fit.fitted_lr and fit.margin_octaves make {lr:g}"
             )
+
+    def check_band(self, recipe: Recipe) -> None:
+        """Raise a ValueError if the band is not that of the recipe, which this file holds."""
+        for name, end in zip(("band_low", "band_high"), own_band(recipe), strict=True):
+            written = getattr(self.rate, name)
+            if not math.isclose(written, end, rel_tol=1e-6):
+                raise ValueError(
+                    f"rate.{name} is {written:g}, but the table fit makes {end:g}"
+                )
 
 
 # --- from a recipe and back -----------------------------------------------------------------------
@@ -179,14 +212,15 @@ def file_of(recipe: Recipe, sha256: str = "") -> RecipeFile:
         fit=_table(FitTable, recipe),
         source=dict(recipe.source),
         versions=dict(recipe.versions),
-        full_fan_in=recipe.full_fan_in,
+        full_fan_in="none" if recipe.full_fan_in is None else recipe.full_fan_in,
         trials=TrialsTable.of(recipe.tensors, sha256),
     )
 
 
 def _table(kind: type[AnyTable], source: object) -> AnyTable:
     """Return the table whose fields are attributes of a recipe or of its reference."""
-    return kind(**{name: getattr(source, name) for name in kind.__struct_fields__})
+    values = {name: getattr(source, name) for name in kind.__struct_fields__}
+    return kind(**{k: "none" if v is None else v for k, v in values.items()})
 
 
 def to_document(recipe: Recipe, sha256: str = "") -> dict[str, Any]:
@@ -201,7 +235,7 @@ def values_in(file: RecipeFile) -> dict[str, Any]:
     """Return the arguments of the recipe that a file holds, without its trials.
 
     Raises:
-        ValueError: the law is unknown, or a parameter of it is impossible.
+        ValueError: the law is unknown, or a parameter of it is impossible or missing.
     """
     try:
         law = law_from_dict(file.law)
@@ -209,16 +243,27 @@ def values_in(file: RecipeFile) -> dict[str, Any]:
         raise LawError(f"{error.cause} - at `$.law`", error.cure) from error
     if not isinstance(law, Power):
         raise ValueError(f"The law is {law.name!r}, not 'power' - at `$.law`")
-    tables = (file.optimizer, file.horizon, file.seen, file.fit)
-    values = {key: value for table in tables for key, value in asdict(table).items()}
+    _check_whole(file.law, law_to_dict(law), "$.law")
     return {
-        **values,
+        **asdict(file.optimizer),
+        **file.horizon.values(),
+        **file.seen.values(),
+        **file.fit.values(),
         "name": file.name,
         "scaling_rule": file.scaling_rule,
-        "reference": Reference(**asdict(file.reference)),
+        "reference": Reference(**file.reference.values()),
         "law": law,
         "covariance": np.array(file.fit.covariance),
         "source": file.source,
         "versions": file.versions,
-        "full_fan_in": file.full_fan_in,
+        "full_fan_in": None if file.full_fan_in == "none" else file.full_fan_in,
     }
+
+
+def _check_whole(table: Mapping[str, Any], whole: Mapping[str, Any], path: str) -> None:
+    """Raise a ValueError if a table lacks a parameter of its law, which would take its default."""
+    for key, value in whole.items():
+        if key not in table:
+            raise ValueError(f"Object missing required field `{key}` - at `{path}`")
+        if isinstance(value, Mapping):
+            _check_whole(table[key], value, f"{path}.{key}")

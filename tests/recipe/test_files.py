@@ -66,6 +66,12 @@ FULL = replace(
     source={"train": "train"},
     steepness=1.0,
     scatter=0.2,
+    tensors={
+        **TENSORS,
+        "diverged": np.isinf(TENSORS["value"]),
+        "pruned": np.zeros(6, bool),
+        "steps": np.full(6, 100),
+    },
 )
 NEXT = replace(RECIPE, name="next", tensors={**TENSORS, "seed": TENSORS["seed"] + 1})
 
@@ -105,14 +111,14 @@ CURVES = {"lr": np.ones(1), "curve": np.array([[1.0, math.nan]])}
 recipes = st.builds(
     Recipe,
     name=text,
-    fitted_lr=positive,
+    fitted_lr=st.floats(1e-9, 9e5),
     reference=references,
     law=laws,
     covariance=st.just(np.diag([0.04, 0.01, 0.09])),
     margin=st.floats(0, 1),
     steepness=st.floats(0, 10),
     scatter=st.floats(0, 1),
-    ceiling=st.none() | positive,
+    ceiling=st.none() | st.just(1e6),
     scaling_rule=st.sampled_from(["fixed", "rslora", "alpha", "unknown"]),
     full_fan_in=st.none() | positive,
     ranks=st.lists(st.integers(1, 4096), unique=True, max_size=64).map(tuple),
@@ -293,22 +299,24 @@ POSITIVE = [
 OF_ANY_KEY = ("optimizer/settings", "seen/layers", "seen/other_rates")
 OF_ANY_KEY += ("versions", "source")
 OF_ANOTHER_KIND = {str: 7, bool: "no", int: "text", float: "text", list: 4}
-NEEDED = ["schema", "name", "rate/lr", "law", "law/name", "optimizer/class"]
-NEEDED += ["fit/fitted_lr", "fit/covariance", "trials/sha256", "reference/rank"]
+COUNTS = ("count", "steps", "pruned", "diverged")
 EYE = np.eye(3).tolist()
 BAD = [
     *((path, value) for path in POSITIVE for value in NUMBERS),
-    *((path, ...) for path in NEEDED),
     *(("schema", value) for value in (0, 2, 3, "1", True)),
     *(("rate/lr", value) for value in (5e-3, 1e-31)),
+    *((f"rate/band_{end}", value) for end in ("low", "high") for value in (5e-3, -1.0)),
+    *(("fit/ceiling", value) for value in (1e-3, 1.9e-3, 2e-3)),
+    *((f"trials/{key}", value) for key in COUNTS for value in (7, -1, "none")),
     *(("fit/margin_octaves", value) for value in (11, math.nan, -0.5)),
     *(("reference/rank", value) for value in (2**31, 1.5)),
     *(("reference/method", value) for value in ("lore", "full ")),
     *(("horizon/warmup_share", value) for value in (2, -0.1)),
     *(("law/exponent", value) for value in (1e9, -10.5, math.nan)),
     *(("law/name", value) for value in ("mua", "constant", "unheard-of", "os:path")),
+    *((f"{table}/name", ...) for table in ("law", "law/law")),
     *(("law/law", value) for value in ({"name": "x"}, {"name": "mua", "token": 8.0})),
-    *(("seen/ranks", value) for value in ([4, 0], ["4"], list(range(1, 66)))),
+    *(("seen/ranks", value) for value in ([4, 0], ["4"], list(range(1, 66)), [4, 4])),
     *(("optimizer/settings/foreach", value) for value in (2**100, {"a": 1}, [[1]])),
     *(("fit/covariance", value) for value in ([[1, 0, 0], [0, 1, 0]], [[1, 0], [0, 1]])),
     *(("fit/covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, 1e300, -1, 2e4)),
@@ -344,6 +352,33 @@ def test_an_impossible_value_is_refused_with_its_path(path, value, target):
     refused(target, path, value)
 
 
+def test_every_field_is_required_by_its_path(target):
+    """A file that lost a line or a table, the law's too, is an error that names it, and takes no default."""
+    document = dict(flat(tomli.loads(target.read_text())))
+    tables = {path.rpartition("/")[0] for path in document} - {""}
+    lines = {path for path in document if not path.startswith(OF_ANY_KEY)}
+    for path in sorted((lines | tables) - {"law/name", "law/law/name"}):
+        replace(FULL, ceiling=None, full_fan_in=None, steps=None).save(target)
+        *place, key = path.split("/")
+        with_value(target, path, ...)
+        where = "".join(f".{table}" for table in place)
+        named = re.escape(f"`{key}`") + (
+            re.escape(f" - at `${where}`") if where else ""
+        )
+        with pytest.raises(RecipeError, match=f"missing required field {named}"):
+            Recipe.load(target)
+    assert {"law/exponent", "law/law/tokens", "fit/ceiling", "trials"} <= lines | tables
+
+
+def test_a_value_that_is_unknown_stands_as_none(target):
+    """What a recipe does not know is written as "none" and is read as None."""
+    unknown = {"ceiling": None, "full_fan_in": None, "steps": None, "warmup": None}
+    made = replace(RECIPE, **unknown, reference=Reference(4, 8), tensors={})
+    made.save(target)
+    assert target.read_text().count('"none"') == 7
+    assert Recipe.load(target) == made
+
+
 def test_a_value_of_another_kind_or_name_is_refused_with_its_path(target):
     """A text for a number and so on, and a misspelt key, wherever it stands, is an error that names it."""
     document = dict(flat(tomli.loads(target.read_text())))
@@ -370,8 +405,8 @@ ROUNDED = [
 @pytest.mark.parametrize("matrix", ROUNDED)
 def test_a_covariance_may_be_rounded(matrix, target):
     """Up to a millionth of its largest entry it may be off."""
-    with_value(target, "fit/covariance", matrix)
-    assert Recipe.load(target).covariance.shape == (3, 3)
+    made = replace(FULL, covariance=np.array(matrix))
+    assert Recipe.load(made.save(target)) == made
 
 
 @dataclass(frozen=True)
@@ -410,6 +445,8 @@ def test_the_largest_counts_are_kept(changes, tmp_path):
 
 
 UNWRITABLE = [
+    {"ceiling": 1e-3},
+    {"ranks": (4, 4)},
     {"fitted_lr": 1e-40},
     {"notes": (3,)},
     {"settings": {"x": 2**70}},

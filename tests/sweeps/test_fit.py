@@ -139,6 +139,17 @@ def test_the_ceiling_is_the_smallest_rate_that_diverged():
     assert fitted(drawn()).ceiling is None
 
 
+def test_a_run_that_diverged_below_the_rate_is_no_ceiling(tmp_path):
+    """Where the fit puts the optimum above it, it is a note, and the recipe is saved."""
+    rows = drawn()
+    rows[0] = {**rows[0], "loss": "diverged"}
+    recipe = fitted(rows)
+    assert recipe.ceiling is None
+    (note,) = recipe.notes
+    assert re.match(r"a run diverged at 0\.000\d+, below the fitted optimum", note)
+    assert Recipe.load(recipe.save(tmp_path / "r.toml")) == recipe
+
+
 def test_a_rank_that_always_diverged_is_noted():
     """Where no run of a rank ended, a note says that its rate is no measurement."""
     lost = [{**row, "loss": math.inf} for row in drawn(ranks=(64,))]
