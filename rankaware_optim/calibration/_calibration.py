@@ -211,6 +211,13 @@ def _fit(calibration: Calibration, trials: Trials) -> Fit:
             f"Every one of {len(trials)} runs ran out of memory.",
             f"Lower the batch or the ranks, or free memory.{elsewhere}",
         )
+    if trials and all(trial.stopped for trial in trials):
+        memory = any(trial.stopped == "memory" for trial in trials)
+        raise CalibrationError(
+            f"Every one of {len(trials)} runs {'ran out of memory or ' * memory}was pruned: train"
+            " raised optuna.TrialPruned, or a pruner stopped it.",
+            f"Let some runs come to their end.{elsewhere}",
+        )
     calibration.known()
     fit = fit_observations(trials.evidence(), calibration.prior)
     if fit is None:

@@ -54,6 +54,7 @@ from ._trial import Train, Trial, run_trial, seeded
 from ._trials import PARAMETER, Setting, TrialRecord, Trials, interval, rank_words
 
 T = TypeVar("T")
+_HERE = __name__.partition(".")[0]
 # the storages and names of the calibrations whose trials run in this thread
 _INSIDE: ContextVar[tuple[tuple[Any, str], ...]] = ContextVar("inside", default=())
 # takes the trials done, with the share of the running one, what runs, and the best base rate
@@ -138,6 +139,7 @@ class Runner:
         self._study: Any = None
         self._heartbeat: Any = None
         self._trial: Any = None  # Optuna's, that this worker runs
+        self._is_known_pruner = True  # ours or Optuna's, which reads the storage
         self._ended: dict[int, TrialRecord] = {}
 
     # --- the study --------------------------------------------------------------------------------
@@ -170,12 +172,15 @@ class Runner:
                 "Give it another name or storage.",
                 "name",
             )
+        pruner = pruner or PairedPruner(self.calibration)
+        known = (_HERE, optuna.__name__)
+        self._is_known_pruner = type(pruner).__module__.partition(".")[0] in known
         with quiet():
             self._study = optuna.create_study(
                 study_name=self.options.name,
                 storage=opened,
                 sampler=sampler or BracketSampler(self.calibration),
-                pruner=pruner or PairedPruner(self.calibration),
+                pruner=pruner,
                 load_if_exists=True,
             )
         trials = self._read()
@@ -371,8 +376,9 @@ class Runner:
             return False
         value = recent(trial._curve, max(TAIL, every))
         self._agree(lambda: self._trial.report(value, taken))
-        # not in the guard: the errors of a user's pruner are no storage's
-        return taken < steps and self.team.agree(lambda: self._trial.should_prune())
+        # the errors of a user's own pruner are no storage's
+        agree = self._agree if self._is_known_pruner else self.team.agree
+        return taken < steps and agree(lambda: self._trial.should_prune())
 
     def _show(self, trial: Trial, share: float) -> None:
         """Show that a share of the trial was run."""

@@ -806,6 +806,14 @@ def test_a_run_may_give_up(error, before):
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_loop_that_always_gives_up_says_so(before):
+    """Where every run raised TrialPruned, before its optimizer was built or later, the error says that."""
+    loop = giving_up(optuna.TrialPruned(), made_up(), ranks=(4, 16), before=before)
+    with pytest.raises(CalibrationError, match=r"4 runs was pruned: .*TrialPruned"):
+        calibrate(loop, trials=4)
+
+
 def test_real_memory_runs_out():
     """An allocation that the machine refuses prunes the run, whatever allocator says it."""
 

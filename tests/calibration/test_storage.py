@@ -16,15 +16,17 @@ import optuna
 import pytest
 from filelock import FileLock
 from optuna.storages import InMemoryStorage
+from sqlalchemy.exc import OperationalError
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
-from rankaware_optim.calibration import _liveness, _storage
+from rankaware_optim.calibration import _liveness, _search, _storage
 from rankaware_optim.calibration._storage import close_storage, open_storage
 
 from ..helpers.calibrations import STEPS, calibrate, counted, made_up
 
 TRIALS = 3
+JOURNAL, SQLITE = "{}/study.journal", "sqlite:///{}/study.db"
 
 
 @pytest.fixture
@@ -213,14 +215,15 @@ def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
 # --- changed during the run -----------------------------------------------------------------------------------------
 
 
-def meanwhile(change, at: int = 3):
+def meanwhile(change, at: int = 3, step: int = 5):
     """A loop whose third trial, in the middle, has something done to the storage."""
+    when = step
     ran = []
 
     def loop(trial):
         for step, value in enumerate(made_up()(trial)):
             ran.extend([trial.number] * (not step))
-            if len(ran) == at and step == 5:
+            if len(ran) == at and step == when:
                 change()
             yield value
 
@@ -249,6 +252,52 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
         calibrate(
             meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url
         )
+
+
+@pytest.mark.parametrize("step", [5, STEPS - 1])
+@pytest.mark.parametrize("pruner", [None, optuna.pruners.MedianPruner(0)])
+@pytest.mark.parametrize("place", [JOURNAL, SQLITE])
+def test_a_study_that_is_deleted_during_the_run_is_said(place, pruner, step, tmp_path):
+    """Whatever reads it first, our pruner or Optuna's too, its loss is an error with its cause and a cure."""
+    url = place.format(tmp_path)
+
+    def delete() -> None:
+        opened = open_storage(url)
+        optuna.delete_study(study_name="calibration", storage=opened)
+        close_storage(opened)
+
+    loop = meanwhile(delete, at=1, step=step)
+    with pytest.raises(CalibrationError, match="does not hold what was written to it"):
+        calibrate(loop, trials=6, storage=url, pruner=pruner)
+
+
+LOST = [
+    (JOURNAL, OSError(errno.EIO, "Input/output error")),
+    (SQLITE, OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O"))),
+]
+
+
+@pytest.mark.parametrize(("place", "error"), LOST)
+def test_a_storage_that_fails_while_our_pruner_reads_is_said(
+    place, error, tmp_path, monkeypatch
+):
+    """A disk or a database that is lost then is an error with its name, its cause and a cure."""
+    prune = _search.PairedPruner.prune
+
+    def failing(*arguments, **options):
+        raise error
+
+    def pruned(self, study, trial):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(study._storage), "get_all_trials", failing)
+            return prune(self, study, trial)
+
+    monkeypatch.setattr(_search.PairedPruner, "prune", pruned)
+    with pytest.raises(
+        CalibrationError, match=r"storage .*study\.\w+ failed: "
+    ) as raised:
+        calibrate(made_up(), trials=2, storage=place.format(tmp_path))
+    assert raised.value.cure
 
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
@@ -354,8 +403,11 @@ def sqlite(folder: Path):
     return open_storage(f"sqlite:///{folder}/study.db")
 
 
-@pytest.mark.parametrize("read", ["get_study_user_attrs", "get_all_trials"])
-@pytest.mark.parametrize("nth", [1, 2])
+# reads before a trial of its own runs, for which the other would wait
+READS = [("get_all_trials", 1), ("get_all_trials", 2), ("get_study_user_attrs", 1)]
+
+
+@pytest.mark.parametrize(("read", "nth"), READS)
 @pytest.mark.parametrize("make", [memory, a_journal, sqlite])
 def test_a_worker_may_start_between_two_reads_of_another(
     make, nth, read, tmp_path, monkeypatch
@@ -388,7 +440,6 @@ def calibrate_together(train, barrier, ends, options) -> None:
         ends.put((type(error).__name__, str(error)))
 
 
-JOURNAL, SQLITE = "{}/study.journal", "sqlite:///{}/study.db"
 TOGETHER = [
     (JOURNAL, {}, {"law": "loraplus"}, "law="),
     (SQLITE, {}, {"law": "loraplus"}, "law="),
