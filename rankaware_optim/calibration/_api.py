@@ -53,8 +53,9 @@ def calibrate(  # noqa: PLR0913
     them as a recipe.
 
     `train(trial)` is a generator. It builds the model for `trial.rank`, gets
-    `trial.optimizer(model, ...)`, and yields a value to minimise at every step. If it ends by
-    itself at `trial.steps` and returns a number, this is the run's score. Otherwise it is closed,
+    `trial.optimizer(model, ...)`, and yields a value to minimise at every step of the optimizer:
+    one a step, not one a micro-batch. If it ends by itself at `trial.steps` and returns a number,
+    this is the run's score. Otherwise it is closed,
     and the score is the mean of the last tenth of its values (at least 5). It may raise
     `optuna.TrialPruned` to stop a run. Draw all random numbers, the data included, from
     `trial.seed`. Runs of one rank and seed can then be compared without noise. A recipe notes if

@@ -22,16 +22,20 @@ from .._types import Reference, infer_scaling
 from ..errors import CalibrationError
 from ..fitting import (
     Fit,
+    Observation,
     at_target,
     centred_law,
     fit_observations,
     prior_of,
     steps_variance,
+    turn_of,
 )
 from ..laws import Law, Power, bound_law, checked_multiplier
 from ..recipe import Recipe, agreed, constructor_settings, recipe_of
 from ._constants import (
     APART,
+    LEAST_RANKED,
+    OPPOSED,
     SAME,
     STRIDE,
     TOGETHER,
@@ -57,6 +61,19 @@ ALIKE = (
     "every run of a rank and seed has the same values at every rate: nothing was trained, or no"
     " rate moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
 )
+RISING = (
+    "at the lowest rates the value only rose over the run, and it is minimised: where it is an"
+    " accuracy or a reward, yield minus it; where it is a loss, give lower rates by lr_range="
+)
+NONE_FELL = (
+    "no run lowered the value over its steps beyond its noise, and one raised it: no rate tried"
+    " trains, or the value is to be maximised, and minus it should be yielded"
+)
+AGAINST = (
+    "the scores that train returned are higher where the values that it yielded are lower, and a"
+    " score is minimised: where it is an accuracy or a reward, return minus it"
+)
+DOUBTS = (ALIKE, RISING, AGAINST)  # notes that are warned of
 
 
 @dataclass(frozen=True)
@@ -224,7 +241,8 @@ def _fit(calibration: Calibration, trials: Trials) -> Fit:
         some_pruned = len(trials.observations()) < len(trials)
         raise CalibrationError(
             f"Every one of {len(trials)} runs diverged{' or was pruned' if some_pruned else ''}.",
-            f"Lower the rates, or check the loss, the data and the pruner.{elsewhere}",
+            "Lower the rates, or check the loss (of an accuracy or a reward yield minus it), the"
+            f" data and the pruner.{elsewhere}",
         )
     for runs in trials.hopeless():
         raise CalibrationError(
@@ -250,6 +268,10 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
         notes.append(
             "the data do not determine the rate: the loss hardly depends on it"
         )
+    if rising := _only_rising(trials):
+        notes.append(rising)
+    if _scored_against(trials.observations()):
+        notes.append(AGAINST)
     if options.target > options.steps:
         variance = steps_variance(options.octaves_to_target)
         notes.append(
@@ -277,6 +299,33 @@ def _went_alike(trials: Iterable[TrialRecord]) -> bool:
             rates.add((trial.setting, trial.x))
             values.add((trial.setting, run.value, *trial.curve))
     return len(values) == len(settings) < len(rates)
+
+
+def _only_rising(trials: Trials) -> str:
+    """Return a note if no run of the lowest quarter of the rates fell over its steps, and one rose;
+    or if this holds of all rates. Where scores were returned, the curves are not minimised.
+    """
+    if any(run.returned for run in trials.observations()):
+        return ""
+    runs = [(t.x, turn_of(t.curve)) for t in trials if t.x is not None]
+    turns = [turn for _, turn in sorted(runs)]
+    lowest = turns[: max(2, len(turns) // 4)]
+    for part, note in ((lowest, RISING), (turns, NONE_FELL)):
+        if 1 in part and -1 not in part:
+            return note
+    return ""
+
+
+def _scored_against(observations: Iterable[Observation]) -> bool:
+    """Return whether the returned scores are higher where the curves end lower, in nearly all runs,
+    by the rank correlation of the two.
+    """
+    runs = [run for run in observations if run.returned and math.isfinite(run.value)]
+    if len(runs) < LEAST_RANKED:
+        return False
+    by_score = np.argsort(np.argsort([run.value for run in runs]))
+    by_curve = np.argsort(np.argsort([run.tail for run in runs]))
+    return float(np.corrcoef(by_score, by_curve)[0, 1]) <= OPPOSED
 
 
 def _unsteady(trials: Iterable[TrialRecord]) -> Setting | None:

@@ -30,7 +30,7 @@ from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, layers_of, plain_value
-from ._calibration import ALIKE, Calibration, Settled, calibrated_recipe
+from ._calibration import DOUBTS, Calibration, Settled, calibrated_recipe
 from ._constants import POLL_S, SLOW_POLL_S
 from ._liveness import Heartbeat, held_back
 from ._provenance import (
@@ -108,6 +108,14 @@ class Replicas:
     def close(self) -> None:
         if self._group is not None:
             dist.destroy_process_group(self._group)
+
+
+def _model_in(given: Any) -> nn.Module | None:
+    """Return a model, or several as one; None if what is given is neither."""
+    listed = given if isinstance(given, (list, tuple)) else ()
+    if listed and all(isinstance(each, nn.Module) for each in listed):
+        return nn.ModuleList(listed)
+    return given if isinstance(given, nn.Module) else None
 
 
 class Runner:
@@ -262,8 +270,9 @@ class Runner:
     def recipe(self) -> Recipe:
         """Return the recipe of the trials so far."""
         recipe = self._agree(self._recipe)
-        if self.team.leads and ALIKE in recipe.notes:
-            warn(f"Recipe {recipe.name!r}: {ALIKE}.")
+        if self.team.leads:
+            for doubt in filter(recipe.notes.__contains__, DOUBTS):
+                warn(f"Recipe {recipe.name!r}: {doubt}.")
         return recipe
 
     def _recipe(self) -> Recipe:
@@ -438,8 +447,8 @@ class Runner:
         """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
         reference coordinates.
         """
-        model = params if isinstance(params, nn.Module) else settings.get("model")
-        if not isinstance(model, nn.Module):
+        model = _model_in(params) or _model_in(settings.get("model"))
+        if model is None:
             raise CalibrationError(
                 "trial.optimizer got no model.",
                 "Pass it, or model= with its parameters.",

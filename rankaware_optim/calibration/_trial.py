@@ -78,6 +78,10 @@ class Trial:
     _returned: float | None = None  # the score that the loop returned
     # gives the optimizer while it lives
     _optimizer: Callable[[], Any] | None = field(default=None, repr=False)
+    _optimizer_steps: int = field(default=0, repr=False)
+    _at_step: int = field(default=0, repr=False)  # values yielded before its last one
+    # of values between two of them
+    _fewest: float = field(default=math.inf, repr=False)
 
     @cached_property  # so that its reading can be seen
     def steps(self) -> int:
@@ -93,7 +97,8 @@ class Trial:
         """Build a RankAwareOptimizer at this trial's rate. Call it once per trial.
 
         Args:
-            params: the model, or parameters or parameter groups together with `model=`.
+            params: the model, or a list of several, as [unet, text_encoder], or parameters or
+                parameter groups together with `model=`.
             **settings: the optimizer's settings, which are recorded, and arguments of
                 `RankAwareOptimizer` such as `rates` and `other_lr`.
 
@@ -113,7 +118,17 @@ class Trial:
                 )
         optimizer = self._host.build(self, params, settings)
         self._optimizer = weakref.ref(optimizer)
+        optimizer.register_step_post_hook(self._note_step)
         return optimizer
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note_step(self, *hooked: Any) -> None:
+        """Note a step of the optimizer, and how many values came since the last one."""
+        taken = len(self._curve)
+        if self._optimizer_steps:
+            self._fewest = min(self._fewest, taken - self._at_step)
+        self._at_step = taken
+        self._optimizer_steps += 1
 
     def _report(self, value: Any) -> bool:
         """Take the value of a step. Return whether the run ends: it diverged, is pruned, or has run
@@ -130,7 +145,10 @@ class Trial:
         elif self._host.is_pruned(self):
             self._stopped = "pruned"
         elif FEW < len(self._curve) == self._steps:
+            self._check_steps()
             self._check_trained()
+        elif self._optimizer_steps == FEW + 1:
+            self._check_steps()
         return bool(self._stopped) or len(self._curve) == self._steps
 
     def _check_first(self, value: float) -> None:
@@ -151,6 +169,19 @@ class Trial:
             return True
         limit = max(self._curve[0], self._limits[len(self._curve) - 1])
         return len(self._curve) > TAIL and recent(self._curve, TAIL) > limit
+
+    def _check_steps(self) -> None:
+        """Raise if every step had several values, as where each micro-batch yields one. A skipped
+        step, as of a GradScaler, is none.
+        """
+        taken, steps = len(self._curve), self._optimizer_steps
+        fewest = self._fewest if steps > 1 else taken - self._at_step
+        if steps and 2 * steps <= taken and fewest >= 2:
+            raise CalibrationError(
+                f"train yielded {taken} values while its optimizer took {steps} step"
+                f"{'s' * (steps > 1)}.",
+                "Yield one value a step, such as the mean loss of its micro-batches.",
+            )
 
     def _check_trained(self) -> None:
         """Raise if every factor that was zero at the start is still zero, since any gradient and

@@ -15,6 +15,7 @@ from ._observations import (
     none_learned,
     recent,
     split,
+    turn_of,
     usual_noise,
 )
 from ._posterior import (
@@ -52,5 +53,6 @@ __all__ = [
     "recent",
     "split",
     "steps_variance",
+    "turn_of",
     "usual_noise",
 ]

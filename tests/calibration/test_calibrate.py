@@ -12,6 +12,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -187,6 +188,44 @@ def test_everything_told_is_recorded(tmp_path):
         assert {"python", "torch", "optuna", "rankaware-optim"} <= made.versions.keys()
         assert made.tensors["steps"].tolist() == [STEPS] * 4
         assert made.tensors["curve"].shape == (4, STEPS)
+
+
+def pairs_of(trial):
+    """Two networks of different widths, as a U-Net and a text encoder, and their parameters."""
+    unet, encoder = Net(trial.rank), Net(trial.rank)
+    encoder.layers = encoder.layers[:1]
+    params = [*unet.parameters(), *encoder.parameters()]
+    return [unet, encoder], [param for param in params if param.requires_grad]
+
+
+SEVERAL = {
+    "models": lambda trial, models, params: trial.optimizer(models),
+    "a tuple": lambda trial, models, params: trial.optimizer(tuple(models)),
+    "parameters": lambda trial, models, params: trial.optimizer(params, model=models),
+}
+
+
+@pytest.mark.parametrize("build", SEVERAL.values(), ids=SEVERAL)
+def test_several_networks_are_calibrated_together(build):
+    """A list of models, or their parameters with it, trains all of them at the law's rates, as the recipe then does."""
+    seen = []
+
+    def train(trial):
+        models, params = pairs_of(trial)
+        opt = build(trial, models, params)
+        trained = {id(p) for group in opt.param_groups for p in group["params"]}
+        seen.append(trained == set(map(id, params)))
+        del opt  # the losses are made up
+        end = bowl(math.log2(trial.lr) - BEST)
+        for step in range(trial.steps):
+            yield 2.3 + (end - 2.3) * step / trial.steps
+
+    recipe = calibrate(train, trials=6)
+    assert all(seen)
+    assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
+    models, _ = pairs_of(SimpleNamespace(rank=8))
+    opt = ra.RankAwareOptimizer(models, AdamW, recipe=recipe)
+    assert {group["lora_rank"] for group in opt.param_groups} == {8}
 
 
 def test_an_init_that_cannot_be_read_is_the_one_given():
@@ -370,12 +409,8 @@ def test_the_optimizer_is_the_users_at_the_trials_rate():
         model = Net(trial.rank)
         assert trial.lr is None
         opt = trial.optimizer(model.parameters(), model=model, weight_decay=0.5)
-        next(losses(model, opt, trial.seed))
         seen.append((trial, opt))
-        yield from made_up_after(trial)
-
-    def made_up_after(trial):
-        while True:
+        for _ in losses(model, opt, trial.seed):
             yield bowl(math.log2(trial.lr) - BEST)
 
     recipe = calibrate(train, trials=4)
@@ -1010,6 +1045,135 @@ def test_a_loss_that_ignores_the_rate_is_said(levels):
     with pytest.warns(ra.RankAwareWarning, match="same values at every rate"):
         recipe = calibrate(train, ranks=(4, 64))
     assert any("same values at every rate" in note for note in recipe.notes)
+
+
+def learning(trial, noise: float):
+    """Losses that fall the faster the higher the rate, up to the best one, and explode far above it."""
+    trial.optimizer(Net(trial.rank))
+    u = math.log2(trial.lr) - BEST
+    for step in range(1, trial.steps + 1):
+        share = step / trial.steps
+        learned = 1.0 - math.exp(-3.0 * 2.0 ** min(u, 3.0) * share)
+        loss = 2.3 - 2.0 * learned * math.exp(-0.3 * max(u, 0.0) ** 2)
+        if u > 2.5:
+            loss = 2.3 + 4.0 * min(1.0, 5.0 * share)
+        yield loss + noise * random.gauss(0.0, 1.0)
+
+
+def turned(how, noise=0.01):
+    """The loop above, whose negated loss or accuracy is yielded, or returned as a score beside the loss."""
+
+    def train(trial):
+        for loss in learning(trial, noise):
+            accuracy = max(0.0, 1.0 - loss / 2.3)
+            yield {"yield -loss": -loss, "yield accuracy": accuracy}.get(how, loss)
+        return {"return -loss": -loss, "return accuracy": accuracy}.get(how)
+
+    return train
+
+
+RISING = "at the lowest rates the value only rose"
+NONE_FELL = "no run lowered the value"
+AGAINST = "are higher where the values"
+WHERE = [BEST - 4, BEST, BEST + 4]
+TURNED = [
+    ("yield -loss", WHERE[2], RISING),
+    ("yield accuracy", WHERE[2], RISING),
+    *(("return -loss", centre, AGAINST) for centre in WHERE),
+    *(("return accuracy", centre, AGAINST) for centre in WHERE),
+]
+
+
+def searched(how, centre):
+    around = (2.0 ** (centre - 4), 2.0 ** (centre + 4))
+    return calibrate(turned(how), ranks=(4, 64), steps=50, lr_range=around)
+
+
+@pytest.mark.parametrize(("how", "centre", "said"), TURNED)
+def test_a_value_that_should_be_maximised_is_warned_of(how, centre, said):
+    """A negated loss or an accuracy that gives far too high a rate is, with what to yield or return."""
+    with pytest.warns(ra.RankAwareWarning, match=f"{said}.* minus it") as seen:
+        recipe = searched(how, centre)
+    assert len(seen) == 1
+    assert any(said in note for note in recipe.notes)
+
+
+@pytest.mark.parametrize("how", ["yield -loss", "yield accuracy"])
+@pytest.mark.parametrize("centre", WHERE[:2])
+def test_a_value_that_should_be_maximised_and_leads_down_is_noted(centre, how):
+    """Where the search ends at rates that train nothing, a note says that no run lowered the value."""
+    assert any(NONE_FELL in note for note in searched(how, centre).notes)
+
+
+@pytest.mark.parametrize("centre", WHERE)
+def test_a_value_that_is_minimised_is_not_said(centre):
+    """The same loop with its loss has no such note, wherever the search begins."""
+    notes = searched("yield the loss", centre).notes
+    assert not any("minus it" in note for note in notes)
+    assert not any(NONE_FELL in note for note in notes)
+
+
+def accumulating(batches: int, *, first: bool = False):
+    """Trains a step in so many micro-batches and yields the loss of each, before the step where `first`."""
+
+    def train(trial):
+        model = Net(trial.rank)
+        opt = trial.optimizer(model)
+        source = torch.Generator().manual_seed(trial.seed)
+        for number in count(1):
+            x = torch.randn(DIM, DIM, generator=source)
+            loss = (model(x) - x).square().mean()
+            loss.backward()
+            if first:
+                yield loss.detach()
+            if number % batches == 0:
+                opt.step()
+                opt.zero_grad()
+            if not first:
+                yield loss.detach()
+
+    return train
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("batches", "steps"), [(2, 20), (8, 32), (16, 20), (2, 4)])
+def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
+    """The optimizer's steps are counted: a loop that yields more often is refused in its first run."""
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(CalibrationError, match=r"while its optimizer took \d+ step"):
+        calibrate(accumulating(batches, first=first), steps=steps, storage=storage)
+    (trial,) = storage.get_all_trials(0)
+    assert trial.state == optuna.trial.TrialState.FAIL
+
+
+def skipping(trial):
+    """Skips the step at its first batches, as a GradScaler does."""
+    model = Net(trial.rank)
+    opt = trial.optimizer(model)
+    yield from losses(model, SkippedSteps(opt), trial.seed)
+
+
+class SkippedSteps:
+    """An optimizer whose first twelve steps are skipped."""
+
+    def __init__(self, opt) -> None:
+        self.opt, self.asked = opt, 0
+
+    def step(self) -> None:
+        self.asked += 1
+        if self.asked > 12:
+            self.opt.step()
+
+    def zero_grad(self) -> None:
+        self.opt.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "loop", [accumulating(1), accumulating(1, first=True), skipping]
+)
+def test_a_yield_for_every_step_is_not_refused(loop):
+    """Before the step or after it, and where a scaler skipped the first steps."""
+    assert len(trials_of(calibrate(loop, trials=2))) == 2
 
 
 def test_numbers_of_numpy_are_numbers():
