@@ -95,6 +95,7 @@ OF_ANOTHER_FORM = {
         "learns its preconditioner from the identity on",
     ),
     P + "ROSE": "normalises by rows",
+    P + "SpectralSphere": "steps along a sphere of the weights' spectral norm",
     P + "SaRA": NOT_BY_RATE[P + "SaRA"],
     "torchium.optimizers.AdamP": NOT_BY_RATE["torchium.optimizers.AdamP"],
 }
