@@ -13,7 +13,6 @@ from ._types import Factor as Factor
 from ._types import Reference as Reference
 from ._types import Survey as Survey
 from .calibration import Trial as Trial
-from .calibration import calibrate as calibrate
 from .errors import CalibrationError as CalibrationError
 from .errors import CalibrationInterrupted as CalibrationInterrupted
 from .errors import CheckpointError as CheckpointError
@@ -29,7 +28,8 @@ from .inspection import initialize as initialize
 from .inspection import inspect_file as inspect_file
 from .inspection import inspect_model as inspect_model
 from .inspection import register_convention as register_convention
-from .integrations import calibrate_trainer as calibrate_trainer
+from .integrations import attach as attach
+from .integrations import calibrate as calibrate
 from .laws import Constant as Constant
 from .laws import Falling as Falling
 from .laws import Law as Law

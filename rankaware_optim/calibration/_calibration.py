@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +22,7 @@ from .._printing import give_or_take
 from .._types import Reference, infer_scaling
 from ..errors import CalibrationError
 from ..fitting import (
+    TAIL,
     Fit,
     Observation,
     at_target,
@@ -29,13 +31,17 @@ from ..fitting import (
     prior_of,
     steps_variance,
     turn_of,
+    usual_noise,
 )
 from ..laws import Law, Power, bound_law, checked_multiplier
-from ..recipe import Recipe, agreed, constructor_settings, recipe_of
+from ..recipe import Z90, Recipe, agreed, constructor_settings, recipe_of
 from ._constants import (
+    ALIKE_ERRORS,
     APART,
     LEAST_RANKED,
     OPPOSED,
+    FEWEST_STEPS,
+    LONG_WARMUP,
     SAME,
     STRIDE,
     TOGETHER,
@@ -76,6 +82,16 @@ AGAINST = (
 DOUBTS = (ALIKE, RISING, AGAINST)  # notes that are warned of
 
 
+BY_TRAINING = (
+    "the scores are the mean of the last training losses: a loss on data held out, which train"
+    " returns, is more certain"
+)
+BY_CHANCE = (
+    "the values of the trials differ by no more than chance between rates, so they say nothing of"
+    " it: the rate is the suggested one"
+)
+
+
 @dataclass(frozen=True)
 class Settled:
     """What the first model of a calibration settles for all trials.
@@ -109,13 +125,16 @@ class Calibration:
 
     def settle(self, settled: Settled) -> None:
         """Set the reference, the prior for its init, and log2 of the first rate: the middle of the
-        range that is given, else the upper end of the family's usual rates.
+        range that is given, else the suggested one, else the upper end of the family's usual rates.
         """
         self.settled = settled
         reference = settled.reference
         self.prior = prior_of(reference, self.options.ranks, settled.full_fan_in)
         if self.options.octaves is not None:
             self.start = fmean(self.options.octaves)
+            return
+        if self.options.suggested is not None:
+            self.start = math.log2(self.options.suggested.lr)
             return
         family = optimizer_family(self.options.optimizer)
         law = bound_law(self.options.law, self.options.optimizer, {})
@@ -179,16 +198,21 @@ def calibrated_recipe(
     """
     options = calibration.options
     trials = calibration.trials().counted()
-    fit = at_target(_fit(calibration, trials), options.octaves_to_target)
+    is_by_chance = options.noisy and options.suggested and _differ_by_chance(trials)
+    measured = _suggested(calibration) if is_by_chance else _fit(calibration, trials)
+    fit = at_target(measured, options.octaves_to_target)
     settled = calibration.known()
     tried = {run.rank for run in trials.observations()}
     built = [trial.built for trial in trials if trial.built]
     # of all trials, defaults included; if groups differ, those of the factors
     settings = agreed({**each, **each.get("factors' settings", {})} for each in built)
-    return recipe_of(
-        fit,
-        calibration.bound_law,
-        settled.reference,
+    notes = _notes(calibration, fit, trials)
+    if is_by_chance:
+        notes = (*notes, BY_CHANCE)
+    make = partial(
+        recipe_of,
+        law=calibration.bound_law,
+        reference=settled.reference,
         name=options.name,
         scaling_rule=infer_scaling(_scalings(trials)),
         full_fan_in=settled.full_fan_in,
@@ -203,9 +227,59 @@ def calibrated_recipe(
         versions=versions_used(),
         source=source or {},
         other_rates=agreed([values.get("other rates", {}) for values in built]),
-        notes=_notes(calibration, fit, trials),
+        notes=notes,
         tensors=tensors_of(trials, options.steps),
     )
+    return _at_floor(make(fit), make, fit, options)
+
+
+def _at_floor(
+    recipe: Recipe, make: Callable[[Fit], Recipe], fit: Fit, options: Options
+) -> Recipe:
+    """Return the recipe, or one of the floor's rate, whose band reaches down to the trials'."""
+    octaves = options.floor - math.log2(recipe.lr)
+    if octaves <= 0:
+        return recipe
+    wider = fit.covariance + np.diag([octaves**2, 0.0, 0.0])
+    raised = make(replace(fit, covariance=wider))
+    note = (
+        f"the best rate of the trials is {recipe.lr:.3g}, below the suggested one, which is kept:"
+        f" trials of {options.steps} steps for a run of {options.target} make low rates look best"
+    )
+    return replace(
+        raised,
+        fitted_lr=2.0 ** (options.floor + raised.margin),
+        notes=(*raised.notes, note),
+    )
+
+
+def _suggested(calibration: Calibration) -> Fit:
+    """Return a fit that says no more than the suggested rate."""
+    rate, prior = calibration.options.suggested, calibration.prior
+    assert rate is not None
+    sd = math.log2(rate.high / rate.low) / (2 * Z90)
+    return Fit(
+        prior=prior,
+        mean=np.array([math.log2(rate.lr), 0.0, 0.0]),
+        covariance=np.diag([sd**2, prior.drift_sd**2, prior.full_sd**2]),
+        steepness=0.0,
+        ceiling=None,
+        vertices={},
+    )
+
+
+def _differ_by_chance(trials: Trials) -> bool:
+    """Return whether the scores of the trials differ by no more than the noise of their curves
+    explains. Each is the mean of a tenth of its curve.
+    """
+    runs = [t for t in trials if t.observation and not t.observation.stopped]
+    scores = [t.observation.value for t in runs if t.observation]
+    is_whole = len(runs) == len(trials) > 0
+    if not is_whole or not all(map(math.isfinite, scores)):
+        return False
+    count = max(TAIL, len(trials[0].curve) // 10)
+    noise = usual_noise([t.observation for t in runs if t.observation])
+    return max(scores) - min(scores) <= ALIKE_ERRORS * noise / math.sqrt(count)
 
 
 def _scalings(trials: Trials) -> dict[int, float]:
@@ -278,6 +352,7 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
             f"{options.target} steps were not tried: the rate is that of"
             f" {options.steps}, {give_or_take(math.sqrt(variance))}"
         )
+    notes += _short_notes(calibration, trials)
     unsteady = _unsteady(trials)
     if unsteady is not None:
         rank, seed = unsteady
@@ -287,6 +362,44 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
             " loss before the step"
         )
     return tuple(notes)
+
+
+def _short_notes(calibration: Calibration, trials: Trials) -> list[str]:
+    """Return sentences on what makes short trials mislead."""
+    notes = []
+    options = calibration.options
+    if options.steps < FEWEST_STEPS:
+        notes.append(
+            f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} low rates look best"
+        )
+    observations = trials.observations()
+    if not any(run.returned for run in observations):
+        notes.append(BY_TRAINING)
+    warmup = max((trial.warmup for trial in trials), default=0.0)
+    warmup = max(warmup, options.warmup or 0.0)
+    if warmup > LONG_WARMUP:
+        notes.append(
+            f"the rate rose over {warmup:.0%} of a trial's steps: it belongs to runs that warm up"
+            " for as large a share of theirs"
+        )
+    edge = _edge(trials.at(options.anchor))
+    if edge:
+        notes.append(edge)
+    return notes
+
+
+def _edge(trials: Trials) -> str:
+    """Return a sentence if the best trial of a rank has its lowest or highest rate, else ""."""
+    lost = trials.diverged()
+    good = [trial for trial, _ in trials.scored() if trial.number not in lost]
+    rates = trials.rates()
+    if not good or len({*rates}) < 2:
+        return ""
+    best = min(good, key=lambda trial: trial.observation.value)  # type: ignore[union-attr]
+    for edge, name, beyond in ((min, "lowest", "lower"), (max, "highest", "higher")):
+        if best.x == edge(rates):
+            return f"the best trial has the {name} rate that was tried: the best rate may be {beyond}"
+    return ""
 
 
 def _went_alike(trials: Iterable[TrialRecord]) -> bool:

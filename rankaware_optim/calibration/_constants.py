@@ -25,6 +25,8 @@ MOST_BRACKET = 8
 OF_OTHERS = 2  # runs of every other rank without which its rate is not found: by hand
 # Runs that all diverged, each at a lower rate, and end the search: by hand
 HOPELESS = 12
+# Steps of a trial below which low rates look best, since noise hides what they lose: by hand
+FEWEST_STEPS = 100
 TIMED = 10  # steps that are timed, for the hours of all of them: by hand
 
 # --- the first rate -------------------------------------------------------------------------------
@@ -46,6 +48,9 @@ MOST_OCTAVES = 330.0  # no rate of a trial is farther from 1: its meaning
 # Octaves between the trials that bracket, from the usual rate up to the first one, since a run too
 # high stops early and shows the cliff, and by which an edge of the range moves: by hand
 STRIDE = 2.0
+# Octaves from a trial's steps to the target's, from which the search stays at the suggested rate or
+# above it: an eighth is 3, a quarter 2: by hand
+FAR = 2.5
 HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
 EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand
 # Share of the gain by which a rate above the best is clearly worse: by hand, 0 to .5 are no worse
@@ -71,6 +76,11 @@ NEAR = 1.0
 STANDARD_ERRORS = 3.0  # of the mean lag, which must exceed them: by hand
 
 # --- what a run and a recipe are checked for ------------------------------------------------------
+
+LONG_WARMUP = 0.25  # share of a trial's steps above which a warm-up is said: by hand
+# Standard errors between the highest and the lowest of four means of rewards, which chance exceeds
+# in one of 20 calibrations: the studentized range
+ALIKE_ERRORS = 3.6
 
 # Steps that a warm-up from zero, or a value yielded before its step, may leave without effect
 FEW = 2  # by hand

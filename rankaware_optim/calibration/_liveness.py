@@ -75,9 +75,12 @@ class Heartbeat(threading.Thread):
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back(most: float = 1) -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back until the end of the context, unless an interruption is being
-    raised then. A second one raises at once, since the code inside may wait for another process.
+    raised then.
+
+    most: so many are held back. By default a second one raises at once, since the code inside may
+        wait for another process.
 
     It works in the main thread, for a signal that has a Python handler.
     """
@@ -86,7 +89,7 @@ def held_back() -> Iterator[None]:
 
     def hold(number: int, frame: FrameType | None) -> None:
         held.append(number)
-        if len(held) > 1:
+        if len(held) > most:
             before[number](number, frame)
 
     if threading.current_thread() is threading.main_thread():

@@ -28,7 +28,7 @@ from ..errors import CalibrationError, CalibrationInterrupted
 from ..fitting import TAIL, Observation, height, noise_of, recent
 from ..inspection import inspect_model
 from ..laws import Power, checked_multiplier
-from ..optimizer import RankAwareOptimizer
+from ..optimizer import RankAwareOptimizer, together
 from ..recipe import Recipe, layers_of, plain_value
 from ._calibration import DOUBTS, Calibration, Settled, calibrated_recipe
 from ._constants import POLL_S, SLOW_POLL_S
@@ -108,14 +108,6 @@ class Replicas:
     def close(self) -> None:
         if self._group is not None:
             dist.destroy_process_group(self._group)
-
-
-def _model_in(given: Any) -> nn.Module | None:
-    """Return a model, or several as one; None if what is given is neither."""
-    listed = given if isinstance(given, (list, tuple)) else ()
-    if listed and all(isinstance(each, nn.Module) for each in listed):
-        return nn.ModuleList(listed)
-    return given if isinstance(given, nn.Module) else None
 
 
 class Runner:
@@ -400,6 +392,7 @@ class Runner:
         store = self._trial.set_user_attr
         curve = trial._curve
         store("curve", curve)
+        store("warmup", trial._warmup)
         if trial._stopped in ("pruned", "memory"):
             store("stopped", trial._stopped)
             return self._close(TrialState.PRUNED)
@@ -447,8 +440,9 @@ class Runner:
         """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
         reference coordinates.
         """
-        model = _model_in(params) or _model_in(settings.get("model"))
-        if model is None:
+        several = together(params)
+        model = together(settings.get("model", several))
+        if not isinstance(model, nn.Module):
             raise CalibrationError(
                 "trial.optimizer got no model.",
                 "Pass it, or model= with its parameters.",

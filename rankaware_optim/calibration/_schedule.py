@@ -12,11 +12,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from .._checks import MOST_RANKS, is_positive, is_whole, is_within, plain
+from .._rate import Rate
 from ..errors import CalibrationError
 from ..fitting import all_rose, below_cliff
 from ..laws import Law
 from ._constants import (
     BRACKET,
+    FAR,
     MOST_BRACKET,
     OF_OTHERS,
     PER_SEED,
@@ -30,7 +32,12 @@ from ._trials import Setting, Trials
 class Options:
     """What a calibration tries, and for which target run.
 
-    The fields are the arguments of `calibrate`. The ranks are sorted, full finetuning last.
+    The fields are the arguments of `calibrate`. The ranks are sorted, full finetuning last. Two are
+    set by what it calibrates.
+
+    suggested: a rate of the model that is known without a trial, around which it is searched.
+    noisy: whether runs differ by chance, as in their rewards. Where they do by no more, the recipe
+        has the suggested rate.
 
     Raises:
         CalibrationError: one is impossible, or they contradict each other.
@@ -50,6 +57,8 @@ class Options:
     warmup: float | None = None
     seed: int = 0
     name: str = "calibration"
+    suggested: Rate | None = None
+    noisy: bool = False
 
     def __post_init__(self) -> None:
         for name in _CHECKS:
@@ -95,6 +104,17 @@ class Options:
             return None
         low, high = self.lr_range
         return math.log2(low), math.log2(high)
+
+    @property
+    def floor(self) -> float:
+        """log2 of the lowest rate: short trials make low rates look best, so on their word alone the
+        search does not go below the suggested one.
+        """
+        is_free = self.suggested is None or self.octaves is not None
+        if is_free or self.octaves_to_target < FAR:
+            return -math.inf
+        assert self.suggested is not None
+        return math.log2(self.suggested.lr)
 
     @property
     def target(self) -> int:
@@ -247,8 +267,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_steps": (is_whole, _COUNT),
     "batch": (is_positive, "Give a positive number, or leave it out."),
     "warmup": (
-        lambda v: is_within("share", v),
-        "Give a share of the steps, 0 to 1, or leave it out.",
+        lambda v: is_within("share", v) and v < 1,
+        "Give a share of the steps, below 1, or leave it out.",
     ),
     "seed": (
         lambda v: is_whole(v, 0) and v < 2**32,

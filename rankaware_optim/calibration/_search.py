@@ -148,7 +148,7 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
             low -= STRIDE
         if below and best > high - EDGE and best >= max(tried):
             high += STRIDE
-    return low, high
+    return max(low, calibration.options.floor), high
 
 
 def _below_cliff(trials: Trials, diverged: set[int]) -> list[Observation]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,12 +76,15 @@ class Trial:
     # "diverged", "pruned", "memory" (ran out of memory), or "" for a run of all steps
     _stopped: str = ""
     _returned: float | None = None  # the score that the loop returned
-    # gives the optimizer while it lives
+    _rates: list[float] = field(default_factory=list, repr=False)  # after each step
+    _warmup: float = 0.0  # the share of the steps over which the rate rose
+    # give the optimizer, and another one at its rates whose schedule is followed, while they live
     _optimizer: Callable[[], Any] | None = field(default=None, repr=False)
     _optimizer_steps: int = field(default=0, repr=False)
     _at_step: int = field(default=0, repr=False)  # values yielded before its last one
     # of values between two of them
     _fewest: float = field(default=math.inf, repr=False)
+    _scheduled: Callable[[], Any] | None = field(default=None, repr=False)
 
     @cached_property  # so that its reading can be seen
     def steps(self) -> int:
@@ -119,6 +122,10 @@ class Trial:
         optimizer = self._host.build(self, params, settings)
         self._optimizer = weakref.ref(optimizer)
         optimizer.register_step_post_hook(self._note_step)
+        # schedule-free optimizers warm up by themselves
+        steps = optimizer.defaults.get("warmup_steps", 0)
+        refuse_warmup(steps, self._steps)
+        self._warmup = steps / self._steps
         return optimizer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -138,6 +145,8 @@ class Trial:
         if self._stopped or taken == self._steps:
             return True
         self._curve.append(self._host.mean(_as_float(value, taken)))
+        alive = self._scheduled or self._optimizer
+        self._rates.extend(_rate_of(alive and alive()))
         if taken == 0:
             self._check_first(self._curve[0])
         if self._has_diverged():
@@ -147,6 +156,7 @@ class Trial:
         elif FEW < len(self._curve) == self._steps:
             self._check_steps()
             self._check_trained()
+            self._check_warmup()
         elif self._optimizer_steps == FEW + 1:
             self._check_steps()
         return bool(self._stopped) or len(self._curve) == self._steps
@@ -196,6 +206,12 @@ class Trial:
                 " zero_grad(), and see that the schedule lets the rate rise above zero.",
             )
 
+    def _check_warmup(self) -> None:
+        """Take the warm-up's share of the steps. Raise if it is all of them."""
+        steps = max(_rising(self._rates), self._warmup * self._steps)
+        refuse_warmup(steps, self._steps)
+        self._warmup = steps / self._steps
+
     def _end(self, returned: Any) -> None:
         """Take the score of a run that has ended by itself. Raise a `CalibrationError` if that was
         too early.
@@ -214,6 +230,34 @@ class Trial:
             )
         if returned is not None:
             self._returned = self._host.mean(_as_float(returned, taken, "return value"))
+
+
+def refuse_warmup(warmup: float, steps: int) -> None:
+    """Raise a `CalibrationError` if a warm-up is as long as a trial, both in steps."""
+    if warmup >= steps:
+        raise CalibrationError(
+            f"The warm-up is as long as the trial: the rate still rises at its step {steps}, and the"
+            " rate of the run would never be tried.",
+            "Give the warm-up as a share of the steps, or scale its steps by those of the trial.",
+        )
+
+
+def _rate_of(opt: Any) -> list[float]:
+    """Return the rate of an optimizer's first group, [] if there is none."""
+    groups = [] if opt is None else opt.param_groups
+    return [float(group["lr"]) for group in groups[:1]]
+
+
+def _rising(rates: list[float]) -> int:
+    """Return the number of steps over which the rate rose from the first one to its highest; 0 if
+    it did not.
+
+    >>> _rising([0.5, 1.0, 0.8]), _rising([1.0, 1.0]), _rising([1.0, 0.5, 1.1])
+    (2, 0, 0)
+    """
+    peak = rates.index(max(rates)) if rates else 0
+    rises = all(a <= b for a, b in pairwise(rates[: peak + 1]))
+    return peak + 1 if peak and rises else 0
 
 
 class Pushed(NamedTuple):

@@ -59,6 +59,7 @@ class TrialRecord:
     curve: list[float] = field(default_factory=list)
     stopped: str = ""
     observation: Observation | None = None
+    warmup: Annotated[float, _within("share")] = 0.0
 
     @classmethod
     def read(cls, trial: FrozenTrial) -> TrialRecord:

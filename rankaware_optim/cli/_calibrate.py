@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from .. import calibration, sweeps
+from .. import calibration, integrations, sweeps
 from .. import recipe as recipes
 from ..errors import (
     CalibrationError,
@@ -120,8 +120,8 @@ def calibrate(
 ) -> None:
     """Find a learning rate by short runs, and write it as a recipe.
 
-    MODULE:TRAIN is your training loop, a generator function of a trial. MODULE is imported from the
-    current directory. Example: rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o
+    MODULE:TRAIN is your training loop, a generator function of a trial, or a function of it that
+    returns a trainer. MODULE is imported from the current directory. Example: rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o
     recipe.toml
 
     The same command continues a calibration that stopped or was killed. On another machine that can
@@ -145,7 +145,7 @@ def calibrate(
     if quiet:
         warnings.simplefilter("ignore", RankAwareWarning)
     try:
-        recipe = calibration.calibrate(load_train(spec), progress=not quiet, **options)
+        recipe = integrations.calibrate(load_train(spec), progress=not quiet, **options)
     except KeyboardInterrupt:
         if quiet:
             ctx.exit(INTERRUPTED)

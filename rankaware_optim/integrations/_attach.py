@@ -1,4 +1,5 @@
-"""`attach`: an optimizer for a trainer of transformers or TRL that is built already.
+"""`attach`: an optimizer for a trainer of transformers or TRL, or Lightning's module, that is built
+already.
 
 Importing this module imports none of them.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -17,6 +19,8 @@ from .._optimizers import get_optimizer_class
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
+from ..recipe import Recipe
+from ._lightning_run import configures, is_pair, set_rate
 from ._logs import log_rates
 from ._trainer_factory import TrainerFactory, changed_arguments
 
@@ -24,12 +28,12 @@ from ._trainer_factory import TrainerFactory, changed_arguments
 def attach(
     trainer: Any, optimizer: type[Optimizer] | str | None = None, **settings: Any
 ) -> Report:
-    """Let a trainer of transformers or TRL train with a `RankAwareOptimizer`, and return the report
-    of its rates. Call it before training::
+    """Let a trainer train with a `RankAwareOptimizer`, and return the report of its rates. Call it
+    before training::
 
         trainer = GRPOTrainer(model, rewards, args=args, train_dataset=data)
         tuned = {"lr": 2e-4, "tuned_at": "r=16,alpha=32"}
-        print(ra.integrations.attach(trainer, torch.optim.AdamW, **tuned))
+        print(ra.attach(trainer, torch.optim.AdamW, **tuned))
         trainer.train()
 
     The optimizer is made again when the trainer has wrapped its model. Weight decay, and rate,
@@ -38,11 +42,16 @@ def attach(
     logged. While it trains, `trainer.optimizer` has `report` and `rates`, in accelerate's wrapper
     too. The base rate is written into the arguments, which are saved with the run.
 
+    Of Lightning give `(trainer, module)`, as to `calibrate`. If the module configures its optimizer
+    at `self.lr` or `self.learning_rate`, this is set, and its schedule is its own. If it configures
+    none, it gets one at a constant rate.
+
     Args:
-        trainer: transformers' `Trainer` or a subclass.
+        trainer: transformers' `Trainer` or a subclass, or a tuple of Lightning's trainer, the
+            module, and anything else.
         optimizer: a torch optimizer class, or its name. By default the one that the trainer would
-            make. If it was given `optimizer_cls_and_kwargs`, that class with those settings, the
-            rate included.
+            make, or AdamW of a module. If it was given `optimizer_cls_and_kwargs`, that class with
+            those settings, the rate included.
         **settings: the arguments of `RankAwareOptimizer` and the optimizer's own. A rate or
             `recipe` is required.
 
@@ -51,8 +60,13 @@ def attach(
             As with every error of `RankAwareOptimizer`, nothing was changed. `train` raises it
             before the first step if the trainer has made another optimizer.
     """
-    _check_trainer(trainer, optimizer)
     settings = {name: value for name, value in settings.items() if value is not None}
+    recipe = settings.get("recipe")
+    if isinstance(recipe, Recipe) and recipe.reference.method == "full":
+        settings.setdefault("method", "full")
+    if is_pair(trainer):
+        return _attach_module(trainer[1], optimizer or "adamw", settings)
+    _check_trainer(trainer, optimizer)
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
         settings = {**defaults, **settings}
@@ -79,14 +93,37 @@ def attach(
     return report
 
 
+def _attach_module(
+    module: Any, optimizer: type[Optimizer] | str, settings: dict[str, Any]
+) -> Report:
+    native = get_optimizer_class(optimizer)
+    _refuse_model(settings)
+    if not settings.keys() & {"lr", "recipe"}:
+        raise OptimizerError(
+            "attach was given no rate.", "Give lr= with tuned_at=, or recipe=."
+        )
+    if "configure_optimizers" in vars(module):
+        raise OptimizerError(
+            "The module already has an optimizer: attach was called on it before.",
+            "Build it again, and attach once.",
+        )
+    opt = RankAwareOptimizer(module, native, **settings)
+    if not configures(module):
+        module.configure_optimizers = partial(
+            RankAwareOptimizer, module, native, **settings
+        )
+        return opt.report()
+    set_rate(module, float(opt.defaults["lr"]))
+    return opt.report()
+
+
 def _check_trainer(trainer: Any, optimizer: object) -> None:
     if not hasattr(trainer, "callback_handler") or not hasattr(
         trainer, "optimizer_cls_and_kwargs"
     ):
         raise OptimizerError(
             f"attach got a {type(trainer).__name__}, which is not a Trainer of transformers.",
-            "Give a trainer of transformers or TRL. For Lightning build the optimizer in"
-            " configure_optimizers.",
+            "Give a trainer of transformers or TRL, or Lightning's (trainer, module).",
         )
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
     is_attached = isinstance(kind, TrainerFactory)
@@ -122,15 +159,19 @@ def _trainers_choice(
     return get_optimizer_class(native), defaults
 
 
+def _refuse_model(settings: Mapping[str, Any]) -> None:
+    if "model" in settings:
+        raise OptimizerError(
+            "attach was given model=, but uses that of the trainer.", "Leave it out."
+        )
+
+
 def _check_settings(trainer: Any, settings: Mapping[str, Any]) -> None:
     """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
     arguments is not tuned. Warn if a rate replaces one that was set there.
     """
     args, lr = trainer.args, settings.get("lr")
-    if "model" in settings:
-        raise OptimizerError(
-            "attach was given model=, but uses that of the trainer.", "Leave it out."
-        )
+    _refuse_model(settings)
     is_set = "learning_rate" in changed_arguments(args)
     # an own class of the trainer has its own rate
     counts = is_set and trainer.optimizer_cls_and_kwargs is None
