@@ -206,9 +206,7 @@ def calibrated_recipe(
     built = [trial.built for trial in trials if trial.built]
     # of all trials, defaults included; if groups differ, those of the factors
     settings = agreed({**each, **each.get("factors' settings", {})} for each in built)
-    notes = _notes(calibration, fit, trials)
-    if is_by_chance:
-        notes = (*notes, BY_CHANCE)
+    doubts = [BY_CHANCE] if is_by_chance else _doubts(fit, trials)
     make = partial(
         recipe_of,
         law=calibration.bound_law,
@@ -227,7 +225,7 @@ def calibrated_recipe(
         versions=versions_used(),
         source=source or {},
         other_rates=agreed([values.get("other rates", {}) for values in built]),
-        notes=notes,
+        notes=(*doubts, *_notes(calibration, trials)),
         tensors=tensors_of(trials, options.steps),
     )
     return _at_floor(make(fit), make, fit, options)
@@ -326,8 +324,24 @@ def _fit(calibration: Calibration, trials: Trials) -> Fit:
     return fit
 
 
-def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...]:
-    """Return sentences on what the data do not determine and on problems of the runs."""
+def _doubts(fit: Fit, trials: Trials) -> list[str]:
+    """Return sentences on why the trials may say nothing of the rate."""
+    doubts = []
+    if _went_alike(trials):
+        doubts.append(ALIKE)
+    elif math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
+        doubts.append(
+            "the data do not determine the rate: the loss hardly depends on it"
+        )
+    if rising := _only_rising(trials):
+        doubts.append(rising)
+    if _scored_against(trials.observations()):
+        doubts.append(AGAINST)
+    return doubts
+
+
+def _notes(calibration: Calibration, trials: Trials) -> tuple[str, ...]:
+    """Return sentences on what was not tried, and on problems of the runs."""
     notes = []
     options = calibration.options
     lora = options.lora
@@ -336,16 +350,6 @@ def _notes(calibration: Calibration, fit: Fit, trials: Trials) -> tuple[str, ...
             f"ranks {min(lora)} and {max(lora)} differ by less than a factor {APART}: how the"
             " rate moves with rank is uncertain"
         )
-    if _went_alike(trials):
-        notes.append(ALIKE)
-    elif math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
-        notes.append(
-            "the data do not determine the rate: the loss hardly depends on it"
-        )
-    if rising := _only_rising(trials):
-        notes.append(rising)
-    if _scored_against(trials.observations()):
-        notes.append(AGAINST)
     if options.target > options.steps:
         variance = steps_variance(options.octaves_to_target)
         notes.append(

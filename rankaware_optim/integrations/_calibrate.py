@@ -412,7 +412,7 @@ class _Plan:
             )
 
             def make(trial: Trial) -> Any:
-                kept.begin()
+                kept.begin(trial)
                 return place.run(trial, whole)
 
             price = _price(options, place, kept.size)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration import held_back
+from ..calibration import Trial, held_back
 from ..errors import CalibrationError
 
 # Entries of a container above which it is data, whose rows nobody replaces
@@ -46,18 +46,34 @@ class Snapshot:
         self._attributes = [_kept(vars(owner), seen) for owner in owners]
         params = _once(m.parameters(recurse=False) for m in modules)
         buffers = _once(m.buffers(recurse=False) for m in modules)
+        self._values: dict[torch.Tensor, torch.Tensor] = {}
+        self._keep_values(b for b in buffers if not _is_packed(b))
         trained = [p for p in params if p.requires_grad]
-        values = [*trained, *(b for b in buffers if not _is_packed(b))]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in values]
+        self._keep_values(trained)
         self._gradients = [(p, p.requires_grad, p.grad) for p in params]
         self._random = _random_states()
         self.size = sum(t.numel() * t.element_size() for t in trained)
 
-    def begin(self) -> None:
-        """Put the state back for a trial, which begins without gradients."""
+    def begin(self, trial: Trial) -> None:
+        """Put the state back for a trial, which begins without gradients. Before it makes its
+        optimizer, the values of weights that were frozen and now train are copied too.
+        """
         self._put_back()
         for param, _, _ in self._gradients:
             param.grad = None
+        make = trial.optimizer
+
+        def optimizer(params: Any, /, **settings: Any) -> Any:
+            known = (param for param, _, _ in self._gradients)
+            self._keep_values(p for p in known if p.requires_grad)
+            return make(params, **settings)
+
+        trial.optimizer = optimizer  # type: ignore[method-assign]
+
+    def _keep_values(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if tensor not in self._values:
+                self._values[tensor] = tensor.detach().clone()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -80,7 +96,7 @@ class Snapshot:
     def _put_back(self) -> None:
         for put_back in self._attributes:
             put_back()
-        for tensor, value in self._values:
+        for tensor, value in self._values.items():
             tensor.copy_(value)
         for param, requires_grad, grad in self._gradients:
             param.requires_grad_(requires_grad)

@@ -257,7 +257,7 @@ RANGES = [
 def test_the_range_widens_at_the_edge_of_the_best(runs, moved):
     """Where the best rate so far is the last one at an edge, that end moves, and the other stays."""
     seen = numbered(*(trial_of(2, x, value) for x, value in runs))
-    options = SimpleNamespace(octaves=(LOW, HIGH))
+    options = SimpleNamespace(octaves=(LOW, HIGH), floor=-math.inf)
     calibration = SimpleNamespace(start=START, options=options, trials=lambda: seen)
     low, high = search_range(calibration)
     assert ((low - LOW) / STRIDE, (high - HIGH) / STRIDE) == moved

@@ -1,4 +1,4 @@
-"""Calibration through real trainers: transformers', TRL's and Lightning's, of a few steps each."""
+"""Calibration by a function of the trial that returns a trainer: of transformers, TRL and Lightning, of a few steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = QUIET
 
 
 def calibrate(make, *, ranks=(2, 4), trials=3, **options):
-    return ra.calibrate_trainer(
+    return ra.calibrate(
         make, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options
     )
 
@@ -249,10 +249,10 @@ def test_a_pruned_trainer_stops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "score", ["eval_loss", lambda trainer: trainer.evaluate()["eval_loss"]]
+    "score", [None, "eval_loss", lambda trainer: trainer.evaluate()["eval_loss"]]
 )
 def test_an_evaluation_may_be_the_score(tmp_path, score):
-    """The metric after the last step, by name or by a function of the trainer, is what is minimised."""
+    """By default the loss of its data, or a metric by name, or a function of the trainer, is what is minimised."""
     make = maker(tmp_path)
     recipe = calibrate(make, score=score)
     evaluated = [trainer.evaluate()["eval_loss"] for trainer in make.trainers]
@@ -439,6 +439,12 @@ def by_hand(trial):
         opt.step()
         schedule.step()
         yield loss
+    return ending(net)
+
+
+def ending(net):
+    """A score of a net after its run."""
+    return loss_of(net, list(batches(5))[4]).item()
 
 
 @pytest.mark.parametrize("data", [loader, lambda: (loader(), loader(2)), Data])
@@ -448,7 +454,8 @@ def by_hand(trial):
 )
 def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind, data):
     """Whatever its epochs, Lightning gives the losses and the recipe of the same loop written by hand, to the bit."""
-    through = calibrate(lit(tmp_path, kind, data), trials=4)
+    score = {"score": lambda trainer: ending(trainer.lightning_module.net)}
+    through = calibrate(lit(tmp_path, kind, data), trials=4, **score)
     own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
     curves = (recipe.tensors["curve"] for recipe in (through, own))
     assert np.array_equal(*curves, equal_nan=True)
@@ -471,6 +478,27 @@ def test_a_module_without_an_optimizer_is_given_one(tmp_path):
     """configure_optimizers may be left out: the trial's optimizer is used, with `settings`."""
     recipe = calibrate(lit(tmp_path, Bare), trials=2, settings={"weight_decay": 0.5})
     assert recipe.settings["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("data", [loader, lambda: (loader(), loader(2)), Data])
+@pytest.mark.filterwarnings(
+    "ignore:You defined a `validation_step` but have no `val_dataloader`"
+)
+def test_lightnings_score_is_a_loss_of_data_held_out(tmp_path, data):
+    """It is the loss that its validation logs, or that of a part of the training data, which does not train."""
+    make = lit(tmp_path, data=data)
+    recipe = calibrate(make, trials=1)
+    (net,) = (module.net for module in make.modules)
+    rows = torch.cat(list(batches(2))) if data is not loader else held(loader())
+    wanted = sum(loss_of(net, x).item() * len(x) for x in rows.split(8)) / len(rows)
+    assert recipe.tensors["value"].tolist() == pytest.approx([wanted])
+
+
+def held(whole):
+    """A tenth of a loader's rows, as a trial takes it."""
+    (data,) = whole.dataset.tensors
+    chosen = random.Random(0).sample(range(len(data)), len(data) // 10)
+    return data[sorted(chosen)]
 
 
 def test_lightning_is_pruned_and_scored(tmp_path):
@@ -499,10 +527,17 @@ def test_ctrl_c_in_lightning_is_ctrl_c(tmp_path):
 
 DECAY = {"settings": {"weight_decay": 0.5}}
 BAD = [
-    (lambda folder: None, {}, "got make_trainer=None"),
-    (maker, {"score": 3}, "score=3"),
-    (lambda folder: lambda trial: trial, {}, "no known trainer"),
-    (lambda folder: lambda trial: (trial, trial), {}, "no known trainer"),
+    (lambda folder: None, {}, "calibrate got a NoneType.*a function of the trial"),
+    (maker, {"score": 3}, "score is 3"),
+    (maker, {"share": 0.5}, "share was given"),
+    (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
+    (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
+    (lambda folder: lambda trial: iter(()), DECAY, "train returned no trainer"),
+    (
+        lambda folder: maker(folder, warmup_steps=STEPS),
+        {},
+        "warm-up is as long as the trial.*its step 6",
+    ),
     (with_optimizer, {}, "already has an optimizer"),
     (lambda folder: maker(folder, max_steps=3), {}, "is 3, less than the trial's 6"),
     (maker, {"score": "eval_f1", "trials": 1}, "has no 'eval_f1'"),
@@ -512,7 +547,7 @@ BAD = [
     (
         lambda folder: lit(folder, lambda trial: torch.nn.Linear(2, 2)),
         {},
-        "a Linear instead of Lightning's module",
+        "A Linear stands in the place of Lightning's module",
     ),
 ]
 

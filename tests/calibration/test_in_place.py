@@ -1,0 +1,306 @@
+"""A loop of one's own that trains a model in place: after every end the model and the process are as they were."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError, CalibrationInterrupted
+
+from ..helpers.calibrations import DIM, STEPS, Net
+
+AdamW = torch.optim.AdamW
+
+
+class Whole(nn.Module):
+    """Adapters, or whole weights, with dropout and batch norm, and what a trial may change besides."""
+
+    def __init__(self, rank: int | None = 4, scaling: float = 2.0) -> None:
+        super().__init__()
+        self.net = Net(rank, scaling)
+        self.norm = nn.BatchNorm1d(DIM)
+        self.drop = nn.Dropout(0.2)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.frozen = nn.Parameter(torch.ones(DIM), requires_grad=False)
+        self.source = torch.Generator().manual_seed(5)
+        self.history: list[float] = []
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+            self.history.append(torch.rand((), generator=self.source).item())
+        return self.drop(self.norm(self.net(x))) * self.frozen
+
+
+def built(rank: int | None = 4) -> Whole:
+    torch.manual_seed(0)
+    model = Whole(rank)
+    model.norm.eval()
+    model.norm.bias.requires_grad_(False)
+    for param in model.net.parameters():
+        param.grad = torch.ones_like(param) if param.requires_grad else None
+    return model
+
+
+def steps(trial, model):
+    """Train the model in place, and leave behind what a loop may leave."""
+    model.train()
+    model.norm.bias.requires_grad_(True)
+    opt = trial.optimizer(model, other_lr=1e-3, weight_decay=0.1)
+    model.net.register_forward_hook(lambda *_: None)
+    model.forward = model.forward
+    model.extra = nn.Linear(2, 2)
+    for _ in range(trial.steps):
+        x = torch.randn(8, DIM)
+        loss = (model(x) - x.roll(1, dims=1)).square().mean()
+        opt.zero_grad(set_to_none=False)
+        loss.backward()
+        opt.step()
+        random.random(), np.random.random()
+        yield loss.detach()
+    model.eval()
+    return float(loss.detach())
+
+
+def state(model) -> list[object]:
+    """All that a trial may change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().clone().numpy().tobytes() for t in tensors]
+    gradients = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
+    modules = [(name, m.training, len(m._forward_hooks)) for name, m in model.named_modules()]
+    numpys = np.random.get_state()[1].tolist()
+    generators = [torch.get_rng_state().tolist(), random.getstate(), numpys]
+    own = [model.source.get_state().tolist(), [*model.history], "forward" in vars(model)]
+    return [values, gradients, flags, modules, generators, own, torch.is_grad_enabled()]
+
+
+def calibrate(train, model, **options):
+    usual = {"steps": STEPS, "target_steps": 4 * STEPS, "progress": False}
+    return ra.calibrate(train, "adamw", model=model, **{**usual, **options})
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_a_model_that_was_calibrated_in_place_is_as_it_was(rank):
+    """Weights, gradients, buffers, flags, hooks, attributes and random states are put back, with adapters and in full."""
+    model = built(rank)
+    before, kept = state(model), [*model.parameters()]
+    starts = []
+
+    def train(trial):
+        starts.append([p.detach().clone() for p in model.parameters()])
+        yield from steps(trial, model)
+
+    recipe = calibrate(train, model)
+    assert state(model) == before
+    assert all(one is two for one, two in zip(kept, model.parameters(), strict=True))
+    assert len(starts) == len(recipe.tensors["lr"]) == 4
+    for start in starts[1:]:
+        assert all(map(torch.equal, start, starts[0]))
+    assert recipe.reference.rank == rank
+    assert recipe.steps == 4 * STEPS
+
+
+def test_trials_search_around_the_suggested_rate():
+    """The first of four trials has the rate that is suggested for the model, or the middle of the range given."""
+    model = built()
+    train = lambda trial: steps(trial, model)  # noqa: E731
+    suggested = ra.suggest_lr(model, "adamw").lr
+    assert calibrate(train, model).tensors["lr"][0] == pytest.approx(suggested)
+    given = calibrate(train, model, lr_range=(2e-4, 2e-2), trials=2)
+    assert given.tensors["lr"][0] == pytest.approx(2e-3)
+
+
+def test_adapters_that_are_trained_keep_their_values():
+    """Neither factor is zero any more, so no rate is suggested, and with init= the search runs and puts them back."""
+    model = built()
+    with torch.no_grad():
+        for param in model.net.parameters():
+            param.add_(0.01)
+    before = state(model)
+
+    def train(trial):
+        opt = trial.optimizer(model, other_lr=1e-3, init="A")
+        for _ in range(trial.steps):
+            loss = model(torch.randn(8, DIM)).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            yield loss.detach()
+
+    assert calibrate(train, model).reference.rank == 4
+    assert state(model) == before
+
+
+def test_several_models_are_put_back():
+    """A list of models is one, for the optimizer too."""
+    models = [built(), built()]
+    before = [state(model) for model in models]
+
+    def train(trial):
+        opt = trial.optimizer(models, other_lr=1e-3)
+        for _ in range(trial.steps):
+            x = torch.randn(8, DIM)
+            loss = sum((model(x) - x).square().mean() for model in models)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            yield loss.detach()
+
+    calibrate(train, models, trials=2)
+    assert [state(model) for model in models] == before
+
+
+# --- every end ------------------------------------------------------------------------------------------------------
+
+
+class Boom(Exception):
+    pass
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def ending(model, end):
+    def train(trial):
+        for step, loss in enumerate(steps(trial, model)):
+            if (trial.number, step) == (1, 3):
+                end()
+            yield loss
+
+    return train
+
+
+def fail():
+    raise Boom
+
+
+@pytest.mark.parametrize(
+    ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
+)
+def test_an_error_and_ctrl_c_put_the_model_back(end, error):
+    """The user's error and the interruption come out, of a model that is as it was."""
+    model = built()
+    before = state(model)
+    with pytest.raises(error):
+        calibrate(ending(model, end), model)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("presses", [1, 2, 3])
+def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
+    """Those that come while the model is being put back change nothing, whether it was interrupted before or not."""
+    model = built()
+    before = state(model)
+    copy_, copies = torch.Tensor.copy_, []
+
+    def interrupted(tensor, *args, **kwargs):
+        copies.append(tensor)
+        if copies and state_is_last(copies):
+            for _ in range(presses):
+                press_ctrl_c()
+        return copy_(tensor, *args, **kwargs)
+
+    last = [p for p in model.parameters() if p.requires_grad][0]
+
+    def state_is_last(seen):
+        return interrupts["on"] and seen[-1] is last
+
+    interrupts = {"on": False}
+
+    def end():
+        interrupts["on"] = True
+        press_ctrl_c()
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(ending(model, end), model)
+    monkeypatch.undo()
+    assert state(model) == before
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_while_a_finished_calibration_puts_back_comes_out(monkeypatch):
+    """The model is put back first, and then it is an interruption."""
+    model = built()
+    before = state(model)
+    get_state = torch.set_rng_state
+
+    def interrupted(*args):
+        press_ctrl_c()
+        return get_state(*args)
+
+    def train(trial):
+        yield from steps(trial, model)
+
+    monkeypatch.setattr(torch, "set_rng_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(train, model, trials=1)
+    monkeypatch.undo()
+    assert state(model) == before
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def sharded():
+    model = built()
+    model.net.layers[0].__class__ = type(
+        "FSDPModule", (type(model.net.layers[0]),), {}
+    )
+    return model
+
+
+def pruned():
+    model = built()
+    model.net.layers[0].__class__ = type(
+        "AdaLoraLayer", (type(model.net.layers[0]),), {}
+    )
+    return model
+
+
+def of_deepspeed():
+    model = built()
+    model.frozen.ds_id = 0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (sharded, {}, "FSDP shards it.*function of the trial"),
+        (pruned, {}, "AdaLoRA prunes its ranks"),
+        (of_deepspeed, {}, "DeepSpeed's ZeRO shards it"),
+        (lambda: "llama", {}, "model=str is no model"),
+        (built, {"ranks": (4, 8)}, "ranks was given"),
+        (built, {"full_trials": 1}, "full_trials was given"),
+        (built, {"steps": None}, "steps is missing"),
+        (built, {"share": 0.5}, "share was given"),
+        (built, {"settings": {"weight_decay": 1.0}}, "train returned no trainer"),
+    ],
+)
+def test_what_cannot_be_put_back_is_refused(model, options, message):
+    """Sharded and pruned models, and arguments that a model in place has itself, are sentences; nothing has run."""
+    made = model()
+
+    def train(trial):
+        return steps(trial, made)
+
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(train, made, **options)
+
+
+def test_a_model_that_is_not_given_needs_ranks():
+    """A function of the trial without model= is asked for ranks and steps."""
+    with pytest.raises(CalibrationError, match="ranks is missing.*give model= too"):
+        ra.calibrate(copy.copy, "adamw", steps=100)

@@ -1,0 +1,161 @@
+"""What short trials get wrong: the steps, the score and the warm-up that mislead them, and rates below the suggested one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError
+from rankaware_optim.calibration import options_of, search
+from rankaware_optim.laws import PRIOR_LAW
+
+from ..helpers.calibrations import BEST, DIM, Net, calibrate, made_up, train
+
+AdamW = torch.optim.AdamW
+NOTES = {
+    "steps": "trials of 99 steps may mislead",
+    "score": "mean of the last training losses",
+    "warm-up": "the rate rose over 50% of a trial's steps",
+    "low": "lowest rate that was tried: the best rate may be lower",
+    "high": "highest rate that was tried: the best rate may be higher",
+}
+
+
+def scored(best=BEST, warmup=0):
+    """A loop with a warm-up in steps, whose score is a made-up loss on data held out."""
+
+    def loop(trial):
+        model = Net(trial.rank)
+        opt = trial.optimizer(model)
+        model(torch.ones(1, DIM)).sum().backward()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            opt, lambda step: min((step + 1) / (warmup + 1), 1.0)
+        )
+        end = 0.2 * abs(math.log2(trial.lr) - best)
+        for step in range(trial.steps):
+            opt.step()
+            yield 2.3 + (end - 2.3) * step / trial.steps
+            schedule.step()
+        return end
+
+    return loop
+
+
+@pytest.mark.parametrize(
+    ("loop", "options", "said"),
+    [
+        (scored(), {"steps": 100}, set()),
+        (scored(), {"steps": 99}, {"steps"}),
+        (made_up(), {"steps": 100}, {"score"}),
+        (scored(warmup=49), {"steps": 100}, {"warm-up"}),
+        (scored(warmup=24), {"steps": 100}, set()),
+        (scored(), {"steps": 100, "warmup": 0.5}, {"warm-up"}),
+        (scored(best=-20.0), {"steps": 100, "trials": 2}, {"low"}),
+        (scored(best=0.0), {"steps": 100, "trials": 2}, {"high"}),
+    ],
+)
+def test_what_makes_short_trials_mislead_is_said(loop, options, said):
+    """Few steps, training losses as a score, a long warm-up, and a best trial at an edge are notes, and nothing else is."""
+    usual = {"ranks": (16,), "trials": 6, "progress": False}
+    notes = calibrate(loop, **{**usual, **options}).notes
+    found = {name for name, words in NOTES.items() if any(words in n for n in notes)}
+    assert found == said
+
+
+class WarmsUp(AdamW):
+    """An optimizer that warms up by itself."""
+
+    def __init__(self, params, lr=1e-3, warmup_steps=100):
+        super().__init__(params, lr=lr)
+        for settings in (self.defaults, *self.param_groups):
+            settings["warmup_steps"] = warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("loop", "optimizer"),
+    [(scored(warmup=20), AdamW), (scored(warmup=100), AdamW), (train, WarmsUp)],
+)
+def test_a_warm_up_as_long_as_the_trial_is_refused(loop, optimizer):
+    """Its rate was never reached, whether a schedule or the optimizer warms up."""
+    with pytest.raises(CalibrationError, match="warm-up is as long as the trial"):
+        calibrate(loop, ranks=(16,), steps=20, optimizer=optimizer, progress=False)
+
+
+# --- beside a suggested rate ----------------------------------------------------------------------------------------
+
+SUGGESTED = 2.0**BEST
+
+
+def around(loop, *, steps=100, target=800, noisy=False, **own):
+    """A search of four trials around a suggested rate."""
+    rate = ra.Rate(SUGGESTED, SUGGESTED / 8, SUGGESTED * 8)
+    usual = {"ranks": (16,), "trials": 4, "seeds": (0,), "suggested": rate}
+    usual["noisy"] = noisy
+    lengths = {"steps": steps, "target_steps": target}
+    options = options_of(AdamW, PRIOR_LAW, **lengths, **{**usual, **own})
+    return search(loop, options, progress=False)
+
+
+@pytest.mark.parametrize("low", [-9.0, -12.0])
+def test_an_eighth_does_not_go_below_the_suggested_rate(low):
+    """No trial of an eighth has a lower rate, nor the recipe, which says so; its band reaches down."""
+    recipe = around(scored(best=low))
+    assert min(recipe.tensors["lr"]) >= SUGGESTED * (1 - 1e-9)
+    assert recipe.lr == pytest.approx(SUGGESTED)
+    assert "low rates look best" in recipe.notes[-1]
+    assert recipe.at(rank=16, alpha=32).low < SUGGESTED / 2
+
+
+@pytest.mark.parametrize(
+    "own", [{"target": 400}, {"lr_range": (SUGGESTED / 16, SUGGESTED * 16)}]
+)
+def test_a_quarter_and_a_range_of_ones_own_go_below_it(own):
+    """Longer trials are believed, and so is who names a range."""
+    recipe = around(scored(best=-10.0), **own)
+    assert recipe.lr < SUGGESTED / 2
+
+
+def test_an_eighth_goes_above_the_suggested_rate():
+    """Where higher rates are better they are found."""
+    assert around(scored(best=-5.0)).lr > SUGGESTED
+
+
+def rewards(slope, noise):
+    """Minus rewards that rise with the rate by `slope` an octave, with noise."""
+
+    def loop(trial):
+        trial.optimizer(Net(trial.rank))
+        octaves = math.log2(trial.lr) - BEST
+        for _ in range(trial.steps):
+            yield float(torch.randn(()) * noise - slope * octaves)
+
+    return loop
+
+
+@pytest.mark.parametrize(("slope", "by_chance"), [(0.0, True), (2.0, False)])
+def test_values_that_differ_by_chance_give_the_suggested_rate(slope, by_chance):
+    """Where runs differ by no more than their noise, the recipe has the suggested rate and its band, and says so."""
+    recipe = around(rewards(slope, 1.0), target=100, noisy=True)
+    said = any("no more than chance" in note for note in recipe.notes)
+    assert said == by_chance
+    if by_chance:
+        rate = recipe.at(rank=16, alpha=32)
+        assert rate.lr == pytest.approx(SUGGESTED)
+        assert rate.low == pytest.approx(SUGGESTED / 8, rel=0.05)
+    else:
+        assert recipe.lr > 1.5 * SUGGESTED
+
+
+def test_rewards_that_all_fall_a_little_are_no_divergence():
+    """Where every run's noise ends above its start, that is no reason to lower the rates."""
+
+    def loop(trial):
+        trial.optimizer(Net(trial.rank))
+        for step in range(trial.steps):
+            yield float(torch.randn(())) + (2.0 if step > 60 else 0.0)
+
+    recipe = around(loop, target=100, noisy=True)
+    assert recipe.lr == pytest.approx(SUGGESTED)
