@@ -402,7 +402,10 @@ def _edge(trials: Trials) -> str:
     best = min(good, key=lambda trial: trial.observation.value)  # type: ignore[union-attr]
     for edge, name, beyond in ((min, "lowest", "lower"), (max, "highest", "higher")):
         if best.x == edge(rates):
-            return f"the best trial has the {name} rate that was tried: the best rate may be {beyond}"
+            return (
+                f"the best trial has the {name} rate that was tried: the best one may be"
+                f" {beyond}"
+            )
     return ""
 
 

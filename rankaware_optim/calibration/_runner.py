@@ -124,7 +124,7 @@ class Runner:
     """
 
     def __init__(self, options: Options, source: Mapping[str, str]) -> None:
-        self.options = options
+        self.options, self.noisy = options, options.noisy
         self.calibration = Calibration(options, self._read)
         self.team = Replicas()
         self.mean = self.team.mean

@@ -107,8 +107,8 @@ class Options:
 
     @property
     def floor(self) -> float:
-        """log2 of the lowest rate: short trials make low rates look best, so on their word alone the
-        search does not go below the suggested one.
+        """log2 of the lowest rate. Short trials make low rates look best, so on their word alone
+        the search does not go below the suggested one.
         """
         is_free = self.suggested is None or self.octaves is not None
         if is_free or self.octaves_to_target < FAR:

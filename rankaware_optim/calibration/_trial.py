@@ -38,7 +38,12 @@ _SET_BY_TRIAL = ("lr", "tuned_at", "law", "recipe", "method")
 
 
 class Host(Protocol):
-    """Who runs a trial."""
+    """Who runs a trial.
+
+    noisy: see `Options`.
+    """
+
+    noisy: bool
 
     def build(
         self, trial: Trial, params: Any, settings: dict[str, Any]
@@ -155,7 +160,8 @@ class Trial:
             self._stopped = "pruned"
         elif FEW < len(self._curve) == self._steps:
             self._check_steps()
-            self._check_trained()
+            if not self._host.noisy:  # equal rewards give no gradient
+                self._check_trained()
             self._check_warmup()
         elif self._optimizer_steps == FEW + 1:
             self._check_steps()
@@ -236,8 +242,8 @@ def refuse_warmup(warmup: float, steps: int) -> None:
     """Raise a `CalibrationError` if a warm-up is as long as a trial, both in steps."""
     if warmup >= steps:
         raise CalibrationError(
-            f"The warm-up is as long as the trial: the rate still rises at its step {steps}, and the"
-            " rate of the run would never be tried.",
+            f"The warm-up is as long as the trial: the rate still rises at its step {steps}, so"
+            " the rate of the run is never tried.",
             "Give the warm-up as a share of the steps, or scale its steps by those of the trial.",
         )
 

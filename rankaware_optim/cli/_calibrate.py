@@ -121,8 +121,8 @@ def calibrate(
     """Find a learning rate by short runs, and write it as a recipe.
 
     MODULE:TRAIN is your training loop, a generator function of a trial, or a function of it that
-    returns a trainer. MODULE is imported from the current directory. Example: rankaware calibrate finetune:train --ranks 4,64 --steps 500 -o
-    recipe.toml
+    returns a trainer. MODULE is imported from the current directory. Example: rankaware calibrate
+    finetune:train --ranks 4,64 --steps 500 -o recipe.toml
 
     The same command continues a calibration that stopped or was killed. On another machine that can
     reach --storage, it joins the running calibration.

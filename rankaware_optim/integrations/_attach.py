@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -44,7 +43,7 @@ def attach(
 
     Of Lightning give `(trainer, module)`, as to `calibrate`. If the module configures its optimizer
     at `self.lr` or `self.learning_rate`, this is set, and its schedule is its own. If it configures
-    none, it gets one at a constant rate.
+    none, it gets one at a constant rate, with the settings of the recipe.
 
     Args:
         trainer: transformers' `Trainer` or a subclass, or a tuple of Lightning's trainer, the
@@ -107,10 +106,14 @@ def _attach_module(
             "The module already has an optimizer: attach was called on it before.",
             "Build it again, and attach once.",
         )
+    recipe = settings.get("recipe")
+    if recipe is not None:
+        known = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        settings = {**known.settings, **settings}
     opt = RankAwareOptimizer(module, native, **settings)
     if not configures(module):
-        module.configure_optimizers = partial(
-            RankAwareOptimizer, module, native, **settings
+        module.configure_optimizers = lambda: RankAwareOptimizer(
+            module, native, **settings
         )
         return opt.report()
     set_rate(module, float(opt.defaults["lr"]))

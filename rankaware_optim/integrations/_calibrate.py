@@ -265,8 +265,8 @@ def _refuse_missing(**arguments: Any) -> None:
         if value is None:
             raise CalibrationError(
                 f"{name} is missing.",
-                "A function of the trial needs ranks=, such as (4, 64), and steps=. For a model that"
-                " is built give model= too, or its trainer.",
+                "A function of the trial needs ranks=, such as (4, 64), and steps=. For a model"
+                " that is built give model= too, or its trainer.",
                 name,
             )
 
@@ -395,6 +395,7 @@ class _Plan:
             return known
         kept = place.snapshot()
         with kept.kept(), place.around():
+            place.check_data()
             whole = self.target_steps or place.steps() or self.steps
             assert whole is not None
             options = options_of(

@@ -32,7 +32,7 @@ def hold_out(trainer: Any) -> list[Any]:
     if given is not None:
         return [divided(given, rows)[0]]
     data = trainer.train_dataset
-    if _is_sized(data):
+    if is_sized(data):
         rows = min(rows, len(data) // SHARE)
     if data is None or not rows:
         return []
@@ -55,7 +55,8 @@ def held_out_loss(trainer: Any, parts: list[Any]) -> float | None:
     return float(torch.stack(losses).mean()) if losses else None
 
 
-def _is_sized(data: Any) -> bool:
+def is_sized(data: Any) -> bool:
+    """Return whether a data set has numbered rows, and is no stream."""
     return hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
@@ -63,7 +64,7 @@ def divided(data: Any, rows: int) -> tuple[Any, Any]:
     """Return so many rows of a data set, and the rest of them: fixed ones chosen by chance, or the
     first ones of a stream.
     """
-    if not _is_sized(data):
+    if not is_sized(data):
         if hasattr(data, "take") and hasattr(data, "skip"):  # of datasets
             return data.take(rows), data.skip(rows)
         return _Stream(data, 0, rows), _Stream(data, rows, None)

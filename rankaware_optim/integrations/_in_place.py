@@ -21,7 +21,7 @@ from torch import nn
 from ..calibration import Trial
 from ..errors import CalibrationError
 from ..optimizer import together
-from ._held_out import BATCHES
+from ._held_out import BATCHES, is_sized
 from ._lightning_run import package_of, quiet
 from ._snapshot import Snapshot, refuse_sharded
 
@@ -63,6 +63,9 @@ class Loop:
         """Return the steps of the run, None if they are the caller's own argument."""
         return None
 
+    def check_data(self) -> None:
+        """Do nothing: the loop's data are its own."""
+
     def around(self) -> AbstractContextManager[Any]:
         """Return a context for all trials."""
         return nullcontext()
@@ -95,8 +98,6 @@ class BuiltTrainer:
                 " or it was given one.",
                 "Build it again without one, calibrate, and then attach.",
             )
-        refuse_iterator(trainer.train_dataset)
-        self._scratch = tempfile.TemporaryDirectory()
 
     def snapshot(self) -> Snapshot:
         """Return the state to which every trial's is put back."""
@@ -121,9 +122,14 @@ class BuiltTrainer:
         ]
         return Snapshot(self.models, objects)
 
+    def check_data(self) -> None:
+        """Raise a `CalibrationError` if trials would use up the training data."""
+        refuse_iterator(self.trainer.train_dataset)
+
     def steps(self) -> int:
         """Return the steps of the run, as the trainer counts them."""
         args = self.trainer.args
+        epochs = float(args.num_train_epochs)
         if args.max_steps > 0:
             return int(args.max_steps)
         loader = self.trainer.get_train_dataloader()
@@ -131,11 +137,12 @@ class BuiltTrainer:
             batches = len(loader)
         except TypeError as error:
             raise CalibrationError(*_NO_END) from error
-        each = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-        return int(math.ceil(args.num_train_epochs * each))
+        each: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        return math.ceil(epochs * each)
 
     def around(self) -> AbstractContextManager[Any]:
         """Return a context for all trials: that of a folder in which they may write."""
+        self._scratch = tempfile.TemporaryDirectory()
         return self._scratch
 
     def run(self, trial: Trial, whole: int) -> Any:
@@ -189,13 +196,13 @@ def _several(data: Any) -> list[Any]:
 
 def refuse_iterator(data: Any) -> None:
     """Raise a `CalibrationError` for a stream that can be read once: a trial would use it up."""
-    if data is None or hasattr(data, "__getitem__") or not hasattr(data, "__iter__"):
+    if is_sized(data) or not hasattr(data, "__iter__"):
         return
     first = data if hasattr(data, "__next__") else iter(data)
     if first is data or iter(data) is first:
         raise CalibrationError(
-            f"The training data, a {type(data).__name__}, are an iterator that can be read once, and"
-            " the trials would use it up.",
+            f"The training data, a {type(data).__name__}, are an iterator that can be read once,"
+            " and the trials would use it up.",
             "Give data that begin again at each iter(), such as a class with a generator __iter__.",
         )
 
@@ -224,9 +231,6 @@ class BuiltPair:
                 "Calibrate first, and then attach.",
             )
         _refuse_processes(trainer)
-        for loader in self.loaders:
-            refuse_iterator(loader)
-            refuse_iterator(getattr(loader, "dataset", None))
 
     @cached_property
     def loaders(self) -> list[Any]:
@@ -242,6 +246,11 @@ class BuiltPair:
             getattr(loader, name, None) for name in names for loader in self.loaders
         ]
         return Snapshot(self.models, [*self.loaders, *parts])
+
+    def check_data(self) -> None:
+        """Raise a `CalibrationError` if trials would use up the training data."""
+        for loader in self.loaders:
+            refuse_iterator(getattr(loader, "dataset", loader))
 
     def steps(self) -> int:
         """Return the steps of the run, as Lightning counts them where it makes the optimizer."""
@@ -296,7 +305,7 @@ def _refuse_processes(trainer: Any) -> None:
     known = dist.is_available() and dist.is_initialized()
     if trainer.world_size > 1 and not known:
         raise CalibrationError(
-            f"Lightning would start {trainer.world_size} processes in the first trial, each of which"
-            " would calibrate by itself.",
+            f"Lightning would start {trainer.world_size} processes in the first trial, each of"
+            " which would calibrate by itself.",
             "Start the script by torchrun, and call torch.distributed.init_process_group first.",
         )

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
@@ -63,14 +63,40 @@ def run_pair(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) ->
     limit = loop.epoch_loop.max_steps
     loop.epoch_loop.max_steps = run.steps_of(limit if limit >= 0 else None)
     loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
+    no_checkpoints = [
+        c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)
+    ]
+    losses: list[torch.Tensor] = []
+    trainer.callbacks = [*no_checkpoints, _reports(callbacks.Callback, run, losses)]
+    trained, part = _hold_out(module, data) if run.metric is None else (data, None)
 
-    class Reports(callbacks.Callback):  # type: ignore[name-defined]
-        """Reports every step, and stops the trainer when the trial ends. Keeps the losses of a
-        validation.
-        """
+    def validated(part: Any) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        for of_loader in trainer.validate(module, part, verbose=False):
+            metrics |= of_loader
+        return metrics
 
-        def __init__(self) -> None:
-            self.losses: list[torch.Tensor] = []
+    def loss() -> Any:
+        if part is None:
+            return None
+        trainer.limit_val_batches = BATCHES
+        if part is not _validation_data(module, data):
+            module.validation_step = module.training_step
+        losses.clear()
+        return _loss_of(validated(part), losses)
+
+    with _interrupts_come_out():
+        trainer.fit(module, *trained)
+        return run.score(trainer, lambda: validated((*data, *data)[1]), loss)
+
+
+def _reports(base: Any, run: TrainerRun, losses: list[torch.Tensor]) -> Any:
+    """Return a callback that reports every step, and stops the trainer when the trial ends. losses:
+    is given those of a validation.
+    """
+
+    class Reports(base):
+        """Reports to the trial."""
 
         def on_train_batch_end(
             self, trainer: Any, module: Any, outputs: Any, *args: Any
@@ -90,37 +116,25 @@ def run_pair(trainer: Any, module: Any, data: Sequence[Any], run: TrainerRun) ->
         ) -> None:
             loss = _loss_in(outputs)
             if loss is not None:
-                self.losses.append(loss.detach().float().mean())
+                losses.append(loss.detach().float().mean())
 
-    no_checkpoints = [
-        c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)
-    ]
-    reports = Reports()
-    trainer.callbacks = [*no_checkpoints, reports]
-    trained, part = _hold_out(module, data) if run.metric is None else (data, None)
+    return Reports()
 
-    def validated(part: Any) -> dict[str, Any]:
-        reports.losses.clear()
-        metrics: dict[str, Any] = {}
-        for of_loader in trainer.validate(module, part, verbose=False):
-            metrics |= of_loader
-        return metrics
 
-    def loss() -> Any:
-        if part is None:
-            return None
-        trainer.limit_val_batches = BATCHES
-        if part is not _validation_data(module, data):
-            module.validation_step = module.training_step
-        metrics = validated(part)
-        if reports.losses:
-            return float(torch.stack(reports.losses).mean())
-        named = [name for name in metrics if "loss" in name.lower()]
-        return metrics[named[0]] if len(named) == 1 else None
+def _loss_of(metrics: Mapping[str, Any], losses: Sequence[torch.Tensor]) -> Any:
+    """Return the loss of a validation: the mean of those that its steps returned, else the one that
+    it logged, None if there is none.
+    """
+    if losses:
+        return float(torch.stack([*losses]).mean())
+    named = [name for name in metrics if "loss" in name.lower()]
+    return metrics[named[0]] if len(named) == 1 else None
 
-    with _interrupts_come_out():
-        trainer.fit(module, *trained)
-        return run.score(trainer, lambda: validated((*data, *data)[1]), loss)
+
+def _loss_in(outputs: Any) -> torch.Tensor | None:
+    """Return the loss in what a step returned, None if there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, torch.Tensor) else None
 
 
 # --- data held out --------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def _hold_out(module: Any, data: Sequence[Any]) -> tuple[Sequence[Any], Any]:
     given = _validation_data(module, data)
     if given is not None:
         return data, given
-    loader = data[0] if data else None
+    loader: Any = data[0] if data else None
     if not module.automatic_optimization or not _is_divisible(loader):
         return data, None
     rows = min(BATCHES * loader.batch_size, len(loader.dataset) // SHARE)
@@ -162,7 +176,7 @@ def _hold_out(module: Any, data: Sequence[Any]) -> tuple[Sequence[Any], Any]:
     return [_like(loader, rest, is_shuffled), *data[1:]], _like(loader, part, False)
 
 
-def _is_divisible(loader: Any) -> TypeGuard[DataLoader[Any]]:
+def _is_divisible(loader: Any) -> bool:
     """Return whether a loader can be made again for a part of its data."""
     return (
         type(loader) is DataLoader
@@ -284,20 +298,14 @@ def _own(module: Any, configure: Callable[[], Any], run: TrainerRun) -> Any:
 
 
 def multipliers(opt: Any) -> dict[torch.Tensor, float]:
-    """Return the multiplier of each parameter: 1 in an optimizer that knows no ranks."""
+    """Return the multiplier of each parameter that trains, 1 in an optimizer without ranks."""
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
     known = {p: group.multiplier for group in groups for p in group.params}
     params = [p for group in opt.param_groups for p in group["params"]]
-    return {p: known.get(p, 1.0) for p in params}
+    return {p: known.get(p, 1.0) for p in params if p.requires_grad}
 
 
 # --- what Lightning does besides ------------------------------------------------------------------
-
-
-def _loss_in(outputs: Any) -> torch.Tensor | None:
-    """Return the loss in what a step returned, None if there is none."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss if isinstance(loss, torch.Tensor) else None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def is_trainer(value: Any) -> bool:
 
 
 def is_by_reward(trainer: Any, score: object) -> bool:
-    """Return whether a trainer's values are the rewards that it logs, since its loss says nothing."""
+    """Return whether a trainer's values are the rewards that it logs."""
     return score is None and hasattr(trainer, "reward_funcs")
 
 
@@ -44,9 +44,9 @@ class TrainerRun:
     """The trial, the optimizer's class and settings, the score, and the loss of the current step.
 
     metric: the name of an evaluation metric, a function of the trainer, or None for the loss on
-    data held out. report: gets a step's value and returns whether the run must end. horizon: is given
-    the batch and the warm-up's share of the arguments, and whether the values are rewards. built:
-    whether the trainer was built before the calibration.
+    data held out. report: gets a step's value and returns whether the run must end. horizon: is
+    given the batch and the warm-up's share of the arguments, and whether the values are rewards.
+    built: whether the trainer was built before the calibration.
     """
 
     trial: Trial

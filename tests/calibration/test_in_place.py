@@ -74,12 +74,20 @@ def state(model) -> list[object]:
     """All that a trial may change."""
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone().numpy().tobytes() for t in tensors]
-    gradients = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+    gradients = [
+        None if p.grad is None else p.grad.tolist() for p in model.parameters()
+    ]
     flags = [p.requires_grad for p in model.parameters()]
-    modules = [(name, m.training, len(m._forward_hooks)) for name, m in model.named_modules()]
+    modules = [
+        (name, m.training, len(m._forward_hooks)) for name, m in model.named_modules()
+    ]
     numpys = np.random.get_state()[1].tolist()
     generators = [torch.get_rng_state().tolist(), random.getstate(), numpys]
-    own = [model.source.get_state().tolist(), [*model.history], "forward" in vars(model)]
+    own = [
+        model.source.get_state().tolist(),
+        [*model.history],
+        "forward" in vars(model),
+    ]
     return [values, gradients, flags, modules, generators, own, torch.is_grad_enabled()]
 
 
@@ -210,7 +218,7 @@ def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
                 press_ctrl_c()
         return copy_(tensor, *args, **kwargs)
 
-    last = [p for p in model.parameters() if p.requires_grad][0]
+    last = next(p for p in model.parameters() if p.requires_grad)
 
     def state_is_last(seen):
         return interrupts["on"] and seen[-1] is last
@@ -255,9 +263,7 @@ def test_ctrl_c_while_a_finished_calibration_puts_back_comes_out(monkeypatch):
 
 def sharded():
     model = built()
-    model.net.layers[0].__class__ = type(
-        "FSDPModule", (type(model.net.layers[0]),), {}
-    )
+    model.net.layers[0].__class__ = type("FSDPModule", (type(model.net.layers[0]),), {})
     return model
 
 
@@ -302,5 +308,5 @@ def test_what_cannot_be_put_back_is_refused(model, options, message):
 
 def test_a_model_that_is_not_given_needs_ranks():
     """A function of the trial without model= is asked for ranks and steps."""
-    with pytest.raises(CalibrationError, match="ranks is missing.*give model= too"):
+    with pytest.raises(CalibrationError, match=r"ranks is missing.*give model= too"):
         ra.calibrate(copy.copy, "adamw", steps=100)

@@ -35,9 +35,7 @@ pytestmark = QUIET
 
 
 def calibrate(make, *, ranks=(2, 4), trials=3, **options):
-    return ra.calibrate(
-        make, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options
-    )
+    return ra.calibrate(make, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options)
 
 
 class PruneAt(optuna.pruners.BasePruner):

@@ -1,0 +1,697 @@
+"""Calibration of a trainer that is built: the real run afterwards is that of a fresh trainer, bit for bit.
+
+Each row is a trap: something that trials would leave behind, or that would make them another run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import rankaware_optim as ra
+from rankaware_optim import CalibrationError, CalibrationInterrupted, OptimizerError
+from rankaware_optim.integrations._held_out import hold_out
+
+from ...helpers.models import mlp, same
+from .trainers import (
+    QUIET,
+    AdamW,
+    arguments,
+    as_dataset,
+    datasets,
+    lightning,
+    llama,
+    tokenizer,
+    transformers,
+    trl,
+    weights,
+)
+
+pytestmark = QUIET
+WHOLE, TRIAL = 24, 6  # steps of the run, and of a trial
+SHORT = {"steps": TRIAL, "progress": False}
+
+
+def rows(count=64):
+    return as_dataset([[7 if i % 4 else i % 32] * 8 for i in range(count)])
+
+
+def logs_of(trainer) -> list[dict[str, float]]:
+    """What a trainer has logged, without the times."""
+    timed = ("runtime", "per_second", "step_time")
+    return [
+        {name: value for name, value in entry.items() if not name.endswith(timed)}
+        for entry in trainer.state.log_history
+    ]
+
+
+class Watch(transformers.TrainerCallback):
+    """A tracker of the user: what it sees of a run."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen.append(("begin", args.max_steps, args.output_dir))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(("log", state.global_step))
+
+    def on_evaluate(self, *args, **kwargs):
+        self.seen.append("evaluate")
+
+
+def trainer(folder, *, kind=None, model=None, data=None, callbacks=(), **own):
+    """A Trainer as its user has built it, with dropout, warm-up, cosine, and a tracker."""
+    made = llama(lora_dropout=0.1) if model is None else model()
+    usual = {"max_steps": WHOLE, "save_strategy": "no", "warmup_steps": 8}
+    args = arguments(folder, **{**usual, **own})
+    train = rows() if data is None else data()
+    more = {"callbacks": [Watch(), *callbacks], "eval_dataset": rows(8)}
+    return (kind or transformers.Trainer)(made, args, train_dataset=train, **more)
+
+
+# --- rows of the table ----------------------------------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows of a stream that begins again at each iter()."""
+
+    def __iter__(self):
+        yield from rows().to_list()
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Rows drawn by a generator of the data set itself."""
+
+    def __init__(self):
+        self.source, self.rows = torch.Generator().manual_seed(2), rows().to_list()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.rows[torch.randint(len(self.rows), (), generator=self.source)]
+
+
+class Normed(torch.nn.Module):
+    """A classifier with batch norm, and buffers that move while it trains. It has no adapters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.head = torch.nn.Linear(8, 8)
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        logits = self.head(self.norm(input_ids.float()))
+        return {"loss": (logits - labels / 32).square().mean()}
+
+
+def saved_modules():
+    more = {"use_dora": True, "modules_to_save": ["lm_head"], "lora_dropout": 0.1}
+    return llama(**more)
+
+
+def trained_already():
+    """Adapters that have been trained: neither factor is zero."""
+    model = llama(lora_dropout=0.1)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_" in name:
+                param.add_(0.01)
+    return model
+
+
+def early(folder, **own):
+    stop = transformers.EarlyStoppingCallback(1)
+    best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    saves = {"save_strategy": "steps", "save_steps": 4, **best}
+    return trainer(folder, callbacks=[stop], **{**saves, **own})
+
+
+def sft(folder, packing=False):
+    text = datasets.Dataset.from_dict({"text": ["w2 w3 w4 w5", "w6 w7"] * 32})
+    args = {"max_length": 8, "packing": packing, "bf16": False, "max_steps": WHOLE}
+    return trl.SFTTrainer(
+        llama(lora_dropout=0.1),
+        arguments(folder, trl.SFTConfig, save_strategy="no", **args),
+        train_dataset=text,
+        processing_class=tokenizer(),
+        callbacks=[Watch()],
+    )
+
+
+def different(completions, **_):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def grpo(folder, reward=different):
+    prompts = datasets.Dataset.from_dict(
+        {"prompt": [f"w{i + 2} w3" for i in range(16)]}
+    )
+    online = {"num_generations": 2, "max_completion_length": 4, "num_iterations": 2}
+    args = {"max_steps": WHOLE, "save_strategy": "no", "bf16": False, "beta": 0.1}
+    return trl.GRPOTrainer(
+        llama(),
+        reward,
+        args=arguments(folder, trl.GRPOConfig, **online, **args),
+        train_dataset=prompts,
+        processing_class=tokenizer(),
+        callbacks=[Watch()],
+    )
+
+
+def of(build=trainer, **own):
+    return lambda folder: build(folder, **own)
+
+
+TRAPS = {
+    "dropout, warm-up and cosine": of(),
+    "accumulation": of(gradient_accumulation_steps=2, max_grad_norm=0.1),
+    "bf16": of(bf16=True),
+    "gradient checkpointing": of(gradient_checkpointing=True),
+    "epochs": of(max_steps=-1, num_train_epochs=0.75, per_device_train_batch_size=2),
+    "a data seed": of(data_seed=7),
+    "loader workers": of(dataloader_num_workers=1, data=Drawn),
+    "DoRA with modules_to_save": of(model=saved_modules),
+    "early stopping and the best model": early,
+    "a stream": of(data=Stream),
+    "a data set's own generator": of(data=Drawn),
+    "batch norm, in full": of(model=Normed),
+    "NEFTune": of(neftune_noise_alpha=5.0),
+    "a schedule with its own steps": of(
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": 8},
+    ),
+    "evaluation at the start": of(eval_strategy="steps", eval_on_start=True),
+    "SFT": sft,
+    "SFT with packing": of(sft, packing=True),
+    "GRPO": grpo,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers.*")
+@pytest.mark.parametrize("build", TRAPS.values(), ids=TRAPS)
+def test_the_real_run_is_that_of_a_fresh_trainer(tmp_path, build):
+    """Its weights, its logs and what a tracker sees are, to the bit, those without a calibration."""
+    runs = []
+    for calibrated in (True, False):
+        made = build(tmp_path)
+        if calibrated:
+            before = random_states()
+            recipe = ra.calibrate(made, "adamw", save=False, **SHORT)
+            assert random_states() == before
+        report = ra.attach(made, "adamw", recipe=recipe)
+        made.train()
+        runs.append((made, report))
+    (ours, _), (fresh, _) = runs
+    assert same(weights(ours), weights(fresh))
+    assert logs_of(ours) == logs_of(fresh)
+    watches = [watch_of(made).seen for made, _ in runs]
+    assert watches[0] == watches[1]
+    assert watches[0][0][0] == "begin"
+    assert same(dict(ours.model.named_buffers()), dict(fresh.model.named_buffers()))
+    assert recipe.steps == ours.state.max_steps
+
+
+def watch_of(made):
+    return next(c for c in made.callback_handler.callbacks if isinstance(c, Watch))
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate()
+
+
+def test_adapters_that_are_trained_already_come_back(tmp_path):
+    """Their init cannot be read and is given; the real run begins at their values."""
+    runs = []
+    for calibrated in (True, False):
+        made = trainer(tmp_path, model=trained_already)
+        if calibrated:
+            settings = {"settings": {"init": "A"}, "save": False}
+            recipe = ra.calibrate(made, "adamw", **settings, **SHORT)
+        ra.attach(made, "adamw", recipe=recipe, init="A")
+        made.train()
+        runs.append(weights(made))
+    assert same(*runs)
+
+
+def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
+    """A third of the run stays a third of every trial, whose rates end at zero."""
+    made, rates = trainer(tmp_path), []
+    hook = register_optimizer_step_pre_hook(
+        lambda opt, *_: rates.append(opt.param_groups[0]["lr"])
+    )
+    ra.calibrate(made, "adamw", trials=1, save=False, **SHORT)
+    hook.remove()
+    assert [rate / max(rates) for rate in rates[:3]] == pytest.approx([0.0, 0.5, 1.0])
+    assert rates[-1] < max(rates) / 2
+    assert made.args.warmup_steps == 8
+
+
+def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
+    """Steps, evaluation and the copy of what trains; nothing else is printed but a line a trial."""
+    ra.calibrate(trainer(tmp_path), "adamw", steps=TRIAL, trials=2)
+    said = [line for line in capfd.readouterr().err.splitlines() if "trial" in line]
+    assert said[0].startswith(
+        "calibrate: 2 trials × 6 steps = at most 12 steps of train"
+    )
+    assert "the run takes 24; 2 × 16 batches of evaluation; a copy" in said[0]
+    assert len(said) == 3
+
+
+def test_a_quarter_of_the_run_is_tried_four_times(tmp_path):
+    """By default trials have a quarter of the run's steps, around the suggested rate, which they may go below."""
+    made = trainer(tmp_path, max_steps=400, per_device_train_batch_size=1)
+    steps = []
+    made.training_step = lambda *_: steps.append(1) or torch.zeros(())
+    with pytest.raises(CalibrationError, match="Nothing was trained"):
+        ra.calibrate(made, "adamw", progress=False)
+    assert len(steps) == 100
+
+
+@pytest.mark.parametrize(
+    ("whole", "options", "cure"),
+    [
+        (360, {}, "90 of the run's 360 steps.*Give steps=100, which costs 400"),
+        (60, {}, "15 of the run's 60 steps.*Give steps=60"),
+        (400, {"share": 1 / 8}, "50 of the run's 400"),
+    ],
+)
+def test_short_trials_are_refused(tmp_path, whole, options, cure):
+    """Fewer than 100 steps mislead, so nothing is run unless steps= says so."""
+    with pytest.raises(CalibrationError, match=cure):
+        ra.calibrate(trainer(tmp_path, max_steps=whole), "adamw", **options)
+
+
+# --- the recipe beside the run --------------------------------------------------------------------------------------
+
+
+def test_a_second_call_runs_nothing(tmp_path, capfd):
+    """The recipe lies beside the run, as after a resumed one, and is returned; another model's is refused."""
+    first = ra.calibrate(trainer(tmp_path), "adamw", **SHORT)
+    made = trainer(tmp_path)
+    made.training_step = None
+    again = ra.calibrate(made, "adamw")
+    assert "recipe.toml is there, so nothing is run" in capfd.readouterr().err
+    assert again == first == ra.Recipe.load(tmp_path / "recipe.toml")
+    with pytest.raises(
+        CalibrationError, match=r"recipe.toml is a recipe for.*save=False"
+    ):
+        ra.calibrate(made, "sgd", progress=False)
+    other = trainer(tmp_path, model=lambda: llama(r=2, rank_pattern={}))
+    with pytest.raises(CalibrationError, match="not for AdamW at rank 2"):
+        ra.calibrate(other, "adamw", progress=False)
+
+
+def test_a_second_length_is_compared(tmp_path):
+    """Trials of other steps run again, and best rates that differ by more than 1.4 are said."""
+    first = ra.calibrate(trainer(tmp_path), "adamw", **SHORT)
+    moved = first.fitted_lr / 3
+    ra.Recipe(**{**vars(first), "fitted_lr": moved}).save(tmp_path / "recipe.toml")
+    longer = {**SHORT, "steps": 8}
+    second = ra.calibrate(trainer(tmp_path), "adamw", **longer)
+    assert "trials of 6 steps gave" in second.notes[-1]
+    assert ra.Recipe.load(tmp_path / "recipe.toml") == second
+
+
+# --- the score ------------------------------------------------------------------------------------------------------
+
+
+def test_data_are_held_out_where_there_is_no_evaluation(tmp_path):
+    """A tenth of the training data at most, fixed rows that no trial trains on, and which the real run has."""
+    made = trainer(tmp_path)
+    made.eval_dataset = None
+    seen, whole = set(), made.train_dataset
+    inner = made.training_step
+
+    def step(model, inputs, *args):
+        seen.update(map(tuple, inputs["input_ids"].tolist()))
+        return inner(model, inputs, *args)
+
+    made.training_step = step
+    made.train_dataset = as_dataset([[i] * 8 for i in range(30)])
+    whole = made.train_dataset
+    ra.calibrate(made, "adamw", save=False, trials=2, **{**SHORT, "steps": WHOLE})
+    assert made.train_dataset is whole
+    assert len(seen) == 27
+
+
+@pytest.mark.parametrize(
+    "data", [rows, Drawn, Stream, lambda: rows().to_iterable_dataset()]
+)
+def test_held_out_rows_are_no_training_rows(tmp_path, data):
+    """Of data sets with a length, of streams, and of those of datasets: so many batches, and the rest of the rows."""
+    made = trainer(tmp_path, data=data, per_device_eval_batch_size=1)
+    made.eval_dataset = None
+    (part,) = hold_out(made)
+    count = len([*part])
+    assert count == (6 if hasattr(part, "__len__") else 16)
+    if data is not Drawn:
+        assert count + len([*made.train_dataset]) == 64
+
+
+def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
+    """A dict of data sets shares the 16 batches."""
+    made = trainer(tmp_path, per_device_eval_batch_size=1)
+    made.eval_dataset = {"one": rows(), "two": rows()}
+    assert [len(part) for part in hold_out(made)] == [8, 8]
+
+
+def test_the_score_is_a_loss_and_no_note_says_otherwise(tmp_path):
+    """The recipe of a trainer has held-out losses."""
+    recipe = ra.calibrate(trainer(tmp_path), "adamw", save=False, **SHORT)
+    assert not any("training losses" in note for note in recipe.notes)
+
+
+@pytest.mark.parametrize("reward", [lambda completions, **_: [1.0] * len(completions)])
+def test_rewards_that_say_nothing_give_the_suggestion(tmp_path, reward):
+    """Where no rate earns more, GRPO has the suggested rate for reinforcement learning, and says so."""
+    made = grpo(tmp_path, reward)
+    recipe = ra.calibrate(made, "adamw", save=False, **SHORT)
+    assert recipe.lr == pytest.approx(ra.suggest_lr(made).lr)
+    assert any("no more than chance" in note for note in recipe.notes)
+    assert "minus the reward" in recipe.notes[-1]
+
+
+# --- every end ------------------------------------------------------------------------------------------------------
+
+
+class Boom(Exception):
+    pass
+
+
+def fail():
+    raise Boom
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
+)
+def test_an_error_and_ctrl_c_put_the_trainer_back(tmp_path, end, error):
+    """The trainer, its arguments and its model are as before, and train as a fresh one."""
+    made = trainer(tmp_path, bf16=True)
+    before, attributes = weights(made), dict(vars(made))
+    inner, steps = made.compute_loss, []
+
+    def compute_loss(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 10:
+            end()
+        return inner(*args, **kwargs)
+
+    made.compute_loss = compute_loss
+    with pytest.raises(error):
+        ra.calibrate(made, "adamw", **SHORT)
+    del made.compute_loss
+    assert same(weights(made), before)
+    assert vars(made) == attributes
+    assert not list(tmp_path.iterdir())
+    ra.attach(made, "adamw")
+    made.train()
+    fresh = trainer(tmp_path, bf16=True)
+    ra.attach(fresh, "adamw")
+    fresh.train()
+    assert same(weights(made), weights(fresh))
+
+
+# --- Lightning ------------------------------------------------------------------------------------------------------
+
+
+def loss_of(net, x):
+    return (net(x) - x[:, :3].sin()).square().mean()
+
+
+class Module(lightning.LightningModule):
+    """Without its own optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp((4, 4), seed=0)
+        self.drop = torch.nn.Dropout(0.1)
+        self.stages, self.losses = [], []
+
+    def training_step(self, batch, index):
+        loss = loss_of(self.net, self.drop(batch[0]))
+        self.log("train_loss", loss)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", loss_of(self.net, batch[0]))
+
+    def on_train_start(self):
+        self.stages.append(self.trainer.estimated_stepping_batches)
+
+
+class Scheduled(Module):
+    """At a rate of its own, with a cosine over the run."""
+
+    def __init__(self, lr=None):
+        super().__init__()
+        self.lr = lr
+
+    def configure_optimizers(self):
+        opt = AdamW(self.parameters(), lr=self.lr, weight_decay=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+        by_step = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": opt, "lr_scheduler": by_step}
+
+
+class Hyper(Scheduled):
+    """Its rate is a hyperparameter."""
+
+    def __init__(self, learning_rate=1e-2):
+        super(Scheduled, self).__init__()
+        self.save_hyperparameters()
+
+    def configure_optimizers(self):
+        return ra.RankAwareOptimizer(self, AdamW, lr=self.hparams.learning_rate)
+
+
+class Stops(Scheduled):
+    """With early stopping of its own."""
+
+    def configure_callbacks(self):
+        stopping = lightning.pytorch.callbacks.EarlyStopping
+        return [stopping("val_loss", patience=1, min_delta=10.0)]
+
+
+def loader(count=8, **own):
+    source = torch.Generator().manual_seed(3)
+    data = torch.utils.data.TensorDataset(torch.randn(count * 8, 16, generator=source))
+    return torch.utils.data.DataLoader(data, batch_size=8, num_workers=0, **own)
+
+
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def val_dataloader(self):
+        return loader(2)
+
+
+def two_loaders():
+    shuffled = {"shuffle": True, "generator": torch.Generator().manual_seed(4)}
+    return loader(**shuffled), loader(2)
+
+
+def pair(folder, kind=Module, data=two_loaders, **own):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    usual = {"accelerator": "cpu", "max_epochs": 3, "log_every_n_steps": 1}
+    logger = lightning.pytorch.loggers.CSVLogger(folder)
+    made = lightning.Trainer(
+        **{**usual, **quiet, "logger": logger, "default_root_dir": folder, **own}
+    )
+    torch.manual_seed(0)
+    given = data()
+    return made, kind(), *(given if isinstance(given, tuple) else (given,))
+
+
+PAIRS = {
+    "a module without an optimizer": (Module, two_loaders, {}),
+    "the rate set after the restore (#21068)": (Scheduled, two_loaders, {}),
+    "a rate among the hyperparameters": (Hyper, two_loaders, {}),
+    "a datamodule": (Scheduled, Data, {}),
+    "the schedule of the real run (#14113)": (
+        Scheduled,
+        two_loaders,
+        {"max_steps": WHOLE, "max_epochs": -1},
+    ),
+    "early stopping (#1685)": (Stops, two_loaders, {}),
+    "accumulation": (Scheduled, two_loaders, {"accumulate_grad_batches": 2}),
+    "no validation data": (Scheduled, lambda: loader(shuffle=True), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+@pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize(("kind", "data", "own"), PAIRS.values(), ids=PAIRS)
+def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
+    """Its weights, losses and steps are, to the bit, those without a calibration (#6675: the module is reset)."""
+    fits = []
+    for calibrated in (True, False):
+        made = pair(tmp_path, kind, data, **own)
+        if calibrated:
+            state = random_states()
+            recipe = ra.calibrate(made, "adamw", save=False, **SHORT)
+            assert random_states() == state
+            assert made[1].stages == made[1].losses == []
+            assert recipe.lr > 0  # and not None (#10557)
+        report = ra.attach(made, "adamw", recipe=recipe)
+        made[0].fit(made[1], *made[2:])
+        assert made[0].optimizers[0].param_groups[0]["lr"] <= recipe.lr * 1.0001
+        assert "rank" in str(report)
+        fits.append(made)
+    ours, fresh = (module for _, module, *_ in fits)
+    assert same(ours.state_dict(), fresh.state_dict())
+    assert ours.losses == fresh.losses
+    assert ours.stages == fresh.stages == [recipe.steps]
+    assert fits[0][0].global_step == fits[1][0].global_step
+
+
+def test_trials_of_lightning_say_and_leave_nothing(tmp_path, caplog):
+    """No message (#12817), no log, no checkpoint, and the recipe in the trainer's folder."""
+    made = pair(tmp_path, Scheduled)
+    level = logging.getLogger("lightning.pytorch").level
+    caplog.clear()
+    ra.calibrate(made, "adamw", **SHORT)
+    assert not [r for r in caplog.records if r.name.startswith("lightning")]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recipe.toml",
+        "recipe.trials.safetensors",
+    }
+    assert made[1].lr is None
+    assert logging.getLogger("lightning.pytorch").level == level
+
+
+@pytest.mark.parametrize(
+    ("end", "error"), [(fail, Boom), (press_ctrl_c, CalibrationInterrupted)]
+)
+def test_an_error_and_ctrl_c_put_lightning_back(tmp_path, end, error):
+    """The module, its trainer and the handler of Ctrl-C are as before."""
+    made = pair(tmp_path, Scheduled)
+    module = made[1]
+    before, inner = module.state_dict(), module.net.forward
+    before = {name: value.clone() for name, value in before.items()}
+    calls = []
+
+    def forward(x):
+        calls.append(1)
+        if len(calls) == 9:
+            end()
+        return inner(x)
+
+    module.net.forward = forward
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error):
+        ra.calibrate(made, "adamw", **SHORT)
+    del module.net.forward
+    assert same(module.state_dict(), before)
+    assert module.lr is None
+    assert module._trainer is None
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+class NoRate(Module):
+    def configure_optimizers(self):
+        return AdamW(self.parameters(), lr=1e-3)
+
+
+class Two(Scheduled):
+    def configure_optimizers(self):
+        return [AdamW([p], lr=self.lr) for p in list(self.parameters())[:2]]
+
+
+class Elsewhere(Scheduled):
+    def configure_optimizers(self):
+        own = {"lr": self.lr, "tuned_at": "r=64,alpha=64"}
+        return ra.RankAwareOptimizer(self, AdamW, **own)
+
+
+def attached(made):
+    ra.attach(made, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
+    return made
+
+
+def with_iterator(folder):
+    made = trainer(folder)
+    made.train_dataset = iter([])
+    return made
+
+
+def stored_iterator(folder):
+    class Once(torch.utils.data.IterableDataset):
+        def __init__(self):
+            self.rows = iter([1, 2])
+
+        def __iter__(self):
+            return self.rows
+
+    made = trainer(folder)
+    made.train_dataset = Once()
+    return made
+
+
+def flagged(name):
+    def make(folder):
+        made = trainer(folder)
+        setattr(made, f"is_{name}_enabled", True)
+        return made
+
+    return make
+
+
+def adalora(folder):
+    import peft
+
+    torch.manual_seed(0)
+    base = llama().unload()
+    config = peft.AdaLoraConfig(init_r=4, target_modules=["q_proj"], total_step=WHOLE)
+    return trainer(folder, model=lambda: peft.get_peft_model(base, config))
+
+
+BAD = [
+    (lambda f: attached(trainer(f)), {}, "already has an optimizer"),
+    (lambda f: attached(pair(f)), {}, "already has an optimizer"),
+    (with_iterator, {}, "an iterator that can be read once"),
+    (stored_iterator, {}, "an iterator that can be read once"),
+    (flagged("fsdp"), {}, "shards its model by fsdp"),
+    (flagged("deepspeed"), {}, "shards its model by deepspeed"),
+    (adalora, {}, "AdaLoRA"),
+    (trainer, {"ranks": (4, 8)}, "ranks was given"),
+    (trainer, {"share": 2.0}, "share is 2.0"),
+    (trainer, {"model": torch.nn.Linear(1, 1)}, "model was given with a trainer"),
+    (of(pair, max_epochs=-1), {}, "steps of the run are not known"),
+    (of(pair, kind=NoRate), {}, "at a rate that cannot be set"),
+    (of(pair, kind=Two), {}, "configures AdamW, AdamW and not one"),
+    (of(pair, kind=Elsewhere), {}, "does not train at the trial's rates"),
+    (of(warmup_steps=WHOLE), {}, "warm-up is as long as the trial"),
+    (of(pair, kind=Scheduled), {"settings": {"weight_decay": 1.0}}, "itself"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(("build", "options", "message"), BAD)
+def test_what_cannot_be_calibrated_is_refused(tmp_path, build, options, message):
+    """Each with its cause and cure, and nothing was changed."""
+    given = {**SHORT, "save": False, **options}
+    with pytest.raises((CalibrationError, OptimizerError), match=message):
+        ra.calibrate(build(tmp_path), "adamw", **given)
