@@ -27,8 +27,6 @@ args = TrainingArguments(
 )
 
 trainer = Trainer(model, args, train_dataset=data)
-report = ra.integrations.attach(
-    trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32"
-)
+report = ra.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
 print(report)
 trainer.train()

@@ -36,8 +36,6 @@ trainer = GRPOTrainer(
     processing_class=tiny.tokenizer(),
     peft_config=LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"]),
 )
-report = ra.integrations.attach(
-    trainer, torch.optim.AdamW, lr=2e-5, tuned_at="r=16,alpha=32"
-)
+report = ra.attach(trainer, torch.optim.AdamW, lr=2e-5, tuned_at="r=16,alpha=32")
 print(report)
 trainer.train()

@@ -27,9 +27,7 @@ trainer = SFTTrainer(
     processing_class=tiny.tokenizer(),
     peft_config=LoraConfig(r=64, lora_alpha=64, target_modules=["q_proj", "v_proj"]),
 )
-report = ra.integrations.attach(
-    trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32"
-)
+report = ra.attach(trainer, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
 print(report)
 trainer.train()
 print(trainer.optimizer.report())  # after the schedule's end, so the rates are 0

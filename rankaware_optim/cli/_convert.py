@@ -117,7 +117,7 @@ peft_config = LoraConfig(
     r={rank}, lora_alpha={alpha}{rslora}, target_modules="all-linear"
 )
 # after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:
-rankaware_optim.integrations.attach(trainer, torch.optim.AdamW, lr={lr},
+rankaware_optim.attach(trainer, torch.optim.AdamW, lr={lr},
     {settings})""",
         rslora=", use_rslora=True",
         has_layers=True,

@@ -36,7 +36,7 @@ def model_of(params: Any, model: Any) -> nn.Module:
     if hasattr(holder, "model") and is_trainer and not isinstance(holder, nn.Module):
         raise OptimizerError(
             f"A {type(holder).__name__} is a trainer, not a model.",
-            "Call rankaware_optim.integrations.attach(trainer, AdamW, ...) with the same settings.",
+            "Call rankaware_optim.attach(trainer, AdamW, ...) with the same settings.",
         )
     if isinstance(holder, (str, type)):
         raise OptimizerError(

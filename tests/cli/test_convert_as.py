@@ -61,9 +61,7 @@ def test_trls_lines_are_python():
         for n in ast.walk(ast.parse(printed("trl", "--law", "mua")))
         if isinstance(n, ast.Call)
     ]
-    (attach,) = [
-        c for c in calls if ast.unparse(c.func) == "rankaware_optim.integrations.attach"
-    ]
+    (attach,) = [c for c in calls if ast.unparse(c.func) == "rankaware_optim.attach"]
     arguments = {k.arg: ast.literal_eval(k.value) for k in attach.keywords}
     assert parse_reference(arguments["tuned_at"]) == parse_reference(FROM)
     assert (arguments["lr"], arguments["law"]) == (2e-4, "mua")

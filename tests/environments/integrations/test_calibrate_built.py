@@ -18,6 +18,7 @@ import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, OptimizerError
 from rankaware_optim.integrations._held_out import hold_out
 
+from ...helpers.examples import readme_blocks
 from ...helpers.models import mlp, same
 from .trainers import (
     QUIET,
@@ -265,6 +266,15 @@ def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
     )
     assert "the run takes 24; 2 × 16 batches of evaluation; a copy" in said[0]
     assert len(said) == 3
+
+
+def test_the_readmes_three_lines_train(tmp_path):
+    """The README's last block calibrates, attaches and trains, here in trials of a few steps."""
+    made = trainer(tmp_path)
+    block = readme_blocks()[2].replace('"adamw")', f'"adamw", steps={TRIAL})')
+    exec(block, names := {"ra": ra, "trainer": made})
+    assert made.state.global_step == WHOLE
+    assert made.args.learning_rate == names["recipe"].lr
 
 
 def test_a_quarter_of_the_run_is_tried_four_times(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 
@@ -23,9 +22,9 @@ SCRIPTS = {
 RANKS = {"diffusers_loop.py": "16"}  # of the others "64"
 CALIBRATIONS = (
     "calibrate_peft.py",
-    "calibrate_loaded_model.py",
     "calibrate_trainer.py",
     "calibrate_grpo.py",
+    "calibrate_ranks.py",
 )
 APART = {  # a helper of the others, and what the environments `demo` and `ray` run
     "tiny.py",
@@ -63,33 +62,6 @@ def test_a_calibration_ends_in_a_rate(tmp_path, script):
         ).groups(),
     )
     assert low <= lr <= high
-
-
-AFTERWARDS = """
-import runpy, sys
-base = runpy.run_path(sys.argv[1])["base"]
-import tiny
-new = tiny.model()
-states = base.state_dict(), new.state_dict()
-assert states[0].keys() == states[1].keys()
-assert all((one == two).all() for one, two in zip(*(state.values() for state in states)))
-assert [type(module) for module in base.modules()] == [type(module) for module in new.modules()]
-"""
-
-
-def test_a_base_that_is_loaded_once_is_left_as_it_was(tmp_path):
-    """After its calibration the loaded base has the modules and the weights that it had, to the last bit."""
-    script = str(EXAMPLES / "calibrate_loaded_model.py")
-    run(
-        tmp_path,
-        sys.executable,
-        "-c",
-        AFTERWARDS,
-        script,
-        PYTHONPATH=os.pathsep.join(
-            [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-    )
 
 
 def test_every_script_is_run():

@@ -57,7 +57,7 @@ def test_unsloths_trainer_trains_at_moved_rates(tmp_path, tiny, rate):
         train_dataset=Dataset.from_dict({"text": tiny.TEXTS}),
         processing_class=tiny.tokenizer(),
     )
-    report = ra.integrations.attach(
+    report = ra.attach(
         trainer, torch.optim.AdamW, lr=LR, tuned_at=ra.Reference(rank=16, alpha=32)
     )
     trainer.train()
