@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import rankaware_optim as ra
 from rankaware_optim.calibration._storage import open_storage
 
 from ...helpers.calibrations import BEST, DIM, STEPS, Net, bowl, calibrate
+from ...helpers.llama import llama_config
 
 RANKS = (2, 4)
 
@@ -147,3 +149,92 @@ def test_what_one_cannot_decide_all_are_told(pair, tmp_path):
     first, second = pair.run(refused, path, STEPS + 1)
     assert first == second
     assert "made with steps=20, not 21" in first
+
+
+# --- a model that is built ------------------------------------------------------------------------------------------
+
+
+def in_place(form: str) -> dict[str, Any]:
+    """The weights before and after a calibration in place, and its recipe."""
+    torch.manual_seed(0)
+    model = wrapped(form, 4)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def train(trial):
+        opt = trial.optimizer(model)
+        source = torch.Generator().manual_seed(2 * trial.seed + dist.get_rank())
+        for _ in range(trial.steps):
+            x = torch.randn(8, DIM, generator=source)
+            loss = (model(x) - x.roll(1, dims=1)).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            yield loss.detach()
+
+    recipe = ra.calibrate(train, "adamw", model=model, steps=STEPS, progress=False)
+    after = [*model.parameters()]
+    return {"recipe": recipe, "same": all(map(torch.equal, before, after))}
+
+
+def test_a_model_under_ddp_is_put_back_on_every_process(pair):
+    """Both have one recipe, and the weights that they had."""
+    first, second = pair.run(in_place, "ddp")
+    assert first["recipe"] == second["recipe"]
+    assert first["same"] and second["same"]
+
+
+def sharded_in_place() -> str:
+    with pytest.raises(ra.CalibrationError) as caught:
+        in_place("fsdp")
+    return str(caught.value)
+
+
+def test_a_model_under_fsdp_is_refused_in_place(pair):
+    """Its parameters are shards, which is said on both."""
+    first, second = pair.run(sharded_in_place)
+    assert first == second
+    assert "FSDP shards it" in first
+
+
+def through_trainer(folder: str, recipe: ra.Recipe | None) -> dict[str, Any]:
+    """The weights of a Trainer's run on two processes, after a calibration or at a recipe that is given."""
+    warnings.simplefilter("ignore")  # of transformers and accelerate
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = llama_config(num_hidden_layers=1)
+    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    rows = [[7 if i % 4 else i % 32] * 8 for i in range(64)]
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = transformers.TrainingArguments(
+        folder,
+        max_steps=16,
+        use_cpu=True,
+        ddp_backend="gloo",
+        per_device_train_batch_size=2,
+        dataloader_pin_memory=False,
+        **quiet,
+    )
+    trainer = transformers.Trainer(model, args, train_dataset=data)
+    if recipe is None:
+        recipe = ra.calibrate(trainer, "adamw", steps=4, progress=False)
+    ra.attach(trainer, "adamw", recipe=recipe)
+    trainer.train()
+    trained = [p.detach().clone() for p in trainer.model.parameters()]
+    return {"recipe": recipe, "weights": trained}
+
+
+def test_a_trainer_under_ddp_is_calibrated_by_all_and_trains_as_a_fresh_one(
+    pair, tmp_path
+):
+    """One recipe, saved once, and a run that is, to the bit, that of trainers that were not calibrated."""
+    pytest.importorskip("peft")
+    first, second = pair.run(through_trainer, str(tmp_path), None)
+    assert first["recipe"] == second["recipe"]
+    assert ra.Recipe.load(tmp_path / "recipe.toml") == first["recipe"]
+    fresh, _ = pair.run(through_trainer, str(tmp_path), first["recipe"])
+    assert all(map(torch.equal, first["weights"], fresh["weights"]))
+    assert all(map(torch.equal, first["weights"], second["weights"]))
