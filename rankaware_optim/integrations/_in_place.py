@@ -117,10 +117,9 @@ class BuiltTrainer:
             accelerator,
             *(getattr(accelerator, name, None) for name in shared),
             trainer.data_collator,
-            trainer.train_dataset,
-            *_several(trainer.eval_dataset),
         ]
-        return Snapshot(self.models, objects)
+        data = [trainer.train_dataset, *_several(trainer.eval_dataset)]
+        return Snapshot(self.models, objects, data)
 
     def check_data(self) -> None:
         """Raise a `CalibrationError` if trials would use up the training data."""
@@ -241,11 +240,9 @@ class BuiltPair:
     def snapshot(self) -> Snapshot:
         """Return the state to which every trial's is put back."""
         refuse_sharded(self.models)
-        names = ("sampler", "dataset")
-        parts = [
-            getattr(loader, name, None) for name in names for loader in self.loaders
-        ]
-        return Snapshot(self.models, [*self.loaders, *parts])
+        samplers = [getattr(loader, "sampler", None) for loader in self.loaders]
+        data = [getattr(loader, "dataset", None) for loader in self.loaders]
+        return Snapshot(self.models, [*self.loaders, *samplers], data)
 
     def check_data(self) -> None:
         """Raise a `CalibrationError` if trials would use up the training data."""

@@ -16,6 +16,8 @@ from torch import nn
 from ..calibration import Trial, held_back
 from ..errors import CalibrationError
 
+# Containers within containers that are put back: such as metrics by mode and name
+_DEPTH = 3
 # Entries of a container above which it is data, whose rows nobody replaces
 _DATA = 10_000
 # Entries of a buffer of whole numbers above which it is packed weights, which nothing trains
@@ -34,16 +36,26 @@ class Snapshot:
     Args:
         models: the models.
         objects: what else a trial may change, such as a trainer.
+        data: data sets. Of them it is the attributes only, such as a generator.
     """
 
     def __init__(
-        self, models: Iterable[nn.Module], objects: Iterable[Any] = ()
+        self,
+        models: Iterable[nn.Module],
+        objects: Iterable[Any] = (),
+        data: Iterable[Any] = (),
     ) -> None:
         modules = [*dict.fromkeys(m for model in models for m in model.modules())]
         configs = [vars(m).get(name) for m in modules for name in _CONFIGS]
-        owners = [o for o in (*modules, *configs, *objects) if hasattr(o, "__dict__")]
-        seen: dict[int, PutBack] = {}
-        self._attributes = [_kept(vars(owner), seen) for owner in owners]
+        data = [*data]
+        seen = {id(rows): _as_it_is(rows) for rows in data}
+        owners = [(each, _DEPTH) for each in (*modules, *configs, *objects)]
+        owners += [(each, 0) for each in data]
+        self._attributes = [
+            _kept(vars(owner), seen, depth)
+            for owner, depth in owners
+            if hasattr(owner, "__dict__")
+        ]
         params = _once(m.parameters(recurse=False) for m in modules)
         buffers = _once(m.buffers(recurse=False) for m in modules)
         self._values: dict[torch.Tensor, torch.Tensor] = {}
@@ -116,22 +128,31 @@ def _is_packed(buffer: torch.Tensor) -> bool:
 # --- attributes -----------------------------------------------------------------------------------
 
 
-def _kept(value: Any, seen: dict[int, PutBack]) -> PutBack:
+def _as_it_is(value: Any) -> PutBack:
+    return lambda: value
+
+
+def _kept(value: Any, seen: dict[int, PutBack], depth: int) -> PutBack:
     """Return a function that gives a value the contents that it has now, and returns it.
 
-    seen: those of containers so far, by id, since they may hold each other.
+    Args:
+        value: a container, or anything.
+        seen: the functions of containers so far, by id, since they may hold each other.
+        depth: of containers within the value that are given theirs too.
     """
     if id(value) not in seen:
-        seen[id(value)] = lambda: value
-        seen[id(value)] = _kept_contents(value, seen)
+        seen[id(value)] = _as_it_is(value)
+        seen[id(value)] = _kept_contents(value, seen, depth - 1)
     return seen[id(value)]
 
 
-def _kept_contents(value: Any, seen: dict[int, PutBack]) -> PutBack:
+def _kept_contents(value: Any, seen: dict[int, PutBack], depth: int) -> PutBack:
+    if depth < -1:
+        return _kept_state(value)
     if _is_plain_dict(value):
-        return _kept_dict(value, seen)
+        return _kept_dict(value, seen, depth)
     if type(value) in (list, deque) and len(value) <= _DATA:
-        return _kept_list(value, seen)
+        return _kept_list(value, seen, depth)
     if type(value) is set and len(value) <= _DATA:
         return _kept_set(value)
     return _kept_state(value)
@@ -144,8 +165,8 @@ def _is_plain_dict(value: Any) -> bool:
     return type(value).update in (dict.update, OrderedDict.update)
 
 
-def _kept_dict(value: dict[Any, Any], seen: dict[int, PutBack]) -> PutBack:
-    entries = [(key, _kept(each, seen)) for key, each in value.items()]
+def _kept_dict(value: dict[Any, Any], seen: dict[int, PutBack], depth: int) -> PutBack:
+    entries = [(key, _kept(each, seen, depth)) for key, each in value.items()]
 
     def put_back() -> Any:
         contents = [(key, back()) for key, back in entries]
@@ -156,8 +177,8 @@ def _kept_dict(value: dict[Any, Any], seen: dict[int, PutBack]) -> PutBack:
     return put_back
 
 
-def _kept_list(value: Any, seen: dict[int, PutBack]) -> PutBack:
-    entries = [_kept(each, seen) for each in value]
+def _kept_list(value: Any, seen: dict[int, PutBack], depth: int) -> PutBack:
+    entries = [_kept(each, seen, depth) for each in value]
 
     def put_back() -> Any:
         contents = [back() for back in entries]
@@ -195,7 +216,7 @@ def _kept_state(value: Any) -> PutBack:
     is_tensor = isinstance(value, torch.Tensor) and not value.requires_grad
     if is_tensor and value.numel() == 1 and not value.is_meta:
         return _setter(value, value.copy_, value.clone())
-    return lambda: value
+    return _as_it_is(value)
 
 
 def _setter(value: Any, set_state: Callable[[Any], Any], state: Any) -> PutBack:

@@ -180,7 +180,8 @@ def test_a_model_under_ddp_is_put_back_on_every_process(pair):
     """Both have one recipe, and the weights that they had."""
     first, second = pair.run(in_place, "ddp")
     assert first["recipe"] == second["recipe"]
-    assert first["same"] and second["same"]
+    assert first["same"]
+    assert second["same"]
 
 
 def sharded_in_place() -> str:

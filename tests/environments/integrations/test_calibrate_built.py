@@ -37,6 +37,7 @@ from .trainers import (
 pytestmark = QUIET
 WHOLE, TRIAL = 24, 6  # steps of the run, and of a trial
 SHORT = {"steps": TRIAL, "progress": False}
+TWO = {**SHORT, "trials": 2}
 
 
 def rows(count=64):
@@ -207,7 +208,7 @@ def test_the_real_run_is_that_of_a_fresh_trainer(tmp_path, build):
         made = build(tmp_path)
         if calibrated:
             before = random_states()
-            recipe = ra.calibrate(made, "adamw", save=False, **SHORT)
+            recipe = ra.calibrate(made, "adamw", save=False, **TWO)
             assert random_states() == before
         report = ra.attach(made, "adamw", recipe=recipe)
         made.train()
@@ -237,7 +238,7 @@ def test_adapters_that_are_trained_already_come_back(tmp_path):
         made = trainer(tmp_path, model=trained_already)
         if calibrated:
             settings = {"settings": {"init": "A"}, "save": False}
-            recipe = ra.calibrate(made, "adamw", **settings, **SHORT)
+            recipe = ra.calibrate(made, "adamw", **settings, **TWO)
         ra.attach(made, "adamw", recipe=recipe, init="A")
         made.train()
         runs.append(weights(made))
@@ -306,7 +307,7 @@ def test_short_trials_are_refused(tmp_path, whole, options, cure):
 
 def test_a_second_call_runs_nothing(tmp_path, capfd):
     """The recipe lies beside the run, as after a resumed one, and is returned; another model's is refused."""
-    first = ra.calibrate(trainer(tmp_path), "adamw", **SHORT)
+    first = ra.calibrate(trainer(tmp_path), "adamw", **TWO)
     made = trainer(tmp_path)
     made.training_step = None
     again = ra.calibrate(made, "adamw")
@@ -323,10 +324,10 @@ def test_a_second_call_runs_nothing(tmp_path, capfd):
 
 def test_a_second_length_is_compared(tmp_path):
     """Trials of other steps run again, and best rates that differ by more than 1.4 are said."""
-    first = ra.calibrate(trainer(tmp_path), "adamw", **SHORT)
+    first = ra.calibrate(trainer(tmp_path), "adamw", **TWO)
     moved = first.fitted_lr / 3
     ra.Recipe(**{**vars(first), "fitted_lr": moved}).save(tmp_path / "recipe.toml")
-    longer = {**SHORT, "steps": 8}
+    longer = {**TWO, "steps": 8}
     second = ra.calibrate(trainer(tmp_path), "adamw", **longer)
     assert "trials of 6 steps gave" in second.notes[-1]
     assert ra.Recipe.load(tmp_path / "recipe.toml") == second
@@ -377,7 +378,7 @@ def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
 
 def test_the_score_is_a_loss_and_no_note_says_otherwise(tmp_path):
     """The recipe of a trainer has held-out losses."""
-    recipe = ra.calibrate(trainer(tmp_path), "adamw", save=False, **SHORT)
+    recipe = ra.calibrate(trainer(tmp_path), "adamw", save=False, **TWO)
     assert not any("training losses" in note for note in recipe.notes)
 
 
@@ -558,7 +559,7 @@ def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
         made = pair(tmp_path, kind, data, **own)
         if calibrated:
             state = random_states()
-            recipe = ra.calibrate(made, "adamw", save=False, **SHORT)
+            recipe = ra.calibrate(made, "adamw", save=False, **TWO)
             assert random_states() == state
             assert made[1].stages == made[1].losses == []
             assert recipe.lr > 0  # and not None (#10557)

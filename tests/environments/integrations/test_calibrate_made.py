@@ -12,9 +12,11 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, RankAwareOptimizer
+from rankaware_optim.cli import _calibrate, main
 
 from ...helpers.models import batches, mlp
 from .trainers import (
@@ -519,6 +521,16 @@ def test_ctrl_c_in_lightning_is_ctrl_c(tmp_path):
         calibrate(lit(tmp_path, Interrupted), trials=4)
     assert len(caught.value.recipe.tensors["lr"]) == 2
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_shell_takes_a_function_that_returns_a_trainer(tmp_path, monkeypatch):
+    """rankaware calibrate runs its trainers and writes the recipe."""
+    monkeypatch.setattr(_calibrate, "load_train", lambda spec: maker(tmp_path))
+    out = tmp_path / "tiny.toml"
+    command = "calibrate finetune:make_trainer --ranks 2 --trials 1 --quiet --steps"
+    done = CliRunner().invoke(main, [*command.split(), str(STEPS), "-o", str(out)])
+    assert done.exit_code == 0, done.output
+    assert ra.Recipe.load(out).batch == 2
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
