@@ -38,10 +38,10 @@ from ..recipe import Z90, Recipe, agreed, constructor_settings, recipe_of
 from ._constants import (
     ALIKE_ERRORS,
     APART,
-    LEAST_RANKED,
-    OPPOSED,
     FEWEST_STEPS,
+    LEAST_RANKED,
     LONG_WARMUP,
+    OPPOSED,
     SAME,
     STRIDE,
     TOGETHER,

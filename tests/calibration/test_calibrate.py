@@ -225,7 +225,7 @@ def test_several_networks_are_calibrated_together(build):
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
     models, _ = pairs_of(SimpleNamespace(rank=8))
     opt = ra.RankAwareOptimizer(models, AdamW, recipe=recipe)
-    assert {group["lora_rank"] for group in opt.param_groups} == {8}
+    assert {group.rank for group in opt.rates.groups if group.rank} == {8}
 
 
 def test_an_init_that_cannot_be_read_is_the_one_given():

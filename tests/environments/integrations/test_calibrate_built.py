@@ -28,6 +28,7 @@ from .trainers import (
     datasets,
     lightning,
     llama,
+    peft,
     tokenizer,
     transformers,
     trl,
@@ -150,6 +151,22 @@ def sft(folder, packing=False):
     )
 
 
+def seq2seq(folder):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=32, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config)
+    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q", "v"])
+    args = {"max_steps": WHOLE, "save_strategy": "no", "predict_with_generate": True}
+    return transformers.Seq2SeqTrainer(
+        peft.get_peft_model(model, lora),
+        arguments(folder, transformers.Seq2SeqTrainingArguments, **args),
+        train_dataset=rows(),
+        eval_dataset=rows(8),
+        callbacks=[Watch()],
+    )
+
+
 def different(completions, **_):
     return [float(len(set(text.split()))) for text in completions]
 
@@ -193,6 +210,7 @@ TRAPS = {
         lr_scheduler_kwargs={"num_decay_steps": 8},
     ),
     "evaluation at the start": of(eval_strategy="steps", eval_on_start=True),
+    "Seq2Seq": seq2seq,
     "SFT": sft,
     "SFT with packing": of(sft, packing=True),
     "GRPO": grpo,
@@ -671,8 +689,6 @@ def flagged(name):
 
 
 def adalora(folder):
-    import peft
-
     torch.manual_seed(0)
     base = llama().unload()
     config = peft.AdaLoraConfig(init_r=4, target_modules=["q_proj"], total_step=WHOLE)
