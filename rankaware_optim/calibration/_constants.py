@@ -90,7 +90,7 @@ APART = 16  # factor between the lowest and the highest rank of a well measured 
 SAME = 1e-3  # relative tolerance for the first values of two runs of one seed: by hand
 
 # Runs with a returned score, and the rank correlation with their curves' ends at which it is taken
-# for one to be maximised; over 64 calibrations of the study the lowest was .22: by hand
+# for one to be maximised: by hand
 LEAST_RANKED = 6
 OPPOSED = -0.8
 
