@@ -2,13 +2,16 @@
 
     PYTHONPATH=benchmarks python benchmarks/planted.py                 # all: results/planted.md
     PYTHONPATH=benchmarks python benchmarks/planted.py --only _files   # bugs in files whose name has a word
+    PYTHONPATH=benchmarks python benchmarks/planted.py --places 20     # functions to plant new ones in, drawn by a seed
 
 The tests named with a bug must pass on the package as it is, and one of them must fail on the copy with the bug.
 """
 
 from __future__ import annotations
 
+import ast
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -88,6 +91,34 @@ BUGS = (
     Bug("calibration/_liveness.py", "if own is not None and trial.number == own.number:", "if False:", "tests/calibration", missed_because="its own heartbeat is new at every look, so a worker never misses itself"),
     Bug("calibration/_runner.py", "if self._place in _INSIDE.get():", "if False:", "tests/calibration/test_storage.py"),
     Bug("calibration/_storage.py", "path = Path(os.path.realpath(path))", "pass", "tests/calibration/test_storage.py"),
+    Bug("inspection/_pairs.py", "return float(size * math.prod(kernel))", "return float(size)", "tests/inspection"),
+    Bug("inspection/_file_pairs.py", "declared._replace(alpha=alpha, rslora=False)", "declared._replace(alpha=alpha)", "tests/inspection"),
+    Bug("fitting/_observations.py", "values = values[np.isfinite(values)]", "values = np.where(np.isfinite(values), values, 0.0)", "tests/fitting"),
+    Bug("reports/_picture.py", "scores = (best - 0.1 * height, best + height)", "scores = (0.0, best + height)", "tests/reports"),
+    Bug("transfer/_convert.py", "batch = None if origin.batch is None else target.batch", "batch = target.batch", "tests/transfer"),
+    Bug("sweeps/_fit.py", '(x - _BELOW if end == "lowest" else x, _EDGE_SD)', "(x, _EDGE_SD)", "tests/sweeps"),
+    Bug("sweeps/_runs.py", 'in ("-1", "-1.0")', 'in ("-1",)', "tests/sweeps"),
+    Bug("optimizer/_parts.py", 'part.group["params"] = [params[i] for i in part.at]', 'part.group["params"] = [params[i] for i in reversed(part.at)]', "tests/optimizer"),
+    Bug("optimizer/_rates.py", "return iter(self._by_name())", "return iter(sorted(self._by_name()))", "tests/optimizer/test_groups.py"),
+    Bug("calibration/_calibration.py", "self._fit: tuple[int, Fit | None] = (-1, None)", "self._fit: tuple[int, Fit | None] = (1, None)", "tests/calibration"),
+    Bug("inspection/_pairs.py", "rank >= 1 and float(rank).is_integer()", "rank > 1 and float(rank).is_integer()", "tests/inspection"),
+    Bug("optimizer/_state_dict.py", "if value.dim() == axes > 0]", "if value.dim() >= axes > 0]", "tests/optimizer/test_checkpoints.py"),
+    Bug("optimizer/_unmoved.py", "size / (root + eps), 0.0)", "size / (square.double() + eps).sqrt(), 0.0)", "tests/optimizer/test_unmoved.py"),
+    Bug("fitting/_posterior.py", "mean = 0.0 if law.falls_with_rank else DRIFT[reference.init][0]", "mean = DRIFT[reference.init][0]", "tests/fitting"),
+    Bug("calibration/_liveness.py", "        if self.is_alive():\n            self.join(JOIN_S)", "        pass", "tests/calibration/test_resuming.py"),
+    Bug("optimizer/_notes.py", "another in {f.init for f in dense(survey.factors)}", "another in {f.init for f in survey.factors}", "tests/optimizer/test_param_groups.py"),
+    Bug("inspection/_pairs.py", 'what = "declares no rank" if rank is None else', 'what = "declares no rank" if not rank else', "tests/inspection"),
+    Bug("integrations/_attach.py", 'if trainer.optimizer_cls_and_kwargs is None or "recipe" in settings:', "if trainer.optimizer_cls_and_kwargs is None:", "tests/environments/integrations/test_trainers.py"),
+    Bug("integrations/_calibrate_trainer.py", "if trainer.global_step > run.steps_taken and run.end_step():", "if run.end_step():", "tests/environments/integrations/test_calibrate_trainer.py"),
+    Bug("_optimizers.py", "or long > 128 * short", "or long >= 128 * short", "tests/test_optimizers_table.py"),
+    Bug("_rate.py", "    def __str__(self) -> str:\n        return self.explain()", "    def __str__(self) -> str:\n        return str(self.lr)", "tests/recipe/test_rates.py tests/transfer"),
+    Bug("calibration/_runner.py", 'self.calibration.settings = stored.get("settings", {})', "self.calibration.settings = {}", "tests/calibration/test_resuming.py"),
+    Bug("laws/_corrections.py", "        if optimizer_family(optimizer_class, settings) in SIGN_LIKE:\n            return super().bind(optimizer_class, settings)\n        return self.law.bind(optimizer_class, settings)", "        if optimizer_family(optimizer_class, settings) in SIGN_LIKE:\n            return super().bind(optimizer_class, settings)\n        return self.law", "tests/laws"),
+    Bug("optimizer/_wrapper.py", 'if name == "step" and closure is None:', 'if name == "step":', "tests/optimizer/test_loops.py"),
+    Bug("cli/_calibrate.py", "    signal.signal(number, signal.SIG_IGN)\n", "", "tests/cli/test_calibrate.py"),
+    Bug("testing/_law.py", "    if read != law:", "    if read is None:", "tests/testing"),
+    Bug("inspection/_pairs.py", "for module in (base, pair.owner, pair.owner.get_submodule(inner)):", "for module in (base, pair.owner):", "tests/inspection"),
+    Bug("calibration/_liveness.py", "self._seen.get(trial.number, (self, 0))", "self._seen.get(trial.number, (None, 0))", "tests/calibration/test_resuming.py"),
 )
 # fmt: on
 
@@ -97,8 +128,13 @@ BUGS = (
     "--only", default="", help="Plant the bugs of files whose name has this word."
 )
 @click.option("--workers", default=2, show_default=True)
-def main(only: str, workers: int) -> None:
+@click.option("--places", default=0, help="Print so many functions instead.")
+@click.option("--seed", default=29, show_default=True, help="That draws them.")
+def main(only: str, workers: int, places: int, seed: int) -> None:
     """Plant the bugs, and write which are seen."""
+    if places:
+        print(*random.Random(seed).sample(functions(), places), sep="\n")
+        return
     bugs = [bug for bug in BUGS if only in bug.file]
     rooms = sorted({path for bug in bugs for path in bug.tests.split()})
     init = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
@@ -116,6 +152,17 @@ def main(only: str, workers: int) -> None:
         ]
         title = "Bugs planted in the package, and the tests that must see each"
         record("planted", title, rows, machine(threads=1), notes)
+
+
+def functions() -> list[str]:
+    """The package's functions and methods, each as file:line and name."""
+    lines = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                file = path.relative_to(PACKAGE)
+                lines.append(f"{file}:{node.lineno} {node.name}")
+    return lines
 
 
 def row_of(bug: Bug) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from ..helpers.calibrations import (
 from ..helpers.elsewhere import SILENT_S
 from ..helpers.interrupted import CtrlC
 from ..helpers.killed import TRIALS
+from ..helpers.optimizers import called
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="processes are forked and killed"
@@ -162,6 +163,17 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
         assert again.tensors["lr"].tolist() == recipe.tensors["lr"].tolist()
 
 
+def test_a_finished_calibration_is_read_by_the_settings_of_its_loop(tmp_path):
+    """A start that makes no run reads the law as the runs had it: Adafactor's rates move without scaled steps alone."""
+    loop = made_up(scale_parameter=False)
+    options = {"trials": 4, "storage": tmp_path / "study.journal"}
+    options["optimizer"] = called("Adafactor")
+    first, again = (calibrate(loop, **options) for _ in range(2))
+    assert first.at(rank=8).lr == again.at(rank=8).lr
+    assert first.law == again.law
+    assert isinstance(first.law.law, ra.MuA)
+
+
 # --- signs of life --------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +201,15 @@ def worker():
     yield start
     for each in made:
         each.stop()
+
+
+def test_a_stopped_worker_has_ended(study, monkeypatch):
+    """Its last look has come back, so nothing reads or writes the storage any more."""
+    monkeypatch.setattr(Heartbeat, "look", lambda self: time.sleep(0.5))
+    beating = Heartbeat(study)
+    beating.start()
+    beating.stop()
+    assert not beating.is_alive()
 
 
 def state_of(study, number: int = 0) -> str:

@@ -404,3 +404,14 @@ def test_a_read_only_database_is_said(folder):
     )
     assert done.exit_code == 1
     assert "readonly database" in done.stderr
+
+
+def test_sigterm_is_an_interrupt_once():
+    """A cluster repeats it while the trial is given back: only the first one raises."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _calibrate._interrupt(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -161,6 +161,17 @@ def test_empty_shards_are_read_by_their_modules(style, kind, hidden):
     assert inspect_model(layer, init="A") == whole
 
 
+def test_a_shards_fans_may_be_those_of_its_own_module():
+    """Beside a base that is elsewhere, as kohya's, the factors' modules have the fans of an empty shard."""
+    layer = nn.Module()
+    layer.lora_down, layer.lora_up = nn.Linear(12, 4), nn.Linear(4, 20)
+    layer.lora_dim = 4
+    for part in (layer.lora_down, layer.lora_up):
+        part.weight.data = torch.empty(0)
+    factors = inspect_model(layer, init="A").factors
+    assert {(f.rank, f.fan_in, f.fan_out) for f in factors} == {(4, 12, 20)}
+
+
 def test_no_pair_is_refused():
     """A model without pairs is an error that says how many parameters and which conventions were tried."""
     with pytest.raises(InspectionError) as caught:

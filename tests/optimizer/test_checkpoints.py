@@ -98,7 +98,7 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
 class Preconditioned(torch.optim.Optimizer):
-    """A square matrix beside each parameter, and a scale per row: state of shapes that are no parameter's."""
+    """A square matrix beside each parameter, a scale per row and a stack: state of shapes that are no parameter's."""
 
     def __init__(self, params, lr=1e-3):
         super().__init__(params, {"lr": lr, "max_lr": None})
@@ -110,6 +110,7 @@ class Preconditioned(torch.optim.Optimizer):
             state, grad = self.state[param], param.grad.reshape(len(param), -1)
             state["left"] = state.get("left", 0) + grad @ grad.T
             state["rows"] = grad.square().mean(1, keepdim=True)
+            state["last"] = torch.stack((param, param.grad))
             move = state["left"] @ grad / (state["rows"].sum() + 1)
             param -= 1e-3 * move.reshape(param.shape)
 

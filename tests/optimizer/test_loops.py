@@ -792,6 +792,22 @@ def test_a_replaced_adapter_is_refused_though_a_head_trains_before_it(first, by)
         opt.step(closure)
 
 
+def test_gradients_from_before_a_closure_say_nothing():
+    """A step with a closure looks at the gradients that the closure makes, not at what a phase before it left."""
+    model = Model()
+    opt = RankAwareOptimizer(trained(model.small), "sgd", model=model, lr=LR)
+    for param in trained(model.large):
+        param.grad = torch.ones_like(param)
+
+    def closure():
+        model.zero_grad()
+        backward(model.small)
+
+    before = model.small.lora_B.detach().clone()
+    opt.step(closure)
+    assert not torch.equal(model.small.lora_B, before)
+
+
 def test_a_model_is_walked_once_where_an_adapter_rests():
     """A step that found no other parameter in training asks no further ones."""
     model = Model()

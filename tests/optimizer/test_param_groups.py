@@ -338,6 +338,7 @@ def test_embeddings_are_scaled_along_their_own_law_at_width_one(init):
     found = multipliers(model, tuned_at=AT_16)
     assert found["emb.lora_A"] == pytest.approx(value)
     assert multipliers(model)["emb.lora_A"] == 1.0
+    assert notes_of(model, tuned_at=AT_16) == ()  # of another init as a rule
 
 
 def test_pinned_weights_do_not_count_for_the_width():
