@@ -336,7 +336,8 @@ def warn_of_rates(built: Iterable[float], groups: Iterable[Group]) -> None:
 
 def peak_of(group: Group) -> float:
     """Return the rate from which a group's schedule starts. OneCycleLR starts at a fraction."""
-    return float(group.get("max_lr") or group.get("initial_lr", group["lr"]))
+    peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
+    return float(peak)
 
 
 # --- after the native load ------------------------------------------------------------------------
