@@ -2,7 +2,6 @@ from ._api import options_of as options_of
 from ._api import search as search
 from ._calibration import BY_TRAINING as BY_TRAINING
 from ._constants import FEWEST_STEPS as FEWEST_STEPS
-from ._constants import LONG_WARMUP as LONG_WARMUP
 from ._constants import SEEDS as SEEDS
 from ._constants import TRIALS_PER_RANK as TRIALS_PER_RANK
 from ._liveness import held_back as held_back

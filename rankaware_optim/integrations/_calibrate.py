@@ -202,25 +202,27 @@ def calibrate(  # noqa: PLR0913
         )
     place = _in_place(what, model, score)
     trained = _Trained(native, settings or {}, score, built=place is not None)
-    own: dict[str, Any] = {
+    others: dict[str, Any] = {
         "budget": budget,
         "seeds": seeds,
         "lr_range": lr_range,
         "batch": batch,
     }
-    own |= {"name": name, "warmup": warmup, "seed": seed, "full_trials": full_trials}
+    others |= {"name": name, "warmup": warmup, "seed": seed, "full_trials": full_trials}
     how: dict[str, Any] = {"sampler": sampler, "pruner": pruner, "storage": storage}
     how["progress"] = progress
     if place is None:
         _refuse_given("A function of the trial", share=share)
         _refuse_missing(ranks=ranks, steps=steps)
         lengths = {"steps": steps, "target_steps": target_steps}
-        options = options_of(native, law, ranks=ranks, trials=trials, **lengths, **own)
+        options = options_of(
+            native, law, ranks=ranks, trials=trials, **lengths, **others
+        )
         train = trained.by(what, what)
         return trained.completed(search(train, options, **how))
     _refuse_given("A built model", ranks=ranks, full_trials=full_trials)
     plan = _Plan(place, steps, share, target_steps, trials, save)
-    return plan.run(trained, law, own, how)
+    return plan.run(trained, law, others, how)
 
 
 # --- what is calibrated ---------------------------------------------------------------------------
@@ -299,15 +301,15 @@ class _Trained:
 
         @wraps(source)
         def train(trial: Trial) -> Any:
-            made = [make(trial)]
-            if is_trainer(made[0]) or is_pair(made[0]):
-                return Pushed(lambda report: self._run(made.pop(), trial, report))
+            returned = [make(trial)]
+            if is_trainer(returned[0]) or is_pair(returned[0]):
+                return Pushed(lambda report: self._run(returned.pop(), trial, report))
             if self.settings or self.score is not None:
                 raise CalibrationError(
                     "settings= or score= was given, but train returned no trainer.",
                     "Give settings to trial.optimizer, and return the score at the end.",
                 )
-            return made[0]
+            return returned[0]
 
         return train
 
@@ -369,7 +371,7 @@ class _Plan:
         self,
         trained: _Trained,
         law: str | Law,
-        own: dict[str, Any],
+        others: dict[str, Any],
         how: dict[str, Any],
     ) -> Recipe:
         """Run the trials and put the model back, or return the recipe that lies beside the run.
@@ -377,7 +379,7 @@ class _Plan:
         Args:
             trained: runs the trials.
             law: the law.
-            own: other arguments of `options_of`.
+            others: other arguments of `options_of`.
             how: other arguments of `search`.
         """
         place, settings, native = self.place, trained.settings, trained.native
@@ -405,11 +407,11 @@ class _Plan:
                 steps=self.steps or self._share_of(whole),
                 target_steps=whole,
                 trials=TRIALS
-                if self.trials is None and not own["budget"]
+                if self.trials is None and not others["budget"]
                 else self.trials,
                 suggested=_suggested(place, native, at, settings),
                 noisy=place.is_by_reward,
-                **own,
+                **others,
             )
 
             def make(trial: Trial) -> Any:
@@ -505,12 +507,12 @@ def _beside(path: Path | None, native: type[Optimizer], at: Reference) -> Recipe
     if path is None or not path.exists():
         return None
     recipe = Recipe.load(path)
-    own = recipe.reference
-    is_same = (own.method, own.rank, own.init) == (at.method, at.rank, at.init)
-    if not is_for(recipe, native) or not is_same or own.scaling != at.scaling:
+    stored = recipe.reference
+    is_same = (stored.method, stored.rank, stored.init) == (at.method, at.rank, at.init)
+    if not is_for(recipe, native) or not is_same or stored.scaling != at.scaling:
         raise CalibrationError(
-            f"{path} is a recipe for {recipe.optimizer} at {own}, and not for {native.__name__} at"
-            f" {at}.",
+            f"{path} is a recipe for {recipe.optimizer} at {stored}, and not for {native.__name__}"
+            f" at {at}.",
             "Remove it, or give save=False or another output folder.",
         )
     return recipe

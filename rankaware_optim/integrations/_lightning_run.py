@@ -214,7 +214,7 @@ def _configure(module: Any, run: TrainerRun) -> None:
     if run.built:
         rate_name(module)
         configure = module.configure_optimizers
-        module.configure_optimizers = lambda: _own(module, configure, run)
+        module.configure_optimizers = lambda: _at_trials_rate(module, configure, run)
 
 
 def configures(module: Any) -> bool:
@@ -274,7 +274,7 @@ def _optimizers_in(configured: Any) -> Iterator[Any]:
             yield from _optimizers_in(each)
 
 
-def _own(module: Any, configure: Callable[[], Any], run: TrainerRun) -> Any:
+def _at_trials_rate(module: Any, configure: Callable[[], Any], run: TrainerRun) -> Any:
     """Return what a module configures at the trial's rate."""
     name = rate_name(module)
     if getattr(module, name, module.hparams.get(name)) is None:
