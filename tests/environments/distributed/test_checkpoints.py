@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -122,7 +123,10 @@ def handed_over(
         again = MADE[loads][0 if by_state else 1](model)
         if by_state:
             state = get_optimizer_state_dict(model, first, options=how)
-            set_optimizer_state_dict(model, again, state, options=how)
+            with warnings.catch_warnings():
+                # the rate that is loaded is another
+                warnings.filterwarnings("ignore", "The checkpoint's base rate")
+                set_optimizer_state_dict(model, again, state, options=how)
         else:
             again.state.update(first.state)
             for group in again.param_groups:
