@@ -379,9 +379,9 @@ def slopes_over_rank(case: Case) -> list[float]:
         try:
             low, high = (output_moved(case, regime, rank) for rank in (FROM, TO))
             slopes.append(math.log2(high / low) / octaves)
-        except (
-            Exception
-        ):  # such as an SVD that does not converge on a gradient of rank one
+        except TimeoutError:
+            raise
+        except Exception:  # such as an SVD of a gradient of rank one
             slopes.append(math.nan)
     return slopes
 
