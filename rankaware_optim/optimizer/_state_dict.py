@@ -358,9 +358,8 @@ def restore(
             part.settle(peak if part.assigned.lr else user["lr"])
             pinned, saved = part.assigned.lr, own.pop("own_lr", None)
             multiplier = own.pop("multiplier", None)
-            if (
-                pinned and saved and multiplier
-            ):  # its base may have been scheduled since
+            # its base may have been scheduled since, so the ratio is kept
+            if pinned and saved and multiplier:
                 part.multiplier = multiplier * (pinned / saved)
             part.base = own.pop("lr", user["lr"])
             part.group.update(own)
