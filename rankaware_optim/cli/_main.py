@@ -18,12 +18,12 @@ from ._adapters import inspect, suggest
 from ._calibrate import calibrate, fit
 from ._convert import convert
 from ._options import INTERRUPTED, echo, in_options, warnings_as_notes
-from ._recipes import diff, lr, plot, report, show
+from ._recipes import lr, plot, report, show
 
 _SECTIONS = {
     "Move a rate that you have": (convert,),
     "Find a first rate": (suggest, calibrate, fit),
-    "Read an adapter or a recipe": (inspect, lr, show, plot, report, diff),
+    "Read an adapter or a recipe": (inspect, lr, show, plot, report),
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands that read a recipe: `rankaware lr`, `show`, `plot`, `report` and `diff`."""
+"""The commands that read a recipe: `rankaware lr`, `show`, `plot` and `report`."""
 
 from __future__ import annotations
 
@@ -89,19 +89,3 @@ def report(recipe: Path, out: Path) -> None:
     The page has the recipe's figure, its rates, and a control for rank and alpha.
     """
     echo(reports.write_report(recipes.Recipe.load(recipe), out))
-
-
-@click.command()
-@click.argument("first", type=FILE)
-@click.argument("second", type=FILE)
-@click.pass_context
-def diff(ctx: click.Context, first: Path, second: Path) -> None:
-    """Print how recipe SECOND differs from recipe FIRST.
-
-    Rates, law, optimizer, steps, batch and trials are compared. The exit code is 0 only if the
-    recipes are equal.
-    """
-    one, two = recipes.Recipe.load(first), recipes.Recipe.load(second)
-    differences = reports.diff_recipes(one, two)
-    echo(differences)
-    ctx.exit(1 if differences.fields else 0)

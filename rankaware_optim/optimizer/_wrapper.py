@@ -114,7 +114,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             "r=16,alpha=32", a dict such as {"r": 16, "lora_alpha": 32}, an adapter's folder or
             file, or a `LoraConfig`. By default the model's most common configuration.
         law: a law or its name, by default "falling".
-        recipe: a calibrated recipe, its path or its adapter's folder. It replaces `lr`, `tuned_at`
+        recipe: a calibrated recipe or its path. It replaces `lr`, `tuned_at`
             and `law`. A warning is given if the optimizer, its settings, batch or steps differ from
             the recipe's.
         method: "lora", or "full" for full finetuning of a model without adapters.

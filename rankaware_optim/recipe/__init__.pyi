@@ -17,7 +17,6 @@ from ._rates import other_rates_on as other_rates_on
 from ._rates import rate as rate
 from ._rates import warn_of as warn_of
 from ._recipe import Recipe as Recipe
-from ._recipe import differing as differing
 from ._recipe import recipe_of as recipe_of
 from ._recipe_text import facts as facts
 from ._recipe_text import lead as lead

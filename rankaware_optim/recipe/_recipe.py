@@ -114,7 +114,8 @@ class Recipe:
         """Return whether all values and trials are equal. NaN equals NaN."""
         if not isinstance(other, Recipe):
             return NotImplemented
-        return differing(self, other) <= {"missing"}
+        compared = (f.name for f in fields(Recipe) if f.name != "missing")
+        return all(_is_equal(getattr(self, n), getattr(other, n)) for n in compared)
 
     @property
     def lr(self) -> float:
@@ -231,24 +232,6 @@ class Recipe:
         """
         return files.save(self, path)
 
-    def save_beside(self, adapter: str | os.PathLike[str]) -> Path:
-        """Write the recipe into an adapter's folder: files in its subfolder `rankaware/`, a section
-        in its README.
-
-        `recipe=` and `Recipe.load` then accept the adapter's folder. Another call replaces both.
-
-        Args:
-            adapter: the folder of a saved adapter.
-
-        Returns:
-            The path of the TOML file.
-
-        Raises:
-            RecipeError: the folder does not exist; it or its README cannot be written; one of the
-                files is a link to outside the folder; or as for `save`.
-        """
-        return files.save_beside(self, adapter)
-
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or
@@ -258,22 +241,13 @@ class Recipe:
         file. A warning says so if the file there cannot be used, such as that of another save.
 
         Args:
-            path: the TOML file, or the folder of an adapter in which `save_beside` wrote it.
+            path: the TOML file.
 
         Raises:
             RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
                 message names the value's path.
         """
         return files.load(cls, path)
-
-
-def differing(one: Recipe, two: Recipe) -> set[str]:
-    """Return the names of the fields in which two recipes differ."""
-    names = set()
-    for name in (f.name for f in fields(Recipe)):
-        if not _is_equal(getattr(one, name), getattr(two, name)):
-            names.add(name)
-    return names
 
 
 def _is_equal(one: Any, two: Any) -> bool:

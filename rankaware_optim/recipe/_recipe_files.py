@@ -1,15 +1,11 @@
-"""A recipe's two files: a TOML, which gives every rate, and the trials beside it. Both may lie in
-an adapter's folder, where no loader reads them as weights.
-"""
+"""A recipe's two files: a TOML, which gives every rate, and the trials beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,7 +19,6 @@ from .._checks import MOST_RANKS, MOST_TRIALS, RANGES
 from .._files import read_bytes, replace_bytes, replaceable
 from .._warn import warn
 from ..errors import RecipeError
-from ._recipe_text import explain
 from ._schema import RecipeFile, Trials, to_document, values_in
 
 if TYPE_CHECKING:
@@ -36,7 +31,7 @@ _HEADER = """\
 # Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
 # Rates are per step, an octave is a factor 2. rate.lr is the one to use, fit.fitted_lr the optimum.
 """
-_RESTORE = "Restore or remake it."
+_RESTORE = "Check its path, restore it or remake it."
 # What a file, a value or a third-party law may raise.
 _TROUBLE = (ArithmeticError, OSError, RecursionError, TypeError, ValueError)
 
@@ -71,29 +66,12 @@ def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
 
 def load(kind: type[Recipe], path: str | os.PathLike[str]) -> Recipe:
-    """Return the recipe, of its class, in a TOML file, or the one in an adapter's folder, with its
-    trials if they lie beside it.
-    """
-    target = Path(path)
-    if os.path.isdir(target):
-        beside, inside = target / _BESIDE, target / _BESIDE.name
-        is_subfolder = inside.is_file() and not beside.is_file()
-        target = inside if is_subfolder else beside
-    if target.suffix != ".toml" and not os.path.lexists(target):
-        raise RecipeError(
-            f"There is no recipe at {str(target)!r}, and the name of its file ends in .toml.",
-            "Give its path, such as recipes/digits.toml, or the folder of an adapter that has one.",
-        )
-    target = _toml_path(target)
+    """Return the recipe, of its class, in a TOML file, with its trials if they lie beside it."""
+    target = _toml_path(path)
     try:
         file = _decoded(read_bytes(target, _MOST_TEXT))
         recipe = kind(**values_in(file))
         file.check_band(recipe)
-    except FileNotFoundError as error:
-        raise RecipeError(
-            f"There is no recipe at {target}.",
-            "Check the path, or make one by ra.calibrate.",
-        ) from error
     except _TROUBLE as error:
         raise _error(target, "read", error, _RESTORE) from error
     table = file.trials
@@ -130,8 +108,8 @@ def _toml_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".toml":
         raise RecipeError(
-            f"The name of a recipe's file ends in .toml, not as {str(target)!r}.",
-            "Rename it.",
+            f"{str(target)!r} is no recipe, whose file is a .toml.",
+            "Give its path, such as recipes/digits.toml.",
         )
     return target
 
@@ -193,66 +171,3 @@ def _check_trials(trials: Trials) -> None:
         unknown = np.isnan(rates) & (name == "own_lr")
         if not (unknown | ((rates >= low) & (rates <= high))).all():
             raise ValueError(f"a rate of the trials is impossible, in {name!r}")
-
-
-# --- beside an adapter ----------------------------------------------------------------------------
-
-_BESIDE = Path("rankaware", "recipe.toml")
-_BEGIN, _END = "<!-- rankaware-optim: begin -->", "<!-- rankaware-optim: end -->"
-_MOST_README = 10_000_000  # largest README, bytes
-# Untrusted texts are in the block of code.
-_SECTION = f"""\
-{_BEGIN}
-## Learning rate
-
-The calibrated recipe in `rankaware/` gives the learning rate at another rank or alpha, and for \
-full finetuning, with its 90 % band (the package is rankaware-optim):
-
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, recipe=FOLDER_OF_THIS_README)
-    rankaware lr FOLDER_OF_THIS_README --rank 64
-
-{{}}
-{_END}"""
-
-
-def save_beside(recipe: Recipe, adapter: str | os.PathLike[str]) -> Path:
-    """Write the recipe into the adapter's folder."""
-    folder = Path(adapter)
-    if not os.path.isdir(folder):
-        raise RecipeError(
-            f"There is no folder {folder} to save a recipe in.",
-            "Save the adapter there first.",
-        )
-    readme, target = folder / "README.md", folder / _BESIDE
-    root = Path(os.path.realpath(folder))
-    for path in (readme, target, target.with_suffix(".trials.safetensors")):
-        if not Path(os.path.realpath(path)).is_relative_to(root):
-            raise RecipeError(
-                f"{path} is a link to outside {folder}.", "Remove the link."
-            )
-    try:
-        text = (
-            read_bytes(readme, _MOST_README).decode() if os.path.lexists(readme) else ""
-        )
-        save(recipe, target)
-        replace_bytes(readme, _with_section(text, explain(recipe)).encode())
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{readme} cannot be written: {error}.", "Repair it, or remove it."
-        ) from error
-    return target
-
-
-def _with_section(text: str, facts: str) -> str:
-    """Return a README with the section in place of earlier ones, or at the end. A section without
-    its end is text.
-    """
-    section = _SECTION.format(indent(facts, "    ").replace("<!--", "<! --"))
-    before, *after = re.split(
-        f"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", text, flags=re.DOTALL
-    )
-    if after:
-        return before + section + "".join(after)
-    return "\n\n".join(filter(None, (text.rstrip(), section))) + "\n"

@@ -1,4 +1,4 @@
-"""Reports: a recipe as a figure, as a page, and against another one. They only read recipes."""
+"""Reports: a recipe as a figure and as a page. They only read recipes."""
 
 import lazy_loader
 

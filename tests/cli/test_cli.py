@@ -63,7 +63,7 @@ def test_the_module_is_the_command():
     assert done.returncode == 0, done.stderr
     said = done.stdout.decode()
     assert said.startswith("Usage: rankaware ")
-    assert [said.count(f"\n  {name} ") for name in main.commands] == [1] * 10
+    assert [said.count(f"\n  {name} ") for name in main.commands] == [1] * 9
     lines = call("--version").output.splitlines()
     packages = ["rankaware-optim", "torch", "peft", "optuna"]
     assert [line.split()[0] for line in lines] == packages
@@ -240,11 +240,11 @@ BAD = {
     "suggest --rank 8 --alpha 8 --optimizer prodigy": "one rate for all groups",
     f"convert nan --from {AT_8} --to {AT_8}": "lr is nan",
     "convert 1e-3 --from full --to full --law unheard-of": "Known are",
-    "show nowhere.toml": "no recipe at nowhere.toml",
-    "show adapter": "no recipe at adapter/rankaware/recipe.toml",
+    "show nowhere.toml": "nowhere.toml cannot be read",
+    "show adapter": "'adapter' is no recipe",
     "show broken.toml": "cannot be read",
     f"show {'x' * 300}.toml": "cannot be read",
-    "lr nowhere.toml --rank 8": "no recipe at nowhere.toml",
+    "lr nowhere.toml --rank 8": "nowhere.toml cannot be read",
     "lr digits.toml --rank 0": "--rank=0",
     f"{LR_OF} --alpha -1": "--alpha=-1",
     f"{LR_OF} --fan-in 0": "--fan-in=0",
@@ -254,7 +254,7 @@ BAD = {
     "lr digits.toml --full --alpha 8": "--alpha was given for full",
     "lr digits.toml --full --init B": "--init was given for full",
     "lr digits.toml --full --rslora": "--rslora was given for full",
-    "plot nowhere.toml -o out.png": "no recipe at nowhere.toml",
+    "plot nowhere.toml -o out.png": "nowhere.toml cannot be read",
     "fit sweep.csv -o out.toml": "It has rank, lr. Call its column loss.",
 }
 
@@ -315,5 +315,5 @@ def test_no_traceback_reaches_the_shell(tmp_path):
     """In a real process too, an error is one line and exit code 1."""
     done = in_a_process("show", str(tmp_path / "nowhere.toml"))
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.startswith(b"Error: There is no recipe")
+    assert done.stderr.startswith(b"Error: The recipe")
     assert len(done.stderr.strip().splitlines()) == 1

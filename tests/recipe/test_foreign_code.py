@@ -52,7 +52,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "rankaware lr": lambda path: run("lr", path, "--rank", 8),
     "rankaware show": lambda path: run("show", path),
     "rankaware report": lambda path: run("report", path, "-o", path.with_suffix(".html")),
-    "rankaware diff": lambda path: run("diff", path, path),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A recipe of one project in another: by its file, beside an adapter, and through the Hub, as the page on recipes says."""
+"""A recipe of one project in another: by its file, and through the Hub, as the page on recipes says."""
 
 from __future__ import annotations
 
@@ -36,37 +36,25 @@ def by_file(recipe: ra.Recipe, folder: Path) -> object:
     return recipe.save(folder / "a" / "net.toml")
 
 
-def beside_the_adapter(recipe: ra.Recipe, folder: Path) -> object:
-    (folder / "adapter").mkdir()
-    recipe.save_beside(folder / "adapter")
-    return folder / "adapter"
-
-
 def through_the_hub(recipe: ra.Recipe, folder: Path) -> object:
     """The page's own lines, with a folder in place of the Hub."""
-    beside_the_adapter(recipe, folder)
+    recipe.save(folder / "adapter" / "recipe.toml")
     hub = folder / "hub"
 
     def upload_folder(repo_id: str, folder_path: str) -> None:
         shutil.copytree(folder_path, hub / repo_id)
 
-    def snapshot_download(repo_id: str, allow_patterns: str) -> str:
-        there = folder / "cache"
-        (there / "rankaware").mkdir(parents=True)
-        for path in (hub / repo_id).glob(allow_patterns):
-            shutil.copy(path, there / "rankaware")
-        return str(there)
+    def hf_hub_download(repo_id: str, filename: str) -> str:
+        return shutil.copy(hub / repo_id / filename, folder)
 
-    fake = SimpleNamespace(
-        upload_folder=upload_folder, snapshot_download=snapshot_download
-    )
+    fake = SimpleNamespace(upload_folder=upload_folder, hf_hub_download=hf_hub_download)
     names = {"ra": ra, "huggingface_hub": fake}
     (lines,) = HUB
     exec(lines, names)
     return names["recipe"]
 
 
-@pytest.mark.parametrize("by", [by_file, beside_the_adapter, through_the_hub])
+@pytest.mark.parametrize("by", [by_file, through_the_hub])
 def test_a_recipe_goes_to_another_project(
     by: Callable[..., object], calibrated, tmp_path, monkeypatch
 ):
