@@ -23,7 +23,7 @@ from ..errors import CalibrationError
 from ..optimizer import together
 from ._held_out import BATCHES, is_sized
 from ._lightning_run import package_of, quiet
-from ._snapshot import Snapshot, refuse_sharded
+from ._snapshot import Snapshot, cannot_be_put_back, refuse_sharded
 
 _NO_END = (
     "The steps of the run are not known: it has neither max_steps nor data with a length.",
@@ -116,10 +116,9 @@ class BuiltTrainer:
             trainer,
             accelerator,
             *(getattr(accelerator, name, None) for name in shared),
-            trainer.data_collator,
         ]
-        data = [trainer.train_dataset, *_several(trainer.eval_dataset)]
-        return Snapshot(self.models, objects, data)
+        data = [trainer.train_dataset, trainer.data_collator]
+        return Snapshot(self.models, objects, [*data, *_several(trainer.eval_dataset)])
 
     def check_data(self) -> None:
         """Raise a `CalibrationError` if trials would use up the training data."""
@@ -239,10 +238,11 @@ class BuiltPair:
 
     def snapshot(self) -> Snapshot:
         """Return the state to which every trial's is put back."""
+        kind = type(self.trainer.strategy).__name__
+        if kind in _SHARDING:
+            raise cannot_be_put_back(f"{kind} shards it")
         refuse_sharded(self.models)
-        samplers = [getattr(loader, "sampler", None) for loader in self.loaders]
-        data = [getattr(loader, "dataset", None) for loader in self.loaders]
-        return Snapshot(self.models, [*self.loaders, *samplers], data)
+        return Snapshot(self.models, data=self.loaders)
 
     def check_data(self) -> None:
         """Raise a `CalibrationError` if trials would use up the training data."""
@@ -265,12 +265,16 @@ class BuiltPair:
         return int(planned[0])
 
     def _copy(self) -> Any:
-        """Return a copy of the trainer, without its callbacks, loggers and validation."""
+        """Return a copy of the trainer, without its loggers, its validation, and its callbacks but
+        those that accumulate gradients.
+        """
         trainer, module = self.trainer, self.module
         _, package = package_of(module)
+        callbacks = import_module(f"{package}.callbacks")
         shared = (*trainer.callbacks, *trainer.loggers, module)
         copied = copy.deepcopy(trainer, {id(each): each for each in shared})
-        copied.callbacks = []
+        accumulates = callbacks.GradientAccumulationScheduler
+        copied.callbacks = [c for c in trainer.callbacks if isinstance(c, accumulates)]
         loggers = import_module(f"{package}.loggers.logger")
         copied.loggers = [loggers.DummyLogger()] if trainer.loggers else []
         copied.num_sanity_val_steps = 0
@@ -287,6 +291,9 @@ class BuiltPair:
         trainer = self._copy()
         trainer.fit_loop.epoch_loop.max_steps = -1  # the trial's
         return trainer, self.module, *self.data
+
+
+_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 class _Planned(Exception):

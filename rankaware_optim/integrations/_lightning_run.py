@@ -98,6 +98,11 @@ def _reports(base: Any, run: TrainerRun, losses: list[torch.Tensor]) -> Any:
     class Reports(base):
         """Reports to the trial."""
 
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            if run.built:  # nothing is validated, so no plateau is seen
+                configs = trainer.strategy.lr_scheduler_configs
+                configs[:] = [c for c in configs if not c.reduce_on_plateau]
+
         def on_train_batch_end(
             self, trainer: Any, module: Any, outputs: Any, *args: Any
         ) -> None:

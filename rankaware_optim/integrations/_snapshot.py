@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..calibration import Trial, held_back
 from ..errors import CalibrationError
@@ -22,6 +23,7 @@ _DEPTH = 3
 _DATA = 10_000
 # Entries of a buffer of whole numbers above which it is packed weights, which nothing trains
 _PACKED = 65_536
+_DATA_KINDS = (Dataset, Sampler, DataLoader)
 _CONFIGS = ("config", "generation_config")
 PutBack = Callable[[], Any]
 
@@ -36,7 +38,8 @@ class Snapshot:
     Args:
         models: the models.
         objects: what else a trial may change, such as a trainer.
-        data: data sets. Of them it is the attributes only, such as a generator.
+        data: data sets, loaders and collators. Of them and of the data sets and samplers in them
+            it is the attributes only, such as a generator.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Snapshot:
     ) -> None:
         modules = [*dict.fromkeys(m for model in models for m in model.modules())]
         configs = [vars(m).get(name) for m in modules for name in _CONFIGS]
-        data = [*data]
+        data = _with_parts(data)
         seen = {id(rows): _as_it_is(rows) for rows in data}
         owners = [(each, _DEPTH) for each in (*modules, *configs, *objects)]
         owners += [(each, 0) for each in data]
@@ -123,6 +126,23 @@ def _once(groups: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
 def _is_packed(buffer: torch.Tensor) -> bool:
     """Return whether a buffer has a quantized layer's weights."""
     return not buffer.is_floating_point() and buffer.numel() > _PACKED
+
+
+def _with_parts(data: Iterable[Any]) -> list[Any]:
+    """Return data sets and loaders, and what is an attribute of them: data sets, samplers and
+    collators.
+    """
+    queue, known = [*data], {}
+    while queue:
+        each = queue.pop()
+        if id(each) in known or not hasattr(each, "__dict__"):
+            continue
+        known[id(each)] = each
+        for name, value in vars(each).items():
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            queue += [p for p in parts if isinstance(p, _DATA_KINDS)]
+            queue += [value] if name == "collate_fn" else []
+    return [*known.values()]
 
 
 # --- attributes -----------------------------------------------------------------------------------
@@ -254,15 +274,16 @@ def refuse_sharded(models: Iterable[nn.Module]) -> None:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         params = [*module.parameters(recurse=False)]
         if any(hasattr(p, "ds_id") for p in params):
-            raise _cannot("DeepSpeed's ZeRO shards it")
+            raise cannot_be_put_back("DeepSpeed's ZeRO shards it")
         is_sharded = any(hasattr(p, "to_local") for p in params)
         if is_sharded or kinds & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise _cannot("FSDP shards it")
+            raise cannot_be_put_back("FSDP shards it")
         if "AdaLoraLayer" in kinds:
-            raise _cannot("AdaLoRA prunes its ranks while it trains")
+            raise cannot_be_put_back("AdaLoRA prunes its ranks while it trains")
 
 
-def _cannot(why: str) -> CalibrationError:
+def cannot_be_put_back(why: str) -> CalibrationError:
+    """Return the error for a model that a trial would change for good."""
     return CalibrationError(
         f"The model cannot be put back after a trial: {why}.",
         "Give calibrate a function of the trial that builds a model or a trainer for each, or take"

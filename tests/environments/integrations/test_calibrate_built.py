@@ -103,6 +103,11 @@ class Drawn(torch.utils.data.Dataset):
         return self.rows[torch.randint(len(self.rows), (), generator=self.source)]
 
 
+def part_of_drawn():
+    parts = [torch.utils.data.Subset(Drawn(), range(n)) for n in (16, 32)]
+    return torch.utils.data.ConcatDataset(parts)
+
+
 class Normed(torch.nn.Module):
     """A classifier with batch norm, and buffers that move while it trains. It has no adapters."""
 
@@ -203,7 +208,9 @@ TRAPS = {
     "early stopping and the best model": early,
     "a stream": of(data=Stream),
     "a data set's own generator": of(data=Drawn),
+    "a generator deep in the data": of(data=part_of_drawn),
     "batch norm, in full": of(model=Normed),
+    "a compiled model": of(torch_compile=True, torch_compile_backend="aot_eager"),
     "NEFTune": of(neftune_noise_alpha=5.0),
     "a schedule with its own steps": of(
         lr_scheduler_type="warmup_stable_decay",
@@ -338,6 +345,21 @@ def test_a_second_call_runs_nothing(tmp_path, capfd):
     other = trainer(tmp_path, model=lambda: llama(r=2, rank_pattern={}))
     with pytest.raises(CalibrationError, match="not for AdamW at rank 2"):
         ra.calibrate(other, "adamw", progress=False)
+
+
+def test_a_resumed_run_keeps_its_rate(tmp_path):
+    """The script runs again from a checkpoint: the recipe is there, and the run ends as one that was not interrupted."""
+    runs, saves = [], {"save_strategy": "steps", "save_steps": 12}
+    for resumed in (None, str(tmp_path / "checkpoint-12")):
+        made = trainer(tmp_path, **saves)
+        recipe = ra.calibrate(made, "adamw", **TWO)
+        ra.attach(made, recipe=recipe)
+        made.train(resume_from_checkpoint=resumed)
+        runs.append((recipe, weights(made), logs_of(made)[:WHOLE]))
+    whole, again = runs
+    assert whole[0] == again[0]
+    assert same(whole[1], again[1])
+    assert whole[2] == again[2]
 
 
 def test_a_second_length_is_compared(tmp_path):
@@ -510,6 +532,15 @@ class Hyper(Scheduled):
         return ra.RankAwareOptimizer(self, AdamW, lr=self.hparams.learning_rate)
 
 
+class Plateau(Scheduled):
+    """Its rate falls where the validation loss does not."""
+
+    def configure_optimizers(self):
+        opt = AdamW(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0)
+        return [opt], [{"scheduler": schedule, "monitor": "val_loss"}]
+
+
 class Stops(Scheduled):
     """With early stopping of its own."""
 
@@ -537,12 +568,60 @@ def two_loaders():
     return loader(**shuffled), loader(2)
 
 
-def pair(folder, kind=Module, data=two_loaders, **own):
+def short_epochs():
+    """Epochs that end within a trial."""
+    return loader(4, shuffle=True), loader(2)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows with noise of a generator of its own."""
+
+    def __init__(self, rows):
+        self.rows, self.source = rows, torch.Generator().manual_seed(6)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return [self.rows[i][0] + 0.1 * torch.randn(16, generator=self.source)]
+
+
+class Flipped:
+    """A collator that flips batches by a generator of its own."""
+
+    def __init__(self):
+        self.source = random.Random(7)
+
+    def __call__(self, rows):
+        sign = self.source.choice([-1.0, 1.0])
+        return [sign * torch.stack([row[0] for row in rows])]
+
+
+def drawing_loader():
+    """A sampler, a collator, and the data set of a subset draw from generators of their own."""
+    part = torch.utils.data.Subset(Noisy(loader().dataset), range(48))
+    source = torch.Generator().manual_seed(8)
+    sampler = torch.utils.data.WeightedRandomSampler([1.0] * 48, 48, generator=source)
+    own = {"sampler": sampler, "collate_fn": Flipped()}
+    return torch.utils.data.DataLoader(part, batch_size=8, **own), loader(2)
+
+
+def accumulating():
+    scheduler = lightning.pytorch.callbacks.GradientAccumulationScheduler
+    return scheduler({0: 2, 2: 1})
+
+
+def averaging():
+    return lightning.pytorch.callbacks.StochasticWeightAveraging(1e-9)
+
+
+def pair(folder, kind=Module, data=two_loaders, callbacks=list, **own):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     usual = {"accelerator": "cpu", "max_epochs": 3, "log_every_n_steps": 1}
     logger = lightning.pytorch.loggers.CSVLogger(folder)
     made = lightning.Trainer(
-        **{**usual, **quiet, "logger": logger, "default_root_dir": folder, **own}
+        **{**usual, **quiet, "logger": logger, "default_root_dir": folder, **own},
+        callbacks=callbacks(),
     )
     torch.manual_seed(0)
     given = data()
@@ -561,6 +640,10 @@ PAIRS = {
     ),
     "early stopping (#1685)": (Stops, two_loaders, {}),
     "accumulation": (Scheduled, two_loaders, {"accumulate_grad_batches": 2}),
+    "accumulation by a schedule": (Hyper, two_loaders, {"callbacks": accumulating}),
+    "averaged weights": (Hyper, two_loaders, {"callbacks": averaging}),
+    "a rate that waits for a plateau": (Plateau, short_epochs, {}),
+    "a generator deep in the data": (Scheduled, drawing_loader, {}),
     "no validation data": (Scheduled, lambda: loader(shuffle=True), {}),
 }
 
@@ -591,6 +674,15 @@ def test_the_real_fit_is_that_of_a_fresh_pair(tmp_path, kind, data, own):
     assert ours.losses == fresh.losses
     assert ours.stages == fresh.stages == [recipe.steps]
     assert fits[0][0].global_step == fits[1][0].global_step
+
+
+def test_trials_accumulate_as_the_run(tmp_path):
+    """A step of a trial has as many batches as GradientAccumulationScheduler gives it; two more validate."""
+    made = pair(tmp_path, callbacks=accumulating)
+    batches = []
+    made[1].net.register_forward_hook(lambda *_: batches.append(1))
+    ra.calibrate(made, "adamw", save=False, trials=1, **SHORT)
+    assert len(batches) == 2 * TRIAL + 2
 
 
 def test_trials_of_lightning_say_and_leave_nothing(tmp_path, caplog):
@@ -688,6 +780,13 @@ def flagged(name):
     return make
 
 
+def pair_of_fsdp(folder):
+    made = pair(folder)
+    strategy = made[0].strategy
+    strategy.__class__ = type("FSDPStrategy", (type(strategy),), {})
+    return made
+
+
 def adalora(folder):
     torch.manual_seed(0)
     base = llama().unload()
@@ -700,6 +799,8 @@ BAD = [
     (lambda f: attached(pair(f)), {}, "already has an optimizer"),
     (with_iterator, {}, "an iterator that can be read once"),
     (stored_iterator, {}, "an iterator that can be read once"),
+    (of(pair, strategy="ddp_spawn", devices=2), {}, "would start 2 processes"),
+    (pair_of_fsdp, {}, "FSDPStrategy shards it"),
     (flagged("fsdp"), {}, "shards its model by fsdp"),
     (flagged("deepspeed"), {}, "shards its model by deepspeed"),
     (adalora, {}, "AdaLoRA"),
