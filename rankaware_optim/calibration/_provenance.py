@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -102,14 +102,19 @@ def versions_used() -> dict[str, str]:
 
 
 def built_with(
-    opt: Any, native: type[Optimizer], settings: Mapping[str, Any], at: Reference
+    opt: Any,
+    native: type[Optimizer],
+    settings: Mapping[str, Any],
+    at: Reference,
+    at_own_lr: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return what decides a trial besides its rank, seed and rate: the model's width, alpha and
     init, and all settings.
 
     Settings that were not given have their defaults. If groups differ in a setting, its value is a
     list, and the value of the factors' groups is stored too. For a LoRA trial the rates of
-    parameters that are not factors are stored.
+    parameters that are not factors are stored. at_own_lr: numbers of the groups that were given an
+    "lr".
     """
     ours = defaults_of(RankAwareOptimizer.__new__)
     given = {**ours, **defaults_of(native), **settings}
@@ -122,7 +127,7 @@ def built_with(
     apart = {name: value for name, value in factors.items() if value != built[name]}
     if apart:
         built["factors' settings"] = apart
-    others = {} if at.method == "full" else _other_rates(opt)
+    others = {} if at.method == "full" else _other_rates(opt, at_own_lr)
     if others:
         built["other rates"] = others
     return {**built, **shape_of(at)}
@@ -134,7 +139,7 @@ def shape_of(at: Reference) -> dict[str, Any]:
     return {"width": at.fan_in, "lora_alpha": at.alpha, "init": at.init}
 
 
-def _other_rates(opt: Any) -> dict[str, Any]:
+def _other_rates(opt: Any, at_own_lr: Collection[int]) -> dict[str, Any]:
     """Return the rates of parameters that are not factors, by name pattern. Patterns with two rates
     are left out.
     """
@@ -142,9 +147,9 @@ def _other_rates(opt: Any) -> dict[str, Any]:
     for group in opt.rates.groups:
         if group.role != "other":
             continue
-        rate: Any = group.lr
+        is_own = group.is_given or group.user_group in at_own_lr
         # twelve digits remove a ratio's rounding error
-        rate = BASE if rate == opt.defaults["lr"] else float(f"{rate:.12g}")
+        rate = float(f"{group.lr:.12g}") if is_own else BASE
         tables.append({name_pattern(name): rate for name in group.names})
     return agreed(tables)
 

@@ -453,6 +453,11 @@ class Runner:
             lambda: self._propose(trial.rank, survey, at, settings)
         )
         native = self.options.optimizer
+        at_own_lr: set[int] = set()
+        if not isinstance(several, nn.Module):
+            params = [*params]
+            groups = enumerate(params)
+            at_own_lr = {i for i, g in groups if isinstance(g, Mapping) and "lr" in g}
         optimizer = RankAwareOptimizer(
             params,
             native,
@@ -462,7 +467,7 @@ class Runner:
             method=trial.method,
             **settings,
         )
-        built = built_with(optimizer, native, settings, at)
+        built = built_with(optimizer, native, settings, at, at_own_lr)
         self._wait(lambda: self._may_compare(trial.rank))
         self._agree(lambda: self._record(trial.rank, built))
         return optimizer

@@ -203,6 +203,16 @@ def test_a_recipe_knows_what_trained_beside_the_pairs(settings, expected, tmp_pa
     )
 
 
+@pytest.mark.parametrize("how", ["other_lr", "group"])
+def test_a_rate_that_is_a_trials_base_rate_by_chance_is_still_its_own(how):
+    """Given by other_lr= or in a group, it is recorded as a number in every trial, so that the trials compare."""
+    rate = calibrate(beside(), trials=3).tensors["lr"][1].item()
+    given = {"other_lr": {"other_lr": rate}, "group": {"groups": by_kind(lr=rate)}}
+    recipe = calibrate(beside(**given[how]), trials=3)
+    assert rate in recipe.tensors["lr"]
+    assert recipe.other_rates == pytest.approx(dict.fromkeys({**NORMS, **HEAD}, rate))
+
+
 def test_a_calibrated_head_trains_on_as_it_did():
     """At another rank a head that the trials trained has their base rate, and a new one's rate is asked for."""
     recipe = calibrate(beside(), trials=4, ranks=(4, 64))
