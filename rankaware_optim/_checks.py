@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from msgspec import Meta
@@ -107,6 +107,22 @@ def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
 PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
 
 
+def check_choice(
+    value: object,
+    choices: Iterable[object],
+    what: str,
+    error: type[RankAwareError] = InspectionError,
+    cure: str = "Give one of them.",
+) -> None:
+    """Raise an `error` if a text, a bool or None is not one of `choices`. The message begins with
+    `what`.
+    """
+    choices = list(choices)
+    if not isinstance(value, (str, bool, type(None))) or value not in choices:
+        *most, last = map(repr, choices)
+        raise error(f"{what} {', '.join(most)} or {last}, not {shown(value)}.", cure)
+
+
 def check_init(
     init: object,
     what: str = "The init is",
@@ -115,18 +131,13 @@ def check_init(
     known: Sequence[object] = ("A", "B"),
 ) -> None:
     """Raise an `error` if `init` is not one of `known`. The message begins with `what`."""
-    if not (init is None or isinstance(init, str)) or init not in known:
-        others = "".join(f", {other!r}" for other in known[2:])
-        cure = "Give one of them."
-        if init in PUBLISHED_INITS:
-            cure += (
-                f" At {init} take a first rate: suggest_lr(..., init={init!r}), in a shell"
-                f" rankaware suggest --init {init}."
-            )
-        raise error(
-            f"{what} 'A' (B = 0 at the start) or 'B' (A = 0){others}, not {init!r}.",
-            cure,
+    cure = "Give 'A' if B starts at zero, as in PEFT, or 'B' if A does."
+    if init in PUBLISHED_INITS:
+        cure = (
+            f"At {init} take a first rate: suggest_lr(..., init={init!r}), in a shell rankaware"
+            f" suggest --init {init}."
         )
+    check_choice(init, known, what, error, cure)
 
 
 def plain_lr(lr: Any) -> Any:

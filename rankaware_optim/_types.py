@@ -174,7 +174,8 @@ class Survey:
 
     def dominant(self) -> Reference:
         """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
-        `Reference`.
+        `Reference`. Pairs of embeddings, and those that no law covers, count where there are no
+        others.
 
         Raises:
             InspectionError: there is no LoRA pair.
@@ -182,7 +183,9 @@ class Survey:
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
         pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
-        keys = [(f.rank, f.scaling, f.init) for f in dense(pairs) or pairs]
+        covered = [f for f in pairs if f.kind not in LAWLESS]
+        usual = dense(covered) or covered or pairs
+        keys = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
                 "The survey has no LoRA pair, so it has no most common rank.",

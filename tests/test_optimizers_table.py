@@ -14,7 +14,7 @@ from rankaware_optim._optimizers import (
     optimizer_family,
 )
 from rankaware_optim.laws import FORMS
-from rankaware_optim.transfer._suggest import RULES
+from rankaware_optim.transfer._suggest import FACTORS
 
 from .golden.cases import FAMILIES as GOLDEN
 from .golden.cases import class_named
@@ -143,5 +143,5 @@ def test_every_row_speaks_of_what_exists(name):
     row = known_optimizer(name)[1]
     assert row.family in {*FORMS, *KEEP_ONE_RATE}
     assert {switch.family for switch in row.switches} <= {*FORMS, "unknown"}
-    assert not row.relation or row.relation in RULES
+    assert not row.relation or row.relation in FACTORS
     assert row.family == "unknown" or not row.one_rate

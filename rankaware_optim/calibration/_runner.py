@@ -26,9 +26,9 @@ from .._types import Reference, Survey, width_for
 from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..fitting import TAIL, Observation, height, noise_of, recent
-from ..inspection import inspect_model
+from ..inspection import as_one_model, inspect_model
 from ..laws import Power, checked_multiplier
-from ..optimizer import RankAwareOptimizer, together
+from ..optimizer import RankAwareOptimizer
 from ..recipe import Recipe, layers_of, plain_value
 from ._calibration import DOUBTS, Calibration, Settled, calibrated_recipe
 from ._constants import POLL_S, SLOW_POLL_S
@@ -440,8 +440,8 @@ class Runner:
         """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
         reference coordinates.
         """
-        several = together(params)
-        model = together(settings.get("model", several))
+        several = as_one_model(params)
+        model = as_one_model(settings.get("model", several))
         if not isinstance(model, nn.Module):
             raise CalibrationError(
                 "trial.optimizer got no model.",

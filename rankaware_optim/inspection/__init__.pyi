@@ -4,6 +4,8 @@ from ._conventions import conventions as conventions
 from ._conventions import register_convention as register_convention
 from ._initialize import initialize as initialize
 from ._inspect_file import inspect_file as inspect_file
+from ._models import Models as Models
+from ._models import as_one_model as as_one_model
 from ._pairs import Pair as Pair
 from ._pairs import Walk as Walk
 from ._pairs import canonical_name as canonical_name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._checks import is_number
+from .._checks import is_number, shown
 from ..errors import InspectionError
 from ._conventions import LAYOUTS, Convention, Layout, Reading, Shape, conventions
 
@@ -90,11 +90,18 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("module.")
 
 
-def walk(model: nn.Module) -> Walk:
-    """Return the model's modules and parameters by canonical names, or by their own if these are
-    not unique.
+def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
+    """Return the modules and parameters of a model, or of several, by canonical names, or by their
+    own if these are not unique.
     """
-    modules = list(model.named_modules())
+    from ._models import as_one_model
+
+    whole = as_one_model(model)
+    if not hasattr(whole, "named_modules"):
+        raise InspectionError(
+            f"{shown(model)} is not a model.", "Give an nn.Module, or a list of them."
+        )
+    modules = list(whole.named_modules())
     clean = [
         (canonical_name(f"{name}.").removesuffix("."), module)
         for name, module in modules

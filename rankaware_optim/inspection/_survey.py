@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, filterfalse
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,10 @@ INIT_MARK = "_rankaware_init"
 
 
 def inspect_model(
-    model: nn.Module, *, method: Method = "lora", init: Init | None = None
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    method: Method = "lora",
+    init: Init | None = None,
 ) -> Survey:
     """Find what a model trains: its LoRA pairs, or every weight of two or more dimensions in full
     finetuning.
@@ -54,7 +57,7 @@ def inspect_model(
     most 1024 entries per factor, or is "unknown" (meta tensors).
 
     Args:
-        model: the model.
+        model: the model, or several as a list, such as [unet, text_encoder].
         method: "lora", or "full" for full finetuning of a model without adapters.
         init: the init of all pairs, if it cannot be read: "A" (B starts at zero, as in PEFT), "B"
             (A starts at zero), "other" or "unknown".

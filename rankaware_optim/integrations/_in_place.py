@@ -20,7 +20,7 @@ from torch import nn
 
 from ..calibration import Trial
 from ..errors import CalibrationError
-from ..optimizer import together
+from ..inspection import as_one_model
 from ._held_out import BATCHES, is_sized
 from ._lightning_run import package_of, quiet
 from ._snapshot import Snapshot, cannot_be_put_back, refuse_sharded
@@ -46,7 +46,7 @@ class Loop:
     def __init__(self, train: Any, model: Any) -> None:
         self.train = train
         self.source = train
-        self.model = together(model)
+        self.model = as_one_model(model)
         if not isinstance(self.model, nn.Module):
             raise CalibrationError(
                 f"model={type(model).__name__} is no model.",

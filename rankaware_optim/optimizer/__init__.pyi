@@ -7,5 +7,4 @@ from ._rates import Rates as Rates
 from ._report import Report as Report
 from ._source import Tuned as Tuned
 from ._unmoved import rounding_of_normal as rounding_of_normal
-from ._user_groups import together as together
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer

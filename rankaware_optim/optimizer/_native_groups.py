@@ -12,14 +12,14 @@ from torch.optim import AdamW, Optimizer
 from .._checks import check_lr, plain_lr
 from .._rate import Rate
 from .._types import Init, Method
-from ..inspection import ReferenceLike
+from ..inspection import ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
 from ._assign import Explicit
 from ._prepare import prepare
 from ._refuse import Wrapped, refuse_one_rate
 from ._source import read_source
-from ._user_groups import MULTIPLIED, model_of, together
+from ._user_groups import MULTIPLIED, model_of
 
 
 def rank_aware_param_groups(  # noqa: PLR0913
@@ -81,7 +81,7 @@ def rank_aware_param_groups(  # noqa: PLR0913
     >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
     [('A', 0.00222), ('B', 0.00222)]
     """
-    params = together(params)
+    params = as_one_model(params)
     native = AdamW if optimizer_class is None else optimizer_class
     refuse_one_rate(native)
     source = read_source(recipe, law, tuned_at, plain_lr(lr), batch, steps)

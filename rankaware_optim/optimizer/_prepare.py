@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .._optimizers import in_force
 from .._types import Init, Method, Survey
-from ..inspection import Walk, survey_of, walk
+from ..inspection import Models, Walk, survey_of, walk
 from ._assign import Assigner, Explicit, make_assigner
 from ._notes import notes_of
 from ._parts import SplitGroup, split
@@ -25,7 +25,7 @@ from ._refuse import (
     settings_of_built,
 )
 from ._source import Tuned, on_this_model
-from ._user_groups import Models, UserGroup, user_groups
+from ._user_groups import UserGroup, user_groups
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,16 @@ from torch import nn
 
 from .._checks import check_lr, plain_lr
 from ..errors import OptimizerError
-from ..inspection import Walk, refuse_frozen, walk
+from ..inspection import Walk, as_one_model, refuse_frozen, walk
 
 Group = dict[str, Any]
 # What `rank_aware_param_groups` writes into a group beside its multiplied rate.
 MULTIPLIED = "rank_multiplier"
 
 
-class Models(nn.ModuleList):
-    """Several models that one optimizer trains. A name begins with the number of its model."""
-
-
-def together(model: Any) -> Any:
-    """Return several models as one; anything else as it is."""
-    listed = isinstance(model, (list, tuple)) and len(model) > 0
-    if listed and all(isinstance(each, nn.Module) for each in model):
-        return Models(model)
-    return model
-
-
 def model_of(params: Any, model: Any) -> nn.Module:
     """Return the model that holds the adapters: `model`, by default `params`."""
-    holder = params if model is None else together(model)
+    holder = params if model is None else as_one_model(model)
     is_trainer = hasattr(holder, "args") or hasattr(holder, "train")
     if hasattr(holder, "model") and is_trainer and not isinstance(holder, nn.Module):
         raise OptimizerError(

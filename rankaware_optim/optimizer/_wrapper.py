@@ -24,7 +24,7 @@ from .._checks import plain_lr
 from .._rate import Rate
 from .._types import Init, Method
 from ..errors import CheckpointError, OptimizerError
-from ..inspection import ReferenceLike
+from ..inspection import Models, ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
 from ._assign import Explicit
@@ -43,7 +43,7 @@ from ._state_dict import (
     with_parts,
 )
 from ._unmoved import EPSILON_AT, warn_of_unmoved
-from ._user_groups import Models, model_of, together
+from ._user_groups import model_of
 
 
 @dataclass
@@ -158,7 +158,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         steps: int | None = None,
         **settings: Any,
     ) -> RankAwareOptimizer:
-        params, ours = together(params), signature(cls.__new__).parameters
+        params, ours = as_one_model(params), signature(cls.__new__).parameters
         model = model_of(params, model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
         source = read_source(recipe, law, tuned_at, plain_lr(lr), batch, steps)
@@ -397,7 +397,7 @@ def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
 
     def again() -> nn.Module | None:
         models = [reference() for reference in references]
-        return None if None in models else together(models)
+        return None if None in models else as_one_model(models)
 
     return again
 

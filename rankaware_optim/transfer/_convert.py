@@ -24,9 +24,9 @@ from ..recipe import ANY_WIDTH
 
 def convert_lr(
     lr: float | Rate,
-    *,
     from_: ReferenceLike,
     to: ReferenceLike,
+    *,
     law: str | Law = DEFAULT_LAW,
 ) -> Rate:
     """Convert a rate tuned at one configuration to another: the rate at which the optimizer would
@@ -56,7 +56,7 @@ def convert_lr(
         OptimizerError: `lr` is not a positive finite number.
         LawError: the law is unknown or gives no multiplier.
 
-    >>> rate = convert_lr(2e-4, from_="r=16,alpha=32", to="r=64,alpha=64", law="mua-paper")
+    >>> rate = convert_lr(2e-4, "r=16,alpha=32", "r=64,alpha=64", law="mua-paper")
     >>> print(f"{rate.lr:.3g}")
     0.000139
     """

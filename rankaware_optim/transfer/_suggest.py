@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from .._checks import PUBLISHED_INITS, check_choice
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
 from .._rate import Rate
@@ -72,32 +73,24 @@ class Step(NamedTuple):
     outside: bool = False
 
 
-def _middle(low: float, high: float) -> tuple[float, float]:
-    """Return the middle of two factors and half their distance, octaves."""
-    ends = math.log2(low), math.log2(high)
-    return (ends[1] + ends[0]) / 2, (ends[1] - ends[0]) / 2
-
-
-# Octaves from the rate of AdamW and plain LoRA, and their standard deviation. Of an init and DoRA:
-# from the factor in a published 0.6B model (arXiv 2602.04998) to that in a small one of ours
+# Factors of the rate of AdamW and plain LoRA: the lowest and the highest that are known. Of an init
+# and DoRA: from the one in a published 0.6B model (arXiv 2602.04998) to that in a small one of ours
 # (benchmarks/README.md, frozen answers); in a published 1B model PiSSA's lies between
-# (results/large_models.md). LoRA-GA was published only.
-VARIANTS = {
-    "pissa": _middle(1 / 10, 0.88),
-    "olora": _middle(1 / 18, 0.80),
-    "lora_ga": (-math.log2(18), 2.0),
+# (results/large_models.md). LoRA-GA's 1/18 was published only: a factor of 4 around it. Of an
+# optimizer: by its relation in the table of optimizers.
+FACTORS = {
+    "pissa": (1 / 10, 0.88),
+    "olora": (1 / 18, 0.80),
+    "lora_ga": (1 / 72, 4 / 18),
+    "DoRA": (1 / 1.8, 1.5),
+    "as AdamW": (1.0, 1.0),
+    "steps of AdamW's size": (2**-0.5, 2**0.5),
+    # Chen et al. 2023 say 1/10 to 1/3; 1/2 in small tasks of ours
+    "Lion's rule": (1 / 10, 1 / 2),
+    "schedule-free's rule": (1.0, 10.0),  # its authors' README
+    # torch's documentation reuses AdamW's rate, on whole weights
+    "Muon matched to AdamW": (1 / 2, 2.0),
 }
-DORA = _middle(1 / 1.8, 1.5)
-# Of an optimizer, by its relation in the table of optimizers.
-RULES = {
-    "as AdamW": (0.0, 0.0),
-    "steps of AdamW's size": (0.0, 0.5),
-    # 1/10 (Chen et al. 2023 say 1/10 to 1/3) to 1/2, as in small tasks of ours
-    "Lion's rule": (-math.log2(20) / 2, math.log2(10 / 2) / 2),
-    "schedule-free's rule": _middle(1, 10),  # its authors' README
-}
-# torch's documentation reuses AdamW's rate, on whole weights
-_MATCHED_MUON = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,25 +154,11 @@ def suggest_lr(
     """
     if task is None:
         task = "rl" if hasattr(model, "reward_funcs") else "other"
-    if task not in get_args(Task):
-        raise InvalidReferenceError(
-            f"The task is 'chat', 'other' or 'rl', not {task!r}.",
-            "Give one of the three.",
-        )
-    name, rule = _rule(optimizer, settings)
-    known = (
-        model
-        if isinstance(model, (Reference, Survey))
-        else _survey(model, method, init)
-    )
-    at, dora, notes = _configuration(known, method, init, dora)
-    if init is not None:
-        at = replace(at, init="B" if init == "B" else "A")
-    steps = [
-        *_steps(at, task),
-        *_variants(at, init, dora),
-        _by_factor(name, *rule),
-    ]
+    check_choice(task, get_args(Task), "The task is", InvalidReferenceError)
+    name, relation = _relation(optimizer, settings)
+    adapters = _adapters(model, method, init, dora)
+    at = adapters.at
+    steps = [*_steps(at, task), *_variants(adapters), _factor(name, relation)]
     middle = LOG2_RATE + sum(step.octaves for step in steps)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
@@ -193,124 +172,123 @@ def suggest_lr(
         notes=(
             f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
             *(step.why for step in steps if step.why),
-            *notes,
+            *adapters.notes,
             _NARROW,
         ),
     )
 
 
-# --- the optimizer --------------------------------------------------------------------------------
+# --- what is asked --------------------------------------------------------------------------------
 
 
-def _rule(
+def _relation(
     optimizer: type[Optimizer] | str, settings: Mapping[str, Any] | None
-) -> tuple[str, tuple[float, float]]:
-    """Return the optimizer's name and how its rate follows from AdamW's. A subclass follows its
-    base class.
-    """
-    # A name whose relation is known needs no installed package.
-    is_name, row = isinstance(optimizer, str), known_optimizer(optimizer)[1]
-    if is_name and row.one_rate:
-        raise OptimizerError(
-            f"No rate is suggested for {optimizer}, which {row.one_rate}.",
-            "Leave its lr at its own default, or take a rate for adamw.",
-        )
-    kind = optimizer if is_name and row.relation else get_optimizer_class(optimizer)
-    row = known_optimizer(kind)[1]
+) -> tuple[str, str]:
+    """Return the optimizer's name and its row of FACTORS. A subclass follows its base class."""
+    kind, row = optimizer, known_optimizer(optimizer)[1]
+    # a name in the table needs no installed package
+    if not isinstance(kind, str) or not (row.relation or row.one_rate):
+        kind = get_optimizer_class(optimizer)
+        row = known_optimizer(kind)[1]
     name = kind if isinstance(kind, str) else kind.__name__
-    of_muon = in_force(kind, settings).get("adjust_lr_fn")
-    if row.family == "spectral" and of_muon == "match_rms_adamw":
-        return name, _MATCHED_MUON
+    matched = in_force(kind, settings).get("adjust_lr_fn") == "match_rms_adamw"
+    if matched and row.family == "spectral":
+        return name, "Muon matched to AdamW"
     if not row.relation:
+        why = row.one_rate or "no documented rule derives from AdamW"
         raise OptimizerError(
-            f"No published rate is known for {name}, and no documented rule derives it from"
-            " AdamW's.",
+            f"No published rate is known for {name}, which {why}.",
             "Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep). Muon reuses"
             " AdamW's with adjust_lr_fn='match_rms_adamw' in settings.",
         )
-    return "AdamW" if name.lower() == "adamw" else name, RULES[row.relation]
+    return "AdamW" if name.lower() == "adamw" else name, row.relation
 
 
-# --- a model --------------------------------------------------------------------------------------
+class _Adapters(NamedTuple):
+    """The configuration, what differs from plain LoRA, and what is assumed."""
+
+    at: Reference
+    init: str | bool | None
+    dora: bool | None
+    notes: Sequence[str] = ()
 
 
-def _configuration(
-    known: Survey | Reference,
-    method: Method,
-    init: str | bool | None,
-    dora: bool | None,
-) -> tuple[Reference, bool | None, Iterable[str]]:
-    """Return the configuration, whether it is DoRA, and what is assumed."""
-    if isinstance(known, Reference):
-        if method == "full" and known.method == "lora":
-            raise InvalidReferenceError(
-                "The reference is for LoRA, but method is 'full'.",
-                "Give Reference(method='full', fan_in=...).",
-            )
-        return known, dora, ()
-    at = Reference(method="full") if method == "full" else known.dominant()
-    if at.method == "full":
-        return replace(at, fan_in=known.full_width()), dora, ()
-    if dora is None:
-        dora = "DoRA magnitude" in map(other_kind, known.other)
-    # the most common width: published models are known by their hidden size
-    layers = {f.layer: f.fan_in for f in dense(known.factors)}
-    [(width, _)] = Counter(layers.values()).most_common(1) or [(1.0, 0)]
-    return replace(at, fan_in=width), dora, _assumptions(known, init)
-
-
-def _survey(model: object, method: Method, init: str | bool | None) -> Survey:
-    from torch import nn
-
-    if not isinstance(model, nn.Module):
-        model = getattr(model, "model", model)  # of a trainer
-    if not isinstance(model, nn.Module):
+def _adapters(
+    model: Any, method: Method, init: str | bool | None, dora: bool | None
+) -> _Adapters:
+    adapters = _Adapters(model, init, dora)
+    if not isinstance(model, Reference):
+        adapters = _as_read(_survey(model, method, init), method, init, dora)
+    at = adapters.at
+    is_full = "full" in (method, at.method)
+    if is_full and (at.method == "lora" or published_init(init) or dora):
         raise InvalidReferenceError(
-            f"A rate is suggested for a model, a survey or a Reference, not for {model!r}.",
-            "Give one of them, such as Reference(rank=16, alpha=32, fan_in=4096).",
+            "Full finetuning has neither rank, init nor DoRA.",
+            "Give Reference(method='full', fan_in=...) and leave the rest out.",
         )
+    if init is not None:
+        at = replace(at, init="B" if init == "B" else "A")
+    return adapters._replace(at=at)
+
+
+def _survey(model: Any, method: Method, init: str | bool | None) -> Survey:
+    if isinstance(model, Survey):
+        return model
     read_as: Any = init if init in ("A", "B") else None
+    model = getattr(model, "model", model)  # of a trainer
     return inspect_model(model, method=method, init=read_as)
+
+
+def _as_read(
+    survey: Survey, method: Method, init: str | bool | None, dora: bool | None
+) -> _Adapters:
+    """Return the most common configuration of a model."""
+    at = Reference(method="full") if method == "full" else survey.dominant()
+    if at.method == "full":
+        return _Adapters(replace(at, fan_in=survey.full_width()), init, dora)
+    # the most common width: published models are known by their hidden size
+    layers = {f.layer: f.fan_in for f in dense(survey.factors)}
+    [(width, _)] = Counter(layers.values()).most_common(1) or [(1.0, 0)]
+    notes = tuple(_assumptions(survey, init))
+    inits = Counter(f.init for f in survey.factors)
+    if init is None and 2 * inits["other"] > inits.total():
+        init = "other"
+    if dora is None:
+        dora = "DoRA magnitude" in map(other_kind, survey.other)
+    return _Adapters(replace(at, fan_in=width), init, dora, notes)
 
 
 def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
     """Yield what is assumed of adapters.
 
     Raises:
-        LawError: neither factor starts at zero, and no init is given, or some pairs add more than
-            s·B·A.
+        LawError: some pairs add more than s·B·A.
     """
-    lawless = sorted({LAWLESS[f.kind] for f in survey.factors if f.kind in LAWLESS})
+    kinds = {f.kind for f in survey.factors}
+    lawless = [name for kind, name in LAWLESS.items() if kind in kinds]
     if lawless:
         raise LawError(
             f"No law covers {' and '.join(lawless)}, so no rate is known for it.",
             "Calibrate.",
         )
-    kinds = {(f.rank, f.scaling) for f in survey.factors}
-    if len(kinds) > 1:
+    ranks = {(f.rank, f.scaling) for f in survey.factors}
+    if len(ranks) > 1:
         yield (
-            f"The model has {len(kinds)} ranks or scalings: the rate is for the most common of"
+            f"The model has {len(ranks)} ranks or scalings: the rate is for the most common of"
             " them."
         )
-    inits = Counter(f.init for f in survey.factors)
-    if init is None and 2 * inits["other"] > inits.total():
-        raise LawError(
-            "Neither factor of these adapters starts at zero, so their init must be known.",
-            f"Give an init: {', '.join(map(repr, VARIANTS))}, or 'A' if B started at zero; or"
-            " calibrate.",
-        )
-    if init is None and inits["unknown"]:
+    if init is None and any(f.init == "unknown" for f in survey.factors):
         yield "The init could not be read. It is assumed that B started at zero, as in PEFT."
 
 
 def published_init(declared: object) -> str | None:
-    """Return the name in VARIANTS for a value of PEFT's `init_lora_weights`; None if there is none.
+    """Return the row of FACTORS for a value of PEFT's `init_lora_weights`; None if there is none.
 
     >>> published_init("pissa_niter_16"), published_init("corda")
     ('pissa', None)
     """
     name = str(declared).lower().replace("-", "_").partition("_niter_")[0]
-    return name if name in VARIANTS else None
+    return name if name in PUBLISHED_INITS else None
 
 
 # --- the moves ------------------------------------------------------------------------------------
@@ -365,37 +343,32 @@ def _outside(
         )
 
 
-def _variants(
-    at: Reference, init: str | bool | None, dora: bool | None
-) -> Iterator[Step]:
+def _variants(adapters: _Adapters) -> Iterator[Step]:
     """Yield the moves to an init of PEFT and to DoRA.
 
     Raises:
-        InvalidReferenceError: full finetuning has neither.
         LawError: no rate is published for the init.
     """
+    init = adapters.init
     variant = published_init(init)
-    starts_at_zero = init in (None, "A", "B") or declared_init(init, "linear") == "A"
-    if variant is None and not starts_at_zero:
-        raise LawError(
-            f"No published rate is known for the init {init!r}.",
-            f"Known are 'A', 'B', {', '.join(map(repr, VARIANTS))}; or calibrate (ra.calibrate).",
-        )
-    if at.method == "full" and (variant or dora):
-        raise InvalidReferenceError(
-            "Full finetuning has neither an init nor DoRA.", "Leave them out."
-        )
     if variant:
-        yield _by_factor(str(init), *VARIANTS[variant])
-    if dora:
-        yield _by_factor("DoRA", *DORA)
+        yield _factor(str(init), variant)
+    elif init not in (None, "A", "B") and declared_init(init, "linear") != "A":
+        raise LawError(
+            f"No published rate is known for the init {init!r}. Neither factor starts at zero.",
+            f"Give an init: {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero;"
+            " or calibrate (ra.calibrate).",
+        )
+    if adapters.dora:
+        yield _factor("DoRA", "DoRA")
 
 
-def _by_factor(what: str, octaves: float, sd: float) -> Step:
+def _factor(what: str, row: str) -> Step:
     """Return the move by a factor that is known to lie within a range."""
+    low, high = FACTORS[row]
+    octaves, sd = math.log2(low * high) / 2, math.log2(high / low) / 2
     if not sd:
         return Step(0.0, octaves=octaves)
-    low, high = 2.0 ** (octaves - sd), 2.0 ** (octaves + sd)
     why = (
         f"For {what} the rate of AdamW and plain LoRA is multiplied by {low:.2g} to {high:.2g}: the"
         " middle is taken."

@@ -394,6 +394,20 @@ def test_dominant_is_the_most_common_by_pairs():
     embeddings = pairs(("e", 8, 8), ("f", 8, 8), kind="embedding", rank=2)
     assert Survey((*one, *embeddings)).dominant().rank == 4
     assert Survey(tuple(embeddings)).dominant().rank == 2
+    lawless = pairs(("k", 8, 8), ("l", 8, 8), kind="kasa", rank=3)
+    assert Survey((*one, *lawless)).dominant().rank == 4
+    assert Survey(tuple(lawless)).dominant().rank == 3
+
+
+def test_several_models_are_inspected_as_one():
+    """A list gives one survey, in which a name begins with the number of its model; what is no model is refused."""
+    models = [TuneLoRA(nn.Linear(12, 20), rank) for rank in (4, 8)]
+    both = inspect_model(models).factors
+    assert [f.name.partition(".")[0] for f in both] == ["0", "0", "1", "1"]
+    assert [f.rank for f in both] == [4, 4, 8, 8]
+    for wrong in (16, [], [models[0], 16], {"unet": models[0]}):
+        with pytest.raises(InspectionError, match="is not a model"):
+            inspect_model(wrong)
 
 
 def test_an_empty_survey_has_no_dominant_reference():
