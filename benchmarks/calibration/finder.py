@@ -11,7 +11,7 @@ the suggested rate (the default), or over the default range, as for an optimizer
 seeds, from which the model's init and its data are drawn; no sweep has them. The search is the package's, in place in the
 study's own loop, scored by the task's held-out loss. If time is short, the last seeds are left out, for all tasks alike. On
 two tasks a trainer of transformers that is built makes the same search with its own loop, schedule and optimizer, on two
-seeds. Beside it stands Lightning's range test by its own code and defaults, in 100 steps, on two seeds.
+seeds. Beside it stands Lightning's range test by its own code and defaults, in 100 steps, on two seeds, at rank 128 too.
 
 *Places.* A search at rank 16 is scored at rank 16, and by its recipe at rank 128 and in full finetuning. A search in full
 finetuning is scored there. *Regret* is the share of the gain that the rate loses beside the best one of the stored sweep
@@ -114,8 +114,9 @@ def wanted() -> Iterator[Ask]:
             is_first = way == AROUND and seed < FEWER
             for tuned in SCORED:
                 yield from (Ask(task, tuned, way, *plan, seed) for plan in PLANS)
-                if is_first:
-                    yield Ask(task, tuned, RANGE_TEST, 100, 1, seed)
+            if is_first:
+                tested = (TUNED, 128, FULL)
+                yield from (Ask(task, r, RANGE_TEST, 100, 1, seed) for r in tested)
             if is_first and task in BY_TRAINER:
                 yield Ask(task, TUNED, TRAINER, *PLANS[0], seed)
 
