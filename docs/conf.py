@@ -23,13 +23,9 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_gallery.gen_gallery",
-    "sphinx_click",
-    "sphinxcontrib.programoutput",
-    "matplotlib.sphinxext.plot_directive",
     # our own, in _ext
     "docstrings",
     "from_results",
@@ -41,7 +37,6 @@ exclude_patterns = [
     "_build",
     "_ext",
     "_templates",
-    "generated/moves.md",
     "examples/*.ipynb",  # that the gallery makes of its scripts
 ]
 nitpicky = False
@@ -85,15 +80,6 @@ intersphinx_mapping = {
     ),
 }
 
-doctest_global_setup = """
-import torch
-from rankaware_optim import *
-from rankaware_optim.laws import *
-from rankaware_optim.sweeps import *
-from rankaware_optim.testing import *
-from rankaware_optim.transfer import *
-"""
-
 sphinx_gallery_conf = {
     "examples_dirs": str(HERE.parent / "examples"),
     "gallery_dirs": "examples",
@@ -108,9 +94,3 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
 }
-
-plot_html_show_formats = False
-plot_html_show_source_link = False
-plot_formats = [("png", 150)]
-plot_rcparams = {"figure.constrained_layout.use": True, "font.size": 10}
-plot_apply_rcparams = True

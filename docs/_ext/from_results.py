@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,18 @@ RESULT = """\
 :relative-images:
 ```
 """
+SCHEMA = """\
+```{include} ../../recipes/SCHEMA.md
+```
+"""
+# links of a page that lead out of docs/, on GitHub, and where the site has the same
+OUT = re.compile(r"\]\(((?:\.\./)*)\.\./(benchmarks|examples|recipes)/([^)#\s]+)")
+ON_SITE = {
+    "benchmarks/README.md": "benchmarks/index.md",
+    "examples/README.md": "examples/index.rst",
+    "recipes/README.md": "generated/recipes.md",
+    "recipes/SCHEMA.md": "generated/schema.md",
+}
 RECIPE = """\
 ({name})=
 
@@ -57,47 +68,6 @@ TASKS = {  # where the name of the file is not words
     "reinforcement": "Reinforcement learning",
     "vision-language": "Captions of pictures",
 }
-# mean and largest fan-in of an 8B Llama's linear layers
-WIDTH, LARGEST = 6853.0, 14336.0
-A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B"))
-FULL = ra.Reference(method="full", fan_in=LARGEST)
-MOVES = (  # what changes, from, to, how sure
-    (
-        "rank 16 → 128, alpha = rank",
-        A16,
-        replace(A16, rank=128, alpha=128),
-        "theory, measured",
-    ),
-    ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory, measured"),
-    (
-        "rank 16 → 128 with rsLoRA, alpha kept",
-        replace(A16, rslora=True),
-        replace(A16, rank=128, rslora=True),
-        "theory; one seed measured",
-    ),
-    (
-        "rank 16 → 128 at A = 0, alpha = rank",
-        B16,
-        replace(B16, rank=128, alpha=128),
-        "measured, against theory",
-    ),
-    ("alpha × 2 at one rank, two rates", None, None, "exact (Adam, no clipping)"),
-    ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
-    (
-        "width × 4",
-        A16,
-        replace(A16, fan_in=4 * WIDTH),
-        "theory; on published models keeping does as well",
-    ),
-    ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
-    (
-        "LoRA at rank 16, A = 0 → full finetuning",
-        B16,
-        replace(FULL, fan_in=WIDTH),
-        "rule of thumb: calibrate",
-    ),
-    ("batch × 4", replace(A16, batch=16), replace(A16, batch=64), "rule of thumb"),
-)
 
 
 def write(path: Path, text: str) -> None:
@@ -153,17 +123,6 @@ def gallery() -> Iterator[str]:
         yield RECIPE.format(name=stem, title=title, words=recipe.explain())
 
 
-def moves() -> Iterator[str]:
-    """What the default law does to a rate of AdamW's, a row a change."""
-    yield "| you change | the rate moves by | how sure |"
-    yield "|---|---|---|"
-    for what, origin, target, sure in MOVES:
-        moved = "A's × 1, B's × 0.5"
-        if origin is not None:
-            moved = f"× {ra.convert_lr(1.0, from_=origin, to=target).lr:.2g}"
-        yield f"| {what} | {moved} | {sure} |"
-
-
 def executed(path: Path) -> str:
     """A notebook with its outputs, as it runs here; an error in a cell ends the build."""
     notebook = nbformat.read(path, as_version=4)
@@ -178,6 +137,21 @@ def title_of(page: Path) -> str:
     return found[1] if found else page.stem
 
 
+def on_site(app: Any, name: str, source: list[str]) -> None:
+    """Lead a page's links out of docs/ to where the site has the same."""
+    source[0] = OUT.sub(_link, source[0])
+
+
+def _link(link: re.Match[str]) -> str:
+    up, folder, name = link.groups()
+    path = f"{folder}/{name}"
+    if name.endswith(".png"):
+        return link[0]
+    if folder == "examples":
+        path = path.replace(".py", ".rst")
+    return f"]({up}{ON_SITE.get(f'{folder}/{name}', path)}"
+
+
 def make(app: Any) -> None:
     pages = sorted(RESULTS.glob("*.md"), key=title_of)
     for page in pages:
@@ -185,12 +159,13 @@ def make(app: Any) -> None:
     names = "\n".join(page.stem for page in pages)
     contents = f"```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
     write(PAGES / "index.md", f"# All pages on file\n\n{contents}")
-    write(GENERATED / "moves.md", "\n".join(moves()))
     write(GENERATED / "recipes.md", "\n".join(gallery()))
+    write(GENERATED / "schema.md", SCHEMA)
     if app.builder.format == "html":
         write(GENERATED / NOTEBOOK.name, executed(NOTEBOOK))
 
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("builder-inited", make, priority=100)
+    app.connect("source-read", on_site)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

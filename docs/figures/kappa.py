@@ -1,13 +1,14 @@
 """The size of a sum of m sign terms."""
 
 import math
+from pathlib import Path
 
 from matplotlib import pyplot
 
 from rankaware_optim.laws import kappa
 
 M = sorted({round(2 ** (i / 8)) for i in range(97)})
-figure, axis = pyplot.subplots(figsize=(7, 3.4))
+figure, axis = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
 lines = {
     "m (the paper)": ([float(m) for m in M], "#D55E00", "--"),
     "2 tokens, the default": ([kappa(m, 2.0) for m in M], "#0072B2", "-"),
@@ -34,3 +35,4 @@ axis.set(
     ylim=(1, M[-1]),
 )
 axis.spines[["top", "right"]].set_visible(False)
+figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)

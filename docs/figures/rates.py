@@ -1,5 +1,7 @@
 """The best rate over rank by the default law, relative to rank 16 at B = 0."""
 
+from pathlib import Path
+
 from matplotlib import pyplot
 
 from rankaware_optim import Falling, Reference
@@ -19,7 +21,7 @@ def line(alpha, init="A"):
     return [LAW.multiplier(reference.as_factor(), AT) for reference in at_each]
 
 
-figure, axis = pyplot.subplots(figsize=(7, 4))
+figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
 full = LAW.multiplier(Reference(method="full", fan_in=LARGEST).as_factor(), AT)
 lines = {
     "B = 0, alpha = rank": (line(lambda r: r), "#0072B2", "-"),
@@ -52,3 +54,4 @@ axis.set_yticks(
 )
 axis.minorticks_off()
 axis.spines[["top", "right"]].set_visible(False)
+figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)

@@ -1,0 +1,201 @@
+"""Write what pages show: the code, outputs and tables between their markers.
+
+    python docs/shown.py    # rewrites the pages; a test of `core` compares them
+
+A marker says what stands below it, up to `<!-- end -->`:
+
+    <!-- shown: rankaware convert 2e-4 --from r=16,alpha=16 --to r=64,alpha=64 | head -1 -->
+    <!-- shown: examples/peft_loop.py from "import" before "# %%" -->
+    <!-- shown: recipes/SCHEMA.md before "## NAME.toml" -->
+    <!-- shown: table of moves -->
+
+A page is read on GitHub too, where no directive of a site works.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from click.testing import CliRunner
+
+import rankaware_optim as ra
+from rankaware_optim.calibration._constants import TRIALS_PER_RANK
+from rankaware_optim.cli import main as rankaware
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+BLOCK = re.compile(r"(<!-- shown: (.+?) -->\n).*?(<!-- end -->)", re.S)
+PART = re.compile(r'(\S+)(?: from "(.+?)")?(?: before "(.+?)")?')
+CUT = re.compile(r"(.+) \| (head|tail) -(\d+)")
+
+# mean and largest fan-in of an 8B Llama's linear layers
+WIDTH, LARGEST = 6853.0, 14336.0
+A16, B16 = (ra.Reference(16, 16, init=init, fan_in=WIDTH) for init in ("A", "B"))
+FULL = ra.Reference(method="full", fan_in=LARGEST)
+MOVES = (  # what changes, from, to, how sure
+    (
+        "rank 16 → 128, alpha = rank",
+        A16,
+        replace(A16, rank=128, alpha=128),
+        "theory, measured",
+    ),
+    ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory, measured"),
+    (
+        "rank 16 → 128 with rsLoRA, alpha kept",
+        replace(A16, rslora=True),
+        replace(A16, rank=128, rslora=True),
+        "theory; one seed measured",
+    ),
+    (
+        "rank 16 → 128 at A = 0, alpha = rank",
+        B16,
+        replace(B16, rank=128, alpha=128),
+        "measured, against theory",
+    ),
+    ("alpha × 2 at one rank, two rates", None, None, "exact (Adam, no clipping)"),
+    ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
+    (
+        "width × 4",
+        A16,
+        replace(A16, fan_in=4 * WIDTH),
+        "theory; on published models keeping does as well",
+    ),
+    ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
+    (
+        "LoRA at rank 16, A = 0 → full finetuning",
+        B16,
+        replace(FULL, fan_in=WIDTH),
+        "rule of thumb: calibrate",
+    ),
+    ("batch × 4", replace(A16, batch=16), replace(A16, batch=64), "rule of thumb"),
+)
+
+
+def pages() -> list[Path]:
+    """The pages that are written by hand, and hold markers."""
+    made = ("_build/", "generated/", "examples/", "benchmarks/")
+    every = sorted(DOCS.rglob("*.md"))
+    return [p for p in every if not p.relative_to(DOCS).as_posix().startswith(made)]
+
+
+def written(page: str) -> str:
+    """A page's text with every block as it is now."""
+    return BLOCK.sub(lambda block: f"{block[1]}{shown(block[2])}\n{block[3]}", page)
+
+
+def shown(what: str) -> str:
+    """The block that a marker asks for."""
+    if what.startswith("rankaware "):
+        return output_of(what)
+    if what in TABLES:
+        return "\n".join(TABLES[what]())
+    return part_of(what)
+
+
+def output_of(command: str) -> str:
+    """A command in a shell, and what it prints."""
+    cut = CUT.fullmatch(command)
+    lines = printed(cut[1] if cut else command)
+    if cut:
+        count = int(cut[3])
+        lines = lines[:count] if cut[2] == "head" else lines[-count:]
+    return "\n".join(["```text", f"$ {command}", *lines, "```"])
+
+
+def printed(command: str) -> list[str]:
+    """The lines that a command prints in the repository's root."""
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        runner = CliRunner(env={"COLUMNS": "80"})
+        words = shlex.split(command)[1:]
+        ran = runner.invoke(rankaware, words, prog_name="rankaware")
+    finally:
+        os.chdir(here)
+    if ran.exit_code:
+        raise SystemExit(f"{command}\n{ran.output}")
+    return ran.output.rstrip().splitlines()
+
+
+def part_of(what: str) -> str:
+    """A part of a file: code in a block of its language, markdown as it is."""
+    named = PART.fullmatch(what)
+    if named is None:
+        raise SystemExit(f"{what!r} names no command, no table and no part of a file.")
+    name, start, end = named.groups()
+    suffix = name.rpartition(".")[2]
+    text = between((ROOT / name).read_text(encoding="utf-8"), start, end)
+    if suffix == "md":
+        return f"\n{text}\n"
+    language = {"py": "python", "yml": "yaml"}.get(suffix, suffix)
+    return f"```{language}\n{text}\n```"
+
+
+def between(text: str, start: str | None, end: str | None) -> str:
+    """The lines from the first that holds `start`, up to the next that holds `end`, without their indent."""
+    lines = text.splitlines()
+    if start is not None:
+        lines = lines[line_of(lines, start) :]
+    if end is not None:
+        lines = lines[: line_of(lines[1:], end) + 1]
+    return textwrap.dedent("\n".join(lines)).strip("\n")
+
+
+def line_of(lines: list[str], words: str) -> int:
+    for number, line in enumerate(lines):
+        if words in line:
+            return number
+    raise SystemExit(f"No line holds {words!r}.")
+
+
+def moves() -> Iterator[str]:
+    """What the default law does to a rate of AdamW's, a row a change."""
+    yield "| you change | the rate moves by | how sure |"
+    yield "|---|---|---|"
+    for what, origin, target, sure in MOVES:
+        moved = "A's × 1, B's × 0.5"
+        if origin is not None:
+            moved = f"× {ra.convert_lr(1.0, from_=origin, to=target).lr:.2g}"
+        yield f"| {what} | {moved} | {sure} |"
+
+
+def hours() -> Iterator[str]:
+    """GPU hours of a calibration with the default number of runs at two ranks."""
+    runs, steps = 2 * TRIALS_PER_RANK, (100, 250, 500, 1000)
+    yield f"| seconds a step | {' | '.join(f'{each:,} steps' for each in steps)} |"
+    yield "|---" * (len(steps) + 1) + "|"
+    for seconds in (1, 2, 5, 10):
+        cells = [f"{runs * each * seconds / 3600:.2g}" for each in steps]
+        yield f"| {seconds} | {' | '.join(cells)} |"
+
+
+def commands() -> Iterator[str]:
+    """The help of every command."""
+    for name in sorted(rankaware.commands):
+        command = f"rankaware {name}"
+        yield f"\n## {command}\n\n```text"
+        yield from printed(f"{command} --help")
+        yield "```"
+    yield ""
+
+
+TABLES = {
+    "table of moves": moves,
+    "table of GPU hours": hours,
+    "help of every command": commands,
+}
+
+
+if __name__ == "__main__":
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        after = written(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(path.relative_to(ROOT))
