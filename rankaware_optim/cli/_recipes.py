@@ -86,6 +86,6 @@ def plot(recipe: Path, out: Path) -> None:
 def report(recipe: Path, out: Path) -> None:
     """Write a recipe as an HTML page.
 
-    The page has the recipe's figure, its rates, and a control for rank and alpha.
+    The page has the recipe's rates by rank, its figure, its trials and its provenance.
     """
     echo(reports.write_report(recipes.Recipe.load(recipe), out))

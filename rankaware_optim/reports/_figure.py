@@ -1,40 +1,47 @@
-"""The figure of a recipe, drawn by matplotlib: all panels together, or each as SVG for a page.
+"""The figure of a recipe: a panel per rank with its trials, and a panel of rates by rank.
+
 matplotlib (the extra `plots`) is imported when one is drawn.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from io import BytesIO, StringIO
+import math
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .._printing import printable
-from ..errors import PlotError
-from ..recipe import Recipe, missing_trials
-from ._picture import MARKS, SCORE, Picture, PictureArm, picture_of
+from .._rate import Rate
+from ..errors import PlotError, RankAwareError
+from ..recipe import Recipe, configuration, missing_trials, rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Trials = dict[str, np.ndarray[Any, Any]]
+
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK = "#333333"
 _BLUE, _ORANGE, _GREEN = COLOURS[:3]
-_INK = "#333333"
 _FADED = 0.45  # opacity of what was not tried
-_MARKERS = dict(zip(MARKS, "o^xD", strict=True))
 _BAND: dict[str, Any] = {"alpha": 0.12, "linewidth": 0}
 _RATE = {"color": _ORANGE, "linestyle": "--"}
-_CEILING = {"color": _INK, "linestyle": ":"}
-# The page's colours, which depend on its theme, by those that matplotlib writes.
-_OF_PAGE = {
-    _BLUE.lower(): "var(--blue)",
-    _ORANGE.lower(): "var(--orange)",
-    _GREEN.lower(): "var(--green)",
-    _INK: "var(--ink)",
-    "#000000": "var(--soft)",
+_CEILING = {"color": INK, "linestyle": ":"}
+# How a trial ended: its words in the legend, and its marker.
+MARKS = {
+    "finished": ("trial", "o"),
+    "above": ("above the frame", "^"),
+    "diverged": ("diverged", "x"),
+    "pruned": ("pruned, without a score", "D"),
 }
+# The frames, by hand.
+_MOST = 1e100  # of a score that is drawn
+_FAR = 3.0  # times the median above the best: scores farther off are not in the frame
+_LEAST = 1e-3  # of the best score: a frame is as high, so that noise does not look like a bowl
+_OCTAVES = 2  # beyond the ranks tried, in which rates by rank are drawn
 
 
 def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
@@ -68,22 +75,26 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
 
 def recipe_figure(recipe: Recipe) -> Figure:
     """Return the figure that `plot_recipe` writes."""
-    picture = picture_of(recipe)
-    if not picture.arms:
+    trials = trials_of(recipe)
+    if not trials:
         raise PlotError(
             missing_trials(recipe) or f"The recipe {recipe.name!r} has no trials.",
             "Give its trials for a picture; the rates do not need them.",
         )
-    panels = len(picture.arms) + bool(picture.by_rank)
+    by_rank = rates_by_rank(recipe)
+    ranks = sorted({*trials["rank"].tolist()}, key=lambda rank: rank or math.inf)
+    panels = len(ranks) + (len(by_rank) > 1)
     columns = 2 if panels == 4 else min(3, panels)
-    rows = -(-panels // columns)
-    figure, axes = figure_of(columns, rows, 1.0 + 3.6 * columns, 0.9 + 3.2 * rows)
-    for axis, arm in zip(axes, picture.arms, strict=False):
-        draw_trials(axis, picture, arm)
-        axis.set_title(arm.title, fontsize=10)
-    if picture.by_rank:
-        draw_rates(axes[panels - 1], picture)
-        axes[panels - 1].set_title("Rates by rank, with their 90 % band", fontsize=10)
+    figure, axes = _figure(columns, -(-panels // columns))
+    for axis, rank in zip(axes, ranks, strict=False):
+        if axis is not axes[0]:
+            axis.sharex(axes[0])
+        of_rank = trials["rank"] == rank
+        _draw_trials(axis, {name: each[of_rank] for name, each in trials.items()})
+        _draw_rate(axis, known_rate(recipe, rank))
+        axis.set_title(f"Rank {rank}" if rank else "Full finetuning", fontsize=10)
+    if len(by_rank) > 1:
+        _draw_rates(axes[panels - 1], recipe, by_rank)
     for axis in axes[panels:]:
         axis.remove()
     optimizer = recipe.optimizer.rpartition(".")[2]
@@ -98,93 +109,57 @@ def recipe_figure(recipe: Recipe) -> Figure:
     return figure
 
 
-def draw_trials(axis: Any, picture: Picture, arm: PictureArm) -> None:
-    """Draw one rank: its trials, and the recipe's rate with band and ceiling."""
-    for mark, places in arm.marks().items():
-        rates, scores = zip(*places, strict=True)
-        axis.plot(
-            rates,
-            scores,
-            label=MARKS[mark],
-            color=_BLUE,
-            alpha=0.8,
-            linestyle="",
-            marker=_MARKERS[mark],
-            # only those with their own score are filled
-            markerfacecolor=_BLUE if mark == "finished" else "none",
-        )
-    rate = arm.rate
-    if rate is not None:
-        axis.axvspan(rate.low, rate.high, color=_BLUE, **_BAND, label="90 % band")
-        axis.axvline(rate.lr, **_RATE, label="the recipe's rate")
-        if rate.ceiling is not None:
-            axis.axvline(rate.ceiling, **_CEILING, label="ceiling")
-    rate_axis(axis)
-    axis.set(xlim=picture.rates, ylim=arm.scores, ylabel=SCORE)
+# --- what is drawn --------------------------------------------------------------------------------
 
 
-def draw_rates(axis: Any, picture: Picture) -> None:
-    """Draw the rate against rank with its band and ceiling, and that of full finetuning as a
-    horizontal line. What was not tried is faded.
+def trials_of(recipe: Recipe) -> Trials:
+    """Return the trials that had a rate, as arrays: their rank (0 for full finetuning), rate,
+    score, seed, and how they ended (a key of `MARKS`). It is empty if the recipe has none.
     """
-    ranks, rates, _ = zip(*picture.by_rank, strict=True)
-    for rank, rate, tried in picture.by_rank:
-        if tried:
-            axis.vlines(rank, rate.low, rate.high, color=_ORANGE)
-            axis.plot(rank, rate.lr, "s", color=_ORANGE, label="a rank that was tried")
-    axis.fill_between(
-        ranks,
-        [rate.low for rate in rates],
-        [rate.high for rate in rates],
-        color=_BLUE,
-        **_BAND,
-    )
-    lrs = [rate.lr for rate in rates]
-    axis.plot(ranks, lrs, **_RATE, alpha=_FADED, label="a rank that was not tried")
-    if rates[0].ceiling is not None:
-        ceilings = [rate.ceiling for rate in rates]
-        axis.plot(ranks, ceilings, **_CEILING, alpha=_FADED)
-    full = picture.full
-    if full is not None:
-        label, strength = "full finetuning", 1.0
-        if not picture.full_tried:
-            label, strength = "full finetuning, not tried", _FADED
-        axis.axhspan(full.low, full.high, color=_GREEN, **_BAND)
-        line = axis.axhline(full.lr, color=_GREEN, linestyle="-.", alpha=strength)
-        line.set_label(label)
-    axis.set_xlabel("rank")
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    rate_axis(axis, "y")
+    tensors = recipe.tensors
+    if not {"rank", "own_lr", "value"} <= tensors.keys():
+        return {}
+    value = tensors["value"].astype(float)
+    value[np.abs(value) > _MOST] = math.inf
+    none = np.zeros(len(value), int)
+    end = np.where(tensors.get("diverged", ~np.isfinite(value)), "diverged", "finished")
+    columns = {
+        "rank": tensors["rank"],
+        "lr": tensors["own_lr"],
+        "value": value,
+        "seed": tensors.get("seed", none),
+        "end": np.where(tensors.get("pruned", none), "pruned", end),
+    }
+    had_rate = ~np.isnan(tensors["own_lr"])
+    return {name: column[had_rate] for name, column in columns.items()}
 
 
-def panel_svg(name: str, draw: Callable[..., None], *data: object) -> str:
-    """Return what `draw` draws as an SVG element with the page's fonts and colours. name: the
-    panel's, different from the page's others.
+def known_rate(recipe: Recipe, rank: int) -> Rate | None:
+    """Return the rate at a rank, 0 for full finetuning, or None if the recipe needs more for it,
+    such as alpha.
     """
-    figure, [axis] = figure_of(1, 1, 3.7, 2.4)
-    draw(axis, *data)
-    axis.spines[["top", "right"]].set_visible(False)
-    from matplotlib import rc_context
+    try:
+        return rate(recipe, configuration(recipe, rank or "full"))
+    except RankAwareError:
+        return None
 
-    file = StringIO()
-    # the salt gives elements the same names in every run
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    for colour, of_page in _OF_PAGE.items():
-        text = text.replace(colour, of_page)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # all panels have the same
-    return text[text.index("<svg") :]
+
+def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
+    """Return the rates that are known at the ranks tried and at powers of two around them."""
+    if not recipe.ranks:
+        return {}
+    low, high = (round(math.log2(end(recipe.ranks))) for end in (min, max))
+    powers = range(max(0, low - _OCTAVES), high + _OCTAVES + 1)
+    ranks = sorted({*recipe.ranks, *(2**power for power in powers)})
+    rates = {rank: known_rate(recipe, rank) for rank in ranks}
+    return {rank: rate for rank, rate in rates.items() if rate is not None}
 
 
 # --- matplotlib -----------------------------------------------------------------------------------
 
 
-def figure_of(
-    columns: int, rows: int, width: float, height: float
-) -> tuple[Figure, Any]:
-    """Return a figure and its axes, row by row. width, height: inches."""
+def _figure(columns: int, rows: int) -> tuple[Figure, Any]:
+    """Return a figure and its axes, row by row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -201,8 +176,80 @@ def figure_of(
             self.savefig(buffer, format="png")
             return buffer.getvalue()
 
-    figure = Shown(figsize=(width, height), layout="constrained")
+    size = (1.0 + 3.6 * columns, 0.9 + 3.2 * rows)
+    figure = Shown(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def _draw_trials(axis: Any, trials: Trials) -> None:
+    """Draw the trials of one rank. A score that is unknown or far above the best is drawn at the
+    upper edge of the frame, since it would flatten the others.
+    """
+    finite = trials["value"][np.isfinite(trials["value"])]
+    best = finite.min(initial=math.inf) if len(finite) else 0.0
+    above = finite[finite > best] - best
+    height = max(1e-9, _LEAST * abs(best))
+    if len(above):
+        height = max(height, 1.1 * min(above.max(), _FAR * np.median(above)))
+    inside = trials["value"] <= best + height
+    heights = np.where(inside, trials["value"], best + 0.97 * height)
+    ends = np.where((trials["end"] == "finished") & ~inside, "above", trials["end"])
+    for end, (words, marker) in MARKS.items():
+        drawn = ends == end
+        if not drawn.any():
+            continue
+        axis.plot(
+            trials["lr"][drawn],
+            heights[drawn],
+            label=words,
+            color=_BLUE,
+            alpha=0.8,
+            linestyle="",
+            marker=marker,
+            # only those with their own score are filled
+            markerfacecolor=_BLUE if end == "finished" else "none",
+        )
+    # a recipe does not say whether what the loop returned was a loss
+    axis.set(ylim=(best - 0.1 * height, best + height), ylabel="score, lower is better")
+    rate_axis(axis)
+
+
+def _draw_rate(axis: Any, rate: Rate | None) -> None:
+    if rate is None:
+        return
+    axis.axvspan(rate.low, rate.high, color=_BLUE, **_BAND, label="90 % band")
+    axis.axvline(rate.lr, **_RATE, label="the recipe's rate")
+    if rate.ceiling is not None:
+        axis.axvline(rate.ceiling, **_CEILING, label="ceiling")
+
+
+def _draw_rates(axis: Any, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
+    """Draw the rate against rank with its band and ceiling, and that of full finetuning as a
+    horizontal line. What was not tried is faded.
+    """
+    ranks = np.array([*by_rank])
+    rows = [(r.low, r.lr, r.high, r.ceiling or math.nan) for r in by_rank.values()]
+    low, lr, high, ceiling = np.array(rows).T
+    tried = np.isin(ranks, recipe.ranks)
+    axis.fill_between(ranks, low, high, color=_BLUE, **_BAND)
+    axis.vlines(ranks[tried], low[tried], high[tried], color=_ORANGE)
+    squares = {"color": _ORANGE, "marker": "s", "linestyle": ""}
+    axis.plot(ranks[tried], lr[tried], **squares, label="a rank that was tried")
+    axis.plot(ranks, lr, **_RATE, alpha=_FADED, label="a rank that was not tried")
+    axis.plot(ranks, ceiling, **_CEILING, alpha=_FADED)
+    full = known_rate(recipe, 0)
+    if full is not None:
+        label, strength = "full finetuning", 1.0
+        if not recipe.full_seen:
+            label, strength = "full finetuning, not tried", _FADED
+        axis.axhspan(full.low, full.high, color=_GREEN, **_BAND)
+        line = {"color": _GREEN, "linestyle": "-.", "alpha": strength}
+        axis.axhline(full.lr, **line, label=label)
+    axis.set_xlabel("rank")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_title("Rates by rank, with their 90 % band", fontsize=10)
+    rate_axis(axis, "y")
 
 
 def rate_axis(axis: Any, side: str = "x") -> None:

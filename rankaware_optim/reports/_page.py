@@ -1,42 +1,38 @@
-"""A recipe as one self-contained page: its figure, rates by rank, a control for rank, alpha and
-method, provenance.
+"""A recipe as one self-contained page: its figure, rates by rank, trials and provenance.
 
-The page is `page.html`, filled in by jinja2 with every value escaped but the panels, which
-matplotlib writes as SVG from numbers. It loads nothing, so it has the recipe's rates at ranks and
-alphas that are powers of two, between which its control interpolates.
+The page is `page.html`, filled in by jinja2 with every value escaped but the figure, which
+matplotlib writes as SVG. It loads nothing and runs nothing.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from functools import cache
-from importlib import resources
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from .._files import replace_bytes
 from .._printing import printable
-from .._rate import Rate
-from ..errors import PageError, PlotError, RankAwareError
-from ..recipe import (
-    Recipe,
-    configuration,
-    facts,
+from ..errors import PageError, PlotError
+from ..recipe import Recipe, facts, lead
+from ._figure import (
+    COLOURS,
+    INK,
     known_rate,
-    lead,
-    missing_trials,
-    rate,
+    rates_by_rank,
+    recipe_figure,
+    trials_of,
 )
-from ._figure import draw_rates, draw_trials, panel_svg
-from ._picture import picture_of
 
-_RANKS = 13  # the largest rank of the control is 2 ** 13
-_SCALINGS = range(-14, 11)  # of the control, log2 of alpha / rank
+# The page's colours, which depend on its theme, by those that matplotlib writes.
+_OF_PAGE = {
+    **dict(zip(COLOURS, ("--blue", "--orange", "--green"), strict=False)),
+    INK: "--ink",
+    "#000000": "--soft",
+}
 
 
 def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
-    """Write the recipe's page to a file, atomically. Without matplotlib it has no pictures.
+    """Write the recipe's page to a file, atomically. Without matplotlib it has no figure.
 
     Args:
         recipe: the recipe.
@@ -63,80 +59,41 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
 
 def report_html(recipe: Recipe) -> str:
     """Return the recipe's page as text. It is the same for the same recipe and matplotlib."""
-    picture = picture_of(recipe)
-    panels, chart, no_panels = [], "", ""
+    from jinja2 import Environment, PackageLoader
+
+    figure, no_figure = "", ""
     try:
-        for arm in picture.arms:
-            svg = panel_svg(arm.title, draw_trials, picture, arm)
-            panels.append((arm.title, arm.words, svg))
-        if panels and picture.by_rank:
-            chart = panel_svg("rates", draw_rates, picture)
+        figure = _svg(recipe)
     except PlotError as error:
-        no_panels = str(error)
-    text = _template().render(
+        no_figure = str(error)
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("page.html").render(
         recipe=recipe,
         lead=lead(recipe),
-        missing=missing_trials(recipe),
-        picture=picture,
-        panels=panels,
-        no_panels=no_panels,
-        chart=chart,
-        table=rate_table(recipe),
-        provenance=facts(recipe),
+        by_rank=rates_by_rank(recipe),
+        full=known_rate(recipe, 0),
+        figure=figure,
+        no_figure=no_figure,
+        trials=zip(*trials_of(recipe).values(), strict=True),
+        facts=facts(recipe),
     )
     return printable(text)
 
 
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+def _svg(recipe: Recipe) -> str:
+    """Return the recipe's figure as an SVG element with the page's fonts and colours."""
+    figure, file = recipe_figure(recipe), StringIO()
+    from matplotlib import rc_context
 
-    file = resources.files(__package__).joinpath("page.html")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = lambda value: "" if value is None else f"{value:.3g}"
-    return environment.from_string(file.read_text(encoding="utf-8"))
-
-
-# --- the rates to look up -------------------------------------------------------------------------
-
-
-def rate_table(recipe: Recipe) -> dict[str, Any]:
-    """Return the JSON values from which the page's control computes a rate, as log2.
-
-    rates: at each rank. free: whether the rate there needs no alpha. lr: the rate at each rank and
-    scaling. full: the rate of full finetuning, or why there is none.
-    """
-    ranks = {2**power for power in range(_RANKS + 1)} | {*recipe.ranks}
-    nodes = sorted(ranks | {recipe.reference.rank or 1})
-    rates, free, by_scaling = [], [], []
-    for rank in nodes:
-        own = known_rate(recipe, rank)
-        free.append(own is not None)
-        rates.append(_logs(own or known_rate(recipe, rank, alpha=rank)))
-        scaled = [known_rate(recipe, rank, alpha=rank * 2.0**s) for s in _SCALINGS]
-        by_scaling.append([found and math.log2(found.lr) for found in scaled])
-    try:
-        full = _logs(rate(recipe, configuration(recipe, method="full")))
-    except RankAwareError as error:
-        full = {"error": printable(str(error))}
-    return {
-        "ranks": nodes,
-        "rates": rates,
-        "free": free,
-        "scalings": list(_SCALINGS),
-        "lr": by_scaling,
-        "full": full,
-    }
-
-
-def _logs(known: Rate | None) -> dict[str, Any] | None:
-    if known is None:
-        return None
-    notes = [printable(note) for note in known.notes]
-    logs: dict[str, Any] = {"notes": notes, "extrapolated": known.extrapolated}
-    for name in ("lr", "low", "high", "ceiling"):
-        value = getattr(known, name)
-        logs[name] = value and math.log2(value)
-    return logs
+    # the salt gives elements the same names in every run
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recipe"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    for colour, name in _OF_PAGE.items():
+        text = text.replace(colour.lower(), f"var({name})")
+    return text[text.index("<svg") :]

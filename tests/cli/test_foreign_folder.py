@@ -59,7 +59,6 @@ PLAIN = [
     "--version",
     "convert 2e-4 --from r=16,alpha=32 --to r=64",
     "convert 2e-4 --from . --to r=64",
-    "diff digits.toml digits.toml",
     "fit sweep.csv -o fitted.toml --force",
     "inspect .",
     "lr digits.toml --rank 8",

@@ -25,7 +25,6 @@ LIGHT = [
     ["lr", "digits.toml", "--rank", "8"],
     ["lr", "digits.toml", "--full"],
     ["show", "digits.toml"],
-    ["diff", "digits.toml", "digits.toml"],
     ["report", "digits.toml", "-o", "page.html"],
     ["convert", "2e-4", "--from", "r=16,alpha=32", "--to", "r=64"],
     ["convert", "2e-4", "--from", "adapter", "--to", "r=64,alpha=16"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..browser.chromium import launched
+from .chromium import launched
 
 SITE = Path(__file__).parents[3] / "docs" / "_build" / "html"
 
