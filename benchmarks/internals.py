@@ -1,6 +1,10 @@
 """Names of the package that are not public. Only this module imports them: a change of the package is followed here."""
 
-from rankaware_optim._optimizers import get_optimizer_class, optimizer_family
+from rankaware_optim._optimizers import (
+    get_optimizer_class,
+    known_optimizer,
+    optimizer_family,
+)
 from rankaware_optim.calibration._calibration import (
     Calibration,
     Settled,
@@ -51,6 +55,7 @@ __all__ = [
     "Z90",
     "calibrated_recipe",
     "get_optimizer_class",
+    "known_optimizer",
     "mean_losses",
     "next_rate",
     "next_setting",

@@ -9,7 +9,6 @@ from torch import nn
 import rankaware_optim as ra
 from rankaware_optim.laws import MuA
 from rankaware_optim.sweeps import fit_sweep
-from rankaware_optim.testing import coordinate_check
 
 from .helpers.models import mlp
 
@@ -52,9 +51,6 @@ TAKERS = {
     "Recipe.at, full": lambda init: recipe().at(method="full", init=init),
     "suggest_lr": lambda init: ra.suggest_lr(mlp(), init=init),
     "suggest_lr, reference": lambda init: ra.suggest_lr(AT, init=init),
-    "coordinate_check": lambda init: coordinate_check(
-        {"q": (8, 8)}, "adamw", init=init
-    ),
     "fit_sweep": lambda init: fit_sweep(LORA, alpha="rank", init=init),
     "fit_sweep, full": lambda init: fit_sweep(FULL, fan_in=64.0, init=init),
     "MuA.sigma": lambda init: MuA().sigma(init, 4, 1.0, 64.0),

@@ -45,6 +45,7 @@ from typing import Any, ClassVar
 
 import torch
 from internals import FORMS, Site, optimizer_family
+from laws.coordinate_check import CoordinateCheck
 from recording import machine, record
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -52,7 +53,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rankaware_optim as ra
-from rankaware_optim.testing import coordinate_check
 from tests.environments.integrations.by_hand import (
     Case,
     by_class,
@@ -282,21 +282,13 @@ def checked_over_ranks(key: str) -> tuple[str, str]:
 
 def slope_of(kind: type[Optimizer], settings: dict[str, Any], family: str) -> float:
     """The rms slope of the output's change over ranks, at the rates of a family's form."""
-    squares = []
-    for scaling in (1.0, lambda rank: 16 / rank):
-        for init in ("A", "B"):
-            check = coordinate_check(
-                {"layer": (WIDTH, WIDTH)},
-                kind,
-                ranks=RANKS,
-                tokens=TOKENS,
-                law=Form(family),
-                init=init,
-                scaling=scaling,
-                steps=STEPS,
-                settings=settings,
-            )
-            squares.append(check.slopes["layer"] ** 2)
+    settings_of = {"width": WIDTH, "tokens": TOKENS, "steps": STEPS}
+    check = CoordinateCheck(kind, Form(family), settings, **settings_of)
+    squares = [
+        check.slope(RANKS, lambda rank, gamma=gamma: (16 / rank) ** gamma, init) ** 2
+        for gamma in (0, 1)
+        for init in ("A", "B")
+    ]
     return math.sqrt(sum(squares) / len(squares))
 
 

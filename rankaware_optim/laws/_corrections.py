@@ -95,8 +95,7 @@ class Falling(Correction):
     r₀ = `knee`, p = `power`, r is the rank and n the fan-in. The reference is treated in the same
     way. Above r₀ the rate falls as r^-p. At r = n it equals the rate of full finetuning. The form
     is empirical: no theory gives it, and the paper's law does not contain it. The rate of an
-    embedding, whose width is 1, does not fall. `coordinate_check` tests stability only and does not
-    see the fall.
+    embedding, whose width is 1, does not fall.
 
     The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to
     an optimizer of another family, the result is the inner law, bound to that optimizer.

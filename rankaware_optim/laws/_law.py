@@ -203,7 +203,7 @@ def _answer(law: Law, method: str, *question: Any) -> Any:
         wanted = "a positive finite number"
     if not usable:
         raise LawError(
-            f"The law {law!r} returned {shown(answer)} from {method}().",
+            f"The law {law!r} returned {shown(answer)} from {method}{shown(question)}.",
             f"Return {wanted}, or choose another law by law=.",
         )
     return answer

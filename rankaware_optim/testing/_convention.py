@@ -69,7 +69,7 @@ def check_convention(
         run: `run(module, *inputs)` returns the output tensor, by default `module(*inputs)`.
 
     Raises:
-        InspectionError: a check fails. The message names the first one.
+        InspectionError: a check fails. The message says what was read.
     """
     ones, layers, probes = [], [], []
     for value in inputs:
@@ -78,7 +78,9 @@ def check_convention(
     with _registered(convention), torch.random.fork_rng(devices=[]):
         for rank, alpha in _BUILDS:
             module = make(rank, alpha).double()
-            layers.append(_factors(module, rank, convention))
+            factors = inspect_model(module).factors
+            _check_read(factors, rank, convention)
+            layers.append(factors)
             probes += _probe(module, lambda m: (run or nn.Module.__call__)(m, *ones))
     return Conformance(layers[0], max(probes, default=None))
 
@@ -96,29 +98,15 @@ def _registered(row: Convention | None) -> Iterator[None]:
         register_convention(row, remove=True)
 
 
-def _failed(check: str, cause: str, cure: str) -> InspectionError:
-    return InspectionError(f"The check {check!r} fails: {cause}", cure)
-
-
-def _factors(
-    module: nn.Module, rank: int, row: Convention | None
-) -> tuple[Factor, ...]:
-    """Return the factors of a build. Raise if their rank or their convention is wrong."""
-    try:
-        factors = inspect_model(module).factors
-    except InspectionError as error:
-        raise _failed("found", error.cause, error.cure) from error
-    if not factors:
-        cause = "No pair is found, only other adapters."
-        raise _failed("found", cause, "Register a Convention for it.")
-    for f in factors:
-        if row is not None and f.convention != row.name:
-            cause = f"{f.name} is read as {f.convention}, not as {row.name}."
-            raise _failed("found", cause, "Make the rows more specific.")
-        if f.rank != rank:
-            cause = f"{f.name} has rank {f.rank} instead of {rank}."
-            raise _failed("rank", cause, "Give the attribute that holds the rank.")
-    return factors
+def _check_read(factors: Sequence[Factor], rank: int, row: Convention | None) -> None:
+    """Raise if the factors of a build do not have their rank or their convention."""
+    ranks = {f.rank for f in factors}
+    rows = {f.convention for f in factors}
+    if ranks != {rank} or (row is not None and rows != {row.name}):
+        raise InspectionError(
+            f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
+            "Register a Convention that says what holds the rank, and is tried first.",
+        )
 
 
 @torch.no_grad()
@@ -139,9 +127,8 @@ def _probe(module: nn.Module, run: Run) -> list[float]:
         expected = scaling * reading.rank_a * reading.inner * fan_in
         errors.append(abs(moved - expected) / expected)
         if not errors[-1] < _BAR:
-            raise _failed(
-                "ones-probe",
-                f"with ones everywhere {pair.where} moves the output by {moved:g}, and scaling"
+            raise InspectionError(
+                f"With ones everywhere {pair.where} moves the output by {moved:g}, and scaling"
                 f" {scaling:g} × rank {reading.rank_a:g} × inner {reading.inner} × fan-in"
                 f" {fan_in:g} is {expected:g}.",
                 "Check the convention's layout and its attributes for rank and scaling.",
@@ -154,13 +141,7 @@ def _moved_by_ones(module: nn.Module, pair: Pair, run: Run) -> float | None:
     outputs = []
     for value in (1.0, 2.0, 0.0):
         pair.b.tensor.fill_(value)
-        output = run(module)
-        if not isinstance(output, torch.Tensor):
-            raise InspectionError(
-                f"The module returns a {type(output).__name__}, which is not a tensor.",
-                "Give run=, a function of module and inputs that returns one.",
-            )
-        outputs.append(output.clone())
+        outputs.append(run(module).clone())
     once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
     bar = 1e-9 * float(twice.abs().max())
     linear = torch.allclose(twice, 2 * once, rtol=1e-9, atol=bar)

@@ -518,7 +518,7 @@ UNUSABLE = [
 def test_an_unusable_answer_is_refused(method, value):
     """A third-party law that answers with no positive finite number, or no law, is an error that names both."""
     ask, question = ASKED[method]
-    with pytest.raises(LawError, match=rf"Strange.* returned .* from {method}\(\)"):
+    with pytest.raises(LawError, match=rf"Strange.* returned .* from {method}\("):
         ask(Strange(value), *question)
 
 

@@ -21,7 +21,7 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim.laws import LAWS
-from rankaware_optim.testing import LawConformance, check_law
+from rankaware_optim.testing import check_law
 
 PLUGIN = Path(__file__).parents[1] / "example_plugin"
 
@@ -29,15 +29,8 @@ PLUGIN = Path(__file__).parents[1] / "example_plugin"
 @pytest.mark.parametrize("name", LAWS)
 def test_our_laws_are_sound(name):
     """Every registered law keeps every property, at a width of one's own too."""
-    assert check_law(name) == LawConformance(LAWS[name], registered=True)
-    assert check_law(LAWS[name], fan_in=[768.0]).law is LAWS[name]
-
-
-# --- laws that break one property -----------------------------------------------------------------------------------
-
-
-LORA = r"B at rank \d+, alpha \d+, [AB] = 0, tuned at .*fan-in \d+"
-WHOLE = r"tuned at full finetuning, fan-in \d+"
+    check_law(name)
+    check_law(LAWS[name], fan_in=[768.0])
 
 
 def sound(factor, reference):
@@ -78,51 +71,31 @@ class NoBind(Sound):
         return None
 
 
-TWICE = answering(lambda factor, at: 2 * sound(factor, at))
-ONE_WAY = answering(lambda factor, at: min(1.0, sound(factor, at)))
-NO_WHOLE = answering(lambda factor, at: (at.rank / factor.rank) ** 0.5)
-LORA = r"B at rank \d+, alpha \d+, [AB] = 0, tuned at .*fan-in \d+"
-WHOLE = r"tuned at full finetuning, fan-in \d+"
 IMPOSSIBLE = (0, -1.0, float("inf"), float("nan"), None, "1", True)
 BROKEN = [
-    (Impostor(), "toml", "not registered as.*mua"),
-    *((gives(value), "positive", f"{LORA}.*returned") for value in IMPOSSIBLE),
-    (NO_WHOLE, "positive", f"{WHOLE}.*failed in multiplier.*TypeError"),
-    (TWICE, "composes", "it returns 2, but 4 by way of"),
-    (gives(0.5, role="A"), "composes", "it returns 1, but 0.5 by way of rank"),
-    (ONE_WAY, "composes", r"from full.*to full.*it returns 1, but 0.5 by way of rank"),
-    (Sound((1.0, 2.0)), "toml", r"read back as Sound\(value=\[1.0, 2.0\]\)"),
-    (Sound("none"), "toml", r"read back as Sound\(value=None\)"),
-    (Sound(sys), "toml", "it raises TypeError"),
+    (Impostor(), "not registered as"),
+    *(
+        (gives(value), r"returned .* from multiplier\(.*role='B'")
+        for value in IMPOSSIBLE
+    ),
+    (answering(lambda factor, at: at.rank / factor.rank), "failed in multiplier"),
+    (answering(lambda factor, at: 2 * sound(factor, at)), "does not compose"),
+    (gives(0.5, role="A"), "does not compose"),
+    (answering(lambda factor, at: min(1.0, sound(factor, at))), "does not compose"),
+    (Sound((1.0, 2.0)), "read back from TOML"),
+    (Sound("none"), "read back from TOML"),
+    (NoBind(), "returned None from bind"),
 ]
 
 
-@pytest.fixture
-def registered(monkeypatch):
-    """Lets a law be found by its name for one test."""
-    return lambda law: monkeypatch.setitem(LAWS, law.name, law)
-
-
-@pytest.mark.parametrize(("law", "check", "message"), BROKEN)
-def test_broken_laws_are_flagged(law, check, message, registered):
-    """A law that breaks one property is refused by that property's name, with the factor and the reference."""
+@pytest.mark.parametrize(("law", "message"), BROKEN)
+def test_broken_laws_are_flagged(law, message, monkeypatch):
+    """A law that breaks one property is refused for it, and the same law with nothing broken passes."""
+    check_law(Sound())
     if law.name == "tested":
-        registered(law)
-    with pytest.raises(LawError, match=f"The check '{check}' fails for.*({message})"):
+        monkeypatch.setitem(LAWS, "tested", law)
+    with pytest.raises(LawError, match=message):
         check_law(law)
-
-
-def test_a_law_bound_to_nothing_is_flagged():
-    """What `bind` returns must be a law."""
-    with pytest.raises(LawError, match=r"returned None from bind\(\)"):
-        check_law(NoBind())
-
-
-def test_the_law_they_are_made_from_is_sound(registered):
-    """The same law with nothing broken passes, so that each of the above fails for its own reason."""
-    assert check_law(Sound()) == LawConformance(Sound(), registered=False)
-    registered(Sound())
-    assert check_law("tested") == LawConformance(Sound(), registered=True)
 
 
 def test_the_law_of_the_documentation_is_sound():
@@ -130,15 +103,15 @@ def test_the_law_of_the_documentation_is_sound():
     names = {"Law": Law, "Factor": Factor, "Reference": Reference}
     (example,) = doctest.DocTestFinder(recurse=False).find(Law, globs=names)
     doctest.DocTestRunner().run(example, clear_globs=False)
-    assert check_law(example.globs["InverseRank"]()).registered is False
+    check_law(example.globs["InverseRank"]())
 
 
 def test_a_measured_law_is_given_a_tolerance():
     """What a bisection gives to three digits fails by default and passes with a tolerance of a per cent."""
     measured = answering(lambda factor, at: float(f"{sound(factor, at) ** 0.7:.3g}"))
-    with pytest.raises(LawError, match="composes"):
+    with pytest.raises(LawError, match="compose"):
         check_law(measured)
-    assert check_law(measured, tolerance=1e-2).law == measured
+    check_law(measured, tolerance=1e-2)
 
 
 # --- a third-party package ------------------------------------------------------------------------------------------
@@ -183,8 +156,8 @@ def test_the_example_package_passes_its_own_tests(plugin):
 
 
 BREAKS = [
-    ("there / (", "2 * there / (", "The check 'composes' fails"),
-    ('scaling=("gain",)', 'scaling=("width",)', "The check 'ones-probe' fails"),
+    ("there / (", "2 * there / (", "does not compose"),
+    ('scaling=("gain",)', 'scaling=("width",)', "With ones everywhere"),
 ]
 
 
