@@ -61,13 +61,13 @@ def test_docstring_examples_run(name: str) -> None:
 
 
 def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's block for an own loop runs; `integrations` runs those of trainers."""
-    own_loop, *_ = readme_blocks()
+    """The README's blocks for an own loop and for a suggestion run; `integrations` runs those of trainers."""
+    own_loop, _, no_run, _ = readme_blocks()
     monkeypatch.chdir(tmp_path)
     names = {"F": F, "build": build, "batches": batches, "model": build(32)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        exec(compile(own_loop, str(README), "exec"), names)
+        exec(compile(own_loop + no_run, str(README), "exec"), names)
     assert {w.category for w in caught} <= {rankaware_optim.RankAwareWarning}
 
 

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES, README = ROOT / "examples", ROOT / "README.md"
 
 
-def readme_blocks() -> tuple[str, str, str]:
-    """For an own loop, for a trainer, for no rate yet."""
-    own_loop, trainer, no_rate = re.findall(
+def readme_blocks() -> tuple[str, str, str, str]:
+    """For an own loop, for a trainer, for no rate and no run, for no rate and a trainer."""
+    own_loop, trainer, no_run, no_rate = re.findall(
         r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S
     )
-    return own_loop, trainer, no_rate
+    return own_loop, trainer, no_run, no_rate
 
 
 def run(folder: Path, *command: str, **environment: str) -> str:

@@ -297,7 +297,7 @@ def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
 def test_the_readmes_three_lines_train(tmp_path):
     """The README's last block calibrates, attaches and trains, here in trials of a few steps."""
     made = trainer(tmp_path)
-    block = readme_blocks()[2].replace('"adamw")', f'"adamw", steps={TRIAL})')
+    block = readme_blocks()[3].replace('"adamw")', f'"adamw", steps={TRIAL})')
     exec(block, names := {"ra": ra, "trainer": made})
     assert made.state.global_step == WHOLE
     assert made.args.learning_rate == names["recipe"].lr
