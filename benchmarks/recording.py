@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import io
 import json
 import math
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fingerprints import rests_on
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -36,6 +37,23 @@ def machine(threads: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
     }
+
+
+def rests_on() -> str:
+    """What the running script's page rests on, in words."""
+    named = getattr(sys.modules["__main__"], "RESTS_ON", None)
+    if named is None:
+        return "unknown"
+    return " ".join(map(mark, named)) or "its machine and versions"
+
+
+def mark(table: str) -> str:
+    """A golden table as a page carries it: its name and its digest."""
+    return f"{table}@{digest((GOLDEN / f'{table}.toml').read_bytes())}"
+
+
+def digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:8]
 
 
 def commit() -> str:

@@ -2,7 +2,7 @@
 Calibrate all ranks through transformers' Trainer
 =================================================
 
-Sixteen short runs at two ranks, each of a trainer that a function builds, give a rate for every rank.
+Short runs at two ranks, each of a trainer that a function builds, give a rate for every rank.
 """
 
 import peft

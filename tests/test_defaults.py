@@ -1,13 +1,15 @@
-"""Sentences of README and the site that name a default: their numbers are the code's.
+"""Numbers in README and on the site: defaults are the code's, and figures are those of the page that they are from.
 
     tox run -e core -- tests/test_defaults.py --write-golden
 
-writes the numbers into them again.
+writes the numbers into the sentences again.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,22 +18,242 @@ from rankaware_optim.calibration import TRIALS_PER_RANK
 from rankaware_optim.recipe._constants import MOST_MARGIN
 from rankaware_optim.transfer._suggest import MARGIN
 
-NUMBER = r"\d+(?:\.\d+)?"
+NUMBER = r"\d*\.?\d+"
 ROOT = Path(__file__).parents[1]
-DEFAULTS = {
-    "runs_per_rank": f"{TRIALS_PER_RANK}",
-    "runs": f"{2 * TRIALS_PER_RANK}",
-    "recipe_margin": f"{2**-MOST_MARGIN:.2f}",
-    "suggestion_margin": f"{2**-MARGIN:.2f}",
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+# --- where a number stands --------------------------------------------------------------
+
+
+@cache
+def result(page: str) -> str:
+    return (RESULTS / f"{page}.md").read_text(encoding="utf-8")
+
+
+def said(page: str, sentence: str, at: int = 0) -> str:
+    """The number in the place of <> in a sentence of a page of results."""
+    found = re.findall(re.escape(sentence).replace("<>", f"({NUMBER})"), result(page))
+    return found[at]
+
+
+def cell(page: str, section: str, row: str, column: str, at: int = 0) -> str:
+    """A number of a table's cell: the mean, if it has mean and percentile."""
+    return re.findall(NUMBER, text_of_cell(page, section, row, column))[at]
+
+
+def text_of_cell(page: str, section: str, row: str, column: str) -> str:
+    """A cell of the first table below a heading that has the column and the row."""
+    below = result(page).partition(f"# {section}")[2]
+    heads: list[str] = []
+    for line in below.splitlines():
+        cells = [each.strip() for each in line.strip("|").split("|")]
+        if column in cells:
+            heads = cells
+        if heads and f"| {row} |" in line:
+            return cells[heads.index(column)]
+    raise AssertionError(f"{page}, {section}: no cell at {row}, {column}.")
+
+
+NINE, FIVE = "Nine tasks at their own steps", "Five tasks at 400 steps"
+REAL = "The cells of the real runs at own steps"
+RANKS, FULL = "another rank, alpha = rank", "full finetuning, alpha = rank"
+KEPT, AT_B = "another rank, alpha kept", "another rank, A = 0"
+MODELS = "35 language models"
+frontier = partial(cell, "frontier")
+
+
+def falls_on_small_tasks() -> list[float]:
+    """How far best rates fall from rank 4 to 256, on the tasks that have both."""
+    row = rf"falls as r\^-1/2 \| \w+ \| .*rank 4's is ({NUMBER}) times rank 256's"
+    return sorted(map(float, re.findall(row, result("study"))))
+
+
+def too_low_to_full() -> list[float]:
+    shown = re.findall(r"from rank 16 by a factor of (.+?) \(", result("large_models"))
+    return sorted(map(float, re.findall(NUMBER, shown[0])))
+
+
+def lost_on_7b() -> list[float]:
+    row = re.findall(r"^\| \*\*`suggest_lr`\*\*.*$", result("large_models"), re.M)[0]
+    return sorted(map(float, re.findall(rf"\| ({NUMBER})", row)))
+
+
+def suggestion_lost() -> list[float]:
+    columns = (RANKS, KEPT, AT_B, FULL)
+    return sorted(float(frontier(NINE, "**`suggest_lr`**", each)) for each in columns)
+
+
+def hours(seconds: int, steps: int) -> str:
+    """GPU hours of a calibration at two ranks."""
+    return f"{2 * TRIALS_PER_RANK * steps * seconds / 3600:.2g}"
+
+
+Figure = Callable[[], str | float]
+FIGURES: dict[str, Figure] = {
+    "runs": lambda: f"{2 * TRIALS_PER_RANK}",
+    "runs_per_rank": lambda: f"{TRIALS_PER_RANK}",
+    "recipe_margin": lambda: 2**-MOST_MARGIN,
+    "suggestion_margin": lambda: 2**-MARGIN,
+    **{
+        f"hours_{seconds}_{steps}": partial(hours, seconds, steps)
+        for seconds in (1, 2, 5, 10)
+        for steps in (100, 250, 500, 1000)
+    },
+    "fall_7b": partial(
+        said, "large_models", "fall by a factor of <> from rank 16 to 256"
+    ),
+    "fall_1b": partial(
+        cell, "large_models", "What multiplies", "rank 4 → 256, alpha = rank", "theirs"
+    ),
+    "fall_1b_law": partial(
+        cell, "large_models", "What multiplies", "rank 4 → 256, alpha = rank", "ours"
+    ),
+    "fall_small_least": lambda: falls_on_small_tasks()[0],
+    "fall_small_most": lambda: falls_on_small_tasks()[-1],
+    "models_kept": partial(
+        cell, "large_models", MODELS, "kept (as by the paper's law)", "lost, mean, %"
+    ),
+    "models_law": partial(
+        cell, "large_models", MODELS, "the default law", "lost, mean, %"
+    ),
+    "too_low_least": lambda: too_low_to_full()[0],
+    "too_low_most": lambda: too_low_to_full()[-1],
+    "suggest_7b_least": lambda: lost_on_7b()[0],
+    "suggest_7b_most": lambda: lost_on_7b()[-1],
+    "law": partial(frontier, NINE, "**the default law**", RANKS),
+    "law_full": partial(frontier, NINE, "**the default law**", FULL),
+    "kept": partial(frontier, NINE, "keeping it", RANKS),
+    "tenth_full": partial(frontier, NINE, "a tenth in full finetuning", FULL),
+    "suggest": partial(frontier, NINE, "**`suggest_lr`**", RANKS),
+    "suggest_least": lambda: suggestion_lost()[0],
+    "suggest_most": lambda: suggestion_lost()[-1],
+    "calibration": lambda: frontier(
+        NINE, f"**a calibration: {2 * TRIALS_PER_RANK} trials at two ranks**", RANKS
+    ),
+    "suggest_real": partial(frontier, REAL, "**`suggest_lr`**", RANKS),
+    "suggest_real_full": partial(frontier, REAL, "**`suggest_lr`**", FULL),
+    **{
+        f"{name}{suffix}": partial(frontier, section, way, column)
+        for name, way in (
+            ("free", "schedule-free AdamW"),
+            ("safe", "Prodigy with safeguard"),
+            ("adaptation", "D-Adaptation"),
+        )
+        for suffix, section, column in (
+            ("", REAL, RANKS),
+            ("_400", FIVE, RANKS),
+            ("_full", REAL, FULL),
+            ("_full_400", FIVE, FULL),
+        )
+    },
+    "prodigy": partial(
+        frontier, "Prodigy by the", "Prodigy, d_coef 1", "another rank: own steps"
+    ),
+    "prodigy_400": partial(
+        frontier, "Prodigy by the", "Prodigy, d_coef 1", "another rank: 400"
+    ),
+    "prodigy_half": partial(frontier, REAL, "Prodigy", RANKS),
+    "prodigy_half_400": partial(frontier, FIVE, "Prodigy", RANKS),
+    "prodigy_full": partial(frontier, REAL, "Prodigy", FULL),
+    "prodigy_full_400": partial(frontier, FIVE, "Prodigy", FULL),
+    "range_test": partial(frontier, FIVE, "LR range test at the rank trained", RANKS),
+    "range_test_full": partial(
+        frontier, FIVE, "LR range test at the rank trained", FULL
+    ),
+    **{
+        f"{name}_rest": partial(
+            frontier,
+            "From rank 16's rate to full",
+            f"{way}, alpha = rank",
+            "without reinforcement",
+        )
+        for name, way in (
+            ("law", "the default law"),
+            ("tenth", "a tenth in full finetuning"),
+        )
+    },
+    "study_full": partial(
+        cell, "study", "What a moved", "the default law", "to full finetuning"
+    ),
+    "study_full_b": partial(
+        cell, "study", "What a moved", "the default law", "to full finetuning, Init[B]"
+    ),
+    "study_full_recipe": partial(
+        cell, "study", "What a moved", "a calibrated recipe", "to full finetuning"
+    ),
+    "between_models": partial(
+        said, "suggestion", "spread by <> octaves between models"
+    ),
+    "within_model": partial(said, "suggestion", "and by <> within a model"),
 }
-SENTENCES = [
-    ("README.md", "<runs> short runs at two ranks give a recipe"),
-    ("docs/calibrate.md", "<runs> short runs at two ranks give a rate"),
-    ("docs/calibrate.md", "<runs_per_rank> runs per rank, so <runs> at two ranks"),
-    ("docs/which-rate.md", "| <runs> short runs by default |"),
-    ("docs/bands.md", "It is × <recipe_margin> at most"),
-    ("docs/bands.md", "In a *suggestion* it is × <suggestion_margin>"),
-]
+
+
+# --- the sentences ----------------------------------------------------------------------
+
+README = (
+    "<runs> short runs at two ranks give a recipe",
+    "from rank 16 to 256 by a factor of <fall_7b> on this 7B, from 4 to 256 by <fall_1b> "
+    "on a 1B and by <fall_small_least> to <fall_small_most> on [three small tasks]",
+    "one for all ranks loses <models_kept> %, the law <models_law>.",
+    "on three large models <too_low_least> to <too_low_most> times too low",
+    "rank 16's best rate loses <law> % of what training gains if moved by the law, <kept> "
+    "if kept. `suggest_lr` loses <suggest>, <runs> short trials <calibration>.",
+)
+PAGES = {
+    "README.md": README,
+    "SKILL.md": ("all ranks: <runs> short runs",),
+    "docs/index.md": (
+        "the best one fell by <fall_1b> [on Gemma-3-1B](without-regret.md), and by "
+        "<fall_small_least> to <fall_small_most> on",
+    ),
+    "docs/calibrate.md": (
+        "For every rank and full finetuning, [<runs> at two ranks](#all-ranks) do",
+        "<runs> short runs at two ranks give a rate",
+        "<runs_per_rank> runs per rank, so <runs> at two ranks",
+        "<runs> runs on one GPU take at most these hours",
+        *(
+            f"| {seconds} | <hours_{seconds}_100> | <hours_{seconds}_250> | "
+            f"<hours_{seconds}_500> | <hours_{seconds}_1000> |"
+            for seconds in (1, 2, 5, 10)
+        ),
+    ),
+    "docs/which-rate.md": (
+        "best rates spread by <between_models> octaves, within one over its ranks by "
+        "<within_model>,",
+        "| <runs> short runs by default |",
+        "lost <suggest_7b_least> to <suggest_7b_most> % of the loss at ranks 8 to 256",
+        "the suggestion [lost](benchmarks/results/frontier.md) <suggest_least> to "
+        "<suggest_most> % of LoRA's gain",
+    ),
+    "docs/bands.md": (
+        "It is × <recipe_margin> at most",
+        "In a *suggestion* it is × <suggestion_margin>",
+    ),
+    "docs/faq.md": (
+        "[lost](benchmarks/results/frontier.md) <tenth_full> % in full finetuning at "
+        "alpha = rank, the law <law_full>: without reinforcement learning <tenth_rest> "
+        "and <law_rest>.",
+        "`suggest_lr`'s rate loses <suggest_real> and <suggest_real_full> % there",
+        "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
+        "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
+        "<prodigy_full> %; <prodigy_full_400> |",
+        "its safeguard | <safe> %; <safe_400> | <safe_full> %; <safe_full_400> |",
+        "most runs diverged | <adaptation_full> %; <adaptation_full_400> |",
+        "at its suggested rate | <free> %; <free_400> | <free_full> %; <free_full_400> |",
+        "[lost](benchmarks/results/frontier.md) <range_test> % with LoRA and "
+        "<range_test_full> % in full finetuning",
+    ),
+    "docs/full-finetuning.md": (
+        "it lost <study_full> % from B = 0 and <study_full_b> % from A = 0, and a "
+        "calibrated recipe <study_full_recipe> % from B = 0",
+    ),
+    "docs/without-regret.md": (
+        "[fell by a factor of <fall_1b>](benchmarks/results/large_models.md) from rank 4 "
+        "to 256, by the law <fall_1b_law>:",
+    ),
+}
+SENTENCES = [(page, each) for page, sentences in PAGES.items() for each in sentences]
 
 
 def pattern_of(sentence: str) -> str:
@@ -41,22 +263,50 @@ def pattern_of(sentence: str) -> str:
     return NUMBER.join(texts)
 
 
-def with_defaults(shown: str, sentence: str) -> str:
-    """The sentence as the page breaks it, with the code's numbers."""
-    names = iter(re.findall(r"<(\w+)>", sentence))
-    return re.sub(NUMBER, lambda _: DEFAULTS[next(names)], shown)
+def with_figures(shown: str, sentence: str) -> str:
+    """The sentence as the page breaks it, with the numbers that it should have."""
+    names = re.findall(r"<(\w+)>", sentence)
+    fixed = [re.findall(NUMBER, part) for part in re.split(r"<\w+>", sentence)]
+    wanted: list[str | float | None] = [None] * len(fixed[0])
+    for name, after in zip(names, fixed[1:], strict=True):
+        wanted += [FIGURES[name](), *[None] * len(after)]
+    numbers: Iterator[str | float | None] = iter(wanted)
+    return re.sub(NUMBER, lambda found: written(found[0], next(numbers)), shown)
+
+
+def written(shown: str, figure: str | float | None) -> str:
+    """A figure with as many decimals as the page shows, and no zero before the point where it has none."""
+    if figure is None:
+        return shown
+    if isinstance(figure, str) and len(figure) == len(shown.lstrip("0")):
+        return figure
+    decimals = len(shown.partition(".")[2])
+    text = f"{float(figure):.{decimals}f}"
+    return text.lstrip("0") if shown.startswith(".") else text
 
 
 @pytest.mark.parametrize(("page", "sentence"), SENTENCES)
-def test_prose_has_the_defaults_of_the_code(
+def test_prose_has_the_numbers_of_the_code_and_of_its_page(
     page: str, sentence: str, request: pytest.FixtureRequest
 ) -> None:
-    """A sentence that names a default is on its page, with the number of the code."""
+    """A sentence that names a default or a result is on its page, with the number that the code or the result has."""
     path = ROOT / page
     text = path.read_text(encoding="utf-8")
     [shown] = re.findall(pattern_of(sentence), text)
-    wanted = with_defaults(shown, sentence)
+    wanted = with_figures(shown, sentence)
     if request.config.getoption("--write-golden"):
         path.write_text(text.replace(shown, wanted), encoding="utf-8")
         return
     assert shown == wanted, "tox run -e core -- tests/test_defaults.py --write-golden"
+
+
+def test_every_figure_of_readme_is_held() -> None:
+    """Percentages and decimals in README's prose are in a sentence above, or in the table that its page's maker writes."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!-- tables -->.*<!-- end of tables -->", "", text, flags=re.S)
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    text = re.sub(r"^    .*$|`[^`]*`", "", text, flags=re.M)
+    for sentence in README:
+        text = re.sub(pattern_of(re.sub(r"`[^`]*`", "", sentence)), "", text)
+    loose = re.findall(r"(?<!\w)\d*\.\d+|\d+ %", text)
+    assert loose == ["3.10", "2602.06204", "2.0"]  # of Python, the paper, the licence

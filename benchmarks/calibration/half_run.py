@@ -53,7 +53,7 @@ from study.loss_curves import DIVERGED
 
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
-RESTS_ON = ("search.adam", "calibration.adam", "scores")
+RESTS_ON = ("calibration",)
 EIGHTH, ONE = "an eighth", "one length"
 TUNED = 64  # of the surfaces of one length
 NEAR = 16  # factor between ranks within which the goal counts

@@ -1,4 +1,4 @@
-"""What a user would write with Optuna instead of a calibration, at the price of its 16 runs.
+"""What a user would write with Optuna instead of a calibration, at the price of its runs.
 
 A way is given runs, and returns log2 of its rate at the ranks that it tuned. From one rank the default law moves it.
 """
@@ -13,9 +13,10 @@ import optuna
 from study.configurations import TUNED
 from study.moving import by_law
 
+from rankaware_optim.calibration import TRIALS_PER_RANK
 from rankaware_optim.laws import DEFAULT_LAW, get_law
 
-TRIALS = 16  # of a calibration at two ranks, if no number is given
+TRIALS = 2 * TRIALS_PER_RANK  # of a calibration at two ranks
 # (rank, seed, log2 of the rate) -> the loss, infinite where the run diverged
 Run = Callable[[int, int, float], float]
 Rates = dict[int, float]

@@ -60,7 +60,7 @@ from rankaware_optim import RankAwareWarning, Recipe, Reference
 from rankaware_optim.fitting import Observation
 from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 
-RESTS_ON = ("search.adam", "calibration.adam", "scores")
+RESTS_ON = ("calibration",)
 RATES = 9  # rates of the sweep
 LOST = 1.25  # gap, a share of the gain, above which a run counts as diverged
 GUESS = 1.0  # the first guess is moved by this many octaves at most
@@ -91,7 +91,7 @@ PLANS = (
     Plan(INNER, 0.1, 0),
     Plan(INNER, 0.2, 0),
 )
-RUNS = (3, 4, 5, 6, 8, 12, TRIALS)
+RUNS = (*(runs for runs in (3, 4, 5, 6, 8, 12) if runs < TRIALS), TRIALS)
 FEW = tuple(Plan(ENDS, None, 0, runs) for runs in RUNS)
 DEFAULT, WITH_FULL = FEW[-1], Plan(ENDS, None, 3, TRIALS - 3)
 

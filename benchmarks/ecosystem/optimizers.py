@@ -78,7 +78,7 @@ from tests.environments.integrations.optimizer_cases import (
 )
 from tests.helpers.models import same, snapshot
 
-RESTS_ON = ("laws",)
+RESTS_ON = ("laws", "families")
 CHECKED = ("sign-like", "spectral", "gradient-like")
 RANKS, WIDTH, TOKENS, STEPS = (4, 16, 64), 64, 128, 4
 MOST, TIMES = 0.25, 2.0  # the rule

@@ -14,22 +14,10 @@
   on seeds that the way has not seen. A diverged run loses 500 %.
 * *A rate* is scored by the study's spline through the sweep's runs (`study/loss_curves.py`). *An optimizer* that finds
   its own rate is run, on two seeds of the sweep. *A search* at a price of a quarter of a run to two is run, on other
-  seeds than the sweep's. At 16 runs and more searches are simulated on the sweeps, as in `simulated.md`.
+  seeds than the sweep's. At the runs of a calibration and more, searches are simulated on the sweeps, as in `simulated.md`.
 * *Where people disagree* on a setting, the way is run with each, and the better mean of a column counts.
 * Means are over tasks, each the mean over its cells; the 95th percentile is over cells. Real runs have fewer cells than
   the sweeps, so a second table has all ways on the cells of the real runs.
-
-**What it says.** Who has a rate moves it by the law, for nothing: .8 % lost, as a whole grid loses. × √(16 / r) loses 1.3, and at
-400 steps .1 where the law loses .3. In full finetuning a tenth of rank 16's rate loses 3.1 where the law loses 5.3. That is
-reinforcement learning alone: without it a tenth loses 1.9 and the law 1.0, and at alpha 1 a tenth loses 34.6 and the law 4.8.
-
-Who has no rate and makes no run has `suggest_lr`: 9.8 %. Two optimizers do better in the five tasks in which they were run,
-where `suggest_lr` with AdamW loses 11.9: schedule-free AdamW at its suggested rate 1.5, in full finetuning 1.6, and Prodigy 3.3
-with `d_coef` .5, in full finetuning 1.6 with 1. At 400 steps they lose 1.5, 2.0, 2.6 and 2.6, `suggest_lr` 5.9 and 8.0. Prodigy's
-default of 1 loses 11.5 there with LoRA. A larger `d0` halves that, and changes little in full finetuning. By its README for
-warm-up Prodigy is slow until runs are long.
-
-Four short trials lose .4 in longer runs, sixteen trials .3. A range test loses 6.1 at a quarter of a run.
 
 **Where the sweeps end.** The nine tasks at their own steps have sweeps at all ranks. One of them has one seed: there a way
 that ran is scored on the seed that it has seen. Five tasks have sweeps of 400 steps, at rank 128 with alpha = rank and in
@@ -48,9 +36,15 @@ from typing import NamedTuple
 
 import click
 import numpy as np
-from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE
+from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE, TRIALS
 from frontier import searches, simulations
-from frontier.adaptive import ADAPTIVE, FROM_D0, PRODIGY, SAFEGUARDED
+from frontier.adaptive import (
+    ADAPTIVE,
+    FROM_D0,
+    PRODIGY,
+    SAFEGUARDED,
+    SCHEDULE_FREE,
+)
 from frontier.figure import LONG as LONG_PRICES
 from frontier.figure import SHORT as SHORT_PRICES
 from frontier.figure import Evidence, Point, draw_frontier
@@ -71,6 +65,8 @@ from frontier.ways import (
     FREE,
     LAW,
     NOTHING,
+    ROOT,
+    SUGGESTED,
     TENTH,
     seeds_of,
 )
@@ -87,14 +83,7 @@ from study.grids import FULL, Losses
 from study.longer import LONGEST, MARK
 from study.runs_on_file import made_by, read_begun
 
-RESTS_ON = (
-    "laws.adam",
-    "transfer",
-    "recipes",
-    "search.adam",
-    "calibration.adam",
-    "scores",
-)
+RESTS_ON = ("laws", "transfer", "recipe", "calibration")
 CURVES, REAL, SIMULATED = "on the sweeps", "real runs", "simulated"
 LONG = 400
 
@@ -345,6 +334,51 @@ def settings_table() -> str:
     return block("Settings", ["way", "settings", "who advises it"], rows)
 
 
+def what_it_says(
+    own: Sequence[Lost], short: Sequence[Lost], long: Sequence[Lost]
+) -> str:
+    """The page's sentences."""
+    rest = without(own, UNLIKE)
+    two = "schedule-free AdamW at its suggested rate", "Prodigy with `d_coef` .5"
+    return "\n\n".join(
+        [
+            "**What it says.** Who has a rate moves it by the law, for nothing: "
+            f"{mean_lost(own, LAW)} % lost, by a whole grid {mean_lost(own, GRIDS)}. {ROOT} loses "
+            f"{mean_lost(own, ROOT)}, and at 400 steps {mean_lost(long, ROOT)} where the law loses "
+            f"{mean_lost(long, LAW)}. In full finetuning a tenth of rank 16's rate loses "
+            f"{mean_lost(own, TENTH, TO_FULL)} where the law loses {mean_lost(own, LAW, TO_FULL)}. "
+            "That is reinforcement learning alone: without it a tenth loses "
+            f"{mean_lost(rest, TENTH, TO_FULL)} and the law {mean_lost(rest, LAW, TO_FULL)}, and "
+            f"with alpha kept a tenth {mean_lost(own, TENTH, KEPT_TO_FULL)} and the law "
+            f"{mean_lost(own, LAW, KEPT_TO_FULL)}.",
+            f"Who has no rate and makes no run has `suggest_lr`: {mean_lost(own, SUGGESTED)} %. "
+            "Two optimizers do better in the five tasks in which they were run, where "
+            f"`suggest_lr` with AdamW loses {mean_lost(short, SUGGESTED)}: {two[0]} "
+            f"{mean_lost(short, SCHEDULE_FREE)}, {two[1]} {mean_lost(short, PRODIGY)}, in full "
+            f"finetuning {mean_lost(short, SCHEDULE_FREE, TO_FULL)} and, with its default of 1, "
+            f"{mean_lost(short, PRODIGY, TO_FULL)}. At 400 steps they lose "
+            f"{mean_lost(long, SCHEDULE_FREE)} and {mean_lost(long, PRODIGY)}, `suggest_lr` "
+            f"{mean_lost(long, SUGGESTED)}. With LoRA, Prodigy's default loses "
+            f"{mean_lost(with_setting(long, 'd_coef 1'), PRODIGY)} there.",
+            f"Four short trials lose {mean_lost(long, searches.HALF)} in longer runs, a "
+            f"calibration of {TRIALS} {mean_lost(own, CALIBRATION)}. A range test loses "
+            f"{mean_lost(long, searches.RANGE_TEST)} at a quarter of a run.",
+        ]
+    )
+
+
+def mean_lost(losts: Iterable[Lost], way: str, column: Column = RANKS_A) -> str:
+    """The mean that a way loses, as the tables have it."""
+    got = score(losts, way, column)
+    if got is None:
+        raise ValueError(f"Nothing is on file of {way}, {column.name}.")
+    return number(got.mean, 1)
+
+
+def with_setting(losts: Iterable[Lost], setting: str) -> list[Lost]:
+    return [each for each in losts if each.setting == setting]
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +406,7 @@ def main(workers: int) -> None:
     ]
     draw(draw_frontier(picture), PICTURE, dpi=90)
     parts = [
+        what_it_says(own, short, long),
         f"![Loss over price]({PICTURE.name})",
         table("Nine tasks at their own steps", own, rows, COLUMNS),
         block(

@@ -156,7 +156,7 @@ PLANS = {
     ),
     TWO: Plan(
         calibrated((4, 64), 16),
-        "`ra.calibrate(ranks=(4, 64), steps=50, target_steps=400)`",
+        "`ra.calibrate(ranks=(4, 64), steps=50, target_steps=400, trials=16)`",
         OURS,
     ),
     GRID_OF_EIGHTHS: Plan(

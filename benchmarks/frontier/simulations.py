@@ -1,4 +1,4 @@
-"""Searches at 16 runs and more, simulated on the sweeps at a task's own steps, and the recipes on file."""
+"""Searches at the runs of a calibration and more, simulated on the sweeps at a task's own steps, and the recipes on file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from study.grids import FULL
 
 from rankaware_optim import RankAwareWarning, Recipe
 
-CALIBRATION = "a calibration: 16 trials at two ranks"
+CALIBRATION = f"a calibration: {TRIALS} trials at two ranks"
 FULL_TRIALS = "the same, three of them in full"
 PLANS = {CALIBRATION: DEFAULT, FULL_TRIALS: WITH_FULL}
 RECIPES = "a recipe on file, real runs"

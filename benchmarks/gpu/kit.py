@@ -41,7 +41,7 @@ from study.domains._llama import BROWN, CODE
 from study.domains._wordnet import WORDNET
 from study.domains.language_smollm2 import SMOLLM2
 
-RESTS_ON = ("laws.adam", "optimizer.common")
+RESTS_ON = ()
 # most useful per minute first
 PIECES = {
     "checks": checks,

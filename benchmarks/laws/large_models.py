@@ -41,7 +41,7 @@ from rankaware_optim import Constant, Falling, Law, MuA, Power, Rate, suggest_lr
 from rankaware_optim.laws import bound_law, checked_multiplier
 from rankaware_optim.transfer import Suggestion
 
-RESTS_ON = ("laws.adam", "transfer", "fit")
+RESTS_ON = ("laws", "transfer", "fitting")
 PAGE, PICTURE = RESULTS / "large_models.md", RESULTS / "large_models.png"
 TUNED = 16  # rank at which most people have a rate
 DEFAULT, KEPT = "the default law", "kept"

@@ -35,7 +35,7 @@ from recording import machine as this_machine
 
 from rankaware_optim import MuA, Reference
 
-RESTS_ON = ("laws.adam", "laws.lamb")
+RESTS_ON = ("laws", "families")
 MEASURED = RESULTS / "laws.json"
 RANKS, WIDTHS = (4, 8, 16, 32, 64), (256, 512, 1024, 2048)
 BARS = {"sign-like": 0.1}

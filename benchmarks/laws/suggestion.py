@@ -27,7 +27,7 @@ from study.loss_curves import vertex_of
 from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 
-RESTS_ON = ("laws.adam", "transfer", "recipes")
+RESTS_ON = ("laws", "transfer", "recipe")
 Width = Callable[[str], float]
 
 

@@ -53,7 +53,7 @@ from study.suite_tables import SCORED, SETTINGS, Setting, regrets_in
 
 from rankaware_optim import Falling, MuA, Recipe
 
-RESTS_ON = ("laws.adam", "recipes", "scores")
+RESTS_ON = ("laws", "recipe")
 KEEPING, PAPER = "one rate everywhere", "the paper's law"
 GROUPS = (STUDY, *((task,) for task in HELD_OUT), HELD_OUT)
 TODAY = Way(Falling(law=MuA(tokens=2.0)))

@@ -37,7 +37,7 @@ from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.laws import get_law
 
-RESTS_ON = ("laws.adam", "recipes", "scores")
+RESTS_ON = ("laws", "recipe")
 README = RESULTS.parents[1] / "README.md"
 STORES, PAGE = RESULTS / "suite", RESULTS / "study.md"
 QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")

@@ -101,16 +101,23 @@ def multipliers(law: ra.Law, origin: ra.Reference) -> Iterator[tuple[str, Any]]:
 
 
 def laws() -> Tables:
-    """Multipliers at ranks 1, 8, 64 and 256, and to full finetuning and B."""
+    """AdamW's multipliers at ranks 1, 8, 64 and 256, and to full finetuning and B."""
     tables: Tables = {}
-    for family, (name, settings) in FAMILIES.items():
-        bound = get_law("falling").bind(class_named(name), settings)
-        tables[f"default law, {family}"] = dict(multipliers(bound, AT_16))
     for title, law in LAWS.items():
         tables[title] = dict(multipliers(law.bind(AdamW, {}), AT_16))
     default = get_law("falling").bind(AdamW, {})
-    for title, origin in list(ORIGINS.items())[1:]:
+    for title, origin in ORIGINS.items():
         tables[f"default law, from {title}"] = dict(multipliers(default, origin))
+    return tables
+
+
+def families() -> Tables:
+    """The default law's multipliers by other optimizers, and every family's for the batch."""
+    tables: Tables = {}
+    for family, (name, settings) in FAMILIES.items():
+        if family != "AdamW":
+            bound = get_law("falling").bind(class_named(name), settings)
+            tables[f"default law, {family}"] = dict(multipliers(bound, AT_16))
     tables["four times the batch"] = {
         family: get_law("falling")
         .bind(class_named(name), settings)
@@ -442,6 +449,7 @@ def outcome(ask: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 ROOMS: dict[str, Callable[[], Tables]] = {
     "laws": laws,
+    "families": families,
     "inspection": inspection,
     "optimizer": optimizer,
     "recipe": recipe,

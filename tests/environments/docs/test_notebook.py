@@ -7,6 +7,8 @@ import re
 import nbformat
 import pytest
 
+from rankaware_optim.calibration import TRIALS_PER_RANK
+
 from .conftest import SITE
 
 DOCS = SITE.parents[1]
@@ -58,10 +60,12 @@ def test_nothing_is_said_but_the_bar(outputs):
     said = [each.text for _, of_cell in outputs for each in of_cell if each.get("name") == "stderr"]  # fmt: skip
     assert len(said) == 1
     cost, *bars, bar = said[0].rstrip().splitlines()
-    assert cost == "calibrate: 16 trials × 100 steps = at most 1,600 steps"
+    runs = 2 * TRIALS_PER_RANK
+    most = f"{100 * runs:,}"
+    assert cost == f"calibrate: {runs} trials × 100 steps = at most {most} steps"
     assert sum("hours in all" in line for line in bars) == 1
     assert re.fullmatch(
-        r"trial 16/16, rank \d+, best rate [\d.]+: 100%\|█+\| 00:00 left", bar
+        rf"trial {runs}/{runs}, rank \d+, best rate [\d.]+: 100%\|█+\| 00:00 left", bar
     )
 
 

@@ -1,0 +1,72 @@
+"""Pages against the golden tables that they rest on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import renew
+from recording import RESULTS, mark
+
+ROOT = RESULTS.parents[1]
+PAGES = sorted(path.name for path in RESULTS.glob("*.md"))
+
+
+def rests_on(script: Path) -> tuple[str, ...]:
+    """A script's `RESTS_ON`, read without importing the script."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RESTS_ON":
+            return tuple(ast.literal_eval(node.value))
+    raise AssertionError(f"{script.name} has no RESTS_ON.")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_no_older_than_what_it_rests_on(page: str) -> None:
+    """A page carries the digests of the golden tables that its script names, or a commit and a date."""
+    text = (RESULTS / page).read_text()
+    command = renew.COMMAND.search(text)
+    assert command, f"{page} does not say which script made it."
+    named = rests_on(ROOT / command[1].split()[0])
+    carried = [found[0] for found in renew.MARK.finditer(text)]
+    assert carried == [mark(table) for table in named], (
+        f"{page} is stale: tox run -e renew"
+    )
+    assert named or {"commit", "date"} <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize(
+    ("now", "moved"),
+    [
+        ("[a]\nx = 1.0", False),
+        ("[a]\nx = 1.0\ny = 2.0\n[b]\nx = 3.0", False),
+        ("[b]\nx = 3.0", False),
+        ("[a]\nx = 1.1\ny = 2.0", True),
+        ('[a]\nx = "LawError"', True),
+    ],
+)
+def test_a_table_moves_where_a_case_differs(now: str, moved: bool) -> None:
+    """A case that only came or went makes no page stale."""
+    assert renew.has_moved(b"[a]\nx = 1.0", now.encode()) == moved
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("laws/none.py sweep.csv", "sweep.csv is not in the tree: give --data FOLDER"),
+        ("-c 'raise ValueError(7)'", "ValueError: 7"),
+        ("-c pass", None),
+        ("-c pass here.csv", None),
+    ],
+)
+def test_what_cannot_be_made_is_said(
+    tmp_path: Path, command: str, reason: str | None
+) -> None:
+    """A page whose command lacks a file or fails is named with the reason; files are looked for in the data's folder."""
+    page = tmp_path / "page.md"
+    (tmp_path / "here.csv").touch()
+    (tmp_path / "laws").mkdir()
+    (tmp_path / "laws/none.py").touch()
+    page.write_text(f"Command: `python {command}`\n")
+    assert renew.make(page, tmp_path) == reason
