@@ -1,0 +1,31 @@
+"""The script for a CUDA device, at its smallest on a CPU."""
+
+from __future__ import annotations
+
+import re
+
+import on_gpu
+import pytest
+from click.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    result = CliRunner().invoke(on_gpu.main, ["--device", "cpu", "--smallest"])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_every_part_runs(printed: str) -> None:
+    """Each question has a table, and every step matches the native one, bit for bit."""
+    match, cost, move = printed.split("\n## ")[-3:]
+    assert set(re.findall(r"\| ([^|]+) \|$", match, re.M)[2:]) == {"0"}
+    assert cost.count("\n| f") == 3
+    assert "the law holds" in move
+
+
+def test_a_moved_rate_is_scored_by_the_sweep() -> None:
+    """A law that names another rate loses what the sweep says, and the rule sees it."""
+    curve = {-8: 1.0, -7: 0.5, -6: 2.0}
+    assert on_gpu.at(curve, -7.5) == 0.75
+    assert on_gpu.at(curve, -3.0) == 2.0
