@@ -39,11 +39,12 @@ def stale_marks(page: Path) -> list[str]:
 
 
 def write_numbers() -> None:
-    """Write the golden tables, and the numbers in README and the site, by their tests."""
+    """Write golden tables and prose by their tests, and what the site's pages show."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run([*pytest, *WRITTEN, "--write-golden"], cwd=ROOT, check=False)
     if run.returncode:
         raise click.ClickException("The tests above cannot write what they hold.")
+    subprocess.run([sys.executable, "docs/shown.py"], cwd=ROOT, check=True)
 
 
 def same_tables() -> Iterator[tuple[str, str]]:

@@ -84,22 +84,12 @@ def suggestion_lost() -> list[float]:
     return sorted(float(frontier(NINE, "**`suggest_lr`**", each)) for each in columns)
 
 
-def hours(seconds: int, steps: int) -> str:
-    """GPU hours of a calibration at two ranks."""
-    return f"{2 * TRIALS_PER_RANK * steps * seconds / 3600:.2g}"
-
-
 Figure = Callable[[], str | float]
 FIGURES: dict[str, Figure] = {
     "runs": lambda: f"{2 * TRIALS_PER_RANK}",
     "runs_per_rank": lambda: f"{TRIALS_PER_RANK}",
     "recipe_margin": lambda: 2**-MOST_MARGIN,
     "suggestion_margin": lambda: 2**-MARGIN,
-    **{
-        f"hours_{seconds}_{steps}": partial(hours, seconds, steps)
-        for seconds in (1, 2, 5, 10)
-        for steps in (100, 250, 500, 1000)
-    },
     "fall_7b": partial(
         said, "large_models", "fall by a factor of <> from rank 16 to 256"
     ),
@@ -212,11 +202,6 @@ PAGES = {
         "<runs> short runs at two ranks give a rate",
         "<runs_per_rank> runs per rank, so <runs> at two ranks",
         "<runs> runs on one GPU take at most these hours",
-        *(
-            f"| {seconds} | <hours_{seconds}_100> | <hours_{seconds}_250> | "
-            f"<hours_{seconds}_500> | <hours_{seconds}_1000> |"
-            for seconds in (1, 2, 5, 10)
-        ),
     ),
     "docs/which-rate.md": (
         "best rates spread by <between_models> octaves, within one over its ranks by "

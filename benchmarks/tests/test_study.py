@@ -197,7 +197,7 @@ SCRIPTS = [
 def test_a_script_says_how_it_is_run(path: Path) -> None:
     """Every script's usage names the path at which it lies."""
     usage = f"python {path.relative_to(BENCHMARKS.parent)}"
-    by_tox = {"suite": "tox run -e bench", "mutants": "tox run -e mutants"}
+    by_tox = {"suite": "tox run -e bench"}
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert by_tox.get(path.stem, usage) in docstring
 

@@ -1,15 +1,11 @@
-"""litgpt's LoRA layers."""
+"""torchtune's LoRA layers."""
 
 from __future__ import annotations
 
-import pytest
-
 from ...helpers.real_adapters import check_layer, each_case
 
-pytest.importorskip("litgpt.lora", exc_type=ImportError)
 
-
-@each_case(["litgpt"])
+@each_case(["torchtune"])
 def test_a_layer(case):
     """It is read as declared, computes and trains as read, and starts at another init with the same output."""
     check_layer(case)

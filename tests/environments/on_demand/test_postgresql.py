@@ -15,7 +15,7 @@ from rankaware_optim import CalibrationError
 
 from ...cli.test_calibrate import LOOP, assert_shared, call, ended, started, trials_of
 from ...helpers.calibrations import calibrate, made_up
-from .server import Server
+from .postgresql import Server
 
 LOOP_OF = "slow_loops:train --steps 10 --ranks 2,32 --storage"
 

@@ -1,4 +1,4 @@
-"""A few steps of transformers' Trainer with a tracker: `python -m tests.environments.trackers.trainer TRACKER`."""
+"""A few steps of transformers' Trainer with a tracker: `python -m tests.environments.on_demand.trainer TRACKER`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,16 @@
+"""Each file here needs a tool of its own, and is collected where that is installed."""
+
+from importlib.util import find_spec
+
+TOOLS = {
+    "automodel": "nemo_automodel",
+    "litgpt": "litgpt",
+    "postgresql": "psycopg",
+    "ray": "ray",
+    "torchtune": "torchtune",
+    "trackers": "mlflow",
+    "unsloth": "unsloth",
+}
+collect_ignore = [
+    f"test_{name}.py" for name, tool in TOOLS.items() if find_spec(tool) is None
+]
