@@ -208,7 +208,7 @@ PAGES = {
         "<within_model>,",
         "| <runs> short runs by default |",
         "lost <suggest_7b_least> to <suggest_7b_most> % of the loss at ranks 8 to 256",
-        "the suggestion [lost](benchmarks/results/frontier.md) <suggest_least> to "
+        "the suggestion [lost](../benchmarks/results/frontier.md) <suggest_least> to "
         "<suggest_most> % of LoRA's gain",
     ),
     "docs/bands.md": (
@@ -216,7 +216,7 @@ PAGES = {
         "In a *suggestion* it is × <suggestion_margin>",
     ),
     "docs/faq.md": (
-        "[lost](benchmarks/results/frontier.md) <tenth_full> % in full finetuning at "
+        "[lost](../benchmarks/results/frontier.md) <tenth_full> % in full finetuning at "
         "alpha = rank, the law <law_full>: without reinforcement learning <tenth_rest> "
         "and <law_rest>.",
         "`suggest_lr`'s rate loses <suggest_real> and <suggest_real_full> % there",
@@ -226,7 +226,7 @@ PAGES = {
         "its safeguard | <safe> %; <safe_400> | <safe_full> %; <safe_full_400> |",
         "most runs diverged | <adaptation_full> %; <adaptation_full_400> |",
         "at its suggested rate | <free> %; <free_400> | <free_full> %; <free_full_400> |",
-        "[lost](benchmarks/results/frontier.md) <range_test> % with LoRA and "
+        "[lost](../benchmarks/results/frontier.md) <range_test> % with LoRA and "
         "<range_test_full> % in full finetuning",
     ),
     "docs/full-finetuning.md": (
@@ -234,7 +234,7 @@ PAGES = {
         "calibrated recipe <study_full_recipe> % from B = 0",
     ),
     "docs/without-regret.md": (
-        "[fell by a factor of <fall_1b>](benchmarks/results/large_models.md) from rank 4 "
+        "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "
         "to 256, by the law <fall_1b_law>:",
     ),
 }
