@@ -111,16 +111,10 @@ FIGURES: dict[str, Figure] = {
     "too_low_most": lambda: too_low_to_full()[-1],
     "suggest_7b_least": lambda: lost_on_7b()[0],
     "suggest_7b_most": lambda: lost_on_7b()[-1],
-    "law": partial(frontier, NINE, "**the default law**", RANKS),
     "law_full": partial(frontier, NINE, "**the default law**", FULL),
-    "kept": partial(frontier, NINE, "keeping it", RANKS),
     "tenth_full": partial(frontier, NINE, "a tenth in full finetuning", FULL),
-    "suggest": partial(frontier, NINE, "**`suggest_lr`**", RANKS),
     "suggest_least": lambda: suggestion_lost()[0],
     "suggest_most": lambda: suggestion_lost()[-1],
-    "calibration": lambda: frontier(
-        NINE, f"**a calibration: {2 * TRIALS_PER_RANK} trials at two ranks**", RANKS
-    ),
     "suggest_real": partial(frontier, REAL, "**`suggest_lr`**", RANKS),
     "suggest_real_full": partial(frontier, REAL, "**`suggest_lr`**", FULL),
     **{
@@ -172,10 +166,6 @@ FIGURES: dict[str, Figure] = {
     "study_full_recipe": partial(
         cell, "study", "What a moved", "a calibrated recipe", "to full finetuning"
     ),
-    "between_models": partial(
-        said, "suggestion", "spread by <> octaves between models"
-    ),
-    "within_model": partial(said, "suggestion", "and by <> within a model"),
 }
 
 
@@ -185,10 +175,8 @@ README = (
     "<runs> short runs at two ranks give a recipe",
     "from rank 16 to 256 by a factor of <fall_7b> on this 7B, from 4 to 256 by <fall_1b> "
     "on a 1B and by <fall_small_least> to <fall_small_most> on [three small tasks]",
-    "one for all ranks loses <models_kept> %, the law <models_law>.",
+    "on 35 language models it loses <models_kept> %, the law <models_law>.",
     "on three large models <too_low_least> to <too_low_most> times too low",
-    "rank 16's best rate loses <law> % of what training gains if moved by the law, <kept> "
-    "if kept. `suggest_lr` loses <suggest>, <runs> short trials <calibration>.",
 )
 PAGES = {
     "README.md": README,
@@ -204,8 +192,6 @@ PAGES = {
         "<runs> runs on one GPU take at most these hours",
     ),
     "docs/which-rate.md": (
-        "best rates spread by <between_models> octaves, within one over its ranks by "
-        "<within_model>,",
         "| <runs> short runs by default |",
         "lost <suggest_7b_least> to <suggest_7b_most> % of the loss at ranks 8 to 256",
         "the suggestion [lost](../benchmarks/results/frontier.md) <suggest_least> to "
