@@ -73,6 +73,7 @@ def inspect(path: Path, per_module: bool, as_json: bool) -> None:
     " band. rl: reinforcement learning (GRPO, RLOO), which lowers LoRA's rate.",
     default="other",
 )
+@option("--steps", int, "Optimizer steps of the run. More than 780 lower the rate.")
 def suggest(
     path: Path | None,
     full: bool,
@@ -80,6 +81,7 @@ def suggest(
     dora: bool,
     optimizer: str,
     task: Task,
+    steps: int | None,
     **shape: Any,
 ) -> None:
     """Suggest a rate from published sweeps, without any run.
@@ -105,7 +107,13 @@ def suggest(
         model = inspection.inspect_file(path)
         init = init if init or full else _declared_init(path)
     suggestion = transfer.suggest_lr(
-        model, optimizer, method=method, init=init, dora=dora or None, task=task
+        model,
+        optimizer,
+        method=method,
+        init=init,
+        dora=dora or None,
+        task=task,
+        steps=steps,
     )
     echo(suggestion)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from .._checks import PUBLISHED_INITS, check_choice
+from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
 from .._rate import Rate
@@ -43,6 +43,10 @@ TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 # accuracy is flat (results/large_models.md). The band is wide enough for the study's small task,
 # whose best rates lie 2.5 octaves higher (results/suggestion.md).
 RL_OCTAVES, RL_SD = -2.5, 1.5
+# Another number of steps than theirs: octaves of rate for each octave of steps beyond, the middle
+# of what is said of large models (0 to -0.9, results/lengths.md), and the standard deviation.
+# Shorter runs keep the rate, since one that is too high costs more.
+STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.3
 
 _SOURCE = (
     "It is based on published sweeps of 35 language models (tinker-cookbook: AdamW, Tulu 3 chat"
@@ -60,7 +64,7 @@ _NARROW = (
 )
 
 
-class Step(NamedTuple):
+class Move(NamedTuple):
     """One move of the published rate.
 
     sd: the standard deviation that it adds, octaves. why: the reason in words. octaves: change of
@@ -117,6 +121,7 @@ def suggest_lr(
     init: str | bool | None = None,
     dora: bool | None = None,
     task: Task | None = None,
+    steps: int | None = None,
 ) -> Suggestion:
     """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`,
     without any run.
@@ -125,7 +130,7 @@ def suggest_lr(
     `MuA(tokens=8)`. The 90 % band is ± 1.645·√(sum of variances) octaves. Standard deviations are
     0.5 octaves between published models, 1.0 for another task and horizon (0 with
     task="chat"), and those in the notes. With task="rl" LoRA's rate is × 2^-2.5, and the standard
-    deviation 1.5 in place of 1.0.
+    deviation 1.5 in place of 1.0. More than 780 steps multiply it by (780 / steps)^0.4.
 
     Args:
         model: the model, its survey, a `Reference`, or a built trainer, which gives its model and
@@ -141,13 +146,14 @@ def suggest_lr(
         task: "chat" if the task is like that of the published sweeps, "rl" for reinforcement
             learning (GRPO, RLOO), else "other". By default "rl" for a trainer with `reward_funcs`,
             else "other".
+        steps: optimizer steps of the run. By default the rate is that of about 780.
 
     Raises:
         OptimizerError: neither a published rate nor a documented rule of thumb exists for this
             optimizer.
         LawError: no published rate is known for this init.
         InspectionError: the model has no LoRA pair.
-        InvalidReferenceError: method and reference disagree.
+        InvalidReferenceError: method and reference disagree, or `steps` is not positive.
 
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)).lr:.1e}")
     2.5e-04
@@ -158,20 +164,22 @@ def suggest_lr(
     name, relation = _relation(optimizer, settings)
     adapters = _adapters(model, method, init, dora)
     at = adapters.at
-    steps = [*_steps(at, task), *_variants(adapters), _factor(name, relation)]
-    middle = LOG2_RATE + sum(step.octaves for step in steps)
+    moves = [*_moves(at, task), *_variants(adapters), _factor(name, relation)]
+    if steps is not None:
+        moves.append(_length(steps))
+    middle = LOG2_RATE + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
-    reach = Z90 * math.hypot(SPREAD, *(step.sd for step in steps))
+    reach = Z90 * math.hypot(SPREAD, *(move.sd for move in moves))
     return Suggestion(
         lr=2.0 ** (middle - MARGIN),
         low=2.0 ** (middle - reach),
         high=2.0 ** (middle + reach),
-        extrapolated=any(step.outside for step in steps),
+        extrapolated=any(move.outside for move in moves),
         reference=replace(at, fan_in=None),
         configuration=f"{name}, {at}, fan-in {width:g}",
         notes=(
             f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
-            *(step.why for step in steps if step.why),
+            *(move.why for move in moves if move.why),
             *adapters.notes,
             _NARROW,
         ),
@@ -294,18 +302,18 @@ def published_init(declared: object) -> str | None:
 # --- the moves ------------------------------------------------------------------------------------
 
 
-def _steps(at: Reference, task: Task) -> Iterator[Step]:
+def _moves(at: Reference, task: Task) -> Iterator[Move]:
     """Yield the moves from the published configuration to another."""
     width = at.fan_in or ANY_WIDTH
     if at.fan_in is None:
-        yield Step(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
+        yield Move(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
         at = replace(at, fan_in=width)
     multiplier = checked_multiplier(_LAW, at.as_factor(), PUBLISHED)
-    yield Step(0.0, octaves=math.log2(multiplier))
+    yield Move(0.0, octaves=math.log2(multiplier))
     if task == "rl" and at.method == "lora":
-        yield Step(RL_SD, _RL, RL_OCTAVES)
+        yield Move(RL_SD, _RL, RL_OCTAVES)
     elif task != "chat":
-        yield Step(
+        yield Move(
             TASK_SD,
             "Your task and horizon differ from theirs, which widens the band most.",
         )
@@ -313,7 +321,7 @@ def _steps(at: Reference, task: Task) -> Iterator[Step]:
     if at.method == "full":
         feed_forward = 4 * high
         yield from _outside("fan-in", width, (low, feed_forward), WIDTH_SD)
-        yield Step(
+        yield Move(
             FULL_SD["A"],
             "For full finetuning it is the law's rate, derived from LoRA: on three published models"
             " the best one was 0.8 to 2.6 times it, and too high costs more than too low.",
@@ -322,28 +330,44 @@ def _steps(at: Reference, task: Task) -> Iterator[Step]:
     rank, alpha = at.rank or 1, PUBLISHED.alpha or 1.0
     yield from _outside("fan-in", width, WIDTHS, WIDTH_SD)
     yield from _outside("rank", rank, RANKS, RANK_SD)
-    yield Step(ALPHA_SD * abs(math.log2(at.scaling * rank / alpha)))
+    yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / alpha)))
     if at.init == "B":
-        yield Step(
+        yield Move(
             INIT_SD,
             "All used B = 0: µA moves the rate to A = 0, where low ranks needed more in our tasks.",
         )
 
 
+def _length(steps: int) -> Move:
+    """Return the move to another number of steps."""
+    if not is_positive(steps):
+        raise InvalidReferenceError(
+            f"The number of steps is {shown(steps)}.",
+            "Give the optimizer steps of the run, or leave it out.",
+        )
+    octaves = math.log2(steps / STEPS)
+    moved = LONGER * max(0.0, octaves)
+    why = (
+        f"For {steps} steps instead of {STEPS} the rate is {times(moved)}: on large models it falls"
+        " by 0 to 0.9 octaves a doubling, and shorter runs keep it."
+    )
+    return Move(LENGTH_SD * abs(octaves), why, moved)
+
+
 def _outside(
     what: str, value: float, known: tuple[float, float], sd: float
-) -> Iterator[Step]:
+) -> Iterator[Move]:
     low, high = known
     octaves = max(0.0, math.log2(low / value), math.log2(value / high))
     if octaves:
-        yield Step(
+        yield Move(
             sd * octaves,
             f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).",
             outside=True,
         )
 
 
-def _variants(adapters: _Adapters) -> Iterator[Step]:
+def _variants(adapters: _Adapters) -> Iterator[Move]:
     """Yield the moves to an init of PEFT and to DoRA.
 
     Raises:
@@ -363,14 +387,14 @@ def _variants(adapters: _Adapters) -> Iterator[Step]:
         yield _factor("DoRA", "DoRA")
 
 
-def _factor(what: str, row: str) -> Step:
+def _factor(what: str, row: str) -> Move:
     """Return the move by a factor that is known to lie within a range."""
     low, high = FACTORS[row]
     octaves, sd = math.log2(low * high) / 2, math.log2(high / low) / 2
     if not sd:
-        return Step(0.0, octaves=octaves)
+        return Move(0.0, octaves=octaves)
     why = (
         f"For {what} the rate of AdamW and plain LoRA is multiplied by {low:.2g} to {high:.2g}: the"
         " middle is taken."
     )
-    return Step(sd, why, octaves)
+    return Move(sd, why, octaves)

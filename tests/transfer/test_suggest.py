@@ -82,6 +82,14 @@ def test_the_rate_leans_low_inside_its_band(reference, task):
     assert float(found) == found.lr
 
 
+@pytest.mark.parametrize(("steps", "octaves"), [(195, 0), (780, 0), (3120, -0.8)])
+def test_longer_runs_lower_the_rate(steps, octaves):
+    """Four times the published steps lower the middle by .8 octaves, fewer keep it; any others widen the band."""
+    plain, found = suggest_lr(PUBLISHED), suggest_lr(PUBLISHED, steps=steps)
+    assert middle(found) - middle(plain) == pytest.approx(octaves, abs=1e-9)
+    assert (reach(found) > reach(plain)) == (steps != 780)
+
+
 # plain LoRA's rate is divided by these: the root of the published factor times ours
 PISSA, OLORA = math.sqrt(10 / 0.88), math.sqrt(18 / 0.8)
 LORA_GA, DORA = 18, math.sqrt(1.8 / 1.5)
@@ -347,6 +355,7 @@ COMMANDS = [
     ),
     ("--full --fan-in 4096", replace(FULL, fan_in=4096), {}),
     (f"{AT_32} --task rl", Reference(16, 32), {"task": "rl"}),
+    (f"{AT_32} --steps 4000", Reference(16, 32), {"steps": 4000}),
     ("--rank 8 --alpha 8 --optimizer Lion", Reference(8, 8), {"optimizer": "Lion"}),
 ]
 
