@@ -303,7 +303,9 @@ def kept_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[str, ..
 _NO_CLASS = ("Optimizer", "RankAwareOptimizer")
 
 
-def get_optimizer_class(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+def get_optimizer_class(
+    optimizer: type[Optimizer] | str | None,
+) -> type[Optimizer]:
     """Return a torch optimizer class.
 
     Args:

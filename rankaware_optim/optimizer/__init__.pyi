@@ -5,6 +5,6 @@ from ._notes import notes_of as notes_of
 from ._rates import RateGroup as RateGroup
 from ._rates import Rates as Rates
 from ._report import Report as Report
-from ._source import Tuned as Tuned
+from ._source import Source as Source
 from ._unmoved import rounding_of_normal as rounding_of_normal
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer

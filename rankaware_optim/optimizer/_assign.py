@@ -1,6 +1,11 @@
 """What every parameter is, and the rate that it gets: `Assigner.assign` decides both, and why.
 
-It knows neither groups nor an optimizer that is built.
+    lr = the group's base rate × multiplier
+    multiplier = the law's number from the reference to the factor × that for the run's batch, steps
+
+A parameter that is no factor has the law's number 1. A rate that was given outright, or that a
+recipe has for such a parameter, replaces the product. This module knows no groups, and no optimizer
+that is built.
 """
 
 from __future__ import annotations
@@ -9,10 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import Known, goes_to_adam, known_optimizer, optimizer_family
+from .._optimizers import (
+    RANK_AWARE,
+    Known,
+    goes_to_adam,
+    known_optimizer,
+    optimizer_family,
+)
 from .._rate import Rate
 from .._types import (
     Factor,
@@ -26,16 +37,15 @@ from .._types import (
 )
 from ..errors import OptimizerError
 from ..inspection import other_kind
-from ..laws import Law, bound_law, checked_multiplier
-from ._source import Tuned
-
-Settings = Mapping[str, Any]
+from ..laws import FORMS, Constant, Law, bound_law, checked_multiplier, innermost
+from ._source import Settings, Source
 
 
 class Assigned(NamedTuple):
     """What a parameter is, and its rate: its group's base rate × `multiplier`, or `lr` if given.
 
-    family: the optimizer's kind of update there. why: the reason for the rate in words.
+    family: the optimizer's kind of update there. why: the reason for the rate in words. note: on
+    the family, for the report.
     """
 
     role: str = "other"
@@ -46,6 +56,7 @@ class Assigned(NamedTuple):
     multiplier: float = 1.0
     lr: float | None = None
     why: str = reason_of_other(None)
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,28 +104,34 @@ class Move(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How one family of optimizers moves rates: a law that is bound to it."""
+    """How one family of optimizers moves rates: a law that is bound to it. note: on the family, for
+    the report.
+    """
 
     law: Law
     family: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Assigner:
     """Assigns rates to the parameters of a model.
 
-    source: of the base rate. method: how the model trains. move: that of the model, `moves` those
-    of several models by their numbers. optimizer, settings: the class, and what it was given for
-    all groups.
+    source: of the base rate. method: how the model trains. moves: by the numbers of several models,
+    and that of all under "". optimizer, settings: the class, and what it was given for all groups.
     """
 
-    source: Tuned
+    source: Source
     explicit: Explicit
     method: Method
-    move: Move
-    moves: Mapping[str, Move] = field(default_factory=dict)
+    moves: Mapping[str, Move]
     optimizer: type | None = None
     settings: Settings = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Reference:
+        """Where the base rate was tuned, or counts as tuned."""
+        return self.moves[""].reference
 
     @cached_property
     def known(self) -> Known:
@@ -138,7 +155,11 @@ class Assigner:
         if to_adam:
             given["use_muon"] = False
         family = optimizer_family(self.optimizer, given)
-        return Rule(bound_law(self.source.law, self.optimizer, given), family)
+        law = bound_law(self.source.law, self.optimizer, given)
+        if family == "sign-like" or self.source.law.name == "constant":
+            return Rule(law, family)
+        words = _words_of_family(law, family)
+        return Rule(law, family, f"{self.optimizer.__name__} is {words}.")
 
     def assign(
         self,
@@ -162,23 +183,25 @@ class Assigner:
         by_run = self.source.by_run(rule.law)
         assigned = Assigned(family=rule.family, multiplier=by_run)
         if factor is not None:
-            assigned = assigned._replace(role=factor.role, rank=factor.rank)
+            assigned = assigned._replace(
+                role=factor.role, rank=factor.rank, note=rule.note
+            )
         if factor is not None and factor.role != "full":
             assigned = assigned._replace(scaling=factor.scaling, init=factor.init)
         rated = self.explicit.rate_of(name, other=factor is None)
         if rated is not None:
             return assigned._replace(multiplier=1.0, lr=rated.lr, why=rated.reason)
         if factor is None and self.method == "full":
-            width = self.move.width
+            width = self.moves[""].width
             factor = Factor("other parameters", "full", None, width, width)
         if factor is not None:
             by_law = self.multiplier(factor, rule.law)
             why = self._why(factor, rule, by_law)
             return assigned._replace(multiplier=by_run * by_law, why=why)
-        rated = None if own_lr else self.source.other(name, trains)
-        if rated is None:
-            whence = "the base rate (other_lr= or rates= sets another)"
-        else:
+        whence = "the base rate (other_lr= or rates= sets another)"
+        if self.source.others is not None and not own_lr:
+            rated = self.source.others.rate(name, trains)
+        if rated is not None:
             assigned = assigned._replace(multiplier=1.0, lr=rated.lr * by_run)
             whence = rated.reason
         return assigned._replace(why=reason_of_other(other_kind(name), whence))
@@ -189,9 +212,12 @@ class Assigner:
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
             return "tuned_at not given: nothing is moved"
+        words = self.source.title.removeprefix("law ")
+        if self.source.recipe is not None:
+            words = "recipe"
         family = "" if rule.family == "sign-like" else f", {rule.family}"
         to_full = "full finetuning, " if factor.role == "full" else ""
-        return f"{self.source.words}{family}: {to_full}from {self.move.reference}"
+        return f"{words}{family}: {to_full}from {self.reference}"
 
     def multiplier(self, factor: Factor, law: Law) -> float:
         """Return the law's multiplier for `factor`, at the model's width and within the law of the
@@ -202,7 +228,7 @@ class Assigner:
         full-finetuning rate, which has no init.
         """
         embedding = factor.kind == "embedding"
-        reference, width = self.moves.get(_model_number(factor), self.move)
+        reference, width = self.moves.get(_model_number(factor), self.moves[""])
         if factor.role == "full":
             return checked_multiplier(law, replace(factor, fan_in=width), reference)
         if factor.init == "other" or (embedding and reference.method == "full"):
@@ -217,13 +243,35 @@ class Assigner:
         return checked_multiplier(law, here, reference)
 
 
+def _words_of_family(law: Law, family: str) -> str:
+    """Return which law moves the rates of a family that is not sign-like, and why."""
+    form = FORMS.get(family)
+    if family == "unknown":
+        return (
+            "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
+        )
+    if family == RANK_AWARE:
+        return (
+            f"{family}: by its own rule its updates move with the rank, so all ranks keep one"
+            " rate"
+        )
+    if form is None and isinstance(law, Constant):
+        return (
+            f"{family}: no form of µA is known to hold for that family, so all ranks have one"
+            " rate"
+        )
+    if form is None or getattr(innermost(law), "family", None) != family:
+        return f"{family}, for which the law {law.name!r} has no form"
+    return f"{family}: {form.words}"
+
+
 def _model_number(factor: Factor) -> str:
     return factor.name.partition(".")[0]
 
 
 def make_assigner(
     survey: Survey,
-    source: Tuned,
+    source: Source,
     explicit: Explicit | None = None,
     optimizer: type | None = None,
     settings: Settings | None = None,
@@ -236,23 +284,18 @@ def make_assigner(
     """
     explicit = explicit or Explicit()
     explicit.check_patterns([*(f.name for f in survey.factors), *survey.other])
-    moved = [f for f in survey.factors if explicit.rate_of(f.name) is None]
     is_full = any(f.role == "full" for f in survey.factors)
     method: Method = "full" if is_full else "lora"
     reference = source.reference
     if reference is None:  # without pairs no rate is moved
         reference = survey.dominant() if survey.factors else Reference(method="full")
+    moved = [f for f in survey.factors if explicit.rate_of(f.name) is None]
+    by_model = {"": moved}
+    for factor in moved if are_several else ():
+        by_model.setdefault(_model_number(factor), []).append(factor)
     moves = {}
-    for number in map(_model_number, moved) if are_several else ():
-        of_model = [f for f in moved if _model_number(f) == number]
-        moves[number] = _move(of_model, method, reference)
-    move = _move(moved, method, reference)
-    return Assigner(
-        source, explicit, method, move, moves, optimizer, dict(settings or {})
-    )
-
-
-def _move(factors: Sequence[Factor], method: Method, reference: Reference) -> Move:
-    survey = Survey(tuple(factors))
-    width = width_for(survey, method, reference.init)
-    return Move(reference.resolve(survey), width)
+    for number, factors in by_model.items():
+        of_model = Survey(tuple(factors))
+        width = width_for(of_model, method, reference.init)
+        moves[number] = Move(reference.resolve(of_model), width)
+    return Assigner(source, explicit, method, moves, optimizer, dict(settings or {}))

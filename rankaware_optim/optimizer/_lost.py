@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -45,21 +45,31 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
 
 
 def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
-    """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`."""
-    groups = opt.rates.groups
-    named = [pair for g in groups for pair in zip(g.names, g.params, strict=False)]
-    for name, param in named:
-        if name in lost and not _is_graded(param):
-            raise _lost(name, "whose tensor of that name has none")
-    factors = factor_tensors(walked)
+    """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`. Warn if
+    an adapter's train in place of its adapters, beside others.
+    """
+    factors, held = factor_tensors(walked), params_of(opt)
     adapters = [name for name, p in lost.items() if p in factors]
-    params = params_of(opt)
     # FSDP1 flattens them
-    gone = set(params).isdisjoint(dict(walked.parameters).values())
-    if _is_idle(params) and (adapters or gone):
-        raise _lost([*adapters, *lost][0], "none of whose parameters has one")
-    held = [p for group in groups if group.role in ("A", "B") for p in group.params]
-    if adapters and _is_idle(held):
+    gone = set(held).isdisjoint(dict(walked.parameters).values())
+    replaced, idle = list[str](), True
+    for group in opt.rates.groups:
+        for name, param in zip(group.names, group.params, strict=False):
+            if name in lost and not _is_graded(param):
+                replaced.append(name)
+        if group.role in ("A", "B") and any(map(_is_graded, group.params)):
+            idle = False
+    if not any(map(_is_graded, held)) and (adapters or gone):
+        replaced += [*adapters, *lost]
+    if replaced:
+        raise OptimizerError(
+            f"The model's {replaced[0]} has a gradient and is not held by this optimizer, whose"
+            " tensor of that name, or all, have none: the model's parameters were replaced, or"
+            " another adapter was activated, after it was built.",
+            "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
+            " optimizer.",
+        )
+    if adapters and idle:
         warn(
             f"None of this optimizer's adapters has a gradient, but {adapters[0]}, which it does"
             " not hold, has one and does not train. Build the optimizer after the adapter was"
@@ -69,17 +79,3 @@ def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> No
 
 def _is_graded(param: torch.Tensor) -> bool:
     return param.grad is not None
-
-
-def _is_idle(params: Collection[torch.Tensor]) -> bool:
-    """Return whether there are parameters, none of which has a gradient."""
-    return bool(params) and not any(map(_is_graded, params))
-
-
-def _lost(name: str, what: str) -> OptimizerError:
-    return OptimizerError(
-        f"The model's {name} has a gradient and is not held by this optimizer, {what}: the model's"
-        " parameters were replaced, or another adapter was activated, after it was built.",
-        "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
-        " optimizer.",
-    )

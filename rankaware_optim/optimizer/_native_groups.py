@@ -16,6 +16,7 @@ from ..inspection import ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
 from ._assign import Explicit
+from ._parts import Part, SplitGroup
 from ._prepare import prepare
 from ._refuse import Wrapped, refuse_one_rate
 from ._source import read_source
@@ -96,19 +97,23 @@ def rank_aware_param_groups(  # noqa: PLR0913
         method,
         init,
     )
-    groups = []
-    for split in splits:
-        for part in split.parts:
-            part.settle(part.group.get("lr", prepared.assigner.source.lr))
-            group = {**part.group, "lr": part.base * part.multiplier}
-            for key in ("initial_lr", "max_lr", "min_lr"):
-                if group.get(key) is not None:
-                    group[key] = group[key] * part.multiplier
-            names = [split.members[i].name for i in part.at]
-            group.pop("param_names", None)
-            if named:
-                group["params"] = list(zip(names, group["params"], strict=True))
-            assigned = part.assigned
-            group |= {"lora_role": assigned.role, "lora_rank": assigned.rank}
-            groups.append({**group, MULTIPLIED: part.multiplier})
-    return groups
+    lr = prepared.assigner.source.lr
+    return [
+        _multiplied(split, part, lr, named) for split in splits for part in split.parts
+    ]
+
+
+def _multiplied(split: SplitGroup, part: Part, lr: Any, named: bool) -> dict[str, Any]:
+    """Return a part as a group of its own. lr: the base rate if its group has none."""
+    group, assigned = part.group, part.assigned
+    part.settle(group.get("lr", lr))
+    made = {**group, "lr": part.base * part.multiplier}
+    for key in ("initial_lr", "max_lr", "min_lr"):
+        if made.get(key) is not None:
+            made[key] = made[key] * part.multiplier
+    made.pop("param_names", None)
+    if named:
+        names = [split.members[i].name for i in part.at]
+        made["params"] = list(zip(names, group["params"], strict=True))
+    made |= {"lora_role": assigned.role, "lora_rank": assigned.rank}
+    return {**made, MULTIPLIED: part.multiplier}

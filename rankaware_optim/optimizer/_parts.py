@@ -7,17 +7,17 @@ place, each at the user's rate × its multiplier, and `leave` puts the groups ba
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from operator import is_, is_not, mul
+from operator import mul
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
 from .._optimizers import defaults_of
-from .._types import Factor
+from .._types import Survey
 from .._warn import warn
 from ..errors import OptimizerError
 from ..laws import caution_of
@@ -36,25 +36,27 @@ class Part:
 
     at: their positions in the user's group. group: what the native step sees. Between steps it
     holds no parameters, since frameworks replace them. base: the base rate at which it stands.
-    rate: the rate of the last step.
+    given_at: the base rate at which a given rate is trained at. rate: that of the last step.
     """
 
     assigned: Assigned
     at: list[int]
-    group: Group
     multiplier: float = 1.0
+    group: Group = field(default_factory=dict)
     base: Any = None
+    given_at: float | None = None
     rate: Any = None
 
-    def settle(self, base: Any) -> None:
-        """Stand at a base rate. A rate of its own becomes a ratio to it, so that a schedule, a
-        warm-up and a 0 apply.
+    def settle(self, base: Any, given_at: Any = None) -> None:
+        """Stand at a base rate. A given rate becomes a ratio to `given_at`, by default to the base
+        rate, so that a schedule, a warm-up and a 0 apply.
 
         Raises:
             OptimizerError: base rate × multiplier, in the base rate's dtype, is 0 or infinite.
         """
-        if self.assigned.lr is not None and float(base):
-            self.multiplier = self.assigned.lr / float(base)
+        at = float(base if given_at is None else given_at)
+        if self.assigned.lr is not None and at:
+            self.multiplier, self.given_at = self.assigned.lr / at, at
         rate = float(base * self.multiplier)
         if float(base) and not 0 < rate < math.inf:
             raise OptimizerError(
@@ -91,8 +93,8 @@ class SplitGroup:
     """A user's group and its parts.
 
     lists: the options that have a value for each parameter, as some of PEFT's and of
-    pytorch_optimizer's. ids: those of its parameters when they were last seen. lr, seen: its rate
-    and options likewise. before: the first part's options when the step began.
+    pytorch_optimizer's. ids: those of its parameters when they were last seen. seen: its options
+    likewise.
     """
 
     group: Group
@@ -100,9 +102,19 @@ class SplitGroup:
     parts: list[Part]
     lists: Collection[str] = ()
     ids: list[int] = field(default_factory=list)
-    lr: Any = None
     seen: Group = field(default_factory=dict)
-    before: Sequence[Any] = ()
+
+    def params_of(self, part: Part) -> list[Any]:
+        """Return the parameters of a part: all of a group that was flattened, or emptied."""
+        params = self.group["params"]
+        if len(params) != len(self.members):
+            return list(params)
+        return [params[i] for i in part.at]
+
+    def base_of(self, part: Part) -> Any:
+        """Return the base rate of a part, which follows a rate that was written since."""
+        lr = self.group["lr"]
+        return part.base if same(lr, self.seen["lr"]) else lr
 
     def of_part(self, part: Part, key: str, value: Any) -> Any:
         """Return an option as a part has it. What a native step counts in a tensor in place is
@@ -114,103 +126,63 @@ class SplitGroup:
             return value.clone()
         return value
 
-    def base_of(self, part: Part) -> Any:
-        """Return the base rate of a part, which follows a rate that was written since."""
-        lr = self.group["lr"]
-        return part.base if same(lr, self.lr) else lr
-
     def follow(self) -> None:
         """Bring the parts to what the user's group holds now.
 
         Raises:
             OptimizerError: the parameters are not those of before.
         """
-        params = self.group["params"]
-        ids = list(map(id, params))
+        ids = list(map(id, self.group["params"]))
         if ids != self.ids:
-            self._follow_params(params, ids)
-        written = map(is_not, self.group.values(), self.seen.values())
-        if len(self.group) == len(self.seen) and sum(written) == 1:  # `params` alone
-            return
+            self._follow_params(ids)
         self.follow_options()
         lr = self.group["lr"]
-        if not same(lr, self.lr):
+        if not same(lr, self.seen["lr"]):
             for part in self.parts:
                 part.base = lr
-        self.lr = lr
         self.see()
 
-    def follow_options(self, *, always: bool = False) -> None:
-        """Copy the options that were written since. They are compared with the first part's, which
-        the user was shown, by value too: pickle keeps no identity. always: copy all.
+    def follow_options(self) -> None:
+        """Copy the options that were written since, and drop those that are gone. They are compared
+        by value too, since pickle keeps no identity.
         """
-        first = self.parts[0].group
         for key, value in self.group.items():
-            if key in _HELD or (value is self.seen.get(key, _NOTHING) and not always):
-                continue
-            shown = self.of_part(self.parts[0], key, value)
-            if always or not same(shown, first.get(key, _NOTHING)):
+            if key not in _HELD and not same(value, self.seen.get(key, _NOTHING)):
                 for part in self.parts:
                     part.group[key] = self.of_part(part, key, value)
-        if len(first) == len(self.group):
-            return
-        for key in first.keys() - self.group.keys():
+        for key in self.parts[0].group.keys() - self.group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
 
-    def _follow_params(self, params: Sequence[Any], ids: list[int]) -> None:
-        """Follow parameters that were put into another order, replaced, flattened or taken away."""
-        count, members = len(params), self.members
-        if sorted(ids) == sorted(self.ids):
-            if len(self.parts) > 1:
+    def _follow_params(self, ids: list[int]) -> None:
+        """Follow parameters that were put into another order, replaced, flattened or taken away.
+        Those of one part train at its rate, whatever they are.
+        """
+        params, members = self.group["params"], self.members
+        if params and len(self.parts) > 1:
+            if sorted(ids) == sorted(self.ids) or len(params) != len(members):
                 raise OptimizerError(
-                    f"The {count} parameters of a group were put into another order, and its parts"
-                    " have several rates.",
-                    "Leave their order, or build the optimizer again.",
+                    f"A group of {len(members)} parameters has {len(params)}, or in another order,"
+                    " by hand or since something flattened it, and its parts have several rates.",
+                    "Add parameters by add_param_group. Where a framework flattens groups, give it"
+                    " groups of one rank and role each: those of opt.rates.groups.",
                 )
-            by_id = dict(zip(self.ids, members, strict=True))
-            self.members = [by_id[each] for each in ids]
-        elif count == len(members):
-            for i, param in enumerate(params):
-                members[i] = members[i].replaced(param)
-        elif count and (len(self.parts) > 1 or count > len(members)):
-            raise OptimizerError(
-                f"A group of {len(members)} parameters has {count}: something flattened it, or"
-                " changed it by hand, and its parts have several rates.",
-                "Add parameters by add_param_group. Where a framework flattens groups, give it"
-                " groups of one rank and role each: those of opt.rates.groups.",
-            )
+            pairs = zip(members, params, strict=True)
+            self.members = [member.replaced(param) for member, param in pairs]
         self.ids = ids
-
-    def fill(self, params: Sequence[Any]) -> None:
-        """Give the parts their parameters."""
-        if len(params) != len(self.members):  # flattened, or none
-            for part in self.parts:
-                part.group["params"] = list(params)
-            return
-        for part in self.parts:
-            part.group["params"] = [params[i] for i in part.at]
 
     def show(self) -> None:
         """Show the user what the native step wrote into the first part, and take the parameters out
         of the parts.
         """
-        user, first, before = self.group, self.parts[0], self.before
-        as_before = len(first.group) == len(before)
-        as_before &= all(map(is_, first.group.values(), before))
-        self.before = ()
         for part in self.parts:
-            group = part.group
-            group["params"] = ()
-            if group["lr"] is not part.rate:  # written by the optimizer
-                part.base = group["lr"] / part.multiplier
-        if as_before:
-            return
-        if not same(first.base, self.lr):
-            self.lr = user["lr"] = first.base
-        for key, value in first.group.items():
+            part.group["params"] = ()
+            if part.group["lr"] is not part.rate:  # written by the optimizer
+                part.base = part.group["lr"] / part.multiplier
+        for key, value in self.parts[0].group.items():
             if key not in _HELD and key not in self.lists:
-                user[key] = value
+                self.group[key] = value
+        self.group["lr"] = self.parts[0].base
         self.see()
 
     def see(self) -> None:
@@ -243,17 +215,18 @@ class Parts:
     stepping: bool = False
     turns: int = 0
 
-    def shown(self, opt: Any) -> list[Group]:
-        """Return the user's groups of an optimizer, also inside a step."""
-        groups: list[Group] = self.users if self.stepping else opt.param_groups
-        return groups
+    def shown(self, opt: Any) -> list[SplitGroup]:
+        """Return the split groups of an optimizer, also while it steps in another thread."""
+        turns, users = self.turns, opt.param_groups
+        is_inside = self.stepping or self.turns != turns
+        return self.of(self.users if is_inside else users)
 
     def copy(self) -> list[SplitGroup]:
         """Return copies of the split groups, to go back to."""
         copies = []
         for split in self.splits:
             parts = [replace(part, group=dict(part.group)) for part in split.parts]
-            copies.append(replace(split, parts=parts, members=list(split.members)))
+            copies.append(replace(split, parts=parts))
         return copies
 
     def of(self, users: Sequence[Group]) -> list[SplitGroup]:
@@ -269,16 +242,20 @@ class Parts:
                 split.group = user
             return self.splits
         for user in strange:
-            number, params = len(self.splits), user["params"]
-            members = [
-                Member(f"group{number}.unnamed.{i}", tuple(p.shape))
-                for i, p in enumerate(params)
-            ]
-            part = Part(_BY_HAND, list(range(len(members))), {**user, "params": []})
-            part.base = user["lr"]
-            known[id(user)] = SplitGroup(user, members, [part], lr=user["lr"])
+            known[id(user)] = _by_hand(user, len(self.splits))
             self.splits.append(known[id(user)])
         return [known[id(user)] for user in users]
+
+
+def _by_hand(user: Group, number: int) -> SplitGroup:
+    """Return a group that was appended by hand as one part."""
+    params = user["params"]
+    members = [
+        Member(f"group{number}.unnamed.{i}", tuple(p.shape))
+        for i, p in enumerate(params)
+    ]
+    part = Part(_BY_HAND, list(range(len(params))), base=user["lr"])
+    return SplitGroup(user, members, [part], seen={"lr": user["lr"]})
 
 
 # --- splitting ------------------------------------------------------------------------------------
@@ -287,7 +264,7 @@ class Parts:
 def split(
     groups: Iterable[UserGroup],
     assigner: Assigner,
-    factors: Mapping[str, Factor],
+    survey: Survey,
     state: State | None = None,
 ) -> list[SplitGroup]:
     """Assign a rate to every parameter, and split each user's group into parts of one rate, in the
@@ -296,26 +273,58 @@ def split(
     Args:
         groups: the user's groups.
         assigner: that of the model.
-        factors: the model's, by name, with those that do not train yet.
+        survey: the model's, with the factors that do not train yet.
         state: the state of a built optimizer. Some mark there which parameters Muon gets.
     """
+    factors = {f.name: f for f in survey.factors}
     splits = []
-    for group in groups:
+    for user in groups:
+        params = [param for _, param in user.named]
         positions: dict[Assigned, list[int]] = {}
-        assigned = _assigned(group, assigner, factors, state)
-        for position, each in enumerate(assigned):
-            positions.setdefault(each, []).append(position)
-        members = [Member(name, tuple(param.shape)) for name, param in group.named]
-        lists = _lists(group, assigner)
-        one = SplitGroup(group.given, members, [], lists, seen=group.options)
-        for each, at in (positions or {Assigned(): []}).items():
-            part = Part(each, at, {}, each.multiplier)
+        rules: dict[Any, Rule] = {}
+        for position, (name, param) in enumerate(user.named):
+            rule = _rule_of(param, user.options, assigner, state, rules)
+            assigned = assigner.assign(
+                name,
+                factors.get(name),
+                rule,
+                # all groups of one that is built have a rate, which is not the user's own
+                own_lr=state is None and "lr" in user.options,
+                trains=param.requires_grad,
+            )
+            positions.setdefault(assigned, []).append(position)
+        members = [Member(name, tuple(param.shape)) for name, param in user.named]
+        one = SplitGroup(user.given, members, [], _lists(user, assigner))
+        one.seen = {**user.options, "params": params}
+        for assigned, at in (positions or {Assigned(): []}).items():
+            part = Part(assigned, at, assigned.multiplier)
             one.parts.append(part)
-            options = {k: one.of_part(part, k, v) for k, v in group.options.items()}
-            part.group = {"params": [group.named[i][1] for i in at], **options}
+            part.group = {k: one.of_part(part, k, v) for k, v in user.options.items()}
+            part.group["params"] = [params[i] for i in at]
         splits.append(one)
     _warn_of_extremes(splits)
     return splits
+
+
+def _rule_of(
+    param: torch.Tensor,
+    options: Group,
+    assigner: Assigner,
+    state: State | None,
+    rules: dict[Any, Rule],
+) -> Rule:
+    """Return the rule of a parameter. Some optimizers decide its family by its shape, or by marks
+    in its state. rules: those of its group that are known, to which it is added.
+    """
+    own = (state or {}).get(param, {})
+    switches = {switch.setting for switch in assigner.known.switches}
+    marks = {key: own[key] for key in sorted(switches & own.keys())}
+    settings = {**options, **marks}
+    to_adam = assigner.goes_to_adam(settings, param.shape)
+    key = (to_adam, *marks.items())
+    if key not in rules:
+        rules[key] = assigner.rule(settings, to_adam)
+    return rules[key]
 
 
 def _lists(group: UserGroup, assigner: Assigner) -> set[str]:
@@ -330,34 +339,6 @@ def _lists(group: UserGroup, assigner: Assigner) -> set[str]:
     }
 
 
-def _assigned(
-    group: UserGroup,
-    assigner: Assigner,
-    factors: Mapping[str, Factor],
-    state: State | None,
-) -> Iterator[Assigned]:
-    """Yield what is assigned to each parameter. Some optimizers decide its family by its state. All
-    groups of one that is built have a rate, which is not the user's own.
-    """
-    switches = sorted({switch.setting for switch in assigner.known.switches})
-    own_lr = state is None and "lr" in group.options
-    rules: dict[Any, Rule] = {}
-    for name, param in group.named:
-        moments = (state or {}).get(param, {})
-        marks = tuple((key, moments[key]) for key in switches if key in moments)
-        settings = {**group.options, **dict(marks)}
-        to_adam = assigner.goes_to_adam(settings, param.shape)
-        if (to_adam, marks) not in rules:
-            rules[to_adam, marks] = assigner.rule(settings, to_adam)
-        yield assigner.assign(
-            name,
-            factors.get(name),
-            rules[to_adam, marks],
-            own_lr=own_lr,
-            trains=param.requires_grad,
-        )
-
-
 def _warn_of_extremes(splits: Iterable[SplitGroup]) -> None:
     """Warn of the first multiplier that nobody can have meant."""
     for split in splits:
@@ -368,6 +349,46 @@ def _warn_of_extremes(splits: Iterable[SplitGroup]) -> None:
                 return
 
 
+def adopt(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
+    """Take the last groups that the native class has set up as those of the parts.
+
+    Raises:
+        OptimizerError: the class has put parameters into other groups.
+    """
+    parts = [part for split in splits for part in split.parts]
+    built = opt.param_groups[-len(parts) :]
+    given = [list(map(id, part.group["params"])) for part in parts]
+    if [list(map(id, group["params"])) for group in built] != given:
+        name = type(opt).__name__
+        raise OptimizerError(
+            f"{name} rearranges its groups when it is built, so rates would go to the wrong"
+            " groups.",
+            f"Build it, then wrap it: RankAwareOptimizer({name}(model.parameters(), ...),"
+            " model=model).",
+        )
+    for part, group in zip(parts, built, strict=True):
+        part.group = group
+
+
+def present(splits: Sequence[SplitGroup]) -> None:
+    """Make the user's groups out of their parts.
+
+    Raises:
+        OptimizerError: a rate is impossible. The user's groups are as they were.
+    """
+    for split in splits:
+        for part in split.parts:
+            part.settle(part.group["lr"])
+    for split in splits:
+        listed = {key: split.seen[key] for key in ("params", *split.lists)}
+        split.group.update({**split.parts[0].group, **listed})
+        split.ids = list(map(id, listed["params"]))
+        for part in split.parts:
+            part.group["params"] = ()
+            part.base = split.group["lr"]  # torchao makes a tensor of each rate
+        split.see()
+
+
 # --- inside a step --------------------------------------------------------------------------------
 
 
@@ -375,22 +396,21 @@ def _warn_of_extremes(splits: Iterable[SplitGroup]) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def enter(opt: Any) -> None:
     """Put the parts in place of the user's groups, at their rates."""
-    parts, users = opt._rankaware.parts, opt.param_groups
-    splits = parts.of(users)
+    hidden, users = opt._rankaware.parts, opt.param_groups
+    splits = hidden.of(users)
     for split in splits:
         split.follow()
     for split in splits:
-        split.fill(split.group["params"])
-    each = list(chain.from_iterable(split.parts for split in splits))
-    for part, rate in zip(each, _rates(each), strict=True):
+        for part in split.parts:
+            part.group["params"] = split.params_of(part)
+    parts = list(chain.from_iterable(split.parts for split in splits))
+    for part, rate in zip(parts, _rates(parts), strict=True):
         part.rate = part.group["lr"] = rate
     # the order matters to who saves from another thread
-    for split in splits:
-        split.before = list(split.parts[0].group.values())
-    parts.users, parts.active = users, splits
-    parts.turns += 1
-    parts.stepping = True
-    opt.param_groups = [part.group for part in each]
+    hidden.users, hidden.active = users, splits
+    hidden.turns += 1
+    hidden.stepping = True
+    opt.param_groups = [part.group for part in parts]
 
 
 def _rates(parts: Sequence[Part]) -> Sequence[Any]:
@@ -412,46 +432,3 @@ def leave(opt: Any) -> None:
         split.show()
     parts.stepping = False
     parts.turns += 1
-
-
-def adopt(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
-    """Take the groups that the native class has set up as those of the parts, and show the user's.
-
-    Raises:
-        OptimizerError: the class has put parameters into other groups, or a rate is impossible.
-            The user's groups are as they were.
-    """
-    splits, built = list(splits), dict[Any, list[Group]]()
-    for group in opt.param_groups:
-        built.setdefault(tuple(map(id, group["params"])), []).append(group)
-    for split in splits:
-        for part in split.parts:
-            key = tuple(map(id, part.group["params"]))
-            if not built.get(key):
-                name = type(opt).__name__
-                raise OptimizerError(
-                    f"{name} rearranges its groups when it is built, so rates would go to the"
-                    " wrong groups.",
-                    f"Build it, then wrap it: RankAwareOptimizer({name}(model.parameters(),"
-                    " ...), model=model).",
-                )
-            part.group = built[key].pop(0)
-            part.settle(part.group["lr"])
-    for split in splits:
-        present(split)
-
-
-def present(split: SplitGroup) -> None:
-    """Make the user's group out of its parts."""
-    params: list[Any] = [None] * len(split.members)
-    for part in split.parts:
-        for i, param in zip(part.at, part.group["params"], strict=True):
-            params[i] = param
-        part.group["params"] = []
-    user, first = split.group, split.parts[0].group
-    lists = {key: split.seen[key] for key in split.lists}
-    user.update({**first, **lists, "params": params})
-    split.ids, split.lr = list(map(id, params)), user["lr"]
-    for part in split.parts:  # torchao makes a tensor of each rate
-        part.base = split.lr
-    split.see()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .._optimizers import in_force
 from .._types import Init, Method, Survey
+from .._warn import warn
 from ..inspection import Models, Walk, survey_of, walk
 from ._assign import Assigner, Explicit, make_assigner
 from ._notes import notes_of
@@ -20,11 +21,11 @@ from ._parts import SplitGroup, split
 from ._refuse import (
     Wrapped,
     check_base_lr,
-    refuse_groups,
     refuse_outside,
+    refuse_own_rates,
     settings_of_built,
 )
-from ._source import Tuned, on_this_model
+from ._source import Source, on_this_model
 from ._user_groups import UserGroup, user_groups
 
 
@@ -45,7 +46,7 @@ def prepare(
     params: Any,
     model: nn.Module,
     wrapped: Wrapped,
-    source: Tuned,
+    source: Source,
     explicit: Explicit,
     method: Method,
     init: Init | None,
@@ -61,33 +62,41 @@ def prepare(
         method: "lora" or "full".
         init: the adapters' init if it cannot be read.
     """
-    native, built = wrapped.native, wrapped.built
+    native, built, settings = wrapped
     walked = walk(model)
     groups = user_groups(params, model, walked)
     held = {param for _, param in walked.parameters}
     refuse_outside(groups, held, explicit, built=built is not None)
-    refuse_groups(native, groups, in_force(native, wrapped.settings))
+    refuse_own_rates(native, groups, in_force(native, settings))
+    # only what trains decides where a rate counts as tuned, and is spoken of
     trained = survey = survey_of(walked, method=method, init=init)
     if frozen := _frozen(groups):
         survey = survey_of(walked, method=method, init=init, also=frozen)
-    source = on_this_model(source, trained, native, wrapped.settings, groups)
+    source = on_this_model(source, trained, native, settings, groups)
     if built is not None and source.lr is not None:  # a recipe's replaces theirs
         for group in groups:
             group.options["lr"] = source.lr
     check_base_lr(wrapped, source, groups, explicit)
+    are_several = isinstance(model, Models)
     assigner = make_assigner(
-        trained,
-        source,
-        explicit,
-        native,
-        wrapped.settings,
-        are_several=isinstance(model, Models),
+        trained, source, explicit, native, settings, are_several=are_several
     )
-    notes = notes_of(assigner, trained, [group.options for group in groups])
+    notes = notes_of(assigner, trained)
     state = None if built is None else built.state
-    factors = {f.name: f for f in survey.factors}
-    splits = split(groups, assigner, factors, state)
+    splits = split(groups, assigner, survey, state)
+    notes += _of_families(splits, source)
     return Prepared(assigner, survey, init, notes), splits
+
+
+def _of_families(splits: Iterable[SplitGroup], source: Source) -> tuple[str, ...]:
+    """Return what is said of the families of the factors. Warn of an unknown one."""
+    parts = [part.assigned for split in splits for part in split.parts]
+    notes = dict.fromkeys(assigned.note for assigned in parts if assigned.note)
+    for assigned in parts if source.recipe is None else ():
+        if assigned.note and assigned.family == "unknown":
+            warn(f"{assigned.note} A calibration measures it.")
+            break
+    return tuple(notes)
 
 
 def prepare_later(
@@ -103,12 +112,12 @@ def prepare_later(
     number: that of the group. native: the class of `opt`.
     """
     walked = walk(model)
-    groups = user_groups([param_group], model, walked, first=number, outside=True)
-    present = {id(p) for group in opt.param_groups for p in group["params"]}
-    refuse_groups(native, groups, in_force(native, settings_of_built(opt)), present)
-    survey = _later_survey(prepared, walked, _frozen(groups) | present)
-    factors = {f.name: f for f in survey.factors}
-    (split_group,) = split(groups, prepared.assigner, factors)
+    groups = user_groups([param_group], model, walked, first=number)
+    refuse_own_rates(native, groups, in_force(native, settings_of_built(opt)))
+    also = _frozen(groups)
+    also |= {id(p) for group in opt.param_groups for p in group["params"]}
+    survey = _later_survey(prepared, walked, also)
+    (split_group,) = split(groups, prepared.assigner, survey)
     return replace(prepared, survey=survey), split_group
 
 

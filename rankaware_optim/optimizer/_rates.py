@@ -59,15 +59,12 @@ class Rates(Mapping[str, RateGroup]):
     @property
     def groups(self) -> tuple[RateGroup, ...]:
         """The parts of the user's groups, in the user's order."""
-        parts = self._opt._rankaware.parts
         groups = []
-        for number, split in enumerate(parts.of(parts.shown(self._opt))):
-            user = split.group
-            params = user["params"]
-            whole = len(params) != len(split.members)
+        splits = self._opt._rankaware.parts.shown(self._opt)
+        for number, split in enumerate(splits):
             for part in split.parts:
                 base = float(split.base_of(part))
-                start = float(user.get("initial_lr", base))
+                start = float(split.group.get("initial_lr", base))
                 at = part.assigned
                 groups.append(
                     RateGroup(
@@ -81,7 +78,7 @@ class Rates(Mapping[str, RateGroup]):
                         initial_lr=start * part.multiplier,
                         why=at.why,
                         names=tuple(split.members[i].name for i in part.at),
-                        params=tuple(params if whole else [params[i] for i in part.at]),
+                        params=tuple(split.params_of(part)),
                         family=at.family,
                         user_group=number,
                         is_given=at.lr is not None,

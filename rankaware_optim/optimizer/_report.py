@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from .._types import Factor, Rated, Survey, init_text
 from ..inspection import other_kind
 from ._prepare import Prepared
 from ._rates import RateGroup
-from ._source import ByRecipe
 from ._unmoved import epsilon, rounding, trained_parts
 
 _HEADINGS = (
@@ -32,6 +32,8 @@ _HEADINGS = (
 )
 _WIDTH = 100  # columns
 _FROZEN = "frozen: it does not train until requires_grad is set"
+_CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
+_NEW_HEAD = " A new text classifier often wants 4 times the base rate: other_lr= or rates= sets it."
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,10 @@ def make_report(opt: Any, prepared: Prepared, per_module: bool = False) -> Repor
     assigner, survey, groups = prepared.assigner, prepared.survey, opt.rates.groups
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
-        title += f": moved from {assigner.move.reference}"
+        title += f": moved from {assigner.reference}"
     audit = [*survey.audit(), *_left_out(groups, survey)]
     # a recipe decides a head's rate
-    by_lr = not isinstance(assigner.source, ByRecipe)
-    if assigner.method == "lora" and survey.factors and by_lr:
+    if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(groups)
     trained = trained_parts(opt)
     return Report(
@@ -160,15 +161,17 @@ def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
 
 def _heads_at_base_rate(groups: Sequence[RateGroup]) -> Iterator[str]:
     """Yield the matrices that are no adapter's and train at the adapters' base rate."""
-    heads = []
-    for group in groups:
-        if group.role != "other" or group.is_given:
-            continue
-        for name, p in zip(group.names, group.params, strict=False):
-            if p.requires_grad and p.dim() > 1 and other_kind(name) is None:
-                heads.append(name)
+    heads = [
+        name
+        for group in groups
+        if group.role == "other" and not group.is_given
+        for name, p in zip(group.names, group.params, strict=False)
+        if p.requires_grad and p.dim() > 1 and other_kind(name) is None
+    ]
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
+        new = _NEW_HEAD if any(map(_CLASSIFIER.search, heads)) else ""
         yield (
-            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it."
+            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for"
+            f" it.{new}"
         )

@@ -1,15 +1,15 @@
-"""Where a base rate comes from, and how the run moves it: `Tuned`, or `ByRecipe`."""
+"""Where a base rate comes from, and how the run moves it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .._checks import is_number
+from .._checks import is_within
 from .._optimizers import defaults_of, known_optimizer, optimizer_family
-from .._types import Rated, Reference, Survey
+from .._types import Reference, Survey
 from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import ReferenceLike, as_reference
@@ -37,11 +37,12 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """A base rate that was tuned at a reference, and the law by which it moves.
+class Source:
+    """A base rate, as given or a recipe's, where it was tuned, and the law by which it moves.
 
     lr: None for the optimizer's or its groups' own. reference: None for the model's most common
-    configuration. batch, steps: those of the run.
+    configuration. batch, steps: those of the run. by_steps: the factor of every rate for them.
+    others: the recipe's rates of what is no factor. notes: sentences for the report.
     """
 
     law: Law
@@ -49,71 +50,24 @@ class Tuned:
     reference: Reference | None = None
     batch: float | None = None
     steps: int | None = None
-
-    def __post_init__(self) -> None:
-        batch = self.batch
-        if batch is not None and not (is_number(batch) and 0 < batch < 2**63):
-            raise OptimizerError(
-                f"batch is {batch!r}.", "Give a positive number, or leave it out."
-            )
+    recipe: Recipe | None = None
+    by_steps: float = 1.0
+    others: OtherRates | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """What moves the rates, in words."""
-        return law_title(self.law)
-
-    @property
-    def words(self) -> str:
-        """The same as the reason of one rate."""
-        return self.title.removeprefix("law ")
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences for the report."""
-        return ()
+        if self.recipe is None:
+            return law_title(self.law)
+        return f"recipe {self.recipe.name!r}"
 
     def by_run(self, law: Law) -> float:
         """Return the factor of every rate for the run's batch and steps."""
         tuned = None if self.reference is None else self.reference.batch
         if self.batch is None or tuned is None:
-            return 1.0
-        return checked_batch_multiplier(law, self.batch / tuned)
-
-    def other(self, name: str, trains: bool) -> Rated | None:
-        """Return the rate of a parameter that is no factor, None for the base rate."""
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ByRecipe(Tuned):
-    """A recipe's base rate on a model.
-
-    by_steps: the factor of every rate for the run's steps. others: the rates of what is no factor.
-    remarks: sentences for the report.
-    """
-
-    recipe: Recipe
-    by_steps: float = 1.0
-    others: OtherRates | None = None
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        return f"recipe {self.recipe.name!r}"
-
-    @property
-    def words(self) -> str:
-        return "recipe"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.remarks
-
-    def by_run(self, law: Law) -> float:
-        return self.by_steps * super().by_run(law)
-
-    def other(self, name: str, trains: bool) -> Rated | None:
-        return None if self.others is None else self.others.rate(name, trains)
+            return self.by_steps
+        return self.by_steps * checked_batch_multiplier(law, self.batch / tuned)
 
 
 def read_source(
@@ -123,10 +77,14 @@ def read_source(
     lr: Any,
     batch: float | None,
     steps: int | None,
-) -> Tuned:
+) -> Source:
     """Return the source of the base rate. Raise if something is given that a recipe includes, or
     that needs one.
     """
+    if batch is not None and not is_within("batch", batch):
+        raise OptimizerError(
+            f"batch is {batch!r}.", "Give a positive number, or leave it out."
+        )
     if recipe is None:
         if steps is not None:
             raise OptimizerError(
@@ -135,7 +93,7 @@ def read_source(
             )
         reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
-        return Tuned(law=chosen, lr=lr, reference=reference, batch=batch)
+        return Source(law=chosen, lr=lr, reference=reference, batch=batch)
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
@@ -143,90 +101,75 @@ def read_source(
                 "Give only the recipe, which includes it.",
             )
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    return ByRecipe(
-        recipe=loaded,
+    return Source(
         law=loaded.law,
         reference=loaded.reference,
         batch=batch,
         steps=steps,
+        recipe=loaded,
     )
 
 
 def on_this_model(
-    source: Tuned,
+    source: Source,
     survey: Survey,
     native: type,
     settings: Settings,
     groups: Sequence[UserGroup],
-) -> Tuned:
+) -> Source:
     """Return a source with the rates of a model: a recipe's move to its configuration and to the
     run's steps. Warn if the model is another than the recipe's, and once if the run differs from
     its trials.
 
     settings: those given to the optimizer for all groups.
     """
-    if not isinstance(source, ByRecipe):
-        return source
     recipe, steps = source.recipe, source.steps
-    batch = None if recipe.batch is None else source.batch
-    at, remarks = configuration_of(recipe, survey), []
+    if recipe is None:
+        return source
+    at = configuration_of(recipe, survey)
     recipe, strange = on_model(recipe, survey)
-    if strange:
-        warn(strange)
-        remarks.append(strange)
-    here, by_steps = rate(recipe, at), 1.0
-    warn_of(recipe, here)  # other steps are said below
-    if steps is not None:
-        by_steps = rate(recipe, at, steps).lr / here.lr
-    in_force = _settings_in_force(recipe, survey, native, settings, groups)
-    if differing := _differing(source, native, in_force):
-        warn(differing)
-        remarks.append(differing)
+    differing = _differing(source, recipe, survey, native, settings, groups)
+    here = rate(recipe, at)
+    by_steps = 1.0 if steps is None else rate(recipe, at, steps).lr / here.lr
+    remarks = [text for text in (strange, differing) if text]
+    for text in remarks:
+        warn(text)
+    warn_of(recipe, here)  # other steps are among the differences
     if is_for(recipe, native):
+        batch = None if recipe.batch is None else source.batch
         best = rate(recipe, at, steps, batch)
         remarks.append(
             f"recipe {recipe.name!r}: the best rate lies between {best.low:.3g} and"
             f" {best.high:.3g} with 90 % at {best.configuration}."
         )
         remarks += best.notes
-    return ByRecipe(
+    return replace(
+        source,
         recipe=recipe,
-        law=source.law,
         lr=base_lr(recipe, at),
-        reference=source.reference,
-        batch=source.batch,
-        steps=steps,
         by_steps=by_steps,
         others=other_rates_on(recipe, survey),
-        remarks=tuple(remarks),
+        notes=tuple(remarks),
     )
 
 
-def _settings_in_force(
+def _differing(
+    source: Source,
     recipe: Recipe,
     survey: Survey,
     native: type,
     settings: Settings,
     groups: Iterable[UserGroup],
-) -> Settings:
-    """Return those of the recipe's settings that the factors train with."""
-    base = {**defaults_of(native), **settings}
-    names = [name for name in recipe.settings if name in base.keys() - SAME_UPDATES]
-    factors = {f.name for f in survey.factors}
-    own = [g.options for g in groups if not factors.isdisjoint(g.names)]
-    return settings_of([{**base, **options} for options in own or [{}]], names)
-
-
-def _differing(source: ByRecipe, native: type, settings: Settings) -> str:
-    """Return how the run differs from the recipe's trials, and what to do about it; "" if it does
+) -> str:
+    """Return how the run differs from a recipe's trials, and what to do about it; "" if it does
     not.
     """
-    recipe = source.recipe
-    trials, run = plain_value(recipe.settings), dict(settings)
+    trials = plain_value(recipe.settings)
+    run = _settings_in_force(recipe, survey, native, settings, groups)
     if not is_for(recipe, native):
         theirs, ours = recipe.optimizer.rpartition(".")[2], native.__name__
         trials = {"optimizer": theirs, "family": known_optimizer(theirs)[1].family}
-        run = {"optimizer": ours, "family": optimizer_family(native, settings)}
+        run = {"optimizer": ours, "family": optimizer_family(native, run)}
         cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
     elif differences(trials, run):
         cure = "Its rates belong to these settings: give **recipe.settings."
@@ -238,3 +181,18 @@ def _differing(source: ByRecipe, native: type, settings: Settings) -> str:
             trials[name], run[name] = tried, now
     words = differences(trials, run)
     return f"Recipe {recipe.name!r} was made with {words}. {cure}" if words else ""
+
+
+def _settings_in_force(
+    recipe: Recipe,
+    survey: Survey,
+    native: type,
+    settings: Settings,
+    groups: Iterable[UserGroup],
+) -> dict[str, Any]:
+    """Return those of the recipe's settings that the factors train with."""
+    base = {**defaults_of(native), **settings}
+    names = [name for name in recipe.settings if name in base.keys() - SAME_UPDATES]
+    factors = {f.name for f in survey.factors}
+    own = [g.options for g in groups if not factors.isdisjoint(g.names)]
+    return settings_of([{**base, **options} for options in own or [{}]], names)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .._optimizers import kept_dtypes, known_optimizer
 from .._warn import warn
@@ -48,47 +47,34 @@ class Trained:
     beta2: float = 0.0
 
 
-def trained_by(
-    optimizer: Optimizer,
-    group: Mapping[str, Any],
-    params: Mapping[str, Tensor],
-    rate: float,
-) -> Trained:
-    """Return what an optimizer trains at one rate.
-
-    Args:
-        optimizer: the optimizer. Its state is read for Adam's epsilon.
-        group: the settings of these parameters.
-        params: the parameters by name. Frozen ones are left out.
-        rate: their highest rate, per step.
-    """
-    params = {name: param for name, param in params.items() if param.requires_grad}
-    kept = kept_dtypes(optimizer, group)
-    if known_optimizer(type(optimizer))[1].relation != "as AdamW":
-        return Trained(params, rate, kept)
-    eps, betas = group.get("eps", 0.0), group.get("betas", (0.0, 0.0))
-    return Trained(params, rate, kept, optimizer.state, eps, float(betas[1]))
-
-
 def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
-    """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates.
+    """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates: the
+    first steps of a warm-up are small.
 
-    first_step: whether the rates with which it was built count too.
+    first_step: whether the rates with which it was built count too, if no scheduler noted others.
     """
-    parts, trained = opt._rankaware.parts, []
-    users = parts.shown(opt)
-    splits = parts.of(users)
-    none_trains = not any(float(user["lr"]) for user in users)
-    for group in opt.rates.groups:
-        if group.family != "sign-like":
-            continue
-        user = users[group.user_group]
+    trained = []
+    splits = opt._rankaware.parts.shown(opt)
+    none_trains = not any(float(split.group["lr"]) for split in splits)
+    is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
+    for split in splits:
+        user, lr = split.group, float(split.group["lr"])
+        peaks = [user[key] for key in _PEAKS if user.get(key) is not None]
         # a rate of 0 freezes a group beside others, and begins a warm-up of all
-        trains = none_trains or float(user["lr"]) > 0
-        before = [splits[group.user_group].lr] if first_step and trains else ()
-        rate = highest_rate(user, before) * group.multiplier
-        params = dict(zip(group.names, group.params, strict=False))
-        trained.append(trained_by(opt, user, params, rate))
+        if first_step and not peaks and (none_trains or lr > 0):
+            peaks = [split.seen["lr"]]
+        rate = max([lr, *map(float, peaks)])
+        eps, beta2 = user.get("eps", 0.0), user.get("betas", (0.0, 0.0))[1]
+        adam = (eps, float(beta2)) if is_adam else ()
+        kept = kept_dtypes(opt, user)
+        for part in split.parts:
+            if part.assigned.family != "sign-like":
+                continue
+            names = [split.members[i].name for i in part.at]
+            params = dict(zip(names, split.params_of(part), strict=False))
+            trains = {name: p for name, p in params.items() if p.requires_grad}
+            at = rate * part.multiplier
+            trained.append(Trained(trains, at, kept, opt.state, *adam))
     return trained
 
 
@@ -149,17 +135,17 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 # --- sentences ------------------------------------------------------------------------------------
 
 
-def highest_rate(group: Mapping[str, Any], before: Iterable[Any] = ()) -> float:
-    """Return the highest rate of a group that is known, since the first steps of a warm-up are
-    small: that which a scheduler noted, else the largest of now and `before`.
+class _Lost(NamedTuple):
+    """What one group's weights, or their steps, lose.
 
-    before: rates that the group had, such as the one that it was built with.
-
-    >>> highest_rate({"lr": 0.0, "initial_lr": 1e-5}, [1e-3]), highest_rate({"lr": 0.0}, [1e-3])
-    (1e-05, 0.001)
+    share: of their entries. size: number of these. at: the rate, or epsilon.
     """
-    peaks = [group[key] for key in _PEAKS if group.get(key) is not None]
-    return max(map(float, (group["lr"], *(peaks or before))))
+
+    share: float
+    size: int
+    names: Sequence[str]
+    at: float
+    dtype: str = ""
 
 
 def rounding(groups: Iterable[Trained]) -> str:
@@ -169,10 +155,11 @@ def rounding(groups: Iterable[Trained]) -> str:
     lost = [each for each in _rounded(groups) if each.share > WORTH_SAYING]
     if not lost:
         return ""
+    at, share, where = _in_words(lost)
     dtypes = " and ".join(sorted({each.dtype for each in lost}))
     return (
-        f"At a rate of {_ends(lost)} a step leaves {_share(lost)} of the weights where they are in"
-        f" {_names(lost)}: {dtypes} rounds it away. {_CURES}"
+        f"At a rate of {at} a step leaves {share} of the weights where they are in {where}:"
+        f" {dtypes} rounds it away. {_CURES}"
     )
 
 
@@ -183,11 +170,22 @@ def epsilon(groups: Iterable[Trained]) -> str:
     lost = [each for each in _damped(groups) if each.share > WORTH_SAYING]
     if not lost:
         return ""
+    at, share, where = _in_words(lost)
     smaller = min(each.at for each in lost) / 1e4
     return (
-        f"Adam's epsilon of {_ends(lost)} takes {_share(lost)} of the steps of {_names(lost)},"
-        f" whose gradients are about as small. Give a smaller one, such as eps={smaller:.0e}."
+        f"Adam's epsilon of {at} takes {share} of the steps of {where}, whose gradients are about"
+        f" as small. Give a smaller one, such as eps={smaller:.0e}."
     )
+
+
+def _in_words(lost: Sequence[_Lost]) -> tuple[str, str, str]:
+    """Return in words at what is lost, which share of all, and where."""
+    rates = sorted(each.at for each in lost)
+    at = " to ".join(dict.fromkeys(f"{end:.3g}" for end in (rates[0], rates[-1])))
+    total = sum(each.share * each.size for each in lost)
+    share = f"{100 * total / sum(each.size for each in lost):.0f} %"
+    first, *others = [name for each in lost for name in each.names]
+    return at, share, first + (f" and {len(others)} more" if others else "")
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:
@@ -199,34 +197,6 @@ def rounding_of_normal(step: float, dtype: str) -> str:
     return rounding(
         [Trained({f"a layer of standard deviation {STD:g}": weights}, step)]
     )
-
-
-class _Lost(NamedTuple):
-    """What one group's weights, or their steps, lose.
-
-    share: of their entries. size: number of these. at: the rate, or epsilon.
-    """
-
-    share: float
-    size: int
-    names: Sequence[str]
-    at: float
-    dtype: str
-
-
-def _share(lost: Sequence[_Lost]) -> str:
-    total = sum(each.share * each.size for each in lost)
-    return f"{100 * total / sum(each.size for each in lost):.0f} %"
-
-
-def _ends(lost: Sequence[_Lost]) -> str:
-    ends = min(each.at for each in lost), max(each.at for each in lost)
-    return " to ".join(dict.fromkeys(f"{end:.3g}" for end in ends))
-
-
-def _names(lost: Sequence[_Lost]) -> str:
-    first, *others = [name for each in lost for name in each.names]
-    return first + (f" and {len(others)} more" if others else "")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -242,71 +212,59 @@ def _rounded(groups: Iterable[Trained]) -> Iterator[_Lost]:
     dims = [param.dim() for group in groups for param in group.params.values()]
     least = min(2, max(dims, default=0))
     for group in groups:
-        counted = {n: p for n, p in group.params.items() if p.dim() >= least}
-        for dtype, values in _by_place(counted):
-            if dtype in group.kept:
-                continue
-            entries = torch.cat(_samples(values.values()))
-            share = unmoved_share(entries, group.rate)
-            yield _Lost(share, _size(values.values()), list(values), group.rate, dtype)
+        by_dtype: dict[str, dict[str, Tensor]] = {}
+        for name, param in group.params.items():
+            local = _local(param)
+            if param.dim() >= least and local.numel():
+                dtype = str(local.dtype).removeprefix("torch.")
+                by_dtype.setdefault(dtype, {})[name] = local
+        for dtype in by_dtype.keys() - set(group.kept):
+            names, values = zip(*by_dtype[dtype].items(), strict=True)
+            share = unmoved_share(torch.cat(_samples(values)), group.rate)
+            yield _Lost(share, _size(values), names, group.rate, dtype)
 
 
 def _damped(groups: Iterable[Trained]) -> Iterator[_Lost]:
     """Yield what epsilon takes of each group's steps, where the state holds Adam's moments."""
     for group in groups:
-        means, squares, steps = {}, {}, {}
+        names, means, squares, corrections = [], [], [], []
         for name, param in group.params.items():
             state = group.state.get(param, {})
             if not group.eps or not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
                 continue
             square = _local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
-            if square is not None:
-                means[name], squares[name] = state["exp_avg"], square
-                steps[name] = state["step"]
-        for dtype, local in _by_place(means):
-            corrected = [
-                square / (1 - group.beta2 ** steps[name])
-                for name, square in zip(
-                    local, _samples([squares[name] for name in local]), strict=True
-                )
-            ]
-            entries = torch.cat(_samples(local.values()))
-            share = epsilon_share(entries, torch.cat(corrected), group.eps)
-            yield _Lost(share, _size(local.values()), list(local), group.eps, dtype)
+            if square.numel():
+                names.append(name)
+                means.append(_local(state["exp_avg"]))
+                squares.append(square)
+                corrections.append(1 - group.beta2 ** float(state["step"]))
+        if names:
+            pairs = zip(_samples(squares), corrections, strict=True)
+            square = torch.cat([sample / correction for sample, correction in pairs])
+            share = epsilon_share(torch.cat(_samples(means)), square, group.eps)
+            yield _Lost(share, _size(means), names, group.eps)
 
 
-def _by_place(
-    tensors: Mapping[str, Tensor],
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the tensors that can be read, of each dtype, by its name, and device."""
-    places: dict[Any, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        local = _local(tensor)
-        if local is not None:
-            places.setdefault((local.dtype, local.device), {})[name] = local
-    for (dtype, _), local_tensors in places.items():
-        yield str(dtype).removeprefix("torch."), local_tensors
-
-
-def _local(tensor: Tensor) -> Tensor | None:
-    """Return a tensor's values, of a sharded one those of this process. None if it has none, or
-    keeps them in a form of its own, as quantized ones do.
+def _local(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, of a sharded one those of this process. They are empty if it keeps
+    them in a form of its own, as quantized ones do.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
     is_read = is_plain and tensor.is_floating_point() and not tensor.is_meta
-    return tensor if is_read and tensor.numel() else None
+    return tensor if is_read else torch.empty(0)
 
 
 def _samples(tensors: Collection[Tensor]) -> list[Tensor]:
-    """Return every so many-th entry of tensors, about `ENTRIES` of all together, or all of fewer.
+    """Return every so many-th entry of tensors, about `ENTRIES` of all together, or all of fewer,
+    on the CPU.
 
     The stride is odd, so that it does not walk along one column of a matrix.
     """
     stride = max(1, _size(tensors) // ENTRIES) | 1
-    return [tensor.reshape(-1)[::stride] for tensor in tensors]
+    return [tensor.reshape(-1)[::stride].cpu() for tensor in tensors]
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +20,11 @@ MULTIPLIED = "rank_multiplier"
 def model_of(params: Any, model: Any) -> nn.Module:
     """Return the model that holds the adapters: `model`, by default `params`."""
     holder = params if model is None else as_one_model(model)
-    is_trainer = hasattr(holder, "args") or hasattr(holder, "train")
-    if hasattr(holder, "model") and is_trainer and not isinstance(holder, nn.Module):
-        raise OptimizerError(
-            f"A {type(holder).__name__} is a trainer, not a model.",
-            "Call rankaware_optim.attach(trainer, AdamW, ...) with the same settings.",
-        )
-    if isinstance(holder, (str, type)):
-        raise OptimizerError(
-            "The model and the optimizer's class are swapped.",
-            "Give the model first: RankAwareOptimizer(model, AdamW, ...).",
-        )
     if not isinstance(holder, nn.Module):
         raise OptimizerError(
-            "LoRA factors cannot be found from parameters alone.",
-            "Give the model as the first argument, or as model= with parameters or an optimizer.",
+            f"LoRA factors are found in a model, and this is a {type(holder).__name__}.",
+            "Give the model first, or as model= beside parameters or an optimizer. For a trainer"
+            " call rankaware_optim.attach(trainer, AdamW, ...).",
         )
     return holder
 
@@ -54,12 +44,7 @@ class UserGroup(NamedTuple):
 
 
 def user_groups(
-    params: Any,
-    model: nn.Module,
-    walked: Walk,
-    first: int = 0,
-    *,
-    outside: bool = False,
+    params: Any, model: nn.Module, walked: Walk, first: int = 0
 ) -> list[UserGroup]:
     """Return the user's parameters as named groups. What was given is not changed.
 
@@ -68,49 +53,27 @@ def user_groups(
         model: the model that holds the adapters.
         walked: the model's parameters.
         first: number of the first group.
-        outside: whether it is allowed that no parameter belongs to the model.
 
     Raises:
         InspectionError: there is no parameter, and the model's LoRA factors are frozen.
-        OptimizerError: a parameter is listed twice, there is none, none belongs to the model, or a
-            group holds a rate that is multiplied already.
+        OptimizerError: what is listed is no parameter, or a group holds a rate that is impossible,
+            or multiplied already.
     """
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     taken = set(names.values())
-    groups: list[UserGroup] = []
-    seen: set[torch.Tensor] = set()
-    for number, given in enumerate(_dicts(params, model, walked), first):
-        group = _read(given, names, taken, number)
-        for name, param in group.named:
-            if param in seen:
-                raise OptimizerError(
-                    f"The parameter {name} is listed twice.",
-                    "List every parameter in one group only.",
-                )
-            seen.add(param)
-        groups.append(group)
-    if not seen:
-        refuse_frozen(walked)
-        raise OptimizerError(
-            "There is no trainable parameter to optimize.",
-            "Set requires_grad on what should be trained.",
-        )
-    if seen.isdisjoint(names) and not outside:
-        raise OptimizerError(
-            f"None of the {len(seen)} parameters given belongs to the model.",
-            "Give the model that these parameters belong to as model=.",
-        )
-    return groups
-
-
-def _dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
-    """Return the user's parameters as torch's list of dicts."""
     if isinstance(params, nn.Module):
         parameters = (walked if params is model else walk(params)).parameters
         params = [p for _, p in parameters if p.requires_grad]
     entries = _listed(params)
-    is_of_dicts = bool(entries) and isinstance(entries[0], Mapping)
-    return entries if is_of_dicts else [{"params": entries}]
+    if not entries or not isinstance(entries[0], Mapping):
+        entries = [{"params": entries}]
+    groups = [
+        _read(given, names, taken, number)
+        for number, given in enumerate(entries, first)
+    ]
+    if not any(group.named for group in groups):
+        refuse_frozen(walked)
+    return groups
 
 
 def _listed(params: Any) -> list[Any]:
@@ -120,7 +83,10 @@ def _listed(params: Any) -> list[Any]:
 def _read(
     given: Any, names: Mapping[Any, str], taken: Collection[str], number: int
 ) -> UserGroup:
-    """Return one of the user's groups. Its options are torch's: named parameters are two lists."""
+    """Return one of the user's groups. Its options are torch's: named parameters are two lists.
+
+    names: of the model's parameters, `taken` as a set. number: that of the group.
+    """
     if MULTIPLIED in given:
         raise OptimizerError(
             "A parameter group is one of rank_aware_param_groups, whose rates are multiplied"
@@ -137,24 +103,14 @@ def _read(
     if any(isinstance(entry, tuple) for entry in entries):
         labels = options["param_names"] = [name for name, _ in entries]
         entries = [param for _, param in entries]
-    named = list(_named(entries, labels, names, taken, number))
-    return UserGroup(named, options, given if isinstance(given, dict) else {})
-
-
-def _named(
-    params: Iterable[Any],
-    labels: Iterable[str | None],
-    names: Mapping[Any, str],
-    taken: Collection[str],
-    number: int,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a group's parameters, each by its name in the model, or one of its own."""
-    for place, (param, label) in enumerate(zip(params, labels, strict=True)):
+    named = []
+    for place, (param, label) in enumerate(zip(entries, labels, strict=True)):
         if not isinstance(param, torch.Tensor):
             raise OptimizerError(
                 f"A parameter group holds a {type(param).__name__}.",
                 "Give tensors, (name, tensor) pairs, or dicts.",
             )
-        unnamed = label is None or label in taken
-        outside = f"group{number}.{label or 'unnamed'}.{place}" if unnamed else label
-        yield names.get(param, outside or ""), param
+        own = f"group{number}.{label or 'unnamed'}.{place}"
+        is_free = label is not None and label not in taken
+        named.append((names.get(param, label if is_free else own), param))
+    return UserGroup(named, options, given if isinstance(given, dict) else {})

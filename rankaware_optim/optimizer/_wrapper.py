@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,13 @@ from ._user_groups import model_of
 class _Hidden:
     """What a wrapped optimizer has besides torch's. Copy and pickle keep it.
 
-    unchecked: whether there are parameters that no step has checked. watched: the numbers of a
-    group and a parameter of an adapter. idle: whether this had no gradient at the last step.
-    steps: since it was built or copied, up to `EPSILON_AT`.
+    unchecked: whether there are parameters that no step has checked. steps: since it was built or
+    copied, up to `EPSILON_AT`.
     """
 
     prepared: Prepared
     parts: Parts
-    watched: tuple[int, int]
     unchecked: bool = True
-    idle: bool = False
     steps: int = 0
 
 
@@ -168,7 +165,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             given, model, wrapped, source, explicit, method, init
         )
         opt = _construct(wrapped, splits, prepared.assigner.source.lr)
-        opt._rankaware = _Hidden(prepared, Parts(splits), _watched(splits))
+        opt._rankaware = _Hidden(prepared, Parts(splits))
         opt._rankaware_model = _weakly(model)
         _LIVE.add(opt)
         return opt  # type: ignore[no-any-return]
@@ -208,20 +205,17 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "This optimizer is a copy, or its model is gone, so a new group has no rate.",
                 "Wrap again with model=.",
             )
-        if "lr" not in param_group and self.defaults.get("lr") is None:
-            raise OptimizerError(
-                f"{native.__name__} has no default rate for a later group.",
-                "Give lr in the group.",
-            )
         parts = hidden.parts
         prepared, split = prepare_later(
             hidden.prepared, param_group, len(parts.splits), model, self, native
         )
         try:
             enter(self)  # the native check for duplicates sees all parts
-            for part in split.parts:
-                native.add_param_group(self, part.group)
-            adopt(self, [split])
+            with building(native):
+                for part in split.parts:
+                    native.add_param_group(self, part.group)
+                adopt(self, [split])
+                present([split])
         finally:
             leave(self)
         self.param_groups.append(split.group)
@@ -268,24 +262,14 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """Return the state in the native layout, with base rates, also during a step: in a signal
         handler, or in another thread.
         """
-        native, parts = type(self)._rankaware_native, self._rankaware.parts
-        turns, stepping = parts.turns, parts.stepping
-        if not stepping:
-            state = native.state_dict(self)
-        if stepping or parts.turns != turns:
-            shown = object.__new__(type(self))
-            vars(shown).update(vars(self), param_groups=parts.users)
-            state = native.state_dict(shown)
-        return with_parts(state, parts.of(parts.shown(self)))
+        native = type(self)._rankaware_native
+        state = _outside_a_step(self, native.state_dict)
+        return with_parts(state, self._rankaware.parts.shown(self), native)
 
     def __getstate__(self) -> dict[str, Any]:
-        parts = self._rankaware.parts
-        turns, stepping = parts.turns, parts.stepping
-        state = type(self)._rankaware_native.__getstate__(self)
-        if stepping or parts.turns != turns:
-            state = {**state, "param_groups": parts.users}
-        hidden = replace(self._rankaware, parts=Parts(parts.splits), steps=0)
-        return {**state, "_rankaware": hidden}
+        state = _outside_a_step(self, type(self)._rankaware_native.__getstate__)
+        parts = Parts(self._rankaware.parts.splits)
+        return {**state, "_rankaware": replace(self._rankaware, parts=parts, steps=0)}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
@@ -355,7 +339,7 @@ def _model_of(opt: Any) -> nn.Module | None:
 
 def _construct(wrapped: Wrapped, splits: Sequence[SplitGroup], lr: Any) -> Any:
     """Build the optimizer on the parts, whose groups the native class sets up, or take over one
-    that is built, with its state.
+    that is built, with its state. A built one is changed once nothing can fail any more.
     """
     native, built, settings = wrapped
     if built is None:
@@ -366,27 +350,15 @@ def _construct(wrapped: Wrapped, splits: Sequence[SplitGroup], lr: Any) -> Any:
             native.__init__(opt, groups, **given)
         refuse_other_rates(opt)
         adopt(opt, splits)
+        present(splits)
         opt.param_groups = [split.group for split in splits]
         return opt
-    for split in splits:
-        for part in split.parts:
-            part.settle(part.group["lr"])
-    for split in splits:
-        present(split)
+    present(splits)
     if lr is not None:
         built.defaults["lr"] = lr
     built.__class__ = _subclass(native)
     built._patch_step_function()  # torch hooks `step` by class
     return built
-
-
-def _watched(splits: Sequence[SplitGroup]) -> tuple[int, int]:
-    """Return the numbers of the first group with an adapter, and of a parameter of it there."""
-    for number, split in enumerate(splits):
-        for part in split.parts:
-            if part.assigned.role in ("A", "B"):
-                return number, part.at[0]
-    return 0, 0
 
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
@@ -400,6 +372,21 @@ def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
         return None if None in models else as_one_model(models)
 
     return again
+
+
+def _outside_a_step(opt: Any, take: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Return what is taken of an optimizer with the user's groups, also while it steps: in a
+    signal's handler, or in another thread.
+    """
+    parts = opt._rankaware.parts
+    turns = parts.turns
+    if not parts.stepping:
+        taken = take(opt)
+        if parts.turns == turns:
+            return taken
+    shown = object.__new__(type(opt))
+    vars(shown).update(vars(opt), param_groups=parts.users)
+    return take(shown)
 
 
 # --- the native methods ---------------------------------------------------------------------------
@@ -420,15 +407,17 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
         # in __init__, or called by a native method
         if hidden is None or hidden.parts.stepping:
             return method(self, *args, **kwargs)
-        closure = args[0] if args else kwargs.get("closure")
-        if name == "step" and closure is None:
-            _check(self)
         if name == "step":
+            # a closure makes gradients of its own, which are checked after it
+            if (args[0] if args else kwargs.get("closure")) is None:
+                _check(self)
             _count(self)
         try:
             enter(self)
             if args or kwargs:
-                args, kwargs = _seen_inside(self, args, kwargs)
+                seen = partial(_seen_inside, self, (*args, *kwargs.values()))
+                args = tuple(map(seen, args))
+                kwargs = {key: seen(value) for key, value in kwargs.items()}
             return method(self, *args, **kwargs)
         finally:
             leave(self)
@@ -436,25 +425,18 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
     return run
 
 
-def _seen_inside(
-    opt: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a method's arguments as they are seen inside: a closure runs outside, and one of the
-    user's groups is the part of it that holds the parameter given beside it.
+def _seen_inside(opt: Any, given: Sequence[Any], value: Any) -> Any:
+    """Return a method's argument as it is seen inside: a closure runs outside, and one of the
+    user's groups is the part of it that holds a parameter given beside it.
     """
-    given = (*args, *kwargs.values())
-    params = {id(value) for value in given if torch.is_tensor(value)}
-    parts: dict[int, Any] = {}
+    if callable(value) and not isinstance(value, (type, nn.Module)):
+        return _outside(opt, value)
+    params = {id(each) for each in given if torch.is_tensor(each)}
     for split in opt._rankaware.parts.active:
-        for part in split.parts:
+        for part in split.parts if split.group is value else ():
             if not params.isdisjoint(map(id, part.group["params"])):
-                parts[id(split.group)] = part.group
-
-    def seen(value: Any) -> Any:
-        is_closure = callable(value) and not isinstance(value, (type, nn.Module))
-        return _outside(opt, value) if is_closure else parts.get(id(value), value)
-
-    return tuple(map(seen, args)), {key: seen(value) for key, value in kwargs.items()}
+                return part.group
+    return value
 
 
 def _outside(opt: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -484,17 +466,8 @@ def _count(opt: Any) -> None:
 
 
 def _check(opt: Any) -> None:
-    """Check the parameters when there are new ones, and when the watched one stops getting
-    gradients.
-    """
+    """Check the parameters once there are gradients: those that no step has checked."""
     hidden = opt._rankaware
-    if torch.compiler.is_compiling():
-        return
-    number, position = hidden.watched
-    watched = [g["params"][position:][:1] for g in opt.param_groups[number:][:1]]
-    # none, if the user cleared the groups
-    idle = all(param.grad is None for params in watched for param in params)
-    if hidden.unchecked or (idle and not hidden.idle):
+    if hidden.unchecked and not torch.compiler.is_compiling():
         others = [other for other in _LIVE if other is not opt]
         hidden.unchecked = check_parameters(opt, _model_of(opt), others)
-    hidden.idle = idle

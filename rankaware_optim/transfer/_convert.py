@@ -18,7 +18,7 @@ from ..laws import (
     get_law,
     law_title,
 )
-from ..optimizer import Tuned, make_assigner, notes_of
+from ..optimizer import Source, make_assigner, notes_of
 from ..recipe import ANY_WIDTH
 
 
@@ -69,7 +69,7 @@ def convert_lr(
     target = replace(target, fan_in=target.fan_in or origin.fan_in)
     batch = None if origin.batch is None else target.batch
     factor = target.as_factor()
-    source = Tuned(law=law, reference=origin, batch=batch)
+    source = Source(law=law, reference=origin, batch=batch)
     survey = Survey((factor,))
     assigner = make_assigner(survey, source)
     rule = assigner.rule({})

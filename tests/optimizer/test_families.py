@@ -346,59 +346,7 @@ def test_a_default_that_makes_its_own_rates_is_refused(
         in_a_later_group(kept_alpha(4, 16), kind, {}, changed)
 
 
-@pytest.mark.parametrize("give", [in_settings, in_a_group, in_an_instance])
-def test_a_second_rate_in_the_groups_is_refused(give):
-    """What trains matrices at another key than lr would be reported at a rate that trains nothing."""
-    model, kind = kept_alpha(4, 16), called("Muon", "omnimuon")
-    with pytest.raises(ra.OptimizerError, match=r"second rate, matrix_lr=0\.02"):
-        give(model, kind, {"matrix_lr": 0.02}, {})
-    give(kept_alpha(4, 16), kind, {"precond_lr": 0.1, "final_lr": 0.1}, {})
-
-
 # --- classes that look at their parameters when they are built ------------------------------------------------------
-
-
-def looking(check) -> type[Optimizer]:
-    """An optimizer that reads its parameters before torch's class does."""
-
-    def __init__(self, params, lr: float = 1e-3):
-        params = list(params)
-        check(params)
-        torch.optim.SGD.__init__(self, params, lr=lr)
-
-    return type("Looks", (torch.optim.SGD,), {"__init__": __init__})
-
-
-def as_tensors(params):
-    """As DistributedKron reads them."""
-    return [param.numel() for param in params]
-
-
-def as_named(params):
-    """As Adam-mini reads them."""
-    return [name for name, _, _ in params]
-
-
-def as_muons(params):
-    """As Keller Jordan's Muon asserts of them, without a word."""
-    assert isinstance(params[0], nn.Parameter)
-
-
-@pytest.mark.parametrize("check", [as_tensors, as_named, as_muons])
-def test_what_a_class_raises_on_groups_says_how_to_wrap_it(check):
-    """An error of ours, with that of the class, where it cannot be built on groups; its instance is wrapped."""
-    model = kept_alpha(4, 16)
-    with pytest.raises(
-        ra.OptimizerError, match="or build it yourself and wrap the inst"
-    ):
-        RankAwareOptimizer(model, looking(check), lr=LR, tuned_at=AT_16)
-    if check is as_named:
-        return
-    opt = RankAwareOptimizer(
-        looking(check)(trained(model), lr=LR), model=model, tuned_at=AT_16
-    )
-    by_name = moved_by_gradient(model, opt)
-    assert by_name["layer0.lora_A"] == pytest.approx(LR * law_of("gradient-like", 4))
 
 
 def moved_by_gradient(model, opt):
@@ -406,26 +354,6 @@ def moved_by_gradient(model, opt):
     for param in trained(model):
         param.grad = torch.ones_like(param)
     return moved(model, opt)
-
-
-class ByConfig(torch.optim.SGD):
-    """Takes its rate in an object, as nadir's classes do."""
-
-    def __init__(self, params, config=None):
-        super().__init__(params, lr=LR)
-
-
-@pytest.mark.parametrize("given", [{}, {"lr": LR}])
-def test_a_class_that_takes_no_rate_is_built_first(given):
-    """It is said at once, not after a rate was asked for, and its instance is wrapped."""
-    model = kept_alpha(4, 16)
-    with pytest.raises(ra.OptimizerError, match=r"takes no lr=\. Build it yourself"):
-        RankAwareOptimizer(model, ByConfig, tuned_at=AT_16, **given)
-    built = ByConfig(trained(model))
-    by_name = moved_by_gradient(
-        model, RankAwareOptimizer(built, model=model, tuned_at=AT_16)
-    )
-    assert by_name["layer0.lora_A"] == pytest.approx(LR * law_of("gradient-like", 4))
 
 
 def test_what_has_the_length_of_the_groups_by_chance_is_no_list_of_rates():
@@ -440,22 +368,6 @@ def test_what_has_the_length_of_the_groups_by_chance_is_no_list_of_rates():
     built = Muon(two_groups(model, {}, {"algorithm": "adamw"}), lr=LR)
     opt = RankAwareOptimizer(built, model=model, tuned_at=AT_16)
     assert_by_family(moved_by_gradient(model, opt))
-
-
-class HasAdam(torch.optim.SGD):
-    """Gives vectors to an Adam of its own, at three times the rate, as Kronos does."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr=lr)
-        vectors = [p for g in self.param_groups for p in g["params"] if p.dim() < 2]
-        self._adam = torch.optim.Adam(vectors, lr=3 * lr)
-
-
-@pytest.mark.parametrize("give", [in_settings, in_an_instance])
-def test_an_optimizer_in_an_optimizer_is_refused(give):
-    """Its rates are none that we set: it is said in both forms, and no form sends to the other."""
-    with pytest.raises(ra.OptimizerError, match="HasAdam holds another optimizer"):
-        give(kept_alpha(4, 16), HasAdam, {}, {})
 
 
 # --- another way to step --------------------------------------------------------------------------------------------
@@ -496,17 +408,6 @@ def test_another_way_to_step_is_at_the_multiplied_rate(way, by_keyword):
         expected = torch.full_like(param, by_name[names[param]])
         assert torch.allclose(before - param, expected)
     assert group["lr"] == LR
-
-
-def test_a_step_on_the_instance_is_refused():
-    """A step that was put on an optimizer itself would train without multipliers: it is refused, and left as it was."""
-    model = kept_alpha(4, 64)
-    built = torch.optim.SGD(trained(model), lr=LR)
-    built.step = own = lambda closure=None: None
-    with pytest.raises(ra.OptimizerError, match="step of its own"):
-        RankAwareOptimizer(built, model=model, tuned_at=AT_16)
-    assert type(built) is torch.optim.SGD
-    assert built.step is own
 
 
 # --- several models -------------------------------------------------------------------------------------------------
@@ -566,27 +467,3 @@ def test_a_later_group_is_of_any_of_several_models():
     gc.collect()
     with pytest.raises(ra.OptimizerError, match="its model is gone"):
         opt.add_param_group({"params": [later]})
-
-
-def test_a_class_that_takes_the_model_is_built_first():
-    """It makes its own groups, so it is wrapped as an instance."""
-
-    class Whole(torch.optim.SGD):
-        def __init__(self, model, lr):
-            super().__init__(trained(model), lr=lr)
-
-    model = kept_alpha(4, 16)
-    with pytest.raises(ra.OptimizerError, match="takes a model and makes its groups"):
-        RankAwareOptimizer(model, Whole, lr=LR, tuned_at=AT_16)
-    opt = RankAwareOptimizer(Whole(model, LR), model=model, tuned_at=AT_16)
-    assert {part.rank for part in opt.rates.groups} == {4, 16, None}
-
-
-def test_a_built_optimizer_over_a_second_model_is_refused_unless_both_are_given():
-    """A text encoder's factors beside a U-Net's are refused where model= names the U-Net alone."""
-    unet, encoder = kept_alpha(4), kept_alpha(64)
-    built = torch.optim.AdamW([*trained(unet), *trained(encoder)], lr=LR)
-    with pytest.raises(ra.OptimizerError, match=r"belongs to no model given"):
-        RankAwareOptimizer(built, model=unet, tuned_at=AT_16)
-    assert type(built) is torch.optim.AdamW
-    assert len(built.param_groups) == 1

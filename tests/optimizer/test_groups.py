@@ -600,15 +600,6 @@ def test_the_dict_that_was_given_is_the_group():
     assert float(moved) == pytest.approx(LR / 4)
 
 
-def test_a_refused_optimizer_leaves_the_given_dicts():
-    """Where building fails, the user's groups are what they were."""
-    model = mlp((4, 8))
-    mine = {"params": trained(model), "lr": 1e308}
-    with pytest.raises(OptimizerError, match="times the multiplier"):
-        RankAwareOptimizer([mine], AdamW, model=model, tuned_at=AT_16)
-    assert mine.keys() == {"params", "lr"}
-
-
 # --- plain checkpoints, both ways -----------------------------------------------------------------------------------
 
 
@@ -679,7 +670,7 @@ def two_swapped(opt, model):
 CHANGES = [
     (appended, "group of 4 parameters has 5.*add_param_group"),
     (flattened, r"group of 4 parameters has 1.*opt\.rates\.groups"),
-    (reordered, "The 4 parameters of a group were put into another order"),
+    (reordered, "group of 4 parameters has 4, or in another order"),
     (two_swapped, r"layer0\.lora_A had shape \(4, 16\) and has \(16, 8\)"),
 ]
 

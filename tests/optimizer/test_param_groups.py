@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-import torch_optimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from rankaware_optim import (
     Falling,
-    InspectionError,
     MuA,
     OptimizerError,
     RankAwareOptimizer,
@@ -99,20 +96,6 @@ REFERENCES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        (torch.optim.LBFGS, "takes one parameter group only"),
-        (torch_optimizer.RAdam, "keeps one step size for all groups"),
-        (torch_optimizer.Adafactor, "relative_step=True"),
-    ],
-)
-def test_groups_that_would_train_at_other_rates_are_refused(kind, reason):
-    """Native groups are refused for a class that would not train at their rates."""
-    with pytest.raises(OptimizerError, match=reason):
-        rank_aware_param_groups(mlp((4, 8)), lr=LR, optimizer_class=kind)
-
-
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("scalings", [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0)])
 def test_multipliers_are_the_laws(scalings, reference):
@@ -185,19 +168,6 @@ def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
         assert [group[key] for group in native] == pytest.approx(moved)
 
 
-def test_groups_that_are_multiplied_already_are_refused():
-    """Native groups are for native classes: given again, their rates would be multiplied twice."""
-    model = mlp()
-    native = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
-    for give in (
-        lambda: RankAwareOptimizer(native, AdamW, model=model, lr=LR),
-        lambda: RankAwareOptimizer(AdamW(native), model=model),
-        lambda: rank_aware_param_groups(native, model=model, lr=LR),
-    ):
-        with pytest.raises(OptimizerError, match=r"are multiplied already.*native"):
-            give()
-
-
 # --- the user's exceptions ------------------------------------------------------------------------------------------
 
 
@@ -205,53 +175,6 @@ def test_groups_keep_the_order_of_the_parameters():
     """Groups come as their first parameters do, whatever their rates."""
     found = rates(mlp(), rates={"layer0.*": 0.5})
     assert list(found) == [name for name, _ in named(mlp())]
-
-
-NO_RATES = (0, -1.0, math.nan, math.inf, "1e-3", True)
-NO_MATCHES = ("classifier*", "layer0", "layer9.*", "layer0.base_layer.*")
-NO_BATCHES = (0, -1, math.nan, math.inf, True, "64")
-TWICE = r"{} is listed twice"
-REFUSED = [
-    # what is given in place of the model, if it is something else, the other arguments, and the error
-    *((None, {"rates": {"head.*": v}}, r"^rates\['head\.\*'\] is") for v in NO_RATES),
-    *((None, {"lr": value}, "^lr is") for value in (*NO_RATES, None)),
-    *((None, {"other_lr": value}, "^other_lr is") for value in NO_RATES),
-    *(
-        (None, {"rates": {pattern: 1e-3}}, r"matches none of 6 .*'head\.bias'")
-        for pattern in NO_MATCHES
-    ),
-    *(
-        (None, {"batch": value}, "^batch is .* Give a positive number")
-        for value in NO_BATCHES
-    ),
-    (lambda m: [*trained(m), m.layer0.lora_A], {}, TWICE.format("layer0.lora_A")),
-    (
-        lambda m: [{"params": trained(m)}, {"params": [m.head.bias]}],
-        {},
-        TWICE.format("head.bias"),
-    ),
-    (lambda m: trained(mlp()), {}, "None of the 6 parameters given belongs to the"),
-    (lambda m: [], {}, "no trainable parameter"),
-    (lambda m: [{"params": []}], {}, "no trainable parameter"),
-    (lambda m: [1.0], {}, "holds a float"),
-    (lambda m: ["head.weight"], {}, "holds a str"),
-    *(
-        (lambda m, lr=lr: [{"params": trained(m), "lr": lr}], {}, f"lr is {lr}")
-        for lr in (0.0, -1.0, math.nan)
-    ),
-    (trained, {"model": None}, "from parameters alone"),
-    (lambda m: m.head, {"model": None}, r"Add adapters .* method='full'"),
-]
-
-
-@pytest.mark.parametrize(("first", "options", "message"), REFUSED)
-def test_bad_input_is_refused(first, options, message):
-    """Rates, patterns, batches and parameters that cannot be are an error that names where they stand."""
-    model = mlp()
-    given = model if first is None else first(model)
-    options = {"model": model, "lr": LR, **options}
-    with pytest.raises((OptimizerError, InspectionError), match=message):
-        rank_aware_param_groups(given, **options)
 
 
 @pytest.mark.parametrize(
@@ -363,19 +286,6 @@ def test_a_rate_used_as_it_was_tuned_does_not_move(options):
     """A rate used where it was tuned, given by name, or for other parameters stays, and no note speaks of a move."""
     assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
     assert notes_of(mlp((4,)), **options) == ()
-
-
-@pytest.mark.parametrize(
-    ("options", "is_said"),
-    [({}, True), ({"rates": {"*score*": 1.0}}, False), ({"other_lr": 1.0}, False)],
-)
-def test_a_new_classifier_at_the_base_rate_is_noted(options, is_said):
-    """Under the names that libraries give it, unless it has a rate of its own; another head is not."""
-    model = mlp((4,))
-    assert not any("classifier" in note for note in notes_of(model))
-    model.score = nn.Linear(16, 2)
-    notes = notes_of(model, **options)
-    assert any("classifier often wants 4 times" in note for note in notes) is is_said
 
 
 def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
@@ -683,20 +593,6 @@ def test_rates_are_a_mapping_that_follows_the_optimizer():
         held["layer9.lora_A"]
     with pytest.raises(TypeError):
         held["layer0.lora_A"] = 1.0
-
-
-def test_an_optimizer_that_holds_another_is_refused():
-    """Whatever the attribute is called: the groups inside would not change."""
-
-    class Holds(SGD):
-        def __init__(self, params, lr):
-            params = list(params)
-            super().__init__(params, lr=lr)
-            self.fast = SGD(params, lr=lr)
-
-    model = mlp((4,))
-    with pytest.raises(OptimizerError, match="Holds holds another optimizer"):
-        RankAwareOptimizer(Holds(model.parameters(), lr=LR), model=model, init="A")
 
 
 class Name(str):

@@ -14,7 +14,6 @@ from torch import nn
 
 from rankaware_optim import (
     Falling,
-    OptimizerError,
     Power,
     RankAwareOptimizer,
     RankAwareWarning,
@@ -206,24 +205,6 @@ def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
     assert f"{band} at {rate.configuration}." in said
     if method == "lora":
         assert values(opt) == pytest.approx([recipe.at(**run).lr], rel=1e-8)
-
-
-REFUSED = [
-    ({"steps": 0}, "steps is 0"),
-    ({"steps": 2.5}, r"steps is 2\.5"),
-    (
-        {"recipe": replace(RECIPE, steps=None), "steps": 9},
-        "does not give its own steps",
-    ),
-    ({"recipe": None, "lr": 1e-3, "steps": 9}, "steps= was given without recipe="),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_an_impossible_run_is_refused(options, message):
-    """Steps that cannot be, and what only a recipe gives a meaning, are errors."""
-    with pytest.raises((RecipeError, OptimizerError), match=message):
-        built(**options)
 
 
 # --- its settings ---------------------------------------------------------------------------------------------------

@@ -8,19 +8,15 @@ import inspect
 import math
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
 
 import rankaware_optim as ra
 from rankaware_optim import (
     OptimizerError,
-    Power,
-    RankAwareError,
     RankAwareOptimizer,
     RankAwareWarning,
     Reference,
@@ -406,294 +402,12 @@ def test_a_class_of_another_package(source, message, tmp_path, monkeypatch):
         RankAwareOptimizer(mlp(), "own_optimizer:Lamb", lr=LR)
 
 
-class KeepsRates(torch.optim.SGD):
-    """Snapshots its groups' rates when it is built, as AdaBound does."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr)
-        self.base_lrs = [group["lr"] for group in self.param_groups]
-
-
-def test_an_optimizer_that_keeps_lists_by_group_is_refused():
-    """A built one cannot be regrouped; the class can be given."""
-    model = mlp((4, 8))
-    native = KeepsRates(trained(model))
-    with pytest.raises(
-        OptimizerError, match=r"KeepsRates keeps base_lrs.*Give the class"
-    ):
-        RankAwareOptimizer(native, model=model)
-    assert type(native) is KeepsRates
-    assert len(native.param_groups) == 1
-    RankAwareOptimizer(model, KeepsRates, lr=LR)
-
-
-def test_the_class_of_an_instance_cannot_build_another():
-    """A framework that calls type(opt) on parameters is refused, for they would have no rates; its signature stays."""
-    opt = by_class(mlp((4, 64)), AdamW, {}, tuned_at=AT_16)
-    with pytest.raises(
-        OptimizerError,
-        match=r"cannot be called.*Build RankAwareOptimizer\(model, AdamW",
-    ):
-        type(opt)(trained(mlp((4, 64))), lr=LR)
-    assert inspect.signature(type(opt)) == inspect.signature(AdamW)
-
-
-UNKNOWN = [
-    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Give one of .*AdamW.*SGD"),
-    ("torch.optim:Lamb", r"Unknown optimizer 'Lamb'"),
-    ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
-    ("no_such_package.Lamb", r"'no_such_package' cannot be imported"),
-    ("..", r"cannot be imported"),
-    ("no_such_package:Lamb", r"'no_such_package' cannot be imported"),
-    ("..:Lamb", r"'..' cannot be imported: the .package. argument"),
-    (nn.Linear, r"is not a torch optimizer class"),
-    (torch.optim.Optimizer, r"is not a torch optimizer class"),
-    (RankAwareOptimizer, r"is not a torch optimizer class"),
-    (3, r"is not a torch optimizer class"),
-]
-
-
-@pytest.mark.parametrize(("optimizer", "message"), UNKNOWN)
-def test_unknown_optimizers_are_refused(optimizer, message):
-    """An unknown name lists the known ones; what is no optimizer class is an error."""
-    with pytest.raises(OptimizerError, match=message):
-        RankAwareOptimizer(mlp(), optimizer, lr=LR)
-
-
 # --- refusals -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Strange(ra.Law):
-    """A third-party law that answers as it is given."""
-
-    by_batch: float = 1.0
-    bound: object = ...
-    moved: float = 1.0
-    name: ClassVar[str] = "strange"
-
-    def bind(self, optimizer_class, settings):
-        return self if self.bound is ... else self.bound
-
-    def batch_multiplier(self, ratio):
-        return self.by_batch
-
-    def multiplier(self, factor, reference):
-        return self.moved
-
-
-ALL_FROZEN = r"^\d+ LoRA factors found, all frozen\. Load with is_trainable=True"
-TRAINER = r"A SimpleNamespace is a trainer, not a model\. Call .*\.attach\(trainer, "
-# what is given in place of the model, if it is something else, the other arguments, and the error
-GIVEN = [
-    (None, {"optimizer": None}, r"No optimizer was given"),
-    (lambda m: trained(m), {}, r"from parameters alone"),
-    (None, {"optimizer": torch.optim.LBFGS}, r"LBFGS takes one parameter group"),
-    (None, {"recipe": "r.toml"}, r"Both recipe= and lr="),
-    (None, {"lr": None, "law": "mua", "recipe": "r"}, r"Both recipe= and law="),
-    (None, {"lr": None, "tuned_at": AT_16, "recipe": "r"}, r"recipe= and tuned_at="),
-    (None, {"lr": None, "recipe": "no_such.toml"}, r"no_such\.toml"),
-    (None, {"law": "nua"}, r"Unknown law 'nua'"),
-    (None, {"rates": {"x*": 1.0}}, r"matches none"),
-    (None, {"other_lr": 0}, r"other_lr is 0"),
-    (None, {"method": "none"}, r"not 'none'"),
-    (lambda m: m.head, {}, r"No trainable LoRA pair"),
-    (lambda m: m.requires_grad_(False), {}, ALL_FROZEN),
-    (lambda m: SimpleNamespace(model=m, args=None), {}, TRAINER),
-    (lambda m: SimpleNamespace(model=m, train=print), {}, TRAINER),
-    (lambda m: SimpleNamespace(model=m), {}, r"cannot be found from parameters alone"),
-    (None, {"optimizer": lambda m: type(by_class(m, AdamW, {}))}, r"-aware already"),
-    (None, {"lr": None, "optimizer": lambda m: NoDefault}, r"NoDefault has no default"),
-    (None, {"lr": None, "tuned_at": AT_16}, r"tuned_at= was given without .*0\.001"),
-    (None, {"lr": torch.ones(2)}, r"lr is tensor"),
-    (None, {"lr": ra.Rate(math.nan)}, r"lr is .*nan"),
-    *(
-        (None, {"lr": lr}, r"lr is")
-        for lr in (0, -LR, math.nan, math.inf, "1e-3", True, 10**400)
-    ),
-    (None, {"lr": 5e-324, "other_lr": 1.0}, r"times the multiplier inf"),
-]
-# a law, a base rate, and the error
-LAWS = [
-    (Power(exponent=2.0), 5e-324, r"base rate 5e-324 times the multiplier .* is 0\.0"),
-    (Power(exponent=-2.0), 1e308, r"base rate 1e\+308 times the multiplier .* is inf"),
-    (Power(exponent=-2.0), torch.tensor(6e4).half(), r"times the multiplier .* inf"),
-    (Strange(by_batch=math.nan), LR, r"Strange.* returned nan from batch_multiplier"),
-    (Strange(bound=None), LR, r"Strange.* returned None from bind\(\)"),
-    (Strange(moved=-1.0), LR, r"returned -1\.0 from multiplier"),
-]
-
-
-@pytest.mark.parametrize(("law", "lr", "message"), LAWS)
-def test_a_law_without_a_usable_answer_is_refused(law, lr, message):
-    """What a law answers, and a product out of range, is an error of ours."""
-    at = Reference(16, 16, batch=1)
-    with pytest.raises(RankAwareError, match=message):
-        RankAwareOptimizer(mlp(), AdamW, lr=lr, law=law, tuned_at=at, batch=2)
-
-
-WORDS = [
-    (
-        {"tuned_att": AT_16},
-        r"neither of RankAwareOptimizer nor of \w+\. Give tuned_at=",
-    ),
-    ({"recipes": "r.toml"}, r"Give recipe="),
-    ({"other_lrs": 1.0}, r"Give other_lr="),
-]
-
-
-class TakesAnything(torch.optim.SGD):
-    """Drops what it does not know, as many optimizers of other packages do."""
-
-    def __init__(self, params, lr=LR, **unused):
-        super().__init__(params, lr)
-
-
-@pytest.mark.parametrize(("given", "message"), WORDS)
-@pytest.mark.parametrize("kind", [AdamW, TakesAnything])
-def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, given, message):
-    """A typo is not dropped in silence; a class's own argument is its own."""
-    with pytest.raises(OptimizerError, match=message):
-        RankAwareOptimizer(mlp(), kind, lr=LR, **given)
-    RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
-
-
-UNHEARD = [
-    ({"tuned_on": AT_16}, r"tuned_on= .* nor of AdamW\. Give tuned_at="),
-    ({"weight_decy": 0.1}, r"weight_decy= .*Give weight_decay="),
-    ({"unheard": 1}, r"unheard= .*Leave it out"),
-]
-
-
-@pytest.mark.parametrize(("given", "message"), UNHEARD)
-def test_a_keyword_that_nobody_takes_is_refused(given, message):
-    """It is not blamed on the class alone, and the nearest argument of either is the cure."""
-    with pytest.raises(OptimizerError, match=message):
-        RankAwareOptimizer(mlp(), AdamW, lr=LR, **given)
-
-
-def plain_checkpoint_of_a_and_b(model):
-    """The groups of LoRA+, which others save, are loaded into one group."""
-    pairs = [p for name, p in model.named_parameters() if "lora" in name]
-    theirs = AdamW([{"params": pairs[::2]}, {"params": pairs[1::2]}], lr=LR)
-    opt = RankAwareOptimizer(pairs, AdamW, model=model, lr=LR)
-    opt.load_state_dict(theirs.state_dict())
-
-
-SLIPS = [
-    (lambda m: RankAwareOptimizer(m, AdamW(trained(m), lr=LR)), "this AdamW is built"),
-    (lambda m: RankAwareOptimizer(AdamW, m, lr=LR), "are swapped.*the model first"),
-    (lambda m: RankAwareOptimizer("adamw", m, lr=LR), "are swapped.*the model first"),
-    (lambda m: RankAwareOptimizer(m.head, AdamW, lr=LR), "get_peft_model.* register"),
-    (lambda m: RankAwareOptimizer(m, AdamW, recipe="digits"), "'digits' is no recipe"),
-    (lambda m: RankAwareOptimizer(m, AdamW, tuned_at=AT_16), "is not tuned. Give the"),
-    (lambda m: RankAwareOptimizer(m, AdamW, lr=LR, tuned_on=AT_16), "Give tuned_at="),
-    (plain_checkpoint_of_a_and_b, "in the same order"),
-    (lambda m: AdamW(trained(m), lr=ra.Rate(LR)), r"give rate\.lr"),
-    (lambda m: ra.suggest_lr(AT_16, optimizer="prodigy"), "one rate for all groups"),
-    (
-        lambda m: ra.convert_lr(LR, from_="r=16,alpha=16,init=pissa", to="r=8"),
-        r"suggest_lr\(..., init='pissa'\)",
-    ),
-]
-
-
-@pytest.mark.parametrize(("slip", "message"), SLIPS)
-def test_a_slip_of_the_first_hour_has_its_cure(slip, message):
-    """A built optimizer, swapped arguments, no adapters yet, a file that is not there: a short sentence says what to do."""
-    with pytest.raises((RankAwareError, TypeError), match=message) as caught:
-        slip(mlp())
-    assert len(str(caught.value)) < 600
 
 
 def test_it_has_few_parameters():
     """Besides the optimizer's own there are fourteen at most."""
     assert len(inspect.signature(RankAwareOptimizer.__new__).parameters) - 1 <= 14
-
-
-class NoDefault(torch.optim.SGD):
-    """An optimizer whose rate has no default."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, lr)
-
-
-@pytest.mark.parametrize(("first", "given", "message"), GIVEN)
-def test_bad_input_is_refused(first, given, message):
-    """Bad input is an error of ours with cause and cure, and the model is as it was."""
-    model = mlp()
-    before = snapshot(model)
-    given = {"optimizer": AdamW, "lr": LR, **given}
-    if inspect.isfunction(given["optimizer"]):
-        given["optimizer"] = given["optimizer"](model)
-    with pytest.raises(RankAwareError, match=message) as caught:
-        RankAwareOptimizer(model if first is None else first(model), **given)
-    assert caught.value.cause.endswith(".")
-    assert caught.value.cure.endswith(".")
-    assert same(before, snapshot(model))
-
-
-class Sorted(torch.optim.SGD):
-    """An optimizer whose constructor puts its groups into another order, all keys with them."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr)
-        self.param_groups.reverse()
-
-
-class Dealt(torch.optim.SGD):
-    """An optimizer whose constructor deals its parameters out among its groups again."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr)
-        dealt = [group["params"] for group in self.param_groups]
-        for group, other in zip(self.param_groups, dealt[::-1], strict=True):
-            group["params"] = other
-
-
-class Merged(torch.optim.SGD):
-    """An optimizer whose constructor makes one group of all."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr)
-        first, *others = self.param_groups
-        for group in others:
-            first["params"] += group["params"]
-        del self.param_groups[1:]
-
-
-class Sliced(torch.optim.SGD):
-    """An optimizer whose constructor makes a group of every parameter."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr)
-        self.param_groups = [
-            {**group, "params": [param]}
-            for group in self.param_groups
-            for param in group["params"]
-        ]
-
-
-@pytest.mark.parametrize("kind", [Merged, Sliced])
-def test_an_optimizer_that_rearranges_its_groups_is_refused(kind):
-    """Where the constructor parts parameters from the rate decided for them, that is an error and not a wrong rate."""
-    with pytest.raises(
-        OptimizerError,
-        match=rf"{kind.__name__} rearranges its groups.*Build it, then wrap it",
-    ):
-        RankAwareOptimizer(mlp((4, 64, 4)), kind, lr=LR, tuned_at=AT_16)
-
-
-@pytest.mark.parametrize("kind", [Sorted, Dealt])
-def test_groups_in_another_order_keep_their_rates(kind):
-    """A constructor that reorders whole groups changes no parameter's rate, one of its own included."""
-    own = {"head.*": 0.5, "layer1*": 0.25}
-    native, ordered = (
-        rates_of(RankAwareOptimizer(mlp((4, 64)), each, lr=LR, law="mua", rates=own))
-        for each in (torch.optim.SGD, kind)
-    )
-    assert native == ordered
-    assert set(native.values()) > {0.5, 0.25}
 
 
 @each_form
@@ -705,52 +419,6 @@ def test_a_multiplier_out_of_all_range_is_warned_of(form):
     ):
         form(mlp((4, 4), scalings=1e-12 / 4), AdamW, {}, tuned_at=AT_16)
     form(mlp((4, 4), scalings=1e-2), AdamW, {}, tuned_at=AT_16)
-
-
-def _scheduled(model):
-    opt = AdamW(trained(model), lr=LR)
-    lr_scheduler.StepLR(opt, 1)
-    return opt
-
-
-def _plain(model):
-    return AdamW(trained(model), lr=LR)
-
-
-REFUSED_INSTANCES = [
-    (lambda m: AdamW(trained(m), lr=0.0), {}, r"lr is 0\.0"),
-    (
-        lambda m: AdamW(trained(m), lr=5e-324),
-        {"law": Power(exponent=2.0), "tuned_at": AT_16},
-        r"times the mult",
-    ),
-    (_plain, {"lr": LR}, r"lr= was given for an optimizer that is built"),
-    (_plain, {"eps": 1.0}, r"eps= was given"),
-    (_plain, {"optimizer": AdamW}, r"Both a built optimizer"),
-    (_plain, {"model": None}, r"from parameters alone"),
-    (_plain, {"law": "nua"}, r"Unknown law"),
-    (_plain, {"other_lr": -1}, r"other_lr is -1"),
-    (_plain, {"rates": {"x": 1.0}}, r"matches none"),
-    (lambda m: _plain(mlp()), {}, r"None of the 6 parameters"),
-    (lambda m: torch.optim.LBFGS(trained(m)), {}, r"LBFGS takes one parameter group"),
-    (lambda m: by_class(m, AdamW, {}), {}, r"rank-aware already"),
-    (_scheduled, {}, r"A scheduler was built"),
-]
-
-
-@pytest.mark.parametrize(("make", "options", "message"), REFUSED_INSTANCES)
-def test_a_refused_instance_is_left_as_it_was(make, options, message):
-    """A built optimizer that is refused keeps its class, its defaults and its very groups."""
-    model = mlp()
-    opt = make(model)
-    before = type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups]
-    with pytest.raises(RankAwareError, match=message):
-        RankAwareOptimizer(opt, **{"model": model, **options})
-    assert before == (
-        type(opt),
-        dict(opt.defaults),
-        [dict(g) for g in opt.param_groups],
-    )
 
 
 # --- later groups ---------------------------------------------------------------------------------------------------
@@ -793,59 +461,6 @@ def test_a_later_group_may_lie_outside_the_model(form):
     head(model(torch.ones(2, 16))).square().sum().backward()
     opt.step()
     assert not torch.equal(before, head.weight)
-
-
-def _later_layer(model):
-    """A further parameter, and a further adapter whose rate is out of range: neither may be added."""
-    model.layer9 = PlainLoRA(nn.Linear(16, 16), 1, 1e-3)
-    return {
-        "params": [nn.Parameter(torch.ones(2)), *trained(model.layer9)],
-        "lr": 1e308,
-    }
-
-
-LATER = [
-    (lambda m: {"params": [m.layer0.lora_A]}, "in this optimizer already"),
-    (lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, "lr is 0"),
-    (_later_layer, r"rate 1e\+308 times the multiplier"),
-]
-
-
-@pytest.mark.parametrize(("group", "message"), LATER)
-def test_bad_later_groups_are_refused(group, message):
-    """A parameter that is there already, or an impossible rate, is refused, and the groups stay."""
-    model = mlp()
-    opt = by_class(model, AdamW, {})
-    before = [dict(g) for g in opt.param_groups]
-    with pytest.raises(OptimizerError, match=message):
-        opt.add_param_group(group(model))
-    assert before == [dict(g) for g in opt.param_groups]
-
-
-class RatesInGroups(torch.optim.SGD):
-    """Has no default rate, as pytorch_optimizer's Muon, which gives one to the groups of its `__init__`."""
-
-    def __init__(self, params, lr=LR):
-        super().__init__(params, lr=lr)
-        del self.defaults["lr"]
-
-
-@pytest.mark.parametrize("default", [None, "missing"])
-def test_a_later_group_of_a_class_without_a_default_rate_needs_its_own(default):
-    """Where the class has no default rate, a group without lr is refused with the cure, and one with it trains at it."""
-    model = mlp()
-    kept = RankAwareOptimizer(
-        trained(model.layer0), RatesInGroups, model=model, lr=LR, tuned_at=AT_16
-    )
-    if default is None:
-        kept.defaults["lr"] = None
-    group = {"params": trained(model.layer1)}
-    count = len(kept.param_groups)
-    with pytest.raises(OptimizerError, match=r"has no default rate .* Give lr in"):
-        kept.add_param_group(dict(group))
-    assert len(kept.param_groups) == count
-    kept.add_param_group({**group, "lr": 0.5})
-    assert kept.param_groups[-1]["lr"] == 0.5
 
 
 def test_a_group_is_added_after_the_groups_were_cleared():

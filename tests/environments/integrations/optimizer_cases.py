@@ -91,10 +91,9 @@ NEEDS = {
 }
 
 # Refused before anything is built, with a sentence that says this.
-HOLDS = "wraps another optimizer, whose groups would not change"
+HOLDS = "cannot be built with|holds another optimizer"
 ONE_RATE = "estimates one rate for all groups"
-NO_RATE = r"takes no lr=. Build it yourself and wrap the instance"
-BUILT_ALONE = "cannot be built with these settings on groups by rank"
+BUILT_ALONE = "cannot be built with .* wrap the instance"
 T_WRAPPERS = (
     *("ASAM", "GSAM", "GradNorm", "GradientCentralization", "LookSAM", "PCGrad"),
     *("SAM", "WSAM"),
@@ -123,7 +122,7 @@ REFUSED = {
     },
     P + "A2Grad": "has no rate in its groups",
     P + "AdaLOMO": "steps inside the backward pass",
-    P + "AdamMini": "takes a model and makes its groups itself",
+    P + "AdamMini": BUILT_ALONE,
     P + "AliG": "has no rate in its groups",
     P + "DAdaptAdaGrad": ONE_RATE,
     P + "DAdaptAdam": ONE_RATE,
@@ -147,19 +146,19 @@ REFUSED = {
     P + "TRAC": HOLDS,
     P + "WSAM": HOLDS,
     **{f"torchium.optimizers.{name}": HOLDS for name in T_WRAPPERS},
-    **{f"torchium.optimizers.{name}": NO_RATE for name in T_WITHOUT},
+    **{f"torchium.optimizers.{name}": BUILT_ALONE for name in T_WITHOUT},
     "torchium.optimizers.AdaLOMO": "steps inside the backward pass",
     "torchium.optimizers.LBFGS": "takes one parameter group only",
-    **{f"nadir.{name}": NO_RATE for name in BY_CONFIG},
+    **{f"nadir.{name}": BUILT_ALONE for name in BY_CONFIG},
     "omnimuon.Muon": "at a second rate, matrix_lr",
     "omnimuon.OmniMuon": "at a second rate, matrix_lr",
     "muon.Muon": BUILT_ALONE,
-    "muon.MuonWithAuxAdam": NO_RATE,
-    "muon.SingleDeviceMuonWithAuxAdam": NO_RATE,
+    "muon.MuonWithAuxAdam": BUILT_ALONE,
+    "muon.SingleDeviceMuonWithAuxAdam": BUILT_ALONE,
     "kron_torch.DistributedKron": BUILT_ALONE,
     "kron_torch.DistributedOneSidedKron": BUILT_ALONE,
     "heavyball.PSGDLRA": BUILT_ALONE,
-    **{f"heavyball.{name}": NO_RATE for name in H_WITHOUT},
+    **{f"heavyball.{name}": BUILT_ALONE for name in H_WITHOUT},
 }
 
 # Take no new groups once they are built: the class form alone.

@@ -1,0 +1,431 @@
+"""What cannot be meant is an error of ours that names its field, and nothing was changed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+import torch_optimizer
+from torch import nn
+from torch.optim import SGD, AdamW, lr_scheduler
+
+import rankaware_optim as ra
+from rankaware_optim import (
+    OptimizerError,
+    Power,
+    RankAwareError,
+    RankAwareOptimizer,
+    Reference,
+    rank_aware_param_groups,
+)
+
+from ..helpers.models import PlainLoRA, mlp, same, snapshot, trained
+from ..helpers.optimizers import called
+from ..helpers.recipes import RECIPE
+
+LR = 1e-2
+AT_16 = Reference(rank=16, alpha=16)
+
+
+@dataclass(frozen=True)
+class Strange(ra.Law):
+    """A third-party law that answers as it is given."""
+
+    by_batch: float = 1.0
+    bound: object = ...
+    moved: float = 1.0
+    name: ClassVar[str] = "strange"
+
+    def bind(self, optimizer_class, settings):
+        return self if self.bound is ... else self.bound
+
+    def batch_multiplier(self, ratio):
+        return self.by_batch
+
+    def multiplier(self, factor, reference):
+        return self.moved
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+NO_RATES = (0, -1.0, math.nan, math.inf, "1e-3", True)
+AT_BATCH = {"tuned_at": Reference(16, 16, batch=1), "batch": 2}
+# by the field that the error names: arguments that it cannot have
+BAD = {
+    "lr": [
+        *({"lr": value} for value in (*NO_RATES, 10**400, torch.ones(2))),
+        {"lr": ra.Rate(math.nan)},
+        {"recipe": RECIPE},
+    ],
+    "other_lr": [{"other_lr": value} for value in NO_RATES],
+    "rates": [
+        *({"rates": {"head.*": value}} for value in NO_RATES),
+        *({"rates": {name: 1.0}} for name in ("layer0", "x*", "layer0.base_layer.*")),
+    ],
+    "batch": [{"batch": value} for value in (0, -1, math.nan, math.inf, True, "64")],
+    "steps": [
+        {"steps": 9},
+        *({"recipe": RECIPE, "lr": None, "steps": value} for value in (0, 2.5)),
+    ],
+    "law": [
+        {"law": "nua"},
+        {"law": "mua", "lr": None, "recipe": RECIPE},
+        {"law": Strange(bound=None)},
+        {"law": Strange(moved=-1.0)},
+        {"law": Strange(by_batch=math.nan), **AT_BATCH},
+    ],
+    "multiplier": [
+        {"law": Power(exponent=2.0), "lr": 5e-324, "tuned_at": AT_16},
+        {"law": Power(exponent=-2.0), "lr": 1e308, "tuned_at": AT_16},
+        {
+            "law": Power(exponent=-2.0),
+            "lr": torch.tensor(6e4).half(),
+            "tuned_at": AT_16,
+        },
+    ],
+    "tuned_at": [{"tuned_at": AT_16, "lr": None, "recipe": RECIPE}],
+    "recipe": [{"recipe": "no_such.toml", "lr": None}],
+    "method": [{"method": "none"}],
+    "init": [{"init": "C"}],
+}
+ROWS = [
+    pytest.param(field, row, id=f"{field} {number}")
+    for field, rows in BAD.items()
+    for number, row in enumerate(rows)
+]
+DOORS = {
+    "by class": lambda params, **given: RankAwareOptimizer(params, AdamW, **given),
+    "groups": rank_aware_param_groups,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Recipe 'digits'")
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("field", "given"), ROWS)
+def test_every_bad_value_is_our_error_and_names_its_field(field, given, door):
+    """At both doors, with cause and cure, and the model is as it was."""
+    model = mlp((4, 64), scalings=2.0, width=64)
+    before = snapshot(model)
+    with pytest.raises(RankAwareError) as caught:
+        DOORS[door](model, **{"lr": LR, **given})
+    assert field in str(caught.value)
+    assert caught.value.cause.endswith(".")
+    assert caught.value.cure.endswith(".")
+    assert len(str(caught.value)) < 600
+    assert same(before, snapshot(model))
+
+
+def native_groups(model):
+    return rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
+
+
+FIRST = [
+    # what stands in the place of the model's parameters, the model, what is said
+    (trained, None, "found in a model"),
+    (lambda m: AdamW, lambda m: None, "Give the model first"),
+    (lambda m: SimpleNamespace(model=m, args=None), None, r"attach\(trainer"),
+    (lambda m: m.head, None, "get_peft_model.*method='full'.* register"),
+    (lambda m: m.requires_grad_(False), None, "all frozen. Load with is_trainable="),
+    (lambda m: trained(mlp()), lambda m: m, r"belongs to no model given.*model=\["),
+    (lambda m: [*trained(m), nn.Parameter(torch.ones(1))], lambda m: m, "other_lr="),
+    (lambda m: [1.0], lambda m: m, "holds a float"),
+    (lambda m: [{"params": trained(m), "lr": 0.0}], lambda m: m, "group's lr is 0.0"),
+    (native_groups, lambda m: m, "multiplied already.*native"),
+]
+
+
+@pytest.mark.parametrize(("first", "model", "words"), FIRST)
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_no_model_or_not_its_parameters_is_refused(first, model, words, door):
+    """What is given in their place is said, with what to give."""
+    of = mlp()
+    given = {} if model is None else {"model": model(of)}
+    with pytest.raises(RankAwareError, match=words):
+        DOORS[door](first(of), lr=LR, **given)
+
+
+@pytest.mark.parametrize(
+    ("own", "given"), [({}, {"other_lr": 2e-3}), ({"lr": 2e-3}, {})]
+)
+def test_a_parameter_outside_the_model_may_have_a_rate(own, given):
+    """A parameter that is not the model's, such as a loss's own, has the rate given for it."""
+    model, stranger = mlp(), nn.Parameter(torch.ones(()))
+    groups = [{"params": trained(model)}, {"params": [stranger], **own}]
+    options = {"model": model, "lr": LR, "tuned_at": AT_16, **given}
+    made = rank_aware_param_groups(groups, **options)
+    (rate,) = (g["lr"] for g in made for _, p in g["params"] if p is stranger)
+    assert rate == pytest.approx(2e-3)
+
+
+class TakesAnything(SGD):
+    """Drops what it does not know, as many optimizers of other packages do."""
+
+    def __init__(self, params, lr=LR, **unused):
+        super().__init__(params, lr)
+
+
+@pytest.mark.parametrize("kind", [AdamW, TakesAnything])
+@pytest.mark.parametrize("near", ["tuned_att", "recipes", "other_lrs"])
+def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, near):
+    """A typo is not dropped in silence; a class's own argument is its own."""
+    with pytest.raises(OptimizerError, match=rf"{near}= .* Give {near[:-1]}="):
+        RankAwareOptimizer(mlp(), kind, lr=LR, **{near: 1.0})
+    RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
+
+
+def test_it_has_few_parameters():
+    """Besides the optimizer's own there are fourteen at most."""
+    assert len(inspect.signature(RankAwareOptimizer.__new__).parameters) - 1 <= 14
+
+
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+class NoDefault(SGD):
+    """An optimizer whose rate has no default."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+
+
+class Whole(SGD):
+    """Takes the model, and makes its groups itself."""
+
+    def __init__(self, model, lr=LR):
+        super().__init__(trained(model), lr=lr)
+
+
+class ByConfig(SGD):
+    """Takes its rate in an object, as nadir's classes do."""
+
+    def __init__(self, params, config=None):
+        super().__init__(params, lr=LR)
+
+
+class HasAdam(SGD):
+    """Gives vectors to an Adam of its own, at three times the rate, as Kronos does."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr=lr)
+        vectors = [p for g in self.param_groups for p in g["params"] if p.dim() < 2]
+        self._adam = torch.optim.Adam(vectors, lr=3 * lr)
+
+
+class Dealt(SGD):
+    """An optimizer whose constructor deals its parameters out among its groups again."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        dealt = [group["params"] for group in self.param_groups]
+        for group, other in zip(self.param_groups, dealt[::-1], strict=True):
+            group["params"] = other
+
+
+class Merged(SGD):
+    """An optimizer whose constructor makes one group of all."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        first, *others = self.param_groups
+        for group in others:
+            first["params"] += group["params"]
+        del self.param_groups[1:]
+
+
+class AsNamed(SGD):
+    """Reads its parameters before torch's class does, as Adam-mini does."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__([p for _, p in params], lr=lr)
+
+
+KINDS = [
+    (None, "Give a class"),
+    (nn.Linear, "not a torch optimizer class"),
+    (torch.optim.Optimizer, "not a torch optimizer class"),
+    (RankAwareOptimizer, "not a torch optimizer class"),
+    ("adamx", r"Unknown optimizer 'adamx' in torch\.optim\. Give one of .*AdamW.*SGD"),
+    ("torch.optim.Lamb", r"Unknown optimizer 'Lamb' in torch\.optim"),
+    ("no_such_package:Lamb", "'no_such_package' cannot be imported"),
+    ("..", "cannot be imported"),
+    (torch.optim.LBFGS, "LBFGS takes one parameter group only"),
+    (torch_optimizer.RAdam, "RAdam keeps one step size for all groups"),
+    (HasAdam, "HasAdam holds another optimizer"),
+    (Dealt, "Dealt rearranges its groups.*Build it, then wrap it"),
+    (Merged, "Merged rearranges its groups.*Build it, then wrap it"),
+    (Whole, "Whole cannot be built.*wrap the instance"),
+    (ByConfig, "ByConfig cannot be built.*wrap the instance"),
+    (AsNamed, "AsNamed cannot be built.*wrap the instance"),
+    (getattr(torch.optim, "Muon", Whole), "cannot be built"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), KINDS)
+def test_a_class_that_cannot_have_a_rate_per_rank_is_refused(kind, message):
+    """Where rates would go to the wrong groups, or train nothing, it is an error and not a wrong rate."""
+    model = mlp((4, 64))
+    before = snapshot(model)
+    with pytest.raises(OptimizerError, match=message):
+        RankAwareOptimizer(model, kind, lr=LR, tuned_at=AT_16)
+    assert same(before, snapshot(model))
+
+
+def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was():
+    """A class's default rate is not the one tuned at a reference; one without a default asks for it."""
+    with pytest.raises(OptimizerError, match=r"default, 0\.001, is not tuned"):
+        RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
+    with pytest.raises(OptimizerError, match="NoDefault has no default"):
+        RankAwareOptimizer(mlp(), NoDefault)
+
+
+@pytest.mark.parametrize("kind", [Whole, ByConfig])
+def test_what_cannot_be_built_on_groups_is_wrapped_as_an_instance(kind):
+    """A class that takes the model, or no rate, keeps its groups, and each factor has the rate of its rank."""
+    model = mlp((4, 64))
+    built = kind(model if kind is Whole else trained(model))
+    opt = RankAwareOptimizer(built, model=model, tuned_at=AT_16)
+    assert {part.rank for part in opt.rates.groups} == {4, 64, None}
+    assert all(part.lr == part.base_lr * part.multiplier for part in opt.rates.groups)
+
+
+# --- built optimizers -----------------------------------------------------------------------------------------------
+
+
+class KeepsRates(SGD):
+    """Snapshots its groups' rates when it is built, as AdaBound does."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+
+def plain(model, kind=AdamW, **given):
+    return kind(trained(model), **{"lr": LR, **given})
+
+
+def scheduled(model):
+    opt = plain(model)
+    lr_scheduler.StepLR(opt, 1)
+    return opt
+
+
+def stepped_by_its_own(model):
+    opt = plain(model)
+    opt.step = lambda closure=None: None
+    return opt
+
+
+def of_two_models(model):
+    return AdamW([*trained(model), *trained(mlp())], lr=LR)
+
+
+def second_rate(model):
+    return called("Muon", "omnimuon")(trained(model), lr=LR, matrix_lr=0.02)
+
+
+def ours(model):
+    return RankAwareOptimizer(model, AdamW, lr=LR)
+
+
+FAR = {"law": Power(exponent=2.0), "tuned_at": AT_16}
+BUILT = [
+    (lambda m: plain(m, lr=0.0), {}, "lr is 0.0"),
+    (lambda m: plain(m, lr=5e-324), FAR, "times the multiplier"),
+    (plain, {"lr": LR}, "lr= was given"),
+    (plain, {"eps": 1.0}, "eps= was given"),
+    (plain, {"optimizer": AdamW}, "optimizer= was given"),
+    (plain, {"model": None}, "found in a model"),
+    (plain, {"law": "nua"}, "law"),
+    (plain, {"other_lr": -1}, "other_lr is -1"),
+    (plain, {"rates": {"x": 1.0}}, "matches none"),
+    (lambda m: plain(mlp()), {}, "belongs to no model given"),
+    (of_two_models, {}, "belongs to no model given"),
+    (lambda m: plain(m, torch.optim.LBFGS), {}, "takes one parameter group"),
+    (ours, {}, "rank-aware already"),
+    (scheduled, {}, "Wrap the optimizer first"),
+    (stepped_by_its_own, {}, "Wrap the optimizer first"),
+    (second_rate, {}, "second rate, matrix_lr=0.02"),
+    (lambda m: plain(m, HasAdam), {}, "holds another optimizer"),
+    (lambda m: plain(m, KeepsRates), {}, "keeps base_lrs.*Give the class"),
+    (lambda m: AdamW(native_groups(m)), {}, "are multiplied already"),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), BUILT)
+def test_a_refused_instance_is_left_as_it_was(make, options, message):
+    """A built optimizer that is refused keeps its class, its defaults and its very groups."""
+    model = mlp()
+    opt = make(model)
+    before = type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups]
+    with pytest.raises(RankAwareError, match=message):
+        RankAwareOptimizer(opt, **{"model": model, **options})
+    after = type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups]
+    assert before == after
+
+
+def test_what_has_a_rate_by_another_name_for_other_ends_is_wrapped():
+    """The rate of a schedule or of a preconditioner trains no parameter, and lists by group count for the instance."""
+    given = {"precond_lr": 0.1, "final_lr": 0.1}
+    RankAwareOptimizer(mlp(), called("Muon", "omnimuon"), lr=LR, **given)
+    RankAwareOptimizer(mlp((4, 8)), KeepsRates, lr=LR)
+
+
+def test_the_class_of_an_instance_cannot_build_another():
+    """A framework that calls type(opt) on parameters is refused, for they would have no rates; its signature stays."""
+    opt = ours(mlp())
+    with pytest.raises(OptimizerError, match=r"Build RankAwareOptimizer\(model, AdamW"):
+        type(opt)(trained(mlp()), lr=LR)
+    assert inspect.signature(type(opt)) == inspect.signature(AdamW)
+
+
+def test_a_refused_optimizer_leaves_the_given_dicts():
+    """Where building fails, the user's groups are what they were."""
+    model = mlp((4, 8))
+    mine = {"params": trained(model), "lr": 1e308}
+    with pytest.raises(OptimizerError, match="times the multiplier"):
+        RankAwareOptimizer([mine], AdamW, model=model, tuned_at=AT_16)
+    assert mine.keys() == {"params", "lr"}
+
+
+# --- later groups ---------------------------------------------------------------------------------------------------
+
+
+class RatesInGroups(SGD):
+    """Has no default rate, as pytorch_optimizer's Muon, which gives one to the groups of its `__init__`."""
+
+    def __init__(self, params, lr=LR):
+        super().__init__(params, lr=lr)
+        del self.defaults["lr"]
+
+
+def out_of_range(model):
+    """A further parameter, and a further adapter whose rate is out of range: neither may be added."""
+    model.layer9 = PlainLoRA(nn.Linear(16, 16), 1, 1e-3)
+    params = [nn.Parameter(torch.ones(2)), *trained(model.layer9)]
+    return {"params": params, "lr": 1e308}
+
+
+LATER = [
+    (AdamW, lambda m: {"params": [m.layer0.lora_A]}, "more than one parameter group"),
+    (AdamW, lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, "lr is 0"),
+    (AdamW, out_of_range, r"rate 1e\+308 times the multiplier"),
+    (RatesInGroups, lambda m: {"params": [nn.Parameter(torch.ones(2))]}, "'lr'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "group", "message"), LATER)
+def test_bad_later_groups_are_refused(kind, group, message):
+    """A parameter that is there already, or an impossible rate, is refused, and the groups stay."""
+    model = mlp()
+    opt = RankAwareOptimizer(model, kind, lr=LR)
+    before = [dict(g) for g in opt.param_groups]
+    rates = dict(opt.rates)
+    with pytest.raises(OptimizerError, match=message):
+        opt.add_param_group(group(model))
+    assert before == [dict(g) for g in opt.param_groups]
+    assert rates == dict(opt.rates)
