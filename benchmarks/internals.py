@@ -13,7 +13,7 @@ from rankaware_optim.calibration._calibration import (
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
-from rankaware_optim.laws._mua import FORMS, Site
+from rankaware_optim.laws._mua import FORMS
 from rankaware_optim.recipe._constants import ANOTHER_TASK_SD
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
@@ -46,7 +46,6 @@ __all__ = [
     "SPREAD",
     "Setting",
     "Settled",
-    "Site",
     "Source",
     "SweepRun",
     "TASK_SD",

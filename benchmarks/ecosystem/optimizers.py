@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from internals import FORMS, Site, optimizer_family
+from internals import FORMS, optimizer_family
 from laws.coordinate_check import CoordinateCheck
 from recording import machine, record
 from torch.optim import Optimizer
@@ -111,13 +111,14 @@ class Form(ra.Law):
     name: ClassVar[str] = "form"
 
     def multiplier(self, factor: ra.Factor, reference: ra.Reference) -> float:
-        law = ra.MuA(family=self.family, tokens=float(TOKENS))
-        rate = FORMS[self.family].rate
         init = "B" if factor.init == "B" else "A"
-        here = Site(init, factor.rank or 1, factor.scaling, factor.fan_in)
         at = reference.as_factor()
-        there = Site(reference.init, at.rank or 1, at.scaling, at.fan_in)
-        return rate(law, here) / rate(law, there)
+        here = init, factor.rank or 1, factor.scaling, factor.fan_in
+        there = reference.init, at.rank or 1, at.scaling, at.fan_in
+        return self.rate(*here) / self.rate(*there)
+
+    def rate(self, *site: Any) -> float:
+        return FORMS[self.family].rate(*site, TOKENS, 1.0, "original")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple, get_args
 
 from .._checks import check_init
+from .._registry import Registry
 from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
@@ -273,8 +274,12 @@ CONVENTIONS: tuple[Convention, ...] = (
 
 # --- registration ---------------------------------------------------------------------------------
 
-_GROUP = "rankaware_optim.conventions"  # the entry points of other packages
-_REGISTERED: dict[str, Convention] = {}
+_CONVENTIONS = Registry(
+    Convention,
+    "rankaware_optim.conventions",
+    {row.name: row for row in CONVENTIONS},
+    InspectionError,
+)
 
 
 def register_convention(convention: Convention, *, remove: bool = False) -> None:
@@ -291,28 +296,17 @@ def register_convention(convention: Convention, *, remove: bool = False) -> None
     Raises:
         InspectionError: it is no convention, or another one has its name.
     """
-    if not isinstance(convention, Convention):
-        raise InspectionError(
-            f"A convention is a Convention, not {convention!r}.", "Give one."
-        )
-    name = convention.name
-    if remove:
-        _REGISTERED.pop(name, None)
-        return
-    taken = {**{row.name: row for row in CONVENTIONS}, **_REGISTERED}
-    if taken.get(name, convention) != convention:
-        raise InspectionError(
-            f"Another convention is called {name!r}.", "Give yours another name."
-        )
-    check_init(convention.init, f"The init of the convention {name!r} is", known=INITS)
-    _REGISTERED[name] = convention
+    _CONVENTIONS.checked(convention)
+    what = f"The init of the convention {convention.name!r} is"
+    check_init(convention.init, what, known=INITS)
+    _CONVENTIONS.register(convention, remove=remove)
 
 
 def conventions() -> tuple[Convention, ...]:
     """Return all rows in the order in which they are tried: registered, from installed packages,
     built-in.
     """
-    return (*_REGISTERED.values(), *_installed(), *CONVENTIONS)
+    return (*_CONVENTIONS.registered.values(), *_installed(), *CONVENTIONS)
 
 
 @cache
@@ -320,13 +314,12 @@ def _installed() -> tuple[Convention, ...]:
     """Return the rows of installed packages. What is none gives a warning once, since the user may
     not know the package.
     """
-    found: list[Convention] = []
-    for point in entry_points(group=_GROUP):
+    rows: list[Convention] = []
+    for point in entry_points(group=_CONVENTIONS.group):
         try:
-            row = point.load()
-            if not isinstance(row, Convention):
-                raise TypeError(f"it is a {type(row).__name__}, not a Convention")
-            found.append(row)
-        except (Exception, SystemExit) as error:  # third-party code may raise anything
-            warn(f"The plug-in {point.name!r} ({point.value}) is left out: {error}.")
-    return tuple(found)
+            rows.append(_CONVENTIONS.load(point))
+        except InspectionError as error:
+            warn(
+                f"The plug-in {point.name!r} ({point.value}) is left out. {error.cause}"
+            )
+    return tuple(rows)

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from .._checks import check_choice, shown
 from .._optimizers import optimizer_family
 from .._types import Factor, Reference
-from ._law import Law, bad_parameter, check_choice, check_ranges
+from ..errors import LawError
+from ._law import Law, check_ranges
 from ._mua import SIGN_LIKE, MuA
 
 
@@ -23,7 +25,10 @@ class Correction(Law):
 
     def __post_init__(self) -> None:
         if not isinstance(self.law, Law):
-            raise bad_parameter(self, "law", "Give a Law instance, such as MuA().")
+            raise LawError(
+                f"The law {self.name!r} got law={shown(self.law)}.",
+                "Give a Law instance, such as MuA().",
+            )
 
     @property
     def falls_with_rank(self) -> bool:
@@ -75,7 +80,7 @@ class Power(Correction):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "exponent", "full_factor", "pivot")
-        check_choice(self, "to_full", (True, False))
+        check_choice(self.to_full, (True, False), "power takes as to_full", LawError)
 
     def term(self, at: Factor) -> float:
         if at.role != "full":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -113,27 +113,15 @@ class LoRAPlus(Law):
         return self.ratio if factor.role == "B" else 1.0
 
 
-# --- checks of a law's parameters -----------------------------------------------------------------
-
-
 def check_ranges(law: Law, *names: str) -> None:
     """Raise a `LawError` if one of these parameters is outside the range for its name."""
     for name in names:
-        if not is_within(name, getattr(law, name)):
-            raise bad_parameter(law, name, f"Give {range_of(name)}.")
-
-
-def check_choice(law: Law, name: str, choices: Iterable[object]) -> None:
-    """Raise a `LawError` if a parameter is not one of `choices`."""
-    choices = list(choices)
-    if getattr(law, name) not in choices:
-        raise bad_parameter(law, name, f"Give one of {', '.join(map(repr, choices))}.")
-
-
-def bad_parameter(law: Law, name: str, cure: str) -> LawError:
-    return LawError(
-        f"The law {law.name!r} got {name}={shown(getattr(law, name))}.", cure
-    )
+        value = getattr(law, name)
+        if not is_within(name, value):
+            raise LawError(
+                f"The law {law.name!r} got {name}={shown(value)}.",
+                f"Give {range_of(name)}.",
+            )
 
 
 # --- asking a law, which may be third-party code --------------------------------------------------

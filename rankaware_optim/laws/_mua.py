@@ -1,8 +1,9 @@
 """µA, the law of stable feature updates, in the form of each family of optimizers.
 
-Each family has a function `rate(law, at)`. It returns the σ at which η_A = σ and η_B = λ·σ move a
-layer's output by 1 in T = 1. The equations are in the functions' docstrings. There s is the
-scaling, r the rank, n the fan-in, b the number of tokens and λ = η_B / η_A. τ = T·η.
+Each family has a function. It returns the σ at which η_A = σ and η_B = λ·σ move a layer's output by
+1 in T = 1, for the init "A" (B starts at zero), "B" (A starts at zero) or "full". s is the scaling,
+r the rank, n the fan-in, b the number of tokens, `ratio` λ = η_B / η_A, and `shape` the name of
+Muon's shape factor. τ = T·η.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from .._checks import check_init
+from .._checks import check_choice, check_init
 from .._optimizers import in_force, optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
-from ._law import Constant, Law, check_choice, check_ranges
+from ._law import Constant, Law, check_ranges
 
 _ONE_RANK = (
     16  # of forms that do not follow the rank: the middle of the ranks tried, laws.md
@@ -77,8 +78,9 @@ class MuA(Law):
     name: ClassVar[str] = "mua"
 
     def __post_init__(self) -> None:
-        check_choice(self, "family", FORMS)
-        check_choice(self, "shape_factor", SHAPE_FACTORS)
+        check_choice(self.family, FORMS, "mua takes as family", LawError)
+        shapes, what = SHAPE_FACTORS, "mua takes as shape_factor"
+        check_choice(self.shape_factor, shapes, what, LawError)
         number = () if self.tokens in (None, "family") else ("tokens",)
         check_ranges(self, "ratio", *number)
 
@@ -130,68 +132,61 @@ class MuA(Law):
             )
         form = FORMS[self.family]
         return form.rate(
-            self, Site(init, _ONE_RANK if form.one_rank else rank or 1, scaling, fan_in)
+            init,
+            r=_ONE_RANK if form.one_rank else rank or 1,
+            s=scaling,
+            n=fan_in,
+            b=self.effective_tokens,
+            ratio=self.ratio,
+            shape=self.shape_factor,
         )
-
-
-class Site(NamedTuple):
-    """The configuration of a rate: init "A", "B" or "full", rank r, scaling s, fan-in
-    n.
-    """
-
-    init: str
-    rank: float
-    scaling: float
-    fan_in: float
 
 
 # --- sign-like updates ----------------------------------------------------------------------------
 
 
-def kappa(m: float, tokens: float | None) -> float:
-    """Return the size of a sum of m sign terms that serves b = `tokens` tokens: √(m + (2/π)·m²/b),
-    or m for None.
+def kappa(m: float, b: float | None) -> float:
+    """Return the size of a sum of m sign terms that serves b tokens: √(m + (2/π)·m²/b), or m for
+    None.
 
-    >>> kappa(64, None)
-    64.0
-    >>> round(kappa(64, 8.0), 2)
-    19.75
+    >>> kappa(64, None), round(kappa(64, 8.0), 2)
+    (64.0, 19.75)
     """
-    return (
-        float(m) if tokens is None else math.sqrt(m + (2.0 / math.pi) * m * m / tokens)
-    )
+    return float(m) if b is None else math.sqrt(m + 2.0 / math.pi * m * m / b)
 
 
-def sign_rate(law: MuA, at: Site) -> float:
-    """Return σ for sign-like updates, whose entries all have size η, from the change
-    p·η + q·η_A·η_B.
+def sign_rate(
+    init: str,
+    r: float,
+    s: float,
+    n: float,
+    b: float | None,
+    ratio: float = 1.0,
+    shape: str = "",
+) -> float:
+    """Return σ for sign-like updates (Adam), whose entries all have size η.
 
-    The η of p is that of the factor that starts at zero. With B = 0 the term s·ΔB·A₀·x has size
-    s·κ(r)·η_B. With A = 0 the term s·B₀·ΔA·x has size s·κ(n)·η_A. In both, s·ΔB·ΔA·x has size
-    s·κ(r)·κ(n)·η_A·η_B.
+    With B = 0 the term s·ΔB·A₀·x has size s·κ(r)·η_B. With A = 0 the term s·B₀·ΔA·x has size
+    s·κ(n)·η_A. In both, s·ΔB·ΔA·x has size s·κ(r)·κ(n)·η_A·η_B. With η_B = λ·η_A::
+
+        B = 0     p·σ + q·σ² = 1          p = s·κ(r)·λ
+        A = 0     hypot(p·σ, q·σ²) = 1    p = s·κ(n)       q = s·κ(r)·κ(n)·λ
+        full      κ(n)·σ = 1
     """
-    k_n, s = kappa(at.fan_in, law.effective_tokens), at.scaling
-    if at.init == "full":
-        return _root(law, at, k_n, 0.0)
-    k_r = kappa(at.rank, law.effective_tokens)
-    return _root(law, at, s * (k_r if at.init == "A" else k_n), s * k_r * k_n)
+    k_r, k_n = kappa(r, b), kappa(n, b)
+    if init == "full":
+        return 1.0 / k_n
+    p = s * k_r * ratio if init == "A" else s * k_n
+    return root(init, p, s * k_r * k_n * ratio)
 
 
-def _root(law: MuA, at: Site, p: float, q: float) -> float:
+def root(init: str, p: float, q: float) -> float:
     """Return the root σ of p·σ + q·σ² = 1. With A = 0 the terms are nearly orthogonal and add in
-    quadrature.
+    quadrature: hypot(p·σ, q·σ²) = 1.
     """
-    q *= law.ratio
-    if at.init == "B":
-        return in_quadrature(p, q)
-    if at.init == "A":
-        p *= law.ratio
+    if init == "B":
+        return math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4.0 * q * q)))
     return 2.0 / (p + math.sqrt(p * p + 4.0 * q))
-
-
-def in_quadrature(p: float, q: float) -> float:
-    """Return the root x of hypot(p·x, q·x²) = 1."""
-    return math.sqrt(2.0 / (p * p + math.sqrt(p**4 + 4.0 * q * q)))
 
 
 # --- spectral updates -----------------------------------------------------------------------------
@@ -207,7 +202,9 @@ SHAPE_FACTORS: dict[str, Callable[[float, float], float]] = {
 _MATCHED = ("use_adjusted_lr", "rms_rescaling")
 
 
-def spectral_rate(law: MuA, at: Site) -> float:
+def spectral_rate(
+    init: str, r: float, s: float, n: float, b: float | None, ratio: float, shape: str
+) -> float:
     """Return σ for spectral updates (Muon): a polar factor, all singular values 1, times a shape
     factor a. The change is p·η + q·η_A·η_B.
 
@@ -220,20 +217,23 @@ def spectral_rate(law: MuA, at: Site) -> float:
         A = 0     p = s·a_A·√n·√(1/n + 1/r)·m   q as above
         full      p = a
     """
-    n, r, s = at.fan_in, at.rank, at.scaling
-    shape_factor = SHAPE_FACTORS[law.shape_factor]
-    if at.init == "full":
-        return _root(law, at, shape_factor(n, n), 0.0)
+    shape_factor = SHAPE_FACTORS[shape]
+    if init == "full":
+        return 1.0 / shape_factor(n, n)
     a_a, a_b = shape_factor(r, n), shape_factor(n, r)
-    m = math.sqrt(min(1.0, r / (law.effective_tokens or 1.0) + r / n))
-    p = a_b * math.sqrt(r / n) if at.init == "A" else a_a * math.sqrt(1.0 + n / r) * m
-    return _root(law, at, s * p, s * a_a * a_b * m)
+    m = math.sqrt(min(1.0, r / (b or 1.0) + r / n))
+    q = s * a_a * a_b * m * ratio
+    if init == "A":
+        return root(init, s * a_b * math.sqrt(r / n) * ratio, q)
+    return root(init, s * a_a * math.sqrt(1.0 + n / r) * m, q)
 
 
 # --- gradient-like updates ------------------------------------------------------------------------
 
 
-def gradient_rate(law: MuA, at: Site) -> float:
+def gradient_rate(
+    init: str, r: float, s: float, n: float, b: float | None, ratio: float, shape: str
+) -> float:
     """Return σ for gradient-like updates (SGD), whose growth compounds. The output gradient g is
     held fixed.
 
@@ -246,29 +246,25 @@ def gradient_rate(law: MuA, at: Site) -> float:
         A = 0     s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
         full      τ·√n·√(n + b) = 1 (one step: nothing compounds)
     """
-    n, r, s, ratio, tokens = (
-        at.fan_in,
-        at.rank,
-        at.scaling,
-        law.ratio,
-        law.effective_tokens or 1.0,
-    )
-    if at.init == "full":
-        return 1.0 / math.sqrt(n * (n + tokens))
-    k = min(tokens, n)
-    if at.init == "A":
+    b = b or 1.0
+    if init == "full":
+        return 1.0 / math.sqrt(n * (n + b))
+    k = min(b, n)
+    if init == "A":
         both = single = s * math.sqrt(ratio * r * (r + k + 1.0)) / n
     else:
         both = s * math.sqrt((1.0 + (k + 1.0) / r) / ratio)
         single = math.hypot(both, s * math.sqrt((n - k) / r / ratio))
-    phi = math.asinh(in_quadrature(single, both))
-    return phi / (s * math.sqrt(ratio * (n * n + 2.0 * tokens * n)))
+    phi = math.asinh(root("B", single, both))
+    return phi / (s * math.sqrt(ratio * (n * n + 2.0 * b * n)))
 
 
 # --- relative-scale updates -----------------------------------------------------------------------
 
 
-def relative_rate(law: MuA, at: Site) -> float:
+def relative_rate(
+    init: str, r: float, s: float, n: float, b: float | None, ratio: float, shape: str
+) -> float:
     """Return σ for relative-scale updates (LAMB): sign-like directions in units of the factor's own
     rms.
 
@@ -282,26 +278,16 @@ def relative_rate(law: MuA, at: Site) -> float:
 
     LAMB's cap on the weights' norm is left out.
     """
-    n, r, s, ratio = at.fan_in, at.rank, at.scaling, law.ratio
-    b = law.effective_tokens
     k_n, k_r = kappa(n, b), kappa(r, b)
-    if at.init == "full":
+    if init == "full":
         return math.asinh(math.sqrt(n) / k_n)
 
     def change(tau: float) -> float:
-        if at.init == "A":
-            return (
-                s
-                * k_r
-                * _grown(ratio * tau)
-                * (1.0 + k_n * math.sinh(tau) / math.sqrt(n))
-            )
-        return (
-            s
-            * k_n
-            * _grown(tau)
-            * math.hypot(1.0, k_r * math.sinh(ratio * tau) / math.sqrt(r))
-        )
+        if init == "A":
+            both = k_n * math.sinh(tau) / math.sqrt(n)
+            return s * k_r * _grown(ratio * tau) * (1.0 + both)
+        both = k_r * math.sinh(ratio * tau) / math.sqrt(r)
+        return s * k_n * _grown(tau) * math.hypot(1.0, both)
 
     return _rising_root(change, 50.0 / max(1.0, ratio))  # e^50 reaches any change
 
@@ -327,7 +313,7 @@ def _rising_root(change: Callable[[float], float], most: float) -> float:
 class Form(NamedTuple):
     """A family's condition.
 
-    rate: σ at a site.
+    rate: σ, from init, r, s, n, b, ratio and shape.
 
     words: what a report says of the form, and of its evidence only what was measured.
 
@@ -344,7 +330,7 @@ class Form(NamedTuple):
     with 8.
     """
 
-    rate: Callable[[MuA, Site], float]
+    rate: Callable[..., float]
     words: str
     one_rank: bool = False
     batch: float = 0.5

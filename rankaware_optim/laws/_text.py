@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .._checks import is_number, shown
+from .._registry import Registry
 from ..errors import LawError
 from ._corrections import Falling, Power
 from ._law import Constant, Law, LoRAPlus
@@ -24,8 +25,7 @@ LAWS: dict[str, Law] = {
 }
 DEFAULT_LAW = "falling"
 PRIOR_LAW = "mua"  # of a calibration
-_GROUP = "rankaware_optim.laws"  # the entry points of other packages
-_REGISTERED: dict[str, Law] = {}
+_LAWS = Registry[Law](Law, "rankaware_optim.laws", LAWS, LawError)  # type: ignore[type-abstract]
 
 
 def register_law(law: Law, *, remove: bool = False) -> None:
@@ -41,16 +41,7 @@ def register_law(law: Law, *, remove: bool = False) -> None:
     Raises:
         LawError: it is no law, or another one has its name.
     """
-    if not isinstance(law, Law):
-        raise LawError(f"A law is a Law instance, not {law!r}.", "Give one.")
-    if remove:
-        _REGISTERED.pop(law.name, None)
-        return
-    if {**LAWS, **_REGISTERED}.get(law.name, law) != law:
-        raise LawError(
-            f"Another law is called {law.name!r}.", "Give yours another name."
-        )
-    _REGISTERED[law.name] = law
+    _LAWS.register(law, remove=remove)
 
 
 def get_law(law: str | Law) -> Law:
@@ -70,46 +61,26 @@ def get_law(law: str | Law) -> Law:
     """
     if isinstance(law, Law):
         return law
-    if not isinstance(law, str):
-        raise LawError(
-            f"A law is a name or a Law instance, not {law!r}.",
-            f"Known are {', '.join(LAWS)}.",
-        )
-    return _load(EntryPoint(law, law, _GROUP)) if ":" in law else registered_law(law)
+    if isinstance(law, str) and ":" in law:
+        return _LAWS.load(EntryPoint(law, law, _LAWS.group))
+    return registered_law(law)
 
 
 def registered_law(name: str) -> Law:
     """Return the law of a registered name: ours, or that of an installed entry point. A module is
     not imported by its name, so that a file may give the name.
     """
-    laws = {**LAWS, **_REGISTERED}
-    if name in laws:
+    laws = _LAWS.known
+    if name in list(laws):
         return laws[name]
-    points = {point.name: point for point in entry_points(group=_GROUP)}
-    if name not in points:
+    points = {point.name: point for point in entry_points(group=_LAWS.group)}
+    if name not in list(points):
         raise LawError(
             f"Unknown law {shown(name)}.",
             f"Known are {', '.join(sorted([*laws, *points]))}. Add one by register_law(), a package"
-            f" by the entry point group {_GROUP!r}.",
+            f" by the entry point group {_LAWS.group!r}.",
         )
-    return _load(points[name])
-
-
-def _load(point: EntryPoint) -> Law:
-    try:
-        law: Any = point.load()
-        law = law() if isinstance(law, type) else law
-    except (Exception, SystemExit) as error:  # third-party code may raise anything
-        raise LawError(
-            f"The law {point.name!r} cannot be loaded: {error}.",
-            "Give 'package.module:Class', importable from here.",
-        ) from error
-    if not isinstance(law, Law):
-        raise LawError(
-            f"{point.name!r} is a {type(law).__name__}, not a Law.",
-            "Derive it from rankaware_optim.Law.",
-        )
-    return law
+    return _LAWS.load(points[name])
 
 
 def parameters_of(law: Law) -> dict[str, Field[Any]]:
@@ -174,7 +145,7 @@ def law_to_dict(law: Law) -> dict[str, Any]:
         raise LawError(
             f"The law {law!r} is not registered as {law.name!r}, so no recipe can record it.",
             "Call register_law() for it, where the recipe is made and where it is read, or let your"
-            f" package have an entry point in the group {_GROUP!r}.",
+            f" package have an entry point in the group {_LAWS.group!r}.",
         )
     table: dict[str, Any] = {"name": law.name}
     for name in parameters_of(law):
@@ -201,13 +172,14 @@ def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
     table = dict(data)
     law = registered_law(str(table.pop("name", None)))
     for name, value in table.items():
-        if name not in parameters_of(law):
-            raise LawError(
-                f"The law {law.name!r} has no parameter {shown(name)}.",
-                "Remove it, or update the package.",
-            )
         if isinstance(value, Mapping):
             table[name] = law_from_dict(value, depth=depth - 1)
         elif value == "none":
             table[name] = None
+    unknown = table.keys() - parameters_of(law).keys()
+    if unknown:
+        raise LawError(
+            f"The law {law.name!r} has no parameter {shown(min(unknown))}.",
+            "Remove it, or update the package.",
+        )
     return type(law)(**table)
