@@ -14,7 +14,6 @@ from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
 from rankaware_optim.laws._mua import FORMS
-from rankaware_optim.recipe._constants import ANOTHER_TASK_SD
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
     Source,
@@ -27,7 +26,6 @@ from rankaware_optim.sweeps._runs import (
 )
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
-    MARGIN,
     PUBLISHED,
     SPREAD,
     TASK_SD,
@@ -35,12 +33,10 @@ from rankaware_optim.transfer._suggest import (
 )
 
 __all__ = [
-    "ANOTHER_TASK_SD",
     "COLOURS",
     "Calibration",
     "FORMS",
     "LOG2_RATE",
-    "MARGIN",
     "Options",
     "PUBLISHED",
     "SPREAD",

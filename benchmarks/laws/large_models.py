@@ -29,7 +29,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 from internals import get_optimizer_class
-from laws import elsewhere, learning_rate_matters, others, tinker
+from laws import learning_rate_matters, others, tinker
 from laws.large_figure import draw_moved
 from laws.others import READINGS, Broken, Curve, Reading, Sweep
 from laws.scoring import bench_law
@@ -517,7 +517,7 @@ def of_published(path: Path) -> str:
 
 def published_without_a_run(path: Path) -> str:
     """What rates lose that need no run, at all best rates inside the grids."""
-    targets = elsewhere.targets_in(tinker.curves(path), tinker.HIDDEN.__getitem__)
+    targets = tinker.targets(path)
     families = [each for each in targets if tinker.power_of(each.model) is not None]
     suggested = "`suggest_lr`"
     of_families = ", Llama and Qwen"
@@ -530,7 +530,7 @@ def published_without_a_run(path: Path) -> str:
     }
     rows = []
     for name, given in rates.items():
-        score = elsewhere.score_of(families if of_families in name else targets, given)
+        score = tinker.score_of(families if of_families in name else targets, given)
         held = f"{100 * score.held:.0f} %" if suggested in name else "–"
         octaves = number(score.octaves, 1, sign=True)
         rows.append([name, number(score.lost), octaves, held, f"{len(given)}"])
@@ -538,7 +538,7 @@ def published_without_a_run(path: Path) -> str:
     return table_of([*heads, "best rates"], rows)
 
 
-def formula_of(target: elsewhere.Target) -> Rate:
+def formula_of(target: tinker.Target) -> Rate:
     """The cookbook's rate for a model of a family that it has a formula for."""
     return Rate(tinker.get_lr(target.model, tinker.HIDDEN[target.model]) or math.nan)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from internals import MARGIN
-from laws import elsewhere
 from recording import RESULTS, block, number
 from study.configurations import CONFIGS, reference_at
 from study.domains import HELD_OUT, STUDY, get_domain
@@ -20,7 +18,7 @@ from study.optima import optimum, ranks_in
 from study.regret import lost
 from study.runs_on_file import read_begun
 
-from rankaware_optim import Rate, Reference
+from rankaware_optim import Reference
 from rankaware_optim.transfer import Suggestion, suggest_lr
 
 Kind = Literal["Init[A]", "Init[B]", "full finetuning"]
@@ -92,13 +90,13 @@ class Found(NamedTuple):
     half: float
 
 
-def found(cell: Cell, octaves: float = 0.0, kind: Any = None) -> Found:
-    """The worth of a suggestion that is raised by some octaves."""
+def found(cell: Cell, kind: Any = None) -> Found:
+    """The worth of a suggestion."""
     given = suggestion_of(*cell, kind)
     middle = math.log2(given.low * given.high) / 2
     best = optimum(runs(), cell).x
     return Found(
-        lost(runs(), cell, cell, math.log2(given.lr) + octaves),
+        lost(runs(), cell, cell, math.log2(given.lr)),
         None if best is None else best - middle,
         math.log2(given.high / given.low) / 2,
     )
@@ -116,10 +114,8 @@ def found_in(kind: Kind) -> list[Found]:
     return [found(cell) for task in TASKS for cell in cells_of(task, kind)]
 
 
-def mean_regret(task: str, kind: Kind, octaves: float = 0.0) -> float:
-    return statistics.fmean(
-        found(cell, octaves).regret for cell in cells_of(task, kind)
-    )
+def mean_regret(task: str, kind: Kind) -> float:
+    return statistics.fmean(found(cell).regret for cell in cells_of(task, kind))
 
 
 def losses() -> str:
@@ -143,7 +139,7 @@ def reinforcement() -> str:
     """What task="rl" gives on the study's task of reinforcement learning, beside task="other"."""
     rows = []
     for kind, as_kind in itertools.product(KINDS, ("other", "rl")):
-        each = [found(cell, 0.0, as_kind) for cell in cells_of("reinforcement", kind)]
+        each = [found(cell, as_kind) for cell in cells_of("reinforcement", kind)]
         above = [one.above for one in each if one.above is not None]
         held = [abs(one.above) <= one.half for one in each if one.above is not None]
         rows.append(
@@ -164,25 +160,3 @@ def reinforcement() -> str:
         "published run and the band by both, so nothing here judges them."
     )
     return f"{block('Reinforcement learning', heads, rows)}\n\n{words}"
-
-
-def margins(targets: Sequence[elsewhere.Target]) -> str:
-    """What a smaller or larger margin below the band's middle would lose, on published models and on the tasks."""
-    rows = []
-    for margin in (0.0, 0.25, 0.5, 0.75):
-        raised = MARGIN - margin
-        published = elsewhere.score(
-            targets, lambda at, more=raised: Rate(suggest_lr(at).lr * 2.0**more)
-        )
-        row = [number(margin), number(published.lost)]
-        for kind in KINDS:
-            each = [100 * mean_regret(task, kind, raised) for task in TASKS]
-            row.append(f"{number(statistics.fmean(each), 1)} / {number(max(each), 1)}")
-        rows.append(row)
-    heads = ["margin, octaves", "published models, % of the loss"]
-    heads += [f"{kind}, % of the gain: mean / worst task" for kind in KINDS]
-    words = (
-        f"The package has {MARGIN}. All of this was seen together, so nothing here judges another one. A quarter of an octave "
-        "would lose less almost everywhere, and more in reinforcement learning at Init[B]."
-    )
-    return f"{block('Another margin', heads, rows)}\n\n{words}"

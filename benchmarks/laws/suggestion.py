@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from internals import LOG2_RATE, PUBLISHED, SPREAD, TASK_SD, Z90
-from laws import another_model, elsewhere, suggested, tinker
+from laws import suggested, tinker
 from recording import machine, record
 from study.loss_curves import vertex_of
 
@@ -28,7 +28,6 @@ from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 
 RESTS_ON = ("laws", "transfer", "recipe")
-Width = Callable[[str], float]
 
 
 class Cell(NamedTuple):
@@ -50,26 +49,21 @@ def main(sweep: Path) -> None:
         raise SystemExit(
             f"The package holds {LOG2_RATE}, {SPREAD}; the sweep gives {middle}, {spread}."
         )
-    curves, width = tinker.curves(sweep), tinker.HIDDEN.__getitem__
     title = "Suggested rates: does the 90 % band hold what it says?"
     said = [
         *notes(cells),
-        compared(sweep),
         tinker.WORDS,
-        another_model.table(curves),
-        elsewhere.table(curves, width),
         suggested.losses(),
         suggested.reinforcement(),
-        suggested.margins(elsewhere.targets_in(curves, width)),
     ]
     record("suggestion", title, [*left_out(cells), *own_tasks()], on, said)
 
 
-def read(sweep: Path, width: Width = tinker.HIDDEN.__getitem__) -> list[Cell]:
+def read(sweep: Path) -> list[Cell]:
     cells = []
     for (model, rank), curve in tinker.curves(sweep).items():
         if len(curve) > 1:  # one rate does not show where the best one is
-            at = Reference(rank, PUBLISHED.alpha, fan_in=width(model))
+            at = Reference(rank, PUBLISHED.alpha, fan_in=tinker.HIDDEN[model])
             moved = math.log2(
                 checked_multiplier(MuA(tokens=8.0), at.as_factor(), PUBLISHED)
             )
@@ -173,29 +167,6 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         "(task='other'); best rates outside their grids are left out. The fan-in is the most common one, for full "
         "finetuning the largest.",
     ]
-
-
-def compared(sweep: Path) -> str:
-    """Other fits: of some of the models or cells, and with one width for all."""
-    every = read(sweep)
-    one_width = read(sweep, lambda model: 4096.0)
-    fits = {
-        "all cells": every,
-        "the first 18 models": [c for c in every if c.model in tinker.FIRST],
-        "the 17 added since": [c for c in every if c.model in tinker.ADDED],
-        "without edges": [c for c in every if c.low == c.high],
-        "width left out": one_width,
-        "width left out, without edges": [c for c in one_width if c.low == c.high],
-    }
-    found = []
-    for name, chosen in fits.items():
-        middle, spread = fit(chosen)
-        found.append(
-            f"{name}: {middle:.2f} ± {spread:.2f} (log-likelihood {likelihood(chosen, middle, spread):.1f})"
-        )
-    return (
-        f"Log2 of the best rate at {PUBLISHED}, fan-in 4096: " + "; ".join(found) + "."
-    )
 
 
 if __name__ == "__main__":

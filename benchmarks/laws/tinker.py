@@ -11,11 +11,15 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+from internals import PUBLISHED
+from study.loss_curves import between, vertex_of
+
+from rankaware_optim import Rate, Reference
 
 SHA256 = "ef4d8afaf871dd890141f22e74dce83640b38131d35f7fccd3439d473f624682"
 SET_UP = (
@@ -85,21 +89,6 @@ FIRST = {name: width for width, names in _FIRST.items() for name in names}
 ADDED = {name: width for width, names in _ADDED.items() for name in names}
 HIDDEN = FIRST | ADDED
 
-# Thousand millions of parameters, where the name does not say.
-_UNNAMED = {"deepseek-ai/DeepSeek": 671.0, "moonshotai/Kimi": 1000.0}
-
-
-def parameters(model: str) -> float:
-    """Thousand millions of parameters, by the model's name."""
-    for begin, count in _UNNAMED.items():
-        if model.startswith(begin):
-            return count
-    named = re.search(r"(\d+)B", model, re.IGNORECASE)
-    if named is None:
-        raise ValueError(f"The name {model!r} does not say how many parameters.")
-    return float(named[1])
-
-
 # The cookbook's `get_lr`: a power of the hidden size, fitted for each family.
 POWERS = {"llama": 0.781, "qwen": 0.0775}
 
@@ -165,3 +154,42 @@ def curves(path: Path) -> dict[tuple[str, int], dict[float, float]]:
         cell: {lr: statistics.mean(each) for lr, each in curve.items()}
         for cell, curve in losses.items()
     }
+
+
+class Target(NamedTuple):
+    """A model at a rank whose best rate lies inside the grid: mean loss by log2 rate, and log2 of the best rate."""
+
+    at: Reference
+    curve: Mapping[float, float]
+    best: float
+    model: str
+
+
+def targets(path: Path) -> list[Target]:
+    """All best rates inside the grid."""
+    found = []
+    for (model, rank), curve in curves(path).items():
+        best = vertex_of(curve) if len(curve) > 1 else None
+        if best is not None:
+            at = Reference(rank, PUBLISHED.alpha, fan_in=HIDDEN[model])
+            found.append(Target(at, curve, best, model))
+    return found
+
+
+class Score(NamedTuple):
+    """Over all targets: the loss above the lowest, %; octaves above the best rate; share of best rates in the band."""
+
+    lost: float
+    octaves: float
+    held: float
+
+
+def score_of(targets: Sequence[Target], rates: Sequence[Rate]) -> Score:
+    """The means over the targets, of a rate for each. Beyond the grid the loss is that of its end."""
+    lost, octaves, held = [], [], 0
+    for target, given in zip(targets, rates, strict=True):
+        x, least = math.log2(given.lr), min(target.curve.values())
+        lost.append(100 * (between(target.curve, x) - least) / least)
+        octaves.append(x - target.best)
+        held += given.low <= 2.0**target.best <= given.high
+    return Score(statistics.fmean(lost), statistics.fmean(octaves), held / len(targets))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from study.configurations import reference_at, tuned_at
@@ -36,24 +35,6 @@ def by_law(domain: str, config: str, law: Law) -> Shift:
     return lambda a, b: (
         octaves(domain, config, b, law) - octaves(domain, config, a, law)
     )
-
-
-class Way(NamedTuple):
-    """A way to move a rate: its law. None keeps the rate."""
-
-    law: Law | None
-
-    def shift(self, domain: str, config: str) -> Shift:
-        if self.law is None:
-            return kept
-        return by_law(domain, config, self.law)
-
-
-def across_inits(domain: str, rank: int, law: Law) -> float:
-    """Octaves by which a law moves a rate from Init[A] to Init[B]."""
-    mean, _ = get_domain(domain).widths
-    here = Reference(rank, rank, fan_in=mean)
-    return math.log2(checked_multiplier(law, replace(here, init="B").as_factor(), here))
 
 
 @cache

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 from calibration.make_recipes import paths_of, rate_of
 from recording import number
 from study.configurations import CONFIGS, LORAPLUS, start_of
@@ -192,46 +190,6 @@ def ways(
     yield "LoRA+ 16, moved", plus, by_law(domain, config, Falling())
     if full is not None:  # each rank's own, as if it were tuned there
         yield "LoRA+ 16, own best", plus, own_best(done, (domain, plus), full)
-
-
-def regrets_between(
-    done: Losses, cells: Mapping[int, Cell], shift: Shift
-) -> dict[tuple[int, int], float]:
-    """The regret of each rank's best rate moved to every other cell, by (from rank, to rank).
-
-    Args:
-        done: the runs on file.
-        cells: the cell of each rank. To full finetuning (`FULL`) rates are moved, from it none.
-        shift: how a rate moves.
-    """
-    found = {}
-    for a, source in cells.items():
-        if a == FULL:
-            continue
-        x = best_at(done, source)
-        for b, target in cells.items():
-            if a != b:
-                found[a, b] = lost(done, target, target, x + shift(a, b))
-    return found
-
-
-BOOTSTRAPS = 10_000
-
-
-def in_points(groups: Sequence[Sequence[float]], digits: int = 2) -> str:
-    """The mean of differences in percentage points, and its 95 % interval by bootstraps of their groups."""
-    low, high = np.quantile(resampled(groups), (0.025, 0.975))
-    mean = statistics.fmean(chain(*groups))
-    said = [number(100 * float(x), digits, sign=True) for x in (mean, low, high)]
-    return f"{said[0]} [{said[1]}, {said[2]}]"
-
-
-def resampled(groups: Sequence[Sequence[float]]) -> np.ndarray:
-    """Means over groups drawn with replacement."""
-    draws = np.random.default_rng(0)
-    chosen = draws.integers(len(groups), size=(BOOTSTRAPS, len(groups)))
-    sums, counts = np.array([[sum(each), len(each)] for each in groups]).T
-    return sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
 
 
 def by_recipe(done: Losses, of: tuple[str, str], recipe: Recipe) -> Shift:

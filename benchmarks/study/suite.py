@@ -29,19 +29,15 @@ from study.configurations import CONFIGS, LORAPLUS, RSLORA, START, run_at, start
 from study.domains import STUDY, Domain, DomainError, get_domain, weights_hash
 from study.grids import FULL, Cell, Grid, Job, Losses
 from study.optima import best_rates, domains_in
-from study.regret import LAWS, moves
 from study.runs_on_file import complete, machines, read
 from study.suite_tables import tables
 
-from rankaware_optim import Law
 from rankaware_optim.errors import RankAwareError
-from rankaware_optim.laws import get_law
 
 RESTS_ON = ("laws", "recipe")
 README = RESULTS.parents[1] / "README.md"
 STORES, PAGE = RESULTS / "suite", RESULTS / "study.md"
 QUICK_DOMAINS, QUICK_STORES = ("vision_classification",), Path("bench-quick")
-COMPARISON = Path("bench-laws")  # where tables with further laws are written
 NOTED = ("cpu", "cores", "threads", "torch", "python")  # what tables show of a machine
 FIRST_CONFIG = next(iter(CONFIGS))
 COMPARED = FIRST_CONFIG + LORAPLUS  # beside the configurations
@@ -139,30 +135,22 @@ def study(
     is_flag=True,
     help="Only write tables and figures of what is on file.",
 )
-@click.option(
-    "--law",
-    "laws",
-    multiple=True,
-    help="A law to compare beside ours: a name, or package.module:Class.",
-)
 def main(
     suite: str,
     chosen: tuple[str, ...],
     workers: int,
     only_tables: bool,
-    laws: tuple[str, ...],
 ) -> None:
     """Run the missing runs, then write the tables and figures."""
     folder = QUICK_STORES if suite == "quick" else STORES
     try:
-        compared = {**LAWS, **{name: get_law(name) for name in laws}}
         todo = [
             get_domain(name).name
             for name in chosen or (QUICK_DOMAINS if suite == "quick" else STUDY)
         ]
         for domain in () if only_tables else todo:
             sweep(domain, suite, folder / f"{domain}.jsonl", workers)
-        write(suite, folder, compared)
+        write(suite, folder)
     except (RankAwareError, OSError) as error:
         raise click.ClickException(f"{error} Finished runs are kept.") from error
 
@@ -220,26 +208,23 @@ def finished(done: Losses, suite: str) -> dict[Job, float | None]:
     }
 
 
-def write(suite: str, folder: Path, laws: Mapping[str, Law]) -> None:
-    """Write the tables and figures of every domain on file."""
+def write(suite: str, folder: Path) -> None:
+    """Write the tables of every domain on file, and their figures."""
     from study.suite_figures import draw_all
 
     stores = sorted(folder.glob("*.jsonl"))
     done = finished_in(stores, suite)
     if not done:
         raise DomainError(f"{folder} has no runs.", "Run the suite first.")
-    moved = moves(done, laws)
-    into = folder if laws == LAWS else COMPARISON
-    into.mkdir(parents=True, exist_ok=True)
-    page = PAGE if into == STORES else into / "tables.md"
-    figures = draw_all(done, into, laws)
+    page = PAGE if folder == STORES else folder / "tables.md"
+    figures = draw_all(done, folder)
     pictures = [f"![{path.stem}]({path.relative_to(page.parent)})" for path in figures]
     whole = domains_in(done)
     made = on_machines(store for store in stores if store.stem in whole)
     text = "\n\n".join(
         [
             "# The study",
-            *tables(done, moved, laws),
+            *tables(done),
             *pictures,
             made,
             written_by(machine(1)),

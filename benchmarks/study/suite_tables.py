@@ -10,7 +10,6 @@ from study.configurations import CONFIGS, RSLORA, start_of
 from study.domains import HELD_OUT, get_domain
 from study.grids import FULL, Losses
 from study.loss_curves import DIVERGED
-from study.moving import INITS, across_inits, by_law
 from study.optima import (
     ESTIMATORS,
     best_rates,
@@ -29,11 +28,10 @@ from study.regret import (
     RECIPE,
     Moved,
     best_and_start,
+    moves,
     pooled,
     score,
 )
-
-from rankaware_optim import Law
 
 HELD, DRIFT, OCTAVE = 0.1, 0.35, 0.5
 RULES = (
@@ -52,13 +50,6 @@ REGRET = (
     "in full finetuning, what the rate loses on a seed that all other seeds chose, the mean over seeds; one seed has "
     "none. A regret of no more than the floor says nothing. 'µA, falling at B' is the default law."
 )
-JUMPS = (
-    "Octaves from the best rate, or the cliff, there to the one moved there, at the lowest rank first: above 0 it is "
-    "too high. A rank that lacks one is left out. From Init[A] to Init[B] the rank stays. At Init[B] the default law "
-    "is µA, falling at B; elsewhere it is µA."
-)
-
-
 BY_SETTING = (
     "Mean / 95th percentile / share above 5 % of the moves of all domains, in %. All moves count the same. A rate is the "
     "best of a sweep of whole octaves, over three seeds. In the row below the default law it is the best of each seed "
@@ -76,14 +67,12 @@ SUMMED = (
     "recipe moves no rate: it is a search at the lowest and the highest rank and three full runs, for a fifth of a "
     "sweep's steps. Every search seed on file counts: the shipped recipe, and those in `recipes/` beside this page."
 )
-LATER = "These were run when every law and default had been chosen: see held_out.md. They are in the tables below too."
+LATER = "These were run when every law and default had been chosen: see `held_out.md` of the frozen answers. They are in the tables below too."
 
 
-def tables(
-    done: Losses, moved: Sequence[Moved], laws: Mapping[str, Law] = LAWS
-) -> list[str]:
-    every = domains_in(done)
-    exponent_rows = [row for domain in every for row in exponents(done, domain, laws)]
+def tables(done: Losses) -> list[str]:
+    every, moved = domains_in(done), moves(done)
+    exponent_rows = [row for domain in every for row in exponents(done, domain)]
     claim_rows = [row for domain in every for row in claims(done, domain)]
     regret_rows = [
         [
@@ -93,14 +82,13 @@ def tables(
         ]
         for each in moved
     ]
-    jump_rows = [row for domain in every for row in jumps(done, domain, laws)]
     heads = [
         "domain",
         "configuration",
         "ranks",
         "seeds",
         *(f"by the {name}" for name in ESTIMATORS),
-        *laws,
+        *LAWS,
     ]
     ways = [
         "way",
@@ -142,27 +130,19 @@ def tables(
             regret_rows,
         ),
         REGRET,
-        block(
-            "(d) Rates moved to full finetuning, and to the other init",
-            ["domain", "from", "to", "by the", *laws],
-            jump_rows,
-        ),
-        JUMPS,
     ]
 
 
 # --- exponents and claims -------------------------------------------------------------------------------------------
 
 
-def exponents(
-    done: Losses, domain: str, laws: Mapping[str, Law]
-) -> Iterator[list[str]]:
+def exponents(done: Losses, domain: str) -> Iterator[list[str]]:
     for scheme in (*CONFIGS, *RSLORA):
         found = exponent_of(done, domain, scheme)
         if found is not None:
             by_laws = [
                 number(law_slope(domain, scheme, found.ranks, law), 2, sign=True)
-                for law in laws.values()
+                for law in LAWS.values()
             ]
             ranks, by_cliff = (
                 listed(found.ranks),
@@ -348,14 +328,11 @@ SCORED = {  # the rows of the table by setting, in its words
     RECIPE: "a calibrated recipe",
 }
 Setting = tuple[tuple[str, ...], int]
-# configurations, and 0 for moves to another rank or 1 for those to full finetuning, by words; first at PEFT's init
-PEFT_SETTINGS: dict[str, Setting] = {
+# configurations, and 0 for moves to another rank or 1 for those to full finetuning, by words
+SETTINGS: dict[str, Setting] = {
     "to another rank, alpha = rank": (("Init[A], s = 1",), 0),
     "to another rank, alpha kept": (("Init[A], s = 1/r",), 0),
     "to full finetuning": (("Init[A], s = 1", "Init[A], s = 1/r"), 1),
-}
-SETTINGS: dict[str, Setting] = {
-    **PEFT_SETTINGS,
     "to another rank, alpha = rank, Init[B]": (("Init[B], s = 1",), 0),
     "to full finetuning, Init[B]": (("Init[B], s = 1",), 1),
 }
@@ -380,32 +357,3 @@ def by_setting(moved: Sequence[Moved]) -> str:
         scores = [score(regrets).words() if regrets else "–" for regrets in cells]
         rows.append([words, *scores])
     return table_of(["", *SETTINGS], rows)
-
-
-# --- from one configuration to another ------------------------------------------------------------------------------
-
-
-def jumps(done: Losses, domain: str, laws: Mapping[str, Law]) -> Iterator[list[str]]:
-    """Errors in octaves of rates that a law moves to full finetuning, and from Init[A] to Init[B] at one rank."""
-    for name, by in ESTIMATORS.items():
-        full = by(done, (domain, "full", FULL)).x
-        for scheme in CONFIGS:
-            found = best_rates(done, domain, scheme, by)
-            if found and full is not None:
-                shifts = [by_law(domain, scheme, law) for law in laws.values()]
-                off = [
-                    [x + shift(rank, FULL) - full for rank, x in found.items()]
-                    for shift in shifts
-                ]
-                yield [domain, scheme, "full finetuning", name, *map(in_octaves, off)]
-        a, b = (best_rates(done, domain, scheme, by) for scheme in INITS)
-        if shared := [rank for rank in a if rank in b]:
-            off = [
-                [a[r] + across_inits(domain, r, law) - b[r] for r in shared]
-                for law in laws.values()
-            ]
-            yield [domain, *INITS, name, *map(in_octaves, off)]
-
-
-def in_octaves(off: Sequence[float]) -> str:
-    return ", ".join(number(octave, 1, sign=True) for octave in off)

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from laws import another_model, learning_rate_matters, tinker
+from internals import PUBLISHED
+from laws import learning_rate_matters, tinker
 from laws.suggested import suggested
 from study.grids import FULL
 
@@ -49,35 +50,30 @@ def test_a_page_is_read_by_model(tmp_path: Path) -> None:
     assert {run["model"] for run in tinker.added(path)} == {"Qwen/Qwen3-8B"}
 
 
-def test_models_have_a_width_and_a_size() -> None:
-    """35 models have a width, and their names or ours say how many parameters they have."""
+def test_models_have_a_width() -> None:
+    """35 models have a width."""
     assert (len(tinker.FIRST), len(tinker.HIDDEN)) == (18, 35)
-    sizes = {name: tinker.parameters(name) for name in tinker.HIDDEN}
-    assert sizes["meta-llama/Llama-3.2-1B"] == 1.0
-    assert sizes["Qwen/Qwen3.5-35B-A3B"] == 35.0
-    assert sizes["moonshotai/Kimi-K2.5"] == 1000.0
 
 
-def test_a_kept_rate_is_off_by_what_two_models_differ() -> None:
-    """Only models of one rank are compared, each with the other, and a rule moves the rate before."""
-    small, large = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.3-70B-Instruct"
-    found = {(small, 4): -10.0, (large, 4): -12.0, (small, 16): -9.0}
+def test_a_rate_is_scored_on_the_curves_whose_best_lies_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An octave above the best rate loses what the curve says, and its band holds the best rate or not."""
+    name = "meta-llama/Llama-3.2-1B"
+    parabola = {float(x): 2.0 + (x + 12) ** 2 / 10 for x in range(-15, -8)}
     curves = {
-        cell: {best + step: 1.0 + step**2 for step in (-4.0, -2.0, 0.0, 2.0, 4.0)}
-        for cell, best in found.items()
+        (name, 16): parabola,
+        (name, 64): {x: -x for x in parabola},  # the best is at the edge
+        (name, 1): {-12.0: 2.0},
     }
-    errors, lost = another_model.moved(found, curves, another_model.kept)
-    assert sorted(errors) == [-2.0, 2.0]
-    assert lost == [4.0, 4.0]
-    errors, _ = another_model.moved(found, curves, another_model.by_family)
-    assert sorted(errors) == pytest.approx([2 * 0.781 - 2, 2 - 2 * 0.781])
-
-
-def test_spreads_are_between_models_and_within() -> None:
-    """Two models an octave apart spread by that, and each over its ranks by its own standard deviation."""
-    groups = [[0.0, 1.0], [1.0, 2.0]]
-    assert another_model.between_models(groups) == pytest.approx(math.sqrt(0.5))
-    assert another_model.within_models(groups) == pytest.approx(math.sqrt(0.5))
+    monkeypatch.setattr(tinker, "curves", lambda path: curves)
+    (target,) = targets = tinker.targets(Path())
+    assert target.best == pytest.approx(-12.0)
+    assert target.at == ra.Reference(16, PUBLISHED.alpha, fan_in=2048.0)
+    high = tinker.score_of(targets, [ra.Rate(2.0**-11, low=2.0**-11.5, high=1.0)])
+    assert high == pytest.approx((5.0, 1.0, 0.0))
+    sure = tinker.score_of(targets, [ra.Rate(2.0**-12, low=2.0**-13, high=1.0)])
+    assert sure == pytest.approx((0.0, 0.0, 1.0))
 
 
 def test_a_law_is_judged_by_the_best_rates_that_are_quoted() -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
-from study import moving, regret, suite_tables
+from study import moving, regret
 from study.best_rates import best_rate
 from study.configurations import START
 from study.domains import STUDY, DomainError, _assets, get_domain
@@ -23,7 +23,7 @@ from study.domains._assets import made_once
 from study.grids import FULL, Grid, Job, Line, Listed
 from study.loss_curves import regret_between
 from study.optima import cliff, cliff_of, domains_in, exponent_of
-from study.regret import Moved, in_points, lost, noise_floor, resampled
+from study.regret import Moved, lost, noise_floor
 from study.runs_on_file import complete, read
 from study.suite import finished, main, parts, publish
 from study.suite_tables import by_setting
@@ -172,13 +172,12 @@ def test_a_pretrained_checkpoint_is_made_once(asset: Any) -> None:
     [
         (["--domain", "astrology"], "There is no domain 'astrology'. Known domains: "),
         (["--suite", "huge"], "'huge' is not one of 'quick', 'full'"),
-        (["--tables", "--law", "no-such-law"], "no-such-law"),
     ],
 )
 def test_unknown_names_are_refused(
     arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unknown domain, suite or law ends the command with a sentence that names it."""
+    """An unknown domain or suite ends the command with a sentence that names it."""
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code != 0
@@ -209,11 +208,11 @@ def test_the_guide_names_every_script() -> None:
     assert named == {str(path.relative_to(BENCHMARKS)) for path in SCRIPTS}
 
 
-def test_the_first_screen_has_the_seven_pages() -> None:
+def test_the_first_screen_has_the_six_pages() -> None:
     """The README begins with the pages that the claims rest on; each is on file."""
     first = (BENCHMARKS / "README.md").read_text().partition("What they rest on")[0]
     pages = re.findall(r"^\| \[(\w+)\]\((results/\1\.md)\)", first, re.M)
-    assert len(pages) == 7
+    assert len(pages) == 6
     assert all((BENCHMARKS / path).exists() for _, path in pages)
 
 
@@ -277,14 +276,6 @@ def test_a_law_of_two_rates_is_not_compared() -> None:
         octaves("language", "Init[A], s = 1", 16, ra.LoRAPlus(16.0))
 
 
-def test_a_way_moves_a_rate_by_its_law() -> None:
-    """A way without a law keeps a rate."""
-    place, law = ("language", "Init[A], s = 1"), ra.MuA()
-    by_law = moving.by_law(*place, law)(4, 64)
-    assert moving.Way(law).shift(*place)(4, 64) == by_law
-    assert moving.Way(None).shift(*place)(4, 64) == 0.0
-
-
 def test_a_domains_widths_are_its_networks() -> None:
     """The widths that tables use are those of the recipes, which read them off the networks."""
     recipes = [
@@ -298,38 +289,6 @@ def test_a_domains_widths_are_its_networks() -> None:
     for name in STUDY:
         mean, largest = get_domain(name).widths
         assert (known["A", mean], known["B", mean]) == (largest, mean)
-
-
-def test_a_jump_is_how_far_the_moved_rate_lies_off(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Table (d) has octaves above the best rate there, rank by rank, in full finetuning and from Init[A] at Init[B]."""
-    monkeypatch.setattr(
-        moving,
-        "octaves",
-        lambda domain, config, rank, law: -3.0 if rank == FULL else 0.0,
-    )
-    monkeypatch.setattr(suite_tables, "across_inits", lambda domain, rank, law: -1.5)
-    lora = {
-        **bowl(4, -6.0),
-        **bowl(16, -7.0),
-        **bowl(16, -8.0, scheme="Init[B], s = 1"),
-    }
-    done = {**lora, **bowl(FULL, -9.0, scheme="full"), **untrained()}
-    rows = list(suite_tables.jumps(done, "language", {"a law": ra.MuA()}))
-    assert rows == [
-        [*("language", *between), estimator, off]
-        # these bowls' cliffs lie equally far above their best rates
-        for estimator in (
-            "vertex",
-            "cliff",
-        )
-        for between, off in (
-            (("Init[A], s = 1", "full finetuning"), "+0.0, -1.0"),
-            (("Init[B], s = 1", "full finetuning"), "-2.0"),
-            (("Init[A], s = 1", "Init[B], s = 1"), "-0.5"),
-        )
-    ]
 
 
 def test_a_domain_without_a_grid_has_no_tables() -> None:
@@ -488,21 +447,6 @@ def test_what_is_run_between_the_octaves_counts_for_every_row(
     assert lost(done, cell, cell, asked) >= 0.0
 
 
-def test_each_best_rate_is_moved_to_every_other_cell() -> None:
-    """Regrets are those at the moved rate, by both ranks; full finetuning is a target only."""
-    ends = {4: (4, -6.0), 16: (16, -7.0), FULL: (FULL, -9.0)}
-    schemes = {rank: "full" if rank == FULL else "Init[A], s = 1" for rank in ends}
-    done = untrained()
-    for rank, best in ends.values():
-        done |= bowl(rank, best, scheme=schemes[rank])
-    cells = {rank: ("language", schemes[rank], rank) for rank in ends}
-    by_law = regret.regrets_between(done, cells, lambda a, b: ends[b][1] - ends[a][1])
-    assert set(by_law) == {(4, 16), (16, 4), (4, FULL), (16, FULL)}
-    assert max(by_law.values()) == pytest.approx(0.0, abs=1e-9)
-    kept = regret.regrets_between(done, cells, moving.kept)
-    assert kept[4, 16] == lost(done, cells[16], cells[16], -6.0) > 0.0
-
-
 def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
     """New tables take the place of the old ones between their marks, and nothing else changes."""
     readme = tmp_path / "README.md"
@@ -527,41 +471,3 @@ def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
     assert {16, 256 if domain == "language_smollm2" else 192} <= set(
         parts(domain, "full")[0].ranks
     )
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-GROUPS = st.lists(
-    st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=4), min_size=1, max_size=6
-)
-
-
-@given(GROUPS)
-def test_the_mean_of_groups_lies_in_its_interval(groups: list[list[float]]) -> None:
-    """Resampled means stay between the lowest and the highest group, around the mean of all values."""
-    means = [sum(each) / len(each) for each in groups]
-    drawn = resampled(groups)
-    assert min(means) - 1e-9 <= drawn.min() <= drawn.max() <= max(means) + 1e-9
-    whole = [value for each in groups for value in each]
-    if len(set(map(len, groups))) == 1:
-        apart = abs(drawn.mean() - sum(whole) / len(whole))
-        assert apart <= 0.05 * (max(means) - min(means)) + 1e-9
-
-
-@pytest.mark.parametrize(
-    ("groups", "said"),
-    [
-        ([[0.01], [0.01]], "+1.00 [+1.00, +1.00]"),
-        # a group counts by its values
-        ([[0.0, 0.0, 0.0], [0.04]], "+1.00 [+0.00, +4.00]"),
-        ([[-0.01], [0.01]], "+0.00 [-1.00, +1.00]"),
-    ],
-)
-def test_a_difference_is_said_in_points(groups: list[list[float]], said: str) -> None:
-    """The mean of all values, and the interval of means over groups drawn again."""
-    assert in_points(groups) == said
-
-
-def test_a_group_weighs_as_much_as_it_has_values() -> None:
-    """Of a group of three zeros and one of a single 4, both drawn once have the mean 1."""
-    assert set(resampled([[0.0, 0.0, 0.0], [4.0]])) == {0.0, 1.0, 4.0}

@@ -32,7 +32,7 @@ LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
 _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
 # Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too
-# high a rate a lot. By hand; results/suggestion.md has what others would lose.
+# high a rate a lot. By hand; the frozen answers of benchmarks/README.md have what others lose.
 MARGIN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (narrow networks'
 # best rates lie 1.4 above the middle in the mean; raising theirs lost more: frozen answers);
