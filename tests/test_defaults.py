@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rankaware_optim.calibration import TRIALS_PER_RANK
-from rankaware_optim.recipe._constants import MOST_MARGIN
+from rankaware_optim.recipe._rates import MOST_MARGIN
 from rankaware_optim.transfer._suggest import MARGIN
 
 NUMBER = r"\d*\.?\d+"

@@ -199,8 +199,8 @@ class Assigner:
             why = self._why(factor, rule, by_law)
             return assigned._replace(multiplier=by_run * by_law, why=why)
         whence = "the base rate (other_lr= or rates= sets another)"
-        if self.source.others is not None and not own_lr:
-            rated = self.source.others.rate(name, trains)
+        if not own_lr:
+            rated = self.source.rate_of_other(name, trains)
         if rated is not None:
             assigned = assigned._replace(multiplier=1.0, lr=rated.lr * by_run)
             whence = rated.reason

@@ -9,25 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 from .._checks import is_within
 from .._optimizers import defaults_of, known_optimizer, optimizer_family
-from .._types import Reference, Survey
+from .._types import Rated, Reference, Survey, width_for
 from .._warn import warn
-from ..errors import OptimizerError
+from ..errors import OptimizerError, RecipeError
 from ..inspection import ReferenceLike, as_reference
-from ..laws import DEFAULT_LAW, Law, checked_batch_multiplier, get_law, law_title
+from ..laws import (
+    DEFAULT_LAW,
+    Law,
+    checked_batch_multiplier,
+    checked_multiplier,
+    get_law,
+    law_title,
+)
 from ..recipe import (
+    BASE,
     SAME_UPDATES,
-    OtherRates,
     Recipe,
-    base_lr,
-    configuration_of,
+    configuration,
     differences,
     is_for,
-    on_model,
-    other_rates_on,
+    name_pattern,
     plain_value,
     rate,
     settings_of,
     warn_of,
+    widened_for,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +48,8 @@ class Source:
 
     lr: None for the optimizer's or its groups' own. reference: None for the model's most common
     configuration. batch, steps: those of the run. by_steps: the factor of every rate for them.
-    others: the recipe's rates of what is no factor. notes: sentences for the report.
+    full_lr: the recipe's rate of full finetuning, None if its trials did not include it. notes:
+    sentences for the report.
     """
 
     law: Law
@@ -52,7 +59,7 @@ class Source:
     steps: int | None = None
     recipe: Recipe | None = None
     by_steps: float = 1.0
-    others: OtherRates | None = None
+    full_lr: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,6 +75,27 @@ class Source:
         if self.batch is None or tuned is None:
             return self.by_steps
         return self.by_steps * checked_batch_multiplier(law, self.batch / tuned)
+
+    def rate_of_other(self, name: str, trains: bool) -> Rated | None:
+        """Return the recipe's rate of a parameter that is no factor: that of the trials, else that
+        of full finetuning. None stands for the base rate.
+        """
+        if self.recipe is None:
+            return None
+        tried = self.recipe.other_rates.get(name_pattern(name))
+        if tried == BASE:
+            return Rated(self.recipe.lr, "the base rate, as in the recipe's trials")
+        if tried is not None:
+            return Rated(float(tried), "its rate in the recipe's trials")
+        if self.full_lr is not None:
+            return Rated(self.full_lr, "full finetuning's rate by the recipe")
+        if trains:
+            raise RecipeError(
+                f"The trials of recipe {self.recipe.name!r} trained neither {name} nor the full"
+                " model, so it has no rate.",
+                "Give other_lr=, or rates= for its name.",
+            )
+        return None
 
 
 def read_source(
@@ -126,8 +154,10 @@ def on_this_model(
     recipe, steps = source.recipe, source.steps
     if recipe is None:
         return source
-    at = configuration_of(recipe, survey)
-    recipe, strange = on_model(recipe, survey)
+    own, init = survey.dominant(), recipe.reference.init
+    width = width_for(survey, own.method, init)
+    at = replace(own, init=init if own.method == "full" else own.init, fan_in=width)
+    recipe, strange = widened_for(recipe, survey)
     differing = _differing(source, recipe, survey, native, settings, groups)
     here = rate(recipe, at)
     by_steps = 1.0 if steps is None else rate(recipe, at, steps).lr / here.lr
@@ -143,12 +173,17 @@ def on_this_model(
             f" {best.high:.3g} with 90 % at {best.configuration}."
         )
         remarks += best.notes
+    full_lr = None
+    if recipe.full_seen:
+        full = configuration(recipe, "full", fan_in=survey.full_width(init))
+        full_lr = rate(recipe, full).lr
+    reference = recipe.reference.resolve(survey)
     return replace(
         source,
         recipe=recipe,
-        lr=base_lr(recipe, at),
+        lr=here.lr / checked_multiplier(recipe.law, at.as_factor(), reference),
         by_steps=by_steps,
-        others=other_rates_on(recipe, survey),
+        full_lr=full_lr,
         notes=tuple(remarks),
     )
 

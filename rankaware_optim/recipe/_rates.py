@@ -1,37 +1,53 @@
-"""The rates of a recipe: at a configuration, with its band, and of a model's other parameters."""
+"""How a rate is computed from a recipe: `rate`, and `configuration` for its place.
+
+The best rate is the fitted one, moved by the law. The margin and the band follow from how certain
+it is: the fit's standard deviation, and more for each octave beyond what was tried.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
+import numpy as np
+
+from .._checks import is_within, plain, range_of, shown
 from .._optimizers import known_optimizer
-from .._printing import times
+from .._printing import give_or_take, times
 from .._rate import Rate
-from .._types import (
-    GAMMA,
-    Method,
-    Rated,
-    Reference,
-    Survey,
-    scaling_factor,
-    width_for,
-)
+from .._types import GAMMA, Method, Reference, init_text, scaling_factor
 from .._warn import warn
-from ..errors import RankAwareError, RecipeError
-from ..laws import checked_multiplier
-from ._constants import ANY_WIDTH, BASE, Z90
-from ._recipe_text import configuration_text
-from ._uncertainty import by_batch, by_steps, margin, spread
+from ..errors import RecipeError
+from ..fitting import FULL_SD, steps_variance
+from ..laws import beyond_batches, checked_batch_multiplier, checked_multiplier
+from ._record import Record
 
-if TYPE_CHECKING:
-    from ._recipe import Recipe
+# The end of each comment is a constant's evidence: a page of benchmarks/results, or "by hand".
+Z90 = 1.645  # standard deviations to the end of a 90 % band: its meaning
+# What is added outside the data: standard deviations, octaves of rate per octave of rank, of width
+# and of batch, and octaves from one init to the other. They are rules of thumb from the spread of
+# published sweeps about the law, for the batch from small sweeps (.3 to .67): by hand
+RANK_SD = 0.1
+WIDTH_SD = 0.25
+BATCH_SD = 0.15
+INIT_SD = 1.0
+# RANK_SD for a rank below those tried at A = 0, where best rates fall less with rank than the
+# trials say: frozen answers
+LOWER_RANK_SD = 0.2
+# Share of a drift at B = 0, continued to r = n, by which the band of full finetuning is widened: by
+# hand
+DRIFT_SHARE = 0.5
+# Octaves. Larger margins lost no less: frozen answers
+MOST_MARGIN = 0.25
+# The width where none is known, which nearly cancels between ranks of one init: by hand
+ANY_WIDTH = 4096.0
 
 
 def rate(
-    recipe: Recipe,
+    recipe: Record,
     at: Reference,
     steps: int | None = None,
     batch: float | None = None,
@@ -53,24 +69,21 @@ def rate(
         LawError: the law has no usable multiplier there.
     """
     here, reference = _with_widths(recipe, at)
-    longer, larger = by_steps(recipe, steps), by_batch(recipe, batch)
-    sd, untried = spread(recipe, here)
-    sd = math.sqrt(max(sd**2 + longer.variance + larger.variance, recipe.scatter**2))
-    untried += filter(None, (longer.note, larger.note))
+    sd, notes = spread(recipe, here, steps, batch)
+    is_extrapolated = bool(notes)
     try:
         moved = checked_multiplier(recipe.law, here.as_factor(), reference)
-        moved *= 2.0**larger.octaves
+        moved *= _batch_multiplier(recipe, batch)
         width = 2.0 ** (Z90 * sd)
     except OverflowError:
         moved = width = math.inf
-    best, octaves = recipe.fitted_lr * moved, _margin(recipe, sd)
     law_alone = here.method == "full" and not recipe.full_seen
-    notes = [*untried]
     if law_alone:
         notes.append(
             f"the best rate of full finetuning is known within a factor of {width:.2g} to either"
             " side: three full runs (calibrate with full_trials=3) would settle it"
         )
+    best, octaves = recipe.fitted_lr * moved, margin(recipe, sd)
     if octaves:
         notes.append(
             f"a margin of {times(-octaves)} below the best, since too high costs more"
@@ -91,32 +104,31 @@ def rate(
         low=low,
         high=high,
         ceiling=ceiling,
-        extrapolated=bool(untried),
+        extrapolated=is_extrapolated,
         notes=(*notes, *recipe.notes),
-        configuration=configuration_text(recipe, at, steps, batch),
+        configuration=_configuration_text(recipe, at, steps, batch),
     )
 
 
-def warn_of(recipe: Recipe, rate: Rate) -> None:
+def warn_of(recipe: Record, rate: Rate) -> None:
     """Warn if a rate is extrapolated."""
     if rate.extrapolated:
         warn(f"Recipe {recipe.name!r} extrapolates: {rate.notes[0]}.")
 
 
-def base_lr(recipe: Recipe, at: Reference) -> float:
-    """Return the base rate of a model at `at`: the best rate at the recipe's reference less the
-    margin of the model's configuration.
+def margin(recipe: Record, sd: float) -> float:
+    """Return how far below the best rate to stay, octaves: a·sd²/2 for a steepness of a, at most
+    1/4. Without a steepness it is the recipe's own margin.
+
+    This margin minimizes the expected loss if the loss above the optimum rises as exp(a·u), u in
+    octaves. sd: the standard deviation of the best rate, octaves.
     """
-    sd, _ = spread(recipe, at)
-    return float(recipe.fitted_lr * 2.0 ** -_margin(recipe, sd))
+    if not recipe.steepness:
+        return recipe.margin
+    return min(recipe.steepness * sd * sd / 2, MOST_MARGIN)
 
 
-def _margin(recipe: Recipe, sd: float) -> float:
-    """Return how far below the best rate to stay, octaves. sd: the rate's, octaves."""
-    return margin(recipe.steepness, sd) if recipe.steepness else recipe.margin
-
-
-def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
+def _with_widths(recipe: Record, at: Reference) -> tuple[Reference, Reference]:
     """Return a configuration and the recipe's reference, with a width if the reference has none."""
     own = recipe.reference
     if own.fan_in is not None:
@@ -130,11 +142,140 @@ def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
     return replace(at, fan_in=width), replace(own, fan_in=width)
 
 
+def _configuration_text(
+    recipe: Record, at: Reference, steps: int | None, batch: float | None
+) -> str:
+    words = [str(at)]
+    if at.fan_in is not None:
+        words.append(f"fan-in {round(at.fan_in)}")
+    steps, batch = steps or recipe.steps, batch or recipe.batch
+    if steps is not None:
+        words.append(f"{steps} steps")
+    if batch is not None:
+        words.append(f"batch {batch:g}")
+    return ", ".join(words)
+
+
+# --- how certain a rate is ------------------------------------------------------------------------
+
+
+def spread(
+    recipe: Record,
+    at: Reference,
+    steps: int | None = None,
+    batch: float | None = None,
+) -> tuple[float, list[str]]:
+    """Return the standard deviation of log2 of the best rate, octaves, and notes on what was not
+    tried.
+    """
+    full, pivot = at.method == "full", recipe.law.pivot
+    octaves = math.log2(((at.fan_in if full else at.rank) or pivot) / pivot)
+    # Design vector: gradient of the log2 rate with respect to (base, drift, full factor).
+    x = np.array([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)])
+    variance = max(0.0, float(x @ recipe.covariance @ x))
+    if not full:  # full finetuning has its own factor, so no scatter about the law
+        variance += recipe.scatter**2
+    notes = []
+    for sd, note in (*_untried(recipe, at), *_other_run(recipe, steps, batch)):
+        variance += sd**2
+        notes.append(note)
+    return math.sqrt(max(variance, recipe.scatter**2)), notes
+
+
+def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
+    """Yield what of a configuration was not tried: the standard deviation that it adds, octaves,
+    and a note.
+    """
+    if at.method == "full":
+        width = recipe.full_fan_in
+        if not recipe.full_seen:
+            yield _law_alone(recipe, at)
+    else:
+        width = recipe.reference.fan_in
+        yield from _other_rank(recipe, float(at.rank or recipe.law.pivot))
+    if at.fan_in and width and not math.isclose(at.fan_in, width, rel_tol=0.01):
+        here, own = round(at.fan_in, 1), round(width, 1)
+        words = f"fan-in {here:g} is not the recipe's own {own:g}"
+        yield WIDTH_SD * math.log2(at.fan_in / width), words
+    if at.init != recipe.reference.init:
+        words = f"{init_text(at.init)} was not tried: the law moves the rate from the other init"
+        yield INIT_SD, words
+
+
+def _law_alone(recipe: Record, at: Reference) -> tuple[float, str]:
+    """Return what full finetuning that was not tried adds, and the note on it."""
+    law, init = recipe.law, recipe.reference.init
+    octaves = 0.0 if law.to_full else math.log2((at.fan_in or law.pivot) / law.pivot)
+    return DRIFT_SHARE * law.exponent * octaves, (
+        f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
+        f" alone. Over the tasks of a study it was off by a factor of {2.0 ** FULL_SD[init]:.2g}"
+        " (one standard deviation)"
+    )
+
+
+def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
+    """Yield what a rank beyond those tried adds, and the note on it."""
+    tried = recipe.ranks
+    below = math.log2(min(tried) / rank) if tried else 0.0
+    above = math.log2(rank / max(tried)) if tried else 1.0
+    if max(below, above) <= 0:
+        return
+    listed = ", ".join(map(str, tried))
+    words = f"rank {rank:g} is outside the ranks tried ({listed})"
+    if below > 0 and recipe.reference.init == "B":
+        words += f": with {init_text('B')} the rate tends to be too high"
+        yield LOWER_RANK_SD * below, words
+    else:
+        yield RANK_SD * max(below, above), words
+
+
+def _other_run(
+    recipe: Record, steps: int | None, batch: float | None
+) -> Iterator[tuple[float, str]]:
+    """Yield what another number of steps and another batch add, and the notes on them.
+
+    With other steps the rate stays, and its band grows as that of a fit does.
+    """
+    if octaves := _octaves(recipe, "steps", steps, recipe.steps):
+        sd = math.sqrt(steps_variance(octaves))
+        why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
+        yield sd, f"{why}, {give_or_take(sd)}"
+    if octaves := _octaves(recipe, "batch", batch, recipe.batch):
+        sd, move = BATCH_SD * abs(octaves), math.log2(_batch_multiplier(recipe, batch))
+        why = f"batch {batch:g} instead of {recipe.batch:g}: an extrapolation"
+        beyond = beyond_batches(2.0**octaves) if move else ""
+        yield sd, f"{why} by {times(move)}{beyond}, {give_or_take(sd)}"
+
+
+def _batch_multiplier(recipe: Record, batch: float | None) -> float:
+    """Return the factor of the rate for another batch, by the law's rule."""
+    octaves = _octaves(recipe, "batch", batch, recipe.batch)
+    return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
+
+
+def _octaves(
+    recipe: Record, what: str, asked: float | None, own: float | None
+) -> float:
+    """Return log2 of the change of the steps or of the batch from the recipe's own."""
+    if asked is None:
+        return 0.0
+    asked = plain(asked)
+    if not is_within(what, asked):
+        raise RecipeError(f"{what} is {shown(asked)}.", f"Give {range_of(what)}.", what)
+    if own is None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} does not give its own {what}, so the rate cannot be moved to"
+            f" {asked:g}.",
+            f"Leave {what}= out, or calibrate with {what}=.",
+        )
+    return math.log2(asked / own)
+
+
 # --- configurations -------------------------------------------------------------------------------
 
 
 def configuration(
-    recipe: Recipe,
+    recipe: Record,
     rank: int | Literal["full"] | None = None,
     alpha: float | None = None,
     rslora: bool = False,
@@ -143,6 +284,7 @@ def configuration(
     fan_in: float | None = None,
 ) -> Reference:
     """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own."""
+    own = recipe.reference
     if rank == "full":
         rank, method = None, "full"
     if method == "full":
@@ -154,86 +296,51 @@ def configuration(
                     "Leave it out.",
                     name,
                 )
-        width = recipe.full_fan_in or recipe.reference.fan_in
-        at = Reference(method="full", init=recipe.reference.init, fan_in=width)
+        width = recipe.full_fan_in or own.fan_in
+        at = Reference(method="full", init=own.init, fan_in=width)
     else:
-        at = _lora(recipe, rank, alpha, rslora, method)
+        at = _lora(recipe, own.rank if rank is None else rank, alpha, rslora, method)
     if init is not None:
         at = replace(at, init=init)
     return at if fan_in is None else replace(at, fan_in=fan_in)
 
 
 def _lora(
-    recipe: Recipe, rank: int | None, alpha: float | None, rslora: bool, method: Method
+    recipe: Record, rank: int | None, alpha: float | None, rslora: bool, method: Method
 ) -> Reference:
     """Return a rank and alpha at the recipe's init and width. Without alpha the scaling follows the
     rule of the trials.
     """
     own = recipe.reference
-    rank = own.rank if rank is None else rank
     if rank is None:
         raise RecipeError(
             "This recipe was made by full finetuning alone.",
             "Give a rank and an alpha for LoRA.",
         )
-    at = Reference(rank, alpha or 1.0, rslora, own.init, own.fan_in, method)
+    given = 1.0 if alpha is None else alpha
+    at = Reference(rank, given, rslora, own.init, own.fan_in, method)
     if alpha is not None:
-        return replace(at, alpha=alpha)
+        return at
     if rslora:
         raise RecipeError("rslora was given without alpha.", "Give both.", "rslora")
-    return replace(at, alpha=_scaling_at(recipe, rank) * rank)
-
-
-def _scaling_at(recipe: Recipe, rank: int) -> float:
-    """Return the scaling at a rank, by the rule of the trials."""
-    own = recipe.reference
     if rank == own.rank:
-        return own.scaling
+        return replace(at, alpha=own.scaling * rank)
     if recipe.scaling_rule not in GAMMA or own.rank is None:
         raise RecipeError(
             f"The trials of recipe {recipe.name!r} give no rule for alpha by rank.",
             "Give an alpha with the rank.",
         )
-    return own.scaling * scaling_factor(recipe.scaling_rule, own.rank, rank)
+    scaling = own.scaling * scaling_factor(recipe.scaling_rule, own.rank, rank)
+    return replace(at, alpha=scaling * rank)
 
 
-def known_rate(
-    recipe: Recipe, rank: int | None, alpha: float | None = None
-) -> Rate | None:
-    """Return the rate at a rank, or for full finetuning if it is None. No warning is given.
-
-    Returns None if the recipe needs more arguments, such as alpha.
-    """
-    method: Method = "full" if rank is None else "lora"
-    try:
-        return rate(recipe, configuration(recipe, rank, alpha, method=method))
-    except RankAwareError:
-        return None
-
-
-# --- a model --------------------------------------------------------------------------------------
-
-
-def configuration_of(recipe: Recipe, survey: Survey) -> Reference:
-    """Return a model's most common configuration, at its own width."""
-    own = survey.dominant()
-    init = own.init if own.method == "lora" else None
-    width = width_for(survey, own.method, recipe.reference.init)
-    return configuration(
-        recipe, own.rank, own.alpha, init=init, method=own.method, fan_in=width
-    )
-
-
-def is_for(recipe: Recipe, optimizer: type) -> bool:
+def is_for(recipe: Record, optimizer: type) -> bool:
     """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (
         known != "" and known == known_optimizer(optimizer)[0]
     )
-
-
-# --- other parameters, such as heads and norms ----------------------------------------------------
 
 
 def name_pattern(name: str) -> str:
@@ -243,50 +350,3 @@ def name_pattern(name: str) -> str:
     'layers.*.norm1.weight'
     """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-class OtherRates(NamedTuple):
-    """A recipe's rates for a model's parameters that are not factors.
-
-    full: the rate of full finetuning on this model, None if the recipe's trials did not include it.
-    """
-
-    recipe: Recipe
-    full: float | None
-
-    def rate(self, name: str, trains: bool = True) -> Rated | None:
-        """Return the rate of a parameter: that of the trials, else that of full finetuning.
-
-        Args:
-            name: the parameter's name.
-            trains: whether it has a gradient.
-
-        Returns:
-            The rate, or None if neither was tried and the parameter does not train.
-
-        Raises:
-            RecipeError: neither was tried, and the parameter trains.
-        """
-        tried = self.recipe.other_rates.get(name_pattern(name))
-        if tried == BASE:
-            return Rated(self.recipe.lr, "the base rate, as in the recipe's trials")
-        if tried is not None:
-            return Rated(float(tried), "its rate in the recipe's trials")
-        if self.full is not None:
-            return Rated(self.full, "full finetuning's rate by the recipe")
-        if trains:
-            raise RecipeError(
-                f"The trials of recipe {self.recipe.name!r} trained neither {name} nor the full"
-                " model, so it has no rate.",
-                "Give other_lr=, or rates= for its name.",
-            )
-        return None
-
-
-def other_rates_on(recipe: Recipe, survey: Survey) -> OtherRates:
-    """Return a recipe's rates for a model's parameters that are not factors."""
-    if not recipe.full_seen:
-        return OtherRates(recipe, None)
-    width = survey.full_width(recipe.reference.init)
-    at = configuration(recipe, method="full", fan_in=width)
-    return OtherRates(recipe, rate(recipe, at).lr)

@@ -1,145 +1,44 @@
-"""Recipes: the result of a calibration. `Recipe.at` returns a rate, `Recipe.save` writes TOML and
-safetensors.
-"""
+"""`Recipe`: what users call on a calibrated rate, and its texts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
+from .._printing import Table, printable, times
 from .._rate import Rate
-from .._types import Method, Reference, Scaling
+from .._types import Method, Scaling
 from ..fitting import Fit, centred_law
-from ..laws import Law, Power
-from . import _recipe_files as files
-from . import _recipe_text as words
-from ._constants import TableOfRates
-from ._ground import check_width
-from ._rates import configuration, rate, warn_of
-from ._schema import Trials
-from ._settings import plain_value
-from ._uncertainty import margin, spread
+from ..laws import Law, Power, law_sentence
+from . import _files as files
+from ._rates import configuration, margin, rate, spread, warn_of
+from ._record import BASE, Record
+from ._same_model import check_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .._types import Reference
 
 _BELOW = (
     "a run diverged at {:.3g}, below the fitted optimum, so the recipe has no ceiling: see whether"
     " that run diverges again"
 )
+_ALPHA: Mapping[Scaling, str] = {
+    "fixed": "alpha follows rank (scaling fixed)",
+    "rslora": "alpha kept under rsLoRA (scaling falls as 1/√rank)",
+    "alpha": "alpha kept (scaling falls as 1/rank)",
+    "unknown": "no rule known: give alpha",
+}
+_COLUMN = 16  # characters of a fact's name
 
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """A calibrated base rate with its law, uncertainty and provenance. `calibrate` and `fit_sweep`
-    make one.
-
-    All rates are per optimizer step. Octaves are units of log2 of a rate.
-
-    Args:
-        name: the recipe's name, for messages.
-        fitted_lr: the fitted optimum at `reference`. The rate to use is `lr`.
-        reference: the configuration that the base rate belongs to.
-        law: a `Power` around the law that was calibrated. It holds the drift in rank and the factor
-            of full finetuning.
-        covariance: 3 × 3 array of (log2 rate at `law.pivot`, drift, log2 `full_factor`), octaves².
-        margin: octaves of `lr` below `fitted_lr`. Too high a rate costs more than too low a rate.
-        ceiling: the smallest rate that diverged in any trial, moved to `reference` by the law of
-            best rates, which a ceiling need not follow. None if no trial did, or if one did below
-            `fitted_lr`, as a note says.
-        scaling_rule: how the scaling s = alpha / rank followed the ranks r of the
-            trials: "fixed" (alpha follows rank), "rslora" (s·√r constant), "alpha" (s·r constant),
-            or "unknown".
-        full_fan_in: the width that full finetuning's rate belongs to.
-        ranks: the LoRA ranks of the trials.
-        full_seen: whether full finetuning was among the trials.
-        optimizer: the optimizer's class, as "module.Class".
-        settings: the optimizer's settings other than the rate.
-        steps: optimizer steps of a trial, None if a sweep did not give them.
-        warmup: share of the steps with a rising rate, from 0 to 1.
-        seed: random seed of the calibration.
-        other_rates: rates of the parameters that LoRA trials trained beside the factors, by name
-            with "*" for numbers. "base" means each trial's base rate.
-        layers: mean fan-in of the adapted layers, by name with "*" for numbers. On a model that has
-            others the optimizer warns.
-        versions: versions of the packages used.
-        source: the training loop's name, the hash of its source and its repository's commit.
-        notes: sentences on what the data did not determine.
-        tensors: numpy arrays, one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`,
-            `value` (NaN if pruned), `diverged`, `pruned`, `steps`, and `curve` of shape (trials,
-            values).
-        steepness: steepness of the loss above the optimum, per octave. The margin for another
-            configuration follows from it and the uncertainty there. With 0 it is `margin`
-            everywhere.
-        scatter: standard deviation of a rank's own best rate about the law, octaves.
-        missing: the name of the trials' file if it was not beside the recipe when it was read.
-            Rates do not need it.
-    """
-
-    name: str
-    fitted_lr: float
-    reference: Reference
-    law: Power
-    covariance: npt.NDArray[np.float64]
-    margin: float = 0.0
-    ceiling: float | None = None
-    scaling_rule: Scaling = "unknown"
-    full_fan_in: float | None = None
-    ranks: tuple[int, ...] = ()
-    full_seen: bool = False
-    optimizer: str = "torch.optim.AdamW"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    steps: int | None = None
-    warmup: float | None = None
-    seed: int = 0
-    other_rates: TableOfRates = field(default_factory=dict)
-    layers: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    source: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    tensors: Trials = field(default_factory=dict, repr=False)
-    steepness: float = 0.0
-    scatter: float = 0.0
-    missing: str = ""
-
-    def __eq__(self, other: object) -> bool:
-        """Return whether all values and trials are equal. NaN equals NaN."""
-        if not isinstance(other, Recipe):
-            return NotImplemented
-        compared = (f.name for f in fields(Recipe) if f.name != "missing")
-        return all(_is_equal(getattr(self, n), getattr(other, n)) for n in compared)
-
-    @property
-    def lr(self) -> float:
-        """The base rate to use, per step: `margin` octaves below `fitted_lr`."""
-        return float(self.fitted_lr * 2.0**-self.margin)
-
-    @property
-    def batch(self) -> float | None:
-        """Examples or tokens per step, None if unknown."""
-        return self.reference.batch
-
-    @property
-    def tag(self) -> str:
-        """The recipe in a line, "hash name", as stored in an optimizer's state_dict.
-
-        The hash covers what decides the rates: base rate, reference, law and scaling rule. It does
-        not depend on the name or on the version of this package.
-        """
-        r = self.reference
-        at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
-        decisive = (self.lr, at, self.scaling_rule, self.law)
-        text = json.dumps(decisive, sort_keys=True, default=repr)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return f"{digest[:12]} {self.name}"
+class Recipe(Record):
+    __doc__ = Record.__doc__
 
     def at(
         self,
@@ -185,19 +84,19 @@ class Recipe:
         """
         target = configuration(self, rank, alpha, rslora, init, method, fan_in)
         check_width(self, target)
-        found = rate(self, target, steps, batch)
-        warn_of(self, found)
-        return found
+        answer = rate(self, target, steps, batch)
+        warn_of(self, answer)
+        return answer
 
     def explain(self) -> str:
         """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""
-        return words.explain(self)
+        return explain(self)
 
     def __str__(self) -> str:
         return self.explain()
 
     def _repr_html_(self) -> str:
-        return words.table_of(self).html()
+        return _table_of(self).html()
 
     def plot(self) -> Figure:
         """Draw one panel per rank with its trials, band, ceiling and rate, and a panel of
@@ -250,15 +149,6 @@ class Recipe:
         return files.load(cls, path)
 
 
-def _is_equal(one: Any, two: Any) -> bool:
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, two, equal_nan=True)
-    if isinstance(one, Mapping):
-        return one.keys() == two.keys() and all(_is_equal(one[k], two[k]) for k in one)
-    # a list is as a tuple
-    return bool(one == two or plain_value(one) == plain_value(two))
-
-
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
     """Return the recipe of a fit, with the margin that follows from its uncertainty.
 
@@ -286,6 +176,115 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         ceiling=ceiling,
         **others,
     )
-    return replace(
-        recipe, margin=margin(recipe.steepness, spread(recipe, reference)[0])
+    sd, _ = spread(recipe, reference)
+    return replace(recipe, margin=margin(recipe, sd))
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def facts(recipe: Record) -> list[tuple[str, str]]:
+    """Return a recipe's facts as pairs of a name and a text."""
+    at = recipe.reference
+    band = rate(recipe, at).band
+    ceiling = "none seen"
+    if recipe.ceiling is not None:
+        ceiling = (
+            f"{recipe.ceiling:.3g}, the smallest rate that diverged, moved to the base rate's"
+            " configuration as a best rate"
+        )
+    optimizer = recipe.optimizer
+    if recipe.settings:
+        optimizer += f" with {_listed(recipe.settings)}"
+    warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
+    steps, batch = _number(recipe.steps), _number(recipe.batch)
+    rows = {
+        "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_fan_in(at.fan_in)}",
+        "fitted optimum": f"{recipe.fitted_lr:.3g}; the base rate, the one to use, is a margin of"
+        f" {times(-recipe.margin)} below",
+        "90 % band": band,
+        "ceiling": ceiling,
+        "largest fan-in": f"{_fan_in(recipe.full_fan_in)}, which full finetuning's rate depends on",
+        "law": _law(recipe.law),
+        "alpha by rank": _ALPHA[recipe.scaling_rule],
+        "optimizer": optimizer,
+        "horizon": f"{steps} steps, batch {batch}, warm-up {warmup}",
+        "seen": f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}",
+        "other rates": _other_rates(recipe),
+        "code": _listed(recipe.source).removeprefix("train ") or "unknown",
+        "versions": _listed(recipe.versions) or "unknown",
+        "hash": recipe.tag.partition(" ")[0],
+    }
+    return [*rows.items(), *(("note", note) for note in recipe.notes)]
+
+
+def missing_trials(recipe: Record) -> str:
+    """Return a sentence if the trials' file was missing when the recipe was read, else ""."""
+    if not recipe.missing:
+        return ""
+    return (
+        f"The trials of this recipe are not here: {printable(recipe.missing)} is missing beside its"
+        " TOML file."
     )
+
+
+def _table_of(recipe: Record) -> Table:
+    """Return the facts, one per row."""
+    return Table((), facts(recipe), title=f"Recipe {recipe.name!r}")
+
+
+def explain(recipe: Record) -> str:
+    """Return the facts, one per line."""
+    table, indent = _table_of(recipe), " " * _COLUMN
+    lines = [table.title]
+    for name, text in table.rows:
+        lines.append(fill(name.ljust(_COLUMN) + text, 100, subsequent_indent=indent))
+    return printable("\n".join(lines))
+
+
+def _law(law: Power) -> str:
+    """The law that rates move by, and how the trials corrected it."""
+    words = law_sentence(law.law)
+    if law.exponent:
+        words += f", times rank^{law.exponent:.3g}"
+    if law.full_factor != 1.0:
+        words += f", times {law.full_factor:.3g} in full finetuning"
+    return words
+
+
+def _trials(recipe: Record) -> str:
+    if recipe.missing:
+        return f"its trials are not here, {recipe.missing} is missing"
+    return f"{len(recipe.tensors.get('lr', ()))} trials"
+
+
+def _tried(recipe: Record) -> str:
+    ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
+    full = "full finetuning" if recipe.full_seen else ""
+    return " and ".join(filter(None, (ranks, full))) or "nothing"
+
+
+def _other_rates(recipe: Record) -> str:
+    """Return the rates of the parameters that are not factors, those that the trials trained
+    first.
+    """
+    words = []
+    for name, lr in recipe.other_rates.items():
+        words.append(f"{name} {'the base rate' if lr == BASE else f'{lr:.3g}'}")
+    rest = "must be given, as full finetuning was not tried"
+    if recipe.full_seen:
+        rest = "that of full finetuning"
+    return "; ".join([*words, f"any other {rest}" if words else rest])
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.15g}"
+
+
+def _fan_in(value: float | None) -> str:
+    """Return a width as text, a mean as a whole number."""
+    return _number(value if value is None else round(value))

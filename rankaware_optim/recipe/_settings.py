@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._checks import is_number, plain_lr
+from .._checks import is_number
 from .._optimizers import defaults_of
-from ._constants import SAME
+from .._rate import Rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+SAME = 1e-6  # relative tolerance of settings, about float32's precision
 # Settings that do not change the updates.
 SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 
@@ -24,39 +26,43 @@ def settings_of(
     """Return the settings `names` of parameter groups. If the groups differ in one, its value is a
     list.
     """
-    made = {}
+    settings = {}
     for name in names:
-        values = [plain_value(group[name]) for group in groups]
-        apart = [value for i, value in enumerate(values) if value not in values[:i]]
-        made[name] = apart if len(apart) > 1 else apart[0]
-    return made
+        values: list[Any] = []
+        for group in groups:
+            value = plain_value(group[name])
+            if value not in values:
+                values.append(value)
+        settings[name] = values if len(values) > 1 else values[0]
+    return settings
 
 
 def plain_value(value: Any) -> Any:
     """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr without
     the memory address.
     """
-    value = plain_lr(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain_value(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(own) for own in value]
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Rate):
+        return float(value)
     if hasattr(value, "tolist"):  # torch and numpy
         return value.tolist()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def agreed(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the union of the tables, without keys for which two tables differ."""
-    made: dict[str, Any] = {}
-    apart: set[str] = set()
+    tables = [*tables]
+    union: dict[str, Any] = {}
     for table in tables:
-        for key, value in table.items():
-            if made.setdefault(key, value) != value:
-                apart.add(key)
-    return {key: value for key, value in made.items() if key not in apart}
+        union.update(table)
+    return {
+        key: value
+        for key, value in union.items()
+        if all(table.get(key, value) == value for table in tables)
+    }
 
 
 def constructor_settings(
@@ -77,27 +83,22 @@ def constructor_settings(
     return made
 
 
-def differences(
-    stored: Mapping[str, Any], mine: Mapping[str, Any], tolerance: float = SAME
-) -> str:
+def differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if
-    there are none.
+    there are none. Floats differ beyond rounding only.
     """
-    both = [(key, stored[key], mine[key]) for key in mine if key in stored]
     return "; ".join(
-        f"{key}={was!r}, not {now!r}"
-        for key, was, now in both
-        if not _is_alike(was, now, tolerance)
+        f"{key}={stored[key]!r}, not {mine[key]!r}"
+        for key in mine
+        if key in stored and not _is_alike(stored[key], mine[key])
     )
 
 
-def _is_alike(a: Any, b: Any, tolerance: float) -> bool:
+def _is_alike(a: Any, b: Any) -> bool:
     if is_number(a) and is_number(b) and isinstance(a + b, float):
-        return math.isclose(a, b, rel_tol=tolerance)
-    if isinstance(a, list) and isinstance(b, list):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
+        return math.isclose(a, b, rel_tol=SAME)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(
-            _is_alike(a[key], b[key], tolerance) for key in a
-        )
+        return a.keys() == b.keys() and all(_is_alike(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_is_alike, a, b))
     return bool(a == b)

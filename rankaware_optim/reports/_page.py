@@ -13,7 +13,7 @@ from pathlib import Path
 from .._files import replace_bytes
 from .._printing import printable
 from ..errors import PageError, PlotError
-from ..recipe import Recipe, facts, lead
+from ..recipe import Recipe, facts
 from ._figure import (
     COLOURS,
     INK,
@@ -74,7 +74,6 @@ def report_html(recipe: Recipe) -> str:
     )
     text = environment.get_template("page.html").render(
         recipe=recipe,
-        lead=lead(recipe),
         by_rank=rates_by_rank(recipe),
         full=known_rate(recipe, 0),
         figure=figure,

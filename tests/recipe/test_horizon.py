@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankaware_optim import Constant, Power, RankAwareWarning, RecipeError, Reference
 from rankaware_optim.fitting import steps_variance
-from rankaware_optim.recipe._constants import BATCH_SD
+from rankaware_optim.recipe._rates import BATCH_SD
 
 from ..helpers.recipes import RECIPE
 

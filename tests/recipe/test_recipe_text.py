@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from rankaware_optim import LoRAPlus, Power, Rate, Reference
-from rankaware_optim.recipe import facts, lead
+from rankaware_optim.recipe import facts
 from rankaware_optim.reports._page import report_html
 
 from ..helpers.recipes import KINDS, RECIPE
@@ -73,13 +73,6 @@ def test_a_fact_says_what_is_known_of_it(changes, name, text):
     assert dict(facts(replace(FULL, **changes)))[name] == text
 
 
-def test_a_recipe_in_a_sentence():
-    """Its optimizer by name, steps, batch and the configurations tried."""
-    bare = replace(RECIPE, ranks=(), optimizer="my.own.Opt")
-    assert lead(FULL) == "AdamW, 1 steps at batch 16, calibrated at ranks 4, 64."
-    assert lead(bare) == "Opt, unknown steps at batch unknown, calibrated at nothing."
-
-
 def test_long_facts_are_wrapped_under_their_text():
     """No line is longer than 100 columns, and each goes on in the column of the texts."""
     made = replace(FULL, name="n", notes=(" ".join("a" * 150),))
@@ -91,10 +84,9 @@ def test_long_facts_are_wrapped_under_their_text():
 
 
 def test_the_page_says_what_printing_says():
-    """The page opens with the recipe's sentence and holds every fact that printing it shows."""
+    """The page holds every fact that printing it shows."""
     made = FULL
     page = html.unescape(report_html(made))
-    assert lead(made) in page
     for name, text in facts(made):
         assert f"<dt>{name.capitalize()}</dt><dd>{text}</dd>" in page
 

@@ -18,10 +18,9 @@ from rankaware_optim import (
 from rankaware_optim.fitting import Fit, Prior
 from rankaware_optim.recipe import (
     ANY_WIDTH,
-    known_rate,
     recipe_of,
 )
-from rankaware_optim.recipe._uncertainty import margin, spread
+from rankaware_optim.recipe._rates import margin, spread
 
 COVARIANCE = np.array([[0.05, 0.01, -0.02], [0.01, 0.02, 0.004], [-0.02, 0.004, 0.3]])
 AT_16 = Reference(16, 16.0, fan_in=256.0)
@@ -79,7 +78,7 @@ def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, adde
 @pytest.mark.parametrize(("sd", "octaves"), [(0.0, 0.0), (0.2, 0.06), (1.0, 0.25)])
 def test_the_margin_is_of_an_exponential_cliff_and_bounded(sd, octaves):
     """a·sd²/2 for a steepness a of 3, a quarter of an octave at most."""
-    assert margin(3.0, sd) == pytest.approx(octaves)
+    assert margin(replace(RECIPE, steepness=3.0), sd) == pytest.approx(octaves)
 
 
 @pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
@@ -91,7 +90,6 @@ def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
     assert lost.at(64).lr == wide.at(64).lr
     with pytest.raises(RecipeError, match="Give the model's width"):
         lost.at(64, init="B")
-    assert known_rate(replace(lost, full_fan_in=None), None) is None
 
 
 @pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from rankaware_optim import RankAwareError, RankAwareOptimizer
 from rankaware_optim.cli import main
-from rankaware_optim.recipe._uncertainty import margin, spread
+from rankaware_optim.recipe._rates import margin, spread
 from rankaware_optim.reports import write_report
 from rankaware_optim.reports._page import report_html
 
@@ -159,7 +159,8 @@ def test_full_finetuning_has_the_last_row(full_seen, known):
 
 
 # the margin at its reference of a recipe of steepness 2
-MARGIN = margin(2.0, spread(RECIPE, RECIPE.reference)[0])
+STEEP = replace(RECIPE, steepness=2.0)
+MARGIN = margin(STEEP, spread(STEEP, STEEP.reference)[0])
 
 
 def shown(*arguments: str, line: str) -> str:
@@ -172,9 +173,7 @@ def shown(*arguments: str, line: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
 @pytest.mark.parametrize("rank", [1, 4, 8, 256])
-@pytest.mark.parametrize(
-    "recipe", [RECIPE, replace(RECIPE, steepness=2.0, margin=MARGIN)]
-)
+@pytest.mark.parametrize("recipe", [RECIPE, replace(STEEP, margin=MARGIN)])
 def test_one_rate_everywhere(recipe, rank, tmp_path):
     """The page, `rankaware lr`, `rankaware show` and the optimizer's report show one rate in the same digits."""
     path = str(recipe.save(tmp_path / "r.toml"))

@@ -1,5 +1,5 @@
-"""Where a recipe holds: on the model of its trials. It says where a model is another one, and
-refuses where its width is another model's.
+"""Is this the model of a recipe's trials? On another one its band is wider, and another width is
+refused.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 
 from .._types import Reference, Survey, width_for
 from ..errors import RecipeError
-from ._constants import ANOTHER_TASK_SD, SAME_WIDTH
 from ._rates import name_pattern
+from ._record import Record
 
-if TYPE_CHECKING:
-    from ._recipe import Recipe
-
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+# Octaves, by init: standard deviation of the best rate that another task gives: another_task.md,
+# frozen answers
+ANOTHER_TASK_SD = {"A": 1.3, "B": 2.4}
+# A width that differs by more than this factor is another model's, where even a band with that
+# spread missed a third of the best rates with steps and batch given: suggestion.md
+SAME_WIDTH = 2.0
 _PEFT = ".base_model.model."  # where PEFT puts a model
 
 
@@ -32,7 +36,7 @@ def layers_of(survey: Survey) -> dict[str, float]:
     return {pattern: fmean(each) for pattern, each in widths.items()}
 
 
-def check_width(recipe: Recipe, at: Reference) -> None:
+def check_width(recipe: Record, at: Reference) -> None:
     """Raise if the width of a configuration is that of another model than the recipe's.
 
     Adapters may leave out a model's widest layers, so a recipe that names its layers may be at home
@@ -44,7 +48,7 @@ def check_width(recipe: Recipe, at: Reference) -> None:
     _refuse_other_width(recipe, at.fan_in, known.get(at.method))
 
 
-def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
+def widened_for(recipe: AnyRecord, survey: Survey) -> tuple[AnyRecord, str]:
     """Return the recipe as it is for a model, and a sentence if that is another than its own.
 
     On another model the best rate is less certain, so the band is wider. A recipe that names no
@@ -55,54 +59,53 @@ def on_model(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     """
     here, own = layers_of(survey), recipe.reference
     width, own_width = width_for(survey, own.method, own.init), own.fan_in
-    pairs = [pair for pair in product(here, recipe.layers) if _is_one(*pair)]
+    pairs = [pair for pair in product(here, recipe.layers) if is_same_layer(*pair)]
     if pairs:  # the widths are those of the layers that both have
         width = fmean(here[ours] for ours, _ in pairs)
         own_width = fmean(recipe.layers[theirs] for _, theirs in pairs)
     _refuse_other_width(recipe, width, own_width)
-    what = _strange(recipe, survey, here, pairs)
-    if not what:
+    if not recipe.layers or not here:
         return recipe, ""
-    sd = ANOTHER_TASK_SD[recipe.reference.init]
+    # Full finetuning trains more layers than an adapter, so there one that both have is enough.
+    full = "full" in (own.method, survey.dominant().method)
+    if pairs and full:
+        return recipe, ""
+    words = unlike(recipe, here, pairs)
+    if not words:
+        return recipe, ""
+    sd = ANOTHER_TASK_SD[own.init]
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
-        f"Recipe {recipe.name!r} {what}: this model counts as another task, where its best rate is"
+        f"Recipe {recipe.name!r} {words}: this model counts as another task, where its best rate is"
         f" off by a factor of {2.0**sd:.2g} (one standard deviation), so calibrate on this model,"
         " or start from suggest_lr."
     )
     return replace(recipe, covariance=wider), sentence
 
 
-def _strange(
-    recipe: Recipe,
-    survey: Survey,
-    here: Collection[str],
-    pairs: Collection[tuple[str, str]],
+def unlike(
+    recipe: Record, here: Collection[str], pairs: Collection[tuple[str, str]]
 ) -> str:
     """Return in words which layers of a model are not the recipe's, "" if all are.
 
     here: the model's layers. pairs: those that both have, by the name in each.
-
-    Full finetuning trains more layers than an adapter, so there one that the recipe has seen is
-    enough.
     """
-    if not recipe.layers or not here:
-        return ""
-    ours, theirs = {one for one, _ in pairs}, {other for _, other in pairs}
-    new = [layer for layer in here if layer not in ours]
-    missing = [layer for layer in recipe.layers if layer not in theirs]
-    if not pairs:
-        return f"has not seen layers such as {new[0]}, but such as {missing[0]}"
-    if "full" in (recipe.reference.method, survey.dominant().method):
-        return ""
+    new = sorted({*here} - {ours for ours, _ in pairs})
+    missing = sorted({*recipe.layers} - {theirs for _, theirs in pairs})
     if new:
-        return f"was made without {new[0]}, which this model adapts"
+        return f"has not seen layers such as {new[0]}"
     if missing:
         return f"was made with {missing[0]} too, which this model does not adapt"
     return ""
 
 
-def _refuse_other_width(recipe: Recipe, width: float | None, own: float | None) -> None:
+def is_same_layer(layer: str, other: str) -> bool:
+    """Return whether two patterns name one layer, of which one may be in a wrapper."""
+    one, two = (f".{name}".replace(_PEFT, ".") for name in (layer, other))
+    return one.endswith(two) or two.endswith(one)
+
+
+def _refuse_other_width(recipe: Record, width: float | None, own: float | None) -> None:
     if width is None or own is None:
         return
     if abs(math.log2(width / own)) <= math.log2(SAME_WIDTH):
@@ -114,9 +117,3 @@ def _refuse_other_width(recipe: Recipe, width: float | None, own: float | None) 
         " the rate by the law all the same, give lr=recipe.lr and tuned_at=recipe.reference to the"
         " optimizer, or from_= to convert_lr.",
     )
-
-
-def _is_one(layer: str, other: str) -> bool:
-    """Return whether two patterns name one layer, of which one may be in a wrapper."""
-    one, two = (f".{name}".replace(_PEFT, ".") for name in (layer, other))
-    return one.endswith(two) or two.endswith(one)

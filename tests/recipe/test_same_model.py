@@ -11,7 +11,7 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import RankAwareOptimizer, RankAwareWarning, RecipeError
-from rankaware_optim.recipe._constants import ANOTHER_TASK_SD
+from rankaware_optim.recipe._same_model import ANOTHER_TASK_SD
 
 from ..helpers.calibrations import calibrate
 from ..helpers.models import PlainLoRA
@@ -131,9 +131,9 @@ STRANGERS = [
         r"has not seen layers such as encoder\.blocks\.\*\.q_proj",
     ),
     (model(rank=None, names="blocks"), {"method": "full"}, "has not seen layers"),
-    (model("qkv"), {}, r"without model\.layers\.\*\.k_proj, which this model adapts"),
+    (model("qkv"), {}, r"has not seen layers such as model\.layers\.\*\.k_proj"),
     (model("q"), {}, r"with model\.layers\.\*\.v_proj too, which this model does not"),
-    (model("qk"), {}, r"without model\.layers\.\*\.k_proj"),
+    (model("qk"), {}, r"has not seen layers such as model\.layers\.\*\.k_proj"),
 ]
 
 
@@ -252,5 +252,7 @@ def test_other_layers_of_the_same_model_are_no_other_model():
     trained = model()
     for block in trained.model.layers:
         block.down_proj = PlainLoRA(nn.Linear(8 * WIDTH, 4 * WIDTH, bias=False), 8, 2.0)
-    with pytest.warns(RankAwareWarning, match="was made without model.*down_proj"):
+    with pytest.warns(
+        RankAwareWarning, match="has not seen layers such as model.*down_proj"
+    ):
         RankAwareOptimizer(trained, AdamW, recipe=RECIPE)

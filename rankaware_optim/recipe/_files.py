@@ -1,0 +1,347 @@
+"""A recipe's two files: a TOML, which gives every rate, and the trials beside it. The structs are
+what the TOML holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import safetensors.numpy
+import tomli
+import tomli_w
+from msgspec import Meta, Struct, field
+from msgspec.structs import asdict
+from safetensors import SafetensorError
+
+from .._checks import MOST_RANKS, MOST_TRIALS, RANGES, limits
+from .._files import read_bytes, replace_bytes, replaceable
+from .._types import Method, Reference, Scaling
+from .._warn import warn
+from ..errors import RecipeError
+from ..laws import Power, law_from_dict, law_to_dict
+from ._rates import rate
+from ._record import Record, Trials
+from ._settings import differences, plain_value
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+# Bytes. A calibration's TOML has some 3 kB, and its trials 4 bytes for each value of a curve.
+_MOST_TEXT, _MOST_TRIALS, _MOST_HEADER = 256_000, 250_000_000, 100_000
+_HEADER = """\
+# The learning-rate recipe {!r} of rankaware_optim.
+# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
+# Rates are per step, an octave is a factor 2. rate.lr is the one to use, fit.fitted_lr the optimum.
+"""
+# What a file, a value or a third-party law may raise.
+_TROUBLE = (ArithmeticError, OSError, RecursionError, TypeError, ValueError)
+
+
+# --- what the TOML holds --------------------------------------------------------------------------
+
+Lr = Annotated[float, limits("lr")]
+Octaves = Annotated[float, limits("octaves")]
+FanIn = Annotated[float, limits("fan_in")]
+Seed = Annotated[int, limits("seed")]
+Ranks = tuple[Annotated[int, limits("rank")], ...]
+# up to a standard deviation of 100 octaves
+Variance = Annotated[float, Meta(ge=-1e4, le=1e4)]
+ThreeNumbers = tuple[Variance, Variance, Variance]
+Plain = bool | Seed | float | str
+Unknown = Literal["none"]  # TOML has no None
+
+
+class Table(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file. Every field is required, since a default would stand for a lost line."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields' values, with None for "none"."""
+        return {k: None if v == "none" else v for k, v in asdict(self).items()}
+
+
+class RateTable(Table):
+    """The rate to use at the reference and its 90 % band. They follow from the table `fit`."""
+
+    lr: float
+    band_low: float
+    band_high: float
+
+
+class ReferenceTable(Table):
+    """The configuration that the base rate belongs to, see `Reference`."""
+
+    method: Method
+    init: Literal["A", "B"]
+    rslora: bool
+    rank: int | Unknown
+    alpha: float | Unknown
+    # A whole number stays an int, since the recipe's hash depends on it.
+    fan_in: int | float | Unknown
+    batch: int | float | Unknown
+
+    def __post_init__(self) -> None:
+        Reference(**self.values())
+
+
+class OptimizerTable(Table):
+    optimizer: str = field(name="class")
+    settings: dict[str, Plain | tuple[Plain, ...]]
+
+
+class HorizonTable(Table):
+    steps: Annotated[int, limits("steps")] | Unknown
+    warmup: Annotated[float, limits("share")] | Unknown = field(name="warmup_share")
+
+
+class SeenTable(Table):
+    """What the trials tried, and what they left open."""
+
+    ranks: Annotated[Ranks, Meta(max_length=MOST_RANKS)]
+    full_seen: bool = field(name="full")
+    seed: Seed
+    notes: tuple[str, ...]
+    other_rates: dict[str, Lr | Literal["base"]]
+    layers: dict[str, FanIn]
+
+
+class FitTable(Table):
+    """What the fit found, see `Recipe`."""
+
+    fitted_lr: Lr
+    margin: Octaves = field(name="margin_octaves")
+    steepness: Annotated[float, limits("steepness")] = field(
+        name="steepness_per_octave"
+    )
+    scatter: Octaves = field(name="scatter_octaves")
+    covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
+    ceiling: Lr | Unknown
+
+    def __post_init__(self) -> None:
+        matrix = np.array(self.covariance)
+        spectrum = np.linalg.eigvalsh(matrix + matrix.T)
+        if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
+            raise ValueError("A variance of the covariance is negative")
+
+
+class TrialsTable(Table):
+    """The file of trials: its hash, and how many trials and training steps there are."""
+
+    sha256: str
+    count: int
+    steps: int | Unknown
+    pruned: int | Unknown
+    diverged: int | Unknown
+
+
+class RecipeFile(Table):
+    """A recipe's TOML."""
+
+    schema: Literal[1]
+    name: str
+    scaling_rule: Scaling
+    rate: RateTable
+    reference: ReferenceTable
+    law: dict[str, Any]
+    optimizer: OptimizerTable
+    horizon: HorizonTable
+    seen: SeenTable
+    fit: FitTable
+    source: dict[str, str]
+    versions: dict[str, str]
+    full_fan_in: FanIn | Unknown
+    trials: TrialsTable | Unknown
+
+
+def to_document(recipe: Record, trials: bytes = b"") -> dict[str, Any]:
+    """Return the contents of a recipe's TOML as plain values, by table. trials: those as a file."""
+    own, at = vars(recipe), rate(recipe, recipe.reference)
+    file = _table(
+        RecipeFile,
+        {
+            **own,
+            "schema": 1,
+            "rate": RateTable(lr=recipe.lr, band_low=at.low, band_high=at.high),
+            "reference": _table(ReferenceTable, vars(recipe.reference)),
+            "law": law_to_dict(recipe.law),
+            "optimizer": _table(OptimizerTable, own),
+            "horizon": _table(HorizonTable, own),
+            "seen": _table(SeenTable, own),
+            "fit": _table(FitTable, own),
+            "trials": _trials_table(recipe.tensors, trials),
+        },
+    )
+    plain: dict[str, Any] = plain_value(msgspec.to_builtins(file, enc_hook=plain_value))
+    return plain
+
+
+AnyTable = TypeVar("AnyTable", bound=Table)
+
+
+def _table(kind: type[AnyTable], own: Mapping[str, Any]) -> AnyTable:
+    """Return the table of the values of its names, with "none" for None."""
+    values = {name: own[name] for name in kind.__struct_fields__}
+    return kind(**{k: "none" if v is None else v for k, v in values.items()})
+
+
+def _trials_table(trials: Trials, data: bytes) -> TrialsTable | None:
+    if not trials:
+        return None
+    sums = {}
+    for name in ("steps", "pruned", "diverged"):
+        sums[name] = int(trials[name].sum()) if name in trials else None
+    count, digest = len(next(iter(trials.values()))), hashlib.sha256(data).hexdigest()
+    return _table(TrialsTable, {"sha256": digest, "count": count, **sums})
+
+
+def _recipe_in(kind: type[AnyRecord], document: dict[str, Any]) -> AnyRecord:
+    """Return the recipe in a document, without its trials. Raise a ValueError if a value is missing
+    or impossible, or if the values do not follow from one another.
+    """
+    file = msgspec.convert(document, RecipeFile)
+    values = file.values()
+    for table in (file.optimizer, file.horizon, file.seen, file.fit):
+        values |= table.values()
+    values["reference"] = Reference(**file.reference.values())
+    values["covariance"] = np.array(file.fit.covariance)
+    values["law"] = law_from_dict(file.law)
+    if not isinstance(values["law"], Power):
+        raise ValueError("the law is not 'power'")
+    recorded = kind.__dataclass_fields__.keys() & values.keys()
+    recipe = kind(**{name: values[name] for name in recorded})
+    own = {**to_document(recipe), "trials": document["trials"]}
+    if contradictions := differences(document, own):
+        raise ValueError(f"its values contradict one another: {contradictions}")
+    return recipe
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def save(recipe: Record, path: str | os.PathLike[str]) -> Path:
+    """Write the trials, then the TOML with their hash. Nothing is written that `load` would refuse.
+
+    A reader between the two finds the former TOML, which gives its rates without trials.
+    """
+    target = _toml_path(path)
+    try:
+        _check_trials(recipe.tensors)
+        arrays = {k: np.ascontiguousarray(v) for k, v in recipe.tensors.items()}
+        trials = safetensors.numpy.save(arrays) if arrays else b""
+        document = to_document(recipe, trials)
+        text = (_HEADER.format(recipe.name) + tomli_w.dumps(document)).encode()
+        _recipe_in(Record, _document(text))
+        if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
+            raise ValueError(f"it is longer than {_MOST_TEXT:,} bytes, or its trials")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        real = replaceable(target)
+        if trials:
+            replace_bytes(_trials_beside(real), trials)
+        replace_bytes(target, text)
+    except _TROUBLE as error:
+        cure = "Choose a writable folder, and settings that are numbers or strings."
+        raise _error(target, "written", error, cure) from error
+    return target
+
+
+def load(kind: type[AnyRecord], path: str | os.PathLike[str]) -> AnyRecord:
+    """Return the recipe, of its class, in a TOML file, with its trials if they lie beside it."""
+    target = _toml_path(path)
+    restore = "Check its path, restore it or remake it."
+    try:
+        document = _document(read_bytes(target, _MOST_TEXT))
+        recipe = _recipe_in(kind, document)
+    except _TROUBLE as error:
+        raise _error(target, "read", error, restore) from error
+    table = document["trials"]
+    if table == "none":
+        return recipe
+    beside = _trials_beside(target)
+    if not os.path.lexists(beside):
+        beside = _trials_beside(Path(os.path.realpath(target)))
+    try:
+        trials = _trials_in(read_bytes(beside, _MOST_TRIALS), table["sha256"])
+    except FileNotFoundError:
+        return replace(recipe, missing=beside.name)
+    except (*_TROUBLE, SafetensorError) as error:
+        warn(
+            f"The trials {beside} of recipe {recipe.name!r} cannot be used: {error}. The recipe"
+            " gives its rates without them. Copy both of its files."
+        )
+        return replace(recipe, missing=beside.name)
+    return replace(recipe, tensors=trials)
+
+
+def _error(target: Path, verb: str, error: BaseException, cure: str) -> RecipeError:
+    cause = getattr(error, "cause", str(error)).removesuffix(".")
+    return RecipeError(
+        f"The recipe {target} cannot be {verb}: {cause}.", getattr(error, "cure", cure)
+    )
+
+
+def _toml_path(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if target.suffix != ".toml":
+        raise RecipeError(
+            f"{str(target)!r} is no recipe, whose file is a .toml.",
+            "Give its path, such as recipes/digits.toml.",
+        )
+    return target
+
+
+def _trials_beside(toml: Path) -> Path:
+    return toml.with_suffix(".trials.safetensors")
+
+
+def _document(text: bytes) -> dict[str, Any]:
+    # Windows' editors put a mark first. Python's own tomllib takes minutes for a key of many dots.
+    return tomli.loads(text.decode("utf-8-sig"))
+
+
+# The arrays of trials, by name: the kind of dtype, and the number of axes.
+TRIAL = {
+    "rank": ("i", 1),
+    "seed": ("i", 1),
+    "lr": ("f", 1),
+    "own_lr": ("f", 1),
+    "value": ("f", 1),
+    "diverged": ("b", 1),
+    "pruned": ("b", 1),
+    "steps": ("i", 1),
+    "curve": ("f", 2),
+}
+
+
+_LOWEST = {"rank": 0, "lr": RANGES["trial_lr"][0], "own_lr": RANGES["trial_lr"][0]}
+
+
+def _trials_in(data: bytes, sha256: str) -> dict[str, Any]:
+    """Return the trials in a file of this hash."""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError("they are of another save")
+    if int.from_bytes(data[:8], "little") > _MOST_HEADER:
+        raise ValueError("their header is too long")
+    trials = safetensors.numpy.load(data)
+    _check_trials(trials)
+    return trials
+
+
+def _check_trials(trials: Trials) -> None:
+    """Raise a ValueError if an array of trials is none that a calibration makes."""
+    for name, array in trials.items():
+        lowest = _LOWEST.get(name, -math.inf)
+        if (array.dtype.kind, array.ndim) != TRIAL.get(name) or (array < lowest).any():
+            raise ValueError(f"the array of trials {name!r} is impossible")
+    counts = {len(array) for array in trials.values()}
+    ranks = np.unique(trials.get("rank", ()))
+    is_long = max(counts, default=0) > MOST_TRIALS
+    if len(counts) > 1 or is_long or len(ranks) > MOST_RANKS + 1:
+        raise ValueError(
+            f"arrays of trials differ in length, or have more than {MOST_TRIALS} trials or"
+            f" {MOST_RANKS} ranks"
+        )
