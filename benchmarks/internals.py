@@ -12,7 +12,7 @@ from rankaware_optim.calibration._calibration import (
 )
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
-from rankaware_optim.calibration._trials import Setting, TrialRecord, Trials
+from rankaware_optim.calibration._trials import Run, Setting, Trials
 from rankaware_optim.laws._mua import FORMS
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
@@ -40,12 +40,12 @@ __all__ = [
     "Options",
     "PUBLISHED",
     "SPREAD",
+    "Run",
     "Setting",
     "Settled",
     "Source",
     "SweepRun",
     "TASK_SD",
-    "TrialRecord",
     "Trials",
     "Z90",
     "calibrated_recipe",

@@ -15,7 +15,8 @@ import click
 import numpy as np
 import torch
 from calibration.make_recipes import OTHER_SEEDS, RECIPES
-from internals import TrialRecord, Trials
+from calibration.studies import MadeUp
+from internals import Trials
 from optuna.trial import TrialState
 
 from rankaware_optim import Law, Recipe
@@ -80,11 +81,11 @@ def trials_of(recipe: Recipe) -> Trials:
         rank, seed = int(stored["rank"][i]) or None, int(stored["seed"][i])
         known = {"rank": rank, "seed": seed, "x": math.log2(stored["lr"][i])}
         if stored["pruned"][i]:
-            ended = {"state": TrialState.PRUNED, "stopped": "pruned"}
+            ended = {"state": TrialState.PRUNED, "end": "pruned"}
         else:
             run = observation_of(**known, value=float(stored["value"][i]), curve=curve)
             ended = {"state": TrialState.COMPLETE, "observation": run}
-        records.append(TrialRecord(**known, **ended, curve=curve))
+        records.append(MadeUp(**known, **ended, curve=curve))
     return Trials(records)
 
 

@@ -143,8 +143,8 @@ def run(on: Surface, study: Calibration, setting: Setting, x: float) -> Observat
 def own_rate(on: Surface, study: Calibration, rank: int, x: float) -> float:
     """log2 of a rank's rate, of that of the base rate."""
     at = reference_of(on, rank).as_factor()
-    reference = study.known().reference
-    return x + math.log2(checked_multiplier(study.centred_law(), at, reference))
+    reference = study.settled.reference
+    return x + math.log2(checked_multiplier(study.law({}), at, reference))
 
 
 def loss(on: Surface, rank: int, seed: int, x: float) -> float:

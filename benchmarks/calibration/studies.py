@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from internals import (
     Calibration,
     Options,
+    Run,
     Setting,
     Settled,
-    TrialRecord,
     Trials,
     calibrated_recipe,
     next_rate,
@@ -25,17 +26,24 @@ from rankaware_optim.fitting import Observation
 
 STEPS = 20  # steps of a run, if nothing depends on them
 # a trial's outcome at log2 base rate x
-Run = Callable[[Calibration, Setting, float], Observation]
+Outcome = Callable[[Calibration, Setting, float], Observation]
 
 
-def searched(options: Options, settled: Settled, guess: float, run: Run) -> Recipe:
+@dataclass(frozen=True)
+class MadeUp(Run):
+    """A run whose observation is given, and not read off its curve."""
+
+    observation: Observation | None = None  # type: ignore[assignment]
+
+
+def searched(options: Options, settled: Settled, guess: float, run: Outcome) -> Recipe:
     """Make all trials that the schedule asks for, and return the recipe: see `search`."""
     *_, calibration = search(options, settled, guess, run)
     return calibrated_recipe(calibration)
 
 
 def search(
-    options: Options, settled: Settled, guess: float, run: Run
+    options: Options, settled: Settled, guess: float, run: Outcome
 ) -> Iterator[Calibration]:
     """Make all trials that the schedule asks for, and yield the calibration after each.
 
@@ -47,9 +55,8 @@ def search(
         guess: octaves added to the first guess of the rate.
         run: (calibration, rank and seed, log2 base rate) -> the outcome.
     """
-    done: list[TrialRecord] = []
-    calibration = Calibration(options, lambda: Trials(done))
-    calibration.settle(settled)
+    done: list[Run] = []
+    calibration = Calibration(options, settled, lambda: Trials(done))
     start = calibration.start
     while (setting := next_setting(options, Trials(done))) is not None:
         within = search_range(calibration)
@@ -60,8 +67,6 @@ def search(
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
         done.append(
-            TrialRecord(
-                *setting, len(done), state, seen.x, curve=curve, observation=seen
-            )
+            MadeUp(*setting, len(done), state, seen.x, curve=curve, observation=seen)
         )
         yield calibration

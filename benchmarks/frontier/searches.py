@@ -136,9 +136,8 @@ def first_octaves(domain: Domain) -> tuple[float, float]:
     """log2 of the rates at rank 16 among which a calibration begins to search."""
     law = get_law(PRIOR_LAW)
     options = Options(torch.optim.AdamW, law, (TUNED,), (0, 1), EIGHTH, trials=16)
-    study = Calibration(options, Trials)
     at = Reference(TUNED, TUNED, fan_in=domain.widths[0])
-    study.settle(Settled(at, domain.widths[1], {}))
+    study = Calibration(options, Settled(at, domain.widths[1], {}), Trials)
     low, high = search_range(study)
     return low, high
 

@@ -109,8 +109,8 @@ def on_surface(index: int) -> list[Searched]:
 def by_way(on: Surface, name: str, seed: Sequence[int]) -> dict[int, float]:
     """log2 of the rates of a way that a user would write with Optuna."""
     seeds, guess = drawn(on, seed)
-    study = Calibration(options_of(on, DEFAULT, seeds), Trials)
-    study.settle(settled_of(on, study.options))
+    options = options_of(on, DEFAULT, seeds)
+    study = Calibration(options, settled_of(on, options), Trials)
     ends = [end + guess for end in search_range(study)]
     spans = {}
     for rank in (*on.ranks, FULL):

@@ -1,13 +1,12 @@
-from ._api import options_of as options_of
-from ._api import search as search
 from ._calibration import BY_TRAINING as BY_TRAINING
+from ._calibration import versions_used as versions_used
 from ._constants import FEWEST_STEPS as FEWEST_STEPS
 from ._constants import SEEDS as SEEDS
 from ._constants import TRIALS_PER_RANK as TRIALS_PER_RANK
-from ._liveness import held_back as held_back
-from ._provenance import versions_used as versions_used
-from ._runner import Replicas as Replicas
+from ._run import search as search
 from ._schedule import Options as Options
+from ._storage import held_back as held_back
+from ._study import Replicas as Replicas
 from ._trial import Pushed as Pushed
 from ._trial import Train as Train
 from ._trial import Trial as Trial

@@ -8,9 +8,12 @@ back by the law at its prior means, so that trials at several ranks enter one fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +27,6 @@ from ..errors import CalibrationError
 from ..fitting import (
     TAIL,
     Fit,
-    Observation,
     at_target,
     centred_law,
     fit_observations,
@@ -33,7 +35,7 @@ from ..fitting import (
     turn_of,
     usual_noise,
 )
-from ..laws import Law, Power, bound_law, checked_multiplier
+from ..laws import Power, bound_law, checked_multiplier
 from ..recipe import Z90, Recipe, agreed, constructor_settings, recipe_of
 from ._constants import (
     ALIKE_ERRORS,
@@ -49,9 +51,8 @@ from ._constants import (
     USUAL_AT,
     USUAL_LR,
 )
-from ._provenance import versions_used
 from ._schedule import Options
-from ._trials import Setting, TrialRecord, Trials, rank_words
+from ._trials import Setting, Trials, rank_words
 
 _COLUMNS = [
     ("rank", np.int64),
@@ -80,8 +81,6 @@ AGAINST = (
     " score is minimised: where it is an accuracy or a reward, return minus it"
 )
 DOUBTS = (ALIKE, RISING, AGAINST)  # notes that are warned of
-
-
 BY_TRAINING = (
     "the scores are the mean of the last training losses: a loss on data held out, which train"
     " returns, is more certain"
@@ -90,6 +89,9 @@ BY_CHANCE = (
     "the values of the trials differ by no more than chance between rates, so they say nothing of"
     " it: the rate is the suggested one"
 )
+_PACKAGES = ("rankaware-optim", "torch", "optuna")
+_IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
+_ENDS = {"memory": "ran out of memory", "pruned": "was pruned"}
 
 
 @dataclass(frozen=True)
@@ -112,52 +114,25 @@ class Calibration:
 
     Args:
         options: what it tries.
+        settled: what its first model settled.
         trials: returns the trials so far.
     """
 
-    def __init__(self, options: Options, trials: Callable[[], Trials]) -> None:
+    def __init__(
+        self, options: Options, settled: Settled, trials: Callable[[], Trials]
+    ) -> None:
         self.options = options
+        self.settled = settled
         self.trials = trials
-        self.settled: Settled | None = None
-        self.settings: Mapping[str, Any] = {}  # of the optimizer
+        self.prior = prior_of(settled.reference, options.ranks, settled.full_fan_in)
+        self.start = first_rate(options, settled.reference)
         # the number of observations, and their fit
         self._fit: tuple[int, Fit | None] = (-1, None)
 
-    def settle(self, settled: Settled) -> None:
-        """Set the reference, the prior for its init, and log2 of the first rate: the middle of the
-        range that is given, else the suggested one, else the upper end of the family's usual rates.
-        """
-        self.settled = settled
-        reference = settled.reference
-        self.prior = prior_of(reference, self.options.ranks, settled.full_fan_in)
-        if self.options.octaves is not None:
-            self.start = fmean(self.options.octaves)
-            return
-        if self.options.suggested is not None:
-            self.start = math.log2(self.options.suggested.lr)
-            return
-        family = optimizer_family(self.options.optimizer)
-        law = bound_law(self.options.law, self.options.optimizer, {})
-        multiplier = checked_multiplier(law, reference.as_factor(), USUAL_AT)
-        usual = USUAL_LR.get(family, USUAL_LR["sign-like"]) * multiplier
-        self.start = STRIDE + math.log2(usual)
-
-    def known(self) -> Settled:
-        """Return what the first model has settled."""
-        if self.settled is None:
-            raise CalibrationError(
-                "No trial has built its model yet.", "Run at least one trial."
-            )
-        return self.settled
-
-    @property
-    def bound_law(self) -> Law:
-        """The law, bound to the optimizer."""
-        return bound_law(self.options.law, self.options.optimizer, self.settings)
-
-    def centred_law(self) -> Power:
-        """Return the law, bound to the optimizer, at its prior means."""
-        return centred_law(self.bound_law, self.known().reference, self.prior.pivot)
+    def law(self, settings: Mapping[str, Any]) -> Power:
+        """Return the law at its prior means, for an optimizer of these settings."""
+        law = bound_law(self.options.law, self.options.optimizer, settings)
+        return centred_law(law, self.settled.reference, self.prior.pivot)
 
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, at their steps, or None if every run diverged.
@@ -165,8 +140,6 @@ class Calibration:
         It is computed once for each number of observations, since a study only adds to them. With
         hundreds of trials, up to a fiftieth of them wait for a common fit.
         """
-        if self.settled is None:
-            return None
         ended = self.trials().counted()
         waiting = len(ended) % max(1, len(ended) // TOGETHER)
         evidence = Trials(ended[: len(ended) - waiting]).evidence()
@@ -177,10 +150,22 @@ class Calibration:
     def best(self) -> float | None:
         """Return the target's best base rate so far. None before any fit."""
         fit = self.fit()
-        if fit is None:
-            return None
-        mean = at_target(fit, self.options.octaves_to_target).mean
-        return float(2.0 ** mean[0])
+        return None if fit is None else float(2.0 ** fit.mean[0])
+
+
+def first_rate(options: Options, reference: Reference) -> float:
+    """Return log2 of the first rate: the middle of the range that is given, else the suggested one,
+    else the upper end of the family's usual rates.
+    """
+    if options.octaves is not None:
+        return fmean(options.octaves)
+    if options.suggested is not None:
+        return math.log2(options.suggested.lr)
+    family = optimizer_family(options.optimizer)
+    law = bound_law(options.law, options.optimizer, {})
+    multiplier = checked_multiplier(law, reference.as_factor(), USUAL_AT)
+    usual = USUAL_LR.get(family, USUAL_LR["sign-like"]) * multiplier
+    return STRIDE + math.log2(usual)
 
 
 # --- the recipe -----------------------------------------------------------------------------------
@@ -196,20 +181,18 @@ def calibrated_recipe(
     Raises:
         CalibrationError: every run failed, or all of a rank.
     """
-    options = calibration.options
+    options, settled = calibration.options, calibration.settled
     trials = calibration.trials().counted()
     is_by_chance = options.noisy and options.suggested and _differ_by_chance(trials)
     measured = _suggested(calibration) if is_by_chance else _fit(calibration, trials)
     fit = at_target(measured, options.octaves_to_target)
-    settled = calibration.known()
-    tried = {run.rank for run in trials.observations()}
-    built = [trial.built for trial in trials if trial.built]
-    # of all trials, defaults included; if groups differ, those of the factors
-    settings = agreed({**each, **each.get("factors' settings", {})} for each in built)
     doubts = [BY_CHANCE] if is_by_chance else _doubts(fit, trials)
+    tried = {run.rank for run in trials.scored()}
+    built = [run.built for run in trials if run.built]
+    settings = _settings_in_force(built)
     make = partial(
         recipe_of,
-        law=calibration.bound_law,
+        law=bound_law(options.law, options.optimizer, settings),
         reference=settled.reference,
         name=options.name,
         scaling_rule=infer_scaling(_scalings(trials)),
@@ -224,17 +207,33 @@ def calibrated_recipe(
         seed=options.seed,
         versions=versions_used(),
         source=source or {},
-        other_rates=agreed([values.get("other rates", {}) for values in built]),
-        notes=(*doubts, *_notes(calibration, trials)),
+        other_rates=agreed(values.get("other rates", {}) for values in built),
+        notes=(*doubts, *_notes(options, trials), *_training_notes(options, trials)),
         tensors=tensors_of(trials, options.steps),
     )
-    return _at_floor(make(fit), make, fit, options)
+    return _at_floor(make, fit, options)
 
 
-def _at_floor(
-    recipe: Recipe, make: Callable[[Fit], Recipe], fit: Fit, options: Options
-) -> Recipe:
+def versions_used() -> dict[str, str]:
+    """Return the versions of Python, this package, its main dependencies, and those libraries that
+    are loaded.
+    """
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    loaded = [name for name in _IF_LOADED if name in sys.modules]
+    for name in (*_PACKAGES, *loaded):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _settings_in_force(built: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings of all trials, defaults included; if groups differ, of the factors."""
+    return agreed({**each, **each.get("factors' settings", {})} for each in built)
+
+
+def _at_floor(make: Callable[[Fit], Recipe], fit: Fit, options: Options) -> Recipe:
     """Return the recipe, or one of the floor's rate, whose band reaches down to the trials'."""
+    recipe = make(fit)
     octaves = options.floor - math.log2(recipe.lr)
     if octaves <= 0:
         return recipe
@@ -270,58 +269,42 @@ def _differ_by_chance(trials: Trials) -> bool:
     """Return whether the scores of the trials differ by no more than the noise of their curves
     explains. Each is the mean of a tenth of its curve.
     """
-    runs = [t for t in trials if t.observation and not t.observation.stopped]
-    scores = [t.observation.value for t in runs if t.observation]
-    is_whole = len(runs) == len(trials) > 0
-    if not is_whole or not all(map(math.isfinite, scores)):
+    runs = trials.observations()
+    scores = [run.value for run in runs]
+    if not 0 < len(runs) == len(trials) or not all(map(math.isfinite, scores)):
         return False
     count = max(TAIL, len(trials[0].curve) // 10)
-    noise = usual_noise([t.observation for t in runs if t.observation])
+    noise = usual_noise(runs)
     return max(scores) - min(scores) <= ALIKE_ERRORS * noise / math.sqrt(count)
 
 
 def _scalings(trials: Trials) -> dict[int, float]:
     """Return s = alpha / r of the models, by rank."""
-    return {
-        trial.rank: trial.built["lora_alpha"] / trial.rank
-        for trial in trials
-        if trial.rank is not None and trial.built
-    }
+    built = [(run.rank, run.built) for run in trials]
+    return {rank: at["lora_alpha"] / rank for rank, at in built if rank and at}
 
 
 def _fit(calibration: Calibration, trials: Trials) -> Fit:
     """Return the fit of the trials, or raise a `CalibrationError` that says why there is none."""
-    # Stored runs are not made again.
-    elsewhere = (
-        " Runs that are stored are not made again: give another name or storage too."
-    )
-    if trials and all(trial.stopped == "memory" for trial in trials):
-        raise CalibrationError(
-            f"Every one of {len(trials)} runs ran out of memory.",
-            f"Lower the batch or the ranks, or free memory.{elsewhere}",
-        )
-    if trials and all(trial.stopped for trial in trials):
-        memory = any(trial.stopped == "memory" for trial in trials)
-        raise CalibrationError(
-            f"Every one of {len(trials)} runs {'ran out of memory or ' * memory}was pruned: train"
-            " raised optuna.TrialPruned, or a pruner stopped it.",
-            f"Let some runs come to their end.{elsewhere}",
-        )
-    calibration.known()
     fit = fit_observations(trials.evidence(), calibration.prior)
-    if fit is None:
-        some_pruned = len(trials.observations()) < len(trials)
-        raise CalibrationError(
-            f"Every one of {len(trials)} runs diverged{' or was pruned' if some_pruned else ''}.",
-            "Lower the rates, or check the loss (of an accuracy or a reward yield minus it), the"
-            f" data and the pruner.{elsewhere}",
-        )
-    for runs in trials.hopeless():
-        raise CalibrationError(
-            f"Every one of {runs} diverged, though other ranks train.",
-            f"Check the model at that rank, or leave the rank out.{elsewhere}",
-        )
+    check_ends(trials, fit)
+    assert fit is not None
     return fit
+
+
+def check_ends(trials: Trials, fit: Fit | None = None) -> None:
+    """Raise a `CalibrationError` if no run tells of the rate, or of that of a rank."""
+    useless = [f"{runs} diverged" for runs in trials.hopeless()]
+    if not useless and fit is None:
+        ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
+        useless = [f"{len(trials)} runs {' or '.join(ends)}"]
+    for runs in useless:
+        raise CalibrationError(
+            f"Every one of {runs}.",
+            "Lower the rates, the ranks or the batch, or check the loss (of an accuracy or a reward"
+            " yield minus it), the data and the pruner. Runs that are stored are not made again:"
+            " give another name or storage too.",
+        )
 
 
 def _doubts(fit: Fit, trials: Trials) -> list[str]:
@@ -333,17 +316,22 @@ def _doubts(fit: Fit, trials: Trials) -> list[str]:
         doubts.append(
             "the data do not determine the rate: the loss hardly depends on it"
         )
-    if rising := _only_rising(trials):
-        doubts.append(rising)
-    if _scored_against(trials.observations()):
-        doubts.append(AGAINST)
+    returned = [run for run in trials.observations() if run.returned]
+    if not returned:
+        doubts += _only_rising(trials)
+    finite = [run for run in returned if math.isfinite(run.value)]
+    if len(finite) >= LEAST_RANKED:
+        # the rank correlation of the returned scores and the curves' ends
+        by_score = np.argsort(np.argsort([run.value for run in finite]))
+        by_curve = np.argsort(np.argsort([run.tail for run in finite]))
+        if float(np.corrcoef(by_score, by_curve)[0, 1]) <= OPPOSED:
+            doubts.append(AGAINST)
     return doubts
 
 
-def _notes(calibration: Calibration, trials: Trials) -> tuple[str, ...]:
-    """Return sentences on what was not tried, and on problems of the runs."""
+def _notes(options: Options, trials: Trials) -> list[str]:
+    """Return sentences on what was not tried, and on runs that differ by themselves."""
     notes = []
-    options = calibration.options
     lora = options.lora
     if len(lora) > 1 and max(lora) < APART * min(lora):
         notes.append(
@@ -351,115 +339,89 @@ def _notes(calibration: Calibration, trials: Trials) -> tuple[str, ...]:
             " rate moves with rank is uncertain"
         )
     if options.target > options.steps:
-        variance = steps_variance(options.octaves_to_target)
+        sd = math.sqrt(steps_variance(options.octaves_to_target))
         notes.append(
             f"{options.target} steps were not tried: the rate is that of"
-            f" {options.steps}, {give_or_take(math.sqrt(variance))}"
+            f" {options.steps}, {give_or_take(sd)}"
         )
-    notes += _short_notes(calibration, trials)
-    unsteady = _unsteady(trials)
-    if unsteady is not None:
-        rank, seed = unsteady
-        notes.append(
-            f"train is not reproducible: two runs of {rank_words(rank)}, seed {seed}, began with"
-            " different values, which adds noise; draw everything from trial.seed, and yield the"
-            " loss before the step"
-        )
-    return tuple(notes)
+    return notes
 
 
-def _short_notes(calibration: Calibration, trials: Trials) -> list[str]:
+def _training_notes(options: Options, trials: Trials) -> list[str]:
     """Return sentences on what makes short trials mislead."""
     notes = []
-    options = calibration.options
     if options.steps < FEWEST_STEPS:
         notes.append(
             f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} low rates look best"
         )
-    observations = trials.observations()
-    if not any(run.returned for run in observations):
+    if not any(run.returned for run in trials.observations()):
         notes.append(BY_TRAINING)
-    warmup = max((trial.warmup for trial in trials), default=0.0)
-    warmup = max(warmup, options.warmup or 0.0)
+    warmup = max([options.warmup or 0.0, *(run.warmup for run in trials)])
     if warmup > LONG_WARMUP:
         notes.append(
             f"the rate rose over {warmup:.0%} of a trial's steps: it belongs to runs that warm up"
             " for as large a share of theirs"
         )
-    edge = _edge(trials.at(options.anchor))
-    if edge:
-        notes.append(edge)
-    return notes
+    return [*notes, *_edge(trials.at(options.anchor)), *_unsteady(trials)]
 
 
-def _edge(trials: Trials) -> str:
-    """Return a sentence if the best trial of a rank has its lowest or highest rate, else ""."""
-    lost = trials.diverged()
-    good = [trial for trial, _ in trials.scored() if trial.number not in lost]
-    rates = trials.rates()
-    if not good or len({*rates}) < 2:
-        return ""
-    best = min(good, key=lambda trial: trial.observation.value)  # type: ignore[union-attr]
-    for edge, name, beyond in ((min, "lowest", "lower"), (max, "highest", "higher")):
-        if best.x == edge(rates):
-            return (
-                f"the best trial has the {name} rate that was tried: the best one may be"
-                f" {beyond}"
-            )
-    return ""
+def _edge(trials: Trials) -> list[str]:
+    """Return a sentence if the best trial of a rank has its lowest or highest rate."""
+    lost, rates = trials.diverged(), trials.rates()
+    good = [run for run in trials.scored() if run.number not in lost]
+    if not good or min(rates) == max(rates):
+        return []
+    best = min(good, key=lambda run: run.observation.value)  # type: ignore[union-attr]
+    edges = {
+        min(rates): "lowest rate that was tried: the best one may be lower",
+        max(rates): "highest rate that was tried: the best one may be higher",
+    }
+    return [
+        f"the best trial has the {edge}" for x, edge in edges.items() if x == best.x
+    ]
 
 
-def _went_alike(trials: Iterable[TrialRecord]) -> bool:
+def _unsteady(trials: Trials) -> list[str]:
+    """Return a sentence if two runs of a rank and seed have other first values, although these do
+    not depend on the rate.
+    """
+    first: dict[Setting, float] = {}
+    for run in trials:
+        if not run.curve:
+            continue
+        start = first.setdefault(run.setting, run.curve[0])
+        if not math.isclose(start, run.curve[0], rel_tol=SAME, abs_tol=1e-9):
+            return [
+                f"train is not reproducible: two runs of {rank_words(run.rank)}, seed {run.seed},"
+                " began with different values, which adds noise; draw everything from trial.seed,"
+                " and yield the loss before the step"
+            ]
+    return []
+
+
+def _went_alike(trials: Trials) -> bool:
     """Return whether all runs of each rank and seed have the same values, some at several rates."""
     settings, rates, values = set(), set(), set()
-    for trial in trials:
-        run = trial.observation
-        if run is not None and math.isfinite(run.value):
-            settings.add(trial.setting)
-            rates.add((trial.setting, trial.x))
-            values.add((trial.setting, run.value, *trial.curve))
+    for run in trials.scored():
+        assert run.observation is not None
+        if math.isfinite(run.observation.value):
+            settings.add(run.setting)
+            rates.add((run.setting, run.x))
+            values.add((run.setting, run.observation.value, *run.curve))
     return len(values) == len(settings) < len(rates)
 
 
-def _only_rising(trials: Trials) -> str:
+def _only_rising(trials: Trials) -> list[str]:
     """Return a note if no run of the lowest quarter of the rates fell over its steps, and one rose;
-    or if this holds of all rates. Where scores were returned, the curves are not minimised.
+    or if this holds of all rates.
     """
-    if any(run.returned for run in trials.observations()):
-        return ""
-    runs = [(t.x, turn_of(t.curve)) for t in trials if t.x is not None]
+    runs = [(run.x, turn_of(run.curve)) for run in trials if run.x is not None]
     turns = [turn for _, turn in sorted(runs)]
     lowest = turns[: max(2, len(turns) // 4)]
     for part, note in ((lowest, RISING), (turns, NONE_FELL)):
         if 1 in part and -1 not in part:
-            return note
-    return ""
-
-
-def _scored_against(observations: Iterable[Observation]) -> bool:
-    """Return whether the returned scores are higher where the curves end lower, in nearly all runs,
-    by the rank correlation of the two.
-    """
-    runs = [run for run in observations if run.returned and math.isfinite(run.value)]
-    if len(runs) < LEAST_RANKED:
-        return False
-    by_score = np.argsort(np.argsort([run.value for run in runs]))
-    by_curve = np.argsort(np.argsort([run.tail for run in runs]))
-    return float(np.corrcoef(by_score, by_curve)[0, 1]) <= OPPOSED
-
-
-def _unsteady(trials: Iterable[TrialRecord]) -> Setting | None:
-    """Return a rank and seed with two runs whose first values differ, although these do not depend
-    on the rate.
-    """
-    first: dict[Setting, float] = {}
-    for trial in trials:
-        if not trial.curve:
-            continue
-        start = first.setdefault(trial.setting, trial.curve[0])
-        if not math.isclose(start, trial.curve[0], rel_tol=SAME, abs_tol=1e-9):
-            return trial.setting
-    return None
+            return [note]
+    return []
 
 
 @np.errstate(all="ignore")
@@ -472,23 +434,22 @@ def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
     lost = trials.diverged()
     rows = []
     curves = []
-    for trial in trials.counted():
-        if trial.x is None:
+    for run in trials:
+        if run.x is None:
             continue
-        run = trial.observation
-        curve = trial.curve
+        seen = run.observation
         row = (
-            trial.rank or 0,
-            trial.seed,
-            2.0**trial.x,
-            trial.own_lr,  # None becomes NaN
-            None if run is None else run.value,
-            trial.number in lost,
-            run is None,
-            len(curve),
+            run.rank or 0,
+            run.seed,
+            2.0**run.x,
+            run.own_lr,  # None becomes NaN
+            None if seen is None else seen.value,
+            run.number in lost,
+            seen is None,
+            len(run.curve),
         )
         rows.append(row)
-        curves.append([*curve, *[math.nan] * (steps - len(curve))])
+        curves.append([*run.curve, *[math.nan] * (steps - len(run.curve))])
     table = np.array(rows, _COLUMNS)
     arrays = {name: table[name].copy() for name, _ in _COLUMNS}
     return {**arrays, "curve": np.array(curves, np.float32)}

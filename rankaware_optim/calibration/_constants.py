@@ -22,12 +22,10 @@ SHORT_RUNS = 10
 BRACKET = 3
 # The same, while all of them rise: by hand, 4 and 16 are no worse in simulation: frozen answers
 MOST_BRACKET = 8
-OF_OTHERS = 2  # runs of every other rank without which its rate is not found: by hand
 # Runs that all diverged, each at a lower rate, and end the search: by hand
 HOPELESS = 12
 # Steps of a trial below which low rates look best, since noise hides what they lose: by hand
 FEWEST_STEPS = 100
-TIMED = 10  # steps that are timed, for the hours of all of them: by hand
 
 # --- the first rate -------------------------------------------------------------------------------
 
@@ -105,4 +103,3 @@ POLL_S, SLOW_POLL_S = 0.05, 2.0
 LOCK_S = 120.0  # seconds to wait for a journal's lock, which a stopped process may hold
 # Attempts to create a database while others do; each failure means that one of 13 tables exists now
 ATTEMPTS = 30
-GIT_S = 10.0  # seconds to wait for git on a slow disk

@@ -19,6 +19,7 @@ from ..fitting import (
     CLEAR,
     EARLY,
     TAIL,
+    Fit,
     Observation,
     all_rose,
     below_cliff,
@@ -44,7 +45,7 @@ from ._constants import (
     TAKEN,
     WORSE,
 )
-from ._trials import Setting, TrialRecord, Trials
+from ._trials import Run, Setting, Trials
 
 
 class BracketSampler(BaseSampler):
@@ -73,8 +74,8 @@ class BracketSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> float:
-        rank = TrialRecord.read(trial).rank
         within = param_distribution.low, param_distribution.high
+        rank = Run.read(trial).rank
         return next_rate(self._calibration, rank, within, trial.number)
 
 
@@ -84,45 +85,64 @@ def next_rate(
     within: tuple[float, float],
     number: int | None = None,
 ) -> float:
-    """Return log2 of the rate to try next at a rank.
+    """Return log2 of the rate to try next at a rank: outwards, then around the optimum, and for
+    full finetuning after a search around its predicted rate.
 
     within: log2 of the lowest and the highest rate. number: of the trial that will try it.
     """
     low, high = within
-    proposed = _proposed(calibration, rank, low, high, number)
-    return float(min(max(proposed, low), high))
-
-
-def _proposed(
-    calibration: Calibration,
-    rank: int | None,
-    low: float,
-    high: float,
-    number: int | None,
-) -> float:
     trials = calibration.trials()
     running = trials.running(but=number)
     tried = Trials((*trials.counted(), *running)).at(rank).rates()
-    taken = [*running.rates(), *tried]
+    outwards = _outwards(calibration, trials, rank, within)
+    if outwards is not None:
+        x = _beside(outwards, [*running.rates(), *tried], low, high)
+        return float(min(max(x, low), high))
+    fit = calibration.fit()
+    assert fit is not None
+    if rank is None and calibration.options.full_trials:
+        x = _next_full(trials, tried, fit.best(rank))
+    else:
+        x = _refined(fit, rank, trials.at(rank), tried, within)
+    return float(min(max(x, low), high))
+
+
+def _outwards(
+    calibration: Calibration,
+    trials: Trials,
+    rank: int | None,
+    within: tuple[float, float],
+) -> float | None:
+    """Return where the search outwards goes next. None where there is a fit, and the optimum of the
+    first run's rank is bracketed or this is another rank.
+    """
     observations = trials.observations()
     if not observations:
-        return _beside(calibration.start, taken, low, high)
-    anchor = observations[0].rank
-    of_anchor = trials.at(anchor)
-    outwards = next_bracket(of_anchor.observations(), low, high, of_anchor.pruned())
-    fit = calibration.fit()
-    if fit is None:
-        lowest = min(observations, key=lambda run: run.x).x
-        proposed = lowest - STRIDE if outwards is None else outwards
-        return _beside(proposed, taken, low, high)
-    if rank is None and calibration.options.full_trials:
-        return _next_full(trials, tried, fit.best(rank))
-    if rank == anchor and outwards is not None:
-        return _beside(outwards, taken, low, high)
-    bottom, top = between(trials.at(rank).observations(), trials.at(rank).pruned())
+        return calibration.start
+    of_anchor = trials.at(observations[0].rank)
+    outwards = next_bracket(of_anchor.observations(), *within, of_anchor.pruned())
+    if calibration.fit() is None:
+        lowest = min(run.x for run in observations)
+        return lowest - STRIDE if outwards is None else outwards
+    return outwards if rank == observations[0].rank else None
+
+
+def _refined(
+    fit: Fit,
+    rank: int | None,
+    of_rank: Trials,
+    tried: Sequence[float],
+    within: tuple[float, float],
+) -> float:
+    """Return a rate about a rank's fitted optimum, below what diverged, between what was
+    pruned.
+    """
+    low, high = within
+    bottom, top = between(of_rank.observations(), of_rank.pruned())
     under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
-    within = max(low, bottom), min(high, under, top)
-    return next_refinement(tried, fit.best(rank), within)
+    return next_refinement(
+        tried, fit.best(rank), (max(low, bottom), min(high, under, top))
+    )
 
 
 def search_range(calibration: Calibration) -> tuple[float, float]:
@@ -138,11 +158,11 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     low, high = calibration.options.octaves or around
     trials = calibration.trials()
     diverged = trials.diverged()
-    scored = [trial for trial, _ in trials.scored()]
-    for count, trial in enumerate(scored, start=1):
+    scored = trials.scored()
+    for count, last in enumerate(scored, start=1):
         ran = Trials(scored[:count])
         tried = ran.rates()
-        below = _below_cliff(ran.at(trial.rank), diverged)
+        below = _below_cliff(ran.at(last.rank), diverged)
         best = min(below, key=lambda run: run.value).x if below else min(tried)
         if (min(tried) if all_rose(below) else best) < low + EDGE:
             low -= STRIDE
@@ -153,7 +173,7 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
 
 def _below_cliff(trials: Trials, diverged: set[int]) -> list[Observation]:
     """Return the runs below every rate that diverged."""
-    lost = Trials(trial for trial in trials if trial.number in diverged)
+    lost = Trials(run for run in trials if run.number in diverged)
     cliff = min(lost.rates(), default=math.inf)
     return [run for run in trials.observations() if run.x < cliff]
 
@@ -259,8 +279,8 @@ def _next_full(trials: Trials, tried: Sequence[float], centre: float) -> float:
         centre: log2 of the predicted rate.
     """
     lost = trials.diverged()
-    scored = trials.at(None).scored()
-    good = [run for trial, run in scored if trial.number not in lost]
+    kept = Trials(run for run in trials.at(None) if run.number not in lost)
+    good = kept.observations()
     if not good:
         return min(tried) - FULL_STEP if tried else centre
     best = min(good, key=lambda run: run.value).x
@@ -318,35 +338,29 @@ class PairedPruner(BasePruner):
         first = max(EARLY, options.warmup or 0.0) * options.steps
         if trial.last_step is None or trial.last_step < first:
             return False
-        record = TrialRecord.read(trial)
-        best = self._calibration.trials().best_of(record.setting)
-        if best is None or best.x is None or record.x is None:
+        run = Run.read(trial)
+        best = self._calibration.trials().best_of(run.setting)
+        if best is None or best.x is None or run.x is None:
             return False
         fit = self._calibration.fit()
-        marks = [best.x] if fit is None else [best.x, fit.best(record.rank)]
-        if any(_is_near(record.x, mark) for mark in marks):
+        marks = [best.x] if fit is None else [best.x, fit.best(run.rank)]
+        # rates lie whole octaves apart, up to rounding
+        if any(round(abs(run.x - mark), 6) < NEAR for mark in marks):
             return False
-        return _lags(record, best)
+        return _lags(run, best)
 
 
-def _is_near(x: float, mark: float) -> bool:
-    """Return whether two rates are nearer than an octave. They lie whole octaves apart, up to
-    rounding.
-    """
-    return round(abs(x - mark), 6) < NEAR
-
-
-def _lags(record: TrialRecord, best: TrialRecord) -> bool:
+def _lags(run: Run, best: Run) -> bool:
     """Return whether each of the last paired differences exceeds the margin, and their mean the
     noise.
     """
-    steps = sorted(record.reports.keys() & best.reports.keys())[-JUDGED:]
+    steps = sorted(run.reports.keys() & best.reports.keys())[-JUDGED:]
     if len(steps) < 2 or best.observation is None:
         return False
     least = CLEAR * best.observation.noise
     gaps = []
     for step in steps:
-        gap = record.reports[step] - best.reports[step]
+        gap = run.reports[step] - best.reports[step]
         gain = best.observation.start - best.reports[step]
         if gain <= least or gap <= WORSE * gain:
             return False

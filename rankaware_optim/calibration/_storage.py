@@ -1,5 +1,5 @@
-"""Storage of a study: a journal file by default, or any Optuna storage by URL. Its errors become
-sentences.
+"""Storage of a study, and its workers' signs of life: a journal file by default, or any Optuna
+storage by URL.
 """
 
 from __future__ import annotations
@@ -7,16 +7,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import optuna
 from filelock import FileLock
 from msgspec import ValidationError
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import (
     BaseStorage,
     InMemoryStorage,
@@ -27,15 +32,10 @@ from optuna.storages import (
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import Trial, TrialState, create_trial
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    IntegrityError,
-    SQLAlchemyError,
-)
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from ..errors import CalibrationError
-from ._constants import ATTEMPTS, LOCK_S
+from ._constants import ATTEMPTS, BEAT_S, JOIN_S, LOCK_S, MISSED
 
 try:
     import fcntl
@@ -43,34 +43,14 @@ except ImportError:  # Windows, whose file systems have locks
     fcntl = None  # type: ignore[assignment]
 
 _OPERATION = b'{"op_code":'  # the beginning of every line of a journal
-# By classes of errors: what they say of a storage, and the cure.
-_FAILED = (
-    "failed",
-    "Check that it exists, is writable, has space left, and is not locked by a process that was"
-    " stopped. Then the same call continues where it stopped.",
-)
-_CHANGED = (
-    "does not hold what was written to it",
-    "If another program deleted, cut or replaced it, restore it from a copy, or name a new one.",
-)
-_RUNNING = (
-    ((OSError, StorageInternalError, SQLAlchemyError), *_FAILED),
-    ((ValidationError, KeyError, json.JSONDecodeError), *_CHANGED),
-)
-_OPENING = (
-    (
-        (ImportError,),
-        "needs a driver that is not installed",
-        "Install it, such as psycopg[binary] for postgresql+psycopg://.",
-    ),
-    ((ArgumentError, ValueError), "is not a storage", "Give a URL or a path."),
-    # a driver returns bytes where the encoding is unknown
-    (
-        (TypeError,),
-        "does not return text",
-        "If its encoding is SQL_ASCII, create a database with the encoding UTF8.",
-    ),
-    *_RUNNING,
+# of a storage that was open; KeyError where a trial or study is gone
+_FAILURES = (
+    OSError,
+    StorageInternalError,
+    SQLAlchemyError,
+    ValidationError,
+    KeyError,
+    json.JSONDecodeError,
 )
 
 
@@ -82,35 +62,16 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             for memory.
 
     Raises:
-        CalibrationError: the storage cannot be reached or written, lacks its driver, or is a file
-            without a study.
+        CalibrationError: the storage cannot be reached or read, or is a file of something else.
     """
     if storage is None:
         return InMemoryStorage()
     if isinstance(storage, BaseStorage):
         return get_storage(storage)
-    if not isinstance(storage, (str, os.PathLike)) or "\0" in str(storage):
-        raise CalibrationError(
-            f"storage={str(storage)!r} is not a storage.",
-            "Give a path, a URL, or an Optuna storage.",
-            "storage",
-        )
-    if isinstance(storage, str) and "://" in storage:
-        with storage_errors(storage, _OPENING):
+    with storage_errors(storage, (Exception,)):
+        if isinstance(storage, str) and "://" in storage:
             return _database(storage)
-    with storage_errors(storage):
-        return _journal(Path(storage))
-
-
-def place_of(storage: Any) -> Any:
-    """Return what two names of one storage share: a journal's real path, a URL, or the object.
-    Memory shares nothing.
-    """
-    if storage is None:
-        return object()
-    if isinstance(storage, (str, os.PathLike)) and "://" not in str(storage):
-        return os.path.realpath(storage)
-    return storage
+        return _journal(Path(os.path.realpath(storage)))
 
 
 def _database(url: str) -> BaseStorage:
@@ -119,10 +80,8 @@ def _database(url: str) -> BaseStorage:
         try:
             return get_storage(url)
         except DBAPIError as error:
-            is_made = isinstance(error, IntegrityError) or "already exists" in str(
-                error
-            )
-            if not is_made:
+            text = str(error)
+            if not isinstance(error, IntegrityError) and "already exists" not in text:
                 raise
         time.sleep(0.05)
     return get_storage(url)
@@ -132,72 +91,36 @@ def _database(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
-    """Open a journal whose lock the kernel frees when its holder is killed. Optuna's lock file
-    would stay for 30 s.
+    """Open a journal. The kernel frees its lock when the holder is killed, where Optuna's lock file
+    would stay for 30 s. By whatever link it is reached, it has one lock.
     """
-    # A journal has one lock, even if it is reached by different links.
-    path = Path(os.path.realpath(path))
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
-    _check_journal(path)
-    if lock.exists() and lock.stat().st_size:  # FileLock would empty it
+    # FileLock would empty a lock with content, and a pipe would never be read
+    is_locked_by_others = lock.exists() and lock.stat().st_size > 0
+    if is_locked_by_others or (path.exists() and not _is_journal(path)):
+        other = lock if is_locked_by_others else path
         raise CalibrationError(
-            f"The lock {str(lock)!r} is not empty, so it is not ours, and was not changed.",
-            "Move it away, or name another journal.",
+            f"storage={str(path)!r} cannot be used: {str(other)!r} is there, is no study's, and was"
+            " not changed.",
+            "Name a new file, the journal of a study, or a database by its URL, such as"
+            " 'sqlite:///study.db'.",
+            "storage",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_lockable(lock)
-    try:
-        return JournalStorage(_JournalFile(path, FileLock(lock, timeout=LOCK_S)))
-    except OSError:
-        raise
-    except Exception as error:  # Optuna may raise anything for a damaged line
-        raise CalibrationError(
-            f"The journal {str(path)!r} is damaged ({type(error).__name__}: {error}), and was not"
-            " changed.",
-            "Restore it from a copy, or name a new file.",
-        ) from error
-
-
-def _check_journal(path: Path) -> None:
-    """Raise a `CalibrationError` if there is something else, which is left as it is."""
-    named = f"storage={str(path)!r}"
-    new = "Name a new file, or the journal of a study."
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise CalibrationError(f"{named} is not a file.", new, "storage")
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head.startswith(b"SQLite format 3"):
-        raise CalibrationError(
-            f"{named} is an SQLite database, but a path means a journal.",
-            f"Give 'sqlite:///{path}'.",
-            "storage",
-        )
-    if head and not head.startswith(_OPERATION):
-        raise CalibrationError(
-            f"{named} is not the journal of a study, and was not changed.",
-            new,
-            "storage",
-        )
-
-
-def _check_lockable(lock: Path) -> None:
-    """Raise a `CalibrationError` if the file system has no file locks, as some network mounts."""
-    if fcntl is None:
-        return
-    with lock.open("ab") as file:
-        try:
+    # where a file system has no locks, FileLock would fall back to a file that outlives a kill
+    with lock.open("ab") as file, suppress(BlockingIOError):
+        if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another worker has it, so there are locks
-            return
-        except OSError as error:
-            raise CalibrationError(
-                f"The file system of {str(lock.parent)!r} has no file locks"
-                f" ({error.strerror}), so two workers could spoil the journal.",
-                "Name a journal on a local disk, or give the URL of a database.",
-                "storage",
-            ) from error
+    return JournalStorage(_JournalFile(path, FileLock(lock, timeout=LOCK_S)))
+
+
+def _is_journal(path: Path) -> bool:
+    """Return whether a file is empty or begins like a journal."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(len(_OPERATION))
+    return head in (b"", _OPERATION)
 
 
 class _JournalFile(JournalFileBackend):
@@ -231,25 +154,23 @@ class _JournalFile(JournalFileBackend):
 
 
 @contextmanager
-def storage_errors(storage: Any, kinds: Any = _RUNNING) -> Iterator[None]:
-    """Turn a storage's errors into a `CalibrationError` with cause and cure.
-
-    kinds: classes of errors, each with what it says of a storage, and the cure.
-    """
-    is_named = isinstance(storage, (str, os.PathLike))
-    place = str(storage) if is_named else type(storage).__name__
+def storage_errors(
+    storage: Any, failures: tuple[type[Exception], ...] = _FAILURES
+) -> Iterator[None]:
+    """Turn a storage's failures into a `CalibrationError`."""
     try:
         yield
     except CalibrationError:
         raise
-    except Exception as error:
-        for classes, says, cure in kinds:
-            if isinstance(error, classes):
-                named = f"The study's storage {_shown(place)}"
-                raise CalibrationError(
-                    f"{named} {says}: {_line(error, place)}", cure
-                ) from error
-        raise
+    except failures as error:
+        is_named = isinstance(storage, (str, os.PathLike))
+        place = str(storage) if is_named else type(storage).__name__
+        raise CalibrationError(
+            f"The study's storage {_shown(place)} failed: {_line(error, place)}",
+            "Check that it is there, can be written, and is not locked by a process that was"
+            " stopped. If it was changed or damaged, restore it from a copy or name a new one. Then"
+            " the same call continues where it stopped.",
+        ) from error
 
 
 def _line(error: BaseException, url: str) -> str:
@@ -258,8 +179,7 @@ def _line(error: BaseException, url: str) -> str:
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = lines[0].rstrip(".") + "."
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".") + "."
     user = url.partition("://")[2].rpartition("@")[0]
     password = user.partition(":")[2]
     # After an unescaped @ the rest is part of the host.
@@ -270,12 +190,100 @@ def _line(error: BaseException, url: str) -> str:
 
 def _shown(url: str) -> str:
     """Return a path, or a URL without its password and its query, which may contain a password."""
-    if "://" not in url:
+    scheme, mark, rest = url.partition("://")
+    if not mark:
         return url
-    scheme, _, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
     name = user.partition(":")[0]
     return f"{scheme}://{name}{at}{host.partition('?')[0]}"
+
+
+# --- a worker's life ------------------------------------------------------------------------------
+# A worker writes heartbeats into its running trial, and fails the trials whose heartbeats have
+# stopped. A trial whose process was killed stays RUNNING in Optuna's storage, and that of a stopped
+# process goes on when it is woken. Only the storage is asked who lives, so that one rule holds for
+# every host, system and storage.
+
+
+class Heartbeat(threading.Thread):
+    """A worker's signs of life, and its look at those of others. In a thread, since a step may take
+    long.
+
+    Silence is counted in looks, and not by a clock: a storage or a machine that stood still proves
+    nothing.
+    """
+
+    def __init__(self, study: Study) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.trial: Trial | None = None  # that this worker runs
+        self._study = study
+        # by trial of others: the last heartbeat, and looks without a new one
+        self._seen: dict[int, tuple[object, int]] = {}
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        for beat in count(1):
+            # where the storage fails, other reads and writes raise
+            with suppress(Exception):
+                self.look()
+            if self._ended.wait(BEAT_S):
+                return
+            with suppress(Exception):  # also where another worker has failed the trial
+                if self.trial is not None:
+                    self.trial.set_user_attr("heartbeat", beat)
+
+    def look(self) -> None:
+        """Fail the trials of other workers that have been silent for too long."""
+        own = self.trial
+        for trial in self._study.get_trials(False, (TrialState.RUNNING,)):
+            if own is not None and trial.number == own.number:
+                continue
+            beat = trial.user_attrs.get("heartbeat")
+            last, missed = self._seen.get(trial.number, (self, 0))
+            missed = missed + 1 if beat == last else 0
+            self._seen[trial.number] = beat, missed
+            if missed >= MISSED:
+                with suppress(UpdateFinishedTrialError):  # another worker was first
+                    self._study.tell(
+                        trial.number, state=TrialState.FAIL, skip_if_finished=True
+                    )
+
+    def stop(self) -> None:
+        """Stop after the current write."""
+        self._ended.set()
+        if self.is_alive():
+            self.join(JOIN_S)
+
+
+@contextmanager
+def held_back(most: float = 1) -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the end of the context, unless an interruption is being
+    raised then.
+
+    most: so many are held back. By default a second one raises at once, since the code inside may
+        wait for another process.
+
+    It works in the main thread, for a signal that has a Python handler.
+    """
+    before: dict[int, Any] = {}
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+        if len(held) > most:
+            before[number](number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for known in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(known)):
+                before[known] = signal.signal(known, hold)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            before[held[0]](held[0], None)
 
 
 # --- private names of Optuna ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The trials of a study as typed records. All reads of Optuna's trials are here."""
+"""The runs of a study as typed records. All reads of Optuna's trials are here."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import compress
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
 from optuna.trial import FrozenTrial, TrialState
 
-from .._checks import RANGES
-from ..fitting import TAIL, Observation, diverged, impute
+from .._checks import limits
+from ..errors import CalibrationError
+from ..fitting import TAIL, Observation, diverged, height, impute, noise_of, recent
+from ..recipe import differences
 from ._constants import HOPELESS, MOST_OCTAVES, REPORTS
 
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
-
-
-def _within(name: str) -> Meta:
-    low, high = RANGES[name]
-    return Meta(ge=low, le=high)
+# How a run ended before its last step. "memory": it ran out of memory.
+End = Literal["", "diverged", "pruned", "memory"]
 
 
 class Setting(NamedTuple):
@@ -34,35 +34,42 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrialRecord:
-    """An Optuna trial: its number, state, rate and reports, and its user attributes.
+class Run:
+    """One run of the training loop, as an Optuna trial keeps it.
 
-    Stored studies have the attributes' names, so do not rename them. A value is None until it is
-    known.
+    Its fields are the trial's number, state, rate and reports, and its user attributes. Stored
+    studies have their names, so do not rename them. A value is None until it is known.
 
-    rank, seed: see `Setting`. x: log2 of the base rate. reports: recent mean by step. heartbeat:
-    counts up while its worker lives. made_with: see that function. built: see `built_with`. own_lr:
-    the rate of the model's most common A factors, or of its whole weights. stopped: "pruned" or
-    "memory" if the run has no final score.
+    Args:
+        rank, seed: see `Setting`.
+        x: log2 of the base rate.
+        own_lr: the rate of the model's most common A factors, or of its whole weights.
+        curve: the values that the loop yielded.
+        score: the value that it returned, None if it returned none.
+        end: how it ended before its last step.
+        warmup: the share of the steps over which its rate rose.
+        reports: recent mean by step.
+        heartbeat: counts up while its worker lives.
+        made_with, built: what it was made with, see these functions.
     """
 
-    rank: Annotated[int, _within("rank")] | None = None
-    seed: Annotated[int, _within("seed")] = 0
+    rank: Annotated[int, limits("rank")] | None = None
+    seed: Annotated[int, limits("seed")] = 0
     number: int = -1
     state: TrialState = TrialState.RUNNING
     x: Annotated[float, Meta(ge=-MOST_OCTAVES, le=MOST_OCTAVES)] | None = None
+    own_lr: Annotated[float, limits("trial_lr")] | None = None
+    curve: list[float] = field(default_factory=list)
+    score: float | None = None
+    end: End = ""
+    warmup: Annotated[float, limits("share")] = 0.0
     reports: Mapping[int, float] = field(default_factory=dict)
     heartbeat: int | None = None
     made_with: dict[str, Any] = field(default_factory=lambda: {"schema": None})
     built: dict[str, Any] | None = None
-    own_lr: Annotated[float, _within("trial_lr")] | None = None
-    curve: list[float] = field(default_factory=list)
-    stopped: str = ""
-    observation: Observation | None = None
-    warmup: Annotated[float, _within("share")] = 0.0
 
     @classmethod
-    def read(cls, trial: FrozenTrial) -> TrialRecord:
+    def read(cls, trial: FrozenTrial) -> Run:
         """Return the record of an Optuna trial.
 
         Raises:
@@ -81,113 +88,144 @@ class TrialRecord:
     def setting(self) -> Setting:
         return Setting(self.rank, self.seed)
 
+    @cached_property
+    def observation(self) -> Observation | None:
+        """What the fit is given. None of a run that was pruned or ran out of memory."""
+        if self.x is None or not self.curve or self.end in ("pruned", "memory"):
+            return None
+        score = recent(self.curve) if self.score is None else self.score
+        return Observation(
+            self.rank,
+            self.seed,
+            x=self.x,
+            value=math.inf if self.end else score,
+            start=height(self.curve),
+            tail=recent(self.curve),
+            returned=self.score is not None,
+            stopped=bool(self.end),
+            first=self.curve[0],
+            noise=noise_of(self.curve),
+        )
 
-class Trials(tuple[TrialRecord, ...]):
-    """The trials of a study, of all workers, or some of them."""
+
+class Trials(tuple[Run, ...]):
+    """The runs of a study, of all workers, or some of them."""
 
     def counted(self) -> Trials:
-        """Return the trials that count: those completed, diverged or pruned."""
+        """Return the runs that count: those completed, diverged or pruned."""
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
-        return Trials(t for t in self if t.state in ended)
+        return Trials(run for run in self if run.state in ended)
 
     def running(self, but: int | None = None) -> Trials:
-        """Return the trials that run, but for that of a number."""
-        running = TrialState.RUNNING
-        return Trials(t for t in self if t.state == running and t.number != but)
+        """Return the runs that have not ended, but for that of a number."""
+        running = (run for run in self if run.state == TrialState.RUNNING)
+        return Trials(run for run in running if run.number != but)
 
-    def scored(self) -> list[tuple[TrialRecord, Observation]]:
-        """Return the trials that ran to their end or diverged, with their observations."""
-        return [(t, t.observation) for t in self.counted() if t.observation is not None]
+    def scored(self) -> Trials:
+        """Return the runs that came to their end or diverged."""
+        return Trials(run for run in self.counted() if run.observation is not None)
 
     def observations(self) -> list[Observation]:
-        """Return the observations of trials that ran to their end or diverged."""
-        return [observation for _, observation in self.scored()]
+        """Return the observations of runs that came to their end or diverged."""
+        return [*filter(None, (run.observation for run in self.counted()))]
 
     def evidence(self) -> list[Observation]:
         """Return the input of the fit: observations, and final scores of pruned runs, imputed from
         their gap to the best paired run.
         """
         evidence = self.observations()
-        for trial in self.counted():
-            best = self.best_of(trial.setting)
-            if trial.stopped != "pruned" or trial.x is None or best is None:
+        for run in self.counted():
+            best = self.best_of(run.setting)
+            if run.end != "pruned" or run.x is None or best is None:
                 continue
             assert best.observation is not None
-            score = impute(trial.x, trial.curve, best.observation, best.curve)
+            score = impute(run.x, run.curve, best.observation, best.curve)
             if score is not None:
                 evidence.append(score)
         return evidence
 
     def at(self, *ranks: int | None) -> Trials:
-        """Return the trials of some ranks."""
-        return Trials(t for t in self if t.rank in ranks)
+        """Return the runs of some ranks."""
+        return Trials(run for run in self if run.rank in ranks)
 
     def rates(self) -> list[float]:
         """Return log2 of the rates. A run that ran out of memory tells nothing of its rate."""
-        return [t.x for t in self if t.x is not None and t.stopped != "memory"]
+        fits = (run for run in self if run.end != "memory")
+        return [run.x for run in fits if run.x is not None]
 
     def pruned(self) -> list[float]:
-        """Return log2 of the rates of the pruned trials."""
+        """Return log2 of the rates of the pruned runs."""
         return Trials(t for t in self.counted() if t.observation is None).rates()
 
-    def best_of(self, setting: Setting) -> TrialRecord | None:
+    def best_of(self, setting: Setting) -> Run | None:
         """Return the best finished run of a rank and seed."""
-        return Trials(t for t in self if t.setting == setting)._best()
+        return Trials(run for run in self if run.setting == setting)._best()
 
     def curve_beside(self, setting: Setting) -> list[float]:
         """Return the curve of the best finished run of a rank and seed, else of the seed, else of
         another seed, else [].
         """
-        of_seed = Trials(t for t in self if t.seed == setting.seed)
+        of_seed = Trials(run for run in self if run.seed == setting.seed)
         best = self.best_of(setting) or of_seed._best() or self._best()
         return [] if best is None else best.curve
 
-    def _best(self) -> TrialRecord | None:
-        ended = [pair for pair in self.scored() if pair[0].state == TrialState.COMPLETE]
-        best, _ = min(ended, key=lambda pair: pair[1].value, default=(None, None))
-        return best
+    def _best(self) -> Run | None:
+        complete = [run for run in self.scored() if run.state == TrialState.COMPLETE]
+        return min(complete, key=lambda run: run.observation.value, default=None)  # type: ignore[union-attr]
 
     def usual_height(self) -> float:
         """Return the median over runs of the mean of their first values; 0 if there are none."""
-        means = [statistics.fmean(t.curve[:TAIL]) for t in self if t.curve]
+        means = [statistics.fmean(run.curve[:TAIL]) for run in self if run.curve]
         return statistics.median(list(filter(math.isfinite, means)) or [0.0])
 
     def spent(self, steps: int) -> int:
-        """Return the training steps of all trials. A running trial counts in full, a killed one up
-        to its next report.
+        """Return the training steps of all runs. One that has not ended counts in full, a killed
+        one up to its next report.
 
         steps: those of a whole run.
         """
         total = 0
-        for trial in self:
-            if not trial.state.is_finished():
+        for run in self:
+            if not run.state.is_finished():
                 total += steps
-            elif trial.curve:
-                total += len(trial.curve)
-            elif trial.x is not None and trial.state == TrialState.FAIL:
-                total += min(steps, max(trial.reports, default=0) + interval(steps))
+            elif run.curve:
+                total += len(run.curve)
+            elif run.x is not None and run.state == TrialState.FAIL:
+                total += min(steps, max(run.reports, default=0) + interval(steps))
         return total
 
     def hopeless(self) -> list[str]:
         """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12
         runs of rank 4".
         """
-        lost = self.diverged()
-        groups: dict[str, list[bool]] = {}
-        for trial, _ in self.scored():
-            for name in ("runs", f"runs of {rank_words(trial.rank)}"):
-                groups.setdefault(name, []).append(trial.number in lost)
+        lost, scored = self.diverged(), self.scored()
+        groups = {"runs": scored}
+        for run in scored:
+            groups[f"runs of {rank_words(run.rank)}"] = scored.at(run.rank)
         return [
             f"{len(runs)} {name}"
             for name, runs in groups.items()
-            if len(runs) >= HOPELESS and all(runs)
+            if len(runs) >= HOPELESS and lost.issuperset(run.number for run in runs)
         ]
 
     def diverged(self) -> set[int]:
-        """Return the numbers of the trials that diverged."""
+        """Return the numbers of the runs that diverged."""
         scored = self.scored()
-        bad = diverged([observation for _, observation in scored])
-        return {trial.number for trial, _ in compress(scored, bad)}
+        bad = diverged(scored.observations())
+        return {run.number for run in compress(scored, bad)}
+
+
+def check_comparable(
+    name: str, stored: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Raise a `CalibrationError` if what stored runs of the study `name` were made with differs
+    from what new ones are.
+    """
+    if difference := differences(stored, now):
+        raise CalibrationError(
+            f"The stored study {name!r} was made with {difference}.",
+            "Give this calibration another name, or another storage.",
+        )
 
 
 def interval(steps: int) -> int:

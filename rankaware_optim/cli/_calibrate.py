@@ -136,7 +136,7 @@ def calibrate(
     if dry_run:
         load_train(spec)
         del options["storage"]
-        echo(f"{spec}: {calibration.options_of(**options).price}")
+        echo(f"{spec}: {calibration.Options(**options).price}")
         return
     before = signal.signal(signal.SIGTERM, _interrupt)
     ctx.call_on_close(partial(signal.signal, signal.SIGTERM, before))

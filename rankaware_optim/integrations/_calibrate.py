@@ -28,7 +28,6 @@ from ..calibration import (
     Replicas,
     Train,
     Trial,
-    options_of,
     release_memory,
     search,
 )
@@ -203,6 +202,7 @@ def calibrate(  # noqa: PLR0913
     place = _in_place(what, model, score)
     trained = _Trained(native, settings or {}, score, built=place is not None)
     others: dict[str, Any] = {
+        "law": law,
         "budget": budget,
         "seeds": seeds,
         "lr_range": lr_range,
@@ -214,15 +214,13 @@ def calibrate(  # noqa: PLR0913
     if place is None:
         _refuse_given("A function of the trial", share=share)
         _refuse_missing(ranks=ranks, steps=steps)
-        lengths = {"steps": steps, "target_steps": target_steps}
-        options = options_of(
-            native, law, ranks=ranks, trials=trials, **lengths, **others
-        )
+        others |= {"ranks": ranks, "steps": steps, "target_steps": target_steps}
+        options = Options(native, trials=trials, **others)
         train = trained.by(what, what)
         return trained.completed(search(train, options, **how))
     _refuse_given("A built model", ranks=ranks, full_trials=full_trials)
     plan = _Plan(place, steps, share, target_steps, trials, save)
-    return plan.run(trained, law, others, how)
+    return plan.run(trained, others, how)
 
 
 # --- what is calibrated ---------------------------------------------------------------------------
@@ -370,7 +368,6 @@ class _Plan:
     def run(
         self,
         trained: _Trained,
-        law: str | Law,
         others: dict[str, Any],
         how: dict[str, Any],
     ) -> Recipe:
@@ -378,8 +375,7 @@ class _Plan:
 
         Args:
             trained: runs the trials.
-            law: the law.
-            others: other arguments of `options_of`.
+            others: other arguments of `Options`.
             how: other arguments of `search`.
         """
         place, settings, native = self.place, trained.settings, trained.native
@@ -400,9 +396,8 @@ class _Plan:
             place.check_data()
             whole = self.target_steps or place.steps() or self.steps
             assert whole is not None
-            options = options_of(
+            options = Options(
                 native,
-                law,
                 ranks=(at.rank,),
                 steps=self.steps or self._share_of(whole),
                 target_steps=whole,
@@ -487,7 +482,7 @@ def _price(options: Options, place: Any, size: int) -> str:
     """Return what a calibration costs beside the steps of its trials, in words."""
     words = f" of training, where the run takes {options.target:,}"
     if place.evaluation:
-        words += f"; {options.expected} × {BATCHES} batches of evaluation"
+        words += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
     return f"{words}; a copy of the weights that train, {size / 2**20:,.3g} MiB"
 
 

@@ -7,4 +7,5 @@ from ._rates import Rates as Rates
 from ._report import Report as Report
 from ._source import Source as Source
 from ._unmoved import rounding_of_normal as rounding_of_normal
+from ._user_groups import model_of as model_of
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer

@@ -56,7 +56,7 @@ class Record:
         layers: mean fan-in of the adapted layers, by name with "*" for numbers. On a model that has
             others the optimizer warns.
         versions: versions of the packages used.
-        source: the training loop's name, the hash of its source and its repository's commit.
+        source: the training loop's name and the hash of its source.
         notes: sentences on what the data did not determine.
         tensors: numpy arrays, one entry per trial: `rank` (0 for full finetuning), `lr`, `seed`,
             `value` (NaN if pruned), `diverged`, `pruned`, `steps`, and `curve` of shape (trials,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -23,7 +20,6 @@ import rankaware_optim as ra
 from rankaware_optim import (
     CalibrationError,
     CalibrationInterrupted,
-    InspectionError,
     Power,
 )
 from rankaware_optim.calibration import Pushed
@@ -331,22 +327,6 @@ def test_optunas_logging_is_left_as_it_was(level, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_first_import_of_rich_and_optuna_draws_nothing():
-    """In a fresh process, too, a calibration with its bar leaves Python's random state as it was."""
-    code = (
-        "import random, rankaware_optim as ra\nfrom torch import nn\n"
-        "def train(trial):\n    trial.optimizer(nn.Linear(4, 4))\n    yield from [2.0, 1.0, 1.0]\n"
-        "random.seed(3)\nbefore = random.getstate()\n"
-        "ra.calibrate(train, 'adamw', ranks=(None,), steps=3, trials=2, progress=True)\n"
-        "print(random.getstate() == before)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout.strip() == "True", done.stderr
-
-
 # --- the loop's contract --------------------------------------------------------------------------------------------
 
 
@@ -423,6 +403,14 @@ def test_the_optimizer_is_the_users_at_the_trials_rate():
         assert used == pytest.approx(by_law.at(rank=trial.rank).lr, rel=1e-9)
 
 
+def of_rank(rank, **settings):
+    def train(trial):
+        trial.optimizer(Net(rank), **settings)
+        yield 1.0
+
+    return train
+
+
 def never(trial):
     yield 1.0
 
@@ -431,15 +419,6 @@ def twice(trial):
     trial.optimizer(Net(trial.rank))
     yield 1.0
     trial.optimizer(Net(trial.rank))
-    yield 1.0
-
-
-def given(**settings):
-    def train(trial):
-        trial.optimizer(Net(trial.rank), **settings)
-        yield 1.0
-
-    return train
 
 
 def without_model(trial):
@@ -447,76 +426,35 @@ def without_model(trial):
     yield 1.0
 
 
-def of_rank(rank):
-    def train(trial):
-        trial.optimizer(Net(rank))
-        yield 1.0
+def yields(*values, later=None, returned=None):
+    """A loop of these values, and `later` ones in its other trials."""
 
-    return train
-
-
-def yields(*values):
     def train(trial):
         trial.optimizer(Net(trial.rank))
-        yield from values
+        yield from values if later is None or not trial.number else later
+        return returned(trial.number) if returned else None
 
     return train
 
 
-def returns(value):
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        yield from [1.0] * trial.steps
-        return value
-
-    return train
-
-
-def changing(first: int | None, later: int | None):
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        yield from islice(count(1.0, -0.01), (later if trial.number else first))
-
-    return train
-
-
-def scored_at_times(trial):
-    trial.optimizer(Net(trial.rank))
-    yield from [1.0] * trial.steps
-    return None if trial.number else 0.5
-
-
+ONES = [1.0] * STEPS
 BAD_LOOPS = [
-    (lambda trial: 1.0, "returned a float instead of a generator"),
-    (lambda trial: [1.0] * STEPS, "returned a list instead of a generator"),
+    (lambda trial: ONES, "returned a list"),
     (never, "without calling trial.optimizer"),
     (twice, "called twice"),
-    (given(lr=1e-3), "got lr="),
-    (given(tuned_at=ra.Reference(16, 16)), "got tuned_at="),
-    (given(law="mua"), "got law="),
-    (given(recipe="r.toml"), "got recipe="),
-    (given(method="full"), "got method="),
-    (without_model, "no model"),
+    (without_model, "found in a model"),
     (of_rank(5), "trial.rank=16 has rank 5"),
-    (yields(), "yielded nothing"),
-    (yields(1.0), f"ended after 1 of {STEPS} steps"),
-    (yields(*[1.0] * (STEPS - 1)), f"ended after {STEPS - 1} of {STEPS} steps"),
+    (of_rank(None), "No trainable LoRA"),
+    (of_rank(16, recipe="r.toml"), "recipe"),
+    (yields(), f"ended after 0 of {STEPS} steps"),
+    (yields(*ONES[1:]), f"ended after {STEPS - 1} of {STEPS} steps"),
+    (yields(*ONES, later=ONES[1:]), f"ended after {STEPS - 1} of {STEPS} steps"),
     (yields(math.nan), "first value that train yielded is nan"),
-    (yields(math.inf), "first value that train yielded is inf"),
-    (yields(-(10**400)), "first value that train yielded is -inf"),
     (yields(torch.tensor(-math.inf)), "first value that train yielded is -inf"),
-    (yields("1.0"), "value at step 0 is a str"),
-    (yields(1.0, None), "value at step 1 is a NoneType"),
-    (yields(1j), "value at step 0 is a complex"),
-    (yields(True), "value at step 0 is a bool"),
-    (yields(torch.tensor(1j)), "value at step 0 is a Tensor"),
-    (yields(torch.ones(2)), "value at step 0 is a Tensor"),
-    (yields(torch.tensor(True)), "value at step 0 is a"),
-    (returns("good"), "return value at step 20 is a str"),
-    (returns(torch.ones(2)), "return value at step 20 is a Tensor"),
-    (changing(STEPS, STEPS - 5), f"ended after {STEPS - 5} of {STEPS} steps"),
-    (changing(None, STEPS - 1), f"ended after {STEPS - 1} of {STEPS} steps"),
-    (scored_at_times, "returned a score"),
+    (
+        yields(*ONES, returned=lambda number: None if number else 0.5),
+        "returned a score",
+    ),
 ]
 
 
@@ -524,17 +462,17 @@ BAD_LOOPS = [
 def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
     """Every breach of the contract is an error that says what `train` did; its trial is recorded as failed."""
     storage = optuna.storages.InMemoryStorage()
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(ra.RankAwareError, match=message):
         calibrate(loop, trials=4, storage=storage)
     *_, last = storage.get_all_trials(0)
     assert last.state == optuna.trial.TrialState.FAIL
 
 
-@pytest.mark.parametrize(("rank", "wrong"), [(4, None), (None, 4)])
-def test_lora_and_full_finetuning_are_not_mistaken_for_each_other(rank, wrong):
-    """A model without adapters at a rank, or with them where trial.rank is None, is an error."""
-    with pytest.raises((CalibrationError, InspectionError)):
-        calibrate(of_rank(wrong), ranks=(rank,))
+@pytest.mark.parametrize("settings", [{"lr": 1e-3}, {"law": "mua"}, {"method": "full"}])
+def test_what_the_trial_sets_is_given_once(settings):
+    """Python says that an argument was given twice, by its name."""
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        calibrate(of_rank(16, **settings))
 
 
 class Boom(Exception):
@@ -563,31 +501,32 @@ def test_an_error_in_the_loop_is_the_users_own():
 
 
 BAD_ARGUMENTS = [
-    {"ranks": ()}, {"ranks": (0,)}, {"ranks": (-4,)}, {"ranks": (4, 4)}, {"ranks": (1.5,)}, {"ranks": "46"},
-    {"ranks": 4}, {"ranks": (True,)}, {"ranks": None},
-    {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": (0.5,)}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},
-    {"steps": 0}, {"steps": -1}, {"steps": 1.5}, {"steps": "20"}, {"steps": True},
+    {"ranks": ()}, {"ranks": (0,)}, {"ranks": (4, 4)}, {"ranks": (1.5,)}, {"ranks": "46"}, {"ranks": None},
+    {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},
+    {"steps": 0}, {"steps": 1.5}, {"steps": "20"}, {"steps": True},
     {"trials": 0}, {"trials": 2.5},
-    {"lr_range": (1e-3, 1e-4)}, {"lr_range": (1e-3, 1e-3)}, {"lr_range": (0.0, 1.0)}, {"lr_range": (-1.0, 1.0)},
-    {"lr_range": (math.nan, 1.0)}, {"lr_range": (1e-3, math.inf)}, {"lr_range": (1e-3,)}, {"lr_range": 1e-3},
-    {"lr_range": ("a", "b")},
-    {"batch": 0}, {"batch": -1}, {"batch": math.nan}, {"batch": "16"},
+    {"lr_range": (1e-3, 1e-3)}, {"lr_range": (0.0, 1.0)}, {"lr_range": (math.nan, 1.0)},
+    {"lr_range": (1e-3, math.inf)}, {"lr_range": (1e-3,)}, {"lr_range": 1e-3},
+    {"batch": 0}, {"batch": math.nan}, {"batch": "16"},
     {"warmup": -0.1}, {"warmup": math.nan}, {"warmup": "a"},
-    {"seed": -1}, {"seed": "a"}, {"name": 7}, {"name": "\udcff"}, {"name": "a\x1b[31m"},
+    {"seed": -1}, {"seed": "a"}, {"seed": 2**32}, {"name": 7}, {"name": "\udcff"}, {"name": ""}, {"name": "a\x1b[31m"},
     {"budget": 0}, {"budget": STEPS - 1}, {"budget": 100.0}, {"budget": 3 * STEPS, "full_trials": 3},
     {"full_trials": -1}, {"full_trials": True}, {"full_trials": 1.5}, {"full_trials": 2, "ranks": (4, None)},
-    {"steps": (20, 80)}, {"target_steps": 10}, {"target_steps": 0}, {"target_steps": (80, 160)},
+    {"target_steps": 10}, {"target_steps": (80, 160)},
     {"law": "unheard-of"}, {"optimizer": "unheard-of"}, {"optimizer": dict},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_are_refused_before_anything_runs(options):
-    """An impossible argument is an error of ours, and `train` was never called."""
+    """An impossible argument is an error of ours that begins with its name, and `train` was never called."""
     called = []
-    with pytest.raises(ra.RankAwareError):
+    with pytest.raises(ra.RankAwareError) as caught:
         calibrate(called.append, **options)
     assert not called
+    argument = caught.value.argument
+    assert argument in options or {"law", "optimizer"} & options.keys()
+    assert argument is None or str(caught.value).startswith(argument)
 
 
 # --- the cliff ------------------------------------------------------------------------------------------------------
@@ -613,7 +552,6 @@ def with_cliff(how, taken):
 CLIFFS = [
     (lambda step: math.nan, 2),
     (lambda step: math.inf, 2),
-    (lambda step: 10**400, 2),
     (lambda step: -math.inf, 2),
     (lambda step: torch.tensor(math.nan), 2),
     (lambda step: 2.3 + step, 10),
@@ -725,16 +663,6 @@ def test_a_collapse_is_left_below_though_noise_hides_it(seed):
     assert calibrate(train, trials=12, steps=100, seed=seed).lr < 2.0**cliff
 
 
-def test_where_every_run_diverges_there_is_no_recipe():
-    """If no rate stays finite, the error says so and how many were tried, ever lower."""
-    storage = optuna.storages.InMemoryStorage()
-    with pytest.raises(CalibrationError, match="Every one of 5 runs diverged"):
-        calibrate(yields(1.0, math.nan), trials=5, storage=storage)
-    rates = [t.params["log2_lr"] for t in storage.get_all_trials(0)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] - rates[-1] > 6
-
-
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
@@ -778,19 +706,6 @@ def test_optunas_samplers_and_pruners_work(options):
     )
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
     assert len(storage.get_all_trials(0)) == 24
-
-
-class PruneAll(optuna.pruners.BasePruner):
-    """Prunes every run at once."""
-
-    def prune(self, study, trial):
-        return True
-
-
-def test_a_pruner_that_prunes_everything_leaves_no_recipe():
-    """If every run was pruned, the error says that, rather than that they diverged."""
-    with pytest.raises(CalibrationError, match="pruned"):
-        calibrate(made_up(), trials=4, pruner=PruneAll())
 
 
 # --- out of memory, pruned from within, pushed ----------------------------------------------------------------------
@@ -841,14 +756,6 @@ def test_a_run_may_give_up(error, before):
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_a_loop_that_always_gives_up_says_so(before):
-    """Where every run raised TrialPruned, before its optimizer was built or later, the error says that."""
-    loop = giving_up(optuna.TrialPruned(), made_up(), ranks=(4, 16), before=before)
-    with pytest.raises(CalibrationError, match=r"4 runs was pruned: .*TrialPruned"):
-        calibrate(loop, trials=4)
-
-
 def test_real_memory_runs_out():
     """An allocation that the machine refuses prunes the run, whatever allocator says it."""
 
@@ -869,10 +776,27 @@ def test_out_of_memory_says_nothing_of_a_rate():
     assert abs(math.log2(beside.fitted_lr / alone.fitted_lr)) < 0.1
 
 
-def test_where_no_run_fits_the_error_says_so():
-    """If every run is out of memory, the error says that rather than that the rates diverged."""
-    with pytest.raises(CalibrationError, match="Every one of 3 runs ran out of memory"):
-        calibrate(giving_up(MemoryError(), made_up(), ranks=(4, 16)), trials=3)
+EVERYWHERE = (4, 16)
+USELESS = [
+    (yields(1.0, math.nan), "diverged"),
+    (giving_up(optuna.TrialPruned(), made_up(), ranks=EVERYWHERE), "was pruned"),
+    (
+        giving_up(MemoryError(), made_up(), ranks=EVERYWHERE, before=True),
+        "ran out of memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(("loop", "end"), USELESS)
+def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
+    """It names how all of them ended. Rates that diverge are tried ever lower."""
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(CalibrationError, match=f"Every one of 5 runs {end}"):
+        calibrate(loop, trials=5, storage=storage)
+    if end == "diverged":
+        rates = [t.params["log2_lr"] for t in storage.get_all_trials(0)]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[0] - rates[-1] > 6
 
 
 @pytest.mark.parametrize(
@@ -920,12 +844,10 @@ def test_values_may_be_pushed(options):
 
 
 def test_a_pushed_run_is_held_to_the_contract():
-    """It ends by itself with a score or not, and one that ends too early or gives text is refused."""
+    """It ends by itself with a score or not, and one that ends too early is refused."""
     assert calibrate(pushed(made_up(), score=True), trials=3).lr > 0
     with pytest.raises(CalibrationError, match=f"ended after 7 of {STEPS} steps"):
         calibrate(pushed(made_up(), ends=7))
-    with pytest.raises(CalibrationError, match="value at step 0 is a str"):
-        calibrate(pushed(yields("1.0")))
 
 
 # --- stopping and resuming ------------------------------------------------------------------------------------------

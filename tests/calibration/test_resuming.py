@@ -21,9 +21,9 @@ import pytest
 from filelock import FileLock, Timeout
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _liveness
-from rankaware_optim.calibration._liveness import Heartbeat
+from rankaware_optim.calibration import _storage
 from rankaware_optim.calibration._storage import (
+    Heartbeat,
     begin_trial,
     close_storage,
     open_storage,
@@ -145,7 +145,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
     pruned = next(
         t.number
         for t in stored(tmp_path, str(whole))
-        if t.user_attrs.get("stopped") == "pruned"
+        if t.user_attrs.get("end") == "pruned"
     )
     lines = whole.read_bytes().splitlines(keepends=True)
     of_it = [
@@ -153,7 +153,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
         for number, line in enumerate(lines)
         if json.loads(line).get("trial_id") == pruned
     ]
-    assert b'"stopped":"pruned"' in b"".join(lines[of_it[0] : of_it[-1]])
+    assert b'"end":"pruned"' in b"".join(lines[of_it[0] : of_it[-1]])
     for end in (of_it[0], *(number + 1 for number in of_it)):
         cut = tmp_path / f"{end}.journal"
         cut.write_bytes(b"".join(lines[:end]))
@@ -180,7 +180,7 @@ def test_a_finished_calibration_is_read_by_the_settings_of_its_loop(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Heartbeats that come often and are soon missed."""
-    monkeypatch.setattr(_liveness, "BEAT_S", 0.1)
+    monkeypatch.setattr(_storage, "BEAT_S", 0.1)
 
 
 @pytest.fixture
@@ -235,16 +235,16 @@ def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
     """Each of two workers beats for its own trial, and looks at that of the other."""
     for each in [worker(study), worker(study)]:
         each.trial = begin_trial(study, {"heartbeat": 0})
-    time.sleep(2 * _liveness.BEAT_S * _liveness.MISSED)
+    time.sleep(2 * _storage.BEAT_S * _storage.MISSED)
     assert states(study.trials) == ["RUNNING", "RUNNING"]
 
 
 def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
     """After an hour in which nobody could beat, a worker still looks as often as always before it fails a trial."""
-    monkeypatch.setattr(_liveness, "BEAT_S", 3600.0)
+    monkeypatch.setattr(_storage, "BEAT_S", 3600.0)
     begin_trial(study, {})
     looker = worker(study)
-    for _ in range(_liveness.MISSED - 1):
+    for _ in range(_storage.MISSED - 1):
         looker.look()
     assert state_of(study) == "RUNNING"
     looker.look()
@@ -279,7 +279,7 @@ MOMENTS = [
     ("call", "release", 9),
     ("return", "set_trial_param", 1),
     ("return", "_propose", 2),
-    ("call", "_close", 2),
+    ("call", "end_trial", 2),
     ("return", "set_trial_state_values", 2),
     ("call", "close_storage", 1),
 ]

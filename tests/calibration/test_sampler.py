@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from rankaware_optim import MuA, Reference
-from rankaware_optim.calibration._calibration import Calibration, Settled
+from rankaware_optim.calibration._calibration import first_rate
 from rankaware_optim.calibration._constants import STRIDE
 from rankaware_optim.calibration._schedule import Options
 from rankaware_optim.calibration._search import (
@@ -25,7 +25,7 @@ from rankaware_optim.calibration._search import (
     next_refinement,
     search_range,
 )
-from rankaware_optim.calibration._trials import PARAMETER, TrialRecord, Trials
+from rankaware_optim.calibration._trials import PARAMETER, Run, Trials
 from rankaware_optim.fitting import Observation
 
 from ..helpers.optimizers import called
@@ -38,7 +38,7 @@ def trial_of(
     rank: int | None, x: float, value: float | None = None
 ) -> optuna.trial.FrozenTrial:
     """A finished run from a loss of 1, or without a value one that another worker has under way."""
-    attributes = {"rank": rank, "seed": 0}
+    attributes: dict[str, object] = {"rank": rank, "seed": 0}
     if value is None:
         return create_trial(
             state=TrialState.RUNNING,
@@ -46,8 +46,8 @@ def trial_of(
             distributions=RANGE,
             user_attrs=attributes,
         )
-    seen = Observation(rank, 0, x, value, start=1.0, tail=value)
-    attributes |= {"observation": asdict(seen), "curve": [1.0, value]}
+    attributes |= {"curve": [1.0] * 5 + [value] * 5}
+    attributes["end"] = "" if math.isfinite(value) else "diverged"
     return create_trial(
         value=value, params={PARAMETER: x}, distributions=RANGE, user_attrs=attributes
     )
@@ -57,12 +57,12 @@ def numbered(*trials: optuna.trial.FrozenTrial) -> Trials:
     """The trials as a study has them, one after another."""
     for number, trial in enumerate(trials):
         trial.number = number
-    return Trials(map(TrialRecord.read, trials))
+    return Trials(map(Run.read, trials))
 
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int | None = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    seen = Trials(map(TrialRecord.read, trials))
+    seen = Trials(map(Run.read, trials))
     calibration = SimpleNamespace(
         start=START, fit=lambda: None, trials=lambda: seen, options=None
     )
@@ -180,9 +180,8 @@ FIRST = [
 def test_the_first_rate_is_two_octaves_above_the_familys_usual_one(optimizer, usual):
     """At rank 16, alpha 32 and width 4096 the usual rate is a constant of the optimizer's family."""
     options = Options(optimizer, MuA(), (16,), (0,), 10)
-    calibration = Calibration(options, Trials)
-    calibration.settle(Settled(Reference(16, 32, fan_in=4096), 4096.0, {}))
-    assert calibration.start == pytest.approx(usual + STRIDE)
+    reference = Reference(16, 32, fan_in=4096)
+    assert first_rate(options, reference) == pytest.approx(usual + STRIDE)
 
 
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])

@@ -9,8 +9,8 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
-from rankaware_optim.calibration import options_of, search
-from rankaware_optim.laws import PRIOR_LAW
+from rankaware_optim.calibration import Options, search
+from rankaware_optim.laws import PRIOR_LAW, get_law
 
 from ..helpers.calibrations import BEST, DIM, Net, calibrate, made_up, train
 
@@ -95,7 +95,7 @@ def around(loop, *, steps=100, target=800, noisy=False, **own):
     usual = {"ranks": (16,), "trials": 4, "seeds": (0,), "suggested": rate}
     usual["noisy"] = noisy
     lengths = {"steps": steps, "target_steps": target}
-    options = options_of(AdamW, PRIOR_LAW, **lengths, **{**usual, **own})
+    options = Options(AdamW, get_law(PRIOR_LAW), **lengths, **{**usual, **own})
     return search(loop, options, progress=False)
 
 

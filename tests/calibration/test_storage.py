@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
-from rankaware_optim.calibration import _liveness, _search, _storage
+from rankaware_optim.calibration import _search, _storage
 from rankaware_optim.calibration._storage import close_storage, open_storage
 
 from ..helpers.calibrations import STEPS, calibrate, counted, made_up
@@ -68,14 +68,11 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_a_file_of_something_else_is_refused(make, tmp_path):
-    """It is left to the byte, nothing is put beside it, and the error says what to give instead."""
+    """It is left to the byte, nothing is put beside it, and the error names it."""
     path = tmp_path / "given"
     make(path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
-    cure = (
-        f"Give 'sqlite:///{path}'." if make is an_sqlite_database else "Name a new file"
-    )
-    with pytest.raises(CalibrationError, match=cure):
+    with pytest.raises(CalibrationError, match=r"^storage=.* was not changed"):
         calibrate(made_up(), trials=2, storage=path)
     assert (path.read_bytes(), sorted(tmp_path.iterdir())) == before
 
@@ -92,7 +89,7 @@ def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
     """A journal's lock that is a link to another file, or has content, is refused and left as it is."""
     (tmp_path / "thesis.tex").write_text("content")
     make(tmp_path / "thesis.tex", tmp_path / "study.rankaware.lock")
-    with pytest.raises(CalibrationError, match="is not empty"):
+    with pytest.raises(CalibrationError, match=r"study\.rankaware\.lock. is there"):
         calibrate(made_up(), trials=2, storage=tmp_path / "study")
     assert (tmp_path / "thesis.tex").read_text() == "content"
     assert (tmp_path / "study.rankaware.lock").read_text() == "content"
@@ -104,7 +101,7 @@ def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
 def test_what_is_no_file_is_refused(make, tmp_path):
     """A folder, a pipe that nobody writes to, and a device are not opened."""
     make(tmp_path / "given")
-    with pytest.raises(CalibrationError, match="is not a file"):
+    with pytest.raises(CalibrationError, match="is no study's"):
         calibrate(made_up(), trials=2, storage=tmp_path / "given")
 
 
@@ -194,10 +191,10 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_journal_is_refused(damage, journal):
-    """One error says that it is damaged or not what was written, and every line of it stays."""
+    """It is one error with a cure, and every line of it stays."""
     journal.write_bytes(damage(journal.read_bytes()))
     before = journal.read_bytes()
-    with pytest.raises(CalibrationError, match=r"is damaged|what was written to it"):
+    with pytest.raises(CalibrationError, match=r"study\.journal failed: .* restore it"):
         calibrate(made_up(), trials=TRIALS + 1, storage=journal)
     assert journal.read_bytes().startswith(before)
 
@@ -248,7 +245,7 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
     url = f"sqlite:///{path}"
     calibrate(meanwhile(lambda: None), trials=1, storage=url)
     copy = path.read_bytes()
-    with pytest.raises(CalibrationError, match="does not hold what was written to it"):
+    with pytest.raises(CalibrationError, match=r"study\.\w+ failed: "):
         calibrate(
             meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url
         )
@@ -267,7 +264,7 @@ def test_a_study_that_is_deleted_during_the_run_is_said(place, pruner, step, tmp
         close_storage(opened)
 
     loop = meanwhile(delete, at=1, step=step)
-    with pytest.raises(CalibrationError, match="does not hold what was written to it"):
+    with pytest.raises(CalibrationError, match=r"study\.\w+ failed: "):
         calibrate(loop, trials=6, storage=url, pruner=pruner)
 
 
@@ -305,20 +302,9 @@ def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
     monkeypatch.setattr(_storage, "LOCK_S", 0.3)
     with (
         FileLock(f"{journal}.rankaware.lock"),
-        pytest.raises(CalibrationError, match="locked by a process that was stopped"),
+        pytest.raises(CalibrationError, match=r"failed: Timeout: .* stopped"),
     ):
         calibrate(made_up(), trials=TRIALS + 1, storage=journal)
-
-
-class Failing(optuna.pruners.NopPruner):
-    def prune(self, study, trial) -> bool:
-        raise OSError("the disk of the user's pruner")
-
-
-def test_an_error_of_a_users_pruner_is_his_own():
-    """It is not called a failed storage, whatever its type."""
-    with pytest.raises(OSError, match=r"^the disk of the user's pruner$"):
-        calibrate(made_up(), trials=2, pruner=Failing())
 
 
 class FullForAMoment:
@@ -343,7 +329,7 @@ class FullForAMoment:
 
 def test_a_disk_that_is_full_for_a_moment_loses_no_trial(journal, monkeypatch):
     """A heartbeat that is cut by a full disk spoils nothing: the run goes on, and every line is whole."""
-    monkeypatch.setattr(_liveness, "BEAT_S", 0.05)
+    monkeypatch.setattr(_storage, "BEAT_S", 0.05)
     full = FullForAMoment(journal)
     loop = functools.wraps(made_up())(meanwhile(full, at=2))
     recipe = calibrate(loop, trials=TRIALS + 3, storage=journal)
@@ -353,39 +339,16 @@ def test_a_disk_that_is_full_for_a_moment_loses_no_trial(journal, monkeypatch):
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    """Where files cannot be locked, as on some network mounts, no journal is made, and the error says what to do."""
+    """Where files cannot be locked, as on some network mounts, nothing runs and no journal is made."""
     fcntl = pytest.importorskip("fcntl")
 
     def missing(file, operation) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", missing)
-    with pytest.raises(CalibrationError, match=r"has no file locks .* of a database"):
+    with pytest.raises(CalibrationError, match="Function not implemented"):
         calibrate(made_up(), trials=2, storage=tmp_path / "study.journal")
     assert not (tmp_path / "study.journal").exists()
-
-
-def by_path(folder: Path):
-    return folder / "study.journal"
-
-
-def by_object(folder: Path):
-    return InMemoryStorage()
-
-
-@pytest.mark.parametrize("make", [by_path, by_object])
-def test_a_calibration_inside_its_own_trial_is_refused(make, tmp_path):
-    """With the same storage and name it would wait for the trial that it is in; with another name it runs."""
-    storage = make(tmp_path)
-
-    def loop(trial):
-        if trial.number == 0:
-            calibrate(made_up(), trials=2, storage=storage, name="within")
-        calibrate(made_up(), trials=2, storage=storage, name="outer")
-        yield 0.0
-
-    with pytest.raises(CalibrationError, match="inside one of its own trials"):
-        calibrate(loop, trials=2, storage=storage, name="outer")
 
 
 # --- started together -----------------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ import warnings
 import torch
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _liveness
+from rankaware_optim.calibration import _storage
 
 from .killed import STEPS, TRIALS, Pair
 
 BEAT_S = 0.3
-SILENT_S = BEAT_S * _liveness.MISSED
+SILENT_S = BEAT_S * _storage.MISSED
 
 
 def main(storage: str, seconds: float) -> None:
-    _liveness.BEAT_S = BEAT_S
+    _storage.BEAT_S = BEAT_S
     waited = []
 
     def train(trial):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _liveness
+from rankaware_optim.calibration import _storage
 
 STEPS, TRIALS = 10, 6
 
@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _liveness.BEAT_S = 0.05  # the killed are soon missed
+    _storage.BEAT_S = 0.05  # the killed are soon missed
     import optuna  # noqa: F401
 
     for line in sys.stdin:

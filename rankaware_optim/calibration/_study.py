@@ -1,0 +1,353 @@
+"""A calibration's study: hands out what to try, on one worker of several and one process of many,
+and keeps what the runs tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from tokenize import TokenError
+from typing import Any, TypeVar
+
+import msgspec
+import optuna
+import torch
+import torch.distributed as dist
+from optuna.trial import TrialState
+
+from .._warn import warn
+from ..errors import CalibrationError, CalibrationInterrupted
+from ..recipe import Recipe, differences, plain_value
+from ._calibration import DOUBTS, Calibration, Settled, calibrated_recipe, check_ends
+from ._constants import POLL_S, SLOW_POLL_S
+from ._schedule import Options, next_setting
+from ._search import BracketSampler, PairedPruner
+from ._storage import (
+    Heartbeat,
+    begin_trial,
+    close_storage,
+    held_back,
+    open_storage,
+    quiet,
+    storage_errors,
+)
+from ._trials import Run, Setting, Trials, check_comparable
+
+T = TypeVar("T")
+_SCHEMA = 2  # of a stored study, raised if another version would misread it
+_MAY_DIFFER = ("train", "hash", "rankaware-optim")
+
+
+class Replicas:
+    """The processes of this training, or only this one if torch.distributed was not started.
+
+    Messages use a separate gloo group. They need no device and cannot mix with those of the
+    training.
+    """
+
+    def __init__(self) -> None:
+        started = (
+            dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
+        self._group = dist.new_group(backend="gloo") if started else None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides. Only this one uses the study's storage and the terminal."""
+        return self._group is None or dist.get_rank() == 0
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """Call `decide` on the leading process. Return its result, or raise its error, on every
+        process.
+        """
+        if self._group is None:
+            return decide()
+        message: list[Any] = [None]
+        if self.leads:
+            try:
+                message = [(decide(), None)]
+            except BaseException as raised:
+                message = [(None, raised)]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        value, error = message[0]
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+    def mean(self, value: float) -> float:
+        """Return the mean of a value over all processes, each of which has a part of the batch."""
+        if self._group is None:
+            return value
+        total = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return float(total) / dist.get_world_size()
+
+    def close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+
+class Study:
+    """The runs of a calibration, of all its workers. They share nothing but the storage.
+
+    Under DDP or FSDP only the leading process of `replicas` has Optuna's study. The others get its
+    decisions.
+
+    Args:
+        options: what is tried.
+        source: see `source_of`.
+    """
+
+    def __init__(self, options: Options, source: Mapping[str, str]) -> None:
+        self.options = options
+        self.replicas = Replicas()
+        self.calibration: Calibration | None = None  # once a first model was built
+        self.made_with = made_with(options, source)
+        self._source = source
+        self._place: Any = None
+        self._search: tuple[Any, Any] = None, None  # the user's sampler and pruner
+        self._to_close: optuna.storages.BaseStorage | None = None
+        # from `open` on, in the leading process
+        self._study: Any = None
+        self._heartbeat: Any = None
+        self._ended: dict[int, Run] = {}
+
+    # --- the storage ------------------------------------------------------------------------------
+
+    def lead(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Return on every process what the leading one makes of the storage.
+
+        The storage's errors become a `CalibrationError`, and Ctrl-C raises afterwards.
+        """
+
+        def guarded() -> T:
+            with self._guard():
+                return work(*arguments)
+
+        return self.replicas.agree(guarded)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        with held_back(), storage_errors(self._place):
+            yield
+
+    def wait(self, is_ready: Callable[..., bool], *arguments: Any) -> None:
+        """Wait for other workers until the leading process is ready."""
+        pause = POLL_S
+        while not self.lead(is_ready, *arguments):
+            time.sleep(pause)
+            pause = min(2 * pause, SLOW_POLL_S)
+
+    def open(self, sampler: Any, pruner: Any, storage: Any) -> int:
+        """Create the Optuna study, or continue the stored one of the same name. Return the number
+        of runs that had ended before.
+
+        It waits until each trial that runs has shown a sign of life, or has ended. So the same call
+        after a kill repeats the killed trial before it goes on, as if it had not been killed.
+        """
+        self._place = storage
+        self._search = sampler, pruner
+        ended, silent = self.lead(self._open)
+        self.wait(self._are_heard, silent)
+        return ended
+
+    def _open(self) -> tuple[int, dict[int, int | None]]:
+        """Open the study. Return how many runs have ended, and the last heartbeats of others."""
+        opened = open_storage(self._place)
+        if isinstance(self._place, (str, os.PathLike)):
+            self._to_close = opened
+        with quiet():
+            self._study = optuna.create_study(
+                study_name=self.options.name,
+                storage=opened,
+                load_if_exists=True,
+            )
+        trials = self.runs()
+        self.check_options(trials)
+        ended, running = trials.counted(), trials.running()
+        for last in (*ended, *running)[-1:]:
+            warn_of_code(self.options.name, last.made_with, self.made_with)
+        self.recall()
+        self._heartbeat = Heartbeat(self._study)
+        self._heartbeat.start()
+        return len(ended), {run.number: run.heartbeat for run in running}
+
+    def _are_heard(self, silent: Mapping[int, int | None]) -> bool:
+        running = self.runs().running()
+        return all(silent.get(run.number, -1) != run.heartbeat for run in running)
+
+    def check_options(self, trials: Trials) -> None:
+        """Raise unless the study is of these options: those of its first trial. Of two workers that
+        start together only the storage knows which was first.
+        """
+        now = {key: v for key, v in self.made_with.items() if key not in _MAY_DIFFER}
+        for first in trials[:1]:
+            check_comparable(self.options.name, first.made_with, now)
+
+    def close(self) -> None:
+        """Fail the unfinished trial, and leave the storage and the other processes.
+
+        A signal waits until the trial is failed, and the next one raises at once. If the storage
+        itself failed, other workers and the next call notice that the heartbeats have stopped.
+        """
+        try:
+            with suppress(CalibrationError), self._guard():
+                if self._heartbeat:
+                    self._heartbeat.stop()
+                    self.end_trial(TrialState.FAIL)
+        finally:
+            if self._to_close is not None:
+                with self._guard():
+                    close_storage(self._to_close)
+            self.replicas.close()
+
+    # --- its runs ---------------------------------------------------------------------------------
+
+    def runs(self) -> Trials:
+        """Return every run so far, of all workers. Finished ones do not change, so they are read
+        once.
+        """
+        if self._study is None:
+            return Trials()
+        runs = []
+        for stored in self._study.get_trials(deepcopy=False):
+            run = self._ended.get(stored.number) or Run.read(stored)
+            if run.state.is_finished():
+                self._ended[run.number] = run
+            runs.append(run)
+        return Trials(runs)
+
+    def recall(self) -> None:
+        """Read what the first trial of this or another worker settled."""
+        stored = self._study.user_attrs
+        if self.calibration is None and "settled" in stored:
+            self._know(msgspec.convert(stored["settled"], Settled))
+
+    def settle(self, settled: Settled) -> Calibration:
+        """Let the first model's configuration be the reference of all trials."""
+        self._study.set_user_attr("settled", asdict(settled))
+        return self._know(settled)
+
+    def _know(self, settled: Settled) -> Calibration:
+        self.calibration = calibration = Calibration(self.options, settled, self.runs)
+        sampler, pruner = self._search
+        self._study.sampler = sampler or BracketSampler(calibration)
+        self._study.pruner = pruner or PairedPruner(calibration)
+        return calibration
+
+    def next(self) -> Setting | None:
+        """Return what to try next, or None once the schedule is complete. It waits for the last
+        trials of other workers, which may die and be run again here.
+        """
+        self.wait(self._may_go_on)
+        return self.lead(self._due)
+
+    def _may_go_on(self) -> bool:
+        return self._due() is not None or not self.runs().running()
+
+    def _due(self) -> Setting | None:
+        return next_setting(self.options, self.runs())
+
+    def begin_trial(self, setting: Setting) -> Any:
+        """Create a running trial of Optuna's that has its setting from the start."""
+        attributes = {
+            **setting._asdict(),
+            "heartbeat": 0,
+            "made_with": self.made_with,
+        }
+        self._heartbeat.trial = begin_trial(self._study, attributes)
+        return self._heartbeat.trial
+
+    def end_trial(self, state: TrialState, value: float | None = None) -> None:
+        """End this worker's trial, unless another one has failed it."""
+        trial = self._heartbeat.trial
+        if trial is not None:
+            self._study.tell(trial, value, state=state, skip_if_finished=True)
+            self._heartbeat.trial = None
+
+    # --- the result -------------------------------------------------------------------------------
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of the runs so far."""
+        recipe = self.lead(self._recipe)
+        if self.replicas.leads:
+            for doubt in filter(recipe.notes.__contains__, DOUBTS):
+                warn(f"Recipe {recipe.name!r}: {doubt}.")
+        return recipe
+
+    def _recipe(self) -> Recipe:
+        self.recall()  # needed if other workers ran every trial
+        if self.calibration is None:
+            check_ends(self.runs().counted())
+        assert self.calibration is not None
+        return calibrated_recipe(self.calibration, self._source)
+
+    def interrupted(self) -> CalibrationInterrupted:
+        """Return the error of Ctrl-C, with the progress and the recipe so far."""
+        with self._guard():
+            ended = self.runs().counted()
+            error = CalibrationInterrupted(
+                f"The calibration was interrupted after {len(ended)} of"
+                f" {self.options.likely_trials} trials.",
+                "Their fit is this error's .recipe. With a storage the same call continues where it"
+                " stopped.",
+            )
+            if ended:
+                with suppress(CalibrationError):
+                    error.recipe = self._recipe()
+            return error
+
+
+# --- what the runs are made with ------------------------------------------------------------------
+
+
+def source_of(train: Any) -> dict[str, str]:
+    """Return what a recipe says of a training loop, without its partials and decorators: the
+    function's name, and the first twelve digits of its source's hash if it can be read.
+    """
+    function = inspect.unwrap(train)
+    while isinstance(function, partial):
+        function = inspect.unwrap(function.func)
+    if not hasattr(function, "__qualname__"):
+        function = type(function)
+    source = {"train": function.__qualname__}
+    # the last two: the file was edited since, and other text stands at the function's line
+    with suppress(OSError, TypeError, SyntaxError, TokenError):
+        text = inspect.getsource(function)
+        source["hash"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return source
+
+
+def made_with(options: Options, source: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the trials of a calibration are made with, as its study stores it."""
+    return {
+        "schema": _SCHEMA,
+        "steps": options.steps,
+        "ranks": options.lora,
+        "seeds": sorted(options.seeds),
+        "optimizer": options.optimizer_name,
+        "batch": options.batch,
+        "warmup": options.warmup,
+        "law": plain_value(options.law),
+        "train": source["train"],
+        "hash": source.get("hash"),
+        "rankaware-optim": version("rankaware-optim"),
+    }
+
+
+def warn_of_code(name: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn if the trials were made by another loop or version. stored, now: see `made_with`."""
+    changed = differences(stored, {key: now[key] for key in _MAY_DIFFER})
+    if changed:
+        warn(
+            f"The stored study {name!r} was made with {changed}. Its trials can be compared with"
+            " new ones only if the training has not changed. Otherwise give this calibration"
+            " another name."
+        )
