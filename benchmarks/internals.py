@@ -18,11 +18,7 @@ from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._runs import (
     Source,
     SweepRun,
-    mean_losses,
-    observation_of,
-    place_of,
     read_sweep,
-    with_alpha,
 )
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
@@ -51,14 +47,10 @@ __all__ = [
     "calibrated_recipe",
     "get_optimizer_class",
     "known_optimizer",
-    "mean_losses",
     "next_rate",
     "next_setting",
-    "observation_of",
     "optimizer_family",
-    "place_of",
     "rate_axis",
     "read_sweep",
     "search_range",
-    "with_alpha",
 ]

@@ -19,7 +19,7 @@ LORA = [
     for x in range(-14, -8)
 ]
 FULL = [
-    {"method": "full", "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
+    {"rank": "full", "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
     for x in range(-14, -8)
 ]
 

@@ -17,11 +17,7 @@ from internals import (
     Source,
     SweepRun,
     get_optimizer_class,
-    mean_losses,
-    observation_of,
-    place_of,
     read_sweep,
-    with_alpha,
 )
 from recording import table_of
 from study.loss_curves import between, vertex_of
@@ -190,7 +186,8 @@ def bench_law(
     >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"], alpha="rank")]
     [('constant', 0.0)]
     """
-    curves = loss_curves(read_sweep(sweep).runs, best=best, alpha=alpha, fan_in=fan_in)
+    runs, _ = read_sweep(sweep, {} if alpha is None else {"alpha": alpha})
+    curves = loss_curves(runs, best=best, fan_in=fan_in)
     return [score_of(law, curves, optimizer) for law in laws]
 
 
@@ -231,13 +228,12 @@ def loss_curves(
     runs: Sequence[SweepRun],
     *,
     best: Best = "parabola",
-    alpha: float | Literal["rank"] | None = None,
     fan_in: float | None = None,
 ) -> list[LossCurve]:
     """Return the curves of ranks whose best rate is inside the grid, for models with two or more of them."""
     if best not in ("parabola", "bowl"):
         raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
-    every = all_curves(runs, alpha=alpha, fan_in=fan_in)
+    every = all_curves(runs, fan_in=fan_in)
     curves = [curve for curve in every if math.isfinite(curve.best)]
     curves = [curve for curve in curves if any(map(curve.compares_with, curves))]
     if not curves:
@@ -249,21 +245,20 @@ def loss_curves(
 
 
 def all_curves(
-    runs: Sequence[SweepRun],
-    *,
-    alpha: float | Literal["rank"] | None = None,
-    fan_in: float | None = None,
+    runs: Sequence[SweepRun], *, fan_in: float | None = None
 ) -> list[LossCurve]:
     """Return the curve of every model and rank. Its best rate is nan where the lowest loss is at an end of the grid."""
-    lora = with_alpha([run for run in runs if run.rank is not None], alpha)
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
-    for run in lora:
-        at = place_of(run)
+    for run in (run for run in runs if run.rank is not None):
+        at = run.place
         at = replace(at, fan_in=at.fan_in or fan_in or ANY_WIDTH)
         tried.setdefault((run.model or "", at), []).append(run)
     curves = []
     for (model, at), mine in tried.items():
-        losses = mean_losses((math.log2(run.lr), run.loss) for run in mine)
+        by_rate: dict[float, list[float]] = {}
+        for run in mine:
+            by_rate.setdefault(math.log2(run.lr), []).append(run.loss)
+        losses = {x: statistics.fmean(by_rate[x]) for x in sorted(by_rate)}
         x = vertex_of(losses)
         best = math.nan if x is None else x
         curves.append(LossCurve(model, at, best, losses, tuple(mine)))
@@ -277,7 +272,7 @@ def _best_by_bowls(curves: Sequence[LossCurve]) -> list[LossCurve]:
         mine = [curve for curve in curves if curve.group == group]
         # Curves are numbered, since two of them may have the same rank.
         seen = [
-            replace(observation_of(run, math.log2(run.lr)), rank=i)
+            replace(run.observed_at(math.log2(run.lr)), rank=i)
             for i, curve in enumerate(mine, 1)
             for run in curve.runs
         ]

@@ -270,19 +270,15 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
     float,
     "Largest fan-in, for full finetuning. By default --fan-in.",
 )
-@option(
-    "--warmup",
-    float,
-    "Warm-up as a share of the steps, 0 to 1. The recipe records it.",
-)
 def fit(
     sweep: Path, out: Path | None, name: str | None, law: str, **options: Any
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
     SWEEP is a .csv file with one row per run. The columns rank, lr (per step) and loss are
-    required. The columns alpha, rslora, init, method, fan_in, seed, model, batch, steps and start
-    (the loss before training) are optional. Write diverged as the loss of a run that diverged.
+    required. The columns alpha, rslora, init, fan_in, seed, model, batch, steps and start (the loss
+    before training) are optional. Write full as the rank of a full finetuning, and diverged as the
+    loss of a run that diverged.
     """
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     if out is not None:

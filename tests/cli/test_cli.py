@@ -255,7 +255,7 @@ BAD = {
     "lr digits.toml --full --init B": "--init was given for full",
     "lr digits.toml --full --rslora": "--rslora was given for full",
     "plot nowhere.toml -o out.png": "nowhere.toml cannot be read",
-    "fit sweep.csv -o out.toml": "It has rank, lr. Call its column loss.",
+    "fit sweep.csv -o out.toml": "It has rank, lr",
 }
 
 

@@ -318,7 +318,7 @@ def rows(drift: float, *, kept: bool = False, full: bool = True) -> list[Table]:
     listed = []
     for rank in (4, 16, 64, None) if full else (4, 64):
         best = -8.0 + drift * math.log2((rank or 256) / 16)
-        place: Table = {"method": "full"}
+        place: Table = {"rank": "full"}
         if rank:
             place = {"rank": rank, "alpha": 16 if kept else rank}
         listed += [
