@@ -13,15 +13,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .._checks import plain_lr
 from .._optimizers import get_optimizer_class
-from .._warn import warn
 from ..errors import OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
 from ..recipe import Recipe
-from ._lightning_run import configures, is_pair, set_rate
-from ._logs import log_rates
-from ._trainer_factory import TrainerFactory, changed_arguments
+from . import _lightning, _transformers
+from ._logs import inside, log_rates
+from ._transformers import TrainerFactory
 
 
 def attach(
@@ -60,19 +58,19 @@ def attach(
             before the first step if the trainer has made another optimizer.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
-    recipe = settings.get("recipe")
-    if isinstance(recipe, Recipe) and recipe.reference.method == "full":
-        settings.setdefault("method", "full")
-    if is_pair(trainer):
+    if "recipe" in settings:
+        settings |= _of_recipe(settings)
+    if _lightning.is_pair(trainer):
         return _attach_module(trainer[1], optimizer or "adamw", settings)
-    _check_trainer(trainer, optimizer)
+    _transformers.check_trainer(trainer, optimizer)
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
         settings = {**defaults, **settings}
     else:
         native = get_optimizer_class(optimizer)
-    _check_settings(trainer, settings)
     saved = trainer.args
+    if "learning_rate" not in _transformers.changed_arguments(saved):
+        _refuse_without_rate(settings)
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
         opt = RankAwareOptimizer(params, native, **arguments)
@@ -92,50 +90,42 @@ def attach(
     return report
 
 
+def _of_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings' recipe, and the method that it is for unless one is given."""
+    recipe = settings["recipe"]
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    if recipe.reference.method == "full" and "method" not in settings:
+        return {"recipe": recipe, "method": "full"}
+    return {"recipe": recipe}
+
+
 def _attach_module(
     module: Any, optimizer: type[Optimizer] | str, settings: dict[str, Any]
 ) -> Report:
-    native = get_optimizer_class(optimizer)
-    _refuse_model(settings)
-    if not settings.keys() & {"lr", "recipe"}:
-        raise OptimizerError(
-            "attach was given no rate.", "Give lr= with tuned_at=, or recipe=."
-        )
-    if "configure_optimizers" in vars(module):
-        raise OptimizerError(
-            "The module already has an optimizer: attach was called on it before.",
-            "Build it again, and attach once.",
-        )
-    recipe = settings.get("recipe")
-    if recipe is not None:
-        known = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        settings = {**known.settings, **settings}
-    opt = RankAwareOptimizer(module, native, **settings)
-    if not configures(module):
-        module.configure_optimizers = lambda: RankAwareOptimizer(
-            module, native, **settings
-        )
-        return opt.report()
-    set_rate(module, float(opt.defaults["lr"]))
+    _lightning.refuse_with_optimizer(module)
+    _refuse_without_rate(settings)
+    if "recipe" in settings:
+        settings = {**settings["recipe"].settings, **settings}
+
+    def make() -> RankAwareOptimizer:
+        return RankAwareOptimizer(module, optimizer, **settings)
+
+    opt = make()
+    if _lightning.has_own(module, "configure_optimizers"):
+        _lightning.set_rate(module, float(opt.defaults["lr"]))
+    else:
+        module.configure_optimizers = make
     return opt.report()
 
 
-def _check_trainer(trainer: Any, optimizer: object) -> None:
-    if not hasattr(trainer, "callback_handler") or not hasattr(
-        trainer, "optimizer_cls_and_kwargs"
-    ):
+def _refuse_without_rate(settings: Mapping[str, Any]) -> None:
+    if not settings.keys() & {"lr", "recipe"}:
         raise OptimizerError(
-            f"attach got a {type(trainer).__name__}, which is not a Trainer of transformers.",
-            "Give a trainer of transformers or TRL, or Lightning's (trainer, module).",
-        )
-    kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
-    is_attached = isinstance(kind, TrainerFactory)
-    if is_attached or trainer.optimizer is not None or (kind and optimizer):
-        raise OptimizerError(
-            "The trainer already has an optimizer: attach was called on it before, or it was"
-            " trained, or was given one.",
-            "Build it again without optimizers= and optimizer_cls_and_kwargs=, and attach once,"
-            " before training.",
+            "attach was given no rate.",
+            "Give lr= with tuned_at=, recipe=, or set learning_rate in a trainer's arguments to"
+            " another value than its default, which nobody tuned. ra.suggest_lr(trainer) says a"
+            " first one.",
         )
 
 
@@ -145,62 +135,28 @@ def _trainers_choice(
     """Return the class that the trainer would build, and its settings. A rate of the arguments is
     left out, since it may be a default. A recipe's rate replaces one that is there.
     """
-    native, defaults = (
-        trainer.optimizer_cls_and_kwargs
-        or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    given = trainer.optimizer_cls_and_kwargs
+    native, defaults = given or trainer.get_optimizer_cls_and_kwargs(
+        trainer.args, trainer.model
     )
-    if {"params", "model", "optimizer_dict"} & defaults.keys() or not isinstance(
-        native, type
-    ):
+    makes_groups = {"params", "model", "optimizer_dict"} & defaults.keys()
+    if makes_groups or not isinstance(native, type):
         raise OptimizerError(
             f"The trainer's own optimizer, {getattr(trainer.args, 'optim', native)}, makes its"
             " groups itself.",
             "Give another class: attach(trainer, torch.optim.AdamW, ...).",
         )
-    if trainer.optimizer_cls_and_kwargs is None or "recipe" in settings:
+    if given is None or "recipe" in settings:
         defaults = {name: value for name, value in defaults.items() if name != "lr"}
     return get_optimizer_class(native), defaults
-
-
-def _refuse_model(settings: Mapping[str, Any]) -> None:
-    if "model" in settings:
-        raise OptimizerError(
-            "attach was given model=, but uses that of the trainer.", "Leave it out."
-        )
-
-
-def _check_settings(trainer: Any, settings: Mapping[str, Any]) -> None:
-    """Raise if no rate was given, or a model, which the trainer gives. A default rate of the
-    arguments is not tuned. Warn if a rate replaces one that was set there.
-    """
-    args, lr = trainer.args, settings.get("lr")
-    _refuse_model(settings)
-    is_set = "learning_rate" in changed_arguments(args)
-    # an own class of the trainer has its own rate
-    counts = is_set and trainer.optimizer_cls_and_kwargs is None
-    if counts and lr is not None and plain_lr(lr) != args.learning_rate:
-        warn(
-            f"attach's lr={float(lr):g} replaces learning_rate={args.learning_rate:g} of the"
-            " arguments."
-        )
-    if is_set or settings.keys() & {"lr", "recipe"}:
-        return
-    raise OptimizerError(
-        "attach was given no rate.",
-        "Give lr= with tuned_at=, recipe=, or set learning_rate in the arguments to another value"
-        f" than its default, {args.learning_rate:g}, which nobody tuned. ra.suggest_lr(trainer)"
-        " says a first one.",
-    )
 
 
 def _keeps_float32(trainer: Any) -> bool:
     """Return whether weights of fewer bits will be float32 when they train: DeepSpeed's are, and
     those that accelerate shards for mixed precision.
     """
-    if getattr(trainer, "is_deepspeed_enabled", False):
-        return True
-    is_sharded = getattr(trainer, "is_fsdp_enabled", False)
-    return is_sharded and trainer.accelerator.mixed_precision != "no"
+    is_mixed = trainer.accelerator.mixed_precision != "no"
+    return bool(trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and is_mixed))
 
 
 _OF_ITS_OWN = (
@@ -218,15 +174,14 @@ def _look() -> Any:
         """Gives the wrapper `report` and `rates`. Raises if the trainer made its own optimizer."""
 
         def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-            wrapper = opt = kwargs["optimizer"]
-            while not isinstance(opt, RankAwareOptimizer):
-                if getattr(opt, "optimizer", None) is None:
-                    raise OptimizerError(
-                        f"The trainer has made its own {type(opt).__name__} and would not train"
-                        " with the attached optimizer.",
-                        _OF_ITS_OWN,
-                    )
-                opt = opt.optimizer
+            wrapper = kwargs["optimizer"]
+            opt = inside(wrapper)
+            if not isinstance(opt, RankAwareOptimizer):
+                raise OptimizerError(
+                    f"The trainer has made its own {type(opt).__name__} and would not train with"
+                    " the attached optimizer.",
+                    _OF_ITS_OWN,
+                )
             if wrapper is not opt:
                 wrapper.report, wrapper.rates = opt.report, opt.rates
 

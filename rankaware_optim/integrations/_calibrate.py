@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import is_positive
 from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from .._types import Reference
@@ -32,14 +32,14 @@ from ..calibration import (
     search,
 )
 from ..errors import CalibrationError, InspectionError, LawError, OptimizerError
-from ..inspection import inspect_model
+from ..inspection import as_one_model, inspect_model
 from ..laws import PRIOR_LAW, Law
 from ..recipe import Recipe, is_for
 from ..transfer import suggest_lr
-from ._held_out import BATCHES
-from ._in_place import BuiltPair, BuiltTrainer, Loop
-from ._lightning_run import is_pair
-from ._trainer_run import BY_REWARD, TrainerRun, is_by_reward, is_trainer
+from ._lightning import BuiltPair, is_pair, run_pair
+from ._run import BATCHES, TrainerRuns
+from ._snapshot import Snapshot
+from ._transformers import BuiltTrainer, is_by_reward, is_trainer, run_trainer
 
 if TYPE_CHECKING:
     import optuna
@@ -49,6 +49,9 @@ TRIALS, SHARE = 4, 1 / 4
 # Factor between the best rates of two lengths from which they are said: by hand
 MOVED = 1.4
 FILE = "recipe.toml"
+BY_REWARD = (
+    "a run's value is minus the reward that its trainer logged, and not its loss"
+)
 
 
 def calibrate(  # noqa: PLR0913
@@ -58,9 +61,10 @@ def calibrate(  # noqa: PLR0913
     model: nn.Module | Sequence[nn.Module] | None = None,
     ranks: Sequence[int | None] | None = None,
     steps: int | None = None,
-    share: float | None = None,
+    target_steps: int | None = None,
+    share: float = SHARE,
     settings: Mapping[str, Any] | None = None,
-    score: str | Callable[[Any], Any] | None = None,
+    score: Callable[[Any], Any] | None = None,
     save: bool = True,
     name: str = "calibration",
     law: str | Law = PRIOR_LAW,
@@ -76,7 +80,6 @@ def calibrate(  # noqa: PLR0913
     warmup: float | None = None,
     seed: int = 0,
     progress: bool = True,
-    target_steps: int | None = None,
 ) -> Recipe:
     """Find the base rate, how it moves with rank, and how certain both are, by short runs. Return
     them as a recipe::
@@ -85,103 +88,55 @@ def calibrate(  # noqa: PLR0913
         ra.attach(trainer, recipe=recipe)
         trainer.train()
 
-    **A built trainer** of transformers or TRL, or Lightning's `(trainer, module, *data)`. Four
-    trials of a quarter of the run's steps search around `suggest_lr`'s rate, at the model's own
-    rank or in full finetuning. They cost as many training steps as the run. Afterwards weights,
-    buffers, random state and trainer are as before, also after an error and Ctrl-C. Trackers,
-    callbacks and checkpoints see the real run only. A warm-up in steps is scaled with the trial.
-    The recipe is saved as `recipe.toml` in the trainer's folder. Where it is there already, nothing
-    is run. Lightning's module configures its optimizer at `self.lr`, or not at all.
-
-    **A loop of your own, in place**: `calibrate(train, "adamw", model=model, steps=100,
-    target_steps=400)`. `train(trial)` trains the model as it is, and it is put back likewise.
-
-    **A function of the trial** builds a model for `trial.rank`. It is a generator: it gets
-    `trial.optimizer(model, ...)`, and yields a value to minimise at every step of the
-    optimizer: one a step, not one a micro-batch. Or it returns a
-    trainer, or Lightning's tuple, that is not trained and has no optimizer: it gets one at the
-    trial's rate, and Lightning's `configure_optimizers` takes it from `trial.optimizer(self)`. Draw
-    all random numbers, the data included, from `trial.seed`. Then runs of one rank and seed can be
-    compared without noise.
-
-    **The score** of a run is the trainer's loss on at most 16 fixed batches of its `eval_dataset`
-    or validation data. Where it has none, as many batches are held out of the training data, a
-    tenth at most. A generator that ends by itself at `trial.steps` may return its score. Otherwise
-    it is the mean of the last tenth of the training losses (at least 5), and a note says so. A
-    trainer with `reward_funcs` (GRPO, RLOO) has minus the reward that it logs. Where rewards do not
-    differ between rates, the recipe has the suggested rate and says so.
-
-    The search starts at the highest rank. It moves outwards in steps of a factor of 4 until the
-    optimum is bracketed. The following runs measure around it, at each rank in turn, with four runs
-    per seed. A run is stopped if it diverges, that is, if its loss rises above its start by half
-    the best gain and by more than the noise of its batches explains. It is also stopped if it
-    clearly lags behind the best run of its rank and seed at the same step, or raises
-    `optuna.TrialPruned`. Stopped runs enter the fit too.
-
-    **Calibrate short, train long.** `steps=2000, target_steps=8000` trains for 2000 steps and
-    returns a recipe for 8000. Every trial is a whole run with its own warm-up and decay over
-    `trial.steps`. The rate stays, since it rose with the steps on some tasks and fell on others,
-    and the band grows with the distance to the target.
-
-    **Full finetuning.** `full_trials=3` adds three full runs around the predicted rate. This is the
-    most reliable way. With LoRA trials only, `recipe.at(method="full")` has a wide band. Where
-    B starts at zero, as in PEFT, the rate follows from the law. Where A starts at zero, the line
-    through the optima of two ranks is extended to r = n.
-
-    **Resuming.** With `storage=`, the same call continues where it stopped, even if it was killed.
-    Finished trials are kept, and an unfinished trial is run again. Several processes and machines
-    may make the same call with one storage at the same time. They share the trials and wait for
-    each other. Those that begin at the same moment may each add a run. A process that ends by
-    Ctrl-C or an error gives its trial back at once. One that is killed or suspended writes no more
-    heartbeats. Within a minute its trial is run again by another process, on any host, or by the
-    same call. If it wakes up, its run does not count.
-
-    **DDP and FSDP.** Call it on every process. One process decides. All get the same rate, prune at
-    the same step and return the same recipe. Values are averaged over the processes. FSDP and
-    DeepSpeed need a function of the trial.
+    A built trainer, and a model that is given, are as before afterwards, also after an error and
+    Ctrl-C. They are calibrated at their own rank or in full finetuning, by four trials around
+    `suggest_lr`'s rate. The search of a function covers `ranks`. Under DDP every process calls it,
+    and all return the same recipe. `docs/calibrate.md` has the rest.
 
     Args:
-        what: the trainer or the function.
+        what: a trainer of transformers or TRL that is built, or Lightning's `(trainer, module,
+            *data)`, whose module configures its optimizer at `self.lr` or not at all. Or a
+            generator function of a trial: it gets `trial.optimizer(model, ...)` and yields a value
+            to minimise, one for each step of the optimizer, and may return its score after
+            `trial.steps`. With `model` it trains that, else a model of `trial.rank` that it builds.
+            Or a function of a trial that returns a trainer, or Lightning's tuple, not trained yet.
         optimizer: a torch optimizer class or its name.
         model: the model that a loop of your own trains in place, or a list of several.
-        ranks: LoRA ranks to try: the lowest and the highest that you want to use. None stands for
-            full finetuning. Rates are interpolated between the ranks. Outside them the band grows
-            with the distance. A built model has its own.
-        steps: optimizer steps per trial. Below 100 low rates look best. By default the `share` of a
-            built trainer's run.
-        share: a trial's share of the run of a built trainer, by default a quarter.
+        ranks: LoRA ranks that a function is tried at: the lowest and the highest that you want to
+            use. None stands for full finetuning.
+        steps: optimizer steps per trial. By default the `share` of `target_steps`. Below 100 low
+            rates look best.
+        target_steps: optimizer steps of the target run, by default those of a built trainer's run,
+            else `steps`.
+        share: a trial's share of the target run.
         settings: of a trainer's optimizer: its own, and those of `RankAwareOptimizer` such as
             `rates`. Weight decay, betas and epsilon of a trainer's arguments are taken.
-        score: of a trainer, the evaluation metric to minimise after the last step ("eval_loss", or
-            the name that Lightning's module logs), or a function of the trained trainer.
-        save: whether to write the recipe of a built trainer into its folder.
+        score: a function of the trained trainer, whose value is minimised. By default its loss on
+            at most 16 batches of its evaluation data, else of training data held out; or minus the
+            reward of a trainer with `reward_funcs`.
+        save: whether to write the recipe of a built trainer into its folder, as `recipe.toml`.
+            Where it is there already, it is returned and nothing is run.
         name: the name of the study and of the recipe.
-        law: the law that maps rates between ranks, by default µA. It must be registered. The fall
-            in rank at A = 0 is in the fit's prior.
+        law: the law that maps rates between ranks, by default µA. It must be registered.
         trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 at each of
             them, or 4 of a built model.
-        budget: optimizer steps of all trials together, which one process never exceeds. Pruned and
-            killed trials count the steps they ran.
+        budget: optimizer steps of all trials together. Stopped trials count the steps they ran.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted
             rate.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
             each run.
         lr_range: lowest and highest base rate at the highest rank. The first run has the rate in
-            their middle, so (lr / 16, 16 * lr) searches around a rate that you have. The range is
-            widened if the best rate is at an edge.
+            their middle. The range is widened if the best rate is at an edge.
         sampler: an Optuna sampler. By default it brackets the optimum and then refines it.
         pruner: an Optuna pruner, by default `PairedPruner`.
-        storage: path of a journal file, or an Optuna URL or storage. By default the study is kept
-            in memory.
-        batch: examples per step of the target run, if known. The rate belongs to it, so the recipe
-            records it. By default that of the trainer's arguments.
+        storage: path of a journal file, or an Optuna URL or storage, with which the same call
+            continues, and other processes join. By default the study is kept in memory.
+        batch: examples per step of the target run, if known, for the recipe. By default that of the
+            trainer's arguments.
         warmup: share of the steps with a rising rate, below 1, if known. Nothing is pruned before
             its end. By default that of the trainer's arguments.
         seed: random seed of the sampler.
-        progress: whether to show on standard error how far it is: a bar with the time left and the
-            best rate so far in a notebook or on a terminal, elsewhere a line for each trial.
-        target_steps: number of steps of the target run, by default those of a built trainer's run,
-            else `steps`.
+        progress: whether to show on standard error how far it is.
 
     Returns:
         The recipe for the target run.
@@ -191,303 +146,242 @@ def calibrate(  # noqa: PLR0913
             have fewer than 100 steps; the warm-up is as long as a trial; or every run diverged.
         CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their
             fit.
+        OptimizerError: the trainer has an optimizer already.
     """
-    native = get_optimizer_class(optimizer)
-    if not (score is None or isinstance(score, str) or callable(score)):
+    if score is not None and not callable(score):
         raise CalibrationError(
-            f"score is {score!r}.",
-            "Give the name of a metric, or a function of the trainer.",
-            "score",
+            f"score is {score!r}.", "Give a function of the trained trainer.", "score"
         )
-    place = _in_place(what, model, score)
-    trained = _Trained(native, settings or {}, score, built=place is not None)
-    others: dict[str, Any] = {
+    native = get_optimizer_class(optimizer)
+    place = _built(what, model, score)
+    runs = TrainerRuns(native, settings or {}, score, built=place is not None)
+    how: dict[str, Any] = {"storage": storage, "progress": progress}
+    how |= {"sampler": sampler, "pruner": pruner}
+    given: dict[str, Any] = {
         "law": law,
+        "ranks": ranks,
+        "steps": steps,
+        "target_steps": target_steps,
+        "trials": trials,
         "budget": budget,
+        "full_trials": full_trials,
         "seeds": seeds,
         "lr_range": lr_range,
         "batch": batch,
+        "warmup": warmup,
+        "seed": seed,
+        "name": name,
     }
-    others |= {"name": name, "warmup": warmup, "seed": seed, "full_trials": full_trials}
-    how: dict[str, Any] = {"sampler": sampler, "pruner": pruner, "storage": storage}
-    how["progress"] = progress
     if place is None:
-        _refuse_given("A function of the trial", share=share)
-        _refuse_missing(ranks=ranks, steps=steps)
-        others |= {"ranks": ranks, "steps": steps, "target_steps": target_steps}
-        options = Options(native, trials=trials, **others)
-        train = trained.by(what, what)
-        return trained.completed(search(train, options, **how))
-    _refuse_given("A built model", ranks=ranks, full_trials=full_trials)
-    plan = _Plan(place, steps, share, target_steps, trials, save)
-    return plan.run(trained, others, how)
+        if steps is None and target_steps is not None:
+            given["steps"] = _share_of(target_steps, share)
+        options = Options(native, **given)
+        return _completed(search(_loop(runs, what, what), options, **how), runs)
+    if ranks is not None or full_trials:
+        raise CalibrationError(
+            "A model that is built is calibrated at its own rank.",
+            "Leave ranks= and full_trials= out, or give a function that builds one.",
+            "ranks",
+        )
+    path = place.folder / FILE if save and place.folder else None
+    return _calibrate_built(place, runs, path, share, given, how)
+
+
+def _calibrate_built(
+    place: Loop | BuiltTrainer | BuiltPair,
+    runs: TrainerRuns,
+    path: Path | None,
+    share: float,
+    given: dict[str, Any],
+    how: dict[str, Any],
+) -> Recipe:
+    """Return the recipe at a path, or else one by trials, which is saved there.
+
+    given, how: arguments of `Options` and of `search`.
+    """
+    at = _configuration(place.model, runs.settings)
+    with closing(Replicas()) as team:
+        leads = team.leads
+        known = team.agree(lambda: _beside(path, runs.native, at))
+    if known is not None and given["steps"] in (None, _length(known)):
+        if how["progress"] and leads:
+            words = f"{path} is there, so nothing is run: remove it to calibrate"
+            print(f"calibrate: {words}", file=sys.stderr, flush=True)
+        return known
+    recipe = _searched_in_place(place, runs, at, share, given, how)
+    if known is not None:
+        recipe = _compared(recipe, known)
+    if path is not None and leads:
+        recipe.save(path)
+    return recipe
+
+
+def _searched_in_place(
+    place: Loop | BuiltTrainer | BuiltPair,
+    runs: TrainerRuns,
+    at: Reference,
+    share: float,
+    given: dict[str, Any],
+    how: dict[str, Any],
+) -> Recipe:
+    """Return a recipe by trials of a model that is built, which is as before afterwards."""
+    snapshot = place.snapshot()
+    with snapshot.kept():
+        whole = given["target_steps"] or place.steps() or given["steps"]
+        given |= {"ranks": (at.rank,), "target_steps": whole}
+        given["steps"] = given["steps"] or _share_of(whole, share)
+        if given["budget"] is None and given["trials"] is None:
+            given["trials"] = TRIALS
+        suggested = _suggested(place.subject, at, runs)
+        noisy = place.is_by_reward
+        options = Options(runs.native, suggested=suggested, noisy=noisy, **given)
+
+        def make(trial: Trial) -> Any:
+            snapshot.begin(trial)
+            return place.run(trial, options.target)
+
+        price = f" of training, where the run takes {options.target:,}"
+        if place.is_evaluated:
+            price += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
+        mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
+        price += f"; a copy of the weights that train, {mebibytes}"
+        train = _loop(runs, make, place.source)
+        return _completed(search(train, options, price=price, **how), runs)
+
+
+def _share_of(whole: int | None, share: float) -> int | None:
+    """Return a trial's share of the run's steps.
+
+    Raises:
+        CalibrationError: it is too short.
+    """
+    if whole is None:
+        return None
+    steps = round(share * whole)
+    if steps >= FEWEST_STEPS:
+        return steps
+    least = min(FEWEST_STEPS, whole)
+    raise CalibrationError(
+        f"A trial would have {steps} of the run's {whole} steps, and in fewer than"
+        f" {FEWEST_STEPS} low rates look best.",
+        f"Give steps={least}, which costs {TRIALS * least} steps in all, or take"
+        " ra.suggest_lr's rate and train longer.",
+    )
 
 
 # --- what is calibrated ---------------------------------------------------------------------------
 
 
-def _in_place(
-    what: Any, model: Any, score: Any
-) -> Loop | BuiltTrainer | BuiltPair | None:
-    """Return the model that is built and how it is trained, None for a function that builds one."""
-    is_built = is_trainer(what) or is_pair(what)
-    if is_built and model is not None:
-        raise CalibrationError(
-            "model was given with a trainer, which has its own.",
-            "Leave it out.",
-            "model",
-        )
-    if is_trainer(what):
-        return BuiltTrainer(what, is_by_reward(what, score))
-    if is_pair(what):
-        return BuiltPair(what[0], what[1], what[2:])
-    if not callable(what):
-        raise CalibrationError(
-            f"calibrate got a {type(what).__name__}.",
-            "Give a function of the trial, a trainer of transformers or TRL that is built, or"
-            " Lightning's (trainer, module, data).",
-        )
-    return None if model is None else Loop(what, model)
-
-
-def _refuse_given(what: str, **arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value:
-            raise CalibrationError(
-                f"{name} was given, but not for it: {what} has its own.",
-                "Leave it out.",
-                name,
-            )
-
-
-def _refuse_missing(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is None:
-            raise CalibrationError(
-                f"{name} is missing.",
-                "A function of the trial needs ranks=, such as (4, 64), and steps=. For a model"
-                " that is built give model= too, or its trainer.",
-                name,
-            )
-
-
-class _Trained:
-    """Runs trials by whatever the user's function returns, and keeps what trainers say of them.
+class Loop:
+    """A loop of one's own that trains a model that is built.
 
     Args:
-        native: the optimizer's class.
-        settings: of a trainer's optimizer.
-        score: a trainer's.
-        built: whether the model was built before the calibration.
+        train: the function of the trial.
+        model: the model, or a list of several.
     """
 
-    def __init__(
-        self,
-        native: type[Optimizer],
-        settings: Mapping[str, Any],
-        score: str | Callable[[Any], Any] | None,
-        built: bool,
-    ) -> None:
-        self.native, self.settings, self.score = native, settings, score
-        self.built = built
-        self.horizon: dict[str, Any] = {}  # of the trainer's arguments
+    folder: Path | None = None
+    is_by_reward = is_evaluated = False
 
-    def by(self, make: Callable[[Trial], Any], source: Any) -> Train:
-        """Return the loop of a calibration: `make(trial)` returns what runs a trial. source: what a
-        recipe names as the loop.
-        """
+    def __init__(self, train: Callable[[Trial], Any], model: Any) -> None:
+        self.source = train
+        self.model: Any = as_one_model(model)
+        self.subject = self.model
 
-        @wraps(source)
-        def train(trial: Trial) -> Any:
-            returned = [make(trial)]
-            if is_trainer(returned[0]) or is_pair(returned[0]):
-                return Pushed(lambda report: self._run(returned.pop(), trial, report))
-            if self.settings or self.score is not None:
-                raise CalibrationError(
-                    "settings= or score= was given, but train returned no trainer.",
-                    "Give settings to trial.optimizer, and return the score at the end.",
-                )
-            return returned[0]
+    def snapshot(self) -> Snapshot:
+        """Return the state to which every trial's is put back."""
+        return Snapshot([self.model])
 
-        return train
+    def steps(self) -> None:
+        """Return no steps of the run, which are an argument."""
 
-    def _run(self, trainer: Any, trial: Trial, report: Callable[[Any], bool]) -> Any:
-        of_trial = (trial, self.native, self.settings, self.score, report, self.horizon)
+    def run(self, trial: Trial, whole: int) -> Any:
+        """Return what runs a trial: a generator, or a trainer. whole: the steps of the run."""
+        return self.source(trial)
+
+
+def _built(
+    what: Any, model: Any, score: object
+) -> Loop | BuiltTrainer | BuiltPair | None:
+    """Return the model that is built and how it is trained, None for a function that builds one."""
+    if callable(what):
+        return None if model is None else Loop(what, model)
+    if model is None and is_trainer(what):
+        return BuiltTrainer(what, is_by_reward(what, score))
+    if model is None and is_pair(what):
+        return BuiltPair(*what)
+    also = "" if model is None else " and a model"
+    raise CalibrationError(
+        f"calibrate got a {type(what).__name__}{also}.",
+        "Give a function of the trial, alone or with model=; or alone a trainer of transformers or"
+        " TRL that is built, or Lightning's (trainer, module, data).",
+    )
+
+
+def _loop(runs: TrainerRuns, make: Callable[[Trial], Any], source: Any) -> Train:
+    """Return the loop of a calibration: `make(trial)` returns what runs a trial. source: what a
+    recipe names as the loop.
+    """
+
+    @wraps(source)
+    def train(trial: Trial) -> Any:
+        returned = [make(trial)]
+        if is_trainer(returned[0]) or is_pair(returned[0]):
+            return Pushed(lambda report: run(returned.pop(), trial, report))
+        if runs.settings or runs.score is not None:
+            raise CalibrationError(
+                "settings= or score= was given, but train returned no trainer.",
+                "Give settings to trial.optimizer, and return the score at the end.",
+            )
+        return returned[0]
+
+    def run(trainer: Any, trial: Trial, report: Callable[[Any], bool]) -> Any:
+        runs.begin(trial, report)
         try:
-            return TrainerRun(*of_trial, built=self.built).by(trainer)
+            if is_trainer(trainer):
+                return run_trainer(trainer, runs)
+            return run_pair(*trainer, run=runs)
         finally:
             del trainer
             release_memory()  # before the next trial
 
-    def completed(self, recipe: Recipe) -> Recipe:
-        """Return a recipe with what the trainer's arguments say of its runs."""
-        if recipe.batch is None:
-            batch = self.horizon.get("batch")
-            recipe = replace(recipe, reference=replace(recipe.reference, batch=batch))
-        if recipe.warmup is None:
-            recipe = replace(recipe, warmup=self.horizon.get("warmup"))
-        if self.horizon.get("by reward"):
-            others = (note for note in recipe.notes if note != BY_TRAINING)
-            recipe = replace(recipe, notes=(*others, BY_REWARD))
-        return recipe
+    return train
 
 
-# --- a model that is built ------------------------------------------------------------------------
+def _completed(recipe: Recipe, runs: TrainerRuns) -> Recipe:
+    """Return a recipe with what the trainers' arguments say of their runs."""
+    batch = recipe.batch or runs.batch
+    notes = recipe.notes
+    if runs.by_reward:
+        notes = (*(note for note in notes if note != BY_TRAINING), BY_REWARD)
+    return replace(
+        recipe,
+        reference=replace(recipe.reference, batch=batch),
+        warmup=runs.warmup if recipe.warmup is None else recipe.warmup,
+        notes=notes,
+    )
 
 
-class _Plan:
-    """The calibration of a model that is built.
-
-    Args:
-        place: how it is trained.
-        steps, share, target_steps, trials, save: as in `calibrate`.
-    """
-
-    def __init__(
-        self,
-        place: Loop | BuiltTrainer | BuiltPair,
-        steps: int | None,
-        share: float | None,
-        target_steps: int | None,
-        trials: int | None,
-        save: bool,
-    ) -> None:
-        self.place, self.trials = place, trials
-        self.steps, self.target_steps = steps, target_steps
-        self.share = SHARE if share is None else share
-        in_loop = isinstance(place, Loop)
-        if in_loop:
-            _refuse_given("A loop of your own", share=share)
-            _refuse_missing(steps=steps)
-        if not is_positive(self.share) or self.share > 1:
-            raise CalibrationError(
-                f"share is {share!r}.", "Give a share of the run, such as 1/4.", "share"
-            )
-        self.path = place.folder / FILE if save and place.folder else None
-
-    def run(
-        self,
-        trained: _Trained,
-        others: dict[str, Any],
-        how: dict[str, Any],
-    ) -> Recipe:
-        """Run the trials and put the model back, or return the recipe that lies beside the run.
-
-        Args:
-            trained: runs the trials.
-            others: other arguments of `Options`.
-            how: other arguments of `search`.
-        """
-        place, settings, native = self.place, trained.settings, trained.native
-        at = _configuration(place, settings)
-        team = Replicas()
-        try:
-            known = team.agree(lambda: _beside(self.path, native, at))
-        finally:
-            team.close()
-        if known is not None and not self._is_of_another_length(known):
-            if how["progress"] and team.leads:
-                _say(
-                    f"{self.path} is there, so nothing is run. Remove it to calibrate again."
-                )
-            return known
-        kept = place.snapshot()
-        with kept.kept(), place.around():
-            place.check_data()
-            whole = self.target_steps or place.steps() or self.steps
-            assert whole is not None
-            options = Options(
-                native,
-                ranks=(at.rank,),
-                steps=self.steps or self._share_of(whole),
-                target_steps=whole,
-                trials=TRIALS
-                if self.trials is None and not others["budget"]
-                else self.trials,
-                suggested=_suggested(place, native, at, settings),
-                noisy=place.is_by_reward,
-                **others,
-            )
-
-            def make(trial: Trial) -> Any:
-                kept.begin(trial)
-                return place.run(trial, whole)
-
-            price = _price(options, place, kept.size)
-            train = trained.by(make, place.source)
-            recipe = trained.completed(search(train, options, price=price, **how))
-        if known is not None:
-            recipe = _compared(recipe, options.steps, known)
-        if self.path is not None and team.leads:
-            recipe.save(self.path)
-        return recipe
-
-    def _share_of(self, whole: int) -> int:
-        """Return a trial's share of the run's steps.
-
-        Raises:
-            CalibrationError: it is too short.
-        """
-        steps = round(self.share * whole)
-        if steps >= FEWEST_STEPS:
-            return steps
-        least = min(FEWEST_STEPS, whole)
-        raise CalibrationError(
-            f"A trial would have {steps} of the run's {whole} steps, and in fewer than"
-            f" {FEWEST_STEPS} low rates look best.",
-            f"Give steps={least}, which costs {TRIALS * least} steps in all, or take"
-            " ra.suggest_lr's rate and train longer.",
-        )
-
-    def _is_of_another_length(self, known: Recipe) -> bool:
-        return self.steps is not None and _length(known) not in (None, self.steps)
-
-
-def _length(recipe: Recipe) -> int | None:
-    """Return the steps of a recipe's trials, None if it has none."""
-    curves = recipe.tensors.get("curve")
-    return None if curves is None else int(curves.shape[1])
-
-
-def _configuration(place: Any, settings: Mapping[str, Any]) -> Reference:
+def _configuration(model: Any, settings: Mapping[str, Any]) -> Reference:
     """Return the model's most common configuration: of its adapters, else of full finetuning."""
-    init = settings.get("init")
-    method = settings.get("method")
+    init, method = settings.get("init"), settings.get("method")
     try:
-        return inspect_model(place.model, method=method or "lora", init=init).dominant()
-    except InspectionError as error:
+        return inspect_model(model, method=method or "lora", init=init).dominant()
+    except InspectionError:
         if method is not None:
             raise
-        try:
-            return inspect_model(place.model, method="full").dominant()
-        except InspectionError:
-            raise error from None
+        return inspect_model(model, method="full").dominant()
 
 
-def _suggested(
-    place: Any, native: type[Optimizer], at: Reference, settings: Mapping[str, Any]
-) -> Rate | None:
-    """Return the suggested rate, None where none is known."""
-    of_optimizer = {k: v for k, v in settings.items() if k == "adjust_lr_fn"}
-    task = "rl" if hasattr(getattr(place, "trainer", None), "reward_funcs") else None
-    options: dict[str, Any] = {"method": at.method, "task": task}
-    options["init"] = settings.get("init")
+def _suggested(subject: Any, at: Reference, runs: TrainerRuns) -> Rate | None:
+    """Return the suggested rate of a model or a trainer, None where none is known."""
+    settings, init = runs.settings, runs.settings.get("init")
     try:
-        return suggest_lr(place.model, native, settings=of_optimizer, **options)
+        return suggest_lr(
+            subject, runs.native, settings=settings, method=at.method, init=init
+        )
     except (OptimizerError, LawError):
         return None
-
-
-def _price(options: Options, place: Any, size: int) -> str:
-    """Return what a calibration costs beside the steps of its trials, in words."""
-    words = f" of training, where the run takes {options.target:,}"
-    if place.evaluation:
-        words += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
-    return f"{words}; a copy of the weights that train, {size / 2**20:,.3g} MiB"
-
-
-def _say(words: str) -> None:
-    print(f"calibrate: {words}", file=sys.stderr, flush=True)
 
 
 # --- the recipe beside the run --------------------------------------------------------------------
@@ -513,13 +407,19 @@ def _beside(path: Path | None, native: type[Optimizer], at: Reference) -> Recipe
     return recipe
 
 
-def _compared(recipe: Recipe, steps: int, known: Recipe) -> Recipe:
+def _length(recipe: Recipe) -> int | None:
+    """Return the steps of a recipe's trials, None if it has none."""
+    curves = recipe.tensors.get("curve")
+    return None if curves is None else int(curves.shape[1])
+
+
+def _compared(recipe: Recipe, known: Recipe) -> Recipe:
     """Return a recipe with a note if its best rate is far from that of trials of another length."""
     ratio = recipe.fitted_lr / known.fitted_lr
     if max(ratio, 1 / ratio) <= MOVED:
         return recipe
     note = (
-        f"trials of {_length(known)} steps gave {known.fitted_lr:.3g}, those of {steps}"
-        f" {recipe.fitted_lr:.3g}: the best rate moves with the length of a run"
+        f"trials of {_length(known)} steps gave {known.fitted_lr:.3g}, those of"
+        f" {_length(recipe)} {recipe.fitted_lr:.3g}: the best rate moves with the length of a run"
     )
     return replace(recipe, notes=(*recipe.notes, note))

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..calibration import Trial, held_back
+from .. import calibration
 from ..errors import CalibrationError
+from ._run import is_sized
 
-# Containers within containers that are put back: such as metrics by mode and name
-_DEPTH = 3
+if TYPE_CHECKING:
+    from ..calibration import Trial
+
+# Containers within an attribute's container that are put back: such as metrics by mode and name
+_DEPTH = 2
 # Entries of a container above which it is data, whose rows nobody replaces
 _DATA = 10_000
 # Entries of a buffer of whole numbers above which it is packed weights, which nothing trains
 _PACKED = 65_536
-_DATA_KINDS = (Dataset, Sampler, DataLoader)
 _CONFIGS = ("config", "generation_config")
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+_PARTS_OF_DATA = (Dataset, Sampler, DataLoader)
+# What replaces parameters, or takes them away, by the names of classes
+_SHARDING = {
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "DeepSpeedEngine",
+    "DeepSpeedStrategy",
+}
 PutBack = Callable[[], Any]
 
 
@@ -40,6 +56,9 @@ class Snapshot:
         objects: what else a trial may change, such as a trainer.
         data: data sets, loaders and collators. Of them and of the data sets and samplers in them
             it is the attributes only, such as a generator.
+
+    Raises:
+        CalibrationError: a model is sharded or its ranks are pruned, or data can be read once.
     """
 
     def __init__(
@@ -49,25 +68,22 @@ class Snapshot:
         data: Iterable[Any] = (),
     ) -> None:
         modules = [*dict.fromkeys(m for model in models for m in model.modules())]
-        configs = [vars(m).get(name) for m in modules for name in _CONFIGS]
-        data = _with_parts(data)
-        seen = {id(rows): _as_it_is(rows) for rows in data}
-        owners = [(each, _DEPTH) for each in (*modules, *configs, *objects)]
-        owners += [(each, 0) for each in data]
-        self._attributes = [
-            _kept(vars(owner), seen, depth)
-            for owner, depth in owners
-            if hasattr(owner, "__dict__")
-        ]
-        params = _once(m.parameters(recurse=False) for m in modules)
-        buffers = _once(m.buffers(recurse=False) for m in modules)
-        self._values: dict[torch.Tensor, torch.Tensor] = {}
-        self._keep_values(b for b in buffers if not _is_packed(b))
-        trained = [p for p in params if p.requires_grad]
-        self._keep_values(trained)
+        parts = _with_parts(data)
+        for module in modules:
+            refuse_sharded(module)
+        for part in parts:
+            refuse_iterator(part)
+        self._put_backs = [*_put_backs([*modules, *objects], parts)]
+        params = dict.fromkeys(p for m in modules for p in m.parameters(recurse=False))
         self._gradients = [(p, p.requires_grad, p.grad) for p in params]
-        self._random = _random_states()
-        self.size = sum(t.numel() * t.element_size() for t in trained)
+        self._values: dict[torch.Tensor, torch.Tensor] = {}
+        self._keep_trained()
+        self.size = sum(t.numel() * t.element_size() for t in self._values)
+        self._keep_buffers(modules)
+        of_process = (torch.default_generator, random._inst, np.random.mtrand._rand)
+        self._random: list[PutBack] = []
+        for generator in (*of_process, *torch.cuda.default_generators):
+            self._random += _kept_state(generator)
 
     def begin(self, trial: Trial) -> None:
         """Put the state back for a trial, which begins without gradients. Before it makes its
@@ -79,16 +95,25 @@ class Snapshot:
         make = trial.optimizer
 
         def optimizer(params: Any, /, **settings: Any) -> Any:
-            known = (param for param, _, _ in self._gradients)
-            self._keep_values(p for p in known if p.requires_grad)
+            self._keep_trained()
             return make(params, **settings)
 
         trial.optimizer = optimizer  # type: ignore[method-assign]
 
-    def _keep_values(self, tensors: Iterable[torch.Tensor]) -> None:
-        for tensor in tensors:
-            if tensor not in self._values:
-                self._values[tensor] = tensor.detach().clone()
+    def _keep_trained(self) -> None:
+        for param, _, _ in self._gradients:
+            if param.requires_grad:
+                self._keep(param)
+
+    def _keep_buffers(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for buffer in module.buffers(recurse=False):
+                if buffer.is_floating_point() or buffer.numel() <= _PACKED:
+                    self._keep(buffer)
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if tensor not in self._values:
+            self._values[tensor] = tensor.detach().clone()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -103,13 +128,14 @@ class Snapshot:
             raise
 
     def _end(self) -> None:
-        with held_back(math.inf):
+        with calibration.held_back(math.inf):
             self._put_back()
-            _set_random_states(*self._random)
+            for put_back in self._random:
+                put_back()
 
     @torch.no_grad()
     def _put_back(self) -> None:
-        for put_back in self._attributes:
+        for put_back in self._put_backs:
             put_back()
         for tensor, value in self._values.items():
             tensor.copy_(value)
@@ -118,29 +144,20 @@ class Snapshot:
             param.grad = grad
 
 
-def _once(groups: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
-    """Return the tensors of all groups, tied ones once."""
-    return [*dict.fromkeys(tensor for group in groups for tensor in group)]
-
-
-def _is_packed(buffer: torch.Tensor) -> bool:
-    """Return whether a buffer has a quantized layer's weights."""
-    return not buffer.is_floating_point() and buffer.numel() > _PACKED
-
-
 def _with_parts(data: Iterable[Any]) -> list[Any]:
     """Return data sets and loaders, and what is an attribute of them: data sets, samplers and
     collators.
     """
-    queue, known = [*data], {}
+    queue = [*data]
+    known: dict[int, Any] = {}
     while queue:
         each = queue.pop()
-        if id(each) in known or not hasattr(each, "__dict__"):
+        if each is None or id(each) in known:
             continue
         known[id(each)] = each
-        for name, value in vars(each).items():
+        for name, value in getattr(each, "__dict__", {}).items():
             parts = value if isinstance(value, (list, tuple)) else [value]
-            queue += [p for p in parts if isinstance(p, _DATA_KINDS)]
+            queue += [p for p in parts if isinstance(p, _PARTS_OF_DATA)]
             queue += [value] if name == "collate_fn" else []
     return [*known.values()]
 
@@ -148,138 +165,74 @@ def _with_parts(data: Iterable[Any]) -> list[Any]:
 # --- attributes -----------------------------------------------------------------------------------
 
 
-def _as_it_is(value: Any) -> PutBack:
-    return lambda: value
+def _put_backs(objects: Iterable[Any], data: Iterable[Any]) -> Iterator[PutBack]:
+    """Yield what puts back the attributes of objects, and of data, whose rows stay."""
+    seen = {id(each) for each in data}  # objects may hold each other
+    for each in data:
+        yield from _kept(getattr(each, "__dict__", None), 0, seen)
+    for each in objects:
+        configs = [getattr(each, name, None) for name in _CONFIGS]
+        for owner in (each, *configs):
+            yield from _kept(getattr(owner, "__dict__", None), 1 + _DEPTH, seen)
 
 
-def _kept(value: Any, seen: dict[int, PutBack], depth: int) -> PutBack:
-    """Return a function that gives a value the contents that it has now, and returns it.
-
-    Args:
-        value: a container, or anything.
-        seen: the functions of containers so far, by id, since they may hold each other.
-        depth: of containers within the value that are given theirs too.
+def _kept(value: Any, depth: int, seen: set[int]) -> Iterator[PutBack]:
+    """Yield what puts back a value: a container with the containers in it down to a depth, or a
+    state.
     """
-    if id(value) not in seen:
-        seen[id(value)] = _as_it_is(value)
-        seen[id(value)] = _kept_contents(value, seen, depth - 1)
-    return seen[id(value)]
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if type(value) not in _CONTAINERS:
+        yield from _kept_state(value)
+    elif depth >= 0 and len(value) <= _DATA:
+        yield partial(_refill, value, copy.copy(value))
+        is_dict = isinstance(value, dict)
+        for each in [*value.values()] if is_dict else [*value]:
+            yield from _kept(each, depth - 1, seen)
 
 
-def _kept_contents(value: Any, seen: dict[int, PutBack], depth: int) -> PutBack:
-    if depth < -1:
-        return _kept_state(value)
-    if _is_plain_dict(value):
-        return _kept_dict(value, seen, depth)
-    if type(value) in (list, deque) and len(value) <= _DATA:
-        return _kept_list(value, seen, depth)
-    if type(value) is set and len(value) <= _DATA:
-        return _kept_set(value)
-    return _kept_state(value)
+def _refill(container: Any, contents: Any) -> None:
+    container.clear()
+    fill = container.extend if hasattr(container, "extend") else container.update
+    fill(contents)
 
 
-def _is_plain_dict(value: Any) -> bool:
-    """Return whether a dict is one that can be emptied and filled, and is no data."""
-    if not isinstance(value, dict) or len(value) > _DATA:
-        return False
-    return type(value).update in (dict.update, OrderedDict.update)
-
-
-def _kept_dict(value: dict[Any, Any], seen: dict[int, PutBack], depth: int) -> PutBack:
-    entries = [(key, _kept(each, seen, depth)) for key, each in value.items()]
-
-    def put_back() -> Any:
-        contents = [(key, back()) for key, back in entries]
-        value.clear()
-        value.update(contents)
-        return value
-
-    return put_back
-
-
-def _kept_list(value: Any, seen: dict[int, PutBack], depth: int) -> PutBack:
-    entries = [_kept(each, seen, depth) for each in value]
-
-    def put_back() -> Any:
-        contents = [back() for back in entries]
-        value.clear()
-        value.extend(contents)
-        return value
-
-    return put_back
-
-
-def _kept_set(value: set[Any]) -> PutBack:
-    entries = set(value)
-
-    def put_back() -> Any:
-        value.clear()
-        value.update(entries)
-        return value
-
-    return put_back
-
-
-def _kept_state(value: Any) -> PutBack:
-    """Return the function for a random generator or a number in a tensor, such as a loss scale, or
-    one that returns the value.
-    """
+def _kept_state(value: Any) -> Iterator[PutBack]:
+    """Yield what puts back a random generator or a number in a tensor, such as a loss scale."""
     if isinstance(value, torch.Generator):
-        return _setter(value, value.set_state, value.get_state())
-    if isinstance(value, random.Random):
-        return _setter(value, value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
-        return _setter(value, value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
+        yield partial(value.set_state, value.get_state())
+    elif isinstance(value, random.Random):
+        yield partial(value.setstate, value.getstate())
+    elif isinstance(value, np.random.RandomState):
+        yield partial(value.set_state, value.get_state())
+    elif isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        return _setter(value, lambda state: setattr(bits, "state", state), bits.state)
-    is_tensor = isinstance(value, torch.Tensor) and not value.requires_grad
-    if is_tensor and value.numel() == 1 and not value.is_meta:
-        return _setter(value, value.copy_, value.clone())
-    return _as_it_is(value)
+        yield partial(setattr, bits, "state", bits.state)
+    elif _is_number(value):
+        yield partial(value.copy_, value.clone())
 
 
-def _setter(value: Any, set_state: Callable[[Any], Any], state: Any) -> PutBack:
-    def put_back() -> Any:
-        set_state(state)
-        return value
-
-    return put_back
-
-
-# --- the process's random generators --------------------------------------------------------------
-
-
-def _random_states() -> tuple[Any, ...]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), np.random.get_state(), random.getstate(), devices
-
-
-def _set_random_states(cpu: Any, numpys: Any, pythons: Any, devices: Any) -> None:
-    torch.set_rng_state(cpu)
-    np.random.set_state(numpys)
-    random.setstate(pythons)
-    if devices:
-        torch.cuda.set_rng_state_all(devices)
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number in a tensor that does not train."""
+    is_one = isinstance(value, torch.Tensor) and value.numel() == 1
+    return is_one and not value.requires_grad and not value.is_meta
 
 
 # --- what cannot be put back ----------------------------------------------------------------------
 
 
-def refuse_sharded(models: Iterable[nn.Module]) -> None:
-    """Raise a `CalibrationError` for a model whose parameters a trial replaces or takes away: one
-    that FSDP or DeepSpeed shards, or AdaLoRA.
+def refuse_sharded(owner: Any) -> None:
+    """Raise a `CalibrationError` for a module or a strategy that replaces parameters, or takes them
+    away.
     """
-    for module in (m for model in models for m in model.modules()):
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        params = [*module.parameters(recurse=False)]
-        if any(hasattr(p, "ds_id") for p in params):
-            raise cannot_be_put_back("DeepSpeed's ZeRO shards it")
-        is_sharded = any(hasattr(p, "to_local") for p in params)
-        if is_sharded or kinds & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise cannot_be_put_back("FSDP shards it")
-        if "AdaLoraLayer" in kinds:
-            raise cannot_be_put_back("AdaLoRA prunes its ranks while it trains")
+    kinds = {kind.__name__ for kind in type(owner).__mro__}
+    params = [*owner.parameters(recurse=False)] if isinstance(owner, nn.Module) else []
+    sharded = [p for p in params if hasattr(p, "to_local") or hasattr(p, "ds_id")]
+    if kinds & _SHARDING or sharded:
+        raise cannot_be_put_back("FSDP or DeepSpeed shards it")
+    if "AdaLoraLayer" in kinds:
+        raise cannot_be_put_back("AdaLoRA prunes its ranks while it trains")
 
 
 def cannot_be_put_back(why: str) -> CalibrationError:
@@ -289,3 +242,16 @@ def cannot_be_put_back(why: str) -> CalibrationError:
         "Give calibrate a function of the trial that builds a model or a trainer for each, or take"
         " ra.suggest_lr's rate.",
     )
+
+
+def refuse_iterator(data: Any) -> None:
+    """Raise a `CalibrationError` for a stream that can be read once: a trial would use it up."""
+    if is_sized(data) or not hasattr(data, "__iter__"):
+        return
+    first = data if hasattr(data, "__next__") else iter(data)
+    if first is data or iter(data) is first:
+        raise CalibrationError(
+            f"The data, a {type(data).__name__}, are an iterator that can be read once, and the"
+            " trials would use it up.",
+            "Give data that begin again at each iter(), such as a class with a generator __iter__.",
+        )

@@ -15,7 +15,12 @@ import torch
 from click.testing import CliRunner
 
 import rankaware_optim as ra
-from rankaware_optim import CalibrationError, CalibrationInterrupted, RankAwareOptimizer
+from rankaware_optim import (
+    CalibrationError,
+    CalibrationInterrupted,
+    RankAwareError,
+    RankAwareOptimizer,
+)
 from rankaware_optim.cli import _calibrate, main
 
 from ...helpers.models import batches, mlp
@@ -137,14 +142,10 @@ def test_a_trainers_values_are_those_that_it_logs(tmp_path, make, own):
 
 
 class Rewards(transformers.TrainerCallback):
-    """Keeps each run's rewards, and the steps at which other callbacks see its logs."""
+    """Keeps each run's rewards."""
 
     def __init__(self):
-        self.runs, self.shown = [], []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" in logs:
-            self.shown.append(state.global_step)
+        self.runs = []
 
     def on_train_end(self, args, state, control, **kwargs):
         logged = [entry.get("reward") for entry in state.log_history]
@@ -185,7 +186,6 @@ def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, kind, own):
     ):
         assert curve == pytest.approx(np.repeat([-r for r in rewards], times).tolist())
     assert "minus the reward" in recipe.notes[-1]
-    assert set(watch.shown) <= {3, 6}
 
 
 def test_a_score_replaces_the_rewards(tmp_path):
@@ -222,14 +222,14 @@ def test_full_finetuning_through_transformers(tmp_path):
     assert calibrate(maker(tmp_path), ranks=(2, None), trials=2).full_seen
 
 
-@pytest.mark.parametrize(("max_steps", "span"), [(-1, STEPS), (12, 12)])
-def test_the_schedule_is_the_trainers(tmp_path, max_steps, span):
-    """Cosine with two steps of warm-up over the steps of the trial, or over the max_steps that the arguments name."""
+@pytest.mark.parametrize("max_steps", [-1, 3, 12])
+def test_the_schedule_is_the_trainers(tmp_path, max_steps):
+    """Cosine with two steps of warm-up over the steps of the trial, whatever max_steps the arguments name."""
     watch = Watch()
     calibrate(maker(tmp_path, watch, max_steps=max_steps), trials=1)
     (rates,) = (run["rates"] for run in watch.runs)
     plain = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(plain, 2, span)
+    schedule = transformers.get_cosine_schedule_with_warmup(plain, 2, STEPS)
     wanted = []
     for _ in range(STEPS):
         wanted.append(plain.param_groups[0]["lr"])
@@ -239,20 +239,24 @@ def test_the_schedule_is_the_trainers(tmp_path, max_steps, span):
     assert shares == pytest.approx([rate / max(wanted) for rate in wanted])
 
 
+def fail(trainer):
+    raise AssertionError
+
+
 def test_a_pruned_trainer_stops(tmp_path):
     """The pruner's word ends the run at that step, and no evaluation is made of it."""
     watch = Watch()
     make = maker(tmp_path, watch)
     with pytest.raises(CalibrationError, match="pruned"):
-        calibrate(make, pruner=PruneAt(), score="eval_loss", trials=2)
+        calibrate(make, pruner=PruneAt(), score=fail, trials=2)
     assert [run["steps"] for run in watch.runs] == [3, 3]
 
 
 @pytest.mark.parametrize(
-    "score", [None, "eval_loss", lambda trainer: trainer.evaluate()["eval_loss"]]
+    "score", [None, lambda trainer: trainer.evaluate()["eval_loss"]]
 )
 def test_an_evaluation_may_be_the_score(tmp_path, score):
-    """By default the loss of its data, or a metric by name, or a function of the trainer, is what is minimised."""
+    """By default the loss of its data, or a function of the trainer, is what is minimised."""
     make = maker(tmp_path)
     recipe = calibrate(make, score=score)
     evaluated = [trainer.evaluate()["eval_loss"] for trainer in make.trainers]
@@ -502,16 +506,14 @@ def held(whole):
 
 
 def test_lightning_is_pruned_and_scored(tmp_path):
-    """The pruner stops `fit` at its step; a validation metric by name is the score of runs that end."""
+    """The pruner stops `fit` at its step; a function of the trainer is the score of runs that end."""
     make = lit(tmp_path)
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(make, pruner=PruneAt(), trials=2)
     assert [module.trainer.global_step for module in make.modules] == [3, 3]
     make = lit(tmp_path)
-    recipe = calibrate(make, score="val_loss", trials=1)
-    (net,) = (module.net for module in make.modules)
-    losses = [loss_of(net, x).item() for x in batches(2)]
-    assert recipe.tensors["value"].tolist() == pytest.approx([sum(losses) / 2])
+    recipe = calibrate(make, score=lambda trainer: trainer.global_step, trials=1)
+    assert recipe.tensors["value"].tolist() == [STEPS]
 
 
 def test_ctrl_c_in_lightning_is_ctrl_c(tmp_path):
@@ -538,8 +540,7 @@ def test_a_shell_takes_a_function_that_returns_a_trainer(tmp_path, monkeypatch):
 DECAY = {"settings": {"weight_decay": 0.5}}
 BAD = [
     (lambda folder: None, {}, "calibrate got a NoneType.*a function of the trial"),
-    (maker, {"score": 3}, "score is 3"),
-    (maker, {"share": 0.5}, "share was given"),
+    (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
     (lambda folder: lambda trial: iter(()), DECAY, "train returned no trainer"),
@@ -549,21 +550,13 @@ BAD = [
         "warm-up is as long as the trial.*its step 6",
     ),
     (with_optimizer, {}, "already has an optimizer"),
-    (lambda folder: maker(folder, max_steps=3), {}, "is 3, less than the trial's 6"),
-    (maker, {"score": "eval_f1", "trials": 1}, "has no 'eval_f1'"),
     (lit, DECAY, "Scheduled configures its optimizer itself"),
     (lambda folder: lit(folder, Own), {}, r"without calling trial\.optimizer"),
-    (lambda folder: lit(folder, max_steps=3), {}, "max_steps is 3"),
-    (
-        lambda folder: lit(folder, lambda trial: torch.nn.Linear(2, 2)),
-        {},
-        "A Linear stands in the place of Lightning's module",
-    ),
 ]
 
 
 @pytest.mark.parametrize(("make", "options", "message"), BAD)
 def test_bad_input_is_a_sentence(tmp_path, make, options, message):
     """What is no trainer, or none that can be calibrated, is an error that says what to return."""
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(RankAwareError, match=message):
         calibrate(make(tmp_path), **options)
