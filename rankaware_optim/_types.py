@@ -135,7 +135,6 @@ class Survey:
         other: names of the other trainable parameters.
         notes: sentences for the report.
         looked_at: number of parameters examined.
-        tried: names of the conventions tried.
         frozen: names of LoRA factors that do not train.
         unsupported: the adapter's kind for those of `other` that no law covers, such as
             {"q.hada_w1_a": "LoHa"}.
@@ -145,7 +144,6 @@ class Survey:
     other: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     looked_at: int = 0
-    tried: tuple[str, ...] = field(default=(), repr=False)
     frozen: tuple[str, ...] = field(default=(), repr=False)
     unsupported: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 

@@ -1,4 +1,5 @@
-"""The table of conventions: how each library stores a LoRA pair in a model. One row per convention.
+"""The table of conventions: how each library stores a LoRA pair in a model and in a file. One row
+per convention.
 
 A row has the attributes of the module that owns a pair and the layout of its two tensors. The
 libraries are not imported. A row is matched by attributes.
@@ -7,6 +8,7 @@ libraries are not imported. A row is matched by attributes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,10 +20,9 @@ from .._registry import Registry
 from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
+from ._stored import Shape, StoredLayer
 
 INITS = (*get_args(Init), None)
-
-Shape = tuple[int, ...]
 
 
 class Reading(NamedTuple):
@@ -52,11 +53,9 @@ def rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r /
     groups columns.
     """
-    return rows_of(a, b, getattr(getattr(owner, "base_layer", owner), "groups", 1))
-
-
-def rows_of(a: Shape, b: Shape, groups: int) -> Reading:
-    """Return the reading of the usual layout, on a convolution of so many groups."""
+    groups = getattr(getattr(owner, "base_layer", owner), "groups", 1)
+    if isinstance(owner, StoredLayer):
+        groups = a[0] // b[1]
     if math.prod(b[2:]) != 1:
         raise ValueError("B has a kernel")
     if len(b) == 2 or b[1] * groups != a[0]:
@@ -122,11 +121,7 @@ def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base
     rate.
     """
-    return tucker_of(a, b, tuple(owner.lora_mid.weight.shape))
-
-
-def tucker_of(a: Shape, b: Shape, core: Shape) -> Reading:
-    """Return the reading of a pair around a core."""
+    core = tuple(owner.lora_mid.weight.shape)
     if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
         raise ValueError("the core does not fit")
     return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
@@ -147,6 +142,10 @@ class Convention:
         container: whether `a` and `b` are dicts by adapter name.
         kind: the layer's kind, if all layers of the convention have the same one.
         where: attributes that the owner must have.
+        without: attributes that it must not have, such as the gate of a block whose weights are
+            called `up` and `down`.
+        file: a regex of the owner's name in a file, in place of `where`, whose group is the layer's
+            name. By default the names in `where` must be among its tensors.
         layouts: names of `LAYOUTS` or functions. The first one that agrees with the declared rank
             is used.
         rank: attributes that may declare the rank, with dots for nested ones. The first that exists
@@ -167,11 +166,26 @@ class Convention:
     container: bool = False
     kind: str | None = None
     where: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    file: str = ""
     layouts: tuple[str | Layout, ...] = ("rows",)
     rank: tuple[str, ...] = ("r", "rank", "lora_dim")
     scaling: tuple[str, ...] = ("scaling", "scale")
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
     init: Init | None = None
+
+    def fits(self, owner: Any) -> bool:
+        """Return whether the owner of a pair, a module or a layer of a file, is of this library."""
+        if any(hasattr(owner, name) for name in self.without):
+            return False
+        if self.file and isinstance(owner, StoredLayer):
+            return re.fullmatch(self.file, owner.name) is not None
+        return all(hasattr(owner, name) for name in self.where)
+
+    def layer_in_file(self, owner: str) -> str:
+        """Return the layer's name, from its owner's in a file."""
+        match = re.fullmatch(self.file or "(.*)", owner)
+        return match[1] or "" if match else owner
 
 
 _LORA = ("lora_A", "lora_B")
@@ -223,7 +237,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         layouts=("rows", "columns"),
     ),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",)),
-    Convention("lora_A/lora_B", *_LORA),
+    Convention("lora_A/lora_B", *_LORA, without=("lora_E", "lora_diag")),
     Convention("lora_a/lora_b", "lora_a", "lora_b"),
     Convention(
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)
@@ -266,6 +280,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         "down",
         "up",
         where=("network_alpha", "rank"),
+        file=r"(?:(.*)[._])?lora(?:_linear_layer)?",
         alpha=("network_alpha", "alpha"),
     ),
 )

@@ -6,25 +6,21 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .._checks import check_init, shown
 from .._types import Factor, Init, Survey
 from ..errors import InspectionError
 from ._conventions import INITS
-from ._file_pairs import (
-    Header,
-    file_factors,
-    file_pairs,
-    read_header,
-    refuse_collisions,
-)
+from ._file_pairs import Header, file_pairs, read_header
+from ._pairs import reading_of, scaling_of
 from ._peft_config import AdapterConfig, embedded_configs, read_config
-from ._survey import is_other_adapter, unsupported
+from ._survey import factors_of, init_of, is_other_adapter, unsupported
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_NO_ALPHA = "The file and its folder have no alpha: scaling 1 is assumed."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Entries of kohya's scripts.
 _TRAINING = (
@@ -42,10 +38,9 @@ _TRAINING = (
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no tensors are loaded.
 
-    The names of three dialects are known: PEFT's (loralib's too), kohya's (LyCORIS's too, with
-    Tucker), and the former one of diffusers. Rank, fan-in and fan-out come from the shapes. The
-    rank must agree with the one that a configuration declares. The scaling comes from the file's
-    `alpha`, the configuration (PEFT's, or the copy in a diffusers file), or kohya's metadata.
+    The conventions are those of models, registered ones too. Rank, fan-in and fan-out come from the
+    shapes. The rank must agree with the one that a configuration declares. The scaling comes from
+    the file's `alpha` or the configuration (PEFT's, or the copy in a diffusers file).
     Otherwise it is 1, with a note. The adapter is usually trained, so its init is the declared one,
     or "unknown". The survey of an adapter without a law, such as LoHa, has no factors.
 
@@ -63,18 +58,15 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     file, config = _file_at(Path(path))
     header = read_header(file)
     configs = [config] if config else embedded_configs(file, header.metadata)
-    pairs = list(file_pairs(header))
-    refuse_collisions(header, pairs)
-    factors, notes = list[Factor](), dict[str, None]()
-    for pair in pairs:
-        factors += file_factors(header, pair, configs, init, notes)
+    factors, notes = _read(header, configs, init)
     has_adapter = factors or any(map(is_other_adapter, header.shapes))
     if not has_adapter and (config is None or config.entries is not None):
         raise InspectionError(
             f"{file} has no LoRA pair among {len(header.shapes)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    other = _other(header, factors)
+    read = {f.name for f in factors} | header.numbers.keys()
+    other = tuple(name for name in header.shapes if name not in read)
     return Survey(
         tuple(factors),
         other,
@@ -84,14 +76,17 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     )
 
 
-def _other(header: Header, factors: Iterable[Factor]) -> tuple[str, ...]:
-    """Return the tensors that are neither factors nor the alpha of a layer's adapter."""
-    names, layers = {f.name for f in factors}, {f.layer for f in factors}
-    for name in filter(is_other_adapter, header.shapes):  # such as x.hada_w1_a
-        layers.add(name.removesuffix(".weight").rpartition(".")[0])
-    alphas = {f"{layer}.alpha".removeprefix(".") for layer in layers}
-    names |= alphas & header.alphas.keys()
-    return tuple(name for name in header.shapes if name not in names)
+def _read(
+    header: Header, configs: Sequence[AdapterConfig], init: Init | None
+) -> tuple[list[Factor], list[str]]:
+    """Return the factors of a file, and what is assumed of them."""
+    factors, scalings = list[Factor](), list[float | None]()
+    for pair in file_pairs(header, configs):
+        reading = reading_of(pair)
+        scalings.append(scaling_of(pair, reading.rank_a))
+        started = init or init_of(pair, pair.owner.init, reading.kind)
+        factors += factors_of(pair, reading, scalings[-1], started)
+    return factors, [_NO_ALPHA] if None in scalings else []
 
 
 def _file_notes(header: Header, config: AdapterConfig | None) -> Iterator[str]:

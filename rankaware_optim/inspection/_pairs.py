@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import is_number, shown
 from ..errors import InspectionError
-from ._conventions import LAYOUTS, Convention, Layout, Reading, Shape, conventions
+from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
+from ._stored import Half, Shape, StoredLayer
 
 if TYPE_CHECKING:  # files are read without it
-    import torch
     from torch import nn
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
@@ -34,26 +35,10 @@ class Walk(NamedTuple):
     parameters: Parameters
 
 
-class Half(NamedTuple):
-    """One of a pair's two tensors, with its name relative to the owner."""
-
-    name: str
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def is_shard(self) -> bool:
-        """Whether it is the shard of one process: flat under FSDP1, empty under ZeRO-3."""
-        return len(self.tensor.shape) < 2 or 0 in self.tensor.shape
-
-
 class Pair(NamedTuple):
     """Two factors of a module: the module and its name, the adapter's, the convention, A and B."""
 
-    owner: nn.Module
+    owner: Any
     layer: str
     adapter: str
     convention: Convention
@@ -63,11 +48,18 @@ class Pair(NamedTuple):
     @property
     def where(self) -> str:
         """The pair's name in error messages."""
+        if isinstance(self.owner, StoredLayer):
+            return self.owner.where
         return self.layer or type(self.owner).__name__
 
     @property
+    def shapes(self) -> str:
+        (a, _), (b, _) = self.a, self.b
+        return f"{a} has shape {self.a.shape} and {b} {self.b.shape}"
+
+    @property
     def trains(self) -> bool:
-        return self.a.tensor.requires_grad or self.b.tensor.requires_grad
+        return any(half.tensor.requires_grad for half in (self.a, self.b))
 
     @property
     def is_sharded(self) -> bool:
@@ -133,28 +125,41 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     firsts = {row.a for row in rows}
     for layer, module in modules:
         members: dict[str, Any] = {**module._modules, **module._parameters}
-        if firsts.isdisjoint(members):
-            continue
-        pairs: dict[tuple[int, int], Pair] = {}
-        for row in rows:
-            in_a = _halves(members.get(row.a), row.a, row.container)
-            if not in_a or not all(hasattr(module, name) for name in row.where):
-                continue
-            in_b = _halves(members.get(row.b), row.b, row.container)
-            for adapter in filter(in_b.__contains__, in_a):
-                a, b = in_a[adapter], in_b[adapter]
-                key = id(a.tensor), id(b.tensor)
-                pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
-        yield from pairs.values()
+        if not firsts.isdisjoint(members):
+            fitting = [row for row in rows if row.a in members and row.fits(module)]
+            yield from match_rows(layer, module, fitting, partial(_halves, members))
 
 
-def _halves(member: Any, attribute: str, by_adapter: bool) -> dict[str, Half]:
+def match_rows(
+    layer: str,
+    owner: Any,
+    rows: Iterable[Convention],
+    halves_of: Callable[[str, bool], Mapping[str, Half]],
+) -> Iterable[Pair]:
+    """Return the pairs of an owner, each by the first row that has it.
+
+    halves_of: returns the owner's tensors by adapter, from an attribute and whether it is a dict.
+    """
+    pairs: dict[tuple[int, int], Pair] = {}
+    for row in rows:
+        in_a, in_b = (halves_of(name, row.container) for name in (row.a, row.b))
+        for adapter in filter(in_b.__contains__, in_a):
+            a, b = in_a[adapter], in_b[adapter]
+            key = id(a.tensor), id(b.tensor)
+            pairs.setdefault(key, Pair(owner, layer, adapter, row, a, b))
+    return pairs.values()
+
+
+def _halves(
+    members: Mapping[str, Any], attribute: str, by_adapter: bool
+) -> dict[str, Half]:
     """Return the tensors of a module's `attribute` by adapter: a parameter, a module's weight, or a
     dict of these if `by_adapter`.
     """
     import torch
     from torch import nn
 
+    member: Any = members.get(attribute)
     halves: dict[str, Half] = {}
     if isinstance(member, (nn.ModuleDict, nn.ParameterDict)) is not by_adapter:
         return halves
@@ -195,17 +200,13 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
     if value is None:
         alpha = declared_number(pair, pair.convention.alpha)
         value = None if alpha is None else alpha / rank
-    return checked_scaling(pair.where, value)
-
-
-def checked_scaling(where: str, scaling: float | None) -> float | None:
-    """Return a scaling, checked to be positive and finite if there is one."""
-    if scaling is not None and not 0 < scaling < math.inf:
+    if value is not None and not 0 < value < math.inf:
         raise InspectionError(
-            f"{where} has the scaling {scaling:g}, so its adapter has no effect or is undefined.",
+            f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is"
+            " undefined.",
             "Give a positive finite alpha. To disable an adapter, freeze or delete it.",
         )
-    return scaling
+    return value
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -225,47 +226,39 @@ def reading_of(pair: Pair) -> Reading:
     rank = declared_number(pair, pair.convention.rank)
     a, b = pair.a.shape, pair.b.shape
     layouts = pair.convention.layouts
-    readings = (layout_reading(layout, pair.owner, a, b) for layout in layouts)
+    readings = (_layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
         if reading is not None and rank in (None, reading.rank_a):
             if rank is None:
-                refuse_either_way(
-                    pair.where, reading, (pair.a.name, a), (pair.b.name, b)
-                )
+                _refuse_either_way(pair, reading)
             kind = pair.convention.kind or reading.kind or pair.kind
             return reading._replace(kind=kind)
-    raise misfit(pair.where, rank, (pair.a.name, a), (pair.b.name, b))
-
-
-def misfit(
-    where: str, rank: float | None, a: tuple[str, Shape], b: tuple[str, Shape]
-) -> InspectionError:
-    """Return the error for a pair whose declared rank and two named shapes do not fit."""
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
-    return InspectionError(
-        f"{where} {what} but {a[0]} has shape {a[1]} and {b[0]} {b[1]}.",
+    raise InspectionError(
+        f"{pair.where} {what} but {pair.shapes}.",
         "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
         " right, or register its layout with register_convention().",
     )
 
 
-def refuse_either_way(
-    where: str, reading: Reading, a: tuple[str, Shape], b: tuple[str, Shape]
-) -> None:
-    """Raise if the named shapes of a pair without a declared rank also fit a larger square layer,
-    at a lower rank and with A and B transposed.
+def _refuse_either_way(pair: Pair, reading: Reading) -> None:
+    """Raise if the shapes of a pair without a declared rank also fit a larger square layer, at a
+    lower rank and with A and B transposed. A module's weight in a file is (out, in).
     """
     rank, side = reading.rank_a, reading.fan_in
+    is_stored = isinstance(pair.owner, StoredLayer)
+    if is_stored and pair.a.name.endswith(".weight"):
+        return
     if side == reading.fan_out < rank:
         raise InspectionError(
-            f"{where} declares no rank, and {a[0]} has shape {a[1]} and {b[0]} {b[1]}, so the rank"
-            f" may be {rank:g} or {side:g}.",
+            f"{pair.where} declares no rank, and {pair.shapes}, so the rank may be {rank:g} or"
+            f" {side:g}.",
             "Declare it, such as by `r` on the module that owns the pair, or by PEFT's"
             " configuration of a file.",
         )
 
 
-def layout_reading(
+def _layout_reading(
     layout: str | Layout, owner: Any, a: Shape, b: Shape
 ) -> Reading | None:
     """Return a layout's reading if its ranks are one positive whole number, else None."""
@@ -276,21 +269,20 @@ def layout_reading(
         reading = read(owner, a, b)
         rank = reading.rank_a
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
-        return (
-            reading if is_whole and min(reading.fan_in, reading.fan_out) > 0 else None
-        )
+        fits = is_whole and min(reading.fan_in, reading.fan_out) > 0
+        return reading if fits else None
     except InspectionError:  # the layout has a more specific message
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
 
 
-def is_embedding(module: nn.Module) -> bool:
-    """Return whether a module, or the one that it adapts, is an embedding."""
-    base = getattr(module, "base_layer", module)
-    from torch import nn
-
-    return isinstance(base, (nn.Embedding, nn.EmbeddingBag))
+def is_embedding(module: Any) -> bool:
+    """Return whether a module, or the one that it adapts, is an embedding of torch. A file is read
+    without torch.
+    """
+    kinds = type(getattr(module, "base_layer", module)).__mro__
+    return any(k.__module__ == "torch.nn.modules.sparse" for k in kinds)
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,24 +20,27 @@ from ._pairs import Modules, Pair
 
 _LIMIT = 10_000_000  # bytes of a file: by hand
 LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
-_FROM_PEFT = "Give an adapter as PEFT saves it."
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
 # its quotient by a rank is a float too
 _Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]
+# A plain name: any other regex could take very long to match.
+_Layer = Annotated[str, Meta(pattern=r"^\^?[\w.-]+$")]
 _Patterns = Meta(max_length=4096)
 
 
 class _Entries(msgspec.Struct):
-    """The entries of a configuration that are read. A pattern is a layer's name or its end."""
+    """The entries of a configuration that are read. A pattern is a layer's name or its end. Experts
+    have ranks that a file does not show.
+    """
 
     r: _Rank
     lora_alpha: _Alpha | None = None
     use_rslora: bool | None = None
     init_lora_weights: bool | str | None = None
-    target_parameters: list[str] | None = None
-    rank_pattern: Annotated[dict[str, _Rank], _Patterns] | None = None
-    alpha_pattern: Annotated[dict[str, _Alpha], _Patterns] | None = None
+    target_parameters: Annotated[list[str], Meta(max_length=0)] | None = None
+    rank_pattern: Annotated[dict[_Layer, _Rank], _Patterns] | None = None
+    alpha_pattern: Annotated[dict[_Layer, _Alpha], _Patterns] | None = None
 
 
 class Declared(NamedTuple):
@@ -100,15 +103,9 @@ def read_config(path: Path) -> AdapterConfig:
         InspectionError: it is missing, not a JSON object, or an entry that is used has the wrong
             type.
     """
-    if not os.path.isfile(path):
-        raise InspectionError(
-            f"There is no file {path}.", "Give a folder saved by PEFT."
-        )
-    try:
-        text = read_bytes(path, _LIMIT)
-    except OSError as error:
-        raise InspectionError(f"{path} cannot be read: {error}.", _FROM_PEFT) from error
-    return _checked(str(path), json_object(str(path), text))
+    with _usable(str(path)):
+        values = msgspec.json.decode(read_bytes(path, _LIMIT), type=dict[str, Any])
+        return _checked(str(path), values)
 
 
 def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterConfig]:
@@ -119,28 +116,28 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     if not text:
         return []
     where = f"{path}: lora_adapter_metadata"
-    values = json_object(where, text)
-    prefixes = {key[:-1] for key in values if f".{key}".endswith(".r")}
-    configs = []
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        part = {
-            key.removeprefix(prefix): value
-            for key, value in values.items()
-            if key.startswith(prefix)
-        }
-        configs.append(_checked(where, part, prefix))
-    return configs
+    parts: dict[str, dict[str, Any]] = {}
+    with _usable(where):
+        values = msgspec.json.decode(text, type=dict[str, Any])
+        for prefix in {key[:-1] for key in values if f".{key}".endswith(".r")}:
+            parts[prefix] = {
+                key.removeprefix(prefix): value
+                for key, value in values.items()
+                if key.startswith(prefix)
+            }
+        longest_first = sorted(parts, key=len, reverse=True)
+        return [_checked(where, parts[prefix], prefix) for prefix in longest_first]
 
 
-def json_object(where: str, text: bytes | str) -> dict[str, Any]:
+@contextmanager
+def _usable(where: str) -> Iterator[None]:
     try:
-        values: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        yield
+    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise InspectionError(
-            f"{where} cannot be read as a JSON object: {error}.",
-            _FROM_PEFT,
+            f"{where} cannot be used: {error}.",
+            "Give an adapter as PEFT saves it, or inspect the model itself (inspect_model).",
         ) from error
-    return values
 
 
 def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> AdapterConfig:
@@ -153,26 +150,7 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
             "lora_alpha": values.get("lora_alpha"),
             "init_lora_weights": values.get("init_lora_weights"),
         }
-    try:
-        entries = msgspec.convert(values, _Entries)
-    except msgspec.ValidationError as error:
-        raise InspectionError(
-            f"{where} has an entry that cannot be used: {error}.",
-            _FROM_PEFT,
-        ) from error
-    if entries.target_parameters:
-        raise InspectionError(
-            f"{where} adapts experts by target_parameters, whose ranks a file does not tell.",
-            "Inspect the model itself with inspect_model.",
-        )
-    for pattern in (*(entries.rank_pattern or ()), *(entries.alpha_pattern or ())):
-        # any other regex could take very long to match
-        if not re.fullmatch(r"\^?[\w.-]+", pattern):
-            raise InspectionError(
-                f"{where} has the pattern {shown(pattern)}, which is no plain name.",
-                "Inspect the model itself with inspect_model.",
-            )
-    return AdapterConfig(where, kind, entries, prefix)
+    return AdapterConfig(where, kind, msgspec.convert(values, _Entries), prefix)
 
 
 # --- the configurations of a model ----------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .._checks import check_init
 from .._types import LAWLESS, Factor, Init, Method, Role, Survey
 from ..errors import InspectionError
-from ._conventions import INITS, Reading, conventions
+from ._conventions import INITS, Reading
 from ._pairs import (
     Modules,
     Pair,
@@ -89,7 +89,6 @@ def survey_of(
         for name, param in walked.parameters
         if param.requires_grad or id(param) in also
     }
-    tried = tuple(dict.fromkeys(row.name for row in conventions()))
     if method == "full":
         survey = Survey(tuple(_full_factors(walked, trainable)))
         if not survey.factors:
@@ -100,14 +99,13 @@ def survey_of(
                 " weight, FSDP2 does not.",
             )
     else:
-        survey = _lora_survey(walked, trainable, init, tried)
+        survey = _lora_survey(walked, trainable, init)
     names = {f.name for f in survey.factors}
     other = tuple(filterfalse(names.__contains__, trainable.values()))
     return replace(
         survey,
         other=other,
         looked_at=len(walked.parameters),
-        tried=tried,
         unsupported=unsupported(other),
     )
 
@@ -149,7 +147,6 @@ def _lora_survey(
     walked: Walk,
     trainable: Mapping[int, str],
     init: Init | None,
-    tried: tuple[str, ...],
 ) -> Survey:
     configs, left = configs_of(walked.modules), dict(trainable)
     factors, notes = list[Factor](), dict[str, None]()
@@ -172,15 +169,15 @@ def _lora_survey(
         found = init or init_of(pair, declared, reading.kind)
         if pair.layer.startswith(mixed):
             reading = reading._replace(kind="xlora")
-        belongs = pair.layer, pair.adapter, pair.convention.name
-        factors += factors_of(names, reading, scaling, found, belongs)
+        factors += factors_of(pair, reading, scaling, found, names)
     if not factors and not any(map(is_other_adapter, trainable.values())):
         refuse_frozen(walked)
         raise InspectionError(
-            f"No trainable LoRA pair among {len(walked.parameters)} parameters (conventions tried:"
-            f" {', '.join(tried)}).",
-            "Add adapters that train first, such as by peft.get_peft_model, or give method='full'"
-            " for full finetuning. Adapters of another layout are added by register_convention().",
+            f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
+            "Call peft.get_peft_model first, and train before adapters are merged. Full finetuning"
+            " is method='full'. Adapters of another layout, such as layers called A and B, or two"
+            " pairs on one module, are read by register_convention(): docs/extend/convention.md has"
+            " an example.",
         )
     return Survey(
         tuple(factors),
@@ -214,24 +211,34 @@ def refuse_frozen(walked: Walk) -> None:
 
 
 def factors_of(
-    names: Iterable[str | None],
+    pair: Pair,
     reading: Reading,
     scaling: float | None,
     init: Init,
-    belongs: tuple[str, str, str],
+    names: Sequence[str | None] = (),
 ) -> Iterator[Factor]:
-    """Yield a pair's factors A and B, if they have names. `belongs`: layer, adapter, convention.
+    """Yield a pair's factors A and B. names: their parameters', None for one that does not train,
+    by default their own.
 
     The init of a kind without a law is "other", since no init is covered there.
     """
-    if reading.kind in LAWLESS:
-        init = "other"
-    sizes = int(reading.rank_a), float(reading.fan_in), float(reading.fan_out)
-    how = 1.0 if scaling is None else float(scaling), init, reading.kind
     roles: tuple[Role, Role] = "A", "B"
-    for role, name in zip(roles, names, strict=True):
-        if name is not None:
-            yield Factor(name, role, *sizes, *how, *belongs)
+    for role, name in zip(roles, names or (pair.a.name, pair.b.name), strict=True):
+        if name is None:
+            continue
+        yield Factor(
+            name,
+            role,
+            int(reading.rank_a),
+            float(reading.fan_in),
+            float(reading.fan_out),
+            scaling=1.0 if scaling is None else float(scaling),
+            init="other" if reading.kind in LAWLESS else init,
+            kind=reading.kind,
+            layer=pair.layer,
+            adapter=pair.adapter,
+            convention=pair.convention.name,
+        )
 
 
 def declared_init(declared: object, kind: str) -> Init:
@@ -377,19 +384,12 @@ def unread_lora(survey: Survey) -> list[str]:
     """Return those of `survey.other` that are LoRA's by their names, and no known part of an
     adapter: "lora" is in the name of a module, or of the parameter, in which no factor was read.
     """
-    rest = [name for name in survey.other if "lora" in name.lower()]
-    rest = [name for name in rest if name not in survey.unsupported]
-    read = {path for f in survey.factors for path in _paths(f.name)} if rest else set()
-    return [
-        name
-        for name in rest
-        if any(
-            "lora" in path.rpartition(".")[2].lower() and path not in read
-            for path in _paths(name)
-        )
-    ]
+    rest = [name for name in survey.other if _called_lora(name)]
+    read = {path for f in survey.factors for path in _called_lora(f.name)}
+    return [n for n in rest if n not in survey.unsupported and _called_lora(n) - read]
 
 
-def _paths(name: str) -> Iterator[str]:
-    """Return the paths to a parameter: of its modules from the outermost, and its own."""
-    return accumulate(name.split("."), "{}.{}".format)
+def _called_lora(name: str) -> set[str]:
+    """Return the paths to a parameter, of its modules and its own, whose last part has "lora"."""
+    paths = accumulate(name.split("."), "{}.{}".format)
+    return {path for path in paths if "lora" in path.rpartition(".")[2].lower()}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import time
 
@@ -15,8 +16,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rankaware_optim import InspectionError, RankAwareError
-from rankaware_optim.inspection import inspect_file
+from rankaware_optim import (
+    Convention,
+    InspectionError,
+    RankAwareError,
+    inspect_file,
+    inspect_model,
+    register_convention,
+)
 from rankaware_optim.inspection._survey import is_other_adapter
 
 RANK, WEIGHTS = 8, "adapter_model.safetensors"
@@ -106,7 +113,7 @@ def test_an_init_that_the_files_cannot_declare_is_given(folder):
     path = folder()
     assert {factor.init for factor in inspect_file(path).factors} == {"A"}
     assert {factor.init for factor in inspect_file(path, init="B").factors} == {"B"}
-    with pytest.raises(InspectionError, match=r"'A' .*or 'B'"):
+    with pytest.raises(InspectionError):
         inspect_file(path, init="C")
 
 
@@ -280,8 +287,7 @@ ALPHAS = [
         ({"x.alpha": torch.tensor(4, dtype=dtype)}, {"x": 0.5})
         for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int64)
     ),
-    # a model's own, of a layer without a pair or of several numbers
-    ({"snake.alpha": torch.tensor(math.nan), "x.alpha": torch.ones(3)}, {"x": 1.0}),
+    ({"x.alpha": torch.ones(3)}, {"x": 1.0}),  # a model's own
 ]
 
 
@@ -307,30 +313,11 @@ def test_a_pair_at_the_top_of_a_file_has_its_alpha(file_of):
     assert (scalings(survey), survey.other) == ({"": 0.5}, ())
 
 
-TRAINED = {
-    "ss_network_alpha": "4",
-    "ss_network_dim": "8",
-    "ss_network_module": "networks.lora",
-    "ss_learning_rate": "0.0001",
-}
-METADATA = [
-    (TRAINED, 0.5),
-    ({"ss_network_alpha": "None"}, 1.0),
-    ({"ss_network_alpha": "Dynamic"}, 1.0),
-    ({}, 1.0),
-]
-
-
-@pytest.mark.parametrize(("metadata", "scaling"), METADATA)
-def test_kohyas_metadata_stand_in_for_a_missing_alpha(metadata, scaling, file_of):
-    """ss_network_alpha counts where a layer has no own alpha; what the metadata say is a note."""
-    tensors = kohya("x", 8, None) | kohya("y", 8, 16.0)
-    survey = inspect_file(file_of(tensors, metadata))
-    assert scalings(survey) == {"x": scaling, "y": 2.0}
-    said = any("scaling 1 is assumed" in note for note in survey.notes)
-    assert said == (scaling == 1.0)
-    for value in metadata.values():
-        assert any(value in note for note in survey.notes)
+def test_what_kohyas_metadata_say_is_a_note(file_of):
+    """The settings of the training stand in the file's metadata, and in the survey's notes."""
+    metadata = {"ss_network_module": "networks.lora", "ss_learning_rate": "0.0001"}
+    survey = inspect_file(file_of(kohya("x", 8, 4.0), metadata))
+    assert all(value in survey.notes[0] for value in metadata.values())
 
 
 def test_a_diffusers_file_carries_its_configurations(file_of):
@@ -416,34 +403,27 @@ GOOD = {"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, start=32)
 GOOD_HEADER = json.dumps(GOOD).encode()
 CUT = "not a complete safetensors file"
 RAW = [
-    # the header, the bytes behind it, and the error
-    (b"", b"", "header"),
-    (b"{}", b"", "no LoRA pair among 0 tensors"),
-    (b"not json", b"", "invalid JSON"),
-    (b"\xff\xff", b"", "UTF-8"),
-    (b"[]", b"", "invalid JSON"),
-    (b"[" * 100_000, b"", "invalid JSON"),
-    (b'{"a": {"shape": [1.5, 8]}}', b"", "invalid JSON"),
-    ({"a": entry(1, start=4, end=0)}, bytes(4), "offset for tensor `a`"),
-    ({"a": entry(2, dtype="\x1b[2J")}, bytes(8), r"unknown variant `\[2J`"),
-    ({"a": entry(2, dtype="F16")}, bytes(8), "invalid shape, data type, or offset"),
-    ({"a": entry(2), "b": entry(2, start=4)}, bytes(12), "offset for tensor `b`"),
-    (b'{"__metadata__": {"a": 1}}', b"", "expected a string"),
-    ("{}".encode("utf-16"), b"", "UTF-8"),
-    (GOOD, bytes(63), CUT),
-    (GOOD, bytes(10), CUT),
-    (GOOD_HEADER[:-1], bytes(64), "invalid JSON"),
+    # the header, and the bytes behind it
+    (b"", b""),
+    (b"{}", b""),
+    (b"\xff\xff", b""),
+    (b"[" * 100_000, b""),
+    ({"a": entry(1, start=4, end=0)}, bytes(4)),
+    ({"a": entry(2, dtype="\x1b[2J")}, bytes(8)),
+    ({"a": entry(2, dtype="F16")}, bytes(8)),
+    (b'{"__metadata__": {"a": 1}}', b""),
+    (GOOD, bytes(63)),
+    (GOOD_HEADER[:-1], bytes(64)),
 ]
 
 
-@pytest.mark.parametrize(("header", "data", "message"), RAW)
-def test_damaged_files_are_refused(header, data, message, tmp_path):
+@pytest.mark.parametrize(("header", "data"), RAW)
+def test_damaged_files_are_refused(header, data, tmp_path):
     """A file cut short, of another format, or with a header that lies is an error naming the file."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = write_raw(tmp_path / "x.safetensors", encoded, data)
-    with pytest.raises(InspectionError, match=message) as caught:
+    with pytest.raises(InspectionError, match=re.escape(str(path))):
         inspect_file(path)
-    assert str(path) in str(caught.value)
 
 
 PICKLE = pickle.dumps({"x": [1, 2, 3] * 100})
@@ -477,10 +457,8 @@ MISFITS = [
     # the shapes of A and of B
     ((8,), (4, 8)),
     ((8, 4), (8,)),
-    ((8, 4), (4, 3)),
     ((8, 4), (4, 16)),
     ((8, 4), (4, 0)),
-    ((0, 4), (4, 8)),
     ((0, 4), (4, 0)),
     ((8, 0), (4, 8)),
     ((8, 4), (0, 8)),
@@ -494,18 +472,11 @@ MISFITS = [
 def test_shapes_that_fit_no_pair_are_refused(a, b, folder):
     """Two halves whose shapes make no pair are an error that names both."""
     tensors = {"x.lora_A.weight": torch.zeros(a), "x.lora_B.weight": torch.zeros(b)}
-    with pytest.raises(
-        InspectionError, match=r"lora_A\.weight has shape .*lora_B\.weight"
-    ):
+    with pytest.raises(InspectionError, match=r"lora_A\.weight.* \(.*lora_B\.weight"):
         inspect_file(folder(tensors))
 
 
-CORES = [
-    ((8, 8, 3, 3), (8, 4, 3, 3)),
-    ((4, 8, 3, 3), (8, 4, 1, 1)),
-    ((8,), (8, 4, 1, 1)),
-    ((8, 8, 0), (8, 4, 1, 1)),
-]
+CORES = [((4, 8, 3, 3), (8, 4, 1, 1)), ((8,), (8, 4, 1, 1)), ((8, 8, 0), (8, 4, 1, 1))]
 
 
 @pytest.mark.parametrize(("core", "down"), CORES)
@@ -517,24 +488,79 @@ def test_a_core_that_does_not_fit_its_pair_is_refused(core, down, folder):
         inspect_file(folder(tensors))
 
 
-@pytest.mark.parametrize("keys", [["x.weight"], ["x.lora_a", "x.lora_b"], []])
+NO_PAIRS = [["x.weight"], ["x.up.weight", "x.down.weight", "x.alpha"], []]
+
+
+@pytest.mark.parametrize("keys", NO_PAIRS)
 def test_a_file_without_a_pair_is_refused(keys, file_of):
-    """A base model, MLX's transposed pairs or nothing at all is an error that says how much was looked at."""
+    """A base model, whose blocks may have `up`, `down` and `alpha`, or nothing at all is an error."""
     path = file_of({key: torch.zeros(8, 8) for key in keys})
-    with pytest.raises(
-        InspectionError, match=f"no LoRA pair among {len(keys)} tensors"
-    ):
+    with pytest.raises(InspectionError, match=f"no LoRA pair among {len(keys)}"):
         inspect_file(path)
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["x.lora_A.weight", "x.lora_B.weight", "y.lora_up.weight", "x.lora.down.weight"],
-)
+def test_mlx_pairs_are_refused(file_of):
+    """They have torchtune's names and are transposed."""
+    path = file_of({"x.lora_a": torch.zeros(32, 8), "x.lora_b": torch.zeros(8, 48)})
+    with pytest.raises(InspectionError, match="declares no rank but"):
+        inspect_file(path)
+
+
+HALVES = ["x.lora_A.weight", "x.lora_B", "y.lora_up.weight", "x.lora.down.weight"]
+
+
+@pytest.mark.parametrize("key", HALVES)
 def test_half_a_pair_is_refused(key, folder):
     """A factor whose other half is missing is named, though other pairs are whole."""
     with pytest.raises(InspectionError, match=f"{key} lacks the other half"):
         inspect_file(folder({**pair("z"), key: torch.zeros(8, 8)}))
+
+
+# --- a convention of one's own --------------------------------------------------------------------------------------
+
+
+class Gain(torch.nn.Module):
+    """A third-party layer: reduce (in, r), expand (r, out), and the multiplier as a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = torch.nn.Parameter(torch.ones(32, 4))
+        self.expand = torch.nn.Parameter(torch.zeros(4, 48))
+        self.register_buffer("gain", torch.tensor(2.0))
+
+
+class Gated(Gain):
+    """A block of a base model that calls its weights so, and has a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.ones(32))
+
+
+ROW = Convention(
+    "gain",
+    "reduce",
+    "expand",
+    without=("gate",),
+    layouts=("columns",),
+    scaling=("gain",),
+)
+
+
+def test_one_row_reads_models_and_files(file_of):
+    """A registered convention reads a pair of a model and of its file alike, and no block that has what it excludes."""
+    model = torch.nn.ModuleDict({"x": Gain(), "mlp": Gated()})
+    path = file_of(model.state_dict())
+    register_convention(ROW)
+    try:
+        in_model, in_file = inspect_model(model), inspect_file(path, init="A")
+    finally:
+        register_convention(ROW, remove=True)
+    assert in_model.factors == in_file.factors
+    found = {(f.layer, f.rank, f.fan_in, f.scaling) for f in in_file.factors}
+    assert found == {("x", 4, 32.0, 2.0)}
+    with pytest.raises(InspectionError, match="no LoRA pair"):
+        inspect_file(path)
 
 
 FULL_NAME = "base_model.model.x.lora_{}.weight"
@@ -581,39 +607,32 @@ def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
         assert part in str(caught.value)
 
 
-ODD_RANKS = (-8, 0, "8", 8.5, True, [8], 10**300)
-ODD_ALPHAS = (-1, 0, "16", True, [16], 1e-320, 10**300)
-ODD_PATTERNS = (
-    *([16], "q_proj", {"q_proj": "x"}, {"q_proj": -1}),
-    {f"x{i}": 1 for i in range(5000)},
-)
-EXPRESSIONS = (r"(a+)+b", ".*q", "q|v", r"layers\.0", "q_proj(", "[z-a]", "")
-NO_NAME = "which is no plain name.*inspect_model"
+ODD = (-8, 0, "8", True, [8], 10**300, math.nan)
+PATTERNS = (r"(a+)+b", ".*q", "q|v", r"layers\.0", "q_proj(", "[z-a]", "")
+BAD_PATTERNS = ([16], "q_proj", {"q_proj": "x"}, {f"x{i}": 1 for i in range(5000)})
 BAD_CONFIGS = [
-    *(({"r": value}, r"at `\$.r`") for value in ODD_RANKS),
-    ({"r": None}, "missing required field `r`"),
-    *(({"lora_alpha": value}, r"at `\$.lora_alpha`") for value in ODD_ALPHAS),
-    ({"lora_alpha": math.nan}, "cannot be read"),
-    ({"lora_alpha": math.inf}, "cannot be read"),
-    *(({"alpha_pattern": value}, r"at `\$.alpha_pattern") for value in ODD_PATTERNS),
-    *(({"alpha_pattern": {pattern: 1}}, NO_NAME) for pattern in EXPRESSIONS),
-    ({"rank_pattern": {"q.*": 8}}, NO_NAME),
-    ({"rank_pattern": {"q_proj": 8.5}}, r"at `\$.rank_pattern"),
-    ({"rank_pattern": {"q_proj": True}}, r"at `\$.rank_pattern"),
-    ({"rank_pattern": ["q_proj"]}, r"at `\$.rank_pattern"),
-    ({"peft_type": "ADALORA"}, r"at `\$.r`"),
-    ({"use_rslora": "yes"}, r"at `\$.use_rslora`"),
-    ({"init_lora_weights": [True]}, r"at `\$.init_lora_weights`"),
-    ({"target_parameters": "experts.up"}, r"at `\$.target_parameters`"),
-    ({"target_parameters": ["e.up"]}, "experts by target_parameters.*inspect_model"),
+    *(("r", value) for value in (None, 8.5, *ODD)),
+    *(("lora_alpha", value) for value in (1e-320, *ODD)),
+    *(("alpha_pattern", value) for value in (*BAD_PATTERNS, {"q_proj": -1})),
+    *(("alpha_pattern", {pattern: 1}) for pattern in PATTERNS),
+    *(("rank_pattern", {"q_proj": value}) for value in (8.5, True)),
+    ("rank_pattern", {"q.*": 8}),
+    ("use_rslora", "yes"),
+    ("init_lora_weights", [True]),
+    ("target_parameters", ["e.up"]),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS)
-def test_an_unusable_configuration_is_refused(changes, message, folder):
-    """A rank or alpha that cannot be is an error naming where it stands."""
-    with pytest.raises(InspectionError, match=message):
-        inspect_file(folder(**changes))
+@pytest.mark.parametrize(("name", "value"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
+def test_an_unusable_configuration_is_refused(name, value, folder, file_of):
+    """A rank, alpha or pattern that cannot be is an error with the file, in a folder and in diffusers' copy."""
+    with pytest.raises(InspectionError, match=r"adapter_config\.json cannot be used"):
+        inspect_file(folder(**{name: value}))
+    if value is not None:
+        entries = {f"unet.{key}": v for key, v in {**CONFIG, name: value}.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(entries)}
+        with pytest.raises(InspectionError, match="lora_adapter_metadata cannot be"):
+            inspect_file(file_of(pair("unet.q"), metadata))
 
 
 TEXTS = [
@@ -629,44 +648,15 @@ def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
     """adapter_config.json must be one JSON object in UTF-8, of ten megabytes at most."""
     made = folder()
     (made / "adapter_config.json").write_bytes(text)
-    with pytest.raises(InspectionError, match=r"adapter_config\.json") as caught:
+    with pytest.raises(InspectionError, match=r"adapter_config\.json"):
         inspect_file(made)
-    assert ("longer than" in str(caught.value)) == (len(text) > 10**7)
 
 
-EMBEDDED = [
-    ("{", "cannot be read"),
-    ("[]", "cannot be read as a JSON object"),
-    ('{"unet.r": -1}', r"at `\$.r`"),
-    ('{"unet.r": 8, "unet.lora_alpha": "x"}', r"at `\$.lora_alpha`"),
-    ('{"unet.r": 4}', "declares rank 4"),
-    ("[" * 100_000, "cannot be read"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), EMBEDDED)
-def test_an_unusable_configuration_in_the_metadata_is_refused(text, message, file_of):
-    """diffusers' copy of the configuration is checked as PEFT's own file is."""
-    path = file_of(pair("unet.q"), {"lora_adapter_metadata": text})
-    with pytest.raises(InspectionError, match=f"lora_adapter_metadata.*{message}"):
-        inspect_file(path)
-
-
-BAD_ALPHAS = [
-    *(
-        (None, text, "ss_network_alpha")
-        for text in ("x", "nan", "-1", "0", "1e400", "")
-    ),
-    *((alpha, "4", ": x has the scaling") for alpha in (0.0, -1.0, math.nan, math.inf)),
-]
-
-
-@pytest.mark.parametrize(("alpha", "stated", "message"), BAD_ALPHAS)
-def test_an_alpha_that_cannot_be_is_refused(alpha, stated, message, file_of):
-    """A layer's own, or the metadata's where a layer needs it, must be a positive number."""
-    path = file_of(kohya("x", 8, alpha), {"ss_network_alpha": stated})
-    with pytest.raises(InspectionError, match=message):
-        inspect_file(path)
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
+def test_an_alpha_that_cannot_be_is_refused(alpha, file_of):
+    """A layer's own must be a positive number."""
+    with pytest.raises(InspectionError, match=": x has the scaling"):
+        inspect_file(file_of(kohya("x", 8, alpha)))
 
 
 ODD_ALPHA_KINDS = {
