@@ -206,19 +206,12 @@ class Survey:
     def _repr_html_(self) -> str:
         return self._table().html()
 
-    def _table(
-        self, per_module: bool = False, rates: Mapping[str, Rated] | None = None
-    ) -> Table:
+    def _table(self, per_module: bool = False) -> Table:
         lines = Counter[tuple[str, ...]]()
-        for name, convention, *cells, why in self._lines():
-            reasons = [why]
-            if rates is not None:
-                rate = rates.get(name)
-                reasons = [f"{rate.lr:.3g}", rate.reason] if rate else ["", why]
-            lines[(name if per_module else convention, *cells, *reasons)] += 1
+        for name, convention, *cells in self._lines():
+            lines[(name if per_module else convention, *cells)] += 1
         rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
-        headings = ["module" if per_module else "convention", *_HEADINGS]
-        headings += ["why"] if rates is None else ["lr", "why"]
+        headings = ["module" if per_module else "convention", *_HEADINGS, "why"]
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
         return Table(headings, rows, remarks, left=_LEFT_ALIGNED)

@@ -31,7 +31,7 @@ from ..errors import CalibrationError
 from ..fitting import TAIL, recent
 from ..inspection import as_one_model, inspect_model
 from ..laws import Power, checked_multiplier
-from ..optimizer import RankAwareOptimizer, model_of
+from ..optimizer import RankAwareOptimizer
 from ..recipe import (
     BASE,
     SAME_UPDATES,
@@ -256,7 +256,8 @@ class TrialRun:
         """Build the optimizer for `Trial.optimizer`: read the model, then choose a rate in
         reference coordinates.
         """
-        model = model_of(as_one_model(params), settings.get("model"))
+        model = settings.get("model")
+        model = as_one_model(params if model is None else model)
         at_own_lr: set[int] = set()
         if not isinstance(as_one_model(params), nn.Module):
             params = [*params]

@@ -91,7 +91,9 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
     whole = as_one_model(model)
     if not hasattr(whole, "named_modules"):
         raise InspectionError(
-            f"{shown(model)} is not a model.", "Give an nn.Module, or a list of them."
+            f"{shown(model)} is not a model.",
+            "Give an nn.Module, or a list of them; beside parameters or an optimizer as model=. For"
+            " a trainer call attach(trainer, AdamW, ...).",
         )
     modules = list(whole.named_modules())
     clean = [

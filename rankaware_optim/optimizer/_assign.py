@@ -181,30 +181,28 @@ class Assigner:
             trains: whether the parameter trains. One that does not needs no rate.
         """
         by_run = self.source.by_run(rule.law)
-        assigned = Assigned(family=rule.family, multiplier=by_run)
+        what = Assigned(family=rule.family)
         if factor is not None:
-            assigned = assigned._replace(
-                role=factor.role, rank=factor.rank, note=rule.note
-            )
+            what = what._replace(role=factor.role, rank=factor.rank, note=rule.note)
         if factor is not None and factor.role != "full":
-            assigned = assigned._replace(scaling=factor.scaling, init=factor.init)
-        rated = self.explicit.rate_of(name, other=factor is None)
-        if rated is not None:
-            return assigned._replace(multiplier=1.0, lr=rated.lr, why=rated.reason)
+            what = what._replace(scaling=factor.scaling, init=factor.init)
+        given = self.explicit.rate_of(name, other=factor is None)
+        if given is not None:
+            return what._replace(lr=given.lr, why=given.reason)
         if factor is None and self.method == "full":
             width = self.moves[""].width
             factor = Factor("other parameters", "full", None, width, width)
         if factor is not None:
             by_law = self.multiplier(factor, rule.law)
             why = self._why(factor, rule, by_law)
-            return assigned._replace(multiplier=by_run * by_law, why=why)
-        whence = "the base rate (other_lr= or rates= sets another)"
-        if not own_lr:
-            rated = self.source.rate_of_other(name, trains)
+            return what._replace(multiplier=by_run * by_law, why=why)
+        rated = None if own_lr else self.source.rate_of_other(name, trains)
         if rated is not None:
-            assigned = assigned._replace(multiplier=1.0, lr=rated.lr * by_run)
-            whence = rated.reason
-        return assigned._replace(why=reason_of_other(other_kind(name), whence))
+            why = reason_of_other(other_kind(name), rated.reason)
+            return what._replace(lr=rated.lr * by_run, why=why)
+        whence = "the base rate (other_lr= or rates= sets another)"
+        why = reason_of_other(other_kind(name), whence)
+        return what._replace(multiplier=by_run, why=why)
 
     def _why(self, factor: Factor, rule: Rule, by_law: float) -> str:
         """Return why a rate that the law moves is what it is."""
@@ -272,7 +270,8 @@ def _model_number(factor: Factor) -> str:
 def make_assigner(
     survey: Survey,
     source: Source,
-    explicit: Explicit | None = None,
+    explicit: Explicit,
+    method: Method,
     optimizer: type | None = None,
     settings: Settings | None = None,
     *,
@@ -282,20 +281,20 @@ def make_assigner(
 
     are_several: whether the survey is of several models, whose numbers begin its names.
     """
-    explicit = explicit or Explicit()
     explicit.check_patterns([*(f.name for f in survey.factors), *survey.other])
-    is_full = any(f.role == "full" for f in survey.factors)
-    method: Method = "full" if is_full else "lora"
     reference = source.reference
     if reference is None:  # without pairs no rate is moved
         reference = survey.dominant() if survey.factors else Reference(method="full")
-    moved = [f for f in survey.factors if explicit.rate_of(f.name) is None]
-    by_model = {"": moved}
-    for factor in moved if are_several else ():
-        by_model.setdefault(_model_number(factor), []).append(factor)
+    by_model: dict[str, list[Factor]] = {"": []}
+    for factor in survey.factors:
+        # a factor with a rate of its own does not count for the width
+        if explicit.rate_of(factor.name) is None:
+            by_model[""].append(factor)
+            if are_several:
+                by_model.setdefault(_model_number(factor), []).append(factor)
     moves = {}
     for number, factors in by_model.items():
         of_model = Survey(tuple(factors))
         width = width_for(of_model, method, reference.init)
         moves[number] = Move(reference.resolve(of_model), width)
-    return Assigner(source, explicit, method, moves, optimizer, dict(settings or {}))
+    return Assigner(source, explicit, method, moves, optimizer, settings or {})

@@ -31,17 +31,12 @@ def notes_of(assigner: Assigner, survey: Survey) -> tuple[str, ...]:
 
 def _of_unmoved_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
     """Yield which adapters keep the base rate: those that no law covers, and LoRA by its name that
-    was not read. Of other adapters it is said where a rate is moved from a reference.
+    was not read.
     """
     rate_of = assigner.explicit.rate_of
     if any(f.init == "other" and f.kind not in LAWLESS for f in survey.factors):
         yield _NO_ZERO
-    pairs = {f.name: LAWLESS[f.kind] for f in survey.factors if f.kind in LAWLESS}
-    kinds = {name: kind for name, kind in pairs.items() if rate_of(name) is None}
-    for name, kind in survey.unsupported.items():
-        is_said = assigner.source.reference is not None and is_other_adapter(name)
-        if is_said and rate_of(name, other=True) is None:
-            kinds[name] = kind
+    kinds = _kinds_without_a_law(assigner, survey)
     if kinds:
         words = " and ".join(sorted(set(kinds.values())))
         yield (
@@ -55,6 +50,22 @@ def _of_unmoved_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
             " in no LoRA pair that inspection can read, so no law moves their rate: rates= gives"
             " them one, and register_convention() adds a layout."
         )
+
+
+def _kinds_without_a_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
+    """Return the kinds of adapters that no law covers, by their parameters. Those of no A and B are
+    of interest where a rate is moved from a reference.
+    """
+    kinds, rate_of = dict[str, str](), assigner.explicit.rate_of
+    for factor in survey.factors:
+        if factor.kind in LAWLESS and rate_of(factor.name) is None:
+            kinds[factor.name] = LAWLESS[factor.kind]
+    if assigner.source.reference is None:
+        return kinds
+    for name, kind in survey.unsupported.items():
+        if is_other_adapter(name) and rate_of(name, other=True) is None:
+            kinds[name] = kind
+    return kinds
 
 
 def _of_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:

@@ -7,13 +7,14 @@ place, each at the user's rate × its multiplier, and `leave` puts the groups ba
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import mul
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizers import defaults_of
@@ -24,9 +25,13 @@ from ..laws import caution_of
 from ._assign import Assigned, Assigner, Rule
 from ._user_groups import Group, UserGroup
 
+if TYPE_CHECKING:
+    from ._prepare import Prepared
+
 State = Mapping[Any, Any]
 _HELD = ("params", "lr")  # set at every step
 _NOTHING = object()
+_PLAIN = (bool, int, float, str, tuple, list, type(None))
 _BY_HAND = Assigned(why="put into param_groups by hand: its own rate")
 
 
@@ -68,48 +73,38 @@ class Part:
         self.base = base
 
 
-class Member(NamedTuple):
-    """A parameter of a user's group: its name, and its shape when it was last seen."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    def replaced(self, param: torch.Tensor) -> Member:
-        """Return the member with another tensor, which must have its shape. A sharded one may be
-        empty or flat here.
-        """
-        here = tuple(param.shape)
-        if len(here) == len(self.shape) and param.numel() and here != self.shape:
-            raise OptimizerError(
-                f"The parameter {self.name} had shape {self.shape} and has {here}: the parameters"
-                " of a group were put into another order, or replaced.",
-                "Build the optimizer again, for the parameters that are there now.",
-            )
-        return self._replace(shape=here)
-
-
 @dataclass
 class SplitGroup:
     """A user's group and its parts.
 
-    lists: the options that have a value for each parameter, as some of PEFT's and of
-    pytorch_optimizer's. ids: those of its parameters when they were last seen. seen: its options
-    likewise.
+    names, shapes: of its parameters, the shapes when they were last seen. lists: the options that
+    have a value for each parameter, as some of PEFT's and of pytorch_optimizer's. ids: those of its
+    parameters when they were last seen. seen: its options likewise.
     """
 
     group: Group
-    members: list[Member]
-    parts: list[Part]
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    parts: list[Part] = field(default_factory=list)
     lists: Collection[str] = ()
     ids: list[int] = field(default_factory=list)
     seen: Group = field(default_factory=dict)
 
+    def names_of(self, part: Part) -> list[str]:
+        """Return the names of a part's parameters."""
+        return [self.names[i] for i in part.at]
+
     def params_of(self, part: Part) -> list[Any]:
         """Return the parameters of a part: all of a group that was flattened, or emptied."""
         params = self.group["params"]
-        if len(params) != len(self.members):
+        if len(params) != len(self.names):
             return list(params)
         return [params[i] for i in part.at]
+
+    def trainable(self, part: Part) -> dict[str, Any]:
+        """Return those of a part's parameters that train, by name."""
+        named = zip(self.names_of(part), self.params_of(part), strict=False)
+        return {name: param for name, param in named if param.requires_grad}
 
     def base_of(self, part: Part) -> Any:
         """Return the base rate of a part, which follows a rate that was written since."""
@@ -132,11 +127,14 @@ class SplitGroup:
         Raises:
             OptimizerError: the parameters are not those of before.
         """
-        ids = list(map(id, self.group["params"]))
-        if ids != self.ids:
-            self._follow_params(ids)
+        params, lr = self.group["params"], self.group["lr"]
+        ids = list(map(id, params))
+        # those of one part train at its rate, whatever they are
+        if ids != self.ids and params and len(self.parts) > 1:
+            self._check_params(params, ids)
+            self.shapes = [tuple(param.shape) for param in params]
+        self.ids = ids
         self.follow_options()
-        lr = self.group["lr"]
         if not same(lr, self.seen["lr"]):
             for part in self.parts:
                 part.base = lr
@@ -154,22 +152,22 @@ class SplitGroup:
             for part in self.parts:
                 part.group.pop(key, None)
 
-    def _follow_params(self, ids: list[int]) -> None:
-        """Follow parameters that were put into another order, replaced, flattened or taken away.
-        Those of one part train at its rate, whatever they are.
-        """
-        params, members = self.group["params"], self.members
-        if params and len(self.parts) > 1:
-            if sorted(ids) == sorted(self.ids) or len(params) != len(members):
-                raise OptimizerError(
-                    f"A group of {len(members)} parameters has {len(params)}, or in another order,"
-                    " by hand or since something flattened it, and its parts have several rates.",
-                    "Add parameters by add_param_group. Where a framework flattens groups, give it"
-                    " groups of one rank and role each: those of opt.rates.groups.",
-                )
-            pairs = zip(members, params, strict=True)
-            self.members = [member.replaced(param) for member, param in pairs]
-        self.ids = ids
+    def _check_params(self, params: Sequence[Any], ids: list[int]) -> None:
+        """Raise if parameters are in another order than before, or others than in their shapes."""
+        fits = len(params) == len(self.names) and sorted(ids) != sorted(self.ids)
+        for param, shape in zip(params, self.shapes, strict=False):
+            # a sharded one may be empty or flat here
+            is_whole = param.dim() == len(shape) and param.numel()
+            fits = fits and (not is_whole or tuple(param.shape) == shape)
+        if not fits:
+            raise OptimizerError(
+                f"The {len(self.names)} parameters of a group, {self.names[0]} and others, which"
+                f" have several rates, are {len(params)} now, or in another order, or were replaced"
+                " by others.",
+                "Build the optimizer again for those that are there now; add some by"
+                " add_param_group. Where a framework flattens groups, give it groups of one rank"
+                " and role each: those of opt.rates.groups.",
+            )
 
     def show(self) -> None:
         """Show the user what the native step wrote into the first part, and take the parameters out
@@ -192,28 +190,35 @@ class SplitGroup:
 
 def same(a: Any, b: Any) -> bool:
     """Return whether two options are the same object, or equal plain values."""
-    return a is b or (type(a) is type(b) and _is_plain(a) and bool(a == b))
+    is_plain = type(a) is type(b) and isinstance(a, _PLAIN)
+    return a is b or (is_plain and bool(a == b))
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
+def peak_of(group: Group) -> float:
+    """Return the rate from which a group's schedule starts. OneCycleLR starts at a fraction."""
+    peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
+    return float(peak)
 
 
 @dataclass
-class Parts:
-    """The split groups of an optimizer.
+class Hidden:
+    """What a wrapped optimizer has besides torch's. Copy and pickle keep it.
 
-    users, active: its list of groups when a step last began, and their split groups. stepping:
-    whether the parts are in place. turns: how often a step began or ended.
+    model: gives the model while it lives; none in a copy. users, active: its list of groups when a
+    step last began, and their split groups. stepping: whether the parts are in place. turns: how
+    often a step began or ended. unchecked: whether there are parameters that no step has checked.
+    steps: since it was built or copied, as far as they are looked at.
     """
 
+    prepared: Prepared
     splits: list[SplitGroup]
+    model: Callable[[], nn.Module | None] | None = None
     users: list[Group] = field(default_factory=list)
     active: list[SplitGroup] = field(default_factory=list)
     stepping: bool = False
     turns: int = 0
+    unchecked: bool = True
+    steps: int = 0
 
     def shown(self, opt: Any) -> list[SplitGroup]:
         """Return the split groups of an optimizer, also while it steps in another thread."""
@@ -221,7 +226,11 @@ class Parts:
         is_inside = self.stepping or self.turns != turns
         return self.of(self.users if is_inside else users)
 
-    def copy(self) -> list[SplitGroup]:
+    def outside(self) -> Hidden:
+        """Return it as a copy of the optimizer has it, which is in no step and has no model."""
+        return Hidden(self.prepared, self.splits, unchecked=self.unchecked)
+
+    def copied(self) -> list[SplitGroup]:
         """Return copies of the split groups, to go back to."""
         copies = []
         for split in self.splits:
@@ -242,20 +251,14 @@ class Parts:
                 split.group = user
             return self.splits
         for user in strange:
-            known[id(user)] = _by_hand(user, len(self.splits))
+            params, number = user["params"], len(self.splits)
+            names = [f"group{number}.unnamed.{i}" for i in range(len(params))]
+            shapes = [tuple(param.shape) for param in params]
+            part = Part(_BY_HAND, list(range(len(params))), base=user["lr"])
+            seen = {"lr": user["lr"]}
+            known[id(user)] = SplitGroup(user, names, shapes, [part], seen=seen)
             self.splits.append(known[id(user)])
         return [known[id(user)] for user in users]
-
-
-def _by_hand(user: Group, number: int) -> SplitGroup:
-    """Return a group that was appended by hand as one part."""
-    params = user["params"]
-    members = [
-        Member(f"group{number}.unnamed.{i}", tuple(p.shape))
-        for i, p in enumerate(params)
-    ]
-    part = Part(_BY_HAND, list(range(len(params))), base=user["lr"])
-    return SplitGroup(user, members, [part], seen={"lr": user["lr"]})
 
 
 # --- splitting ------------------------------------------------------------------------------------
@@ -278,32 +281,41 @@ def split(
     """
     factors = {f.name: f for f in survey.factors}
     splits = []
+    cautions = list[str]()
     for user in groups:
-        params = [param for _, param in user.named]
+        # all groups of one that is built have a rate, which is not the user's own
+        own_lr = state is None and "lr" in user.options
         positions: dict[Assigned, list[int]] = {}
         rules: dict[Any, Rule] = {}
         for position, (name, param) in enumerate(user.named):
             rule = _rule_of(param, user.options, assigner, state, rules)
-            assigned = assigner.assign(
-                name,
-                factors.get(name),
-                rule,
-                # all groups of one that is built have a rate, which is not the user's own
-                own_lr=state is None and "lr" in user.options,
-                trains=param.requires_grad,
-            )
+            factor, trains = factors.get(name), param.requires_grad
+            assigned = assigner.assign(name, factor, rule, own_lr=own_lr, trains=trains)
             positions.setdefault(assigned, []).append(position)
-        members = [Member(name, tuple(param.shape)) for name, param in user.named]
-        one = SplitGroup(user.given, members, [], _lists(user, assigner))
-        one.seen = {**user.options, "params": params}
-        for assigned, at in (positions or {Assigned(): []}).items():
-            part = Part(assigned, at, assigned.multiplier)
-            one.parts.append(part)
-            part.group = {k: one.of_part(part, k, v) for k, v in user.options.items()}
-            part.group["params"] = [params[i] for i in at]
-        splits.append(one)
-    _warn_of_extremes(splits)
+            if assigned.lr is None and (caution := caution_of(assigned.multiplier)):
+                cautions.append(f"{name}: {caution}")
+        splits.append(_split_at(user, positions or {Assigned(): []}, assigner))
+    for caution in cautions[:1]:  # nobody can have meant it
+        warn(caution)
     return splits
+
+
+def _split_at(
+    user: UserGroup, positions: Mapping[Assigned, list[int]], assigner: Assigner
+) -> SplitGroup:
+    """Return a user's group with a part at each of some positions."""
+    params = [param for _, param in user.named]
+    shapes = [tuple(param.shape) for param in params]
+    split = SplitGroup(user.given, list(user.names), shapes)
+    split.lists = _lists(user, assigner)
+    split.seen = {**user.options, "params": params}
+    for assigned, at in positions.items():
+        part = Part(assigned, at, assigned.multiplier)
+        split.parts.append(part)
+        for key, value in user.options.items():
+            part.group[key] = split.of_part(part, key, value)
+        part.group["params"] = [params[i] for i in at]
+    return split
 
 
 def _rule_of(
@@ -313,18 +325,16 @@ def _rule_of(
     state: State | None,
     rules: dict[Any, Rule],
 ) -> Rule:
-    """Return the rule of a parameter. Some optimizers decide its family by its shape, or by marks
-    in its state. rules: those of its group that are known, to which it is added.
+    """Return the rule of a parameter, out of those of its group that are known, or added to them.
+
+    Some Muons hand a parameter to their Adam by its shape, and Moonlight's by a mark in its state.
     """
-    own = (state or {}).get(param, {})
-    switches = {switch.setting for switch in assigner.known.switches}
-    marks = {key: own[key] for key in sorted(switches & own.keys())}
-    settings = {**options, **marks}
+    mark = (state or {}).get(param, {}).get("use_muon")
+    settings = options if mark is None else {**options, "use_muon": mark}
     to_adam = assigner.goes_to_adam(settings, param.shape)
-    key = (to_adam, *marks.items())
-    if key not in rules:
-        rules[key] = assigner.rule(settings, to_adam)
-    return rules[key]
+    if (to_adam, mark) not in rules:
+        rules[to_adam, mark] = assigner.rule(settings, to_adam)
+    return rules[to_adam, mark]
 
 
 def _lists(group: UserGroup, assigner: Assigner) -> set[str]:
@@ -337,16 +347,6 @@ def _lists(group: UserGroup, assigner: Assigner) -> set[str]:
         and len(value) == len(group.named) > 1
         and not isinstance(defaults.get(key), (list, tuple))
     }
-
-
-def _warn_of_extremes(splits: Iterable[SplitGroup]) -> None:
-    """Warn of the first multiplier that nobody can have meant."""
-    for split in splits:
-        for part in split.parts:
-            caution = caution_of(part.multiplier)
-            if caution and part.assigned.lr is None:
-                warn(f"{split.members[part.at[0]].name}: {caution}")
-                return
 
 
 def adopt(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
@@ -396,11 +396,10 @@ def present(splits: Sequence[SplitGroup]) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def enter(opt: Any) -> None:
     """Put the parts in place of the user's groups, at their rates."""
-    hidden, users = opt._rankaware.parts, opt.param_groups
+    hidden, users = opt._rankaware, opt.param_groups
     splits = hidden.of(users)
     for split in splits:
         split.follow()
-    for split in splits:
         for part in split.parts:
             part.group["params"] = split.params_of(part)
     parts = list(chain.from_iterable(split.parts for split in splits))
@@ -424,11 +423,11 @@ def _rates(parts: Sequence[Part]) -> Sequence[Any]:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def leave(opt: Any) -> None:
     """Put the user's groups back, with what the native step wrote."""
-    parts = opt._rankaware.parts
-    if not parts.stepping:
+    hidden = opt._rankaware
+    if not hidden.stepping:
         return
-    opt.param_groups = parts.users
-    for split in parts.active:
+    opt.param_groups = hidden.users
+    for split in hidden.active:
         split.show()
-    parts.stepping = False
-    parts.turns += 1
+    hidden.stepping = False
+    hidden.turns += 1

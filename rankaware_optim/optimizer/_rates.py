@@ -1,12 +1,35 @@
-"""The rates of an optimizer: every part of the user's groups, with its rate now and the reason."""
+"""The rates of an optimizer: every part of the user's groups, with its rate now and the reason, and
+the report, with what to check.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import compress
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .._printing import Table
+from .._types import Factor, Survey, init_text
+from ..inspection import other_kind
+from ._unmoved import epsilon, rounding, trained_parts
+
+if TYPE_CHECKING:
+    from ._prepare import Prepared
+
+_HEADINGS = (
+    *("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors"),
+    *("base lr", "multiplier", "lr", "why"),
+)
+_WIDTH = 100  # columns
+_FROZEN = "frozen: it does not train until requires_grad is set"
+_CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
+_NEW_HEAD = " A new text classifier often wants 4 times the base rate: other_lr= or rates= sets it."
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,7 @@ class Rates(Mapping[str, RateGroup]):
     def groups(self) -> tuple[RateGroup, ...]:
         """The parts of the user's groups, in the user's order."""
         groups = []
-        splits = self._opt._rankaware.parts.shown(self._opt)
+        splits = self._opt._rankaware.shown(self._opt)
         for number, split in enumerate(splits):
             for part in split.parts:
                 base = float(split.base_of(part))
@@ -77,7 +100,7 @@ class Rates(Mapping[str, RateGroup]):
                         lr=base * part.multiplier,
                         initial_lr=start * part.multiplier,
                         why=at.why,
-                        names=tuple(split.members[i].name for i in part.at),
+                        names=tuple(split.names_of(part)),
                         params=tuple(split.params_of(part)),
                         family=at.family,
                         user_group=number,
@@ -98,14 +121,148 @@ class Rates(Mapping[str, RateGroup]):
     def __repr__(self) -> str:
         lines = [f"Rates of {len(self)} parameters"]
         for group in self.groups:
-            kind = (
-                group.role
-                if group.rank is None
-                else f"{group.role} of rank {group.rank}"
-            )
+            of_rank = "" if group.rank is None else f" of rank {group.rank}"
             rate = f"{group.base_lr:.3g} × {group.multiplier:.3g}"
-            lines.append(f"  {kind}, {len(group.names)} tensors, lr {rate}")
+            lines.append(
+                f"  {group.role}{of_rank}, {len(group.names)} tensors, lr {rate}"
+            )
         return "\n".join(lines)
 
     def _by_name(self) -> dict[str, RateGroup]:
         return {name: group for group in self.groups for name in group.names}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The parts of the groups with their rates and the reasons for them. `str()` makes a table of
+    at most 100 columns.
+
+    Args:
+        rows: one entry per part, and one for its frozen parameters, whose role is "frozen".
+        notes: sentences on the law and the rates.
+        title: the table's title.
+        audit: sentences on likely mistakes that the groups show.
+        unmoved: sentences on weights that a step leaves where they are, and on Adam's epsilon.
+        survey: the inspected model.
+        per_module: whether the table has one line per tensor. Long names make it wider.
+    """
+
+    rows: tuple[RateGroup, ...]
+    notes: tuple[str, ...]
+    title: str
+    audit: tuple[str, ...] = ()
+    unmoved: tuple[str, ...] = ()
+    survey: Survey = field(default_factory=Survey, repr=False)
+    per_module: bool = False
+
+    def __str__(self) -> str:
+        table, width = self._table(), 200 if self.per_module else _WIDTH
+        wrapped = [
+            fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
+            for line in table.lines
+        ]
+        return replace(table, lines=wrapped).text(width)
+
+    def _repr_html_(self) -> str:
+        return self._table().html()
+
+    def _table(self) -> Table:
+        factors = {f.name: f for f in self.survey.factors}
+        reasons = list(dict.fromkeys(row.why for row in self.rows))
+        cells = []
+        for row in self.rows:
+            number = str(reasons.index(row.why) + 1)
+            for names in zip(row.names) if self.per_module else [row.names]:
+                what = names[0] if self.per_module else str(len(names))
+                cells.append((*_cells(row, names, what, factors), number))
+        lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]
+        lines += [f"check: {text}" for text in (*self.audit, *self.unmoved)]
+        lines += [f"note: {text}" for text in self.notes]
+        return Table(_HEADINGS, cells, lines, self.title, left=("role", "init"))
+
+
+def _cells(
+    row: RateGroup, names: Iterable[str], what: str, factors: Mapping[str, Factor]
+) -> tuple[str, ...]:
+    """Return a row as text, in the order of the headings without the last. what: its tensors."""
+    of_row = [factors[name] for name in names if name in factors]
+    return (
+        row.role,
+        str(row.rank or ""),
+        "" if row.scaling is None else f"{row.scaling:g}",
+        init_text(row.init or ""),
+        _range(f.fan_in for f in of_row),
+        _range(f.fan_out for f in of_row),
+        what,
+        f"{row.base_lr:.3g}",
+        f"{row.multiplier:.4g}",
+        f"{row.lr:.3g}",
+    )
+
+
+def _range(values: Iterable[float]) -> str:
+    """Return the least and the most in words."""
+    ordered = sorted(set(values))
+    return "–".join(f"{end:g}" for end in dict.fromkeys((*ordered[:1], *ordered[-1:])))
+
+
+def make_report(opt: Any, prepared: Prepared, per_module: bool = False) -> Report:
+    """Return the report of an optimizer at its current rates."""
+    assigner, survey, groups = prepared.assigner, prepared.survey, opt.rates.groups
+    title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
+    if assigner.source.reference is not None:
+        title += f": moved from {assigner.reference}"
+    rows = tuple(row for group in groups for row in _by_training(group))
+    audit = [*survey.audit(), *_left_out(groups, survey)]
+    # a recipe decides a head's rate
+    if assigner.method == "lora" and assigner.source.recipe is None:
+        audit += _heads_at_base_rate(rows)
+    trained = trained_parts(opt)
+    return Report(
+        rows=rows,
+        notes=prepared.notes,
+        title=title,
+        audit=tuple(audit),
+        unmoved=tuple(filter(None, (rounding(trained), epsilon(trained)))),
+        survey=survey,
+        per_module=per_module,
+    )
+
+
+def _by_training(group: RateGroup) -> Iterator[RateGroup]:
+    """Yield a part's parameters that train, and those that do not."""
+    trains = [param.requires_grad for param in group.params]
+    for wanted in sorted(set(trains), reverse=True):
+        chosen = [each == wanted for each in trains]
+        names = tuple(compress(group.names, chosen))
+        params = tuple(compress(group.params, chosen))
+        row = replace(group, names=names, params=params)
+        yield row if wanted else replace(row, role="frozen", why=_FROZEN)
+
+
+def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
+    """Yield the adapters none of whose factors is in the groups."""
+    names = {name for group in groups for name in group.names}
+    present = {f.adapter for f in survey.factors if f.name in names}
+    for adapter, count in Counter(f.adapter for f in survey.factors).items():
+        if names and adapter not in present:
+            yield (
+                f"None of the {count} factors of {adapter or 'the adapter'} is in this optimizer."
+            )
+
+
+def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
+    """Yield the matrices that are no adapter's and train at the adapters' base rate."""
+    heads = []
+    for row in rows:
+        if row.role != "other" or row.is_given:
+            continue
+        for name, param in zip(row.names, row.params, strict=False):
+            if param.dim() > 1 and other_kind(name) is None:
+                heads.append(name)
+    if heads:
+        rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
+        new = _NEW_HEAD if any(map(_CLASSIFIER.search, heads)) else ""
+        yield (
+            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it.{new}"
+        )

@@ -130,13 +130,14 @@ def refuse_other_rates(opt: Optimizer) -> None:
     multiplier would move.
     """
     whose = ""
-    if any("lr" not in group for group in opt.param_groups):
-        whose = "has no rate in its groups"
+    for group in opt.param_groups:
+        if "lr" not in group:
+            whose = "has no rate in its groups"
+        for key, value in group.items():
+            if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
+                whose = f"trains some parameters at a second rate, {key}={value:g}"
     if any(isinstance(value, Optimizer) for value in vars(opt).values()):
         whose = "holds another optimizer, whose groups would not change"
-    for key, value in chain(*(group.items() for group in opt.param_groups)):
-        if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
-            whose = f"trains some parameters at a second rate, {key}={value:g}"
     if whose:
         raise OptimizerError(
             f"{type(opt).__name__} {whose}, so not all of its rates would move with the rank.",
@@ -195,26 +196,18 @@ def refuse_outside(
     It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
     whether the groups are those of a built optimizer, all of which have a rate.
     """
-    rated, unrated = list[str](), list[str]()
-    is_any_held = False
-    for group in groups:
-        has_rate = explicit.other_lr is not None
-        has_rate |= "lr" in group.options and not built
-        for name, param in group.named:
-            if param in held:
-                is_any_held = True
-            elif has_rate or explicit.rate_of(name) is not None:
-                rated.append(name)
-            else:
-                unrated.append(name)
-    strange = unrated if is_any_held else unrated + rated
-    if strange:
-        raise OptimizerError(
-            f"The parameter {strange[0]} belongs to no model given, so its rank is unknown and its"
-            " rate would not move.",
-            "Give all models, as model=[unet, text_encoder], or a rate for it: lr in its group, or"
-            " other_lr=.",
-        )
+    listed = [(group, *named) for group in groups for named in group.named]
+    outside = [(group, name) for group, name, param in listed if param not in held]
+    for group, name in outside:
+        in_group = "lr" in group.options and not built
+        is_rated = in_group or explicit.rate_of(name, other=True) is not None
+        if not is_rated or len(outside) == len(listed):
+            raise OptimizerError(
+                f"The parameter {name} belongs to no model given, so its rank is unknown and its"
+                " rate would not move.",
+                "Give all models, as model=[unet, text_encoder], or a rate for it: lr in its group,"
+                " or other_lr=.",
+            )
 
 
 def refuse_own_rates(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .._checks import is_within
-from .._optimizers import defaults_of, known_optimizer, optimizer_family
+from .._optimizers import defaults_of
 from .._types import Rated, Reference, Survey, width_for
 from .._warn import warn
 from ..errors import OptimizerError, RecipeError
@@ -201,15 +201,14 @@ def _differing(
     """
     trials = plain_value(recipe.settings)
     run = _settings_in_force(recipe, survey, native, settings, groups)
+    cure = (
+        "Its rates belong to these settings: give **recipe.settings. They are less certain for"
+        " others."
+    )
     if not is_for(recipe, native):
         theirs, ours = recipe.optimizer.rpartition(".")[2], native.__name__
-        trials = {"optimizer": theirs, "family": known_optimizer(theirs)[1].family}
-        run = {"optimizer": ours, "family": optimizer_family(native, run)}
+        trials, run = {"optimizer": theirs}, {"optimizer": ours}
         cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
-    elif differences(trials, run):
-        cure = "Its rates belong to these settings: give **recipe.settings."
-    else:
-        cure = "Its rates belong to these settings, and are less certain for others."
     for name in ("batch", "steps"):
         tried, now = getattr(recipe, name), getattr(source, name)
         if tried is not None and now is not None:

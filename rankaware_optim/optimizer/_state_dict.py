@@ -16,7 +16,7 @@ from torch.optim import Adafactor
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._parts import SplitGroup, same
+from ._parts import SplitGroup, peak_of, same
 from ._user_groups import MULTIPLIED, Group
 
 State = Mapping[Any, Any]
@@ -41,7 +41,7 @@ def with_parts(
     for group, split in zip(state["param_groups"], splits, strict=False):
         values = _of_parts(split)
         if not _is_torchs(native):
-            values["shapes"] = [list(shape) for _, shape in split.members]
+            values["shapes"] = list(map(list, split.shapes))
         if values:
             group[KEY] = values
     return state
@@ -88,28 +88,28 @@ def read_checkpoint(
         )
     state = dict(state_dict["state"])
     for split, group, of_parts in zip(splits, groups, values, strict=True):
-        _check_group(split.group, group)
-        shapes = of_parts.pop("shapes", None)
+        _check_group(split, group, of_parts.pop("shapes", split.shapes))
         # flattened, parameters are fewer than names
-        rows = zip(group["params"], split.group["params"], split.members, strict=False)
-        for place, (key, param, member) in enumerate(rows):
-            if shapes and tuple(shapes[place]) != member.shape:
-                raise _of_another_shape(member.name, shapes[place], member.shape)
-            if key in state and _is_torchs(native):
-                state[key] = _fitting(member.name, param, state[key])
+        rows = zip(split.names, group["params"], split.group["params"], strict=False)
+        for name, key, param in rows if _is_torchs(native) else ():
+            if key in state:
+                state[key] = _fitting(name, param, state[key])
     return {**state_dict, "state": state, "param_groups": groups}, values
 
 
-def _check_group(user: Group, group: Group) -> None:
-    """Raise if a group's rate is multiplied already, or if both sides have names of parameters that
-    differ.
+def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None:
+    """Raise if a group's rate is multiplied already, or if its parameters have other shapes or
+    names. Names are compared where both sides have them.
     """
     if MULTIPLIED in group:
         raise CheckpointError(
             "The checkpoint is of rank_aware_param_groups, whose rates are multiplied already.",
             "Load it into a native optimizer of such groups.",
         )
-    theirs, ours = group.get("param_names"), user.get("param_names")
+    for name, saved, here in zip(split.names, shapes, split.shapes, strict=False):
+        if tuple(saved) != here:
+            raise _of_another_shape(name, saved, here)
+    theirs, ours = group.get("param_names"), split.group.get("param_names")
     # torch.distributed.checkpoint has names as keys, in the optimizer's order
     if not theirs or not ours or all(isinstance(key, str) for key in group["params"]):
         return
@@ -166,7 +166,7 @@ def restore(
             if len(each) == len(split.parts) and (is_new or same(each[0], user[key])):
                 kept[key] = each
         for i, part in enumerate(split.parts):
-            own = {key: each[i] for key, each in kept.items() if key != "params"}
+            own = {key: each[i] for key, each in kept.items()}
             given_at = own.pop("given_at", None) or peak_of(user)
             part.settle(own.pop("lr", user["lr"]), given_at)
             part.group.update(own)
@@ -188,9 +188,3 @@ def warn_of_rates(built: Iterable[float], groups: Iterable[Group]) -> None:
                 " and group['initial_lr'] before a scheduler is built."
             )
             return
-
-
-def peak_of(group: Group) -> float:
-    """Return the rate from which a group's schedule starts. OneCycleLR starts at a fraction."""
-    peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
-    return float(peak)

@@ -1,21 +1,25 @@
-"""Weights that a step leaves where they are, since their dtype rounds it away, and steps that
-Adam's epsilon makes smaller.
+"""What does not train though it should: weights whose dtype rounds a step away, steps that Adam's
+epsilon makes smaller, and parameters that others took the place of.
 
-It is arithmetic on the values. A bfloat16 number has 8 significant bits: about .02 they lie 1.2e-4
-apart, so a step of 1e-5 from one of them is rounded back.
+The first two are arithmetic on the values. A bfloat16 number has 8 significant bits: about .02 they
+lie 1.2e-4 apart, so a step of 1e-5 from one of them is rounded back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._optimizers import kept_dtypes, known_optimizer
 from .._warn import warn
+from ..errors import OptimizerError
+from ..inspection import Walk, factor_tensors, walk
+from ._parts import peak_of
 
 # The share of a group's weights, or of their steps, above which it is said.
 WORTH_SAYING = 0.1
@@ -24,7 +28,6 @@ STD = 0.02  # of weights where there is no model to read: the init of GPT-2 and 
 # The step at which epsilon is looked at once. Where B starts at zero, A's first gradients are zero,
 # and grow with B.
 EPSILON_AT = 100
-_PEAKS = ("initial_lr", "max_lr")  # what schedulers note in a group
 _CURES = (
     "Keep these weights in float32 and train under autocast, or take an optimizer with Kahan"
     " summation (torch-optimi) or stochastic rounding (torchao)."
@@ -54,36 +57,38 @@ def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
     first_step: whether the rates with which it was built count too, if no scheduler noted others.
     """
     trained = []
-    splits = opt._rankaware.parts.shown(opt)
+    splits = opt._rankaware.shown(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
     is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
     for split in splits:
-        user, lr = split.group, float(split.group["lr"])
-        peaks = [user[key] for key in _PEAKS if user.get(key) is not None]
+        user = split.group
+        rate = max(float(user["lr"]), peak_of(user))
         # a rate of 0 freezes a group beside others, and begins a warm-up of all
-        if first_step and not peaks and (none_trains or lr > 0):
-            peaks = [split.seen["lr"]]
-        rate = max([lr, *map(float, peaks)])
-        eps, beta2 = user.get("eps", 0.0), user.get("betas", (0.0, 0.0))[1]
-        adam = (eps, float(beta2)) if is_adam else ()
+        warms_up = none_trains or float(user["lr"]) > 0
+        if first_step and warms_up and "initial_lr" not in user:
+            rate = max(rate, float(split.seen["lr"]))
         kept = kept_dtypes(opt, user)
+        eps, betas = user.get("eps", 0.0), user.get("betas", (0.0, 0.0))
+        adam = (eps, float(betas[1])) if is_adam else ()
         for part in split.parts:
-            if part.assigned.family != "sign-like":
-                continue
-            names = [split.members[i].name for i in part.at]
-            params = dict(zip(names, split.params_of(part), strict=False))
-            trains = {name: p for name, p in params.items() if p.requires_grad}
-            at = rate * part.multiplier
-            trained.append(Trained(trains, at, kept, opt.state, *adam))
+            if part.assigned.family == "sign-like":
+                params = split.trainable(part)
+                at = rate * part.multiplier
+                trained.append(Trained(params, at, kept, opt.state, *adam))
     return trained
 
 
-def warn_of_unmoved(opt: Any, step: int) -> None:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def warn_of_unmoved(opt: Any) -> None:
     """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
+    hidden = opt._rankaware
+    if hidden.steps >= EPSILON_AT:
+        return
+    hidden.steps += 1
     text = ""
-    if step == 1:
+    if hidden.steps == 1:
         text = rounding(trained_parts(opt, first_step=True))
-    elif step == EPSILON_AT:
+    elif hidden.steps == EPSILON_AT:
         text = epsilon(trained_parts(opt))
     if text:
         warn(text)
@@ -228,9 +233,9 @@ def _damped(groups: Iterable[Trained]) -> Iterator[_Lost]:
     """Yield what epsilon takes of each group's steps, where the state holds Adam's moments."""
     for group in groups:
         names, means, squares, corrections = [], [], [], []
-        for name, param in group.params.items():
+        for name, param in group.params.items() if group.eps else ():
             state = group.state.get(param, {})
-            if not group.eps or not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+            if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
                 continue
             square = _local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
             if square.numel():
@@ -269,3 +274,65 @@ def _samples(tensors: Collection[Tensor]) -> list[Tensor]:
 
 def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
+
+
+# --- parameters that others took the place of -----------------------------------------------------
+
+
+def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -> bool:
+    """Check that the parameters held here get the gradients of the model, so that training does not
+    fail silently. Return whether another step has to look again.
+
+    fully_shard and a re-created adapter replace the tensors under the names held here. Activating
+    another adapter leaves those held here without gradients. A dry step without rates, as
+    torch.distributed.checkpoint makes, is not checked, nor is one without any gradient, nor are
+    parameters that another RankAwareOptimizer holds.
+
+    others: the other RankAwareOptimizers of this process.
+    """
+    if not any(float(group["lr"]) for group in opt.param_groups):
+        return True
+    held = _params_of(opt)
+    if model is None or all(map(_is_graded, held)):
+        return False
+    walked = walk(model)
+    graded = [(name, p) for name, p in walked.parameters if _is_graded(p)]
+    elsewhere = set(chain(held, *map(_params_of, others)))
+    lost = {name: p for name, p in graded if p not in elsewhere}
+    if lost:
+        _refuse_lost(opt, walked, lost)
+    return not graded
+
+
+def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
+    """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`. Warn of
+    an adapter's that train beside them.
+    """
+    held, names, factors = _params_of(opt), set(opt.rates), factor_tensors(walked)
+    adapters = [name for name, param in lost.items() if param in factors]
+    replaced = [name for name in lost if name in names]
+    # FSDP1 flattens them
+    gone = set(held).isdisjoint(dict(walked.parameters).values())
+    if not any(map(_is_graded, held)) and (adapters or gone):
+        replaced += [*adapters, *lost]
+    if replaced:
+        raise OptimizerError(
+            f"The model's {replaced[0]} has a gradient and is not held by this optimizer, whose"
+            " tensor of that name, or all, have none: the model's parameters were replaced, or"
+            " another adapter was activated, after it was built.",
+            "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
+            " optimizer.",
+        )
+    if adapters:
+        warn(
+            f"{adapters[0]} has a gradient, and no RankAwareOptimizer holds it. If it should train"
+            " here, build the optimizer after the adapter was added and activated."
+        )
+
+
+def _params_of(opt: Any) -> list[Any]:
+    return [param for group in opt.param_groups for param in group["params"]]
+
+
+def _is_graded(param: Tensor) -> bool:
+    return param.grad is not None

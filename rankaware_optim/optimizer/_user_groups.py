@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,23 +10,11 @@ from torch import nn
 
 from .._checks import check_lr, plain_lr
 from ..errors import OptimizerError
-from ..inspection import Walk, as_one_model, refuse_frozen, walk
+from ..inspection import Walk, refuse_frozen, walk
 
 Group = dict[str, Any]
 # What `rank_aware_param_groups` writes into a group beside its multiplied rate.
 MULTIPLIED = "rank_multiplier"
-
-
-def model_of(params: Any, model: Any) -> nn.Module:
-    """Return the model that holds the adapters: `model`, by default `params`."""
-    holder = params if model is None else as_one_model(model)
-    if not isinstance(holder, nn.Module):
-        raise OptimizerError(
-            f"LoRA factors are found in a model, and this is a {type(holder).__name__}.",
-            "Give the model first, or as model= beside parameters or an optimizer. For a trainer"
-            " call rankaware_optim.attach(trainer, AdamW, ...).",
-        )
-    return holder
 
 
 class UserGroup(NamedTuple):
@@ -61,31 +49,37 @@ def user_groups(
     """
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     taken = set(names.values())
+    groups = []
+    for number, given in enumerate(_dicts(params, model, walked), first):
+        labelled, options = _read(given)
+        named = []
+        for place, (label, param) in enumerate(labelled):
+            if label is None or label in taken:  # by the model's parameters
+                label = f"group{number}.unnamed.{place}"
+            named.append((names.get(param, label), param))
+        groups.append(UserGroup(named, options, given if type(given) is dict else {}))
+    if not any(group.named for group in groups):
+        refuse_frozen(walked)
+    return groups
+
+
+def _dicts(params: Any, model: nn.Module, walked: Walk) -> list[Any]:
+    """Return the user's parameters as torch's list of dicts."""
     if isinstance(params, nn.Module):
         parameters = (walked if params is model else walk(params)).parameters
         params = [p for _, p in parameters if p.requires_grad]
     entries = _listed(params)
-    if not entries or not isinstance(entries[0], Mapping):
-        entries = [{"params": entries}]
-    groups = [
-        _read(given, names, taken, number)
-        for number, given in enumerate(entries, first)
-    ]
-    if not any(group.named for group in groups):
-        refuse_frozen(walked)
-    return groups
+    is_of_dicts = bool(entries) and isinstance(entries[0], Mapping)
+    return entries if is_of_dicts else [{"params": entries}]
 
 
 def _listed(params: Any) -> list[Any]:
     return [params] if isinstance(params, torch.Tensor) else list(params)
 
 
-def _read(
-    given: Any, names: Mapping[Any, str], taken: Collection[str], number: int
-) -> UserGroup:
-    """Return one of the user's groups. Its options are torch's: named parameters are two lists.
-
-    names: of the model's parameters, `taken` as a set. number: that of the group.
+def _read(given: Any) -> tuple[list[tuple[str | None, torch.Tensor]], Group]:
+    """Return a group's parameters with the names that were given, and its options as torch has
+    them: named parameters are two lists.
     """
     if MULTIPLIED in given:
         raise OptimizerError(
@@ -99,18 +93,14 @@ def _read(
         check_lr(options["lr"], "A parameter group's lr")
         options["lr"] = plain_lr(options["lr"])
     entries = _listed(options.pop("params"))
-    labels = options.get("param_names") or [None] * len(entries)
     if any(isinstance(entry, tuple) for entry in entries):
-        labels = options["param_names"] = [name for name, _ in entries]
+        options["param_names"] = [name for name, _ in entries]
         entries = [param for _, param in entries]
-    named = []
-    for place, (param, label) in enumerate(zip(entries, labels, strict=True)):
-        if not isinstance(param, torch.Tensor):
+    for entry in entries:
+        if not isinstance(entry, torch.Tensor):
             raise OptimizerError(
-                f"A parameter group holds a {type(param).__name__}.",
+                f"A parameter group holds a {type(entry).__name__}.",
                 "Give tensors, (name, tensor) pairs, or dicts.",
             )
-        own = f"group{number}.{label or 'unnamed'}.{place}"
-        is_free = label is not None and label not in taken
-        named.append((names.get(param, label if is_free else own), param))
-    return UserGroup(named, options, given if isinstance(given, dict) else {})
+    labels = options.get("param_names") or [None] * len(entries)
+    return list(zip(labels, entries, strict=True)), options

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial, wraps
 from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any
@@ -28,36 +27,13 @@ from ..inspection import Models, ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
 from ._assign import Explicit
-from ._lost import check_parameters
-from ._parts import Parts, SplitGroup, adopt, enter, leave, present
-from ._prepare import Prepared, prepare, prepare_later
-from ._rates import Rates
+from ._parts import Hidden, SplitGroup, adopt, enter, leave, peak_of, present
+from ._prepare import prepare, prepare_later
+from ._rates import Rates, Report, make_report
 from ._refuse import Native, Wrapped, building, read_optimizer, refuse_other_rates
-from ._report import Report, make_report
 from ._source import read_source
-from ._state_dict import (
-    peak_of,
-    read_checkpoint,
-    restore,
-    warn_of_rates,
-    with_parts,
-)
-from ._unmoved import EPSILON_AT, warn_of_unmoved
-from ._user_groups import model_of
-
-
-@dataclass
-class _Hidden:
-    """What a wrapped optimizer has besides torch's. Copy and pickle keep it.
-
-    unchecked: whether there are parameters that no step has checked. steps: since it was built or
-    copied, up to `EPSILON_AT`.
-    """
-
-    prepared: Prepared
-    parts: Parts
-    unchecked: bool = True
-    steps: int = 0
+from ._state_dict import read_checkpoint, restore, warn_of_rates, with_parts
+from ._unmoved import check_parameters, warn_of_unmoved
 
 
 class _Meta(type):
@@ -134,7 +110,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         RecipeError: the recipe cannot be read, or has no rate for this model.
     """
 
-    _rankaware: _Hidden
+    _rankaware: Hidden
     _rankaware_native: Native
 
     def __new__(  # noqa: PLR0913
@@ -156,17 +132,16 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         **settings: Any,
     ) -> RankAwareOptimizer:
         params, ours = as_one_model(params), signature(cls.__new__).parameters
-        model = model_of(params, model)
+        holder = params if model is None else as_one_model(model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
         source = read_source(recipe, law, tuned_at, plain_lr(lr), batch, steps)
         explicit = Explicit(dict(rates or {}), other_lr)
         given = params if wrapped.built is None else params.param_groups
         prepared, splits = prepare(
-            given, model, wrapped, source, explicit, method, init
+            given, holder, wrapped, source, explicit, method, init
         )
         opt = _construct(wrapped, splits, prepared.assigner.source.lr)
-        opt._rankaware = _Hidden(prepared, Parts(splits))
-        opt._rankaware_model = _weakly(model)
+        opt._rankaware = Hidden(prepared, splits, _weakly(holder))
         _LIVE.add(opt)
         return opt  # type: ignore[no-any-return]
 
@@ -199,15 +174,15 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         if "_rankaware" not in vars(self):
             native.add_param_group(self, param_group)
             return
-        model, hidden = _model_of(self), self._rankaware
+        hidden = self._rankaware
+        model = hidden.model and hidden.model()
         if model is None:
             raise OptimizerError(
                 "This optimizer is a copy, or its model is gone, so a new group has no rate.",
                 "Wrap again with model=.",
             )
-        parts = hidden.parts
         prepared, split = prepare_later(
-            hidden.prepared, param_group, len(parts.splits), model, self, native
+            hidden.prepared, param_group, len(hidden.splits), model, self, native
         )
         try:
             enter(self)  # the native check for duplicates sees all parts
@@ -219,7 +194,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         finally:
             leave(self)
         self.param_groups.append(split.group)
-        parts.splits.append(split)
+        hidden.splits.append(split)
         hidden.prepared, hidden.unchecked = prepared, True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,10 +211,10 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
-        native, parts = type(self)._rankaware_native, self._rankaware.parts
-        before, copies = dict(vars(self)), parts.copy()
+        native, hidden = type(self)._rankaware_native, self._rankaware
+        before, copies = dict(vars(self)), hidden.copied()
         try:
-            splits = parts.of(self.param_groups)
+            splits = hidden.of(self.param_groups)
             state, values = read_checkpoint(splits, state_dict, native)
             built = [peak_of(group) for group in self.param_groups]
             native.load_state_dict(self, state)
@@ -248,7 +223,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
-            parts.splits = copies
+            hidden.splits = copies
             ours = isinstance(error, (CheckpointError, Warning))
             if ours or not isinstance(error, Exception):
                 raise
@@ -256,7 +231,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 f"The checkpoint cannot be loaded: {error!r}.",
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
-        self._rankaware.unchecked = True
+        hidden.unchecked = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in the native layout, with base rates, also during a step: in a signal
@@ -264,12 +239,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         native = type(self)._rankaware_native
         state = _outside_a_step(self, native.state_dict)
-        return with_parts(state, self._rankaware.parts.shown(self), native)
+        return with_parts(state, self._rankaware.shown(self), native)
 
     def __getstate__(self) -> dict[str, Any]:
         state = _outside_a_step(self, type(self)._rankaware_native.__getstate__)
-        parts = Parts(self._rankaware.parts.splits)
-        return {**state, "_rankaware": replace(self._rankaware, parts=parts, steps=0)}
+        return {**state, "_rankaware": self._rankaware.outside()}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
@@ -289,11 +263,21 @@ def _subclass(native: Native) -> Any:
     """Return the rank-aware subclass of `native`, with its name and module. It is made once."""
     if native in _SUBCLASSES:
         return _SUBCLASSES[native]
+
+    @wraps(native.__init__)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OptimizerError(
+            f"The class of a RankAwareOptimizer cannot be called, since a new {native.__name__}"
+            " would have no rates.",
+            f"Build RankAwareOptimizer(model, {native.__name__}, ...), or a plain"
+            f" {native.__name__}.",
+        )
+
     namespace: dict[str, Any] = {
         "__module__": native.__module__,
         "__qualname__": native.__qualname__,
         "__doc__": native.__doc__,
-        "__init__": _refusing(native),
+        "__init__": refuse,
         "_rankaware_native": native,
     }
     for name, value in vars(RankAwareOptimizer).items():
@@ -308,33 +292,10 @@ def _subclass(native: Native) -> Any:
     return _SUBCLASSES[native]
 
 
-def _refusing(native: Native) -> Callable[..., None]:
-    """Return an `__init__` that raises for `type(opt)(...)`, since the new optimizer would have no
-    rates.
-    """
-
-    @wraps(native.__init__)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise OptimizerError(
-            f"The class of a RankAwareOptimizer cannot be called, since a new {native.__name__}"
-            " would have no rates.",
-            f"Build RankAwareOptimizer(model, {native.__name__}, ...), or a plain"
-            f" {native.__name__}.",
-        )
-
-    return __init__
-
-
 def _blank(native: Native) -> Any:
     """Return an instance without state, for copy and pickle."""
     kind = _subclass(native)
     return kind.__new__(kind)
-
-
-def _model_of(opt: Any) -> nn.Module | None:
-    """Return the model; None if it is gone or the optimizer is a copy."""
-    model: nn.Module | None = vars(opt).get("_rankaware_model", lambda: None)()
-    return model
 
 
 def _construct(wrapped: Wrapped, splits: Sequence[SplitGroup], lr: Any) -> Any:
@@ -378,14 +339,14 @@ def _outside_a_step(opt: Any, take: Callable[[Any], dict[str, Any]]) -> dict[str
     """Return what is taken of an optimizer with the user's groups, also while it steps: in a
     signal's handler, or in another thread.
     """
-    parts = opt._rankaware.parts
-    turns = parts.turns
-    if not parts.stepping:
+    hidden = opt._rankaware
+    turns = hidden.turns
+    if not hidden.stepping:
         taken = take(opt)
-        if parts.turns == turns:
+        if hidden.turns == turns:
             return taken
     shown = object.__new__(type(opt))
-    vars(shown).update(vars(opt), param_groups=parts.users)
+    vars(shown).update(vars(opt), param_groups=hidden.users)
     return take(shown)
 
 
@@ -405,13 +366,13 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = getattr(self, "_rankaware", None)
         # in __init__, or called by a native method
-        if hidden is None or hidden.parts.stepping:
+        if hidden is None or hidden.stepping:
             return method(self, *args, **kwargs)
         if name == "step":
             # a closure makes gradients of its own, which are checked after it
             if (args[0] if args else kwargs.get("closure")) is None:
                 _check(self)
-            _count(self)
+            warn_of_unmoved(self)
         try:
             enter(self)
             if args or kwargs:
@@ -432,7 +393,7 @@ def _seen_inside(opt: Any, given: Sequence[Any], value: Any) -> Any:
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return _outside(opt, value)
     params = {id(each) for each in given if torch.is_tensor(each)}
-    for split in opt._rankaware.parts.active:
+    for split in opt._rankaware.active:
         for part in split.parts if split.group is value else ():
             if not params.isdisjoint(map(id, part.group["params"])):
                 return part.group
@@ -456,18 +417,10 @@ def _outside(opt: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _count(opt: Any) -> None:
-    """Count the first steps, at some of which it is looked at whether the weights move."""
-    hidden = opt._rankaware
-    if hidden.steps < EPSILON_AT:
-        hidden.steps += 1
-        warn_of_unmoved(opt, hidden.steps)
-
-
 def _check(opt: Any) -> None:
     """Check the parameters once there are gradients: those that no step has checked."""
     hidden = opt._rankaware
     if hidden.unchecked and not torch.compiler.is_compiling():
         others = [other for other in _LIVE if other is not opt]
-        hidden.unchecked = check_parameters(opt, _model_of(opt), others)
+        model = hidden.model and hidden.model()
+        hidden.unchecked = check_parameters(opt, model, others)

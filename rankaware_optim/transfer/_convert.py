@@ -18,7 +18,7 @@ from ..laws import (
     get_law,
     law_title,
 )
-from ..optimizer import Source, make_assigner, notes_of
+from ..optimizer import Explicit, Source, make_assigner, notes_of
 from ..recipe import ANY_WIDTH
 
 
@@ -71,7 +71,7 @@ def convert_lr(
     factor = target.as_factor()
     source = Source(law=law, reference=origin, batch=batch)
     survey = Survey((factor,))
-    assigner = make_assigner(survey, source)
+    assigner = make_assigner(survey, source, Explicit(), target.method)
     rule = assigner.rule({})
     multiplier = assigner.multiplier(factor, rule.law)
     moved = assigner.assign(factor.name, factor, rule).multiplier

@@ -26,7 +26,6 @@ from torch.optim import lr_scheduler
 from rankaware_optim import (
     CheckpointError,
     RankAwareOptimizer,
-    RankAwareWarning,
     Reference,
 )
 from rankaware_optim.optimizer import rank_aware_param_groups
@@ -69,22 +68,6 @@ def alike(a, b) -> bool:
 
 
 # --- a run that goes on ---------------------------------------------------------------------------------------------
-
-
-def test_a_trained_model_of_undeclared_init_can_resume():
-    """Trained adapters whose init nobody declares are warned of; with init= their run goes on bit for bit."""
-    model = mlp((4, 8))
-    opt = ours(model)
-    train(model, opt)
-    again = copy.deepcopy(model)
-    with pytest.warns(RankAwareWarning, match=r"neither factor zero.*init='A'") as said:
-        RankAwareOptimizer(again, AdamW, lr=LR, tuned_at=LAW["tuned_at"])
-    assert said[0].filename == __file__
-    fresh = loaded(ours(again), saved(opt.state_dict()))
-    assert rates_of(fresh) == rates_of(opt)
-    train(model, opt)
-    train(again, fresh)
-    assert same(snapshot(model), snapshot(again))
 
 
 # --- where a checkpoint may come from -------------------------------------------------------------------------------

@@ -157,23 +157,6 @@ def test_settings_of_a_group_choose_its_family(name, package, settings, family):
     assert by_name["layer0.lora_A"] == pytest.approx(LR * expected, rel=1e-9)
 
 
-DEFAULTS = [
-    ("Lamb", "timm", {"weight_decay": 0.01}, "relative-scale"),
-    ("Lamb", "timm", {"weight_decay": 0.0}, "sign-like"),
-    ("Adafactor", "somewhere", {"scale_parameter": False}, "sign-like"),
-]
-
-
-@pytest.mark.parametrize(("name", "package", "defaults", "family"), DEFAULTS)
-def test_a_class_default_chooses_the_family_as_a_setting_does(
-    name, package, defaults, family
-):
-    """What was not given is as the class's signature has it."""
-    kind = with_defaults(name, package, **defaults)
-    opt = RankAwareOptimizer(kept_alpha(4), kind, lr=LR, tuned_at=AT_16)
-    assert opt.report().rows[0].family == family
-
-
 THIN = [
     # rank, width, package and class, the group's settings, the family
     (2, 64, "timm.Muon", {}, "sign-like"),
@@ -227,25 +210,6 @@ def test_a_vector_of_a_spectral_optimizer_is_adams():
     )
     assert muon["0.bias"] == pytest.approx(adam["0.bias"])
     assert muon["0.weight"] != pytest.approx(adam["0.weight"], rel=0.1)
-
-
-KEPT = [
-    ("AdamW_adv", "adv_optm", {"spectral_normalization": True}),
-    ("LoRAMuon", "somewhere", {}),
-]
-
-
-@pytest.mark.parametrize(("name", "package", "settings"), KEPT)
-def test_what_moves_by_rank_itself_keeps_one_rate(name, package, settings):
-    """An optimizer whose own rule moves with the rank is not moved twice: one rate, and a sentence why."""
-    model = kept_alpha(4, 64)
-    opt = RankAwareOptimizer(
-        model, called(name, package), lr=LR, tuned_at=AT_16, **settings
-    )
-    assert {round(rate / LR, 4) for rate in moved(model, opt).values()} <= {0.0, 1.0}
-    assert "by its own rule its updates move with the rank" in " ".join(
-        str(opt.report()).split()
-    )
 
 
 # --- unknown classes ------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def heads(opt) -> dict[str, float]:
 TAKE = r"give **recipe.settings"
 FARTHER = "are less certain for others"
 DECAY, BETAS = "weight_decay=0.1, not", "betas=[0.9, 0.95], not [0.9, 0.999]"
-NO_SGD = "optimizer='AdamW', not 'SGD'; family='sign-like', not 'gradient-like'"
+NO_SGD = "optimizer='AdamW', not 'SGD'. "
 OTHER = [
     ({}, {"betas": (0.9, 0.95)}, f"{DECAY} 0.01", TAKE),
     ({}, {"weight_decay": 0.1}, BETAS, TAKE),
@@ -84,11 +84,11 @@ OTHER = [
     ({}, {"optimizer": "nadam"}, "'AdamW', not 'NAdam'. ", "calibrate with NAdam"),
     (
         *({"optimizer": "torch.optim.sgd.SGD"}, {}),
-        *("optimizer='SGD', not 'AdamW'; family='gradient-like', not", "AdamW"),
+        *("optimizer='SGD', not 'AdamW'. ", "AdamW"),
     ),
     (
         *({"optimizer": "theirs.Own"}, {}),
-        *("'Own', not 'AdamW'; family='unknown', not 'sign-like'", "AdamW"),
+        *("'Own', not 'AdamW'. ", "AdamW"),
     ),
 ]
 

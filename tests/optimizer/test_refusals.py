@@ -126,8 +126,8 @@ def native_groups(model):
 
 FIRST = [
     # what stands in the place of the model's parameters, the model, what is said
-    (trained, None, "found in a model"),
-    (lambda m: AdamW, lambda m: None, "Give the model first"),
+    (trained, None, r"(?s)is not a model.*as model="),
+    (lambda m: AdamW, None, "is not a model"),
     (lambda m: SimpleNamespace(model=m, args=None), None, r"attach\(trainer"),
     (lambda m: m.head, None, "get_peft_model.*method='full'.* register"),
     (lambda m: m.requires_grad_(False), None, "all frozen. Load with is_trainable="),
@@ -339,7 +339,7 @@ BUILT = [
     (plain, {"lr": LR}, "lr= was given"),
     (plain, {"eps": 1.0}, "eps= was given"),
     (plain, {"optimizer": AdamW}, "optimizer= was given"),
-    (plain, {"model": None}, "found in a model"),
+    (plain, {"model": None}, "is not a model"),
     (plain, {"law": "nua"}, "law"),
     (plain, {"other_lr": -1}, "other_lr is -1"),
     (plain, {"rates": {"x": 1.0}}, "matches none"),

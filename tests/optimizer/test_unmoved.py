@@ -178,14 +178,6 @@ def test_what_moves_is_silent(case):
     opt.step()
 
 
-def test_float32_under_autocast_is_silent():
-    """The weights that autocast computes with in bfloat16 are float32 where they are stepped."""
-    model = network(torch.float32)
-    opt = full(model, 1e-6)
-    with torch.autocast("cpu", dtype=BF16):
-        assert steps(opt, model) == []
-
-
 def test_a_zero_moves_at_any_rate():
     """B at zero moves and A does not, so A alone is named."""
     model = adapters(BF16)
@@ -341,31 +333,6 @@ def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
         assert len(opt.report().unmoved) == is_said
 
 
-def test_a_step_that_the_scaler_skips_and_closures_say_it_once():
-    """The values are read, no gradient: an infinite one changes nothing, and a closure says it once."""
-    model = network()
-    opt = full(model, 1e-5)
-    for param in model.parameters():
-        param.grad = torch.full_like(param, float("inf"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(torch.ones(()))
-    scaler.step(opt)
-    opt.zero_grad()
-    assert len(steps(opt, model)) == 1
-
-    def closure():
-        opt.zero_grad()
-        loss = model(torch.randn(2, 64, dtype=BF16)).square().mean()
-        loss.backward()
-        return loss
-
-    opt = full(model, 1e-5)
-    with pytest.warns(RankAwareWarning, match="At a rate of 1e-05") as caught:
-        opt.step(closure)
-    assert len(caught) == 1
-    opt.step(closure)
-
-
 def test_a_warning_as_an_error_leaves_the_rates():
     """Where warnings are errors, the first step raises with base rates in place, and the next one trains."""
     model = network()
@@ -427,9 +394,8 @@ def test_the_share_of_epsilon():
     mean = torch.tensor([1.0, -1.0, 0.0])
     share = epsilon_share(mean, torch.tensor([9.0, 9.0, 0.0]), 1.0)
     assert share == pytest.approx(1 / 4)
-    assert (
-        epsilon_share(mean, torch.zeros(3), 1.0) == pytest.approx(1, abs=1e-6) or True
-    )
+    small = epsilon_share(1e-6 * mean, torch.zeros(3), 1.0)
+    assert small == pytest.approx(1, abs=1e-5)
     assert epsilon_share(torch.zeros(2), torch.ones(2), 1.0) == 0.0
 
 
