@@ -53,14 +53,21 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import rankaware_optim as ra
-from tests.environments.integrations.by_hand import (
+from tests.environments.optimizers.by_hand import (
     Case,
     by_class,
     native,
     run,
     through_file,
 )
-from tests.environments.integrations.displacement import (
+from tests.environments.optimizers.cases import (
+    CASES,
+    CLASSES,
+    NEEDS,
+    PACKAGES,
+    REFUSED,
+)
+from tests.environments.optimizers.displacement import (
     JUDGED,
     NOT_BY_RATE,
     OF_ANOTHER_FORM,
@@ -68,13 +75,6 @@ from tests.environments.integrations.displacement import (
     family_of_distances,
     judged,
     ways_to_step,
-)
-from tests.environments.integrations.optimizer_cases import (
-    CASES,
-    CLASSES,
-    NEEDS,
-    PACKAGES,
-    REFUSED,
 )
 from tests.helpers.models import same, snapshot
 

@@ -75,3 +75,14 @@ def multiplier(
     law = Falling().bind(kind, settings or {})
     at_16 = Reference(rank=16, alpha=16, fan_in=width)
     return law.multiplier(factor, at_16)
+
+
+def groups_by_hand(
+    model: Any, lr: float, kind: Any = torch.optim.AdamW
+) -> list[dict[str, Any]]:
+    """The groups of `mlp((4, 8))` written out, in the order in which norms are added."""
+    groups = []
+    for layer, rank in ((model.layer0, 4), (model.layer1, 8)):
+        rate = lr * multiplier(rank, kind)
+        groups += [{"params": [p], "lr": rate} for p in (layer.lora_A, layer.lora_B)]
+    return [*groups, {"params": list(model.head.parameters())}]

@@ -13,8 +13,7 @@ from rankaware_optim import RankAwareOptimizer, RankAwareWarning
 from rankaware_optim.integrations import lightning_rates
 
 from ...helpers.models import batches, mlp, same, snapshot
-from ...helpers.optimizers import multiplier
-from .by_hand import groups_by_hand
+from ...helpers.optimizers import groups_by_hand, multiplier
 from .trainers import AT_16, LR, QUIET, STEPS, AdamW, lightning
 
 pytestmark = QUIET

@@ -8,7 +8,7 @@ import torch
 from rankaware_optim import RankAwareOptimizer, Reference
 
 from ...helpers.models import batches, mlp, same, snapshot, trained
-from .by_hand import groups_by_hand
+from ...helpers.optimizers import groups_by_hand
 
 LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)

@@ -97,17 +97,6 @@ def multiplier(rank: int | None, case: Case = Case(torch.optim.AdamW)) -> float:
     return optimizers.multiplier(rank, case.kind, case.settings, case.width)
 
 
-def groups_by_hand(
-    model: nn.Module, lr: float, kind: type[Optimizer] = torch.optim.AdamW
-) -> list[dict[str, Any]]:
-    """The groups of `mlp((4, 8))` written out, in the order in which norms are added."""
-    groups = []
-    for layer, rank in ((model.layer0, 4), (model.layer1, 8)):
-        rate = lr * optimizers.multiplier(rank, kind)
-        groups += [{"params": [p], "lr": rate} for p in (layer.lora_A, layer.lora_B)]
-    return [*groups, {"params": list(model.head.parameters())}]
-
-
 # --- training and saving --------------------------------------------------------------------------------------------
 
 

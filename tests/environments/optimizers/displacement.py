@@ -21,7 +21,7 @@ from rankaware_optim import Law, RankAwareOptimizer
 
 from ...helpers.models import mlp, same
 from .by_hand import Case, parts
-from .optimizer_cases import CASES, CLASSES, NO_STEP, P
+from .cases import CASES, CLASSES, NO_STEP, P
 
 # Rank 2 is thin: some Muons hand it to their Adam.
 TIMES = {2: 0.25, 8: 1.0, 16: 4.0}  # of the base rate, by rank

@@ -1,0 +1,284 @@
+"""Every optimizer class of 25 packages: the same numbers as the native class with groups by hand, saved and loaded."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import product
+
+import pytest
+import torch
+
+from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
+from rankaware_optim._optimizers import (
+    goes_to_adam,
+    known_optimizer,
+    optimizer_family,
+)
+
+from ...helpers.models import mlp, same, snapshot
+from . import displacement
+from .by_hand import (
+    AT_16,
+    LR,
+    Case,
+    by_class,
+    by_instance,
+    multiplier,
+    native,
+    run,
+    through_file,
+)
+from .cases import (
+    CASES,
+    CLASSES,
+    LOADS_NOT,
+    NO_STEP,
+    PICKLED,
+    REFUSED,
+    SNAPSHOTS,
+    P,
+    classes,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* is of an unknown family"),
+    pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You are using weight_decay:UserWarning"),
+    # torch_optimizer: torch's old signatures
+    pytest.mark.filterwarnings("ignore:This overload of:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning"),
+    pytest.mark.filterwarnings("ignore:rank=None. It will be set:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported:UserWarning"),
+]
+
+# The rest of these two packages keeps its state in fewer bits by the same code.
+OF_EACH_KIND = ("bitsandbytes.optim.AdamW8bit", "torchao.optim.AdamW8bit")
+TESTED = [
+    key
+    for key in CASES
+    if key in OF_EACH_KIND
+    or not (key in NO_STEP or key.startswith(("bitsandbytes", "torchao")))
+]
+each_case = pytest.mark.parametrize("key", TESTED)
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """torchao compiles its step; eager steps give the same numbers and need no compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_process(request):
+    """A process group of one, for the optimizers that communicate."""
+    of_test = getattr(request.node, "callspec", None)
+    key = of_test and of_test.params.get("key")
+    if key not in (P + "DeMo", P + "DistributedMuon"):
+        yield
+        return
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("form", [by_class, by_instance])
+@each_case
+def test_training_equals_the_native_class_with_groups_by_hand(key, form):
+    """Several steps give the parameters of the native class given the same groups by hand, bit for bit."""
+    if form is by_instance and key in SNAPSHOTS:
+        pytest.skip("it keeps rates of its first groups: class form only")
+    case = CASES[key]
+    ours, hand, start = case.model(), case.model(), snapshot(case.model())
+    run(case, hand, native(case, hand))
+    run(case, ours, form(case, ours))
+    assert same(snapshot(ours), snapshot(hand))
+    assert not same(snapshot(ours), start)
+
+
+# of a class that writes its own rate
+@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
+@each_case
+def test_a_saved_state_continues_as_natively(key):
+    """State saved and loaded into a fresh optimizer continues bit for bit, and as the native class's does."""
+    if key in LOADS_NOT:
+        pytest.skip("its own load fails")
+    case = CASES[key]
+    safely = key not in PICKLED
+    ours, ours_whole = _resumed(case, by_class, safely)
+    hand, hand_whole = _resumed(case, native, safely)
+    assert same(ours_whole, hand_whole)
+    assert same(ours, hand)
+    assert same(ours, ours_whole)
+
+
+def _resumed(case, make, safely):
+    """The parameters of a resumed and of an uninterrupted run."""
+    model, fresh = case.model(), case.model()
+    opt, other = make(case, model), make(case, fresh)
+    run(case, model, opt, 0, 4)
+    state = through_file(opt, safely=safely)
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    for parts in ((model, opt), (fresh, other)):
+        run(case, *parts, 4, 8)
+    return snapshot(fresh), snapshot(model)
+
+
+@pytest.mark.parametrize("key", sorted(displacement.JUDGED))
+def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
+    """Under constant gradients a factor goes its multiple of the native displacement, as by hand, and as its family.
+
+    A class that cannot be judged so is in displacement.py by name, with its reason.
+    """
+    found = displacement.judged(displacement.JUDGED[key])
+    assert found.as_by_hand
+    listed = key in displacement.NOT_BY_RATE, key in displacement.OF_ANOTHER_FORM
+    assert (bool(found.wrong_rates), bool(found.other_forms)) == listed, found
+
+
+OVER_RANKS = [
+    *("torch.optim.RMSprop", P + "NorMuon", P + "AdaMuon", "adv_optm.AdaMuon_adv"),
+    *("torch_optimizer.Shampoo", P + "Shampoo", P + "SpectralSphere"),
+]
+
+
+@pytest.mark.parametrize("key", OVER_RANKS)
+def test_a_family_is_that_of_the_outputs_displacement_over_ranks(key):
+    """From rank 4 to 64, with gradients that agree and that do not, the output moves as the table's family says."""
+    case = CASES[key]
+    found = displacement.distances_over_rank(case)
+    assert displacement.family_of_distances(found) == optimizer_family(
+        case.kind, case.settings
+    )
+
+
+@pytest.mark.parametrize("module", ["timm.optim.muon", "adv_optm.util.Muon_util"])
+def test_what_a_muon_hands_to_its_adam_is_as_its_package_decides(module):
+    """Of every shape with sides from 1 to 4096, vectors and convolutions among them."""
+    suits = pytest.importorskip(module)._is_suitable_for_muon
+    row = known_optimizer(f"{module.partition('.')[0]}.Muon")[1]
+    sides = (1, 2, 3, 4, 5, 16, 31, 32, 33, 512, 513, 4096)
+    shapes = [(side,) for side in sides]
+    shapes += [*product(sides, sides), *product(sides, sides, (1, 3))]
+    shapes += [(rows, columns, 3, 3) for rows, columns in product(sides, sides)]
+    for shape in shapes:
+        param = torch.empty(shape, device="meta")
+        assert goes_to_adam(row, {}, shape) != suits(param), shape
+
+
+@pytest.mark.parametrize("key", sorted(displacement.JUDGED))
+def test_another_way_to_step_is_at_the_multiplied_rate(key):
+    """A public method that moves parameters by the rate moves them by the multiplied one, as `step` does."""
+    ways = displacement.ways_to_step(displacement.JUDGED[key])
+    assert ways == pytest.approx(dict.fromkeys(ways, 1.0))
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+REFUSALS = {key: REFUSED[key] for key in REFUSED if key in CLASSES}
+REFUSALS["torch.optim.Muon"] = "only supports 2D parameters"
+
+
+@pytest.mark.parametrize("key", REFUSALS)
+def test_refused_with_a_sentence(key):
+    """A class that cannot have a rate per rank is refused, by name, and the model is left as it was."""
+    model = mlp((4, 8))
+    before = snapshot(model)
+    with pytest.raises(OptimizerError, match=REFUSALS[key]) as caught:
+        RankAwareOptimizer(model, CLASSES[key], lr=LR)
+    assert CLASSES[key].__name__ in str(caught.value)
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("key", sorted(SNAPSHOTS & CASES.keys()))
+def test_instances_that_keep_rates_by_group_are_refused(key):
+    """An instance that snapshots its groups is refused with the way out, and left as it was."""
+    case = CASES[key]
+    built = case.kind(case.own(model := case.model()), lr=LR)
+    with pytest.raises(OptimizerError, match="Give the class and its settings instead"):
+        RankAwareOptimizer(built, model=model)
+    assert type(built) is case.kind
+    assert len(built.param_groups) == 1
+
+
+def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
+    """AdamMini makes its groups from a model: its instance keeps them, each factor at the rate of its rank."""
+    kind = pytest.importorskip("pytorch_optimizer").AdamMini
+    model = mlp((4, 8))
+    opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
+    assert opt.rates["layer0.lora_A"].lr == LR * multiplier(4, Case(kind))
+    assert opt.rates["layer1.lora_B"].lr == LR * multiplier(8, Case(kind))
+    run(Case(kind), model, opt)
+
+
+# --- the whole of each package --------------------------------------------------------------------------------------
+
+# The least number of classes that pass, and what the package calls all of its own.
+AT_LEAST = {
+    "torch.optim": 14,
+    "torch_optimizer": 25,
+    "pytorch_optimizer": 105,
+    "schedulefree": 9,
+    "timm.optim": 20,
+}
+
+
+@pytest.mark.parametrize("package", AT_LEAST)
+def test_so_many_classes_pass(package):
+    """At least so many classes of each package are in the table that must pass."""
+    if not classes(package):
+        pytest.skip(f"{package} is not installed")
+    passing = [key for key in CASES if key.rpartition(".")[0] == package]
+    assert len(passing) >= AT_LEAST[package]
+
+
+def test_every_name_of_pytorch_optimizer_is_a_row():
+    """All that pytorch_optimizer loads by name is in the table, passing or refused."""
+    module = pytest.importorskip("pytorch_optimizer")
+    loaded = map(module.load_optimizer, module.get_supported_optimizers())
+    assert {*loaded} <= {*CLASSES.values()}
+
+
+# Settings under which a class keeps what bfloat16 rounds away, and those under which it does not.
+ROUNDING = [
+    ("optimi.AdamW", {}, True),
+    ("optimi.Lion", {"kahan_sum": True}, True),
+    ("optimi.AdamW", {"kahan_sum": False}, False),
+    ("torchao.optim._AdamW", {"bf16_stochastic_round": True}, True),
+    ("torchao.optim._AdamW", {}, False),
+    ("adv_optm.AdamW_adv", {}, True),
+    ("adv_optm.Lion_adv", {"stochastic_rounding": False}, False),
+    (P + "StableAdamW", {}, True),
+    (P + "StableAdamW", {"kahan_sum": False}, False),
+    (P + "FlashAdamW", {"master_weight_bits": 24}, True),
+    (P + "FlashAdamW", {}, False),
+    (P + "ROSE", {}, True),
+    (P + "ROSE", {"bf16_sr": False}, False),
+    ("bitsandbytes.optim.Lion8bit", {}, False),
+    ("torch.optim.AdamW", {}, False),
+]
+
+
+@pytest.mark.parametrize(("key", "settings", "keeps"), ROUNDING)
+def test_who_moves_bfloat16_weights_by_small_steps(key, settings, keeps):
+    """A report is silent where forty steps that bfloat16 rounds away move the weights, by a third of forty rates or more."""
+    weight = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.constant_(weight.weight, 0.75)
+    before = weight.weight.detach().double()
+    torch.manual_seed(0)
+    signs, rate, steps = torch.randn(64, 64).sign(), 1e-4, 40
+    opt = RankAwareOptimizer(
+        weight, CLASSES[key], lr=rate, method="full", weight_decay=0.0, **settings
+    )
+    assert (opt.report().unmoved == ()) == keeps
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankAwareWarning)
+        for _ in range(steps):
+            weight.weight.grad = (0.01 * signs).bfloat16()
+            opt.step()
+    moved = (signs * (before - weight.weight.detach().double())).mean()
+    assert (moved > rate * steps / 3) == keeps
