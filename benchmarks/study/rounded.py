@@ -27,6 +27,10 @@ Of the large models no other share is known.
    models, by each reading of a best rate.
 3. *Cures*: Kahan summation and stochastic rounding are within .25 octaves of float32 in every task.
 
+4. *Widths*, if 1 or 2 does not hold: full finetuning's rate by the law from Init[A] at the largest fan-in, the mean one,
+   and mean^(1 − p) · largest^p, p fitted on all other networks, over the study's nine tasks and the two large models.
+   The one with the least rms of octaves off, by at least a tenth, is adopted.
+
 If 1 and 2 hold, a report and `convert --dtype` give the rate for these weights beside that for float32 ones. If one does
 not, they do not.
 """
@@ -36,9 +40,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -48,9 +53,19 @@ from laws.large_models import DEFAULT, WAYS, moved
 from laws.others import READINGS, Sweep
 from recording import RESULTS, block, machine, number, write_explained
 from study.best_rates import best_rate
-from study.configurations import ADAMW, CLIP, START, built, run_at, start_of, starts
-from study.domains import get_domain
+from study.configurations import (
+    ADAMW,
+    CLIP,
+    START,
+    built,
+    reference_at,
+    run_at,
+    start_of,
+    starts,
+)
+from study.domains import HELD_OUT, STUDY, get_domain
 from study.grids import FULL, Job, Line, Listed, Losses, Together, curve
+from study.longer import AT_A
 from study.loss_curves import between
 from study.runs_on_file import complete, made_by, read
 from study.suite import STORES, provenance, study_rates
@@ -58,7 +73,9 @@ from study.training import train
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from rankaware_optim import Falling, Reference
 from rankaware_optim.calibration import seeded
+from rankaware_optim.laws import bound_law, checked_multiplier
 
 RESTS_ON = ("laws.adam",)
 STORE = RESULTS / "rounded.jsonl"
@@ -320,6 +337,63 @@ def of_large(sweeps: Sequence[Sweep]) -> str:
     return block("The large models", heads, rows)
 
 
+# --- widths -----------------------------------------------------------------------------------------------------------
+
+
+class Network(NamedTuple):
+    """A network's best rates: its mean and largest fan-in, log2 by LoRA's configuration, and in full finetuning."""
+
+    name: str
+    widths: tuple[float, float]
+    lora: Sequence[tuple[Reference, float]]
+    full: float
+
+    def off(self, power: float) -> float:
+        """Octaves of the law's rate above the best one, in the mean of ranks, at mean^(1 − p) · largest^p."""
+        mean, largest = self.widths
+        at = Reference(method="full", fan_in=mean ** (1 - power) * largest**power)
+        law = bound_law(Falling(), AdamW, {})
+        moves = [
+            x + math.log2(checked_multiplier(law, at.as_factor(), origin)) - self.full
+            for origin, x in self.lora
+        ]
+        return statistics.fmean(moves)
+
+
+def networks(sweeps: Sequence[Sweep]) -> Iterator[Network]:
+    for task in (*STUDY, *HELD_OUT):
+        widths, [full] = get_domain(task).widths, study_rates(task, "full").values()
+        lora = [
+            (replace(reference_at(AT_A, rank), fan_in=widths[0]), x)
+            for rank, x in study_rates(task, AT_A).items()
+        ]
+        yield Network(task, widths, lora, full)
+    for sweep in sweeps:
+        best = sweep.best["vertex"] or sweep.best["tried"]
+        lora = [(sweep.at(rank), x) for rank, x in best.items() if rank != FULL]
+        widths = sweep.widths.mean, float(sweep.widths.inner)
+        yield Network(sweep.model, widths, lora, best[FULL])
+
+
+def fitted_power(among: Sequence[Network]) -> float:
+    powers = [step / 20 for step in range(-20, 61)]
+    return min(powers, key=lambda p: sum(each.off(p) ** 2 for each in among))
+
+
+def of_widths(sweeps: Sequence[Sweep]) -> str:
+    every = list(networks(sweeps))
+    rows, squares = [], []
+    for each in every:
+        power = fitted_power([other for other in every if other is not each])
+        off = [each.off(1.0), each.off(0.0), each.off(power)]
+        rows.append([each.name, *(number(x, sign=True) for x in off), number(power)])
+        squares.append([x * x for x in off])
+    means = [math.sqrt(statistics.fmean(each)) for each in zip(*squares, strict=True)]
+    rows.append(["**rms**", *map(number, means), number(fitted_power(every))])
+    heads = ["network", "largest", "mean", "fitted on the others", "power"]
+    return block("By which width, octaves above the best", heads, rows)
+
+
 def spread(values: Sequence[float], digits: int = 2) -> str:
     ends = [number(x, digits, digits > 0) for x in (min(values), max(values))]
     return (
@@ -349,7 +423,8 @@ def main(paths: Sequence[Path], task: str | None) -> None:
     table, verdict = of_tasks(on_file())
     on = made_by(machine(1), STORE)
     title = "Full finetuning in bfloat16: is it the dtype?"
-    write_explained("rounded", title, __doc__, table, verdict, of_large(large), on)
+    parts = table, verdict, of_large(large), of_widths(large)
+    write_explained("rounded", title, __doc__, *parts, on)
 
 
 if __name__ == "__main__":
