@@ -250,7 +250,7 @@ def main(task: str | None) -> None:
     """Run what is missing of a task, or write the page."""
     torch.set_num_threads(1)
     if task:
-        todo = Listed(list(jobs(task)))
+        todo = Listed(sorted(jobs(task), key=lambda job: PLUS in job.scheme))
         complete(todo, run_one, STORE, 1, click.echo, provenance(task))
         return
     losts = [lost for each in NINE for lost in lost_in(each, OWN)]
