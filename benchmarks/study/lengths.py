@@ -98,6 +98,13 @@ def arms() -> Iterator[tuple[str, str, int]]:
         yield task, config, rank
 
 
+def targets() -> Iterator[tuple[tuple[str, str, int], int]]:
+    """The arms and lengths N that were swept."""
+    for arm, steps in itertools.product(arms(), FURTHER):
+        if best(*arm, steps) is not None:
+            yield arm, steps
+
+
 def named(rank: int) -> str:
     return "full" if rank == FULL else f"rank {rank}"
 
@@ -118,8 +125,7 @@ def of_rates() -> str:
 def staying() -> list[float]:
     return [
         lost(*arm, target, x)
-        for arm in arms()
-        for target, steps in itertools.product(FURTHER, (400, LONGEST))
+        for (arm, target), steps in itertools.product(targets(), (400, LONGEST))
         if (x := best(*arm, steps)) is not None
     ]
 
@@ -127,33 +133,31 @@ def staying() -> list[float]:
 def by_law(a: int, b: int, moves: bool = True) -> list[float]:
     """What rank a's best rate of N steps loses at rank b."""
     shares = []
-    for task, steps in itertools.product(FURTHER_TASKS, FURTHER):
+    for (task, config, rank), steps in targets():
         x = best(task, AT_A, a, steps)
-        if x is None:
+        if rank != b or x is None:
             continue
         if moves:
             x += octaves(task, AT_A, b, Falling()) - octaves(task, AT_A, a, Falling())
-        shares.append(lost(task, "full" if b == FULL else AT_A, b, steps, x))
+        shares.append(lost(task, config, b, steps, x))
     return shares
 
 
 def in_bands() -> list[bool]:
     inside = []
-    for arm, target in itertools.product(arms(), FURTHER):
-        at = best(*arm, target)
-        for steps in EVERY:
-            x = best(*arm, steps)
-            if at is None or x is None or not target // 32 <= steps < target:
-                continue
-            reach = Z90 * math.sqrt(steps_variance(math.log2(target / steps)))
-            inside.append(abs(at - x) <= reach)
+    for (arm, target), steps in itertools.product(targets(), EVERY):
+        at, x = best(*arm, target), best(*arm, steps)
+        if at is None or x is None or not target // 32 <= steps < target:
+            continue
+        reach = Z90 * math.sqrt(steps_variance(math.log2(target / steps)))
+        inside.append(abs(at - x) <= reach)
     return inside
 
 
 def a_step_further(parts: int, share: float) -> list[float]:
     """What the best rate of N / parts loses with a share of its change from half that length."""
     shares = []
-    for arm, target in itertools.product(arms(), FURTHER):
+    for arm, target in targets():
         x = best(*arm, target // parts)
         before = best(*arm, target // parts // 2)
         if x is not None and before is not None:
