@@ -11,7 +11,6 @@ from . import transfer as transfer
 from ._rate import Rate as Rate
 from ._types import Factor as Factor
 from ._types import Reference as Reference
-from ._types import Survey as Survey
 from .calibration import Trial as Trial
 from .errors import CalibrationError as CalibrationError
 from .errors import CalibrationInterrupted as CalibrationInterrupted
@@ -24,6 +23,7 @@ from .errors import RankAwareError as RankAwareError
 from .errors import RankAwareWarning as RankAwareWarning
 from .errors import RecipeError as RecipeError
 from .inspection import Convention as Convention
+from .inspection import Survey as Survey
 from .inspection import initialize as initialize
 from .inspection import inspect_file as inspect_file
 from .inspection import inspect_model as inspect_model

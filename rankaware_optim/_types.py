@@ -1,4 +1,4 @@
-"""The common types: `Factor`, `Survey`, `Reference`, and their words in reports.
+"""The common types: `Factor` and `Reference`.
 
 A frozen weight W of shape (n_out, n_in) is adapted as W + s·B·A with A of shape (r, n_in) and B of
 shape (n_out, r). `scaling` is s, the factor of B·A: alpha / r in PEFT, alpha / √r
@@ -8,36 +8,20 @@ with rsLoRA.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from ._checks import check_init, is_within, plain, range_of, shown
-from ._printing import Table
-from .errors import InspectionError, InvalidReferenceError
+from ._checks import check_choice, check_init, is_within, plain, range_of, shown
+from .errors import InvalidReferenceError
+
+if TYPE_CHECKING:
+    from .inspection import Survey
 
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]
 Task = Literal["chat", "other", "rl"]  # of a suggestion
 Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
-
-
-class Rated(NamedTuple):
-    """A parameter's learning rate, and the reason for it in words."""
-
-    lr: float
-    reason: str
-
-
-_HEADINGS = ("kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
-_LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
-# By hand: usual scalings, and what is odd beside the least one of the same adapter.
-_LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
-NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
-# Pairs that add more than s·B·A, which is what the laws are derived for, by their factors' kind.
-LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "xlora": "X-LoRA"}
 
 
 def init_text(init: str) -> str:
@@ -47,19 +31,6 @@ def init_text(init: str) -> str:
     ('B = 0', 'A = 0')
     """
     return {"A": "B = 0", "B": "A = 0"}.get(init, init)
-
-
-def reason_of_other(kind: str | None, rate: str = "the base rate") -> str:
-    """Return why a parameter that is no factor has its rate. kind: its adapter's, if no law covers
-    it.
-    """
-    return f"{kind}: no law, {rate}" if kind else f"no LoRA factor: {rate}"
-
-
-def reason_without_law(factor: Factor) -> str:
-    """Return why a factor of init "other" keeps the base rate."""
-    name = LAWLESS.get(factor.kind)
-    return NO_LAW if name is None else reason_of_other(name)
 
 
 @dataclass(frozen=True)
@@ -96,171 +67,6 @@ class Factor:
     convention: str = ""
 
 
-def dense(factors: Iterable[Factor]) -> list[Factor]:
-    """Return the factors of layers whose input is not one-hot, as an embedding's is."""
-    return [f for f in factors if f.kind != "embedding"]
-
-
-# What is odd about a LoRA factor: whether it is so, and in words what the factor is not.
-_ODD_FACTORS: tuple[tuple[Callable[[Factor], bool], str], ...] = (
-    (
-        lambda f: f.init == "other" and f.kind not in LAWLESS,
-        "covered by a law's derivation: neither factor zero at the start",
-    ),
-    *(
-        (lambda f, kind=kind: f.kind == kind, f"covered by a law: {name}")
-        for kind, name in LAWLESS.items()
-    ),
-    (
-        lambda f: f.init == "unknown",
-        "covered by a law's derivation: an init that cannot be read",
-    ),
-    (
-        lambda f: f.kind != "embedding" and (f.rank or 0) > f.fan_in,
-        "low-rank: the rank is above the fan-in",
-    ),
-    (
-        lambda f: not _LEAST_SCALING <= f.scaling <= _MOST_SCALING,
-        "scaled as usual: alpha / rank is above 8 or below 1/64",
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The trainable parameters of a model, as found by `inspect_model` or `inspect_file`.
-
-    Args:
-        factors: LoRA factors and whole weights.
-        other: names of the other trainable parameters.
-        notes: sentences for the report.
-        looked_at: number of parameters examined.
-        frozen: names of LoRA factors that do not train.
-        unsupported: the adapter's kind for those of `other` that no law covers, such as
-            {"q.hada_w1_a": "LoHa"}.
-    """
-
-    factors: tuple[Factor, ...] = ()
-    other: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    looked_at: int = 0
-    frozen: tuple[str, ...] = field(default=(), repr=False)
-    unsupported: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
-
-    @property
-    def width(self) -> float:
-        """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are
-        left out.
-        """
-        layers = {f.layer: f for f in dense(self.factors)}.values()
-        total = sum(f.fan_in * f.fan_out for f in layers)
-        weighted = sum(f.fan_in * (f.fan_in * f.fan_out) for f in layers)
-        return weighted / total if total else 1.0
-
-    def full_width(self, init: Init = "A") -> float:
-        """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
-
-        It is the largest fan-in from B = 0 and the mean fan-in from A = 0. With these widths the
-        law needs no further factor (benchmarks/README.md, frozen answers).
-
-        Args:
-            init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).
-        """
-        if init == "B":
-            return self.width
-        return max((f.fan_in for f in dense(self.factors)), default=1.0)
-
-    def dominant(self) -> Reference:
-        """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
-        `Reference`. Pairs of embeddings, and those that no law covers, count where there are no
-        others.
-
-        Raises:
-            InspectionError: there is no LoRA pair.
-        """
-        if any(f.role == "full" for f in self.factors):
-            return Reference(method="full")
-        pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
-        covered = [f for f in pairs if f.kind not in LAWLESS]
-        usual = dense(covered) or covered or pairs
-        keys = [(f.rank, f.scaling, f.init) for f in usual]
-        if not keys:
-            raise InspectionError(
-                "The survey has no LoRA pair, so it has no most common rank.",
-                "Inspect a model that has adapters, or give method='full'.",
-            )
-        (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
-        return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
-
-    def explain(self, *, per_module: bool = False) -> str:
-        """Return a table of the factors, and sentences on what to check.
-
-        Args:
-            per_module: whether every tensor has its own line. Otherwise equal factors share one.
-        """
-        return self._table(per_module).text(200 if per_module else 140)
-
-    def __str__(self) -> str:
-        return self.explain()
-
-    def _repr_html_(self) -> str:
-        return self._table().html()
-
-    def _table(self, per_module: bool = False) -> Table:
-        lines = Counter[tuple[str, ...]]()
-        for name, convention, *cells in self._lines():
-            lines[(name if per_module else convention, *cells)] += 1
-        rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
-        headings = ["module" if per_module else "convention", *_HEADINGS, "why"]
-        remarks = [f"check: {check}" for check in self.audit()]
-        remarks += [f"note: {note}" for note in self.notes]
-        return Table(headings, rows, remarks, left=_LEFT_ALIGNED)
-
-    def _lines(self) -> Iterator[tuple[str, ...]]:
-        """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
-        blank = [""] * 5
-        for f in self.factors:
-            how, why = [f"{f.scaling:g}", init_text(f.init)], "a LoRA pair"
-            if f.role == "full":
-                how, why = ["", ""], "a whole weight"
-            elif f.init == "other":
-                why = reason_without_law(f)
-            cells = (f.kind, f.role, str(f.rank or ""), *how)
-            fans = (f"{f.fan_in:g}", f"{f.fan_out:g}")
-            yield f.name, f.convention, *cells, *fans, why
-        for name in self.other:
-            kind = self.unsupported.get(name, "")
-            why = reason_of_other(kind)
-            yield name, "", kind, "other", *blank, why
-        for name in self.frozen:
-            yield name, "", "", "frozen", *blank, "a LoRA factor that does not train"
-
-    def audit(self) -> tuple[str, ...]:
-        """Return sentences on likely mistakes that this survey shows."""
-        idle = "trained: an inactive adapter, or one frozen by mistake"
-        checks = [*_sentences(self.frozen, "LoRA factor", idle)]
-        if not self.factors:
-            kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
-            checks.insert(
-                0,
-                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate.",
-            )
-        for is_odd, problem in _ODD_FACTORS:
-            odd = [f.name for f in self.factors if is_odd(f)]
-            checks += _sentences(odd, "factor", problem)
-        for adapter in dict.fromkeys(f.adapter for f in self.factors):
-            checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
-        return tuple(checks)
-
-
-def _sentences(names: Sequence[str], what: str, problem: str) -> Iterator[str]:
-    """Yield the sentence that these parameters are not what they should be, if there are any."""
-    if len(names) == 1:
-        yield f"1 {what} ({names[0]}) is not {problem}."
-    elif names:
-        yield f"{len(names)} {what}s ({names[0]}, …) are not {problem}."
-
-
 def width_for(survey: Survey, method: Method, init: Init) -> float:
     """Return the width on which a model's rate depends, in inputs of a layer.
 
@@ -270,20 +76,6 @@ def width_for(survey: Survey, method: Method, init: Init) -> float:
         init: the init of the LoRA rate from which full finetuning's rate is moved.
     """
     return survey.full_width(init) if method == "full" else survey.width
-
-
-def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
-    """Yield a sentence if some factors of an adapter are scaled far more than the rest, as where
-    PEFT's rank_pattern gives experts a small rank and they keep alpha.
-    """
-    least, most = (end(f.scaling for f in factors) for end in (min, max))
-    far = [f for f in factors if f.scaling >= _FAR_SCALING * least]
-    if far:
-        yield (
-            f"{len(far)} factors ({far[0].name}, …) are scaled up to {most / least:.3g} times as"
-            " strongly as the rest. If their rank was divided and alpha kept, give alpha_pattern"
-            " too, or know that the law gives them a lower rate."
-        )
 
 
 @dataclass(frozen=True)
@@ -319,12 +111,9 @@ class Reference:
     batch: float | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
-            raise InvalidReferenceError(
-                f"A reference's method is 'lora' or 'full', not {self.method!r}.",
-                "Give one of them.",
-            )
-        check_init(self.init, "A reference's init is", InvalidReferenceError)
+        error, methods = InvalidReferenceError, ("lora", "full")
+        check_choice(self.method, methods, "A reference's method is", error)
+        check_init(self.init, "A reference's init is", error)
         for name in ("rank", "alpha") if self.method == "lora" else ():
             if getattr(self, name) is None:
                 full = ", or method='full' for a rate tuned by full finetuning"
@@ -388,34 +177,3 @@ class Reference:
             return "full finetuning"
         rs = ", rslora" if self.rslora else ""
         return f"rank {self.rank}, alpha {self.alpha:g}{rs}, {init_text(self.init)}"
-
-
-# --- the rule by which s follows the rank: s = c·r^(−γ) -------------------------------------------
-
-# γ of every rule
-GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
-
-
-def scaling_factor(rule: Scaling, at: float, rank: float) -> float:
-    """Return the factor of s for a change of the rank from `at` to `rank`, by a rule of known γ.
-
-    >>> scaling_factor("alpha", 4, 8), scaling_factor("fixed", 4, 8)
-    (0.5, 1.0)
-    """
-    return float((at / rank) ** GAMMA[rule])
-
-
-def infer_scaling(scalings: Mapping[int, float]) -> Scaling:
-    """Return the rule by which the scaling follows the rank, from {rank: scaling};
-    "unknown" for one rank.
-
-    >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
-    ('fixed', 'alpha', 'unknown')
-    """
-    if len(scalings) < 2:
-        return "unknown"
-    for rule, gamma in GAMMA.items():
-        constants = [math.log2(s) + gamma * math.log2(r) for r, s in scalings.items()]
-        if max(constants) - min(constants) < 1e-3:
-            return rule
-    return "unknown"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .._optimizers import optimizer_family
 from .._printing import give_or_take
-from .._types import Reference, infer_scaling
+from .._types import Reference
 from ..errors import CalibrationError
 from ..fitting import (
     TAIL,
@@ -36,7 +36,7 @@ from ..fitting import (
     usual_noise,
 )
 from ..laws import Power, bound_law, checked_multiplier
-from ..recipe import Z90, Recipe, agreed, constructor_settings, recipe_of
+from ..recipe import Z90, Recipe, agreed, constructor_settings, infer_scaling, recipe_of
 from ._constants import (
     ALIKE_ERRORS,
     APART,

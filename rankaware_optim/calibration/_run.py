@@ -25,11 +25,11 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from .._optimizers import defaults_of
-from .._types import Reference, Survey, width_for
+from .._types import Reference, width_for
 from .._warn import warn
 from ..errors import CalibrationError
 from ..fitting import TAIL, recent
-from ..inspection import as_one_model, inspect_model
+from ..inspection import Survey, as_one_model, inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
 from ..recipe import (

@@ -9,7 +9,8 @@ import click
 
 from .. import inspection, transfer
 from .._checks import PUBLISHED_INITS
-from .._types import Reference, Survey, Task
+from .._types import Reference, Task
+from ..inspection import Survey
 from ._options import (
     FILE,
     OPTIMIZER,

@@ -14,6 +14,12 @@ from ._pairs import reading_of as reading_of
 from ._pairs import scaling_of as scaling_of
 from ._pairs import walk as walk
 from ._peft_config import read_config as read_config
+from ._record import LAWLESS as LAWLESS
+from ._record import Rated as Rated
+from ._record import Survey as Survey
+from ._record import dense as dense
+from ._record import reason_of_other as reason_of_other
+from ._record import reason_without_law as reason_without_law
 from ._references import ReferenceLike as ReferenceLike
 from ._references import as_reference as as_reference
 from ._references import parse_reference as parse_reference

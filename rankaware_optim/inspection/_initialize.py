@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .._checks import check_init
-from .._types import Survey
 from ..errors import InspectionError
 from ._pairs import Pair, pairs_of, reading_of, scaling_of, walk
+from ._record import Survey
 from ._stored import Half
 from ._survey import INIT_MARK, inspect_model
 

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .._checks import check_init, shown
-from .._types import Factor, Init, Survey
+from .._types import Factor, Init
 from ..errors import InspectionError
 from ._conventions import INITS
 from ._file_pairs import Header, file_pairs, read_header
 from ._pairs import reading_of, scaling_of
 from ._peft_config import AdapterConfig, embedded_configs, read_config
+from ._record import Survey
 from ._survey import factors_of, init_of, is_other_adapter, unsupported
 
 _CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ from itertools import accumulate, filterfalse
 from typing import TYPE_CHECKING, Any
 
 from .._checks import check_init
-from .._types import LAWLESS, Factor, Init, Method, Role, Survey
+from .._types import Factor, Init, Method, Role
 from ..errors import InspectionError
 from ._conventions import INITS, Reading
 from ._pairs import (
@@ -26,6 +26,7 @@ from ._pairs import (
     walk,
 )
 from ._peft_config import config_of, configs_of
+from ._record import LAWLESS, Survey
 
 if TYPE_CHECKING:
     import torch

@@ -25,18 +25,9 @@ from .._optimizers import (
     optimizer_family,
 )
 from .._rate import Rate
-from .._types import (
-    Factor,
-    Method,
-    Rated,
-    Reference,
-    Survey,
-    reason_of_other,
-    reason_without_law,
-    width_for,
-)
+from .._types import Factor, Method, Reference, width_for
 from ..errors import OptimizerError
-from ..inspection import other_kind
+from ..inspection import Rated, Survey, other_kind, reason_of_other, reason_without_law
 from ..laws import FORMS, Constant, Law, bound_law, checked_multiplier, innermost
 from ._source import Settings, Source
 

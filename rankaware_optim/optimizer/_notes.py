@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .._types import LAWLESS, Survey, dense, init_text
+from .._types import init_text
 from .._warn import warn
-from ..inspection import is_other_adapter, unread_lora
+from ..inspection import LAWLESS, Survey, dense, is_other_adapter, unread_lora
 from ..laws import SIGN_LIKE, beyond_batches, checked_batch_multiplier
 from ._assign import Assigner
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizers import defaults_of
-from .._types import Survey
 from .._warn import warn
 from ..errors import OptimizerError
+from ..inspection import Survey
 from ..laws import caution_of
 from ._assign import Assigned, Assigner, Rule
 from ._user_groups import Group, UserGroup

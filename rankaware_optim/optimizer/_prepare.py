@@ -15,9 +15,9 @@ from torch.optim import AdamW, Optimizer
 from .._checks import check_lr, plain_lr
 from .._optimizers import in_force
 from .._rate import Rate
-from .._types import Init, Method, Survey
+from .._types import Init, Method
 from .._warn import warn
-from ..inspection import Models, ReferenceLike, as_one_model, survey_of, walk
+from ..inspection import Models, ReferenceLike, Survey, as_one_model, survey_of, walk
 from ..laws import Law
 from ..recipe import Recipe
 from ._assign import Assigner, Explicit, make_assigner

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._printing import Table
-from .._types import Factor, Survey, init_text
-from ..inspection import other_kind
+from .._types import Factor, init_text
+from ..inspection import Survey, other_kind
 from ._unmoved import epsilon, rounding, trained_parts
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._checks import is_within
 from .._optimizers import defaults_of
-from .._types import Rated, Reference, Survey, width_for
+from .._types import Reference, width_for
 from .._warn import warn
 from ..errors import OptimizerError, RecipeError
-from ..inspection import ReferenceLike, as_reference
+from ..inspection import Rated, ReferenceLike, Survey, as_reference
 from ..laws import (
     DEFAULT_LAW,
     Law,

@@ -15,6 +15,7 @@ from ._recipe import recipe_of as recipe_of
 from ._record import BASE as BASE
 from ._same_model import layers_of as layers_of
 from ._same_model import widened_for as widened_for
+from ._scaling import infer_scaling as infer_scaling
 from ._settings import SAME_UPDATES as SAME_UPDATES
 from ._settings import agreed as agreed
 from ._settings import constructor_settings as constructor_settings

@@ -18,12 +18,13 @@ from .._checks import is_within, plain, range_of, shown
 from .._optimizers import known_optimizer
 from .._printing import give_or_take, times
 from .._rate import Rate
-from .._types import GAMMA, Method, Reference, init_text, scaling_factor
+from .._types import Method, Reference, init_text
 from .._warn import warn
 from ..errors import RecipeError
 from ..fitting import FULL_SD, steps_variance
 from ..laws import beyond_batches, checked_batch_multiplier, checked_multiplier
 from ._record import Record
+from ._scaling import GAMMA, scaling_factor
 
 # The end of each comment is a constant's evidence: a page of benchmarks/results, or "by hand".
 Z90 = 1.645  # standard deviations to the end of a 90 % band: its meaning

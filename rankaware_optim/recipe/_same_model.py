@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from .._types import Reference, Survey, width_for
+from .._types import Reference, width_for
 from ..errors import RecipeError
+from ..inspection import Survey
 from ._rates import name_pattern
 from ._record import Record
 

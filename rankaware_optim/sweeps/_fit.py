@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .._checks import MOST_TRIALS
 from .._optimizers import get_optimizer_class
 from .._printing import times
-from .._types import Reference, Scaling, infer_scaling
+from .._types import Reference, Scaling
 from ..calibration import versions_used
 from ..errors import CalibrationError
 from ..fitting import (
@@ -25,7 +25,7 @@ from ..fitting import (
     prior_of,
 )
 from ..laws import PRIOR_LAW, Law, bound_law, checked_multiplier, recordable_law
-from ..recipe import ANY_WIDTH, Z90, Recipe, recipe_of
+from ..recipe import ANY_WIDTH, Z90, Recipe, infer_scaling, recipe_of
 from ._runs import Source, SweepRun, ends_of, read_sweep
 
 # By hand, all of them. A best rate at an end of its grid is a bound: octaves by which the optimum

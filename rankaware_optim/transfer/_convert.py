@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from .._checks import check_lr
 from .._rate import Rate
-from .._types import Reference, Survey, init_text
+from .._types import Reference, init_text
 from ..errors import InvalidReferenceError
-from ..inspection import ReferenceLike, as_reference
+from ..inspection import ReferenceLike, Survey, as_reference
 from ..laws import (
     DEFAULT_LAW,
     Law,

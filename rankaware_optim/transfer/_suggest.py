@@ -14,10 +14,17 @@ from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
 from .._rate import Rate
-from .._types import LAWLESS, Method, Reference, Survey, Task, dense
+from .._types import Method, Reference, Task
 from ..errors import InvalidReferenceError, LawError, OptimizerError
 from ..fitting import FULL_SD
-from ..inspection import declared_init, inspect_model, other_kind
+from ..inspection import (
+    LAWLESS,
+    Survey,
+    declared_init,
+    dense,
+    inspect_model,
+    other_kind,
+)
 from ..laws import MuA, checked_multiplier
 from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
 

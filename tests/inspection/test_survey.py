@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rankaware_optim import InspectionError, inspect_model
-from rankaware_optim._types import Factor, Survey
-from rankaware_optim.inspection import canonical_name
+from rankaware_optim._types import Factor
+from rankaware_optim.inspection import Survey, canonical_name
 
 from ..helpers.models import (
     STYLES,

@@ -28,8 +28,8 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim._optimizers import optimizer_family
-from rankaware_optim._types import Survey
 from rankaware_optim.cli import main
+from rankaware_optim.inspection import Survey
 from rankaware_optim.laws import (
     beyond_batches,
     bound_law,

@@ -26,7 +26,7 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
-from rankaware_optim._types import infer_scaling
+from rankaware_optim.recipe._scaling import infer_scaling
 
 from ..helpers.models import mlp
 from ..helpers.recipes import RECIPE as CALIBRATED

@@ -8,8 +8,7 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import inspect_file
-from rankaware_optim._types import Survey
-from rankaware_optim.inspection import other_kind
+from rankaware_optim.inspection import Survey, other_kind
 from rankaware_optim.inspection._peft_config import _by_pattern
 
 from ...helpers import real_adapters
