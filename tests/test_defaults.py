@@ -182,8 +182,7 @@ PAGES = {
     "README.md": README,
     "SKILL.md": ("all ranks: <runs> short runs",),
     "docs/index.md": (
-        "the best one fell by <fall_1b> [on Gemma-3-1B](without-regret.md), and by "
-        "<fall_small_least> to <fall_small_most> on",
+        "the best one fell by <fall_1b> [on Gemma-3-1B](without-regret.md)",
     ),
     "docs/calibrate.md": (
         "For every rank and full finetuning, [<runs> at two ranks](#all-ranks) do",
