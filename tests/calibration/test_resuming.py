@@ -107,6 +107,7 @@ def trials_in(folder: Path) -> list[optuna.trial.FrozenTrial]:
     ).trials
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kill", range(KILLS))
 def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
     """After SIGKILL the same call keeps what was finished, runs the half-done trial again, and ends as if unkilled."""
@@ -372,6 +373,7 @@ def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
     assert [trial.state.name for trial in study.trials] == ["FAIL"]
 
 
+@pytest.mark.processes
 def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
     """Where another process holds the journal's lock and does not go on, one waits; pressed again, it raises."""
     path = tmp_path / "s.journal"
@@ -479,6 +481,7 @@ def stored(folder: Path, storage: str = STORAGES[0]) -> list[optuna.trial.Frozen
         close_storage(opened)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
     "fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"]
@@ -495,6 +498,7 @@ def test_a_silent_process_is_not_waited_for(fate, storage, others, tmp_path):
     assert len(counted(trials)) == TRIALS
 
 
+@pytest.mark.processes
 def test_a_long_step_is_waited_for(others, tmp_path):
     """However long its step takes, the trial of a process that lives is not taken over, and both recipes hold it."""
     slow, other = others(3 * SILENT_S)
@@ -505,6 +509,7 @@ def test_a_long_step_is_waited_for(others, tmp_path):
     assert "FAIL" not in states(stored(tmp_path))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_run_that_was_taken_over_does_not_count(storage, others, tmp_path):
     """A process that was suspended until its trial was taken over says so when it wakes up, and has the same recipe."""

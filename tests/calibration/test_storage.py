@@ -413,6 +413,7 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 @pytest.mark.parametrize(("make", "one", "other", "difference"), TOGETHER, ids=str)
 def test_workers_with_other_options_that_start_together_do_not_mix(
@@ -495,6 +496,7 @@ def open_together(url: str, barrier, ends) -> None:
         ends.put(str(error))
 
 
+@pytest.mark.processes
 def test_workers_that_start_together_create_one_database(tmp_path):
     """Of many processes that open a fresh database at the same moment, all succeed."""
     fork, count = multiprocessing.get_context("fork"), 12

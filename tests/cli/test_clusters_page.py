@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rankaware_optim as ra
 from rankaware_optim.calibration import TRIALS_PER_RANK
 
@@ -17,6 +19,7 @@ from .test_calibrate import LOOP, assert_shared, trials_of
 PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
 
 
+@pytest.mark.processes
 def test_two_tasks_of_the_array_share_the_trials(tmp_path):
     """The script of the page, run as SLURM would run two of its tasks: one study, and each writes its recipe."""
     [script] = re.findall(

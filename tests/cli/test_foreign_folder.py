@@ -17,6 +17,7 @@ from rankaware_optim.cli import main
 from ..helpers.adapters import peft_folder
 from ..helpers.recipes import RECIPE
 
+pytestmark = pytest.mark.processes
 # What the commands import, what they look for in other packages, and modules of Python that load late.
 SHADOWS = """
     alembic click filelock huggingface_hub jinja2 lazy_loader matplotlib msgspec numpy optuna packaging peft ray rich

@@ -571,6 +571,7 @@ def test_a_reader_in_the_middle_of_a_file_reads_it_to_its_end(target):
     assert Recipe.load(target).lr == NEXT.lr
 
 
+@pytest.mark.processes
 @pytest.mark.xdist_group("torn saves")
 def test_a_torn_save_leaves_a_recipe(tmp_path):
     """Killed before any of its file operations, a save leaves the old rates or the new ones, and never mixed trials.
