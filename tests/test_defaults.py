@@ -141,6 +141,16 @@ FIGURES: dict[str, Figure] = {
     "prodigy_half_400": partial(frontier, FIVE, "Prodigy", RANKS),
     "prodigy_full": partial(frontier, REAL, "Prodigy", FULL),
     "prodigy_full_400": partial(frontier, FIVE, "Prodigy", FULL),
+    **{
+        f"{name}{suffix}": partial(cell, "finder", "Lost, %", way, column)
+        for name, way in (
+            ("quarter", "1/4 of 400, around the suggestion"),
+            ("eighth", "1/8 of 400, around the suggestion"),
+            ("untuned", "400 steps, `suggest_lr`, no search"),
+            ("lightning", "400 steps, Lightning's range test"),
+        )
+        for suffix, column in (("", "rank 16"), ("_full", "full, tuned there"))
+    },
     "range_test": partial(frontier, FIVE, "LR range test at the rank trained", RANKS),
     "range_test_full": partial(
         frontier, FIVE, "LR range test at the rank trained", FULL
@@ -187,6 +197,9 @@ PAGES = {
     "docs/calibrate.md": (
         "For every rank and full finetuning, [<runs> at two ranks](#all-ranks) do",
         "<runs> short runs at two ranks give a rate",
+        "lost <quarter> % of the gain with LoRA and <quarter_full> % in full finetuning, "
+        "of an eighth <eighth> and <eighth_full>. The suggested rate alone lost <untuned> "
+        "and <untuned_full>, Lightning's range test <lightning> and <lightning_full>.",
         "<runs_per_rank> runs per rank, so <runs> at two ranks",
         "<runs> runs on one GPU take at most these hours",
     ),

@@ -295,6 +295,22 @@ def on_file() -> Iterator[Found]:
         yield Found(ask, rates, row["trained"], row["notes"])
 
 
+def seeds_run() -> dict[str, int]:
+    """How many seeds of each way were run on all tasks."""
+    done = {found.ask for found in on_file()}
+    missing = {(ask.way, ask.seed) for ask in wanted() if ask not in done}
+    whole = {(ask.way, ask.seed) for ask in wanted()} - missing
+    return {way: seed + 1 for way, seed in sorted(whole)}
+
+
+def evidence() -> Iterator[Found]:
+    """The searches of these seeds, so that tasks count alike."""
+    seeds = seeds_run()
+    for found in on_file():
+        if found.ask.seed < seeds.get(found.ask.way, 0):
+            yield found
+
+
 def searched(ask: Ask, known: Known) -> Found:
     if ask.way == RANGE_TEST:
         x = lr_find(ask)

@@ -1,4 +1,4 @@
-"""Searches that train, whose steps are counted: a calibration by the package, and an LR range test."""
+"""Searches that train, whose steps are counted, and a calibration by the package."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from study.configurations import ADAMW, built, optimizer
+from study.configurations import ADAMW, built
 from study.domains import Domain
-from study.grids import FULL, Job
+from study.grids import FULL
 from study.training import shape, trained
 
 import rankaware_optim as ra
-
-LOW, HIGH = -15.0, -2.0  # log2 of the rates of the range test
-SMOOTHED = 0.9  # the range test's moving average of losses
 
 
 @dataclass
@@ -79,31 +76,3 @@ def recipe_of(
 def seeds_of(search: int) -> tuple[int, int]:
     """The seeds of a search's runs, which no sweep of the study has."""
     return 10 + 2 * search, 11 + 2 * search
-
-
-# --- a range test -----------------------------------------------------------------------------------------------------
-
-
-def steepest(domain: Domain, config: str, rank: int, seed: int, spent: Spent) -> float:
-    """log2 of the rate at which the loss falls fastest in a run whose rate rises from 2^-15 to 2^-2: Smith's test.
-
-    It ends the octave over which the smoothed loss falls most, before its lowest point. Over an octave, and not before
-    ten values are averaged: step by step the noise of the first few decides.
-    """
-    octaves = (HIGH - LOW) / domain.steps
-    model = built(domain, config, rank, seed)
-    opt = optimizer(model, domain, Job(domain.name, config, rank, LOW, seed))
-    run = trained(domain, model, opt, seed, lambda step: 2.0 ** (octaves * step))
-    rising = counted(run, spent)
-    losses, average = [], 0.0
-    for step, loss in enumerate(rising, 1):
-        average = SMOOTHED * average + (1 - SMOOTHED) * loss
-        losses.append(average / (1 - SMOOTHED**step))
-        if not losses[-1] < 4 * losses[0]:
-            break
-    rising.close()
-    octave, lowest = round(1 / octaves), losses.index(min(losses))
-    ends = range(10 + octave, max(lowest + 1, 11 + octave))
-    return LOW + octaves * min(
-        ends, key=lambda i: losses[min(i, len(losses) - 1)] - losses[i - octave]
-    )

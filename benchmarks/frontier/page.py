@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import click
 import numpy as np
+from calibration import finder
 from calibration.plain import BY_RANK, EVERY_RANK, GRID, TPE, TRIALS
 from frontier import searches, simulations
 from frontier.adaptive import (
@@ -78,6 +79,7 @@ from recording import (
     number,
     write_explained,
 )
+from study.configurations import TUNED
 from study.domains import HELD_OUT, STUDY, get_domain
 from study.grids import FULL, Losses
 from study.longer import LONGEST, MARK
@@ -128,11 +130,23 @@ def of_searches(found: Iterable[Searched]) -> Iterator[Lost]:
 
 def of_long_searches() -> Iterator[Lost]:
     """The real searches for a run of 400 steps."""
-    for found in searches.on_file():
+    for found in long_searches():
         on = Sweeps(found.task, LONG)
-        for rank in (128, FULL):
+        for rank in {128, FULL} & {*found.rates}:
             lost = on.lost_at(AT_A, rank, found.rates[rank], on.unseen())
             yield Lost(found.way, found.task, AT_A, rank, lost)
+
+
+def long_searches() -> Iterator[searches.Found]:
+    """The real searches on file, and those of the finder from rank 16 and of the range test at each rank."""
+    yield from searches.on_file()
+    for ask, rates, steps, _ in finder.evidence():
+        at = {rank: rate[0] for rank, rate in rates.items()}
+        if ask.way == finder.RANGE_TEST:
+            yield searches.Found(ask.task, LIGHTNING, ask.seed, at, steps / LONG)
+        elif (ask.way, ask.tuned, ask.target) == (finder.AROUND, TUNED, LONG):
+            way = QUARTERS if ask.parts == 4 else EIGHTHS
+            yield searches.Found(ask.task, way, ask.seed, at, steps / LONG)
 
 
 def adaptive(on: Sweeps, steps: int) -> Iterator[Lost]:
@@ -250,11 +264,19 @@ def scores_of(
         yield "–" if got is None else got.words()
 
 
+QUARTERS, EIGHTHS = "the finder at 1/4", "the finder at 1/8"
+LIGHTNING = "LR range test at the rank trained"
+FINDERS = {
+    QUARTERS: ("`ra.calibrate(trainer)`, or a loop in place, rank 16", OURS),
+    EIGHTHS: ("`share=1/8`", OURS),
+    LIGHTNING: ("Lightning's `Tuner.lr_find`, its defaults", "Lightning; Smith"),
+}
 # of every way: in words, and who advises it
 SETTINGS: Mapping[str, tuple[str, str]] = {
     **{name: (of.settings, of.advised_by) for name, of in FREE.items()},
     **{name: (of.settings, of.advised_by) for name, of in ADAPTIVE.items()},
     **{name: (of.settings, of.advised_by) for name, of in searches.PLANS.items()},
+    **FINDERS,
     **simulations.SETTINGS,
 }
 FREE_ROWS = [Row(name, 0, way.needs, CURVES) for name, way in FREE.items()]
@@ -278,7 +300,7 @@ def price(found: Sequence[Searched], way: str) -> float:
 def long_rows() -> Iterator[Row]:
     """The searches for a run of 400 steps, by their price."""
     runs: dict[str, list[float]] = defaultdict(list)
-    for each in searches.on_file():
+    for each in long_searches():
         runs[each.way].append(each.runs)
     costs = {name: round(statistics.fmean(each), 1) for name, each in runs.items()}
     for name in sorted(costs, key=costs.__getitem__):
@@ -360,9 +382,11 @@ def what_it_says(
             f"{mean_lost(long, SCHEDULE_FREE)} and {mean_lost(long, PRODIGY)}, `suggest_lr` "
             f"{mean_lost(long, SUGGESTED)}. With LoRA, Prodigy's default loses "
             f"{mean_lost(with_setting(long, 'd_coef 1'), PRODIGY)} there.",
-            f"Four short trials lose {mean_lost(long, searches.HALF)} in longer runs, a "
-            f"calibration of {TRIALS} {mean_lost(own, CALIBRATION)}. A range test loses "
-            f"{mean_lost(long, searches.RANGE_TEST)} at a quarter of a run.",
+            "For longer runs four trials of a quarter, a run in all, lose "
+            f"{mean_lost(long, QUARTERS)}, moved from rank 16, and four of an eighth "
+            f"{mean_lost(long, EIGHTHS)}. A calibration of {TRIALS} loses "
+            f"{mean_lost(own, CALIBRATION)}. Lightning's range test loses "
+            f"{mean_lost(long, LIGHTNING)} at a quarter of a run.",
         ]
     )
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from calibration import half_run
 from calibration.surfaces import gap_of
 from frontier.runs import STORE, TASKS
 from study import longer
@@ -110,7 +109,7 @@ def runs_of(task: str, steps: int) -> Losses:
         if job.scheme.count(longer.MARK) == 1
     }
     done = {**longer.on_file()[task], **below}
-    return half_run.of_length(done, steps)
+    return longer.runs_of_length(done, steps)
 
 
 def own_steps() -> Iterator[Sweeps]:

@@ -1,10 +1,10 @@
-"""Real searches at a price of a quarter of a run to two runs, for a run of 400 steps with alpha = rank.
+"""Real searches at a price of one run or two, for a run of 400 steps with alpha = rank.
 
     python benchmarks/frontier/searches.py --domain language    # resumable: results/frontier/searches.jsonl
 
 Each names a rate for ranks 16 and 128 and for full finetuning, where `study/longer.py` has sweeps on other seeds. A trial
-of an eighth has 50 steps, with its own warm-up and decay. A range test has the 100 steps that tools give it, and names the
-rate of one rank: it is made at each, and charged once. Two searches of every way, each on seeds of its own.
+of an eighth has 50 steps, with its own warm-up and decay. Two searches of every way, each on seeds of its own. Those of
+`calibration/finder.py` stand beside them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from calibration.searches import (
     recipe_of,
     scored,
     seeds_of,
-    steepest,
 )
 from frontier.adaptive import ADAPTIVE, PRODIGY, optimizer
 from frontier.runs import STORE, TASKS
@@ -44,7 +43,6 @@ from rankaware_optim.laws import PRIOR_LAW, get_law
 
 RESTS_ON = ()
 STEPS, EIGHTH = 400, 50
-TESTED = 100  # steps of a range test
 RANKS = (16, 128, FULL)
 SEEDS = (0, 1)
 SEARCHES = STORE / "searches.jsonl"
@@ -58,14 +56,11 @@ class Plan(NamedTuple):
         search: what it trains, and the rates that it names.
         settings: in words.
         advised_by: who says so.
-        ranks_named: the ranks that one search names. One that names a single rank is made at each that is scored, and
-            a user, who trains one, pays for one.
     """
 
     search: Callable[[Ask, Spent], Rates]
     settings: str
     advised_by: str
-    ranks_named: int = len(RANKS)
 
 
 class Ask(NamedTuple):
@@ -87,13 +82,6 @@ def prodigy_once(ask: Ask, spent: Spent) -> Rates:
     scored(counted(run, spent))
     x = math.log2(opt.param_groups[0]["d"])
     return moved({TUNED: x}, ask.task, AT_A, RANKS)
-
-
-def range_test(ask: Ask, spent: Spent) -> Rates:
-    """A range test at each rank, as long as tools make it."""
-    domain = of_length(get_domain(ask.task), TESTED)
-    seed, _ = seeds_of(ask.seed)
-    return {rank: steepest(domain, AT_A, rank, seed, spent) for rank in RANKS}
 
 
 def calibrated(ranks: tuple[int, ...], trials: int) -> Callable[[Ask, Spent], Rates]:
@@ -142,17 +130,10 @@ def first_octaves(domain: Domain) -> tuple[float, float]:
     return low, high
 
 
-HALF = "4 trials of an eighth at rank 64"
 TWO = "16 trials of an eighth at ranks 4 and 64"
 GRID_OF_EIGHTHS = "8 rates × 2 seeds of an eighth, the law"
 PRODIGY_ONCE = "Prodigy, then AdamW at its rate, the law"
-RANGE_TEST = "LR range test at the rank trained"
 PLANS = {
-    HALF: Plan(
-        calibrated((64,), 4),
-        "`ra.calibrate(ranks=(64,), steps=50, target_steps=400, trials=4)`",
-        OURS,
-    ),
     TWO: Plan(
         calibrated((4, 64), 16),
         "`ra.calibrate(ranks=(4, 64), steps=50, target_steps=400, trials=16)`",
@@ -167,12 +148,6 @@ PLANS = {
         prodigy_once,
         "`d_coef` 1 at rank 16 for the whole run, then its last `d`",
         "nobody; tried here",
-    ),
-    RANGE_TEST: Plan(
-        range_test,
-        "from 2^-15 to 2^-2 in 100 steps; the end of the octave over which the smoothed loss falls most",
-        "Smith; the finders of Lightning, fastai and torch-lr-finder, 100 steps each",
-        ranks_named=1,
     ),
 }
 
@@ -198,7 +173,7 @@ def searched(ask: Ask) -> dict[str, Any]:
     spent = Spent()
     plan = PLANS[ask.way]
     rates = plan.search(ask, spent)
-    runs = spent.steps / STEPS * plan.ranks_named / len(RANKS)
+    runs = spent.steps / STEPS
     rounded = {rank: round(x, 4) for rank, x in rates.items()}
     return {
         **ask._asdict(),

@@ -136,6 +136,16 @@ def of_length(domain: Domain, steps: int) -> Domain:
     return replace(domain, steps=steps)
 
 
+def runs_of_length(done: Losses, steps: int) -> dict[Job, float | None]:
+    """The runs of a length under their configurations' names, and the losses before training."""
+    kept = {}
+    for job, loss in done.items():
+        config, mark, _ = job.scheme.partition(MARK)
+        if not mark or steps_of(job.scheme) == steps:
+            kept[job._replace(scheme=config)] = loss
+    return kept
+
+
 def on_file() -> dict[str, dict[Job, float | None]]:
     """The runs of each task that has any."""
     return read_begun(STORE, TASKS)

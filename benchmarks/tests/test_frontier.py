@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from calibration.searches import Spent
-from frontier import page, runs, scores, searches
+from frontier import page, runs, scores
 from frontier.adaptive import ADAPTIVE, SCHEDULE_FREE, optimizer
 from frontier.figure import APART, spread
 from frontier.page import Lost, score
@@ -144,22 +143,6 @@ def test_two_suggested_rates_are_two_settings(
     assert of_full is not None
     best = on.lost_by("full", FULL, 1.1, [0])
     assert of_full.mean == pytest.approx(100 * best)
-
-
-def test_a_range_test_is_charged_as_tools_make_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Tools take 100 steps, at the rank that is trained: a quarter of a run of 400."""
-
-    def steepest(domain: Domain, *_: object) -> float:
-        spent = _[-1]
-        assert isinstance(spent, Spent)
-        spent.steps += domain.steps
-        return -8.0
-
-    monkeypatch.setattr(searches, "steepest", steepest)
-    row = searches.searched(searches.Ask(TASK, searches.RANGE_TEST, 0))
-    assert row["runs"] == 0.25
 
 
 def test_rules_of_thumb_name_what_they_are_about(on: Sweeps) -> None:
