@@ -56,7 +56,7 @@ def test_what_a_page_shows_is_what_is_there(path: Path) -> None:
 
 
 def test_what_is_typed_at_a_prompt_prints_what_a_page_says() -> None:
-    """Every page's prompts run, but those that need PEFT, which the environment `peft` runs."""
+    """Every page's prompts run, but those that need PEFT, which the environment `integrations` runs."""
     without_peft = [path for path in pages() if "peft" not in prompts_of(path)]
     assert sum(prompts_run(path).attempted for path in without_peft) > 20
 
