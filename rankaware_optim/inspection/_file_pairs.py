@@ -51,7 +51,8 @@ def read_header(path: Path) -> Header:
     """
     if not os.path.isfile(path):  # a named pipe would be waited for
         raise InspectionError(
-            f"There is no file {path}.", "Give a PEFT folder or a .safetensors file."
+            f"There is no file {path}.",
+            "Give a PEFT folder or a .safetensors file, from the Hub after its download.",
         )
     try:
         with safe_open(path, framework="np") as file:

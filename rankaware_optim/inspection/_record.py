@@ -101,7 +101,7 @@ class Survey:
             return Reference(method="full")
         pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
         covered = [f for f in pairs if f.kind not in LAWLESS]
-        usual = dense(covered) or covered or pairs
+        usual = dense(covered) or pairs
         keys = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
@@ -160,18 +160,23 @@ class Survey:
             checks.append(
                 f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
             )
-        odd = defaultdict[str, list[str]](list)
-        odd["trained: an inactive adapter, or one frozen by mistake"] += self.frozen
-        for f in self.factors:
-            odd[_oddity(f)].append(f.name)
-        for problem, (first, *others) in ((k, v) for k, v in odd.items() if k and v):
-            what = f"1 factor ({first}) is"
-            if others:
-                what = f"{1 + len(others)} factors ({first}, …) are"
-            checks.append(f"{what} not {problem}.")
+        checks += _odd_sentences(self)
         for adapter in dict.fromkeys(f.adapter for f in self.factors):
             checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
         return tuple(checks)
+
+
+def _odd_sentences(survey: Survey) -> Iterator[str]:
+    odd = defaultdict[str, list[str]](list)
+    odd["trained: an inactive adapter, or one frozen by mistake"] += survey.frozen
+    for f in survey.factors:
+        odd[_oddity(f)].append(f.name)
+    odd[""] = []  # the others are as usual
+    for problem, names in odd.items():
+        if len(names) == 1:
+            yield f"1 factor ({names[0]}) is not {problem}."
+        elif names:
+            yield f"{len(names)} factors ({names[0]}, …) are not {problem}."
 
 
 def _oddity(factor: Factor) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from .._checks import shown
 from .._types import Reference
-from ..errors import InspectionError, InvalidReferenceError
+from ..errors import InvalidReferenceError
 from ._inspect_file import inspect_file
 from ._survey import declared_init
 
@@ -50,8 +50,11 @@ _FLAGS = {"full": "true", "rslora": "true"}  # parts of a text without a value
 _OF_FULL = {"method", "fan_in", "batch"}
 _OF_PEFT = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "peft_type")
 
-# A part in words, its key and its value.
-_Entry = tuple[str, str, Any]
+_HOW = (
+    'Write it as "r=16,alpha=32", or with more, as'
+    ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give a'
+    " LoraConfig, or an adapter's folder or file on this machine."
+)
 
 
 def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Reference:
@@ -72,55 +75,35 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     """
     if isinstance(value, Reference):
         return value
-    if isinstance(value, str) and not _is_path(value):
-        return parse_reference(value, like=like)
-    if isinstance(value, (str, os.PathLike)):
-        if not os.path.exists(value):
-            raise InspectionError(
-                f"There is no folder or file {os.fspath(value)}.",
-                "Give the folder of an adapter on this machine (download one from the Hub first),"
-                ' or a text such as "r=16,alpha=32".',
-            )
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and _is_path(value)):
         survey = inspect_file(os.fspath(value))
         return replace(survey.dominant(), fan_in=survey.width)
+    if isinstance(value, str):
+        return parse_reference(value, like=like)
     given = _config(value).items()
-    entries = [(f"{key}={own}", key, own) for key, own in given if own is not None]
-    return _from_entries(entries, value, like)
+    return _from_entries([(k, own) for k, own in given if own is not None], value, like)
 
 
 def _config(value: Any) -> Mapping[str, Any]:
-    """Return a dict, or the entries of PEFT's `LoraConfig` as one. What else PEFT's configuration
-    has is left out.
+    """Return a dict, or PEFT's `LoraConfig` as one. What else PEFT's configuration has is left out.
+
+    Raises:
+        InvalidReferenceError: it is neither, or no law covers its adapters.
     """
     config: Mapping[str, Any] = value
     if not isinstance(value, Mapping):
         config = {key: getattr(value, key) for key in _OF_PEFT if hasattr(value, key)}
-        if not {"r", "lora_alpha"} <= config.keys():
-            raise InvalidReferenceError(
-                f"{shown(value)} is not a reference.",
-                'Give a Reference, a text such as "r=16,alpha=32" or "full", a dict such as {"r":'
-                ' 16, "lora_alpha": 32}, an adapter\'s folder, or a LoraConfig.',
-            )
-    if "lora_alpha" not in config:
+    elif "lora_alpha" not in config:
         return config
-    _refuse_lawless(config, type(value).__name__)
-    return {key: config[key] for key in config if key in _KEYS}
-
-
-def _refuse_lawless(config: Mapping[str, Any], owner: str) -> None:
-    """Raise if no law covers the adapters of PEFT's configuration, an `owner`."""
-    kind = config.get("peft_type") or "LORA"
-    kind = str(getattr(kind, "value", kind))
+    kind = str(config.get("peft_type") or "LORA").rpartition(".")[2]
     init = config.get("init_lora_weights", True)
-    if kind == "LORA" and declared_init(init, "linear") != "other":
-        return
-    what = f"the kind {shown(kind)}"
-    if kind == "LORA":
-        what = f"init_lora_weights={shown(init)}"
-    raise InvalidReferenceError(
-        f"A {owner} with {what} is not a reference, since no law covers it.",
-        "Give Reference(rank=..., alpha=...) if you know its equivalent.",
-    )
+    has_law = kind == "LORA" and declared_init(init, "linear") != "other"
+    if "lora_alpha" not in config or not has_law:
+        raise InvalidReferenceError(
+            f"{shown(value)} is not a reference, or no law covers its adapters.",
+            "Give Reference(rank=..., alpha=...) if you know its equivalent. " + _HOW,
+        )
+    return {key: config[key] for key in _KEYS.keys() & config.keys()}
 
 
 def _is_path(text: str) -> bool:
@@ -152,48 +135,39 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
     'rank 64, alpha 32, B = 0'
     """
-    entries: list[_Entry] = []
+    entries = []
     for part in filter(None, map(str.strip, text.split(","))):
         key, equals, value = map(str.strip, part.partition("="))
-        entries.append((part, key, value if equals else _FLAGS.get(key, "")))
+        entries.append((key, value if equals else _FLAGS.get(key, "")))
     return _from_entries(entries, text, like)
 
 
 def _from_entries(
-    entries: Iterable[_Entry], whole: object, like: Reference | None
+    entries: Iterable[tuple[str, Any]], whole: object, like: Reference | None
 ) -> Reference:
     """Return the reference with these entries. `whole` is what they were read from."""
     values: dict[str, Any] = {}
-    for part, key, value in entries:
-        name, read_value = _field(part, key, value)
+    why = ""
+    for key, text in entries:
+        try:
+            name, read = _KEYS[key]
+            value = read(text) if isinstance(text, str) else text
+        except (KeyError, ValueError):
+            name, value = key, text
+            why = f"{shown(key)} cannot be {shown(text)} there"
         if name in values:
-            raise InvalidReferenceError(
-                f"{part!r} gives {name} a second time in {shown(whole)}.",
-                "Give each part once.",
-            )
-        values[name] = read_value
-    extra = sorted(values.keys() - _OF_FULL) if values.get("method") == "full" else []
-    if extra:
-        raise InvalidReferenceError(
-            f"Full finetuning has no {extra[0]}, which {shown(whole)} gives it.",
-            'Write "full", with fan_in=4096 or batch=64.',
-        )
-    own = not values or {"alpha", "method"} & values.keys()
-    if like is None or like.method == "full" or own:
+            why = f"it gives {name} twice"
+        values[name] = value
+    extra = values.keys() - _OF_FULL
+    if values.get("method") == "full" and extra:
+        why = f"full finetuning has no {min(extra)}"
+    if why:
+        raise InvalidReferenceError(f"{shown(whole)} is not a reference: {why}.", _HOW)
+    return _changed(like, values)
+
+
+def _changed(like: Reference | None, values: Mapping[str, Any]) -> Reference:
+    stands_alone = not values or {"alpha", "method"} & values.keys()
+    if stands_alone or like is None or like.method == "full":
         return Reference(**values)
     return replace(like, **values)
-
-
-def _field(part: str, key: str, value: Any) -> tuple[str, Any]:
-    """Return the field of `Reference` for an entry, and its value."""
-    try:
-        name, read = _KEYS[key]
-        return name, read(value) if isinstance(value, str) else value
-    except (KeyError, ValueError) as error:
-        nor = "" if "=" in part else ", and there is no folder of that name"
-        raise InvalidReferenceError(
-            f"{part!r} is not a part of a reference{nor}.",
-            'Write it as "r=16,alpha=32", or with more, as'
-            ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give'
-            " an adapter's folder or file.",
-        ) from error

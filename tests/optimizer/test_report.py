@@ -257,7 +257,7 @@ AUDIT = [
         r"^0 LoRA pairs matched .trainable adapters: LoHa",
     ),
     (Survey((), OTHER[1:]), r"^0 LoRA pairs matched .trainable adapters: none"),
-    (Survey((PAIR,), frozen=("a", "b")), r"^2 LoRA factors \(a, …\) are not trained"),
+    (Survey((PAIR,), frozen=("a", "b")), r"^2 factors \(a, …\) are not trained"),
     (
         of_one(init="other"),
         r"^1 factor \(up\.lora_A\) is not covered .* neither factor zero",
