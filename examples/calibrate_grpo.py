@@ -13,12 +13,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 import rankaware_optim as ra
 
-
-def cats(completions: list[str], **_: object) -> list[float]:
-    """Reward the number of cats."""
-    return [float(text.count("cat")) for text in completions]
-
-
 args = GRPOConfig(
     "grpo-out",
     max_steps=40,
@@ -32,7 +26,7 @@ args = GRPOConfig(
 config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 trainer = GRPOTrainer(
     peft.get_peft_model(tiny.model(), config),
-    cats,
+    tiny.cats,  # rewards the number of cats
     args=args,
     train_dataset=Dataset.from_dict({"prompt": tiny.TEXTS}),
     processing_class=tiny.tokenizer(),

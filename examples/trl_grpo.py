@@ -13,15 +13,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 import rankaware_optim as ra
 
-
-def cats(completions: list[str], **_: object) -> list[float]:
-    """Reward the number of cats."""
-    return [float(text.count("cat")) for text in completions]
-
-
 trainer = GRPOTrainer(
     tiny.model(),
-    cats,
+    tiny.cats,  # rewards the number of cats
     args=GRPOConfig(
         "grpo-out",
         max_steps=2,

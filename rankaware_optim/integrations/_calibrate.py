@@ -148,105 +148,52 @@ def calibrate(  # noqa: PLR0913
             fit.
         OptimizerError: the trainer has an optimizer already.
     """
-    if score is not None and not callable(score):
-        raise CalibrationError(
-            f"score is {score!r}.", "Give a function of the trained trainer.", "score"
-        )
     native = get_optimizer_class(optimizer)
-    place = _built(what, model, score)
-    runs = TrainerRuns(native, settings or {}, score, built=place is not None)
-    how: dict[str, Any] = {"storage": storage, "progress": progress}
-    how |= {"sampler": sampler, "pruner": pruner}
-    given: dict[str, Any] = {
-        "law": law,
-        "ranks": ranks,
-        "steps": steps,
-        "target_steps": target_steps,
-        "trials": trials,
-        "budget": budget,
-        "full_trials": full_trials,
-        "seeds": seeds,
-        "lr_range": lr_range,
-        "batch": batch,
-        "warmup": warmup,
-        "seed": seed,
-        "name": name,
-    }
-    if place is None:
-        if steps is None and target_steps is not None:
-            given["steps"] = _share_of(target_steps, share)
-        options = Options(native, **given)
-        return _completed(search(_loop(runs, what, what), options, **how), runs)
-    if ranks is not None or full_trials:
-        raise CalibrationError(
-            "A model that is built is calibrated at its own rank.",
-            "Leave ranks= and full_trials= out, or give a function that builds one.",
-            "ranks",
-        )
-    path = place.folder / FILE if save and place.folder else None
-    return _calibrate_built(place, runs, path, share, given, how)
-
-
-def _calibrate_built(
-    place: Loop | BuiltTrainer | BuiltPair,
-    runs: TrainerRuns,
-    path: Path | None,
-    share: float,
-    given: dict[str, Any],
-    how: dict[str, Any],
-) -> Recipe:
-    """Return the recipe at a path, or else one by trials, which is saved there.
-
-    given, how: arguments of `Options` and of `search`.
-    """
-    at = _configuration(place.model, runs.settings)
-    with closing(Replicas()) as team:
-        leads = team.leads
-        known = team.agree(lambda: _beside(path, runs.native, at))
-    if known is not None and given["steps"] in (None, _length(known)):
-        if how["progress"] and leads:
-            words = f"{path} is there, so nothing is run: remove it to calibrate"
-            print(f"calibrate: {words}", file=sys.stderr, flush=True)
-        return known
-    recipe = _searched_in_place(place, runs, at, share, given, how)
+    place = _place(what, model, score)
+    runs = TrainerRuns(native, settings or {}, score, built=place.model is not None)
+    at = _configuration(place, runs, ranks, full_trials)
+    beside = _Beside(place.folder if save else None, native, at)
+    known = beside.answer(steps, progress)
     if known is not None:
-        recipe = _compared(recipe, known)
-    if path is not None and leads:
-        recipe.save(path)
-    return recipe
-
-
-def _searched_in_place(
-    place: Loop | BuiltTrainer | BuiltPair,
-    runs: TrainerRuns,
-    at: Reference,
-    share: float,
-    given: dict[str, Any],
-    how: dict[str, Any],
-) -> Recipe:
-    """Return a recipe by trials of a model that is built, which is as before afterwards."""
+        return known
     snapshot = place.snapshot()
     with snapshot.kept():
-        whole = given["target_steps"] or place.steps() or given["steps"]
-        given |= {"ranks": (at.rank,), "target_steps": whole}
-        given["steps"] = given["steps"] or _share_of(whole, share)
-        if given["budget"] is None and given["trials"] is None:
-            given["trials"] = TRIALS
-        suggested = _suggested(place.subject, at, runs)
-        noisy = place.is_by_reward
-        options = Options(runs.native, suggested=suggested, noisy=noisy, **given)
+        whole = target_steps or place.steps()
+        of_trials: dict[str, Any] = {
+            "law": law,
+            "ranks": (at.rank,) if at else ranks,
+            "steps": steps or _share_of(whole, share),
+        }
+        options = Options(
+            native,
+            **of_trials,
+            target_steps=whole,
+            trials=_trials(trials, budget, runs.built),
+            budget=budget,
+            full_trials=full_trials,
+            seeds=seeds,
+            lr_range=lr_range,
+            batch=batch,
+            warmup=warmup,
+            seed=seed,
+            name=name,
+            suggested=_suggested(place.subject, at, runs),
+            noisy=place.is_by_reward,
+        )
+        recipe = search(
+            _loop(runs, place, snapshot, options.target),
+            options,
+            sampler=sampler,
+            pruner=pruner,
+            storage=storage,
+            progress=progress,
+            price=_price(options, place, snapshot),
+        )
+    return beside.saved(_completed(recipe, runs))
 
-        def make(trial: Trial) -> Any:
-            snapshot.begin(trial)
-            return place.run(trial, options.target)
 
-        price = f" of training, where the run takes {options.target:,}"
-        if place.is_evaluated:
-            price += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
-        mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
-        price += f"; a copy of the weights that train, {mebibytes}"
-        train = _loop(runs, make, place.source)
-        return _completed(search(train, options, price=price, **how), runs)
+def _trials(trials: int | None, budget: int | None, is_built: bool) -> int | None:
+    return TRIALS if is_built and trials is None and budget is None else trials
 
 
 def _share_of(whole: int | None, share: float) -> int | None:
@@ -272,40 +219,14 @@ def _share_of(whole: int | None, share: float) -> int | None:
 # --- what is calibrated ---------------------------------------------------------------------------
 
 
-class Loop:
-    """A loop of one's own that trains a model that is built.
-
-    Args:
-        train: the function of the trial.
-        model: the model, or a list of several.
-    """
-
-    folder: Path | None = None
-    is_by_reward = is_evaluated = False
-
-    def __init__(self, train: Callable[[Trial], Any], model: Any) -> None:
-        self.source = train
-        self.model: Any = as_one_model(model)
-        self.subject = self.model
-
-    def snapshot(self) -> Snapshot:
-        """Return the state to which every trial's is put back."""
-        return Snapshot([self.model])
-
-    def steps(self) -> None:
-        """Return no steps of the run, which are an argument."""
-
-    def run(self, trial: Trial, whole: int) -> Any:
-        """Return what runs a trial: a generator, or a trainer. whole: the steps of the run."""
-        return self.source(trial)
-
-
-def _built(
-    what: Any, model: Any, score: object
-) -> Loop | BuiltTrainer | BuiltPair | None:
-    """Return the model that is built and how it is trained, None for a function that builds one."""
+def _place(what: Any, model: Any, score: object) -> Any:
+    """Return how trials are run: a `Loop`, a `BuiltTrainer` or a `BuiltPair`."""
+    if score is not None and not callable(score):
+        raise CalibrationError(
+            f"score is {score!r}.", "Give a function of the trained trainer.", "score"
+        )
     if callable(what):
-        return None if model is None else Loop(what, model)
+        return Loop(what, model)
     if model is None and is_trainer(what):
         return BuiltTrainer(what, is_by_reward(what, score))
     if model is None and is_pair(what):
@@ -318,14 +239,40 @@ def _built(
     )
 
 
-def _loop(runs: TrainerRuns, make: Callable[[Trial], Any], source: Any) -> Train:
-    """Return the loop of a calibration: `make(trial)` returns what runs a trial. source: what a
-    recipe names as the loop.
+class Loop:
+    """A function of the trial.
+
+    Args:
+        source: the function.
+        model: the model that it trains, or a list of several, or None if it builds them.
     """
 
-    @wraps(source)
+    folder: Path | None = None
+    is_by_reward = is_evaluated = False
+
+    def __init__(self, source: Callable[[Trial], Any], model: Any) -> None:
+        self.source = source
+        self.model = self.subject = as_one_model(model)
+
+    def snapshot(self) -> Snapshot:
+        """Return the state to which every trial's is put back."""
+        return Snapshot([] if self.model is None else [self.model])
+
+    def steps(self) -> None:
+        """Return no steps of the run, which are an argument."""
+
+    def run(self, trial: Trial, whole: int) -> Any:
+        """Return what runs a trial: a generator, or a trainer. whole: the steps of the run."""
+        return self.source(trial)
+
+
+def _loop(runs: TrainerRuns, place: Any, snapshot: Snapshot, whole: int) -> Train:
+    """Return the loop of a calibration, whose trials all begin at the snapshot."""
+
+    @wraps(place.source)
     def train(trial: Trial) -> Any:
-        returned = [make(trial)]
+        snapshot.begin(trial)
+        returned = [place.run(trial, whole)]
         if is_trainer(returned[0]) or is_pair(returned[0]):
             return Pushed(lambda report: run(returned.pop(), trial, report))
         if runs.settings or runs.score is not None:
@@ -348,33 +295,33 @@ def _loop(runs: TrainerRuns, make: Callable[[Trial], Any], source: Any) -> Train
     return train
 
 
-def _completed(recipe: Recipe, runs: TrainerRuns) -> Recipe:
-    """Return a recipe with what the trainers' arguments say of their runs."""
-    batch = recipe.batch or runs.batch
-    notes = recipe.notes
-    if runs.by_reward:
-        notes = (*(note for note in notes if note != BY_TRAINING), BY_REWARD)
-    return replace(
-        recipe,
-        reference=replace(recipe.reference, batch=batch),
-        warmup=runs.warmup if recipe.warmup is None else recipe.warmup,
-        notes=notes,
-    )
-
-
-def _configuration(model: Any, settings: Mapping[str, Any]) -> Reference:
-    """Return the model's most common configuration: of its adapters, else of full finetuning."""
-    init, method = settings.get("init"), settings.get("method")
+def _configuration(
+    place: Any, runs: TrainerRuns, ranks: Any, full_trials: int
+) -> Reference | None:
+    """Return the most common configuration of a model that is built: of its adapters, else of full
+    finetuning. None where none is.
+    """
+    if place.model is None:
+        return None
+    if ranks is not None or full_trials:
+        raise CalibrationError(
+            "A model that is built is calibrated at its own rank.",
+            "Leave ranks= and full_trials= out, or give a function that builds one.",
+            "ranks",
+        )
+    init, method = runs.settings.get("init"), runs.settings.get("method")
     try:
-        return inspect_model(model, method=method or "lora", init=init).dominant()
+        return inspect_model(place.model, method=method or "lora", init=init).dominant()
     except InspectionError:
         if method is not None:
             raise
-        return inspect_model(model, method="full").dominant()
+        return inspect_model(place.model, method="full").dominant()
 
 
-def _suggested(subject: Any, at: Reference, runs: TrainerRuns) -> Rate | None:
+def _suggested(subject: Any, at: Reference | None, runs: TrainerRuns) -> Rate | None:
     """Return the suggested rate of a model or a trainer, None where none is known."""
+    if at is None:
+        return None
     settings, init = runs.settings, runs.settings.get("init")
     try:
         return suggest_lr(
@@ -384,27 +331,78 @@ def _suggested(subject: Any, at: Reference, runs: TrainerRuns) -> Rate | None:
         return None
 
 
+def _price(options: Options, place: Any, snapshot: Snapshot) -> str:
+    """Return what trials of a model that is built cost beside their steps, in words."""
+    if place.model is None:
+        return ""
+    words = f" of training, where the run takes {options.target:,}"
+    if place.is_evaluated:
+        words += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
+    mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
+    return f"{words}; a copy of the weights that train, {mebibytes}"
+
+
 # --- the recipe beside the run --------------------------------------------------------------------
 
 
-def _beside(path: Path | None, native: type[Optimizer], at: Reference) -> Recipe | None:
-    """Return the recipe beside a run, None if there is none.
+class _Beside:
+    """The recipe beside a run, for a second call.
+
+    Args:
+        folder: the run's, or None.
+        native: the optimizer's class.
+        at: the model's configuration.
 
     Raises:
-        CalibrationError: it is of another optimizer or configuration.
+        CalibrationError: the recipe there is of another optimizer or configuration.
     """
-    if path is None or not path.exists():
-        return None
-    recipe = Recipe.load(path)
-    stored = recipe.reference
-    is_same = (stored.method, stored.rank, stored.init) == (at.method, at.rank, at.init)
-    if not is_for(recipe, native) or not is_same or stored.scaling != at.scaling:
-        raise CalibrationError(
-            f"{path} is a recipe for {recipe.optimizer} at {stored}, and not for {native.__name__}"
-            f" at {at}.",
-            "Remove it, or give save=False or another output folder.",
-        )
-    return recipe
+
+    def __init__(self, folder: Path | None, native: type[Optimizer], at: Any) -> None:
+        self._path = folder / FILE if folder else None
+        with closing(Replicas()) as team:
+            self._leads = team.leads
+            self._recipe = team.agree(lambda: self._stored(native, at))
+
+    def _stored(self, native: type[Optimizer], at: Any) -> Recipe | None:
+        if self._path is None or not self._path.exists():
+            return None
+        recipe = Recipe.load(self._path)
+        stored = recipe.reference
+        ours = (at.method, at.rank, at.init, at.scaling)
+        is_same = (stored.method, stored.rank, stored.init, stored.scaling) == ours
+        if not is_for(recipe, native) or not is_same:
+            raise CalibrationError(
+                f"{self._path} is a recipe for {recipe.optimizer} at {stored}, and not for"
+                f" {native.__name__} at {at}.",
+                "Remove it, or give save=False or another output folder.",
+            )
+        return recipe
+
+    def answer(self, steps: int | None, progress: bool) -> Recipe | None:
+        """Return the recipe if it is by trials of these steps, and say so."""
+        if self._recipe is None or steps not in (None, _length(self._recipe)):
+            return None
+        if progress and self._leads:
+            words = f"{self._path} is there, so nothing is run: remove it to calibrate"
+            print(f"calibrate: {words}", file=sys.stderr, flush=True)
+        return self._recipe
+
+    def saved(self, recipe: Recipe) -> Recipe:
+        """Return and save a recipe, with a note if its best rate is far from the one that was there
+        by trials of another length.
+        """
+        known = self._recipe
+        ratio = recipe.fitted_lr / known.fitted_lr if known else 1.0
+        if known is not None and max(ratio, 1 / ratio) > MOVED:
+            note = (
+                f"trials of {_length(known)} steps gave {known.fitted_lr:.3g}, those of"
+                f" {_length(recipe)} {recipe.fitted_lr:.3g}: the best rate moves with the length"
+                " of a run"
+            )
+            recipe = replace(recipe, notes=(*recipe.notes, note))
+        if self._path is not None and self._leads:
+            recipe.save(self._path)
+        return recipe
 
 
 def _length(recipe: Recipe) -> int | None:
@@ -413,13 +411,15 @@ def _length(recipe: Recipe) -> int | None:
     return None if curves is None else int(curves.shape[1])
 
 
-def _compared(recipe: Recipe, known: Recipe) -> Recipe:
-    """Return a recipe with a note if its best rate is far from that of trials of another length."""
-    ratio = recipe.fitted_lr / known.fitted_lr
-    if max(ratio, 1 / ratio) <= MOVED:
-        return recipe
-    note = (
-        f"trials of {_length(known)} steps gave {known.fitted_lr:.3g}, those of"
-        f" {_length(recipe)} {recipe.fitted_lr:.3g}: the best rate moves with the length of a run"
+def _completed(recipe: Recipe, runs: TrainerRuns) -> Recipe:
+    """Return a recipe with what the trainers' arguments say of their runs."""
+    notes = recipe.notes
+    if runs.by_reward:
+        notes = (*(note for note in notes if note != BY_TRAINING), BY_REWARD)
+    batch = recipe.batch or runs.batch
+    return replace(
+        recipe,
+        reference=replace(recipe.reference, batch=batch),
+        warmup=runs.warmup if recipe.warmup is None else recipe.warmup,
+        notes=notes,
     )
-    return replace(recipe, notes=(*recipe.notes, note))

@@ -98,7 +98,7 @@ def run_pair(trainer: Any, module: Any, *data: Any, run: TrainerRuns) -> Any:
         named = [name for name in logged if "loss" in name.lower()]
         return logged[named[0]] if len(named) == 1 else None
 
-    with _quiet(trainer, run.built), _interrupts_come_out():
+    with _quiet(trainer), _interrupts_come_out():
         trainer.fit(module, *trained)
         return run.result(trainer, held_out_loss)
 
@@ -284,12 +284,11 @@ def _multipliers(opt: Any) -> dict[torch.Tensor, float]:
 
 
 @contextmanager
-def _quiet(trainer: Any, wanted: bool = True) -> Iterator[None]:
+def _quiet(trainer: Any) -> Iterator[None]:
     """Silence what Lightning says of a run, below warnings."""
     logger = logging.getLogger(_part_of(trainer, "").__name__)
     level = logger.level
-    if wanted:
-        logger.setLevel(max(logging.WARNING, logger.getEffectiveLevel()))
+    logger.setLevel(max(logging.WARNING, logger.getEffectiveLevel()))
     try:
         yield
     finally:

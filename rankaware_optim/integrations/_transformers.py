@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
@@ -257,13 +256,12 @@ class TrainerFactory:
     versions, and Unsloth on a CPU with a rate for embeddings, pass groups.
 
     Args:
-        trainer: the trainer. It holds the factory, so the reference is weak.
+        trainer: the trainer.
         native: the class that is wrapped.
         settings: the user's. Without a rate or a recipe, the rate is that of the arguments at each
             call. With a rate too, once a search or the user has written another into them.
         make: `make(params, model=..., **settings)` builds the optimizer. It is called twice under
             DeepSpeed.
-        written: the rate of the arguments when an optimizer was last made, None before.
     """
 
     def __init__(
@@ -272,16 +270,11 @@ class TrainerFactory:
         native: type[Optimizer],
         settings: Mapping[str, Any],
         make: Callable[..., RankAwareOptimizer],
-        written: float | None = None,
     ) -> None:
-        self._trainer = weakref.ref(trainer)
-        self._native, self._given, self._make = native, settings, make
-        self._written = written
-
-    def __reduce__(self) -> Any:
-        """Let Ray's search send a trainer to another process."""
-        own = (self._native, self._given, self._make, self._written)
-        return TrainerFactory, (self._trainer(), *own)
+        self._trainer, self._native = trainer, native
+        self._given, self._make = settings, make
+        # the rate of the arguments when an optimizer was last made
+        self._written: float | None = None
 
     def __call__(self, params: Any = None, **_: Any) -> Any:
         """Return this factory if there are no parameters, else an optimizer for a model or for
@@ -289,8 +282,7 @@ class TrainerFactory:
         """
         if params is None:
             return self
-        trainer: Any = self._trainer()
-        args = trainer.args
+        trainer, args = self._trainer, self._trainer.args
         settings = self._settings(args)
         if isinstance(params, nn.Module):
             model, groups = params, _groups(params)

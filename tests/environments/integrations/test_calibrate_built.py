@@ -6,7 +6,6 @@ Each row is a trap: something that trials would leave behind, or that would make
 from __future__ import annotations
 
 import logging
-import os
 import random
 import signal
 
@@ -26,9 +25,15 @@ from .trainers import (
     arguments,
     as_dataset,
     datasets,
+    different_words,
     lightning,
     llama,
+    loss_of,
     peft,
+    press_ctrl_c,
+    prompts,
+    random_states,
+    sayings,
     tokenizer,
     transformers,
     trl,
@@ -39,10 +44,6 @@ pytestmark = QUIET
 WHOLE, TRIAL = 24, 6  # steps of the run, and of a trial
 SHORT = {"steps": TRIAL, "progress": False}
 TWO = {**SHORT, "trials": 2}
-
-
-def rows(count=64):
-    return as_dataset([[7 if i % 4 else i % 32] * 8 for i in range(count)])
 
 
 def logs_of(trainer) -> list[dict[str, float]]:
@@ -75,8 +76,8 @@ def trainer(folder, *, kind=None, model=None, data=None, callbacks=(), **own):
     made = llama(lora_dropout=0.1) if model is None else model()
     usual = {"max_steps": WHOLE, "save_strategy": "no", "warmup_steps": 8}
     args = arguments(folder, **{**usual, **own})
-    train = rows() if data is None else data()
-    more = {"callbacks": [Watch(), *callbacks], "eval_dataset": rows(8)}
+    train = sayings() if data is None else data()
+    more = {"callbacks": [Watch(), *callbacks], "eval_dataset": sayings(8)}
     return (kind or transformers.Trainer)(made, args, train_dataset=train, **more)
 
 
@@ -87,14 +88,14 @@ class Stream(torch.utils.data.IterableDataset):
     """Rows of a stream that begins again at each iter()."""
 
     def __iter__(self):
-        yield from rows().to_list()
+        yield from sayings().to_list()
 
 
 class Drawn(torch.utils.data.Dataset):
     """Rows drawn by a generator of the data set itself."""
 
     def __init__(self):
-        self.source, self.rows = torch.Generator().manual_seed(2), rows().to_list()
+        self.source, self.rows = torch.Generator().manual_seed(2), sayings().to_list()
 
     def __len__(self):
         return len(self.rows)
@@ -127,16 +128,6 @@ def saved_modules():
     return llama(**more)
 
 
-def trained_already():
-    """Adapters that have been trained: neither factor is zero."""
-    model = llama(lora_dropout=0.1)
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if "lora_" in name:
-                param.add_(0.01)
-    return model
-
-
 def early(folder, **own):
     stop = transformers.EarlyStoppingCallback(1)
     best = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
@@ -166,27 +157,20 @@ def seq2seq(folder):
     return transformers.Seq2SeqTrainer(
         peft.get_peft_model(model, lora),
         arguments(folder, transformers.Seq2SeqTrainingArguments, **args),
-        train_dataset=rows(),
-        eval_dataset=rows(8),
+        train_dataset=sayings(),
+        eval_dataset=sayings(8),
         callbacks=[Watch()],
     )
 
 
-def different(completions, **_):
-    return [float(len(set(text.split()))) for text in completions]
-
-
-def grpo(folder, reward=different):
-    prompts = datasets.Dataset.from_dict(
-        {"prompt": [f"w{i + 2} w3" for i in range(16)]}
-    )
+def grpo(folder, reward=different_words):
     online = {"num_generations": 2, "max_completion_length": 4, "num_iterations": 2}
     args = {"max_steps": WHOLE, "save_strategy": "no", "bf16": False, "beta": 0.1}
     return trl.GRPOTrainer(
         llama(),
         reward,
         args=arguments(folder, trl.GRPOConfig, **online, **args),
-        train_dataset=prompts,
+        train_dataset=prompts(),
         processing_class=tokenizer(),
         callbacks=[Watch()],
     )
@@ -250,24 +234,6 @@ def test_the_real_run_is_that_of_a_fresh_trainer(tmp_path, build):
 
 def watch_of(made):
     return next(c for c in made.callback_handler.callbacks if isinstance(c, Watch))
-
-
-def random_states():
-    return torch.get_rng_state().tolist(), random.getstate()
-
-
-def test_adapters_that_are_trained_already_come_back(tmp_path):
-    """Their init cannot be read and is given; the real run begins at their values."""
-    runs = []
-    for calibrated in (True, False):
-        made = trainer(tmp_path, model=trained_already)
-        if calibrated:
-            settings = {"settings": {"init": "A"}, "save": False}
-            recipe = ra.calibrate(made, "adamw", **settings, **TWO)
-        ra.attach(made, "adamw", recipe=recipe, init="A")
-        made.train()
-        runs.append(weights(made))
-    assert same(*runs)
 
 
 def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
@@ -396,7 +362,7 @@ def test_data_are_held_out_where_there_is_no_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [rows, Drawn, Stream, lambda: rows().to_iterable_dataset()]
+    "data", [sayings, Drawn, Stream, lambda: sayings().to_iterable_dataset()]
 )
 def test_held_out_rows_are_no_training_rows(tmp_path, data):
     """Of data sets with a length, of streams, and of those of datasets: so many batches, and the rest of the rows."""
@@ -412,7 +378,7 @@ def test_held_out_rows_are_no_training_rows(tmp_path, data):
 def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
     """A dict of data sets shares the 16 batches."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
-    made.eval_dataset = {"one": rows(), "two": rows()}
+    made.eval_dataset = {"one": sayings(), "two": sayings()}
     assert [len(part) for part in hold_out(made)] == [8, 8]
 
 
@@ -441,10 +407,6 @@ class Boom(Exception):
 
 def fail():
     raise Boom
-
-
-def press_ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -478,10 +440,6 @@ def test_an_error_and_ctrl_c_put_the_trainer_back(tmp_path, end, error):
 
 
 # --- Lightning ------------------------------------------------------------------------------------------------------
-
-
-def loss_of(net, x):
-    return (net(x) - x[:, :3].sin()).square().mean()
 
 
 class Module(lightning.LightningModule):
@@ -805,7 +763,7 @@ BAD = [
     (flagged("deepspeed"), {}, "shards it"),
     (adalora, {}, "AdaLoRA"),
     (trainer, {"ranks": (4, 8)}, "at its own rank"),
-    (trainer, {"steps": None, "share": 5.0}, "less than the 120 steps of a trial"),
+    (trainer, {"steps": None, "share": 5.0}, "at least a trial's 120 steps"),
     (trainer, {"model": torch.nn.Linear(1, 1)}, "a Trainer and a model"),
     (of(pair, max_epochs=-1), {}, "steps of the run are not known"),
     (of(pair, kind=NoRate), {}, "at a rate that cannot be set"),

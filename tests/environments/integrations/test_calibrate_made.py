@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import random
 import signal
 
@@ -29,10 +28,15 @@ from .trainers import (
     STEPS,
     AdamW,
     arguments,
-    as_dataset,
     datasets,
+    different_words,
     lightning,
     llama,
+    loss_of,
+    press_ctrl_c,
+    prompts,
+    random_states,
+    sayings,
     tokenizer,
     transformers,
     trl,
@@ -52,10 +56,6 @@ class PruneAt(optuna.pruners.BasePruner):
         return trial.last_step >= 3
 
 
-def press_ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 # --- transformers and TRL -------------------------------------------------------------------------------------------
 
 
@@ -65,11 +65,6 @@ def model_of(trial):
         return llama().unload().requires_grad_(True)
     one_rank = {"rank_pattern": {}, "alpha_pattern": {}}
     return llama(r=trial.rank, lora_alpha=trial.rank, **one_rank)
-
-
-def sayings(count):
-    """Rows that a model can learn: most say 7, some another number, all of them over and over."""
-    return as_dataset([[7 if i % 4 else i % 32] * 8 for i in range(count)])
 
 
 class Watch(transformers.TrainerCallback):
@@ -152,21 +147,14 @@ class Rewards(transformers.TrainerCallback):
         self.runs.append([reward for reward in logged if reward is not None])
 
 
-def differing(completions, **_):
-    """A reward for different words."""
-    return [float(len(set(text.split()))) for text in completions]
-
-
 def reward_maker(folder, kind, *callbacks, **own):
-    rows = datasets.Dataset.from_dict({"prompt": [f"w{i + 2} w3" for i in range(16)]})
-
     def make(trial):
         online = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
         settings = {"max_steps": -1, "logging_steps": 3, **online, **own}
         args = arguments(folder, getattr(trl, f"{kind}Config"), **settings)
-        more = {"train_dataset": rows, "processing_class": tokenizer()}
+        more = {"train_dataset": prompts(), "processing_class": tokenizer()}
         return getattr(trl, f"{kind}Trainer")(
-            model_of(trial), differing, args=args, callbacks=[*callbacks], **more
+            model_of(trial), different_words, args=args, callbacks=[*callbacks], **more
         )
 
     return make
@@ -201,7 +189,7 @@ def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
 
     def make(trial):
         trainer = maker(tmp_path)(trial)
-        trainer.reward_funcs = [differing]
+        trainer.reward_funcs = [different_words]
         return trainer
 
     with pytest.raises(CalibrationError, match=r"logs no reward.*Give score="):
@@ -285,11 +273,6 @@ def test_the_seed_is_the_trials(tmp_path):
     assert firsts[0] != firsts[1]
 
 
-def random_states():
-    numpys = np.random.get_state()[1].tolist()
-    return torch.get_rng_state().tolist(), random.getstate(), numpys
-
-
 @pytest.mark.parametrize("ends", ["well", "badly"])
 def test_files_arguments_and_generators_are_as_before(tmp_path, ends):
     """No checkpoint is written, the arguments and the global generators are as they were, however it ends."""
@@ -339,10 +322,6 @@ def with_optimizer(folder):
 
 
 # --- Lightning ------------------------------------------------------------------------------------------------------
-
-
-def loss_of(net, x):
-    return (net(x) - x[:, :3].sin()).square().mean()
 
 
 class Bare(lightning.LightningModule):

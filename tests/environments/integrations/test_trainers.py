@@ -527,7 +527,7 @@ def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
     accelerate.state.GradientState._reset_state()  # after another training in this process it holds weak references
     trainer = attached(plain(llama(), tmp_path))
     copied = cloudpickle.loads(cloudpickle.dumps(trainer))
-    assert copied.optimizer_cls_and_kwargs[0]._trainer() is copied
+    assert copied.optimizer_cls_and_kwargs[0]._trainer is copied
     copied.train()
     trainer.train()
     assert same(weights(copied), weights(trainer))

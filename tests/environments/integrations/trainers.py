@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,3 +133,34 @@ def attached(trainer: Any, optimizer: Any = AdamW, **settings: Any) -> Any:
     """The trainer, with an optimizer attached at the usual rate unless another is given."""
     attach(trainer, optimizer, **{"lr": LR, "tuned_at": AT_16, **settings})
     return trainer
+
+
+# --- what calibrations are tried on ---------------------------------------------------------------------------------
+
+
+def sayings(count: int = 64) -> Any:
+    """Rows that a model can learn: most say 7, some another number, all of them over and over."""
+    return as_dataset([[7 if i % 4 else i % 32] * 8 for i in range(count)])
+
+
+def prompts() -> Any:
+    rows = [f"w{i + 2} w3" for i in range(16)]
+    return datasets.Dataset.from_dict({"prompt": rows})
+
+
+def different_words(completions: list[str], **_: Any) -> list[float]:
+    """A reward."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def loss_of(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return (net(x) - x[:, :3].sin()).square().mean()
+
+
+def random_states() -> tuple[Any, ...]:
+    numpys = np.random.get_state()[1].tolist()
+    return torch.get_rng_state().tolist(), random.getstate(), numpys
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
