@@ -9,9 +9,9 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, filterfalse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from .._checks import check_init
+from .._checks import check_choice, check_init
 from .._types import Factor, Init, Method, Role
 from ..errors import InspectionError
 from ._conventions import INITS, Reading
@@ -80,10 +80,7 @@ def survey_of(
     """Do as `inspect_model`, for a model that was walked already. Frozen parameters with an id in
     `also` count too.
     """
-    if method not in ("lora", "full"):
-        raise InspectionError(
-            f"The method is 'lora' or 'full', not {method!r}.", "Give one of them."
-        )
+    check_choice(method, get_args(Method), "The method is")
     check_init(init, known=INITS)
     trainable = {
         id(param): name
@@ -162,6 +159,7 @@ def _lora_survey(
                 frozen.setdefault(key, f"{pair.layer}.{half.name}".removeprefix("."))
         if not any(names):
             continue
+        _refuse_merged(pair)
         reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a)
         if scaling is None:
@@ -185,6 +183,14 @@ def _lora_survey(
         notes=tuple(notes),
         frozen=tuple(frozen.values()),
     )
+
+
+def _refuse_merged(pair: Pair) -> None:
+    if getattr(pair.owner, "merged_adapters", None):  # PEFT's
+        raise InspectionError(
+            f"{pair.where} is merged into its base weight, where it does not train.",
+            "Train before merging, or call unmerge_adapter().",
+        )
 
 
 def _mixtures(modules: Modules) -> Iterator[str]:

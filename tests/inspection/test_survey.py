@@ -181,6 +181,16 @@ def test_no_pair_is_refused():
         assert way in caught.value.cure
 
 
+def test_a_merged_pair_is_refused():
+    """PEFT's merged layer computes with the base weight alone, so its factors would never move."""
+    layer = adapted()
+    layer.merged_adapters = ["default"]
+    with pytest.raises(InspectionError, match="Train before merging"):
+        inspect_model(layer)
+    layer.merged_adapters = []
+    assert len(inspect_model(layer).factors) == 2
+
+
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_frozen_pairs_are_refused(head_trains):
     """Pairs that are all frozen, as PEFT loads them, are an error that says how to load them for training."""
