@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from internals import (
     Source,
@@ -136,19 +136,6 @@ class LawScore:
     def off_grid(self) -> int:
         """The number of moved rates outside the grid of their rank, whose loss is unknown."""
         return len(self.moves) - len(self.lost)
-
-    def row(self) -> dict[str, Any]:
-        """Return the values of a table's row: octaves and shares of the loss, None if no move was on the grid."""
-        lost = self.lost
-        return {
-            "law": self.label,
-            "median_octaves": self.median,
-            "worst_octaves": self.worst,
-            "median_loss": statistics.median(lost) if lost else None,
-            "worst_loss": max(lost, default=None),
-            "moves": len(self.moves),
-            "off_grid": self.off_grid,
-        }
 
 
 def bench_law(
@@ -296,17 +283,15 @@ def score_table(scores: Sequence[LawScore]) -> str:
     )
     rows = []
     for score in scores:
-        row = score.row()
-        lost = [row["median_loss"], row["worst_loss"]]
-        shares = [
-            "" if x is None else "diverged" if math.isinf(x) else f"{x:.2%}"
-            for x in lost
-        ]
+        shares = ["", ""]
+        if score.lost:
+            ends = statistics.median(score.lost), max(score.lost)
+            shares = ["diverged" if math.isinf(x) else f"{x:.2%}" for x in ends]
         off = f"{score.off_grid} of {len(score.moves)}"
         rows.append(
             [score.label, f"{score.median:.2f}", f"{score.worst:.2f}", *shares, off]
         )
     moves = scores[0].moves if scores else ()
-    ends = {(move.model, move.source) for move in moves}
-    below = f"{len(moves)} moves between {len(ends)} ranks of {len({model for model, _ in ends})} models"
+    tuned = {(move.model, move.source) for move in moves}
+    below = f"{len(moves)} moves between {len(tuned)} ranks of {len({model for model, _ in tuned})} models"
     return f"{table_of(heads, rows)}\n\n{below}"
