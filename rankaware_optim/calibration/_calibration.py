@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,29 +22,25 @@ import numpy.typing as npt
 
 from .._optimizers import optimizer_family
 from .._printing import give_or_take
+from .._rate import Rate
 from .._types import Reference
 from ..errors import CalibrationError
 from ..fitting import (
-    TAIL,
     Fit,
+    Prior,
     at_target,
     centred_law,
     fit_observations,
     prior_of,
     steps_variance,
-    turn_of,
-    usual_noise,
 )
 from ..laws import Power, bound_law, checked_multiplier
-from ..recipe import Z90, Recipe, agreed, constructor_settings, infer_scaling, recipe_of
+from ..recipe import Z90, Recipe, constructor_settings, infer_scaling, recipe_of
 from ._constants import (
-    ALIKE_ERRORS,
     APART,
     FEWEST_STEPS,
-    LEAST_RANKED,
     LONG_WARMUP,
     OPPOSED,
-    SAME,
     STRIDE,
     TOGETHER,
     UNDETERMINED,
@@ -52,18 +48,8 @@ from ._constants import (
     USUAL_LR,
 )
 from ._schedule import Options
-from ._trials import Setting, Trials, rank_words
+from ._trials import Trials, rank_words
 
-_COLUMNS = [
-    ("rank", np.int64),
-    ("seed", np.int64),
-    ("lr", np.float64),
-    ("own_lr", np.float64),
-    ("value", np.float64),
-    ("diverged", np.bool_),
-    ("pruned", np.bool_),
-    ("steps", np.int64),
-]
 ALIKE = (
     "every run of a rank and seed has the same values at every rate: nothing was trained, or no"
     " rate moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
@@ -183,19 +169,15 @@ def calibrated_recipe(
     """
     options, settled = calibration.options, calibration.settled
     trials = calibration.trials().counted()
-    is_by_chance = options.noisy and options.suggested and _differ_by_chance(trials)
-    measured = _suggested(calibration) if is_by_chance else _fit(calibration, trials)
-    fit = at_target(measured, options.octaves_to_target)
-    doubts = [BY_CHANCE] if is_by_chance else _doubts(fit, trials)
+    fit, doubts = _measured(calibration, trials)
     tried = {run.rank for run in trials.scored()}
-    built = [run.built for run in trials if run.built]
-    settings = _settings_in_force(built)
+    settings = trials.settings()
     make = partial(
         recipe_of,
         law=bound_law(options.law, options.optimizer, settings),
         reference=settled.reference,
         name=options.name,
-        scaling_rule=infer_scaling(_scalings(trials)),
+        scaling_rule=infer_scaling(trials.scalings()),
         full_fan_in=settled.full_fan_in,
         layers=settled.layers,
         ranks=tuple(rank for rank in options.lora if rank in tried),
@@ -207,8 +189,8 @@ def calibrated_recipe(
         seed=options.seed,
         versions=versions_used(),
         source=source or {},
-        other_rates=agreed(values.get("other rates", {}) for values in built),
-        notes=(*doubts, *_notes(options, trials), *_training_notes(options, trials)),
+        other_rates=trials.other_rates(),
+        notes=(*doubts, *_notes(options), *_training_notes(options, trials)),
         tensors=tensors_of(trials, options.steps),
     )
     return _at_floor(make, fit, options)
@@ -224,11 +206,6 @@ def versions_used() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-def _settings_in_force(built: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings of all trials, defaults included; if groups differ, of the factors."""
-    return agreed({**each, **each.get("factors' settings", {})} for each in built)
 
 
 def _at_floor(make: Callable[[Fit], Recipe], fit: Fit, options: Options) -> Recipe:
@@ -250,10 +227,22 @@ def _at_floor(make: Callable[[Fit], Recipe], fit: Fit, options: Options) -> Reci
     )
 
 
-def _suggested(calibration: Calibration) -> Fit:
-    """Return a fit that says no more than the suggested rate."""
-    rate, prior = calibration.options.suggested, calibration.prior
-    assert rate is not None
+def _measured(calibration: Calibration, trials: Trials) -> tuple[Fit, tuple[str, ...]]:
+    """Return the fit at the target's steps, and why it may say nothing of the rate."""
+    options = calibration.options
+    octaves = options.octaves_to_target
+    if options.suggested is not None and options.noisy and trials.differ_by_chance():
+        fit = _fit_of_rate(options.suggested, calibration.prior)
+        return at_target(fit, octaves), (BY_CHANCE,)
+    measured = fit_observations(trials.evidence(), calibration.prior)
+    check_ends(trials, measured)
+    assert measured is not None
+    fit = at_target(measured, octaves)
+    return fit, tuple(_doubts(fit, trials))
+
+
+def _fit_of_rate(rate: Rate, prior: Prior) -> Fit:
+    """Return a fit that says no more than a rate and its band."""
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
     return Fit(
         prior=prior,
@@ -263,33 +252,6 @@ def _suggested(calibration: Calibration) -> Fit:
         ceiling=None,
         vertices={},
     )
-
-
-def _differ_by_chance(trials: Trials) -> bool:
-    """Return whether the scores of the trials differ by no more than the noise of their curves
-    explains. Each is the mean of a tenth of its curve.
-    """
-    runs = trials.observations()
-    scores = [run.value for run in runs]
-    if not 0 < len(runs) == len(trials) or not all(map(math.isfinite, scores)):
-        return False
-    count = max(TAIL, len(trials[0].curve) // 10)
-    noise = usual_noise(runs)
-    return max(scores) - min(scores) <= ALIKE_ERRORS * noise / math.sqrt(count)
-
-
-def _scalings(trials: Trials) -> dict[int, float]:
-    """Return s = alpha / r of the models, by rank."""
-    built = [(run.rank, run.built) for run in trials]
-    return {rank: at["lora_alpha"] / rank for rank, at in built if rank and at}
-
-
-def _fit(calibration: Calibration, trials: Trials) -> Fit:
-    """Return the fit of the trials, or raise a `CalibrationError` that says why there is none."""
-    fit = fit_observations(trials.evidence(), calibration.prior)
-    check_ends(trials, fit)
-    assert fit is not None
-    return fit
 
 
 def check_ends(trials: Trials, fit: Fit | None = None) -> None:
@@ -307,121 +269,66 @@ def check_ends(trials: Trials, fit: Fit | None = None) -> None:
         )
 
 
-def _doubts(fit: Fit, trials: Trials) -> list[str]:
-    """Return sentences on why the trials may say nothing of the rate."""
-    doubts = []
-    if _went_alike(trials):
-        doubts.append(ALIKE)
+# --- what it says of them -------------------------------------------------------------------------
+
+
+def _doubts(fit: Fit, trials: Trials) -> Iterator[str]:
+    """Yield sentences on why the trials may say nothing of the rate."""
+    if trials.went_alike():
+        yield ALIKE
     elif math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
-        doubts.append(
-            "the data do not determine the rate: the loss hardly depends on it"
-        )
-    returned = [run for run in trials.observations() if run.returned]
-    if not returned:
-        doubts += _only_rising(trials)
-    finite = [run for run in returned if math.isfinite(run.value)]
-    if len(finite) >= LEAST_RANKED:
-        # the rank correlation of the returned scores and the curves' ends
-        by_score = np.argsort(np.argsort([run.value for run in finite]))
-        by_curve = np.argsort(np.argsort([run.tail for run in finite]))
-        if float(np.corrcoef(by_score, by_curve)[0, 1]) <= OPPOSED:
-            doubts.append(AGAINST)
-    return doubts
+        yield "the data do not determine the rate: the loss hardly depends on it"
+    turns = trials.turns()
+    lowest = turns[: max(2, len(turns) // 4)]
+    if 1 in lowest and -1 not in lowest:
+        yield RISING
+    elif 1 in turns and -1 not in turns:
+        yield NONE_FELL
+    if trials.score_agreement() <= OPPOSED:
+        yield AGAINST
 
 
-def _notes(options: Options, trials: Trials) -> list[str]:
-    """Return sentences on what was not tried, and on runs that differ by themselves."""
-    notes = []
+def _notes(options: Options) -> Iterator[str]:
+    """Yield sentences on what was not tried."""
     lora = options.lora
     if len(lora) > 1 and max(lora) < APART * min(lora):
-        notes.append(
+        yield (
             f"ranks {min(lora)} and {max(lora)} differ by less than a factor {APART}: how the"
             " rate moves with rank is uncertain"
         )
     if options.target > options.steps:
         sd = math.sqrt(steps_variance(options.octaves_to_target))
-        notes.append(
+        yield (
             f"{options.target} steps were not tried: the rate is that of"
             f" {options.steps}, {give_or_take(sd)}"
         )
-    return notes
 
 
-def _training_notes(options: Options, trials: Trials) -> list[str]:
-    """Return sentences on what makes short trials mislead."""
-    notes = []
+def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
+    """Yield sentences on what makes short trials mislead."""
     if options.steps < FEWEST_STEPS:
-        notes.append(
+        yield (
             f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} low rates look best"
         )
     if not any(run.returned for run in trials.observations()):
-        notes.append(BY_TRAINING)
+        yield BY_TRAINING
     warmup = max([options.warmup or 0.0, *(run.warmup for run in trials)])
     if warmup > LONG_WARMUP:
-        notes.append(
+        yield (
             f"the rate rose over {warmup:.0%} of a trial's steps: it belongs to runs that warm up"
             " for as large a share of theirs"
         )
-    return [*notes, *_edge(trials.at(options.anchor)), *_unsteady(trials)]
-
-
-def _edge(trials: Trials) -> list[str]:
-    """Return a sentence if the best trial of a rank has its lowest or highest rate."""
-    lost, rates = trials.diverged(), trials.rates()
-    good = [run for run in trials.scored() if run.number not in lost]
-    if not good or min(rates) == max(rates):
-        return []
-    best = min(good, key=lambda run: run.observation.value)  # type: ignore[union-attr]
-    edges = {
-        min(rates): "lowest rate that was tried: the best one may be lower",
-        max(rates): "highest rate that was tried: the best one may be higher",
-    }
-    return [
-        f"the best trial has the {edge}" for x, edge in edges.items() if x == best.x
-    ]
-
-
-def _unsteady(trials: Trials) -> list[str]:
-    """Return a sentence if two runs of a rank and seed have other first values, although these do
-    not depend on the rate.
-    """
-    first: dict[Setting, float] = {}
-    for run in trials:
-        if not run.curve:
-            continue
-        start = first.setdefault(run.setting, run.curve[0])
-        if not math.isclose(start, run.curve[0], rel_tol=SAME, abs_tol=1e-9):
-            return [
-                f"train is not reproducible: two runs of {rank_words(run.rank)}, seed {run.seed},"
-                " began with different values, which adds noise; draw everything from trial.seed,"
-                " and yield the loss before the step"
-            ]
-    return []
-
-
-def _went_alike(trials: Trials) -> bool:
-    """Return whether all runs of each rank and seed have the same values, some at several rates."""
-    settings, rates, values = set(), set(), set()
-    for run in trials.scored():
-        assert run.observation is not None
-        if math.isfinite(run.observation.value):
-            settings.add(run.setting)
-            rates.add((run.setting, run.x))
-            values.add((run.setting, run.observation.value, *run.curve))
-    return len(values) == len(settings) < len(rates)
-
-
-def _only_rising(trials: Trials) -> list[str]:
-    """Return a note if no run of the lowest quarter of the rates fell over its steps, and one rose;
-    or if this holds of all rates.
-    """
-    runs = [(run.x, turn_of(run.curve)) for run in trials if run.x is not None]
-    turns = [turn for _, turn in sorted(runs)]
-    lowest = turns[: max(2, len(turns) // 4)]
-    for part, note in ((lowest, RISING), (turns, NONE_FELL)):
-        if 1 in part and -1 not in part:
-            return [note]
-    return []
+    if edge := trials.at(options.anchor).edge():
+        yield (
+            f"the best trial has the {edge}est rate that was tried: the best one may be {edge}er"
+        )
+    if unsteady := trials.unsteady():
+        rank, seed = unsteady
+        yield (
+            f"train is not reproducible: two runs of {rank_words(rank)}, seed {seed}, began with"
+            " different values, which adds noise; draw everything from trial.seed, and yield the"
+            " loss before the step"
+        )
 
 
 @np.errstate(all="ignore")
@@ -433,23 +340,21 @@ def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
     """
     lost = trials.diverged()
     rows = []
-    curves = []
     for run in trials:
         if run.x is None:
             continue
         seen = run.observation
-        row = (
-            run.rank or 0,
-            run.seed,
-            2.0**run.x,
-            run.own_lr,  # None becomes NaN
-            None if seen is None else seen.value,
-            run.number in lost,
-            seen is None,
-            len(run.curve),
-        )
+        padding = [math.nan] * (steps - len(run.curve))
+        row = {
+            "rank": run.rank or 0,
+            "seed": run.seed,
+            "lr": 2.0**run.x,
+            "own_lr": math.nan if run.own_lr is None else run.own_lr,
+            "value": math.nan if seen is None else seen.value,
+            "diverged": run.number in lost,
+            "pruned": seen is None,
+            "steps": len(run.curve),
+            "curve": np.array([*run.curve, *padding], np.float32),
+        }
         rows.append(row)
-        curves.append([*run.curve, *[math.nan] * (steps - len(run.curve))])
-    table = np.array(rows, _COLUMNS)
-    arrays = {name: table[name].copy() for name, _ in _COLUMNS}
-    return {**arrays, "curve": np.array(curves, np.float32)}
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

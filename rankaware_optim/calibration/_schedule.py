@@ -34,6 +34,7 @@ Count = Annotated[int, Meta(ge=1)]
 Rank = Annotated[int, limits("rank")]
 Seed = Annotated[int, limits("seed")]
 Positive = Annotated[float, Meta(gt=0.0, le=sys.float_info.max)]
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+$"
 _CHECKED_ELSEWHERE = ("optimizer", "law", "suggested", "noisy")
 
 
@@ -66,13 +67,19 @@ class Options:
     batch: Positive | None = None
     warmup: Annotated[float, Meta(ge=0.0, lt=1.0)] | None = None
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    name: Annotated[str, Meta(min_length=1)] = "calibration"
+    name: Annotated[str, Meta(pattern=_PRINTABLE)] = "calibration"
     suggested: Rate | None = None
     noisy: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", get_optimizer_class(self.optimizer))
         object.__setattr__(self, "law", recordable_law(self.law))
+        self._check_ranges()
+        self._check_together()
+        in_order = sorted(self.ranks, key=lambda rank: (rank is None, rank or 0))
+        object.__setattr__(self, "ranks", tuple(in_order))
+
+    def _check_ranges(self) -> None:
         for name, kind in get_type_hints(Options, include_extras=True).items():
             if name in _CHECKED_ELSEWHERE:
                 continue
@@ -82,6 +89,8 @@ class Options:
                 msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
                 self._refuse(name, f"{error}.")
+
+    def _check_together(self) -> None:
         for name in ("ranks", "seeds"):
             if len({*getattr(self, name)}) < len(getattr(self, name)):
                 self._refuse(name, "Give distinct ones.")
@@ -94,10 +103,6 @@ class Options:
             self._refuse("budget", f"Give at least {least}. Thirty runs are enough.")
         if self.target < self.steps:
             self._refuse("target_steps", f"Give at least a trial's {self.steps} steps.")
-        if not self.name.isprintable():
-            self._refuse("name", "Give a name of printable characters.")
-        in_order = sorted(self.ranks, key=lambda rank: (rank is None, rank or 0))
-        object.__setattr__(self, "ranks", tuple(in_order))
 
     def _refuse(self, name: str, cure: str) -> NoReturn:
         raise CalibrationError(f"{name} is {getattr(self, name)!r}.", cure, name)

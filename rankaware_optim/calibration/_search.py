@@ -162,20 +162,13 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     for count, last in enumerate(scored, start=1):
         ran = Trials(scored[:count])
         tried = ran.rates()
-        below = _below_cliff(ran.at(last.rank), diverged)
+        below = ran.at(last.rank).below(diverged)
         best = min(below, key=lambda run: run.value).x if below else min(tried)
         if (min(tried) if all_rose(below) else best) < low + EDGE:
             low -= STRIDE
         if below and best > high - EDGE and best >= max(tried):
             high += STRIDE
     return max(low, calibration.options.floor), high
-
-
-def _below_cliff(trials: Trials, diverged: set[int]) -> list[Observation]:
-    """Return the runs below every rate that diverged."""
-    lost = Trials(run for run in trials if run.number in diverged)
-    cliff = min(lost.rates(), default=math.inf)
-    return [run for run in trials.observations() if run.x < cliff]
 
 
 def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:

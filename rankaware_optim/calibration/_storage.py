@@ -96,9 +96,14 @@ def _journal(path: Path) -> BaseStorage:
     """
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
     # FileLock would empty a lock with content, and a pipe would never be read
-    is_locked_by_others = lock.exists() and lock.stat().st_size > 0
-    if is_locked_by_others or (path.exists() and not _is_journal(path)):
-        other = lock if is_locked_by_others else path
+    others = [lock] if lock.exists() and lock.stat().st_size else []
+    head = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(len(_OPERATION))
+    if head not in (b"", _OPERATION) or (path.exists() and not path.is_file()):
+        others = [path]
+    for other in others:
         raise CalibrationError(
             f"storage={str(path)!r} cannot be used: {str(other)!r} is there, is no study's, and was"
             " not changed.",
@@ -112,15 +117,6 @@ def _journal(path: Path) -> BaseStorage:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return JournalStorage(_JournalFile(path, FileLock(lock, timeout=LOCK_S)))
-
-
-def _is_journal(path: Path) -> bool:
-    """Return whether a file is empty or begins like a journal."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(len(_OPERATION))
-    return head in (b"", _OPERATION)
 
 
 class _JournalFile(JournalFileBackend):
@@ -166,36 +162,29 @@ def storage_errors(
         is_named = isinstance(storage, (str, os.PathLike))
         place = str(storage) if is_named else type(storage).__name__
         raise CalibrationError(
-            f"The study's storage {_shown(place)} failed: {_line(error, place)}",
+            f"The study's storage {_failure(error, place)}",
             "Check that it is there, can be written, and is not locked by a process that was"
             " stopped. If it was changed or damaged, restore it from a copy or name a new one. Then"
             " the same call continues where it stopped.",
         ) from error
 
 
-def _line(error: BaseException, url: str) -> str:
-    """Return the first line of the root error without the password. sqlalchemy wraps a driver's
-    error in paragraphs.
+def _failure(error: BaseException, place: str) -> str:
+    """Return what failed, and the first line of the root error, since sqlalchemy wraps a driver's
+    in paragraphs. A URL is shown without its password and its query, which may contain one.
     """
     while error.__cause__ is not None:
         error = error.__cause__
-    line = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".") + "."
-    user = url.partition("://")[2].rpartition("@")[0]
-    password = user.partition(":")[2]
-    # After an unescaped @ the rest is part of the host.
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
+    scheme, mark, rest = place.partition("://")
+    if not mark:
+        return f"{place} failed: {line}."
+    user, at, host = rest.rpartition("@")
+    name, _, password = user.partition(":")
+    # after an unescaped @ the rest is part of the host
     for part in filter(None, re.split("[@:/?]", password)):
         line = line.replace(part, "…")
-    return line
-
-
-def _shown(url: str) -> str:
-    """Return a path, or a URL without its password and its query, which may contain a password."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        return url
-    user, at, host = rest.rpartition("@")
-    name = user.partition(":")[0]
-    return f"{scheme}://{name}{at}{host.partition('?')[0]}"
+    return f"{scheme}://{name}{at}{host.partition('?')[0]} failed: {line}."
 
 
 # --- a worker's life ------------------------------------------------------------------------------

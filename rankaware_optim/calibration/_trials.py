@@ -11,14 +11,32 @@ from itertools import compress
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import limits
 from ..errors import CalibrationError
-from ..fitting import TAIL, Observation, diverged, height, impute, noise_of, recent
-from ..recipe import differences
-from ._constants import HOPELESS, MOST_OCTAVES, REPORTS
+from ..fitting import (
+    TAIL,
+    Observation,
+    diverged,
+    height,
+    impute,
+    noise_of,
+    recent,
+    turn_of,
+    usual_noise,
+)
+from ..recipe import agreed, differences
+from ._constants import (
+    ALIKE_ERRORS,
+    HOPELESS,
+    LEAST_RANKED,
+    MOST_OCTAVES,
+    REPORTS,
+    SAME,
+)
 
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
@@ -157,6 +175,12 @@ class Trials(tuple[Run, ...]):
         """Return log2 of the rates of the pruned runs."""
         return Trials(t for t in self.counted() if t.observation is None).rates()
 
+    def below(self, diverged: set[int]) -> list[Observation]:
+        """Return the observations below every rate of the runs of these numbers."""
+        lost = Trials(run for run in self if run.number in diverged)
+        cliff = min(lost.rates(), default=math.inf)
+        return [seen for seen in self.observations() if seen.x < cliff]
+
     def best_of(self, setting: Setting) -> Run | None:
         """Return the best finished run of a rank and seed."""
         return Trials(run for run in self if run.setting == setting)._best()
@@ -213,6 +237,98 @@ class Trials(tuple[Run, ...]):
         scored = self.scored()
         bad = diverged(scored.observations())
         return {run.number for run in compress(scored, bad)}
+
+    # --- what they were built with ----------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of all trials, defaults included; if groups differ, those of the
+        factors.
+        """
+        tables = []
+        for run in self:
+            built = run.built or {}
+            tables.append({**built, **built.get("factors' settings", {})})
+        return agreed(tables)
+
+    def other_rates(self) -> dict[str, Any]:
+        """Return the rates of what trained beside the factors in all trials."""
+        built = [run.built or {} for run in self]
+        return agreed(each.get("other rates", {}) for each in built)
+
+    def scalings(self) -> dict[int, float]:
+        """Return s = alpha / r of the models, by rank."""
+        built = [(run.rank, run.built) for run in self]
+        return {rank: at["lora_alpha"] / rank for rank, at in built if rank and at}
+
+    # --- what may be wrong with them --------------------------------------------------------------
+
+    def differ_by_chance(self) -> bool:
+        """Return whether the scores differ by no more than the noise of the curves explains. Each
+        is the mean of a tenth of its curve.
+        """
+        runs = self.observations()
+        scores = [run.value for run in runs]
+        if len(runs) < len(self) or not all(map(math.isfinite, scores)):
+            return False
+        count = max(TAIL, len(self[0].curve) // 10)
+        error = usual_noise(runs) / math.sqrt(count)
+        return max(scores) - min(scores) <= ALIKE_ERRORS * error
+
+    def went_alike(self) -> bool:
+        """Return whether all runs of each rank and seed have the same values, some at several
+        rates.
+        """
+        settings, rates, values = set(), set(), set()
+        for run in self.scored():
+            assert run.observation is not None
+            if math.isfinite(run.observation.value):
+                settings.add(run.setting)
+                rates.add((run.setting, run.x))
+                values.add((run.setting, run.observation.value, *run.curve))
+        return len(values) == len(settings) < len(rates)
+
+    def turns(self) -> list[int]:
+        """Return whether each curve fell (-1), rose (1) or neither, from the lowest rate on. None
+        where scores were returned, since the curves are not minimised.
+        """
+        if any(run.returned for run in self.observations()):
+            return []
+        turns = [(run.x, turn_of(run.curve)) for run in self if run.x is not None]
+        return [turn for _, turn in sorted(turns)]
+
+    def score_agreement(self) -> float:
+        """Return the rank correlation of the returned scores and the ends of the curves; 1 if there
+        are too few.
+        """
+        returned = [run for run in self.observations() if run.returned]
+        runs = [run for run in returned if math.isfinite(run.value)]
+        if len(runs) < LEAST_RANKED:
+            return 1.0
+        by_score = np.argsort(np.argsort([run.value for run in runs]))
+        by_curve = np.argsort(np.argsort([run.tail for run in runs]))
+        return float(np.corrcoef(by_score, by_curve)[0, 1])
+
+    def edge(self) -> str:
+        """Return "low" or "high" if the best run has the lowest or highest rate, else ""."""
+        lost, rates = self.diverged(), self.rates()
+        good = Trials(run for run in self if run.number not in lost).observations()
+        if not good or min(rates) == max(rates):
+            return ""
+        best = min(good, key=lambda run: run.value).x
+        return {min(rates): "low", max(rates): "high"}.get(best, "")
+
+    def unsteady(self) -> Setting | None:
+        """Return a rank and seed with two runs whose first values differ, although these do not
+        depend on the rate.
+        """
+        first: dict[Setting, float] = {}
+        for run in self:
+            if not run.curve:
+                continue
+            start = first.setdefault(run.setting, run.curve[0])
+            if not math.isclose(start, run.curve[0], rel_tol=SAME, abs_tol=1e-9):
+                return run.setting
+        return None
 
 
 def check_comparable(
