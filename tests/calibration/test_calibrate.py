@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -17,11 +16,7 @@ import pytest
 import torch
 
 import rankaware_optim as ra
-from rankaware_optim import (
-    CalibrationError,
-    CalibrationInterrupted,
-    Power,
-)
+from rankaware_optim import CalibrationError, CalibrationInterrupted, Power
 from rankaware_optim.calibration import Pushed
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
@@ -36,6 +31,7 @@ from ..helpers.calibrations import (
     losses,
     made_up,
     train,
+    valued,
 )
 
 
@@ -186,9 +182,9 @@ def test_everything_told_is_recorded(tmp_path):
         assert made.tensors["curve"].shape == (4, STEPS)
 
 
-def pairs_of(trial):
-    """Two networks of different widths, as a U-Net and a text encoder, and their parameters."""
-    unet, encoder = Net(trial.rank), Net(trial.rank)
+def pairs_of(rank):
+    """Two networks of different sizes, as a U-Net and a text encoder, and their parameters."""
+    unet, encoder = Net(rank), Net(rank)
     encoder.layers = encoder.layers[:1]
     params = [*unet.parameters(), *encoder.parameters()]
     return [unet, encoder], [param for param in params if param.requires_grad]
@@ -207,21 +203,24 @@ def test_several_networks_are_calibrated_together(build):
     seen = []
 
     def train(trial):
-        models, params = pairs_of(trial)
+        models, params = pairs_of(trial.rank)
         opt = build(trial, models, params)
         trained = {id(p) for group in opt.param_groups for p in group["params"]}
         seen.append(trained == set(map(id, params)))
         del opt  # the losses are made up
-        end = bowl(math.log2(trial.lr) - BEST)
-        for step in range(trial.steps):
-            yield 2.3 + (end - 2.3) * step / trial.steps
+        yield from to_bowl(trial)
 
     recipe = calibrate(train, trials=6)
     assert all(seen)
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
-    models, _ = pairs_of(SimpleNamespace(rank=8))
+    models, _ = pairs_of(8)
     opt = ra.RankAwareOptimizer(models, AdamW, recipe=recipe)
     assert {group.rank for group in opt.rates.groups if group.rank} == {8}
+
+
+def to_bowl(trial):
+    end = bowl(math.log2(trial.lr) - BEST)
+    return (2.3 + (end - 2.3) * step / trial.steps for step in range(trial.steps))
 
 
 def test_an_init_that_cannot_be_read_is_the_one_given():
@@ -229,18 +228,9 @@ def test_an_init_that_cannot_be_read_is_the_one_given():
 
     def train(trial):
         trial.optimizer(Net(trial.rank, init="other"), init="B")
-        end = bowl(math.log2(trial.lr) - BEST)
-        for step in range(trial.steps):
-            yield 2.3 + (end - 2.3) * step / trial.steps
+        yield from to_bowl(trial)
 
     assert calibrate(train, trials=4).reference.init == "B"
-
-
-def test_the_best_rate_so_far_is_shown(capsys):
-    """The last line of the progress names a rate near the recipe's fitted optimum."""
-    recipe = calibrate(made_up(), trials=6)
-    shown = re.findall(r"best rate (\S+):", capsys.readouterr().err)
-    assert abs(math.log2(float(shown[-1]) / recipe.fitted_lr)) < 0.5
 
 
 def test_numpy_may_be_told_to_raise(tmp_path):
@@ -283,20 +273,15 @@ def interrupt():
     yield
 
 
-@pytest.mark.parametrize("loop", [noisy, interrupted])
-def test_the_global_generators_are_left_alone(loop):
-    """The state of torch's, random's and numpy's generators is the same after a calibration, interrupted or not."""
+def test_the_global_generators_are_left_alone():
+    """The state of torch's, random's and numpy's generators is the same after a calibration, also an interrupted one."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        calibrate(loop, trials=3)
-    except CalibrationInterrupted:
-        assert loop is interrupted
+    with pytest.raises(CalibrationInterrupted):
+        calibrate(interrupted, trials=3)
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()
     assert torch.equal(before[0], after[0])
     assert before[1] == after[1]
-    assert all(
-        np.array_equal(one, two) for one, two in zip(before[2], after[2], strict=True)
-    )
+    assert all(map(np.array_equal, before[2], after[2]))
 
 
 def test_every_trial_is_seeded():
@@ -314,9 +299,9 @@ def test_every_trial_is_seeded():
     assert draws[3] != draws[5]
 
 
-@pytest.mark.parametrize("level", [optuna.logging.DEBUG, optuna.logging.ERROR])
-def test_optunas_logging_is_left_as_it_was(level, capfd):
+def test_optunas_logging_is_left_as_it_was(capfd):
     """Optuna's verbosity is the user's, and it says nothing of ours."""
+    level = optuna.logging.DEBUG
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(level)
     try:
@@ -468,13 +453,6 @@ def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
     assert last.state == optuna.trial.TrialState.FAIL
 
 
-@pytest.mark.parametrize("settings", [{"lr": 1e-3}, {"law": "mua"}, {"method": "full"}])
-def test_what_the_trial_sets_is_given_once(settings):
-    """Python says that an argument was given twice, by its name."""
-    with pytest.raises(TypeError, match=next(iter(settings))):
-        calibrate(of_rank(16, **settings))
-
-
 class Boom(Exception):
     """The user's own error."""
 
@@ -533,20 +511,15 @@ def test_bad_arguments_are_refused_before_anything_runs(options):
 
 
 def with_cliff(how, taken):
-    """A bowl whose runs `how` (yield or return) once the base rate is an octave above the best."""
+    """A bowl whose runs yield `how(step)` once the base rate is an octave above the best."""
 
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        u = math.log2(trial.lr) - BEST
-        for step in range(trial.steps):
-            taken[trial.number] = step + 1
-            yield (
-                how(step)
-                if u > 1 and step
-                else 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
-            )
+    def value(u, step, trial):
+        taken[trial.number] = step + 1
+        if u > 1 and step:
+            return how(step)
+        return 2.3 + (bowl(min(u, 1)) - 2.3) * min(step / 10, 1.0)
 
-    return train
+    return valued(value)
 
 
 CLIFFS = [
@@ -575,29 +548,42 @@ def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_return_value_that_is_not_finite_is_divergence(value):
     """A loop whose returned score is not finite is remembered as diverged."""
-
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        yield from [2.0, *[1.0] * (trial.steps - 1)]
-        return value if math.log2(trial.lr) > BEST else bowl(math.log2(trial.lr) - BEST)
-
-    recipe = calibrate(train, ranks=(16,))
+    loop = valued(
+        lambda u, step, trial: 1.0 + (step == 0),
+        lambda u, trial: value if u > 0 else bowl(u),
+    )
+    recipe = calibrate(loop, ranks=(16,))
     assert recipe.ceiling > 2**BEST > recipe.lr
 
 
 def test_a_first_value_low_by_chance_stops_no_run():
     """A seed whose first batch is an easy one does not make its slow runs look as if they rose."""
 
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        fall = 0.3 * math.exp(-((math.log2(trial.lr) - BEST) ** 2) / 8)
-        for step in count():
-            easy = 0.15 if step == 0 and trial.seed == 0 else 0.0
-            yield 0.75 - easy - fall * min(step / STEPS, 1.0)
+    def value(u, step, trial):
+        easy = 0.15 if step == 0 and trial.seed == 0 else 0.0
+        return 0.75 - easy - 0.3 * math.exp(-(u**2) / 8) * step / STEPS
 
-    recipe = calibrate(train, trials=10)
+    recipe = calibrate(valued(value), trials=10)
     assert not recipe.tensors["diverged"].any()
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1.0
+
+
+def test_hard_batches_are_no_divergence():
+    """Where later batches are harder for every rate, a rate that learns slowly is not said to have diverged."""
+
+    def loop(trial):
+        for step, value in enumerate(made_up()(trial)):
+            yield value + 2.0 * (5 <= step < 15)
+
+    recipe = calibrate(loop, trials=16)
+    rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"]
+    assert not diverged[rates < 2.0**BEST].any()
+    assert math.log2(recipe.fitted_lr) == pytest.approx(BEST, abs=0.5)
+
+
+def drawn(trial, step, *, by=()):
+    """A normal draw of a run's step, the same in all runs of a seed."""
+    return np.random.default_rng([*by, trial.seed, step]).standard_normal()
 
 
 # without a gain
@@ -607,60 +593,50 @@ def test_a_first_value_low_by_chance_stops_no_run():
 def test_noisy_batches_are_no_divergence(gain, returned):
     """Where a curve rises by what differs between batches, as in reinforcement learning, no run is stopped for it."""
 
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        u, rng = math.log2(trial.lr) - BEST, np.random.default_rng(trial.seed)
-        for step in range(trial.steps):
-            learned = gain * max(0.0, 1.0 - 0.02 * u * u) * step / trial.steps
-            yield 0.3 * rng.standard_normal() - learned + max(0.0, u - 4.0) * step
-        return 0.3 + 0.02 * u * u if returned else None
+    def value(u, step, trial):
+        learned = gain * max(0.0, 1.0 - 0.02 * u * u) * step / trial.steps
+        return 0.3 * drawn(trial, step) - learned + max(0.0, u - 4.0) * step
 
-    recipe = calibrate(train, trials=16, steps=100)
+    score = lambda u, trial: 0.3 + 0.02 * u * u if returned else None  # noqa: E731
+    recipe = calibrate(valued(value, score), trials=16, steps=100)
     octaves, lost = np.log2(recipe.tensors["lr"]) - BEST, recipe.tensors["diverged"]
     assert octaves.min() > -8.0
     assert not lost[octaves < 4.0].any()
     assert lost[octaves > 5.0].all()
 
 
-@pytest.mark.parametrize("octaves", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("octaves", [1.0, 5.0])
 def test_a_collapse_is_left_below_though_the_curve_hides_it(octaves):
     """Where rates too high end a policy at once and quietly, the search goes down until a run learns."""
-    cliff = BEST - octaves
 
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        u, rng = math.log2(trial.lr) - cliff, np.random.default_rng(trial.seed)
-        for step in range(trial.steps):
-            value = 0.05 * rng.standard_normal() - 0.2 - 0.02 * step / trial.steps
-            yield 0.01 * value if u > 0 and step > 1 else value
+    def value(u, step, trial):
+        value = 0.05 * drawn(trial, step) - 0.2 - 0.02 * step / trial.steps
+        return 0.01 * value if u > -octaves and step > 1 else value
+
+    def score(u, trial):
+        u += octaves
         return -0.001 * u if u > 0 else 0.005 * (u + 1) ** 2 - 0.4
 
-    recipe = calibrate(train, trials=12, steps=100)
-    assert abs(math.log2(recipe.fitted_lr) - (cliff - 1)) < 1.5
-    assert recipe.lr < 2.0**cliff
+    recipe = calibrate(valued(value, score), trials=12, steps=100)
+    assert abs(math.log2(recipe.fitted_lr) - (BEST - octaves - 1)) < 1.5
+    assert recipe.lr < 2.0 ** (BEST - octaves)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_collapse_is_left_below_though_noise_hides_it(seed):
     """Where no run differs from another by more than its noise, the search looks below its first rates too."""
-    cliff = BEST - 2.0
 
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        u, rng = (
-            math.log2(trial.lr) - cliff,
-            np.random.default_rng([seed, trial.seed, trial.number]),
-        )
-        for step in range(trial.steps):
-            learned = (
-                -1.0
-                if u > 0 and step
-                else (1 - math.exp(-20 * step / trial.steps))
-                / (1 + 0.04 * (u + 2) ** 2)
+    def value(u, step, trial):
+        learned = -1.0
+        if u <= -2 or not step:
+            learned = (1 - math.exp(-20 * step / trial.steps)) / (
+                1 + 0.04 * (u + 4) ** 2
             )
-            yield 1.0 - 0.2 * learned + 0.1 * rng.standard_normal()
+        noise = drawn(trial, step, by=(seed, trial.number))
+        return 1.0 - 0.2 * learned + 0.1 * noise
 
-    assert calibrate(train, trials=12, steps=100, seed=seed).lr < 2.0**cliff
+    recipe = calibrate(valued(value), trials=12, steps=100, seed=seed)
+    assert recipe.lr < 2.0 ** (BEST - 2)
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -677,13 +653,6 @@ def test_the_range_widens_where_the_best_sits_at_its_edge(lr_range):
     assert abs(math.log2(recipe.lr) - BEST) < 0.5
 
 
-def test_a_range_around_the_best_is_kept():
-    """Where the best rate lies well inside, no rate outside lr_range is tried."""
-    low, high = 2.0 ** (BEST - 4), 2.0 ** (BEST + 4)
-    rates = calibrate(made_up(), lr_range=(low, high)).tensors["lr"]
-    assert low <= rates.min() < rates.max() <= high
-
-
 MEDIAN = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5)
 
 
@@ -691,8 +660,6 @@ MEDIAN = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5)
     "options",
     [
         {"sampler": optuna.samplers.TPESampler(seed=0)},
-        {"sampler": optuna.samplers.RandomSampler(seed=0)},
-        {"pruner": MEDIAN},
         {"sampler": optuna.samplers.TPESampler(seed=0), "pruner": MEDIAN},
         {"pruner": optuna.pruners.SuccessiveHalvingPruner()},
     ],
@@ -756,19 +723,6 @@ def test_a_run_may_give_up(error, before):
     assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
 
 
-def test_real_memory_runs_out():
-    """An allocation that the machine refuses prunes the run, whatever allocator says it."""
-
-    def train(trial):
-        yield from (
-            (torch.empty(2**60) for _ in range(2))
-            if trial.rank == 16
-            else made_up()(trial)
-        )
-
-    assert calibrate(train, trials=8).lr > 0
-
-
 def test_out_of_memory_says_nothing_of_a_rate():
     """A rank that never fits moves nothing of what another rank finds, where a pruned rate would count as too high."""
     alone = calibrate(made_up(), ranks=(4,), trials=6)
@@ -809,7 +763,7 @@ def test_other_errors_are_not_taken_for_memory(error):
     assert caught.value is error
 
 
-def pushed(loop, log=None, *, ends=None, score=False):
+def pushed(loop, *, ends=None, score=False):
     """The loop as a run that pushes its values, and goes on for two steps after it was asked to stop."""
 
     def train(trial):
@@ -819,8 +773,6 @@ def pushed(loop, log=None, *, ends=None, score=False):
                     return None
                 if report(value) and report(value):
                     break
-            if log is not None:
-                log.append((trial.number, step))
             return float(value) if score else None
 
         return Pushed(run)
@@ -828,17 +780,10 @@ def pushed(loop, log=None, *, ends=None, score=False):
     return train
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"pruner": optuna.pruners.MedianPruner(2, 5)}],
-    ids=["plain", "pruner"],
-)
-def test_values_may_be_pushed(options):
+def test_values_may_be_pushed():
     """A run that pushes its values to a callback calibrates as a generator that yields them."""
-    pulled, pushed_result = (
-        calibrate(made_up(), trials=8, **options),
-        calibrate(pushed(made_up()), trials=8, **options),
-    )
+    loops = made_up(), pushed(made_up())
+    pulled, pushed_result = (calibrate(loop, trials=8) for loop in loops)
     assert trials_of(pulled) == trials_of(pushed_result)
     assert pulled.fitted_lr == pushed_result.fitted_lr
 
@@ -914,20 +859,6 @@ def test_a_finished_study_is_read_and_not_run_again(storage):
     )  # fmt: skip
 
 
-def on_hard_batches(trial):
-    """`made_up`, whose first batches are easy ones and the next ten as hard as training gains."""
-    for step, value in enumerate(made_up()(trial)):
-        yield value + 2.0 * (5 <= step < 15)
-
-
-def test_hard_batches_are_no_divergence():
-    """Where later batches are harder for every rate, a rate that learns slowly is not said to have diverged."""
-    recipe = calibrate(on_hard_batches, trials=16)
-    rates, diverged = recipe.tensors["lr"], recipe.tensors["diverged"].astype(bool)
-    assert not diverged[rates < 2.0**BEST].any()
-    assert math.log2(recipe.fitted_lr) == pytest.approx(BEST, abs=0.5)
-
-
 CHANGED = [
     {"steps": STEPS - 5},
     {"steps": STEPS + 5},
@@ -944,54 +875,45 @@ def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
     calibrate(made_up(), trials=2, storage=storage)
     with pytest.raises(CalibrationError, match=next(iter(changed))):
         calibrate(made_up(), trials=4, storage=storage, **changed)
-    assert (
-        len(
-            trials_of(
-                calibrate(
-                    made_up(), trials=8, storage=storage, name="another", **changed
-                )
-            )
-        )
-        == 8
-    )
+    another = calibrate(made_up(), trials=3, storage=storage, name="another", **changed)
+    assert len(trials_of(another)) == 3
 
 
-@pytest.mark.parametrize("levels", [(1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])
+@pytest.mark.parametrize("levels", [(1.0, 3.0), (3.0, 1.0)])
 def test_a_loss_that_ignores_the_rate_is_said(levels):
     """Where nothing depends on the rate, a note says so, whichever seed has the higher loss."""
-
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        yield from (levels[trial.seed] for _ in range(trial.steps))
-
+    train = valued(lambda u, step, trial: levels[trial.seed])
     with pytest.warns(ra.RankAwareWarning, match="same values at every rate"):
         recipe = calibrate(train, ranks=(4, 64))
     assert any("same values at every rate" in note for note in recipe.notes)
 
 
-def learning(trial, noise: float):
-    """Losses that fall the faster the higher the rate, up to the best one, and explode far above it."""
-    trial.optimizer(Net(trial.rank))
-    u = math.log2(trial.lr) - BEST
-    for step in range(1, trial.steps + 1):
-        share = step / trial.steps
-        learned = 1.0 - math.exp(-3.0 * 2.0 ** min(u, 3.0) * share)
-        loss = 2.3 - 2.0 * learned * math.exp(-0.3 * max(u, 0.0) ** 2)
+def turned(how):
+    """Losses that fall the faster the higher the rate and explode far above the best, or what is made of them.
+
+    A negated loss or an accuracy is yielded, or returned as a score beside the loss.
+    """
+
+    def loss(u, step, trial):
+        share = (step + 1) / trial.steps
         if u > 2.5:
-            loss = 2.3 + 4.0 * min(1.0, 5.0 * share)
-        yield loss + noise * random.gauss(0.0, 1.0)
+            return 2.3 + 4.0 * min(1.0, 5.0 * share)
+        learned = 1.0 - math.exp(-3.0 * 2.0 ** min(u, 3.0) * share)
+        return 2.3 - 2.0 * learned * math.exp(-0.3 * max(u, 0.0) ** 2)
 
+    def made(loss):
+        ways = {"-loss": -loss, "accuracy": max(0.0, 1.0 - loss / 2.3)}
+        return ways.get(how.split()[1], loss)
 
-def turned(how, noise=0.01):
-    """The loop above, whose negated loss or accuracy is yielded, or returned as a score beside the loss."""
+    def value(u, step, trial):
+        seen = loss(u, step, trial) + 0.01 * random.gauss(0.0, 1.0)
+        return made(seen) if how.startswith("yield") else seen
 
-    def train(trial):
-        for loss in learning(trial, noise):
-            accuracy = max(0.0, 1.0 - loss / 2.3)
-            yield {"yield -loss": -loss, "yield accuracy": accuracy}.get(how, loss)
-        return {"return -loss": -loss, "return accuracy": accuracy}.get(how)
+    def score(u, trial):
+        last = loss(u, trial.steps - 1, trial) + 0.01 * random.gauss(0.0, 1.0)
+        return made(last) if how.startswith("return") else None
 
-    return train
+    return valued(value, score)
 
 
 RISING = "at the lowest rates the value only rose"
@@ -1001,7 +923,7 @@ WHERE = [BEST - 4, BEST, BEST + 4]
 TURNED = [
     ("yield -loss", WHERE[2], RISING),
     ("yield accuracy", WHERE[2], RISING),
-    *(("return -loss", centre, AGAINST) for centre in WHERE),
+    ("return -loss", WHERE[1], AGAINST),
     *(("return accuracy", centre, AGAINST) for centre in WHERE),
 ]
 
@@ -1030,7 +952,7 @@ def test_a_value_that_should_be_maximised_and_leads_down_is_noted(centre, how):
 @pytest.mark.parametrize("centre", WHERE)
 def test_a_value_that_is_minimised_is_not_said(centre):
     """The same loop with its loss has no such note, wherever the search begins."""
-    notes = searched("yield the loss", centre).notes
+    notes = searched("yield loss", centre).notes
     assert not any("minus it" in note for note in notes)
     assert not any(NONE_FELL in note for note in notes)
 
@@ -1058,7 +980,7 @@ def accumulating(batches: int, *, first: bool = False):
 
 
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize(("batches", "steps"), [(2, 20), (8, 32), (16, 20), (2, 4)])
+@pytest.mark.parametrize(("batches", "steps"), [(2, 20), (16, 20), (2, 4)])
 def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
     """The optimizer's steps are counted: a loop that yields more often is refused in its first run."""
     storage = optuna.storages.InMemoryStorage()
@@ -1069,25 +991,14 @@ def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
 
 
 def skipping(trial):
-    """Skips the step at its first batches, as a GradScaler does."""
+    """Skips its first twelve steps, as a GradScaler does."""
     model = Net(trial.rank)
     opt = trial.optimizer(model)
-    yield from losses(model, SkippedSteps(opt), trial.seed)
-
-
-class SkippedSteps:
-    """An optimizer whose first twelve steps are skipped."""
-
-    def __init__(self, opt) -> None:
-        self.opt, self.asked = opt, 0
-
-    def step(self) -> None:
-        self.asked += 1
-        if self.asked > 12:
-            self.opt.step()
-
-    def zero_grad(self) -> None:
-        self.opt.zero_grad()
+    asked = count()
+    skipped = SimpleNamespace(
+        step=lambda: opt.step() if next(asked) >= 12 else None, zero_grad=opt.zero_grad
+    )
+    yield from losses(model, skipped, trial.seed)
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,7 @@ def stepping(trial):
 
 
 @pytest.mark.parametrize(
-    ("then", "said"),
-    [(stepping, "hash="), (grouped(0.01, 0.01), "train='stepping'")],
+    ("then", "said"), [(stepping, "hash="), (grouped(0.01, 0.01), "train='stepping'")]
 )
 def test_another_loop_is_a_warning(then, said, journal):
     """A loop of another name or source goes on with the stored trials, and a warning says so, once."""

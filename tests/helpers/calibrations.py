@@ -81,6 +81,19 @@ def made_up(
     return train
 
 
+def valued(value, returned=lambda u, trial: None):
+    """A `train` that yields `value(u, step, trial)` at each step, u octaves above the best rate, and returns a score."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        u = math.log2(trial.lr) - BEST
+        for step in range(trial.steps):
+            yield value(u, step, trial)
+        return returned(u, trial)
+
+    return train
+
+
 def falling(noise=0.0):
     """A `train` whose loss falls as fast as the rate lets it, and rises an octave above the best."""
 
