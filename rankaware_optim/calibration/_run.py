@@ -5,7 +5,6 @@ its end.
 from __future__ import annotations
 
 import math
-import os
 import random
 import sys
 import weakref
@@ -15,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import optuna
 import torch
 from optuna import TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
@@ -96,9 +94,9 @@ def search(
     train: Train,
     options: Options,
     *,
-    sampler: optuna.samplers.BaseSampler | None = None,
-    pruner: optuna.pruners.BasePruner | None = None,
-    storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
+    sampler: Any = None,
+    pruner: Any = None,
+    storage: Any = None,
     progress: bool = True,
     price: str = "",
 ) -> Recipe:

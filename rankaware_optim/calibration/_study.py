@@ -42,7 +42,6 @@ from ._trials import Run, Setting, Trials, check_comparable
 
 T = TypeVar("T")
 _SCHEMA = 2  # of a stored study, raised if another version would misread it
-_MAY_DIFFER = ("train", "hash", "rankaware-optim")
 
 
 class Replicas:
@@ -109,8 +108,10 @@ class Study:
         self.options = options
         self.replicas = Replicas()
         self.calibration: Calibration | None = None  # once a first model was built
-        self.made_with = made_with(options, source)
         self._source = source
+        self._made_with = made_with(options)
+        # of which another one is warned of
+        self._code = {**source, "rankaware-optim": version("rankaware-optim")}
         self._place: Any = None
         self._search: tuple[Any, Any] = None, None  # the user's sampler and pruner
         self._to_close: optuna.storages.BaseStorage | None = None
@@ -173,7 +174,7 @@ class Study:
         self.check_options(trials)
         ended, running = trials.counted(), trials.running()
         for last in (*ended, *running)[-1:]:
-            warn_of_code(self.options.name, last.made_with, self.made_with)
+            self._warn_of_code(last)
         self.recall()
         self._heartbeat = Heartbeat(self._study)
         self._heartbeat.start()
@@ -187,9 +188,17 @@ class Study:
         """Raise unless the study is of these options: those of its first trial. Of two workers that
         start together only the storage knows which was first.
         """
-        now = {key: v for key, v in self.made_with.items() if key not in _MAY_DIFFER}
         for first in trials[:1]:
-            check_comparable(self.options.name, first.made_with, now)
+            check_comparable(self.options.name, first.made_with, self._made_with)
+
+    def _warn_of_code(self, last: Run) -> None:
+        """Warn if the last run was made by another loop or version."""
+        if changed := differences(last.made_with, self._code):
+            warn(
+                f"The stored study {self.options.name!r} was made with {changed}. Its trials can be"
+                " compared with new ones only if the training has not changed. Otherwise give this"
+                " calibration another name."
+            )
 
     def close(self) -> None:
         """Fail the unfinished trial, and leave the storage and the other processes.
@@ -257,11 +266,8 @@ class Study:
 
     def begin_trial(self, setting: Setting) -> Any:
         """Create a running trial of Optuna's that has its setting from the start."""
-        attributes = {
-            **setting._asdict(),
-            "heartbeat": 0,
-            "made_with": self.made_with,
-        }
+        made_with = {**self._made_with, **self._code}
+        attributes = {**setting._asdict(), "heartbeat": 0, "made_with": made_with}
         self._heartbeat.trial = begin_trial(self._study, attributes)
         return self._heartbeat.trial
 
@@ -325,8 +331,8 @@ def source_of(train: Any) -> dict[str, str]:
     return source
 
 
-def made_with(options: Options, source: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the trials of a calibration are made with, as its study stores it."""
+def made_with(options: Options) -> dict[str, Any]:
+    """Return what the trials of a calibration are made with, without which they do not compare."""
     return {
         "schema": _SCHEMA,
         "steps": options.steps,
@@ -336,18 +342,4 @@ def made_with(options: Options, source: Mapping[str, str]) -> dict[str, Any]:
         "batch": options.batch,
         "warmup": options.warmup,
         "law": plain_value(options.law),
-        "train": source["train"],
-        "hash": source.get("hash"),
-        "rankaware-optim": version("rankaware-optim"),
     }
-
-
-def warn_of_code(name: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn if the trials were made by another loop or version. stored, now: see `made_with`."""
-    changed = differences(stored, {key: now[key] for key in _MAY_DIFFER})
-    if changed:
-        warn(
-            f"The stored study {name!r} was made with {changed}. Its trials can be compared with"
-            " new ones only if the training has not changed. Otherwise give this calibration"
-            " another name."
-        )
