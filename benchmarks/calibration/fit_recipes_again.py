@@ -23,10 +23,10 @@ from rankaware_optim import Law, Recipe
 from rankaware_optim.fitting import (
     Observation,
     fit_observations,
-    height,
+    loss_at_start,
     noise_of,
     prior_of,
-    recent,
+    recent_mean,
 )
 from rankaware_optim.laws import PRIOR_LAW, bound_law, checked_multiplier, get_law
 from rankaware_optim.recipe import configuration, recipe_of
@@ -95,7 +95,7 @@ def observation_of(
     """What a trial that was not pruned tells the fit."""
     if not math.isfinite(value):
         return Observation(rank, seed, x, math.inf, math.inf, math.inf)
-    start, tail = height(curve), recent(curve)
+    start, tail = loss_at_start(curve), recent_mean(curve)
     return Observation(rank, seed, x, value, start, tail, noise=noise_of(curve))
 
 

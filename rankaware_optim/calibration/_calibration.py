@@ -171,7 +171,7 @@ def calibrated_recipe(
     trials = calibration.trials().counted()
     fit, doubts = _measured(calibration, trials)
     tried = {run.rank for run in trials.scored()}
-    settings = trials.settings()
+    settings = trials.settings_in_force()
     make = partial(
         recipe_of,
         law=bound_law(options.law, options.optimizer, settings),

@@ -26,7 +26,7 @@ from .._optimizers import defaults_of
 from .._types import Reference, width_for
 from .._warn import warn
 from ..errors import CalibrationError
-from ..fitting import TAIL, recent
+from ..fitting import TAIL, recent_mean
 from ..inspection import Survey, as_one_model, inspect_model
 from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
@@ -419,7 +419,7 @@ class TrialRun:
         if not math.isfinite(self.curve[-1]):
             return True
         limit = max(self.curve[0], self._limits[len(self.curve) - 1])
-        return len(self.curve) > TAIL and recent(self.curve, TAIL) > limit
+        return len(self.curve) > TAIL and recent_mean(self.curve, TAIL) > limit
 
     def _is_pruned(self) -> bool:
         """Show how far the run is, and store its mean from time to time. Return whether it is to be
@@ -430,7 +430,7 @@ class TrialRun:
         every = interval(self.steps)
         if taken % every and taken != self.steps:
             return False
-        return self.study.lead(self._judge, recent(self.curve, max(TAIL, every)))
+        return self.study.lead(self._judge, recent_mean(self.curve, max(TAIL, every)))
 
     def _judge(self, mean: float) -> bool:
         taken = len(self.curve)

@@ -26,7 +26,7 @@ from ..fitting import (
     best_fall,
     gain_of,
     none_learned,
-    recent,
+    recent_mean,
     usual_noise,
 )
 from ._calibration import Calibration
@@ -304,12 +304,14 @@ def divergence_limits(trials: Trials, setting: Setting, steps: int) -> list[floa
     observations = trials.observations()
     gain = best_fall(observations) or math.inf
     margin = max(gain / 2, CLEAR * usual_noise(observations))
-    flat = trials.usual_height() + margin
+    flat = trials.usual_first_loss() + margin
     beside = trials.curve_beside(setting)
     limits = []
     for end in range(1, steps + 1):
         window = beside[max(0, end - TAIL) : end]
-        limits.append(max(flat, recent(window) + gain + margin) if window else flat)
+        limits.append(
+            max(flat, recent_mean(window) + gain + margin) if window else flat
+        )
     return limits
 
 

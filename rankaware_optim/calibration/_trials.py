@@ -21,10 +21,10 @@ from ..fitting import (
     TAIL,
     Observation,
     diverged,
-    height,
     impute,
+    loss_at_start,
     noise_of,
-    recent,
+    recent_mean,
     turn_of,
     usual_noise,
 )
@@ -111,14 +111,14 @@ class Run:
         """What the fit is given. None of a run that was pruned or ran out of memory."""
         if self.x is None or not self.curve or self.end in ("pruned", "memory"):
             return None
-        score = recent(self.curve) if self.score is None else self.score
+        score = recent_mean(self.curve) if self.score is None else self.score
         return Observation(
             self.rank,
             self.seed,
             x=self.x,
             value=math.inf if self.end else score,
-            start=height(self.curve),
-            tail=recent(self.curve),
+            start=loss_at_start(self.curve),
+            tail=recent_mean(self.curve),
             returned=self.score is not None,
             stopped=bool(self.end),
             first=self.curve[0],
@@ -197,7 +197,7 @@ class Trials(tuple[Run, ...]):
         complete = [run for run in self.scored() if run.state == TrialState.COMPLETE]
         return min(complete, key=lambda run: run.observation.value, default=None)  # type: ignore[union-attr]
 
-    def usual_height(self) -> float:
+    def usual_first_loss(self) -> float:
         """Return the median over runs of the mean of their first values; 0 if there are none."""
         means = [statistics.fmean(run.curve[:TAIL]) for run in self if run.curve]
         return statistics.median(list(filter(math.isfinite, means)) or [0.0])
@@ -240,7 +240,7 @@ class Trials(tuple[Run, ...]):
 
     # --- what they were built with ----------------------------------------------------------------
 
-    def settings(self) -> dict[str, Any]:
+    def settings_in_force(self) -> dict[str, Any]:
         """Return the settings of all trials, defaults included; if groups differ, those of the
         factors.
         """

@@ -23,22 +23,23 @@ DIVERGED = 0.25  # share of the gain above its start, of a diverged run: by hand
 # The grid of shapes: σ in units of the gain, h in octaves (from a corner to a parabola), a per
 # octave (from a parabola to a cliff), k in units of the gain: by hand
 NOISE = np.geomspace(0.002, 0.5, 6)
-REACH = np.array([0.4, 1.0, 4.0])
+SHOULDERS = np.array([0.4, 1.0, 4.0])
 STEEPNESS = np.array([0.0, 1.5, 3.0, 4.5])
 CURVATURE = np.geomspace(0.005, 2.0, 10)
 USUAL_NOISE = 0.015  # median of the prior of σ: by hand
 NOISE_SD = 1.2  # standard deviation of log σ: by hand
 # Standard deviations of a rank's log σ, log h, a and log k about the shared: by hand
-OWN = (0.5, 0.7, 1.0, 0.7)
-SEED = 3.0  # standard deviation of a seed's level, in units of σ: by hand
+OF_RANK_SDS = (0.5, 0.7, 1.0, 0.7)
+SEED_SD = 3.0  # standard deviation of a seed's level, in units of σ: by hand
 # Share of σ² that is smooth in the rate: by hand, without it two of 210
 # calibrations had a rate above one that diverged: frozen answers
 SMOOTH = 0.5
-SHAPE = 0.2  # error of the shape, as a share of the gap to the best: by hand
+SHAPE_ERROR = 0.2  # error of the shape, as a share of the gap to the best: by hand
 LENGTH = 1.0  # correlation length of the smooth noise, octaves: by hand
 GRID = 0.125  # octaves between candidate optima: by hand
 BEYOND = 3.0  # octaves from the rates tried to the last candidate: by hand
-CAP = 1.0  # gap to the best of an untrained run, in units of the gain: its meaning
+# Gap to the best of an untrained run, in units of the gain: its meaning
+UNTRAINED_GAP = 1.0
 
 # --- priors ---------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ part have standard deviation σ together. The last is the error of the shape its
 gap to the best.
 
 The posterior is over a grid of shapes (σ, h, a, k), weighted by prior and evidence. Ranks nearly
-share a shape: each has its own, within `OWN` of the shared one.
+share a shape: each has its own, within `OF_RANK_SDS` of the shared one.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ import numpy.typing as npt
 
 from ._constants import (
     BEYOND,
-    CAP,
     CURVATURE,
     GRID,
     LENGTH,
     NOISE,
     NOISE_SD,
-    OWN,
-    REACH,
-    SEED,
-    SHAPE,
+    OF_RANK_SDS,
+    SEED_SD,
+    SHAPE_ERROR,
+    SHOULDERS,
     SMOOTH,
     STEEPNESS,
+    UNTRAINED_GAP,
     USUAL_NOISE,
 )
 
 Array = npt.NDArray[np.float64]
 
-_SHAPES = np.meshgrid(NOISE, REACH, STEEPNESS, CURVATURE, indexing="ij")
+_SHAPES = np.meshgrid(NOISE, SHOULDERS, STEEPNESS, CURVATURE, indexing="ij")
 _NOISE_OF_SHAPE, _, _STEEPNESS_OF_SHAPE, _ = (values.ravel() for values in _SHAPES)
 _LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 
@@ -61,7 +61,8 @@ _LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 class Arm(NamedTuple):
     """The trials of one rank, or of full finetuning, arrays of shape (trials,).
 
-    x: log2 of the rate. y: gap to the rank's best score, in units of the gain, at most `CAP`.
+    x: log2 of the rate. y: gap to the rank's best score, in units of the gain, at most
+    `UNTRAINED_GAP`.
     seeds: whole numbers.
     """
 
@@ -90,10 +91,10 @@ def bowls_of(arms: Arms) -> Bowls:
     """Fit a bowl to every arm. A run at too high a rate ends untrained, or on a plateau if no run
     was that bad.
     """
-    choices = [_bowls_where(arms, [CAP] * len(arms))]
+    choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
-    if max(highest) < CAP:
-        choices.append(_bowls_where(arms, [gap or CAP for gap in highest]))
+    if max(highest) < UNTRAINED_GAP:
+        choices.append(_bowls_where(arms, [gap or UNTRAINED_GAP for gap in highest]))
     return Bowls(*map(np.concatenate, zip(*choices, strict=True)))
 
 
@@ -114,14 +115,14 @@ def _gaps(u: Array, plateau: float) -> Array:
     """Return the loss above its minimum under every shape, at octaves u from the optimum: (h, a, k,
     *u.shape).
     """
-    h = REACH.reshape(-1, 1, *[1] * u.ndim)
+    h = SHOULDERS.reshape(-1, 1, *[1] * u.ndim)
     a = STEEPNESS[1:].reshape(-1, *[1] * u.ndim)
     k = CURVATURE.reshape(-1, *[1] * u.ndim)
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     cliffs = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2
     above = np.stack([u**2 / 2, *cliffs])
     bowls = np.where(u < 0, below, above)  # of curvature 1: (h, a, *u.shape)
-    highest = np.where(u < 0, CAP, plateau)
+    highest = np.where(u < 0, UNTRAINED_GAP, plateau)
     return np.asarray(np.minimum(k * bowls[:, :, None], highest))
 
 
@@ -133,8 +134,8 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
     distance = arm.x[:, None] - arm.x[None, :]
     smooth = np.exp(-0.5 * (distance / LENGTH) ** 2)
     paired = arm.seeds[:, None] == arm.seeds[None, :]
-    noise = paired * (SEED**2 + SMOOTH * smooth) + (1.0 - SMOOTH) * white
-    gap = SHAPE * arm.y
+    noise = paired * (SEED_SD**2 + SMOOTH * smooth) + (1.0 - SMOOTH) * white
+    gap = SHAPE_ERROR * arm.y
     return noise, np.outer(gap, gap) * (smooth + white) / 2
 
 
@@ -183,9 +184,9 @@ def _rank_given_shared() -> Array:
     """Return the probability of each shape as a rank's own, given the shared shape: (shapes,
     shapes), rows sum to 1.
     """
-    axes = np.log(NOISE), np.log(REACH), STEEPNESS, np.log(CURVATURE)
+    axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))
-    for values, sd in zip(axes, OWN, strict=True):
+    for values, sd in zip(axes, OF_RANK_SDS, strict=True):
         weights = np.exp(-0.5 * ((values[:, None] - values[None, :]) / sd) ** 2)
         kernel = np.kron(kernel, weights / weights.sum(axis=1, keepdims=True))
     return kernel

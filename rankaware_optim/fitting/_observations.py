@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ._constants import CAP, CLEAR, DIVERGED, EARLY, ROSE, TAIL, TURNED
+from ._constants import CLEAR, DIVERGED, EARLY, ROSE, TAIL, TURNED, UNTRAINED_GAP
 from ._loss_model import Arm
 
 # Median absolute value of second differences, if a value's standard deviation is 1.
@@ -30,7 +30,7 @@ class Observation:
         seed: the trial's random seed.
         x: log2 of the base rate.
         value: the score, minimised.
-        start: where the loss curve began, see `height`.
+        start: where the loss curve began, see `loss_at_start`.
         tail: the mean of the last tenth of the curve.
         returned: whether the training function returned the score. Otherwise the score is `tail`.
         stopped: whether the trial was stopped because it diverged.
@@ -50,14 +50,14 @@ class Observation:
     noise: float = 0.0
 
 
-def height(curve: Curve) -> float:
+def loss_at_start(curve: Curve) -> float:
     """Return where a loss curve begins: its first value, or the median of the first few if that is
     higher.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
 
-def recent(curve: Curve, count: int | None = None) -> float:
+def recent_mean(curve: Curve, count: int | None = None) -> float:
     """Return the mean of the last `count` values, by default a tenth of them and at least 5."""
     last = curve[-(count or max(TAIL, len(curve) // 10)) :]
     return float(sum(last) / len(last))
@@ -113,9 +113,13 @@ def impute(
     """
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
-    gap = max(0.0, recent(curve, TAIL) - recent(beside[: len(curve)], TAIL))
+    gap = max(0.0, recent_mean(curve, TAIL) - recent_mean(beside[: len(curve)], TAIL))
     return replace(
-        best, x=x, value=best.value + gap, start=height(curve), tail=best.tail + gap
+        best,
+        x=x,
+        value=best.value + gap,
+        start=loss_at_start(curve),
+        tail=best.tail + gap,
     )
 
 
@@ -126,7 +130,7 @@ def arms_of(
 
     Args:
         ended: the trials that count with their score.
-        lost: those that count as untrained. Their gap is `CAP`.
+        lost: those that count as untrained. Their gap is `UNTRAINED_GAP`.
         gain: what training gains.
     """
     best: dict[int | None, float] = {}
@@ -134,10 +138,10 @@ def arms_of(
         best[o.rank] = min(o.value, best.get(o.rank, math.inf))
     rows: dict[int | None, list[tuple[float, float, int]]] = {}
     for o in ended:
-        gap = min((o.value - best[o.rank]) / gain, CAP)
+        gap = min((o.value - best[o.rank]) / gain, UNTRAINED_GAP)
         rows.setdefault(o.rank, []).append((o.x, gap, o.seed))
     for o in lost:
-        rows.setdefault(o.rank, []).append((o.x, CAP, o.seed))
+        rows.setdefault(o.rank, []).append((o.x, UNTRAINED_GAP, o.seed))
     return {
         rank: Arm(*map(np.array, zip(*of_rank, strict=True)))
         for rank, of_rank in rows.items()
@@ -207,7 +211,7 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
     return [is_lost(o) for o in observations]
 
 
-def split(
+def ended_and_lost(
     observations: Sequence[Observation],
 ) -> tuple[list[Observation], list[Observation]]:
     """Return the runs that ended with a score, and those that diverged."""
@@ -218,7 +222,7 @@ def split(
 
 def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
     """Return the observations below every rate that diverged. A run above such a rate was lucky."""
-    _, lost = split(observations)
+    _, lost = ended_and_lost(observations)
     cliff = min((o.x for o in lost), default=math.inf)
     return [o for o in observations if o.x < cliff]
 

@@ -42,7 +42,7 @@ from ._constants import (
     USUAL_PIVOT,
 )
 from ._loss_model import Array, bowls_of
-from ._observations import Observation, arms_of, gain_of, split
+from ._observations import Observation, arms_of, ended_and_lost, gain_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Fit:
 @np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials together. Return None if no run stayed finite."""
-    ended, lost = split(observations)
+    ended, lost = ended_and_lost(observations)
     if not ended:
         return None
     arms = arms_of(ended, lost, gain_of(ended))

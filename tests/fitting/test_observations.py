@@ -14,13 +14,13 @@ from rankaware_optim.fitting import (
     below_cliff,
     best_fall,
     diverged,
+    ended_and_lost,
     gain_of,
-    height,
     impute,
+    loss_at_start,
     noise_of,
     none_learned,
-    recent,
-    split,
+    recent_mean,
     usual_noise,
 )
 
@@ -41,9 +41,9 @@ CURVES = [
 @pytest.mark.parametrize(("curve", "start", "end"), CURVES)
 def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, end):
     """The start is the first value or the median of five, the end the mean of the last five or last tenth."""
-    assert height(curve) == start
-    assert recent(curve) == pytest.approx(end)
-    assert recent(curve, 1) == curve[-1]
+    assert loss_at_start(curve) == start
+    assert recent_mean(curve) == pytest.approx(end)
+    assert recent_mean(curve, 1) == curve[-1]
 
 
 @pytest.mark.parametrize("trend", [0.0, -0.01])
@@ -79,7 +79,7 @@ LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
 
 def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
     """What diverged is apart, and a run above a rate that diverged was lucky."""
-    ended, lost = split(LOST_AT_3)
+    ended, lost = ended_and_lost(LOST_AT_3)
     assert [o.x for o in ended] == [-10, -9, -2]
     assert [o.x for o in lost] == [-3]
     assert [o.x for o in below_cliff(LOST_AT_3)] == [-10, -9]
