@@ -427,7 +427,7 @@ BAD_LOOPS = [
     (lambda trial: ONES, "returned a list"),
     (never, "without calling trial.optimizer"),
     (twice, "called twice"),
-    (without_model, "found in a model"),
+    (without_model, "is not a model"),
     (of_rank(5), "trial.rank=16 has rank 5"),
     (of_rank(None), "No trainable LoRA"),
     (of_rank(16, recipe="r.toml"), "recipe"),
