@@ -277,7 +277,10 @@ def _doubts(fit: Fit, trials: Trials) -> Iterator[str]:
     if trials.went_alike():
         yield ALIKE
     elif math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
-        yield "the data do not determine the rate: the loss hardly depends on it"
+        yield (
+            "the data do not determine the rate: the loss hardly depends on it. Longer trials, a"
+            " larger batch or a held-out score may"
+        )
     turns = trials.turns()
     lowest = turns[: max(2, len(turns) // 4)]
     if 1 in lowest and -1 not in lowest:

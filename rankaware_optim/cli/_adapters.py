@@ -15,7 +15,6 @@ from ._options import (
     FILE,
     OPTIMIZER,
     RSLORA,
-    chosen,
     echo,
     echo_result,
     flag,
@@ -54,8 +53,8 @@ def inspect(path: Path, per_module: bool, as_json: bool) -> None:
     echo_result(as_json, survey.explain(per_module=per_module), document)
 
 
-@click.command()
-@click.argument("path", type=FILE, required=False)
+@click.command(options_metavar="--rank 16 --alpha 32 [OPTIONS]")
+@click.argument("path", type=FILE, required=False, metavar="[ADAPTER]")
 @option("--rank", int, "LoRA rank.")
 @option("--alpha", float, "LoRA alpha.")
 @RSLORA
@@ -87,24 +86,18 @@ def suggest(
 ) -> None:
     """Suggest a rate from published sweeps, without any run.
 
-    Give the PATH of an adapter, or --rank and --alpha, or --full. The rate is printed with its 90 %
-    band.
+    Give the folder or file of an ADAPTER, or --rank and --alpha, or --full. The rate is printed
+    with its 90 % band.
     """
-    method: Any = "lora"
-    if full:
-        method = "full"
-        for name in chosen({"init": init, **shape, "fan_in": None}):
-            raise click.UsageError(f"Full finetuning has no --{name}.")
+    method: Any = "full" if full else "lora"
     model: Survey | Reference
     if path is None:
-        if not full and None in (shape["rank"], shape["alpha"]):
-            raise click.UsageError("Give a PATH, or --rank and --alpha, or --full.")
         model = Reference(**shape, method=method)
+    elif any(shape.values()):
+        raise click.UsageError(
+            "ADAPTER already gives rank, alpha and fan-in, so leave these options out."
+        )
     else:
-        if chosen(shape):
-            raise click.UsageError(
-                "PATH already gives rank, alpha and fan-in, so leave these options out."
-            )
         model = inspection.inspect_file(path)
         init = init if init or full else _declared_init(path)
     suggestion = transfer.suggest_lr(

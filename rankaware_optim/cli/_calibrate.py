@@ -26,17 +26,18 @@ from ..errors import (
 )
 from ..laws import PRIOR_LAW
 from ._options import (
-    ALPHA,
     FILE,
     INTERRUPTED,
     LAW_TEXT,
     OPTIMIZER,
+    alpha_option,
     echo,
     flag,
     law_option,
     may_name_module,
     option,
     out_option,
+    refuse_existing,
     several,
 )
 
@@ -48,7 +49,7 @@ _GRACE_S = 10.0  # for a worker to end by itself
 @click.argument("spec", callback=may_name_module, metavar="MODULE:TRAIN")
 @option(
     "--ranks",
-    several(int, full=None),
+    several(int),
     "Lowest and highest rank that you want to use, such as 1,256. 1,256,full adds full finetuning.",
     required=True,
 )
@@ -113,6 +114,7 @@ def calibrate(
     /,
     spec: str,
     out: Path,
+    force: bool,
     workers: int,
     dry_run: bool,
     quiet: bool,
@@ -127,6 +129,7 @@ def calibrate(
     The same command continues a calibration that stopped or was killed. On another machine that can
     reach --storage, it joins the running calibration.
     """
+    refuse_existing(out, force)
     if out.suffix != ".toml":
         raise RecipeError(
             f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it."
@@ -177,24 +180,15 @@ def load_train(spec: str) -> Any:
     Raises:
         CalibrationError: the module or the function does not exist, or the import fails.
     """
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise CalibrationError(
-            f"{spec!r} names no function.",
-            "Give module:function, such as finetune:train.",
-        )
     try:
-        train = getattr(import_module(module_name), name, None)
+        module, name = spec.split(":")
+        return getattr(import_module(module), name)
     except Exception as error:
         raise CalibrationError(
-            f"{module_name} cannot be imported: {type(error).__name__}: {error}.",
-            "Run the command in the module's folder, and give its name without .py.",
+            f"{spec!r} is no function that can be imported: {type(error).__name__}: {error}.",
+            "Give module:function, such as finetune:train, and run the command in the module's"
+            " folder.",
         ) from error
-    if not callable(train):
-        raise CalibrationError(
-            f"{module_name} has no function {name!r}.", "Give one that it defines."
-        )
-    return train
 
 
 # --- workers --------------------------------------------------------------------------------------
@@ -263,7 +257,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 @option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
 @law_option(f"Law that moves rates between ranks. {LAW_TEXT}", PRIOR_LAW)
-@ALPHA
+@alpha_option("alpha of rows without one.")
 @option("--fan-in", float, "Mean fan-in of the adapted layers, for rows without one.")
 @option(
     "--full-fan-in",
@@ -271,7 +265,12 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
     "Largest fan-in, for full finetuning. By default --fan-in.",
 )
 def fit(
-    sweep: Path, out: Path | None, name: str | None, law: str, **options: Any
+    sweep: Path,
+    out: Path | None,
+    force: bool,
+    name: str | None,
+    law: str,
+    **options: Any,
 ) -> None:
     """Fit a recipe to a sweep of learning rates from any tool.
 
@@ -280,6 +279,7 @@ def fit(
     before training) are optional. Write full as the rank of a full finetuning, and diverged as the
     loss of a run that diverged.
     """
+    refuse_existing(out, force)
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     if out is not None:
         recipe.save(out)

@@ -10,12 +10,22 @@ from dataclasses import asdict, dataclass, replace
 
 import click
 
-from .. import inspection, optimizer, transfer
+from .. import inspection, transfer
+from .. import optimizer as optimizers
+from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ..laws import DEFAULT_LAW
-from ._options import RATE_FIELDS, echo, echo_result, json_option, law_option, option
+from ..laws import DEFAULT_LAW, bound_law, get_law
+from ._options import (
+    RATE_FIELDS,
+    echo,
+    echo_result,
+    json_option,
+    law_option,
+    may_name_module,
+    option,
+)
 
 _SHAPE = (
     f"an object. Fields: {RATE_FIELDS}, from_lr (per step), from and to (as for --from and"
@@ -214,7 +224,7 @@ def as_words(reference: Reference) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(options_metavar="--from r=16,alpha=32 --to r=64 [OPTIONS]")
 @click.argument("lr", type=float)
 @option(
     "--from from_",
@@ -233,6 +243,12 @@ def as_words(reference: Reference) -> str:
 )
 @law_option("Law that moves the rate.", DEFAULT_LAW)
 @option(
+    "--optimizer",
+    str,
+    "Optimizer, if it is no variant of Adam: a name such as SGD, or package:Class.",
+    callback=may_name_module,
+)
+@option(
     "--dtype",
     click.Choice(("float32", "bfloat16", "float16")),
     "Dtype of the weights, for --to full: says how many of them the rate leaves where they are.",
@@ -248,6 +264,7 @@ def convert(
     from_: str,
     to: str,
     law: str,
+    optimizer: str | None,
     dtype: str | None,
     tool: str | None,
     as_json: bool,
@@ -256,9 +273,9 @@ def convert(
 
     LR is the learning rate that was tuned at --from.
     """
-    if tool and as_json:
+    if tool and (optimizer or as_json):
         raise click.UsageError(
-            "--as prints a trainer's configuration and --json the numbers. Give one of them."
+            "--as prints a trainer's configuration with AdamW, so leave --optimizer and --json out."
         )
     origin = inspection.as_reference(from_)
     at = inspection.as_reference(to, like=origin)
@@ -267,8 +284,11 @@ def convert(
             "--dtype is for --to full. An adapter's own values are read by the wrapper: its report"
             " says it."
         )
-    rate = transfer.convert_lr(lr, from_=origin, to=at, law=law)
-    if dtype and (unmoved := optimizer.rounding_of_normal(rate.lr, dtype)):
+    moved_by = get_law(law)
+    if optimizer is not None:
+        moved_by = bound_law(moved_by, get_optimizer_class(optimizer), {})
+    rate = transfer.convert_lr(lr, from_=origin, to=at, law=moved_by)
+    if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
         rate = replace(rate, notes=(*rate.notes, unmoved))
     if tool:
         echo(_lines(TOOLS[tool], lr, origin, at, law, rate))

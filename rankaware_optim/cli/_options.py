@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,15 @@ def echo(text: object, err: bool = False) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print warnings on standard error as notes."""
+    """Print warnings on standard error as notes, each above a calibration's bar."""
+
+    def note(message: object, *_: object, **__: object) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(printable(f"note: {message}"), file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: echo(f"note: {message}", err=True)
+        warnings.showwarning = note
         yield
 
 
@@ -62,25 +68,16 @@ def in_options(error: RankAwareError, command: click.Command) -> str:
 # --- values ---------------------------------------------------------------------------------------
 
 
-def several(
-    kind: Callable[[str], Any], **words: Any
-) -> Callable[[str], tuple[Any, ...]]:
-    """Return a parser of values separated by commas, as in 4,64. words: texts that stand for a
-    value.
-    """
+def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Return a parser of values separated by commas, as in 4,64. "full" is full finetuning."""
 
     def numbers(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(words[w] if w in words else kind(w) for w in text.split(","))
-        except ValueError as error:
-            raise click.BadParameter(
-                f"{error}. Separate numbers by commas, as in 4,64."
-            ) from error
+        return tuple(None if w == "full" else kind(w) for w in text.split(","))
 
     return numbers
 
 
-def _alpha(text: str) -> float | str:
+def number_or_rank(text: str) -> float | str:
     return text if text == "rank" else float(text)
 
 
@@ -97,11 +94,6 @@ def may_name_module(ctx: click.Context, _: Any, value: Any) -> Any:
     return value
 
 
-def chosen(options: Mapping[str, object]) -> list[str]:
-    """Return the names of the options that the user gave."""
-    return [name for name, value in options.items() if value not in (None, False)]
-
-
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -115,21 +107,17 @@ def flag(names: str, text: str) -> Decorator:
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
-    """Return the options -o FILE and --force, without which an existing file is refused."""
-
-    def keep(ctx: click.Context, _: Any, force: bool) -> None:
-        ctx.meta["force"] = force
-
-    def check(ctx: click.Context, _: Any, path: Path | None) -> Path | None:
-        if path is not None and os.path.lexists(path) and not ctx.meta["force"]:
-            raise click.ClickException(f"{path} exists. --force overwrites it.")
-        return path
-
+    """Return the options -o FILE, as `out`, and --force. The command calls `refuse_existing`."""
     file = click.Path(dir_okay=False, path_type=Path)
-    out = option("-o --out", file, text, callback=check, **settings)
-    words = {"is_eager": True, "expose_value": False, "callback": keep}
-    force = option("--force", bool, "Overwrite it.", is_flag=True, **words)
+    out = option("-o --out", file, text, **settings)
+    force = flag("--force", "Overwrite it.")
     return lambda command: out(force(command))
+
+
+def refuse_existing(out: Path | None, force: bool) -> None:
+    """Raise if a file to write exists and --force was not given."""
+    if out is not None and os.path.lexists(out) and not force:
+        raise click.ClickException(f"{out} exists. --force overwrites it.")
 
 
 FILE = click.Path(path_type=Path)
@@ -150,11 +138,10 @@ def init_option(more: str, names: Sequence[str] = ("A", "B")) -> Decorator:
     return option("--init", click.Choice(names), f"{_INIT_HELP} {more}")
 
 
-ALPHA = option(
-    "--alpha",
-    _alpha,
-    "alpha of rows without one: a number, or 'rank' for alpha = rank.",
-)
+def alpha_option(text: str) -> Decorator:
+    return option("--alpha", number_or_rank, f"{text} A number, or 'rank'.")
+
+
 LAW_TEXT = "It is a registered name, or package.module:Class."
 
 

@@ -198,7 +198,7 @@ def shared(loop: str, *options) -> list:
 def test_two_workers_share_the_trials(folder):
     """--workers 2 runs the number asked for in two processes, each with a GPU, no rank, seed and rate twice.
 
-    A note of the package comes once, and a warning of the loop from each.
+    A warning of the loop comes from each.
     """
     process = started(
         *shared("slow_loops:warns", "--budget", 30, "--workers", 2),
@@ -209,7 +209,6 @@ def test_two_workers_share_the_trials(folder):
     assert_shared(trials_of("r.journal", "r"), 3)
     assert len(re.findall("[34] trials", out)) == 1
     assert len(set(re.findall(r"note: the disk of (\d+) is slow$", err, re.M))) == 2
-    assert err.count("note: A budget of 30 steps leaves the search 3 of") == 1
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
 
 
@@ -251,7 +250,8 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=300)  # until every worker has closed it
     shown = ("calibrate: ", "trial ")
-    said = [line for line in err.splitlines() if not line.startswith(shown)]
+    lines = filter(None, err.splitlines())
+    said = [line for line in lines if not line.startswith(shown)]
     assert process.returncode == 130, err
     assert len(said) == 1, err
     assert re.fullmatch(
@@ -277,12 +277,11 @@ def test_a_worker_that_hangs_is_stopped(monkeypatch):
 RANKS = ["--ranks", "2,4", "--steps", 10, "-o", "r.toml"]
 RUNS = 2 * TRIALS_PER_RANK  # of a search at two ranks
 BAD = [
-    (["loops", *RANKS], "names no function"),
-    ([":train", *RANKS], "names no function"),
+    (["loops", *RANKS], "is no function"),
     (["nowhere:train", *RANKS], "No module named 'nowhere'"),
-    (["loops.py:train", *RANKS], "without .py"),
-    (["loops:trian", *RANKS], "no function 'trian'"),
-    (["loops:NUMBER", *RANKS], "no function 'NUMBER'"),
+    (["loops.py:train", *RANKS], "finetune:train"),
+    (["loops:trian", *RANKS], "no attribute 'trian'"),
+    (["loops:NUMBER", *RANKS], "Give a function"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["raising_loops:train", *RANKS], "ZeroDivisionError"),
     (["loops:train", *RANKS[:-1], "r.yaml"], "ends in .toml"),

@@ -13,12 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from rankaware_optim import Power, RankAwareWarning, Reference, convert_lr
 from rankaware_optim.cli import main
 from rankaware_optim.cli._options import echo_result
+from rankaware_optim.laws import Falling
 
 from ..helpers.adapters import peft_folder
 from ..helpers.recipes import RECIPE
@@ -129,6 +131,16 @@ def test_convert_gives_what_convert_lr_gives(origin, to, law):
 ROUNDED = [("bfloat16", " 84 % "), ("float16", " 12 % "), ("float32", "")]
 
 
+def test_convert_moves_by_the_law_of_the_optimizer():
+    """--optimizer SGD converts as the law bound to SGD does."""
+    command = ["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=64"]
+    law = Falling().bind(torch.optim.SGD, {})
+    wanted = convert_lr(1e-3, from_="r=8,alpha=8", to="r=64", law=law)
+    document = json.loads(call(*command, "--optimizer", "SGD", "--json").stdout)
+    assert document["lr"] == wanted.lr
+    assert document["lr"] != json.loads(call(*command, "--json").stdout)["lr"]
+
+
 @pytest.mark.parametrize(("dtype", "share"), ROUNDED)
 def test_convert_says_what_a_dtype_rounds_away(dtype, share):
     """--dtype adds one note, in words and as JSON, where 1e-5 moves too few weights of standard deviation .02."""
@@ -145,6 +157,7 @@ RATES = {
     "--rank 16": {"rank": 16},
     "--rank 4": {"rank": 4},
     "--rank 4 --alpha 64": {"rank": 4, "alpha": 64},
+    "--rank 4 --alpha rank": {"rank": 4, "alpha": 4},
     "--rank 4 --alpha 64 --rslora": {"rank": 4, "alpha": 64, "rslora": True},
     "--rank 256": {"rank": 256},
     "--rank 16 --fan-in 128": {"rank": 16, "fan_in": 128},
@@ -254,6 +267,7 @@ BAD = {
     "lr digits.toml --full --alpha 8": "--alpha was given for full",
     "lr digits.toml --full --init B": "--init was given for full",
     "lr digits.toml --full --rslora": "--rslora was given for full",
+    "lr digits.toml --full --rank 8": "--rank was given for full",
     "plot nowhere.toml -o out.png": "nowhere.toml cannot be read",
     "fit sweep.csv -o out.toml": "It has rank, lr",
 }
@@ -274,8 +288,6 @@ def test_an_error_is_a_sentence(command, folder):
 USAGE = [
     f"convert 1e-3 --from {AT_8} --to {AT_8} --dtype bfloat16",
     "convert 1e-3 --from full --to full --dtype int8",
-    "lr digits.toml",
-    "lr digits.toml --full --rank 8",
     "lr digits.toml --rank x",
     f"{LR_OF} --init C",
     f"convert 1e-3 --to {AT_8}",
@@ -284,7 +296,6 @@ USAGE = [
     f"convert --from {AT_8} --to r=16",
     "plot digits.toml",
     "fit sweep.csv --alpha x",
-    "suggest --full --init B",
     "unheard-of",
 ]
 
