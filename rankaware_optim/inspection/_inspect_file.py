@@ -4,9 +4,8 @@ tensors but alphas.
 
 from __future__ import annotations
 
-import fnmatch
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .._checks import check_init, shown
@@ -22,7 +21,6 @@ from ._survey import factors_of, init_of, is_other_adapter, unsupported
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _NO_ALPHA = "The file and its folder have no alpha: scaling 1 is assumed."
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Entries of kohya's scripts.
 _TRAINING = (
     "ss_network_module",
@@ -109,35 +107,18 @@ def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
     if there is one.
     """
     if not os.path.isdir(path):
-        _refuse_pickles([path])
         return path, None
-    try:
-        names = sorted(os.listdir(path))
-    except OSError as error:
-        raise InspectionError(
-            f"{path} cannot be read: {error}.", "Give a folder that you may read."
-        ) from error
-    config, lacking = None, f" and no {_CONFIG}"
-    if _CONFIG in names:
+    config = None
+    if os.path.lexists(path / _CONFIG):
         config = read_config(path / _CONFIG)
-        lacking = f", none of them {_WEIGHTS}"
-    files = fnmatch.filter(names, "*.safetensors")
-    if not files:
-        _refuse_pickles(map(path.joinpath, names))
-    if config and _WEIGHTS in files:
-        files = [_WEIGHTS]
-    if len(files) == 1:
-        return path / files[0], config
-    raise InspectionError(
-        f"{path} has {len(files)} .safetensors files{lacking}.",
-        "Give one .safetensors file, or a folder saved by PEFT.",
-    )
-
-
-def _refuse_pickles(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.suffix.lower() in _PICKLES:
-            raise InspectionError(
-                f"{path} is a pickle by its name. Reading a pickle can run any code in it.",
-                "Save the adapter as .safetensors.",
-            )
+    files = sorted(path.glob("*.safetensors"))
+    if config and path / _WEIGHTS in files:
+        files = [path / _WEIGHTS]
+    if len(files) != 1:
+        raise InspectionError(
+            f"{path} has {len(files)} .safetensors files, none of them PEFT's {_WEIGHTS} beside"
+            f" {_CONFIG}.",
+            "Give one .safetensors file, or a folder saved by PEFT. Pickles (.bin, .pt, .ckpt) are"
+            " not read, since they can run any code: save the adapter as .safetensors.",
+        )
+    return files[0], config

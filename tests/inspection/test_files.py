@@ -354,10 +354,10 @@ def test_peft_s_own_file_is_taken_among_several(folder):
     save_file({"w": torch.zeros(1)}, made / "another.safetensors")
     assert len(inspect_file(made).factors) == 2
     (made / WEIGHTS).rename(made / "pytorch_lora_weights.safetensors")
-    with pytest.raises(InspectionError, match=rf"2 .*, none of them {WEIGHTS}"):
+    with pytest.raises(InspectionError, match=r"has 2 \.safetensors files"):
         inspect_file(made)
     (made / "adapter_config.json").unlink()
-    with pytest.raises(InspectionError, match=r"2 \.safetensors files and no adapter_"):
+    with pytest.raises(InspectionError, match=r"has 2 \.safetensors files"):
         inspect_file(made)
     (made / "another.safetensors").unlink()
     assert len(inspect_file(str(made)).factors) == 2
@@ -426,22 +426,22 @@ def test_damaged_files_are_refused(header, data, tmp_path):
         inspect_file(path)
 
 
-PICKLE = pickle.dumps({"x": [1, 2, 3] * 100})
+class Bomb:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
 
 
-@pytest.mark.parametrize(
-    "name", ["adapter_model.bin", "lora.pt", "lora.ckpt", "lora.PTH"]
-)
-def test_a_pickle_is_refused_unread(name, tmp_path):
-    """A pickle, alone or as all that a folder holds, is refused by its name, and by another; nothing in it is run."""
-    (tmp_path / name).write_bytes(PICKLE)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
-    for path in (tmp_path, tmp_path / name):
-        with pytest.raises(InspectionError, match=f"{name} is a pickle"):
+@pytest.mark.parametrize("name", ["adapter_model.bin", "lora.pt", "x.safetensors"])
+def test_a_pickle_is_refused_unread(name, folder):
+    """A pickle, alone or as all that a folder holds, is refused, by another name too; nothing in it is run."""
+    made = folder()
+    (made / WEIGHTS).unlink()
+    (made / name).write_bytes(pickle.dumps(Bomb()))
+    for path in (made, made / name):
+        with pytest.raises(InspectionError):
             inspect_file(path)
-    (tmp_path / name).rename(tmp_path / "x.safetensors")
-    with pytest.raises(InspectionError, match=CUT):
-        inspect_file(tmp_path / "x.safetensors")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
