@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim import Adafactor
+from torch.optim import Adafactor, Optimizer
 
 from .._warn import warn
 from ..errors import CheckpointError
@@ -32,6 +32,16 @@ def _is_torchs(native: type) -> bool:
 
 
 # --- to save --------------------------------------------------------------------------------------
+
+
+def warn_of_train_mode(opt: Optimizer) -> None:
+    """Warn of a schedule-free optimizer that is saved in train mode, after a step."""
+    if opt.state and any(group.get("train_mode") for group in opt.param_groups):
+        warn(
+            f"{type(opt).__name__} is saved in train mode, in which the model's weights are not"
+            " those that it averages. Call opt.eval() before you save or evaluate the model, and"
+            " opt.train() before you go on."
+        )
 
 
 def with_parts(

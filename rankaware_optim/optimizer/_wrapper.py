@@ -32,7 +32,13 @@ from ._prepare import prepare, prepare_later
 from ._rates import Rates, Report, make_report
 from ._refuse import Native, Wrapped, building, read_optimizer, refuse_other_rates
 from ._source import read_source
-from ._state_dict import read_checkpoint, restore, warn_of_rates, with_parts
+from ._state_dict import (
+    read_checkpoint,
+    restore,
+    warn_of_rates,
+    warn_of_train_mode,
+    with_parts,
+)
 from ._unmoved import check_parameters, warn_of_unmoved
 
 
@@ -237,6 +243,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """Return the state in the native layout, with base rates, also during a step: in a signal
         handler, or in another thread.
         """
+        warn_of_train_mode(self)
         native = type(self)._rankaware_native
         state = _outside_a_step(self, native.state_dict)
         return with_parts(state, self._rankaware.shown(self), native)

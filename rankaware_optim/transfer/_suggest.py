@@ -67,7 +67,8 @@ _RL = (
 )
 _NARROW = (
     "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have"
-    " (ra.sweeps.fit_sweep, `rankaware fit`)."
+    " (ra.sweeps.fit_sweep, `rankaware fit`). Without runs, schedule-free AdamW at the rate"
+    " suggested for it forgives more: 'AdamWScheduleFree' for the optimizer."
 )
 
 

@@ -26,6 +26,7 @@ from torch.optim import lr_scheduler
 from rankaware_optim import (
     CheckpointError,
     RankAwareOptimizer,
+    RankAwareWarning,
     Reference,
 )
 from rankaware_optim.optimizer import rank_aware_param_groups
@@ -555,3 +556,19 @@ def test_whoever_saves_while_it_steps_sees_base_rates(saving):
             opt.step()
     assert len(found) > 10
     assert set.union(*found) == {LR}
+
+
+def test_a_schedule_free_checkpoint_in_train_mode_is_warned_of():
+    """A save after a step warns in train mode, where the weights are not the averaged ones, and not in eval mode."""
+    schedulefree = pytest.importorskip("schedulefree")
+    model = nn.Linear(4, 4)
+    opt = RankAwareOptimizer(
+        model, schedulefree.AdamWScheduleFree, lr=1e-3, method="full"
+    )
+    opt.train()
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    with pytest.warns(RankAwareWarning, match=r"opt\.eval\(\) before you save"):
+        opt.state_dict()
+    opt.eval()
+    opt.state_dict()

@@ -89,11 +89,12 @@ def test_trainer_trains_and_resumes_as_with_groups_by_hand(tmp_path, route, own)
 
 
 def test_trainer_runs_schedulefree(tmp_path):
-    """Trainer switches a schedule-free optimizer made by the factory to training and back as it does the native one."""
+    """Trainer switches a schedule-free optimizer of ours as it does the native one, and saves it in train mode, which is said."""
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     own = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     ours = attached(plain(llama(), tmp_path, **own), kind)
-    ours.train()
+    with pytest.warns(RankAwareWarning, match="saved in train mode"):
+        ours.train()
     hand = run(tmp_path, lambda model: by_hand(model, kind), **own)
     assert same(weights(ours), weights(hand))
 
