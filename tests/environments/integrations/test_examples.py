@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
+import warnings
 
 import pytest
 
-from ...helpers.examples import EXAMPLES, run
+from ...helpers.examples import EXAMPLES
 
 SCRIPTS = {
     "peft_loop.py": [],
@@ -33,10 +35,26 @@ APART = {  # a helper of the others, and what the environments `demo` and `ray` 
 }
 
 
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Run a script as `python SCRIPT ...` would in a folder of its own, and return what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capfd.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
+def test_an_example_runs_and_reports_moved_rates(run, script):
     """It ends well, and its report shows the factors, all of the example's rank, away from the base rate."""
-    out = run(tmp_path, sys.executable, str(EXAMPLES / script), *SCRIPTS[script])
+    out = run(script, *SCRIPTS[script])
     table = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     heads = next(cells for cells in table if "multiplier" in cells)
     rows = [
@@ -52,9 +70,9 @@ def test_an_example_runs_and_reports_moved_rates(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", CALIBRATIONS)
-def test_a_calibration_ends_in_a_rate(tmp_path, script):
+def test_a_calibration_ends_in_a_rate(run, script):
     """It ends well, and asked for a rank between those tried, its recipe gives a rate within its band."""
-    out = run(tmp_path, sys.executable, str(EXAMPLES / script))
+    out = run(script)
     lr, low, high = map(
         float,
         re.search(
