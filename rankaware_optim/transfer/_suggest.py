@@ -357,7 +357,7 @@ def _length(steps: int) -> Move:
     moved = LONGER * max(0.0, octaves)
     why = (
         f"For {steps} steps instead of {STEPS} the rate is {times(moved)}: on large models it falls"
-        " by 0 to 0.9 octaves a doubling, and shorter runs keep it."
+        " by a factor of 1 to 1.9 a doubling, and shorter runs keep it."
     )
     return Move(LENGTH_SD * abs(octaves), why, moved)
 
