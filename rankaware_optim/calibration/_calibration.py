@@ -360,4 +360,7 @@ def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
             "curve": np.array([*run.curve, *padding], np.float32),
         }
         rows.append(row)
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    tensors = {}
+    for name in rows[0]:
+        tensors[name] = np.array([row[name] for row in rows])
+    return tensors

@@ -106,6 +106,11 @@ class Run:
     def setting(self) -> Setting:
         return Setting(self.rank, self.seed)
 
+    @property
+    def value(self) -> float:
+        """The score, which is infinite for a run that diverged or has none."""
+        return math.inf if self.observation is None else self.observation.value
+
     @cached_property
     def observation(self) -> Observation | None:
         """What the fit is given. None of a run that was pruned or ran out of memory."""
@@ -145,7 +150,8 @@ class Trials(tuple[Run, ...]):
 
     def observations(self) -> list[Observation]:
         """Return the observations of runs that came to their end or diverged."""
-        return [*filter(None, (run.observation for run in self.counted()))]
+        seen = (run.observation for run in self.counted())
+        return [each for each in seen if each is not None]
 
     def evidence(self) -> list[Observation]:
         """Return the input of the fit: observations, and final scores of pruned runs, imputed from
@@ -195,7 +201,7 @@ class Trials(tuple[Run, ...]):
 
     def _best(self) -> Run | None:
         complete = [run for run in self.scored() if run.state == TrialState.COMPLETE]
-        return min(complete, key=lambda run: run.observation.value, default=None)  # type: ignore[union-attr]
+        return min(complete, key=lambda run: run.value, default=None)
 
     def usual_first_loss(self) -> float:
         """Return the median over runs of the mean of their first values; 0 if there are none."""
@@ -280,11 +286,10 @@ class Trials(tuple[Run, ...]):
         """
         settings, rates, values = set(), set(), set()
         for run in self.scored():
-            assert run.observation is not None
-            if math.isfinite(run.observation.value):
+            if math.isfinite(run.value):
                 settings.add(run.setting)
                 rates.add((run.setting, run.x))
-                values.add((run.setting, run.observation.value, *run.curve))
+                values.add((run.setting, run.value, *run.curve))
         return len(values) == len(settings) < len(rates)
 
     def turns(self) -> list[int]:

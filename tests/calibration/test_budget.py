@@ -53,22 +53,6 @@ def test_the_budget_is_never_exceeded(budget, noise):
     assert budget - STEPS < taken <= budget
 
 
-def test_failed_runs_are_paid_too():
-    """A run that raised is not counted as a trial, but its steps are spent."""
-    storage = optuna.storages.InMemoryStorage()
-
-    def broken(trial):
-        yield from (v for v, _ in zip(made_up()(trial), range(15), strict=False))
-
-    with pytest.raises(ra.CalibrationError, match="ended after 15"):
-        calibrate(broken, budget=6 * STEPS, storage=storage)
-    calibrate(made_up(), budget=6 * STEPS, storage=storage)
-    trials = records(storage.get_all_trials(0))
-    assert trials[0].state.name == "FAIL"
-    assert 15 <= Trials(trials[:1]).spent(STEPS) <= STEPS
-    assert 5 * STEPS < trials.spent(STEPS) <= 6 * STEPS
-
-
 @pytest.mark.parametrize("how_much", [{"budget": 1_000 * STEPS}, {"trials": 100}])
 def test_a_rank_that_trains_at_no_rate_ends_the_search(how_much):
     """Where one rank's runs all diverge, the search does not follow them down for ever; the error names the rank."""

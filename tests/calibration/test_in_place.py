@@ -238,28 +238,6 @@ def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_ctrl_c_while_a_finished_calibration_puts_back_comes_out(monkeypatch):
-    """The model is put back first, and then it is an interruption."""
-    model = built()
-    before = state(model)
-    requires_grad_, ended = torch.Tensor.requires_grad_, []
-
-    def interrupted(*args):
-        if ended:
-            press_ctrl_c()
-        return requires_grad_(*args)
-
-    def train(trial):
-        yield from steps(trial, model)
-        ended.append(True)
-
-    monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(train, model, trials=1)
-    monkeypatch.undo()
-    assert state(model) == before
-
-
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
