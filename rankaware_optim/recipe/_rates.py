@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -18,13 +18,12 @@ from .._checks import is_within, plain, range_of, shown
 from .._optimizers import known_optimizer
 from .._printing import give_or_take, times
 from .._rate import Rate
-from .._types import Method, Reference, init_text
+from .._types import Method, Reference, Scaling, init_text
 from .._warn import warn
 from ..errors import RecipeError
 from ..fitting import FULL_SD, steps_variance
 from ..laws import beyond_batches, checked_batch_multiplier, checked_multiplier
 from ._record import Record
-from ._scaling import GAMMA, scaling_factor
 
 # The end of each comment is a constant's evidence: a page of benchmarks/results, or "by hand".
 Z90 = 1.645  # standard deviations to the end of a 90 % band: its meaning
@@ -45,6 +44,8 @@ DRIFT_SHARE = 0.5
 MOST_MARGIN = 0.25
 # The width where none is known, which nearly cancels between ranks of one init: by hand
 ANY_WIDTH = 4096.0
+# The scaling s follows the rank as s = c·r^(−γ): γ of every rule
+_GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 
 
 def rate(
@@ -326,13 +327,29 @@ def _lora(
         raise RecipeError("rslora was given without alpha.", "Give both.", "rslora")
     if rank == own.rank:
         return replace(at, alpha=own.scaling * rank)
-    if recipe.scaling_rule not in GAMMA or own.rank is None:
+    if recipe.scaling_rule not in _GAMMA or own.rank is None:
         raise RecipeError(
             f"The trials of recipe {recipe.name!r} give no rule for alpha by rank.",
             "Give an alpha with the rank.",
         )
-    scaling = own.scaling * scaling_factor(recipe.scaling_rule, own.rank, rank)
+    scaling = own.scaling * (own.rank / rank) ** _GAMMA[recipe.scaling_rule]
     return replace(at, alpha=scaling * rank)
+
+
+def infer_scaling(scalings: Mapping[int, float]) -> Scaling:
+    """Return the rule by which the scaling follows the rank, from {rank: scaling};
+    "unknown" for one rank.
+
+    >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
+    ('fixed', 'alpha', 'unknown')
+    """
+    if len(scalings) < 2:
+        return "unknown"
+    for rule, gamma in _GAMMA.items():
+        constants = [math.log2(s) + gamma * math.log2(r) for r, s in scalings.items()]
+        if max(constants) - min(constants) < 1e-3:
+            return rule
+    return "unknown"
 
 
 def is_for(recipe: Record, optimizer: type) -> bool:

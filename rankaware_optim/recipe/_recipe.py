@@ -186,7 +186,6 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
 def facts(recipe: Record) -> list[tuple[str, str]]:
     """Return a recipe's facts as pairs of a name and a text."""
     at = recipe.reference
-    band = rate(recipe, at).band
     ceiling = "none seen"
     if recipe.ceiling is not None:
         ceiling = (
@@ -199,17 +198,17 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps, batch = _number(recipe.steps), _number(recipe.batch)
     rows = {
-        "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_fan_in(at.fan_in)}",
+        "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_number(at.fan_in)}",
         "fitted optimum": f"{recipe.fitted_lr:.3g}; the base rate, the one to use, is a margin of"
         f" {times(-recipe.margin)} below",
-        "90 % band": band,
+        "90 % band": rate(recipe, at).band,
         "ceiling": ceiling,
-        "largest fan-in": f"{_fan_in(recipe.full_fan_in)}, which full finetuning's rate depends on",
+        "largest fan-in": f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on",
         "law": _law(recipe.law),
         "alpha by rank": _ALPHA[recipe.scaling_rule],
         "optimizer": optimizer,
         "horizon": f"{steps} steps, batch {batch}, warm-up {warmup}",
-        "seen": f"{_tried(recipe)}; {_trials(recipe)}, from seed {recipe.seed}",
+        "seen": f"{_tried(recipe)}; {trials_text(recipe)}, from seed {recipe.seed}",
         "other rates": _other_rates(recipe),
         "code": _listed(recipe.source).removeprefix("train ") or "unknown",
         "versions": _listed(recipe.versions) or "unknown",
@@ -218,14 +217,11 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
     return [*rows.items(), *(("note", note) for note in recipe.notes)]
 
 
-def missing_trials(recipe: Record) -> str:
-    """Return a sentence if the trials' file was missing when the recipe was read, else ""."""
-    if not recipe.missing:
-        return ""
-    return (
-        f"The trials of this recipe are not here: {printable(recipe.missing)} is missing beside its"
-        " TOML file."
-    )
+def trials_text(recipe: Record) -> str:
+    """Return how many trials a recipe has, or that their file was missing when it was read."""
+    if recipe.missing:
+        return f"its trials are not here, {recipe.missing} is missing"
+    return f"{len(recipe.tensors.get('lr', ()))} trials"
 
 
 def _table_of(recipe: Record) -> Table:
@@ -252,12 +248,6 @@ def _law(law: Power) -> str:
     return words
 
 
-def _trials(recipe: Record) -> str:
-    if recipe.missing:
-        return f"its trials are not here, {recipe.missing} is missing"
-    return f"{len(recipe.tensors.get('lr', ()))} trials"
-
-
 def _tried(recipe: Record) -> str:
     ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
     full = "full finetuning" if recipe.full_seen else ""
@@ -282,9 +272,4 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.15g}"
-
-
-def _fan_in(value: float | None) -> str:
-    """Return a width as text, a mean as a whole number."""
-    return _number(value if value is None else round(value))
+    return "unknown" if value is None else f"{round(value)}"

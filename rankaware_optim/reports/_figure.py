@@ -15,7 +15,7 @@ import numpy as np
 from .._printing import printable
 from .._rate import Rate
 from ..errors import PlotError, RankAwareError
-from ..recipe import Recipe, configuration, missing_trials, rate
+from ..recipe import Recipe, configuration, rate, trials_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def recipe_figure(recipe: Recipe) -> Figure:
     trials = trials_of(recipe)
     if not trials:
         raise PlotError(
-            missing_trials(recipe) or f"The recipe {recipe.name!r} has no trials.",
+            f"The recipe {recipe.name!r} cannot be drawn: {trials_text(recipe)}.",
             "Give its trials for a picture; the rates do not need them.",
         )
     by_rank = rates_by_rank(recipe)

@@ -14,11 +14,11 @@ from rankaware_optim import Recipe
 from rankaware_optim.fitting import (
     Observation,
     fit_observations,
-    height,
     impute,
+    loss_at_start,
     noise_of,
     prior_of,
-    recent,
+    recent_mean,
 )
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -55,7 +55,7 @@ def observations(tensors: dict[str, np.ndarray]) -> Iterator[Observation]:
         elif not math.isfinite(value):
             yield Observation(rank or None, seed, x, math.inf, math.inf, math.inf)
         else:
-            ends = {"start": height(curve), "tail": recent(curve)}
+            ends = {"start": loss_at_start(curve), "tail": recent_mean(curve)}
             run = Observation(
                 rank or None, seed, x, value, **ends, noise=noise_of(curve)
             )

@@ -92,14 +92,6 @@ def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
         lost.at(64, init="B")
 
 
-@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
-def test_the_width_of_full_finetuning_is_its_own():
-    """Where none is asked for it is the recipe's width for full finetuning, not that of its reference."""
-    tried = replace(RECIPE, full_seen=True)
-    assert tried.at(method="full") == tried.at(method="full", fan_in=512.0)
-    assert tried.at(method="full") != tried.at(method="full", fan_in=256.0)
-
-
 def test_a_recipe_is_made_of_a_fit():
     """Its optimum, ceiling and spread are the fit's at the reference's rank, its margin follows from them."""
     mean = np.array([-9.0, 0.5, 0.25])

@@ -119,7 +119,7 @@ def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
 
 def test_a_recipe_without_trials_is_refused():
     """Without its trials' tensors there is nothing to draw."""
-    with pytest.raises(PlotError, match="has no trials"):
+    with pytest.raises(PlotError, match=": 0 trials"):
         replace(RECIPE, tensors={}).plot()
     with pytest.raises(PlotError, match="is missing"):
         replace(RECIPE, tensors={}, missing="x.trials.safetensors").plot()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 import shlex
 
 import numpy as np
@@ -122,15 +121,6 @@ def test_full_rows_settle_full_finetuning():
     assert not recipe.at(method="full").extrapolated
 
 
-def test_full_finetuning_alone_needs_no_fan_in():
-    """A sweep of full finetuning gives its own best rate, and asks for what LoRA needs."""
-    recipe = fit_sweep(drawn(ranks=(0,)), steps=100)
-    best = best_of(PRIOR, 0)
-    assert log2_at(recipe, 0, method="full") == pytest.approx(best, abs=0.2)
-    with pytest.raises(RecipeError, match="fan-in"):
-        recipe.at(16, alpha=16)
-
-
 def test_the_ceiling_is_the_smallest_rate_that_diverged():
     """Diverged cells set the ceiling, at every rank by the law, and the recipe stays below it."""
     recipe = fitted(drawn(cliff=1.5))
@@ -140,32 +130,11 @@ def test_the_ceiling_is_the_smallest_rate_that_diverged():
     assert fitted(drawn()).ceiling is None
 
 
-def test_a_run_that_diverged_below_the_rate_is_no_ceiling(tmp_path):
-    """Where the fit puts the optimum above it, it is a note, and the recipe is saved."""
-    rows = drawn()
-    rows[0] = {**rows[0], "loss": "diverged"}
-    recipe = fitted(rows)
-    assert recipe.ceiling is None
-    (note,) = recipe.notes
-    assert re.match(r"a run diverged at 0\.000\d+, below the fitted optimum", note)
-    assert Recipe.load(recipe.save(tmp_path / "r.toml")) == recipe
-
-
 def test_a_rank_that_always_diverged_is_noted():
     """Where no run of a rank ended, a note says that its rate is no measurement."""
     lost = [{**row, "loss": math.inf} for row in drawn(ranks=(64,))]
     notes = fitted([*drawn(ranks=(4, 16)), *lost]).notes
     assert any("rank 64: every run diverged" in note for note in notes)
-
-
-def test_missing_cells_do_not_move_the_answer():
-    """With a quarter of the cells gone, some rows without a loss, the rates stay within a fifth of an octave."""
-    rows = drawn()
-    kept = [row for i, row in enumerate(rows) if i % 4]
-    kept[0] = {**kept[0], "loss": ""}
-    whole, part = fit_sweep(rows, fan_in=WIDTH), fit_sweep(kept, fan_in=WIDTH)
-    assert math.log2(part.fitted_lr / whole.fitted_lr) == pytest.approx(0, abs=0.2)
-    assert any("1 of 27 rows have no loss" in note for note in part.notes)
 
 
 @pytest.mark.parametrize("ranks", [(4, 64), (16,)])
@@ -188,23 +157,6 @@ def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
         tried = min(row["lr"] for row in drawn(ranks=(rank,), offsets=offsets))
         assert log2_at(recipe, rank) < math.log2(tried) - 0.25
     assert not any("tried" in note for note in inside.notes)
-
-
-def test_one_rank_at_an_end_leaves_the_others_in_charge():
-    """A rank cut off at its grid's end moves the others' answer by less than a tenth of an octave."""
-    rows, end = drawn(ranks=(4, 16)), 2.0 ** (best_of(PRIOR, 64) - 1)
-    cut = [row for row in drawn(ranks=(64,)) if row["lr"] < end]
-    alone, both = fitted(rows), fitted([*rows, *cut])
-    assert log2_at(both, 16) == pytest.approx(log2_at(alone, 16), abs=0.1)
-    assert any(note.startswith("rank 64") for note in both.notes)
-
-
-def test_ties_lie_between():
-    """Two rates that tie as best put the optimum between them."""
-    losses = {-12: 1.3, -11: 1.1, -10: 1.0, -9: 1.0, -8: 1.1, -7: 1.5}
-    cells = itertools.product((8, 64), losses.items())
-    rows = [{"rank": rank, "lr": 2.0**x, "loss": loss} for rank, (x, loss) in cells]
-    assert -10 < math.log2(fit_sweep(rows, alpha=16.0, law="constant").fitted_lr) < -9
 
 
 # --- what the data do not determine ---------------------------------------------------------------------------------
@@ -251,13 +203,6 @@ def test_what_all_rows_share_may_be_a_column_or_an_argument():
     recipe = fit_sweep(rows, steps=780, batch=8, fan_in=WIDTH, full_fan_in=2 * WIDTH)
     assert (recipe.steps, recipe.batch, recipe.full_fan_in) == (780, 8, 2 * WIDTH)
     assert (fit_sweep(drawn()).steps, fit_sweep(drawn()).batch) == (None, None)
-
-
-def test_rows_without_an_init_have_the_one_that_is_given():
-    """An argument is the init of rows without one, and rows of full finetuning, which have none, decide nothing."""
-    full = [{**row, "init": "A"} for row in drawn(ranks=(0,))]
-    recipe = fit_sweep([*one(init=None), *full], init="B", fan_in=64)
-    assert recipe.reference.init == "B"
 
 
 # --- what changes nothing -------------------------------------------------------------------------------------------
@@ -458,29 +403,11 @@ def written(tmp_path):
     return write
 
 
-@pytest.fixture
-def sweep_csv(written):
-    """A sweep in a CSV file, without alpha."""
-    rows = [{k: v for k, v in row.items() if k != "alpha"} for row in drawn()]
-    return written(rows)
-
-
 def run(command, *words, code=0) -> str:
     """What a command prints."""
     done = CliRunner().invoke(command, [str(word) for word in words])
     assert done.exit_code == code, done.output
     return done.output
-
-
-def test_fit_writes_the_recipe_of_fit_sweep(sweep_csv, tmp_path):
-    """`fit` prints the recipe, and writes the recipe that fit_sweep gives."""
-    out = tmp_path / "made" / "r.toml"
-    options = f"--alpha rank --fan-in {WIDTH} -o".split()
-    said = run(fit_command, sweep_csv, *options, out)
-    made = fit_sweep(drawn(), fan_in=WIDTH)
-    assert Recipe.load(out).at(8) == made.at(8)
-    assert f"base rate       {made.lr:.3g} at rank 16, alpha 16" in said
-    assert f"rankaware lr {out} --rank 16" in said
 
 
 WHOLE = [
