@@ -51,7 +51,7 @@ TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 # whose best rates lie 2.5 octaves higher (results/suggestion.md).
 RL_OCTAVES, RL_SD = -2.5, 1.5
 # Another number of steps than theirs: octaves of rate for each octave of steps beyond, the middle
-# of what is said of large models (0 to -0.9, results/lengths.md), and the standard deviation.
+# of what is said of large models (0 to -0.9, frozen answers), and the standard deviation.
 # Shorter runs keep the rate, since one that is too high costs more.
 STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.3
 
