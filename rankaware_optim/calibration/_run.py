@@ -94,8 +94,6 @@ def search(
     train: Train,
     options: Options,
     *,
-    sampler: Any = None,
-    pruner: Any = None,
     storage: Any = None,
     progress: bool = True,
     price: str = "",
@@ -114,7 +112,7 @@ def search(
     study = Study(options, source_of(train))
     leads = study.replicas.leads
     try:
-        ended = study.open(sampler, pruner, storage)
+        ended = study.open(storage)
         with progress_bar(options, ended, progress and leads, price) as bar:
             show = partial(show_progress, bar)
             while (setting := study.next()) is not None:

@@ -113,7 +113,6 @@ class Study:
         # of which another one is warned of
         self._code = {**source, "rankaware-optim": version("rankaware-optim")}
         self._place: Any = None
-        self._search: tuple[Any, Any] = None, None  # the user's sampler and pruner
         self._to_close: optuna.storages.BaseStorage | None = None
         # from `open` on, in the leading process
         self._study: Any = None
@@ -146,7 +145,7 @@ class Study:
             time.sleep(pause)
             pause = min(2 * pause, SLOW_POLL_S)
 
-    def open(self, sampler: Any, pruner: Any, storage: Any) -> int:
+    def open(self, storage: Any) -> int:
         """Create the Optuna study, or continue the stored one of the same name. Return the number
         of runs that had ended before.
 
@@ -154,7 +153,6 @@ class Study:
         after a kill repeats the killed trial before it goes on, as if it had not been killed.
         """
         self._place = storage
-        self._search = sampler, pruner
         ended, silent = self.lead(self._open)
         self.wait(self._are_heard, silent)
         return ended
@@ -246,9 +244,8 @@ class Study:
 
     def _know(self, settled: Settled) -> Calibration:
         self.calibration = calibration = Calibration(self.options, settled, self.runs)
-        sampler, pruner = self._search
-        self._study.sampler = sampler or BracketSampler(calibration)
-        self._study.pruner = pruner or PairedPruner(calibration)
+        self._study.sampler = BracketSampler(calibration)
+        self._study.pruner = PairedPruner(calibration)
         return calibration
 
     def next(self) -> Setting | None:

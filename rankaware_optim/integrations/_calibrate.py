@@ -73,8 +73,6 @@ def calibrate(  # noqa: PLR0913
     full_trials: int = 0,
     seeds: Sequence[int] = SEEDS,
     lr_range: tuple[float, float] | None = None,
-    sampler: optuna.samplers.BaseSampler | None = None,
-    pruner: optuna.pruners.BasePruner | None = None,
     storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
     batch: float | None = None,
     warmup: float | None = None,
@@ -127,15 +125,13 @@ def calibrate(  # noqa: PLR0913
             each run.
         lr_range: lowest and highest base rate at the highest rank. The first run has the rate in
             their middle. The range is widened if the best rate is at an edge.
-        sampler: an Optuna sampler. By default it brackets the optimum and then refines it.
-        pruner: an Optuna pruner, by default `PairedPruner`.
         storage: path of a journal file, or an Optuna URL or storage, with which the same call
             continues, and other processes join. By default the study is kept in memory.
         batch: examples per step of the target run, if known, for the recipe. By default that of the
             trainer's arguments.
         warmup: share of the steps with a rising rate, below 1, if known. Nothing is pruned before
             its end. By default that of the trainer's arguments.
-        seed: random seed of the sampler.
+        seed: random seed of the search.
         progress: whether to show on standard error how far it is.
 
     Returns:
@@ -183,8 +179,6 @@ def calibrate(  # noqa: PLR0913
         recipe = search(
             _loop(runs, place, snapshot, options.target),
             options,
-            sampler=sampler,
-            pruner=pruner,
             storage=storage,
             progress=progress,
             price=_price(options, place, snapshot),

@@ -17,7 +17,7 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, Power
-from rankaware_optim.calibration import Pushed
+from rankaware_optim.calibration import Pushed, _study
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
 from ..helpers.calibrations import (
@@ -336,12 +336,11 @@ LENGTHS = [(None, STEPS + 1), (STEPS + 5, STEPS + 1), (STEPS, STEPS)]
 
 
 @pytest.mark.parametrize(("length", "taken"), LENGTHS)
-def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
+def test_the_steps_are_taken_and_the_generator_is_closed(length, taken, monkeypatch):
     """Endless or ending, a loop gives `steps` values and its `finally` runs before the next trial begins."""
     log = []
-    recipe = calibrate(
-        logged(log, length=length), trials=4, pruner=optuna.pruners.NopPruner()
-    )
+    monkeypatch.setattr(_study, "PairedPruner", lambda _: optuna.pruners.NopPruner())
+    recipe = calibrate(logged(log, length=length), trials=4)
     assert log == [taken] * 4
     assert not np.isnan(recipe.tensors["curve"]).any()
 
@@ -349,11 +348,10 @@ def test_the_steps_are_taken_and_the_generator_is_closed(length, taken):
 @pytest.mark.parametrize(
     ("steps", "last"), [(1, 1), (3, 3), (20, 5), (50, 5), (100, 10), (120, 12)]
 )
-def test_the_score_is_the_mean_of_the_last_tenth(steps, last):
+def test_the_score_is_the_mean_of_the_last_tenth(steps, last, monkeypatch):
     """Without a return value a run's score is the mean of the last tenth of its values, at least 5."""
-    recipe = calibrate(
-        logged([]), steps=steps, trials=3, pruner=optuna.pruners.NopPruner()
-    )
+    monkeypatch.setattr(_study, "PairedPruner", lambda _: optuna.pruners.NopPruner())
+    recipe = calibrate(logged([]), steps=steps, trials=3)
     assert recipe.tensors["value"] == pytest.approx(
         recipe.tensors["curve"][:, -last:].astype(float).mean(1), rel=1e-6
     )
@@ -651,28 +649,6 @@ def test_the_range_widens_where_the_best_sits_at_its_edge(lr_range):
     rates = recipe.tensors["lr"].tolist()
     assert rates[0] == pytest.approx(math.sqrt(math.prod(lr_range)))
     assert abs(math.log2(recipe.lr) - BEST) < 0.5
-
-
-MEDIAN = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sampler": optuna.samplers.TPESampler(seed=0)},
-        {"sampler": optuna.samplers.TPESampler(seed=0), "pruner": MEDIAN},
-        {"pruner": optuna.pruners.SuccessiveHalvingPruner()},
-    ],
-    ids=lambda o: "+".join(type(v).__name__ for v in o.values()),
-)
-def test_optunas_samplers_and_pruners_work(options):
-    """A sampler or pruner of Optuna's finds the optimum too, if less surely; pruned runs count as trials."""
-    storage = optuna.storages.InMemoryStorage()
-    recipe = calibrate(
-        made_up(), trials=24, lr_range=(2.0**-12, 2.0**-3), storage=storage, **options
-    )
-    assert abs(math.log2(recipe.fitted_lr) - BEST) < 1
-    assert len(storage.get_all_trials(0)) == 24
 
 
 # --- out of memory, pruned from within, pushed ----------------------------------------------------------------------

@@ -243,10 +243,9 @@ def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
         )
 
 
-@pytest.mark.parametrize("pruner", [None, optuna.pruners.MedianPruner(0)])
 @pytest.mark.parametrize("place", [JOURNAL, SQLITE])
-def test_a_study_that_is_deleted_during_the_run_is_said(place, pruner, tmp_path):
-    """Whatever reads it first, our pruner or Optuna's too, its loss is an error with its cause and a cure."""
+def test_a_study_that_is_deleted_during_the_run_is_said(place, tmp_path):
+    """Whatever reads it first, its loss is an error with its cause and a cure."""
     url = place.format(tmp_path)
 
     def delete() -> None:
@@ -256,7 +255,7 @@ def test_a_study_that_is_deleted_during_the_run_is_said(place, pruner, tmp_path)
 
     loop = meanwhile(delete, at=1)
     with pytest.raises(CalibrationError, match=r"study\.\w+ failed: "):
-        calibrate(loop, trials=6, storage=url, pruner=pruner)
+        calibrate(loop, trials=6, storage=url)
 
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):

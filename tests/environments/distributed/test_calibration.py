@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import optuna
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rankaware_optim as ra
+from rankaware_optim.calibration import _study
 from rankaware_optim.calibration._storage import open_storage
 
 from ...helpers.calibrations import BEST, DIM, STEPS, Net, bowl, calibrate
@@ -113,7 +115,8 @@ def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
             steps.append(taken)
 
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=4)
-    recipe = calibrate(train, ranks=RANKS, trials=trials, pruner=pruner)
+    with mock.patch.object(_study, "PairedPruner", return_value=pruner):
+        recipe = calibrate(train, ranks=RANKS, trials=trials)
     return steps, recipe.tensors["curve"][0, 0].item()
 
 

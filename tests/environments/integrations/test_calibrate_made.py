@@ -20,6 +20,7 @@ from rankaware_optim import (
     RankAwareError,
     RankAwareOptimizer,
 )
+from rankaware_optim.calibration import _study
 from rankaware_optim.cli import _calibrate, main
 
 from ...helpers.models import batches, mlp
@@ -47,6 +48,10 @@ pytestmark = QUIET
 
 def calibrate(make, *, ranks=(2, 4), trials=3, **options):
     return ra.calibrate(make, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options)
+
+
+def pruned_by(monkeypatch, pruner):
+    monkeypatch.setattr(_study, "PairedPruner", lambda _: pruner)
 
 
 class PruneAt(optuna.pruners.BasePruner):
@@ -122,12 +127,12 @@ def sft_maker(folder, *callbacks):
         (sft_maker, {}),
     ],
 )
-def test_a_trainers_values_are_those_that_it_logs(tmp_path, make, own):
+def test_a_trainers_values_are_those_that_it_logs(tmp_path, monkeypatch, make, own):
     """Each step's value is the loss that it logs, accumulated too; each run has its own optimizer, with `settings`."""
     watch = Watch()
     make_trainer = make(tmp_path, watch, **own)
-    own = {"settings": {"weight_decay": 0.25}, "pruner": optuna.pruners.NopPruner()}
-    recipe = calibrate(make_trainer, **own)
+    pruned_by(monkeypatch, optuna.pruners.NopPruner())
+    recipe = calibrate(make_trainer, settings={"weight_decay": 0.25})
     assert [run["steps"] for run in watch.runs] == [STEPS] * 3
     for run, curve in zip(watch.runs, recipe.tensors["curve"].tolist(), strict=True):
         assert curve == pytest.approx(run["losses"], rel=1e-5)
@@ -163,11 +168,11 @@ def reward_maker(folder, kind, *callbacks, **own):
 @pytest.mark.parametrize(
     ("kind", "own"), [("GRPO", {}), ("RLOO", {}), ("GRPO", {"num_iterations": 2})]
 )
-def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, kind, own):
+def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind, own):
     """Its loss is about zero, so a value is minus the logged reward, or that of the completions reused; a note says so."""
     watch = Rewards()
-    unpruned = {"pruner": optuna.pruners.NopPruner(), "trials": 2}
-    recipe = calibrate(reward_maker(tmp_path, kind, watch, **own), **unpruned)
+    pruned_by(monkeypatch, optuna.pruners.NopPruner())
+    recipe = calibrate(reward_maker(tmp_path, kind, watch, **own), trials=2)
     times = own.get("num_iterations", 1)
     for rewards, curve in zip(
         watch.runs, recipe.tensors["curve"].tolist(), strict=True
@@ -231,12 +236,13 @@ def fail(trainer):
     raise AssertionError
 
 
-def test_a_pruned_trainer_stops(tmp_path):
+def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
     """The pruner's word ends the run at that step, and no evaluation is made of it."""
     watch = Watch()
     make = maker(tmp_path, watch)
+    pruned_by(monkeypatch, PruneAt())
     with pytest.raises(CalibrationError, match="pruned"):
-        calibrate(make, pruner=PruneAt(), score=fail, trials=2)
+        calibrate(make, score=fail, trials=2)
     assert [run["steps"] for run in watch.runs] == [3, 3]
 
 
@@ -484,13 +490,15 @@ def held(whole):
     return data[sorted(chosen)]
 
 
-def test_lightning_is_pruned_and_scored(tmp_path):
+def test_lightning_is_pruned_and_scored(tmp_path, monkeypatch):
     """The pruner stops `fit` at its step; a function of the trainer is the score of runs that end."""
     make = lit(tmp_path)
+    pruned_by(monkeypatch, PruneAt())
     with pytest.raises(CalibrationError, match="pruned"):
-        calibrate(make, pruner=PruneAt(), trials=2)
+        calibrate(make, trials=2)
     assert [module.trainer.global_step for module in make.modules] == [3, 3]
     make = lit(tmp_path)
+    monkeypatch.undo()
     recipe = calibrate(make, score=lambda trainer: trainer.global_step, trials=1)
     assert recipe.tensors["value"].tolist() == [STEPS]
 
