@@ -78,9 +78,5 @@ class PlotError(RankAwareError):
     """matplotlib is not installed, or the file cannot be written."""
 
 
-class PageError(RankAwareError):
-    """The page cannot be written."""
-
-
 class RankAwareWarning(UserWarning):
     """Something works, but the user should know about it."""

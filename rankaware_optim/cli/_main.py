@@ -47,6 +47,8 @@ class _Commands(click.Group):
         except RankAwareError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
             raise click.ClickException(in_options(error, command)) from error
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as error:
             said = "Interrupted."
             if isinstance(error, CalibrationInterrupted):

@@ -61,10 +61,8 @@ def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
     """
     target, figure = Path(path), recipe_figure(recipe)
     try:
-        if not target.suffix:
-            raise ValueError("its name has no suffix")
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=130)
+        figure.savefig(target, format=target.suffix[1:], dpi=130)
     except (OSError, ValueError) as error:
         raise PlotError(
             f"The figure {target} cannot be written: {error}.",
@@ -100,12 +98,7 @@ def recipe_figure(recipe: Recipe) -> Figure:
     optimizer = recipe.optimizer.rpartition(".")[2]
     title = f"{recipe.name[:60]}: {optimizer}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(printable(title), parse_math=False)
-    named: dict[str, Any] = {}
-    for axis in axes[:panels]:
-        handles, labels = axis.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    place = {"loc": "outside lower center", "ncols": min(4, columns + 1)}
-    figure.legend(named.values(), named, **place, frameon=False, fontsize=9)
+    _draw_legend(figure, columns + 1)
     return figure
 
 
@@ -179,6 +172,16 @@ def _figure(columns: int, rows: int) -> tuple[Figure, Any]:
     size = (1.0 + 3.6 * columns, 0.9 + 3.2 * rows)
     figure = Shown(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def _draw_legend(figure: Figure, columns: int) -> None:
+    """Draw one legend for all panels, in which each word stands once."""
+    named: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(4, columns)}
+    figure.legend([*named.values()], [*named], **place, frameon=False, fontsize=9)
 
 
 def _draw_trials(axis: Any, trials: Trials) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .._files import replace_bytes
 from .._printing import printable
-from ..errors import PageError, PlotError
+from ..errors import PlotError
 from ..recipe import Recipe, facts
 from ._figure import (
     COLOURS,
@@ -42,18 +42,11 @@ def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
         The path written.
 
     Raises:
-        PageError: the file cannot be written.
+        OSError: the file cannot be written.
     """
     target = Path(path)
-    text = report_html(recipe).encode()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(target, text)
-    except OSError as error:
-        raise PageError(
-            f"The page {target} cannot be written: {error}.",
-            "Choose a writable folder.",
-        ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(target, report_html(recipe).encode())
     return target
 
 

@@ -216,7 +216,6 @@ def test_a_file_that_exists_is_left(command, folder):
 AT_8, LR_OF = "r=8,alpha=8", "lr digits.toml --rank 8"
 BAD = {
     "inspect nowhere": "nowhere",
-    "inspect pickled.bin": "pickled.bin is not a complete safetensors file",
     f"convert 1e-3 --from r=8 --to {AT_8}": "alpha",
     f"convert 1e-3 --from {AT_8} --to r=x": 'as "r=16,alpha=32,rslora,init=B,fan_in=4096',
     f"convert 0 --from {AT_8} --to {AT_8}": "lr is 0",
