@@ -237,7 +237,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         layouts=("rows", "columns"),
     ),
     Convention("automodel", *_LORA, where=("dim", "scale"), rank=("dim",)),
-    Convention("lora_A/lora_B", *_LORA, without=("lora_E", "lora_diag")),
+    Convention("lora_A/lora_B", *_LORA),
     Convention("lora_a/lora_b", "lora_a", "lora_b"),
     Convention(
         "locon-tucker", "lora_down", "lora_up", where=("lora_mid",), layouts=("tucker",)

@@ -93,7 +93,8 @@ def file_pairs(header: Header, configs: Sequence[AdapterConfig]) -> Iterator[Pai
     """
     rows = conventions()
     # without a configuration, a name without an adapter's is the plain library's
-    plain_first = sorted(rows, key=lambda row: row.container and row in CONVENTIONS)
+    dicts = [r for r in CONVENTIONS if r.container and not r.where]
+    plain_first = sorted(rows, key=dicts.__contains__)
     for layer in _layers(header).values():
         config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
         if config:
