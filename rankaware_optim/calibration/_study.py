@@ -296,11 +296,15 @@ class Study:
         """Return the error of Ctrl-C, with the progress and the recipe so far."""
         with self._guard():
             ended = self.runs().counted()
+            fit = (
+                "Their fit is this error's .recipe."
+                if ended
+                else "There is no fit yet."
+            )
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(ended)} of"
                 f" {self.options.likely_trials} trials.",
-                "Their fit is this error's .recipe. With a storage the same call continues where it"
-                " stopped.",
+                f"{fit} With a storage the same call continues where it stopped.",
             )
             if ended:
                 with suppress(CalibrationError):

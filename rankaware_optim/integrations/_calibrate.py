@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from .._checks import says_our_names
 from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from .._types import Reference
@@ -54,6 +55,7 @@ BY_REWARD = (
 )
 
 
+@says_our_names
 def calibrate(  # noqa: PLR0913
     what: Any,
     optimizer: type[Optimizer] | str,

@@ -34,7 +34,13 @@ def is_trainer(value: Any) -> bool:
     return hasattr(value, "callback_handler") and hasattr(value, "training_step")
 
 
-def check_trainer(trainer: Any, optimizer: object) -> None:
+_ATTACH_ONCE = (
+    "Build it again without optimizers= and optimizer_cls_and_kwargs=. Calibrate, attach once, and"
+    " then train."
+)
+
+
+def check_trainer(trainer: Any, optimizer: object, cure: str = _ATTACH_ONCE) -> None:
     """Raise an `OptimizerError` if it is no trainer, or has made its optimizer, or was given
     another one than this class.
     """
@@ -49,8 +55,18 @@ def check_trainer(trainer: Any, optimizer: object) -> None:
         raise OptimizerError(
             "The trainer already has an optimizer: attach was called on it before, or it was"
             " trained, or was given one.",
-            "Build it again without optimizers= and optimizer_cls_and_kwargs=. Calibrate, attach"
-            " once, and then train.",
+            cure,
+        )
+
+
+def refuse_trainers_name(optimizer: object) -> None:
+    """Raise for an `optim=` of TrainingArguments, such as "paged_adamw_8bit"."""
+    from transformers.training_args import OptimizerNames
+
+    if optimizer in {each.value for each in OptimizerNames}:
+        raise OptimizerError(
+            f"{optimizer!r} is a trainer's name for an optimizer, not a class.",
+            f"Set optim={optimizer!r} in the trainer's arguments, and leave the class out.",
         )
 
 
@@ -63,7 +79,12 @@ def run_trainer(trainer: Any, run: TrainerRuns) -> Any:
     """
     from transformers import TrainerCallback, set_seed
 
-    check_trainer(trainer, run.native)
+    check_trainer(
+        trainer,
+        run.native,
+        "A trial attaches its own optimizer: leave attach out of the function, and return a new"
+        " trainer each time.",
+    )
     trainer.args = args = copy.copy(trainer.args)
     args.max_steps = steps = run.trial.steps
     args.seed = run.trial.seed % 2**32

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr, is_number
+from .._checks import OTHER_NAMES, check_lr, is_number
 from .._optimizers import defaults_of, get_optimizer_class, known_optimizer
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
@@ -56,11 +56,13 @@ def read_optimizer(
     native = get_optimizer_class(optimizer)
     refuse_one_rate(native)
     for name in settings.keys() - inspect.signature(native).parameters.keys():
-        if near := get_close_matches(name, ours, 1, 0.8):
+        near = [f"{ours}=" for ours in get_close_matches(name, ours, 1, 0.8)]
+        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else near
+        if near:
             raise OptimizerError(
                 f"{name}= is an argument neither of RankAwareOptimizer nor of"
                 f" {native.__name__}.",
-                f"Give {near[0]}=.",
+                f"Give {near[0]}.",
             )
     return Wrapped(native, None, settings)
 

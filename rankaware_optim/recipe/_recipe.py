@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
+from .._checks import says_our_names
 from .._printing import Table, printable, times
 from .._rate import Rate
 from .._types import Method, Scaling
@@ -40,6 +41,7 @@ _COLUMN = 16  # characters of a fact's name
 class Recipe(Record):
     __doc__ = Record.__doc__
 
+    @says_our_names
     def at(
         self,
         rank: int | Literal["full"] | None = None,

@@ -536,7 +536,7 @@ BAD = [
         {},
         "warm-up is as long as the trial.*its step 6",
     ),
-    (with_optimizer, {}, "already has an optimizer"),
+    (with_optimizer, {}, "already has an optimizer.*leave attach out"),
     (lit, DECAY, "Scheduled configures its optimizer itself"),
     (lambda folder: lit(folder, Own), {}, r"without calling trial\.optimizer"),
 ]
