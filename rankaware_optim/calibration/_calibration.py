@@ -208,7 +208,11 @@ def versions_used() -> dict[str, str]:
     return versions
 
 
-def _at_floor(make: Callable[[Fit], Recipe], fit: Fit, options: Options) -> Recipe:
+def _at_floor(
+    make: Callable[[Fit], Recipe],
+    fit: Fit,
+    options: Options,
+) -> Recipe:
     """Return the recipe, or one of the floor's rate, whose band reaches down to the trials'."""
     recipe = make(fit)
     octaves = options.floor - math.log2(recipe.lr)
@@ -227,7 +231,10 @@ def _at_floor(make: Callable[[Fit], Recipe], fit: Fit, options: Options) -> Reci
     )
 
 
-def _measured(calibration: Calibration, trials: Trials) -> tuple[Fit, tuple[str, ...]]:
+def _measured(
+    calibration: Calibration,
+    trials: Trials,
+) -> tuple[Fit, tuple[str, ...]]:
     """Return the fit at the target's steps, and why it may say nothing of the rate."""
     options = calibration.options
     octaves = options.octaves_to_target
@@ -254,7 +261,10 @@ def _fit_of_rate(rate: Rate, prior: Prior) -> Fit:
     )
 
 
-def check_ends(trials: Trials, fit: Fit | None = None) -> None:
+def check_ends(
+    trials: Trials,
+    fit: Fit | None = None,
+) -> None:
     """Raise a `CalibrationError` if no run tells of the rate, or of that of a rank."""
     useless = [f"{runs} diverged" for runs in trials.hopeless()]
     if not useless and fit is None:
@@ -335,7 +345,10 @@ def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
 
 
 @np.errstate(all="ignore")
-def tensors_of(trials: Trials, steps: int) -> dict[str, npt.NDArray[Any]]:
+def tensors_of(
+    trials: Trials,
+    steps: int,
+) -> dict[str, npt.NDArray[Any]]:
     """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end,
     steps and curve.
 

@@ -128,7 +128,12 @@ def search(
         random.setstate(state)
 
 
-def progress_bar(options: Options, ended: int, wanted: bool, price: str) -> Any:
+def progress_bar(
+    options: Options,
+    ended: int,
+    wanted: bool,
+    price: str,
+) -> Any:
     """Return a bar of all trials, a line for each where there is no terminal. Before the first one
     the price is printed.
     """
@@ -145,7 +150,11 @@ def progress_bar(options: Options, ended: int, wanted: bool, price: str) -> Any:
     )
 
 
-def show_progress(bar: Any, done: float, words: str) -> None:
+def show_progress(
+    bar: Any,
+    done: float,
+    words: str,
+) -> None:
     bar.n, bar.total = done, max(bar.total, math.ceil(done))
     trial = f"trial {math.ceil(done)}/{bar.total}, {words}"
     bar.set_description_str(trial, refresh=False)
@@ -538,7 +547,10 @@ def shape_of(at: Reference) -> dict[str, Any]:
     return {"width": at.fan_in, "lora_alpha": at.alpha, "init": at.init}
 
 
-def _other_rates(rates: Any, at_own_lr: Collection[int]) -> dict[str, Any]:
+def _other_rates(
+    rates: Any,
+    at_own_lr: Collection[int],
+) -> dict[str, Any]:
     """Return the rates of parameters that are not factors, by name pattern. Patterns with two rates
     are left out.
     """

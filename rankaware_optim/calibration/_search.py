@@ -171,7 +171,12 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     return max(low, calibration.options.floor), high
 
 
-def _beside(proposed: float, taken: Sequence[float], low: float, high: float) -> float:
+def _beside(
+    proposed: float,
+    taken: Sequence[float],
+    low: float,
+    high: float,
+) -> float:
     """Return `proposed`, or the nearest free rate in strides below or above it, or in half strides.
 
     If all of them are taken by other workers, return the middle of the widest gap between taken
@@ -259,7 +264,11 @@ def next_refinement(
     return float(best)
 
 
-def _next_full(trials: Trials, tried: Sequence[float], centre: float) -> float:
+def _next_full(
+    trials: Trials,
+    tried: Sequence[float],
+    centre: float,
+) -> float:
     """Return the predicted rate of full finetuning first, then an octave below the best run, then
     above it, then between its neighbours.
 
@@ -288,7 +297,11 @@ def _next_full(trials: Trials, tried: Sequence[float], centre: float) -> float:
 # --- when a run is stopped ------------------------------------------------------------------------
 
 
-def divergence_limits(trials: Trials, setting: Setting, steps: int) -> list[float]:
+def divergence_limits(
+    trials: Trials,
+    setting: Setting,
+    steps: int,
+) -> list[float]:
     """Return, for each step, the mean of recent values above which a run is stopped as diverged.
 
     The limit is a margin above the usual start of the runs: half the best gain, or what the noise

@@ -282,7 +282,10 @@ def held_back(most: float = 1) -> Iterator[None]:
 # hide. tests/calibration/test_optuna.py fails if one of these names changes.
 
 
-def begin_trial(study: Study, attributes: Mapping[str, Any]) -> Trial:
+def begin_trial(
+    study: Study,
+    attributes: Mapping[str, Any],
+) -> Trial:
     """Create a running trial that has `attributes` from the start."""
     template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
     return Trial(study, study._storage.create_new_trial(study._study_id, template))

@@ -232,11 +232,12 @@ class Trials(tuple[Run, ...]):
         groups = {"runs": scored}
         for run in scored:
             groups[f"runs of {rank_words(run.rank)}"] = scored.at(run.rank)
-        return [
-            f"{len(runs)} {name}"
-            for name, runs in groups.items()
-            if len(runs) >= HOPELESS and lost.issuperset(run.number for run in runs)
-        ]
+        hopeless = []
+        for name, runs in groups.items():
+            numbers = {run.number for run in runs}
+            if len(numbers) >= HOPELESS and numbers <= lost:
+                hopeless.append(f"{len(numbers)} {name}")
+        return hopeless
 
     def diverged(self) -> set[int]:
         """Return the numbers of the runs that diverged."""
