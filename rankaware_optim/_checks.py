@@ -50,7 +50,8 @@ OTHER_NAMES = {
     "use_rslora": "rslora=",
     "workers": "storage=, and make the same call in several processes",
 }
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def says_our_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
