@@ -106,8 +106,10 @@ def read_sweep(
         CalibrationError: the file cannot be read, a column is missing, or a cell is impossible. The
             message names row and column.
     """
-    is_file = isinstance(source, (str, os.PathLike))
-    rows: list[Any] = _csv_rows(Path(source)) if is_file else [*source]  # type: ignore[arg-type,misc]
+    if isinstance(source, (str, os.PathLike)):
+        rows: list[Any] = _csv_rows(Path(source))
+    else:
+        rows = list(source)
     present = dict.fromkeys(
         name for row in rows if isinstance(row, Mapping) for name in row
     )

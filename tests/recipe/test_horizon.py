@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankaware_optim import Constant, Power, RankAwareWarning, RecipeError, Reference
+from rankaware_optim import Constant, Power, RecipeError, Reference
 from rankaware_optim.fitting import steps_variance
 from rankaware_optim.recipe._rates import BATCH_SD
 
@@ -62,22 +62,6 @@ def test_beyond_four_times_the_batch_the_rate_stays_and_the_band_grows(times):
     assert "was tried" not in tried.notes[0]
     kept = replace(SURE, law=Power(law=Constant()))
     assert "was tried" not in kept.at(batch=BATCH * times).notes[0]
-
-
-@pytest.mark.parametrize(
-    "where", [{"steps": 5000}, {"batch": 256}, {"steps": 20, "batch": 1}], ids=str
-)
-def test_another_horizon_is_said_to_be_an_extrapolation(where):
-    """It is flagged, its notes say so for each of the two, and it warns."""
-    with pytest.warns(RankAwareWarning, match="instead of"):
-        rate = SURE.at(**where)
-    assert rate.extrapolated
-    assert sum("an extrapolation" in note for note in rate.notes) == len(where)
-
-
-def test_the_own_horizon_changes_nothing():
-    """The recipe's own steps and batch, said or left out, give one rate."""
-    assert SURE.at(steps=STEPS, batch=BATCH) == SURE.at()
 
 
 @given(
