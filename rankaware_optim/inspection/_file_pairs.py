@@ -23,6 +23,9 @@ from ._peft_config import AdapterConfig
 from ._stored import Half, Shape, Stored, StoredLayer
 
 _PREFIX = "base_model.model."
+# Tried last where no configuration says otherwise: a name without an adapter's is that of a plain
+# library, as loralib's.
+_DICTS = [row for row in CONVENTIONS if row.container and not row.where]
 # DyLoRA's slices, which are no pair, have names such as lora_A.0.
 _ADAPTER = re.compile(r"(?!(\d+|bias|weight)$)[^.]*")
 
@@ -92,9 +95,7 @@ def file_pairs(header: Header, configs: Sequence[AdapterConfig]) -> Iterator[Pai
         InspectionError: one half is missing, or two tensors or pairs have the same place.
     """
     rows = conventions()
-    # without a configuration, a name without an adapter's is the plain library's
-    dicts = [r for r in CONVENTIONS if r.container and not r.where]
-    plain_first = sorted(rows, key=dicts.__contains__)
+    plain_first = sorted(rows, key=_DICTS.__contains__)
     for layer in _layers(header).values():
         config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
         if config:
