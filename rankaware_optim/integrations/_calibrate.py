@@ -154,6 +154,8 @@ def calibrate(  # noqa: PLR0913
     known = beside.answer(steps, progress)
     if known is not None:
         return known
+    if runs.built and budget is None and trials is None:
+        trials = TRIALS
     snapshot = place.snapshot()
     with snapshot.kept():
         whole = target_steps or place.steps()
@@ -166,7 +168,7 @@ def calibrate(  # noqa: PLR0913
             native,
             **of_trials,
             target_steps=whole,
-            trials=_trials(trials, budget, runs.built),
+            trials=trials,
             budget=budget,
             full_trials=full_trials,
             seeds=seeds,
@@ -186,10 +188,6 @@ def calibrate(  # noqa: PLR0913
             price=_price(options, place, snapshot),
         )
     return beside.saved(_completed(recipe, runs))
-
-
-def _trials(trials: int | None, budget: int | None, is_built: bool) -> int | None:
-    return TRIALS if is_built and trials is None and budget is None else trials
 
 
 def _share_of(whole: int | None, share: float) -> int | None:

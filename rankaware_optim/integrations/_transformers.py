@@ -350,15 +350,13 @@ def _of_arguments(native: type[Optimizer], args: Any) -> dict[str, Any]:
     settings = {"lr": args.learning_rate}
     if "weight_decay" in accepted:
         settings["weight_decay"] = args.weight_decay
-    if {"adam_beta1", "adam_beta2"} & changed and _are_two(defaults.get("betas")):
+    betas = defaults.get("betas")
+    has_two = isinstance(betas, tuple) and len(betas) == 2
+    if has_two and {"adam_beta1", "adam_beta2"} & changed:
         settings["betas"] = (args.adam_beta1, args.adam_beta2)
     if "adam_epsilon" in changed and isinstance(defaults.get("eps"), float):
         settings["eps"] = args.adam_epsilon
     return settings
-
-
-def _are_two(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2
 
 
 def changed_arguments(args: Any) -> set[str]:
