@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -230,14 +230,6 @@ class Hidden:
         """Return it as a copy of the optimizer has it, which is in no step and has no model."""
         return Hidden(self.prepared, self.splits, unchecked=self.unchecked)
 
-    def copied(self) -> list[SplitGroup]:
-        """Return copies of the split groups, to go back to."""
-        copies = []
-        for split in self.splits:
-            parts = [replace(part, group=dict(part.group)) for part in split.parts]
-            copies.append(replace(split, parts=parts))
-        return copies
-
     def of(self, users: Sequence[Group]) -> list[SplitGroup]:
         """Return the split groups of some of the user's groups.
 
@@ -251,13 +243,13 @@ class Hidden:
                 split.group = user
             return self.splits
         for user in strange:
-            params, number = user["params"], len(self.splits)
-            names = [f"group{number}.unnamed.{i}" for i in range(len(params))]
+            params, at = user["params"], list(range(len(user["params"])))
+            names = [f"group{len(self.splits)}.unnamed.{i}" for i in at]
             shapes = [tuple(param.shape) for param in params]
-            part = Part(_BY_HAND, list(range(len(params))), base=user["lr"])
-            seen = {"lr": user["lr"]}
-            known[id(user)] = SplitGroup(user, names, shapes, [part], seen=seen)
-            self.splits.append(known[id(user)])
+            split = SplitGroup(user, names, shapes, seen={"lr": user["lr"]})
+            split.parts.append(Part(_BY_HAND, at, base=user["lr"]))
+            known[id(user)] = split
+            self.splits.append(split)
         return [known[id(user)] for user in users]
 
 

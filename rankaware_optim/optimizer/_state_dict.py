@@ -8,6 +8,7 @@ in a checkpoint are base rates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,27 +160,31 @@ def _of_another_shape(
 # --- after the native load ------------------------------------------------------------------------
 
 
-def restore(
+def restored(
     splits: Iterable[SplitGroup], users: Sequence[Group], values: Sequence[Group]
-) -> None:
-    """Bring the parts to a loaded state: the options of their groups, and what differs between
-    them. What is of another split is left out, and where a plain optimizer went on, whose group has
-    another value than the first part.
+) -> list[SplitGroup]:
+    """Return the split groups at a loaded state: with the options of its groups, and with what
+    differs between their parts. What is of another split is left out, and where a plain optimizer
+    went on, whose group has another value than the first part.
     """
+    made = []
     for split, user, of_parts in zip(splits, users, values, strict=True):
-        split.group, split.seen = user, {}
-        split.follow_options()
-        split.see()
+        parts = [replace(part, group=dict(part.group)) for part in split.parts]
+        one = replace(split, group=user, parts=parts, seen={})
+        one.follow_options()
+        one.see()
         kept = {}
         for key, each in of_parts.items():
             is_new = key not in user or torch.is_tensor(each[0])
-            if len(each) == len(split.parts) and (is_new or same(each[0], user[key])):
+            if len(each) == len(parts) and (is_new or same(each[0], user[key])):
                 kept[key] = each
-        for i, part in enumerate(split.parts):
+        for i, part in enumerate(parts):
             own = {key: each[i] for key, each in kept.items()}
             given_at = own.pop("given_at", None) or peak_of(user)
             part.settle(own.pop("lr", user["lr"]), given_at)
             part.group.update(own)
+        made.append(one)
+    return made
 
 
 def warn_of_rates(built: Iterable[float], groups: Iterable[Group]) -> None:

@@ -160,11 +160,10 @@ def rounding(groups: Iterable[Trained]) -> str:
     lost = [each for each in _rounded(groups) if each.share > WORTH_SAYING]
     if not lost:
         return ""
-    at, share, where = _in_words(lost)
-    dtypes = " and ".join(sorted({each.dtype for each in lost}))
+    share, where = _in_words(lost)
     return (
-        f"At a rate of {at} a step leaves {share} of the weights where they are in {where}:"
-        f" {dtypes} rounds it away. {_CURES}"
+        f"At a rate of {lost[0].at:.3g} a step leaves {share} of the weights where they are in"
+        f" {where}: {lost[0].dtype} rounds it away. {_CURES}"
     )
 
 
@@ -175,22 +174,20 @@ def epsilon(groups: Iterable[Trained]) -> str:
     lost = [each for each in _damped(groups) if each.share > WORTH_SAYING]
     if not lost:
         return ""
-    at, share, where = _in_words(lost)
-    smaller = min(each.at for each in lost) / 1e4
+    share, where = _in_words(lost)
+    eps = min(each.at for each in lost)
     return (
-        f"Adam's epsilon of {at} takes {share} of the steps of {where}, whose gradients are about"
-        f" as small. Give a smaller one, such as eps={smaller:.0e}."
+        f"Adam's epsilon of {eps:.3g} takes {share} of the steps of {where}, whose gradients are"
+        f" about as small. Give a smaller one, such as eps={eps / 1e4:.0e}."
     )
 
 
-def _in_words(lost: Sequence[_Lost]) -> tuple[str, str, str]:
-    """Return in words at what is lost, which share of all, and where."""
-    rates = sorted(each.at for each in lost)
-    at = " to ".join(dict.fromkeys(f"{end:.3g}" for end in (rates[0], rates[-1])))
+def _in_words(lost: Sequence[_Lost]) -> tuple[str, str]:
+    """Return in words which share is lost of all, and where."""
     total = sum(each.share * each.size for each in lost)
     share = f"{100 * total / sum(each.size for each in lost):.0f} %"
     first, *others = [name for each in lost for name in each.names]
-    return at, share, first + (f" and {len(others)} more" if others else "")
+    return share, first + (f" and {len(others)} more" if others else "")
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:

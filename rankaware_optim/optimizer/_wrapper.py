@@ -34,7 +34,7 @@ from ._refuse import Native, Wrapped, building, read_optimizer, refuse_other_rat
 from ._source import read_source
 from ._state_dict import (
     read_checkpoint,
-    restore,
+    restored,
     warn_of_rates,
     warn_of_train_mode,
     with_parts,
@@ -218,18 +218,17 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
         native, hidden = type(self)._rankaware_native, self._rankaware
-        before, copies = dict(vars(self)), hidden.copied()
+        before = dict(vars(self))
         try:
             splits = hidden.of(self.param_groups)
             state, values = read_checkpoint(splits, state_dict, native)
             built = [peak_of(group) for group in self.param_groups]
             native.load_state_dict(self, state)
-            restore(splits, self.param_groups, values)
+            splits = restored(splits, self.param_groups, values)
             warn_of_rates(built, self.param_groups)
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
-            hidden.splits = copies
             ours = isinstance(error, (CheckpointError, Warning))
             if ours or not isinstance(error, Exception):
                 raise
@@ -237,7 +236,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 f"The checkpoint cannot be loaded: {error!r}.",
                 "Give the result of optimizer.state_dict() of the same optimizer class.",
             ) from error
-        hidden.unchecked = True
+        hidden.splits, hidden.unchecked = splits, True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in the native layout, with base rates, also during a step: in a signal
