@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ._prepare import Prepared
 
 State = Mapping[Any, Any]
-_HELD = ("params", "lr")  # set at every step
 _NOTHING = object()
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 _BY_HAND = Assigned(why="put into param_groups by hand: its own rate")
@@ -122,44 +121,54 @@ class SplitGroup:
         return value
 
     def follow(self) -> None:
-        """Bring the parts to what the user's group holds now.
+        """Bring the parts to what the user's group holds now, and give them its parameters.
 
         Raises:
             OptimizerError: the parameters are not those of before.
         """
-        params, lr = self.group["params"], self.group["lr"]
+        params, seen = self.group["params"], self.seen
         ids = list(map(id, params))
-        # those of one part train at its rate, whatever they are
-        if ids != self.ids and params and len(self.parts) > 1:
+        if ids != self.ids:
             self._check_params(params, ids)
-            self.shapes = [tuple(param.shape) for param in params]
-        self.ids = ids
-        self.follow_options()
-        if not same(lr, self.seen["lr"]):
-            for part in self.parts:
-                part.base = lr
-        self.see()
+            self.ids = ids
+        keys = [k for k, v in self.group.items() if v is not seen.get(k, _NOTHING)]
+        if len(keys) > 1 or len(seen) != len(self.group):  # not `params` alone
+            self.follow_options(keys)
+            self.see()
+        is_whole = len(params) == len(self.names)
+        for part in self.parts:
+            chosen = [params[i] for i in part.at] if is_whole else list(params)
+            part.group["params"] = chosen
 
-    def follow_options(self) -> None:
+    def follow_options(self, keys: Iterable[str]) -> None:
         """Copy the options that were written since, and drop those that are gone. They are compared
-        by value too, since pickle keeps no identity.
+        by value, since pickle keeps no identity.
         """
-        for key, value in self.group.items():
-            if key not in _HELD and not same(value, self.seen.get(key, _NOTHING)):
-                for part in self.parts:
+        for key in keys:
+            value = self.group[key]
+            if key == "params" or same(value, self.seen.get(key, _NOTHING)):
+                continue
+            for part in self.parts:
+                if key == "lr":
+                    part.base = value
+                else:
                     part.group[key] = self.of_part(part, key, value)
         for key in self.parts[0].group.keys() - self.group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
 
     def _check_params(self, params: Sequence[Any], ids: list[int]) -> None:
-        """Raise if parameters are in another order than before, or others than in their shapes."""
+        """Raise if parameters are in another order than before, or others than in their shapes.
+        Those of one part train at its rate, whatever they are.
+        """
         fits = len(params) == len(self.names) and sorted(ids) != sorted(self.ids)
         for param, shape in zip(params, self.shapes, strict=False):
             # a sharded one may be empty or flat here
             is_whole = param.dim() == len(shape) and param.numel()
             fits = fits and (not is_whole or tuple(param.shape) == shape)
-        if not fits:
+        if fits:
+            self.shapes = [tuple(param.shape) for param in params]
+        elif params and len(self.parts) > 1:
             raise OptimizerError(
                 f"The {len(self.names)} parameters of a group, {self.names[0]} and others, which"
                 f" have several rates, are {len(params)} now, or in another order, or were replaced"
@@ -177,10 +186,10 @@ class SplitGroup:
             part.group["params"] = ()
             if part.group["lr"] is not part.rate:  # written by the optimizer
                 part.base = part.group["lr"] / part.multiplier
-        for key, value in self.parts[0].group.items():
-            if key not in _HELD and key not in self.lists:
-                self.group[key] = value
-        self.group["lr"] = self.parts[0].base
+        kept = {key: self.group[key] for key in ("params", *self.lists)}
+        kept["lr"] = self.parts[0].base
+        # at once: a signal's handler may save between two writes
+        self.group.update({**self.parts[0].group, **kept})
         self.see()
 
     def see(self) -> None:
@@ -392,8 +401,6 @@ def enter(opt: Any) -> None:
     splits = hidden.of(users)
     for split in splits:
         split.follow()
-        for part in split.parts:
-            part.group["params"] = split.params_of(part)
     parts = list(chain.from_iterable(split.parts for split in splits))
     for part, rate in zip(parts, _rates(parts), strict=True):
         part.rate = part.group["lr"] = rate

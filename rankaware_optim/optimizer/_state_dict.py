@@ -171,7 +171,7 @@ def restored(
     for split, user, of_parts in zip(splits, users, values, strict=True):
         parts = [replace(part, group=dict(part.group)) for part in split.parts]
         one = replace(split, group=user, parts=parts, seen={})
-        one.follow_options()
+        one.follow_options(user)
         one.see()
         kept = {}
         for key, each in of_parts.items():
