@@ -75,7 +75,7 @@ class CalibrationInterrupted(_CauseAndCure, KeyboardInterrupt):
 
 
 class PlotError(RankAwareError):
-    """matplotlib is not installed, or the file cannot be written."""
+    """matplotlib is not installed, or there is nothing to draw."""
 
 
 class RankAwareWarning(UserWarning):

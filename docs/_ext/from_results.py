@@ -17,7 +17,6 @@ import nbformat
 from nbclient import NotebookClient
 
 import rankaware_optim as ra
-from rankaware_optim.reports import plot_recipe
 
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
@@ -118,7 +117,9 @@ def gallery() -> Iterator[str]:
     recipes = {path.stem: ra.Recipe.load(path) for path in paths}
     yield from index_of(recipes)
     for stem, recipe in recipes.items():
-        plot_recipe(recipe, GENERATED / "recipes" / f"{stem}.png")
+        path = GENERATED / "recipes" / f"{stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recipe.plot().savefig(path, dpi=130)
         title = f"{task_of(stem)}: {setting_of(recipe)}"
         yield RECIPE.format(name=stem, title=title, words=recipe.explain())
 

@@ -78,7 +78,13 @@ def show(recipe: Path) -> None:
 def plot(recipe: Path, out: Path, force: bool) -> None:
     """Draw a recipe's trials, and its rates by rank."""
     refuse_existing(out, force)
-    echo(reports.plot_recipe(recipes.Recipe.load(recipe), out))
+    figure = recipes.Recipe.load(recipe).plot()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(out, format=out.suffix[1:], dpi=130)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    echo(out)
 
 
 @click.command()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,35 +43,13 @@ _LEAST = 1e-3  # of the best score: a frame is as high, so that noise does not l
 _OCTAVES = 2  # beyond the ranks tried, in which rates by rank are drawn
 
 
-def plot_recipe(recipe: Recipe, path: str | Path) -> Path:
-    """Draw a recipe: one panel per rank with its trials, band, ceiling and rate, and a panel of
-    rates by rank.
-
-    Args:
-        recipe: the recipe.
-        path: the file, a .png, .svg or .pdf.
-
-    Returns:
-        The path written.
+def recipe_figure(recipe: Recipe) -> Figure:
+    """Return a figure: one panel per rank with its trials, band, ceiling and rate, and a panel of
+    rates by rank. Its `savefig(path)` writes it.
 
     Raises:
-        PlotError: matplotlib is not installed, the recipe has no trials, or the file cannot be
-            written.
+        PlotError: matplotlib is not installed, or the recipe has no trials.
     """
-    target, figure = Path(path), recipe_figure(recipe)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, format=target.suffix[1:], dpi=130)
-    except (OSError, ValueError) as error:
-        raise PlotError(
-            f"The figure {target} cannot be written: {error}.",
-            "Give a writable .png, .svg or .pdf.",
-        ) from error
-    return target
-
-
-def recipe_figure(recipe: Recipe) -> Figure:
-    """Return the figure that `plot_recipe` writes."""
     trials = trials_of(recipe)
     if not trials:
         raise PlotError(
