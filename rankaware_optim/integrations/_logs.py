@@ -55,9 +55,6 @@ def log_rates(trainer: Any) -> None:
     class LogRates(TrainerCallback):
         """Adds the rates of the last step to the training logs, as Trainer does for group 0."""
 
-        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-            self.rates: dict[str, float] = {}
-
         def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"], moved=True)
 

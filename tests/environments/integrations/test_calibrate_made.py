@@ -530,12 +530,6 @@ BAD = [
     (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
-    (lambda folder: lambda trial: iter(()), DECAY, "train returned no trainer"),
-    (
-        lambda folder: maker(folder, warmup_steps=STEPS),
-        {},
-        "warm-up is as long as the trial.*its step 6",
-    ),
     (with_optimizer, {}, "already has an optimizer.*leave attach out"),
     (lit, DECAY, "Scheduled configures its optimizer itself"),
     (lambda folder: lit(folder, Own), {}, r"without calling trial\.optimizer"),
