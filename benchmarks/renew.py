@@ -5,7 +5,8 @@
 
 Golden tables and the numbers in prose are written by their tests. A page rests on the golden tables that its script
 names in `RESTS_ON`, and carries their digests. Where one has moved, the page is made by the command that it names. Where
-cases only came or went, it gets the new digest. No page is trained: its runs are on file.
+cases only came or went, it gets the new digest. No page is trained: its runs are on file. Examples that print other
+numbers are named.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ROOT = RESULTS.parents[1]
 MARK = re.compile(r"\b([a-z]+)@[0-9a-f]{8}\b")
 COMMAND = re.compile(r"^Command: `python (.+)`$", re.M)
 WRITTEN = ("tests/test_golden.py", "tests/test_defaults.py")
+PRINTED = ("tests/test_pages.py", "tests/test_examples.py")
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
 def stale_pages() -> list[Path]:
@@ -40,8 +43,7 @@ def stale_marks(page: Path) -> list[str]:
 
 def write_numbers() -> None:
     """Write golden tables and prose by their tests, and what the site's pages show."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run([*pytest, *WRITTEN, "--write-golden"], cwd=ROOT, check=False)
+    run = subprocess.run([*PYTEST, *WRITTEN, "--write-golden"], cwd=ROOT, check=False)
     if run.returncode:
         raise click.ClickException("The tests above cannot write what they hold.")
     subprocess.run([sys.executable, "docs/shown.py"], cwd=ROOT, check=True)
@@ -82,7 +84,7 @@ def make(page: Path, data: Path) -> str | None:
     words = [place_of(word, data) for word in shlex.split(command[1])]
     missing = [word for word in words if is_file_name(word) and not Path(word).exists()]
     if missing:
-        return f"{', '.join(missing)} is not in the tree: give --data FOLDER"
+        return f"not in the tree: {', '.join(missing)}. Give --data FOLDER"
     click.echo(f"{page.stem}: python {' '.join(words)}")
     paths = f"{RESULTS.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     run = subprocess.run(
@@ -116,7 +118,7 @@ def place_of(word: str, data: Path) -> str:
     help="The folder with others' files.",
 )
 def main(data: Path) -> None:
-    """Write golden tables, prose and stale pages. Exit with status 1 if a page cannot be made."""
+    """Write golden tables, prose and stale pages. Exit with status 1 if something is stale still."""
     os.chdir(ROOT)
     write_numbers()
     renew_marks()
@@ -125,7 +127,10 @@ def main(data: Path) -> None:
     for page, reason in reasons.items():
         click.echo(f"{page.stem}: {'made again' if reason is None else reason}")
     click.echo(f"{len(stale_pages())} pages are stale.")
-    sys.exit(bool(stale_pages()))
+    printed = subprocess.run([*PYTEST, "--tb=line", *PRINTED], cwd=ROOT, check=False)
+    if printed.returncode:
+        click.echo("What these examples print is to be written by hand.")
+    sys.exit(bool(stale_pages() or printed.returncode))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_a_table_moves_where_a_case_differs(now: str, moved: bool) -> None:
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("laws/none.py sweep.csv", "sweep.csv is not in the tree: give --data FOLDER"),
+        ("laws/none.py sweep.csv", "not in the tree: sweep.csv. Give --data FOLDER"),
         ("-c 'raise ValueError(7)'", "ValueError: 7"),
         ("-c pass", None),
         ("-c pass here.csv", None),
