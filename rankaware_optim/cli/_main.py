@@ -44,11 +44,9 @@ class _Commands(click.Group):
         try:
             with warnings_as_notes():
                 return super().invoke(ctx)
-        except RankAwareError as error:
+        except (RankAwareError, OSError) as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
             raise click.ClickException(in_options(error, command)) from error
-        except OSError as error:
-            raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as error:
             said = "Interrupted."
             if isinstance(error, CalibrationInterrupted):

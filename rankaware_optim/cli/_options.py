@@ -16,7 +16,6 @@ import click
 import msgspec
 
 from .._printing import printable
-from ..errors import RankAwareError
 
 Decorator = Callable[[Any], Any]
 INTERRUPTED = 130  # exit code of shells for SIGINT
@@ -57,10 +56,11 @@ def echo_result(as_json: bool, result: object, document: object = None) -> None:
     click.echo(json.dumps(plain, indent=1))
 
 
-def in_options(error: RankAwareError, command: click.Command) -> str:
+def in_options(error: Exception, command: click.Command) -> str:
     """Return an error's message, with the command's option in place of the argument at fault."""
+    argument = getattr(error, "argument", None)
     for param in command.params:
-        if isinstance(param, click.Option) and param.name == error.argument:
+        if isinstance(param, click.Option) and param.name == argument:
             return max(param.opts, key=len) + str(error).removeprefix(param.name or "")
     return str(error)
 
