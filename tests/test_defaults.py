@@ -206,7 +206,7 @@ PAGES = {
     "docs/which-rate.md": (
         "| <runs> short runs by default |",
         "lost <suggest_7b_least> to <suggest_7b_most> % of the loss at ranks 8 to 256",
-        "the suggestion [lost](../benchmarks/results/frontier.md) <suggest_least> to "
+        "it [lost](../benchmarks/results/frontier.md) <suggest_least> to "
         "<suggest_most> % of LoRA's gain",
     ),
     "docs/bands.md": (
