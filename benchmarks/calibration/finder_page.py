@@ -1,4 +1,5 @@
-"""The page of the finder's searches, and of what stored sweeps say beside them.
+"""The page of the finder's searches, and of what stored sweeps say beside them:
+`python benchmarks/calibration/finder_page.py`.
 
 **What it is worth.** Around the suggested rate, four trials of a quarter lose .4 % of the gain where they tuned, 1.5 at the
 95th percentile, for a run's price; trials of an eighth lose .8 and 3.7 for half of it. The suggested rate without a search
