@@ -137,6 +137,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         steps: int | None = None,
         **settings: Any,
     ) -> RankAwareOptimizer:
+        # What was given is read and refused first. Then rates are assigned and groups split. The
+        # optimizer is built, or a built one changed, last: what fails has changed nothing.
         params, ours = as_one_model(params), signature(cls.__new__).parameters
         holder = params if model is None else as_one_model(model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
