@@ -65,13 +65,7 @@ def widened_for(recipe: AnyRecord, survey: Survey) -> tuple[AnyRecord, str]:
         width = fmean(here[ours] for ours, _ in pairs)
         own_width = fmean(recipe.layers[theirs] for _, theirs in pairs)
     _refuse_other_width(recipe, width, own_width)
-    if not recipe.layers or not here:
-        return recipe, ""
-    # Full finetuning trains more layers than an adapter, so there one that both have is enough.
-    full = "full" in (own.method, survey.dominant().method)
-    if pairs and full:
-        return recipe, ""
-    words = unlike(recipe, here, pairs)
+    words = unlike(recipe, survey, here, pairs)
     if not words:
         return recipe, ""
     sd = ANOTHER_TASK_SD[own.init]
@@ -85,12 +79,21 @@ def widened_for(recipe: AnyRecord, survey: Survey) -> tuple[AnyRecord, str]:
 
 
 def unlike(
-    recipe: Record, here: Collection[str], pairs: Collection[tuple[str, str]]
+    recipe: Record,
+    survey: Survey,
+    here: Collection[str],
+    pairs: Collection[tuple[str, str]],
 ) -> str:
     """Return in words which layers of a model are not the recipe's, "" if all are.
 
     here: the model's layers. pairs: those that both have, by the name in each.
+
+    Full finetuning trains more layers than an adapter, so there one that both have is enough.
     """
+    if not recipe.layers or not here:
+        return ""
+    if pairs and "full" in (recipe.reference.method, survey.dominant().method):
+        return ""
     new = sorted({*here} - {ours for ours, _ in pairs})
     missing = sorted({*recipe.layers} - {theirs for _, theirs in pairs})
     if new:

@@ -59,8 +59,7 @@ def recipe_figure(recipe: Recipe) -> Figure:
     by_rank = rates_by_rank(recipe)
     ranks = sorted({*trials["rank"].tolist()}, key=lambda rank: rank or math.inf)
     panels = len(ranks) + (len(by_rank) > 1)
-    columns = 2 if panels == 4 else min(3, panels)
-    figure, axes = _figure(columns, -(-panels // columns))
+    figure, axes = _figure(panels)
     for axis, rank in zip(axes, ranks, strict=False):
         if axis is not axes[0]:
             axis.sharex(axes[0])
@@ -69,13 +68,11 @@ def recipe_figure(recipe: Recipe) -> Figure:
         _draw_rate(axis, known_rate(recipe, rank))
         axis.set_title(f"Rank {rank}" if rank else "Full finetuning", fontsize=10)
     if len(by_rank) > 1:
-        _draw_rates(axes[panels - 1], recipe, by_rank)
-    for axis in axes[panels:]:
-        axis.remove()
+        _draw_rates(axes[-1], recipe, by_rank)
     optimizer = recipe.optimizer.rpartition(".")[2]
     title = f"{recipe.name[:60]}: {optimizer}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(printable(title), parse_math=False)
-    _draw_legend(figure, columns + 1)
+    _draw_legend(figure)
     return figure
 
 
@@ -128,8 +125,8 @@ def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
 # --- matplotlib -----------------------------------------------------------------------------------
 
 
-def _figure(columns: int, rows: int) -> tuple[Figure, Any]:
-    """Return a figure and its axes, row by row."""
+def _figure(panels: int) -> tuple[Figure, Any]:
+    """Return a figure and the axes of its panels, row by row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -146,18 +143,26 @@ def _figure(columns: int, rows: int) -> tuple[Figure, Any]:
             self.savefig(buffer, format="png")
             return buffer.getvalue()
 
+    columns = 2 if panels == 4 else min(3, panels)
+    rows = math.ceil(panels / columns)
     size = (1.0 + 3.6 * columns, 0.9 + 3.2 * rows)
     figure = Shown(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for spare in axes[panels:]:
+        spare.remove()
+    return figure, axes[:panels]
 
 
-def _draw_legend(figure: Figure, columns: int) -> None:
+def _draw_legend(figure: Figure) -> None:
     """Draw one legend for all panels, in which each word stands once."""
     named: dict[str, Any] = {}
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(4, columns)}
+    place: dict[str, Any] = {
+        "loc": "outside lower center",
+        "ncols": min(3, 1 + len(figure.axes)),
+    }
     figure.legend([*named.values()], [*named], **place, frameon=False, fontsize=9)
 
 

@@ -95,14 +95,13 @@ def fit_sweep(
     bound = bound_law(recordable_law(law), optimizer, {})
     given = {
         "alpha": alpha,
-        "init": init,
+        "init": "A" if init is None else init,
         "fan_in": fan_in,
         "batch": batch,
         "steps": steps,
     }
-    lora = {name: value for name, value in given.items() if value is not None}
-    full = {**lora} if full_fan_in is None else {**lora, "fan_in": full_fan_in}
-    runs, notes = read_sweep(sweep, lora, full)
+    full = given if full_fan_in is None else {**given, "fan_in": full_fan_in}
+    runs, notes = read_sweep(sweep, given, full)
     runs = _of_one_model(runs)
     _check_enough(runs)
     ranks = sorted({run.rank for run in runs if run.rank is not None})

@@ -110,6 +110,19 @@ def read_sweep(
         rows: list[Any] = _csv_rows(Path(source))
     else:
         rows = list(source)
+    _check_columns(rows)
+    runs = [_run_of(i, _cells(row), lora, full) for i, row in enumerate(rows, 1)]
+    notes = []
+    if missing := runs.count(None):
+        notes.append(
+            f"{missing} of {len(rows)} rows have no loss and were left out; write 'diverged' if a"
+            " run diverged"
+        )
+    return [*dict.fromkeys(run for run in runs if run)], notes
+
+
+def _check_columns(rows: list[Any]) -> None:
+    """Raise if a column is missing that a sweep needs."""
     present = dict.fromkeys(
         name for row in rows if isinstance(row, Mapping) for name in row
     )
@@ -120,14 +133,6 @@ def read_sweep(
                 "Give a CSV file or df.to_dict('records'), with columns of these names, as by"
                 " df.rename(columns={'learning_rate': 'lr'}).",
             )
-    runs = [_run_of(i, _cells(row), lora, full) for i, row in enumerate(rows, 1)]
-    notes = []
-    if missing := runs.count(None):
-        notes.append(
-            f"{missing} of {len(rows)} rows have no loss and were left out; write 'diverged' if a"
-            " run diverged"
-        )
-    return [*dict.fromkeys(run for run in runs if run)], notes
 
 
 def _csv_rows(path: Path) -> list[Row]:
@@ -168,6 +173,11 @@ def _run_of(
         cells = {"rank": "", **(lora or {}), **cells}
         if cells.get("alpha") == "rank":
             cells["alpha"] = cells["rank"]
+    return _checked(number, cells)
+
+
+def _checked(number: int, cells: dict[str, Any]) -> SweepRun:
+    """Return the cells of a row as a run."""
     try:
         run: SweepRun = msgspec.convert(cells, SweepRun, strict=False)
     except msgspec.ValidationError as error:
@@ -180,17 +190,24 @@ def _run_of(
     return replace(run, loss=math.inf) if run.loss > _MOST_LOSS else run
 
 
+def _mean_losses(
+    observations: Sequence[Observation], rank: int | None
+) -> dict[float, float]:
+    """Return a rank's {log2 rate: mean loss}."""
+    losses: dict[float, list[float]] = {}
+    for o in observations:
+        if o.rank == rank:
+            losses.setdefault(round(o.x, 6), []).append(o.value)
+    return {x: fmean(values) for x, values in losses.items()}
+
+
 def ends_of(observations: Sequence[Observation]) -> dict[int | None, tuple[float, str]]:
     """Return, by rank, the best rates at an end of the grid: log2 of the rate, and "lowest" or
     "highest". A tie with a rate inside the grid does not count.
     """
     ends = {}
     for rank in dict.fromkeys(o.rank for o in observations):
-        losses: dict[float, list[float]] = {}
-        for o in observations:
-            if o.rank == rank:
-                losses.setdefault(round(o.x, 6), []).append(o.value)
-        means = {x: fmean(values) for x, values in losses.items()}
+        means = _mean_losses(observations, rank)
         least = min(means.values())
         best = [x for x, mean in means.items() if mean == least]
         if len(means) == 1 or len(best) > 1 or not math.isfinite(least):
