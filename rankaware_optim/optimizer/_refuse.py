@@ -168,15 +168,14 @@ def check_base_lr(
         return
     name = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
-    if not isinstance(default, (int, float)):
-        raise OptimizerError(f"{name} has no default learning rate.", "Give lr=.")
+    is_rate = isinstance(default, (int, float))
     without = [group.names for group in groups if "lr" not in group.options]
-    if all(explicit.rate_of(each) is not None for each in chain(*without)):
+    if is_rate and all(explicit.rate_of(each) is not None for each in chain(*without)):
         return
-    if source.reference is not None:
+    if not is_rate or source.reference is not None:
         raise OptimizerError(
-            f"tuned_at= was given without lr=, but {name}'s default, {default}, is not tuned.",
-            "Give the tuned rate as lr=, or leave tuned_at= out.",
+            f"No lr= was given, and {name}'s default, {default}, is not tuned.",
+            "Give the rate as lr=, with tuned_at= where it was tuned.",
         )
     warn(
         f"No lr= was given, so this trains at {name}'s default rate, {default:g}, which nobody"

@@ -279,7 +279,7 @@ def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was(
     """A class's default rate is not the one tuned at a reference; one without a default asks for it."""
     with pytest.raises(OptimizerError, match=r"default, 0\.001, is not tuned"):
         RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
-    with pytest.raises(OptimizerError, match="NoDefault has no default"):
+    with pytest.raises(OptimizerError, match="NoDefault's default, None, is not tuned"):
         RankAwareOptimizer(mlp(), NoDefault)
 
 
