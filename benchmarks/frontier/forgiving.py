@@ -12,7 +12,7 @@ finetuning, where AdamW lost 6 to 14 (`frontier.md`). Those runs suggested the q
 settings, where it is on file. AdamW with the study's schedule at its suggested rate and twice it, by the sweeps' spline.
 
 **Cells.** Rank 4 and 64 with alpha = rank, rank 64 with alpha kept, and full finetuning, at a task's own steps, one seed; at
-400 steps what `frontier/runs.py` has. *Of the four other tasks only vision classification was run, for time, and there neither
+400 steps what `frontier/runs.py` has. *Of the four other tasks only vision and text classification were run, for time, and there neither
 ScheduleFree+ nor Prodigy.* A loss is the share of the gain that is lost beside the sweep's best rate.
 
 **The rule, written before the runs.** An optimizer forgives if, over the cells of tasks that did not suggest it, it loses at
