@@ -167,7 +167,7 @@ class SplitGroup:
             is_whole = param.dim() == len(shape) and param.numel()
             fits = fits and (not is_whole or tuple(param.shape) == shape)
         if fits:
-            self.shapes = [tuple(param.shape) for param in params]
+            self.shapes = shapes_of(params)
         elif params and len(self.parts) > 1:
             raise OptimizerError(
                 f"The {len(self.names)} parameters of a group, {self.names[0]} and others, which"
@@ -195,6 +195,10 @@ class SplitGroup:
     def see(self) -> None:
         """Note the options that the user's group holds now. Its parameters are not kept alive."""
         self.seen = {**self.group, "params": None}
+
+
+def shapes_of(params: Iterable[Any]) -> list[tuple[int, ...]]:
+    return [tuple(param.shape) for param in params]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -254,7 +258,7 @@ class Hidden:
         for user in strange:
             params, at = user["params"], list(range(len(user["params"])))
             names = [f"group{len(self.splits)}.unnamed.{i}" for i in at]
-            shapes = [tuple(param.shape) for param in params]
+            shapes = shapes_of(params)
             split = SplitGroup(user, names, shapes, seen={"lr": user["lr"]})
             split.parts.append(Part(_BY_HAND, at, base=user["lr"]))
             known[id(user)] = split
@@ -306,7 +310,7 @@ def _split_at(
 ) -> SplitGroup:
     """Return a user's group with a part at each of some positions."""
     params = [param for _, param in user.named]
-    shapes = [tuple(param.shape) for param in params]
+    shapes = shapes_of(params)
     split = SplitGroup(user.given, list(user.names), shapes)
     split.lists = _lists(user, assigner)
     split.seen = {**user.options, "params": params}

@@ -164,7 +164,8 @@ def check_base_lr(
     """
     if source.lr is not None:
         check_lr(source.lr)
-    if wrapped.built is not None or source.lr is not None:
+        return
+    if wrapped.built is not None:
         return
     name = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
