@@ -53,7 +53,7 @@ MOVES = (  # what changes, from, to, how sure
         "theory; one seed measured",
     ),
     (
-        "rank 16 → 128 at A = 0, alpha = rank",
+        "rank 16 → 128 at init B, alpha = rank",
         B16,
         replace(B16, rank=128, alpha=128),
         "measured, against theory",
@@ -68,7 +68,7 @@ MOVES = (  # what changes, from, to, how sure
     ),
     ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
     (
-        "LoRA at rank 16, A = 0 → full finetuning",
+        "LoRA at rank 16, init B → full finetuning",
         B16,
         replace(FULL, fan_in=WIDTH),
         "rule of thumb: calibrate",

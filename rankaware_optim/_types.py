@@ -25,12 +25,12 @@ Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 
 def init_text(init: str) -> str:
-    """Return an init in the words of a report: by the factor that starts at zero.
+    """Return an init in words. A: B starts at zero, as in PEFT. B: A does.
 
-    >>> init_text("A"), init_text("B")
-    ('B = 0', 'A = 0')
+    >>> init_text("A"), init_text("other")
+    ('init A', 'init other')
     """
-    return {"A": "B = 0", "B": "A = 0"}.get(init, init)
+    return f"init {init}"
 
 
 @dataclass(frozen=True)

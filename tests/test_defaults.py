@@ -228,8 +228,8 @@ PAGES = {
         "<range_test_full> % in full finetuning",
     ),
     "docs/full-finetuning.md": (
-        "it lost <study_full> % from B = 0 and <study_full_b> % from A = 0, and a "
-        "calibrated recipe <study_full_recipe> % from B = 0",
+        "it lost <study_full> % from init A and <study_full_b> % from init B, and a "
+        "calibrated recipe <study_full_recipe> % from init A",
     ),
     "docs/without-regret.md": (
         "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "

@@ -1,4 +1,4 @@
-"""The best rate over rank by the default law, relative to rank 16 at B = 0."""
+"""The best rate over rank by the default law, relative to rank 16 at init A."""
 
 from pathlib import Path
 
@@ -24,9 +24,9 @@ def line(alpha, init="A"):
 figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
 full = LAW.multiplier(Reference(method="full", fan_in=LARGEST).as_factor(), AT)
 lines = {
-    "B = 0, alpha = rank": (line(lambda r: r), "#0072B2", "-"),
-    "B = 0, alpha = 16": (line(lambda r: 16), "#D55E00", "-"),
-    "A = 0, alpha = rank": (line(lambda r: r, "B"), "#009E73", "--"),
+    "init A, alpha = rank": (line(lambda r: r), "#0072B2", "-"),
+    "init A, alpha = 16": (line(lambda r: 16), "#D55E00", "-"),
+    "init B, alpha = rank": (line(lambda r: r, "B"), "#009E73", "--"),
     "full finetuning": ([full] * len(RANKS), "0.4", ":"),
 }
 for label, (values, colour, style) in lines.items():

@@ -167,7 +167,7 @@ def _lines(
     """
     if at.init == "B" or at.method == "full":
         raise InvalidReferenceError(
-            "--as prints lines for adapters at B = 0, with which these tools start.",
+            "--as prints lines for adapters at init A, with which these tools start.",
             "Leave --as out to print the rate.",
         )
     other_alpha = (
@@ -237,7 +237,7 @@ def as_words(reference: Reference) -> str:
     "--to",
     str,
     "New configuration, such as r=128,alpha=16,rslora or full. r=64 alone keeps alpha. The width"
-    " fan_in is the mean fan-in for LoRA and the largest for full finetuning (from A = 0 the"
+    " fan_in is the mean fan-in for LoRA and the largest for full finetuning (from init B the"
     " mean). One that only --from or --to has is used for both, and 4096 if neither has one.",
     required=True,
 )

@@ -130,7 +130,7 @@ def json_option(shape: str) -> Decorator:
     return flag("--json as_json", f"Print JSON: {shape}")
 
 
-_INIT_HELP = "A: B starts at zero, as in PEFT (B = 0). B: A starts at zero (A = 0)."
+_INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
 def init_option(more: str, names: Sequence[str] = ("A", "B")) -> Decorator:

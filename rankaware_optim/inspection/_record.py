@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .._printing import Table
-from .._types import Factor, Init, Reference, init_text
+from .._types import Factor, Init, Reference
 from ..errors import InspectionError
 
 _HEADINGS = ("kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
@@ -139,7 +139,7 @@ class Survey:
         """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
         blank = [""] * 5
         for f in self.factors:
-            how, why = [f"{f.scaling:g}", init_text(f.init)], "a LoRA pair"
+            how, why = [f"{f.scaling:g}", f.init], "a LoRA pair"
             if f.role == "full":
                 how, why = ["", ""], "a whole weight"
             elif f.init == "other":

@@ -131,9 +131,9 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
             not for "full".
 
     >>> str(parse_reference("r=16,alpha=32"))
-    'rank 16, alpha 32, B = 0'
+    'rank 16, alpha 32, init A'
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
-    'rank 64, alpha 32, B = 0'
+    'rank 64, alpha 32, init A'
     """
     entries = []
     for part in filter(None, map(str.strip, text.split(","))):

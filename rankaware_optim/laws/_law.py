@@ -29,7 +29,7 @@ class Law(ABC):
     """A scaling law. Subclass it as a frozen dataclass, give every field a default, and write
     `multiplier`.
 
-    An init of "A", printed as B = 0, means that A is drawn and B starts at zero, as in PEFT. "B",
+    An init of "A" means that A is drawn and B starts at zero, as in PEFT. "B",
     printed as A = 0, is the reverse.
 
     >>> from dataclasses import dataclass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._printing import Table
-from .._types import Factor, init_text
+from .._types import Factor
 from ..inspection import Survey, other_kind
 from ._unmoved import epsilon, rounding, trained_parts
 
@@ -190,7 +190,7 @@ def _cells(
         row.role,
         str(row.rank or ""),
         "" if row.scaling is None else f"{row.scaling:g}",
-        init_text(row.init or ""),
+        row.init or "",
         _range(f.fan_in for f in of_row),
         _range(f.fan_out for f in of_row),
         what,

@@ -72,8 +72,8 @@ def test_the_module_is_the_command():
 
 PRINTED = {  # what a command prints, as patterns
     "inspect adapter": [
-        r"peft +linear +A +8 +2 +B = 0 +32 +48 +2",
-        r"peft +linear +B +8 +2 +B = 0 +32 +48 +2",
+        r"peft +linear +A +8 +2 +A +32 +48 +2",
+        r"peft +linear +B +8 +2 +A +32 +48 +2",
         r" other +1 +no LoRA factor: the base rate",
     ],
     "inspect adapter --per-module": [

@@ -643,8 +643,8 @@ def test_bad_references_are_refused(name, value):
 
 AT_16 = {"rank": 16, "alpha": 32}
 SCALINGS = [
-    (AT_16, 2.0, "rank 16, alpha 32, B = 0"),
-    ({**AT_16, "rslora": True, "init": "B"}, 8.0, "rank 16, alpha 32, rslora, A = 0"),
+    (AT_16, 2.0, "rank 16, alpha 32, init A"),
+    ({**AT_16, "rslora": True, "init": "B"}, 8.0, "rank 16, alpha 32, rslora, init B"),
     ({"method": "full"}, 1.0, "full finetuning"),
 ]
 

@@ -403,7 +403,7 @@ LARGEST, MEAN = 32.0, (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
     [("A", LARGEST, None), ("A", LARGEST, 32), ("B", MEAN, 32)],
 )
 def test_full_finetuning_moves_everything_by_one_multiplier(init, width, fan_in):
-    """From the mean width to the largest one, from B = 0, or the mean one, from A = 0; without a reference nothing moves."""
+    """From the mean width to the largest one, from init A, or the mean one, from A = 0; without a reference nothing moves."""
     at = replace(AT_16, init=init, fan_in=fan_in or MEAN)
     moved = Falling().multiplier(Factor("w", "full", None, width, width), at)
     given = replace(at, fan_in=fan_in)

@@ -48,14 +48,14 @@ def test_the_report_lists_every_group():
     assert rows == opt.rates.groups
     assert {row.base_lr for row in rows} == {0.125}
     reasons = [
-        *["default law: from rank 16, alpha 16, B = 0"] * 4,
+        *["default law: from rank 16, alpha 16, init A"] * 4,
         "no LoRA factor: the base rate (other_lr= or rates= sets another)",
         "given by rates=",
     ]
     assert [row.why for row in rows] == reasons
 
 
-FROM_16 = "from rank 16, alpha 16, B = 0"
+FROM_16 = "from rank 16, alpha 16, init A"
 MUA = {"law": MuA(tokens=4.0), "tuned_at": AT_16}
 NO_ZERO = "neither factor started at zero, so no law covers it: the base rate"
 REASONS = [
@@ -84,7 +84,7 @@ def test_a_recipe_and_a_family_are_reasons_too():
         nn.Linear(4, 4), "sgd", method="full", lr=LR, tuned_at=AT_16
     )
     assert {row.why for row in full.report().rows} == {
-        "default law, gradient-like: full finetuning, from rank 16, alpha 16, B = 0"
+        "default law, gradient-like: full finetuning, from rank 16, alpha 16, init A"
     }
 
 
@@ -102,12 +102,12 @@ def test_without_a_reference_nothing_moves_on_a_uniform_model(model, method):
 def test_without_a_reference_a_mixed_model_moves_about_its_own():
     """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
     report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
-    assert "default law: from rank 4, alpha 4, B = 0" in {
+    assert "default law: from rank 4, alpha 4, init A" in {
         row.why for row in report.rows
     }
     (note,) = [note for note in report.notes if "tuned_at" in note]
     assert note.startswith(
-        "tuned_at not given: lr counts as tuned at rank 4, alpha 4, B = 0"
+        "tuned_at not given: lr counts as tuned at rank 4, alpha 4, init A"
     )
 
 
@@ -116,7 +116,7 @@ def test_the_report_prints_as_a_table():
     report = report_of(mlp((4, 8)), tuned_at=replace(AT_16, init="B"), other_lr=0.1)
     text = str(report)
     assert text.splitlines()[0].startswith("RankAwareOptimizer(AdamW), ")
-    for words in ("role", "multiplier", "note: Adapters at B = 0"):
+    for words in ("role", "multiplier", "note: Adapters at init A"):
         assert words in text
     lines = [line.split() for line in text.splitlines()]
     table = [cells for cells in lines if cells[:1] in (["A"], ["B"], ["other"])]
@@ -137,7 +137,7 @@ def test_a_row_shows_fans():
     opt = RankAwareOptimizer(model, AdamW, lr=LR)
     lines = map(str.split, str(opt.report()).splitlines())
     (cells,) = [cells for cells in lines if cells[:2] == ["A", "4"]]
-    assert cells[6:8] == ["12–64", "20–64"]
+    assert cells[4:6] == ["12–64", "20–64"]
 
 
 NAMES = ["falling", Power(0.25, law=Falling())]
@@ -197,7 +197,7 @@ def test_explain_merges_alike_factors():
     """Without per_module alike factors share a line with their count."""
     shown = inspect_model(mlp((4, 4, 8))).explain().splitlines()
     lines = [line.split() for line in shown if "lora_A/lora_B" in line]
-    counts = [(cells[2], cells[3], cells[10]) for cells in lines if cells[2] in "AB"]
+    counts = [(cells[2], cells[3], cells[8]) for cells in lines if cells[2] in "AB"]
     expected = {"4": "2", "8": "1"}
     assert counts == [(r, rank, n) for rank, n in expected.items() for r in "AB"]
 

@@ -150,7 +150,7 @@ def test_a_rate_below_the_ranks_tried_at_init_b_is_called_high(init, rank, said)
     with pytest.warns(RankAwareWarning) as warned:
         recipe(reference=at).at(rank)
     assert (
-        "with A = 0 the rate tends to be too high" in str(warned[0].message)
+        "with init B the rate tends to be too high" in str(warned[0].message)
     ) == said
 
 

@@ -35,7 +35,7 @@ def test_whatever_it_holds_a_recipe_prints_itself(kind):
 
 
 WORDS = [
-    ({}, "base rate", f"{FULL.lr:.3g} at rank 4, alpha 8, B = 0, mean fan-in 64"),
+    ({}, "base rate", f"{FULL.lr:.3g} at rank 4, alpha 8, init A, mean fan-in 64"),
     ({}, "90 % band", FULL.at().band),
     ({}, "law", "mua, times rank^0.1"),
     ({}, "horizon", "1 steps, batch 16, warm-up 5%"),
@@ -81,13 +81,13 @@ def test_the_page_says_what_printing_says():
 
 BARE = {"steps": None, "reference": Reference(4, 4)}
 AT = [
-    ({}, {}, "rank 4, alpha 8, B = 0, fan-in 64, 100 steps, batch 16"),
-    ({}, {"rank": 64}, "rank 64, alpha 128, B = 0, fan-in 64, 100 steps, batch 16"),
-    ({"reference": replace(FULL.reference, fan_in=160 / 3)}, {"rank": 8}, "rank 8, alpha 16, B = 0, fan-in 53, 100 steps, batch 16"),
-    ({}, {"rank": 8, "alpha": 8, "rslora": True}, "rank 8, alpha 8, rslora, B = 0, fan-in 64, 100 steps, batch 16"),
-    ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, A = 0, fan-in 128, 100 steps, batch 16"),
+    ({}, {}, "rank 4, alpha 8, init A, fan-in 64, 100 steps, batch 16"),
+    ({}, {"rank": 64}, "rank 64, alpha 128, init A, fan-in 64, 100 steps, batch 16"),
+    ({"reference": replace(FULL.reference, fan_in=160 / 3)}, {"rank": 8}, "rank 8, alpha 16, init A, fan-in 53, 100 steps, batch 16"),
+    ({}, {"rank": 8, "alpha": 8, "rslora": True}, "rank 8, alpha 8, rslora, init A, fan-in 64, 100 steps, batch 16"),
+    ({}, {"init": "B", "fan_in": 128}, "rank 4, alpha 8, init B, fan-in 128, 100 steps, batch 16"),
     ({}, {"method": "full", "steps": 9, "batch": 4}, "full finetuning, fan-in 64, 9 steps, batch 4"),
-    (BARE, {"rank": 8}, "rank 8, alpha 8, B = 0"),
+    (BARE, {"rank": 8}, "rank 8, alpha 8, init A"),
 ]  # fmt: skip
 
 

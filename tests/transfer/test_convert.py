@@ -126,7 +126,7 @@ def test_it_is_a_rate_without_a_band():
     assert type(CONVERTED) is Rate
     assert float(CONVERTED) == CONVERTED.lr == pytest.approx(4e-4, rel=0.05)
     assert (CONVERTED.low, CONVERTED.high, CONVERTED.ceiling) == (0.0, math.inf, None)
-    assert CONVERTED.configuration == "rank 16, alpha 8, B = 0"
+    assert CONVERTED.configuration == "rank 16, alpha 8, init A"
 
 
 def test_a_rate_is_taken_wherever_an_optimizer_takes_one():
