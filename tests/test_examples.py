@@ -86,7 +86,8 @@ def test_the_agents_page_has_commands_that_run(command: str) -> None:
     """The three commands of SKILL.md have arguments that the command line takes."""
     text = (README.parent / "SKILL.md").read_text(encoding="utf-8")
     [shown] = re.findall(rf"^rankaware {command} ([^#\n]+)", text, re.M)
-    parsed = main.commands[command].make_context(command, shown.split())
+    parent = main.context_class(main, **main.context_settings)
+    parsed = main.commands[command].make_context(command, shown.split(), parent)
     assert parsed.params
 
 
