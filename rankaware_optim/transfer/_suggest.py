@@ -342,7 +342,7 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     if at.init == "B":
         yield Move(
             INIT_SD,
-            "All used init A: µA moves the rate to init B, where low ranks needed more in our tasks.",
+            "All used init A: µA moves it to init B, where low ranks needed more in our tasks.",
         )
 
 

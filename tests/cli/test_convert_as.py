@@ -124,7 +124,10 @@ def test_what_is_pasted_has_the_tools_names(tool):
 
 
 NO_LINES = [
-    *((tool, {"origin": f"{FROM},init=B", "to": "r=64"}, "at init A") for tool in TOOLS),
+    *(
+        (tool, {"origin": f"{FROM},init=B", "to": "r=64"}, "at init A")
+        for tool in TOOLS
+    ),
     ("trl", {"to": "full,fan_in=512"}, "for adapters"),
 ]
 
