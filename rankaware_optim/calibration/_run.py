@@ -407,6 +407,8 @@ class TrialRun:
             self.end = "pruned"
         elif FEW < len(self.curve) == self.steps:
             self._check_trained()
+        elif len(self._stepped) == FEW + 1:
+            refuse_micro_batches(self._stepped, len(self.curve))
         return bool(self.end) or len(self.curve) == self.steps
 
     def _check_first(self) -> None:
