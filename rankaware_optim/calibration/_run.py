@@ -393,7 +393,7 @@ class TrialRun:
         """Take the value of a step. Return whether the run ends: it diverged, is pruned, or has run
         its steps.
         """
-        if self.end or len(self.curve) == self.steps:
+        if self._is_over():
             return True
         self.curve.append(self.study.replicas.mean(as_float(value)))
         if len(self.curve) == 1:
@@ -405,10 +405,13 @@ class TrialRun:
             self.end = "diverged"
         elif self._is_pruned():
             self.end = "pruned"
-        elif FEW < len(self.curve) == self.steps:
+        elif len(self.curve) == self.steps:
             self._check_trained()
         elif len(self._stepped) == FEW + 1:
             refuse_micro_batches(self._stepped, len(self.curve))
+        return self._is_over()
+
+    def _is_over(self) -> bool:
         return bool(self.end) or len(self.curve) == self.steps
 
     def _check_first(self) -> None:
@@ -451,6 +454,8 @@ class TrialRun:
         is still zero, since any gradient and rate would have moved some, or if its rate rose until
         its end. Take the warm-up's share of the steps.
         """
+        if self.steps <= FEW:
+            return
         refuse_micro_batches(self._stepped, len(self.curve))
         moved = self.study.replicas.mean(float(has_moved(self._optimizer())))
         # equal rewards give no gradient
