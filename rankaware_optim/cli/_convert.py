@@ -230,7 +230,7 @@ def as_words(reference: Reference) -> str:
     "--from from_",
     str,
     "Configuration at which LR was tuned: r=16,alpha=32, or full,fan_in=4096, or the path of an"
-    " adapter. PEFT's names are read too: r=16,lora_alpha=32,use_rslora=True.",
+    " adapter.",
     required=True,
 )
 @option(

@@ -90,8 +90,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default,
             with a warning, since nobody tuned it.
         tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as
-            "r=16,alpha=32", a dict such as {"r": 16, "lora_alpha": 32}, an adapter's folder or
-            file, or a `LoraConfig`. By default the model's most common configuration.
+            "r=16,alpha=32", an adapter's folder or file, or a `LoraConfig`. By default the model's
+            most common configuration.
         law: a law or its name, by default "falling".
         recipe: a calibrated recipe or its path. It replaces `lr`, `tuned_at`
             and `law`. A warning is given if the optimizer, its settings, batch or steps differ from

@@ -36,10 +36,10 @@ def convert_lr(
 
     Args:
         lr: the tuned rate, per step.
-        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", a dict
-            such as {"r": 16, "lora_alpha": 32}, an adapter's folder or file, or a LoraConfig.
-        to: the other configuration. A text or dict without alpha, such as "r=64", keeps the
-            alpha of `from_`. A width that only one of the two has is used for both, and 4096 if
+        from_: the configuration of `lr`: a `Reference`, a text such as "r=16,alpha=32", an
+            adapter's folder or file, or a LoraConfig.
+        to: the other configuration. A text without alpha, such as "r=64", keeps the alpha
+            of `from_`. A width that only one of the two has is used for both, and 4096 if
             neither has one. The optimizer uses `Survey.width` for LoRA, the mean fan-in, and
             `Survey.full_width` for full finetuning, the largest one (from A = 0 the mean). If
             both have a batch, the rate moves by the law's rule for the batch.
