@@ -7,11 +7,14 @@ in a checkpoint are base rates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim import Adafactor, Optimizer
 
 from .._warn import warn
@@ -100,11 +103,8 @@ def read_checkpoint(
     state = dict(state_dict["state"])
     for split, group, of_parts in zip(splits, groups, values, strict=True):
         _check_group(split, group, of_parts.pop("shapes", split.shapes))
-        # flattened, parameters are fewer than names
-        rows = zip(split.names, group["params"], split.group["params"], strict=False)
-        for name, key, param in rows if _is_torchs(native) else ():
-            if key in state:
-                state[key] = _fitting(name, param, state[key])
+        if _is_torchs(native):
+            _fit_group(split, group, state)
     return {**state_dict, "state": state, "param_groups": groups}, values
 
 
@@ -130,6 +130,47 @@ def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None
                 f"The checkpoint has the parameter {saved} where this optimizer has {here}.",
                 "Give this optimizer the parameters of the saved one, in the same order.",
             )
+
+
+def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
+    """Let a group's state fit its parameters, or raise where a step could not take it."""
+    # flattened, parameters are fewer than names
+    rows = zip(split.names, group["params"], split.group["params"], strict=False)
+    rows = [row for row in rows if row[1] in state]
+    kept = {
+        key
+        for _, number, _ in rows
+        for key, value in state[number].items()
+        if value is not None
+    }
+    for name, number, param in rows:
+        saved = state[number]
+        missing = {key for key in kept if saved.get(key) is None}
+        # classes that count steps start again where there is nothing
+        if missing and (saved or "step" not in kept):
+            raise CheckpointError(
+                f"The checkpoint's {name} lacks {', '.join(sorted(missing))}, which the others of"
+                " its group have.",
+                "Give a checkpoint that is whole, or start with a new state.",
+            )
+        state[number] = _fitting(name, param, saved)
+    _check_finite([state[number] for _, number, _ in rows])
+
+
+def _check_finite(states: Sequence[State]) -> None:
+    """Raise for moments that are not finite, and for impossible steps: training would give NaN."""
+    moments, is_sound = [], True
+    for key, value in chain.from_iterable(each.items() for each in states):
+        if key in _SCALARS:
+            is_sound &= 0.0 <= float(value) < math.inf
+        elif type(value) is torch.Tensor and value.numel():
+            moments.append(value)
+    largest = get_total_norm(moments, math.inf)  # one call for all
+    if not (is_sound and largest.isfinite()):
+        raise CheckpointError(
+            "The checkpoint has moments that are not finite: its run had diverged.",
+            "Go back to an earlier one, or start with a new state.",
+        )
 
 
 def _fitting(name: str, param: torch.Tensor, saved: State) -> State:

@@ -311,6 +311,36 @@ def test_a_damaged_checkpoint_is_refused_whole_or_loaded_whole(data, kind, make)
         assert all(0 <= rate < math.inf for rate in rates_of(opt).values())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [AdamW, torch.optim.SGD])
+@settings(max_examples=125, deadline=None)
+@given(data=st.data())
+def test_damaged_moments_are_refused_or_right(kind, fused, data):
+    """State that was cut, swapped or replaced is refused whole, or steps every parameter to a finite value."""
+    extra = {"momentum": 0.9} if kind is torch.optim.SGD else {"amsgrad": True}
+
+    def make(model, kind):
+        return ours(model, kind, fused=fused, **extra)
+
+    state = stepped(kind=kind, make=make)
+    number = data.draw(st.sampled_from(sorted(state["state"])))
+    one = {number: state["state"][number]}
+    damage({"state": one, "param_groups": []}, data.draw)
+    model = mlp((4, 8))
+    opt = make(model, kind)
+    before = repr(opt.state_dict())
+    try:
+        opt.load_state_dict(state)
+    except CheckpointError:
+        assert repr(opt.state_dict()) == before
+        return
+    for param in trained(model):
+        param.grad = torch.ones_like(param)
+    opt.step()
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
 def test_a_group_put_in_by_hand_trains_as_natively():
     """A group that was appended to param_groups trains at its rate, and is saved and loaded like the others."""
