@@ -81,7 +81,7 @@ class Ask(NamedTuple):
         way: how it is searched.
         target: the steps of the run to come.
         parts: a trial has one of so many parts of them. A range test has 100 steps of its own.
-        seed: of the search.
+        seed: of the search, which picks the seeds of its runs.
     """
 
     task: str
@@ -151,7 +151,7 @@ def in_loop(ask: Ask, known: Known) -> ra.Recipe:
     if ask.way == WIDE:  # a function of the trial has no suggested rate
         at = {"ranks": (ask.tuned or None,), "trials": 4}
     options = {"steps": ask.steps, "target_steps": ask.target, "warmup": WARMUP}
-    options |= {"seeds": seeds_of(ask.seed), "seed": ask.seed, "batch": domain.batch}
+    options |= {"seeds": seeds_of(ask.seed), "batch": domain.batch}
     return ra.calibrate(train, "adamw", **at, **options, progress=False)
 
 
@@ -235,8 +235,8 @@ def by_trainer(ask: Ask) -> ra.Recipe:
             Batches(get_domain(ask.task), ask.first_seed),
             [Batch(None)],
         )
-        seeds = {"seeds": seeds_of(ask.seed), "seed": ask.seed}
-        return ra.calibrate(trainer, "adamw", share=1 / ask.parts, **seeds, save=False)
+        options = {"seeds": seeds_of(ask.seed), "share": 1 / ask.parts}
+        return ra.calibrate(trainer, "adamw", **options, save=False)
 
 
 def lr_find(ask: Ask) -> float | None:

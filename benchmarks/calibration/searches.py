@@ -50,7 +50,7 @@ def scored(run: Generator[Any, None, float]) -> float:
 def recipe_of(
     domain: Domain, config: str, seed: int, spent: Spent, **options: Any
 ) -> ra.Recipe:
-    """A domain's recipe in a configuration, by these options of `ra.calibrate`; `seed` is of the search."""
+    """A domain's recipe in a configuration, by these options of `ra.calibrate`; `seed` picks the seeds of its runs."""
 
     def train(trial: ra.Trial) -> Generator[Any, None, Any]:
         return counted(loop(trial), spent)
@@ -66,7 +66,6 @@ def recipe_of(
         train,
         torch.optim.AdamW,
         seeds=seeds_of(seed),
-        seed=seed,
         batch=domain.batch,
         progress=False,
         **options,

@@ -186,7 +186,6 @@ def calibrated_recipe(
         settings=constructor_settings(settings, options.optimizer),
         steps=options.target,
         warmup=options.warmup,
-        seed=options.seed,
         versions=versions_used(),
         source=source or {},
         other_rates=trials.other_rates(),

@@ -66,7 +66,6 @@ class Options:
     target_steps: Count | None = None
     batch: Positive | None = None
     warmup: Annotated[float, Meta(ge=0.0, lt=1.0)] | None = None
-    seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     name: Annotated[str, Meta(pattern=_PRINTABLE)] = "calibration"
     suggested: Rate | None = None
     noisy: bool = False

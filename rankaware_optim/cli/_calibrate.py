@@ -89,7 +89,6 @@ _GRACE_S = 10.0  # for a worker to end by itself
     "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its"
     " end.",
 )
-@option("--seed", int, "Random seed of the sampler.", default=0)
 @option(
     "--name",
     str,

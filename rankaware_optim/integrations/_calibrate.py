@@ -78,7 +78,6 @@ def calibrate(  # noqa: PLR0913
     storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
     batch: float | None = None,
     warmup: float | None = None,
-    seed: int = 0,
     progress: bool = True,
 ) -> Recipe:
     """Find the base rate, how it moves with rank, and how certain both are, by short runs. Return
@@ -133,7 +132,6 @@ def calibrate(  # noqa: PLR0913
             trainer's arguments.
         warmup: share of the steps with a rising rate, below 1, if known. Nothing is pruned before
             its end. By default that of the trainer's arguments.
-        seed: random seed of the search.
         progress: whether to show on standard error how far it is.
 
     Returns:
@@ -175,7 +173,6 @@ def calibrate(  # noqa: PLR0913
             lr_range=lr_range,
             batch=batch,
             warmup=warmup,
-            seed=seed,
             name=name,
             suggested=_suggested(place.subject, at, runs),
             noisy=place.is_by_reward,

@@ -104,7 +104,6 @@ class SeenTable(Table):
 
     ranks: Annotated[Ranks, Meta(max_length=MOST_RANKS)]
     full_seen: bool = field(name="full")
-    seed: Seed
     notes: tuple[str, ...]
     other_rates: dict[str, Lr | Literal["base"]]
     layers: dict[str, FanIn]

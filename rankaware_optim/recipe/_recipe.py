@@ -210,7 +210,7 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
         "alpha by rank": _ALPHA[recipe.scaling_rule],
         "optimizer": optimizer,
         "horizon": f"{steps} steps, batch {batch}, warm-up {warmup}",
-        "seen": f"{_tried(recipe)}; {trials_text(recipe)}, from seed {recipe.seed}",
+        "seen": f"{_tried(recipe)}; {trials_text(recipe)}",
         "other rates": _other_rates(recipe),
         "code": _listed(recipe.source).removeprefix("train ") or "unknown",
         "versions": _listed(recipe.versions) or "unknown",

@@ -50,7 +50,6 @@ class Record:
         settings: the optimizer's settings other than the rate.
         steps: optimizer steps of a trial, None if a sweep did not give them.
         warmup: share of the steps with a rising rate, from 0 to 1.
-        seed: random seed of the calibration.
         other_rates: rates of the parameters that LoRA trials trained beside the factors, by name
             with "*" for numbers. "base" means each trial's base rate.
         layers: mean fan-in of the adapted layers, by name with "*" for numbers. On a model that has
@@ -84,7 +83,6 @@ class Record:
     settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
     warmup: float | None = None
-    seed: int = 0
     other_rates: Mapping[str, float | Literal["base"]] = field(default_factory=dict)
     layers: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

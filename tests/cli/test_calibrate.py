@@ -84,10 +84,10 @@ def call(*arguments):
 
 QUICK = "loops:train --steps 10 -o made/r.toml"
 OPTIONS = {  # options, and what they leave in the recipe
-    "--ranks 2,4 --trials 6 --batch 8 --warmup 0.1 --seed 3": lambda r: [
+    "--ranks 2,4 --trials 6 --batch 8 --warmup 0.1": lambda r: [
         (r.name, "r"),
         (r.ranks, (2, 4)),
-        ((r.steps, r.batch, r.warmup, r.seed), (10, 8, 0.1, 3)),
+        ((r.steps, r.batch, r.warmup), (10, 8, 0.1)),
         (len(r.tensors["lr"]), 6),
     ],
     "--ranks 2,8 --budget 60 --full-trials 1 --seeds 5 --lr-range 1e-4,1e-1 --optimizer sgd"

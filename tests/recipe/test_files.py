@@ -122,7 +122,6 @@ recipes = st.builds(
     settings=st.dictionaries(st.text("abc_", min_size=1), settings_of_any_kind),
     steps=st.none() | st.integers(1, 10**9),
     warmup=st.none() | st.floats(0, 1),
-    seed=st.integers(0, 2**62),
     notes=st.lists(text, max_size=3).map(tuple),
     other_rates=st.dictionaries(names, st.just("base") | positive),
     layers=st.dictionaries(names, positive),
@@ -314,7 +313,6 @@ BAD = [
     ("reference/method", "lore"),
     ("reference/init", "C"),
     ("scaling_rule", "banana"),
-    ("seen/seed", 2**63),
     ("seen/notes", [1]),
     ("seen/other_rates", {"a": "bases"}),
 ]  # fmt: skip
@@ -364,7 +362,6 @@ def test_a_covariance_may_be_rounded(target):
 LARGEST = [
     {"ranks": tuple(range(1, 65))},
     {"other_rates": {f"w{i}": 1e-3 for i in range(3000)}},
-    {"seed": 2**63 - 1},
     {"covariance": np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 1e4]])},
     {"tensors": {"rank": np.arange(65)}},
 ]

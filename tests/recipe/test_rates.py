@@ -44,7 +44,6 @@ RECIPE = replace(
     settings={"weight_decay": 0.01, "betas": (0.9, 0.999), "foreach": True},
     steps=100,
     warmup=0.05,
-    seed=3,
     other_rates={"head.weight": "base", "head.bias": "base"},
     versions={"torch": "2.6"},
 )
@@ -109,7 +108,6 @@ BESIDE = [
     {"versions": {}},
     {"tensors": {}},
     OF_NAN,
-    {"seed": 9},
     {"steps": 7},
     {"notes": ("a",)},
     {"ceiling": None},
