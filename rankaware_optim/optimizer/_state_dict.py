@@ -135,8 +135,8 @@ def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None
 def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
     """Let a group's state fit its parameters, or raise where a step could not take it."""
     # flattened, parameters are fewer than names
-    rows = zip(split.names, group["params"], split.group["params"], strict=False)
-    rows = [row for row in rows if row[1] in state]
+    every = zip(split.names, group["params"], split.group["params"], strict=False)
+    rows = [row for row in every if row[1] in state]
     kept = {
         key
         for _, number, _ in rows
