@@ -127,7 +127,7 @@ def gallery() -> Iterator[str]:
 def executed(path: Path) -> str:
     """A notebook with its outputs, as it runs here; an error in a cell ends the build."""
     notebook = nbformat.read(path, as_version=4)
-    # that a bar of text would be a widget if ipywidgets were here
+    # Optuna's import says that its bar would be a widget if ipywidgets were here
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
     NotebookClient(notebook, coalesce_streams=True, timeout=600).execute(env=quiet)
     return nbformat.writes(notebook)

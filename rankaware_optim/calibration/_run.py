@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 import random
 import sys
+import time
 import weakref
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from torch import nn
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
 from .._optimizers import defaults_of
 from .._types import Reference, width_for
@@ -86,8 +86,8 @@ _LEFT_OUT = {
     "generator",
     *SAME_UPDATES,
 }
-# takes the trials done, with the share of the running one, and what runs
-Show = Callable[[float, str], None]
+# takes how many trials have ended, and what the last one ran
+Show = Callable[[int, str], None]
 
 
 def search(
@@ -113,10 +113,9 @@ def search(
     leads = study.replicas.leads
     try:
         ended = study.open(storage)
-        with progress_bar(options, ended, progress and leads, price) as bar:
-            show = partial(show_progress, bar)
-            while (setting := study.next()) is not None:
-                TrialRun(study, setting, show).run(train)
+        show = progress_lines(options, ended, progress and leads, price)
+        while (setting := study.next()) is not None:
+            TrialRun(study, setting, show).run(train)
         return study.recipe()
     except KeyboardInterrupt as interrupt:
         if not leads:
@@ -128,37 +127,30 @@ def search(
         random.setstate(state)
 
 
-def progress_bar(
+def progress_lines(
     options: Options,
     ended: int,
     wanted: bool,
     price: str,
-) -> Any:
-    """Return a bar of all trials, a line for each where there is no terminal. Before the first one
-    the price is printed.
+) -> Show:
+    """Return what prints a line for a trial that has ended, on standard error. Before the first
+    trial the price is printed.
     """
-    if wanted and not ended:
-        print(f"calibrate: {options.price}{price}", file=sys.stderr, flush=True)
-    return tqdm(
-        desc="calibrate",
-        total=options.likely_trials,
-        initial=ended,
-        miniters=0 if sys.stderr.isatty() else 1,
-        dynamic_ncols=True,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {remaining} left",
-        disable=not wanted,
-    )
+    began = time.monotonic()
 
+    def say(words: str) -> None:
+        if wanted:
+            print(f"calibrate: {words}", file=sys.stderr, flush=True)
 
-def show_progress(
-    bar: Any,
-    done: float,
-    words: str,
-) -> None:
-    bar.n, bar.total = done, max(bar.total, math.ceil(done))
-    trial = f"trial {math.ceil(done)}/{bar.total}, {words}"
-    bar.set_description_str(trial, refresh=False)
-    bar.update(0)
+    def show(done: int, words: str) -> None:
+        total = max(options.likely_trials, done)
+        each = (time.monotonic() - began) / (done - ended)
+        left = timedelta(seconds=round(each * (total - done)))
+        say(f"trial {done}/{total}, {words}, {left} left")
+
+    if not ended:
+        say(f"{options.price}{price}")
+    return show
 
 
 class TrialRun:
@@ -207,7 +199,7 @@ class TrialRun:
             with seeded(trial.seed):
                 self._train(train, trial)
             lead(self._end_trial)
-            self._show(1.0)
+            self._show()
         except UpdateFinishedTrialError:
             lead(self.study.end_trial, TrialState.FAIL)
             warn(
@@ -215,9 +207,9 @@ class TrialRun:
                 " Its run here does not count."
             )
 
-    def _show(self, share: float) -> None:
+    def _show(self) -> None:
         best = "" if self._best is None else f", best rate {self._best:.3g}"
-        self.show(self._before + share, f"{rank_words(self.setting.rank)}{best}")
+        self.show(self._before + 1, f"{rank_words(self.setting.rank)}{best}")
 
     # --- its rate ---------------------------------------------------------------------------------
 
@@ -434,11 +426,8 @@ class TrialRun:
         return len(self.curve) > TAIL and recent_mean(self.curve, TAIL) > limit
 
     def _is_pruned(self) -> bool:
-        """Show how far the run is, and store its mean from time to time. Return whether it is to be
-        pruned.
-        """
+        """Store the run's mean from time to time. Return whether it is to be pruned."""
         taken = len(self.curve)
-        self._show(taken / self.steps)
         every = interval(self.steps)
         if taken % every and taken != self.steps:
             return False

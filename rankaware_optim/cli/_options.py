@@ -32,12 +32,10 @@ def echo(text: object, err: bool = False) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print warnings on standard error as notes, each above a calibration's bar."""
+    """Print warnings on standard error as notes."""
 
     def note(message: object, *_: object, **__: object) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(printable(f"note: {message}"), file=sys.stderr)
+        echo(f"note: {message}", err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = note

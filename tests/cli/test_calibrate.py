@@ -205,7 +205,7 @@ def test_two_workers_share_the_trials(folder):
     assert process.returncode == 0, err
     assert_shared(trials_of("r.journal", "r"), 3)
     assert len(re.findall("[34] trials", out)) == 1
-    assert len(set(re.findall(r"note: the disk of (\d+) is slow$", err, re.M))) == 2
+    assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", err, re.M))) == 2
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
 
 
