@@ -117,4 +117,5 @@ def _declared_init(path: Path) -> str | None:
     config = path / "adapter_config.json"
     if not config.is_file():
         return None
-    return transfer.published_init(inspection.read_config(config).declared("").init)
+    entries = inspection.read_config(config).entries
+    return transfer.published_init(entries.init_lora_weights) if entries else None

@@ -99,7 +99,7 @@ def file_pairs(header: Header, configs: Sequence[AdapterConfig]) -> Iterator[Pai
     for layer in _layers(header).values():
         config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
         if config:
-            _declare(layer, config)
+            config.declare(layer)
         fitting = [row for row in (rows if config else plain_first) if row.fits(layer)]
         pairs = list(match_rows(layer.name, layer, fitting, layer.halves_of))
         _check_whole(header, layer, pairs)
@@ -149,18 +149,6 @@ def _place(name: str, known: Container[str]) -> tuple[str, str, str]:
     places = [i for i, part in enumerate(parts) if part in known]
     start = places[-1] if places else len(parts) - 1
     return ".".join(parts[:start]), parts[start], ".".join(parts[start + 1 :])
-
-
-def _declare(layer: StoredLayer, config: AdapterConfig) -> None:
-    """Set what a configuration declares for a layer. The file's own alpha goes first."""
-    declared = config.declared(layer.name)
-    values: dict[str, Any] = {"r": declared.rank, "init": declared.init}
-    if config.kind == "ADALORA":
-        values |= {"lora_E": None, "scaling": declared.alpha}
-    elif declared.rank and not isinstance(vars(layer).get("alpha"), float):
-        values["scaling"] = declared.scaling(declared.rank)
-    layer.where += f", with {config.where},"
-    vars(layer).update(values)
 
 
 def _collision(header: Header, one: str, other: str) -> InspectionError:

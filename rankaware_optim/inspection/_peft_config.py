@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,7 @@ from .._checks import shown
 from .._files import read_bytes
 from ..errors import InspectionError
 from ._pairs import Modules, Pair
+from ._stored import StoredLayer
 
 _LIMIT = 10_000_000  # bytes of a file: by hand
 LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
@@ -43,23 +44,6 @@ class _Entries(msgspec.Struct):
     alpha_pattern: Annotated[dict[_Layer, _Alpha], _Patterns] | None = None
 
 
-class Declared(NamedTuple):
-    """What is declared for one layer: its rank, alpha, whether this is divided by √rank, and PEFT's
-    init.
-    """
-
-    rank: int | None = None
-    alpha: float | None = None
-    rslora: bool | None = None
-    init: bool | str | None = None
-
-    def scaling(self, rank: float) -> float | None:
-        """Return the multiplier of B·A at a rank, None if no alpha is declared."""
-        if self.alpha is None:
-            return None
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
 @dataclass(frozen=True)
 class AdapterConfig:
     """A checked configuration. where: its file. kind: its `peft_type`. entries: None if no law
@@ -71,18 +55,22 @@ class AdapterConfig:
     entries: _Entries | None
     prefix: str = ""
 
-    def declared(self, layer: str) -> Declared:
-        """Return the declarations for a layer, whose name is that in the file."""
-        if self.entries is None:
-            return Declared()
+    def declare(self, layer: StoredLayer) -> None:
+        """Set what is declared for a layer as a module has it. The file's own alpha goes first."""
+        layer.where += f", with {self.where},"
         e = self.entries
-        name = layer.removeprefix(self.prefix).removeprefix("base_model.model.")
+        if e is None:
+            return
+        name = layer.name.removeprefix(self.prefix).removeprefix("base_model.model.")
         name = name.partition(".base_layer")[0]
         rank = _by_pattern(name, e.rank_pattern, e.r)
         alpha = _by_pattern(name, e.alpha_pattern, e.lora_alpha)
+        values: dict[str, Any] = {"r": rank, "init": e.init_lora_weights}
         if self.kind == "ADALORA":  # it prunes ranks
-            rank = None
-        return Declared(rank, alpha, e.use_rslora, e.init_lora_weights)
+            values |= {"r": None, "lora_E": None, "scaling": alpha}
+        elif alpha is not None and not isinstance(vars(layer).get("alpha"), float):
+            values["scaling"] = alpha / (math.sqrt(rank) if e.use_rslora else rank)
+        vars(layer).update(values)
 
 
 def _by_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:

@@ -42,9 +42,8 @@ _KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fan_in": ("fan_in", float),
     "batch": ("batch", float),
     "method": ("method", str),
-    "full": ("method", {"true": "full"}.__getitem__),
 }
-_FLAGS = {"full": "true", "rslora": "true"}  # parts of a text without a value
+_FLAGS = {"full": "method=full", "rslora": "rslora=true"}
 _OF_FULL = {"method", "fan_in", "batch"}
 
 _HOW = (
@@ -99,7 +98,8 @@ def _is_path(text: str) -> bool:
     """Return whether `text` names a folder or file: one that is there, or by its form. If every
     part begins like a part of a reference, it does not.
     """
-    if all(part.partition("=")[0].strip() in _KEYS for part in text.split(",")):
+    known = _KEYS.keys() | _FLAGS.keys()
+    if all(part.partition("=")[0].strip() in known for part in text.split(",")):
         return False
     of_path = os.path.dirname(text) or text.endswith(".safetensors")
     return bool(of_path) or os.path.exists(text)
@@ -127,8 +127,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     values: dict[str, Any] = {}
     why = ""
     for part in filter(None, map(str.strip, text.split(","))):
-        key, equals, given = map(str.strip, part.partition("="))
-        given = given if equals else _FLAGS.get(key, "")
+        key, _, given = map(str.strip, _FLAGS.get(part, part).partition("="))
         try:
             name, read = _KEYS[key]
             value = read(given)

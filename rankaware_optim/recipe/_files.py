@@ -264,7 +264,13 @@ def load(kind: type[AnyRecord], path: str | os.PathLike[str]) -> AnyRecord:
     if not os.path.lexists(beside):
         beside = _trials_beside(Path(os.path.realpath(target)))
     try:
-        trials = _trials_in(read_bytes(beside, _MOST_TRIALS), table["sha256"])
+        data = read_bytes(beside, _MOST_TRIALS)
+        if hashlib.sha256(data).hexdigest() != table["sha256"]:
+            raise ValueError("they are of another save")
+        if int.from_bytes(data[:8], "little") > _MOST_HEADER:
+            raise ValueError("their header is too long")
+        trials = safetensors.numpy.load(data)
+        _check_trials(trials)
     except FileNotFoundError:
         return replace(recipe, missing=beside.name)
     except (*_TROUBLE, SafetensorError) as error:
@@ -317,17 +323,6 @@ TRIAL = {
 
 
 _LOWEST = {"rank": 0, "lr": RANGES["trial_lr"][0], "own_lr": RANGES["trial_lr"][0]}
-
-
-def _trials_in(data: bytes, sha256: str) -> dict[str, Any]:
-    """Return the trials in a file of this hash."""
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError("they are of another save")
-    if int.from_bytes(data[:8], "little") > _MOST_HEADER:
-        raise ValueError("their header is too long")
-    trials = safetensors.numpy.load(data)
-    _check_trials(trials)
-    return trials
 
 
 def _check_trials(trials: Trials) -> None:

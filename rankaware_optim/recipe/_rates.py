@@ -191,7 +191,15 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
     if at.method == "full":
         width = recipe.full_fan_in
         if not recipe.full_seen:
-            yield _law_alone(recipe, at)
+            law, init = recipe.law, recipe.reference.init
+            octaves = math.log2((at.fan_in or law.pivot) / law.pivot)
+            drift = 0.0 if law.to_full else law.exponent * octaves
+            yield (
+                DRIFT_SHARE * drift,
+                f"full finetuning was not tried: the rate is the law's, from LoRA at"
+                f" {init_text(init)} alone. Over the tasks of a study it was off by a factor of"
+                f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation)",
+            )
     else:
         width = recipe.reference.fan_in
         yield from _other_rank(recipe, float(at.rank or recipe.law.pivot))
@@ -202,17 +210,6 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
     if at.init != recipe.reference.init:
         words = f"{init_text(at.init)} was not tried: the law moves the rate from the other init"
         yield INIT_SD, words
-
-
-def _law_alone(recipe: Record, at: Reference) -> tuple[float, str]:
-    """Return what full finetuning that was not tried adds, and the note on it."""
-    law, init = recipe.law, recipe.reference.init
-    octaves = 0.0 if law.to_full else math.log2((at.fan_in or law.pivot) / law.pivot)
-    return DRIFT_SHARE * law.exponent * octaves, (
-        f"full finetuning was not tried: the rate is the law's, from LoRA at {init_text(init)}"
-        f" alone. Over the tasks of a study it was off by a factor of {2.0 ** FULL_SD[init]:.2g}"
-        " (one standard deviation)"
-    )
 
 
 def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:

@@ -79,7 +79,13 @@ def check_convention(
         for rank, alpha in _BUILDS:
             module = make(rank, alpha).double()
             factors = inspect_model(module).factors
-            _check_read(factors, rank, convention)
+            ranks, rows = {f.rank for f in factors}, {f.convention for f in factors}
+            names = rows if convention is None else {convention.name}
+            if (ranks, rows) != ({rank}, names):
+                raise InspectionError(
+                    f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
+                    "Register a Convention that says what holds the rank, and is tried first.",
+                )
             layers.append(factors)
             probes += _probe(module, lambda m: (run or nn.Module.__call__)(m, *ones))
     return Conformance(layers[0], max(probes, default=None))
@@ -96,17 +102,6 @@ def _registered(row: Convention | None) -> Iterator[None]:
         yield
     finally:
         register_convention(row, remove=True)
-
-
-def _check_read(factors: Sequence[Factor], rank: int, row: Convention | None) -> None:
-    """Raise if the factors of a build do not have their rank or their convention."""
-    ranks = {f.rank for f in factors}
-    rows = {f.convention for f in factors}
-    if ranks != {rank} or (row is not None and rows != {row.name}):
-        raise InspectionError(
-            f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
-            "Register a Convention that says what holds the rank, and is tried first.",
-        )
 
 
 @torch.no_grad()

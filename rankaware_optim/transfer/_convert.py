@@ -64,34 +64,6 @@ def convert_lr(
     origin = as_reference(from_)
     target = as_reference(to, like=origin)
     width = origin.fan_in or target.fan_in
-    _check_move(origin, target, width)
-    origin = replace(origin, fan_in=width or ANY_WIDTH)
-    target = replace(target, fan_in=target.fan_in or origin.fan_in)
-    batch = None if origin.batch is None else target.batch
-    factor = target.as_factor()
-    source = Source(law=law, reference=origin, batch=batch)
-    survey = Survey((factor,))
-    assigner = make_assigner(survey, source, Explicit(), target.method)
-    rule = assigner.rule({})
-    multiplier = assigner.multiplier(factor, rule.law)
-    moved = assigner.assign(factor.name, factor, rule).multiplier
-    notes = list(_notes(law, origin, target, multiplier))
-    if width is None and multiplier != 1.0:
-        notes.append(
-            f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's to the reference,"
-            " such as fan_in=2048."
-        )
-    return Rate(
-        check_lr(base * moved, "The converted lr"),
-        notes=(*notes, *notes_of(assigner, survey)),
-        configuration=str(target),
-    )
-
-
-def _check_move(origin: Reference, target: Reference, width: float | None) -> None:
-    """Raise where no law moves a rate, or only one that depends on the width as much as on the
-    rank.
-    """
     if origin.method == target.method == "lora" and origin.init != target.init:
         raise InvalidReferenceError(
             f"No law moves a rate from {init_text(origin.init)} to {init_text(target.init)}.",
@@ -104,10 +76,30 @@ def _check_move(origin: Reference, target: Reference, width: float | None) -> No
             " reference has.",
             "Give fan_in=, such as 4096, in one of them.",
         )
+    origin = replace(origin, fan_in=width or ANY_WIDTH)
+    target = replace(target, fan_in=target.fan_in or origin.fan_in)
+    batch = None if origin.batch is None else target.batch
+    factor = target.as_factor()
+    source = Source(law=law, reference=origin, batch=batch)
+    survey = Survey((factor,))
+    assigner = make_assigner(survey, source, Explicit(), target.method)
+    rule = assigner.rule({})
+    multiplier = assigner.multiplier(factor, rule.law)
+    moved = assigner.assign(factor.name, factor, rule).multiplier
+    notes = _notes(law, origin, target, multiplier, width)
+    return Rate(
+        check_lr(base * moved, "The converted lr"),
+        notes=(*notes, *notes_of(assigner, survey)),
+        configuration=str(target),
+    )
 
 
 def _notes(
-    law: Law, origin: Reference, target: Reference, multiplier: float
+    law: Law,
+    origin: Reference,
+    target: Reference,
+    multiplier: float,
+    width: float | None,
 ) -> Iterator[str]:
     """Yield what the rate follows from."""
     if multiplier != 1.0:
@@ -127,3 +119,8 @@ def _notes(
         law, of_b, origin
     ) != checked_multiplier(law, of_a, origin):
         yield f"The law {law.name!r} gives B a rate of its own. This one is A's."
+    if width is None and multiplier != 1.0:
+        yield (
+            f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's to the reference,"
+            " such as fan_in=2048."
+        )
