@@ -137,15 +137,10 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
     # flattened, parameters are fewer than names
     every = zip(split.names, group["params"], split.group["params"], strict=False)
     rows = [row for row in every if row[1] in state]
-    kept = {
-        key
-        for _, number, _ in rows
-        for key, value in state[number].items()
-        if value is not None
-    }
+    kept = set().union(*(_kept(state[number]) for _, number, _ in rows))
     for name, number, param in rows:
         saved = state[number]
-        missing = {key for key in kept if saved.get(key) is None}
+        missing = kept - _kept(saved)
         # classes that count steps start again where there is nothing
         if missing and (saved or "step" not in kept):
             raise CheckpointError(
@@ -155,6 +150,10 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
             )
         state[number] = _fitting(name, param, saved)
     _check_finite([state[number] for _, number, _ in rows])
+
+
+def _kept(saved: State) -> set[Any]:
+    return {key for key, value in saved.items() if value is not None}
 
 
 def _check_finite(states: Sequence[State]) -> None:
