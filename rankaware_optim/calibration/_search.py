@@ -19,7 +19,6 @@ from ..fitting import (
     CLEAR,
     EARLY,
     TAIL,
-    Fit,
     Observation,
     all_rose,
     below_cliff,
@@ -103,7 +102,12 @@ def next_rate(
     if rank is None and calibration.options.full_trials:
         x = _next_full(trials, tried, fit.best(rank))
     else:
-        x = _refined(fit, rank, trials.at(rank), tried, within)
+        # below what diverged, between what was pruned
+        of_rank = trials.at(rank)
+        bottom, top = between(of_rank.observations(), of_rank.pruned())
+        under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
+        free = max(low, bottom), min(high, under, top)
+        x = next_refinement(tried, fit.best(rank), free)
     return float(min(max(x, low), high))
 
 
@@ -125,24 +129,6 @@ def _outwards(
         lowest = min(run.x for run in observations)
         return lowest - STRIDE if outwards is None else outwards
     return outwards if rank == observations[0].rank else None
-
-
-def _refined(
-    fit: Fit,
-    rank: int | None,
-    of_rank: Trials,
-    tried: Sequence[float],
-    within: tuple[float, float],
-) -> float:
-    """Return a rate about a rank's fitted optimum, below what diverged, between what was
-    pruned.
-    """
-    low, high = within
-    bottom, top = between(of_rank.observations(), of_rank.pruned())
-    under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
-    return next_refinement(
-        tried, fit.best(rank), (max(low, bottom), min(high, under, top))
-    )
 
 
 def search_range(calibration: Calibration) -> tuple[float, float]:
