@@ -67,7 +67,6 @@ def attach(
         native, defaults = _trainers_choice(trainer, settings)
         settings = {**defaults, **settings}
     else:
-        _transformers.refuse_trainers_name(optimizer)
         native = get_optimizer_class(optimizer)
     saved = trainer.args
     if "learning_rate" not in _transformers.changed_arguments(saved):

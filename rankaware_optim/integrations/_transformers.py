@@ -59,17 +59,6 @@ def check_trainer(trainer: Any, optimizer: object, cure: str = _ATTACH_ONCE) -> 
         )
 
 
-def refuse_trainers_name(optimizer: object) -> None:
-    """Raise for an `optim=` of TrainingArguments, such as "paged_adamw_8bit"."""
-    from transformers.training_args import OptimizerNames
-
-    if optimizer in {each.value for each in OptimizerNames}:
-        raise OptimizerError(
-            f"{optimizer!r} is a trainer's name for an optimizer, not a class.",
-            f"Set optim={optimizer!r} in the trainer's arguments, and leave the class out.",
-        )
-
-
 # --- a trial --------------------------------------------------------------------------------------
 
 
