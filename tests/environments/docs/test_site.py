@@ -74,7 +74,27 @@ SEARCHED = [
     ("layer-wise decay", "loops"),
     ("vision tower", "loops"),
     ("epochs", "faq"),
-    ("octave", "quickstart"),
+    # questions of public threads
+    ("trained adapter", "symptoms"),
+    ("noise timesteps", "symptoms"),
+    ("spiked", "symptoms"),
+    ("clip", "symptoms"),
+    ("how many examples", "faq"),
+    ("text encoder", "faq"),
+    ("projector", "faq"),
+    ("share experts", "faq"),
+    ("schedule-free eval", "faq"),
+    ("resume checkpoint", "loops"),
+    ("linear layers", "faq"),
+    ("gradient checkpointing", "faq"),
+    ("dropout", "faq"),
+    ("out of memory", "faq"),
+    ("merging", "faq"),
+    ("warm-up", "faq"),
+    ("which rank", "symptoms"),
+    ("two pairs", "extend/convention"),
+    ("log_rates", "trainers/transformers"),
+    ("written by index", "loops"),
 ]
 
 
