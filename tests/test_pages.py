@@ -204,11 +204,11 @@ def test_a_user_meets_twelve_words_at_most() -> None:
 
 
 def test_the_pages_are_short() -> None:
-    """At most 28 pages have 15,000 words by hand, without the list of the API, and README has 750."""
+    """At most 28 pages have 15,000 words by hand, without the list of the API, and README has 700."""
     assert len(pages()) <= 28
     texts = [by_hand(path) for path in pages() if path.stem != "api"]
     assert sum(len(text.split()) for text in texts) <= 15_000
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 750
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
 
 
 LLAMA_8B = {  # fan-in and fan-out of a block's linear layers

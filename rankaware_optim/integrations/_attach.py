@@ -67,7 +67,7 @@ def attach(
         native, defaults = _trainers_choice(trainer, settings)
         settings = {**defaults, **settings}
     else:
-        native = get_optimizer_class(optimizer)
+        native = _transformers.class_named(optimizer)
     saved = trainer.args
     if "learning_rate" not in _transformers.changed_arguments(saved):
         _refuse_without_rate(settings)

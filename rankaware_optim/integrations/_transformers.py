@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .. import calibration
+from .._optimizers import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ._run import BATCHES, PART, TrainerRuns, divided, is_sized
@@ -57,6 +58,21 @@ def check_trainer(trainer: Any, optimizer: object, cure: str = _ATTACH_ONCE) -> 
             " trained, or was given one.",
             cure,
         )
+
+
+def class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+    """Return an optimizer's class. An `optim=` of TrainingArguments is no name of one."""
+    from transformers.training_args import OptimizerNames
+
+    try:
+        return get_optimizer_class(optimizer)
+    except OptimizerError as error:
+        if optimizer not in {each.value for each in OptimizerNames}:
+            raise
+        raise OptimizerError(
+            f"{optimizer!r} is a trainer's name for an optimizer, not a class.",
+            f"Set optim={optimizer!r} in the trainer's arguments, and leave the class out.",
+        ) from error
 
 
 # --- a trial --------------------------------------------------------------------------------------

@@ -332,6 +332,7 @@ REFUSED = [
     (at_a_rate, lambda t: attached_twice(t, None), "attach was called on it before"),
     (with_an_optimizer, attach, "already has an optimizer: .* or was given one"),
     (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
+    (at_a_rate, lambda t: attach(t, "paged_adamw_8bit"), "leave the class out"),
     (at_a_rate, lambda t: attached(t, optimizer="prodigyopt:Prodigy"), "one rate for"),
 ]
 # of the wrapper: they come from attach, not when training starts
