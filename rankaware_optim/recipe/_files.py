@@ -108,6 +108,10 @@ class SeenTable(Table):
     other_rates: dict[str, Lr | Literal["base"]]
     layers: dict[str, FanIn]
 
+    def __post_init__(self) -> None:
+        if len({*self.ranks}) < len(self.ranks):
+            raise ValueError("The ranks name one twice")
+
 
 class FitTable(Table):
     """What the fit found, see `Recipe`."""
@@ -126,6 +130,10 @@ class FitTable(Table):
         spectrum = np.linalg.eigvalsh(matrix + matrix.T)
         if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
             raise ValueError("A variance of the covariance is negative")
+        if not np.allclose(matrix, matrix.T):
+            raise ValueError("The covariance is not symmetric")
+        if self.ceiling != "none" and self.ceiling <= self.fitted_lr:
+            raise ValueError("The ceiling is not above fitted_lr")
 
 
 class TrialsTable(Table):
@@ -271,6 +279,7 @@ def load(kind: type[AnyRecord], path: str | os.PathLike[str]) -> AnyRecord:
             raise ValueError("their header is too long")
         trials = safetensors.numpy.load(data)
         _check_trials(trials)
+        counts = msgspec.to_builtins(_trials_table(trials, data))
     except FileNotFoundError:
         return replace(recipe, missing=beside.name)
     except (*_TROUBLE, SafetensorError) as error:
@@ -279,6 +288,9 @@ def load(kind: type[AnyRecord], path: str | os.PathLike[str]) -> AnyRecord:
             " gives its rates without them. Copy both of its files."
         )
         return replace(recipe, missing=beside.name)
+    if counts != table:
+        cause = f"the trials beside it are {counts}, not {table} - at `$.trials`"
+        raise _error(target, "read", ValueError(cause), restore)
     return replace(recipe, tensors=trials)
 
 
