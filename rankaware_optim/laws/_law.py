@@ -20,8 +20,8 @@ from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
 
 _FAR = 1e4  # multipliers beyond it, or below its inverse, are cautioned: by hand
-# The largest change of the batch that was tried, four tasks at a quarter and four times their own:
-# benchmarks/README.md, frozen answers (one_constant.md)
+# The largest change of the batch that moves the rate: four tasks at a quarter and four times their
+# own, a fifth at a sixteenth (benchmarks/README.md, frozen answers: one_constant.md, lengths.md)
 BATCH_REACH = 4.0
 
 
@@ -143,27 +143,28 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
 def checked_batch_multiplier(law: Law, ratio: float) -> float:
     """Return `law.batch_multiplier(ratio)`, checked to be a positive finite number.
 
-    A ratio farther from 1 than `BATCH_REACH` counts as that, so that the rate moves no farther than
-    the rule was tried.
+    A ratio farther from 1 than `BATCH_REACH` counts as that.
     """
-    tried = min(max(ratio, 1 / BATCH_REACH), BATCH_REACH)
-    return float(_answer(law, "batch_multiplier", tried))
+    return float(_answer(law, "batch_multiplier", _within_reach(ratio)))
 
 
 def beyond_batches(ratio: float) -> str:
-    """Return in words that a batch is farther than the rule was tried, "" if it is not.
+    """Return in words that a batch is too far for the whole move, "" if it is not.
 
     Args:
         ratio: the batch divided by the reference's batch, dimensionless.
 
     >>> beyond_batches(0.5), beyond_batches(16.0)
-    ('', ', as for 4 times the batch, since no more was tried')
+    ('', ', as for 4 times the batch, where the move stops')
     """
-    if ratio > BATCH_REACH:
-        return f", as for {BATCH_REACH:g} times the batch, since no more was tried"
-    if ratio < 1 / BATCH_REACH:
-        return f", as for {1 / BATCH_REACH:g} times the batch, since no less was tried"
-    return ""
+    reach = _within_reach(ratio)
+    if ratio == reach:
+        return ""
+    return f", as for {reach:g} times the batch, where the move stops"
+
+
+def _within_reach(ratio: float) -> float:
+    return min(max(ratio, 1 / BATCH_REACH), BATCH_REACH)
 
 
 def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
