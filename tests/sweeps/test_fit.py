@@ -21,7 +21,6 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
-from rankaware_optim.cli._calibrate import fit as fit_command
 from rankaware_optim.cli._main import main
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
 from rankaware_optim.sweeps import fit_sweep
@@ -403,9 +402,9 @@ def written(tmp_path):
     return write
 
 
-def run(command, *words, code=0) -> str:
+def run(*words, code=0) -> str:
     """What a command prints."""
-    done = CliRunner().invoke(command, [str(word) for word in words])
+    done = CliRunner().invoke(main, [str(word) for word in words])
     assert done.exit_code == code, done.output
     return done.output
 
@@ -421,8 +420,8 @@ TWO_ALPHAS = [{**row, "alpha": k * row["rank"]} for k in (1, 4) for row in drawn
 def test_the_command_that_fit_names_next_works(rows, written, tmp_path):
     """The line after "Next:" reads a rate of the recipe, also in a folder whose name has a space."""
     (tmp_path / "a folder").mkdir()
-    said = run(fit_command, written(rows), "-o", tmp_path / "a folder" / "r.toml")
+    said = run("fit", written(rows), "-o", tmp_path / "a folder" / "r.toml")
     (line,) = [
         line for line in said.splitlines() if line.startswith("Next: rankaware ")
     ]
-    run(main, *shlex.split(line)[2:])
+    run(*shlex.split(line)[2:])

@@ -21,7 +21,7 @@ from rankaware_optim import (
     RankAwareOptimizer,
     Reference,
 )
-from rankaware_optim.cli._adapters import suggest
+from rankaware_optim.cli import main
 from rankaware_optim.inspection import inspect_model
 from rankaware_optim.transfer import suggest_lr
 from rankaware_optim.transfer._suggest import MARGIN, PUBLISHED
@@ -338,7 +338,7 @@ def test_it_says_what_it_rests_on():
 
 
 def call(*arguments):
-    return CliRunner().invoke(suggest, [str(a) for a in arguments])
+    return CliRunner().invoke(main, ["suggest", *map(str, arguments)])
 
 
 AT_32 = "--rank 16 --alpha 32"
