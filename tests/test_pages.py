@@ -185,7 +185,7 @@ def test_nothing_installs_the_package_from_pypi() -> None:
 # words that the quickstart's list has replaced, and the one page that may say so
 REPLACED = {
     r"Init\[[AB]\]": "law.md",
-    **dict.fromkeys(("cliff", "drift", "caution", "octave"), ""),
+    **dict.fromkeys(("cliff", "drift", "caution", "octave", "horizon"), ""),
 }
 
 

@@ -105,7 +105,7 @@ class Survey:
         keys = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
-                "The survey has no LoRA pair, so it has no most common rank.",
+                "There is no LoRA pair, so there is no most common rank.",
                 "Inspect a model that has adapters, or give method='full'.",
             )
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]

@@ -209,7 +209,7 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
         "law": _law(recipe.law),
         "alpha by rank": _ALPHA[recipe.scaling_rule],
         "optimizer": optimizer,
-        "horizon": f"{steps} steps, batch {batch}, warm-up {warmup}",
+        "runs": f"{steps} steps, batch {batch}, warm-up {warmup}",
         "seen": f"{_tried(recipe)}; {trials_text(recipe)}",
         "other rates": _other_rates(recipe),
         "code": _listed(recipe.source).removeprefix("train ") or "unknown",

@@ -121,6 +121,6 @@ def _notes(
         yield f"The law {law.name!r} gives B a rate of its own. This one is A's."
     if width is None and multiplier != 1.0:
         yield (
-            f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's to the reference,"
+            f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's,"
             " such as fan_in=2048."
         )

@@ -323,7 +323,7 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
     elif task != "chat":
         yield Move(
             TASK_SD,
-            "Your task and horizon differ from theirs, which widens the band most.",
+            "Your task, steps and batch differ from theirs, which widens the band most.",
         )
     low, high = WIDTHS
     if at.method == "full":
