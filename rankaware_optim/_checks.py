@@ -60,7 +60,7 @@ def says_our_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        for name in kwargs.keys() - known.keys() & OTHER_NAMES.keys():
+        for name in (kwargs.keys() - known.keys()) & OTHER_NAMES.keys():
             raise TypeError(
                 f"{function.__qualname__} has no argument {name}=. Give {OTHER_NAMES[name]}."
             )

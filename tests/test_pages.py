@@ -8,6 +8,7 @@ import re
 import runpy
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def links_of(prose: str) -> list[str]:
     return [link for link in links if not link.startswith(("http", "mailto:"))]
 
 
+@cache
 def headings_of(path: Path) -> set[str]:
     """What leads to the headings of a page, as GitHub and the site name them."""
     text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)

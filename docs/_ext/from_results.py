@@ -145,12 +145,14 @@ def on_site(app: Any, name: str, source: list[str]) -> None:
 
 def _link(link: re.Match[str]) -> str:
     up, folder, name = link.groups()
-    path = f"{folder}/{name}"
     if name.endswith(".png"):
         return link[0]
-    if folder == "examples":
+    path = f"{folder}/{name}"
+    if path in ON_SITE:
+        path = ON_SITE[path]
+    elif folder == "examples":
         path = path.replace(".py", ".rst")
-    return f"]({up}{ON_SITE.get(f'{folder}/{name}', path)}"
+    return f"]({up}{path}"
 
 
 def make(app: Any) -> None:

@@ -62,11 +62,11 @@ def check_trainer(trainer: Any, optimizer: object, cure: str = _ATTACH_ONCE) -> 
 
 def class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     """Return an optimizer's class. An `optim=` of TrainingArguments is no name of one."""
-    from transformers.training_args import OptimizerNames
-
     try:
         return get_optimizer_class(optimizer)
     except OptimizerError as error:
+        from transformers.training_args import OptimizerNames
+
         if optimizer not in {each.value for each in OptimizerNames}:
             raise
         raise OptimizerError(

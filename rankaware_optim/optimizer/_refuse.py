@@ -56,13 +56,14 @@ def read_optimizer(
     native = get_optimizer_class(optimizer)
     refuse_one_rate(native)
     for name in settings.keys() - inspect.signature(native).parameters.keys():
-        near = [f"{ours}=" for ours in get_close_matches(name, ours, 1, 0.8)]
-        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else near
-        if near:
+        meant = OTHER_NAMES.get(name)
+        if meant is None and (near := get_close_matches(name, ours, 1, 0.8)):
+            meant = f"{near[0]}="
+        if meant is not None:
             raise OptimizerError(
                 f"{name}= is an argument neither of RankAwareOptimizer nor of"
                 f" {native.__name__}.",
-                f"Give {near[0]}.",
+                f"Give {meant}.",
             )
     return Wrapped(native, None, settings)
 

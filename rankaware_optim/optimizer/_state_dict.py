@@ -100,11 +100,12 @@ def read_checkpoint(
             "Give this optimizer the groups of the saved one, in the same order, frozen parameters"
             " included. Or load it into the model that it was saved from.",
         )
-    state = dict(state_dict["state"])
+    state, fitted = dict(state_dict["state"]), list[State]()
     for split, group, of_parts in zip(splits, groups, values, strict=True):
         _check_group(split, group, of_parts.pop("shapes", split.shapes))
         if _is_torchs(native):
-            _fit_group(split, group, state)
+            fitted += _fit_group(split, group, state)
+    _check_finite(fitted)
     return {**state_dict, "state": state, "param_groups": groups}, values
 
 
@@ -132,8 +133,10 @@ def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None
             )
 
 
-def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
-    """Let a group's state fit its parameters, or raise where a step could not take it."""
+def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> list[State]:
+    """Let a group's state fit its parameters, or raise where a step could not take it. Return what
+    was fitted.
+    """
     # flattened, parameters are fewer than names
     every = zip(split.names, group["params"], split.group["params"], strict=False)
     rows = [row for row in every if row[1] in state]
@@ -149,7 +152,7 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
                 "Give a checkpoint that is whole, or start with a new state.",
             )
         state[number] = _fitting(name, param, saved)
-    _check_finite([state[number] for _, number, _ in rows])
+    return [state[number] for _, number, _ in rows]
 
 
 def _kept(saved: State) -> set[Any]:
@@ -164,7 +167,7 @@ def _check_finite(states: Sequence[State]) -> None:
             is_sound &= 0.0 <= float(value) < math.inf
         elif type(value) is torch.Tensor and value.numel():
             moments.append(value)
-    largest = get_total_norm(moments, math.inf)  # one call for all
+    largest = get_total_norm(moments, math.inf)  # one call for all groups
     if not (is_sound and largest.isfinite()):
         raise CheckpointError(
             "The checkpoint has moments that are not finite: its run had diverged.",
