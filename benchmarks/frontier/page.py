@@ -23,7 +23,8 @@
 that ran is scored on the seed that it has seen. Five tasks have sweeps of 400 steps, at rank 128 with alpha = rank and in
 full finetuning; an eighth of 400 steps is a trial that a user would make. Optimizers were run in these five, at 400 steps
 on one seed where a setting had been worse before or was added (`d_coef` .5, `d0`), and at 800 on one. Beyond a sweep's rates, loss goes on as in
-`calibration/surfaces.py`. The default law was chosen after a look at most of these tasks.
+`calibration/surfaces.py`. The default law was chosen after a look at most of these tasks, and
+so were the four trials of the finder.
 """
 
 from __future__ import annotations
