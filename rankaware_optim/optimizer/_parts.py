@@ -220,7 +220,8 @@ class Hidden:
     model: gives the model while it lives; none in a copy. users, active: its list of groups when a
     step last began, and their split groups. stepping: whether the parts are in place. turns: how
     often a step began or ended. unchecked: whether there are parameters that no step has checked.
-    steps: since it was built or copied, as far as they are looked at.
+    steps: since it was built or copied, as far as they are looked at. unwatch: ends the watch for
+    evaluations in train mode.
     """
 
     prepared: Prepared
@@ -232,6 +233,7 @@ class Hidden:
     turns: int = 0
     unchecked: bool = True
     steps: int = 0
+    unwatch: Any = None
 
     def shown(self, opt: Any) -> list[SplitGroup]:
         """Return the split groups of an optimizer, also while it steps in another thread."""

@@ -39,10 +39,10 @@ def _is_torchs(native: type) -> bool:
 
 
 def warn_of_train_mode(opt: Optimizer) -> None:
-    """Warn of a schedule-free optimizer that is saved in train mode, after a step."""
+    """Warn of a schedule-free optimizer that is in train mode, after a step."""
     if opt.state and any(group.get("train_mode") for group in opt.param_groups):
         warn(
-            f"{type(opt).__name__} is saved in train mode, in which the model's weights are not"
+            f"{type(opt).__name__} is in train mode, in which the model's weights are not"
             " those that it averages. Call opt.eval() before you save or evaluate the model, and"
             " opt.train() before you go on."
         )

@@ -151,6 +151,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         opt = _construct(wrapped, splits, prepared.assigner.source.lr)
         opt._rankaware = Hidden(prepared, splits, _weakly(holder))
         _LIVE.add(opt)
+        if "train_mode" in opt.param_groups[0]:
+            opt._rankaware.unwatch = _watched(opt, holder)
         return opt  # type: ignore[no-any-return]
 
     @property
@@ -390,6 +392,9 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         finally:
             leave(self)
+            # who calls it knows of the two modes
+            if name == "eval" and hidden.unwatch:
+                hidden.unwatch()
 
     return run
 
@@ -432,3 +437,26 @@ def _check(opt: Any) -> None:
         others = [other for other in _LIVE if other is not opt]
         model = hidden.model and hidden.model()
         hidden.unchecked = check_parameters(opt, model, others)
+
+
+# --- evaluation in train mode ---------------------------------------------------------------------
+
+
+def _watched(opt: Any, model: nn.Module) -> Any:
+    """Watch the first module that trains for an evaluation in train mode, while the optimizer
+    lives. Return what ends it.
+    """
+    for module in model.modules():
+        if any(param.requires_grad for param in module.parameters(recurse=False)):
+            handle = module.register_forward_pre_hook(_warn_of_evaluation)
+            return weakref.finalize(opt, handle.remove)
+    return None
+
+
+def _warn_of_evaluation(module: nn.Module, _: Any) -> None:
+    """Warn of a forward in the model's eval mode without gradients. Pickle finds it by its name."""
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    for opt in _LIVE:
+        if any(map(opt.state.get, module.parameters())):
+            warn_of_train_mode(opt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -588,17 +590,45 @@ def test_whoever_saves_while_it_steps_sees_base_rates(saving):
     assert set.union(*found) == {LR}
 
 
-def test_a_schedule_free_checkpoint_in_train_mode_is_warned_of():
-    """A save after a step warns in train mode, where the weights are not the averaged ones, and not in eval mode."""
-    schedulefree = pytest.importorskip("schedulefree")
-    model = nn.Linear(4, 4)
-    opt = RankAwareOptimizer(
-        model, schedulefree.AdamWScheduleFree, lr=1e-3, method="full"
-    )
+def schedule_free():
+    """A model and its optimizer, which has stepped."""
+    kind = pytest.importorskip("schedulefree").AdamWScheduleFree
+    model = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
+    opt = RankAwareOptimizer(model, kind, lr=1e-3, method="full")
     opt.train()
+    evaluate(model)
     model(torch.ones(2, 4)).sum().backward()
     opt.step()
+    return model, opt
+
+
+@torch.no_grad()
+def evaluate(model):
+    model.eval()(torch.ones(2, 4))
+    model.train()
+
+
+@pytest.mark.parametrize("way", ["a save", "an evaluation"])
+def test_a_schedule_free_optimizer_in_train_mode_is_warned_of(way):
+    """A save or an evaluation after a step warns in train mode, where the weights are not the averaged ones, and not in eval mode."""
+    model, opt = schedule_free()
+    act = opt.state_dict if way == "a save" else partial(evaluate, model)
     with pytest.warns(RankAwareWarning, match=r"opt\.eval\(\) before you save"):
-        opt.state_dict()
+        act()
     opt.eval()
-    opt.state_dict()
+    act()
+    assert not model[1]._forward_pre_hooks
+
+
+def test_the_watch_for_evaluations_is_not_in_the_way():
+    """Training, a copy and a compiled model are quiet, a pickled model loads, and no hook outlives the optimizer."""
+    model, opt = schedule_free()
+    with torch.no_grad():
+        model(torch.ones(2, 4))
+    model.eval()(torch.ones(2, 4))
+    evaluate(copy.deepcopy(model))
+    evaluate(pickle.loads(pickle.dumps(model)))
+    evaluate(torch.compile(model, backend="eager", fullgraph=True))
+    del opt
+    gc.collect()
+    assert not model[1]._forward_pre_hooks
