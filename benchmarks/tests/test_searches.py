@@ -7,13 +7,15 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
 from calibration import make_recipes as made
 from calibration import plain, searches
+from calibration.fit_recipes_again import fitted_again
 from study.grids import FULL
 from study.moving import by_law
 
-from rankaware_optim import Falling
+from rankaware_optim import Falling, Recipe
 
 
 def training(steps: int) -> Any:
@@ -100,3 +102,15 @@ def test_a_recipe_of_every_search_seed_is_found(monkeypatch, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     assert made.paths_of(*of) == wanted
+
+
+@pytest.mark.parametrize(
+    "path", sorted(made.RECIPES.glob("*.toml")), ids=lambda p: p.stem
+)
+def test_a_shipped_recipe_is_the_fit_of_its_trials(path):
+    """Fitted once more, its trials give its own rate, covariance and ceiling."""
+    shipped = Recipe.load(path)
+    again = fitted_again(shipped)
+    assert again.fitted_lr == pytest.approx(shipped.fitted_lr, rel=1e-9)
+    assert np.allclose(again.covariance, shipped.covariance, rtol=1e-9, atol=1e-12)
+    assert (again.ceiling or 0) == pytest.approx(shipped.ceiling or 0, rel=1e-9)

@@ -25,7 +25,6 @@ from ..recipe import (
     BASE,
     SAME_UPDATES,
     Recipe,
-    configuration,
     differences,
     is_for,
     name_pattern,
@@ -167,7 +166,7 @@ def on_this_model(
     warn_of(recipe, here)  # other steps are among the differences
     if is_for(recipe, native):
         batch = None if recipe.batch is None else source.batch
-        best = rate(recipe, at, steps, batch)
+        best = rate(recipe, replace(at, batch=batch), steps)
         remarks.append(
             f"recipe {recipe.name!r}: the best rate lies between {best.low:.3g} and"
             f" {best.high:.3g} with 90 % at {best.configuration}."
@@ -175,7 +174,8 @@ def on_this_model(
         remarks += best.notes
     full_lr = None
     if recipe.full_seen:
-        full = configuration(recipe, "full", fan_in=survey.full_width(init))
+        width = survey.full_width(init)
+        full = Reference(method="full", init=init, fan_in=width)
         full_lr = rate(recipe, full).lr
     reference = recipe.reference.resolve(survey)
     return replace(

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,12 +48,7 @@ ANY_WIDTH = 4096.0
 _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 
 
-def rate(
-    recipe: Record,
-    at: Reference,
-    steps: int | None = None,
-    batch: float | None = None,
-) -> Rate:
+def rate(recipe: Record, at: Reference, steps: int | None = None) -> Rate:
     """Return the rate at a configuration. Its first notes say what was not tried.
 
     The best rate is fitted_lr · law(at) / law(reference), moved to the batch. The rate to use is
@@ -61,9 +56,8 @@ def rate(
 
     Args:
         recipe: the recipe.
-        at: the configuration. Without a fan-in it has the recipe's.
+        at: the configuration. Without a fan-in or a batch it has the recipe's.
         steps: optimizer steps, by default the recipe's own.
-        batch: batch size, by default the recipe's own.
 
     Raises:
         RecipeError: steps, batch or a fan-in is missing or impossible, or the rate would not be a
@@ -71,27 +65,21 @@ def rate(
         LawError: the law has no usable multiplier there.
     """
     here, reference = _with_widths(recipe, at)
-    sd, notes = spread(recipe, here, steps, batch)
+    sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
     try:
         moved = checked_multiplier(recipe.law, here.as_factor(), reference)
-        moved *= _batch_multiplier(recipe, batch)
+        moved *= _batch_multiplier(recipe, at)
         width = 2.0 ** (Z90 * sd)
     except OverflowError:
         moved = width = math.inf
-    law_alone = here.method == "full" and not recipe.full_seen
-    if law_alone:
-        notes.append(
-            f"the best rate of full finetuning is known within a factor of {width:.2g} to either"
-            " side: three full runs (calibrate with full_trials=3) would settle it"
-        )
     best, octaves = recipe.fitted_lr * moved, margin(recipe, sd)
     if octaves:
         notes.append(
             f"a margin of {times(-octaves)} below the best, since too high costs more"
         )
     ceiling = None
-    if recipe.ceiling is not None and not law_alone:
+    if recipe.ceiling is not None and (at.method == "lora" or recipe.full_seen):
         ceiling = recipe.ceiling * moved
     low, high = best / width, best * width
     lr = best * 2.0**-octaves
@@ -108,7 +96,7 @@ def rate(
         ceiling=ceiling,
         extrapolated=is_extrapolated,
         notes=(*notes, *recipe.notes),
-        configuration=_configuration_text(recipe, at, steps, batch),
+        configuration=_configuration_text(recipe, at, steps),
     )
 
 
@@ -144,13 +132,11 @@ def _with_widths(recipe: Record, at: Reference) -> tuple[Reference, Reference]:
     return replace(at, fan_in=width), replace(own, fan_in=width)
 
 
-def _configuration_text(
-    recipe: Record, at: Reference, steps: int | None, batch: float | None
-) -> str:
+def _configuration_text(recipe: Record, at: Reference, steps: int | None) -> str:
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
-    steps, batch = steps or recipe.steps, batch or recipe.batch
+    steps, batch = steps or recipe.steps, at.batch or recipe.batch
     if steps is not None:
         words.append(f"{steps} steps")
     if batch is not None:
@@ -162,10 +148,7 @@ def _configuration_text(
 
 
 def spread(
-    recipe: Record,
-    at: Reference,
-    steps: int | None = None,
-    batch: float | None = None,
+    recipe: Record, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
     """Return the standard deviation of log2 of the best rate, octaves, and notes on what was not
     tried.
@@ -178,7 +161,7 @@ def spread(
     if not full:  # full finetuning has its own factor, so no scatter about the law
         variance += recipe.scatter**2
     notes = []
-    for sd, note in (*_untried(recipe, at), *_other_run(recipe, steps, batch)):
+    for sd, note in (*_untried(recipe, at), *_other_run(recipe, at, steps)):
         variance += sd**2
         notes.append(note)
     return math.sqrt(max(variance, recipe.scatter**2)), notes
@@ -198,7 +181,8 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
                 DRIFT_SHARE * drift,
                 f"full finetuning was not tried: the rate is the law's, from LoRA at"
                 f" {init_text(init)} alone. Over the tasks of a study it was off by a factor of"
-                f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation)",
+                f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation). Three full runs (calibrate"
+                " with full_trials=3) would settle it",
             )
     else:
         width = recipe.reference.fan_in
@@ -229,7 +213,7 @@ def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
 
 
 def _other_run(
-    recipe: Record, steps: int | None, batch: float | None
+    recipe: Record, at: Reference, steps: int | None
 ) -> Iterator[tuple[float, str]]:
     """Yield what another number of steps and another batch add, and the notes on them.
 
@@ -239,16 +223,16 @@ def _other_run(
         sd = math.sqrt(steps_variance(octaves))
         why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
         yield sd, f"{why}, {give_or_take(sd)}"
-    if octaves := _octaves(recipe, "batch", batch, recipe.batch):
-        sd, move = BATCH_SD * abs(octaves), math.log2(_batch_multiplier(recipe, batch))
-        why = f"batch {batch:g} instead of {recipe.batch:g}: an extrapolation"
+    if octaves := _octaves(recipe, "batch", at.batch, recipe.batch):
+        sd, move = BATCH_SD * abs(octaves), math.log2(_batch_multiplier(recipe, at))
+        why = f"batch {at.batch:g} instead of {recipe.batch:g}: an extrapolation"
         beyond = beyond_batches(2.0**octaves) if move else ""
         yield sd, f"{why} by {times(move)}{beyond}, {give_or_take(sd)}"
 
 
-def _batch_multiplier(recipe: Record, batch: float | None) -> float:
+def _batch_multiplier(recipe: Record, at: Reference) -> float:
     """Return the factor of the rate for another batch, by the law's rule."""
-    octaves = _octaves(recipe, "batch", batch, recipe.batch)
+    octaves = _octaves(recipe, "batch", at.batch, recipe.batch)
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 
 
@@ -275,61 +259,50 @@ def _octaves(
 
 def configuration(
     recipe: Record,
-    rank: int | Literal["full"] | None = None,
+    rank: int | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     init: Literal["A", "B"] | None = None,
     method: Method = "lora",
-    fan_in: float | None = None,
+    **others: float | None,
 ) -> Reference:
-    """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own."""
+    """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own.
+
+    others: the fan-in and the batch.
+    """
     own = recipe.reference
-    if rank == "full":
-        rank, method = None, "full"
     if method == "full":
-        given = {"rank": rank, "alpha": alpha, "init": init, "rslora": rslora or None}
-        for name, value in given.items():
-            if value is not None:
-                raise RecipeError(
-                    f"{name} was given for full finetuning, which has none.",
-                    "Leave it out.",
-                    name,
-                )
+        if rslora or (rank, alpha, init) != (None, None, None):
+            raise RecipeError(
+                "Full finetuning has no rank, alpha, rslora or init.", "Leave them out."
+            )
         width = recipe.full_fan_in or own.fan_in
         at = Reference(method="full", init=own.init, fan_in=width)
     else:
         at = _lora(recipe, own.rank if rank is None else rank, alpha, rslora, method)
-    if init is not None:
-        at = replace(at, init=init)
-    return at if fan_in is None else replace(at, fan_in=fan_in)
+    given: dict[str, Any] = {"init": init, **others}
+    return replace(at, **{k: v for k, v in given.items() if v is not None})
 
 
 def _lora(
-    recipe: Record, rank: int | None, alpha: float | None, rslora: bool, method: Method
+    recipe: Record, rank: Any, alpha: float | None, rslora: bool, method: Method
 ) -> Reference:
     """Return a rank and alpha at the recipe's init and width. Without alpha the scaling follows the
     rule of the trials.
     """
-    own = recipe.reference
-    if rank is None:
-        raise RecipeError(
-            "This recipe was made by full finetuning alone.",
-            "Give a rank and an alpha for LoRA.",
-        )
+    own, rule = recipe.reference, recipe.scaling_rule
     given = 1.0 if alpha is None else alpha
     at = Reference(rank, given, rslora, own.init, own.fan_in, method)
     if alpha is not None:
         return at
-    if rslora:
-        raise RecipeError("rslora was given without alpha.", "Give both.", "rslora")
-    if rank == own.rank:
+    if rank == own.rank and not rslora:
         return replace(at, alpha=own.scaling * rank)
-    if recipe.scaling_rule not in _GAMMA or own.rank is None:
+    if rslora or rule not in _GAMMA or own.rank is None:
         raise RecipeError(
-            f"The trials of recipe {recipe.name!r} give no rule for alpha by rank.",
-            "Give an alpha with the rank.",
+            f"Recipe {recipe.name!r} has no rule for alpha at this rank, or rslora was given.",
+            "Give an alpha too.",
         )
-    scaling = own.scaling * (own.rank / rank) ** _GAMMA[recipe.scaling_rule]
+    scaling = own.scaling * (own.rank / rank) ** _GAMMA[rule]
     return replace(at, alpha=scaling * rank)
 
 

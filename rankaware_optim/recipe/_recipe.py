@@ -44,7 +44,7 @@ class Recipe(Record):
     @says_our_names
     def at(
         self,
-        rank: int | Literal["full"] | None = None,
+        rank: int | None = None,
         *,
         alpha: float | None = None,
         rslora: bool = False,
@@ -61,7 +61,7 @@ class Recipe(Record):
         with the distance, and a warning says so.
 
         Args:
-            rank: the LoRA rank, by default the recipe's own, or "full".
+            rank: the LoRA rank, by default the recipe's own.
             alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
             rslora: whether alpha is divided by √rank instead of rank.
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
@@ -79,14 +79,16 @@ class Recipe(Record):
         Raises:
             RecipeError: alpha is missing but needed, or given but unknown to the sweep; the rate
                 depends on a fan-in, steps or batch that the recipe does not have; the fan-in is
-                that of another model; steps or batch
-                are impossible; or the rate would not be a positive finite number.
-            InvalidReferenceError: the target's rank, alpha, init, method or width is impossible.
+                that of another model; the steps are impossible; or the rate would not be a positive
+                finite number.
+            InvalidReferenceError: the target's rank, alpha, init, method, width or batch is
+                impossible.
             LawError: the law has no usable multiplier there.
         """
-        target = configuration(self, rank, alpha, rslora, init, method, fan_in)
+        widths = {"fan_in": fan_in, "batch": batch}
+        target = configuration(self, rank, alpha, rslora, init, method, **widths)
         check_width(self, target)
-        answer = rate(self, target, steps, batch)
+        answer = rate(self, target, steps)
         warn_of(self, answer)
         return answer
 
@@ -148,7 +150,7 @@ class Recipe(Record):
             RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
                 message names the value's path.
         """
-        return files.load(cls, path)
+        return cls(**vars(files.load(path)))
 
 
 def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:

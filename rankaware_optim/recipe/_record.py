@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -97,8 +97,7 @@ class Record:
         """Return whether all values and trials are equal. NaN equals NaN."""
         if not isinstance(other, Record):
             return NotImplemented
-        compared = (f.name for f in fields(Record) if f.name != "missing")
-        return all(_is_equal(getattr(self, n), getattr(other, n)) for n in compared)
+        return _is_equal({**vars(self), "missing": ""}, {**vars(other), "missing": ""})
 
     @property
     def lr(self) -> float:

