@@ -24,23 +24,16 @@ Trials = dict[str, np.ndarray[Any, Any]]
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#333333"
-_BLUE, _ORANGE, _GREEN = COLOURS[:3]
-_FADED = 0.45  # opacity of what was not tried
+_BLUE, _ORANGE = COLOURS[:2]
 _BAND: dict[str, Any] = {"alpha": 0.12, "linewidth": 0}
 _RATE = {"color": _ORANGE, "linestyle": "--"}
 _CEILING = {"color": INK, "linestyle": ":"}
-# How a trial ended: its words in the legend, and its marker.
-MARKS = {
-    "finished": ("trial", "o"),
-    "above": ("above the frame", "^"),
-    "diverged": ("diverged", "x"),
-    "pruned": ("pruned, without a score", "D"),
-}
+# How a trial ended, in the legend, and its marker.
+MARKS = {"finished": "o", "above the frame": "^", "diverged": "x", "pruned": "D"}
 # The frames, by hand.
-_MOST = 1e100  # of a score that is drawn
 _FAR = 3.0  # times the median above the best: scores farther off are not in the frame
 _LEAST = 1e-3  # of the best score: a frame is as high, so that noise does not look like a bowl
-_OCTAVES = 2  # beyond the ranks tried, in which rates by rank are drawn
+_RANKS = {2**power for power in range(11)}  # at which rates by rank are drawn
 
 
 def recipe_figure(recipe: Recipe) -> Figure:
@@ -58,21 +51,25 @@ def recipe_figure(recipe: Recipe) -> Figure:
         )
     by_rank = rates_by_rank(recipe)
     ranks = sorted({*trials["rank"].tolist()}, key=lambda rank: rank or math.inf)
-    panels = len(ranks) + (len(by_rank) > 1)
-    figure, axes = _figure(panels)
+    figure, axes = _figure(len(ranks) + bool(by_rank))
+    for axis in axes[1 : len(ranks)]:
+        axis.sharex(axes[0])
     for axis, rank in zip(axes, ranks, strict=False):
-        if axis is not axes[0]:
-            axis.sharex(axes[0])
         of_rank = trials["rank"] == rank
         _draw_trials(axis, {name: each[of_rank] for name, each in trials.items()})
         _draw_rate(axis, known_rate(recipe, rank))
         axis.set_title(f"Rank {rank}" if rank else "Full finetuning", fontsize=10)
-    if len(by_rank) > 1:
+    if by_rank:
         _draw_rates(axes[-1], recipe, by_rank)
     optimizer = recipe.optimizer.rpartition(".")[2]
     title = f"{recipe.name[:60]}: {optimizer}, {recipe.steps or 'unknown'} steps"
     figure.suptitle(printable(title), parse_math=False)
-    _draw_legend(figure)
+    named: dict[str, Any] = {}
+    for axis in axes:  # one legend for all panels, in which each word stands once
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3}
+    figure.legend([*named.values()], [*named], **place, frameon=False, fontsize=9)
     return figure
 
 
@@ -80,25 +77,21 @@ def recipe_figure(recipe: Recipe) -> Figure:
 
 
 def trials_of(recipe: Recipe) -> Trials:
-    """Return the trials that had a rate, as arrays: their rank (0 for full finetuning), rate,
-    score, seed, and how they ended (a key of `MARKS`). It is empty if the recipe has none.
+    """Return the trials as arrays: their rank (0 for full finetuning), rate, score, seed, and how
+    they ended (a key of `MARKS`). It is empty if the recipe has none.
     """
     tensors = recipe.tensors
-    if not {"rank", "own_lr", "value"} <= tensors.keys():
+    if not {"rank", "own_lr", "value", "seed"} <= tensors.keys():
         return {}
-    value = tensors["value"].astype(float)
-    value[np.abs(value) > _MOST] = math.inf
-    none = np.zeros(len(value), int)
-    end = np.where(tensors.get("diverged", ~np.isfinite(value)), "diverged", "finished")
-    columns = {
+    lost = tensors.get("diverged", ~np.isfinite(tensors["value"]))
+    end = np.where(lost, "diverged", "finished")
+    return {
         "rank": tensors["rank"],
         "lr": tensors["own_lr"],
-        "value": value,
-        "seed": tensors.get("seed", none),
-        "end": np.where(tensors.get("pruned", none), "pruned", end),
+        "value": tensors["value"].astype(float),
+        "seed": tensors["seed"],
+        "end": np.where(tensors.get("pruned", False), "pruned", end),
     }
-    had_rate = ~np.isnan(tensors["own_lr"])
-    return {name: column[had_rate] for name, column in columns.items()}
 
 
 def known_rate(recipe: Recipe, rank: int) -> Rate | None:
@@ -106,19 +99,20 @@ def known_rate(recipe: Recipe, rank: int) -> Rate | None:
     such as alpha.
     """
     try:
-        return rate(recipe, configuration(recipe, rank or "full"))
+        if rank:
+            return rate(recipe, configuration(recipe, rank))
+        return rate(recipe, configuration(recipe, method="full"))
     except RankAwareError:
         return None
 
 
 def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
-    """Return the rates that are known at the ranks tried and at powers of two around them."""
+    """Return the rates that are known at the ranks tried and at powers of two."""
     if not recipe.ranks:
         return {}
-    low, high = (round(math.log2(end(recipe.ranks))) for end in (min, max))
-    powers = range(max(0, low - _OCTAVES), high + _OCTAVES + 1)
-    ranks = sorted({*recipe.ranks, *(2**power for power in powers)})
-    rates = {rank: known_rate(recipe, rank) for rank in ranks}
+    rates = {
+        rank: known_rate(recipe, rank) for rank in sorted({*recipe.ranks, *_RANKS})
+    }
     return {rank: rate for rank, rate in rates.items() if rate is not None}
 
 
@@ -126,7 +120,7 @@ def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
 
 
 def _figure(panels: int) -> tuple[Figure, Any]:
-    """Return a figure and the axes of its panels, row by row."""
+    """Return a figure and its panels, row by row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -147,23 +141,8 @@ def _figure(panels: int) -> tuple[Figure, Any]:
     rows = math.ceil(panels / columns)
     size = (1.0 + 3.6 * columns, 0.9 + 3.2 * rows)
     figure = Shown(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for spare in axes[panels:]:
-        spare.remove()
-    return figure, axes[:panels]
-
-
-def _draw_legend(figure: Figure) -> None:
-    """Draw one legend for all panels, in which each word stands once."""
-    named: dict[str, Any] = {}
-    for axis in figure.axes:
-        handles, labels = axis.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    place: dict[str, Any] = {
-        "loc": "outside lower center",
-        "ncols": min(3, 1 + len(figure.axes)),
-    }
-    figure.legend([*named.values()], [*named], **place, frameon=False, fontsize=9)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+    return figure, axes
 
 
 def _draw_trials(axis: Any, trials: Trials) -> None:
@@ -171,29 +150,23 @@ def _draw_trials(axis: Any, trials: Trials) -> None:
     upper edge of the frame, since it would flatten the others.
     """
     finite = trials["value"][np.isfinite(trials["value"])]
-    best = finite.min(initial=math.inf) if len(finite) else 0.0
+    best = finite.min() if len(finite) else 0.0
     above = finite[finite > best] - best
     height = max(1e-9, _LEAST * abs(best))
     if len(above):
         height = max(height, 1.1 * min(above.max(), _FAR * np.median(above)))
-    inside = trials["value"] <= best + height
+    inside = np.abs(trials["value"] - best) <= height
     heights = np.where(inside, trials["value"], best + 0.97 * height)
-    ends = np.where((trials["end"] == "finished") & ~inside, "above", trials["end"])
-    for end, (words, marker) in MARKS.items():
+    is_above = (trials["end"] == "finished") & ~inside
+    ends = np.where(is_above, "above the frame", trials["end"])
+    for end, marker in MARKS.items():
         drawn = ends == end
-        if not drawn.any():
-            continue
-        axis.plot(
-            trials["lr"][drawn],
-            heights[drawn],
-            label=words,
-            color=_BLUE,
-            alpha=0.8,
-            linestyle="",
-            marker=marker,
+        if drawn.any():
+            lr = trials["lr"][drawn]
             # only those with their own score are filled
-            markerfacecolor=_BLUE if end == "finished" else "none",
-        )
+            fill = "full" if end == "finished" else "none"
+            marks = {"color": _BLUE, "marker": marker, "fillstyle": fill}
+            axis.plot(lr, heights[drawn], label=end, linestyle="", **marks)
     # a recipe does not say whether what the loop returned was a loss
     axis.set(ylim=(best - 0.1 * height, best + height), ylabel="score, lower is better")
     rate_axis(axis)
@@ -209,27 +182,15 @@ def _draw_rate(axis: Any, rate: Rate | None) -> None:
 
 
 def _draw_rates(axis: Any, recipe: Recipe, by_rank: dict[int, Rate]) -> None:
-    """Draw the rate against rank with its band and ceiling, and that of full finetuning as a
-    horizontal line. What was not tried is faded.
-    """
+    """Draw the rate against rank with its band. The ranks tried are squares."""
     ranks = np.array([*by_rank])
-    rows = [(r.low, r.lr, r.high, r.ceiling or math.nan) for r in by_rank.values()]
-    low, lr, high, ceiling = np.array(rows).T
+    rows = [(rate.low, rate.lr, rate.high) for rate in by_rank.values()]
+    low, lr, high = np.array(rows).T
     tried = np.isin(ranks, recipe.ranks)
     axis.fill_between(ranks, low, high, color=_BLUE, **_BAND)
-    axis.vlines(ranks[tried], low[tried], high[tried], color=_ORANGE)
+    axis.plot(ranks, lr, **_RATE, label="the recipe's rate")
     squares = {"color": _ORANGE, "marker": "s", "linestyle": ""}
     axis.plot(ranks[tried], lr[tried], **squares, label="a rank that was tried")
-    axis.plot(ranks, lr, **_RATE, alpha=_FADED, label="a rank that was not tried")
-    axis.plot(ranks, ceiling, **_CEILING, alpha=_FADED)
-    full = known_rate(recipe, 0)
-    if full is not None:
-        label, strength = "full finetuning", 1.0
-        if not recipe.full_seen:
-            label, strength = "full finetuning, not tried", _FADED
-        axis.axhspan(full.low, full.high, color=_GREEN, **_BAND)
-        line = {"color": _GREEN, "linestyle": "-.", "alpha": strength}
-        axis.axhline(full.lr, **line, label=label)
     axis.set_xlabel("rank")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")

@@ -25,7 +25,8 @@ from ._figure import (
 
 # The page's colours, which depend on its theme, by those that matplotlib writes.
 _OF_PAGE = {
-    **dict(zip(COLOURS, ("--blue", "--orange", "--green"), strict=False)),
+    COLOURS[0]: "--blue",
+    COLOURS[1]: "--orange",
     INK: "--ink",
     "#000000": "--soft",
 }

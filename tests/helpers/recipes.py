@@ -66,9 +66,6 @@ KINDS = {
             "curve": np.array([[0.9, 0.5]] * 5 + [[math.nan, 0.7]]),
         },
     ),
-    "scores beyond floats": replace(
-        RECIPE, tensors={**TENSORS, "value": VALUES * 1e307}
-    ),
     "all alike": replace(RECIPE, tensors={**TENSORS, "value": np.ones(6)}),
     "scores below zero": replace(RECIPE, tensors={**TENSORS, "value": -VALUES}),
     "rank 1": replace(

@@ -59,7 +59,7 @@ def test_trials_stand_at_the_rates_they_ran_at(init):
     for shown, ran in zip(sorted(drawn), sorted(used), strict=True):
         assert shown == pytest.approx(ran, rel=1e-6)
     rates = rates_by_rank(made)
-    assert [*rates] == [2**e for e in range(8)]
+    assert [*rates] == [2**e for e in range(11)]
     assert all(rates[rank].lr == made.at(rank=rank).lr for rank in (2, 32))
 
 
@@ -160,22 +160,6 @@ def test_the_legend_names_every_mark_that_is_drawn():
     figure = recipe_figure(replace(RECIPE, tensors={**RECIPE.tensors, **ended}))
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(set(words)) == sorted(words)
-    assert {*words} >= {mark for mark, _ in MARKS.values()}
+    assert {*words} >= {*MARKS}
     drawn = {line.get_marker() for axis in figure.axes for line in axis.get_lines()}
     assert drawn >= set("o^xD")
-
-
-@pytest.mark.parametrize("kind", ["two ranks", "full too"])
-def test_what_was_not_tried_is_faded(kind):
-    """Among rates by rank only the ranks tried are strong, and full finetuning where it was tried."""
-    strong = {
-        line.get_label(): line.get_alpha() in (None, 1.0)
-        for line in recipe_figure(KINDS[kind]).axes[-1].get_lines()
-        if not line.get_label().startswith("_")
-    }
-    tried = KINDS[kind].full_seen
-    assert strong == {
-        "a rank that was tried": True,
-        "a rank that was not tried": False,
-        "full finetuning" if tried else "full finetuning, not tried": tried,
-    }

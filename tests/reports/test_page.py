@@ -152,7 +152,7 @@ def test_full_finetuning_has_the_last_row(full_seen, known):
     edges = [f"{edge:.3g}" for edge in (rate.lr, rate.low, rate.high)]
     assert cells(text, "full finetuning") == [*edges, "", known]
     labels = re.findall('<th scope="row">(.*?)</th>', table_of_rates(text))
-    assert labels == [f"rank {2**e}" for e in range(9)] + ["full finetuning"]
+    assert labels == [f"rank {2**e}" for e in range(11)] + ["full finetuning"]
     known = {"4": "tried", "8": "between", "128": "extrapolated"}
     assert {rank: cells(text, f"rank {rank}")[-1] for rank in known} == known
 
