@@ -81,7 +81,7 @@ def test_a_notebook_shows_what_is_printed(kind):
 SHOWN = {
     "recipe": lambda: replace(RECIPE, name=EVIL, notes=(EVIL,), versions={EVIL: EVIL}),
     "rate": lambda: ra.Rate(1e-3, notes=(EVIL,), configuration=EVIL),
-    "survey": lambda: ra.Survey(other=(EVIL,), notes=(EVIL,), unsupported={EVIL: EVIL}),
+    "survey": lambda: ra.Survey(other=(EVIL,), notes=(EVIL,)),
     "report": lambda: replace(
         optimizer().report(), title=EVIL, notes=(EVIL,), audit=(EVIL,)
     ),

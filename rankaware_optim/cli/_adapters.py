@@ -42,7 +42,7 @@ def inspect(path: Path, per_module: bool, as_json: bool) -> None:
     """
     survey = inspection.inspect_file(path)
     others = [
-        {"name": name, "kind": survey.unsupported.get(name)} for name in survey.other
+        {"name": name, "kind": inspection.other_kind(name)} for name in survey.other
     ]
     document = {
         "factors": survey.factors,

@@ -20,9 +20,21 @@ from .._registry import Registry
 from .._types import Init
 from .._warn import warn
 from ..errors import InspectionError
-from ._stored import Shape, StoredLayer
 
 INITS = (*get_args(Init), None)
+Shape = tuple[int, ...]
+
+
+class StoredLayer:
+    """A layer of a file, which owns pairs as a module does. What is stored or declared of it is an
+    attribute.
+
+    where: its name in error messages. halves: its factors by attribute and adapter.
+    """
+
+    def __init__(self, name: str, where: str) -> None:
+        self.name, self.where = name, where
+        self.halves: dict[tuple[str, str], Any] = {}
 
 
 class Reading(NamedTuple):
@@ -139,13 +151,14 @@ class Convention:
         name: the convention's name.
         a: the owner's attribute for A, the input side: a parameter, or a module with a `weight`.
         b: the same for B.
-        container: whether `a` and `b` are dicts by adapter name.
+        container: whether `a` and `b` are dicts by adapter name. In a file the name may be left
+            out.
         kind: the layer's kind, if all layers of the convention have the same one.
         where: attributes that the owner must have.
         without: attributes that it must not have, such as the gate of a block whose weights are
             called `up` and `down`.
-        file: a regex of the owner's name in a file, in place of `where`, whose group is the layer's
-            name. By default the names in `where` must be among its tensors.
+        file: a regex of the owner's name in a file, in place of `where`. By default the names in
+            `where` must be among its tensors.
         layouts: names of `LAYOUTS` or functions. The first one that agrees with the declared rank
             is used.
         rank: attributes that may declare the rank, with dots for nested ones. The first that exists
@@ -182,11 +195,6 @@ class Convention:
             return re.fullmatch(self.file, owner.name) is not None
         return all(hasattr(owner, name) for name in self.where)
 
-    def layer_in_file(self, owner: str) -> str:
-        """Return the layer's name, from its owner's in a file."""
-        match = re.fullmatch(self.file or "(.*)", owner)
-        return match[1] or "" if match else owner
-
 
 _LORA = ("lora_A", "lora_B")
 
@@ -221,14 +229,6 @@ CONVENTIONS: tuple[Convention, ...] = (
         layouts=("stacked",),
     ),
     Convention("merged", *_LORA, where=("enable_lora", "r"), layouts=("merged",)),
-    Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
-    Convention(
-        "peft-embedding",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        container=True,
-        kind="embedding",
-    ),
     Convention("loralib-conv", *_LORA, where=("conv",), layouts=("kernel",)),
     Convention(
         "minLoRA",
@@ -280,8 +280,17 @@ CONVENTIONS: tuple[Convention, ...] = (
         "down",
         "up",
         where=("network_alpha", "rank"),
-        file=r"(?:(.*)[._])?lora(?:_linear_layer)?",
+        file=r"(?:.*[._])?lora(?:_linear_layer)?",
         alpha=("network_alpha", "alpha"),
+    ),
+    # Last, since a file of a plain library has the same names.
+    Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
+    Convention(
+        "peft-embedding",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        container=True,
+        kind="embedding",
     ),
 )
 """Tried in this order on every module, after registered ones. The first that matches is used."""

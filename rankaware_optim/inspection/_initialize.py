@@ -14,9 +14,8 @@ from torch import nn
 
 from .._checks import check_init
 from ..errors import InspectionError
-from ._pairs import Pair, pairs_of, reading_of, scaling_of, walk
+from ._pairs import Half, Pair, pairs_of, reading_of, scaling_of, walk
 from ._record import Survey
-from ._stored import Half
 from ._survey import INIT_MARK, inspect_model
 
 DrawnInit = Literal["A", "B"]

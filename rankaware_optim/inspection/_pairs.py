@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import is_number, shown
 from ..errors import InspectionError
-from ._conventions import LAYOUTS, Convention, Layout, Reading, conventions
-from ._stored import Half, Shape, StoredLayer
+from ._conventions import (
+    LAYOUTS,
+    Convention,
+    Layout,
+    Reading,
+    Shape,
+    StoredLayer,
+    conventions,
+)
 
 if TYPE_CHECKING:  # files are read without it
     from torch import nn
@@ -33,6 +39,22 @@ class Walk(NamedTuple):
 
     modules: Modules
     parameters: Parameters
+
+
+class Half(NamedTuple):
+    """One of a pair's two tensors, with its name relative to the owner, or in a file."""
+
+    name: str
+    tensor: Any
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.tensor.shape)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it is the shard of one process: flat under FSDP1, empty under ZeRO-3."""
+        return not self.tensor.is_meta and (len(self.shape) < 2 or 0 in self.shape)
 
 
 class Pair(NamedTuple):
@@ -108,12 +130,11 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
 
 
 def _parameters_of(modules: Modules) -> Parameters:
-    named: dict[int, tuple[str, nn.Parameter]] = {}
+    named: dict[nn.Parameter, str] = {}
     for prefix, module in modules:
-        for local, param in module._parameters.items():
-            if param is not None and id(param) not in named:
-                named[id(param)] = f"{prefix}.{local}" if prefix else local, param
-    return list(named.values())
+        for local, param in module.named_parameters(recurse=False):
+            named.setdefault(param, f"{prefix}.{local}".removeprefix("."))
+    return [(name, param) for param, name in named.items()]
 
 
 # --- finding --------------------------------------------------------------------------------------
@@ -124,53 +145,42 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     for each owner.
     """
     rows = conventions()
-    firsts = {row.a for row in rows}
+    names = {name for row in rows for name in (row.a, row.b)}
     for layer, module in modules:
-        members: dict[str, Any] = {**module._modules, **module._parameters}
-        if not firsts.isdisjoint(members):
-            fitting = [row for row in rows if row.a in members and row.fits(module)]
-            yield from match_rows(layer, module, fitting, partial(_halves, members))
+        halves = _halves(module, names)
+        pairs: dict[tuple[int, int], Pair] = {}
+        for row in rows if halves else ():
+            if not row.fits(module):
+                continue
+            for (attribute, adapter), a in halves.items():
+                b = halves.get((row.b, adapter))
+                named_right = row.container or not adapter
+                if attribute == row.a and b and named_right:
+                    key = id(a.tensor), id(b.tensor)
+                    pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
+        yield from pairs.values()
 
 
-def match_rows(
-    layer: str,
-    owner: Any,
-    rows: Iterable[Convention],
-    halves_of: Callable[[str, bool], Mapping[str, Half]],
-) -> Iterable[Pair]:
-    """Return the pairs of an owner, each by the first row that has it.
-
-    halves_of: returns the owner's tensors by adapter, from an attribute and whether it is a dict.
+def _halves(module: Any, names: Collection[str]) -> dict[tuple[str, str], Half]:
+    """Return the tensors of a module's attributes of these names, by attribute and adapter: a
+    parameter, a module's weight, or a dict of these.
     """
-    pairs: dict[tuple[int, int], Pair] = {}
-    for row in rows:
-        in_a, in_b = (halves_of(name, row.container) for name in (row.a, row.b))
-        for adapter in filter(in_b.__contains__, in_a):
-            a, b = in_a[adapter], in_b[adapter]
-            key = id(a.tensor), id(b.tensor)
-            pairs.setdefault(key, Pair(owner, layer, adapter, row, a, b))
-    return pairs.values()
-
-
-def _halves(
-    members: Mapping[str, Any], attribute: str, by_adapter: bool
-) -> dict[str, Half]:
-    """Return the tensors of a module's `attribute` by adapter: a parameter, a module's weight, or a
-    dict of these if `by_adapter`.
-    """
+    if isinstance(module, StoredLayer):
+        return module.halves
     import torch
     from torch import nn
 
-    member: Any = members.get(attribute)
-    halves: dict[str, Half] = {}
-    if isinstance(member, (nn.ModuleDict, nn.ParameterDict)) is not by_adapter:
-        return halves
-    for key, value in member.items() if by_adapter else [("", member)]:
-        name = f"{attribute}.{key}" if by_adapter else attribute
-        if not isinstance(value, torch.Tensor):
-            name, value = f"{name}.weight", getattr(value, "weight", None)
-        if isinstance(value, torch.Tensor):
-            halves[key] = Half(name, value)
+    halves: dict[tuple[str, str], Half] = {}
+    for attribute, member in {**module._modules, **module._parameters}.items():
+        if attribute not in names:
+            continue
+        is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
+        for adapter, value in member.items() if is_dict else [("", member)]:
+            name = f"{attribute}.{adapter}" if is_dict else attribute
+            if not isinstance(value, torch.Tensor):
+                name, value = f"{name}.weight", getattr(value, "weight", None)
+            if isinstance(value, torch.Tensor):
+                halves[attribute, adapter] = Half(name, value)
     return halves
 
 

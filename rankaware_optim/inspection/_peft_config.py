@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, MsgspecError
+from safetensors import SafetensorError
 
 from .._checks import shown
 from .._files import read_bytes
 from ..errors import InspectionError
-from ._pairs import Modules, Pair
-from ._stored import StoredLayer
+from ._conventions import StoredLayer
+from ._pairs import Modules
 
 _LIMIT = 10_000_000  # bytes of a file: by hand
 LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
+
+_OF_PEFT = re.compile("lora_(embedding_)?[AB]")
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
 # its quotient by a rank is a float too
@@ -56,20 +60,28 @@ class AdapterConfig:
     prefix: str = ""
 
     def declare(self, layer: StoredLayer) -> None:
-        """Set what is declared for a layer as a module has it. The file's own alpha goes first."""
+        """Set what is declared for a layer as a module has it. The file's own alpha goes first. A
+        pair is of PEFT's adapter "default".
+        """
         layer.where += f", with {self.where},"
         e = self.entries
         if e is None:
             return
+        for key in [*layer.halves]:
+            if _OF_PEFT.fullmatch(key[0]):
+                layer.halves[key[0], "default"] = layer.halves.pop(key)
         name = layer.name.removeprefix(self.prefix).removeprefix("base_model.model.")
         name = name.partition(".base_layer")[0]
         rank = _by_pattern(name, e.rank_pattern, e.r)
         alpha = _by_pattern(name, e.alpha_pattern, e.lora_alpha)
-        values: dict[str, Any] = {"r": rank, "init": e.init_lora_weights}
-        if self.kind == "ADALORA":  # it prunes ranks
-            values |= {"r": None, "lora_E": None, "scaling": alpha}
-        elif alpha is not None and not isinstance(vars(layer).get("alpha"), float):
-            values["scaling"] = alpha / (math.sqrt(rank) if e.use_rslora else rank)
+        values: dict[str, Any] = {"peft_config": {"default": e}}
+        if self.kind == "ADALORA":  # it prunes ranks, and `scaling` is alpha
+            values |= {"lora_E": None, "scaling": alpha}
+        else:
+            values["r"] = rank
+            if alpha is not None and not isinstance(vars(layer).get("alpha"), float):
+                root = math.sqrt(rank) if e.use_rslora else rank
+                values["scaling"] = alpha / root
         vars(layer).update(values)
 
 
@@ -91,7 +103,7 @@ def read_config(path: Path) -> AdapterConfig:
         InspectionError: it is missing, not a JSON object, or an entry that is used has the wrong
             type.
     """
-    with _usable(str(path)):
+    with usable(str(path)):
         values = msgspec.json.decode(read_bytes(path, _LIMIT), type=dict[str, Any])
         return _checked(str(path), values)
 
@@ -104,27 +116,33 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     if not text:
         return []
     where = f"{path}: lora_adapter_metadata"
-    parts: dict[str, dict[str, Any]] = {}
-    with _usable(where):
-        values = msgspec.json.decode(text, type=dict[str, Any])
-        for prefix in {key[:-1] for key in values if f".{key}".endswith(".r")}:
-            parts[prefix] = {
-                key.removeprefix(prefix): value
-                for key, value in values.items()
-                if key.startswith(prefix)
-            }
+    parts = defaultdict[str, dict[str, Any]](dict)
+    with usable(where):
+        for key, value in msgspec.json.decode(text, type=dict[str, Any]).items():
+            prefix, dot, name = key.rpartition(".")
+            parts[prefix + dot][name] = value
         longest_first = sorted(parts, key=len, reverse=True)
         return [_checked(where, parts[prefix], prefix) for prefix in longest_first]
 
 
 @contextmanager
-def _usable(where: str) -> Iterator[None]:
+def usable(where: str) -> Iterator[None]:
+    """Raise an InspectionError that names a file if it cannot be read."""
     try:
         yield
-    except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        MsgspecError,
+        SafetensorError,
+        ValueError,
+        TypeError,  # of kinds of numbers that NumPy does not have
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise InspectionError(
-            f"{where} cannot be used: {error}.",
-            "Give an adapter as PEFT saves it, or inspect the model itself (inspect_model).",
+            f"{where} cannot be used: {str(error)[:200]}.",
+            "Give a complete .safetensors file or a folder as PEFT saves it, or inspect the model"
+            " itself (inspect_model).",
         ) from error
 
 
@@ -133,39 +151,22 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
     if kind not in LORA_TYPES:
         return AdapterConfig(where, shown(kind), None, prefix)
     if kind == "ADALORA":  # its rank is `init_r`, its patterns are masks
-        values = {
-            "r": values.get("init_r"),
-            "lora_alpha": values.get("lora_alpha"),
-            "init_lora_weights": values.get("init_lora_weights"),
-        }
+        values = {**values, "r": values.get("init_r"), "rank_pattern": None}
     return AdapterConfig(where, kind, msgspec.convert(values, _Entries), prefix)
 
 
 # --- the configurations of a model ----------------------------------------------------------------
 
-Fields = Mapping[str, Any]
-Configs = Mapping[tuple[str, str], Fields]
-"""The fields of configurations, by the name of a module that holds them and the adapter's name."""
 
-
-def configs_of(modules: Modules) -> Configs:
-    """Return all of PEFT's LoRA configurations in a model."""
-    configs: dict[tuple[str, str], Fields] = {}
+def declared_inits(modules: Modules) -> dict[str, dict[str, object]]:
+    """Return the `init_lora_weights` of PEFT's configurations by module and adapter. A module has
+    those of the modules around it too.
+    """
+    inits: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:
-        by_adapter = module.__dict__.get("peft_config")
-        if not isinstance(by_adapter, Mapping):
-            continue
-        for adapter, config in by_adapter.items():
-            is_dict = isinstance(config, Mapping)
-            fields: Any = config if is_dict else getattr(config, "__dict__", {})
-            if "lora_alpha" in fields and "r" in fields:
-                configs[layer, adapter] = fields
-    return configs
-
-
-def config_of(pair: Pair, configs: Configs) -> Fields:
-    """Return the configuration of a pair's adapter in the innermost module around it, else {}."""
-    layer = pair.layer
-    while layer and (layer, pair.adapter) not in configs:
-        layer = layer.rpartition(".")[0]
-    return configs.get((layer, pair.adapter), {})
+        around = inits.get(layer, inits.get(layer.rpartition(".")[0], {}))
+        inits[layer] = dict(around)
+        configs = vars(module).get("peft_config")
+        for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
+            inits[layer][adapter] = getattr(config, "init_lora_weights", None)
+    return inits

@@ -1,10 +1,14 @@
-"""A survey: what was found in a model or a file, and how a report says it."""
+"""A survey: what was found in a model or a file, adapters without a law by name, and how a report
+says it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 from .._printing import Table
@@ -13,11 +17,11 @@ from ..errors import InspectionError
 
 _HEADINGS = ("kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
 _LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
-# By hand: usual scalings, and what is odd beside the least one of the same adapter.
+# By hand: usual scalings, and what is odd beside the least one.
 _LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
 _NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
-# Pairs that add more than s·B·A, which is what the laws are derived for, by their factors' kind.
-LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "xlora": "X-LoRA"}
+_USUAL = "a LoRA pair", "a whole weight"
+_FROZEN = "a LoRA factor that does not train"
 
 
 class Rated(NamedTuple):
@@ -53,18 +57,25 @@ class Survey:
         factors: LoRA factors and whole weights.
         other: names of the other trainable parameters.
         notes: sentences for the report.
-        looked_at: number of parameters examined.
         frozen: names of LoRA factors that do not train.
-        unsupported: the adapter's kind for those of `other` that no law covers, such as
-            {"q.hada_w1_a": "LoHa"}.
     """
 
     factors: tuple[Factor, ...] = ()
     other: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    looked_at: int = 0
     frozen: tuple[str, ...] = field(default=(), repr=False)
-    unsupported: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+
+    @property
+    def unsupported(self) -> dict[str, str]:
+        """The adapter's kind for those of `other` that no law covers, such as {"q.hada_w1_a":
+        "LoHa"}.
+        """
+        return {name: kind for name in self.other if (kind := other_kind(name))}
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a factor, or an adapter without a law."""
+        return bool(self.factors) or any(map(is_other_adapter, self.other))
 
     @property
     def width(self) -> float:
@@ -139,18 +150,15 @@ class Survey:
         """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
         blank = [""] * 5
         for f in self.factors:
-            how, why = [f"{f.scaling:g}", f.init], "a LoRA pair"
-            if f.role == "full":
-                how, why = ["", ""], "a whole weight"
-            elif f.init == "other":
-                why = reason_without_law(f)
+            how = ["", ""] if f.role == "full" else [f"{f.scaling:g}", f.init]
             cells = (f.kind, f.role, str(f.rank or ""), *how)
-            yield f.name, f.convention, *cells, f"{f.fan_in:g}", f"{f.fan_out:g}", why
+            fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
+            yield f.name, f.convention, *cells, *fans, _remark(f)
         for name in self.other:
-            kind = self.unsupported.get(name, "")
-            yield name, "", kind, "other", *blank, reason_of_other(kind)
+            kind = other_kind(name)
+            yield name, "", kind or "", "other", *blank, reason_of_other(kind)
         for name in self.frozen:
-            yield name, "", "", "frozen", *blank, "a LoRA factor that does not train"
+            yield name, "", "", "frozen", *blank, _FROZEN
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
@@ -160,49 +168,129 @@ class Survey:
             checks.append(
                 f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
             )
-        checks += _odd_sentences(self)
-        for adapter in dict.fromkeys(f.adapter for f in self.factors):
-            checks += _far_scaled([f for f in self.factors if f.adapter == adapter])
+        named = defaultdict[str, list[str]](list)
+        for name in self.frozen:
+            named[_FROZEN].append(name)
+        for f in self.factors:
+            named[_remark(f)].append(f.name)
+        for remark, names in named.items():
+            if remark not in _USUAL:
+                checks.append(f"{remark}: {names[0]} ({len(names)} in all).")
+        least = min((f.scaling for f in self.factors), default=1.0)
+        far = [f for f in self.factors if f.scaling >= _FAR_SCALING * least]
+        if far:  # as where PEFT's rank_pattern gives experts a small rank, and they keep alpha
+            most = max(f.scaling for f in far)
+            checks.append(
+                f"{len(far)} factors ({far[0].name}, …) are scaled up to {most / least:.3g} times"
+                " as strongly as the rest. If their rank was divided and alpha kept, give"
+                " alpha_pattern too, or know that the law gives them a lower rate."
+            )
         return tuple(checks)
 
 
-def _odd_sentences(survey: Survey) -> Iterator[str]:
-    odd = defaultdict[str, list[str]](list)
-    odd["trained: an inactive adapter, or one frozen by mistake"] += survey.frozen
-    for f in survey.factors:
-        odd[_oddity(f)].append(f.name)
-    odd[""] = []  # the others are as usual
-    for problem, names in odd.items():
-        if len(names) == 1:
-            yield f"1 factor ({names[0]}) is not {problem}."
-        elif names:
-            yield f"{len(names)} factors ({names[0]}, …) are not {problem}."
-
-
-def _oddity(factor: Factor) -> str:
-    """Return in words what a factor is not and should be, "" if it is as usual."""
-    if factor.kind in LAWLESS:
-        return f"covered by a law: {LAWLESS[factor.kind]}"
+def _remark(factor: Factor) -> str:
+    """Return what a report says of a factor, one of `_USUAL` if it is as usual."""
+    if factor.role == "full":
+        return "a whole weight"
     if factor.init == "other":
-        return "covered by a law's derivation: neither factor zero at the start"
+        return reason_without_law(factor)
     if factor.init == "unknown":
-        return "covered by a law's derivation: an init that cannot be read"
+        return "a LoRA pair whose init cannot be read"
     if factor.kind != "embedding" and (factor.rank or 0) > factor.fan_in:
-        return "low-rank: the rank is above the fan-in"
+        return "a LoRA pair whose rank is above the fan-in"
     if not _LEAST_SCALING <= factor.scaling <= _MOST_SCALING:
-        return "scaled as usual: alpha / rank is above 8 or below 1/64"
-    return ""
+        return "a LoRA pair whose alpha / rank is above 8 or below 1/64"
+    return "a LoRA pair"
 
 
-def _far_scaled(factors: Sequence[Factor]) -> Iterator[str]:
-    """Yield a sentence if some factors of an adapter are scaled far more than the rest, as where
-    PEFT's rank_pattern gives experts a small rank and they keep alpha.
+# --- adapters without a law -----------------------------------------------------------------------
+
+# Pairs that add more than s·B·A, which is what the laws are derived for, by their factors' kind.
+LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "xlora": "X-LoRA"}
+# Other finetuning methods, by the names of their parameters.
+_ADAPTERS = {
+    "LoHa": r"hada_[wt]\d",
+    "LoKr": r"lokr_[wt]\d",
+    "PVeRA": r"pvera_lambda_",
+    "VeRA": r"vera_lambda_",
+    "VB-LoRA": r"vblora_",
+    "RandLoRA": r"randlora_",
+    "Poly": r"poly_lora_",
+    "DyLoRA": r"lora_[AB]\.\d+$|(^|\.)(up|down)_list\.\d+$",
+    "GLoRA": r"(^|\.)([ab][12]|bm)\.weight$|glora_[A-E]\.",
+    "T-LoRA": r"(^|\.)lambda_layer$",
+    "GraLoRA": r"gralora_[AB]",
+    "DeLoRA": r"delora_(A|B|lambda)",
+    "HiRA": r"hira_(embedding_)?[AB]",
+    "Lily": r"lily_(A|B|router)",
+    "TinyLoRA": r"tinylora_v",
+    "Uni-LoRA": r"unilora_theta",
+    "AdaMSS": r"adamss_[AB]",
+    "PEANuT": r"peanut_",
+    "FRoD": r"frod_lambda_",
+    "DEFT": r"deft_[PR]\.",
+    "OSF": r"osf_svd_params",
+    "SuperTuning": r"supertuning_",
+    "RoAd": r"road_(theta|alpha)",
+    "BEFT": r"beft_bias",
+    "LN tuning": r"ln_tuning_layers",
+    "IA³": r"ia3_l(\.|$)",
+    "BOFT": r"boft_[Rs]",
+    "PSOFT": r"psoft_R",
+    "OFT": r"(^|\.)oft_",
+    "HRA": r"hra_u",
+    "MiSS": r"(bone|miss)_block|(^|\.)bone_",
+    "SHiRA": r"shira_weight",
+    "C³A": r"c3a_kernel",
+    "FourierFT": r"fourierft_spectrum",
+    "WaveFT": r"waveft_spectrum",
+    "prompt tuning": r"prompt_(encoder|embeddings)",
+}
+# Parameters that train in addition to a pair.
+_PARTS = {
+    "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
+    "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
+    "X-LoRA's classifier": r"internal_xlora_classifier",
+    "MonteCLoRA's sampler": r"lora_monteclora_sampler",
+    "DoRA magnitude": r"lora_magnitude|dora_scale|(^|\.)(weight_)?magnitude(\.|$)",
+    "Tucker core": r"lora_mid\.",
+    "LoRA bias": r"(lora_[ABab]|lora_up|lora_down)\.(.*\.)?bias$",
+    "LyCORIS scalar": r"(^|\.)scalar$",
+    "new tokens": r"trainable_tokens_",
+    "whole copy (modules_to_save)": r"modules_to_save\.",
+}
+_KINDS = {kind: re.compile(pattern) for kind, pattern in (_ADAPTERS | _PARTS).items()}
+
+
+def other_kind(name: str) -> str | None:
+    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for
+    other parameters.
+
+    >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
+    ('VeRA', None)
     """
-    least, most = (end(f.scaling for f in factors) for end in (min, max))
-    far = [f for f in factors if f.scaling >= _FAR_SCALING * least]
-    if far:
-        yield (
-            f"{len(far)} factors ({far[0].name}, …) are scaled up to {most / least:.3g} times as"
-            " strongly as the rest. If their rank was divided and alpha kept, give alpha_pattern"
-            " too, or know that the law gives them a lower rate."
-        )
+    return next(
+        (kind for kind, pattern in _KINDS.items() if pattern.search(name)), None
+    )
+
+
+def is_other_adapter(name: str) -> bool:
+    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such
+    as LoHa or IA³.
+    """
+    return other_kind(name) in _ADAPTERS
+
+
+def unread_lora(survey: Survey) -> list[str]:
+    """Return those of `survey.other` that are LoRA's by their names, and no known part of an
+    adapter: "lora" is in the name of a module, or of the parameter, in which no factor was read.
+    """
+    rest = [name for name in survey.other if _called_lora(name)]
+    read = {path for f in survey.factors for path in _called_lora(f.name)}
+    return [n for n in rest if n not in survey.unsupported and _called_lora(n) - read]
+
+
+def _called_lora(name: str) -> set[str]:
+    """Return the paths to a parameter, of its modules and its own, whose last part has "lora"."""
+    paths = accumulate(name.split("."), "{}.{}".format)
+    return {path for path in paths if "lora" in path.rpartition(".")[2].lower()}

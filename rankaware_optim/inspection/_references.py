@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from .._checks import shown
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ._inspect_file import inspect_file
+from ._adapter_file import inspect_file
 from ._survey import declared_init
 
 

@@ -5,18 +5,14 @@ conventions.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate, filterfalse
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._checks import check_choice, check_init
 from .._types import Factor, Init, Method, Role
 from ..errors import InspectionError
-from ._conventions import INITS, Reading
+from ._conventions import INITS
 from ._pairs import (
-    Modules,
     Pair,
     Walk,
     is_embedding,
@@ -25,7 +21,7 @@ from ._pairs import (
     scaling_of,
     walk,
 )
-from ._peft_config import config_of, configs_of
+from ._peft_config import declared_inits
 from ._record import LAWLESS, Survey
 
 if TYPE_CHECKING:
@@ -33,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SAMPLE = 1024  # entries by which a factor is seen to be zero: by hand
+_ROLES: tuple[Role, Role] = "A", "B"
 # Values of PEFT's init_lora_weights with B = 0 at the start, besides True. With other strings
 # neither factor is zero.
 _ZERO_B = {"gaussian", "eva"}
@@ -82,39 +79,61 @@ def survey_of(
     """
     check_choice(method, get_args(Method), "The method is")
     check_init(init, known=INITS)
+    survey = read_survey(walked, method=method, init=init, also=also)
+    if method == "full" and not survey.factors:
+        raise InspectionError(
+            f"None of {len(walked.parameters)} parameters is a trainable weight of two or more"
+            " dimensions.",
+            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
+            " FSDP2 does not.",
+        )
+    if not survey.has_adapter:
+        refuse_frozen(walked)
+        raise InspectionError(
+            f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
+            "Call peft.get_peft_model first, and train before adapters are merged. Full finetuning"
+            " is method='full'. Adapters of another layout, such as layers called A and B, or two"
+            " pairs on one module, are read by register_convention(): docs/extend/convention.md has"
+            " an example.",
+        )
+    return survey
+
+
+def read_survey(
+    walked: Walk,
+    *,
+    method: Method = "lora",
+    init: Init | None = None,
+    also: Container[int] = (),
+) -> Survey:
+    """Return the survey of a model or a file, which may be empty."""
     trainable = {
         id(param): name
         for name, param in walked.parameters
         if param.requires_grad or id(param) in also
     }
-    if method == "full":
-        survey = Survey(tuple(_full_factors(walked, trainable)))
-        if not survey.factors:
-            raise InspectionError(
-                f"None of {len(walked.parameters)} parameters is a trainable weight of two or more"
-                " dimensions.",
-                "Set requires_grad on what full finetuning should train; FSDP1 flattens every"
-                " weight, FSDP2 does not.",
-            )
+    in_pairs, undeclared = factor_tensors(walked), list[str]()
+    halves = {id(p): name for name, p in walked.parameters if p in in_pairs}
+    frozen = [name for key, name in halves.items() if key not in trainable]
+    if method == "lora":
+        factors = list(_lora_factors(walked, trainable, init, undeclared))
+    elif len(frozen) < len(halves):
+        raise InspectionError(
+            "The model has a trainable LoRA pair, so this is not full finetuning.",
+            "Leave method='full' out, or merge the adapters into the weights first.",
+        )
     else:
-        survey = _lora_survey(walked, trainable, init)
-    names = {f.name for f in survey.factors}
-    other = tuple(filterfalse(names.__contains__, trainable.values()))
-    return replace(
-        survey,
-        other=other,
-        looked_at=len(walked.parameters),
-        unsupported=unsupported(other),
-    )
+        factors = list(_full_factors(walked, trainable))
+    names = {f.name for f in factors}
+    other = tuple(name for name in trainable.values() if name not in names)
+    notes = []
+    if undeclared:
+        many = f"{len(undeclared)} LoRA pairs (of {undeclared[0]!r}, …)"
+        notes.append(f"{many} declare no scaling: 1 is assumed.")
+    return Survey(tuple(factors), other, tuple(notes), tuple(frozen))
 
 
 def _full_factors(walked: Walk, trainable: Mapping[int, str]) -> Iterator[Factor]:
-    for pair in pairs_of(walked.modules):
-        if not trainable.keys().isdisjoint((id(pair.a.tensor), id(pair.b.tensor))):
-            raise InspectionError(
-                f"{pair.where} has a trainable LoRA pair, so this is not full finetuning.",
-                "Leave method='full' out, or merge the adapters into the weights first.",
-            )
     left = dict(trainable)
     for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
@@ -141,63 +160,50 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
     return shape[-1], shape[-2]
 
 
-def _lora_survey(
-    walked: Walk,
-    trainable: Mapping[int, str],
-    init: Init | None,
-) -> Survey:
-    configs, left = configs_of(walked.modules), dict(trainable)
-    factors, notes = list[Factor](), dict[str, None]()
-    frozen: dict[int, str] = {}  # a tied factor has its first name
-    mixed = tuple(_mixtures(walked.modules))
+def _lora_factors(
+    walked: Walk, trainable: Mapping[int, str], init: Init | None, undeclared: list[str]
+) -> Iterator[Factor]:
+    """Yield both factors of every pair. The layers without a scaling are added to `undeclared`."""
+    declared, left = declared_inits(walked.modules), dict(trainable)
+    # X-LoRA's classifier scales the pairs inside by token
+    mixtures = tuple(
+        name and f"{name}."
+        for name, module in walked.modules
+        if hasattr(module, "internal_xlora_classifier")
+    )
     for pair in pairs_of(walked.modules):
-        names = []
-        for half in (pair.a, pair.b):
-            key = id(half.tensor)
-            names.append(left.pop(key, None))
-            if key not in trainable:
-                frozen.setdefault(key, f"{pair.layer}.{half.name}".removeprefix("."))
+        # a tied factor has its first name
+        names = [left.pop(id(half.tensor), None) for half in (pair.a, pair.b)]
         if not any(names):
             continue
-        _refuse_merged(pair)
+        if getattr(pair.owner, "merged_adapters", None):  # PEFT's
+            raise InspectionError(
+                f"{pair.where} is merged into its base weight, where it does not train.",
+                "Train before merging, or call unmerge_adapter().",
+            )
         reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a)
         if scaling is None:
-            notes[f"{pair.where} declares no scaling: 1 is assumed."] = None
-        declared = config_of(pair, configs).get("init_lora_weights")
-        found = init or init_of(pair, declared, reading.kind)
-        if pair.layer.startswith(mixed):
-            reading = reading._replace(kind="xlora")
-        factors += factors_of(pair, reading, scaling, found, names)
-    if not factors and not any(map(is_other_adapter, trainable.values())):
-        refuse_frozen(walked)
-        raise InspectionError(
-            f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
-            "Call peft.get_peft_model first, and train before adapters are merged. Full finetuning"
-            " is method='full'. Adapters of another layout, such as layers called A and B, or two"
-            " pairs on one module, are read by register_convention(): docs/extend/convention.md has"
-            " an example.",
-        )
-    return Survey(
-        tuple(factors),
-        notes=tuple(notes),
-        frozen=tuple(frozen.values()),
-    )
-
-
-def _refuse_merged(pair: Pair) -> None:
-    if getattr(pair.owner, "merged_adapters", None):  # PEFT's
-        raise InspectionError(
-            f"{pair.where} is merged into its base weight, where it does not train.",
-            "Train before merging, or call unmerge_adapter().",
-        )
-
-
-def _mixtures(modules: Modules) -> Iterator[str]:
-    """Yield the names of X-LoRA models, whose classifier scales the pairs inside by token."""
-    for name, module in modules:
-        if "internal_xlora_classifier" in module._modules:
-            yield name and f"{name}."
+            undeclared.append(pair.layer)
+        kind = "xlora" if pair.layer.startswith(mixtures) else reading.kind
+        by_peft = declared[pair.layer].get(pair.adapter)
+        started = init or init_of(pair, by_peft, reading.kind)
+        for role, name in zip(_ROLES, names, strict=True):
+            if name is not None:
+                yield Factor(
+                    name,
+                    role,
+                    int(reading.rank_a),
+                    float(reading.fan_in),
+                    float(reading.fan_out),
+                    scaling=1.0 if scaling is None else float(scaling),
+                    # no init is covered where no law is
+                    init="other" if kind in LAWLESS else started,
+                    kind=kind,
+                    layer=pair.layer,
+                    adapter=pair.adapter,
+                    convention=pair.convention.name,
+                )
 
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:
@@ -214,37 +220,6 @@ def refuse_frozen(walked: Walk) -> None:
             f"{len(tensors)} LoRA factors found, all frozen.",
             "Load with is_trainable=True (PeftModel.from_pretrained), or set requires_grad on those"
             " to train.",
-        )
-
-
-def factors_of(
-    pair: Pair,
-    reading: Reading,
-    scaling: float | None,
-    init: Init,
-    names: Sequence[str | None] = (),
-) -> Iterator[Factor]:
-    """Yield a pair's factors A and B. names: their parameters', None for one that does not train,
-    by default their own.
-
-    The init of a kind without a law is "other", since no init is covered there.
-    """
-    roles: tuple[Role, Role] = "A", "B"
-    for role, name in zip(roles, names or (pair.a.name, pair.b.name), strict=True):
-        if name is None:
-            continue
-        yield Factor(
-            name,
-            role,
-            int(reading.rank_a),
-            float(reading.fan_in),
-            float(reading.fan_out),
-            scaling=1.0 if scaling is None else float(scaling),
-            init="other" if reading.kind in LAWLESS else init,
-            kind=reading.kind,
-            layer=pair.layer,
-            adapter=pair.adapter,
-            convention=pair.convention.name,
         )
 
 
@@ -302,101 +277,3 @@ def is_zero(tensor: torch.Tensor) -> bool | None:
         return not bool(any_value.full_tensor())
     flat = tensor.detach().reshape(-1)
     return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())
-
-
-# --- adapters without a law -----------------------------------------------------------------------
-
-# Other finetuning methods, by the names of their parameters.
-_ADAPTERS = {
-    "LoHa": r"hada_[wt]\d",
-    "LoKr": r"lokr_[wt]\d",
-    "PVeRA": r"pvera_lambda_",
-    "VeRA": r"vera_lambda_",
-    "VB-LoRA": r"vblora_",
-    "RandLoRA": r"randlora_",
-    "Poly": r"poly_lora_",
-    "DyLoRA": r"lora_[AB]\.\d+$|(^|\.)(up|down)_list\.\d+$",
-    "GLoRA": r"(^|\.)([ab][12]|bm)\.weight$|glora_[A-E]\.",
-    "T-LoRA": r"(^|\.)lambda_layer$",
-    "GraLoRA": r"gralora_[AB]",
-    "DeLoRA": r"delora_(A|B|lambda)",
-    "HiRA": r"hira_(embedding_)?[AB]",
-    "Lily": r"lily_(A|B|router)",
-    "TinyLoRA": r"tinylora_v",
-    "Uni-LoRA": r"unilora_theta",
-    "AdaMSS": r"adamss_[AB]",
-    "PEANuT": r"peanut_",
-    "FRoD": r"frod_lambda_",
-    "DEFT": r"deft_[PR]\.",
-    "OSF": r"osf_svd_params",
-    "SuperTuning": r"supertuning_",
-    "RoAd": r"road_(theta|alpha)",
-    "BEFT": r"beft_bias",
-    "LN tuning": r"ln_tuning_layers",
-    "IA³": r"ia3_l(\.|$)",
-    "BOFT": r"boft_[Rs]",
-    "PSOFT": r"psoft_R",
-    "OFT": r"(^|\.)oft_",
-    "HRA": r"hra_u",
-    "MiSS": r"(bone|miss)_block|(^|\.)bone_",
-    "SHiRA": r"shira_weight",
-    "C³A": r"c3a_kernel",
-    "FourierFT": r"fourierft_spectrum",
-    "WaveFT": r"waveft_spectrum",
-    "prompt tuning": r"prompt_(encoder|embeddings)",
-}
-# Parameters that train in addition to a pair.
-_PARTS = {
-    "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
-    "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
-    "X-LoRA's classifier": r"internal_xlora_classifier",
-    "MonteCLoRA's sampler": r"lora_monteclora_sampler",
-    "DoRA magnitude": r"lora_magnitude|dora_scale|(^|\.)(weight_)?magnitude(\.|$)",
-    "Tucker core": r"lora_mid\.",
-    "LoRA bias": r"(lora_[ABab]|lora_up|lora_down)\.(.*\.)?bias$",
-    "LyCORIS scalar": r"(^|\.)scalar$",
-    "new tokens": r"trainable_tokens_",
-    "whole copy (modules_to_save)": r"modules_to_save\.",
-}
-_KINDS = {kind: re.compile(pattern) for kind, pattern in (_ADAPTERS | _PARTS).items()}
-
-
-def other_kind(name: str) -> str | None:
-    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for
-    other parameters.
-
-    >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
-    ('VeRA', None)
-    """
-    return next(
-        (kind for kind, pattern in _KINDS.items() if pattern.search(name)), None
-    )
-
-
-def is_other_adapter(name: str) -> bool:
-    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such
-    as LoHa or IA³.
-    """
-    return other_kind(name) in _ADAPTERS
-
-
-def unsupported(names: Iterable[str]) -> dict[str, str]:
-    """Return the kind of every parameter in `names` that belongs to an adapter without a law, by
-    name.
-    """
-    return {name: kind for name in names if (kind := other_kind(name))}
-
-
-def unread_lora(survey: Survey) -> list[str]:
-    """Return those of `survey.other` that are LoRA's by their names, and no known part of an
-    adapter: "lora" is in the name of a module, or of the parameter, in which no factor was read.
-    """
-    rest = [name for name in survey.other if _called_lora(name)]
-    read = {path for f in survey.factors for path in _called_lora(f.name)}
-    return [n for n in rest if n not in survey.unsupported and _called_lora(n) - read]
-
-
-def _called_lora(name: str) -> set[str]:
-    """Return the paths to a parameter, of its modules and its own, whose last part has "lora"."""
-    paths = accumulate(name.split("."), "{}.{}".format)
-    return {path for path in paths if "lora" in path.rpartition(".")[2].lower()}

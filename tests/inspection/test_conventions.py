@@ -20,9 +20,13 @@ from rankaware_optim import (
     inspect_model,
     register_convention,
 )
-from rankaware_optim.inspection import Reading, conventions, other_kind
+from rankaware_optim.inspection import (
+    Reading,
+    conventions,
+    is_other_adapter,
+    other_kind,
+)
 from rankaware_optim.inspection._conventions import CONVENTIONS
-from rankaware_optim.inspection._survey import is_other_adapter
 from rankaware_optim.testing import check_convention
 
 from ..helpers.models import STYLES, adapted

@@ -144,7 +144,8 @@ def test_undeclared_rank_and_scaling():
     del layer.r, layer.scaling
     survey = inspect_model(nn.ModuleDict({"up": layer}))
     assert {(f.rank, f.scaling) for f in survey.factors} == {(4, 1.0)}
-    assert survey.notes == ("up declares no scaling: 1 is assumed.",)
+    (note,) = survey.notes
+    assert "1 is assumed" in note
 
 
 @pytest.mark.parametrize("hidden", ["a", "b", "ab"])
@@ -267,7 +268,6 @@ def test_the_rest_is_other_by_name():
     """Everything trainable that is no factor is listed as other, in the model's order."""
     survey = inspect_model(mlp())
     assert survey.other == ("head.weight", "head.bias")
-    assert survey.looked_at == len(list(mlp().parameters()))
 
 
 # --- full finetuning ------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_full_finetuning_takes_every_weight():
 
 NO_FULL = [
     (nn.Linear(3, 3).requires_grad_(False), "full", "None of 2 parameters"),
-    (adapted(), "full", "has a trainable LoRA pair"),
+    (adapted(), "full", "a trainable LoRA pair"),
     (adapted(), "qlora", "'lora' or 'full', not 'qlora'"),
 ]
 

@@ -314,7 +314,7 @@ def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
     assert len(said) == 1
     (pair,) = {p.why for p in opt.rates.groups if p.role in "AB" and p.rank == 4}
     assert pair == f"{name}: no law, the base rate"
-    assert f"not covered by a law: {name}" in " ".join(opt.report().survey.audit())
+    assert any(pair in check for check in opt.report().survey.audit())
     (plain,) = {p.multiplier for p in opt.rates.groups if p.rank == 8}
     assert (plain != 1.0) == ("tuned_at" in options)
 
@@ -363,7 +363,7 @@ def in_lora(*names: str) -> nn.Module:
 
 READ = [
     in_lora(),
-    in_lora("lora_magnitude", "lora_E", "dora_scale", "trainable_tokens_delta"),
+    in_lora("lora_magnitude", "dora_scale", "trainable_tokens_delta"),
     TuneLoRA(nn.Linear(12, 20), 4),
 ]
 

@@ -1,0 +1,199 @@
+"""Surveys of adapter files: PEFT folders or .safetensors files. Only headers are read, and no
+tensors but alphas.
+
+A file is read as a model: a layer owns its pairs as a module does, and its tensors, and what its
+alpha and PEFT's configuration declare, are its attributes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from .._checks import check_init, shown
+from .._types import Init
+from ..errors import InspectionError
+from ._conventions import INITS, Convention, Shape, StoredLayer, conventions
+from ._pairs import Half, Walk, pairs_of
+from ._peft_config import AdapterConfig, embedded_configs, read_config, usable
+from ._record import Survey
+from ._survey import read_survey
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# DyLoRA's slices, which are no pair, have names such as lora_A.0.
+_ADAPTER = re.compile(r"(?!(\d+|bias|weight)$)[^.]*")
+# Entries of kohya's scripts.
+_TRAINING = (
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_learning_rate",
+    "ss_unet_lr",
+    "ss_text_encoder_lr",
+    "ss_optimizer",
+    "ss_max_train_steps",
+)
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, of which the shape is known."""
+
+    shape: Shape
+    is_meta: bool = True
+    requires_grad: bool = True
+
+
+def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
+    """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no tensors are loaded.
+
+    The conventions are those of models, registered ones too. Rank, fan-in and fan-out come from the
+    shapes. The rank must agree with the one that a configuration declares. The scaling comes from
+    the file's `alpha` or the configuration (PEFT's, or the copy in a diffusers file).
+    Otherwise it is 1, with a note. The adapter is usually trained, so its init is the declared one,
+    or "unknown". The survey of an adapter without a law, such as LoHa, has no factors.
+
+    Args:
+        path: a folder with PEFT's adapter_config.json and a .safetensors file, or one .safetensors
+            file.
+        init: the init of all pairs, as for `inspect_model`, if the declared one is not theirs, as
+            after `initialize`.
+
+    Raises:
+        InspectionError: something is missing, damaged or contradictory. The message names the file
+            and the key.
+    """
+    check_init(init, known=INITS)
+    file, config = _file_at(Path(path))
+    with usable(str(file)):
+        shapes, metadata, numbers = _read(file)
+    configs = [config] if config else embedded_configs(file, metadata)
+    survey = read_survey(_walk(file, shapes, numbers, configs), init=init)
+    is_of_a_law = config is None or config.entries is not None
+    if is_of_a_law and not survey.has_adapter:
+        raise InspectionError(
+            f"{file} has no LoRA pair among {len(shapes)} tensors.",
+            "Give an adapter's file, not a base model's.",
+        )
+    return replace(survey, notes=(*survey.notes, *_notes(file, config, metadata)))
+
+
+def _notes(
+    file: Path, config: AdapterConfig | None, metadata: Mapping[str, str]
+) -> Iterator[str]:
+    if config and config.entries is None:
+        yield f"The folder's adapter is {config.kind}, which no law covers."
+    entries = [f"{key} {shown(metadata[key])}" for key in _TRAINING if key in metadata]
+    if entries:
+        yield f"Its metadata has {', '.join(entries)}."
+    if not config and os.path.isfile(file.with_name(_CONFIG)):
+        yield f"{_CONFIG} in the file's folder was not read. Give the folder to read it."
+
+
+def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
+    """Return the safetensors file, `path` or the one in that folder, and the folder's configuration
+    if there is one.
+    """
+    if not os.path.isdir(path):
+        return path, None
+    config = None
+    if os.path.lexists(path / _CONFIG):
+        config = read_config(path / _CONFIG)
+    files = sorted(path.glob("*.safetensors"))
+    if config and path / _WEIGHTS in files:
+        files = [path / _WEIGHTS]
+    if len(files) != 1:
+        raise InspectionError(
+            f"{path} has {len(files)} .safetensors files, none of them PEFT's {_WEIGHTS} beside"
+            f" {_CONFIG}.",
+            "Give one .safetensors file, or a folder saved by PEFT. Pickles (.bin, .pt, .ckpt) are"
+            " not read, since they can run any code: save the adapter as .safetensors.",
+        )
+    return files[0], config
+
+
+def _read(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str, float]]:
+    """Return a file's shapes by name, in its order, its table of strings, and the values of entries
+    of one element by which a convention declares numbers, such as `alpha`. The other tensors are
+    not loaded.
+    """
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        raise OSError("there is no such file")
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+        slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+    declaring = _declaring(conventions())
+    names = [name for name, shape in shapes.items() if shape in ((), (1,))]
+    names = [name for name in names if name.rpartition(".")[2] in declaring]
+    dtypes = {slices[name].get_dtype() for name in names}
+    # NumPy has no bfloat16, and torch is slow to import
+    with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
+        numbers = {name: float(file.get_tensor(name).item()) for name in names}
+    return shapes, metadata, numbers
+
+
+def _declaring(rows: Iterable[Convention]) -> set[str]:
+    """Return the names of entries that declare a number."""
+    return {name for row in rows for name in (*row.rank, *row.scaling, *row.alpha)}
+
+
+def _walk(
+    path: Path,
+    shapes: Mapping[str, Shape],
+    numbers: Mapping[str, float],
+    configs: Iterable[AdapterConfig],
+) -> Walk:
+    """Return the layers of a file as modules, and its tensors but numbers as their parameters.
+
+    Raises:
+        InspectionError: half of a pair is missing, or two tensors have the same place.
+    """
+    rows = conventions()
+    halves = {name for row in rows for name in (row.a, row.b)}
+    others = {name for row in rows for name in (*row.where, *row.without)}
+    others |= _declaring(rows)
+    layers: dict[str, StoredLayer] = {}
+    factors, parameters = list[str](), list[Any]()
+    for name, shape in shapes.items():
+        owner, attribute, adapter = _place(name, halves | others)
+        layer = StoredLayer(owner, f"{path}: {owner}")
+        layer = layers.setdefault(owner.removeprefix(_PREFIX), layer)
+        tensor = Stored(shape)
+        if attribute in halves and _ADAPTER.fullmatch(adapter):
+            layer.halves.setdefault((attribute, adapter), Half(name, tensor))
+            factors.append(name)
+        elif attribute in others:
+            value = numbers.get(name, SimpleNamespace(weight=tensor))
+            setattr(layer, attribute, value)
+        if name not in numbers:
+            parameters.append((name, tensor))
+    for layer in layers.values():
+        config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
+        if config:
+            config.declare(layer)
+    modules: list[Any] = [(layer.name, layer) for layer in layers.values()]
+    whole = {half.name for pair in pairs_of(modules) for half in (pair.a, pair.b)}
+    for name in factors:
+        if name not in whole and "lora" in name:
+            raise InspectionError(
+                f"{path}: {name} has no other half, or another tensor has its place.",
+                "Save the adapter again.",
+            )
+    return Walk(modules, parameters)
+
+
+def _place(name: str, known: Container[str]) -> tuple[str, str, str]:
+    """Return a tensor's owner, its attribute there, the last one that is known, and the rest."""
+    parts = name.removesuffix(".weight").split(".")
+    places = [i for i, part in enumerate(parts) if part in known]
+    start = max(places, default=len(parts) - 1)
+    return ".".join(parts[:start]), parts[start], ".".join(parts[start + 1 :])
