@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
+
+import msgspec
 
 from .._checks import shown
 from .._types import Reference
@@ -28,22 +29,10 @@ class LoraConfigLike(Protocol):
 ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike
 
 
-def _truth(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
-
-
-# The keys of a text, with the field of `Reference` and what reads its value.
-_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "r": ("rank", int),
-    "rank": ("rank", int),
-    "alpha": ("alpha", float),
-    "rslora": ("rslora", _truth),
-    "init": ("init", str),
-    "fan_in": ("fan_in", float),
-    "batch": ("batch", float),
-    "method": ("method", str),
-}
+# What reads the values of a text, by the field of `Reference`, which checks the texts.
+_TYPES = {**get_type_hints(Reference), "init": str, "method": str}
 _FLAGS = {"full": "method=full", "rslora": "rslora=true"}
+_KEYS = {"r", *_TYPES, *_FLAGS}
 _OF_FULL = {"method", "fan_in", "batch"}
 
 _HOW = (
@@ -68,11 +57,14 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     """
     if isinstance(value, Reference):
         return value
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and _is_path(value)):
+    if isinstance(value, str):
+        keys = {part.partition("=")[0].strip() for part in value.split(",")}
+        # a folder may be called "full"
+        if keys <= _KEYS or not os.path.exists(value):
+            return parse_reference(value, like=like)
+    if isinstance(value, (str, os.PathLike)):
         survey = inspect_file(os.fspath(value))
         return replace(survey.dominant(), fan_in=survey.width)
-    if isinstance(value, str):
-        return parse_reference(value, like=like)
     return _of_config(value)
 
 
@@ -92,17 +84,6 @@ def _of_config(config: Any) -> Reference:
         )
     rslora = bool(getattr(config, "use_rslora", False))
     return Reference(config.r, config.lora_alpha, rslora)
-
-
-def _is_path(text: str) -> bool:
-    """Return whether `text` names a folder or file: one that is there, or by its form. If every
-    part begins like a part of a reference, it does not.
-    """
-    known = _KEYS.keys() | _FLAGS.keys()
-    if all(part.partition("=")[0].strip() in known for part in text.split(",")):
-        return False
-    of_path = os.path.dirname(text) or text.endswith(".safetensors")
-    return bool(of_path) or os.path.exists(text)
 
 
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
@@ -128,15 +109,13 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     why = ""
     for part in filter(None, map(str.strip, text.split(","))):
         key, _, given = map(str.strip, _FLAGS.get(part, part).partition("="))
-        try:
-            name, read = _KEYS[key]
-            value = read(given)
-        except (KeyError, ValueError):
-            name, value = key, given
-            why = f"{shown(key)} cannot be {shown(given)} there"
+        name = "rank" if key == "r" else key
         if name in values:
             why = f"it gives {name} twice"
-        values[name] = value
+        try:
+            values[name] = msgspec.convert(given, _TYPES[name], strict=False)
+        except (KeyError, msgspec.ValidationError):
+            why = f"{shown(key)} cannot be {shown(given)} there"
     extra = values.keys() - _OF_FULL
     if values.get("method") == "full" and extra:
         why = f"full finetuning has no {min(extra)}"

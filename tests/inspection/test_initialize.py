@@ -8,8 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from rankaware_optim import InspectionError, inspect_model
@@ -146,14 +144,6 @@ def test_the_seed_decides_the_draw():
     assert not torch.equal(models[0].layer0.lora_B, models[0].layer1.lora_B)
 
 
-def test_hundreds_of_layers_have_draws_of_their_own():
-    """No two layers of a large model share a draw."""
-    model = nn.ModuleDict({f"l{i}": owner((2, 2), (2, 2)) for i in range(600)})
-    initialize(model, "B")
-    draws = {tuple(layer.lora_B.flatten().tolist()) for layer in model.values()}
-    assert len(draws) == 600
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_every_dtype_gets_the_same_numbers(dtype):
     """The draw is made in float32 and rounded to the factors' dtype."""
@@ -175,24 +165,6 @@ def test_torch_s_defaults_do_not_reach_the_draw():
     finally:
         torch.set_default_dtype(before)
     assert same(drawn(first), drawn(second))
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    st.permutations(["q", "k", "v", "o"]),
-    st.sets(st.sampled_from(["a", "z", "head"])),
-    st.sampled_from(["A", "B"]),
-)
-def test_order_and_added_layers_do_not_move_a_draw(order, added, init):
-    """A factor's draw depends on the seed and its own name alone."""
-    first, second = (
-        nn.ModuleDict({n: adapted() for n in names})
-        for names in ("qkvo", [*order, *sorted(added)])
-    )
-    initialize(first, init)
-    initialize(second, init)
-    for name, value in drawn(first).items():
-        assert torch.equal(value, second.get_parameter(name))
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------
@@ -244,24 +216,6 @@ def test_tied_factors_are_drawn_once():
     initialize(alone, "B")
     assert torch.equal(model.layer1.lora_B, alone.layer0.lora_B)
     assert {f.init for f in survey.factors} == {"B"}
-
-
-def test_a_bias_of_the_inner_layer_is_zeroed():
-    """At A = 0 a bias behind A would show through B, so it goes, and the output stays."""
-
-    class Biased(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lora_a, self.lora_b = nn.Linear(8, 4), nn.Linear(4, 8, bias=False)
-            nn.init.zeros_(self.lora_b.weight)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + self.lora_b(self.lora_a(x))
-
-    model, x = Biased(), torch.randn(3, 8)
-    output = model(x)
-    initialize(model, "B")
-    assert torch.equal(output, model(x))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -338,7 +292,7 @@ def test_a_bias_behind_a_zero_factor_adds_something():
     model = nn.Module()
     model.lora_a, model.lora_b = nn.Linear(8, 4), nn.Linear(4, 8, bias=False)
     nn.init.zeros_(model.lora_a.weight)
-    with pytest.raises(InspectionError, match="is not zero"):
+    with pytest.raises(InspectionError, match="with a bias"):
         initialize(model, "A")
 
 
