@@ -24,10 +24,11 @@ from ._options import (
 )
 
 _SURVEY = (
-    "an object. Fields: factors (one object per LoRA factor), others (name and adapter kind of the"
-    " other tensors), checks (sentences on likely mistakes), notes (sentences). A factor has name,"
-    " role (A or B), rank, fan_in and fan_out (of the adapted layer), scaling (alpha"
-    " / rank), init, kind, layer, adapter and convention."
+    "an object. Fields: factors (one object per LoRA factor), other (names of the other tensors),"
+    " unsupported (their adapter's kind, by name), frozen (names), checks (sentences on"
+    " likely mistakes), notes (sentences). A factor has name, role (A or B), rank, fan_in and"
+    " fan_out (of the adapted layer), scaling (alpha / rank), init, kind, layer, adapter and"
+    " convention."
 )
 
 
@@ -41,15 +42,8 @@ def inspect(path: Path, per_module: bool, as_json: bool) -> None:
     PATH is a PEFT folder or a .safetensors file. The model is not needed.
     """
     survey = inspection.inspect_file(path)
-    others = [
-        {"name": name, "kind": inspection.other_kind(name)} for name in survey.other
-    ]
-    document = {
-        "factors": survey.factors,
-        "others": others,
-        "checks": survey.audit(),
-        "notes": survey.notes,
-    }
+    more = {"unsupported": survey.unsupported, "checks": survey.audit()}
+    document = {**vars(survey), **more}
     echo_result(as_json, survey.explain(per_module=per_module), document)
 
 

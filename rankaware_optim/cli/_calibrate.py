@@ -5,7 +5,6 @@ workers, and `rankaware fit`.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from typing import Any
 import click
 
 from .. import calibration, integrations, sweeps
-from .. import recipe as recipes
 from ..errors import (
     CalibrationError,
     RankAwareWarning,
@@ -30,14 +28,13 @@ from ._options import (
     INTERRUPTED,
     LAW_TEXT,
     OPTIMIZER,
-    alpha_option,
     echo,
     flag,
     law_option,
     may_name_module,
+    number_or_rank,
     option,
     out_option,
-    refuse_existing,
     several,
 )
 
@@ -113,7 +110,6 @@ def calibrate(
     /,
     spec: str,
     out: Path,
-    force: bool,
     workers: int,
     dry_run: bool,
     quiet: bool,
@@ -128,7 +124,6 @@ def calibrate(
     The same command continues a calibration that stopped or was killed. On another machine that can
     reach --storage, it joins the running calibration.
     """
-    refuse_existing(out, force)
     if out.suffix != ".toml":
         raise RecipeError(
             f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it."
@@ -154,7 +149,7 @@ def calibrate(
         raise
     recipe.save(out)
     if not quiet:
-        _print(recipe, out)
+        echo(recipe)
 
 
 def _interrupt(number: int, _: object) -> None:
@@ -163,14 +158,6 @@ def _interrupt(number: int, _: object) -> None:
     """
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _print(recipe: recipes.Recipe, path: Path | None) -> None:
-    echo(recipe)
-    if path is not None:
-        rank = recipe.reference.rank
-        where = "--full" if rank is None else f"--rank {rank}"
-        echo(f"Next: rankaware lr {shlex.quote(str(path))} {where}")
 
 
 def load_train(spec: str) -> Any:
@@ -227,14 +214,13 @@ def _environments(count: int) -> list[dict[str, str]]:
     """Return the workers' environments: one visible GPU each, and a share of the CPU threads."""
     import torch
 
-    gpus = [str(i) for i in range(torch.cuda.device_count())]
-    if _DEVICES in os.environ:
-        gpus = os.environ[_DEVICES].split(",")
-    shared = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+    threads = max(1, torch.get_num_threads() // count)
+    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get(_DEVICES, all_gpus).split(",")
     environments = []
     for i in range(count):
-        own = {_DEVICES: gpus[i % len(gpus)]} if gpus else {}
-        environments.append({**shared, **os.environ, **own})
+        own = {**os.environ, _DEVICES: gpus[i % len(gpus)]}
+        environments.append({"OMP_NUM_THREADS": str(threads), **own})
     return environments
 
 
@@ -256,7 +242,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 @option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
 @law_option(f"Law that moves rates between ranks. {LAW_TEXT}", PRIOR_LAW)
-@alpha_option("alpha of rows without one.")
+@option("--alpha", number_or_rank, "alpha of rows without one. A number, or 'rank'.")
 @option("--fan-in", float, "Mean fan-in of the adapted layers, for rows without one.")
 @option(
     "--full-fan-in",
@@ -266,7 +252,6 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 def fit(
     sweep: Path,
     out: Path | None,
-    force: bool,
     name: str | None,
     law: str,
     **options: Any,
@@ -278,8 +263,7 @@ def fit(
     before training) are optional. Write full as the rank of a full finetuning, and diverged as the
     loss of a run that diverged.
     """
-    refuse_existing(out, force)
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     if out is not None:
         recipe.save(out)
-    _print(recipe, out)
+    echo(recipe)

@@ -5,8 +5,7 @@ It is printed as numbers, or as lines for a trainer's configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import click
 
@@ -32,135 +31,94 @@ _SHAPE = (
     " --to)."
 )
 
-# --- a trainer's configuration --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A trainer's lines, with the names of `_lines`'s values in braces.
-
-    rslora: what says rsLoRA. at_rank: what trains at alpha = rank, whatever alpha is. has_layers:
-    whether the lines name the adapted layers, which are all linear ones.
-    """
-
-    lines: str
-    rslora: str = ""
-    at_rank: str = ""
-    has_layers: bool = False
-
-
-_ALL_LINEAR = (
-    "All linear layers are adapted here: name those of your run if they were fewer."
-)
-
-
-# The names of Axolotl, LLaMA-Factory, ms-swift and Unsloth were read in their own schemas, of
-# 0.19.0, 0.9.5, 4.6.0 and 2026.10.9. A test runs TRL's lines.
+# A trainer's lines, with the values of `_lines` in braces. Those that name rsLoRA are left out
+# without it. The names of Axolotl, LLaMA-Factory, ms-swift and Unsloth were read in their own
+# schemas, of 0.19.0, 0.9.5, 4.6.0 and 2026.10.9. A test runs TRL's lines.
 TOOLS = {
-    "ai-toolkit": Tool(
-        """\
-{other_alpha}network:
+    "ai-toolkit": """\
+# Transformers such as FLUX train at alpha = rank: convert --to r={rank},alpha={rank}.
+network:
   type: lora
   linear: {rank}
   linear_alpha: {alpha_over_rank}
 train:
   lr: {converted}""",
-        at_rank="Transformers such as FLUX",
-    ),
-    "automodel": Tool("""\
+    "automodel": """\
 peft:
   dim: {rank}
   alpha: {alpha_over_rank}
 optimizer:
-  lr: {converted}"""),
-    "axolotl": Tool(
-        """\
+  lr: {converted}""",
+    "axolotl": """\
 adapter: lora
 lora_r: {rank}
 lora_alpha: {alpha}
-lora_target_linear: true
-{rslora}learning_rate: {converted}""",
-        rslora="peft_use_rslora: true\n",
-        has_layers=True,
-    ),
-    "diffusers": Tool(
-        "{other_alpha}--rank {rank} --learning_rate {converted}",
-        at_rank="These scripts",
-    ),
-    "kohya": Tool("""\
+lora_target_linear: true  # or the layers of your run
+peft_use_rslora: true
+learning_rate: {converted}""",
+    "diffusers": """\
+# These scripts train at alpha = rank: convert --to r={rank},alpha={rank}.
+--rank {rank} --learning_rate {converted}""",
+    "kohya": """\
 --network_dim {rank} --network_alpha {alpha_over_rank} \\
---learning_rate {converted}"""),
-    "llamafactory": Tool(
-        """\
+--learning_rate {converted}""",
+    "llamafactory": """\
 finetuning_type: lora
 lora_rank: {rank}
 lora_alpha: {alpha}
-lora_target: all
-{rslora}learning_rate: {converted}""",
-        rslora="use_rslora: true\n",
-        has_layers=True,
-    ),
-    "mlx": Tool("""\
+lora_target: all  # or the layers of your run
+use_rslora: true
+learning_rate: {converted}""",
+    "mlx": """\
 fine_tune_type: lora
 learning_rate: {converted}
 lora_parameters:  # all three are required; scale multiplies, it is no alpha
   rank: {rank}
   scale: {scaling}
-  dropout: 0.0"""),
-    "onetrainer": Tool("""\
+  dropout: 0.0""",
+    "onetrainer": """\
 LoRA rank: {rank}
 LoRA alpha: {alpha_over_rank}
-Learning rate: {converted}"""),
-    "swift": Tool(
-        """\
---tuner_type lora --lora_rank {rank} --lora_alpha {alpha}{rslora} \\
---target_modules all-linear --learning_rate {converted}""",
-        rslora=" --use_rslora true",
-        has_layers=True,
-    ),
-    "trl": Tool(
-        """\
+Learning rate: {converted}""",
+    "swift": """\
+--tuner_type lora --lora_rank {rank} --lora_alpha {alpha} \\
+--use_rslora true \\
+--learning_rate {converted} --target_modules all-linear  # or the layers of your run""",
+    "trl": """\
 import rankaware_optim, torch
 from peft import LoraConfig
 
 peft_config = LoraConfig(
-    r={rank}, lora_alpha={alpha}{rslora}, target_modules="all-linear"
+    r={rank},
+    lora_alpha={alpha},
+    use_rslora=True,
+    target_modules="all-linear",  # or the layers of your run
 )
 # after trainer = SFTTrainer(..., peft_config=peft_config), or another TRL trainer:
-rankaware_optim.attach(trainer, torch.optim.AdamW, lr={lr},
-    {settings})""",
-        rslora=", use_rslora=True",
-        has_layers=True,
-    ),
-    "unsloth": Tool(
-        """\
+rankaware_optim.attach(trainer, torch.optim.AdamW, lr={lr:g},
+    tuned_at={tuned_at!r}, law={law!r}, batch={batch})""",
+    "unsloth": """\
 from unsloth import FastLanguageModel
 from trl import SFTConfig
 
 layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 model = FastLanguageModel.get_peft_model(
-    model, r={rank}, lora_alpha={alpha}{rslora}, target_modules=layers
+    model,
+    r={rank},
+    lora_alpha={alpha},
+    use_rslora=True,
+    target_modules=layers,  # or those of your run
 )
 args = SFTConfig(learning_rate={converted})""",
-        rslora=", use_rslora=True",
-        has_layers=True,
-    ),
-    "verl": Tool("""\
+    "verl": """\
 actor_rollout_ref.model.lora_rank={rank} \\
 actor_rollout_ref.model.lora_alpha={alpha_over_rank} \\
-actor_rollout_ref.actor.optim.lr={converted}"""),
+actor_rollout_ref.actor.optim.lr={converted}""",
 }
 
 
-def _lines(
-    tool: Tool,
-    lr: float,
-    origin: Reference,
-    at: Reference,
-    law: str,
-    to: Rate,
-) -> str:
-    """Return a trainer's lines at `at` for a rate tuned at `origin`, that the law converts to `to`.
+def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
+    """Return a trainer's lines at `at`.
 
     Raises:
         InvalidReferenceError: `at` is full finetuning, or at A = 0, for which there are no lines.
@@ -170,55 +128,19 @@ def _lines(
             "--as prints lines for adapters at init A, with which these tools start.",
             "Leave --as out to print the rate.",
         )
-    other_alpha = (
-        f"# {tool.at_rank} train at alpha = rank: convert --to"
-        f" r={at.rank},alpha={at.rank}.\n"
-    )
-    summary = (
-        f"{lr:g} was tuned at {as_words(origin)}; at {as_words(at)} it is {to.lr:.3g}."
-    )
-    lines = tool.lines.format(
+    lines = TOOLS[tool].splitlines()
+    if not at.rslora:
+        lines = [line for line in lines if "rslora" not in line]
+    return "\n".join(lines).format(
         rank=at.rank,
         alpha=f"{at.alpha:g}",
         # of a tool that divides it by the rank, also for rsLoRA
         alpha_over_rank=f"{at.scaling * (at.rank or 1):g}",
         scaling=f"{at.scaling:g}",
-        rslora=tool.rslora if at.rslora else "",
-        other_alpha="" if at.scaling == 1.0 else other_alpha,
-        lr=f"{lr:g}",
-        converted=f"{to.lr:.4g}",
-        settings=", ".join(_settings(origin, at, law)),
+        batch=at.batch,
+        converted=f"{converted.lr:.4g}",
+        **given,
     )
-    comments = [summary, *to.notes]
-    if tool.has_layers:
-        comments.append(_ALL_LINEAR)
-    return "\n".join([*(f"# {line}" for line in comments), lines])
-
-
-def _settings(origin: Reference, at: Reference, law: str) -> Iterator[str]:
-    """Yield attach's settings. The batch is among them if the rate moves with it."""
-    yield f"tuned_at={as_words(origin)!r}"
-    if law != DEFAULT_LAW:
-        yield f"law={law!r}"
-    if origin.batch and at.batch not in (None, origin.batch):
-        yield f"batch={at.batch:g}"
-
-
-def as_words(reference: Reference) -> str:
-    """Return a reference as a text for `parse_reference`.
-
-    >>> as_words(Reference(rank=16, alpha=32, rslora=True, fan_in=4096))
-    'r=16,alpha=32,rslora,fan_in=4096'
-    """
-    parts = ["full"]
-    if reference.method == "lora":
-        parts = [f"r={reference.rank}", f"alpha={reference.alpha:g}"]
-        parts += ["rslora"] * reference.rslora + ["init=B"] * (reference.init == "B")
-    for name in ("fan_in", "batch"):
-        value = getattr(reference, name)
-        if value is not None:
-            parts.append(f"{name}={value:g}")
-    return ",".join(parts)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -291,7 +213,10 @@ def convert(
     if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
         rate = replace(rate, notes=(*rate.notes, unmoved))
     if tool:
-        echo(_lines(TOOLS[tool], lr, origin, at, law, rate))
+        lines = _lines(tool, at, rate, lr=lr, tuned_at=from_, law=law)
+        summary = f"{lr:g} was tuned at {from_}; at {to} it is {rate.lr:.3g}."
+        for comment in (summary, *rate.notes):
+            echo(f"# {comment}")
+        echo(lines)
         return
-    places = {"from": as_words(origin), "to": as_words(at)}
-    echo_result(as_json, rate, {"from_lr": lr, **places, **asdict(rate)})
+    echo_result(as_json, rate, {"from_lr": lr, "from": from_, "to": to, **asdict(rate)})

@@ -6,8 +6,6 @@ Optuna only in a command that uses them.
 
 from __future__ import annotations
 
-import io
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -20,25 +18,9 @@ from ._convert import convert
 from ._options import INTERRUPTED, echo, in_options, warnings_as_notes
 from ._recipes import lr, plot, report, show
 
-_SECTIONS = {
-    "Move a rate that you have": (convert,),
-    "Find a first rate": (suggest, calibrate, fit),
-    "Read an adapter or a recipe": (inspect, lr, show, plot, report),
-}
-
 
 class _Commands(click.Group):
-    """Prints this package's errors without a traceback, and its commands in sections."""
-
-    def main(self, *args: Any, **settings: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            # a console of Windows may lack √, and then its help would not print
-            if (
-                isinstance(stream, io.TextIOWrapper)
-                and "utf" not in stream.encoding.lower()
-            ):
-                stream.reconfigure(errors="replace")
-        return super().main(*args, **settings)
+    """Prints this package's errors without a traceback, exits with code 130 at Ctrl-C."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -54,14 +36,6 @@ class _Commands(click.Group):
             echo(said, err=True)
             ctx.exit(INTERRUPTED)
 
-    def format_commands(
-        self, ctx: click.Context, formatter: click.HelpFormatter
-    ) -> None:
-        for title, commands in _SECTIONS.items():
-            rows = [(c.name or "", c.get_short_help_str(80)) for c in commands]
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
 
 def _print_versions(ctx: click.Context, _: Any, asked: bool) -> None:
     if not asked:
@@ -76,6 +50,7 @@ def _print_versions(ctx: click.Context, _: Any, asked: bool) -> None:
 
 @click.group(
     cls=_Commands,
+    commands=[convert, suggest, calibrate, fit, inspect, lr, show, plot, report],
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.option(
@@ -98,8 +73,3 @@ def main() -> None:
       zsh   eval "$(_RANKAWARE_COMPLETE=zsh_source rankaware)"
       fish  _RANKAWARE_COMPLETE=fish_source rankaware | source
     """
-
-
-for _commands in _SECTIONS.values():
-    for _command in _commands:
-        main.add_command(_command)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ def echo_result(as_json: bool, result: object, document: object = None) -> None:
         echo(result)
         return
     value = result if document is None else document
-    plain = msgspec.json.decode(msgspec.json.encode(value, enc_hook=float))
-    click.echo(json.dumps(plain, indent=1))
+    text = msgspec.json.encode(value, enc_hook=float)
+    echo(msgspec.json.format(text, indent=1).decode())
 
 
 def in_options(error: Exception, command: click.Command) -> str:
@@ -105,17 +104,22 @@ def flag(names: str, text: str) -> Decorator:
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
-    """Return the options -o FILE, as `out`, and --force. The command calls `refuse_existing`."""
-    file = click.Path(dir_okay=False, path_type=Path)
-    out = option("-o --out", file, text, **settings)
-    force = flag("--force", "Overwrite it.")
-    return lambda command: out(force(command))
+    """Return the options -o FILE, as `out`, and --force, without which the command refuses a file
+    that exists.
+    """
 
+    def decorate(command: Any) -> Any:
+        @wraps(command)
+        def checked(*args: Any, out: Path | None, force: bool, **options: Any) -> Any:
+            if out is not None and os.path.lexists(out) and not force:
+                raise click.ClickException(f"{out} exists. --force overwrites it.")
+            return command(*args, out=out, **options)
 
-def refuse_existing(out: Path | None, force: bool) -> None:
-    """Raise if a file to write exists and --force was not given."""
-    if out is not None and os.path.lexists(out) and not force:
-        raise click.ClickException(f"{out} exists. --force overwrites it.")
+        file = click.Path(dir_okay=False, path_type=Path)
+        with_force = flag("--force", "Overwrite it.")(checked)
+        return option("-o --out", file, text, **settings)(with_force)
+
+    return decorate
 
 
 FILE = click.Path(path_type=Path)
@@ -136,10 +140,6 @@ def init_option(more: str, names: Sequence[str] = ("A", "B")) -> Decorator:
     return option("--init", click.Choice(names), f"{_INIT_HELP} {more}")
 
 
-def alpha_option(text: str) -> Decorator:
-    return option("--alpha", number_or_rank, f"{text} A number, or 'rank'.")
-
-
 LAW_TEXT = "It is a registered name, or package.module:Class."
 
 
@@ -154,7 +154,9 @@ OPTIMIZER = option(
     callback=may_name_module,
     default="AdamW",
 )
-RSLORA = flag("--rslora", "rsLoRA: divide alpha by √rank, not by rank.")
+RSLORA = flag(
+    "--rslora", "rsLoRA: divide alpha by the root of the rank, not by the rank."
+)
 
 # Fields of a `Rate` in a document.
 RATE_FIELDS = (

@@ -15,7 +15,6 @@ from ._options import (
     FILE,
     RATE_FIELDS,
     RSLORA,
-    alpha_option,
     echo,
     echo_result,
     flag,
@@ -23,7 +22,6 @@ from ._options import (
     json_option,
     option,
     out_option,
-    refuse_existing,
 )
 
 _RECIPE = click.argument("recipe", type=FILE)
@@ -32,8 +30,10 @@ _RECIPE = click.argument("recipe", type=FILE)
 @click.command()
 @_RECIPE
 @option("--rank", int, "LoRA rank. By default the recipe's own.")
-@alpha_option(
-    "LoRA alpha. By default by the recipe's rule, which rankaware show prints."
+@option(
+    "--alpha",
+    float,
+    "LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
 )
 @RSLORA
 @init_option("By default the recipe's.")
@@ -55,8 +55,6 @@ def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
 
     The 90 % band, the ceiling and what the rate holds for are printed with it.
     """
-    if options["alpha"] == "rank":
-        options["alpha"] = options["rank"]
     loaded = recipes.Recipe.load(recipe)
     with warnings.catch_warnings():
         # the rate's notes say it
@@ -75,9 +73,8 @@ def show(recipe: Path) -> None:
 @click.command()
 @_RECIPE
 @out_option("Figure to write, a .png, .svg or .pdf file.", required=True)
-def plot(recipe: Path, out: Path, force: bool) -> None:
+def plot(recipe: Path, out: Path) -> None:
     """Draw a recipe's trials, and its rates by rank."""
-    refuse_existing(out, force)
     figure = recipes.Recipe.load(recipe).plot()
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -90,10 +87,9 @@ def plot(recipe: Path, out: Path, force: bool) -> None:
 @click.command()
 @_RECIPE
 @out_option("HTML page to write.", required=True)
-def report(recipe: Path, out: Path, force: bool) -> None:
+def report(recipe: Path, out: Path) -> None:
     """Write a recipe as an HTML page.
 
     The page has the recipe's rates by rank, its figure, its trials and its provenance.
     """
-    refuse_existing(out, force)
     echo(reports.write_report(recipes.Recipe.load(recipe), out))

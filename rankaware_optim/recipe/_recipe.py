@@ -31,7 +31,7 @@ _BELOW = (
 )
 _ALPHA: Mapping[Scaling, str] = {
     "fixed": "alpha follows rank (scaling fixed)",
-    "rslora": "alpha kept under rsLoRA (scaling falls as 1/√rank)",
+    "rslora": "alpha kept under rsLoRA (scaling falls with the root of the rank)",
     "alpha": "alpha kept (scaling falls as 1/rank)",
     "unknown": "no rule known: give alpha",
 }

@@ -111,15 +111,13 @@ OPTIONS = {  # options, and what they leave in the recipe
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_reaches_the_calibration(options, folder):
-    """The recipe is that of the options; it is printed, and the command that it names next reads it."""
+    """The recipe is that of the options, and it is printed."""
     done = call(QUICK, options)
     assert done.exit_code == 0, done.output
     recipe = ra.Recipe.load("made/r.toml")
     for found, wanted in OPTIONS[options](recipe):
         assert found == wanted
     assert f"{recipe}\n" in done.output
-    (following,) = re.findall(r"^Next: rankaware (.*)$", done.output, re.M)
-    assert CliRunner().invoke(main, following.split()).exit_code == 0
 
 
 def test_the_same_command_goes_on(folder):
@@ -212,7 +210,7 @@ def test_two_workers_share_the_trials(folder):
 ENVIRONMENTS = [  # visible GPUs, workers, the GPU of each
     ("4,6", 2, ["4", "6"]),
     ("GPU-5f3a", 3, ["GPU-5f3a"] * 3),
-    (None, 2, [None, None]),
+    (None, 2, ["", ""]),
 ]
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shlex
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +19,6 @@ from rankaware_optim import (
     RecipeError,
     Reference,
 )
-from rankaware_optim.cli._main import main
 from rankaware_optim.laws import PRIOR_LAW, Law, Power, get_law
 from rankaware_optim.sweeps import fit_sweep
 from rankaware_optim.sweeps._runs import SweepRun, read_sweep
@@ -387,41 +384,3 @@ def test_a_sweep_that_says_nothing_is_refused(rows, options, message):
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def written(tmp_path):
-    """Writes rows into a CSV file."""
-
-    def write(rows):
-        heads = list(rows[0])
-        lines = [",".join(str(row[head]) for head in heads) for row in rows]
-        (tmp_path / "mine.csv").write_text("\n".join([",".join(heads), *lines]))
-        return str(tmp_path / "mine.csv")
-
-    return write
-
-
-def run(*words, code=0) -> str:
-    """What a command prints."""
-    done = CliRunner().invoke(main, [str(word) for word in words])
-    assert done.exit_code == code, done.output
-    return done.output
-
-
-WHOLE = [
-    {"lr": 10.0**-e, "loss": (e - 3) ** 2 + 1.0, "rank": "full", "fan_in": 64}
-    for e in (2, 2.5, 3, 3.5, 4)
-]
-TWO_ALPHAS = [{**row, "alpha": k * row["rank"]} for k in (1, 4) for row in drawn()]
-
-
-@pytest.mark.parametrize("rows", [WHOLE, TWO_ALPHAS, drawn()])
-def test_the_command_that_fit_names_next_works(rows, written, tmp_path):
-    """The line after "Next:" reads a rate of the recipe, also in a folder whose name has a space."""
-    (tmp_path / "a folder").mkdir()
-    said = run("fit", written(rows), "-o", tmp_path / "a folder" / "r.toml")
-    (line,) = [
-        line for line in said.splitlines() if line.startswith("Next: rankaware ")
-    ]
-    run(*shlex.split(line)[2:])
