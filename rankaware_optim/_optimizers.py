@@ -152,8 +152,7 @@ _ROWS = {
     "lomo adalomo": Known(one_rate=_IN_BACKWARD),
     "torch_optimizer.radam": Known(one_rate="keeps one step size for all groups"),
     "a2gradexp a2gradinc a2graduni": Known(one_rate="never reads its groups' rates"),
-    # Its rate is bounded by a smoothness that it measures.
-    "pytorch_optimizer.asgd": Known(),
+    "pytorch_optimizer.asgd": Known(one_rate="measures its rates itself"),
     # Their warm-up, or warm-down, goes from or to one rate for all groups.
     "torch_optimizer.apollo": Known("gradient-like", own_rate=OwnRate("warmup", 0)),
     "apollodqn": Known("gradient-like", own_rate=OwnRate("warmup_steps", 0)),

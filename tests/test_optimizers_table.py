@@ -7,13 +7,12 @@ import pytest
 from rankaware_optim import Constant, MuA
 from rankaware_optim._optimizers import (
     _KNOWN,
-    RANK_AWARE,
     goes_to_adam,
     known_name,
     known_optimizer,
     optimizer_family,
 )
-from rankaware_optim.laws import FORMS
+from rankaware_optim.laws import FORMS, ONE_RATE
 from rankaware_optim.transfer._suggest import FACTORS
 
 from .golden.cases import FAMILIES as GOLDEN
@@ -119,10 +118,6 @@ def test_a_thin_matrix_goes_to_adam_where_its_class_does_so(shape, to_adam):
     assert goes_to_adam(torchs, {}, shape) == vector
 
 
-# Of whose families no form is known to hold, or which move by rank themselves.
-KEEP_ONE_RATE = {"floored-scale", "first-step", RANK_AWARE}
-
-
 def test_every_family_has_a_condition_and_a_golden_case():
     """A family has a condition that its rates are checked by, or keeps one rate; its rates and its first rate are golden."""
     rows = _KNOWN.values()
@@ -130,7 +125,7 @@ def test_every_family_has_a_condition_and_a_golden_case():
     families |= {switch.family for row in rows for switch in row.switches}
     golden = [(class_named(name), given) for name, given in GOLDEN.values()]
     assert FORMS.keys() == CONDITIONS.keys()
-    assert FORMS.keys() | KEEP_ONE_RATE == families
+    assert FORMS.keys() | ONE_RATE.keys() == families
     assert {optimizer_family(kind, given) for kind, given in golden} == families
     for kind, given in golden:
         form = FORMS.get(optimizer_family(kind, given))
@@ -141,7 +136,7 @@ def test_every_family_has_a_condition_and_a_golden_case():
 def test_every_row_speaks_of_what_exists(name):
     """A row's family has a form or keeps one rate; a relation to AdamW has a rule; what cannot have rates says why."""
     row = known_optimizer(name)[1]
-    assert row.family in {*FORMS, *KEEP_ONE_RATE}
+    assert row.family in {*FORMS, *ONE_RATE}
     assert {switch.family for switch in row.switches} <= {*FORMS, "unknown"}
     assert not row.relation or row.relation in FACTORS
     assert row.family == "unknown" or not row.one_rate

@@ -554,7 +554,7 @@ def _other_rates(
     for group in rates:
         if group.role != "other":
             continue
-        is_own = group.is_given or group.user_group in at_own_lr
+        is_own = group.given is not None or group.user_group in at_own_lr
         # twelve digits remove a ratio's rounding error
         rate = float(f"{group.lr:.12g}") if is_own else BASE
         tables.append({name_pattern(name): rate for name in group.names})

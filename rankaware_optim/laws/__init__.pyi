@@ -10,6 +10,7 @@ from ._law import checked_batch_multiplier as checked_batch_multiplier
 from ._law import checked_multiplier as checked_multiplier
 from ._law import innermost as innermost
 from ._mua import FORMS as FORMS
+from ._mua import ONE_RATE as ONE_RATE
 from ._mua import SIGN_LIKE as SIGN_LIKE
 from ._mua import MuA as MuA
 from ._mua import kappa as kappa

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from .._checks import check_choice, check_init
-from .._optimizers import in_force, optimizer_family
+from .._optimizers import RANK_AWARE, in_force, optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
 from ._law import Constant, Law, check_ranges
@@ -315,7 +315,7 @@ class Form(NamedTuple):
 
     rate: σ, from init, r, s, n, b, ratio and shape.
 
-    words: what a report says of the form, and of its evidence only what was measured.
+    words: what a report says an optimizer is, and of the evidence only what was measured.
 
     one_rank: whether every pair is evaluated at rank 16. Small runs of SGD and Muon followed the
     form with alpha but not with the rank (benchmarks/results/laws.md).
@@ -338,20 +338,35 @@ class Form(NamedTuple):
 
 
 _BY_ALPHA = (
-    "in small runs of {} the best rate followed µA's form with alpha but not with rank, so its"
+    "{}: in small runs of {} the best rate followed µA's form with alpha but not with rank, so its"
     " rates do the same"
 )
-_SIGN = Form(sign_rate, "µA's form for that family moves its rates", tokens=2.0)
-# Families that are not here (Adafactor's, LARS's, the rank-aware) keep one rate.
+_UNKNOWN = "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
 FORMS = {
-    **dict.fromkeys(SIGN_LIKE, _SIGN),
-    "spectral": Form(spectral_rate, _BY_ALPHA.format("Muon"), one_rank=True),
+    "sign-like": Form(sign_rate, "sign-like", tokens=2.0),
+    "unknown": Form(sign_rate, _UNKNOWN, tokens=2.0),
+    "spectral": Form(
+        spectral_rate, _BY_ALPHA.format("spectral", "Muon"), one_rank=True
+    ),
     "gradient-like": Form(
-        gradient_rate, _BY_ALPHA.format("SGD"), one_rank=True, batch=1.0
+        gradient_rate,
+        _BY_ALPHA.format("gradient-like", "SGD"),
+        one_rank=True,
+        batch=1.0,
     ),
     "relative-scale": Form(
         relative_rate,
-        "µA's form for that family moves its rates, derived for square layers; in small runs with"
-        " alpha = rank it was nearer than one rate",
+        "relative-scale: µA's form for that family moves its rates, derived for square layers; in"
+        " small runs with alpha = rank it was nearer than one rate",
     ),
+}
+_NO_FORM = (
+    "{}: no form of µA is known to hold for that family, so all ranks have one rate"
+)
+# Families without a form, and what a report says of them.
+ONE_RATE = {
+    RANK_AWARE: f"{RANK_AWARE}: by its own rule its updates move with the rank, so all ranks keep"
+    " one rate",
+    "floored-scale": _NO_FORM.format("floored-scale"),
+    "first-step": _NO_FORM.format("first-step"),
 }

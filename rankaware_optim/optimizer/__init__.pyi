@@ -2,10 +2,10 @@ from ._assign import Assigner as Assigner
 from ._assign import Explicit as Explicit
 from ._assign import make_assigner as make_assigner
 from ._notes import notes_of as notes_of
-from ._prepare import rank_aware_param_groups as rank_aware_param_groups
 from ._rates import RateGroup as RateGroup
 from ._rates import Rates as Rates
 from ._rates import Report as Report
 from ._source import Source as Source
 from ._unmoved import rounding_of_normal as rounding_of_normal
 from ._wrapper import RankAwareOptimizer as RankAwareOptimizer
+from ._wrapper import rank_aware_param_groups as rank_aware_param_groups

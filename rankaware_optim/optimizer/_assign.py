@@ -17,26 +17,29 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import (
-    RANK_AWARE,
-    Known,
-    goes_to_adam,
-    known_optimizer,
-    optimizer_family,
-)
+from .._optimizers import Known, goes_to_adam, known_optimizer, optimizer_family
 from .._rate import Rate
 from .._types import Factor, Method, Reference, width_for
 from ..errors import OptimizerError
 from ..inspection import Rated, Survey, other_kind, reason_of_other, reason_without_law
-from ..laws import FORMS, Constant, Law, bound_law, checked_multiplier, innermost
+from ..laws import FORMS, ONE_RATE, Law, bound_law, checked_multiplier, innermost
 from ._source import Settings, Source
 
 
-class Assigned(NamedTuple):
-    """What a parameter is, and its rate: its group's base rate × `multiplier`, or `lr` if given.
+@dataclass(frozen=True)
+class Assigned:
+    """What a parameter is, and its rate: its group's base rate × `multiplier`, or `given`.
 
-    family: the optimizer's kind of update there. why: the reason for the rate in words. note: on
-    the family, for the report.
+    Args:
+        role: "A" or "B" for LoRA's factors, "full" for whole weights, "other", or "frozen" in a
+            report.
+        rank: the LoRA rank, None for what is no factor.
+        scaling: s, the factor of B·A, None for what is no factor.
+        init: "A" if B started at zero, "B" if A did, else "other" or "unknown".
+        family: the optimizer's kind of update there.
+        multiplier: what multiplies the base rate.
+        given: a rate that was given outright, by `rates`, `other_lr` or a recipe.
+        why: the reason for the rate in words.
     """
 
     role: str = "other"
@@ -45,9 +48,8 @@ class Assigned(NamedTuple):
     init: str | None = None
     family: str = "sign-like"
     multiplier: float = 1.0
-    lr: float | None = None
+    given: float | None = None
     why: str = reason_of_other(None)
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,10 @@ class Move(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How one family of optimizers moves rates: a law that is bound to it. note: on the family, for
-    the report.
-    """
+    """How one family of optimizers moves rates: a law that is bound to it."""
 
     law: Law
     family: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,8 @@ class Assigner:
         given = {**self.settings, **settings}
         if to_adam:
             given["use_muon"] = False
-        family = optimizer_family(self.optimizer, given)
         law = bound_law(self.source.law, self.optimizer, given)
-        if family == "sign-like" or self.source.law.name == "constant":
-            return Rule(law, family)
-        words = _words_of_family(law, family)
-        return Rule(law, family, f"{self.optimizer.__name__} is {words}.")
+        return Rule(law, optimizer_family(self.optimizer, given))
 
     def assign(
         self,
@@ -174,26 +169,26 @@ class Assigner:
         by_run = self.source.by_run(rule.law)
         what = Assigned(family=rule.family)
         if factor is not None:
-            what = what._replace(role=factor.role, rank=factor.rank, note=rule.note)
+            what = replace(what, role=factor.role, rank=factor.rank)
         if factor is not None and factor.role != "full":
-            what = what._replace(scaling=factor.scaling, init=factor.init)
+            what = replace(what, scaling=factor.scaling, init=factor.init)
         given = self.explicit.rate_of(name, other=factor is None)
         if given is not None:
-            return what._replace(lr=given.lr, why=given.reason)
+            return replace(what, given=given.lr, why=given.reason)
         if factor is None and self.method == "full":
             width = self.moves[""].width
             factor = Factor("other parameters", "full", None, width, width)
         if factor is not None:
             by_law = self.multiplier(factor, rule.law)
             why = self._why(factor, rule, by_law)
-            return what._replace(multiplier=by_run * by_law, why=why)
+            return replace(what, multiplier=by_run * by_law, why=why)
         rated = None if own_lr else self.source.rate_of_other(name, trains)
         if rated is not None:
             why = reason_of_other(other_kind(name), rated.reason)
-            return what._replace(lr=rated.lr * by_run, why=why)
+            return replace(what, given=rated.lr * by_run, why=why)
         whence = "the base rate (other_lr= or rates= sets another)"
         why = reason_of_other(other_kind(name), whence)
-        return what._replace(multiplier=by_run, why=why)
+        return replace(what, multiplier=by_run, why=why)
 
     def _why(self, factor: Factor, rule: Rule, by_law: float) -> str:
         """Return why a rate that the law moves is what it is."""
@@ -207,6 +202,16 @@ class Assigner:
         family = "" if rule.family == "sign-like" else f", {rule.family}"
         to_full = "full finetuning, " if factor.role == "full" else ""
         return f"{words}{family}: {to_full}from {self.reference}"
+
+    def note_of(self, family: str) -> str:
+        """Return what is said of a family, "" of the sign-like, or where all have one rate."""
+        law = self.source.law
+        if self.optimizer is None or family == "sign-like" or law.name == "constant":
+            return ""
+        words = FORMS[family].words if family in FORMS else ONE_RATE[family]
+        if family != "unknown" and not hasattr(innermost(law), "family"):
+            words = f"{family}, for which the law {law.name!r} has no form"
+        return f"{self.optimizer.__name__} is {words}."
 
     def multiplier(self, factor: Factor, law: Law) -> float:
         """Return the law's multiplier for `factor`, at the model's width and within the law of the
@@ -230,28 +235,6 @@ class Assigner:
             reference = replace(reference, init=init)
         here = replace(factor, fan_in=width, init=init)
         return checked_multiplier(law, here, reference)
-
-
-def _words_of_family(law: Law, family: str) -> str:
-    """Return which law moves the rates of a family that is not sign-like, and why."""
-    form = FORMS.get(family)
-    if family == "unknown":
-        return (
-            "of an unknown family and is scaled as a sign-like optimizer, such as Adam"
-        )
-    if family == RANK_AWARE:
-        return (
-            f"{family}: by its own rule its updates move with the rank, so all ranks keep one"
-            " rate"
-        )
-    if form is None and isinstance(law, Constant):
-        return (
-            f"{family}: no form of µA is known to hold for that family, so all ranks have one"
-            " rate"
-        )
-    if form is None or getattr(innermost(law), "family", None) != family:
-        return f"{family}, for which the law {law.name!r} has no form"
-    return f"{family}: {form.words}"
 
 
 def _model_number(factor: Factor) -> str:

@@ -94,7 +94,7 @@ def _of_full_finetuning(assigner: Assigner) -> Iterator[str]:
     """Yield what is uncertain of a rate that is moved from LoRA to full finetuning."""
     if assigner.method != "full" or assigner.reference.method != "lora":
         return
-    law, family, _ = assigner.rule({})
+    law, family = assigner.rule({})
     if law.name == "constant":
         yield (
             "No law moves this LoRA rate to full finetuning, whose best rate may be several times"

@@ -7,30 +7,27 @@ place, each at the user's rate × its multiplier, and `leave` puts the groups ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from operator import mul
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizers import defaults_of
+from .._types import Init
 from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Survey
 from ..laws import caution_of
 from ._assign import Assigned, Assigner, Rule
-from ._user_groups import Group, UserGroup
-
-if TYPE_CHECKING:
-    from ._prepare import Prepared
+from ._given import Group, UserGroup
 
 State = Mapping[Any, Any]
 _NOTHING = object()
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
+# Entries of a group with a value for each parameter.
+_LISTS = ("params", "param_names")
 _BY_HAND = Assigned(why="put into param_groups by hand: its own rate")
 
 
@@ -39,28 +36,27 @@ class Part:
     """Those parameters of a user's group that train at one rate.
 
     at: their positions in the user's group. group: what the native step sees. Between steps it
-    holds no parameters, since frameworks replace them. base: the base rate at which it stands.
-    given_at: the base rate at which a given rate is trained at. rate: that of the last step.
+    holds no parameters, since frameworks replace them. given_at: the base rate at which a given
+    rate is trained at. rate: that of the last step.
     """
 
     assigned: Assigned
     at: list[int]
     multiplier: float = 1.0
     group: Group = field(default_factory=dict)
-    base: Any = None
     given_at: float | None = None
     rate: Any = None
 
-    def settle(self, base: Any, given_at: Any = None) -> None:
-        """Stand at a base rate. A given rate becomes a ratio to `given_at`, by default to the base
-        rate, so that a schedule, a warm-up and a 0 apply.
+    def settle(self, base: Any, given_at: float | None = None) -> None:
+        """Check the rate at a base rate. A given rate becomes a ratio to `given_at`, by default to
+        the base rate, so that a schedule, a warm-up and a 0 apply.
 
         Raises:
             OptimizerError: base rate × multiplier, in the base rate's dtype, is 0 or infinite.
         """
         at = float(base if given_at is None else given_at)
-        if self.assigned.lr is not None and at:
-            self.multiplier, self.given_at = self.assigned.lr / at, at
+        if self.assigned.given is not None and at:
+            self.multiplier, self.given_at = self.assigned.given / at, at
         rate = float(base * self.multiplier)
         if float(base) and not 0 < rate < math.inf:
             raise OptimizerError(
@@ -69,15 +65,13 @@ class Part:
                 "Give a rate whose product is a positive finite number. A tensor should be"
                 " float32.",
             )
-        self.base = base
 
 
 @dataclass
 class SplitGroup:
     """A user's group and its parts.
 
-    names, shapes: of its parameters, the shapes when they were last seen. lists: the options that
-    have a value for each parameter, as some of PEFT's and of pytorch_optimizer's. ids: those of its
+    names, shapes: of its parameters, the shapes when they were last seen. ids: those of its
     parameters when they were last seen. seen: its options likewise.
     """
 
@@ -85,7 +79,6 @@ class SplitGroup:
     names: list[str]
     shapes: list[tuple[int, ...]]
     parts: list[Part] = field(default_factory=list)
-    lists: Collection[str] = ()
     ids: list[int] = field(default_factory=list)
     seen: Group = field(default_factory=dict)
 
@@ -100,23 +93,13 @@ class SplitGroup:
             return list(params)
         return [params[i] for i in part.at]
 
-    def trainable(self, part: Part) -> dict[str, Any]:
-        """Return those of a part's parameters that train, by name."""
-        named = zip(self.names_of(part), self.params_of(part), strict=False)
-        return {name: param for name, param in named if param.requires_grad}
-
-    def base_of(self, part: Part) -> Any:
-        """Return the base rate of a part, which follows a rate that was written since."""
-        lr = self.group["lr"]
-        return part.base if same(lr, self.seen["lr"]) else lr
-
     def of_part(self, part: Part, key: str, value: Any) -> Any:
         """Return an option as a part has it. What a native step counts in a tensor in place is
         counted once a part.
         """
-        if key in self.lists:
+        if key in _LISTS:
             return [value[i] for i in part.at]
-        if torch.is_tensor(value) and part is not self.parts[0] and key != "lr":
+        if torch.is_tensor(value) and part is not self.parts[0]:
             return value.clone()
         return value
 
@@ -135,24 +118,19 @@ class SplitGroup:
         if len(keys) > 1 or len(seen) != len(self.group):  # not `params` alone
             self.follow_options(keys)
             self.see()
-        is_whole = len(params) == len(self.names)
         for part in self.parts:
-            chosen = [params[i] for i in part.at] if is_whole else list(params)
-            part.group["params"] = chosen
+            part.group["params"] = self.params_of(part)
 
     def follow_options(self, keys: Iterable[str]) -> None:
         """Copy the options that were written since, and drop those that are gone. They are compared
-        by value, since pickle keeps no identity.
+        by value, since pickle keeps no identity. A step sets the rate.
         """
         for key in keys:
             value = self.group[key]
-            if key == "params" or same(value, self.seen.get(key, _NOTHING)):
+            if key in ("params", "lr") or same(value, self.seen.get(key, _NOTHING)):
                 continue
             for part in self.parts:
-                if key == "lr":
-                    part.base = value
-                else:
-                    part.group[key] = self.of_part(part, key, value)
+                part.group[key] = self.of_part(part, key, value)
         for key in self.parts[0].group.keys() - self.group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
@@ -184,12 +162,12 @@ class SplitGroup:
         """
         for part in self.parts:
             part.group["params"] = ()
-            if part.group["lr"] is not part.rate:  # written by the optimizer
-                part.base = part.group["lr"] / part.multiplier
-        kept = {key: self.group[key] for key in ("params", *self.lists)}
-        kept["lr"] = self.parts[0].base
+        first = self.parts[0]
+        kept = {key: self.group[key] for key in (*_LISTS, "lr") if key in self.group}
+        if first.group["lr"] is not first.rate:  # written by the optimizer
+            kept["lr"] = first.group["lr"] / first.multiplier
         # at once: a signal's handler may save between two writes
-        self.group.update({**self.parts[0].group, **kept})
+        self.group.update({**first.group, **kept})
         self.see()
 
     def see(self) -> None:
@@ -217,14 +195,18 @@ def peak_of(group: Group) -> float:
 class Hidden:
     """What a wrapped optimizer has besides torch's. Copy and pickle keep it.
 
-    model: gives the model while it lives; none in a copy. users, active: its list of groups when a
-    step last began, and their split groups. stepping: whether the parts are in place. turns: how
-    often a step began or ended. unchecked: whether there are parameters that no step has checked.
-    steps: since it was built or copied, as far as they are looked at. unwatch: ends the watch for
+    survey: of the model, with the factors that do not train yet. init: as given. notes: for the
+    report. model: gives the model while it lives; none in a copy. users, active: its list of groups
+    when a step last began, and their split groups. stepping: whether the parts are in place. turns:
+    how often a step began or ended. unchecked: whether there are parameters that no step has
+    checked. steps: their number, as far as they are looked at. unwatch: ends the watch for
     evaluations in train mode.
     """
 
-    prepared: Prepared
+    assigner: Assigner
+    survey: Survey
+    init: Init | None
+    notes: tuple[str, ...]
     splits: list[SplitGroup]
     model: Callable[[], nn.Module | None] | None = None
     users: list[Group] = field(default_factory=list)
@@ -243,7 +225,9 @@ class Hidden:
 
     def outside(self) -> Hidden:
         """Return it as a copy of the optimizer has it, which is in no step and has no model."""
-        return Hidden(self.prepared, self.splits, unchecked=self.unchecked)
+        return replace(
+            self, model=None, users=[], active=[], stepping=False, unwatch=None
+        )
 
     def of(self, users: Sequence[Group]) -> list[SplitGroup]:
         """Return the split groups of some of the user's groups.
@@ -258,11 +242,10 @@ class Hidden:
                 split.group = user
             return self.splits
         for user in strange:
-            params, at = user["params"], list(range(len(user["params"])))
-            names = [f"group{len(self.splits)}.unnamed.{i}" for i in at]
-            shapes = shapes_of(params)
-            split = SplitGroup(user, names, shapes, seen={"lr": user["lr"]})
-            split.parts.append(Part(_BY_HAND, at, base=user["lr"]))
+            params, number = user["params"], len(self.splits)
+            names = [f"group{number}.unnamed.{i}" for i in range(len(params))]
+            parts = [Part(_BY_HAND, list(range(len(params))))]
+            split = SplitGroup(user, names, shapes_of(params), parts)
             known[id(user)] = split
             self.splits.append(split)
         return [known[id(user)] for user in users]
@@ -287,41 +270,37 @@ def split(
         state: the state of a built optimizer. Some mark there which parameters Muon gets.
     """
     factors = {f.name: f for f in survey.factors}
-    splits = []
-    cautions = list[str]()
+    splits, cautions = [], []
     for user in groups:
         # all groups of one that is built have a rate, which is not the user's own
         own_lr = state is None and "lr" in user.options
         positions: dict[Assigned, list[int]] = {}
         rules: dict[Any, Rule] = {}
         for position, (name, param) in enumerate(user.named):
-            rule = _rule_of(param, user.options, assigner, state, rules)
+            rule = _rule_of(param, user.options, assigner, state or {}, rules)
             factor, trains = factors.get(name), param.requires_grad
             assigned = assigner.assign(name, factor, rule, own_lr=own_lr, trains=trains)
             positions.setdefault(assigned, []).append(position)
-            if assigned.lr is None and (caution := caution_of(assigned.multiplier)):
+            if assigned.given is None and (caution := caution_of(assigned.multiplier)):
                 cautions.append(f"{name}: {caution}")
-        splits.append(_split_at(user, positions or {Assigned(): []}, assigner))
+        splits.append(_split_at(user, positions or {Assigned(): []}))
     for caution in cautions[:1]:  # nobody can have meant it
         warn(caution)
     return splits
 
 
-def _split_at(
-    user: UserGroup, positions: Mapping[Assigned, list[int]], assigner: Assigner
-) -> SplitGroup:
+def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> SplitGroup:
     """Return a user's group with a part at each of some positions."""
     params = [param for _, param in user.named]
-    shapes = shapes_of(params)
-    split = SplitGroup(user.given, list(user.names), shapes)
-    split.lists = _lists(user, assigner)
-    split.seen = {**user.options, "params": params}
+    given = {**user.options, "params": params}
+    seen = {key: given[key] for key in _LISTS if key in given}
+    names = [name for name, _ in user.named]
+    split = SplitGroup(user.given, names, shapes_of(params), seen=seen)
     for assigned, at in positions.items():
         part = Part(assigned, at, assigned.multiplier)
         split.parts.append(part)
-        for key, value in user.options.items():
+        for key, value in given.items():
             part.group[key] = split.of_part(part, key, value)
-        part.group["params"] = [params[i] for i in at]
     return split
 
 
@@ -329,31 +308,19 @@ def _rule_of(
     param: torch.Tensor,
     options: Group,
     assigner: Assigner,
-    state: State | None,
+    state: State,
     rules: dict[Any, Rule],
 ) -> Rule:
     """Return the rule of a parameter, out of those of its group that are known, or added to them.
 
     Some Muons hand a parameter to their Adam by its shape, and Moonlight's by a mark in its state.
     """
-    mark = (state or {}).get(param, {}).get("use_muon")
+    mark = state.get(param, {}).get("use_muon")
     settings = options if mark is None else {**options, "use_muon": mark}
     to_adam = assigner.goes_to_adam(settings, param.shape)
     if (to_adam, mark) not in rules:
         rules[to_adam, mark] = assigner.rule(settings, to_adam)
     return rules[to_adam, mark]
-
-
-def _lists(group: UserGroup, assigner: Assigner) -> set[str]:
-    """Return the options with a value for each parameter. Adam's two betas in a list are none."""
-    defaults = defaults_of(assigner.optimizer)
-    return {
-        key
-        for key, value in group.options.items()
-        if isinstance(value, list)
-        and len(value) == len(group.named) > 1
-        and not isinstance(defaults.get(key), (list, tuple))
-    }
 
 
 def adopt(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:
@@ -387,12 +354,10 @@ def present(splits: Sequence[SplitGroup]) -> None:
         for part in split.parts:
             part.settle(part.group["lr"])
     for split in splits:
-        listed = {key: split.seen[key] for key in ("params", *split.lists)}
-        split.group.update({**split.parts[0].group, **listed})
-        split.ids = list(map(id, listed["params"]))
+        split.group.update({**split.parts[0].group, **split.seen})
+        split.ids = list(map(id, split.group["params"]))
         for part in split.parts:
             part.group["params"] = ()
-            part.base = split.group["lr"]  # torchao makes a tensor of each rate
         split.see()
 
 
@@ -404,25 +369,18 @@ def present(splits: Sequence[SplitGroup]) -> None:
 def enter(opt: Any) -> None:
     """Put the parts in place of the user's groups, at their rates."""
     hidden, users = opt._rankaware, opt.param_groups
-    splits = hidden.of(users)
+    splits, inside = hidden.of(users), []
     for split in splits:
         split.follow()
-    parts = list(chain.from_iterable(split.parts for split in splits))
-    for part, rate in zip(parts, _rates(parts), strict=True):
-        part.rate = part.group["lr"] = rate
+        lr = split.group["lr"]
+        for part in split.parts:
+            part.rate = part.group["lr"] = lr * part.multiplier
+            inside.append(part.group)
     # the order matters to who saves from another thread
     hidden.users, hidden.active = users, splits
     hidden.turns += 1
     hidden.stepping = True
-    opt.param_groups = [part.group for part in parts]
-
-
-def _rates(parts: Sequence[Part]) -> Sequence[Any]:
-    """Return base rate × multiplier of parts."""
-    bases, multipliers = [p.base for p in parts], [p.multiplier for p in parts]
-    if bases and all(isinstance(base, torch.Tensor) for base in bases):
-        return torch._foreach_mul(bases, multipliers)  # one call for all
-    return list(map(mul, bases, multipliers))
+    opt.param_groups = inside
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -10,17 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .._printing import Table
 from .._types import Factor
 from ..inspection import Survey, other_kind
+from ._assign import Assigned
 from ._unmoved import epsilon, rounding, trained_parts
-
-if TYPE_CHECKING:
-    from ._prepare import Prepared
 
 _HEADINGS = (
     *("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors"),
@@ -32,42 +30,27 @@ _CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
 _NEW_HEAD = " A new text classifier often wants 4 times the base rate: other_lr= or rates= sets it."
 
 
-@dataclass(frozen=True)
-class RateGroup:
+@dataclass(frozen=True, kw_only=True)
+class RateGroup(Assigned):
     """Parameters of one of the user's groups that train at one rate: lr = base_lr × multiplier.
 
+    Beside what was assigned to them (role, rank, scaling, init, family, multiplier, given, why):
+
     Args:
-        role: "A" or "B" for LoRA's factors, "full" for whole weights, "other", or "frozen" in a
-            report.
-        rank: the LoRA rank, None for what is no factor.
-        scaling: s, the factor of B·A, None for what is no factor.
-        init: "A" if B started at zero, "B" if A did, else "other" or "unknown".
-        multiplier: what multiplies the base rate.
         base_lr: the rate in the user's group, which a scheduler sets.
         lr: the rate of the next step.
         initial_lr: the rate from which the schedule starts, or `lr`.
-        why: the reason for the rate in words.
         names: the parameters' names in the model.
         params: the parameters.
-        family: the optimizer's kind of update there.
         user_group: the number of the user's group.
-        is_given: whether the rate was given outright, by `rates`, `other_lr` or a recipe.
     """
 
-    role: str
-    rank: int | None
-    scaling: float | None
-    init: str | None
-    multiplier: float
     base_lr: float
     lr: float
     initial_lr: float
-    why: str
     names: tuple[str, ...]
-    params: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
-    family: str = "sign-like"
-    user_group: int = 0
-    is_given: bool = False
+    params: tuple[torch.Tensor, ...] = field(repr=False, compare=False)
+    user_group: int
 
 
 class Rates(Mapping[str, RateGroup]):
@@ -83,28 +66,20 @@ class Rates(Mapping[str, RateGroup]):
     def groups(self) -> tuple[RateGroup, ...]:
         """The parts of the user's groups, in the user's order."""
         groups = []
-        splits = self._opt._rankaware.shown(self._opt)
-        for number, split in enumerate(splits):
+        for number, split in enumerate(self._opt._rankaware.shown(self._opt)):
+            base = float(split.group["lr"])
+            start = float(split.group.get("initial_lr", base))
             for part in split.parts:
-                base = float(split.base_of(part))
-                start = float(split.group.get("initial_lr", base))
-                at = part.assigned
+                assigned = {**vars(part.assigned), "multiplier": part.multiplier}
                 groups.append(
                     RateGroup(
-                        role=at.role,
-                        rank=at.rank,
-                        scaling=at.scaling,
-                        init=at.init,
-                        multiplier=part.multiplier,
+                        **assigned,
                         base_lr=base,
                         lr=base * part.multiplier,
                         initial_lr=start * part.multiplier,
-                        why=at.why,
                         names=tuple(split.names_of(part)),
                         params=tuple(split.params_of(part)),
-                        family=at.family,
                         user_group=number,
-                        is_given=at.lr is not None,
                     )
                 )
         return tuple(groups)
@@ -206,9 +181,10 @@ def _range(values: Iterable[float]) -> str:
     return "–".join(f"{end:g}" for end in dict.fromkeys((*ordered[:1], *ordered[-1:])))
 
 
-def make_report(opt: Any, prepared: Prepared, per_module: bool = False) -> Report:
+def make_report(opt: Any, per_module: bool = False) -> Report:
     """Return the report of an optimizer at its current rates."""
-    assigner, survey, groups = prepared.assigner, prepared.survey, opt.rates.groups
+    hidden, groups = opt._rankaware, opt.rates.groups
+    assigner, survey = hidden.assigner, hidden.survey
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
         title += f": moved from {assigner.reference}"
@@ -220,7 +196,7 @@ def make_report(opt: Any, prepared: Prepared, per_module: bool = False) -> Repor
     trained = trained_parts(opt)
     return Report(
         rows=rows,
-        notes=prepared.notes,
+        notes=hidden.notes,
         title=title,
         audit=tuple(audit),
         unmoved=tuple(filter(None, (rounding(trained), epsilon(trained)))),
@@ -255,7 +231,7 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
     """Yield the matrices that are no adapter's and train at the adapters' base rate."""
     heads = []
     for row in rows:
-        if row.role != "other" or row.is_given:
+        if row.role != "other" or row.given is not None:
             continue
         for name, param in zip(row.names, row.params, strict=False):
             if param.dim() > 1 and other_kind(name) is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._checks import is_within
-from .._optimizers import defaults_of
 from .._types import Reference, width_for
 from .._warn import warn
 from ..errors import OptimizerError, RecipeError
@@ -34,9 +33,6 @@ from ..recipe import (
     warn_of,
     widened_for,
 )
-
-if TYPE_CHECKING:
-    from ._user_groups import UserGroup
 
 Settings = Mapping[str, Any]
 
@@ -141,14 +137,13 @@ def on_this_model(
     source: Source,
     survey: Survey,
     native: type,
-    settings: Settings,
-    groups: Sequence[UserGroup],
+    in_groups: Sequence[Settings],
 ) -> Source:
     """Return a source with the rates of a model: a recipe's move to its configuration and to the
     run's steps. Warn if the model is another than the recipe's, and once if the run differs from
     its trials.
 
-    settings: those given to the optimizer for all groups.
+    in_groups: the settings in force in each group that has factors.
     """
     recipe, steps = source.recipe, source.steps
     if recipe is None:
@@ -157,7 +152,7 @@ def on_this_model(
     width = width_for(survey, own.method, init)
     at = replace(own, init=init if own.method == "full" else own.init, fan_in=width)
     recipe, strange = widened_for(recipe, survey)
-    differing = _differing(source, recipe, survey, native, settings, groups)
+    differing = _differing(source, recipe, native, in_groups)
     here = rate(recipe, at)
     by_steps = 1.0 if steps is None else rate(recipe, at, steps).lr / here.lr
     remarks = [text for text in (strange, differing) if text]
@@ -189,23 +184,20 @@ def on_this_model(
 
 
 def _differing(
-    source: Source,
-    recipe: Recipe,
-    survey: Survey,
-    native: type,
-    settings: Settings,
-    groups: Iterable[UserGroup],
+    source: Source, recipe: Recipe, native: type, in_groups: Sequence[Settings]
 ) -> str:
     """Return how the run differs from a recipe's trials, and what to do about it; "" if it does
     not.
     """
-    trials = plain_value(recipe.settings)
-    run = _settings_in_force(recipe, survey, native, settings, groups)
-    cure = (
-        "Its rates belong to these settings: give **recipe.settings. They are less certain for"
-        " others."
-    )
-    if not is_for(recipe, native):
+    if is_for(recipe, native):
+        trials = plain_value(recipe.settings)
+        known = in_groups[0].keys() - SAME_UPDATES
+        run = settings_of(in_groups, [name for name in trials if name in known])
+        cure = (
+            "Its rates belong to these settings: give **recipe.settings. They are less certain for"
+            " others."
+        )
+    else:
         theirs, ours = recipe.optimizer.rpartition(".")[2], native.__name__
         trials, run = {"optimizer": theirs}, {"optimizer": ours}
         cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
@@ -215,18 +207,3 @@ def _differing(
             trials[name], run[name] = tried, now
     words = differences(trials, run)
     return f"Recipe {recipe.name!r} was made with {words}. {cure}" if words else ""
-
-
-def _settings_in_force(
-    recipe: Recipe,
-    survey: Survey,
-    native: type,
-    settings: Settings,
-    groups: Iterable[UserGroup],
-) -> dict[str, Any]:
-    """Return those of the recipe's settings that the factors train with."""
-    base = {**defaults_of(native), **settings}
-    names = [name for name in recipe.settings if name in base.keys() - SAME_UPDATES]
-    factors = {f.name for f in survey.factors}
-    own = [g.options for g in groups if not factors.isdisjoint(g.names)]
-    return settings_of([{**base, **options} for options in own or [{}]], names)

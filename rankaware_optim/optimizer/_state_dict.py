@@ -20,8 +20,8 @@ from torch.optim import Adafactor, Optimizer
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
+from ._given import MULTIPLIED, Group
 from ._parts import SplitGroup, peak_of, same
-from ._user_groups import MULTIPLIED, Group
 
 State = Mapping[Any, Any]
 
@@ -64,14 +64,11 @@ def with_parts(
 def _of_parts(split: SplitGroup) -> dict[str, list[Any]]:
     """Return what the parts of a group do not share, a value a part."""
     parts = split.parts
-    keys = parts[0].group.keys() - {"params", "lr"} - set(split.lists)
-    values = {key: [part.group.get(key) for part in parts] for key in keys}
-    values["lr"] = [split.base_of(part) for part in parts]
-    values = {
-        key: each
-        for key, each in values.items()
-        if not all(same(value, each[0]) for value in each)
-    }
+    values = {}
+    for key in parts[0].group.keys() - {"params", "param_names", "lr"}:
+        each = [part.group.get(key) for part in parts]
+        if not all(same(value, each[0]) for value in each):
+            values[key] = each
     if any(part.given_at for part in parts):
         values["given_at"] = [part.given_at for part in parts]
     return values
@@ -222,10 +219,9 @@ def restored(
             if len(each) == len(parts) and (is_new or same(each[0], user[key])):
                 kept[key] = each
         for i, part in enumerate(parts):
-            own = {key: each[i] for key, each in kept.items()}
-            given_at = own.pop("given_at", None) or peak_of(user)
-            part.settle(own.pop("lr", user["lr"]), given_at)
-            part.group.update(own)
+            part.group.update({key: each[i] for key, each in kept.items()})
+            given_at = part.group.pop("given_at", None) or peak_of(user)
+            part.settle(user["lr"], given_at)
         made.append(one)
     return made
 

@@ -7,7 +7,7 @@ lie 1.2e-4 apart, so a step of 1e-5 from one of them is rounded back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ._parts import peak_of
 
 # The share of a group's weights, or of their steps, above which it is said.
 WORTH_SAYING = 0.1
-ENTRIES = 2**12  # read of a group: a share of .1 is within .014, three standard errors
+ENTRIES = 2**12  # read of a tensor: a share of .1 is within .014, three standard errors
 STD = 0.02  # of weights where there is no model to read: the init of GPT-2 and Llama
 # The step at which epsilon is looked at once. Where B starts at zero, A's first gradients are zero,
 # and grow with B.
@@ -66,15 +66,16 @@ def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
         # a rate of 0 freezes a group beside others, and begins a warm-up of all
         warms_up = none_trains or float(user["lr"]) > 0
         if first_step and warms_up and "initial_lr" not in user:
-            rate = max(rate, float(split.seen["lr"]))
-        kept = kept_dtypes(opt, user)
+            rate = max(rate, float(split.seen.get("lr", 0.0)))
         eps, betas = user.get("eps", 0.0), user.get("betas", (0.0, 0.0))
         adam = (eps, float(betas[1])) if is_adam else ()
         for part in split.parts:
-            if part.assigned.family == "sign-like":
-                params = split.trainable(part)
-                at = rate * part.multiplier
-                trained.append(Trained(params, at, kept, opt.state, *adam))
+            if part.assigned.family != "sign-like":
+                continue
+            named = zip(split.names_of(part), split.params_of(part), strict=False)
+            params = {name: param for name, param in named if param.requires_grad}
+            at, kept = rate * part.multiplier, kept_dtypes(opt, user)
+            trained.append(Trained(params, at, kept, opt.state, *adam))
     return trained
 
 
@@ -141,23 +142,29 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 
 
 class _Lost(NamedTuple):
-    """What one group's weights, or their steps, lose.
+    """What a step loses of one tensor.
 
-    share: of their entries. size: number of these. at: the rate, or epsilon.
+    share: of its entries. size: their number. at: the rate, or epsilon.
     """
 
+    name: str
     share: float
     size: int
-    names: Sequence[str]
     at: float
-    dtype: str = ""
+    dtype: str
 
 
 def rounding(groups: Iterable[Trained]) -> str:
-    """Return a sentence on the groups of whose weights in one dtype a step leaves more than a tenth
-    where they are, with the cures; "" if there are none.
+    """Return a sentence on the groups of whose weights a step leaves more than a tenth where they
+    are, with the cures; "" if there are none.
+
+    Norms and biases do not count beside matrices: in bfloat16 a norm's weights of 1 stay where they
+    are at any usual rate.
     """
-    lost = [each for each in _rounded(groups) if each.share > WORTH_SAYING]
+    groups = [group for group in groups if group.rate > 0]
+    dims = [param.dim() for group in groups for param in group.params.values()]
+    least = min(2, max(dims, default=0))
+    lost = _worth_saying(_rounded(group, least) for group in groups)
     if not lost:
         return ""
     share, where = _in_words(lost)
@@ -171,7 +178,7 @@ def epsilon(groups: Iterable[Trained]) -> str:
     """Return a sentence on the groups of whose steps Adam's epsilon takes more than a tenth, with
     the cure; "" if there are none.
     """
-    lost = [each for each in _damped(groups) if each.share > WORTH_SAYING]
+    lost = _worth_saying(map(_damped, groups))
     if not lost:
         return ""
     share, where = _in_words(lost)
@@ -182,12 +189,20 @@ def epsilon(groups: Iterable[Trained]) -> str:
     )
 
 
+def _worth_saying(groups: Iterable[Sequence[_Lost]]) -> list[_Lost]:
+    """Return the tensors of groups that lose more than a tenth."""
+    return [each for lost in groups if _share(lost) > WORTH_SAYING for each in lost]
+
+
+def _share(lost: Sequence[_Lost]) -> float:
+    size = sum(each.size for each in lost)
+    return sum(each.share * each.size for each in lost) / max(1, size)
+
+
 def _in_words(lost: Sequence[_Lost]) -> tuple[str, str]:
     """Return in words which share is lost of all, and where."""
-    total = sum(each.share * each.size for each in lost)
-    share = f"{100 * total / sum(each.size for each in lost):.0f} %"
-    first, *others = [name for each in lost for name in each.names]
-    return share, first + (f" and {len(others)} more" if others else "")
+    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"{100 * _share(lost):.0f} %", lost[0].name + others
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:
@@ -204,73 +219,48 @@ def rounding_of_normal(step: float, dtype: str) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _rounded(groups: Iterable[Trained]) -> Iterator[_Lost]:
-    """Yield what the weights of each group lose in each dtype.
-
-    Norms and biases do not count beside matrices: in bfloat16 a norm's weights of 1 stay where they
-    are at any usual rate.
-    """
-    groups = [group for group in groups if group.rate > 0]
-    dims = [param.dim() for group in groups for param in group.params.values()]
-    least = min(2, max(dims, default=0))
-    for group in groups:
-        by_dtype: dict[str, dict[str, Tensor]] = {}
-        for name, param in group.params.items():
-            local = _local(param)
-            if param.dim() >= least and local.numel():
-                dtype = str(local.dtype).removeprefix("torch.")
-                by_dtype.setdefault(dtype, {})[name] = local
-        for dtype in by_dtype.keys() - set(group.kept):
-            names, values = zip(*by_dtype[dtype].items(), strict=True)
-            share = unmoved_share(torch.cat(_samples(values)), group.rate)
-            yield _Lost(share, _size(values), names, group.rate, dtype)
+def _rounded(group: Trained, least: int) -> list[_Lost]:
+    """Return what the weights of a group with `least` dimensions lose."""
+    lost = []
+    for name, param in group.params.items():
+        values, dtype = _sample(param), str(param.dtype).removeprefix("torch.")
+        if len(values) and param.dim() >= least and dtype not in group.kept:
+            share = unmoved_share(values, group.rate)
+            lost.append(_Lost(name, share, param.numel(), group.rate, dtype))
+    return lost
 
 
-def _damped(groups: Iterable[Trained]) -> Iterator[_Lost]:
-    """Yield what epsilon takes of each group's steps, where the state holds Adam's moments."""
-    for group in groups:
-        names, means, squares, corrections = [], [], [], []
-        for name, param in group.params.items() if group.eps else ():
-            state = group.state.get(param, {})
-            if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
-                continue
-            square = _local(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
-            if square.numel():
-                names.append(name)
-                means.append(_local(state["exp_avg"]))
-                squares.append(square)
-                corrections.append(1 - group.beta2 ** float(state["step"]))
-        if names:
-            pairs = zip(_samples(squares), corrections, strict=True)
-            square = torch.cat([sample / correction for sample, correction in pairs])
-            share = epsilon_share(torch.cat(_samples(means)), square, group.eps)
-            yield _Lost(share, _size(means), names, group.eps)
+def _damped(group: Trained) -> list[_Lost]:
+    """Return what epsilon takes of a group's steps, where the state holds Adam's moments."""
+    lost = []
+    for name, param in group.params.items() if group.eps else ():
+        state = group.state.get(param, {})
+        if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+            continue
+        mean = _sample(state["exp_avg"])
+        square = _sample(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
+        if mean.any():
+            square = square / (1 - group.beta2 ** float(state["step"]))
+            share = epsilon_share(mean, square, group.eps)
+            lost.append(_Lost(name, share, param.numel(), group.eps, ""))
+    return lost
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return a tensor's values, of a sharded one those of this process. They are empty if it keeps
-    them in a form of its own, as quantized ones do.
+def _sample(tensor: Tensor) -> Tensor:
+    """Return every so many-th entry of a tensor, `ENTRIES` to twice as many, or all of fewer, on
+    the CPU; of a sharded one those of this process. There are none if it keeps its values in a form
+    of its own, as quantized ones do.
+
+    The stride is odd, so that it does not walk along one column of a matrix.
     """
     tensor = tensor.detach()
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    is_read = is_plain and tensor.is_floating_point() and not tensor.is_meta
-    return tensor if is_read else torch.empty(0)
-
-
-def _samples(tensors: Collection[Tensor]) -> list[Tensor]:
-    """Return every so many-th entry of tensors, about `ENTRIES` of all together, or all of fewer,
-    on the CPU.
-
-    The stride is odd, so that it does not walk along one column of a matrix.
-    """
-    stride = max(1, _size(tensors) // ENTRIES) | 1
-    return [tensor.reshape(-1)[::stride].cpu() for tensor in tensors]
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
+    if not is_plain or not tensor.is_floating_point() or tensor.is_meta:
+        return torch.empty(0)
+    stride = max(1, tensor.numel() // ENTRIES) | 1
+    return tensor.reshape(-1)[::stride].cpu()
 
 
 # --- parameters that others took the place of -----------------------------------------------------

@@ -17,20 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .._checks import plain_lr
 from .._rate import Rate
 from .._types import Init, Method
 from ..errors import CheckpointError, OptimizerError
-from ..inspection import Models, ReferenceLike, as_one_model
+from ..inspection import ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
 from ._assign import Explicit
-from ._parts import Hidden, SplitGroup, adopt, enter, leave, peak_of, present
+from ._given import (
+    MULTIPLIED,
+    Native,
+    Wrapped,
+    building,
+    read_optimizer,
+    refuse_other_rates,
+)
+from ._parts import Hidden, adopt, enter, leave, peak_of, present
 from ._prepare import prepare, prepare_later
 from ._rates import Rates, Report, make_report
-from ._refuse import Native, Wrapped, building, read_optimizer, refuse_other_rates
 from ._source import read_source
 from ._state_dict import (
     read_checkpoint,
@@ -145,15 +152,38 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         source = read_source(recipe, law, tuned_at, plain_lr(lr), batch, steps)
         explicit = Explicit(dict(rates or {}), other_lr)
         given = params if wrapped.built is None else params.param_groups
-        prepared, splits = prepare(
-            given, holder, wrapped, source, explicit, method, init
-        )
-        opt = _construct(wrapped, splits, prepared.assigner.source.lr)
-        opt._rankaware = Hidden(prepared, splits, _weakly(holder))
+        hidden = prepare(given, holder, wrapped, source, explicit, method, init)
+        return cls._build(wrapped, hidden)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _build(wrapped: Wrapped, hidden: Hidden) -> Any:
+        """Build the optimizer on the parts, whose groups the native class sets up, or take over one
+        that is built, with its state. A built one is changed once nothing can fail any more.
+        """
+        native, settings = wrapped.native, wrapped.settings
+        opt: Any = wrapped.built
+        splits, lr = hidden.splits, hidden.assigner.source.lr
+        if opt is None:
+            opt = _blank(native)
+            groups = [dict(part.group) for split in splits for part in split.parts]
+            with building(native):
+                native.__init__(opt, groups, **{"lr": lr, **settings})
+            refuse_other_rates(opt)
+            adopt(opt, splits)
+            present(splits)
+            opt.param_groups = [split.group for split in splits]
+        else:
+            present(splits)
+            if lr is not None:
+                opt.defaults["lr"] = lr
+            opt.__class__ = _subclass(native)
+            opt._patch_step_function()  # torch hooks `step` by class
+        opt._rankaware = hidden
         _LIVE.add(opt)
-        if "train_mode" in opt.param_groups[0]:
-            opt._rankaware.unwatch = _watched(opt, holder)
-        return opt  # type: ignore[no-any-return]
+        model = hidden.model and hidden.model()
+        if model is not None and "train_mode" in opt.param_groups[0]:
+            hidden.unwatch = _watched(opt, model)
+        return opt
 
     @property
     def rates(self) -> Rates:
@@ -167,7 +197,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Args:
             per_module: whether to list every tensor instead of every group.
         """
-        return make_report(self, self._rankaware.prepared, per_module)
+        return make_report(self, per_module)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters get their rates as at construction.
@@ -191,9 +221,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "This optimizer is a copy, or its model is gone, so a new group has no rate.",
                 "Wrap again with model=.",
             )
-        prepared, split = prepare_later(
-            hidden.prepared, param_group, len(hidden.splits), model, self, native
-        )
+        survey, split = prepare_later(hidden, self, model, param_group)
         try:
             enter(self)  # the native check for duplicates sees all parts
             with building(native):
@@ -205,7 +233,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             leave(self)
         self.param_groups.append(split.group)
         hidden.splits.append(split)
-        hidden.prepared, hidden.unchecked = prepared, True
+        hidden.survey, hidden.unchecked = survey, True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, which has the native layout. Names, shapes and rates are compared,
@@ -262,6 +290,62 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return f"RankAwareOptimizer({type(self).__name__}): {self.rates!r}"
 
 
+# --- groups for an optimizer without the wrapper --------------------------------------------------
+
+
+class _Unbuilt(RankAwareOptimizer):
+    """Gives the split groups, and builds no optimizer on them."""
+
+    @staticmethod
+    def _build(wrapped: Wrapped, hidden: Hidden) -> Any:
+        return hidden
+
+
+def rank_aware_param_groups(
+    params: Any, *, named: bool = True, **options: Any
+) -> list[dict[str, Any]]:
+    """Return parameter groups with their rates, for any torch optimizer without the wrapper.
+
+    group["lr"] is the user group's lr, or the base rate, times group["rank_multiplier"]. The
+    optimizer's step does not multiply again. A scheduler that sets rates to absolute values
+    therefore removes the multipliers.
+
+    Args:
+        params: a model (its trainable parameters), or parameters or groups with `model=`.
+        named: whether groups contain parameter names. ZeroRedundancyOptimizer needs False.
+        **options: the other arguments of `RankAwareOptimizer`. `optimizer` is the class that gets
+            the groups, by default AdamW. It decides the form of the law, as do Muon's
+            adjust_lr_fn and Adafactor's scale_parameter.
+
+    Raises:
+        RankAwareError: as for `RankAwareOptimizer`.
+
+    >>> pair, linear = torch.nn.Module(), torch.nn.Linear
+    >>> pair.lora_A, pair.lora_B = linear(64, 8, bias=False), linear(8, 64, bias=False)
+    >>> pair.r, pair.scaling = 8, 1.0
+    >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
+    >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at="r=32,alpha=32")
+    >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
+    [('A', 0.00222), ('B', 0.00222)]
+    """
+    hidden: Any = _Unbuilt(params, **{"optimizer": AdamW, **options})
+    groups = []
+    for split in hidden.splits:
+        for part in split.parts:
+            group, assigned = dict(part.group), part.assigned
+            lr = group.get("lr", hidden.assigner.source.lr)
+            part.settle(lr)
+            for key in ("param_names", "initial_lr"):  # a scheduler sets the latter
+                group.pop(key, None)
+            if named:
+                names = split.names_of(part)
+                group["params"] = list(zip(names, group["params"], strict=True))
+            group |= {"lora_role": assigned.role, "lora_rank": assigned.rank}
+            group |= {"lr": lr * part.multiplier, MULTIPLIED: part.multiplier}
+            groups.append(group)
+    return groups
+
+
 # --- building -------------------------------------------------------------------------------------
 
 _SUBCLASSES: dict[type, Any] = {}
@@ -306,43 +390,6 @@ def _blank(native: Native) -> Any:
     """Return an instance without state, for copy and pickle."""
     kind = _subclass(native)
     return kind.__new__(kind)
-
-
-def _construct(wrapped: Wrapped, splits: Sequence[SplitGroup], lr: Any) -> Any:
-    """Build the optimizer on the parts, whose groups the native class sets up, or take over one
-    that is built, with its state. A built one is changed once nothing can fail any more.
-    """
-    native, built, settings = wrapped
-    if built is None:
-        groups = [dict(part.group) for split in splits for part in split.parts]
-        given = settings if lr is None else {"lr": lr, **settings}
-        with building(native):
-            opt = _blank(native)
-            native.__init__(opt, groups, **given)
-        refuse_other_rates(opt)
-        adopt(opt, splits)
-        present(splits)
-        opt.param_groups = [split.group for split in splits]
-        return opt
-    present(splits)
-    if lr is not None:
-        built.defaults["lr"] = lr
-    built.__class__ = _subclass(native)
-    built._patch_step_function()  # torch hooks `step` by class
-    return built
-
-
-def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
-    """Return what gives the model back while it lives, and several only while all of them do."""
-    if not isinstance(model, Models):
-        return weakref.ref(model)
-    references = list(map(weakref.ref, model))
-
-    def again() -> nn.Module | None:
-        models = [reference() for reference in references]
-        return None if None in models else as_one_model(models)
-
-    return again
 
 
 def _outside_a_step(opt: Any, take: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -235,22 +235,12 @@ def test_a_class_derived_from_adamw_that_changes_gradients_is_unknown():
         RankAwareOptimizer(mlp((4,)), kind, lr=LR, tuned_at=AT_16)
 
 
-UNCLEAR = ["timm.MADGRAD", "pytorch_optimizer.ASGD"]
-
-
-@pytest.mark.parametrize("name", UNCLEAR)
-def test_a_rule_that_is_no_familys_is_unknown(name):
-    """MADGRAD moves by lr^(2/3), and pytorch_optimizer's ASGD measures a rate of its own: unknown, with the warning."""
-    package, kind = name.split(".")
-    with pytest.warns(ra.RankAwareWarning, match="of an unknown family"):
-        RankAwareOptimizer(mlp((4,)), called(kind, package), lr=LR, tuned_at=AT_16)
-
-
 # --- rates that train nothing ---------------------------------------------------------------------------------------
 
 OWN_RATES = [
     ("RAdam", "torch_optimizer", {}, "keeps one step size for all groups"),
     ("A2GradUni", "torch_optimizer", {}, "never reads"),
+    ("ASGD", "pytorch_optimizer", {}, "measures its rates itself"),
     ("Adafactor", "torch_optimizer", {"relative_step": True}, "Give relative_step=Fa"),
     ("AdaFactor", "pytorch_optimizer", {"relative_step": True}, "Give relative_step"),
     ("Apollo", "torch_optimizer", {"warmup": 5}, "Give warmup=0"),

@@ -115,7 +115,7 @@ def zero(model: nn.Module, kind: str, form: str) -> Any:
         made = partial(RankAwareOptimizer, optimizer=native_class, **own)
         return ZeroRedundancyOptimizer(trained(model), made, lr=LR, **settings)
     groups = ra.rank_aware_param_groups(
-        trained(model), lr=LR, named=False, optimizer_class=native_class, **own
+        trained(model), lr=LR, named=False, optimizer=native_class, **own
     )
     return ZeroRedundancyOptimizer(groups, native_class, lr=LR, **settings)
 

@@ -121,6 +121,7 @@ REFUSED = {
         for name in ("Exp", "Inc", "Uni")
     },
     P + "A2Grad": "has no rate in its groups",
+    P + "ASGD": "measures its rates itself",
     P + "AdaLOMO": "steps inside the backward pass",
     P + "AdamMini": BUILT_ALONE,
     P + "AliG": "has no rate in its groups",

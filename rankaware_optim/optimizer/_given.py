@@ -1,0 +1,320 @@
+"""What is given: an optimizer, and parameters or groups. What cannot be wrapped is refused before
+anything is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .._checks import check_lr, is_number, plain_lr
+from .._optimizers import defaults_of, get_optimizer_class, in_force, known_optimizer
+from .._warn import warn
+from ..errors import OptimizerError, RankAwareError
+from ..inspection import Walk, refuse_frozen, walk
+from ._assign import Explicit
+from ._source import Settings, Source
+
+Group = dict[str, Any]
+Native = type[Optimizer]  # the class that is wrapped
+# What `rank_aware_param_groups` writes into a group beside its multiplied rate.
+MULTIPLIED = "rank_multiplier"
+
+
+# --- parameters and groups ------------------------------------------------------------------------
+
+
+class UserGroup(NamedTuple):
+    """One of the user's groups: its parameters by the names that they have in the model, its
+    options without `params`, and the dict that was given.
+    """
+
+    named: list[tuple[str, torch.Tensor]]
+    options: Group
+    given: Group
+
+
+def user_groups(
+    params: Any, model: nn.Module, walked: Walk, first: int = 0
+) -> list[UserGroup]:
+    """Return the user's parameters as named groups. What was given is not changed.
+
+    Args:
+        params: a model (its trainable parameters), parameters, named parameters, or dicts of them.
+        model: the model that holds the adapters.
+        walked: the model's parameters.
+        first: number of the first group.
+
+    Raises:
+        InspectionError: there is no parameter, and the model's LoRA factors are frozen.
+        OptimizerError: what is listed is no parameter, or a group holds a rate that is impossible,
+            or multiplied already.
+    """
+    if isinstance(params, nn.Module):
+        parameters = (walked if params is model else walk(params)).parameters
+        params = [p for _, p in parameters if p.requires_grad]
+    entries = _listed(params)
+    if not entries or not isinstance(entries[0], Mapping):
+        entries = [{"params": entries}]
+    names: dict[Any, str] = {p: name for name, p in walked.parameters}
+    groups = []
+    for number, given in enumerate(entries, first):
+        options = _options(given)
+        named = []
+        for place, param in enumerate(options.pop("params")):
+            unnamed = f"group{number}.unnamed.{place}"
+            named.append((names.get(param, unnamed), param))
+        groups.append(UserGroup(named, options, given if type(given) is dict else {}))
+    if not any(group.named for group in groups):
+        refuse_frozen(walked)
+    return groups
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
+
+
+def _options(given: Any) -> Group:
+    """Return a group as torch has it: named parameters are two lists."""
+    if MULTIPLIED in given:
+        raise OptimizerError(
+            "A parameter group is one of rank_aware_param_groups, whose rates are multiplied"
+            " already.",
+            "Give RankAwareOptimizer the model or its parameters, or these groups to the native"
+            " class.",
+        )
+    options = dict(given)
+    if "lr" in options:
+        check_lr(options["lr"], "A parameter group's lr")
+        options["lr"] = plain_lr(options["lr"])
+    entries = _listed(options["params"])
+    if any(isinstance(entry, tuple) for entry in entries):
+        options["param_names"] = [name for name, _ in entries]
+        entries = [param for _, param in entries]
+    for entry in entries:
+        if not isinstance(entry, torch.Tensor):
+            raise OptimizerError(
+                f"A parameter group holds a {type(entry).__name__}.",
+                "Give tensors, (name, tensor) pairs, or dicts.",
+            )
+    return {**options, "params": entries}
+
+
+def refuse_outside(
+    groups: Iterable[UserGroup],
+    held: Collection[nn.Parameter],
+    explicit: Explicit,
+    *,
+    built: bool = False,
+) -> None:
+    """Raise for a listed parameter that no model given holds, unless a rate is given for it, and if
+    they hold none of those listed.
+
+    It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
+    whether the groups are those of a built optimizer, all of which have a rate.
+    """
+    listed = [(group, *named) for group in groups for named in group.named]
+    outside = [(group, name) for group, name, param in listed if param not in held]
+    for group, name in outside:
+        in_group = "lr" in group.options and not built
+        is_rated = in_group or explicit.rate_of(name, other=True) is not None
+        if not is_rated or len(outside) == len(listed):
+            raise OptimizerError(
+                f"The parameter {name} belongs to no model given, so its rank is unknown and its"
+                " rate would not move.",
+                "Give all models, as model=[unet, text_encoder], or a rate for it: lr in its group,"
+                " or other_lr=.",
+            )
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+class Wrapped(NamedTuple):
+    """What is wrapped: the class, the optimizer if it is built already, and the settings of all
+    groups.
+    """
+
+    native: Native
+    built: Optimizer | None
+    settings: Settings
+
+
+def read_optimizer(
+    params: Any,
+    optimizer: type[Optimizer] | str | None,
+    lr: object,
+    settings: Settings,
+    ours: Collection[str],
+) -> Wrapped:
+    """Return what is wrapped. Raise if it cannot have group rates, or if a setting is nearly one of
+    `ours`, which a class with `**kwargs` would drop silently.
+    """
+    if isinstance(params, Optimizer):
+        for name, value in {"optimizer": optimizer, "lr": lr, **settings}.items():
+            if value is not None:
+                raise OptimizerError(
+                    f"{name}= was given for an optimizer that is built already.",
+                    "Give it when building it.",
+                )
+        _refuse_one_rate(type(params))
+        _refuse_built(params)
+        return Wrapped(type(params), params, settings_of_built(params))
+    native = get_optimizer_class(optimizer)
+    _refuse_one_rate(native)
+    for name in settings.keys() - inspect.signature(native).parameters.keys():
+        for near in get_close_matches(name, ours, 1, 0.8):
+            raise OptimizerError(
+                f"{name}= is an argument neither of RankAwareOptimizer nor of"
+                f" {native.__name__}.",
+                f"Give {near}=.",
+            )
+    return Wrapped(native, None, settings)
+
+
+def settings_of_built(opt: Optimizer) -> Settings:
+    """Return the settings of a built optimizer, some of which are attributes."""
+    return {**vars(opt), **opt.defaults}
+
+
+def _refuse_one_rate(native: Native) -> None:
+    """Raise for a class that cannot have a rate for each group, or has one by our law already."""
+    if hasattr(native, "_rankaware_native"):
+        raise OptimizerError(
+            "This optimizer is rank-aware already.", "Use it as it is."
+        )
+    reason = known_optimizer(native)[1].one_rate
+    if reason:
+        raise OptimizerError(
+            f"{native.__name__} {reason}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
+
+
+def _refuse_built(built: Optimizer) -> None:
+    """Raise for an optimizer that cannot be regrouped any more."""
+    name, attributes = type(built).__name__, vars(built)
+    if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in attributes:
+        raise OptimizerError(
+            f"{name}'s step was replaced on the instance, as a scheduler does it, and would train"
+            " without multipliers.",
+            "Wrap the optimizer first, then build the scheduler.",
+        )
+    own = {"param_groups", *inspect.signature(type(built)).parameters}  # such as betas
+    for kept, value in attributes.items():
+        # as AdaBound keeps its groups' rates
+        of_groups = isinstance(value, (list, tuple)) and kept not in own
+        of_groups = of_groups and len(value) == len(built.param_groups)
+        if of_groups and all(map(is_number, value)):
+            raise OptimizerError(
+                f"{name} keeps {kept} for each of its first groups, so it cannot be regrouped.",
+                "Give the class and its settings instead of the instance.",
+            )
+    refuse_other_rates(built)
+
+
+@contextmanager
+def building(native: Native) -> Iterator[None]:
+    """Raise an error of ours for whatever a class raises when it gets groups of ours."""
+    try:
+        yield
+    except (RankAwareError, Warning):
+        raise
+    except Exception as error:
+        raise OptimizerError(
+            f"{native.__name__} cannot be built with these settings on groups by rank: {error!r}.",
+            "Give settings that it takes, or build it yourself and wrap the instance:"
+            f" RankAwareOptimizer({native.__name__}(...), model=model). If it is one around another"
+            " optimizer, wrap that one first.",
+        ) from error
+
+
+# --- its rates ------------------------------------------------------------------------------------
+
+# What ends as a rate in groups, and is none at which a parameter trains: a schedule's, or that of a
+# preconditioner.
+_NO_RATES = {
+    *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
+    *("scheduled_lr", "precond_lr", "precondition_lr"),
+}
+
+
+def refuse_other_rates(opt: Optimizer) -> None:
+    """Raise if an optimizer trains parameters at other rates than its groups' lr, which no
+    multiplier would move.
+    """
+    whose = ""
+    for group in opt.param_groups:
+        if "lr" not in group:
+            whose = "has no rate in its groups"
+        for key, value in group.items():
+            if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
+                whose = f"trains some parameters at a second rate, {key}={value:g}"
+    if any(isinstance(value, Optimizer) for value in vars(opt).values()):
+        whose = "holds another optimizer, whose groups would not change"
+    if whose:
+        raise OptimizerError(
+            f"{type(opt).__name__} {whose}, so not all of its rates would move with the rank.",
+            "Use it unwrapped, or choose another optimizer. If you gave it an optimizer, wrap that"
+            " one first.",
+        )
+
+
+def refuse_own_rates(
+    native: Native, groups: Iterable[UserGroup], settings: Settings
+) -> None:
+    """Raise if the optimizer makes its rates itself in a group, so that ours would train nothing.
+
+    settings: those given for all groups.
+    """
+    own = known_optimizer(native)[1].own_rate
+    if own is None:
+        return
+    given = in_force(native, settings)
+    for group in groups:
+        value = {**given, **group.options}.get(own.setting, own.off)
+        if value != own.off:
+            raise OptimizerError(
+                f"{native.__name__} makes its rates itself with {own.setting}={value!r}, so those"
+                " given would train nothing.",
+                f"Give {own.setting}={own.off!r}.",
+            )
+
+
+def with_base_lr(
+    source: Source, wrapped: Wrapped, groups: Iterable[UserGroup], explicit: Explicit
+) -> Source:
+    """Return the source with a base rate: a number or a tensor that is given, else the optimizer's
+    default, which was not tuned. That is refused where a reference says that it was, and warned of
+    elsewhere. A built optimizer's groups have rates.
+    """
+    if source.lr is not None:
+        check_lr(source.lr)
+        return source
+    if wrapped.built is not None:
+        return source
+    kind = wrapped.native.__name__
+    default = defaults_of(wrapped.native).get("lr")
+    without = chain(*(g.named for g in groups if "lr" not in g.options))
+    is_used = any(explicit.rate_of(name) is None for name, _ in without)
+    if not is_number(default) or (is_used and source.reference is not None):
+        raise OptimizerError(
+            f"No lr= was given, and {kind}'s default, {default}, is not tuned.",
+            "Give the rate as lr=, with tuned_at= where it was tuned.",
+        )
+    if is_used:
+        warn(
+            f"No lr= was given, so this trains at {kind}'s default rate, {default:g}, which nobody"
+            " tuned for this model. Give lr= with tuned_at=, the rank and alpha at which it was"
+            " tuned, or recipe=."
+        )
+    return replace(source, lr=default)
