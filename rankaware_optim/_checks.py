@@ -127,11 +127,6 @@ def is_positive(value: object) -> TypeGuard[float]:
     return is_number(value) and 0 < value < math.inf
 
 
-def is_whole(value: object, least: int = 1) -> TypeGuard[int]:
-    """Return whether `value` is an int of at least `least`, but not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 # Inits at which neither factor starts at zero, and for which `suggest_lr` knows a rate.
 PUBLISHED_INITS = ("pissa", "olora", "lora_ga")
 

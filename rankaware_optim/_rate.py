@@ -53,10 +53,6 @@ class Rate:
     __le__ = __gt__ = __ge__ = __lt__
 
     def __str__(self) -> str:
-        return self.explain()
-
-    def explain(self) -> str:
-        """Return the rate as text, one fact per line: the number, its bounds, and the notes."""
         table = self._table()
         facts = [self._line.format(*fact) for fact in table.rows]
         return printable("\n".join([*facts, *table.lines]))

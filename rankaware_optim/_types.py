@@ -24,15 +24,6 @@ Task = Literal["chat", "other", "rl"]  # of a suggestion
 Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 
-def init_text(init: str) -> str:
-    """Return an init in words. A: B starts at zero, as in PEFT. B: A does.
-
-    >>> init_text("A"), init_text("other")
-    ('init A', 'init other')
-    """
-    return f"init {init}"
-
-
 @dataclass(frozen=True)
 class Factor:
     """One trainable matrix whose rate a law may move.
@@ -132,19 +123,6 @@ class Reference:
                     name,
                 )
 
-    @classmethod
-    def from_scaling(
-        cls, rank: int | None, scaling: float, *, init: Literal["A", "B"] = "A"
-    ) -> Reference:
-        """Return the LoRA reference whose scaling at `rank` is `scaling`.
-
-        Args:
-            rank: the LoRA rank.
-            scaling: s, dimensionless.
-            init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
-        """
-        return cls(rank=rank, alpha=scaling * (rank or 1), init=init)
-
     @property
     def scaling(self) -> float:
         """s, the factor of B·A, dimensionless. It is 1 for full finetuning."""
@@ -176,4 +154,4 @@ class Reference:
         if self.method == "full":
             return "full finetuning"
         rs = ", rslora" if self.rslora else ""
-        return f"rank {self.rank}, alpha {self.alpha:g}{rs}, {init_text(self.init)}"
+        return f"rank {self.rank}, alpha {self.alpha:g}{rs}, init {self.init}"

@@ -31,7 +31,6 @@ def recipe() -> ra.Recipe:
 TAKERS = {
     "Reference": lambda init: ra.Reference(rank=4, alpha=4, init=init),
     "Reference, full": lambda init: ra.Reference(method="full", init=init),
-    "from_scaling": lambda init: ra.Reference.from_scaling(4, 1.0, init=init),
     "inspect_model": lambda init: ra.inspect_model(mlp(), init=init),
     "inspect_model, full": lambda init: ra.inspect_model(
         nn.Linear(3, 3), method="full", init=init

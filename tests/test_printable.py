@@ -38,7 +38,7 @@ PRINTED = {
     "rate": lambda: str(Rate(1e-3, notes=(EVIL,))),
     "error": lambda: str(RecipeError(EVIL, EVIL)),
     "warning": warned,
-    "survey": lambda: Survey(other=(EVIL,), notes=(EVIL,)).explain(per_module=True),
+    "survey": lambda: str(Survey(other=(EVIL,), notes=(EVIL,))),
 }
 
 

@@ -77,9 +77,9 @@ def measured(case: Case) -> dict[str, Any]:
     row = {"adapter": case.name, "convention": case.convention, "library": library}
     try:
         torch.manual_seed(0)
-        found = check_convention(case.make, *case.inputs(), run=output_of)
+        error = check_convention(case.make, *case.inputs(), run=output_of)
         error = oracle(case.make, *case.inputs())
-        probe = None if found.probe is None else f"{found.probe:.0e}"
+        probe = None if error is None else f"{error:.0e}"
         return row | _read(case) | {"ones-probe": probe, "oracle error": f"{error:.0e}"}
     except RankAwareError as error:
         return (

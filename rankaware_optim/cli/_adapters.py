@@ -34,9 +34,8 @@ _SURVEY = (
 
 @click.command()
 @click.argument("path", type=FILE)
-@flag("--per-module", "Print one line per tensor.")
 @json_option(_SURVEY)
-def inspect(path: Path, per_module: bool, as_json: bool) -> None:
+def inspect(path: Path, as_json: bool) -> None:
     """List the LoRA factors in an adapter's files.
 
     PATH is a PEFT folder or a .safetensors file. The model is not needed.
@@ -44,7 +43,7 @@ def inspect(path: Path, per_module: bool, as_json: bool) -> None:
     survey = inspection.inspect_file(path)
     more = {"unsupported": survey.unsupported, "checks": survey.audit()}
     document = {**vars(survey), **more}
-    echo_result(as_json, survey.explain(per_module=per_module), document)
+    echo_result(as_json, str(survey), document)
 
 
 @click.command(options_metavar="--rank 16 --alpha 32 [OPTIONS]")

@@ -15,8 +15,9 @@ from .._printing import Table
 from .._types import Factor, Init, Reference
 from ..errors import InspectionError
 
-_HEADINGS = ("kind", "role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors")
-_LEFT_ALIGNED = ("module", "convention", "kind", "role", "init", "why")
+_LEFT_ALIGNED = ("convention", "kind", "role", "init", "why")
+_NUMBERS = ("fan-in", "fan-out", "tensors")
+_HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", *_NUMBERS, "why")
 # By hand: usual scalings, and what is odd beside the least one.
 _LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
 _NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
@@ -120,45 +121,33 @@ class Survey:
                 "Inspect a model that has adapters, or give method='full'.",
             )
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
-        return Reference.from_scaling(rank, scaling, init="B" if init == "B" else "A")
-
-    def explain(self, *, per_module: bool = False) -> str:
-        """Return a table of the factors, and sentences on what to check.
-
-        Args:
-            per_module: whether every tensor has its own line. Otherwise equal factors share one.
-        """
-        return self._table(per_module).text(200 if per_module else 140)
+        alpha = scaling * (rank or 1)
+        return Reference(rank, alpha, init="B" if init == "B" else "A")
 
     def __str__(self) -> str:
-        return self.explain()
+        return self._table().text(140)
 
     def _repr_html_(self) -> str:
         return self._table().html()
 
-    def _table(self, per_module: bool = False) -> Table:
-        lines = Counter[tuple[str, ...]]()
-        for name, convention, *cells in self._lines():
-            lines[(name if per_module else convention, *cells)] += 1
-        rows = [(*line[:8], str(count), *line[8:]) for line, count in lines.items()]
-        headings = ["module" if per_module else "convention", *_HEADINGS, "why"]
+    def _table(self) -> Table:
+        counts = Counter(self._lines())
+        rows = [(*line[:8], str(n), line[8]) for line, n in counts.items()]
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
-        return Table(headings, rows, remarks, left=_LEFT_ALIGNED)
+        return Table(_HEADINGS, rows, remarks, left=_LEFT_ALIGNED)
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
-        """Yield each tensor's name, convention, cells from kind to fan-out, and reason."""
+        """Yield each tensor's convention, cells from kind to fan-out, and reason."""
         blank = [""] * 5
         for f in self.factors:
             how = ["", ""] if f.role == "full" else [f"{f.scaling:g}", f.init]
-            cells = (f.kind, f.role, str(f.rank or ""), *how)
-            fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
-            yield f.name, f.convention, *cells, *fans, _remark(f)
-        for name in self.other:
-            kind = other_kind(name)
-            yield name, "", kind or "", "other", *blank, reason_of_other(kind)
-        for name in self.frozen:
-            yield name, "", "", "frozen", *blank, _FROZEN
+            cells = (f.convention, f.kind, f.role, str(f.rank or ""), *how)
+            yield *cells, f"{f.fan_in:g}", f"{f.fan_out:g}", _remark(f)
+        for kind in map(other_kind, self.other):
+            yield "", kind or "", "other", *blank, reason_of_other(kind)
+        for _ in self.frozen:
+            yield "", "", "frozen", *blank, _FROZEN
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""

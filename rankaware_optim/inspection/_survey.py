@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_SAMPLE = 1024  # entries by which a factor is seen to be zero: by hand
 _ROLES: tuple[Role, Role] = "A", "B"
 # Values of PEFT's init_lora_weights with B = 0 at the start, besides True. With other strings
 # neither factor is zero.
@@ -51,8 +50,8 @@ def inspect_model(
 
     A pair's rank is the declared one, checked against its global shapes. For flat or empty shards
     (FSDP1) declared values are used without a check. The scaling is the declared one, or 1 with a
-    note. The init is the declared one (PEFT's `init_lora_weights`). Otherwise it is read from at
-    most 1024 entries per factor, or is "unknown" (meta tensors).
+    note. The init is the declared one (PEFT's `init_lora_weights`). Otherwise it is read from the
+    factors, or is "unknown" (meta tensors).
 
     Args:
         model: the model, or several as a list, such as [unet, text_encoder].
@@ -265,15 +264,12 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
-    """Return whether a strided sample of at most 1024 entries is all zero; None if there is nothing
-    to read.
-
-    A DTensor is read completely, over all its processes, so that they get the same result.
+    """Return whether a tensor is all zero; None if there is nothing to read. A DTensor is read over
+    all its processes, so that they get the same result.
     """
     if tensor.is_meta or tensor.numel() == 0:
         return None
-    if hasattr(tensor, "full_tensor"):
-        any_value: Any = tensor.detach().ne(0).any()
-        return not bool(any_value.full_tensor())
-    flat = tensor.detach().reshape(-1)
-    return not bool(flat[:: max(1, -(-flat.numel() // _SAMPLE))].any())
+    any_value: Any = tensor.detach().ne(0).any()
+    if hasattr(any_value, "full_tensor"):
+        any_value = any_value.full_tensor()
+    return not bool(any_value)

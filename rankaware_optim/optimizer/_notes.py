@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .._types import init_text
 from .._warn import warn
 from ..inspection import LAWLESS, Survey, dense, is_other_adapter, unread_lora
 from ..laws import SIGN_LIKE, beyond_batches, checked_batch_multiplier
@@ -85,8 +84,8 @@ def _of_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
     is_lora = assigner.method == tuned.method == "lora"
     if is_lora and any(f.init == another for f in dense(survey.factors)):
         yield (
-            f"Adapters at {init_text(another)} are scaled within their own init, though the rate"
-            f" was tuned at {init_text(tuned.init)}: tune or calibrate there."
+            f"Adapters at init {another} are scaled within their own init, though the rate"
+            f" was tuned at init {tuned.init}: tune or calibrate there."
         )
 
 

@@ -18,7 +18,7 @@ from .._checks import is_within, plain, range_of, shown
 from .._optimizers import known_optimizer
 from .._printing import give_or_take, times
 from .._rate import Rate
-from .._types import Method, Reference, Scaling, init_text
+from .._types import Method, Reference, Scaling
 from .._warn import warn
 from ..errors import RecipeError
 from ..fitting import FULL_SD, steps_variance
@@ -180,7 +180,7 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
             yield (
                 DRIFT_SHARE * drift,
                 f"full finetuning was not tried: the rate is the law's, from LoRA at"
-                f" {init_text(init)} alone. Over the tasks of a study it was off by a factor of"
+                f" init {init} alone. Over the tasks of a study it was off by a factor of"
                 f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation). Three full runs (calibrate"
                 " with full_trials=3) would settle it",
             )
@@ -192,7 +192,9 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
         words = f"fan-in {here:g} is not the recipe's own {own:g}"
         yield WIDTH_SD * math.log2(at.fan_in / width), words
     if at.init != recipe.reference.init:
-        words = f"{init_text(at.init)} was not tried: the law moves the rate from the other init"
+        words = (
+            f"init {at.init} was not tried: the law moves the rate from the other init"
+        )
         yield INIT_SD, words
 
 
@@ -206,7 +208,7 @@ def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
     listed = ", ".join(map(str, tried))
     words = f"rank {rank:g} is outside the ranks tried ({listed})"
     if below > 0 and recipe.reference.init == "B":
-        words += f": with {init_text('B')} the rate tends to be too high"
+        words += ": with init B the rate tends to be too high"
         yield LOWER_RANK_SD * below, words
     else:
         yield RANK_SD * max(below, above), words

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._types import Factor
 from ..errors import InspectionError
 from ..inspection import (
     Convention,
@@ -29,30 +27,13 @@ _BUILDS = ((2, 3.0), (2, 8.0), (4, 3.0), (4, 8.0))  # ranks and alphas
 # AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling gives a much larger error
 _BAR = 1e-5
 
-Run = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Conformance:
-    """The result of `check_convention`.
-
-    Args:
-        factors: the factors of the first build.
-        probe: relative error of the ones-probe against scaling × rank × inner × fan_in. None if
-            several layers are adapted, or if the output is not linear in B or does not depend on
-            it.
-    """
-
-    factors: tuple[Factor, ...]
-    probe: float | None
-
 
 def check_convention(
     make: Callable[[int, float], nn.Module],
     *inputs: Any,
     convention: Convention | None = None,
-    run: Run | None = None,
-) -> Conformance:
+    run: Callable[..., Any] = nn.Module.__call__,
+) -> float | None:
     """Check in float64 that inspection reads a layer correctly, at ranks 2 and 4, alphas 3 and 8.
 
     1. Every pair is found at the right rank, and by `convention` if one is given.
@@ -66,12 +47,16 @@ def check_convention(
         make: `make(rank, alpha)` returns a new module at every call.
         *inputs: the module's inputs.
         convention: the convention that must find the pairs. It is registered for the call.
-        run: `run(module, *inputs)` returns the output tensor, by default `module(*inputs)`.
+        run: `run(module, *inputs)` returns the output tensor.
+
+    Returns:
+        The largest relative error of the second check. None if it does not apply: several layers
+        are adapted, or the output is not linear in B or does not depend on it.
 
     Raises:
         InspectionError: a check fails. The message says what was read.
     """
-    ones, layers, probes = [], [], []
+    ones, errors = [], []
     for value in inputs:
         is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         ones.append(torch.ones_like(value).double() if is_floating else value)
@@ -86,9 +71,8 @@ def check_convention(
                     f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
                     "Register a Convention that says what holds the rank, and is tried first.",
                 )
-            layers.append(factors)
-            probes += _probe(module, lambda m: (run or nn.Module.__call__)(m, *ones))
-    return Conformance(layers[0], max(probes, default=None))
+            errors += _probe(module, lambda m: run(m, *ones))
+    return max(errors, default=None)
 
 
 @contextmanager
@@ -105,7 +89,7 @@ def _registered(row: Convention | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, run: Run) -> list[float]:
+def _probe(module: nn.Module, run: Callable[[nn.Module], Any]) -> list[float]:
     """Return the relative errors of the ones-probe by pair, [] if it does not apply."""
     pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
     if len({pair.layer for pair in pairs}) > 1:
@@ -113,10 +97,16 @@ def _probe(module: nn.Module, run: Run) -> list[float]:
     _set_to_units(pairs)
     errors = []
     for pair in pairs:
-        moved = _moved_by_ones(module, pair, run)
-        if moved is None:
+        outputs = []
+        for value in (1.0, 2.0, 0.0):
+            pair.b.tensor.fill_(value)
+            outputs.append(run(module).clone())
+        once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
+        bar = 1e-9 * float(twice.abs().max())
+        is_linear = torch.allclose(twice, 2 * once, rtol=1e-9, atol=bar)
+        if not (is_linear and once.any()):
             return []
-        reading = reading_of(pair)
+        reading, moved = reading_of(pair), float(once.abs().max())
         scaling = scaling_of(pair, reading.rank_a) or 1.0
         fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
         expected = scaling * reading.rank_a * reading.inner * fan_in
@@ -129,18 +119,6 @@ def _probe(module: nn.Module, run: Run) -> list[float]:
                 "Check the convention's layout and its attributes for rank and scaling.",
             )
     return errors
-
-
-def _moved_by_ones(module: nn.Module, pair: Pair, run: Run) -> float | None:
-    """Return how far B = 1 moves the output from B = 0, None if it is not linear in B."""
-    outputs = []
-    for value in (1.0, 2.0, 0.0):
-        pair.b.tensor.fill_(value)
-        outputs.append(run(module).clone())
-    once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
-    bar = 1e-9 * float(twice.abs().max())
-    linear = torch.allclose(twice, 2 * once, rtol=1e-9, atol=bar)
-    return float(once.abs().max()) if linear and once.any() else None
 
 
 def _set_to_units(pairs: Sequence[Pair]) -> None:

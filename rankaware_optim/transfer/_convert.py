@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .._checks import check_lr
 from .._rate import Rate
-from .._types import Reference, init_text
+from .._types import Reference
 from ..errors import InvalidReferenceError
 from ..inspection import ReferenceLike, Survey, as_reference
 from ..laws import (
@@ -66,7 +66,7 @@ def convert_lr(
     width = origin.fan_in or target.fan_in
     if origin.method == target.method == "lora" and origin.init != target.init:
         raise InvalidReferenceError(
-            f"No law moves a rate from {init_text(origin.init)} to {init_text(target.init)}.",
+            f"No law moves a rate from init {origin.init} to init {target.init}.",
             "Take a first rate from suggest_lr, in a shell from rankaware suggest --init"
             f" {target.init}, or calibrate there.",
         )

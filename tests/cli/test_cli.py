@@ -76,10 +76,6 @@ PRINTED = {  # what a command prints, as patterns
         r"peft +linear +B +8 +2 +A +32 +48 +2",
         r" other +1 +no LoRA factor: the base rate",
     ],
-    "inspect adapter --per-module": [
-        *(rf"model\.{name}\.lora_{half}\.weight" for name in "qv" for half in "AB"),
-        r"model\.score\.weight",
-    ],
     "inspect kohya.safetensors": [
         r"lora_down/lora_up +linear +A +8 +0\.5 +unknown +32 +48 +1"
     ],
@@ -118,7 +114,7 @@ def test_convert_gives_what_convert_lr_gives(origin, to, law):
     """--from, --to and --law are those of `convert_lr`, in words and as JSON, which says from where to where."""
     command = ["convert", "2e-4", "--from", origin, "--to", to, "--law", law]
     wanted = convert_lr(2e-4, from_=origin, to=to, law=law)
-    assert call(*command).output == f"{wanted.explain()}\n"
+    assert call(*command).output == f"{wanted}\n"
     document = json.loads(call(*command, "--json").output)
     assert document.keys() == RATE | {"from_lr", "from", "to"}
     assert (document["lr"], document["from_lr"]) == (wanted.lr, 2e-4)
@@ -174,7 +170,7 @@ def test_lr_prints_the_recipes_rate(options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankAwareWarning)
         rate = RECIPE.at(**RATES[options])
-    assert (done.stdout, done.stderr) == (f"{rate.explain()}\n", "")
+    assert (done.stdout, done.stderr) == (f"{rate}\n", "")
     assert all(done.stdout.count(note) == 1 for note in rate.notes)
     document = json.loads(call(*command, "--json").stdout)
     assert document.keys() == RATE

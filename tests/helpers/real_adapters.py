@@ -93,8 +93,8 @@ def check_layer(case: Case) -> None:
     for rank, alpha in ((2, 3.0), (4, 8.0)):
         torch.manual_seed(0)
         assert read(case.make(rank, alpha)) == case.expected(rank, alpha)
-    found = check_convention(case.make, *case.inputs(), run=output_of)
-    assert (found.probe is not None) is case.probed
+    error = check_convention(case.make, *case.inputs(), run=output_of)
+    assert (error is not None) is case.probed
     assert oracle(case.make, *case.inputs()) < 1e-9
     for init in "AB":
         if case.init == "other":

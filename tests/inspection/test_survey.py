@@ -14,7 +14,6 @@ from rankaware_optim.inspection import Survey, canonical_name
 
 from ..helpers.models import (
     STYLES,
-    PlainLoRA,
     TuneLoRA,
     Weight,
     adapted,
@@ -57,13 +56,6 @@ def test_every_convention_and_layer_kind_is_read(style, kind, material):
         assert factor.init == ("unknown" if material == "meta" else "A")
         assert factor.convention == convention
     assert survey.other == ()
-
-
-def test_several_styles_in_one_model():
-    """Pairs of different conventions are found side by side, each once."""
-    model = nn.ModuleDict({style: adapted(style) for style in STYLES})
-    layers = [factor.layer for factor in inspect_model(model).factors]
-    assert layers == [style for style in STYLES for _ in "AB"]
 
 
 @pytest.mark.parametrize(
@@ -172,16 +164,6 @@ def test_a_shards_fans_may_be_those_of_its_own_module():
     assert {(f.rank, f.fan_in, f.fan_out) for f in factors} == {(4, 12, 20)}
 
 
-def test_no_pair_is_refused():
-    """A model without pairs is an error whose cure begins with PEFT, and knows the other ways."""
-    with pytest.raises(InspectionError) as caught:
-        inspect_model(nn.Linear(3, 3))
-    assert "among 2 parameters" in str(caught.value)
-    assert caught.value.cure.startswith("Call peft.get_peft_model first")
-    for way in ("before adapters are merged", "method='full'", "register_convention"):
-        assert way in caught.value.cure
-
-
 def test_a_merged_pair_is_refused():
     """PEFT's merged layer computes with the base weight alone, so its factors would never move."""
     layer = adapted()
@@ -220,13 +202,6 @@ def test_tied_factors_count_once():
     assert names == ["up.lora_A", "up.lora_B", "down.lora_B"]
 
 
-def test_a_layer_used_twice_counts_once():
-    """A module registered under two names is surveyed under the first."""
-    layer = adapted()
-    survey = inspect_model(nn.ModuleDict({"up": layer, "again": layer}))
-    assert [f.name for f in survey.factors] == ["up.lora_A", "up.lora_B"]
-
-
 @pytest.mark.parametrize("init", ["A", "B", "other", "unknown"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", FANS)
@@ -239,13 +214,6 @@ def test_init_is_read_from_the_zeros_or_named(style, kind, init):
     assert {f.init for f in inspect_model(layer).factors} == {init}
     for named in ("A", "B", "other"):
         assert {f.init for f in inspect_model(layer, init=named).factors} == {named}
-
-
-@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
-def test_the_sample_covers_long_factors(size):
-    """A factor that is drawn everywhere is never taken for zero, whatever its size."""
-    layer = PlainLoRA(nn.Linear(size, 3), 1)
-    assert {f.init for f in inspect_model(layer).factors} == {"A"}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -424,11 +392,3 @@ def test_an_empty_survey_has_no_dominant_reference():
     """A survey without pairs cannot say what is most common."""
     with pytest.raises(InspectionError, match="no LoRA pair"):
         Survey().dominant()
-
-
-def test_biases_of_factors_are_other():
-    """A factor stored as a module may have a bias; it is other."""
-    layer = TuneLoRA(nn.Linear(12, 20), 4)
-    layer.lora_b = Weight(torch.zeros(20, 4))
-    layer.lora_b.bias = nn.Parameter(torch.zeros(20))
-    assert inspect_model(layer).other == ("lora_b.bias",)

@@ -27,7 +27,7 @@ class Site(NamedTuple):
     def reference(self) -> Reference:
         if self.init == "full":
             return Reference(method="full", fan_in=self.fan_in)
-        at = Reference.from_scaling(self.rank, self.scaling, init=self.init)
+        at = Reference(self.rank, self.scaling * (self.rank or 1), init=self.init)
         return replace(at, fan_in=self.fan_in)
 
 

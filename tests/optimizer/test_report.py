@@ -194,7 +194,7 @@ def test_later_groups_join_the_survey():
 
 def test_explain_merges_alike_factors():
     """Without per_module alike factors share a line with their count."""
-    shown = inspect_model(mlp((4, 4, 8))).explain().splitlines()
+    shown = str(inspect_model(mlp((4, 4, 8)))).splitlines()
     lines = [line.split() for line in shown if "lora_A/lora_B" in line]
     counts = [(cells[2], cells[3], cells[8]) for cells in lines if cells[2] in "AB"]
     expected = {"4": "2", "8": "1"}
@@ -213,7 +213,7 @@ def test_explain_names_what_has_no_law():
     names = tuple(UNSUPPORTED)
     survey = Survey((), names, frozen=("q.lora_A",))
     for words in (*UNSUPPORTED.values(), "does not train"):
-        assert words in survey.explain()
+        assert words in str(survey)
     model = mlp((4,), head=False)
     model.vera_lambda_b = nn.Parameter(torch.zeros(3))
     (row,) = [row for row in report_of(model).rows if row.role == "other"]
@@ -281,7 +281,7 @@ def test_the_audit_points_out_accidents(survey, sentence):
     assert len(found) == (sentence is not None)
     if sentence is not None:
         assert re.search(sentence, found[0])
-        assert f"check: {found[0]}" in survey.explain()
+        assert f"check: {found[0]}" in str(survey)
 
 
 def test_a_head_at_the_adapters_rate_is_pointed_out():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import os
 import shutil
 import subprocess
@@ -15,10 +14,8 @@ import pytest
 import tomli
 
 from rankaware_optim import (
-    Factor,
     Law,
     LawError,
-    Reference,
 )
 from rankaware_optim.laws import LAWS
 from rankaware_optim.testing import check_law
@@ -98,14 +95,6 @@ def test_broken_laws_are_flagged(law, message, monkeypatch):
         check_law(law)
 
 
-def test_the_law_of_the_documentation_is_sound():
-    """The example in `Law`'s docstring, which people copy, is a law."""
-    names = {"Law": Law, "Factor": Factor, "Reference": Reference}
-    (example,) = doctest.DocTestFinder(recurse=False).find(Law, globs=names)
-    doctest.DocTestRunner().run(example, clear_globs=False)
-    check_law(example.globs["InverseRank"]())
-
-
 def test_a_measured_law_is_given_a_tolerance():
     """What a bisection gives to three digits fails by default and passes with a tolerance of a per cent."""
     measured = answering(lambda factor, at: float(f"{sound(factor, at) ** 0.7:.3g}"))
@@ -153,23 +142,3 @@ def test_the_example_package_passes_its_own_tests(plugin):
     done = own_tests(*plugin)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout
-
-
-BREAKS = [
-    ("there / (", "2 * there / (", "does not compose"),
-    ('scaling=("gain",)', 'scaling=("width",)', "With ones everywhere"),
-]
-
-
-def test_its_tests_can_fail(plugin):
-    """With a wrong law and a wrong convention in it, the package's own tests fail by the names of the checks."""
-    site, project = plugin
-    module = site / "rankaware_example" / "__init__.py"
-    text = module.read_text()
-    for sound, broken, _ in BREAKS:
-        assert sound in text
-        text = text.replace(sound, broken)
-    module.write_text(text)
-    done = own_tests(site, project)
-    assert done.returncode == 1
-    assert all(message in done.stdout for _, _, message in BREAKS)

@@ -35,7 +35,7 @@ inits = st.sampled_from("AB")
 def references(init: str, fan_in: float | None = None) -> st.SearchStrategy[Reference]:
     """LoRA references of one init and width."""
     return st.builds(
-        lambda r, s: replace(Reference.from_scaling(r, s, init=init), fan_in=fan_in),
+        lambda r, s: replace(Reference(r, s * r, init=init), fan_in=fan_in),
         ranks,
         scalings,
     )
@@ -56,7 +56,7 @@ def test_at_a_large_width_the_rate_is_the_laws_limit(law, tokens, init):
     """At every rank from 1 to 4096 and the extremes of scaling the rate is the closed form of a large width."""
     start = Reference(rank=16, alpha=16, init=init, fan_in=2.0**200)
     for rank, s in itertools.product(range(1, 4097, 3), (1 / 4096, 1.0, 4096.0)):
-        to = Reference.from_scaling(rank, s, init=init)
+        to = Reference(rank, s * rank, init=init)
         expected = limit(to, tokens) / limit(start, tokens)
         rate = convert_lr(1.0, from_=start, to=to, law=law)
         assert rate.lr == pytest.approx(expected, rel=1e-12)

@@ -115,9 +115,10 @@ def test_block_diagonal_factors(lora, part):
     if not hasattr(config, "BdLoraConfig"):
         pytest.skip("this PEFT has no BD-LoRA")
     blocks = config.BdLoraConfig(**{f"target_modules_bd_{part}": ["q"]}, nblocks=2)
-    found = check_convention(peft(dense, use_bdlora=blocks), *drawn(4, IN)())
-    assert found.probe == pytest.approx(0.0, abs=1e-12)
-    assert {f.fan_in for f in found.factors} == {IN / 2 if part == "a" else IN}
+    make = peft(dense, use_bdlora=blocks)
+    assert check_convention(make, *drawn(4, IN)()) == pytest.approx(0.0, abs=1e-12)
+    factors = inspect_model(make(4, 8.0)).factors
+    assert {f.fan_in for f in factors} == {IN / 2 if part == "a" else IN}
 
 
 def test_experts_whose_roles_are_swapped_are_refused(lora):
