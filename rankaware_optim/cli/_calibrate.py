@@ -20,7 +20,6 @@ from .. import calibration, integrations, sweeps
 from ..errors import (
     CalibrationError,
     RankAwareWarning,
-    RecipeError,
 )
 from ..laws import PRIOR_LAW
 from ._options import (
@@ -124,10 +123,6 @@ def calibrate(
     The same command continues a calibration that stopped or was killed. On another machine that can
     reach --storage, it joins the running calibration.
     """
-    if out.suffix != ".toml":
-        raise RecipeError(
-            f"A recipe's file ends in .toml, but {str(out)!r} does not.", "Rename it."
-        )
     options["name"] = options["name"] or out.stem
     options["storage"] = options["storage"] or str(out.with_suffix(".journal"))
     if dry_run:

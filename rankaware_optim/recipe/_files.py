@@ -1,5 +1,5 @@
-"""A recipe's two files: a TOML, which gives every rate, and the trials beside it. The structs are
-what the TOML holds.
+"""A recipe's two files: a TOML, which gives every rate, and the trials beside it. The TOML has the
+fields of `Record` by their names.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import safetensors.numpy
 import tomli
 import tomli_w
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct
 from msgspec.structs import asdict
 from safetensors import SafetensorError
 
@@ -35,7 +35,7 @@ _MOST_TEXT, _MOST_TRIALS, _MOST_HEADER = 256_000, 250_000_000, 100_000
 _HEADER = """\
 # The learning-rate recipe {!r} of rankaware_optim.
 # Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
-# Rates are per step, an octave is a factor 2. rate.lr is the one to use, fit.fitted_lr the optimum.
+# Rates are per step, an octave is a factor 2. lr is the one to use, fitted_lr the optimum.
 """
 # What a file, a value or a third-party law may raise.
 _TROUBLE = (ArithmeticError, OSError, RecursionError, TypeError, ValueError)
@@ -74,37 +74,36 @@ class ReferenceTable(Table):
     batch: int | float | Unknown
 
 
-class OptimizerTable(Table):
-    optimizer: str = field(name="class")
-    settings: dict[str, Plain | tuple[Plain, ...]]
+class RecipeFile(Table):
+    """A recipe's TOML, see `Record`. The rate to use, `lr`, and its band follow from the others."""
 
-
-class HorizonTable(Table):
-    steps: Annotated[int, limits("steps")] | Unknown
-    warmup: Annotated[float, limits("share")] | Unknown = field(name="warmup_share")
-
-
-class SeenTable(Table):
-    """What the trials tried, and what they left open."""
-
+    schema: Literal[1]
+    name: str
+    trials_sha256: str
+    lr: float
+    band_low: float
+    band_high: float
+    fitted_lr: Lr
+    reference: ReferenceTable
+    law: dict[str, Any]
+    covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
+    margin: Octaves
+    ceiling: Lr | Unknown
+    scaling_rule: Scaling
+    full_fan_in: FanIn | Unknown
     ranks: Annotated[Ranks, Meta(max_length=MOST_RANKS)]
-    full_seen: bool = field(name="full")
-    notes: tuple[str, ...]
+    full_seen: bool
+    optimizer: str
+    settings: dict[str, Plain | tuple[Plain, ...]]
+    steps: Annotated[int, limits("steps")] | Unknown
+    warmup: Annotated[float, limits("share")] | Unknown
     other_rates: dict[str, Lr | Literal["base"]]
     layers: dict[str, FanIn]
-
-
-class FitTable(Table):
-    """What the fit found, see `Recipe`."""
-
-    fitted_lr: Lr
-    margin: Octaves = field(name="margin_octaves")
-    steepness: Annotated[float, limits("steepness")] = field(
-        name="steepness_per_octave"
-    )
-    scatter: Octaves = field(name="scatter_octaves")
-    covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
-    ceiling: Lr | Unknown
+    versions: dict[str, str]
+    source: dict[str, str]
+    notes: tuple[str, ...]
+    steepness: Annotated[float, limits("steepness")]
+    scatter: Octaves
 
     def __post_init__(self) -> None:
         matrix = np.array(self.covariance)
@@ -115,56 +114,26 @@ class FitTable(Table):
             raise ValueError("The ceiling is not above fitted_lr")
 
 
-class RecipeFile(Table):
-    """A recipe's TOML. The table `rate` is the rate to use at the reference with its band, which
-    follow from the others.
-    """
-
-    schema: Literal[1]
-    name: str
-    scaling_rule: Scaling
-    trials_sha256: str
-    rate: dict[str, float]
-    reference: ReferenceTable
-    law: dict[str, Any]
-    optimizer: OptimizerTable
-    horizon: HorizonTable
-    seen: SeenTable
-    fit: FitTable
-    source: dict[str, str]
-    versions: dict[str, str]
-    full_fan_in: FanIn | Unknown
-
-
 def to_document(recipe: Record, trials_sha256: str = "none") -> dict[str, Any]:
-    """Return the contents of a recipe's TOML as plain values, by table."""
-    own, at = vars(recipe), rate(recipe, recipe.reference)
-    file = _table(
-        RecipeFile,
-        {
-            **own,
-            "schema": 1,
-            "trials_sha256": trials_sha256,
-            "rate": {"lr": recipe.lr, "band_low": at.low, "band_high": at.high},
-            "reference": _table(ReferenceTable, vars(recipe.reference)),
-            "law": law_to_dict(recipe.law),
-            "optimizer": _table(OptimizerTable, own),
-            "horizon": _table(HorizonTable, own),
-            "seen": _table(SeenTable, own),
-            "fit": _table(FitTable, own),
-        },
-    )
-    plain: dict[str, Any] = plain_value(msgspec.to_builtins(file, enc_hook=plain_value))
-    return plain
+    """Return the contents of a recipe's TOML as plain values."""
+    at = rate(recipe, recipe.reference)
+    document = {
+        "schema": 1,
+        "lr": recipe.lr,
+        "band_low": at.low,
+        "band_high": at.high,
+        **_written(vars(recipe)),
+        "trials_sha256": trials_sha256,
+        "reference": _written(vars(recipe.reference)),
+        "law": law_to_dict(recipe.law),
+    }
+    del document["tensors"], document["missing"]
+    return {name: plain_value(value) for name, value in document.items()}
 
 
-AnyTable = TypeVar("AnyTable", bound=Table)
-
-
-def _table(kind: type[AnyTable], own: Mapping[str, Any]) -> AnyTable:
-    """Return the table of the values of its names, with "none" for None."""
-    values = {name: own[name] for name in kind.__struct_fields__}
-    return kind(**{k: "none" if v is None else v for k, v in values.items()})
+def _written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with "none" for None."""
+    return {name: "none" if value is None else value for name, value in values.items()}
 
 
 def _recipe_in(document: dict[str, Any]) -> Record:
@@ -172,14 +141,15 @@ def _recipe_in(document: dict[str, Any]) -> Record:
     or impossible, or if the values do not follow from one another.
     """
     file = msgspec.convert(document, RecipeFile)
-    values = file.values()
-    for table in (file.optimizer, file.horizon, file.seen, file.fit):
-        values |= table.values()
-    values["reference"] = Reference(**file.reference.values())
-    values["covariance"] = np.array(file.fit.covariance)
-    values["law"] = law_from_dict(file.law)
-    if not isinstance(values["law"], Power):
+    law = law_from_dict(file.law)
+    if not isinstance(law, Power):
         raise ValueError("the law is not 'power'")
+    values = {
+        **file.values(),
+        "law": law,
+        "reference": Reference(**file.reference.values()),
+        "covariance": np.array(file.covariance),
+    }
     recorded = Record.__dataclass_fields__.keys() & values.keys()
     recipe = Record(**{name: values[name] for name in recorded})
     own = to_document(recipe, file.trials_sha256)
@@ -196,7 +166,7 @@ def save(recipe: Record, path: str | os.PathLike[str]) -> Path:
 
     A reader between the two finds the former TOML, which gives its rates without trials.
     """
-    target = _toml_path(path)
+    target = Path(path)
     try:
         _check_trials(recipe.tensors)
         arrays = {k: np.ascontiguousarray(v) for k, v in recipe.tensors.items()}
@@ -219,7 +189,7 @@ def save(recipe: Record, path: str | os.PathLike[str]) -> Path:
 
 def load(path: str | os.PathLike[str]) -> Record:
     """Return the recipe in a TOML file, with its trials if they lie beside it."""
-    target = _toml_path(path)
+    target = Path(path)
     try:
         document = _document(read_bytes(target, _MOST_TEXT))
         recipe = _recipe_in(document)
@@ -262,16 +232,6 @@ def _error(target: Path, verb: str, error: BaseException, cure: str) -> RecipeEr
     )
 
 
-def _toml_path(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    if target.suffix != ".toml":
-        raise RecipeError(
-            f"{str(target)!r} is no recipe, whose file is a .toml.",
-            "Give its path, such as recipes/digits.toml.",
-        )
-    return target
-
-
 def _trials_beside(toml: Path) -> Path:
     return toml.with_suffix(".trials.safetensors")
 
@@ -283,22 +243,22 @@ def _document(text: bytes) -> dict[str, Any]:
 
 # The arrays of trials, by name: the kind of dtype, and the number of axes.
 TRIAL = {
-    "rank": ("i", 1),
-    "seed": ("i", 1),
-    "lr": ("f", 1),
-    "own_lr": ("f", 1),
-    "value": ("f", 1),
-    "diverged": ("b", 1),
-    "pruned": ("b", 1),
-    "steps": ("i", 1),
-    "curve": ("f", 2),
+    "rank": "i1",
+    "seed": "i1",
+    "lr": "f1",
+    "own_lr": "f1",
+    "value": "f1",
+    "diverged": "b1",
+    "pruned": "b1",
+    "steps": "i1",
+    "curve": "f2",
 }
 
 
 def _check_trials(trials: Trials) -> None:
     """Raise a ValueError if an array of trials is none that a calibration makes."""
     for name, array in trials.items():
-        if (array.dtype.kind, array.ndim) != TRIAL.get(name):
+        if f"{array.dtype.kind}{array.ndim}" != TRIAL.get(name):
             raise ValueError(f"the array of trials {name!r} is impossible")
     counts = {len(array) for array in trials.values()}
     ranks = np.unique(trials.get("rank", ()))

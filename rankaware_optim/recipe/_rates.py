@@ -200,12 +200,11 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
 
 def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
     """Yield what a rank beyond those tried adds, and the note on it."""
-    tried = recipe.ranks
-    below = math.log2(min(tried) / rank) if tried else 0.0
-    above = math.log2(rank / max(tried)) if tried else 1.0
+    tried = recipe.ranks or (rank / 2,)
+    below, above = math.log2(min(tried) / rank), math.log2(rank / max(tried))
     if max(below, above) <= 0:
         return
-    listed = ", ".join(map(str, tried))
+    listed = ", ".join(map(str, recipe.ranks))
     words = f"rank {rank:g} is outside the ranks tried ({listed})"
     if below > 0 and recipe.reference.init == "B":
         words += ": with init B the rate tends to be too high"

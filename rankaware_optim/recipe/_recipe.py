@@ -17,7 +17,7 @@ from ..fitting import Fit, centred_law
 from ..laws import Law, Power, law_sentence
 from . import _files as files
 from ._rates import configuration, margin, rate, spread, warn_of
-from ._record import BASE, Record
+from ._record import Record
 from ._same_model import check_width
 
 if TYPE_CHECKING:
@@ -94,13 +94,21 @@ class Recipe(Record):
 
     def explain(self) -> str:
         """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""
-        return explain(self)
+        table, indent = self._table(), " " * _COLUMN
+        lines = [table.title]
+        for name, text in table.rows:
+            line = name.ljust(_COLUMN) + text
+            lines.append(fill(line, 100, subsequent_indent=indent))
+        return printable("\n".join(lines))
 
     def __str__(self) -> str:
         return self.explain()
 
     def _repr_html_(self) -> str:
-        return _table_of(self).html()
+        return self._table().html()
+
+    def _table(self) -> Table:
+        return Table((), facts(self), title=f"Recipe {self.name!r}")
 
     def plot(self) -> Figure:
         """Draw one panel per rank with its trials, band, ceiling and rate, and a panel of
@@ -130,8 +138,7 @@ class Recipe(Record):
             The path written.
 
         Raises:
-            RecipeError: the folder cannot be written, `path` does not end in .toml, or a value
-                could not be read back.
+            RecipeError: the folder cannot be written, or a value could not be read back.
         """
         return files.save(self, path)
 
@@ -201,6 +208,11 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
         optimizer += f" with {_listed(recipe.settings)}"
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
     steps, batch = _number(recipe.steps), _number(recipe.batch)
+    tried = f"ranks {', '.join(map(str, recipe.ranks)) or 'none'}"
+    rest = "must be given, as full finetuning was not tried"
+    if recipe.full_seen:
+        tried, rest = f"{tried} and full finetuning", "that of full finetuning"
+    others = _listed(recipe.other_rates)
     rows = {
         "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_number(at.fan_in)}",
         "fitted optimum": f"{recipe.fitted_lr:.3g}; the base rate, the one to use, is a margin of"
@@ -212,8 +224,8 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
         "alpha by rank": _ALPHA[recipe.scaling_rule],
         "optimizer": optimizer,
         "runs": f"{steps} steps, batch {batch}, warm-up {warmup}",
-        "seen": f"{_tried(recipe)}; {trials_text(recipe)}",
-        "other rates": _other_rates(recipe),
+        "seen": f"{tried}; {trials_text(recipe)}",
+        "other rates": f"{others}; any other {rest}" if others else rest,
         "code": _listed(recipe.source).removeprefix("train ") or "unknown",
         "versions": _listed(recipe.versions) or "unknown",
         "hash": recipe.tag.partition(" ")[0],
@@ -228,20 +240,6 @@ def trials_text(recipe: Record) -> str:
     return f"{len(recipe.tensors.get('lr', ()))} trials"
 
 
-def _table_of(recipe: Record) -> Table:
-    """Return the facts, one per row."""
-    return Table((), facts(recipe), title=f"Recipe {recipe.name!r}")
-
-
-def explain(recipe: Record) -> str:
-    """Return the facts, one per line."""
-    table, indent = _table_of(recipe), " " * _COLUMN
-    lines = [table.title]
-    for name, text in table.rows:
-        lines.append(fill(name.ljust(_COLUMN) + text, 100, subsequent_indent=indent))
-    return printable("\n".join(lines))
-
-
 def _law(law: Power) -> str:
     """The law that rates move by, and how the trials corrected it."""
     words = law_sentence(law.law)
@@ -250,25 +248,6 @@ def _law(law: Power) -> str:
     if law.full_factor != 1.0:
         words += f", times {law.full_factor:.3g} in full finetuning"
     return words
-
-
-def _tried(recipe: Record) -> str:
-    ranks = f"ranks {', '.join(map(str, recipe.ranks))}" if recipe.ranks else ""
-    full = "full finetuning" if recipe.full_seen else ""
-    return " and ".join(filter(None, (ranks, full))) or "nothing"
-
-
-def _other_rates(recipe: Record) -> str:
-    """Return the rates of the parameters that are not factors, those that the trials trained
-    first.
-    """
-    words = []
-    for name, lr in recipe.other_rates.items():
-        words.append(f"{name} {'the base rate' if lr == BASE else f'{lr:.3g}'}")
-    rest = "must be given, as full finetuning was not tried"
-    if recipe.full_seen:
-        rest = "that of full finetuning"
-    return "; ".join([*words, f"any other {rest}" if words else rest])
 
 
 def _listed(values: Mapping[str, Any]) -> str:

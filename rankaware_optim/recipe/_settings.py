@@ -74,10 +74,9 @@ def constructor_settings(
     made: dict[str, Any] = {}
     for name, default in defaults_of(optimizer).items():
         value = settings.get(name)
-        if isinstance(default, (list, tuple)):
-            many = value if isinstance(value, (list, tuple)) else ()
-            if len(many) == len(default) and all(map(is_number, many)):
-                made[name] = tuple(many)
+        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+            if all(map(is_number, value)):
+                made[name] = tuple(value)
         elif isinstance(value, str if isinstance(default, str) else (bool, int, float)):
             made[name] = value
     return made
@@ -97,6 +96,4 @@ def differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
 def _is_alike(a: Any, b: Any) -> bool:
     if is_number(a) and is_number(b) and isinstance(a + b, float):
         return math.isclose(a, b, rel_tol=SAME)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_is_alike(a[k], b[k]) for k in a)
     return bool(a == b)

@@ -277,7 +277,6 @@ BAD = [
     (["loops.py:train", *RANKS], "finetune:train"),
     (["loops:NUMBER", *RANKS], "Give a function"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
-    (["loops:train", *RANKS[:-1], "r.yaml"], "ends in .toml"),
     (["loops:train", *RANKS, "--budget", 5], "Error: --budget is 5. Give at least"),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
     (

@@ -216,7 +216,7 @@ BAD = {
     f"convert 0 --from {AT_8} --to {AT_8}": "lr is 0",
     f"convert 1e-3 --from {AT_8},init=pissa --to {AT_8}": "suggest --init pissa",
     "show nowhere.toml": "nowhere.toml cannot be read",
-    "show adapter": "'adapter' is no recipe",
+    "show adapter": "Is a directory",
     "show broken.toml": "cannot be read",
     "lr digits.toml --rank 0": "--rank=0",
     f"{LR_OF} --alpha -1": "--alpha=-1",
