@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from ..laws import PRIOR_LAW
 from ._options import (
     FILE,
     INTERRUPTED,
-    LAW_TEXT,
     OPTIMIZER,
     echo,
     flag,
@@ -130,8 +128,7 @@ def calibrate(
         del options["storage"]
         echo(f"{spec}: {calibration.Options(**options).price}")
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    ctx.call_on_close(partial(signal.signal, signal.SIGTERM, before))
+    signal.signal(signal.SIGTERM, _interrupt)
     if workers > 1:
         ctx.exit(run_workers(workers))
     if quiet:
@@ -236,7 +233,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 @out_option("Write the recipe to a .toml file.")
 @option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
-@law_option(f"Law that moves rates between ranks. {LAW_TEXT}", PRIOR_LAW)
+@law_option("Law that moves rates between ranks.", PRIOR_LAW)
 @option("--alpha", number_or_rank, "alpha of rows without one. A number, or 'rank'.")
 @option("--fan-in", float, "Mean fan-in of the adapted layers, for rows without one.")
 @option(

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def number_or_rank(text: str) -> float | str:
     return text if text == "rank" else float(text)
 
 
-def may_name_module(ctx: click.Context, _: Any, value: Any) -> Any:
+def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
     """Import from the current folder too, after everything else, if a text names a module, as
     "module:name". A click callback.
 
@@ -87,7 +87,6 @@ def may_name_module(ctx: click.Context, _: Any, value: Any) -> Any:
     folder = os.getcwd()
     if ":" in str(value) and folder not in sys.path:
         sys.path.append(folder)
-        ctx.call_on_close(partial(sys.path.remove, folder))
     return value
 
 
@@ -140,10 +139,8 @@ def init_option(more: str, names: Sequence[str] = ("A", "B")) -> Decorator:
     return option("--init", click.Choice(names), f"{_INIT_HELP} {more}")
 
 
-LAW_TEXT = "It is a registered name, or package.module:Class."
-
-
 def law_option(text: str, default: str) -> Decorator:
+    text = f"{text} A registered name, or package.module:Class."
     return option("--law", str, text, callback=may_name_module, default=default)
 
 

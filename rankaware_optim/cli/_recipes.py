@@ -10,6 +10,7 @@ import click
 
 from .. import recipe as recipes
 from .. import reports
+from .._files import replace_bytes
 from ..errors import RankAwareWarning
 from ._options import (
     FILE,
@@ -92,4 +93,7 @@ def report(recipe: Path, out: Path) -> None:
 
     The page has the recipe's rates by rank, its figure, its trials and its provenance.
     """
-    echo(reports.write_report(recipes.Recipe.load(recipe), out))
+    page = reports.report_html(recipes.Recipe.load(recipe))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(out, page.encode())
+    echo(out)

@@ -1,2 +1,2 @@
 from ._figure import recipe_figure as recipe_figure
-from ._page import write_report as write_report
+from ._page import report_html as report_html

@@ -31,7 +31,7 @@ _CEILING = {"color": INK, "linestyle": ":"}
 # How a trial ended, in the legend, and its marker.
 MARKS = {"finished": "o", "above the frame": "^", "diverged": "x", "pruned": "D"}
 # The frames, by hand.
-_FAR = 3.0  # times the median above the best: scores farther off are not in the frame
+_FAR = 2.2  # times the median above the best: scores farther off are not in the frame
 _LEAST = 1e-3  # of the best score: a frame is as high, so that noise does not look like a bowl
 _RANKS = {2**power for power in range(11)}  # at which rates by rank are drawn
 
@@ -61,9 +61,7 @@ def recipe_figure(recipe: Recipe) -> Figure:
         axis.set_title(f"Rank {rank}" if rank else "Full finetuning", fontsize=10)
     if by_rank:
         _draw_rates(axes[-1], recipe, by_rank)
-    optimizer = recipe.optimizer.rpartition(".")[2]
-    title = f"{recipe.name[:60]}: {optimizer}, {recipe.steps or 'unknown'} steps"
-    figure.suptitle(printable(title), parse_math=False)
+    figure.suptitle(printable(recipe.name[:60]), parse_math=False)
     named: dict[str, Any] = {}
     for axis in axes:  # one legend for all panels, in which each word stands once
         handles, labels = axis.get_legend_handles_labels()
@@ -108,11 +106,8 @@ def known_rate(recipe: Recipe, rank: int) -> Rate | None:
 
 def rates_by_rank(recipe: Recipe) -> dict[int, Rate]:
     """Return the rates that are known at the ranks tried and at powers of two."""
-    if not recipe.ranks:
-        return {}
-    rates = {
-        rank: known_rate(recipe, rank) for rank in sorted({*recipe.ranks, *_RANKS})
-    }
+    ranks = sorted({*recipe.ranks, *_RANKS})
+    rates = {rank: known_rate(recipe, rank) for rank in ranks}
     return {rank: rate for rank, rate in rates.items() if rate is not None}
 
 
@@ -152,9 +147,8 @@ def _draw_trials(axis: Any, trials: Trials) -> None:
     finite = trials["value"][np.isfinite(trials["value"])]
     best = finite.min() if len(finite) else 0.0
     above = finite[finite > best] - best
-    height = max(1e-9, _LEAST * abs(best))
-    if len(above):
-        height = max(height, 1.1 * min(above.max(), _FAR * np.median(above)))
+    far = _FAR * np.median(above) if len(above) else 0.0
+    height = max(1e-9, _LEAST * abs(best), far)
     inside = np.abs(trials["value"] - best) <= height
     heights = np.where(inside, trials["value"], best + 0.97 * height)
     is_above = (trials["end"] == "finished") & ~inside

@@ -6,11 +6,8 @@ matplotlib writes as SVG. It loads nothing and runs nothing.
 
 from __future__ import annotations
 
-import os
 from io import StringIO
-from pathlib import Path
 
-from .._files import replace_bytes
 from .._printing import printable
 from ..errors import PlotError
 from ..recipe import Recipe, facts
@@ -32,27 +29,10 @@ _OF_PAGE = {
 }
 
 
-def write_report(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
-    """Write the recipe's page to a file, atomically. Without matplotlib it has no figure.
-
-    Args:
-        recipe: the recipe.
-        path: the HTML file.
-
-    Returns:
-        The path written.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(target, report_html(recipe).encode())
-    return target
-
-
 def report_html(recipe: Recipe) -> str:
-    """Return the recipe's page as text. It is the same for the same recipe and matplotlib."""
+    """Return the recipe's page as text. It is the same for the same recipe and matplotlib. Without
+    matplotlib it has no figure.
+    """
     from jinja2 import Environment, PackageLoader
 
     figure, no_figure = "", ""

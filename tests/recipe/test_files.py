@@ -39,7 +39,7 @@ from rankaware_optim import (
 from rankaware_optim._checks import RANGES
 from rankaware_optim.errors import PlotError
 from rankaware_optim.recipe._files import TRIAL
-from rankaware_optim.reports._page import report_html
+from rankaware_optim.reports import report_html
 
 from ..helpers.models import mlp
 from ..helpers.recipes import RECIPE, TENSORS, trials_of

@@ -9,7 +9,7 @@ import pytest
 
 from rankaware_optim import Power, Reference
 from rankaware_optim.recipe import facts
-from rankaware_optim.reports._page import report_html
+from rankaware_optim.reports import report_html
 
 from ..helpers.recipes import KINDS, RECIPE
 

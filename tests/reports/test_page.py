@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rankaware_optim import RankAwareOptimizer
 from rankaware_optim.cli import main
 from rankaware_optim.recipe._rates import margin, spread
-from rankaware_optim.reports._page import report_html
+from rankaware_optim.reports import report_html
 
 from ..helpers.models import mlp
 from ..helpers.recipes import KINDS, RECIPE
