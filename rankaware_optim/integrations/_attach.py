@@ -1,14 +1,15 @@
 """`attach`: an optimizer for a trainer of transformers or TRL, or Lightning's module, that is built
-already.
+already. And every group's rates in the logs of a run.
 
-Importing this module imports none of them.
+Importing this module imports none of them. Its functions do.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,7 +19,6 @@ from ..errors import OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
 from ..recipe import Recipe
 from . import _lightning, _transformers
-from ._logs import inside, log_rates
 from ._transformers import TrainerFactory
 
 
@@ -59,9 +59,9 @@ def attach(
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     if "recipe" in settings:
-        settings |= _of_recipe(settings)
+        settings = _with_recipe(settings)
     if _lightning.is_pair(trainer):
-        return _attach_module(trainer[1], optimizer or "adamw", settings)
+        return _attach_module(trainer, optimizer or "adamw", settings)
     _transformers.check_trainer(trainer, optimizer)
     if optimizer is None:
         native, defaults = _trainers_choice(trainer, settings)
@@ -82,29 +82,26 @@ def attach(
         # its warnings come when it is made for training
         warnings.simplefilter("ignore", RankAwareWarning)
         report: Report = factory(trainer.model).report()
-    if _keeps_float32(trainer):
-        report = replace(report, unmoved=())
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        report = replace(report, unmoved=())  # they may train float32 copies
     trainer.optimizer_cls_and_kwargs = (factory, {})
     log_rates(trainer)
-    trainer.add_callback(_look())
     return report
 
 
-def _of_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings' recipe, and the method that it is for unless one is given."""
+def _with_recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose recipe is read, with its method unless they have one."""
     recipe = settings["recipe"]
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
-    if recipe.reference.method == "full" and "method" not in settings:
-        return {"recipe": recipe, "method": "full"}
-    return {"recipe": recipe}
+    return {"method": recipe.reference.method, **settings, "recipe": recipe}
 
 
 def _attach_module(
-    module: Any, optimizer: type[Optimizer] | str, settings: dict[str, Any]
+    pair: Any, optimizer: type[Optimizer] | str, settings: dict[str, Any]
 ) -> Report:
-    _lightning.refuse_with_optimizer(module)
     _refuse_without_rate(settings)
+    trainer, module, *_ = pair
     if "recipe" in settings:
         settings = {**settings["recipe"].settings, **settings}
 
@@ -113,13 +110,13 @@ def _attach_module(
 
     opt = make()
     if _lightning.has_own(module, "configure_optimizers"):
-        _lightning.set_rate(module, float(opt.defaults["lr"]))
+        _lightning.set_rate(trainer, module, float(opt.defaults["lr"]))
     else:
         module.configure_optimizers = make
     return opt.report()
 
 
-def _refuse_without_rate(settings: Mapping[str, Any]) -> None:
+def _refuse_without_rate(settings: dict[str, Any]) -> None:
     if not settings.keys() & {"lr", "recipe"}:
         raise OptimizerError(
             "attach was given no rate.",
@@ -130,7 +127,7 @@ def _refuse_without_rate(settings: Mapping[str, Any]) -> None:
 
 
 def _trainers_choice(
-    trainer: Any, settings: Mapping[str, Any]
+    trainer: Any, settings: dict[str, Any]
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return the class that the trainer would build, and its settings. A rate of the arguments is
     left out, since it may be a default. A recipe's rate replaces one that is there.
@@ -151,12 +148,33 @@ def _trainers_choice(
     return get_optimizer_class(native), defaults
 
 
-def _keeps_float32(trainer: Any) -> bool:
-    """Return whether weights of fewer bits will be float32 when they train: DeepSpeed's are, and
-    those that accelerate shards for mixed precision.
+# --- rates in logs --------------------------------------------------------------------------------
+
+
+def group_rates(opt: Any) -> dict[str, float]:
+    """Return the rates at which an optimizer trains, each once: "lr/r8" for both factors of a rank,
+    and "lr/B/r8" where B's differs, and "lr/other".
+
+    Args:
+        opt: a `RankAwareOptimizer`, in a framework's wrapper or not. Another optimizer has none.
     """
-    is_mixed = trainer.accelerator.mixed_precision != "no"
-    return bool(trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and is_mixed))
+    ours = _inside(opt)
+    initial: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    for group in ours.rates.groups if isinstance(ours, RankAwareOptimizer) else []:
+        name = group.role if group.rank is None else f"r{group.rank}"
+        # by where they start, so that a warm-up from zero has the same names
+        if initial.setdefault(name, group.initial_lr) != group.initial_lr:
+            name = f"{group.role}/{name}"
+        rates[f"lr/{name}"] = group.lr
+    return rates
+
+
+def _inside(opt: Any) -> Any:
+    """Return the `RankAwareOptimizer` in a framework's wrappers, or what is innermost."""
+    while not isinstance(opt, RankAwareOptimizer) and hasattr(opt, "optimizer"):
+        opt = opt.optimizer
+    return opt
 
 
 _OF_ITS_OWN = (
@@ -166,16 +184,24 @@ _OF_ITS_OWN = (
 )
 
 
-def _look() -> Any:
-    """Return a callback that looks into the wrapper around the trainer's optimizer at the start."""
+def log_rates(trainer: Any) -> None:
+    """Let transformers' `Trainer` log the rates that it trains at, beside the base rate, which it
+    logs as `learning_rate`. `attach` calls this function.
+
+    Args:
+        trainer: the trainer. Its reporters, such as TensorBoard's, get the rates too. `train`
+            raises an `OptimizerError` if its optimizer is no `RankAwareOptimizer`.
+    """
     from transformers import TrainerCallback
 
-    class Look(TrainerCallback):
-        """Gives the wrapper `report` and `rates`. Raises if the trainer made its own optimizer."""
+    class LogRates(TrainerCallback):
+        """Gives a wrapper around the optimizer `report` and `rates`, and adds the rates of the last
+        step to the training logs, as Trainer does for group 0.
+        """
 
         def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
             wrapper = kwargs["optimizer"]
-            opt = inside(wrapper)
+            opt = _inside(wrapper)
             if not isinstance(opt, RankAwareOptimizer):
                 raise OptimizerError(
                     f"The trainer has made its own {type(opt).__name__} and would not train with"
@@ -185,4 +211,45 @@ def _look() -> Any:
             if wrapper is not opt:
                 wrapper.report, wrapper.rates = opt.report, opt.rates
 
-    return Look()
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+            self.rates = group_rates(kwargs["optimizer"])
+
+        def on_log(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+            logs = kwargs.get("logs") or {}
+            if "learning_rate" in logs:
+                for entry in (logs, *state.log_history[-1:]):
+                    entry.update(self.rates)
+
+    # Trainer calls its reporters before the callbacks that it is given
+    trainer.callback_handler.callbacks.insert(0, LogRates())
+
+
+def lightning_rates() -> Any:
+    """Return a callback for Lightning's `Trainer` that logs every group's rate. LearningRateMonitor
+    logs base rates::
+
+        trainer = Trainer(callbacks=[LearningRateMonitor(), lightning_rates()])
+
+    They are logged as often as the trainer logs. With several optimizers the names start with the
+    optimizer's number.
+    """
+    package = "lightning.pytorch" if find_spec("lightning") else "pytorch_lightning"
+    callbacks = import_module(f"{package}.callbacks")
+
+    class Rates(callbacks.Callback):  # type: ignore[name-defined]
+        """Logs the rates of the next step."""
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            # as LearningRateMonitor does
+            if not trainer._logger_connector.should_update_logs:
+                return
+            rates: dict[str, float] = {}
+            for i, opt in enumerate(trainer.optimizers):
+                prefix = f"{i}/" if len(trainer.optimizers) > 1 else ""
+                for name, rate in group_rates(opt).items():
+                    rates[f"{prefix}{name}"] = rate
+            for logger in trainer.loggers:
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_metrics(rates, step=step)
+
+    return Rates()

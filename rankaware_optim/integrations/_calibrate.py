@@ -11,8 +11,9 @@ from contextlib import closing
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,12 +39,8 @@ from ..laws import PRIOR_LAW, Law
 from ..recipe import Recipe, is_for
 from ..transfer import suggest_lr
 from ._lightning import BuiltPair, is_pair, run_pair
-from ._run import BATCHES, TrainerRuns
-from ._snapshot import Snapshot
 from ._transformers import BuiltTrainer, is_by_reward, is_trainer, run_trainer
-
-if TYPE_CHECKING:
-    import optuna
+from ._trial import BATCHES, Snapshot, TrainerRuns
 
 # Four trials of a quarter of the run cost as many training steps as the run
 TRIALS, SHARE = 4, 1 / 4
@@ -146,45 +143,76 @@ def calibrate(  # noqa: PLR0913
     """
     native = get_optimizer_class(optimizer)
     place = _place(what, model, score)
-    runs = TrainerRuns(native, settings or {}, score, built=place.model is not None)
+    runs = TrainerRuns(native, settings or {}, score, place.model is not None)
     at = _configuration(place, runs, ranks, full_trials)
-    beside = _Beside(place.folder if save else None, native, at)
-    known = beside.answer(steps, progress)
-    if known is not None:
-        return known
-    if runs.built and budget is None and trials is None:
-        trials = TRIALS
+    beside = place.folder / FILE if save and place.folder else None
+    with closing(Replicas()) as team:
+        leads = team.leads
+        stored = team.agree(lambda: _stored(beside, native, at))
+    if stored is not None and steps in (None, _length(stored)):
+        if progress and leads:
+            words = f"{beside} is there, so nothing is run: remove it to calibrate"
+            print(f"calibrate: {words}", file=sys.stderr, flush=True)
+        return stored
+    searched = _searched(
+        place,
+        runs,
+        at,
+        share,
+        storage,
+        progress,
+        law=law,
+        ranks=ranks,
+        steps=steps,
+        target_steps=target_steps,
+        trials=trials,
+        budget=budget,
+        full_trials=full_trials,
+        seeds=seeds,
+        lr_range=lr_range,
+        batch=batch,
+        warmup=warmup,
+        name=name,
+    )
+    recipe = _completed(searched, runs, stored)
+    if beside is not None and leads:
+        recipe.save(beside)
+    return recipe
+
+
+def _searched(
+    place: Any,
+    runs: TrainerRuns,
+    at: Reference | None,
+    share: float,
+    storage: Any,
+    progress: bool,
+    **given: Any,
+) -> Recipe:
+    """Return the recipe of the trials, of which arguments of `calibrate` are given. at: the
+    configuration of a model that is built.
+    """
+    if at is not None:
+        given["ranks"] = (at.rank,)
+        if given["budget"] is None and given["trials"] is None:
+            given["trials"] = TRIALS
     snapshot = place.snapshot()
     with snapshot.kept():
-        whole = target_steps or place.steps()
-        of_trials: dict[str, Any] = {
-            "law": law,
-            "ranks": (at.rank,) if at else ranks,
-            "steps": steps or _share_of(whole, share),
-        }
+        whole = given["target_steps"] or place.steps()
+        steps = given["steps"] or _share_of(whole, share)
         options = Options(
-            native,
-            **of_trials,
-            target_steps=whole,
-            trials=trials,
-            budget=budget,
-            full_trials=full_trials,
-            seeds=seeds,
-            lr_range=lr_range,
-            batch=batch,
-            warmup=warmup,
-            name=name,
+            runs.native,
+            **{**given, "target_steps": whole, "steps": steps},
             suggested=_suggested(place.subject, at, runs),
             noisy=place.is_by_reward,
         )
-        recipe = search(
+        return search(
             _loop(runs, place, snapshot, options.target),
             options,
             storage=storage,
             progress=progress,
             price=_price(options, place, snapshot),
         )
-    return beside.saved(_completed(recipe, runs))
 
 
 def _share_of(whole: int | None, share: float) -> int | None:
@@ -222,9 +250,8 @@ def _place(what: Any, model: Any, score: object) -> Any:
         return BuiltTrainer(what, is_by_reward(what, score))
     if model is None and is_pair(what):
         return BuiltPair(*what)
-    also = "" if model is None else " and a model"
     raise CalibrationError(
-        f"calibrate got a {type(what).__name__}{also}.",
+        f"calibrate got a {type(what).__name__} and model={type(model).__name__}.",
         "Give a function of the trial, alone or with model=; or alone a trainer of transformers or"
         " TRL that is built, or Lightning's (trainer, module, data).",
     )
@@ -239,7 +266,7 @@ class Loop:
     """
 
     folder: Path | None = None
-    is_by_reward = is_evaluated = False
+    is_by_reward = False
 
     def __init__(self, source: Callable[[Trial], Any], model: Any) -> None:
         self.source = source
@@ -262,26 +289,23 @@ def _loop(runs: TrainerRuns, place: Any, snapshot: Snapshot, whole: int) -> Trai
 
     @wraps(place.source)
     def train(trial: Trial) -> Any:
-        snapshot.begin(trial)
-        returned = [place.run(trial, whole)]
-        if is_trainer(returned[0]) or is_pair(returned[0]):
-            return Pushed(lambda report: run(returned.pop(), trial, report))
+        release_memory()  # of the trial before
+        snapshot.begin()
+        made = place.run(trial, whole)
+        if is_trainer(made) or is_pair(made):
+            return Pushed(lambda report: run(made, trial, report))
         if runs.settings or runs.score is not None:
             raise CalibrationError(
                 "settings= or score= was given, but train returned no trainer.",
                 "Give settings to trial.optimizer, and return the score at the end.",
             )
-        return returned[0]
+        return made
 
-    def run(trainer: Any, trial: Trial, report: Callable[[Any], bool]) -> Any:
+    def run(made: Any, trial: Trial, report: Callable[[Any], bool]) -> Any:
         runs.begin(trial, report)
-        try:
-            if is_trainer(trainer):
-                return run_trainer(trainer, runs)
-            return run_pair(*trainer, run=runs)
-        finally:
-            del trainer
-            release_memory()  # before the next trial
+        if is_trainer(made):
+            return run_trainer(made, runs)
+        return run_pair(*made, run=runs)
 
     return train
 
@@ -327,73 +351,33 @@ def _price(options: Options, place: Any, snapshot: Snapshot) -> str:
     if place.model is None:
         return ""
     words = f" of training, where the run takes {options.target:,}"
-    if place.is_evaluated:
+    if place.folder and not place.is_by_reward:
         words += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
     mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
     return f"{words}; a copy of the weights that train, {mebibytes}"
 
 
-# --- the recipe beside the run --------------------------------------------------------------------
+# --- the recipe -----------------------------------------------------------------------------------
 
 
-class _Beside:
-    """The recipe beside a run, for a second call.
-
-    Args:
-        folder: the run's, or None.
-        native: the optimizer's class.
-        at: the model's configuration.
+def _stored(path: Path | None, native: type[Optimizer], at: Any) -> Recipe | None:
+    """Return the recipe that lies beside a run.
 
     Raises:
-        CalibrationError: the recipe there is of another optimizer or configuration.
+        CalibrationError: it is of another optimizer or configuration.
     """
-
-    def __init__(self, folder: Path | None, native: type[Optimizer], at: Any) -> None:
-        self._path = folder / FILE if folder else None
-        with closing(Replicas()) as team:
-            self._leads = team.leads
-            self._recipe = team.agree(lambda: self._stored(native, at))
-
-    def _stored(self, native: type[Optimizer], at: Any) -> Recipe | None:
-        if self._path is None or not self._path.exists():
-            return None
-        recipe = Recipe.load(self._path)
-        stored = recipe.reference
-        ours = (at.method, at.rank, at.init, at.scaling)
-        is_same = (stored.method, stored.rank, stored.init, stored.scaling) == ours
-        if not is_for(recipe, native) or not is_same:
-            raise CalibrationError(
-                f"{self._path} is a recipe for {recipe.optimizer} at {stored}, and not for"
-                f" {native.__name__} at {at}.",
-                "Remove it, or give save=False or another output folder.",
-            )
-        return recipe
-
-    def answer(self, steps: int | None, progress: bool) -> Recipe | None:
-        """Return the recipe if it is by trials of these steps, and say so."""
-        if self._recipe is None or steps not in (None, _length(self._recipe)):
-            return None
-        if progress and self._leads:
-            words = f"{self._path} is there, so nothing is run: remove it to calibrate"
-            print(f"calibrate: {words}", file=sys.stderr, flush=True)
-        return self._recipe
-
-    def saved(self, recipe: Recipe) -> Recipe:
-        """Return and save a recipe, with a note if its best rate is far from the one that was there
-        by trials of another length.
-        """
-        known = self._recipe
-        ratio = recipe.fitted_lr / known.fitted_lr if known else 1.0
-        if known is not None and max(ratio, 1 / ratio) > MOVED:
-            note = (
-                f"trials of {_length(known)} steps gave {known.fitted_lr:.3g}, those of"
-                f" {_length(recipe)} {recipe.fitted_lr:.3g}: the best rate moves with the length"
-                " of a run"
-            )
-            recipe = replace(recipe, notes=(*recipe.notes, note))
-        if self._path is not None and self._leads:
-            recipe.save(self._path)
-        return recipe
+    if path is None or not path.exists():
+        return None
+    recipe = Recipe.load(path)
+    stored = recipe.reference
+    same = replace(stored, fan_in=at.fan_in, batch=at.batch)
+    if not is_for(recipe, native) or same != at:
+        raise CalibrationError(
+            f"{path} is a recipe for {recipe.optimizer} at {stored}, and not for"
+            f" {native.__name__} at {at}.",
+            "Remove it, or give save=False or another output folder.",
+        )
+    return recipe
 
 
 def _length(recipe: Recipe) -> int | None:
@@ -402,15 +386,24 @@ def _length(recipe: Recipe) -> int | None:
     return None if curves is None else int(curves.shape[1])
 
 
-def _completed(recipe: Recipe, runs: TrainerRuns) -> Recipe:
-    """Return a recipe with what the trainers' arguments say of their runs."""
-    notes = recipe.notes
+def _completed(recipe: Recipe, runs: TrainerRuns, stored: Recipe | None) -> Recipe:
+    """Return a recipe with what the trainers' arguments say of their runs, and a note if its best
+    rate is far from the one that was stored, by trials of another length.
+    """
+    notes = [*recipe.notes]
     if runs.by_reward:
-        notes = (*(note for note in notes if note != BY_TRAINING), BY_REWARD)
+        notes = [*(note for note in notes if note != BY_TRAINING), BY_REWARD]
+    ratio = recipe.fitted_lr / stored.fitted_lr if stored else 1.0
+    if stored is not None and max(ratio, 1 / ratio) > MOVED:
+        notes.append(
+            f"trials of {_length(stored)} steps gave {stored.fitted_lr:.3g}, those of"
+            f" {_length(recipe)} {recipe.fitted_lr:.3g}: the best rate moves with the length of a"
+            " run"
+        )
     batch = recipe.batch or runs.batch
     return replace(
         recipe,
         reference=replace(recipe.reference, batch=batch),
         warmup=runs.warmup if recipe.warmup is None else recipe.warmup,
-        notes=notes,
+        notes=tuple(notes),
     )

@@ -12,31 +12,25 @@ import math
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch.optim import Optimizer
-from torch.utils.data import (
-    DataLoader,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from .. import calibration
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import constructor_settings
-from ._run import BATCHES, PART, TrainerRuns, divided
-from ._snapshot import Snapshot, refuse_sharded
+from ._trial import BATCHES, Snapshot, TrainerRuns, held_out
 
-if TYPE_CHECKING:
-    from ..calibration import Trial
-
-_BASES = ("LightningModule", "LightningDataModule")
-_RATE_NAMES = ("lr", "learning_rate")
+_PACKAGES = ("lightning", "pytorch_lightning")
+_SAMPLERS = (RandomSampler, SequentialSampler)
+_LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generator")
 
 
 def is_pair(value: Any) -> bool:
@@ -46,20 +40,11 @@ def is_pair(value: Any) -> bool:
 
 
 def has_own(value: Any, method: str) -> bool:
-    """Return whether a module or a datamodule has a method of its own."""
-    for kind in type(value).__mro__:
-        if kind.__name__ in _BASES:
-            return getattr(type(value), method) is not getattr(kind, method)
-    return False
-
-
-def refuse_with_optimizer(module: Any) -> None:
-    """Raise an `OptimizerError` if `attach` has given a module its optimizer."""
-    if "configure_optimizers" in vars(module):
-        raise OptimizerError(
-            "The module already has an optimizer: attach was called on it before.",
-            "Build it again. Calibrate, attach once, and then train.",
-        )
+    """Return whether a module or a datamodule has a method that is not Lightning's."""
+    defined = getattr(type(value), method, None)
+    if defined is None:
+        return False
+    return defined.__module__.partition(".")[0] not in _PACKAGES
 
 
 def _part_of(trainer: Any, name: str) -> Any:
@@ -75,14 +60,13 @@ def _part_of(trainer: Any, name: str) -> Any:
 
 def run_pair(trainer: Any, module: Any, *data: Any, run: TrainerRuns) -> Any:
     """Run the trial by `trainer.fit` and return its score, or None if there is none."""
-    callbacks = _part_of(trainer, "callbacks")
-    _configure(module, run)
+    _leave_out(trainer, module)
+    _configure(trainer, module, run)
     loop = trainer.fit_loop
     loop.epoch_loop.max_steps = run.trial.steps
     loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
-    losses: list[torch.Tensor] = []
-    kept = [c for c in trainer.callbacks if not isinstance(c, callbacks.Checkpoint)]
-    trainer.callbacks = [*kept, _reports(callbacks.Callback, run, losses)]
+    reports = _reports(_part_of(trainer, "callbacks").Callback, run)
+    trainer.callbacks.append(reports)
     trained, part = _hold_out(module, data) if run.score is None else (data, None)
 
     def held_out_loss() -> Any:
@@ -90,10 +74,9 @@ def run_pair(trainer: Any, module: Any, *data: Any, run: TrainerRuns) -> Any:
         if part is None:
             return None
         trainer.limit_val_batches = BATCHES
-        losses.clear()
         trainer.validate(module, part, verbose=False)
-        if losses:
-            return float(torch.stack(losses).mean())
+        if reports.losses:
+            return float(torch.stack(reports.losses).mean())
         logged = trainer.callback_metrics
         named = [name for name in logged if "loss" in name.lower()]
         return logged[named[0]] if len(named) == 1 else None
@@ -103,16 +86,32 @@ def run_pair(trainer: Any, module: Any, *data: Any, run: TrainerRuns) -> Any:
         return run.result(trainer, held_out_loss)
 
 
-def _reports(base: Any, run: TrainerRuns, losses: list[torch.Tensor]) -> Any:
-    """Return a callback that reports every step to the trial, and stops the trainer when it ends.
-    losses: is given those of a validation.
+def _leave_out(trainer: Any, module: Any) -> None:
+    """Take a trainer's loggers, its validation, and its callbacks but those that accumulate
+    gradients.
+    """
+    accumulates = _part_of(trainer, "callbacks").GradientAccumulationScheduler
+    trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, accumulates)]
+    module.configure_callbacks = list
+    silent = _part_of(trainer, "loggers.logger").DummyLogger()
+    trainer.loggers = [silent] if trainer.loggers else []
+    trainer.limit_val_batches, trainer.val_check_interval = 0, 1.0
+
+
+def _reports(base: Any, run: TrainerRuns) -> Any:
+    """Return a callback that reports every step to the trial, and stops the trainer when it
+    ends.
     """
 
     class Reports(base):
+        def __init__(self) -> None:
+            self.loss: Any = 0.0  # of the batches of a step
+            self.losses: list[torch.Tensor] = []  # that a validation's steps returned
+
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            if run.built:  # nothing is validated, so no plateau is seen
-                configs = trainer.strategy.lr_scheduler_configs
-                configs[:] = [c for c in configs if not c.reduce_on_plateau]
+            # nothing is validated, so no plateau is seen
+            configs = trainer.strategy.lr_scheduler_configs
+            configs[:] = [c for c in configs if not c.reduce_on_plateau]
 
         def on_train_batch_end(
             self, trainer: Any, module: Any, outputs: Any, *_: Any
@@ -123,16 +122,17 @@ def _reports(base: Any, run: TrainerRuns, losses: list[torch.Tensor]) -> Any:
                     "The module's training_step returned no loss.",
                     "Return it, also with manual optimization.",
                 )
-            run.add(loss)
-            if trainer.global_step > run.steps_taken and run.end_step():
-                trainer.should_stop = True
+            self.loss = self.loss + loss.detach()
+            if trainer.global_step > run.steps_taken:
+                trainer.should_stop = run.end_step(self.loss)
+                self.loss = 0.0
 
         def on_validation_batch_end(
             self, trainer: Any, module: Any, outputs: Any, *_: Any
         ) -> None:
             loss = _loss_in(outputs)
             if loss is not None:
-                losses.append(loss.detach().float().mean())
+                self.losses.append(loss.detach().float().mean())
 
     return Reports()
 
@@ -152,42 +152,35 @@ def _hold_out(module: Any, data: Sequence[Any]) -> tuple[Sequence[Any], Any]:
             return data, data[1]
         if data and has_own(data[0], "val_dataloader"):
             return data, data[0]
-    parts = _divided(data[0]) if data and module.automatic_optimization else None
-    if parts is None:
-        return data, None
-    module.validation_step = module.training_step
-    part, rest = parts
-    return [rest, *data[1:]], part
+    if data and module.automatic_optimization:
+        part, rest = _divided(data[0])
+        if part is not None:
+            module.validation_step = module.training_step
+        return [rest, *data[1:]], part
+    return data, None
 
 
-def _divided(loader: Any) -> tuple[Any, Any] | None:
-    """Return a loader of some rows and one of the rest, None if it cannot be made again or has too
-    few.
+def _divided(loader: Any) -> tuple[Any, Any]:
+    """Return a loader of some rows and one of the rest; None and itself if it cannot be made again
+    or has too few.
     """
-    if type(loader) is not DataLoader or loader.batch_size is None:
-        return None
-    data: Any = loader.dataset
-    is_shuffled = type(loader.sampler) is RandomSampler
-    if not is_shuffled and type(loader.sampler) is not SequentialSampler:
-        return None
-    rows = min(BATCHES * loader.batch_size, len(data) // PART)
-    part, rest = divided(data, rows)
-    return (
-        (_like(loader, part, False), _like(loader, rest, is_shuffled)) if rows else None
-    )
-
-
-def _like(loader: Any, dataset: Any, shuffle: bool) -> DataLoader[Any]:
-    names = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generator")
-    settings = {name: getattr(loader, name) for name in names}
-    settings["drop_last"] = loader.drop_last and shuffle
-    return DataLoader(dataset, shuffle=shuffle, **settings)
+    sampler = type(getattr(loader, "sampler", None))
+    is_plain = type(loader) is DataLoader and sampler in _SAMPLERS
+    if not is_plain or loader.batch_size is None:
+        return None, loader
+    parts = held_out(loader.dataset, BATCHES * loader.batch_size)
+    if parts is None:
+        return None, loader
+    settings: Any = {name: getattr(loader, name) for name in _LOADER}
+    part = DataLoader(parts[0], **settings)
+    settings["drop_last"] = loader.drop_last
+    return part, DataLoader(parts[1], shuffle=sampler is RandomSampler, **settings)
 
 
 # --- the module's optimizer -----------------------------------------------------------------------
 
 
-def _configure(module: Any, run: TrainerRuns) -> None:
+def _configure(trainer: Any, module: Any, run: TrainerRuns) -> None:
     """Let a module's `configure_optimizers` return the trial's optimizer, or its own at the trial's
     rate.
     """
@@ -202,38 +195,40 @@ def _configure(module: Any, run: TrainerRuns) -> None:
             "Give them there.",
         )
     elif run.built:
-        module.configure_optimizers = lambda: _at_trials_rate(module, configure, run)
+        module.configure_optimizers = lambda: _at_trials_rate(
+            trainer, module, configure, run
+        )
 
 
-def set_rate(module: Any, lr: float) -> None:
+def set_rate(trainer: Any, module: Any, lr: float) -> None:
     """Set the rate from which a module configures its optimizer, as Lightning's finder does: an
-    attribute of the module or of its `hparams`.
+    attribute of the module, of its `hparams` or of its data.
 
     Raises:
         OptimizerError: there is none.
     """
-    as_attribute = [name for name in _RATE_NAMES if hasattr(module, name)]
-    as_hyper = [name for name in _RATE_NAMES if name in module.hparams]
-    if not as_attribute and not as_hyper:
-        raise OptimizerError(
-            f"{type(module).__name__} configures its optimizer at a rate that cannot be set.",
-            "Let configure_optimizers take it from self.lr, or leave that method out.",
-        )
-    for name in as_attribute[:1]:
-        setattr(module, name, lr)
-    for name in as_hyper[:1]:
-        module.hparams[name] = lr
+    parsing = _part_of(trainer, "utilities.parsing")
+    for name in ("lr", "learning_rate"):
+        if parsing.lightning_hasattr(module, name):
+            parsing.lightning_setattr(module, name, lr)
+            return
+    raise OptimizerError(
+        f"{type(module).__name__} configures its optimizer at a rate that cannot be set.",
+        "Let configure_optimizers take it from self.lr, or leave that method out.",
+    )
 
 
-def _at_trials_rate(module: Any, configure: Callable[[], Any], run: TrainerRuns) -> Any:
+def _at_trials_rate(
+    trainer: Any, module: Any, configure: Callable[[], Any], run: TrainerRuns
+) -> Any:
     """Return what a module configures at the trial's rate."""
-    set_rate(module, 1.0)
-    defaults = _only_optimizer(module, configure(), run.native).defaults
+    set_rate(trainer, module, 1.0)
+    defaults = _only_optimizer(trainer, module, configure(), run.native).defaults
     settings = constructor_settings({**defaults, "lr": None}, run.native)
     like = run.trial.optimizer(module, **settings)
-    set_rate(module, run.trial.lr or 0.0)
+    set_rate(trainer, module, run.trial.lr or 0.0)
     configured = configure()
-    opt = _only_optimizer(module, configured, run.native)
+    opt = _only_optimizer(trainer, module, configured, run.native)
     if _multipliers(opt) != _multipliers(like):
         raise OptimizerError(
             f"{type(module).__name__} configures an optimizer that does not train at the trial's"
@@ -246,30 +241,23 @@ def _at_trials_rate(module: Any, configure: Callable[[], Any], run: TrainerRuns)
     return configured
 
 
-def _only_optimizer(module: Any, configured: Any, native: type[Optimizer]) -> Any:
+def _only_optimizer(
+    trainer: Any, module: Any, configured: Any, native: type[Optimizer]
+) -> Any:
     """Return the one optimizer of a class that a module has configured.
 
     Raises:
         OptimizerError: there are several, or it is of another class.
     """
-    optimizers = [*_optimizers_in(configured)]
-    if len(optimizers) != 1 or not isinstance(optimizers[0], native):
-        kinds = ", ".join(type(opt).__name__ for opt in optimizers) or "none"
+    read = _part_of(trainer, "core.optimizer")._configure_optimizers
+    optimizers, *_ = read(configured)
+    if [isinstance(opt, native) for opt in optimizers] != [True]:
+        kinds = [type(opt).__name__ for opt in optimizers]
         raise OptimizerError(
             f"{type(module).__name__} configures {kinds} and not one {native.__name__}.",
             f"Let configure_optimizers build one {native.__name__}, or give its class here.",
         )
     return optimizers[0]
-
-
-def _optimizers_in(configured: Any) -> Iterator[Any]:
-    if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, Mapping):
-        yield from _optimizers_in([*configured.values()])
-    elif isinstance(configured, (list, tuple)):
-        for each in configured:
-            yield from _optimizers_in(each)
 
 
 def _multipliers(opt: Any) -> dict[torch.Tensor, float]:
@@ -316,18 +304,16 @@ class BuiltPair:
     trainer.
     """
 
-    is_by_reward, is_evaluated = False, True
+    is_by_reward = False
 
     def __init__(self, trainer: Any, module: Any, *data: Any) -> None:
         self.trainer, self.data = trainer, data
         self.model = self.subject = module
         self.source = type(module).training_step
         self.folder: Path | None = Path(trainer.default_root_dir)
-        refuse_with_optimizer(module)
 
     def snapshot(self) -> Snapshot:
         """Return the state to which every trial's is put back."""
-        refuse_sharded(self.trainer.strategy)
         processes = self.trainer.world_size
         if processes > 1 and not (dist.is_available() and dist.is_initialized()):
             raise CalibrationError(
@@ -336,48 +322,40 @@ class BuiltPair:
                 "Start the script by torchrun, and call torch.distributed.init_process_group"
                 " first.",
             )
-        nested = [d if isinstance(d, (list, tuple)) else [d] for d in self.data]
-        return Snapshot([self.model], data=[each for part in nested for each in part])
+        return Snapshot(
+            [self.model], [self.trainer.strategy], [*self.data, [*self.data]]
+        )
 
     def steps(self) -> int:
         """Return the steps of the run, as Lightning counts them where it makes the optimizer."""
-        module, planned = self.model, [math.inf]
+        trainer, module, steps = self._copy(), self.model, math.inf
 
         def plan() -> Any:
-            planned.append(module.trainer.estimated_stepping_batches)
-            raise _Planned
+            raise _Planned(module.trainer.estimated_stepping_batches)
 
+        _leave_out(trainer, module)
         module.configure_optimizers = plan
-        with _quiet(self.trainer), suppress(_Planned):
-            self._copy().fit(module, *self.data)
-        if not 0 < planned[-1] < math.inf:
+        try:
+            with _quiet(trainer):
+                trainer.fit(module, *self.data)
+        except _Planned as planned:
+            (steps,) = planned.args
+        if not 0 < steps < math.inf:
             raise CalibrationError(
                 "The steps of the run are not known: it has neither max_steps nor data with a"
                 " length.",
                 "Set max_steps, or give steps= and target_steps=.",
             )
-        return int(planned[-1])
+        return int(steps)
 
-    def run(self, trial: Trial, whole: int) -> Any:
+    def run(self, trial: calibration.Trial, whole: int) -> Any:
         """Return the trainer's copy, the module and the data. whole: the steps of the run."""
         return self._copy(), self.model, *self.data
 
     def _copy(self) -> Any:
-        """Return a copy of the trainer, without its loggers, its validation, and its callbacks but
-        those that accumulate gradients.
-        """
-        trainer, module = self.trainer, self.model
-        shared = (*trainer.callbacks, *trainer.loggers, module)
-        copied = copy.deepcopy(trainer, {id(each): each for each in shared})
-        accumulates = _part_of(trainer, "callbacks").GradientAccumulationScheduler
-        copied.callbacks = [c for c in trainer.callbacks if isinstance(c, accumulates)]
-        silent = _part_of(trainer, "loggers.logger").DummyLogger()
-        copied.loggers = [silent] if trainer.loggers else []
-        copied.num_sanity_val_steps = 0
-        copied.check_val_every_n_epoch, copied.val_check_interval = 2**62, 1.0
-        module.configure_callbacks = list
-        return copied
+        shared = (*self.trainer.callbacks, *self.trainer.loggers, self.model)
+        return copy.deepcopy(self.trainer, {id(each): each for each in shared})
 
 
 class _Planned(Exception):
-    """Ends a run of Lightning before its first step."""
+    """Ends a run of Lightning before its first step, and has its number of steps."""

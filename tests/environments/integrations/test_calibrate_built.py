@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, OptimizerError
-from rankaware_optim.integrations._transformers import hold_out
+from rankaware_optim.integrations._transformers import _hold_out
 
 from ...helpers.examples import readme_blocks
 from ...helpers.models import mlp, same
@@ -368,7 +368,7 @@ def test_held_out_rows_are_no_training_rows(tmp_path, data):
     """Of data sets with a length, of streams, and of those of datasets: so many batches, and the rest of the rows."""
     made = trainer(tmp_path, data=data, per_device_eval_batch_size=1)
     made.eval_dataset = None
-    (part,) = hold_out(made)
+    part = _hold_out(made)
     count = len([*part])
     assert count == (6 if hasattr(part, "__len__") else 16)
     if data is not Drawn:
@@ -379,7 +379,7 @@ def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
     """A dict of data sets shares the 16 batches."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
     made.eval_dataset = {"one": sayings(), "two": sayings()}
-    assert [len(part) for part in hold_out(made)] == [8, 8]
+    assert len(_hold_out(made)) == 16
 
 
 def test_the_score_is_a_loss_and_no_note_says_otherwise(tmp_path):
@@ -754,7 +754,6 @@ def adalora(folder):
 
 BAD = [
     (lambda f: attached(trainer(f)), {}, "already has an optimizer"),
-    (lambda f: attached(pair(f)), {}, "already has an optimizer"),
     (with_iterator, {}, "an iterator that can be read once"),
     (stored_iterator, {}, "an iterator that can be read once"),
     (of(pair, strategy="ddp_spawn", devices=2), {}, "would start 2 processes"),
@@ -764,10 +763,10 @@ BAD = [
     (adalora, {}, "AdaLoRA"),
     (trainer, {"ranks": (4, 8)}, "at its own rank"),
     (trainer, {"steps": None, "share": 5.0}, "at least a trial's 120 steps"),
-    (trainer, {"model": torch.nn.Linear(1, 1)}, "a Trainer and a model"),
+    (trainer, {"model": torch.nn.Linear(1, 1)}, "a Trainer and model=Linear"),
     (of(pair, max_epochs=-1), {}, "steps of the run are not known"),
     (of(pair, kind=NoRate), {}, "at a rate that cannot be set"),
-    (of(pair, kind=Two), {}, "configures AdamW, AdamW and not one"),
+    (of(pair, kind=Two), {}, "configures .* and not one AdamW"),
     (of(pair, kind=Elsewhere), {}, "does not train at the trial's rates"),
     (of(warmup_steps=WHOLE), {}, "warm-up is as long as the trial"),
     (of(pair, kind=Scheduled), {"settings": {"weight_decay": 1.0}}, "itself"),

@@ -1,11 +1,12 @@
-"""Calibration by a function of the trial that returns a trainer: of transformers, TRL and Lightning, of a few steps."""
+"""Calibration by a function of the trial that returns a trainer: of transformers, TRL and Lightning, of a few steps.
+
+That of a trainer that is built has the same trials: what they leave out is tested there.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
-import signal
 
 import numpy as np
 import optuna
@@ -14,12 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import rankaware_optim as ra
-from rankaware_optim import (
-    CalibrationError,
-    CalibrationInterrupted,
-    RankAwareError,
-    RankAwareOptimizer,
-)
+from rankaware_optim import CalibrationError, RankAwareError, RankAwareOptimizer
 from rankaware_optim.calibration import _study
 from rankaware_optim.cli import _calibrate, main
 
@@ -29,14 +25,11 @@ from .trainers import (
     STEPS,
     AdamW,
     arguments,
-    datasets,
     different_words,
     lightning,
     llama,
     loss_of,
-    press_ctrl_c,
     prompts,
-    random_states,
     sayings,
     tokenizer,
     transformers,
@@ -65,31 +58,12 @@ class PruneAt(optuna.pruners.BasePruner):
 
 
 def model_of(trial):
-    """A Llama at the trial's rank, whole where it has none."""
-    if trial.rank is None:
-        return llama().unload().requires_grad_(True)
+    """A Llama at the trial's rank."""
     one_rank = {"rank_pattern": {}, "alpha_pattern": {}}
     return llama(r=trial.rank, lora_alpha=trial.rank, **one_rank)
 
 
-class Watch(transformers.TrainerCallback):
-    """Keeps the optimizer, the rates and the losses of each run, and the trainer's state at its end."""
-
-    def __init__(self):
-        self.runs = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.runs.append({"optimizer": kwargs["optimizer"], "rates": []})
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.runs[-1]["rates"].append(kwargs["optimizer"].param_groups[0]["lr"])
-
-    def on_train_end(self, args, state, control, **kwargs):
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.runs[-1] |= {"steps": state.global_step, "losses": losses}
-
-
-def maker(folder, *callbacks, **own):
+def maker(folder, **own):
     """A `make_trainer` of tiny Llamas; it keeps the trainers, and the arguments of the last one as they were."""
 
     def make(trial):
@@ -97,8 +71,7 @@ def maker(folder, *callbacks, **own):
         args = arguments(folder, **{**usual, **own})
         make.args, make.found = args, copy.copy(args)
         data = {"train_dataset": sayings(64), "eval_dataset": sayings(8)}
-        watched = {"callbacks": [*callbacks]}
-        made = transformers.Trainer(model_of(trial), args, **data, **watched)
+        made = transformers.Trainer(model_of(trial), args, **data)
         make.trainers.append(made)
         return made
 
@@ -106,78 +79,54 @@ def maker(folder, *callbacks, **own):
     return make
 
 
-def sft_maker(folder, *callbacks):
-    """A `make_trainer` of TRL, which prepares text itself."""
-    rows = datasets.Dataset.from_dict({"text": ["w2 w3 w4 w5"] * 32})
-
-    def make(trial):
-        args = arguments(folder, trl.SFTConfig, max_steps=-1, max_length=8, bf16=False)
-        data = {"train_dataset": rows, "processing_class": tokenizer()}
-        return trl.SFTTrainer(model_of(trial), args, callbacks=[*callbacks], **data)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("make", "own"),
-    [
-        (maker, {}),
-        (maker, {"gradient_accumulation_steps": 2}),
-        (maker, {"lr_scheduler_type": "constant"}),
-        (sft_maker, {}),
-    ],
-)
-def test_a_trainers_values_are_those_that_it_logs(tmp_path, monkeypatch, make, own):
-    """Each step's value is the loss that it logs, accumulated too; each run has its own optimizer, with `settings`."""
-    watch = Watch()
-    make_trainer = make(tmp_path, watch, **own)
-    pruned_by(monkeypatch, optuna.pruners.NopPruner())
-    recipe = calibrate(make_trainer, settings={"weight_decay": 0.25})
-    assert [run["steps"] for run in watch.runs] == [STEPS] * 3
-    for run, curve in zip(watch.runs, recipe.tensors["curve"].tolist(), strict=True):
-        assert curve == pytest.approx(run["losses"], rel=1e-5)
-        assert isinstance(run["optimizer"].optimizer, RankAwareOptimizer)
-    assert recipe.settings["weight_decay"] == 0.25
-    assert recipe.ranks == (2, 4)
-
-
-class Rewards(transformers.TrainerCallback):
-    """Keeps each run's rewards."""
-
-    def __init__(self):
-        self.runs = []
-
-    def on_train_end(self, args, state, control, **kwargs):
-        logged = [entry.get("reward") for entry in state.log_history]
-        self.runs.append([reward for reward in logged if reward is not None])
-
-
-def reward_maker(folder, kind, *callbacks, **own):
+def reward_maker(folder, kind, **own):
     def make(trial):
         online = {"num_generations": 2, "max_completion_length": 4, "beta": 0.0}
         settings = {"max_steps": -1, "logging_steps": 3, **online, **own}
         args = arguments(folder, getattr(trl, f"{kind}Config"), **settings)
         more = {"train_dataset": prompts(), "processing_class": tokenizer()}
-        return getattr(trl, f"{kind}Trainer")(
-            model_of(trial), different_words, args=args, callbacks=[*callbacks], **more
+        made = getattr(trl, f"{kind}Trainer")(
+            model_of(trial), different_words, args=args, **more
         )
+        make.trainers.append(made)
+        return made
 
+    make.trainers = []
     return make
 
 
+def logged(trainer, name):
+    """What a trainer has logged under a name, step by step."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
+    """Each step's value is the loss of all its batches; each run has its own optimizer, with `settings`."""
+    make = maker(tmp_path, gradient_accumulation_steps=2)
+    pruned_by(monkeypatch, optuna.pruners.NopPruner())
+    recipe = calibrate(make, settings={"weight_decay": 0.25})
+    curves = recipe.tensors["curve"].tolist()
+    for trainer, curve in zip(make.trainers, curves, strict=True):
+        assert trainer.state.global_step == STEPS
+        assert curve == pytest.approx(logged(trainer, "loss"))
+        assert isinstance(trainer.optimizer.optimizer, RankAwareOptimizer)
+    assert recipe.settings["weight_decay"] == 0.25
+    assert recipe.ranks == (2, 4)
+
+
 @pytest.mark.parametrize(
-    ("kind", "own"), [("GRPO", {}), ("RLOO", {}), ("GRPO", {"num_iterations": 2})]
+    ("kind", "own"), [("RLOO", {}), ("GRPO", {"num_iterations": 2})]
 )
 def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind, own):
     """Its loss is about zero, so a value is minus the logged reward, or that of the completions reused; a note says so."""
-    watch = Rewards()
+    make = reward_maker(tmp_path, kind, **own)
     pruned_by(monkeypatch, optuna.pruners.NopPruner())
-    recipe = calibrate(reward_maker(tmp_path, kind, watch, **own), trials=2)
+    recipe = calibrate(make, trials=2)
     times = own.get("num_iterations", 1)
-    for rewards, curve in zip(
-        watch.runs, recipe.tensors["curve"].tolist(), strict=True
-    ):
-        assert curve == pytest.approx(np.repeat([-r for r in rewards], times).tolist())
+    curves = recipe.tensors["curve"].tolist()
+    for trainer, curve in zip(make.trainers, curves, strict=True):
+        values = [-reward for reward in logged(trainer, "reward")]
+        assert curve == pytest.approx(np.repeat(values, times).tolist())
     assert "minus the reward" in recipe.notes[-1]
 
 
@@ -203,33 +152,26 @@ def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"batch": 99.0, "warmup": 0.5}])
 def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
-    """The recipe's batch and warm-up are those of the trainer's arguments, unless they are given."""
+    """The recipe's batch and warm-up are those of the trainer's arguments, which stay, unless they are given."""
     own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    recipe = calibrate(maker(tmp_path, warmup_steps=3, **own), **given)
+    make = maker(tmp_path, warmup_steps=3, **own)
+    recipe = calibrate(make, **given)
     assert recipe.batch == recipe.reference.batch == given.get("batch", 4)
     assert recipe.warmup == given.get("warmup", 3 / STEPS)
+    assert vars(make.args) == vars(make.found)
 
 
-def test_full_finetuning_through_transformers(tmp_path):
-    """Where trial.rank is None, make_trainer builds the whole model."""
-    assert calibrate(maker(tmp_path), ranks=(2, None), trials=2).full_seen
-
-
-@pytest.mark.parametrize("max_steps", [-1, 3, 12])
-def test_the_schedule_is_the_trainers(tmp_path, max_steps):
+def test_the_schedule_is_the_trainers(tmp_path):
     """Cosine with two steps of warm-up over the steps of the trial, whatever max_steps the arguments name."""
-    watch = Watch()
-    calibrate(maker(tmp_path, watch, max_steps=max_steps), trials=1)
-    (rates,) = (run["rates"] for run in watch.runs)
-    plain = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    make = maker(tmp_path, max_steps=3)
+    calibrate(make, trials=1)
+    rates = logged(make.trainers[0], "learning_rate")
+    plain = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=max(rates))
     schedule = transformers.get_cosine_schedule_with_warmup(plain, 2, STEPS)
-    wanted = []
-    for _ in range(STEPS):
-        wanted.append(plain.param_groups[0]["lr"])
+    for rate in rates:
+        assert rate == pytest.approx(plain.param_groups[0]["lr"])
         plain.step()
         schedule.step()
-    shares = [rate / max(rates) for rate in rates]
-    assert shares == pytest.approx([rate / max(wanted) for rate in wanted])
 
 
 def fail(trainer):
@@ -238,12 +180,11 @@ def fail(trainer):
 
 def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
     """The pruner's word ends the run at that step, and no evaluation is made of it."""
-    watch = Watch()
-    make = maker(tmp_path, watch)
+    make = maker(tmp_path)
     pruned_by(monkeypatch, PruneAt())
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(make, score=fail, trials=2)
-    assert [run["steps"] for run in watch.runs] == [3, 3]
+    assert [trainer.state.global_step for trainer in make.trainers] == [3, 3]
 
 
 @pytest.mark.parametrize(
@@ -279,45 +220,6 @@ def test_the_seed_is_the_trials(tmp_path):
     assert firsts[0] != firsts[1]
 
 
-@pytest.mark.parametrize("ends", ["well", "badly"])
-def test_files_arguments_and_generators_are_as_before(tmp_path, ends):
-    """No checkpoint is written, the arguments and the global generators are as they were, however it ends."""
-
-    class Boom(Exception):
-        pass
-
-    class Loud(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            random.random()
-            if ends == "badly" and state.global_step == 2:
-                raise Boom
-
-    make, before = maker(tmp_path, Loud()), random_states()
-    with contextlib.suppress(Boom):
-        calibrate(make)
-    assert random_states() == before
-    assert not any(path.name.startswith("checkpoint") for path in tmp_path.rglob("*"))
-    assert vars(make.args) == vars(make.found)
-
-
-def test_ctrl_c_comes_through(tmp_path):
-    """Ctrl-C in the middle of a run is a CalibrationInterrupted with the fit of the finished ones."""
-
-    class Stop(transformers.TrainerCallback):
-        ends = 0
-
-        def on_train_end(self, *args, **kwargs):
-            self.ends += 1
-
-        def on_step_end(self, *args, **kwargs):
-            if self.ends == 2:
-                press_ctrl_c()
-
-    with pytest.raises(CalibrationInterrupted) as caught:
-        calibrate(maker(tmp_path, Stop()), trials=4)
-    assert len(caught.value.recipe.tensors["lr"]) == 2
-
-
 def with_optimizer(folder):
     def make(trial):
         trainer = maker(folder)(trial)
@@ -343,13 +245,6 @@ class Bare(lightning.LightningModule):
 
     def validation_step(self, batch, index):
         self.log("val_loss", loss_of(self.net, batch[0]))
-
-
-class Interrupted(Bare):
-    def training_step(self, batch, index):
-        if self.trial.number == 2 and index == 1:
-            press_ctrl_c()
-        return super().training_step(batch, index)
 
 
 class Scheduled(Bare):
@@ -436,15 +331,11 @@ def ending(net):
     return loss_of(net, list(batches(5))[4]).item()
 
 
-@pytest.mark.parametrize("data", [loader, lambda: (loader(), loader(2)), Data])
 @pytest.mark.parametrize("kind", [Scheduled, ByHand])
-@pytest.mark.filterwarnings(
-    "ignore:You defined a `validation_step` but have no `val_dataloader`"
-)
-def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind, data):
+def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind):
     """Whatever its epochs, Lightning gives the losses and the recipe of the same loop written by hand, to the bit."""
     score = {"score": lambda trainer: ending(trainer.lightning_module.net)}
-    through = calibrate(lit(tmp_path, kind, data), trials=4, **score)
+    through = calibrate(lit(tmp_path, kind), trials=4, **score)
     own = ra.calibrate(by_hand, AdamW, ranks=(2, 4), steps=STEPS, trials=4)
     curves = (recipe.tensors["curve"] for recipe in (through, own))
     assert np.array_equal(*curves, equal_nan=True)
@@ -501,15 +392,6 @@ def test_lightning_is_pruned_and_scored(tmp_path, monkeypatch):
     monkeypatch.undo()
     recipe = calibrate(make, score=lambda trainer: trainer.global_step, trials=1)
     assert recipe.tensors["value"].tolist() == [STEPS]
-
-
-def test_ctrl_c_in_lightning_is_ctrl_c(tmp_path):
-    """Lightning would leave the process: the interruption comes out instead, and the handler stays as it was."""
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(CalibrationInterrupted) as caught:
-        calibrate(lit(tmp_path, Interrupted), trials=4)
-    assert len(caught.value.recipe.tensors["lr"]) == 2
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_shell_takes_a_function_that_returns_a_trainer(tmp_path, monkeypatch):
