@@ -14,19 +14,14 @@ def read_bytes(path: Path, most: int) -> bytes:
     an OSError.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("it is not a regular file")
-            if status.st_size > most:
-                raise OSError(f"it is longer than {most:,} bytes")
-            return file.read()
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise OSError("it is not a regular file")
+        if status.st_size > most:
+            raise OSError(f"it is longer than {most:,} bytes")
+        return path.read_bytes()
     except ValueError as error:  # a name that contains a NUL
         raise OSError(str(error)) from error
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def replaceable(path: Path) -> Path:

@@ -47,11 +47,6 @@ class Rate:
     def __float__(self) -> float:
         return float(self.lr)
 
-    def __lt__(self, other: object) -> bool:
-        raise TypeError("A Rate is no number, which is its .lr: give rate.lr.")
-
-    __le__ = __gt__ = __ge__ = __lt__
-
     def __str__(self) -> str:
         table = self._table()
         facts = [self._line.format(*fact) for fact in table.rows]

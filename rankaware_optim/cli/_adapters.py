@@ -110,5 +110,5 @@ def _declared_init(path: Path) -> str | None:
     config = path / "adapter_config.json"
     if not config.is_file():
         return None
-    entries = inspection.read_config(config).entries
-    return transfer.published_init(entries.init_lora_weights) if entries else None
+    init = inspection.read_config(config).init_lora_weights
+    return transfer.published_init(init)

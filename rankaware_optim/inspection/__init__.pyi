@@ -29,5 +29,4 @@ from ._references import parse_reference as parse_reference
 from ._survey import declared_init as declared_init
 from ._survey import factor_tensors as factor_tensors
 from ._survey import inspect_model as inspect_model
-from ._survey import refuse_frozen as refuse_frozen
 from ._survey import survey_of as survey_of

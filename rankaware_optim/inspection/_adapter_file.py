@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from .._checks import check_init, shown
+from .._checks import check_init
 from .._types import Init
 from ..errors import InspectionError
 from ._conventions import INITS, Convention, Shape, StoredLayer, conventions
@@ -31,17 +31,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # DyLoRA's slices, which are no pair, have names such as lora_A.0.
 _ADAPTER = re.compile(r"(?!(\d+|bias|weight)$)[^.]*")
-# Entries of kohya's scripts.
-_TRAINING = (
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_learning_rate",
-    "ss_unet_lr",
-    "ss_text_encoder_lr",
-    "ss_optimizer",
-    "ss_max_train_steps",
-)
 
 
 class Stored(NamedTuple):
@@ -77,25 +66,15 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
         shapes, metadata, numbers = _read(file)
     configs = [config] if config else embedded_configs(file, metadata)
     survey = read_survey(_walk(file, shapes, numbers, configs), init=init)
-    is_of_a_law = config is None or config.entries is not None
-    if is_of_a_law and not survey.has_adapter:
+    if config and not config.has_law:
+        note = f"The folder's adapter is {config.peft_type}, which no law covers."
+        return replace(survey, notes=(*survey.notes, note))
+    if not survey.has_adapter:
         raise InspectionError(
             f"{file} has no LoRA pair among {len(shapes)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
-    return replace(survey, notes=(*survey.notes, *_notes(file, config, metadata)))
-
-
-def _notes(
-    file: Path, config: AdapterConfig | None, metadata: Mapping[str, str]
-) -> Iterator[str]:
-    if config and config.entries is None:
-        yield f"The folder's adapter is {config.kind}, which no law covers."
-    entries = [f"{key} {shown(metadata[key])}" for key in _TRAINING if key in metadata]
-    if entries:
-        yield f"Its metadata has {', '.join(entries)}."
-    if not config and os.path.isfile(file.with_name(_CONFIG)):
-        yield f"{_CONFIG} in the file's folder was not read. Give the folder to read it."
+    return survey
 
 
 def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
@@ -178,7 +157,7 @@ def _walk(
             parameters.append((name, tensor))
     for layer in layers.values():
         config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
-        if config:
+        if config and config.has_law:
             config.declare(layer)
     modules: list[Any] = [(layer.name, layer) for layer in layers.values()]
     whole = {half.name for pair in pairs_of(modules) for half in (pair.a, pair.b)}

@@ -7,13 +7,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, MsgspecError
-from safetensors import SafetensorError
+from msgspec import Meta
 
 from .._checks import shown
 from .._files import read_bytes
@@ -22,7 +20,7 @@ from ._conventions import StoredLayer
 from ._pairs import Modules
 
 _LIMIT = 10_000_000  # bytes of a file: by hand
-LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
+_LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
 
 _OF_PEFT = re.compile("lora_(embedding_)?[AB]")
 
@@ -31,12 +29,13 @@ _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
 _Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]
 # A plain name: any other regex could take very long to match.
 _Layer = Annotated[str, Meta(pattern=r"^\^?[\w.-]+$")]
-_Patterns = Meta(max_length=4096)
 
 
-class _Entries(msgspec.Struct):
+class AdapterConfig(msgspec.Struct):
     """The entries of a configuration that are read. A pattern is a layer's name or its end. Experts
     have ranks that a file does not show.
+
+    where: its file. prefix: how the names of its layers begin. r: 0 if no law covers the type.
     """
 
     r: _Rank
@@ -44,45 +43,35 @@ class _Entries(msgspec.Struct):
     use_rslora: bool | None = None
     init_lora_weights: bool | str | None = None
     target_parameters: Annotated[list[str], Meta(max_length=0)] | None = None
-    rank_pattern: Annotated[dict[_Layer, _Rank], _Patterns] | None = None
-    alpha_pattern: Annotated[dict[_Layer, _Alpha], _Patterns] | None = None
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """A checked configuration. where: its file. kind: its `peft_type`. entries: None if no law
-    covers the kind. prefix: how the names of its layers begin.
-    """
-
-    where: str
-    kind: str | None
-    entries: _Entries | None
+    rank_pattern: dict[_Layer, _Rank] | None = None
+    alpha_pattern: dict[_Layer, _Alpha] | None = None
+    peft_type: str | None = None
+    where: str = ""
     prefix: str = ""
 
+    @property
+    def has_law(self) -> bool:
+        return self.r > 0
+
     def declare(self, layer: StoredLayer) -> None:
-        """Set what is declared for a layer as a module has it. The file's own alpha goes first. A
-        pair is of PEFT's adapter "default".
+        """Set what is declared for a layer as a module has it, unless the file has its own. A pair
+        is of PEFT's adapter "default".
         """
         layer.where += f", with {self.where},"
-        e = self.entries
-        if e is None:
-            return
         for key in [*layer.halves]:
             if _OF_PEFT.fullmatch(key[0]):
                 layer.halves[key[0], "default"] = layer.halves.pop(key)
         name = layer.name.removeprefix(self.prefix).removeprefix("base_model.model.")
         name = name.partition(".base_layer")[0]
-        rank = _by_pattern(name, e.rank_pattern, e.r)
-        alpha = _by_pattern(name, e.alpha_pattern, e.lora_alpha)
-        values: dict[str, Any] = {"peft_config": {"default": e}}
-        if self.kind == "ADALORA":  # it prunes ranks, and `scaling` is alpha
-            values |= {"lora_E": None, "scaling": alpha}
-        else:
-            values["r"] = rank
-            if alpha is not None and not isinstance(vars(layer).get("alpha"), float):
-                root = math.sqrt(rank) if e.use_rslora else rank
-                values["scaling"] = alpha / root
-        vars(layer).update(values)
+        rank = _by_pattern(name, self.rank_pattern, self.r)
+        alpha = _by_pattern(name, self.alpha_pattern, self.lora_alpha)
+        if self.use_rslora and alpha is not None:
+            alpha *= math.sqrt(rank)
+        declared = {"peft_config": {"default": self}, "r": rank, "alpha": alpha}
+        if self.peft_type == "ADALORA":  # it prunes ranks, and `scaling` is alpha
+            declared |= {"r": None, "lora_E": None, "scaling": alpha}
+        for attribute, value in declared.items():
+            vars(layer).setdefault(attribute, value)
 
 
 def _by_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
@@ -130,15 +119,7 @@ def usable(where: str) -> Iterator[None]:
     """Raise an InspectionError that names a file if it cannot be read."""
     try:
         yield
-    except (
-        OSError,
-        MsgspecError,
-        SafetensorError,
-        ValueError,
-        TypeError,  # of kinds of numbers that NumPy does not have
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # of msgspec, safetensors and NumPy
         raise InspectionError(
             f"{where} cannot be used: {str(error)[:200]}.",
             "Give a complete .safetensors file or a folder as PEFT saves it, or inspect the model"
@@ -148,11 +129,12 @@ def usable(where: str) -> Iterator[None]:
 
 def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> AdapterConfig:
     kind = values.get("peft_type")
-    if kind not in LORA_TYPES:
-        return AdapterConfig(where, shown(kind), None, prefix)
+    if kind not in _LORA_TYPES:
+        return AdapterConfig(0, peft_type=shown(kind), where=where)
+    values = {**values, "where": where, "prefix": prefix}
     if kind == "ADALORA":  # its rank is `init_r`, its patterns are masks
-        values = {**values, "r": values.get("init_r"), "rank_pattern": None}
-    return AdapterConfig(where, kind, msgspec.convert(values, _Entries), prefix)
+        values |= {"r": values.get("init_r"), "rank_pattern": None}
+    return msgspec.convert(values, AdapterConfig)
 
 
 # --- the configurations of a model ----------------------------------------------------------------

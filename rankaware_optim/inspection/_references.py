@@ -18,12 +18,10 @@ from ._survey import declared_init
 
 
 class LoraConfigLike(Protocol):
-    """PEFT's `LoraConfig`, or an object with its fields."""
+    """PEFT's `LoraConfig`, or an object with its `r`, `lora_alpha` and `use_rslora`."""
 
     @property
     def r(self) -> int: ...
-    @property
-    def lora_alpha(self) -> float: ...
 
 
 ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike

@@ -86,8 +86,13 @@ def survey_of(
             "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
             " FSDP2 does not.",
         )
+    if survey.frozen and not survey.has_adapter:
+        raise InspectionError(
+            f"{len(survey.frozen)} LoRA factors found, all frozen.",
+            "Load with is_trainable=True (PeftModel.from_pretrained), or set requires_grad on those"
+            " to train.",
+        )
     if not survey.has_adapter:
-        refuse_frozen(walked)
         raise InspectionError(
             f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
             "Call peft.get_peft_model first, and train before adapters are merged. Full finetuning"
@@ -209,17 +214,6 @@ def factor_tensors(walked: Walk) -> set[torch.Tensor]:
     """Return both factors of every pair."""
     pairs = pairs_of(walked.modules)
     return {half.tensor for pair in pairs for half in (pair.a, pair.b)}
-
-
-def refuse_frozen(walked: Walk) -> None:
-    """Raise if a model has LoRA factors and none of them trains."""
-    tensors = factor_tensors(walked)
-    if tensors and not any(tensor.requires_grad for tensor in tensors):
-        raise InspectionError(
-            f"{len(tensors)} LoRA factors found, all frozen.",
-            "Load with is_trainable=True (PeftModel.from_pretrained), or set requires_grad on those"
-            " to train.",
-        )
 
 
 def declared_init(declared: object, kind: str) -> Init:

@@ -20,7 +20,7 @@ from .._checks import check_lr, is_number, plain_lr
 from .._optimizers import defaults_of, get_optimizer_class, in_force, known_optimizer
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
-from ..inspection import Walk, refuse_frozen, walk
+from ..inspection import Walk, walk
 from ._assign import Explicit
 from ._source import Settings, Source
 
@@ -74,8 +74,6 @@ def user_groups(
             unnamed = f"group{number}.unnamed.{place}"
             named.append((names.get(param, unnamed), param))
         groups.append(UserGroup(named, options, given if type(given) is dict else {}))
-    if not any(group.named for group in groups):
-        refuse_frozen(walked)
     return groups
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -60,7 +60,11 @@ def check_convention(
     for value in inputs:
         is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         ones.append(torch.ones_like(value).double() if is_floating else value)
-    with _registered(convention), torch.random.fork_rng(devices=[]):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        if convention is not None and convention not in conventions():
+            register_convention(convention)
+            stack.callback(register_convention, convention, remove=True)
         for rank, alpha in _BUILDS:
             module = make(rank, alpha).double()
             factors = inspect_model(module).factors
@@ -73,19 +77,6 @@ def check_convention(
                 )
             errors += _probe(module, lambda m: run(m, *ones))
     return max(errors, default=None)
-
-
-@contextmanager
-def _registered(row: Convention | None) -> Iterator[None]:
-    """Register the convention, and remove it afterwards if it was not registered before."""
-    if row is None or row in conventions():
-        yield
-        return
-    register_convention(row)
-    try:
-        yield
-    finally:
-        register_convention(row, remove=True)
 
 
 @torch.no_grad()

@@ -63,18 +63,18 @@ def check_law(
         references.append(Reference(method="full", fan_in=width))
         for rank, alpha, init in itertools.product(_RANKS, _ALPHAS, _INITS):
             references.append(Reference(rank, alpha, init=init, fan_in=width))
-    moves = {}
+    origin = references[0]
     for a, b in itertools.product(references, repeat=2):
         factor = b.as_factor()
-        moves[a, b] = checked_multiplier(law, factor, a)
+        direct = checked_multiplier(law, factor, a)
         if b.method == "lora":
             checked_multiplier(law, replace(factor, role="B"), a)
-    for a, b, c in itertools.product(references, repeat=3):
-        direct, by_way = moves[a, c], moves[a, b] * moves[b, c]
+        to_a = checked_multiplier(law, a.as_factor(), origin)
+        by_way = checked_multiplier(law, factor, origin) / to_a
         if not math.isclose(by_way, direct, rel_tol=tolerance):
             raise LawError(
-                f"The law {law!r} does not compose: from {a!r} to {c!r} it returns {direct:g}, but"
-                f" {by_way:g} by way of {b!r}.",
+                f"The law {law!r} does not compose: from {a!r} to {b!r} it returns {direct:g}, but"
+                f" {by_way:g} by way of {origin!r}.",
                 "Write the multiplier as a rate at the factor divided by the same rate at the"
                 " reference.",
             )

@@ -268,13 +268,6 @@ def test_a_pair_at_the_top_of_a_file_has_its_alpha(file_of):
     assert (scalings(survey), survey.other) == ({"": 0.5}, ())
 
 
-def test_what_kohyas_metadata_say_is_a_note(file_of):
-    """The settings of the training stand in the file's metadata, and in the survey's notes."""
-    metadata = {"ss_network_module": "networks.lora", "ss_learning_rate": "0.0001"}
-    survey = inspect_file(file_of(kohya("x", 8, 4.0), metadata))
-    assert all(value in survey.notes[0] for value in metadata.values())
-
-
 def test_a_diffusers_file_carries_its_configurations(file_of):
     """Each part of the pipeline has its own entries in the metadata; the part's name is no part of a pattern's."""
     entries = {
@@ -549,7 +542,7 @@ def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
 
 ODD = (-8, 0, "8", True, [8], 10**300, math.nan)
 PATTERNS = (r"(a+)+b", ".*q", "q|v", r"layers\.0", "q_proj(", "[z-a]", "")
-BAD_PATTERNS = ([16], "q_proj", {"q_proj": "x"}, {f"x{i}": 1 for i in range(5000)})
+BAD_PATTERNS = ([16], "q_proj", {"q_proj": "x"})
 BAD_CONFIGS = [
     *(("r", value) for value in (None, 8.5, *ODD)),
     *(("lora_alpha", value) for value in (1e-320, *ODD)),
