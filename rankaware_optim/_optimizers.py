@@ -34,20 +34,14 @@ class Switch(NamedTuple):
         return not value if self.value is None else bool(value == self.value)
 
 
-class OwnRate(NamedTuple):
-    """A setting by which a class makes its rates itself, and the value at which it does not."""
-
-    setting: str
-    off: object
-
-
 class Known(NamedTuple):
     """The known properties of an optimizer class.
 
     family: its kind of update, which chooses the laws' form. relation: how its best rate follows
     from AdamW's, a key of `suggest_lr`'s rules, "" if nothing is published. one_rate: why it cannot
     have a rate per group, "" if it can. switches: settings of a group that change its family, the
-    first that applies. own_rate: a setting under which the rates given train nothing.
+    first that applies. own_rate: a setting by which the class makes its rates itself, so that those
+    given train nothing, and the value at which it does not.
     thin_to_adam: whether it hands thin matrices to its Adam, see `goes_to_adam`. packages: those
     whose classes have the row by their bare name, since others have another optimizer of that
     name; () for all.
@@ -57,7 +51,7 @@ class Known(NamedTuple):
     relation: str = ""
     one_rate: str = ""
     switches: tuple[Switch, ...] = ()
-    own_rate: OwnRate | None = None
+    own_rate: tuple[str, object] | None = None
     thin_to_adam: bool = False
     packages: tuple[str, ...] = ()
 
@@ -130,7 +124,7 @@ _ROWS = {
     "adafactor": Known(
         "floored-scale",
         switches=(Switch("scale_parameter", False, "sign-like"),),
-        own_rate=OwnRate("relative_step", False),
+        own_rate=("relative_step", False),
     ),
     "lars": Known(
         "first-step",
@@ -154,9 +148,9 @@ _ROWS = {
     "a2gradexp a2gradinc a2graduni": Known(one_rate="never reads its groups' rates"),
     "pytorch_optimizer.asgd": Known(one_rate="measures its rates itself"),
     # Their warm-up, or warm-down, goes from or to one rate for all groups.
-    "torch_optimizer.apollo": Known("gradient-like", own_rate=OwnRate("warmup", 0)),
-    "apollodqn": Known("gradient-like", own_rate=OwnRate("warmup_steps", 0)),
-    "ranger21": Known("sign-like", own_rate=OwnRate("disable_lr_scheduler", True)),
+    "torch_optimizer.apollo": Known("gradient-like", own_rate=("warmup", 0)),
+    "apollodqn": Known("gradient-like", own_rate=("warmup_steps", 0)),
+    "ranger21": Known("sign-like", own_rate=("disable_lr_scheduler", True)),
 }
 _SIGN, _SPECTRAL, _GRADIENT, _SCALE = (
     Known(family, packages=_CHECKED)
@@ -318,17 +312,14 @@ def get_optimizer_class(
     ['AdamW', 'AdamW']
     """
     kind: Any = _class_named(optimizer) if isinstance(optimizer, str) else optimizer
-    if _is_optimizer(type(kind)):
-        name = type(kind).__name__
-        raise OptimizerError(
-            f"An optimizer's class is needed, and this {name} is built already.",
-            f"Give {name} and its settings, or wrap what is built: RankAwareOptimizer(opt,"
-            " model=model).",
-        )
     if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
+        what = (
+            f"{kind.__name__}" if isinstance(kind, type) else f"A {type(kind).__name__}"
+        )
         raise OptimizerError(
-            f"{kind!r} is not a torch optimizer class.",
-            "Give a class such as torch.optim.AdamW.",
+            f"{what} is not a torch optimizer class.",
+            "Give a class such as torch.optim.AdamW, and its settings; or wrap what is built:"
+            " RankAwareOptimizer(opt, model=model).",
         )
     return kind
 
@@ -349,9 +340,7 @@ def _class_named(text: str) -> type[Optimizer]:
         if _is_optimizer(value)
     }
     if name.lower() not in classes:
-        known = ", ".join(
-            sorted({kind.__name__ for kind in classes.values()} - {"Optimizer"})
-        )
+        known = ", ".join(sorted(kind.__name__ for kind in classes.values()))
         raise OptimizerError(
             f"Unknown optimizer {name!r} in {package}.",
             f"Give one of {known}, or 'package:Class'.",

@@ -10,19 +10,39 @@ that is built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 from .._checks import check_lr, plain_lr
-from .._optimizers import Known, goes_to_adam, known_optimizer, optimizer_family
+from .._optimizers import optimizer_family
 from .._rate import Rate
 from .._types import Factor, Method, Reference, width_for
+from .._warn import warn
 from ..errors import OptimizerError
-from ..inspection import Rated, Survey, other_kind, reason_of_other, reason_without_law
-from ..laws import FORMS, ONE_RATE, Law, bound_law, checked_multiplier, innermost
+from ..inspection import (
+    LAWLESS,
+    Rated,
+    Survey,
+    dense,
+    is_other_adapter,
+    other_kind,
+    reason_of_other,
+    reason_without_law,
+    unread_lora,
+)
+from ..laws import (
+    FORMS,
+    ONE_RATE,
+    SIGN_LIKE,
+    Law,
+    beyond_batches,
+    bound_law,
+    checked_batch_multiplier,
+    checked_multiplier,
+    innermost,
+)
 from ._source import Settings, Source
 
 
@@ -123,29 +143,12 @@ class Assigner:
         """Where the base rate was tuned, or counts as tuned."""
         return self.moves[""].reference
 
-    @cached_property
-    def known(self) -> Known:
-        """The optimizer's known properties."""
-        return Known() if self.optimizer is None else known_optimizer(self.optimizer)[1]
-
-    def goes_to_adam(self, settings: Settings, shape: Sequence[int]) -> bool:
-        """Return whether the optimizer hands a parameter of a group with these settings to its
-        Adam.
-        """
-        return goes_to_adam(self.known, {**self.settings, **settings}, shape)
-
-    def rule(self, settings: Settings, to_adam: bool = False) -> Rule:
-        """Return the rule of a group, whose settings may put it into another family.
-
-        to_adam: whether it is for what a spectral optimizer hands to its Adam.
-        """
+    def rule(self, settings: Settings) -> Rule:
+        """Return the rule of a group, whose settings may put it into another family."""
         if self.optimizer is None:
             return Rule(self.source.law, "sign-like")
-        given = {**self.settings, **settings}
-        if to_adam:
-            given["use_muon"] = False
-        law = bound_law(self.source.law, self.optimizer, given)
-        return Rule(law, optimizer_family(self.optimizer, given))
+        law = bound_law(self.source.law, self.optimizer, settings)
+        return Rule(law, optimizer_family(self.optimizer, settings))
 
     def assign(
         self,
@@ -182,13 +185,14 @@ class Assigner:
             by_law = self.multiplier(factor, rule.law)
             why = self._why(factor, rule, by_law)
             return replace(what, multiplier=by_run * by_law, why=why)
-        rated = None if own_lr else self.source.rate_of_other(name, trains)
+        rated, kind = None, other_kind(name)
+        if not own_lr:
+            rated = self.source.rate_of_other(name, trains)
         if rated is not None:
-            why = reason_of_other(other_kind(name), rated.reason)
+            why = reason_of_other(kind, rated.reason)
             return replace(what, given=rated.lr * by_run, why=why)
-        whence = "the base rate (other_lr= or rates= sets another)"
-        why = reason_of_other(other_kind(name), whence)
-        return replace(what, multiplier=by_run, why=why)
+        words = "the base rate (other_lr= or rates= sets another)"
+        return replace(what, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _why(self, factor: Factor, rule: Rule, by_law: float) -> str:
         """Return why a rate that the law moves is what it is."""
@@ -272,3 +276,110 @@ def make_assigner(
         width = width_for(of_model, method, reference.init)
         moves[number] = Move(reference.resolve(of_model), width)
     return Assigner(source, explicit, method, moves, optimizer, settings or {})
+
+
+# --- what a report says of the rates --------------------------------------------------------------
+
+_NO_ZERO = (
+    "pairs with neither factor zero at the start (PiSSA, OLoRA, LoRA-GA, or trained ones of"
+    " undeclared init)"
+)
+_UNREAD = "LoRA in no pair that inspection can read"
+
+
+def notes_of(assigner: Assigner, survey: Survey) -> tuple[str, ...]:
+    """Return what a report says of the rates. Warn of adapters that no law moves."""
+    notes = [*assigner.source.notes, *survey.notes]
+    kinds = _kinds_without_a_law(assigner, survey)
+    if kinds:
+        words = " and ".join(sorted(set(kinds.values())))
+        notes.append(
+            f"No law covers {words}: {len(kinds)} parameters, such as {next(iter(kinds))}, train at"
+            " the base rate, whatever tuned_at= says. rates= gives them another; init='A' says that"
+            " B of a pair started at zero, init='B' that A did; register_convention() adds a"
+            " layout."
+        )
+        warn(notes[-1])
+    notes += _of_adapters(assigner, survey)
+    notes += _of_full_finetuning(assigner)
+    notes += _of_batch(assigner)
+    return tuple(notes)
+
+
+def _kinds_without_a_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
+    """Return the kinds of adapters that no law covers, by their parameters. Those of no A and B are
+    of interest where a rate is moved from a reference.
+    """
+    kinds, rate_of = dict[str, str](), assigner.explicit.rate_of
+    for factor in survey.factors:
+        if factor.init == "other" and rate_of(factor.name) is None:
+            kinds[factor.name] = LAWLESS.get(factor.kind, _NO_ZERO)
+    others = dict.fromkeys(unread_lora(survey), _UNREAD)
+    if assigner.source.reference is not None:
+        others |= {n: k for n, k in survey.unsupported.items() if is_other_adapter(n)}
+    for name, kind in others.items() if assigner.method == "lora" else ():
+        if rate_of(name, other=True) is None:
+            kinds[name] = kind
+    return kinds
+
+
+def _of_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
+    """Yield what is assumed of the adapters' ranks and inits."""
+    tuned = assigner.reference
+    kinds = {(f.rank, f.scaling, f.init) for f in survey.factors}
+    if assigner.source.reference is None and len(kinds) > 1:
+        yield (
+            f"tuned_at not given: lr counts as tuned at {tuned}, the most common of this model."
+        )
+    if any(f.init == "unknown" for f in survey.factors):
+        yield (
+            "The init of some adapters could not be read. It is assumed that they started at B ="
+            " 0."
+        )
+    another = "B" if tuned.init == "A" else "A"
+    is_lora = assigner.method == tuned.method == "lora"
+    if is_lora and any(f.init == another for f in dense(survey.factors)):
+        yield (
+            f"Adapters at init {another} are scaled within their own init, though the rate"
+            f" was tuned at init {tuned.init}: tune or calibrate there."
+        )
+
+
+def _of_full_finetuning(assigner: Assigner) -> Iterator[str]:
+    """Yield what is uncertain of a rate that is moved from LoRA to full finetuning."""
+    if assigner.method != "full" or assigner.reference.method != "lora":
+        return
+    law, family = assigner.rule(assigner.settings)
+    if law.name == "constant":
+        yield (
+            "No law moves this LoRA rate to full finetuning, whose best rate may be several times"
+            " as high or as low: calibrate with full runs."
+        )
+    elif law.name != "power":
+        worth = "is good to a factor of 2 to 4"
+        if family not in SIGN_LIKE:
+            worth = f"was never tried with {family} optimizers"
+        yield (
+            f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"
+            " more than too low: start at half of it, or settle it by three full runs (calibrate"
+            " with full_trials=3)."
+        )
+
+
+def _of_batch(assigner: Assigner) -> Iterator[str]:
+    """Yield what the run's batch does to the rates."""
+    batch, tuned = assigner.source.batch, assigner.reference.batch
+    if batch is None or batch == tuned:
+        return
+    if tuned is None:
+        yield (
+            "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
+            " 'r=16,alpha=32,batch=16'."
+        )
+        return
+    law, ratio = assigner.rule(assigner.settings).law, batch / tuned
+    by_batch = checked_batch_multiplier(law, ratio)
+    yield (
+        f"From batch {tuned:g} to {batch:g} every rate is multiplied by"
+        f" {by_batch:.3g}{beyond_batches(ratio)}: a rule of thumb."
+    )

@@ -200,23 +200,18 @@ def _refuse_one_rate(native: Native) -> None:
 
 def _refuse_built(built: Optimizer) -> None:
     """Raise for an optimizer that cannot be regrouped any more."""
-    name, attributes = type(built).__name__, vars(built)
-    if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in attributes:
+    name = type(built).__name__
+    if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(
             f"{name}'s step was replaced on the instance, as a scheduler does it, and would train"
             " without multipliers.",
             "Wrap the optimizer first, then build the scheduler.",
         )
-    own = {"param_groups", *inspect.signature(type(built)).parameters}  # such as betas
-    for kept, value in attributes.items():
-        # as AdaBound keeps its groups' rates
-        of_groups = isinstance(value, (list, tuple)) and kept not in own
-        of_groups = of_groups and len(value) == len(built.param_groups)
-        if of_groups and all(map(is_number, value)):
-            raise OptimizerError(
-                f"{name} keeps {kept} for each of its first groups, so it cannot be regrouped.",
-                "Give the class and its settings instead of the instance.",
-            )
+    if hasattr(built, "base_lrs"):  # as AdaBound's
+        raise OptimizerError(
+            f"{name} keeps base_lrs for each of its first groups, so it cannot be regrouped.",
+            "Give the class and its settings instead of the instance.",
+        )
     refuse_other_rates(built)
 
 
@@ -277,14 +272,14 @@ def refuse_own_rates(
     own = known_optimizer(native)[1].own_rate
     if own is None:
         return
-    given = in_force(native, settings)
+    (setting, off), given = own, in_force(native, settings)
     for group in groups:
-        value = {**given, **group.options}.get(own.setting, own.off)
-        if value != own.off:
+        value = {**given, **group.options}.get(setting, off)
+        if value != off:
             raise OptimizerError(
-                f"{native.__name__} makes its rates itself with {own.setting}={value!r}, so those"
+                f"{native.__name__} makes its rates itself with {setting}={value!r}, so those"
                 " given would train nothing.",
-                f"Give {own.setting}={own.off!r}.",
+                f"Give {setting}={off!r}.",
             )
 
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .._optimizers import goes_to_adam, known_optimizer
 from .._types import Init
-from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Survey
-from ..laws import caution_of
 from ._assign import Assigned, Assigner, Rule
 from ._given import Group, UserGroup
 
@@ -175,6 +174,28 @@ class SplitGroup:
         self.seen = {**self.group, "params": None}
 
 
+def outside_a_step(opt: Any, take: Callable[[Any], Any]) -> Any:
+    """Return what is taken of an optimizer with the user's groups, also while it steps: in a
+    signal's handler, or in another thread.
+    """
+    hidden = opt._rankaware
+    turns = hidden.turns
+    if not hidden.stepping:
+        taken = take(opt)
+        if hidden.turns == turns:
+            return taken
+    shown = object.__new__(type(opt))
+    vars(shown).update(vars(opt), param_groups=hidden.users)
+    return take(shown)
+
+
+def splits_of(opt: Any) -> list[SplitGroup]:
+    """Return the split groups of an optimizer."""
+    hidden: Hidden = opt._rankaware
+    splits: list[SplitGroup] = outside_a_step(opt, lambda o: hidden.of(o.param_groups))
+    return splits
+
+
 def shapes_of(params: Iterable[Any]) -> list[tuple[int, ...]]:
     return [tuple(param.shape) for param in params]
 
@@ -217,18 +238,6 @@ class Hidden:
     steps: int = 0
     unwatch: Any = None
 
-    def shown(self, opt: Any) -> list[SplitGroup]:
-        """Return the split groups of an optimizer, also while it steps in another thread."""
-        turns, users = self.turns, opt.param_groups
-        is_inside = self.stepping or self.turns != turns
-        return self.of(self.users if is_inside else users)
-
-    def outside(self) -> Hidden:
-        """Return it as a copy of the optimizer has it, which is in no step and has no model."""
-        return replace(
-            self, model=None, users=[], active=[], stepping=False, unwatch=None
-        )
-
     def of(self, users: Sequence[Group]) -> list[SplitGroup]:
         """Return the split groups of some of the user's groups.
 
@@ -270,23 +279,42 @@ def split(
         state: the state of a built optimizer. Some mark there which parameters Muon gets.
     """
     factors = {f.name: f for f in survey.factors}
-    splits, cautions = [], []
+    splits = []
     for user in groups:
         # all groups of one that is built have a rate, which is not the user's own
         own_lr = state is None and "lr" in user.options
+        rules = _rules(user, assigner, state or {})
         positions: dict[Assigned, list[int]] = {}
-        rules: dict[Any, Rule] = {}
         for position, (name, param) in enumerate(user.named):
-            rule = _rule_of(param, user.options, assigner, state or {}, rules)
-            factor, trains = factors.get(name), param.requires_grad
-            assigned = assigner.assign(name, factor, rule, own_lr=own_lr, trains=trains)
+            assigned = assigner.assign(
+                name,
+                factors.get(name),
+                rules[position],
+                own_lr=own_lr,
+                trains=param.requires_grad,
+            )
             positions.setdefault(assigned, []).append(position)
-            if assigned.given is None and (caution := caution_of(assigned.multiplier)):
-                cautions.append(f"{name}: {caution}")
         splits.append(_split_at(user, positions or {Assigned(): []}))
-    for caution in cautions[:1]:  # nobody can have meant it
-        warn(caution)
     return splits
+
+
+def _rules(user: UserGroup, assigner: Assigner, state: State) -> list[Rule]:
+    """Return the rules of a group's parameters. Some Muons hand a parameter to their Adam by its
+    shape, and Moonlight's by a mark in its state.
+    """
+    known = known_optimizer(assigner.optimizer or "")[1]
+    settings = {**assigner.settings, **user.options}
+    rules: dict[Any, Rule] = {}
+    listed = []
+    for _, param in user.named:
+        mark = state.get(param, {}).get("use_muon")
+        if mark is None and goes_to_adam(known, settings, param.shape):
+            mark = False
+        if mark not in rules:
+            own = {} if mark is None else {"use_muon": mark}
+            rules[mark] = assigner.rule({**settings, **own})
+        listed.append(rules[mark])
+    return listed
 
 
 def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> SplitGroup:
@@ -302,25 +330,6 @@ def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> Split
         for key, value in given.items():
             part.group[key] = split.of_part(part, key, value)
     return split
-
-
-def _rule_of(
-    param: torch.Tensor,
-    options: Group,
-    assigner: Assigner,
-    state: State,
-    rules: dict[Any, Rule],
-) -> Rule:
-    """Return the rule of a parameter, out of those of its group that are known, or added to them.
-
-    Some Muons hand a parameter to their Adam by its shape, and Moonlight's by a mark in its state.
-    """
-    mark = state.get(param, {}).get("use_muon")
-    settings = options if mark is None else {**options, "use_muon": mark}
-    to_adam = assigner.goes_to_adam(settings, param.shape)
-    if (to_adam, mark) not in rules:
-        rules[to_adam, mark] = assigner.rule(settings, to_adam)
-    return rules[to_adam, mark]
 
 
 def adopt(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:

@@ -14,7 +14,8 @@ from .._optimizers import in_force
 from .._types import Init, Method
 from .._warn import warn
 from ..inspection import Models, Survey, as_one_model, survey_of, walk
-from ._assign import Explicit, make_assigner
+from ..laws import caution_of
+from ._assign import Explicit, make_assigner, notes_of
 from ._given import (
     UserGroup,
     Wrapped,
@@ -24,7 +25,6 @@ from ._given import (
     user_groups,
     with_base_lr,
 )
-from ._notes import notes_of
 from ._parts import Hidden, SplitGroup, split
 from ._source import Source, on_this_model
 
@@ -74,19 +74,17 @@ def prepare(
     assigner = make_assigner(
         trained, source, explicit, method, native, settings, are_several=are_several
     )
-    notes = dict.fromkeys(notes_of(assigner, trained))
+    notes = list(notes_of(assigner, trained))
     splits = split(groups, assigner, survey, None if built is None else built.state)
-    for part in (part for each in splits for part in each.parts):
-        note = assigner.note_of(part.assigned.family)
-        if not note or part.assigned.role == "other":
-            continue
-        if (
-            part.assigned.family == "unknown"
-            and note not in notes
-            and not source.recipe
-        ):
-            warn(f"{note} A calibration measures it.")
-        notes[note] = None
+    parts = [part.assigned for each in splits for part in each.parts]
+    for family in dict.fromkeys(part.family for part in parts if part.role != "other"):
+        if note := assigner.note_of(family):
+            notes.append(note)
+            if family == "unknown" and source.recipe is None:
+                warn(f"{note} A calibration measures it.")
+    by_law = [caution_of(part.multiplier) for part in parts if part.given is None]
+    for caution in [*filter(None, by_law)][:1]:  # nobody can have meant it
+        warn(caution)
     return Hidden(assigner, survey, init, tuple(notes), splits, _weakly(model))
 
 

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from textwrap import fill
 from typing import Any
 
@@ -18,6 +17,7 @@ from .._printing import Table
 from .._types import Factor
 from ..inspection import Survey, other_kind
 from ._assign import Assigned
+from ._parts import splits_of
 from ._unmoved import epsilon, rounding, trained_parts
 
 _HEADINGS = (
@@ -66,7 +66,7 @@ class Rates(Mapping[str, RateGroup]):
     def groups(self) -> tuple[RateGroup, ...]:
         """The parts of the user's groups, in the user's order."""
         groups = []
-        for number, split in enumerate(self._opt._rankaware.shown(self._opt)):
+        for number, split in enumerate(splits_of(self._opt)):
             base = float(split.group["lr"])
             start = float(split.group.get("initial_lr", base))
             for part in split.parts:
@@ -96,11 +96,9 @@ class Rates(Mapping[str, RateGroup]):
     def __repr__(self) -> str:
         lines = [f"Rates of {len(self)} parameters"]
         for group in self.groups:
-            of_rank = "" if group.rank is None else f" of rank {group.rank}"
             rate = f"{group.base_lr:.3g} × {group.multiplier:.3g}"
-            lines.append(
-                f"  {group.role}{of_rank}, {len(group.names)} tensors, lr {rate}"
-            )
+            what = f"{group.role}, rank {group.rank}"
+            lines.append(f"  {what}: {len(group.names)} tensors, lr {rate}")
         return "\n".join(lines)
 
     def _by_name(self) -> dict[str, RateGroup]:
@@ -113,7 +111,8 @@ class Report:
     at most 100 columns.
 
     Args:
-        rows: one entry per part, and one for its frozen parameters, whose role is "frozen".
+        rows: one entry per part, and one for its frozen parameters, whose role is "frozen"; one per
+            tensor if `per_module`.
         notes: sentences on the law and the rates.
         title: the table's title.
         audit: sentences on likely mistakes that the groups show.
@@ -146,21 +145,18 @@ class Report:
         reasons = list(dict.fromkeys(row.why for row in self.rows))
         cells = []
         for row in self.rows:
+            what = row.names[0] if self.per_module else str(len(row.names))
             number = str(reasons.index(row.why) + 1)
-            for names in zip(row.names) if self.per_module else [row.names]:
-                what = names[0] if self.per_module else str(len(names))
-                cells.append((*_cells(row, names, what, factors), number))
+            cells.append((*_cells(row, what, factors), number))
         lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]
         lines += [f"check: {text}" for text in (*self.audit, *self.unmoved)]
         lines += [f"note: {text}" for text in self.notes]
         return Table(_HEADINGS, cells, lines, self.title, left=("role", "init"))
 
 
-def _cells(
-    row: RateGroup, names: Iterable[str], what: str, factors: Mapping[str, Factor]
-) -> tuple[str, ...]:
+def _cells(row: RateGroup, what: str, factors: Mapping[str, Factor]) -> tuple[str, ...]:
     """Return a row as text, in the order of the headings without the last. what: its tensors."""
-    of_row = [factors[name] for name in names if name in factors]
+    of_row = [factors[name] for name in row.names if name in factors]
     return (
         row.role,
         str(row.rank or ""),
@@ -188,14 +184,14 @@ def make_report(opt: Any, per_module: bool = False) -> Report:
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
         title += f": moved from {assigner.reference}"
-    rows = tuple(row for group in groups for row in _by_training(group))
+    rows = [row for group in groups for row in _by_training(group, per_module)]
     audit = [*survey.audit(), *_left_out(groups, survey)]
     # a recipe decides a head's rate
     if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(rows)
     trained = trained_parts(opt)
     return Report(
-        rows=rows,
+        rows=tuple(rows),
         notes=hidden.notes,
         title=title,
         audit=tuple(audit),
@@ -205,15 +201,15 @@ def make_report(opt: Any, per_module: bool = False) -> Report:
     )
 
 
-def _by_training(group: RateGroup) -> Iterator[RateGroup]:
-    """Yield a part's parameters that train, and those that do not."""
-    trains = [param.requires_grad for param in group.params]
-    for wanted in sorted(set(trains), reverse=True):
-        chosen = [each == wanted for each in trains]
-        names = tuple(compress(group.names, chosen))
-        params = tuple(compress(group.params, chosen))
-        row = replace(group, names=names, params=params)
-        yield row if wanted else replace(row, role="frozen", why=_FROZEN)
+def _by_training(group: RateGroup, per_module: bool) -> Iterator[RateGroup]:
+    """Yield a part's parameters that train, and those that do not, or each of its parameters."""
+    rows: dict[Any, list[int]] = {}
+    for i, param in enumerate(group.params):
+        rows.setdefault((not param.requires_grad, i * per_module), []).append(i)
+    for (is_frozen, _), at in sorted(rows.items()):
+        names = tuple(group.names[i] for i in at)
+        row = replace(group, names=names, params=tuple(group.params[i] for i in at))
+        yield replace(row, role="frozen", why=_FROZEN) if is_frozen else row
 
 
 def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:

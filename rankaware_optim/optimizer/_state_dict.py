@@ -51,27 +51,22 @@ def warn_of_train_mode(opt: Optimizer) -> None:
 def with_parts(
     state: dict[str, Any], splits: Iterable[SplitGroup], native: type
 ) -> dict[str, Any]:
-    """Return a native state with what its layout does not hold."""
+    """Return a native state with what its layout does not hold: what the parts of a group do not
+    share, a value a part, and shapes.
+    """
     for group, split in zip(state["param_groups"], splits, strict=False):
-        values = _of_parts(split)
+        parts, values = split.parts, dict[str, list[Any]]()
+        for key in parts[0].group.keys() - {"params", "param_names", "lr"}:
+            each = [part.group.get(key) for part in parts]
+            if not all(same(value, each[0]) for value in each):
+                values[key] = each
+        if any(part.given_at for part in parts):
+            values["given_at"] = [part.given_at for part in parts]
         if not _is_torchs(native):
             values["shapes"] = list(map(list, split.shapes))
         if values:
             group[KEY] = values
     return state
-
-
-def _of_parts(split: SplitGroup) -> dict[str, list[Any]]:
-    """Return what the parts of a group do not share, a value a part."""
-    parts = split.parts
-    values = {}
-    for key in parts[0].group.keys() - {"params", "param_names", "lr"}:
-        each = [part.group.get(key) for part in parts]
-        if not all(same(value, each[0]) for value in each):
-            values[key] = each
-    if any(part.given_at for part in parts):
-        values["given_at"] = [part.given_at for part in parts]
-    return values
 
 
 # --- to load --------------------------------------------------------------------------------------
@@ -97,12 +92,13 @@ def read_checkpoint(
             "Give this optimizer the groups of the saved one, in the same order, frozen parameters"
             " included. Or load it into the model that it was saved from.",
         )
-    state, fitted = dict(state_dict["state"]), list[State]()
+    state = dict(state_dict["state"])
     for split, group, of_parts in zip(splits, groups, values, strict=True):
         _check_group(split, group, of_parts.pop("shapes", split.shapes))
         if _is_torchs(native):
-            fitted += _fit_group(split, group, state)
-    _check_finite(fitted)
+            _fit_group(split, group, state)
+    if _is_torchs(native):
+        _check_finite(state.values())
     return {**state_dict, "state": state, "param_groups": groups}, values
 
 
@@ -130,10 +126,8 @@ def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None
             )
 
 
-def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> list[State]:
-    """Let a group's state fit its parameters, or raise where a step could not take it. Return what
-    was fitted.
-    """
+def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
+    """Let a group's state fit its parameters, or raise where a step could not take it."""
     # flattened, parameters are fewer than names
     every = zip(split.names, group["params"], split.group["params"], strict=False)
     rows = [row for row in every if row[1] in state]
@@ -149,14 +143,13 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> list[S
                 "Give a checkpoint that is whole, or start with a new state.",
             )
         state[number] = _fitting(name, param, saved)
-    return [state[number] for _, number, _ in rows]
 
 
 def _kept(saved: State) -> set[Any]:
     return {key for key, value in saved.items() if value is not None}
 
 
-def _check_finite(states: Sequence[State]) -> None:
+def _check_finite(states: Iterable[State]) -> None:
     """Raise for moments that are not finite, and for impossible steps: training would give NaN."""
     moments, is_sound = [], True
     for key, value in chain.from_iterable(each.items() for each in states):

@@ -8,18 +8,17 @@ lie 1.2e-4 apart, so a step of 1e-5 from one of them is rounded back.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .._optimizers import kept_dtypes, known_optimizer
+from .._optimizers import kept_dtypes
 from .._warn import warn
 from ..errors import OptimizerError
-from ..inspection import Walk, factor_tensors, walk
-from ._parts import peak_of
+from ..inspection import factor_tensors, walk
+from ._parts import peak_of, splits_of
 
 # The share of a group's weights, or of their steps, above which it is said.
 WORTH_SAYING = 0.1
@@ -34,20 +33,18 @@ _CURES = (
 )
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """Parameters that an optimizer of Adam's or another sign-like family trains at one rate.
 
     params: by name. rate: the highest that is known, per step. kept: the dtypes, by name, in which
-    the optimizer loses no small step. state: the optimizer's, by parameter. eps, beta2: Adam's.
+    the optimizer loses no small step. state: the optimizer's, by parameter. group: the user's.
     """
 
     params: Mapping[str, Tensor]
     rate: float
     kept: Collection[str] = ()
-    state: Mapping[Tensor, Mapping[str, Any]] = field(default_factory=dict)
-    eps: float = 0.0
-    beta2: float = 0.0
+    state: Mapping[Tensor, Mapping[str, Any]] = {}
+    group: Mapping[str, Any] = {}
 
 
 def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
@@ -57,9 +54,8 @@ def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
     first_step: whether the rates with which it was built count too, if no scheduler noted others.
     """
     trained = []
-    splits = opt._rankaware.shown(opt)
+    splits = splits_of(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
-    is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
     for split in splits:
         user = split.group
         rate = max(float(user["lr"]), peak_of(user))
@@ -67,15 +63,13 @@ def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
         warms_up = none_trains or float(user["lr"]) > 0
         if first_step and warms_up and "initial_lr" not in user:
             rate = max(rate, float(split.seen.get("lr", 0.0)))
-        eps, betas = user.get("eps", 0.0), user.get("betas", (0.0, 0.0))
-        adam = (eps, float(betas[1])) if is_adam else ()
         for part in split.parts:
             if part.assigned.family != "sign-like":
                 continue
             named = zip(split.names_of(part), split.params_of(part), strict=False)
             params = {name: param for name, param in named if param.requires_grad}
             at, kept = rate * part.multiplier, kept_dtypes(opt, user)
-            trained.append(Trained(params, at, kept, opt.state, *adam))
+            trained.append(Trained(params, at, kept, opt.state, user))
     return trained
 
 
@@ -232,17 +226,17 @@ def _rounded(group: Trained, least: int) -> list[_Lost]:
 
 def _damped(group: Trained) -> list[_Lost]:
     """Return what epsilon takes of a group's steps, where the state holds Adam's moments."""
-    lost = []
-    for name, param in group.params.items() if group.eps else ():
+    lost, eps = [], group.group.get("eps", 0.0)
+    for name, param in group.params.items() if eps else ():
         state = group.state.get(param, {})
         if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
             continue
         mean = _sample(state["exp_avg"])
         square = _sample(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
         if mean.any():
-            square = square / (1 - group.beta2 ** float(state["step"]))
-            share = epsilon_share(mean, square, group.eps)
-            lost.append(_Lost(name, share, param.numel(), group.eps, ""))
+            square = square / (1 - group.group["betas"][1] ** float(state["step"]))
+            share = epsilon_share(mean, square, eps)
+            lost.append(_Lost(name, share, param.numel(), eps, ""))
     return lost
 
 
@@ -273,7 +267,8 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
     fully_shard and a re-created adapter replace the tensors under the names held here. Activating
     another adapter leaves those held here without gradients. A dry step without rates, as
     torch.distributed.checkpoint makes, is not checked, nor is one without any gradient, nor are
-    parameters that another RankAwareOptimizer holds.
+    parameters that another RankAwareOptimizer holds. Of an adapter's that train beside those held
+    a warning is given.
 
     others: the other RankAwareOptimizers of this process.
     """
@@ -283,20 +278,11 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
     if model is None or all(map(_is_graded, held)):
         return False
     walked = walk(model)
-    graded = [(name, p) for name, p in walked.parameters if _is_graded(p)]
+    graded = {name: p for name, p in walked.parameters if _is_graded(p)}
     elsewhere = set(chain(held, *map(_params_of, others)))
-    lost = {name: p for name, p in graded if p not in elsewhere}
-    if lost:
-        _refuse_lost(opt, walked, lost)
-    return not graded
-
-
-def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
-    """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`. Warn of
-    an adapter's that train beside them.
-    """
-    held, names, factors = _params_of(opt), set(opt.rates), factor_tensors(walked)
-    adapters = [name for name, param in lost.items() if param in factors]
+    lost = [name for name, param in graded.items() if param not in elsewhere]
+    tensors, names = factor_tensors(walked), set(opt.rates)
+    adapters = [name for name in lost if graded[name] in tensors]
     replaced = [name for name in lost if name in names]
     # FSDP1 flattens them
     gone = set(held).isdisjoint(dict(walked.parameters).values())
@@ -315,6 +301,7 @@ def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> No
             f"{adapters[0]} has a gradient, and no RankAwareOptimizer holds it. If it should train"
             " here, build the optimizer after the adapter was added and activated."
         )
+    return not graded
 
 
 def _params_of(opt: Any) -> list[Any]:

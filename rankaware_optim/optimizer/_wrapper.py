@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import isfunction, signature
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,16 @@ from ._given import (
     read_optimizer,
     refuse_other_rates,
 )
-from ._parts import Hidden, adopt, enter, leave, peak_of, present
+from ._parts import (
+    Hidden,
+    adopt,
+    enter,
+    leave,
+    outside_a_step,
+    peak_of,
+    present,
+    splits_of,
+)
 from ._prepare import prepare, prepare_later
 from ._rates import Rates, Report, make_report
 from ._source import read_source
@@ -276,12 +286,20 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """
         warn_of_train_mode(self)
         native = type(self)._rankaware_native
-        state = _outside_a_step(self, native.state_dict)
-        return with_parts(state, self._rankaware.shown(self), native)
+        state = outside_a_step(self, native.state_dict)
+        return with_parts(state, splits_of(self), native)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = _outside_a_step(self, type(self)._rankaware_native.__getstate__)
-        return {**state, "_rankaware": self._rankaware.outside()}
+        state = outside_a_step(self, type(self)._rankaware_native.__getstate__)
+        hidden = replace(  # in no step, and without a model
+            self._rankaware,
+            model=None,
+            users=[],
+            active=[],
+            stepping=False,
+            unwatch=None,
+        )
+        return {**state, "_rankaware": hidden}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
@@ -390,21 +408,6 @@ def _blank(native: Native) -> Any:
     """Return an instance without state, for copy and pickle."""
     kind = _subclass(native)
     return kind.__new__(kind)
-
-
-def _outside_a_step(opt: Any, take: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Return what is taken of an optimizer with the user's groups, also while it steps: in a
-    signal's handler, or in another thread.
-    """
-    hidden = opt._rankaware
-    turns = hidden.turns
-    if not hidden.stepping:
-        taken = take(opt)
-        if hidden.turns == turns:
-            return taken
-    shown = object.__new__(type(opt))
-    vars(shown).update(vars(opt), param_groups=hidden.users)
-    return take(shown)
 
 
 # --- the native methods ---------------------------------------------------------------------------

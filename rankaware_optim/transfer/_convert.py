@@ -83,7 +83,7 @@ def convert_lr(
     source = Source(law=law, reference=origin, batch=batch)
     survey = Survey((factor,))
     assigner = make_assigner(survey, source, Explicit(), target.method)
-    rule = assigner.rule({})
+    rule = assigner.rule(assigner.settings)
     multiplier = assigner.multiplier(factor, rule.law)
     moved = assigner.assign(factor.name, factor, rule).multiplier
     notes = _notes(law, origin, target, multiplier, width)

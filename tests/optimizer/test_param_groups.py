@@ -191,7 +191,7 @@ def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
     """PiSSA and similar inits keep the base rate, with a warning that says why; by a named init they are scaled."""
     model = mlp((4, 8), init="other")
     with pytest.warns(
-        RankAwareWarning, match=r"neither factor zero .* init='A' .*'B'"
+        RankAwareWarning, match=r"neither factor zero .* init='A' .*='B'"
     ) as caught:
         groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
     assert caught[0].filename == __file__
@@ -251,7 +251,7 @@ def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
     """With tuned_at= a warning says that LoKr's parameters stay at the base rate; without it the report says so alone."""
     model = mlp((4,))
     model.lokr_w1 = nn.Parameter(torch.ones(2, 2))
-    with pytest.warns(RankAwareWarning, match=r"No law covers LoKr: 1 of .*lokr_w1"):
+    with pytest.warns(RankAwareWarning, match=r"No law covers LoKr: 1 .*lokr_w1"):
         notes_of(model, tuned_at=AT_16)
     report = RankAwareOptimizer(model, AdamW, lr=LR).report()
     assert report.survey.unsupported == {"lokr_w1": "LoKr"}
@@ -292,7 +292,7 @@ def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
 ):
     """AdaLoRA, KaSA and X-LoRA are warned of by name, and no init moves them; a plain pair beside them moves."""
     model = nn.ModuleDict({"odd": LAWLESS[name](), "plain": adapted(rank=8)})
-    with pytest.warns(RankAwareWarning, match=rf"^No law covers {name}: 2 of") as said:
+    with pytest.warns(RankAwareWarning, match=rf"^No law covers {name}: 2 ") as said:
         opt = RankAwareOptimizer(model, AdamW, lr=LR, **options)
     assert len(said) == 1
     (pair,) = {p.why for p in opt.rates.groups if p.role in "AB" and p.rank == 4}
@@ -326,9 +326,7 @@ def test_lora_that_was_not_read_is_warned_of(name, options):
     """What LoRA's by its name and in no pair keeps its rate, which a warning says until it is given one."""
     odd, count = UNREAD[name]
     model = nn.ModuleDict({name: odd, "plain": adapted()})
-    message = (
-        rf"^{count} trainable param.* 'lora' .* such as {name}\..* in no LoRA pair"
-    )
+    message = rf"^No law covers LoRA in no pair .*: {count} .* such as {name}\."
     with pytest.warns(RankAwareWarning, match=message) as said:
         notes = notes_of(model, **options)
     assert len(said) == 1
@@ -447,10 +445,6 @@ SAID = [
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 128}, ["as for 4 times the batch"]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 16}, []),
     (LORA, AdamW, {"batch": 64}, ["has no batch"]),
-    (
-        *(LORA, AdamW, {"tuned_at": AT_4, "batch": 64, "law": "constant"}),
-        ["The law 'constant' does not move rates with the batch."],
-    ),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 16, "law": "constant"}, []),
 ]
 

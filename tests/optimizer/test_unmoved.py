@@ -447,5 +447,6 @@ def test_epsilon_is_read_where_moments_are_adams():
         ({}, 1.0, False),
     ]
     for state, eps, is_said in rows:
-        group = Trained({"weight": param}, 1e-3, (), {param: state}, eps, 0.9)
+        own = {"eps": eps, "betas": (0.9, 0.9)}
+        group = Trained({"weight": param}, 1e-3, (), {param: state}, own)
         assert bool(epsilon([group])) == is_said
