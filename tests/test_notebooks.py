@@ -35,7 +35,6 @@ def converted(to: str) -> ra.Rate:
 # what is shown
 CASES = {
     "report": lambda: optimizer().report(),
-    "report of tensors": lambda: optimizer().report(per_module=True),
     "survey": lambda: optimizer().report().survey,
     "recipe": lambda: replace(RECIPE, notes=("a < b",)),
     "rate": lambda: RECIPE.at(rank=1000),

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from textwrap import fill
 from typing import Any
 
@@ -111,14 +112,12 @@ class Report:
     at most 100 columns.
 
     Args:
-        rows: one entry per part, and one for its frozen parameters, whose role is "frozen"; one per
-            tensor if `per_module`.
+        rows: one entry per part, and one for its frozen parameters, whose role is "frozen".
         notes: sentences on the law and the rates.
         title: the table's title.
         audit: sentences on likely mistakes that the groups show.
         unmoved: sentences on weights that a step leaves where they are, and on Adam's epsilon.
         survey: the inspected model.
-        per_module: whether the table has one line per tensor. Long names make it wider.
     """
 
     rows: tuple[RateGroup, ...]
@@ -127,15 +126,14 @@ class Report:
     audit: tuple[str, ...] = ()
     unmoved: tuple[str, ...] = ()
     survey: Survey = field(default_factory=Survey, repr=False)
-    per_module: bool = False
 
     def __str__(self) -> str:
-        table, width = self._table(), 200 if self.per_module else _WIDTH
+        table = self._table()
         wrapped = [
-            fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
+            fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
             for line in table.lines
         ]
-        return replace(table, lines=wrapped).text(width)
+        return replace(table, lines=wrapped).text(_WIDTH)
 
     def _repr_html_(self) -> str:
         return self._table().html()
@@ -145,17 +143,16 @@ class Report:
         reasons = list(dict.fromkeys(row.why for row in self.rows))
         cells = []
         for row in self.rows:
-            what = row.names[0] if self.per_module else str(len(row.names))
             number = str(reasons.index(row.why) + 1)
-            cells.append((*_cells(row, what, factors), number))
+            cells.append((*_cells(row, factors), number))
         lines = [f"why {number}: {reason}" for number, reason in enumerate(reasons, 1)]
         lines += [f"check: {text}" for text in (*self.audit, *self.unmoved)]
         lines += [f"note: {text}" for text in self.notes]
         return Table(_HEADINGS, cells, lines, self.title, left=("role", "init"))
 
 
-def _cells(row: RateGroup, what: str, factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    """Return a row as text, in the order of the headings without the last. what: its tensors."""
+def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
+    """Return a row as text, in the order of the headings without the last."""
     of_row = [factors[name] for name in row.names if name in factors]
     return (
         row.role,
@@ -164,7 +161,7 @@ def _cells(row: RateGroup, what: str, factors: Mapping[str, Factor]) -> tuple[st
         row.init or "",
         _range(f.fan_in for f in of_row),
         _range(f.fan_out for f in of_row),
-        what,
+        str(len(row.names)),
         f"{row.base_lr:.3g}",
         f"{row.multiplier:.4g}",
         f"{row.lr:.3g}",
@@ -177,14 +174,14 @@ def _range(values: Iterable[float]) -> str:
     return "–".join(f"{end:g}" for end in dict.fromkeys((*ordered[:1], *ordered[-1:])))
 
 
-def make_report(opt: Any, per_module: bool = False) -> Report:
+def make_report(opt: Any) -> Report:
     """Return the report of an optimizer at its current rates."""
     hidden, groups = opt._rankaware, opt.rates.groups
     assigner, survey = hidden.assigner, hidden.survey
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
         title += f": moved from {assigner.reference}"
-    rows = [row for group in groups for row in _by_training(group, per_module)]
+    rows = [row for group in groups for row in _by_training(group)]
     audit = [*survey.audit(), *_left_out(groups, survey)]
     # a recipe decides a head's rate
     if assigner.method == "lora" and assigner.source.recipe is None:
@@ -197,19 +194,18 @@ def make_report(opt: Any, per_module: bool = False) -> Report:
         audit=tuple(audit),
         unmoved=tuple(filter(None, (rounding(trained), epsilon(trained)))),
         survey=survey,
-        per_module=per_module,
     )
 
 
-def _by_training(group: RateGroup, per_module: bool) -> Iterator[RateGroup]:
-    """Yield a part's parameters that train, and those that do not, or each of its parameters."""
-    rows: dict[Any, list[int]] = {}
-    for i, param in enumerate(group.params):
-        rows.setdefault((not param.requires_grad, i * per_module), []).append(i)
-    for (is_frozen, _), at in sorted(rows.items()):
-        names = tuple(group.names[i] for i in at)
-        row = replace(group, names=names, params=tuple(group.params[i] for i in at))
-        yield replace(row, role="frozen", why=_FROZEN) if is_frozen else row
+def _by_training(group: RateGroup) -> Iterator[RateGroup]:
+    """Yield a part's parameters that train, and those that do not."""
+    trains = [param.requires_grad for param in group.params]
+    for wanted in sorted(set(trains), reverse=True):
+        chosen = [each == wanted for each in trains]
+        names = tuple(compress(group.names, chosen))
+        params = tuple(compress(group.params, chosen))
+        row = replace(group, names=names, params=params)
+        yield row if wanted else replace(row, role="frozen", why=_FROZEN)
 
 
 def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:

@@ -200,14 +200,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         """The rate of every parameter by its name, and of every part of the groups."""
         return Rates(self)
 
-    def report(self, *, per_module: bool = False) -> Report:
+    def report(self) -> Report:
         """Return a table of the groups with their current rates, the reasons for them, and what to
-        check.
-
-        Args:
-            per_module: whether to list every tensor instead of every group.
+        check. `rates` has them by parameter.
         """
-        return make_report(self, per_module)
+        return make_report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters get their rates as at construction.
