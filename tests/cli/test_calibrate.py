@@ -13,7 +13,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import torch
 from click.testing import CliRunner
 
 import rankaware_optim as ra
@@ -207,27 +206,6 @@ def test_two_workers_share_the_trials(folder):
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
 
 
-ENVIRONMENTS = [  # visible GPUs, workers, the GPU of each
-    ("4,6", 2, ["4", "6"]),
-    ("GPU-5f3a", 3, ["GPU-5f3a"] * 3),
-    (None, 2, ["", ""]),
-]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs are made up")
-@pytest.mark.parametrize(("visible", "count", "gpus"), ENVIRONMENTS)
-def test_workers_share_gpus_and_cores(visible, count, gpus, monkeypatch):
-    """Every worker sees one GPU where there are any, and the threads are those of one process."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    places = _calibrate._environments(count)
-    assert [place.get("CUDA_VISIBLE_DEVICES") for place in places] == gpus
-    threads = sum(int(place["OMP_NUM_THREADS"]) for place in places)
-    assert threads <= max(count, torch.get_num_threads())
-
-
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes get signals")
 LONG = shared("slow_loops:train", "--trials", 500, "--workers", 2)
 
@@ -299,16 +277,6 @@ def test_an_error_is_a_sentence(arguments, message, folder):
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not Path("r.toml").exists()
-
-
-@pytest.mark.parametrize(
-    "wrong", [["--ranks", "2;4"], ["--lr-range", "low,high"], ["--workers", 0]], ids=str
-)
-def test_wrong_usage_shows_the_usage(wrong, folder):
-    """Text where numbers belong ends with code 2."""
-    done = call("loops:train", *RANKS, *wrong)
-    assert done.exit_code == 2
-    assert "Usage: " in done.stderr
 
 
 def test_ctrl_c_at_any_other_moment_is_a_word(folder):

@@ -74,14 +74,3 @@ def test_help_needs_no_numpy_either(tmp_path):
     assert held_after(helps, tmp_path, ("torch", "optuna", "numpy")) == [
         " ".join(["HELD", *arguments]) for arguments in helps
     ]
-
-
-def test_the_help_of_the_module_is_as_light():
-    """`python -m rankaware_optim --help` imports none of them."""
-    command = ["-X", "importtime", "-m", "rankaware_optim", "--help"]
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=True
-    )
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "click" in imported
-    assert not imported & {"torch", "optuna", "numpy"}

@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import re
-import stat
 import subprocess
 import sys
 import warnings
@@ -28,7 +27,6 @@ from safetensors.numpy import save
 import rankaware_optim as ra
 from rankaware_optim import (
     Constant,
-    LoRAPlus,
     MuA,
     Power,
     RankAwareWarning,
@@ -89,41 +87,21 @@ references = st.builds(
     fan_in=st.none() | positive,
     batch=st.none() | positive | st.integers(1, 99),
 ) | st.builds(Reference, method=st.just("full"), fan_in=positive)
-laws = st.builds(
-    Power,
-    exponent=st.floats(-2, 2),
-    full_factor=st.floats(0.01, 100),
-    pivot=st.floats(1, 1024),
-    to_full=st.booleans(),
-    law=st.builds(MuA, tokens=st.none() | positive, ratio=positive)
-    | st.just(Constant())
-    | st.builds(LoRAPlus),
-)
 text = st.text(st.characters(codec="utf-8"))
 names = st.text("ab.*", min_size=1)
-settings_of_any_kind = st.booleans() | st.integers(0, 9) | positive | st.text("ab")
+of_any_kind = st.booleans() | st.integers(0, 9) | positive | st.text("ab")
 CURVES = {"lr": np.ones(1), "curve": np.array([[1.0, math.nan]])}
 recipes = st.builds(
-    Recipe,
+    replace,
+    st.just(FULL),
     name=text,
     fitted_lr=st.floats(1e-9, 9e5),
-    reference=references,
-    law=laws,
-    covariance=st.just(np.diag([0.04, 0.01, 0.09])),
-    margin=st.floats(0, 1),
-    steepness=st.floats(0, 10),
-    scatter=st.floats(0, 1),
     ceiling=st.none() | st.just(1e6),
-    scaling_rule=st.sampled_from(["fixed", "rslora", "alpha", "unknown"]),
-    full_fan_in=st.none() | positive,
-    ranks=st.lists(st.integers(1, 4096), unique=True, max_size=64).map(tuple),
-    full_seen=st.booleans(),
-    settings=st.dictionaries(st.text("abc_", min_size=1), settings_of_any_kind),
-    steps=st.none() | st.integers(1, 10**9),
-    warmup=st.none() | st.floats(0, 1),
+    reference=references,
+    law=st.builds(Power, exponent=st.integers(-2, 2), law=st.just(Constant())),
+    settings=st.dictionaries(names, of_any_kind),
     notes=st.lists(text, max_size=3).map(tuple),
     other_rates=st.dictionaries(names, st.just("base") | positive),
-    layers=st.dictionaries(names, positive),
     source=st.dictionaries(st.text("ab", min_size=1), text),
     tensors=st.sampled_from([{}, CURVES]),
 )
@@ -180,35 +158,6 @@ def test_the_toml_introduces_itself(target):
     assert set(target.parent.iterdir()) == {target, trials_of(target)}
     target.write_bytes(b"\xef\xbb\xbf" + target.read_bytes())  # an editor's mark
     assert Recipe.load(target) == NEXT
-
-
-def test_a_law_of_whole_numbers_keeps_its_hash(tmp_path):
-    """A law with whole numbers is the same law in the file, with the same hash."""
-    made = replace(FULL, law=Power(exponent=1, law=MuA(tokens=4)))
-    found = Recipe.load(made.save(tmp_path / "r.toml"))
-    assert (found.law, found.tag) == (made.law, made.tag)
-
-
-MODES = [
-    # the umask, the mode of the file that is there, and that of the new one
-    (0o077, None, 0o600),
-    (0o002, None, 0o664),
-    (0o022, 0o640, 0o640),
-]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
-@pytest.mark.parametrize(("umask", "former", "then"), MODES)
-def test_files_have_the_mode_that_they_should(umask, former, then, tmp_path):
-    """New files have what the umask leaves, and a recipe saved over keeps its mode."""
-    path, before = tmp_path / "r.toml", os.umask(umask)
-    try:
-        if former is not None:
-            RECIPE.save(path).chmod(former)
-        NEXT.save(path)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == then
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -82,20 +82,6 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
     assert "#0072b2" not in page.partition("</style>")[2]
 
 
-LACKS = [
-    ({"tensors": {}}, "<svg"),
-    ({"scaling_rule": "unknown"}, "an alpha that follows the rank"),
-]
-
-
-@pytest.mark.parametrize(("changes", "words"), LACKS)
-def test_the_page_claims_nothing_that_the_recipe_lacks(changes, words):
-    """Without trials or a rule for alpha by rank the rates are there, and those words are not."""
-    text = report_html(replace(RECIPE, **changes))
-    assert "Rates by rank" in text
-    assert words not in text
-
-
 def test_whatever_a_recipe_says_is_escaped():
     """Names, settings, versions and notes cannot open a tag, or run as a template."""
     clean = report_html(

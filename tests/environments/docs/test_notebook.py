@@ -67,16 +67,3 @@ def test_nothing_is_said_but_the_trials(outputs):
     assert len(lines) == runs
     last = rf"calibrate: trial {runs}/{runs}, rank \d+, best rate [\d.]+, 0:00:00 left"
     assert re.fullmatch(last, lines[-1])
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_tables_are_readable_in_both_schemes(page, address, scheme):
-    """A table's words have the colour of the text around it, and no ground of their own."""
-    page.emulate_media(color_scheme=scheme)
-    page.goto(f"{address}generated/{NAME}.html")
-    style = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
-    text = page.locator("article p").first.evaluate(style)
-    for part in ("th", "td", "caption"):
-        cells = page.locator(f"article .output {part}")
-        assert cells.count()
-        assert cells.first.evaluate(style) == text
