@@ -228,67 +228,11 @@ def dense() -> nn.Module:
     return nn.Linear(IN, OUT)
 
 
-def unet(rank: int, alpha: float, **more: Any) -> nn.Module:
-    """A tiny UNet of diffusers, with PEFT's layers put in by diffusers' own method."""
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
-
-    blocks = [("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)]
-    sizes = {"sample_size": 8, "cross_attention_dim": 12, "attention_head_dim": 4}
-    model = UNet2DConditionModel(
-        block_out_channels=(8,),
-        down_block_types=blocks[0],
-        up_block_types=blocks[1],
-        layers_per_block=1,
-        norm_num_groups=4,
-        **sizes,
-    )
-    model.requires_grad_(False)
-    usual = {"target_modules": r"down_blocks.*attn2\.to_k"}
-    config = LoraConfig(r=rank, lora_alpha=alpha, **{**usual, **more})
-    model.add_adapter(config)
-    return Sampled(model)
-
-
-class Sampled(nn.Module):
-    """A UNet's answer at one time step."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.unet = model
-
-    def forward(self, sample: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        return self.unet(sample, 3, words).sample
-
-
 def legacy(rank: int, alpha: float) -> nn.Module:
     """Deprecated, and still in old checkpoints' loaders."""
     from diffusers.models.lora import LoRALinearLayer
 
     return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
-
-
-def mixture(rank: int, alpha: float) -> nn.Module:
-    """A tiny Mixtral of transformers, its experts adapted by `target_parameters`."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=30,
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=3,
-        experts_implementation="eager",
-        use_cache=False,
-    )
-    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    lora = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=[], target_parameters=targets
-    )
-    return get_peft_model(MixtralForCausalLM(config), lora)
 
 
 WAVES, IMAGES, CLOUDS = drawn(2, 4, 9), drawn(2, 4, 6, 6), drawn(2, 4, 4, 4, 4)
@@ -321,8 +265,7 @@ def _peft_cases() -> list[Case]:
     diagonal = {"kind": "kasa", "init": "other", "other": "KaSA's singular values"}
     experts = {"convention": "peft-experts", "kind": "experts"}
     conv_dora = {"kind": "conv", "probed": False, "other": dora}
-    of_attention, of_mixture = ((IN, 36), (IN, IN)), ((20, 12), (12, 40))
-    mixed = experts | {"probed": False}
+    of_attention = ((IN, 36), (IN, IN))
     grouped = conv(2, padding=1, groups=2)
     drawn_twice = (False, "pissa", "olora", "orthogonal")
     return [
@@ -353,23 +296,6 @@ def _peft_cases() -> list[Case]:
         case("KaSA", peft_kasa, convention="peft-kasa", **diagonal),
         case("experts (E, in, out)", peft_experts(True), STACKS, **experts),
         case("experts (E, out, in)", peft_experts(False), STACKS, **experts),
-        case("experts of Mixtral", mixture, tokens, of_mixture, **mixed),
-    ]
-
-
-def sampled() -> tuple[torch.Tensor, ...]:
-    """An image and the words that it is made of."""
-    source = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(n, generator=source) for n in ((2, 4, 8, 8), (2, 5, 12)))
-
-
-def _diffusers_cases() -> list[Case]:
-    case, old = (
-        rows("diffusers", "diffusers", n) for n in ("peft", "diffusers-legacy")
-    )
-    return [
-        case("UNet, through PEFT", unet, sampled, ((12, 8),), probed=False),
-        old("LoRALinearLayer (legacy)", legacy),
     ]
 
 
@@ -466,7 +392,7 @@ def _lycoris_cases() -> list[Case]:
     ]
 
 
-# --- torchtune, litgpt, DeepSpeed -----------------------------------------------------------------------------------
+# --- torchtune, litgpt, DeepSpeed, diffusers -----------------------------------------------------------------------------------
 
 
 def torchtune(name: str) -> Callable[[int, float], nn.Module]:
@@ -507,34 +433,22 @@ def deepspeed(rank: int, alpha: float) -> nn.Module:
     )
 
 
-def _litgpt_cases() -> list[Case]:
-    case = rows("litgpt", "litgpt", "lora_A/lora_B")
-    heads = {
-        "q": (True, False, False),
-        "qv": (True, False, True),
-        "qkv": (True, True, True),
-    }
-
-    def qkv(name: str, groups: int) -> Case:
-        """Two heads of 5; `groups` of keys and values."""
-        parts, sizes = heads[name], (IN, 10 + 10 * groups, 5, 2, groups)
-        make = litgpt("LoRAQKVLinear", *sizes, enable_lora=parts)
-        fans = ((IN, 5 * (2 * parts[0] + groups * (parts[1] + parts[2]))),)
-        title = f"LoRAQKVLinear, {name}, query groups: {groups}"
-        return case(title, make, HEADS, fans, convention="merged")
-
-    of_heads = [qkv(name, groups) for name in heads for groups in (1, 2)]
-    return [case("LoRALinear", litgpt("LoRALinear", IN, OUT)), *of_heads]
-
-
 def _other_cases() -> list[Case]:
     tune = rows("torchtune", "torchtune", "lora_a/lora_b")
     own = rows("deepspeed", "DeepSpeed", "deepspeed-linear")
+    lit = rows("litgpt", "litgpt", "lora_A/lora_B")
+    old = rows("diffusers", "diffusers", "diffusers-legacy")
+    # two heads of 5, and two groups of keys and values
+    qkv = litgpt("LoRAQKVLinear", IN, 30, 5, 2, 2, enable_lora=(True, False, True))
+    of_qkv = {"inputs": HEADS, "fans": ((IN, 20),), "convention": "merged"}
     dora = {"probed": False, "other": "DoRA magnitude"}
     return [
         tune("LoRALinear", torchtune("LoRALinear")),
         tune("DoRALinear", torchtune("DoRALinear"), **dora),
         own("LoRAOptimizedLinear", deepspeed),
+        lit("LoRALinear", litgpt("LoRALinear", IN, OUT)),
+        lit("LoRAQKVLinear, qv, query groups: 2", qkv, **of_qkv),
+        old("LoRALinearLayer (legacy)", legacy),
     ]
 
 
@@ -598,10 +512,8 @@ def other_tuner(name: str) -> nn.Module:
 
 CASES = [
     *_peft_cases(),
-    *_diffusers_cases(),
     *_loralib_cases(),
     *_lycoris_cases(),
-    *_litgpt_cases(),
     *_other_cases(),
 ]
 

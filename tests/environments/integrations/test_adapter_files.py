@@ -11,8 +11,6 @@ from rankaware_optim import inspect_file
 from rankaware_optim.inspection import Survey, other_kind
 from rankaware_optim.inspection._peft_config import _by_pattern
 
-from ...helpers import real_adapters
-
 peft = pytest.importorskip("peft")
 # the libraries warn of what these tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -188,10 +186,21 @@ def test_an_adapter_without_a_law_is_named(save, kind, shown, tmp_path):
 @pytest.fixture(scope="module")
 def unet():
     """A small UNet of diffusers with adapters of two ranks."""
-    pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        block_out_channels=(8,),
+        down_block_types=["CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D"],
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     own = {"rank_pattern": {"to_v": 2}, "alpha_pattern": {"to_v": 1}}
-    return real_adapters.unet(4, 8.0, target_modules=targets, **own).unet
+    model.requires_grad_(False).add_adapter(lora(target_modules=targets, **own))
+    return model
 
 
 def by_its_loader(unet, folder):

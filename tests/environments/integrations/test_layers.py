@@ -16,6 +16,7 @@ from rankaware_optim import (
 from rankaware_optim.inspection import initialize, other_kind
 from rankaware_optim.testing import check_convention
 
+from ...helpers.llama import llama_config
 from ...helpers.models import snapshot
 from ...helpers.oracle import output_of
 from ...helpers.real_adapters import (
@@ -71,25 +72,21 @@ def test_another_adapter_is_left_alone(lora):
 
 
 def mixture_of_loras(lora, folder, trainable: bool) -> nn.Module:
-    """A tiny Llama under X-LoRA, with two saved adapters of rank 4 and alpha 8."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A tiny Llama under X-LoRA, with two adapters of rank 4 and alpha 8, both loaded from one folder."""
+    transformers = pytest.importorskip("transformers")
 
-    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 30}
-    base = LlamaConfig(**sizes, **heads, use_cache=False)
+    def llama():
+        return transformers.LlamaForCausalLM(llama_config(use_cache=False))
+
     expert = lora.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-    adapters = {}
-    for name in "01":
-        adapters[name] = str(folder / name)
-        model = lora.get_peft_model(LlamaForCausalLM(base), expert)
-        model.save_pretrained(adapters[name])
+    lora.get_peft_model(llama(), expert).save_pretrained(folder)
     config = lora.XLoraConfig(
         task_type="CAUSAL_LM",
         hidden_size=16,
-        adapters=adapters,
+        adapters=dict.fromkeys("01", str(folder)),
         use_trainable_adapters=trainable,
     )
-    return lora.get_peft_model(LlamaForCausalLM(base), config)
+    return lora.get_peft_model(llama(), config)
 
 
 def test_mixed_experts_of_xlora_keep_the_base_rate(lora, tmp_path):
