@@ -15,21 +15,14 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from laws.scoring import (
-    COMPARED,
-    bench_law,
-    score_table,
-)
+from laws.scoring import COMPARED, Best, bench_law, score_table
 from study.digits_loop import SEEDS, build, evaluate, fit, untrained
 from study.domains._efficientnet import HEAD_RATE
 
-from rankaware_optim import (
-    RankAwareOptimizer,
-)
+from rankaware_optim import RankAwareOptimizer
 from rankaware_optim.errors import RankAwareError
 from rankaware_optim.sweeps import DEMO_SWEEP
 
@@ -131,23 +124,14 @@ def _trained(rank: int, alpha: float, lr: float, seed: int) -> str:
     default="parabola",
     show_default=True,
 )
-@click.option(
-    "--fan-in", type=float, help="Fan-in of the adapted layers, for rows without one."
-)
-@click.option("--alpha", help="Alpha of rows without one: a number, or rank.")
-@click.option("--optimizer", default="AdamW", show_default=True)
-def score(
-    sweep: Path, laws: tuple[str, ...], alpha: str | None, **options: Any
-) -> None:
+def score(sweep: Path, laws: tuple[str, ...], best: Best) -> None:
     """Score laws by how well they move the best rates of SWEEP from rank to rank.
 
     SWEEP is a file as for `rankaware fit`, by default the package's own. Each law moves each rank's best rate to every
     other rank, and the moved rate is compared with the best rate there.
     """
     try:
-        kept = alpha if alpha in (None, "rank") else float(alpha)
-        scores = bench_law(sweep, laws or COMPARED, alpha=kept, **options)
-        click.echo(score_table(scores))
+        click.echo(score_table(bench_law(sweep, laws or COMPARED, best=best)))
     except RankAwareError as error:
         raise click.ClickException(str(error)) from error
 

@@ -21,7 +21,6 @@ from internals import (
 )
 from recording import table_of
 from study.loss_curves import between, vertex_of
-from torch.optim import Optimizer
 
 from rankaware_optim import CalibrationError, Constant, Law, Power, Reference
 from rankaware_optim.fitting import Prior, fit_observations
@@ -143,11 +142,8 @@ def bench_law(
     laws: Sequence[str | Law] = COMPARED,
     *,
     best: Best = "parabola",
-    alpha: float | Literal["rank"] | None = None,
-    fan_in: float | None = None,
-    optimizer: type[Optimizer] | str = "AdamW",
 ) -> list[LawScore]:
-    """Score laws on a sweep by their error in octaves and in loss, over every ordered pair of ranks.
+    """Score laws on a sweep of AdamW by their error in octaves and in loss, over every ordered pair of ranks.
 
     Losses are averaged over seeds. Full finetuning is left out, and so are ranks whose lowest loss is at an end of
     their grid. Rows that differ in model, batch or init are not compared with each other.
@@ -157,9 +153,6 @@ def bench_law(
         laws: `Law` instances, or names as for `get_law`.
         best: how a rank's best rate is found. "parabola" is the vertex through its best three rates in log2. "bowl" is
             the calibration's fit to all runs of a model, which is less sensitive to noise.
-        alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
-        fan_in: the models' width for rows without one. It nearly cancels, so by default a usual one is used.
-        optimizer: the optimizer of the sweep.
 
     Returns:
         One score per law.
@@ -169,23 +162,20 @@ def bench_law(
             grid.
         LawError: a law is unknown, or gave no usable multiplier.
 
-    >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + (x + 11) ** 2} for r in (8, 64) for x in range(-14, -8)]
-    >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"], alpha="rank")]
+    >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
+    >>> rows = [{"rank": r, "alpha": r, "lr": 2.0**x, "loss": 1 + (x + 11) ** 2} for r, x in points]
+    >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"])]
     [('constant', 0.0)]
     """
-    runs, _ = read_sweep(sweep, {} if alpha is None else {"alpha": alpha})
-    curves = loss_curves(runs, best=best, fan_in=fan_in)
-    return [score_of(law, curves, optimizer) for law in laws]
+    runs, _ = read_sweep(sweep, {})
+    curves = loss_curves(runs, best)
+    return [score_of(law, curves) for law in laws]
 
 
-def score_of(
-    law: str | Law,
-    curves: Sequence[LossCurve],
-    optimizer: type[Optimizer] | str = "AdamW",
-) -> LawScore:
+def score_of(law: str | Law, curves: Sequence[LossCurve]) -> LawScore:
     """Score one law on the moves between all comparable ranks."""
     found, moves = get_law(law), []
-    bound = bound_law(found, get_optimizer_class(optimizer), {})
+    bound = bound_law(found, get_optimizer_class("AdamW"), {})
     for source, target in itertools.permutations(curves, 2):
         if source.compares_with(target):
             moved = source.best + math.log2(
@@ -211,17 +201,9 @@ def label_of(law: str | Law) -> str:
 # --- best rates -----------------------------------------------------------------------------------------------------
 
 
-def loss_curves(
-    runs: Sequence[SweepRun],
-    *,
-    best: Best = "parabola",
-    fan_in: float | None = None,
-) -> list[LossCurve]:
+def loss_curves(runs: Sequence[SweepRun], best: Best) -> list[LossCurve]:
     """Return the curves of ranks whose best rate is inside the grid, for models with two or more of them."""
-    if best not in ("parabola", "bowl"):
-        raise CalibrationError(f"best is {best!r}.", "Give 'parabola' or 'bowl'.")
-    every = all_curves(runs, fan_in=fan_in)
-    curves = [curve for curve in every if math.isfinite(curve.best)]
+    curves = [curve for curve in all_curves(runs) if math.isfinite(curve.best)]
     curves = [curve for curve in curves if any(map(curve.compares_with, curves))]
     if not curves:
         raise CalibrationError(
@@ -231,14 +213,12 @@ def loss_curves(
     return _best_by_bowls(curves) if best == "bowl" else curves
 
 
-def all_curves(
-    runs: Sequence[SweepRun], *, fan_in: float | None = None
-) -> list[LossCurve]:
+def all_curves(runs: Sequence[SweepRun]) -> list[LossCurve]:
     """Return the curve of every model and rank. Its best rate is nan where the lowest loss is at an end of the grid."""
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in (run for run in runs if run.rank is not None):
         at = run.place
-        at = replace(at, fan_in=at.fan_in or fan_in or ANY_WIDTH)
+        at = replace(at, fan_in=at.fan_in or ANY_WIDTH)
         tried.setdefault((run.model or "", at), []).append(run)
     curves = []
     for (model, at), mine in tried.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from frontier import page, runs, scores
 from frontier.adaptive import ADAPTIVE, SCHEDULE_FREE, optimizer
-from frontier.figure import APART, spread
 from frontier.page import Lost, score
 from frontier.scores import OWN, Sweeps
 from frontier.ways import FREE, LAW, ROOT, SUGGESTED, TENTH, seeds_of
@@ -162,11 +160,3 @@ def test_a_run_of_each_arm_is_asked_for_once() -> None:
     asked = {"100 steps": every, "400 steps": every, "800 steps": {"Prodigy"}}
     assert by_length == asked
     assert len(set(language)) == len(language)
-
-
-def test_names_in_the_picture_do_not_overlap() -> None:
-    """Names are moved apart upwards, in the order of their points."""
-    moved = spread([1.0, 1.01, 30.0, 1.0])
-    logs = sorted(map(math.log10, moved))
-    assert all(b - a >= APART - 1e-9 for a, b in itertools.pairwise(logs))
-    assert moved[2] == pytest.approx(30.0)

@@ -51,12 +51,6 @@ def test_only_the_files_that_were_read_are_taken(
         others.files_by_name([])
 
 
-def test_a_models_mean_width_weighs_its_layers_by_their_size() -> None:
-    """The 7B has six layers of one width and one of five times that, which holds a third of its largest weights."""
-    assert others.Widths(3584, 3584, 512, 18944).mean == pytest.approx(8059, abs=1)
-    assert others.Widths(64, 64, 64, 64).mean == 64
-
-
 def test_runs_of_a_cell_are_averaged_and_empty_ones_left_out() -> None:
     """A rank's curve has the mean of its runs at each rate; no rank is full finetuning."""
     rows = [
@@ -140,14 +134,6 @@ def test_what_is_not_known_is_not_moved(followed: others.Sweep) -> None:
     assert large_models.moved(cut, law, "vertex", 16, 4).octaves is None
     root = large_models.WAYS[large_models.ROOT]
     assert large_models.moved(cut, root, "vertex", 16, FULL) is None
-
-
-def test_beyond_the_grid_a_loss_is_said_to_be_higher(followed: others.Sweep) -> None:
-    """It is that of the last rate tried, with the sign of what lies beyond."""
-    inside = large_models.lost_in_words(followed, 16, -11.0)
-    beyond = large_models.lost_in_words(followed, 16, -2.0)
-    assert float(inside) == 0.0
-    assert beyond == f"≥ {followed.lost(16, -7.0):.1f}"
 
 
 def test_accuracy_is_lost_in_points(csv_of: Callable[[str, Lines], Path]) -> None:

@@ -50,11 +50,6 @@ def test_a_page_is_read_by_model(tmp_path: Path) -> None:
     assert {run["model"] for run in tinker.added(path)} == {"Qwen/Qwen3-8B"}
 
 
-def test_models_have_a_width() -> None:
-    """35 models have a width."""
-    assert (len(tinker.FIRST), len(tinker.HIDDEN)) == (18, 35)
-
-
 def test_a_rate_is_scored_on_the_curves_whose_best_lies_inside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

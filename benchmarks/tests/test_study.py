@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from click.testing import CliRunner
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,12 +19,12 @@ from study.best_rates import best_rate
 from study.configurations import START
 from study.domains import STUDY, DomainError, _assets, get_domain
 from study.domains._assets import made_once
-from study.grids import FULL, Grid, Job, Line, Listed
+from study.grids import FULL, Grid, Job, Listed
 from study.loss_curves import regret_between
-from study.optima import cliff, cliff_of, domains_in, exponent_of
+from study.optima import cliff, cliff_of, exponent_of
 from study.regret import Moved, lost, noise_floor
 from study.runs_on_file import complete, read
-from study.suite import finished, main, parts, publish
+from study.suite import finished, parts, publish
 from study.suite_tables import by_setting
 
 import rankaware_optim as ra
@@ -63,16 +62,6 @@ def completed(store: Path, jobs: list[Any], ran: list[Any]) -> None:
         return float(one.x)
 
     complete(Listed(jobs), run, store, 1, lambda text: None)
-
-
-@pytest.mark.parametrize("best", [-13, -10, -8, -6, -3])
-def test_a_line_grows_until_its_best_rate_is_inside(best: int) -> None:
-    """A line of rates grows by as many octaves as it takes, however far its centre is from the best rate."""
-    line, done = Line(job(4, 0.0)[:3], centre=-8, seeds=1), {}
-    while wanted := line.wanted(done):
-        done |= {each: abs(each.x - best) for each in wanted}
-    rates = sorted(each.x for each in done)
-    assert rates[0] < best < rates[-1]
 
 
 def test_finished_runs_are_not_run_again(tmp_path: Path) -> None:
@@ -145,16 +134,6 @@ def test_an_archive_of_another_hash_is_refused(asset: Any) -> None:
     assert not list(_assets.CACHE.iterdir())
 
 
-@pytest.mark.parametrize("command", [["false"], ["/no/such/program"], ["true"]])
-def test_a_registry_that_is_away_is_said(asset: Any, command: list[str]) -> None:
-    """A fetch that fails names the command to run by hand and where to put the archive."""
-    one = asset("pypi", "package==1", "0" * 64)
-    type(one).command = command
-    with pytest.raises(DomainError, match="could not fetch package==1") as caught:
-        one.path()
-    assert "put the archive at" in str(caught.value)
-
-
 def test_a_pretrained_checkpoint_is_made_once(asset: Any) -> None:
     """What a seeded function made is read from the cache afterwards, to the bit."""
     made = {"weight": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).T}
@@ -165,24 +144,6 @@ def test_a_pretrained_checkpoint_is_made_once(asset: Any) -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--domain", "astrology"], "There is no domain 'astrology'. Known domains: "),
-        (["--suite", "huge"], "'huge' is not one of 'quick', 'full'"),
-    ],
-)
-def test_unknown_names_are_refused(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An unknown domain or suite ends the command with a sentence that names it."""
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code != 0
-    assert said in " ".join(result.output.split())
-    assert not list(tmp_path.iterdir())
 
 
 SCRIPTS = [
@@ -289,13 +250,6 @@ def test_a_domains_widths_are_its_networks() -> None:
     for name in STUDY:
         mean, largest = get_domain(name).widths
         assert (known["A", mean], known["B", mean]) == (largest, mean)
-
-
-def test_a_domain_without_a_grid_has_no_tables() -> None:
-    """Of a suite stopped in its first runs there is nothing to show."""
-    begun = {job(FULL, 0.0, 0, START): 2.0, job(4, -5): 1.0}
-    assert domains_in(begun) == []
-    assert domains_in({**begun, **bowl(4, -6.0)}) == ["language"]
 
 
 @pytest.mark.parametrize(
@@ -459,15 +413,3 @@ def test_a_readme_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
     with pytest.raises(DomainError, match="lacks <!-- three -->"):
         publish(readme, "three", "new")
     assert "newer" in readme.read_text()
-
-
-@pytest.mark.parametrize(
-    ("domain", "seeds"),
-    [("language", [3, 3, 1, 1]), ("language_smollm2", [1, 1, 1, 1])],
-)
-def test_a_large_domain_has_one_seed(domain: str, seeds: list[int]) -> None:
-    """Claims are swept with three seeds, comparisons with one, and a domain whose runs are long with one throughout."""
-    assert [part.seeds for part in parts(domain, "full")] == seeds
-    assert {16, 256 if domain == "language_smollm2" else 192} <= set(
-        parts(domain, "full")[0].ranks
-    )
