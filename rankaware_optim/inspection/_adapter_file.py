@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import safe_open
 
 from .._checks import check_init
 from .._types import Init
 from ..errors import InspectionError
-from ._conventions import INITS, Convention, Shape, StoredLayer, conventions
+from ._conventions import INITS, Shape, StoredLayer, conventions
 from ._pairs import Half, Walk, pairs_of
 from ._peft_config import AdapterConfig, embedded_configs, read_config, usable
 from ._record import Survey
@@ -29,16 +29,14 @@ from ._survey import read_survey
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# DyLoRA's slices, which are no pair, have names such as lora_A.0.
-_ADAPTER = re.compile(r"(?!(\d+|bias|weight)$)[^.]*")
 
 
-class Stored(NamedTuple):
+@dataclass(eq=False)
+class Stored:
     """A tensor in a file, of which the shape is known."""
 
     shape: Shape
-    is_meta: bool = True
-    requires_grad: bool = True
+    is_meta = requires_grad = True
 
 
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
@@ -110,9 +108,9 @@ def _read(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str, float
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
     shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
-    declaring = _declaring(conventions())
+    _, others = _known_names()
     names = [name for name, shape in shapes.items() if shape in ((), (1,))]
-    names = [name for name in names if name.rpartition(".")[2] in declaring]
+    names = [name for name in names if name.rpartition(".")[2] in others]
     dtypes = {slices[name].get_dtype() for name in names}
     # NumPy has no bfloat16, and torch is slow to import
     with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
@@ -120,9 +118,13 @@ def _read(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str, float
     return shapes, metadata, numbers
 
 
-def _declaring(rows: Iterable[Convention]) -> set[str]:
-    """Return the names of entries that declare a number."""
-    return {name for row in rows for name in (*row.rank, *row.scaling, *row.alpha)}
+def _known_names() -> tuple[set[str], set[str]]:
+    """Return the names of factors, and of what else a row looks for."""
+    halves, others = set[str](), set[str]()
+    for row in conventions():
+        halves |= {row.a, row.b}
+        others |= {*row.where, *row.without, *row.rank, *row.scaling, *row.alpha}
+    return halves, others
 
 
 def _walk(
@@ -136,25 +138,29 @@ def _walk(
     Raises:
         InspectionError: half of a pair is missing, or two tensors have the same place.
     """
-    rows = conventions()
-    halves = {name for row in rows for name in (row.a, row.b)}
-    others = {name for row in rows for name in (*row.where, *row.without)}
-    others |= _declaring(rows)
+    halves, others = _known_names()
+    known = "|".join(map(re.escape, halves | others))
+    place = re.compile(rf"(?:(.*)\.)?({known})(?:\.([^.]+))?")
     layers: dict[str, StoredLayer] = {}
     factors, parameters = list[str](), list[Any]()
     for name, shape in shapes.items():
-        owner, attribute, adapter = _place(name, halves | others)
+        tensor = Stored(shape)
+        if name not in numbers:
+            parameters.append((name, tensor))
+        match = place.fullmatch(name.removesuffix(".weight"))
+        if match is None:
+            continue
+        owner, attribute, adapter = match.groups("")
         layer = StoredLayer(owner, f"{path}: {owner}")
         layer = layers.setdefault(owner.removeprefix(_PREFIX), layer)
-        tensor = Stored(shape)
-        if attribute in halves and _ADAPTER.fullmatch(adapter):
+        # DyLoRA's slices are no pair
+        is_part = adapter == "bias" or adapter.isdecimal()
+        if attribute in halves and not is_part:
             layer.halves.setdefault((attribute, adapter), Half(name, tensor))
             factors.append(name)
         elif attribute in others:
             value = numbers.get(name, SimpleNamespace(weight=tensor))
             setattr(layer, attribute, value)
-        if name not in numbers:
-            parameters.append((name, tensor))
     for layer in layers.values():
         config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
         if config and config.has_law:
@@ -168,11 +174,3 @@ def _walk(
                 "Save the adapter again.",
             )
     return Walk(modules, parameters)
-
-
-def _place(name: str, known: Container[str]) -> tuple[str, str, str]:
-    """Return a tensor's owner, its attribute there, the last one that is known, and the rest."""
-    parts = name.removesuffix(".weight").split(".")
-    places = [i for i, part in enumerate(parts) if part in known]
-    start = max(places, default=len(parts) - 1)
-    return ".".join(parts[:start]), parts[start], ".".join(parts[start + 1 :])

@@ -148,7 +148,7 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
     names = {name for row in rows for name in (row.a, row.b)}
     for layer, module in modules:
         halves = _halves(module, names)
-        pairs: dict[tuple[int, int], Pair] = {}
+        pairs: dict[tuple[Any, Any], Pair] = {}
         for row in rows if halves else ():
             if not row.fits(module):
                 continue
@@ -156,8 +156,8 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
                 b = halves.get((row.b, adapter))
                 named_right = row.container or not adapter
                 if attribute == row.a and b and named_right:
-                    key = id(a.tensor), id(b.tensor)
-                    pairs.setdefault(key, Pair(module, layer, adapter, row, a, b))
+                    pair = Pair(module, layer, adapter, row, a, b)
+                    pairs.setdefault((a.tensor, b.tensor), pair)
         yield from pairs.values()
 
 

@@ -18,8 +18,7 @@ from ..errors import InspectionError
 _LEFT_ALIGNED = ("convention", "kind", "role", "init", "why")
 _NUMBERS = ("fan-in", "fan-out", "tensors")
 _HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", *_NUMBERS, "why")
-# By hand: usual scalings, and what is odd beside the least one.
-_LEAST_SCALING, _MOST_SCALING, _FAR_SCALING = 1 / 64, 8.0, 8.0
+_LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0  # usual ones: by hand
 _NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
 _USUAL = "a LoRA pair", "a whole weight"
 _FROZEN = "a LoRA factor that does not train"
@@ -165,15 +164,6 @@ class Survey:
         for remark, names in named.items():
             if remark not in _USUAL:
                 checks.append(f"{remark}: {names[0]} ({len(names)} in all).")
-        least = min((f.scaling for f in self.factors), default=1.0)
-        far = [f for f in self.factors if f.scaling >= _FAR_SCALING * least]
-        if far:  # as where PEFT's rank_pattern gives experts a small rank, and they keep alpha
-            most = max(f.scaling for f in far)
-            checks.append(
-                f"{len(far)} factors ({far[0].name}, …) are scaled up to {most / least:.3g} times"
-                " as strongly as the rest. If their rank was divided and alpha kept, give"
-                " alpha_pattern too, or know that the law gives them a lower rate."
-            )
         return tuple(checks)
 
 

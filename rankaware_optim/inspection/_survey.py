@@ -71,10 +71,10 @@ def survey_of(
     *,
     method: Method = "lora",
     init: Init | None = None,
-    also: Container[int] = (),
+    also: Container[Any] = (),
 ) -> Survey:
-    """Do as `inspect_model`, for a model that was walked already. Frozen parameters with an id in
-    `also` count too.
+    """Do as `inspect_model`, for a model that was walked already. Frozen parameters in `also`
+    count too.
     """
     check_choice(method, get_args(Method), "The method is")
     check_init(init, known=INITS)
@@ -108,40 +108,36 @@ def read_survey(
     *,
     method: Method = "lora",
     init: Init | None = None,
-    also: Container[int] = (),
+    also: Container[Any] = (),
 ) -> Survey:
     """Return the survey of a model or a file, which may be empty."""
     trainable = {
-        id(param): name
+        param: name
         for name, param in walked.parameters
-        if param.requires_grad or id(param) in also
+        if param.requires_grad or param in also
     }
-    in_pairs, undeclared = factor_tensors(walked), list[str]()
-    halves = {id(p): name for name, p in walked.parameters if p in in_pairs}
-    frozen = [name for key, name in halves.items() if key not in trainable]
+    halves = factor_tensors(walked)
+    frozen = [n for n, p in walked.parameters if p in halves and p not in trainable]
+    notes = list[str]()
     if method == "lora":
-        factors = list(_lora_factors(walked, trainable, init, undeclared))
-    elif len(frozen) < len(halves):
+        factors = list(_lora_factors(walked, trainable, init, notes))
+    elif halves.isdisjoint(trainable):
+        factors = list(_full_factors(walked, trainable))
+    else:
         raise InspectionError(
             "The model has a trainable LoRA pair, so this is not full finetuning.",
             "Leave method='full' out, or merge the adapters into the weights first.",
         )
-    else:
-        factors = list(_full_factors(walked, trainable))
     names = {f.name for f in factors}
     other = tuple(name for name in trainable.values() if name not in names)
-    notes = []
-    if undeclared:
-        many = f"{len(undeclared)} LoRA pairs (of {undeclared[0]!r}, …)"
-        notes.append(f"{many} declare no scaling: 1 is assumed.")
     return Survey(tuple(factors), other, tuple(notes), tuple(frozen))
 
 
-def _full_factors(walked: Walk, trainable: Mapping[int, str]) -> Iterator[Factor]:
+def _full_factors(walked: Walk, trainable: Mapping[Any, str]) -> Iterator[Factor]:
     left = dict(trainable)
     for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
-            name = left.pop(id(param), None)
+            name = left.pop(param, None)
             if name is None or param.dim() < 2 or is_embedding(module):
                 continue
             fan_in, fan_out = _full_fans(module, param)
@@ -165,9 +161,9 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
 
 
 def _lora_factors(
-    walked: Walk, trainable: Mapping[int, str], init: Init | None, undeclared: list[str]
+    walked: Walk, trainable: Mapping[Any, str], init: Init | None, notes: list[str]
 ) -> Iterator[Factor]:
-    """Yield both factors of every pair. The layers without a scaling are added to `undeclared`."""
+    """Yield both factors of every pair. What is assumed of them is added to `notes`."""
     declared, left = declared_inits(walked.modules), dict(trainable)
     # X-LoRA's classifier scales the pairs inside by token
     mixtures = tuple(
@@ -177,7 +173,7 @@ def _lora_factors(
     )
     for pair in pairs_of(walked.modules):
         # a tied factor has its first name
-        names = [left.pop(id(half.tensor), None) for half in (pair.a, pair.b)]
+        names = [left.pop(half.tensor, None) for half in (pair.a, pair.b)]
         if not any(names):
             continue
         if getattr(pair.owner, "merged_adapters", None):  # PEFT's
@@ -187,8 +183,10 @@ def _lora_factors(
             )
         reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a)
-        if scaling is None:
-            undeclared.append(pair.layer)
+        if scaling is None and not notes:
+            notes.append(
+                f"{pair.where} declares no scaling: 1 is assumed there, and wherever none is."
+            )
         kind = "xlora" if pair.layer.startswith(mixtures) else reading.kind
         by_peft = declared[pair.layer].get(pair.adapter)
         started = init or init_of(pair, by_peft, reading.kind)
@@ -226,35 +224,30 @@ def declared_init(declared: object, kind: str) -> Init:
 
 
 def init_of(pair: Pair, declared: object, kind: str) -> Init:
-    """Return the init by the row, else as `initialize` recorded it, else by PEFT's declaration,
-    else by the zeros.
+    """Return the init by the row, else as `initialize` recorded it, else by a factor of zeros
+    beside one that is drawn, else by PEFT's declaration.
 
-    A factor of zeros overrides PEFT's declaration if they contradict. With a declared B = 0, A is
-    never all zero. If it is, the pair was set to A = 0 by hand. Shards differ between processes,
-    which must all get the same rate, so their zeros are not used.
+    Zeros go before the declaration, since A may be set to zero by hand. Shards differ between
+    processes, which must all get the same rate, so their zeros are not used.
     """
     marks: Mapping[str, Init] = getattr(pair.owner, INIT_MARK, {})
     recorded = pair.convention.init or marks.get(pair.adapter)
     if recorded is not None:
         return recorded
-    if declared is None and pair.is_sharded:
+    zeros: tuple[bool | None, bool | None] = None, None
+    if not pair.is_sharded:
+        zeros = is_zero(pair.a.tensor), is_zero(pair.b.tensor)
+    if zeros in ((False, True), (True, False)):
+        return "A" if zeros[1] else "B"
+    if declared is not None:
+        return declared_init(declared, kind)
+    if pair.is_sharded:
         raise InspectionError(
             f"{pair.where} is sharded, so its factors do not show their init, and none is"
             " declared.",
             "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
         )
-    a, b = pair.a.tensor, pair.b.tensor
-    if declared is not None:
-        expected = declared_init(declared, kind)
-        drawn = a if expected == "A" else b
-        if expected == "other" or pair.is_sharded or not is_zero(drawn):
-            return expected
-    inits: dict[object, Init] = {
-        (False, True): "A",
-        (True, False): "B",
-        (False, False): "other",
-    }
-    return inits.get((is_zero(a), is_zero(b)), "unknown")
+    return "other" if zeros == (False, False) else "unknown"
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:

@@ -96,7 +96,7 @@ def prepare_later(
     groups = user_groups([param_group], model, walked, first=len(hidden.splits))
     refuse_own_rates(type(opt), groups, settings_of_built(opt))
     also = _frozen(groups)
-    also |= {id(p) for group in opt.param_groups for p in group["params"]}
+    also |= {p for group in opt.param_groups for p in group["params"]}
     later = survey_of(walked, method=assigner.method, init=hidden.init, also=also)
     # those of before stay, since trained weights do not show their init
     factors = {f.name: f for f in (*later.factors, *hidden.survey.factors)}
@@ -105,11 +105,9 @@ def prepare_later(
     return survey, split_group
 
 
-def _frozen(groups: Iterable[UserGroup]) -> set[int]:
-    """Return the ids of frozen parameters that the user listed, since they get a rate if they train
-    later.
-    """
-    return {id(p) for group in groups for _, p in group.named if not p.requires_grad}
+def _frozen(groups: Iterable[UserGroup]) -> set[Any]:
+    """Return frozen parameters that the user listed, since they get a rate if they train later."""
+    return {p for group in groups for _, p in group.named if not p.requires_grad}
 
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:

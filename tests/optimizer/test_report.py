@@ -214,18 +214,6 @@ LOHA = "m.hada_w1_a"
 PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
 
 
-def scaled(*pairs: tuple[int, float]) -> Survey:
-    """A survey of pairs of these ranks and scalings."""
-    factors = []
-    for number, (rank, scaling) in enumerate(pairs):
-        of_pair = {"rank": rank, "scaling": scaling}
-        factors += [
-            replace(PAIR, name=f"{number}.{role}", role=role, **of_pair)
-            for role in ("A", "B")
-        ]
-    return Survey(tuple(factors))
-
-
 def of_one(**changes) -> Survey:
     """A survey of one factor with changes."""
     return Survey((replace(PAIR, **changes),))
@@ -249,16 +237,6 @@ AUDIT = [
     (of_one(rank=65), "whose rank is above the fan-in"),
     (of_one(scaling=8.5), r"above 8 or below 1/64"),
     (of_one(scaling=1 / 65), r"above 8 or below 1/64"),
-    (scaled((16, 1.0), (4, 4.0)), None),
-    (scaled((16, 1.0), (2, 7.9)), None),
-    (
-        scaled((8, 1.0), (1, 8.0)),
-        r"^2 factors \(1\.A, …\) are scaled up to 8 times as strongly as the rest\. If .* give alpha_",
-    ),
-    (
-        scaled((8, 0.5), (4, 1.0), (1, 4.0), (1, 8.0)),
-        r"^4 factors \(2\.A, …\) are scaled up to 16 times",
-    ),
 ]
 
 
