@@ -117,8 +117,11 @@ actor_rollout_ref.actor.optim.lr={converted}""",
 }
 
 
+_SUMMARY = "# {lr:g} was tuned at {tuned_at}; at {to} it is {converted}."
+
+
 def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
-    """Return a trainer's lines at `at`.
+    """Return a trainer's lines at `at`, below sentences on the rate.
 
     Raises:
         InvalidReferenceError: `at` is full finetuning, or at A = 0, for which there are no lines.
@@ -128,19 +131,22 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
             "--as prints lines for adapters at init A, with which these tools start.",
             "Leave --as out to print the rate.",
         )
+    values = {
+        "rank": at.rank,
+        "alpha": f"{at.alpha:g}",
+        # of a tool that divides it by the rank, also for rsLoRA
+        "alpha_over_rank": f"{at.scaling * (at.rank or 1):g}",
+        "scaling": f"{at.scaling:g}",
+        "batch": at.batch,
+        "converted": f"{converted.lr:.4g}",
+        **given,
+    }
+    notes = [f"# {note}" for note in converted.notes]
     lines = TOOLS[tool].splitlines()
     if not at.rslora:
         lines = [line for line in lines if "rslora" not in line]
-    return "\n".join(lines).format(
-        rank=at.rank,
-        alpha=f"{at.alpha:g}",
-        # of a tool that divides it by the rank, also for rsLoRA
-        alpha_over_rank=f"{at.scaling * (at.rank or 1):g}",
-        scaling=f"{at.scaling:g}",
-        batch=at.batch,
-        converted=f"{converted.lr:.4g}",
-        **given,
-    )
+    lines = [line.format(**values) for line in lines]
+    return "\n".join([_SUMMARY.format(**values), *notes, *lines])
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -213,10 +219,6 @@ def convert(
     if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
         rate = replace(rate, notes=(*rate.notes, unmoved))
     if tool:
-        lines = _lines(tool, at, rate, lr=lr, tuned_at=from_, law=law)
-        summary = f"{lr:g} was tuned at {from_}; at {to} it is {rate.lr:.3g}."
-        for comment in (summary, *rate.notes):
-            echo(f"# {comment}")
-        echo(lines)
+        echo(_lines(tool, at, rate, lr=lr, tuned_at=from_, to=to, law=law))
         return
     echo_result(as_json, rate, {"from_lr": lr, "from": from_, "to": to, **asdict(rate)})

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-
 from .._checks import is_within, plain, range_of, shown
 from .._optimizers import known_optimizer
 from .._printing import give_or_take, times
@@ -21,7 +19,7 @@ from .._rate import Rate
 from .._types import Method, Reference, Scaling
 from .._warn import warn
 from ..errors import RecipeError
-from ..fitting import FULL_SD, steps_variance
+from ..fitting import FULL_SD, Prior, steps_variance
 from ..laws import beyond_batches, checked_batch_multiplier, checked_multiplier
 from ._record import Record
 
@@ -153,12 +151,14 @@ def spread(
     """Return the standard deviation of log2 of the best rate, octaves, and notes on what was not
     tried.
     """
-    full, pivot = at.method == "full", recipe.law.pivot
-    octaves = math.log2(((at.fan_in if full else at.rank) or pivot) / pivot)
-    # Design vector: gradient of the log2 rate with respect to (base, drift, full factor).
-    x = np.array([1.0, octaves if recipe.law.to_full or not full else 0.0, float(full)])
+    law, reach = recipe.law, 0.0
+    if law.to_full:
+        reach = math.log2((at.fan_in or law.pivot) / law.pivot)
+    x = Prior(pivot=law.pivot, full_reach=reach).row(at.rank)
     variance = max(0.0, float(x @ recipe.covariance @ x))
-    if not full:  # full finetuning has its own factor, so no scatter about the law
+    if (
+        at.method == "lora"
+    ):  # full finetuning has its own factor, so no scatter about the law
         variance += recipe.scatter**2
     notes = []
     for sd, note in (*_untried(recipe, at), *_other_run(recipe, at, steps)):
@@ -220,11 +220,11 @@ def _other_run(
 
     With other steps the rate stays, and its band grows as that of a fit does.
     """
-    if octaves := _octaves(recipe, "steps", steps, recipe.steps):
+    if octaves := _octaves(recipe, "steps", steps):
         sd = math.sqrt(steps_variance(octaves))
         why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
         yield sd, f"{why}, {give_or_take(sd)}"
-    if octaves := _octaves(recipe, "batch", at.batch, recipe.batch):
+    if octaves := _octaves(recipe, "batch", at.batch):
         sd, move = BATCH_SD * abs(octaves), math.log2(_batch_multiplier(recipe, at))
         why = f"batch {at.batch:g} instead of {recipe.batch:g}: an extrapolation"
         beyond = beyond_batches(2.0**octaves) if move else ""
@@ -233,14 +233,13 @@ def _other_run(
 
 def _batch_multiplier(recipe: Record, at: Reference) -> float:
     """Return the factor of the rate for another batch, by the law's rule."""
-    octaves = _octaves(recipe, "batch", at.batch, recipe.batch)
+    octaves = _octaves(recipe, "batch", at.batch)
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 
 
-def _octaves(
-    recipe: Record, what: str, asked: float | None, own: float | None
-) -> float:
+def _octaves(recipe: Record, what: str, asked: float | None) -> float:
     """Return log2 of the change of the steps or of the batch from the recipe's own."""
+    own = getattr(recipe, what)
     if asked is None:
         return 0.0
     asked = plain(asked)

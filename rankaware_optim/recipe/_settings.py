@@ -86,14 +86,12 @@ def differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if
     there are none. Floats differ beyond rounding only.
     """
-    return "; ".join(
-        f"{key}={stored[key]!r}, not {mine[key]!r}"
-        for key in mine
-        if key in stored and not _is_alike(stored[key], mine[key])
-    )
-
-
-def _is_alike(a: Any, b: Any) -> bool:
-    if is_number(a) and is_number(b) and isinstance(a + b, float):
-        return math.isclose(a, b, rel_tol=SAME)
-    return bool(a == b)
+    words = []
+    for key, now in mine.items():
+        before = stored.get(key, now)
+        is_alike = before == now
+        if is_number(before) and is_number(now) and isinstance(before + now, float):
+            is_alike = math.isclose(before, now, rel_tol=SAME)
+        if not is_alike:
+            words.append(f"{key}={before!r}, not {now!r}")
+    return "; ".join(words)
