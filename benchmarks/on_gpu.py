@@ -39,7 +39,7 @@ from torch.optim import AdamW
 
 from rankaware_optim import RankAwareOptimizer, Reference
 from rankaware_optim.calibration import seeded
-from rankaware_optim.laws import DEFAULT_LAW, bound_law, checked_multiplier, get_law
+from rankaware_optim.laws import DEFAULT_LAW, checked_multiplier, get_law
 
 RESTS_ON = ()
 CONFIG = next(iter(CONFIGS))  # alpha = rank, B = 0
@@ -251,7 +251,7 @@ def octaves(domain: Domain, rank: int) -> float:
     mean, largest = domain.widths
     lora, full = partial(Reference, fan_in=mean), partial(Reference, fan_in=largest)
     at = full(method="full") if rank == FULL else lora(rank, rank)
-    law = bound_law(get_law(DEFAULT_LAW), AdamW, {})
+    law = get_law(DEFAULT_LAW).bind(AdamW, {})
     return math.log2(checked_multiplier(law, at.as_factor(), lora(TUNED, TUNED)))
 
 

@@ -28,7 +28,7 @@ from rankaware_optim.fitting import (
     prior_of,
     recent_mean,
 )
-from rankaware_optim.laws import PRIOR_LAW, bound_law, checked_multiplier, get_law
+from rankaware_optim.laws import PRIOR_LAW, checked_multiplier, get_law
 from rankaware_optim.recipe import configuration, recipe_of
 
 # What a fit decides of a recipe.
@@ -47,7 +47,7 @@ def main() -> None:
 
 def fitted_again(recipe: Recipe) -> Recipe:
     """The recipe of the same trials by today's law and fit."""
-    law = bound_law(get_law(PRIOR_LAW), torch.optim.AdamW, recipe.settings)
+    law = get_law(PRIOR_LAW).bind(torch.optim.AdamW, recipe.settings)
     rates = base_rates(recipe, law)
     moved = replace(recipe, tensors={**recipe.tensors, "lr": rates})
     prior = prior_of(recipe.reference, recipe.ranks, recipe.full_fan_in)

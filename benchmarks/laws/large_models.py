@@ -38,7 +38,7 @@ from study.grids import FULL
 from study.suite import README, publish
 
 from rankaware_optim import Constant, Falling, Law, MuA, Power, Rate, suggest_lr
-from rankaware_optim.laws import bound_law, checked_multiplier
+from rankaware_optim.laws import checked_multiplier
 from rankaware_optim.transfer import Suggestion
 
 RESTS_ON = ("laws", "transfer", "fitting")
@@ -51,7 +51,7 @@ Way = Callable[[Sweep, int, int], float | None]
 
 
 def by_law(law: Law) -> Way:
-    bound = bound_law(law, get_optimizer_class("AdamW"), {})
+    bound = law.bind(get_optimizer_class("AdamW"), {})
 
     def way(sweep: Sweep, a: int, b: int) -> float:
         here, there = (

@@ -25,7 +25,6 @@ from recording import block, number
 
 from rankaware_optim import Constant, Falling, Law, MuA, Power, Reference
 from rankaware_optim.laws import (
-    bound_law,
     checked_batch_multiplier,
     checked_multiplier,
 )
@@ -91,7 +90,7 @@ def errors_of(law: Law) -> list[float]:
 
 def octaves(law: Law, source: int, target: int) -> float:
     """By how much a law moves a rate from rank to rank, with alpha = rank, in Gemma-3-1B."""
-    bound = bound_law(law, get_optimizer_class("AdamW"), {})
+    bound = law.bind(get_optimizer_class("AdamW"), {})
     at = Reference(source, source, fan_in=GEMMA)
     there = Reference(target, target, fan_in=GEMMA)
     return math.log2(checked_multiplier(bound, there.as_factor(), at))

@@ -25,7 +25,6 @@ from study.loss_curves import between, vertex_of
 from rankaware_optim import CalibrationError, Constant, Law, Power, Reference
 from rankaware_optim.fitting import Prior, fit_observations
 from rankaware_optim.laws import (
-    bound_law,
     checked_multiplier,
     get_law,
     law_sentence,
@@ -175,7 +174,7 @@ def bench_law(
 def score_of(law: str | Law, curves: Sequence[LossCurve]) -> LawScore:
     """Score one law on the moves between all comparable ranks."""
     found, moves = get_law(law), []
-    bound = bound_law(found, get_optimizer_class("AdamW"), {})
+    bound = found.bind(get_optimizer_class("AdamW"), {})
     for source, target in itertools.permutations(curves, 2):
         if source.compares_with(target):
             moved = source.best + math.log2(

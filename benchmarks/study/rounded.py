@@ -77,7 +77,7 @@ from torch.optim import AdamW, Optimizer
 
 from rankaware_optim import Falling, Reference
 from rankaware_optim.calibration import seeded
-from rankaware_optim.laws import bound_law, checked_multiplier
+from rankaware_optim.laws import checked_multiplier
 
 RESTS_ON = ("laws",)
 STORE = RESULTS / "rounded.jsonl"
@@ -355,7 +355,7 @@ class Network(NamedTuple):
         """Octaves of the law's rate above the best one, in the mean of ranks, at mean^(1 − p) · largest^p."""
         mean, largest = self.widths
         at = Reference(method="full", fan_in=mean ** (1 - power) * largest**power)
-        law = bound_law(Falling(), AdamW, {})
+        law = Falling().bind(AdamW, {})
         moves = [
             x + math.log2(checked_multiplier(law, at.as_factor(), origin)) - self.full
             for origin, x in self.lora

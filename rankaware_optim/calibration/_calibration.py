@@ -34,7 +34,7 @@ from ..fitting import (
     prior_of,
     steps_variance,
 )
-from ..laws import Power, bound_law, checked_multiplier
+from ..laws import Power, checked_multiplier
 from ..recipe import Z90, Recipe, constructor_settings, infer_scaling, recipe_of
 from ._constants import (
     APART,
@@ -117,7 +117,7 @@ class Calibration:
 
     def law(self, settings: Mapping[str, Any]) -> Power:
         """Return the law at its prior means, for an optimizer of these settings."""
-        law = bound_law(self.options.law, self.options.optimizer, settings)
+        law = self.options.law.bind(self.options.optimizer, settings)
         return centred_law(law, self.settled.reference, self.prior.pivot)
 
     def fit(self) -> Fit | None:
@@ -148,7 +148,7 @@ def first_rate(options: Options, reference: Reference) -> float:
     if options.suggested is not None:
         return math.log2(options.suggested.lr)
     family = optimizer_family(options.optimizer)
-    law = bound_law(options.law, options.optimizer, {})
+    law = options.law.bind(options.optimizer, {})
     multiplier = checked_multiplier(law, reference.as_factor(), USUAL_AT)
     usual = USUAL_LR.get(family, USUAL_LR["sign-like"]) * multiplier
     return STRIDE + math.log2(usual)
@@ -174,7 +174,7 @@ def calibrated_recipe(
     settings = trials.settings_in_force()
     make = partial(
         recipe_of,
-        law=bound_law(options.law, options.optimizer, settings),
+        law=options.law.bind(options.optimizer, settings),
         reference=settled.reference,
         name=options.name,
         scaling_rule=infer_scaling(trials.scalings()),

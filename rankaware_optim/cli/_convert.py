@@ -15,7 +15,7 @@ from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from .._types import Reference
 from ..errors import InvalidReferenceError
-from ..laws import DEFAULT_LAW, bound_law, get_law
+from ..laws import DEFAULT_LAW, get_law
 from ._options import (
     RATE_FIELDS,
     echo,
@@ -214,7 +214,7 @@ def convert(
         )
     moved_by = get_law(law)
     if optimizer is not None:
-        moved_by = bound_law(moved_by, get_optimizer_class(optimizer), {})
+        moved_by = moved_by.bind(get_optimizer_class(optimizer), {})
     rate = transfer.convert_lr(lr, from_=origin, to=at, law=moved_by)
     if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
         rate = replace(rate, notes=(*rate.notes, unmoved))

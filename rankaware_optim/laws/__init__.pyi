@@ -4,7 +4,6 @@ from ._law import Constant as Constant
 from ._law import Law as Law
 from ._law import LoRAPlus as LoRAPlus
 from ._law import beyond_batches as beyond_batches
-from ._law import bound_law as bound_law
 from ._law import caution_of as caution_of
 from ._law import checked_batch_multiplier as checked_batch_multiplier
 from ._law import checked_multiplier as checked_multiplier

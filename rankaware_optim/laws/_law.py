@@ -136,7 +136,7 @@ def checked_multiplier(law: Law, factor: Factor, reference: Reference) -> float:
     Raises:
         LawError: the law failed, or returned something else.
     """
-    value = float(_answer(law, "multiplier", factor, reference))
+    value = _answer(law, "multiplier", factor, reference)
     return 1.0 if math.isclose(value, 1.0, rel_tol=1e-12) else value
 
 
@@ -145,7 +145,7 @@ def checked_batch_multiplier(law: Law, ratio: float) -> float:
 
     A ratio farther from 1 than `BATCH_REACH` counts as that.
     """
-    return float(_answer(law, "batch_multiplier", _within_reach(ratio)))
+    return _answer(law, "batch_multiplier", _within_reach(ratio))
 
 
 def beyond_batches(ratio: float) -> str:
@@ -167,15 +167,9 @@ def _within_reach(ratio: float) -> float:
     return min(max(ratio, 1 / BATCH_REACH), BATCH_REACH)
 
 
-def bound_law(law: Law, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
-    """Return `law.bind(optimizer_class, settings)`, checked to be a law."""
-    bound: Law = _answer(law, "bind", optimizer_class, settings)
-    return bound
-
-
-def _answer(law: Law, method: str, *question: Any) -> Any:
+def _answer(law: Law, method: str, *question: Any) -> float:
     """Call a method of a law. Whatever it raises becomes a `LawError`, and so does an answer that
-    is no positive finite number (of `bind`: no law).
+    is no positive finite number.
     """
     try:
         answer = getattr(law, method)(*question)
@@ -186,16 +180,12 @@ def _answer(law: Law, method: str, *question: Any) -> Any:
             f"The law {law!r} failed in {method}(): {error!r}.",
             "Fix the law, or choose another by law=.",
         ) from error
-    usable, wanted = isinstance(answer, Law), "a law, by default the law itself"
-    if method != "bind":
-        usable = is_positive(answer) and answer <= sys.float_info.max
-        wanted = "a positive finite number"
-    if not usable:
+    if not is_positive(answer) or answer > sys.float_info.max:
         raise LawError(
             f"The law {law!r} returned {shown(answer)} from {method}{shown(question)}.",
-            f"Return {wanted}, or choose another law by law=.",
+            "Return a positive finite number, or choose another law by law=.",
         )
-    return answer
+    return float(answer)
 
 
 def innermost(law: Law) -> Law:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -77,15 +76,16 @@ def registered_law(name: str) -> Law:
     if name not in list(points):
         raise LawError(
             f"Unknown law {shown(name)}.",
-            f"Known are {', '.join(sorted([*laws, *points]))}. Add one by register_law(), a package"
-            f" by the entry point group {_LAWS.group!r}.",
+            f"Known are {', '.join(sorted([*laws, *points]))}. Add one by register_law(), where a"
+            " recipe is made and where it is read, or a package by the entry point group"
+            f" {_LAWS.group!r}.",
         )
     return _LAWS.load(points[name])
 
 
-def parameters_of(law: Law) -> dict[str, Field[Any]]:
-    """Return a law's fields by their names; none if it is no dataclass."""
-    return {f.name: f for f in fields(law)} if is_dataclass(law) else {}
+def parameters_of(law: Law) -> list[str]:
+    """Return the names of a law's fields; none if it is no dataclass."""
+    return [f.name for f in fields(law)] if is_dataclass(law) else []
 
 
 def recordable_law(law: str | Law) -> Law:
@@ -118,10 +118,10 @@ def law_sentence(law: Law) -> str:
     >>> law_sentence(Power(exponent=0.1, law=MuA(tokens=4.0)))
     'power with exponent 0.1, law (mua with tokens 4)'
     """
-    changes = []
-    for name, parameter in parameters_of(law).items():
-        value, factory = getattr(law, name), parameter.default_factory
-        if value == (factory() if callable(factory) else parameter.default):
+    usual, changes = type(law)(), []
+    for name in parameters_of(law):
+        value = getattr(law, name)
+        if value == getattr(usual, name):
             continue
         if isinstance(value, Law):
             value = f"({law_sentence(value)})"
@@ -138,14 +138,11 @@ def law_to_dict(law: Law) -> dict[str, Any]:
     """Return a law as plain TOML values: its registered name and its parameters. None is written
     "none".
     """
-    known = None
-    with suppress(LawError):
-        known = registered_law(law.name)
-    if type(known) is not type(law):
+    if type(registered_law(law.name)) is not type(law):
         raise LawError(
             f"The law {law!r} is not registered as {law.name!r}, so no recipe can record it.",
-            "Call register_law() for it, where the recipe is made and where it is read, or let your"
-            f" package have an entry point in the group {_LAWS.group!r}.",
+            "Give it another name, and call register_law() for it, where the recipe is made and"
+            " where it is read.",
         )
     table: dict[str, Any] = {"name": law.name}
     for name in parameters_of(law):
@@ -156,27 +153,20 @@ def law_to_dict(law: Law) -> dict[str, Any]:
     return table
 
 
-def law_from_dict(data: Mapping[str, Any], *, depth: int = 8) -> Law:
-    """Return the law that `law_to_dict` wrote.
-
-    Args:
-        data: the law's name and parameters.
-        depth: how many levels of laws inside laws are accepted.
+def law_from_dict(data: Mapping[str, Any]) -> Law:
+    """Return the law that `law_to_dict` wrote, from its name and parameters.
 
     Raises:
-        LawError: the law or a parameter is unknown, a value is out of range, or the laws are
-            nested too deep.
+        LawError: the law or a parameter is unknown, or a value is out of range.
     """
-    if depth < 0:
-        raise LawError("The laws are nested too deep.", "Remove some of them.")
     table = dict(data)
     law = registered_law(str(table.pop("name", None)))
     for name, value in table.items():
         if isinstance(value, Mapping):
-            table[name] = law_from_dict(value, depth=depth - 1)
+            table[name] = law_from_dict(value)
         elif value == "none":
             table[name] = None
-    unknown = table.keys() - parameters_of(law).keys()
+    unknown = table.keys() - parameters_of(law)
     if unknown:
         raise LawError(
             f"The law {law.name!r} has no parameter {shown(min(unknown))}.",

@@ -38,7 +38,6 @@ from ..laws import (
     SIGN_LIKE,
     Law,
     beyond_batches,
-    bound_law,
     checked_batch_multiplier,
     checked_multiplier,
     innermost,
@@ -147,7 +146,7 @@ class Assigner:
         """Return the rule of a group, whose settings may put it into another family."""
         if self.optimizer is None:
             return Rule(self.source.law, "sign-like")
-        law = bound_law(self.source.law, self.optimizer, settings)
+        law = self.source.law.bind(self.optimizer, settings)
         return Rule(law, optimizer_family(self.optimizer, settings))
 
     def assign(

@@ -24,7 +24,7 @@ from ..fitting import (
     fit_observations,
     prior_of,
 )
-from ..laws import PRIOR_LAW, Law, bound_law, checked_multiplier, recordable_law
+from ..laws import PRIOR_LAW, Law, checked_multiplier, recordable_law
 from ..recipe import ANY_WIDTH, Z90, Recipe, infer_scaling, recipe_of
 from ._runs import Source, SweepRun, ends_of, read_sweep
 
@@ -92,7 +92,7 @@ def fit_sweep(
     True
     """
     optimizer = get_optimizer_class(optimizer)
-    bound = bound_law(recordable_law(law), optimizer, {})
+    bound = recordable_law(law).bind(optimizer, {})
     given = {
         "alpha": alpha,
         "init": "A" if init is None else init,

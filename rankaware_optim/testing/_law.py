@@ -18,7 +18,6 @@ from .._types import Reference
 from ..errors import LawError
 from ..laws import (
     Law,
-    bound_law,
     checked_multiplier,
     get_law,
     law_from_dict,
@@ -57,7 +56,7 @@ def check_law(
     >>> check_law("constant")
     """
     law = get_law(law)
-    bound_law(law, torch.optim.AdamW, {})
+    bound = law.bind(torch.optim.AdamW, {})
     references = []
     for width in fan_in:
         references.append(Reference(method="full", fan_in=width))
@@ -67,6 +66,7 @@ def check_law(
     for a, b in itertools.product(references, repeat=2):
         factor = b.as_factor()
         direct = checked_multiplier(law, factor, a)
+        checked_multiplier(bound, factor, a)
         if b.method == "lora":
             checked_multiplier(law, replace(factor, role="B"), a)
         to_a = checked_multiplier(law, a.as_factor(), origin)

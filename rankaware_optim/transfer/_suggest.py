@@ -5,10 +5,12 @@ wide band.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from statistics import mode
+from typing import Any, NamedTuple, get_args
+
+from torch.optim import Optimizer
 
 from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
@@ -27,9 +29,6 @@ from ..inspection import (
 )
 from ..laws import MuA, checked_multiplier
 from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 # the middle of the published models
 PUBLISHED = Reference(rank=16, alpha=32, fan_in=ANY_WIDTH)
@@ -64,6 +63,9 @@ _RL = (
     f"For reinforcement learning LoRA's rate is {times(RL_OCTAVES)}: in GRPO on a 1.7B with alpha"
     " 32 accuracy was flat from 3e-5 to 1e-4, and runs collapsed from 2e-4 on. On a small task of"
     " ours higher rates were best."
+)
+_UNREAD = (
+    "The init could not be read. It is assumed that B started at zero, as in PEFT."
 )
 _NARROW = (
     "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have"
@@ -170,9 +172,9 @@ def suggest_lr(
         task = "rl" if hasattr(model, "reward_funcs") else "other"
     check_choice(task, get_args(Task), "The task is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
-    adapters = _adapters(model, method, init, dora)
-    at = adapters.at
-    moves = [*_moves(at, task), *_variants(adapters), _factor(name, relation)]
+    at, init, dora, assumed = _read(model, method, init, dora)
+    moves = [*_moves(at, task), *_variants(at, method, init, dora)]
+    moves.append(_factor(name, relation))
     if steps is not None:
         moves.append(_length(steps))
     middle = LOG2_RATE + sum(move.octaves for move in moves)
@@ -188,7 +190,7 @@ def suggest_lr(
         notes=(
             f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
             *(move.why for move in moves if move.why),
-            *adapters.notes,
+            *assumed,
             _NARROW,
         ),
     )
@@ -201,13 +203,13 @@ def _relation(
     optimizer: type[Optimizer] | str, settings: Mapping[str, Any] | None
 ) -> tuple[str, str]:
     """Return the optimizer's name and its row of FACTORS. A subclass follows its base class."""
-    kind, row = optimizer, known_optimizer(optimizer)[1]
-    # a name in the table needs no installed package
-    if not isinstance(kind, str) or not (row.relation or row.one_rate):
-        kind = get_optimizer_class(optimizer)
-        row = known_optimizer(kind)[1]
-    name = kind if isinstance(kind, str) else kind.__name__
-    matched = in_force(kind, settings).get("adjust_lr_fn") == "match_rms_adamw"
+    row = known_optimizer(optimizer)[1]
+    if not row.relation and not row.one_rate:
+        # a name in the table needs no installed package
+        optimizer = get_optimizer_class(optimizer)
+        row = known_optimizer(optimizer)[1]
+    name = optimizer if isinstance(optimizer, str) else optimizer.__name__
+    matched = in_force(optimizer, settings).get("adjust_lr_fn") == "match_rms_adamw"
     if matched and row.family == "spectral":
         return name, "Muon matched to AdamW"
     if not row.relation:
@@ -220,81 +222,85 @@ def _relation(
     return "AdamW" if name.lower() == "adamw" else name, row.relation
 
 
-class _Adapters(NamedTuple):
-    """The configuration, what differs from plain LoRA, and what is assumed."""
-
-    at: Reference
-    init: str | bool | None
-    dora: bool | None
-    notes: Sequence[str] = ()
-
-
-def _adapters(
-    model: Any, method: Method, init: str | bool | None, dora: bool | None
-) -> _Adapters:
-    adapters = _Adapters(model, init, dora)
-    if not isinstance(model, Reference):
-        adapters = _as_read(_survey(model, method, init), method, init, dora)
-    at = adapters.at
-    is_full = "full" in (method, at.method)
-    if is_full and (at.method == "lora" or published_init(init) or dora):
-        raise InvalidReferenceError(
-            "Full finetuning has neither rank, init nor DoRA.",
-            "Give Reference(method='full', fan_in=...) and leave the rest out.",
-        )
+def _read(
+    model: Any, method: Method, init: Any, dora: bool | None
+) -> tuple[Reference, Any, bool | None, list[str]]:
+    """Return a model's most common configuration, its init and whether it is DoRA unless they are
+    given, and what is assumed.
+    """
+    at, assumed = model, list[str]()
+    if not isinstance(model, (Reference, Survey)):
+        read_as = init if init in ("A", "B") else None
+        model = getattr(model, "model", model)  # of a trainer
+        model = inspect_model(model, method=method, init=read_as)
+    if isinstance(model, Survey):
+        at = _configuration(model, method)
+        if at.method == "lora":
+            init, dora, assumed = _declared(model, init, dora)
     if init is not None:
         at = replace(at, init="B" if init == "B" else "A")
-    return adapters._replace(at=at)
+    return at, init, dora, assumed
 
 
-def _survey(model: Any, method: Method, init: str | bool | None) -> Survey:
-    if isinstance(model, Survey):
-        return model
-    read_as: Any = init if init in ("A", "B") else None
-    model = getattr(model, "model", model)  # of a trainer
-    return inspect_model(model, method=method, init=read_as)
-
-
-def _as_read(
-    survey: Survey, method: Method, init: str | bool | None, dora: bool | None
-) -> _Adapters:
-    """Return the most common configuration of a model."""
-    at = Reference(method="full") if method == "full" else survey.dominant()
-    if at.method == "full":
-        return _Adapters(replace(at, fan_in=survey.full_width()), init, dora)
-    # the most common width: published models are known by their hidden size
-    layers = {f.layer: f.fan_in for f in dense(survey.factors)}
-    [(width, _)] = Counter(layers.values()).most_common(1) or [(1.0, 0)]
-    notes = tuple(_assumptions(survey, init))
-    inits = Counter(f.init for f in survey.factors)
-    if init is None and 2 * inits["other"] > inits.total():
-        init = "other"
-    if dora is None:
-        dora = "DoRA magnitude" in map(other_kind, survey.other)
-    return _Adapters(replace(at, fan_in=width), init, dora, notes)
-
-
-def _assumptions(survey: Survey, init: str | bool | None) -> Iterator[str]:
-    """Yield what is assumed of adapters.
+def _configuration(survey: Survey, method: Method) -> Reference:
+    """Return the most common configuration of a model.
 
     Raises:
         LawError: some pairs add more than s·B·A.
     """
-    kinds = {f.kind for f in survey.factors}
-    lawless = [name for kind, name in LAWLESS.items() if kind in kinds]
+    at = Reference(method="full") if method == "full" else survey.dominant()
+    if at.method == "full":
+        return replace(at, fan_in=survey.full_width())
+    lawless = {f.kind for f in survey.factors} & LAWLESS.keys()
     if lawless:
         raise LawError(
-            f"No law covers {' and '.join(lawless)}, so no rate is known for it.",
+            f"No law covers {LAWLESS[min(lawless)]}, so no rate is known for it.",
             "Calibrate.",
         )
-    ranks = {(f.rank, f.scaling) for f in survey.factors}
-    if len(ranks) > 1:
-        yield (
-            f"The model has {len(ranks)} ranks or scalings: the rate is for the most common of"
-            " them."
+    # the most common width: published models are known by their hidden size
+    width = mode([f.fan_in for f in dense(survey.factors)] or [1.0])
+    return replace(at, fan_in=width)
+
+
+def _declared(
+    survey: Survey, init: Any, dora: bool | None
+) -> tuple[Any, bool, list[str]]:
+    """Return the adapters' init and whether they are DoRA, and what is assumed."""
+    assumed = []
+    if init is None:
+        inits = [f.init for f in survey.factors]
+        init = "other" if mode(inits) == "other" else None
+        assumed = [_UNREAD] if "unknown" in inits else []
+    if dora is None:
+        dora = "DoRA magnitude" in map(other_kind, survey.other)
+    return init, dora, assumed
+
+
+def _variants(
+    at: Reference, method: Method, init: Any, dora: bool | None
+) -> list[Move]:
+    """Return the moves to an init of PEFT and to DoRA.
+
+    Raises:
+        InvalidReferenceError: full finetuning has neither.
+        LawError: no rate is published for the init.
+    """
+    published = published_init(init)
+    rows = [published] if published else []
+    rows += ["DoRA"] if dora else []
+    if "full" in (method, at.method) and (at.method == "lora" or rows):
+        raise InvalidReferenceError(
+            "Full finetuning has neither rank, init nor DoRA.",
+            "Give Reference(method='full', fan_in=...) and leave the rest out.",
         )
-    if init is None and any(f.init == "unknown" for f in survey.factors):
-        yield "The init could not be read. It is assumed that B started at zero, as in PEFT."
+    is_zero = init in (None, "A", "B") or declared_init(init, "linear") == "A"
+    if not published and not is_zero:
+        raise LawError(
+            f"No published rate is known for the init {init!r}. Neither factor starts at zero.",
+            f"Give an init: {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero;"
+            " or calibrate (ra.calibrate).",
+        )
+    return [_factor(row, row) for row in rows]
 
 
 def published_init(declared: object) -> str | None:
@@ -312,21 +318,21 @@ def published_init(declared: object) -> str | None:
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
     """Yield the moves from the published configuration to another."""
-    width = at.fan_in or ANY_WIDTH
+    width, is_full = at.fan_in or ANY_WIDTH, at.method == "full"
     if at.fan_in is None:
         yield Move(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
         at = replace(at, fan_in=width)
     multiplier = checked_multiplier(_LAW, at.as_factor(), PUBLISHED)
     yield Move(0.0, octaves=math.log2(multiplier))
-    if task == "rl" and at.method == "lora":
+    if task == "rl" and not is_full:
         yield Move(RL_SD, _RL, RL_OCTAVES)
     elif task != "chat":
         yield Move(
             TASK_SD,
             "Your task, steps and batch differ from theirs, which widens the band most.",
         )
-    low, high = WIDTHS
-    if at.method == "full":
+    if is_full:
+        low, high = WIDTHS
         feed_forward = 4 * high
         yield from _outside("fan-in", width, (low, feed_forward), WIDTH_SD)
         yield Move(
@@ -366,43 +372,21 @@ def _outside(
     what: str, value: float, known: tuple[float, float], sd: float
 ) -> Iterator[Move]:
     low, high = known
-    octaves = max(0.0, math.log2(low / value), math.log2(value / high))
-    if octaves:
+    beyond = max(low / value, value / high)
+    if beyond > 1.0:
         yield Move(
-            sd * octaves,
+            sd * math.log2(beyond),
             f"The {what} {value:g} is outside theirs ({low:g} to {high:g}).",
             outside=True,
         )
-
-
-def _variants(adapters: _Adapters) -> Iterator[Move]:
-    """Yield the moves to an init of PEFT and to DoRA.
-
-    Raises:
-        LawError: no rate is published for the init.
-    """
-    init = adapters.init
-    variant = published_init(init)
-    if variant:
-        yield _factor(str(init), variant)
-    elif init not in (None, "A", "B") and declared_init(init, "linear") != "A":
-        raise LawError(
-            f"No published rate is known for the init {init!r}. Neither factor starts at zero.",
-            f"Give an init: {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero;"
-            " or calibrate (ra.calibrate).",
-        )
-    if adapters.dora:
-        yield _factor("DoRA", "DoRA")
 
 
 def _factor(what: str, row: str) -> Move:
     """Return the move by a factor that is known to lie within a range."""
     low, high = FACTORS[row]
     octaves, sd = math.log2(low * high) / 2, math.log2(high / low) / 2
-    if not sd:
-        return Move(0.0, octaves=octaves)
     why = (
         f"For {what} the rate of AdamW and plain LoRA is multiplied by {low:.2g} to {high:.2g}: the"
         " middle is taken."
     )
-    return Move(sd, why, octaves)
+    return Move(sd, why if sd else "", octaves)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import ClassVar
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -28,11 +26,9 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim._optimizers import optimizer_family
-from rankaware_optim.cli import main
 from rankaware_optim.inspection import Survey
 from rankaware_optim.laws import (
     beyond_batches,
-    bound_law,
     caution_of,
     checked_batch_multiplier,
     checked_multiplier,
@@ -44,9 +40,8 @@ from rankaware_optim.laws import (
     law_to_dict,
 )
 
-from ..helpers.models import PlainLoRA
 from ..helpers.optimizers import called, muon, with_defaults
-from .sites import Site, lora_sites, ranks, sites, widths
+from .sites import Site, ranks, sites, widths
 
 AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 LAW_TABLE = {
@@ -87,15 +82,6 @@ def move(law: Law, to: Site, origin: Site) -> float:
 def test_multipliers_compose(law, a, b, c):
     """A rate moved from a to b and then to c is the rate moved from a to c, through full finetuning too."""
     assert move(law, b, a) * move(law, c, b) == pytest.approx(move(law, c, a), rel=1e-9)
-
-
-@given(law=laws, to=lora_sites, origin=sites)
-def test_b_follows_a_at_a_fixed_ratio(law, to, origin):
-    """The rate of B is that of A times the law's ratio, 1 where it has none."""
-    ratio = getattr(law, "ratio", 1.0)
-    assert law.multiplier(to.factor("B"), origin.reference()) == pytest.approx(
-        ratio * move(law, to, origin)
-    )
 
 
 @given(to=ranks, origin=ranks, drift=st.floats(-1, 1))
@@ -362,29 +348,8 @@ def never(trial):
 )
 def test_a_law_that_no_recipe_can_record_is_refused_first(record):
     """Before the first trial, and before a file is read, with the way to register it."""
-    with pytest.raises(LawError, match=r"no recipe can record it\. Call register_law"):
+    with pytest.raises(LawError, match=r"Unknown law 'halving'.* register_law\(\)"):
         record(Halving())
-
-
-def test_a_law_of_ones_own_module_is_taken_by_every_door(own_module):
-    """A law in a module is one for the wrapper, for groups, for `convert_lr` and for the command."""
-    name, law = "test_law_module:HALF", Power(exponent=-0.5)
-    model = PlainLoRA(torch.nn.Linear(64, 64), 16)
-    options = {"lr": 1e-3, "tuned_at": Reference(rank=4, alpha=4)}
-    rates = []
-    for named in (name, law, "mua"):
-        groups = ra.rank_aware_param_groups(model, law=named, **options)
-        rates.append([group["lr"] for group in groups])
-    opt = ra.RankAwareOptimizer(model, "adamw", law=name, **options)
-    assert rates[0] == rates[1] != rates[2]
-    assert [part.lr for part in opt.rates.groups] == rates[0]
-    a, b = "r=4,alpha=4,fan_in=64", "r=64,alpha=64"
-    moved = ra.convert_lr(1e-3, from_=a, to=b, law=name)
-    assert moved.lr == ra.convert_lr(1e-3, from_=a, to=b, law=law).lr
-    command = ["convert", "1e-3", "--from", a, "--to", b, "--law", name]
-    done = CliRunner().invoke(main, command)
-    assert done.exit_code == 0, done.output
-    assert f"{moved.lr:.3g}" in done.output
 
 
 @pytest.mark.parametrize("law", LAW_TABLE.values(), ids=LAW_TABLE)
@@ -394,18 +359,6 @@ def test_laws_survive_a_dict_of_plain_values(law):
     assert law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law)))) == law
 
 
-def nested(levels: int) -> Law:
-    return reduce(lambda law, _: Power(law=law), range(levels), Constant())
-
-
-def test_laws_are_nested_up_to_eight_levels():
-    """A file may have laws inside laws, eight deep."""
-    assert law_from_dict(law_to_dict(nested(8))) == nested(8)
-    with pytest.raises(LawError, match="nested too deep"):
-        law_from_dict(law_to_dict(nested(9)))
-
-
-DEEP = reduce(lambda law, _: {"name": "power", "law": law}, range(5000), {})
 BROKEN_DICTS = [
     {"name": "nua"},
     {},
@@ -417,13 +370,12 @@ BROKEN_DICTS = [
     {"name": "power", "exponent": 10**400},
     {"name": "rankaware_optim:MuA"},
     {"name": "constant", "law": 1},
-    DEEP,
 ]
 
 
 @pytest.mark.parametrize("data", BROKEN_DICTS, ids=range(len(BROKEN_DICTS)))
 def test_broken_dicts_are_refused(data):
-    """An unknown law or parameter, an impossible value, or nesting without end is a law's error."""
+    """An unknown law or parameter, or an impossible value, is a law's error."""
     with pytest.raises(LawError):
         law_from_dict(data)
 
@@ -440,7 +392,7 @@ class Strange(Law):
             raise self.value
         return self.value
 
-    bind = batch_multiplier = multiplier = answer
+    batch_multiplier = multiplier = answer
 
 
 def test_a_law_that_is_not_registered_cannot_be_stored():
@@ -453,20 +405,15 @@ NO_TOKENS = (0, -1.0, math.inf, math.nan, "8", True, 1e300)
 BAD_PARAMETERS = [
     *((MuA, {"tokens": value}) for value in NO_TOKENS),
     (MuA, {"ratio": 0}),
-    (MuA, {"ratio": None}),
     (MuA, {"family": "adam"}),
     (MuA, {"shape_factor": None}),
     (LoRAPlus, {"ratio": -16}),
-    (LoRAPlus, {"ratio": math.nan}),
-    *((Power, {"exponent": value}) for value in (math.inf, None, 10**9, 10**5000)),
+    *((Power, {"exponent": value}) for value in (math.inf, None, 10**5000)),
     (Power, {"full_factor": 0.0}),
     (Power, {"pivot": -1}),
-    (Power, {"pivot": 5e-324}),
-    (Power, {"law": "mua"}),
     (Power, {"law": MuA}),
     (Falling, {"knee": -1.0}),
     (Falling, {"power": 2.0}),
-    (Falling, {"knee": None}),
     (Falling, {"law": "mua"}),
 ]
 
@@ -488,46 +435,33 @@ def test_falling_takes_no_rank_of_full_finetuning():
 
 AT = Site(fan_in=8)
 ASKED = {
-    # what is asked of a law, and the question
-    "multiplier": (checked_multiplier, (AT.factor(), AT.reference())),
-    "batch_multiplier": (checked_batch_multiplier, (2.0,)),
-    "bind": (bound_law, (AdamW, {})),
+    # what is asked of a law
+    "multiplier": lambda law: checked_multiplier(law, AT.factor(), AT.reference()),
+    "batch_multiplier": lambda law: checked_batch_multiplier(law, 2.0),
 }
-UNUSABLE = [
-    *((method, v) for method in list(ASKED)[:2] for v in (0, -1.0, math.inf, 10**400)),
-    *(("multiplier", value) for value in (math.nan, None, "1")),
-    *(("bind", value) for value in (None, MuA)),
-]
 
 
-@pytest.mark.parametrize(("method", "value"), UNUSABLE)
-def test_an_unusable_answer_is_refused(method, value):
-    """A third-party law that answers with no positive finite number, or no law, is an error that names both."""
-    ask, question = ASKED[method]
-    with pytest.raises(LawError, match=rf"Strange.* returned .* from {method}\("):
-        ask(Strange(value), *question)
-
-
-@pytest.mark.parametrize(
-    "value", [sys.float_info.min, 3, sys.float_info.max, 1.0 + 1e-10]
-)
-def test_any_float_is_usable(value):
-    """A positive number that a float holds passes as one, also one beside 1."""
-    answer = checked_multiplier(Strange(value), AT.factor(), AT.reference())
-    assert (answer, type(answer)) == (value, float)
+@pytest.mark.parametrize("method", ASKED)
+def test_an_unusable_answer_is_refused(method):
+    """An answer that is no positive finite number is an error that names the method; what a float holds passes."""
+    for value in (0, -1.0, math.inf, 10**400):
+        with pytest.raises(LawError, match=rf"Strange.* returned .* from {method}\("):
+            ASKED[method](Strange(value))
+    for value in (sys.float_info.min, 3, sys.float_info.max, 1.0 + 1e-10):
+        answer = ASKED[method](Strange(value))
+        assert (answer, type(answer)) == (value, float)
 
 
 @pytest.mark.parametrize("method", ASKED)
 def test_a_law_that_raises_is_an_error_of_ours(method):
     """Another package's exception becomes a sentence with its cause; our errors and warnings pass as they are."""
-    ask, question = ASKED[method]
     failed = rf"failed in {method}\(\): ZeroDivisionError.*law="
     with pytest.raises(LawError, match=failed):
-        ask(Strange(ZeroDivisionError("by 0")), *question)
+        ASKED[method](Strange(ZeroDivisionError("by 0")))
     ours = InvalidReferenceError("A cause.", "A cure.")
     for error in (ours, UserWarning("watch out")):
         with pytest.raises(type(error)) as caught:
-            ask(Strange(error), *question)
+            ASKED[method](Strange(error))
         assert caught.value is error
 
 
@@ -558,64 +492,34 @@ def test_the_own_configuration_is_exactly_one(alpha, rank, width, init, b):
 
 # --- plug-ins -------------------------------------------------------------------------------------------------------
 
-PLUGIN = """
-from dataclasses import dataclass
-from rankaware_optim import Law
-
-@dataclass(frozen=True)
-class Half(Law):
-    share: float = 0.5
-    name = "half"
-
-    def multiplier(self, factor, reference):
-        return self.share
-"""
-
-
 MODULES = {
-    "half_law.py": PLUGIN,
-    "broken_law.py": "import not_there_at_all\n",
     "exits_law.py": "raise SystemExit(3)\n",
     "raises_law.py": "class Raises:\n    def __init__(self): raise OSError('no disk')\n",
 }
-INFO = {
-    "METADATA": "Metadata-Version: 2.1\nName: half-law\nVersion: 1.0\n",
-    "entry_points.txt": """
+POINTS = """
 [rankaware_optim.laws]
-half = half_law:Half
-broken = broken_law:Law
+broken = not_there_at_all:Law
 nothing = builtins:dict
 exits = exits_law:Law
 raises = raises_law:Raises
-""",
-}
+"""
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A real distribution with a good entry point and four bad ones, on the path."""
-    info = tmp_path / "half_law-1.0.dist-info"
+    """A real distribution with four bad entry points, on the path."""
+    info = tmp_path / "bad_laws-1.0.dist-info"
     info.mkdir()
-    for folder, texts in ((tmp_path, MODULES), (info, INFO)):
-        for name, text in texts.items():
-            (folder / name).write_text(text)
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: bad-laws\nVersion: 1\n"
+    )
+    (info / "entry_points.txt").write_text(POINTS)
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("half_law", None)
 
 
-def test_a_plugged_in_law_is_found(installed):
-    """A law of another distribution is found by its entry point, stored and read back."""
-    law = get_law("half")
-    assert law.multiplier(AT.factor(), AT.reference()) == 0.5
-    other = replace(law, share=0.25)
-    assert law_from_dict(law_to_dict(other)) == other
-
-
-BAD_POINTS = ["nua", "broken", "nothing", "exits", "raises", "exits_law:Law"]
-
-
-@pytest.mark.parametrize("name", BAD_POINTS)
+@pytest.mark.parametrize("name", ["broken", "nothing", "exits", "raises"])
 def test_a_broken_plugin_is_an_error_for_its_users_alone(name, installed):
     """A plug-in that cannot be imported, makes no law, raises or exits is an error; the others are not asked."""
     assert get_law("mua") == MuA()

@@ -81,7 +81,7 @@ BROKEN = [
     (answering(lambda factor, at: min(1.0, sound(factor, at))), "does not compose"),
     (Sound((1.0, 2.0)), "read back from TOML"),
     (Sound("none"), "read back from TOML"),
-    (NoBind(), "returned None from bind"),
+    (NoBind(), "The law None failed"),
 ]
 
 
