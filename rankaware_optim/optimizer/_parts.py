@@ -27,7 +27,6 @@ _NOTHING = object()
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 # Entries of a group with a value for each parameter.
 _LISTS = ("params", "param_names")
-_BY_HAND = Assigned(why="put into param_groups by hand: its own rate")
 
 
 @dataclass
@@ -242,21 +241,22 @@ class Hidden:
         """Return the split groups of some of the user's groups.
 
         They are known by identity: DeepSpeed's ZeRO puts one at a time in place. Groups that were
-        all replaced are known by their places, and one that was appended by hand is one part.
+        all replaced are known by their places.
+
+        Raises:
+            OptimizerError: one was appended by hand.
         """
         known = {id(split.group): split for split in self.splits}
-        strange = [user for user in users if id(user) not in known]
-        if strange and len(users) == len(self.splits):
+        is_known = all(id(user) in known for user in users)
+        if not is_known and len(users) != len(self.splits):
+            raise OptimizerError(
+                "A group was put into param_groups by hand, so it has no rate.",
+                "Add it by add_param_group.",
+            )
+        if not is_known:
             for split, user in zip(self.splits, users, strict=True):
                 split.group = user
-            return self.splits
-        for user in strange:
-            params, number = user["params"], len(self.splits)
-            names = [f"group{number}.unnamed.{i}" for i in range(len(params))]
-            parts = [Part(_BY_HAND, list(range(len(params))))]
-            split = SplitGroup(user, names, shapes_of(params), parts)
-            known[id(user)] = split
-            self.splits.append(split)
+                known[id(user)] = split
         return [known[id(user)] for user in users]
 
 

@@ -62,7 +62,7 @@ def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
         # a rate of 0 freezes a group beside others, and begins a warm-up of all
         warms_up = none_trains or float(user["lr"]) > 0
         if first_step and warms_up and "initial_lr" not in user:
-            rate = max(rate, float(split.seen.get("lr", 0.0)))
+            rate = max(rate, float(split.seen["lr"]))
         for part in split.parts:
             if part.assigned.family != "sign-like":
                 continue

@@ -27,6 +27,7 @@ from torch.optim import lr_scheduler
 
 from rankaware_optim import (
     CheckpointError,
+    OptimizerError,
     RankAwareOptimizer,
     RankAwareWarning,
     Reference,
@@ -343,21 +344,13 @@ def test_damaged_moments_are_refused_or_right(kind, fused, data):
     assert all(param.isfinite().all() for param in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
-def test_a_group_put_in_by_hand_trains_as_natively():
-    """A group that was appended to param_groups trains at its rate, and is saved and loaded like the others."""
+def test_a_group_put_in_by_hand_is_refused():
+    """A group that was appended to param_groups has no rate, so no step is made."""
     model, lone = mlp((4, 8)), nn.Parameter(torch.zeros(1))
     opt = ours(model, torch.optim.SGD)
-    opt.param_groups.append({**torch.optim.SGD([lone], lr=LR).param_groups[0]})
-    lone.grad = torch.ones_like(lone)
-    opt.step()
-    assert lone.item() == pytest.approx(-LR)
-    assert "by hand" in opt.rates.groups[-1].why
-    state = saved(opt.state_dict())
-    state["param_groups"][-1]["lr"] = LR / 2
-    opt.load_state_dict(state)
-    opt.step()
-    assert lone.item() == pytest.approx(-LR * 1.5)
+    opt.param_groups.append(torch.optim.SGD([lone], lr=LR).param_groups[0])
+    with pytest.raises(OptimizerError, match=r"by hand.*add_param_group"):
+        opt.step()
 
 
 class Undecided(torch.optim.SGD):
