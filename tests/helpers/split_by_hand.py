@@ -169,14 +169,6 @@ class Run:
     def is_ours(self) -> bool:
         return isinstance(self.side, Ours)
 
-    @property
-    def stepping(self) -> Any:
-        """What a framework that steps by itself is given. Rates by hand must not move under it."""
-        if not self.is_ours:
-            self.side.copy_writes()
-            return self.side.real
-        return self.opt
-
     def loss(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.count)
         x = torch.randn(8, 16, generator=generator)

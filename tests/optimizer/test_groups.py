@@ -114,13 +114,6 @@ def rate_by_index(run):
     run.train(4)
 
 
-def zero_by_index(run):
-    """As a script freezes a group."""
-    run.train(4)
-    run.groups[1]["lr"] = 0.0
-    run.train(8)
-
-
 def rate_by_index_under_a_scheduler(run):
     scheduler = schedulers.LambdaLR(run.opt, lambda step: 1.0)
     run.train(4, scheduler.step)
@@ -151,17 +144,6 @@ def options_by_index(run):
     run.train(8)
 
 
-def decay_by_a_schedule(run):
-    for number in range(STEPS):
-        run.groups[0]["weight_decay"] = 0.1 * 0.9**number
-        run.train(1)
-
-
-def options_before_the_first_step(run):
-    run.groups[1].update(lr=4e-3, eps=1e-6)
-    run.train()
-
-
 def gradients_inside_a_closure(run):
     run.train(step=lambda: run.side.step(run.backward))
 
@@ -173,12 +155,6 @@ def tensor_rates(model):
 def tensor_filled_in_place(run):
     run.train(4)
     run.groups[0]["lr"].fill_(3e-3)
-    run.train(8)
-
-
-def tensor_replaced(run):
-    run.train(4)
-    run.groups[0]["lr"] = torch.tensor(3e-3)
     run.train(8)
 
 
@@ -267,15 +243,6 @@ def pickled(run):
     run.train(6)
 
 
-def wrapped_when_built(run):
-    if run.is_ours:
-        native = AdamW(three(run.side.model), lr=LR)
-        options = {"model": run.side.model, "tuned_at": AT_16}
-        run.side.opt = RankAwareOptimizer(native, **options)
-        assert run.side.opt is native
-    run.train()
-
-
 def wrapped_in_the_middle(run):
     """A plain run goes on with multipliers, and with its state."""
     if run.is_ours:
@@ -350,14 +317,14 @@ SCENARIOS = [
     ("two groups", plain, two, AdamW, {}),
     ("three groups", plain, three, AdamW, {}),
     *((f.__name__, f, two, AdamW, {}) for f in (
-        rate_by_index, zero_by_index, rate_by_index_under_a_scheduler,
+        rate_by_index, rate_by_index_under_a_scheduler,
         rate_by_index_before_a_chainable_scheduler, options_by_index,
-        options_before_the_first_step, gradients_inside_a_closure,
+        gradients_inside_a_closure,
         frozen_and_thawed, a_group_dict_replaced,
     )),
     *((f.__name__, f, three, AdamW, {}) for f in (
-        rates_zipped_with_a_list, decay_by_a_schedule, parameters_replaced_in_place, resumed,
-        deep_copied, pickled, wrapped_when_built, wrapped_in_the_middle,
+        rates_zipped_with_a_list, parameters_replaced_in_place, resumed,
+        deep_copied, pickled, wrapped_in_the_middle,
         through_distributed_checkpoint,
     )),
     ("flat distributed checkpoint", partial(through_distributed_checkpoint, flatten_optimizer_state_dict=True), three, AdamW, {}),
@@ -366,7 +333,6 @@ SCENARIOS = [
     ("other_lr, resumed", resumed_after_decay_by_hand, one, AdamW, {"pinned": 5e-4}),
     ("rates in tensors", partial(scheduled, schedule="ExponentialLR"), tensor_rates, AdamW, {"foreach": False}),
     ("a tensor filled in place", tensor_filled_in_place, tensor_rates, AdamW, {"foreach": False}),
-    ("a tensor replaced", tensor_replaced, tensor_rates, AdamW, {"foreach": False}),
     ("tensors, copied", deep_copied, tensor_rates, AdamW, {"foreach": False}),
     *((f"parts apart, {how}", partial(options_that_parts_hold_apart, how=how), three, Counting, {})
       for how in ("on", "copied", "pickled", "resume")),
@@ -449,7 +415,6 @@ NAMED = {
     "an empty one": lambda model: [*two(model), {"params": [], "weight_decay": 0.5}],
     "frozen ones": lambda model: list(model.parameters()),
     "a tensor rate": tensor_rates,
-    "a list for the parameters": lambda model: [{"params": trained(model), "marks": list("abcdef")}],
 }  # fmt: skip
 
 
@@ -476,15 +441,6 @@ def test_groups_and_state_are_those_of_the_native_class(groups, stepped):
         for o in (opt, native)
     )
     assert ours_keys == theirs
-
-
-def test_betas_in_a_list_are_no_list_of_two_parameters():
-    """Options in a list, as a file gives them, are whole for each part, though the group has as many parameters."""
-    model = mlp((4,), head=False)
-    groups = [{"params": trained(model), "betas": [0.5, 0.9]}]
-    opt = RankAwareOptimizer(groups, AdamW, model=model, lr=LR, tuned_at=AT_16)
-    assert stepped(model, opt)["param_groups"][0]["betas"] == [0.5, 0.9]
-    assert not torch.equal(model.layer0.lora_B, torch.zeros_like(model.layer0.lora_B))
 
 
 class Pairing(SGD):

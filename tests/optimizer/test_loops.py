@@ -166,26 +166,11 @@ class Twice(torch.optim.SGD):
             self.inner = False
 
 
-class BSAM(torch.optim.SGD):
-    """Steps in parts that may be called one by one, as pytorch_optimizer's does."""
-
-    def third_step(self):
-        super().step()
-
-    def step(self, closure=None):
-        self.third_step()
-
-
-NESTED = [(Twice, "step"), (BSAM, "step"), (BSAM, "third_step")]
-
-
-@pytest.mark.filterwarnings("ignore:.* is of an unknown family")
-@pytest.mark.parametrize(("kind", "call"), NESTED)
-def test_a_step_inside_a_step_multiplies_once(kind, call):
-    """A step that calls itself or another step of the table, or the latter alone, moves at the multiplier."""
+def test_a_step_inside_a_step_multiplies_once():
+    """A step that calls itself moves at the multiplier."""
     model = Model()
-    opt = by_class(model, kind)
-    opt.step, groups = getattr(opt, call), opt.param_groups
+    opt = by_class(model, Twice)
+    groups = opt.param_groups
     assert_at(model, moved(model, opt), LR)
     assert opt.param_groups is groups
 
@@ -226,25 +211,6 @@ def test_a_rate_that_the_class_makes_a_tensor_is_one_for_all_parts():
     opt = by_class(model, TensorRates)
     opt.param_groups[0]["lr"].fill_(LR / 4)
     assert_at(model, moved(model, opt), LR / 4)
-
-
-@pytest.mark.parametrize("scaling", ["in place", "ReduceLROnPlateau"])
-def test_a_tensor_rate_stays_and_is_scaled_once(scaling):
-    """A tensor is the same one after a step, and a loop scales it once, though the group has several parts."""
-    model = Model()
-    opt = by_class(model, lr=torch.tensor(LR, dtype=torch.float64))
-    held = [group["lr"] for group in opt.param_groups]
-    assert_at(model, moved(model, opt), LR)
-    assert [id(group["lr"]) for group in opt.param_groups] == list(map(id, held))
-    assert {float(one) for one in held} == {LR}
-    if scaling == "in place":
-        for group in opt.param_groups:
-            group["lr"] *= 0.5
-    else:
-        plateau = lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
-        for _ in range(2):
-            plateau.step(1.0)
-    assert_at(model, moved(model, opt), LR / 2)
 
 
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
@@ -466,42 +432,6 @@ def test_hooks_fire_once_with_the_object_held(form, name):
 def of_groups(model, groups, kind=torch.optim.SGD, **options):
     """An optimizer of the user's groups by the law of these tests."""
     return RankAwareOptimizer(groups, kind, model=model, lr=LR, **LAW, **options)
-
-
-def test_a_users_key_is_the_users():
-    """A key of the user's own, whatever its name, is neither taken for ours nor overwritten."""
-    model = Model()
-    opt = of_groups(model, [{"params": trained(model), "lora_rank": 7}])
-    moved(model, opt)
-    assert [group["lora_rank"] for group in opt.param_groups] == [7]
-    assert opt.state_dict()["param_groups"][0]["lora_rank"] == 7
-    assert {part.rank for part in opt.rates.groups} == {4, 64, None}
-
-
-@pytest.mark.parametrize("are_named", [True, False])
-def test_parameters_of_other_networks_keep_their_own_state(are_named):
-    """Two groups outside the model, and a second network with equal names, load what they saved."""
-    model = Model()
-    critic = nn.ModuleDict({"head": nn.Linear(8, 2, bias=False).double()})
-    strangers = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
-    strange = [[(f"own{i}", p)] for i, p in enumerate(strangers)]
-    params = [named(model), named(critic), *strange]
-    if not are_named:
-        params = [[p for _, p in each] for each in params]
-    groups = [{"params": each} for each in params[:2]]
-    groups += [{"params": each, "lr": LR} for each in params[2:]]
-    options = {"model": [model, critic], "lr": LR, "momentum": 0.9, **LAW}
-    opt, again = (RankAwareOptimizer(groups, "sgd", **options) for _ in range(2))
-    listed = [name for names in names_of(opt) for name in names]
-    assert len(set(listed)) == len(listed)
-    params = trained(model) + trained(critic) + strangers
-    for count, param in enumerate(params, start=1):
-        param.grad = torch.full_like(param, float(count))
-    opt.step()
-    again.load_state_dict(opt.state_dict())
-    for param in params:
-        saved, loaded = (each.state[param]["momentum_buffer"] for each in (opt, again))
-        assert torch.equal(saved, loaded)
 
 
 # --- parameters that never train ------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from rankaware_optim import (
-    Falling,
-    Power,
     RankAwareOptimizer,
     RankAwareWarning,
     Recipe,
@@ -103,15 +101,6 @@ def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, 
     assert words in said
     assert cure in said
     assert said in opt.report().notes
-
-
-@pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
-def test_a_recipes_law_moves_its_rates():
-    """A recipe's moved rate is its base rate times its own law's multiplier."""
-    opt = built(replace(RECIPE, law=Power(law=Falling())))
-    target = replace(RECIPE.reference, rank=16, alpha=16).as_factor()
-    moved = Falling().multiplier(target, RECIPE.reference)
-    assert values(opt, "A") == pytest.approx([RECIPE.lr * moved])
 
 
 @pytest.mark.parametrize(
@@ -335,14 +324,6 @@ def test_a_built_optimizers_rates_are_the_recipes():
     assert [g["lr"] for g in opt.param_groups] == pytest.approx(
         [FULL.lr] * len(opt.param_groups)
     )
-
-
-def test_in_full_finetuning_everything_is_full():
-    """What a recipe saw beside adapters says nothing of full finetuning, whose biases move with the weights."""
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
-    recipe = replace(FULL, other_rates={"*.bias": 1.0})
-    opt = built(recipe, model=model, method="full")
-    assert list(rates_of(opt).values()) == pytest.approx([FULL_LR] * 4)
 
 
 def test_a_recipe_of_full_finetuning_gives_a_head_its_rate():

@@ -79,19 +79,6 @@ def test_the_share_is_that_of_exact_fractions(kind, dtype):
         assert unmoved_share(values, torch.tensor(step)) == by_fractions(values, step)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("rate", [1e-6, 1e-5, 1e-4, 1e-3])
-def test_the_share_is_what_torchs_own_step_leaves(rate, dtype):
-    """Adam's first step, which is the rate up or down, leaves as many weights as the share says."""
-    before = normal(4000).to(getattr(torch, dtype))
-    param = nn.Parameter(before.clone())
-    param.grad = torch.randn_like(param).sign()
-    AdamW([param], lr=rate, weight_decay=0.0).step()
-    left = (param.detach() == before).float().mean().item()
-    # the sign of a gradient chooses one of two directions
-    assert left == pytest.approx(unmoved_share(before, rate), abs=0.02)
-
-
 # --- the sentence ---------------------------------------------------------------------------------------------------
 
 
@@ -175,18 +162,6 @@ def test_what_moves_is_silent(case):
         for param in group["params"]:
             param.grad = torch.randn_like(param)
     opt.step()
-
-
-def test_a_zero_moves_at_any_rate():
-    """B at zero moves and A does not, so A alone is named."""
-    model = adapters(BF16)
-    opt = RankAwareOptimizer(model, AdamW, lr=1e-5)
-    (line,) = opt.report().unmoved
-    assert "in layer0.lora_A and 1 more:" in line
-    groups = [{"params": [model.layer0.lora_B, model.layer1.lora_B]}]
-    assert (
-        RankAwareOptimizer(groups, AdamW, lr=1e-5, model=model).report().unmoved == ()
-    )
 
 
 def test_the_rate_is_the_groups_own():
@@ -287,10 +262,6 @@ def linear(opt):
     return lr_scheduler.LinearLR(opt, start_factor=1e-4, total_iters=50)
 
 
-def from_zero(opt):
-    return lr_scheduler.LambdaLR(opt, lambda step: step / 50)
-
-
 def one_cycle(peak):
     return lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=peak, total_steps=100)
 
@@ -309,12 +280,10 @@ def by_hand_from_zero(opt):
 WARM_UPS = [
     # the rate that it was built with, the warm-up, whether it is said
     (1e-3, linear, False),
-    (1e-3, from_zero, False),
     (1e-5, one_cycle(1e-3), False),
     (1e-3, by_hand, False),
     (1e-3, by_hand_from_zero, False),
     (1e-5, linear, True),
-    (1e-5, from_zero, True),
     (1e-3, one_cycle(1e-5), True),
     (1e-5, by_hand, True),
     (1e-5, by_hand_from_zero, True),
@@ -332,34 +301,17 @@ def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
         assert len(opt.report().unmoved) == is_said
 
 
-def test_a_warning_as_an_error_leaves_the_rates():
-    """Where warnings are errors, the first step raises with base rates in place, and the next one trains."""
-    model = network()
-    opt = full(model, 1e-5, tuned_at="r=16,alpha=16")
-    before = [group["lr"] for group in opt.param_groups]
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    with pytest.raises(RankAwareWarning, match="rounds it away"):
-        opt.step()
-    assert [group["lr"] for group in opt.param_groups] == before
-    opt.step()
-
-
 # --- cures ----------------------------------------------------------------------------------------------------------
 
 CURES = [
     # a setting, its value, the weights' dtype, whether it is said
-    ("kahan_sum", True, BF16, False),
     ("kahan_sum", None, BF16, False),
     ("kahan_sum", None, torch.float16, False),
     ("kahan_sum", False, BF16, True),
     ("bf16_stochastic_round", True, BF16, False),
     ("bf16_stochastic_round", True, torch.float16, True),
-    ("bf16_stochastic_round", False, BF16, True),
     ("stochastic_rounding", True, BF16, False),
-    ("bf16_sr", True, BF16, False),
     ("master_byte_width", 3, BF16, False),
-    ("master_byte_width", 0, BF16, True),
 ]
 
 

@@ -6,8 +6,6 @@ import copy
 import gc
 import inspect
 import sys
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -106,18 +104,6 @@ def test_a_rate_from_somewhere_is_no_default(given):
 # --- rates of A and B -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reparametrised(ra.Law):
-    """p for A, q for B."""
-
-    p: float = 1.0
-    q: float = 1.0
-    name: ClassVar[str] = "reparametrised"
-
-    def multiplier(self, factor, reference):
-        return {"A": self.p, "B": self.q}[factor.role]
-
-
 def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
@@ -180,46 +166,6 @@ def test_rates_are_merged_named_and_ordered(form):
     assert {part.base_lr for part in parts} == {opt.defaults["lr"]} == {LR}
     (group,) = opt.param_groups
     assert group["lr"] == LR
-
-
-@pytest.mark.parametrize("built", [False, True])
-def test_users_groups_keep_their_options(built):
-    """The user's groups are shown as they were given; their own rate is multiplied and their other options are kept."""
-    model = mlp((4, 8))
-    first, second = model.layer0, model.layer1
-    groups = [
-        {"params": trained(first), "lr": 0.5, "betas": (0.1, 0.2)},
-        {"params": [second.lora_A], "weight_decay": 0.25},
-        {"params": [second.lora_B], "weight_decay": 0.25},
-        {"params": list(model.head.parameters()), "eps": 1e-4},
-    ]
-    given = (AdamW(groups, lr=LR),) if built else (groups, AdamW)
-    own = {} if built else {"lr": LR}
-    law = Reparametrised(2.0, 4.0)
-    opt = RankAwareOptimizer(*given, model=model, law=law, **own)
-    keys, beta = ("lr", "betas", "weight_decay", "eps"), (0.9, 0.999)
-    assert [tuple(group[key] for key in keys) for group in opt.param_groups] == [
-        (0.5, (0.1, 0.2), 0.01, 1e-8),
-        (LR, beta, 0.25, 1e-8),
-        (LR, beta, 0.25, 1e-8),
-        (LR, beta, 0.01, 1e-4),
-    ]
-    listed = [group["params"] for group in opt.param_groups]
-    halves = [[second.lora_A], [second.lora_B]]
-    wanted = [trained(first), *halves, list(model.head.parameters())]
-    assert [list(map(id, each)) for each in listed] == [
-        list(map(id, each)) for each in wanted
-    ]
-    assert rates_of(opt) == {
-        "head.weight": LR,
-        "head.bias": LR,
-        "layer0.lora_A": 1.0,
-        "layer0.lora_B": 2.0,
-        "layer1.lora_A": 2 * LR,
-        "layer1.lora_B": 4 * LR,
-    }
-    train(model, opt)
-    assert opt.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("built", [False, True])
