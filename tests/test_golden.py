@@ -131,8 +131,3 @@ def test_a_room_gives_what_its_golden_file_has(
 def test_a_difference_is_listed(before: Any, after: Any, count: int) -> None:
     """One per cent is a difference, and rounding is none."""
     assert len(differences({"t": {"case": before}}, {"t": {"case": after}})) == count
-
-
-def test_a_table_that_came_or_went_is_listed() -> None:
-    """A case that only the file or only the code has is a difference."""
-    assert len(differences({"a": {"x": 1.0}}, {"b": {"x": 1.0}})) == 2

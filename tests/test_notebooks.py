@@ -95,14 +95,3 @@ def test_a_strangers_words_stay_text(kind):
     assert "script" not in cells.tags
     assert "<script>alert(1)</script>&\"'[2J" in "".join(cells.texts)
     assert not [sign for sign in html if not (sign.isprintable() or sign == "\n")]
-
-
-@pytest.mark.parametrize("kind", SHOWN)
-def test_a_table_sets_no_colour(kind):
-    """It has the colours of the notebook's theme, light or dark: its styles name none, its line has the text's."""
-    styles = re.findall(r'style="([^"]*)"', SHOWN[kind]()._repr_html_())
-    declared = {part.strip() for style in styles for part in style.split(";")}
-    coloured = re.compile("color|background|border")
-    assert {each for each in declared if coloured.match(each)} <= {
-        *("color: inherit", "border-collapse: collapse", "border-bottom: 1px solid")
-    }

@@ -209,11 +209,8 @@ def _environments(count: int) -> list[dict[str, str]]:
     threads = max(1, torch.get_num_threads() // count)
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = os.environ.get(_DEVICES, all_gpus).split(",")
-    environments = []
-    for i in range(count):
-        own = {**os.environ, _DEVICES: gpus[i % len(gpus)]}
-        environments.append({"OMP_NUM_THREADS": str(threads), **own})
-    return environments
+    shared = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    return [{**shared, _DEVICES: gpus[i % len(gpus)]} for i in range(count)]
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:

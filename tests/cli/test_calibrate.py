@@ -308,23 +308,13 @@ def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
     assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
 
 
-@pytest.mark.parametrize(
-    ("asked", "price"),
-    [
-        (["--trials", "6"], "6 trials × 8 steps = at most 48 steps"),
-        (
-            ["--full-trials", "3"],
-            f"{RUNS + 3} trials × 8 steps = at most {8 * (RUNS + 3)} steps",
-        ),
-        (["--budget", "300"], "at most 300 steps in all"),
-    ],
-)
-def test_a_dry_run_prints_the_price_alone(folder, asked, price):
+def test_a_dry_run_prints_the_price_alone(folder):
     """Nothing is trained or written, and what would be refused is refused."""
     before = sorted(Path().iterdir())
     arguments = ["loops:train", "--ranks", "2,4", "--steps", "8", "-o", "r.toml"]
-    done = call(*arguments, *asked, "--dry-run")
-    assert (done.exit_code, done.stdout) == (0, f"loops:train: {price}\n")
+    done = call(*arguments, "--trials", "6", "--dry-run")
+    price = "loops:train: 6 trials × 8 steps = at most 48 steps\n"
+    assert (done.exit_code, done.stdout) == (0, price)
     assert call(*arguments, "--trials", "0", "--dry-run").exit_code == 1
     assert sorted(p for p in Path().iterdir() if p.name != "__pycache__") == before
 

@@ -386,12 +386,9 @@ def test_trials_that_do_not_fit_leave_the_rates(data, is_hashed, why, target):
 
 DAMAGE = [
     ("unlinked", lambda p: p.unlink(), "cannot be read"),
-    ("cut", lambda p: p.write_bytes(p.read_bytes()[:-20]), "cannot be read"),
     ("no text", lambda p: p.write_bytes(b"\xff\xfe"), "cannot be read"),
     ("a pickle", lambda p: p.write_bytes(pickle.dumps(Unpicklable())), "cannot be"),
-    ("empty", lambda p: p.write_text(""), "missing required field `schema`"),
     ("deep", lambda p: p.write_text("name = " + "[" * 5000), "cannot be read"),
-    ("digits", lambda p: p.write_text("name = " + "9" * 5000), "cannot be read"),
     ("dots", lambda p: p.write_text("a." * 100_000 + "b = 1"), "cannot be read"),
     ("long", lambda p: p.write_text("#" * 256_001), "longer than 256,000 bytes"),
     ("a folder", lambda p: (p.unlink(), p.mkdir()), "cannot be read"),

@@ -119,14 +119,6 @@ def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_recipe_without_trials_is_refused():
-    """Without its trials' tensors there is nothing to draw."""
-    with pytest.raises(PlotError, match=": 0 trials"):
-        replace(RECIPE, tensors={}).plot()
-    with pytest.raises(PlotError, match="is missing"):
-        replace(RECIPE, tensors={}, missing="x.trials.safetensors").plot()
-
-
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
     """The error names the extra."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

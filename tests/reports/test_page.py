@@ -126,23 +126,6 @@ def cells(text: str, label: str) -> list[str]:
     return re.findall("<td>(.*?)</td>", row)
 
 
-@pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
-@pytest.mark.parametrize(
-    ("full_seen", "known"), [(True, "tried"), (False, "extrapolated")]
-)
-def test_full_finetuning_has_the_last_row(full_seen, known):
-    """Its rate and band are `Recipe.at`'s, and it is said whether it was tried."""
-    made = replace(RECIPE, full_seen=full_seen, ceiling=None)
-    rate = made.at(method="full")
-    text = report_html(made)
-    edges = [f"{edge:.3g}" for edge in (rate.lr, rate.low, rate.high)]
-    assert cells(text, "full finetuning") == [*edges, "", known]
-    labels = re.findall('<th scope="row">(.*?)</th>', table_of_rates(text))
-    assert labels == [f"rank {2**e}" for e in range(11)] + ["full finetuning"]
-    known = {"4": "tried", "8": "between", "128": "extrapolated"}
-    assert {rank: cells(text, f"rank {rank}")[-1] for rank in known} == known
-
-
 # the margin at its reference of a recipe of steepness 2
 STEEP = replace(RECIPE, steepness=2.0)
 MARGIN = margin(STEEP, spread(STEEP, STEEP.reference)[0])
