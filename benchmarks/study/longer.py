@@ -20,7 +20,7 @@ import torch
 from recording import RESULTS
 from study.configurations import START, run_in, starts
 from study.domains import HELD_OUT, Domain, get_domain
-from study.grids import FULL, Cell, Job, Line, Losses, Together
+from study.grids import FULL, Cell, Job, Line, Listed, Losses, Together
 from study.runs_on_file import complete, read_begun
 from study.suite import UNKNOWN, provenance, study_rates
 
@@ -37,6 +37,9 @@ LENGTHS = (25, 50, 100, 200, 400, 800)
 LONGEST = 800  # steps, at which one seed is run
 FURTHER, FURTHER_TASKS = (1600, 3200), ("time_series", "audio")
 BATCHED, BATCHES, BATCH_LENGTHS = "time_series", (64, 16, 4), (100, 800)
+# log2 of rates that were moved to rank 128 and 3,200 steps of time series: of 800 and 400 steps, and of rank 16. A
+# spline knows nothing between the best rate there and the next, at which a seed blows up
+ON_CLIFF = (-7.97, -7.64, -7.35)
 MARK = " | "
 
 
@@ -66,6 +69,10 @@ def main(task: str, batches: bool, workers: int) -> None:
         ]
     else:
         grids += [chain(task, *arm) for arm in ARMS]
+        if task == BATCHED:
+            cell = cell_of(task, AT_A, 128, 3200)
+            on_cliff = [Job(*cell, x, seed) for x in ON_CLIFF for seed in range(2)]
+            grids.append(Listed(on_cliff))
     store = STORE / f"{name}.jsonl"
     complete(Together(grids), run, store, workers, click.echo, provenance(task))
 

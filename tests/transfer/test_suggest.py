@@ -125,13 +125,15 @@ def test_a_published_grpo_learns_at_the_suggested_rate(rank):
     assert FLAT[0] < found.lr < FLAT[1]
     assert found.low < FLAT[0] < FLAT[1] < found.high
     assert "runs collapsed from 2e-4" in str(found)
+    assert "schedule-free" not in str(found)
 
 
 def test_full_finetuning_has_the_same_rate_in_reinforcement_learning():
     """Its suggestion was right there: 1.5e-5 to 2e-5 were best."""
     full = Reference(method="full", fan_in=6144)
     found = suggest_lr(full, task="rl")
-    assert found == suggest_lr(full)
+    other = suggest_lr(full)
+    assert (found.lr, found.low, found.high) == (other.lr, other.low, other.high)
     assert 1.5e-5 < found.lr < 2e-5
 
 
