@@ -289,23 +289,15 @@ def real_best(domain: str, config: str, rank: int) -> float | None:
     )
 
 
-def is_held(of: Outcome) -> bool | None:
-    """Whether the band holds the real best rate; None if that rate is not known."""
-    x = real_best(of.domain, of.config, of.rank)
-    return None if x is None else of.low <= x <= of.high
-
-
-def share_held(found: Sequence[Outcome]) -> float:
-    known = [held for o in found if (held := is_held(o)) is not None]
-    return statistics.fmean(known) if known else math.nan
-
-
 def of_bands(plan: Plan, found: Sequence[Outcome]) -> Iterator[str]:
     """Cells of the table: the percentage of real best rates that a plan's bands hold, by domain and in all."""
     lora = outcomes_of(plan, found, full=False)
     parts = [[o for o in lora if o.domain == domain] for domain in STUDY]
     for part in (*parts, lora, outcomes_of(plan, found, full=True)):
-        yield number(100 * share_held(part), 0)
+        best = [real_best(o.domain, o.config, o.rank) for o in part]
+        known = [(o, x) for o, x in zip(part, best, strict=True) if x is not None]
+        held = [o.low <= x <= o.high for o, x in known]
+        yield number(100 * statistics.fmean(held) if held else math.nan, 0)
 
 
 def verdict(found: Sequence[Outcome]) -> str:

@@ -308,16 +308,6 @@ def long_rows() -> Iterator[Row]:
         yield Row(name, costs[name], NOTHING, REAL)
 
 
-def in_real_cells(found: Iterable[Lost]) -> list[Lost]:
-    """What lies in the cells of the real runs at a task's own steps."""
-    cells = {*SHORT, (AT_A, FULL)}
-    return [
-        each
-        for each in found
-        if each.task in TASKS and (each.config, each.rank) in cells
-    ]
-
-
 def by_length(runs: Mapping[int, Sequence[Lost]]) -> Iterator[list[str]]:
     """Rows: each optimizer with each setting, in the tasks that were run at every length."""
     for row in ROWS:
@@ -352,16 +342,12 @@ def by_task(own: Sequence[Lost]) -> Iterator[list[str]]:
             yield [f"{way}, {column.name.partition(', ')[2]}", *means]
 
 
-def settings_table() -> str:
-    rows = [[name, *said] for name, said in SETTINGS.items()]
-    return block("Settings", ["way", "settings", "who advises it"], rows)
-
-
 def what_it_says(
     own: Sequence[Lost], short: Sequence[Lost], long: Sequence[Lost]
 ) -> str:
     """The page's sentences."""
     rest = without(own, UNLIKE)
+    default = [each for each in long if each.setting == "d_coef 1"]
     two = "schedule-free AdamW at its suggested rate", "Prodigy with `d_coef` .5"
     return "\n\n".join(
         [
@@ -382,7 +368,7 @@ def what_it_says(
             f"{mean_lost(short, PRODIGY, TO_FULL)}. At 400 steps they lose "
             f"{mean_lost(long, SCHEDULE_FREE)} and {mean_lost(long, PRODIGY)}, `suggest_lr` "
             f"{mean_lost(long, SUGGESTED)}. With LoRA, Prodigy's default loses "
-            f"{mean_lost(with_setting(long, 'd_coef 1'), PRODIGY)} there.",
+            f"{mean_lost(default, PRODIGY)} there.",
             "For longer runs four trials of a quarter, a run in all, lose "
             f"{mean_lost(long, QUARTERS)}, moved from rank 16, and four of an eighth "
             f"{mean_lost(long, EIGHTHS)}. A calibration of {TRIALS} loses "
@@ -400,10 +386,6 @@ def mean_lost(losts: Iterable[Lost], way: str, column: Column = RANKS_A) -> str:
     return number(got.mean, 1)
 
 
-def with_setting(losts: Iterable[Lost], setting: str) -> list[Lost]:
-    return [each for each in losts if each.setting == setting]
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -415,7 +397,9 @@ def main(workers: int) -> None:
     found = [*simulated(workers), *recipes_on_file(), *whole_grids()]
     own = [lost for each in own_steps() for lost in free(each)]
     own += of_searches(found)
-    short = in_real_cells(own)
+    cells = {*SHORT, (AT_A, FULL)}  # of the real runs at a task's own steps
+    in_cells = [each for each in own if (each.config, each.rank) in cells]
+    short = [each for each in in_cells if each.task in TASKS]
     for each in own_steps():
         short += adaptive(each, get_domain(each.task).steps)
     long = [lost for each in of_length(LONG) for lost in free(each)]
@@ -430,6 +414,7 @@ def main(workers: int) -> None:
         Evidence("Five tasks at 400 steps", LONG_PRICES, points(long, long_ways)),
     ]
     draw(draw_frontier(picture), PICTURE, dpi=90)
+    settings = [[name, *said] for name, said in SETTINGS.items()]
     parts = [
         what_it_says(own, short, long),
         f"![Loss over price]({PICTURE.name})",
@@ -449,7 +434,7 @@ def main(workers: int) -> None:
             LENGTH_HEADS,
             list(by_length({100: short, LONG: long, LONGEST: longest})),
         ),
-        settings_table(),
+        block("Settings", ["way", "settings", "who advises it"], settings),
     ]
     stores = [STORE / f"{task}.jsonl" for task in on_file()]
     write_explained("frontier", TITLE, __doc__, *parts, made_by(on, *stores))

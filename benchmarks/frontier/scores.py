@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ class Sweeps:
         coarse = curve(self.done, cell, 1)
         low, high = min(means), max(means)
         beyond = {at: loss for at, loss in coarse.items() if not low <= at <= high}
-        tried = {at: none_or(loss) for at, loss in (beyond | mine).items()}
+        tried = {
+            at: loss if math.isfinite(loss) else None
+            for at, loss in (beyond | mine).items()
+        }
         at_best, start = mine[lowest(means)], start_of(self.task, self.done)
         return gap_of(tried, at_best, start)(x)
 
@@ -92,10 +96,6 @@ class Sweeps:
         at_best = statistics.fmean(losses[seed] for seed in seeds)
         gain = start_of(self.task, self.done) - at_best
         return min((loss - at_best) / gain, DIVERGED)
-
-
-def none_or(loss: float) -> float | None:
-    return None if loss == float("inf") else loss
 
 
 @cache

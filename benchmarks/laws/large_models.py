@@ -148,10 +148,6 @@ def moves(sweep: Sweep, way: Way, reading: Reading, to_full: bool) -> list[Move]
     return [each for each in every if each is not None]
 
 
-def root_mean_square(values: Sequence[float]) -> float:
-    return math.sqrt(statistics.fmean(value * value for value in values))
-
-
 def all_moves(sweep: Sweep) -> str:
     """Every way over all pairs of ranks, and to full finetuning, by both readings of a best rate."""
     rows = []
@@ -161,7 +157,8 @@ def all_moves(sweep: Sweep) -> str:
             found = moves(sweep, way, reading, to_full)
             off = [each.octaves for each in found if each.octaves is not None]
             lost = [each.lost for each in found]
-            row.append(number(root_mean_square(off)) if off else "–")
+            squares = [value * value for value in off]
+            row.append(number(math.sqrt(statistics.fmean(squares))) if off else "–")
             if sweep.curves:
                 row += [number(statistics.fmean(lost), 1) if lost else "–"]
                 row += [number(max(lost), 1) if lost else "–"]
@@ -526,7 +523,10 @@ def published_without_a_run(path: Path) -> str:
         "2e-4": [Rate(2e-4)] * len(targets),
         "1e-4": [Rate(1e-4)] * len(targets),
         suggested + of_families: [suggest_lr(each.at) for each in families],
-        FORMULA + of_families: [formula_of(each) for each in families],
+        FORMULA + of_families: [
+            Rate(tinker.get_lr(each.model, tinker.HIDDEN[each.model]) or math.nan)
+            for each in families
+        ],
     }
     rows = []
     for name, given in rates.items():
@@ -536,11 +536,6 @@ def published_without_a_run(path: Path) -> str:
         rows.append([name, number(score.lost), octaves, held, f"{len(given)}"])
     heads = ["rate", "lost, mean, %", "octaves above the best", "90 % band holds"]
     return table_of([*heads, "best rates"], rows)
-
-
-def formula_of(target: tinker.Target) -> Rate:
-    """The cookbook's rate for a model of a family that it has a formula for."""
-    return Rate(tinker.get_lr(target.model, tinker.HIDDEN[target.model]) or math.nan)
 
 
 def of_gemma() -> str:

@@ -189,12 +189,8 @@ def score_of(law: str | Law, curves: Sequence[LossCurve]) -> LawScore:
                     target.lost_at(moved),
                 )
             )
-    return LawScore(label_of(law), found, tuple(moves))
-
-
-def label_of(law: str | Law) -> str:
-    """Return a law's name in tables."""
-    return law if isinstance(law, str) else law_sentence(law)
+    label = law if isinstance(law, str) else law_sentence(law)
+    return LawScore(label, found, tuple(moves))
 
 
 # --- best rates -----------------------------------------------------------------------------------------------------

@@ -53,16 +53,11 @@ def runs() -> Losses:
     return done
 
 
-def width_of(task: str, rank: int) -> float:
-    """The width that a suggestion counts; at rank `FULL` the largest fan-in."""
-    return get_domain(task).widths[1] if rank == FULL else float(COMMON_WIDTHS[task])
-
-
 def asked(task: str, config: str, rank: int) -> Reference:
     """A task in a configuration at a rank, or in full finetuning at rank `FULL`."""
-    width = width_of(task, rank)
     if rank == FULL:
-        return Reference(method="full", fan_in=width)
+        return Reference(method="full", fan_in=get_domain(task).widths[1])
+    width = float(COMMON_WIDTHS[task])
     return replace(reference_at(config, rank), fan_in=width)
 
 
@@ -114,15 +109,12 @@ def found_in(kind: Kind) -> list[Found]:
     return [found(cell) for task in TASKS for cell in cells_of(task, kind)]
 
 
-def mean_regret(task: str, kind: Kind) -> float:
-    return statistics.fmean(found(cell).regret for cell in cells_of(task, kind))
-
-
 def losses() -> str:
     """The regret of every task and kind, and its mean over the tasks."""
-    regrets = {
-        task: [100 * mean_regret(task, kind) for kind in KINDS] for task in TASKS
-    }
+    regrets: dict[str, list[float]] = {}
+    for task, kind in itertools.product(TASKS, KINDS):
+        mean = statistics.fmean(found(cell).regret for cell in cells_of(task, kind))
+        regrets.setdefault(task, []).append(100 * mean)
     rows = [
         [task, f"{COMMON_WIDTHS[task]}", *(number(each, 1) for each in regrets[task])]
         for task in TASKS
