@@ -130,26 +130,18 @@ def test_falling_is_the_inner_law_times_its_fall(to, origin, knee, power):
 
 
 MATCHED = {"adjust_lr_fn": "match_rms_adamw"}
-SPECTRAL, GRADIENT = {"family": "spectral"}, {"family": "gradient-like"}
+SPECTRAL = {"family": "spectral"}
 LARS_OF = called("LARS", "torch_optimizer")
 BOUND = [
     # an optimizer, its settings, what µA's form has of it, and the default law around it
     (AdamW, {}, {}, True),
     (called("Unheard"), {}, {"family": "unknown"}, True),
-    (called("Adafactor"), {"scale_parameter": False}, {}, True),
     muon({}, SPECTRAL, False),
-    muon({"adjust_lr_fn": None}, SPECTRAL, False),
     muon(MATCHED, {**SPECTRAL, "shape_factor": "match_rms_adamw"}, False),
     (
         with_defaults("Muon", "timm", **MATCHED),
         {},
         {**SPECTRAL, "shape_factor": "match_rms_adamw"},
-        False,
-    ),
-    (
-        with_defaults("Muon", "timm", **MATCHED),
-        {"adjust_lr_fn": "rms_to_rms"},
-        {**SPECTRAL, "shape_factor": "rms_to_rms"},
         False,
     ),
     (
@@ -164,9 +156,8 @@ BOUND = [
         {**SPECTRAL, "shape_factor": "match_rms_adamw"},
         False,
     ),
-    (SGD, {"momentum": 0.9}, GRADIENT, False),
     (called("Lamb"), {}, {"family": "relative-scale"}, False),
-    (LARS_OF, {}, GRADIENT, False),
+    (LARS_OF, {}, {"family": "gradient-like"}, False),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from dataclasses import replace
@@ -22,7 +21,6 @@ from rankaware_optim import (
     inspect_model,
     rank_aware_param_groups,
 )
-from rankaware_optim.laws import kappa
 
 from ..helpers.models import mlp, trained
 
@@ -44,24 +42,6 @@ def references(init: str, fan_in: float | None = None) -> st.SearchStrategy[Refe
 # --- closed forms ---------------------------------------------------------------------------------------------------
 
 
-def limit(at: Reference, tokens: float | None) -> float:
-    """The closed form of the rate at a large width."""
-    s = at.scaling
-    return 1 / s if at.init == "B" else (s * kappa(at.rank, tokens)) ** -0.5
-
-
-@pytest.mark.parametrize("init", "AB")
-@pytest.mark.parametrize(("law", "tokens"), [("mua", 2.0), ("mua-paper", None)])
-def test_at_a_large_width_the_rate_is_the_laws_limit(law, tokens, init):
-    """At every rank from 1 to 4096 and the extremes of scaling the rate is the closed form of a large width."""
-    start = Reference(rank=16, alpha=16, init=init, fan_in=2.0**200)
-    for rank, s in itertools.product(range(1, 4097, 3), (1 / 4096, 1.0, 4096.0)):
-        to = Reference(rank, s * rank, init=init)
-        expected = limit(to, tokens) / limit(start, tokens)
-        rate = convert_lr(1.0, from_=start, to=to, law=law)
-        assert rate.lr == pytest.approx(expected, rel=1e-12)
-
-
 FORMS = [
     ("r=16,alpha=16", "r=64,alpha=64", "mua-paper", 1 / 2),
     ("r=16,alpha=4,rslora", "r=64,alpha=4,rslora", "mua-paper", 2**-0.5),
@@ -81,28 +61,6 @@ def test_the_laws_single_rate(from_, to, law, ratio):
     assert convert_lr(2e-4, from_=from_, to=to, law=law).lr == pytest.approx(
         2e-4 * ratio, rel=1e-4
     )
-
-
-@given(
-    data=st.data(),
-    init=inits,
-    fan_in=st.none() | st.integers(1, 2**16),
-    law=st.sampled_from(LAWS),
-)
-def test_conversions_compose(data, init, fan_in, law):
-    """Going by way of a third configuration gives the same rate, and back again the first."""
-    a, b, c = (data.draw(references(init, fan_in)) for _ in range(3))
-    there = convert_lr(2e-4, from_=a, to=b, law=law)
-    direct = convert_lr(2e-4, from_=a, to=c, law=law)
-    assert convert_lr(there, from_=b, to=c, law=law).lr == pytest.approx(direct.lr)
-    assert convert_lr(there, from_=b, to=a, law=law).lr == pytest.approx(2e-4)
-
-
-@given(data=st.data(), init=inits, law=st.sampled_from(LAWS), lr=st.floats(1e-8, 1.0))
-def test_the_same_configuration_keeps_the_rate(data, init, law, lr):
-    """Converted to itself a rate is the same to the last bit."""
-    a = data.draw(references(init))
-    assert convert_lr(lr, from_=a, to=a, law=law).lr == lr
 
 
 @given(data=st.data(), init=inits)

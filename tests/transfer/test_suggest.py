@@ -18,7 +18,6 @@ from rankaware_optim import (
     LawError,
     MuA,
     RankAwareError,
-    RankAwareOptimizer,
     Reference,
 )
 from rankaware_optim.cli import main
@@ -128,15 +127,6 @@ def test_a_published_grpo_learns_at_the_suggested_rate(rank):
     assert "schedule-free" not in str(found)
 
 
-def test_full_finetuning_has_the_same_rate_in_reinforcement_learning():
-    """Its suggestion was right there: 1.5e-5 to 2e-5 were best."""
-    full = Reference(method="full", fan_in=6144)
-    found = suggest_lr(full, task="rl")
-    other = suggest_lr(full)
-    assert (found.lr, found.low, found.high) == (other.lr, other.low, other.high)
-    assert 1.5e-5 < found.lr < 2e-5
-
-
 @pytest.mark.parametrize("own", [{}, {"reward_funcs": [len]}])
 def test_a_trainer_says_its_model_and_its_task(own):
     """A built trainer stands for its model, and one with rewards for reinforcement learning, unless a task is given."""
@@ -168,19 +158,6 @@ WIDER = [
 def test_the_band_widens_with_distance(near, far):
     """What the published sweeps did not see makes the band wider."""
     assert reach(suggest_lr(far)) > reach(suggest_lr(near)) + 0.005
-
-
-SEEN = [(rank, width) for rank in (1, 16, 128) for width in (2048, 8192)]
-
-
-@pytest.mark.parametrize(("rank", "width"), SEEN)
-def test_inside_what_was_seen_the_task_alone_widens_the_band(rank, width):
-    """At a published rank, alpha and width it is that between models, under an octave; on another task twice that."""
-    at = Reference(rank, 32, fan_in=width)
-    chat, other = reach(suggest_lr(at, task="chat")), reach(suggest_lr(at))
-    assert chat == pytest.approx(reach(suggest_lr(AT, task="chat")), abs=1e-9)
-    assert 0.7 < chat < 1.0
-    assert other > 2 * chat
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------
@@ -235,18 +212,6 @@ def test_a_model_is_answered_at_its_own_configuration(init):
     assert found.configuration.endswith(", fan-in 64")
     assert found.lr == suggest_lr(replace(found.reference, fan_in=64)).lr
     assert suggest_lr(inspect_model(model)) == found
-
-
-def test_the_rest_of_a_model_follows_by_the_law():
-    """Used with its reference and law, the rate stands at the commonest rank and the law moves it to the others."""
-    model = model_of((8, 64), (8, 64), (2, 64))
-    found = suggest_lr(model)
-    options = {"tuned_at": found.reference, "law": MuA(tokens=8.0)}
-    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=found.lr, **options)
-    at_2 = replace(found.reference, rank=2, alpha=4, fan_in=64)
-    expected = {8: found.lr, 2: suggest_lr(at_2).lr}
-    for part in opt.rates.groups:
-        assert part.lr == pytest.approx(expected[part.rank])
 
 
 def test_full_finetuning_takes_the_largest_fan_in():
@@ -322,19 +287,6 @@ def test_what_has_no_published_rate_is_refused(model, options):
 
 
 # --- in words -------------------------------------------------------------------------------------------------------
-
-
-def test_it_says_what_it_rests_on():
-    """Printed: rate, configuration, band, sources, what widens the band, and how to narrow it."""
-    text = str(suggest_lr(AT, "lion", init="B"))
-    parts = (
-        "lion, rank 16, alpha 32",
-        "90 % band",
-        "tinker",
-        "multiplied by 0.1 to 0.5",
-    )
-    for part in (*parts, "ra.calibrate", "ra.sweeps.fit_sweep"):
-        assert part in text
 
 
 def call(*arguments):

@@ -11,8 +11,6 @@ import pytest
 
 from rankaware_optim import Reference, convert_lr
 
-from .wandb_file import read_history
-
 ROOT = Path(__file__).parents[3]
 STEPS = 3
 
@@ -30,13 +28,6 @@ def tensorboard(folder: Path) -> dict[str, list[float]]:
     return scalars
 
 
-def wandb(folder: Path) -> dict[str, list[float]]:
-    """The history of the one run."""
-    history = read_history(folder)
-    keys = dict.fromkeys(key for entry in history for key in entry)
-    return {key: [entry[key] for entry in history if key in entry] for key in keys}
-
-
 def mlflow(folder: Path) -> dict[str, list[float]]:
     """The metrics of the one run in a local file store, by step: they are written as they come."""
     (metrics,) = folder.rglob("metrics")
@@ -49,15 +40,12 @@ def mlflow(folder: Path) -> dict[str, list[float]]:
     return values
 
 
-READERS = {"tensorboard": tensorboard, "wandb": wandb, "mlflow": mlflow}
+READERS = {"tensorboard": tensorboard, "mlflow": mlflow}
 
 
 def ran(folder: Path, tracker: str) -> Path:
     """The folder in which a separate process has trained, with no network to ask for."""
     own = {
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_DIR": str(folder),
         "MLFLOW_TRACKING_URI": (folder / "mlruns").as_uri(),
         "MLFLOW_ALLOW_FILE_STORE": "true",
         "HF_HUB_OFFLINE": "1",
