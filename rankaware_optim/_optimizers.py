@@ -55,10 +55,6 @@ class Known(NamedTuple):
     thin_to_adam: bool = False
     packages: tuple[str, ...] = ()
 
-    def is_of(self, package: str) -> bool:
-        """Return whether a package's class of a bare name in the row is that optimizer."""
-        return not self.packages or package in self.packages
-
 
 RANK_AWARE = "rank-aware"  # its own rule moves the updates with the rank
 _ESTIMATES = "estimates one rate for all groups itself"
@@ -218,8 +214,9 @@ def known_optimizer(optimizer: type | str) -> tuple[str, Known]:
         package = base.__module__.partition(".")[0]
         for text in (f"{package}.{base.__name__}", base.__name__):
             name = known_name(text)
-            if name and _KNOWN[name].is_of(package):
-                return name, _KNOWN[name]
+            row = _KNOWN.get(name, Known())
+            if name and (not row.packages or package in row.packages):
+                return name, row
     return "", Known()
 
 

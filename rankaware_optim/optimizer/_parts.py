@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._optimizers import goes_to_adam, known_optimizer
-from .._types import Init
+from .._types import Factor, Init
 from ..errors import OptimizerError
 from ..inspection import Survey
 from ._assign import Assigned, Assigner, Rule
@@ -190,9 +190,8 @@ def outside_a_step(opt: Any, take: Callable[[Any], Any]) -> Any:
 
 def splits_of(opt: Any) -> list[SplitGroup]:
     """Return the split groups of an optimizer."""
-    hidden: Hidden = opt._rankaware
-    splits: list[SplitGroup] = outside_a_step(opt, lambda o: hidden.of(o.param_groups))
-    return splits
+    of = opt._rankaware.of
+    return outside_a_step(opt, lambda shown: of(shown.param_groups))  # type: ignore[no-any-return]
 
 
 def shapes_of(params: Iterable[Any]) -> list[tuple[int, ...]]:
@@ -279,42 +278,41 @@ def split(
         state: the state of a built optimizer. Some mark there which parameters Muon gets.
     """
     factors = {f.name: f for f in survey.factors}
-    splits = []
-    for user in groups:
-        # all groups of one that is built have a rate, which is not the user's own
-        own_lr = state is None and "lr" in user.options
-        rules = _rules(user, assigner, state or {})
-        positions: dict[Assigned, list[int]] = {}
-        for position, (name, param) in enumerate(user.named):
-            assigned = assigner.assign(
-                name,
-                factors.get(name),
-                rules[position],
-                own_lr=own_lr,
-                trains=param.requires_grad,
-            )
-            positions.setdefault(assigned, []).append(position)
-        splits.append(_split_at(user, positions or {Assigned(): []}))
-    return splits
+    return [
+        _split_at(user, _positions(user, assigner, factors, state)) for user in groups
+    ]
 
 
-def _rules(user: UserGroup, assigner: Assigner, state: State) -> list[Rule]:
-    """Return the rules of a group's parameters. Some Muons hand a parameter to their Adam by its
-    shape, and Moonlight's by a mark in its state.
-    """
+def _positions(
+    user: UserGroup,
+    assigner: Assigner,
+    factors: Mapping[str, Factor],
+    state: State | None,
+) -> dict[Assigned, list[int]]:
+    """Return the positions in a user's group of what is assigned alike."""
+    # all groups of one that is built have a rate, which is not the user's own
+    own_lr = state is None and "lr" in user.options
     known = known_optimizer(assigner.optimizer or "")[1]
     settings = {**assigner.settings, **user.options}
     rules: dict[Any, Rule] = {}
-    listed = []
-    for _, param in user.named:
-        mark = state.get(param, {}).get("use_muon")
-        if mark is None and goes_to_adam(known, settings, param.shape):
-            mark = False
-        if mark not in rules:
-            own = {} if mark is None else {"use_muon": mark}
-            rules[mark] = assigner.rule({**settings, **own})
-        listed.append(rules[mark])
-    return listed
+    positions: dict[Assigned, list[int]] = {}
+    for position, (name, param) in enumerate(user.named):
+        # some Muons hand a parameter to their Adam by its shape, Moonlight's by a mark
+        is_muon = (state or {}).get(param, {}).get("use_muon")
+        if is_muon is None and goes_to_adam(known, settings, param.shape):
+            is_muon = False
+        if is_muon not in rules:
+            own = {} if is_muon is None else {"use_muon": is_muon}
+            rules[is_muon] = assigner.rule({**settings, **own})
+        assigned = assigner.assign(
+            name,
+            factors.get(name),
+            rules[is_muon],
+            own_lr=own_lr,
+            trains=param.requires_grad,
+        )
+        positions.setdefault(assigned, []).append(position)
+    return positions or {Assigned(): []}
 
 
 def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> SplitGroup:

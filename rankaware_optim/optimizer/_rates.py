@@ -5,7 +5,6 @@ the report, with what to check.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -211,12 +210,9 @@ def _by_training(group: RateGroup) -> Iterator[RateGroup]:
 def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
     """Yield the adapters none of whose factors is in the groups."""
     names = {name for group in groups for name in group.names}
-    present = {f.adapter for f in survey.factors if f.name in names}
-    for adapter, count in Counter(f.adapter for f in survey.factors).items():
-        if names and adapter not in present:
-            yield (
-                f"None of the {count} factors of {adapter or 'the adapter'} is in this optimizer."
-            )
+    held = {f.adapter for f in survey.factors if f.name in names}
+    for adapter in sorted({f.adapter for f in survey.factors} - held):
+        yield f"None of the factors of {adapter or 'the adapter'} is in this optimizer."
 
 
 def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:

@@ -8,7 +8,7 @@ in a checkpoint are base rates.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -21,9 +21,7 @@ from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
 from ._given import MULTIPLIED, Group
-from ._parts import SplitGroup, peak_of, same
-
-State = Mapping[Any, Any]
+from ._parts import Part, SplitGroup, State, peak_of, same
 
 KEY = "rank_parts"
 # What torch's classes keep of a parameter that is one number. The rest has the parameter's shape.
@@ -51,22 +49,26 @@ def warn_of_train_mode(opt: Optimizer) -> None:
 def with_parts(
     state: dict[str, Any], splits: Iterable[SplitGroup], native: type
 ) -> dict[str, Any]:
-    """Return a native state with what its layout does not hold: what the parts of a group do not
-    share, a value a part, and shapes.
-    """
+    """Return a native state with what its layout does not hold."""
     for group, split in zip(state["param_groups"], splits, strict=False):
-        parts, values = split.parts, dict[str, list[Any]]()
-        for key in parts[0].group.keys() - {"params", "param_names", "lr"}:
-            each = [part.group.get(key) for part in parts]
-            if not all(same(value, each[0]) for value in each):
-                values[key] = each
-        if any(part.given_at for part in parts):
-            values["given_at"] = [part.given_at for part in parts]
+        values = _unshared(split.parts)
         if not _is_torchs(native):
             values["shapes"] = list(map(list, split.shapes))
         if values:
             group[KEY] = values
     return state
+
+
+def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
+    """Return what the parts of a group do not share, a value a part."""
+    values = {}
+    for key in parts[0].group.keys() - {"params", "param_names", "lr"}:
+        each = [part.group.get(key) for part in parts]
+        if not all(same(value, each[0]) for value in each):
+            values[key] = each
+    if any(part.given_at for part in parts):
+        values["given_at"] = [part.given_at for part in parts]
+    return values
 
 
 # --- to load --------------------------------------------------------------------------------------
@@ -193,29 +195,23 @@ def _of_another_shape(
 # --- after the native load ------------------------------------------------------------------------
 
 
-def restored(
-    splits: Iterable[SplitGroup], users: Sequence[Group], values: Sequence[Group]
-) -> list[SplitGroup]:
-    """Return the split groups at a loaded state: with the options of its groups, and with what
-    differs between their parts. What is of another split is left out, and where a plain optimizer
-    went on, whose group has another value than the first part.
+def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
+    """Return a split group at a loaded state: with the options of its group, and with what differs
+    between its parts. What is of another split is left out, and where a plain optimizer went on,
+    whose group has another value than the first part.
     """
-    made = []
-    for split, user, of_parts in zip(splits, users, values, strict=True):
-        parts = [replace(part, group=dict(part.group)) for part in split.parts]
-        one = replace(split, group=user, parts=parts, seen={})
-        one.follow_options(user)
-        one.see()
-        kept = {}
-        for key, each in of_parts.items():
-            is_new = key not in user or torch.is_tensor(each[0])
-            if len(each) == len(parts) and (is_new or same(each[0], user[key])):
-                kept[key] = each
-        for i, part in enumerate(parts):
-            part.group.update({key: each[i] for key, each in kept.items()})
-            given_at = part.group.pop("given_at", None) or peak_of(user)
-            part.settle(user["lr"], given_at)
-        made.append(one)
+    parts = [replace(part, group=dict(part.group)) for part in split.parts]
+    made = replace(split, group=user, parts=parts, seen={})
+    made.follow_options(user)
+    made.see()
+    for key, each in values.items():
+        is_new = key not in user or torch.is_tensor(each[0])
+        if len(each) == len(parts) and (is_new or same(each[0], user[key])):
+            for part, value in zip(parts, each, strict=True):
+                part.group[key] = value
+    for part in parts:
+        given_at = part.group.pop("given_at", None) or peak_of(user)
+        part.settle(user["lr"], given_at)
     return made
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._optimizers import kept_dtypes
 from .._warn import warn
 from ..errors import OptimizerError
-from ..inspection import factor_tensors, walk
+from ..inspection import Walk, factor_tensors, walk
 from ._parts import peak_of, splits_of
 
 # The share of a group's weights, or of their steps, above which it is said.
@@ -47,29 +47,26 @@ class Trained(NamedTuple):
     group: Mapping[str, Any] = {}
 
 
-def trained_parts(opt: Any, *, first_step: bool = False) -> list[Trained]:
+def trained_parts(opt: Any) -> list[Trained]:
     """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates: the
-    first steps of a warm-up are small.
-
-    first_step: whether the rates with which it was built count too, if no scheduler noted others.
+    first steps of a warm-up are small. If no scheduler noted others, the rates of the last step
+    count, or those with which it was built.
     """
     trained = []
     splits = splits_of(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
     for split in splits:
         user = split.group
-        rate = max(float(user["lr"]), peak_of(user))
+        rates = [float(user["lr"]), peak_of(user)]
         # a rate of 0 freezes a group beside others, and begins a warm-up of all
-        warms_up = none_trains or float(user["lr"]) > 0
-        if first_step and warms_up and "initial_lr" not in user:
-            rate = max(rate, float(split.seen["lr"]))
+        if "initial_lr" not in user and (rates[0] or none_trains):
+            rates.append(float(split.seen["lr"]))
         for part in split.parts:
-            if part.assigned.family != "sign-like":
-                continue
-            named = zip(split.names_of(part), split.params_of(part), strict=False)
-            params = {name: param for name, param in named if param.requires_grad}
-            at, kept = rate * part.multiplier, kept_dtypes(opt, user)
-            trained.append(Trained(params, at, kept, opt.state, user))
+            if part.assigned.family == "sign-like":
+                named = zip(split.names_of(part), split.params_of(part), strict=False)
+                params = {name: param for name, param in named if param.requires_grad}
+                at, kept = max(rates) * part.multiplier, kept_dtypes(opt, user)
+                trained.append(Trained(params, at, kept, opt.state, user))
     return trained
 
 
@@ -82,7 +79,7 @@ def warn_of_unmoved(opt: Any) -> None:
     hidden.steps += 1
     text = ""
     if hidden.steps == 1:
-        text = rounding(trained_parts(opt, first_step=True))
+        text = rounding(trained_parts(opt))
     elif hidden.steps == EPSILON_AT:
         text = epsilon(trained_parts(opt))
     if text:
@@ -280,9 +277,18 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
     walked = walk(model)
     graded = {name: p for name, p in walked.parameters if _is_graded(p)}
     elsewhere = set(chain(held, *map(_params_of, others)))
-    lost = [name for name, param in graded.items() if param not in elsewhere]
-    tensors, names = factor_tensors(walked), set(opt.rates)
-    adapters = [name for name in lost if graded[name] in tensors]
+    lost = {name: p for name, p in graded.items() if p not in elsewhere}
+    if lost:
+        _refuse_lost(opt, walked, lost)
+    return not graded
+
+
+def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
+    """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`. Warn of
+    an adapter's that train beside them.
+    """
+    held, names, factors = _params_of(opt), set(opt.rates), factor_tensors(walked)
+    adapters = [name for name, param in lost.items() if param in factors]
     replaced = [name for name in lost if name in names]
     # FSDP1 flattens them
     gone = set(held).isdisjoint(dict(walked.parameters).values())
@@ -301,7 +307,6 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
             f"{adapters[0]} has a gradient, and no RankAwareOptimizer holds it. If it should train"
             " here, build the optimizer after the adapter was added and activated."
         )
-    return not graded
 
 
 def _params_of(opt: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
-from inspect import isfunction, signature
+from inspect import getmembers, isfunction, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,7 +263,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             state, values = read_checkpoint(splits, state_dict, native)
             built = [peak_of(group) for group in self.param_groups]
             native.load_state_dict(self, state)
-            splits = restored(splits, self.param_groups, values)
+            splits = list(map(restored, splits, self.param_groups, values))
             warn_of_rates(built, self.param_groups)
         except BaseException as error:
             vars(self).clear()
@@ -392,11 +392,9 @@ def _subclass(native: Native) -> Any:
     for name, value in vars(RankAwareOptimizer).items():
         if isfunction(value) or isinstance(value, property):
             namespace[name] = value
-    for kind in native.__mro__[: native.__mro__.index(Optimizer)]:
-        for name, value in vars(kind).items():
-            if isfunction(value) and not name.startswith("_") and name not in _OUTSIDE:
-                namespace.setdefault(name, _with_parts(getattr(native, name), name))
-    namespace.setdefault("step", _with_parts(native.step, "step"))
+    for name, value in getmembers(native, isfunction):
+        if not name.startswith("_") and name not in _OUTSIDE:
+            namespace.setdefault(name, _with_parts(value, name))
     _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 

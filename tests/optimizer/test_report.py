@@ -292,5 +292,5 @@ def test_an_adapter_outside_the_optimizer_is_pointed_out():
     params = [p for p in model["one"].parameters() if p.requires_grad]
     opt = RankAwareOptimizer(params, SGD, model=model, lr=LR)
     assert opt.report().audit == (
-        "None of the 2 factors of second is in this optimizer.",
+        "None of the factors of second is in this optimizer.",
     )
