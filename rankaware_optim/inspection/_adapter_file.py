@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from safetensors import safe_open
@@ -21,8 +20,14 @@ from .._checks import check_init
 from .._types import Init
 from ..errors import InspectionError
 from ._conventions import INITS, Shape, StoredLayer, conventions
-from ._pairs import Half, Walk, pairs_of
-from ._peft_config import AdapterConfig, embedded_configs, read_config, usable
+from ._pairs import Half, Walk
+from ._peft_config import (
+    AdapterConfig,
+    declare,
+    embedded_configs,
+    read_config,
+    usable,
+)
 from ._record import Survey
 from ._survey import read_survey
 
@@ -33,10 +38,22 @@ _PREFIX = "base_model.model."
 
 @dataclass(eq=False)
 class Stored:
-    """A tensor in a file, of which the shape is known."""
+    """A tensor in a file, of which the shape is known.
+
+    is_half: whether its name is that of one of LoRA's factors.
+    """
 
     shape: Shape
+    is_half: bool = False
     is_meta = requires_grad = True
+
+    @property
+    def weight(self) -> Stored:
+        """Itself, since a file does not tell a parameter from a module of one."""
+        return self
+
+
+Tensors = dict[str, Any]  # those of one element that declare something are floats
 
 
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
@@ -61,15 +78,23 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     check_init(init, known=INITS)
     file, config = _file_at(Path(path))
     with usable(str(file)):
-        shapes, metadata, numbers = _read(file)
+        if not os.path.isfile(file):  # a named pipe would be waited for
+            raise OSError("there is no such file")
+        tensors, metadata = _read(file)
     configs = [config] if config else embedded_configs(file, metadata)
-    survey = read_survey(_walk(file, shapes, numbers, configs), init=init)
-    if config and not config.has_law:
+    survey = read_survey(_walk(file, tensors, configs), init=init)
+    for name in survey.other:
+        if tensors[name].is_half:
+            raise InspectionError(
+                f"{file}: {name} has no other half, or another tensor has its place.",
+                "Save the adapter again.",
+            )
+    if config and not config.r:
         note = f"The folder's adapter is {config.peft_type}, which no law covers."
         return replace(survey, notes=(*survey.notes, note))
     if not survey.has_adapter:
         raise InspectionError(
-            f"{file} has no LoRA pair among {len(shapes)} tensors.",
+            f"{file} has no LoRA pair among {len(tensors)} tensors.",
             "Give an adapter's file, not a base model's.",
         )
     return survey
@@ -97,25 +122,23 @@ def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
     return files[0], config
 
 
-def _read(path: Path) -> tuple[dict[str, Shape], dict[str, str], dict[str, float]]:
-    """Return a file's shapes by name, in its order, its table of strings, and the values of entries
-    of one element by which a convention declares numbers, such as `alpha`. The other tensors are
-    not loaded.
-    """
-    if not os.path.isfile(path):  # a named pipe would be waited for
-        raise OSError("there is no such file")
+def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Return a file's tensors and its table of strings. No tensors but numbers are loaded."""
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
-    shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
-    _, others = _known_names()
-    names = [name for name, shape in shapes.items() if shape in ((), (1,))]
-    names = [name for name in names if name.rpartition(".")[2] in others]
+    tensors: Tensors = {n: Stored(tuple(x.get_shape())) for n, x in slices.items()}
+    halves, others = _known_names()
+    names = []
+    for name, tensor in tensors.items():
+        if tensor.shape in ((), (1,)) and name.rpartition(".")[2] in others - halves:
+            names.append(name)
     dtypes = {slices[name].get_dtype() for name in names}
     # NumPy has no bfloat16, and torch is slow to import
     with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
-        numbers = {name: float(file.get_tensor(name).item()) for name in names}
-    return shapes, metadata, numbers
+        for name in names:
+            tensors[name] = float(file.get_tensor(name).item())
+    return tensors, metadata
 
 
 def _known_names() -> tuple[set[str], set[str]]:
@@ -127,25 +150,15 @@ def _known_names() -> tuple[set[str], set[str]]:
     return halves, others
 
 
-def _walk(
-    path: Path,
-    shapes: Mapping[str, Shape],
-    numbers: Mapping[str, float],
-    configs: Iterable[AdapterConfig],
-) -> Walk:
-    """Return the layers of a file as modules, and its tensors but numbers as their parameters.
-
-    Raises:
-        InspectionError: half of a pair is missing, or two tensors have the same place.
-    """
+def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Walk:
+    """Return the layers of a file as modules, and its tensors but numbers as their parameters."""
     halves, others = _known_names()
     known = "|".join(map(re.escape, halves | others))
     place = re.compile(rf"(?:(.*)\.)?({known})(?:\.([^.]+))?")
-    layers: dict[str, StoredLayer] = {}
-    factors, parameters = list[str](), list[Any]()
-    for name, shape in shapes.items():
-        tensor = Stored(shape)
-        if name not in numbers:
+    layers: dict[str, Any] = {}
+    parameters: list[Any] = []
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Stored):
             parameters.append((name, tensor))
         match = place.fullmatch(name.removesuffix(".weight"))
         if match is None:
@@ -153,24 +166,13 @@ def _walk(
         owner, attribute, adapter = match.groups("")
         layer = StoredLayer(owner, f"{path}: {owner}")
         layer = layers.setdefault(owner.removeprefix(_PREFIX), layer)
+        if attribute in others:
+            setattr(layer, attribute, tensor)
         # DyLoRA's slices are no pair
         is_part = adapter == "bias" or adapter.isdecimal()
         if attribute in halves and not is_part:
+            tensor.is_half = "lora" in name
             layer.halves.setdefault((attribute, adapter), Half(name, tensor))
-            factors.append(name)
-        elif attribute in others:
-            value = numbers.get(name, SimpleNamespace(weight=tensor))
-            setattr(layer, attribute, value)
     for layer in layers.values():
-        config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
-        if config and config.has_law:
-            config.declare(layer)
-    modules: list[Any] = [(layer.name, layer) for layer in layers.values()]
-    whole = {half.name for pair in pairs_of(modules) for half in (pair.a, pair.b)}
-    for name in factors:
-        if name not in whole and "lora" in name:
-            raise InspectionError(
-                f"{path}: {name} has no other half, or another tensor has its place.",
-                "Save the adapter again.",
-            )
-    return Walk(modules, parameters)
+        declare(layer, configs)
+    return Walk([(layer.name, layer) for layer in layers.values()], parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -23,18 +23,19 @@ from ..errors import InspectionError
 
 INITS = (*get_args(Init), None)
 Shape = tuple[int, ...]
+Halves = dict[tuple[str, str], Any]  # factors by attribute and adapter
 
 
 class StoredLayer:
     """A layer of a file, which owns pairs as a module does. What is stored or declared of it is an
     attribute.
 
-    where: its name in error messages. halves: its factors by attribute and adapter.
+    where: its name in error messages. halves: its factors.
     """
 
     def __init__(self, name: str, where: str) -> None:
         self.name, self.where = name, where
-        self.halves: dict[tuple[str, str], Any] = {}
+        self.halves: Halves = {}
 
 
 class Reading(NamedTuple):
@@ -194,6 +195,15 @@ class Convention:
         if self.file and isinstance(owner, StoredLayer):
             return re.fullmatch(self.file, owner.name) is not None
         return all(hasattr(owner, name) for name in self.where)
+
+    def pairs_in(self, owner: Any, halves: Halves) -> Iterator[tuple[str, Any, Any]]:
+        """Yield the adapter, A and B of every pair that the owner has by this convention."""
+        if not self.fits(owner):
+            return
+        for (attribute, adapter), a in halves.items():
+            b = halves.get((self.b, adapter))
+            if attribute == self.a and b and (self.container or not adapter):
+                yield adapter, a, b
 
 
 _LORA = ("lora_A", "lora_B")

@@ -84,15 +84,19 @@ def _check(pair: Pair, init: DrawnInit) -> None:
             f"{zeroed.name} of {pair.where} is frozen, so the pair could not learn if it is zero.",
             "Unfreeze it, or use the other init.",
         )
-    parameters = dict(pair.owner.named_parameters())
-    names = [half.name.removesuffix("weight") + "bias" for half in (pair.a, pair.b)]
-    has_bias = any(name in parameters and parameters[name].any() for name in names)
-    if has_bias or (pair.a.tensor.any() and pair.b.tensor.any()):
+    if _has_bias(pair) or (pair.a.tensor.any() and pair.b.tensor.any()):
         raise InspectionError(
             f"{pair.where} was trained already, or started with both factors drawn or with a bias:"
             " its output is not zero.",
             "Rebuild the adapter on the unchanged base model, with B = 0.",
         )
+
+
+def _has_bias(pair: Pair) -> bool:
+    """Return whether the module of a factor has a bias that is not zero."""
+    parameters = dict(pair.owner.named_parameters())
+    names = [half.name.removesuffix("weight") + "bias" for half in (pair.a, pair.b)]
+    return any(bool(parameters[name].any()) for name in names if name in parameters)
 
 
 def _write(pair: Pair, init: DrawnInit, seed: int) -> None:

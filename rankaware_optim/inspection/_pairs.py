@@ -150,14 +150,9 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
         halves = _halves(module, names)
         pairs: dict[tuple[Any, Any], Pair] = {}
         for row in rows if halves else ():
-            if not row.fits(module):
-                continue
-            for (attribute, adapter), a in halves.items():
-                b = halves.get((row.b, adapter))
-                named_right = row.container or not adapter
-                if attribute == row.a and b and named_right:
-                    pair = Pair(module, layer, adapter, row, a, b)
-                    pairs.setdefault((a.tensor, b.tensor), pair)
+            for adapter, a, b in row.pairs_in(module, halves):
+                pair = Pair(module, layer, adapter, row, a, b)
+                pairs.setdefault((a.tensor, b.tensor), pair)
         yield from pairs.values()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,8 @@ from ._pairs import Modules
 _LIMIT = 10_000_000  # bytes of a file: by hand
 _LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
 
+# X-LoRA's, which scales the pairs inside by token.
+XLORA = "internal_xlora_classifier"
 _OF_PEFT = re.compile("lora_(embedding_)?[AB]")
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -49,29 +51,28 @@ class AdapterConfig(msgspec.Struct):
     where: str = ""
     prefix: str = ""
 
-    @property
-    def has_law(self) -> bool:
-        return self.r > 0
 
-    def declare(self, layer: StoredLayer) -> None:
-        """Set what is declared for a layer as a module has it, unless the file has its own. A pair
-        is of PEFT's adapter "default".
-        """
-        layer.where += f", with {self.where},"
-        for key in [*layer.halves]:
-            if _OF_PEFT.fullmatch(key[0]):
-                layer.halves[key[0], "default"] = layer.halves.pop(key)
-        name = layer.name.removeprefix(self.prefix).removeprefix("base_model.model.")
-        name = name.partition(".base_layer")[0]
-        rank = _by_pattern(name, self.rank_pattern, self.r)
-        alpha = _by_pattern(name, self.alpha_pattern, self.lora_alpha)
-        if self.use_rslora and alpha is not None:
-            alpha *= math.sqrt(rank)
-        declared = {"peft_config": {"default": self}, "r": rank, "alpha": alpha}
-        if self.peft_type == "ADALORA":  # it prunes ranks, and `scaling` is alpha
-            declared |= {"r": None, "lora_E": None, "scaling": alpha}
-        for attribute, value in declared.items():
-            vars(layer).setdefault(attribute, value)
+def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
+    """Set what a configuration declares for a layer as a module has it, unless the file has its
+    own. A pair is of PEFT's adapter "default".
+    """
+    config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
+    if config is None or not config.r:
+        return
+    layer.where += f", with {config.where},"
+    for key in [*layer.halves]:
+        if _OF_PEFT.fullmatch(key[0]):
+            layer.halves[key[0], "default"] = layer.halves.pop(key)
+    name = layer.name.removeprefix(config.prefix).removeprefix("base_model.model.")
+    name = name.partition(".base_layer")[0]
+    rank = _by_pattern(name, config.rank_pattern, config.r)
+    alpha = _by_pattern(name, config.alpha_pattern, config.lora_alpha)
+    if config.use_rslora and alpha is not None:
+        alpha *= math.sqrt(rank)
+    declared = {"peft_config": {"default": config}, "r": rank, "alpha": alpha}
+    if config.peft_type == "ADALORA":  # it prunes ranks, and `scaling` is alpha
+        declared |= {"r": None, "lora_E": None, "scaling": alpha}
+    vars(layer).update({**declared, **vars(layer)})
 
 
 def _by_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
@@ -140,15 +141,16 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
 # --- the configurations of a model ----------------------------------------------------------------
 
 
-def declared_inits(modules: Modules) -> dict[str, dict[str, object]]:
-    """Return the `init_lora_weights` of PEFT's configurations by module and adapter. A module has
-    those of the modules around it too.
+def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
+    """Return what is declared in and around every module: the `init_lora_weights` of PEFT's
+    configurations by adapter, and `XLORA`.
     """
-    inits: dict[str, dict[str, object]] = {"": {}}
+    declared: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:
-        around = inits.get(layer, inits.get(layer.rpartition(".")[0], {}))
-        inits[layer] = dict(around)
-        configs = vars(module).get("peft_config")
-        for adapter, config in configs.items() if isinstance(configs, Mapping) else ():
-            inits[layer][adapter] = getattr(config, "init_lora_weights", None)
-    return inits
+        around = declared.get(layer, declared.get(layer.rpartition(".")[0], {}))
+        here = declared[layer] = dict(around)
+        if hasattr(module, XLORA):
+            here[XLORA] = True
+        for adapter, config in (vars(module).get("peft_config") or {}).items():
+            here[adapter] = getattr(config, "init_lora_weights", None)
+    return declared

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._printing import Table
 from .._types import Factor, Init, Reference
@@ -113,15 +113,14 @@ class Survey:
         pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
         covered = [f for f in pairs if f.kind not in LAWLESS]
         usual = dense(covered) or pairs
-        keys = [(f.rank, f.scaling, f.init) for f in usual]
+        keys: list[Any] = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
                 "There is no LoRA pair, so there is no most common rank.",
                 "Inspect a model that has adapters, or give method='full'.",
             )
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
-        alpha = scaling * (rank or 1)
-        return Reference(rank, alpha, init="B" if init == "B" else "A")
+        return Reference(rank, scaling * rank, init="B" if init == "B" else "A")
 
     def __str__(self) -> str:
         return self._table().text(140)

@@ -30,7 +30,8 @@ ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike
 # What reads the values of a text, by the field of `Reference`, which checks the texts.
 _TYPES = {**get_type_hints(Reference), "init": str, "method": str}
 _FLAGS = {"full": "method=full", "rslora": "rslora=true"}
-_KEYS = {"r", *_TYPES, *_FLAGS}
+_SHORT = {"r": "rank"}
+_KEYS = {*_TYPES, *_FLAGS, *_SHORT}
 _OF_FULL = {"method", "fan_in", "batch"}
 
 _HOW = (
@@ -107,7 +108,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     why = ""
     for part in filter(None, map(str.strip, text.split(","))):
         key, _, given = map(str.strip, _FLAGS.get(part, part).partition("="))
-        name = "rank" if key == "r" else key
+        name = _SHORT.get(key, key)
         if name in values:
             why = f"it gives {name} twice"
         try:
@@ -119,7 +120,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
         why = f"full finetuning has no {min(extra)}"
     if why:
         raise InvalidReferenceError(f"{shown(text)} is not a reference: {why}.", _HOW)
-    stands_alone = not values or {"alpha", "method"} & values.keys()
+    stands_alone = {"alpha", "method"} & values.keys()
     if stands_alone or like is None or like.method == "full":
         return Reference(**values)
     return replace(like, **values)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, get_args
 
 from .._checks import check_choice, check_init
@@ -21,7 +23,7 @@ from ._pairs import (
     scaling_of,
     walk,
 )
-from ._peft_config import declared_inits
+from ._peft_config import XLORA, declared_around
 from ._record import LAWLESS, Survey
 
 if TYPE_CHECKING:
@@ -116,21 +118,21 @@ def read_survey(
         for name, param in walked.parameters
         if param.requires_grad or param in also
     }
-    halves = factor_tensors(walked)
-    frozen = [n for n, p in walked.parameters if p in halves and p not in trainable]
-    notes = list[str]()
+    halves, notes = factor_tensors(walked), list[str]()
     if method == "lora":
-        factors = list(_lora_factors(walked, trainable, init, notes))
+        factors = tuple(_lora_factors(walked, trainable, init, notes))
     elif halves.isdisjoint(trainable):
-        factors = list(_full_factors(walked, trainable))
+        factors = tuple(_full_factors(walked, trainable))
     else:
         raise InspectionError(
             "The model has a trainable LoRA pair, so this is not full finetuning.",
             "Leave method='full' out, or merge the adapters into the weights first.",
         )
     names = {f.name for f in factors}
-    other = tuple(name for name in trainable.values() if name not in names)
-    return Survey(tuple(factors), other, tuple(notes), tuple(frozen))
+    other = filterfalse(names.__contains__, trainable.values())
+    idle = halves.difference(trainable)
+    frozen = (name for name, param in walked.parameters if param in idle)
+    return Survey(factors, tuple(other), tuple(notes), tuple(frozen))
 
 
 def _full_factors(walked: Walk, trainable: Mapping[Any, str]) -> Iterator[Factor]:
@@ -164,48 +166,49 @@ def _lora_factors(
     walked: Walk, trainable: Mapping[Any, str], init: Init | None, notes: list[str]
 ) -> Iterator[Factor]:
     """Yield both factors of every pair. What is assumed of them is added to `notes`."""
-    declared, left = declared_inits(walked.modules), dict(trainable)
-    # X-LoRA's classifier scales the pairs inside by token
-    mixtures = tuple(
-        name and f"{name}."
-        for name, module in walked.modules
-        if hasattr(module, "internal_xlora_classifier")
-    )
+    declared, left = declared_around(walked.modules), dict(trainable)
     for pair in pairs_of(walked.modules):
         # a tied factor has its first name
         names = [left.pop(half.tensor, None) for half in (pair.a, pair.b)]
         if not any(names):
             continue
-        if getattr(pair.owner, "merged_adapters", None):  # PEFT's
-            raise InspectionError(
-                f"{pair.where} is merged into its base weight, where it does not train.",
-                "Train before merging, or call unmerge_adapter().",
-            )
-        reading = reading_of(pair)
-        scaling = scaling_of(pair, reading.rank_a)
-        if scaling is None and not notes:
-            notes.append(
-                f"{pair.where} declares no scaling: 1 is assumed there, and wherever none is."
-            )
-        kind = "xlora" if pair.layer.startswith(mixtures) else reading.kind
-        by_peft = declared[pair.layer].get(pair.adapter)
-        started = init or init_of(pair, by_peft, reading.kind)
+        factor = _factor_of(pair, declared[pair.layer], init, notes)
         for role, name in zip(_ROLES, names, strict=True):
             if name is not None:
-                yield Factor(
-                    name,
-                    role,
-                    int(reading.rank_a),
-                    float(reading.fan_in),
-                    float(reading.fan_out),
-                    scaling=1.0 if scaling is None else float(scaling),
-                    # no init is covered where no law is
-                    init="other" if kind in LAWLESS else started,
-                    kind=kind,
-                    layer=pair.layer,
-                    adapter=pair.adapter,
-                    convention=pair.convention.name,
-                )
+                yield replace(factor, name=name, role=role)
+
+
+def _factor_of(
+    pair: Pair, declared: Mapping[str, object], init: Init | None, notes: list[str]
+) -> Factor:
+    """Return what both factors of a pair have."""
+    if getattr(pair.owner, "merged_adapters", None):  # PEFT's
+        raise InspectionError(
+            f"{pair.where} is merged into its base weight, where it does not train.",
+            "Train before merging, or call unmerge_adapter().",
+        )
+    reading = reading_of(pair)
+    scaling = scaling_of(pair, reading.rank_a)
+    if scaling is None and not notes:
+        notes.append(
+            f"{pair.where} declares no scaling: 1 is assumed there, and wherever none is."
+        )
+    kind = "xlora" if XLORA in declared else reading.kind
+    if kind in LAWLESS:  # no init is covered there
+        init = "other"
+    return Factor(
+        "",
+        "A",
+        int(reading.rank_a),
+        float(reading.fan_in),
+        float(reading.fan_out),
+        scaling=1.0 if scaling is None else float(scaling),
+        init=init or init_of(pair, declared.get(pair.adapter), kind),
+        kind=kind,
+        layer=pair.layer,
+        adapter=pair.adapter,
+        convention=pair.convention.name,
+    )
 
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:

@@ -26,6 +26,7 @@ from ..inspection import (
 _BUILDS = ((2, 3.0), (2, 8.0), (4, 3.0), (4, 8.0))  # ranks and alphas
 # AdaLoRA divides by rank + 1e-5; a wrong rank, fan-in or scaling gives a much larger error
 _BAR = 1e-5
+_Run = Callable[[nn.Module], Any]
 
 
 def check_convention(
@@ -56,10 +57,7 @@ def check_convention(
     Raises:
         InspectionError: a check fails. The message says what was read.
     """
-    ones, errors = [], []
-    for value in inputs:
-        is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        ones.append(torch.ones_like(value).double() if is_floating else value)
+    ones, errors = [*map(_as_ones, inputs)], []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         if convention is not None and convention not in conventions():
@@ -79,8 +77,13 @@ def check_convention(
     return max(errors, default=None)
 
 
+def _as_ones(value: Any) -> Any:
+    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return torch.ones_like(value).double() if is_floating else value
+
+
 @torch.no_grad()
-def _probe(module: nn.Module, run: Callable[[nn.Module], Any]) -> list[float]:
+def _probe(module: nn.Module, run: _Run) -> list[float]:
     """Return the relative errors of the ones-probe by pair, [] if it does not apply."""
     pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
     if len({pair.layer for pair in pairs}) > 1:
@@ -88,16 +91,10 @@ def _probe(module: nn.Module, run: Callable[[nn.Module], Any]) -> list[float]:
     _set_to_units(pairs)
     errors = []
     for pair in pairs:
-        outputs = []
-        for value in (1.0, 2.0, 0.0):
-            pair.b.tensor.fill_(value)
-            outputs.append(run(module).clone())
-        once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
-        bar = 1e-9 * float(twice.abs().max())
-        is_linear = torch.allclose(twice, 2 * once, rtol=1e-9, atol=bar)
-        if not (is_linear and once.any()):
+        moved = _moved_by_ones(module, pair, run)
+        if moved is None:
             return []
-        reading, moved = reading_of(pair), float(once.abs().max())
+        reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a) or 1.0
         fan_in = 1.0 if reading.kind == "embedding" else reading.fan_in
         expected = scaling * reading.rank_a * reading.inner * fan_in
@@ -110,6 +107,18 @@ def _probe(module: nn.Module, run: Callable[[nn.Module], Any]) -> list[float]:
                 "Check the convention's layout and its attributes for rank and scaling.",
             )
     return errors
+
+
+def _moved_by_ones(module: nn.Module, pair: Pair, run: _Run) -> float | None:
+    """Return how far B = 1 moves the output from B = 0, None if it is not linear in B."""
+    outputs = []
+    for value in (1.0, 2.0, 0.0):
+        pair.b.tensor.fill_(value)
+        outputs.append(run(module).clone())
+    once, twice = outputs[0] - outputs[2], outputs[1] - outputs[2]
+    bar = 1e-9 * float(twice.abs().max())
+    is_linear = torch.allclose(twice, 2 * once, rtol=1e-9, atol=bar)
+    return float(once.abs().max()) if is_linear and once.any() else None
 
 
 def _set_to_units(pairs: Sequence[Pair]) -> None:
