@@ -5,21 +5,13 @@ from rankaware_optim._optimizers import (
     known_optimizer,
     optimizer_family,
 )
-from rankaware_optim.calibration._calibration import (
-    Calibration,
-    Settled,
-    calibrated_recipe,
-)
+from rankaware_optim.calibration._calibration import Calibration, calibrated_recipe
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
-from rankaware_optim.calibration._trials import Run, Setting, Trials
+from rankaware_optim.calibration._trials import Run, Setting, Settled, Trials
 from rankaware_optim.laws._mua import FORMS
 from rankaware_optim.reports._figure import COLOURS, rate_axis
-from rankaware_optim.sweeps._runs import (
-    Source,
-    SweepRun,
-    read_sweep,
-)
+from rankaware_optim.sweeps._fit import Source, SweepRun, read_sweep
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
     PUBLISHED,

@@ -14,18 +14,14 @@ from .helpers.models import mlp
 
 AT = ra.Reference(rank=16, alpha=16)
 LORA = [
-    {"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
+    {"rank": r, "alpha": r, "fan_in": 64.0, "lr": 2.0**x, "loss": 1 + (x + 11) ** 2}
     for r in (8, 64)
-    for x in range(-14, -8)
-]
-FULL = [
-    {"rank": "full", "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
     for x in range(-14, -8)
 ]
 
 
 def recipe() -> ra.Recipe:
-    return fit_sweep(LORA, alpha="rank", fan_in=64.0)
+    return fit_sweep(LORA)
 
 
 TAKERS = {
@@ -50,8 +46,6 @@ TAKERS = {
     "Recipe.at, full": lambda init: recipe().at(method="full", init=init),
     "suggest_lr": lambda init: ra.suggest_lr(mlp(), init=init),
     "suggest_lr, reference": lambda init: ra.suggest_lr(AT, init=init),
-    "fit_sweep": lambda init: fit_sweep(LORA, alpha="rank", init=init),
-    "fit_sweep, full": lambda init: fit_sweep(FULL, fan_in=64.0, init=init),
     "MuA.sigma": lambda init: MuA().sigma(init, 4, 1.0, 64.0),
 }
 BAD = ["C", "b", "", False, 0, 1, ["A"], torch.zeros(2)]

@@ -88,7 +88,7 @@ def plan_of(domain: Domain) -> dict[str, Any]:
     return {
         "ranks": (domain.ranks_swept[0], domain.ranks_swept[-1]),
         "steps": domain.steps,
-        "budget": round(SHARE * RATES_SWEPT * arms * domain.steps),
+        "trials": round(SHARE * RATES_SWEPT * arms) - FULL_TRIALS,
         "full_trials": FULL_TRIALS,
         "warmup": WARMUP,
     }

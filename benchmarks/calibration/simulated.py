@@ -100,7 +100,7 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
     seeds, guess = drawn(on, seed)
     options = options_of(on, plan, seeds)
     settled = settled_of(on, options)
-    return searched(options, settled, guess, partial(run, on))
+    return searched(options, settled, guess, partial(run, on), plan.budget)
 
 
 def drawn(on: Surface, seed: Sequence[int]) -> tuple[tuple[int, ...], float]:
@@ -118,7 +118,6 @@ def options_of(on: Surface, plan: Plan, seeds: Sequence[int]) -> Options:
         seeds,
         STEPS,
         trials=plan.trials,
-        budget=plan.budget,
         full_trials=plan.full,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from internals import (
@@ -36,14 +36,24 @@ class MadeUp(Run):
     observation: Observation | None = None  # type: ignore[assignment]
 
 
-def searched(options: Options, settled: Settled, guess: float, run: Outcome) -> Recipe:
+def searched(
+    options: Options,
+    settled: Settled,
+    guess: float,
+    run: Outcome,
+    budget: int | None = None,
+) -> Recipe:
     """Make all trials that the schedule asks for, and return the recipe: see `search`."""
-    *_, calibration = search(options, settled, guess, run)
+    *_, calibration = search(options, settled, guess, run, budget)
     return calibrated_recipe(calibration)
 
 
 def search(
-    options: Options, settled: Settled, guess: float, run: Outcome
+    options: Options,
+    settled: Settled,
+    guess: float,
+    run: Outcome,
+    budget: int | None = None,
 ) -> Iterator[Calibration]:
     """Make all trials that the schedule asks for, and yield the calibration after each.
 
@@ -54,11 +64,16 @@ def search(
         settled: what the first model would settle.
         guess: octaves added to the first guess of the rate.
         run: (calibration, rank and seed, log2 base rate) -> the outcome.
+        budget: most steps of all trials, in place of the number of trials.
     """
     done: list[Run] = []
     calibration = Calibration(options, settled, lambda: Trials(done))
     start = calibration.start
-    while (setting := next_setting(options, Trials(done))) is not None:
+    while True:
+        payable = options if budget is None else affordable(options, done, budget)
+        setting = next_setting(payable, Trials(done))
+        if setting is None:
+            return
         within = search_range(calibration)
         calibration.start = start + guess
         seen = run(calibration, setting, next_rate(calibration, setting.rank, within))
@@ -70,3 +85,15 @@ def search(
             MadeUp(*setting, len(done), state, seen.x, curve=curve, observation=seen)
         )
         yield calibration
+
+
+def affordable(options: Options, done: list[Run], budget: int) -> Options:
+    """The options with as many trials as a budget pays for, full ones reserved."""
+    search = Trials(done).at(*options.ranks)
+    full = options.full_trials - (len(done) - len(search))
+    left = budget - sum(len(run.curve) for run in done)
+    trials = len(search)
+    if left >= (full + 1) * options.steps:
+        likely = budget // options.steps - options.full_trials
+        trials = max(likely, len(search) + 1)
+    return replace(options, trials=trials)

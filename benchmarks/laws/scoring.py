@@ -166,8 +166,7 @@ def bench_law(
     >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"])]
     [('constant', 0.0)]
     """
-    runs, _ = read_sweep(sweep, {})
-    curves = loss_curves(runs, best)
+    curves = loss_curves(read_sweep(sweep), best)
     return [score_of(law, curves) for law in laws]
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,12 @@ from .._types import Reference
 from ..errors import CalibrationError
 from ..fitting import (
     Fit,
+    Observation,
     Prior,
     at_target,
     centred_law,
+    diverged,
+    ends_of,
     fit_observations,
     prior_of,
     steps_variance,
@@ -37,22 +40,20 @@ from ..fitting import (
 from ..laws import Power, checked_multiplier
 from ..recipe import Z90, Recipe, constructor_settings, infer_scaling, recipe_of
 from ._constants import (
-    APART,
     FEWEST_STEPS,
     LONG_WARMUP,
     OPPOSED,
     STRIDE,
-    TOGETHER,
     UNDETERMINED,
     USUAL_AT,
     USUAL_LR,
 )
 from ._schedule import Options
-from ._trials import Trials, rank_words
+from ._trials import Settled, Trials, rank_words
 
 ALIKE = (
-    "every run of a rank and seed has the same values at every rate: nothing was trained, or no"
-    " rate moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
+    "every run of a rank and seed has the same value at every rate: nothing was trained, or no rate"
+    " moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
 )
 RISING = (
     "at the lowest rates the value only rose over the run, and it is minimised: where it is an"
@@ -78,21 +79,6 @@ BY_CHANCE = (
 _PACKAGES = ("rankaware-optim", "torch", "optuna")
 _IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
 _ENDS = {"memory": "ran out of memory", "pruned": "was pruned"}
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What the first model of a calibration settles for all trials.
-
-    Args:
-        reference: its configuration, to which rates are moved.
-        full_fan_in: the fan-in that decides full finetuning.
-        layers: the mean fan-in of the adapted layers, by name pattern.
-    """
-
-    reference: Reference
-    full_fan_in: float
-    layers: Mapping[str, float]
 
 
 class Calibration:
@@ -123,20 +109,12 @@ class Calibration:
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, at their steps, or None if every run diverged.
 
-        It is computed once for each number of observations, since a study only adds to them. With
-        hundreds of trials, up to a fiftieth of them wait for a common fit.
+        It is computed once for each number of observations, since a study only adds to them.
         """
-        ended = self.trials().counted()
-        waiting = len(ended) % max(1, len(ended) // TOGETHER)
-        evidence = Trials(ended[: len(ended) - waiting]).evidence()
+        evidence = self.trials().evidence()
         if len(evidence) != self._fit[0]:
             self._fit = len(evidence), fit_observations(evidence, self.prior)
         return self._fit[1]
-
-    def best(self) -> float | None:
-        """Return the target's best base rate so far. None before any fit."""
-        fit = self.fit()
-        return None if fit is None else float(2.0 ** fit.mean[0])
 
 
 def first_rate(options: Options, reference: Reference) -> float:
@@ -165,12 +143,19 @@ def calibrated_recipe(
     source: see `source_of`.
 
     Raises:
-        CalibrationError: every run failed, or all of a rank.
+        CalibrationError: no run tells of the rate.
     """
     options, settled = calibration.options, calibration.settled
     trials = calibration.trials().counted()
-    fit, doubts = _measured(calibration, trials)
-    tried = {run.rank for run in trials.scored()}
+    evidence = trials.evidence()
+    fit = fit_observations(evidence, calibration.prior)
+    if fit is None:
+        refuse_ends(trials)
+    notes = [*_doubts(trials), *what_is_unknown(fit, evidence, options.anchor)]
+    if options.noisy and options.suggested and trials.differ_by_chance():
+        fit, notes = _fit_of_rate(options.suggested, calibration.prior), [BY_CHANCE]
+    fit = at_target(fit, options.octaves_to_target)
+    tried = {seen.rank for seen in evidence}
     settings = trials.settings_in_force()
     make = partial(
         recipe_of,
@@ -189,7 +174,7 @@ def calibrated_recipe(
         versions=versions_used(),
         source=source or {},
         other_rates=trials.other_rates(),
-        notes=(*doubts, *_notes(options), *_training_notes(options, trials)),
+        notes=(*notes, *_training_notes(options, trials)),
         tensors=tensors_of(trials, options.steps),
     )
     return _at_floor(make, fit, options)
@@ -230,23 +215,6 @@ def _at_floor(
     )
 
 
-def _measured(
-    calibration: Calibration,
-    trials: Trials,
-) -> tuple[Fit, tuple[str, ...]]:
-    """Return the fit at the target's steps, and why it may say nothing of the rate."""
-    options = calibration.options
-    octaves = options.octaves_to_target
-    if options.suggested is not None and options.noisy and trials.differ_by_chance():
-        fit = _fit_of_rate(options.suggested, calibration.prior)
-        return at_target(fit, octaves), (BY_CHANCE,)
-    measured = fit_observations(trials.evidence(), calibration.prior)
-    check_ends(trials, measured)
-    assert measured is not None
-    fit = at_target(measured, octaves)
-    return fit, tuple(_doubts(fit, trials))
-
-
 def _fit_of_rate(rate: Rate, prior: Prior) -> Fit:
     """Return a fit that says no more than a rate and its band."""
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
@@ -260,36 +228,52 @@ def _fit_of_rate(rate: Rate, prior: Prior) -> Fit:
     )
 
 
-def check_ends(
-    trials: Trials,
-    fit: Fit | None = None,
-) -> None:
-    """Raise a `CalibrationError` if no run tells of the rate, or of that of a rank."""
-    useless = [f"{runs} diverged" for runs in trials.hopeless()]
-    if not useless and fit is None:
-        ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
-        useless = [f"{len(trials)} runs {' or '.join(ends)}"]
-    for runs in useless:
-        raise CalibrationError(
-            f"Every one of {runs}.",
-            "Lower the rates, the ranks or the batch, or check the loss (of an accuracy or a reward"
-            " yield minus it), the data and the pruner. Runs that are stored are not made again:"
-            " give another name or storage too.",
-        )
+def refuse_ends(trials: Trials) -> NoReturn:
+    """Raise a `CalibrationError` on trials of which none tells of the rate."""
+    ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
+    raise CalibrationError(
+        f"Every one of {len(trials)} runs {' or '.join(ends)}.",
+        "Lower the rates, the ranks or the batch, or check the loss (of an accuracy or a reward"
+        " yield minus it), the data and the pruner. Runs that are stored are not made again: give"
+        " another name or storage too.",
+    )
 
 
 # --- what it says of them -------------------------------------------------------------------------
 
 
-def _doubts(fit: Fit, trials: Trials) -> Iterator[str]:
-    """Yield sentences on why the trials may say nothing of the rate."""
-    if trials.went_alike():
-        yield ALIKE
-    elif math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
+def what_is_unknown(
+    fit: Fit, observations: Sequence[Observation], *bracketed: int | None
+) -> Iterator[str]:
+    """Yield sentences on what runs do not show: the rate of a rank that always diverged, or whose
+    best one is at an end of those tried, and that of all where the loss hardly depends on it.
+
+    bracketed: the ranks that were tried on both sides of their best rate.
+    """
+    lost = diverged(observations)
+    ended = {run.rank for run in observations if run not in lost}
+    for rank in dict.fromkeys(run.rank for run in lost if run.rank not in ended):
+        yield (
+            f"{rank_words(rank)}: every run diverged, so its rate is no measurement, and may"
+            " diverge too"
+        )
+    for rank, end in ends_of(observations).items():
+        if rank in bracketed:
+            yield (
+                f"{rank_words(rank)}: the best rate is the {end} that was tried, so the optimum may"
+                f" be {'lower' if end == 'lowest' else 'higher'}"
+            )
+    if math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
         yield (
             "the data do not determine the rate: the loss hardly depends on it. Longer trials, a"
             " larger batch or a held-out score may"
         )
+
+
+def _doubts(trials: Trials) -> Iterator[str]:
+    """Yield sentences on why the trials may say nothing of the rate."""
+    if trials.spread() == 0.0:
+        yield ALIKE
     turns = trials.turns()
     lowest = turns[: max(2, len(turns) // 4)]
     if 1 in lowest and -1 not in lowest:
@@ -300,24 +284,14 @@ def _doubts(fit: Fit, trials: Trials) -> Iterator[str]:
         yield AGAINST
 
 
-def _notes(options: Options) -> Iterator[str]:
-    """Yield sentences on what was not tried."""
-    lora = options.lora
-    if len(lora) > 1 and max(lora) < APART * min(lora):
-        yield (
-            f"ranks {min(lora)} and {max(lora)} differ by less than a factor {APART}: how the"
-            " rate moves with rank is uncertain"
-        )
+def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
+    """Yield sentences on what was not tried, and on what makes short trials mislead."""
     if options.target > options.steps:
         sd = math.sqrt(steps_variance(options.octaves_to_target))
         yield (
             f"{options.target} steps were not tried: the rate is that of"
             f" {options.steps}, {give_or_take(sd)}"
         )
-
-
-def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield sentences on what makes short trials mislead."""
     if options.steps < FEWEST_STEPS:
         yield (
             f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} low rates look best"
@@ -329,10 +303,6 @@ def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
         yield (
             f"the rate rose over {warmup:.0%} of a trial's steps: it belongs to runs that warm up"
             " for as large a share of theirs"
-        )
-    if edge := trials.at(options.anchor).edge():
-        yield (
-            f"the best trial has the {edge}est rate that was tried: the best one may be {edge}er"
         )
     if unsteady := trials.unsteady():
         rank, seed = unsteady
@@ -353,7 +323,7 @@ def tensors_of(
 
     Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
     """
-    lost = trials.diverged()
+    lost = diverged(trials.observations())
     rows = []
     for run in trials:
         if run.x is None:
@@ -366,13 +336,10 @@ def tensors_of(
             "lr": 2.0**run.x,
             "own_lr": math.nan if run.own_lr is None else run.own_lr,
             "value": math.nan if seen is None else seen.value,
-            "diverged": run.number in lost,
+            "diverged": seen in lost,
             "pruned": seen is None,
             "steps": len(run.curve),
             "curve": np.array([*run.curve, *padding], np.float32),
         }
         rows.append(row)
-    tensors = {}
-    for name in rows[0]:
-        tensors[name] = np.array([row[name] for row in rows])
-    return tensors
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

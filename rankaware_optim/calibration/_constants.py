@@ -14,16 +14,12 @@ TRIALS_PER_RANK = 8
 SEEDS = (0, 1)  # of the trials, in turn: by hand
 # Runs of a rank at one seed before the next seed, since runs of one seed share its noise: by hand
 PER_SEED = 4
-# Most trials with a budget only, as a multiple of the whole runs that it pays for: by hand
-SHORT_RUNS = 10
 # Runs of the highest rank before any other, since losses of different ranks cannot be compared, and
 # before the search turns downwards if none learned; it was chosen on the simulated surfaces, after
 # they had been seen: simulated.md
 BRACKET = 3
 # The same, while all of them rise: by hand, 4 and 16 are no worse in simulation: frozen answers
 MOST_BRACKET = 8
-# Runs that all diverged, each at a lower rate, and end the search: by hand
-HOPELESS = 12
 # Steps of a trial below which low rates look best, since noise hides what they lose: by hand
 FEWEST_STEPS = 100
 
@@ -61,8 +57,6 @@ CLEARANCE = 0.5  # octaves to stay below the lowest rate that diverged: by hand
 # Octaves to stay away from rates that run, or that the rank has run: by hand
 TAKEN = 0.25
 FULL_STEP = 1.0  # octaves between runs of full finetuning after the search: by hand
-# With k times as many trials, fits are made after every k-th trial: by hand
-TOGETHER = 50
 
 # --- pruning --------------------------------------------------------------------------------------
 
@@ -83,8 +77,7 @@ ALIKE_ERRORS = 3.6
 # Steps that a warm-up from zero, or a value yielded before its step, may leave without effect
 FEW = 2  # by hand
 # Octaves: with a larger standard deviation the data hardly determine the base rate: by hand
-UNDETERMINED = 1.2
-APART = 16  # factor between the lowest and the highest rank of a well measured drift: by hand
+UNDETERMINED = 0.75
 SAME = 1e-3  # relative tolerance for the first values of two runs of one seed: by hand
 
 # Runs with a returned score, and the rank correlation with their curves' ends at which it is taken

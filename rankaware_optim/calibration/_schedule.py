@@ -1,6 +1,4 @@
-"""The options of a calibration, and the order of its trials: ranks and seeds in turn, a budget of
-steps.
-"""
+"""The options of a calibration, and the order of its trials: ranks and seeds in turn."""
 
 from __future__ import annotations
 
@@ -18,16 +16,9 @@ from .._checks import MOST_RANKS, limits, plain
 from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from ..errors import CalibrationError
-from ..fitting import all_rose, below_cliff
+from ..fitting import all_rose, below_cliff, diverged
 from ..laws import Law, recordable_law
-from ._constants import (
-    BRACKET,
-    FAR,
-    MOST_BRACKET,
-    PER_SEED,
-    SHORT_RUNS,
-    TRIALS_PER_RANK,
-)
+from ._constants import BRACKET, FAR, MOST_BRACKET, PER_SEED, TRIALS_PER_RANK
 from ._trials import Setting, Trials
 
 Count = Annotated[int, Meta(ge=1)]
@@ -60,7 +51,6 @@ class Options:
     seeds: Annotated[Sequence[Seed], Meta(min_length=1)]
     steps: Count
     trials: Count | None = None
-    budget: Count | None = None
     full_trials: Annotated[int, Meta(ge=0)] = 0
     lr_range: tuple[Positive, Positive] | None = None
     target_steps: Count | None = None
@@ -97,9 +87,6 @@ class Options:
             self._refuse("lr_range", "Give the lower rate first.")
         if self.full_trials and None in self.ranks:
             self._refuse("full_trials", "Leave it out, or None out of the ranks.")
-        least = self.steps * (1 + self.full_trials)
-        if self.budget is not None and self.budget < least:
-            self._refuse("budget", f"Give at least {least}. Thirty runs are enough.")
         if self.target < self.steps:
             self._refuse("target_steps", f"Give at least a trial's {self.steps} steps.")
 
@@ -148,34 +135,20 @@ class Options:
         return f"{self.optimizer.__module__}.{self.optimizer.__qualname__}"
 
     @property
-    def most_searches(self) -> int:
-        """The largest number of runs of the search, which comes before the full trials."""
-        if self.trials is not None:
-            return self.trials
-        if self.budget is not None:
-            return max(TRIALS_PER_RANK, SHORT_RUNS * self.budget // self.steps)
-        return TRIALS_PER_RANK * len(self.ranks)
+    def searches(self) -> int:
+        """The number of runs of the search, which comes before the full trials."""
+        return self.trials or TRIALS_PER_RANK * len(self.ranks)
 
     @property
-    def likely_searches(self) -> int:
-        """The likely number of runs of the search: a budget pays for them in full."""
-        if self.budget is None:
-            return self.most_searches
-        return min(self.most_searches, self.budget // self.steps - self.full_trials)
-
-    @property
-    def likely_trials(self) -> int:
-        """The likely number of all runs."""
-        return self.likely_searches + self.full_trials
+    def runs(self) -> int:
+        """The number of all runs."""
+        return self.searches + self.full_trials
 
     @property
     def price(self) -> str:
         """What all trials cost, in words."""
-        if self.budget is not None:
-            return f"at most {self.budget:,} steps in all"
-        trials = self.likely_trials
-        total = f"at most {trials * self.steps:,} steps"
-        return f"{trials} trials × {self.steps:,} steps = {total}"
+        total = f"at most {self.runs * self.steps:,} steps"
+        return f"{self.runs} trials × {self.steps:,} steps = {total}"
 
 
 # --- the order of the trials ----------------------------------------------------------------------
@@ -183,19 +156,12 @@ class Options:
 
 def next_setting(options: Options, trials: Trials) -> Setting | None:
     """Return what to try after the trials so far, or None if the study is complete."""
-    ended = trials.counted()
-    if ended.hopeless():
-        return None
-    begun = Trials((*ended, *trials.running()))
-    search = begun.at(*options.lora) if options.full_trials else begun
+    begun = Trials((*trials.counted(), *trials.running()))
+    search = begun.at(*options.ranks)
     full = len(begun) - len(search)
-    left = math.inf
-    if options.budget is not None:
-        left = options.budget - trials.spent(options.steps)
-    payable = left - (options.full_trials - full) * options.steps
-    if len(search) < options.most_searches and payable >= options.steps:
+    if len(search) < options.searches:
         return _next_of_search(options, search)
-    if full < options.full_trials and left >= options.steps:
+    if full < options.full_trials:
         seeds = options.seeds
         return Setting(None, seeds[full // PER_SEED % len(seeds)])
     return None
@@ -212,15 +178,15 @@ def _next_of_search(options: Options, search: Trials) -> Setting:
     all_too_high = observations and all_rose(below_cliff(observations))
     to_bracket = MOST_BRACKET if all_too_high else BRACKET
     of_others = len(options.ranks) - 1
-    is_bracketing = len(search) < min(to_bracket, options.likely_searches - of_others)
+    is_bracketing = len(search) < min(to_bracket, options.searches - of_others)
     ranks = [options.anchor] if is_bracketing else options.ranks
-    diverged = search.diverged()
+    lost = diverged(observations)
     settings = [run.setting for run in search]
-    lost = [run.setting for run in search if run.number in diverged]
+    fruitless = [run.setting for run in search if run.observation in lost]
 
     def due(setting: Setting) -> tuple[int, ...]:
         runs = settings.count(setting)
-        fruitful = runs - lost.count(setting)
+        fruitful = runs - fruitless.count(setting)
         return fruitful // PER_SEED, options.seeds.index(setting.seed), fruitful, runs
 
     return min(

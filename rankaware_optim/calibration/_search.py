@@ -1,19 +1,15 @@
-"""How a calibration searches with Optuna: a sampler that brackets the optimum of one rank and then
-measures around it at all ranks, and a pruner.
+"""How a calibration searches: it brackets the optimum of one rank, and then measures around it at
+all ranks. When it stops a run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise, product
-from statistics import fmean, stdev
-from typing import Any
+from itertools import pairwise
+from statistics import fmean, median, stdev
 
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
-from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
 
 from ..fitting import (
     CLEAR,
@@ -23,6 +19,7 @@ from ..fitting import (
     all_rose,
     below_cliff,
     best_fall,
+    diverged,
     gain_of,
     none_learned,
     recent_mean,
@@ -39,6 +36,7 @@ from ._constants import (
     JUDGED,
     NEAR,
     OFFSETS,
+    REPORTS,
     STANDARD_ERRORS,
     STRIDE,
     TAKEN,
@@ -47,51 +45,23 @@ from ._constants import (
 from ._trials import Run, Setting, Trials
 
 
-class BracketSampler(BaseSampler):
-    """Moves outwards from the first rate until it has seen the cliff above and a rate below the
-    best, then refines.
-
-    Rates are bracketed at the rank of the first run, since losses of different ranks cannot be
-    compared. Refinement uses eight offsets from the fitted optimum and takes the one that is
-    farthest from the rates tried at the rank. A rate that another worker is running counts as
-    tried. The state is read from the study, so a resumed study continues in the same way.
-    """
-
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Any
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
-    ) -> float:
-        within = param_distribution.low, param_distribution.high
-        rank = Run.read(trial).rank
-        return next_rate(self._calibration, rank, within, trial.number)
-
-
 def next_rate(
-    calibration: Calibration,
-    rank: int | None,
-    within: tuple[float, float],
-    number: int | None = None,
+    calibration: Calibration, rank: int | None, within: tuple[float, float]
 ) -> float:
-    """Return log2 of the rate to try next at a rank: outwards, then around the optimum, and for
-    full finetuning after a search around its predicted rate.
+    """Return log2 of the rate to try next at a rank.
 
-    within: log2 of the lowest and the highest rate. number: of the trial that will try it.
+    The search moves outwards from the first rate until it has seen the cliff above and a rate below
+    the best, at the rank of the first run, since losses of different ranks cannot be compared. Then
+    it refines: it takes that of eight offsets from the fitted optimum which is farthest from the
+    rates tried at the rank. Full finetuning after a search goes around its predicted rate. A rate
+    that another worker is running counts as tried. All state is read from the trials, so that a
+    resumed study continues in the same way.
+
+    within: log2 of the lowest and the highest rate.
     """
     low, high = within
     trials = calibration.trials()
-    running = trials.running(but=number)
+    running = trials.running()
     tried = Trials((*trials.counted(), *running)).at(rank).rates()
     outwards = _outwards(calibration, trials, rank, within)
     if outwards is not None:
@@ -100,7 +70,7 @@ def next_rate(
     fit = calibration.fit()
     assert fit is not None
     if rank is None and calibration.options.full_trials:
-        x = _next_full(trials, tried, fit.best(rank))
+        x = _next_full(trials.observations(), tried, fit.best(rank))
     else:
         # below what diverged, between what was pruned
         of_rank = trials.at(rank)
@@ -142,13 +112,13 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     start = calibration.start
     around = (start - HALF_RANGE, start + HALF_RANGE)
     low, high = calibration.options.octaves or around
-    trials = calibration.trials()
-    diverged = trials.diverged()
-    scored = trials.scored()
-    for count, last in enumerate(scored, start=1):
-        ran = Trials(scored[:count])
-        tried = ran.rates()
-        below = ran.at(last.rank).below(diverged)
+    observations = calibration.trials().observations()
+    lost = diverged(observations)
+    for count, last in enumerate(observations, start=1):
+        tried = [run.x for run in observations[:count]]
+        of_rank = [run for run in observations[:count] if run.rank == last.rank]
+        cliff = min((run.x for run in of_rank if run in lost), default=math.inf)
+        below = [run for run in of_rank if run.x < cliff]
         best = min(below, key=lambda run: run.value).x if below else min(tried)
         if (min(tried) if all_rose(below) else best) < low + EDGE:
             low -= STRIDE
@@ -163,21 +133,14 @@ def _beside(
     low: float,
     high: float,
 ) -> float:
-    """Return `proposed`, or the nearest free rate in strides below or above it, or in half strides.
-
-    If all of them are taken by other workers, return the middle of the widest gap between taken
-    rates.
+    """Return `proposed`, or the middle of the widest gap between taken rates if another worker has
+    it.
     """
-    sides = (-STRIDE, STRIDE, -STRIDE / 2, STRIDE / 2)
-    counts = range(1, len(taken) + 2)
-    strides = [0.0, *map(math.prod, product(sides, counts))]
-    options = [proposed + stride for stride in strides]
-    for x in [x for x in options if low <= x <= high] or [proposed]:
-        if _distance(x, taken) > TAKEN:
-            return x
+    if _distance(proposed, taken) > TAKEN:
+        return proposed
     marks = sorted({low, high, *(x for x in taken if low < x < high)})
-    _, middle = max((b - a, (a + b) / 2) for a, b in pairwise(marks))
-    return middle
+    a, b = max(pairwise(marks), key=lambda gap: gap[1] - gap[0])
+    return (a + b) / 2
 
 
 def _distance(x: float, rates: Sequence[float]) -> float:
@@ -251,7 +214,7 @@ def next_refinement(
 
 
 def _next_full(
-    trials: Trials,
+    observations: Sequence[Observation],
     tried: Sequence[float],
     centre: float,
 ) -> float:
@@ -262,13 +225,12 @@ def _next_full(
     within an octave.
 
     Args:
-        trials: all of them.
+        observations: of all trials.
         tried: log2 of all rates tried in full finetuning.
         centre: log2 of the predicted rate.
     """
-    lost = trials.diverged()
-    kept = Trials(run for run in trials.at(None) if run.number not in lost)
-    good = kept.observations()
+    lost = diverged(observations)
+    good = [run for run in observations if run.rank is None and run not in lost]
     if not good:
         return min(tried) - FULL_STEP if tried else centre
     best = min(good, key=lambda run: run.value).x
@@ -303,8 +265,14 @@ def divergence_limits(
     observations = trials.observations()
     gain = best_fall(observations) or math.inf
     margin = max(gain / 2, CLEAR * usual_noise(observations))
-    flat = trials.usual_first_loss() + margin
-    beside = trials.curve_beside(setting)
+    starts = [fmean(run.curve[:TAIL]) for run in trials if run.curve]
+    flat = median([*filter(math.isfinite, starts)] or [0.0]) + margin
+
+    def distance(run: Run) -> tuple[bool, bool, float]:
+        return run.setting != setting, run.seed != setting.seed, run.value
+
+    whole = [run for run in trials if run.state == TrialState.COMPLETE]
+    beside = min(whole, key=distance).curve if whole else []
     limits = []
     for end in range(1, steps + 1):
         window = beside[max(0, end - TAIL) : end]
@@ -314,49 +282,41 @@ def divergence_limits(
     return limits
 
 
-class PairedPruner(BasePruner):
-    """Stops a run that lags the best run of its rank and seed by half of the gain of that run at
-    the same step.
+def interval(steps: int) -> int:
+    """Return the number of steps between two reports of a run."""
+    return max(1, steps // REPORTS)
+
+
+def is_behind(calibration: Calibration, run: Run) -> bool:
+    """Return whether to stop a run: at its last reports it lags the best run of its rank and seed
+    by half of the gain of that run at the same step.
 
     Runs whose rate is within an octave of the best run's or of the estimated optimum are never
-    pruned. Differences that noise explains are ignored. So is a best run that gained no more than
-    its noise, since its curve shows no learning. Nothing is pruned before the end of the warm-up,
+    stopped. Differences that noise explains are ignored. So is a best run that gained no more than
+    its noise, since its curve shows no learning. Nothing is stopped before the end of the warm-up,
     nor in the first 30 % of the steps.
     """
-
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
-
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        options = self._calibration.options
-        first = max(EARLY, options.warmup or 0.0) * options.steps
-        if trial.last_step is None or trial.last_step < first:
-            return False
-        run = Run.read(trial)
-        best = self._calibration.trials().best_of(run.setting)
-        if best is None or best.x is None or run.x is None:
-            return False
-        fit = self._calibration.fit()
-        marks = [best.x] if fit is None else [best.x, fit.best(run.rank)]
-        # rates lie whole octaves apart, up to rounding
-        if any(round(abs(run.x - mark), 6) < NEAR for mark in marks):
-            return False
-        return _lags(run, best)
-
-
-def _lags(run: Run, best: Run) -> bool:
-    """Return whether each of the last paired differences exceeds the margin, and their mean the
-    noise.
-    """
-    steps = sorted(run.reports.keys() & best.reports.keys())[-JUDGED:]
-    if len(steps) < 2 or best.observation is None:
+    options = calibration.options
+    first = max(EARLY, options.warmup or 0.0) * options.steps
+    best = calibration.trials().best_of(run.setting)
+    if len(run.curve) < first or best is None or best.observation is None:
         return False
-    least = CLEAR * best.observation.noise
+    fit = calibration.fit()
+    marks = [best.observation.x]
+    if fit is not None:
+        marks.append(fit.best(run.rank))
+    # rates lie whole octaves apart, up to rounding
+    if any(round(abs((run.x or 0.0) - mark), 6) < NEAR for mark in marks):
+        return False
+    every = interval(options.steps)
+    window = max(TAIL, every)
     gaps = []
-    for step in steps:
-        gap = run.reports[step] - best.reports[step]
-        gain = best.observation.start - best.reports[step]
-        if gain <= least or gap <= WORSE * gain:
+    for step in range(len(run.curve), 0, -every)[:JUDGED]:
+        mine, theirs = (recent_mean(c[:step], window) for c in (run.curve, best.curve))
+        gain = best.observation.start - theirs
+        if gain <= CLEAR * best.observation.noise or mine - theirs <= WORSE * gain:
             return False
-        gaps.append(gap)
+        gaps.append(mine - theirs)
+    if len(gaps) < 2:
+        return False
     return fmean(gaps) > STANDARD_ERRORS * stdev(gaps) / math.sqrt(len(gaps))

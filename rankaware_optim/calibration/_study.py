@@ -7,16 +7,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from tokenize import TokenError
 from typing import Any, TypeVar
 
-import msgspec
 import optuna
 import torch
 import torch.distributed as dist
@@ -25,10 +25,9 @@ from optuna.trial import TrialState
 from .._warn import warn
 from ..errors import CalibrationError, CalibrationInterrupted
 from ..recipe import Recipe, differences, plain_value
-from ._calibration import DOUBTS, Calibration, Settled, calibrated_recipe, check_ends
+from ._calibration import DOUBTS, Calibration, calibrated_recipe, refuse_ends
 from ._constants import POLL_S, SLOW_POLL_S
 from ._schedule import Options, next_setting
-from ._search import BracketSampler, PairedPruner
 from ._storage import (
     Heartbeat,
     begin_trial,
@@ -38,10 +37,10 @@ from ._storage import (
     quiet,
     storage_errors,
 )
-from ._trials import Run, Setting, Trials, check_comparable
+from ._trials import Run, Setting, Trials, rank_words
 
 T = TypeVar("T")
-_SCHEMA = 2  # of a stored study, raised if another version would misread it
+_SCHEMA = 3  # of a stored study, raised if another version would misread it
 
 
 class Replicas:
@@ -102,13 +101,15 @@ class Study:
     Args:
         options: what is tried.
         source: see `source_of`.
+        progress: whether to say how far it is, on standard error.
     """
 
-    def __init__(self, options: Options, source: Mapping[str, str]) -> None:
+    def __init__(
+        self, options: Options, source: Mapping[str, str], progress: bool
+    ) -> None:
         self.options = options
         self.replicas = Replicas()
-        self.calibration: Calibration | None = None  # once a first model was built
-        self._source = source
+        self._source, self._progress = source, progress
         self._made_with = made_with(options)
         # of which another one is warned of
         self._code = {**source, "rankaware-optim": version("rankaware-optim")}
@@ -117,6 +118,7 @@ class Study:
         # from `open` on, in the leading process
         self._study: Any = None
         self._heartbeat: Any = None
+        self._calibration: Calibration | None = None
         self._ended: dict[int, Run] = {}
 
     # --- the storage ------------------------------------------------------------------------------
@@ -145,20 +147,18 @@ class Study:
             time.sleep(pause)
             pause = min(2 * pause, SLOW_POLL_S)
 
-    def open(self, storage: Any) -> int:
-        """Create the Optuna study, or continue the stored one of the same name. Return the number
-        of runs that had ended before.
+    def open(self, storage: Any, price: str) -> None:
+        """Create the Optuna study, or continue the stored one of the same name. Say what a new one
+        costs, with `price` for what it costs beside steps.
 
         It waits until each trial that runs has shown a sign of life, or has ended. So the same call
         after a kill repeats the killed trial before it goes on, as if it had not been killed.
         """
         self._place = storage
-        ended, silent = self.lead(self._open)
-        self.wait(self._are_heard, silent)
-        return ended
+        self.wait(self._are_heard, self.lead(self._open, price))
 
-    def _open(self) -> tuple[int, dict[int, int | None]]:
-        """Open the study. Return how many runs have ended, and the last heartbeats of others."""
+    def _open(self, price: str) -> dict[int, int | None]:
+        """Open the study. Return the last heartbeats of others."""
         opened = open_storage(self._place)
         if isinstance(self._place, (str, os.PathLike)):
             self._to_close = opened
@@ -173,10 +173,12 @@ class Study:
         ended, running = trials.counted(), trials.running()
         for last in (*ended, *running)[-1:]:
             self._warn_of_code(last)
-        self.recall()
+        self._before, self._began = len(ended), time.monotonic()
+        if not ended:
+            self._say(f"{self.options.price}{price}")
         self._heartbeat = Heartbeat(self._study)
         self._heartbeat.start()
-        return len(ended), {run.number: run.heartbeat for run in running}
+        return {run.number: run.heartbeat for run in running}
 
     def _are_heard(self, silent: Mapping[int, int | None]) -> bool:
         running = self.runs().running()
@@ -187,7 +189,17 @@ class Study:
         start together only the storage knows which was first.
         """
         for first in trials[:1]:
-            check_comparable(self.options.name, first.made_with, self._made_with)
+            self.check_comparable(first.made_with, self._made_with)
+
+    def check_comparable(
+        self, stored: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> None:
+        """Raise if what stored runs were made with differs from what new ones are."""
+        if difference := differences(stored, now):
+            raise CalibrationError(
+                f"The stored study {self.options.name!r} was made with {difference}.",
+                "Give this calibration another name, or another storage.",
+            )
 
     def _warn_of_code(self, last: Run) -> None:
         """Warn if the last run was made by another loop or version."""
@@ -231,22 +243,12 @@ class Study:
             runs.append(run)
         return Trials(runs)
 
-    def recall(self) -> None:
-        """Read what the first trial of this or another worker settled."""
-        stored = self._study.user_attrs
-        if self.calibration is None and "settled" in stored:
-            self._know(msgspec.convert(stored["settled"], Settled))
-
-    def settle(self, settled: Settled) -> Calibration:
-        """Let the first model's configuration be the reference of all trials."""
-        self._study.set_user_attr("settled", asdict(settled))
-        return self._know(settled)
-
-    def _know(self, settled: Settled) -> Calibration:
-        self.calibration = calibration = Calibration(self.options, settled, self.runs)
-        self._study.sampler = BracketSampler(calibration)
-        self._study.pruner = PairedPruner(calibration)
-        return calibration
+    def calibration(self) -> Calibration | None:
+        """Return what the runs tell, once a first one was built: its model is the reference."""
+        settled = [run.settled for run in self.runs() if run.settled]
+        if settled and self._calibration is None:
+            self._calibration = Calibration(self.options, settled[0], self.runs)
+        return self._calibration
 
     def next(self) -> Setting | None:
         """Return what to try next, or None once the schedule is complete. It waits for the last
@@ -271,9 +273,24 @@ class Study:
     def end_trial(self, state: TrialState, value: float | None = None) -> None:
         """End this worker's trial, unless another one has failed it."""
         trial = self._heartbeat.trial
-        if trial is not None:
-            self._study.tell(trial, value, state=state, skip_if_finished=True)
-            self._heartbeat.trial = None
+        if trial is None:
+            return
+        self._study.tell(trial, value, state=state, skip_if_finished=True)
+        self._heartbeat.trial = None
+        if state != TrialState.FAIL:
+            self._show(trial.user_attrs["rank"])
+
+    def _show(self, rank: int | None) -> None:
+        """Say how far the calibration is."""
+        done = len(self.runs().counted())
+        total = max(self.options.runs, done)
+        each = (time.monotonic() - self._began) / (done - self._before)
+        left = timedelta(seconds=round(each * (total - done)))
+        self._say(f"trial {done}/{total}, {rank_words(rank)}, {left} left")
+
+    def _say(self, words: str) -> None:
+        if self._progress:
+            print(f"calibrate: {words}", file=sys.stderr, flush=True)
 
     # --- the result -------------------------------------------------------------------------------
 
@@ -286,11 +303,10 @@ class Study:
         return recipe
 
     def _recipe(self) -> Recipe:
-        self.recall()  # needed if other workers ran every trial
-        if self.calibration is None:
-            check_ends(self.runs().counted())
-        assert self.calibration is not None
-        return calibrated_recipe(self.calibration, self._source)
+        calibration = self.calibration()
+        if calibration is None:
+            refuse_ends(self.runs().counted())
+        return calibrated_recipe(calibration, self._source)
 
     def interrupted(self) -> CalibrationInterrupted:
         """Return the error of Ctrl-C, with the progress and the recipe so far."""
@@ -303,7 +319,7 @@ class Study:
             )
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(ended)} of"
-                f" {self.options.likely_trials} trials.",
+                f" {self.options.runs} trials.",
                 f"{fit} With a storage the same call continues where it stopped.",
             )
             if ended:

@@ -1,42 +1,118 @@
-"""What the user's training loop gets and gives: a trial, and what is checked of it."""
+"""A trial, which the user's training loop gets, from its rate to its end. `search` runs them."""
 
 from __future__ import annotations
 
-import gc
+import math
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import closing
+from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
+from optuna import TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from torch import nn
+from torch.optim import Optimizer
 
-from .._types import Method
+from .._optimizers import defaults_of
+from .._types import Method, Reference, width_for
+from .._warn import warn
 from ..errors import CalibrationError
+from ..fitting import TAIL, recent_mean
+from ..inspection import Survey, as_one_model, inspect_model
+from ..laws import Power, checked_multiplier
 from ..optimizer import RankAwareOptimizer
+from ..recipe import (
+    BASE,
+    SAME_UPDATES,
+    Recipe,
+    agreed,
+    layers_of,
+    name_pattern,
+    plain_value,
+    settings_of,
+)
+from ._calibration import Calibration
+from ._constants import FEW
+from ._loop import (
+    Pushed,
+    as_float,
+    has_moved,
+    is_out_of_memory,
+    refuse_micro_batches,
+    refuse_warmup,
+    release_memory,
+    rising_steps,
+    seeded,
+)
+from ._schedule import Options
+from ._search import divergence_limits, interval, is_behind, next_rate, search_range
+from ._study import Study, source_of
+from ._trials import PARAMETER, End, Run, Setting, Settled
 
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
-# builds the optimizer of a trial from the parameters and the settings
-Build = Callable[["Trial", Any, dict[str, Any]], RankAwareOptimizer]
+# Optimizer settings that the study decides, or that do not change the updates.
+_LEFT_OUT = {
+    "cls",
+    "self",
+    "params",
+    "optimizer",
+    "model",
+    "lr",
+    "tuned_at",
+    "law",
+    "recipe",
+    "method",
+    "steps",
+    "seed",
+    "generator",
+    *SAME_UPDATES,
+}
 
-# Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain
-# RuntimeErrors.
-_OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "out of memory",
-    "_STATUS_ALLOC_FAILED",
-)
+
+def search(
+    train: Train,
+    options: Options,
+    *,
+    storage: Any = None,
+    progress: bool = True,
+    price: str = "",
+) -> Recipe:
+    """Run the trials of a calibration, and return their recipe. The arguments are those of the
+    public `calibrate`.
+
+    price: what the trials cost beside their steps, in words.
+
+    Raises:
+        CalibrationError: `train` or the storage cannot be used, or every run diverged.
+        CalibrationInterrupted: Ctrl-C.
+    """
+    state = random.getstate()  # using a database may draw from it
+    gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
+    study = Study(options, source_of(train), progress)
+    try:
+        study.open(storage, price)
+        while (setting := study.next()) is not None:
+            Trial(study, setting)._run(train)
+        return study.recipe()
+    except KeyboardInterrupt as interrupt:
+        if not study.replicas.leads:
+            raise
+        raise study.interrupted() from interrupt
+    finally:
+        torch.set_grad_enabled(gradients)
+        study.close()
+        random.setstate(state)
 
 
-@dataclass(eq=False)
 class Trial:
     """One run of the user's `train`, passed to it by `calibrate`.
 
-    Args:
+    Attributes:
         rank: the LoRA rank to build, None for full finetuning.
         seed: the random seed of the run.
         number: the trial's number, from 0.
@@ -44,14 +120,22 @@ class Trial:
             called.
     """
 
-    rank: int | None
-    seed: int
-    number: int
-    _steps: int
-    _build: Build = field(repr=False)
-    lr: float | None = None
-    # gives an optimizer whose schedule is followed in place of the trial's, while it lives
-    _scheduled: Callable[[], Any] | None = field(default=None, repr=False)
+    def __init__(self, study: Study, setting: Setting) -> None:
+        self.rank, self.seed = setting
+        self.lr: float | None = None
+        self._study, self._setting = study, setting
+        self._steps = study.options.steps
+        self._curve: list[float] = []
+        self._end: End = ""
+        self._warmup = 0.0  # the share of the steps over which the rate rose
+        self._rates: list[float] = []  # after each step
+        self._stepped: list[int] = []  # values before each step of the optimizer
+        # gives the optimizer while it lives
+        self._optimizer: Callable[[], Any] = lambda: None
+        # the same of one whose schedule is followed in its place
+        self._scheduled: Callable[[], Any] | None = None
+        self._stored: Any = None  # Optuna's trial, in the leading process
+        self.number = study.lead(self._begin)
 
     @cached_property  # so that its reading can be seen
     def steps(self) -> int:
@@ -62,6 +146,38 @@ class Trial:
     def method(self) -> Method:
         """ "full" if `rank` is None, else "lora"."""
         return "full" if self.rank is None else "lora"
+
+    def _run(self, train: Train) -> None:
+        """Run and record the trial. If it raises, `Study.close` fails it.
+
+        It ends as COMPLETE with its score, or as PRUNED if it has none: it diverged, was pruned or
+        ran out of memory. Both count. A trial that raised, or whose worker died, is a FAIL: its
+        setting is due again.
+        """
+        # Workers agree by what they read in the storage. A trial that has begun is seen by all, so
+        # that they take other settings. Two that read at the same moment may take the same one: a
+        # run more does no harm. Each builds its model, and waits until every trial begun before has
+        # its optimizer. So no rate is tried twice, the first trial settles the reference, and what
+        # a trial was built with is compared with the first one of its rank. While it trains it
+        # gives signs of life, without which any other worker fails it, and runs its setting again.
+        lead = self._study.lead
+        try:
+            with seeded(self.seed):
+                score = self._score_of(train)
+            lead(self._end_trial, score)
+        except UpdateFinishedTrialError:
+            lead(self._study.end_trial, TrialState.FAIL)
+            warn(
+                f"Trial {self.number} had no heartbeat for so long that another worker has failed"
+                " it. Its run here does not count."
+            )
+
+    def _begin(self) -> int:
+        self._stored = self._study.begin_trial(self._setting)
+        self._study.check_options(self._study.runs())
+        return int(self._stored.number)
+
+    # --- its optimizer ----------------------------------------------------------------------------
 
     def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
         """Build a RankAwareOptimizer at this trial's rate. Call it once per trial.
@@ -80,122 +196,298 @@ class Trial:
                 "trial.optimizer was called twice in one trial.",
                 "Call it once, after the model.",
             )
-        return self._build(self, params, settings)
-
-
-class Pushed(NamedTuple):
-    """A run that cannot yield, such as a trainer with callbacks. `train` may return it in place of
-    a generator.
-
-    `run(report)` calls `report(value)` at every step and ends soon after it returns True. Its
-    return value is the score.
-    """
-
-    run: Callable[[Callable[[Any], bool]], Any]
-
-
-# --- what a run is checked for --------------------------------------------------------------------
-
-
-def as_float(value: Any) -> float:
-    """Return a number or a tensor of one element as a float."""
-    return float(value.item() if hasattr(value, "item") else value)
-
-
-def refuse_warmup(warmup: float, steps: int) -> None:
-    """Raise a `CalibrationError` if a warm-up is as long as a trial, both in steps."""
-    if warmup >= steps:
-        raise CalibrationError(
-            f"The warm-up is as long as the trial: the rate still rises at its step {steps}, so"
-            " the rate of the run is never tried.",
-            "Give the warm-up as a share of the steps, or scale its steps by those of the trial.",
+        model = settings.get("model")
+        model = as_one_model(params if model is None else model)
+        at_own_lr: set[int] = set()
+        if not isinstance(as_one_model(params), nn.Module):
+            params = [*params]
+            groups = enumerate(params)
+            at_own_lr = {i for i, g in groups if isinstance(g, Mapping) and "lr" in g}
+        survey = inspect_model(model, method=self.method, init=settings.get("init"))
+        at = survey.dominant().resolve(survey)
+        if at.rank != self.rank:
+            raise CalibrationError(
+                f"The model built for trial.rank={self.rank} has rank {at.rank}.",
+                "Build it at trial.rank.",
+            )
+        study, native = self._study, self._study.options.optimizer
+        own = replace(at, batch=study.options.batch)
+        settled = Settled(own, survey.full_width(at.init), layers_of(survey))
+        study.wait(self._is_next)
+        proposal = study.lead(self._propose, survey, settled, settings)
+        self.lr, law, reference, self._limits = proposal
+        optimizer = RankAwareOptimizer(
+            params,
+            native,
+            lr=self.lr,
+            law=law,
+            tuned_at=reference,
+            method=self.method,
+            **settings,
         )
+        in_force = settings_in_force(optimizer, native, settings, at_own_lr)
+        study.lead(self._record, replace(settled, settings=in_force))
+        # schedule-free optimizers warm up by themselves
+        warmup = optimizer.defaults.get("warmup_steps", 0)
+        refuse_warmup(warmup, self._steps)
+        self._warmup = warmup / self._steps
+        optimizer.register_step_post_hook(self._note_step)
+        self._optimizer = weakref.ref(optimizer)
+        return optimizer
 
+    def _is_next(self) -> bool:
+        """Return whether every trial begun before has its optimizer, or has ended."""
+        running = self._study.runs().running()
+        return all(run.settled for run in running if run.number < self.number)
 
-def rising_steps(rates: Sequence[float]) -> int:
-    """Return the number of steps over which the rate rose from the first one to its highest; 0 if
-    it did not.
+    def _propose(
+        self, survey: Survey, settled: Settled, settings: dict[str, Any]
+    ) -> tuple[float, Power, Reference, list[float]]:
+        """Return the base rate, the law centred on its priors, the reference that both belong to,
+        and for each step the value above which the run has diverged.
+        """
+        study, at = self._study, settled.reference
+        calibration = study.calibration()
+        if calibration is None:
+            calibration = Calibration(study.options, settled, study.runs)
+        x = next_rate(calibration, self.rank, search_range(calibration))
+        lr = 2.0 ** self._stored.suggest_float(PARAMETER, x, x)
+        law = calibration.law(settings)
+        reference = calibration.settled.reference
+        width = width_for(survey, at.method, reference.init)
+        factor = replace(at, fan_in=width).as_factor()
+        own_lr = lr * checked_multiplier(law, factor, reference)
+        self._stored.set_user_attr("own_lr", own_lr)
+        ended = study.runs().counted()
+        return lr, law, reference, divergence_limits(ended, self._setting, self._steps)
 
-    >>> rising_steps([0.5, 1.0, 0.8]), rising_steps([1.0, 1.0]), rising_steps([1.0, 0.5, 1.1])
-    (2, 0, 0)
-    """
-    peak = rates.index(max(rates)) if rates else 0
-    rises = all(a <= b for a, b in pairwise(rates[: peak + 1]))
-    return peak + 1 if peak and rises else 0
+    def _record(self, settled: Settled) -> None:
+        """Store what the trial was built with. Raise if the first one of its rank had another model
+        or other settings.
+        """
+        of_rank = [run.settled for run in self._study.runs().at(self.rank)]
+        first = next(filter(None, of_rank), settled)
+        check = self._study.check_comparable
+        check(asdict(first.reference), asdict(settled.reference))
+        check(first.settings, settled.settings)
+        self._stored.set_user_attr("settled", asdict(settled))
 
+    # --- its values -------------------------------------------------------------------------------
 
-def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
-    """Raise a `CalibrationError` if every step had several values, as where each micro-batch yields
-    one. A step that was skipped, as by a GradScaler, is none.
-
-    stepped: the number of values before each step of the optimizer. taken: that of all values.
-    """
-    # a single step has the values after it
-    ends = stepped if len(stepped) != 1 else [*stepped, taken]
-    if min((b - a for a, b in pairwise(ends)), default=0) >= 2:
-        raise CalibrationError(
-            f"train yielded {taken} values while its optimizer took {len(stepped)} step"
-            f"{'s' * (len(stepped) > 1)}.",
-            "Yield one value a step, such as the mean loss of its micro-batches.",
-        )
-
-
-def has_moved(opt: Any) -> bool:
-    """Return whether some factor that was zero at the start is not zero, or none can be seen."""
-    seen = False
-    for group in [] if opt is None else opt.rates.groups:
-        if {group.role, group.init} != {"A", "B"}:
-            continue
-        for factor in group.params:
-            # of a sharded one, this process's part
-            part = factor.to_local() if hasattr(factor, "to_local") else factor
-            # float16 has no rates below 6e-8
-            if not part.numel() or part.dtype == torch.float16:
-                continue
-            if part.any():
-                return True
-            seen = True
-    return not seen
-
-
-# --- seeds and memory -----------------------------------------------------------------------------
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, random and numpy for one run, and restore all three afterwards."""
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+    def _score_of(self, train: Train) -> float | None:
+        """Run `train`, which reports its values, and return its score if it returned one. A run
+        that raises optuna.TrialPruned or runs out of memory is pruned.
+        """
         try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            score = self._returned(train(self))
+        except TrialPruned:
+            self._end = "pruned"
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._end = "memory"
+        if self._end == "memory":
+            release_memory()
+        if self._end:
+            return None
+        self._check_whole()
+        return None if score is None else self._study.replicas.mean(as_float(score))
+
+    def _returned(self, loop: Any) -> Any:
+        """Report the values of a loop, and return what it returns after its steps. A generator is
+        closed, so that its `finally` blocks run.
+        """
+        if isinstance(loop, Pushed):
+            return loop.run(self._report)
+        if not isinstance(loop, Generator):
+            raise CalibrationError(
+                f"train returned a {type(loop).__name__} instead of a generator.",
+                "Let it yield a value at every step.",
+            )
+        with closing(loop):
+            for value in loop:
+                if self._report(value):
+                    break
+            if not self._end:
+                try:
+                    next(loop)
+                except StopIteration as stop:
+                    return stop.value
+        return None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _note_step(self, *hooked: Any) -> None:
+        self._stepped.append(len(self._curve))
+
+    def _report(self, value: Any) -> bool:
+        """Take the value of a step. Return whether the run ends: it diverged, is pruned, or has run
+        its steps.
+        """
+        if self._is_over():
+            return True
+        self._curve.append(self._study.replicas.mean(as_float(value)))
+        self._check_first()
+        optimizer = (self._scheduled or self._optimizer)()
+        if optimizer is not None:
+            self._rates.append(float(optimizer.param_groups[0]["lr"]))
+        if self._has_diverged():
+            self._end = "diverged"
+        elif self._is_pruned():
+            self._end = "pruned"
+        elif len(self._curve) == self._steps:
+            self._check_trained()
+        elif len(self._stepped) == FEW + 1:
+            refuse_micro_batches(self._stepped, len(self._curve))
+        return self._is_over()
+
+    def _is_over(self) -> bool:
+        return bool(self._end) or len(self._curve) == self._steps
+
+    def _check_first(self) -> None:
+        if not math.isfinite(self._curve[0]):
+            raise CalibrationError(
+                f"The first value that train yielded is {self._curve[0]}, which does not depend on"
+                " the rate.",
+                "Fix the model or the data: the first loss must be finite.",
+            )
+        if self.lr is None:
+            raise CalibrationError(
+                "train yielded without calling trial.optimizer.",
+                "Take the optimizer from trial.optimizer(model).",
+            )
+
+    def _has_diverged(self) -> bool:
+        taken = len(self._curve)
+        if not math.isfinite(self._curve[-1]):
+            return True
+        limit = max(self._curve[0], self._limits[taken - 1])
+        return taken > TAIL and recent_mean(self._curve, TAIL) > limit
+
+    def _is_pruned(self) -> bool:
+        """Store the run's mean from time to time. Return whether it is to be pruned."""
+        taken, every = len(self._curve), interval(self._steps)
+        if taken % every and taken != self._steps:
+            return False
+        return self._study.lead(self._judge, recent_mean(self._curve, max(TAIL, every)))
+
+    def _judge(self, mean: float) -> bool:
+        self._stored.report(mean, len(self._curve))  # for those who watch
+        calibration = self._study.calibration()
+        x = self._stored.params[PARAMETER]
+        run = Run(*self._setting, x=x, curve=self._curve)
+        assert calibration is not None
+        return len(self._curve) < self._steps and is_behind(calibration, run)
+
+    def _check_trained(self) -> None:
+        """Raise if the run's values were not one a step, if every factor that was zero at the start
+        is still zero, since any gradient and rate would have moved some, or if its rate rose until
+        its end. Take the warm-up's share of the steps.
+        """
+        if self._steps <= FEW:
+            return
+        refuse_micro_batches(self._stepped, self._steps)
+        moved = self._study.replicas.mean(float(has_moved(self._optimizer())))
+        # equal rewards give no gradient
+        if moved == 0.0 and not self._study.options.noisy:
+            raise CalibrationError(
+                f"Nothing was trained: after {self._steps} steps at the rate {self.lr:.3g} every"
+                " LoRA factor that was zero at the start is still zero.",
+                "Call loss.backward(), then the step of the optimizer of trial.optimizer, then"
+                " zero_grad(), and see that the schedule lets the rate rise above zero.",
+            )
+        warmup = max(rising_steps(self._rates), self._warmup * self._steps)
+        refuse_warmup(warmup, self._steps)
+        self._warmup = warmup / self._steps
+
+    # --- its end ----------------------------------------------------------------------------------
+
+    def _check_whole(self) -> None:
+        """Raise unless the run took its steps, and knew of them."""
+        taken = len(self._curve)
+        if taken < self._steps:
+            raise CalibrationError(
+                f"train ended after {taken} of {self._steps} steps.",
+                "Let it yield a value for each step, or lower steps=.",
+            )
+        if self._study.options.target > self._steps and "steps" not in vars(self):
+            raise CalibrationError(
+                "train never read trial.steps, so its schedule may span the steps of the target"
+                " run.",
+                "Let its schedule and warm-up span trial.steps.",
+            )
+
+    def _end_trial(self, score: float | None) -> None:
+        """Record how the run ended."""
+        outcome: dict[str, Any] = {
+            "curve": self._curve,
+            "score": score,
+            "end": self._end,
+            "warmup": self._warmup,
+        }
+        for name, value in outcome.items():
+            self._stored.set_user_attr(name, value)
+        x = self._stored.params.get(PARAMETER)
+        seen = Run(*self._setting, x=x, **outcome).observation
+        if seen is None:
+            return self._study.end_trial(TrialState.PRUNED)
+        for other in self._study.runs().observations():
+            mixed = other.returned != seen.returned
+            if mixed and not (seen.stopped or other.stopped):
+                raise CalibrationError(
+                    "train returned a score in some trials and none in others.",
+                    "Return one in every trial, or in none.",
+                )
+        if math.isfinite(seen.value):
+            return self._study.end_trial(TrialState.COMPLETE, seen.value)
+        return self._study.end_trial(TrialState.PRUNED)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on any device.
+# --- the settings of a trial ----------------------------------------------------------------------
 
-    >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
-    True
+
+def settings_in_force(
+    opt: Any,
+    native: type[Optimizer],
+    settings: Mapping[str, Any],
+    at_own_lr: Collection[int],
+) -> dict[str, Any]:
+    """Return what decides a trial besides its rank, seed, rate and model, as JSON values that are
+    equal in every process: all settings.
+
+    Settings that were not given have their defaults. If groups differ in a setting, its value is a
+    list, and the value of the factors' groups is stored too, and so are the rates of parameters
+    beside factors. at_own_lr: numbers of the groups that were given an "lr".
     """
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in _OUT_OF_MEMORY
-    )
+    ours = defaults_of(RankAwareOptimizer.__new__)
+    given = {**ours, **defaults_of(native), **settings}
+    built = {name: plain_value(given[name]) for name in given.keys() - _LEFT_OUT}
+    names = opt.defaults.keys() - _LEFT_OUT
+    built |= settings_of(opt.param_groups, names)
+    rates = opt.rates.groups
+    numbers = sorted({group.user_group for group in rates if group.role != "other"})
+    of_factors = [opt.param_groups[number] for number in numbers]
+    factors = settings_of(of_factors or opt.param_groups, names)
+    apart = {name: value for name, value in factors.items() if value != built[name]}
+    if apart:
+        built["factors' settings"] = apart
+    if not any(group.role == "full" for group in rates):
+        built["other rates"] = _other_rates(rates, at_own_lr)
+    return built
 
 
-def release_memory() -> None:
-    """Collect reference cycles and release the accelerator's cached memory.
-
-    Call it after the error was dropped, since its traceback keeps the frames and their tensors
-    alive.
+def _other_rates(
+    rates: Any,
+    at_own_lr: Collection[int],
+) -> dict[str, Any]:
+    """Return the rates of parameters that are not factors, by name pattern. Patterns with two rates
+    are left out.
     """
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    tables = []
+    for group in rates:
+        if group.role != "other":
+            continue
+        is_own = group.given is not None or group.user_group in at_own_lr
+        # twelve digits remove a ratio's rounding error
+        rate = float(f"{group.lr:.12g}") if is_own else BASE
+        tables.append({name_pattern(name): rate for name in group.names})
+    return agreed(tables)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -16,11 +14,10 @@ from msgspec import Meta
 from optuna.trial import FrozenTrial, TrialState
 
 from .._checks import limits
-from ..errors import CalibrationError
+from .._types import Reference
 from ..fitting import (
     TAIL,
     Observation,
-    diverged,
     impute,
     loss_at_start,
     noise_of,
@@ -28,15 +25,8 @@ from ..fitting import (
     turn_of,
     usual_noise,
 )
-from ..recipe import agreed, differences
-from ._constants import (
-    ALIKE_ERRORS,
-    HOPELESS,
-    LEAST_RANKED,
-    MOST_OCTAVES,
-    REPORTS,
-    SAME,
-)
+from ..recipe import agreed
+from ._constants import ALIKE_ERRORS, LEAST_RANKED, MOST_OCTAVES, SAME
 
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
@@ -52,11 +42,28 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What a trial was built with. The model of the first one settles the reference of all.
+
+    Args:
+        reference: the model's configuration.
+        full_fan_in: the fan-in that decides full finetuning.
+        layers: the mean fan-in of the adapted layers, by name pattern.
+        settings: see `settings_in_force`.
+    """
+
+    reference: Reference
+    full_fan_in: float
+    layers: Mapping[str, float]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Run:
     """One run of the training loop, as an Optuna trial keeps it.
 
-    Its fields are the trial's number, state, rate and reports, and its user attributes. Stored
-    studies have their names, so do not rename them. A value is None until it is known.
+    Its fields are the trial's number, state and rate, and its user attributes. Stored studies have
+    their names, so do not rename them. A value is None until it is known.
 
     Args:
         rank, seed: see `Setting`.
@@ -66,9 +73,9 @@ class Run:
         score: the value that it returned, None if it returned none.
         end: how it ended before its last step.
         warmup: the share of the steps over which its rate rose.
-        reports: recent mean by step.
         heartbeat: counts up while its worker lives.
-        made_with, built: what it was made with, see these functions.
+        made_with: see this function.
+        settled: what it was built with.
     """
 
     rank: Annotated[int, limits("rank")] | None = None
@@ -81,10 +88,9 @@ class Run:
     score: float | None = None
     end: End = ""
     warmup: Annotated[float, limits("share")] = 0.0
-    reports: Mapping[int, float] = field(default_factory=dict)
     heartbeat: int | None = None
     made_with: dict[str, Any] = field(default_factory=lambda: {"schema": None})
-    built: dict[str, Any] | None = None
+    settled: Settled | None = None
 
     @classmethod
     def read(cls, trial: FrozenTrial) -> Run:
@@ -98,13 +104,16 @@ class Run:
             "number": trial.number,
             "state": trial.state,
             "x": trial.params.get(PARAMETER),
-            "reports": trial.intermediate_values,
         }
         return msgspec.convert(values, cls)
 
     @property
     def setting(self) -> Setting:
         return Setting(self.rank, self.seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {} if self.settled is None else self.settled.settings
 
     @property
     def value(self) -> float:
@@ -139,14 +148,13 @@ class Trials(tuple[Run, ...]):
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         return Trials(run for run in self if run.state in ended)
 
-    def running(self, but: int | None = None) -> Trials:
-        """Return the runs that have not ended, but for that of a number."""
-        running = (run for run in self if run.state == TrialState.RUNNING)
-        return Trials(run for run in running if run.number != but)
+    def running(self) -> Trials:
+        """Return the runs that have not ended."""
+        return Trials(run for run in self if run.state == TrialState.RUNNING)
 
-    def scored(self) -> Trials:
-        """Return the runs that came to their end or diverged."""
-        return Trials(run for run in self.counted() if run.observation is not None)
+    def at(self, *ranks: int | None) -> Trials:
+        """Return the runs of some ranks."""
+        return Trials(run for run in self if run.rank in ranks)
 
     def observations(self) -> list[Observation]:
         """Return the observations of runs that came to their end or diverged."""
@@ -168,10 +176,6 @@ class Trials(tuple[Run, ...]):
                 evidence.append(score)
         return evidence
 
-    def at(self, *ranks: int | None) -> Trials:
-        """Return the runs of some ranks."""
-        return Trials(run for run in self if run.rank in ranks)
-
     def rates(self) -> list[float]:
         """Return log2 of the rates. A run that ran out of memory tells nothing of its rate."""
         fits = (run for run in self if run.end != "memory")
@@ -179,71 +183,13 @@ class Trials(tuple[Run, ...]):
 
     def pruned(self) -> list[float]:
         """Return log2 of the rates of the pruned runs."""
-        return Trials(t for t in self.counted() if t.observation is None).rates()
-
-    def below(self, diverged: set[int]) -> list[Observation]:
-        """Return the observations below every rate of the runs of these numbers."""
-        lost = Trials(run for run in self if run.number in diverged)
-        cliff = min(lost.rates(), default=math.inf)
-        return [seen for seen in self.observations() if seen.x < cliff]
+        return Trials(run for run in self.counted() if run.observation is None).rates()
 
     def best_of(self, setting: Setting) -> Run | None:
         """Return the best finished run of a rank and seed."""
-        return Trials(run for run in self if run.setting == setting)._best()
-
-    def curve_beside(self, setting: Setting) -> list[float]:
-        """Return the curve of the best finished run of a rank and seed, else of the seed, else of
-        another seed, else [].
-        """
-        of_seed = Trials(run for run in self if run.seed == setting.seed)
-        best = self.best_of(setting) or of_seed._best() or self._best()
-        return [] if best is None else best.curve
-
-    def _best(self) -> Run | None:
-        complete = [run for run in self.scored() if run.state == TrialState.COMPLETE]
-        return min(complete, key=lambda run: run.value, default=None)
-
-    def usual_first_loss(self) -> float:
-        """Return the median over runs of the mean of their first values; 0 if there are none."""
-        means = [statistics.fmean(run.curve[:TAIL]) for run in self if run.curve]
-        return statistics.median(list(filter(math.isfinite, means)) or [0.0])
-
-    def spent(self, steps: int) -> int:
-        """Return the training steps of all runs. One that has not ended counts in full, a killed
-        one up to its next report.
-
-        steps: those of a whole run.
-        """
-        total = 0
-        for run in self:
-            if not run.state.is_finished():
-                total += steps
-            elif run.curve:
-                total += len(run.curve)
-            elif run.x is not None and run.state == TrialState.FAIL:
-                total += min(steps, max(run.reports, default=0) + interval(steps))
-        return total
-
-    def hopeless(self) -> list[str]:
-        """Name the runs that all diverged, if they are many: all runs, or those of a rank, as "12
-        runs of rank 4".
-        """
-        lost, scored = self.diverged(), self.scored()
-        groups = {"runs": scored}
-        for run in scored:
-            groups[f"runs of {rank_words(run.rank)}"] = scored.at(run.rank)
-        hopeless = []
-        for name, runs in groups.items():
-            numbers = {run.number for run in runs}
-            if len(numbers) >= HOPELESS and numbers <= lost:
-                hopeless.append(f"{len(numbers)} {name}")
-        return hopeless
-
-    def diverged(self) -> set[int]:
-        """Return the numbers of the runs that diverged."""
-        scored = self.scored()
-        bad = diverged(scored.observations())
-        return {run.number for run in compress(scored, bad)}
+        whole = [run for run in self if run.state == TrialState.COMPLETE]
+        of_setting = [run for run in whole if run.setting == setting]
+        return min(of_setting, key=lambda run: run.value, default=None)
 
     # --- what they were built with ----------------------------------------------------------------
 
@@ -253,45 +199,39 @@ class Trials(tuple[Run, ...]):
         """
         tables = []
         for run in self:
-            built = run.built or {}
-            tables.append({**built, **built.get("factors' settings", {})})
+            of_factors = run.settings.get("factors' settings", {})
+            tables.append({**run.settings, **of_factors})
         return agreed(tables)
 
     def other_rates(self) -> dict[str, Any]:
         """Return the rates of what trained beside the factors in all trials."""
-        built = [run.built or {} for run in self]
-        return agreed(each.get("other rates", {}) for each in built)
+        return agreed(run.settings.get("other rates", {}) for run in self)
 
     def scalings(self) -> dict[int, float]:
         """Return s = alpha / r of the models, by rank."""
-        built = [(run.rank, run.built) for run in self]
-        return {rank: at["lora_alpha"] / rank for rank, at in built if rank and at}
+        models = [run.settled.reference for run in self if run.settled]
+        return {at.rank: at.scaling for at in models if at.rank}
 
     # --- what may be wrong with them --------------------------------------------------------------
+
+    def spread(self) -> float:
+        """Return by how much the scores of a rank and seed differ at most; infinity where one run
+        has none, or each rank and seed has one run.
+        """
+        scores: dict[Setting, list[float]] = {}
+        for run in self:
+            scores.setdefault(run.setting, []).append(run.value)
+        spreads = [max(each) - min(each) for each in scores.values() if len(each) > 1]
+        is_whole = all(math.isfinite(run.value) for run in self)
+        return max(spreads) if spreads and is_whole else math.inf
 
     def differ_by_chance(self) -> bool:
         """Return whether the scores differ by no more than the noise of the curves explains. Each
         is the mean of a tenth of its curve.
         """
-        runs = self.observations()
-        scores = [run.value for run in runs]
-        if len(runs) < len(self) or not all(map(math.isfinite, scores)):
-            return False
         count = max(TAIL, len(self[0].curve) // 10)
-        error = usual_noise(runs) / math.sqrt(count)
-        return max(scores) - min(scores) <= ALIKE_ERRORS * error
-
-    def went_alike(self) -> bool:
-        """Return whether all runs of each rank and seed have the same values, some at several
-        rates.
-        """
-        settings, rates, values = set(), set(), set()
-        for run in self.scored():
-            if math.isfinite(run.value):
-                settings.add(run.setting)
-                rates.add((run.setting, run.x))
-                values.add((run.setting, run.value, *run.curve))
-        return len(values) == len(settings) < len(rates)
+        error = usual_noise(self.observations()) / math.sqrt(count)
+        return self.spread() <= ALIKE_ERRORS * error
 
     def turns(self) -> list[int]:
         """Return whether each curve fell (-1), rose (1) or neither, from the lowest rate on. None
@@ -314,15 +254,6 @@ class Trials(tuple[Run, ...]):
         by_curve = np.argsort(np.argsort([run.tail for run in runs]))
         return float(np.corrcoef(by_score, by_curve)[0, 1])
 
-    def edge(self) -> str:
-        """Return "low" or "high" if the best run has the lowest or highest rate, else ""."""
-        lost, rates = self.diverged(), self.rates()
-        good = Trials(run for run in self if run.number not in lost).observations()
-        if not good or min(rates) == max(rates):
-            return ""
-        best = min(good, key=lambda run: run.value).x
-        return {min(rates): "low", max(rates): "high"}.get(best, "")
-
     def unsteady(self) -> Setting | None:
         """Return a rank and seed with two runs whose first values differ, although these do not
         depend on the rate.
@@ -335,24 +266,6 @@ class Trials(tuple[Run, ...]):
             if not math.isclose(start, run.curve[0], rel_tol=SAME, abs_tol=1e-9):
                 return run.setting
         return None
-
-
-def check_comparable(
-    name: str, stored: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    """Raise a `CalibrationError` if what stored runs of the study `name` were made with differs
-    from what new ones are.
-    """
-    if difference := differences(stored, now):
-        raise CalibrationError(
-            f"The stored study {name!r} was made with {difference}.",
-            "Give this calibration another name, or another storage.",
-        )
-
-
-def interval(steps: int) -> int:
-    """Return the number of steps between two reports of a run."""
-    return max(1, steps // REPORTS)
 
 
 def rank_words(rank: int | None) -> str:

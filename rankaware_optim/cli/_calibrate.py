@@ -29,7 +29,6 @@ from ._options import (
     flag,
     law_option,
     may_name_module,
-    number_or_rank,
     option,
     out_option,
     several,
@@ -55,10 +54,8 @@ _GRACE_S = 10.0  # for a worker to end by itself
 @option(
     "--trials",
     int,
-    "Number of runs at --ranks. By default as --budget allows, or"
-    f" {calibration.TRIALS_PER_RANK} per rank.",
+    f"Number of runs at --ranks. By default {calibration.TRIALS_PER_RANK} per rank.",
 )
-@option("--budget", int, "Largest number of training steps of all trials together.")
 @option("--full-trials", int, "Number of full-finetuning runs at the end.", default=0)
 @option(
     "--seeds",
@@ -231,13 +228,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
 @option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
 @OPTIMIZER
 @law_option("Law that moves rates between ranks.", PRIOR_LAW)
-@option("--alpha", number_or_rank, "alpha of rows without one. A number, or 'rank'.")
-@option("--fan-in", float, "Mean fan-in of the adapted layers, for rows without one.")
-@option(
-    "--full-fan-in",
-    float,
-    "Largest fan-in, for full finetuning. By default --fan-in.",
-)
+@option("--full-fan-in", float, "Largest fan-in, for full finetuning.")
 def fit(
     sweep: Path,
     out: Path | None,
@@ -248,9 +239,9 @@ def fit(
     """Fit a recipe to a sweep of learning rates from any tool.
 
     SWEEP is a .csv file with one row per run. The columns rank, lr (per step) and loss are
-    required. The columns alpha, rslora, init, fan_in, seed, model, batch, steps and start (the loss
-    before training) are optional. Write full as the rank of a full finetuning, and diverged as the
-    loss of a run that diverged.
+    required, and alpha for LoRA. The columns rslora, init, fan_in, seed, model, batch, steps and
+    start (the loss before training) are optional. Write full as the rank of a full finetuning, and
+    diverged as the loss of a run that diverged.
     """
     recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
     if out is not None:

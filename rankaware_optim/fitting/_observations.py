@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,28 +124,24 @@ def impute(
 
 
 def arms_of(
-    ended: Sequence[Observation], lost: Sequence[Observation], gain: float
+    observations: Sequence[Observation], lost: Collection[Observation], gain: float
 ) -> dict[int | None, Arm]:
     """Return the trials of every rank in the units of the loss model.
 
     Args:
-        ended: the trials that count with their score.
+        observations: the trials.
         lost: those that count as untrained. Their gap is `UNTRAINED_GAP`.
         gain: what training gains.
     """
-    best: dict[int | None, float] = {}
-    for o in ended:
-        best[o.rank] = min(o.value, best.get(o.rank, math.inf))
-    rows: dict[int | None, list[tuple[float, float, int]]] = {}
-    for o in ended:
-        gap = min((o.value - best[o.rank]) / gain, UNTRAINED_GAP)
-        rows.setdefault(o.rank, []).append((o.x, gap, o.seed))
-    for o in lost:
-        rows.setdefault(o.rank, []).append((o.x, UNTRAINED_GAP, o.seed))
-    return {
-        rank: Arm(*map(np.array, zip(*of_rank, strict=True)))
-        for rank, of_rank in rows.items()
-    }
+    arms = {}
+    for rank in dict.fromkeys(o.rank for o in observations):
+        of_rank = [o for o in observations if o.rank == rank]
+        values = np.array([math.inf if o in lost else o.value for o in of_rank])
+        # where all of a rank were lost the quotient is NaN, which fmin leaves out
+        gaps = np.fmin((values - values.min()) / gain, UNTRAINED_GAP)
+        x, seeds = np.array([o.x for o in of_rank]), np.array([o.seed for o in of_rank])
+        arms[rank] = Arm(x, gaps, seeds)
+    return arms
 
 
 def gain_of(good: Sequence[Observation]) -> float:
@@ -191,9 +187,9 @@ def _median(values: Iterable[float]) -> float:
 # --- which runs diverged, and which learned -------------------------------------------------------
 
 
-def diverged(observations: Sequence[Observation]) -> list[bool]:
-    """Return for each run whether it diverged: stopped as such, non-finite, or far above its start
-    at the end.
+def diverged(observations: Sequence[Observation]) -> set[Observation]:
+    """Return the runs that diverged: stopped as such, non-finite, or far above their start at the
+    end.
 
     Far means a quarter of the best gain, and more than the noise of the curves explains. If no run
     gained anything, ending above the start by more than the noise is enough. This does not apply if
@@ -208,23 +204,32 @@ def diverged(observations: Sequence[Observation]) -> list[bool]:
         comparable = gain > 0 or not o.returned
         return comparable and o.tail > max(o.start, start) + margin
 
-    return [is_lost(o) for o in observations]
-
-
-def ended_and_lost(
-    observations: Sequence[Observation],
-) -> tuple[list[Observation], list[Observation]]:
-    """Return the runs that ended with a score, and those that diverged."""
-    flags = diverged(observations)
-    ended = [o for o, lost in zip(observations, flags, strict=True) if not lost]
-    return ended, [o for o, lost in zip(observations, flags, strict=True) if lost]
+    return set(filter(is_lost, observations))
 
 
 def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
     """Return the observations below every rate that diverged. A run above such a rate was lucky."""
-    _, lost = ended_and_lost(observations)
-    cliff = min((o.x for o in lost), default=math.inf)
+    cliff = min((o.x for o in diverged(observations)), default=math.inf)
     return [o for o in observations if o.x < cliff]
+
+
+def ends_of(observations: Sequence[Observation]) -> dict[int | None, str]:
+    """Return "lowest" or "highest", by rank, where its best rate is at that end of those tried. A
+    tie with another rate does not count.
+    """
+    ends = {}
+    for rank in dict.fromkeys(o.rank for o in observations):
+        of_rank = [o for o in observations if o.rank == rank]
+        least = min(o.value for o in of_rank)
+        best = {o.x for o in of_rank if o.value == least}
+        rates = [o.x for o in of_rank]
+        if math.isinf(least) or min(rates) == max(rates):
+            continue
+        if best == {min(rates)}:
+            ends[rank] = "lowest"
+        elif best == {max(rates)}:
+            ends[rank] = "highest"
+    return ends
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:

@@ -42,7 +42,7 @@ from ._constants import (
     USUAL_PIVOT,
 )
 from ._loss_model import Array, bowls_of
-from ._observations import Observation, arms_of, ended_and_lost, gain_of
+from ._observations import Observation, arms_of, diverged, gain_of
 
 
 @dataclass(frozen=True)
@@ -152,22 +152,16 @@ class Fit:
         row = self.prior.row(rank)
         return math.sqrt(float(row @ self.covariance @ row))
 
-    def at(self, vertices: dict[int | None, tuple[float, float]]) -> Fit:
-        """Return this fit with the exact Gaussian posterior of the unknowns, given other optima of
-        the ranks, each a mean and a standard deviation.
-        """
-        means, sds = np.array(list(vertices.values())).T[:, None, :]
-        mean, covariance, _ = _shrunk(self.prior.rows(vertices), means, sds, self.prior)
-        return replace(self, mean=mean[0], covariance=covariance[0], vertices=vertices)
-
 
 @np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
     """Fit all trials together. Return None if no run stayed finite."""
-    ended, lost = ended_and_lost(observations)
+    lost = diverged(observations)
+    ended = [o for o in observations if o not in lost]
     if not ended:
         return None
-    arms = arms_of(ended, lost, gain_of(ended))
+    ended_first = sorted(observations, key=lost.__contains__)
+    arms = arms_of(ended_first, lost, gain_of(ended))
     bowls = bowls_of(arms)
     means, covariances, agreement = _shrunk(
         prior.rows(arms), bowls.mean, bowls.sd, prior

@@ -68,7 +68,6 @@ def calibrate(  # noqa: PLR0913
     name: str = "calibration",
     law: str | Law = PRIOR_LAW,
     trials: int | None = None,
-    budget: int | None = None,
     full_trials: int = 0,
     seeds: Sequence[int] = SEEDS,
     lr_range: tuple[float, float] | None = None,
@@ -114,9 +113,7 @@ def calibrate(  # noqa: PLR0913
             Where it is there already, it is returned and nothing is run.
         name: the name of the study and of the recipe.
         law: the law that maps rates between ranks, by default µA. It must be registered.
-        trials: number of runs at `ranks`. By default as many as `budget` allows, or 8 at each of
-            them, or 4 of a built model.
-        budget: optimizer steps of all trials together. Stopped trials count the steps they ran.
+        trials: number of runs at `ranks`. By default 8 at each of them, or 4 of a built model.
         full_trials: number of full-finetuning runs after those at `ranks`, around the predicted
             rate.
         seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
@@ -166,7 +163,6 @@ def calibrate(  # noqa: PLR0913
         steps=steps,
         target_steps=target_steps,
         trials=trials,
-        budget=budget,
         full_trials=full_trials,
         seeds=seeds,
         lr_range=lr_range,
@@ -194,7 +190,7 @@ def _searched(
     """
     if at is not None:
         given["ranks"] = (at.rank,)
-        if given["budget"] is None and given["trials"] is None:
+        if given["trials"] is None:
             given["trials"] = TRIALS
     snapshot = place.snapshot()
     with snapshot.kept():
@@ -352,7 +348,7 @@ def _price(options: Options, place: Any, snapshot: Snapshot) -> str:
         return ""
     words = f" of training, where the run takes {options.target:,}"
     if place.folder and not place.is_by_reward:
-        words += f"; {options.likely_trials} × {BATCHES} batches of evaluation"
+        words += f"; {options.runs} × {BATCHES} batches of evaluation"
     mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
     return f"{words}; a copy of the weights that train, {mebibytes}"
 

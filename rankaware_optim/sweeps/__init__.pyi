@@ -1,2 +1,2 @@
+from ._fit import DEMO_SWEEP as DEMO_SWEEP
 from ._fit import fit_sweep as fit_sweep
-from ._runs import DEMO_SWEEP as DEMO_SWEEP

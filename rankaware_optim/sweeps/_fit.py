@@ -1,41 +1,106 @@
-"""`fit_sweep`: the calibration's fit on the rows of a sweep from any tool."""
+"""`fit_sweep`: the calibration's fit on the rows of a sweep, from a CSV file or any tool."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from torch.optim import Optimizer
 
-from .._checks import MOST_TRIALS
+from .._checks import RANGES, limits, plain
+from .._files import read_bytes
 from .._optimizers import get_optimizer_class
-from .._printing import times
 from .._types import Reference, Scaling
-from ..calibration import versions_used
+from ..calibration import versions_used, what_is_unknown
 from ..errors import CalibrationError
 from ..fitting import (
-    Fit,
     Observation,
     centred_law,
     diverged,
+    ends_of,
     fit_observations,
     prior_of,
 )
 from ..laws import PRIOR_LAW, Law, checked_multiplier, recordable_law
-from ..recipe import ANY_WIDTH, Z90, Recipe, infer_scaling, recipe_of
-from ._runs import Source, SweepRun, ends_of, read_sweep
+from ..recipe import ANY_WIDTH, Recipe, infer_scaling, recipe_of
 
-# By hand, all of them. A best rate at an end of its grid is a bound: octaves by which the optimum
-# may be beyond it, and below the lowest rate.
-_EDGE_SD, _BELOW = 1.0, 0.5
-_UNSURE = 0.75  # octaves: a base rate with a larger standard deviation gets a note
+DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
+_ABSENT = ("", "nan", "none", "null")
+_OF_LORA = ("alpha", "rslora")
+_MOST = 100_000_000  # largest file, bytes
+_MOST_LOSS = RANGES["loss"][1]  # beyond it a run diverged
+# Octaves: standard deviation of an optimum whose best rate is at an end of its grid: by hand
+_END_SD = 1.0
 _SAME_SCALING = 1e-3  # octaves
 
-Runs = Sequence[SweepRun]
-Ends = Mapping[int | None, tuple[float, str]]
+Row = Mapping[str, Any]
+Source = str | os.PathLike[str] | Iterable[Row]
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One row of a sweep. Missing values are None.
+
+    Args:
+        lr: the learning rate, per step.
+        loss: the value to minimise, infinite if the run diverged.
+        rank: the LoRA rank, None for full finetuning.
+        alpha: LoRA's alpha.
+        rslora: whether alpha is divided by √rank instead of rank.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        fan_in: the mean fan-in of the adapted layers, of full finetuning the largest.
+        seed: the random seed.
+        model: the model's name.
+        batch: examples or tokens per step.
+        steps: number of steps.
+        start: the loss before training.
+    """
+
+    lr: Annotated[float, limits("lr")]
+    loss: Annotated[float, Meta(ge=RANGES["loss"][0])]
+    rank: Annotated[int, limits("rank")] | None
+    alpha: Annotated[float, limits("alpha")] | None = None
+    rslora: bool = False
+    init: Literal["A", "B"] = "A"
+    fan_in: Annotated[float, limits("fan_in")] | None = None
+    seed: Annotated[int, limits("seed")] = 0
+    model: str | None = None
+    batch: Annotated[float, limits("batch")] | None = None
+    steps: Annotated[int, limits("steps")] | None = None
+    start: Annotated[float, limits("loss")] | None = None
+
+    @property
+    def place(self) -> Reference:
+        """The run's configuration."""
+        if self.rank is None:
+            return Reference(method="full", fan_in=self.fan_in, batch=self.batch)
+        return Reference(
+            self.rank,
+            self.alpha,
+            self.rslora,
+            self.init,
+            self.fan_in,
+            batch=self.batch,
+        )
+
+    def observed_at(self, x: float) -> Observation:
+        """Return the run as an observation at log2 rate x. Without a start loss its score is used
+        as the start.
+        """
+        start = self.start
+        if start is None:
+            start = self.loss if math.isfinite(self.loss) else 0.0
+        ends = (self.loss, start, self.loss)
+        return Observation(self.rank, self.seed, x, *ends, returned=True)
 
 
 def fit_sweep(
@@ -44,12 +109,7 @@ def fit_sweep(
     optimizer: type[Optimizer] | str = "AdamW",
     name: str = "sweep",
     law: str | Law = PRIOR_LAW,
-    alpha: float | Literal["rank"] | None = None,
-    init: Literal["A", "B"] | None = None,
-    fan_in: float | None = None,
     full_fan_in: float | None = None,
-    batch: float | None = None,
-    steps: int | None = None,
 ) -> Recipe:
     """Fit a recipe to an existing learning-rate sweep from any tool.
 
@@ -60,54 +120,42 @@ def fit_sweep(
 
     Args:
         sweep: rows of one model, such as df.to_dict('records') of a dataframe, or a CSV file, with
-            the columns rank, lr (per step) and loss. Optional are alpha, rslora, init, fan_in,
-            seed, model, batch, steps and start (the loss before training). A rank of "full" is full
-            finetuning, a loss of "diverged" one that diverged.
+            the columns rank, lr (per step) and loss, and alpha for LoRA. Optional are rslora, init
+            ("A", where B starts at zero as in PEFT, the default, or "B"), fan_in, seed, model,
+            batch, steps and start (the loss before training). A rank of "full" is full finetuning,
+            a loss of "diverged" or nan one that diverged. Without a fan_in, the mean over the
+            adapted layers, the recipe has no rate for full finetuning or for the other init.
         optimizer: the optimizer of the sweep, a class or a name. It decides the law's form.
         name: the recipe's name.
         law: the law that maps rates between ranks, by default µA. The fall in rank at
             A = 0 is in the fit's prior.
-        alpha: alpha of rows without one: a number, or "rank" if it follows the rank.
-        init: the init of rows without one: "A" (B starts at zero, as in PEFT, the default) or "B"
-            (A starts at zero).
-        fan_in: the model's mean fan-in, for rows without one. If it stays unknown, the recipe has
-            no rate for full finetuning or for the other init.
         full_fan_in: the largest fan-in of the adapted layers, on which the rate of full finetuning
-            depends. By default `fan_in`.
-        batch: examples or tokens per step, for rows without them.
-        steps: number of steps of a run, for rows without one.
+            depends. By default that of its rows, else `fan_in`.
 
     Returns:
         The recipe.
 
     Raises:
-        CalibrationError: a cell is impossible, alpha is missing, several models, batches, inits or
-            widths are mixed, only one rate was tried, the loss is the same everywhere, or every run
-            diverged.
+        CalibrationError: a cell is missing or impossible, several models, batches, inits or widths
+            are mixed, only one rate was tried, or every run diverged.
 
     >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
-    >>> rows = [{"rank": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2} for r, x in points]
-    >>> recipe = fit_sweep(rows, alpha="rank", steps=500)
+    >>> rows = [
+    ...     {"rank": r, "alpha": r, "lr": 2.0**x, "loss": 1 + 0.1 * (x + 11) ** 2}
+    ...     for r, x in points
+    ... ]
+    >>> recipe = fit_sweep(rows)
     >>> 2**-11.5 < recipe.fitted_lr < 2**-10.5
     True
     """
     optimizer = get_optimizer_class(optimizer)
     bound = recordable_law(law).bind(optimizer, {})
-    given = {
-        "alpha": alpha,
-        "init": "A" if init is None else init,
-        "fan_in": fan_in,
-        "batch": batch,
-        "steps": steps,
-    }
-    full = given if full_fan_in is None else {**given, "fan_in": full_fan_in}
-    runs, notes = read_sweep(sweep, given, full)
-    runs = _of_one_model(runs)
-    _check_enough(runs)
+    runs = read_sweep(sweep)
+    _check(runs)
     ranks = sorted({run.rank for run in runs if run.rank is not None})
     reference = _middle(runs, ranks)
     widths = [run.fan_in for run in runs if run.rank is None]
-    full_width = widths[0] if widths else full_fan_in or reference.fan_in
+    full_width = full_fan_in or (widths or [reference.fan_in])[0]
     prior = prior_of(reference, ranks, full_width)
     centred = centred_law(bound, reference, prior.pivot)
     observations = list(_at_reference(runs, reference, centred))
@@ -116,8 +164,20 @@ def fit_sweep(
         raise CalibrationError(
             f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
         )
-    ends = ends_of(observations)
-    fit = _bounded(fit, ends)
+    tried = {run.rank for run in runs}
+    notes = tuple(what_is_unknown(fit, observations, *tried))
+    # the errors of ranks at an end have one sign, and do not average out
+    end_sd = _END_SD * len(ends_of(observations)) / len(tried)
+    fit.covariance[0, 0] += end_sd**2
+    lost = diverged(observations)
+    tensors = {
+        "rank": [run.rank or 0 for run in runs],
+        "seed": [run.seed for run in runs],
+        "lr": [2.0**o.x for o in observations],
+        "own_lr": [run.lr for run in runs],
+        "value": [run.loss for run in runs],
+        "diverged": [o in lost for o in observations],
+    }
     return recipe_of(
         fit,
         bound,
@@ -130,56 +190,35 @@ def fit_sweep(
         optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
         steps=runs[0].steps,
         versions=versions_used(),
-        notes=(*notes, *_notes(runs, fit, ends)),
-        tensors=_tensors(runs, observations),
+        notes=notes,
+        tensors={name: np.array(column) for name, column in tensors.items()},
     )
 
 
-def _of_one_model(runs: Runs) -> list[SweepRun]:
-    """Return the runs with the one value of each column in all of them. Raise if they are of
-    several models, inits, widths, batches or lengths.
+def _check(runs: Sequence[SweepRun]) -> None:
+    """Raise if the runs are of several models, inits, widths, batches or lengths, or if no rank was
+    tried at two rates.
     """
     lora = [run for run in runs if run.rank is not None]
     full = [run for run in runs if run.rank is None]
-    same = {name: _only_value(runs, name) for name in ("model", "batch", "steps")}
-    same |= {name: _only_value(lora, name) for name in ("init", "fan_in")}
-    width = _only_value(full, "fan_in") or same["fan_in"]
-    lora = [replace(run, **same) for run in lora]
-    return lora + [replace(run, **{**same, "fan_in": width}) for run in full]
-
-
-def _only_value(runs: Runs, name: str) -> Any:
-    """Return the only value of a column, None if there is none."""
-    values = sorted({getattr(run, name) for run in runs} - {None})
-    if len(values) > 1:
+    for name, some in (
+        *(("model", runs), ("batch", runs), ("steps", runs)),
+        *(("init", lora), ("fan_in", lora), ("fan_in", full)),
+    ):
+        values = dict.fromkeys(getattr(run, name) for run in some)
+        if len(values) > 1:
+            raise CalibrationError(
+                f"The sweep mixes {len(values)} values of {name}: {', '.join(map(str, values))}.",
+                "A recipe is for one of them: keep its rows.",
+            )
+    points = {(run.rank, run.lr) for run in runs}
+    if len(points) == len({rank for rank, _ in points}):
         raise CalibrationError(
-            f"The sweep mixes {len(values)} values of {name}: {', '.join(map(str, values))}.",
-            "A recipe is for one of them: keep its rows.",
-        )
-    return values[0] if values else None
-
-
-def _check_enough(runs: Runs) -> None:
-    """Raise if the runs cannot be fitted, or not in reasonable time."""
-    rates: dict[int | None, set[float]] = {}
-    for run in runs:
-        rates.setdefault(run.rank, set()).add(run.lr)
-    if len(runs) > MOST_TRIALS:
-        raise CalibrationError(
-            f"{len(runs)} runs are more than a fit allows, {MOST_TRIALS}.",
-            "Select those near the best rates.",
-        )
-    losses = {run.loss for run in runs}
-    is_flat = len(losses) == 1 and math.isfinite(runs[0].loss)
-    if is_flat or max(map(len, rates.values()), default=0) < 2:
-        raise CalibrationError(
-            "The best rate is unknown: no rank was tried at two rates, or the loss is the same at"
-            " all of them.",
-            "Sweep at least two rates, better six, and check which column holds the loss.",
+            "No rank was tried at two rates.", "Sweep at least two rates, better six."
         )
 
 
-def _middle(runs: Runs, ranks: Sequence[int]) -> Reference:
+def _middle(runs: Sequence[SweepRun], ranks: Sequence[int]) -> Reference:
     """Return the configuration of the middle one of the ranks swept, at its lowest alpha, or full
     finetuning if there are none.
     """
@@ -190,7 +229,9 @@ def _middle(runs: Runs, ranks: Sequence[int]) -> Reference:
     return min(of_rank, key=lambda place: place.alpha or 0.0)
 
 
-def _at_reference(runs: Runs, reference: Reference, law: Law) -> Iterator[Observation]:
+def _at_reference(
+    runs: Sequence[SweepRun], reference: Reference, law: Law
+) -> Iterator[Observation]:
     """Yield the runs as observations, whose rates the law has moved to the reference."""
     # where no width is known, a usual one nearly cancels between ranks
     there = replace(reference, fan_in=reference.fan_in or ANY_WIDTH)
@@ -199,14 +240,14 @@ def _at_reference(runs: Runs, reference: Reference, law: Law) -> Iterator[Observ
         if place.method != reference.method and not place.fan_in:
             raise CalibrationError(
                 "The sweep has full finetuning and LoRA, but no fan-in to compare them.",
-                "Give a fan-in, or leave out the rows of full finetuning.",
+                "Give the column fan_in, or leave out the rows of full finetuning.",
             )
         here = replace(place, fan_in=place.fan_in or ANY_WIDTH)
         octaves = math.log2(checked_multiplier(law, here.as_factor(), there))
         yield run.observed_at(math.log2(run.lr) - octaves)
 
 
-def _scaling_rule(runs: Runs) -> Scaling:
+def _scaling_rule(runs: Sequence[SweepRun]) -> Scaling:
     """Return how the scaling follows the rank: by no rule if a rank has several alphas."""
     lora = [run for run in runs if run.rank is not None]
     scalings = {run.rank or 0: run.place.scaling for run in lora}
@@ -216,53 +257,61 @@ def _scaling_rule(runs: Runs) -> Scaling:
     return infer_scaling(scalings)
 
 
-def _notes(runs: Runs, fit: Fit, ends: Ends) -> Iterator[str]:
-    """Yield sentences on what the sweep does not determine."""
-    ended = {run.rank for run in runs if math.isfinite(run.loss)}
-    lost = {run.rank for run in runs if run.rank is not None} - ended
-    for rank in sorted(lost):
-        yield (
-            f"rank {rank}: every run diverged, so its rate is no measurement, and may diverge too"
-        )
-    for of, (_, end) in ends.items():
-        label = f"rank {of}" if of else "full finetuning"
-        way = "below" if end == "lowest" else "above"
-        yield f"{label}: the best rate is the {end} tried; the optimum may be {way}"
-    sd = math.sqrt(fit.covariance[0, 0])
-    if sd > _UNSURE:
-        yield (
-            "the loss hardly determines the best rate: from end to end its band is"
-            f" {times(2 * Z90 * sd)}. Longer runs, a larger batch or a held-out score would"
-        )
+# --- reading --------------------------------------------------------------------------------------
 
 
-def _bounded(fit: Fit, ends: Ends) -> Fit:
-    """Return the fit with the ranks at `ends` as wide bounds. Their errors have one sign and do not
-    average out.
+def read_sweep(source: Source) -> list[SweepRun]:
+    """Read and check a sweep. A row that repeats another one in every cell counts once.
+
+    Args:
+        source: rows, such as df.to_dict('records') of a dataframe, or a CSV file. The columns are
+            the fields of `SweepRun`.
+
+    Raises:
+        CalibrationError: the file cannot be read, or a cell is missing or impossible. The message
+            names row and column.
     """
-    if not ends:
-        return fit
-    vertices = dict(fit.vertices)
-    for rank, (x, end) in ends.items():
-        vertices[rank] = (x - _BELOW if end == "lowest" else x, _EDGE_SD)
-    bounded = fit.at(vertices)
-    sds = np.array([sd for _, sd in vertices.values()])
-    weights = 1.0 / (sds**2 + fit.prior.scatter**2)
-    share = weights[[rank in ends for rank in vertices]].sum() / weights.sum()
-    bounded.covariance[0, 0] += (share * _EDGE_SD) ** 2
-    return bounded
+    if isinstance(source, (str, os.PathLike)):
+        source = _csv_rows(Path(source))
+    runs = [_run_of(number, row) for number, row in enumerate(source, 1)]
+    return [*dict.fromkeys(runs)]
 
 
-def _tensors(
-    runs: Runs, observations: Sequence[Observation]
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Return `Recipe.tensors`: the runs in reference coordinates, and at their own rates."""
-    columns = {
-        "rank": [run.rank or 0 for run in runs],
-        "seed": [run.seed for run in runs],
-        "lr": [2.0**o.x for o in observations],
-        "own_lr": [run.lr for run in runs],
-        "value": [run.loss for run in runs],
-        "diverged": diverged(observations),
-    }
-    return {name: np.array(column) for name, column in columns.items()}
+def _csv_rows(path: Path) -> list[Row]:
+    try:
+        text = read_bytes(path, _MOST).decode("utf-8-sig")
+        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return [dict(zip(header, line, strict=True)) for line in lines if line]
+    except (OSError, ValueError, csv.Error) as error:
+        raise CalibrationError(
+            f"The sweep {path} cannot be read: {error}.",
+            "Check the path, and that each line has as many cells as the first. Quote a cell that"
+            " contains a comma.",
+        ) from error
+
+
+def _run_of(number: int, row: Row) -> SweepRun:
+    try:
+        run: SweepRun = msgspec.convert(_cells(dict(row)), SweepRun, strict=False)
+    except (TypeError, ValueError, msgspec.ValidationError) as error:
+        raise CalibrationError(
+            f"row {number} of the sweep: {error}.",
+            "Every row needs a rank (or 'full'), an lr and a loss (or 'diverged'), in columns of"
+            " these names, as by df.rename(columns={'learning_rate': 'lr'}).",
+        ) from error
+    return replace(run, loss=math.inf) if run.loss > _MOST_LOSS else run
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells that have a value, as texts."""
+    cells: dict[str, Any] = {}
+    for name, value in row.items():
+        text = "" if value is None else str(plain(value)).strip()
+        if name == "loss" and text.lower() in ("diverged", "nan"):
+            text = "inf"
+        if text.lower() not in _ABSENT:
+            cells[name] = text
+    if cells.get("rank", "").lower() != "full":
+        return cells
+    whole = {name: cell for name, cell in cells.items() if name not in _OF_LORA}
+    return {**whole, "rank": None}

@@ -54,7 +54,7 @@ OTHER = [
         "weight_decay=0.1",
     ),
     (made_up(rates={"*.1.*": 1e-3}), made_up(), "rates={'*.1.*': 0.001}, not None"),
-    (made_up(), made_up(scaling=lambda rank: 4.0), "lora_alpha=8.0, not 16.0"),
+    (made_up(), made_up(scaling=lambda rank: 4.0), "alpha=8.0, not 16.0"),
     (made_up(), made_up(init="B"), "init='A', not 'B'"),
     (grouped(0.0, 0.1), grouped(0.0, 0.2), "weight_decay=[0.0, 0.1], not [0.0, 0.2]"),
 ]
@@ -185,7 +185,7 @@ def test_another_schema_is_refused(journal):
     """A study that is stored in a way that this version does not know is left alone."""
     calibrate(named, trials=2, storage=journal)
     made_with(journal, schema=99)
-    with pytest.raises(CalibrationError, match="schema=99, not 2"):
+    with pytest.raises(CalibrationError, match="schema=99, not 3"):
         calibrate(named, trials=3, storage=journal)
     trials = study_in(journal).trials
     assert [t.user_attrs["made_with"]["schema"] for t in trials] == [99, 99]

@@ -77,7 +77,7 @@ def proposed(*trials: optuna.trial.FrozenTrial, rank: int | None = 2) -> float:
         ((trial_of(2, START),), 32, START - 2),
         ((trial_of(2, START, 0.5),), 32, START + 2),
         ((trial_of(2, START, 0.5), trial_of(32, START + 2)), 2, START - 2),
-        ((trial_of(32, START, 0.5), trial_of(32, START + 2)), 2, START),
+        ((trial_of(32, START, 0.5), trial_of(32, START + 2)), 2, START - 1),
         (
             (
                 trial_of(2, START, 0.5),
@@ -85,7 +85,7 @@ def proposed(*trials: optuna.trial.FrozenTrial, rank: int | None = 2) -> float:
                 trial_of(32, START + 2),
             ),
             2,
-            START - 4,
+            START - 3,
         ),
     ],
 )

@@ -19,8 +19,8 @@ NOTES = {
     "steps": "trials of 99 steps may mislead",
     "score": "mean of the last training losses",
     "warm-up": "the rate rose over 50% of a trial's steps",
-    "low": "lowest rate that was tried: the best one may be lower",
-    "high": "highest rate that was tried: the best one may be higher",
+    "low": "the best rate is the lowest that was tried",
+    "high": "the best rate is the highest that was tried",
 }
 
 

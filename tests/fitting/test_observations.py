@@ -14,7 +14,6 @@ from rankaware_optim.fitting import (
     below_cliff,
     best_fall,
     diverged,
-    ended_and_lost,
     gain_of,
     impute,
     loss_at_start,
@@ -79,11 +78,9 @@ LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
 
 def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
     """What diverged is apart, and a run above a rate that diverged was lucky."""
-    ended, lost = ended_and_lost(LOST_AT_3)
-    assert [o.x for o in ended] == [-10, -9, -2]
-    assert [o.x for o in lost] == [-3]
-    assert [o.x for o in below_cliff(LOST_AT_3)] == [-10, -9]
-    assert below_cliff(ended) == ended
+    assert diverged(LOST_AT_3) == {LOST_AT_3[2]}
+    assert below_cliff(LOST_AT_3) == LOST_AT_3[:2]
+    assert below_cliff(LOST_AT_3[:2]) == LOST_AT_3[:2]
 
 
 RISES = [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True)]
@@ -96,7 +93,7 @@ def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(
     """With a gain of 1.6, an end 0.4 above the start is divergence, unless a value's noise times 1.5 explains it."""
     ends = {-9: 0.4, -8: 0.6, -5: end}
     seen = [run(x, value, noise=noise) for x, value in ends.items()]
-    assert diverged(seen) == [False, False, lost]
+    assert diverged(seen) == ({seen[2]} if lost else set())
 
 
 ENDS = [
@@ -164,7 +161,8 @@ def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
 def test_arms_are_gaps_to_the_ranks_best_in_units_of_the_gain():
     """A rank's best has the gap 0. Nothing has a gap above 1, and what diverged has 1."""
     ended = [run(-9, 1.0), run(-8, 1.5, seed=1), run(-7, 4.0), run(-6, 2.0, rank=None)]
-    arms = arms_of(ended, [run(-5, math.inf, seed=2)], gain=2.0)
+    lost = run(-5, math.inf, seed=2)
+    arms = arms_of([*ended, lost], [lost], gain=2.0)
     assert list(arms) == [4, None]
     assert arms[4].x.tolist() == [-9, -8, -7, -5]
     assert arms[4].y.tolist() == [0.0, 0.25, 1.0, 1.0]

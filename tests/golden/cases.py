@@ -313,14 +313,17 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
-def rows(drift: float, *, kept: bool = False, full: bool = True) -> list[Table]:
+def rows(
+    drift: float, *, kept: bool = False, full: bool = True, init: str = "A"
+) -> list[Table]:
     """A sweep of bowls whose best rate moves with the rank, with a cliff above it."""
     listed = []
     for rank in (4, 16, 64, None) if full else (4, 64):
         best = -8.0 + drift * math.log2((rank or 256) / 16)
-        place: Table = {"rank": "full"}
+        place: Table = {"rank": "full", "fan_in": 1024}
         if rank:
-            place = {"rank": rank, "alpha": 16 if kept else rank}
+            place = {"rank": rank, "alpha": 16 if kept else rank, "fan_in": 256}
+        place |= {"init": init, "steps": 100}
         listed += [
             {"lr": 2.0**x, "loss": bowl(x - best), **place} for x in range(-13, -3)
         ]
@@ -329,17 +332,16 @@ def rows(drift: float, *, kept: bool = False, full: bool = True) -> list[Table]:
 
 def fitting() -> Tables:
     """Rates fitted to made-up sweeps: the rate, the ends of its band, its ceiling."""
-    options = {"fan_in": 256.0, "full_fan_in": 1024.0, "steps": 100}
     sweeps = {
         "as the law": (rows(-0.5), {}),
         "falls less than the law": (rows(-0.2), {}),
         "alpha kept": (rows(0.1, kept=True), {}),
-        "Init[B]": (rows(-0.3), {"init": "B"}),
+        "Init[B]": (rows(-0.3, init="B"), {}),
         "without full runs": (rows(-0.5, full=False), {}),
         "by SGD": (rows(-0.5), {"optimizer": "SGD"}),
     }
     return {
-        title: rates(fit_sweep(listed, **options, **more), PLACES)
+        title: rates(fit_sweep(listed, full_fan_in=1024.0, **more), PLACES)
         for title, (listed, more) in sweeps.items()
     }
 

@@ -18,15 +18,11 @@ from ..helpers.calibrations import bowl
 from ..helpers.damage import damaged
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "language-b.toml"
-SWEEP = "rank,alpha,lr,loss\n" + "".join(
-    f"{rank},{rank},{2.0**x},{bowl(x + 8)}\n"
+SWEEP = "rank,alpha,fan_in,lr,loss\n" + "".join(
+    f"{rank},{rank},64,{2.0**x},{bowl(x + 8)}\n"
     for rank in (4, 64)
     for x in range(-12, -4)
 )
-
-
-def fitted(path):
-    return fit_sweep(path, fan_in=64.0)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +39,7 @@ DAMAGED = [
     # the file that is damaged, the one that is read, and how
     ("language-b.toml", "language-b.toml", ra.Recipe.load),
     ("language-b.trials.safetensors", "language-b.toml", ra.Recipe.load),
-    ("sweep.csv", "sweep.csv", fitted),
+    ("sweep.csv", "sweep.csv", fit_sweep),
 ]
 
 

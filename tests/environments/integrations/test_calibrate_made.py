@@ -6,17 +6,17 @@ That of a trainer that is built has the same trials: what they leave out is test
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import numpy as np
-import optuna
 import pytest
 import torch
 from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, RankAwareError, RankAwareOptimizer
-from rankaware_optim.calibration import _study
+from rankaware_optim.calibration import _trial
 from rankaware_optim.cli import _calibrate, main
 
 from ...helpers.models import batches, mlp
@@ -43,15 +43,10 @@ def calibrate(make, *, ranks=(2, 4), trials=3, **options):
     return ra.calibrate(make, AdamW, ranks=ranks, steps=STEPS, trials=trials, **options)
 
 
-def pruned_by(monkeypatch, pruner):
-    monkeypatch.setattr(_study, "PairedPruner", lambda _: pruner)
-
-
-class PruneAt(optuna.pruners.BasePruner):
-    """Prunes every run at its third step."""
-
-    def prune(self, study, trial):
-        return trial.last_step >= 3
+def pruned(monkeypatch, steps=math.inf):
+    """Let every run be pruned after so many steps, and else none."""
+    stops = lambda calibration, run: len(run.curve) >= steps  # noqa: E731
+    monkeypatch.setattr(_trial, "is_behind", stops)
 
 
 # --- transformers and TRL -------------------------------------------------------------------------------------------
@@ -103,7 +98,7 @@ def logged(trainer, name):
 def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
     """Each step's value is the loss of all its batches; each run has its own optimizer, with `settings`."""
     make = maker(tmp_path, gradient_accumulation_steps=2)
-    pruned_by(monkeypatch, optuna.pruners.NopPruner())
+    pruned(monkeypatch)
     recipe = calibrate(make, settings={"weight_decay": 0.25})
     curves = recipe.tensors["curve"].tolist()
     for trainer, curve in zip(make.trainers, curves, strict=True):
@@ -120,7 +115,7 @@ def test_a_trainers_values_are_its_losses(tmp_path, monkeypatch):
 def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind, own):
     """Its loss is about zero, so a value is minus the logged reward, or that of the completions reused; a note says so."""
     make = reward_maker(tmp_path, kind, **own)
-    pruned_by(monkeypatch, optuna.pruners.NopPruner())
+    pruned(monkeypatch)
     recipe = calibrate(make, trials=2)
     times = own.get("num_iterations", 1)
     curves = recipe.tensors["curve"].tolist()
@@ -181,7 +176,7 @@ def fail(trainer):
 def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
     """The pruner's word ends the run at that step, and no evaluation is made of it."""
     make = maker(tmp_path)
-    pruned_by(monkeypatch, PruneAt())
+    pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(make, score=fail, trials=2)
     assert [trainer.state.global_step for trainer in make.trainers] == [3, 3]
@@ -384,7 +379,7 @@ def held(whole):
 def test_lightning_is_pruned_and_scored(tmp_path, monkeypatch):
     """The pruner stops `fit` at its step; a function of the trainer is the score of runs that end."""
     make = lit(tmp_path)
-    pruned_by(monkeypatch, PruneAt())
+    pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(make, trials=2)
     assert [module.trainer.global_step for module in make.modules] == [3, 3]
