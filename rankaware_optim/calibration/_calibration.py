@@ -32,7 +32,7 @@ from ..fitting import (
     at_target,
     centred_law,
     diverged,
-    ends_of,
+    end_of,
     fit_observations,
     prior_of,
     steps_variance,
@@ -257,8 +257,8 @@ def what_is_unknown(
             f"{rank_words(rank)}: every run diverged, so its rate is no measurement, and may"
             " diverge too"
         )
-    for rank, end in ends_of(observations).items():
-        if rank in bracketed:
+    for rank in bracketed:
+        if end := end_of(observations, rank):
             yield (
                 f"{rank_words(rank)}: the best rate is the {end} that was tried, so the optimum may"
                 f" be {'lower' if end == 'lowest' else 'higher'}"

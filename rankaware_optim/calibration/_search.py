@@ -5,7 +5,7 @@ all ranks. When it stops a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from statistics import fmean, median, stdev
 
@@ -114,17 +114,28 @@ def search_range(calibration: Calibration) -> tuple[float, float]:
     low, high = calibration.options.octaves or around
     observations = calibration.trials().observations()
     lost = diverged(observations)
-    for count, last in enumerate(observations, start=1):
-        tried = [run.x for run in observations[:count]]
-        of_rank = [run for run in observations[:count] if run.rank == last.rank]
-        cliff = min((run.x for run in of_rank if run in lost), default=math.inf)
-        below = [run for run in of_rank if run.x < cliff]
-        best = min(below, key=lambda run: run.value).x if below else min(tried)
-        if (min(tried) if all_rose(below) else best) < low + EDGE:
-            low -= STRIDE
-        if below and best > high - EDGE and best >= max(tried):
-            high += STRIDE
+    for count in range(1, len(observations) + 1):
+        low, high = _widened(low, high, observations[:count], lost)
     return max(low, calibration.options.floor), high
+
+
+def _widened(
+    low: float,
+    high: float,
+    ran: Sequence[Observation],
+    lost: Collection[Observation],
+) -> tuple[float, float]:
+    """Return the range after the last one of the runs so far, of which some diverged."""
+    tried = [run.x for run in ran]
+    of_rank = [run for run in ran if run.rank == ran[-1].rank]
+    cliff = min((run.x for run in of_rank if run in lost), default=math.inf)
+    below = [run for run in of_rank if run.x < cliff]
+    best = min(below, key=lambda run: run.value).x if below else min(tried)
+    if (min(tried) if all_rose(below) else best) < low + EDGE:
+        low -= STRIDE
+    if below and best > high - EDGE and best >= max(tried):
+        high += STRIDE
+    return low, high
 
 
 def _beside(
@@ -308,13 +319,24 @@ def is_behind(calibration: Calibration, run: Run) -> bool:
     # rates lie whole octaves apart, up to rounding
     if any(round(abs((run.x or 0.0) - mark), 6) < NEAR for mark in marks):
         return False
-    every = interval(options.steps)
+    return _lags(run.curve, best.curve, best.observation, interval(options.steps))
+
+
+def _lags(
+    curve: Sequence[float],
+    beside: Sequence[float],
+    best: Observation,
+    every: int,
+) -> bool:
+    """Return whether each of the last reports lags the best run's by more than the margin, and
+    their mean by more than the noise.
+    """
     window = max(TAIL, every)
     gaps = []
-    for step in range(len(run.curve), 0, -every)[:JUDGED]:
-        mine, theirs = (recent_mean(c[:step], window) for c in (run.curve, best.curve))
-        gain = best.observation.start - theirs
-        if gain <= CLEAR * best.observation.noise or mine - theirs <= WORSE * gain:
+    for step in range(len(curve), 0, -every)[:JUDGED]:
+        mine, theirs = (recent_mean(each[:step], window) for each in (curve, beside))
+        gain = best.start - theirs
+        if gain <= CLEAR * best.noise or mine - theirs <= WORSE * gain:
             return False
         gaps.append(mine - theirs)
     if len(gaps) < 2:

@@ -213,23 +213,17 @@ def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
     return [o for o in observations if o.x < cliff]
 
 
-def ends_of(observations: Sequence[Observation]) -> dict[int | None, str]:
-    """Return "lowest" or "highest", by rank, where its best rate is at that end of those tried. A
-    tie with another rate does not count.
+def end_of(observations: Sequence[Observation], rank: int | None) -> str:
+    """Return "lowest" or "highest" where a rank's best rate is at that end of those tried, else "".
+    A tie with another rate does not count.
     """
-    ends = {}
-    for rank in dict.fromkeys(o.rank for o in observations):
-        of_rank = [o for o in observations if o.rank == rank]
-        least = min(o.value for o in of_rank)
-        best = {o.x for o in of_rank if o.value == least}
-        rates = [o.x for o in of_rank]
-        if math.isinf(least) or min(rates) == max(rates):
-            continue
-        if best == {min(rates)}:
-            ends[rank] = "lowest"
-        elif best == {max(rates)}:
-            ends[rank] = "highest"
-    return ends
+    of_rank = [o for o in observations if o.rank == rank]
+    rates = {o.x for o in of_rank}
+    least = min((o.value for o in of_rank), default=math.inf)
+    best = {o.x for o in of_rank if o.value == least}
+    if math.isinf(least) or len(rates) == 1 or len(best) > 1:
+        return ""
+    return {min(rates): "lowest", max(rates): "highest"}.get(best.pop(), "")
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:

@@ -26,7 +26,7 @@ from ..fitting import (
     Observation,
     centred_law,
     diverged,
-    ends_of,
+    end_of,
     fit_observations,
     prior_of,
 )
@@ -164,20 +164,11 @@ def fit_sweep(
         raise CalibrationError(
             f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
         )
-    tried = {run.rank for run in runs}
+    tried = dict.fromkeys(run.rank for run in runs)
     notes = tuple(what_is_unknown(fit, observations, *tried))
     # the errors of ranks at an end have one sign, and do not average out
-    end_sd = _END_SD * len(ends_of(observations)) / len(tried)
-    fit.covariance[0, 0] += end_sd**2
-    lost = diverged(observations)
-    tensors = {
-        "rank": [run.rank or 0 for run in runs],
-        "seed": [run.seed for run in runs],
-        "lr": [2.0**o.x for o in observations],
-        "own_lr": [run.lr for run in runs],
-        "value": [run.loss for run in runs],
-        "diverged": [o in lost for o in observations],
-    }
+    at_end = [rank for rank in tried if end_of(observations, rank)]
+    fit.covariance[0, 0] += (_END_SD * len(at_end) / len(tried)) ** 2
     return recipe_of(
         fit,
         bound,
@@ -191,8 +182,24 @@ def fit_sweep(
         steps=runs[0].steps,
         versions=versions_used(),
         notes=notes,
-        tensors={name: np.array(column) for name, column in tensors.items()},
+        tensors=_tensors(runs, observations),
     )
+
+
+def _tensors(
+    runs: Sequence[SweepRun], observations: Sequence[Observation]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Return `Recipe.tensors`: the runs in reference coordinates, and at their own rates."""
+    lost = diverged(observations)
+    columns = {
+        "rank": [run.rank or 0 for run in runs],
+        "seed": [run.seed for run in runs],
+        "lr": [2.0**o.x for o in observations],
+        "own_lr": [run.lr for run in runs],
+        "value": [run.loss for run in runs],
+        "diverged": [o in lost for o in observations],
+    }
+    return {name: np.array(column) for name, column in columns.items()}
 
 
 def _check(runs: Sequence[SweepRun]) -> None:
