@@ -13,13 +13,12 @@ from .._types import Reference, Task
 from ..inspection import Survey
 from ._options import (
     FILE,
+    INIT_HELP,
     OPTIMIZER,
     RSLORA,
     echo,
     echo_result,
     flag,
-    init_option,
-    json_option,
     option,
 )
 
@@ -34,7 +33,7 @@ _SURVEY = (
 
 @click.command()
 @click.argument("path", type=FILE)
-@json_option(_SURVEY)
+@flag("--json as_json", f"Print JSON: {_SURVEY}")
 def inspect(path: Path, as_json: bool) -> None:
     """List the LoRA factors in an adapter's files.
 
@@ -51,9 +50,10 @@ def inspect(path: Path, as_json: bool) -> None:
 @option("--rank", int, "LoRA rank.")
 @option("--alpha", float, "LoRA alpha.")
 @RSLORA
-@init_option(
-    "Others: as in PEFT's init_lora_weights.",
-    ("A", "B", *PUBLISHED_INITS),
+@option(
+    "--init",
+    click.Choice(("A", "B", *PUBLISHED_INITS)),
+    f"{INIT_HELP} Others: as in PEFT's init_lora_weights.",
 )
 @flag("--dora", "The adapters are DoRA.")
 @flag("--full", "Suggest a rate for full finetuning.")

@@ -20,7 +20,7 @@ from ._options import (
     RATE_FIELDS,
     echo,
     echo_result,
-    json_option,
+    flag,
     law_option,
     may_name_module,
     option,
@@ -186,7 +186,7 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
     click.Choice(list(TOOLS)),
     "Print a trainer's configuration, ready to paste.",
 )
-@json_option(_SHAPE)
+@flag("--json as_json", f"Print JSON: {_SHAPE}")
 def convert(
     lr: float,
     from_: str,

@@ -6,6 +6,7 @@ Optuna only in a command that uses them.
 
 from __future__ import annotations
 
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import CalibrationInterrupted, RankAwareError
 from ._adapters import inspect, suggest
 from ._calibrate import calibrate, fit
 from ._convert import convert
-from ._options import INTERRUPTED, echo, in_options, warnings_as_notes
+from ._options import INTERRUPTED, echo, echo_note, in_options
 from ._recipes import lr, plot, report, show
 
 
@@ -24,7 +25,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with warnings_as_notes():
+            with warnings.catch_warnings():
+                warnings.showwarning = echo_note
                 return super().invoke(ctx)
         except (RankAwareError, OSError) as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "") or self

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -29,27 +27,19 @@ def echo(text: object, err: bool = False) -> None:
     click.echo(printable(str(text)), err=err)
 
 
-@contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """Print warnings on standard error as notes."""
-
-    def note(message: object, *_: object, **__: object) -> None:
-        echo(f"note: {message}", err=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = note
-        yield
+def echo_note(message: object, *_: object, **__: object) -> None:
+    """Print a warning on standard error as a note, in place of `warnings.showwarning`."""
+    echo(f"note: {message}", err=True)
 
 
-def echo_result(as_json: bool, result: object, document: object = None) -> None:
-    """Print a result as text or as one JSON document: dataclasses as objects, numbers that are not
-    finite as null. document: what JSON shows, if it is not the result.
+def echo_result(as_json: bool, result: object, document: object) -> None:
+    """Print a result as text, or a document as JSON: dataclasses as objects, numbers that are not
+    finite as null.
     """
     if not as_json:
         echo(result)
         return
-    value = result if document is None else document
-    text = msgspec.json.encode(value, enc_hook=float)
+    text = msgspec.json.encode(document, enc_hook=float)
     echo(msgspec.json.format(text, indent=1).decode())
 
 
@@ -124,19 +114,7 @@ def out_option(text: str, **settings: Any) -> Decorator:
 FILE = click.Path(path_type=Path)
 
 
-def json_option(shape: str) -> Decorator:
-    """Return the option --json, as `as_json`. shape: the fields of the document with their units,
-    for the help.
-    """
-    return flag("--json as_json", f"Print JSON: {shape}")
-
-
-_INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
-
-
-def init_option(more: str, names: Sequence[str] = ("A", "B")) -> Decorator:
-    """Return the option --init. more: what follows the meaning of A and B in its help."""
-    return option("--init", click.Choice(names), f"{_INIT_HELP} {more}")
+INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
 def law_option(text: str, default: str) -> Decorator:

@@ -14,13 +14,12 @@ from .._files import replace_bytes
 from ..errors import RankAwareWarning
 from ._options import (
     FILE,
+    INIT_HELP,
     RATE_FIELDS,
     RSLORA,
     echo,
     echo_result,
     flag,
-    init_option,
-    json_option,
     option,
     out_option,
 )
@@ -37,7 +36,7 @@ _RECIPE = click.argument("recipe", type=FILE)
     "LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
 )
 @RSLORA
-@init_option("By default the recipe's.")
+@option("--init", click.Choice(("A", "B")), f"{INIT_HELP} By default the recipe's.")
 @flag("--full", "Print the rate for full finetuning.")
 @option("--fan-in", float, "Width of the model, up to twice or half the recipe's.")
 @option(
@@ -50,7 +49,7 @@ _RECIPE = click.argument("recipe", type=FILE)
     float,
     "Batch size in the recipe's unit, if it differs. This extrapolates.",
 )
-@json_option(f"an object. Fields: {RATE_FIELDS}.")
+@flag("--json as_json", f"Print JSON: an object. Fields: {RATE_FIELDS}.")
 def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
     """Print a recipe's rate at a rank or for full finetuning.
 
@@ -61,7 +60,7 @@ def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
         # the rate's notes say it
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
         rate = loaded.at(method="full" if full else "lora", **options)
-    echo_result(as_json, rate)
+    echo_result(as_json, rate, rate)
 
 
 @click.command()

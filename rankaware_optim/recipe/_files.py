@@ -210,13 +210,12 @@ def load(path: str | os.PathLike[str]) -> Record:
             raise ValueError("their header is too long")
         trials = safetensors.numpy.load(data)
         _check_trials(trials)
-    except FileNotFoundError:
-        return replace(recipe, missing=beside.name)
     except (*_TROUBLE, SafetensorError) as error:
-        warn(
-            f"The trials {beside} of recipe {recipe.name!r} cannot be used: {error}. The recipe"
-            " gives its rates without them. Copy both of its files."
-        )
+        if not isinstance(error, FileNotFoundError):
+            warn(
+                f"The trials {beside} of recipe {recipe.name!r} cannot be used: {error}. The recipe"
+                " gives its rates without them. Copy both of its files."
+            )
         return replace(recipe, missing=beside.name)
     return replace(recipe, tensors=trials)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._checks import says_our_names
 from .._printing import Table, printable, times
 from .._rate import Rate
-from .._types import Method, Scaling
+from .._types import Method, Reference, Scaling
 from ..fitting import Fit, centred_law
 from ..laws import Law, Power, law_sentence
 from . import _files as files
@@ -22,8 +22,6 @@ from ._same_model import check_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .._types import Reference
 
 _BELOW = (
     "a run diverged at {:.3g}, below the fitted optimum, so the recipe has no ceiling: see whether"
@@ -174,9 +172,9 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
     ceiling = None
     if fit.ceiling is not None:
         ceiling = 2.0 ** (fit.ceiling + best - float(fit.mean[0]))
-    if ceiling is not None and ceiling <= 2.0**best:
-        others["notes"] = (*others.get("notes", ()), _BELOW.format(ceiling))
-        ceiling = None
+        if ceiling <= 2.0**best:
+            others["notes"] = (*others.get("notes", ()), _BELOW.format(ceiling))
+            ceiling = None
     recipe = Recipe(
         fitted_lr=2.0**best,
         reference=reference,

@@ -5,7 +5,6 @@ refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import replace
 from itertools import product
 from statistics import fmean
@@ -61,43 +60,25 @@ def widened_for(recipe: AnyRecord, survey: Survey) -> tuple[AnyRecord, str]:
     here, own = layers_of(survey), recipe.reference
     width, own_width = width_for(survey, own.method, own.init), own.fan_in
     pairs = [pair for pair in product(here, recipe.layers) if is_same_layer(*pair)]
+    ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
     if pairs:  # the widths are those of the layers that both have
-        width = fmean(here[ours] for ours, _ in pairs)
-        own_width = fmean(recipe.layers[theirs] for _, theirs in pairs)
+        width = fmean(map(here.__getitem__, ours))
+        own_width = fmean(map(recipe.layers.__getitem__, theirs))
     _refuse_other_width(recipe, width, own_width)
-    strange = _strange(recipe, survey, here, pairs)
-    if not strange:
+    alone = {*here}.difference(ours) | {*recipe.layers}.difference(theirs)
+    if pairs and "full" in (own.method, survey.dominant().method):
+        alone.clear()  # it trains more layers than an adapter: one that both have is enough
+    if not (alone and here and recipe.layers):
         return recipe, ""
     sd = ANOTHER_TASK_SD[own.init]
     wider = recipe.covariance + np.diag([sd**2, 0.0, 0.0])
     sentence = (
         f"The layers of recipe {recipe.name!r} are not those of this model (only one of them has"
-        f" {strange[0]}): it counts as another task, where the best rate is off by a factor of"
+        f" {min(alone)}): it counts as another task, where the best rate is off by a factor of"
         f" {2.0**sd:.2g} (one standard deviation), so calibrate on this model, or start from"
         " suggest_lr."
     )
     return replace(recipe, covariance=wider), sentence
-
-
-def _strange(
-    recipe: Record,
-    survey: Survey,
-    here: Collection[str],
-    pairs: Collection[tuple[str, str]],
-) -> list[str]:
-    """Return the layers that only a model, or only the recipe, has.
-
-    here: the model's layers. pairs: those that both have, by the name in each.
-
-    Full finetuning trains more layers than an adapter, so there one that both have is enough.
-    """
-    if not recipe.layers or not here:
-        return []
-    if pairs and "full" in (recipe.reference.method, survey.dominant().method):
-        return []
-    new = {*here} - {ours for ours, _ in pairs}
-    missing = {*recipe.layers} - {theirs for _, theirs in pairs}
-    return sorted(new) + sorted(missing)
 
 
 def is_same_layer(layer: str, other: str) -> bool:

@@ -8,9 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mode
-from typing import Any, NamedTuple, get_args
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
@@ -29,6 +27,9 @@ from ..inspection import (
 )
 from ..laws import MuA, checked_multiplier
 from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 # the middle of the published models
 PUBLISHED = Reference(rank=16, alpha=32, fan_in=ANY_WIDTH)
