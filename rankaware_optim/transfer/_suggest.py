@@ -72,11 +72,16 @@ _NARROW = (
     "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have"
     " (ra.sweeps.fit_sweep, `rankaware fit`)."
 )
-# not in reinforcement learning, where it lost more than AdamW (frozen answers)
 _FORGIVING = (
     "Without runs, schedule-free AdamW at the rate suggested for it forgives more:"
     " 'AdamWScheduleFree' for the optimizer."
 )
+# In reinforcement learning it lost more than AdamW (frozen answers).
+_ADVICE = {
+    "chat": (_NARROW, _FORGIVING),
+    "other": (_NARROW, _FORGIVING),
+    "rl": (_NARROW,),
+}
 
 
 class Move(NamedTuple):
@@ -182,7 +187,6 @@ def suggest_lr(
     moves.append(_factor(name, relation))
     if steps is not None:
         moves.append(_length(steps))
-    advice = (_NARROW,) if task == "rl" else (_NARROW, _FORGIVING)
     middle = LOG2_RATE + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(move.sd for move in moves))
@@ -197,7 +201,7 @@ def suggest_lr(
             f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
             *(move.why for move in moves if move.why),
             *assumed,
-            *advice,
+            *_ADVICE[task],
         ),
     )
 
