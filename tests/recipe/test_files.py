@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import tomli
 import tomli_w
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -36,7 +35,6 @@ from rankaware_optim import (
 )
 from rankaware_optim._checks import RANGES
 from rankaware_optim.errors import PlotError
-from rankaware_optim.recipe._files import TRIAL
 from rankaware_optim.reports import report_html
 
 from ..helpers.models import mlp
@@ -126,27 +124,6 @@ def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
     beside = {trials_of(path)} if made.tensors else set()
     assert set(tmp_path.iterdir()) == {path} | beside
     trials_of(path).unlink(missing_ok=True)
-
-
-def test_a_calibration_fills_every_table(tmp_path):
-    """A recipe of real trials survives its files, and knows the layers, the loop and the packages that made it."""
-
-    def train(trial):
-        model = mlp((trial.rank, trial.rank), seed=trial.seed)
-        rates = trial.optimizer(model, weight_decay=0.01).rates.groups
-        for _ in range(trial.steps):
-            yield rates[0].lr + trial.seed
-
-    options = {"ranks": (2, 4), "steps": 3, "trials": 2, "batch": 8, "warmup": 0.1}
-    made = ra.calibrate(train, torch.optim.AdamW, **options)
-    found = Recipe.load(made.save(tmp_path / "r.toml"))
-    assert found == made
-    assert made.layers == {"layer0": 16.0, "layer1": 16.0}
-    assert (made.batch, made.warmup, made.steps) == (8, 0.1, 3)
-    assert made.settings["weight_decay"] == 0.01
-    assert {"train", "hash"} <= made.source.keys()
-    assert {"python", "torch"} <= made.versions.keys()
-    assert set(made.tensors) == set(TRIAL)
 
 
 def test_the_toml_introduces_itself(target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from rankaware_optim import RankAwareOptimizer
 from rankaware_optim.cli import main
+from rankaware_optim.recipe import facts
 from rankaware_optim.recipe._rates import margin, spread
 from rankaware_optim.reports import report_html
 
@@ -72,6 +74,17 @@ def test_every_recipe_has_a_page(kind):
     assert policy.startswith("default-src 'none';")
     assert not re.search(r"url\((?!#)|@import|<script", text)
     assert text.count("<table>") == text.count("<caption>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_says_what_printing_says(kind):
+    """Every recipe has facts, none of them empty or None, and the page has all of them."""
+    made = KINDS[kind]
+    page = html.unescape(report_html(made))
+    assert "None" not in str(made)
+    for name, text in facts(made):
+        assert text
+        assert f"<dt>{name.capitalize()}</dt><dd>{text}</dd>" in page
 
 
 def test_pictures_are_in_the_page_or_it_says_what_they_need():
