@@ -331,18 +331,14 @@ def _class_named(text: str) -> type[Optimizer]:
             f"The package {package!r} cannot be imported: {error}.",
             "Install it, or fix it.",
         ) from error
-    classes = {
-        key.lower(): value
-        for key, value in vars(module).items()
-        if _is_optimizer(value)
-    }
-    if name.lower() not in classes:
-        known = ", ".join(sorted(kind.__name__ for kind in classes.values()))
-        raise OptimizerError(
-            f"Unknown optimizer {name!r} in {package}.",
-            f"Give one of {known}, or 'package:Class'.",
-        )
-    return classes[name.lower()]
+    classes = {k: v for k, v in vars(module).items() if _is_optimizer(v)}
+    for key, kind in classes.items():
+        if key.lower() == name.lower():
+            return kind
+    raise OptimizerError(
+        f"Unknown optimizer {name!r} in {package}.",
+        f"Give one of {', '.join(sorted(classes))}, or 'package:Class'.",
+    )
 
 
 def _is_optimizer(value: object) -> TypeGuard[type[Optimizer]]:

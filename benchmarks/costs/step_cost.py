@@ -26,7 +26,6 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from rankaware_optim import RankAwareOptimizer
-from rankaware_optim.optimizer._unmoved import rounding, trained_parts
 
 RESTS_ON = ()  # times: made again at a release
 TENSOR = "fused, tensor rate"
@@ -164,7 +163,7 @@ def contestants(
 
 def look(ours: Any) -> str:
     """What the first step does besides: it reads which weights will not move."""
-    return rounding(trained_parts(ours))
+    return "".join(ours.report().unmoved)
 
 
 def spread_scalings(model: nn.Module, distinct: int) -> None:

@@ -35,7 +35,6 @@ from ..inspection import (
 from ..laws import (
     FORMS,
     ONE_RATE,
-    SIGN_LIKE,
     Law,
     beyond_batches,
     checked_batch_multiplier,
@@ -348,20 +347,18 @@ def _of_full_finetuning(assigner: Assigner) -> Iterator[str]:
     """Yield what is uncertain of a rate that is moved from LoRA to full finetuning."""
     if assigner.method != "full" or assigner.reference.method != "lora":
         return
-    law, family = assigner.rule(assigner.settings)
+    law = assigner.rule(assigner.settings).law
     if law.name == "constant":
         yield (
             "No law moves this LoRA rate to full finetuning, whose best rate may be several times"
             " as high or as low: calibrate with full runs."
         )
     elif law.name != "power":
-        worth = "is good to a factor of 2 to 4"
-        if family not in SIGN_LIKE:
-            worth = f"was never tried with {family} optimizers"
         yield (
-            f"From a LoRA rate alone the law's rate for full finetuning {worth}, and too high costs"
-            " more than too low: start at half of it, or settle it by three full runs (calibrate"
-            " with full_trials=3)."
+            "From a LoRA rate alone the law's rate for full finetuning is good to a factor of 2 to"
+            " 4 with Adam, and was not tried with optimizers of another family. Too high costs more"
+            " than too low: start at half of it, or settle it by three full runs (calibrate with"
+            " full_trials=3)."
         )
 
 

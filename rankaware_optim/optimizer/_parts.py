@@ -24,9 +24,7 @@ from ._given import Group, UserGroup
 
 State = Mapping[Any, Any]
 _NOTHING = object()
-_PLAIN = (bool, int, float, str, tuple, list, type(None))
-# Entries of a group with a value for each parameter.
-_LISTS = ("params", "param_names")
+_OF_GROUP = ("params", "param_names", "lr")  # which a step sets, or does not see
 
 
 @dataclass
@@ -91,12 +89,10 @@ class SplitGroup:
             return list(params)
         return [params[i] for i in part.at]
 
-    def of_part(self, part: Part, key: str, value: Any) -> Any:
+    def of_part(self, part: Part, value: Any) -> Any:
         """Return an option as a part has it. What a native step counts in a tensor in place is
         counted once a part.
         """
-        if key in _LISTS:
-            return [value[i] for i in part.at]
         if torch.is_tensor(value) and part is not self.parts[0]:
             return value.clone()
         return value
@@ -125,10 +121,10 @@ class SplitGroup:
         """
         for key in keys:
             value = self.group[key]
-            if key in ("params", "lr") or same(value, self.seen.get(key, _NOTHING)):
+            if key in _OF_GROUP or same(value, self.seen.get(key, _NOTHING)):
                 continue
             for part in self.parts:
-                part.group[key] = self.of_part(part, key, value)
+                part.group[key] = self.of_part(part, value)
         for key in self.parts[0].group.keys() - self.group.keys():
             for part in self.parts:
                 part.group.pop(key, None)
@@ -161,7 +157,7 @@ class SplitGroup:
         for part in self.parts:
             part.group["params"] = ()
         first = self.parts[0]
-        kept = {key: self.group[key] for key in (*_LISTS, "lr") if key in self.group}
+        kept = {key: self.group[key] for key in ("params", "lr")}
         if first.group["lr"] is not first.rate:  # written by the optimizer
             kept["lr"] = first.group["lr"] / first.multiplier
         # at once: a signal's handler may save between two writes
@@ -200,7 +196,7 @@ def shapes_of(params: Iterable[Any]) -> list[tuple[int, ...]]:
 
 def same(a: Any, b: Any) -> bool:
     """Return whether two options are the same object, or equal plain values."""
-    is_plain = type(a) is type(b) and isinstance(a, _PLAIN)
+    is_plain = type(a) is type(b) and not torch.is_tensor(a)
     return a is b or (is_plain and bool(a == b))
 
 
@@ -317,16 +313,17 @@ def _positions(
 
 def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> SplitGroup:
     """Return a user's group with a part at each of some positions."""
-    params = [param for _, param in user.named]
-    given = {**user.options, "params": params}
-    seen = {key: given[key] for key in _LISTS if key in given}
+    params, options = [param for _, param in user.named], dict(user.options)
     names = [name for name, _ in user.named]
-    split = SplitGroup(user.given, names, shapes_of(params), seen=seen)
+    split = SplitGroup(user.given, names, shapes_of(params))
+    split.seen["params"] = params
+    if "param_names" in options:
+        split.seen["param_names"] = options.pop("param_names")
     for assigned, at in positions.items():
         part = Part(assigned, at, assigned.multiplier)
         split.parts.append(part)
-        for key, value in given.items():
-            part.group[key] = split.of_part(part, key, value)
+        part.group = {k: split.of_part(part, v) for k, v in options.items()}
+        part.group["params"] = [params[i] for i in at]
     return split
 
 

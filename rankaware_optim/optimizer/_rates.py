@@ -4,7 +4,6 @@ the report, with what to check.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -13,21 +12,24 @@ from typing import Any
 
 import torch
 
+from .._optimizers import kept_dtypes
 from .._printing import Table
 from .._types import Factor
+from .._warn import warn
 from ..inspection import Survey, other_kind
 from ._assign import Assigned
-from ._parts import splits_of
-from ._unmoved import epsilon, rounding, trained_parts
+from ._parts import peak_of, splits_of
+from ._unmoved import Trained, epsilon, rounding
 
 _HEADINGS = (
     *("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors"),
     *("base lr", "multiplier", "lr", "why"),
 )
 _WIDTH = 100  # columns
+# The step at which epsilon is looked at once. Where B starts at zero, A's first gradients are zero,
+# and grow with B.
+EPSILON_AT = 100
 _FROZEN = "frozen: it does not train until requires_grad is set"
-_CLASSIFIER = re.compile(r"(^|\.)(score|classifier|classification_head)(\.|$)")
-_NEW_HEAD = " A new text classifier often wants 4 times the base rate: other_lr= or rates= sets it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ def make_report(opt: Any) -> Report:
     # a recipe decides a head's rate
     if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(rows)
-    trained = trained_parts(opt)
+    trained = trained_parts(opt, rows)
     return Report(
         rows=tuple(rows),
         notes=hidden.notes,
@@ -226,7 +228,41 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
                 heads.append(name)
     if heads:
         rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
-        new = _NEW_HEAD if any(map(_CLASSIFIER.search, heads)) else ""
         yield (
-            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it.{new}"
+            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it:"
+            " other_lr= or rates= sets another."
         )
+
+
+def trained_parts(opt: Any, rows: Iterable[RateGroup]) -> list[Trained]:
+    """Return what a `RankAwareOptimizer` of a sign-like family trains, out of a report's rows, at
+    its highest rates: the first steps of a warm-up are small. If no scheduler noted others, the
+    rates of the last step count, or those with which it was built.
+    """
+    trained = []
+    splits = splits_of(opt)
+    none_trains = not any(float(split.group["lr"]) for split in splits)
+    for row in rows:
+        if row.role == "frozen" or row.family != "sign-like":
+            continue
+        split = splits[row.user_group]
+        rates = [row.base_lr, peak_of(split.group)]
+        # a rate of 0 freezes a group beside others, and begins a warm-up of all
+        if "initial_lr" not in split.group and (row.base_lr or none_trains):
+            rates.append(float(split.seen["lr"]))
+        params = dict(zip(row.names, row.params, strict=False))
+        at, kept = max(rates) * row.multiplier, kept_dtypes(opt, split.group)
+        trained.append(Trained(params, at, kept, opt.state, split.group))
+    return trained
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def warn_of_unmoved(opt: Any) -> None:
+    """Warn of weights that do not move at the first step, and later of Adam's epsilon too."""
+    hidden = opt._rankaware
+    if hidden.steps >= EPSILON_AT:
+        return
+    hidden.steps += 1
+    if hidden.steps in (1, EPSILON_AT):
+        for text in make_report(opt).unmoved:
+            warn(text)

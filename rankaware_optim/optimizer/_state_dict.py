@@ -62,7 +62,7 @@ def with_parts(
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
     """Return what the parts of a group do not share, a value a part."""
     values = {}
-    for key in parts[0].group.keys() - {"params", "param_names", "lr"}:
+    for key in parts[0].group.keys() - {"params", "lr"}:
         each = [part.group.get(key) for part in parts]
         if not all(same(value, each[0]) for value in each):
             values[key] = each

@@ -14,19 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._optimizers import kept_dtypes
 from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Walk, factor_tensors, walk
-from ._parts import peak_of, splits_of
 
 # The share of a group's weights, or of their steps, above which it is said.
 WORTH_SAYING = 0.1
 ENTRIES = 2**12  # read of a tensor: a share of .1 is within .014, three standard errors
 STD = 0.02  # of weights where there is no model to read: the init of GPT-2 and Llama
-# The step at which epsilon is looked at once. Where B starts at zero, A's first gradients are zero,
-# and grow with B.
-EPSILON_AT = 100
 _CURES = (
     "Keep these weights in float32 and train under autocast, or take an optimizer with Kahan"
     " summation (torch-optimi) or stochastic rounding (torchao)."
@@ -45,45 +40,6 @@ class Trained(NamedTuple):
     kept: Collection[str] = ()
     state: Mapping[Tensor, Mapping[str, Any]] = {}
     group: Mapping[str, Any] = {}
-
-
-def trained_parts(opt: Any) -> list[Trained]:
-    """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates: the
-    first steps of a warm-up are small. If no scheduler noted others, the rates of the last step
-    count, or those with which it was built.
-    """
-    trained = []
-    splits = splits_of(opt)
-    none_trains = not any(float(split.group["lr"]) for split in splits)
-    for split in splits:
-        user = split.group
-        rates = [float(user["lr"]), peak_of(user)]
-        # a rate of 0 freezes a group beside others, and begins a warm-up of all
-        if "initial_lr" not in user and (rates[0] or none_trains):
-            rates.append(float(split.seen["lr"]))
-        for part in split.parts:
-            if part.assigned.family == "sign-like":
-                named = zip(split.names_of(part), split.params_of(part), strict=False)
-                params = {name: param for name, param in named if param.requires_grad}
-                at, kept = max(rates) * part.multiplier, kept_dtypes(opt, user)
-                trained.append(Trained(params, at, kept, opt.state, user))
-    return trained
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def warn_of_unmoved(opt: Any) -> None:
-    """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
-    hidden = opt._rankaware
-    if hidden.steps >= EPSILON_AT:
-        return
-    hidden.steps += 1
-    text = ""
-    if hidden.steps == 1:
-        text = rounding(trained_parts(opt))
-    elif hidden.steps == EPSILON_AT:
-        text = epsilon(trained_parts(opt))
-    if text:
-        warn(text)
 
 
 # --- two shares -----------------------------------------------------------------------------------
@@ -155,13 +111,10 @@ def rounding(groups: Iterable[Trained]) -> str:
     groups = [group for group in groups if group.rate > 0]
     dims = [param.dim() for group in groups for param in group.params.values()]
     least = min(2, max(dims, default=0))
-    lost = _worth_saying(_rounded(group, least) for group in groups)
-    if not lost:
-        return ""
-    share, where = _in_words(lost)
-    return (
-        f"At a rate of {lost[0].at:.3g} a step leaves {share} of the weights where they are in"
-        f" {where}: {lost[0].dtype} rounds it away. {_CURES}"
+    return _sentence(
+        (_rounded(group, least) for group in groups),
+        "At a rate of {0.at:.3g} a step leaves {share} of the weights where they are in {where}:"
+        f" {{0.dtype}} rounds it away. {_CURES}",
     )
 
 
@@ -169,31 +122,26 @@ def epsilon(groups: Iterable[Trained]) -> str:
     """Return a sentence on the groups of whose steps Adam's epsilon takes more than a tenth, with
     the cure; "" if there are none.
     """
-    lost = _worth_saying(map(_damped, groups))
-    if not lost:
-        return ""
-    share, where = _in_words(lost)
-    eps = min(each.at for each in lost)
-    return (
-        f"Adam's epsilon of {eps:.3g} takes {share} of the steps of {where}, whose gradients are"
-        f" about as small. Give a smaller one, such as eps={eps / 1e4:.0e}."
+    return _sentence(
+        map(_damped, groups),
+        "Adam's epsilon of {0.at:.3g} takes {share} of the steps of {where}, whose gradients are"
+        " about as small. Give a smaller one, such as eps=1e-12.",
     )
 
 
-def _worth_saying(groups: Iterable[Sequence[_Lost]]) -> list[_Lost]:
-    """Return the tensors of groups that lose more than a tenth."""
-    return [each for lost in groups if _share(lost) > WORTH_SAYING for each in lost]
+def _sentence(groups: Iterable[Sequence[_Lost]], words: str) -> str:
+    """Return what is said of the groups that lose more than a tenth."""
+    lost = [each for group in groups if _share(group) > WORTH_SAYING for each in group]
+    if not lost:
+        return ""
+    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    share = f"{100 * _share(lost):.0f} %"
+    return words.format(lost[0], share=share, where=lost[0].name + others)
 
 
 def _share(lost: Sequence[_Lost]) -> float:
     size = sum(each.size for each in lost)
     return sum(each.share * each.size for each in lost) / max(1, size)
-
-
-def _in_words(lost: Sequence[_Lost]) -> tuple[str, str]:
-    """Return in words which share is lost of all, and where."""
-    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-    return f"{100 * _share(lost):.0f} %", lost[0].name + others
 
 
 def rounding_of_normal(step: float, dtype: str) -> str:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
-from inspect import getmembers, isfunction, signature
+from inspect import getattr_static, isfunction, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,6 @@ from ._assign import Explicit
 from ._given import (
     MULTIPLIED,
     Native,
-    Wrapped,
     building,
     read_optimizer,
     refuse_other_rates,
@@ -47,7 +46,7 @@ from ._parts import (
     splits_of,
 )
 from ._prepare import prepare, prepare_later
-from ._rates import Rates, Report, make_report
+from ._rates import Rates, Report, make_report, warn_of_unmoved
 from ._source import read_source
 from ._state_dict import (
     read_checkpoint,
@@ -56,7 +55,7 @@ from ._state_dict import (
     warn_of_train_mode,
     with_parts,
 )
-from ._unmoved import check_parameters, warn_of_unmoved
+from ._unmoved import check_parameters
 
 
 class _Meta(type):
@@ -163,21 +162,20 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         explicit = Explicit(dict(rates or {}), other_lr)
         given = params if wrapped.built is None else params.param_groups
         hidden = prepare(given, holder, wrapped, source, explicit, method, init)
-        return cls._build(wrapped, hidden)  # type: ignore[no-any-return]
+        return cls._build(wrapped.built, hidden)  # type: ignore[no-any-return]
 
     @staticmethod
-    def _build(wrapped: Wrapped, hidden: Hidden) -> Any:
+    def _build(opt: Any, hidden: Hidden) -> Any:
         """Build the optimizer on the parts, whose groups the native class sets up, or take over one
         that is built, with its state. A built one is changed once nothing can fail any more.
         """
-        native, settings = wrapped.native, wrapped.settings
-        opt: Any = wrapped.built
+        native: Any = hidden.assigner.optimizer
         splits, lr = hidden.splits, hidden.assigner.source.lr
         if opt is None:
             opt = _blank(native)
             groups = [dict(part.group) for split in splits for part in split.parts]
             with building(native):
-                native.__init__(opt, groups, **{"lr": lr, **settings})
+                native.__init__(opt, groups, **{"lr": lr, **hidden.assigner.settings})
             refuse_other_rates(opt)
             adopt(opt, splits)
             present(splits)
@@ -312,7 +310,7 @@ class _Unbuilt(RankAwareOptimizer):
     """Gives the split groups, and builds no optimizer on them."""
 
     @staticmethod
-    def _build(wrapped: Wrapped, hidden: Hidden) -> Any:
+    def _build(opt: Any, hidden: Hidden) -> Any:
         return hidden
 
 
@@ -350,8 +348,7 @@ def rank_aware_param_groups(
             group, assigned = dict(part.group), part.assigned
             lr = group.get("lr", hidden.assigner.source.lr)
             part.settle(lr)
-            for key in ("param_names", "initial_lr"):  # a scheduler sets the latter
-                group.pop(key, None)
+            group.pop("initial_lr", None)  # a scheduler sets it
             if named:
                 names = split.names_of(part)
                 group["params"] = list(zip(names, group["params"], strict=True))
@@ -392,9 +389,10 @@ def _subclass(native: Native) -> Any:
     for name, value in vars(RankAwareOptimizer).items():
         if isfunction(value) or isinstance(value, property):
             namespace[name] = value
-    for name, value in getmembers(native, isfunction):
-        if not name.startswith("_") and name not in _OUTSIDE:
-            namespace.setdefault(name, _with_parts(value, name))
+    for name in {*dir(native)} - _OUTSIDE:
+        method = getattr_static(native, name)  # a static one is no function
+        if isfunction(method) and not name.startswith("_"):
+            namespace.setdefault(name, _with_parts(method, name))
     _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
     return _SUBCLASSES[native]
 

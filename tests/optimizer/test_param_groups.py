@@ -437,8 +437,7 @@ SAID = [
         for kind, why in ((SGD, "do the same"), (called("LARS"), "have one rate"))
     ),
     (WHOLE, AdamW, {"tuned_at": AT_16}, ["good to a factor of 2 to 4"]),
-    (WHOLE, SGD, {"tuned_at": AT_16}, ["was never tried with gradient-like", "SGD"]),
-    (WHOLE, called("Lamb"), {"tuned_at": AT_16}, ["tried with relative-scale", "Lamb"]),
+    (WHOLE, SGD, {"tuned_at": AT_16}, ["not tried with optimizers of another", "SGD"]),
     (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),
     (WHOLE, AdamW, {"tuned_at": AT_16, "law": "constant"}, [NO_LAW]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 64}, ["a rule of thumb"]),

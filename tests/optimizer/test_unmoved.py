@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, lr_scheduler
 
 from rankaware_optim import RankAwareOptimizer, RankAwareWarning
+from rankaware_optim.optimizer._rates import EPSILON_AT
 from rankaware_optim.optimizer._unmoved import (
     ENTRIES,
-    EPSILON_AT,
     STD,
     Trained,
     epsilon,
