@@ -69,7 +69,7 @@ def attach(
     else:
         native = _transformers.class_named(optimizer)
     saved = trainer.args
-    if "learning_rate" not in _transformers.changed_arguments(saved):
+    if saved.learning_rate == type(saved).learning_rate:  # the default
         _refuse_without_rate(settings)
 
     def make(params: Any, **arguments: Any) -> RankAwareOptimizer:
@@ -137,10 +137,9 @@ def _trainers_choice(
         trainer.args, trainer.model
     )
     makes_groups = {"params", "model", "optimizer_dict"} & defaults.keys()
-    if makes_groups or not isinstance(native, type):
+    if makes_groups:
         raise OptimizerError(
-            f"The trainer's own optimizer, {getattr(trainer.args, 'optim', native)}, makes its"
-            " groups itself.",
+            f"The trainer's own optimizer, {trainer.args.optim}, makes its groups itself.",
             "Give another class: attach(trainer, torch.optim.AdamW, ...).",
         )
     if given is None or "recipe" in settings:
@@ -239,17 +238,10 @@ def lightning_rates() -> Any:
     class Rates(callbacks.Callback):  # type: ignore[name-defined]
         """Logs the rates of the next step."""
 
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            # as LearningRateMonitor does
-            if not trainer._logger_connector.should_update_logs:
-                return
-            rates: dict[str, float] = {}
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
             for i, opt in enumerate(trainer.optimizers):
                 prefix = f"{i}/" if len(trainer.optimizers) > 1 else ""
                 for name, rate in group_rates(opt).items():
-                    rates[f"{prefix}{name}"] = rate
-            for logger in trainer.loggers:
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.log_metrics(rates, step=step)
+                    module.log(f"{prefix}{name}", rate)
 
     return Rates()

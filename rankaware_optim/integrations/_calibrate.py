@@ -32,6 +32,7 @@ from ..calibration import (
     Trial,
     release_memory,
     search,
+    seeded,
 )
 from ..errors import CalibrationError, InspectionError, LawError, OptimizerError
 from ..inspection import as_one_model, inspect_model
@@ -193,7 +194,7 @@ def _searched(
         if given["trials"] is None:
             given["trials"] = TRIALS
     snapshot = place.snapshot()
-    with snapshot.kept():
+    with seeded(0), snapshot.kept():
         whole = given["target_steps"] or place.steps()
         steps = given["steps"] or _share_of(whole, share)
         options = Options(
@@ -289,19 +290,14 @@ def _loop(runs: TrainerRuns, place: Any, snapshot: Snapshot, whole: int) -> Trai
         snapshot.begin()
         made = place.run(trial, whole)
         if is_trainer(made) or is_pair(made):
-            return Pushed(lambda report: run(made, trial, report))
+            run_made = run_trainer if is_trainer(made) else run_pair
+            return Pushed(lambda report: run_made(made, runs.of(trial, report)))
         if runs.settings or runs.score is not None:
             raise CalibrationError(
                 "settings= or score= was given, but train returned no trainer.",
                 "Give settings to trial.optimizer, and return the score at the end.",
             )
         return made
-
-    def run(made: Any, trial: Trial, report: Callable[[Any], bool]) -> Any:
-        runs.begin(trial, report)
-        if is_trainer(made):
-            return run_trainer(made, runs)
-        return run_pair(*made, run=runs)
 
     return train
 

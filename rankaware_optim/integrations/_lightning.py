@@ -58,8 +58,9 @@ def _part_of(trainer: Any, name: str) -> Any:
 # --- a trial --------------------------------------------------------------------------------------
 
 
-def run_pair(trainer: Any, module: Any, *data: Any, run: TrainerRuns) -> Any:
+def run_pair(pair: Any, run: TrainerRuns) -> Any:
     """Run the trial by `trainer.fit` and return its score, or None if there is none."""
+    trainer, module, *data = pair
     _leave_out(trainer, module)
     _configure(trainer, module, run)
     loop = trainer.fit_loop
@@ -229,7 +230,7 @@ def _at_trials_rate(
     set_rate(trainer, module, run.trial.lr or 0.0)
     configured = configure()
     opt = _only_optimizer(trainer, module, configured, run.native)
-    if _multipliers(opt) != _multipliers(like):
+    if _moved(opt) != _moved(like):
         raise OptimizerError(
             f"{type(module).__name__} configures an optimizer that does not train at the trial's"
             " rates.",
@@ -260,12 +261,10 @@ def _only_optimizer(
     return optimizers[0]
 
 
-def _multipliers(opt: Any) -> dict[torch.Tensor, float]:
-    """Return the multiplier of each parameter that trains, 1 in an optimizer without ranks."""
+def _moved(opt: Any) -> set[float]:
+    """Return by what rates are moved, which an optimizer without ranks does not do."""
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
-    known = {p: group.multiplier for group in groups for p in group.params}
-    params = [p for group in opt.param_groups for p in group["params"]]
-    return {p: known.get(p, 1.0) for p in params if p.requires_grad}
+    return {group.multiplier for group in groups} - {1.0}
 
 
 # --- what Lightning does besides ------------------------------------------------------------------

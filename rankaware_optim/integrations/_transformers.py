@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -297,22 +297,19 @@ def _of_arguments(native: type[Optimizer], args: Any) -> dict[str, Any]:
     Trainer always passes, and betas and eps if they were set, in the form that the class has.
     Adafactor's eps are two, for example.
     """
-    changed = changed_arguments(args)
-    values: dict[str, Any] = {"weight_decay": args.weight_decay}
-    if {"adam_beta1", "adam_beta2"} & changed:
-        values["betas"] = (args.adam_beta1, args.adam_beta2)
-    if "adam_epsilon" in changed:
-        values["eps"] = args.adam_epsilon
+    usual = _of_adam(type(args))
+    values: Any = {"weight_decay": args.weight_decay, **_of_adam(args)}
     settings = {"lr": args.learning_rate}
     for name, accepted in inspect.signature(native).parameters.items():
-        if name in values and np.shape(accepted.default) == np.shape(values[name]):
-            settings[name] = values[name]
+        value = values.get(name)
+        is_set = value != usual.get(name)
+        if is_set and np.shape(accepted.default) == np.shape(value):
+            settings[name] = value
     return settings
 
 
-def changed_arguments(args: Any) -> set[str]:
-    """Return the names of the arguments that differ from their defaults."""
-    return {f.name for f in fields(args) if getattr(args, f.name) != f.default}
+def _of_adam(args: Any) -> dict[str, Any]:
+    return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
 def _groups(trainer: Any, model: nn.Module) -> list[dict[str, Any]]:
@@ -322,12 +319,11 @@ def _groups(trainer: Any, model: nn.Module) -> list[dict[str, Any]]:
     lists are matched by them.
     """
     with_decay = {*trainer.get_decay_parameter_names(model)}
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    groups: list[Any] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for name, param in model.named_parameters():
         if param.requires_grad:
-            (decayed if name in with_decay else spared).append(param)
-    return [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+            groups[name not in with_decay]["params"].append(param)
+    return groups
 
 
 def _keep_embeddings_in_32_bits(

@@ -77,9 +77,12 @@ class TrainerRuns:
     by_reward: bool = False
     like: Any = None
 
-    def begin(self, trial: calibration.Trial, report: Callable[[Any], bool]) -> None:
+    def of(
+        self, trial: calibration.Trial, report: Callable[[Any], bool]
+    ) -> TrainerRuns:
         """Begin a trial. report: gets a step's value and returns whether the run must end."""
         self.trial, self._report, self.steps_taken = trial, report, 0
+        return self
 
     def end_step(self, value: Any) -> bool:
         """Report the step's value. Return whether the run must end."""
@@ -140,7 +143,7 @@ class _Stream(IterableDataset[Any]):
 
 
 class Snapshot:
-    """The state of models, of other objects and of the random generators, as it is now.
+    """The state of models and of other objects, as it is now.
 
     Of a module and of an object it is every attribute, with what its containers hold: hooks, a
     replaced forward, flags, generators. Of a model it is also what trains: values, gradients, and
@@ -169,10 +172,6 @@ class Snapshot:
         self._keep_trained()
         self.size = sum(t.numel() * t.element_size() for t in self._values)
         self._keep_buffers(modules)
-        of_process = (torch.default_generator, random._inst, np.random.mtrand._rand)
-        self._random: list[PutBack] = []
-        for generator in (*of_process, *torch.cuda.default_generators):
-            self._random += _kept_state(generator)
 
     def begin(self) -> None:
         """Put the state back for a trial, which begins without gradients."""
@@ -215,8 +214,6 @@ class Snapshot:
     def _end(self) -> None:
         with calibration.held_back(math.inf):
             self._put_back()
-            for put_back in self._random:
-                put_back()
 
     @torch.no_grad()
     def _put_back(self) -> None:

@@ -7,7 +7,6 @@ from ._law import beyond_batches as beyond_batches
 from ._law import caution_of as caution_of
 from ._law import checked_batch_multiplier as checked_batch_multiplier
 from ._law import checked_multiplier as checked_multiplier
-from ._law import innermost as innermost
 from ._mua import FORMS as FORMS
 from ._mua import ONE_RATE as ONE_RATE
 from ._mua import SIGN_LIKE as SIGN_LIKE

@@ -31,6 +31,11 @@ class Correction(Law):
             )
 
     @property
+    def family(self) -> str:
+        """The family whose form the inner law has, if it has one."""
+        return self.law.family  # type: ignore[attr-defined, no-any-return]
+
+    @property
     def falls_with_rank(self) -> bool:
         return self.law.falls_with_rank
 

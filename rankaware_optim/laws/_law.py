@@ -188,12 +188,6 @@ def _answer(law: Law, method: str, *question: Any) -> float:
     return float(answer)
 
 
-def innermost(law: Law) -> Law:
-    """Return the law inside all correcting laws; the law itself if it corrects none."""
-    inner = getattr(law, "law", None)
-    return innermost(inner) if isinstance(inner, Law) else law
-
-
 def caution_of(multiplier: float) -> str:
     """Return a warning text for a multiplier outside 1e-4 to 1e4, else "". Usual ranks and alphas
     stay inside.

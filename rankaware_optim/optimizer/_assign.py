@@ -39,7 +39,6 @@ from ..laws import (
     beyond_batches,
     checked_batch_multiplier,
     checked_multiplier,
-    innermost,
 )
 from ._source import Settings, Source
 
@@ -211,7 +210,7 @@ class Assigner:
         if self.optimizer is None or family == "sign-like" or law.name == "constant":
             return ""
         words = FORMS[family].words if family in FORMS else ONE_RATE[family]
-        if family != "unknown" and not hasattr(innermost(law), "family"):
+        if family != "unknown" and not hasattr(law, "family"):
             words = f"{family}, for which the law {law.name!r} has no form"
         return f"{self.optimizer.__name__} is {words}."
 

@@ -134,7 +134,7 @@ class Suggestion(Rate):
 
 def suggest_lr(
     model: Any,
-    optimizer: type[Optimizer] | str = "adamw",
+    optimizer: type[Optimizer] | str = "AdamW",
     *,
     settings: Mapping[str, Any] | None = None,
     method: Method = "lora",
@@ -184,9 +184,7 @@ def suggest_lr(
     name, relation = _relation(optimizer, settings)
     at, init, dora, assumed = _read(model, method, init, dora)
     moves = [*_moves(at, task), *_variants(at, method, init, dora)]
-    moves.append(_factor(name, relation))
-    if steps is not None:
-        moves.append(_length(steps))
+    moves += [_factor(name, relation), *_length(steps)]
     middle = LOG2_RATE + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(move.sd for move in moves))
@@ -229,7 +227,7 @@ def _relation(
             "Calibrate it (ra.calibrate), or fit runs you have (ra.sweeps.fit_sweep). Muon reuses"
             " AdamW's with adjust_lr_fn='match_rms_adamw' in settings.",
         )
-    return "AdamW" if name.lower() == "adamw" else name, row.relation
+    return name, row.relation
 
 
 def _read(
@@ -362,8 +360,10 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
         )
 
 
-def _length(steps: int) -> Move:
-    """Return the move to another number of steps."""
+def _length(steps: int | None) -> Iterator[Move]:
+    """Yield the move to another number of steps."""
+    if steps is None:
+        return
     if not is_positive(steps):
         raise InvalidReferenceError(
             f"The number of steps is {shown(steps)}.",
@@ -375,7 +375,7 @@ def _length(steps: int) -> Move:
         f"For {steps} steps instead of {STEPS} the rate is {times(moved)}: on large models it falls"
         " by a factor of 1 to 1.9 a doubling, and shorter runs keep it."
     )
-    return Move(LENGTH_SD * abs(octaves), why, moved)
+    yield Move(LENGTH_SD * abs(octaves), why, moved)
 
 
 def _outside(
