@@ -70,7 +70,7 @@ def inspect(path: Path, as_json: bool) -> None:
 def suggest(
     path: Path | None,
     full: bool,
-    init: str | None,
+    init: Any,
     dora: bool,
     optimizer: str,
     task: Task,
@@ -92,7 +92,9 @@ def suggest(
         )
     else:
         model = inspection.inspect_file(path)
-        init = init if init or full else _declared_init(path)
+        config = path / "adapter_config.json"
+        if config.is_file() and not (init or full):
+            init = inspection.read_config(config).init_lora_weights
     suggestion = transfer.suggest_lr(
         model,
         optimizer,
@@ -103,12 +105,3 @@ def suggest(
         steps=steps,
     )
     echo(suggestion)
-
-
-def _declared_init(path: Path) -> str | None:
-    """Return the init that an adapter's configuration declares, if its rate is published."""
-    config = path / "adapter_config.json"
-    if not config.is_file():
-        return None
-    init = inspection.read_config(config).init_lora_weights
-    return transfer.published_init(init)

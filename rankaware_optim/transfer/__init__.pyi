@@ -1,4 +1,3 @@
 from ._convert import convert_lr as convert_lr
 from ._suggest import Suggestion as Suggestion
-from ._suggest import published_init as published_init
 from ._suggest import suggest_lr as suggest_lr
