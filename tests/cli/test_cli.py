@@ -224,7 +224,7 @@ BAD = {
     f"{LR_OF} --rslora": "or rslora was given",
     "lr digits.toml --full --rank 8": "has no rank",
     "plot nowhere.toml -o out.png": "nowhere.toml cannot be read",
-    "fit sweep.csv -o out.toml": "It has rank, lr",
+    "fit sweep.csv -o out.toml": "loss",
 }
 
 
