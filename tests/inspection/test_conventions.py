@@ -310,13 +310,6 @@ def gate():
     return nn.Sequential(nn.Linear(IN, 4), nn.Tanh(), nn.Linear(4, OUT))
 
 
-def attention(attribute):
-    """Multi-head latent attention, which has an integer such as q_lora_rank."""
-    block = of_layers("q_a_proj", "q_b_proj")
-    setattr(block, attribute, 8)
-    return block
-
-
 def half(name):
     """A module that owns only one of two factors."""
     lone = nn.Module()
@@ -330,7 +323,6 @@ NO_PAIRS = {
         " ".join(names): of_layers(*names)
         for names in (("down", "up"), ("A", "B"), ("linear_in", "linear_out"))
     },
-    **{name: attention(name) for name in ("q_lora_rank", "kv_lora_rank", "lora_rank")},
     **{name: half(name) for name in ("lora_A", "lora_B")},
 }
 

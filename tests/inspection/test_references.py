@@ -16,15 +16,12 @@ from safetensors.torch import save_file
 from rankaware_optim import (
     InspectionError,
     InvalidReferenceError,
-    RankAwareOptimizer,
     Reference,
     convert_lr,
-    rank_aware_param_groups,
 )
 from rankaware_optim.inspection import as_reference, parse_reference
 
 from ..helpers.adapters import peft_folder
-from ..helpers.models import mlp
 
 LR = 1e-3
 OWN = Reference(rank=16, alpha=32, fan_in=32)
@@ -96,24 +93,6 @@ def test_what_names_a_reference(value, reference):
 def test_an_adapter_names_a_reference(adapter, tmp_path):
     """Its folder or file, however they are called, names its configuration and knows its width."""
     assert as_reference(adapter(tmp_path)) == OWN
-
-
-@pytest.mark.parametrize("value", ["r=16,alpha=32", LoraConfig(), folder])
-def test_a_named_reference_serves_as_a_written_one(value, tmp_path):
-    """The optimizer, plain groups and conversions take a reference by name as they take a Reference."""
-    by_name, written = value, AT
-    if value is folder:
-        by_name, written = folder(tmp_path), OWN
-    model, said, rates, converted = mlp(), [], [], []
-    for at in (by_name, written):
-        options = {"lr": LR, "tuned_at": at}
-        said.append(str(RankAwareOptimizer(model, "adamw", **options).report()))
-        groups = rank_aware_param_groups(model, **options)
-        rates.append([group["lr"] for group in groups])
-        converted.append(convert_lr(LR, from_=at, to="r=4,alpha=4"))
-    assert said[0] == said[1]
-    assert rates[0] == rates[1] != [LR] * 5
-    assert converted[0] == converted[1]
 
 
 LIKE = Reference(16, 32, rslora=True, init="B", fan_in=64)

@@ -8,7 +8,7 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import inspect_file
-from rankaware_optim.inspection import Survey, other_kind
+from rankaware_optim.inspection import Survey
 from rankaware_optim.inspection._peft_config import _by_pattern
 
 peft = pytest.importorskip("peft")
@@ -147,37 +147,6 @@ def test_a_file_saved_by_lycoris_is_the_live_network(name, tmp_path):
     assert first(facts(saved), 4) == first(facts(live), 4)
     assert conventions(saved) == conventions(live)
     assert {f.init for f in saved.factors} == {"unknown"}
-
-
-def of_peft(kind, folder):
-    config = getattr(peft, kind)(r=4, target_modules=["q"])
-    peft.get_peft_model(Model(), config).save_pretrained(folder)
-    return folder
-
-
-def of_lycoris(algorithm, folder):
-    path = folder / "x.safetensors"
-    lycoris_network(algo=algorithm).save_weights(str(path), None, None)
-    return path
-
-
-LAWLESS = [
-    (of_peft, "LoHaConfig", "LoHa"),
-    (of_peft, "LoKrConfig", "LoKr"),
-    (of_peft, "VeraConfig", "VeRA"),
-    (of_lycoris, "loha", "LoHa"),
-    (of_lycoris, "lokr", "LoKr"),
-    (of_lycoris, "glora", "GLoRA"),
-]
-
-
-@pytest.mark.parametrize(("save", "kind", "shown"), LAWLESS)
-def test_an_adapter_without_a_law_is_named(save, kind, shown, tmp_path):
-    """It is a survey without factors, whose tensors are named by kind, alphas left out."""
-    survey = inspect_file(save(kind, tmp_path))
-    assert survey.factors == ()
-    assert shown in {other_kind(name) for name in survey.other}
-    assert not any(name.endswith(".alpha") for name in survey.other)
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
