@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from ._printing import Table, printable
 
@@ -42,14 +41,13 @@ class Rate:
     extrapolated: bool = False
     notes: tuple[str, ...] = ()
     configuration: str = field(default="", compare=False)
-    _line: ClassVar[str] = "{:<10}{}"  # of a fact: its name and its text
 
     def __float__(self) -> float:
         return float(self.lr)
 
     def __str__(self) -> str:
         table = self._table()
-        facts = [self._line.format(*fact) for fact in table.rows]
+        facts = [f"{name:<10}{text}" for name, text in table.rows]
         return printable("\n".join([*facts, *table.lines]))
 
     def _repr_html_(self) -> str:

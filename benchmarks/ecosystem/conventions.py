@@ -31,8 +31,7 @@ ROW_ONLY = "row only: a replica"
 NOTES = (
     f"Read of a layer built at rank {RANK} and alpha {ALPHA:g}; NO where that is not what the library was given.",
     "Ones-probe: with every entry of inputs, A and B at 1, how far B·A moves the output from scaling × rank × inner × "
-    "fan-in, relative. A dash where the output is not linear in one B, is blind to ones, or several layers are "
-    "adapted. AdaLoRA divides by rank + 1e-5.",
+    "fan-in, relative. A dash where other parameters train too, or several layers are adapted.",
     "Oracle: two trainings of 5 AdamW steps at alphas 3 and 8, factors, rates, eps and decays rescaled (as "
     "tests/helpers/oracle.py does): the largest difference relative to the largest output, in float64, over ranks 2 and 4. "
     "Where the library computes a norm in float32, a difference below its rounding shows as 0.",

@@ -293,18 +293,13 @@ def is_embedding(module: Any) -> bool:
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
-    a, b = pair.a, pair.b
-    if rank is None and not (a.is_shard and b.is_shard):
-        rank = b.shape[1] if a.is_shard else a.shape[0]
     if rank is None or rank < 1:
         return None
-    return Reading(rank, rank, _fan(pair, a, 0), _fan(pair, b, 1))
+    return Reading(rank, rank, _fan(pair, pair.a, 0), _fan(pair, pair.b, 1))
 
 
 def _fan(pair: Pair, half: Half, side: int) -> float:
-    """Return the layer's fan-in (side 0) or fan-out (1), for a shard from a module's attribute."""
-    if not half.is_shard:
-        return (math.prod(half.shape[1:]), half.shape[0])[side]
+    """Return the layer's fan-in (side 0) or fan-out (1), from a module's attribute."""
     inner = half.name.rpartition(".")[0]
     base = getattr(pair.owner, "base_layer", pair.owner)
     for module in (base, pair.owner, pair.owner.get_submodule(inner)):
@@ -314,8 +309,7 @@ def _fan(pair: Pair, half: Half, side: int) -> float:
             if isinstance(size, int):
                 return float(size * math.prod(kernel))
     raise InspectionError(
-        f"{pair.where} is sharded, and neither the shape {half.shape} of {half.name}"
-        f" nor a module has its fan-{('in', 'out')[side]}.",
+        f"{pair.where} is sharded, and no module has its fan-{('in', 'out')[side]}.",
         "Set in_features and out_features on the module that owns the pair, or shard with"
         " fully_shard.",
     )

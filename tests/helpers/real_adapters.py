@@ -44,8 +44,8 @@ def rslora(rank: int, alpha: float) -> float:
 class Case:
     """A layer of `package` at (rank, alpha), and what the survey must say of it.
 
-    `fans` are fan-in and fan-out of each pair, in the model's order. `probed` is False where the output is not linear
-    in one B (a norm over it, a softmax, several layers). `other` is the kind of what else trains.
+    `fans` are fan-in and fan-out of each pair, in the model's order. `probed` is False where
+    several layers are adapted. `other` is the kind of what else trains, beside which there is no probe.
     """
 
     name: str
@@ -94,7 +94,7 @@ def check_layer(case: Case) -> None:
         torch.manual_seed(0)
         assert read(case.make(rank, alpha)) == case.expected(rank, alpha)
     error = check_convention(case.make, *case.inputs(), run=output_of)
-    assert (error is not None) is case.probed
+    assert (error is not None) is (case.probed and case.other is None)
     assert oracle(case.make, *case.inputs()) < 1e-9
     for init in "AB":
         if case.init == "other":
@@ -264,7 +264,7 @@ def _peft_cases() -> list[Case]:
     }
     diagonal = {"kind": "kasa", "init": "other", "other": "KaSA's singular values"}
     experts = {"convention": "peft-experts", "kind": "experts"}
-    conv_dora = {"kind": "conv", "probed": False, "other": dora}
+    conv_dora = {"kind": "conv", "other": dora}
     of_attention = ((IN, 36), (IN, IN))
     grouped = conv(2, padding=1, groups=2)
     drawn_twice = (False, "pissa", "olora", "orthogonal")
@@ -282,7 +282,7 @@ def _peft_cases() -> list[Case]:
             case(f"Linear, {name}", peft(dense, init_lora_weights=name), init="other")
             for name in drawn_twice
         ),
-        case("Linear, DoRA", peft(dense, use_dora=True), probed=False, other=dora),
+        case("Linear, DoRA", peft(dense, use_dora=True), other=dora),
         case("Linear, two adapters", peft_two, fans=DENSE * 2),
         case("Conv1D of transformers", peft(conv1d, fan_in_fan_out=True)),
         case("Embedding", peft(embedding), tokens, ((30, 8),), **of_embedding),
@@ -372,7 +372,7 @@ def _lycoris_cases() -> list[Case]:
         return lycoris("LoConModule", base, **options)
 
     scalar = {"init": "other", "other": "LyCORIS scalar"}
-    dora = {"probed": False, "other": "DoRA magnitude"}
+    dora = {"other": "DoRA magnitude"}
     of_conv = {"kind": "conv"}
     conv_dora = of_conv | dora
     tucker = of_conv | {"convention": "locon-tucker", "other": "Tucker core"}
@@ -441,7 +441,7 @@ def _other_cases() -> list[Case]:
     # two heads of 5, and two groups of keys and values
     qkv = litgpt("LoRAQKVLinear", IN, 30, 5, 2, 2, enable_lora=(True, False, True))
     of_qkv = {"inputs": HEADS, "fans": ((IN, 20),), "convention": "merged"}
-    dora = {"probed": False, "other": "DoRA magnitude"}
+    dora = {"other": "DoRA magnitude"}
     return [
         tune("LoRALinear", torchtune("LoRALinear")),
         tune("DoRALinear", torchtune("DoRALinear"), **dora),
