@@ -22,13 +22,7 @@ import optuna
 from filelock import FileLock
 from msgspec import ValidationError
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import (
-    BaseStorage,
-    InMemoryStorage,
-    JournalStorage,
-    RDBStorage,
-    get_storage,
-)
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import Trial, TrialState, create_trial
@@ -64,9 +58,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
     Raises:
         CalibrationError: the storage cannot be reached or read, or is a file of something else.
     """
-    if storage is None:
-        return InMemoryStorage()
-    if isinstance(storage, BaseStorage):
+    if storage is None or isinstance(storage, BaseStorage):
         return get_storage(storage)
     with storage_errors(storage, (Exception,)):
         if isinstance(storage, str) and "://" in storage:
@@ -116,7 +108,8 @@ def _journal(path: Path) -> BaseStorage:
     with lock.open("ab") as file, suppress(BlockingIOError):
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return JournalStorage(_JournalFile(path, FileLock(lock, timeout=LOCK_S)))
+    held: Any = FileLock(lock, timeout=LOCK_S)
+    return JournalStorage(_JournalFile(str(path), lock_obj=held))
 
 
 class _JournalFile(JournalFileBackend):
@@ -124,26 +117,14 @@ class _JournalFile(JournalFileBackend):
     Optuna reads past such a line, but what it appends would become a part of it.
     """
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
-        super().__init__(str(path), lock_obj=cast(Any, lock))
-        self._path = path
-        self._ours = lock
-
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with self._ours:
-            self._cut()
+        lock: Any = self._lock
+        with lock, open(self._file_path, "r+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
             super().append_logs(logs)
-
-    def _cut(self) -> None:
-        """Cut the file after its last line end."""
-        if not self._path.stat().st_size:
-            return
-        with self._path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read() == b"\n":
-                return
-        whole = self._path.read_bytes().rfind(b"\n") + 1
-        os.truncate(self._path, whole)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -171,20 +152,17 @@ def storage_errors(
 
 def _failure(error: BaseException, place: str) -> str:
     """Return what failed, and the first line of the root error, since sqlalchemy wraps a driver's
-    in paragraphs. A URL is shown without its password and its query, which may contain one.
+    in paragraphs. A URL is shown without its user, password and query.
     """
     while error.__cause__ is not None:
         error = error.__cause__
     line = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
     scheme, mark, rest = place.partition("://")
-    if not mark:
-        return f"{place} failed: {line}."
-    user, at, host = rest.rpartition("@")
-    name, _, password = user.partition(":")
-    # after an unescaped @ the rest is part of the host
-    for part in filter(None, re.split("[@:/?]", password)):
+    user, _, host = rest.rpartition("@")
+    # after an unescaped @ the rest of a password is part of the host
+    for part in filter(None, re.split("[@:/?]", user.partition(":")[2])):
         line = line.replace(part, "…")
-    return f"{scheme}://{name}{at}{host.partition('?')[0]} failed: {line}."
+    return f"{scheme}{mark}{host.partition('?')[0]} failed: {line}."
 
 
 # --- a worker's life ------------------------------------------------------------------------------

@@ -452,27 +452,28 @@ def settings_in_force(
     at_own_lr: Collection[int],
 ) -> dict[str, Any]:
     """Return what decides a trial besides its rank, seed, rate and model, as JSON values that are
-    equal in every process: all settings.
+    equal in every process: all settings, those of groups without factors apart.
 
     Settings that were not given have their defaults. If groups differ in a setting, its value is a
-    list, and the value of the factors' groups is stored too, and so are the rates of parameters
-    beside factors. at_own_lr: numbers of the groups that were given an "lr".
+    list. Beside factors the rates of other parameters are stored too. at_own_lr: numbers of the
+    groups that were given an "lr".
     """
-    ours = defaults_of(RankAwareOptimizer.__new__)
-    given = {**ours, **defaults_of(native), **settings}
-    built = {name: plain_value(given[name]) for name in given.keys() - _LEFT_OUT}
+    given = {**defaults_of(RankAwareOptimizer.__new__), **defaults_of(native)}
+    given.update(settings)
+    made = {name: plain_value(given[name]) for name in given.keys() - _LEFT_OUT}
     names = opt.defaults.keys() - _LEFT_OUT
-    built |= settings_of(opt.param_groups, names)
     rates = opt.rates.groups
-    numbers = sorted({group.user_group for group in rates if group.role != "other"})
-    of_factors = [opt.param_groups[number] for number in numbers]
-    factors = settings_of(of_factors or opt.param_groups, names)
-    apart = {name: value for name, value in factors.items() if value != built[name]}
-    if apart:
-        built["factors' settings"] = apart
+    trained = {group.user_group for group in rates if group.role != "other"}
+    others: list[Any] = []
+    factors: list[Any] = []
+    for number, group in enumerate(opt.param_groups):
+        (factors if number in trained else others).append(group)
+    made |= settings_of(factors or others, names)
+    if others:
+        made["others' settings"] = settings_of(others, names)
     if not any(group.role == "full" for group in rates):
-        built["other rates"] = _other_rates(rates, at_own_lr)
-    return built
+        made["other rates"] = _other_rates(rates, at_own_lr)
+    return made
 
 
 def _other_rates(

@@ -194,14 +194,8 @@ class Trials(tuple[Run, ...]):
     # --- what they were built with ----------------------------------------------------------------
 
     def settings_in_force(self) -> dict[str, Any]:
-        """Return the settings of all trials, defaults included; if groups differ, those of the
-        factors.
-        """
-        tables = []
-        for run in self:
-            of_factors = run.settings.get("factors' settings", {})
-            tables.append({**run.settings, **of_factors})
-        return agreed(tables)
+        """Return the settings of all trials, defaults included, of the factors' groups."""
+        return agreed(run.settings for run in self)
 
     def other_rates(self) -> dict[str, Any]:
         """Return the rates of what trained beside the factors in all trials."""
@@ -239,7 +233,7 @@ class Trials(tuple[Run, ...]):
         """
         if any(run.returned for run in self.observations()):
             return []
-        turns = [(run.x, turn_of(run.curve)) for run in self if run.x is not None]
+        turns = [(run.x, turn_of(run.curve)) for run in self if run.x and run.curve]
         return [turn for _, turn in sorted(turns)]
 
     def score_agreement(self) -> float:

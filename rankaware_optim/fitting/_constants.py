@@ -12,10 +12,7 @@ TAIL = 5  # fewest values in the mean that scores a run: by hand
 EARLY = 0.3  # share of its steps before which a run is not judged: by hand
 # A mean of TAIL values is clearly higher by so many standard deviations of one: by hand
 CLEAR = 1.5
-ROSE = 2.0  # the same, for a curve's end above its first value: by hand
-TURNED = (
-    3.0  # standard errors by which a curve's first and last quarter differ: by hand
-)
+ROSE = 2.0  # the same, for a curve's end above its beginning: by hand
 DIVERGED = 0.25  # share of the gain above its start, of a diverged run: by hand
 
 # --- the loss model -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ._constants import CLEAR, DIVERGED, EARLY, ROSE, TAIL, TURNED, UNTRAINED_GAP
+from ._constants import CLEAR, DIVERGED, EARLY, ROSE, TAIL, UNTRAINED_GAP
 from ._loss_model import Arm
 
 # Median absolute value of second differences, if a value's standard deviation is 1.
@@ -78,20 +78,13 @@ def noise_of(curve: Curve) -> float:
     return float(np.median(bends)) / _BEND
 
 
-@np.errstate(all="ignore")
 def turn_of(curve: Curve) -> int:
-    """Return -1 if a curve fell from its first quarter to its last, 1 if it rose, and 0 if its
-    noise explains the change or it is too short.
+    """Return -1 if a curve fell from its first values to its last, 1 if it rose, and 0 if its noise
+    explains the change.
     """
-    values = np.asarray(curve, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    count = len(values) // 4
-    if not count:
-        return 0
-    first, last = float(values[:count].mean()), float(values[-count:].mean())
-    doubt = TURNED * noise_of(values) * math.sqrt(2 / count)
-    doubt = max(doubt, 1e-6 * (abs(first) + abs(last)))
-    return int(last - first > doubt) - int(first - last > doubt)
+    change = recent_mean(curve) - recent_mean(curve[:TAIL])
+    doubt = ROSE * noise_of(curve)
+    return int(change > doubt) - int(-change > doubt)
 
 
 def impute(

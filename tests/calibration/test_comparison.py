@@ -97,7 +97,7 @@ def test_the_same_settings_go_on(first, then, journal):
 class Mine(ra.Law):
     """A law of the user's own."""
 
-    exponent: float
+    exponent: float = -0.5
     name = "mine"
 
     def multiplier(self, factor, reference):

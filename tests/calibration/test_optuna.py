@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 import rankaware_optim
 from rankaware_optim.calibration._storage import begin_trial, close_storage
 
-PRIVATE = {"_storage", "_study_id", "_backend", "_lock"}
+PRIVATE = {"_storage", "_study_id", "_backend", "_lock", "_file_path"}
 
 
 @pytest.mark.parametrize("url", [None, "sqlite://"])
