@@ -71,7 +71,8 @@ def rate(recipe: Record, at: Reference, steps: int | None = None) -> Rate:
         width = 2.0 ** (Z90 * sd)
     except OverflowError:
         moved = width = math.inf
-    best, octaves = recipe.fitted_lr * moved, margin(recipe, sd)
+    best = recipe.fitted_lr * moved
+    octaves = margin(recipe, sd)
     if octaves:
         notes.append(
             f"a margin of {times(-octaves)} below the best, since too high costs more"
@@ -79,7 +80,8 @@ def rate(recipe: Record, at: Reference, steps: int | None = None) -> Rate:
     ceiling = None
     if recipe.ceiling is not None and (at.method == "lora" or recipe.full_seen):
         ceiling = recipe.ceiling * moved
-    low, high = best / width, best * width
+    low = best / width
+    high = best * width
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
         raise RecipeError(
@@ -134,7 +136,8 @@ def _configuration_text(recipe: Record, at: Reference, steps: int | None) -> str
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
-    steps, batch = steps or recipe.steps, at.batch or recipe.batch
+    steps = steps or recipe.steps
+    batch = at.batch or recipe.batch
     if steps is not None:
         words.append(f"{steps} steps")
     if batch is not None:
@@ -151,7 +154,8 @@ def spread(
     """Return the standard deviation of log2 of the best rate, octaves, and notes on what was not
     tried.
     """
-    law, reach = recipe.law, 0.0
+    law = recipe.law
+    reach = 0.0
     if law.to_full:
         reach = math.log2((at.fan_in or law.pivot) / law.pivot)
     x = Prior(pivot=law.pivot, full_reach=reach).row(at.rank)
@@ -174,7 +178,8 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
     if at.method == "full":
         width = recipe.full_fan_in
         if not recipe.full_seen:
-            law, init = recipe.law, recipe.reference.init
+            law = recipe.law
+            init = recipe.reference.init
             octaves = math.log2((at.fan_in or law.pivot) / law.pivot)
             drift = 0.0 if law.to_full else law.exponent * octaves
             yield (
@@ -188,7 +193,8 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
         width = recipe.reference.fan_in
         yield from _other_rank(recipe, float(at.rank or recipe.law.pivot))
     if at.fan_in and width and not math.isclose(at.fan_in, width, rel_tol=0.01):
-        here, own = round(at.fan_in, 1), round(width, 1)
+        here = round(at.fan_in, 1)
+        own = round(width, 1)
         words = f"fan-in {here:g} is not the recipe's own {own:g}"
         yield WIDTH_SD * math.log2(at.fan_in / width), words
     if at.init != recipe.reference.init:
@@ -201,7 +207,8 @@ def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
 def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
     """Yield what a rank beyond those tried adds, and the note on it."""
     tried = recipe.ranks or (rank / 2,)
-    below, above = math.log2(min(tried) / rank), math.log2(rank / max(tried))
+    below = math.log2(min(tried) / rank)
+    above = math.log2(rank / max(tried))
     if max(below, above) <= 0:
         return
     listed = ", ".join(map(str, recipe.ranks))
@@ -225,7 +232,8 @@ def _other_run(
         why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
         yield sd, f"{why}, {give_or_take(sd)}"
     if octaves := _octaves(recipe, "batch", at.batch):
-        sd, move = BATCH_SD * abs(octaves), math.log2(_batch_multiplier(recipe, at))
+        sd = BATCH_SD * abs(octaves)
+        move = math.log2(_batch_multiplier(recipe, at))
         why = f"batch {at.batch:g} instead of {recipe.batch:g}: an extrapolation"
         beyond = beyond_batches(2.0**octaves) if move else ""
         yield sd, f"{why} by {times(move)}{beyond}, {give_or_take(sd)}"
@@ -290,7 +298,8 @@ def _lora(
     """Return a rank and alpha at the recipe's init and width. Without alpha the scaling follows the
     rule of the trials.
     """
-    own, rule = recipe.reference, recipe.scaling_rule
+    own = recipe.reference
+    rule = recipe.scaling_rule
     given = 1.0 if alpha is None else alpha
     at = Reference(rank, given, rslora, own.init, own.fan_in, method)
     if alpha is not None:
@@ -316,7 +325,9 @@ def infer_scaling(scalings: Mapping[int, float]) -> Scaling:
     if len(scalings) < 2:
         return "unknown"
     for rule, gamma in _GAMMA.items():
-        constants = [math.log2(s) + gamma * math.log2(r) for r, s in scalings.items()]
+        constants = []
+        for rank, scaling in scalings.items():
+            constants.append(math.log2(scaling) + gamma * math.log2(rank))
         if max(constants) - min(constants) < 1e-3:
             return rule
     return "unknown"

@@ -92,7 +92,8 @@ class Recipe(Record):
 
     def explain(self) -> str:
         """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""
-        table, indent = self._table(), " " * _COLUMN
+        table = self._table()
+        indent = " " * _COLUMN
         lines = [table.title]
         for name, text in table.rows:
             line = name.ljust(_COLUMN) + text
@@ -205,11 +206,13 @@ def facts(recipe: Record) -> list[tuple[str, str]]:
     if recipe.settings:
         optimizer += f" with {_listed(recipe.settings)}"
     warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
-    steps, batch = _number(recipe.steps), _number(recipe.batch)
+    steps = _number(recipe.steps)
+    batch = _number(recipe.batch)
     tried = f"ranks {', '.join(map(str, recipe.ranks)) or 'none'}"
     rest = "must be given, as full finetuning was not tried"
     if recipe.full_seen:
-        tried, rest = f"{tried} and full finetuning", "that of full finetuning"
+        tried = f"{tried} and full finetuning"
+        rest = "that of full finetuning"
     others = _listed(recipe.other_rates)
     rows = {
         "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_number(at.fan_in)}",

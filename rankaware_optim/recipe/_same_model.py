@@ -57,8 +57,10 @@ def widened_for(recipe: AnyRecord, survey: Survey) -> tuple[AnyRecord, str]:
     Raises:
         RecipeError: the model's width is that of another model.
     """
-    here, own = layers_of(survey), recipe.reference
-    width, own_width = width_for(survey, own.method, own.init), own.fan_in
+    here = layers_of(survey)
+    own = recipe.reference
+    width = width_for(survey, own.method, own.init)
+    own_width = own.fan_in
     pairs = [pair for pair in product(here, recipe.layers) if is_same_layer(*pair)]
     ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
     if pairs:  # the widths are those of the layers that both have

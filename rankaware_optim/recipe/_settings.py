@@ -54,15 +54,13 @@ def _plain(value: Any) -> Any:
 
 def agreed(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the union of the tables, without keys for which two tables differ."""
-    tables = [*tables]
     union: dict[str, Any] = {}
+    differing = set()
     for table in tables:
-        union.update(table)
-    return {
-        key: value
-        for key, value in union.items()
-        if all(table.get(key, value) == value for table in tables)
-    }
+        for key, value in table.items():
+            if union.setdefault(key, value) != value:
+                differing.add(key)
+    return {key: union[key] for key in union if key not in differing}
 
 
 def constructor_settings(

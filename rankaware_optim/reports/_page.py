@@ -35,7 +35,8 @@ def report_html(recipe: Recipe) -> str:
     """
     from jinja2 import Environment, PackageLoader
 
-    figure, no_figure = "", ""
+    figure = ""
+    no_figure = ""
     try:
         figure = _svg(recipe)
     except PlotError as error:
@@ -60,7 +61,8 @@ def report_html(recipe: Recipe) -> str:
 
 def _svg(recipe: Recipe) -> str:
     """Return the recipe's figure as an SVG element with the page's fonts and colours."""
-    figure, file = recipe_figure(recipe), StringIO()
+    figure = recipe_figure(recipe)
+    file = StringIO()
     from matplotlib import rc_context
 
     # the salt gives elements the same names in every run
