@@ -63,7 +63,7 @@ def user_groups(
         parameters = (walked if params is model else walk(params)).parameters
         params = [p for _, p in parameters if p.requires_grad]
     entries = _listed(params)
-    if not entries or not isinstance(entries[0], Mapping):
+    if not isinstance(next(iter(entries), None), Mapping):
         entries = [{"params": entries}]
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     groups = []

@@ -17,8 +17,10 @@ from torch.optim import Optimizer
 
 from .._optimizers import goes_to_adam, known_optimizer
 from .._types import Factor, Init
+from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Survey
+from ..laws import caution_of
 from ._assign import Assigned, Assigner, Rule
 from ._given import Group, UserGroup
 
@@ -322,6 +324,9 @@ def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> Split
     for assigned, at in positions.items():
         part = Part(assigned, at, assigned.multiplier)
         split.parts.append(part)
+        caution = caution_of(part.multiplier)
+        if caution and assigned.given is None:  # nobody can have meant it
+            warn(caution)
         part.group = {k: split.of_part(part, v) for k, v in options.items()}
         part.group["params"] = [params[i] for i in at]
     return split

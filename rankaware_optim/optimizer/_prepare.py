@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,7 @@ from .._optimizers import in_force
 from .._types import Init, Method
 from .._warn import warn
 from ..inspection import Models, Survey, as_one_model, survey_of, walk
-from ..laws import caution_of
-from ._assign import Explicit, make_assigner, notes_of
+from ._assign import Assigner, Explicit, make_assigner, notes_of
 from ._given import (
     UserGroup,
     Wrapped,
@@ -26,7 +26,7 @@ from ._given import (
     with_base_lr,
 )
 from ._parts import Hidden, SplitGroup, split
-from ._source import Source, on_this_model
+from ._source import Settings, Source, on_this_model
 
 
 def prepare(
@@ -59,13 +59,8 @@ def prepare(
     trained = survey = survey_of(walked, method=method, init=init)
     if frozen := _frozen(groups):
         survey = survey_of(walked, method=method, init=init, also=frozen)
-    given, factors = in_force(native, settings), {f.name for f in trained.factors}
-    of_factors = [
-        {**given, **group.options}
-        for group in groups
-        if not factors.isdisjoint(name for name, _ in group.named)
-    ]
-    source = on_this_model(source, trained, native, of_factors or [given])
+    in_groups = _settings_of_factors(wrapped, groups, trained)
+    source = on_this_model(source, trained, native, in_groups)
     if built is not None and source.lr is not None:  # a recipe's replaces theirs
         for group in groups:
             group.options["lr"] = source.lr
@@ -74,18 +69,32 @@ def prepare(
     assigner = make_assigner(
         trained, source, explicit, method, native, settings, are_several=are_several
     )
-    notes = list(notes_of(assigner, trained))
     splits = split(groups, assigner, survey, None if built is None else built.state)
+    notes = (*notes_of(assigner, trained), *_of_parts(assigner, splits))
+    return Hidden(assigner, survey, init, notes, splits, _weakly(model))
+
+
+def _settings_of_factors(
+    wrapped: Wrapped, groups: Iterable[UserGroup], survey: Survey
+) -> list[Settings]:
+    """Return the settings in force in each group that has factors, or in all."""
+    given = in_force(wrapped.native, wrapped.settings)
+    factors = {f.name for f in survey.factors}
+    found: list[Settings] = []
+    for group in groups:
+        if not factors.isdisjoint(name for name, _ in group.named):
+            found.append({**given, **group.options})
+    return found or [given]
+
+
+def _of_parts(assigner: Assigner, splits: Iterable[SplitGroup]) -> Iterator[str]:
+    """Yield what is said of the factors' families. Warn of an unknown one."""
     parts = [part.assigned for each in splits for part in each.parts]
     for family in dict.fromkeys(part.family for part in parts if part.role != "other"):
         if note := assigner.note_of(family):
-            notes.append(note)
-            if family == "unknown" and source.recipe is None:
+            yield note
+            if family == "unknown" and assigner.source.recipe is None:
                 warn(f"{note} A calibration measures it.")
-    by_law = [caution_of(part.multiplier) for part in parts if part.given is None]
-    for caution in [*filter(None, by_law)][:1]:  # nobody can have meant it
-        warn(caution)
-    return Hidden(assigner, survey, init, tuple(notes), splits, _weakly(model))
 
 
 def prepare_later(
@@ -112,12 +121,11 @@ def _frozen(groups: Iterable[UserGroup]) -> set[Any]:
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
     """Return what gives the model back while it lives, and several only while all of them do."""
-    if not isinstance(model, Models):
-        return weakref.ref(model)
-    references = list(map(weakref.ref, model))
+    if isinstance(model, Models):
+        return partial(_all_of, list(map(weakref.ref, model)))
+    return weakref.ref(model)
 
-    def again() -> nn.Module | None:
-        models = [reference() for reference in references]
-        return None if None in models else as_one_model(models)
 
-    return again
+def _all_of(references: Iterable[Callable[[], Any]]) -> nn.Module | None:
+    models = [reference() for reference in references]
+    return None if None in models else as_one_model(models)

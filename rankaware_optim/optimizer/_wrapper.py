@@ -12,7 +12,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from inspect import getattr_static, isfunction, signature
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +65,6 @@ class _Meta(type):
 
     def __instancecheck__(cls, instance: object) -> bool:
         return hasattr(type(instance), "_rankaware_native")
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return subclass is cls or hasattr(subclass, "_rankaware_native")
 
 
 if TYPE_CHECKING:
@@ -360,15 +357,13 @@ def rank_aware_param_groups(
 
 # --- building -------------------------------------------------------------------------------------
 
-_SUBCLASSES: dict[type, Any] = {}
 # optimizers that were built, not copied
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _subclass(native: Native) -> Any:
+@cache
+def _subclass(native: Any) -> Any:
     """Return the rank-aware subclass of `native`, with its name and module. It is made once."""
-    if native in _SUBCLASSES:
-        return _SUBCLASSES[native]
 
     @wraps(native.__init__)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -393,11 +388,10 @@ def _subclass(native: Native) -> Any:
         method = getattr_static(native, name)  # a static one is no function
         if isfunction(method) and not name.startswith("_"):
             namespace.setdefault(name, _with_parts(method, name))
-    _SUBCLASSES[native] = type(native)(native.__name__, (native,), namespace)  # type: ignore[misc]
-    return _SUBCLASSES[native]
+    return type(native)(native.__name__, (native,), namespace)
 
 
-def _blank(native: Native) -> Any:
+def _blank(native: Any) -> Any:
     """Return an instance without state, for copy and pickle."""
     kind = _subclass(native)
     return kind.__new__(kind)
