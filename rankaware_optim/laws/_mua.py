@@ -1,9 +1,9 @@
 """µA, the law of stable feature updates, in the form of each family of optimizers.
 
-Each family has a function. It returns the σ at which η_A = σ and η_B = λ·σ move a layer's output by
-1 in T = 1, for the init "A" (B starts at zero), "B" (A starts at zero) or "full". s is the scaling,
-r the rank, n the fan-in, b the number of tokens, `ratio` λ = η_B / η_A, and `shape` the name of
-Muon's shape factor. τ = T·η.
+Each family has a function. It returns the σ at which the rate η = σ of both factors moves a layer's
+output by 1 in T = 1, for the init "A" (B starts at zero), "B" (A starts at zero) or "full". s is
+the scaling, r the rank, n the fan-in, b the number of tokens, and `shape` the name of Muon's shape
+factor. τ = T·η.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class MuA(Law):
     """µA with a finite number of effective tokens, in the form of the optimizer's family.
 
     The best rate is the largest at which a layer's output still moves by Θ(1). Let τ = T·η over T
-    steps, s be the scaling, r the rank, n the fan-in, b = `tokens` and λ = `ratio` =
-    η_B / η_A. B = 0 means that B starts at zero and A is drawn, as in PEFT. A = 0 is the reverse.
-    For a sign-like optimizer (Adam and its variants)::
+    steps, s be the scaling, r the rank, n the fan-in and b = `tokens`. B = 0 means that B starts at
+    zero and A is drawn, as in PEFT. A = 0 is the reverse. For a sign-like optimizer (Adam and its
+    variants)::
 
-        B = 0     s·κ(r)·λ·τ·(1 + κ(n)·τ) = 1
-        A = 0     hypot(s·κ(n)·τ, s·κ(n)·κ(r)·λ·τ²) = 1
+        B = 0     s·κ(r)·τ·(1 + κ(n)·τ) = 1
+        A = 0     hypot(s·κ(n)·τ, s·κ(n)·κ(r)·τ²) = 1
         full      κ(n)·τ = 1
         κ(m) = √(m + (2/π)·m²/b);  κ(m) = m for tokens=None, the paper's law
 
@@ -58,7 +58,6 @@ class MuA(Law):
             for the paper's law. "family", the default, is the number of the optimizer's family: 2
             for sign-like optimizers, 8 for Muon, SGD and LAMB. A number stays whatever the
             optimizer.
-        ratio: λ = η_B / η_A, dimensionless.
         family: the optimizer's family, set by `bind`. An unknown optimizer counts as sign-like.
         shape_factor: Muon's `adjust_lr_fn`, or what stands for it, set by `bind`.
 
@@ -72,7 +71,6 @@ class MuA(Law):
     """
 
     tokens: float | Literal["family"] | None = "family"
-    ratio: float = 1.0
     family: str = "sign-like"
     shape_factor: str = "original"
     name: ClassVar[str] = "mua"
@@ -81,8 +79,8 @@ class MuA(Law):
         check_choice(self.family, FORMS, "mua takes as family", LawError)
         shapes, what = SHAPE_FACTORS, "mua takes as shape_factor"
         check_choice(self.shape_factor, shapes, what, LawError)
-        number = () if self.tokens in (None, "family") else ("tokens",)
-        check_ranges(self, "ratio", *number)
+        if self.tokens not in (None, "family"):
+            check_ranges(self, "tokens")
 
     @property
     def effective_tokens(self) -> float | None:
@@ -107,7 +105,7 @@ class MuA(Law):
         origin = "full" if reference.method == "full" else reference.init
         rate = self.sigma(init, factor.rank, factor.scaling, factor.fan_in)
         base = self.sigma(origin, reference.rank, reference.scaling, reference.fan_in)
-        return (rate * self.ratio if factor.role == "B" else rate) / base
+        return rate / base
 
     def batch_multiplier(self, ratio: float) -> float:
         return float(ratio ** FORMS[self.family].batch)
@@ -115,8 +113,8 @@ class MuA(Law):
     def sigma(
         self, init: str, rank: int | None, scaling: float, fan_in: float | None
     ) -> float:
-        """Return η_A that meets the family's condition at T = 1, or a whole weight's rate. η_B is λ
-        times as large. As an absolute rate it is only a first guess.
+        """Return the rate that meets the family's condition at T = 1. As an absolute rate it is
+        only a first guess.
 
         Args:
             init: "A", "B" or "full".
@@ -137,7 +135,6 @@ class MuA(Law):
             s=scaling,
             n=fan_in,
             b=self.effective_tokens,
-            ratio=self.ratio,
             shape=self.shape_factor,
         )
 
@@ -156,28 +153,22 @@ def kappa(m: float, b: float | None) -> float:
 
 
 def sign_rate(
-    init: str,
-    r: float,
-    s: float,
-    n: float,
-    b: float | None,
-    ratio: float = 1.0,
-    shape: str = "",
+    init: str, r: float, s: float, n: float, b: float | None, shape: str = ""
 ) -> float:
     """Return σ for sign-like updates (Adam), whose entries all have size η.
 
-    With B = 0 the term s·ΔB·A₀·x has size s·κ(r)·η_B. With A = 0 the term s·B₀·ΔA·x has size
-    s·κ(n)·η_A. In both, s·ΔB·ΔA·x has size s·κ(r)·κ(n)·η_A·η_B. With η_B = λ·η_A::
+    With B = 0 the term s·ΔB·A₀·x has size s·κ(r)·η. With A = 0 the term s·B₀·ΔA·x has size
+    s·κ(n)·η. In both, s·ΔB·ΔA·x has size s·κ(r)·κ(n)·η²::
 
-        B = 0     p·σ + q·σ² = 1          p = s·κ(r)·λ
-        A = 0     hypot(p·σ, q·σ²) = 1    p = s·κ(n)       q = s·κ(r)·κ(n)·λ
+        B = 0     p·σ + q·σ² = 1          p = s·κ(r)
+        A = 0     hypot(p·σ, q·σ²) = 1    p = s·κ(n)       q = s·κ(r)·κ(n)
         full      κ(n)·σ = 1
     """
     k_r, k_n = kappa(r, b), kappa(n, b)
     if init == "full":
         return 1.0 / k_n
-    p = s * k_r * ratio if init == "A" else s * k_n
-    return root(init, p, s * k_r * k_n * ratio)
+    p = s * k_r if init == "A" else s * k_n
+    return root(init, p, s * k_r * k_n)
 
 
 def root(init: str, p: float, q: float) -> float:
@@ -203,10 +194,10 @@ _MATCHED = ("use_adjusted_lr", "rms_rescaling")
 
 
 def spectral_rate(
-    init: str, r: float, s: float, n: float, b: float | None, ratio: float, shape: str
+    init: str, r: float, s: float, n: float, b: float | None, shape: str
 ) -> float:
     """Return σ for spectral updates (Muon): a polar factor, all singular values 1, times a shape
-    factor a. The change is p·η + q·η_A·η_B.
+    factor a. The change is p·η + q·η².
 
     An update P of B has rank min(r, b) and spans the features A·x. It keeps their norm: |P·A₀·x| =
     √r per token, an rms of √(r/n) over n outputs. An update of A spans r of the at most n
@@ -222,9 +213,9 @@ def spectral_rate(
         return 1.0 / shape_factor(n, n)
     a_a, a_b = shape_factor(r, n), shape_factor(n, r)
     m = math.sqrt(min(1.0, r / (b or 1.0) + r / n))
-    q = s * a_a * a_b * m * ratio
+    q = s * a_a * a_b * m
     if init == "A":
-        return root(init, s * a_b * math.sqrt(r / n) * ratio, q)
+        return root(init, s * a_b * math.sqrt(r / n), q)
     return root(init, s * a_a * math.sqrt(1.0 + n / r) * m, q)
 
 
@@ -232,18 +223,18 @@ def spectral_rate(
 
 
 def gradient_rate(
-    init: str, r: float, s: float, n: float, b: float | None, ratio: float, shape: str
+    init: str, r: float, s: float, n: float, b: float | None, shape: str
 ) -> float:
     """Return σ for gradient-like updates (SGD), whose growth compounds. The output gradient g is
     held fixed.
 
-    With G = g·xᵀ, ΔA = −η_A·s·Bᵀ·G and ΔB = −η_B·s·G·Aᵀ are linear in (A, B). Take a singular pair
-    (u, v) of G with value g₀. Along it A·v and Bᵀ·u mix by cosh φ and sinh φ, with φ =
-    s·g₀·T·√(η_A·η_B) for many small steps. G has k = min(b, n) pairs, with g₀² = n² + 2·b·n (the
-    power-weighted mean for independent tokens). With z = sinh²φ,
+    With G = g·xᵀ, ΔA = −η·s·Bᵀ·G and ΔB = −η·s·G·Aᵀ are linear in (A, B). Take a singular pair (u,
+    v) of G with value g₀. Along it A·v and Bᵀ·u mix by cosh φ and sinh φ, with φ = s·g₀·T·η for
+    many small steps. G has k = min(b, n) pairs, with g₀² = n² + 2·b·n (the power-weighted mean for
+    independent tokens). With z = sinh²φ,
 
-        B = 0     s²·λ·z·(1 + z)·r·(r + k + 1)/n² = 1
-        A = 0     s²/λ·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
+        B = 0     s²·z·(1 + z)·r·(r + k + 1)/n² = 1
+        A = 0     s²·z·((1 + z)·(1 + (k + 1)/r) + max(n − k, 0)/r) = 1
         full      τ·√n·√(n + b) = 1 (one step: nothing compounds)
     """
     b = b or 1.0
@@ -251,19 +242,19 @@ def gradient_rate(
         return 1.0 / math.sqrt(n * (n + b))
     k = min(b, n)
     if init == "A":
-        both = single = s * math.sqrt(ratio * r * (r + k + 1.0)) / n
+        both = single = s * math.sqrt(r * (r + k + 1.0)) / n
     else:
-        both = s * math.sqrt((1.0 + (k + 1.0) / r) / ratio)
-        single = math.hypot(both, s * math.sqrt((n - k) / r / ratio))
+        both = s * math.sqrt(1.0 + (k + 1.0) / r)
+        single = math.hypot(both, s * math.sqrt((n - k) / r))
     phi = math.asinh(root("B", single, both))
-    return phi / (s * math.sqrt(ratio * (n * n + 2.0 * b * n)))
+    return phi / (s * math.sqrt(n * n + 2.0 * b * n))
 
 
 # --- relative-scale updates -----------------------------------------------------------------------
 
 
 def relative_rate(
-    init: str, r: float, s: float, n: float, b: float | None, ratio: float, shape: str
+    init: str, r: float, s: float, n: float, b: float | None, shape: str
 ) -> float:
     """Return σ for relative-scale updates (LAMB): sign-like directions in units of the factor's own
     rms.
@@ -272,8 +263,8 @@ def relative_rate(
     τ. A factor that starts at zero first takes one step of plain η = τ/4 and grows from there, to
     z(τ) = τ/4·e^(τ − τ/4). With ρ_A = 1/√n where B = 0 and ρ_B = 1/√r where A = 0,
 
-        B = 0     s·κ(r)·z(τ_B)·(1 + κ(n)·sinh(τ_A)/√n) = 1
-        A = 0     hypot(s·κ(n)·z(τ_A), s·κ(n)·κ(r)·z(τ_A)·sinh(τ_B)/√r) = 1
+        B = 0     s·κ(r)·z(τ)·(1 + κ(n)·sinh(τ)/√n) = 1
+        A = 0     hypot(s·κ(n)·z(τ), s·κ(n)·κ(r)·z(τ)·sinh(τ)/√r) = 1
         full      κ(n)·sinh(τ)/√n = 1
 
     LAMB's cap on the weights' norm is left out.
@@ -285,11 +276,11 @@ def relative_rate(
     def change(tau: float) -> float:
         if init == "A":
             both = k_n * math.sinh(tau) / math.sqrt(n)
-            return s * k_r * _grown(ratio * tau) * (1.0 + both)
-        both = k_r * math.sinh(ratio * tau) / math.sqrt(r)
+            return s * k_r * _grown(tau) * (1.0 + both)
+        both = k_r * math.sinh(tau) / math.sqrt(r)
         return s * k_n * _grown(tau) * math.hypot(1.0, both)
 
-    return _rising_root(change, 50.0 / max(1.0, ratio))  # e^50 reaches any change
+    return _rising_root(change, 50.0)  # e^50 reaches any change
 
 
 def _grown(tau: float) -> float:
@@ -313,7 +304,7 @@ def _rising_root(change: Callable[[float], float], most: float) -> float:
 class Form(NamedTuple):
     """A family's condition.
 
-    rate: σ, from init, r, s, n, b, ratio and shape.
+    rate: σ, from init, r, s, n, b and shape.
 
     words: what a report says an optimizer is, and of the evidence only what was measured.
 

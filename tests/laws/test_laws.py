@@ -46,15 +46,13 @@ AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 LAW_TABLE = {
     "mua": MuA(),
     "mua-paper": MuA(tokens=None),
-    "mua-two-rates": MuA(tokens=3.0, ratio=16.0),
+    "mua-three-tokens": MuA(tokens=3.0),
     "constant": Constant(),
     "loraplus": LoRAPlus(),
     "mua-spectral": MuA(family="spectral"),
-    "mua-spectral-matched": MuA(
-        family="spectral", shape_factor="match_rms_adamw", ratio=2.0
-    ),
-    "mua-gradient": MuA(family="gradient-like", tokens=64.0, ratio=3.0),
-    "mua-relative": MuA(family="relative-scale", ratio=0.5),
+    "mua-spectral-matched": MuA(family="spectral", shape_factor="match_rms_adamw"),
+    "mua-gradient": MuA(family="gradient-like", tokens=64.0),
+    "mua-relative": MuA(family="relative-scale"),
     "mua-unknown": MuA(family="unknown"),
     "power": Power(exponent=-0.3),
     "power-full": Power(
@@ -166,7 +164,7 @@ def test_binding_takes_the_optimizers_form(optimizer, settings, form, falls):
 
     `Falling` stays around it for Adam and what is unknown alone; a law that is not µA is left as it is.
     """
-    law = MuA(tokens=3.0, ratio=2.0)
+    law = MuA(tokens=3.0)
     bound = law.bind(optimizer, settings)
     assert bound == replace(law, **form)
     assert bound.family == optimizer_family(optimizer, settings)
@@ -394,7 +392,6 @@ def test_a_law_that_is_not_registered_cannot_be_stored():
 NO_TOKENS = (0, -1.0, math.inf, math.nan, "8", True, 1e300)
 BAD_PARAMETERS = [
     *((MuA, {"tokens": value}) for value in NO_TOKENS),
-    (MuA, {"ratio": 0}),
     (MuA, {"family": "adam"}),
     (MuA, {"shape_factor": None}),
     (LoRAPlus, {"ratio": -16}),

@@ -266,7 +266,7 @@ MODELS = [
 ]
 LAWS = [
     *(Power(0.1, 1.5), Power(-0.4, 1.5, to_full=True), Power(law=Constant())),
-    Power(-0.4, law=MuA(tokens=None, ratio=4)),
+    Power(-0.4, law=MuA(tokens=None)),
 ]
 
 

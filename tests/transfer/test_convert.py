@@ -24,7 +24,7 @@ from rankaware_optim import (
 
 from ..helpers.models import mlp, trained
 
-LAWS = ["mua", "mua-paper", "constant", "loraplus", MuA(tokens=3.0, ratio=4.0)]
+LAWS = ["mua", "mua-paper", "constant", "loraplus", MuA(tokens=3.0)]
 ranks = st.integers(1, 4096)
 scalings = st.floats(2.0**-12, 2.0**12)
 inits = st.sampled_from("AB")
