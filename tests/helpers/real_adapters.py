@@ -207,17 +207,6 @@ def peft_kasa(rank: int, alpha: float) -> nn.Module:
     return peft(dense, kasa_config=KasaConfig())(rank, alpha)
 
 
-def peft_two(rank: int, alpha: float) -> nn.Module:
-    """Two adapters, both active."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q"])
-    model = get_peft_model(One(nn.Linear(IN, OUT)), config)
-    model.add_adapter("second", config)
-    model.base_model.set_adapter(["default", "second"])
-    return model
-
-
 def conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -283,7 +272,6 @@ def _peft_cases() -> list[Case]:
             for name in drawn_twice
         ),
         case("Linear, DoRA", peft(dense, use_dora=True), other=dora),
-        case("Linear, two adapters", peft_two, fans=DENSE * 2),
         case("Conv1D of transformers", peft(conv1d, fan_in_fan_out=True)),
         case("Embedding", peft(embedding), tokens, ((30, 8),), **of_embedding),
         case("Conv1d", peft(conv(1)), WAVES, CONV1, kind="conv"),
@@ -322,13 +310,11 @@ def _loralib_cases() -> list[Case]:
     merged = {"convention": "merged"}
     of_conv = {"convention": "loralib-conv", "kind": "conv"}
     of_embedding = {"kind": "embedding", "init": "B"}
-    turned = loralib("Linear", IN, OUT, fan_in_fan_out=True)
     q = loralib("MergedLinear", IN, 30, enable_lora=[True, False, False])
     qv = loralib("MergedLinear", IN, 30, enable_lora=[True, False, True])
     grouped = loralib("Conv2d", 4, 8, 3, groups=2)
     return [
         case("Linear", loralib("Linear", IN, OUT)),
-        case("Linear, transposed", turned),
         case("MergedLinear, q", q, None, ((IN, 10),), **merged),
         case("MergedLinear, qv", qv, None, ((IN, 20),), **merged),
         case(
@@ -380,7 +366,6 @@ def _lycoris_cases() -> list[Case]:
     images = (IMAGES, CONV2)
     return [
         case("linear", locon()),
-        case("linear, bypass", locon(bypass_mode=True)),
         case("linear, rs_lora", locon(rs_lora=True), scaling=rslora),
         case("linear, use_scalar", locon(use_scalar=True), **scalar),
         case("linear, DoRA", locon(weight_decompose=True), **dora),
