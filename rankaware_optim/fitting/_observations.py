@@ -212,9 +212,10 @@ def end_of(observations: Sequence[Observation], rank: int | None) -> str:
     """
     of_rank = [o for o in observations if o.rank == rank]
     rates = {o.x for o in of_rank}
-    least = min((o.value for o in of_rank), default=math.inf)
+    finite = (o.value for o in of_rank if math.isfinite(o.value))
+    least = min(finite, default=math.nan)
     best = {o.x for o in of_rank if o.value == least}
-    if math.isinf(least) or len(rates) == 1 or len(best) > 1:
+    if len(rates) == 1 or len(best) != 1:
         return ""
     return {min(rates): "lowest", max(rates): "highest"}.get(best.pop(), "")
 
