@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._optimizers import kept_dtypes
+from .._optimizers import kept_dtypes, known_optimizer
 from .._printing import Table
 from .._types import Factor
 from .._warn import warn
@@ -242,6 +242,7 @@ def trained_parts(opt: Any, rows: Iterable[RateGroup]) -> list[Trained]:
     trained = []
     splits = splits_of(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
+    is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
     for row in rows:
         if row.role == "frozen" or row.family != "sign-like":
             continue
@@ -252,7 +253,9 @@ def trained_parts(opt: Any, rows: Iterable[RateGroup]) -> list[Trained]:
             rates.append(float(split.seen["lr"]))
         params = dict(zip(row.names, row.params, strict=False))
         at, kept = max(rates) * row.multiplier, kept_dtypes(opt, split.group)
-        trained.append(Trained(params, at, kept, opt.state, split.group))
+        trained.append(
+            Trained(params, at, kept, opt.state if is_adam else {}, split.group)
+        )
     return trained
 
 

@@ -32,7 +32,7 @@ class Trained(NamedTuple):
     """Parameters that an optimizer of Adam's or another sign-like family trains at one rate.
 
     params: by name. rate: the highest that is known, per step. kept: the dtypes, by name, in which
-    the optimizer loses no small step. state: the optimizer's, by parameter. group: the user's.
+    the optimizer loses no small step. state: Adam's, by parameter. group: the user's.
     """
 
     params: Mapping[str, Tensor]

@@ -372,6 +372,15 @@ def test_gradients_as_small_as_epsilon_are_said(amsgrad):
     assert [number for number, count in enumerate(said, 1) if count] == [EPSILON_AT]
 
 
+def test_epsilon_of_another_rule_is_not_read():
+    """CAME has two, and Adopt's stands elsewhere in its step."""
+    model = network(torch.float32)
+    kind = type("CAME", (AdamW,), {"__module__": "came_pytorch"})
+    opt = full(model, 1e-3, kind, eps=1.0)
+    assert steps(opt, model, 1) == []
+    assert opt.report().unmoved == ()
+
+
 def test_usual_gradients_are_no_matter_of_epsilon():
     """Nothing is said of usual gradients, of a smaller epsilon, or of A, whose first gradients are zero."""
     model = network(torch.float32)
