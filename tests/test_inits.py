@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import rankaware_optim as ra
-from rankaware_optim.laws import MuA
 from rankaware_optim.sweeps import fit_sweep
 
 from .helpers.models import mlp
@@ -46,7 +45,6 @@ TAKERS = {
     "Recipe.at, full": lambda init: recipe().at(method="full", init=init),
     "suggest_lr": lambda init: ra.suggest_lr(mlp(), init=init),
     "suggest_lr, reference": lambda init: ra.suggest_lr(AT, init=init),
-    "MuA.sigma": lambda init: MuA().sigma(init, 4, 1.0, 64.0),
 }
 BAD = ["C", "b", "", False, 0, 1, ["A"], torch.zeros(2)]
 

@@ -322,7 +322,7 @@ def _configuration(
     except InspectionError:
         if method is not None:
             raise
-        return inspect_model(place.model, method="full").dominant()
+        return Reference(method="full")
 
 
 def _suggested(subject: Any, at: Reference | None, runs: TrainerRuns) -> Rate | None:

@@ -313,8 +313,7 @@ def refuse_iterator(data: Any) -> None:
     """Raise a `CalibrationError` for a stream that can be read once: a trial would use it up."""
     if is_sized(data) or not hasattr(type(data), "__iter__"):
         return
-    first = data if hasattr(data, "__next__") else iter(data)
-    if first is data or iter(data) is first:
+    if iter(data) is iter(data):
         raise CalibrationError(
             f"The data, a {type(data).__name__}, are an iterator that can be read once, and the"
             " trials would use it up.",

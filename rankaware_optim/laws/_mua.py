@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from .._checks import check_choice, check_init
+from .._checks import check_choice
 from .._optimizers import RANK_AWARE, in_force, optimizer_family
 from .._types import Factor, Reference
 from ..errors import LawError
@@ -101,39 +101,26 @@ class MuA(Law):
         return replace(self, family=family, shape_factor=shape_factor)
 
     def multiplier(self, factor: Factor, reference: Reference) -> float:
-        init = "full" if factor.role == "full" else "B" if factor.init == "B" else "A"
-        origin = "full" if reference.method == "full" else reference.init
-        rate = self.sigma(init, factor.rank, factor.scaling, factor.fan_in)
-        base = self.sigma(origin, reference.rank, reference.scaling, reference.fan_in)
-        return rate / base
+        if reference.fan_in is None:
+            raise LawError(
+                "The reference was not resolved: it lacks its fan-in.",
+                "Call reference.resolve(survey), or give fan_in=.",
+            )
+        return self.sigma(factor) / self.sigma(reference.as_factor())
 
     def batch_multiplier(self, ratio: float) -> float:
         return float(ratio ** FORMS[self.family].batch)
 
-    def sigma(
-        self, init: str, rank: int | None, scaling: float, fan_in: float | None
-    ) -> float:
+    def sigma(self, at: Factor) -> float:
         """Return the rate that meets the family's condition at T = 1. As an absolute rate it is
         only a first guess.
-
-        Args:
-            init: "A", "B" or "full".
-            rank: r. Full finetuning has none.
-            scaling: s, dimensionless.
-            fan_in: n.
         """
-        check_init(init, "A law's init is", LawError, known=("A", "B", "full"))
-        if fan_in is None or (rank is None and init != "full"):
-            raise LawError(
-                "The reference was not resolved: it lacks its fan-in or its rank.",
-                "Call reference.resolve(survey), or give fan_in=.",
-            )
         form = FORMS[self.family]
         return form.rate(
-            init,
-            r=_ONE_RANK if form.one_rank else rank or 1,
-            s=scaling,
-            n=fan_in,
+            "full" if at.role == "full" else "B" if at.init == "B" else "A",
+            r=_ONE_RANK if form.one_rank else at.rank or 1,
+            s=at.scaling,
+            n=at.fan_in,
             b=self.effective_tokens,
             shape=self.shape_factor,
         )

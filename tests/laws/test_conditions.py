@@ -13,7 +13,7 @@ from rankaware_optim import MuA
 
 from .sites import sites
 
-# How far a layer's output moves at the rates τ_A, τ_B of a pair, or at the rate τ_A of a whole weight: the left-hand
+# How far a layer's output moves at the rate τ of a pair or of a whole weight: the left-hand
 # sides of the conditions as the docstrings of laws/_mua.py state them, for T = 1, with κ(m) at b tokens.
 
 
@@ -22,23 +22,23 @@ def size(m: float, b: float | None) -> float:
     return m if b is None else (m + 2 / math.pi * m**2 / b) ** 0.5
 
 
-def sign_like(init, tau_a, tau_b, s, r, n, b, shape):
+def sign_like(init, tau, s, r, n, b, shape):
     if init == "full":
-        return size(n, b) * tau_a
-    both = s * size(r, b) * size(n, b) * tau_a * tau_b
+        return size(n, b) * tau
+    both = s * size(r, b) * size(n, b) * tau**2
     if init == "A":
-        return s * size(r, b) * tau_b + both
-    return math.hypot(s * size(n, b) * tau_a, both)
+        return s * size(r, b) * tau + both
+    return math.hypot(s * size(n, b) * tau, both)
 
 
-def spectral(init, tau_a, tau_b, s, r, n, b, shape):
+def spectral(init, tau, s, r, n, b, shape):
     scaled = {
         "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
         "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
     }[shape]
     if init == "full":
-        return scaled(n, n) * tau_a
-    of_a, of_b = scaled(r, n) * tau_a, scaled(n, r) * tau_b
+        return scaled(n, n) * tau
+    of_a, of_b = scaled(r, n) * tau, scaled(n, r) * tau
     m = min(1.0, r / (b or 1.0) + r / n) ** 0.5
     if init == "A":
         return s * of_b * (r / n) ** 0.5 + s * of_a * of_b * m
@@ -46,32 +46,26 @@ def spectral(init, tau_a, tau_b, s, r, n, b, shape):
     return math.hypot(s * of_a * drawn * m, s * of_a * of_b * m)
 
 
-def gradient_like(init, tau_a, tau_b, s, r, n, b, shape):
+def gradient_like(init, tau, s, r, n, b, shape):
     b = b or 1.0
     if init == "full":
-        return tau_a * n**0.5 * (n + b) ** 0.5
-    k, ratio = min(b, n), tau_b / tau_a
-    z = math.sinh(s * (n**2 + 2 * b * n) ** 0.5 * (tau_a * tau_b) ** 0.5) ** 2
+        return tau * n**0.5 * (n + b) ** 0.5
+    k = min(b, n)
+    z = math.sinh(s * (n**2 + 2 * b * n) ** 0.5 * tau) ** 2
     if init == "A":
-        return (s**2 * ratio * z * (1 + z) * r * (r + k + 1) / n**2) ** 0.5
-    return (s**2 / ratio * z * ((1 + z) * (1 + (k + 1) / r) + max(n - k, 0) / r)) ** 0.5
+        return (s**2 * z * (1 + z) * r * (r + k + 1) / n**2) ** 0.5
+    return (s**2 * z * ((1 + z) * (1 + (k + 1) / r) + max(n - k, 0) / r)) ** 0.5
 
 
-def relative_scale(init, tau_a, tau_b, s, r, n, b, shape):
-    def from_zero(tau):
-        return tau / 4 * math.exp(tau - tau / 4)
-
+def relative_scale(init, tau, s, r, n, b, shape):
+    from_zero = s * tau / 4 * math.exp(tau - tau / 4)
+    whole = size(n, b) * math.sinh(tau) / n**0.5
     if init == "full":
-        return size(n, b) * math.sinh(tau_a) / n**0.5
+        return whole
     if init == "A":
-        return (
-            s
-            * size(r, b)
-            * from_zero(tau_b)
-            * (1 + size(n, b) * math.sinh(tau_a) / n**0.5)
-        )
-    one = s * size(n, b) * from_zero(tau_a)
-    return math.hypot(one, one * size(r, b) * math.sinh(tau_b) / r**0.5)
+        return from_zero * size(r, b) * (1 + whole)
+    one = from_zero * size(n, b)
+    return math.hypot(one, one * size(r, b) * math.sinh(tau) / r**0.5)
 
 
 CONDITIONS: dict[str, tuple[Callable[..., float], int | None]] = {
@@ -91,11 +85,11 @@ def root(law: MuA, init: str, rank: int, scaling: float, fan_in: float) -> float
     def moved(tau: float) -> float:
         others = scaling, one_rank or rank, fan_in, law.tokens, law.shape_factor
         try:
-            return condition(init, tau, tau, *others)
+            return condition(init, tau, *others)
         except OverflowError:
             return math.inf
 
-    low, high = -200.0, 60.0  # log2 τ_A
+    low, high = -200.0, 60.0  # log2 τ
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if moved(2.0**middle) < 1.0 else (low, middle)
@@ -112,7 +106,7 @@ def test_multipliers_are_ratios_of_roots(family, to, origin, b, shape):
     law = MuA(b, family, "match_rms_adamw" if shape else "original")
     base = root(law, *origin)
     tau = root(law, *to)
-    assert law.sigma(*to) == pytest.approx(tau, rel=1e-9)
+    assert law.sigma(to.factor()) == pytest.approx(tau, rel=1e-9)
     assert law.multiplier(to.factor(), origin.reference()) == pytest.approx(
         tau / base, rel=1e-9
     )
