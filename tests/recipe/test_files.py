@@ -8,11 +8,12 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,12 @@ from rankaware_optim import (
 from rankaware_optim._checks import RANGES
 from rankaware_optim.errors import PlotError
 from rankaware_optim.reports import report_html
+from rankaware_optim.sweeps import fit_sweep
 
+from ..helpers.calibrations import bowl
+from ..helpers.damage import damaged
 from ..helpers.models import mlp
-from ..helpers.recipes import RECIPE, TENSORS, trials_of
+from ..helpers.recipes import KINDS, RECIPE, TENSORS, trials_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "recipes" / "SCHEMA.md"
@@ -418,3 +422,77 @@ def test_a_torn_save_leaves_a_recipe(tmp_path):
     assert found["killed"] == sorted(found["killed"], reverse=True)
     assert {*found["killed"]} == {*found["read"]} == {"old", "new"}
     assert found["saved"]
+
+
+# --- files that were damaged ----------------------------------------------------------------------------------------
+
+SHIPPED = ROOT / "recipes" / "language-b.toml"
+SWEEP = "rank,alpha,fan_in,lr,loss\n" + "".join(
+    f"{rank},{rank},64,{2.0**x},{bowl(x + 8)}\n"
+    for rank in (4, 64)
+    for x in range(-12, -4)
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A recipe's two files, and a sweep's."""
+    folder = tmp_path_factory.mktemp("files")
+    for path in SHIPPED.parent.glob(f"{SHIPPED.stem}.*"):
+        shutil.copy(path, folder)
+    (folder / "sweep.csv").write_text(SWEEP)
+    return folder
+
+
+DAMAGED = [
+    # the file that is damaged, the one that is read, and how
+    ("language-b.toml", "language-b.toml", ra.Recipe.load),
+    ("language-b.trials.safetensors", "language-b.toml", ra.Recipe.load),
+    ("sweep.csv", "sweep.csv", fit_sweep),
+]
+
+
+@pytest.mark.parametrize(("name", "given_name", "read"), DAMAGED)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_or_gives_rates(files, name, given_name, read, data):
+    """Whatever happens to one of the files, there is an error of ours, or a rate in a finite band."""
+    path, whole = files / name, (files / name).read_bytes()
+    path.write_bytes(data.draw(damaged(whole)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ra.RankAwareWarning)
+            rate = read(files / given_name).at(16)
+    except ra.RankAwareError:
+        return
+    finally:
+        path.write_bytes(whole)
+    assert 0 < rate.low <= rate.lr <= rate.high < math.inf
+
+
+# --- equality, and tags ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Recipe)])
+def test_every_value_is_compared(name):
+    """Recipes that differ in one value differ, but not those of which one lacks its file of trials."""
+    made = KINDS["two ranks"]
+    is_table = isinstance(getattr(made, name), dict)
+    other = replace(made, **{name: {"another": 1} if is_table else "another"})
+    assert (made == other) == (name == "missing")
+    assert other == replace(other)
+
+
+def test_nan_equals_nan():
+    """Trials with the same NaN are alike."""
+    damaged = KINDS["damaged curves"]
+    copies = {name: array.copy() for name, array in damaged.tensors.items()}
+    assert replace(damaged, tensors=copies) == damaged
+
+
+def test_the_hashes_stay():
+    """Shipped recipes keep the tags that states made with them carry: else they would be taken for others."""
+    paths = sorted(SHIPPED.parent.glob("*.toml"))
+    tags = [Recipe.load(path).tag for path in paths]
+    assert [tag.split()[1] for tag in tags] == [path.stem for path in paths]
+    digest = hashlib.sha256("\n".join(tags).encode()).hexdigest()
+    assert digest[:12] == "77f51ff00ab4", tags
