@@ -29,7 +29,6 @@ from rankaware_optim._optimizers import optimizer_family
 from rankaware_optim.inspection import Survey
 from rankaware_optim.laws import (
     beyond_batches,
-    caution_of,
     checked_batch_multiplier,
     checked_multiplier,
     get_law,
@@ -236,14 +235,6 @@ def test_words_say_what_differs_from_the_defaults(law, title):
     """A law in words is its name with what differs from its defaults, inner laws alike; the default one is that."""
     sentence = title.removeprefix("law ").replace("default law", "falling")
     assert (law_title(law), law_sentence(law)) == (title, sentence)
-
-
-@pytest.mark.parametrize("far", [1e-4, 1e4])
-def test_a_far_move_has_a_caution(far):
-    """A multiplier beyond 1e-4 to 1e4 is said, and the range with it."""
-    assert not caution_of(far)
-    beyond = far * (1.01 if far > 1 else 0.99)
-    assert f"by {beyond:.3g}, beyond 0.0001 to 10000" in caution_of(beyond)
 
 
 # --- by name --------------------------------------------------------------------------------------------------------

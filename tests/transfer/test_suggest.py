@@ -293,22 +293,18 @@ def call(*arguments):
     return CliRunner().invoke(main, ["suggest", *map(str, arguments)])
 
 
-AT_32 = "--rank 16 --alpha 32"
 COMMANDS = [
-    (AT_32, Reference(16, 32), {}),
     (
-        f"{AT_32} --rslora --fan-in 768",
-        *(Reference(16, 32, rslora=True, fan_in=768), {}),
+        "--rank 16 --alpha 32 --init B --task rl",
+        Reference(16, 32, init="B"),
+        {"task": "rl"},
     ),
-    (f"{AT_32} --init B --task chat", Reference(16, 32, init="B"), {"task": "chat"}),
     (
-        f"{AT_32} --init pissa --dora",
-        *(Reference(16, 32), {"init": "pissa", "dora": True}),
+        "--rank 16 --alpha 32 --rslora --fan-in 768 --init pissa --dora --steps 4000 --optimizer Lion",
+        Reference(16, 32, rslora=True, fan_in=768),
+        {"init": "pissa", "dora": True, "steps": 4000, "optimizer": "Lion"},
     ),
     ("--full --fan-in 4096", replace(FULL, fan_in=4096), {}),
-    (f"{AT_32} --task rl", Reference(16, 32), {"task": "rl"}),
-    (f"{AT_32} --steps 4000", Reference(16, 32), {"steps": 4000}),
-    ("--rank 8 --alpha 8 --optimizer Lion", Reference(8, 8), {"optimizer": "Lion"}),
 ]
 
 

@@ -1,32 +1,33 @@
-"""The wrapper on a CUDA device: what a CPU cannot run, every parameter against AdamW by hand."""
+"""The wrapper on a CUDA device: what a CPU cannot run, beside the native class with every rate written out."""
 
 from __future__ import annotations
+
+import copy
+import os
 
 import pytest
 import torch
 from torch import nn
 
-from ...helpers.models import same
-from .by_hand import (
-    BETAS,
-    DECAY,
-    DEVICE,
-    EPS,
-    LR,
-    ByHand,
-    gradients,
-    inputs,
-    loss_of,
-    needs_cuda,
-    needs_device,
-    new_model,
-    ours,
-    rates,
-    values,
-)
+from rankaware_optim import RankAwareOptimizer, Reference
 
+from ...helpers.models import batches, mlp, snapshot
+from ...helpers.optimizers import multiplier
+
+DEVICE = os.environ.get("RANKAWARE_DEVICE", "cuda")
+# bitsandbytes keeps tensors of fewer than 4,096 entries in 32 bits
+WIDTH, RANKS = 1024, (4, 32)
+LR, STEPS = 1e-3, 4
+SETTINGS = {"weight_decay": 0.1, "betas": (0.9, 0.99)}
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="There is no CUDA device here."
+)
 pytestmark = [
-    needs_device,
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(),
+        reason="There is no CUDA device here. RANKAWARE_DEVICE=cpu runs what a CPU can.",
+    ),
     # Libraries of a device warn of their own affairs; ours stay errors.
     pytest.mark.filterwarnings(
         "ignore::UserWarning",
@@ -35,23 +36,52 @@ pytestmark = [
         "error::rankaware_optim.RankAwareWarning",
     ),
 ]
-
 KERNELS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=str)
 
 
-def trained(model, opt, forward=loss_of):
-    """Steps of plain training beside the update by hand."""
-    hand = ByHand(model)
-    for x in inputs():
-        opt.zero_grad()
-        forward(model, x).backward()
-        hand.step(gradients(model))
-        opt.step()
-    return hand
+def new_model():
+    """Two adapted layers of ranks 4 and 32, and a head."""
+    return mlp(RANKS, width=WIDTH, seed=3).to(DEVICE)
 
 
-# --- kernels and rates ----------------------------------------------------------------------------------------------
+def ours(model, kind, lr, **settings):
+    own = {"lr": lr, "tuned_at": Reference(rank=16, alpha=16)}
+    return RankAwareOptimizer(model, kind, **own, **SETTINGS, **settings)
+
+
+def by_hand(model, kind, lr, **settings):
+    """The native class, with a group a parameter."""
+    groups = []
+    for name, param in model.named_parameters():
+        rank = RANKS[int(name[5])] if name.startswith("layer") else None
+        if param.requires_grad:
+            moved = lr * multiplier(rank, width=WIDTH)
+            groups.append({"params": [param], "lr": moved})
+    assert len({float(group["lr"]) for group in groups}) == len(RANKS) + 1
+    return kind(groups, lr=lr, **SETTINGS, **settings)
+
+
+def agrees(train, within=1e-3, *, kind=torch.optim.AdamW, make=new_model, **settings):
+    """What `train(model, opt)` leaves is the same by ours and by hand, within a share of the rate."""
+    ends = []
+    for build in (ours, by_hand):
+        model = make()
+        start = snapshot(model)
+        train(model, build(model, kind, **copy.deepcopy({"lr": LR, **settings})))
+        ends.append(snapshot(model))
+        assert not torch.equal(*(end["layer1.lora_B"] for end in (start, ends[-1])))
+    for name, is_ in ends[0].items():
+        near = {"rtol": 1e-6, "atol": within * LR, "msg": name}
+        torch.testing.assert_close(is_, ends[1][name], **near)
+
+
+def inputs(steps=STEPS):
+    yield from (x.to(DEVICE) for x in batches(steps, width=WIDTH))
+
+
+def loss_of(model, x):
+    return (model(x).float() - x[:, :3].float().sin()).square().mean()
 
 
 def in_bf16(model, x):
@@ -59,92 +89,80 @@ def in_bf16(model, x):
         return loss_of(model, x)
 
 
+def steps(model, opt, forward=loss_of, step=None):
+    for x in inputs():
+        opt.zero_grad()
+        forward(model, x).backward()
+        (step or opt.step)()
+
+
+# --- kernels and rates ----------------------------------------------------------------------------------------------
+
+
 @each_kernel
 @pytest.mark.parametrize("forward", [loss_of, in_bf16])
 def test_every_kernel_trains_at_the_laws_rates(kernel, forward):
     """for-loop, foreach and fused AdamW on the device update every parameter as by hand, also under autocast."""
-    model = new_model()
-    trained(model, ours(model, **kernel), forward).agrees(model)
+    agrees(lambda model, opt: steps(model, opt, forward), **kernel)
 
 
 @each_kernel
 def test_a_rate_on_the_device_follows_its_schedule(kernel):
-    """A base rate that is a tensor on the device, filled between steps, is read at every step."""
+    """A base rate that is a tensor on the device, changed between steps, is read at every step."""
     if kernel == {"foreach": True}:
         kernel = {"foreach": True, "capturable": DEVICE == "cuda"}
         if DEVICE == "cpu":
             pytest.skip(
                 "foreach with a tensor rate asks for capturable, which is CUDA's."
             )
-    model, lr = new_model(), torch.tensor(LR, device=DEVICE)
-    opt, hand = ours(model, lr=lr, **kernel), ByHand(model)
-    for i, x in enumerate(inputs()):
-        for group in opt.param_groups:
-            group["lr"].fill_(LR / (i + 1))
-        opt.zero_grad()
-        loss_of(model, x).backward()
-        hand.step(gradients(model), LR / (i + 1))
-        opt.step()
-    hand.agrees(model)
 
+    def train(model, opt):
+        for x in inputs():
+            opt.zero_grad()
+            loss_of(model, x).backward()
+            opt.step()
+            for group in opt.param_groups:
+                group["lr"].mul_(0.5)
 
-# --- precision ------------------------------------------------------------------------------------------------------
+    agrees(train, lr=torch.tensor(LR, device=DEVICE), **kernel)
 
 
 @each_kernel
 @pytest.mark.parametrize("infinite", [None, 2])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler_in_fp16(kernel, infinite, unscale):
-    """fp16 under GradScaler: updates are those of the unscaled gradients, and a step with an infinite one is left."""
-    model = new_model()
-    opt, hand = ours(model, **kernel), ByHand(model)
-    scaler = torch.amp.GradScaler(DEVICE, init_scale=128.0)
-    for i, x in enumerate(inputs()):
-        opt.zero_grad()
-        scale = scaler.get_scale()
-        with torch.autocast(DEVICE, dtype=torch.float16):
-            loss = loss_of(model, x)
-        scaler.scale(loss).backward()
-        if i == infinite:
-            model.head.weight.grad[0, 0] = torch.inf
-        if unscale:
-            scaler.unscale_(opt)
-        if i != infinite:
-            hand.step(gradients(model, 1.0 if unscale else scale))
-        scaler.step(opt)
-        scaler.update()
-        assert scaler.get_scale() == scale * (0.5 if i == infinite else 1.0)
-    hand.agrees(model)
+    """fp16 under GradScaler: updates are those by hand, and a step with an infinite gradient is left."""
 
+    def train(model, opt):
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=128.0)
+        for i, x in enumerate(inputs()):
+            opt.zero_grad()
+            scale = scaler.get_scale()
+            with torch.autocast(DEVICE, dtype=torch.float16):
+                loss = loss_of(model, x)
+            scaler.scale(loss).backward()
+            if i == infinite:
+                model.head.weight.grad[0, 0] = torch.inf
+            if unscale:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            assert scaler.get_scale() == scale * (0.5 if i == infinite else 1.0)
 
-# --- bitsandbytes ---------------------------------------------------------------------------------------------------
-
-
-def bitsandbytes(name):
-    return getattr(pytest.importorskip("bitsandbytes").optim, name)
+    agrees(train, **kernel)
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit"])
 def test_bitsandbytes_in_8_bits(name):
-    """With moments in 8 bits it is, bit for bit, bitsandbytes' class with every rate written out, paged or not."""
-    ends = []
-    for make in (ours, groups_by_hand):
-        model = new_model()
-        opt = make(model, bitsandbytes(name))
-        for x in inputs():
-            opt.zero_grad()
-            loss_of(model, x).backward()
-            opt.step()
+    """With moments in 8 bits, paged or not, it is bitsandbytes' class with every rate written out."""
+
+    def train(model, opt):
+        steps(model, opt)
         assert opt.state[model.layer1.lora_A]["state1"].dtype is torch.uint8
-        ends.append(values(model))
-    assert same(*ends)
 
-
-def groups_by_hand(model, kind):
-    named = rates().items()
-    groups = [{"params": [model.get_parameter(n)], "lr": rate} for n, rate in named]
-    return kind(groups, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)
+    kind = getattr(pytest.importorskip("bitsandbytes").optim, name)
+    agrees(train, 0.0, kind=kind)
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
@@ -153,45 +171,39 @@ def groups_by_hand(model, kind):
 @needs_cuda
 def test_a_captured_step_reads_gradient_and_rate():
     """A step captured in a CUDA graph, capturable with a tensor rate, follows both at every replay."""
-    model, lr = new_model(), torch.tensor(LR, device="cuda")
-    opt = ours(model, lr=lr, capturable=True)
-    hand = ByHand(model)
-    first, *others = inputs()
-    loss_of(model, first).backward()
-    hand.step(gradients(model))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # one step makes the moments
-        opt.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # which captures, and does not step
-        opt.step()
-    hand.agrees(model)
-    for i, x in enumerate(others, 2):
-        opt.zero_grad(set_to_none=False)  # the graph reads these tensors
-        loss_of(model, x).backward()
-        for group in opt.param_groups:
-            group["lr"].fill_(LR / i)
-        hand.step(gradients(model), LR / i)
-        graph.replay()
-    hand.agrees(model)
+
+    def train(model, opt):
+        first, *others = inputs()
+        loss_of(model, first).backward()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # one step makes the moments
+            opt.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # which captures, and does not step
+            opt.step()
+        for x in others:
+            opt.zero_grad(set_to_none=False)  # the graph reads these tensors
+            loss_of(model, x).backward()
+            for group in opt.param_groups:
+                group["lr"].mul_(0.5)
+            graph.replay()
+
+    agrees(train, lr=torch.tensor(LR, device=DEVICE), capturable=True)
 
 
 @needs_cuda
 @pytest.mark.parametrize("kernel", [{}, {"capturable": True}], ids=str)
 def test_a_step_compiled_by_inductor(kernel):
     """torch.compile(opt.step) with its own backend updates as by hand."""
-    model = new_model()
-    opt, hand = ours(model, **kernel), ByHand(model)
-    torch.compiler.reset()
-    step = torch.compile(opt.step)
-    for x in inputs():
-        opt.zero_grad()
-        loss_of(model, x).backward()
-        hand.step(gradients(model))
-        step()
-    hand.agrees(model, 5e-3)
+
+    def train(model, opt):
+        torch.compiler.reset()
+        is_ours = isinstance(opt, RankAwareOptimizer)
+        steps(model, opt, step=torch.compile(opt.step) if is_ours else opt.step)
+
+    agrees(train, 5e-3, **kernel)
 
 
 # --- sharding on one device -----------------------------------------------------------------------------------------
@@ -222,8 +234,7 @@ def sharded(mesh, **settings) -> nn.Module:
 @each_kernel
 def test_fsdp2_on_one_device(one_process, kernel):
     """fully_shard's DTensors are updated as by hand."""
-    model = sharded(one_process)
-    trained(model, ours(model, **kernel)).agrees(model)
+    agrees(steps, make=lambda: sharded(one_process), **kernel)
 
 
 @needs_cuda
@@ -232,10 +243,9 @@ def test_cpu_offload(one_process, kernel):
     """With parameters and moments on the CPU the step runs there, and updates as by hand."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    model = sharded(one_process, offload_policy=CPUOffloadPolicy())
-    opt = ours(model, **kernel)
-    trained(model, opt).agrees(model)
-    assert {p.device.type for group in opt.param_groups for p in group["params"]} == {
-        "cpu"
-    }
-    assert opt.state[model.layer0.lora_A]["exp_avg"].device.type == "cpu"
+    def train(model, opt):
+        steps(model, opt)
+        assert opt.state[model.layer0.lora_A]["exp_avg"].device.type == "cpu"
+
+    policy = CPUOffloadPolicy()
+    agrees(train, make=lambda: sharded(one_process, offload_policy=policy), **kernel)

@@ -355,12 +355,6 @@ def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
     assert len(_hold_out(made)) == 16
 
 
-def test_the_score_is_a_loss_and_no_note_says_otherwise(tmp_path):
-    """The recipe of a trainer has held-out losses."""
-    recipe = ra.calibrate(trainer(tmp_path), "adamw", save=False, **TWO)
-    assert not any("training losses" in note for note in recipe.notes)
-
-
 def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
     """Where no rate earns more, GRPO has the suggested rate for reinforcement learning, and says so."""
     made = grpo(tmp_path, lambda completions, **_: [1.0] * len(completions))

@@ -1,4 +1,4 @@
-"""Real runs of a few steps by Lightning: automatic and manual optimization, checkpoints, logs, its own wrappers."""
+"""Real runs of a few steps by Lightning: automatic and manual optimization, checkpoints, logs."""
 
 from __future__ import annotations
 
@@ -171,28 +171,3 @@ def test_two_optimizers_rates_are_logged_by_number_and_interval(
         values = [row[f"{number}/lr/r{rank}"] for row in found]
         rates = [float(value) for value in values if value]
         assert rates == pytest.approx([LR * multiplier(rank)] * rows)
-
-
-# --- its own wrappers -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("package", ["lightning", "fabric"])
-def test_a_group_added_through_lightning_is_scaled(package):
-    """add_param_group of the optimizer that Lightning or Fabric puts around ours gives the group its own rate."""
-    model = mlp((4, 8))
-    late = [model.layer1.lora_A, model.layer1.lora_B]
-    for param in late:
-        param.requires_grad_(False)
-    opt = ours(model)
-    if package == "fabric":
-        outer = lightning.Fabric(accelerator="cpu", devices=1).setup(model, opt)[1]
-    else:
-        outer = lightning.pytorch.core.optimizer.LightningOptimizer(opt)
-    for param in late:
-        param.requires_grad_(True)
-    outer.add_param_group({"params": late})
-    assert opt.param_groups[1]["params"] == late
-    added = [group for group in opt.rates.groups if group.rank == 8]
-    assert [p for group in added for p in group.params] == late
-    rates = [group.multiplier for group in added]
-    assert rates == pytest.approx([multiplier(8)] * 2)

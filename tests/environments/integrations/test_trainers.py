@@ -362,16 +362,6 @@ def test_a_trainer_that_cannot_be_attached_to_is_refused(tmp_path, make, act, se
         act(trainer)
 
 
-@pytest.mark.parametrize("kind", TRL)
-def test_trls_default_rate_is_not_taken_for_a_tuned_one(tmp_path, kind):
-    """The rate at which a trainer of TRL trains if nobody sets one, for LoRA too, is refused."""
-    trainer = of_trl(kind, llama(), tmp_path)
-    rate = type(trainer.args)(str(tmp_path), use_cpu=True).learning_rate
-    trainer.args.learning_rate = rate
-    with pytest.raises(OptimizerError, match="attach was given no rate"):
-        attach(trainer)
-
-
 @pytest.mark.parametrize("given", [{}, {"lr": 3e-4}], ids=["arguments", "attach"])
 def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, given):
     """Wherever the rate came from, a search's trial trains at the one that it tries, also at the arguments' own."""
@@ -440,23 +430,6 @@ def test_a_plain_runs_checkpoint_is_resumed(tmp_path, schedule):
     assert len(logs) == STEPS - 3
     for entry in logs:
         assert entry["lr/r4"] == pytest.approx(entry["learning_rate"] * multiplier(4))
-
-
-def test_a_scheduler_of_ones_own_takes_a_value_for_each_of_trainers_groups(tmp_path):
-    """A list of two, as Trainer's own optimizer takes it, also where nothing is spared the decay."""
-
-    class OfItsOwn(transformers.Trainer):
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            each = [lambda step: 0.5, lambda step: 0.25]
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, each)
-            return self.lr_scheduler
-
-    for model in (llama(), with_norms_and_biases()):
-        args = arguments(tmp_path, max_steps=1, save_strategy="no")
-        trainer = attached(OfItsOwn(model, args, train_dataset=tokens()))
-        trainer.train()
-        groups = trainer.optimizer.param_groups
-        assert [group["lr"] / LR for group in groups] == [0.5, 0.25]
 
 
 # --- what trainers do with it ---------------------------------------------------------------------------------------
