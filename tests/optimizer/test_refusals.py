@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -32,29 +30,9 @@ LR = 1e-2
 AT_16 = Reference(rank=16, alpha=16)
 
 
-@dataclass(frozen=True)
-class Strange(ra.Law):
-    """A third-party law that answers as it is given."""
-
-    by_batch: float = 1.0
-    bound: object = ...
-    moved: float = 1.0
-    name: ClassVar[str] = "strange"
-
-    def bind(self, optimizer_class, settings):
-        return self if self.bound is ... else self.bound
-
-    def batch_multiplier(self, ratio):
-        return self.by_batch
-
-    def multiplier(self, factor, reference):
-        return self.moved
-
-
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 NO_RATES = (0, -1.0, math.nan, math.inf, "1e-3", True)
-AT_BATCH = {"tuned_at": Reference(16, 16, batch=1), "batch": 2}
 # by the field that the error names: arguments that it cannot have
 BAD = {
     "lr": [
@@ -75,9 +53,6 @@ BAD = {
     "law": [
         {"law": "nua"},
         {"law": "mua", "lr": None, "recipe": RECIPE},
-        {"law": Strange(bound=None)},
-        {"law": Strange(moved=-1.0)},
-        {"law": Strange(by_batch=math.nan), **AT_BATCH},
     ],
     "multiplier": [
         {"law": Power(exponent=2.0), "lr": 5e-324, "tuned_at": AT_16},

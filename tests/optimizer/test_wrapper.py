@@ -214,12 +214,9 @@ def test_a_part_of_the_model_is_named_by_the_whole():
 
 NAMES = [
     ("adamw", AdamW),
-    ("AdamW", AdamW),
     ("SGD", torch.optim.SGD),
     ("torch.optim:radam", torch.optim.RAdam),
-    ("torch.optim.AdamW", AdamW),
     ("torch.optim.adamw.AdamW", AdamW),
-    ("torch.optim.radam", torch.optim.RAdam),
     (torch.optim.NAdam, torch.optim.NAdam),
 ]
 
@@ -234,7 +231,6 @@ def test_classes_by_name(name, kind):
 PACKAGES = [
     ("class Lamb: pass", "Unknown optimizer 'Lamb' in own_optimizer"),
     ("raise SystemExit(3)", "'own_optimizer' cannot be imported: 3"),
-    ("raise OSError(3)", "'own_optimizer' cannot be imported: 3"),
     ("from torch.optim import SGD as Lamb", None),
 ]
 
