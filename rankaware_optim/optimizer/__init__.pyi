@@ -1,5 +1,4 @@
 from ._assign import Assigner as Assigner
-from ._assign import Explicit as Explicit
 from ._assign import make_assigner as make_assigner
 from ._assign import notes_of as notes_of
 from ._rates import RateGroup as RateGroup

@@ -10,20 +10,15 @@ that is built.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
-from .._checks import check_lr, plain_lr
 from .._optimizers import optimizer_family
-from .._rate import Rate
 from .._types import Factor, Method, Reference, width_for
 from .._warn import warn
-from ..errors import OptimizerError
 from ..inspection import (
     LAWLESS,
-    Rated,
     Survey,
     dense,
     is_other_adapter,
@@ -69,41 +64,6 @@ class Assigned:
     why: str = reason_of_other(None)
 
 
-@dataclass(frozen=True)
-class Explicit:
-    """Rates that the user gave outright: by name pattern, and of what is no factor."""
-
-    rates: Mapping[str, float | Rate] = field(default_factory=dict)
-    other_lr: float | Rate | None = None
-
-    def __post_init__(self) -> None:
-        for pattern, rate in self.rates.items():
-            check_lr(rate, f"rates[{pattern!r}]")
-        if self.other_lr is not None:
-            check_lr(self.other_lr, "other_lr")
-
-    def check_patterns(self, names: Sequence[str]) -> None:
-        """Raise if a pattern of `rates` matches none of the trainable parameters."""
-        for pattern in self.rates:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise OptimizerError(
-                    f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable"
-                    " parameters.",
-                    f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
-                )
-
-    def rate_of(self, name: str, other: bool = False) -> Rated | None:
-        """Return the rate of the first pattern that matches `name`, else `other_lr` if it is no
-        factor (`other`), or None.
-        """
-        for pattern, rate in self.rates.items():
-            if fnmatchcase(name, pattern):
-                return Rated(float(rate), "given by rates=")
-        if other and self.other_lr is not None:
-            return Rated(plain_lr(self.other_lr), "given by other_lr=")
-        return None
-
-
 class Move(NamedTuple):
     """From where to where a law moves a model's rates: a reference with its fan-in, and the model's
     width, see `width_for`.
@@ -129,7 +89,6 @@ class Assigner:
     """
 
     source: Source
-    explicit: Explicit
     method: Method
     moves: Mapping[str, Move]
     optimizer: type | None = None
@@ -172,7 +131,7 @@ class Assigner:
             what = replace(what, role=factor.role, rank=factor.rank)
         if factor is not None and factor.role != "full":
             what = replace(what, scaling=factor.scaling, init=factor.init)
-        given = self.explicit.rate_of(name, other=factor is None)
+        given = self.source.rate_of(name, other=factor is None)
         if given is not None:
             return replace(what, given=given.lr, why=given.reason)
         if factor is None and self.method == "full":
@@ -245,7 +204,6 @@ def _model_number(factor: Factor) -> str:
 def make_assigner(
     survey: Survey,
     source: Source,
-    explicit: Explicit,
     method: Method,
     optimizer: type | None = None,
     settings: Settings | None = None,
@@ -256,14 +214,14 @@ def make_assigner(
 
     are_several: whether the survey is of several models, whose numbers begin its names.
     """
-    explicit.check_patterns([*(f.name for f in survey.factors), *survey.other])
+    source.check_given([*(f.name for f in survey.factors), *survey.other])
     reference = source.reference
     if reference is None:  # without pairs no rate is moved
         reference = survey.dominant() if survey.factors else Reference(method="full")
     by_model: dict[str, list[Factor]] = {"": []}
     for factor in survey.factors:
         # a factor with a rate of its own does not count for the width
-        if explicit.rate_of(factor.name) is None:
+        if source.rate_of(factor.name) is None:
             by_model[""].append(factor)
             if are_several:
                 by_model.setdefault(_model_number(factor), []).append(factor)
@@ -272,7 +230,7 @@ def make_assigner(
         of_model = Survey(tuple(factors))
         width = width_for(of_model, method, reference.init)
         moves[number] = Move(reference.resolve(of_model), width)
-    return Assigner(source, explicit, method, moves, optimizer, settings or {})
+    return Assigner(source, method, moves, optimizer, settings or {})
 
 
 # --- what a report says of the rates --------------------------------------------------------------
@@ -307,7 +265,7 @@ def _kinds_without_a_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     """Return the kinds of adapters that no law covers, by their parameters. Those of no A and B are
     of interest where a rate is moved from a reference.
     """
-    kinds, rate_of = dict[str, str](), assigner.explicit.rate_of
+    kinds, rate_of = dict[str, str](), assigner.source.rate_of
     for factor in survey.factors:
         if factor.init == "other" and rate_of(factor.name) is None:
             kinds[factor.name] = LAWLESS.get(factor.kind, _NO_ZERO)

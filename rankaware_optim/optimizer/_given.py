@@ -21,7 +21,6 @@ from .._optimizers import defaults_of, get_optimizer_class, in_force, known_opti
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
 from ..inspection import Walk, walk
-from ._assign import Explicit
 from ._source import Settings, Source
 
 Group = dict[str, Any]
@@ -110,7 +109,7 @@ def _options(given: Any) -> Group:
 def refuse_outside(
     groups: Iterable[UserGroup],
     held: Collection[nn.Parameter],
-    explicit: Explicit,
+    source: Source,
     *,
     built: bool = False,
 ) -> None:
@@ -124,7 +123,7 @@ def refuse_outside(
     outside = [(group, name) for group, name, param in listed if param not in held]
     for group, name in outside:
         in_group = "lr" in group.options and not built
-        is_rated = in_group or explicit.rate_of(name, other=True) is not None
+        is_rated = in_group or source.rate_of(name, other=True) is not None
         if not is_rated or len(outside) == len(listed):
             raise OptimizerError(
                 f"The parameter {name} belongs to no model given, so its rank is unknown and its"
@@ -284,7 +283,7 @@ def refuse_own_rates(
 
 
 def with_base_lr(
-    source: Source, wrapped: Wrapped, groups: Iterable[UserGroup], explicit: Explicit
+    source: Source, wrapped: Wrapped, groups: Iterable[UserGroup]
 ) -> Source:
     """Return the source with a base rate: a number or a tensor that is given, else the optimizer's
     default, which was not tuned. That is refused where a reference says that it was, and warned of
@@ -298,7 +297,7 @@ def with_base_lr(
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
     without = chain(*(g.named for g in groups if "lr" not in g.options))
-    is_used = any(explicit.rate_of(name) is None for name, _ in without)
+    is_used = any(source.rate_of(name) is None for name, _ in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
             f"No lr= was given, and {kind}'s default, {default}, is not tuned.",

@@ -15,7 +15,7 @@ from .._optimizers import in_force
 from .._types import Init, Method
 from .._warn import warn
 from ..inspection import Models, Survey, as_one_model, survey_of, walk
-from ._assign import Assigner, Explicit, make_assigner, notes_of
+from ._assign import Assigner, make_assigner, notes_of
 from ._given import (
     UserGroup,
     Wrapped,
@@ -34,7 +34,6 @@ def prepare(
     model: nn.Module,
     wrapped: Wrapped,
     source: Source,
-    explicit: Explicit,
     method: Method,
     init: Init | None,
 ) -> Hidden:
@@ -44,8 +43,7 @@ def prepare(
         params: a model, parameters or groups.
         model: the model that holds the adapters.
         wrapped: the optimizer.
-        source: of the base rate.
-        explicit: rates that were given outright.
+        source: of the rates.
         method: "lora" or "full".
         init: the adapters' init if it cannot be read.
     """
@@ -53,7 +51,7 @@ def prepare(
     walked = walk(model)
     groups = user_groups(params, model, walked)
     held = {param for _, param in walked.parameters}
-    refuse_outside(groups, held, explicit, built=built is not None)
+    refuse_outside(groups, held, source, built=built is not None)
     refuse_own_rates(native, groups, settings)
     # only what trains decides where a rate counts as tuned, and is spoken of
     trained = survey = survey_of(walked, method=method, init=init)
@@ -64,10 +62,10 @@ def prepare(
     if built is not None and source.lr is not None:  # a recipe's replaces theirs
         for group in groups:
             group.options["lr"] = source.lr
-    source = with_base_lr(source, wrapped, groups, explicit)
+    source = with_base_lr(source, wrapped, groups)
     are_several = isinstance(model, Models)
     assigner = make_assigner(
-        trained, source, explicit, method, native, settings, are_several=are_several
+        trained, source, method, native, settings, are_several=are_several
     )
     splits = split(groups, assigner, survey, None if built is None else built.state)
     notes = (*notes_of(assigner, trained), *_of_parts(assigner, splits))

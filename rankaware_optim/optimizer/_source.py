@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-from .._checks import is_within
+from .._checks import check_lr, is_within, plain_lr
+from .._rate import Rate
 from .._types import Reference, width_for
 from .._warn import warn
 from ..errors import OptimizerError, RecipeError
@@ -42,7 +44,8 @@ class Source:
     """A base rate, as given or a recipe's, where it was tuned, and the law by which it moves.
 
     lr: None for the optimizer's or its groups' own. reference: None for the model's most common
-    configuration. batch, steps: those of the run. by_steps: the factor of every rate for them.
+    configuration. batch, steps: those of the run. rates, other_lr: given outright, by name pattern
+    and for what is no factor. by_steps: the factor of every rate for the steps.
     full_lr: the recipe's rate of full finetuning, None if its trials did not include it. notes:
     sentences for the report.
     """
@@ -53,6 +56,8 @@ class Source:
     batch: float | None = None
     steps: int | None = None
     recipe: Recipe | None = None
+    rates: Mapping[str, float | Rate] = field(default_factory=dict)
+    other_lr: float | Rate | None = None
     by_steps: float = 1.0
     full_lr: float | None = None
     notes: tuple[str, ...] = ()
@@ -70,6 +75,32 @@ class Source:
         if self.batch is None or tuned is None:
             return self.by_steps
         return self.by_steps * checked_batch_multiplier(law, self.batch / tuned)
+
+    def rate_of(self, name: str, other: bool = False) -> Rated | None:
+        """Return the rate that was given outright: of the first pattern that matches `name`, else
+        `other_lr` if it is no factor (`other`).
+        """
+        for pattern, given in self.rates.items():
+            if fnmatchcase(name, pattern):
+                return Rated(plain_lr(given), "given by rates=")
+        if other and self.other_lr is not None:
+            return Rated(plain_lr(self.other_lr), "given by other_lr=")
+        return None
+
+    def check_given(self, names: Sequence[str]) -> None:
+        """Raise if a rate that was given outright is impossible, or its pattern matches none of the
+        trainable parameters.
+        """
+        if self.other_lr is not None:
+            check_lr(self.other_lr, "other_lr")
+        for pattern, given in self.rates.items():
+            check_lr(given, f"rates[{pattern!r}]")
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise OptimizerError(
+                    f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable"
+                    " parameters.",
+                    f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
+                )
 
     def rate_of_other(self, name: str, trains: bool) -> Rated | None:
         """Return the recipe's rate of a parameter that is no factor: that of the trials, else that
@@ -100,10 +131,13 @@ def read_source(
     lr: Any,
     batch: float | None,
     steps: int | None,
+    rates: Mapping[str, float | Rate],
+    other_lr: float | Rate | None,
 ) -> Source:
-    """Return the source of the base rate. Raise if something is given that a recipe includes, or
-    that needs one.
+    """Return the source of the rates. Raise if something is given that a recipe includes, or that
+    needs one.
     """
+    given: dict[str, Any] = {"batch": batch, "rates": rates, "other_lr": other_lr}
     if batch is not None and not is_within("batch", batch):
         raise OptimizerError(
             f"batch is {batch!r}.", "Give a positive number, or leave it out."
@@ -116,7 +150,7 @@ def read_source(
             )
         reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
-        return Source(law=chosen, lr=lr, reference=reference, batch=batch)
+        return Source(law=chosen, lr=lr, reference=reference, **given)
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
@@ -127,9 +161,9 @@ def read_source(
     return Source(
         law=loaded.law,
         reference=loaded.reference,
-        batch=batch,
         steps=steps,
         recipe=loaded,
+        **given,
     )
 
 

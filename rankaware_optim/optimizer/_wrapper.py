@@ -27,7 +27,6 @@ from ..errors import CheckpointError, OptimizerError
 from ..inspection import ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
-from ._assign import Explicit
 from ._given import (
     MULTIPLIED,
     Native,
@@ -155,10 +154,11 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         params, ours = as_one_model(params), signature(cls.__new__).parameters
         holder = params if model is None else as_one_model(model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
-        source = read_source(recipe, law, tuned_at, plain_lr(lr), batch, steps)
-        explicit = Explicit(dict(rates or {}), other_lr)
+        source = read_source(
+            recipe, law, tuned_at, plain_lr(lr), batch, steps, rates or {}, other_lr
+        )
         given = params if wrapped.built is None else params.param_groups
-        hidden = prepare(given, holder, wrapped, source, explicit, method, init)
+        hidden = prepare(given, holder, wrapped, source, method, init)
         return cls._build(wrapped.built, hidden)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -335,21 +335,20 @@ def rank_aware_param_groups(
     >>> pair.r, pair.scaling = 8, 1.0
     >>> _ = torch.nn.init.zeros_(pair.lora_B.weight)
     >>> groups = rank_aware_param_groups(pair, lr=1e-3, tuned_at="r=32,alpha=32")
-    >>> [(g["lora_role"], round(g["lr"], 5)) for g in groups]
-    [('A', 0.00222), ('B', 0.00222)]
+    >>> [round(group["lr"], 5) for group in groups]
+    [0.00222, 0.00222]
     """
     hidden: Any = _Unbuilt(params, **{"optimizer": AdamW, **options})
     groups = []
     for split in hidden.splits:
         for part in split.parts:
-            group, assigned = dict(part.group), part.assigned
+            group = dict(part.group)
             lr = group.get("lr", hidden.assigner.source.lr)
             part.settle(lr)
             group.pop("initial_lr", None)  # a scheduler sets it
             if named:
                 names = split.names_of(part)
                 group["params"] = list(zip(names, group["params"], strict=True))
-            group |= {"lora_role": assigned.role, "lora_rank": assigned.rank}
             group |= {"lr": lr * part.multiplier, MULTIPLIED: part.multiplier}
             groups.append(group)
     return groups

@@ -18,7 +18,7 @@ from ..laws import (
     get_law,
     law_title,
 )
-from ..optimizer import Explicit, Source, make_assigner, notes_of
+from ..optimizer import Source, make_assigner, notes_of
 from ..recipe import ANY_WIDTH
 
 
@@ -82,7 +82,7 @@ def convert_lr(
     factor = target.as_factor()
     source = Source(law=law, reference=origin, batch=batch)
     survey = Survey((factor,))
-    assigner = make_assigner(survey, source, Explicit(), target.method)
+    assigner = make_assigner(survey, source, target.method)
     rule = assigner.rule(assigner.settings)
     multiplier = assigner.multiplier(factor, rule.law)
     moved = assigner.assign(factor.name, factor, rule).multiplier
