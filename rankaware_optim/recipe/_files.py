@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from .._checks import MOST_RANKS, MOST_TRIALS, limits
 from .._files import read_bytes, replace_bytes, replaceable
-from .._types import Method, Reference, Scaling
+from .._types import Reference, Scaling
 from .._warn import warn
 from ..errors import RecipeError
 from ..laws import Power, law_from_dict, law_to_dict
@@ -38,7 +38,14 @@ _HEADER = """\
 # Rates are per step, an octave is a factor 2. lr is the one to use, fitted_lr the optimum.
 """
 # What a file, a value or a third-party law may raise.
-_TROUBLE = (ArithmeticError, OSError, RecursionError, TypeError, ValueError)
+_TROUBLE = (
+    ArithmeticError,
+    AttributeError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 # --- what the TOML holds --------------------------------------------------------------------------
@@ -50,53 +57,34 @@ Seed = Annotated[int, limits("seed")]
 Ranks = tuple[Annotated[int, limits("rank")], ...]
 ThreeNumbers = tuple[float, float, float]
 Plain = bool | Seed | float | str
-Unknown = Literal["none"]  # TOML has no None
 
 
-class Table(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A table of the file. Every field is required, since a default would stand for a lost line."""
+class RecipeFile(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A recipe's TOML, see `Record`. The rate to use, `lr`, and its band follow from the others.
 
-    def values(self) -> dict[str, Any]:
-        """Return the fields' values, with None for "none"."""
-        return {k: None if v == "none" else v for k, v in asdict(self).items()}
-
-
-class ReferenceTable(Table):
-    """The configuration that the base rate belongs to, see `Reference`."""
-
-    method: Method
-    init: Literal["A", "B"]
-    rslora: bool
-    rank: int | Unknown
-    alpha: float | Unknown
-    # A whole number stays an int, since the recipe's hash depends on it.
-    fan_in: int | float | Unknown
-    batch: int | float | Unknown
-
-
-class RecipeFile(Table):
-    """A recipe's TOML, see `Record`. The rate to use, `lr`, and its band follow from the others."""
+    Every field is required, since a default would stand for a lost line.
+    """
 
     schema: Literal[1]
     name: str
-    trials_sha256: str
+    trials_sha256: str | None
     lr: float
     band_low: float
     band_high: float
     fitted_lr: Lr
-    reference: ReferenceTable
+    reference: Reference
     law: dict[str, Any]
     covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
     margin: Octaves
-    ceiling: Lr | Unknown
+    ceiling: Lr | None
     scaling_rule: Scaling
-    full_fan_in: FanIn | Unknown
+    full_fan_in: FanIn | None
     ranks: Annotated[Ranks, Meta(max_length=MOST_RANKS)]
     full_seen: bool
     optimizer: str
     settings: dict[str, Plain | tuple[Plain, ...]]
-    steps: Annotated[int, limits("steps")] | Unknown
-    warmup: Annotated[float, limits("share")] | Unknown
+    steps: Annotated[int, limits("steps")] | None
+    warmup: Annotated[float, limits("share")] | None
     other_rates: dict[str, Lr | Literal["base"]]
     layers: dict[str, FanIn]
     versions: dict[str, str]
@@ -110,7 +98,7 @@ class RecipeFile(Table):
         spectrum = np.linalg.eigvalsh(matrix + matrix.T)
         if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
             raise ValueError("A variance of the covariance is negative")
-        if self.ceiling != "none" and self.ceiling <= self.fitted_lr:
+        if self.ceiling is not None and self.ceiling <= self.fitted_lr:
             raise ValueError("The ceiling is not above fitted_lr")
 
 
@@ -132,27 +120,33 @@ def to_document(recipe: Record, trials_sha256: str = "none") -> dict[str, Any]:
 
 
 def _written(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with "none" for None."""
+    """Return values with "none" for None, which TOML has not."""
     return {name: "none" if value is None else value for name, value in values.items()}
+
+
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: None if value == "none" else value for name, value in values.items()}
 
 
 def _recipe_in(document: dict[str, Any]) -> Record:
     """Return the recipe in a document, without its trials. Raise a ValueError if a value is missing
     or impossible, or if the values do not follow from one another.
     """
-    file = msgspec.convert(document, RecipeFile)
+    reference = _read(document.get("reference", {}))
+    file = msgspec.convert({**_read(document), "reference": reference}, RecipeFile)
     law = law_from_dict(file.law)
     if not isinstance(law, Power):
         raise ValueError("the law is not 'power'")
     values = {
-        **file.values(),
+        **asdict(file),
         "law": law,
-        "reference": Reference(**file.reference.values()),
+        # whole numbers stay ints there, since the recipe's hash depends on it
+        "reference": Reference(**reference),
         "covariance": np.array(file.covariance),
     }
     recorded = Record.__dataclass_fields__.keys() & values.keys()
     recipe = Record(**{name: values[name] for name in recorded})
-    own = to_document(recipe, file.trials_sha256)
+    own = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, own):
         raise ValueError(f"its values contradict one another: {contradictions}")
     return recipe
