@@ -173,7 +173,7 @@ def suggest_lr(
             optimizer.
         LawError: no published rate is known for this init.
         InspectionError: the model has no LoRA pair.
-        InvalidReferenceError: method and reference disagree, or `steps` is not positive.
+        InvalidReferenceError: `steps` is not positive.
 
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)).lr:.1e}")
     2.5e-04
@@ -182,9 +182,8 @@ def suggest_lr(
         task = "rl" if hasattr(model, "reward_funcs") else "other"
     check_choice(task, get_args(Task), "The task is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
-    at, init, dora, assumed = _read(model, method, init, dora)
-    moves = [*_moves(at, task), *_variants(at, method, init, dora)]
-    moves += [_factor(name, relation), *_length(steps)]
+    at, variants = _read(model, method, init, dora)
+    moves = [*_moves(at, task), *variants, _factor(name, relation), *_length(steps)]
     middle = LOG2_RATE + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(SPREAD, *(move.sd for move in moves))
@@ -198,7 +197,6 @@ def suggest_lr(
         notes=(
             f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
             *(move.why for move in moves if move.why),
-            *assumed,
             *_ADVICE[task],
         ),
     )
@@ -232,83 +230,66 @@ def _relation(
 
 def _read(
     model: Any, method: Method, init: Any, dora: bool | None
-) -> tuple[Reference, Any, bool | None, list[str]]:
-    """Return a model's most common configuration, its init and whether it is DoRA unless they are
-    given, and what is assumed.
-    """
-    at, assumed = model, list[str]()
+) -> tuple[Reference, list[Move]]:
+    """Return a model's most common configuration, and the moves to its init and to DoRA."""
     if not isinstance(model, (Reference, Survey)):
-        read_as = init if init in ("A", "B") else None
-        model = getattr(model, "model", model)  # of a trainer
-        model = inspect_model(model, method=method, init=read_as)
-    if isinstance(model, Survey):
-        at = _configuration(model, method)
-        if at.method == "lora":
-            init, dora, assumed = _declared(model, init, dora)
+        model = _survey(model, method, init)
+    is_survey = isinstance(model, Survey)
+    at: Reference = model.dominant() if is_survey else model
+    if "full" in (method, at.method):
+        width = model.full_width() if is_survey else at.fan_in
+        return Reference(method="full", fan_in=width), []
+    if is_survey:
+        at = replace(at, fan_in=_usual_width(model))
+        if init is None:
+            init = mode(f.init for f in model.factors)
+        if dora is None:
+            dora = "DoRA magnitude" in map(other_kind, model.other)
     if init is not None:
         at = replace(at, init="B" if init == "B" else "A")
-    return at, init, dora, assumed
+    return at, [*_variants(init, dora)]
 
 
-def _configuration(survey: Survey, method: Method) -> Reference:
-    """Return the most common configuration of a model.
+def _survey(model: Any, method: Method, init: Any) -> Survey:
+    read_as = init if init in ("A", "B") else None
+    model = getattr(model, "model", model)  # of a trainer
+    return inspect_model(model, method=method, init=read_as)
+
+
+def _usual_width(survey: Survey) -> float:
+    """Return the most common fan-in: published models are known by their hidden size.
 
     Raises:
         LawError: some pairs add more than s·B·A.
     """
-    at = Reference(method="full") if method == "full" else survey.dominant()
-    if at.method == "full":
-        return replace(at, fan_in=survey.full_width())
     lawless = {f.kind for f in survey.factors} & LAWLESS.keys()
     if lawless:
         raise LawError(
             f"No law covers {LAWLESS[min(lawless)]}, so no rate is known for it.",
             "Calibrate.",
         )
-    # the most common width: published models are known by their hidden size
-    width = mode([f.fan_in for f in dense(survey.factors)] or [1.0])
-    return replace(at, fan_in=width)
+    return mode([f.fan_in for f in dense(survey.factors)] or [1.0])
 
 
-def _declared(
-    survey: Survey, init: Any, dora: bool | None
-) -> tuple[Any, bool, list[str]]:
-    """Return the adapters' init and whether they are DoRA, and what is assumed."""
-    assumed = []
-    if init is None:
-        inits = [f.init for f in survey.factors]
-        init = "other" if mode(inits) == "other" else None
-        assumed = [_UNREAD] if "unknown" in inits else []
-    if dora is None:
-        dora = "DoRA magnitude" in map(other_kind, survey.other)
-    return init, dora, assumed
-
-
-def _variants(
-    at: Reference, method: Method, init: Any, dora: bool | None
-) -> list[Move]:
-    """Return the moves to an init of PEFT and to DoRA.
+def _variants(init: Any, dora: bool | None) -> Iterator[Move]:
+    """Yield the moves to an init of PEFT and to DoRA.
 
     Raises:
-        InvalidReferenceError: full finetuning has neither.
         LawError: no rate is published for the init.
     """
-    published = published_init(init)
-    rows = [published] if published else []
-    rows += ["DoRA"] if dora else []
-    if "full" in (method, at.method) and (at.method == "lora" or rows):
-        raise InvalidReferenceError(
-            "Full finetuning has neither rank, init nor DoRA.",
-            "Give Reference(method='full', fan_in=...) and leave the rest out.",
-        )
-    is_zero = init in (None, "A", "B") or declared_init(init, "linear") == "A"
-    if not published and not is_zero:
+    row = published_init(init)
+    if row:
+        yield _factor(row, row)
+    elif init == "unknown":
+        yield Move(0.0, _UNREAD)
+    elif init not in (None, "A", "B") and declared_init(init, "linear") != "A":
         raise LawError(
             f"No published rate is known for the init {init!r}. Neither factor starts at zero.",
             f"Give an init: {', '.join(map(repr, PUBLISHED_INITS))}, or 'A' if B started at zero;"
             " or calibrate (ra.calibrate).",
         )
-    return [_factor(row, row) for row in rows]
+    if dora:
+        yield _factor("DoRA", "DoRA")
 
 
 def published_init(declared: object) -> str | None:

@@ -224,10 +224,9 @@ def test_full_finetuning_takes_the_largest_fan_in():
     assert found.lr == suggest_lr(replace(full, fan_in=128)).lr
     assert "the law's rate" in str(found)
     of_lora = inspect_model(model_of((8, 64), (8, 256)))
-    assert (
-        suggest_lr(of_lora, method="full").lr
-        == suggest_lr(replace(full, fan_in=256)).lr
-    )
+    wanted = suggest_lr(replace(full, fan_in=256)).lr
+    for model in (of_lora, Reference(8, 16, fan_in=256)):
+        assert suggest_lr(model, method="full", init="pissa").lr == wanted
 
 
 def test_neither_factor_at_zero_asks_for_the_init():
@@ -262,10 +261,7 @@ FULL = Reference(method="full")
 REFUSED = [
     (AT, {"init": "corda"}),
     (AT, {"init": False}),
-    (AT, {"method": "full"}),
     (AT, {"task": "code"}),
-    (FULL, {"init": "pissa"}),
-    (FULL, {"dora": True}),
     (16, {}),
     (nn.Linear(4, 4), {}),
     (AT, {"optimizer": int}),
