@@ -69,34 +69,23 @@ def says_our_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
-def is_within(name: str, value: object) -> TypeGuard[float]:
-    """Return whether `value` is a number in the range of `name`."""
-    low, high = RANGES[name]
-    return (
-        is_number(value)
-        and low <= value <= high
-        and (isinstance(low, float) or value == int(value))
-    )
-
-
 def limits(name: str) -> Meta:
     """Return the range of `name` as msgspec checks it."""
     low, high = RANGES[name]
     return Meta(ge=low, le=high)
 
 
-def range_of(name: str) -> str:
-    """Return the range of `name` in words.
-
-    >>> range_of("rank"), range_of("share")
-    ('a whole number from 1 to 2147483647', 'a number from 0 to 1')
+def check_range(name: str, value: Any, what: str, error: type[RankAwareError]) -> None:
+    """Raise an `error` if `value` is not a number in the range of `name`. The message begins with
+    `what`.
     """
     low, high = RANGES[name]
-    return (
-        f"a number from {low:g} to {high:g}"
-        if isinstance(low, float)
-        else f"a whole number from {low} to {high}"
-    )
+    fits = is_number(value) and low <= value <= high
+    kind = "a number" if isinstance(low, float) else "a whole number"
+    if not fits or (isinstance(low, int) and value != int(value)):
+        raise error(
+            f"{what} is {shown(value)}.", f"Give {kind} from {low:g} to {high:g}."
+        )
 
 
 def shown(value: object) -> str:
@@ -182,7 +171,5 @@ def check_lr(lr: object, what: str = "lr") -> float:
     if hasattr(value, "numel") and value.numel() == 1:
         value = value.item()
     if not is_positive(value) or value > sys.float_info.max:  # an int may be larger
-        raise OptimizerError(
-            f"{what} is {lr!r}.", "Give a positive finite number.", what
-        )
+        raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
     return float(value)

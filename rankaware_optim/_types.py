@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from ._checks import check_choice, check_init, is_within, plain, range_of, shown
+from ._checks import check_choice, check_init, check_range, plain
 from .errors import InvalidReferenceError
 
 if TYPE_CHECKING:
@@ -116,12 +116,8 @@ class Reference:
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if value is not None and not is_within(name, value):
-                raise InvalidReferenceError(
-                    f"{name}={shown(value)} in a reference is impossible.",
-                    f"Give {range_of(name)}.",
-                    name,
-                )
+            if value is not None:
+                check_range(name, value, f"{name} in a reference", error)
 
     @property
     def scaling(self) -> float:

@@ -11,11 +11,10 @@ if TYPE_CHECKING:
 
 
 class _CauseAndCure(BaseException):
-    def __init__(self, cause: str, cure: str, argument: str | None = None) -> None:
-        super().__init__(cause, cure, argument)
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(cause, cure)
         self.cause = cause
         self.cure = cure
-        self.argument = argument
 
     def __str__(self) -> str:
         return printable(f"{self.cause} {self.cure}")
@@ -28,8 +27,6 @@ class RankAwareError(_CauseAndCure, Exception):
     Args:
         cause: what is wrong.
         cure: what to do about it.
-        argument: the name of the function's argument that is at fault, if it is one alone. The
-            cause begins with it.
     """
 
 

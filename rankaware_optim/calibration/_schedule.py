@@ -91,7 +91,7 @@ class Options:
             self._refuse("target_steps", f"Give at least a trial's {self.steps} steps.")
 
     def _refuse(self, name: str, cure: str) -> NoReturn:
-        raise CalibrationError(f"{name} is {getattr(self, name)!r}.", cure, name)
+        raise CalibrationError(f"{name} is {getattr(self, name)!r}.", cure)
 
     @property
     def lora(self) -> list[int]:

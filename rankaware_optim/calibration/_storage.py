@@ -101,7 +101,6 @@ def _journal(path: Path) -> BaseStorage:
             " not changed.",
             "Name a new file, the journal of a study, or a database by its URL, such as"
             " 'sqlite:///study.db'.",
-            "storage",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     # where a file system has no locks, FileLock would fall back to a file that outlives a kill

@@ -16,7 +16,7 @@ from ..errors import CalibrationInterrupted, RankAwareError
 from ._adapters import inspect, suggest
 from ._calibrate import calibrate, fit
 from ._convert import convert
-from ._options import INTERRUPTED, echo, echo_note, in_options
+from ._options import INTERRUPTED, echo, echo_note
 from ._recipes import lr, plot, report, show
 
 
@@ -29,8 +29,7 @@ class _Commands(click.Group):
                 warnings.showwarning = echo_note
                 return super().invoke(ctx)
         except (RankAwareError, OSError) as error:
-            command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
-            raise click.ClickException(in_options(error, command)) from error
+            raise click.ClickException(str(error)) from error
         except KeyboardInterrupt as error:
             said = "Interrupted."
             if isinstance(error, CalibrationInterrupted):

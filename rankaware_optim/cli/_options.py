@@ -43,15 +43,6 @@ def echo_result(as_json: bool, result: object, document: object) -> None:
     echo(msgspec.json.format(text, indent=1).decode())
 
 
-def in_options(error: Exception, command: click.Command) -> str:
-    """Return an error's message, with the command's option in place of the argument at fault."""
-    argument = getattr(error, "argument", None)
-    for param in command.params:
-        if isinstance(param, click.Option) and param.name == argument:
-            return max(param.opts, key=len) + str(error).removeprefix(param.name or "")
-    return str(error)
-
-
 # --- values ---------------------------------------------------------------------------------------
 
 

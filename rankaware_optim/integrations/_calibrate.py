@@ -239,7 +239,7 @@ def _place(what: Any, model: Any, score: object) -> Any:
     """Return how trials are run: a `Loop`, a `BuiltTrainer` or a `BuiltPair`."""
     if score is not None and not callable(score):
         raise CalibrationError(
-            f"score is {score!r}.", "Give a function of the trained trainer.", "score"
+            f"score is {score!r}.", "Give a function of the trained trainer."
         )
     if callable(what):
         return Loop(what, model)
@@ -314,7 +314,6 @@ def _configuration(
         raise CalibrationError(
             "A model that is built is calibrated at its own rank.",
             "Leave ranks= and full_trials= out, or give a function that builds one.",
-            "ranks",
         )
     init, method = runs.settings.get("init"), runs.settings.get("method")
     try:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .._checks import is_positive, is_within, range_of, shown
+from .._checks import check_range, is_positive, shown
 from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
 
@@ -116,12 +116,8 @@ class LoRAPlus(Law):
 def check_ranges(law: Law, *names: str) -> None:
     """Raise a `LawError` if one of these parameters is outside the range for its name."""
     for name in names:
-        value = getattr(law, name)
-        if not is_within(name, value):
-            raise LawError(
-                f"The law {law.name!r} got {name}={shown(value)}.",
-                f"Give {range_of(name)}.",
-            )
+        what = f"In the law {law.name!r} {name}"
+        check_range(name, getattr(law, name), what, LawError)
 
 
 # --- asking a law, which may be third-party code --------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .._checks import check_lr, is_within, plain_lr
+from .._checks import check_lr, check_range, plain_lr
 from .._rate import Rate
 from .._types import Reference, width_for
 from .._warn import warn
@@ -138,10 +138,8 @@ def read_source(
     needs one.
     """
     given: dict[str, Any] = {"batch": batch, "rates": rates, "other_lr": other_lr}
-    if batch is not None and not is_within("batch", batch):
-        raise OptimizerError(
-            f"batch is {batch!r}.", "Give a positive number, or leave it out."
-        )
+    if batch is not None:
+        check_range("batch", batch, "batch", OptimizerError)
     if recipe is None:
         if steps is not None:
             raise OptimizerError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from .._checks import is_within, plain, range_of, shown
+from .._checks import check_range, plain
 from .._optimizers import known_optimizer
 from .._printing import give_or_take, times
 from .._rate import Rate
@@ -251,8 +251,7 @@ def _octaves(recipe: Record, what: str, asked: float | None) -> float:
     if asked is None:
         return 0.0
     asked = plain(asked)
-    if not is_within(what, asked):
-        raise RecipeError(f"{what} is {shown(asked)}.", f"Give {range_of(what)}.", what)
+    check_range(what, asked, what, RecipeError)
     if own is None:
         raise RecipeError(
             f"Recipe {recipe.name!r} does not give its own {what}, so the rate cannot be moved to"
