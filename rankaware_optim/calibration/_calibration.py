@@ -28,7 +28,6 @@ from ..errors import CalibrationError
 from ..fitting import (
     Fit,
     Observation,
-    Prior,
     at_target,
     centred_law,
     diverged,
@@ -153,7 +152,7 @@ def calibrated_recipe(
         refuse_ends(trials)
     notes = [*_doubts(trials), *what_is_unknown(fit, evidence, options.anchor)]
     if options.noisy and options.suggested and trials.differ_by_chance():
-        fit, notes = _fit_of_rate(options.suggested, calibration.prior), [BY_CHANCE]
+        fit, notes = _fit_of_rate(fit, options.suggested), [BY_CHANCE]
     fit = at_target(fit, options.octaves_to_target)
     tried = {seen.rank for seen in evidence}
     settings = trials.settings_in_force()
@@ -162,7 +161,9 @@ def calibrated_recipe(
         law=options.law.bind(options.optimizer, settings),
         reference=settled.reference,
         name=options.name,
-        scaling_rule=infer_scaling(trials.scalings()),
+        scaling_rule=infer_scaling(
+            run.settled.reference for run in trials if run.settled
+        ),
         full_fan_in=settled.full_fan_in,
         layers=settled.layers,
         ranks=tuple(rank for rank in options.lora if rank in tried),
@@ -215,16 +216,15 @@ def _at_floor(
     )
 
 
-def _fit_of_rate(rate: Rate, prior: Prior) -> Fit:
+def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
     """Return a fit that says no more than a rate and its band."""
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
-    return Fit(
-        prior=prior,
+    return replace(
+        fit,
         mean=np.array([math.log2(rate.lr), 0.0, 0.0]),
-        covariance=np.diag([sd**2, prior.drift_sd**2, prior.full_sd**2]),
+        covariance=np.diag([sd**2, fit.prior.drift_sd**2, fit.prior.full_sd**2]),
         steepness=0.0,
         ceiling=None,
-        vertices={},
     )
 
 

@@ -65,8 +65,9 @@ class Options:
         object.__setattr__(self, "law", recordable_law(self.law))
         self._check_ranges()
         self._check_together()
-        in_order = sorted(self.ranks, key=lambda rank: (rank is None, rank or 0))
+        in_order = sorted({*self.ranks}, key=lambda rank: (rank is None, rank or 0))
         object.__setattr__(self, "ranks", tuple(in_order))
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def _check_ranges(self) -> None:
         for name, kind in get_type_hints(Options, include_extras=True).items():
@@ -80,11 +81,6 @@ class Options:
                 self._refuse(name, f"{error}.")
 
     def _check_together(self) -> None:
-        for name in ("ranks", "seeds"):
-            if len({*getattr(self, name)}) < len(getattr(self, name)):
-                self._refuse(name, "Give distinct ones.")
-        if self.lr_range is not None and not self.lr_range[0] < self.lr_range[1]:
-            self._refuse("lr_range", "Give the lower rate first.")
         if self.full_trials and None in self.ranks:
             self._refuse("full_trials", "Leave it out, or None out of the ranks.")
         if self.target < self.steps:
@@ -108,8 +104,8 @@ class Options:
         """log2 of the rates of `lr_range`."""
         if self.lr_range is None:
             return None
-        low, high = self.lr_range
-        return math.log2(low), math.log2(high)
+        low, high = sorted(map(math.log2, self.lr_range))
+        return low, high
 
     @property
     def floor(self) -> float:
@@ -123,7 +119,7 @@ class Options:
     @property
     def target(self) -> int:
         """The steps of the target run."""
-        return self.steps if self.target_steps is None else self.target_steps
+        return self.target_steps or self.steps
 
     @property
     def octaves_to_target(self) -> float:

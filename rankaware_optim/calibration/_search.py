@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from itertools import pairwise
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from optuna.trial import TrialState
 
@@ -24,6 +24,7 @@ from ..fitting import (
     none_learned,
     recent_mean,
     usual_noise,
+    usual_start,
 )
 from ._calibration import Calibration
 from ._constants import (
@@ -282,21 +283,17 @@ def divergence_limits(
     observations = trials.observations()
     gain = best_fall(observations) or math.inf
     margin = max(gain / 2, CLEAR * usual_noise(observations))
-    starts = [fmean(run.curve[:TAIL]) for run in trials if run.curve]
-    flat = median([*filter(math.isfinite, starts)] or [0.0]) + margin
+    flat = usual_start(observations) + margin
 
     def distance(run: Run) -> tuple[bool, bool, float]:
         return run.setting != setting, run.seed != setting.seed, run.value
 
     whole = [run for run in trials if run.state == TrialState.COMPLETE]
-    beside = min(whole, key=distance).curve if whole else []
-    limits = []
-    for end in range(1, steps + 1):
-        window = beside[max(0, end - TAIL) : end]
-        limits.append(
-            max(flat, recent_mean(window) + gain + margin) if window else flat
-        )
-    return limits
+    if not whole:
+        return [flat] * steps
+    curve = min(whole, key=distance).curve
+    windows = (curve[max(0, end - TAIL) : end] for end in range(1, steps + 1))
+    return [max(flat, fmean(window) + gain + margin) for window in windows]
 
 
 def interval(steps: int) -> int:

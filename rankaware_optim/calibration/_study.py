@@ -172,7 +172,12 @@ class Study:
         self.check_options(trials)
         ended, running = trials.counted(), trials.running()
         for last in (*ended, *running)[-1:]:
-            self._warn_of_code(last)
+            if changed := differences(last.made_with, self._code):
+                warn(
+                    f"The stored study {self.options.name!r} was made with {changed}. Its trials"
+                    " can be compared with new ones only if the training has not changed."
+                    " Otherwise give this calibration another name."
+                )
         self._before, self._began = len(ended), time.monotonic()
         if not ended:
             self._say(f"{self.options.price}{price}")
@@ -199,15 +204,6 @@ class Study:
             raise CalibrationError(
                 f"The stored study {self.options.name!r} was made with {difference}.",
                 "Give this calibration another name, or another storage.",
-            )
-
-    def _warn_of_code(self, last: Run) -> None:
-        """Warn if the last run was made by another loop or version."""
-        if changed := differences(last.made_with, self._code):
-            warn(
-                f"The stored study {self.options.name!r} was made with {changed}. Its trials can be"
-                " compared with new ones only if the training has not changed. Otherwise give this"
-                " calibration another name."
             )
 
     def close(self) -> None:

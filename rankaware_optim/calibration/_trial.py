@@ -52,7 +52,7 @@ from ._loop import (
 from ._schedule import Options
 from ._search import divergence_limits, interval, is_behind, next_rate, search_range
 from ._study import Study, source_of
-from ._trials import PARAMETER, End, Run, Setting, Settled
+from ._trials import PARAMETER, End, Setting, Settled
 
 Train = Callable[["Trial"], "Generator[Any, None, Any] | Pushed"]
 # Optimizer settings that the study decides, or that do not change the updates.
@@ -127,7 +127,7 @@ class Trial:
         self._steps = study.options.steps
         self._curve: list[float] = []
         self._end: End = ""
-        self._warmup = 0.0  # the share of the steps over which the rate rose
+        self._warmup = 0  # the steps over which the rate rose
         self._rates: list[float] = []  # after each step
         self._stepped: list[int] = []  # values before each step of the optimizer
         # gives the optimizer while it lives
@@ -180,7 +180,7 @@ class Trial:
     # --- its optimizer ----------------------------------------------------------------------------
 
     def optimizer(self, params: Any, /, **settings: Any) -> RankAwareOptimizer:
-        """Build a RankAwareOptimizer at this trial's rate. Call it once per trial.
+        """Build a RankAwareOptimizer at this trial's rate.
 
         Args:
             params: the model, or a list of several, as [unet, text_encoder], or parameters or
@@ -189,13 +189,9 @@ class Trial:
                 `RankAwareOptimizer` such as `rates` and `other_lr`, but those that set the rate.
 
         Raises:
-            CalibrationError: it was called twice, or the model has another rank.
+            CalibrationError: the model has another rank, or it or the settings differ from those of
+                stored trials.
         """
-        if self.lr is not None:
-            raise CalibrationError(
-                "trial.optimizer was called twice in one trial.",
-                "Call it once, after the model.",
-            )
         model = settings.get("model")
         model = as_one_model(params if model is None else model)
         at_own_lr: set[int] = set()
@@ -228,9 +224,8 @@ class Trial:
         in_force = settings_in_force(optimizer, native, settings, at_own_lr)
         study.lead(self._record, replace(settled, settings=in_force))
         # schedule-free optimizers warm up by themselves
-        warmup = optimizer.defaults.get("warmup_steps", 0)
-        refuse_warmup(warmup, self._steps)
-        self._warmup = warmup / self._steps
+        self._warmup = optimizer.defaults.get("warmup_steps", 0)
+        refuse_warmup(self._warmup, self._steps)
         optimizer.register_step_post_hook(self._note_step)
         self._optimizer = weakref.ref(optimizer)
         return optimizer
@@ -373,15 +368,14 @@ class Trial:
     def _judge(self, mean: float) -> bool:
         self._stored.report(mean, len(self._curve))  # for those who watch
         calibration = self._study.calibration()
-        x = self._stored.params[PARAMETER]
-        run = Run(*self._setting, x=x, curve=self._curve)
+        run = replace(self._study.runs()[self.number], curve=self._curve)
         assert calibration is not None
         return len(self._curve) < self._steps and is_behind(calibration, run)
 
     def _check_trained(self) -> None:
         """Raise if the run's values were not one a step, if every factor that was zero at the start
         is still zero, since any gradient and rate would have moved some, or if its rate rose until
-        its end. Take the warm-up's share of the steps.
+        its end. Take the warm-up's steps.
         """
         if self._steps <= FEW:
             return
@@ -395,9 +389,8 @@ class Trial:
                 "Call loss.backward(), then the step of the optimizer of trial.optimizer, then"
                 " zero_grad(), and see that the schedule lets the rate rise above zero.",
             )
-        warmup = max(rising_steps(self._rates), self._warmup * self._steps)
-        refuse_warmup(warmup, self._steps)
-        self._warmup = warmup / self._steps
+        self._warmup = max(rising_steps(self._rates), self._warmup)
+        refuse_warmup(self._warmup, self._steps)
 
     # --- its end ----------------------------------------------------------------------------------
 
@@ -422,12 +415,11 @@ class Trial:
             "curve": self._curve,
             "score": score,
             "end": self._end,
-            "warmup": self._warmup,
+            "warmup": self._warmup / self._steps,
         }
         for name, value in outcome.items():
             self._stored.set_user_attr(name, value)
-        x = self._stored.params.get(PARAMETER)
-        seen = Run(*self._setting, x=x, **outcome).observation
+        seen = self._study.runs()[self.number].observation
         if seen is None:
             return self._study.end_trial(TrialState.PRUNED)
         for other in self._study.runs().observations():

@@ -201,11 +201,6 @@ class Trials(tuple[Run, ...]):
         """Return the rates of what trained beside the factors in all trials."""
         return agreed(run.settings.get("other rates", {}) for run in self)
 
-    def scalings(self) -> dict[int, float]:
-        """Return s = alpha / r of the models, by rank."""
-        models = [run.settled.reference for run in self if run.settled]
-        return {at.rank: at.scaling for at in models if at.rank}
-
     # --- what may be wrong with them --------------------------------------------------------------
 
     def spread(self) -> float:

@@ -17,6 +17,7 @@ from ._observations import (
     recent_mean,
     turn_of,
     usual_noise,
+    usual_start,
 )
 from ._posterior import (
     Fit,
@@ -55,4 +56,5 @@ __all__ = [
     "steps_variance",
     "turn_of",
     "usual_noise",
+    "usual_start",
 ]

@@ -89,8 +89,8 @@ def run_trainer(trainer: Any, run: TrainerRuns) -> Any:
     run.batch = args.train_batch_size * batches
     run.by_reward = is_by_reward(trainer, run.score)
 
+    # under DeepSpeed it is made twice; the rate is the trial's
     def make(params: Any, *, lr: Any = None, **settings: Any) -> Any:
-        run.trial.lr = None  # the rate is the trial's; under DeepSpeed it is made twice
         return run.trial.optimizer(params, **settings)
 
     factory = TrainerFactory(trainer, run.native, run.settings, make)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -314,19 +314,21 @@ def _lora(
     return replace(at, alpha=scaling * rank)
 
 
-def infer_scaling(scalings: Mapping[int, float]) -> Scaling:
-    """Return the rule by which the scaling follows the rank, from {rank: scaling};
-    "unknown" for one rank.
+def infer_scaling(models: Iterable[Reference]) -> Scaling:
+    """Return the rule by which the scaling follows the rank; "unknown" for one rank.
 
-    >>> infer_scaling({4: 1.0, 64: 1.0}), infer_scaling({4: 4.0, 64: 0.25}), infer_scaling({8: 2.0})
-    ('fixed', 'alpha', 'unknown')
+    >>> infer_scaling([Reference(4, 4), Reference(64, 64)])
+    'fixed'
+    >>> infer_scaling([Reference(4, 16), Reference(64, 16)])
+    'alpha'
+    >>> infer_scaling([Reference(8, 16)])
+    'unknown'
     """
-    if len(scalings) < 2:
+    scalings = {(at.rank, at.scaling) for at in models if at.rank}
+    if len({rank for rank, _ in scalings}) < 2:
         return "unknown"
     for rule, gamma in _GAMMA.items():
-        constants = []
-        for rank, scaling in scalings.items():
-            constants.append(math.log2(scaling) + gamma * math.log2(rank))
+        constants = [math.log2(s) + gamma * math.log2(r) for r, s in scalings]
         if max(constants) - min(constants) < 1e-3:
             return rule
     return "unknown"

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .._checks import RANGES, limits, plain
 from .._files import read_bytes
 from .._optimizers import get_optimizer_class
-from .._types import Reference, Scaling
+from .._types import Reference
 from ..calibration import versions_used, what_is_unknown
 from ..errors import CalibrationError
 from ..fitting import (
@@ -40,7 +40,6 @@ _MOST = 100_000_000  # largest file, bytes
 _MOST_LOSS = RANGES["loss"][1]  # beyond it a run diverged
 # Octaves: standard deviation of an optimum whose best rate is at an end of its grid: by hand
 _END_SD = 1.0
-_SAME_SCALING = 1e-3  # octaves
 
 Row = Mapping[str, Any]
 Source = str | os.PathLike[str] | Iterable[Row]
@@ -174,7 +173,7 @@ def fit_sweep(
         bound,
         reference,
         name=name,
-        scaling_rule=_scaling_rule(runs),
+        scaling_rule=infer_scaling(run.place for run in runs),
         full_fan_in=full_width,
         ranks=tuple(ranks),
         full_seen=bool(widths),
@@ -252,16 +251,6 @@ def _at_reference(
         here = replace(place, fan_in=place.fan_in or ANY_WIDTH)
         octaves = math.log2(checked_multiplier(law, here.as_factor(), there))
         yield run.observed_at(math.log2(run.lr) - octaves)
-
-
-def _scaling_rule(runs: Sequence[SweepRun]) -> Scaling:
-    """Return how the scaling follows the rank: by no rule if a rank has several alphas."""
-    lora = [run for run in runs if run.rank is not None]
-    scalings = {run.rank or 0: run.place.scaling for run in lora}
-    for run in lora:
-        if abs(math.log2(run.place.scaling / scalings[run.rank or 0])) > _SAME_SCALING:
-            return "unknown"
-    return infer_scaling(scalings)
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -397,12 +397,6 @@ def never(trial):
     yield 1.0
 
 
-def twice(trial):
-    trial.optimizer(Net(trial.rank))
-    yield 1.0
-    trial.optimizer(Net(trial.rank))
-
-
 def without_model(trial):
     trial.optimizer(list(Net(trial.rank).parameters()))
     yield 1.0
@@ -423,7 +417,6 @@ ONES = [1.0] * STEPS
 BAD_LOOPS = [
     (lambda trial: ONES, "returned a list"),
     (never, "without calling trial.optimizer"),
-    (twice, "called twice"),
     (without_model, "is not a model"),
     (of_rank(5), "trial.rank=16 has rank 5"),
     (of_rank(None), "No trainable LoRA"),
@@ -476,11 +469,11 @@ def test_an_error_in_the_loop_is_the_users_own():
 
 
 BAD_ARGUMENTS = [
-    {"ranks": ()}, {"ranks": (0,)}, {"ranks": (4, 4)}, {"ranks": (1.5,)}, {"ranks": "46"}, {"ranks": None},
-    {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},
+    {"ranks": ()}, {"ranks": (0,)}, {"ranks": (1.5,)}, {"ranks": "46"}, {"ranks": None},
+    {"seeds": ()}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},
     {"steps": 0}, {"steps": 1.5}, {"steps": "20"}, {"steps": True},
     {"trials": 0}, {"trials": 2.5},
-    {"lr_range": (1e-3, 1e-3)}, {"lr_range": (0.0, 1.0)}, {"lr_range": (math.nan, 1.0)},
+    {"lr_range": (0.0, 1.0)}, {"lr_range": (math.nan, 1.0)},
     {"lr_range": (1e-3, math.inf)}, {"lr_range": (1e-3,)}, {"lr_range": 1e-3},
     {"batch": 0}, {"batch": math.nan}, {"batch": "16"},
     {"warmup": -0.1}, {"warmup": math.nan}, {"warmup": "a"},
