@@ -310,11 +310,8 @@ def get_optimizer_class(
     """
     kind: Any = _class_named(optimizer) if isinstance(optimizer, str) else optimizer
     if not _is_optimizer(kind) or kind.__name__ in _NO_CLASS:
-        what = (
-            f"{kind.__name__}" if isinstance(kind, type) else f"A {type(kind).__name__}"
-        )
         raise OptimizerError(
-            f"{what} is not a torch optimizer class.",
+            f"{kind!r:.80} is not a torch optimizer class.",
             "Give a class such as torch.optim.AdamW, and its settings; or wrap what is built:"
             " RankAwareOptimizer(opt, model=model).",
         )

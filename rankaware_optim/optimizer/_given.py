@@ -37,7 +37,7 @@ class UserGroup(NamedTuple):
     options without `params`, and the dict that was given.
     """
 
-    named: list[tuple[str, torch.Tensor]]
+    named: dict[str, torch.Tensor]
     options: Group
     given: Group
 
@@ -68,10 +68,9 @@ def user_groups(
     groups = []
     for number, given in enumerate(entries, first):
         options = _options(given)
-        named = []
+        named = {}
         for place, param in enumerate(options.pop("params")):
-            unnamed = f"group{number}.unnamed.{place}"
-            named.append((names.get(param, unnamed), param))
+            named[names.get(param, f"group{number}.unnamed.{place}")] = param
         groups.append(UserGroup(named, options, given if type(given) is dict else {}))
     return groups
 
@@ -119,7 +118,7 @@ def refuse_outside(
     It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
     whether the groups are those of a built optimizer, all of which have a rate.
     """
-    listed = [(group, *named) for group in groups for named in group.named]
+    listed = [(group, *named) for group in groups for named in group.named.items()]
     outside = [(group, name) for group, name, param in listed if param not in held]
     for group, name in outside:
         in_group = "lr" in group.options and not built
@@ -297,7 +296,7 @@ def with_base_lr(
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
     without = chain(*(g.named for g in groups if "lr" not in g.options))
-    is_used = any(source.rate_of(name) is None for name, _ in without)
+    is_used = any(source.rate_of(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
             f"No lr= was given, and {kind}'s default, {default}, is not tuned.",

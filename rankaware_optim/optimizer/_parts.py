@@ -294,7 +294,7 @@ def _positions(
     settings = {**assigner.settings, **user.options}
     rules: dict[Any, Rule] = {}
     positions: dict[Assigned, list[int]] = {}
-    for position, (name, param) in enumerate(user.named):
+    for position, (name, param) in enumerate(user.named.items()):
         # some Muons hand a parameter to their Adam by its shape, Moonlight's by a mark
         is_muon = (state or {}).get(param, {}).get("use_muon")
         if is_muon is None and goes_to_adam(known, settings, param.shape):
@@ -315,9 +315,8 @@ def _positions(
 
 def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> SplitGroup:
     """Return a user's group with a part at each of some positions."""
-    params, options = [param for _, param in user.named], dict(user.options)
-    names = [name for name, _ in user.named]
-    split = SplitGroup(user.given, names, shapes_of(params))
+    params, options = list(user.named.values()), dict(user.options)
+    split = SplitGroup(user.given, list(user.named), shapes_of(params))
     split.seen["params"] = params
     if "param_names" in options:
         split.seen["param_names"] = options.pop("param_names")
@@ -363,11 +362,11 @@ def present(splits: Sequence[SplitGroup]) -> None:
         for part in split.parts:
             part.settle(part.group["lr"])
     for split in splits:
-        split.group.update({**split.parts[0].group, **split.seen})
+        first = split.parts[0]
+        first.rate = first.group["lr"]  # no step has written it
+        split.group.update(split.seen, lr=first.rate)
         split.ids = list(map(id, split.group["params"]))
-        for part in split.parts:
-            part.group["params"] = ()
-        split.see()
+        split.show()
 
 
 # --- inside a step --------------------------------------------------------------------------------

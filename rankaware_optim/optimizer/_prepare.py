@@ -80,7 +80,7 @@ def _settings_of_factors(
     factors = {f.name for f in survey.factors}
     found: list[Settings] = []
     for group in groups:
-        if not factors.isdisjoint(name for name, _ in group.named):
+        if not factors.isdisjoint(group.named):
             found.append({**given, **group.options})
     return found or [given]
 
@@ -114,7 +114,7 @@ def prepare_later(
 
 def _frozen(groups: Iterable[UserGroup]) -> set[Any]:
     """Return frozen parameters that the user listed, since they get a rate if they train later."""
-    return {p for group in groups for _, p in group.named if not p.requires_grad}
+    return {p for group in groups for p in group.named.values() if not p.requires_grad}
 
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
