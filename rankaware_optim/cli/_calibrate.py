@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import click
@@ -156,8 +156,7 @@ def load_train(spec: str) -> Any:
         CalibrationError: the module or the function does not exist, or the import fails.
     """
     try:
-        module, name = spec.split(":")
-        return getattr(import_module(module), name)
+        return resolve_name(spec)
     except Exception as error:
         raise CalibrationError(
             f"{spec!r} is no function that can be imported: {type(error).__name__}: {error}.",

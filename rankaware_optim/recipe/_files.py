@@ -9,20 +9,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 import tomli
 import tomli_w
-from msgspec import Meta, Struct
 from msgspec.structs import asdict
 from safetensors import SafetensorError
 
-from .._checks import MOST_RANKS, MOST_TRIALS, limits
+from .._checks import MOST_RANKS, MOST_TRIALS
 from .._files import read_bytes, replace_bytes, replaceable
-from .._types import Reference, Scaling
+from .._types import Reference
 from .._warn import warn
 from ..errors import RecipeError
 from ..laws import Power, law_from_dict, law_to_dict
@@ -50,56 +50,34 @@ _TROUBLE = (
 
 # --- what the TOML holds --------------------------------------------------------------------------
 
-Lr = Annotated[float, limits("lr")]
-Octaves = Annotated[float, limits("octaves")]
-FanIn = Annotated[float, limits("fan_in")]
-Seed = Annotated[int, limits("seed")]
-Ranks = tuple[Annotated[int, limits("rank")], ...]
-ThreeNumbers = tuple[float, float, float]
-Plain = bool | Seed | float | str
+Row = tuple[float, float, float]
+# The fields of `Record`, but with values of TOML, and what follows from them. All are required,
+# since a default would stand for a lost line.
+_FIELDS = {
+    "schema": Literal[1],
+    "lr": float,  # the rate to use, and its band
+    "band_low": float,
+    "band_high": float,
+    **get_type_hints(Record, include_extras=True),
+    "trials_sha256": str | None,
+    "law": dict[str, Any],
+    "covariance": tuple[Row, Row, Row],
+}
+del _FIELDS["tensors"], _FIELDS["missing"]
+RecipeFile = msgspec.defstruct(
+    "RecipeFile", _FIELDS.items(), forbid_unknown_fields=True
+)
 
 
-class RecipeFile(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A recipe's TOML, see `Record`. The rate to use, `lr`, and its band follow from the others.
-
-    Every field is required, since a default would stand for a lost line.
-    """
-
-    schema: Literal[1]
-    name: str
-    trials_sha256: str | None
-    lr: float
-    band_low: float
-    band_high: float
-    fitted_lr: Lr
-    reference: Reference
-    law: dict[str, Any]
-    covariance: tuple[ThreeNumbers, ThreeNumbers, ThreeNumbers]
-    margin: Octaves
-    ceiling: Lr | None
-    scaling_rule: Scaling
-    full_fan_in: FanIn | None
-    ranks: Annotated[Ranks, Meta(max_length=MOST_RANKS)]
-    full_seen: bool
-    optimizer: str
-    settings: dict[str, Plain | tuple[Plain, ...]]
-    steps: Annotated[int, limits("steps")] | None
-    warmup: Annotated[float, limits("share")] | None
-    other_rates: dict[str, Lr | Literal["base"]]
-    layers: dict[str, FanIn]
-    versions: dict[str, str]
-    source: dict[str, str]
-    notes: tuple[str, ...]
-    steepness: Annotated[float, limits("steepness")]
-    scatter: Octaves
-
-    def __post_init__(self) -> None:
-        matrix = np.array(self.covariance)
-        spectrum = np.linalg.eigvalsh(matrix + matrix.T)
-        if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
-            raise ValueError("A variance of the covariance is negative")
-        if self.ceiling is not None and self.ceiling <= self.fitted_lr:
-            raise ValueError("The ceiling is not above fitted_lr")
+def _check_fit(
+    covariance: npt.NDArray[np.float64], best: float, ceiling: float | None
+) -> None:
+    """Raise a ValueError if no fit has these values."""
+    spectrum = np.linalg.eigvalsh(covariance + covariance.T)
+    if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
+        raise ValueError("a variance of the covariance is negative")
+    if ceiling is not None and ceiling <= best:
+        raise ValueError("the ceiling is not above fitted_lr")
 
 
 def to_document(recipe: Record, trials_sha256: str = "none") -> dict[str, Any]:
@@ -134,16 +112,16 @@ def _recipe_in(document: dict[str, Any]) -> Record:
     """
     reference = _read(document.get("reference", {}))
     file = msgspec.convert({**_read(document), "reference": reference}, RecipeFile)
-    law = law_from_dict(file.law)
-    if not isinstance(law, Power):
-        raise ValueError("the law is not 'power'")
     values = {
         **asdict(file),
-        "law": law,
+        "law": law_from_dict(document["law"]),
         # whole numbers stay ints there, since the recipe's hash depends on it
         "reference": Reference(**reference),
-        "covariance": np.array(file.covariance),
+        "covariance": np.array(document["covariance"]),
     }
+    if not isinstance(values["law"], Power):
+        raise ValueError("the law is not 'power'")
+    _check_fit(values["covariance"], values["fitted_lr"], values["ceiling"])
     recorded = Record.__dataclass_fields__.keys() & values.keys()
     recipe = Record(**{name: values[name] for name in recorded})
     own = to_document(recipe, document["trials_sha256"])

@@ -303,14 +303,13 @@ def _lora(
     at = Reference(rank, given, rslora, own.init, own.fan_in, method)
     if alpha is not None:
         return at
-    if rank == own.rank and not rslora:
-        return replace(at, alpha=own.scaling * rank)
-    if rslora or rule not in _GAMMA or own.rank is None:
+    gamma = _GAMMA.get(rule, 0.0 if rank == own.rank else None)
+    if rslora or gamma is None or own.rank is None:
         raise RecipeError(
             f"Recipe {recipe.name!r} has no rule for alpha at this rank, or rslora was given.",
             "Give an alpha too.",
         )
-    scaling = own.scaling * (own.rank / rank) ** _GAMMA[rule]
+    scaling = own.scaling * (own.rank / rank) ** gamma
     return replace(at, alpha=scaling * rank)
 
 

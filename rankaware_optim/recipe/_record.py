@@ -9,17 +9,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
+from .._checks import MOST_RANKS, limits
 from .._types import Reference, Scaling
 from ..laws import Power
 
 # In a table of rates by name: the parameter had each trial's base rate
 BASE: Literal["base"] = "base"
 Trials = Mapping[str, npt.NDArray[Any]]
+# Values as a file may have them
+Lr = Annotated[float, limits("lr")]
+Octaves = Annotated[float, limits("octaves")]
+FanIn = Annotated[float, limits("fan_in")]
+Rank = Annotated[int, limits("rank")]
+Plain = bool | Annotated[int, limits("seed")] | float | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,28 +77,28 @@ class Record:
     """
 
     name: str
-    fitted_lr: float
+    fitted_lr: Lr
     reference: Reference
     law: Power
     covariance: npt.NDArray[np.float64]
-    margin: float = 0.0
-    ceiling: float | None = None
+    margin: Octaves = 0.0
+    ceiling: Lr | None = None
     scaling_rule: Scaling = "unknown"
-    full_fan_in: float | None = None
-    ranks: tuple[int, ...] = ()
+    full_fan_in: FanIn | None = None
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)] = ()
     full_seen: bool = False
     optimizer: str = "torch.optim.AdamW"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    steps: int | None = None
-    warmup: float | None = None
-    other_rates: Mapping[str, float | Literal["base"]] = field(default_factory=dict)
-    layers: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Plain | tuple[Plain, ...]] = field(default_factory=dict)
+    steps: Annotated[int, limits("steps")] | None = None
+    warmup: Annotated[float, limits("share")] | None = None
+    other_rates: Mapping[str, Lr | Literal["base"]] = field(default_factory=dict)
+    layers: Mapping[str, FanIn] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     tensors: Trials = field(default_factory=dict, repr=False)
-    steepness: float = 0.0
-    scatter: float = 0.0
+    steepness: Annotated[float, limits("steepness")] = 0.0
+    scatter: Octaves = 0.0
     missing: str = ""
 
     def __eq__(self, other: object) -> bool:
@@ -119,7 +127,7 @@ class Record:
         r = self.reference
         at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
         decisive = (self.lr, at, self.scaling_rule, self.law)
-        text = json.dumps(decisive, sort_keys=True, default=repr)
+        text = json.dumps(decisive, default=repr)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return f"{digest[:12]} {self.name}"
 

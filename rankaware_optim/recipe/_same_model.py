@@ -30,10 +30,11 @@ _PEFT = ".base_model.model."  # where PEFT puts a model
 
 def layers_of(survey: Survey) -> dict[str, float]:
     """Return the mean fan-in of the layers whose factors or weights train, by name pattern."""
-    widths: dict[str, list[float]] = {}
-    for layer, width in {f.layer: f.fan_in for f in survey.factors}.items():
-        widths.setdefault(name_pattern(layer), []).append(width)
-    return {pattern: fmean(each) for pattern, each in widths.items()}
+    widths: dict[str, dict[str, float]] = {}
+    for factor in survey.factors:
+        of_pattern = widths.setdefault(name_pattern(factor.layer), {})
+        of_pattern[factor.layer] = factor.fan_in
+    return {pattern: fmean(each.values()) for pattern, each in widths.items()}
 
 
 def check_width(recipe: Record, at: Reference) -> None:
