@@ -86,16 +86,9 @@ def read_checkpoint(
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     values = [dict(group.pop(KEY, {})) for group in groups]
-    ours = [len(split.group["params"]) for split in splits]
-    theirs = [len(group["params"]) for group in groups]
-    if ours != theirs:
-        raise CheckpointError(
-            f"The checkpoint has groups of {theirs} parameters, this optimizer groups of {ours}.",
-            "Give this optimizer the groups of the saved one, in the same order, frozen parameters"
-            " included. Or load it into the model that it was saved from.",
-        )
     state = dict(state_dict["state"])
-    for split, group, of_parts in zip(splits, groups, values, strict=True):
+    # torch counts groups and parameters
+    for split, group, of_parts in zip(splits, groups, values, strict=False):
         _check_group(split, group, of_parts.pop("shapes", split.shapes))
         if _is_torchs(native):
             _fit_group(split, group, state)
@@ -188,7 +181,8 @@ def _of_another_shape(
 ) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint's {name} has shape {tuple(saved)}, the parameter {tuple(here)}.",
-        "Load it into a model of the same ranks and shapes, or start with a new state.",
+        "Load it into a model of the same ranks, and an optimizer whose groups have the same"
+        " parameters in the same order, frozen ones included; or start with a new state.",
     )
 
 

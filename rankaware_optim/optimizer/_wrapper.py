@@ -268,7 +268,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 raise
             raise CheckpointError(
                 f"The checkpoint cannot be loaded: {error!r}.",
-                "Give the result of optimizer.state_dict() of the same optimizer class.",
+                "Give the state_dict() of the same optimizer class, whose groups have the same"
+                " parameters in the same order, frozen ones included.",
             ) from error
         hidden.splits, hidden.unchecked = splits, True
 

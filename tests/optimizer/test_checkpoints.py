@@ -130,10 +130,10 @@ OTHERS = [
     ({"ranks": (4, 16), "kind": torch.optim.Adafactor}, OF_SHAPES),
     ({"ranks": (4, 16), "kind": Preconditioned}, OF_SHAPES),
     ({"width": 32}, r"has shape \(4, 32\), the parameter \(4, 16\)"),
-    ({"ranks": (4,)}, r"groups of \[4\] parameters, this optimizer groups of \[6\]"),
-    ({"make": of_layers}, r"groups of \[2, 0, 4\] parameters, .*in the same order"),
-    ({"make": with_frozen}, r"groups of \[10\] .*frozen parameters included"),
-    ({"make": reversed_layers}, r"groups of \[2, 2, 2\] parameters"),
+    ({"ranks": (4,), "width": 16}, "has shape|match the size of optimizer's group"),
+    ({"make": of_layers}, "has shape.*in the same order, frozen ones"),
+    ({"make": with_frozen}, "has shape|match the size"),
+    ({"make": reversed_layers}, "layer0.lora_A has shape"),
 ]
 unknown = pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 
