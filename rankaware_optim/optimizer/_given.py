@@ -54,7 +54,6 @@ def user_groups(
         first: number of the first group.
 
     Raises:
-        InspectionError: there is no parameter, and the model's LoRA factors are frozen.
         OptimizerError: what is listed is no parameter, or a group holds a rate that is impossible,
             or multiplied already.
     """
@@ -155,18 +154,26 @@ def read_optimizer(
     """Return what is wrapped. Raise if it cannot have group rates, or if a setting is nearly one of
     `ours`, which a class with `**kwargs` would drop silently.
     """
-    if isinstance(params, Optimizer):
+    is_built = isinstance(params, Optimizer)
+    native = type(params) if is_built else get_optimizer_class(optimizer)
+    if hasattr(native, "_rankaware_native"):
+        raise OptimizerError(
+            "This optimizer is rank-aware already.", "Use it as it is."
+        )
+    if reason := known_optimizer(native)[1].one_rate:
+        raise OptimizerError(
+            f"{native.__name__} {reason}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
+        )
+    if is_built:
         for name, value in {"optimizer": optimizer, "lr": lr, **settings}.items():
             if value is not None:
                 raise OptimizerError(
                     f"{name}= was given for an optimizer that is built already.",
                     "Give it when building it.",
                 )
-        _refuse_one_rate(type(params))
         _refuse_built(params)
-        return Wrapped(type(params), params, settings_of_built(params))
-    native = get_optimizer_class(optimizer)
-    _refuse_one_rate(native)
+        return Wrapped(native, params, settings_of_built(params))
     for name in settings.keys() - inspect.signature(native).parameters.keys():
         for near in get_close_matches(name, ours, 1, 0.8):
             raise OptimizerError(
@@ -180,20 +187,6 @@ def read_optimizer(
 def settings_of_built(opt: Optimizer) -> Settings:
     """Return the settings of a built optimizer, some of which are attributes."""
     return {**vars(opt), **opt.defaults}
-
-
-def _refuse_one_rate(native: Native) -> None:
-    """Raise for a class that cannot have a rate for each group, or has one by our law already."""
-    if hasattr(native, "_rankaware_native"):
-        raise OptimizerError(
-            "This optimizer is rank-aware already.", "Use it as it is."
-        )
-    reason = known_optimizer(native)[1].one_rate
-    if reason:
-        raise OptimizerError(
-            f"{native.__name__} {reason}, so it cannot have a rate per rank.",
-            "Use it unwrapped, or choose another optimizer.",
-        )
 
 
 def _refuse_built(built: Optimizer) -> None:
