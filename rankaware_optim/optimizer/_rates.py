@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from textwrap import fill
 from typing import Any
 
@@ -200,13 +199,13 @@ def make_report(opt: Any) -> Report:
 
 def _by_training(group: RateGroup) -> Iterator[RateGroup]:
     """Yield a part's parameters that train, and those that do not."""
-    trains = [param.requires_grad for param in group.params]
-    for wanted in sorted(set(trains), reverse=True):
-        chosen = [each == wanted for each in trains]
-        names = tuple(compress(group.names, chosen))
-        params = tuple(compress(group.params, chosen))
-        row = replace(group, names=names, params=params)
-        yield row if wanted else replace(row, role="frozen", why=_FROZEN)
+    named = list(zip(group.names, group.params, strict=False))
+    for is_frozen in (False, True):
+        kept = [pair for pair in named if pair[1].requires_grad != is_frozen]
+        if kept:
+            names, params = zip(*kept, strict=True)
+            row = replace(group, names=names, params=params)
+            yield replace(row, role="frozen", why=_FROZEN) if is_frozen else row
 
 
 def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
