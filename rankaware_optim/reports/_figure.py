@@ -29,7 +29,7 @@ _BAND: dict[str, Any] = {"alpha": 0.12, "linewidth": 0}
 _RATE = {"color": _ORANGE, "linestyle": "--"}
 _CEILING = {"color": INK, "linestyle": ":"}
 # How a trial ended, in the legend, and its marker.
-MARKS = {"finished": "o", "above the frame": "^", "diverged": "x", "pruned": "D"}
+MARKS = {"finished": "o", "diverged": "x", "pruned": "D"}
 # The frames, by hand.
 _FAR = 2.2  # times the median above the best: scores farther off are not in the frame
 _LEAST = 1e-3  # of the best score: a frame is as high, so that noise does not look like a bowl
@@ -151,16 +151,12 @@ def _draw_trials(axis: Any, trials: Trials) -> None:
     height = max(1e-9, _LEAST * abs(best), far)
     inside = np.abs(trials["value"] - best) <= height
     heights = np.where(inside, trials["value"], best + 0.97 * height)
-    is_above = (trials["end"] == "finished") & ~inside
-    ends = np.where(is_above, "above the frame", trials["end"])
     for end, marker in MARKS.items():
-        drawn = ends == end
+        drawn = trials["end"] == end
         if drawn.any():
-            lr = trials["lr"][drawn]
-            # only those with their own score are filled
-            fill = "full" if end == "finished" else "none"
-            marks = {"color": _BLUE, "marker": marker, "fillstyle": fill}
-            axis.plot(lr, heights[drawn], label=end, linestyle="", **marks)
+            mark = {"color": _BLUE, "marker": marker, "fillstyle": "none"}
+            at = trials["lr"][drawn], heights[drawn]
+            axis.plot(*at, label=end, linestyle="", **mark)
     # a recipe does not say whether what the loop returned was a loss
     axis.set(ylim=(best - 0.1 * height, best + height), ylabel="score, lower is better")
     rate_axis(axis)
