@@ -47,7 +47,6 @@ from ._trial import BATCHES, Snapshot, TrainerRuns
 TRIALS, SHARE = 4, 1 / 4
 # Factor between the best rates of two lengths from which they are said: by hand
 MOVED = 1.4
-FILE = "recipe.toml"
 BY_REWARD = (
     "a run's value is minus the reward that its trainer logged, and not its loss"
 )
@@ -143,89 +142,63 @@ def calibrate(  # noqa: PLR0913
     place = _place(what, model, score)
     runs = TrainerRuns(native, settings or {}, score, place.model is not None)
     at = _configuration(place, runs, ranks, full_trials)
-    beside = place.folder / FILE if save and place.folder else None
+    beside = place.file if save else None
     with closing(Replicas()) as team:
         leads = team.leads
-        stored = team.agree(lambda: _stored(beside, native, at))
+        stored = team.agree(lambda: _stored(beside, native, at, steps, progress))
     if stored is not None and steps in (None, _length(stored)):
-        if progress and leads:
-            words = f"{beside} is there, so nothing is run: remove it to calibrate"
-            print(f"calibrate: {words}", file=sys.stderr, flush=True)
         return stored
-    searched = _searched(
-        place,
-        runs,
-        at,
-        share,
-        storage,
-        progress,
-        law=law,
-        ranks=ranks,
-        steps=steps,
-        target_steps=target_steps,
-        trials=trials,
-        full_trials=full_trials,
-        seeds=seeds,
-        lr_range=lr_range,
-        batch=batch,
-        warmup=warmup,
-        name=name,
-    )
-    recipe = _completed(searched, runs, stored)
-    if beside is not None and leads:
-        recipe.save(beside)
-    return recipe
-
-
-def _searched(
-    place: Any,
-    runs: TrainerRuns,
-    at: Reference | None,
-    share: float,
-    storage: Any,
-    progress: bool,
-    **given: Any,
-) -> Recipe:
-    """Return the recipe of the trials, of which arguments of `calibrate` are given. at: the
-    configuration of a model that is built.
-    """
     if at is not None:
-        given["ranks"] = (at.rank,)
-        if given["trials"] is None:
-            given["trials"] = TRIALS
+        ranks, trials = (at.rank,), trials or TRIALS
     snapshot = place.snapshot()
     with seeded(0), snapshot.kept():
-        whole = given["target_steps"] or place.steps()
-        steps = given["steps"] or _share_of(whole, share)
+        whole = target_steps or place.steps()
+        of_trials: dict[str, Any] = {
+            "law": law,
+            "ranks": ranks,
+            "steps": _steps(steps, whole, share),
+        }
         options = Options(
-            runs.native,
-            **{**given, "target_steps": whole, "steps": steps},
+            native,
+            **of_trials,
+            target_steps=whole,
+            trials=trials,
+            full_trials=full_trials,
+            seeds=seeds,
+            lr_range=lr_range,
+            batch=batch,
+            warmup=warmup,
+            name=name,
             suggested=_suggested(place.subject, at, runs),
             noisy=place.is_by_reward,
         )
-        return search(
+        searched = search(
             _loop(runs, place, snapshot, options.target),
             options,
             storage=storage,
             progress=progress,
             price=_price(options, place, snapshot),
         )
+    recipe = _completed(searched, runs, stored)
+    if beside is not None and leads:
+        recipe.save(beside)
+    return recipe
 
 
-def _share_of(whole: int | None, share: float) -> int | None:
-    """Return a trial's share of the run's steps.
+def _steps(steps: int | None, whole: int | None, share: float) -> int | None:
+    """Return a trial's steps, by default its share of the run's.
 
     Raises:
-        CalibrationError: it is too short.
+        CalibrationError: the share is too short.
     """
-    if whole is None:
-        return None
-    steps = round(share * whole)
-    if steps >= FEWEST_STEPS:
+    if steps or whole is None:
         return steps
+    part = round(share * whole)
+    if part >= FEWEST_STEPS:
+        return part
     least = min(FEWEST_STEPS, whole)
     raise CalibrationError(
-        f"A trial would have {steps} of the run's {whole} steps, and in fewer than"
+        f"A trial would have {part} of the run's {whole} steps, and in fewer than"
         f" {FEWEST_STEPS} low rates look best.",
         f"Give steps={least}, which costs {TRIALS * least} steps in all, or take"
         " ra.suggest_lr's rate and train longer.",
@@ -262,7 +235,7 @@ class Loop:
         model: the model that it trains, or a list of several, or None if it builds them.
     """
 
-    folder: Path | None = None
+    file: Path | None = None
     is_by_reward = False
 
     def __init__(self, source: Callable[[Trial], Any], model: Any) -> None:
@@ -342,7 +315,7 @@ def _price(options: Options, place: Any, snapshot: Snapshot) -> str:
     if place.model is None:
         return ""
     words = f" of training, where the run takes {options.target:,}"
-    if place.folder and not place.is_by_reward:
+    if place.file and not place.is_by_reward:
         words += f"; {options.runs} × {BATCHES} batches of evaluation"
     mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
     return f"{words}; a copy of the weights that train, {mebibytes}"
@@ -351,8 +324,14 @@ def _price(options: Options, place: Any, snapshot: Snapshot) -> str:
 # --- the recipe -----------------------------------------------------------------------------------
 
 
-def _stored(path: Path | None, native: type[Optimizer], at: Any) -> Recipe | None:
-    """Return the recipe that lies beside a run.
+def _stored(
+    path: Path | None,
+    native: type[Optimizer],
+    at: Any,
+    steps: int | None,
+    progress: bool,
+) -> Recipe | None:
+    """Return the recipe that lies beside a run, and say so if nothing is run.
 
     Raises:
         CalibrationError: it is of another optimizer or configuration.
@@ -368,6 +347,9 @@ def _stored(path: Path | None, native: type[Optimizer], at: Any) -> Recipe | Non
             f" {native.__name__} at {at}.",
             "Remove it, or give save=False or another output folder.",
         )
+    if progress and steps in (None, _length(recipe)):
+        words = f"{path} is there, so nothing is run: remove it to calibrate"
+        print(f"calibrate: {words}", file=sys.stderr, flush=True)
     return recipe
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed as dist
@@ -26,7 +26,7 @@ from .. import calibration
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
 from ..recipe import constructor_settings
-from ._trial import BATCHES, Snapshot, TrainerRuns, held_out
+from ._trial import BATCHES, FILE, Snapshot, TrainerRuns, held_out
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 _SAMPLERS = (RandomSampler, SequentialSampler)
@@ -105,9 +105,8 @@ def _reports(base: Any, run: TrainerRuns) -> Any:
     """
 
     class Reports(base):
-        def __init__(self) -> None:
-            self.loss: Any = 0.0  # of the batches of a step
-            self.losses: list[torch.Tensor] = []  # that a validation's steps returned
+        loss: Any = 0.0  # of the batches of a step
+        losses: ClassVar[list[Any]] = []  # that a validation's steps returned
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
             # nothing is validated, so no plateau is seen
@@ -309,7 +308,7 @@ class BuiltPair:
         self.trainer, self.data = trainer, data
         self.model = self.subject = module
         self.source = type(module).training_step
-        self.folder: Path | None = Path(trainer.default_root_dir)
+        self.file: Path | None = Path(trainer.default_root_dir, FILE)
 
     def snapshot(self) -> Snapshot:
         """Return the state to which every trial's is put back."""

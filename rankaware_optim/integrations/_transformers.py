@@ -25,7 +25,7 @@ from .. import calibration
 from .._optimizers import get_optimizer_class
 from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer
-from ._trial import BATCHES, Snapshot, TrainerRuns, divided, held_out
+from ._trial import BATCHES, FILE, Snapshot, TrainerRuns, divided, held_out
 
 
 def is_trainer(value: Any) -> bool:
@@ -186,7 +186,7 @@ class BuiltTrainer:
         self.trainer = self.subject = trainer
         self.source = type(trainer).train
         self.is_by_reward = by_reward
-        self.folder: Path | None = Path(trainer.args.output_dir)
+        self.file: Path | None = Path(trainer.args.output_dir, FILE)
         self.model = trainer.model
 
     def snapshot(self) -> Snapshot:

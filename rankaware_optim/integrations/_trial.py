@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subs
 from .. import calibration
 from ..errors import CalibrationError
 
+FILE = "recipe.toml"
+"""The recipe in a run's folder."""
 BATCHES = 16
 """Batches that score a trial, at most."""
 _PART = 10  # one of so many rows of the training data is held out, at most
@@ -164,14 +166,17 @@ class Snapshot:
         objects: Iterable[Any] = (),
         data: Iterable[Any] = (),
     ) -> None:
-        modules = [*dict.fromkeys(m for model in models for m in model.modules())]
+        whole = nn.ModuleList(models)
+        _, *modules = whole.modules()
         self._put_backs = [*_put_backs([*modules, *objects], data)]
-        params = dict.fromkeys(p for m in modules for p in m.parameters(recurse=False))
+        params = whole.parameters()
         self._gradients = [(p, p.requires_grad, p.grad) for p in params]
         self._values: dict[torch.Tensor, torch.Tensor] = {}
         self._keep_trained()
         self.size = sum(t.numel() * t.element_size() for t in self._values)
-        self._keep_buffers(modules)
+        for buffer in whole.buffers():
+            if buffer.is_floating_point() or buffer.numel() <= _PACKED:
+                self._keep(buffer)
 
     def begin(self) -> None:
         """Put the state back for a trial, which begins without gradients."""
@@ -184,12 +189,6 @@ class Snapshot:
         for param, _, _ in self._gradients:
             if param.requires_grad:
                 self._keep(param)
-
-    def _keep_buffers(self, modules: Iterable[nn.Module]) -> None:
-        for module in modules:
-            for buffer in module.buffers(recurse=False):
-                if buffer.is_floating_point() or buffer.numel() <= _PACKED:
-                    self._keep(buffer)
 
     def _keep(self, tensor: torch.Tensor) -> None:
         if tensor not in self._values:
