@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import TRIALS_PER_RANK, _storage
+from rankaware_optim.calibration import TRIALS_PER_RANK
 from rankaware_optim.calibration._storage import close_storage, open_storage
 from rankaware_optim.cli import _calibrate
 from rankaware_optim.cli._main import main
@@ -283,28 +283,6 @@ def test_ctrl_c_at_any_other_moment_is_a_word(folder):
     Path("stopped_loops.py").write_text("raise KeyboardInterrupt\n")
     done = call("stopped_loops:train", *RANKS)
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
-
-
-@pytest.mark.processes
-def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
-    """Where the journal cannot grow, the error says so; with room again the same command goes on."""
-    monkeypatch.setattr(_storage, "BEAT_S", 0.1)  # the trial could not be given back
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    arguments = ["loops:train", *map(str, RANKS), "--trials", "6"]
-    limited = f"ulimit -f 12; exec {sys.executable} -m rankaware_optim calibrate {' '.join(arguments)}"
-    done = subprocess.run(
-        ["bash", "-c", limited], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert (
-        "Error: The study's storage r.journal failed: OSError: [Errno 27] File too large"
-        in done.stderr
-    )
-    assert not Path("r.toml").exists()
-    before = len(counted(trials_of("r.journal", "r")))
-    assert 0 < before < 6
-    assert call(*arguments).exit_code == 0
-    assert len(ra.Recipe.load("r.toml").tensors["lr"]) == 6
 
 
 def test_a_dry_run_prints_the_price_alone(folder):

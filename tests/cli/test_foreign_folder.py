@@ -159,11 +159,3 @@ def test_the_installed_script_runs_nothing_else_either(command, foreign):
     for made in foreign.glob("r.*"):
         made.unlink()
     assert (done.returncode, marks(foreign)) == (0, []), done.stderr
-
-
-def test_the_check_can_fail(foreign):
-    """`python -m` puts the folder first, by Python's own rule, and then its modules are run."""
-    command = [sys.executable, "-m", "rankaware_optim", "--help"]
-    environment = {**os.environ, "PYTHONSAFEPATH": ""}
-    subprocess.run(command, cwd=foreign, env=environment, capture_output=True)
-    assert marks(foreign)
