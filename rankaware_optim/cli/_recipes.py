@@ -20,6 +20,7 @@ from ._options import (
     echo,
     echo_result,
     flag,
+    number_or_rank,
     option,
     out_option,
 )
@@ -32,8 +33,8 @@ _RECIPE = click.argument("recipe", type=FILE)
 @option("--rank", int, "LoRA rank. By default the recipe's own.")
 @option(
     "--alpha",
-    float,
-    "LoRA alpha. By default by the recipe's rule, which rankaware show prints.",
+    number_or_rank,
+    "LoRA alpha, a number or 'rank'. By default by the recipe's rule, which rankaware show prints.",
 )
 @RSLORA
 @option("--init", click.Choice(("A", "B")), f"{INIT_HELP} By default the recipe's.")
@@ -55,6 +56,8 @@ def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
 
     The 90 % band, the ceiling and what the rate holds for are printed with it.
     """
+    if options["alpha"] == "rank":
+        options["alpha"] = options["rank"]
     loaded = recipes.Recipe.load(recipe)
     with warnings.catch_warnings():
         # the rate's notes say it

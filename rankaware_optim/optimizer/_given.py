@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import check_lr, is_number, plain_lr
+from .._checks import OTHER_NAMES, check_lr, is_number, plain_lr
 from .._optimizers import defaults_of, get_optimizer_class, in_force, known_optimizer
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
@@ -175,11 +175,12 @@ def read_optimizer(
         _refuse_built(params)
         return Wrapped(native, params, settings_of_built(params))
     for name in settings.keys() - inspect.signature(native).parameters.keys():
-        for near in get_close_matches(name, ours, 1, 0.8):
+        near = get_close_matches(name, ours, 1, 0.8)
+        if meant := OTHER_NAMES.get(name) or (near and f"{near[0]}="):
             raise OptimizerError(
                 f"{name}= is an argument neither of RankAwareOptimizer nor of"
                 f" {native.__name__}.",
-                f"Give {near}=.",
+                f"Give {meant}.",
             )
     return Wrapped(native, None, settings)
 
