@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -202,43 +203,23 @@ def test_doubts_are_said(loop, ranks, note):
     assert (notes == ()) if note is None else any(note in said for said in notes)
 
 
-def kept_trial(state, x, curve, seed=0, **attrs):
-    """A trial of rank 4 as a study keeps it, which returned its score."""
-    made = {"rank": 4, "seed": seed, "curve": curve, **attrs}
-    distribution = optuna.distributions.FloatDistribution(-20, 0)
-    return optuna.trial.create_trial(
-        state=state,
-        value=curve[-1] if state.name == "COMPLETE" else None,
-        params={"log2_lr": x},
-        distributions={"log2_lr": distribution},
-        user_attrs=made,
-    )
-
-
 def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
     """It counts as ending above the best run of its rank and seed by as much as when it was stopped; others do not."""
     state = optuna.trial.TrialState
     falling = [1.0 - 0.07 * step for step in range(10)]
-    best_trial = kept_trial(state.COMPLETE, -8.0, falling, score=0.3)
-    lost = kept_trial(
-        state.PRUNED, -6.0, [value + 0.2 for value in falling[:6]], end="pruned"
+    higher = [value + 0.2 for value in falling]
+    best = Run(4, 0, 0, state.COMPLETE, -8.0, curve=falling, score=0.3)
+    lost = Run(4, 0, 1, state.PRUNED, -6.0, curve=higher[:6], end="pruned")
+    others = (
+        replace(lost, seed=1),
+        replace(lost, end="memory"),
+        replace(lost, curve=higher[:2]),
+        replace(lost, curve=[]),
+        replace(lost, state=state.FAIL),
     )
-    elsewhere = kept_trial(state.PRUNED, -6.0, falling[:6], seed=1, end="pruned")
-    starved = kept_trial(state.PRUNED, -6.0, falling[:6], end="memory")
-    early = kept_trial(state.PRUNED, -6.0, falling[:2], end="pruned")
-    unstarted = kept_trial(state.PRUNED, -6.0, [], end="pruned")
-    failed = kept_trial(state.FAIL, -5.0, falling[:6], end="pruned")
-    (best, seen) = records(
-        [best_trial, lost, elsewhere, starved, early, unstarted, failed]
-    ).evidence()
-    assert (seen.rank, seen.seed, seen.x, seen.returned, seen.stopped) == (
-        4,
-        0,
-        -6.0,
-        True,
-        False,
-    )
-    assert (seen.value, seen.tail) == pytest.approx((0.5, best.tail + 0.2))
+    whole, seen = Trials((best, lost, *others)).evidence()
+    assert (seen.x, seen.returned, seen.stopped) == (-6.0, True, False)
+    assert (seen.value, seen.tail) == pytest.approx((0.5, whole.tail + 0.2))
 
 
 def test_the_recipe_is_the_fit_of_every_trial():

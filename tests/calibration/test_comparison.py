@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import optuna
 import pytest
 import torch
 
-import rankaware_optim as ra
 from rankaware_optim import CalibrationError, RankAwareWarning
 from rankaware_optim.calibration._storage import open_storage
 
@@ -91,28 +89,6 @@ def test_the_same_settings_go_on(first, then, journal):
     """Defaults that are given, tuples read as lists, tensors of a number and ways to compute the same are no change."""
     calibrate(first, trials=2, storage=journal)
     assert runs(calibrate(then, trials=3, storage=journal)) == 3
-
-
-@dataclass(frozen=True)
-class Mine(ra.Law):
-    """A law of the user's own."""
-
-    exponent: float = -0.5
-    name = "mine"
-
-    def multiplier(self, factor, reference):
-        return (factor.rank / reference.rank) ** self.exponent
-
-
-def test_another_law_is_refused(journal, request):
-    """A law with another parameter is another law, also where no trial is left to run."""
-    ra.register_law(Mine(-0.5))
-    request.addfinalizer(lambda: ra.register_law(Mine(-0.5), remove=True))
-    calibrate(made_up(), trials=2, storage=journal, law=Mine(-0.5))
-    with pytest.raises(CalibrationError, match=r"law='Mine\(exponent=-0\.5\)', not"):
-        calibrate(made_up(), trials=2, storage=journal, law=Mine(-0.6))
-    again = calibrate(made_up(), trials=3, storage=journal, law=Mine(-0.5))
-    assert len(again.tensors["lr"]) == 3
 
 
 # --- who made it ----------------------------------------------------------------------------------------------------

@@ -148,25 +148,6 @@ def test_adapters_that_are_trained_keep_their_values():
     assert state(model) == before
 
 
-def test_several_models_are_put_back():
-    """A list of models is one, for the optimizer too."""
-    models = [built(), built()]
-    before = [state(model) for model in models]
-
-    def train(trial):
-        opt = trial.optimizer(models, other_lr=1e-3)
-        for _ in range(trial.steps):
-            x = torch.randn(8, DIM)
-            loss = sum((model(x) - x).square().mean() for model in models)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            yield loss.detach()
-
-    calibrate(train, models, trials=2)
-    assert [state(model) for model in models] == before
-
-
 # --- every end ------------------------------------------------------------------------------------------------------
 
 

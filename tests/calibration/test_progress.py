@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 from ..helpers.calibrations import calibrate, made_up
 
 
@@ -41,16 +39,3 @@ def test_nothing_is_shown_against_a_wish(capfd):
     """With progress=False there is no line."""
     calibrate(made_up(), trials=2, progress=False)
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_trial_that_fails_has_no_line(capfd):
-    """A trial whose loop raises is not shown as ended."""
-
-    def fails(trial):
-        if trial.number == 2:
-            raise RuntimeError("mine")
-        yield from made_up()(trial)
-
-    with pytest.raises(RuntimeError, match="mine"):
-        calibrate(fails, trials=4)
-    assert counts(capfd.readouterr().err) == [1, 2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import signal
 import sqlite3
 import subprocess
@@ -38,100 +37,13 @@ from ..helpers.calibrations import (
     made_up,
     states,
 )
-from ..helpers.elsewhere import SILENT_S
+from ..helpers.elsewhere import SILENT_S, TRIALS
 from ..helpers.interrupted import CtrlC
-from ..helpers.killed import TRIALS
 from ..helpers.optimizers import called
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="processes are forked and killed"
 )
-
-KILLS = 4
-
-
-class Forked:
-    """Starts calibrations in folders, each in a separate process."""
-
-    def __init__(self) -> None:
-        script = str(Path(__file__).parents[1] / "helpers" / "killed.py")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        pipe = subprocess.PIPE
-        self.server = subprocess.Popen(
-            [sys.executable, script],
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-            env=environment,
-        )
-
-    def run(self, folder: Path, kill_after: float | None = None) -> float:
-        """Calibrate in `folder`, killed after so many seconds; how long it took. It must end well if not killed."""
-        start = time.perf_counter()
-        self.server.stdin.write(
-            f"{folder}\t{kill_after}\n" if kill_after is not None else f"{folder}\n"
-        )
-        self.server.stdin.flush()
-        status = int(self.server.stdout.readline())
-        assert status == 0 or (kill_after is not None and status == signal.SIGKILL)
-        return time.perf_counter() - start
-
-    def stop(self) -> None:
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
-        self.server.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def forked():
-    made = Forked()
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def straight(forked, tmp_path_factory):
-    """The recipe of a calibration that nobody killed, and how long it took."""
-    folder = tmp_path_factory.mktemp("straight")
-    seconds = forked.run(folder)
-    return (folder / "recipe.toml").read_text(), seconds
-
-
-def trials_in(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(
-        study_name="calibration", storage=open_storage(folder / "study.journal")
-    ).trials
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("kill", range(KILLS))
-def test_killed_at_any_moment_it_goes_on(kill, forked, straight, tmp_path):
-    """After SIGKILL the same call keeps what was finished, runs the half-done trial again, and ends as if unkilled."""
-    expected, seconds = straight
-    forked.run(tmp_path, kill_after=random.Random(kill).uniform(0.0, 1.1 * seconds))
-    if (tmp_path / "recipe.toml").exists():
-        assert ra.Recipe.load(tmp_path / "recipe.toml")
-    before = (
-        trials_in(tmp_path)
-        if (tmp_path / "study.journal").exists() and studied(tmp_path)
-        else []
-    )
-    forked.run(tmp_path)
-    assert (tmp_path / "recipe.toml").read_text() == expected
-    after = trials_in(tmp_path)
-    kept = [trial for trial in before if trial.state.is_finished()]
-    assert [trial.datetime_complete for trial in after[: len(kept)]] == [
-        trial.datetime_complete for trial in kept
-    ]
-    assert len(counted(after)) == TRIALS
-    assert "RUNNING" not in states(after)
-
-
-def studied(folder: Path) -> bool:
-    return bool(optuna.get_all_study_names(open_storage(folder / "study.journal")))
 
 
 def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(

@@ -62,11 +62,17 @@ def numbered(*trials: optuna.trial.FrozenTrial) -> Trials:
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int | None = 2) -> float:
     """The rate that a trial at `rank` gets."""
-    seen = Trials(map(Run.read, trials))
+    return next_after(trials, None, rank)
+
+
+def next_after(trials, fit, rank=2, *, within=(LOW, HIGH), full_trials=0) -> float:
+    """The rate that a trial at `rank` gets, with a fit of those before."""
+    options = SimpleNamespace(full_trials=full_trials)
+    seen = numbered(*trials)
     calibration = SimpleNamespace(
-        start=START, fit=lambda: None, trials=lambda: seen, options=None
+        start=START, fit=lambda: fit, trials=lambda: seen, options=options
     )
-    return next_rate(calibration, rank, (LOW, HIGH))
+    return next_rate(calibration, rank, within)
 
 
 @pytest.mark.parametrize(
@@ -141,31 +147,16 @@ def test_the_search_outwards_ends_where_the_optimum_is_bracketed(runs, expected)
 @pytest.mark.parametrize("full_trials", [0, 3])
 def test_a_rank_is_refined_whether_or_not_full_runs_come_later(full_trials):
     """With an optimum bracketed, a rank's next rate is the one near the fitted optimum that is farthest from its others."""
-    seen = numbered(
-        *(trial_of(2, x, v) for x, v in ((-6.0, 0.5), (-4.0, 0.9), (-8.0, 0.6)))
-    )
+    runs = [trial_of(2, x, v) for x, v in ((-6.0, 0.5), (-4.0, 0.9), (-8.0, 0.6))]
     fit = SimpleNamespace(best=lambda rank: -6.5, ceiling=None)
-    calibration = SimpleNamespace(
-        start=START,
-        fit=lambda: fit,
-        trials=lambda: seen,
-        options=SimpleNamespace(full_trials=full_trials),
-    )
-    assert next_rate(calibration, 2, (LOW, HIGH)) == -5.25
+    assert next_after(runs, fit, full_trials=full_trials) == -5.25
 
 
 def test_a_rank_stays_below_what_diverged():
     """No rate within half an octave of the lowest that diverged is tried, wherever the optimum is thought to be."""
-    runs = ((-8.5, 0.5), (-7.5, 0.9), (-10.0, 0.6))
-    seen = numbered(*(trial_of(2, x, value) for x, value in runs))
+    runs = [trial_of(2, x, v) for x, v in ((-8.5, 0.5), (-7.5, 0.9), (-10.0, 0.6))]
     fit = SimpleNamespace(best=lambda rank: -6.0, ceiling=-6.0)
-    calibration = SimpleNamespace(
-        start=START,
-        fit=lambda: fit,
-        trials=lambda: seen,
-        options=SimpleNamespace(full_trials=0),
-    )
-    assert next_rate(calibration, 2, (LOW, HIGH)) == -6.5
+    assert next_after(runs, fit) == -6.5
 
 
 FIRST = [
@@ -223,15 +214,10 @@ FULL = [
 @pytest.mark.parametrize(("runs", "expected"), FULL)
 def test_full_runs_go_around_the_predicted_rate(runs, expected):
     """At it, an octave below the best, above it, and then into the wider gap beside the best."""
-    seen = numbered(OF_LORA, *(trial_of(None, x, value) for x, value in runs))
+    seen = [OF_LORA, *(trial_of(None, x, value) for x, value in runs)]
     fit = SimpleNamespace(best=lambda rank: PREDICTED, ceiling=None)
-    calibration = SimpleNamespace(
-        start=START,
-        fit=lambda: fit,
-        trials=lambda: seen,
-        options=SimpleNamespace(full_trials=3),
-    )
-    assert next_rate(calibration, None, (-20.0, 0.0)) == expected
+    at = next_after(seen, fit, None, within=(-20.0, 0.0), full_trials=3)
+    assert at == expected
 
 
 # --- the range ------------------------------------------------------------------------------------------------------

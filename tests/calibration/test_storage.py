@@ -44,11 +44,6 @@ def an_sqlite_database(path: Path) -> None:
     database.close()
 
 
-def a_recipes_tensors(path: Path) -> None:
-    calibrate(made_up(), trials=2).save(path.with_suffix(".toml"))
-    next(path.parent.glob("*.safetensors")).replace(path)
-
-
 def holding(data: bytes):
     return lambda path: path.write_bytes(data)
 
@@ -57,7 +52,6 @@ OTHERS = {
     "data without a newline": holding(b"\1" * 1_000_000),
     "JSON lines": holding(b'{"loss": 1}\n{"loss": 2}'),
     "an SQLite database": an_sqlite_database,
-    "a recipe's tensors": a_recipes_tensors,
 }
 
 
@@ -169,11 +163,8 @@ def line(**changed):
 
 
 DAMAGED = {
-    "no JSON": lambda data: data.replace(b'"op_code":4', b'"op_code":,', 1),
     "not UTF-8": lambda data: data.replace(b'"rank"', b'"r\xffnk"', 1),
     "no object": lambda data: data.replace(b"\n", b"\n[]\n", 1),
-    "a state of none": line(state=17),
-    "a rank that is a word": line(user_attrs={"rank": "four", "seed": 0}),
     "a rank beyond every model": line(user_attrs={"rank": 2**40, "seed": 0}),
     "a rate below zero": lambda data: data.replace(b'"own_lr":', b'"own_lr":-', 1),
     "a reference without a width": lambda data: data.replace(
@@ -217,30 +208,6 @@ def meanwhile(change, at: int = 3):
             yield value
 
     return loop
-
-
-def test_a_journal_that_is_overwritten_during_the_run_is_said(tmp_path):
-    """What another program writes into it is an error with its name, its cause and a cure."""
-    path = tmp_path / "study.journal"
-
-    def overwrite() -> None:
-        path.write_bytes(b"x\n" * path.stat().st_size)
-
-    with pytest.raises(CalibrationError, match=r"storage .*study\.journal ") as raised:
-        calibrate(meanwhile(overwrite), trials=6, storage=path)
-    assert raised.value.cure
-
-
-def test_a_database_that_is_restored_from_a_copy_is_said(tmp_path):
-    """A trial that an older copy does not hold is an error with its cause and a cure."""
-    path = tmp_path / "study.db"
-    url = f"sqlite:///{path}"
-    calibrate(meanwhile(lambda: None), trials=1, storage=url)
-    copy = path.read_bytes()
-    with pytest.raises(CalibrationError, match=r"study\.\w+ failed: "):
-        calibrate(
-            meanwhile(lambda: path.write_bytes(copy), at=1), trials=6, storage=url
-        )
 
 
 @pytest.mark.parametrize("place", [JOURNAL, SQLITE])

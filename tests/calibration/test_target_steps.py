@@ -9,7 +9,6 @@ import optuna
 import pytest
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import Pushed
 
 from ..helpers.calibrations import BEST, Net, bowl, calibrate, made_up, states
 
@@ -118,17 +117,3 @@ def test_a_loop_that_ignores_its_steps_is_found_by_its_first_run():
         calibrate(whole(), target_steps=TARGET, storage=storage, trials=4).steps
         == TARGET
     )
-
-
-def test_a_pushed_loop_reads_its_steps_too():
-    """A trainer that spans its schedule over trial.steps is no loop that ignores them."""
-
-    def train(trial):
-        def run(report):
-            trial.optimizer(Net(trial.rank))
-            for _ in range(trial.steps):
-                report(bowl(math.log2(trial.lr) - BEST))
-
-        return Pushed(run)
-
-    assert calibrate(train, target_steps=TARGET, trials=4).steps == TARGET

@@ -300,13 +300,6 @@ def test_without_a_finite_run_there_is_no_fit(seen):
     assert fit_observations(seen, Prior()) is None
 
 
-@pytest.mark.parametrize("lost", [[-6.0], [-5.0, -6.0], [-6.0, -4.0, -5.5], []])
-def test_the_ceiling_is_the_smallest_rate_that_diverged(lost):
-    """However many runs diverge, the lowest of them is the ceiling."""
-    seen = [*sweep(offsets=OFFSETS[:-1]), *map(observation, lost)]
-    assert fitted(seen).ceiling == min(lost, default=None)
-
-
 ended = st.tuples(st.floats(-14, -7), st.floats(0.3, 2.2))
 
 

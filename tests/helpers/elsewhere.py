@@ -16,8 +16,9 @@ import torch
 import rankaware_optim as ra
 from rankaware_optim.calibration import _storage
 
-from .killed import STEPS, TRIALS, Pair
+from .calibrations import Net
 
+STEPS, TRIALS = 10, 6
 BEAT_S = 0.3
 SILENT_S = BEAT_S * _storage.MISSED
 
@@ -27,7 +28,7 @@ def main(storage: str, seconds: float) -> None:
     waited = []
 
     def train(trial):
-        trial.optimizer(Pair(trial.rank))
+        trial.optimizer(Net(trial.rank))
         u = math.log2(trial.lr) + 7
         for step in range(trial.steps):
             if step == 5 and not waited:

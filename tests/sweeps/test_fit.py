@@ -8,8 +8,6 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rankaware_optim import (
     CalibrationError,
@@ -182,31 +180,13 @@ def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
 
 # --- what changes nothing -------------------------------------------------------------------------------------------
 
-grids = st.lists(st.integers(-40, 20), min_size=3, max_size=6, unique=True)
-sweeps = st.builds(
-    drawn,
-    ranks=st.sampled_from([(16,), (4, 64), (8, 16, 32)]),
-    custom=st.sampled_from(["rank", "kept"]),
-    offsets=grids.map(lambda xs: tuple(x / 10 for x in xs)),
-    noise=st.floats(0.001, 0.05),
-    cliff=st.none() | st.floats(1.0, 2.0),
-    draw=st.integers(0, 1000),
-).filter(lambda rows: any(row["loss"] != "diverged" for row in rows))
 
-
-def assert_alike(first: Recipe, second: Recipe) -> None:
-    assert second.fitted_lr == pytest.approx(first.fitted_lr, rel=1e-4)
-    assert second.law.exponent == pytest.approx(first.law.exponent, abs=1e-4)
-    assert second.covariance == pytest.approx(first.covariance, rel=1e-3, abs=1e-9)
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=sweeps, times=st.integers(1, 3), draw=st.randoms())
-def test_order_repetition_and_names_of_seeds_do_not_matter(rows, times, draw):
-    """Rows count once however often and in whatever order they come, and seeds may be called anything."""
-    renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in rows] * times
-    draw.shuffle(renamed)
-    assert_alike(fit_sweep(rows), fit_sweep(renamed))
+def test_repeated_rows_and_names_of_seeds_do_not_matter():
+    """Rows count once however often they come, and seeds may be called anything."""
+    renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in drawn()]
+    recipe, other = fit_sweep(drawn()), fit_sweep([*renamed, *renamed])
+    assert other.fitted_lr == recipe.fitted_lr
+    assert np.array_equal(other.covariance, recipe.covariance)
 
 
 def test_the_order_of_rows_decides_nothing():
@@ -342,6 +322,3 @@ def test_a_sweep_that_says_nothing_is_refused(rows, message):
     """What cannot be fitted is an error of ours with its cure."""
     with pytest.raises(RankAwareError, match=message):
         fit_sweep(rows)
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
