@@ -66,7 +66,41 @@ def run_pair(pair: Any, run: TrainerRuns) -> Any:
     loop = trainer.fit_loop
     loop.epoch_loop.max_steps = run.trial.steps
     loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
-    reports = _reports(_part_of(trainer, "callbacks").Callback, run)
+    callbacks = _part_of(trainer, "callbacks")
+
+    class Reports(callbacks.Callback):  # type: ignore[name-defined]
+        """Reports every step to the trial, and stops the trainer when it ends."""
+
+        loss: Any = 0.0  # of the batches of a step
+        losses: ClassVar[list[Any]] = []  # that a validation's steps returned
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            # nothing is validated, so no plateau is seen
+            configs = trainer.strategy.lr_scheduler_configs
+            configs[:] = [c for c in configs if not c.reduce_on_plateau]
+
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, *_: Any
+        ) -> None:
+            loss = _loss_in(outputs)
+            if loss is None:
+                raise CalibrationError(
+                    "The module's training_step returned no loss.",
+                    "Return it, also with manual optimization.",
+                )
+            self.loss = self.loss + loss.detach()
+            if trainer.global_step > run.steps_taken:
+                trainer.should_stop = run.end_step(self.loss)
+                self.loss = 0.0
+
+        def on_validation_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, *_: Any
+        ) -> None:
+            loss = _loss_in(outputs)
+            if loss is not None:
+                self.losses.append(loss.detach().float().mean())
+
+    reports = Reports()
     trainer.callbacks.append(reports)
     trained, part = _hold_out(module, data) if run.score is None else (data, None)
 
@@ -97,44 +131,6 @@ def _leave_out(trainer: Any, module: Any) -> None:
     silent = _part_of(trainer, "loggers.logger").DummyLogger()
     trainer.loggers = [silent] if trainer.loggers else []
     trainer.limit_val_batches, trainer.val_check_interval = 0, 1.0
-
-
-def _reports(base: Any, run: TrainerRuns) -> Any:
-    """Return a callback that reports every step to the trial, and stops the trainer when it
-    ends.
-    """
-
-    class Reports(base):
-        loss: Any = 0.0  # of the batches of a step
-        losses: ClassVar[list[Any]] = []  # that a validation's steps returned
-
-        def on_train_start(self, trainer: Any, module: Any) -> None:
-            # nothing is validated, so no plateau is seen
-            configs = trainer.strategy.lr_scheduler_configs
-            configs[:] = [c for c in configs if not c.reduce_on_plateau]
-
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, *_: Any
-        ) -> None:
-            loss = _loss_in(outputs)
-            if loss is None:
-                raise CalibrationError(
-                    "The module's training_step returned no loss.",
-                    "Return it, also with manual optimization.",
-                )
-            self.loss = self.loss + loss.detach()
-            if trainer.global_step > run.steps_taken:
-                trainer.should_stop = run.end_step(self.loss)
-                self.loss = 0.0
-
-        def on_validation_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, *_: Any
-        ) -> None:
-            loss = _loss_in(outputs)
-            if loss is not None:
-                self.losses.append(loss.detach().float().mean())
-
-    return Reports()
 
 
 def _loss_in(outputs: Any) -> torch.Tensor | None:

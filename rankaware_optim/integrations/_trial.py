@@ -251,7 +251,10 @@ def _kept(value: Any, depth: int, seen: set[int]) -> Iterator[PutBack]:
     elif depth >= 0 and len(value) <= _ROWS:
         is_dict = isinstance(value, dict)
         contents: Any = dict(value) if is_dict else [*value]
-        yield partial(_refill, value, contents)
+        yield value.clear
+        yield partial(
+            value.update if hasattr(value, "update") else value.extend, contents
+        )
         for each in contents.values() if is_dict else contents:
             yield from _kept(each, depth - 1, seen)
 
@@ -267,12 +270,6 @@ def _has_state(value: Any) -> bool:
         return False
     is_data = isinstance(value, (Dataset, Sampler, DataLoader))
     return is_data or callable(value) or hasattr(value, "to_dict")
-
-
-def _refill(container: Any, contents: Any) -> None:
-    container.clear()
-    fill = container.extend if hasattr(container, "extend") else container.update
-    fill(contents)
 
 
 def _kept_state(value: Any) -> Iterator[PutBack]:

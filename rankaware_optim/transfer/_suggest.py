@@ -232,25 +232,27 @@ def _read(
     model: Any, method: Method, init: Any, dora: bool | None
 ) -> tuple[Reference, list[Move]]:
     """Return a model's most common configuration, and the moves to its init and to DoRA."""
-    if not isinstance(model, (Reference, Survey)):
-        model = _survey(model, method, init)
-    is_survey = isinstance(model, Survey)
-    at: Reference = model.dominant() if is_survey else model
+    at, survey = model, None
+    if not isinstance(model, Reference):
+        survey = _survey(model, method, init)
+        at = survey.dominant()
     if "full" in (method, at.method):
-        width = model.full_width() if is_survey else at.fan_in
+        width = survey.full_width() if survey else at.fan_in
         return Reference(method="full", fan_in=width), []
-    if is_survey:
-        at = replace(at, fan_in=_usual_width(model))
+    if survey:
+        at = replace(at, fan_in=_usual_width(survey))
         if init is None:
-            init = mode(f.init for f in model.factors)
+            init = mode(f.init for f in survey.factors)
         if dora is None:
-            dora = "DoRA magnitude" in map(other_kind, model.other)
+            dora = "DoRA magnitude" in map(other_kind, survey.other)
     if init is not None:
         at = replace(at, init="B" if init == "B" else "A")
     return at, [*_variants(init, dora)]
 
 
 def _survey(model: Any, method: Method, init: Any) -> Survey:
+    if isinstance(model, Survey):
+        return model
     read_as = init if init in ("A", "B") else None
     model = getattr(model, "model", model)  # of a trainer
     return inspect_model(model, method=method, init=read_as)
