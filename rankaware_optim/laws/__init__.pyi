@@ -1,5 +1,3 @@
-from ._corrections import Falling as Falling
-from ._corrections import Power as Power
 from ._law import Constant as Constant
 from ._law import Law as Law
 from ._law import LoRAPlus as LoRAPlus
@@ -10,7 +8,9 @@ from ._law import checked_multiplier as checked_multiplier
 from ._mua import FORMS as FORMS
 from ._mua import ONE_RATE as ONE_RATE
 from ._mua import SIGN_LIKE as SIGN_LIKE
+from ._mua import Falling as Falling
 from ._mua import MuA as MuA
+from ._mua import Power as Power
 from ._mua import kappa as kappa
 from ._text import DEFAULT_LAW as DEFAULT_LAW
 from ._text import LAWS as LAWS

@@ -10,9 +10,8 @@ from typing import Any
 from .._checks import is_number, shown
 from .._registry import Registry
 from ..errors import LawError
-from ._corrections import Falling, Power
 from ._law import Constant, Law, LoRAPlus
-from ._mua import MuA
+from ._mua import Falling, MuA, Power
 
 LAWS: dict[str, Law] = {
     "mua": MuA(),
