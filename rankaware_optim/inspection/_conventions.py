@@ -198,11 +198,10 @@ class Convention:
 
     def pairs_in(self, owner: Any, halves: Halves) -> Iterator[tuple[str, Any, Any]]:
         """Yield the adapter, A and B of every pair that the owner has by this convention."""
-        if not self.fits(owner):
-            return
         for (attribute, adapter), a in halves.items():
             b = halves.get((self.b, adapter))
-            if attribute == self.a and b and (self.container or not adapter):
+            is_named = attribute == self.a and (self.container or not adapter)
+            if b and is_named and self.fits(owner):
                 yield adapter, a, b
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import is_number, shown
@@ -156,25 +156,22 @@ def pairs_of(modules: Modules) -> Iterator[Pair]:
         yield from pairs.values()
 
 
-def _halves(module: Any, names: Collection[str]) -> dict[tuple[str, str], Half]:
+def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
     """Return the tensors of a module's attributes of these names, by attribute and adapter: a
     parameter, a module's weight, or a dict of these.
     """
     if isinstance(module, StoredLayer):
         return module.halves
-    import torch
-    from torch import nn
-
+    members = {**module._modules, **module._parameters}
     halves: dict[tuple[str, str], Half] = {}
-    for attribute, member in {**module._modules, **module._parameters}.items():
-        if attribute not in names:
-            continue
-        is_dict = isinstance(member, (nn.ModuleDict, nn.ParameterDict))
+    for attribute in names.intersection(members):
+        member = members[attribute]
+        is_dict = hasattr(member, "items")
         for adapter, value in member.items() if is_dict else [("", member)]:
             name = f"{attribute}.{adapter}" if is_dict else attribute
-            if not isinstance(value, torch.Tensor):
+            if not hasattr(value, "is_meta"):  # a module
                 name, value = f"{name}.weight", getattr(value, "weight", None)
-            if isinstance(value, torch.Tensor):
+            if hasattr(value, "is_meta"):
                 halves[attribute, adapter] = Half(name, value)
     return halves
 

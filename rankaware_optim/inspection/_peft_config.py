@@ -149,7 +149,7 @@ def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
     for layer, module in modules:
         around = declared.get(layer, declared.get(layer.rpartition(".")[0], {}))
         here = declared[layer] = dict(around)
-        if hasattr(module, XLORA):
+        if XLORA in vars(module).get("_modules", ()):
             here[XLORA] = True
         for adapter, config in (vars(module).get("peft_config") or {}).items():
             here[adapter] = getattr(config, "init_lora_weights", None)
