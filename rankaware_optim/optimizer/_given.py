@@ -21,9 +21,9 @@ from .._optimizers import defaults_of, get_optimizer_class, in_force, known_opti
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
 from ..inspection import Walk, walk
+from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
-Group = dict[str, Any]
 Native = type[Optimizer]  # the class that is wrapped
 # What `rank_aware_param_groups` writes into a group beside its multiplied rate.
 MULTIPLIED = "rank_multiplier"
@@ -32,20 +32,10 @@ MULTIPLIED = "rank_multiplier"
 # --- parameters and groups ------------------------------------------------------------------------
 
 
-class UserGroup(NamedTuple):
-    """One of the user's groups: its parameters by the names that they have in the model, its
-    options without `params`, and the dict that was given.
-    """
-
-    named: dict[str, torch.Tensor]
-    options: Group
-    given: Group
-
-
 def user_groups(
     params: Any, model: nn.Module, walked: Walk, first: int = 0
-) -> list[UserGroup]:
-    """Return the user's parameters as named groups. What was given is not changed.
+) -> list[SplitGroup]:
+    """Return the user's groups, which have no parts yet. What was given is not changed.
 
     Args:
         params: a model (its trainable parameters), parameters, named parameters, or dicts of them.
@@ -66,11 +56,12 @@ def user_groups(
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     groups = []
     for number, given in enumerate(entries, first):
-        options = _options(given)
-        named = {}
-        for place, param in enumerate(options.pop("params")):
-            named[names.get(param, f"group{number}.unnamed.{place}")] = param
-        groups.append(UserGroup(named, options, given if type(given) is dict else {}))
+        seen = _options(given)
+        listed = []
+        for place, param in enumerate(seen["params"]):
+            listed.append(names.get(param, f"group{number}.unnamed.{place}"))
+        group = given if type(given) is dict else {}
+        groups.append(SplitGroup(group, listed, shapes_of(seen["params"]), seen))
     return groups
 
 
@@ -105,7 +96,7 @@ def _options(given: Any) -> Group:
 
 
 def refuse_outside(
-    groups: Iterable[UserGroup],
+    groups: Iterable[SplitGroup],
     held: Collection[nn.Parameter],
     source: Source,
     *,
@@ -117,10 +108,13 @@ def refuse_outside(
     It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
     whether the groups are those of a built optimizer, all of which have a rate.
     """
-    listed = [(group, *named) for group in groups for named in group.named.items()]
-    outside = [(group, name) for group, name, param in listed if param not in held]
+    listed = []
+    for group in groups:
+        for name, param in zip(group.names, group.seen["params"], strict=True):
+            listed.append((group, name, param in held))
+    outside = [(group, name) for group, name, is_held in listed if not is_held]
     for group, name in outside:
-        in_group = "lr" in group.options and not built
+        in_group = "lr" in group.seen and not built
         is_rated = in_group or source.rate_of(name, other=True) is not None
         if not is_rated or len(outside) == len(listed):
             raise OptimizerError(
@@ -255,7 +249,7 @@ def refuse_other_rates(opt: Optimizer) -> None:
 
 
 def refuse_own_rates(
-    native: Native, groups: Iterable[UserGroup], settings: Settings
+    native: Native, groups: Iterable[SplitGroup], settings: Settings
 ) -> None:
     """Raise if the optimizer makes its rates itself in a group, so that ours would train nothing.
 
@@ -266,7 +260,7 @@ def refuse_own_rates(
         return
     (setting, off), given = own, in_force(native, settings)
     for group in groups:
-        value = {**given, **group.options}.get(setting, off)
+        value = {**given, **group.seen}.get(setting, off)
         if value != off:
             raise OptimizerError(
                 f"{native.__name__} makes its rates itself with {setting}={value!r}, so those"
@@ -276,7 +270,7 @@ def refuse_own_rates(
 
 
 def with_base_lr(
-    source: Source, wrapped: Wrapped, groups: Iterable[UserGroup]
+    source: Source, wrapped: Wrapped, groups: Iterable[SplitGroup]
 ) -> Source:
     """Return the source with a base rate: a number or a tensor that is given, else the optimizer's
     default, which was not tuned. That is refused where a reference says that it was, and warned of
@@ -289,7 +283,7 @@ def with_base_lr(
         return source
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
-    without = chain(*(g.named for g in groups if "lr" not in g.options))
+    without = chain(*(g.names for g in groups if "lr" not in g.seen))
     is_used = any(source.rate_of(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(

@@ -22,11 +22,11 @@ from ..errors import OptimizerError
 from ..inspection import Survey
 from ..laws import caution_of
 from ._assign import Assigned, Assigner, Rule
-from ._given import Group, UserGroup
 
+Group = dict[str, Any]
 State = Mapping[Any, Any]
 _NOTHING = object()
-_OF_GROUP = ("params", "param_names", "lr")  # which a step sets, or does not see
+_LISTS = ("params", "param_names")  # entries with a value for each parameter
 
 
 @dataclass
@@ -69,16 +69,16 @@ class Part:
 class SplitGroup:
     """A user's group and its parts.
 
-    names, shapes: of its parameters, the shapes when they were last seen. ids: those of its
-    parameters when they were last seen. seen: its options likewise.
+    group: the dict that was given. names: of its parameters in the model. shapes, ids: theirs when
+    they were last seen. seen: the options that it had then, at first with the parameters.
     """
 
     group: Group
     names: list[str]
     shapes: list[tuple[int, ...]]
+    seen: Group
     parts: list[Part] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    seen: Group = field(default_factory=dict)
 
     def names_of(self, part: Part) -> list[str]:
         """Return the names of a part's parameters."""
@@ -123,7 +123,7 @@ class SplitGroup:
         """
         for key in keys:
             value = self.group[key]
-            if key in _OF_GROUP or same(value, self.seen.get(key, _NOTHING)):
+            if key in (*_LISTS, "lr") or same(value, self.seen.get(key, _NOTHING)):
                 continue
             for part in self.parts:
                 part.group[key] = self.of_part(part, value)
@@ -261,13 +261,13 @@ class Hidden:
 
 
 def split(
-    groups: Iterable[UserGroup],
+    groups: Iterable[SplitGroup],
     assigner: Assigner,
     survey: Survey,
     state: State | None = None,
-) -> list[SplitGroup]:
-    """Assign a rate to every parameter, and split each user's group into parts of one rate, in the
-    user's order. The groups of the parts are still to be set up by the native class.
+) -> None:
+    """Assign a rate to every parameter, and split each group into parts of one rate, in the user's
+    order. The groups of the parts are still to be set up by the native class.
 
     Args:
         groups: the user's groups.
@@ -276,25 +276,33 @@ def split(
         state: the state of a built optimizer. Some mark there which parameters Muon gets.
     """
     factors = {f.name: f for f in survey.factors}
-    return [
-        _split_at(user, _positions(user, assigner, factors, state)) for user in groups
-    ]
+    for group in groups:
+        positions = _positions(group, assigner, factors, state)
+        params, options = group.seen["params"], group.seen.keys() - _LISTS
+        for assigned, at in positions.items():
+            part = Part(assigned, at, assigned.multiplier)
+            group.parts.append(part)
+            part.group = {k: group.of_part(part, group.seen[k]) for k in options}
+            part.group["params"] = [params[i] for i in at]
+            caution = caution_of(part.multiplier)
+            if caution and assigned.given is None:  # nobody can have meant it
+                warn(caution)
 
 
 def _positions(
-    user: UserGroup,
+    group: SplitGroup,
     assigner: Assigner,
     factors: Mapping[str, Factor],
     state: State | None,
 ) -> dict[Assigned, list[int]]:
     """Return the positions in a user's group of what is assigned alike."""
     # all groups of one that is built have a rate, which is not the user's own
-    own_lr = state is None and "lr" in user.options
+    own_lr = state is None and "lr" in group.seen
     known = known_optimizer(assigner.optimizer or "")[1]
-    settings = {**assigner.settings, **user.options}
+    settings = {**assigner.settings, **group.seen}
     rules: dict[Any, Rule] = {}
     positions: dict[Assigned, list[int]] = {}
-    for position, (name, param) in enumerate(user.named.items()):
+    for position, param in enumerate(group.seen["params"]):
         # some Muons hand a parameter to their Adam by its shape, Moonlight's by a mark
         is_muon = (state or {}).get(param, {}).get("use_muon")
         if is_muon is None and goes_to_adam(known, settings, param.shape):
@@ -302,6 +310,7 @@ def _positions(
         if is_muon not in rules:
             own = {} if is_muon is None else {"use_muon": is_muon}
             rules[is_muon] = assigner.rule({**settings, **own})
+        name = group.names[position]
         assigned = assigner.assign(
             name,
             factors.get(name),
@@ -311,24 +320,6 @@ def _positions(
         )
         positions.setdefault(assigned, []).append(position)
     return positions or {Assigned(): []}
-
-
-def _split_at(user: UserGroup, positions: Mapping[Assigned, list[int]]) -> SplitGroup:
-    """Return a user's group with a part at each of some positions."""
-    params, options = list(user.named.values()), dict(user.options)
-    split = SplitGroup(user.given, list(user.named), shapes_of(params))
-    split.seen["params"] = params
-    if "param_names" in options:
-        split.seen["param_names"] = options.pop("param_names")
-    for assigned, at in positions.items():
-        part = Part(assigned, at, assigned.multiplier)
-        split.parts.append(part)
-        caution = caution_of(part.multiplier)
-        if caution and assigned.given is None:  # nobody can have meant it
-            warn(caution)
-        part.group = {k: split.of_part(part, v) for k, v in options.items()}
-        part.group["params"] = [params[i] for i in at]
-    return split
 
 
 def adopt(opt: Optimizer, splits: Iterable[SplitGroup]) -> None:

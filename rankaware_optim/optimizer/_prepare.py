@@ -17,7 +17,6 @@ from .._warn import warn
 from ..inspection import Models, Survey, as_one_model, survey_of, walk
 from ._assign import Assigner, make_assigner, notes_of
 from ._given import (
-    UserGroup,
     Wrapped,
     refuse_outside,
     refuse_own_rates,
@@ -61,27 +60,27 @@ def prepare(
     source = on_this_model(source, trained, native, in_groups)
     if built is not None and source.lr is not None:  # a recipe's replaces theirs
         for group in groups:
-            group.options["lr"] = source.lr
+            group.seen["lr"] = source.lr
     source = with_base_lr(source, wrapped, groups)
     are_several = isinstance(model, Models)
     assigner = make_assigner(
         trained, source, method, native, settings, are_several=are_several
     )
-    splits = split(groups, assigner, survey, None if built is None else built.state)
-    notes = (*notes_of(assigner, trained), *_of_parts(assigner, splits))
-    return Hidden(assigner, survey, init, notes, splits, _weakly(model))
+    split(groups, assigner, survey, None if built is None else built.state)
+    notes = (*notes_of(assigner, trained), *_of_parts(assigner, groups))
+    return Hidden(assigner, survey, init, notes, groups, _weakly(model))
 
 
 def _settings_of_factors(
-    wrapped: Wrapped, groups: Iterable[UserGroup], survey: Survey
+    wrapped: Wrapped, groups: Iterable[SplitGroup], survey: Survey
 ) -> list[Settings]:
     """Return the settings in force in each group that has factors, or in all."""
     given = in_force(wrapped.native, wrapped.settings)
     factors = {f.name for f in survey.factors}
     found: list[Settings] = []
     for group in groups:
-        if not factors.isdisjoint(group.named):
-            found.append({**given, **group.options})
+        if not factors.isdisjoint(group.names):
+            found.append({**given, **group.seen})
     return found or [given]
 
 
@@ -108,13 +107,13 @@ def prepare_later(
     # those of before stay, since trained weights do not show their init
     factors = {f.name: f for f in (*later.factors, *hidden.survey.factors)}
     survey = replace(hidden.survey, factors=tuple(factors.values()))
-    (split_group,) = split(groups, assigner, survey)
-    return survey, split_group
+    split(groups, assigner, survey)
+    return survey, groups[0]
 
 
-def _frozen(groups: Iterable[UserGroup]) -> set[Any]:
+def _frozen(groups: Iterable[SplitGroup]) -> set[Any]:
     """Return frozen parameters that the user listed, since they get a rate if they train later."""
-    return {p for group in groups for p in group.named.values() if not p.requires_grad}
+    return {p for group in groups for p in group.seen["params"] if not p.requires_grad}
 
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from textwrap import fill
 from typing import Any
 
@@ -186,7 +187,7 @@ def make_report(opt: Any) -> Report:
     # a recipe decides a head's rate
     if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(rows)
-    trained = trained_parts(opt, rows)
+    trained = trained_parts(opt)
     return Report(
         rows=tuple(rows),
         notes=hidden.notes,
@@ -233,16 +234,16 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
         )
 
 
-def trained_parts(opt: Any, rows: Iterable[RateGroup]) -> list[Trained]:
-    """Return what a `RankAwareOptimizer` of a sign-like family trains, out of a report's rows, at
-    its highest rates: the first steps of a warm-up are small. If no scheduler noted others, the
-    rates of the last step count, or those with which it was built.
+def trained_parts(opt: Any) -> list[Trained]:
+    """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates: the
+    first steps of a warm-up are small. If no scheduler noted others, the rates of the last step
+    count, or those with which it was built.
     """
     trained = []
     splits = splits_of(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
     is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
-    for row in rows:
+    for row in chain.from_iterable(map(_by_training, opt.rates.groups)):
         if row.role == "frozen" or row.family != "sign-like":
             continue
         split = splits[row.user_group]
@@ -260,11 +261,14 @@ def trained_parts(opt: Any, rows: Iterable[RateGroup]) -> list[Trained]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_unmoved(opt: Any) -> None:
-    """Warn of weights that do not move at the first step, and later of Adam's epsilon too."""
-    hidden = opt._rankaware
+    """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
+    hidden, text = opt._rankaware, ""
     if hidden.steps >= EPSILON_AT:
         return
     hidden.steps += 1
-    if hidden.steps in (1, EPSILON_AT):
-        for text in make_report(opt).unmoved:
-            warn(text)
+    if hidden.steps == 1:
+        text = rounding(trained_parts(opt))
+    elif hidden.steps == EPSILON_AT:
+        text = epsilon(trained_parts(opt))
+    if text:
+        warn(text)

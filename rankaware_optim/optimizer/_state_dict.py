@@ -20,8 +20,8 @@ from torch.optim import Adafactor, Optimizer
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._given import MULTIPLIED, Group
-from ._parts import Part, SplitGroup, State, peak_of, same
+from ._given import MULTIPLIED
+from ._parts import Group, Part, SplitGroup, State, peak_of, same
 
 KEY = "rank_parts"
 # What torch's classes keep of a parameter that is one number. The rest has the parameter's shape.

@@ -171,18 +171,19 @@ def _rounded(group: Trained, least: int) -> list[_Lost]:
 
 def _damped(group: Trained) -> list[_Lost]:
     """Return what epsilon takes of a group's steps, where the state holds Adam's moments."""
-    lost, eps = [], group.group.get("eps", 0.0)
-    for name, param in group.params.items() if eps else ():
+    eps, means, squares = group.group.get("eps", 0.0), [], []
+    for param in group.params.values():
         state = group.state.get(param, {})
-        if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
-            continue
-        mean = _sample(state["exp_avg"])
-        square = _sample(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
-        if mean.any():
-            square = square / (1 - group.group["betas"][1] ** float(state["step"]))
-            share = epsilon_share(mean, square, eps)
-            lost.append(_Lost(name, share, param.numel(), eps, ""))
-    return lost
+        if state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+            means.append(_sample(state["exp_avg"]))
+            square = _sample(state.get("max_exp_avg_sq", state["exp_avg_sq"]))
+            correction = 1 - group.group["betas"][1] ** float(state["step"])
+            squares.append(square / correction)
+    if not means:
+        return []
+    share = epsilon_share(torch.cat(means), torch.cat(squares), eps)
+    sizes = {name: param.numel() for name, param in group.params.items()}
+    return [_Lost(name, share, size, eps, "") for name, size in sizes.items()]
 
 
 def _sample(tensor: Tensor) -> Tensor:

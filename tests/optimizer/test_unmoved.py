@@ -369,6 +369,9 @@ def test_gradients_as_small_as_epsilon_are_said(amsgrad):
             "Adam's epsilon of 1e-08 takes 50 % of the steps of 0.weight and 5 more,"
         )
     assert "eps=1e-12" in line
+    again = full(model, 1e-3, amsgrad=amsgrad)
+    again.load_state_dict(opt.state_dict())
+    again.step()  # a resumed run has moments at its first step
     assert [number for number, count in enumerate(said, 1) if count] == [EPSILON_AT]
 
 
