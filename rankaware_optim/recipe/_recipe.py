@@ -83,8 +83,8 @@ class Recipe(Record):
                 impossible.
             LawError: the law has no usable multiplier there.
         """
-        widths = {"fan_in": fan_in, "batch": batch}
-        target = configuration(self, rank, alpha, rslora, init, method, **widths)
+        given = rank, alpha, rslora, init, method
+        target = configuration(self, *given, fan_in=fan_in, batch=batch)
         check_width(self, target)
         answer = rate(self, target, steps)
         warn_of(self, answer)

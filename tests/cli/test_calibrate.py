@@ -254,13 +254,13 @@ BAD = [
     (["loops.py:train", *RANKS], "finetune:train"),
     (["loops:NUMBER", *RANKS], "Give a function"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
-    (["loops:train", *RANKS, "--trials", 0], "Error: --trials is 0. "),
+    (["loops:train", *RANKS, "--trials", 0], "Error: trials is 0. "),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
     (
         ["loops:train", *RANKS, "--storage", "no-such-db://here"],
         "Error: The study's storage no-such-db://here failed: ",
     ),
-    (["loops:train", *RANKS, "--storage", "."], "--storage="),
+    (["loops:train", *RANKS, "--storage", "."], "storage="),
     (["loops:train", *RANKS, "--workers", 2], "in a shell"),
 ]
 
