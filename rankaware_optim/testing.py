@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import tomli
@@ -21,6 +22,7 @@ from .errors import InspectionError, LawError
 from .inspection import (
     Convention,
     Pair,
+    Survey,
     conventions,
     inspect_model,
     pairs_of,
@@ -44,7 +46,6 @@ __all__ = ["check_convention", "check_law"]
 
 _BUILDS = ((2, 3.0), (2, 8.0), (4, 3.0), (4, 8.0))  # ranks and alphas
 _BAR = 1e-9  # a wrong rank, fan-in or scaling gives a much larger error
-_Run = Callable[[nn.Module], Any]
 
 
 def check_convention(
@@ -83,15 +84,17 @@ def check_convention(
             stack.callback(register_convention, convention, remove=True)
         for rank, alpha in _BUILDS:
             module = make(rank, alpha).double()
-            factors = inspect_model(module).factors
-            ranks, rows = {f.rank for f in factors}, {f.convention for f in factors}
+            survey = inspect_model(module)
+            ranks = {f.rank for f in survey.factors}
+            rows = {f.convention for f in survey.factors}
             names = rows if convention is None else {convention.name}
             if (ranks, rows) != ({rank}, names):
                 raise InspectionError(
                     f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
                     "Register a Convention that says what holds the rank, and is tried first.",
                 )
-            errors += _probe(module, lambda m: run(m, *ones))
+            pairs = _pairs_alone(module, survey)
+            errors += _probe(pairs, partial(run, module, *ones))
     return max(errors, default=None)
 
 
@@ -101,16 +104,15 @@ def _as_ones(value: Any) -> Any:
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, run: _Run) -> list[float]:
+def _probe(pairs: Sequence[Pair], run: Callable[[], Any]) -> list[float]:
     """Return the relative error of every pair."""
-    pairs = _pairs_alone(module)
     for pair in pairs:
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
-    start, errors = run(module).clone(), []
+    start, errors = run().clone(), []
     for pair in pairs:
         pair.b.tensor.fill_(1.0)
-        moved = float((run(module) - start).abs().max())
+        moved = float((run() - start).abs().max())
         pair.b.tensor.fill_(0.0)
         reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a) or 1.0
@@ -127,14 +129,11 @@ def _probe(module: nn.Module, run: _Run) -> list[float]:
     return errors
 
 
-def _pairs_alone(module: nn.Module) -> list[Pair]:
+def _pairs_alone(module: nn.Module, survey: Survey) -> list[Pair]:
     """Return the pairs of a module's one adapted layer, [] if there are more or others train."""
-    walked = walk(module)
-    pairs = [pair for pair in pairs_of(walked.modules) if pair.trains]
-    halves = {half.tensor for pair in pairs for half in (pair.a, pair.b)}
-    trained = {param for _, param in walked.parameters if param.requires_grad}
-    is_alone = trained <= halves and len({pair.layer for pair in pairs}) == 1
-    return pairs if is_alone else []
+    if survey.other or len({f.layer for f in survey.factors}) > 1:
+        return []
+    return [pair for pair in pairs_of(walk(module).modules) if pair.trains]
 
 
 # --- a law ----------------------------------------------------------------------------------------

@@ -149,21 +149,16 @@ class Survey:
 
     def audit(self) -> tuple[str, ...]:
         """Return sentences on likely mistakes that this survey shows."""
-        checks = []
-        if not self.factors:
-            kinds = ", ".join(sorted(set(self.unsupported.values()))) or "none"
-            checks.append(
-                f"0 LoRA pairs matched (trainable adapters: {kinds}), so the rank moves no rate."
-            )
         named = defaultdict[str, list[str]](list)
         for name in self.frozen:
             named[_FROZEN].append(name)
         for f in self.factors:
             named[_remark(f)].append(f.name)
-        for remark, names in named.items():
-            if remark not in _USUAL:
-                checks.append(f"{remark}: {names[0]} ({len(names)} in all).")
-        return tuple(checks)
+        return tuple(
+            f"{remark}: {names[0]} ({len(names)} in all)."
+            for remark, names in named.items()
+            if remark not in _USUAL
+        )
 
 
 def _remark(factor: Factor) -> str:

@@ -211,18 +211,12 @@ def of_one(**changes) -> Survey:
     return Survey((replace(PAIR, **changes),))
 
 
-OTHER = ("m.hada_w1_a", "head.weight")
 AUDIT = [
     (of_one(), None),
     (of_one(rank=64), None),
     (of_one(scaling=8.0), None),
     (of_one(scaling=1 / 64), None),
     (of_one(kind="embedding", rank=128), None),
-    (
-        Survey((), OTHER),
-        r"^0 LoRA pairs matched .trainable adapters: LoHa",
-    ),
-    (Survey((), OTHER[1:]), r"^0 LoRA pairs matched .trainable adapters: none"),
     (Survey((PAIR,), frozen=("a", "b")), r"does not train: a \(2 in all"),
     (of_one(init="other"), r"neither factor started at zero.*: up\.lora_A"),
     (of_one(init="unknown"), "whose init cannot be read"),
