@@ -213,8 +213,9 @@ def log_rates(trainer: Any) -> None:
         def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
 
-        def on_log(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
-            logs = kwargs.get("logs") or {}
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any
+        ) -> None:
             if "learning_rate" in logs:
                 for entry in (logs, *state.log_history[-1:]):
                     entry.update(self.rates)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mode
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
@@ -37,6 +37,7 @@ PUBLISHED = Reference(rank=16, alpha=32, fan_in=ANY_WIDTH)
 # and the standard deviation between models after the law has moved them there, octaves.
 LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
+FULL_WIDTHS = (2048, 4 * 8192)  # of a feed-forward layer
 _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
 # Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too
 # high a rate a lot. By hand; the frozen answers of benchmarks/README.md have what others lose.
@@ -180,7 +181,7 @@ def suggest_lr(
     """
     if task is None:
         task = "rl" if hasattr(model, "reward_funcs") else "other"
-    check_choice(task, get_args(Task), "The task is", InvalidReferenceError)
+    check_choice(task, _ADVICE, "The task is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
     at, variants = _read(model, method, init, dora)
     moves = [*_moves(at, task), *variants, _factor(name, relation), *_length(steps)]
@@ -322,10 +323,9 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
             TASK_SD,
             "Your task, steps and batch differ from theirs, which widens the band most.",
         )
+    widths = FULL_WIDTHS if is_full else WIDTHS
+    yield from _outside("fan-in", width, widths, WIDTH_SD)
     if is_full:
-        low, high = WIDTHS
-        feed_forward = 4 * high
-        yield from _outside("fan-in", width, (low, feed_forward), WIDTH_SD)
         yield Move(
             FULL_SD["A"],
             "For full finetuning it is the law's rate, derived from LoRA: on three published models"
@@ -333,7 +333,6 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
         )
         return
     rank, alpha = at.rank or 1, PUBLISHED.alpha or 1.0
-    yield from _outside("fan-in", width, WIDTHS, WIDTH_SD)
     yield from _outside("rank", rank, RANKS, RANK_SD)
     yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / alpha)))
     if at.init == "B":

@@ -349,10 +349,12 @@ def test_held_out_rows_are_no_training_rows(tmp_path, data):
 
 
 def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
-    """A dict of data sets shares the 16 batches."""
+    """A dict of data sets shares the 16 batches, and scores a trial."""
     made = trainer(tmp_path, per_device_eval_batch_size=1)
     made.eval_dataset = {"one": sayings(), "two": sayings()}
     assert len(_hold_out(made)) == 16
+    recipe = ra.calibrate(made, "adamw", save=False, trials=1, **SHORT)
+    assert not any("training losses" in note for note in recipe.notes)
 
 
 def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
