@@ -300,9 +300,10 @@ def _positions(
     own_lr = state is None and "lr" in group.seen
     known = known_optimizer(assigner.optimizer or "")[1]
     settings = {**assigner.settings, **group.seen}
+    params = settings.pop("params")
     rules: dict[Any, Rule] = {}
     positions: dict[Assigned, list[int]] = {}
-    for position, param in enumerate(group.seen["params"]):
+    for position, param in enumerate(params):
         # some Muons hand a parameter to their Adam by its shape, Moonlight's by a mark
         is_muon = (state or {}).get(param, {}).get("use_muon")
         if is_muon is None and goes_to_adam(known, settings, param.shape):
