@@ -197,10 +197,8 @@ def _sha256(data: bytes) -> str:
 
 
 def _error(target: Path, verb: str, error: BaseException, cure: str) -> RecipeError:
-    cause = getattr(error, "cause", str(error)).removesuffix(".")
-    return RecipeError(
-        f"The recipe {target} cannot be {verb}: {cause}.", getattr(error, "cure", cure)
-    )
+    cause = str(error).removesuffix(".")
+    return RecipeError(f"The recipe {target} cannot be {verb}: {cause}.", cure)
 
 
 def _trials_beside(toml: Path) -> Path:

@@ -168,11 +168,11 @@ def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe
         reference: the configuration of the base rate.
         others: fields that the fit does not decide.
     """
-    _, drift, factor = (float(value) for value in fit.mean)
+    base, drift, factor = (float(value) for value in fit.mean)
     best = fit.best(reference.rank)
     ceiling = None
     if fit.ceiling is not None:
-        ceiling = 2.0 ** (fit.ceiling + best - float(fit.mean[0]))
+        ceiling = 2.0 ** (fit.ceiling + best - base)
         if ceiling <= 2.0**best:
             others["notes"] = (*others.get("notes", ()), _BELOW.format(ceiling))
             ceiling = None

@@ -91,9 +91,7 @@ def is_same_layer(layer: str, other: str) -> bool:
 
 
 def _refuse_other_width(recipe: Record, width: float | None, own: float | None) -> None:
-    if width is None or own is None:
-        return
-    if abs(math.log2(width / own)) <= math.log2(SAME_WIDTH):
+    if not width or not own or abs(math.log2(width / own)) <= math.log2(SAME_WIDTH):
         return
     raise RecipeError(
         f"Recipe {recipe.name!r} was made at fan-in {own:.4g}, and fan-in {width:.4g} is another"
