@@ -103,7 +103,7 @@ class Form(ra.Law):
         return self.rate(*here) / self.rate(*there)
 
     def rate(self, *site: Any) -> float:
-        return FORMS[self.family].rate(*site, TOKENS, 1.0, "original")
+        return FORMS[self.family].rate(*site, TOKENS, "original")
 
 
 def main() -> None:
