@@ -26,7 +26,6 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim._optimizers import optimizer_family
-from rankaware_optim.inspection import Survey
 from rankaware_optim.laws import (
     beyond_batches,
     checked_batch_multiplier,
@@ -521,28 +520,3 @@ def test_bad_references_are_refused(name, value):
     """An impossible value, or a missing rank or alpha, is an error that names its field."""
     with pytest.raises(InvalidReferenceError, match=name):
         Reference(**(GOOD | {name: value}))
-
-
-AT_16 = {"rank": 16, "alpha": 32}
-SCALINGS = [
-    (AT_16, 2.0, "rank 16, alpha 32, init A"),
-    ({**AT_16, "rslora": True, "init": "B"}, 8.0, "rank 16, alpha 32, rslora, init B"),
-    ({"method": "full"}, 1.0, "full finetuning"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "scaling", "text"), SCALINGS)
-def test_references_have_a_scaling_and_a_text(arguments, scaling, text):
-    """A reference's scaling is alpha / rank, or alpha / √rank with rslora; its text is short."""
-    assert Reference(**arguments).scaling == scaling
-    assert str(Reference(**arguments)) == text
-
-
-@pytest.mark.parametrize(("method", "width"), [("lora", 25.0), ("full", 30.0)])
-def test_resolving_fills_in_the_width(method, width):
-    """A LoRA reference takes the mean width of the model, a full one the largest, and a given one stays."""
-    factors = [Factor(f"{n}.A", "A", 4, n, 100 / n, layer=f"{n}") for n in (20, 30)]
-    reference = Reference(rank=4, alpha=4, method=method)
-    survey = Survey(tuple(factors))
-    assert reference.resolve(survey).fan_in == pytest.approx(width)
-    assert replace(reference, fan_in=7).resolve(survey).fan_in == 7

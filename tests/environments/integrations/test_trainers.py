@@ -538,15 +538,17 @@ def test_an_eight_bit_optimizer_keeps_embeddings_in_32_bits(tmp_path):
 # --- logs -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_trained_rates_are_logged(tmp_path):
-    """Trainer's logs, and what its reporters see, hold the rate of each rank, in the law's ratio."""
+def test_the_trained_rates_are_logged(tmp_path, monkeypatch):
+    """Trainer's logs, and what a tracker of report_to= sees, hold the rate of each rank, in the law's ratio."""
     seen = []
 
     class Reporter(transformers.TrainerCallback):
         def on_log(self, *_, logs, **__):
             seen.append("lr/r4" in logs)
 
-    trainer = attached(plain(llama(), tmp_path, route={"callbacks": [Reporter()]}))
+    trackers = transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK
+    monkeypatch.setitem(trackers, "tracker", Reporter)
+    trainer = attached(plain(llama(), tmp_path, report_to="tracker"))
     trainer.train()
     assert seen == [True] * STEPS + [False]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]

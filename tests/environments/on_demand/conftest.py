@@ -8,7 +8,6 @@ TOOLS = {
     "postgresql": "psycopg",
     "ray": "ray",
     "torchtune": "torchtune",
-    "trackers": "mlflow",
     "unsloth": "unsloth",
 }
 collect_ignore = [
