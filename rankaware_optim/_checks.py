@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
@@ -113,7 +112,7 @@ def plain(value: Any) -> Any:
 
 def is_positive(value: object) -> TypeGuard[float]:
     """Return whether `value` is a positive finite number."""
-    return is_number(value) and 0 < value < math.inf
+    return is_number(value) and 0 < value <= sys.float_info.max
 
 
 # Inits at which neither factor starts at zero, and for which `suggest_lr` knows a rate.
@@ -170,6 +169,6 @@ def check_lr(lr: object, what: str = "lr") -> float:
     value: Any = lr
     if hasattr(value, "numel") and value.numel() == 1:
         value = value.item()
-    if not is_positive(value) or value > sys.float_info.max:  # an int may be larger
+    if not is_positive(value):
         raise OptimizerError(f"{what} is {lr!r}.", "Give a positive finite number.")
     return float(value)

@@ -105,19 +105,12 @@ class Reference:
         error, methods = InvalidReferenceError, ("lora", "full")
         check_choice(self.method, methods, "A reference's method is", error)
         check_init(self.init, "A reference's init is", error)
-        for name in ("rank", "alpha") if self.method == "lora" else ():
-            if getattr(self, name) is None:
-                full = ", or method='full' for a rate tuned by full finetuning"
-                is_lora = self.rank is not None or self.alpha is not None
-                raise InvalidReferenceError(
-                    f"Reference lacks {name}. A LoRA rate belongs to a rank and an alpha.",
-                    f"Give {name}=... too." if is_lora else f"Give {name}=...{full}.",
-                )
+        needed = ("rank", "alpha") if self.method == "lora" else ()
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if value is not None:
-                check_range(name, value, f"{name} in a reference", error)
+            if value is not None or name in needed:
+                check_range(name, value, f"A reference's {name}", error)
 
     @property
     def scaling(self) -> float:

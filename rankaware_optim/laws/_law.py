@@ -9,7 +9,6 @@ are plain arithmetic, without torch.
 from __future__ import annotations
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ def _answer(law: Law, method: str, *question: Any) -> float:
             f"The law {law!r} failed in {method}(): {error!r}.",
             "Fix the law, or choose another by law=.",
         ) from error
-    if not is_positive(answer) or answer > sys.float_info.max:
+    if not is_positive(answer):
         raise LawError(
             f"The law {law!r} returned {shown(answer)} from {method}{shown(question)}.",
             "Return a positive finite number, or choose another law by law=.",
