@@ -161,9 +161,7 @@ def calibrated_recipe(
         law=options.law.bind(options.optimizer, settings),
         reference=settled.reference,
         name=options.name,
-        scaling_rule=infer_scaling(
-            run.settled.reference for run in trials if run.settled
-        ),
+        scaling_rule=infer_scaling(trials.models()),
         full_fan_in=settled.full_fan_in,
         layers=settled.layers,
         ranks=tuple(rank for rank in options.lora if rank in tried),

@@ -201,6 +201,10 @@ class Trials(tuple[Run, ...]):
         """Return the rates of what trained beside the factors in all trials."""
         return agreed(run.settings.get("other rates", {}) for run in self)
 
+    def models(self) -> list[Reference]:
+        """Return the configurations of the models."""
+        return [run.settled.reference for run in self if run.settled]
+
     # --- what may be wrong with them --------------------------------------------------------------
 
     def spread(self) -> float:

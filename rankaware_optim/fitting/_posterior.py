@@ -71,10 +71,6 @@ class Prior:
             return np.array([1.0, self.full_reach, 1.0])
         return np.array([1.0, math.log2(rank / self.pivot), 0.0])
 
-    def rows(self, ranks: Iterable[int | None]) -> Array:
-        """Return the design vectors of several ranks, (ranks, 3)."""
-        return np.array([self.row(rank) for rank in ranks])
-
 
 def prior_of(
     reference: Reference, ranks: Iterable[int | None], full_fan_in: float | None
@@ -147,11 +143,6 @@ class Fit:
         """Return log2 of the base rate that is best at a rank, None for full finetuning."""
         return float(self.prior.row(rank) @ self.mean)
 
-    def sd(self, rank: int | None) -> float:
-        """Return the standard deviation of `best`, octaves."""
-        row = self.prior.row(rank)
-        return math.sqrt(float(row @ self.covariance @ row))
-
 
 @np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
@@ -163,9 +154,8 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     ended_first = sorted(observations, key=lost.__contains__)
     arms = arms_of(ended_first, lost, gain_of(ended))
     bowls = bowls_of(arms)
-    means, covariances, agreement = _shrunk(
-        prior.rows(arms), bowls.mean, bowls.sd, prior
-    )
+    rows = np.array([prior.row(rank) for rank in arms])
+    means, covariances, agreement = _shrunk(rows, bowls.mean, bowls.sd, prior)
     logs = bowls.log_weight + agreement
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()

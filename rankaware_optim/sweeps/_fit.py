@@ -149,12 +149,11 @@ def fit_sweep(
     """
     optimizer = get_optimizer_class(optimizer)
     bound = recordable_law(law).bind(optimizer, {})
-    runs = read_sweep(sweep)
-    _check(runs)
-    ranks = sorted({run.rank for run in runs if run.rank is not None})
-    reference = _middle(runs, ranks)
-    widths = [run.fan_in for run in runs if run.rank is None]
-    full_width = full_fan_in or (widths or [reference.fan_in])[0]
+    lora, full = _of_one_model(read_sweep(sweep))
+    runs = [*lora, *full]
+    ranks = sorted({run.rank or 0 for run in lora})
+    reference = _middle(lora, ranks) if lora else full[0].place
+    full_width = full_fan_in or (full or lora)[0].fan_in
     prior = prior_of(reference, ranks, full_width)
     centred = centred_law(bound, reference, prior.pivot)
     observations = list(_at_reference(runs, reference, centred))
@@ -163,11 +162,11 @@ def fit_sweep(
         raise CalibrationError(
             f"Every one of {len(runs)} runs diverged.", "Add lower rates to the sweep."
         )
-    tried = dict.fromkeys(run.rank for run in runs)
+    tried = [*ranks, None] if full else ranks
     notes = tuple(what_is_unknown(fit, observations, *tried))
     # the errors of ranks at an end have one sign, and do not average out
-    at_end = [rank for rank in tried if end_of(observations, rank)]
-    fit.covariance[0, 0] += (_END_SD * len(at_end) / len(tried)) ** 2
+    at_end = [bool(end_of(observations, rank)) for rank in tried]
+    fit.covariance[0, 0] += (_END_SD * np.mean(at_end)) ** 2
     return recipe_of(
         fit,
         bound,
@@ -176,7 +175,7 @@ def fit_sweep(
         scaling_rule=infer_scaling(run.place for run in runs),
         full_fan_in=full_width,
         ranks=tuple(ranks),
-        full_seen=bool(widths),
+        full_seen=bool(full),
         optimizer=f"{optimizer.__module__}.{optimizer.__qualname__}",
         steps=runs[0].steps,
         versions=versions_used(),
@@ -201,35 +200,35 @@ def _tensors(
     return {name: np.array(column) for name, column in columns.items()}
 
 
-def _check(runs: Sequence[SweepRun]) -> None:
-    """Raise if the runs are of several models, inits, widths, batches or lengths, or if no rank was
-    tried at two rates.
+def _of_one_model(runs: Sequence[SweepRun]) -> tuple[list[SweepRun], list[SweepRun]]:
+    """Return the runs of LoRA and of full finetuning. Raise if they are of several models, inits,
+    widths, batches or lengths, or at one rate.
     """
+    if len({run.lr for run in runs}) < 2:
+        raise CalibrationError(
+            "The sweep has one rate.", "Sweep two at least, better six."
+        )
     lora = [run for run in runs if run.rank is not None]
     full = [run for run in runs if run.rank is None]
-    for name, some in (
-        *(("model", runs), ("batch", runs), ("steps", runs)),
-        *(("init", lora), ("fan_in", lora), ("fan_in", full)),
-    ):
-        values = dict.fromkeys(getattr(run, name) for run in some)
+    _refuse_mixed(runs, "model", "batch", "steps")
+    _refuse_mixed(lora, "init", "fan_in")
+    _refuse_mixed(full, "fan_in")
+    return lora, full
+
+
+def _refuse_mixed(runs: Sequence[SweepRun], *names: str) -> None:
+    """Raise if the runs have several values in one of these columns."""
+    for name in names:
+        values = dict.fromkeys(getattr(run, name) for run in runs)
         if len(values) > 1:
             raise CalibrationError(
                 f"The sweep mixes {len(values)} values of {name}: {', '.join(map(str, values))}.",
                 "A recipe is for one of them: keep its rows.",
             )
-    points = {(run.rank, run.lr) for run in runs}
-    if len(points) == len({rank for rank, _ in points}):
-        raise CalibrationError(
-            "No rank was tried at two rates.", "Sweep at least two rates, better six."
-        )
 
 
 def _middle(runs: Sequence[SweepRun], ranks: Sequence[int]) -> Reference:
-    """Return the configuration of the middle one of the ranks swept, at its lowest alpha, or full
-    finetuning if there are none.
-    """
-    if not ranks:
-        return runs[0].place
+    """Return the configuration of the middle one of the ranks swept, at its lowest alpha."""
     rank = ranks[(len(ranks) - 1) // 2]
     of_rank = [run.place for run in runs if run.rank == rank]
     return min(of_rank, key=lambda place: place.alpha or 0.0)

@@ -181,7 +181,8 @@ def test_a_fit_at_more_steps_is_less_sure_of_every_rate_alike(octaves):
     far = at_target(fit, octaves)
     for rank in (4, 16, None):
         assert far.best(rank) == fit.best(rank)
-        added = far.sd(rank) ** 2 - fit.sd(rank) ** 2
+        row = fit.prior.row(rank)
+        added = row @ (far.covariance - fit.covariance) @ row
         assert added == pytest.approx(steps_variance(octaves), abs=1e-12)
     assert far.ceiling == fit.ceiling
 

@@ -68,5 +68,3 @@ def test_the_fit_is_the_mixture_over_shapes_of_a_gaussian_each(ranks):
         sd = math.sqrt(squares[i] - vertex**2)
         assert fit.vertices[rank] == pytest.approx((vertex, sd), abs=1e-4)
         assert fit.best(rank) == pytest.approx(row(rank) @ mean, abs=1e-3)
-        variance = np.array(row(rank)) @ covariance @ row(rank)
-        assert fit.sd(rank) == pytest.approx(math.sqrt(variance), abs=1e-3)

@@ -301,7 +301,7 @@ COLUMNS = {"rank": [4], "lr": [1e-4], "loss": [1.0]}
 NO_LOSS = [{"rank": 4, "lr": 1e-4, "eval_loss": 1.0}]
 BAD_SWEEPS = [
     (one(loss="nan"), "Every one of 36 runs diverged.*lower rates"),
-    (one(lr=1e-4), "No rank was tried at two rates"),
+    (one(lr=1e-4), "one rate"),
     (of_both(model=("a", "b")), "2 values of model: a, b.*keep"),
     (of_both(batch=(8, 32)), "2 values of batch: 8.0, 32.0"),
     (of_both(init=("", "B")), "2 values of init: A, B"),
@@ -310,7 +310,7 @@ BAD_SWEEPS = [
     ([*one(), *one(alpha=None)], "alpha"),
     (drawn(ranks=(4, 0), fan_in=""), "full finetuning and LoRA.*fan_in"),
     (COLUMNS, r"row 1 .*df\.rename"),
-    ([], "No rank was tried"),
+    ([], "one rate"),
     (NO_LOSS, r"row 1 .*`loss`.*df\.rename"),
 ]
 
