@@ -264,7 +264,7 @@ def _loop(runs: TrainerRuns, place: Any, snapshot: Snapshot, whole: int) -> Trai
         made = place.run(trial, whole)
         if is_trainer(made) or is_pair(made):
             run_made = run_trainer if is_trainer(made) else run_pair
-            return Pushed(lambda report: run_made(made, runs.of(trial, report)))
+            return Pushed(lambda report: run_made(made, runs.begin(trial, report)))
         if runs.settings or runs.score is not None:
             raise CalibrationError(
                 "settings= or score= was given, but train returned no trainer.",

@@ -256,34 +256,22 @@ def relative_rate(
         A = 0     hypot(s·κ(n)·z(τ), s·κ(n)·κ(r)·z(τ)·sinh(τ)/√r) = 1
         full      κ(n)·sinh(τ)/√n = 1
 
-    LAMB's cap on the weights' norm is left out.
+    The rising side meets 1 by bisection. LAMB's cap on the weights' norm is left out.
     """
     k_n, k_r = kappa(n, b), kappa(r, b)
     if init == "full":
         return math.asinh(math.sqrt(n) / k_n)
 
-    def change(tau: float) -> float:
-        if init == "A":
-            both = k_n * math.sinh(tau) / math.sqrt(n)
-            return s * k_r * _grown(tau) * (1.0 + both)
-        both = k_r * math.sinh(tau) / math.sqrt(r)
-        return s * k_n * _grown(tau) * math.hypot(1.0, both)
-
-    return _rising_root(change, 50.0)  # e^50 reaches any change
-
-
-def _grown(tau: float) -> float:
-    """Return z(τ), the size that a factor of zeros grows to."""
-    first = tau / 4
-    return first * math.exp(tau - first)
-
-
-def _rising_root(change: Callable[[float], float], most: float) -> float:
-    """Return the τ up to `most` at which a rising function of τ is 1, by bisection on log τ."""
-    low, high = -700.0, math.log(most)
+    low, high = -700.0, math.log(50.0)  # of log τ: e^50 reaches any change
     for _ in range(64):
         middle = (low + high) / 2
-        low, high = (middle, high) if change(math.exp(middle)) < 1.0 else (low, middle)
+        tau = math.exp(middle)
+        grown = s * tau / 4 * math.exp(tau - tau / 4)
+        if init == "A":
+            change = k_r * grown * (1.0 + k_n * math.sinh(tau) / math.sqrt(n))
+        else:
+            change = k_n * grown * math.hypot(1.0, k_r * math.sinh(tau) / math.sqrt(r))
+        low, high = (middle, high) if change < 1.0 else (low, middle)
     return math.exp(high)
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # the middle of the published models
-PUBLISHED = Reference(rank=16, alpha=32, fan_in=ANY_WIDTH)
+ALPHA = 32.0
+PUBLISHED = Reference(rank=16, alpha=ALPHA, fan_in=ANY_WIDTH)
 # From benchmarks/laws/suggestion.py (results/suggestion.md): log2 of the best rate at PUBLISHED,
 # and the standard deviation between models after the law has moved them there, octaves.
 LOG2_RATE, SPREAD = -11.45, 0.50
@@ -332,9 +333,9 @@ def _moves(at: Reference, task: Task) -> Iterator[Move]:
             " the best one was 0.8 to 2.6 times it, and too high costs more than too low.",
         )
         return
-    rank, alpha = at.rank or 1, PUBLISHED.alpha or 1.0
+    rank = at.rank or 1
     yield from _outside("rank", rank, RANKS, RANK_SD)
-    yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / alpha)))
+    yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / ALPHA)))
     if at.init == "B":
         yield Move(
             INIT_SD,
