@@ -79,10 +79,12 @@ class TrainerRuns:
     by_reward: bool = False
     like: Any = None
 
-    def of(
+    def begin(
         self, trial: calibration.Trial, report: Callable[[Any], bool]
     ) -> TrainerRuns:
-        """Begin a trial. report: gets a step's value and returns whether the run must end."""
+        """Return this record, of a trial that begins. report: gets a step's value and returns
+        whether the run must end.
+        """
         self.trial, self._report, self.steps_taken = trial, report, 0
         return self
 
