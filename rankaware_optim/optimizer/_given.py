@@ -160,13 +160,7 @@ def read_optimizer(
             "Use it unwrapped, or choose another optimizer.",
         )
     if is_built:
-        for name, value in {"optimizer": optimizer, "lr": lr, **settings}.items():
-            if value is not None:
-                raise OptimizerError(
-                    f"{name}= was given for an optimizer that is built already.",
-                    "Give it when building it.",
-                )
-        _refuse_built(params)
+        _refuse_built(params, {"optimizer": optimizer, "lr": lr, **settings})
         return Wrapped(native, params, settings_of_built(params))
     for name in settings.keys() - inspect.signature(native).parameters.keys():
         near = get_close_matches(name, ours, 1, 0.8)
@@ -184,8 +178,14 @@ def settings_of_built(opt: Optimizer) -> Settings:
     return {**vars(opt), **opt.defaults}
 
 
-def _refuse_built(built: Optimizer) -> None:
-    """Raise for an optimizer that cannot be regrouped any more."""
+def _refuse_built(built: Optimizer, given: Settings) -> None:
+    """Raise for an optimizer that cannot be regrouped any more, or beside which more is given."""
+    for key, value in given.items():
+        if value is not None:
+            raise OptimizerError(
+                f"{key}= was given for an optimizer that is built already.",
+                "Give it when building it.",
+            )
     name = type(built).__name__
     if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(

@@ -183,7 +183,7 @@ def make_report(opt: Any) -> Report:
     if assigner.source.reference is not None:
         title += f": moved from {assigner.reference}"
     rows = [row for group in groups for row in _by_training(group)]
-    audit = [*survey.audit(), *_left_out(groups, survey)]
+    audit = [*survey.audit(), *_left_out(rows, survey)]
     # a recipe decides a head's rate
     if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(rows)
@@ -209,9 +209,9 @@ def _by_training(group: RateGroup) -> Iterator[RateGroup]:
             yield replace(row, role="frozen", why=_FROZEN) if is_frozen else row
 
 
-def _left_out(groups: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
+def _left_out(rows: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
     """Yield the adapters none of whose factors is in the groups."""
-    names = {name for group in groups for name in group.names}
+    names = {name for row in rows for name in row.names}
     held = {f.adapter for f in survey.factors if f.name in names}
     for adapter in sorted({f.adapter for f in survey.factors} - held):
         yield f"None of the factors of {adapter or 'the adapter'} is in this optimizer."

@@ -443,25 +443,6 @@ def test_groups_and_state_are_those_of_the_native_class(groups, stepped):
     assert ours_keys == theirs
 
 
-class Pairing(SGD):
-    """An optimizer that notes what it gets together, as one that pairs factors by their place does."""
-
-    def step(self, closure=None):
-        self.got = [[*map(id, group["params"])] for group in self.param_groups]
-        return super().step(closure)
-
-
-def test_the_native_step_gets_parameters_in_the_users_order():
-    """Parameters of one rate come in the order that they have in the user's group, at every step."""
-    model = mlp((4, 4, 4))
-    pairs = [(f"layer{n}.lora_B", f"layer{n}.lora_A") for n in (1, 2, 0)]
-    params = [model.get_parameter(name) for pair in pairs for name in pair]
-    opt = RankAwareOptimizer([{"params": params}], Pairing, model=model, lr=LR)
-    for _ in range(2):
-        opt.step()
-        assert opt.got == [[*map(id, params[::2])], [*map(id, params[1::2])]]
-
-
 # --- plain checkpoints, both ways -----------------------------------------------------------------------------------
 
 

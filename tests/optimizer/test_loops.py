@@ -26,7 +26,6 @@ from rankaware_optim import (
 )
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train, trained
-from ..helpers.optimizers import names_of
 
 LR, STEPS = 0.5, 8
 LAW = {
@@ -485,16 +484,6 @@ def test_gradients_from_before_a_closure_say_nothing():
     assert not torch.equal(model.small.lora_B, before)
 
 
-def test_a_model_is_walked_once_where_an_adapter_rests():
-    """A step that found no other parameter in training asks no further ones."""
-    model = Model()
-    opt = by_class(model)
-    backward(model)
-    model.small.lora_A.grad = model.large.lora_A.grad = None
-    opt.step()
-    assert not opt._rankaware.unchecked
-
-
 def test_an_adapter_made_active_later_is_said():
     """Where another adapter trains in place of those held, beside a head, one warning names it."""
     model = Model()
@@ -522,24 +511,6 @@ def test_two_optimizers_with_an_adapter_each_are_fine():
     backward(model.large)
     for opt in opts:
         opt.step()
-
-
-def test_adapters_may_rest_while_a_plain_optimizer_trains_the_head():
-    """Frozen or idle adapters step with nothing to do, as natively, beside a native optimizer of the head."""
-    model = Model()
-    lora = [*trained(model.small), *trained(model.large)]
-    opt = RankAwareOptimizer(lora, "sgd", model=model, lr=LR)
-    moved(model, opt)
-    for frozen in (False, True):
-        for p in lora:
-            p.requires_grad_(not frozen)
-            p.grad = None
-        backward(model.head)
-        before = snapshot(model)
-        opt.step()
-        assert same(before, snapshot(model))
-    opt.add_param_group({"params": [model.head.weight]})
-    assert names_of(opt)[-1] == ["head.weight"]
 
 
 # --- warnings that are seen -----------------------------------------------------------------------------------------

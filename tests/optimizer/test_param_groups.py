@@ -12,7 +12,6 @@ from torch import nn
 
 from rankaware_optim import (
     Falling,
-    MuA,
     RankAwareOptimizer,
     RankAwareWarning,
     Reference,
@@ -391,21 +390,6 @@ def test_full_finetuning_moves_everything_by_one_multiplier(init, width, fan_in)
     found = multipliers(whole(), method="full", tuned_at=given)
     assert list(found.values()) == pytest.approx([moved] * 7)
     assert set(multipliers(whole(), method="full").values()) == {1.0}
-
-
-def test_full_finetuning_with_exceptions():
-    """rates= and other_lr= hold under full finetuning too, where biases, norms and embeddings are other."""
-    options = {"rates": {"out.*": 0.5}, "other_lr": 0.1, "tuned_at": AT_16}
-    found = rates(whole(), method="full", **options)
-    moved = MuA().multiplier(Factor("w", "full", None, 8, 32), replace(AT_16, fan_in=8))
-    others = ("emb.weight", "in.bias", "norm.weight", "norm.bias")
-    assert found == pytest.approx(
-        {
-            "in.weight": LR * moved,
-            **dict.fromkeys(("out.weight", "out.bias"), 0.5),
-            **dict.fromkeys(others, 0.1),
-        }
-    )
 
 
 # --- notes and the report -------------------------------------------------------------------------------------------

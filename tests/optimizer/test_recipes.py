@@ -254,26 +254,6 @@ def test_only_what_trains_asks_for_a_rate():
     RankAwareOptimizer(list(model.parameters()), AdamW, model=model, recipe=UNSEEN)
 
 
-def test_seen_and_unseen_parameters_part():
-    """Beside the adapters each parameter has its own rate and reason."""
-    model = mlp((16, 16))
-    model.norms = nn.ModuleList([nn.LayerNorm(3) for _ in range(12)])
-    model.new = nn.Linear(3, 2)
-    known = {"norms.*.weight": "base", "norms.*.bias": "base", "head.weight": 1e-4}
-    recipe = replace(FULL, other_rates=known)
-    opt = built(recipe, model=model)
-    expected = {
-        "norms.11.weight": (recipe.lr, BASE),
-        "norms.0.bias": (recipe.lr, BASE),
-        "head.weight": (1e-4, TRIED),
-        "head.bias": (FULL_LR, IN_FULL),
-        "new.weight": (FULL_LR, IN_FULL),
-    }
-    for name, (lr, why) in expected.items():
-        part = opt.rates[name]
-        assert (part.lr, part.why) == (pytest.approx(lr), why)
-
-
 @pytest.mark.parametrize("added", [False, True], ids=["built", "added"])
 def test_a_group_with_a_rate_of_its_own_keeps_it(added):
     """The rate that the user's group names is the head's, whatever the recipe knows, and nothing is asked for."""

@@ -16,7 +16,6 @@ from rankaware_optim import (
     RankAwareOptimizer,
     Reference,
     Survey,
-    inspect_model,
 )
 from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import Report
@@ -171,15 +170,6 @@ def test_later_groups_join_the_survey():
 
 
 # --- explain --------------------------------------------------------------------------------------------------------
-
-
-def test_explain_merges_alike_factors():
-    """Without per_module alike factors share a line with their count."""
-    shown = str(inspect_model(mlp((4, 4, 8)))).splitlines()
-    lines = [line.split() for line in shown if "lora_A/lora_B" in line]
-    counts = [(cells[2], cells[3], cells[8]) for cells in lines if cells[2] in "AB"]
-    expected = {"4": "2", "8": "1"}
-    assert counts == [(r, rank, n) for rank, n in expected.items() for r in "AB"]
 
 
 UNSUPPORTED = {

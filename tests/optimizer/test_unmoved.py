@@ -16,7 +16,6 @@ from rankaware_optim.optimizer._unmoved import (
     ENTRIES,
     STD,
     Trained,
-    epsilon,
     epsilon_share,
     rounding,
     unmoved_share,
@@ -394,22 +393,3 @@ def test_usual_gradients_are_no_matter_of_epsilon():
     opt = RankAwareOptimizer(model, AdamW, lr=1e-3)
     assert steps(opt, model, 1) == []
     assert opt.report().unmoved == ()
-
-
-def test_epsilon_is_read_where_moments_are_adams():
-    """Moments under Adam's names with a count are read; those of a class that has none are not."""
-    param = torch.zeros(4)
-    moments = {"exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4) / 10}
-    known = {**moments, "step": torch.tensor(1.0)}
-    largest = {**known, "max_exp_avg_sq": torch.full((4,), 1e8)}
-    rows = [
-        (largest, 1.0, False),
-        (known, 1.0, True),
-        (known, 1e-3, False),
-        (moments, 1.0, False),
-        ({}, 1.0, False),
-    ]
-    for state, eps, is_said in rows:
-        own = {"eps": eps, "betas": (0.9, 0.9)}
-        group = Trained({"weight": param}, 1e-3, (), {param: state}, own)
-        assert bool(epsilon([group])) == is_said

@@ -287,24 +287,6 @@ def test_a_later_group_is_split_and_scaled(form):
         model.old = model.layer9
 
 
-@each_form
-def test_a_later_group_may_lie_outside_the_model(form):
-    """A head outside the model is taken as a later group as at construction: at the base rate, and it trains."""
-    model, head = mlp((4,), head=False), nn.Linear(16, 2)
-    opt = form(model, AdamW, {}, tuned_at=AT_16)
-    opt.add_param_group({"params": list(head.parameters())})
-    added = opt.rates.groups[-1]
-    assert (added.role, added.lr) == ("other", LR)
-    early = {"params": list(nn.Linear(16, 2).parameters()), "lr": LR}
-    groups = [{"params": trained(model)}, early]
-    built = RankAwareOptimizer(groups, AdamW, model=model, lr=LR, tuned_at=AT_16)
-    assert names_of(opt)[-1] == names_of(built)[-1]
-    before = head.weight.detach().clone()
-    head(model(torch.ones(2, 16))).square().sum().backward()
-    opt.step()
-    assert not torch.equal(before, head.weight)
-
-
 @pytest.mark.parametrize(
     "lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt]
 )
