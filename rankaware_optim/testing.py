@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,6 @@ from ._types import Reference
 from .errors import InspectionError, LawError
 from .inspection import (
     Convention,
-    Pair,
     Survey,
     conventions,
     inspect_model,
@@ -76,7 +75,10 @@ def check_convention(
     Raises:
         InspectionError: a check fails. The message says what was read.
     """
-    ones, errors = [*map(_as_ones, inputs)], []
+    ones, errors = [], []
+    for value in inputs:
+        is_float = getattr(value, "is_floating_point", bool)()
+        ones.append(torch.ones_like(value).double() if is_float else value)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         if convention is not None and convention not in conventions():
@@ -93,19 +95,17 @@ def check_convention(
                     f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
                     "Register a Convention that says what holds the rank, and is tried first.",
                 )
-            pairs = _pairs_alone(module, survey)
-            errors += _probe(pairs, partial(run, module, *ones))
+            errors += _probe(module, survey, partial(run, module, *ones))
     return max(errors, default=None)
 
 
-def _as_ones(value: Any) -> Any:
-    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return torch.ones_like(value).double() if is_floating else value
-
-
 @torch.no_grad()
-def _probe(pairs: Sequence[Pair], run: Callable[[], Any]) -> list[float]:
-    """Return the relative error of every pair."""
+def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[float]:
+    """Return the relative error of every pair, [] if other layers or parameters train."""
+    trained = {*survey.other, *(f.layer for f in survey.factors)}
+    if len(trained) > 1:
+        return []
+    pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
     for pair in pairs:
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
@@ -127,13 +127,6 @@ def _probe(pairs: Sequence[Pair], run: Callable[[], Any]) -> list[float]:
                 "Check the convention's layout and its attributes for rank and scaling.",
             )
     return errors
-
-
-def _pairs_alone(module: nn.Module, survey: Survey) -> list[Pair]:
-    """Return the pairs of a module's one adapted layer, [] if there are more or others train."""
-    if survey.other or len({f.layer for f in survey.factors}) > 1:
-        return []
-    return [pair for pair in pairs_of(walk(module).modules) if pair.trains]
 
 
 # --- a law ----------------------------------------------------------------------------------------
