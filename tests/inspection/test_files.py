@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import re
-import struct
 import time
 
 import pytest
@@ -312,44 +311,29 @@ def test_peft_s_own_file_is_taken_among_several(folder):
 
 
 def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
-    """Only the header and the alphas are read, of a sparse file of 100 GB in 6,000 tensors."""
-    layers, rows, columns = 2000, 16, 800_000
-    shapes = {
-        "lora_down.weight": (rows, columns),
-        "lora_up.weight": (64, rows),
-        "alpha": (),
-    }
+    """Only the header is read, of a sparse file of 100 GB in 4,000 tensors."""
     header: dict[str, dict] = {}
     end = 0
-    for i in range(layers):
-        for name, shape in shapes.items():
-            header[f"lora_unet_{i}.{name}"] = made = entry(*shape, start=end)
+    for i in range(2000):
+        for half, shape in {"A": (16, 800_000), "B": (64, 16)}.items():
+            header[f"{i}.lora_{half}"] = made = entry(*shape, start=end)
             end = made["data_offsets"][1]
-    encoded = json.dumps(header).encode()
-    path = write_raw(tmp_path / "big.safetensors", encoded)
-    start = path.stat().st_size
+    path = write_raw(tmp_path / "big.safetensors", json.dumps(header).encode())
     try:
-        with path.open("r+b") as file:
-            file.truncate(start + end)
-            for i in range(layers):
-                file.seek(start + header[f"lora_unet_{i}.alpha"]["data_offsets"][0])
-                file.write(struct.pack("<f", 8.0))
+        os.truncate(path, path.stat().st_size + end)
     except OSError as error:
         pytest.skip(f"no sparse file here: {error}")
     began = time.process_time()
     survey = inspect_file(path)
     assert time.process_time() - began < 1
     assert end > 100e9
-    found = {(f.rank, f.fan_in, f.scaling) for f in survey.factors}
-    assert found == {(rows, columns, 0.5)}
-    assert len(survey.factors) == 2 * layers
+    assert len(survey.factors) == 4000
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 GOOD = {"x.lora_A.weight": entry(2, 4), "x.lora_B.weight": entry(4, 2, start=32)}
 GOOD_HEADER = json.dumps(GOOD).encode()
-CUT = "not a complete safetensors file"
 RAW = [
     # the header, and the bytes behind it
     (b"", b""),
@@ -620,15 +604,6 @@ def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
     """Any JSON where a header belongs, before any bytes, is surveyed or refused by an error of ours."""
     path = tmp_path / "x.safetensors"
     only_our_errors(write_raw(path, json.dumps(header).encode(), data))
-
-
-@fuzz
-@given(noise=st.binary(max_size=200), kept=st.integers(0, 120))
-def test_no_bytes_raise_an_error_but_ours(noise, kept, tmp_path):
-    """Random bytes after a valid beginning are refused by an error of ours."""
-    whole = write_raw(tmp_path / "x.safetensors", GOOD_HEADER, bytes(64)).read_bytes()
-    (tmp_path / "x.safetensors").write_bytes(whole[:kept] + noise)
-    only_our_errors(tmp_path / "x.safetensors")
 
 
 @fuzz
