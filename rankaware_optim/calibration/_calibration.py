@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any, NoReturn
@@ -150,16 +149,18 @@ def calibrated_recipe(
     fit = fit_observations(evidence, calibration.prior)
     if fit is None:
         refuse_ends(trials)
-    notes = [*_doubts(trials), *what_is_unknown(fit, evidence, options.anchor)]
-    if options.noisy and options.suggested and trials.differ_by_chance():
-        fit, notes = _fit_of_rate(fit, options.suggested), [BY_CHANCE]
+    notes = [*_doubts(options, trials), *what_is_unknown(fit, evidence, options.anchor)]
+    best = fit.best(settled.reference.rank)
+    if options.suggested and (why := _why_suggested(options, trials, best)):
+        fit = _fit_of_rate(fit, options.suggested)
+        notes.append(why)
     fit = at_target(fit, options.octaves_to_target)
     tried = {seen.rank for seen in evidence}
     settings = trials.settings_in_force()
-    make = partial(
-        recipe_of,
-        law=options.law.bind(options.optimizer, settings),
-        reference=settled.reference,
+    return recipe_of(
+        fit,
+        options.law.bind(options.optimizer, settings),
+        settled.reference,
         name=options.name,
         scaling_rule=infer_scaling(trials.models()),
         full_fan_in=settled.full_fan_in,
@@ -176,7 +177,6 @@ def calibrated_recipe(
         notes=(*notes, *_training_notes(options, trials)),
         tensors=tensors_of(trials, options.steps),
     )
-    return _at_floor(make, fit, options)
 
 
 def versions_used() -> dict[str, str]:
@@ -191,26 +191,15 @@ def versions_used() -> dict[str, str]:
     return versions
 
 
-def _at_floor(
-    make: Callable[[Fit], Recipe],
-    fit: Fit,
-    options: Options,
-) -> Recipe:
-    """Return the recipe, or one of the floor's rate, whose band reaches down to the trials'."""
-    recipe = make(fit)
-    octaves = options.floor - math.log2(recipe.lr)
-    if octaves <= 0:
-        return recipe
-    wider = fit.covariance + np.diag([octaves**2, 0.0, 0.0])
-    raised = make(replace(fit, covariance=wider))
-    note = (
-        f"the best rate of the trials is {recipe.lr:.3g}, below the suggested one, which is kept:"
+def _why_suggested(options: Options, trials: Trials, best: float) -> str:
+    """Return why the recipe has the suggested rate, "" if it has the best one of the trials."""
+    if options.noisy and trials.differ_by_chance():
+        return BY_CHANCE
+    if best >= options.floor:
+        return ""
+    return (
+        f"the best rate of the trials is {2.0**best:.3g}, below the suggested one, which is kept:"
         f" trials of {options.steps} steps for a run of {options.target} make low rates look best"
-    )
-    return replace(
-        raised,
-        fitted_lr=2.0 ** (options.floor + raised.margin),
-        notes=(*raised.notes, note),
     )
 
 
@@ -268,9 +257,9 @@ def what_is_unknown(
         )
 
 
-def _doubts(trials: Trials) -> Iterator[str]:
+def _doubts(options: Options, trials: Trials) -> Iterator[str]:
     """Yield sentences on why the trials may say nothing of the rate."""
-    if trials.spread() == 0.0:
+    if trials.spread() == 0.0 and not options.noisy:
         yield ALIKE
     turns = trials.turns()
     lowest = turns[: max(2, len(turns) // 4)]
