@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributed.checkpoint import state_dict as dcp
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
@@ -259,29 +258,6 @@ def wrapped_in_the_middle(run):
     run.train(6)
 
 
-def through_distributed_checkpoint(run, **options):
-    run.train(6)
-    if run.is_ours:
-        how = dcp.StateDictOptions(**options)
-        old = run.side.model
-        state = dcp.get_optimizer_state_dict(old, run.opt, options=how)
-        state = copy.deepcopy(state)
-        run.side.model = copy.deepcopy(old)
-        run.side.opt = run.side.build(copy.deepcopy(mlp()))  # of another model
-        run.side.opt = RankAwareOptimizer(
-            three(run.side.model),
-            AdamW,
-            model=run.side.model,
-            lr=LR,
-            tuned_at=AT_16,
-            init="A",
-        )
-        dcp.set_optimizer_state_dict(run.side.model, run.opt, state, options=how)
-        assert [g["lr"] for g in run.groups] == [2 * LR, LR, LR]
-        assert run.groups[0]["weight_decay"] == 0.1
-    run.train(6)
-
-
 # --- around it ------------------------------------------------------------------------------------------------------
 
 
@@ -325,9 +301,7 @@ SCENARIOS = [
     *((f.__name__, f, three, AdamW, {}) for f in (
         rates_zipped_with_a_list, parameters_replaced_in_place, resumed,
         deep_copied, pickled, wrapped_in_the_middle,
-        through_distributed_checkpoint,
     )),
-    ("flat distributed checkpoint", partial(through_distributed_checkpoint, flatten_optimizer_state_dict=True), three, AdamW, {}),
     ("a later group", a_later_group, first_layer, AdamW, {}),
     ("other_lr", partial(scheduled, schedule="LambdaLR, one"), one, AdamW, {"pinned": 5e-4}),
     ("other_lr, resumed", resumed_after_decay_by_hand, one, AdamW, {"pinned": 5e-4}),
@@ -368,7 +342,6 @@ def ends(scenario, groups, kind, given):
 # by hand a scheduler sees an optimizer that never steps
 @pytest.mark.filterwarnings("ignore:Detected call of")
 @pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated")
 @pytest.mark.parametrize(
     ("scenario", "groups", "kind", "given"),
     [pytest.param(*row, id=name) for name, *row in SCENARIOS],

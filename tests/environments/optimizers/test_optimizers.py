@@ -12,7 +12,6 @@ from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
 from rankaware_optim._optimizers import (
     goes_to_adam,
     known_optimizer,
-    optimizer_family,
 )
 
 from ...helpers.models import mlp, same, snapshot
@@ -137,22 +136,6 @@ def test_each_factor_moves_at_its_rate_in_its_familys_form(key):
     assert found.as_by_hand
     listed = key in displacement.NOT_BY_RATE, key in displacement.OF_ANOTHER_FORM
     assert (bool(found.wrong_rates), bool(found.other_forms)) == listed, found
-
-
-OVER_RANKS = [
-    *("torch.optim.RMSprop", P + "NorMuon", P + "AdaMuon", "adv_optm.AdaMuon_adv"),
-    *("torch_optimizer.Shampoo", P + "Shampoo", P + "SpectralSphere"),
-]
-
-
-@pytest.mark.parametrize("key", OVER_RANKS)
-def test_a_family_is_that_of_the_outputs_displacement_over_ranks(key):
-    """From rank 4 to 64, with gradients that agree and that do not, the output moves as the table's family says."""
-    case = CASES[key]
-    found = displacement.distances_over_rank(case)
-    assert displacement.family_of_distances(found) == optimizer_family(
-        case.kind, case.settings
-    )
 
 
 @pytest.mark.parametrize("module", ["timm.optim.muon", "adv_optm.util.Muon_util"])
