@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -23,6 +24,7 @@ from rankaware_optim import (
     Reference,
     rank_aware_param_groups,
 )
+from rankaware_optim._warn import warn
 
 from ..helpers.models import PlainLoRA, mlp, same, snapshot, train, trained
 
@@ -483,11 +485,11 @@ def test_two_optimizers_with_an_adapter_each_are_fine():
 
 
 def test_a_warning_reaches_a_person(tmp_path):
-    """What frameworks mute in torch does not hide it, it is said once, and it points at the user's line."""
+    """Other people's filters do not hide it, it is said once, and it points at the user's line."""
     script = tmp_path / "mine.py"
     script.write_text(
         "import warnings, torch\n"
-        "warnings.filterwarnings('ignore', category=UserWarning, module='torch')\n"
+        "warnings.simplefilter('ignore'); warnings.filterwarnings('ignore', category=UserWarning)\n"
         "from rankaware_optim import RankAwareOptimizer\n"
         "model = torch.nn.Module()\n"
         "model.lora_A, model.lora_B = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(4, 8, bias=False)\n"
@@ -499,3 +501,11 @@ def test_a_warning_reaches_a_person(tmp_path):
     )
     shown = re.findall(r"mine\.py:7: RankAwareWarning: (\w+)", done.stderr)
     assert shown == ["No", "No"]
+
+
+def test_a_filter_that_names_it_holds():
+    """Who silences RankAwareWarning by name has silence."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore", RankAwareWarning)
+        warn("not to be seen")
+    assert not caught
