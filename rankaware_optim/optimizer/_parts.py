@@ -278,7 +278,8 @@ def split(
     factors = {f.name: f for f in survey.factors}
     for group in groups:
         positions = _positions(group, assigner, factors, state)
-        params, options = group.seen["params"], group.seen.keys() - _LISTS
+        params = group.seen["params"]
+        options = [key for key in group.seen if key not in _LISTS]
         for assigned, at in positions.items():
             part = Part(assigned, at, assigned.multiplier)
             group.parts.append(part)
