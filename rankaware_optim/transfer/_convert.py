@@ -84,9 +84,8 @@ def convert_lr(
     survey = Survey((factor,))
     assigner = make_assigner(survey, source, target.method)
     rule = assigner.rule(assigner.settings)
-    multiplier = assigner.multiplier(factor, rule.law)
     moved = assigner.assign(factor.name, factor, rule).multiplier
-    notes = _notes(law, origin, target, multiplier, width)
+    notes = _notes(law, origin, target, width)
     return Rate(
         check_lr(base * moved, "The converted lr"),
         notes=(*notes, *notes_of(assigner, survey)),
@@ -95,13 +94,11 @@ def convert_lr(
 
 
 def _notes(
-    law: Law,
-    origin: Reference,
-    target: Reference,
-    multiplier: float,
-    width: float | None,
+    law: Law, origin: Reference, target: Reference, width: float | None
 ) -> Iterator[str]:
     """Yield what the rate follows from."""
+    factor = target.as_factor()
+    multiplier = checked_multiplier(law, factor, origin)
     if multiplier != 1.0:
         yield f"The rate follows the {law_title(law)}."
     if caution := caution_of(multiplier):
@@ -113,12 +110,10 @@ def _notes(
             f"The width is the mean fan-in for LoRA, {widths['lora']:g}, and the {of_full} for full"
             f" finetuning, {widths['full']:g}: give each its own fan_in= if they differ."
         )
-    of_a = target.as_factor()
-    of_b = replace(of_a, role="B")
-    if target.method == "lora" and checked_multiplier(
-        law, of_b, origin
-    ) != checked_multiplier(law, of_a, origin):
-        yield f"The law {law.name!r} gives B a rate of its own. This one is A's."
+    if target.method == "lora":
+        of_b = checked_multiplier(law, replace(factor, role="B"), origin)
+        if of_b != multiplier:
+            yield f"The law {law.name!r} gives B a rate of its own. This one is A's."
     if width is None and multiplier != 1.0:
         yield (
             f"No width was given, so {ANY_WIDTH:g} is taken. Add your model's,"
