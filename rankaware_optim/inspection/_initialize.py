@@ -95,7 +95,7 @@ def _check(pair: Pair, init: DrawnInit) -> None:
 def _has_bias(pair: Pair) -> bool:
     """Return whether the module of a factor has a bias that is not zero."""
     parameters = dict(pair.owner.named_parameters())
-    names = [half.name.removesuffix("weight") + "bias" for half in (pair.a, pair.b)]
+    names = [half.name.removesuffix("weight") + "bias" for half in pair.halves]
     return any(bool(parameters[name].any()) for name in names if name in parameters)
 
 

@@ -75,17 +75,21 @@ class Pair(NamedTuple):
         return self.layer or type(self.owner).__name__
 
     @property
+    def halves(self) -> tuple[Half, Half]:
+        return self.a, self.b
+
+    @property
     def shapes(self) -> str:
         (a, _), (b, _) = self.a, self.b
         return f"{a} has shape {self.a.shape} and {b} {self.b.shape}"
 
     @property
     def trains(self) -> bool:
-        return any(half.tensor.requires_grad for half in (self.a, self.b))
+        return any(half.tensor.requires_grad for half in self.halves)
 
     @property
     def is_sharded(self) -> bool:
-        return self.a.is_shard or self.b.is_shard
+        return any(half.is_shard for half in self.halves)
 
     @property
     def kind(self) -> str:

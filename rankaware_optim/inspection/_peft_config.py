@@ -131,7 +131,7 @@ def usable(where: str) -> Iterator[None]:
 def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> AdapterConfig:
     kind = values.get("peft_type")
     if kind not in _LORA_TYPES:
-        return AdapterConfig(0, peft_type=shown(kind), where=where)
+        return AdapterConfig(0, peft_type=shown(kind), prefix=prefix)
     values = {**values, "where": where, "prefix": prefix}
     if kind == "ADALORA":  # its rank is `init_r`, its patterns are masks
         values |= {"r": values.get("init_r"), "rank_pattern": None}

@@ -169,7 +169,7 @@ def _lora_factors(
     declared, left = declared_around(walked.modules), dict(trainable)
     for pair in pairs_of(walked.modules):
         # a tied factor has its first name
-        names = [left.pop(half.tensor, None) for half in (pair.a, pair.b)]
+        names = [left.pop(half.tensor, None) for half in pair.halves]
         if not any(names):
             continue
         factor = _factor_of(pair, declared[pair.layer], init, notes)
@@ -214,7 +214,7 @@ def _factor_of(
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:
     """Return both factors of every pair."""
     pairs = pairs_of(walked.modules)
-    return {half.tensor for pair in pairs for half in (pair.a, pair.b)}
+    return {half.tensor for pair in pairs for half in pair.halves}
 
 
 def declared_init(declared: object, kind: str) -> Init:
