@@ -108,15 +108,16 @@ def refuse_outside(
     It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
     whether the groups are those of a built optimizer, all of which have a rate.
     """
-    listed = []
+    outside, count = [], 0
     for group in groups:
         for name, param in zip(group.names, group.seen["params"], strict=True):
-            listed.append((group, name, param in held))
-    outside = [(group, name) for group, name, is_held in listed if not is_held]
+            count += 1
+            if param not in held:
+                outside.append((group, name))
     for group, name in outside:
         in_group = "lr" in group.seen and not built
         is_rated = in_group or source.rate_of(name, other=True) is not None
-        if not is_rated or len(outside) == len(listed):
+        if not is_rated or len(outside) == count:
             raise OptimizerError(
                 f"The parameter {name} belongs to no model given, so its rank is unknown and its"
                 " rate would not move.",

@@ -204,8 +204,8 @@ def same(a: Any, b: Any) -> bool:
 
 def peak_of(group: Group) -> float:
     """Return the rate from which a group's schedule starts. OneCycleLR starts at a fraction."""
-    peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
-    return float(peak)
+    start = group.get("initial_lr", group["lr"])
+    return float(group.get("max_lr") or start)
 
 
 @dataclass
@@ -244,17 +244,16 @@ class Hidden:
             OptimizerError: one was appended by hand.
         """
         known = {id(split.group): split for split in self.splits}
-        is_known = all(id(user) in known for user in users)
-        if not is_known and len(users) != len(self.splits):
+        if all(id(user) in known for user in users):
+            return [known[id(user)] for user in users]
+        if len(users) != len(self.splits):
             raise OptimizerError(
                 "A group was put into param_groups by hand, so it has no rate.",
                 "Add it by add_param_group.",
             )
-        if not is_known:
-            for split, user in zip(self.splits, users, strict=True):
-                split.group = user
-                known[id(user)] = split
-        return [known[id(user)] for user in users]
+        for split, user in zip(self.splits, users, strict=True):
+            split.group = user
+        return self.splits
 
 
 # --- splitting ------------------------------------------------------------------------------------
