@@ -171,12 +171,12 @@ def _next_of_search(options: Options, search: Trials) -> Setting:
     full.
     """
     observations = search.observations()
-    all_too_high = observations and all_rose(below_cliff(observations))
+    lost = diverged(observations)
+    all_too_high = observations and all_rose(below_cliff(observations, lost))
     to_bracket = MOST_BRACKET if all_too_high else BRACKET
     of_others = len(options.ranks) - 1
     is_bracketing = len(search) < min(to_bracket, options.searches - of_others)
     ranks = [options.anchor] if is_bracketing else options.ranks
-    lost = diverged(observations)
     settings = [run.setting for run in search]
     fruitless = [run.setting for run in search if run.observation in lost]
 

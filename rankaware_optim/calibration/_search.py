@@ -128,21 +128,13 @@ def _widened(
 ) -> tuple[float, float]:
     """Return the range after the last one of the runs so far, of which some diverged."""
     tried = [run.x for run in ran]
-    below = _below([run for run in ran if run.rank == ran[-1].rank], lost)
+    below = below_cliff([run for run in ran if run.rank == ran[-1].rank], lost)
     best = min(below, key=lambda run: run.value).x if below else -math.inf
     if (min(tried) if all_rose(below) else best) < low + EDGE:
         low -= STRIDE
     if best > high - EDGE and best >= max(tried):
         high += STRIDE
     return low, high
-
-
-def _below(
-    of_rank: Sequence[Observation], lost: Collection[Observation]
-) -> list[Observation]:
-    """Return a rank's runs below the lowest rate that diverged there."""
-    cliff = min((run.x for run in of_rank if run in lost), default=math.inf)
-    return [run for run in of_rank if run.x < cliff]
 
 
 def _beside(
@@ -176,7 +168,7 @@ def next_bracket(
     of the range.
     """
     tried = [run.x for run in runs]
-    good = below_cliff(runs)
+    good = below_cliff(runs, diverged(runs))
     below = min(tried) - STRIDE
     above = max(tried) + STRIDE
     if not good or (len(runs) >= BRACKET and below >= low and none_learned(good)):

@@ -200,9 +200,13 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
     return set(filter(is_lost, observations))
 
 
-def below_cliff(observations: Sequence[Observation]) -> list[Observation]:
-    """Return the observations below every rate that diverged. A run above such a rate was lucky."""
-    cliff = min((o.x for o in diverged(observations)), default=math.inf)
+def below_cliff(
+    observations: Sequence[Observation], lost: Collection[Observation]
+) -> list[Observation]:
+    """Return the observations below every one that is among those lost. A run above such a rate was
+    lucky.
+    """
+    cliff = min((o.x for o in observations if o in lost), default=math.inf)
     return [o for o in observations if o.x < cliff]
 
 

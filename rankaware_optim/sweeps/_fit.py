@@ -267,22 +267,18 @@ def read_sweep(source: Source) -> list[SweepRun]:
             names row and column.
     """
     if isinstance(source, (str, os.PathLike)):
-        source = _csv_rows(Path(source))
+        try:
+            text = read_bytes(Path(source), _MOST).decode("utf-8-sig")
+            header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+            source = [dict(zip(header, each, strict=True)) for each in lines if each]
+        except (OSError, ValueError, csv.Error) as error:
+            raise CalibrationError(
+                f"The sweep {source} cannot be read: {error}.",
+                "Check the path, and that each line has as many cells as the first. Quote a cell"
+                " that contains a comma.",
+            ) from error
     runs = [_run_of(number, row) for number, row in enumerate(source, 1)]
     return [*dict.fromkeys(runs)]
-
-
-def _csv_rows(path: Path) -> list[Row]:
-    try:
-        text = read_bytes(path, _MOST).decode("utf-8-sig")
-        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-        return [dict(zip(header, line, strict=True)) for line in lines if line]
-    except (OSError, ValueError, csv.Error) as error:
-        raise CalibrationError(
-            f"The sweep {path} cannot be read: {error}.",
-            "Check the path, and that each line has as many cells as the first. Quote a cell that"
-            " contains a comma.",
-        ) from error
 
 
 def _run_of(number: int, row: Row) -> SweepRun:

@@ -79,8 +79,8 @@ LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
 def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
     """What diverged is apart, and a run above a rate that diverged was lucky."""
     assert diverged(LOST_AT_3) == {LOST_AT_3[2]}
-    assert below_cliff(LOST_AT_3) == LOST_AT_3[:2]
-    assert below_cliff(LOST_AT_3[:2]) == LOST_AT_3[:2]
+    assert below_cliff(LOST_AT_3, {LOST_AT_3[2]}) == LOST_AT_3[:2]
+    assert below_cliff(LOST_AT_3[:2], {LOST_AT_3[2]}) == LOST_AT_3[:2]
 
 
 RISES = [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True)]
