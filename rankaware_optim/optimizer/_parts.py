@@ -204,8 +204,8 @@ def same(a: Any, b: Any) -> bool:
 
 def peak_of(group: Group) -> float:
     """Return the rate from which a group's schedule starts. OneCycleLR starts at a fraction."""
-    start = group.get("initial_lr", group["lr"])
-    return float(group.get("max_lr") or start)
+    peak: Any = group.get("max_lr") or group.get("initial_lr", group["lr"])
+    return float(peak)
 
 
 @dataclass
