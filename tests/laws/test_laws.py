@@ -32,8 +32,6 @@ from rankaware_optim.laws import (
     checked_multiplier,
     get_law,
     law_from_dict,
-    law_sentence,
-    law_title,
     law_to_dict,
 )
 
@@ -213,27 +211,6 @@ def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
     at, there = Site().reference(), Site(init="A", rank=64, scaling=0.25).factor()
     by_number = MuA(tokens=tokens).bind(optimizer, {})
     assert bound.multiplier(there, at) == by_number.multiplier(there, at)
-
-
-WORDS = [
-    (MuA(), "law mua"),
-    (MuA(tokens=4.0), "law mua with tokens 4"),
-    (MuA(tokens=2.0), "law mua with tokens 2"),
-    (Falling(), "default law"),
-    (
-        Falling(knee=2.0, law=MuA(tokens=None)),
-        "law falling with knee 2, law (mua with tokens None)",
-    ),
-    (Power(exponent=0.1), "law power with exponent 0.1"),
-    (LoRAPlus(12.34567), "law loraplus with ratio 12.3"),
-]
-
-
-@pytest.mark.parametrize(("law", "title"), WORDS, ids=str)
-def test_words_say_what_differs_from_the_defaults(law, title):
-    """A law in words is its name with what differs from its defaults, inner laws alike; the default one is that."""
-    sentence = title.removeprefix("law ").replace("default law", "falling")
-    assert (law_title(law), law_sentence(law)) == (title, sentence)
 
 
 # --- by name --------------------------------------------------------------------------------------------------------

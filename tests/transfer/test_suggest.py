@@ -331,17 +331,3 @@ def test_the_command_reads_an_adapter(config, arguments, reference, options, tmp
     assert re.search(rf"^lr +{rate.lr:.3g}$", done.output, re.MULTILINE)
     said = "The init could not be read" in done.output
     assert said == ("init_lora_weights" not in config)
-
-
-BAD_COMMANDS = [
-    (),
-    ("--rank", 16),
-    ("adapter", "--rank", 16),
-    ("--rank", 16, "--alpha", 32, "--init", "corda"),
-]
-
-
-@pytest.mark.parametrize("arguments", BAD_COMMANDS)
-def test_bad_commands_are_refused(arguments):
-    """Options that do not go together, or are missing, are an error."""
-    assert call(*arguments).exit_code in (1, 2)

@@ -666,19 +666,6 @@ def with_iterator(folder):
     return made
 
 
-def stored_iterator(folder):
-    class Once(torch.utils.data.IterableDataset):
-        def __init__(self):
-            self.rows = iter([1, 2])
-
-        def __iter__(self):
-            return self.rows
-
-    made = trainer(folder)
-    made.train_dataset = Once()
-    return made
-
-
 def flagged(folder):
     made = trainer(folder)
     made.is_deepspeed_enabled = True
@@ -702,7 +689,6 @@ def adalora(folder):
 BAD = [
     (lambda f: attached(trainer(f)), {}, "already has an optimizer"),
     (with_iterator, {}, "an iterator that can be read once"),
-    (stored_iterator, {}, "an iterator that can be read once"),
     (of(pair, strategy="ddp_spawn", devices=2), {}, "would start 2 processes"),
     (pair_of_fsdp, {}, "FSDP or DeepSpeed shards it"),
     (flagged, {}, "shards it"),

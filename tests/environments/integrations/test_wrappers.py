@@ -7,7 +7,7 @@ import torch
 
 from rankaware_optim import RankAwareOptimizer, Reference
 
-from ...helpers.models import batches, mlp, same, snapshot, trained
+from ...helpers.models import batches, mlp, same, snapshot
 from ...helpers.optimizers import groups_by_hand
 
 LR = 1e-2
@@ -64,24 +64,6 @@ def test_optimizers_around_it(name):
     def around(model, make, kind):
         return outer(make(model, kind), **AROUND[name])
 
-    assert same(trained_by(around, ours, kind), trained_by(around, by_hand, kind))
-
-
-@pytest.mark.parametrize("name", ["SAM", "LookSAM", "FriendlySAM"])
-def test_sam_around_it(name):
-    """SAM makes its inner optimizer from its own groups: given ours, its numbers are those with groups by hand."""
-    outer = getattr(pytest.importorskip("pytorch_optimizer"), name)
-
-    def around(model, make, kind):
-        if make is by_hand:
-            return outer(groups_by_hand(model, LR), kind, lr=LR)
-
-        def inner(groups, **own):
-            return RankAwareOptimizer(groups, kind, model=model, tuned_at=AT_16, **own)
-
-        return outer(trained(model), inner, lr=LR)
-
-    kind = torch.optim.AdamW
     assert same(trained_by(around, ours, kind), trained_by(around, by_hand, kind))
 
 
