@@ -42,6 +42,14 @@ def slow(server, name, trials, recipe):
     return words.split()
 
 
+def test_the_recipe_is_that_of_any_storage(server):
+    """A study in PostgreSQL gives the recipe that one in memory gives, to the bit."""
+    first = calibrate(made_up(), trials=8, storage=server.url, name="plain")
+    second = calibrate(made_up(), trials=8, name="plain")
+    assert first.fitted_lr == second.fitted_lr
+    assert first.tensors["lr"].tolist() == second.tensors["lr"].tolist()
+
+
 def test_commands_that_share_a_database_share_the_trials(server, folder):
     """Two commands, as on two machines, run the number asked for between them, and no point twice."""
     recipes, env = ("0.toml", "1.toml"), {"PROCESSES": "2"}
