@@ -107,7 +107,9 @@ def plain(value: Any) -> Any:
     """
     if hasattr(value, "tolist"):
         return value.tolist()
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
 
 
 def is_positive(value: object) -> TypeGuard[float]:
@@ -156,9 +158,9 @@ def plain_lr(lr: Any) -> Any:
     """Return a rate as an optimizer stores it: the float of a `Rate` or of NumPy's number, anything
     else unchanged.
     """
-    return (
-        float(lr) if isinstance(lr, Rate) else lr if hasattr(lr, "numel") else plain(lr)
-    )
+    if isinstance(lr, Rate):
+        return float(lr)
+    return lr if hasattr(lr, "numel") else plain(lr)
 
 
 def check_lr(lr: object, what: str = "lr") -> float:

@@ -43,7 +43,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
     try:
         with open(made, "xb") as file:
             with suppress(FileNotFoundError):
-                os.chmod(made, stat.S_IMODE(os.stat(target).st_mode))
+                mode = os.stat(target).st_mode
+                os.chmod(made, stat.S_IMODE(mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

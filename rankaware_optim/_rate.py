@@ -54,7 +54,8 @@ class Rate:
         return self._table().html()
 
     def _table(self) -> Table:
-        return Table((), [*self._facts()], [f"note: {note}" for note in self.notes])
+        notes = [f"note: {note}" for note in self.notes]
+        return Table((), [*self._facts()], notes)
 
     @property
     def band(self) -> str:

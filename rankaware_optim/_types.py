@@ -117,7 +117,8 @@ class Reference:
         """s, the factor of B·A, dimensionless. It is 1 for full finetuning."""
         if self.method == "full" or self.rank is None or self.alpha is None:
             return 1.0
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        divisor = math.sqrt(self.rank) if self.rslora else self.rank
+        return self.alpha / divisor
 
     def as_factor(self) -> Factor:
         """Return the A factor at this configuration, or a whole weight for full finetuning, as

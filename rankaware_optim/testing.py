@@ -112,7 +112,8 @@ def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[fl
     start, errors = run().clone(), []
     for pair in pairs:
         pair.b.tensor.fill_(1.0)
-        moved = float((run() - start).abs().max())
+        change = run() - start
+        moved = float(change.abs().max())
         pair.b.tensor.fill_(0.0)
         reading = reading_of(pair)
         scaling = scaling_of(pair, reading.rank_a) or 1.0
@@ -188,7 +189,8 @@ def check_law(
         registered_law(law.name)
     except LawError:  # no recipe can hold it
         return
-    read = law_from_dict(tomli.loads(tomli_w.dumps(law_to_dict(law))))
+    text = tomli_w.dumps(law_to_dict(law))
+    read = law_from_dict(tomli.loads(text))
     if read != law:
         raise LawError(
             f"The law {law!r} is read back from TOML as {read!r}.",

@@ -127,11 +127,14 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
-    tensors: Tensors = {n: Stored(tuple(x.get_shape())) for n, x in slices.items()}
     halves, others = _known_names()
+    tensors: Tensors = {}
     names = []
-    for name, tensor in tensors.items():
-        if tensor.shape in ((), (1,)) and name.rpartition(".")[2] in others - halves:
+    for name, each in slices.items():
+        shape = tuple(each.get_shape())
+        tensors[name] = Stored(shape)
+        attribute = name.rpartition(".")[2]
+        if shape in ((), (1,)) and attribute in others - halves:
             names.append(name)
     dtypes = {slices[name].get_dtype() for name in names}
     # NumPy has no bfloat16, and torch is slow to import
@@ -165,14 +168,18 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
             continue
         owner, attribute, adapter = match.groups("")
         layer = StoredLayer(owner, f"{path}: {owner}")
-        layer = layers.setdefault(owner.removeprefix(_PREFIX), layer)
+        place_of_layer = owner.removeprefix(_PREFIX)
+        layer = layers.setdefault(place_of_layer, layer)
         if attribute in others:
             setattr(layer, attribute, tensor)
         # DyLoRA's slices are no pair
         is_part = adapter == "bias" or adapter.isdecimal()
         if attribute in halves and not is_part:
             tensor.is_half = "lora" in name
-            layer.halves.setdefault((attribute, adapter), Half(name, tensor))
+            half = Half(name, tensor)
+            layer.halves.setdefault((attribute, adapter), half)
+    modules = []
     for layer in layers.values():
         declare(layer, configs)
-    return Walk([(layer.name, layer) for layer in layers.values()], parameters)
+        modules.append((layer.name, layer))
+    return Walk(modules, parameters)

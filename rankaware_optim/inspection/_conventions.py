@@ -73,20 +73,24 @@ def rows(owner: Any, a: Shape, b: Shape) -> Reading:
         raise ValueError("B has a kernel")
     if len(b) == 2 or b[1] * groups != a[0]:
         groups = 1
-    return Reading(a[0], b[1] * groups, math.prod(a[1:]), b[0], 1 / groups)
+    rank_b = b[1] * groups
+    fan_in = math.prod(a[1:])
+    return Reading(a[0], rank_b, fan_in, b[0], inner=1 / groups)
 
 
 def blocks(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B, n = `nblocks` of its
     module.
     """
-    n = max(getattr(module, "nblocks", 0) for module in owner.lora_B.values())
-    return Reading(a[0], b[1] * n, a[1], b[0], 1 / n)
+    modules = owner.lora_B.values()
+    n = max(getattr(module, "nblocks", 0) for module in modules)
+    return Reading(a[0], b[1] * n, a[1], b[0], inner=1 / n)
 
 
 def columns(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (…, in, r), B (…, r, out): transposed, with or without a leading axis of experts."""
-    return Reading(a[-1], b[-2], a[-2], b[-1], kind="experts" if len(a) > 2 else "")
+    kind = "experts" if len(a) > 2 else ""
+    return Reading(a[-1], b[-2], a[-2], b[-1], kind=kind)
 
 
 def experts(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -109,16 +113,18 @@ def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
             f" {type(base).__name__}'s.",
             "Install PEFT 0.19 or later, and train such adapters again.",
         )
-    return Reading(
-        a[0] / owner.num_experts, b[1] / owner.num_experts, a[1], b[0], kind="experts"
-    )
+    rank_a = a[0] / owner.num_experts
+    rank_b = b[1] / owner.num_experts
+    return Reading(rank_a, rank_b, a[1], b[0], kind="experts")
 
 
 def merged(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora`
     selects.
     """
-    return Reading(a[0] / max(1, sum(map(bool, owner.enable_lora))), b[1], a[1], b[0])
+    adapted = sum(map(bool, owner.enable_lora))
+    rank_a = a[0] / max(1, adapted)
+    return Reading(rank_a, b[1], a[1], b[0])
 
 
 def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -126,8 +132,10 @@ def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
     kernel.
     """
     conv = owner.conv
-    k, fan_in = conv.kernel_size[0], math.prod(conv.weight.shape[1:])
-    return Reading(a[0] / k, b[1] / k, fan_in, conv.out_channels, k, "conv")
+    k = conv.kernel_size[0]
+    fan_in = math.prod(conv.weight.shape[1:])
+    fan_out = conv.out_channels
+    return Reading(a[0] / k, b[1] / k, fan_in, fan_out, inner=k, kind="conv")
 
 
 def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
@@ -135,9 +143,11 @@ def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     rate.
     """
     core = tuple(owner.lora_mid.weight.shape)
-    if core[:2] != (a[0], b[1]) or math.prod((*a[2:], *b[2:])) != 1:
+    kernels = *a[2:], *b[2:]
+    if core[:2] != (a[0], b[1]) or math.prod(kernels) != 1:
         raise ValueError("the core does not fit")
-    return Reading(a[0], b[1], a[1] * math.prod(core[2:]), b[0], kind="conv")
+    fan_in = a[1] * math.prod(core[2:])
+    return Reading(a[0], b[1], fan_in, b[0], kind="conv")
 
 
 _NAMED = (rows, blocks, columns, experts, stacked, merged, kernel, tucker)

@@ -95,16 +95,21 @@ def _check(pair: Pair, init: DrawnInit) -> None:
 def _has_bias(pair: Pair) -> bool:
     """Return whether the module of a factor has a bias that is not zero."""
     parameters = dict(pair.owner.named_parameters())
-    names = [half.name.removesuffix("weight") + "bias" for half in pair.halves]
-    return any(bool(parameters[name].any()) for name in names if name in parameters)
+    for half in pair.halves:
+        name = half.name.removesuffix("weight") + "bias"
+        if name in parameters and parameters[name].any():
+            return True
+    return False
 
 
 def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
     """Draw and zero the factors, and record the init."""
     reading = reading_of(pair)
-    drawn, zeroed, units = pair.b, pair.a, reading.rank_a * reading.inner
+    drawn, zeroed = pair.b, pair.a
+    units = reading.rank_a * reading.inner
     if init == "A":
-        drawn, zeroed, units = pair.a, pair.b, reading.fan_in
+        drawn, zeroed = pair.a, pair.b
+        units = reading.fan_in
         if reading.kind == "embedding":  # its input is one-hot
             units = 1.0
     digest = hashlib.sha256(f"{seed}:{pair.layer}.{drawn.name}".encode()).digest()

@@ -128,7 +128,8 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
     ]
     parameters = _parameters_of(clean)
     # They are not unique if a submodule of the user is called "module".
-    if len({name for name, _ in parameters}) == len(parameters):
+    names = {name for name, _ in parameters}
+    if len(names) == len(parameters):
         return Walk(clean, parameters)
     return Walk(modules, _parameters_of(modules))
 
@@ -296,14 +297,17 @@ def is_embedding(module: Any) -> bool:
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
     if rank is None or rank < 1:
         return None
-    return Reading(rank, rank, _fan(pair, pair.a, 0), _fan(pair, pair.b, 1))
+    fan_in = _fan(pair, pair.a, 0)
+    fan_out = _fan(pair, pair.b, 1)
+    return Reading(rank, rank, fan_in, fan_out)
 
 
 def _fan(pair: Pair, half: Half, side: int) -> float:
     """Return the layer's fan-in (side 0) or fan-out (1), from a module's attribute."""
     inner = half.name.rpartition(".")[0]
     base = getattr(pair.owner, "base_layer", pair.owner)
-    for module in (base, pair.owner, pair.owner.get_submodule(inner)):
+    own = pair.owner.get_submodule(inner)
+    for module in (base, pair.owner, own):
         kernel = getattr(module, "kernel_size", ()) if side == 0 else ()
         for name in _FANS[side]:
             size = getattr(module, name, None)

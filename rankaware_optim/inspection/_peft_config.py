@@ -60,9 +60,10 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     if config is None or not config.r:
         return
     layer.where += f", with {config.where},"
-    for key in [*layer.halves]:
-        if _OF_PEFT.fullmatch(key[0]):
-            layer.halves[key[0], "default"] = layer.halves.pop(key)
+    for name, adapter in [*layer.halves]:
+        if _OF_PEFT.fullmatch(name):
+            half = layer.halves.pop((name, adapter))
+            layer.halves[name, "default"] = half
     name = layer.name.removeprefix(config.prefix).removeprefix("base_model.model.")
     name = name.partition(".base_layer")[0]
     rank = _by_pattern(name, config.rank_pattern, config.r)
@@ -94,7 +95,8 @@ def read_config(path: Path) -> AdapterConfig:
             type.
     """
     with usable(str(path)):
-        values = msgspec.json.decode(read_bytes(path, _LIMIT), type=dict[str, Any])
+        text = read_bytes(path, _LIMIT)
+        values = msgspec.json.decode(text, type=dict[str, Any])
         return _checked(str(path), values)
 
 
@@ -108,7 +110,8 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
     where = f"{path}: lora_adapter_metadata"
     parts = defaultdict[str, dict[str, Any]](dict)
     with usable(where):
-        for key, value in msgspec.json.decode(text, type=dict[str, Any]).items():
+        values = msgspec.json.decode(text, type=dict[str, Any])
+        for key, value in values.items():
             prefix, dot, name = key.rpartition(".")
             parts[prefix + dot][name] = value
         longest_first = sorted(parts, key=len, reverse=True)
@@ -147,10 +150,13 @@ def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
     """
     declared: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:
-        around = declared.get(layer, declared.get(layer.rpartition(".")[0], {}))
+        parent = layer.rpartition(".")[0]
+        around = declared.get(layer, declared.get(parent, {}))
         here = declared[layer] = dict(around)
-        if XLORA in vars(module).get("_modules", ()):
+        attributes = vars(module)
+        if XLORA in attributes.get("_modules", ()):
             here[XLORA] = True
-        for adapter, config in (vars(module).get("peft_config") or {}).items():
+        configs = attributes.get("peft_config") or {}
+        for adapter, config in configs.items():
             here[adapter] = getattr(config, "init_lora_weights", None)
     return declared

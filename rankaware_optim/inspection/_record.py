@@ -82,9 +82,12 @@ class Survey:
         """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are
         left out.
         """
-        layers = {f.layer: f for f in dense(self.factors)}.values()
-        total = sum(f.fan_in * f.fan_out for f in layers)
-        weighted = sum(f.fan_in * (f.fan_in * f.fan_out) for f in layers)
+        layers = {f.layer: f for f in dense(self.factors)}
+        total = weighted = 0.0
+        for f in layers.values():
+            size = f.fan_in * f.fan_out
+            total += size
+            weighted += f.fan_in * size
         return weighted / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
@@ -110,9 +113,11 @@ class Survey:
         """
         if any(f.role == "full" for f in self.factors):
             return Reference(method="full")
-        pairs = {(f.layer, f.adapter, f.convention): f for f in self.factors}.values()
-        covered = [f for f in pairs if f.kind not in LAWLESS]
-        usual = dense(covered) or pairs
+        pairs = {}
+        for f in self.factors:
+            pairs[f.layer, f.adapter, f.convention] = f
+        covered = [f for f in pairs.values() if f.kind not in LAWLESS]
+        usual = dense(covered) or pairs.values()
         keys: list[Any] = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
@@ -130,7 +135,9 @@ class Survey:
 
     def _table(self) -> Table:
         counts = Counter(self._lines())
-        rows = [(*line[:8], str(n), line[8]) for line, n in counts.items()]
+        rows = []
+        for (*cells, why), count in counts.items():
+            rows.append((*cells, str(count), why))
         remarks = [f"check: {check}" for check in self.audit()]
         remarks += [f"note: {note}" for note in self.notes]
         return Table(_HEADINGS, rows, remarks, left=_LEFT_ALIGNED)
@@ -140,8 +147,9 @@ class Survey:
         blank = [""] * 5
         for f in self.factors:
             how = ["", ""] if f.role == "full" else [f"{f.scaling:g}", f.init]
-            cells = (f.convention, f.kind, f.role, str(f.rank or ""), *how)
-            yield *cells, f"{f.fan_in:g}", f"{f.fan_out:g}", _remark(f)
+            what = f.convention, f.kind, f.role, str(f.rank or "")
+            fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
+            yield *what, *how, *fans, _remark(f)
         for kind in map(other_kind, self.other):
             yield "", kind or "", "other", *blank, reason_of_other(kind)
         for _ in self.frozen:

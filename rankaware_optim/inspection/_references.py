@@ -57,7 +57,8 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     if isinstance(value, Reference):
         return value
     if isinstance(value, str):
-        keys = {part.partition("=")[0].strip() for part in value.split(",")}
+        parts = value.split(",")
+        keys = {part.partition("=")[0].strip() for part in parts}
         # a folder may be called "full"
         if keys <= _KEYS or not os.path.exists(value):
             return parse_reference(value, like=like)
@@ -73,7 +74,8 @@ def _of_config(config: Any) -> Reference:
     Raises:
         InvalidReferenceError: it is none, or no law covers its adapters.
     """
-    kind = str(getattr(config, "peft_type", None) or "LORA").rpartition(".")[2]
+    peft_type = getattr(config, "peft_type", None) or "LORA"
+    kind = str(peft_type).rpartition(".")[2]
     init = getattr(config, "init_lora_weights", True)
     is_config = hasattr(config, "r") and hasattr(config, "lora_alpha")
     if not is_config or kind != "LORA" or declared_init(init, "linear") == "other":
@@ -107,7 +109,8 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     values: dict[str, Any] = {}
     why = ""
     for part in filter(None, map(str.strip, text.split(","))):
-        key, _, given = map(str.strip, _FLAGS.get(part, part).partition("="))
+        pair = _FLAGS.get(part, part)
+        key, _, given = map(str.strip, pair.partition("="))
         name = _SHORT.get(key, key)
         if name in values:
             why = f"it gives {name} twice"
