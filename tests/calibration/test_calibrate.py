@@ -366,31 +366,6 @@ def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
     assert last.state == optuna.trial.TrialState.FAIL
 
 
-class Boom(Exception):
-    """The user's own error."""
-
-
-def test_an_error_in_the_loop_is_the_users_own():
-    """An exception in `train` comes out unchanged, its `finally` has run, and the trial counts as failed."""
-    storage, closed, boom = optuna.storages.InMemoryStorage(), [], Boom("mine")
-
-    def train(trial):
-        trial.optimizer(Net(trial.rank))
-        try:
-            yield 1.0
-            raise boom
-        finally:
-            closed.append(trial.number)
-
-    with pytest.raises(Boom) as caught:
-        calibrate(train, storage=storage)
-    assert caught.value is boom
-    assert closed == [0]
-    assert [t.state for t in storage.get_all_trials(0)] == [
-        optuna.trial.TrialState.FAIL
-    ]
-
-
 BAD_ARGUMENTS = [
     {"ranks": ()}, {"ranks": (0,)}, {"ranks": (1.5,)}, {"ranks": "46"}, {"ranks": None},
     {"seeds": ()}, {"seeds": "ab"}, {"seeds": 3}, {"seeds": (True, False)},

@@ -6,18 +6,15 @@ import json
 import logging
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
-from filelock import FileLock, Timeout
 
 import rankaware_optim as ra
 from rankaware_optim.calibration import _storage
@@ -37,7 +34,6 @@ from ..helpers.calibrations import (
     made_up,
     states,
 )
-from ..helpers.elsewhere import SILENT_S, TRIALS
 from ..helpers.interrupted import CtrlC
 from ..helpers.optimizers import called
 
@@ -55,9 +51,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
     options = {"ranks": (4, 64), "steps": 10, "trials": 7}
     recipe = calibrate(falling(), storage=whole, **options)
     pruned = next(
-        t.number
-        for t in stored(tmp_path, str(whole))
-        if t.user_attrs.get("end") == "pruned"
+        t.number for t in stored(whole) if t.user_attrs.get("end") == "pruned"
     )
     lines = whole.read_bytes().splitlines(keepends=True)
     of_it = [
@@ -304,127 +298,30 @@ def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
     assert len(small(path).tensors["lr"]) == 3
 
 
-# --- other processes ------------------------------------------------------------------------------------------------
+# --- other workers --------------------------------------------------------------------------------------------------
 
 
-class Other(subprocess.Popen):
-    """A process that is to calibrate, its first trial with a step of so many seconds."""
-
-    def __init__(self, storage: str, seconds: float) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.helpers.elsewhere",
-            storage,
-            str(seconds),
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        self.storage = storage
-        super().__init__(
-            command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment
-        )
-
-    def begin(self) -> None:
-        """Calibrate, and be in the long step when this returns."""
-        print(file=self.stdin, flush=True)
-        assert self.stdout.readline() == "step\n"
-
-    def end(self, fate: signal.Signals) -> None:
-        """Send it a signal. It is not stopped while it writes, since its lock would stay."""
-        self.send_signal(fate)
-        while fate == signal.SIGSTOP and is_locked(self.storage):
-            self.send_signal(signal.SIGCONT)
-            time.sleep(0.05)
-            self.send_signal(fate)
-
-    def result(self) -> str:
-        """What it said of its recipe; it calibrates where it has not begun."""
-        said = self.communicate("\n", timeout=120)[0].splitlines()
-        assert self.returncode == 0
-        return said[-1]
-
-
-def is_locked(storage: str) -> bool:
-    """Whether a process is writing to a storage."""
-    if not storage.startswith("sqlite"):
-        lock = FileLock(f"{storage}.rankaware.lock", timeout=0)
-        with suppress(Timeout), lock:
-            return False
-        return True
-    path = storage.removeprefix("sqlite:///")
-    with closing(sqlite3.connect(path, timeout=0)) as database:
-        try:
-            database.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:
-            return True
-    return False
-
-
-ROOT = Path(__file__).parents[2]
-STORAGES = ["{}/study.journal", "sqlite:///{}/study.db"]
-
-
-@pytest.fixture
-def others(tmp_path):
-    """Two processes that share a storage, started at once."""
-    begun = []
-
-    def start(seconds: float, storage: str = STORAGES[0]) -> list[Other]:
-        begun.extend(Other(storage.format(tmp_path), each) for each in (seconds, 0))
-        return begun
-
-    yield start
-    for process in begun:
-        process.kill()
-        process.communicate()
-
-
-def stored(folder: Path, storage: str = STORAGES[0]) -> list[optuna.trial.FrozenTrial]:
-    opened = open_storage(storage.format(folder))
+def stored(journal: Path) -> list[optuna.trial.FrozenTrial]:
+    opened = open_storage(journal)
     try:
         return optuna.load_study(study_name="calibration", storage=opened).trials
     finally:
         close_storage(opened)
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(
-    "fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"]
-)
-def test_a_silent_process_is_not_waited_for(fate, storage, others, tmp_path):
-    """A trial whose process gives no more signs of life is failed, and another run takes its place."""
-    dead, other = others(60, storage)
-    dead.begin()
-    dead.end(fate)
-    assert other.result().startswith(f"{TRIALS} ")
-    trials = stored(tmp_path, storage)
-    assert states(trials).count("FAIL") == 1
-    assert states(trials)[0] == "FAIL"
-    assert len(counted(trials)) == TRIALS
+def test_a_run_that_was_taken_over_does_not_count():
+    """A worker whose trial another one has failed says so, and runs its rank and seed again."""
+    storage = optuna.storages.InMemoryStorage()
 
+    def train(trial):
+        for step, value in enumerate(made_up()(trial)):
+            if (trial.number, step) == (1, 5):
+                study = optuna.load_study(study_name="calibration", storage=storage)
+                study.tell(1, state=optuna.trial.TrialState.FAIL)
+            yield value
 
-@pytest.mark.processes
-def test_a_long_step_is_waited_for(others, tmp_path):
-    """However long its step takes, the trial of a process that lives is not taken over, and both recipes hold it."""
-    slow, other = others(3 * SILENT_S)
-    slow.begin()
-    result = other.result()
-    assert result == slow.result()
-    assert int(result.split()[0]) >= TRIALS
-    assert "FAIL" not in states(stored(tmp_path))
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_run_that_was_taken_over_does_not_count(storage, others, tmp_path):
-    """A process that was suspended until its trial was taken over says so when it wakes up, and has the same recipe."""
-    suspended, other = others(0.5, storage)
-    suspended.begin()
-    suspended.end(signal.SIGSTOP)
-    result = other.result()
-    suspended.send_signal(signal.SIGCONT)
-    late = suspended.result()
-    assert late.startswith(f"{result} Trial 0 had no heartbeat")
-    assert states(stored(tmp_path, storage))[0] == "FAIL"
+    with pytest.warns(ra.RankAwareWarning, match="Trial 1 had no heartbeat"):
+        calibrate(train, trials=4, storage=storage)
+    trials = storage.get_all_trials(0)
+    assert states(trials)[1] == "FAIL"
+    assert len(counted(trials)) == 4

@@ -8,14 +8,12 @@ import json
 import multiprocessing
 import os
 import shutil
-import sqlite3
 import time
 from pathlib import Path
 
 import optuna
 import pytest
 from filelock import FileLock
-from optuna.storages import InMemoryStorage
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError
@@ -38,12 +36,6 @@ def journal(tmp_path):
 # --- files of something else ----------------------------------------------------------------------------------------
 
 
-def an_sqlite_database(path: Path) -> None:
-    with sqlite3.connect(path) as database:
-        database.execute("create table mine (x)")
-    database.close()
-
-
 def holding(data: bytes):
     return lambda path: path.write_bytes(data)
 
@@ -51,7 +43,6 @@ def holding(data: bytes):
 OTHERS = {
     "data without a newline": holding(b"\1" * 1_000_000),
     "JSON lines": holding(b'{"loss": 1}\n{"loss": 2}'),
-    "an SQLite database": an_sqlite_database,
 }
 
 
@@ -251,16 +242,8 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
 # --- started together -----------------------------------------------------------------------------------------------
 
 
-def memory(folder: Path):
-    return InMemoryStorage()
-
-
 def a_journal(folder: Path):
     return open_storage(folder / "study.journal")
-
-
-def sqlite(folder: Path):
-    return open_storage(f"sqlite:///{folder}/study.db")
 
 
 # reads before a trial of its own runs, for which the other would wait
@@ -268,12 +251,9 @@ READS = [1, 2]
 
 
 @pytest.mark.parametrize("nth", READS)
-@pytest.mark.parametrize("make", [memory, a_journal, sqlite])
-def test_a_worker_may_start_between_two_reads_of_another(
-    make, nth, tmp_path, monkeypatch
-):
+def test_a_worker_may_start_between_two_reads_of_another(nth, tmp_path, monkeypatch):
     """Another worker runs its trials after a read that a starting one makes. The one that started has its recipe."""
-    storage, reads, made = make(tmp_path), [], []
+    storage, reads, made = a_journal(tmp_path), [], []
     original = type(storage).get_all_trials
 
     def between(self, *arguments, **options):

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rankaware_optim import Constant, Reference
 from rankaware_optim.fitting import (
     Fit,
     Observation,
@@ -24,7 +23,6 @@ from rankaware_optim.fitting import (
     gain_of,
     steps_variance,
 )
-from rankaware_optim.recipe import recipe_of
 
 Z90 = 1.645
 BASE = -9.0  # log2 of the true best rate at the pivot
@@ -151,13 +149,6 @@ def test_the_truth_is_found_within_narrow_bands(study):
     assert ((np.abs(errors) < Z90 * sds).sum(axis=0) >= covered).all()
     assert np.abs(errors.mean(axis=0)).max() < 0.15
     assert np.median(sds, axis=0).max() < narrow
-
-
-def test_what_was_not_tried_stays_at_its_prior():
-    """One rank at the pivot says nothing of drift, and LoRA nothing of full finetuning: both keep mean 0 and prior."""
-    fit = fitted(sweep(ranks=(16,)))
-    assert fit.mean[1:] == pytest.approx([0, 0], abs=1e-9)
-    assert spread(fit)[1:] == pytest.approx([Prior().drift_sd, Prior().full_sd])
 
 
 # --- a longer target ------------------------------------------------------------------------------------------------
@@ -295,12 +286,6 @@ def test_one_odd_first_value_is_held_against_no_run(start):
     assert gain_of(odd) == pytest.approx(gain_of(seen))
 
 
-@pytest.mark.parametrize("seen", [[], [NAN_RUN], [NAN_RUN, observation(-9.0)]], ids=len)
-def test_without_a_finite_run_there_is_no_fit(seen):
-    """Nothing seen, or everything diverged, is no fit."""
-    assert fit_observations(seen, Prior()) is None
-
-
 ended = st.tuples(st.floats(-14, -7), st.floats(0.3, 2.2))
 
 
@@ -316,20 +301,3 @@ def test_no_fit_lies_above_the_ceiling(good, lost, rank):
     seen = [observation(x, loss, rank=rank) for x, loss in runs]
     fit = fitted(seen, Prior(pivot=float(rank)))
     assert fit.mean[0] < fit.ceiling == min(lost)
-
-
-def test_the_less_is_known_the_larger_is_the_margin():
-    """Fewer trials leave a larger margin below the best rate, a well measured optimum hardly any."""
-    margins = []
-    for step in (1, 2, 4):
-        fit = fitted(sweep(offsets=OFFSETS[::step], ranks=(16,), noise=0.05))
-        margins.append(recipe_of(fit, Constant(), Reference(16, 16.0), name="r").margin)
-    assert margins == sorted(margins)
-    assert margins[0] < margins[-1] <= 0.25
-
-
-def test_scores_of_another_kind_than_the_curve_are_fitted_by_their_own_spread():
-    """A returned accuracy is fitted as well as the loss it follows, whatever its scale."""
-    seen = sweep(noise=0.005, ranks=(16,))
-    scored = [replace(o, value=-100 + 5 * o.value, returned=True) for o in seen]
-    assert fitted(scored).mean[0] == pytest.approx(fitted(seen).mean[0], abs=0.5)
