@@ -57,7 +57,8 @@ def initialize(
     """
     check_init(init, "An adapter is initialised at")
     survey = inspect_model(model, init=init)
-    pairs = [pair for pair in pairs_of(walk(model).modules) if pair.trains]
+    walked = walk(model)
+    pairs = [pair for pair in pairs_of(walked.modules) if pair.trains]
     with torch.no_grad():
         for pair in pairs:
             _check(pair, init)
@@ -114,7 +115,8 @@ def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
             units = 1.0
     digest = hashlib.sha256(f"{seed}:{pair.layer}.{drawn.name}".encode()).digest()
     # torch's CPU generator takes 32 bits
-    source = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    number = int.from_bytes(digest[:4], "big")
+    source = torch.Generator().manual_seed(number)
     values = torch.randn(
         drawn.shape, generator=source, dtype=torch.float32, device="cpu"
     )

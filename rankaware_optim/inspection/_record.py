@@ -125,7 +125,8 @@ class Survey:
                 "Inspect a model that has adapters, or give method='full'.",
             )
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
-        return Reference(rank, scaling * rank, init="B" if init == "B" else "A")
+        alpha = scaling * rank
+        return Reference(rank, alpha, init="B" if init == "B" else "A")
 
     def __str__(self) -> str:
         return self._table().text(140)
@@ -240,7 +241,8 @@ _PARTS = {
     "new tokens": r"trainable_tokens_",
     "whole copy (modules_to_save)": r"modules_to_save\.",
 }
-_KINDS = {kind: re.compile(pattern) for kind, pattern in (_ADAPTERS | _PARTS).items()}
+_PATTERNS = _ADAPTERS | _PARTS
+_KINDS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
 
 
 def other_kind(name: str) -> str | None:
@@ -250,9 +252,10 @@ def other_kind(name: str) -> str | None:
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
     """
-    return next(
-        (kind for kind, pattern in _KINDS.items() if pattern.search(name)), None
-    )
+    for kind, pattern in _KINDS.items():
+        if pattern.search(name):
+            return kind
+    return None
 
 
 def is_other_adapter(name: str) -> bool:
@@ -273,5 +276,9 @@ def unread_lora(survey: Survey) -> list[str]:
 
 def _called_lora(name: str) -> set[str]:
     """Return the paths to a parameter, of its modules and its own, whose last part has "lora"."""
-    paths = accumulate(name.split("."), "{}.{}".format)
-    return {path for path in paths if "lora" in path.rpartition(".")[2].lower()}
+    called = set()
+    for path in accumulate(name.split("."), "{}.{}".format):
+        last = path.rpartition(".")[2]
+        if "lora" in last.lower():
+            called.add(path)
+    return called
