@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -118,11 +117,12 @@ def _frozen(groups: Iterable[SplitGroup]) -> set[Any]:
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:
     """Return what gives the model back while it lives, and several only while all of them do."""
-    if isinstance(model, Models):
-        return partial(_all_of, list(map(weakref.ref, model)))
-    return weakref.ref(model)
+    if not isinstance(model, Models):
+        return weakref.ref(model)
+    references = list(map(weakref.ref, model))
 
+    def again() -> nn.Module | None:
+        models = [reference() for reference in references]
+        return None if None in models else as_one_model(models)
 
-def _all_of(references: Iterable[Callable[[], Any]]) -> nn.Module | None:
-    models = [reference() for reference in references]
-    return None if None in models else as_one_model(models)
+    return again

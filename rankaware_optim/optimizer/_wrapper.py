@@ -416,7 +416,10 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
         if hidden is None or hidden.stepping:
             return method(self, *args, **kwargs)
         if name == "step":
-            _before_step(self, *args, **kwargs)
+            # a closure makes gradients of its own, which are checked after it
+            if next(iter(args), kwargs.get("closure")) is None:
+                _check(self)
+            warn_of_unmoved(self)
         try:
             enter(self)
             if args or kwargs:
@@ -431,13 +434,6 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
                 hidden.unwatch()
 
     return run
-
-
-def _before_step(opt: Any, closure: Any = None, *_: Any, **__: Any) -> None:
-    # a closure makes gradients of its own, which are checked after it
-    if closure is None:
-        _check(opt)
-    warn_of_unmoved(opt)
 
 
 def _seen_inside(opt: Any, given: Sequence[Any], value: Any) -> Any:
