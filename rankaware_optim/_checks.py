@@ -132,7 +132,8 @@ def check_choice(
     `what`.
     """
     choices = list(choices)
-    if not isinstance(value, (str, bool, type(None))) or value not in choices:
+    is_plain = isinstance(value, (str, bool, type(None)))
+    if not is_plain or value not in choices:
         *most, last = map(repr, choices)
         raise error(f"{what} {', '.join(most)} or {last}, not {shown(value)}.", cure)
 

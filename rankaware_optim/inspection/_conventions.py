@@ -66,7 +66,8 @@ def rows(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r /
     groups columns.
     """
-    groups = getattr(getattr(owner, "base_layer", owner), "groups", 1)
+    base = getattr(owner, "base_layer", owner)
+    groups = getattr(base, "groups", 1)
     if isinstance(owner, StoredLayer):
         groups = a[0] // b[1]
     if math.prod(b[2:]) != 1:
@@ -142,7 +143,8 @@ def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base
     rate.
     """
-    core = tuple(owner.lora_mid.weight.shape)
+    middle = owner.lora_mid.weight
+    core = tuple(middle.shape)
     kernels = *a[2:], *b[2:]
     if core[:2] != (a[0], b[1]) or math.prod(kernels) != 1:
         raise ValueError("the core does not fit")

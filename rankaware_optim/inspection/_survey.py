@@ -169,7 +169,8 @@ def _lora_factors(
     declared, left = declared_around(walked.modules), dict(trainable)
     for pair in pairs_of(walked.modules):
         # a tied factor has its first name
-        names = [left.pop(half.tensor, None) for half in pair.halves]
+        tensors = [half.tensor for half in pair.halves]
+        names = [left.pop(tensor, None) for tensor in tensors]
         if not any(names):
             continue
         factor = _factor_of(pair, declared[pair.layer], init, notes)
