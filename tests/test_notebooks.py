@@ -1,4 +1,4 @@
-"""What a notebook shows: a table with the cells and sentences of the text, in the colours of its theme."""
+"""What a notebook shows: a table with the cells and sentences of the text."""
 
 from __future__ import annotations
 

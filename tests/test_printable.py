@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from click.testing import CliRunner
 
 from rankaware_optim import RankAwareWarning, Rate, RecipeError, Survey
 from rankaware_optim._printing import printable
 from rankaware_optim._warn import warn
-from rankaware_optim.cli import main
 
 from .helpers.recipes import RECIPE
 
@@ -48,15 +46,3 @@ def test_no_control_character_is_printed(kind):
     text = PRINTED[kind]()
     assert text == printable(text)
     assert PLAIN in text
-
-
-@pytest.mark.parametrize("command", ["show", "lr"])
-def test_a_command_prints_a_recipes_notes_without_escapes(command, tmp_path):
-    """Notes with escapes and with rich's markup are printed as text by every command that reads a recipe."""
-    made = replace(RECIPE, name=EVIL[:-2], notes=(EVIL[:-2],), ranks=(4, 64))
-    path = made.save(tmp_path / "r.toml")
-    more = {"show": (), "lr": ("--rank", "8")}[command]
-    result = CliRunner().invoke(main, [command, str(path), *more], color=True)
-    assert result.exit_code == 0
-    assert "[2J[/bold]" in result.output
-    assert result.output == printable(result.output)
