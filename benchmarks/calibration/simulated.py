@@ -131,8 +131,7 @@ def run(on: Surface, study: Calibration, setting: Setting, x: float) -> Observat
     rank = setting.rank or FULL
     own = own_rate(on, study, rank, x)
     value, tail = loss(on, rank, setting.seed, own), on.loss(rank, setting.seed, own)
-    lost = math.isinf(value)
-    return Observation(*setting, x, value, on.start, tail, True, stopped=lost)
+    return Observation(*setting, x, value, on.start, tail, True)
 
 
 def own_rate(on: Surface, study: Calibration, rank: int, x: float) -> float:

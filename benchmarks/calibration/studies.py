@@ -78,7 +78,7 @@ def search(
         calibration.start = start + guess
         seen = run(calibration, setting, next_rate(calibration, setting.rank, within))
         calibration.start = start
-        steps = options.steps // (1 + seen.stopped)
+        steps = options.steps // (1 + math.isinf(seen.value))
         curve = np.linspace(seen.start, seen.tail, steps).tolist()
         state = TrialState.COMPLETE if math.isfinite(seen.value) else TrialState.PRUNED
         done.append(

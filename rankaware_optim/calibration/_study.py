@@ -308,19 +308,16 @@ class Study:
         """Return the error of Ctrl-C, with the progress and the recipe so far."""
         with self._guard():
             ended = self.runs().counted()
-            fit = (
-                "Their fit is this error's .recipe."
-                if ended
-                else "There is no fit yet."
-            )
+            fit = "Their fit is this error's .recipe."
+            if not ended:
+                fit = "There is no fit yet."
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(ended)} of"
                 f" {self.options.runs} trials.",
                 f"{fit} With a storage the same call continues where it stopped.",
             )
-            if ended:
-                with suppress(CalibrationError):
-                    error.recipe = self._recipe()
+            with suppress(CalibrationError):
+                error.recipe = self._recipe()
             return error
 
 

@@ -142,11 +142,6 @@ class Trial:
         """The number of optimizer steps of the whole run, with its warm-up and decay."""
         return self._steps
 
-    @property
-    def method(self) -> Method:
-        """ "full" if `rank` is None, else "lora"."""
-        return "full" if self.rank is None else "lora"
-
     def _run(self, train: Train) -> None:
         """Run and record the trial. If it raises, `Study.close` fails it.
 
@@ -199,7 +194,8 @@ class Trial:
             params = [*params]
             groups = enumerate(params)
             at_own_lr = {i for i, g in groups if isinstance(g, Mapping) and "lr" in g}
-        survey = inspect_model(model, method=self.method, init=settings.get("init"))
+        method: Method = "full" if self.rank is None else "lora"
+        survey = inspect_model(model, method=method, init=settings.get("init"))
         at = survey.dominant().resolve(survey)
         if at.rank != self.rank:
             raise CalibrationError(
@@ -218,7 +214,7 @@ class Trial:
             lr=self.lr,
             law=law,
             tuned_at=reference,
-            method=self.method,
+            method=method,
             **settings,
         )
         in_force = settings_in_force(optimizer, native, settings, at_own_lr)
@@ -424,7 +420,7 @@ class Trial:
             return self._study.end_trial(TrialState.PRUNED)
         for other in self._study.runs().observations():
             mixed = other.returned != seen.returned
-            if mixed and not (seen.stopped or other.stopped):
+            if mixed and math.isfinite(seen.value + other.value):
                 raise CalibrationError(
                     "train returned a score in some trials and none in others.",
                     "Return one in every trial, or in none.",

@@ -134,7 +134,6 @@ class Run:
             start=loss_at_start(self.curve),
             tail=recent_mean(self.curve),
             returned=self.score is not None,
-            stopped=bool(self.end),
             first=self.curve[0],
             noise=noise_of(self.curve),
         )

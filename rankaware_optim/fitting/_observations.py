@@ -29,11 +29,10 @@ class Observation:
         rank: None for full finetuning.
         seed: the trial's random seed.
         x: log2 of the base rate.
-        value: the score, minimised.
+        value: the score, minimised; infinite if the trial diverged.
         start: where the loss curve began, see `loss_at_start`.
         tail: the mean of the last tenth of the curve.
         returned: whether the training function returned the score. Otherwise the score is `tail`.
-        stopped: whether the trial was stopped because it diverged.
         first: the first value of the curve; infinite if it is unknown.
         noise: standard deviation of a value of the curve, see `noise_of`.
     """
@@ -45,7 +44,6 @@ class Observation:
     start: float
     tail: float
     returned: bool = False
-    stopped: bool = False
     first: float = math.inf
     noise: float = 0.0
 
@@ -192,7 +190,7 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
     margin = max(DIVERGED * gain, CLEAR * usual_noise(observations))
 
     def is_lost(o: Observation) -> bool:
-        if o.stopped or not math.isfinite(o.value + o.tail):
+        if not math.isfinite(o.value + o.tail):
             return True
         comparable = gain > 0 or not o.returned
         return comparable and o.tail > max(o.start, start) + margin

@@ -112,7 +112,7 @@ def test_many_workers_begin_at_as_many_rates():
 
 def test_a_run_above_one_that_diverged_is_no_best():
     """A lucky run between two rates that diverged brackets nothing: the search goes on below them."""
-    lost = Observation(2, 0, START + 2, math.inf, 1.0, math.inf, stopped=True)
+    lost = Observation(2, 0, START + 2, math.inf, 1.0, math.inf)
     seen = [Observation(2, 0, START, 0.5, 1.0, 0.5), lost, replace(lost, x=START - 2)]
     assert next_bracket(seen, START - 10, START + 10) == START - 4
     below = Observation(2, 0, START - 4, 0.3, 1.0, 0.3)

@@ -67,7 +67,7 @@ def observation(
     """A run at log2 rate x that ended at `loss`, or diverged where that is far above its start."""
     lost = loss > START + 1
     value = math.inf if lost else loss
-    return Observation(rank, seed, x, value, START, value, stopped=lost)
+    return Observation(rank, seed, x, value, START, value)
 
 
 def fitted(seen, prior=None) -> Fit:
