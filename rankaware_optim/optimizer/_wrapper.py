@@ -309,6 +309,9 @@ class _Unbuilt(RankAwareOptimizer):
 
     @staticmethod
     def _build(opt: Any, hidden: Hidden) -> Any:
+        native: Any = hidden.assigner.optimizer
+        with building(native):  # no class refuses an unknown argument here
+            signature(native).bind_partial(**hidden.assigner.settings)
         return hidden
 
 

@@ -147,6 +147,12 @@ def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, near):
     RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
 
 
+def test_plain_groups_refuse_what_the_optimizer_does_not_take():
+    """An unknown argument is refused where no optimizer is built, since its rates would be those without it."""
+    with pytest.raises(OptimizerError, match=r"keyword argument .optimizer_class"):
+        rank_aware_param_groups(mlp(), lr=LR, optimizer_class=SGD)
+
+
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
