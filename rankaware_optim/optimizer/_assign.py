@@ -237,9 +237,11 @@ def make_assigner(
 
 _NO_ZERO = (
     "pairs with neither factor zero at the start (PiSSA, OLoRA, LoRA-GA, or trained ones of"
-    " undeclared init)"
+    " undeclared init: init='A' says that B of a pair started at zero, init='B' that A did)"
 )
-_UNREAD = "LoRA in no pair that inspection can read"
+_UNREAD = (
+    "LoRA in no pair that inspection can read (register_convention() adds a layout)"
+)
 
 
 def notes_of(assigner: Assigner, survey: Survey) -> tuple[str, ...]:
@@ -250,9 +252,7 @@ def notes_of(assigner: Assigner, survey: Survey) -> tuple[str, ...]:
         words = " and ".join(sorted(set(kinds.values())))
         notes.append(
             f"No law covers {words}: {len(kinds)} parameters, such as {next(iter(kinds))}, train at"
-            " the base rate, whatever tuned_at= says. rates= gives them another; init='A' says that"
-            " B of a pair started at zero, init='B' that A did; register_convention() adds a"
-            " layout."
+            " the base rate, whatever tuned_at= says. rates= gives them another."
         )
         warn(notes[-1])
     notes += _of_adapters(assigner, survey)
