@@ -165,12 +165,3 @@ def test_another_schema_is_refused(journal):
         calibrate(named, trials=3, storage=journal)
     trials = study_in(journal).trials
     assert [t.user_attrs["made_with"]["schema"] for t in trials] == [99, 99]
-
-
-def test_a_setting_called_alpha_is_the_optimizers(journal):
-    """RMSprop's alpha is stored and compared as a setting, beside the adapter's alpha."""
-    rms = {"optimizer": torch.optim.RMSprop, "storage": journal}
-    recipe = calibrate(made_up(alpha=0.9), trials=2, **rms)
-    assert recipe.settings["alpha"] == 0.9
-    with pytest.raises(CalibrationError, match=r"alpha=0\.9, not 0\.8"):
-        calibrate(made_up(alpha=0.8), trials=3, **rms)
