@@ -22,8 +22,6 @@ from ._constants import BRACKET, FAR, MOST_BRACKET, PER_SEED, TRIALS_PER_RANK
 from ._trials import Setting, Trials
 
 Count = Annotated[int, Meta(ge=1)]
-Rank = Annotated[int, limits("rank")]
-Seed = Annotated[int, limits("seed")]
 Positive = Annotated[float, Meta(gt=0.0, le=sys.float_info.max)]
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+$"
 _CHECKED_ELSEWHERE = ("optimizer", "law", "suggested", "noisy")
@@ -47,8 +45,11 @@ class Options:
 
     optimizer: type[Optimizer]
     law: Law
-    ranks: Annotated[Sequence[Rank | None], Meta(min_length=1, max_length=MOST_RANKS)]
-    seeds: Annotated[Sequence[Seed], Meta(min_length=1)]
+    ranks: Annotated[
+        Sequence[Annotated[int, limits("rank")] | None],
+        Meta(min_length=1, max_length=MOST_RANKS),
+    ]
+    seeds: Annotated[Sequence[Annotated[int, limits("seed")]], Meta(min_length=1)]
     steps: Count
     trials: Count | None = None
     full_trials: Annotated[int, Meta(ge=0)] = 0
@@ -64,7 +65,10 @@ class Options:
         object.__setattr__(self, "optimizer", get_optimizer_class(self.optimizer))
         object.__setattr__(self, "law", recordable_law(self.law))
         self._check_ranges()
-        self._check_together()
+        if self.full_trials and None in self.ranks:
+            self._refuse("full_trials", "Leave it out, or None out of the ranks.")
+        if self.target < self.steps:
+            self._refuse("target_steps", f"Give at least a trial's {self.steps} steps.")
         in_order = sorted({*self.ranks}, key=lambda rank: (rank is None, rank or 0))
         object.__setattr__(self, "ranks", tuple(in_order))
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
@@ -79,12 +83,6 @@ class Options:
                 msgspec.convert(value, kind)
             except msgspec.ValidationError as error:
                 self._refuse(name, f"{error}.")
-
-    def _check_together(self) -> None:
-        if self.full_trials and None in self.ranks:
-            self._refuse("full_trials", "Leave it out, or None out of the ranks.")
-        if self.target < self.steps:
-            self._refuse("target_steps", f"Give at least a trial's {self.steps} steps.")
 
     def _refuse(self, name: str, cure: str) -> NoReturn:
         raise CalibrationError(f"{name} is {getattr(self, name)!r}.", cure)
