@@ -118,6 +118,7 @@ def _recipe_in(document: dict[str, Any]) -> Record:
         # whole numbers stay ints there, since the recipe's hash depends on it
         "reference": Reference(**reference),
         "covariance": np.array(document["covariance"]),
+        "ranks": tuple(dict.fromkeys(file.ranks)),  # so that one twice contradicts
     }
     if not isinstance(values["law"], Power):
         raise ValueError("the law is not 'power'")

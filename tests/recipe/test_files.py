@@ -226,7 +226,7 @@ BAD = [
     *(("law/exponent", value) for value in (1e9, math.nan)),
     *(("law/name", value) for value in ("mua", "constant", "os:path", ...)),
     *(("law/law", value) for value in ({"name": "x"}, {"name": "mua", "token": 8.0})),
-    *(("ranks", value) for value in ([4, 0], list(range(1, 66)))),
+    *(("ranks", value) for value in ([4, 0], [4, 4], list(range(1, 66)))),
     *(("settings/foreach", value) for value in (2**100, {"a": 1}, [[1]])),
     *(("covariance", value) for value in ([[1, 0, 0], [0, 1, 0]], [[1, 0], [0, 1]])),
     *(("covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, -1)),
