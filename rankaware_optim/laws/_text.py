@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -82,9 +82,9 @@ def registered_law(name: str) -> Law:
     return _LAWS.load(points[name])
 
 
-def parameters_of(law: Law) -> list[str]:
-    """Return the names of a law's fields; none if it is no dataclass."""
-    return [f.name for f in fields(law)] if is_dataclass(law) else []
+def parameters_of(law: Law) -> dict[str, Field[Any]]:
+    """Return a law's fields by their names; none if it is no dataclass."""
+    return {f.name: f for f in fields(law)} if is_dataclass(law) else {}
 
 
 def recordable_law(law: str | Law) -> Law:
@@ -117,10 +117,10 @@ def law_sentence(law: Law) -> str:
     >>> law_sentence(Power(exponent=0.1, law=MuA(tokens=4.0)))
     'power with exponent 0.1, law (mua with tokens 4)'
     """
-    usual, changes = type(law)(), []
-    for name in parameters_of(law):
-        value = getattr(law, name)
-        if value == getattr(usual, name):
+    changes = []
+    for name, parameter in parameters_of(law).items():
+        value, factory = getattr(law, name), parameter.default_factory
+        if value == (factory() if callable(factory) else parameter.default):
             continue
         if isinstance(value, Law):
             value = f"({law_sentence(value)})"

@@ -35,6 +35,7 @@ from rankaware_optim.laws import (
     law_to_dict,
 )
 
+from ..helpers.models import mlp
 from ..helpers.optimizers import called, muon, with_defaults
 from .sites import Site, ranks, sites, widths
 
@@ -348,6 +349,26 @@ class Strange(Law):
         return self.value
 
     batch_multiplier = multiplier = answer
+
+
+@dataclass(frozen=True)
+class Steep(Law):
+    """A law with a parameter that has no default."""
+
+    exponent: float
+    name: ClassVar[str] = "steep"
+
+    def multiplier(self, factor: Factor, reference: Reference) -> float:
+        return float((factor.rank or 1) ** self.exponent)
+
+
+def test_a_parameter_without_a_default_is_named_in_the_report():
+    """A law of one's own may have a parameter that must be given."""
+    model = mlp((4,))
+    opt = ra.RankAwareOptimizer(
+        model, AdamW, lr=1e-3, tuned_at=Reference(rank=4, alpha=4), law=Steep(-0.5)
+    )
+    assert "steep with exponent -0.5" in str(opt.report())
 
 
 def test_a_law_that_is_not_registered_cannot_be_stored():
