@@ -67,6 +67,7 @@ def test_an_error_names_the_cure(mistake: str) -> None:
 
 COMMANDS = {
     "lr recipes/language-a.toml --rank 8 --alpha rank": "alpha 8",
+    "lr recipes/language-a-inverse-rank.toml --alpha rank": "alpha 192",
     "convert 2e-4 --from r=16,alpha=16 --to r=64,alpha=64 --optimizer sgd": "rank 64",
     "convert 2e-4 r=16,alpha=16 r=64,alpha=64": "--from",
     "suggest --model adapter": "[ADAPTER]",

@@ -56,9 +56,9 @@ def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
 
     The 90 % band, the ceiling and what the rate holds for are printed with it.
     """
-    if options["alpha"] == "rank":
-        options["alpha"] = options["rank"]
     loaded = recipes.Recipe.load(recipe)
+    if options["alpha"] == "rank":
+        options["alpha"] = options["rank"] or loaded.reference.rank
     with warnings.catch_warnings():
         # the rate's notes say it
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)

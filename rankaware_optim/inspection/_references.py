@@ -117,7 +117,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
         try:
             values[name] = msgspec.convert(given, _TYPES[name], strict=False)
         except (KeyError, msgspec.ValidationError):
-            why = f"{shown(key)} cannot be {shown(given)} there"
+            why = f"{shown(part)} is no part of one"
     extra = values.keys() - _OF_FULL
     if values.get("method") == "full" and extra:
         why = f"full finetuning has no {min(extra)}"

@@ -117,7 +117,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             finetuning. It must be given if there is neither.
         batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's
             rule moves every rate, as for 4 times the batch at most.
-        steps: training steps of this run. With a recipe they move every rate by its horizon.
+        steps: training steps of this run. With a recipe other steps than its own widen its band
+            and margin.
         **settings: the optimizer's own arguments, such as those of a recipe, `**recipe.settings`.
 
     Raises:

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_type_hints
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import safetensors.numpy
 import tomli
 import tomli_w
@@ -69,14 +68,15 @@ RecipeFile = msgspec.defstruct(
 )
 
 
-def _check_fit(
-    covariance: npt.NDArray[np.float64], best: float, ceiling: float | None
-) -> None:
+def _check_fit(recipe: Record) -> None:
     """Raise a ValueError if no fit has these values."""
-    spectrum = np.linalg.eigvalsh(covariance + covariance.T)
+    covariance = recipe.covariance
+    if not np.allclose(covariance, covariance.T):
+        raise ValueError("the covariance is not symmetric")
+    spectrum = np.linalg.eigvalsh(covariance)
     if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
         raise ValueError("a variance of the covariance is negative")
-    if ceiling is not None and ceiling <= best:
+    if recipe.ceiling is not None and recipe.ceiling <= recipe.fitted_lr:
         raise ValueError("the ceiling is not above fitted_lr")
 
 
@@ -122,9 +122,9 @@ def _recipe_in(document: dict[str, Any]) -> Record:
     }
     if not isinstance(values["law"], Power):
         raise ValueError("the law is not 'power'")
-    _check_fit(values["covariance"], values["fitted_lr"], values["ceiling"])
     recorded = Record.__dataclass_fields__.keys() & values.keys()
     recipe = Record(**{name: values[name] for name in recorded})
+    _check_fit(recipe)
     own = to_document(recipe, document["trials_sha256"])
     if contradictions := differences(document, own):
         raise ValueError(f"its values contradict one another: {contradictions}")

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec import Meta
 from torch.optim import Optimizer
 
-from .._checks import RANGES, limits, plain
+from .._checks import MOST_TRIALS, RANGES, check_range, limits, plain
 from .._files import read_bytes
 from .._optimizers import get_optimizer_class
 from .._types import Reference
@@ -77,6 +77,10 @@ class SweepRun:
     steps: Annotated[int, limits("steps")] | None = None
     start: Annotated[float, limits("loss")] | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.alpha is None:
+            raise ValueError("LoRA's alpha is missing")
+
     @property
     def place(self) -> Reference:
         """The run's configuration."""
@@ -136,7 +140,7 @@ def fit_sweep(
 
     Raises:
         CalibrationError: a cell is missing or impossible, several models, batches, inits or widths
-            are mixed, only one rate was tried, or every run diverged.
+            are mixed, only one rate was tried, there are over 2,000 runs, or every run diverged.
 
     >>> points = [(rank, x) for rank in (8, 64) for x in range(-14, -8)]
     >>> rows = [
@@ -148,6 +152,8 @@ def fit_sweep(
     True
     """
     optimizer = get_optimizer_class(optimizer)
+    if full_fan_in is not None:
+        check_range("fan_in", full_fan_in, "full_fan_in", CalibrationError)
     bound = recordable_law(law).bind(optimizer, {})
     lora, full = _of_one_model(read_sweep(sweep))
     runs = [*lora, *full]
@@ -204,6 +210,11 @@ def _of_one_model(runs: Sequence[SweepRun]) -> tuple[list[SweepRun], list[SweepR
     """Return the runs of LoRA and of full finetuning. Raise if they are of several models, inits,
     widths, batches or lengths, or at one rate.
     """
+    if len(runs) > MOST_TRIALS:
+        raise CalibrationError(
+            f"The sweep has {len(runs):,} runs, and a fit takes {MOST_TRIALS:,}.",
+            "Keep those near the best rates.",
+        )
     if len({run.lr for run in runs}) < 2:
         raise CalibrationError(
             "The sweep has one rate.", "Sweep two at least, better six."
@@ -287,8 +298,9 @@ def _run_of(number: int, row: Row) -> SweepRun:
     except (TypeError, ValueError, msgspec.ValidationError) as error:
         raise CalibrationError(
             f"row {number} of the sweep: {error}.",
-            "Every row needs a rank (or 'full'), an lr and a loss (or 'diverged'), in columns of"
-            " these names, as by df.rename(columns={'learning_rate': 'lr'}).",
+            "Every row needs a rank and an alpha (or the rank 'full'), an lr and a loss (or"
+            " 'diverged'), in columns of these names, as by"
+            " df.rename(columns={'learning_rate': 'lr'}).",
         ) from error
     return replace(run, loss=math.inf) if run.loss > _MOST_LOSS else run
 

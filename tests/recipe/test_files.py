@@ -231,6 +231,7 @@ BAD = [
     *(("covariance", value) for value in ([[1, 0, 0], [0, 1, 0]], [[1, 0], [0, 1]])),
     *(("covariance", [[value, 0, 0], *EYE[1:]]) for value in (math.nan, -1)),
     ("covariance", [[1, -6, 0], [-6, 1, 0], [0, 0, 1]]),
+    ("covariance", [[1, 0, 0.5], *EYE[1:]]),
     ("warmup", 2),
     ("reference/method", "lore"),
     ("reference/init", "C"),

@@ -233,8 +233,9 @@ def test_a_sweep_reads_alike_from_rows_and_files(name, tmp_path):
 def test_the_cells_of_dataframes_are_read():
     """NumPy's scalars are numbers, and a loss of NaN is one that diverged."""
     numbers = {"rank": np.int64(4), "lr": np.float32(0.25), "loss": np.float64("nan")}
-    runs = read_sweep([{**numbers, "rslora": np.bool_(True), "steps": math.nan}])
-    assert runs == [SweepRun(0.25, math.inf, 4, rslora=True)]
+    others = {"alpha": np.int64(8), "rslora": np.bool_(True), "steps": math.nan}
+    runs = read_sweep([numbers | others])
+    assert runs == [SweepRun(0.25, math.inf, 4, 8.0, rslora=True)]
 
 
 BAD_CELLS = {
@@ -307,8 +308,9 @@ BAD_SWEEPS = [
     (of_both(init=("", "B")), "2 values of init: A, B"),
     (of_both(steps=(8, 9)), "2 values of steps"),
     (of_both(fan_in=(8, 9)), "2 values of fan_in: 8.0, 9.0"),
-    ([*one(), *one(alpha=None)], "alpha"),
+    ([*one(), *one(alpha=None)], "row 37 .*alpha.*Every row"),
     (drawn(ranks=(4, 0), fan_in=""), "full finetuning and LoRA.*fan_in"),
+    ([{**one()[0], "seed": i} for i in range(2001)], "2,001 runs"),
     (COLUMNS, r"row 1 .*df\.rename"),
     ([], "one rate"),
     (NO_LOSS, r"row 1 .*`loss`.*df\.rename"),
@@ -322,3 +324,10 @@ def test_a_sweep_that_says_nothing_is_refused(rows, message):
     """What cannot be fitted is an error of ours with its cure."""
     with pytest.raises(RankAwareError, match=message):
         fit_sweep(rows)
+
+
+@pytest.mark.parametrize("width", [-5.0, 0.0, math.nan, "wide"])
+def test_a_width_that_cannot_be_is_refused(width):
+    """Full finetuning's width is checked as that of a row is."""
+    with pytest.raises(CalibrationError, match="full_fan_in is"):
+        fit_sweep(drawn(), full_fan_in=width)
