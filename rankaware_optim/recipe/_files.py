@@ -111,7 +111,7 @@ def _recipe_in(document: dict[str, Any]) -> Record:
     or impossible, or if the values do not follow from one another.
     """
     reference = _read(document.get("reference", {}))
-    file = msgspec.convert({**_read(document), "reference": reference}, RecipeFile)
+    file: Any = msgspec.convert({**_read(document), "reference": reference}, RecipeFile)
     values = {
         **asdict(file),
         "law": law_from_dict(document["law"]),
