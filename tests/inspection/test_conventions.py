@@ -81,7 +81,7 @@ INPUTS = {
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("style", STYLES)
 def test_the_models_of_these_tests_conform(style, kind):
-    """Every style of tests/models.py passes the ones-probe and the oracle."""
+    """Every style of tests/helpers passes the ones-probe and the oracle."""
 
     def make(rank, alpha):
         return adapted(style, kind, rank=rank, scaling=alpha / rank)
