@@ -100,7 +100,8 @@ class Decays(torch.optim.SGD):
 def test_a_rate_that_the_optimizer_writes_is_shown_as_a_base_rate():
     """What it wrote for its parts is the user's group's, once, and trains on times the multipliers."""
     model = Model()
-    opt = by_class(model, Decays)
+    params = trained(model)[::-1][1:] + trained(model.head)  # the first one is moved
+    opt = RankAwareOptimizer(params, Decays, model=model, lr=LR, **LAW)
     for rate in (LR, LR / 2):
         assert_at(model, moved(model, opt), rate)
     assert [group["lr"] for group in opt.param_groups] == [LR / 4]
