@@ -12,6 +12,7 @@ import msgspec
 
 from .._checks import shown
 from .._types import Reference
+from .._warn import warn
 from ..errors import InvalidReferenceError
 from ._adapter_file import inspect_file
 from ._survey import declared_init
@@ -64,6 +65,8 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
             return parse_reference(value, like=like)
     if isinstance(value, (str, os.PathLike)):
         survey = inspect_file(os.fspath(value))
+        for note in survey.notes:  # its scaling may be assumed
+            warn(note)
         return replace(survey.dominant(), fan_in=survey.width)
     return _of_config(value)
 

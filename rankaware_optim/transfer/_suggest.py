@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import mode
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -235,6 +236,7 @@ def _read(
 ) -> tuple[Reference, list[Move]]:
     """Return a model's most common configuration, and the moves to its init and to DoRA."""
     at, survey = model, None
+    notes: tuple[str, ...] = ()
     if not isinstance(model, Reference):
         survey = _survey(model, method, init)
         at = survey.dominant()
@@ -242,6 +244,7 @@ def _read(
         width = survey.full_width() if survey else at.fan_in
         return Reference(method="full", fan_in=width), []
     if survey:
+        notes = survey.notes
         at = replace(at, fan_in=_usual_width(survey))
         if init is None:
             init = mode(f.init for f in survey.factors)
@@ -249,7 +252,7 @@ def _read(
             dora = "DoRA magnitude" in map(other_kind, survey.other)
     if init is not None:
         at = replace(at, init="B" if init == "B" else "A")
-    return at, [*_variants(init, dora)]
+    return at, [*map(partial(Move, 0.0), notes), *_variants(init, dora)]
 
 
 def _survey(model: Any, method: Method, init: Any) -> Survey:

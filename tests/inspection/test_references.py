@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 from rankaware_optim import (
     InspectionError,
     InvalidReferenceError,
+    RankAwareWarning,
     Reference,
     convert_lr,
+    inspect_file,
+    suggest_lr,
 )
 from rankaware_optim.inspection import as_reference, parse_reference
 
@@ -52,6 +55,19 @@ def kohya_file(path: Path) -> Path:
     }
     save_file(tensors, path / "x.safetensors")
     return path / "x.safetensors"
+
+
+def test_an_assumed_scaling_is_said(tmp_path):
+    """A file without alpha has s = 1, with a warning where it is a reference, and a note in a suggestion."""
+    tensors = {
+        "q.lora_A.weight": torch.zeros(16, 32),
+        "q.lora_B.weight": torch.zeros(32, 16),
+    }
+    path = tmp_path / "plain.safetensors"
+    save_file(tensors, path)
+    with pytest.warns(RankAwareWarning, match="1 is assumed"):
+        assert as_reference(path).scaling == 1.0
+    assert "1 is assumed" in str(suggest_lr(inspect_file(path)))
 
 
 AT, FULL = Reference(rank=16, alpha=32), Reference(method="full")
