@@ -161,6 +161,8 @@ def group_rates(opt: Any) -> dict[str, float]:
     initial: dict[str, float] = {}
     rates: dict[str, float] = {}
     for group in ours.rates.groups if isinstance(ours, RankAwareOptimizer) else []:
+        if not group.names:  # as Trainer's second one, where no norm trains
+            continue
         name = group.role if group.rank is None else f"r{group.rank}"
         # by where they start, so that a warm-up from zero has the same names
         if initial.setdefault(name, group.initial_lr) != group.initial_lr:
