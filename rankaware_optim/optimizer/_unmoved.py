@@ -78,6 +78,8 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 
     >>> epsilon_share(torch.tensor([0.0, 3e-8]), torch.tensor([0.0, 9e-16]), 1e-8)
     0.25
+    >>> epsilon_share(torch.tensor([1e-30]), torch.zeros(1), 1e-8)
+    1.0
     """
     size, root = mean.double().abs(), square.double().sqrt()
     whole = torch.where(root > 0, size / root, size.sign()).sum()

@@ -133,7 +133,7 @@ class Ours:
         torch.save(self.opt.state_dict(), file)
         file.seek(0)
         weights = self.model.state_dict()
-        self.model = mlp(RANKS, seed=1, head="head.weight" in weights)
+        self.model = mlp(RANKS, seed=1)
         self.opt = self.build(self.model)
         self.model.load_state_dict(weights)
         again(self.opt)
@@ -151,8 +151,7 @@ class Run:
 
     def __init__(self, side: Any, groups: Groups, kind: Any, **given: Any) -> None:
         pinned = given.pop("pinned", 0.0)
-        self.head = given.pop("head", True)
-        model = mlp(RANKS, head=self.head)
+        model = mlp(RANKS)
         self.side = side(model, groups, kind, {"lr": LR, **given}, pinned)
         self.count, self.log = 0, list[list[torch.Tensor]]()
 

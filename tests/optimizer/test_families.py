@@ -56,7 +56,6 @@ def two_groups(model: nn.Module, to_muon: dict, to_adam: dict) -> list[dict]:
 
 SPELLINGS = [
     ("Muon", {"use_muon": True}, {"use_muon": False}),
-    ("MuonWithAuxAdam", {"use_muon": True}, {"use_muon": False}),
     ("SingleDeviceMuonWithAuxAdam", {"use_muon": True}, {"use_muon": False}),
     ("NorMuon", {"use_muon": True}, {"use_muon": False}),
     ("Muon_adv", {"optim_type": "muon"}, {"optim_type": "adam"}),
@@ -112,7 +111,6 @@ def test_muon_that_marks_parameters_in_its_state_is_read_there():
 
 
 GROUPS_OF_ONE_CLASS = [
-    ("Adafactor", "somewhere", {"scale_parameter": False}, "sign-like"),
     ("Lamb", "torch_optimizer", {"adam": True}, "sign-like"),
     ("Lamb", "timm", {"weight_decay": 0.0}, "sign-like"),
     ("LARS", "torch_optimizer", {"weight_decay": 0.1}, "first-step"),

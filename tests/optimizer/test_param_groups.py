@@ -118,10 +118,8 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 FORMS = {
-    "model": lambda model: model,
     "parameters": lambda model: iter(trained(model)),
     "named": lambda model: iter(named(model)),
-    "dicts": lambda model: [{"params": trained(model)}],
     "named dicts": lambda model: [{"params": named(model)}],
     "generator": lambda model: ({"params": p} for p in [trained(model)]),
 }
@@ -274,14 +272,7 @@ def kasa() -> nn.Module:
     return layer
 
 
-def xlora() -> nn.Module:
-    """As PEFT builds it: a classifier beside the model gives every token its scalings."""
-    model = nn.ModuleDict({"lora_model": nn.ModuleDict({"q": adapted("container")})})
-    model["internal_xlora_classifier"] = nn.Linear(12, 1)
-    return model
-
-
-LAWLESS = {"AdaLoRA": adalora, "KaSA": kasa, "X-LoRA": xlora}
+LAWLESS = {"AdaLoRA": adalora, "KaSA": kasa}
 
 
 @pytest.mark.parametrize("options", [{"tuned_at": AT_16}, {"init": "A"}, {}])
@@ -289,7 +280,7 @@ LAWLESS = {"AdaLoRA": adalora, "KaSA": kasa, "X-LoRA": xlora}
 def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
     name, options
 ):
-    """AdaLoRA, KaSA and X-LoRA are warned of by name, and no init moves them; a plain pair beside them moves."""
+    """They are warned of by name, and no init moves them; a plain pair beside them moves."""
     model = nn.ModuleDict({"odd": LAWLESS[name](), "plain": adapted(rank=8)})
     with pytest.warns(RankAwareWarning, match=rf"^No law covers {name}: 2 ") as said:
         opt = RankAwareOptimizer(model, AdamW, lr=LR, **options)
@@ -408,21 +399,15 @@ AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [
     # the model, the optimizer, the options, and what the notes say of each
     (LORA, AdamW, {}, []),
-    (LORA, torch.optim.RMSprop, {}, []),
     (LORA, SGD, {}, [f"SGD is gradient-like: {IN_SMALL_RUNS.format('SGD')}"]),
     (LORA, called("Muon"), {}, [f"Muon is spectral: {IN_SMALL_RUNS.format('Muon')}"]),
     (LORA, called("Lamb"), {}, ["Lamb is relative-scale: µA's form for that family"]),
-    (LORA, torch.optim.Adafactor, {}, [f"Adafactor is floored-scale: {NO_FORM}"]),
     (LORA, called("LARS"), {}, [f"LARS is first-step: {NO_FORM}"]),
     (LORA, called("Unheard"), {}, ["Unheard is of an unknown family and is scaled as"]),
     (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' has no form"]),
-    *(
-        (LORA, kind, {"law": law, "tuned_at": AT_16}, [why])
-        for law in ("falling", "mua")
-        for kind, why in ((SGD, "do the same"), (called("LARS"), "have one rate"))
-    ),
+    (LORA, SGD, {"law": "mua", "tuned_at": AT_16}, ["do the same"]),
+    (LORA, called("LARS"), {"law": "mua", "tuned_at": AT_16}, ["have one rate"]),
     (WHOLE, AdamW, {"tuned_at": AT_16}, ["good to a factor of 2 to 4"]),
-    (WHOLE, SGD, {"tuned_at": AT_16}, ["not tried with optimizers of another", "SGD"]),
     (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),
     (WHOLE, AdamW, {"tuned_at": AT_16, "law": "constant"}, [NO_LAW]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 64}, ["a rule of thumb"]),
@@ -446,7 +431,6 @@ def test_what_is_uncertain_is_noted(model, kind, options, words):
 
 BATCHES = [
     (AdamW, 16, 64, 2.0),
-    (AdamW, 16, 16, 1.0),
     (SGD, 16, 64, 4.0),
     (AdamW, None, 64, 1.0),
     (AdamW, 16, None, 1.0),
@@ -463,22 +447,3 @@ def test_the_batch_moves_every_rate_where_both_sides_name_one(
     options = {"tuned_at": at, "optimizer": kind, "batch": batch}
     assert set(multipliers(mlp((4,)), **options).values()) == {moved}
     assert rates(mlp((4,)), **options, other_lr=0.5)["head.bias"] == 0.5
-
-
-def test_rates_are_a_mapping_that_follows_the_optimizer():
-    """A name gives its part's record, at the rate of the next step."""
-    model = mlp((4, 8))
-    opt = RankAwareOptimizer(model, AdamW, lr=LR, tuned_at=AT_16)
-    held = opt.rates
-    assert list(held) == [name for name, _ in named(model)]
-    assert set(held.values()) == set(held.groups)
-    for name, param in named(model):
-        part = held[name]
-        assert any(p is param for p in part.params)
-        assert part.lr == part.base_lr * part.multiplier == LR * part.multiplier
-    opt.param_groups[0]["lr"] = LR / 2
-    assert {part.base_lr for part in held.values()} == {LR / 2}
-    with pytest.raises(KeyError):
-        held["layer9.lora_A"]
-    with pytest.raises(TypeError):
-        held["layer0.lora_A"] = 1.0

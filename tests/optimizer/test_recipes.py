@@ -217,7 +217,6 @@ OTHERS = [
     (SEEN, {}, 3e-3, TRIED),
     (FULL, {}, FULL_LR, IN_FULL),
     (UNSEEN, {"other_lr": 1e-3}, 1e-3, "given by other_lr="),
-    (UNSEEN, {"rates": {"head.*": 2e-3}}, 2e-3, "given by rates="),
     (FULL, {"other_lr": 1e-3}, 1e-3, "given by other_lr="),
     (PLAIN, {"rates": {"head.*": 2e-3}}, 2e-3, "given by rates="),
 ]

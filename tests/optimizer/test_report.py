@@ -11,7 +11,6 @@ from torch import nn
 
 from rankaware_optim import (
     Falling,
-    MuA,
     Power,
     RankAwareOptimizer,
     Reference,
@@ -21,7 +20,6 @@ from rankaware_optim._types import Factor
 from rankaware_optim.optimizer import Report
 
 from ..helpers.models import adapted, mlp, trained
-from ..helpers.recipes import RECIPE
 
 LR = 1e-3
 AT_16 = Reference(rank=16, alpha=16)
@@ -53,49 +51,6 @@ def test_the_report_lists_every_group():
     assert [row.why for row in rows] == reasons
 
 
-FROM_16 = "from rank 16, alpha 16, init A"
-MUA = {"law": MuA(tokens=4.0), "tuned_at": AT_16}
-NO_ZERO = "neither factor started at zero, so no law covers it: the base rate"
-REASONS = [
-    ({"other_lr": 0.1}, "A", "other", "given by other_lr="),
-    (MUA, "A", "B", f"mua with tokens 4: {FROM_16}"),
-    ({"law": "constant", "tuned_at": AT_16}, "A", "A", f"constant: {FROM_16}"),
-    ({}, "other", "A", NO_ZERO),
-]
-
-
-@pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
-@pytest.mark.parametrize(("options", "init", "role", "reason"), REASONS)
-def test_reasons(options, init, role, reason):
-    """Every row says why its rate is what it is."""
-    rows = report_of(mlp(init=init), **options).rows
-    assert {row.why for row in rows if row.role == role} == {reason}
-
-
-def test_a_recipe_and_a_family_are_reasons_too():
-    """A row names the recipe, full finetuning and a family that is not Adam's; the band is below the table."""
-    model = mlp((4,), scalings=2.0, width=64, head=False)
-    report = RankAwareOptimizer(model, "adamw", recipe=RECIPE).report()
-    assert all(row.why.startswith("recipe: from rank ") for row in report.rows)
-    assert any("lies between" in note for note in report.notes)
-    full = RankAwareOptimizer(
-        nn.Linear(4, 4), "sgd", method="full", lr=LR, tuned_at=AT_16
-    )
-    assert {row.why for row in full.report().rows} == {
-        "default law, gradient-like: full finetuning, from rank 16, alpha 16, init A"
-    }
-
-
-@pytest.mark.parametrize(
-    ("model", "method"), [(mlp(head=False), "lora"), (nn.Linear(4, 4), "full")]
-)
-def test_without_a_reference_nothing_moves_on_a_uniform_model(model, method):
-    """Where tuned_at was forgotten and one configuration is all there is, every row says that nothing is moved."""
-    opt = RankAwareOptimizer(model, "adamw", lr=LR, method=method)
-    why = "tuned_at not given: nothing is moved"
-    assert {row.why for row in opt.report().rows} == {why}
-
-
 def test_without_a_reference_a_mixed_model_moves_about_its_own():
     """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
     report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
@@ -106,35 +61,6 @@ def test_without_a_reference_a_mixed_model_moves_about_its_own():
     assert note.startswith(
         "tuned_at not given: lr counts as tuned at rank 4, alpha 4, init A"
     )
-
-
-def test_the_report_prints_as_a_table():
-    """str() of a report is a table with its title, the columns, a line a group, and the notes."""
-    report = report_of(mlp((4, 8)), tuned_at=replace(AT_16, init="B"), other_lr=0.1)
-    text = str(report)
-    assert text.splitlines()[0].startswith("RankAwareOptimizer(AdamW), ")
-    for words in ("role", "multiplier", "note: Adapters at init A"):
-        assert words in text
-    lines = [line.split() for line in text.splitlines()]
-    table = [cells for cells in lines if cells[:1] in (["A"], ["B"], ["other"])]
-    for cells, row in zip(table, report.rows, strict=True):
-        assert f"why {cells[-1]}: {row.why}" in text  # reasons are numbered
-        assert row.role == "other" or cells[1] == str(row.rank)
-        assert f"\n  {row.role} " in text  # words stand at the left
-
-
-def test_a_row_shows_fans():
-    """A group's row names the smallest and largest fan-in and fan-out of its tensors."""
-    model = nn.ModuleDict(
-        {
-            "narrow": adapted(rank=4),
-            "wide": mlp((4,), width=64, scalings=2.0, head=False),
-        }
-    )
-    opt = RankAwareOptimizer(model, AdamW, lr=LR)
-    lines = map(str.split, str(opt.report()).splitlines())
-    (cells,) = [cells for cells in lines if cells[:2] == ["A", "4"]]
-    assert cells[4:6] == ["12–64", "20–64"]
 
 
 def test_the_report_is_at_most_100_columns_wide():
@@ -154,41 +80,6 @@ def test_the_report_is_at_most_100_columns_wide():
     assert max(map(len, text.splitlines())) <= 100
     assert "check: head" not in text
     assert "a" * 60 in text or "wide" in text
-
-
-def test_later_groups_join_the_survey():
-    """A group that is added later is explained like the first ones."""
-    model = nn.ModuleDict({"one": adapted(), "two": adapted()})
-    opt = RankAwareOptimizer(
-        [model["one"].lora_A, model["one"].lora_B], SGD, model=model, lr=LR
-    )
-    opt.add_param_group({"params": [model["two"].lora_A, model["two"].lora_B]})
-    shown = {f.name for f in opt.report().survey.factors}
-    assert shown == {
-        f"{layer}.lora_{role}" for layer in ("one", "two") for role in "AB"
-    }
-
-
-# --- explain --------------------------------------------------------------------------------------------------------
-
-
-UNSUPPORTED = {
-    "q.vera_lambda_b.default": "VeRA: no law",
-    "q.lora_magnitude_vector.d.weight": "DoRA magnitude: no law",
-    "head.weight": "no LoRA factor: the base rate",
-}
-
-
-def test_explain_names_what_has_no_law():
-    """Other parameters are shown by the kind of adapter they belong to, frozen factors as such, as in a report."""
-    names = tuple(UNSUPPORTED)
-    survey = Survey((), names, frozen=("q.lora_A",))
-    for words in (*UNSUPPORTED.values(), "does not train"):
-        assert words in str(survey)
-    model = mlp((4,), head=False)
-    model.vera_lambda_b = nn.Parameter(torch.zeros(3))
-    (row,) = [row for row in report_of(model).rows if row.role == "other"]
-    assert row.why.startswith("VeRA: no law, the base rate (other_lr= or rates=")
 
 
 # --- audit ----------------------------------------------------------------------------------------------------------
@@ -246,21 +137,6 @@ def test_frozen_weights_are_no_heads(built):
     model.layer0.base_layer.weight.requires_grad_(True)
     (line,) = opt.report().audit
     assert line.startswith("layer0.base_layer.weight trains at the adapters' base rate")
-
-
-def test_frozen_weights_are_marked():
-    """Frozen parameters among those given have a row of their own, which says so until they train."""
-    model = mlp((4, 4))
-    model.layer1.lora_A.requires_grad_(False)
-    opt = RankAwareOptimizer(list(model.parameters()), SGD, model=model, lr=LR)
-    before = [(row.role, len(row.names)) for row in opt.report().rows]
-    frozen = [("frozen", 1), ("frozen", 4)]
-    assert before == [("A", 1), frozen[0], ("B", 2), ("other", 2), frozen[1]]
-    (why,) = {row.why for row in opt.report().rows if row.role == "frozen"}
-    assert why == "frozen: it does not train until requires_grad is set"
-    assert str(opt.report()).count("  frozen") == 2
-    model.requires_grad_(True)
-    assert [row.role for row in opt.report().rows] == ["A", "B", "other"]
 
 
 def test_an_adapter_outside_the_optimizer_is_pointed_out():

@@ -16,7 +16,6 @@ from rankaware_optim.optimizer._unmoved import (
     ENTRIES,
     STD,
     Trained,
-    epsilon_share,
     rounding,
     unmoved_share,
 )
@@ -180,14 +179,6 @@ def test_the_rate_is_the_groups_own():
     assert " in layer0.lora_A: " in line
 
 
-@pytest.mark.parametrize(("stay", "is_said"), [(9, False), (11, True)])
-def test_a_tenth_is_not_worth_saying(stay, is_said):
-    """Up to a tenth of the weights may stay where they are."""
-    weight = torch.zeros(100, dtype=BF16)
-    weight[:stay] = 1.0
-    assert bool(rounding([Trained({"weight": weight}, 1e-5)])) == is_said
-
-
 def test_norms_do_not_count_beside_matrices():
     """A norm's ones stay in bfloat16 at 1e-3 and nobody says so, unless norms are all that trains."""
     model = network()
@@ -337,16 +328,6 @@ def test_other_sign_like_optimizers_are_read_too(name, is_said):
 
 
 # --- epsilon --------------------------------------------------------------------------------------------------------
-
-
-def test_the_share_of_epsilon():
-    """It is a quarter where √v is three times ε, all where v is 0, and entries without a step do not count."""
-    mean = torch.tensor([1.0, -1.0, 0.0])
-    share = epsilon_share(mean, torch.tensor([9.0, 9.0, 0.0]), 1.0)
-    assert share == pytest.approx(1 / 4)
-    small = epsilon_share(1e-6 * mean, torch.zeros(3), 1.0)
-    assert small == pytest.approx(1, abs=1e-5)
-    assert epsilon_share(torch.zeros(2), torch.ones(2), 1.0) == 0.0
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
