@@ -40,7 +40,7 @@ def own_module(tmp_path, monkeypatch):
     ]
     (tmp_path / "test_law_module.py").write_text("\n".join(source))
     (tmp_path / "test_broken_module.py").write_text(
-        "raise RuntimeError('no weights here')"
+        "raise SystemExit('no weights here')"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

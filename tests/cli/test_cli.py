@@ -148,7 +148,6 @@ def test_convert_says_what_a_dtype_rounds_away(dtype, share):
 
 
 RATES = {
-    "--rank 16": {"rank": 16},
     "--rank 4": {"rank": 4},
     "--rank 4 --alpha 64": {"rank": 4, "alpha": 64},
     "--rank 4 --alpha 64 --rslora": {"rank": 4, "alpha": 64, "rslora": True},

@@ -132,13 +132,10 @@ SEVERAL = {"v_proj": 4, "proj": 4, "0.q_proj": 8, "q_proj": 32}
 CONFIGS = [
     (RSLORA, 16 / math.sqrt(8), "A"),
     ({"lora_alpha": 4}, 0.5, "A"),
-    ({"alpha_pattern": {"q_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {"layers.0.q_proj": 32}}, 4.0, "A"),
-    ({"alpha_pattern": {"v_proj": 32}}, 2.0, "A"),
     (Q_OF_64, 2.0, "A"),
     ({**Q_OF_64, **RSLORA, "alpha_pattern": {"q_proj": 4}}, math.sqrt(2), "A"),
     ({"alpha_pattern": SEVERAL}, 1.0, "A"),
-    ({"alpha_pattern": {"^layers.0.q_proj": 32}}, 4.0, "A"),
     ({"alpha_pattern": {"base_model.model.layers.0.q_proj": 32}}, 2.0, "A"),
     ({"alpha_pattern": {}}, 2.0, "A"),
     ({"init_lora_weights": "gaussian"}, 2.0, "A"),

@@ -86,15 +86,6 @@ def test_the_seed_decides_the_draw():
     assert not torch.equal(models[0].layer0.lora_B, models[0].layer1.lora_B)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_every_dtype_gets_the_same_numbers(dtype):
-    """The draw is made in float32 and rounded to the factors' dtype."""
-    single, other = mlp(), mlp(dtype=dtype)
-    initialize(single, "B")
-    initialize(other, "B")
-    assert torch.equal(single.layer0.lora_B.to(dtype), other.layer0.lora_B)
-
-
 def test_torch_s_defaults_do_not_reach_the_draw():
     """A default device or dtype of the user's changes no number."""
     first, second = mlp(), mlp()

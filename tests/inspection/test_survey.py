@@ -201,12 +201,6 @@ def test_the_model_is_left_as_found(style):
     assert torch.equal(gradient, torch.ones(3, 16))
 
 
-def test_the_rest_is_other_by_name():
-    """Everything trainable that is no factor is listed as other, in the model's order."""
-    survey = inspect_model(mlp())
-    assert survey.other == ("head.weight", "head.bias")
-
-
 # --- full finetuning ------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +272,6 @@ def test_what_cannot_be_finetuned_in_full_is_refused(model, method, message):
 NAMES = [
     ("layer.weight", "layer.weight"),
     ("module.layer.weight", "layer.weight"),
-    ("_orig_mod.layer.weight", "layer.weight"),
     ("module._orig_mod.layer.weight", "layer.weight"),
     ("_orig_mod.module.layer.weight", "layer.weight"),
     ("_fsdp_wrapped_module.layer._fsdp_wrapped_module.weight", "layer.weight"),

@@ -78,16 +78,6 @@ def test_multipliers_compose(law, a, b, c):
     assert move(law, b, a) * move(law, c, b) == pytest.approx(move(law, c, a), rel=1e-9)
 
 
-@given(to=ranks, origin=ranks, drift=st.floats(-1, 1))
-def test_power_adds_its_exponent(to, origin, drift):
-    """Among LoRA ranks `Power` is the inner law times the ratio of ranks to the exponent."""
-    at, there = Site(rank=to, fan_in=512), Site(rank=origin, fan_in=512)
-    expected = move(MuA(), at, there) * (to / origin) ** drift
-    assert move(Power(drift, full_factor=0.3), at, there) == pytest.approx(
-        expected, rel=1e-9
-    )
-
-
 # --- the families' forms --------------------------------------------------------------------------------------------
 
 
@@ -173,45 +163,6 @@ def test_binding_takes_the_optimizers_form(optimizer, settings, form, falls):
     other = Falling(law=LoRAPlus()).bind(optimizer, settings)
     assert not hasattr(other, "family")
     assert (other == LoRAPlus()) == (not falls)
-
-
-ONE_RATE = [
-    (torch.optim.Adafactor, {}),
-    (called("LARS"), {}),
-    (LARS_OF, {"weight_decay": 0.1}),
-]
-
-
-@pytest.mark.parametrize(("optimizer", "settings"), ONE_RATE)
-def test_families_without_a_form_keep_one_rate(optimizer, settings):
-    """Bound to Adafactor or LARS the law is one rate, unless it is another than µA."""
-    assert MuA().bind(optimizer, settings) == Constant()
-    assert Falling().bind(optimizer, settings) == Constant()
-    assert Falling(law=LoRAPlus()).bind(optimizer, settings) == LoRAPlus()
-
-
-FAMILY_TOKENS = [
-    (AdamW, 2.0),
-    (called("Unheard"), 2.0),
-    (SGD, 8.0),
-    (called("Lamb"), 8.0),
-    muon(8.0),
-]
-
-
-@pytest.mark.parametrize(("optimizer", "tokens"), FAMILY_TOKENS)
-def test_the_default_tokens_are_those_of_the_family(optimizer, tokens):
-    """Without a number a law has that of each family that it is bound to; a number given stays."""
-    bound = MuA().bind(optimizer, {})
-    assert bound.effective_tokens == tokens
-    assert bound.bind(AdamW, {}) == MuA()
-    for number in (None, 2.0, 4.0, 8.0):
-        other = MuA(tokens=number).bind(optimizer, {})
-        assert other.effective_tokens == other.tokens == number
-        assert other.bind(AdamW, {}) == MuA(tokens=number)
-    at, there = Site().reference(), Site(init="A", rank=64, scaling=0.25).factor()
-    by_number = MuA(tokens=tokens).bind(optimizer, {})
-    assert bound.multiplier(there, at) == by_number.multiplier(there, at)
 
 
 # --- by name --------------------------------------------------------------------------------------------------------
@@ -464,45 +415,6 @@ def test_the_own_configuration_is_exactly_one(alpha, rank, width, init, b):
     point = Site(init, rank, alpha / math.sqrt(rank), width)
     assert checked_multiplier(MuA(tokens=b), point.factor(), point.reference()) == 1.0
 
-
-# --- plug-ins -------------------------------------------------------------------------------------------------------
-
-MODULES = {
-    "exits_law.py": "raise SystemExit(3)\n",
-    "raises_law.py": "class Raises:\n    def __init__(self): raise OSError('no disk')\n",
-}
-POINTS = """
-[rankaware_optim.laws]
-broken = not_there_at_all:Law
-nothing = builtins:dict
-exits = exits_law:Law
-raises = raises_law:Raises
-"""
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """A real distribution with four bad entry points, on the path."""
-    info = tmp_path / "bad_laws-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: bad-laws\nVersion: 1\n"
-    )
-    (info / "entry_points.txt").write_text(POINTS)
-    for name, text in MODULES.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["broken", "nothing", "exits", "raises"])
-def test_a_broken_plugin_is_an_error_for_its_users_alone(name, installed):
-    """A plug-in that cannot be imported, makes no law, raises or exits is an error; the others are not asked."""
-    assert get_law("mua") == MuA()
-    with pytest.raises(LawError):
-        get_law(name)
-
-
-# --- references -----------------------------------------------------------------------------------------------------
 
 GOOD = {"rank": 4, "alpha": 4.0}
 BAD_FIELDS = [

@@ -167,12 +167,9 @@ MATCHED = {"settings": {"adjust_lr_fn": "match_rms_adamw"}}
 OPTIMIZERS = [
     # the class, what it is given, and the documented range in AdamW's rates, None for AdamW's own
     (torch.optim.AdamW, {}, None),
-    (torch.optim.Adam, {}, None),
-    (called("PagedAdamW8bit"), {}, None),
     (type("Mine", (torch.optim.AdamW,), {}), {}, None),
     (torch.optim.NAdam, {}, (1, 1)),
     (called("Lion"), {}, (1 / 10, 1 / 2)),
-    ("lion", {}, (1 / 10, 1 / 2)),
     (called("AdamWScheduleFree"), {}, (1, 10)),
     (called("Muon"), MATCHED, (1, 1)),
     (with_defaults("Muon", "timm", **MATCHED["settings"]), {}, (1, 1)),
