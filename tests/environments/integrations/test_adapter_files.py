@@ -192,17 +192,3 @@ def test_a_file_saved_by_diffusers_is_the_live_model(unet, written, prefix, tmp_
     saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
     assert facts(saved) == facts(live, prefix)
     assert {f.convention for f in live.factors} == {"peft"}
-
-
-def test_old_keys_of_diffusers_are_read(unet, tmp_path):
-    """In the keys of earlier releases there is no alpha: rank and fans are right, the scaling is 1 with a note."""
-    from diffusers.utils import convert_state_dict_to_diffusers
-
-    state = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(unet))
-    assert any(".lora.down." in key for key in state)
-    save(tmp_path, unet_lora_layers=state)
-    saved, live = inspect_file(tmp_path), ra.inspect_model(unet)
-    same = {"scaling": 1.0, "adapter": "", "convention": "", "init": "A"}
-    assert facts(saved, **same) == facts(live, "unet.", **same)
-    assert {f.scaling for f in saved.factors} == {1.0}
-    assert any("1 is assumed" in note for note in saved.notes)

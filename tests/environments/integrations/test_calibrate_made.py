@@ -12,12 +12,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, RankAwareError, RankAwareOptimizer
 from rankaware_optim.calibration import _trial
-from rankaware_optim.cli import _calibrate, main
 
 from ...helpers.models import batches, mlp
 from .trainers import (
@@ -125,14 +123,6 @@ def test_a_trainer_of_rewards_is_calibrated_by_them(tmp_path, monkeypatch, kind,
     assert "minus the reward" in recipe.notes[-1]
 
 
-def test_a_score_replaces_the_rewards(tmp_path):
-    """With `score=` the values are the losses, and no note speaks of rewards."""
-    make = reward_maker(tmp_path, "GRPO")
-    recipe = calibrate(make, trials=1, score=lambda trainer: 1.0)
-    assert recipe.tensors["value"].tolist() == [1.0]
-    assert not any("reward" in note for note in recipe.notes)
-
-
 def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
     """Where a loss says nothing and no reward is logged, the error says what to give."""
 
@@ -154,19 +144,6 @@ def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
     assert recipe.batch == recipe.reference.batch == given.get("batch", 4)
     assert recipe.warmup == given.get("warmup", 3 / STEPS)
     assert vars(make.args) == vars(make.found)
-
-
-def test_the_schedule_is_the_trainers(tmp_path):
-    """Cosine with two steps of warm-up over the steps of the trial, whatever max_steps the arguments name."""
-    make = maker(tmp_path, max_steps=3)
-    calibrate(make, trials=1)
-    rates = logged(make.trainers[0], "learning_rate")
-    plain = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=max(rates))
-    schedule = transformers.get_cosine_schedule_with_warmup(plain, 2, STEPS)
-    for rate in rates:
-        assert rate == pytest.approx(plain.param_groups[0]["lr"])
-        plain.step()
-        schedule.step()
 
 
 def fail(trainer):
@@ -340,15 +317,6 @@ def test_lightning_is_as_a_loop_of_ones_own(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lightning_accumulates(tmp_path):
-    """With accumulation a step's value is the mean over its batches, and steps are counted as optimizer steps."""
-    recipe = calibrate(lit(tmp_path, accumulate_grad_batches=2), trials=1)
-    first = mlp((2, 2), seed=0)
-    losses = [loss_of(first, x).item() for x in batches(2)]
-    assert recipe.tensors["curve"].shape == (1, STEPS)
-    assert recipe.tensors["curve"][0, 0].item() == pytest.approx(sum(losses) / 2)
-
-
 def test_a_module_without_an_optimizer_is_given_one(tmp_path):
     """configure_optimizers may be left out: the trial's optimizer is used, with `settings`."""
     recipe = calibrate(lit(tmp_path, Bare), trials=2, settings={"weight_decay": 0.5})
@@ -376,39 +344,23 @@ def held(whole):
     return data[sorted(chosen)]
 
 
-def test_lightning_is_pruned_and_scored(tmp_path, monkeypatch):
-    """The pruner stops `fit` at its step; a function of the trainer is the score of runs that end."""
+def test_lightning_is_pruned(tmp_path, monkeypatch):
+    """The pruner stops `fit` at its step."""
     make = lit(tmp_path)
     pruned(monkeypatch, 3)
     with pytest.raises(CalibrationError, match="pruned"):
         calibrate(make, trials=2)
     assert [module.trainer.global_step for module in make.modules] == [3, 3]
-    make = lit(tmp_path)
-    monkeypatch.undo()
-    recipe = calibrate(make, score=lambda trainer: trainer.global_step, trials=1)
-    assert recipe.tensors["value"].tolist() == [STEPS]
-
-
-def test_a_shell_takes_a_function_that_returns_a_trainer(tmp_path, monkeypatch):
-    """rankaware calibrate runs its trainers and writes the recipe."""
-    monkeypatch.setattr(_calibrate, "load_train", lambda spec: maker(tmp_path))
-    out = tmp_path / "tiny.toml"
-    command = "calibrate finetune:make_trainer --ranks 2 --trials 1 --quiet --steps"
-    done = CliRunner().invoke(main, [*command.split(), str(STEPS), "-o", str(out)])
-    assert done.exit_code == 0, done.output
-    assert ra.Recipe.load(out).batch == 2
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
 
-DECAY = {"settings": {"weight_decay": 0.5}}
 BAD = [
     (lambda folder: None, {}, "calibrate got a NoneType.*a function of the trial"),
     (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
     (with_optimizer, {}, "already has an optimizer.*leave attach out"),
-    (lit, DECAY, "Scheduled configures its optimizer itself"),
     (lambda folder: lit(folder, Own), {}, r"without calling trial\.optimizer"),
 ]
 

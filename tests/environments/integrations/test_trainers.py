@@ -248,7 +248,6 @@ RATES = [
     (2e-4, None, {"lr": 2e-4}, 2e-4),
     (5e-4, None, OF_RECIPE, None),
     (5e-4, OWN_CLASS, {}, 3e-3),
-    (5e-4, OWN_CLASS, {"tuned_at": AT_16}, 3e-3),
     (5e-4, OWN_CLASS, {"lr": None}, 3e-3),
     (2e-4, OWN_CLASS, {"lr": 2e-4}, 2e-4),
     (5e-4, OWN_CLASS, OF_RECIPE, None),

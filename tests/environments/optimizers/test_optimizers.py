@@ -17,12 +17,9 @@ from rankaware_optim._optimizers import (
 from ...helpers.models import mlp, same, snapshot
 from . import displacement
 from .by_hand import (
-    AT_16,
     LR,
-    Case,
     by_class,
     by_instance,
-    multiplier,
     native,
     run,
     through_file,
@@ -186,16 +183,6 @@ def test_instances_that_keep_rates_by_group_are_refused(key):
         RankAwareOptimizer(built, model=model)
     assert type(built) is case.kind
     assert len(built.param_groups) == 1
-
-
-def test_an_optimizer_that_groups_by_itself_is_wrapped_as_an_instance():
-    """AdamMini makes its groups from a model: its instance keeps them, each factor at the rate of its rank."""
-    kind = pytest.importorskip("pytorch_optimizer").AdamMini
-    model = mlp((4, 8))
-    opt = RankAwareOptimizer(kind(model, lr=LR), model=model, tuned_at=AT_16)
-    assert opt.rates["layer0.lora_A"].lr == LR * multiplier(4, Case(kind))
-    assert opt.rates["layer1.lora_B"].lr == LR * multiplier(8, Case(kind))
-    run(Case(kind), model, opt)
 
 
 # --- the whole of each package --------------------------------------------------------------------------------------
