@@ -299,6 +299,7 @@ class Study:
         return recipe
 
     def _recipe(self) -> Recipe:
+        self.check_options(self.runs())  # another worker may have run all of them
         calibration = self.calibration()
         if calibration is None:
             refuse_ends(self.runs().counted())

@@ -325,3 +325,26 @@ def test_a_run_that_was_taken_over_does_not_count():
     trials = storage.get_all_trials(0)
     assert states(trials)[1] == "FAIL"
     assert len(counted(trials)) == 4
+
+
+def test_a_trial_waits_for_the_optimizers_of_those_begun_before(quick):
+    """A worker that begins later takes its rate later, whoever has its model first."""
+    storage, built = optuna.storages.InMemoryStorage(), []
+
+    def train(trial):
+        if trial.number == 0:
+            other.start()
+            while len(storage.get_all_trials(0)) < 2:
+                time.sleep(0.01)
+            time.sleep(0.5)  # the other has its model
+        for step, value in enumerate(made_up()(trial)):
+            if step == 0:
+                built.append(trial.number)
+            yield value
+
+    options = {"trials": 4, "storage": storage}
+    other = threading.Thread(target=calibrate, args=(train,), kwargs=options)
+    calibrate(train, **options)
+    other.join()
+    assert built[:2] == [0, 1]
+    assert len(counted(storage.get_all_trials(0))) == 4

@@ -271,6 +271,32 @@ def test_a_worker_may_start_between_two_reads_of_another(nth, tmp_path, monkeypa
     close_storage(storage)
 
 
+# of another worker, that has run some of the trials, or all
+OTHER = [{"law": "loraplus"}, {"ranks": (4, 64)}, {"steps": STEPS + 5}]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("other", OTHER, ids=str)
+def test_a_worker_of_other_options_may_start_after_the_first_read(
+    other, count, tmp_path, monkeypatch
+):
+    """The one that read is refused by name of what differs, and its runs do not count."""
+    storage = a_journal(tmp_path)
+    original = type(storage).get_all_trials
+
+    def then_another(self, *arguments, **options):
+        value = original(self, *arguments, **options)
+        monkeypatch.undo()
+        calibrate(made_up(), trials=count, storage=storage, **other)
+        return value
+
+    monkeypatch.setattr(type(storage), "get_all_trials", then_another)
+    with pytest.raises(CalibrationError, match=f"was made with {next(iter(other))}="):
+        calibrate(made_up(), trials=6, storage=storage)
+    assert len(counted(storage.get_all_trials(0))) == count
+    close_storage(storage)
+
+
 def calibrate_together(train, barrier, ends, options) -> None:
     barrier.wait()
     try:
