@@ -236,7 +236,8 @@ def optimizer_family(
     ('floored-scale', 'sign-like')
     """
     row = known_optimizer(optimizer_class)[1]
-    settings, family = in_force(optimizer_class, settings), row.family
+    settings = in_force(optimizer_class, settings)
+    family = row.family
     for switch in row.switches:
         if switch.applies(optimizer_class, settings):
             family = switch.family

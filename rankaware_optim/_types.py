@@ -102,7 +102,8 @@ class Reference:
     batch: float | None = None
 
     def __post_init__(self) -> None:
-        error, methods = InvalidReferenceError, ("lora", "full")
+        error = InvalidReferenceError
+        methods = ("lora", "full")
         check_choice(self.method, methods, "A reference's method is", error)
         check_init(self.init, "A reference's init is", error)
         needed = ("rank", "alpha") if self.method == "lora" else ()

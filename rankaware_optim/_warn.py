@@ -31,9 +31,12 @@ def warn(message: str) -> None:
     accelerate, transformers and Lightning silence warnings by module or completely. Only filters
     for RankAwareWarning and command-line options can hide this one.
     """
-    message, level, frame = printable(message), 2, sys._getframe(1)
+    message = printable(message)
+    level = 2
+    frame = sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame):
-        level, frame = level + 1, frame.f_back
+        level = level + 1
+        frame = frame.f_back
     if not _is_silenced(frame.f_globals.get("__name__", "<unknown>")):
         warnings.warn(message, RankAwareWarning, stacklevel=level)
         return

@@ -75,7 +75,8 @@ def check_convention(
     Raises:
         InspectionError: a check fails. The message says what was read.
     """
-    ones, errors = [], []
+    ones = []
+    errors = []
     for value in inputs:
         is_float = getattr(value, "is_floating_point", bool)()
         ones.append(torch.ones_like(value).double() if is_float else value)
@@ -109,7 +110,8 @@ def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[fl
     for pair in pairs:
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)
-    start, errors = run().clone(), []
+    start = run().clone()
+    errors = []
     for pair in pairs:
         pair.b.tensor.fill_(1.0)
         change = run() - start

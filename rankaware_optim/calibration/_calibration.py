@@ -143,7 +143,8 @@ def calibrated_recipe(
     Raises:
         CalibrationError: no run tells of the rate.
     """
-    options, settled = calibration.options, calibration.settled
+    options = calibration.options
+    settled = calibration.settled
     trials = calibration.trials().counted()
     evidence = trials.evidence()
     fit = fit_observations(evidence, calibration.prior)

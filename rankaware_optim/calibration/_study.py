@@ -170,7 +170,8 @@ class Study:
             )
         trials = self.runs()
         self.check_options(trials)
-        ended, running = trials.counted(), trials.running()
+        ended = trials.counted()
+        running = trials.running()
         for last in (*ended, *running)[-1:]:
             if changed := differences(last.made_with, self._code):
                 warn(

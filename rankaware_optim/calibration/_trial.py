@@ -202,7 +202,8 @@ class Trial:
                 f"The model built for trial.rank={self.rank} has rank {at.rank}.",
                 "Build it at trial.rank.",
             )
-        study, native = self._study, self._study.options.optimizer
+        study = self._study
+        native = self._study.options.optimizer
         own = replace(at, batch=study.options.batch)
         settled = Settled(own, survey.full_width(at.init), layers_of(survey))
         study.wait(self._is_next)
@@ -237,7 +238,8 @@ class Trial:
         """Return the base rate, the law centred on its priors, the reference that both belong to,
         and for each step the value above which the run has diverged.
         """
-        study, at = self._study, settled.reference
+        study = self._study
+        at = settled.reference
         calibration = study.calibration()
         if calibration is None:
             calibration = Calibration(study.options, settled, study.runs)
@@ -356,7 +358,8 @@ class Trial:
 
     def _is_pruned(self) -> bool:
         """Store the run's mean from time to time. Return whether it is to be pruned."""
-        taken, every = len(self._curve), interval(self._steps)
+        taken = len(self._curve)
+        every = interval(self._steps)
         if taken % every and taken != self._steps:
             return False
         return self._study.lead(self._judge, recent_mean(self._curve, max(TAIL, every)))

@@ -168,7 +168,8 @@ def _optimum(log_likelihood: Array, optima: Array) -> tuple[Array, Array, Array]
     """Return an arm's log evidence and its optimum's mean and sd, given the shared shape: each of
     shape (shapes,).
     """
-    top, middle = log_likelihood.max(), optima.mean()
+    top = log_likelihood.max()
+    middle = optima.mean()
     # every logarithm below is finite
     likelihood = np.exp(log_likelihood - top) + np.finfo(np.float64).tiny
     u = optima - middle

@@ -130,7 +130,8 @@ def arms_of(
         values = np.array([math.inf if o in lost else o.value for o in of_rank])
         # where all of a rank were lost the quotient is NaN, which fmin leaves out
         gaps = np.fmin((values - values.min()) / gain, UNTRAINED_GAP)
-        x, seeds = np.array([o.x for o in of_rank]), np.array([o.seed for o in of_rank])
+        x = np.array([o.x for o in of_rank])
+        seeds = np.array([o.seed for o in of_rank])
         arms[rank] = Arm(x, gaps, seeds)
     return arms
 
@@ -186,7 +187,8 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
     gained anything, ending above the start by more than the noise is enough. This does not apply if
     scores were returned, because these may not be comparable with the curve.
     """
-    start, gain = usual_start(observations), best_fall(observations)
+    start = usual_start(observations)
+    gain = best_fall(observations)
     margin = max(DIVERGED * gain, CLEAR * usual_noise(observations))
 
     def is_lost(o: Observation) -> bool:

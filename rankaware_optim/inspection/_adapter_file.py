@@ -146,7 +146,8 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def _known_names() -> tuple[set[str], set[str]]:
     """Return the names of factors, and of what else a row looks for."""
-    halves, others = set[str](), set[str]()
+    halves = set[str]()
+    others = set[str]()
     for row in conventions():
         halves |= {row.a, row.b}
         others |= {*row.where, *row.without, *row.rank, *row.scaling, *row.alpha}

@@ -106,10 +106,12 @@ def _has_bias(pair: Pair) -> bool:
 def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
     """Draw and zero the factors, and record the init."""
     reading = reading_of(pair)
-    drawn, zeroed = pair.b, pair.a
+    drawn = pair.b
+    zeroed = pair.a
     units = reading.rank_a * reading.inner
     if init == "A":
-        drawn, zeroed = pair.a, pair.b
+        drawn = pair.a
+        zeroed = pair.b
         units = reading.fan_in
         if reading.kind == "embedding":  # its input is one-hot
             units = 1.0

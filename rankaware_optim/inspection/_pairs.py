@@ -175,7 +175,8 @@ def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
         for adapter, value in member.items() if is_dict else [("", member)]:
             name = f"{attribute}.{adapter}" if is_dict else attribute
             if not hasattr(value, "is_meta"):  # a module
-                name, value = f"{name}.weight", getattr(value, "weight", None)
+                name = f"{name}.weight"
+                value = getattr(value, "weight", None)
             if hasattr(value, "is_meta"):
                 halves[attribute, adapter] = Half(name, value)
     return halves
@@ -233,7 +234,8 @@ def reading_of(pair: Pair) -> Reading:
             two ranks fit.
     """
     rank = declared_number(pair, pair.convention.rank)
-    a, b = pair.a.shape, pair.b.shape
+    a = pair.a.shape
+    b = pair.b.shape
     layouts = pair.convention.layouts
     readings = (_layout_reading(layout, pair.owner, a, b) for layout in layouts)
     for reading in [_shard_reading(pair, rank)] if pair.is_sharded else readings:
@@ -254,7 +256,8 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
     """Raise if the shapes of a pair without a declared rank also fit a larger square layer, at a
     lower rank and with A and B transposed. A module's weight in a file is (out, in).
     """
-    rank, side = reading.rank_a, reading.fan_in
+    rank = reading.rank_a
+    side = reading.fan_in
     is_stored = isinstance(pair.owner, StoredLayer)
     if is_stored and pair.a.name.endswith(".weight"):
         return

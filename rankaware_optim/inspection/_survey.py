@@ -118,7 +118,8 @@ def read_survey(
         for name, param in walked.parameters
         if param.requires_grad or param in also
     }
-    halves, notes = factor_tensors(walked), list[str]()
+    halves = factor_tensors(walked)
+    notes = list[str]()
     if method == "lora":
         factors = tuple(_lora_factors(walked, trainable, init, notes))
     elif halves.isdisjoint(trainable):
@@ -166,7 +167,8 @@ def _lora_factors(
     walked: Walk, trainable: Mapping[Any, str], init: Init | None, notes: list[str]
 ) -> Iterator[Factor]:
     """Yield both factors of every pair. What is assumed of them is added to `notes`."""
-    declared, left = declared_around(walked.modules), dict(trainable)
+    declared = declared_around(walked.modules)
+    left = dict(trainable)
     for pair in pairs_of(walked.modules):
         # a tied factor has its first name
         tensors = [half.tensor for half in pair.halves]

@@ -149,7 +149,8 @@ def calibrate(  # noqa: PLR0913
     if stored is not None and steps in (None, _length(stored)):
         return stored
     if at is not None:
-        ranks, trials = (at.rank,), trials or TRIALS
+        ranks = (at.rank,)
+        trials = trials or TRIALS
     snapshot = place.snapshot()
     with seeded(0), snapshot.kept():
         whole = target_steps or place.steps()
@@ -288,7 +289,8 @@ def _configuration(
             "A model that is built is calibrated at its own rank.",
             "Leave ranks= and full_trials= out, or give a function that builds one.",
         )
-    init, method = runs.settings.get("init"), runs.settings.get("method")
+    init = runs.settings.get("init")
+    method = runs.settings.get("method")
     try:
         return inspect_model(place.model, method=method or "lora", init=init).dominant()
     except InspectionError:
@@ -301,7 +303,8 @@ def _suggested(subject: Any, at: Reference | None, runs: TrainerRuns) -> Rate | 
     """Return the suggested rate of a model or a trainer, None where none is known."""
     if at is None:
         return None
-    settings, init = runs.settings, runs.settings.get("init")
+    settings = runs.settings
+    init = runs.settings.get("init")
     try:
         return suggest_lr(
             subject, runs.native, settings=settings, method=at.method, init=init

@@ -322,7 +322,9 @@ class BuiltPair:
 
     def steps(self) -> int:
         """Return the steps of the run, as Lightning counts them where it makes the optimizer."""
-        trainer, module, steps = self._copy(), self.model, math.inf
+        trainer = self._copy()
+        module = self.model
+        steps = math.inf
 
         def plan() -> Any:
             raise _Planned(module.trainer.estimated_stepping_batches)

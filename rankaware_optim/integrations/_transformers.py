@@ -144,7 +144,8 @@ def _hold_out(trainer: Any) -> Any:
     `eval_dataset`. Where it has none, it is taken out of its training data, None if there are too
     few.
     """
-    args, given = trainer.args, trainer.eval_dataset
+    args = trainer.args
+    given = trainer.eval_dataset
     rows = BATCHES * args.eval_batch_size * args.world_size
     if isinstance(given, Mapping):
         given = ConcatDataset(given.values())
@@ -163,7 +164,8 @@ def _held_out_loss(trainer: Any, part: Any) -> float | None:
     """Return the mean loss over the batches of a data set, None if there is none."""
     if part is None:
         return None
-    model, losses = trainer.model, []
+    model = trainer.model
+    losses = []
     model.eval()
     if hasattr(trainer.optimizer, "eval"):  # for schedule-free optimizers
         trainer.optimizer.eval()
@@ -191,7 +193,8 @@ class BuiltTrainer:
 
     def snapshot(self) -> Snapshot:
         """Return the state to which every trial's is put back."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+        trainer = self.trainer
+        accelerator = self.trainer.accelerator
         objects = [trainer, accelerator, accelerator.gradient_state, accelerator.scaler]
         data = [trainer.train_dataset, trainer.eval_dataset, trainer.data_collator]
         return Snapshot([trainer.model], objects, data)
@@ -256,12 +259,15 @@ class TrainerFactory:
         """
         if params is None:
             return self
-        trainer, args = self.trainer, self.trainer.args
+        trainer = self.trainer
+        args = self.trainer.args
         settings = self._settings(args)
         if isinstance(params, nn.Module):
-            model, groups = params, _groups(trainer, params)
+            model = params
+            groups = _groups(trainer, params)
         else:
-            model, groups = trainer.model, [dict(group) for group in params]
+            model = trainer.model
+            groups = [dict(group) for group in params]
             for group in groups:
                 # a group at the trainer's base rate gets ours
                 if group.get("lr") == args.learning_rate:

@@ -79,7 +79,8 @@ class MuA(Law):
 
     def __post_init__(self) -> None:
         check_choice(self.family, FORMS, "mua takes as family", LawError)
-        shapes, what = SHAPE_FACTORS, "mua takes as shape_factor"
+        shapes = SHAPE_FACTORS
+        what = "mua takes as shape_factor"
         check_choice(self.shape_factor, shapes, what, LawError)
         if self.tokens not in (None, "family"):
             check_ranges(self, "tokens")
@@ -153,7 +154,8 @@ def sign_rate(
         A = 0     hypot(p·σ, q·σ²) = 1    p = s·κ(n)       q = s·κ(r)·κ(n)
         full      κ(n)·σ = 1
     """
-    k_r, k_n = kappa(r, b), kappa(n, b)
+    k_r = kappa(r, b)
+    k_n = kappa(n, b)
     if init == "full":
         return 1.0 / k_n
     p = s * k_r if init == "A" else s * k_n
@@ -200,7 +202,8 @@ def spectral_rate(
     shape_factor = SHAPE_FACTORS[shape]
     if init == "full":
         return 1.0 / shape_factor(n, n)
-    a_a, a_b = shape_factor(r, n), shape_factor(n, r)
+    a_a = shape_factor(r, n)
+    a_b = shape_factor(n, r)
     m = math.sqrt(min(1.0, r / (b or 1.0) + r / n))
     q = s * a_a * a_b * m
     if init == "A":
@@ -258,11 +261,13 @@ def relative_rate(
 
     The rising side meets 1 by bisection. LAMB's cap on the weights' norm is left out.
     """
-    k_n, k_r = kappa(n, b), kappa(r, b)
+    k_n = kappa(n, b)
+    k_r = kappa(r, b)
     if init == "full":
         return math.asinh(math.sqrt(n) / k_n)
 
-    low, high = -700.0, math.log(50.0)  # of log τ: e^50 reaches any change
+    low = -700.0
+    high = math.log(50.0)
     for _ in range(64):
         middle = (low + high) / 2
         tau = math.exp(middle)

@@ -119,7 +119,8 @@ def law_sentence(law: Law) -> str:
     """
     changes = []
     for name, parameter in parameters_of(law).items():
-        value, factory = getattr(law, name), parameter.default_factory
+        value = getattr(law, name)
+        factory = parameter.default_factory
         if value == (factory() if callable(factory) else parameter.default):
             continue
         if isinstance(value, Law):

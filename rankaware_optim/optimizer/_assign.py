@@ -141,7 +141,8 @@ class Assigner:
             by_law = self.multiplier(factor, rule.law)
             why = self._why(factor, rule, by_law)
             return replace(what, multiplier=by_run * by_law, why=why)
-        rated, kind = None, other_kind(name)
+        rated = None
+        kind = other_kind(name)
         if not own_lr:
             rated = self.source.rate_of_other(name, trains)
         if rated is not None:
@@ -265,7 +266,8 @@ def _kinds_without_a_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     """Return the kinds of adapters that no law covers, by their parameters. Those of no A and B are
     of interest where a rate is moved from a reference.
     """
-    kinds, rate_of = dict[str, str](), assigner.source.rate_of
+    kinds = dict[str, str]()
+    rate_of = assigner.source.rate_of
     for factor in survey.factors:
         if factor.init == "other" and rate_of(factor.name) is None:
             kinds[factor.name] = LAWLESS.get(factor.kind, _NO_ZERO)
@@ -321,7 +323,8 @@ def _of_full_finetuning(assigner: Assigner) -> Iterator[str]:
 
 def _of_batch(assigner: Assigner) -> Iterator[str]:
     """Yield what the run's batch does to the rates."""
-    batch, tuned = assigner.source.batch, assigner.reference.batch
+    batch = assigner.source.batch
+    tuned = assigner.reference.batch
     if batch is None or batch == tuned:
         return
     if tuned is None:
@@ -330,7 +333,8 @@ def _of_batch(assigner: Assigner) -> Iterator[str]:
             " 'r=16,alpha=32,batch=16'."
         )
         return
-    law, ratio = assigner.rule(assigner.settings).law, batch / tuned
+    law = assigner.rule(assigner.settings).law
+    ratio = batch / tuned
     by_batch = checked_batch_multiplier(law, ratio)
     yield (
         f"From batch {tuned:g} to {batch:g} every rate is multiplied by"

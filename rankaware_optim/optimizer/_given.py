@@ -108,7 +108,8 @@ def refuse_outside(
     It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
     whether the groups are those of a built optimizer, all of which have a rate.
     """
-    outside, count = [], 0
+    outside = []
+    count = 0
     for group in groups:
         for name, param in zip(group.names, group.seen["params"], strict=True):
             count += 1

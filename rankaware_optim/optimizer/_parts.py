@@ -105,7 +105,8 @@ class SplitGroup:
         Raises:
             OptimizerError: the parameters are not those of before.
         """
-        params, seen = self.group["params"], self.seen
+        params = self.group["params"]
+        seen = self.seen
         ids = list(map(id, params))
         if ids != self.ids:
             self._check_params(params, ids)
@@ -368,8 +369,10 @@ def present(splits: Sequence[SplitGroup]) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def enter(opt: Any) -> None:
     """Put the parts in place of the user's groups, at their rates."""
-    hidden, users = opt._rankaware, opt.param_groups
-    splits, inside = hidden.of(users), []
+    hidden = opt._rankaware
+    users = opt.param_groups
+    splits = hidden.of(users)
+    inside = []
     for split in splits:
         split.follow()
         lr = split.group["lr"]

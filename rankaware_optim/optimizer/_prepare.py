@@ -97,7 +97,8 @@ def prepare_later(
     hidden: Hidden, opt: Optimizer, model: nn.Module, param_group: Mapping[str, Any]
 ) -> tuple[Survey, SplitGroup]:
     """Return the survey with the factors of a later group, and its split. Nothing is changed."""
-    walked, assigner = walk(model), hidden.assigner
+    walked = walk(model)
+    assigner = hidden.assigner
     groups = user_groups([param_group], model, walked, first=len(hidden.splits))
     refuse_own_rates(type(opt), groups, settings_of_built(opt))
     also = _frozen(groups)

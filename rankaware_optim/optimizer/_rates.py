@@ -177,8 +177,10 @@ def _range(values: Iterable[float]) -> str:
 
 def make_report(opt: Any) -> Report:
     """Return the report of an optimizer at its current rates."""
-    hidden, groups = opt._rankaware, opt.rates.groups
-    assigner, survey = hidden.assigner, hidden.survey
+    hidden = opt._rankaware
+    groups = opt.rates.groups
+    assigner = hidden.assigner
+    survey = hidden.survey
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
         title += f": moved from {assigner.reference}"
@@ -252,7 +254,8 @@ def trained_parts(opt: Any) -> list[Trained]:
         if "initial_lr" not in split.group and (row.base_lr or none_trains):
             rates.append(float(split.seen["lr"]))
         params = dict(zip(row.names, row.params, strict=False))
-        at, kept = max(rates) * row.multiplier, kept_dtypes(opt, split.group)
+        at = max(rates) * row.multiplier
+        kept = kept_dtypes(opt, split.group)
         trained.append(
             Trained(params, at, kept, opt.state if is_adam else {}, split.group)
         )
@@ -262,7 +265,8 @@ def trained_parts(opt: Any) -> list[Trained]:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_unmoved(opt: Any) -> None:
     """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
-    hidden, text = opt._rankaware, ""
+    hidden = opt._rankaware
+    text = ""
     if hidden.steps >= EPSILON_AT:
         return
     hidden.steps += 1

@@ -177,10 +177,12 @@ def on_this_model(
 
     in_groups: the settings in force in each group that has factors.
     """
-    recipe, steps = source.recipe, source.steps
+    recipe = source.recipe
+    steps = source.steps
     if recipe is None:
         return source
-    own, init = survey.dominant(), recipe.reference.init
+    own = survey.dominant()
+    init = recipe.reference.init
     width = width_for(survey, own.method, init)
     at = replace(own, init=init if own.method == "full" else own.init, fan_in=width)
     recipe, strange = widened_for(recipe, survey)
@@ -230,11 +232,14 @@ def _differing(
             " others."
         )
     else:
-        theirs, ours = recipe.optimizer.rpartition(".")[2], native.__name__
-        trials, run = {"optimizer": theirs}, {"optimizer": ours}
+        theirs = recipe.optimizer.rpartition(".")[2]
+        ours = native.__name__
+        trials = {"optimizer": theirs}
+        run = {"optimizer": ours}
         cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
     for name in ("batch", "steps"):
-        tried, now = getattr(recipe, name), getattr(source, name)
+        tried = getattr(recipe, name)
+        now = getattr(source, name)
         if tried is not None and now is not None:
             trials[name], run[name] = tried, now
     words = differences(trials, run)

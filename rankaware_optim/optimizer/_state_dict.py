@@ -109,7 +109,8 @@ def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None
     for name, saved, here in zip(split.names, shapes, split.shapes, strict=False):
         if tuple(saved) != here:
             raise _of_another_shape(name, saved, here)
-    theirs, ours = group.get("param_names"), split.group.get("param_names")
+    theirs = group.get("param_names")
+    ours = split.group.get("param_names")
     # torch.distributed.checkpoint has names as keys, in the optimizer's order
     if not theirs or not ours or all(isinstance(key, str) for key in group["params"]):
         return
@@ -146,7 +147,8 @@ def _kept(saved: State) -> set[Any]:
 
 def _check_finite(states: Iterable[State]) -> None:
     """Raise for moments that are not finite, and for impossible steps: training would give NaN."""
-    moments, is_sound = [], True
+    moments = []
+    is_sound = True
     for key, value in chain.from_iterable(each.items() for each in states):
         if key in _SCALARS:
             is_sound &= 0.0 <= float(value) < math.inf

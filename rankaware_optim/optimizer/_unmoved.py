@@ -81,7 +81,8 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
     >>> epsilon_share(torch.tensor([1e-30]), torch.zeros(1), 1e-8)
     1.0
     """
-    size, root = mean.double().abs(), square.double().sqrt()
+    size = mean.double().abs()
+    root = square.double().sqrt()
     whole = torch.where(root > 0, size / root, size.sign()).sum()
     left = torch.where(size > 0, size / (root + eps), 0.0).sum()
     return round(1 - float(left / whole), 6) if whole > 0 else 0.0
@@ -164,7 +165,8 @@ def _rounded(group: Trained, least: int) -> list[_Lost]:
     """Return what the weights of a group with `least` dimensions lose."""
     lost = []
     for name, param in group.params.items():
-        values, dtype = _sample(param), str(param.dtype).removeprefix("torch.")
+        values = _sample(param)
+        dtype = str(param.dtype).removeprefix("torch.")
         if len(values) and param.dim() >= least and dtype not in group.kept:
             share = unmoved_share(values, group.rate)
             lost.append(_Lost(name, share, param.numel(), group.rate, dtype))
@@ -173,7 +175,9 @@ def _rounded(group: Trained, least: int) -> list[_Lost]:
 
 def _damped(group: Trained) -> list[_Lost]:
     """Return what epsilon takes of a group's steps, where the state holds Adam's moments."""
-    eps, means, squares = group.group.get("eps", 0.0), [], []
+    eps = group.group.get("eps", 0.0)
+    means = []
+    squares = []
     for param in group.params.values():
         state = group.state.get(param, {})
         if state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
@@ -238,7 +242,9 @@ def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> No
     """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`. Warn of
     an adapter's that train beside them.
     """
-    held, names, factors = _params_of(opt), set(opt.rates), factor_tensors(walked)
+    held = _params_of(opt)
+    names = set(opt.rates)
+    factors = factor_tensors(walked)
     adapters = [name for name, param in lost.items() if param in factors]
     replaced = [name for name in lost if name in names]
     # FSDP1 flattens them

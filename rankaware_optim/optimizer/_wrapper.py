@@ -152,7 +152,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     ) -> RankAwareOptimizer:
         # What was given is read and refused first. Then rates are assigned and groups split. The
         # optimizer is built, or a built one changed, last: what fails has changed nothing.
-        params, ours = as_one_model(params), signature(cls.__new__).parameters
+        params = as_one_model(params)
+        ours = signature(cls.__new__).parameters
         holder = params if model is None else as_one_model(model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
         source = read_source(
@@ -168,7 +169,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         that is built, with its state. A built one is changed once nothing can fail any more.
         """
         native: Any = hidden.assigner.optimizer
-        splits, lr = hidden.splits, hidden.assigner.source.lr
+        splits = hidden.splits
+        lr = hidden.assigner.source.lr
         if opt is None:
             opt = _blank(native)
             groups = [dict(part.group) for split in splits for part in split.parts]
@@ -208,7 +210,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Args:
             param_group: the group, as for torch.
         """
-        native, inner = type(self)._rankaware_native, getattr(self, "optimizer", None)
+        native = type(self)._rankaware_native
+        inner = getattr(self, "optimizer", None)
         # Lightning and Fabric derive a class from ours
         if isinstance(inner, RankAwareOptimizer):
             inner.add_param_group(param_group)
@@ -252,7 +255,8 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         Raises:
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
-        native, hidden = type(self)._rankaware_native, self._rankaware
+        native = type(self)._rankaware_native
+        hidden = self._rankaware
         before = dict(vars(self))
         try:
             splits = hidden.of(self.param_groups)

@@ -60,7 +60,8 @@ def convert_lr(
     >>> print(f"{rate.lr:.3g}")
     0.000139
     """
-    base, law = check_lr(lr), get_law(law)
+    base = check_lr(lr)
+    law = get_law(law)
     origin = as_reference(from_)
     target = as_reference(to, like=origin)
     width = origin.fan_in or target.fan_in

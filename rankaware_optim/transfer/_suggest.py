@@ -235,7 +235,8 @@ def _read(
     model: Any, method: Method, init: Any, dora: bool | None
 ) -> tuple[Reference, list[Move]]:
     """Return a model's most common configuration, and the moves to its init and to DoRA."""
-    at, survey = model, None
+    at = model
+    survey = None
     notes: tuple[str, ...] = ()
     if not isinstance(model, Reference):
         survey = _survey(model, method, init)
@@ -314,7 +315,8 @@ def published_init(declared: object) -> str | None:
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
     """Yield the moves from the published configuration to another."""
-    width, is_full = at.fan_in or ANY_WIDTH, at.method == "full"
+    width = at.fan_in or ANY_WIDTH
+    is_full = at.method == "full"
     if at.fan_in is None:
         yield Move(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
         at = replace(at, fan_in=width)
@@ -380,7 +382,8 @@ def _outside(
 def _factor(what: str, row: str) -> Move:
     """Return the move by a factor that is known to lie within a range."""
     low, high = FACTORS[row]
-    octaves, sd = math.log2(low * high) / 2, math.log2(high / low) / 2
+    octaves = math.log2(low * high) / 2
+    sd = math.log2(high / low) / 2
     why = (
         f"For {what} the rate of AdamW and plain LoRA is multiplied by {low:.2g} to {high:.2g}: the"
         " middle is taken."
