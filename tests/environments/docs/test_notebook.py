@@ -54,7 +54,7 @@ def test_every_result_is_shown(outputs):
 
 
 def test_nothing_is_said_but_the_trials(outputs):
-    """No cell fails or warns. The cost comes first, in steps, then a line for each trial, the last with the best rate."""
+    """No cell fails or warns. The cost comes first, in steps, then a line for each trial."""
     kinds = {each.output_type for _, of_cell in outputs for each in of_cell}
     assert "error" not in kinds
     said = [each.text for _, of_cell in outputs for each in of_cell if each.get("name") == "stderr"]  # fmt: skip
