@@ -1,6 +1,6 @@
-"""Every optimizer class of 25 packages: its family, and whether it trains at the rates that it was given.
+"""Every optimizer class of the packages that are installed: its family, and whether it trains at the rates that it was given.
 
-    python benchmarks/ecosystem/optimizers.py     # results/optimizers.md, about an hour on a core
+    python benchmarks/ecosystem/optimizers.py     # results/optimizers.md, some minutes on a core
 
 A class is in the table that gives families by its name. The table's family is compared with a coordinate check: real
 steps on LoRA factors of ranks 4, 16 and 64 on a layer of 64 × 64, at the rates that the form of each family gives, at
@@ -140,7 +140,7 @@ def row(key: str) -> dict[str, str]:
         return {
             "class": key,
             "family": "",
-            "known by": REFUSED[key],
+            "known by": f"refused: {REFUSED[key]}",
             "check": "",
             "over ranks": "",
             "displacement": "",
