@@ -24,7 +24,6 @@ from .inspection import (
     Survey,
     conventions,
     inspect_model,
-    pairs_of,
     reading_of,
     register_convention,
     scaling_of,
@@ -106,7 +105,7 @@ def _probe(module: nn.Module, survey: Survey, run: Callable[[], Any]) -> list[fl
     trained = {*survey.other, *(f.layer for f in survey.factors)}
     if len(trained) > 1:
         return []
-    pairs = [pair for pair in pairs_of(walk(module).modules) if pair.trains]
+    pairs = [pair for pair in walk(module).pairs if pair.trains]
     for pair in pairs:
         pair.a.tensor.fill_(1.0)
         pair.b.tensor.fill_(0.0)

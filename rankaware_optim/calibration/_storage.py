@@ -87,15 +87,17 @@ def _journal(path: Path) -> BaseStorage:
     would stay for 30 s. By whatever link it is reached, it has one lock.
     """
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
+    other = None
     # FileLock would empty a lock with content, and a pipe would never be read
-    others = [lock] if lock.exists() and lock.stat().st_size else []
+    if lock.exists() and lock.stat().st_size:
+        other = lock
     head = b""
     if path.is_file():
         with path.open("rb") as file:
             head = file.read(len(_OPERATION))
     if head not in (b"", _OPERATION) or (path.exists() and not path.is_file()):
-        others = [path]
-    for other in others:
+        other = path
+    if other is not None:
         raise CalibrationError(
             f"storage={str(path)!r} cannot be used: {str(other)!r} is there, is no study's, and was"
             " not changed.",

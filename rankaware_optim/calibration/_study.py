@@ -242,9 +242,10 @@ class Study:
 
     def calibration(self) -> Calibration | None:
         """Return what the runs tell, once a first one was built: its model is the reference."""
-        settled = [run.settled for run in self.runs() if run.settled]
-        if settled and self._calibration is None:
-            self._calibration = Calibration(self.options, settled[0], self.runs)
+        if self._calibration is None:
+            settled = [run.settled for run in self.runs() if run.settled]
+            if settled:
+                self._calibration = Calibration(self.options, settled[0], self.runs)
         return self._calibration
 
     def next(self) -> Setting | None:

@@ -9,7 +9,6 @@ from ._models import as_one_model as as_one_model
 from ._pairs import Pair as Pair
 from ._pairs import Walk as Walk
 from ._pairs import canonical_name as canonical_name
-from ._pairs import pairs_of as pairs_of
 from ._pairs import reading_of as reading_of
 from ._pairs import scaling_of as scaling_of
 from ._pairs import walk as walk

@@ -14,9 +14,9 @@ from torch import nn
 
 from .._checks import check_init
 from ..errors import InspectionError
-from ._pairs import Pair, pairs_of, reading_of, walk
+from ._pairs import Pair, reading_of, walk
 from ._record import Survey
-from ._survey import INIT_MARK, inspect_model
+from ._survey import INIT_MARK, survey_of
 
 DrawnInit = Literal["A", "B"]
 
@@ -56,9 +56,9 @@ def initialize(
             changed.
     """
     check_init(init, "An adapter is initialised at")
-    survey = inspect_model(model, init=init)
     walked = walk(model)
-    pairs = [pair for pair in pairs_of(walked.modules) if pair.trains]
+    survey = survey_of(walked, init=init)
+    pairs = [pair for pair in walked.pairs if pair.trains]
     with torch.no_grad():
         for pair in pairs:
             _check(pair, init)

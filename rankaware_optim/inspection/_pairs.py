@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import is_number, shown
@@ -32,13 +34,21 @@ Modules = list["tuple[str, nn.Module]"]
 Parameters = list["tuple[str, nn.Parameter]"]
 
 
-class Walk(NamedTuple):
-    """A model's modules and parameters by name. They are collected once, since this takes most of
-    the time.
+@dataclass(frozen=True)
+class Walk:
+    """A model's modules and parameters by name, and its pairs. They are collected once, since this
+    takes most of the time.
     """
 
     modules: Modules
     parameters: Parameters
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Every pair by the first row that fits its owner, in the model's order. Tied ones occur
+        for each owner.
+        """
+        return list(_pairs_of(self.modules))
 
 
 class Half(NamedTuple):
@@ -145,10 +155,7 @@ def _parameters_of(modules: Modules) -> Parameters:
 # --- finding --------------------------------------------------------------------------------------
 
 
-def pairs_of(modules: Modules) -> Iterator[Pair]:
-    """Yield every pair by the first row that fits its owner, in the model's order. Tied ones occur
-    for each owner.
-    """
+def _pairs_of(modules: Modules) -> Iterator[Pair]:
     rows = conventions()
     names = {name for row in rows for name in (row.a, row.b)}
     for layer, module in modules:

@@ -152,11 +152,12 @@ def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
     for layer, module in modules:
         parent = layer.rpartition(".")[0]
         around = declared.get(layer, declared.get(parent, {}))
-        here = declared[layer] = dict(around)
         attributes = vars(module)
-        if XLORA in attributes.get("_modules", ()):
-            here[XLORA] = True
         configs = attributes.get("peft_config") or {}
+        here: dict[str, object] = {}
         for adapter, config in configs.items():
             here[adapter] = getattr(config, "init_lora_weights", None)
+        if XLORA in attributes.get("_modules", ()):
+            here[XLORA] = True
+        declared[layer] = {**around, **here} if here else around
     return declared

@@ -18,7 +18,6 @@ from ._pairs import (
     Pair,
     Walk,
     is_embedding,
-    pairs_of,
     reading_of,
     scaling_of,
     walk,
@@ -169,7 +168,7 @@ def _lora_factors(
     """Yield both factors of every pair. What is assumed of them is added to `notes`."""
     declared = declared_around(walked.modules)
     left = dict(trainable)
-    for pair in pairs_of(walked.modules):
+    for pair in walked.pairs:
         # a tied factor has its first name
         tensors = [half.tensor for half in pair.halves]
         names = [left.pop(tensor, None) for tensor in tensors]
@@ -216,8 +215,7 @@ def _factor_of(
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:
     """Return both factors of every pair."""
-    pairs = pairs_of(walked.modules)
-    return {half.tensor for pair in pairs for half in pair.halves}
+    return {half.tensor for pair in walked.pairs for half in pair.halves}
 
 
 def declared_init(declared: object, kind: str) -> Init:
