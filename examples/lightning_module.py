@@ -44,7 +44,7 @@ trainer = lightning.Trainer(
     accelerator="cpu",
     logger=CSVLogger("lightning-out"),
     log_every_n_steps=1,
-    callbacks=[ra.integrations.lightning_rates()],
+    callbacks=[ra.trainers.lightning_rates()],
 )
 trainer.fit(Finetune(), loader)
 print(trainer.optimizers[0].report())

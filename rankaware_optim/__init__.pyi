@@ -1,12 +1,12 @@
 from . import calibration as calibration
 from . import inspection as inspection
-from . import integrations as integrations
 from . import laws as laws
 from . import optimizer as optimizer
 from . import recipe as recipe
 from . import reports as reports
 from . import sweeps as sweeps
 from . import testing as testing
+from . import trainers as trainers
 from . import transfer as transfer
 from ._rate import Rate as Rate
 from ._types import Factor as Factor
@@ -28,8 +28,6 @@ from .inspection import initialize as initialize
 from .inspection import inspect_file as inspect_file
 from .inspection import inspect_model as inspect_model
 from .inspection import register_convention as register_convention
-from .integrations import attach as attach
-from .integrations import calibrate as calibrate
 from .laws import Constant as Constant
 from .laws import Falling as Falling
 from .laws import Law as Law
@@ -40,6 +38,8 @@ from .laws import register_law as register_law
 from .optimizer import RankAwareOptimizer as RankAwareOptimizer
 from .optimizer import rank_aware_param_groups as rank_aware_param_groups
 from .recipe import Recipe as Recipe
+from .trainers import attach as attach
+from .trainers import calibrate as calibrate
 from .transfer import convert_lr as convert_lr
 from .transfer import suggest_lr as suggest_lr
 

@@ -56,10 +56,10 @@ opt.step()
 print(opt.report())
 """
 TRAINERS = """
-from rankaware_optim import OptimizerError, integrations
-integrations.log_rates, integrations.lightning_rates
+from rankaware_optim import OptimizerError, trainers
+trainers.log_rates, trainers.lightning_rates
 try:
-    integrations.attach(object(), "adamw", lr=1e-3)
+    trainers.attach(object(), "adamw", lr=1e-3)
 except OptimizerError:
     pass
 """

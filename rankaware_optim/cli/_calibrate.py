@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from .. import calibration, integrations, sweeps
+from .. import calibration, sweeps, trainers
 from ..errors import (
     CalibrationError,
     RankAwareWarning,
@@ -131,7 +131,7 @@ def calibrate(
     if quiet:
         warnings.simplefilter("ignore", RankAwareWarning)
     try:
-        recipe = integrations.calibrate(load_train(spec), progress=not quiet, **options)
+        recipe = trainers.calibrate(load_train(spec), progress=not quiet, **options)
     except KeyboardInterrupt:
         if quiet:
             ctx.exit(INTERRUPTED)

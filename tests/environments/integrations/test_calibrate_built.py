@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, OptimizerError
-from rankaware_optim.integrations._transformers import _hold_out
+from rankaware_optim.trainers._transformers import _hold_out
 
 from ...helpers.examples import readme_blocks
 from ...helpers.models import mlp, same

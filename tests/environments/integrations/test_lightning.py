@@ -10,7 +10,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankaware_optim import RankAwareOptimizer, RankAwareWarning
-from rankaware_optim.integrations import lightning_rates
+from rankaware_optim.trainers import lightning_rates
 
 from ...helpers.models import batches, mlp, same, snapshot
 from ...helpers.optimizers import groups_by_hand, multiplier

@@ -16,8 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import rankaware_optim as ra
 from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
 from rankaware_optim.cli import main
-from rankaware_optim.integrations import attach, group_rates
 from rankaware_optim.optimizer._wrapper import _LIVE
+from rankaware_optim.trainers import attach, group_rates
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
@@ -449,7 +449,7 @@ def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
 ZERO = """
 import torch, transformers, peft, warnings
 import rankaware_optim as ra
-from rankaware_optim.integrations import attach
+from rankaware_optim.trainers import attach
 config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
     num_attention_heads=2)
 lora = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj"])

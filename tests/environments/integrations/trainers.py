@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim.integrations import attach
+from rankaware_optim.trainers import attach
 
 from ...helpers.llama import llama_config
 from ...helpers.optimizers import multiplier
