@@ -90,7 +90,8 @@ def test_a_server_that_goes_away_is_said_and_nothing_is_lost(server, folder):
     server.stop()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "\nError: The study's storage postgresql+psycopg://tester@127.0.0.1" in err
+    error = err[err.index("Error:") :]
+    assert f"127.0.0.1:{server.port}/postgres" in error
     assert "a-secret" not in err
     assert not Path("r.toml").exists()
     refused = call(*command)
