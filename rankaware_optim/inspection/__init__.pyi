@@ -14,14 +14,11 @@ from ._pairs import scaling_of as scaling_of
 from ._pairs import walk as walk
 from ._peft_config import read_config as read_config
 from ._record import LAWLESS as LAWLESS
-from ._record import Rated as Rated
 from ._record import Survey as Survey
-from ._record import dense as dense
 from ._record import is_other_adapter as is_other_adapter
 from ._record import other_kind as other_kind
-from ._record import reason_of_other as reason_of_other
-from ._record import reason_without_law as reason_without_law
 from ._record import unread_lora as unread_lora
+from ._record import without_embeddings as without_embeddings
 from ._references import ReferenceLike as ReferenceLike
 from ._references import as_reference as as_reference
 from ._references import parse_reference as parse_reference

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from .._printing import Table
 from .._types import Factor, Init, Reference
@@ -19,33 +19,12 @@ _LEFT_ALIGNED = ("convention", "kind", "role", "init", "why")
 _NUMBERS = ("fan-in", "fan-out", "tensors")
 _HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", *_NUMBERS, "why")
 _LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0  # usual ones: by hand
-_NO_LAW = "neither factor started at zero, so no law covers it: the base rate"
 _USUAL = "a LoRA pair", "a whole weight"
 _FROZEN = "a LoRA factor that does not train"
 
 
-class Rated(NamedTuple):
-    """A parameter's learning rate, and the reason for it in words."""
-
-    lr: float
-    reason: str
-
-
-def reason_of_other(kind: str | None, rate: str = "the base rate") -> str:
-    """Return why a parameter that is no factor has its rate. kind: its adapter's, if no law covers
-    it.
-    """
-    return f"{kind}: no law, {rate}" if kind else f"no LoRA factor: {rate}"
-
-
-def reason_without_law(factor: Factor) -> str:
-    """Return why a factor of init "other" keeps the base rate."""
-    name = LAWLESS.get(factor.kind)
-    return _NO_LAW if name is None else reason_of_other(name)
-
-
-def dense(factors: Iterable[Factor]) -> list[Factor]:
-    """Return the factors of layers whose input is not one-hot, as an embedding's is."""
+def without_embeddings(factors: Iterable[Factor]) -> list[Factor]:
+    """Return the LoRA matrices of layers other than embeddings, whose input is one-hot."""
     return [f for f in factors if f.kind != "embedding"]
 
 
@@ -82,7 +61,7 @@ class Survey:
         """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are
         left out.
         """
-        layers = {f.layer: f for f in dense(self.factors)}
+        layers = {f.layer: f for f in without_embeddings(self.factors)}
         total = weighted = 0.0
         for f in layers.values():
             size = f.fan_in * f.fan_out
@@ -101,7 +80,7 @@ class Survey:
         """
         if init == "B":
             return self.width
-        return max((f.fan_in for f in dense(self.factors)), default=1.0)
+        return max((f.fan_in for f in without_embeddings(self.factors)), default=1.0)
 
     def dominant(self) -> Reference:
         """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
@@ -117,7 +96,7 @@ class Survey:
         for f in self.factors:
             pairs[f.layer, f.adapter, f.convention] = f
         covered = [f for f in pairs.values() if f.kind not in LAWLESS]
-        usual = dense(covered) or pairs.values()
+        usual = without_embeddings(covered) or pairs.values()
         keys: list[Any] = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
@@ -152,7 +131,7 @@ class Survey:
             fans = f"{f.fan_in:g}", f"{f.fan_out:g}"
             yield *what, *how, *fans, _remark(f)
         for kind in map(other_kind, self.other):
-            yield "", kind or "", "other", *blank, reason_of_other(kind)
+            yield "", kind or "", "other", *blank, _remark_on_other(kind)
         for _ in self.frozen:
             yield "", "", "frozen", *blank, _FROZEN
 
@@ -174,8 +153,10 @@ def _remark(factor: Factor) -> str:
     """Return what a report says of a factor, one of `_USUAL` if it is as usual."""
     if factor.role == "full":
         return "a whole weight"
+    if factor.kind in LAWLESS:
+        return _remark_on_other(LAWLESS[factor.kind])
     if factor.init == "other":
-        return reason_without_law(factor)
+        return "a LoRA pair in which neither A nor B started at zero"
     if factor.init == "unknown":
         return "a LoRA pair whose init cannot be read"
     if factor.kind != "embedding" and (factor.rank or 0) > factor.fan_in:
@@ -183,6 +164,11 @@ def _remark(factor: Factor) -> str:
     if not _LEAST_SCALING <= factor.scaling <= _MOST_SCALING:
         return "a LoRA pair whose alpha / rank is above 8 or below 1/64"
     return "a LoRA pair"
+
+
+def _remark_on_other(kind: str | None) -> str:
+    """Return what a report says of a parameter that is no LoRA matrix of a law."""
+    return f"{kind}: no law covers it" if kind else "no LoRA matrix"
 
 
 # --- adapters without a law -----------------------------------------------------------------------

@@ -1,6 +1,6 @@
 from ._assign import Assigner as Assigner
 from ._assign import make_assigner as make_assigner
-from ._assign import notes_of as notes_of
+from ._notes import notes_of as notes_of
 from ._rates import RateGroup as RateGroup
 from ._rates import Rates as Rates
 from ._rates import Report as Report

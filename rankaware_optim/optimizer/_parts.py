@@ -21,7 +21,7 @@ from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Survey
 from ..laws import caution_of
-from ._assign import Assigned, Assigner, Rule
+from ._assign import Assigned, Assigner
 
 Group = dict[str, Any]
 State = Mapping[Any, Any]
@@ -302,21 +302,20 @@ def _positions(
     known = known_optimizer(assigner.optimizer or "")[1]
     settings = {**assigner.settings, **group.seen}
     params = settings.pop("params")
-    rules: dict[Any, Rule] = {}
+    assigners: dict[Any, Assigner] = {}
     positions: dict[Assigned, list[int]] = {}
     for position, param in enumerate(params):
         # some Muons hand a parameter to their Adam by its shape, Moonlight's by a mark
         is_muon = (state or {}).get(param, {}).get("use_muon")
         if is_muon is None and goes_to_adam(known, settings, param.shape):
             is_muon = False
-        if is_muon not in rules:
+        if is_muon not in assigners:
             own = {} if is_muon is None else {"use_muon": is_muon}
-            rules[is_muon] = assigner.rule({**settings, **own})
+            assigners[is_muon] = assigner.of_group({**settings, **own})
         name = group.names[position]
-        assigned = assigner.assign(
+        assigned = assigners[is_muon].assign(
             name,
             factors.get(name),
-            rules[is_muon],
             own_lr=own_lr,
             trains=param.requires_grad,
         )

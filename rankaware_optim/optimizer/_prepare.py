@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from .._optimizers import in_force
 from .._types import Init, Method
-from .._warn import warn
 from ..inspection import Models, Survey, as_one_model, survey_of, walk
-from ._assign import Assigner, make_assigner, notes_of
+from ._assign import make_assigner
 from ._given import (
     Wrapped,
     refuse_outside,
@@ -23,6 +22,7 @@ from ._given import (
     user_groups,
     with_base_lr,
 )
+from ._notes import notes_of
 from ._parts import Hidden, SplitGroup, split
 from ._source import Settings, Source, on_this_model
 
@@ -66,7 +66,8 @@ def prepare(
         trained, source, method, native, settings, are_several=are_several
     )
     split(groups, assigner, survey, None if built is None else built.state)
-    notes = (*notes_of(assigner, trained), *_of_parts(assigner, groups))
+    assigned = [part.assigned for group in groups for part in group.parts]
+    notes = notes_of(assigner, trained, assigned)
     return Hidden(assigner, survey, init, notes, groups, _weakly(model))
 
 
@@ -81,16 +82,6 @@ def _settings_of_factors(
         if not factors.isdisjoint(group.names):
             found.append({**given, **group.seen})
     return found or [given]
-
-
-def _of_parts(assigner: Assigner, splits: Iterable[SplitGroup]) -> Iterator[str]:
-    """Yield what is said of the factors' families. Warn of an unknown one."""
-    parts = [part.assigned for each in splits for part in each.parts]
-    for family in dict.fromkeys(part.family for part in parts if part.role != "other"):
-        if note := assigner.note_of(family):
-            yield note
-            if family == "unknown" and assigner.source.recipe is None:
-                warn(f"{note} A calibration measures it.")
 
 
 def prepare_later(

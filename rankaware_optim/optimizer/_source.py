@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._checks import check_lr, check_range, plain_lr
 from .._rate import Rate
 from .._types import Reference, width_for
 from .._warn import warn
 from ..errors import OptimizerError, RecipeError
-from ..inspection import Rated, ReferenceLike, Survey, as_reference
+from ..inspection import ReferenceLike, Survey, as_reference
 from ..laws import (
     DEFAULT_LAW,
     Law,
@@ -39,13 +39,20 @@ from ..recipe import (
 Settings = Mapping[str, Any]
 
 
+class Rated(NamedTuple):
+    """A learning rate of a parameter, and the reason for it in words."""
+
+    lr: float
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A base rate, as given or a recipe's, where it was tuned, and the law by which it moves.
 
     lr: None for the optimizer's or its groups' own. reference: None for the model's most common
     configuration. batch, steps: those of the run. rates, other_lr: given outright, by name pattern
-    and for what is no factor. by_steps: the factor of every rate for the steps.
+    and for what is no factor. steps_multiplier: the factor of every rate for the steps.
     full_lr: the recipe's rate of full finetuning, None if its trials did not include it. notes:
     sentences for the report.
     """
@@ -58,7 +65,7 @@ class Source:
     recipe: Recipe | None = None
     rates: Mapping[str, float | Rate] = field(default_factory=dict)
     other_lr: float | Rate | None = None
-    by_steps: float = 1.0
+    steps_multiplier: float = 1.0
     full_lr: float | None = None
     notes: tuple[str, ...] = ()
 
@@ -69,12 +76,12 @@ class Source:
             return law_title(self.law)
         return f"recipe {self.recipe.name!r}"
 
-    def by_run(self, law: Law) -> float:
+    def run_multiplier(self, law: Law) -> float:
         """Return the factor of every rate for the run's batch and steps."""
         tuned = None if self.reference is None else self.reference.batch
         if self.batch is None or tuned is None:
-            return self.by_steps
-        return self.by_steps * checked_batch_multiplier(law, self.batch / tuned)
+            return self.steps_multiplier
+        return self.steps_multiplier * checked_batch_multiplier(law, self.batch / tuned)
 
     def rate_of(self, name: str, other: bool = False) -> Rated | None:
         """Return the rate that was given outright: of the first pattern that matches `name`, else
@@ -188,7 +195,7 @@ def on_this_model(
     recipe, strange = widened_for(recipe, survey)
     differing = _differing(source, recipe, native, in_groups)
     here = rate(recipe, at)
-    by_steps = 1.0 if steps is None else rate(recipe, at, steps).lr / here.lr
+    steps_multiplier = 1.0 if steps is None else rate(recipe, at, steps).lr / here.lr
     remarks = [text for text in (strange, differing) if text]
     for text in remarks:
         warn(text)
@@ -211,7 +218,7 @@ def on_this_model(
         source,
         recipe=recipe,
         lr=here.lr / checked_multiplier(recipe.law, at.as_factor(), reference),
-        by_steps=by_steps,
+        steps_multiplier=steps_multiplier,
         full_lr=full_lr,
         notes=tuple(remarks),
     )

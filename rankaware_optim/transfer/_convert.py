@@ -84,8 +84,7 @@ def convert_lr(
     source = Source(law=law, reference=origin, batch=batch)
     survey = Survey((factor,))
     assigner = make_assigner(survey, source, target.method)
-    rule = assigner.rule(assigner.settings)
-    moved = assigner.assign(factor.name, factor, rule).multiplier
+    moved = assigner.assign(factor.name, factor).multiplier
     notes = _notes(law, origin, target, width)
     return Rate(
         check_lr(base * moved, "The converted lr"),

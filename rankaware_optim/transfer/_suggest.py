@@ -22,9 +22,9 @@ from ..inspection import (
     LAWLESS,
     Survey,
     declared_init,
-    dense,
     inspect_model,
     other_kind,
+    without_embeddings,
 )
 from ..laws import MuA, checked_multiplier
 from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
@@ -276,7 +276,7 @@ def _usual_width(survey: Survey) -> float:
             f"No law covers {LAWLESS[min(lawless)]}, so no rate is known for it.",
             "Calibrate.",
         )
-    return mode([f.fan_in for f in dense(survey.factors)] or [1.0])
+    return mode([f.fan_in for f in without_embeddings(survey.factors)] or [1.0])
 
 
 def _variants(init: Any, dora: bool | None) -> Iterator[Move]:

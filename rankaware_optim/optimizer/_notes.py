@@ -1,0 +1,164 @@
+"""What a report says about its learning rates: which adapters have no law, what is assumed, and
+what is uncertain. Nothing here decides a learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from .._warn import warn
+from ..inspection import (
+    LAWLESS,
+    Survey,
+    is_other_adapter,
+    unread_lora,
+    without_embeddings,
+)
+from ..laws import FORMS, ONE_RATE, beyond_batches, checked_batch_multiplier
+from ._assign import Assigned, Assigner
+
+_NO_ZERO = (
+    "pairs with neither factor zero at the start (PiSSA, OLoRA, LoRA-GA, or trained ones of"
+    " undeclared init: init='A' says that B of a pair started at zero, init='B' that A did)"
+)
+_UNREAD = (
+    "LoRA in no pair that inspection can read (register_convention() adds a layout)"
+)
+
+
+def notes_of(
+    assigner: Assigner, survey: Survey, assigned: Iterable[Assigned] = ()
+) -> tuple[str, ...]:
+    """Return the report's sentences on the learning rates of a model. Warn about adapters and
+    optimizers for which there is no law.
+
+    Args:
+        assigner: the assigner of the model.
+        survey: the parameters of the model that train.
+        assigned: the learning rates that were assigned, for notes on the optimizer's families.
+    """
+    notes = [*assigner.source.notes, *survey.notes]
+    if without_law := _without_law(assigner, survey):
+        warn(without_law)
+        notes.append(without_law)
+    notes += _on_adapters(assigner, survey)
+    notes += _on_full_finetuning(assigner)
+    notes += _on_batch(assigner)
+    # Parameters that are no LoRA matrix have the base learning rate in every family.
+    families = [each.family for each in assigned if each.role != "other"]
+    for family in dict.fromkeys(families):
+        note = _on_family(assigner, family)
+        if note and family == "unknown" and assigner.source.recipe is None:
+            warn(f"{note} A calibration measures it.")
+        if note:
+            notes.append(note)
+    return tuple(notes)
+
+
+def _without_law(assigner: Assigner, survey: Survey) -> str:
+    """Return a sentence on the adapters that no law covers, "" if there are none."""
+    kinds = _kinds_without_law(assigner, survey)
+    if not kinds:
+        return ""
+    words = " and ".join(sorted(set(kinds.values())))
+    return (
+        f"No law covers {words}: {len(kinds)} parameters, such as {next(iter(kinds))}, train at"
+        " the base rate, whatever tuned_at= says. rates= gives them another."
+    )
+
+
+def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
+    """Return the kinds of adapters that no law covers and that have no explicit learning rate, by
+    parameter name.
+
+    Adapters without A and B, such as LoHa, count only if the user gave a reference: without one
+    nothing was to be converted.
+    """
+    kinds = dict[str, str]()
+    rate_of = assigner.source.rate_of
+    for factor in survey.factors:
+        if factor.init == "other" and rate_of(factor.name) is None:
+            kinds[factor.name] = LAWLESS.get(factor.kind, _NO_ZERO)
+    if assigner.method == "full":
+        return kinds
+    others = dict.fromkeys(unread_lora(survey), _UNREAD)
+    if assigner.source.reference is not None:
+        others |= {n: k for n, k in survey.unsupported.items() if is_other_adapter(n)}
+    for name, kind in others.items():
+        if rate_of(name, other=True) is None:
+            kinds[name] = kind
+    return kinds
+
+
+def _on_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
+    """Yield what is assumed about the ranks and inits of the adapters."""
+    tuned = assigner.reference
+    configurations = {(f.rank, f.scaling, f.init) for f in survey.factors}
+    if assigner.source.reference is None and len(configurations) > 1:
+        yield (
+            f"tuned_at not given: lr counts as tuned at {tuned}, the most common of this model."
+        )
+    if any(f.init == "unknown" for f in survey.factors):
+        yield (
+            "The init of some adapters could not be read. It is assumed that they started at B ="
+            " 0."
+        )
+    if assigner.method != "lora" or tuned.method != "lora":
+        return
+    other_init = "B" if tuned.init == "A" else "A"
+    if any(f.init == other_init for f in without_embeddings(survey.factors)):
+        yield (
+            f"Adapters at init {other_init} are scaled within their own init, though the rate"
+            f" was tuned at init {tuned.init}: tune or calibrate there."
+        )
+
+
+def _on_full_finetuning(assigner: Assigner) -> Iterator[str]:
+    """Yield how uncertain a learning rate is that was converted from LoRA to full finetuning."""
+    if assigner.method != "full" or assigner.reference.method != "lora":
+        return
+    if assigner.law.name == "constant":
+        yield (
+            "No law moves this LoRA rate to full finetuning, whose best rate may be several times"
+            " as high or as low: calibrate with full runs."
+        )
+    elif assigner.law.name != "power":
+        yield (
+            "From a LoRA rate alone the law's rate for full finetuning is good to a factor of 2 to"
+            " 4 with Adam, and was not tried with optimizers of another family. Too high costs more"
+            " than too low: start at half of it, or settle it by three full runs (calibrate with"
+            " full_trials=3)."
+        )
+
+
+def _on_batch(assigner: Assigner) -> Iterator[str]:
+    """Yield what the run's batch does to the learning rates."""
+    batch = assigner.source.batch
+    tuned = assigner.reference.batch
+    if batch is None or batch == tuned:
+        return
+    if tuned is None:
+        yield (
+            "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
+            " 'r=16,alpha=32,batch=16'."
+        )
+        return
+    ratio = batch / tuned
+    by_batch = checked_batch_multiplier(assigner.law, ratio)
+    yield (
+        f"From batch {tuned:g} to {batch:g} every rate is multiplied by"
+        f" {by_batch:.3g}{beyond_batches(ratio)}: a rule of thumb."
+    )
+
+
+def _on_family(assigner: Assigner, family: str) -> str:
+    """Return a note on an optimizer's family. It is "" for the usual family, Adam's, and for a law
+    that gives every parameter the base learning rate.
+    """
+    law = assigner.source.law
+    if assigner.optimizer is None or family == "sign-like" or law.name == "constant":
+        return ""
+    words = FORMS[family].words if family in FORMS else ONE_RATE[family]
+    if family != "unknown" and not hasattr(law, "family"):
+        words = f"{family}, for which the law {law.name!r} has no form"
+    return f"{assigner.optimizer.__name__} is {words}."
