@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 from .._optimizers import in_force
 from .._types import Init, Method
 from ..inspection import Models, Survey, as_one_model, survey_of, walk
-from ._assign import make_assigner
-from ._given import (
+from ._arguments import (
     Wrapped,
     refuse_outside,
     refuse_own_rates,
@@ -22,6 +21,7 @@ from ._given import (
     user_groups,
     with_base_lr,
 )
+from ._assign import make_assigner
 from ._notes import notes_of
 from ._parts import Hidden, SplitGroup, split
 from ._source import Settings, Source, on_this_model

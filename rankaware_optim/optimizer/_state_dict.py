@@ -20,7 +20,7 @@ from torch.optim import Adafactor, Optimizer
 from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
-from ._given import MULTIPLIED
+from ._arguments import MULTIPLIED
 from ._parts import Group, Part, SplitGroup, State, peak_of, same
 
 KEY = "rank_parts"

@@ -27,7 +27,7 @@ from ..errors import CheckpointError, OptimizerError
 from ..inspection import ReferenceLike, as_one_model
 from ..laws import Law
 from ..recipe import Recipe
-from ._given import (
+from ._arguments import (
     MULTIPLIED,
     Native,
     building,
