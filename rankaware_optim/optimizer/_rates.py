@@ -19,7 +19,7 @@ from .._warn import warn
 from ..inspection import Survey, other_kind
 from ._assign import Assigned
 from ._parts import peak_of, splits_of
-from ._unmoved import Trained, epsilon, rounding
+from ._unmoved import SameRate, epsilon, rounding
 
 _HEADINGS = (
     *("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors"),
@@ -236,7 +236,7 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
         )
 
 
-def trained_parts(opt: Any) -> list[Trained]:
+def trained_parts(opt: Any) -> list[SameRate]:
     """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates: the
     first steps of a warm-up are small. If no scheduler noted others, the rates of the last step
     count, or those with which it was built.
@@ -257,7 +257,7 @@ def trained_parts(opt: Any) -> list[Trained]:
         at = max(rates) * row.multiplier
         kept = kept_dtypes(opt, split.group)
         trained.append(
-            Trained(params, at, kept, opt.state if is_adam else {}, split.group)
+            SameRate(params, at, kept, opt.state if is_adam else {}, split.group)
         )
     return trained
 

@@ -1,8 +1,9 @@
-"""What does not train though it should: weights whose dtype rounds a step away, steps that Adam's
-epsilon makes smaller, and parameters that others took the place of.
+"""Parameters that do not train although they should. There are three causes: the weights' dtype
+rounds the step away, Adam's epsilon makes the step smaller, or the model's parameters were replaced
+after the optimizer was built.
 
-The first two are arithmetic on the values. A bfloat16 number has 8 significant bits: about .02 they
-lie 1.2e-4 apart, so a step of 1e-5 from one of them is rounded back.
+The first two are arithmetic on the values. A bfloat16 number has 8 significant bits. Near 0.02 such
+numbers lie 1.2e-4 apart, so a step of 1e-5 from one of them is rounded back to it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Walk, factor_tensors, walk
 
-# The share of a group's weights, or of their steps, above which it is said.
+# A report and a warning mention a group if more than this share of its weights, or of its steps, is
+# lost.
 WORTH_SAYING = 0.1
-ENTRIES = 2**12  # read of a tensor: a share of .1 is within .014, three standard errors
-STD = 0.02  # of weights where there is no model to read: the init of GPT-2 and Llama
+# How many entries of a tensor are read. The standard error of a share of 0.1 is then 0.005.
+ENTRIES = 2**12
+# Standard deviation of weights where there is no model to read: the init of GPT-2 and Llama.
+STD = 0.02
 _CURES = (
-    "Keep these weights in float32 and train under autocast, or take an optimizer with Kahan"
+    "Keep these weights in float32 and train under autocast, or use an optimizer with Kahan"
     " summation (torch-optimi) or stochastic rounding (torchao)."
 )
 
 
-class Trained(NamedTuple):
-    """Parameters that an optimizer of Adam's or another sign-like family trains at one rate.
+class SameRate(NamedTuple):
+    """Parameters that a sign-like optimizer, such as Adam, trains at one learning rate.
 
-    params: by name. rate: the highest that is known, per step. kept: the dtypes, by name, in which
-    the optimizer loses no small step. state: Adam's, by parameter. group: the user's.
+    params: the parameters by name. rate: the highest learning rate that is known of the run, which
+    is about the length of a step. kept: names of dtypes in which the optimizer loses no small step.
+    state: Adam's state by parameter, empty for other optimizers. group: the user's group.
     """
 
     params: Mapping[str, Tensor]
@@ -46,8 +51,8 @@ class Trained(NamedTuple):
 
 
 def unmoved_share(values: Tensor, step: float | Tensor) -> float:
-    """Return the share of entries that a step leaves where they are, in the values' own dtype: the
-    sum is rounded back to the entry. Steps up and down count alike.
+    """Return the share of entries that a step leaves unchanged, because the sum is rounded back to
+    the entry in the values' own dtype. Steps up and down count equally.
 
     Args:
         values: entries of any shape, floating point.
@@ -59,21 +64,22 @@ def unmoved_share(values: Tensor, step: float | Tensor) -> float:
     >>> unmoved_share(ones.float(), 1e-3)
     0.0
     """
-    # as optimizers do: the sum in float32, then one rounding
+    # Optimizers add in float32 and round once. So does this.
     wide = values.float() if values.element_size() < 4 else values
     moved = torch.stack((wide + step, wide - step)).to(values.dtype)
     return float((moved == values).sum()) / moved.numel()
 
 
 def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
-    """Return the share of Adam's steps that epsilon takes: 1 - Σ |m| / (√v + ε) / Σ |m| / √v.
+    """Return the share by which epsilon shortens Adam's steps:
+    1 - Σ |m| / (√v + ε) / Σ |m| / √v.
 
-    Where v is 0 and m is not, it takes a whole step of the rate. Entries without a step count for
-    nothing.
+    An entry with v = 0 and m ≠ 0 counts as one whole step that epsilon removes. Entries with m = 0
+    have no step and do not count.
 
     Args:
-        mean: m, the running mean of the gradient, up to a factor.
-        square: v, that of its square, corrected for its start at zero.
+        mean: m, the running mean of the gradient, up to a constant factor.
+        square: v, the running mean of its square, corrected for its start at zero.
         eps: ε, in the gradient's units.
 
     >>> epsilon_share(torch.tensor([0.0, 3e-8]), torch.tensor([0.0, 9e-16]), 1e-8)
@@ -91,90 +97,110 @@ def epsilon_share(mean: Tensor, square: Tensor, eps: float) -> float:
 # --- sentences ------------------------------------------------------------------------------------
 
 
-class _Lost(NamedTuple):
-    """What a step loses of one tensor.
+class Shortfall(NamedTuple):
+    """How much of a step is lost in one tensor.
 
-    share: of its entries. size: their number. at: the rate, or epsilon.
+    share: of the tensor's entries, or of the step's length. size: number of entries. cause: the
+    learning rate at which a dtype rounds, or epsilon.
     """
 
     name: str
     share: float
     size: int
-    at: float
-    dtype: str
+    cause: float
+    dtype: str = ""
 
 
-def rounding(groups: Iterable[Trained]) -> str:
-    """Return a sentence on the groups of whose weights a step leaves more than a tenth where they
-    are, with the cures; "" if there are none.
+def rounding(groups: Iterable[SameRate]) -> str:
+    """Return a sentence on the weights that a step leaves unchanged, with the cures. It is "" if no
+    group has more than a tenth of them.
 
-    Norms and biases do not count beside matrices: in bfloat16 a norm's weights of 1 stay where they
-    are at any usual rate.
+    Norms and biases do not count beside matrices: in bfloat16 the weights of a norm, which are 1,
+    stay unchanged at any usual learning rate.
     """
     groups = [group for group in groups if group.rate > 0]
     dims = [param.dim() for group in groups for param in group.params.values()]
-    least = min(2, max(dims, default=0))
-    return _sentence(
-        (_rounded(group, least) for group in groups),
-        "At a rate of {0.at:.3g} a step leaves {share} of the weights where they are in {where}:"
-        f" {{0.dtype}} rounds it away. {_CURES}",
-    )
-
-
-def epsilon(groups: Iterable[Trained]) -> str:
-    """Return a sentence on the groups of whose steps Adam's epsilon takes more than a tenth, with
-    the cure; "" if there are none.
-    """
-    return _sentence(
-        map(_damped, groups),
-        "Adam's epsilon of {0.at:.3g} takes {share} of the steps of {where}, whose gradients are"
-        " about as small. Give a smaller one, such as eps=1e-12.",
-    )
-
-
-def _sentence(groups: Iterable[Sequence[_Lost]], words: str) -> str:
-    """Return what is said of the groups that lose more than a tenth."""
-    lost = [each for group in groups if _share(group) > WORTH_SAYING for each in group]
+    least_dims = min(2, max(dims, default=0))
+    lost: list[Shortfall] = []
+    for group in groups:
+        rounded = _rounded(group, least_dims)
+        if _share(rounded) > WORTH_SAYING:
+            lost += rounded
     if not lost:
         return ""
-    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-    share = f"{100 * _share(lost):.0f} %"
-    return words.format(lost[0], share=share, where=lost[0].name + others)
+    return (
+        f"At a learning rate of {lost[0].cause:.3g} a step leaves {_percent(lost)} of the weights"
+        f" in {_names(lost)} unchanged, because {lost[0].dtype} rounds it away. {_CURES}"
+    )
 
 
-def _share(lost: Sequence[_Lost]) -> float:
+def epsilon(groups: Iterable[SameRate]) -> str:
+    """Return a sentence on the steps that Adam's epsilon makes smaller, with the cure. It is "" if
+    no group loses more than a tenth of its steps.
+    """
+    lost: list[Shortfall] = []
+    for group in groups:
+        damped = _damped(group)
+        if _share(damped) > WORTH_SAYING:
+            lost += damped
+    if not lost:
+        return ""
+    return (
+        f"Adam's epsilon of {lost[0].cause:.3g} makes the steps of {_names(lost)} smaller by"
+        f" {_percent(lost)}, because gradients there are about as small as epsilon. Set a smaller"
+        " one, such as eps=1e-12."
+    )
+
+
+def rounding_of_normal(step: float, dtype: str) -> str:
+    """Return the sentence of `rounding` for normal weights of standard deviation 0.02, where there
+    is no model to read.
+
+    Args:
+        step: the learning rate.
+        dtype: the name of a dtype of torch, such as "bfloat16".
+    """
+    # The quantiles in place of random numbers: nobody's random state changes.
+    places = (torch.arange(ENTRIES, dtype=torch.float64) + 0.5) / ENTRIES
+    weights = (STD * torch.special.ndtri(places)).to(getattr(torch, dtype))
+    layer = f"a layer of standard deviation {STD:g}"
+    return rounding([SameRate({layer: weights}, step)])
+
+
+def _share(lost: Sequence[Shortfall]) -> float:
+    """Return the share that several tensors lose together."""
     size = sum(each.size for each in lost)
     return sum(each.share * each.size for each in lost) / max(1, size)
 
 
-def rounding_of_normal(step: float, dtype: str) -> str:
-    """Return the sentence of `rounding` for weights of standard deviation .02 where there is no
-    model to read. dtype: the name of one of torch's.
-    """
-    places = (torch.arange(ENTRIES, dtype=torch.float64) + 0.5) / ENTRIES
-    weights = (STD * torch.special.ndtri(places)).to(getattr(torch, dtype))
-    return rounding(
-        [Trained({f"a layer of standard deviation {STD:g}": weights}, step)]
-    )
+def _percent(lost: Sequence[Shortfall]) -> str:
+    return f"{100 * _share(lost):.0f} %"
+
+
+def _names(lost: Sequence[Shortfall]) -> str:
+    others = len(lost) - 1
+    return f"{lost[0].name} and {others} more" if others else lost[0].name
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _rounded(group: Trained, least: int) -> list[_Lost]:
-    """Return what the weights of a group with `least` dimensions lose."""
+def _rounded(group: SameRate, least_dims: int) -> list[Shortfall]:
+    """Return what rounding takes of a step in each tensor that has at least so many dimensions."""
     lost = []
     for name, param in group.params.items():
         values = _sample(param)
         dtype = str(param.dtype).removeprefix("torch.")
-        if len(values) and param.dim() >= least and dtype not in group.kept:
+        if len(values) and param.dim() >= least_dims and dtype not in group.kept:
             share = unmoved_share(values, group.rate)
-            lost.append(_Lost(name, share, param.numel(), group.rate, dtype))
+            lost.append(Shortfall(name, share, param.numel(), group.rate, dtype))
     return lost
 
 
-def _damped(group: Trained) -> list[_Lost]:
-    """Return what epsilon takes of a group's steps, where the state holds Adam's moments."""
+def _damped(group: SameRate) -> list[Shortfall]:
+    """Return what epsilon takes of a group's steps, if the state holds Adam's moments. All tensors
+    of the group get the group's share.
+    """
     eps = group.group.get("eps", 0.0)
     means = []
     squares = []
@@ -188,14 +214,16 @@ def _damped(group: Trained) -> list[_Lost]:
     if not means:
         return []
     share = epsilon_share(torch.cat(means), torch.cat(squares), eps)
-    sizes = {name: param.numel() for name, param in group.params.items()}
-    return [_Lost(name, share, size, eps, "") for name, size in sizes.items()]
+    return [
+        Shortfall(name, share, param.numel(), eps)
+        for name, param in group.params.items()
+    ]
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return every so many-th entry of a tensor, `ENTRIES` to twice as many, or all of fewer, on
-    the CPU; of a sharded one those of this process. There are none if it keeps its values in a form
-    of its own, as quantized ones do.
+    """Return evenly spaced entries of a tensor, on the CPU: between `ENTRIES` and twice as many, or
+    all if there are fewer. Of a sharded tensor only this process's entries are read. A tensor that
+    stores its values in a form of its own, such as a quantized one, gives none.
 
     The stride is odd, so that it does not walk along one column of a matrix.
     """
@@ -209,20 +237,24 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)[::stride].cpu()
 
 
-# --- parameters that others took the place of -----------------------------------------------------
+# --- parameters that were replaced ----------------------------------------------------------------
 
 
 def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -> bool:
-    """Check that the parameters held here get the gradients of the model, so that training does not
-    fail silently. Return whether another step has to look again.
+    """Raise an error if the model's gradients reach other parameters than those of this optimizer,
+    which would then train nothing without a word. Return whether the next step must check again.
 
-    fully_shard and a re-created adapter replace the tensors under the names held here. Activating
-    another adapter leaves those held here without gradients. A dry step without rates, as
-    torch.distributed.checkpoint makes, is not checked, nor is one without any gradient, nor are
-    parameters that another RankAwareOptimizer holds. Of an adapter's that train beside those held
-    a warning is given.
+    fully_shard, and an adapter that is created again, put new tensors under the same names. After
+    another adapter was activated, the parameters held here have no gradients.
 
-    others: the other RankAwareOptimizers of this process.
+    Not checked are a step at learning rate 0, as torch.distributed.checkpoint makes one, a step
+    without any gradient, and parameters that another RankAwareOptimizer holds. If an adapter
+    trains beside the parameters held here, there is only a warning.
+
+    Args:
+        opt: a `RankAwareOptimizer` that has gradients.
+        model: its model, None if that is gone.
+        others: the other RankAwareOptimizers of this process.
     """
     if not any(float(group["lr"]) for group in opt.param_groups):
         return True
@@ -239,30 +271,32 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
 
 
 def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
-    """Raise if `lost` parameters, which no optimizer has, train in place of those of `opt`. Warn of
-    an adapter's that train beside them.
+    """Raise an error if parameters that no optimizer holds train in place of those of `opt`. Warn
+    if they belong to an adapter that trains beside them.
+
+    lost: the parameters with a gradient that no optimizer holds, by name.
     """
     held = _params_of(opt)
     names = set(opt.rates)
     factors = factor_tensors(walked)
     adapters = [name for name, param in lost.items() if param in factors]
     replaced = [name for name in lost if name in names]
-    # FSDP1 flattens them
+    # FSDP1 replaces all parameters by flat ones under other names.
     gone = set(held).isdisjoint(dict(walked.parameters).values())
     if not any(map(_is_graded, held)) and (adapters or gone):
         replaced += [*adapters, *lost]
     if replaced:
         raise OptimizerError(
-            f"The model's {replaced[0]} has a gradient and is not held by this optimizer, whose"
-            " tensor of that name, or all, have none: the model's parameters were replaced, or"
-            " another adapter was activated, after it was built.",
+            f"The model's {replaced[0]} has a gradient, but this optimizer does not hold it, and"
+            " the parameters that it holds have none. After it was built, the model's parameters"
+            " were replaced or another adapter was activated.",
             "Shard or wrap the model first (fully_shard, FSDP), with its adapters, then build the"
             " optimizer.",
         )
     if adapters:
         warn(
-            f"{adapters[0]} has a gradient, and no RankAwareOptimizer holds it. If it should train"
-            " here, build the optimizer after the adapter was added and activated."
+            f"{adapters[0]} has a gradient, but no RankAwareOptimizer holds it, so it does not"
+            " train. If it should, add and activate the adapter before you build the optimizer."
         )
 
 

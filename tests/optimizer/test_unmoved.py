@@ -15,7 +15,7 @@ from rankaware_optim.optimizer._rates import EPSILON_AT
 from rankaware_optim.optimizer._unmoved import (
     ENTRIES,
     STD,
-    Trained,
+    SameRate,
     rounding,
     unmoved_share,
 )
@@ -115,13 +115,13 @@ def test_a_bfloat16_model_that_learns_nothing_is_said_once():
     (line,) = opt.report().unmoved
     share = unmoved_share(torch.cat([model[0].weight, model[2].weight]), 1e-5)
     assert line.startswith(
-        f"At a rate of 1e-05 a step leaves {100 * share:.0f} % of the weights where they are in"
-        " 0.weight and 1 more: bfloat16 rounds it away. "
+        f"At a learning rate of 1e-05 a step leaves {100 * share:.0f} % of the weights in 0.weight"
+        " and 1 more unchanged, because bfloat16 rounds it away. "
     )
     cures = ("float32 and train under autocast", "Kahan summation", "stochastic round")
     assert [cure for cure in cures if cure not in line] == []
     printed = str(opt.report())
-    assert "check: At a rate of 1e-05" in printed
+    assert "check: At a learning rate of 1e-05" in printed
     assert steps(opt, model) == [line]
     assert steps(opt, model) == []
 
@@ -175,8 +175,8 @@ def test_the_rate_is_the_groups_own():
     rate = opt.rates.groups[0].lr
     assert rate > 2e-5
     (line,) = opt.report().unmoved
-    assert line.startswith(f"At a rate of {rate:.3g} a step leaves ")
-    assert " in layer0.lora_A: " in line
+    assert line.startswith(f"At a learning rate of {rate:.3g} a step leaves ")
+    assert " in layer0.lora_A unchanged" in line
 
 
 def test_norms_do_not_count_beside_matrices():
@@ -184,11 +184,11 @@ def test_norms_do_not_count_beside_matrices():
     model = network()
     assert full(model, 1e-3).report().unmoved == ()
     norms = {"norm.weight": torch.ones(8, dtype=BF16)}
-    assert rounding([Trained(norms, 1e-3)]).startswith(
-        "At a rate of 0.001 a step leaves 100 %"
+    assert rounding([SameRate(norms, 1e-3)]).startswith(
+        "At a learning rate of 0.001 a step leaves 100 %"
     )
     weight = {"weight": normal(64).view(8, 8).to(BF16)}
-    assert rounding([Trained(norms, 1e-3), Trained(weight, 1e-3)]) == ""
+    assert rounding([SameRate(norms, 1e-3), SameRate(weight, 1e-3)]) == ""
 
 
 def test_the_reading_is_a_sample_of_all():
@@ -198,13 +198,13 @@ def test_the_reading_is_a_sample_of_all():
     )
     wide[:, 0] = 1.0  # one column of many
     parts = {"wide": wide.to(BF16), "small": torch.ones(2, 2, dtype=BF16)}
-    said = rounding([Trained(parts, 1e-5)])
+    said = rounding([SameRate(parts, 1e-5)])
     share = unmoved_share(parts["wide"], 1e-5)
     assert abs(int(said.split(" leaves ")[1].split(" %")[0]) / 100 - share) < 0.02
     width = 4096  # a stride as wide as a row would read one column only
     column = torch.zeros(ENTRIES // 2, width)
     column[:, 0] = 1.0
-    assert rounding([Trained({"column": column.to(BF16)}, 1e-5)]) == ""
+    assert rounding([SameRate({"column": column.to(BF16)}, 1e-5)]) == ""
 
 
 class Stored(torch.Tensor):
@@ -240,9 +240,9 @@ def test_what_cannot_be_read_is_left_out():
         "empty": torch.ones(0, 4, dtype=BF16),
         "meta": weight.to("meta"),
     }
-    assert rounding([Trained(unread, 1e-5)]) == ""
-    sharded = Trained({**unread, "sharded": Sharded(weight)}, 1e-5)
-    assert " 100 % of the weights where they are in sharded: " in rounding([sharded])
+    assert rounding([SameRate(unread, 1e-5)]) == ""
+    sharded = SameRate({**unread, "sharded": Sharded(weight)}, 1e-5)
+    assert " 100 % of the weights in sharded unchanged" in rounding([sharded])
 
 
 # --- warm-up --------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_gradients_as_small_as_epsilon_are_said(amsgrad):
         said.append(len(caught))
         (line,) = opt.report().unmoved
         assert line.startswith(
-            "Adam's epsilon of 1e-08 takes 50 % of the steps of 0.weight and 5 more,"
+            "Adam's epsilon of 1e-08 makes the steps of 0.weight and 5 more smaller by 50 %,"
         )
     assert "eps=1e-12" in line
     again = full(model, 1e-3, amsgrad=amsgrad)
