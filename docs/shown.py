@@ -9,18 +9,23 @@ A marker says what stands below it, up to `<!-- end -->`:
     <!-- shown: recipes/SCHEMA.md before "## NAME.toml" -->
     <!-- shown: table of moves -->
 
-A page is read on GitHub too, where no directive of a site works.
+Below a marker that begins with `names of` stands a list of those names, with signatures. The marker holds the
+directive that the site shows in its place. A page is read on GitHub too, where no directive of a site works.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import pkgutil
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner
 
@@ -30,8 +35,10 @@ from rankaware_optim.cli import main as rankaware
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-BLOCK = re.compile(r"(<!-- shown: (.+?) -->\n).*?(<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- shown: (.+?)\s-->\n).*?(<!-- end -->)", re.S)
 PART = re.compile(r'(\S+)(?: from "(.+?)")?(?: before "(.+?)")?')
+PROPERTIES = (property, cached_property)
+MOST_FIELDS = 10
 CUT = re.compile(r"(.+) \| (head|tail) -(\d+)")
 
 # mean and largest fan-in of an 8B Llama's linear layers
@@ -93,6 +100,8 @@ def shown(what: str) -> str:
     """The block that a marker asks for."""
     if what.startswith("rankaware "):
         return output_of(what)
+    if what.startswith("names of"):
+        return "\n".join(listed(re.findall(r"^   ([A-Za-z_.]+)$", what, re.M)))
     if what in TABLES:
         return "\n".join(TABLES[what]())
     return part_of(what)
@@ -152,6 +161,51 @@ def line_of(lines: list[str], words: str) -> int:
         if words in line:
             return number
     raise SystemExit(f"No line holds {words!r}.")
+
+
+def listed(names: list[str]) -> Iterator[str]:
+    """Public names with their signatures and the first sentence of their docstrings."""
+    for name in names:
+        found = pkgutil.resolve_name(f"rankaware_optim.{name}")
+        yield f"* {described(name, found)}"
+        if inspect.isclass(found) and not issubclass(
+            found, ra.RankAwareError | Warning
+        ):
+            yield from (f"  * {each}" for each in members(found))
+
+
+def members(owner: type) -> Iterator[str]:
+    """A class's own public methods and properties that have a docstring."""
+    for name, found in vars(owner).items():
+        found = getattr(found, "__func__", found)
+        known = inspect.isfunction(found) or isinstance(found, PROPERTIES)
+        if known and not name.startswith("_") and inspect.getdoc(found):
+            yield described(name, found)
+
+
+def described(name: str, found: Any) -> str:
+    """A name, how it is called, and the first sentence of its docstring."""
+    first = (inspect.getdoc(found) or "").partition("\n\n")[0]
+    sentence = re.split(r"(?<=\.)\s", " ".join(first.split()))[0].rstrip(":.")
+    return f"`{name}{arguments(found)}`: {sentence}."
+
+
+def arguments(found: Any) -> str:
+    """A signature without types: a reader wants the names, the order and the defaults.
+
+    A record that this package fills in, such as `Recipe`, has too many fields to be called.
+    """
+    errors = inspect.isclass(found) and issubclass(found, Exception)
+    record = is_dataclass(found) and len(fields(found)) > MOST_FIELDS
+    if errors or record or not callable(found):
+        return ""
+    parameters = [
+        each.replace(annotation=each.empty)
+        for each in inspect.signature(found).parameters.values()
+        if each.name not in ("self", "cls")
+    ]
+    # a default that is a function has an address, which differs in each run
+    return re.sub("<.+?>", "...", str(inspect.Signature(parameters)))
 
 
 def moves() -> Iterator[str]:

@@ -30,7 +30,8 @@ PAGES = ("index", "quickstart", "which-rate", "notebooks", "loops", "inspect", "
 
 SHOWN = runpy.run_path(str(DOCS / "shown.py"))
 pages, BLOCK = SHOWN["pages"], SHOWN["BLOCK"]
-ON_GITHUB = [*pages(), *(ROOT / name for name in ("README.md", "SKILL.md", "recipes/README.md"))]  # fmt: skip
+OTHERS = ("README.md", "SKILL.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/README.md", "benchmarks/answers.md")  # fmt: skip
+ON_GITHUB = [*pages(), *(ROOT / name for name in OTHERS)]
 
 
 def by_hand(path: Path) -> str:
@@ -74,10 +75,9 @@ def prompts_run(path: Path) -> doctest.TestResults:
 
 @pytest.mark.parametrize("path", ON_GITHUB, ids=lambda path: path.stem)
 def test_a_page_is_whole_on_github(path: Path) -> None:
-    """It has no directive but contents and the API's, no role and no label, and its links lead to files and their headings."""
+    """It shows no directive, role or label of the site, and its links lead to files and their headings."""
     text = path.read_text(encoding="utf-8")
-    directives = re.findall(r"^`{3,}\{([\w-]+)\}", text, re.M)
-    assert {*directives} <= {"toctree", *(["eval-rst"] if path.stem == "api" else [])}
+    assert re.findall(r"^`{3,}\{[\w-]+\}", text, re.M) == []
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     assert re.findall(r"\{[a-z:]+\}`|^\(\S+\)=$", prose, re.M) == []
     for target, _, heading in (link.partition("#") for link in links_of(prose)):
@@ -205,12 +205,9 @@ def test_a_user_meets_twelve_words_at_most() -> None:
             assert page.name == allowed or not re.search(word, text), (page, word)
 
 
-def test_the_pages_are_short() -> None:
-    """At most 28 pages have 15,000 words by hand, without the list of the API, and README has 700."""
-    assert len(pages()) <= 28
-    texts = [by_hand(path) for path in pages() if path.stem != "api"]
-    assert sum(len(text.split()) for text in texts) <= 15_000
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+def test_readme_is_short() -> None:
+    """README has at most 1,000 words; no other page has a limit."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1_000
 
 
 LLAMA_8B = {  # fan-in and fan-out of a block's linear layers

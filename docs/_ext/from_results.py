@@ -1,8 +1,11 @@
-"""Pages that are made when the site is built: one for each result on file, the gallery of the study's recipes, and the
-notebook of examples/ with its outputs.
+"""Pages that are made when the site is built: the benchmarks, the gallery of the study's recipes, and the notebook of
+examples/ with its outputs.
 
-They are written to docs/benchmarks/results/ and docs/generated/, which git ignores, and include what lies in
-benchmarks/results and recipes. So the links of benchmarks/README.md hold on the site too.
+They are written to docs/benchmarks/ and docs/generated/, which Git ignores, and repeat the files of benchmarks/ and
+recipes/. So the links of benchmarks/README.md work on the site too.
+
+GitHub shows the same pages, where no directive works. So the pages carry the site's directives in comments, and this
+module unpacks them while Sphinx reads a page.
 """
 
 from __future__ import annotations
@@ -37,6 +40,19 @@ SCHEMA = """\
 ```{include} ../../recipes/SCHEMA.md
 ```
 """
+CONTENTS = """
+
+```{toctree}
+:maxdepth: 1
+
+answers
+results/index
+```
+"""
+# <!-- toctree ... -->, which GitHub does not show
+HIDDEN = re.compile(r"<!-- toctree\n(.*?)\n-->", re.S)
+# the API's names: a list on GitHub, written by shown.py, and on the site the directive that stands in its marker
+NAMES = re.compile(r"<!-- shown: names of\n(.*?)\n-->\n.*?<!-- end -->", re.S)
 # links of a page that lead out of docs/, on GitHub, and where the site has the same
 OUT = re.compile(r"\]\(((?:\.\./)*)\.\./(benchmarks|examples|recipes)/([^)#\s]+)")
 ON_SITE = {
@@ -139,8 +155,10 @@ def title_of(page: Path) -> str:
 
 
 def on_site(app: Any, name: str, source: list[str]) -> None:
-    """Lead a page's links out of docs/ to where the site has the same."""
-    source[0] = OUT.sub(_link, source[0])
+    """Unpack a page's hidden directives, and lead its links out of docs/ to the site's own pages."""
+    text = HIDDEN.sub(r"```{toctree}\n\1\n```", source[0])
+    text = NAMES.sub(r"```{eval-rst}\n\1\n```", text)
+    source[0] = OUT.sub(_link, text)
 
 
 def _link(link: re.Match[str]) -> str:
@@ -155,6 +173,12 @@ def _link(link: re.Match[str]) -> str:
     return f"]({up}{path}"
 
 
+def _of_benchmarks(name: str) -> str:
+    """A page of benchmarks/, its links into docs/ as they are on the site."""
+    text = (ROOT / "benchmarks" / f"{name}.md").read_text(encoding="utf-8")
+    return text.replace("](../docs/", "](../")
+
+
 def make(app: Any) -> None:
     pages = sorted(RESULTS.glob("*.md"), key=title_of)
     for page in pages:
@@ -162,6 +186,8 @@ def make(app: Any) -> None:
     names = "\n".join(page.stem for page in pages)
     contents = f"```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
     write(PAGES / "index.md", f"# All pages on file\n\n{contents}")
+    write(DOCS / "benchmarks" / "index.md", _of_benchmarks("README") + CONTENTS)
+    write(DOCS / "benchmarks" / "answers.md", _of_benchmarks("answers"))
     write(GENERATED / "recipes.md", "\n".join(gallery()))
     write(GENERATED / "schema.md", SCHEMA)
     if app.builder.format == "html":
