@@ -44,7 +44,7 @@ def calibrated_by(**settings: Any) -> Any:
 
 CURES = {
     "learning_rate": (lambda: wrapped(learning_rate=2e-4), "Give lr="),
-    "a README as recipe": (lambda: wrapped(recipe="README.md"), "Check its path"),
+    "a README as recipe": (lambda: wrapped(recipe="README.md"), "Check the path"),
     "no adapter": (
         lambda: ra.RankAwareOptimizer(nn.Linear(3, 3), torch.optim.AdamW, lr=1e-3),
         "Call peft.get_peft_model first",

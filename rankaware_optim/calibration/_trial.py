@@ -30,11 +30,11 @@ from ..recipe import (
     BASE,
     SAME_UPDATES,
     Recipe,
-    agreed,
     layers_of,
     name_pattern,
     plain_value,
     settings_of,
+    without_conflicts,
 )
 from ._calibration import Calibration
 from ._constants import FEW
@@ -482,4 +482,4 @@ def _other_rates(
         # twelve digits remove a ratio's rounding error
         rate = float(f"{group.lr:.12g}") if is_own else BASE
         tables.append({name_pattern(name): rate for name in group.names})
-    return agreed(tables)
+    return without_conflicts(tables)

@@ -25,7 +25,7 @@ from ..fitting import (
     turn_of,
     usual_noise,
 )
-from ..recipe import agreed
+from ..recipe import without_conflicts
 from ._constants import ALIKE_ERRORS, LEAST_RANKED, MOST_OCTAVES, SAME
 
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
@@ -194,11 +194,11 @@ class Trials(tuple[Run, ...]):
 
     def settings_in_force(self) -> dict[str, Any]:
         """Return the settings of all trials, defaults included, of the factors' groups."""
-        return agreed(run.settings for run in self)
+        return without_conflicts(run.settings for run in self)
 
     def other_rates(self) -> dict[str, Any]:
         """Return the rates of what trained beside the factors in all trials."""
-        return agreed(run.settings.get("other rates", {}) for run in self)
+        return without_conflicts(run.settings.get("other rates", {}) for run in self)
 
     def models(self) -> list[Reference]:
         """Return the configurations of the models."""

@@ -1,3 +1,6 @@
+from ._facts import facts as facts
+from ._facts import trials_text as trials_text
+from ._from_fit import recipe_of as recipe_of
 from ._rates import ANY_WIDTH as ANY_WIDTH
 from ._rates import INIT_SD as INIT_SD
 from ._rates import RANK_SD as RANK_SD
@@ -9,16 +12,13 @@ from ._rates import is_for as is_for
 from ._rates import name_pattern as name_pattern
 from ._rates import rate as rate
 from ._rates import warn_of as warn_of
+from ._recipe import BASE as BASE
 from ._recipe import Recipe as Recipe
-from ._recipe import facts as facts
-from ._recipe import recipe_of as recipe_of
-from ._recipe import trials_text as trials_text
-from ._record import BASE as BASE
 from ._same_model import layers_of as layers_of
 from ._same_model import widened_for as widened_for
 from ._settings import SAME_UPDATES as SAME_UPDATES
-from ._settings import agreed as agreed
 from ._settings import constructor_settings as constructor_settings
 from ._settings import differences as differences
 from ._settings import plain_value as plain_value
 from ._settings import settings_of as settings_of
+from ._settings import without_conflicts as without_conflicts

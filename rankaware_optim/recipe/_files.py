@@ -1,5 +1,7 @@
-"""A recipe's two files: a TOML, which gives every rate, and the trials beside it. The TOML has the
-fields of `Record` by their names.
+"""A recipe's two files: a TOML, which is enough for every learning rate, and the trials beside it.
+
+`RecipeFile` is the TOML's schema. recipes/SCHEMA.md describes each field for a reader of the file.
+(Reading and replacing files in general is in `rankaware_optim/_files.py`.)
 """
 
 from __future__ import annotations
@@ -9,34 +11,40 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import safetensors.numpy
 import tomli
 import tomli_w
+from msgspec import Meta
 from msgspec.structs import asdict
 from safetensors import SafetensorError
 
-from .._checks import MOST_RANKS, MOST_TRIALS
+from .._checks import MOST_RANKS, MOST_TRIALS, limits, shown
 from .._files import read_bytes, replace_bytes, replaceable
-from .._types import Reference
+from .._types import Reference, Scaling
 from .._warn import warn
-from ..errors import RecipeError
+from ..errors import LawError, RankAwareError, RecipeError
 from ..laws import Power, law_from_dict, law_to_dict
 from ._rates import rate
-from ._record import Record, Trials
 from ._settings import differences, plain_value
 
-# Bytes. A calibration's TOML has some 3 kB, and its trials 4 bytes for each value of a curve.
+if TYPE_CHECKING:
+    from ._recipe import Recipe, Trials
+
+# Largest files, in bytes. The TOML of a calibration has about 3 kB, and its trials have 4 bytes for
+# each value of a curve.
 _MOST_TEXT, _MOST_TRIALS, _MOST_HEADER = 256_000, 250_000_000, 100_000
 _HEADER = """\
 # The learning-rate recipe {!r} of rankaware_optim.
-# Read a rate: `rankaware lr FILE --rank 32`. Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
-# Rates are per step, an octave is a factor 2. lr is the one to use, fitted_lr the optimum.
+# Print a learning rate: `rankaware lr FILE --rank 32`.
+# Use it: RankAwareOptimizer(model, AdamW, recipe=FILE).
+# All rates are learning rates per step, and an octave is a factor of 2. Use lr; fitted_lr is the
+# optimum before a safety margin.
 """
-# What a file, a value or a third-party law may raise.
+# What reading a file, checking a value or calling a third-party law may raise.
 _TROUBLE = (
     ArithmeticError,
     AttributeError,
@@ -47,108 +55,152 @@ _TROUBLE = (
 )
 
 
-# --- what the TOML holds --------------------------------------------------------------------------
+# --- the TOML -------------------------------------------------------------------------------------
 
+Lr = Annotated[float, limits("lr")]
+Octaves = Annotated[float, limits("octaves")]
+FanIn = Annotated[float, limits("fan_in")]
+Rank = Annotated[int, limits("rank")]
+Share = Annotated[float, limits("share")]
+Steps = Annotated[int, limits("steps")]
+Steepness = Annotated[float, limits("steepness")]
+Plain = bool | Annotated[int, limits("seed")] | float | str
 Row = tuple[float, float, float]
-# The fields of `Record`, but with values of TOML, and what follows from them. All are required,
-# since a default would stand for a lost line.
-_FIELDS = {
-    "schema": Literal[1],
-    "lr": float,  # the rate to use, and its band
-    "band_low": float,
-    "band_high": float,
-    **get_type_hints(Record, include_extras=True),
-    "trials_sha256": str | None,
-    "law": dict[str, Any],
-    "covariance": tuple[Row, Row, Row],
-}
-del _FIELDS["tensors"], _FIELDS["missing"]
-RecipeFile = msgspec.defstruct(
-    "RecipeFile", _FIELDS.items(), forbid_unknown_fields=True
-)
 
 
-def _check_fit(recipe: Record) -> None:
+class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
+    """The TOML, field by field in the order in which it is written. "none" is read as None.
+
+    Every field is required: a default would silently stand in for a line that was lost. The first
+    four and `trials_sha256` follow from the others or belong to the file. The rest are fields of
+    `Recipe`, which explains them, under the same names.
+    """
+
+    schema: Literal[1]
+    lr: float  # the learning rate to use, and its 90 % interval
+    band_low: float
+    band_high: float
+    name: str
+    fitted_lr: Lr
+    covariance: tuple[Row, Row, Row]
+    margin: Octaves
+    ceiling: Lr | None
+    scaling_rule: Scaling
+    full_fan_in: FanIn | None
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=MOST_RANKS)]
+    full_seen: bool
+    optimizer: str
+    steps: Steps | None
+    warmup: Share | None
+    notes: tuple[str, ...]
+    steepness: Steepness
+    scatter: Octaves
+    trials_sha256: str | None
+    # The tables of a TOML come last.
+    reference: Reference
+    law: dict[str, Any]
+    settings: dict[str, Plain | tuple[Plain, ...]]
+    other_rates: dict[str, Lr | Literal["base"]]
+    layers: dict[str, FanIn]
+    versions: dict[str, str]
+    source: dict[str, str]
+
+
+_OF_THE_FILE = {"schema", "lr", "band_low", "band_high", "trials_sha256"}
+
+
+def to_document(recipe: Recipe, trials_sha256: str = "none") -> dict[str, Any]:
+    """Return the contents of a recipe's TOML as plain values."""
+    at = rate(recipe, recipe.reference)
+    of_the_file = {
+        "schema": 1,
+        "lr": recipe.lr,
+        "band_low": at.low,
+        "band_high": at.high,
+        "trials_sha256": trials_sha256,
+        "reference": _without_none(vars(recipe.reference)),
+        "law": law_to_dict(recipe.law),
+    }
+    values = _without_none({**vars(recipe), **of_the_file})
+    return {name: plain_value(values[name]) for name in RecipeFile.__struct_fields__}
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with "none" in place of None, which TOML does not have."""
+    return {name: "none" if value is None else value for name, value in values.items()}
+
+
+def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with None in place of "none"."""
+    return {name: None if value == "none" else value for name, value in values.items()}
+
+
+def _recipe_in(document: dict[str, Any], kind: type[Recipe]) -> Recipe:
+    """Return the recipe in a document, without its trials.
+
+    Raises:
+        ValueError: a value is missing or impossible, or the values contradict one another.
+    """
+    reference = _with_none(document.get("reference", {}))
+    file = msgspec.convert({**_with_none(document), "reference": reference}, RecipeFile)
+    law = law_from_dict(document["law"])
+    if not isinstance(law, Power):
+        raise ValueError("the law is not 'power'")
+    values = {
+        **asdict(file),
+        "law": law,
+        # msgspec turned whole numbers of the reference into floats, and the recipe's hash depends
+        # on how they are written.
+        "reference": Reference(**reference),
+        "covariance": np.array(document["covariance"]),
+        # Without repetitions, so that a rank that stands twice counts as a contradiction below.
+        "ranks": tuple(dict.fromkeys(file.ranks)),
+    }
+    fields = values.keys() - _OF_THE_FILE
+    recipe = kind(**{name: values[name] for name in fields})
+    _check_fit(recipe)
+    again = to_document(recipe, document["trials_sha256"])
+    if contradictions := differences(document, again):
+        raise ValueError(f"its values contradict one another: {contradictions}")
+    return recipe
+
+
+def _check_fit(recipe: Recipe) -> None:
     """Raise a ValueError if no fit has these values."""
     covariance = recipe.covariance
     if not np.allclose(covariance, covariance.T):
         raise ValueError("the covariance is not symmetric")
     spectrum = np.linalg.eigvalsh(covariance)
+    # Rounding may make the smallest variance slightly negative.
     if not spectrum[0] >= -1e-6 * abs(spectrum[-1]):
         raise ValueError("a variance of the covariance is negative")
     if recipe.ceiling is not None and recipe.ceiling <= recipe.fitted_lr:
         raise ValueError("the ceiling is not above fitted_lr")
 
 
-def to_document(recipe: Record, trials_sha256: str = "none") -> dict[str, Any]:
-    """Return the contents of a recipe's TOML as plain values."""
-    at = rate(recipe, recipe.reference)
-    document = {
-        "schema": 1,
-        "lr": recipe.lr,
-        "band_low": at.low,
-        "band_high": at.high,
-        **_written(vars(recipe)),
-        "trials_sha256": trials_sha256,
-        "reference": _written(vars(recipe.reference)),
-        "law": law_to_dict(recipe.law),
-    }
-    del document["tensors"], document["missing"]
-    return {name: plain_value(value) for name, value in document.items()}
-
-
-def _written(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with "none" for None, which TOML has not."""
-    return {name: "none" if value is None else value for name, value in values.items()}
-
-
-def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: None if value == "none" else value for name, value in values.items()}
-
-
-def _recipe_in(document: dict[str, Any]) -> Record:
-    """Return the recipe in a document, without its trials. Raise a ValueError if a value is missing
-    or impossible, or if the values do not follow from one another.
-    """
-    reference = _read(document.get("reference", {}))
-    file: Any = msgspec.convert({**_read(document), "reference": reference}, RecipeFile)
-    values = {
-        **asdict(file),
-        "law": law_from_dict(document["law"]),
-        # whole numbers stay ints there, since the recipe's hash depends on it
-        "reference": Reference(**reference),
-        "covariance": np.array(document["covariance"]),
-        "ranks": tuple(dict.fromkeys(file.ranks)),  # so that one twice contradicts
-    }
-    if not isinstance(values["law"], Power):
-        raise ValueError("the law is not 'power'")
-    recorded = Record.__dataclass_fields__.keys() & values.keys()
-    recipe = Record(**{name: values[name] for name in recorded})
-    _check_fit(recipe)
-    own = to_document(recipe, document["trials_sha256"])
-    if contradictions := differences(document, own):
-        raise ValueError(f"its values contradict one another: {contradictions}")
-    return recipe
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
-def save(recipe: Record, path: str | os.PathLike[str]) -> Path:
-    """Write the trials, then the TOML with their hash. Nothing is written that `load` would refuse.
+def save(recipe: Recipe, path: str | os.PathLike[str]) -> Path:
+    """Write the trials, then the TOML with their hash. A recipe that `load` would reject is not
+    written.
 
-    A reader between the two finds the former TOML, which gives its rates without trials.
+    A reader that comes between the two writes finds the former TOML and the new trials. Their hash
+    does not match, so it gets the former learning rates without trials, never a mixture.
     """
-    target = Path(path)
+    target = _path(path)
     try:
         _check_trials(recipe.tensors)
         arrays = {k: np.ascontiguousarray(v) for k, v in recipe.tensors.items()}
         trials = safetensors.numpy.save(arrays) if arrays else b""
         document = to_document(recipe, _sha256(trials) if trials else "none")
         text = (_HEADER.format(recipe.name) + tomli_w.dumps(document)).encode()
-        _recipe_in(_document(text))
+        _recipe_in(_document(text), type(recipe))
         if len(text) > _MOST_TEXT or len(trials) > _MOST_TRIALS:
-            raise ValueError(f"it is longer than {_MOST_TEXT:,} bytes, or its trials")
+            raise ValueError(
+                f"it is longer than {_MOST_TEXT:,} bytes, or its trials are longer than"
+                f" {_MOST_TRIALS:,}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         real = replaceable(target)
         if trials:
@@ -160,37 +212,62 @@ def save(recipe: Record, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load(path: str | os.PathLike[str]) -> Record:
-    """Return the recipe in a TOML file, with its trials if they lie beside it."""
-    target = Path(path)
+def load(path: str | os.PathLike[str], kind: type[Recipe]) -> Recipe:
+    """Return the recipe in a TOML file, with its trials if they are beside it.
+
+    kind: the class of the recipe.
+    """
+    target = _path(path)
     try:
         document = _document(read_bytes(target, _MOST_TEXT))
-        recipe = _recipe_in(document)
+        recipe = _recipe_in(document, kind)
+    except LawError as error:
+        # The file is fine: this process does not know its law.
+        raise _error(target, "read", error, error.cure) from error
+    except OSError as error:
+        raise _error(target, "read", error, "Check the path.") from error
     except _TROUBLE as error:
-        cure = "Check its path, restore it or remake it."
+        cure = "Check the path, restore the file from a copy, or make it again."
         raise _error(target, "read", error, cure) from error
     digest = document["trials_sha256"]
     if digest == "none":
         return recipe
-    beside = _trials_beside(target)
-    if not os.path.lexists(beside):
-        beside = _trials_beside(Path(os.path.realpath(target)))
+    trials_file = _trials_beside(target)
+    if not os.path.lexists(trials_file):
+        # In the Hub's cache the TOML is a link, and the trials are beside its target.
+        trials_file = _trials_beside(Path(os.path.realpath(target)))
     try:
-        data = read_bytes(beside, _MOST_TRIALS)
-        if _sha256(data) != digest:
-            raise ValueError("they are of another save")
-        if int.from_bytes(data[:8], "little") > _MOST_HEADER:
-            raise ValueError("their header is too long")
-        trials = safetensors.numpy.load(data)
-        _check_trials(trials)
+        return replace(recipe, tensors=_read_trials(trials_file, digest))
+    except FileNotFoundError:
+        pass
     except (*_TROUBLE, SafetensorError) as error:
-        if not isinstance(error, FileNotFoundError):
-            warn(
-                f"The trials {beside} of recipe {recipe.name!r} cannot be used: {error}. The recipe"
-                " gives its rates without them. Copy both of its files."
-            )
-        return replace(recipe, missing=beside.name)
-    return replace(recipe, tensors=trials)
+        warn(
+            f"The trials {trials_file} of recipe {recipe.name!r} cannot be used: {error}. The"
+            " recipe's learning rates do not need them. Copy both of its files to have the trials"
+            " too."
+        )
+    return replace(recipe, missing=trials_file.name)
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    if isinstance(path, (str, os.PathLike)):
+        return Path(path)
+    raise RecipeError(
+        f"A recipe's path is {shown(path)}.", "Pass the path of its TOML file."
+    )
+
+
+def _read_trials(path: Path, digest: str) -> Trials:
+    """Return the arrays in a file of trials whose SHA-256 is `digest`."""
+    data = read_bytes(path, _MOST_TRIALS)
+    if _sha256(data) != digest:
+        raise ValueError("they were saved with another recipe")
+    # The first eight bytes of a safetensors file are the length of its header.
+    if int.from_bytes(data[:8], "little") > _MOST_HEADER:
+        raise ValueError("their header is too long")
+    trials = safetensors.numpy.load(data)
+    _check_trials(trials)
+    return trials
 
 
 def _sha256(data: bytes) -> str:
@@ -199,6 +276,8 @@ def _sha256(data: bytes) -> str:
 
 def _error(target: Path, verb: str, error: BaseException, cure: str) -> RecipeError:
     cause = str(error).removesuffix(".")
+    if isinstance(error, RankAwareError):
+        cause = error.cause.removesuffix(".")
     return RecipeError(f"The recipe {target} cannot be {verb}: {cause}.", cure)
 
 
@@ -207,11 +286,12 @@ def _trials_beside(toml: Path) -> Path:
 
 
 def _document(text: bytes) -> dict[str, Any]:
-    # Windows' editors put a mark first. Python's own tomllib takes minutes for a key of many dots.
+    # Editors on Windows put a byte-order mark first, hence utf-8-sig. Python's own tomllib takes
+    # minutes for a key with many dots.
     return tomli.loads(text.decode("utf-8-sig"))
 
 
-# The arrays of trials, by name: the kind of dtype, and the number of axes.
+# The arrays of trials by name: the kind of dtype, and the number of axes.
 TRIAL = {
     "rank": "i1",
     "seed": "i1",
@@ -226,15 +306,16 @@ TRIAL = {
 
 
 def _check_trials(trials: Trials) -> None:
-    """Raise a ValueError if an array of trials is none that a calibration makes."""
+    """Raise a ValueError if no calibration makes such arrays of trials."""
     for name, array in trials.items():
         if f"{array.dtype.kind}{array.ndim}" != TRIAL.get(name):
             raise ValueError(f"the array of trials {name!r} is impossible")
     counts = {len(array) for array in trials.values()}
     ranks = np.unique(trials.get("rank", ()))
     is_long = max(counts, default=0) > MOST_TRIALS
+    # full finetuning counts as one more rank
     if len(counts) > 1 or is_long or len(ranks) > MOST_RANKS + 1:
         raise ValueError(
-            f"arrays of trials differ in length, or have more than {MOST_TRIALS} trials or"
+            f"the arrays of trials differ in length, or have more than {MOST_TRIALS:,} trials or"
             f" {MOST_RANKS} ranks"
         )

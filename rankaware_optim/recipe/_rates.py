@@ -1,7 +1,10 @@
-"""How a rate is computed from a recipe: `rate`, and `configuration` for its place.
+"""How a recipe's learning rate at a configuration is computed: `rate`.
 
-The best rate is the fitted one, moved by the law. The margin and the band follow from how certain
-it is: the fit's standard deviation, and more for each octave beyond what was tried.
+The best learning rate is the fitted one, converted by the scaling law. The margin and the 90 %
+interval follow from how certain it is: the standard deviation of the fit, and more for each octave
+beyond the configurations that were tried.
+
+(`optimizer/_rates.py` holds the learning rates of an optimizer's groups, which may come from here.)
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .._checks import check_range, plain
 from .._optimizers import known_optimizer
@@ -21,73 +24,79 @@ from .._warn import warn
 from ..errors import RecipeError
 from ..fitting import FULL_SD, Prior, steps_variance
 from ..laws import beyond_batches, checked_batch_multiplier, checked_multiplier
-from ._record import Record
 
-# The end of each comment is a constant's evidence: a page of benchmarks/results, or "by hand".
-Z90 = 1.645  # standard deviations to the end of a 90 % band: its meaning
-# What is added outside the data: standard deviations, octaves of rate per octave of rank, of width
-# and of batch, and octaves from one init to the other. They are rules of thumb from the spread of
-# published sweeps about the law, for the batch from small sweeps (.3 to .67): by hand
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+# Each comment ends with the constant's evidence: a page of benchmarks/results, a question of the
+# benchmarks' frozen answers, or "chosen by judgement".
+Z90 = 1.645  # standard deviations from the middle of a normal 90 % interval to its end
+# Uncertainty for what the trials did not try, as standard deviations: octaves of learning rate per
+# octave of rank, of width and of batch, and octaves from one init to the other. They are rules of
+# thumb from how published sweeps scatter about the law. For the batch, small sweeps had 0.3 to
+# 0.67 octaves: chosen by judgement
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 BATCH_SD = 0.15
 INIT_SD = 1.0
-# RANK_SD for a rank below those tried at A = 0, where best rates fall less with rank than the
-# trials say: frozen answers
+# RANK_SD for ranks below those tried when A starts at zero. There the best learning rates fall less
+# with rank than the trials say: frozen answers
 LOWER_RANK_SD = 0.2
-# Share of a drift at B = 0, continued to r = n, by which the band of full finetuning is widened: by
-# hand
+# When full finetuning was not tried after trials with B = 0: the drift with rank, continued up to
+# r = n, widens the interval by this share of itself: chosen by judgement
 DRIFT_SHARE = 0.5
-# Octaves. Larger margins lost no less: frozen answers
+# Octaves. Larger margins gave no lower loss: frozen answers
 MOST_MARGIN = 0.25
-# The width where none is known, which nearly cancels between ranks of one init: by hand
+# The width if none is known. Between ranks of one init it nearly cancels: chosen by judgement
 ANY_WIDTH = 4096.0
-# The scaling s follows the rank as s = c·r^(−γ): γ of every rule
+# The scaling s follows the rank as s = c·r^(−γ). This is γ for every scaling rule.
 _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
 
 
-def rate(recipe: Record, at: Reference, steps: int | None = None) -> Rate:
-    """Return the rate at a configuration. Its first notes say what was not tried.
+def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
+    """Return the learning rate at a configuration. Its first notes say what was not tried.
 
-    The best rate is fitted_lr · law(at) / law(reference), moved to the batch. The rate to use is
-    `margin` octaves below it, and the band reaches 1.645 standard deviations to either side.
+    The best learning rate is fitted_lr · law(at) / law(reference), converted to the batch. The one
+    to use is `margin` octaves below it. The 90 % interval reaches 1.645 standard deviations to
+    either side of the best one.
 
     Args:
         recipe: the recipe.
-        at: the configuration. Without a fan-in or a batch it has the recipe's.
+        at: the configuration. A missing fan-in or batch is the recipe's own.
         steps: optimizer steps, by default the recipe's own.
 
     Raises:
-        RecipeError: steps, batch or a fan-in is missing or impossible, or the rate would not be a
-            positive finite number.
+        RecipeError: steps, batch or a fan-in is missing or impossible, or the learning rate would
+            not be a positive finite number.
         LawError: the law has no usable multiplier there.
     """
     here, reference = _with_widths(recipe, at)
     sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
     try:
-        moved = checked_multiplier(recipe.law, here.as_factor(), reference)
-        moved *= _batch_multiplier(recipe, at)
+        multiplier = checked_multiplier(recipe.law, here.as_factor(), reference)
+        multiplier *= _batch_multiplier(recipe, at)
         width = 2.0 ** (Z90 * sd)
     except OverflowError:
-        moved = width = math.inf
-    best = recipe.fitted_lr * moved
+        multiplier = width = math.inf
+    best = recipe.fitted_lr * multiplier
     octaves = margin(recipe, sd)
     if octaves:
         notes.append(
-            f"a margin of {times(-octaves)} below the best, since too high costs more"
+            f"the learning rate is {2.0**-octaves:.3g} times the best one, a safety margin, because"
+            " too high costs more than too low"
         )
     ceiling = None
     if recipe.ceiling is not None and (at.method == "lora" or recipe.full_seen):
-        ceiling = recipe.ceiling * moved
+        ceiling = recipe.ceiling * multiplier
     low = best / width
     high = best * width
     lr = best * 2.0**-octaves
     if not all(0 < edge < math.inf for edge in (lr, low, high, ceiling or lr)):
         raise RecipeError(
-            f"Recipe {recipe.name!r} gives {here} a rate or a band that is not positive and"
-            " finite.",
-            "Ask for a configuration nearer to its own, or restore the recipe.",
+            f"Recipe {recipe.name!r} gives {here} a learning rate or an interval that is not"
+            " positive and finite.",
+            "Ask for a configuration closer to its own, or restore the recipe's file.",
         )
     return Rate(
         lr,
@@ -100,39 +109,41 @@ def rate(recipe: Record, at: Reference, steps: int | None = None) -> Rate:
     )
 
 
-def warn_of(recipe: Record, rate: Rate) -> None:
-    """Warn if a rate is extrapolated."""
+def warn_of(recipe: Recipe, rate: Rate) -> None:
+    """Warn if a learning rate is extrapolated."""
     if rate.extrapolated:
         warn(f"Recipe {recipe.name!r} extrapolates: {rate.notes[0]}.")
 
 
-def margin(recipe: Record, sd: float) -> float:
-    """Return how far below the best rate to stay, octaves: a·sd²/2 for a steepness of a, at most
-    1/4. Without a steepness it is the recipe's own margin.
+def margin(recipe: Recipe, sd: float) -> float:
+    """Return how many octaves to stay below the best learning rate: a·sd²/2 for a steepness of a,
+    at most 1/4. Without a steepness it is the recipe's own margin.
 
-    This margin minimizes the expected loss if the loss above the optimum rises as exp(a·u), u in
-    octaves. sd: the standard deviation of the best rate, octaves.
+    This margin minimizes the expected loss if the loss rises as exp(a·u) at u octaves above the
+    optimum, and the optimum is normal with standard deviation `sd`, in octaves.
     """
     if not recipe.steepness:
         return recipe.margin
     return min(recipe.steepness * sd * sd / 2, MOST_MARGIN)
 
 
-def _with_widths(recipe: Record, at: Reference) -> tuple[Reference, Reference]:
-    """Return a configuration and the recipe's reference, with a width if the reference has none."""
+def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
+    """Return a configuration and the recipe's reference. Both get a width if the reference has
+    none.
+    """
     own = recipe.reference
     if own.fan_in is not None:
         return at, own
     if at.fan_in is None and (at.method, at.init) != (own.method, own.init):
         raise RecipeError(
-            f"Recipe {recipe.name!r} has no fan-in, and the rate for {at} depends on it.",
-            "Give the model's width as fan_in.",
+            f"Recipe {recipe.name!r} has no fan-in, but the learning rate for {at} depends on it.",
+            "Pass the model's width as fan_in=.",
         )
     width = at.fan_in or ANY_WIDTH
     return replace(at, fan_in=width), replace(own, fan_in=width)
 
 
-def _configuration_text(recipe: Record, at: Reference, steps: int | None) -> str:
+def _configuration_text(recipe: Recipe, at: Reference, steps: int | None) -> str:
     words = [str(at)]
     if at.fan_in is not None:
         words.append(f"fan-in {round(at.fan_in)}")
@@ -145,14 +156,19 @@ def _configuration_text(recipe: Record, at: Reference, steps: int | None) -> str
     return ", ".join(words)
 
 
-# --- how certain a rate is ------------------------------------------------------------------------
+# --- how certain a learning rate is ---------------------------------------------------------------
 
 
 def spread(
-    recipe: Record, at: Reference, steps: int | None = None
+    recipe: Recipe, at: Reference, steps: int | None = None
 ) -> tuple[float, list[str]]:
-    """Return the standard deviation of log2 of the best rate, octaves, and notes on what was not
-    tried.
+    """Return the standard deviation of log2 of the best learning rate, octaves, and notes on what
+    was not tried.
+
+    The variance has three parts. The fit's own is x·C·x for the covariance C and the design vector
+    x of the rank: the gradient of its log2 best learning rate with respect to (base, drift, factor
+    of full finetuning). LoRA adds the scatter of one rank about the law. Each thing that was not
+    tried adds its own.
     """
     law = recipe.law
     reach = 0.0
@@ -160,9 +176,7 @@ def spread(
         reach = math.log2((at.fan_in or law.pivot) / law.pivot)
     x = Prior(pivot=law.pivot, full_reach=reach).row(at.rank)
     variance = max(0.0, float(x @ recipe.covariance @ x))
-    if (
-        at.method == "lora"
-    ):  # full finetuning has its own factor, so no scatter about the law
+    if at.method == "lora":  # full finetuning has a fitted factor of its own instead
         variance += recipe.scatter**2
     notes = []
     for sd, note in (*_untried(recipe, at), *_other_run(recipe, at, steps)):
@@ -171,40 +185,48 @@ def spread(
     return math.sqrt(max(variance, recipe.scatter**2)), notes
 
 
-def _untried(recipe: Record, at: Reference) -> Iterator[tuple[float, str]]:
-    """Yield what of a configuration was not tried: the standard deviation that it adds, octaves,
+def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
+    """Yield what was not tried of a configuration: the standard deviation that it adds, octaves,
     and a note.
     """
     if at.method == "full":
         width = recipe.full_fan_in
         if not recipe.full_seen:
-            law = recipe.law
-            init = recipe.reference.init
-            octaves = math.log2((at.fan_in or law.pivot) / law.pivot)
-            drift = 0.0 if law.to_full else law.exponent * octaves
-            yield (
-                DRIFT_SHARE * drift,
-                f"full finetuning was not tried: the rate is the law's, from LoRA at"
-                f" init {init} alone. Over the tasks of a study it was off by a factor of"
-                f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation). Three full runs (calibrate"
-                " with full_trials=3) would settle it",
-            )
+            yield _full_not_tried(recipe, at)
     else:
         width = recipe.reference.fan_in
         yield from _other_rank(recipe, float(at.rank or recipe.law.pivot))
     if at.fan_in and width and not math.isclose(at.fan_in, width, rel_tol=0.01):
         here = round(at.fan_in, 1)
         own = round(width, 1)
-        words = f"fan-in {here:g} is not the recipe's own {own:g}"
+        words = f"the fan-in is {here:g}, but the recipe's own is {own:g}"
         yield WIDTH_SD * math.log2(at.fan_in / width), words
     if at.init != recipe.reference.init:
-        words = (
-            f"init {at.init} was not tried: the law moves the rate from the other init"
+        yield (
+            INIT_SD,
+            f"init {at.init} was not tried: the scaling law converts the learning rate from the"
+            " other init",
         )
-        yield INIT_SD, words
 
 
-def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
+def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
+    law = recipe.law
+    init = recipe.reference.init
+    # At B = 0 the law's drift ends at the ranks tried. How much of it continues up to full
+    # finetuning is unknown, so a share of it widens the interval.
+    octaves = math.log2((at.fan_in or law.pivot) / law.pivot)
+    drift = 0.0 if law.to_full else law.exponent * octaves
+    return (
+        DRIFT_SHARE * drift,
+        f"full finetuning was not tried: the scaling law alone predicts its learning rate from LoRA"
+        f" at init {init}. Over the tasks of a study that prediction was off by a factor of"
+        f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation). Trials of full finetuning settle"
+        " it: ra.calibrate(trainer_of_the_full_model, optimizer), calibrate(train, ...,"
+        " full_trials=3) for a function that builds a model, or rows of rank 'full' in a sweep",
+    )
+
+
+def _other_rank(recipe: Recipe, rank: float) -> Iterator[tuple[float, str]]:
     """Yield what a rank beyond those tried adds, and the note on it."""
     tried = recipe.ranks or (rank / 2,)
     below = math.log2(min(tried) / rank)
@@ -214,49 +236,51 @@ def _other_rank(recipe: Record, rank: float) -> Iterator[tuple[float, str]]:
     listed = ", ".join(map(str, recipe.ranks))
     words = f"rank {rank:g} is outside the ranks tried ({listed})"
     if below > 0 and recipe.reference.init == "B":
-        words += ": with init B the rate tends to be too high"
+        words += ": when A starts at zero (init B), the learning rate there tends to be too high"
         yield LOWER_RANK_SD * below, words
     else:
         yield RANK_SD * max(below, above), words
 
 
 def _other_run(
-    recipe: Record, at: Reference, steps: int | None
+    recipe: Recipe, at: Reference, steps: int | None
 ) -> Iterator[tuple[float, str]]:
     """Yield what another number of steps and another batch add, and the notes on them.
 
-    With other steps the rate stays, and its band grows as that of a fit does.
+    With other steps the learning rate stays, because best ones rise with the steps on some tasks
+    and fall on others. Its interval widens as the fit's does.
     """
-    if octaves := _octaves(recipe, "steps", steps):
+    if octaves := _octaves(recipe.name, "steps", recipe.steps, steps):
         sd = math.sqrt(steps_variance(octaves))
         why = f"{steps} steps instead of {recipe.steps}: an extrapolation"
         yield sd, f"{why}, {give_or_take(sd)}"
-    if octaves := _octaves(recipe, "batch", at.batch):
+    if octaves := _octaves(recipe.name, "batch", recipe.batch, at.batch):
         sd = BATCH_SD * abs(octaves)
-        move = math.log2(_batch_multiplier(recipe, at))
+        change = math.log2(_batch_multiplier(recipe, at))
         why = f"batch {at.batch:g} instead of {recipe.batch:g}: an extrapolation"
-        beyond = beyond_batches(2.0**octaves) if move else ""
-        yield sd, f"{why} by {times(move)}{beyond}, {give_or_take(sd)}"
+        beyond = beyond_batches(2.0**octaves) if change else ""
+        yield sd, f"{why} by {times(change)}{beyond}, {give_or_take(sd)}"
 
 
-def _batch_multiplier(recipe: Record, at: Reference) -> float:
-    """Return the factor of the rate for another batch, by the law's rule."""
-    octaves = _octaves(recipe, "batch", at.batch)
+def _batch_multiplier(recipe: Recipe, at: Reference) -> float:
+    """Return the factor of the learning rate for another batch, by the law's rule."""
+    octaves = _octaves(recipe.name, "batch", recipe.batch, at.batch)
     return checked_batch_multiplier(recipe.law, 2.0**octaves) if octaves else 1.0
 
 
-def _octaves(recipe: Record, what: str, asked: float | None) -> float:
-    """Return log2 of the change of the steps or of the batch from the recipe's own."""
-    own = getattr(recipe, what)
+def _octaves(
+    recipe: str, quantity: str, own: float | None, asked: float | None
+) -> float:
+    """Return log2 of asked / own, for a recipe's "steps" or "batch"."""
     if asked is None:
         return 0.0
     asked = plain(asked)
-    check_range(what, asked, what, RecipeError)
+    check_range(quantity, asked, quantity, RecipeError)
     if own is None:
         raise RecipeError(
-            f"Recipe {recipe.name!r} does not give its own {what}, so the rate cannot be moved to"
-            f" {asked:g}.",
-            f"Leave {what}= out, or calibrate with {what}=.",
+            f"Recipe {recipe!r} does not say its own {quantity}, so the learning rate cannot be"
+            f" converted to {asked:g}.",
+            f"Remove {quantity}=, or calibrate with {quantity}= set.",
         )
     return math.log2(asked / own)
 
@@ -265,56 +289,93 @@ def _octaves(recipe: Record, what: str, asked: float | None) -> float:
 
 
 def configuration(
-    recipe: Record,
+    recipe: Recipe,
     rank: int | None = None,
     alpha: float | None = None,
     rslora: bool = False,
     init: Literal["A", "B"] | None = None,
     method: Method = "lora",
-    **others: float | None,
+    fan_in: float | None = None,
+    batch: float | None = None,
 ) -> Reference:
-    """Return the arguments of `Recipe.at` as a reference. What is not given is the recipe's own.
-
-    others: the fan-in and the batch.
+    """Return the arguments of `Recipe.at` as a reference. An argument that is None is the recipe's
+    own.
     """
     own = recipe.reference
     if method == "full":
         if rslora or (rank, alpha, init) != (None, None, None):
             raise RecipeError(
-                "Full finetuning has no rank, alpha, rslora or init.", "Leave them out."
+                "Full finetuning has no rank, alpha, rslora or init.",
+                "Remove them from the call, or remove method='full'.",
             )
         width = recipe.full_fan_in or own.fan_in
         at = Reference(method="full", init=own.init, fan_in=width)
     else:
         at = _lora(recipe, own.rank if rank is None else rank, alpha, rslora, method)
-    given: dict[str, Any] = {"init": init, **others}
-    return replace(at, **{k: v for k, v in given.items() if v is not None})
+    return replace(
+        at,
+        init=at.init if init is None else init,
+        fan_in=at.fan_in if fan_in is None else fan_in,
+        batch=batch,
+    )
 
 
 def _lora(
-    recipe: Record, rank: Any, alpha: float | None, rslora: bool, method: Method
+    recipe: Recipe,
+    rank: int | None,
+    alpha: float | None,
+    rslora: bool,
+    method: Method,
 ) -> Reference:
-    """Return a rank and alpha at the recipe's init and width. Without alpha the scaling follows the
-    rule of the trials.
+    """Return the reference of a rank and alpha at the recipe's init and width. Without alpha the
+    scaling follows the rule of the trials.
     """
     own = recipe.reference
-    rule = recipe.scaling_rule
+    if rank is None:
+        raise RecipeError(
+            f"Recipe {recipe.name!r} knows full finetuning only, so it has no rank of its own.",
+            "Call at(method='full'), or pass a rank and an alpha.",
+        )
+    # The reference checks the rank before alpha is computed from it.
     given = 1.0 if alpha is None else alpha
     at = Reference(rank, given, rslora, own.init, own.fan_in, method)
     if alpha is not None:
         return at
-    gamma = _GAMMA.get(rule, 0.0 if rank == own.rank else None)
+    gamma = _GAMMA.get(recipe.scaling_rule, 0.0 if rank == own.rank else None)
     if rslora or gamma is None or own.rank is None:
-        raise RecipeError(
-            f"Recipe {recipe.name!r} has no rule for alpha at this rank, or rslora was given.",
-            "Give an alpha too.",
-        )
+        raise _alpha_needed(recipe, rank, rslora)
     scaling = own.scaling * (own.rank / rank) ** gamma
     return replace(at, alpha=scaling * rank)
 
 
+def _alpha_needed(recipe: Recipe, rank: int, rslora: bool) -> RecipeError:
+    """Return the error of a call without alpha, if nothing says how alpha follows the rank."""
+    own = recipe.reference
+    if rslora:
+        return RecipeError(
+            "rslora=True was given without alpha.",
+            f"Pass both: at(rank={rank}, alpha=..., rslora=True).",
+        )
+    why = "the alphas of the ranks tried follow no common rule"
+    calls = f"Pass alpha: at(rank={rank}, alpha=...)."
+    if len(recipe.ranks) == 1 and own.alpha is not None:
+        proportional = own.alpha / recipe.ranks[0] * rank
+        also = ", rslora=True" if own.rslora else ""
+        why = f"only rank {recipe.ranks[0]} was tried"
+        calls = (
+            f"Call at(rank={rank}, alpha={proportional:g}{also}) if your alpha is proportional to"
+            f" the rank, or at(rank={rank}, alpha={own.alpha:g}{also}) if it is fixed."
+        )
+    elif not recipe.ranks:
+        why = "no LoRA rank was tried"
+    return RecipeError(
+        f"Recipe {recipe.name!r} does not say which alpha rank {rank} has: {why}.",
+        calls,
+    )
+
+
 def infer_scaling(models: Iterable[Reference]) -> Scaling:
-    """Return the rule by which the scaling follows the rank; "unknown" for one rank.
+    """Return the rule by which the scaling follows the rank, "unknown" if there is only one rank.
 
     >>> infer_scaling([Reference(4, 4), Reference(64, 64)])
     'fixed'
@@ -333,8 +394,8 @@ def infer_scaling(models: Iterable[Reference]) -> Scaling:
     return "unknown"
 
 
-def is_for(recipe: Record, optimizer: type) -> bool:
-    """Return whether an optimizer is the recipe's, or its variant with a quantized state."""
+def is_for(recipe: Recipe, optimizer: type) -> bool:
+    """Return whether an optimizer class is the recipe's, or its variant with a quantized state."""
     name = recipe.optimizer.rpartition(".")[2]
     known = known_optimizer(name)[0]
     return name == optimizer.__name__ or (

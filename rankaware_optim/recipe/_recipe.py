@@ -1,43 +1,152 @@
-"""`Recipe`: what users call on a calibrated rate, and its texts."""
+"""`Recipe`: a calibrated learning rate with everything needed to use it again.
+
+The class holds values and the methods that users call. The work is in the modules beside it:
+`_rates` computes a learning rate, `_files` reads and writes, `_facts` says a recipe in words,
+`_from_fit` makes one from a fit.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from .._checks import says_our_names
-from .._printing import Table, printable, times
+from .._printing import Table, printable
 from .._rate import Rate
 from .._types import Method, Reference, Scaling
-from ..fitting import Fit, centred_law
-from ..laws import Law, Power, law_sentence
+from ..laws import Power
 from . import _files as files
-from ._rates import configuration, margin, rate, spread, warn_of
-from ._record import Record
+from ._facts import facts
+from ._rates import configuration, rate, warn_of
 from ._same_model import check_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BELOW = (
-    "a run diverged at {:.3g}, below the fitted optimum, so the recipe has no ceiling: see whether"
-    " that run diverges again"
-)
-_ALPHA: Mapping[Scaling, str] = {
-    "fixed": "alpha follows rank (scaling fixed)",
-    "rslora": "alpha kept under rsLoRA (scaling falls with the root of the rank)",
-    "alpha": "alpha kept (scaling falls as 1/rank)",
-    "unknown": "no rule known: give alpha",
-}
-_COLUMN = 16  # characters of a fact's name
+# In `Recipe.other_rates`: the parameter trained at the base rate of each trial.
+BASE: Literal["base"] = "base"
+Plain = bool | int | float | str  # a setting that TOML can hold
+Trials = Mapping[str, npt.NDArray[Any]]
+
+_COLUMN = 16  # width of the column with the facts' names, in characters
 
 
-class Recipe(Record):
-    __doc__ = Record.__doc__
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """A calibrated base learning rate with its scaling law, uncertainty and provenance.
+
+    `calibrate` and `fit_sweep` make recipes. All learning rates are per optimizer step. An octave
+    is a factor of 2, so octaves are differences of log2 of a learning rate.
+
+    Args:
+        name: the recipe's name, used in messages.
+        fitted_lr: the fitted best learning rate at `reference`. The learning rate to use is `lr`.
+        reference: the configuration that the base learning rate belongs to.
+        law: a `Power` around the scaling law that was calibrated. It holds the fitted drift with
+            rank and the fitted factor of full finetuning.
+        covariance: 3 × 3 array, the covariance of (log2 of the learning rate at `law.pivot`, drift,
+            log2 of `full_factor`), octaves².
+        margin: how many octaves `lr` is below `fitted_lr`. A learning rate that is too high costs
+            more than one that is too low.
+        ceiling: the smallest learning rate at which a trial diverged, converted to `reference` by
+            the law. The law describes best learning rates, and a ceiling need not follow it. None
+            if no trial diverged, or if one diverged below `fitted_lr`, as a note then says.
+        scaling_rule: how the scaling s = alpha / rank followed the ranks r of the trials: "fixed"
+            (alpha is proportional to rank), "rslora" (s·√r constant), "alpha" (s·r constant, so
+            alpha is fixed), or "unknown".
+        full_fan_in: the width that full finetuning's learning rate depends on.
+        ranks: the LoRA ranks of the trials.
+        full_seen: whether full finetuning was among the trials.
+        optimizer: the optimizer's class, as "module.Class".
+        settings: the optimizer's settings other than the learning rate.
+        steps: optimizer steps of a trial. None if a sweep did not give them.
+        warmup: the fraction of the steps over which the learning rate rises, from 0 to 1.
+        other_rates: learning rates of the parameters that LoRA trials trained beside the LoRA
+            matrices, by name with "*" for numbers. "base" means the base learning rate of each
+            trial.
+        layers: mean fan-in of the adapted layers, by name with "*" for numbers. The optimizer warns
+            on a model with other layers.
+        versions: versions of the packages that were used.
+        source: where the trials came from, such as the name of the training function.
+        notes: sentences on what the data did not determine.
+        tensors: NumPy arrays with one entry per trial: `rank` (0 for full finetuning), `lr`,
+            `own_lr`, `seed`, `value` (NaN if the trial was stopped early), `diverged`, `pruned`,
+            `steps`, and `curve` of shape (trials, values).
+        steepness: how steeply the loss rises above the optimum, per octave. The margin at another
+            configuration follows from the steepness and the uncertainty there. With a steepness of
+            0 the margin is `margin` everywhere.
+        scatter: standard deviation of one rank's own best learning rate about the law, octaves.
+        missing: the name of the trials' file, if it was not beside the recipe when the recipe was
+            read. Learning rates do not need it.
+    """
+
+    name: str
+    fitted_lr: float
+    reference: Reference
+    law: Power
+    covariance: npt.NDArray[np.float64]
+    margin: float = 0.0
+    ceiling: float | None = None
+    scaling_rule: Scaling = "unknown"
+    full_fan_in: float | None = None
+    ranks: tuple[int, ...] = ()
+    full_seen: bool = False
+    optimizer: str = "torch.optim.AdamW"
+    settings: Mapping[str, Plain | tuple[Plain, ...]] = field(default_factory=dict)
+    steps: int | None = None
+    warmup: float | None = None
+    other_rates: Mapping[str, float | Literal["base"]] = field(default_factory=dict)
+    layers: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tensors: Trials = field(default_factory=dict, repr=False)
+    steepness: float = 0.0
+    scatter: float = 0.0
+    missing: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all values and trials are equal. NaN equals NaN, and `missing`, which
+        only says what was on the disk, does not count.
+        """
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        return _is_equal({**vars(self), "missing": ""}, {**vars(other), "missing": ""})
+
+    @property
+    def lr(self) -> float:
+        """The base learning rate to use, per step: `margin` octaves below `fitted_lr`."""
+        return float(self.fitted_lr * 2.0**-self.margin)
+
+    @property
+    def batch(self) -> float | None:
+        """Examples or tokens per step. None if unknown."""
+        return self.reference.batch
+
+    @property
+    def tag(self) -> str:
+        """The recipe in one line, "hash name", as an optimizer's state_dict stores it.
+
+        The hash covers the values that decide the learning rates: base learning rate, reference,
+        law and scaling rule. It does not depend on the name or on the version of this package.
+        """
+        r = self.reference
+        at = (r.method, r.rank, r.scaling, r.init, r.fan_in, r.batch)
+        decisive = (self.lr, at, self.scaling_rule, self.law)
+        text = json.dumps(decisive, default=repr)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f"{digest[:12]} {self.name}"
+
+    # --- learning rates ---------------------------------------------------------------------------
 
     @says_our_names
     def at(
@@ -52,11 +161,11 @@ class Recipe(Record):
         steps: int | None = None,
         batch: float | None = None,
     ) -> Rate:
-        """Return the rate for another rank, alpha, init, width, number of steps or batch, or for
-        full finetuning.
+        """Return the learning rate for another rank, alpha, init, width, number of steps or batch,
+        or for full finetuning.
 
-        Outside the configurations of the trials the rate is marked `extrapolated`, its band widens
-        with the distance, and a warning says so.
+        Outside the configurations of the trials the result is marked `extrapolated`, its interval
+        widens with the distance, and a warning names the reason.
 
         Args:
             rank: the LoRA rank, by default the recipe's own.
@@ -65,20 +174,21 @@ class Recipe(Record):
             init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero), by default the
                 recipe's own.
             method: "lora" or "full".
-            fan_in: the model's width, by default the recipe's own. One that differs by more than a
-                factor of 2 is another model's, and refused.
-            steps: optimizer steps, by default the recipe's own. Others widen the band.
-            batch: batch size in the recipe's unit, by default its own. It moves the rate by the
-                law's rule, which is the square root for Adam, as for 4 times the batch at most.
+            fan_in: the model's width, by default the recipe's own. A width that differs by more
+                than a factor of 2 belongs to another model, and raises an error.
+            steps: optimizer steps, by default the recipe's own. Another number widens the interval.
+            batch: batch size in the recipe's unit, by default its own. The learning rate follows
+                the law's rule for the batch, which is the square root for Adam, up to a batch 4
+                times as large.
 
         Returns:
-            The rate with its 90 % band, ceiling and notes.
+            The learning rate with its 90 % interval, ceiling and notes.
 
         Raises:
-            RecipeError: alpha is missing but needed, or given but unknown to the sweep; the rate
-                depends on a fan-in, steps or batch that the recipe does not have; the fan-in is
-                that of another model; the steps are impossible; or the rate would not be a positive
-                finite number.
+            RecipeError: alpha is needed and missing, because the trials show no rule for it; the
+                learning rate depends on a fan-in, steps or batch that the recipe does not have; the
+                fan-in belongs to another model; the steps are impossible; or the learning rate
+                would not be a positive finite number.
             InvalidReferenceError: the target's rank, alpha, init, method, width or batch is
                 impossible.
             LawError: the law has no usable multiplier there.
@@ -90,8 +200,12 @@ class Recipe(Record):
         warn_of(self, answer)
         return answer
 
+    # --- in words and pictures --------------------------------------------------------------------
+
     def explain(self) -> str:
-        """Return the recipe as text, one fact per line: rate, band, ceiling, law and provenance."""
+        """Return the recipe as text, one fact per line: learning rate, interval, ceiling, law and
+        provenance.
+        """
         table = self._table()
         indent = " " * _COLUMN
         lines = [table.title]
@@ -110,10 +224,10 @@ class Recipe(Record):
         return Table((), facts(self), title=f"Recipe {self.name!r}")
 
     def plot(self) -> Figure:
-        """Draw one panel per rank with its trials, band, ceiling and rate, and a panel of
-        rates by rank.
+        """Draw one panel per rank with its trials, interval, ceiling and learning rate, and a panel
+        of learning rates by rank.
 
-        Needs the extra `plots`. A notebook shows the figure, and its `savefig(path)` writes it.
+        Needs the extra `plots`. A notebook shows the figure, and `figure.savefig(path)` writes it.
 
         Raises:
             PlotError: matplotlib is not installed, or the recipe has no trials.
@@ -127,8 +241,8 @@ class Recipe(Record):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe as a TOML file, and its trials as a safetensors file beside it.
 
-        The TOML gives every rate by itself. Each file is replaced atomically. NAME.toml has its
-        trials in NAME.trials.safetensors.
+        The TOML alone is enough for every learning rate. Each file is replaced atomically. The
+        trials of NAME.toml are in NAME.trials.safetensors.
 
         Args:
             path: the TOML file.
@@ -146,8 +260,8 @@ class Recipe(Record):
         """Read a recipe. Every value and the trials' hash are checked. Nothing is unpickled or
         imported.
 
-        Without the file of its trials a recipe still gives every rate. `missing` then names that
-        file. A warning says so if the file there cannot be used, such as that of another save.
+        Without the file of its trials a recipe still has every learning rate, and `missing` names
+        the file. If the file is there but does not belong to the recipe, a warning says so.
 
         Args:
             path: the TOML file.
@@ -156,104 +270,12 @@ class Recipe(Record):
             RecipeError: the TOML is missing, cut short, too large, or has an impossible value. The
                 message names the value's path.
         """
-        return cls(**vars(files.load(path)))
+        return files.load(path, cls)
 
 
-def recipe_of(fit: Fit, law: Law, reference: Reference, **others: Any) -> Recipe:
-    """Return the recipe of a fit, with the margin that follows from its uncertainty.
-
-    Args:
-        fit: the fit, at the steps of the target.
-        law: the law without the correction that was fitted, bound to the optimizer.
-        reference: the configuration of the base rate.
-        others: fields that the fit does not decide.
-    """
-    base, drift, factor = (float(value) for value in fit.mean)
-    best = fit.best(reference.rank)
-    ceiling = None
-    if fit.ceiling is not None:
-        ceiling = 2.0 ** (fit.ceiling + best - base)
-        if ceiling <= 2.0**best:
-            others["notes"] = (*others.get("notes", ()), _BELOW.format(ceiling))
-            ceiling = None
-    recipe = Recipe(
-        fitted_lr=2.0**best,
-        reference=reference,
-        law=centred_law(law, reference, fit.prior.pivot, drift, factor),
-        covariance=fit.covariance,
-        steepness=fit.steepness,
-        scatter=fit.prior.scatter,
-        ceiling=ceiling,
-        **others,
-    )
-    sd, _ = spread(recipe, reference)
-    return replace(recipe, margin=margin(recipe, sd))
-
-
-# --- in words -------------------------------------------------------------------------------------
-
-
-def facts(recipe: Record) -> list[tuple[str, str]]:
-    """Return a recipe's facts as pairs of a name and a text."""
-    at = recipe.reference
-    ceiling = "none seen"
-    if recipe.ceiling is not None:
-        ceiling = (
-            f"{recipe.ceiling:.3g}, the smallest rate that diverged, moved to the base rate's"
-            " configuration as a best rate"
-        )
-    optimizer = recipe.optimizer
-    if recipe.settings:
-        optimizer += f" with {_listed(recipe.settings)}"
-    warmup = "unknown" if recipe.warmup is None else f"{100 * recipe.warmup:.3g}%"
-    steps = _number(recipe.steps)
-    batch = _number(recipe.batch)
-    tried = f"ranks {', '.join(map(str, recipe.ranks)) or 'none'}"
-    rest = "must be given, as full finetuning was not tried"
-    if recipe.full_seen:
-        tried = f"{tried} and full finetuning"
-        rest = "that of full finetuning"
-    others = _listed(recipe.other_rates)
-    rows = {
-        "base rate": f"{recipe.lr:.3g} at {at}, mean fan-in {_number(at.fan_in)}",
-        "fitted optimum": f"{recipe.fitted_lr:.3g}; the base rate, the one to use, is a margin of"
-        f" {times(-recipe.margin)} below",
-        "90 % band": rate(recipe, at).band,
-        "ceiling": ceiling,
-        "largest fan-in": f"{_number(recipe.full_fan_in)}, which full finetuning's rate depends on",
-        "law": _law(recipe.law),
-        "alpha by rank": _ALPHA[recipe.scaling_rule],
-        "optimizer": optimizer,
-        "runs": f"{steps} steps, batch {batch}, warm-up {warmup}",
-        "seen": f"{tried}; {trials_text(recipe)}",
-        "other rates": f"{others}; any other {rest}" if others else rest,
-        "code": _listed(recipe.source).removeprefix("train ") or "unknown",
-        "versions": _listed(recipe.versions) or "unknown",
-        "hash": recipe.tag.partition(" ")[0],
-    }
-    return [*rows.items(), *(("note", note) for note in recipe.notes)]
-
-
-def trials_text(recipe: Record) -> str:
-    """Return how many trials a recipe has, or that their file was missing when it was read."""
-    if recipe.missing:
-        return f"its trials are not here, {recipe.missing} is missing"
-    return f"{len(recipe.tensors.get('lr', ()))} trials"
-
-
-def _law(law: Power) -> str:
-    """The law that rates move by, and how the trials corrected it."""
-    words = law_sentence(law.law)
-    if law.exponent:
-        words += f", times rank^{law.exponent:.3g}"
-    if law.full_factor != 1.0:
-        words += f", times {law.full_factor:.3g} in full finetuning"
-    return words
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{round(value)}"
+def _is_equal(one: Any, two: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, two, equal_nan=True)
+    if isinstance(one, Mapping):
+        return one.keys() == two.keys() and all(_is_equal(one[k], two[k]) for k in one)
+    return bool(one == two)

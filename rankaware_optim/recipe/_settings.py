@@ -15,16 +15,16 @@ from .._rate import Rate
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-SAME = 1e-6  # relative tolerance of settings, about float32's precision
-# Settings that do not change the updates.
+SAME = 1e-6  # relative tolerance between equal settings, about the precision of float32
+# Settings that change how fast an optimizer steps, but not its updates.
 SAME_UPDATES = {"foreach", "fused", "capturable", "differentiable"}
 
 
 def settings_of(
     groups: Sequence[Mapping[str, Any]], names: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the settings `names` of parameter groups. If the groups differ in one, its value is a
-    list.
+    """Return the settings `names` of parameter groups. A setting in which the groups differ becomes
+    the list of its values, each once.
     """
     settings = {}
     for name in names:
@@ -38,8 +38,8 @@ def settings_of(
 
 
 def plain_value(value: Any) -> Any:
-    """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr without
-    the memory address.
+    """Return a setting as a JSON value. An object that JSON cannot hold becomes its repr, without
+    the memory address, so that it is the same in every process.
     """
     return json.loads(json.dumps(value, default=_plain))
 
@@ -52,8 +52,8 @@ def _plain(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def agreed(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the union of the tables, without keys for which two tables differ."""
+def without_conflicts(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the union of the tables, without the keys for which two tables differ."""
     union: dict[str, Any] = {}
     differing = set()
     for table in tables:
@@ -66,30 +66,31 @@ def agreed(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def constructor_settings(
     settings: Mapping[str, Any], optimizer: type[Optimizer]
 ) -> dict[str, Any]:
-    """Return those settings that an optimizer's constructor takes, so that `**settings` gives them
-    again. A value in which groups differed, and an object that became a text, is none.
+    """Return the settings that can be passed to the optimizer's constructor again as `**settings`.
+
+    Settings in which the groups differed, and objects that became strings, are left out.
     """
-    made: dict[str, Any] = {}
+    accepted: dict[str, Any] = {}
     for name, default in defaults_of(optimizer).items():
         value = settings.get(name)
         if isinstance(default, tuple) and isinstance(value, (list, tuple)):
             if all(map(is_number, value)):
-                made[name] = tuple(value)
+                accepted[name] = tuple(value)
         elif isinstance(value, str if isinstance(default, str) else (bool, int, float)):
-            made[name] = value
-    return made
+            accepted[name] = value
+    return accepted
 
 
-def differences(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    """Return the differing values of common keys, as "steps=10, not 20; batch=8, not 16"; "" if
-    there are none. Floats differ beyond rounding only.
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the values that differ between common keys, as "steps=10, not 20; batch=8, not 16",
+    and "" if there are none. Floats that differ by rounding are equal.
     """
     words = []
-    for key, now in mine.items():
-        before = stored.get(key, now)
-        is_alike = before == now
-        if is_number(before) and is_number(now) and isinstance(before + now, float):
-            is_alike = math.isclose(before, now, rel_tol=SAME)
-        if not is_alike:
-            words.append(f"{key}={before!r}, not {now!r}")
+    for key, mine in now.items():
+        theirs = stored.get(key, mine)
+        is_equal = theirs == mine
+        if is_number(theirs) and is_number(mine) and isinstance(theirs + mine, float):
+            is_equal = math.isclose(theirs, mine, rel_tol=SAME)
+        if not is_equal:
+            words.append(f"{key}={theirs!r}, not {mine!r}")
     return "; ".join(words)

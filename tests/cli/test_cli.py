@@ -220,7 +220,7 @@ BAD = {
     "lr digits.toml --rank 0": "A reference's rank is 0",
     f"{LR_OF} --alpha -1": "A reference's alpha is -1",
     f"{LR_OF} --steps -5": "Error: steps is -5",
-    f"{LR_OF} --rslora": "or rslora was given",
+    f"{LR_OF} --rslora": "without alpha",
     "lr digits.toml --full --rank 8": "has no rank",
     "plot nowhere.toml -o out.png": "nowhere.toml cannot be read",
     "fit sweep.csv -o out.toml": "loss",

@@ -159,12 +159,28 @@ def test_alpha_left_out_follows_the_rule(rule):
 
 
 def test_an_unknown_rule_asks_for_alpha():
-    """Where no rule fits, another rank needs alpha; the reference's own does not."""
+    """If the alphas tried follow no rule, another rank needs an alpha, and the reference's own rank does not."""
     made = recipe(scaling_rule="unknown")
-    with pytest.raises(RecipeError, match="Give an alpha"):
+    with pytest.raises(RecipeError, match=r"rank 8 .*alpha.*at\(rank=8, alpha="):
         made.at(rank=8)
+    with pytest.raises(RecipeError, match=r"rslora=True.*without alpha"):
+        made.at(rank=8, rslora=True)
     assert made.at(rank=16) == made.at()
     assert made.at(rank=8, alpha=16).lr == RECIPE.at(rank=8).lr
+
+
+@extrapolates
+@pytest.mark.parametrize("rslora", [False, True])
+def test_after_a_search_at_one_rank_the_error_names_two_calls_that_work(rslora):
+    """At another rank the error says how to call with alpha proportional to the rank, and with alpha fixed."""
+    reference = replace(AT_16, rslora=rslora)
+    made = recipe(scaling_rule="unknown", ranks=(16,), reference=reference)
+    with pytest.raises(RecipeError, match="only rank 16 was tried") as caught:
+        made.at(rank=64)
+    calls = re.findall(r"at\([^)]*\)", caught.value.cure)
+    rates = [eval(f"made.{call}", {"made": made}) for call in calls]
+    asked = [made.at(64, alpha=alpha, rslora=rslora) for alpha in (128.0, 32.0)]
+    assert rates == asked
 
 
 IMPOSSIBLE = [
@@ -193,9 +209,10 @@ def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
     """Without LoRA trials there is no rank to fall back on, and no rule for alpha."""
     made = recipe(reference=FULL, ranks=(), full_seen=True, scaling_rule="unknown")
     assert made.at(method="full").lr == made.lr
-    for target in ({}, {"rank": 8}):
-        with pytest.raises(RankAwareError, match=r"rank is None|an alpha"):
-            made.at(**target)
+    with pytest.raises(RecipeError, match=r"at\(method='full'\)"):
+        made.at()
+    with pytest.raises(RecipeError, match=r"at\(rank=8, alpha="):
+        made.at(rank=8)
     with pytest.warns(RankAwareWarning, match="outside"):
         assert made.at(rank=8, alpha=8).extrapolated
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rankaware_optim.recipe import (
-    agreed,
     constructor_settings,
     plain_value,
     settings_of,
+    without_conflicts,
 )
 
 
@@ -66,5 +66,5 @@ def test_settings_are_those_that_the_constructor_takes():
 def test_tables_agree_on_what_no_two_say_differently():
     """A key of one table counts, a key with two values does not."""
     tables = [{"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1}]
-    assert agreed(tables) == {"a": 1, "c": 4}
-    assert agreed([]) == {}
+    assert without_conflicts(tables) == {"a": 1, "c": 4}
+    assert without_conflicts([]) == {}
