@@ -1,21 +1,21 @@
-"""Checkpoints: their layout is the native one, and what torch does not compare is compared.
+"""Checkpoints: they have the native layout, and loading one checks what torch does not check.
 
-In a group whose parts differ in what the native class wrote, that has a rate of its own, or whose
-class is not torch's, one more key holds the values of the parts, or the parameters' shapes. Rates
-in a checkpoint are base rates.
+Learning rates in a checkpoint are base rates. A group has one more key, `rank_parts`, only if the
+native layout cannot hold what a resumed run needs: values in which the parts of the group differ,
+base rates of explicit rates, or, for a class that is not torch's own, the parameters' shapes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch.nn.utils import get_total_norm
-from torch.optim import Adafactor, Optimizer
+from torch.optim import Optimizer
 
 from .._warn import warn
 from ..errors import CheckpointError
@@ -24,13 +24,22 @@ from ._arguments import MULTIPLIED
 from ._parts import Group, Part, SplitGroup, State, peak_of, same
 
 KEY = "rank_parts"
-# What torch's classes keep of a parameter that is one number. The rest has the parameter's shape.
+# The state of torch's own classes. These entries are one number. Adafactor keeps the mean squares
+# of a matrix by row and by column. All others have the parameter's shape.
 _SCALARS = {"step", "mu_product", "eta", "mu"}
+_BY_ROW, _BY_COLUMN, _OF_VECTORS = "row_var", "col_var", "variance"
+# Means or maxima of squares and of absolute values. A step takes the root of most of them.
+_NEVER_NEGATIVE = {
+    *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
+    *(_BY_ROW, _BY_COLUMN, _OF_VECTORS),
+}
 
 
 def _is_torchs(native: type) -> bool:
-    """Return whether a class is torch's. Adafactor's state has shapes of its own."""
-    return native.__module__.startswith("torch.optim.") and native is not Adafactor
+    """Return whether a class is torch's own. Muon and Adafactor name `torch.optim` itself as their
+    module, the others a module in it.
+    """
+    return f"{native.__module__}.".startswith("torch.optim.")
 
 
 # --- to save --------------------------------------------------------------------------------------
@@ -51,9 +60,12 @@ def with_parts(
 ) -> dict[str, Any]:
     """Return a native state with what its layout does not hold."""
     for group, split in zip(state["param_groups"], splits, strict=False):
-        values = _unshared(split.parts)
+        values: dict[str, Any] = _unshared(split.parts)
         if not _is_torchs(native):
-            values["shapes"] = list(map(list, split.shapes))
+            # By name: torch.distributed.checkpoint may list the parameters in another order.
+            values["shapes"] = dict(
+                zip(split.names, map(list, split.shapes), strict=False)
+            )
         if values:
             group[KEY] = values
     return state
@@ -87,27 +99,48 @@ def read_checkpoint(
     groups = [dict(group) for group in state_dict["param_groups"]]
     values = [dict(group.pop(KEY, {})) for group in groups]
     state = dict(state_dict["state"])
-    # torch counts groups and parameters
+    _check_keys(state, groups)
+    # torch itself compares the numbers of groups and of parameters
     for split, group, of_parts in zip(splits, groups, values, strict=False):
-        _check_group(split, group, of_parts.pop("shapes", split.shapes))
+        _check_group(split, group, of_parts.pop("shapes", {}))
         if _is_torchs(native):
             _fit_group(split, group, state)
     if _is_torchs(native):
-        _check_finite(state.values())
+        _check_values(state.values())
     return {**state_dict, "state": state, "param_groups": groups}, values
 
 
-def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None:
+def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
+    """Raise if the numbers of the parameters became strings in the state, as in JSON. torch would
+    keep such entries beside the parameters, which would start without moments.
+    """
+    numbers = {key for group in groups for key in group["params"]}
+    for key in state:
+        if isinstance(key, str) and key.isdecimal() and key not in numbers:
+            raise CheckpointError(
+                f"The checkpoint's state has the string {key!r} as a key where a parameter's"
+                " number should be, as after a round trip through JSON. Its moments would be"
+                " ignored.",
+                "Save checkpoints with torch.save, or turn the keys of state_dict['state'] back"
+                " into int.",
+            )
+
+
+def _check_group(
+    split: SplitGroup, group: Group, shapes: Mapping[str, Sequence[int]]
+) -> None:
     """Raise if a group's rate is multiplied already, or if its parameters have other shapes or
     names. Names are compared where both sides have them.
     """
     if MULTIPLIED in group:
         raise CheckpointError(
-            "The checkpoint is of rank_aware_param_groups, whose rates are multiplied already.",
-            "Load it into a native optimizer of such groups.",
+            "The checkpoint was saved by an optimizer of rank_aware_param_groups, whose learning"
+            " rates are multiplied already.",
+            "Load it into a plain optimizer of such groups.",
         )
-    for name, saved, here in zip(split.names, shapes, split.shapes, strict=False):
-        if tuple(saved) != here:
+    for name, here in zip(split.names, split.shapes, strict=False):
+        saved = tuple(shapes.get(name, here))
+        if saved != here:
             raise _of_another_shape(name, saved, here)
     theirs = group.get("param_names")
     ours = split.group.get("param_names")
@@ -118,7 +151,7 @@ def _check_group(split: SplitGroup, group: Group, shapes: Sequence[Any]) -> None
         if canonical_name(str(saved)) != canonical_name(str(here)):
             raise CheckpointError(
                 f"The checkpoint has the parameter {saved} where this optimizer has {here}.",
-                "Give this optimizer the parameters of the saved one, in the same order.",
+                "Build this optimizer with the same parameters in the same order.",
             )
 
 
@@ -130,13 +163,14 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
     kept = set().union(*(_kept(state[number]) for _, number, _ in rows))
     for name, number, param in rows:
         saved = state[number]
-        missing = kept - _kept(saved)
+        impossible = {_OF_VECTORS} if param.dim() > 1 else {_BY_ROW, _BY_COLUMN}
+        missing = kept - _kept(saved) - impossible
         # classes that count steps start again where there is nothing
         if missing and (saved or "step" not in kept):
             raise CheckpointError(
-                f"The checkpoint's {name} lacks {', '.join(sorted(missing))}, which the others of"
-                " its group have.",
-                "Give a checkpoint that is whole, or start with a new state.",
+                f"The checkpoint's state of {name} lacks {', '.join(sorted(missing))}, which other"
+                " parameters of its group have.",
+                "Load a complete checkpoint, or start with a new state.",
             )
         state[number] = _fitting(name, param, saved)
 
@@ -145,46 +179,71 @@ def _kept(saved: State) -> set[Any]:
     return {key for key, value in saved.items() if value is not None}
 
 
-def _check_finite(states: Iterable[State]) -> None:
-    """Raise for moments that are not finite, and for impossible steps: training would give NaN."""
+def _check_values(states: Iterable[State]) -> None:
+    """Raise if the moments are not finite, or if numbers are negative that no run makes negative.
+    Training on from either would give NaN.
+    """
     moments = []
     is_sound = True
     for key, value in chain.from_iterable(each.items() for each in states):
+        if isinstance(value, torch.Tensor):
+            value = _local(value)
         if key in _SCALARS:
             is_sound &= 0.0 <= float(value) < math.inf
-        elif type(value) is torch.Tensor and value.numel():
+        elif isinstance(value, torch.Tensor) and value.numel():
             moments.append(value)
+            is_sound &= key not in _NEVER_NEGATIVE or not bool((value < 0).any())
     largest = get_total_norm(moments, math.inf)  # one call for all groups
     if not (is_sound and largest.isfinite()):
         raise CheckpointError(
-            "The checkpoint has moments that are not finite: its run had diverged.",
-            "Go back to an earlier one, or start with a new state.",
+            "The checkpoint has moments that are not finite, or negative ones where no run makes"
+            " any: its run had diverged, or the file is damaged.",
+            "Load an earlier checkpoint, or start with a new state.",
         )
 
 
+def _local(value: torch.Tensor) -> torch.Tensor:
+    """Return a saved tensor as a plain one: of a sharded tensor the part of this process."""
+    value = value.detach()
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
 def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
-    """Return what a class of torch keeps of a parameter, laid out in memory as it is. Fused kernels
-    look at neither shapes nor strides, and would read and write out of bounds.
+    """Return the state that a class of torch keeps of a parameter, laid out in memory as it is.
+    Fused kernels check neither shapes nor strides, and would read and write out of bounds.
     """
-    made = dict(saved)
+    fitting = dict(saved)
     for key, value in saved.items():
         if key in _SCALARS or value is None:
             continue
-        if value.shape != param.shape:
-            raise _of_another_shape(name, value.shape, param.shape)
-        if value.stride() != param.stride():
+        wanted = _shape_in_state(key, param)
+        if value.shape != wanted:
+            raise _of_another_shape(f"{key} of {name}", value.shape, wanted)
+        if wanted != param.shape:
+            fitting[key] = value.contiguous()
+        elif value.stride() != param.stride():
             like = torch.empty_like(param, dtype=value.dtype, device=value.device)
-            made[key] = like.copy_(value)
-    return made
+            fitting[key] = like.copy_(value)
+    return fitting
+
+
+def _shape_in_state(key: str, param: torch.Tensor) -> torch.Size:
+    """Return the shape that an entry of a parameter's state has."""
+    shape = list(param.shape)
+    if key == _BY_ROW:
+        shape[-1:] = [1]
+    if key == _BY_COLUMN:
+        shape[-2:-1] = [1]
+    return torch.Size(shape)
 
 
 def _of_another_shape(
-    name: str, saved: Iterable[int], here: Iterable[int]
+    what: str, saved: Iterable[int], here: Iterable[int]
 ) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint's {name} has shape {tuple(saved)}, the parameter {tuple(here)}.",
-        "Load it into a model of the same ranks, and an optimizer whose groups have the same"
-        " parameters in the same order, frozen ones included; or start with a new state.",
+        f"{what} has shape {tuple(saved)} in the checkpoint, but {tuple(here)} in this model.",
+        "Load it into a model of the same ranks, and into an optimizer whose groups list the same"
+        " parameters in the same order, frozen ones included. Or start with a new state.",
     )
 
 

@@ -79,22 +79,48 @@ def plain(model, kind=AdamW, **own):
     return kind(trained(model), lr=LR, **own)
 
 
-OF_SHAPES = r"layer1.lora_A has shape \(16, 16\), the parameter \(8, 16\)"
+def matrices(model):
+    """The trained parameters with two axes: torch's Muon takes no others."""
+    return [param for param in trained(model) if param.dim() > 1]
+
+
+def ours_of_matrices(model, kind):
+    return ours(model, kind, groups=matrices(model))
+
+
+def plain_of_matrices(model, kind):
+    return kind(matrices(model), lr=LR)
+
+
+class OfAnotherPackage(AdamW):
+    """An optimizer whose state this package does not know."""
+
+
+Muon = getattr(torch.optim, "Muon", None)  # torch has it from 2.9 on
+MAKE_MUON = (ours_of_matrices, plain_of_matrices) if Muon else ()
+
+OF_SHAPES = r"exp_avg of layer1.lora_A has shape \(16, 16\) .* but \(8, 16\)"
+Adafactor = torch.optim.Adafactor
 OTHERS = [
     # of another model, or of other groups
-    ({"ranks": (4, 4)}, r"layer1.lora_A has shape \(4, 16\), the parameter \(8"),
+    ({"ranks": (4, 4)}, r"layer1.lora_A has shape \(4, 16\) .* but \(8"),
     ({"ranks": (4, 16)}, OF_SHAPES),
     ({"ranks": (4, 16), "make": plain}, OF_SHAPES),
-    ({"ranks": (4, 16), "kind": torch.optim.Adafactor}, OF_SHAPES),
-    ({"width": 32}, r"has shape \(4, 32\), the parameter \(4, 16\)"),
+    ({"ranks": (4, 16), "kind": Adafactor}, r"row_var of layer1.lora_A .* \(8, 1\)"),
+    ({"ranks": (4, 16), "kind": Adafactor, "make": plain}, r"row_var of layer1.lora_A"),
+    ({"ranks": (4, 16), "kind": OfAnotherPackage}, r"layer1.lora_A .* but \(8, 16\)"),
+    *[({"ranks": (4, 2), "kind": Muon, "make": m}, "momentum_buffer") for m in MAKE_MUON],
+    ({"width": 32}, r"has shape \(4, 32\) .* but \(4, 16\)"),
     ({"ranks": (4,), "width": 16}, "has shape|match the size of optimizer's group"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("given", "message"), OTHERS)
 def test_a_checkpoint_of_another_model_is_refused(given, message):
-    """Other ranks, shapes or groups are an error that says both, and nothing is loaded."""
-    opt = ours(mlp((4, 8)), given.get("kind", AdamW))
+    """Other ranks, shapes or groups raise an error that names both shapes, and nothing is loaded."""
+    kind = given.get("kind", AdamW)
+    make = ours if kind is not Muon else ours_of_matrices
+    opt = make(mlp((4, 8)), kind)
     before, held = copy.deepcopy(opt.state_dict()), (opt.state, opt.param_groups)
     with pytest.raises(CheckpointError, match=message) as caught:
         opt.load_state_dict(stepped(**given))
@@ -103,12 +129,48 @@ def test_a_checkpoint_of_another_model_is_refused(given, message):
     assert alike(before, opt.state_dict())
 
 
+def test_numbers_that_became_strings_are_refused():
+    """A state whose integer keys went through JSON raises an error, because torch would ignore its moments."""
+    state = stepped()
+    state["state"] = {str(key): value for key, value in state["state"].items()}
+    opt = ours(mlp((4, 8)))
+    with pytest.raises(CheckpointError, match=r"string '0'.*JSON.*torch\.save"):
+        opt.load_state_dict(state)
+    assert not opt.state
+
+
+UNSOUND = [
+    (AdamW, {"amsgrad": True}, "exp_avg_sq", -1.0),
+    (AdamW, {"amsgrad": True}, "max_exp_avg_sq", -1.0),
+    (torch.optim.RMSprop, {}, "square_avg", -1.0),
+    (torch.optim.Adagrad, {}, "sum", -1.0),
+    (Adafactor, {}, "row_var", -1.0),
+    *[(AdamW, {}, key, math.nan) for key in ("exp_avg", "exp_avg_sq")],
+    (AdamW, {}, "step", -1.0),
+]
+
+
+@pytest.mark.parametrize("wrap", [nn.Parameter, torch.Tensor.clone])
+@pytest.mark.parametrize(("kind", "own", "key", "value"), UNSOUND)
+def test_moments_that_give_nan_are_refused(kind, own, key, value, wrap):
+    """A negative second moment, or a NaN, raises an error, also if the moment was saved as an nn.Parameter."""
+    state = stepped(kind=kind, make=partial(ours, **own))
+    moment = state["state"][2][key]
+    moment.flatten()[:1].fill_(value)
+    state["state"][2][key] = wrap(moment)
+    opt = ours(mlp((4, 8)), kind, **own)
+    held = opt.state
+    with pytest.raises(CheckpointError, match=r"not finite, or negative"):
+        opt.load_state_dict(state)
+    assert opt.state is held
+
+
 def test_rates_that_are_multiplied_already_are_refused():
     """A checkpoint of native groups would be multiplied twice."""
     state = on_groups(mlp((4,), head=False)).state_dict()
     model = mlp((4,), head=False)
     opt = ours(model, groups=[{"params": [p]} for p in trained(model)])
-    with pytest.raises(CheckpointError, match="whose rates are multiplied already"):
+    with pytest.raises(CheckpointError, match="are multiplied already"):
         opt.load_state_dict(state)
 
 
@@ -199,7 +261,7 @@ def test_a_damaged_checkpoint_is_refused_or_right(fused, data, kind, make):
         assert repr(opt.state_dict()) == before
         return
     assert all(0 <= rate < math.inf for rate in rates_of(opt).values())
-    if own and part is not state:
+    if part is not state:
         for param in trained(model):
             param.grad = torch.ones_like(param)
         opt.step()
@@ -213,6 +275,50 @@ def test_a_group_put_in_by_hand_is_refused():
     opt.param_groups.append(torch.optim.SGD([lone], lr=LR).param_groups[0])
     with pytest.raises(OptimizerError, match=r"by hand.*add_param_group"):
         opt.step()
+
+
+# --- torch.distributed.checkpoint -----------------------------------------------------------------------------------
+
+MAKE = {"ours": ours_of_matrices, "plain": plain_of_matrices}
+
+
+def reversed_of_matrices(model, kind):
+    return ours(model, kind, groups=matrices(model)[::-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}]
+)
+@pytest.mark.parametrize("kind", [Adafactor, *([Muon] if Muon else [])])
+@pytest.mark.parametrize(
+    ("saves", "loads"),
+    [("ours", "ours"), ("plain", "ours"), ("ours", "plain"), ("ours", "reversed")],
+)
+def test_a_distributed_checkpoint_of_a_class_of_torch_loads(
+    saves, loads, kind, options, tmp_path
+):
+    """Muon's and Adafactor's moments go through files to another optimizer, ours or plain, and in another order."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+
+    def read(model, opt):
+        given = states.StateDictOptions(**options)
+        return states.get_optimizer_state_dict(model, opt, options=given)
+
+    make = {**MAKE, "reversed": reversed_of_matrices}
+    model, other = mlp((4, 8)), mlp((4, 8))
+    first, second = make[saves](model, kind), make[loads](other, kind)
+    train(model, first, steps=2)
+    dcp.save(
+        {"opt": read(model, first)}, checkpoint_id=tmp_path / "saved", no_dist=True
+    )
+    held = {"opt": read(other, second)}
+    dcp.load(held, checkpoint_id=tmp_path / "saved", no_dist=True)
+    given = states.StateDictOptions(**options)
+    states.set_optimizer_state_dict(other, second, held["opt"], options=given)
+    for param, twin in zip(matrices(model), matrices(other), strict=True):
+        assert alike(first.state[param], second.state[twin])
 
 
 # --- what is said, and kept -----------------------------------------------------------------------------------------
@@ -326,7 +432,7 @@ def test_a_copy_goes_on_reports_and_refuses_as_its_original(copied, steps):
     train(twin_model, twin)
     assert same(snapshot(model), snapshot(twin_model))
     twin.load_state_dict(stepped())
-    with pytest.raises(CheckpointError, match=r"shape \(16, 16\), the parameter \(4"):
+    with pytest.raises(CheckpointError, match=r"shape \(16, 16\) .* but \(4"):
         twin.load_state_dict(stepped((16, 8)))
 
 
