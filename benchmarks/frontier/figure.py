@@ -1,8 +1,7 @@
-"""The picture of the frontier: what is lost against what it costs, a point a way."""
+"""The picture of the frontier: one row for each way to a learning rate, with its price and what it loses."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,27 +9,25 @@ from internals import COLOURS
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-LOW, HIGH = 0.08, 500.0  # % of the gain, the ends of the axis
-APART = 0.115  # least distance of two names, as a share of log10's decade
-WIDTH = 9.2  # of a panel, in the units of places
-
-
-class Places(NamedTuple):
-    """Where prices stand in a panel: the highest price of each place, its name, and the place."""
-
-    highest: tuple[float, ...]
-    names: tuple[str, ...]
-    at: tuple[float, ...]
-
-    def of(self, price: float) -> float:
-        for highest, place in zip(self.highest, self.at, strict=True):
-            if price <= highest:
-                return place
-        return self.at[-1]
-
-
-SHORT = Places((0.0, 20.0, 96.0), ("0", "11 to 16", "54 to 96"), (0.0, 2.6, 6.7))
-LONG = Places((0.0, 0.6, 1.2, 4.0), ("0", "¼ to ½", "1", "2"), (0.0, 2.35, 3.2, 5.4))
+LOW, HIGH = 0.08, 700.0  # % of the possible improvement, the ends of the axis
+GREY = "0.35"
+# The ways that the picture shows, with names that need no table beside them. The table has all ways.
+SHOWN = {
+    "2e-4": "always 2e-4",
+    "Tinker's formula": "Tinker's formula",
+    "`suggest_lr`": "suggest_lr",
+    "schedule-free AdamW": "schedule-free AdamW at its suggestion",
+    "Prodigy": "Prodigy",
+    "keeping it": "rank 16's best, unchanged",
+    "a tenth in full finetuning": "rank 16's best / 10",
+    "the default law": "rank 16's best, converted",
+    "LR range test at the rank trained": "Lightning's LR range test",
+    "the finder at 1/4": "calibrate(trainer): 4 trials of a quarter",
+    "TPE at rank 16, the law": "TPE at rank 16, then converted",
+    "a calibration: 16 trials at two ranks": "calibrate(train): 16 trials at two ranks",
+    "16 trials of an eighth at ranks 4 and 64": "calibrate(train): 16 trials of an eighth",
+    "TPE at every rank": "TPE at every rank",
+}
 
 
 class Point(NamedTuple):
@@ -45,91 +42,96 @@ class Point(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """A row of panels: its title, where prices stand, and the points of each column."""
+    """A row of panels: its title, and the points of each column."""
 
     title: str
-    places: Places
     columns: Mapping[str, Sequence[Point]]
 
 
 def draw_frontier(rows: Sequence[Evidence]) -> Figure:
-    """A row of panels for each evidence, a panel for each of its columns."""
+    """A row of panels for each evidence, a panel for each of its columns, a line for each way."""
+    ways = [ways_of(of) for of in rows]
     count = len(rows[0].columns)
-    figure = Figure(figsize=(6.2 * count, 4.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), count, sharey=True, squeeze=False)
-    for of, panels in zip(rows, axes, strict=True):
-        for axis, (column, points) in zip(panels, of.columns.items(), strict=True):
-            axis.set_title(f"{of.title}: {column}", fontsize=9)
-            plot(axis, of.places, points)
-        panels[0].set_ylabel(
-            "lost, % of what training gains (500: diverged)", fontsize=9
-        )
-    for axis in axes[-1]:
-        axis.set_xlabel("runs trained before the real one", fontsize=9)
-    figure.legend(
-        handles=marks(),
-        loc="outside lower center",
-        ncols=4,
-        fontsize=9,
-        frameon=False,
+    figure = Figure(
+        figsize=(11, 1.6 + 0.36 * sum(map(len, ways))), layout="constrained"
     )
+    axes = figure.subplots(
+        len(rows),
+        count,
+        sharex=True,
+        squeeze=False,
+        height_ratios=[len(names) for names in ways],
+    )
+    for of, names, panels in zip(rows, ways, axes, strict=True):
+        for axis, (column, points) in zip(panels, of.columns.items(), strict=True):
+            axis.set_title(f"{of.title},\n{column}", fontsize=11, loc="left")
+            plot(axis, names, points)
+        panels[0].set_yticks(range(len(names)), [names[name] for name in names])
+        for axis in panels[1:]:
+            axis.set_yticks(range(len(names)), [])
+        for label in panels[0].get_yticklabels():
+            label.set_fontsize(11)
+    for axis in axes[-1]:
+        axis.set_xlabel("possible improvement lost, %", fontsize=11)
+    figure.legend(handles=marks(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def plot(axis: Any, places: Places, points: Sequence[Point]) -> None:
-    axis.set_yscale("log")
-    axis.set_ylim(LOW, HIGH)
-    axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"], fontsize=8)
-    axis.set_xlim(-0.25, WIDTH)
-    axis.set_xticks(places.at, places.names, fontsize=8)
-    axis.grid(axis="y", alpha=0.3)
-    by_place: dict[float, list[Point]] = {}
+def ways_of(of: Evidence) -> dict[str, str]:
+    """The labels of the ways that have a point in some column, the cheapest first, by name."""
+    points = [point for column in of.columns.values() for point in column]
+    points = [point for point in points if point.name in SHOWN]
+    points.sort(key=lambda point: (point.price, point.has_rate))
+    return {point.name: f"{SHOWN[point.name]}  {cost(point)}" for point in points}
+
+
+def cost(point: Point) -> str:
+    """The price of a way in words."""
+    return "[no run]" if point.price == 0 else f"[{point.price:.2g} runs]"
+
+
+def plot(axis: Any, names: Mapping[str, str], points: Sequence[Point]) -> None:
+    """A point for each mean, with a line up to the 95th percentile and the number beside it."""
+    axis.set_xscale("log")
+    axis.set_xlim(LOW, HIGH)
+    axis.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"], fontsize=11)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    places = {name: i for i, name in enumerate(names)}
     for point in points:
-        by_place.setdefault(places.of(point.price), []).append(point)
-    for x, mine in by_place.items():
-        heights = spread([height(point.mean) for point in mine])
-        for point, y in zip(mine, heights, strict=True):
-            plot_point(axis, x, point, y)
+        if point.name not in places:
+            continue
+        y = places[point.name]
+        colour = COLOURS[1] if point.ours else GREY
+        mean, high = inside(point.mean), inside(point.high)
+        axis.plot([mean, high], [y, y], color=colour, alpha=0.4, linewidth=2)
+        fill = "white" if point.has_rate else colour
+        axis.plot(mean, y, "o", color=colour, markerfacecolor=fill, markersize=8)
+        axis.annotate(
+            f"{point.mean:.2g}" if point.mean < 10 else f"{point.mean:.0f}",
+            (mean, y),
+            (-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=10,
+            color=colour,
+        )
 
 
-def plot_point(axis: Any, x: float, point: Point, label_y: float) -> None:
-    """The mean, a line up to the 95th percentile, and the name beside it."""
-    colour = COLOURS[1] if point.ours else "0.35"
-    y = height(point.mean)
-    axis.plot([x, x], [y, height(point.high)], color=colour, alpha=0.25, linewidth=1)
-    fill = "none" if point.has_rate else colour
-    axis.plot(x, y, "o", color=colour, markerfacecolor=fill, markersize=5)
-    axis.annotate(
-        point.name.replace("`", ""),
-        (x, y),
-        (x + 0.14, label_y),
-        fontsize=7,
-        color=colour,
-        va="center",
-        weight="bold" if point.ours else "normal",
-        arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.3, "linewidth": 0.6},
-    )
-
-
-def height(percent: float) -> float:
-    return min(max(percent, LOW * 1.15), HIGH * 0.9)
-
-
-def spread(heights: Sequence[float]) -> list[float]:
-    """Heights of names, moved upwards until no two are closer than `APART` decades."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    moved, last = [0.0] * len(heights), -math.inf
-    for at in order:
-        last = max(math.log10(heights[at]), last + APART)
-        moved[at] = 10**last
-    return moved
+def inside(percent: float) -> float:
+    """A loss, moved to the nearer end of the axis if it lies beyond."""
+    return min(max(percent, LOW * 1.3), HIGH * 0.9)
 
 
 def marks() -> list[Line2D]:
+    """What the colours and the hollow points mean."""
     looks = (
         (COLOURS[1], COLOURS[1], "this package"),
-        ("0.35", "0.35", "others"),
-        ("0.35", "none", "hollow: needs a rate that was tuned at rank 16"),
+        (GREY, GREY, "others"),
+        (GREY, "white", "needs a rate tuned at rank 16"),
     )
     handles = [
         Line2D(
@@ -137,11 +139,14 @@ def marks() -> list[Line2D]:
             [],
             linestyle="",
             marker="o",
+            markersize=8,
             color=edge,
             markerfacecolor=fill,
             label=words,
         )
         for edge, fill, words in looks
     ]
-    line = Line2D([], [], color="0.35", alpha=0.4, label="up to the 95th percentile")
+    line = Line2D(
+        [], [], color=GREY, alpha=0.4, linewidth=2, label="up to the 95th percentile"
+    )
     return [*handles, line]

@@ -47,8 +47,6 @@ from frontier.adaptive import (
     SAFEGUARDED,
     SCHEDULE_FREE,
 )
-from frontier.figure import LONG as LONG_PRICES
-from frontier.figure import SHORT as SHORT_PRICES
 from frontier.figure import Evidence, Point, draw_frontier
 from frontier.runs import AT_A, AT_B, KEPT, ROWS, SHORT, STORE, TASKS
 from frontier.scores import OURS, OWN, Sweeps, of_length, own_steps
@@ -410,8 +408,8 @@ def main(workers: int) -> None:
     rows = [*FREE_ROWS, *priced_rows(found)]
     long_ways = [*FREE_ROWS, *ADAPTIVE_ROWS, *long_rows()]
     picture = [
-        Evidence("Nine tasks at their own steps", SHORT_PRICES, points(own, rows)),
-        Evidence("Five tasks at 400 steps", LONG_PRICES, points(long, long_ways)),
+        Evidence("Nine tasks at their own steps", points(own, rows)),
+        Evidence("Five tasks at 400 steps", points(long, long_ways)),
     ]
     draw(draw_frontier(picture), PICTURE, dpi=90)
     settings = [[name, *said] for name, said in SETTINGS.items()]
