@@ -127,9 +127,10 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
     whole = as_one_model(model)
     if not hasattr(whole, "named_modules"):
         raise InspectionError(
-            f"{shown(model)} is not a model.",
-            "Give an nn.Module, or a list of them; beside parameters or an optimizer as model=. For"
-            " a trainer call attach(trainer, AdamW, ...).",
+            f"{_in_words(model)} is not a model.",
+            "Pass an nn.Module, or a list of them. If you passed parameters, groups or an"
+            " optimizer, add the model that holds them as model=. For a trainer call"
+            " ra.attach(trainer, 'adamw', ...).",
         )
     modules = list(whole.named_modules())
     clean = [
@@ -142,6 +143,16 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
     if len(names) == len(parameters):
         return Walk(clean, parameters)
     return Walk(modules, _parameters_of(modules))
+
+
+def _in_words(value: object) -> str:
+    """Return what was passed in place of a model: its repr if that is short, else its type."""
+    if isinstance(value, (list, tuple)):
+        kinds = sorted({type(each).__name__ for each in value})
+        return f"A {type(value).__name__} of {' and '.join(kinds) or 'nothing'}"
+    text = shown(value)
+    is_short = len(text) < 60 and "\n" not in text
+    return text if is_short else f"A {type(value).__name__}"
 
 
 def _parameters_of(modules: Modules) -> Parameters:

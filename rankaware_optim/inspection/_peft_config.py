@@ -161,3 +161,14 @@ def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
             here[XLORA] = True
         declared[layer] = {**around, **here} if here else around
     return declared
+
+
+def other_methods(modules: Modules) -> list[str]:
+    """Return the names of PEFT's methods in a model, other than LoRA's."""
+    methods = set[str]()
+    for _, module in modules:
+        configs = vars(module).get("peft_config") or {}
+        for config in configs.values():
+            peft_type = getattr(config, "peft_type", None)
+            methods.add(str(getattr(peft_type, "value", peft_type)))
+    return sorted(methods - set(map(str, _LORA_TYPES)))

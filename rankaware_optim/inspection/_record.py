@@ -53,8 +53,11 @@ class Survey:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether there is a factor, or an adapter without a law."""
-        return bool(self.factors) or any(map(is_other_adapter, self.other))
+        """Whether a LoRA matrix or whole weight trains, or an adapter that no law covers."""
+        if self.factors or any(map(is_other_adapter, self.other)):
+            return True
+        # PEFT trains new tokens beside LoRA, or with nothing else.
+        return _NEW_TOKENS in self.unsupported.values() and not self.frozen
 
     @property
     def width(self) -> float:
@@ -174,7 +177,7 @@ def _remark_on_other(kind: str | None) -> str:
 # --- adapters without a law -----------------------------------------------------------------------
 
 # Pairs that add more than s·B·A, which is what the laws are derived for, by their factors' kind.
-LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "xlora": "X-LoRA"}
+LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "mica": "MiCA", "xlora": "X-LoRA"}
 # Other finetuning methods, by the names of their parameters.
 _ADAPTERS = {
     "LoHa": r"hada_[wt]\d",
@@ -212,8 +215,11 @@ _ADAPTERS = {
     "C³A": r"c3a_kernel",
     "FourierFT": r"fourierft_spectrum",
     "WaveFT": r"waveft_spectrum",
+    "Adaption Prompt": r"(^|\.)adaption_(prompt|gate)$",
+    "SHADOW": r"(^|\.)shadow_(backbone|down|up|update_\w+)\.",
     "prompt tuning": r"prompt_(encoder|embeddings)",
 }
+_NEW_TOKENS = "new tokens"
 # Parameters that train in addition to a pair.
 _PARTS = {
     "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
@@ -224,7 +230,7 @@ _PARTS = {
     "Tucker core": r"lora_mid\.",
     "LoRA bias": r"(lora_[ABab]|lora_up|lora_down)\.(.*\.)?bias$",
     "LyCORIS scalar": r"(^|\.)scalar$",
-    "new tokens": r"trainable_tokens_",
+    _NEW_TOKENS: r"trainable_tokens_",
     "whole copy (modules_to_save)": r"modules_to_save\.",
 }
 _PATTERNS = _ADAPTERS | _PARTS

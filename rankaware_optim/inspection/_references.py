@@ -1,5 +1,5 @@
-"""References from texts ("r=16,alpha=32", "full,fan_in=4096"), adapters on disk, or PEFT's
-`LoraConfig`.
+"""References: the configuration at which a learning rate was tuned, from a string such as
+"r=16,alpha=32" or "full,fan_in=4096", from an adapter on disk, or from PEFT's `LoraConfig`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LoraConfigLike(Protocol):
 ReferenceLike = Reference | str | os.PathLike[str] | LoraConfigLike
 
 
-# What reads the values of a text, by the field of `Reference`, which checks the texts.
+# The types that the values of a string are converted to. `Reference` checks init and method.
 _TYPES = {**get_type_hints(Reference), "init": str, "method": str}
 _FLAGS = {"full": "method=full", "rslora": "rslora=true"}
 _SHORT = {"r": "rank"}
@@ -36,20 +36,21 @@ _KEYS = {*_TYPES, *_FLAGS, *_SHORT}
 _OF_FULL = {"method", "fan_in", "batch"}
 
 _HOW = (
-    'Write it as "r=16,alpha=32", or with more, as'
-    ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64"; or as "full,fan_in=4096"; or give a'
-    " LoraConfig, or an adapter's folder or file on this machine."
+    'Write it as "r=16,alpha=32", with more parts if needed, as in'
+    ' "r=16,alpha=32,rslora,init=B,fan_in=4096,batch=64", or as "full,fan_in=4096". Or pass a'
+    " LoraConfig, or the path of an adapter's folder or file on this machine."
 )
 
 
 def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Reference:
-    """Return a reference from a value that describes one.
+    """Return the reference that a value describes.
 
     Args:
-        value: a `Reference`, a text such as "r=16,alpha=32", an adapter's folder or file, or PEFT's
-            `LoraConfig`. An adapter gives its most common rank, scaling and init, and its width. A
-            configuration gives its `r`, `lora_alpha` and `use_rslora`. Its patterns are ignored.
-        like: the reference whose values a text without alpha keeps, except those that it gives.
+        value: a `Reference`, a string such as "r=16,alpha=32", the path of an adapter's folder or
+            file, or PEFT's `LoraConfig`. An adapter on disk gives its most common rank, scaling and
+            init, and as `fan_in` the mean fan-in of its layers. A `LoraConfig` gives its `r`,
+            `lora_alpha` and `use_rslora`; its patterns for single layers are ignored.
+        like: a reference that fills in what a string without alpha leaves out.
 
     Raises:
         InvalidReferenceError: the value describes no reference.
@@ -60,49 +61,52 @@ def as_reference(value: ReferenceLike, *, like: Reference | None = None) -> Refe
     if isinstance(value, str):
         parts = value.split(",")
         keys = {part.partition("=")[0].strip() for part in parts}
-        # a folder may be called "full"
+        # "full" and "r=16" are read as strings, even where a folder has that name.
         if keys <= _KEYS or not os.path.exists(value):
             return parse_reference(value, like=like)
     if isinstance(value, (str, os.PathLike)):
         survey = inspect_file(os.fspath(value))
-        for note in survey.notes:  # its scaling may be assumed
+        for note in survey.notes:  # for example that its scaling is assumed
             warn(note)
         return replace(survey.dominant(), fan_in=survey.width)
     return _of_config(value)
 
 
 def _of_config(config: Any) -> Reference:
-    """Return the reference of PEFT's `LoraConfig`.
+    """Return the reference that PEFT's `LoraConfig` describes.
 
     Raises:
-        InvalidReferenceError: it is none, or no law covers its adapters.
+        InvalidReferenceError: it is no `LoraConfig`, lacks a rank or an alpha, or no law covers the
+            adapters that it makes.
     """
+    if not (hasattr(config, "r") and hasattr(config, "lora_alpha")):
+        raise InvalidReferenceError(f"{shown(config)} is not a reference.", _HOW)
     peft_type = getattr(config, "peft_type", None) or "LORA"
     kind = str(peft_type).rpartition(".")[2]
     init = getattr(config, "init_lora_weights", True)
-    is_config = hasattr(config, "r") and hasattr(config, "lora_alpha")
-    if not is_config or kind != "LORA" or declared_init(init, "linear") == "other":
+    if kind != "LORA" or declared_init(init, "linear") == "other":
         raise InvalidReferenceError(
-            f"{shown(config)} is not a reference, or no law covers its adapters.",
-            "Give Reference(rank=..., alpha=...) if you know its equivalent. " + _HOW,
+            f"No law covers the adapters of {shown(config)}.",
+            "If you know the rank and alpha of an equivalent LoRA adapter, pass"
+            " Reference(rank=..., alpha=...).",
         )
     rslora = bool(getattr(config, "use_rslora", False))
     return Reference(config.r, config.lora_alpha, rslora)
 
 
 def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
-    """Parse a reference: "r=16,alpha=32" with optional rslora, init=B, fan_in=4096, batch=64; or
-    "full,fan_in=4096".
+    """Parse a reference from a string: "r=16,alpha=32", optionally with rslora, init=B,
+    fan_in=4096 or batch=64; or "full,fan_in=4096".
 
     Args:
-        text: the reference as text. init is "A" (B starts at zero, as in PEFT, the default) or "B"
-            (A starts at zero).
-        like: the reference whose values a text without alpha keeps, except those that it gives.
-            Without it alpha is required.
+        text: the string. init is "A" (B starts at zero, as in PEFT, the default) or "B" (A starts
+            at zero).
+        like: a reference that fills in what a string without alpha leaves out. Without it a string
+            for LoRA must have rank and alpha.
 
     Raises:
-        InvalidReferenceError: a part is unknown, unreadable, given twice, missing, impossible, or
-            not for "full".
+        InvalidReferenceError: a part is unknown, unreadable, repeated, missing, impossible, or has
+            no meaning for full finetuning.
 
     >>> str(parse_reference("r=16,alpha=32"))
     'rank 16, alpha 32, init A'
@@ -110,23 +114,32 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     'rank 64, alpha 32, init A'
     """
     values: dict[str, Any] = {}
-    why = ""
+    problem = ""
     for part in filter(None, map(str.strip, text.split(","))):
-        pair = _FLAGS.get(part, part)
-        key, _, given = map(str.strip, pair.partition("="))
+        key, _, given = map(str.strip, _FLAGS.get(part, part).partition("="))
         name = _SHORT.get(key, key)
         if name in values:
-            why = f"it gives {name} twice"
+            problem = f"it has {name} twice"
         try:
             values[name] = msgspec.convert(given, _TYPES[name], strict=False)
         except (KeyError, msgspec.ValidationError):
-            why = f"{shown(part)} is no part of one"
+            problem = f"{shown(part)} is no part of one"
+    if not values and not problem:
+        problem = "it is empty"
+    is_full = values.get("method") == "full"
     extra = values.keys() - _OF_FULL
-    if values.get("method") == "full" and extra:
-        why = f"full finetuning has no {min(extra)}"
-    if why:
-        raise InvalidReferenceError(f"{shown(text)} is not a reference: {why}.", _HOW)
+    if is_full and extra:
+        problem = f"full finetuning has no {min(extra)}"
     stands_alone = {"alpha", "method"} & values.keys()
-    if stands_alone or like is None or like.method == "full":
+    if like is None or like.method == "full":
+        stands_alone = values.keys()
+    missing = {"rank", "alpha"} - values.keys()
+    if stands_alone and not is_full and missing and not problem:
+        problem = f"it has no {max(missing)}"
+    if problem:
+        raise InvalidReferenceError(
+            f"{shown(text)} is not a reference: {problem}.", _HOW
+        )
+    if stands_alone or like is None:
         return Reference(**values)
     return replace(like, **values)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from .._checks import check_choice, check_init
 from .._types import Factor, Init, Method, Role
 from ..errors import InspectionError
-from ._conventions import INITS
+from ._conventions import INITS, Reading
 from ._pairs import (
     Pair,
     Walk,
@@ -22,7 +22,7 @@ from ._pairs import (
     scaling_of,
     walk,
 )
-from ._peft_config import XLORA, declared_around
+from ._peft_config import XLORA, declared_around, other_methods
 from ._record import LAWLESS, Survey
 
 if TYPE_CHECKING:
@@ -80,28 +80,43 @@ def survey_of(
     check_choice(method, get_args(Method), "The method is")
     check_init(init, known=INITS)
     survey = read_survey(walked, method=method, init=init, also=also)
+    total = len(walked.parameters)
     if method == "full" and not survey.factors:
         raise InspectionError(
-            f"None of {len(walked.parameters)} parameters is a trainable weight of two or more"
-            " dimensions.",
-            "Set requires_grad on what full finetuning should train; FSDP1 flattens every weight,"
-            " FSDP2 does not.",
+            f"None of the model's {total} parameters is a weight of two or more dimensions that"
+            " trains.",
+            "Set requires_grad on the weights that full finetuning should train. FSDP1 flattens"
+            " all weights, so shard with FSDP2 (fully_shard) instead.",
         )
     if survey.frozen and not survey.has_adapter:
         raise InspectionError(
-            f"{len(survey.frozen)} LoRA factors found, all frozen.",
-            "Load with is_trainable=True (PeftModel.from_pretrained), or set requires_grad on those"
-            " to train.",
+            f"The model has {len(survey.frozen)} LoRA matrices, all frozen.",
+            "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True), or set"
+            " requires_grad on the matrices to train.",
         )
     if not survey.has_adapter:
-        raise InspectionError(
-            f"No trainable LoRA pair among {len(walked.parameters)} parameters.",
-            "Call peft.get_peft_model first, and train before adapters are merged. Full finetuning"
-            " is method='full'. Adapters of another layout, such as layers called A and B, or two"
-            " pairs on one module, are read by register_convention(): docs/extend/convention.md has"
-            " an example.",
-        )
+        raise _no_adapter(walked)
     return survey
+
+
+def _no_adapter(walked: Walk) -> InspectionError:
+    """Return the error for a model in which nothing trains that looks like an adapter."""
+    found = (
+        f"No trainable LoRA pair was found among {len(walked.parameters)} parameters"
+    )
+    methods = other_methods(walked.modules)
+    if methods:
+        return InspectionError(
+            f"{found}: the model's PEFT method is {' and '.join(methods)}, which has none.",
+            "Train such an adapter with a plain optimizer.",
+        )
+    return InspectionError(
+        f"{found}.",
+        "If the model has no adapters yet, call peft.get_peft_model first. If they were merged,"
+        " build the optimizer before merging. For full finetuning pass method='full'. For adapters"
+        " of another layout, such as layers called A and B or two pairs on one module, call"
+        " register_convention(): docs/extend/convention.md has an example.",
+    )
 
 
 def read_survey(
@@ -195,8 +210,8 @@ def _factor_of(
         notes.append(
             f"{pair.where} declares no scaling: 1 is assumed there, and wherever none is."
         )
-    kind = "xlora" if XLORA in declared else reading.kind
-    if kind in LAWLESS:  # no init is covered there
+    kind = _kind_of(reading, declared, pair.adapter)
+    if kind in LAWLESS:  # whatever init is declared
         init = "other"
     return Factor(
         "",
@@ -211,6 +226,16 @@ def _factor_of(
         adapter=pair.adapter,
         convention=pair.convention.name,
     )
+
+
+def _kind_of(reading: Reading, declared: Mapping[str, object], adapter: str) -> str:
+    """Return the kind of a pair's layer, or the name of what makes it a pair without a law."""
+    if XLORA in declared:
+        return "xlora"
+    # MiCA trains A from zero beside a frozen, orthonormal B. No law was derived for that.
+    if str(declared.get(adapter)).lower() == "mica":
+        return "mica"
+    return reading.kind
 
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:

@@ -83,7 +83,10 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
         return kinds
     others = dict.fromkeys(unread_lora(survey), _UNREAD)
     if assigner.source.reference is not None:
-        others |= {n: k for n, k in survey.unsupported.items() if is_other_adapter(n)}
+        for name, kind in survey.unsupported.items():
+            # Parts that train beside a LoRA pair, such as DoRA's magnitude, are no surprise.
+            if is_other_adapter(name) or not survey.factors:
+                others[name] = kind
     for name, kind in others.items():
         if rate_of(name, other=True) is None:
             kinds[name] = kind

@@ -211,7 +211,7 @@ AT_8, LR_OF = "r=8,alpha=8", "lr digits.toml --rank 8"
 BAD = {
     "inspect nowhere": "nowhere",
     f"convert 1e-3 --from r=8 --to {AT_8}": "alpha",
-    f"convert 1e-3 --from {AT_8} --to r=x": 'as "r=16,alpha=32,rslora,init=B,fan_in=4096',
+    f"convert 1e-3 --from {AT_8} --to r=x": '"r=16,alpha=32,rslora,init=B,fan_in=4096',
     f"convert 0 --from {AT_8} --to {AT_8}": "lr is 0",
     f"convert 1e-3 --from {AT_8},init=pissa --to {AT_8}": "suggest --init pissa",
     "show nowhere.toml": "nowhere.toml cannot be read",

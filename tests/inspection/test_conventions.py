@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,11 +310,37 @@ def test_ordinary_layers_are_no_adapter(model):
     assert {other_kind(name) for name in survey.other} == {None}
 
 
+def test_a_peft_method_that_inspection_does_not_know_is_named():
+    """A model under such a method is not told to call get_peft_model, which it did."""
+    model = nn.Linear(3, 3)
+    model.peft_config = {"default": SimpleNamespace(peft_type="NEWFT")}
+    with pytest.raises(InspectionError, match="PEFT method is NEWFT") as caught:
+        inspect_model(model)
+    assert "get_peft_model" not in str(caught.value)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_new_tokens_alone_are_an_adapter(frozen):
+    """PEFT can train new tokens and nothing else. Beside frozen LoRA matrices they do not hide that these are frozen."""
+    model = nn.ModuleDict({"embed": nn.Module()})
+    model["embed"].trainable_tokens_delta = nn.ParameterDict({"x": torch.ones(2, 3)})
+    if frozen:
+        model["q"] = adapted().requires_grad_(False)
+        with pytest.raises(InspectionError, match="all frozen"):
+            inspect_model(model)
+    else:
+        assert set(inspect_model(model).unsupported.values()) == {"new tokens"}
+
+
 KINDS = [
     ("q.hada_w1_a.default", "LoHa", True),
     ("q.lora_A.3", "DyLoRA", True),
     ("q.up_list.0", "DyLoRA", True),
     ("q.a1.weight", "GLoRA", True),
+    ("attn.adaption_gate", "Adaption Prompt", True),
+    ("layers.0.shadow_down.default.weight", "SHADOW", True),
+    ("shadow_net.weight", None, False),
+    ("embed.trainable_tokens_delta.default", "new tokens", False),
     ("q.lora_magnitude", "DoRA magnitude", False),
     ("q.magnitude", "DoRA magnitude", False),
     ("q.dora_scale", "DoRA magnitude", False),

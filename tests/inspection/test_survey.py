@@ -148,9 +148,9 @@ def test_frozen_pairs_are_refused(head_trains):
     """Pairs that are all frozen, as PEFT loads them, are an error that says how to load them for training."""
     model = mlp((4, 4)).requires_grad_(False)
     model.head.requires_grad_(head_trains)
-    with pytest.raises(InspectionError, match=r"^4 LoRA .*, all frozen") as caught:
+    with pytest.raises(InspectionError, match=r"4 LoRA matrices, all frozen") as caught:
         inspect_model(model)
-    assert caught.value.cure.startswith("Load with is_trainable=True")
+    assert "is_trainable=True" in caught.value.cure
 
 
 @pytest.mark.parametrize(("frozen", "left"), [("lora_A", ["B"]), ("lora_B", ["A"])])
@@ -254,7 +254,7 @@ def test_full_finetuning_takes_every_weight():
 
 
 NO_FULL = [
-    (nn.Linear(3, 3).requires_grad_(False), "full", "None of 2 parameters"),
+    (nn.Linear(3, 3).requires_grad_(False), "full", "None of the model.s 2 parameters"),
     (adapted(), "full", "a trainable LoRA pair"),
     (adapted(), "qlora", "'lora' or 'full', not 'qlora'"),
 ]

@@ -95,11 +95,13 @@ def native_groups(model):
 
 FIRST = [
     # what stands in the place of the model's parameters, the model, what is said
-    (trained, None, r"(?s)is not a model.*as model="),
+    (trained, None, r"^A list of Parameter is not a model.*as model="),
+    (lambda m: [m, 1], None, r"^A list of Sequential and int is not a model"),
+    (lambda m: m.parameters(), None, r"^A generator is not a model|<generator"),
     (lambda m: AdamW, None, "is not a model"),
     (lambda m: SimpleNamespace(model=m, args=None), None, r"attach\(trainer"),
     (lambda m: m.head, None, "get_peft_model.*method='full'.* register"),
-    (lambda m: m.requires_grad_(False), None, "all frozen. Load with is_trainable="),
+    (lambda m: m.requires_grad_(False), None, "all frozen.*is_trainable="),
     (lambda m: trained(mlp()), lambda m: m, r"belongs to no model given.*model=\["),
     (lambda m: [*trained(m), nn.Parameter(torch.ones(1))], lambda m: m, "other_lr="),
     (lambda m: [1.0], lambda m: m, "holds a float"),

@@ -105,6 +105,50 @@ def test_mixed_experts_of_xlora_keep_the_base_rate(lora, tmp_path):
         inspect_model(mixture_of_loras(lora, tmp_path, trainable=False))
 
 
+ALONE = {
+    # the class of PEFT's configuration, its arguments, the kind that is named
+    "AdaptionPromptConfig": (
+        {"adapter_len": 4, "adapter_layers": 1},
+        "Adaption Prompt",
+    ),
+    "TrainableTokensConfig": ({"token_indices": [0, 1]}, "new tokens"),
+    "ShadowConfig": ({}, "SHADOW"),
+    "CartridgeConfig": ({"num_virtual_tokens": 4}, "prompt tuning"),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_method_of_whole_models_is_named(lora, name):
+    """A method that needs a whole language model trains at the base learning rate, and a warning names it."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(lora, name):
+        pytest.skip("this PEFT does not have it")
+    settings, kind = ALONE[name]
+    llama = transformers.LlamaForCausalLM(llama_config(use_cache=False))
+    task = {} if name == "TrainableTokensConfig" else {"task_type": "CAUSAL_LM"}
+    model = lora.get_peft_model(llama, getattr(lora, name)(**task, **settings))
+    with pytest.warns(RankAwareWarning, match=f"No law covers {kind}"):
+        opt = RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
+    assert {group.multiplier for group in opt.rates.groups} == {1.0}
+    trains = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert set(opt.report().survey.unsupported) == trains == {*opt.rates}
+
+
+def test_mica_keeps_the_base_rate(lora):
+    """MiCA trains A beside a frozen orthonormal B. No law covers that, before and after A has left zero."""
+    try:
+        model = peft(dense, init_lora_weights="mica")(4, 8.0)
+    except ValueError:
+        pytest.skip("this PEFT has no MiCA")
+    for _ in range(2):
+        with pytest.warns(RankAwareWarning, match="^No law covers MiCA: 1 "):
+            opt = RankAwareOptimizer(model, "adamw", lr=1e-3, tuned_at="r=16,alpha=16")
+        (group,) = opt.rates.groups
+        assert (group.role, group.init, group.multiplier) == ("A", "other", 1.0)
+        model(*drawn(2, IN)()).square().mean().backward()
+        opt.step()
+
+
 @pytest.mark.parametrize("part", ["a", "b"])
 def test_block_diagonal_factors(lora, part):
     """BD-LoRA's block-diagonal A or B is read at its declared rank and passes the probe."""
