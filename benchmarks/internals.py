@@ -8,7 +8,7 @@ from rankaware_optim._optimizers import (
 from rankaware_optim.calibration._calibration import Calibration, calibrated_recipe
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
-from rankaware_optim.calibration._trials import Run, Setting, Settled, Trials
+from rankaware_optim.calibration._trials import Build, Run, Setting, Trials
 from rankaware_optim.laws._mua import FORMS
 from rankaware_optim.reports._figure import COLOURS, rate_axis
 from rankaware_optim.sweeps._fit import Source, SweepRun, read_sweep
@@ -30,7 +30,7 @@ __all__ = [
     "SPREAD",
     "Run",
     "Setting",
-    "Settled",
+    "Build",
     "Source",
     "SweepRun",
     "TASK_SD",

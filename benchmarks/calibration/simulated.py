@@ -40,10 +40,10 @@ from calibration.plain import TRIALS
 from calibration.studies import STEPS, searched
 from calibration.surfaces import Surface, study_surfaces
 from internals import (
+    Build,
     Calibration,
     Options,
     Setting,
-    Settled,
 )
 from recording import RESULTS, block, machine, made_on, number, percent
 from study.configurations import CONFIGS
@@ -99,8 +99,8 @@ def calibrated(on: Surface, plan: Plan, seed: Sequence[int]) -> Recipe:
     """The recipe of a study that takes its losses from a surface."""
     seeds, guess = drawn(on, seed)
     options = options_of(on, plan, seeds)
-    settled = settled_of(on, options)
-    return searched(options, settled, guess, partial(run, on), plan.budget)
+    build = build_of(on, options)
+    return searched(options, build, guess, partial(run, on), plan.budget)
 
 
 def drawn(on: Surface, seed: Sequence[int]) -> tuple[tuple[int, ...], float]:
@@ -122,8 +122,8 @@ def options_of(on: Surface, plan: Plan, seeds: Sequence[int]) -> Options:
     )
 
 
-def settled_of(on: Surface, options: Options) -> Settled:
-    return Settled(reference_of(on, options.anchor or FULL), on.full_fan_in, {})
+def build_of(on: Surface, options: Options) -> Build:
+    return Build(reference_of(on, options.anchor or FULL), on.full_fan_in, {})
 
 
 def run(on: Surface, study: Calibration, setting: Setting, x: float) -> Observation:
@@ -137,7 +137,7 @@ def run(on: Surface, study: Calibration, setting: Setting, x: float) -> Observat
 def own_rate(on: Surface, study: Calibration, rank: int, x: float) -> float:
     """log2 of a rank's rate, of that of the base rate."""
     at = reference_of(on, rank).as_factor()
-    reference = study.settled.reference
+    reference = study.build.reference
     return x + math.log2(checked_multiplier(study.law({}), at, reference))
 
 

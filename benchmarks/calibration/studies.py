@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from internals import (
+    Build,
     Calibration,
     Options,
     Run,
     Setting,
-    Settled,
     Trials,
     calibrated_recipe,
     next_rate,
@@ -38,19 +38,19 @@ class MadeUp(Run):
 
 def searched(
     options: Options,
-    settled: Settled,
+    build: Build,
     guess: float,
     run: Outcome,
     budget: int | None = None,
 ) -> Recipe:
     """Make all trials that the schedule asks for, and return the recipe: see `search`."""
-    *_, calibration = search(options, settled, guess, run, budget)
+    *_, calibration = search(options, build, guess, run, budget)
     return calibrated_recipe(calibration)
 
 
 def search(
     options: Options,
-    settled: Settled,
+    build: Build,
     guess: float,
     run: Outcome,
     budget: int | None = None,
@@ -61,13 +61,13 @@ def search(
 
     Args:
         options: what is tried.
-        settled: what the first model would settle.
+        build: what the first model would settle.
         guess: octaves added to the first guess of the rate.
         run: (calibration, rank and seed, log2 base rate) -> the outcome.
         budget: most steps of all trials, in place of the number of trials.
     """
     done: list[Run] = []
-    calibration = Calibration(options, settled, lambda: Trials(done))
+    calibration = Calibration(options, build, lambda: Trials(done))
     start = calibration.start
     while True:
         payable = options if budget is None else affordable(options, done, budget)

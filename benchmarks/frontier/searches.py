@@ -29,7 +29,7 @@ from calibration.searches import (
 from frontier.adaptive import ADAPTIVE, PRODIGY, optimizer
 from frontier.runs import STORE, TASKS
 from frontier.scores import OURS
-from internals import Calibration, Options, Settled, Trials, search_range
+from internals import Build, Calibration, Options, Trials, search_range
 from recording import commit
 from study.configurations import TUNED, built
 from study.configurations import optimizer as adamw
@@ -125,7 +125,7 @@ def first_octaves(domain: Domain) -> tuple[float, float]:
     law = get_law(PRIOR_LAW)
     options = Options(torch.optim.AdamW, law, (TUNED,), (0, 1), EIGHTH, trials=16)
     at = Reference(TUNED, TUNED, fan_in=domain.widths[0])
-    study = Calibration(options, Settled(at, domain.widths[1], {}), Trials)
+    study = Calibration(options, Build(at, domain.widths[1], {}), Trials)
     low, high = search_range(study)
     return low, high
 

@@ -4,13 +4,14 @@ from ._calibration import what_is_unknown as what_is_unknown
 from ._constants import FEWEST_STEPS as FEWEST_STEPS
 from ._constants import SEEDS as SEEDS
 from ._constants import TRIALS_PER_RANK as TRIALS_PER_RANK
-from ._loop import Pushed as Pushed
+from ._loop import CallbackRun as CallbackRun
 from ._loop import refuse_warmup as refuse_warmup
 from ._loop import release_memory as release_memory
 from ._loop import seeded as seeded
+from ._runner import Train as Train
+from ._runner import TrialRunner as TrialRunner
+from ._runner import search as search
 from ._schedule import Options as Options
 from ._storage import held_back as held_back
 from ._study import Replicas as Replicas
-from ._trial import Train as Train
 from ._trial import Trial as Trial
-from ._trial import search as search

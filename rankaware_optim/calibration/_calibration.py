@@ -47,7 +47,7 @@ from ._constants import (
     USUAL_LR,
 )
 from ._schedule import Options
-from ._trials import Settled, Trials, rank_words
+from ._trials import Build, Trials, rank_words
 
 ALIKE = (
     "every run of a rank and seed has the same value at every rate: nothing was trained, or no rate"
@@ -84,25 +84,25 @@ class Calibration:
 
     Args:
         options: what it tries.
-        settled: what its first model settled.
+        settled: what its first model build.
         trials: returns the trials so far.
     """
 
     def __init__(
-        self, options: Options, settled: Settled, trials: Callable[[], Trials]
+        self, options: Options, build: Build, trials: Callable[[], Trials]
     ) -> None:
         self.options = options
-        self.settled = settled
+        self.build = build
         self.trials = trials
-        self.prior = prior_of(settled.reference, options.ranks, settled.full_fan_in)
-        self.start = first_rate(options, settled.reference)
+        self.prior = prior_of(build.reference, options.ranks, build.full_fan_in)
+        self.start = first_rate(options, build.reference)
         # the number of observations, and their fit
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def law(self, settings: Mapping[str, Any]) -> Power:
         """Return the law at its prior means, for an optimizer of these settings."""
         law = self.options.law.bind(self.options.optimizer, settings)
-        return centred_law(law, self.settled.reference, self.prior.pivot)
+        return centred_law(law, self.build.reference, self.prior.pivot)
 
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, at their steps, or None if every run diverged.
@@ -144,14 +144,14 @@ def calibrated_recipe(
         CalibrationError: no run tells of the rate.
     """
     options = calibration.options
-    settled = calibration.settled
+    build = calibration.build
     trials = calibration.trials().counted()
     evidence = trials.evidence()
     fit = fit_observations(evidence, calibration.prior)
     if fit is None:
         refuse_ends(trials)
     notes = [*_doubts(options, trials), *what_is_unknown(fit, evidence, options.anchor)]
-    best = fit.best(settled.reference.rank)
+    best = fit.best(build.reference.rank)
     if options.suggested and (why := _why_suggested(options, trials, best)):
         fit = _fit_of_rate(fit, options.suggested)
         notes.append(why)
@@ -161,11 +161,11 @@ def calibrated_recipe(
     return recipe_of(
         fit,
         options.law.bind(options.optimizer, settings),
-        settled.reference,
+        build.reference,
         name=options.name,
         scaling_rule=infer_scaling(trials.models()),
-        full_fan_in=settled.full_fan_in,
-        layers=settled.layers,
+        full_fan_in=build.full_fan_in,
+        layers=build.layers,
         ranks=tuple(rank for rank in options.lora if rank in tried),
         full_seen=None in tried,
         optimizer=options.optimizer_name,

@@ -76,6 +76,9 @@ ALIKE_ERRORS = 3.6
 
 # Steps that a warm-up from zero, or a value yielded before its step, may leave without effect
 FEW = 2  # by hand
+# Factor by which the highest learning rates of two trials may differ, beside the factor between the
+# rates that they try: by hand
+SAME_PEAK = 1.1
 # Octaves: with a larger standard deviation the data hardly determine the base rate: by hand
 UNDETERMINED = 0.75
 SAME = 1e-3  # relative tolerance for the first values of two runs of one seed: by hand

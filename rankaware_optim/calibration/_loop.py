@@ -1,20 +1,28 @@
-"""What the user's training loop gives: runs that push, and what is checked of a run; seeds and
-memory.
+"""The user's training loop: runs that report by callback, checks of what a run did, random seeds,
+and memory.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .._checks import shown
 from ..errors import CalibrationError
+from ._constants import SAME_PEAK
+from ._trials import Run
+
+if TYPE_CHECKING:
+    from ._runner import TrialRunner
 
 # Out-of-memory messages of torch on the CPU (Linux, Windows), on MPS and in cuBLAS, which are plain
 # RuntimeErrors.
@@ -26,38 +34,92 @@ _OUT_OF_MEMORY = (
 )
 
 
-class Pushed(NamedTuple):
-    """A run that cannot yield, such as a trainer with callbacks. `train` may return it in place of
-    a generator.
+class CallbackRun(NamedTuple):
+    """A run that cannot yield its values, such as a trainer with callbacks. `train` may return it
+    in place of a generator.
 
-    `run(report)` calls `report(value)` at every step and ends soon after it returns True. Its
-    return value is the score.
+    Args:
+        run: called with the trial's runner. At every step it calls `runner.report(value)`, and ends
+            soon after that returns True. It returns the score, or None.
     """
 
-    run: Callable[[Callable[[Any], bool]], Any]
+    run: Callable[[TrialRunner], Any]
 
 
 # --- what a run is checked for --------------------------------------------------------------------
 
 
-def as_float(value: Any) -> float:
-    """Return a number or a tensor of one element as a float."""
-    return float(value.item() if hasattr(value, "item") else value)
+def one_number(value: Any, what: str) -> float:
+    """Return a number, or a tensor of one element, as a float.
+
+    Args:
+        value: what the loop yielded or returned.
+        what: the beginning of the error's sentence, such as "The score is".
+
+    Raises:
+        CalibrationError: it is something else.
+    """
+    shape = getattr(value, "shape", ())
+    if math.prod(shape) != 1:
+        raise CalibrationError(
+            f"{what} a {type(value).__name__} of shape {tuple(shape)} instead of one number.",
+            "Take its mean: yield losses.mean().",
+        )
+    if isinstance(value, Mapping):
+        names = ", ".join(map(repr, value))
+        raise CalibrationError(
+            f"{what} a {type(value).__name__} with the keys {names} instead of one number.",
+            "Yield the loss alone, such as out['loss'] or out.loss.",
+        )
+    if hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, Real):
+        raise CalibrationError(
+            f"{what} {shown(value)} instead of a number.",
+            "Yield the loss of the step, as a float or a tensor of one element.",
+        )
+    return float(value)
+
+
+def refuse_other_peaks(run: Run, others: Iterable[Run]) -> None:
+    """Raise a `CalibrationError` if a trial did not train at the learning rate that it tries.
+
+    A schedule multiplies the trial's learning rate by the same numbers in every trial. So the
+    highest learning rates that two trials used have the ratio of the rates that they try. If not,
+    something else sets the learning rate, and the search would compare nothing.
+
+    Args:
+        run: the trial that has ended.
+        others: trials that have ended before.
+    """
+    for other in others:
+        if not run.peak_share or not other.peak_share:
+            continue
+        if abs(math.log(run.peak_share / other.peak_share)) <= math.log(SAME_PEAK):
+            continue
+        raise CalibrationError(
+            f"Trials {other.number} and {run.number} were to try the learning rates"
+            f" {other.lr:.3g} and {run.lr:.3g}, but the highest ones that their optimizers used are"
+            f" {other.peak_lr:.3g} and {run.peak_lr:.3g}. Something in train sets the learning rate"
+            " itself.",
+            "Take it from trial.lr, for example OneCycleLR(opt, max_lr=trial.lr, ...), and build"
+            " optimizer, groups and schedule anew in every trial.",
+        )
 
 
 def refuse_warmup(warmup: float, steps: int) -> None:
     """Raise a `CalibrationError` if a warm-up is as long as a trial, both in steps."""
     if warmup >= steps:
         raise CalibrationError(
-            f"The warm-up is as long as the trial: the rate still rises at its step {steps}, so"
-            " the rate of the run is never tried.",
-            "Give the warm-up as a share of the steps, or scale its steps by those of the trial.",
+            f"The warm-up is as long as the trial: at its last step, {steps}, the learning rate"
+            " still rises, so the trial never trains at its learning rate.",
+            "Let the warm-up be a share of trial.steps, for example trial.steps // 10.",
         )
 
 
 def rising_steps(rates: Sequence[float]) -> int:
-    """Return the number of steps over which the rate rose from the first one to its highest; 0 if
-    it did not.
+    """Return over how many steps the learning rate rose from its first value to its highest, or 0
+    if it did not rise.
 
     >>> rising_steps([0.5, 1.0, 0.8]), rising_steps([1.0, 1.0]), rising_steps([1.0, 0.5, 1.1])
     (2, 0, 0)
@@ -68,10 +130,15 @@ def rising_steps(rates: Sequence[float]) -> int:
 
 
 def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
-    """Raise a `CalibrationError` if every step had several values, as where each micro-batch yields
-    one. A step that was skipped, as by a GradScaler, is none.
+    """Raise a `CalibrationError` if the loop yields several values a step, such as one for each
+    micro-batch.
 
-    stepped: the number of values before each step of the optimizer. taken: that of all values.
+    A step that a GradScaler skipped has a value but is no step of the optimizer, so a single gap
+    proves nothing: all of them must be too long.
+
+    Args:
+        stepped: for each step of the optimizer, how many values were yielded before it.
+        taken: how many values were yielded in all.
     """
     # a single step has the values after it
     ends = stepped if len(stepped) != 1 else [*stepped, taken]
@@ -79,18 +146,18 @@ def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
         raise CalibrationError(
             f"train yielded {taken} values while its optimizer took {len(stepped)} step"
             f"{'s' * (len(stepped) > 1)}.",
-            "Yield one value a step, such as the mean loss of its micro-batches.",
+            "Yield one value for each step, such as the mean loss of its micro-batches.",
         )
 
 
 def has_moved(opt: Any) -> bool:
-    """Return whether some factor that was zero at the start is not zero, or none can be seen."""
+    """Return whether a LoRA matrix that was zero at the start has changed, or none was zero."""
     seen = False
     for group in [] if opt is None else opt.rates.groups:
         if {group.role, group.init} != {"A", "B"}:
             continue
         for factor in group.params:
-            # of a sharded one, this process's part
+            # a sharded matrix: the part that this process holds
             part = factor.to_local() if hasattr(factor, "to_local") else factor
             if part.any():
                 return True
@@ -103,7 +170,7 @@ def has_moved(opt: Any) -> bool:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch, random and numpy for one run, and restore all three afterwards."""
+    """Seed torch, random and numpy for one run, and restore their states afterwards."""
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -133,8 +200,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Collect reference cycles and release the accelerator's cached memory.
 
-    Call it after the error was dropped, since its traceback keeps the frames and their tensors
-    alive.
+    Call it after the `except` block of an error: the error's traceback keeps the frames of the run,
+    and with them its tensors, alive.
     """
     gc.collect()
     if torch.cuda.is_initialized():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NoReturn, get_type_hints
+from typing import Any, TypeVar
 
-import msgspec
-from msgspec import Meta
 from torch.optim import Optimizer
 
-from .._checks import MOST_RANKS, limits, plain
+from .._checks import (
+    MOST_RANKS,
+    check_range,
+    is_number,
+    is_positive,
+    plain,
+    shown,
+)
 from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from ..errors import CalibrationError
@@ -21,10 +26,9 @@ from ..laws import Law, recordable_law
 from ._constants import BRACKET, FAR, MOST_BRACKET, PER_SEED, TRIALS_PER_RANK
 from ._trials import Setting, Trials
 
-Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0.0, le=sys.float_info.max)]
-_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+$"
-_CHECKED_ELSEWHERE = ("optimizer", "law", "suggested", "noisy")
+T = TypeVar("T")
+# one character or more, none of which controls a terminal or is half of another
+_PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -45,47 +49,47 @@ class Options:
 
     optimizer: type[Optimizer]
     law: Law
-    ranks: Annotated[
-        Sequence[Annotated[int, limits("rank")] | None],
-        Meta(min_length=1, max_length=MOST_RANKS),
-    ]
-    seeds: Annotated[Sequence[Annotated[int, limits("seed")]], Meta(min_length=1)]
-    steps: Count
-    trials: Count | None = None
-    full_trials: Annotated[int, Meta(ge=0)] = 0
-    lr_range: tuple[Positive, Positive] | None = None
-    target_steps: Count | None = None
-    batch: Positive | None = None
-    warmup: Annotated[float, Meta(ge=0.0, lt=1.0)] | None = None
-    name: Annotated[str, Meta(pattern=_PRINTABLE)] = "calibration"
+    ranks: Sequence[int | None]
+    seeds: Sequence[int]
+    steps: int
+    trials: int | None = None
+    full_trials: int = 0
+    lr_range: tuple[float, float] | None = None
+    target_steps: int | None = None
+    batch: float | None = None
+    warmup: float | None = None
+    name: str = "calibration"
     suggested: Rate | None = None
     noisy: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "optimizer", get_optimizer_class(self.optimizer))
-        object.__setattr__(self, "law", recordable_law(self.law))
-        self._check_ranges()
-        if self.full_trials and None in self.ranks:
-            self._refuse("full_trials", "Leave it out, or None out of the ranks.")
-        if self.target < self.steps:
-            self._refuse("target_steps", f"Give at least a trial's {self.steps} steps.")
-        in_order = sorted({*self.ranks}, key=lambda rank: (rank is None, rank or 0))
-        object.__setattr__(self, "ranks", tuple(in_order))
-        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
-
-    def _check_ranges(self) -> None:
-        for name, kind in get_type_hints(Options, include_extras=True).items():
-            if name in _CHECKED_ELSEWHERE:
-                continue
-            value = plain(getattr(self, name))
+        checked = {
+            "optimizer": get_optimizer_class(self.optimizer),
+            "law": recordable_law(self.law),
+            "ranks": _ranks(self.ranks),
+            "seeds": _seeds(self.seeds),
+            "steps": _count("steps", self.steps),
+            "trials": _optional(_count, "trials", self.trials),
+            "full_trials": _count("full_trials", self.full_trials, least=0),
+            "lr_range": _optional(_lr_range, "lr_range", self.lr_range),
+            "target_steps": _optional(_count, "target_steps", self.target_steps),
+            "batch": _optional(_positive, "batch", self.batch),
+            "warmup": _optional(_share, "warmup", self.warmup),
+            "name": _name(self.name),
+        }
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
-            try:
-                msgspec.convert(value, kind)
-            except msgspec.ValidationError as error:
-                self._refuse(name, f"{error}.")
-
-    def _refuse(self, name: str, cure: str) -> NoReturn:
-        raise CalibrationError(f"{name} is {getattr(self, name)!r}.", cure)
+        if self.full_trials and None in self.ranks:
+            raise CalibrationError(
+                f"full_trials is {self.full_trials}, but ranks={list(self.ranks)} already has full"
+                " finetuning (None).",
+                "Remove full_trials=, or take None out of ranks=.",
+            )
+        if self.target < self.steps:
+            raise CalibrationError(
+                f"target_steps is {self.target}, but each trial has {self.steps} steps.",
+                f"Pass at least target_steps={self.steps}, or a lower steps=.",
+            )
 
     @property
     def lora(self) -> list[int]:
@@ -143,6 +147,115 @@ class Options:
         """What all trials cost, in words."""
         total = f"at most {self.runs * self.steps:,} steps"
         return f"{self.runs} trials × {self.steps:,} steps = {total}"
+
+
+# --- checks of the arguments ----------------------------------------------------------------------
+# Each returns the value as it is kept, or raises a `CalibrationError` that names the argument.
+
+
+def _optional(check: Callable[[str, Any], T], name: str, value: Any) -> T | None:
+    return None if value is None else check(name, value)
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    number = plain(value)
+    if value is None:
+        raise CalibrationError(
+            f"{name}= was not passed to calibrate.",
+            f"Pass {name}=, for example steps=500: the optimizer steps of one trial.",
+        )
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise CalibrationError(
+            f"{name} is {shown(value)}.", f"Pass a whole number of at least {least}."
+        )
+    return number
+
+
+def _positive(name: str, value: Any) -> float:
+    number = plain(value)
+    if not is_positive(number):
+        raise CalibrationError(
+            f"{name} is {shown(value)}.", "Pass a positive finite number."
+        )
+    return number
+
+
+def _share(name: str, value: Any) -> float:
+    share = plain(value)
+    if not is_number(share) or not 0 <= share < 1:
+        raise CalibrationError(
+            f"{name} is {shown(value)}.",
+            "Pass the share of the steps, from 0 to below 1, such as 0.1.",
+        )
+    return share
+
+
+def _lr_range(name: str, value: Any) -> tuple[float, float]:
+    ends = plain(value)
+    is_pair = isinstance(ends, (list, tuple)) and len(ends) == 2
+    if not is_pair or not all(map(is_positive, ends)):
+        raise CalibrationError(
+            f"{name} is {shown(value)}.",
+            "Pass the lowest and the highest learning rate, two positive finite numbers, such as"
+            " lr_range=(1e-5, 1e-2).",
+        )
+    low, high = ends
+    return low, high
+
+
+def _ranks(value: Any) -> tuple[int | None, ...]:
+    """Return the ranks in order, full finetuning last."""
+    ranks = plain(value)
+    if value is None or isinstance(value, (str, bytes)) or not _is_listed(ranks):
+        what = f"ranks is {shown(value)}"
+        if value is None:
+            what = "ranks= was not passed to calibrate"
+        raise CalibrationError(
+            f"{what}.",
+            "For a function that builds a model, pass the lowest and the highest LoRA rank that you"
+            " want to use, such as ranks=[8, 64]; None stands for full finetuning. For a model that"
+            " exists already, pass model= too.",
+        )
+    for rank in ranks:
+        if rank is not None:
+            _whole("rank", rank, f"ranks is {shown(value)}, and {shown(rank)} in it")
+    in_order = sorted({*ranks}, key=lambda rank: (rank is None, rank or 0))
+    if len(in_order) > MOST_RANKS:
+        raise CalibrationError(
+            f"ranks has {len(in_order)} ranks.", f"Pass at most {MOST_RANKS} ranks."
+        )
+    return tuple(in_order)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    seeds = plain(value)
+    if not _is_listed(seeds):
+        raise CalibrationError(
+            f"seeds is {shown(value)}.",
+            "Pass a list of whole numbers, such as seeds=[0, 1].",
+        )
+    for seed in seeds:
+        _whole("seed", seed, f"seeds is {shown(value)}, and {shown(seed)} in it")
+    return tuple(dict.fromkeys(seeds))
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, (list, tuple, range)) and len(value) > 0
+
+
+def _whole(name: str, value: Any, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise CalibrationError(f"{what} is no whole number.", "Pass whole numbers.")
+    check_range(name, value, what, CalibrationError)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
+        raise CalibrationError(
+            f"name is {shown(value)}.",
+            "Pass a string of at least one character, without control characters.",
+        )
+    return value
 
 
 # --- the order of the trials ----------------------------------------------------------------------

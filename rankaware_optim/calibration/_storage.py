@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import optuna
 from filelock import FileLock
@@ -83,34 +83,56 @@ def _database(url: str) -> BaseStorage:
 
 
 def _journal(path: Path) -> BaseStorage:
-    """Open a journal. The kernel frees its lock when the holder is killed, where Optuna's lock file
-    would stay for 30 s. By whatever link it is reached, it has one lock.
-    """
+    """Open a journal file. Its lock belongs to the real path, whatever link leads there."""
     lock = Path(f"{path}.rankaware.lock")  # not PATH.lock, which may be poetry's
-    other = None
-    # FileLock would empty a lock with content, and a pipe would never be read
-    if lock.exists() and lock.stat().st_size:
-        other = lock
-    head = b""
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(len(_OPERATION))
-    if head not in (b"", _OPERATION) or (path.exists() and not path.is_file()):
-        other = path
-    if other is not None:
-        raise CalibrationError(
-            f"storage={str(path)!r} cannot be used: {str(other)!r} is there, is no study's, and was"
-            " not changed.",
-            "Name a new file, the journal of a study, or a database by its URL, such as"
-            " 'sqlite:///study.db'.",
-        )
+    if _is_other_file(path):
+        _refuse_file(path, path)
+    if _is_other_lock(lock):
+        _refuse_file(path, lock)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # where a file system has no locks, FileLock would fall back to a file that outlives a kill
-    with lock.open("ab") as file, suppress(BlockingIOError):
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _check_locks(lock)
+    # Optuna's own lock is a file that a killed process leaves behind for 30 s. FileLock asks the
+    # kernel, which frees the lock as soon as its holder is dead.
     held: Any = FileLock(lock, timeout=LOCK_S)
     return JournalStorage(_JournalFile(str(path), lock_obj=held))
+
+
+def _is_other_file(path: Path) -> bool:
+    """Return whether something is at a path that is no journal and no empty file."""
+    if not path.exists():
+        return False
+    if (
+        not path.is_file()
+    ):  # a folder, a device, or a pipe, from which reading would never end
+        return True
+    with path.open("rb") as file:
+        head = file.read(len(_OPERATION))
+    return head not in (b"", _OPERATION)
+
+
+def _is_other_lock(lock: Path) -> bool:
+    """Return whether a lock file has content, which FileLock would erase."""
+    return lock.exists() and lock.stat().st_size > 0
+
+
+def _refuse_file(path: Path, other: Path) -> NoReturn:
+    raise CalibrationError(
+        f"storage={str(path)!r} cannot be used: {str(other)!r} exists but does not belong to a"
+        " study. It was left unchanged.",
+        "Name a new file, the journal of a study, or a database by its URL, such as"
+        " 'sqlite:///study.db'.",
+    )
+
+
+def _check_locks(lock: Path) -> None:
+    """Raise the system's error if files cannot be locked here, as on some network mounts.
+
+    FileLock would then use the mere existence of the file as the lock, which outlives a kill.
+    """
+    if fcntl is None:
+        return
+    with lock.open("ab") as file, suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class _JournalFile(JournalFileBackend):

@@ -40,7 +40,7 @@ from ._storage import (
 from ._trials import Run, Setting, Trials, rank_words
 
 T = TypeVar("T")
-_SCHEMA = 3  # of a stored study, raised if another version would misread it
+_SCHEMA = 4  # of a stored study, raised if another version would misread it
 
 
 class Replicas:
@@ -148,17 +148,22 @@ class Study:
             pause = min(2 * pause, SLOW_POLL_S)
 
     def open(self, storage: Any, price: str) -> None:
-        """Create the Optuna study, or continue the stored one of the same name. Say what a new one
-        costs, with `price` for what it costs beside steps.
+        """Create the Optuna study, or continue the stored one of the same name.
 
-        It waits until each trial that runs has shown a sign of life, or has ended. So the same call
-        after a kill repeats the killed trial before it goes on, as if it had not been killed.
+        Args:
+            storage: see `calibrate`.
+            price: what the trials cost beside their steps, which a new study prints.
         """
         self._place = storage
-        self.wait(self._are_heard, self.lead(self._open, price))
+        self.lead(self._open)
+        self.lead(self._announce, price)
+        silent = self.lead(self._begin_heartbeat)
+        # A killed worker leaves a running trial, and so does a worker that is still alive. Wait
+        # until each of them has shown a new heartbeat or was declared dead: then the same call
+        # after a kill repeats the killed trial first, and goes on as if nothing had happened.
+        self.wait(self._are_heard, silent)
 
-    def _open(self, price: str) -> dict[int, int | None]:
-        """Open the study. Return the last heartbeats of others."""
+    def _open(self) -> None:
         opened = open_storage(self._place)
         if isinstance(self._place, (str, os.PathLike)):
             self._to_close = opened
@@ -168,25 +173,32 @@ class Study:
                 storage=opened,
                 load_if_exists=True,
             )
+        self.check_options(self.runs())
+
+    def _announce(self, price: str) -> None:
+        """Say what a new study costs, or warn if a stored one was made with other code."""
         trials = self.runs()
-        self.check_options(trials)
         ended = trials.counted()
-        running = trials.running()
-        for last in (*ended, *running)[-1:]:
+        for last in (*ended, *trials.running())[-1:]:
             if changed := differences(last.made_with, self._code):
                 warn(
                     f"The stored study {self.options.name!r} was made with {changed}. Its trials"
-                    " can be compared with new ones only if the training has not changed."
-                    " Otherwise give this calibration another name."
+                    " can be compared with new ones only if the training is the same. If it is"
+                    " not, choose another name= for this calibration."
                 )
         self._before, self._began = len(ended), time.monotonic()
         if not ended:
             self._say(f"{self.options.price}{price}")
+
+    def _begin_heartbeat(self) -> dict[int, int | None]:
+        """Start this worker's heartbeat. Return the last heartbeat of every running trial."""
+        running = self.runs().running()
         self._heartbeat = Heartbeat(self._study)
         self._heartbeat.start()
         return {run.number: run.heartbeat for run in running}
 
     def _are_heard(self, silent: Mapping[int, int | None]) -> bool:
+        """Return whether each trial that runs has another heartbeat than in `silent`."""
         running = self.runs().running()
         return all(silent.get(run.number, -1) != run.heartbeat for run in running)
 
@@ -243,9 +255,9 @@ class Study:
     def calibration(self) -> Calibration | None:
         """Return what the runs tell, once a first one was built: its model is the reference."""
         if self._calibration is None:
-            settled = [run.settled for run in self.runs() if run.settled]
-            if settled:
-                self._calibration = Calibration(self.options, settled[0], self.runs)
+            builds = [run.build for run in self.runs() if run.build]
+            if builds:
+                self._calibration = Calibration(self.options, builds[0], self.runs)
         return self._calibration
 
     def next(self) -> Setting | None:

@@ -42,14 +42,14 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What a trial was built with. The model of the first one settles the reference of all.
+class Build:
+    """What a trial has built. The first trial's model is the reference of the whole study.
 
     Args:
         reference: the model's configuration.
-        full_fan_in: the fan-in that decides full finetuning.
+        full_fan_in: the fan-in on which full finetuning's learning rate depends.
         layers: the mean fan-in of the adapted layers, by name pattern.
-        settings: see `settings_in_force`.
+        settings: the optimizer's settings, see `settings_in_force`.
     """
 
     reference: Reference
@@ -73,9 +73,10 @@ class Run:
         score: the value that it returned, None if it returned none.
         end: how it ended before its last step.
         warmup: the share of the steps over which its rate rose.
+        peak_lr: the highest base learning rate that its optimizer used, if it took all steps.
         heartbeat: counts up while its worker lives.
         made_with: see this function.
-        settled: what it was built with.
+        build: what it has built.
     """
 
     rank: Annotated[int, limits("rank")] | None = None
@@ -88,9 +89,10 @@ class Run:
     score: float | None = None
     end: End = ""
     warmup: Annotated[float, limits("share")] = 0.0
+    peak_lr: Annotated[float, Meta(ge=0.0)] | None = None
     heartbeat: int | None = None
     made_with: dict[str, Any] = field(default_factory=lambda: {"schema": None})
-    settled: Settled | None = None
+    build: Build | None = None
 
     @classmethod
     def read(cls, trial: FrozenTrial) -> Run:
@@ -112,8 +114,20 @@ class Run:
         return Setting(self.rank, self.seed)
 
     @property
+    def lr(self) -> float | None:
+        """The base learning rate that it tries."""
+        return None if self.x is None else 2.0**self.x
+
+    @property
+    def peak_share(self) -> float | None:
+        """The highest learning rate that it used, relative to the one that it tries."""
+        if self.lr is None or self.peak_lr is None:
+            return None
+        return self.peak_lr / self.lr
+
+    @property
     def settings(self) -> dict[str, Any]:
-        return {} if self.settled is None else self.settled.settings
+        return {} if self.build is None else self.build.settings
 
     @property
     def value(self) -> float:
@@ -202,7 +216,7 @@ class Trials(tuple[Run, ...]):
 
     def models(self) -> list[Reference]:
         """Return the configurations of the models."""
-        return [run.settled.reference for run in self if run.settled]
+        return [run.build.reference for run in self if run.build]
 
     # --- what may be wrong with them --------------------------------------------------------------
 

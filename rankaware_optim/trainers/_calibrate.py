@@ -25,8 +25,8 @@ from ..calibration import (
     BY_TRAINING,
     FEWEST_STEPS,
     SEEDS,
+    CallbackRun,
     Options,
-    Pushed,
     Replicas,
     Train,
     Trial,
@@ -265,7 +265,7 @@ def _loop(runs: TrainerRuns, place: Any, snapshot: Snapshot, whole: int) -> Trai
         made = place.run(trial, whole)
         if is_trainer(made) or is_pair(made):
             run_made = run_trainer if is_trainer(made) else run_pair
-            return Pushed(lambda report: run_made(made, runs.begin(trial, report)))
+            return CallbackRun(lambda runner: run_made(made, runs.begin(trial, runner)))
         if runs.settings or runs.score is not None:
             raise CalibrationError(
                 "settings= or score= was given, but train returned no trainer.",

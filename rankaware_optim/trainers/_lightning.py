@@ -10,7 +10,6 @@ import copy
 import logging
 import math
 import signal
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -233,7 +232,7 @@ def _at_trials_rate(
             " recipe=.",
         )
     run.like = like  # the trial's reference is weak
-    run.trial._scheduled = weakref.ref(opt)
+    run.runner.follow(opt)
     return configured
 
 

@@ -80,18 +80,16 @@ class TrainerRuns:
     like: Any = None
 
     def begin(
-        self, trial: calibration.Trial, report: Callable[[Any], bool]
+        self, trial: calibration.Trial, runner: calibration.TrialRunner
     ) -> TrainerRuns:
-        """Return this record, of a trial that begins. report: gets a step's value and returns
-        whether the run must end.
-        """
-        self.trial, self._report, self.steps_taken = trial, report, 0
+        """Return this record, of a trial that begins. runner: takes the values of its steps."""
+        self.trial, self.runner, self.steps_taken = trial, runner, 0
         return self
 
     def end_step(self, value: Any) -> bool:
         """Report the step's value. Return whether the run must end."""
         self.steps_taken += 1
-        return self._report(value)
+        return self.runner.report(value)
 
     def result(self, trainer: Any, loss: Callable[[], Any]) -> Any:
         """Return the score of a run that took all its steps, or None if there is none. loss:

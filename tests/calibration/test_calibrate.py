@@ -17,7 +17,7 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted, Power
-from rankaware_optim.calibration import Pushed, _trial
+from rankaware_optim.calibration import CallbackRun, _runner
 from rankaware_optim.laws import PRIOR_LAW, get_law
 
 from ..helpers.calibrations import (
@@ -56,7 +56,11 @@ def untrained(broken: str = "zeroed first", build=Net):
             loss.backward()
             if broken == "zeroed first":
                 opt.zero_grad(set_to_none=False)
-            rates = {"no rate": 0.0, "tiny": 1e-30, "late": min(step, 1) * trial.lr}
+            rates = {
+                "no rate": 0.0,
+                "tiny": 1e-28 * trial.lr,
+                "late": min(step, 1) * trial.lr,
+            }
             for group in opt.param_groups:
                 group["lr"] = rates.get(broken, trial.lr)
             if broken != "no step":
@@ -273,7 +277,7 @@ LENGTHS = [(None, STEPS + 1), (STEPS + 5, STEPS + 1), (STEPS, STEPS)]
 def test_the_steps_are_taken_and_the_generator_is_closed(length, taken, monkeypatch):
     """Endless or ending, a loop gives `steps` values and its `finally` runs before the next trial begins."""
     log = []
-    monkeypatch.setattr(_trial, "is_behind", lambda *_: False)
+    monkeypatch.setattr(_runner, "is_behind", lambda *_: False)
     recipe = calibrate(logged(log, length=length), trials=4)
     assert log == [taken] * 4
     assert not np.isnan(recipe.tensors["curve"]).any()
@@ -339,9 +343,9 @@ def yields(*values, later=None, returned=None):
 ONES = [1.0] * STEPS
 BAD_LOOPS = [
     (lambda trial: ONES, "returned a list"),
-    (never, "without calling trial.optimizer"),
+    (never, "before it called trial.optimizer"),
     (without_model, "is not a model"),
-    (of_rank(5), "trial.rank=16 has rank 5"),
+    (of_rank(5), "has rank 5, but trial.rank is 16"),
     (of_rank(None), "No trainable LoRA"),
     (of_rank(16, recipe="r.toml"), "recipe"),
     (yields(), f"ended after 0 of {STEPS} steps"),
@@ -603,15 +607,15 @@ def pushed(loop, *, ends=None, score=False):
     """The loop as a run that pushes its values, and goes on for two steps after it was asked to stop."""
 
     def train(trial):
-        def run(report):
+        def run(runner):
             for step, value in enumerate(loop(trial)):
                 if step == ends:
                     return None
-                if report(value) and report(value):
+                if runner.report(value) and runner.report(value):
                     break
             return float(value) if score else None
 
-        return Pushed(run)
+        return CallbackRun(run)
 
     return train
 

@@ -161,7 +161,7 @@ def test_another_schema_is_refused(journal):
     """A study that is stored in a way that this version does not know is left alone."""
     calibrate(named, trials=2, storage=journal)
     made_with(journal, schema=99)
-    with pytest.raises(CalibrationError, match="schema=99, not 3"):
+    with pytest.raises(CalibrationError, match="schema=99, not 4"):
         calibrate(named, trials=3, storage=journal)
     trials = study_in(journal).trials
     assert [t.user_attrs["made_with"]["schema"] for t in trials] == [99, 99]

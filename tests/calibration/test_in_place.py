@@ -250,7 +250,7 @@ def of_deepspeed():
         (of_deepspeed, {}, "FSDP or DeepSpeed shards it"),
         (built, {"ranks": (4, 8)}, "at its own rank"),
         (built, {"full_trials": 1}, "at its own rank"),
-        (built, {"steps": None, "target_steps": None}, "steps is None"),
+        (built, {"steps": None, "target_steps": None}, "steps= was not passed"),
         (built, {"steps": None}, "20 of the run's 80 steps"),
         (built, {"settings": {"weight_decay": 1.0}}, "train returned no trainer"),
     ],
@@ -268,5 +268,5 @@ def test_what_cannot_be_put_back_is_refused(model, options, message):
 
 def test_a_model_that_is_not_given_needs_ranks():
     """A function of the trial without model= is asked for ranks."""
-    with pytest.raises(CalibrationError, match="ranks is None"):
+    with pytest.raises(CalibrationError, match="ranks= was not passed"):
         ra.calibrate(copy.copy, "adamw", steps=100)

@@ -180,7 +180,7 @@ MOMENTS = [
     ("return", "_begin", 2),
     ("return", "acquire", 9),
     ("call", "release", 9),
-    ("return", "_propose", 2),
+    ("return", "_choose_rate", 2),
     ("call", "end_trial", 2),
     ("return", "set_trial_state_values", 2),
     ("call", "close_storage", 1),

@@ -361,7 +361,7 @@ BAD = [
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
     (with_optimizer, {}, "already has an optimizer.*leave attach out"),
-    (lambda folder: lit(folder, Own), {}, r"without calling trial\.optimizer"),
+    (lambda folder: lit(folder, Own), {}, r"before it called trial\.optimizer"),
 ]
 
 
