@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rankaware_optim as ra
-from rankaware_optim.calibration import _trial
+from rankaware_optim.calibration import _runner
 from rankaware_optim.calibration._storage import open_storage
 
 from ...helpers.calibrations import BEST, DIM, STEPS, Net, bowl, calibrate
@@ -117,7 +117,7 @@ def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
     def lags(calibration: Any, run: Any) -> bool:
         return len(run.curve) >= 4 and run.curve[-1] > 5
 
-    with mock.patch.object(_trial, "is_behind", lags):
+    with mock.patch.object(_runner, "is_behind", lags):
         recipe = calibrate(train, ranks=RANKS, trials=trials)
     return steps, recipe.tensors["curve"][0, 0].item()
 

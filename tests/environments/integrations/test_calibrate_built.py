@@ -694,7 +694,11 @@ BAD = [
     (flagged, {}, "shards it"),
     (adalora, {}, "AdaLoRA"),
     (trainer, {"ranks": (4, 8)}, "at its own rank"),
-    (trainer, {"steps": None, "share": 5.0}, "at least a trial's 120 steps"),
+    (
+        trainer,
+        {"steps": None, "share": 5.0},
+        "target_steps is 24, but each trial has 120",
+    ),
     (trainer, {"model": torch.nn.Linear(1, 1)}, "a Trainer and model=Linear"),
     (of(pair, max_epochs=-1), {}, "steps of the run are not known"),
     (of(pair, kind=NoRate), {}, "at a rate that cannot be set"),

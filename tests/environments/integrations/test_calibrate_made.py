@@ -15,7 +15,7 @@ import torch
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, RankAwareError, RankAwareOptimizer
-from rankaware_optim.calibration import _trial
+from rankaware_optim.calibration import _runner
 
 from ...helpers.models import batches, mlp
 from .trainers import (
@@ -44,7 +44,7 @@ def calibrate(make, *, ranks=(2, 4), trials=3, **options):
 def pruned(monkeypatch, steps=math.inf):
     """Let every run be pruned after so many steps, and else none."""
     stops = lambda calibration, run: len(run.curve) >= steps  # noqa: E731
-    monkeypatch.setattr(_trial, "is_behind", stops)
+    monkeypatch.setattr(_runner, "is_behind", stops)
 
 
 # --- transformers and TRL -------------------------------------------------------------------------------------------
