@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
-from inspect import signature
-from typing import Any, ParamSpec, TypeGuard, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from msgspec import Meta
 
@@ -39,33 +37,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
 }
 MOST_RANKS = 64  # in a recipe or a fit, each with a panel in the figure
 MOST_TRIALS = 2000  # in a recipe or a fit, whose time grows with their cube
-
-# What other libraries call an argument of ours.
-OTHER_NAMES = {
-    "learning_rate": "lr=",
-    "lora_alpha": "alpha=",
-    "n_trials": "trials=",
-    "r": "rank=",
-    "use_rslora": "rslora=",
-    "workers": "storage=, and make the same call in several processes",
-}
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def says_our_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function that is given an argument by another library's name say its own."""
-    known = signature(function).parameters
-
-    @wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        for name in (kwargs.keys() - known.keys()) & OTHER_NAMES.keys():
-            raise TypeError(
-                f"{function.__qualname__} has no argument {name}=. Give {OTHER_NAMES[name]}."
-            )
-        return function(*args, **kwargs)
-
-    return call
 
 
 def limits(name: str) -> Meta:

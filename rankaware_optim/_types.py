@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ._checks import check_choice, check_init, check_range, plain
+from ._near_misses import explain_near_misses
 from .errors import InvalidReferenceError
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class Reference:
         methods = ("lora", "full")
         check_choice(self.method, methods, "A reference's method is", error)
         check_init(self.init, "A reference's init is", error)
+        object.__setattr__(self, "rslora", plain(self.rslora))
+        check_choice(self.rslora, (True, False), "A reference's rslora is", error)
         needed = ("rank", "alpha") if self.method == "lora" else ()
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))
@@ -146,3 +149,6 @@ class Reference:
             return "full finetuning"
         rs = ", rslora" if self.rslora else ""
         return f"rank {self.rank}, alpha {self.alpha:g}{rs}, init {self.init}"
+
+
+Reference.__init__ = explain_near_misses(Reference.__init__)  # type: ignore[method-assign]

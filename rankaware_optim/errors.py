@@ -30,6 +30,13 @@ class RankAwareError(_CauseAndCure, Exception):
     """
 
 
+class CallError(RankAwareError, TypeError):
+    """A function was called in a way that nearly fits. The message names the call that was meant.
+
+    It is a `TypeError`, as Python raises it for an argument that a function does not have.
+    """
+
+
 class InspectionError(RankAwareError, ValueError):
     """The model's adapters cannot be read."""
 

@@ -4,11 +4,9 @@ anything is changed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import OTHER_NAMES, check_lr, is_number, plain_lr
+from .._checks import check_lr, is_number, plain_lr
+from .._near_misses import check_names
 from .._optimizers import defaults_of, get_optimizer_class, in_force, known_optimizer
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
@@ -164,14 +163,7 @@ def read_optimizer(
     if is_built:
         _refuse_built(params, {"optimizer": optimizer, "lr": lr, **settings})
         return Wrapped(native, params, settings_of_built(params))
-    for name in settings.keys() - inspect.signature(native).parameters.keys():
-        near = get_close_matches(name, ours, 1, 0.8)
-        if meant := OTHER_NAMES.get(name) or (near and f"{near[0]}="):
-            raise OptimizerError(
-                f"{name}= is an argument neither of RankAwareOptimizer nor of"
-                f" {native.__name__}.",
-                f"Give {meant}.",
-            )
+    check_names("RankAwareOptimizer", settings, ours, native)
     return Wrapped(native, None, settings)
 
 
@@ -221,11 +213,12 @@ def building(native: Native) -> Iterator[None]:
 
 # --- its rates ------------------------------------------------------------------------------------
 
-# What ends as a rate in groups, and is none at which a parameter trains: a schedule's, or that of a
-# preconditioner.
+# Settings of groups that are called rates, but at which no parameter trains: those of schedules, of
+# preconditioners and of a thermostat.
 _NO_RATES = {
     *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
     *("scheduled_lr", "precond_lr", "precondition_lr"),
+    "thermostat_lr",  # FANoSV2's, of its friction
 }
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from .._checks import plain_lr
+from .._near_misses import explain_near_misses
 from .._rate import Rate
 from .._types import Init, Method
 from ..errors import CheckpointError, OptimizerError
@@ -132,6 +133,7 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     _rankaware: Hidden
     _rankaware_native: Native
 
+    @explain_near_misses
     def __new__(  # noqa: PLR0913
         cls,
         params: Any,

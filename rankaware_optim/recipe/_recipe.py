@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .._checks import says_our_names
+from .._near_misses import explain_near_misses
 from .._printing import Table, printable
 from .._rate import Rate
 from .._types import Method, Reference, Scaling
@@ -148,7 +148,7 @@ class Recipe:
 
     # --- learning rates ---------------------------------------------------------------------------
 
-    @says_our_names
+    @explain_near_misses
     def at(
         self,
         rank: int | None = None,

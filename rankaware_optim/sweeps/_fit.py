@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .._checks import MOST_TRIALS, RANGES, check_range, limits, plain
 from .._files import read_bytes
+from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class
 from .._types import Reference
 from ..calibration import versions_used, what_is_unknown
@@ -106,6 +107,7 @@ class SweepRun:
         return Observation(self.rank, self.seed, x, *ends, returned=True)
 
 
+@explain_near_misses
 def fit_sweep(
     sweep: Source,
     *,

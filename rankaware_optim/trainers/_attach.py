@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class
 from ..errors import OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
@@ -22,6 +23,7 @@ from . import _lightning, _transformers
 from ._transformers import TrainerFactory
 
 
+@explain_near_misses
 def attach(
     trainer: Any, optimizer: type[Optimizer] | str | None = None, **settings: Any
 ) -> Report:
@@ -193,6 +195,11 @@ def log_rates(trainer: Any) -> None:
         trainer: the trainer. Its reporters, such as TensorBoard's, get the rates too. `train`
             raises an `OptimizerError` if its optimizer is no `RankAwareOptimizer`.
     """
+    if not hasattr(trainer, "callback_handler"):
+        raise OptimizerError(
+            f"log_rates got a {type(trainer).__name__}, which is not a Trainer of transformers.",
+            "Pass the trainer: log_rates(trainer). For Lightning use lightning_rates().",
+        )
     from transformers import TrainerCallback
 
     class LogRates(TrainerCallback):

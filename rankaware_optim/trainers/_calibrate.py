@@ -17,7 +17,7 @@ import optuna
 from torch import nn
 from torch.optim import Optimizer
 
-from .._checks import says_our_names
+from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class
 from .._rate import Rate
 from .._types import Reference
@@ -52,7 +52,7 @@ BY_REWARD = (
 )
 
 
-@says_our_names
+@explain_near_misses
 def calibrate(  # noqa: PLR0913
     what: Any,
     optimizer: type[Optimizer] | str,

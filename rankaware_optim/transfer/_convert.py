@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .._checks import check_lr
+from .._near_misses import explain_near_misses
 from .._rate import Rate
 from .._types import Reference
 from ..errors import InvalidReferenceError
@@ -22,6 +23,7 @@ from ..optimizer import Source, make_assigner, notes_of
 from ..recipe import ANY_WIDTH
 
 
+@explain_near_misses
 def convert_lr(
     lr: float | Rate,
     from_: ReferenceLike,

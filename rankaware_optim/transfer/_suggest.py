@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mode
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
+from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
 from .._printing import times
 from .._rate import Rate
@@ -135,6 +136,7 @@ class Suggestion(Rate):
     reference: Reference
 
 
+@explain_near_misses
 def suggest_lr(
     model: Any,
     optimizer: type[Optimizer] | str = "AdamW",
@@ -184,6 +186,7 @@ def suggest_lr(
     if task is None:
         task = "rl" if hasattr(model, "reward_funcs") else "other"
     check_choice(task, _ADVICE, "The task is", InvalidReferenceError)
+    check_choice(method, get_args(Method), "The method is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
     at, variants = _read(model, method, init, dora)
     moves = [*_moves(at, task), *variants, _factor(name, relation), *_length(steps)]
@@ -259,8 +262,11 @@ def _read(
 def _survey(model: Any, method: Method, init: Any) -> Survey:
     if isinstance(model, Survey):
         return model
+    from torch import nn
+
     read_as = init if init in ("A", "B") else None
-    model = getattr(model, "model", model)  # of a trainer
+    if not isinstance(model, nn.Module):  # a module may have a part called `model`
+        model = getattr(model, "model", model)  # of a trainer
     return inspect_model(model, method=method, init=read_as)
 
 

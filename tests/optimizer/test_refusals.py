@@ -143,7 +143,7 @@ class TakesAnything(SGD):
 @pytest.mark.parametrize("near", ["tuned_att", "recipes", "other_lrs"])
 def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, near):
     """A typo is not dropped in silence; a class's own argument is its own."""
-    with pytest.raises(OptimizerError, match=rf"{near}= .* Give {near[:-1]}="):
+    with pytest.raises(RankAwareError, match=rf"{near}=.* Use {near[:-1]}="):
         RankAwareOptimizer(mlp(), kind, lr=LR, **{near: 1.0})
     RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
 
@@ -309,8 +309,8 @@ def test_a_refused_instance_is_left_as_it_was(make, options, message):
 
 
 def test_what_has_a_rate_by_another_name_for_other_ends_is_wrapped():
-    """The rate of a schedule or of a preconditioner trains no parameter, and lists by group count for the instance."""
-    given = {"precond_lr": 0.1, "final_lr": 0.1}
+    """The rate of a schedule, a preconditioner or a thermostat trains no parameter, and lists by group count for the instance."""
+    given = {"precond_lr": 0.1, "final_lr": 0.1, "thermostat_lr": 0.1}
     RankAwareOptimizer(mlp(), called("Muon", "omnimuon"), lr=LR, **given)
     RankAwareOptimizer(mlp((4, 8)), KeepsRates, lr=LR)
 

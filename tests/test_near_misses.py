@@ -1,0 +1,97 @@
+"""A call that nearly fits is answered by the call that was meant, by every public function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+from torch.optim import AdamW
+
+import rankaware_optim as ra
+
+from .helpers.models import mlp
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "language-a.toml"
+
+
+class TakesAnything(AdamW):
+    def __init__(self, params, lr, *, init_lr=None, **others):
+        super().__init__(params, lr)
+
+
+def wrapped(optimizer=AdamW, **settings):
+    return ra.RankAwareOptimizer(mlp(), optimizer, **{"lr": 1e-3, **settings})
+
+
+def read_at(*args, **kwargs):
+    return ra.Recipe.load(RECIPE).at(*args, **kwargs)
+
+
+NEAR_MISSES = {
+    "tuned_on=": (lambda: wrapped(tuned_on="r=16,alpha=32"), "tuned_on=.*tuned_at="),
+    "tuned=": (lambda: wrapped(tuned="r=16,alpha=32"), "tuned=.*tuned_at="),
+    "a class that takes anything": (
+        lambda: wrapped(TakesAnything, tuned="r=16,alpha=32"),
+        "tuned=.*tuned_at=",
+    ),
+    "a slip of the finger": (lambda: wrapped(metod="lora"), "metod=.*method="),
+    "at(r=)": (lambda: read_at(r=16), "no argument r=.*rank="),
+    "at('full')": (lambda: read_at("full"), "'full'.*method='full'"),
+    "at(rank='full')": (lambda: read_at(rank="full"), "'full'.*method='full'"),
+    "a reference's r=": (lambda: ra.Reference(r=16, lora_alpha=32), "r=.*rank="),
+    "a calibration's r=": (
+        lambda: ra.calibrate(print, "adamw", r=16),
+        "no argument r=.*ranks=",
+    ),
+    "a calibration's rank=": (
+        lambda: ra.calibrate(print, "adamw", rank=16),
+        "rank=.*ranks=",
+    ),
+    "another name in suggest_lr": (
+        lambda: ra.suggest_lr(mlp(), optimiser="adamw"),
+        "optimiser=.*optimizer=",
+    ),
+    "another name in convert_lr": (
+        lambda: ra.convert_lr(1e-3, "r=8,alpha=8", tow="r=16"),
+        "tow=.*to=",
+    ),
+    "another name in fit_sweep": (
+        lambda: ra.sweeps.fit_sweep([], optimiser="adamw"),
+        "optimiser=.*optimizer=",
+    ),
+}
+SWAPPED = {
+    "RankAwareOptimizer": lambda model: ra.RankAwareOptimizer(AdamW, model, lr=1e-3),
+    "suggest_lr": lambda model: ra.suggest_lr("adamw", model),
+    "calibrate": lambda model: ra.calibrate("adamw", model),
+    "attach": lambda model: ra.attach(AdamW, model, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("call", NEAR_MISSES)
+def test_a_near_miss_is_answered_by_the_call_that_was_meant(call):
+    """The error names the argument that was passed and the argument to use, and is a TypeError as Python's own."""
+    attempt, words = NEAR_MISSES[call]
+    with pytest.raises(ra.RankAwareError, match=words) as caught:
+        attempt()
+    assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_model_in_the_place_of_the_optimizer_is_noticed(name):
+    """With model and optimizer swapped, the error says so and shows the order."""
+    with pytest.raises(ra.RankAwareError, match=rf"Swap them: {name}\("):
+        SWAPPED[name](nn.Linear(2, 2))
+
+
+def test_settings_that_a_class_takes_are_no_near_miss():
+    """A class's own argument reaches it, even if its name is near one of ours, and so does any other by **kwargs."""
+    opt = wrapped(TakesAnything, init_lr=1.0, epoch=3)
+    assert isinstance(opt, TakesAnything)
+
+
+def test_an_argument_that_is_near_nothing_is_pythons_error():
+    """A name that nobody can have meant stays a plain TypeError."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'quux'"):
+        read_at(quux=1)
