@@ -132,6 +132,7 @@ _ROWS = {
     "prodigy dadaptadam dadaptsgd dadaptadagrad dadaptlion dadaptadan": Known(
         one_rate=_ESTIMATES
     ),
+    "prodigyplusschedulefree": Known(one_rate="estimates its learning rates itself"),
     "lbfgs": Known(one_rate="takes one parameter group only"),
     "lorarite lorafaoptimizer": Known(one_rate=_PAIRS),
     # arXiv 2606.12921: its best rate is the same at every rank, width and depth

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,8 +15,8 @@ class Rate:
     Args:
         lr: the rate to use, per step. It is below the middle of the band if too high a rate costs
             more.
-        low: lower end of the 90 % band of the best rate, 0 if unknown.
-        high: upper end of the band, infinity if unknown.
+        low: lower end of the 90 % band of the best rate, None if unknown.
+        high: upper end of the band, None if unknown.
         ceiling: the smallest rate that diverged, moved to this configuration by the law of best
             rates. At a higher rank runs may break below it: in a published DPO such a rate fell
             twice as fast (benchmarks/results/large_models.md). None if no run diverged, and for
@@ -35,8 +34,8 @@ class Rate:
     """
 
     lr: float
-    low: float = 0.0
-    high: float = math.inf
+    low: float | None = None
+    high: float | None = None
     ceiling: float | None = None
     extrapolated: bool = False
     notes: tuple[str, ...] = ()
@@ -59,14 +58,16 @@ class Rate:
 
     @property
     def band(self) -> str:
-        """The band as text, such as "0.0005 to 0.002"."""
+        """The band as text, such as "0.0005 to 0.002"; "unknown" if an end is."""
+        if self.low is None or self.high is None:
+            return "unknown"
         return f"{self.low:.3g} to {self.high:.3g}"
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield "lr", f"{self.lr:.3g}"
         if self.configuration:
             yield "at", self.configuration
-        if math.isfinite(self.high):
+        if self.high is not None:
             yield "90 % band", self.band
         if self.ceiling is not None:
             yield (

@@ -51,6 +51,12 @@ def test_what_keeps_its_state_in_fewer_bits_is_its_base(name, known, family):
     )
 
 
+def test_a_class_that_estimates_its_rates_says_so():
+    """ProdigyPlusScheduleFree has no rate per rank, for the reason that it has, and not for a setting of its groups."""
+    reason = known_optimizer("ProdigyPlusScheduleFree")[1].one_rate
+    assert "estimates its learning rates" in reason
+
+
 NAMESAKES = [
     ("torchium", "Shampoo", "unknown"),
     ("torchium", "AdamW", "sign-like"),

@@ -206,6 +206,8 @@ def _why_suggested(options: Options, trials: Trials, best: float) -> str:
 
 def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
     """Return a fit that says no more than a rate and its band."""
+    assert rate.low is not None  # a suggestion has both ends
+    assert rate.high is not None
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
     return replace(
         fit,

@@ -26,6 +26,7 @@ from ._options import (
     INTERRUPTED,
     OPTIMIZER,
     echo,
+    echo_note,
     flag,
     law_option,
     may_name_module,
@@ -127,7 +128,7 @@ def calibrate(
         return
     signal.signal(signal.SIGTERM, _interrupt)
     if workers > 1:
-        ctx.exit(run_workers(workers))
+        ctx.exit(run_workers(workers, options["storage"]))
     if quiet:
         warnings.simplefilter("ignore", RankAwareWarning)
     try:
@@ -136,6 +137,11 @@ def calibrate(
         if quiet:
             ctx.exit(INTERRUPTED)
         raise
+    except SystemExit as error:
+        raise CalibrationError(
+            f"{spec} called sys.exit({error.code!r}) during a trial, so there is no recipe.",
+            "Remove that call: return from the function to end a trial.",
+        ) from error
     recipe.save(out)
     if not quiet:
         echo(recipe)
@@ -157,7 +163,7 @@ def load_train(spec: str) -> Any:
     """
     try:
         return resolve_name(spec)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may call sys.exit() at its end
         raise CalibrationError(
             f"{spec!r} is no function that can be imported: {type(error).__name__}: {error}.",
             "Give module:function, such as finetune:train, and run the command in the module's"
@@ -168,11 +174,15 @@ def load_train(spec: str) -> Any:
 # --- workers --------------------------------------------------------------------------------------
 
 
-def run_workers(count: int) -> int:
-    """Run this command `count` times at once, worker i with GPU i, and return an exit code.
+def run_workers(count: int, storage: str) -> int:
+    """Run this command `count` times at once, worker i with GPU i, and return the first one's exit
+    code.
 
-    The workers meet in the study's storage, and all write the recipe. The first one prints. When it
-    has ended, a worker that does not end is stopped.
+    The workers share the study in `storage`. Each writes the recipe, and the first one prints it.
+    When the first one has ended, the others get a few seconds to end too, and are then stopped.
+
+    Raises:
+        CalibrationError: a signal from outside killed the first worker, so no recipe was printed.
     """
     if "calibrate" not in sys.orig_argv:
         raise CalibrationError(
@@ -193,8 +203,25 @@ def run_workers(count: int) -> int:
         code = INTERRUPTED
         for worker in workers:
             worker.terminate()
+    killed = []
+    for number, worker in enumerate(workers, 1):
+        ended_by = worker.poll() or 0
+        if code != INTERRUPTED and ended_by < 0:
+            name = signal.Signals(-ended_by).name
+            killed.append(f"Worker {number} of {count} was killed by {name}")
+    if code < 0:
+        for worker in workers:  # each gives its trial back to the study
+            worker.terminate()
     for worker in workers:
         _end(worker)
+    if code < 0:
+        raise CalibrationError(
+            f"{killed[0]}, so the other workers were stopped. The finished trials are in"
+            f" {storage}.",
+            "Run the same command again: it continues from there.",
+        )
+    for sentence in killed:
+        echo_note(f"{sentence}. The other workers ran the rest of the trials.")
     return code
 
 

@@ -90,7 +90,7 @@ def _of_config(config: Any) -> Reference:
             "If you know the rank and alpha of an equivalent LoRA adapter, pass"
             " Reference(rank=..., alpha=...).",
         )
-    rslora = bool(getattr(config, "use_rslora", False))
+    rslora = getattr(config, "use_rslora", None) or False
     return Reference(config.r, config.lora_alpha, rslora)
 
 

@@ -73,6 +73,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "slow_loops.py").write_text(LOOP.replace("PAUSE", "0.04"))
     (tmp_path / "broken_loops.py").write_text("import not_there_at_all\n")
     (tmp_path / "raising_loops.py").write_text("1 / 0\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "leaving_loops.py").write_text(
+        "import loops, sys\n"
+        "def train(trial):\n    yield from loops.train(trial)\n    sys.exit(0)\n"
+    )
     return tmp_path
 
 
@@ -233,6 +238,35 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
     assert "RUNNING" not in states(trials_of("r.journal", "r"))
 
 
+@pytest.mark.processes
+@POSIX
+def test_a_killed_first_worker_is_named(folder):
+    """One sentence says which worker died, by which signal and where the study is; the same command continues it."""
+    process = started(*LONG, start_new_session=True)
+    until = time.monotonic() + 300
+    while len(seen(folder, "threads")) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    [first] = (
+        int(p.name.partition("-")[2]) for p in folder.glob("seen-*") if is_first(p)
+    )
+    os.kill(first, signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    said = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert process.returncode == 1, err
+    assert said == [
+        "Error: Worker 1 of 2 was killed by SIGKILL, so the other workers were stopped. The finished trials are in"
+        " r.journal. Run the same command again: it continues from there."
+    ]
+    assert not Path("r.toml").exists()
+
+
+def is_first(path: Path) -> bool:
+    """Whether the process of this file is the worker that prints."""
+    command = Path(f"/proc/{path.name.partition('-')[2]}/cmdline").read_bytes()
+    return b"--quiet" not in command
+
+
 @POSIX
 def test_a_worker_that_hangs_is_stopped(monkeypatch):
     """Once the recipe is written nothing waits for a worker for ever, not even one that ignores SIGTERM."""
@@ -252,6 +286,7 @@ BAD = [
     (["loops", *RANKS], "is no function"),
     (["nowhere:train", *RANKS], "No module named 'nowhere'"),
     (["loops.py:train", *RANKS], "finetune:train"),
+    (["script:train", *RANKS], "SystemExit: 0"),
     (["loops:NUMBER", *RANKS], "Give a function"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["loops:train", *RANKS, "--trials", 0], "Error: trials is 0. "),
@@ -275,6 +310,14 @@ def test_an_error_is_a_sentence(arguments, message, folder):
     assert done.stderr.startswith("Error: ")
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert not Path("r.toml").exists()
+
+
+def test_a_loop_that_leaves_python_is_an_error(folder):
+    """sys.exit(0) in a trial ends the command with an error, since there is no recipe."""
+    done = call("leaving_loops:train", *RANKS, "--quiet")
+    assert (done.exit_code, done.stdout) == (1, ""), done.output
+    assert "leaving_loops:train called sys.exit(0)" in done.stderr
     assert not Path("r.toml").exists()
 
 

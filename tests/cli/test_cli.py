@@ -147,6 +147,13 @@ def test_convert_says_what_a_dtype_rounds_away(dtype, share):
     assert [f"note: {note}" for note in notes if "standard deviation" in note] == more
 
 
+def test_an_unknown_end_is_null_in_json():
+    """A converted rate has no interval: both ends are null, and neither is 0."""
+    command = ["convert", "1e-3", "--from", "r=8,alpha=8", "--to", "r=64", "--json"]
+    document = json.loads(call(*command).stdout)
+    assert (document["low"], document["high"]) == (None, None)
+
+
 RATES = {
     "--rank 4": {"rank": 4},
     "--rank 4 --alpha 64": {"rank": 4, "alpha": 64},
@@ -212,6 +219,7 @@ BAD = {
     "inspect nowhere": "nowhere",
     f"convert 1e-3 --from r=8 --to {AT_8}": "alpha",
     f"convert 1e-3 --from {AT_8} --to r=x": '"r=16,alpha=32,rslora,init=B,fan_in=4096',
+    f"convert 1e-3 --from {AT_8} --to ,": "it is empty",
     f"convert 0 --from {AT_8} --to {AT_8}": "lr is 0",
     f"convert 1e-3 --from {AT_8},init=pissa --to {AT_8}": "suggest --init pissa",
     "show nowhere.toml": "nowhere.toml cannot be read",

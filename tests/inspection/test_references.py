@@ -138,7 +138,27 @@ REFUSED = [
     LoraConfig(r=0),
     LoraConfig(r=1.5),
     LoraConfig(r=None),
+    LoraConfig(use_rslora="false"),
 ]
+
+
+@pytest.mark.parametrize("text", ["", " ", ","])
+def test_an_empty_text_changes_nothing_silently(text):
+    """An empty shell variable as `to` is an error, and not the rate that it should have changed."""
+    with pytest.raises(InvalidReferenceError, match="it is empty"):
+        as_reference(text, like=LIKE)
+
+
+IMPOSSIBLE = [{"method": "Full"}, {"rslora": "false"}, {"rslora": 1}, {"rslora": None}]
+
+
+@pytest.mark.parametrize("values", IMPOSSIBLE, ids=str)
+def test_a_reference_takes_no_value_for_another(values):
+    """A method in capitals and a string for a yes or no are errors that name the argument and the value."""
+    [(name, value)] = values.items()
+    with pytest.raises(InvalidReferenceError, match=name) as caught:
+        Reference(16, 32, **values)
+    assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", REFUSED, ids=lambda v: str(v)[:40])

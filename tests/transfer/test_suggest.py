@@ -137,6 +137,24 @@ def test_a_trainer_says_its_model_and_its_task(own):
     assert chat == suggest_lr(trainer.model, task="chat")
 
 
+class WithPartCalledModel(nn.Module):
+    """As most models of transformers: the body is `model`, beside other parts."""
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.model, self.head = body, head
+
+
+def test_a_model_whose_part_is_called_model_is_read_whole():
+    """Only a trainer's `model` stands for it: full finetuning's largest fan-in may be outside that part."""
+    model = WithPartCalledModel(nn.Linear(32, 32), nn.Linear(512, 4))
+    full = Reference(method="full", fan_in=512)
+    assert suggest_lr(model, method="full").lr == suggest_lr(full).lr
+    towers = WithPartCalledModel(model_of((4, 64)), model_of((16, 64), (16, 64)))
+    assert suggest_lr(towers).reference.rank == 16
+    assert suggest_lr([towers]).reference.rank == 16
+
+
 # --- the band -------------------------------------------------------------------------------------------------------
 
 AT = Reference(rank=16, alpha=32, fan_in=4096)
@@ -258,6 +276,7 @@ FULL = Reference(method="full")
 REFUSED = [
     (AT, {"init": "corda"}),
     (AT, {"init": False}),
+    (AT, {"method": "Full"}),
     (AT, {"task": "code"}),
     (16, {}),
     (nn.Linear(4, 4), {}),
