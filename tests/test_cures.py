@@ -47,12 +47,12 @@ CURES = {
     "a README as recipe": (lambda: wrapped(recipe="README.md"), "Check the path"),
     "no adapter": (
         lambda: ra.RankAwareOptimizer(nn.Linear(3, 3), torch.optim.AdamW, lr=1e-3),
-        "Call peft.get_peft_model first",
+        "call peft.get_peft_model first",
     ),
     "a text encoder's factors": (of_one_model_only, r"model=\[unet, text_encoder\]"),
     "r=": (lambda: ra.Recipe.load(RECIPE).at(r=8), "Use rank=."),
     "workers=": (lambda: calibrated_by(workers=2), "Use storage="),
-    "log_rates(3)": (lambda: ra.integrations.log_rates(3), r"log_rates\(trainer\)"),
+    "log_rates(3)": (lambda: ra.trainers.log_rates(3), r"log_rates\(trainer\)"),
     "Ctrl-C at once": (interrupted_at_once, "There is no fit yet"),
 }
 
