@@ -59,6 +59,11 @@ def get_law(law: str | Law) -> Law:
     """
     if isinstance(law, Law):
         return law
+    if isinstance(law, type) and issubclass(law, Law):
+        raise LawError(
+            f"The class {law.__name__} is not a Law, but a kind of them.",
+            f"Pass an instance as the law: {law.__name__}().",
+        )
     if isinstance(law, str) and ":" in law:
         return _LAWS.load(EntryPoint(law, law, _LAWS.group))
     return registered_law(law)

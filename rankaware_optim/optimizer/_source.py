@@ -1,4 +1,4 @@
-"""Where a base rate comes from, and how the run moves it."""
+"""Where the base learning rate comes from: an `lr` that was tuned somewhere, or a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from .._checks import check_lr, check_range, plain_lr
+from .._checks import check_lr, check_range, plain_lr, shown
 from .._rate import Rate
 from .._types import Reference, width_for
 from .._warn import warn
@@ -48,13 +48,23 @@ class Rated(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A base rate, as given or a recipe's, where it was tuned, and the law by which it moves.
+    """The base learning rate, where it was tuned, and everything else that decides the learning
+    rates of a model.
 
-    lr: None for the optimizer's or its groups' own. reference: None for the model's most common
-    configuration. batch, steps: those of the run. rates, other_lr: given outright, by name pattern
-    and for what is no factor. steps_multiplier: the factor of every rate for the steps.
-    full_lr: the recipe's rate of full finetuning, None if its trials did not include it. notes:
-    sentences for the report.
+    Args:
+        law: the scaling law, not yet in the form for an optimizer.
+        lr: the base learning rate. None if it is the optimizer's own or that of its groups.
+        reference: the configuration at which `lr` was tuned. None stands for the model's most
+            common configuration.
+        batch: examples or tokens per step of this run.
+        steps: training steps of this run.
+        recipe: the recipe, if the learning rates come from one.
+        rates: explicit learning rates by name pattern.
+        other_lr: an explicit learning rate for parameters that are no LoRA matrix.
+        margin_multiplier: the number by which a recipe's safety margin changes every learning rate,
+            because this run is unlike the trials.
+        full_lr: the recipe's learning rate for full finetuning. None if its trials had none.
+        notes: sentences for the report.
     """
 
     law: Law
@@ -65,27 +75,34 @@ class Source:
     recipe: Recipe | None = None
     rates: Mapping[str, float | Rate] = field(default_factory=dict)
     other_lr: float | Rate | None = None
-    steps_multiplier: float = 1.0
+    margin_multiplier: float = 1.0
     full_lr: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
-        """What moves the rates, in words."""
+        """The law or the recipe that decides the learning rates, in words."""
         if self.recipe is None:
             return law_title(self.law)
         return f"recipe {self.recipe.name!r}"
 
     def run_multiplier(self, law: Law) -> float:
-        """Return the factor of every rate for the run's batch and steps."""
+        """Return the number by which this run's batch and steps change every learning rate.
+
+        law: the law in the form for a group.
+        """
         tuned = None if self.reference is None else self.reference.batch
         if self.batch is None or tuned is None:
-            return self.steps_multiplier
-        return self.steps_multiplier * checked_batch_multiplier(law, self.batch / tuned)
+            return self.margin_multiplier
+        return self.margin_multiplier * checked_batch_multiplier(
+            law, self.batch / tuned
+        )
 
     def rate_of(self, name: str, other: bool = False) -> Rated | None:
-        """Return the rate that was given outright: of the first pattern that matches `name`, else
-        `other_lr` if it is no factor (`other`).
+        """Return the explicit learning rate of a parameter: the first of `rates` whose pattern
+        matches, else `other_lr`. None if it has none.
+
+        other: whether the parameter is no LoRA matrix, so that `other_lr` applies to it.
         """
         for pattern, given in self.rates.items():
             if fnmatchcase(name, pattern):
@@ -95,8 +112,8 @@ class Source:
         return None
 
     def check_given(self, names: Sequence[str]) -> None:
-        """Raise if a rate that was given outright is impossible, or its pattern matches none of the
-        trainable parameters.
+        """Raise an error if an explicit learning rate is impossible, or if its pattern matches none
+        of the parameters that train.
         """
         if self.other_lr is not None:
             check_lr(self.other_lr, "other_lr")
@@ -104,14 +121,19 @@ class Source:
             check_lr(given, f"rates[{pattern!r}]")
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise OptimizerError(
-                    f"The pattern {pattern!r} of rates= matches none of {len(names)} trainable"
-                    " parameters.",
-                    f"Give an fnmatch pattern of full names, such as {names[-1]!r}.",
+                    f"The pattern {pattern!r} of rates= matches none of the {len(names)} parameters"
+                    " that train.",
+                    f"Patterns are compared with full names, such as {names[-1]!r}. Use * for the"
+                    " parts that vary.",
                 )
 
     def rate_of_other(self, name: str, trains: bool) -> Rated | None:
-        """Return the recipe's rate of a parameter that is no factor: that of the trials, else that
-        of full finetuning. None stands for the base rate.
+        """Return the recipe's learning rate for a parameter that is no LoRA matrix: the one that it
+        had in the trials, else the one for full finetuning. None stands for the base learning rate.
+
+        Raises:
+            RecipeError: the parameter trains, but the recipe's trials trained neither it nor the
+                full model.
         """
         if self.recipe is None:
             return None
@@ -121,14 +143,25 @@ class Source:
         if tried is not None:
             return Rated(float(tried), "its rate in the recipe's trials")
         if self.full_lr is not None:
-            return Rated(self.full_lr, "full finetuning's rate by the recipe")
+            return Rated(self.full_lr, "the recipe's rate for full finetuning")
         if trains:
             raise RecipeError(
-                f"The trials of recipe {self.recipe.name!r} trained neither {name} nor the full"
-                " model, so it has no rate.",
-                "Give other_lr=, or rates= for its name.",
+                f"Recipe {self.recipe.name!r} has no learning rate for {name}: its trials trained"
+                " neither this parameter nor the full model.",
+                "Set its learning rate by other_lr=, or by rates= for its name.",
             )
         return None
+
+
+def _check_rates(rates: object) -> None:
+    """Raise an error if `rates` does not map patterns to learning rates."""
+    fits = isinstance(rates, Mapping) and all(isinstance(key, str) for key in rates)
+    if not fits:
+        raise OptimizerError(
+            f"rates is {shown(rates)}, but it must map name patterns to learning rates.",
+            "Pass it as rates={'*classifier*': 1e-3}. For one learning rate of all parameters that"
+            " are no LoRA matrix use other_lr=.",
+        )
 
 
 def read_source(
@@ -141,17 +174,24 @@ def read_source(
     rates: Mapping[str, float | Rate],
     other_lr: float | Rate | None,
 ) -> Source:
-    """Return the source of the rates. Raise if something is given that a recipe includes, or that
-    needs one.
+    """Read the arguments that decide learning rates. They are those of `RankAwareOptimizer`.
+
+    Raises:
+        OptimizerError: an argument is impossible, stands beside a recipe that already includes it,
+            or has no meaning without a recipe.
+        InvalidReferenceError: `tuned_at` describes no reference.
+        LawError: the law is unknown.
+        RecipeError: the recipe cannot be read.
     """
     given: dict[str, Any] = {"batch": batch, "rates": rates, "other_lr": other_lr}
+    _check_rates(rates)
     if batch is not None:
         check_range("batch", batch, "batch", OptimizerError)
     if recipe is None:
         if steps is not None:
             raise OptimizerError(
-                "steps= was given without recipe=, so it has no effect.",
-                "Leave it out.",
+                f"steps={steps!r} has no effect without recipe=.",
+                "Remove it.",
             )
         reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
@@ -159,8 +199,8 @@ def read_source(
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
-                f"Both recipe= and {name}= were given.",
-                "Give only the recipe, which includes it.",
+                f"recipe= and {name}= were both passed, but a recipe includes its own {name}.",
+                f"Remove {name}=, or remove recipe=.",
             )
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     return Source(
@@ -178,36 +218,39 @@ def on_this_model(
     native: type,
     in_groups: Sequence[Settings],
 ) -> Source:
-    """Return a source with the rates of a model: a recipe's move to its configuration and to the
-    run's steps. Warn if the model is another than the recipe's, and once if the run differs from
-    its trials.
+    """Return the source for one model: a recipe's learning rates are converted to the model's
+    configuration and to this run. Without a recipe nothing changes.
 
-    in_groups: the settings in force in each group that has factors.
+    Warn if the model is another than the recipe's, and once if the run differs from the trials.
+
+    Args:
+        source: the source as it was read.
+        survey: the parameters of the model that train.
+        native: the optimizer's class.
+        in_groups: the settings in force in each group that has LoRA matrices.
     """
     recipe = source.recipe
-    steps = source.steps
     if recipe is None:
         return source
     own = survey.dominant()
     init = recipe.reference.init
     width = width_for(survey, own.method, init)
     at = replace(own, init=init if own.method == "full" else own.init, fan_in=width)
-    recipe, strange = widened_for(recipe, survey)
-    differing = _differing(source, recipe, native, in_groups)
+    recipe, other_model = widened_for(recipe, survey)
+    other_run = _other_run(source, recipe, native, in_groups)
     here = rate(recipe, at)
-    steps_multiplier = 1.0 if steps is None else rate(recipe, at, steps).lr / here.lr
-    remarks = [text for text in (strange, differing) if text]
-    for text in remarks:
+    batch = None if recipe.batch is None else source.batch
+    this_run = rate(recipe, replace(at, batch=batch), source.steps)
+    notes = [text for text in (other_model, other_run) if text]
+    for text in notes:
         warn(text)
-    warn_of(recipe, here)  # other steps are among the differences
+    warn_of(recipe, here)  # other steps are mentioned in `other_run`
     if is_for(recipe, native):
-        batch = None if recipe.batch is None else source.batch
-        best = rate(recipe, replace(at, batch=batch), steps)
-        remarks.append(
-            f"recipe {recipe.name!r}: the best rate lies between {best.low:.3g} and"
-            f" {best.high:.3g} with 90 % at {best.configuration}."
+        notes.append(
+            f"recipe {recipe.name!r}: the best learning rate lies between {this_run.low:.3g} and"
+            f" {this_run.high:.3g} with a probability of 90 % at {this_run.configuration}."
         )
-        remarks += best.notes
+        notes += this_run.notes
     full_lr = None
     if recipe.full_seen:
         width = survey.full_width(init)
@@ -218,32 +261,37 @@ def on_this_model(
         source,
         recipe=recipe,
         lr=here.lr / checked_multiplier(recipe.law, at.as_factor(), reference),
-        steps_multiplier=steps_multiplier,
+        # The law's rule for the batch is applied by group. The rest of the way to this run's
+        # learning rate is the safety margin, which is wider for a run unlike the trials.
+        margin_multiplier=this_run.lr / here.lr / source.run_multiplier(recipe.law),
         full_lr=full_lr,
-        notes=tuple(remarks),
+        notes=tuple(notes),
     )
 
 
-def _differing(
+def _other_run(
     source: Source, recipe: Recipe, native: type, in_groups: Sequence[Settings]
 ) -> str:
-    """Return how the run differs from a recipe's trials, and what to do about it; "" if it does
-    not.
+    """Return how this run differs from the recipe's trials and what to do about it, "" if it does
+    not differ.
     """
     if is_for(recipe, native):
         trials = plain_value(recipe.settings)
         known = in_groups[0].keys() - SAME_UPDATES
         run = settings_of(in_groups, [name for name in trials if name in known])
         cure = (
-            "Its rates belong to these settings: give **recipe.settings. They are less certain for"
-            " others."
+            "Its learning rates are less certain with other values. To train with the recipe's"
+            " settings, pass **recipe.settings."
         )
     else:
         theirs = recipe.optimizer.rpartition(".")[2]
         ours = native.__name__
         trials = {"optimizer": theirs}
         run = {"optimizer": ours}
-        cure = f"Its rates are for {theirs} and not for {ours}: calibrate with {ours}."
+        cure = (
+            f"Its learning rates are for {theirs}, and {ours} needs others: calibrate with"
+            f" {ours}."
+        )
     for name in ("batch", "steps"):
         tried = getattr(recipe, name)
         now = getattr(source, name)

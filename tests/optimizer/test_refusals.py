@@ -42,6 +42,9 @@ BAD = {
     "other_lr": [{"other_lr": value} for value in NO_RATES],
     "rates": [
         *({"rates": {"head.*": value}} for value in NO_RATES),
+        {"rates": 1e-3},
+        {"rates": ["head.*"]},
+        {"rates": {3: 1.0}},
         *({"rates": {name: 1.0}} for name in ("layer0", "x*", "layer0.base_layer.*")),
     ],
     "batch": [{"batch": value} for value in (0, -1, math.nan, math.inf, True, "64")],
@@ -51,6 +54,8 @@ BAD = {
     ],
     "law": [
         {"law": "nua"},
+        {"law": ra.MuA},
+        {"law": 3},
         {"law": "mua", "lr": None, "recipe": RECIPE},
     ],
     "multiplier": [
@@ -63,7 +68,10 @@ BAD = {
         },
     ],
     "tuned_at": [{"tuned_at": AT_16, "lr": None, "recipe": RECIPE}],
-    "recipe": [{"recipe": "no_such.toml", "lr": None}],
+    "alpha": [{"tuned_at": "r=16"}],
+    "recipe": [
+        {"recipe": value, "lr": None} for value in ("no_such.toml", {"lr": 1e-3}, 3)
+    ],
     "method": [{"method": "none"}],
     "init": [{"init": "C"}],
 }
@@ -284,6 +292,8 @@ BUILT = [
     (plain, {"eps": 1.0}, "eps= was given"),
     (plain, {"model": None}, "is not a model"),
     (plain, {"rates": {"x": 1.0}}, "matches none"),
+    # its groups have rates, as all of a built optimizer, which nobody chose for the stranger
+    (lambda m: AdamW([*trained(m), nn.Parameter(torch.ones(1))]), {}, "other_lr="),
     (lambda m: plain(mlp()), {}, "belongs to no model given"),
     (lambda m: plain(m, torch.optim.LBFGS), {}, "takes one parameter group"),
     (ours, {}, "rank-aware already"),

@@ -131,7 +131,7 @@ def test_a_stranger_is_told_first(trained, options, words, init):
 
 def band_in(notes) -> float:
     """Half of the band that a report names, octaves."""
-    (words,) = (note for note in notes if "the best rate lies between" in note)
+    (words,) = (note for note in notes if "best learning rate lies between" in note)
     low, high = words.split("between ")[1].split(" with ")[0].split(" and ")
     return math.log2(float(high) / float(low)) / 2
 
