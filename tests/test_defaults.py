@@ -171,13 +171,17 @@ FIGURES: dict[str, Figure] = {
         )
     },
     "study_full": partial(
-        cell, "study", "What a moved", "the default law", "to full finetuning"
+        cell, "study", "What a converted", "the default law", "to full finetuning"
     ),
     "study_full_b": partial(
-        cell, "study", "What a moved", "the default law", "to full finetuning, Init[B]"
+        cell,
+        "study",
+        "What a converted",
+        "the default law",
+        "to full finetuning, Init[B]",
     ),
     "study_full_recipe": partial(
-        cell, "study", "What a moved", "a calibrated recipe", "to full finetuning"
+        cell, "study", "What a converted", "a calibrated recipe", "to full finetuning"
     ),
 }
 
@@ -186,10 +190,11 @@ FIGURES: dict[str, Figure] = {
 
 README = (
     "<runs> short runs at two ranks give a recipe",
-    "from rank 16 to 256 by a factor of <fall_7b> on this 7B, from 4 to 256 by <fall_1b> "
-    "on a 1B and by <fall_small_least> to <fall_small_most> on [three small tasks]",
-    "on 35 language models it loses <models_kept> %, the law <models_law>.",
-    "on three large models <too_low_least> to <too_low_most> times too low",
+    "from rank 16 to 256 by a factor of <fall_7b> on this 7B model, from 4 to 256 by a "
+    "factor of <fall_1b> on a 1B model, and by <fall_small_least> to <fall_small_most> on "
+    "[three small tasks]",
+    "an unchanged learning rate ends <models_kept> % above the lowest loss, and the "
+    "scaling law <models_law> %.",
 )
 PAGES = {
     "README.md": README,

@@ -558,13 +558,13 @@ def sources() -> str:
 def readme_table(seven: Sweep) -> str:
     """What ways lose at every rank of the 7B whose best rate is known, %."""
     rates: dict[str, Callable[[int], float]] = {
-        "**`suggest_lr`**, no run": lambda rank: suggested(seven, rank),
-        "rank 16's best, **moved by the law**": lambda rank: at_rank(
+        "**`suggest_lr`**, no trials": lambda rank: suggested(seven, rank),
+        "rank 16's best, **converted by the law**": lambda rank: at_rank(
             seven, DEFAULT, rank
         ),
         f"the same, {ROOT}": lambda rank: at_rank(seven, ROOT, rank),
-        "the same, kept": lambda rank: at_rank(seven, KEPT, rank),
-        "2e-4": lambda rank: math.log2(2e-4),
+        "the same, unchanged": lambda rank: at_rank(seven, KEPT, rank),
+        "2e-4 at every rank": lambda rank: math.log2(2e-4),
     }
     rows = [
         [name, *(number(seven.lost(rank, rate(rank)), 1) for rank in JUDGED)]
