@@ -2,8 +2,8 @@
 Calibrate TRL's GRPOTrainer
 ===========================
 
-Its loss is about zero by construction, so a run's value is minus the reward that it logs. Where rewards do not differ
-between rates, the recipe has the suggested rate and says so.
+The loss of GRPO is about zero by construction, so the score of a trial is minus the reward that the trainer logs. If the
+rewards of the trials do not differ, the recipe contains the suggested learning rate, and a note tells you so.
 """
 
 import peft

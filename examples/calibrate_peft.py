@@ -2,7 +2,7 @@
 Calibrate a PEFT model
 ======================
 
-Short runs at two ranks make a recipe, which gives a rate at any other rank.
+Short runs at two ranks make a recipe, which gives a learning rate at any other rank.
 """
 
 import peft
@@ -31,9 +31,7 @@ def train(trial):
         yield loss
 
 
-recipe = ra.calibrate(
-    train, torch.optim.AdamW, ranks=(1, 16), steps=20, batch=8, name="tiny"
-)
+recipe = ra.calibrate(train, torch.optim.AdamW, ranks=(1, 16), steps=20, batch=8)
 print(recipe)
 
 # %%

@@ -2,7 +2,7 @@
 Calibrate all ranks through transformers' Trainer
 =================================================
 
-Short runs at two ranks, each of a trainer that a function builds, give a rate for every rank.
+Short runs at two ranks give a learning rate for every rank. A function builds the trainer of each run.
 """
 
 import peft
@@ -28,5 +28,5 @@ def make_trainer(trial: ra.Trial) -> Trainer:
     return Trainer(peft.get_peft_model(tiny.model(), config), args, train_dataset=data)
 
 
-recipe = ra.calibrate(make_trainer, "adamw", ranks=(1, 16), steps=10, name="tiny")
+recipe = ra.calibrate(make_trainer, "adamw", ranks=(1, 16), steps=10)
 print(recipe.at(rank=8))

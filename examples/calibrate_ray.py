@@ -2,8 +2,8 @@
 Calibrate on a Ray cluster
 ==========================
 
-Every task makes the same call with the same storage, so the tasks share the trials. Ray gives each task a GPU, and
-starts it again if its node dies. Run it on the cluster's head, with a path that every node reaches::
+Every Ray task makes the same call with the same storage, so the tasks share the trials. Ray gives each task a GPU, and
+starts it again if its node dies. Run this script on the head of the cluster, with a path that every node reaches::
 
     python calibrate_ray.py /shared/study.journal
 """

@@ -1,9 +1,9 @@
 """
-Calibrate a trainer that is built
-=================================
+Calibrate an existing trainer
+=============================
 
-Four short runs find the rate of transformers' Trainer, and leave it as it was. The numbers are small, so that the example
-runs in seconds: leave `steps=` out, and a trial has a quarter of the run's steps.
+Four short runs find the learning rate for a transformers Trainer, and leave the trainer as it was. The numbers are small so that
+the example runs in seconds. Without ``steps=`` a trial has a quarter of the run's steps.
 """
 
 import peft

@@ -2,10 +2,9 @@
 Calibrate a real network, and check the recipe
 ==============================================
 
-EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. Short runs at ranks 4 and
-64 make a recipe. Its rates at rank 16 and for full finetuning are then compared with half, twice
-and other multiples of them, on other seeds. ``tox run -e demo`` runs this file in about two minutes
-on two CPU cores, and downloads nothing but packages.
+EfficientNet-lite0 with its ImageNet weights learns scikit-learn's digits. Short runs at ranks 4 and 64 make a recipe. Then
+the recipe's learning rates at rank 16 and for full finetuning are compared with half, twice and other multiples of them, on other
+seeds. ``tox run -e demo`` runs this file in about two minutes on two CPU cores, and downloads nothing but packages.
 """
 
 import copy

@@ -2,7 +2,7 @@
 The loop of diffusers' text-to-image scripts
 ============================================
 
-The scripts' optimizer_cls is replaced by RankAwareOptimizer, for a U-Net with adapters of rank 16.
+RankAwareOptimizer replaces the optimizer of the scripts, for a U-Net with adapters of rank 16.
 """
 
 import torch
@@ -48,4 +48,4 @@ for _ in range(4):
     opt.step()
     schedule.step()
     opt.zero_grad()
-    print(f"loss {loss.item():.3f}, base rate {opt.param_groups[0]['lr']:.2e}")
+    print(f"loss {loss.item():.3f}, base lr {opt.param_groups[0]['lr']:.2e}")

@@ -2,7 +2,7 @@
 Hydra
 =====
 
-Run it by ``python examples/hydra_app.py optimizer.lr=1e-4``. With ``_partial_: true`` the script passes the model.
+Run it with ``python examples/hydra_app.py optimizer.lr=1e-4``. Because of ``_partial_: true``, the script passes the model.
 """
 
 import hydra

@@ -2,7 +2,7 @@
 LightningCLI
 ============
 
-Run it by ``python examples/lightning_cli.py fit --config examples/lightning_cli.yaml``.
+Run it with ``python examples/lightning_cli.py fit --config examples/lightning_cli.yaml``.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 
 
 class Finetune(lightning.LightningModule):
-    """A causal language model with adapters. optimizer: builds the optimizer from the model."""
+    """A causal language model with adapters. `optimizer` builds the optimizer from the model."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 Lightning
 =========
 
-Build the optimizer in configure_optimizers. Every group's rate goes to the logger.
+Build the optimizer in ``configure_optimizers``. A callback sends the learning rate of every group to the logger.
 """
 
 import lightning

@@ -2,7 +2,7 @@
 Your own loop with PEFT
 =======================
 
-The rate was tuned at rank 16, alpha 32. It is moved to rank 64.
+The learning rate was tuned at rank 16 and alpha 32. The optimizer converts it to rank 64.
 """
 
 import peft
@@ -21,7 +21,7 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6)
 print(opt.report())
 
 # %%
-# The loop stays as it was. The schedule sets the base rate, and each step multiplies it.
+# The loop does not change. The schedule sets the base learning rate, and each step multiplies it.
 
 for batch in rows.split(8):
     loss = model(input_ids=batch, labels=batch).loss
@@ -30,4 +30,4 @@ for batch in rows.split(8):
     opt.step()
     opt.zero_grad()
     schedule.step()
-    print(f"loss {loss.item():.3f}, base rate {opt.param_groups[0]['lr']:.2e}")
+    print(f"loss {loss.item():.3f}, base lr {opt.param_groups[0]['lr']:.2e}")

@@ -2,7 +2,7 @@
 The tiny model of the other examples
 ====================================
 
-It makes a small language model, a tokenizer, rows of text and a reward, so that no example downloads any.
+This module makes a small language model, a tokenizer, rows of text and a reward, so that no example downloads anything.
 """
 
 from __future__ import annotations

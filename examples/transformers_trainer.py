@@ -2,7 +2,7 @@
 transformers' Trainer
 =====================
 
-Add one line after you build the trainer. Weight decay, betas and the schedule are those of its arguments.
+Add one line after you build the trainer. Weight decay, betas and the schedule come from its arguments.
 """
 
 import peft

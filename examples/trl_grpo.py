@@ -2,7 +2,7 @@
 TRL's GRPOTrainer
 =================
 
-It takes no optimizer class, so add one line after you build the trainer. DPO, KTO and RLOO work the same way.
+Add one line after you build the trainer, because GRPOTrainer accepts no optimizer class. DPO, KTO and RLOO work the same way.
 """
 
 import tiny
