@@ -9,9 +9,9 @@ from rankaware_optim.calibration._calibration import Calibration, calibrated_rec
 from rankaware_optim.calibration._schedule import Options, next_setting
 from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Build, Run, Setting, Trials
-from rankaware_optim.laws._mua import FORMS
+from rankaware_optim.laws._mua import FORMS, kappa
 from rankaware_optim.reports._figure import COLOURS, rate_axis
-from rankaware_optim.sweeps._read import Source, SweepRun, read_sweep
+from rankaware_optim.sweeps._fit import Source, SweepRun, read_sweep
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
     PUBLISHED,
@@ -38,6 +38,7 @@ __all__ = [
     "Z90",
     "calibrated_recipe",
     "get_optimizer_class",
+    "kappa",
     "known_optimizer",
     "next_rate",
     "next_setting",

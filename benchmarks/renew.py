@@ -105,7 +105,9 @@ def is_file_name(word: str) -> bool:
 
 
 def place_of(word: str, data: Path) -> str:
-    """Where a command's word lies, if it is a file of others."""
+    """Where a command's word lies, if it is a file of others, or the folder of all of them."""
+    if word == "FOLDER":
+        return str(data)
     there = data / word
     return str(there) if is_file_name(word) and there.exists() else word
 

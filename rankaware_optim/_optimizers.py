@@ -275,7 +275,9 @@ def goes_to_adam(row: Known, settings: Mapping[str, Any], shape: Sequence[int]) 
     return 1 in shape[:2] or short < 4 or long > 128 * short
 
 
-def kept_dtypes(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[str, ...]:
+def kept_dtypes(
+    optimizer: Optimizer | type, group: Mapping[str, Any]
+) -> tuple[str, ...]:
     """Return the dtypes of weights, by name, in which an optimizer loses no small step of a group.
 
     >>> from torch import nn, optim

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Role = Literal["A", "B", "full"]
 Init = Literal["A", "B", "other", "unknown"]
 Method = Literal["lora", "full"]
-Task = Literal["chat", "other", "rl"]  # of a suggestion
+Task = Literal["chat", "other", "rl", "dpo"]  # of a suggestion
 Scaling = Literal["fixed", "rslora", "alpha", "unknown"]
 
 
@@ -44,6 +44,8 @@ class Factor:
         layer: the layer's name.
         adapter: the adapter's name.
         convention: the name of the convention by which it was found.
+        dtype: the name of the dtype in which a whole weight trains, such as "bfloat16". "" if it is
+            not known, as of LoRA matrices.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Factor:
     layer: str = ""
     adapter: str = ""
     convention: str = ""
+    dtype: str = ""
 
 
 def width_for(survey: Survey, method: Method, init: Init) -> float:
@@ -109,17 +112,11 @@ class Reference:
         check_init(self.init, "A reference's init is", error)
         object.__setattr__(self, "rslora", plain(self.rslora))
         check_choice(self.rslora, (True, False), "A reference's rslora is", error)
-        if self.method == "lora" and None in (self.rank, self.alpha):
-            raise error(
-                f"A reference for LoRA needs rank and alpha, but got rank={self.rank} and"
-                f" alpha={self.alpha}.",
-                "Pass both, as in Reference(rank=16, alpha=32), or method='full' for full"
-                " finetuning.",
-            )
+        needed = ("rank", "alpha") if self.method == "lora" else ()
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if value is not None:
+            if value is not None or name in needed:
                 check_range(name, value, f"A reference's {name}", error)
 
     @property

@@ -63,7 +63,8 @@ def inspect(path: Path, as_json: bool) -> None:
     "--task",
     click.Choice(get_args(Task)),
     "chat: your data is chat, your batch near 128, and you train about 800 steps, which narrows the"
-    " band. rl: reinforcement learning (GRPO, RLOO), which lowers LoRA's rate.",
+    " band. rl: reinforcement learning (GRPO, RLOO), which has lower rates. dpo: direct preference"
+    " optimization, known for --full only.",
     default="other",
 )
 @option("--steps", int, "Optimizer steps of the run. More than 780 lower the rate.")

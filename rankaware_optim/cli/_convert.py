@@ -179,7 +179,8 @@ def _lines(tool: str, at: Reference, converted: Rate, **given: object) -> str:
 @option(
     "--dtype",
     click.Choice(("float32", "bfloat16", "float16")),
-    "Dtype of the weights, for --to full: says how many of them the rate leaves where they are.",
+    "Dtype in which the weights train, for --to full. In bfloat16 the learning rate of large models"
+    " is higher, and the command says how many of the weights a step leaves unchanged.",
 )
 @option(
     "--as tool",
@@ -215,7 +216,7 @@ def convert(
     moved_by = get_law(law)
     if optimizer is not None:
         moved_by = moved_by.bind(get_optimizer_class(optimizer), {})
-    rate = transfer.convert_lr(lr, from_=origin, to=at, law=moved_by)
+    rate = transfer.convert_lr(lr, from_=origin, to=at, law=moved_by, dtype=dtype)
     if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
         rate = replace(rate, notes=(*rate.notes, unmoved))
     if tool:

@@ -159,7 +159,16 @@ def _full_factors(walked: Walk, trainable: Mapping[Any, str]) -> Iterator[Factor
                 continue
             fan_in, fan_out = _full_fans(module, param)
             kind = "conv" if param.dim() > 2 and local == "weight" else "linear"
-            yield Factor(name, "full", None, fan_in, fan_out, kind=kind, layer=prefix)
+            yield Factor(
+                name,
+                "full",
+                None,
+                fan_in,
+                fan_out,
+                kind=kind,
+                layer=prefix,
+                dtype=str(param.dtype).removeprefix("torch."),
+            )
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:

@@ -13,14 +13,14 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from .._optimizers import optimizer_family
+from .._optimizers import in_force, kept_dtypes, optimizer_family
 from .._types import Factor, Method, Reference, width_for
 from ..inspection import LAWLESS, Survey, other_kind
-from ..laws import Law, checked_multiplier
+from ..laws import Law, checked_multiplier, from_full, to_full
 from ._source import Settings, Source
 
 
@@ -89,7 +89,8 @@ class Assigner:
     one for each of several models, by its number, and one for all of them together, under "". law:
     the source's law, in the form for this group's optimizer and settings. family: the optimizer's
     family with these settings. optimizer: its class, None where only a number is converted.
-    settings: the arguments that apply to all groups.
+    settings: the arguments that apply to all groups. kept: the dtypes in which the optimizer keeps
+    the bits that a weight rounds away.
     """
 
     source: Source
@@ -99,6 +100,7 @@ class Assigner:
     family: str = "sign-like"
     optimizer: type | None = None
     settings: Settings = field(default_factory=dict)
+    kept: Collection[str] = ()
 
     @property
     def reference(self) -> Reference:
@@ -111,7 +113,8 @@ class Assigner:
             return self
         law = self.source.law.bind(self.optimizer, settings)
         family = optimizer_family(self.optimizer, settings)
-        return replace(self, law=law, family=family)
+        kept = kept_dtypes(self.optimizer, in_force(self.optimizer, settings))
+        return replace(self, law=law, family=family, kept=kept)
 
     def assign(
         self,
@@ -190,7 +193,9 @@ class Assigner:
         reference, width = self.endpoints.get(number, self.endpoints[""])
         if factor.role == "full":
             here = replace(factor, fan_in=width)
-            return checked_multiplier(self.law, here, reference)
+            if reference.method == "full" or self._has_full_runs:
+                return checked_multiplier(self.law, here, reference)
+            return to_full(self.law, here, reference, self._rounds_in(factor))
         if factor.init == "other" or (is_embedding and reference.method == "full"):
             return 1.0
         # A pair whose init is unknown is taken for PEFT's: B started at zero.
@@ -201,7 +206,21 @@ class Assigner:
         elif reference.method == "lora":
             reference = replace(reference, init=init)
         here = replace(factor, fan_in=width, init=init)
+        if reference.method == "full" and not self._has_full_runs:
+            return from_full(self.law, here, reference)
         return checked_multiplier(self.law, here, reference)
+
+    @property
+    def _has_full_runs(self) -> bool:
+        """Whether a recipe's own trials settled the step between LoRA and full finetuning."""
+        recipe = self.source.recipe
+        return recipe is not None and recipe.full_seen
+
+    def _rounds_in(self, factor: Factor) -> str:
+        """Return the dtype in which a weight trains. It is "" if the optimizer keeps the bits that
+        the dtype rounds away, since its best learning rate is then that of float32.
+        """
+        return "" if factor.dtype in self.kept else factor.dtype
 
 
 def _model_number(factor: Factor) -> str:

@@ -14,7 +14,15 @@ from ..inspection import (
     unread_lora,
     without_embeddings,
 )
-from ..laws import FORMS, ONE_RATE, beyond_batches, checked_batch_multiplier
+from ..laws import (
+    BFLOAT16,
+    FORMS,
+    FULL_TRUST,
+    ONE_RATE,
+    beyond_batches,
+    checked_batch_multiplier,
+    is_measured,
+)
 from ._assign import Assigned, Assigner
 
 _NO_ZERO = (
@@ -23,6 +31,10 @@ _NO_ZERO = (
 )
 _UNREAD = (
     "LoRA in no pair that inspection can read (register_convention() adds a layout)"
+)
+
+_NOT_ADAM = (
+    " That is for Adam and its variants: optimizers of another family were not tried."
 )
 
 
@@ -42,7 +54,7 @@ def notes_of(
         warn(without_law)
         notes.append(without_law)
     notes += _on_adapters(assigner, survey)
-    notes += _on_full_finetuning(assigner)
+    notes += _on_full_finetuning(assigner, survey)
     notes += _on_batch(assigner)
     # Parameters that are no LoRA matrix have the base learning rate in every family.
     families = [each.family for each in assigned if each.role != "other"]
@@ -116,7 +128,7 @@ def _on_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
         )
 
 
-def _on_full_finetuning(assigner: Assigner) -> Iterator[str]:
+def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
     """Yield how uncertain a learning rate is that was converted from LoRA to full finetuning."""
     if assigner.method != "full" or assigner.reference.method != "lora":
         return
@@ -126,12 +138,25 @@ def _on_full_finetuning(assigner: Assigner) -> Iterator[str]:
             " as high or as low: calibrate with full runs."
         )
     elif assigner.law.name != "power":
-        yield (
-            "From a LoRA rate alone the law's rate for full finetuning is good to a factor of 2 to"
-            " 4 with Adam, and was not tried with optimizers of another family. Too high costs more"
-            " than too low: start at half of it, or settle it by three full runs (calibrate with"
-            " full_trials=3)."
+        settle = "Three full runs settle it: calibrate with full_trials=3."
+        others = "" if assigner.family == "sign-like" else _NOT_ADAM
+        yield f"{FULL_TRUST}{others} {settle}{_on_dtype(assigner, survey)}"
+
+
+def _on_dtype(assigner: Assigner, survey: Survey) -> str:
+    """Return what the dtype of the weights does to a learning rate that is converted from LoRA."""
+    if not is_measured(assigner.law, assigner.reference):
+        return ""
+    dtypes = {factor.dtype for factor in survey.factors} - {*assigner.kept}
+    if "bfloat16" in dtypes:
+        return (
+            f" It is multiplied by {BFLOAT16:g}, because these weights train in bfloat16. If"
+            " your trainer keeps float32 masters of them, as DeepSpeed does, divide it by that."
         )
+    return (
+        f" It is for float32 weights or float32 masters. If the weights themselves train in"
+        f" bfloat16, multiply it by {BFLOAT16:g}."
+    )
 
 
 def _on_batch(assigner: Assigner) -> Iterator[str]:

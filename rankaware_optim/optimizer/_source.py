@@ -18,7 +18,6 @@ from ..laws import (
     DEFAULT_LAW,
     Law,
     checked_batch_multiplier,
-    checked_multiplier,
     get_law,
     law_title,
 )
@@ -28,6 +27,7 @@ from ..recipe import (
     Recipe,
     differences,
     is_for,
+    law_multiplier,
     name_pattern,
     plain_value,
     rate,
@@ -260,7 +260,7 @@ def on_this_model(
     return replace(
         source,
         recipe=recipe,
-        lr=here.lr / checked_multiplier(recipe.law, at.as_factor(), reference),
+        lr=here.lr / law_multiplier(recipe, at, reference),
         # The law's rule for the batch is applied by group. The rest of the way to this run's
         # learning rate is the safety margin, which is wider for a run unlike the trials.
         margin_multiplier=this_run.lr / here.lr / source.run_multiplier(recipe.law),

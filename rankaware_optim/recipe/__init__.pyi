@@ -9,6 +9,7 @@ from ._rates import Z90 as Z90
 from ._rates import configuration as configuration
 from ._rates import infer_scaling as infer_scaling
 from ._rates import is_for as is_for
+from ._rates import law_multiplier as law_multiplier
 from ._rates import name_pattern as name_pattern
 from ._rates import rate as rate
 from ._rates import warn_of as warn_of

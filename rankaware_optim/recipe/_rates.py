@@ -22,8 +22,17 @@ from .._rate import Rate
 from .._types import Method, Reference, Scaling
 from .._warn import warn
 from ..errors import RecipeError
-from ..fitting import FULL_SD, Prior, steps_variance
-from ..laws import beyond_batches, checked_batch_multiplier, checked_multiplier
+from ..fitting import Prior, steps_variance
+from ..laws import (
+    BFLOAT16,
+    FULL_TRUST,
+    beyond_batches,
+    checked_batch_multiplier,
+    checked_multiplier,
+    from_full,
+    is_measured,
+    to_full,
+)
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
@@ -74,7 +83,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
     sd, notes = spread(recipe, here, steps)
     is_extrapolated = bool(notes)
     try:
-        multiplier = checked_multiplier(recipe.law, here.as_factor(), reference)
+        multiplier = law_multiplier(recipe, here, reference)
         multiplier *= _batch_multiplier(recipe, at)
         width = 2.0 ** (Z90 * sd)
     except OverflowError:
@@ -125,6 +134,27 @@ def margin(recipe: Recipe, sd: float) -> float:
     if not recipe.steepness:
         return recipe.margin
     return min(recipe.steepness * sd * sd / 2, MOST_MARGIN)
+
+
+def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
+    """Return the factor of the rate from the recipe's reference to a configuration, by its law.
+
+    Between LoRA and full finetuning it is `to_full` or `from_full`, unless the recipe's trials
+    included full runs: then the fit has measured this step itself.
+
+    Args:
+        recipe: the recipe.
+        at: the configuration, with its fan-in.
+        reference: the recipe's reference, with its fan-in.
+
+    Raises:
+        LawError: the law has no usable multiplier there.
+    """
+    if at.method == reference.method or recipe.full_seen:
+        return checked_multiplier(recipe.law, at.as_factor(), reference)
+    if at.method == "full":
+        return to_full(recipe.law, at.as_factor(), reference)
+    return from_full(recipe.law, at.as_factor(), reference)
 
 
 def _with_widths(recipe: Recipe, at: Reference) -> tuple[Reference, Reference]:
@@ -211,18 +241,26 @@ def _untried(recipe: Recipe, at: Reference) -> Iterator[tuple[float, str]]:
 
 def _full_not_tried(recipe: Recipe, at: Reference) -> tuple[float, str]:
     law = recipe.law
-    init = recipe.reference.init
     # At B = 0 the law's drift ends at the ranks tried. How much of it continues up to full
     # finetuning is unknown, so a share of it widens the interval.
     octaves = math.log2((at.fan_in or law.pivot) / law.pivot)
     drift = 0.0 if law.to_full else law.exponent * octaves
     return (
         DRIFT_SHARE * drift,
-        f"full finetuning was not tried: the scaling law alone predicts its learning rate from LoRA"
-        f" at init {init}. Over the tasks of a study that prediction was off by a factor of"
-        f" {2.0 ** FULL_SD[init]:.2g} (one standard deviation). Trials of full finetuning settle"
-        " it: ra.calibrate(trainer_of_the_full_model, optimizer), calibrate(train, ...,"
+        "full finetuning was not tried: its learning rate is converted from LoRA at init"
+        f" {recipe.reference.init}. {FULL_TRUST}{_in_bfloat16(recipe)} Trials of full finetuning"
+        " settle it: ra.calibrate(trainer_of_the_full_model, optimizer), calibrate(train, ...,"
         " full_trials=3) for a function that builds a model, or rows of rank 'full' in a sweep",
+    )
+
+
+def _in_bfloat16(recipe: Recipe) -> str:
+    """Return what to do for weights that train in bfloat16, where others have measured it."""
+    if not is_measured(recipe.law, recipe.reference):
+        return ""
+    return (
+        " It is for float32 weights or float32 masters: multiply it by"
+        f" {BFLOAT16:g} if the weights themselves train in bfloat16."
     )
 
 

@@ -1,5 +1,5 @@
-"""A rate without any run: published best rates, moved to another configuration by the law, with a
-wide band.
+"""A learning rate without any run, with a wide interval: published best learning rates of LoRA,
+converted by the scaling law, and published ones of full finetuning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..inspection import (
     other_kind,
     without_embeddings,
 )
-from ..laws import MuA, checked_multiplier
+from ..laws import FULL_TRUST, MuA, checked_multiplier
 from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
 
 if TYPE_CHECKING:
@@ -40,10 +40,22 @@ PUBLISHED = Reference(rank=16, alpha=ALPHA, fan_in=ANY_WIDTH)
 # and the standard deviation between models after the law has moved them there, octaves.
 LOG2_RATE, SPREAD = -11.45, 0.50
 RANKS, WIDTHS = (1, 128), (2048, 8192)
-FULL_WIDTHS = (2048, 4 * 8192)  # of a feed-forward layer
+# Full finetuning has published learning rates of its own, from benchmarks/laws/full_finetuning.py
+# (results/full_finetuning.md): log2 of the best one in supervised finetuning at 780 steps, whatever
+# the width, and the standard deviation between groups that were left out, octaves.
+FULL_LOG2_RATE, FULL_SPREAD = -15.13, 0.76
+# The same in DPO, on four models of two groups.
+DPO_LOG2_RATE, DPO_SPREAD = -19.79, 0.6
+# GRPO's best learning rates differ by a factor of 43 between five sources. The interval reaches
+# half an octave beyond them. None loses at most 5 points of accuracy on all: the lowest is quoted.
+FULL_RL, FULL_RL_LOW, FULL_RL_HIGH = 1.2e-6, 4.9e-7, 4.2e-5
+# The largest fan-in of the narrowest network among them. Below it full finetuning's learning rate
+# is LoRA's, converted by the law, which is nearer on the study's networks.
+FULL_WIDTHS = (3072, 4 * 8192)
 _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
-# Octaves by which a quoted rate lies below the middle of its band: too low a rate costs little, too
-# high a rate a lot. By hand; the frozen answers of benchmarks/README.md have what others lose.
+# Octaves by which a quoted rate lies below the middle of its interval: too low a rate costs
+# little, too high a rate a lot. By hand; the frozen answers of benchmarks/README.md have what
+# others lose.
 MARGIN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (narrow networks'
 # best rates lie 1.4 above the middle in the mean; raising theirs lost more: frozen answers);
@@ -55,9 +67,10 @@ TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 # whose best rates lie 2.5 octaves higher (results/suggestion.md).
 RL_OCTAVES, RL_SD = -2.5, 1.5
 # Another number of steps than theirs: octaves of rate for each octave of steps beyond, the middle
-# of what is said of large models (0 to -0.9, frozen answers), and the standard deviation.
-# Shorter runs keep the rate, since one that is too high costs more.
-STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.3
+# of what is said of large models (0 to -0.9, frozen answers), and the standard deviation of six
+# sources' exponents, widened for so few (results/full_finetuning.md). Shorter runs keep the rate,
+# since one that is too high costs more.
+STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.45
 
 _SOURCE = (
     "It is based on published sweeps of 35 language models (tinker-cookbook: AdamW, Tulu 3 chat"
@@ -76,16 +89,40 @@ _NARROW = (
     "To narrow it, calibrate on your own task (ra.calibrate), or fit runs you have"
     " (ra.sweeps.fit_sweep, `rankaware fit`)."
 )
-_FORGIVING = (
-    "Without runs, schedule-free AdamW at the rate suggested for it forgives more:"
-    " 'AdamWScheduleFree' for the optimizer."
+_FULL_SOURCE = (
+    "It is full finetuning's own: best learning rates that six groups published for supervised"
+    f" finetuning of language models of 0.6B to 32B, {2.0**FULL_LOG2_RATE:.1e} at {STEPS} steps,"
+    " whatever the width"
 )
-# In reinforcement learning it lost more than AdamW (frozen answers).
-_ADVICE = {
-    "chat": (_NARROW, _FORGIVING),
-    "other": (_NARROW, _FORGIVING),
-    "rl": (_NARROW,),
-}
+_FULL_BY_LAW = (
+    " From there the law converts it to full finetuning: at this width that is higher than full"
+    f" finetuning's own published learning rate, and on narrow networks nearer. {FULL_TRUST}"
+)
+_FULL_RL = (
+    "In reinforcement learning the best learning rates of full finetuning differ by a factor of 43"
+    " between five published sources of GRPO, and no learning rate is good for all of them. This is"
+    " the lowest: safe, and too slow for most models. Calibrate (ra.calibrate), or try higher ones"
+    " inside the interval: an 8B model got worse from 4e-6 on, and a 1.7B model learned best at"
+    " 2e-5"
+)
+_FULL_DPO = (
+    "It is full finetuning's own in DPO: best learning rates of four published models of 3B to 32B,"
+    f" {2.0**DPO_LOG2_RATE:.1e} in the mean"
+)
+TASKS = get_args(Task)
+
+
+class Anchor(NamedTuple):
+    """Published best learning rates, from which a suggestion starts.
+
+    log2_rate: log2 of the middle. sd: the standard deviation, octaves. source: where it comes from,
+    in words. margin: octaves from the middle down to the quoted learning rate.
+    """
+
+    log2_rate: float
+    sd: float
+    source: str
+    margin: float = MARGIN
 
 
 class Move(NamedTuple):
@@ -125,9 +162,9 @@ FACTORS = {
 class Suggestion(Rate):
     """A rate to start from. `low` and `high` bound the best rate with about 90 % probability.
 
-    `lr` is × 0.71 of the middle of the band. `notes` are sentences on what widens the band or moves
-    the rate. Use it as `RankAwareOptimizer(model, AdamW, lr=s.lr,
-    tuned_at=s.reference)`.
+    `lr` is × 0.71 of the middle of the interval, and lower in reinforcement learning with full
+    finetuning. `notes` are sentences on what widens the interval or moves the rate. Use it as
+    `RankAwareOptimizer(model, AdamW, lr=s.lr, tuned_at=s.reference)`.
 
     Args:
         reference: the configuration of the rate, without a fan-in.
@@ -157,6 +194,11 @@ def suggest_lr(
     task="chat"), and those in the notes. With task="rl" LoRA's rate is × 2^-2.5, and the standard
     deviation 1.5 in place of 1.0. More than 780 steps multiply it by (780 / steps)^0.4.
 
+    Full finetuning starts from published rates of its own: 2.8e-5 · 2^-0.5 at 780 steps, with a
+    standard deviation of 0.76 octaves between groups; in DPO 1.1e-6 · 2^-0.5. In GRPO five sources
+    differ by a factor of 43, and the lowest rate, 1.2e-6, is quoted. A network whose largest fan-in
+    is below about 5,700 has LoRA's rate by the law if that is higher.
+
     Args:
         model: the model, its survey, a `Reference`, or a built trainer, which gives its model and
             task. Its hidden size is its most common fan-in, or the largest for full finetuning.
@@ -169,46 +211,57 @@ def suggest_lr(
             `init_lora_weights` such as "pissa". Needed if neither factor starts at zero.
         dora: whether the adapters are DoRA. By default as the model declares.
         task: "chat" if the task is like that of the published sweeps, "rl" for reinforcement
-            learning (GRPO, RLOO), else "other". By default "rl" for a trainer with `reward_funcs`,
-            else "other".
-        steps: optimizer steps of the run. By default the rate is that of about 780.
+            learning (GRPO, RLOO), "dpo" for direct preference optimization, else "other". By
+            default "rl" for a trainer with `reward_funcs`, "dpo" for a `DPOTrainer`, else "other".
+        steps: optimizer steps of the run. By default the rate is that of about 780. It lowers the
+            rate of longer runs, which is right where the batch is smaller or data are repeated.
+            Leave it out if the run has more fresh data at the same batch.
 
     Raises:
         OptimizerError: neither a published rate nor a documented rule of thumb exists for this
             optimizer.
-        LawError: no published rate is known for this init.
+        LawError: no published rate is known for this init, or for LoRA in DPO.
         InspectionError: the model has no LoRA pair.
         InvalidReferenceError: `steps` is not positive.
 
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)).lr:.1e}")
     2.5e-04
     """
-    if task is None:
-        task = "rl" if hasattr(model, "reward_funcs") else "other"
-    check_choice(task, _ADVICE, "The task is", InvalidReferenceError)
+    task = _task_of(model) if task is None else task
+    check_choice(task, TASKS, "The task is", InvalidReferenceError)
     check_choice(method, get_args(Method), "The method is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
     at, variants = _read(model, method, init, dora)
+    anchor = _anchor(at, task)
     moves = [*_moves(at, task), *variants, _factor(name, relation), *_length(steps)]
-    middle = LOG2_RATE + sum(move.octaves for move in moves)
+    middle = anchor.log2_rate + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
-    reach = Z90 * math.hypot(SPREAD, *(move.sd for move in moves))
+    reach = Z90 * math.hypot(anchor.sd, *(move.sd for move in moves))
     return Suggestion(
-        lr=2.0 ** (middle - MARGIN),
+        lr=2.0 ** (middle - anchor.margin),
         low=2.0 ** (middle - reach),
         high=2.0 ** (middle + reach),
         extrapolated=any(move.outside for move in moves),
         reference=replace(at, fan_in=None),
         configuration=f"{name}, {at}, fan-in {width:g}",
         notes=(
-            f"{_SOURCE}, with a margin of {times(-MARGIN)}, since too high costs more.",
+            f"{anchor.source}.",
+            f"It is {times(-anchor.margin)} the middle of its interval, since too high costs more.",
             *(move.why for move in moves if move.why),
-            *_ADVICE[task],
+            _NARROW,
         ),
     )
 
 
 # --- what is asked --------------------------------------------------------------------------------
+
+
+def _task_of(model: Any) -> Task:
+    """Return the task of a trainer, "other" for anything else."""
+    if hasattr(model, "reward_funcs"):
+        return "rl"
+    names = {each.__name__ for each in type(model).__mro__}
+    return "dpo" if "DPOTrainer" in names else "other"
 
 
 def _relation(
@@ -316,34 +369,71 @@ def published_init(declared: object) -> str | None:
     return name if name in PUBLISHED_INITS else None
 
 
+# --- where a suggestion starts --------------------------------------------------------------------
+
+
+def _anchor(at: Reference, task: Task) -> Anchor:
+    """Return the published learning rates for a method and a task.
+
+    Raises:
+        LawError: LoRA's best learning rates in DPO are not known.
+    """
+    if at.method == "lora" and task == "dpo":
+        raise LawError(
+            "No published learning rate is known for LoRA in DPO. On one 8B model learning rates"
+            " below 1e-5 were too low at rank 64 = alpha.",
+            "Calibrate (ra.calibrate), or pass method='full' for full finetuning.",
+        )
+    if at.method == "lora":
+        octaves = math.log2(checked_multiplier(_LAW, _sized(at).as_factor(), PUBLISHED))
+        return Anchor(LOG2_RATE + octaves, SPREAD, _SOURCE)
+    if task == "dpo":
+        return Anchor(DPO_LOG2_RATE, DPO_SPREAD, _FULL_DPO)
+    if task == "rl":
+        low, high, rate = map(math.log2, (FULL_RL_LOW, FULL_RL_HIGH, FULL_RL))
+        middle = (low + high) / 2
+        return Anchor(middle, (high - low) / 2 / Z90, _FULL_RL, middle - rate)
+    by_law = _full_by_law(at)
+    if by_law > FULL_LOG2_RATE:
+        return Anchor(
+            by_law,
+            math.hypot(SPREAD, FULL_SD["A"]),
+            _SOURCE + "." + _FULL_BY_LAW.removesuffix("."),
+        )
+    return Anchor(FULL_LOG2_RATE, FULL_SPREAD, _FULL_SOURCE)
+
+
+def _full_by_law(at: Reference) -> float:
+    """Return log2 of full finetuning's learning rate by the law, from LoRA's published one."""
+    full = _sized(at).as_factor()
+    return LOG2_RATE + math.log2(checked_multiplier(_LAW, full, PUBLISHED))
+
+
+def _sized(at: Reference) -> Reference:
+    return replace(at, fan_in=at.fan_in or ANY_WIDTH)
+
+
 # --- the moves ------------------------------------------------------------------------------------
 
 
 def _moves(at: Reference, task: Task) -> Iterator[Move]:
-    """Yield the moves from the published configuration to another."""
-    width = at.fan_in or ANY_WIDTH
+    """Yield what moves the published learning rate, or widens its interval, at a configuration."""
     is_full = at.method == "full"
     if at.fan_in is None:
         yield Move(NO_WIDTH_SD, f"No width was given: fan-in {ANY_WIDTH:g} is assumed.")
-        at = replace(at, fan_in=width)
-    multiplier = checked_multiplier(_LAW, at.as_factor(), PUBLISHED)
-    yield Move(0.0, octaves=math.log2(multiplier))
     if task == "rl" and not is_full:
         yield Move(RL_SD, _RL, RL_OCTAVES)
-    elif task != "chat":
+    elif task == "other" or task == "dpo":
         yield Move(
             TASK_SD,
-            "Your task, steps and batch differ from theirs, which widens the band most.",
+            "Your task, steps and batch differ from theirs, which widens the interval most.",
         )
-    widths = FULL_WIDTHS if is_full else WIDTHS
-    yield from _outside("fan-in", width, widths, WIDTH_SD)
+    width = at.fan_in or ANY_WIDTH
     if is_full:
-        yield Move(
-            FULL_SD["A"],
-            "For full finetuning it is the law's rate, derived from LoRA: on three published models"
-            " the best one was 0.8 to 2.6 times it, and too high costs more than too low.",
-        )
+        if task != "rl":
+            yield from _outside("fan-in", width, FULL_WIDTHS, WIDTH_SD)
         return
+    yield from _outside("fan-in", width, WIDTHS, WIDTH_SD)
     rank = at.rank or 1
     yield from _outside("rank", rank, RANKS, RANK_SD)
     yield Move(ALPHA_SD * abs(math.log2(at.scaling * rank / ALPHA)))
@@ -367,7 +457,8 @@ def _length(steps: int | None) -> Iterator[Move]:
     moved = LONGER * max(0.0, octaves)
     why = (
         f"For {steps} steps instead of {STEPS} the rate is {times(moved)}: on large models it falls"
-        " by a factor of 1 to 1.9 a doubling, and shorter runs keep it."
+        " by a factor of 1 to 1.9 a doubling where the batch is smaller or data are repeated, and"
+        " not with more fresh data at the same batch. Shorter runs keep it."
     )
     yield Move(LENGTH_SD * abs(octaves), why, moved)
 

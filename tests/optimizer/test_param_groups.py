@@ -407,7 +407,7 @@ SAID = [
     (LORA, SGD, {"law": "loraplus"}, ["for which the law 'loraplus' has no form"]),
     (LORA, SGD, {"law": "mua", "tuned_at": AT_16}, ["do the same"]),
     (LORA, called("LARS"), {"law": "mua", "tuned_at": AT_16}, ["have one rate"]),
-    (WHOLE, AdamW, {"tuned_at": AT_16}, ["good to a factor of 2 to 4"]),
+    (WHOLE, AdamW, {"tuned_at": AT_16}, ["within a factor of 2.7"]),
     (WHOLE, called("LARS"), {"tuned_at": AT_16}, [NO_LAW, "LARS"]),
     (WHOLE, AdamW, {"tuned_at": AT_16, "law": "constant"}, [NO_LAW]),
     (LORA, AdamW, {"tuned_at": AT_4, "batch": 64}, ["a rule of thumb"]),

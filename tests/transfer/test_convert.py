@@ -112,7 +112,7 @@ SAID = [
     ("r=16,alpha=32", "r=16,alpha=8", "so 4096 is taken", True),
     ("r=16,alpha=32,fan_in=64", "r=16,alpha=8", "No width", False),
     ("r=16,alpha=32", "r=16,alpha=8,rslora", "note", False),
-    ("r=16,alpha=32,fan_in=64", "full", "start at half of it", True),
+    ("r=16,alpha=32,fan_in=64", "full", "within a factor of 2.7", True),
     ("r=16,alpha=32,batch=8", "r=16,alpha=32,batch=64", "From batch 8 to 64", True),
     ("r=16,alpha=16", "r=16,alpha=1e-2", "beyond 0.0001 to 10000", False),
     ("r=16,alpha=16", "r=16,alpha=1e-12", "beyond 0.0001 to 10000", True),
@@ -189,3 +189,51 @@ def test_extreme_numbers_raise_our_errors_only(lr, a, b, law):
     except RankAwareError:
         return
     assert 0 < c.lr < math.inf
+
+
+# --- to full finetuning of large models -----------------------------------------------------------------------------
+
+
+WIDE = "fan_in=4096"
+
+
+@pytest.mark.parametrize("inner", [4096, 14336, 28672])
+def test_a_wide_model_has_one_ratio_to_full_finetuning(inner):
+    """From rank 16 and alpha 32, full finetuning's rate is 1 / 26 whatever the width, and the law leads there."""
+    there = convert_lr(2.6e-4, f"r=16,alpha=32,{WIDE}", f"full,fan_in={inner}").lr
+    assert there == pytest.approx(1e-5)
+    first = convert_lr(2.6e-4, f"r=64,alpha=64,{WIDE}", "r=16,alpha=32").lr
+    direct = convert_lr(2.6e-4, f"r=64,alpha=64,{WIDE}", f"full,fan_in={inner}").lr
+    assert direct == pytest.approx(first / 26)
+    back = convert_lr(direct, f"full,fan_in={inner}", f"r=64,alpha=64,{WIDE}").lr
+    assert back == pytest.approx(2.6e-4)
+
+
+@pytest.mark.parametrize(
+    ("from_", "law", "factor"),
+    [
+        (f"r=16,alpha=32,{WIDE}", "falling", 2.8),
+        ("r=16,alpha=32,fan_in=512", "falling", 1.0),
+        (f"r=16,alpha=32,{WIDE}", "mua-paper", 1.0),
+        (f"r=16,alpha=32,init=B,{WIDE}", "falling", 1.0),
+    ],
+)
+def test_bfloat16_weights_of_a_wide_model_have_a_higher_rate(from_, law, factor):
+    """In bfloat16 full finetuning's rate is 2.8 times as high where that was measured, and the same elsewhere."""
+    plain = convert_lr(1e-4, from_, "full,fan_in=4096", law=law)
+    found = convert_lr(1e-4, from_, "full,fan_in=4096", law=law, dtype="bfloat16")
+    assert found.lr == pytest.approx(factor * plain.lr)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1.0), (torch.bfloat16, 2.8)]
+)
+def test_the_wrapper_reads_the_dtype_off_the_model(dtype, factor):
+    """The optimizer converts as convert_lr does, and multiplies the rate where the weights train in bfloat16."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(4096, 8, dtype=dtype)
+    at = f"r=16,alpha=32,{WIDE}"
+    opt = RankAwareOptimizer(model, "adamw", lr=2.6e-4, tuned_at=at, method="full")
+    assert opt.rates["weight"].lr == pytest.approx(factor * 1e-5)
+    assert "factor of 2.7" in str(opt.report())
+    assert ("multiplied by 2.8" in str(opt.report())) == (factor != 1.0)
