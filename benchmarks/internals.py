@@ -11,7 +11,7 @@ from rankaware_optim.calibration._search import next_rate, search_range
 from rankaware_optim.calibration._trials import Build, Run, Setting, Trials
 from rankaware_optim.laws._mua import FORMS, kappa
 from rankaware_optim.reports._figure import COLOURS, rate_axis
-from rankaware_optim.sweeps._fit import Source, SweepRun, read_sweep
+from rankaware_optim.sweeps._read import Source, SweepRun, read_sweep
 from rankaware_optim.transfer._suggest import (
     LOG2_RATE,
     PUBLISHED,

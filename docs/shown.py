@@ -52,9 +52,9 @@ MOVES = (  # what changes, from, to, how sure
         replace(A16, rank=128, alpha=128),
         "theory, measured",
     ),
-    ("rank 16 → 128, alpha kept", A16, replace(A16, rank=128), "theory, measured"),
+    ("rank 16 → 128, alpha fixed", A16, replace(A16, rank=128), "theory, measured"),
     (
-        "rank 16 → 128 with rsLoRA, alpha kept",
+        "rank 16 → 128 with rsLoRA, alpha fixed",
         replace(A16, rslora=True),
         replace(A16, rank=128, rslora=True),
         "theory; one seed measured",
@@ -65,13 +65,18 @@ MOVES = (  # what changes, from, to, how sure
         replace(B16, rank=128, alpha=128),
         "measured, against theory",
     ),
-    ("alpha × 2 at one rank, two rates", None, None, "exact (Adam, no clipping)"),
-    ("alpha × 2 at one rank, one rate", A16, replace(A16, alpha=32), "theory"),
+    (
+        "alpha × 2 at one rank, one learning rate for A, one for B",
+        None,
+        None,
+        "exact (Adam, no clipping)",
+    ),
+    ("alpha × 2 at one rank, one learning rate", A16, replace(A16, alpha=32), "theory"),
     (
         "width × 4",
         A16,
         replace(A16, fan_in=4 * WIDTH),
-        "theory; on published models keeping does as well",
+        "theory; on published models an unchanged learning rate does as well",
     ),
     ("LoRA at rank 16 → full finetuning", A16, FULL, "rule of thumb: calibrate"),
     (
@@ -85,19 +90,19 @@ MOVES = (  # what changes, from, to, how sure
 
 
 def pages() -> list[Path]:
-    """The pages that are written by hand, and hold markers."""
+    """The pages that people write, which may have markers."""
     made = ("_build/", "generated/", "examples/", "benchmarks/")
     every = sorted(DOCS.rglob("*.md"))
     return [p for p in every if not p.relative_to(DOCS).as_posix().startswith(made)]
 
 
 def written(page: str) -> str:
-    """A page's text with every block as it is now."""
+    """Return a page's text with every block written again."""
     return BLOCK.sub(lambda block: f"{block[1]}{shown(block[2])}\n{block[3]}", page)
 
 
 def shown(what: str) -> str:
-    """The block that a marker asks for."""
+    """Return the block that a marker asks for."""
     if what.startswith("rankaware "):
         return output_of(what)
     if what.startswith("names of"):
@@ -209,8 +214,8 @@ def arguments(found: Any) -> str:
 
 
 def moves() -> Iterator[str]:
-    """What the default law does to a rate of AdamW's, a row a change."""
-    yield "| you change | the rate moves by | how sure |"
+    """By how much the default law changes a learning rate of AdamW, one row per change."""
+    yield "| you change | the learning rate changes by | how sure |"
     yield "|---|---|---|"
     for what, origin, target, sure in MOVES:
         moved = "A's × 1, B's × 0.5"

@@ -112,11 +112,17 @@ class Reference:
         check_init(self.init, "A reference's init is", error)
         object.__setattr__(self, "rslora", plain(self.rslora))
         check_choice(self.rslora, (True, False), "A reference's rslora is", error)
-        needed = ("rank", "alpha") if self.method == "lora" else ()
+        if self.method == "lora" and None in (self.rank, self.alpha):
+            raise error(
+                f"A reference for LoRA needs rank and alpha, but got rank={self.rank} and"
+                f" alpha={self.alpha}.",
+                "Pass both, as in Reference(rank=16, alpha=32), or method='full' for full"
+                " finetuning.",
+            )
         for name in ("rank", "alpha", "fan_in", "batch"):
             value = plain(getattr(self, name))
             object.__setattr__(self, name, value)
-            if value is not None or name in needed:
+            if value is not None:
                 check_range(name, value, f"A reference's {name}", error)
 
     @property

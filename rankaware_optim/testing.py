@@ -90,10 +90,18 @@ def check_convention(
             ranks = {f.rank for f in survey.factors}
             rows = {f.convention for f in survey.factors}
             names = rows if convention is None else {convention.name}
-            if (ranks, rows) != ({rank}, names):
+            if ranks != {rank}:
+                read = " and ".join(map(str, sorted(ranks)))
                 raise InspectionError(
-                    f"A build of rank {rank} is read at ranks {ranks}, by the conventions {rows}.",
-                    "Register a Convention that says what holds the rank, and is tried first.",
+                    f"make({rank}, {alpha:g}) returned a module whose rank was read as {read}, by"
+                    f" the convention {' and '.join(sorted(rows))!r}.",
+                    "Name the attribute that holds the rank in the convention's `rank`.",
+                )
+            if rows != names:
+                raise InspectionError(
+                    f"The pairs were found by the convention {' and '.join(sorted(rows))!r}, but"
+                    f" {min(names)!r} should find them.",
+                    "Make its `a`, `b` and `where` match the module that owns the pair.",
                 )
             errors += _probe(module, survey, partial(run, module, *ones))
     return max(errors, default=None)

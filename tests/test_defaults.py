@@ -151,6 +151,9 @@ FIGURES: dict[str, Figure] = {
         )
         for suffix, column in (("", "rank 16"), ("_full", "full, tuned there"))
     },
+    "eighth_800": partial(
+        cell, "finder", "Lost, %", "1/8 of 800, around the suggestion", "rank 16"
+    ),
     "range_test": partial(frontier, FIVE, "LR range test at the rank trained", RANKS),
     "range_test_full": partial(
         frontier, FIVE, "LR range test at the rank trained", FULL
@@ -197,48 +200,52 @@ PAGES = {
     "README.md": README,
     "SKILL.md": ("all ranks: <runs> short runs",),
     "docs/index.md": (
-        "the best one fell by <fall_1b> [on Gemma-3-1B](without-regret.md)",
+        "the best one fell by a factor of <fall_1b> [on Gemma-3-1B](without-regret.md)",
     ),
     "docs/calibrate.md": (
-        "For every rank and full finetuning, [<runs> at two ranks](#all-ranks) do",
-        "<runs> short runs at two ranks give a rate",
-        "lost <quarter> % of the gain with LoRA and <quarter_full> % in full finetuning, "
-        "of an eighth <eighth> and <eighth_full>. The suggested rate alone lost <untuned> "
-        "and <untuned_full>, Lightning's range test <lightning> and <lightning_full>.",
+        "[<runs> short runs at two ranks](#all-ranks)",
+        "<runs> short runs at two ranks give a learning rate",
+        "| four trials of a quarter of the run | <quarter> % | <quarter_full> % |",
+        "| four trials of an eighth of the run | <eighth> % | <eighth_full> % |",
+        "| the suggested learning rate alone | <untuned> % | <untuned_full> % |",
+        "| Lightning's range test, its own `suggestion()` | <lightning> % | <lightning_full> % |",
+        "trials of an eighth lost <eighth_800> %",
         "<runs_per_rank> runs per rank, so <runs> at two ranks",
         "<runs> runs on one GPU take at most these hours",
     ),
     "docs/which-rate.md": (
         "| <runs> short runs by default |",
-        "lost <suggest_7b_least> to <suggest_7b_most> % of the loss at ranks 8 to 256",
+        "ended <suggest_7b_least> to <suggest_7b_most> % above the lowest loss at ranks 8 to 256",
         "it [lost](../benchmarks/results/frontier.md) <suggest_least> to "
-        "<suggest_most> % of LoRA's gain",
+        "<suggest_most> % of LoRA's possible improvement",
     ),
     "docs/bands.md": (
         "It is × <recipe_margin> at most",
         "In a *suggestion* it is × <suggestion_margin>",
     ),
     "docs/faq.md": (
-        "[lost](../benchmarks/results/frontier.md) <tenth_full> % in full finetuning at "
-        "alpha = rank, the law <law_full>: without reinforcement learning <tenth_rest> "
-        "and <law_rest>.",
-        "`suggest_lr`'s rate loses <suggest_real> and <suggest_real_full> % there",
+        "[lost](../benchmarks/results/frontier.md) <tenth_full> % of the possible "
+        "improvement in full finetuning, and the law <law_full> %.",
+        "they lost <tenth_rest> % and <law_rest> %.",
+        "`suggest_lr`'s learning rate loses <suggest_real> and <suggest_real_full> % there",
         "| **Prodigy** with `d_coef=0.5` | <prodigy_half> %; <prodigy_half_400> |",
         "| **Prodigy**, cosine, no warm-up | <prodigy> %; <prodigy_400> at 400 steps | "
         "<prodigy_full> %; <prodigy_full_400> |",
         "its safeguard | <safe> %; <safe_400> | <safe_full> %; <safe_full_400> |",
         "most runs diverged | <adaptation_full> %; <adaptation_full_400> |",
-        "at its suggested rate | <free> %; <free_400> | <free_full> %; <free_full_400> |",
-        "[lost](../benchmarks/results/frontier.md) <range_test> % with LoRA and "
-        "<range_test_full> % in full finetuning",
+        "at its suggested learning rate | <free> %; <free_400> | <free_full> %; "
+        "<free_full_400> |",
+        "[lost](../benchmarks/results/frontier.md) <range_test> % of the possible "
+        "improvement with LoRA and <range_test_full> % in full finetuning",
     ),
     "docs/full-finetuning.md": (
+        "it was [<too_low_least> to <too_low_most> times too low](../benchmarks/",
         "it lost <study_full> % from init A and <study_full_b> % from init B, and a "
         "calibrated recipe <study_full_recipe> % from init A",
     ),
     "docs/without-regret.md": (
         "[fell by a factor of <fall_1b>](../benchmarks/results/large_models.md) from rank 4 "
-        "to 256, by the law <fall_1b_law>:",
+        "to 256, and the law predicts <fall_1b_law>:",
     ),
 }
 SENTENCES = [(page, each) for page, sentences in PAGES.items() for each in sentences]

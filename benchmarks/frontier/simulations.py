@@ -25,12 +25,12 @@ from calibration.plain import (
 from calibration.simulated import (
     DEFAULT,
     WITH_FULL,
+    build_of,
     calibrated,
     drawn,
     loss,
     options_of,
     own_rate,
-    settled_of,
 )
 from calibration.surfaces import Surface, study_surfaces
 from frontier.scores import OURS, Sweeps, own_steps
@@ -110,7 +110,7 @@ def by_way(on: Surface, name: str, seed: Sequence[int]) -> dict[int, float]:
     """log2 of the rates of a way that a user would write with Optuna."""
     seeds, guess = drawn(on, seed)
     options = options_of(on, DEFAULT, seeds)
-    study = Calibration(options, settled_of(on, options), Trials)
+    study = Calibration(options, build_of(on, options), Trials)
     ends = [end + guess for end in search_range(study)]
     spans = {}
     for rank in (*on.ranks, FULL):

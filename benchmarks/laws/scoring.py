@@ -166,7 +166,7 @@ def bench_law(
     >>> [(score.label, round(score.worst, 2)) for score in bench_law(rows, ["constant"])]
     [('constant', 0.0)]
     """
-    curves = loss_curves(read_sweep(sweep), best)
+    curves = loss_curves(read_sweep(sweep).runs, best)
     return [score_of(law, curves) for law in laws]
 
 
@@ -211,7 +211,7 @@ def all_curves(runs: Sequence[SweepRun]) -> list[LossCurve]:
     """Return the curve of every model and rank. Its best rate is nan where the lowest loss is at an end of the grid."""
     tried: dict[tuple[str, Reference], list[SweepRun]] = {}
     for run in (run for run in runs if run.rank is not None):
-        at = run.place
+        at = run.reference
         at = replace(at, fan_in=at.fan_in or ANY_WIDTH)
         tried.setdefault((run.model or "", at), []).append(run)
     curves = []

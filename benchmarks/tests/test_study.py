@@ -381,7 +381,10 @@ def test_the_tables_pool_domains_and_keep_settings_apart() -> None:
     scores = {row.split(" | ")[0]: row for row in rows}
     lora, to_full = "4.0 / 8.3 / 33 | –", "30.0 / 48.0 / 100"
     at_b = "3.0 / 3.0 / 0 | 0.0 / 0.0 / 0"
-    assert scores["| keeping it"] == f"| keeping it | {lora} | {to_full} | {at_b} |"
+    assert (
+        scores["| the rate unchanged"]
+        == f"| the rate unchanged | {lora} | {to_full} | {at_b} |"
+    )
     assert scores["| the default law"] == "| the default law" + " | –" * 5 + " |"
 
 

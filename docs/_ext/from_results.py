@@ -126,7 +126,7 @@ def ranks_of(recipe: ra.Recipe, stem: str) -> str:
 def gallery() -> Iterator[str]:
     """The study's recipes: an index, and each with its picture and what it says of itself."""
     yield "# Gallery of the study's recipes\n"
-    yield "They are records and examples, [no starting points](../recipes.md#where-it-holds).\n"
+    yield "They are records and examples, [no starting points](../recipes.md#where-it-is-valid).\n"
     yield "Every picture and every number here is read from the recipe's own files when the site is built.\n"
     yield "[How to read a band](../bands.md) says what the parts of a picture mean.\n"
     paths = sorted(RECIPES.glob("*.toml"))

@@ -211,17 +211,22 @@ def below_cliff(
 
 
 def end_of(observations: Sequence[Observation], rank: int | None) -> str:
-    """Return "lowest" or "highest" where a rank's best rate is at that end of those tried, else "".
-    A tie with another rate does not count.
+    """Return "lowest" or "highest" if the best learning rate of a rank is the lowest or highest one
+    that was tried there, else "". A best learning rate that ties with another one counts as inside.
+
+    The learning rates are compared by their mean score over seeds. The single lowest score would
+    often belong to a lucky seed, above all where the loss hardly depends on the learning rate.
     """
-    of_rank = [o for o in observations if o.rank == rank]
-    rates = {o.x for o in of_rank}
-    finite = (o.value for o in of_rank if math.isfinite(o.value))
-    least = min(finite, default=math.nan)
-    best = {o.x for o in of_rank if o.value == least}
-    if len(rates) == 1 or len(best) != 1:
+    scores: dict[float, list[float]] = {}
+    for o in observations:
+        if o.rank == rank:
+            scores.setdefault(o.x, []).append(o.value)
+    means = {x: sum(values) / len(values) for x, values in scores.items()}
+    least = min(means.values(), default=math.inf)
+    best = [x for x, mean in means.items() if mean == least]
+    if len(means) < 2 or len(best) > 1 or not math.isfinite(least):
         return ""
-    return {min(rates): "lowest", max(rates): "highest"}.get(best.pop(), "")
+    return {min(means): "lowest", max(means): "highest"}.get(best[0], "")
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:

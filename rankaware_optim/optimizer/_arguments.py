@@ -19,7 +19,7 @@ from .._near_misses import check_names
 from .._optimizers import defaults_of, get_optimizer_class, in_force, known_optimizer
 from .._warn import warn
 from ..errors import OptimizerError, RankAwareError
-from ..inspection import Walk, walk
+from ..inspection import Walk
 from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
@@ -31,14 +31,11 @@ MULTIPLIED = "rank_multiplier"
 # --- parameters and groups ------------------------------------------------------------------------
 
 
-def user_groups(
-    params: Any, model: nn.Module, walked: Walk, first: int = 0
-) -> list[SplitGroup]:
+def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
     """Return the user's groups, which have no parts yet. What was given is not changed.
 
     Args:
-        params: a model (its trainable parameters), parameters, named parameters, or dicts of them.
-        model: the model that holds the adapters.
+        params: parameters, named parameters, or dicts of them.
         walked: the model's parameters.
         first: number of the first group.
 
@@ -46,9 +43,6 @@ def user_groups(
         OptimizerError: what is listed is no parameter, or a group holds a rate that is impossible,
             or multiplied already.
     """
-    if isinstance(params, nn.Module):
-        parameters = (walked if params is model else walk(params)).parameters
-        params = [p for _, p in parameters if p.requires_grad]
     entries = _listed(params)
     if not isinstance(next(iter(entries), None), Mapping):
         entries = [{"params": entries}]
@@ -78,6 +72,11 @@ def _options(given: Any) -> Group:
             " class.",
         )
     options = dict(given)
+    if "params" not in options:
+        raise OptimizerError(
+            f"A parameter group has no 'params', only {sorted(map(str, options))}.",
+            "Set its parameters: {'params': model.head.parameters(), ...}.",
+        )
     if "lr" in options:
         check_lr(options["lr"], "A parameter group's lr")
         options["lr"] = plain_lr(options["lr"])
@@ -100,12 +99,15 @@ def refuse_outside(
     source: Source,
     *,
     built: bool = False,
+    later: bool = False,
 ) -> None:
-    """Raise for a listed parameter that no model given holds, unless a rate is given for it, and if
-    they hold none of those listed.
+    """Raise for a listed parameter that belongs to none of the models, because it may be part of an
+    adapter, whose rank would then be ignored. One with an explicit learning rate is accepted beside
+    the models' own parameters, for example a parameter of the loss.
 
-    It may be an adapter's, whose rank would move nothing. held: the models' parameters. built:
-    whether the groups are those of a built optimizer, all of which have a rate.
+    held: the models' parameters. built: whether the groups are those of a built optimizer, all of
+    which have a learning rate. later: whether they are added to an optimizer, so that the models'
+    own parameters are elsewhere.
     """
     outside = []
     count = 0
@@ -114,15 +116,16 @@ def refuse_outside(
             count += 1
             if param not in held:
                 outside.append((group, name))
+    another_model = len(outside) == count and not later
     for group, name in outside:
         in_group = "lr" in group.seen and not built
         is_rated = in_group or source.rate_of(name, other=True) is not None
-        if not is_rated or len(outside) == count:
+        if not is_rated or another_model:
             raise OptimizerError(
-                f"The parameter {name} belongs to no model given, so its rank is unknown and its"
-                " rate would not move.",
-                "Give all models, as model=[unet, text_encoder], or a rate for it: lr in its group,"
-                " or other_lr=.",
+                f"The parameter {name} belongs to none of the models in model=. If it is part of an"
+                " adapter, its rank cannot be read.",
+                "Pass all models, as in model=[unet, text_encoder], or set a learning rate for this"
+                " parameter: lr in its group, or other_lr=.",
             )
 
 
@@ -149,6 +152,7 @@ def read_optimizer(
     """Return what is wrapped. Raise if it cannot have group rates, or if a setting is nearly one of
     `ours`, which a class with `**kwargs` would drop silently.
     """
+    _refuse_model(params, optimizer)
     is_built = isinstance(params, Optimizer)
     native = type(params) if is_built else get_optimizer_class(optimizer)
     if hasattr(native, "_rankaware_native"):
@@ -165,6 +169,20 @@ def read_optimizer(
         return Wrapped(native, params, settings_of_built(params))
     check_names("RankAwareOptimizer", settings, ours, native)
     return Wrapped(native, None, settings)
+
+
+def _refuse_model(first: object, optimizer: object) -> None:
+    """Raise if a model stands in the optimizer's place."""
+    if not isinstance(optimizer, nn.Module):
+        return
+    cure = "RankAwareOptimizer(params, torch.optim.AdamW, model=model, lr=...)"
+    if isinstance(first, Optimizer):
+        cure = "RankAwareOptimizer(opt, model=model)"
+    raise OptimizerError(
+        f"optimizer is a model of class {type(optimizer).__name__}, but it must be an optimizer"
+        " class.",
+        f"Pass the model by its name: {cure}.",
+    )
 
 
 def settings_of_built(opt: Optimizer) -> Settings:

@@ -217,8 +217,8 @@ class Hidden:
     report. model: gives the model while it lives; none in a copy. users, active: its list of groups
     when a step last began, and their split groups. stepping: whether the parts are in place. turns:
     how often a step began or ended. unchecked: whether there are parameters that no step has
-    checked. steps: their number, as far as they are looked at. unwatch: ends the watch for
-    evaluations in train mode.
+    checked. training: how many parameters trained when a step last looked. steps: their number, as
+    far as they are looked at. unwatch: ends the watch for evaluations in train mode.
     """
 
     assigner: Assigner
@@ -232,6 +232,7 @@ class Hidden:
     stepping: bool = False
     turns: int = 0
     unchecked: bool = True
+    training: int = 0
     steps: int = 0
     unwatch: Any = None
 
@@ -364,6 +365,23 @@ def present(splits: Sequence[SplitGroup]) -> None:
 # --- inside a step --------------------------------------------------------------------------------
 
 
+def in_parts(opt: Any, act: Callable[[], Any]) -> Any:
+    """Return the result of `act`, which sees the parts in place of the user's groups.
+
+    A Ctrl-C may fall into `leave` itself. The groups would then stay half changed, and all later
+    steps would train at base rates. Therefore `leave` runs again, from the start.
+    """
+    try:
+        try:
+            enter(opt)
+            return act()
+        finally:
+            leave(opt)
+    finally:
+        if opt._rankaware.stepping:
+            leave(opt)
+
+
 # compiled, both would be graphs of their own with tensor rates
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def enter(opt: Any) -> None:
@@ -387,7 +405,7 @@ def enter(opt: Any) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def leave(opt: Any) -> None:
-    """Put the user's groups back, with what the native step wrote."""
+    """Put the user's groups back, with what the native step wrote. It may run twice."""
     hidden = opt._rankaware
     if not hidden.stepping:
         return

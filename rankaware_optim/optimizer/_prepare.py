@@ -10,9 +10,18 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .._optimizers import in_force
+from .._optimizers import defaults_of, in_force
 from .._types import Init, Method
-from ..inspection import Models, Survey, as_one_model, survey_of, walk
+from ..errors import InspectionError, OptimizerError
+from ..inspection import (
+    Models,
+    Survey,
+    Walk,
+    as_one_model,
+    factor_tensors,
+    survey_of,
+    walk,
+)
 from ._arguments import (
     Wrapped,
     refuse_outside,
@@ -47,12 +56,21 @@ def prepare(
     """
     native, built, settings = wrapped
     walked = walk(model)
-    groups = user_groups(params, model, walked)
+    if isinstance(params, nn.Module):
+        of_params = walked if params is model else walk(params)
+        params = _parameters_of(of_params, method, init)
+    groups = user_groups(params, walked)
     held = {param for _, param in walked.parameters}
     refuse_outside(groups, held, source, built=built is not None)
     refuse_own_rates(native, groups, settings)
     # only what trains decides where a rate counts as tuned, and is spoken of
     trained = survey = survey_of(walked, method=method, init=init)
+    if not any(group.names for group in groups):
+        raise OptimizerError(
+            "The optimizer got no parameters. An iterator, such as model.parameters() or a filter,"
+            " is empty once it was read.",
+            "Pass the model itself, or the parameters as a list.",
+        )
     if frozen := _frozen(groups):
         survey = survey_of(walked, method=method, init=init, also=frozen)
     in_groups = _settings_of_factors(wrapped, groups, trained)
@@ -66,6 +84,7 @@ def prepare(
         trained, source, method, native, settings, are_several=are_several
     )
     split(groups, assigner, survey, None if built is None else built.state)
+    _refuse_parallel_lists(groups, native)
     assigned = [part.assigned for group in groups for part in group.parts]
     notes = notes_of(assigner, trained, assigned)
     return Hidden(assigner, survey, init, notes, groups, _weakly(model))
@@ -90,7 +109,9 @@ def prepare_later(
     """Return the survey with the factors of a later group, and its split. Nothing is changed."""
     walked = walk(model)
     assigner = hidden.assigner
-    groups = user_groups([param_group], model, walked, first=len(hidden.splits))
+    groups = user_groups([param_group], walked, first=len(hidden.splits))
+    held = {param for _, param in walked.parameters}
+    refuse_outside(groups, held, assigner.source, later=True)
     refuse_own_rates(type(opt), groups, settings_of_built(opt))
     also = _frozen(groups)
     also |= {p for group in opt.param_groups for p in group["params"]}
@@ -99,7 +120,44 @@ def prepare_later(
     factors = {f.name: f for f in (*later.factors, *hidden.survey.factors)}
     survey = replace(hidden.survey, factors=tuple(factors.values()))
     split(groups, assigner, survey)
+    _refuse_parallel_lists(groups, type(opt))
     return survey, groups[0]
+
+
+def _parameters_of(
+    walked: Walk, method: Method, init: Init | None
+) -> list[nn.Parameter]:
+    """Return the parameters of a model that train, and with LoRA also the matrices of adapters that
+    are not active. PEFT's set_adapter may activate those in the middle of a run.
+    """
+    inactive = set[Any]()
+    if method == "lora":
+        inactive = {p for p in factor_tensors(walked) if not p.requires_grad}
+    if inactive:
+        try:
+            survey_of(walked, init=init, also=inactive)
+        except InspectionError:  # An adapter that rests need not be readable.
+            inactive = set()
+    return [p for _, p in walked.parameters if p.requires_grad or p in inactive]
+
+
+def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
+    """Raise if a group is split although one of its options has a value for each parameter. Each
+    part would get the whole list, so that values would go to the wrong parameters.
+    """
+    own = defaults_of(native)
+    for group in groups:
+        if len(group.parts) == 1:
+            continue
+        for name, value in group.seen.items():
+            is_known = name in ("params", "param_names") or name in own
+            is_list = isinstance(value, (list, tuple)) and not is_known
+            if is_list and len(value) == len(group.names):
+                raise OptimizerError(
+                    f"The group's option {name!r} has a value for each of its {len(value)}"
+                    " parameters, but these train at several learning rates, in several parts.",
+                    "Pass one group for each value, with that value in the group.",
+                )
 
 
 def _frozen(groups: Iterable[SplitGroup]) -> set[Any]:

@@ -1,9 +1,10 @@
-"""The rates of an optimizer: every part of the user's groups, with its rate now and the reason, and
-the report, with what to check.
+"""The learning rates of an optimizer as they are now, by parameter, and the report about them: a
+table with reasons, sentences on likely mistakes, and notes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -26,22 +27,32 @@ _HEADINGS = (
     *("base lr", "multiplier", "lr", "why"),
 )
 _WIDTH = 100  # columns
-# The step at which epsilon is looked at once. Where B starts at zero, A's first gradients are zero,
-# and grow with B.
+# The step after which epsilon is checked, once. Not earlier: where B starts at zero, the first
+# gradients of A are zero and grow with B.
 EPSILON_AT = 100
 _FROZEN = "frozen: it does not train until requires_grad is set"
+# What a parameter that is no LoRA matrix belongs to, by its name. The first pattern that is found
+# counts.
+_BY_NAME = {
+    "biases": r"(^|\.)bias$",
+    "norms": r"norm|(^|[._])ln(_|\d|\.|$)",
+    "embeddings": r"embed|(^|\.)w[tp]e\.",
+    "head": r"(^|\.)(\w*head|classifier|score|qa_outputs)(\.|$)",
+}
+_WHOLE_COPY = "modules_to_save"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateGroup(Assigned):
-    """Parameters of one of the user's groups that train at one rate: lr = base_lr × multiplier.
-
-    Beside what was assigned to them (role, rank, scaling, init, family, multiplier, given, why):
+    """Parameters of one of the user's groups that train at one learning rate:
+    lr = base_lr × multiplier.
 
     Args:
-        base_lr: the rate in the user's group, which a scheduler sets.
-        lr: the rate of the next step.
-        initial_lr: the rate from which the schedule starts, or `lr`.
+        role, rank, scaling, init, family, multiplier, given, why: what the parameters are and why
+            they have this learning rate.
+        base_lr: the learning rate in the user's group, which a scheduler sets.
+        lr: the learning rate of the next step.
+        initial_lr: the learning rate from which the schedule starts, or `lr` without a scheduler.
         names: the parameters' names in the model.
         params: the parameters.
         user_group: the number of the user's group.
@@ -56,9 +67,9 @@ class RateGroup(Assigned):
 
 
 class Rates(Mapping[str, RateGroup]):
-    """The rates of an optimizer by parameter name: each name's `RateGroup`, as it is now.
+    """The learning rates of an optimizer: a mapping from parameter names to `RateGroup`.
 
-    It follows the optimizer: a look after a scheduler's step gives the new rate.
+    It shows the present state. After a scheduler's step it has the new learning rates.
     """
 
     def __init__(self, opt: Any) -> None:
@@ -66,7 +77,7 @@ class Rates(Mapping[str, RateGroup]):
 
     @property
     def groups(self) -> tuple[RateGroup, ...]:
-        """The parts of the user's groups, in the user's order."""
+        """The user's groups, divided into parameters of one learning rate, in the user's order."""
         groups = []
         for number, split in enumerate(splits_of(self._opt)):
             base = float(split.group["lr"])
@@ -99,8 +110,11 @@ class Rates(Mapping[str, RateGroup]):
         lines = [f"Rates of {len(self)} parameters"]
         for group in self.groups:
             rate = f"{group.base_lr:.3g} × {group.multiplier:.3g}"
-            what = f"{group.role}, rank {group.rank}"
-            lines.append(f"  {what}: {len(group.names)} tensors, lr {rate}")
+            rank = "" if group.rank is None else f", rank {group.rank}"
+            role = _role_in_words(group)
+            count = len(group.names)
+            tensors = "1 tensor" if count == 1 else f"{count} tensors"
+            lines.append(f"  {role}{rank}: {tensors}, lr {rate}")
         return "\n".join(lines)
 
     def _by_name(self) -> dict[str, RateGroup]:
@@ -109,15 +123,16 @@ class Rates(Mapping[str, RateGroup]):
 
 @dataclass(frozen=True)
 class Report:
-    """The parts of the groups with their rates and the reasons for them. `str()` makes a table of
-    at most 100 columns.
+    """The learning rates of an optimizer with the reasons for them. `str()` makes a table of at
+    most 100 columns.
 
     Args:
-        rows: one entry per part, and one for its frozen parameters, whose role is "frozen".
-        notes: sentences on the law and the rates.
+        rows: one entry for each group of parameters that train at one learning rate. Frozen ones
+            have an entry of their own, whose role is "frozen".
+        notes: sentences on the law and the learning rates.
         title: the table's title.
         audit: sentences on likely mistakes that the groups show.
-        unmoved: sentences on weights that a step leaves where they are, and on Adam's epsilon.
+        unmoved: sentences on weights that a step leaves unchanged, and on Adam's epsilon.
         survey: the inspected model.
     """
 
@@ -153,10 +168,10 @@ class Report:
 
 
 def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    """Return a row as text, in the order of the headings without the last."""
+    """Return the cells of a row, in the order of the headings, without the last."""
     of_row = [factors[name] for name in row.names if name in factors]
     return (
-        row.role,
+        _role_in_words(row),
         str(row.rank or ""),
         "" if row.scaling is None else f"{row.scaling:g}",
         row.init or "",
@@ -169,14 +184,36 @@ def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
     )
 
 
+def _role_in_words(row: RateGroup) -> str:
+    """Return a row's role. For "other" it also says which parts of the model these are, as in
+    "other: norms, biases", so that two such rows can be told apart.
+    """
+    if row.role != "other":
+        return row.role
+    pairs = zip(row.names, row.params, strict=False)
+    kinds = sorted({_part_of_model(name, param) for name, param in pairs})
+    return f"other: {', '.join(kinds)}" if kinds else "other"
+
+
+def _part_of_model(name: str, param: torch.Tensor) -> str:
+    """Return the part of a model to which a parameter that is no LoRA matrix belongs."""
+    adapter = other_kind(name)
+    if adapter is not None and _WHOLE_COPY not in name:
+        return adapter
+    for part, pattern in _BY_NAME.items():
+        if re.search(pattern, name):
+            return part
+    return "weights" if param.dim() > 1 else "vectors"
+
+
 def _range(values: Iterable[float]) -> str:
-    """Return the least and the most in words."""
+    """Return the smallest and the largest value as text."""
     ordered = sorted(set(values))
     return "–".join(f"{end:g}" for end in dict.fromkeys((*ordered[:1], *ordered[-1:])))
 
 
 def make_report(opt: Any) -> Report:
-    """Return the report of an optimizer at its current rates."""
+    """Return the report on an optimizer at its current learning rates."""
     hidden = opt._rankaware
     groups = opt.rates.groups
     assigner = hidden.assigner
@@ -186,7 +223,7 @@ def make_report(opt: Any) -> Report:
         title += f": moved from {assigner.reference}"
     rows = [row for group in groups for row in _by_training(group)]
     audit = [*survey.audit(), *_left_out(rows, survey)]
-    # a recipe decides a head's rate
+    # With a recipe, the recipe decides the learning rate of a head.
     if assigner.method == "lora" and assigner.source.recipe is None:
         audit += _heads_at_base_rate(rows)
     trained = trained_parts(opt)
@@ -201,7 +238,7 @@ def make_report(opt: Any) -> Report:
 
 
 def _by_training(group: RateGroup) -> Iterator[RateGroup]:
-    """Yield a part's parameters that train, and those that do not."""
+    """Yield the parameters of a group that train and those that do not, each as a row."""
     named = list(zip(group.names, group.params, strict=False))
     for is_frozen in (False, True):
         kept = [pair for pair in named if pair[1].requires_grad != is_frozen]
@@ -212,15 +249,16 @@ def _by_training(group: RateGroup) -> Iterator[RateGroup]:
 
 
 def _left_out(rows: Iterable[RateGroup], survey: Survey) -> Iterator[str]:
-    """Yield the adapters none of whose factors is in the groups."""
+    """Yield a sentence for each adapter of which the optimizer has no LoRA matrix."""
     names = {name for row in rows for name in row.names}
     held = {f.adapter for f in survey.factors if f.name in names}
     for adapter in sorted({f.adapter for f in survey.factors} - held):
-        yield f"None of the factors of {adapter or 'the adapter'} is in this optimizer."
+        name = f"the adapter {adapter!r}" if adapter else "the adapter"
+        yield f"This optimizer has none of the LoRA matrices of {name}, so they do not train."
 
 
 def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
-    """Yield the matrices that are no adapter's and train at the adapters' base rate."""
+    """Yield a sentence on whole matrices that train at the base learning rate of the adapters."""
     heads = []
     for row in rows:
         if row.role != "other" or row.given is not None:
@@ -229,17 +267,19 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
             if param.dim() > 1 and other_kind(name) is None:
                 heads.append(name)
     if heads:
-        rest = "" if len(heads) == 1 else f" and {len(heads) - 1} more"
+        trains = f"and {len(heads) - 1} more train" if heads[1:] else "trains"
         yield (
-            f"{heads[0]}{rest} trains at the adapters' base rate, which was not tuned for it:"
-            " other_lr= or rates= sets another."
+            f"{heads[0]} {trains} at the adapters' base learning rate, which was not tuned for"
+            " it. Set another by other_lr= or rates=."
         )
 
 
 def trained_parts(opt: Any) -> list[SameRate]:
-    """Return what a `RankAwareOptimizer` of a sign-like family trains, at its highest rates: the
-    first steps of a warm-up are small. If no scheduler noted others, the rates of the last step
-    count, or those with which it was built.
+    """Return the parameters that train at a sign-like family's learning rate, by learning rate.
+
+    The highest known learning rate counts, because the first steps of a warm-up are small. A
+    scheduler leaves it in the group. Without one it is the rate of the last step, or the rate with
+    which the optimizer was built.
     """
     trained = []
     splits = splits_of(opt)
@@ -250,7 +290,8 @@ def trained_parts(opt: Any) -> list[SameRate]:
             continue
         split = splits[row.user_group]
         rates = [row.base_lr, peak_of(split.group)]
-        # a rate of 0 freezes a group beside others, and begins a warm-up of all
+        # A learning rate of 0 freezes a group if others train. In all groups it is the start of a
+        # warm-up.
         if "initial_lr" not in split.group and (row.base_lr or none_trains):
             rates.append(float(split.seen["lr"]))
         params = dict(zip(row.names, row.params, strict=False))
@@ -264,7 +305,7 @@ def trained_parts(opt: Any) -> list[SameRate]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_unmoved(opt: Any) -> None:
-    """Warn of weights that do not move at the first step, and later of Adam's epsilon."""
+    """Warn about weights that the first step leaves unchanged, and later about Adam's epsilon."""
     hidden = opt._rankaware
     text = ""
     if hidden.steps >= EPSILON_AT:

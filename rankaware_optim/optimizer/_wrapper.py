@@ -39,6 +39,7 @@ from ._parts import (
     Hidden,
     adopt,
     enter,
+    in_parts,
     leave,
     outside_a_step,
     peak_of,
@@ -95,8 +96,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
     shows. The object is an instance of the given optimizer class, and `state_dict` has its layout.
 
     Args:
-        params: a model (its trainable parameters), parameters or groups with `model=`, or a built
-            optimizer.
+        params: a model, parameters or groups with `model=`, or an existing optimizer. Of a model
+            the parameters that train are used, and the LoRA matrices of inactive adapters, which
+            train once PEFT's `set_adapter` activates them.
         optimizer: a torch optimizer class, or its name, such as "adamw" or "torch_optimizer:Lamb".
         model: the model that holds the adapters, if it is not `params`, or a list of several, as
             [unet, text_encoder]. Only weak references are kept.
@@ -230,15 +232,15 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 "Wrap again with model=.",
             )
         survey, split = prepare_later(hidden, self, model, param_group)
-        try:
-            enter(self)  # the native check for duplicates sees all parts
+
+        def add() -> None:
             with building(native):
                 for part in split.parts:
                     native.add_param_group(self, part.group)
                 adopt(self, [split])
                 present([split])
-        finally:
-            leave(self)
+
+        in_parts(self, add)  # the native check for duplicates sees all parts
         self.param_groups.append(split.group)
         hidden.splits.append(split)
         hidden.survey, hidden.unchecked = survey, True
@@ -349,6 +351,10 @@ def rank_aware_param_groups(
     >>> [round(group["lr"], 5) for group in groups]
     [0.00222, 0.00222]
     """
+    model = as_one_model(params)
+    if isinstance(model, nn.Module):
+        params = [param for param in model.parameters() if param.requires_grad]
+        options.setdefault("model", model)
     hidden: Any = _Unbuilt(params, **{"optimizer": AdamW, **options})
     groups = []
     for split in hidden.splits:
@@ -430,18 +436,18 @@ def _with_parts(native: Any, name: str) -> Callable[..., Any]:
             if next(iter(args), kwargs.get("closure")) is None:
                 _check(self)
             warn_of_unmoved(self)
-        try:
-            enter(self)
-            if args or kwargs:
-                seen = partial(_seen_inside, self, (*args, *kwargs.values()))
-                args = tuple(map(seen, args))
-                kwargs = {key: seen(value) for key, value in kwargs.items()}
-            return method(self, *args, **kwargs)
-        finally:
-            leave(self)
-            # who calls it knows of the two modes
-            if name == "eval" and hidden.unwatch:
-                hidden.unwatch()
+
+        def act() -> Any:
+            if not args and not kwargs:
+                return method(self)
+            seen = partial(_seen_inside, self, (*args, *kwargs.values()))
+            inside = {key: seen(value) for key, value in kwargs.items()}
+            return method(self, *map(seen, args), **inside)
+
+        # who calls it knows of the two modes
+        if name == "eval" and hidden.unwatch:
+            hidden.unwatch()
+        return in_parts(self, act)
 
     return run
 
@@ -478,9 +484,18 @@ def _outside(opt: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check(opt: Any) -> None:
-    """Check the parameters once there are gradients: those that no step has checked."""
+    """Check the parameters once there are gradients, and again after some were frozen or thawed:
+    another adapter may have been activated.
+    """
     hidden = opt._rankaware
-    if hidden.unchecked and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    training = sum(
+        p.requires_grad for group in opt.param_groups for p in group["params"]
+    )
+    if training != hidden.training:
+        hidden.training, hidden.unchecked = training, True
+    if hidden.unchecked:
         others = [other for other in _LIVE if other is not opt]
         model = hidden.model and hidden.model()
         hidden.unchecked = check_parameters(opt, model, others)

@@ -41,7 +41,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
         "runs": f"{steps} steps, batch {batch}, warm-up {warmup}",
         "tried": _tried(recipe),
         "other rates": _other_rates(recipe),
-        "code": _listed(recipe.source).removeprefix("train ") or "unknown",
+        "source": _listed(recipe.source).removeprefix("train ") or "unknown",
         "versions": _listed(recipe.versions) or "unknown",
         "hash": recipe.tag.partition(" ")[0],
     }

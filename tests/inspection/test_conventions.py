@@ -117,9 +117,14 @@ LIES = {
     "a rank that is another": (
         lambda rank, alpha: adapted(rank=rank + 1),
         None,
-        "build of rank 2 is read at ranks .3",
+        r"make\(2, 3\) .* read as 3, ",
     ),
-    "another row": (honest, KOHYA, "by the conventions .'lora_A/lora_B'"),
+    "two ranks": (
+        lambda rank, _: nn.Sequential(adapted(rank=rank), adapted(rank=9)),
+        None,
+        "read as 2 and 9, ",
+    ),
+    "another row": (honest, KOHYA, "by the convention 'lora_A/lora_B', but 'kohya'"),
     "a scaling that is alpha": (
         lying,
         None,

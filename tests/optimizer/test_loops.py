@@ -151,6 +151,46 @@ class Failing(torch.optim.SGD):
         return super().step(closure)
 
 
+def interrupted(act, number):
+    """Whether `act` was interrupted, as by Ctrl-C, at one of the calls and lines of the wrapper."""
+    left = number
+
+    def trace(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(("_parts.py", "_wrapper.py")):
+            return None
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("by", ["gradients", "a closure"])
+def test_an_interrupt_at_any_moment_leaves_the_next_step_right(by):
+    """Wherever Ctrl-C falls into a step, the groups are the user's at base rates, and the next step multiplies."""
+    model = Model()
+    opt = by_class(model)
+    groups = opt.param_groups
+    backward(model)
+    given = [] if by == "gradients" else [lambda: torch.zeros(())]
+    number = 0
+    while interrupted(partial(opt.step, *given), number):
+        assert opt.param_groups is groups
+        assert [(len(g["params"]), g["lr"]) for g in groups] == [(5, LR)]
+        assert_at(model, moved(model, opt), LR)
+        number += 1
+    assert number > 50
+
+
 class Twice(torch.optim.SGD):
     """Its step calls self.step once more for half of the way, as some line searches do."""
 
@@ -433,6 +473,73 @@ def test_an_adapter_made_active_later_is_said():
         opt.step()
     opt.step()
     assert len(caught) == 1
+
+
+def activate(model, layer):
+    """Let one adapter train and all others rest, as PEFT's set_adapter does."""
+    for each in (model.small, model.large):
+        for factor in each.pair():
+            factor.requires_grad_(each is layer)
+
+
+@pytest.mark.parametrize("given", ["a model", "its parameters"])
+def test_an_adapter_that_is_activated_in_mid_run_trains_at_its_ranks_rate(given):
+    """Its rate is that of its own rank, though it rested when the optimizer was built, and the other one rests now."""
+    model = Model()
+    activate(model, model.small)
+    params = model if given == "a model" else model.parameters()
+    opt = RankAwareOptimizer(params, "sgd", model=model, lr=LR, **LAW)
+    for layer in (model.small, model.large, model.small):
+        model.zero_grad()
+        activate(model, layer)
+        assert_at(model, moved(model, opt), LR)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_an_activated_adapter_that_is_not_held_is_noticed(head):
+    """Where only the trained parameters were listed, the first step with another adapter is an error, beside a head a warning."""
+    model = Model()
+    activate(model, model.small)
+    model.head.requires_grad_(head)
+    opt = RankAwareOptimizer(trained(model), "sgd", model=model, lr=LR, **LAW)
+    backward(model)
+    opt.step()
+    opt.zero_grad()
+    activate(model, model.large)
+    backward(model)
+    words = "large.lora_A has a gradient"
+    if head:
+        with pytest.warns(RankAwareWarning, match=words):
+            opt.step()
+        return
+    with pytest.raises(OptimizerError, match=f"{words}.*another adapter"):
+        opt.step()
+
+
+def test_a_later_groups_parameters_are_checked():
+    """A group that was added after the first step, and whose tensors get no gradients, is an error at the next step."""
+    model = Model()
+    for factor in model.large.pair():
+        factor.requires_grad_(False)
+    opt = RankAwareOptimizer(trained(model), "sgd", model=model, lr=LR, **LAW)
+    backward(model)
+    opt.step()
+    opt.add_param_group({"params": list(model.large.pair())})
+    model.large = replaced(64)
+    model.large.requires_grad_(True)
+    model.large.base_layer.requires_grad_(False)
+    backward(model)
+    with pytest.raises(OptimizerError, match=r"large.lora_A has a gradient"):
+        opt.step()
+
+
+def test_groups_by_rank_list_what_trains():
+    """Groups for a plain optimizer leave out adapters that rest, so that no group is of frozen parameters alone."""
+    model = Model()
+    activate(model, model.small)
+    groups = rank_aware_param_groups(model, lr=LR, **LAW)
+    names = [name for group in groups for name, _ in group["params"]]
+    assert names == ["small.lora_A", "small.lora_B", "head.weight"]
 
 
 @pytest.mark.filterwarnings("error")

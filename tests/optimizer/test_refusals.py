@@ -101,6 +101,18 @@ def native_groups(model):
     return rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
 
 
+def read_before(model):
+    """An iterator that is exhausted, as after its parameters were counted."""
+    params = filter(lambda param: param.requires_grad, model.parameters())
+    assert len(list(params)) == 6
+    return params
+
+
+def parallel_lists(model):
+    """A group whose option has a value for each parameter."""
+    return [{"params": trained(model), "lr_scales": [1.0] * 6}]
+
+
 FIRST = [
     # what stands in the place of the model's parameters, the model, what is said
     (trained, None, r"^A list of Parameter is not a model.*as model="),
@@ -110,10 +122,15 @@ FIRST = [
     (lambda m: SimpleNamespace(model=m, args=None), None, r"attach\(trainer"),
     (lambda m: m.head, None, "get_peft_model.*method='full'.* register"),
     (lambda m: m.requires_grad_(False), None, "all frozen.*is_trainable="),
-    (lambda m: trained(mlp()), lambda m: m, r"belongs to no model given.*model=\["),
+    (lambda m: trained(mlp()), lambda m: m, r"belongs to none of the models.*model=\["),
     (lambda m: [*trained(m), nn.Parameter(torch.ones(1))], lambda m: m, "other_lr="),
     (lambda m: [1.0], lambda m: m, "holds a float"),
     (lambda m: [{"params": trained(m), "lr": 0.0}], lambda m: m, "group's lr is 0.0"),
+    (lambda m: [{"lr": LR}], lambda m: m, r"no 'params', only \['lr'\]"),
+    (lambda m: [], lambda m: m, "got no parameters.*an? iterator|filter"),
+    (read_before, lambda m: m, "got no parameters"),
+    (lambda m: [{"params": []}, {"params": []}], lambda m: m, "got no parameters"),
+    (parallel_lists, lambda m: m, "'lr_scales' has a value for each of its 6"),
     (native_groups, lambda m: m, "multiplied already.*native"),
 ]
 
@@ -138,6 +155,28 @@ def test_a_parameter_outside_the_model_may_have_a_rate(own, given):
     made = rank_aware_param_groups(groups, **options)
     (rate,) = (g["lr"] for g in made for _, p in g["params"] if p is stranger)
     assert rate == pytest.approx(2e-3)
+
+
+SWAPPED = [
+    (lambda m: (AdamW(trained(m), lr=LR), m), r"RankAwareOptimizer\(opt, model=model"),
+    (lambda m: (trained(m), m), r"Pass the model by its name: .*model=model"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), SWAPPED)
+def test_a_model_in_the_optimizers_place_is_refused(given, words):
+    """A model as the second argument raises an error with the right order."""
+    with pytest.raises(OptimizerError, match=words):
+        RankAwareOptimizer(*given(mlp()))
+
+
+def test_options_of_the_optimizer_may_be_as_long_as_its_parameters():
+    """AdamW's two betas are no list of values for two parameters, and a group that is not split takes any list."""
+    model = mlp((4,), head=False)
+    group = {"params": trained(model), "betas": [0.8, 0.9]}
+    RankAwareOptimizer([group], AdamW, model=model, lr=LR)
+    group = {"params": [model.layer0.lora_A], "lr_scales": [1.0]}
+    RankAwareOptimizer([group], AdamW, model=model, lr=LR)
 
 
 class TakesAnything(SGD):
@@ -294,7 +333,7 @@ BUILT = [
     (plain, {"rates": {"x": 1.0}}, "matches none"),
     # its groups have rates, as all of a built optimizer, which nobody chose for the stranger
     (lambda m: AdamW([*trained(m), nn.Parameter(torch.ones(1))]), {}, "other_lr="),
-    (lambda m: plain(mlp()), {}, "belongs to no model given"),
+    (lambda m: plain(mlp()), {}, "belongs to none of the models"),
     (lambda m: plain(m, torch.optim.LBFGS), {}, "takes one parameter group"),
     (ours, {}, "rank-aware already"),
     (scheduled, {}, "Wrap the optimizer first"),
@@ -360,11 +399,22 @@ def out_of_range(model):
     return {"params": params, "lr": 1e308}
 
 
+def parallel(model):
+    """A further adapter of two ranks, with an option that has a value for each parameter."""
+    model.layer8, model.layer9 = (PlainLoRA(nn.Linear(16, 16), r) for r in (2, 4))
+    params = [model.layer8.lora_A, model.layer9.lora_A]
+    return {"params": params, "lr_scales": [1.0, 2.0]}
+
+
 LATER = [
     (AdamW, lambda m: {"params": [m.layer0.lora_A]}, "more than one parameter group"),
     (AdamW, lambda m: {"params": [nn.Parameter(torch.ones(2))], "lr": 0.0}, "lr is 0"),
     (AdamW, out_of_range, r"rate 1e\+308 times the multiplier"),
-    (RatesInGroups, lambda m: {"params": [nn.Parameter(torch.ones(2))]}, "'lr'"),
+    (RatesInGroups, lambda m: {"params": [m.layer0.base_layer.weight]}, "'lr'"),
+    (AdamW, lambda m: {"params": [nn.Parameter(torch.ones(2))]}, "none of the models"),
+    (AdamW, lambda m: {"params": trained(mlp())}, "none of the models"),
+    (AdamW, lambda m: {"lr": 1.0}, r"no 'params', only \['lr'\]"),
+    (AdamW, parallel, "'lr_scales' has a value for each of its 2"),
 ]
 
 

@@ -82,6 +82,39 @@ def test_the_report_is_at_most_100_columns_wide():
     assert "a" * 60 in text or "wide" in text
 
 
+class Language(nn.Module):
+    """A model with every part that trains beside adapters, as PEFT's modules_to_save names a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(8, 16)
+        self.q = adapted()
+        self.input_layernorm = nn.LayerNorm(16)
+        self.proj = nn.Linear(16, 16)
+        self.gate = nn.Parameter(torch.ones(3))
+        self.lm_head = nn.ModuleDict({"modules_to_save": nn.Linear(16, 8, bias=False)})
+
+
+def test_rows_of_other_parameters_can_be_told_apart():
+    """The rows of two groups, with and without weight decay, say which parts of the model are in them."""
+    model = Language()
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if "lora" in n]},
+        {"params": [p for n, p in named if "lora" not in n and p.dim() > 1]},
+        {"params": [p for n, p in named if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    opt = RankAwareOptimizer(groups, AdamW, model=model, lr=LR, tuned_at=AT_16)
+    printed = " ".join(str(opt.rates).split())
+    assert "other: embeddings, weights: 2 tensors" in printed
+    assert "other: head: 1 tensor," in printed
+    assert "other: biases, norms, vectors: 4 tensors" in printed
+    table = str(opt.report())
+    for part in ("embeddings", "head", "weights", "biases", "norms", "vectors"):
+        assert part in table
+    assert max(map(len, table.splitlines())) <= 100
+
+
 # --- audit ----------------------------------------------------------------------------------------------------------
 
 PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
@@ -121,7 +154,7 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
     """A whole weight at the base rate is an accident until it is given its own rate."""
     model = mlp((4,))
     (line,) = report_of(model).audit
-    assert line.startswith("head.weight trains at the adapters' base rate")
+    assert line.startswith("head.weight trains at the adapters' base learning rate")
     assert report_of(model, other_lr=0.1).audit == ()
 
 
@@ -136,7 +169,9 @@ def test_frozen_weights_are_no_heads(built):
     assert opt.report().audit == ()
     model.layer0.base_layer.weight.requires_grad_(True)
     (line,) = opt.report().audit
-    assert line.startswith("layer0.base_layer.weight trains at the adapters' base rate")
+    assert line.startswith(
+        "layer0.base_layer.weight trains at the adapters' base learning rate"
+    )
 
 
 def test_an_adapter_outside_the_optimizer_is_pointed_out():
@@ -148,5 +183,6 @@ def test_an_adapter_outside_the_optimizer_is_pointed_out():
     params = [p for p in model["one"].parameters() if p.requires_grad]
     opt = RankAwareOptimizer(params, SGD, model=model, lr=LR)
     assert opt.report().audit == (
-        "None of the factors of second is in this optimizer.",
+        "This optimizer has none of the LoRA matrices of the adapter 'second', so they do not"
+        " train.",
     )

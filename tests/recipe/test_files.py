@@ -13,8 +13,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -424,6 +425,34 @@ def test_a_torn_save_leaves_a_recipe(tmp_path):
     assert found["killed"] == sorted(found["killed"], reverse=True)
     assert {*found["killed"]} == {*found["read"]} == {"old", "new"}
     assert found["saved"]
+
+
+@pytest.mark.parametrize("path", [None, 3, {"name": "r"}], ids=str)
+def test_what_is_no_path_is_said(path):
+    """Loading or saving with something else than a path is an error that says to pass one."""
+    for call in (Recipe.load, FULL.save):
+        with pytest.raises(RecipeError, match="Pass the path"):
+            call(path)
+
+
+@dataclass(frozen=True)
+class OwnLaw(Constant):
+    """A law that another project registers."""
+
+    name: ClassVar[str] = "own-law"
+
+
+def test_a_recipe_whose_law_is_not_registered_says_the_true_cause(tmp_path):
+    """Where the law is not registered, the error names it and register_law, and does not blame the file."""
+    ra.register_law(OwnLaw())
+    try:
+        path = replace(FULL, law=Power(law=OwnLaw())).save(tmp_path / "r.toml")
+        assert Recipe.load(path).law.law == OwnLaw()
+    finally:
+        ra.register_law(OwnLaw(), remove=True)
+    with pytest.raises(RecipeError, match=r"'own-law'.*register_law") as caught:
+        Recipe.load(path)
+    assert "copy" not in caught.value.cure
 
 
 # --- files that were damaged ----------------------------------------------------------------------------------------

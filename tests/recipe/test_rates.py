@@ -130,6 +130,15 @@ def test_outside_the_band_is_wider_and_flagged(inside, outside):
     assert far.high / far.low > near.high / near.low
 
 
+@pytest.mark.parametrize("target", [{"rank": 64}, {"rank": 4, "alpha": 16}])
+def test_the_ceiling_moves_with_the_best_rate(target):
+    """At another configuration the ceiling is as many octaves above the best rate as at the recipe's own."""
+    made = recipe(covariance=np.zeros((3, 3)))
+    own, there = made.at(), made.at(**target)
+    assert there.lr != own.lr
+    assert there.ceiling / there.lr == pytest.approx(own.ceiling / own.lr, rel=1e-9)
+
+
 @extrapolates
 def test_a_recipe_without_full_runs_says_what_they_would_settle():
     """The first note names full_trials=3. A rate at which LoRA diverged is no ceiling there."""

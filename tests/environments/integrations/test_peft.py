@@ -120,3 +120,30 @@ def test_a_config_and_a_saved_adapter_name_a_reference(rslora, tmp_path):
     rates = [[group.lr for group in opt.rates.groups] for opt in opts]
     assert rates[0] == rates[1] == pytest.approx(rates[2])
     assert 1e-3 not in rates[0]
+
+
+def test_the_other_adapter_trains_after_set_adapter():
+    """set_adapter in mid-run lets the second adapter train, at the learning rate of its own rank."""
+    torch.manual_seed(0)
+    configs = {name: peft.LoraConfig(r=r, lora_alpha=r, target_modules=["0"]) for name, r in (("first", 4), ("second", 16))}  # fmt: skip
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), configs["first"], adapter_name="first"
+    )
+    model.add_adapter("second", configs["second"])
+    opt = RankAwareOptimizer(model, torch.optim.AdamW, lr=1e-2, tuned_at=AT_16)
+    for active, other, rank in (("first", "second", 4), ("second", "first", 16)):
+        model.set_adapter(active)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for _ in range(2):
+            opt.zero_grad()
+            model(torch.ones(2, 8)).square().mean().backward()
+            opt.step()
+        moved = {
+            n for n, p in model.named_parameters() if not torch.equal(before[n], p)
+        }
+        assert {name.split(".")[-2] for name in moved} == {active}
+        ranks = {opt.rates[name].rank for name in moved}
+        assert ranks == {rank}
+        assert not any(f".{other}." in name for name in moved)
+    rates = {group.rank: group.lr for group in opt.rates.groups}
+    assert rates[4] > rates[16] == pytest.approx(1e-2)

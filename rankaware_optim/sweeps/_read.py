@@ -1,0 +1,463 @@
+"""Reading a sweep: from a CSV file, a dataframe or rows of any tool to checked runs.
+
+Tools name their columns in their own way, so the reading has two steps. `_columns` decides once
+which column holds which field of `SweepRun`. Then each row is converted by itself, and an error
+names its line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from .._checks import RANGES, limits, plain, shown
+from .._files import read_bytes
+from .._types import Reference
+from ..errors import CalibrationError
+from ..fitting import Observation
+
+Row = Mapping[str, Any]
+Source = str | os.PathLike[str] | Iterable[Row]
+
+_MOST = 100_000_000  # largest file, bytes
+_MOST_LOSS = RANGES["loss"][1]  # a run with a larger loss counts as diverged
+_EMPTY = ("", "nan", "none", "null", "<na>")  # how tools write a cell without a value
+_OF_LORA = ("alpha", "rslora", "init")  # meaningless in full finetuning
+
+# Other names by which a field is recognised. The prefixes of trackers, as in "config.lr" or
+# "params.lr", are removed first, and "eval/loss" counts as eval_loss.
+ALSO_CALLED: Mapping[str, tuple[str, ...]] = {
+    "lr": ("learning_rate",),
+    "rank": ("r", "lora_r", "lora_rank"),
+    "alpha": ("lora_alpha",),
+    "rslora": ("use_rslora",),
+    "loss": ("eval_loss", "val_loss", "validation_loss"),
+    "seed": ("random_seed",),
+    "steps": ("max_steps", "num_steps"),
+    "model": ("model_name", "model_name_or_path", "base_model"),
+}
+_PREFIX = re.compile(r"^(config|params|metrics|summary)[./]")
+_STATES = ("state", "status")  # columns in which trackers say how a run ended
+_ENDED_WELL = ("finished", "completed", "complete", "succeeded", "success")
+
+# What a cell may hold, in the words of an error.
+_KINDS = {
+    "lr": "a positive number",
+    "loss": "a number, 'diverged', or empty for a run without a result",
+    "rank": "a whole number from 1, or 'full'",
+    "alpha": "a positive number",
+    "rslora": "true or false",
+    "init": "A or B",
+    "fan_in": "a positive number",
+    "seed": "a whole number",
+    "batch": "a positive number",
+    "steps": "a whole number from 1",
+    "start": "a finite number",
+}
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep. A value that its row does not have is None.
+
+    Args:
+        lr: the learning rate, per step.
+        loss: the value to minimise, infinite if the run diverged.
+        rank: the LoRA rank, None for full finetuning.
+        alpha: LoRA's alpha.
+        rslora: whether alpha is divided by √rank instead of rank.
+        init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
+        fan_in: the mean fan-in of the adapted layers, or for full finetuning the largest fan-in.
+        seed: the random seed.
+        model: the model's name.
+        batch: examples or tokens per step.
+        steps: number of steps.
+        start: the loss before training.
+    """
+
+    lr: Annotated[float, limits("lr")]
+    loss: Annotated[float, Meta(ge=RANGES["loss"][0])]
+    rank: Annotated[int, limits("rank")] | None
+    alpha: Annotated[float, limits("alpha")] | None = None
+    rslora: bool = False
+    init: Literal["A", "B"] = "A"
+    fan_in: Annotated[float, limits("fan_in")] | None = None
+    seed: Annotated[int, limits("seed")] = 0
+    model: str | None = None
+    batch: Annotated[float, limits("batch")] | None = None
+    steps: Annotated[int, limits("steps")] | None = None
+    start: Annotated[float, limits("loss")] | None = None
+
+    @property
+    def reference(self) -> Reference:
+        """The run's configuration."""
+        if self.rank is None:
+            return Reference(method="full", fan_in=self.fan_in, batch=self.batch)
+        return Reference(
+            self.rank,
+            self.alpha,
+            self.rslora,
+            self.init,
+            self.fan_in,
+            batch=self.batch,
+        )
+
+    def observed_at(self, x: float) -> Observation:
+        """Return the run as an observation at log2 learning rate x.
+
+        A sweep without `start` does not say where the loss began. Then the final loss stands in for
+        it, so that the fit sees no improvement and takes its unit from the spread of the losses.
+        """
+        start = self.start
+        if start is None:
+            start = self.loss if math.isfinite(self.loss) else 0.0
+        return Observation(
+            self.rank,
+            self.seed,
+            x,
+            value=self.loss,
+            start=start,
+            tail=self.loss,
+            returned=True,
+        )
+
+
+_HINTS = get_type_hints(SweepRun, include_extras=True)
+_REQUIRED = ("rank", "lr", "loss")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that was read.
+
+    Args:
+        runs: the runs with a result, each once.
+        columns: the column that each field was read from.
+        notes: sentences on what the reading left out or could not know.
+    """
+
+    runs: tuple[SweepRun, ...]
+    columns: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The columns that have another name than their field."""
+        pairs = self.columns.items()
+        return {field: column for field, column in pairs if field != column}
+
+
+def read_sweep(
+    source: Source,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> Sweep:
+    """Read and check a sweep. A row that repeats another one in every cell counts once.
+
+    Args:
+        source: a CSV file, a dataframe, or rows such as df.to_dict('records').
+        columns: the column of each field, such as {"loss": "eval/loss"}. Other fields are found by
+            their own name or a usual one (`ALSO_CALLED`).
+        where: only rows with these values are read, such as {"State": "finished"}.
+
+    Raises:
+        CalibrationError: the file cannot be read, a column does not exist, `where` leaves no row,
+            or a cell is impossible. The message names line and column.
+    """
+    table = list(_numbered_rows(source))
+    if not table:
+        raise CalibrationError(
+            "The sweep is empty.",
+            "Pass one row per run, with its rank, lr and loss, and alpha for LoRA.",
+        )
+    header = list(dict.fromkeys(name for _, row in table for name in row))
+    column_of = _columns(header, columns)
+    rows = _chosen(table, header, where or {})
+    runs = []
+    with_result = []
+    for line, row in rows:
+        cells = {field: _text(row.get(name)) for field, name in column_of.items()}
+        run = _run_of(line, cells, column_of)
+        if run is not None:
+            runs.append(run)
+            with_result.append(row)
+    if not runs:
+        raise CalibrationError(
+            f"None of the sweep's {len(rows)} runs has a result: the column"
+            f" {column_of['loss']!r} is empty.",
+            "Write each run's final loss there, or 'diverged' for a run that diverged. If another"
+            " column holds the loss, pass columns={'loss': NAME} (in a shell, --columns"
+            " loss=NAME).",
+        )
+    notes = [*_left_out(len(rows), len(runs)), *_unfinished(with_result, header, where)]
+    return Sweep(tuple(dict.fromkeys(runs)), column_of, tuple(notes))
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _numbered_rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """Yield each row with the words by which an error names it."""
+    if isinstance(source, (str, os.PathLike)):
+        yield from _rows_of_file(Path(source))
+        return
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a dataframe
+        source = source.to_dict("records")
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise CalibrationError(
+            f"The sweep is {shown(source)}.",
+            "Pass the path of a CSV file, a dataframe, or a list with one dict per run, such as"
+            " [{'rank': 8, 'alpha': 16, 'lr': 1e-4, 'loss': 1.2}, ...].",
+        )
+    for number, row in enumerate(source, 1):
+        if not isinstance(row, Mapping):
+            raise CalibrationError(
+                f"Row {number} of the sweep is {shown(row)}.",
+                "Pass one dict per run, such as {'rank': 8, 'alpha': 16, 'lr': 1e-4, 'loss': 1.2}.",
+            )
+        yield f"Row {number} of the sweep", row
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        text = read_bytes(path, _MOST).decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            line = f"Line {reader.line_num} of {path.name}"
+            if len(cells) != len(header):
+                raise CalibrationError(
+                    f"{line} has {len(cells)} cells, but the first line names"
+                    f" {len(header)} columns.",
+                    "Correct the line. Put a cell that contains a comma in double quotes.",
+                )
+            yield line, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise CalibrationError(
+            f"Line {reader.line_num} of {path.name} is not CSV: {error}.",
+            "Correct the line. Put a cell that contains a comma in double quotes.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"The sweep {path} cannot be read: it is not text in UTF-8.",
+            "Export it as CSV.",
+        ) from error
+    except OSError as error:
+        raise CalibrationError(
+            f"The sweep {path} cannot be read: {error}.", "Check the path."
+        ) from error
+
+
+def _chosen(
+    table: Sequence[tuple[str, Row]], header: Sequence[str], where: Mapping[str, Any]
+) -> list[tuple[str, Row]]:
+    """Return the rows that have the values of `where`."""
+    for name in where:
+        if name not in header:
+            raise _no_such_column(f"where names the column {name!r}", name, header)
+    rows = []
+    for line, row in table:
+        if all(_is_alike(row.get(name), value) for name, value in where.items()):
+            rows.append((line, row))
+    if rows:
+        return rows
+    asked = ", ".join(f"{name}={value}" for name, value in where.items())
+    found = []
+    for name in where:
+        counts = Counter(_text(row.get(name)) for _, row in table).most_common(5)
+        values = ", ".join(f"{value or 'empty'} ({count})" for value, count in counts)
+        found.append(f"{name} has {values}")
+    raise CalibrationError(
+        f"where {asked} leaves none of the sweep's {len(table)} rows: {'; '.join(found)}.",
+        "Use a value that the column has, or remove the condition.",
+    )
+
+
+def _is_alike(cell: object, value: object) -> bool:
+    """Return whether a cell has a value: as a number, or as a string in any case."""
+    one, two = _text(cell), _text(value)
+    try:
+        return float(one) == float(two)
+    except ValueError:
+        return one.casefold() == two.casefold()
+
+
+def _text(cell: object) -> str:
+    """Return a cell as a string, "" if it has no value."""
+    text = "" if cell is None else str(plain(cell)).strip()
+    return "" if text.lower() in _EMPTY else text
+
+
+# --- columns --------------------------------------------------------------------------------------
+
+
+def _columns(header: Sequence[str], asked: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the column of each field that the sweep has.
+
+    A column that was asked for comes first, then one with the field's own name, then one with a
+    usual name.
+    """
+    names = [field.name for field in fields(SweepRun)]
+    if asked is not None and not isinstance(asked, Mapping):
+        raise CalibrationError(
+            f"columns is {shown(asked)}.",
+            "Pass a dict from fields to columns, such as columns={'loss': 'eval/loss'}.",
+        )
+    for field, column in (asked or {}).items():
+        if field not in names:
+            raise CalibrationError(
+                f"columns names the field {shown(field)}, which a sweep does not have.",
+                f"The fields are {', '.join(names)}.",
+            )
+        if column not in header:
+            raise _no_such_column(f"columns says {field}={column}", column, header)
+    found = {}
+    for field in names:
+        found_column = (asked or {}).get(field) or _column_of(field, header)
+        if found_column:
+            found[field] = found_column
+    for field in _REQUIRED:
+        if field not in found:
+            raise CalibrationError(
+                f"The sweep has no column {field}. Its columns are {_listed(header)}.",
+                f"Pass columns={{{field!r}: NAME}} (in a shell, --columns {field}=NAME) with the"
+                f" name of the column that holds the {field}, or add one.",
+            )
+    return found
+
+
+def _column_of(field: str, header: Sequence[str]) -> str | None:
+    """Return the column with a field's name or a usual name for it."""
+    if field in header:
+        return field
+    usual = (field, *ALSO_CALLED.get(field, ()))
+    found = [column for column in header if _usual_form(column) in usual]
+    if len(found) > 1:
+        raise CalibrationError(
+            f"Several columns of the sweep may hold the {field}: {_listed(found)}.",
+            f"Pass columns={{{field!r}: {found[0]!r}}} (in a shell, --columns"
+            f" {field}={found[0]}), or another one of them.",
+        )
+    return found[0] if found else None
+
+
+def _usual_form(column: str) -> str:
+    """Return a column's name without the prefix of a tracker, in lower case, with underscores.
+
+    >>> _usual_form("config.Learning-Rate"), _usual_form("eval/loss")
+    ('learning_rate', 'eval_loss')
+    """
+    bare = _PREFIX.sub("", str(column).strip())
+    return re.sub(r"[\s/.-]+", "_", bare).lower()
+
+
+def _no_such_column(
+    where: str, column: object, header: Sequence[str]
+) -> CalibrationError:
+    close = get_close_matches(str(column), map(str, header), 1)
+    cure = f"Did you mean {close[0]!r}?" if close else "Use one of its columns."
+    return CalibrationError(
+        f"{where}, but the sweep has no such column. Its columns are {_listed(header)}.",
+        cure,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    most = 20
+    words = ", ".join(map(str, names[:most]))
+    return f"{words} and {len(names) - most} more" if len(names) > most else words
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def _run_of(
+    line: str, cells: Mapping[str, str], columns: Mapping[str, str]
+) -> SweepRun | None:
+    """Return the run of a row's cells, None if it has no result."""
+    if not cells["loss"]:
+        return None
+    filled = {field: text for field, text in cells.items() if text}
+    if filled["loss"].lower() == "diverged":
+        filled["loss"] = "inf"
+    is_full = filled.get("rank", "").lower() == "full"
+    if is_full:
+        filled = {k: v for k, v in filled.items() if k not in ("rank", *_OF_LORA)}
+    needed = ("lr",) if is_full else ("rank", "lr", "alpha")
+    for field in needed:
+        if field not in filled:
+            raise CalibrationError(
+                f"{line}: the {field} is missing.",
+                "Every run needs a rank, an alpha, an lr and a loss, except that full finetuning"
+                " (rank 'full') needs no alpha.",
+            )
+    values: dict[str, Any] = {"rank": None}
+    for field, text in filled.items():
+        values[field] = _value(line, field, text, columns[field])
+    if values["loss"] > _MOST_LOSS:
+        values["loss"] = math.inf
+    return SweepRun(**values)
+
+
+def _value(line: str, field: str, text: str, column: str) -> object:
+    """Return a cell's value."""
+    try:
+        return msgspec.convert(text, _HINTS[field], strict=False)
+    except msgspec.ValidationError as error:
+        where = field if column == field else f"{field} (column {column!r})"
+        raise CalibrationError(
+            f"{line}: the {where} is {text!r}.", f"It must be {_KINDS[field]}."
+        ) from error
+
+
+# --- notes ----------------------------------------------------------------------------------------
+
+
+def _left_out(rows: int, runs: int) -> Iterator[str]:
+    """Yield how many runs of a sweep had no result."""
+    if rows == runs:
+        return
+    missing = rows - runs
+    yield (
+        f"{_runs(missing)} of {rows} had no loss and {'was' if missing == 1 else 'were'} left out."
+        " If a run diverged, write 'diverged' as its loss: runs that diverged set the ceiling"
+    )
+
+
+def _unfinished(
+    rows: Sequence[Row], header: Sequence[str], where: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """Yield how many runs have a loss although a tracker says that they did not finish."""
+    for name in header:
+        if _usual_form(name) not in _STATES or name in (where or {}):
+            continue
+        states = Counter(_text(row.get(name)) for row in rows)
+        well = [state for state in states if state.casefold() in _ENDED_WELL]
+        others = [state for state in states if state and state not in well]
+        if not others:
+            continue
+        count = sum(states[state] for state in others)
+        finished = well[0] if well else "finished"
+        yield (
+            f"{_runs(count)} of {len(rows)} did not finish ({name}: {', '.join(others)}) and"
+            f" counted as if they had, because they have a loss. To leave them out, pass"
+            f" where={{{name!r}: {finished!r}}} (in a shell, --where {name}={finished})"
+        )
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"

@@ -1,0 +1,22 @@
+"""A dataframe of pandas is a sweep, and reads as the CSV that it came from."""
+
+from __future__ import annotations
+
+import pytest
+
+from rankaware_optim.sweeps._read import read_sweep
+
+pd = pytest.importorskip("pandas")
+
+CSV = "rank,alpha,lr,loss\n4,8,1e-4,0.75\n4,8,2e-4,\n4,8,9e-4,NaN\n4,8,3e-4,diverged\n"
+
+
+def test_a_dataframe_reads_as_its_csv(tmp_path):
+    """pandas turns an empty loss into NaN, and the run is left out and counted, as from the CSV."""
+    path = tmp_path / "s.csv"
+    path.write_text(CSV)
+    frame = pd.read_csv(path)
+    sweep = read_sweep(path)
+    assert len(sweep.runs) == 2
+    assert "2 runs of 4 had no loss" in sweep.notes[0]
+    assert read_sweep(frame) == read_sweep(frame.to_dict("records")) == sweep
