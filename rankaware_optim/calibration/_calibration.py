@@ -177,6 +177,7 @@ def calibrated_recipe(
         other_rates=trials.other_rates(),
         notes=(*notes, *_training_notes(options, trials)),
         tensors=tensors_of(trials, options.steps),
+        score="own" if any(run.returned for run in trials.observations()) else "loss",
     )
 
 

@@ -2,6 +2,9 @@ from ._constants import CLEAR as CLEAR
 from ._constants import EARLY as EARLY
 from ._constants import FULL_SD as FULL_SD
 from ._constants import TAIL as TAIL
+from ._curve import LossCurve as LossCurve
+from ._curve import curves_of as curves_of
+from ._curve import improvement_is_known as improvement_is_known
 from ._observations import Observation as Observation
 from ._observations import all_rose as all_rose
 from ._observations import arms_of as arms_of

@@ -35,6 +35,9 @@ SHAPE_ERROR = 0.2  # error of the shape, as a share of the gap to the best: by h
 LENGTH = 1.0  # correlation length of the smooth noise, octaves: by hand
 GRID = 0.125  # octaves between candidate optima: by hand
 BEYOND = 3.0  # octaves from the rates tried to the last candidate: by hand
+# The widest 90 % interval of an estimated loss that is reported, in units of the gain: chosen by
+# judgement
+KNOWN = 0.5
 # Gap to the best of an untrained run, in units of the gain: its meaning
 UNTRAINED_GAP = 1.0
 

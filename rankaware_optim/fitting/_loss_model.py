@@ -55,7 +55,7 @@ Array = npt.NDArray[np.float64]
 
 _SHAPES = np.meshgrid(NOISE, SHOULDERS, STEEPNESS, CURVATURE, indexing="ij")
 _NOISE_OF_SHAPE, _, _STEEPNESS_OF_SHAPE, _ = (values.ravel() for values in _SHAPES)
-_LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
+LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 
 
 class Arm(NamedTuple):
@@ -98,16 +98,34 @@ def bowls_of(arms: Arms) -> Bowls:
     return Bowls(*map(np.concatenate, zip(*choices, strict=True)))
 
 
-def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
+def plateaus_of(arm: Arm) -> list[float]:
+    """Return the plateaus that a single arm may have: that of untrained runs, and the gap of its
+    worst run if all of its runs are better than untrained.
+    """
+    highest = float(arm.y.max())
+    if 0.0 < highest < UNTRAINED_GAP:
+        return [UNTRAINED_GAP, highest]
+    return [UNTRAINED_GAP]
+
+
+def optima_of(arms: Arms) -> Array:
+    """Return the candidate optima: a grid over all learning rates tried, and `BEYOND` octaves on
+    either side.
+    """
     xs = np.concatenate([arm.x for arm in arms.values()])
     span = float(xs.max() - xs.min()) + 2 * BEYOND
-    count = math.ceil(round(span / GRID, 6))  # whatever rounding does
-    optima = np.asarray(xs.min() - BEYOND + GRID * np.arange(count))
+    count = math.ceil(round(span / GRID, 6))  # the same count whatever rounding does
+    return np.asarray(xs.min() - BEYOND + GRID * np.arange(count))
+
+
+def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
+    """Fit a bowl to every arm, whose runs at too high a rate end on these plateaus."""
+    optima = optima_of(arms)
     fits = []
     for arm, plateau in zip(arms.values(), plateaus, strict=True):
-        fits.append(_optimum(_log_likelihood(arm, optima, plateau), optima))
+        fits.append(_optimum(log_likelihood(arm, optima, plateau), optima))
     evidence, mean, sd = np.stack(fits, axis=-1)
-    log_weight = _LOG_PRIOR + evidence.sum(axis=1)
+    log_weight = LOG_PRIOR + evidence.sum(axis=1)
     return Bowls(log_weight, mean, sd, _STEEPNESS_OF_SHAPE)
 
 
@@ -131,15 +149,30 @@ def _covariances(arm: Arm) -> tuple[Array, Array]:
     error of the shape.
     """
     white = np.eye(len(arm.x))
-    distance = arm.x[:, None] - arm.x[None, :]
-    smooth = np.exp(-0.5 * (distance / LENGTH) ** 2)
     paired = arm.seeds[:, None] == arm.seeds[None, :]
-    noise = paired * (SEED_SD**2 + SMOOTH * smooth) + (1.0 - SMOOTH) * white
+    smooth = SMOOTH * _alike(arm)
+    noise = paired * (SEED_SD**2 + smooth) + (1.0 - SMOOTH) * white
+    return noise, error_of_shape(arm)
+
+
+def _alike(arm: Arm) -> Array:
+    """Return the correlation of smooth errors between the learning rates of trials."""
+    distance = arm.x[:, None] - arm.x[None, :]
+    return np.asarray(np.exp(-0.5 * (distance / LENGTH) ** 2))
+
+
+def smooth_noise(arm: Arm) -> Array:
+    """Return the correlation of the smooth part of the noise, which runs of a seed share."""
+    return np.asarray((arm.seeds[:, None] == arm.seeds[None, :]) * _alike(arm))
+
+
+def error_of_shape(arm: Arm) -> Array:
+    """Return the covariance of the error of the shape, which grows with the gap to the best."""
     gap = SHAPE_ERROR * arm.y
-    return noise, np.outer(gap, gap) * (smooth + white) / 2
+    return np.outer(gap, gap) * (_alike(arm) + np.eye(len(arm.x))) / 2
 
 
-def _log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
+def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     """Return log p(losses | shape, optimum), (σ, h, a, k, optima).
 
     The level has a flat prior and is integrated out. One basis diagonalizes both covariances for
@@ -164,24 +197,29 @@ def _log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     return np.moveaxis(-0.5 * (misfit + logdet), -1, 0)
 
 
-def _optimum(log_likelihood: Array, optima: Array) -> tuple[Array, Array, Array]:
+def evidence_of(likelihoods: Array) -> Array:
+    """Return an arm's log evidence for each shared shape, from `log_likelihood`: (shapes,)."""
+    return _optimum(likelihoods, np.arange(float(likelihoods.shape[-1])))[0]
+
+
+def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
     """Return an arm's log evidence and its optimum's mean and sd, given the shared shape: each of
     shape (shapes,).
     """
-    top = log_likelihood.max()
+    top = likelihoods.max()
     middle = optima.mean()
     # every logarithm below is finite
-    likelihood = np.exp(log_likelihood - top) + np.finfo(np.float64).tiny
+    likelihood = np.exp(likelihoods - top) + np.finfo(np.float64).tiny
     u = optima - middle
     moments = likelihood @ np.stack([u**0, u, u**2], axis=1)
-    total, first, second = (_rank_given_shared() @ moments.reshape(-1, 3)).T
+    total, first, second = (own_given_shared() @ moments.reshape(-1, 3)).T
     mean = first / total
     variance = np.maximum(second / total - mean**2, (GRID / 4) ** 2)
     return np.log(total / len(optima)) + top, mean + middle, np.sqrt(variance)
 
 
 @cache
-def _rank_given_shared() -> Array:
+def own_given_shared() -> Array:
     """Return the probability of each shape as a rank's own, given the shared shape: (shapes,
     shapes), rows sum to 1.
     """

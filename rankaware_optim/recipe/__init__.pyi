@@ -1,6 +1,8 @@
 from ._facts import facts as facts
 from ._facts import trials_text as trials_text
 from ._from_fit import recipe_of as recipe_of
+from ._judge import Judgement as Judgement
+from ._judge import known_rate as known_rate
 from ._rates import ANY_WIDTH as ANY_WIDTH
 from ._rates import INIT_SD as INIT_SD
 from ._rates import RANK_SD as RANK_SD
@@ -15,6 +17,7 @@ from ._rates import rate as rate
 from ._rates import warn_of as warn_of
 from ._recipe import BASE as BASE
 from ._recipe import Recipe as Recipe
+from ._recipe import Score as Score
 from ._same_model import layers_of as layers_of
 from ._same_model import widened_for as widened_for
 from ._settings import SAME_UPDATES as SAME_UPDATES
@@ -23,3 +26,4 @@ from ._settings import differences as differences
 from ._settings import plain_value as plain_value
 from ._settings import settings_of as settings_of
 from ._settings import without_conflicts as without_conflicts
+from ._trials import loss_curves as loss_curves

@@ -95,6 +95,7 @@ class RecipeFile(msgspec.Struct, forbid_unknown_fields=True):
     notes: tuple[str, ...]
     steepness: Steepness
     scatter: Octaves
+    score: Literal["loss", "reward", "own"]
     trials_sha256: str | None
     # The tables of a TOML come last.
     reference: Reference
@@ -300,6 +301,7 @@ TRIAL = {
     "value": "f1",
     "diverged": "b1",
     "pruned": "b1",
+    "start": "f1",
     "steps": "i1",
     "curve": "f2",
 }

@@ -26,6 +26,7 @@ from .._types import Method, Reference, Scaling
 from ..laws import Power
 from . import _files as files
 from ._facts import facts
+from ._judge import Judgement, checked_lr, judge
 from ._rates import configuration, rate, warn_of
 from ._same_model import check_width
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 BASE: Literal["base"] = "base"
 Plain = bool | int | float | str  # a setting that TOML can hold
 Trials = Mapping[str, npt.NDArray[Any]]
+Score = Literal["loss", "reward", "own"]
 
 _COLUMN = 16  # width of the column with the facts' names, in characters
 
@@ -85,6 +87,8 @@ class Recipe:
             configuration follows from the steepness and the uncertainty there. With a steepness of
             0 the margin is `margin` everywhere.
         scatter: standard deviation of one rank's own best learning rate about the law, octaves.
+        score: what the trials were scored by: "loss" (of training, or the trainer's own on held-out
+            data), "reward", or "own" (a value that the user's code returned).
         missing: the name of the trials' file, if it was not beside the recipe when the recipe was
             read. Learning rates do not need it.
     """
@@ -112,6 +116,7 @@ class Recipe:
     tensors: Trials = field(default_factory=dict, repr=False)
     steepness: float = 0.0
     scatter: float = 0.0
+    score: Score = "loss"
     missing: str = ""
 
     def __eq__(self, other: object) -> bool:
@@ -199,6 +204,51 @@ class Recipe:
         answer = rate(self, target, steps)
         warn_of(self, answer)
         return answer
+
+    def judge(
+        self,
+        lr: float,
+        rank: int | None = None,
+        *,
+        alpha: float | None = None,
+        rslora: bool = False,
+        init: Literal["A", "B"] | None = None,
+        method: Method = "lora",
+        fan_in: float | None = None,
+        steps: int | None = None,
+        batch: float | None = None,
+    ) -> Judgement:
+        """Compare a learning rate with the recipe's, such as the one that you used so far.
+
+        By default at the recipe's own configuration. The other arguments are those of `at`.
+
+        Args:
+            lr: the learning rate to judge, per step.
+            rank: the LoRA rank, by default the recipe's own.
+            alpha: LoRA's alpha. By default the scaling follows `scaling_rule`.
+            rslora: whether alpha is divided by √rank instead of rank.
+            init: "A" or "B", by default the recipe's own.
+            method: "lora" or "full".
+            fan_in: the model's width, by default the recipe's own.
+            steps: optimizer steps, by default the recipe's own.
+            batch: batch size in the recipe's unit, by default its own.
+
+        Returns:
+            How many times too high or too low it is, whether it lies in the 90 % interval, and what
+            share of the possible improvement it costs. `print` shows a sentence.
+
+        Raises:
+            RecipeError: `lr` is not a positive finite number, or `at` raises one.
+            InvalidReferenceError: the configuration is impossible.
+            LawError: the law has no usable multiplier there.
+        """
+        number = checked_lr(lr)
+        given = rank, alpha, rslora, init, method
+        if rank is None and self.reference.method == "full":
+            given = None, alpha, rslora, init, "full"
+        target = configuration(self, *given, fan_in=fan_in, batch=batch)
+        check_width(self, target)
+        return judge(self, number, target, steps)
 
     # --- in words and pictures --------------------------------------------------------------------
 

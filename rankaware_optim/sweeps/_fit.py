@@ -158,7 +158,7 @@ def _tensors(
     reference.
     """
     lost = diverged(observations)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "rank": [run.rank or 0 for run in runs],
         "seed": [run.seed for run in runs],
         "lr": [2.0**o.x for o in observations],
@@ -166,6 +166,8 @@ def _tensors(
         "value": [run.loss for run in runs],
         "diverged": [o in lost for o in observations],
     }
+    if all(run.start is not None for run in runs):
+        columns["start"] = [run.start for run in runs]
     return {name: np.array(column) for name, column in columns.items()}
 
 

@@ -179,7 +179,7 @@ def flat(table: dict, path: str = "") -> Iterator[tuple[str, object]]:
 
 OF_ANY_KEY = ("settings", "layers", "other_rates")
 OF_ANY_KEY += ("versions", "source", "law")
-OF_TRIALS = "rank seed lr own_lr value diverged pruned steps curve"
+OF_TRIALS = "rank seed lr own_lr value start diverged pruned steps curve"
 
 
 def test_the_page_lists_every_field(target):
@@ -238,6 +238,7 @@ BAD = [
     ("reference/method", "lore"),
     ("reference/init", "C"),
     ("scaling_rule", "banana"),
+    ("score", "accuracy"),
     ("notes", [1]),
     ("other_rates", {"a": "bases"}),
 ]  # fmt: skip

@@ -1,0 +1,226 @@
+"""The fitted curve of one rank: its loss against the learning rate, with a 90 % interval.
+
+A fit gives each rank a posterior over bowls: a shape (σ, h, a, k), an optimum v and a plateau. A
+curve keeps `_DRAWS` of them, drawn in proportion to their probability, and evaluates all of them
+wherever it is asked. So an interval needs no formula: it is the range in which 90 % of them lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ._constants import (
+    BEYOND,
+    CURVATURE,
+    KNOWN,
+    NOISE,
+    SHOULDERS,
+    SMOOTH,
+    STEEPNESS,
+    UNTRAINED_GAP,
+)
+from ._loss_model import (
+    LOG_PRIOR,
+    Arm,
+    Arms,
+    Array,
+    error_of_shape,
+    evidence_of,
+    log_likelihood,
+    optima_of,
+    own_given_shared,
+    plateaus_of,
+    smooth_noise,
+)
+from ._observations import Observation, arms_of, best_fall, diverged, gain_of
+
+_DRAWS = 1000
+_ENDS = (0.05, 0.95)  # quantiles at the ends of a 90 % interval
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The fitted loss of one rank, or of full finetuning.
+
+    The bowls are arrays of shape (draws,): `levels` (the loss at the optimum), `optima` (x),
+    `shoulders`, `steepness`, `curvature` and `plateaus`, see `_loss_model`. Their unit of loss is
+    `gain`, what training improved at best; loss 0 of that unit is `lowest`.
+
+    Args:
+        lowest: the lowest score of the rank.
+        gain: the improvement of the best run, in the unit of the scores.
+        tried: x of the lowest and of the highest learning rate tried.
+    """
+
+    lowest: float
+    gain: float
+    tried: tuple[float, float]
+    levels: Array
+    optima: Array
+    shoulders: Array
+    steepness: Array
+    curvature: Array
+    plateaus: Array
+
+    def losses(self, x: Array) -> tuple[Array, Array, Array]:
+        """Return the median of the loss, and the ends of its 90 % interval, at every x."""
+        draws = self.levels[:, None] + self._gaps(x)
+        low, middle, high = np.quantile(draws, (_ENDS[0], 0.5, _ENDS[1]), axis=0)
+        unit = self.gain
+        return (
+            self.lowest + unit * middle,
+            self.lowest + unit * low,
+            self.lowest + unit * high,
+        )
+
+    def lost_at(self, x: float) -> float | None:
+        """Return the expected share of the possible improvement that is lost at x. None where the
+        curve does not say: far from the learning rates tried, or if its bowls disagree.
+
+        The best x has an expected loss too, because the optimum is uncertain. The share is counted
+        from there.
+        """
+        low, high = self.tried
+        if not low - BEYOND <= x <= high:
+            return None
+        gaps = self._gaps(np.array([x]))[:, 0]
+        bottom, top = np.quantile(gaps, _ENDS)
+        if top - bottom > KNOWN:
+            return None
+        grid = np.linspace(low - BEYOND, high + BEYOND, 200)
+        least = self._gaps(grid).mean(axis=0).min()
+        return float(max(0.0, gaps.mean() - least))
+
+    def _gaps(self, x: Array) -> Array:
+        """Return the loss above the optimum's, (draws, len(x)), in units of the gain."""
+        u = x[None, :] - self.optima[:, None]
+        h, a, k = (
+            values[:, None]
+            for values in (self.shoulders, self.steepness, self.curvature)
+        )
+        below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
+        slope = np.where(a == 0.0, 1.0, a)  # a parabola has no cliff to divide by
+        cliff = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / slope**2
+        above = np.where(a == 0.0, u**2 / 2, cliff)
+        highest = np.where(u < 0, UNTRAINED_GAP, self.plateaus[:, None])
+        return np.minimum(k * np.where(u < 0, below, above), highest)
+
+
+@np.errstate(all="ignore")
+def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve]:
+    """Return the fitted curve of every rank, None for full finetuning. It is empty if no run stayed
+    finite.
+
+    The x of a rank may be log2 of any learning rate that is proportional to the base rate, such as
+    that of its own A matrices: shapes do not depend on it.
+    """
+    lost = diverged(observations)
+    ended = [o for o in observations if o not in lost]
+    if not ended:
+        return {}
+    gain = gain_of(ended)
+    # The order of `fit_observations`, so that both fit the same arms.
+    arms = arms_of(sorted(observations, key=lost.__contains__), lost, gain)
+    lowest = _lowest_scores(ended)
+    priors = _own_shape_priors(arms)
+    curves = {}
+    for rank, arm in arms.items():
+        if rank in lowest:
+            curves[rank] = _curve_of(arm, priors[rank], lowest[rank], gain)
+    return curves
+
+
+def improvement_is_known(observations: Sequence[Observation]) -> bool:
+    """Return whether the gain is an improvement over the loss before training: the curves of losses
+    fell, and the scores are comparable with them.
+    """
+    ended = [o for o in observations if o not in diverged(observations)]
+    return bool(ended) and 0.0 < best_fall(ended) == gain_of(ended)
+
+
+def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
+    lowest: dict[int | None, float] = {}
+    for o in ended:
+        lowest[o.rank] = min(o.value, lowest.get(o.rank, o.value))
+    return lowest
+
+
+def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
+    """Return the log prior of each arm's own shape: what the other arms say of the shared shape,
+    and how far an arm's own shape may be from it.
+    """
+    evidence = {}
+    for rank, arm in arms.items():
+        by_plateau = [
+            evidence_of(log_likelihood(arm, optima_of(arms), plateau))
+            for plateau in plateaus_of(arm)
+        ]
+        evidence[rank] = np.logaddexp.reduce(by_plateau, axis=0)
+    total = np.sum([LOG_PRIOR, *evidence.values()], axis=0)
+    priors = {}
+    for rank in arms:
+        of_others = total - evidence[rank]
+        shared = np.exp(of_others - of_others.max())
+        priors[rank] = np.log(shared @ own_given_shared() + np.finfo(np.float64).tiny)
+    return priors
+
+
+def _curve_of(arm: Arm, log_prior: Array, lowest: float, gain: float) -> LossCurve:
+    optima = optima_of({None: arm})
+    plateaus = plateaus_of(arm)
+    shapes = np.meshgrid(NOISE, SHOULDERS, STEEPNESS, CURVATURE, indexing="ij")
+    noise, shoulders, steepness, curvature = (each.ravel() for each in shapes)
+    logs = []
+    for height in plateaus:
+        likelihood = log_likelihood(arm, optima, height).reshape(len(noise), -1)
+        logs.append(likelihood + log_prior[:, None])
+    log_posterior = np.stack(logs)  # (plateaus, shapes, optima)
+    drawn = _drawn(log_posterior.ravel())
+    plateau, shape, optimum = np.unravel_index(drawn, log_posterior.shape)
+    curve = LossCurve(
+        lowest=lowest,
+        gain=gain,
+        tried=(float(arm.x.min()), float(arm.x.max())),
+        levels=np.zeros(len(drawn)),
+        optima=optima[optimum],
+        shoulders=shoulders[shape],
+        steepness=steepness[shape],
+        curvature=curvature[shape],
+        plateaus=np.array(plateaus)[plateau],
+    )
+    residuals = arm.y - curve._gaps(arm.x)
+    curve.levels[:] = _levels(arm, residuals, noise[shape])
+    return curve
+
+
+def _drawn(log_weights: Array) -> npt.NDArray[np.intp]:
+    """Return `_DRAWS` indices in proportion to the weights. Equal steps through the cumulated
+    weights give the same ones every time, with less scatter than random draws.
+    """
+    cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
+    steps = (np.arange(_DRAWS) + 0.5) / _DRAWS * cumulated[-1]
+    return np.asarray(np.searchsorted(cumulated, steps), dtype=np.intp)
+
+
+def _levels(arm: Arm, residuals: Array, noise: Array) -> Array:
+    """Return the level of each draw, from residuals of shape (draws, trials): their mean weighted
+    by the inverse covariance of the noise, plus a draw of its error.
+
+    The level common to all runs of a seed is left out of the noise here, so that the curve runs
+    through the runs that were made and not through those of all possible seeds.
+    """
+    generator = np.random.default_rng(0)  # of this curve alone, and the same each time
+    levels = np.zeros(len(noise))
+    for sigma in NOISE:
+        of_sigma = np.isclose(noise, sigma)
+        smooth = SMOOTH * smooth_noise(arm) + (1.0 - SMOOTH) * np.eye(len(arm.x))
+        precision = np.linalg.inv(sigma**2 * smooth + error_of_shape(arm))
+        weights = precision.sum(axis=0) / precision.sum()
+        draws = generator.standard_normal(int(of_sigma.sum()))
+        error = draws / np.sqrt(precision.sum())
+        levels[of_sigma] = residuals[of_sigma] @ weights + error
+    return levels

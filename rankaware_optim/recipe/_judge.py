@@ -1,0 +1,167 @@
+"""Is a learning rate any good? `Judgement` compares it with the best one, and says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .._checks import is_positive, plain, shown
+from .._rate import Rate
+from .._types import Method, Reference
+from ..errors import RankAwareError, RecipeError
+from ._rates import configuration, rate
+from ._trials import knows_improvement, loss_curves
+
+if TYPE_CHECKING:
+    from ._recipe import Recipe
+
+_SAME = 1.15  # factor within which two learning rates count as the same
+# Share of the possible improvement. If the curve says that even the recipe's own learning rate
+# loses more, then the recipe follows something else than its trials, such as the suggested learning
+# rate after trials that were too short: chosen by judgement
+_MOST_AT_BEST = 0.1
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a learning rate compares with the best one. `str()` says it in a sentence.
+
+    Args:
+        lr: the learning rate that was judged.
+        best: the learning rate to use instead, with its 90 % interval.
+        factor: lr / best. 0.02 means 50 times too low.
+        inside: whether lr lies in the 90 % interval of the best learning rate. None if the interval
+            is unknown.
+        lost: the estimated share of the possible improvement that is lost at lr, from 0 to 1. The
+            possible improvement is how far the best trial's loss fell below the loss before
+            training. None if the trials do not say: lr is far outside those tried, or the score is
+            a reward or the user's own.
+
+    >>> print(Judgement(2e-5, Rate(1e-3), lost=0.6))
+    A learning rate of 2e-05 is about 50 times too low: an estimated 60 % of the possible \
+improvement would be lost. The best estimate is 0.001.
+    """
+
+    lr: float
+    best: Rate
+    lost: float | None = None
+
+    @property
+    def factor(self) -> float:
+        return self.lr / float(self.best)
+
+    @property
+    def inside(self) -> bool | None:
+        low, high = self.best.low, self.best.high
+        if low is None or high is None:
+            return None
+        return low <= self.lr <= high
+
+    def __str__(self) -> str:
+        verdict = self.verdict(f"A learning rate of {self.lr:.3g}")
+        best = f"The best estimate is {float(self.best):.3g}"
+        if self.inside is None:
+            return f"{verdict} {best}."
+        return f"{verdict} {best} (90 % interval {self.best.band})."
+
+    def verdict(self, subject: str) -> str:
+        """Return the judgement of a subject in a sentence.
+
+        subject: what is judged, such as "Your learning_rate=2e-05".
+        """
+        times = _rounded(max(self.factor, 1 / self.factor))
+        is_high = self.factor > 1
+        if 1 / _SAME <= self.factor <= _SAME:
+            return f"{subject} is as good as the best estimate."
+        if self.inside:
+            way = "higher" if is_high else "lower"
+            comparison = f"is {times} times {way} than the best estimate, but in its 90 % interval"
+        else:
+            comparison = f"is about {times} times too {'high' if is_high else 'low'}"
+        return f"{subject} {comparison}{self._cost()}."
+
+    def _cost(self) -> str:
+        """Return what the learning rate costs, in words that continue a sentence."""
+        ceiling = self.best.ceiling
+        if ceiling is not None and self.lr >= ceiling:
+            return f": a run may diverge, as one did at {ceiling:.3g}"
+        if self.lost is None:
+            return ""
+        if self.lost < 0.01:
+            return (
+                ": by estimate, less than 1 % of the possible improvement would be lost"
+            )
+        return f": an estimated {100 * self.lost:.0f} % of the possible improvement would be lost"
+
+
+def _rounded(factor: float) -> str:
+    """Return a factor with two significant digits, such as 1.5, 48 or 150.
+
+    >>> [_rounded(factor) for factor in (1.52, 48.4, 151.0)]
+    ['1.5', '48', '150']
+    """
+    return f"{float(f'{factor:.2g}'):,g}"
+
+
+def checked_lr(lr: object) -> float:
+    """Return a learning rate that is to be judged as a float.
+
+    Raises:
+        RecipeError: it is not a positive finite number.
+    """
+    number = plain(lr)
+    if not is_positive(number):
+        raise RecipeError(
+            f"The learning rate to judge is {shown(lr)}.",
+            "Pass a positive finite number, such as 2e-4.",
+        )
+    return float(number)
+
+
+def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgement:
+    """Return how a learning rate compares with the recipe's at a configuration."""
+    best = rate(recipe, at, steps)
+    return Judgement(lr, best, _lost(recipe, lr, best, at))
+
+
+def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
+    """Return the estimated share of the possible improvement that is lost at `lr`.
+
+    The curve that is read belongs to the nearest rank that was tried. It has its own best learning
+    rate, so what counts is how many octaves `lr` is from the best one.
+    """
+    if not knows_improvement(recipe):
+        return None
+    curves = loss_curves(recipe)
+    rank = _nearest_tried(curves, at)
+    own = known_rate(recipe, rank)
+    if rank not in curves or own is None:
+        return None
+    curve = curves[rank]
+    at_best = curve.lost_at(math.log2(float(own)))
+    if at_best is None or at_best > _MOST_AT_BEST:
+        return None
+    octaves = math.log2(lr / float(best))
+    return curve.lost_at(math.log2(float(own)) + octaves)
+
+
+def _nearest_tried(curves: Iterable[int | None], at: Reference) -> int | None:
+    """Return the rank tried that is nearest to a configuration's, None for full finetuning."""
+    rank = at.rank
+    if rank is None:
+        return None
+    ranks = [tried for tried in curves if tried is not None]
+    return min(ranks, key=lambda tried: abs(math.log2(tried / rank)), default=None)
+
+
+def known_rate(recipe: Recipe, rank: int | None) -> Rate | None:
+    """Return the learning rate at a rank, None for full finetuning. It is None if the recipe needs
+    more for it, such as alpha.
+    """
+    method: Method = "lora" if rank else "full"
+    try:
+        return rate(recipe, configuration(recipe, rank, method=method))
+    except RankAwareError:
+        return None

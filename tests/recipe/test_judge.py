@@ -1,0 +1,163 @@
+"""A recipe judges a learning rate: how far it is from the best one, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rankaware_optim import RankAwareError, Recipe, RecipeError
+from rankaware_optim.fitting import curves_of
+from rankaware_optim.recipe import Judgement
+from rankaware_optim.recipe._trials import observations_of
+from rankaware_optim.sweeps import fit_sweep
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
+pytestmark = pytest.mark.filterwarnings("ignore::rankaware_optim.RankAwareWarning")
+BEST, START = -9.0, 4.0  # log2 of the best learning rate, and the loss before training
+
+
+def loss_at(x: float) -> float:
+    """A bowl in log2 of the learning rate that falls from 4 to 1 at its best."""
+    return START - 3.0 / (1.0 + 0.15 * (x - BEST) ** 2)
+
+
+def sweep(start: float | None = START, **changes) -> list[dict]:
+    """Runs at one rank, an octave apart."""
+    return [
+        {
+            "rank": 16,
+            "alpha": 16,
+            "lr": 2.0**x,
+            "loss": loss_at(x),
+            "start": start,
+            **changes,
+        }
+        for x in np.arange(BEST - 3, BEST + 3)
+    ]
+
+
+RECIPE = fit_sweep(sweep())
+
+
+@pytest.mark.parametrize("octaves", [-4, -3, -1.5, 0, 1, 2])
+def test_the_share_that_is_lost_is_read_off_the_curve(octaves):
+    """Within the learning rates tried, and an octave below them, the estimate is within a tenth of the truth."""
+    judged = RECIPE.judge(2.0 ** (BEST + octaves))
+    truth = (loss_at(BEST + octaves) - 1.0) / (START - 1.0)
+    assert judged.lost == pytest.approx(truth, abs=0.1)
+    assert judged.factor == pytest.approx(2.0 ** (BEST + octaves) / RECIPE.lr)
+    low, high = RECIPE.at().low, RECIPE.at().high
+    assert judged.inside == (low <= judged.lr <= high)
+
+
+@pytest.mark.parametrize("octaves", [-9, 4])
+def test_beyond_the_curve_there_is_a_factor_and_no_share(octaves):
+    """Far below the trials, and above the highest of them, only the factor is said."""
+    judged = RECIPE.judge(2.0 ** (BEST + octaves))
+    assert judged.lost is None
+    assert "%" not in judged.verdict("It")
+    assert f"too {'low' if octaves < 0 else 'high'}" in str(judged)
+
+
+OTHER_SCORES = [
+    replace(RECIPE, score="reward"),
+    replace(RECIPE, score="own"),
+    fit_sweep(sweep(start=None)),
+    replace(RECIPE, tensors={}),
+]
+
+
+@pytest.mark.parametrize("recipe", OTHER_SCORES, ids=["reward", "own", "sweep", "none"])
+def test_without_losses_before_and_after_there_is_no_share(recipe):
+    """Rewards, scores of one's own, a sweep without start, and a recipe without trials give the factor alone."""
+    judged = recipe.judge(2.0 ** (BEST - 2))
+    assert judged.lost is None
+    assert 3 < 1 / judged.factor < 5
+
+
+def test_another_configuration_is_judged_by_its_own_best():
+    """At another rank the factor and the share are counted from the best learning rate there."""
+    there = RECIPE.at(64, alpha=16)
+    judged = RECIPE.judge(there.lr / 4, 64, alpha=16)
+    assert judged.factor == pytest.approx(0.25)
+    assert judged.lost == pytest.approx(RECIPE.judge(RECIPE.lr / 4).lost)
+    wide = replace(
+        RECIPE, full_fan_in=64.0, reference=replace(RECIPE.reference, fan_in=64.0)
+    )
+    assert wide.judge(1e-4, method="full").lost is None  # no run of full finetuning
+
+
+def test_a_recipe_that_follows_no_curve_gives_no_share():
+    """Where the recipe's learning rate is far from the best of its trials, their curve says nothing of it."""
+    suggested = replace(RECIPE, fitted_lr=RECIPE.fitted_lr * 8)
+    assert suggested.judge(2.0**BEST).lost is None
+
+
+def test_above_the_ceiling_a_run_may_diverge():
+    """The sentence names the learning rate at which a run diverged."""
+    lost = {**sweep()[0], "lr": 2.0 ** (BEST + 4), "loss": "diverged"}
+    recipe = fit_sweep([*sweep(), lost])
+    assert f"diverge, as one did at {recipe.ceiling:.3g}" in str(recipe.judge(1.0))
+
+
+def test_a_sentence_says_factor_share_and_interval():
+    """str() names the learning rate, the factor in two digits, the share, and the best with its interval."""
+    rate = RECIPE.at()
+    text = str(Judgement(rate.lr / 48.4, rate, lost=0.61))
+    for words in ("48 times too low", "61 %", f"{rate.lr:.3g}", rate.band):
+        assert words in text
+    assert "as good as" in str(RECIPE.judge(RECIPE.lr))
+    inside = str(RECIPE.judge(RECIPE.at().high * 0.999))
+    assert "in its 90 % interval" in inside
+
+
+def test_full_finetuning_alone_is_judged_as_such():
+    """A recipe that knows full finetuning only judges at full finetuning."""
+    rows = sweep(rank="full", alpha="", fan_in=64)
+    recipe = fit_sweep(rows)
+    assert recipe.judge(recipe.lr / 4).factor == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("lr", [0, -1e-4, math.nan, math.inf, "2e-4", None, True])
+def test_what_is_no_learning_rate_is_refused(lr):
+    """A learning rate that is not a positive finite number raises an error that shows it."""
+    with pytest.raises(RecipeError, match="learning rate to judge is"):
+        RECIPE.judge(lr)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SHIPPED.glob("*[ab].toml")), ids=lambda p: p.stem
+)
+def test_a_run_that_was_left_out_is_estimated(path):
+    """On real networks the loss of the lowest learning rate is estimated from the others within 15 % of the gain."""
+    recipe = Recipe.load(path)
+    seen = observations_of(recipe)
+    for rank in {o.rank for o in seen}:
+        own = sorted((o for o in seen if o.rank == rank), key=lambda o: o.x)
+        finite = [o for o in own if math.isfinite(o.value)]
+        if len(finite) < 4 or recipe.score != "loss":
+            continue
+        lowest = finite[0]
+        curve = curves_of([o for o in seen if o is not lowest])[rank]
+        lost = curve.lost_at(lowest.x)
+        best = min(o.value for o in finite)
+        if lost is not None:
+            assert lost == pytest.approx((lowest.value - best) / curve.gain, abs=0.15)
+
+
+def test_judging_leaves_random_states_alone():
+    """The curve draws from a generator of its own."""
+    before = np.random.get_state()[1].copy()
+    first, second = (RECIPE.judge(1e-3).lost for _ in range(2))
+    assert first == second
+    assert np.array_equal(before, np.random.get_state()[1])
+
+
+def test_errors_are_ours():
+    """An impossible configuration raises an error of ours, as at() does."""
+    with pytest.raises(RankAwareError):
+        RECIPE.judge(1e-3, rank=0, alpha=1)
