@@ -1,5 +1,5 @@
-"""Initialisation of every trainable LoRA pair at B = 0 or A = 0, without a change of the
-model's function.
+"""`initialize`: starts every LoRA pair that trains at B = 0 or at A = 0. The model's output is the
+same before and after.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ DrawnInit = Literal["A", "B"]
 def initialize(
     model: nn.Module | Sequence[nn.Module], init: DrawnInit, *, seed: int = 0
 ) -> Survey:
-    """Initialise every trainable LoRA pair of a model, without a change of the model's function.
+    """Initialise every LoRA pair that trains, at B = 0 or A = 0. The model's output stays the same.
 
     "A" sets B = 0 and draws A ~ N(0, 1/fan_in), with fan-in 1 for an embedding. "B" sets A = 0 and
-    draws B ~ N(0, 1/r). Here r is the number of inner features that one output sums: r·k
+    draws B ~ N(0, 1/r). Here r is the number of inner features that are summed into one output: r·k
     in loralib's convolutions, r/groups with a grouped B. A = 0 with alpha = rank is closest to
     full finetuning (Chen, Villar, Hayou, arXiv 2602.06204).
 
-    The function does not change in any bit, since B·A is zero before and after. Each draw depends
-    only on `seed` and the factor's name, and is made on the CPU in float32. It is the same on every
-    device, and does not change if other layers are added. Tied factors are drawn once. Frozen
-    pairs, all other parameters, gradients, modes and the global random state are kept.
+    The output stays the same to the last bit, because B·A is zero before and after. A draw depends
+    only on `seed` and the matrix's name, and is made on the CPU in float32. So it is the same on
+    every device and does not change if layers are added. Tied matrices are drawn once. Frozen
+    pairs, all other parameters, gradients, modes and the global random state stay unchanged.
 
-    The init is recorded on the model, so that `inspect_model` knows it after training. Another
-    process that loads a trained adapter needs `init=` of `inspect_model`, or must call `initialize`
-    before it loads the weights. Call it before the optimizer is built, since a `RankAwareOptimizer`
-    keeps the rates of the init and scaling that it found.
+    Call it before you build the optimizer: a `RankAwareOptimizer` keeps the learning rates for the
+    init and scaling that it found. The init is noted on the model, so that `inspect_model` knows it
+    after training. A new process that loads the trained adapter does not have this note. There,
+    pass `init=` to `inspect_model`, or call `initialize` before loading the weights.
 
     Args:
         model: the model with adapters, or several as a list.
@@ -50,51 +50,55 @@ def initialize(
         The survey of the model afterwards.
 
     Raises:
-        InspectionError: the init is impossible, there is no trainable pair, or a pair cannot be
-            initialised. It was trained already, started with both factors drawn or has a bias, is
-            sharded, needs its own init (AdaLoRA), or could not learn from this init. Nothing was
+        InspectionError: the init is impossible, no LoRA pair trains, or a pair cannot be
+            initialised: it was trained already, started with A and B drawn, has a bias, is sharded,
+            needs an init of its own (AdaLoRA), or could not learn from this one. Nothing was
             changed.
     """
-    check_init(init, "An adapter is initialised at")
+    check_init(init, "The init must be")
     walked = walk(model)
     survey = survey_of(walked, init=init)
     pairs = [pair for pair in walked.pairs if pair.trains]
     with torch.no_grad():
         for pair in pairs:
             _check(pair, init)
-        for pair in reversed(pairs):  # a tied factor keeps the draw of its first name
+        for pair in reversed(
+            pairs
+        ):  # so that a tied matrix keeps the draw of its first name
             _write(pair, init, seed)
     return survey
 
 
 def _check(pair: Pair, init: DrawnInit) -> None:
-    """Raise if a pair cannot have the init."""
+    """Raise an error if a pair cannot have this init."""
     if pair.convention.init is not None:
         raise InspectionError(
-            f"{pair.where} needs the init of its convention {pair.convention.name!r}.",
-            "Freeze its adapter to initialise the others.",
+            f"{pair.where} needs an init of its own, because its convention is"
+            f" {pair.convention.name!r}.",
+            "Freeze its adapter, and call initialize() for the others.",
         )
     if pair.is_sharded or hasattr(pair.a.tensor, "full_tensor"):
         raise InspectionError(
-            f"{pair.where} is sharded.",
-            "Initialise before sharding, on the whole model.",
+            f"{pair.where} is sharded, so it cannot be initialised.",
+            "Call initialize() on the whole model, before sharding it.",
         )
     zeroed = pair.b if init == "A" else pair.a
     if not zeroed.tensor.requires_grad:
         raise InspectionError(
-            f"{zeroed.name} of {pair.where} is frozen, so the pair could not learn if it is zero.",
-            "Unfreeze it, or use the other init.",
+            f"{zeroed.name} of {pair.where} is frozen. If it were set to zero, the pair could never"
+            " learn.",
+            f"Set its requires_grad, or use init={'B' if init == 'A' else 'A'!r}.",
         )
     if _has_bias(pair) or (pair.a.tensor.any() and pair.b.tensor.any()):
         raise InspectionError(
-            f"{pair.where} was trained already, or started with both factors drawn or with a bias:"
-            " its output is not zero.",
-            "Rebuild the adapter on the unchanged base model, with B = 0.",
+            f"The output of the adapter of {pair.where} is not zero: it was trained already, or"
+            " started with A and B drawn, or has a bias.",
+            "Create the adapter again on the unchanged base model, with B = 0.",
         )
 
 
 def _has_bias(pair: Pair) -> bool:
-    """Return whether the module of a factor has a bias that is not zero."""
+    """Return whether A or B is a module with a bias that is not zero."""
     parameters = dict(pair.owner.named_parameters())
     for half in pair.halves:
         name = half.name.removesuffix("weight") + "bias"
@@ -104,7 +108,7 @@ def _has_bias(pair: Pair) -> bool:
 
 
 def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
-    """Draw and zero the factors, and record the init."""
+    """Draw one matrix, set the other to zero, and note the init on the module."""
     reading = reading_of(pair)
     drawn = pair.b
     zeroed = pair.a
@@ -113,10 +117,10 @@ def _write(pair: Pair, init: DrawnInit, seed: int) -> None:
         drawn = pair.a
         zeroed = pair.b
         units = reading.fan_in
-        if reading.kind == "embedding":  # its input is one-hot
+        if reading.kind == "embedding":  # its input is one-hot: one entry is not zero
             units = 1.0
     digest = hashlib.sha256(f"{seed}:{pair.layer}.{drawn.name}".encode()).digest()
-    # torch's CPU generator takes 32 bits
+    # torch's CPU generator uses 32 bits of a seed.
     number = int.from_bytes(digest[:4], "big")
     source = torch.Generator().manual_seed(number)
     values = torch.randn(

@@ -1,4 +1,7 @@
-"""LoRA pairs in a model: the modules that own them, by which convention, and what they declare."""
+"""LoRA pairs in a model: finds the modules that own them, and reads rank, scaling and fans.
+
+A file is read by the same code: its layers stand in for modules (`StoredLayer`).
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from ._conventions import (
     conventions,
 )
 
-if TYPE_CHECKING:  # files are read without it
+if TYPE_CHECKING:  # a file is read without importing torch
     from torch import nn
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-# Attributes for fan-in and fan-out.
+# Attributes in which modules keep their fan-in and fan-out.
 _FANS = (
     ("in_features", "in_dim", "in_channels", "num_embeddings", "nx"),
     ("out_features", "out_dim", "out_channels", "embedding_dim", "nf"),
@@ -36,8 +39,8 @@ Parameters = list["tuple[str, nn.Parameter]"]
 
 @dataclass(frozen=True)
 class Walk:
-    """A model's modules and parameters by name, and its pairs. They are collected once, since this
-    takes most of the time.
+    """The modules and parameters of a model by name, and its LoRA pairs. They are collected once,
+    because collecting them takes most of the time of an inspection.
     """
 
     modules: Modules
@@ -45,14 +48,12 @@ class Walk:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Every pair by the first row that fits its owner, in the model's order. Tied ones occur
-        for each owner.
-        """
+        """All pairs, in the model's order. Matrices that several modules share occur in each."""
         return list(_pairs_of(self.modules))
 
 
 class Half(NamedTuple):
-    """One of a pair's two tensors, with its name relative to the owner, or in a file."""
+    """A or B of a pair, with its name relative to the module that owns it, or in a file."""
 
     name: str
     tensor: Any
@@ -63,12 +64,16 @@ class Half(NamedTuple):
 
     @property
     def is_shard(self) -> bool:
-        """Whether it is the shard of one process: flat under FSDP1, empty under ZeRO-3."""
+        """Whether the tensor is one process's shard: flat under FSDP1, empty under ZeRO-3."""
         return not self.tensor.is_meta and (len(self.shape) < 2 or 0 in self.shape)
 
 
 class Pair(NamedTuple):
-    """Two factors of a module: the module and its name, the adapter's, the convention, A and B."""
+    """A and B of one adapter of a module.
+
+    owner: the module. layer: its name. adapter: the adapter's name. convention: the row of
+    the table that describes the module.
+    """
 
     owner: Any
     layer: str
@@ -103,7 +108,7 @@ class Pair(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The layer's kind by its module, where neither row nor layout determines it."""
+        """The layer's kind, judged by its module, if neither convention nor layout say it."""
         if is_embedding(self.owner):
             return "embedding"
         base = getattr(self.owner, "base_layer", self.owner)
@@ -112,15 +117,20 @@ class Pair(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name without prefixes of DDP, FSDP, torch.compile and checkpointing."""
+    """Return a parameter's name without the prefixes that DDP, FSDP, torch.compile and activation
+    checkpointing add.
+    """
     for wrapper in _WRAPPERS:
         name = name.replace(f"{wrapper}.", "")
     return name.removeprefix("module.")
 
 
 def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
-    """Return the modules and parameters of a model, or of several, by canonical names, or by their
-    own if these are not unique.
+    """Collect the modules and parameters of a model, or of several, by canonical names. If these
+    are not unique, names are used as they are.
+
+    Raises:
+        InspectionError: it is not a model.
     """
     from ._models import as_one_model
 
@@ -138,7 +148,7 @@ def walk(model: nn.Module | Sequence[nn.Module]) -> Walk:
         for name, module in modules
     ]
     parameters = _parameters_of(clean)
-    # They are not unique if a submodule of the user is called "module".
+    # Canonical names are not unique if one of the user's own submodules is called "module".
     names = {name for name, _ in parameters}
     if len(names) == len(parameters):
         return Walk(clean, parameters)
@@ -156,6 +166,7 @@ def _in_words(value: object) -> str:
 
 
 def _parameters_of(modules: Modules) -> Parameters:
+    """Return every parameter once, by the name at which it occurs first."""
     named: dict[nn.Parameter, str] = {}
     for prefix, module in modules:
         for local, param in module.named_parameters(recurse=False):
@@ -167,6 +178,7 @@ def _parameters_of(modules: Modules) -> Parameters:
 
 
 def _pairs_of(modules: Modules) -> Iterator[Pair]:
+    """Yield the LoRA pairs of all modules. A pair is read by the first convention that fits."""
     rows = conventions()
     names = {name for row in rows for name in (row.a, row.b)}
     for layer, module in modules:
@@ -180,8 +192,10 @@ def _pairs_of(modules: Modules) -> Iterator[Pair]:
 
 
 def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
-    """Return the tensors of a module's attributes of these names, by attribute and adapter: a
-    parameter, a module's weight, or a dict of these.
+    """Return those attributes of a module that may be A or B, by attribute and adapter.
+
+    An attribute is a parameter, a module with a weight, or a dict of these by adapter. names: the
+    attributes that some convention uses for A or B.
     """
     if isinstance(module, StoredLayer):
         return module.halves
@@ -192,7 +206,7 @@ def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
         is_dict = hasattr(member, "items")
         for adapter, value in member.items() if is_dict else [("", member)]:
             name = f"{attribute}.{adapter}" if is_dict else attribute
-            if not hasattr(value, "is_meta"):  # a module
+            if not hasattr(value, "is_meta"):  # a module, not a tensor
                 name = f"{name}.weight"
                 value = getattr(value, "weight", None)
             if hasattr(value, "is_meta"):
@@ -204,8 +218,8 @@ def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
 
 
 def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
-    """Return the first of the owner's `attributes` that is a number, also in a dict by adapter or a
-    small tensor.
+    """Return the first of the owner's `attributes` that is a number. It may also be a tensor of one
+    element, or a dict of numbers by adapter.
     """
     for attribute in attributes:
         value: Any = pair.owner
@@ -221,8 +235,10 @@ def declared_number(pair: Pair, attributes: Iterable[str]) -> float | None:
 
 
 def scaling_of(pair: Pair, rank: float) -> float | None:
-    """Return the declared multiplier of B·A, else declared alpha / rank, else None. Raise if it is
-    impossible.
+    """Return the scaling of a pair: the declared one, else the declared alpha / rank, else None.
+
+    Raises:
+        InspectionError: it is not a positive finite number.
     """
     value = declared_number(pair, pair.convention.scaling)
     if value is None:
@@ -232,7 +248,7 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
         raise InspectionError(
             f"{pair.where} has the scaling {value:g}, so its adapter has no effect or is"
             " undefined.",
-            "Give a positive finite alpha. To disable an adapter, freeze or delete it.",
+            "Set a positive finite alpha. To disable an adapter, freeze or delete it.",
         )
     return value
 
@@ -241,15 +257,14 @@ def scaling_of(pair: Pair, rank: float) -> float | None:
 
 
 def reading_of(pair: Pair) -> Reading:
-    """Return rank, fan-in, fan-out and kind, by the first of the row's layouts that fits the shapes
-    and the rank.
+    """Read rank, fan-in, fan-out and kind of a pair, by the first layout of its convention that
+    agrees with the shapes and the declared rank.
 
-    The shape of a shard is not checked. Its declared rank and its modules' declared fan-in and
-    fan-out are used.
+    A shard has no such shapes. There the declared rank and the fans that its modules declare are
+    used unchecked.
 
     Raises:
-        InspectionError: no layout fits the shapes and the declared rank, or none is declared and
-            two ranks fit.
+        InspectionError: no layout agrees with them, or no rank is declared and two would fit.
     """
     rank = declared_number(pair, pair.convention.rank)
     a = pair.a.shape
@@ -265,14 +280,17 @@ def reading_of(pair: Pair) -> Reading:
     what = "declares no rank" if rank is None else f"declares rank {rank:g}"
     raise InspectionError(
         f"{pair.where} {what} but {pair.shapes}.",
-        "Rebuild the adapter so that A has `rank` rows and B `rank` columns, set the declared rank"
-        " right, or register its layout with register_convention().",
+        "Rebuild the adapter so that A has `rank` rows and B has `rank` columns, correct the"
+        " declared rank, or describe another layout with register_convention().",
     )
 
 
 def _refuse_either_way(pair: Pair, reading: Reading) -> None:
-    """Raise if the shapes of a pair without a declared rank also fit a larger square layer, at a
-    lower rank and with A and B transposed. A module's weight in a file is (out, in).
+    """Raise an error if the rank of a pair that declares none cannot be told from its shapes.
+
+    A (64, 16) and B (16, 64) are rank 64 on a layer of 16 × 16, or, if they are stored transposed,
+    rank 16 on a layer of 64 × 64. A name that ends in ".weight" in a file is a module's, whose
+    weights are never transposed.
     """
     rank = reading.rank_a
     side = reading.fan_in
@@ -283,15 +301,15 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
         raise InspectionError(
             f"{pair.where} declares no rank, and {pair.shapes}, so the rank may be {rank:g} or"
             f" {side:g}.",
-            "Declare it, such as by `r` on the module that owns the pair, or by PEFT's"
-            " configuration of a file.",
+            "Set the rank as attribute `r` of the module that owns the pair. For a file, put PEFT's"
+            " adapter_config.json beside it.",
         )
 
 
 def _layout_reading(
     layout: str | Layout, owner: Any, a: Shape, b: Shape
 ) -> Reading | None:
-    """Return a layout's reading if its ranks are one positive whole number, else None."""
+    """Return what a layout reads. None if it does not fit: A and B must have one whole rank."""
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
         return None
     try:
@@ -301,21 +319,22 @@ def _layout_reading(
         is_whole = rank == reading.rank_b and rank >= 1 and float(rank).is_integer()
         fits = is_whole and min(reading.fan_in, reading.fan_out) > 0
         return reading if fits else None
-    except InspectionError:  # the layout has a more specific message
+    except InspectionError:  # a layout that fits and explains what is wrong
         raise
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
 
 
 def is_embedding(module: Any) -> bool:
-    """Return whether a module, or the one that it adapts, is an embedding of torch. A file is read
-    without torch.
+    """Return whether a module, or the module that it adapts, is one of torch's embeddings. It looks
+    at class names, because files are read without importing torch.
     """
     kinds = type(getattr(module, "base_layer", module)).__mro__
     return any(k.__module__ == "torch.nn.modules.sparse" for k in kinds)
 
 
 def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
+    """Return what the modules of a sharded pair declare, None if they declare no rank."""
     if rank is None or rank < 1:
         return None
     fan_in = _fan(pair, pair.a, 0)
@@ -324,7 +343,7 @@ def _shard_reading(pair: Pair, rank: float | None) -> Reading | None:
 
 
 def _fan(pair: Pair, half: Half, side: int) -> float:
-    """Return the layer's fan-in (side 0) or fan-out (1), from a module's attribute."""
+    """Return the fan-in (side 0) or fan-out (side 1) that the modules of a pair declare."""
     inner = half.name.rpartition(".")[0]
     base = getattr(pair.owner, "base_layer", pair.owner)
     own = pair.owner.get_submodule(inner)
@@ -335,7 +354,7 @@ def _fan(pair: Pair, half: Half, side: int) -> float:
             if isinstance(size, int):
                 return float(size * math.prod(kernel))
     raise InspectionError(
-        f"{pair.where} is sharded, and no module has its fan-{('in', 'out')[side]}.",
+        f"{pair.where} is sharded, and no module says its fan-{('in', 'out')[side]}.",
         "Set in_features and out_features on the module that owns the pair, or shard with"
         " fully_shard.",
     )

@@ -1,5 +1,5 @@
-"""A survey: what was found in a model or a file, adapters without a law by name, and how a report
-says it.
+"""`Survey`: what inspection found in a model or a file, and how it is printed. Also the names by
+which adapters are known that no scaling law covers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from ..errors import InspectionError
 _LEFT_ALIGNED = ("convention", "kind", "role", "init", "why")
 _NUMBERS = ("fan-in", "fan-out", "tensors")
 _HEADINGS = ("convention", "kind", "role", "rank", "scaling", "init", *_NUMBERS, "why")
-_LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0  # usual ones: by hand
+# A scaling (alpha / rank) outside this range is probably a mistake. The bounds were chosen by
+# judgement.
+_LEAST_SCALING, _MOST_SCALING = 1 / 64, 8.0
 _USUAL = "a LoRA pair", "a whole weight"
-_FROZEN = "a LoRA factor that does not train"
+_FROZEN = "a LoRA matrix that does not train"
 
 
 def without_embeddings(factors: Iterable[Factor]) -> list[Factor]:
@@ -30,13 +32,16 @@ def without_embeddings(factors: Iterable[Factor]) -> list[Factor]:
 
 @dataclass(frozen=True)
 class Survey:
-    """The trainable parameters of a model, as found by `inspect_model` or `inspect_file`.
+    """The parameters that train in a model, as `inspect_model` or `inspect_file` found them.
+
+    The `fan_in` of a reference to this model is `width` for LoRA, and `full_width()` for full
+    finetuning.
 
     Args:
-        factors: LoRA factors and whole weights.
-        other: names of the other trainable parameters.
+        factors: LoRA matrices and whole weights.
+        other: names of the other parameters that train.
         notes: sentences for the report.
-        frozen: names of LoRA factors that do not train.
+        frozen: names of LoRA matrices that do not train.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -46,8 +51,8 @@ class Survey:
 
     @property
     def unsupported(self) -> dict[str, str]:
-        """The adapter's kind for those of `other` that no law covers, such as {"q.hada_w1_a":
-        "LoHa"}.
+        """Those of `other` that belong to an adapter without a law, with the adapter's kind, such
+        as {"q.hada_w1_a": "LoHa"}.
         """
         return {name: kind for name in self.other if (kind := other_kind(name))}
 
@@ -61,8 +66,8 @@ class Survey:
 
     @property
     def width(self) -> float:
-        """Mean fan-in of the adapted layers, weighted by the size of their weights. Embeddings are
-        left out.
+        """Mean fan-in of the adapted layers, weighted by the size of their weights: the width on
+        which a LoRA learning rate depends. Embeddings do not count.
         """
         layers = {f.layer: f for f in without_embeddings(self.factors)}
         total = weighted = 0.0
@@ -73,22 +78,26 @@ class Survey:
         return weighted / total if total else 1.0
 
     def full_width(self, init: Init = "A") -> float:
-        """Return the width on which the rate of full finetuning depends, relative to a LoRA rate.
+        """Return the width on which the learning rate of full finetuning depends: the largest
+        fan-in of the layers, embeddings left out.
 
-        It is the largest fan-in from B = 0 and the mean fan-in from A = 0. With these widths the
-        law needs no further factor (benchmarks/README.md, frozen answers).
+        If the learning rate was tuned with LoRA at A = 0 (init B), it is the mean fan-in, `width`.
+        With these widths the law needs no further factor (benchmarks/README.md, frozen answers).
 
         Args:
-            init: the init of the LoRA rate: "A" (B starts at zero) or "B" (A starts at zero).
+            init: the init of the LoRA learning rate that is converted: "A" (B starts at zero) or
+                "B" (A starts at zero).
         """
         if init == "B":
             return self.width
         return max((f.fan_in for f in without_embeddings(self.factors)), default=1.0)
 
     def dominant(self) -> Reference:
-        """Return this model's most common (rank, scaling, init), counted by pairs, as an unresolved
-        `Reference`. Pairs of embeddings, and those that no law covers, count where there are no
-        others.
+        """Return the model's most common configuration (rank, scaling and init) as a reference
+        without a fan-in.
+
+        Every LoRA pair counts once. Pairs of embeddings, and pairs that no law covers, count only
+        if there are no others.
 
         Raises:
             InspectionError: there is no LoRA pair.
@@ -103,8 +112,8 @@ class Survey:
         keys: list[Any] = [(f.rank, f.scaling, f.init) for f in usual]
         if not keys:
             raise InspectionError(
-                "There is no LoRA pair, so there is no most common rank.",
-                "Inspect a model that has adapters, or give method='full'.",
+                "The model has no LoRA pair, so it has no most common rank.",
+                "Pass a model that has LoRA adapters, or method='full'.",
             )
         (rank, scaling, init), _ = Counter(keys).most_common(1)[0]
         alpha = scaling * rank
@@ -126,7 +135,7 @@ class Survey:
         return Table(_HEADINGS, rows, remarks, left=_LEFT_ALIGNED)
 
     def _lines(self) -> Iterator[tuple[str, ...]]:
-        """Yield each tensor's convention, cells from kind to fan-out, and reason."""
+        """Yield the cells of each tensor's row, without the number of tensors."""
         blank = [""] * 5
         for f in self.factors:
             how = ["", ""] if f.role == "full" else [f"{f.scaling:g}", f.init]
@@ -139,7 +148,7 @@ class Survey:
             yield "", "", "frozen", *blank, _FROZEN
 
     def audit(self) -> tuple[str, ...]:
-        """Return sentences on likely mistakes that this survey shows."""
+        """Return sentences on what is probably a mistake in this model."""
         named = defaultdict[str, list[str]](list)
         for name in self.frozen:
             named[_FROZEN].append(name)
@@ -153,7 +162,7 @@ class Survey:
 
 
 def _remark(factor: Factor) -> str:
-    """Return what a report says of a factor, one of `_USUAL` if it is as usual."""
+    """Return what a factor is, in words. They are among `_USUAL` if nothing is remarkable."""
     if factor.role == "full":
         return "a whole weight"
     if factor.kind in LAWLESS:
@@ -163,22 +172,25 @@ def _remark(factor: Factor) -> str:
     if factor.init == "unknown":
         return "a LoRA pair whose init cannot be read"
     if factor.kind != "embedding" and (factor.rank or 0) > factor.fan_in:
-        return "a LoRA pair whose rank is above the fan-in"
+        return "a LoRA pair whose rank is larger than the fan-in"
     if not _LEAST_SCALING <= factor.scaling <= _MOST_SCALING:
-        return "a LoRA pair whose alpha / rank is above 8 or below 1/64"
+        return "a LoRA pair whose scaling (alpha / rank) is above 8 or below 1/64"
     return "a LoRA pair"
 
 
 def _remark_on_other(kind: str | None) -> str:
-    """Return what a report says of a parameter that is no LoRA matrix of a law."""
+    """Return what a parameter outside all LoRA pairs is, in words.
+
+    kind: the kind of its adapter, if it belongs to one without a law.
+    """
     return f"{kind}: no law covers it" if kind else "no LoRA matrix"
 
 
 # --- adapters without a law -----------------------------------------------------------------------
 
-# Pairs that add more than s·B·A, which is what the laws are derived for, by their factors' kind.
+# The laws are derived for a layer that adds s·B·A. These kinds of pairs add something else.
 LAWLESS = {"adalora": "AdaLoRA", "kasa": "KaSA", "mica": "MiCA", "xlora": "X-LoRA"}
-# Other finetuning methods, by the names of their parameters.
+# Other finetuning methods, recognised by the names of their parameters.
 _ADAPTERS = {
     "LoHa": r"hada_[wt]\d",
     "LoKr": r"lokr_[wt]\d",
@@ -220,7 +232,7 @@ _ADAPTERS = {
     "prompt tuning": r"prompt_(encoder|embeddings)",
 }
 _NEW_TOKENS = "new tokens"
-# Parameters that train in addition to a pair.
+# Parameters that train in addition to a LoRA pair.
 _PARTS = {
     "AdaLoRA's singular values": r"(^|\.)lora_E(\.|$)",
     "KaSA's singular values": r"(^|\.)lora_diag(\.|$)",
@@ -238,8 +250,8 @@ _KINDS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
 
 
 def other_kind(name: str) -> str | None:
-    """Return the kind of adapter without a law to which a parameter belongs, by its name; None for
-    other parameters.
+    """Return the kind of an adapter's parameter that is no LoRA matrix, recognised by its name.
+    None for parameters of other modules.
 
     >>> other_kind("blocks.0.q.vera_lambda_b.default"), other_kind("head.weight")
     ('VeRA', None)
@@ -251,15 +263,16 @@ def other_kind(name: str) -> str | None:
 
 
 def is_other_adapter(name: str) -> bool:
-    """Return whether a parameter belongs, by its name, to an adapter that is not a LoRA pair, such
-    as LoHa or IA³.
+    """Return whether a parameter's name is that of an adapter that is not LoRA, such as LoHa or
+    IA³.
     """
     return other_kind(name) in _ADAPTERS
 
 
 def unread_lora(survey: Survey) -> list[str]:
-    """Return those of `survey.other` that are LoRA's by their names, and no known part of an
-    adapter: "lora" is in the name of a module, or of the parameter, in which no factor was read.
+    """Return the parameters of `survey.other` that seem to belong to LoRA although inspection could
+    not read them. "lora" is part of their name, or of the name of a module around them in which no
+    LoRA matrix was found.
     """
     rest = [name for name in survey.other if _called_lora(name)]
     read = {path for f in survey.factors for path in _called_lora(f.name)}
@@ -267,7 +280,7 @@ def unread_lora(survey: Survey) -> list[str]:
 
 
 def _called_lora(name: str) -> set[str]:
-    """Return the paths to a parameter, of its modules and its own, whose last part has "lora"."""
+    """Return the paths of a parameter and of the modules around it whose own name has "lora"."""
     called = set()
     for path in accumulate(name.split("."), "{}.{}".format):
         last = path.rpartition(".")[2]

@@ -1,5 +1,5 @@
-"""Inspection of a model: a `Survey` of its trainable LoRA factors, by duck typing and the table of
-conventions.
+"""Inspection of a model: finds the parameters that train and describes the LoRA matrices among
+them. Libraries are recognised by the attributes of their modules, and are not imported.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 _ROLES: tuple[Role, Role] = "A", "B"
-# Values of PEFT's init_lora_weights with B = 0 at the start, besides True. With other strings
-# neither factor is zero.
+# Strings for PEFT's init_lora_weights at which B starts at zero, as with True. With other strings
+# neither A nor B does.
 _ZERO_B = {"gaussian", "eva"}
 INIT_MARK = "_rankaware_init"
-"""The attribute of a pair's owner in which `initialize` records the init, by adapter."""
+"""The attribute of the module that owns a pair in which `initialize` notes the init by adapter."""
 
 
 def inspect_model(
@@ -43,26 +43,33 @@ def inspect_model(
     method: Method = "lora",
     init: Init | None = None,
 ) -> Survey:
-    """Find what a model trains: its LoRA pairs, or every weight of two or more dimensions in full
-    finetuning.
+    """Find the parameters that train in a model: its LoRA matrices, or every weight of two or more
+    dimensions for full finetuning.
 
     Only parameters that require a gradient count, and tied ones count once. The model is not
-    changed. A model sharded by `fully_shard` must be inspected by all its processes at once.
+    changed. All processes must inspect a model that is sharded by `fully_shard` at the same time.
 
-    A pair's rank is the declared one, checked against its global shapes. For flat or empty shards
-    (FSDP1) declared values are used without a check. The scaling is the declared one, or 1 with a
-    note. The init is the declared one (PEFT's `init_lora_weights`). Otherwise it is read from the
-    factors, or is "unknown" (meta tensors).
+    How a LoRA pair is read:
+
+    - Its rank is the declared one, which must agree with the shapes. Flat or empty shards (FSDP1,
+      ZeRO-3) have no such shapes, so declared values are used unchecked.
+    - Its scaling is the declared one. If there is none, 1 is assumed and a note says so.
+    - Its init is the declared one (PEFT's `init_lora_weights`) or is read from the values. It is
+      "unknown" if there are no values, as on the meta device.
 
     Args:
         model: the model, or several as a list, such as [unet, text_encoder].
         method: "lora", or "full" for full finetuning of a model without adapters.
-        init: the init of all pairs, if it cannot be read: "A" (B starts at zero, as in PEFT), "B"
-            (A starts at zero), "other" or "unknown".
+        init: the init of all pairs, for adapters whose init cannot be read: "A" (B starts at zero,
+            as in PEFT), "B" (A starts at zero), "other" or "unknown".
+
+    Returns:
+        The survey of the parameters that train.
 
     Raises:
-        InspectionError: declared rank and shapes disagree, a scaling is not positive, or there is
-            no LoRA pair, or none that trains; or there is one although method="full".
+        InspectionError: the declared rank and the shapes of a pair disagree, or a scaling is not
+            positive. There is no LoRA pair, or none that trains. With method="full": a LoRA pair
+            trains, or no weight does.
     """
     return survey_of(walk(model), method=method, init=init)
 
@@ -74,8 +81,9 @@ def survey_of(
     init: Init | None = None,
     also: Container[Any] = (),
 ) -> Survey:
-    """Do as `inspect_model`, for a model that was walked already. Frozen parameters in `also`
-    count too.
+    """Inspect a model as `inspect_model` does, from its walk.
+
+    also: frozen parameters that count as if they trained.
     """
     check_choice(method, get_args(Method), "The method is")
     check_init(init, known=INITS)
@@ -126,7 +134,7 @@ def read_survey(
     init: Init | None = None,
     also: Container[Any] = (),
 ) -> Survey:
-    """Return the survey of a model or a file, which may be empty."""
+    """Return the survey of a model or a file. It may be empty."""
     trainable = {
         param: name
         for name, param in walked.parameters
@@ -140,8 +148,8 @@ def read_survey(
         factors = tuple(_full_factors(walked, trainable))
     else:
         raise InspectionError(
-            "The model has a trainable LoRA pair, so this is not full finetuning.",
-            "Leave method='full' out, or merge the adapters into the weights first.",
+            "method='full' was passed, but the model has a trainable LoRA pair.",
+            "Remove method='full', or merge the adapters into the weights first.",
         )
     names = {f.name for f in factors}
     other = filterfalse(names.__contains__, trainable.values())
@@ -151,6 +159,7 @@ def read_survey(
 
 
 def _full_factors(walked: Walk, trainable: Mapping[Any, str]) -> Iterator[Factor]:
+    """Yield the weights that full finetuning trains, without embeddings, biases and norms."""
     left = dict(trainable)
     for prefix, module in walked.modules:
         for local, param in module.named_parameters(recurse=False):
@@ -172,11 +181,11 @@ def _full_factors(walked: Walk, trainable: Mapping[Any, str]) -> Iterator[Factor
 
 
 def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
-    """Return fan-in and fan-out of a weight: (out, in), (out, in, k…) in a convolution, (…, in) for
-    stacked tensors.
+    """Return fan-in and fan-out of a weight. Its shape is (out, in), in a convolution (out, in,
+    k…), and (…, out, in) for stacked tensors, such as those of experts.
     """
     shape = tuple(map(float, param.shape))
-    # transformers': (in, out)
+    # Conv1D of transformers has the shape (in, out).
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return shape[0], shape[1]
     if getattr(module, "transposed", False):  # torch's ConvTranspose: (in, out, k…)
@@ -189,11 +198,11 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
 def _lora_factors(
     walked: Walk, trainable: Mapping[Any, str], init: Init | None, notes: list[str]
 ) -> Iterator[Factor]:
-    """Yield both factors of every pair. What is assumed of them is added to `notes`."""
+    """Yield both matrices of every LoRA pair that trains. Assumptions are added to `notes`."""
     declared = declared_around(walked.modules)
     left = dict(trainable)
     for pair in walked.pairs:
-        # a tied factor has its first name
+        # A tied matrix belongs to the pair that comes first, and has its name there.
         tensors = [half.tensor for half in pair.halves]
         names = [left.pop(tensor, None) for tensor in tensors]
         if not any(names):
@@ -207,17 +216,17 @@ def _lora_factors(
 def _factor_of(
     pair: Pair, declared: Mapping[str, object], init: Init | None, notes: list[str]
 ) -> Factor:
-    """Return what both factors of a pair have."""
+    """Return the description that both matrices of a pair share."""
     if getattr(pair.owner, "merged_adapters", None):  # PEFT's
         raise InspectionError(
-            f"{pair.where} is merged into its base weight, where it does not train.",
-            "Train before merging, or call unmerge_adapter().",
+            f"The adapter of {pair.where} is merged into the base weight, so it cannot train.",
+            "Call unmerge_adapter(), or train before merging.",
         )
     reading = reading_of(pair)
     scaling = scaling_of(pair, reading.rank_a)
     if scaling is None and not notes:
         notes.append(
-            f"{pair.where} declares no scaling: 1 is assumed there, and wherever none is."
+            f"{pair.where} declares no scaling, so 1 is assumed, as for all that declare none."
         )
     kind = _kind_of(reading, declared, pair.adapter)
     if kind in LAWLESS:  # whatever init is declared
@@ -248,13 +257,15 @@ def _kind_of(reading: Reading, declared: Mapping[str, object], adapter: str) -> 
 
 
 def factor_tensors(walked: Walk) -> set[torch.Tensor]:
-    """Return both factors of every pair."""
+    """Return A and B of every pair, whether they train or not."""
     return {half.tensor for pair in walked.pairs for half in pair.halves}
 
 
 def declared_init(declared: object, kind: str) -> Init:
-    """Return the init for a value of PEFT's `init_lora_weights`. Its embeddings draw B where other
-    layers draw A.
+    """Return the init that a value of PEFT's `init_lora_weights` stands for.
+
+    PEFT's embeddings are the other way round than its other layers: B is drawn and A starts at
+    zero.
     """
     if declared is not True and str(declared).lower() not in _ZERO_B:
         return "other"
@@ -262,11 +273,14 @@ def declared_init(declared: object, kind: str) -> Init:
 
 
 def init_of(pair: Pair, declared: object, kind: str) -> Init:
-    """Return the init by the row, else as `initialize` recorded it, else by a factor of zeros
-    beside one that is drawn, else by PEFT's declaration.
+    """Return the init of a pair, from the first of these that knows it: the convention, the note of
+    `initialize`, the values if exactly one matrix is zero, and PEFT's declaration.
 
-    Zeros go before the declaration, since A may be set to zero by hand. Shards differ between
-    processes, which must all get the same rate, so their zeros are not used.
+    Zeros come before the declaration, because the user may have set A to zero. Each process sees
+    another shard, but all must get the same learning rate, so zeros of shards are not used.
+
+    Raises:
+        InspectionError: the pair is sharded and nothing declares its init.
     """
     marks: Mapping[str, Init] = getattr(pair.owner, INIT_MARK, {})
     recorded = pair.convention.init or marks.get(pair.adapter)
@@ -281,16 +295,15 @@ def init_of(pair: Pair, declared: object, kind: str) -> Init:
         return declared_init(declared, kind)
     if pair.is_sharded:
         raise InspectionError(
-            f"{pair.where} is sharded, so its factors do not show their init, and none is"
-            " declared.",
-            "Give init='A' (B starts at zero, as in PEFT) or init='B' (A starts at zero).",
+            f"{pair.where} is sharded and declares no init, so its init cannot be read.",
+            "Pass init='A' if B started at zero, as in PEFT, or init='B' if A did.",
         )
     return "other" if zeros == (False, False) else "unknown"
 
 
 def is_zero(tensor: torch.Tensor) -> bool | None:
-    """Return whether a tensor is all zero; None if there is nothing to read. A DTensor is read over
-    all its processes, so that they get the same result.
+    """Return whether all entries of a tensor are zero, None if there are no entries to read. A
+    DTensor is read across all processes, so that they get the same result.
     """
     if tensor.is_meta or tensor.numel() == 0:
         return None

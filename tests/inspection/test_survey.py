@@ -60,7 +60,7 @@ def test_every_convention_and_layer_kind_is_read(style, kind, material):
 
 
 RANK_5 = nn.Parameter(torch.zeros(20, 5))
-SCALED = r"^block\.up has the scaling .* Give a positive finite alpha"
+SCALED = r"^block\.up has the scaling .* Set a positive finite alpha"
 REFUSED = [
     *(
         (style, {name: 16}, r"^block\.up declares rank 16 .*\(4, 12\).*\(20, 4\)")
@@ -71,7 +71,7 @@ REFUSED = [
     *(("plain", {"scaling": s}, SCALED) for s in (0, -1.0, math.inf, math.nan)),
     ("tune", {"alpha": 0}, SCALED),
     ("kohya", {"scale": -1.0}, SCALED),
-    ("plain", {"merged_adapters": ["default"]}, "Train before merging"),
+    ("plain", {"merged_adapters": ["default"]}, "merged into the base weight"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
     if rank is not None:
         assert {f.rank for f in inspect_model(layer).factors} == {rank}
         return
-    message = rf"no rank.*{re.escape(str(a))}.* may be 64 or 4\. Declare it"
+    message = rf"no rank.*{re.escape(str(a))}.* may be 64 or 4\. Set the rank"
     with pytest.raises(InspectionError, match=message):
         inspect_model(layer)
 

@@ -134,7 +134,7 @@ AUDIT = [
     (Survey((PAIR,), frozen=("a", "b")), r"does not train: a \(2 in all"),
     (of_one(init="other"), r"neither A nor B started at zero: up\.lora_A"),
     (of_one(init="unknown"), "whose init cannot be read"),
-    (of_one(rank=65), "whose rank is above the fan-in"),
+    (of_one(rank=65), "whose rank is larger than the fan-in"),
     (of_one(scaling=8.5), r"above 8 or below 1/64"),
     (of_one(scaling=1 / 65), r"above 8 or below 1/64"),
 ]
