@@ -1,8 +1,8 @@
-"""Surveys of adapter files: PEFT folders or .safetensors files. Only headers are read, and no
-tensors but alphas.
+"""`inspect_file`: the LoRA pairs of an adapter on disk, a PEFT folder or a .safetensors file.
 
-A file is read as a model: a layer owns its pairs as a module does, and its tensors, and what its
-alpha and PEFT's configuration declare, are its attributes.
+Only the file's header and numbers such as alpha are read. Each layer of the file becomes a
+`StoredLayer`, which has tensors, alpha and what PEFT's configuration declares as attributes. So the
+code that reads modules reads files too.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _PREFIX = "base_model.model."
 
 @dataclass(eq=False)
 class Stored:
-    """A tensor in a file, of which the shape is known.
+    """A tensor in a file, of which only the shape is read.
 
-    is_half: whether its name is that of one of LoRA's factors.
+    is_half: whether its name says that it is LoRA's A or B.
     """
 
     shape: Shape
@@ -49,36 +49,40 @@ class Stored:
 
     @property
     def weight(self) -> Stored:
-        """Itself, since a file does not tell a parameter from a module of one."""
+        """The tensor itself: a file does not say whether A is a parameter or a module."""
         return self
 
 
-Tensors = dict[str, Any]  # those of one element that declare something are floats
+# `Stored` by name, but a float where a tensor of one element is a number such as alpha.
+Tensors = dict[str, Any]
 
 
 def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
-    """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no tensors are loaded.
+    """Find the LoRA pairs of an adapter on disk. Nothing is unpickled, and no weights are loaded.
 
-    The conventions are those of models, registered ones too. Rank, fan-in and fan-out come from the
-    shapes. The rank must agree with the one that a configuration declares. The scaling comes from
-    the file's `alpha` or the configuration (PEFT's, or the copy in a diffusers file).
-    Otherwise it is 1, with a note. The adapter is usually trained, so its init is the declared one,
-    or "unknown". The survey of an adapter without a law, such as LoHa, has no factors.
+    The same conventions are tried as for models, registered ones included. Rank, fan-in and fan-out
+    come from the shapes. The rank must agree with the configuration, if there is one. The scaling
+    comes from the file's `alpha` or from the configuration, which is PEFT's or its copy in a
+    diffusers file. Without either, 1 is assumed and a note says so. A stored adapter is usually
+    trained, so its values do not show the init: it is the declared one or "unknown". For an adapter
+    without a law, such as LoHa, the survey has no factors.
 
     Args:
-        path: a folder with PEFT's adapter_config.json and a .safetensors file, or one .safetensors
-            file.
-        init: the init of all pairs, as for `inspect_model`, if the declared one is not theirs, as
-            after `initialize`.
+        path: a .safetensors file, or a folder with one and with PEFT's adapter_config.json.
+        init: the init of all pairs, if it is not the declared one, as after `initialize`. Values as
+            for `inspect_model`.
+
+    Returns:
+        The survey of the adapter.
 
     Raises:
-        InspectionError: something is missing, damaged or contradictory. The message names the file
-            and the key.
+        InspectionError: the file is missing, damaged or contradicts itself. The message names the
+            file and the key.
     """
     check_init(init, known=INITS)
     file, config = _file_at(Path(path))
     with usable(str(file)):
-        if not os.path.isfile(file):  # a named pipe would be waited for
+        if not os.path.isfile(file):  # opening a named pipe would wait forever
             raise OSError("there is no such file")
         tensors, metadata = _read(file)
     configs = [config] if config else embedded_configs(file, metadata)
@@ -86,23 +90,24 @@ def inspect_file(path: str | Path, *, init: Init | None = None) -> Survey:
     for name in survey.other:
         if tensors[name].is_half:
             raise InspectionError(
-                f"{file}: {name} has no other half, or another tensor has its place.",
+                f"{file}: {name} has no counterpart: the other matrix of its pair is missing, or"
+                " another tensor has its place.",
                 "Save the adapter again.",
             )
     if config and not config.r:
-        note = f"The folder's adapter is {config.peft_type}, which no law covers."
+        note = f"The adapter in this folder is {config.peft_type}, which no law covers."
         return replace(survey, notes=(*survey.notes, note))
     if not survey.has_adapter:
         raise InspectionError(
-            f"{file} has no LoRA pair among {len(tensors)} tensors.",
-            "Give an adapter's file, not a base model's.",
+            f"{file} has no LoRA pair among its {len(tensors)} tensors.",
+            "Pass an adapter's file, not a base model's.",
         )
     return survey
 
 
 def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
-    """Return the safetensors file, `path` or the one in that folder, and the folder's configuration
-    if there is one.
+    """Return the .safetensors file at a path or in the folder there, and the folder's configuration
+    if it has one.
     """
     if not os.path.isdir(path):
         return path, None
@@ -114,16 +119,16 @@ def _file_at(path: Path) -> tuple[Path, AdapterConfig | None]:
         files = [path / _WEIGHTS]
     if len(files) != 1:
         raise InspectionError(
-            f"{path} has {len(files)} .safetensors files, none of them PEFT's {_WEIGHTS} beside"
-            f" {_CONFIG}.",
-            "Give one .safetensors file, or a folder saved by PEFT. Pickles (.bin, .pt, .ckpt) are"
-            " not read, since they can run any code: save the adapter as .safetensors.",
+            f"{path} has {len(files)} .safetensors files, and none of them is PEFT's {_WEIGHTS}"
+            f" beside {_CONFIG}.",
+            "Pass one .safetensors file, or a folder that PEFT saved. Pickles (.bin, .pt, .ckpt)"
+            " are not read, because they can run any code: save the adapter as .safetensors.",
         )
     return files[0], config
 
 
 def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Return a file's tensors and its table of strings. No tensors but numbers are loaded."""
+    """Return a file's tensors and its metadata. Only numbers such as alpha are loaded."""
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -137,7 +142,7 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
         if shape in ((), (1,)) and attribute in others - halves:
             names.append(name)
     dtypes = {slices[name].get_dtype() for name in names}
-    # NumPy has no bfloat16, and torch is slow to import
+    # NumPy has no bfloat16. torch reads it, but is slow to import.
     with safe_open(path, framework="pt" if "BF16" in dtypes else "np") as file:
         for name in names:
             tensors[name] = float(file.get_tensor(name).item())
@@ -145,7 +150,7 @@ def _read(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _known_names() -> tuple[set[str], set[str]]:
-    """Return the names of factors, and of what else a row looks for."""
+    """Return the attributes that hold A or B, and all others that the conventions ask for."""
     halves = set[str]()
     others = set[str]()
     for row in conventions():
@@ -155,7 +160,7 @@ def _known_names() -> tuple[set[str], set[str]]:
 
 
 def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Walk:
-    """Return the layers of a file as modules, and its tensors but numbers as their parameters."""
+    """Return the layers of a file in place of modules, and its tensors in place of parameters."""
     halves, others = _known_names()
     known = "|".join(map(re.escape, halves | others))
     place = re.compile(rf"(?:(.*)\.)?({known})(?:\.([^.]+))?")
@@ -173,7 +178,7 @@ def _walk(path: Path, tensors: Tensors, configs: Sequence[AdapterConfig]) -> Wal
         layer = layers.setdefault(place_of_layer, layer)
         if attribute in others:
             setattr(layer, attribute, tensor)
-        # DyLoRA's slices are no pair
+        # A bias, or a slice of DyLoRA, is not A or B.
         is_part = adapter == "bias" or adapter.isdecimal()
         if attribute in halves and not is_part:
             tensor.is_half = "lora" in name

@@ -1,8 +1,7 @@
-"""The table of conventions: how each library stores a LoRA pair in a model and in a file. One row
-per convention.
+"""The table of conventions: how each library stores a LoRA pair, in a model and in a file.
 
-A row has the attributes of the module that owns a pair and the layout of its two tensors. The
-libraries are not imported. A row is matched by attributes.
+Each row names the attributes of the module that owns a pair, and the layout of the two tensors. A
+module is recognised by its attributes, so no library is imported.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from ..errors import InspectionError
 
 INITS = (*get_args(Init), None)
 Shape = tuple[int, ...]
-Halves = dict[tuple[str, str], Any]  # factors by attribute and adapter
+Halves = dict[tuple[str, str], Any]  # A and B by attribute and adapter
 
 
 class StoredLayer:
-    """A layer of a file, which owns pairs as a module does. What is stored or declared of it is an
-    attribute.
+    """A layer of a file, which stands in for the module that owns the pairs. Numbers that the file
+    stores or its configuration declares are attributes of it.
 
-    where: its name in error messages. halves: its factors.
+    name: the layer's name in the file. where: its name in error messages. halves: its A and B.
     """
 
     def __init__(self, name: str, where: str) -> None:
@@ -39,11 +38,15 @@ class StoredLayer:
 
 
 class Reading(NamedTuple):
-    """What a layout reads from two shapes.
+    """What a layout reads from the shapes of A and B.
 
-    rank_a, rank_b: the rank from A and from B, equal if they fit. fan_in, fan_out: those of the
-    layer. inner: number of inner features that one output sums per unit of rank. kind: the layer's
-    kind, if the layout determines it.
+    Args:
+        rank_a: the rank that follows from A.
+        rank_b: the rank that follows from B. The layout fits if both are equal.
+        fan_in: number of inputs of the adapted layer.
+        fan_out: number of outputs of the adapted layer.
+        inner: number of inner features that are summed into one output, per unit of rank.
+        kind: the layer's kind, if the layout determines it.
     """
 
     rank_a: float
@@ -55,15 +58,15 @@ class Reading(NamedTuple):
 
 
 Layout = Callable[[Any, Shape, Shape], Reading]
-"""Maps the owner and the shapes of A and B to a `Reading`.
+"""A function from the module that owns a pair, the shape of A and the shape of B to a `Reading`.
 
-A LookupError, AttributeError, TypeError, ValueError or ArithmeticError means that the layout does
-not fit. An InspectionError is raised to the user.
+If it raises a LookupError, AttributeError, TypeError, ValueError or ArithmeticError, the layout
+does not fit and the next one is tried. An InspectionError reaches the user.
 """
 
 
 def rows(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in, k…), B (out, r, 1…): the usual layout. B of a grouped convolution may have r /
+    """A (r, in, k…), B (out, r, 1…): the usual layout. In a grouped convolution B may have r /
     groups columns.
     """
     base = getattr(owner, "base_layer", owner)
@@ -80,8 +83,8 @@ def rows(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def blocks(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B, n = `nblocks` of its
-    module.
+    """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B of n blocks. n is
+    `nblocks` of B's module.
     """
     modules = owner.lora_B.values()
     n = max(getattr(module, "nblocks", 0) for module in modules)
@@ -89,7 +92,7 @@ def blocks(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def columns(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (…, in, r), B (…, r, out): transposed, with or without a leading axis of experts."""
+    """A (…, in, r), B (…, r, out): transposed, optionally with a leading axis of experts."""
     kind = "experts" if len(a) > 2 else ""
     return Reading(a[-1], b[-2], a[-2], b[-1], kind=kind)
 
@@ -102,7 +105,7 @@ def experts(owner: Any, a: Shape, b: Shape) -> Reading:
 def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
-    # Set by transformers. Older versions do not have it.
+    # transformers sets it. Older versions do not, and store (experts, in, out).
     rows_first = getattr(base, "is_transposed", True) is False
     if (
         rows_first
@@ -110,8 +113,8 @@ def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
         and not hasattr(owner, "_did_swap_in_out_features")
     ):
         raise InspectionError(
-            "This PEFT swaps A and B of experts stored as (experts, out, in), such as"
-            f" {type(base).__name__}'s.",
+            "This version of PEFT swaps A and B where experts are stored as (experts, out, in), as"
+            f" in {type(base).__name__}.",
             "Install PEFT 0.19 or later, and train such adapters again.",
         )
     rank_a = a[0] / owner.num_experts
@@ -120,8 +123,8 @@ def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def merged(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r·m, in), B (out, r): one A for each of the m matrices of a fused layer that `enable_lora`
-    selects.
+    """A (r·m, in), B (out, r): a fused layer, such as one of queries, keys and values.
+    `enable_lora` selects m of its matrices, and each of these has an A of its own.
     """
     adapted = sum(map(bool, owner.enable_lora))
     rank_a = a[0] / max(1, adapted)
@@ -129,8 +132,8 @@ def merged(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions. B·A is reshaped to the
-    kernel.
+    """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions, which reshape B·A to the kernel
+    of size k.
     """
     conv = owner.conv
     k = conv.kernel_size[0]
@@ -140,8 +143,8 @@ def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
 
 
 def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
-    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…). The core has the kernel and keeps the base
-    rate.
+    """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): Tucker's decomposition of a convolution.
+    The core has the kernel, and keeps the base learning rate.
     """
     middle = owner.lora_mid.weight
     core = tuple(middle.shape)
@@ -162,24 +165,24 @@ class Convention:
 
     Args:
         name: the convention's name.
-        a: the owner's attribute for A, the input side: a parameter, or a module with a `weight`.
-        b: the same for B.
-        container: whether `a` and `b` are dicts by adapter name. In a file the name may be left
-            out.
-        kind: the layer's kind, if all layers of the convention have the same one.
+        a: the attribute that holds A, the matrix on the input side. It is a parameter or a module
+            with a `weight`.
+        b: the attribute that holds B.
+        container: whether `a` and `b` are dicts by adapter name. In a file the name may be missing.
+        kind: the layer's kind, if it is the same for all layers of the convention.
         where: attributes that the owner must have.
-        without: attributes that it must not have, such as the gate of a block whose weights are
-            called `up` and `down`.
-        file: a regex of the owner's name in a file, in place of `where`. By default the names in
-            `where` must be among its tensors.
-        layouts: names of `LAYOUTS` or functions. The first one that agrees with the declared rank
-            is used.
-        rank: attributes that may declare the rank, with dots for nested ones. The first that exists
-            is used. They may be dicts by adapter name.
-        scaling: the same for s.
-        alpha: the same for alpha.
-        init: the init, if it cannot be read from the factors: "A" (B starts at zero, as in PEFT),
-            "B" (A starts at zero), "other" or "unknown".
+        without: attributes that the owner must not have. For example, a block whose weights are
+            called `up` and `down` but that also has a `gate` is no adapter.
+        file: a regular expression for the owner's name in a file, which replaces `where` there. By
+            default the names in `where` must be among the owner's tensors.
+        layouts: names of `LAYOUTS`, or functions of the same kind. The first that agrees with the
+            declared rank is used.
+        rank: attributes that may declare the rank, with dots for nested ones. The first that is a
+            number is used. They may be dicts by adapter name.
+        scaling: attributes that may declare the scaling, in the same way.
+        alpha: attributes that may declare alpha, in the same way. Scaling is then alpha / rank.
+        init: the init, if values do not show it: "A" (B starts at zero, as in PEFT), "B" (A starts
+            at zero), "other" or "unknown".
 
     >>> row = Convention("mine", a="reduce", b="expand", layouts=("columns",), scaling=("gain",))
     >>> register_convention(row)
@@ -201,7 +204,7 @@ class Convention:
     init: Init | None = None
 
     def fits(self, owner: Any) -> bool:
-        """Return whether the owner of a pair, a module or a layer of a file, is of this library."""
+        """Return whether a module, or a layer of a file, has the attributes of this library."""
         if any(hasattr(owner, name) for name in self.without):
             return False
         if self.file and isinstance(owner, StoredLayer):
@@ -209,7 +212,7 @@ class Convention:
         return all(hasattr(owner, name) for name in self.where)
 
     def pairs_in(self, owner: Any, halves: Halves) -> Iterator[tuple[str, Any, Any]]:
-        """Yield the adapter, A and B of every pair that the owner has by this convention."""
+        """Yield the adapter's name, A and B of every pair that the owner has by this convention."""
         for (attribute, adapter), a in halves.items():
             b = halves.get((self.b, adapter))
             is_named = attribute == self.a and (self.container or not adapter)
@@ -221,8 +224,8 @@ _LORA = ("lora_A", "lora_B")
 
 
 CONVENTIONS: tuple[Convention, ...] = (
-    # AdaLoRA is B·diag(E)·A with E zero. `scaling` is alpha, and ranks are pruned during training.
-    # No law covers it.
+    # AdaLoRA adds B·diag(E)·A, where E starts at zero. Its `scaling` is alpha, and it lowers ranks
+    # during training. No law covers that.
     Convention(
         "peft-adalora",
         *_LORA,
@@ -233,7 +236,8 @@ CONVENTIONS: tuple[Convention, ...] = (
         alpha=("scaling",),
         init="other",
     ),
-    # KaSA is B·diag(d)·A with d drawn. It also cuts the base weight.
+    # KaSA adds B·diag(d)·A, where d is drawn at random, and removes small singular values of the
+    # base weight. No law covers that.
     Convention(
         "peft-kasa",
         *_LORA,
@@ -304,7 +308,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         file=r"(?:.*[._])?lora(?:_linear_layer)?",
         alpha=("network_alpha", "alpha"),
     ),
-    # Last, since a file of a plain library has the same names.
+    # PEFT comes last, because in files of simpler libraries the tensors have the same names.
     Convention("peft", *_LORA, container=True, layouts=("rows", "blocks")),
     Convention(
         "peft-embedding",
@@ -314,7 +318,7 @@ CONVENTIONS: tuple[Convention, ...] = (
         kind="embedding",
     ),
 )
-"""Tried in this order on every module, after registered ones. The first that matches is used."""
+"""The built-in conventions, in the order in which they are tried, after registered ones."""
 
 
 # --- registration ---------------------------------------------------------------------------------
@@ -328,36 +332,38 @@ _CONVENTIONS = Registry(
 
 
 def register_convention(convention: Convention, *, remove: bool = False) -> None:
-    """Add a convention to inspection. It is tried before the built-in ones.
+    """Teach inspection how a library stores its LoRA pairs. The convention is tried before the
+    built-in ones.
 
-    A package can register a convention for its users by an entry point in the group
-    "rankaware_optim.conventions" whose object is a `Convention`. `check_convention` tests a
-    convention.
+    A package can do this for its users by an entry point in the group
+    "rankaware_optim.conventions" that leads to a `Convention`. `testing.check_convention` tests a
+    convention against a real layer.
 
     Args:
-        convention: the convention. The same one may be registered again.
+        convention: the convention. Registering an equal one again changes nothing.
         remove: whether to remove the convention instead.
 
     Raises:
-        InspectionError: it is no convention, or another one has its name.
+        InspectionError: it is not a `Convention`, its init is impossible, or another convention
+            has its name.
     """
     _CONVENTIONS.checked(convention)
-    what = f"The init of the convention {convention.name!r} is"
+    what = f"The init of the convention {convention.name!r} must be"
     check_init(convention.init, what, known=INITS)
     _CONVENTIONS.register(convention, remove=remove)
 
 
 def conventions() -> tuple[Convention, ...]:
-    """Return all rows in the order in which they are tried: registered, from installed packages,
-    built-in.
+    """Return all conventions in the order in which they are tried: registered ones, those of
+    installed packages, built-in ones.
     """
     return (*_CONVENTIONS.registered.values(), *_installed(), *CONVENTIONS)
 
 
 @cache
 def _installed() -> tuple[Convention, ...]:
-    """Return the rows of installed packages. What is none gives a warning once, since the user may
-    not know the package.
+    """Return the conventions of installed packages. One that cannot be loaded is skipped with a
+    warning, because the user may not know that package at all.
     """
     rows: list[Convention] = []
     for point in entry_points(group=_CONVENTIONS.group):
@@ -365,6 +371,6 @@ def _installed() -> tuple[Convention, ...]:
             rows.append(_CONVENTIONS.load(point))
         except InspectionError as error:
             warn(
-                f"The plug-in {point.name!r} ({point.value}) is left out. {error.cause}"
+                f"The plug-in {point.name!r} ({point.value}) was skipped. {error.cause}"
             )
     return tuple(rows)

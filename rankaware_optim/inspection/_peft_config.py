@@ -1,4 +1,4 @@
-"""PEFT's configurations: adapter_config.json, a diffusers file's copy, and those in a model."""
+"""PEFT's configurations: in adapter_config.json, as a copy in a diffusers file, and in a model."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ from ..errors import InspectionError
 from ._conventions import StoredLayer
 from ._pairs import Modules
 
-_LIMIT = 10_000_000  # bytes of a file: by hand
-_LORA_TYPES = (None, "LORA", "ADALORA")  # a configuration without a type is for LoRA
+_LIMIT = 10_000_000  # bytes of adapter_config.json, chosen by judgement
+# A configuration without a type is for LoRA.
+_LORA_TYPES = (None, "LORA", "ADALORA")
 
-# X-LoRA's, which scales the pairs inside by token.
+# The module by which X-LoRA scales the LoRA pairs inside it, with another number for each token.
 XLORA = "internal_xlora_classifier"
 _OF_PEFT = re.compile("lora_(embedding_)?[AB]")
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
-# its quotient by a rank is a float too
+# The bounds keep alpha / rank finite.
 _Alpha = Annotated[float, Meta(ge=1e-30, le=1e30)]
-# A plain name: any other regex could take very long to match.
+# Only plain names are accepted as patterns: matching a hostile regex can take very long.
 _Layer = Annotated[str, Meta(pattern=r"^\^?[\w.-]+$")]
 
 
 class AdapterConfig(msgspec.Struct):
-    """The entries of a configuration that are read. A pattern is a layer's name or its end. Experts
-    have ranks that a file does not show.
+    """The entries of PEFT's configuration that are used.
 
-    where: its file. prefix: how the names of its layers begin. r: 0 if no law covers the type.
+    A pattern is the name of a layer, or the end of one. `target_parameters` must be empty, because
+    a file does not show the ranks of experts.
+
+    where: the file that it comes from. prefix: the start of the names of its layers. r: 0 if no law
+    covers the type.
     """
 
     r: _Rank
@@ -53,8 +57,11 @@ class AdapterConfig(msgspec.Struct):
 
 
 def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
-    """Set what a configuration declares for a layer as a module has it, unless the file has its
-    own. A pair is of PEFT's adapter "default".
+    """Set what a configuration declares for a layer as attributes, under the names that PEFT's
+    modules use. Numbers in the file itself take precedence. The layer's pairs belong to PEFT's
+    adapter "default".
+
+    configs: the configurations of the file, of which the first with a matching prefix applies.
     """
     config = next((c for c in configs if layer.name.startswith(c.prefix)), None)
     if config is None or not config.r:
@@ -71,13 +78,15 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     if config.use_rslora and alpha is not None:
         alpha *= math.sqrt(rank)
     declared = {"peft_config": {"default": config}, "r": rank, "alpha": alpha}
-    if config.peft_type == "ADALORA":  # it prunes ranks, and `scaling` is alpha
+    if (
+        config.peft_type == "ADALORA"
+    ):  # it lowers ranks in training, and `scaling` is alpha
         declared |= {"r": None, "lora_E": None, "scaling": alpha}
     vars(layer).update({**declared, **vars(layer)})
 
 
 def _by_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """Return the value of the first pattern by which PEFT finds the layer, else the default."""
+    """Return the value of the first pattern that matches the layer as in PEFT, else the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -91,8 +100,7 @@ def read_config(path: Path) -> AdapterConfig:
     """Read PEFT's adapter_config.json.
 
     Raises:
-        InspectionError: it is missing, not a JSON object, or an entry that is used has the wrong
-            type.
+        InspectionError: the file is missing or not a JSON object, or an entry has the wrong type.
     """
     with usable(str(path)):
         text = read_bytes(path, _LIMIT)
@@ -101,8 +109,9 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterConfig]:
-    """Return the configurations in a diffusers file, one for each part of the model ("unet.r",
-    "text_encoder.r"), the longest prefix first.
+    """Return the configurations in the metadata of a diffusers file: one for each part of the
+    model, such as the unet and the text encoder. Those with longer prefixes come first, because the
+    first that matches applies.
     """
     text = metadata.get("lora_adapter_metadata")
     if not text:
@@ -120,23 +129,24 @@ def embedded_configs(path: Path, metadata: Mapping[str, str]) -> list[AdapterCon
 
 @contextmanager
 def usable(where: str) -> Iterator[None]:
-    """Raise an InspectionError that names a file if it cannot be read."""
+    """Turn whatever reading a file raises into an InspectionError that names the file."""
     try:
         yield
-    except Exception as error:  # of msgspec, safetensors and NumPy
+    except Exception as error:  # msgspec, safetensors and NumPy raise many kinds
         raise InspectionError(
             f"{where} cannot be used: {str(error)[:200]}.",
-            "Give a complete .safetensors file or a folder as PEFT saves it, or inspect the model"
-            " itself (inspect_model).",
+            "Pass a complete .safetensors file or a folder that PEFT saved, or inspect the model"
+            " itself with inspect_model().",
         ) from error
 
 
 def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> AdapterConfig:
+    """Return a configuration, with the types of its entries checked."""
     kind = values.get("peft_type")
     if kind not in _LORA_TYPES:
         return AdapterConfig(0, peft_type=shown(kind), prefix=prefix)
     values = {**values, "where": where, "prefix": prefix}
-    if kind == "ADALORA":  # its rank is `init_r`, its patterns are masks
+    if kind == "ADALORA":  # its rank is `init_r`, and its patterns are masks
         values |= {"r": values.get("init_r"), "rank_pattern": None}
     return msgspec.convert(values, AdapterConfig)
 
@@ -145,8 +155,8 @@ def _checked(where: str, values: Mapping[str, Any], prefix: str = "") -> Adapter
 
 
 def declared_around(modules: Modules) -> dict[str, dict[str, object]]:
-    """Return what is declared in and around every module: the `init_lora_weights` of PEFT's
-    configurations by adapter, and `XLORA`.
+    """Return for every module, by name, what PEFT's configurations on it or around it declare: the
+    `init_lora_weights` of each adapter, and whether X-LoRA is active (under the key `XLORA`).
     """
     declared: dict[str, dict[str, object]] = {"": {}}
     for layer, module in modules:

@@ -132,7 +132,7 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
         problem = f"full finetuning has no {min(extra)}"
     stands_alone = {"alpha", "method"} & values.keys()
     if like is None or like.method == "full":
-        stands_alone = values.keys()
+        stands_alone = set(values)
     missing = {"rank", "alpha"} - values.keys()
     if stands_alone and not is_full and missing and not problem:
         problem = f"it has no {max(missing)}"

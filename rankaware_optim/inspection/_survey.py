@@ -85,7 +85,7 @@ def survey_of(
 
     also: frozen parameters that count as if they trained.
     """
-    check_choice(method, get_args(Method), "The method is")
+    check_choice(method, get_args(Method), "The method must be")
     check_init(init, known=INITS)
     survey = read_survey(walked, method=method, init=init, also=also)
     total = len(walked.parameters)

@@ -172,7 +172,7 @@ def test_a_registered_row_goes_before_built_in_ones(registered):
 BAD_ROWS = [
     ("nothing", "'nothing' is not a Convention"),
     (replace(STRANGER, name="peft"), "Another Convention is called 'peft'"),
-    (replace(STRANGER, init="C"), "The init of the convention 'gain' is 'A', 'B'"),
+    (replace(STRANGER, init="C"), "The init of the convention 'gain' must be 'A', 'B'"),
 ]
 
 

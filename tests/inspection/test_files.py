@@ -410,7 +410,7 @@ NO_PAIRS = [["x.weight"], ["x.up.weight", "x.down.weight", "x.alpha"], []]
 def test_a_file_without_a_pair_is_refused(keys, file_of):
     """A base model, whose blocks may have `up`, `down` and `alpha`, or nothing at all is an error."""
     path = file_of({key: torch.zeros(8, 8) for key in keys})
-    with pytest.raises(InspectionError, match=f"no LoRA pair among {len(keys)}"):
+    with pytest.raises(InspectionError, match=f"no LoRA pair among its {len(keys)}"):
         inspect_file(path)
 
 
@@ -427,7 +427,7 @@ HALVES = ["x.lora_A.weight", "x.lora_B", "y.lora_up.weight", "x.lora.down.weight
 @pytest.mark.parametrize("key", HALVES)
 def test_half_a_pair_is_refused(key, folder):
     """A factor whose other half is missing is named, though other pairs are whole."""
-    with pytest.raises(InspectionError, match=f"{key} has no other half"):
+    with pytest.raises(InspectionError, match=f"{key} has no counterpart"):
         inspect_file(folder({**pair("z"), key: torch.zeros(8, 8)}))
 
 
