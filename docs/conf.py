@@ -37,7 +37,7 @@ exclude_patterns = [
     "_build",
     "_ext",
     "_templates",
-    "examples/*.ipynb",  # that the gallery makes of its scripts
+    "examples/*.ipynb",  # the gallery makes them from its scripts
 ]
 nitpicky = False
 
@@ -53,9 +53,11 @@ html_copy_source = False
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_disable_syntax = [
     "myst_line_comment"
-]  # else a line that begins with a per cent sign is left out
+]  # otherwise lines that begin with a percent sign vanish
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # results pages begin where their script wants
+suppress_warnings = [
+    "myst.header"
+]  # pages of results may begin at any level of heading
 
 nb_execution_mode = "off"  # from_results runs the notebook
 
@@ -83,14 +85,14 @@ intersphinx_mapping = {
 sphinx_gallery_conf = {
     "examples_dirs": str(HERE.parent / "examples"),
     "gallery_dirs": "examples",
-    "filename_pattern": r"/(peft_loop|calibrate_peft)\.py",  # those that need no more than PEFT are run
+    "filename_pattern": r"/(peft_loop|calibrate_peft)\.py",  # run only the examples that need no more than PEFT
     "image_scrapers": (),
     "reset_modules": (),
     "show_memory": False,
     "show_signature": False,
     "download_all_examples": False,
     "write_computation_times": False,
-    "min_reported_time": 3600,  # never: times are of a machine
+    "min_reported_time": 3600,  # never: times differ between machines
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
 }

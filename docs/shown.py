@@ -1,8 +1,8 @@
-"""Write what pages show: the code, outputs and tables between their markers.
+"""Write the code, outputs and tables that pages show between their markers.
 
     python docs/shown.py    # rewrites the pages; a test of `core` compares them
 
-A marker says what stands below it, up to `<!-- end -->`:
+A marker names the text below it, up to `<!-- end -->`:
 
     <!-- shown: rankaware convert 2e-4 --from r=16,alpha=16 --to r=64,alpha=64 | head -1 -->
     <!-- shown: examples/peft_loop.py from "import" before "# %%" -->
@@ -113,7 +113,7 @@ def shown(what: str) -> str:
 
 
 def output_of(command: str) -> str:
-    """A command in a shell, and what it prints."""
+    """Return a shell command with its output."""
     cut = CUT.fullmatch(command)
     lines = printed(cut[1] if cut else command)
     if cut:
@@ -123,7 +123,7 @@ def output_of(command: str) -> str:
 
 
 def printed(command: str) -> list[str]:
-    """The lines that a command prints in the repository's root."""
+    """Run a command in the repository's root and return the lines that it prints."""
     here = Path.cwd()
     os.chdir(ROOT)
     try:
@@ -138,7 +138,7 @@ def printed(command: str) -> list[str]:
 
 
 def part_of(what: str) -> str:
-    """A part of a file: code in a block of its language, markdown as it is."""
+    """Return a part of a file: code in a block of its language, Markdown as it is."""
     named = PART.fullmatch(what)
     if named is None:
         raise SystemExit(f"{what!r} names no command, no table and no part of a file.")
@@ -152,7 +152,7 @@ def part_of(what: str) -> str:
 
 
 def between(text: str, start: str | None, end: str | None) -> str:
-    """The lines from the first that holds `start`, up to the next that holds `end`, without their indent."""
+    """Return the lines from the first that contains `start` to the next that contains `end`, without their indent."""
     lines = text.splitlines()
     if start is not None:
         lines = lines[line_of(lines, start) :]
@@ -225,7 +225,7 @@ def moves() -> Iterator[str]:
 
 
 def hours() -> Iterator[str]:
-    """GPU hours of a calibration with the default number of runs at two ranks."""
+    """Yield a table of GPU hours for a calibration with the default number of runs at two ranks."""
     runs, steps = 2 * TRIALS_PER_RANK, (100, 250, 500, 1000)
     yield f"| seconds a step | {' | '.join(f'{each:,} steps' for each in steps)} |"
     yield "|---" * (len(steps) + 1) + "|"
@@ -235,7 +235,7 @@ def hours() -> Iterator[str]:
 
 
 def commands() -> Iterator[str]:
-    """The help of every command."""
+    """Yield the help of every command."""
     for name in sorted(rankaware.commands):
         command = f"rankaware {name}"
         yield f"\n## {command}\n\n```text"

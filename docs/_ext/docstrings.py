@@ -1,7 +1,6 @@
-"""Docstrings as they are written: an indented block that follows a plain line is shown as it stands.
+"""Let docstrings be written as they are read in an editor: an indented block after a plain line is an equation or a call.
 
-In them equations and calls are indented, as text is read in an editor. reStructuredText wants two colons before such a
-block. They are put in here, before Napoleon reads the sections.
+reStructuredText requires two colons before such a block. This module inserts them before Napoleon reads the sections.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BEFORE_NAPOLEON = 400
 
 
 def with_literal_blocks(lines: list[str]) -> list[str]:
-    """The lines, with `::` before every indented block outside of sections, lists and literal blocks."""
+    """Insert `::` before every indented block that is outside of sections, lists and literal blocks."""
     made: list[str] = []
     literal = section = False
     for i, line in enumerate(lines):
@@ -37,7 +36,7 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
 
 
 def with_whole_summary(lines: list[str]) -> list[str]:
-    """The lines, with the first paragraph ended by a full stop where it leads to a block: tables show it alone."""
+    """End the first paragraph with a full stop if it leads to a block, because tables show it alone."""
     last = lines.index("") - 1 if "" in lines else len(lines) - 1
     if lines[last].endswith("::"):
         return [*lines[:last], f"{lines[last][:-2]}.", *lines[last + 1 :]]

@@ -68,7 +68,7 @@ RECIPE = """\
 
 ```{{image}} recipes/{name}.png
 :width: 100%
-:alt: Trials, 90 % band and rate of the recipe "{title}", rank by rank
+:alt: Trials, 90 % interval and learning rate of the recipe "{title}", one panel per rank
 ```
 
 `recipes/{name}.toml`
@@ -77,7 +77,7 @@ RECIPE = """\
 {words}
 ```
 """
-TASKS = {  # where the name of the file is not words
+TASKS = {  # tasks whose file name is not made of words
     "efficientnet-lite0-digits": "EfficientNet-Lite0 on digits",
     "language-smollm2": "Language, SmolLM2",
     "reinforcement": "Reinforcement learning",
@@ -86,26 +86,26 @@ TASKS = {  # where the name of the file is not words
 
 
 def write(path: Path, text: str) -> None:
-    """A file of this text, left alone where it has it already, so that a second build reads less."""
+    """Write a file, unless it has this text already: a second build then reads less."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
 
 def setting_of(recipe: ra.Recipe) -> str:
-    """How alpha followed the rank, and which factor started at zero where it is not PEFT's."""
-    alpha = {"fixed": "alpha = rank", "alpha": "alpha kept"}[recipe.scaling_rule]
+    """Return how alpha depended on the rank, and whether A started at zero, which is not PEFT's default."""
+    alpha = {"fixed": "alpha = rank", "alpha": "alpha fixed"}[recipe.scaling_rule]
     return alpha + (", A starts at zero" if recipe.reference.init == "B" else "")
 
 
 def task_of(stem: str) -> str:
-    """A recipe's task in words."""
+    """Return a recipe's task in words."""
     short = re.sub(r"(-a|-b|-a-inverse-rank)$", "", stem)
     return TASKS.get(short, short.replace("-", " ").capitalize())
 
 
 def index_of(recipes: dict[str, ra.Recipe]) -> Iterator[str]:
-    """A table with a row a task and a column a setting, each cell a link."""
+    """Yield a table of links, with one row per task and one column per setting."""
     cells = {(task_of(stem), setting_of(made)): stem for stem, made in recipes.items()}
     tasks, settings = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     yield f"| task | {' | '.join(settings)} |"
@@ -118,17 +118,17 @@ def index_of(recipes: dict[str, ra.Recipe]) -> Iterator[str]:
 
 
 def ranks_of(recipe: ra.Recipe, stem: str) -> str:
-    """A link to a recipe, in the words of what was tried."""
+    """Return a link to a recipe that names the ranks tried."""
     tried = " and ".join(map(str, recipe.ranks)) + ", full" * recipe.full_seen
     return f"[ranks {tried}](#{stem})"
 
 
 def gallery() -> Iterator[str]:
-    """The study's recipes: an index, and each with its picture and what it says of itself."""
+    """Yield the gallery: an index, then each recipe with its picture and its text."""
     yield "# Gallery of the study's recipes\n"
-    yield "They are records and examples, [no starting points](../recipes.md#where-it-is-valid).\n"
-    yield "Every picture and every number here is read from the recipe's own files when the site is built.\n"
-    yield "[How to read a band](../bands.md) says what the parts of a picture mean.\n"
+    yield "These recipes are records and examples, but [not starting points](../recipes.md#where-it-is-valid) for other models.\n"
+    yield "When the site is built, every picture and every number on this page is read from the recipe's own files.\n"
+    yield "[How to read an interval](../bands.md#in-a-picture) explains the parts of a picture.\n"
     paths = sorted(RECIPES.glob("*.toml"))
     recipes = {path.stem: ra.Recipe.load(path) for path in paths}
     yield from index_of(recipes)
@@ -141,7 +141,7 @@ def gallery() -> Iterator[str]:
 
 
 def executed(path: Path) -> str:
-    """A notebook with its outputs, as it runs here; an error in a cell ends the build."""
+    """Run a notebook and return it with its outputs. An error in a cell ends the build."""
     notebook = nbformat.read(path, as_version=4)
     # Optuna's import says that its bar would be a widget if ipywidgets were here
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
@@ -174,7 +174,7 @@ def _link(link: re.Match[str]) -> str:
 
 
 def _of_benchmarks(name: str) -> str:
-    """A page of benchmarks/, its links into docs/ as they are on the site."""
+    """Return a page of benchmarks/ with its links into docs/ as they are on the site."""
     text = (ROOT / "benchmarks" / f"{name}.md").read_text(encoding="utf-8")
     return text.replace("](../docs/", "](../")
 

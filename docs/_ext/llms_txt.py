@@ -1,4 +1,4 @@
-"""llms.txt beside the pages: every page in the order of the contents, with its title and its first sentence."""
+"""Write llms.txt beside the pages: every page in the order of the contents, with its title and its first sentence."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from docutils import nodes
 
-ABOUT = "Learning rates that stay right when the LoRA rank, alpha or init changes, or when you move to full finetuning."
+ABOUT = "Learning rates that stay right when the LoRA rank, alpha or init changes, or when you change to full finetuning."
 
 
 def _in_order(env: Any, page: str, seen: list[str]) -> list[str]:
-    """The pages below one, as the contents list them."""
+    """Return a page and the pages below it, in the order of the contents."""
     if page not in seen:
         seen.append(page)
         for below in env.toctree_includes.get(page, ()):

@@ -1,4 +1,4 @@
-"""Equations as MathML, which browsers draw by themselves: no script, nothing from a network."""
+"""Write equations as MathML, which browsers draw by themselves, without scripts and without a network."""
 
 from __future__ import annotations
 

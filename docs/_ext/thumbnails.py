@@ -1,4 +1,4 @@
-"""Pictures for the gallery of examples: the tool of each script, and what it calls of this package, as they stand there."""
+"""Draw pictures for the gallery of examples: each shows the script's tool and the calls of this package in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS, LINES = 38, 13
 
 
 def code_of(script: Path) -> Iterator[str]:
-    """The import of the tool, and the calls of `ra` or the settings that name it, else the functions."""
+    """Yield the import of the tool and the calls of `ra`, or the settings that name it, or else the functions."""
     text = script.read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(text)))
     imports = [
@@ -47,7 +47,7 @@ def code_of(script: Path) -> Iterator[str]:
 
 
 def draw(lines: list[str], path: Path) -> None:
-    """Write lines of code as a picture of the gallery's size."""
+    """Draw lines of code as a picture of the gallery's size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.0, 2.8), facecolor="#f8f9fb")

@@ -1,4 +1,4 @@
-"""The size of a sum of m sign terms."""
+"""Draw the size of a sum of m terms of size 1 for several numbers of tokens."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from rankaware_optim.laws import kappa
 M = sorted({round(2 ** (i / 8)) for i in range(97)})
 figure, axis = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
 lines = {
-    "m (the paper)": ([float(m) for m in M], "#D55E00", "--"),
+    "m (the paper's law)": ([float(m) for m in M], "#D55E00", "--"),
     "2 tokens, the default": ([kappa(m, 2.0) for m in M], "#0072B2", "-"),
     "8 tokens": ([kappa(m, 8.0) for m in M], "#CC79A7", "-"),
     "64 tokens": ([kappa(m, 64.0) for m in M], "#009E73", "-"),
@@ -21,7 +21,7 @@ for label, (values, colour, style) in lines.items():
     axis.annotate(
         label,
         (M[-1], values[-1]),
-        (6, 6 if label == "m (the paper)" else 0),
+        (6, 6 if label == "m (the paper's law)" else 0),
         textcoords="offset points",
         color=colour,
         va="center",
@@ -29,7 +29,7 @@ for label, (values, colour, style) in lines.items():
 axis.set(
     xscale="log",
     yscale="log",
-    xlabel="m",
+    xlabel="number of terms, m",
     ylabel="size of the sum, κ(m)",
     xlim=(1, M[-1]),
     ylim=(1, M[-1]),

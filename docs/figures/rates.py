@@ -1,4 +1,4 @@
-"""The best rate over rank by the default law, relative to rank 16 at init A."""
+"""Draw the best learning rate over the rank, as the default law predicts it, relative to rank 16 at init A."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ LAW = Falling()
 
 
 def line(alpha, init="A"):
-    """Multipliers over RANKS, alpha as a function of the rank."""
+    """Return the multiplier at each of RANKS. `alpha` is a function of the rank."""
     at_each = (
         Reference(rank=r, alpha=alpha(r), init=init, fan_in=WIDTH) for r in RANKS
     )
@@ -45,7 +45,7 @@ axis.set(
     xscale="log",
     yscale="log",
     xlabel="rank",
-    ylabel="best rate, relative",
+    ylabel="best learning rate,\nrelative to rank 16",
     xlim=(1, RANKS[-1]),
 )
 axis.set_xticks(TICKS, list(map(str, TICKS)))
