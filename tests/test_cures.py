@@ -1,4 +1,4 @@
-"""Mistakes that people made, and the cure that each error names. Those in a trainer are in `integrations`."""
+"""Make mistakes that people made, and check that each error names the remedy. Mistakes with a trainer are in `integrations`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wrapped(**settings: Any) -> Any:
 
 
 def of_one_model_only() -> Any:
-    """Two models' factors, of which one model is given."""
+    """Wrap the LoRA matrices of two models, of which only one is passed."""
     unet, encoder = build(8), build(4)
     both = [p for m in (unet, encoder) for p in m.parameters() if p.requires_grad]
     return ra.RankAwareOptimizer(both, torch.optim.AdamW, lr=1e-3, model=unet)
@@ -59,7 +59,7 @@ CURES = {
 
 @pytest.mark.parametrize("mistake", CURES)
 def test_an_error_names_the_cure(mistake: str) -> None:
-    """Each mistake is answered by what to do instead."""
+    """Each mistake raises an error that says what to do instead."""
     attempt, cure = CURES[mistake]
     refusals = (ra.RankAwareError, ra.RankAwareWarning, TypeError, KeyboardInterrupt)
     with pytest.raises(refusals, match=cure):
@@ -79,7 +79,7 @@ COMMANDS = {
 def test_a_command_takes_or_explains_what_people_type(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line that people typed gives the rate, or says what to type."""
+    """A command that people typed prints the learning rate, or says what to type."""
     monkeypatch.chdir(ROOT)
     ran = CliRunner().invoke(main, command.split())
     assert COMMANDS[command] in ran.output

@@ -1,4 +1,4 @@
-"""Numbers in README and on the site: defaults are the code's, and figures are those of the page that they are from.
+"""Compare numbers in README and on the site with their sources: defaults with the code, and figures with the page of results.
 
     tox run -e core -- tests/test_defaults.py --write-golden
 
@@ -33,18 +33,18 @@ def result(page: str) -> str:
 
 
 def said(page: str, sentence: str, at: int = 0) -> str:
-    """The number in the place of <> in a sentence of a page of results."""
+    """Return the number that stands in the place of <> in a sentence of a page of results."""
     found = re.findall(re.escape(sentence).replace("<>", f"({NUMBER})"), result(page))
     return found[at]
 
 
 def cell(page: str, section: str, row: str, column: str, at: int = 0) -> str:
-    """A number of a table's cell: the mean, if it has mean and percentile."""
+    """Return a number of a table's cell. If the cell has a mean and a percentile, the first is the mean."""
     return re.findall(NUMBER, text_of_cell(page, section, row, column))[at]
 
 
 def text_of_cell(page: str, section: str, row: str, column: str) -> str:
-    """A cell of the first table below a heading that has the column and the row."""
+    """Return a cell of the first table below a heading that has both the column and the row."""
     below = result(page).partition(f"# {section}")[2]
     heads: list[str] = []
     for line in below.splitlines():
@@ -65,7 +65,7 @@ frontier = partial(cell, "frontier")
 
 
 def falls_on_small_tasks() -> list[float]:
-    """How far best rates fall from rank 4 to 256, on the tasks that have both."""
+    """Return the factors by which best learning rates fall from rank 4 to 256, for the tasks that have both."""
     row = rf"falls as r\^-1/2 \| \w+ \| .*rank 4's is ({NUMBER}) times rank 256's"
     return sorted(map(float, re.findall(row, result("study"))))
 
@@ -247,14 +247,14 @@ SENTENCES = [(page, each) for page, sentences in PAGES.items() for each in sente
 
 
 def pattern_of(sentence: str) -> str:
-    """A regular expression of the sentence with any numbers, on one line or more."""
+    """Return a regular expression that matches the sentence with any numbers and any line breaks."""
     parts = re.split(r"<\w+>", sentence)
     texts = [re.escape(part).replace(r"\ ", r"\s+") for part in parts]
     return NUMBER.join(texts)
 
 
 def with_figures(shown: str, sentence: str) -> str:
-    """The sentence as the page breaks it, with the numbers that it should have."""
+    """Return the sentence with the page's line breaks and the numbers that it should have."""
     names = re.findall(r"<(\w+)>", sentence)
     fixed = [re.findall(NUMBER, part) for part in re.split(r"<\w+>", sentence)]
     wanted: list[str | float | None] = [None] * len(fixed[0])
@@ -265,7 +265,7 @@ def with_figures(shown: str, sentence: str) -> str:
 
 
 def written(shown: str, figure: str | float | None) -> str:
-    """A figure with as many decimals as the page shows, and no zero before the point where it has none."""
+    """Format a figure with as many decimals as the page shows, and with a leading zero only if the page has one."""
     if figure is None:
         return shown
     if isinstance(figure, str) and len(figure) == len(shown.lstrip("0")):
@@ -279,7 +279,7 @@ def written(shown: str, figure: str | float | None) -> str:
 def test_prose_has_the_numbers_of_the_code_and_of_its_page(
     page: str, sentence: str, request: pytest.FixtureRequest
 ) -> None:
-    """A sentence that names a default or a result is on its page, with the number that the code or the result has."""
+    """A sentence with a default or a result is on its page and has the number of the code or the result."""
     path = ROOT / page
     text = path.read_text(encoding="utf-8")
     [shown] = re.findall(pattern_of(sentence), text)
@@ -291,7 +291,7 @@ def test_prose_has_the_numbers_of_the_code_and_of_its_page(
 
 
 def test_every_figure_of_readme_is_held() -> None:
-    """Percentages and decimals in README's prose are in a sentence above, or in the table that its page's maker writes."""
+    """Every percentage and decimal in README's prose is in a sentence of this file, or in the table that a script writes."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"<!-- tables -->.*<!-- end of tables -->", "", text, flags=re.S)
     text = re.sub(r"```.*?```", "", text, flags=re.S)

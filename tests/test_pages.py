@@ -1,4 +1,4 @@
-"""The site's pages: their Python runs, and the API page names what is public. `tox run -e docs` builds the site."""
+"""Test the site's pages: their Python runs, and the API page lists every public name. `tox run -e docs` builds the site."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ON_GITHUB = [*pages(), *(ROOT / name for name in OTHERS)]
 
 
 def by_hand(path: Path) -> str:
-    """A page's text without the blocks that are made."""
+    """Return a page's text without the blocks that `docs/shown.py` writes."""
     return BLOCK.sub("", path.read_text(encoding="utf-8"))
 
 
@@ -46,25 +46,25 @@ def blocks_of(page: str) -> list[str]:
 
 
 def prompts_of(path: Path) -> str:
-    """The lines of a page that a reader types at a prompt, with what they print."""
+    """Return the lines of a page that a reader types at a prompt, with their output."""
     return "\n".join(re.findall(r"^```pycon\n(.*?)^```", by_hand(path), re.M | re.S))
 
 
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
 def test_what_a_page_shows_is_what_is_there(path: Path) -> None:
-    """Code, outputs and tables between markers are as `python docs/shown.py` writes them."""
+    """The code, outputs and tables between markers are those that `python docs/shown.py` writes."""
     text = path.read_text(encoding="utf-8")
     assert text == SHOWN["written"](text)
 
 
 def test_what_is_typed_at_a_prompt_prints_what_a_page_says() -> None:
-    """Every page's prompts run, but those that need PEFT, which the environment `integrations` runs."""
+    """The prompts of every page run; those that need PEFT run in the environment `integrations`."""
     without_peft = [path for path in pages() if "peft" not in prompts_of(path)]
     assert sum(prompts_run(path).attempted for path in without_peft) > 20
 
 
 def prompts_run(path: Path) -> doctest.TestResults:
-    """Run a page's prompts, and fail where they print something else."""
+    """Run a page's prompts, and fail if they print something else than the page."""
     test = doctest.DocTestParser().get_doctest(
         prompts_of(path), {}, path.name, str(path), 0
     )
@@ -75,7 +75,7 @@ def prompts_run(path: Path) -> doctest.TestResults:
 
 @pytest.mark.parametrize("path", ON_GITHUB, ids=lambda path: path.stem)
 def test_a_page_is_whole_on_github(path: Path) -> None:
-    """It shows no directive, role or label of the site, and its links lead to files and their headings."""
+    """A page shows no directive, role or label of the site, and each of its links leads to a file and heading that exist."""
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^`{3,}\{[\w-]+\}", text, re.M) == []
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
@@ -93,7 +93,7 @@ def links_of(prose: str) -> list[str]:
 
 @cache
 def headings_of(path: Path) -> set[str]:
-    """What leads to the headings of a page, as GitHub and the site name them."""
+    """Return the anchors of a page's headings, as GitHub and the site form them."""
     text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
     titles = re.findall(r"^#+ (.+)$", text, re.M)
     words = (re.sub(r"[^\w\- ]", "", title.strip().lower()) for title in titles)
@@ -102,7 +102,7 @@ def headings_of(path: Path) -> set[str]:
 
 @pytest.fixture
 def own_conventions() -> Iterator[None]:
-    """What is registered during a test is taken out again: other tests have layers of the same names."""
+    """Remove conventions that a test registers, because other tests have layers of the same names."""
     before = conventions()
     yield
     for row in set(conventions()) - set(before):
@@ -111,7 +111,7 @@ def own_conventions() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_conventions")
 def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
-    """The Python blocks of all pages run in order, as one program, each page with a model of its own."""
+    """The Python blocks of all pages run in order as one program, in which each page has its own model."""
     monkeypatch.chdir(tmp_path)
     names = {"build": build, "batches": batches}
     with warnings.catch_warnings(record=True) as caught:
@@ -124,13 +124,13 @@ def test_the_pages_examples_run(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_no_page_with_python_is_left_out() -> None:
-    """Every page of docs/ that has a Python block is among those that are run."""
+    """Every page of docs/ with a Python block is among the pages that are run."""
     ours = [path.relative_to(DOCS).with_suffix("").as_posix() for path in pages()]
     assert {page for page in ours if blocks_of(page)} == set(PAGES)
 
 
 def test_the_api_page_names_what_is_public() -> None:
-    """Every name that `rankaware_optim` exports, other than its packages, is on the API page, which has no other."""
+    """The API page lists every name that `rankaware_optim` exports, except its packages, and no name that does not exist."""
     stub = (Path(rankaware_optim.__file__).parent / "__init__.pyi").read_text(
         encoding="utf-8"
     )
@@ -147,7 +147,7 @@ def test_the_api_page_names_what_is_public() -> None:
 
 
 def packages_in(heading: str) -> dict[str, list[str]]:
-    """The packages in the last column of the quickstart's table under a heading, by its first column."""
+    """Return the packages in the last column of the quickstart's table under a heading, by its first column."""
     text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     section = text.partition(f"### {heading}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.+) \|$", section.partition("\n### ")[0], re.M)[1:]
@@ -169,7 +169,7 @@ def test_the_tables_of_packages_are_those_of_pyproject() -> None:
 
 
 def test_nothing_installs_the_package_from_pypi() -> None:
-    """No text says `pip install rankaware-optim` while no release holds the name."""
+    """No text says `pip install rankaware-optim` while no release has that name."""
     folders = ("docs", "examples", "rankaware_optim", "recipes", ".github")
     names = ("README.md", "SKILL.md", "CONTRIBUTING.md")
     texts = [ROOT / name for name in names]
@@ -192,7 +192,7 @@ REPLACED = {
 
 
 def test_a_user_meets_twelve_words_at_most() -> None:
-    """The quickstart lists them, each once, and no page has a word that one of them replaced."""
+    """The quickstart lists at most twelve words, each once, and no page uses a word that one of them replaced."""
     text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
     table = text.partition("## The words\n")[2].partition("\n## ")[0]
     firsts = re.findall(r"^\| ([a-z, ]+) \|", table, re.M)[1:]
@@ -218,7 +218,7 @@ LLAMA_8B = {  # fan-in and fan-out of a block's linear layers
 
 @pytest.mark.parametrize("page", ["faq", "without-regret"])
 def test_a_page_and_the_wrapper_say_one_number_for_one_model(page: str) -> None:
-    """From LoRA to full finetuning of an 8B Llama a page prints the factor of the wrapper, by the model's own widths."""
+    """From LoRA to full finetuning of an 8B Llama, a page prints the same ratio and widths as the wrapper."""
     with torch.device("meta"):
         layers = {name: torch.nn.Linear(*fans) for name, fans in LLAMA_8B.items()}
     model = torch.nn.ModuleDict(layers)
