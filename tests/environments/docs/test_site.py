@@ -94,7 +94,7 @@ SEARCHED = [
     ("which rank", "symptoms"),
     ("two pairs", "extend/convention"),
     ("log_rates", "trainers/transformers"),
-    ("written by index", "loops"),
+    ("write by index", "loops"),
 ]
 
 
