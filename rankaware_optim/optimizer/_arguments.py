@@ -49,12 +49,14 @@ def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     groups = []
     for number, given in enumerate(entries, first):
-        seen = _options(given)
+        snapshot = _options(given)
         listed = []
-        for place, param in enumerate(seen["params"]):
+        for place, param in enumerate(snapshot["params"]):
             listed.append(names.get(param, f"group{number}.unnamed.{place}"))
         group = given if type(given) is dict else {}
-        groups.append(SplitGroup(group, listed, shapes_of(seen["params"]), seen))
+        groups.append(
+            SplitGroup(group, listed, shapes_of(snapshot["params"]), snapshot)
+        )
     return groups
 
 
@@ -112,13 +114,13 @@ def refuse_outside(
     outside = []
     count = 0
     for group in groups:
-        for name, param in zip(group.names, group.seen["params"], strict=True):
+        for name, param in zip(group.names, group.snapshot["params"], strict=True):
             count += 1
             if param not in held:
                 outside.append((group, name))
     another_model = len(outside) == count and not later
     for group, name in outside:
-        in_group = "lr" in group.seen and not built
+        in_group = "lr" in group.snapshot and not built
         is_rated = in_group or source.rate_of(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
@@ -273,7 +275,7 @@ def refuse_own_rates(
         return
     (setting, off), given = own, in_force(native, settings)
     for group in groups:
-        value = {**given, **group.seen}.get(setting, off)
+        value = {**given, **group.snapshot}.get(setting, off)
         if value != off:
             raise OptimizerError(
                 f"{native.__name__} makes its rates itself with {setting}={value!r}, so those"
@@ -296,7 +298,7 @@ def with_base_lr(
         return source
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
-    without = chain(*(g.names for g in groups if "lr" not in g.seen))
+    without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
     is_used = any(source.rate_of(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
