@@ -23,11 +23,11 @@ they are made for: they are a factor of 3 to 16 wide on either side, widest in f
 
 **A step further does not win.** With exact optima the whole change from half the length, the largest share tried, takes .20 to
 .13 % and .72 to .42 on the judging tasks. With those of real searches it loses more than no step: their noise is as large
-as the change. So trials have one length. In runs of 1,600 and 3,200 steps (`lengths.md` of the frozen answers), from exact optima of an
+as the change. So trials have one length. In runs of 1,600 and 3,200 steps (`lengths.md` of benchmarks/answers.md), from exact optima of an
 eighth, half of the change loses .2 % for .2.
 
 **The tasks are not new.** That there are four trials, and that they begin at the guess, was chosen on the sweeps of these tasks
-(`half_run.md` of the frozen answers), and so were constants of the fit. Only seeds are new here, and no other task judges it.
+(`half_run.md` of benchmarks/answers.md), and so were constants of the fit. Only seeds are new here, and no other task judges it.
 
 **The searches' networks** were pretrained on another processor than the sweeps', whose first losses differ by up to 2 %.
 """

@@ -9,7 +9,7 @@ full) × one seed. A run costs its steps, or half of them if it diverges. Nothin
 gain, on the mean loss over all seeds.
 
 The search has seen two of these seeds. On the third alone, and in real searches, more is lost: 1.1 to 1.2 and 1.3 times
-as much (frozen answers of the guide).
+as much (benchmarks/answers.md).
 
 A band is right if it holds the best rate in the study's runs (the parabola through the best three). 123 of the
 cells have such a rate inside their grid.

@@ -18,7 +18,8 @@ PER_SEED = 4
 # before the search turns downwards if none learned; it was chosen on the simulated surfaces, after
 # they had been seen: simulated.md
 BRACKET = 3
-# The same, while all of them rise: by hand, 4 and 16 are no worse in simulation: frozen answers
+# The same, while all of them rise. Chosen by judgement: 4 and 16 are no worse in simulation
+# (benchmarks/answers.md)
 MOST_BRACKET = 8
 # Steps of a trial below which low rates look best, since noise hides what they lose: by hand
 FEWEST_STEPS = 100
@@ -48,7 +49,7 @@ FAR = 2.5
 HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
 EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand
 # Share of the gain by which a rate above the best is clearly worse: by hand, 0 to .5 are no worse
-# in simulation: frozen answers
+# in simulation: benchmarks/answers.md
 CLEARLY = 0.25
 # Octaves from the estimated optimum, in order. The low side is safer, since the loss rises faster
 # above: by hand

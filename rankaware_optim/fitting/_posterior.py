@@ -11,7 +11,7 @@ posterior is a mixture over shapes, weighted by how well each explains the losse
 optima agree.
 
 How they move from the steps of the trials to those of a longer target no trial shows, and other
-tasks do not tell: rates rise in some and fall in others (longer.md, frozen answers). So the
+tasks do not tell: rates rise in some and fall in others (longer.md, benchmarks/answers.md). So the
 rate stays, and its band grows. Let u = |log2(target / steps)|, and σ the standard deviation of the
 slope on other tasks, in octaves of rate per octave of steps. The slope is a stationary Gaussian
 process with the correlation exp(−u/λ), so over u octaves the best rate has the variance

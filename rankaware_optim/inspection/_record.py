@@ -82,7 +82,7 @@ class Survey:
         fan-in of the layers, embeddings left out.
 
         If the learning rate was tuned with LoRA at A = 0 (init B), it is the mean fan-in, `width`.
-        With these widths the law needs no further factor (benchmarks/README.md, frozen answers).
+        With these widths the law needs no further factor (benchmarks/answers.md).
 
         Args:
             init: the init of the LoRA learning rate that is converted: "A" (B starts at zero) or

@@ -20,7 +20,7 @@ from ..errors import LawError, RankAwareError
 
 _FAR = 1e4  # multipliers beyond it, or below its inverse, are cautioned: by hand
 # The largest change of the batch that moves the rate: four tasks at a quarter and four times their
-# own, a fifth at a sixteenth (benchmarks/README.md, frozen answers: one_constant.md, lengths.md)
+# own, a fifth at a sixteenth (benchmarks/answers.md: one_constant.md, lengths.md)
 BATCH_REACH = 4.0
 
 

@@ -299,7 +299,7 @@ class Form(NamedTuple):
     source.
 
     tokens: b of a law that has its family's number. That of sign-like optimizers was chosen after a
-    look at all runs on file (benchmarks/README.md, frozen answers). The other forms were judged
+    look at all runs on file (benchmarks/answers.md). The other forms were judged
     with 8.
     """
 
@@ -442,7 +442,7 @@ class Falling(Correction):
     The fall applies to sign-like optimizers (Adam and its variants) and to unknown ones. Bound to
     an optimizer of another family, the result is the inner law, bound to that optimizer.
 
-    Source: init_b_forms.md, of the frozen answers in benchmarks/README.md.
+    Source: init_b_forms.md in benchmarks/answers.md.
 
     Args:
         knee: r₀, the rank below which the rate hardly falls.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 # Each comment ends with the constant's evidence: a page of benchmarks/results, a question of the
-# benchmarks' frozen answers, or "chosen by judgement".
+# benchmarks/answers.md, or "chosen by judgement".
 Z90 = 1.645  # standard deviations from the middle of a normal 90 % interval to its end
 # Uncertainty for what the trials did not try, as standard deviations: octaves of learning rate per
 # octave of rank, of width and of batch, and octaves from one init to the other. They are rules of
@@ -49,12 +49,12 @@ WIDTH_SD = 0.25
 BATCH_SD = 0.15
 INIT_SD = 1.0
 # RANK_SD for ranks below those tried when A starts at zero. There the best learning rates fall less
-# with rank than the trials say: frozen answers
+# with rank than the trials say: benchmarks/answers.md
 LOWER_RANK_SD = 0.2
 # When full finetuning was not tried after trials with B = 0: the drift with rank, continued up to
 # r = n, widens the interval by this share of itself: chosen by judgement
 DRIFT_SHARE = 0.5
-# Octaves. Larger margins gave no lower loss: frozen answers
+# Octaves. Larger margins gave no lower loss: benchmarks/answers.md
 MOST_MARGIN = 0.25
 # The width if none is known. Between ranks of one init it nearly cancels: chosen by judgement
 ANY_WIDTH = 4096.0

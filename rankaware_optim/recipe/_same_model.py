@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 # Octaves, by init: standard deviation of the best learning rate if another task is assumed to have
-# the same one: frozen answers (another_task.md)
+# the same one: benchmarks/answers.md (another_task.md)
 ANOTHER_TASK_SD = {"A": 1.3, "B": 2.4}
 # Widths that differ by more than this factor belong to different models. On published language
 # models, recipes of the study's small networks gave learning rates 1.7 octaves too high, and their
-# 90 % intervals contained 31 % of the best ones: frozen answers (suggestion.md at d1bec0f0)
+# 90 % intervals contained 31 % of the best ones: benchmarks/answers.md (suggestion.md at d1bec0f0)
 SAME_WIDTH = 2.0
 _PEFT = ".base_model.model."  # the path under which PEFT puts a model
 

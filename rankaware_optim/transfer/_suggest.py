@@ -54,11 +54,11 @@ FULL_RL, FULL_RL_LOW, FULL_RL_HIGH = 1.2e-6, 4.9e-7, 4.2e-5
 FULL_WIDTHS = (3072, 4 * 8192)
 _LAW = MuA(tokens=8.0)  # published language models prefer more tokens than the default
 # Octaves by which a quoted rate lies below the middle of its interval: too low a rate costs
-# little, too high a rate a lot. By hand; the frozen answers of benchmarks/README.md have what
+# little, too high a rate a lot. By hand; benchmarks/answers.md has what
 # others lose.
 MARGIN = 0.5
 # Standard deviations, octaves, by rules of thumb: another task, batch and horizon (narrow networks'
-# best rates lie 1.4 above the middle in the mean; raising theirs lost more: frozen answers);
+# best rates lie 1.4 above the middle in the mean; raising theirs lost more: benchmarks/answers.md);
 # each octave of alpha away from 32; an unknown width.
 TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 # Reinforcement learning with LoRA: octaves from the published rate, and their standard deviation.
@@ -66,10 +66,10 @@ TASK_SD, ALPHA_SD, NO_WIDTH_SD = 1.0, 0.1, 0.5
 # accuracy is flat (results/large_models.md). The band is wide enough for the study's small task,
 # whose best rates lie 2.5 octaves higher (results/suggestion.md).
 RL_OCTAVES, RL_SD = -2.5, 1.5
-# Another number of steps than theirs: octaves of rate for each octave of steps beyond, the middle
-# of what is said of large models (0 to -0.9, frozen answers), and the standard deviation of six
-# sources' exponents, widened for so few (results/full_finetuning.md). Shorter runs keep the rate,
-# since one that is too high costs more.
+# Longer runs than theirs: octaves of rate for each octave of steps beyond. Sources on large
+# models name 0 to -0.9 (benchmarks/answers.md), and this is the middle. Then the standard deviation
+# of six sources' exponents, widened for so few (results/full_finetuning.md). Shorter runs keep the
+# learning rate, since one that is too high costs more.
 STEPS, LONGER, LENGTH_SD = 780, -0.4, 0.45
 
 _SOURCE = (
@@ -140,7 +140,7 @@ class Move(NamedTuple):
 
 # Factors of the rate of AdamW and plain LoRA: the lowest and the highest that are known. Of an init
 # and DoRA: from the one in a published 0.6B model (arXiv 2602.04998) to that in a small one of ours
-# (benchmarks/README.md, frozen answers); in a published 1B model PiSSA's lies between
+# (benchmarks/answers.md); in a published 1B model PiSSA's lies between
 # (results/large_models.md). LoRA-GA's 1/18 was published only: a factor of 4 around it. Of an
 # optimizer: by its relation in the table of optimizers.
 FACTORS = {
