@@ -11,6 +11,7 @@ from ._observations import arms_of as arms_of
 from ._observations import below_cliff as below_cliff
 from ._observations import best_fall as best_fall
 from ._observations import diverged as diverged
+from ._observations import end_note as end_note
 from ._observations import end_of as end_of
 from ._observations import gain_of as gain_of
 from ._observations import impute as impute

@@ -229,6 +229,20 @@ def end_of(observations: Sequence[Observation], rank: int | None) -> str:
     return {min(means): "lowest", max(means): "highest"}.get(best[0], "")
 
 
+def end_note(observations: Sequence[Observation], rank: int | None) -> str:
+    """Return a sentence on a rank's best learning rate that is the lowest or highest one tried, ""
+    if it lies between others.
+    """
+    end = end_of(observations, rank)
+    if not end:
+        return ""
+    words = "full finetuning" if rank is None else f"rank {rank}"
+    return (
+        f"{words}: the best learning rate is the {end} that was tried, so a"
+        f" {'lower' if end == 'lowest' else 'higher'} one may be better still"
+    )
+
+
 def all_rose(observations: Iterable[Observation]) -> bool:
     """Return whether every run's curve ended clearly above its first value, so that all rates may
     be too high.

@@ -26,4 +26,5 @@ from ._settings import differences as differences
 from ._settings import plain_value as plain_value
 from ._settings import settings_of as settings_of
 from ._settings import without_conflicts as without_conflicts
+from ._trials import end_of_tried as end_of_tried
 from ._trials import loss_curves as loss_curves

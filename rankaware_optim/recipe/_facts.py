@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from .._printing import times
 from .._types import Scaling
+from ..fitting import end_note
 from ..laws import Power, law_sentence
 from ._rates import rate
+from ._trials import observations_of
 
 if TYPE_CHECKING:
     from ._recipe import Recipe
@@ -45,7 +47,16 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
         "versions": _listed(recipe.versions) or "unknown",
         "hash": recipe.tag.partition(" ")[0],
     }
-    return [*rows.items(), *(("note", note) for note in recipe.notes)]
+    notes = dict.fromkeys((*recipe.notes, *_notes_on_ends(recipe)))
+    return [*rows.items(), *(("note", note) for note in notes)]
+
+
+def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
+    """Yield a note for each rank tried whose best learning rate is the lowest or highest one."""
+    tried = observations_of(recipe)
+    for rank in (*recipe.ranks, None):
+        if note := end_note(tried, rank):
+            yield note
 
 
 def trials_text(recipe: Recipe) -> str:

@@ -273,18 +273,23 @@ class Recipe:
     def _table(self) -> Table:
         return Table((), facts(self), title=f"Recipe {self.name!r}")
 
-    def plot(self) -> Figure:
-        """Draw one panel per rank with its trials, interval, ceiling and learning rate, and a panel
-        of learning rates by rank.
+    def plot(self, lr: float | None = None) -> Figure:
+        """Draw one panel for each rank that was tried, and one of the learning rates of all ranks.
 
-        Needs the extra `plots`. A notebook shows the figure, and `figure.savefig(path)` writes it.
+        A panel shows the trials, the fitted loss, the recipe's learning rate, both with their 90 %
+        intervals, the ceiling, and what the default law predicts. Needs the extra `plots`. A
+        notebook shows the figure, and `figure.savefig(path)` writes it.
+
+        Args:
+            lr: a learning rate to compare with, such as the one that you used so far.
 
         Raises:
             PlotError: matplotlib is not installed, or the recipe has no trials.
+            RecipeError: `lr` is not a positive finite number.
         """
         from ..reports import recipe_figure
 
-        return recipe_figure(self)
+        return recipe_figure(self, None if lr is None else checked_lr(lr))
 
     # --- files ------------------------------------------------------------------------------------
 

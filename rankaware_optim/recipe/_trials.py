@@ -14,6 +14,7 @@ from ..fitting import (
     LossCurve,
     Observation,
     curves_of,
+    end_of,
     improvement_is_known,
     impute,
     loss_at_start,
@@ -43,6 +44,13 @@ def knows_improvement(recipe: Recipe) -> bool:
     possible improvement means something. Rewards and scores of the user's own are not.
     """
     return recipe.score == "loss" and improvement_is_known(observations_of(recipe))
+
+
+def end_of_tried(recipe: Recipe, rank: int | None) -> str:
+    """Return "lowest" or "highest" if the best learning rate of a rank is that one of those tried
+    there, None for full finetuning, else "".
+    """
+    return end_of(observations_of(recipe), rank)
 
 
 def observations_of(recipe: Recipe) -> list[Observation]:

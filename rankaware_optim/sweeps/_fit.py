@@ -202,9 +202,9 @@ def _check_same(name: str, runs: Sequence[SweepRun], sweep: Sweep) -> None:
         return
     column = sweep.columns.get(name, name)
     raise CalibrationError(
-        f"The sweep mixes {len(values)} values of {name}: {', '.join(map(str, values))}.",
+        f"The sweep mixes {len(values)} values of {name}: {', '.join(map(repr, values))}.",
         f"A recipe belongs to one of them. Choose it, such as by where={{{column!r}:"
-        f" {values[-1]!r}}} (in a shell, --where {column}={values[-1]}).",
+        f" {values[-1]!r}}} (in a shell, --where '{column}={values[-1]}').",
     )
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import rankaware_optim as ra
 from rankaware_optim.cli import main
 from rankaware_optim.errors import PlotError
-from rankaware_optim.reports import recipe_figure
+from rankaware_optim.reports import recipe_figure, report_html
 from rankaware_optim.reports._figure import MARKS, rates_by_rank, trials_of
 
 from ..helpers.models import mlp
@@ -101,6 +101,53 @@ def test_every_recipe_can_be_drawn(kind):
     assert marks == len(KINDS[kind].tensors["lr"])
 
 
+def lines_of(axis) -> dict[str, list[float]]:
+    """The x of each line of a panel, by its label."""
+    return {line.get_label(): [*line.get_xdata()] for line in axis.get_lines()}
+
+
+def test_one_rank_fills_the_figure():
+    """A recipe of one rank has one panel, with its trials, fitted loss and learning rate, and the user's if given."""
+    figure = KINDS["one rank"].plot(lr=5e-4)
+    (axis,) = figure.axes
+    lines = lines_of(axis)
+    assert lines["your learning rate, 0.0005"] == [5e-4, 5e-4]
+    (label,) = (label for label in lines if label.startswith("the recipe's"))
+    assert lines[label][0] == pytest.approx(RECIPE.lr)
+    curve = next(line for line in axis.get_lines() if "fitted" in line.get_label())
+    at_best = np.interp(1e-3, curve.get_xdata(), curve.get_ydata())
+    assert at_best == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("lr", [0, -1.0, math.nan, "fast"])
+def test_an_impossible_rate_is_not_drawn(lr):
+    """A learning rate to compare with that cannot be raises an error before anything is drawn."""
+    with pytest.raises(ra.RecipeError, match="learning rate to judge is"):
+        RECIPE.plot(lr)
+
+
+def test_the_default_law_stands_beside_the_fit():
+    """At every rank but the reference's a line shows what the default law predicts from there."""
+    first, second, *_ = recipe_figure(RECIPE).axes
+    at = replace(RECIPE.reference, rank=64, alpha=128)
+    law = ra.laws.get_law("falling").bind(torch.optim.AdamW, {})
+    predicted = RECIPE.lr * law.multiplier(at.as_factor(), RECIPE.reference)
+    (label,) = (label for label in lines_of(second) if label.startswith("predicted"))
+    assert lines_of(second)[label][0] == pytest.approx(predicted)
+    assert not any(label.startswith("predicted") for label in lines_of(first))
+
+
+def test_a_best_rate_at_an_end_is_marked():
+    """A best learning rate that is the lowest or highest one tried has an arrow outwards, and page and text say so."""
+    recipe = ra.Recipe.load(Path(__file__).parents[2] / "recipes" / "language-a.toml")
+    titles = [axis.get_title() for axis in recipe_figure(recipe).axes]
+    assert "Full finetuning: best at the highest one tried" in titles
+    assert "Rank 192: best at the lowest one tried" in titles
+    assert "Rank 1" in titles
+    assert "tried; the best was the highest one" in report_html(recipe)
+    assert "full finetuning: the best learning rate is the highest" in str(recipe)
+
+
 def test_the_command_draws_a_figure(tmp_path):
     """plot draws the recipe and prints where."""
     recipe, out = RECIPE.save(tmp_path / "r.toml"), tmp_path / "figures" / "out.png"
@@ -153,6 +200,6 @@ def test_the_legend_names_every_mark_that_is_drawn():
     figure = recipe_figure(replace(RECIPE, tensors={**RECIPE.tensors, **ended}))
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(set(words)) == sorted(words)
-    assert {*words} >= {*MARKS}
+    assert {*words} >= {f"trial: {end}" for end in MARKS}
     drawn = {line.get_marker() for axis in figure.axes for line in axis.get_lines()}
     assert drawn >= set("oxD")
