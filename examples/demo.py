@@ -117,8 +117,6 @@ recipe = ra.calibrate(
     ranks=(4, 64),
     steps=STEPS,
     batch=BATCH,
-    warmup=0.0,
-    name="digits",
 )
 recipe.save(OUT / "recipe.toml")
 recipe.plot().savefig(OUT / "recipe.png")

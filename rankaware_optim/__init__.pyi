@@ -8,6 +8,8 @@ from . import sweeps as sweeps
 from . import testing as testing
 from . import trainers as trainers
 from . import transfer as transfer
+from ._attach import attach as attach
+from ._calibrate import calibrate as calibrate
 from ._rate import Rate as Rate
 from ._types import Factor as Factor
 from ._types import Reference as Reference
@@ -38,8 +40,6 @@ from .laws import register_law as register_law
 from .optimizer import RankAwareOptimizer as RankAwareOptimizer
 from .optimizer import rank_aware_param_groups as rank_aware_param_groups
 from .recipe import Recipe as Recipe
-from .trainers import attach as attach
-from .trainers import calibrate as calibrate
 from .transfer import convert_lr as convert_lr
 from .transfer import suggest_lr as suggest_lr
 

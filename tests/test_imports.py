@@ -56,10 +56,10 @@ opt.step()
 print(opt.report())
 """
 TRAINERS = """
-from rankaware_optim import OptimizerError, trainers
+from rankaware_optim import OptimizerError, attach, trainers
 trainers.log_rates, trainers.lightning_rates
 try:
-    trainers.attach(object(), "adamw", lr=1e-3)
+    attach(object(), "adamw", lr=1e-3)
 except OptimizerError:
     pass
 """

@@ -235,8 +235,8 @@ def by_trainer(ask: Ask) -> ra.Recipe:
             Batches(get_domain(ask.task), ask.first_seed),
             [Batch(None)],
         )
-        options = {"seeds": seeds_of(ask.seed), "share": 1 / ask.parts}
-        return ra.calibrate(trainer, "adamw", **options, save=False)
+        options = {"seeds": seeds_of(ask.seed), "steps": ask.steps}
+        return ra.calibrate(trainer, "adamw", **options)
 
 
 def lr_find(ask: Ask) -> float | None:

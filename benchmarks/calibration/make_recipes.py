@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +66,18 @@ def main(chosen: tuple[str, ...], seed: int) -> None:
         for config in CONFIGS:
             path = path_of(name, config, seed)
             path.parent.mkdir(exist_ok=True)
-            plan = {**plan_of(get_domain(name)), "name": path.stem}
+            plan = plan_of(get_domain(name))
             recipe = recipe_of(get_domain(name), config, seed, Spent(), **plan)
-            click.echo(recipe.save(path))
+            click.echo(replace(recipe, name=path.stem).save(path))
     if not chosen:
         given = {
             "ranks": CALIBRATED_RANKS,
             "steps": STEPS,
             "seeds": SEEDS,
             "batch": BATCH,
-            "warmup": 0.0,
         }
-        recipe = calibrate(
-            digits, torch.optim.AdamW, **given, name="efficientnet-lite0-digits"
-        )
+        recipe = calibrate(digits, torch.optim.AdamW, **given)
+        recipe = replace(recipe, name="efficientnet-lite0-digits")
         click.echo(recipe.save(RECIPES / f"{recipe.name}.toml"))
 
 

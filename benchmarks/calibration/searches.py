@@ -52,6 +52,8 @@ def recipe_of(
 ) -> ra.Recipe:
     """A domain's recipe in a configuration, by these options of `ra.calibrate`; `seed` picks the seeds of its runs."""
 
+    warmup = options.pop("warmup")
+
     def train(trial: ra.Trial) -> Generator[Any, None, Any]:
         return counted(loop(trial), spent)
 
@@ -59,7 +61,7 @@ def recipe_of(
         model = built(domain, config, trial.rank or FULL, trial.seed)
         opt = trial.optimizer(model, rates=domain.head_rates, **ADAMW)
         own = replace(domain, steps=trial.steps)
-        schedule = partial(shape, steps=trial.steps, warmup=options["warmup"])
+        schedule = partial(shape, steps=trial.steps, warmup=warmup)
         return (yield from trained(own, model, opt, trial.seed, schedule))
 
     return ra.calibrate(

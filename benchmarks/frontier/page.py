@@ -267,7 +267,7 @@ QUARTERS, EIGHTHS = "the finder at 1/4", "the finder at 1/8"
 LIGHTNING = "LR range test at the rank trained"
 FINDERS = {
     QUARTERS: ("`ra.calibrate(trainer)`, or a loop in place, rank 16", OURS),
-    EIGHTHS: ("`share=1/8`", OURS),
+    EIGHTHS: ("the same with `steps=` of an eighth of the run", OURS),
     LIGHTNING: ("Lightning's `Tuner.lr_find`, its defaults", "Lightning; Smith"),
 }
 # of every way: in words, and who advises it

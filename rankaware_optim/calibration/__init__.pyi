@@ -12,6 +12,5 @@ from ._runner import Train as Train
 from ._runner import TrialRunner as TrialRunner
 from ._runner import search as search
 from ._schedule import Options as Options
-from ._storage import held_back as held_back
-from ._study import Replicas as Replicas
+from ._snapshot import Snapshot as Snapshot
 from ._trial import Trial as Trial

@@ -171,7 +171,7 @@ def calibrated_recipe(
         optimizer=options.optimizer_name,
         settings=constructor_settings(settings, options.optimizer),
         steps=options.target,
-        warmup=options.warmup,
+        warmup=trials.warmup,
         versions=versions_used(),
         source=source or {},
         other_rates=trials.other_rates(),
@@ -289,7 +289,7 @@ def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
         )
     if not any(run.returned for run in trials.observations()):
         yield BY_TRAINING
-    warmup = max([options.warmup or 0.0, *(run.warmup for run in trials)])
+    warmup = trials.warmup
     if warmup > LONG_WARMUP:
         yield (
             f"the rate rose over {warmup:.0%} of a trial's steps: it belongs to runs that warm up"

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from .._checks import (
     MOST_RANKS,
     check_range,
-    is_number,
     is_positive,
     plain,
     shown,
@@ -57,7 +56,6 @@ class Options:
     lr_range: tuple[float, float] | None = None
     target_steps: int | None = None
     batch: float | None = None
-    warmup: float | None = None
     name: str = "calibration"
     suggested: Rate | None = None
     noisy: bool = False
@@ -74,7 +72,6 @@ class Options:
             "lr_range": _optional(_lr_range, "lr_range", self.lr_range),
             "target_steps": _optional(_count, "target_steps", self.target_steps),
             "batch": _optional(_positive, "batch", self.batch),
-            "warmup": _optional(_share, "warmup", self.warmup),
             "name": _name(self.name),
         }
         for name, value in checked.items():
@@ -178,16 +175,6 @@ def _positive(name: str, value: Any) -> float:
             f"{name} is {shown(value)}.", "Pass a positive finite number."
         )
     return number
-
-
-def _share(name: str, value: Any) -> float:
-    share = plain(value)
-    if not is_number(share) or not 0 <= share < 1:
-        raise CalibrationError(
-            f"{name} is {shown(value)}.",
-            "Pass the share of the steps, from 0 to below 1, such as 0.1.",
-        )
-    return share
 
 
 def _lr_range(name: str, value: Any) -> tuple[float, float]:

@@ -303,9 +303,10 @@ def is_behind(calibration: Calibration, run: Run) -> bool:
     nor in the first 30 % of the steps.
     """
     options = calibration.options
-    first = max(EARLY, options.warmup or 0.0) * options.steps
     best = calibration.trials().best_of(run.setting)
-    if len(run.curve) < first or best is None or best.observation is None:
+    if best is None or best.observation is None:
+        return False
+    if len(run.curve) < max(EARLY, best.warmup) * options.steps:
         return False
     fit = calibration.fit()
     marks = [best.observation.x]

@@ -365,6 +365,5 @@ def made_with(options: Options) -> dict[str, Any]:
         "seeds": sorted(options.seeds),
         "optimizer": options.optimizer_name,
         "batch": options.batch,
-        "warmup": options.warmup,
         "law": plain_value(options.law),
     }

@@ -204,6 +204,11 @@ class Trials(tuple[Run, ...]):
         of_setting = [run for run in whole if run.setting == setting]
         return min(of_setting, key=lambda run: run.value, default=None)
 
+    @property
+    def warmup(self) -> float:
+        """The largest share of the steps over which the learning rate of a run rose."""
+        return max((run.warmup for run in self), default=0.0)
+
     # --- what they were built with ----------------------------------------------------------------
 
     def settings_in_force(self) -> dict[str, Any]:

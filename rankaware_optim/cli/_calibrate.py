@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import click
 
-from .. import calibration, sweeps, trainers
+from .. import calibration, sweeps
 from ..errors import (
     CalibrationError,
     RankAwareWarning,
@@ -76,15 +77,9 @@ _GRACE_S = 10.0  # for a worker to end by itself
     "Examples per step of the target run. The recipe records it.",
 )
 @option(
-    "--warmup",
-    float,
-    "Warm-up as a share of the steps, 0 to 1. The recipe records it. No trial is pruned before its"
-    " end.",
-)
-@option(
     "--name",
     str,
-    "Name of the study and of the recipe. By default the name of the recipe's file.",
+    "Name of the recipe, and of the study in a database. By default the name of the recipe's file.",
 )
 @option(
     "--storage",
@@ -106,6 +101,7 @@ def calibrate(
     spec: str,
     out: Path,
     workers: int,
+    name: str | None,
     dry_run: bool,
     quiet: bool,
     **options: Any,
@@ -119,8 +115,9 @@ def calibrate(
     The same command continues a calibration that stopped or was killed. On another machine that can
     reach --storage, it joins the running calibration.
     """
-    options["name"] = options["name"] or out.stem
-    options["storage"] = options["storage"] or str(out.with_suffix(".journal"))
+    name = name or out.stem
+    storage = options["storage"] or str(out.with_suffix(".journal"))
+    options["storage"] = f"{storage}#{name}" if "://" in storage else storage
     if dry_run:
         load_train(spec)
         del options["storage"]
@@ -132,7 +129,9 @@ def calibrate(
     if quiet:
         warnings.simplefilter("ignore", RankAwareWarning)
     try:
-        recipe = trainers.calibrate(load_train(spec), progress=not quiet, **options)
+        from .._calibrate import calibrate as run_trials
+
+        recipe = run_trials(load_train(spec), progress=not quiet, **options)
     except KeyboardInterrupt:
         if quiet:
             ctx.exit(INTERRUPTED)
@@ -142,6 +141,7 @@ def calibrate(
             f"{spec} called sys.exit({error.code!r}) during a trial, so there is no recipe.",
             "Remove that call: return from the function to end a trial.",
         ) from error
+    recipe = replace(recipe, name=name)
     recipe.save(out)
     if not quiet:
         echo(recipe)

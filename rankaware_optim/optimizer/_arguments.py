@@ -1,5 +1,5 @@
-"""The arguments of `RankAwareOptimizer`: reads the optimizer and the parameters or groups. Those
-that cannot be wrapped are an error, before anything is changed.
+"""What is given: an optimizer, and parameters or groups. What cannot be wrapped is refused before
+anything is changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
 Native = type[Optimizer]  # the class that is wrapped
-# The key that `rank_aware_param_groups` adds to a group whose learning rate it multiplied.
+# What `rank_aware_param_groups` writes into a group beside its multiplied rate.
 MULTIPLIED = "rank_multiplier"
 
 
@@ -32,17 +32,16 @@ MULTIPLIED = "rank_multiplier"
 
 
 def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
-    """Read the user's groups. They are not divided into parts yet, and the arguments are not
-    changed.
+    """Return the user's groups, which have no parts yet. What was given is not changed.
 
     Args:
         params: parameters, named parameters, or dicts of them.
-        walked: the model, whose names the parameters get.
-        first: the number of the first group, for the names of parameters outside the model.
+        walked: the model's parameters.
+        first: number of the first group.
 
     Raises:
-        OptimizerError: an entry is no parameter, a group has no parameters, or its learning rate is
-            impossible or was multiplied already.
+        OptimizerError: what is listed is no parameter, or a group holds a rate that is impossible,
+            or multiplied already.
     """
     entries = _listed(params)
     if not isinstance(next(iter(entries), None), Mapping):
@@ -50,14 +49,12 @@ def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     groups = []
     for number, given in enumerate(entries, first):
-        snapshot = _options(given)
+        seen = _options(given)
         listed = []
-        for place, param in enumerate(snapshot["params"]):
+        for place, param in enumerate(seen["params"]):
             listed.append(names.get(param, f"group{number}.unnamed.{place}"))
         group = given if type(given) is dict else {}
-        groups.append(
-            SplitGroup(group, listed, shapes_of(snapshot["params"]), snapshot)
-        )
+        groups.append(SplitGroup(group, listed, shapes_of(seen["params"]), seen))
     return groups
 
 
@@ -66,13 +63,13 @@ def _listed(params: Any) -> list[Any]:
 
 
 def _options(given: Any) -> Group:
-    """Return a group in torch's form, in which the names of named parameters are a second list."""
+    """Return a group as torch has it: named parameters are two lists."""
     if MULTIPLIED in given:
         raise OptimizerError(
-            "A parameter group comes from rank_aware_param_groups, so its learning rate is"
-            " multiplied already.",
-            "Pass the model or its parameters to RankAwareOptimizer, or pass these groups to the"
-            " native optimizer class.",
+            "A parameter group is one of rank_aware_param_groups, whose rates are multiplied"
+            " already.",
+            "Give RankAwareOptimizer the model or its parameters, or these groups to the native"
+            " class.",
         )
     options = dict(given)
     if "params" not in options:
@@ -90,8 +87,8 @@ def _options(given: Any) -> Group:
     for entry in entries:
         if not isinstance(entry, torch.Tensor):
             raise OptimizerError(
-                f"A parameter group contains a {type(entry).__name__}.",
-                "Pass tensors, (name, tensor) pairs, or dicts of them.",
+                f"A parameter group holds a {type(entry).__name__}.",
+                "Give tensors, (name, tensor) pairs, or dicts.",
             )
     return {**options, "params": entries}
 
@@ -115,13 +112,13 @@ def refuse_outside(
     outside = []
     count = 0
     for group in groups:
-        for name, param in zip(group.names, group.snapshot["params"], strict=True):
+        for name, param in zip(group.names, group.seen["params"], strict=True):
             count += 1
             if param not in held:
                 outside.append((group, name))
     another_model = len(outside) == count and not later
     for group, name in outside:
-        in_group = "lr" in group.snapshot and not built
+        in_group = "lr" in group.seen and not built
         is_rated = in_group or source.rate_of(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
@@ -136,10 +133,8 @@ def refuse_outside(
 
 
 class Wrapped(NamedTuple):
-    """The optimizer to wrap.
-
-    native: its class. built: the instance, if it exists already. settings: the arguments that apply
-    to all groups.
+    """What is wrapped: the class, the optimizer if it is built already, and the settings of all
+    groups.
     """
 
     native: Native
@@ -154,26 +149,20 @@ def read_optimizer(
     settings: Settings,
     ours: Collection[str],
 ) -> Wrapped:
-    """Read which optimizer to wrap, from the arguments of `RankAwareOptimizer`.
-
-    ours: the names of its own arguments. A setting that is nearly one of them is an error, because
-    an optimizer class with `**kwargs` would ignore it silently.
-
-    Raises:
-        OptimizerError: the optimizer cannot have one learning rate for each group.
-        CallError: a setting is nearly one of our arguments.
+    """Return what is wrapped. Raise if it cannot have group rates, or if a setting is nearly one of
+    `ours`, which a class with `**kwargs` would drop silently.
     """
     _refuse_model(params, optimizer)
     is_built = isinstance(params, Optimizer)
     native = type(params) if is_built else get_optimizer_class(optimizer)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
-            "This optimizer is a RankAwareOptimizer already.", "Use it as it is."
+            "This optimizer is rank-aware already.", "Use it as it is."
         )
     if reason := known_optimizer(native)[1].one_rate:
         raise OptimizerError(
-            f"{native.__name__} {reason}, so it cannot train each rank at its own learning rate.",
-            "Use it without RankAwareOptimizer, or choose another optimizer.",
+            f"{native.__name__} {reason}, so it cannot have a rate per rank.",
+            "Use it unwrapped, or choose another optimizer.",
         )
     if is_built:
         _refuse_built(params, {"optimizer": optimizer, "lr": lr, **settings})
@@ -183,7 +172,7 @@ def read_optimizer(
 
 
 def _refuse_model(first: object, optimizer: object) -> None:
-    """Raise an error if a model was passed in the optimizer's place."""
+    """Raise if a model stands in the optimizer's place."""
     if not isinstance(optimizer, nn.Module):
         return
     cure = "RankAwareOptimizer(params, torch.optim.AdamW, model=model, lr=...)"
@@ -197,39 +186,36 @@ def _refuse_model(first: object, optimizer: object) -> None:
 
 
 def settings_of_built(opt: Optimizer) -> Settings:
-    """Return the settings of an existing optimizer. Some classes keep them as attributes."""
+    """Return the settings of a built optimizer, some of which are attributes."""
     return {**vars(opt), **opt.defaults}
 
 
 def _refuse_built(built: Optimizer, given: Settings) -> None:
-    """Raise an error if the groups of an existing optimizer cannot be divided any more, or if
-    arguments that only apply to a new one were passed with it.
-    """
+    """Raise for an optimizer that cannot be regrouped any more, or beside which more is given."""
     for key, value in given.items():
         if value is not None:
             raise OptimizerError(
-                f"{key}= was passed with an optimizer that exists already, where it has no effect.",
-                "Set it when you create that optimizer, or pass the class instead of the instance.",
+                f"{key}= was given for an optimizer that is built already.",
+                "Give it when building it.",
             )
     name = type(built).__name__
     if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(
-            f"The step method of this {name} was replaced, as a scheduler does it, so it would"
-            " train without multipliers.",
-            "Wrap the optimizer first, then create the scheduler.",
+            f"{name}'s step was replaced on the instance, as a scheduler does it, and would train"
+            " without multipliers.",
+            "Wrap the optimizer first, then build the scheduler.",
         )
     if hasattr(built, "base_lrs"):  # as AdaBound's
         raise OptimizerError(
-            f"{name} keeps a list, base_lrs, with a learning rate for each of its groups, so these"
-            " cannot be divided any more.",
-            "Pass the class and its settings instead of the instance.",
+            f"{name} keeps base_lrs for each of its first groups, so it cannot be regrouped.",
+            "Give the class and its settings instead of the instance.",
         )
     refuse_other_rates(built)
 
 
 @contextmanager
 def building(native: Native) -> Iterator[None]:
-    """Turn whatever an optimizer class raises about our groups into an `OptimizerError`."""
+    """Raise an error of ours for whatever a class raises when it gets groups of ours."""
     try:
         yield
     except (RankAwareError, Warning):
@@ -237,16 +223,16 @@ def building(native: Native) -> Iterator[None]:
     except Exception as error:
         raise OptimizerError(
             f"{native.__name__} cannot be built with these settings on groups by rank: {error!r}.",
-            "Pass settings that it accepts, or build it yourself and wrap the instance:"
-            f" RankAwareOptimizer({native.__name__}(...), model=model). If it contains another"
-            " optimizer, pass that one to RankAwareOptimizer first.",
+            "Give settings that it takes, or build it yourself and wrap the instance:"
+            f" RankAwareOptimizer({native.__name__}(...), model=model). If it is one around another"
+            " optimizer, wrap that one first.",
         ) from error
 
 
-# --- its learning rates ---------------------------------------------------------------------------
+# --- its rates ------------------------------------------------------------------------------------
 
-# Options of groups that are called learning rates, but at which no parameter trains: those of
-# schedules, of preconditioners and of a thermostat.
+# Settings of groups that are called rates, but at which no parameter trains: those of schedules, of
+# preconditioners and of a thermostat.
 _NO_RATES = {
     *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
     *("scheduled_lr", "precond_lr", "precondition_lr"),
@@ -255,13 +241,13 @@ _NO_RATES = {
 
 
 def refuse_other_rates(opt: Optimizer) -> None:
-    """Raise an error if an optimizer trains parameters at a learning rate other than the `lr` of
-    its groups, because multipliers would not reach it.
+    """Raise if an optimizer trains parameters at other rates than its groups' lr, which no
+    multiplier would move.
     """
     whose = ""
     for group in opt.param_groups:
         if "lr" not in group:
-            whose = "has no lr in its groups"
+            whose = "has no rate in its groups"
         for key, value in group.items():
             if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
                 whose = f"trains some parameters at a second rate, {key}={value:g}"
@@ -269,43 +255,39 @@ def refuse_other_rates(opt: Optimizer) -> None:
         whose = "holds another optimizer, whose groups would not change"
     if whose:
         raise OptimizerError(
-            f"{type(opt).__name__} {whose}. So some of its learning rates would not follow the"
-            " rank.",
-            "Use it without RankAwareOptimizer, or choose another optimizer. If you created it"
-            " around another optimizer, pass that one to RankAwareOptimizer first.",
+            f"{type(opt).__name__} {whose}, so not all of its rates would move with the rank.",
+            "Use it unwrapped, or choose another optimizer. If you gave it an optimizer, wrap that"
+            " one first.",
         )
 
 
 def refuse_own_rates(
     native: Native, groups: Iterable[SplitGroup], settings: Settings
 ) -> None:
-    """Raise an error if a setting makes the optimizer compute its own learning rates in a group, so
-    that it would ignore ours.
+    """Raise if the optimizer makes its rates itself in a group, so that ours would train nothing.
 
-    settings: the arguments that apply to all groups.
+    settings: those given for all groups.
     """
     own = known_optimizer(native)[1].own_rate
     if own is None:
         return
     (setting, off), given = own, in_force(native, settings)
     for group in groups:
-        value = {**given, **group.snapshot}.get(setting, off)
+        value = {**given, **group.seen}.get(setting, off)
         if value != off:
             raise OptimizerError(
-                f"With {setting}={value!r}, {native.__name__} computes its own learning rates and"
-                " ignores lr.",
-                f"Set {setting}={off!r}.",
+                f"{native.__name__} makes its rates itself with {setting}={value!r}, so those"
+                " given would train nothing.",
+                f"Give {setting}={off!r}.",
             )
 
 
 def with_base_lr(
     source: Source, wrapped: Wrapped, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Return the source with its base learning rate, a number or a tensor.
-
-    Without `lr` it is the default of the optimizer's class, which nobody tuned: there is a warning,
-    or an error if `tuned_at` says that it was tuned. The groups of an existing optimizer have their
-    own.
+    """Return the source with a base rate: a number or a tensor that is given, else the optimizer's
+    default, which was not tuned. That is refused where a reference says that it was, and warned of
+    elsewhere. A built optimizer's groups have rates.
     """
     if source.lr is not None:
         check_lr(source.lr)
@@ -314,17 +296,17 @@ def with_base_lr(
         return source
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
-    without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
+    without = chain(*(g.names for g in groups if "lr" not in g.seen))
     is_used = any(source.rate_of(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
-            f"No lr= was passed, and the default of {kind}, {default}, is not a tuned one.",
-            "Pass lr=, and as tuned_at= the rank and alpha at which it was tuned.",
+            f"No lr= was given, and {kind}'s default, {default}, is not tuned.",
+            "Give the rate as lr=, with tuned_at= where it was tuned.",
         )
     if is_used:
         warn(
-            f"No lr= was passed, so the model trains at the default learning rate of {kind},"
-            f" {default:g}, which nobody tuned for it. Pass lr=, and as tuned_at= the rank and"
-            " alpha at which it was tuned, or pass recipe=."
+            f"No lr= was given, so this trains at {kind}'s default rate, {default:g}, which nobody"
+            " tuned for this model. Give lr= with tuned_at=, the rank and alpha at which it was"
+            " tuned, or recipe=."
         )
     return replace(source, lr=default)

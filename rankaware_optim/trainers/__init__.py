@@ -1,4 +1,4 @@
-"""Integrations with transformers, TRL and Lightning."""
+"""Trainers of other libraries: transformers and TRL, sentence-transformers, and Lightning."""
 
 import lazy_loader
 

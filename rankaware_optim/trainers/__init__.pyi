@@ -1,5 +1,10 @@
-from ._attach import attach as attach
-from ._attach import group_rates as group_rates
-from ._attach import lightning_rates as lightning_rates
-from ._attach import log_rates as log_rates
-from ._calibrate import calibrate as calibrate
+from ._logs import group_rates as group_rates
+from ._logs import lightning_rates as lightning_rates
+from ._logs import log_rates as log_rates
+from ._table import NAMES as NAMES
+from ._table import TRAINERS as TRAINERS
+from ._table import trainer_of as trainer_of
+from ._trainer import BATCHES as BATCHES
+from ._trainer import Touched as Touched
+from ._trainer import Trainer as Trainer
+from ._trainer import TrialRun as TrialRun

@@ -1,5 +1,4 @@
-"""What a pair of Lightning's trainer and a module is: a trial that it runs, the module's optimizer,
-and a pair that is built already.
+"""Lightning's trainer with a module and data: its run, the module's optimizer, and a trial.
 
 Importing this module does not import Lightning. Its functions do.
 """
@@ -13,7 +12,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,25 +19,139 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from .. import calibration
 from ..errors import CalibrationError, OptimizerError
-from ..optimizer import RankAwareOptimizer
+from ..optimizer import RankAwareOptimizer, Report
 from ..recipe import constructor_settings
-from ._trial import BATCHES, FILE, Snapshot, TrainerRuns, held_out
+from ._data import held_out
+from ._trainer import BATCHES, Touched, Trainer, TrialRun
+from ._transformers import refuse_without_rate
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 _SAMPLERS = (RandomSampler, SequentialSampler)
 _LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generator")
 
 
-def is_pair(value: Any) -> bool:
-    """Return whether a value is (Lightning's trainer, a module, and what its `fit` takes)."""
-    is_tuple = isinstance(value, tuple) and len(value) >= 2
-    return is_tuple and hasattr(value[0], "fit_loop")
+class LightningTrainer(Trainer):
+    """The tuple `(trainer, module, *data)`, whose data is what `fit` takes. Trials run on copies of
+    the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.model, *self.data = trainer
+        kind: Any = type(self.model)
+        self.source = kind.training_step
+
+    @staticmethod
+    def is_one(value: Any) -> bool:
+        is_tuple = isinstance(value, tuple) and len(value) >= 2
+        return is_tuple and hasattr(value[0], "fit_loop")
+
+    def steps(self) -> int:
+        """Return the steps of the run. Lightning counts them where it builds the optimizer, so a
+        run is begun on a copy and ended there.
+        """
+        trainer = self._copy()
+        module: Any = self.model
+        steps = math.inf
+
+        def plan() -> Any:
+            raise _Planned(module.trainer.estimated_stepping_batches)
+
+        _leave_out(trainer, module)
+        module.configure_optimizers = plan
+        try:
+            with _quiet(trainer):
+                trainer.fit(module, *self.data)
+        except _Planned as planned:
+            (steps,) = planned.args
+        if not 0 < steps < math.inf:
+            raise CalibrationError(
+                "The steps of the run are not known: it has neither max_steps nor data with a"
+                " length.",
+                "Set max_steps, or pass steps= and target_steps=.",
+            )
+        return int(steps)
+
+    # --- a real run -------------------------------------------------------------------------------
+
+    def attach(
+        self, optimizer: type[Optimizer] | str | None, settings: dict[str, Any]
+    ) -> Report:
+        if not settings.keys() & {"lr", "recipe"}:
+            refuse_without_rate()
+        module: Any = self.model
+        if "recipe" in settings:
+            settings = {**settings["recipe"].settings, **settings}
+
+        def build() -> RankAwareOptimizer:
+            return RankAwareOptimizer(module, optimizer or "adamw", **settings)
+
+        opt = build()
+        if _has_own(module, "configure_optimizers"):
+            _set_rate(self.trainer, module, float(opt.defaults["lr"]))
+        else:
+            module.configure_optimizers = build
+        return opt.report()
+
+    # --- a trial ----------------------------------------------------------------------------------
+
+    def touched(self) -> Touched:
+        processes = self.trainer.world_size
+        if processes > 1 and not (dist.is_available() and dist.is_initialized()):
+            raise CalibrationError(
+                f"Lightning would start {processes} processes in the first trial, each of which"
+                " would calibrate by itself.",
+                "Start the script by torchrun, and call torch.distributed.init_process_group"
+                " first.",
+            )
+        return Touched([self.model], [self.trainer.strategy], [*self.data, self.data])
+
+    def for_trial(self, steps: int, whole: int) -> Trainer:
+        return LightningTrainer((self._copy(), self.model, *self.data))
+
+    def _copy(self) -> Any:
+        shared = (*self.trainer.callbacks, *self.trainer.loggers, self.model)
+        return copy.deepcopy(self.trainer, {id(each): each for each in shared})
+
+    def train(self, run: TrialRun) -> Any:
+        """Run a trial by `trainer.fit`. Only our callback sees it."""
+        trainer, module = self.trainer, self.model
+        _leave_out(trainer, module)
+        _configure(trainer, module, run)
+        loop = trainer.fit_loop
+        loop.epoch_loop.max_steps = run.trial.steps
+        loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
+        reports = _reports(trainer, run)
+        trainer.callbacks.append(reports)
+        trained, part = self.data, None
+        if run.score is None:
+            trained, part = _hold_out(module, self.data)
+
+        def held_out_loss() -> Any:
+            """Return the mean of the losses that the validation's steps returned, else the only
+            loss that they logged.
+            """
+            if part is None:
+                return None
+            trainer.limit_val_batches = BATCHES
+            trainer.validate(module, part, verbose=False)
+            if reports.losses:
+                return float(torch.stack(reports.losses).mean())
+            logged = trainer.callback_metrics
+            named = [name for name in logged if "loss" in name.lower()]
+            return logged[named[0]] if len(named) == 1 else None
+
+        with _quiet(trainer), _interrupts_come_out():
+            trainer.fit(module, *trained)
+            return run.result(trainer, held_out_loss)
 
 
-def has_own(value: Any, method: str) -> bool:
-    """Return whether a module or a datamodule has a method that is not Lightning's."""
+class _Planned(Exception):
+    """Ends a run of Lightning before its first step, and has its number of steps."""
+
+
+def _has_own(value: Any, method: str) -> bool:
+    """Return whether a module or a datamodule defines a method itself, and not by Lightning."""
     defined = getattr(type(value), method, None)
     if defined is None:
         return False
@@ -47,29 +159,23 @@ def has_own(value: Any, method: str) -> bool:
 
 
 def _part_of(trainer: Any, name: str) -> Any:
-    """Return a module of the package that a trainer is of: lightning.pytorch or
+    """Return a module of the package that a trainer belongs to: lightning.pytorch or
     pytorch_lightning.
     """
     package = type(trainer.fit_loop).__module__.partition(".loops")[0]
     return import_module(f"{package}.{name}" if name else package)
 
 
-# --- a trial --------------------------------------------------------------------------------------
+# --- a trial's values and score -------------------------------------------------------------------
 
 
-def run_pair(pair: Any, run: TrainerRuns) -> Any:
-    """Run the trial by `trainer.fit` and return its score, or None if there is none."""
-    trainer, module, *data = pair
-    _leave_out(trainer, module)
-    _configure(trainer, module, run)
-    loop = trainer.fit_loop
-    loop.epoch_loop.max_steps = run.trial.steps
-    loop.max_epochs, loop.min_epochs, loop.epoch_loop.min_steps = -1, None, None
+def _reports(trainer: Any, run: TrialRun) -> Any:
+    """Return the callback that reports the loss of every step to the trial, and stops the trainer
+    when the trial ends.
+    """
     callbacks = _part_of(trainer, "callbacks")
 
     class Reports(callbacks.Callback):  # type: ignore[name-defined]
-        """Reports every step to the trial, and stops the trainer when it ends."""
-
         loss: Any = 0.0  # of the batches of a step
         losses: ClassVar[list[Any]] = []  # that a validation's steps returned
 
@@ -99,25 +205,7 @@ def run_pair(pair: Any, run: TrainerRuns) -> Any:
             if loss is not None:
                 self.losses.append(loss.detach().float().mean())
 
-    reports = Reports()
-    trainer.callbacks.append(reports)
-    trained, part = _hold_out(module, data) if run.score is None else (data, None)
-
-    def held_out_loss() -> Any:
-        """The mean that the validation's steps returned, else the one loss that it logged."""
-        if part is None:
-            return None
-        trainer.limit_val_batches = BATCHES
-        trainer.validate(module, part, verbose=False)
-        if reports.losses:
-            return float(torch.stack(reports.losses).mean())
-        logged = trainer.callback_metrics
-        named = [name for name in logged if "loss" in name.lower()]
-        return logged[named[0]] if len(named) == 1 else None
-
-    with _quiet(trainer), _interrupts_come_out():
-        trainer.fit(module, *trained)
-        return run.result(trainer, held_out_loss)
+    return Reports()
 
 
 def _leave_out(trainer: Any, module: Any) -> None:
@@ -142,10 +230,10 @@ def _hold_out(module: Any, data: Sequence[Any]) -> tuple[Sequence[Any], Any]:
     """Return what `fit` takes, and the data for the score: those of the validation, else a part of
     the training data, which is taken out of it, or None.
     """
-    if has_own(module, "validation_step"):
+    if _has_own(module, "validation_step"):
         if len(data) > 1:
             return data, data[1]
-        if data and has_own(data[0], "val_dataloader"):
+        if data and _has_own(data[0], "val_dataloader"):
             return data, data[0]
     if data and module.automatic_optimization:
         part, rest = _divided(data[0])
@@ -175,12 +263,12 @@ def _divided(loader: Any) -> tuple[Any, Any]:
 # --- the module's optimizer -----------------------------------------------------------------------
 
 
-def _configure(trainer: Any, module: Any, run: TrainerRuns) -> None:
+def _configure(trainer: Any, module: Any, run: TrialRun) -> None:
     """Let a module's `configure_optimizers` return the trial's optimizer, or its own at the trial's
     rate.
     """
     configure = module.configure_optimizers
-    if not has_own(module, "configure_optimizers"):
+    if not _has_own(module, "configure_optimizers"):
         module.configure_optimizers = lambda: run.trial.optimizer(
             module, **run.settings
         )
@@ -189,13 +277,13 @@ def _configure(trainer: Any, module: Any, run: TrainerRuns) -> None:
             f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
             "Give them there.",
         )
-    elif run.built:
+    elif run.existing:
         module.configure_optimizers = lambda: _at_trials_rate(
             trainer, module, configure, run
         )
 
 
-def set_rate(trainer: Any, module: Any, lr: float) -> None:
+def _set_rate(trainer: Any, module: Any, lr: float) -> None:
     """Set the rate from which a module configures its optimizer, as Lightning's finder does: an
     attribute of the module, of its `hparams` or of its data.
 
@@ -214,14 +302,14 @@ def set_rate(trainer: Any, module: Any, lr: float) -> None:
 
 
 def _at_trials_rate(
-    trainer: Any, module: Any, configure: Callable[[], Any], run: TrainerRuns
+    trainer: Any, module: Any, configure: Callable[[], Any], run: TrialRun
 ) -> Any:
     """Return what a module configures at the trial's rate."""
-    set_rate(trainer, module, 1.0)
+    _set_rate(trainer, module, 1.0)
     defaults = _only_optimizer(trainer, module, configure(), run.native).defaults
     settings = constructor_settings({**defaults, "lr": None}, run.native)
     like = run.trial.optimizer(module, **settings)
-    set_rate(trainer, module, run.trial.lr or 0.0)
+    _set_rate(trainer, module, run.trial.lr or 0.0)
     configured = configure()
     opt = _only_optimizer(trainer, module, configured, run.native)
     if _moved(opt) != _moved(like):
@@ -231,8 +319,7 @@ def _at_trials_rate(
             "Build ra.RankAwareOptimizer(self, ..., lr=self.lr) there, without tuned_at= and"
             " recipe=.",
         )
-    run.like = like  # the trial's reference is weak
-    run.runner.follow(opt)
+    run.follow(opt, like)
     return configured
 
 
@@ -287,70 +374,3 @@ def _interrupts_come_out() -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from end
-
-
-# --- a pair that is built -------------------------------------------------------------------------
-
-
-class BuiltPair:
-    """Lightning's trainer and module, and what `fit` takes besides. Trials run on copies of the
-    trainer.
-    """
-
-    is_by_reward = False
-
-    def __init__(self, trainer: Any, module: Any, *data: Any) -> None:
-        self.trainer, self.data = trainer, data
-        self.model = self.subject = module
-        self.source = type(module).training_step
-        self.file: Path | None = Path(trainer.default_root_dir, FILE)
-
-    def snapshot(self) -> Snapshot:
-        """Return the state to which every trial's is put back."""
-        processes = self.trainer.world_size
-        if processes > 1 and not (dist.is_available() and dist.is_initialized()):
-            raise CalibrationError(
-                f"Lightning would start {processes} processes in the first trial, each of which"
-                " would calibrate by itself.",
-                "Start the script by torchrun, and call torch.distributed.init_process_group"
-                " first.",
-            )
-        return Snapshot(
-            [self.model], [self.trainer.strategy], [*self.data, [*self.data]]
-        )
-
-    def steps(self) -> int:
-        """Return the steps of the run, as Lightning counts them where it makes the optimizer."""
-        trainer = self._copy()
-        module = self.model
-        steps = math.inf
-
-        def plan() -> Any:
-            raise _Planned(module.trainer.estimated_stepping_batches)
-
-        _leave_out(trainer, module)
-        module.configure_optimizers = plan
-        try:
-            with _quiet(trainer):
-                trainer.fit(module, *self.data)
-        except _Planned as planned:
-            (steps,) = planned.args
-        if not 0 < steps < math.inf:
-            raise CalibrationError(
-                "The steps of the run are not known: it has neither max_steps nor data with a"
-                " length.",
-                "Set max_steps, or give steps= and target_steps=.",
-            )
-        return int(steps)
-
-    def run(self, trial: calibration.Trial, whole: int) -> Any:
-        """Return the trainer's copy, the module and the data. whole: the steps of the run."""
-        return self._copy(), self.model, *self.data
-
-    def _copy(self) -> Any:
-        shared = (*self.trainer.callbacks, *self.trainer.loggers, self.model)
-        return copy.deepcopy(self.trainer, {id(each): each for each in shared})
-
-
-class _Planned(Exception):
-    """Ends a run of Lightning before its first step, and has its number of steps."""

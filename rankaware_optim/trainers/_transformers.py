@@ -1,7 +1,6 @@
-"""What a trainer of transformers or TRL is: its optimizer, a trial that it runs, and a trainer that
-is built already.
+"""A trainer of transformers or TRL: its run, its optimizer, and a trial that it runs.
 
-Importing this module imports none of them. Its functions do.
+Importing this module imports neither library. Its functions do.
 """
 
 from __future__ import annotations
@@ -9,52 +8,227 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import ConcatDataset
 
-from .. import calibration
 from .._optimizers import get_optimizer_class
-from ..errors import CalibrationError, OptimizerError
-from ..optimizer import RankAwareOptimizer
-from ._trial import BATCHES, FILE, Snapshot, TrainerRuns, divided, held_out
+from ..errors import CalibrationError, OptimizerError, RankAwareWarning
+from ..optimizer import RankAwareOptimizer, Report
+from ._data import divided, held_out
+from ._logs import log_rates
+from ._trainer import BATCHES, Touched, Trainer, TrialRun
+
+Groups = list[dict[str, Any]]
 
 
-def is_trainer(value: Any) -> bool:
-    """Return whether a value is a trainer of transformers or TRL."""
-    return hasattr(value, "callback_handler") and hasattr(value, "training_step")
+class TransformersTrainer(Trainer):
+    """A `Trainer` of transformers, or a subclass such as those of TRL."""
 
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.model = trainer.model
+        self.source = type(trainer).train
+        args = trainer.args
+        batches = args.gradient_accumulation_steps * args.world_size
+        self.batch = args.train_batch_size * batches
+        names = {kind.__name__ for kind in type(trainer).__mro__}
+        if hasattr(trainer, "reward_funcs"):
+            self.task = "rl"
+        elif "DPOTrainer" in names:
+            self.task = "dpo"
 
-def check_trainer(trainer: Any, optimizer: object) -> None:
-    """Raise an `OptimizerError` if it is no trainer, or has made its optimizer, or was given
-    another one than this class.
-    """
-    if not is_trainer(trainer):
-        raise OptimizerError(
-            f"attach got a {type(trainer).__name__}, which is not a Trainer of transformers.",
-            "Give a trainer of transformers or TRL, or Lightning's (trainer, module).",
+    @staticmethod
+    def is_one(value: Any) -> bool:
+        return hasattr(value, "callback_handler") and hasattr(value, "training_step")
+
+    def steps(self) -> int:
+        args = self.trainer.args
+        if args.max_steps > 0:
+            return int(args.max_steps)
+        batches = len(self.trainer.get_train_dataloader())
+        each: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        return math.ceil(float(args.num_train_epochs) * each)
+
+    def warmup(self, steps: int) -> float:
+        return float(self.trainer.args.get_warmup_steps(steps))
+
+    # --- a real run -------------------------------------------------------------------------------
+
+    def attach(
+        self, optimizer: type[Optimizer] | str | None, settings: dict[str, Any]
+    ) -> Report:
+        trainer = self.trainer
+        refuse_second_optimizer(trainer, optimizer)
+        native, of_trainer = self._choice(optimizer, settings)
+        settings = {**of_trainer, **settings}
+        args = trainer.args
+        nobody_tuned = args.learning_rate == type(args).learning_rate
+        if nobody_tuned and not settings.keys() & {"lr", "recipe"}:
+            refuse_without_rate()
+
+        def build(params: Any, **arguments: Any) -> RankAwareOptimizer:
+            opt = RankAwareOptimizer(params, native, **arguments)
+            args.learning_rate = float(opt.defaults["lr"])
+            return opt
+
+        factory = OptimizerFactory(self, native, settings, build)
+        with warnings.catch_warnings():
+            # the same warnings come when the optimizer is built for training
+            warnings.simplefilter("ignore", RankAwareWarning)
+            report: Report = factory(trainer.model).report()
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            report = replace(report, unmoved=())  # they may train float32 copies
+        trainer.optimizer_cls_and_kwargs = (factory, {})
+        log_rates(trainer)
+        return report
+
+    def _choice(
+        self, optimizer: type[Optimizer] | str | None, settings: Mapping[str, Any]
+    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        """Return the class to wrap, and the settings that the trainer has for it. Without a class
+        it is the one that the trainer would build.
+
+        The learning rate of the arguments is left out, because it may be a default. That of
+        `optimizer_cls_and_kwargs` is left out if there is a recipe, which has a rate of its own.
+        """
+        if optimizer is not None:
+            return _class_named(optimizer), {}
+        passed = self.trainer.optimizer_cls_and_kwargs
+        native, defaults = passed or self.own_optimizer()
+        if {"params", "model", "optimizer_dict"} & defaults.keys():
+            raise OptimizerError(
+                f"The trainer's own optimizer, optim={self.trainer.args.optim!r}, builds its"
+                " parameter groups itself.",
+                "Choose another class: attach(trainer, torch.optim.AdamW, ...).",
+            )
+        if passed is None or "recipe" in settings:
+            defaults = {name: defaults[name] for name in defaults if name != "lr"}
+        return get_optimizer_class(native), defaults
+
+    def own_optimizer(self) -> tuple[Any, dict[str, Any]]:
+        """Return the optimizer class that the trainer's arguments name, and its settings."""
+        trainer = self.trainer
+        native, settings = trainer.get_optimizer_cls_and_kwargs(
+            trainer.args, trainer.model
         )
+        return native, settings
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        """Return the module whose parameters train. model: the model, maybe wrapped."""
+        return model
+
+    def groups(self, module: nn.Module) -> Groups:
+        """Return Trainer's two parameter groups of a module. The second one has the norms and
+        biases, without weight decay.
+
+        There are two groups even if one is empty, because the lists of a checkpoint are matched by
+        them.
+        """
+        with_decay = {*self.trainer.get_decay_parameter_names(module)}
+        groups: Groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+        for name, param in module.named_parameters():
+            if param.requires_grad:
+                groups[name not in with_decay]["params"].append(param)
+        return groups
+
+    # --- a trial ----------------------------------------------------------------------------------
+
+    def touched(self) -> Touched:
+        trainer = self.trainer
+        accelerator = trainer.accelerator
+        processing = getattr(trainer, "processing_class", None)
+        return Touched(
+            [trainer.model],
+            [trainer, accelerator, accelerator.gradient_state, accelerator.scaler],
+            [
+                trainer.train_dataset,
+                trainer.eval_dataset,
+                trainer.data_collator,
+                processing,
+            ],
+        )
+
+    def for_trial(self, steps: int, whole: int) -> Trainer:
+        args = self.trainer.args = copy.copy(self.trainer.args)
+
+        def scaled(count: float) -> int:
+            return max(1, round(count * steps / whole))
+
+        # below 1 it is a share of the steps already
+        if args.warmup_steps and args.warmup_steps >= 1:
+            args.warmup_steps = scaled(args.warmup_steps)
+        settings = dict(args.lr_scheduler_kwargs or {})  # such as num_decay_steps
+        for name, value in settings.items():
+            if name.startswith("num_") and name.endswith("_steps") and value:
+                settings[name] = scaled(value)
+        args.lr_scheduler_kwargs = settings
+        return self
+
+    def train(self, run: TrialRun) -> Any:
+        """Run a trial by `trainer.train`. Nothing evaluates, saves or logs it but our callback."""
+        from transformers import set_seed
+
+        trainer = self.trainer
+        refuse_second_optimizer(trainer, run.native)
+        trainer.args = args = copy.copy(trainer.args)
+        args.max_steps = run.trial.steps
+        args.seed = run.trial.seed % 2**32
+        args.eval_on_start = args.logging_nan_inf_filter = False
+        trainer.log_completions = False  # of TRL
+
+        # The learning rate is the trial's. Under DeepSpeed the optimizer is built twice.
+        def build(params: Any, *, lr: Any = None, **settings: Any) -> Any:
+            return run.trial.optimizer(params, **settings)
+
+        factory = OptimizerFactory(self, run.native, run.settings, build)
+        trainer.optimizer_cls_and_kwargs = (factory, {})
+        by_reward = self.task == "rl" and run.score is None
+        trainer.callback_handler = copy.copy(trainer.callback_handler)
+        trainer.callback_handler.callbacks = [_reports(trainer, run, by_reward)]
+        trainer.control = copy.copy(trainer.control)
+        is_scored = by_reward or run.score is not None
+        parts = [] if is_scored else _hold_out(trainer)
+        set_seed(args.seed)  # the trainer's constructor used the seed of its arguments
+        trainer.train()
+        return run.result(trainer, lambda: _loss_on(trainer, parts))
+
+
+def refuse_second_optimizer(trainer: Any, optimizer: object) -> None:
+    """Raise an `OptimizerError` if a trainer has built its optimizer, or if it was built with a
+    class and is given another one.
+    """
     kind, _ = trainer.optimizer_cls_and_kwargs or (None, {})
-    is_attached = isinstance(kind, TrainerFactory)
+    is_attached = isinstance(kind, OptimizerFactory)
     if is_attached or trainer.optimizer is not None or (kind and optimizer):
         raise OptimizerError(
             "The trainer already has an optimizer: attach was called on it before, or it was"
-            " trained, or was given one.",
-            "Build it again without optimizers= and optimizer_cls_and_kwargs=. Calibrate, attach"
-            " once, and then train. In a function of a trial leave attach out, and return a new"
+            " trained, or it was built with one.",
+            "Build it again without optimizers= and optimizer_cls_and_kwargs=. Then calibrate,"
+            " attach once, and train. In a function of a trial, remove attach, and return a new"
             " trainer each time.",
         )
 
 
-def class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
+def refuse_without_rate() -> None:
+    """Raise the `OptimizerError` of `attach` without a learning rate."""
+    raise OptimizerError(
+        "attach was given no rate.",
+        "Pass lr= with tuned_at=, or recipe=. Or set learning_rate in the trainer's arguments to"
+        " another value than its default, which nobody tuned. ra.suggest_lr(trainer) suggests a"
+        " first learning rate.",
+    )
+
+
+def _class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
     """Return an optimizer's class. An `optim=` of TrainingArguments is no name of one."""
     try:
         return get_optimizer_class(optimizer)
@@ -65,43 +239,17 @@ def class_named(optimizer: type[Optimizer] | str) -> type[Optimizer]:
         ) from error
 
 
-# --- a trial --------------------------------------------------------------------------------------
+# --- a trial's values and score -------------------------------------------------------------------
 
 
-def run_trainer(trainer: Any, run: TrainerRuns) -> Any:
-    """Run a trial of a calibration by `trainer.train` and return its score, or None if there is
-    none.
-
-    Only its own callback sees the run, which nothing evaluates, saves or logs elsewhere.
+def _reports(trainer: Any, run: TrialRun, by_reward: bool) -> Any:
+    """Return the callback that reports the loss of every step, or minus its reward, to the trial.
+    It stops the trainer when the trial ends.
     """
-    from transformers import TrainerCallback, set_seed
-
-    check_trainer(trainer, run.native)
-    trainer.args = args = copy.copy(trainer.args)
-    args.max_steps = steps = run.trial.steps
-    args.seed = run.trial.seed % 2**32
-    args.eval_on_start = args.logging_nan_inf_filter = False
-    trainer.log_completions = False  # of TRL
-    warmup = args.get_warmup_steps(steps)
-    calibration.refuse_warmup(warmup, steps)
-    run.warmup = warmup / steps
-    batches = args.gradient_accumulation_steps * args.world_size
-    run.batch = args.train_batch_size * batches
-    run.by_reward = is_by_reward(trainer, run.score)
-
-    # under DeepSpeed it is made twice; the rate is the trial's
-    def make(params: Any, *, lr: Any = None, **settings: Any) -> Any:
-        return run.trial.optimizer(params, **settings)
-
-    factory = TrainerFactory(trainer, run.native, run.settings, make)
-    trainer.optimizer_cls_and_kwargs = (factory, {})
+    from transformers import TrainerCallback
 
     class Reports(TrainerCallback):
-        """Reports the loss or minus the reward of every step, and stops the trainer when the trial
-        ends. A step without new completions has the reward of the step before.
-        """
-
-        reward: float | None = None
+        reward: float | None = None  # a step without new completions keeps it
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_log = True
@@ -113,172 +261,129 @@ def run_trainer(trainer: Any, run: TrainerRuns) -> Any:
             if state.global_step == run.steps_taken:
                 return
             value = logs.get("loss")
-            if run.by_reward:
+            if by_reward:
                 self.reward = logs.get("reward", self.reward)
                 value = None if self.reward is None else -self.reward
             if value is None:
                 raise CalibrationError(
                     f"{type(trainer).__name__} logs no reward, and its loss is about zero by"
                     " construction.",
-                    "Give score=, a function of the trained trainer.",
+                    "Pass score=, a function of the trained trainer.",
                 )
             control.should_training_stop = run.end_step(value)
 
-    trainer.callback_handler = copy.copy(trainer.callback_handler)
-    trainer.callback_handler.callbacks = [Reports()]
-    trainer.control = copy.copy(trainer.control)
-    is_scored = run.by_reward or run.score is not None
-    part = None if is_scored else _hold_out(trainer)
-    set_seed(args.seed)  # the trainer's constructor used the seed of its arguments
-    trainer.train()
-    return run.result(trainer, lambda: _held_out_loss(trainer, part))
+    return Reports()
 
 
-def is_by_reward(trainer: Any, score: object) -> bool:
-    """Return whether a trainer's values are the rewards that it logs."""
-    return score is None and hasattr(trainer, "reward_funcs")
-
-
-def _hold_out(trainer: Any) -> Any:
-    """Return a data set for a trainer's score, of at most `BATCHES` batches: a part of its
-    `eval_dataset`. Where it has none, it is taken out of its training data, None if there are too
-    few.
+def _hold_out(trainer: Any) -> list[Any]:
+    """Return data sets for a trainer's score, of at most `BATCHES` batches together: parts of its
+    `eval_dataset`. Without one they are taken out of its training data. The list is empty if that
+    has too few rows.
     """
     args = trainer.args
-    given = trainer.eval_dataset
     rows = BATCHES * args.eval_batch_size * args.world_size
-    if isinstance(given, Mapping):
-        given = ConcatDataset(given.values())
-    if given is not None:
-        return divided(given, rows)[0]
-    data = trainer.train_dataset
-    parts = None if data is None else held_out(data, rows)
-    if parts is None:
-        return None
-    part, trainer.train_dataset = parts
-    return part
+    if trainer.eval_dataset is not None:
+        given = _parts_of(trainer.eval_dataset)
+        each = max(1, rows // max(1, len(given)))
+        return [divided(data, each)[0] for data in given.values()]
+    if trainer.train_dataset is None:
+        return []
+    given = _parts_of(trainer.train_dataset)
+    each = max(1, rows // max(1, len(given)))
+    parts = {name: held_out(data, each) for name, data in given.items()}
+    if not parts or None in parts.values():
+        return []
+    rest = {name: part[1] for name, part in parts.items() if part}
+    if isinstance(trainer.train_dataset, Mapping):
+        kind: Any = type(trainer.train_dataset)
+        trainer.train_dataset = kind(rest)
+    else:
+        (trainer.train_dataset,) = rest.values()
+    return [part[0] for part in parts.values() if part]
+
+
+def _parts_of(data: Any) -> Mapping[Any, Any]:
+    """Return data sets by name. A single data set has no name."""
+    return data if isinstance(data, Mapping) else {None: data}
 
 
 @torch.no_grad()
-def _held_out_loss(trainer: Any, part: Any) -> float | None:
-    """Return the mean loss over the batches of a data set, None if there is none."""
-    if part is None:
-        return None
+def _loss_on(trainer: Any, parts: Iterable[Any]) -> float | None:
+    """Return the mean loss over the batches of data sets, None if there are none."""
     model = trainer.model
     losses = []
     model.eval()
     if hasattr(trainer.optimizer, "eval"):  # for schedule-free optimizers
         trainer.optimizer.eval()
-    for batch in trainer.get_eval_dataloader(part):
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager():
-            losses.append(trainer.compute_loss(model, inputs).float().mean())
-    return float(torch.stack(losses).mean())
-
-
-# --- a trainer that is built ----------------------------------------------------------------------
-
-
-class BuiltTrainer:
-    """A trainer of transformers or TRL that is not trained yet. A trial is a run of the trainer
-    itself.
-    """
-
-    def __init__(self, trainer: Any, by_reward: bool) -> None:
-        self.trainer = self.subject = trainer
-        self.source = type(trainer).train
-        self.is_by_reward = by_reward
-        self.file: Path | None = Path(trainer.args.output_dir, FILE)
-        self.model = trainer.model
-
-    def snapshot(self) -> Snapshot:
-        """Return the state to which every trial's is put back."""
-        trainer = self.trainer
-        accelerator = self.trainer.accelerator
-        objects = [trainer, accelerator, accelerator.gradient_state, accelerator.scaler]
-        data = [trainer.train_dataset, trainer.eval_dataset, trainer.data_collator]
-        return Snapshot([trainer.model], objects, data)
-
-    def steps(self) -> int:
-        """Return the steps of the run, as the trainer counts them."""
-        args = self.trainer.args
-        if args.max_steps > 0:
-            return int(args.max_steps)
-        batches = len(self.trainer.get_train_dataloader())
-        each: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-        return math.ceil(float(args.num_train_epochs) * each)
-
-    def run(self, trial: calibration.Trial, whole: int) -> Any:
-        """Return the trainer for a trial, whose arguments' counts of steps have its share of the
-        run. whole: the steps of the run.
-        """
-        args = self.trainer.args = copy.copy(self.trainer.args)
-
-        def scaled(count: float) -> int:
-            return max(1, round(count * trial.steps / whole))
-
-        if args.warmup_steps and args.warmup_steps >= 1:
-            args.warmup_steps = scaled(args.warmup_steps)
-        settings = dict(args.lr_scheduler_kwargs or {})  # such as num_decay_steps
-        for name, value in settings.items():
-            if name.startswith("num_") and name.endswith("_steps") and value:
-                settings[name] = scaled(value)
-        args.lr_scheduler_kwargs = settings
-        return self.trainer
+    for part in parts:
+        for batch in trainer.get_eval_dataloader(part):
+            inputs = trainer._prepare_inputs(batch)
+            with trainer.compute_loss_context_manager():
+                losses.append(trainer.compute_loss(model, inputs).float().mean())
+    return float(torch.stack(losses).mean()) if losses else None
 
 
 # --- its optimizer --------------------------------------------------------------------------------
 
 
 @dataclass(repr=False)
-class TrainerFactory:
-    """Makes an optimizer at the settings of a trainer's arguments.
+class OptimizerFactory:
+    """Builds an optimizer at the settings of a trainer's arguments.
 
-    Trainer calls a factory without arguments, and then its result with the wrapped model. Older
-    versions, and Unsloth on a CPU with a rate for embeddings, pass groups.
+    Trainer calls a factory without arguments, and then the result with the wrapped model and
+    settings. axolotl's trainer also passes its arguments. Older versions of transformers, and
+    Unsloth on a CPU with a learning rate for embeddings, pass groups in place of the model.
 
     Args:
-        trainer: the trainer.
+        owner: the trainer.
         native: the class that is wrapped.
-        given: the user's settings. Without a rate or a recipe, the rate is that of the arguments at
-            each call. With a rate too, once a search or the user has written another into them.
-        make: `make(params, model=..., **settings)` builds the optimizer. It is called twice under
+        given: the user's settings. If they have neither a learning rate nor a recipe, the rate is
+            that of the trainer's arguments at each call.
+        build: `build(params, model=..., **settings)` builds the optimizer. It is called twice under
             DeepSpeed.
-        written: the rate of the arguments when an optimizer was last made.
+        written: the learning rate of the arguments when an optimizer was last built. If a search or
+            the user has written another rate into them since, that rate trains.
+        module: the module whose parameters train. The optimizer refers to it weakly, so the factory
+            keeps it.
     """
 
-    trainer: Any
+    owner: TransformersTrainer
     native: type[Optimizer]
     given: Mapping[str, Any]
-    make: Callable[..., RankAwareOptimizer]
+    build: Callable[..., RankAwareOptimizer]
     written: float | None = None
+    module: nn.Module | None = field(default=None, init=False)
 
-    def __call__(self, params: Any = None, **_: Any) -> Any:
+    @property
+    def trainer(self) -> Any:
+        return self.owner.trainer
+
+    def __call__(self, params: Any = None, *_: Any, **__: Any) -> Any:
         """Return this factory if there are no parameters, else an optimizer for a model or for
         groups.
         """
         if params is None:
             return self
         trainer = self.trainer
-        args = self.trainer.args
+        args = trainer.args
         settings = self._settings(args)
         if isinstance(params, nn.Module):
-            model = params
-            groups = _groups(trainer, params)
+            self.module = self.owner.trained(params)
+            groups = self.owner.groups(self.module)
         else:
-            model = trainer.model
+            self.module = self.owner.trained(trainer.model)
             groups = [dict(group) for group in params]
             for group in groups:
                 # a group at the trainer's base rate gets ours
                 if group.get("lr") == args.learning_rate:
                     del group["lr"]
-        _keep_embeddings_in_32_bits(model, self.native, settings)
-        make = partial(self.make, model=model, **settings)
+        _keep_embeddings_in_32_bits(self.module, self.native, settings)
+        build = partial(self.build, model=self.module, **settings)
         if trainer.is_deepspeed_enabled:
             # ZeRO flattens every group, so each part is a group of its own
-            parts = make([dict(group) for group in groups]).rates.groups
+            parts = build([dict(group) for group in groups]).rates.groups
             groups = [{**groups[p.user_group], "params": list(p.params)} for p in parts]
-        opt = make(groups)
+        opt = build(groups)
         self.written = args.learning_rate
         return opt
 
@@ -299,9 +404,11 @@ class TrainerFactory:
 
 
 def _of_arguments(native: type[Optimizer], args: Any) -> dict[str, Any]:
-    """Return the settings of `args` that `native` accepts: the rate and the weight decay, which
-    Trainer always passes, and betas and eps if they were set, in the form that the class has.
-    Adafactor's eps are two, for example.
+    """Return the settings of `args` that `native` accepts.
+
+    The learning rate and the weight decay are always among them, as Trainer passes them. Betas and
+    epsilon are if they were set, and if the class takes them in this form: Adafactor's eps is a
+    pair, for example.
     """
     usual = _of_adam(type(args))
     values: Any = {"weight_decay": args.weight_decay, **_of_adam(args)}
@@ -318,20 +425,6 @@ def _of_adam(args: Any) -> dict[str, Any]:
     return {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
-def _groups(trainer: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """Return Trainer's two groups, the second of norms and biases without weight decay.
-
-    A decay of 0, or a model without norms and biases, gives two groups too, since a checkpoint's
-    lists are matched by them.
-    """
-    with_decay = {*trainer.get_decay_parameter_names(model)}
-    groups: list[Any] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            groups[name not in with_decay]["params"].append(param)
-    return groups
-
-
 def _keep_embeddings_in_32_bits(
     model: nn.Module, native: type[Optimizer], settings: Mapping[str, Any]
 ) -> None:
@@ -341,9 +434,8 @@ def _keep_embeddings_in_32_bits(
     if not native.__module__.startswith("bitsandbytes"):
         return
     if settings.get("optim_bits") == 8 or "8bit" in native.__name__:
-        from bitsandbytes.optim import GlobalOptimManager
-
-        manager = GlobalOptimManager.get_instance()
+        optim: Any = import_module("bitsandbytes.optim")
+        manager = optim.GlobalOptimManager.get_instance()
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -11,6 +11,7 @@ from functools import partial
 from statistics import mode
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from .. import trainers
 from .._checks import PUBLISHED_INITS, check_choice, is_positive, shown
 from .._near_misses import explain_near_misses
 from .._optimizers import get_optimizer_class, in_force, known_optimizer
@@ -227,7 +228,7 @@ def suggest_lr(
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)).lr:.1e}")
     2.5e-04
     """
-    task = _task_of(model) if task is None else task
+    model, task = _of_trainer(model, task)
     check_choice(task, TASKS, "The task is", InvalidReferenceError)
     check_choice(method, get_args(Method), "The method is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
@@ -253,15 +254,17 @@ def suggest_lr(
     )
 
 
+def _of_trainer(model: Any, task: Task | None) -> tuple[Any, Task]:
+    """Return the model and the task of a trainer. Of anything else they are as given."""
+    is_light = isinstance(model, (Reference, Survey))  # which need no torch
+    trainer = None if is_light else trainers.trainer_of(model)
+    known = None
+    if trainer is not None:
+        model, known = trainer.model, trainer.task
+    return model, known or "other" if task is None else task
+
+
 # --- what is asked --------------------------------------------------------------------------------
-
-
-def _task_of(model: Any) -> Task:
-    """Return the task of a trainer, "other" for anything else."""
-    if hasattr(model, "reward_funcs"):
-        return "rl"
-    names = {each.__name__ for each in type(model).__mro__}
-    return "dpo" if "DPOTrainer" in names else "other"
 
 
 def _relation(
@@ -315,11 +318,7 @@ def _read(
 def _survey(model: Any, method: Method, init: Any) -> Survey:
     if isinstance(model, Survey):
         return model
-    from torch import nn
-
     read_as = init if init in ("A", "B") else None
-    if not isinstance(model, nn.Module):  # a module may have a part called `model`
-        model = getattr(model, "model", model)  # of a trainer
     return inspect_model(model, method=method, init=read_as)
 
 

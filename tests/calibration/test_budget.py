@@ -87,7 +87,7 @@ def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
-def run(x, curve, *, rank=4, seed=0, state="RUNNING", noise=0.0):
+def run(x, curve, *, rank=4, seed=0, state="RUNNING", noise=0.0, warmup=0.0):
     """A run at log2 rate x whose curve has `curve` as means of ten steps each."""
     means = [mean for mean in curve for _ in range(10)]
     wave = [noise * (-1) ** step for step in range(len(means))]
@@ -95,7 +95,9 @@ def run(x, curve, *, rank=4, seed=0, state="RUNNING", noise=0.0):
     height = 0.6745 * math.sqrt(6) / 4
     curve = [mean + height * each for mean, each in zip(means, wave, strict=True)]
     state = optuna.trial.TrialState[state]
-    return Run(rank, seed, state=state, x=x, curve=curve, score=curve[-1])
+    return Run(
+        rank, seed, state=state, x=x, curve=curve, score=curve[-1], warmup=warmup
+    )
 
 
 BEST_CURVE = [2.0, 1.3, 1.1, 1.0, 0.95, 0.9, 0.88, 0.86, 0.85, 0.85]
@@ -123,8 +125,9 @@ def test_what_is_stopped(of, expected):
     """A run is stopped that clearly lags the best of its rank and seed at the same step, and no other."""
     given = {"x": -11.0, **of}
     estimate, noise = given.pop("estimate", None), given.pop("best", 0.0)
+    warmup = given.pop("warmup", 0.0)
     calibration = SimpleNamespace(
-        options=SimpleNamespace(steps=100, warmup=given.pop("warmup", 0.0)),
+        options=SimpleNamespace(steps=100),
         trials=lambda: trials,
         fit=lambda: estimate and SimpleNamespace(best=lambda rank: estimate),
     )
@@ -132,7 +135,7 @@ def test_what_is_stopped(of, expected):
     assert not is_behind(calibration, run(**given))
     trials = Trials(
         (
-            run(-7.0, BEST_CURVE, state="COMPLETE", noise=noise),
+            run(-7.0, BEST_CURVE, state="COMPLETE", noise=noise, warmup=warmup),
             run(-12.0, [1.99] * 10, state="COMPLETE"),
         )
     )

@@ -251,7 +251,7 @@ def of_deepspeed():
         (built, {"ranks": (4, 8)}, "at its own rank"),
         (built, {"full_trials": 1}, "at its own rank"),
         (built, {"steps": None, "target_steps": None}, "steps= was not passed"),
-        (built, {"steps": None}, "20 of the run's 80 steps"),
+        (built, {"steps": None}, "only 20 of the 80 steps"),
         (built, {"settings": {"weight_decay": 1.0}}, "train returned no trainer"),
     ],
 )

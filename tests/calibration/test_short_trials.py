@@ -52,7 +52,6 @@ def scored(best=BEST, warmup=0):
         (made_up(), {"steps": 100}, {"score"}),
         (scored(warmup=49), {"steps": 100}, {"warm-up"}),
         (scored(warmup=24), {"steps": 100}, set()),
-        (scored(), {"steps": 100, "warmup": 0.5}, {"warm-up"}),
         (scored(best=-20.0), {"steps": 100, "trials": 2}, {"low"}),
         (scored(best=0.0), {"steps": 100, "trials": 2}, {"high"}),
     ],

@@ -88,10 +88,10 @@ def call(*arguments):
 
 QUICK = "loops:train --steps 10 -o made/r.toml"
 OPTIONS = {  # options, and what they leave in the recipe
-    "--ranks 2,4 --trials 6 --batch 8 --warmup 0.1": lambda r: [
+    "--ranks 2,4 --trials 6 --batch 8": lambda r: [
         (r.name, "r"),
         (r.ranks, (2, 4)),
-        ((r.steps, r.batch, r.warmup), (10, 8, 0.1)),
+        ((r.steps, r.batch, r.warmup), (10, 8, 0.0)),
         (len(r.tensors["lr"]), 6),
     ],
     "--ranks 2,8 --trials 5 --full-trials 1 --seeds 5 --lr-range 1e-4,1e-1 --optimizer sgd"
@@ -204,7 +204,7 @@ def test_two_workers_share_the_trials(folder):
     )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert_shared(trials_of("r.journal", "r"), 3)
+    assert_shared(trials_of("r.journal", "calibration"), 3)
     assert len(re.findall("[34] trials", out)) == 1
     assert len(set(re.findall(r"^note: the disk of (\d+) is slow$", err, re.M))) == 2
     assert seen(folder, "CUDA_VISIBLE_DEVICES") == ["4", "6"]
@@ -235,7 +235,7 @@ def test_an_interrupt_ends_all_workers_in_a_sentence(number, folder):
         r"The calibration was interrupted after \d+ of 500 trials\. The same command continues where it stopped\.",
         said[0],
     )
-    assert "RUNNING" not in states(trials_of("r.journal", "r"))
+    assert "RUNNING" not in states(trials_of("r.journal", "calibration"))
 
 
 @pytest.mark.processes
@@ -287,7 +287,7 @@ BAD = [
     (["nowhere:train", *RANKS], "No module named 'nowhere'"),
     (["loops.py:train", *RANKS], "finetune:train"),
     (["script:train", *RANKS], "SystemExit: 0"),
-    (["loops:NUMBER", *RANKS], "Give a function"),
+    (["loops:NUMBER", *RANKS], "pass a function"),
     (["broken_loops:train", *RANKS], "not_there_at_all"),
     (["loops:train", *RANKS, "--trials", 0], "Error: trials is 0. "),
     (["loops:train", *RANKS, "--optimizer", "unheard-of"], "Unknown optimizer"),
@@ -384,7 +384,8 @@ def test_two_tasks_of_the_array_share_the_trials(tmp_path):
         (task.communicate(timeout=300)[1], task.returncode)[1] for task in tasks
     ] == [0, 0]
     assert_shared(
-        trials_of(str(tmp_path / "finetune.journal"), "finetune"), 2 * TRIALS_PER_RANK
+        trials_of(str(tmp_path / "finetune.journal"), "calibration"),
+        2 * TRIALS_PER_RANK,
     )
     first, second = (
         ra.Recipe.load(tmp_path / "recipes" / f"task-{i}.toml") for i in range(2)

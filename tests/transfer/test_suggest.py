@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,16 +129,13 @@ def test_full_finetuning_in_reinforcement_learning_quotes_the_lowest_rate():
 
 
 def test_dpo_is_known_for_full_finetuning_only():
-    """A DPOTrainer is recognised. Its full finetuning has a rate of its own, and for LoRA nothing is known."""
+    """Its full finetuning has a rate of its own, and for LoRA nothing is known."""
     full = Reference(method="full", fan_in=11008)
     found = suggest_lr(full, task="dpo")
     for best in (8e-7, 1e-6, 2e-6):
         assert found.low < best < found.high
-    trainer = type("DPOTrainer", (), {"model": model_of((8, 64))})()
-    for model, options in ((AT, {"task": "dpo"}), (trainer, {})):
-        with pytest.raises(LawError, match=r"DPO.*1e-5.*[Cc]alibrate"):
-            suggest_lr(model, **options)
-    assert suggest_lr(trainer, task="other") == suggest_lr(trainer.model)
+    with pytest.raises(LawError, match=r"DPO.*1e-5.*[Cc]alibrate"):
+        suggest_lr(AT, task="dpo")
 
 
 @pytest.mark.parametrize(("steps", "octaves"), [(195, 0), (780, 0), (3120, -0.8)])
@@ -186,16 +182,6 @@ def test_a_published_grpo_learns_at_the_suggested_rate(rank):
     assert found.low < FLAT[0] < FLAT[1] < found.high
     assert "runs collapsed from 2e-4" in str(found)
     assert "schedule-free" not in str(found)
-
-
-@pytest.mark.parametrize("own", [{}, {"reward_funcs": [len]}])
-def test_a_trainer_says_its_model_and_its_task(own):
-    """A built trainer stands for its model, and one with rewards for reinforcement learning, unless a task is given."""
-    trainer = SimpleNamespace(model=model_of((8, 64)), **own)
-    task = "rl" if own else "other"
-    assert suggest_lr(trainer) == suggest_lr(trainer.model, task=task)
-    chat = suggest_lr(trainer, task="chat")
-    assert chat == suggest_lr(trainer.model, task="chat")
 
 
 class WithPartCalledModel(nn.Module):

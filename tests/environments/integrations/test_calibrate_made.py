@@ -131,18 +131,18 @@ def test_a_trainer_that_logs_no_reward_is_refused(tmp_path):
         trainer.reward_funcs = [different_words]
         return trainer
 
-    with pytest.raises(CalibrationError, match=r"logs no reward.*Give score="):
+    with pytest.raises(CalibrationError, match=r"logs no reward.*Pass score="):
         calibrate(make, trials=1)
 
 
-@pytest.mark.parametrize("given", [{}, {"batch": 99.0, "warmup": 0.5}])
+@pytest.mark.parametrize("given", [{}, {"batch": 99.0}])
 def test_batch_and_warmup_are_read_off_the_arguments(tmp_path, given):
-    """The recipe's batch and warm-up are those of the trainer's arguments, which stay, unless they are given."""
+    """The recipe's warm-up and, unless it is passed, its batch are those of the trainer's arguments, which stay."""
     own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     make = maker(tmp_path, warmup_steps=3, **own)
     recipe = calibrate(make, **given)
     assert recipe.batch == recipe.reference.batch == given.get("batch", 4)
-    assert recipe.warmup == given.get("warmup", 3 / STEPS)
+    assert recipe.warmup == 3 / STEPS
     assert vars(make.args) == vars(make.found)
 
 
@@ -360,7 +360,7 @@ BAD = [
     (maker, {"score": "eval_loss"}, "score is 'eval_loss'"),
     (lambda folder: lambda trial: trial, {}, "a Trial instead of a generator"),
     (lambda folder: lambda trial: (trial,), {}, "a tuple instead of a generator"),
-    (with_optimizer, {}, "already has an optimizer.*leave attach out"),
+    (with_optimizer, {}, "already has an optimizer.*remove attach"),
     (lambda folder: lit(folder, Own), {}, r"before it called trial\.optimizer"),
 ]
 

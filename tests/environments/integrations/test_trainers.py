@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rankaware_optim as ra
-from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning
+from rankaware_optim import OptimizerError, RankAwareOptimizer, RankAwareWarning, attach
 from rankaware_optim.cli import main
 from rankaware_optim.optimizer._wrapper import _LIVE
-from rankaware_optim.trainers import attach, group_rates
+from rankaware_optim.trainers import group_rates
 
 from ...helpers.deepspeed import on_cpu
 from ...helpers.examples import readme_blocks
@@ -289,12 +289,16 @@ def attached_twice(trainer, optimizer=AdamW):
 
 
 REFUSED = [
-    (lambda folder: object(), attached, "not a Trainer of transformers"),
+    (lambda folder: object(), attached, "not a trainer that it knows"),
     (at_its_default, attach, "attach was given no rate"),
     (at_its_default, lambda t: attach(t, tuned_at=AT_16), "given no rate"),
     (at_a_rate, attached_twice, "attach was called on it before.*Build it again"),
     (at_a_rate, lambda t: attached_twice(t, None), "attach was called on it before"),
-    (with_an_optimizer, attach, "already has an optimizer: .* or was given one"),
+    (
+        with_an_optimizer,
+        attach,
+        "already has an optimizer: .* or it was built with one",
+    ),
     (at_a_rate, lambda t: attach(t, "adamwx"), "Unknown optimizer"),
     (at_a_rate, lambda t: attach(t, "paged_adamw_8bit"), "leave the class out"),
     (at_a_rate, lambda t: attached(t, optimizer="prodigyopt:Prodigy"), "one rate for"),
@@ -306,7 +310,7 @@ def test_what_the_wrapper_refuses_attach_refuses(tmp_path):
     trainer = at_its_default(tmp_path)
     rate, callbacks = trainer.args.learning_rate, [*trainer.callback_handler.callbacks]
     with pytest.raises(ra.InvalidReferenceError, match="rank"):
-        attached(trainer, tuned_at="r=0")
+        attached(trainer, tuned_at="r=0,alpha=16")
     assert trainer.args.learning_rate == rate
     assert trainer.callback_handler.callbacks == callbacks
     assert trainer.optimizer_cls_and_kwargs is None
@@ -449,7 +453,7 @@ def test_an_attached_trainer_can_be_sent_to_another_process(tmp_path):
 ZERO = """
 import torch, transformers, peft, warnings
 import rankaware_optim as ra
-from rankaware_optim.trainers import attach
+from rankaware_optim import attach
 config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
     num_attention_heads=2)
 lora = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj"])

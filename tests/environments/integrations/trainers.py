@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankaware_optim import RankAwareOptimizer, Reference
-from rankaware_optim.trainers import attach
+from rankaware_optim import RankAwareOptimizer, Reference, attach
 
 from ...helpers.llama import llama_config
 from ...helpers.optimizers import multiplier

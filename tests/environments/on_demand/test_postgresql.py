@@ -44,8 +44,8 @@ def slow(server, name, trials, recipe):
 
 def test_the_recipe_is_that_of_any_storage(server):
     """A study in PostgreSQL gives the recipe that one in memory gives, to the bit."""
-    first = calibrate(made_up(), trials=8, storage=server.url, name="plain")
-    second = calibrate(made_up(), trials=8, name="plain")
+    first = calibrate(made_up(), trials=8, storage=f"{server.url}#plain")
+    second = calibrate(made_up(), trials=8)
     assert first.fitted_lr == second.fitted_lr
     assert first.tensors["lr"].tolist() == second.tensors["lr"].tolist()
 

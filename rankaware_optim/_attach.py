@@ -1,0 +1,126 @@
+"""`attach`: let an existing trainer of another library train with a `RankAwareOptimizer`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from ._checks import shown
+from ._near_misses import explain_near_misses
+from .errors import OptimizerError
+from .recipe import Recipe
+from .trainers import NAMES, trainer_of
+
+if TYPE_CHECKING:
+    from ._rate import Rate
+    from ._types import Init, Method
+    from .inspection import ReferenceLike
+    from .laws import Law
+    from .optimizer import Report
+
+
+@explain_near_misses
+def attach(
+    trainer: Any,
+    optimizer: type[Optimizer] | str | None = None,
+    *,
+    lr: float | Rate | None = None,
+    tuned_at: ReferenceLike | None = None,
+    law: str | Law | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    method: Method | None = None,
+    init: Init | None = None,
+    rates: Mapping[str, float | Rate] | None = None,
+    other_lr: float | Rate | None = None,
+    batch: float | None = None,
+    steps: int | None = None,
+    **settings: Any,
+) -> Report:
+    """Let a trainer train with a `RankAwareOptimizer`, and return the report of its learning rates.
+    Call it before training::
+
+        trainer = GRPOTrainer(model, rewards, args=args, train_dataset=data)
+        tuned = {"lr": 2e-4, "tuned_at": "r=16,alpha=32"}
+        print(ra.attach(trainer, torch.optim.AdamW, **tuned))
+        trainer.train()
+
+    The trainer builds the optimizer once it has wrapped its model. Weight decay, and learning rate,
+    betas and epsilon if they were set, come from the trainer's arguments unless they are passed
+    here. Norms and biases get no weight decay, as in Trainer. The learning rates that train are
+    logged. During training, `trainer.optimizer` has `report` and `rates`, in accelerate's wrapper
+    too. The base rate is written into the arguments, which are saved with the run.
+
+    For Lightning pass `(trainer, module)`, as to `calibrate`. If the module configures its
+    optimizer at `self.lr` or `self.learning_rate`, that attribute is set, and the schedule is the
+    module's own. If it configures none, it gets an optimizer at a constant rate, with the settings
+    of the recipe.
+
+    Args:
+        trainer: a trainer of transformers, TRL or sentence-transformers, or a tuple of Lightning's
+            trainer, the module, and anything else.
+        optimizer: a torch optimizer class or its name. By default the class that the trainer would
+            build, or AdamW for a module of Lightning. If the trainer was built with
+            `optimizer_cls_and_kwargs`, it is that class with those settings, the learning rate
+            included.
+        lr: the base learning rate per step, tuned at `tuned_at`.
+        tuned_at: the configuration at which `lr` was tuned, such as "r=16,alpha=32".
+        law: a law or its name, by default "falling".
+        recipe: a calibrated recipe or its path, in place of `lr`, `tuned_at` and `law`.
+        method: "lora", or "full" for full finetuning. By default that of the recipe, else "lora".
+        init: the adapters' init if it cannot be read: "A" (B starts at zero) or "B" (A does).
+        rates: learning rates by name pattern, such as {"*classifier*": 1e-3}.
+        other_lr: the learning rate of every parameter that is not a LoRA matrix.
+        batch: examples or tokens per step of this run.
+        steps: training steps of this run, with a recipe.
+        **settings: the optimizer's own settings, such as `betas`.
+
+    Raises:
+        OptimizerError: the object is no such trainer, the trainer has an optimizer already, or no
+            learning rate was passed. As with every error of `RankAwareOptimizer`, nothing was
+            changed. `train` raises it before the first step if the trainer has built another
+            optimizer.
+    """
+    found = trainer_of(trainer)
+    if found is None:
+        raise OptimizerError(
+            f"attach got a {type(trainer).__name__}, which is not a trainer that it knows.",
+            f"Pass {NAMES}.",
+        )
+    ours = {
+        "lr": lr,
+        "tuned_at": tuned_at,
+        "law": law,
+        "recipe": recipe,
+        "method": method,
+        "init": init,
+        "rates": rates,
+        "other_lr": other_lr,
+        "batch": batch,
+        "steps": steps,
+    }
+    given = {**ours, **settings}
+    given = {name: value for name, value in given.items() if value is not None}
+    if recipe is not None:
+        given = _with_recipe(given)
+    return found.attach(optimizer, given)
+
+
+def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the recipe loaded, and with its method unless they have one.
+
+    Raises:
+        OptimizerError: they have a learning rate too.
+    """
+    for name in ("lr", "tuned_at", "law"):
+        if name in given:
+            raise OptimizerError(
+                f"{name}={shown(given[name])} was passed together with recipe=, which has its own.",
+                f"Remove {name}= to train at the recipe's rate, or remove recipe=.",
+            )
+    recipe = given["recipe"]
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    return {"method": recipe.reference.method, **given, "recipe": recipe}

@@ -1,0 +1,402 @@
+"""`calibrate`: find a learning rate by short runs of a loop, of a trainer, or of trainers that a
+function returns.
+
+The command of the same name is in `cli/_calibrate.py`, and the search itself in `calibration/`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import optuna
+from torch import nn
+from torch.optim import Optimizer
+
+from ._checks import shown
+from ._near_misses import explain_near_misses
+from ._optimizers import get_optimizer_class
+from ._rate import Rate
+from ._types import Reference
+from .calibration import (
+    BY_TRAINING,
+    FEWEST_STEPS,
+    SEEDS,
+    CallbackRun,
+    Options,
+    Snapshot,
+    Train,
+    Trial,
+    TrialRunner,
+    refuse_warmup,
+    release_memory,
+    search,
+    seeded,
+)
+from .errors import CalibrationError, InspectionError, LawError, OptimizerError
+from .inspection import as_one_model, inspect_model
+from .laws import PRIOR_LAW, Law
+from .recipe import Recipe
+from .trainers import BATCHES, NAMES, Touched, Trainer, TrialRun, trainer_of
+from .transfer import suggest_lr
+
+# An existing model is tried four times for a quarter of the run. Together that is as many training
+# steps as the run: benchmarks/results/finder.md
+TRIALS, SHARE = 4, 1 / 4
+STUDY = "calibration"  # the name of a study, unless the storage's URL has another
+BY_REWARD = (
+    "a run's value is minus the reward that its trainer logged, and not its loss"
+)
+
+
+@explain_near_misses
+def calibrate(  # noqa: PLR0913
+    what: Any,
+    optimizer: type[Optimizer] | str,
+    *,
+    model: nn.Module | Sequence[nn.Module] | None = None,
+    ranks: Sequence[int | None] | None = None,
+    steps: int | None = None,
+    target_steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    score: Callable[[Any], Any] | None = None,
+    law: str | Law = PRIOR_LAW,
+    trials: int | None = None,
+    full_trials: int = 0,
+    seeds: Sequence[int] = SEEDS,
+    lr_range: tuple[float, float] | None = None,
+    storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
+    batch: float | None = None,
+    progress: bool = True,
+) -> Recipe:
+    """Find the base learning rate, how it changes with rank, and how certain both are, by short
+    runs. Return them as a recipe::
+
+        recipe = ra.calibrate(trainer, "adamw")  # prints its price first
+        ra.attach(trainer, recipe=recipe)
+        trainer.train()
+
+    An existing trainer, and the model passed as `model`, are put back afterwards, also after an
+    error and Ctrl-C. They are calibrated at their own rank or in full finetuning, by four trials
+    around the rate that `suggest_lr` suggests. For a function that builds its models the search
+    covers `ranks`. Under DDP every process calls `calibrate`, and all return the same recipe.
+    `docs/calibrate.md` has the rest.
+
+    Args:
+        what: an existing trainer of transformers, TRL or sentence-transformers; or Lightning's
+            `(trainer, module, *data)`, whose module configures its optimizer at `self.lr` or not at
+            all. Or a generator function of a trial: it calls `trial.optimizer(model, ...)`, yields
+            a value to minimise for each step of the optimizer, and may return its score after
+            `trial.steps` steps. Or a function of a trial that returns a new trainer.
+        optimizer: a torch optimizer class or its name.
+        model: the existing model that a function of the trial trains, or a list of several models.
+            Without it the function builds a model of `trial.rank`.
+        ranks: the LoRA ranks that a function is tried at: the lowest and the highest that you want
+            to use. None stands for full finetuning.
+        steps: optimizer steps per trial, by default a quarter of `target_steps`. Trials shorter
+            than 100 steps favour learning rates that are too low.
+        target_steps: optimizer steps of the run that the recipe is for, by default those of an
+            existing trainer's run, else `steps`.
+        settings: settings of a trainer's optimizer: its own, and those of `RankAwareOptimizer` such
+            as `rates`. Weight decay, betas and epsilon are taken from the trainer's arguments.
+        score: a function of the trained trainer, whose value is minimised. By default it is the
+            loss on at most 16 batches of its evaluation data, else of training data held out; or
+            minus the reward of a trainer with `reward_funcs`.
+        law: the law that converts learning rates between ranks, by default µA. It must be
+            registered.
+        trials: number of runs at `ranks`, by default 8 for each of them, or 4 of an existing model.
+        full_trials: number of runs of full finetuning after those at `ranks`, around the predicted
+            rate.
+        seeds: random seeds, the same for all ranks. `trial.seed` seeds torch, numpy and random for
+            each run.
+        lr_range: the lowest and the highest base learning rate at the highest rank. The first run
+            has the rate in their middle. The range is widened if the best rate is at an edge.
+        storage: path of a journal file, or an Optuna URL or storage. With it the same call
+            continues the study, and other processes join it. A database may keep several studies:
+            end its URL with "#" and the study's name. By default the study is kept in memory.
+        batch: examples per step of the run that the recipe is for, by default those of the
+            trainer's arguments. The recipe records it.
+        progress: whether to print on standard error how far the search is.
+
+    Returns:
+        The recipe for the run of `target_steps` steps.
+
+    Raises:
+        CalibrationError: an argument or the storage cannot be used; a trial would have fewer than
+            100 steps; the warm-up is as long as a trial; a trial changed something that cannot be
+            put back; or every run diverged.
+        CalibrationInterrupted: Ctrl-C. Finished trials stay in `storage`, and `.recipe` holds their
+            fit.
+        OptimizerError: the trainer has an optimizer already.
+    """
+    native = get_optimizer_class(optimizer)
+    storage, name = _study_of(storage)
+    place = _place(what, model)
+    runs = _Runs(native, settings or {}, score, place)
+    _check_arguments(settings, score)
+    at = _configuration(place, runs.settings, ranks, full_trials)
+    if at is not None:
+        ranks = (at.rank,)
+        trials = TRIALS if trials is None else trials
+    # torch, numpy and random are put back by `seeded`, everything else by the snapshot
+    with seeded(0):
+        snapshot = Snapshot(place.touched())
+        with snapshot.kept():
+            whole = place.steps() if target_steps is None else target_steps
+            options = Options(
+                native,
+                law=law,  # type: ignore[arg-type]
+                ranks=ranks,  # type: ignore[arg-type]
+                steps=_steps(steps, whole),  # type: ignore[arg-type]
+                target_steps=whole,
+                trials=trials,
+                full_trials=full_trials,
+                seeds=seeds,
+                lr_range=lr_range,
+                batch=batch,
+                name=name,
+                suggested=_suggested(place, at, runs),
+                noisy=runs.by_reward(place.trainer),
+            )
+            recipe = search(
+                runs.loop(snapshot, options.target),
+                options,
+                storage=storage,
+                progress=progress,
+                price=_price(options, runs, snapshot),
+            )
+    return runs.completed(recipe)
+
+
+def _check_arguments(settings: object, score: object) -> None:
+    """Raise a `CalibrationError` for an argument that only a trainer uses, of the wrong type."""
+    if score is not None and not callable(score):
+        raise CalibrationError(
+            f"score is {shown(score)}.",
+            "Pass a function of the trained trainer that returns a number to minimise.",
+        )
+    if settings is not None and not isinstance(settings, Mapping):
+        raise CalibrationError(
+            f"settings is {shown(settings)}.",
+            'Pass a dict of the optimizer\'s settings, such as settings={"weight_decay": 0.1}.',
+        )
+
+
+def _study_of(storage: Any) -> tuple[Any, str]:
+    """Return a storage and the name of the study in it.
+
+    >>> _study_of("sqlite:///studies.db#mine")
+    ('sqlite:///studies.db', 'mine')
+    """
+    if isinstance(storage, str) and "://" in storage:
+        storage, _, name = storage.partition("#")
+        return storage, name or STUDY
+    return storage, STUDY
+
+
+def _steps(steps: int | None, whole: int | None) -> int | None:
+    """Return a trial's steps, by default a quarter of the whole run.
+
+    Raises:
+        CalibrationError: a quarter of the run is too short.
+    """
+    if steps is not None or whole is None:
+        return steps
+    part = round(SHARE * whole)
+    if part >= FEWEST_STEPS:
+        return part
+    least = min(FEWEST_STEPS, whole)
+    raise CalibrationError(
+        f"Each trial would run only {part} of the {whole} steps. Trials shorter than"
+        f" {FEWEST_STEPS} steps favour learning rates that are too low.",
+        f"Set steps={least} ({TRIALS * least} steps in total), or skip the search and use"
+        " ra.suggest_lr's rate.",
+    )
+
+
+# --- the place: what is calibrated ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a calibration trains.
+
+    Args:
+        source: the function of a trial, or the trainer's own loop.
+        model: the existing model, None if the function builds one for each trial.
+        trainer: the existing trainer, None for a function.
+    """
+
+    source: Callable[..., Any]
+    model: nn.Module | None
+    trainer: Trainer | None = None
+
+    def touched(self) -> Touched:
+        """Return what a trial may change."""
+        if self.trainer is not None:
+            return self.trainer.touched()
+        return Touched([] if self.model is None else [self.model])
+
+    def steps(self) -> int | None:
+        """Return the steps of the whole run, None if only the user knows them."""
+        return None if self.trainer is None else self.trainer.steps()
+
+    def begin(self, trial: Trial, whole: int) -> Any:
+        """Return what runs a trial: a generator or a trainer."""
+        if self.trainer is not None:
+            return self.trainer.for_trial(trial.steps, whole)
+        return self.source(trial)
+
+
+def _place(what: Any, model: Any) -> _Place:
+    """Return the place of a calibration.
+
+    Raises:
+        CalibrationError: it is neither a trainer nor a function.
+    """
+    trainer = trainer_of(what)
+    if trainer is not None and model is None:
+        return _Place(trainer.source, trainer.model, trainer)
+    if isinstance(what, nn.Module):
+        raise CalibrationError(
+            f"calibrate got a model, a {type(what).__name__}, but not the code that trains it.",
+            "Pass the trainer: ra.calibrate(trainer, ...). Or write your loop as a function of the"
+            " trial: ra.calibrate(train, ..., model=model).",
+        )
+    if trainer is None and callable(what):
+        return _Place(what, as_one_model(model))
+    kind = "" if model is None else f" and model={type(model).__name__}"
+    raise CalibrationError(
+        f"calibrate got a {type(what).__name__}{kind}.",
+        f"Pass {NAMES}, without model=; or pass a function of the trial, with or without the model="
+        " that it trains.",
+    )
+
+
+# --- the configuration: at which ranks and rates it is tried --------------------------------------
+
+
+def _configuration(
+    place: _Place, settings: Mapping[str, Any], ranks: Any, full_trials: int
+) -> Reference | None:
+    """Return the most common configuration of an existing model: that of its adapters, else full
+    finetuning. Return None if there is no model yet.
+    """
+    if place.model is None:
+        return None
+    if ranks is not None or full_trials:
+        raise CalibrationError(
+            "An existing model can only be calibrated at its own rank.",
+            "Remove ranks= and full_trials=, or pass a function that builds a model for each"
+            " trial.",
+        )
+    init = settings.get("init")
+    method = settings.get("method")
+    try:
+        return inspect_model(place.model, method=method or "lora", init=init).dominant()
+    except InspectionError:
+        if method is not None:
+            raise
+        return Reference(method="full")
+
+
+def _suggested(place: _Place, at: Reference | None, runs: _Runs) -> Rate | None:
+    """Return the suggested learning rate of an existing model, None if none is known."""
+    if at is None:
+        return None
+    task = None if place.trainer is None else place.trainer.task
+    settings = runs.settings
+    try:
+        return suggest_lr(
+            place.model,
+            runs.native,
+            settings=settings,
+            method=at.method,
+            init=settings.get("init"),
+            task=task,
+        )
+    except (OptimizerError, LawError):
+        return None
+
+
+def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
+    """Return what the trials of an existing model cost beside their steps, in words."""
+    place = runs.place
+    if place.model is None:
+        return ""
+    words = f" of training, where the run takes {options.target:,}"
+    if place.trainer is not None and not runs.by_reward(place.trainer):
+        words += f"; {options.runs} × {BATCHES} batches of evaluation"
+    mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
+    return f"{words}; a copy of the weights that train, {mebibytes}"
+
+
+# --- the trials -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Runs:
+    """The trials of a calibration, and what their trainers know of the run.
+
+    Args:
+        native: the optimizer class.
+        settings: the settings of a trainer's optimizer.
+        score: the user's function of the trained trainer.
+        place: what is calibrated.
+        batch: the examples per step of the last trainer.
+        rewarded: whether its values are rewards.
+    """
+
+    native: type[Optimizer]
+    settings: Mapping[str, Any]
+    score: Callable[[Any], Any] | None
+    place: _Place
+    batch: float | None = None
+    rewarded: bool = False
+
+    def by_reward(self, trainer: Trainer | None) -> bool:
+        """Return whether a trainer's values are minus its rewards."""
+        return self.score is None and trainer is not None and trainer.task == "rl"
+
+    def loop(self, snapshot: Snapshot, whole: int) -> Train:
+        """Return the loop that runs one trial, from the state of the snapshot on."""
+
+        @wraps(self.place.source)
+        def train(trial: Trial) -> Any:
+            release_memory()  # of the trial before
+            snapshot.begin()
+            made = self.place.begin(trial, whole)
+            trainer = made if isinstance(made, Trainer) else trainer_of(made)
+            if trainer is not None:
+                return self._by_trainer(trainer, trial)
+            if self.settings or self.score is not None:
+                raise CalibrationError(
+                    "settings= or score= was passed, but train returned no trainer.",
+                    "Pass the settings to trial.optimizer, and return the score at the end.",
+                )
+            return made
+
+        return train
+
+    def _by_trainer(self, trainer: Trainer, trial: Trial) -> CallbackRun:
+        """Return the run of a trial by a trainer."""
+        self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
+        refuse_warmup(trainer.warmup(trial.steps), trial.steps)
+        existing = self.place.trainer is not None
+
+        def run(runner: TrialRunner) -> Any:
+            own = (self.native, self.settings, self.score, existing)
+            return trainer.train(TrialRun(trial, runner, *own))
+
+        return CallbackRun(run)
+
+    def completed(self, recipe: Recipe) -> Recipe:
+        """Return a recipe with the batch of the trainers, and a note if values are rewards."""
+        notes = [*recipe.notes]
+        if self.rewarded:
+            notes = [*(note for note in notes if note != BY_TRAINING), BY_REWARD]
+        at = replace(recipe.reference, batch=recipe.batch or self.batch)
+        return replace(recipe, reference=at, notes=tuple(notes))

@@ -1,0 +1,431 @@
+"""The state that every trial starts from, and that is put back after the last one.
+
+A trial trains the user's own model, and may run the user's own trainer. Afterwards both must be as
+they were. So everything that a trial may change is either put back, or watched, so that a change is
+an error and never a surprise.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from .._warn import warn
+from ..errors import CalibrationError
+from ..trainers import Touched
+from ._storage import held_back
+
+# Entries of a buffer of whole numbers above which it is packed weights, which are watched only
+_PACKED = 65_536
+# Bytes of other tensors that are copied even if the weights that train are fewer
+_LEAST_COPIED = 2**20
+_SAMPLE = 64  # entries of a watched tensor that are compared
+# Entries of a container above which they are rows, whose own contents are not looked into: in data,
+# and in a trainer or a module
+_ROWS, _ENTRIES = 100, 10_000
+_MOST_OBJECTS = 100_000  # of the data that are looked into
+# Attributes of a module that hold its settings, of which gradient checkpointing changes some
+_CONFIGURATIONS = ("config", "generation_config", "peft_config")
+# What replaces parameters, or takes them away: flags of trainers, and names of classes
+_FLAGS = ("is_fsdp_enabled", "is_deepspeed_enabled")
+_REPLACING = {
+    *_FLAGS,
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "DeepSpeedEngine",
+    "DeepSpeedStrategy",
+    "AdaLoraLayer",
+}
+_CURE = (
+    "Pass a function of the trial that builds a model or a trainer for each trial, or use"
+    " ra.suggest_lr's rate."
+)
+
+
+class Snapshot:
+    """The state of everything that a trial may change, as it is now.
+
+    Of every module, object and data set it holds the attributes, the contents of the containers in
+    them, and the states of random generators. Of tensors it holds copies: of the weights that
+    train, of buffers, and of other tensors as long as these copies take no more memory than those
+    of the weights, such as an average of the weights that a trainer keeps. All remaining tensors,
+    such as frozen weights, are watched: a trial that changes one is an error.
+
+    Args:
+        touched: what a trial may change.
+
+    Raises:
+        CalibrationError: the model is sharded, its ranks are pruned, or the data can be read only
+            once.
+    """
+
+    def __init__(self, touched: Touched) -> None:
+        self._containers: list[_Container] = []
+        self._put_backs: list[Callable[[], Any]] = []
+        self._seen: dict[int, Any] = {}  # by id, of an object that is held as long
+        self._modules: dict[int, nn.Module] = {}
+        tensors: list[torch.Tensor] = []
+        for module in touched.modules:
+            self._add_module(module, tensors)
+        for each in touched.objects:
+            _refuse_sharded(each)
+            self._add(getattr(each, "__dict__", None), tensors)
+        self._add_data(touched.data)
+        params = [p for each in self._modules.values() for p in each.parameters()]
+        every = dict.fromkeys(params)
+        self._gradients = [(p, p.requires_grad, p.grad) for p in every]
+        self._values: dict[torch.Tensor, torch.Tensor] = {}
+        self._watched: list[_Watched] = []
+        self._keep_trained()
+        self._keep_others(tensors)
+        self.size = sum(t.numel() * t.element_size() for t in self._values)
+
+    # --- what is found ----------------------------------------------------------------------------
+
+    def _add_module(self, module: nn.Module, tensors: list[torch.Tensor]) -> None:
+        for each in module.modules():
+            if id(each) in self._modules:
+                continue
+            self._modules[id(each)] = each
+            _refuse_sharded(each)
+            self._add(vars(each), tensors)
+            for name in _CONFIGURATIONS:
+                value = vars(each).get(name)
+                settings = value.values() if isinstance(value, dict) else [value]
+                for one in settings:
+                    self._add(getattr(one, "__dict__", None), tensors)
+
+    def _add(self, value: Any, tensors: list[torch.Tensor]) -> None:
+        """Keep a container with all containers in it, and collect the tensors and modules in it."""
+        if isinstance(value, nn.Module):
+            self._add_module(value, tensors)
+        elif isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, _CONTAINERS):
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                kept = _Container(value)
+                self._containers.append(kept)
+                for each in kept.elements(_ENTRIES):
+                    self._add(each, tensors)
+        else:
+            self._put_backs.extend(_state_of(value))
+
+    def _add_data(self, data: Iterable[Any]) -> None:
+        """Keep data sets and everything that they refer to. Raise if one can be read only once.
+
+        Objects of Python's own modules, such as threads and event loops, are not looked into.
+        """
+        pending, seen = [*data], dict[int, Any]()
+        while pending and len(seen) < _MOST_OBJECTS:
+            value = pending.pop()
+            if id(value) in seen or isinstance(value, _NOT_DATA):
+                continue
+            seen[id(value)] = value
+            if isinstance(value, _CONTAINERS):
+                kept = _Container(value)
+                self._containers.append(kept)
+                pending.extend(kept.elements(_ROWS))
+            elif states := [*_state_of(value)]:
+                self._put_backs.extend(states)
+            else:
+                _refuse_iterator(value)
+                pending.extend(_parts_of(value))
+        for each in data:
+            self._refuse_single_pass(each)
+
+    def _refuse_single_pass(self, data: Any) -> None:
+        """Raise a `CalibrationError` for data whose `iter` returns the same object twice. What its
+        `__iter__` changes, such as the order of its rows, is put back.
+        """
+        is_sized = hasattr(data, "__len__") and not isinstance(data, IterableDataset)
+        if is_sized or not hasattr(type(data), "__iter__"):
+            return
+        is_same = iter(data) is iter(data)
+        self._put_back_objects()
+        if is_same:
+            _refuse_one_pass(data)
+
+    # --- tensors ----------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _keep_trained(self, *hooked: Any) -> None:
+        for param, _, _ in self._gradients:
+            if param.requires_grad:
+                self._keep(param)
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if tensor not in self._values:
+            self._values[tensor] = tensor.detach().clone()
+
+    def _keep_others(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy the buffers, and the smallest of the other tensors. Watch the rest."""
+        for module in self._modules.values():
+            for buffer in module._buffers.values():
+                if buffer is None:
+                    continue
+                if buffer.is_floating_point() or buffer.numel() <= _PACKED:
+                    self._keep(buffer)
+        budget = max(_LEAST_COPIED, sum(map(_bytes_of, self._values)))
+        own = {id(param) for param, _, _ in self._gradients}
+        others = {id(t): t for t in tensors if t not in self._values}
+
+        # an average of the weights is beside the model; most frozen weights are in it, and large
+        def last(tensor: torch.Tensor) -> tuple[bool, int]:
+            return id(tensor) in own, _bytes_of(tensor)
+
+        for tensor in sorted(others.values(), key=last):
+            budget -= _bytes_of(tensor)
+            if budget >= 0 and _can_be_copied(tensor):
+                self._keep(tensor)
+            else:
+                self._watched.append(_Watched(tensor))
+
+    def _changed(self) -> str:
+        """Return which tensors were changed that are not copied, in words; "" if none were."""
+        changed = [each for each in self._watched if each.has_changed(self._values)]
+        if not changed:
+            return ""
+        ids = {id(each.tensor) for each in changed}
+        names = []
+        for module in self._modules.values():
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if id(tensor) in ids:
+                    names.append(name)
+        shape = tuple(changed[0].tensor.shape)
+        first = names[0] if names else f"one of shape {shape}"
+        return (
+            f"A trial changed {len(changed)} tensors that do not train, the first of them {first}."
+            " They were not copied, so they keep their new values."
+        )
+
+    def _refuse_changed(self) -> None:
+        """Raise a `CalibrationError` if a tensor was changed that is not copied."""
+        if changed := self._changed():
+            raise CalibrationError(changed, f"Load the model again. {_CURE}")
+
+    # --- putting back -----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Put the state back for a trial, which begins without gradients."""
+        self._put_back()
+        self._refuse_changed()
+        for param, _, _ in self._gradients:
+            param.grad = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put everything back at the end of the context, however it ends. Ctrl-C waits for it.
+
+        Before every step the values of weights that were frozen and now train are copied too.
+        """
+        hook = register_optimizer_step_pre_hook(self._keep_trained)
+        try:
+            try:
+                yield
+            finally:
+                hook.remove()
+                self._end()
+        except KeyboardInterrupt:
+            self._end()  # Ctrl-C may have come just before signals were held back
+            raise
+        self._refuse_changed()
+
+    def _end(self) -> None:
+        with held_back(math.inf):
+            self._put_back()
+            is_failing = sys.exc_info()[0] is not None
+            if is_failing and (changed := self._changed()):
+                warn(changed)
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        self._put_back_objects()
+        for tensor, value in self._values.items():
+            tensor.copy_(value)
+        for param, requires_grad, grad in self._gradients:
+            param.requires_grad_(requires_grad)
+            param.grad = grad
+
+    def _put_back_objects(self) -> None:
+        for each in self._containers:
+            each.put_back()
+        for put_back in self._put_backs:
+            put_back()
+
+
+# --- one thing that is kept -----------------------------------------------------------------------
+
+_CONTAINERS = (dict, list, deque, set)
+_NOT_DATA = (nn.Module, torch.Tensor, type, _BaseDataLoaderIter)
+
+
+class _Container:
+    """A container and what it holds now. It is written to only if it has changed."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.contents: Any = dict(value) if isinstance(value, dict) else [*value]
+
+    def elements(self, most: int) -> Sequence[Any]:
+        """Return the elements to look into: none of them if there are more than `most`."""
+        if len(self.contents) > most:
+            return ()
+        return (
+            [*self.contents.values()]
+            if isinstance(self.value, dict)
+            else [*self.contents]
+        )
+
+    def has_changed(self) -> bool:
+        if len(self.value) != len(self.contents):
+            return True
+        if isinstance(self.value, set):
+            return self.value != {*self.contents}
+        pairs = zip(self.value, self.contents, strict=True)
+        if isinstance(self.value, dict):
+            now, kept = self.value.values(), self.contents.values()
+            values = zip(now, kept, strict=True)
+            return any(a != b for a, b in pairs) or any(a is not b for a, b in values)
+        return any(a is not b for a, b in pairs)
+
+    def put_back(self) -> None:
+        if not self.has_changed():
+            return
+        value = self.value
+        try:
+            if isinstance(value, list):
+                value[:] = self.contents
+                return
+            add = value.extend if isinstance(value, deque) else value.update
+            # A container that forbids this, such as a FrozenDict of diffusers, must not be emptied.
+            add([])
+        except Exception as error:
+            warn(f"A trial changed a {type(value).__name__}. It stays so: {error}")
+            return
+        value.clear()
+        add(self.contents)
+
+
+class _Watched:
+    """A tensor that is not copied, with what shows that it was written to.
+
+    Its version counts writes, but not those through `.data`. A sample of its entries shows them.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._version, self._sample = self._now()
+
+    def _now(self) -> tuple[int, torch.Tensor | None]:
+        version = 0 if self.tensor.is_inference() else self.tensor._version
+        if self.tensor.is_contiguous():
+            with suppress(
+                Exception
+            ):  # of a tensor without values, such as a meta tensor
+                flat = self.tensor.detach().view(-1)
+                stride = max(1, flat.numel() // _SAMPLE)
+                return version, flat[::stride].cpu().clone()
+        return version, None
+
+    def has_changed(self, copied: Container[torch.Tensor]) -> bool:
+        if self.tensor in copied:  # a frozen weight that a trial let train
+            return False
+        version, sample = self._now()
+        if version != self._version:
+            return True
+        both = sample is not None and self._sample is not None
+        return both and not torch.equal(sample, self._sample)  # type: ignore[arg-type]
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _can_be_copied(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a plain one that can be written to. A quantized weight is of a
+    class of its own.
+    """
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    is_strided = tensor.layout == torch.strided and not tensor.is_meta
+    expanded = is_strided and 0 in tensor.stride()
+    return is_plain and is_strided and not expanded and not tensor.is_inference()
+
+
+def _state_of(value: Any) -> Iterator[Callable[[], Any]]:
+    """Yield what puts back a random generator, or the position of a file that is read."""
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        yield partial(value.set_state, value.get_state())  # type: ignore[arg-type]
+    elif isinstance(value, random.Random):
+        yield partial(value.setstate, value.getstate())
+    elif isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        yield partial(setattr, bits, "state", bits.state)
+    elif isinstance(value, io.IOBase):
+        with suppress(Exception):  # a closed file, or a pipe
+            if value.seekable():
+                yield partial(value.seek, value.tell())
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """Yield what an object of the data refers to."""
+    package = type(value).__module__.partition(".")[0]
+    if isinstance(value, MethodType):
+        yield value.__self__
+    elif isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, tuple):
+        yield from value
+    elif package not in sys.stdlib_module_names:
+        yield getattr(value, "__dict__", None)
+
+
+# --- what cannot be put back ----------------------------------------------------------------------
+
+
+def _refuse_sharded(owner: Any) -> None:
+    """Raise a `CalibrationError` for a module, a strategy or a trainer that replaces parameters, or
+    takes them away.
+    """
+    signs = {kind.__name__ for kind in type(owner).__mro__}
+    signs |= {name for name in _FLAGS if getattr(owner, name, False)}
+    params = [*owner.parameters(recurse=False)] if isinstance(owner, nn.Module) else []
+    sharded = [p for p in params if hasattr(p, "to_local") or hasattr(p, "ds_id")]
+    if signs & _REPLACING or sharded:
+        raise CalibrationError(
+            "The model cannot be put back after a trial: FSDP or DeepSpeed shards it, or AdaLoRA"
+            " prunes its ranks.",
+            _CURE,
+        )
+
+
+def _refuse_iterator(value: Any) -> None:
+    """Raise a `CalibrationError` for an iterator in the data, which a trial would use up."""
+    if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+        _refuse_one_pass(value)
+
+
+def _refuse_one_pass(data: Any) -> None:
+    raise CalibrationError(
+        f"The data hold a {type(data).__name__}, an iterator that can be read only once. The trials"
+        " would use it up.",
+        "Use data that begin again at each iter(), such as a class whose __iter__ is a generator"
+        " function that opens its source anew.",
+    )
