@@ -46,6 +46,7 @@ from ._constants import (
     USUAL_AT,
     USUAL_LR,
 )
+from ._few import capped, is_few, read_few
 from ._schedule import Options
 from ._trials import Build, Trials, rank_words
 
@@ -155,7 +156,11 @@ def calibrated_recipe(
     if options.suggested and (why := _why_suggested(options, trials, best)):
         fit = _fit_of_rate(fit, options.suggested)
         notes.append(why)
+    elif is_few(options):
+        fit = read_few(fit, build.reference.rank, evidence)
     fit = at_target(fit, options.octaves_to_target)
+    if is_few(options):
+        fit = capped(fit)
     tried = {seen.rank for seen in evidence}
     settings = trials.settings_in_force()
     return recipe_of(

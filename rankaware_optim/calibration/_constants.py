@@ -46,6 +46,10 @@ STRIDE = 2.0
 # Octaves from a trial's steps to the target's, from which the search stays at the suggested rate or
 # above it: an eighth is 3, a quarter 2: by hand
 FAR = 2.5
+# At most so many trials at one rank are read by a parabola, without a margin, and with an interval
+# of at most so many octaves to either side: search.md
+FEW = 4
+CAP = 1.75
 HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
 EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand
 # Share of the gain by which a rate above the best is clearly worse: by hand, 0 to .5 are no worse

@@ -1,0 +1,79 @@
+"""How a search of four trials at one rank is read: by a parabola, without a margin, and with a cap.
+
+The fit shares what it knows between ranks and seeds. Of four trials at one rank there is little to
+share: the fitted optimum leans towards the middle of the rates tried, so that it is too low where
+the best rate lies above the first guess, and its interval is hardly narrower than the prior's. The
+numbers are from benchmarks/calibration/search_rules.py (results/search.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
+
+from ..fitting import Fit, Observation
+from ..recipe import Z90
+from ._constants import CAP, FAR, FEW
+from ._schedule import Options
+
+
+def is_few(options: Options) -> bool:
+    """Return whether a search is read as one of few trials. Shorter trials than a quarter of the
+    run, and rewards, whose noise is larger, were not tried so.
+    """
+    return (
+        len(options.ranks) == 1
+        and options.searches <= FEW
+        and not options.full_trials
+        and not options.noisy
+        and options.octaves_to_target < FAR
+    )
+
+
+def read_few(fit: Fit, rank: int | None, evidence: Sequence[Observation]) -> Fit:
+    """Return the fit of few trials around the vertex of a parabola, without a steepness.
+
+    The vertex is that of the parabola through the lowest trial and its neighbours. If no trial lies
+    on one side of the lowest, the fitted optimum stays. Without a steepness the recipe has no
+    margin.
+    """
+    values: dict[float, list[float]] = {}
+    for seen in evidence:
+        values.setdefault(seen.x, []).append(seen.value)
+    vertex = vertex_of({x: fmean(each) for x, each in values.items()})
+    shift = 0.0 if vertex is None else vertex - fit.best(rank)
+    return replace(fit, mean=fit.mean + np.array([shift, 0.0, 0.0]), steepness=0.0)
+
+
+def vertex_of(values: Mapping[float, float]) -> float | None:
+    """Return where the parabola through the lowest value and its neighbours is lowest, None if one
+    of the neighbours is missing.
+
+    If the upper neighbour diverged, the vertex is halfway between the lowest and the lower one.
+
+    >>> vertex_of({-10.0: 3.0, -9.0: 1.0, -8.0: 2.0})
+    -8.833333333333334
+    """
+    xs = sorted(values)
+    i = min(range(len(xs)), key=lambda j: values[xs[j]])
+    if not 0 < i < len(xs) - 1 or not math.isfinite(values[xs[i - 1]]):
+        return None
+    x0, x1, x2 = xs[i - 1 : i + 2]
+    left = (values[x1] - values[x0]) / (x1 - x0)
+    right = (values[x2] - values[x1]) / (x2 - x1)
+    if left == right:
+        return x1
+    return (x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)
+
+
+def capped(fit: Fit) -> Fit:
+    """Return the fit with an interval of at most `CAP` octaves to either side where it tuned."""
+    most = (CAP / Z90) ** 2 - fit.prior.scatter**2
+    if fit.covariance[0, 0] <= most:
+        return fit
+    shrink = np.diag([math.sqrt(most / fit.covariance[0, 0]), 1.0, 1.0])
+    return replace(fit, covariance=shrink @ fit.covariance @ shrink)

@@ -1,0 +1,66 @@
+"""A search of four trials at one rank: its rate is a parabola's vertex, without a margin, in a capped interval."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rankaware_optim.calibration._constants import CAP
+from rankaware_optim.calibration._few import vertex_of
+
+from ..helpers.calibrations import BEST, Net, calibrate
+
+
+def bowl_at(best):
+    """A loop whose final score is a parabola of log2 of the learning rate around `best`, without noise."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        end = 1.0 + 0.1 * (math.log2(trial.lr) - best) ** 2
+        for step in range(trial.steps):
+            yield 2.3 + (end - 2.3) * min(2 * (step + 1) / trial.steps, 1.0)
+        return end
+
+    return train
+
+
+def octaves_to(rate, end):
+    return abs(math.log2(end / rate.lr))
+
+
+@pytest.mark.parametrize("ranks", [(16,), (None,)])
+def test_four_trials_find_the_vertex_without_a_margin(ranks):
+    """Around a best rate that the trials bracket, the recipe has that rate, and an interval below the cap."""
+    start = (2.0 ** (BEST - 2), 2.0 ** (BEST + 2.5))
+    recipe = calibrate(bowl_at(BEST), ranks=ranks, trials=4, lr_range=start)
+    assert len(recipe.tensors["lr"]) == 4
+    at = recipe.at(method="full") if ranks == (None,) else recipe.at(16)
+    assert math.log2(at.lr) == pytest.approx(BEST, abs=0.1)
+    assert recipe.margin == 0.0
+    for end in (at.low, at.high):
+        assert octaves_to(at, end) <= CAP + 1e-6
+
+
+def test_an_unbracketed_search_has_a_capped_interval():
+    """If all trials lie on one side of the best rate, the interval does not reach farther than the cap."""
+    low = (2.0 ** (BEST - 12), 2.0 ** (BEST - 9))
+    at = calibrate(bowl_at(BEST), ranks=(16,), trials=4, lr_range=low).at(16)
+    assert octaves_to(at, at.high) <= CAP + 1e-6
+
+
+@pytest.mark.parametrize(
+    "options", [{"trials": 8}, {"trials": 4, "target_steps": 160}, {"ranks": (4, 16)}]
+)
+def test_other_searches_keep_the_fit_and_its_margin(options):
+    """With more trials, more ranks or trials of an eighth, the recipe has the margin of the fit."""
+    recipe = calibrate(bowl_at(BEST), **{"ranks": (16,), "trials": 8} | options)
+    assert recipe.margin > 0
+
+
+def test_the_vertex_needs_both_neighbours():
+    """Without a finite lower neighbour there is no vertex; an upper one that diverged puts it halfway below."""
+    assert vertex_of({0.0: 1.0, 1.0: 2.0, 2.0: 3.0}) is None
+    assert vertex_of({0.0: 3.0, 1.0: 2.0, 2.0: math.inf}) == 0.5
+    assert vertex_of({0.0: math.inf, 1.0: 2.0, 2.0: 3.0}) is None
+    assert vertex_of({0.0: 2.0, 1.0: 1.0, 3.0: 5.0}) == pytest.approx(1.0)
