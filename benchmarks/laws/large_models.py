@@ -39,7 +39,6 @@ from study.suite import README, publish
 
 from rankaware_optim import Constant, Falling, Law, MuA, Power, Rate, suggest_lr
 from rankaware_optim.laws import checked_multiplier
-from rankaware_optim.transfer import Suggestion
 
 RESTS_ON = ("laws", "transfer", "fitting")
 PAGE, PICTURE = RESULTS / "large_models.md", RESULTS / "large_models.png"
@@ -221,7 +220,7 @@ def lost_in_words(sweep: Sweep, rank: int, x: float) -> str:
 # --- rates without a run ----------------------------------------------------------------------------------------------
 
 
-def suggestion_of(sweep: Sweep, rank: int) -> Suggestion:
+def suggestion_of(sweep: Sweep, rank: int) -> Rate:
     task = "rl" if sweep.unit == "points" else "other"
     return suggest_lr(sweep.asked(rank), method=sweep.at(rank).method, task=task)
 

@@ -18,8 +18,8 @@ from study.optima import optimum, ranks_in
 from study.regret import lost
 from study.runs_on_file import read_begun
 
-from rankaware_optim import Reference
-from rankaware_optim.transfer import Suggestion, suggest_lr
+from rankaware_optim import Rate, Reference
+from rankaware_optim.transfer import suggest_lr
 
 Kind = Literal["Init[A]", "Init[B]", "full finetuning"]
 KINDS: tuple[Kind, ...] = ("Init[A]", "Init[B]", "full finetuning")
@@ -61,7 +61,7 @@ def asked(task: str, config: str, rank: int) -> Reference:
     return replace(reference_at(config, rank), fan_in=width)
 
 
-def suggestion_of(task: str, config: str, rank: int, kind: Any = None) -> Suggestion:
+def suggestion_of(task: str, config: str, rank: int, kind: Any = None) -> Rate:
     """The suggestion for a task's configuration, as for another kind of task than "other" if given."""
     return suggest_lr(asked(task, config, rank), task=kind)
 

@@ -5,8 +5,6 @@ It is printed as numbers, or as lines for a trainer's configuration.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-
 import click
 
 from .. import inspection, transfer
@@ -24,6 +22,7 @@ from ._options import (
     law_option,
     may_name_module,
     option,
+    rate_document,
 )
 
 _SHAPE = (
@@ -218,8 +217,9 @@ def convert(
         moved_by = moved_by.bind(get_optimizer_class(optimizer), {})
     rate = transfer.convert_lr(lr, from_=origin, to=at, law=moved_by, dtype=dtype)
     if dtype and (unmoved := optimizers.rounding_of_normal(rate.lr, dtype)):
-        rate = replace(rate, notes=(*rate.notes, unmoved))
+        rate = rate.with_notes(unmoved)
     if tool:
         echo(_lines(tool, at, rate, lr=lr, tuned_at=from_, to=to, law=law))
         return
-    echo_result(as_json, rate, {"from_lr": lr, "from": from_, "to": to, **asdict(rate)})
+    document = {"from_lr": lr, "from": from_, "to": to, **rate_document(rate)}
+    echo_result(as_json, rate, document)

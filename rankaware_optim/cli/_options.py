@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from .._printing import printable
+from .._rate import Rate
 
 Decorator = Callable[[Any], Any]
 INTERRUPTED = 130  # exit code of shells for SIGINT
@@ -41,6 +42,19 @@ def echo_result(as_json: bool, result: object, document: object) -> None:
         return
     text = msgspec.json.encode(document, enc_hook=float)
     echo(msgspec.json.format(text, indent=1).decode())
+
+
+def rate_document(rate: Rate) -> dict[str, object]:
+    """Return a learning rate as an object of JSON."""
+    return {
+        "lr": rate.lr,
+        "low": rate.low,
+        "high": rate.high,
+        "ceiling": rate.ceiling,
+        "extrapolated": rate.extrapolated,
+        "notes": rate.notes,
+        "configuration": rate.configuration,
+    }
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -124,7 +138,7 @@ RSLORA = flag(
     "--rslora", "rsLoRA: divide alpha by the root of the rank, not by the rank."
 )
 
-# Fields of a `Rate` in a document.
+# The fields of `rate_document`.
 RATE_FIELDS = (
     "lr (per step), low and high (ends of the 90 % band, per step), ceiling (smallest rate that"
     " diverged, moved to this configuration as a best rate, or null), extrapolated (whether it is"

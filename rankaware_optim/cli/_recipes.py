@@ -23,6 +23,7 @@ from ._options import (
     number_or_rank,
     option,
     out_option,
+    rate_document,
 )
 
 _RECIPE = click.argument("recipe", type=FILE)
@@ -63,7 +64,7 @@ def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
         # the rate's notes say it
         warnings.filterwarnings("ignore", "Recipe .* extrapolates", RankAwareWarning)
         rate = loaded.at(method="full" if full else "lora", **options)
-    echo_result(as_json, rate, rate)
+    echo_result(as_json, rate, rate_document(rate))
 
 
 @click.command()

@@ -115,6 +115,7 @@ def rate(recipe: Recipe, at: Reference, steps: int | None = None) -> Rate:
         extrapolated=is_extrapolated,
         notes=(*notes, *recipe.notes),
         configuration=_configuration_text(recipe, at, steps),
+        reference=at,
     )
 
 

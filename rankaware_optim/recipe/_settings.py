@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from .._checks import is_number
 from .._optimizers import defaults_of
-from .._rate import Rate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -45,8 +44,6 @@ def plain_value(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Rate):
-        return float(value)
     if hasattr(value, "tolist"):  # torch and numpy
         return value.tolist()
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

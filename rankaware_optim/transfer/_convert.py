@@ -70,7 +70,7 @@ def convert_lr(
     base = check_lr(lr)
     law = get_law(law)
     origin = as_reference(from_)
-    target = as_reference(to, like=origin)
+    asked = target = as_reference(to, like=origin)
     width = origin.fan_in or target.fan_in
     if origin.method == target.method == "lora" and origin.init != target.init:
         raise InvalidReferenceError(
@@ -97,6 +97,7 @@ def convert_lr(
         check_lr(base * moved, "The converted lr"),
         notes=(*notes, *notes_of(assigner, survey)),
         configuration=str(target),
+        reference=asked,
     )
 
 

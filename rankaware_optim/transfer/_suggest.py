@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import mode
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -159,21 +159,6 @@ FACTORS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Suggestion(Rate):
-    """A rate to start from. `low` and `high` bound the best rate with about 90 % probability.
-
-    `lr` is × 0.71 of the middle of the interval, and lower in reinforcement learning with full
-    finetuning. `notes` are sentences on what widens the interval or moves the rate. Use it as
-    `RankAwareOptimizer(model, AdamW, lr=s.lr, tuned_at=s.reference)`.
-
-    Args:
-        reference: the configuration of the rate, without a fan-in.
-    """
-
-    reference: Reference
-
-
 @explain_near_misses
 def suggest_lr(
     model: Any,
@@ -185,7 +170,7 @@ def suggest_lr(
     dora: bool | None = None,
     task: Task | None = None,
     steps: int | None = None,
-) -> Suggestion:
+) -> Rate:
     """Suggest a learning rate for a model's rank, alpha, init and width, or for a `Reference`,
     without any run.
 
@@ -203,8 +188,8 @@ def suggest_lr(
     Args:
         model: the model, its survey, a `Reference`, or a built trainer, which gives its model and
             task. Its hidden size is its most common fan-in, or the largest for full finetuning.
-            With several ranks the rate is for the most common one.
-            `tuned_at=suggestion.reference` moves it to the others.
+            If the model has several ranks, the learning rate is for the most common one, and
+            `RankAwareOptimizer(model, AdamW, lr=suggest_lr(model))` converts it to the others.
         optimizer: a torch optimizer class or its name.
         settings: its settings. Muon's `adjust_lr_fn` changes the rate.
         method: "lora" or "full".
@@ -238,8 +223,8 @@ def suggest_lr(
     middle = anchor.log2_rate + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(anchor.sd, *(move.sd for move in moves))
-    return Suggestion(
-        lr=2.0 ** (middle - anchor.margin),
+    return Rate(
+        2.0 ** (middle - anchor.margin),
         low=2.0 ** (middle - reach),
         high=2.0 ** (middle + reach),
         extrapolated=any(move.outside for move in moves),

@@ -114,7 +114,7 @@ def test_convert_gives_what_convert_lr_gives(origin, to, law):
     """--from, --to and --law are those of `convert_lr`, in words and as JSON, which says from where to where."""
     command = ["convert", "2e-4", "--from", origin, "--to", to, "--law", law]
     wanted = convert_lr(2e-4, from_=origin, to=to, law=law)
-    assert call(*command).output == f"{wanted}\n"
+    assert call(*command).output == f"{wanted!s}\n"
     document = json.loads(call(*command, "--json").output)
     assert document.keys() == RATE | {"from_lr", "from", "to"}
     assert (document["lr"], document["from_lr"]) == (wanted.lr, 2e-4)
@@ -176,7 +176,7 @@ def test_lr_prints_the_recipes_rate(options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankAwareWarning)
         rate = RECIPE.at(**RATES[options])
-    assert (done.stdout, done.stderr) == (f"{rate}\n", "")
+    assert (done.stdout, done.stderr) == (f"{rate!s}\n", "")
     assert all(done.stdout.count(note) == 1 for note in rate.notes)
     document = json.loads(call(*command, "--json").stdout)
     assert document.keys() == RATE

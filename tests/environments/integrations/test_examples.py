@@ -76,7 +76,7 @@ def test_a_calibration_ends_in_a_rate(run, script):
     lr, low, high = map(
         float,
         re.search(
-            r"^lr +(\S+)\nat .*rank 8.*\n90 % band (\S+) to (\S+)$", out, re.M
+            r"^lr +(\S+)\nat .*rank 8.*\n90 % interval (\S+) to (\S+)$", out, re.M
         ).groups(),
     )
     assert low <= lr <= high

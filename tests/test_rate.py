@@ -1,0 +1,119 @@
+"""A `Rate` is a float wherever a float goes, and knows more where it is asked."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+import rankaware_optim as ra
+
+from .helpers.models import mlp, trained
+from .helpers.recipes import RECIPE
+
+RATE = ra.Rate(
+    2e-4,
+    low=1e-4,
+    high=4e-4,
+    ceiling=1e-2,
+    notes=("A note.",),
+    configuration="rank 16",
+    reference=ra.Reference(16, 32),
+)
+SOURCES = {
+    "a suggestion": lambda: ra.suggest_lr(ra.Reference(16, 32)),
+    "a conversion": lambda: ra.convert_lr(1e-3, "r=16,alpha=32", "r=64"),
+    "a recipe": lambda: RECIPE.at(16, alpha=32),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_answer_is_a_float(source):
+    """What the three functions return works as a number in torch, in JSON, in arithmetic and comparisons."""
+    rate = SOURCES[source]()
+    assert isinstance(rate, ra.Rate)
+    assert AdamW(trained(mlp()), lr=rate).param_groups[0]["lr"] == rate.lr
+    assert json.loads(json.dumps({"lr": rate})) == {"lr": rate.lr}
+    for result in (rate * 2, rate / 2, 1 - rate, -rate, +rate, float(rate), rate.lr):
+        assert type(result) is float
+    assert 0 < rate < 1
+    assert rate == rate.lr
+    assert hash(rate) == hash(rate.lr)
+    assert rate.reference is not None
+    assert rate.reference.method == "lora"
+
+
+def test_it_prints_all_and_formats_as_a_number():
+    """print shows the table, an f-string the number, and repr is one line."""
+    lines = str(RATE).splitlines()
+    assert lines[0].split() == ["lr", "0.0002"]
+    assert lines[-1] == "note: A note."
+    assert (f"{RATE}", f"{RATE:.2g}", f"{RATE:.1e}") == ("0.0002", "0.0002", "2.0e-04")
+    assert repr(RATE) == "Rate(0.0002, low=0.0001, high=0.0004, ceiling=0.01)"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickled_it_is_a_plain_float(protocol):
+    """No file needs this package to be read; a copy in the same process is the object itself."""
+    again = pickle.loads(pickle.dumps(RATE, protocol))
+    assert (type(again), again) == (float, 2e-4)
+    assert copy.copy(RATE) is RATE
+    assert copy.deepcopy([RATE])[0] is RATE
+
+
+def test_it_cannot_be_changed():
+    """Its facts belong to its number, since copies are the same object."""
+    with pytest.raises(AttributeError, match="low"):
+        RATE.low = 1.0
+    with pytest.raises(AttributeError, match="low"):
+        del RATE.low
+    more = RATE.with_notes("Another.")
+    assert (more, more.notes, more.low) == (2e-4, ("A note.", "Another."), 1e-4)
+    assert RATE.notes == ("A note.",)
+
+
+def test_an_unknown_end_is_none():
+    """A rate without an interval says so by None at both ends."""
+    rate = ra.Rate(1e-3)
+    assert (rate.low, rate.high, rate.band) == (None, None, "unknown")
+    assert "interval" not in str(rate)
+
+
+def test_a_checkpoint_of_the_wrapper_holds_plain_floats():
+    """It loads with weights_only=True, although the learning rate was a suggestion."""
+    model = mlp((16,))
+    opt = ra.RankAwareOptimizer(model, AdamW, lr=ra.suggest_lr(model))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert {type(group["lr"]) for group in loaded["param_groups"]} == {float}
+
+
+def test_the_wrapper_takes_the_configuration_from_the_rate():
+    """On a model of several ranks a suggestion is for the most common one, and the others are converted from there."""
+    model = mlp((4, 64, 64), scalings=2.0)
+    rate = ra.suggest_lr(model)
+    assert rate.reference.rank == 64
+    opt = ra.RankAwareOptimizer(model, AdamW, lr=rate)
+    same = ra.RankAwareOptimizer(
+        model, AdamW, lr=rate.lr, tuned_at=ra.Reference(64, 128)
+    )
+    assert opt.rates.groups == same.rates.groups
+    stated = ra.RankAwareOptimizer(model, AdamW, lr=rate, tuned_at="r=64,alpha=128")
+    assert stated.rates.groups == same.rates.groups
+    other = ra.RankAwareOptimizer(
+        model, AdamW, lr=ra.Rate(1e-3, reference=ra.Reference(4, 8))
+    )
+    assert {part.lr for part in other.rates.groups if part.rank == 4} == {1e-3}
+
+
+def test_another_configuration_than_the_rates_is_an_error():
+    """A rate for rank 16 that is said to be tuned at rank 8 is refused, with both named."""
+    with pytest.raises(ra.OptimizerError, match=r"rank 16.*tuned_at= is rank 8"):
+        ra.RankAwareOptimizer(mlp((16,)), AdamW, lr=RATE, tuned_at="r=8,alpha=32")
