@@ -193,9 +193,9 @@ def read_source(
                 f"steps={steps!r} has no effect without recipe=.",
                 "Remove it.",
             )
+        reference = None if tuned_at is None else as_reference(tuned_at)
         chosen = get_law(DEFAULT_LAW if law is None else law)
-        reference = _reference_of(lr, tuned_at)
-        return Source(law=chosen, lr=plain_lr(lr), reference=reference, **given)
+        return Source(law=chosen, lr=lr, reference=reference, **given)
     for name, value in {"lr": lr, "tuned_at": tuned_at, "law": law}.items():
         if value is not None:
             raise OptimizerError(
@@ -209,26 +209,6 @@ def read_source(
         steps=steps,
         recipe=loaded,
         **given,
-    )
-
-
-def _reference_of(lr: Any, tuned_at: ReferenceLike | None) -> Reference | None:
-    """Return the configuration at which `lr` was tuned: `tuned_at`, else the one that a `Rate`
-    knows. None if neither says it.
-
-    Raises:
-        OptimizerError: the two differ.
-    """
-    of_rate = lr.reference if isinstance(lr, Rate) else None
-    if tuned_at is None:
-        return of_rate
-    reference = as_reference(tuned_at)
-    if of_rate is None or str(reference) == str(of_rate):  # the width may be left out
-        return reference
-    raise OptimizerError(
-        f"lr= is a learning rate for {of_rate}, but tuned_at= is {reference}.",
-        "Remove tuned_at=, because this lr knows its configuration, or pass the number alone:"
-        " lr=float(...).",
     )
 
 

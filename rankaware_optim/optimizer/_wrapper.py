@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from .._checks import plain_lr
 from .._near_misses import explain_near_misses
 from .._rate import Rate
 from .._types import Init, Method
