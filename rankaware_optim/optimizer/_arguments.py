@@ -1,5 +1,5 @@
-"""What is given: an optimizer, and parameters or groups. What cannot be wrapped is refused before
-anything is changed.
+"""The arguments of `RankAwareOptimizer`: reads the optimizer and the parameters or groups. Those
+that cannot be wrapped are an error, before anything is changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._parts import Group, SplitGroup, shapes_of
 from ._source import Settings, Source
 
 Native = type[Optimizer]  # the class that is wrapped
-# What `rank_aware_param_groups` writes into a group beside its multiplied rate.
+# The key that `rank_aware_param_groups` adds to a group whose learning rate it multiplied.
 MULTIPLIED = "rank_multiplier"
 
 
@@ -32,16 +32,17 @@ MULTIPLIED = "rank_multiplier"
 
 
 def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
-    """Return the user's groups, which have no parts yet. What was given is not changed.
+    """Read the user's groups. They are not divided into parts yet, and the arguments are not
+    changed.
 
     Args:
         params: parameters, named parameters, or dicts of them.
-        walked: the model's parameters.
-        first: number of the first group.
+        walked: the model, whose names the parameters get.
+        first: the number of the first group, for the names of parameters outside the model.
 
     Raises:
-        OptimizerError: what is listed is no parameter, or a group holds a rate that is impossible,
-            or multiplied already.
+        OptimizerError: an entry is no parameter, a group has no parameters, or its learning rate is
+            impossible or was multiplied already.
     """
     entries = _listed(params)
     if not isinstance(next(iter(entries), None), Mapping):
@@ -49,12 +50,14 @@ def user_groups(params: Any, walked: Walk, first: int = 0) -> list[SplitGroup]:
     names: dict[Any, str] = {p: name for name, p in walked.parameters}
     groups = []
     for number, given in enumerate(entries, first):
-        seen = _options(given)
+        snapshot = _options(given)
         listed = []
-        for place, param in enumerate(seen["params"]):
+        for place, param in enumerate(snapshot["params"]):
             listed.append(names.get(param, f"group{number}.unnamed.{place}"))
         group = given if type(given) is dict else {}
-        groups.append(SplitGroup(group, listed, shapes_of(seen["params"]), seen))
+        groups.append(
+            SplitGroup(group, listed, shapes_of(snapshot["params"]), snapshot)
+        )
     return groups
 
 
@@ -63,13 +66,13 @@ def _listed(params: Any) -> list[Any]:
 
 
 def _options(given: Any) -> Group:
-    """Return a group as torch has it: named parameters are two lists."""
+    """Return a group in torch's form, in which the names of named parameters are a second list."""
     if MULTIPLIED in given:
         raise OptimizerError(
-            "A parameter group is one of rank_aware_param_groups, whose rates are multiplied"
-            " already.",
-            "Give RankAwareOptimizer the model or its parameters, or these groups to the native"
-            " class.",
+            "A parameter group comes from rank_aware_param_groups, so its learning rate is"
+            " multiplied already.",
+            "Pass the model or its parameters to RankAwareOptimizer, or pass these groups to the"
+            " native optimizer class.",
         )
     options = dict(given)
     if "params" not in options:
@@ -87,8 +90,8 @@ def _options(given: Any) -> Group:
     for entry in entries:
         if not isinstance(entry, torch.Tensor):
             raise OptimizerError(
-                f"A parameter group holds a {type(entry).__name__}.",
-                "Give tensors, (name, tensor) pairs, or dicts.",
+                f"A parameter group contains a {type(entry).__name__}.",
+                "Pass tensors, (name, tensor) pairs, or dicts of them.",
             )
     return {**options, "params": entries}
 
@@ -112,13 +115,13 @@ def refuse_outside(
     outside = []
     count = 0
     for group in groups:
-        for name, param in zip(group.names, group.seen["params"], strict=True):
+        for name, param in zip(group.names, group.snapshot["params"], strict=True):
             count += 1
             if param not in held:
                 outside.append((group, name))
     another_model = len(outside) == count and not later
     for group, name in outside:
-        in_group = "lr" in group.seen and not built
+        in_group = "lr" in group.snapshot and not built
         is_rated = in_group or source.rate_of(name, other=True) is not None
         if not is_rated or another_model:
             raise OptimizerError(
@@ -133,8 +136,10 @@ def refuse_outside(
 
 
 class Wrapped(NamedTuple):
-    """What is wrapped: the class, the optimizer if it is built already, and the settings of all
-    groups.
+    """The optimizer to wrap.
+
+    native: its class. built: the instance, if it exists already. settings: the arguments that apply
+    to all groups.
     """
 
     native: Native
@@ -149,20 +154,26 @@ def read_optimizer(
     settings: Settings,
     ours: Collection[str],
 ) -> Wrapped:
-    """Return what is wrapped. Raise if it cannot have group rates, or if a setting is nearly one of
-    `ours`, which a class with `**kwargs` would drop silently.
+    """Read which optimizer to wrap, from the arguments of `RankAwareOptimizer`.
+
+    ours: the names of its own arguments. A setting that is nearly one of them is an error, because
+    an optimizer class with `**kwargs` would ignore it silently.
+
+    Raises:
+        OptimizerError: the optimizer cannot have one learning rate for each group.
+        CallError: a setting is nearly one of our arguments.
     """
     _refuse_model(params, optimizer)
     is_built = isinstance(params, Optimizer)
     native = type(params) if is_built else get_optimizer_class(optimizer)
     if hasattr(native, "_rankaware_native"):
         raise OptimizerError(
-            "This optimizer is rank-aware already.", "Use it as it is."
+            "This optimizer is a RankAwareOptimizer already.", "Use it as it is."
         )
     if reason := known_optimizer(native)[1].one_rate:
         raise OptimizerError(
-            f"{native.__name__} {reason}, so it cannot have a rate per rank.",
-            "Use it unwrapped, or choose another optimizer.",
+            f"{native.__name__} {reason}, so it cannot train each rank at its own learning rate.",
+            "Use it without RankAwareOptimizer, or choose another optimizer.",
         )
     if is_built:
         _refuse_built(params, {"optimizer": optimizer, "lr": lr, **settings})
@@ -172,7 +183,7 @@ def read_optimizer(
 
 
 def _refuse_model(first: object, optimizer: object) -> None:
-    """Raise if a model stands in the optimizer's place."""
+    """Raise an error if a model was passed in the optimizer's place."""
     if not isinstance(optimizer, nn.Module):
         return
     cure = "RankAwareOptimizer(params, torch.optim.AdamW, model=model, lr=...)"
@@ -186,36 +197,39 @@ def _refuse_model(first: object, optimizer: object) -> None:
 
 
 def settings_of_built(opt: Optimizer) -> Settings:
-    """Return the settings of a built optimizer, some of which are attributes."""
+    """Return the settings of an existing optimizer. Some classes keep them as attributes."""
     return {**vars(opt), **opt.defaults}
 
 
 def _refuse_built(built: Optimizer, given: Settings) -> None:
-    """Raise for an optimizer that cannot be regrouped any more, or beside which more is given."""
+    """Raise an error if the groups of an existing optimizer cannot be divided any more, or if
+    arguments that only apply to a new one were passed with it.
+    """
     for key, value in given.items():
         if value is not None:
             raise OptimizerError(
-                f"{key}= was given for an optimizer that is built already.",
-                "Give it when building it.",
+                f"{key}= was passed with an optimizer that exists already, where it has no effect.",
+                "Set it when you create that optimizer, or pass the class instead of the instance.",
             )
     name = type(built).__name__
     if hasattr(built.step, "_wrapped_by_lr_sched") or "step" in vars(built):
         raise OptimizerError(
-            f"{name}'s step was replaced on the instance, as a scheduler does it, and would train"
-            " without multipliers.",
-            "Wrap the optimizer first, then build the scheduler.",
+            f"The step method of this {name} was replaced, as a scheduler does it, so it would"
+            " train without multipliers.",
+            "Wrap the optimizer first, then create the scheduler.",
         )
     if hasattr(built, "base_lrs"):  # as AdaBound's
         raise OptimizerError(
-            f"{name} keeps base_lrs for each of its first groups, so it cannot be regrouped.",
-            "Give the class and its settings instead of the instance.",
+            f"{name} keeps a list, base_lrs, with a learning rate for each of its groups, so these"
+            " cannot be divided any more.",
+            "Pass the class and its settings instead of the instance.",
         )
     refuse_other_rates(built)
 
 
 @contextmanager
 def building(native: Native) -> Iterator[None]:
-    """Raise an error of ours for whatever a class raises when it gets groups of ours."""
+    """Turn whatever an optimizer class raises about our groups into an `OptimizerError`."""
     try:
         yield
     except (RankAwareError, Warning):
@@ -223,16 +237,16 @@ def building(native: Native) -> Iterator[None]:
     except Exception as error:
         raise OptimizerError(
             f"{native.__name__} cannot be built with these settings on groups by rank: {error!r}.",
-            "Give settings that it takes, or build it yourself and wrap the instance:"
-            f" RankAwareOptimizer({native.__name__}(...), model=model). If it is one around another"
-            " optimizer, wrap that one first.",
+            "Pass settings that it accepts, or build it yourself and wrap the instance:"
+            f" RankAwareOptimizer({native.__name__}(...), model=model). If it contains another"
+            " optimizer, pass that one to RankAwareOptimizer first.",
         ) from error
 
 
-# --- its rates ------------------------------------------------------------------------------------
+# --- its learning rates ---------------------------------------------------------------------------
 
-# Settings of groups that are called rates, but at which no parameter trains: those of schedules, of
-# preconditioners and of a thermostat.
+# Options of groups that are called learning rates, but at which no parameter trains: those of
+# schedules, of preconditioners and of a thermostat.
 _NO_RATES = {
     *("initial_lr", "init_lr", "base_lr", "final_lr", "min_lr", "max_lr", "swa_lr"),
     *("scheduled_lr", "precond_lr", "precondition_lr"),
@@ -241,13 +255,13 @@ _NO_RATES = {
 
 
 def refuse_other_rates(opt: Optimizer) -> None:
-    """Raise if an optimizer trains parameters at other rates than its groups' lr, which no
-    multiplier would move.
+    """Raise an error if an optimizer trains parameters at a learning rate other than the `lr` of
+    its groups, because multipliers would not reach it.
     """
     whose = ""
     for group in opt.param_groups:
         if "lr" not in group:
-            whose = "has no rate in its groups"
+            whose = "has no lr in its groups"
         for key, value in group.items():
             if key.endswith("_lr") and key not in _NO_RATES and is_number(value):
                 whose = f"trains some parameters at a second rate, {key}={value:g}"
@@ -255,39 +269,43 @@ def refuse_other_rates(opt: Optimizer) -> None:
         whose = "holds another optimizer, whose groups would not change"
     if whose:
         raise OptimizerError(
-            f"{type(opt).__name__} {whose}, so not all of its rates would move with the rank.",
-            "Use it unwrapped, or choose another optimizer. If you gave it an optimizer, wrap that"
-            " one first.",
+            f"{type(opt).__name__} {whose}. So some of its learning rates would not follow the"
+            " rank.",
+            "Use it without RankAwareOptimizer, or choose another optimizer. If you created it"
+            " around another optimizer, pass that one to RankAwareOptimizer first.",
         )
 
 
 def refuse_own_rates(
     native: Native, groups: Iterable[SplitGroup], settings: Settings
 ) -> None:
-    """Raise if the optimizer makes its rates itself in a group, so that ours would train nothing.
+    """Raise an error if a setting makes the optimizer compute its own learning rates in a group, so
+    that it would ignore ours.
 
-    settings: those given for all groups.
+    settings: the arguments that apply to all groups.
     """
     own = known_optimizer(native)[1].own_rate
     if own is None:
         return
     (setting, off), given = own, in_force(native, settings)
     for group in groups:
-        value = {**given, **group.seen}.get(setting, off)
+        value = {**given, **group.snapshot}.get(setting, off)
         if value != off:
             raise OptimizerError(
-                f"{native.__name__} makes its rates itself with {setting}={value!r}, so those"
-                " given would train nothing.",
-                f"Give {setting}={off!r}.",
+                f"With {setting}={value!r}, {native.__name__} computes its own learning rates and"
+                " ignores lr.",
+                f"Set {setting}={off!r}.",
             )
 
 
 def with_base_lr(
     source: Source, wrapped: Wrapped, groups: Iterable[SplitGroup]
 ) -> Source:
-    """Return the source with a base rate: a number or a tensor that is given, else the optimizer's
-    default, which was not tuned. That is refused where a reference says that it was, and warned of
-    elsewhere. A built optimizer's groups have rates.
+    """Return the source with its base learning rate, a number or a tensor.
+
+    Without `lr` it is the default of the optimizer's class, which nobody tuned: there is a warning,
+    or an error if `tuned_at` says that it was tuned. The groups of an existing optimizer have their
+    own.
     """
     if source.lr is not None:
         check_lr(source.lr)
@@ -296,17 +314,17 @@ def with_base_lr(
         return source
     kind = wrapped.native.__name__
     default = defaults_of(wrapped.native).get("lr")
-    without = chain(*(g.names for g in groups if "lr" not in g.seen))
+    without = chain(*(g.names for g in groups if "lr" not in g.snapshot))
     is_used = any(source.rate_of(name) is None for name in without)
     if not is_number(default) or (is_used and source.reference is not None):
         raise OptimizerError(
-            f"No lr= was given, and {kind}'s default, {default}, is not tuned.",
-            "Give the rate as lr=, with tuned_at= where it was tuned.",
+            f"No lr= was passed, and the default of {kind}, {default}, is not a tuned one.",
+            "Pass lr=, and as tuned_at= the rank and alpha at which it was tuned.",
         )
     if is_used:
         warn(
-            f"No lr= was given, so this trains at {kind}'s default rate, {default:g}, which nobody"
-            " tuned for this model. Give lr= with tuned_at=, the rank and alpha at which it was"
-            " tuned, or recipe=."
+            f"No lr= was passed, so the model trains at the default learning rate of {kind},"
+            f" {default:g}, which nobody tuned for it. Pass lr=, and as tuned_at= the rank and"
+            " alpha at which it was tuned, or pass recipe=."
         )
     return replace(source, lr=default)

@@ -32,7 +32,7 @@ from ._arguments import (
 )
 from ._assign import make_assigner
 from ._notes import notes_of
-from ._parts import Hidden, SplitGroup, split
+from ._parts import SplitGroup, WrapperState, split_into_parts
 from ._source import Settings, Source, on_this_model
 
 
@@ -43,7 +43,7 @@ def prepare(
     source: Source,
     method: Method,
     init: Init | None,
-) -> Hidden:
+) -> WrapperState:
     """Read the parameters, assign their rates and split their groups. Nothing is changed.
 
     Args:
@@ -77,17 +77,17 @@ def prepare(
     source = on_this_model(source, trained, native, in_groups)
     if built is not None and source.lr is not None:  # a recipe's replaces theirs
         for group in groups:
-            group.seen["lr"] = source.lr
+            group.snapshot["lr"] = source.lr
     source = with_base_lr(source, wrapped, groups)
     are_several = isinstance(model, Models)
     assigner = make_assigner(
         trained, source, method, native, settings, are_several=are_several
     )
-    split(groups, assigner, survey, None if built is None else built.state)
+    split_into_parts(groups, assigner, survey, None if built is None else built.state)
     _refuse_parallel_lists(groups, native)
     assigned = [part.assigned for group in groups for part in group.parts]
     notes = notes_of(assigner, trained, assigned)
-    return Hidden(assigner, survey, init, notes, groups, _weakly(model))
+    return WrapperState(assigner, survey, init, notes, groups, _weakly(model))
 
 
 def _settings_of_factors(
@@ -99,27 +99,30 @@ def _settings_of_factors(
     found: list[Settings] = []
     for group in groups:
         if not factors.isdisjoint(group.names):
-            found.append({**given, **group.seen})
+            found.append({**given, **group.snapshot})
     return found or [given]
 
 
 def prepare_later(
-    hidden: Hidden, opt: Optimizer, model: nn.Module, param_group: Mapping[str, Any]
+    wrapper: WrapperState,
+    opt: Optimizer,
+    model: nn.Module,
+    param_group: Mapping[str, Any],
 ) -> tuple[Survey, SplitGroup]:
     """Return the survey with the factors of a later group, and its split. Nothing is changed."""
     walked = walk(model)
-    assigner = hidden.assigner
-    groups = user_groups([param_group], walked, first=len(hidden.splits))
+    assigner = wrapper.assigner
+    groups = user_groups([param_group], walked, first=len(wrapper.splits))
     held = {param for _, param in walked.parameters}
     refuse_outside(groups, held, assigner.source, later=True)
     refuse_own_rates(type(opt), groups, settings_of_built(opt))
     also = _frozen(groups)
     also |= {p for group in opt.param_groups for p in group["params"]}
-    later = survey_of(walked, method=assigner.method, init=hidden.init, also=also)
+    later = survey_of(walked, method=assigner.method, init=wrapper.init, also=also)
     # those of before stay, since trained weights do not show their init
-    factors = {f.name: f for f in (*later.factors, *hidden.survey.factors)}
-    survey = replace(hidden.survey, factors=tuple(factors.values()))
-    split(groups, assigner, survey)
+    factors = {f.name: f for f in (*later.factors, *wrapper.survey.factors)}
+    survey = replace(wrapper.survey, factors=tuple(factors.values()))
+    split_into_parts(groups, assigner, survey)
     _refuse_parallel_lists(groups, type(opt))
     return survey, groups[0]
 
@@ -149,7 +152,7 @@ def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
     for group in groups:
         if len(group.parts) == 1:
             continue
-        for name, value in group.seen.items():
+        for name, value in group.snapshot.items():
             is_known = name in ("params", "param_names") or name in own
             is_list = isinstance(value, (list, tuple)) and not is_known
             if is_list and len(value) == len(group.names):
@@ -162,7 +165,9 @@ def _refuse_parallel_lists(groups: Iterable[SplitGroup], native: type) -> None:
 
 def _frozen(groups: Iterable[SplitGroup]) -> set[Any]:
     """Return frozen parameters that the user listed, since they get a rate if they train later."""
-    return {p for group in groups for p in group.seen["params"] if not p.requires_grad}
+    return {
+        p for group in groups for p in group.snapshot["params"] if not p.requires_grad
+    }
 
 
 def _weakly(model: nn.Module) -> Callable[[], nn.Module | None]:

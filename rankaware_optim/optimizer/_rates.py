@@ -19,7 +19,7 @@ from .._types import Factor
 from .._warn import warn
 from ..inspection import Survey, other_kind
 from ._assign import Assigned
-from ._parts import peak_of, splits_of
+from ._parts import peak_lr, split_groups
 from ._unmoved import SameRate, epsilon, rounding
 
 _HEADINGS = (
@@ -79,7 +79,7 @@ class Rates(Mapping[str, RateGroup]):
     def groups(self) -> tuple[RateGroup, ...]:
         """The user's groups, divided into parameters of one learning rate, in the user's order."""
         groups = []
-        for number, split in enumerate(splits_of(self._opt)):
+        for number, split in enumerate(split_groups(self._opt)):
             base = float(split.group["lr"])
             start = float(split.group.get("initial_lr", base))
             for part in split.parts:
@@ -214,10 +214,10 @@ def _range(values: Iterable[float]) -> str:
 
 def make_report(opt: Any) -> Report:
     """Return the report on an optimizer at its current learning rates."""
-    hidden = opt._rankaware
+    wrapper = opt._rankaware
     groups = opt.rates.groups
-    assigner = hidden.assigner
-    survey = hidden.survey
+    assigner = wrapper.assigner
+    survey = wrapper.survey
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
         title += f": moved from {assigner.reference}"
@@ -229,7 +229,7 @@ def make_report(opt: Any) -> Report:
     trained = trained_parts(opt)
     return Report(
         rows=tuple(rows),
-        notes=hidden.notes,
+        notes=wrapper.notes,
         title=title,
         audit=tuple(audit),
         unmoved=tuple(filter(None, (rounding(trained), epsilon(trained)))),
@@ -282,18 +282,18 @@ def trained_parts(opt: Any) -> list[SameRate]:
     which the optimizer was built.
     """
     trained = []
-    splits = splits_of(opt)
+    splits = split_groups(opt)
     none_trains = not any(float(split.group["lr"]) for split in splits)
     is_adam = known_optimizer(type(opt))[1].relation == "as AdamW"
     for row in chain.from_iterable(map(_by_training, opt.rates.groups)):
         if row.role == "frozen" or row.family != "sign-like":
             continue
         split = splits[row.user_group]
-        rates = [row.base_lr, peak_of(split.group)]
+        rates = [row.base_lr, peak_lr(split.group)]
         # A learning rate of 0 freezes a group if others train. In all groups it is the start of a
         # warm-up.
         if "initial_lr" not in split.group and (row.base_lr or none_trains):
-            rates.append(float(split.seen["lr"]))
+            rates.append(float(split.snapshot["lr"]))
         params = dict(zip(row.names, row.params, strict=False))
         at = max(rates) * row.multiplier
         kept = kept_dtypes(opt, split.group)
@@ -306,14 +306,14 @@ def trained_parts(opt: Any) -> list[SameRate]:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_unmoved(opt: Any) -> None:
     """Warn about weights that the first step leaves unchanged, and later about Adam's epsilon."""
-    hidden = opt._rankaware
+    wrapper = opt._rankaware
     text = ""
-    if hidden.steps >= EPSILON_AT:
+    if wrapper.steps >= EPSILON_AT:
         return
-    hidden.steps += 1
-    if hidden.steps == 1:
+    wrapper.steps += 1
+    if wrapper.steps == 1:
         text = rounding(trained_parts(opt))
-    elif hidden.steps == EPSILON_AT:
+    elif wrapper.steps == EPSILON_AT:
         text = epsilon(trained_parts(opt))
     if text:
         warn(text)

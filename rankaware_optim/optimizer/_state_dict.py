@@ -21,7 +21,7 @@ from .._warn import warn
 from ..errors import CheckpointError
 from ..inspection import canonical_name
 from ._arguments import MULTIPLIED
-from ._parts import Group, Part, SplitGroup, State, peak_of, same
+from ._parts import Group, Part, SplitGroup, State, peak_lr, same_value
 
 KEY = "rank_parts"
 # The state of torch's own classes. These entries are one number. Adafactor keeps the mean squares
@@ -55,7 +55,7 @@ def warn_of_train_mode(opt: Optimizer) -> None:
         )
 
 
-def with_parts(
+def with_rank_parts(
     state: dict[str, Any], splits: Iterable[SplitGroup], native: type
 ) -> dict[str, Any]:
     """Return a native state with what its layout does not hold."""
@@ -76,7 +76,7 @@ def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
     values = {}
     for key in parts[0].group.keys() - {"params", "lr"}:
         each = [part.group.get(key) for part in parts]
-        if not all(same(value, each[0]) for value in each):
+        if not all(same_value(value, each[0]) for value in each):
             values[key] = each
     if any(part.given_at for part in parts):
         values["given_at"] = [part.given_at for part in parts]
@@ -256,27 +256,27 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
     whose group has another value than the first part.
     """
     parts = [replace(part, group=dict(part.group)) for part in split.parts]
-    made = replace(split, group=user, parts=parts, seen={})
-    made.follow_options(user)
-    made.see()
+    made = replace(split, group=user, parts=parts, snapshot={})
+    made.copy_options(user)
+    made.take_snapshot()
     for key, each in values.items():
         is_new = key not in user or torch.is_tensor(each[0])
-        if len(each) == len(parts) and (is_new or same(each[0], user[key])):
+        if len(each) == len(parts) and (is_new or same_value(each[0], user[key])):
             for part, value in zip(parts, each, strict=True):
                 part.group[key] = value
     for part in parts:
-        given_at = part.group.pop("given_at", None) or peak_of(user)
-        part.settle(user["lr"], given_at)
+        given_at = part.group.pop("given_at", None) or peak_lr(user)
+        part.fix_multiplier(user["lr"], given_at)
     return made
 
 
 def warn_of_rates(built: Iterable[float], groups: Iterable[Group]) -> None:
     """Warn once where a loaded base rate is not that with which this optimizer was built.
 
-    built, groups: `peak_of` each group before the load, and the groups after it.
+    built, groups: `peak_lr` each group before the load, and the groups after it.
     """
     for number, (given, group) in enumerate(zip(built, groups, strict=True)):
-        saved = peak_of(group)
+        saved = peak_lr(group)
         if given and saved and abs(saved / given - 1) > 1e-6:
             warn(
                 f"The checkpoint's base rate trains on in group {number}, as natively: {saved:.3g},"

@@ -1,9 +1,9 @@
-"""`RankAwareOptimizer`: any torch optimizer, with a rate for every parameter from a base rate and a
-law.
+"""`RankAwareOptimizer`: any torch optimizer, with the learning rate of its rank for each parameter.
 
-The object is an instance of a cached, direct subclass of the user's optimizer class, so that
-schedulers, scalers, trainers and checkpoints accept it. Its groups are the user's, at base rates.
-Their parts, at multiplied rates, are in place inside the native class's methods only.
+The object is an instance of a direct subclass of the user's optimizer class, so that schedulers,
+scalers, trainers and checkpoints accept it. Its `param_groups` are the user's groups at base
+learning rates. Only inside the native class's methods are they replaced by their parts, see
+`_parts.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.optim import AdamW, Optimizer
 from .._checks import plain_lr
 from .._near_misses import explain_near_misses
 from .._rate import Rate
-from .._types import Init, Method
+from .._types import Init, Method, Reference
 from ..errors import CheckpointError, OptimizerError
-from ..inspection import ReferenceLike, as_one_model
+from ..inspection import ReferenceLike, as_one_model, as_reference
 from ..laws import Law
 from ..recipe import Recipe
 from ._arguments import (
@@ -36,15 +36,17 @@ from ._arguments import (
     refuse_other_rates,
 )
 from ._parts import (
-    Hidden,
-    adopt,
-    enter,
-    in_parts,
-    leave,
-    outside_a_step,
-    peak_of,
-    present,
-    splits_of,
+    Group,
+    RankAware,
+    WrapperState,
+    fill_user_groups,
+    hide_parts,
+    peak_lr,
+    read_outside_a_step,
+    show_parts,
+    split_groups,
+    take_built_groups,
+    with_parts_shown,
 )
 from ._prepare import prepare, prepare_later
 from ._rates import Rates, Report, make_report, warn_of_unmoved
@@ -54,7 +56,7 @@ from ._state_dict import (
     restored,
     warn_of_rates,
     warn_of_train_mode,
-    with_parts,
+    with_rank_parts,
 )
 from ._unmoved import check_parameters
 
@@ -71,8 +73,8 @@ class _Meta(type):
 if TYPE_CHECKING:
 
     class _Base(Optimizer):
-        """Accepts any arguments, so that type checkers that read `__init__` and `__new__` use only
-        `__new__`.
+        """Accepts any arguments, so that type checkers, which read both `__init__` and `__new__`,
+        use the signature of `__new__`.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -82,8 +84,7 @@ else:
 
 
 class RankAwareOptimizer(_Base, metaclass=_Meta):
-    """Wrap a torch optimizer so that every LoRA factor gets the rate that a scaling law gives it at
-    its rank::
+    """Wrap a torch optimizer so that every LoRA matrix trains at the learning rate of its rank::
 
         RankAwareOptimizer(model, torch.optim.AdamW, lr=2e-4, tuned_at="r=16,alpha=32")
         RankAwareOptimizer(groups, torch.optim.AdamW, model=model, lr=2e-4)
@@ -91,48 +92,55 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         adamw = torch.optim.AdamW(model.parameters(), lr=2e-4)
         RankAwareOptimizer(adamw, model=model)  # returns the same object
 
-    `param_groups` are your groups as they were given. group["lr"] is the base rate, which you, a
-    scheduler or a trainer set. `step` trains each parameter at it times a multiplier, which `rates`
-    shows. The object is an instance of the given optimizer class, and `state_dict` has its layout.
+    `param_groups` are your own groups. group["lr"] is the base learning rate, which you, a
+    scheduler or a trainer may set at any time. `step` trains each parameter at the base learning
+    rate times a multiplier, which the scaling law computes from the parameter's rank. `rates` shows
+    the products. The object is an instance of the optimizer class that you passed, and
+    `state_dict` has the layout of that class.
 
     Args:
-        params: a model, parameters or groups with `model=`, or an existing optimizer. Of a model
-            the parameters that train are used, and the LoRA matrices of inactive adapters, which
+        params: a model, parameters or groups with `model=`, or an existing optimizer. Of a model,
+            the parameters that train are used, and the LoRA matrices of inactive adapters. These
             train once PEFT's `set_adapter` activates them.
         optimizer: a torch optimizer class, or its name, such as "adamw" or "torch_optimizer:Lamb".
-        model: the model that holds the adapters, if it is not `params`, or a list of several, as
-            [unet, text_encoder]. Only weak references are kept.
-        lr: the base rate, per step, tuned at `tuned_at`. By default the optimizer's own default,
-            with a warning, since nobody tuned it.
-        tuned_at: the configuration at which `lr` was tuned: a `Reference`, a text such as
-            "r=16,alpha=32", an adapter's folder or file, or a `LoraConfig`. By default the model's
-            most common configuration.
-        law: a law or its name, by default "falling".
-        recipe: a calibrated recipe or its path. It replaces `lr`, `tuned_at`
-            and `law`. A warning is given if the optimizer, its settings, batch or steps differ from
-            the recipe's.
+        model: the model that contains the adapters, if it is not `params`, or a list of several
+            models, such as [unet, text_encoder]. Only weak references are kept.
+        lr: the base learning rate, per step, as it was tuned at `tuned_at`. The default is the
+            optimizer's own default, with a warning, because nobody tuned it for this model.
+        tuned_at: the configuration at which `lr` was tuned: a `Reference`, a string such as
+            "r=16,alpha=32", the folder or file of an adapter, or a `LoraConfig`. The default is the
+            configuration of `lr` if that is a `Rate` (as `suggest_lr` returns it), else the most
+            common configuration of the model.
+        law: a scaling law or its name. The default is "falling".
+        recipe: a calibrated recipe or its path. It replaces `lr`, `tuned_at` and `law`. A warning
+            is given if the optimizer, its settings, the batch or the steps differ from the
+            recipe's.
         method: "lora", or "full" for full finetuning of a model without adapters.
-        init: the adapters' init if it cannot be read: "A" (B starts at zero, as in PEFT) or "B" (A
-            starts at zero).
-        rates: rates by name pattern, such as {"*classifier*": 1e-3}, for any parameter.
-        other_lr: the rate of every parameter that is not a factor, by default the base rate. With a
-            recipe the default is the rate of the recipe's trials, else its rate for full
-            finetuning. It must be given if there is neither.
+        init: which LoRA matrix was drawn at random, if this cannot be read from the model: "A" (B
+            started at zero, as in PEFT) or "B" (A started at zero).
+        rates: explicit learning rates by name pattern, for any parameter, such as
+            {"*classifier*": 1e-3}.
+        other_lr: the learning rate of every parameter that is no LoRA matrix. The default is the
+            base learning rate. With a recipe, the default is the learning rate of the recipe's
+            trials, or else the recipe's for full finetuning; if the recipe has neither, `other_lr`
+            is required.
         batch: examples or tokens per step of this run. If `tuned_at` has a batch too, the law's
-            rule moves every rate, as for 4 times the batch at most.
-        steps: training steps of this run. With a recipe other steps than its own widen its band
-            and margin.
-        **settings: the optimizer's own arguments, such as those of a recipe, `**recipe.settings`.
+            rule for the batch changes every learning rate, but never by more than for 4 times the
+            batch.
+        steps: the training steps of this run. Only with a recipe: if its trials had another number
+            of steps, its learning rate is lower and its interval wider.
+        **settings: the optimizer's own arguments, for example `**recipe.settings`.
 
     Raises:
-        InspectionError: the adapters cannot be read. As with the errors below, nothing was changed.
+        InspectionError: the adapters cannot be read. After this and all other errors, the model and
+            the optimizer are unchanged.
         InvalidReferenceError: `tuned_at` is impossible.
         LawError: the law is unknown or cannot be used.
         OptimizerError: the optimizer cannot be built or wrapped with these arguments.
-        RecipeError: the recipe cannot be read, or has no rate for this model.
+        RecipeError: the recipe cannot be read, or has no learning rate for this model.
     """
 
-    _rankaware: Hidden
+    _rankaware: WrapperState
     _rankaware_native: Native
 
     @explain_near_misses
@@ -154,104 +162,115 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         steps: int | None = None,
         **settings: Any,
     ) -> RankAwareOptimizer:
-        # What was given is read and refused first. Then rates are assigned and groups split. The
-        # optimizer is built, or a built one changed, last: what fails has changed nothing.
+        # First all arguments are read and checked, then learning rates are assigned and groups are
+        # split. Only then is the optimizer built, or an existing one changed, so that an error
+        # before leaves everything as it was.
         params = as_one_model(params)
         ours = signature(cls.__new__).parameters
         holder = params if model is None else as_one_model(model)
         wrapped = read_optimizer(params, optimizer, lr, settings, ours)
+        chosen = lr if wrapped.built is None else params.param_groups[0].get("lr")
+        tuned_at = _reference_of(chosen, tuned_at)
+        lr = plain_lr(lr)  # Groups hold plain numbers, so that checkpoints do too.
         source = read_source(
-            recipe, law, tuned_at, plain_lr(lr), batch, steps, rates or {}, other_lr
+            recipe, law, tuned_at, lr, batch, steps, rates or {}, other_lr
         )
         given = params if wrapped.built is None else params.param_groups
-        hidden = prepare(given, holder, wrapped, source, method, init)
-        return cls._build(wrapped.built, hidden)  # type: ignore[no-any-return]
+        wrapper = prepare(given, holder, wrapped, source, method, init)
+        return cls._build(wrapped.built, wrapper)  # type: ignore[no-any-return]
 
     @staticmethod
-    def _build(opt: Any, hidden: Hidden) -> Any:
-        """Build the optimizer on the parts, whose groups the native class sets up, or take over one
-        that is built, with its state. A built one is changed once nothing can fail any more.
+    def _build(opt: Any, wrapper: WrapperState) -> Any:
+        """Build the optimizer on the parts, or take over an existing one with its state.
+
+        The native class sees the parts when it is built, since some classes take notes of their
+        groups then. An existing optimizer is changed only after everything that can fail.
         """
-        native: Any = hidden.assigner.optimizer
-        splits = hidden.splits
-        lr = hidden.assigner.source.lr
+        native: Any = wrapper.assigner.optimizer
+        splits = wrapper.splits
+        lr = wrapper.assigner.source.lr
         if opt is None:
             opt = _blank(native)
             groups = [dict(part.group) for split in splits for part in split.parts]
             with building(native):
-                native.__init__(opt, groups, **{"lr": lr, **hidden.assigner.settings})
+                native.__init__(opt, groups, **{"lr": lr, **wrapper.assigner.settings})
             refuse_other_rates(opt)
-            adopt(opt, splits)
-            present(splits)
+            take_built_groups(opt, splits)
+            fill_user_groups(splits)
             opt.param_groups = [split.group for split in splits]
         else:
-            present(splits)
+            fill_user_groups(splits)
             if lr is not None:
                 opt.defaults["lr"] = lr
             opt.__class__ = _subclass(native)
-            opt._patch_step_function()  # torch hooks `step` by class
-        opt._rankaware = hidden
+            opt._patch_step_function()  # torch adds its hooks to `step` once per class
+        opt._rankaware = wrapper
         _LIVE.add(opt)
-        model = hidden.model and hidden.model()
+        model = wrapper.live_model()
         if model is not None and "train_mode" in opt.param_groups[0]:
-            hidden.unwatch = _watched(opt, model)
+            wrapper.end_watch = _watch_evaluations(opt, model)
         return opt
 
     @property
     def rates(self) -> Rates:
-        """The rate of every parameter by its name, and of every part of the groups."""
+        """The learning rate of every parameter by its name, and of every part of the groups."""
         return Rates(self)
 
     def report(self) -> Report:
-        """Return a table of the groups with their current rates, the reasons for them, and what to
-        check. `rates` has them by parameter.
+        """Return a table of the groups with their current learning rates, the reasons for them, and
+        hints at likely mistakes. `rates` lists them by parameter.
         """
         return make_report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose parameters get their rates as at construction.
+        """Add a group, whose parameters get their learning rates as at construction.
 
         Args:
             param_group: the group, as for torch.
+
+        Raises:
+            OptimizerError: the group cannot be added. The optimizer is unchanged.
         """
         native = type(self)._rankaware_native
         inner = getattr(self, "optimizer", None)
-        # Lightning and Fabric derive a class from ours
+        # Lightning and Fabric derive a class from ours, and keep our instance as `optimizer`.
         if isinstance(inner, RankAwareOptimizer):
             inner.add_param_group(param_group)
             return
-        # inside __init__, whose groups are split already
+        # The native __init__ adds groups too. Those are parts already.
         if "_rankaware" not in vars(self):
             native.add_param_group(self, param_group)
             return
-        hidden = self._rankaware
-        model = hidden.model and hidden.model()
+        wrapper = self._rankaware
+        model = wrapper.live_model()
         if model is None:
             raise OptimizerError(
-                "This optimizer is a copy, or its model is gone, so a new group has no rate.",
-                "Wrap again with model=.",
+                "This optimizer is a copy, or its model is gone, so the rank of a new group cannot"
+                " be read.",
+                "Wrap the optimizer again, with model=.",
             )
-        survey, split = prepare_later(hidden, self, model, param_group)
+        survey, split = prepare_later(wrapper, self, model, param_group)
 
         def add() -> None:
             with building(native):
                 for part in split.parts:
                     native.add_param_group(self, part.group)
-                adopt(self, [split])
-                present([split])
+                take_built_groups(self, [split])
+                fill_user_groups([split])
 
-        in_parts(self, add)  # the native check for duplicates sees all parts
+        # torch's own check for duplicates has to see the parts of all groups.
+        with_parts_shown(self, add)
+        wrapper.splits.append(split)
         self.param_groups.append(split.group)
-        hidden.splits.append(split)
-        hidden.survey, hidden.unchecked = survey, True
+        wrapper.survey, wrapper.unchecked = survey, True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint, which has the native layout. Names, shapes and rates are compared,
-        which torch does not do.
+        """Load a checkpoint of this class, or of a plain optimizer of the native class. The names
+        and shapes of parameters are compared, which torch does not do.
 
-        Rates in it are base rates, also those of a plain optimizer, and train on as natively. A
-        warning is given where they differ from those of this optimizer, whose multipliers are kept.
-        Explicit rates (`rates`, `other_lr`) do not follow the base rate.
+        Learning rates in the checkpoint are base learning rates, and replace those of this
+        optimizer, as in torch. The multipliers stay. A warning is given if the base learning rate
+        changes. Explicit learning rates (`rates`, `other_lr`) do not change with it.
 
         Args:
             state_dict: the result of an optimizer's state_dict().
@@ -260,15 +279,15 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             CheckpointError: the checkpoint does not fit. Nothing was loaded.
         """
         native = type(self)._rankaware_native
-        hidden = self._rankaware
+        wrapper = self._rankaware
         before = dict(vars(self))
         try:
-            splits = hidden.of(self.param_groups)
+            splits = wrapper.splits_of(self.param_groups)
             state, values = read_checkpoint(splits, state_dict, native)
-            built = [peak_of(group) for group in self.param_groups]
+            peaks = [peak_lr(group) for group in self.param_groups]
             native.load_state_dict(self, state)
             splits = list(map(restored, splits, self.param_groups, values))
-            warn_of_rates(built, self.param_groups)
+            warn_of_rates(peaks, self.param_groups)
         except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
@@ -277,31 +296,32 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
                 raise
             raise CheckpointError(
                 f"The checkpoint cannot be loaded: {error!r}.",
-                "Give the state_dict() of the same optimizer class, whose groups have the same"
+                "Pass the state_dict() of the same optimizer class, whose groups list the same"
                 " parameters in the same order, frozen ones included.",
             ) from error
-        hidden.splits, hidden.unchecked = splits, True
+        wrapper.splits, wrapper.unchecked = splits, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in the native layout, with base rates, also during a step: in a signal
-        handler, or in another thread.
+        """Return the state in the layout of the native class, with base learning rates. It may be
+        called during a step, by a signal's handler or another thread.
         """
         warn_of_train_mode(self)
         native = type(self)._rankaware_native
-        state = outside_a_step(self, native.state_dict)
-        return with_parts(state, splits_of(self), native)
+        state = read_outside_a_step(self, native.state_dict)
+        return with_rank_parts(state, split_groups(self), native)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = outside_a_step(self, type(self)._rankaware_native.__getstate__)
-        hidden = replace(  # in no step, and without a model
+        state = read_outside_a_step(self, type(self)._rankaware_native.__getstate__)
+        # A copy is in no step, and belongs to no model.
+        wrapper = replace(
             self._rankaware,
             model=None,
-            users=[],
-            active=[],
-            stepping=False,
-            unwatch=None,
+            user_groups=[],
+            active_splits=[],
+            in_step=False,
+            end_watch=None,
         )
-        return {**state, "_rankaware": hidden}
+        return {**state, "_rankaware": wrapper}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self)._rankaware_native,), self.__getstate__()
@@ -310,35 +330,56 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
         return f"RankAwareOptimizer({type(self).__name__}): {self.rates!r}"
 
 
+def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike | None:
+    """Return where a learning rate was tuned: at its own configuration if it is a `Rate` that has
+    one, else at `tuned_at`.
+
+    Raises:
+        OptimizerError: `tuned_at` is another configuration than that of the `Rate`.
+    """
+    own: Reference | None = getattr(lr, "reference", None)
+    if own is None or tuned_at is None:
+        return own if tuned_at is None else tuned_at
+    given = as_reference(tuned_at)
+    same = ("method", "rank", "scaling", "init")
+    if any(getattr(given, name) != getattr(own, name) for name in same):
+        raise OptimizerError(
+            f"tuned_at is {given}, but this learning rate belongs to {own}.",
+            "Remove tuned_at=, which is then read off the learning rate. If another number was"
+            " tuned there, pass that: lr=float(...).",
+        )
+    return given
+
+
 # --- groups for an optimizer without the wrapper --------------------------------------------------
 
 
 class _Unbuilt(RankAwareOptimizer):
-    """Gives the split groups, and builds no optimizer on them."""
+    """Returns the split groups, and builds no optimizer on them."""
 
     @staticmethod
-    def _build(opt: Any, hidden: Hidden) -> Any:
-        native: Any = hidden.assigner.optimizer
-        with building(native):  # no class refuses an unknown argument here
-            signature(native).bind_partial(**hidden.assigner.settings)
-        return hidden
+    def _build(opt: Any, wrapper: WrapperState) -> Any:
+        native: Any = wrapper.assigner.optimizer
+        with building(native):  # No class gets a chance to refuse an unknown argument.
+            signature(native).bind_partial(**wrapper.assigner.settings)
+        return wrapper
 
 
 def rank_aware_param_groups(
     params: Any, *, named: bool = True, **options: Any
 ) -> list[dict[str, Any]]:
-    """Return parameter groups with their rates, for any torch optimizer without the wrapper.
+    """Return parameter groups with the learning rates of their ranks, for a plain torch optimizer.
 
-    group["lr"] is the user group's lr, or the base rate, times group["rank_multiplier"]. The
-    optimizer's step does not multiply again. A scheduler that sets rates to absolute values
-    therefore removes the multipliers.
+    group["lr"] is the base learning rate (or that of the user's group) times
+    group["rank_multiplier"]. The plain optimizer does not multiply again. A scheduler that sets
+    learning rates to absolute values, such as OneCycleLR, therefore removes the multipliers.
 
     Args:
-        params: a model (its trainable parameters), or parameters or groups with `model=`.
+        params: a model (its parameters that train), or parameters or groups with `model=`.
         named: whether groups contain parameter names. ZeroRedundancyOptimizer needs False.
-        **options: the other arguments of `RankAwareOptimizer`. `optimizer` is the class that gets
-            the groups, by default AdamW. It decides the form of the law, as do Muon's
-            adjust_lr_fn and Adafactor's scale_parameter.
+        **options: the other arguments of `RankAwareOptimizer`. `optimizer` is the class that will
+            get the groups, by default AdamW. The form of the law depends on it and on some of its
+            settings, such as Muon's adjust_lr_fn and Adafactor's scale_parameter.
 
     Raises:
         RankAwareError: as for `RankAwareOptimizer`.
@@ -353,16 +394,17 @@ def rank_aware_param_groups(
     """
     model = as_one_model(params)
     if isinstance(model, nn.Module):
+        # Adapters that rest are left out: DeepSpeed removes groups that do not train.
         params = [param for param in model.parameters() if param.requires_grad]
         options.setdefault("model", model)
-    hidden: Any = _Unbuilt(params, **{"optimizer": AdamW, **options})
+    wrapper: Any = _Unbuilt(params, **{"optimizer": AdamW, **options})
     groups = []
-    for split in hidden.splits:
+    for split in wrapper.splits:
         for part in split.parts:
             group = dict(part.group)
-            lr = group.get("lr", hidden.assigner.source.lr)
-            part.settle(lr)
-            group.pop("initial_lr", None)  # a scheduler sets it
+            lr = group.get("lr", wrapper.assigner.source.lr)
+            part.fix_multiplier(lr)
+            group.pop("initial_lr", None)  # A scheduler sets it again.
             if named:
                 names = split.names_of(part)
                 group["params"] = list(zip(names, group["params"], strict=True))
@@ -373,19 +415,23 @@ def rank_aware_param_groups(
 
 # --- building -------------------------------------------------------------------------------------
 
-# optimizers that were built, not copied
+# The optimizers of this process that were built. Copies are not among them.
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @cache
 def _subclass(native: Any) -> Any:
-    """Return the rank-aware subclass of `native`, with its name and module. It is made once."""
+    """Return the rank-aware subclass of `native`, with its name and module. Each is made once.
+
+    The methods of `RankAwareOptimizer` are copied into it, because it must not inherit from that
+    class: `__class__` of an existing optimizer can only be set to a direct subclass.
+    """
 
     @wraps(native.__init__)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise OptimizerError(
-            f"The class of a RankAwareOptimizer cannot be called, since a new {native.__name__}"
-            " would have no rates.",
+            f"The class of a RankAwareOptimizer cannot be called, because a new {native.__name__}"
+            " would have no learning rates by rank.",
             f"Build RankAwareOptimizer(model, {native.__name__}, ...), or a plain"
             f" {native.__name__}.",
         )
@@ -401,9 +447,11 @@ def _subclass(native: Any) -> Any:
         if isfunction(value) or isinstance(value, property):
             namespace[name] = value
     for name in {*dir(native)} - _OUTSIDE:
-        method = getattr_static(native, name)  # a static one is no function
+        method = getattr_static(
+            native, name
+        )  # so that static methods are no functions here
         if isfunction(method) and not name.startswith("_"):
-            namespace.setdefault(name, _with_parts(method, name))
+            namespace.setdefault(name, _wrapped_method(method, name))
     return type(native)(native.__name__, (native,), namespace)
 
 
@@ -415,98 +463,103 @@ def _blank(native: Any) -> Any:
 
 # --- the native methods ---------------------------------------------------------------------------
 
-# Those of torch's base class that see the user's groups.
+# The methods of torch's base class, which see the user's groups. All others see the parts.
 _OUTSIDE = {*vars(Optimizer)} - {"step"}
 
 
-def _with_parts(native: Any, name: str) -> Callable[..., Any]:
-    """Return a native method that sees the parts. It is called without torch's hooks, which wrap
-    this function.
+def _wrapped_method(native: Any, name: str) -> Callable[..., Any]:
+    """Return a method of the native class that sees the parts.
+
+    torch's hooks are removed from the native method, because torch adds them to this one too.
     """
     method = native.__wrapped__ if getattr(native, "hooked", False) else native
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = getattr(self, "_rankaware", None)
-        # in __init__, or called by a native method
-        if hidden is None or hidden.stepping:
+        wrapper = getattr(self, "_rankaware", None)
+        # The native __init__, or another native method, calls this one.
+        if wrapper is None or wrapper.in_step:
             return method(self, *args, **kwargs)
         if name == "step":
-            # a closure makes gradients of its own, which are checked after it
+            # A closure computes new gradients. They are checked after it, see `_outside`.
             if next(iter(args), kwargs.get("closure")) is None:
-                _check(self)
+                _check_gradients(self)
             warn_of_unmoved(self)
 
         def act() -> Any:
             if not args and not kwargs:
                 return method(self)
-            seen = partial(_seen_inside, self, (*args, *kwargs.values()))
-            inside = {key: seen(value) for key, value in kwargs.items()}
-            return method(self, *map(seen, args), **inside)
+            inside = partial(_argument_inside, self, (*args, *kwargs.values()))
+            named = {key: inside(value) for key, value in kwargs.items()}
+            return method(self, *map(inside, args), **named)
 
-        # who calls it knows of the two modes
-        if name == "eval" and hidden.unwatch:
-            hidden.unwatch()
-        return in_parts(self, act)
+        # Whoever calls eval() once knows of the two modes.
+        if name == "eval" and wrapper.end_watch:
+            wrapper.end_watch()
+        return with_parts_shown(self, act)
 
     return run
 
 
-def _seen_inside(opt: Any, given: Sequence[Any], value: Any) -> Any:
-    """Return a method's argument as it is seen inside: a closure runs outside, and one of the
-    user's groups is the part of it that holds a parameter given beside it.
+def _argument_inside(opt: RankAware, given: Sequence[object], value: Any) -> Any:
+    """Return a method's argument as the native method needs it. A closure runs outside the step.
+    One of the user's groups becomes the part that holds the parameter that was passed beside it.
     """
     if callable(value) and not isinstance(value, (type, nn.Module)):
         return _outside(opt, value)
     params = {id(each) for each in given if torch.is_tensor(each)}
-    for split in opt._rankaware.active:
+    for split in opt._rankaware.active_splits:
         for part in split.parts if split.group is value else ():
             if not params.isdisjoint(map(id, part.group["params"])):
                 return part.group
     return value
 
 
-def _outside(opt: Any, closure: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the closure, run with the user's groups, which it may change. Lightning runs a whole
-    training step in it.
+def _outside(opt: RankAware, closure: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the closure in a form that sees the user's groups, and may change them. Lightning runs
+    a whole training step in it.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        leave(opt)
+        hide_parts(opt)
         try:
             loss = closure(*args, **kwargs)
-            _check(opt)
+            _check_gradients(opt)
             return loss
         finally:
-            enter(opt)
+            show_parts(opt)
 
     return run
 
 
-def _check(opt: Any) -> None:
-    """Check the parameters once there are gradients, and again after some were frozen or thawed:
-    another adapter may have been activated.
+def _check_gradients(opt: RankAware) -> None:
+    """Check once that the parameters get gradients. Check again if some were frozen or thawed
+    since, because another adapter may have been activated.
     """
-    hidden = opt._rankaware
     if torch.compiler.is_compiling():
         return
-    training = sum(
-        p.requires_grad for group in opt.param_groups for p in group["params"]
-    )
-    if training != hidden.training:
-        hidden.training, hidden.unchecked = training, True
-    if hidden.unchecked:
+    wrapper = opt._rankaware
+    count = _count_trained(opt.param_groups)
+    if count != wrapper.trained_count:
+        wrapper.trained_count, wrapper.unchecked = count, True
+    if wrapper.unchecked:
         others = [other for other in _LIVE if other is not opt]
-        model = hidden.model and hidden.model()
-        hidden.unchecked = check_parameters(opt, model, others)
+        wrapper.unchecked = check_parameters(opt, wrapper.live_model(), others)
+
+
+def _count_trained(groups: Sequence[Group]) -> int:
+    count = 0
+    for group in groups:
+        count += sum(param.requires_grad for param in group["params"])
+    return count
 
 
 # --- evaluation in train mode ---------------------------------------------------------------------
 
 
-def _watched(opt: Any, model: nn.Module) -> Any:
-    """Watch the first module that trains for an evaluation in train mode, while the optimizer
-    lives. Return what ends it.
+def _watch_evaluations(opt: Optimizer, model: nn.Module) -> Callable[[], object] | None:
+    """Watch for evaluations while a schedule-free optimizer is in train mode, by a hook on the
+    first module that trains. Return a function that ends the watch. It ends with the optimizer too.
     """
     for module in model.modules():
         if any(param.requires_grad for param in module.parameters(recurse=False)):
@@ -515,8 +568,10 @@ def _watched(opt: Any, model: nn.Module) -> Any:
     return None
 
 
-def _warn_of_evaluation(module: nn.Module, _: Any) -> None:
-    """Warn of a forward in the model's eval mode without gradients. Pickle finds it by its name."""
+def _warn_of_evaluation(module: nn.Module, _: object) -> None:
+    """Warn if a module runs in eval mode without gradients. It is a function of this module so that
+    a pickled model finds it by name.
+    """
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     for opt in _LIVE:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import pickle
 import site
+import sys
 import threading
 import time
 import warnings
@@ -29,6 +31,7 @@ from rankaware_optim import (
     Reference,
 )
 from rankaware_optim.optimizer import rank_aware_param_groups
+from rankaware_optim.optimizer._parts import read_outside_a_step
 
 from ..helpers.models import mlp, same, snapshot, train, trained
 from ..helpers.optimizers import rates_of
@@ -497,6 +500,64 @@ def test_whoever_saves_while_it_steps_sees_base_rates():
             opt.step()
     assert len(found) > 10
     assert set.union(*found) == {LR}
+
+
+SWAPS = {"show_parts", "hide_parts", "read_outside_a_step"}
+
+
+class Stops:
+    """Runs a function in a thread, which stops at some of the lines of `SWAPS` until it is told to go on."""
+
+    def __init__(self, run, *lines):
+        self.lines, self.count = lines, 0
+        self.here, self.go = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self.traced, args=(run,))
+        self.thread.start()
+        self.here.acquire(timeout=10)
+
+    def traced(self, run):
+        sys.settrace(self.trace)
+        run()
+        sys.settrace(None)
+        self.here.release(len(self.lines) + 1)
+
+    def trace(self, frame, event, _):
+        if frame.f_code.co_name not in SWAPS:
+            return None
+        if event == "line":
+            if self.count in self.lines:
+                self.here.release()
+                self.go.acquire(timeout=10)
+            self.count += 1
+        return self.trace
+
+    def proceed(self):
+        """Go on to the next line at which it stops, or to the end."""
+        self.go.release()
+        self.here.acquire(timeout=10)
+
+
+def test_every_order_of_a_save_and_a_step_sees_base_rates():
+    """A step stops before any two of its lines, and a save in between before any of its own: it holds base rates."""
+    opt = ours(mlp((4,), head=False))
+    opt.step()
+    states = []
+
+    def save():
+        states.append(read_outside_a_step(opt, AdamW.state_dict))
+
+    lines = [Stops(run).count for run in (save, opt.step)]
+    assert lines[0] > 5
+    assert lines[1] > 15
+    for first, second in itertools.combinations(range(lines[1]), 2):
+        for at_save in range(1, lines[0]):
+            step = Stops(opt.step, first, second)
+            saving = Stops(save, at_save)
+            for each in (step, saving, step):
+                each.proceed()
+            step.thread.join(10)
+            saving.thread.join(10)
+    assert {g["lr"] for state in states for g in state["param_groups"]} == {LR}
 
 
 def schedule_free():

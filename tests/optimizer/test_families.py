@@ -205,15 +205,20 @@ OWN_RATES = [
     ("RAdam", "torch_optimizer", {}, "keeps one step size for all groups"),
     ("A2GradUni", "torch_optimizer", {}, "never reads"),
     ("ASGD", "pytorch_optimizer", {}, "measures its rates itself"),
-    ("Adafactor", "torch_optimizer", {"relative_step": True}, "Give relative_step=Fa"),
-    ("AdaFactor", "pytorch_optimizer", {"relative_step": True}, "Give relative_step"),
-    ("Apollo", "torch_optimizer", {"warmup": 5}, "Give warmup=0"),
-    ("ApolloDQN", "pytorch_optimizer", {"warmup_steps": 500}, "Give warmup_steps=0"),
+    (
+        "Adafactor",
+        "torch_optimizer",
+        {"relative_step": True},
+        "Set relative_step=False",
+    ),
+    ("AdaFactor", "pytorch_optimizer", {"relative_step": True}, "Set relative_step"),
+    ("Apollo", "torch_optimizer", {"warmup": 5}, "Set warmup=0"),
+    ("ApolloDQN", "pytorch_optimizer", {"warmup_steps": 500}, "Set warmup_steps=0"),
     (
         "Ranger21",
         "pytorch_optimizer",
         {"disable_lr_scheduler": False},
-        "Give disable_lr_scheduler=True",
+        "Set disable_lr_scheduler=True",
     ),
 ]
 

@@ -124,7 +124,7 @@ FIRST = [
     (lambda m: m.requires_grad_(False), None, "all frozen.*is_trainable="),
     (lambda m: trained(mlp()), lambda m: m, r"belongs to none of the models.*model=\["),
     (lambda m: [*trained(m), nn.Parameter(torch.ones(1))], lambda m: m, "other_lr="),
-    (lambda m: [1.0], lambda m: m, "holds a float"),
+    (lambda m: [1.0], lambda m: m, "contains a float"),
     (lambda m: [{"params": trained(m), "lr": 0.0}], lambda m: m, "group's lr is 0.0"),
     (lambda m: [{"lr": LR}], lambda m: m, r"no 'params', only \['lr'\]"),
     (lambda m: [], lambda m: m, "got no parameters.*an? iterator|filter"),
@@ -272,9 +272,9 @@ def test_a_class_that_cannot_have_a_rate_per_rank_is_refused(kind, message):
 
 def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was():
     """A class's default rate is not the one tuned at a reference; one without a default asks for it."""
-    with pytest.raises(OptimizerError, match=r"default, 0\.001, is not tuned"):
+    with pytest.raises(OptimizerError, match=r"AdamW, 0\.001, is not a tuned one"):
         RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
-    with pytest.raises(OptimizerError, match="NoDefault's default, None, is not tuned"):
+    with pytest.raises(OptimizerError, match="NoDefault, None, is not a tuned one"):
         RankAwareOptimizer(mlp(), NoDefault)
 
 
@@ -327,21 +327,21 @@ FAR = {"law": Power(exponent=2.0), "tuned_at": AT_16}
 BUILT = [
     (lambda m: plain(m, lr=0.0), {}, "lr is 0.0"),
     (lambda m: plain(m, lr=5e-324), FAR, "times the multiplier"),
-    (plain, {"lr": LR}, "lr= was given"),
-    (plain, {"eps": 1.0}, "eps= was given"),
+    (plain, {"lr": LR}, "lr= was passed"),
+    (plain, {"eps": 1.0}, "eps= was passed"),
     (plain, {"model": None}, "is not a model"),
     (plain, {"rates": {"x": 1.0}}, "matches none"),
     # its groups have rates, as all of a built optimizer, which nobody chose for the stranger
     (lambda m: AdamW([*trained(m), nn.Parameter(torch.ones(1))]), {}, "other_lr="),
     (lambda m: plain(mlp()), {}, "belongs to none of the models"),
     (lambda m: plain(m, torch.optim.LBFGS), {}, "takes one parameter group"),
-    (ours, {}, "rank-aware already"),
+    (ours, {}, "RankAwareOptimizer already"),
     (scheduled, {}, "Wrap the optimizer first"),
     (stepped_by_its_own, {}, "Wrap the optimizer first"),
     (second_rate, {}, "second rate, matrix_lr=0.02"),
     (lambda m: plain(m, HasAdam), {}, "holds another optimizer"),
-    (lambda m: plain(m, KeepsRates), {}, "keeps base_lrs.*Give the class"),
-    (lambda m: AdamW(native_groups(m)), {}, "are multiplied already"),
+    (lambda m: plain(m, KeepsRates), {}, "base_lrs.*Pass the class"),
+    (lambda m: AdamW(native_groups(m)), {}, "is multiplied already"),
 ]
 
 

@@ -68,7 +68,7 @@ def test_it_is_an_instance_of_both(form):
 
 def test_the_optimizers_own_default_rate():
     """Without lr= the base rate is the optimizer's own default, with a warning that nobody tuned it."""
-    with pytest.warns(RankAwareWarning, match=r"AdamW's default rate, 0\.001, which"):
+    with pytest.warns(RankAwareWarning, match=r"learning rate of AdamW, 0\.001, which"):
         opt = RankAwareOptimizer(mlp(), AdamW)
     assert opt.defaults["lr"] == 1e-3
 
@@ -233,7 +233,9 @@ def test_a_later_group_needs_the_model(lose):
     del model
     gc.collect()
     layer = nn.ModuleDict({"new": PlainLoRA(nn.Linear(16, 16), 8, 1.0)})
-    with pytest.raises(OptimizerError, match=r"its model is gone.*Wrap again"):
+    with pytest.raises(
+        OptimizerError, match=r"its model is gone.*Wrap the optimizer again"
+    ):
         opt.add_param_group({"params": trained(layer)})
 
 
