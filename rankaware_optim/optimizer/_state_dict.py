@@ -46,19 +46,19 @@ def _is_torchs(native: type) -> bool:
 
 
 def warn_of_train_mode(opt: Optimizer) -> None:
-    """Warn of a schedule-free optimizer that is in train mode, after a step."""
+    """Warn if a schedule-free optimizer is in train mode and has made a step."""
     if opt.state and any(group.get("train_mode") for group in opt.param_groups):
         warn(
-            f"{type(opt).__name__} is in train mode, in which the model's weights are not"
-            " those that it averages. Call opt.eval() before you save or evaluate the model, and"
-            " opt.train() before you go on."
+            f"{type(opt).__name__} is in train mode, so the model does not hold the averaged"
+            " weights. Call opt.eval() before you save or evaluate the model, and opt.train()"
+            " before you train on."
         )
 
 
 def with_rank_parts(
     state: dict[str, Any], splits: Iterable[SplitGroup], native: type
 ) -> dict[str, Any]:
-    """Return a native state with what its layout does not hold."""
+    """Add to a native state what its layout cannot hold, and return it."""
     for group, split in zip(state["param_groups"], splits, strict=False):
         values: dict[str, Any] = _unshared(split.parts)
         if not _is_torchs(native):
@@ -72,7 +72,7 @@ def with_rank_parts(
 
 
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """Return what the parts of a group do not share, a value a part."""
+    """Return the options in which the parts of a group differ, each with its value for every part."""
     values = {}
     for key in parts[0].group.keys() - {"params", "lr"}:
         each = [part.group.get(key) for part in parts]
@@ -89,18 +89,20 @@ def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
 def read_checkpoint(
     splits: Sequence[SplitGroup], state_dict: Any, native: type
 ) -> tuple[dict[str, Any], list[Group]]:
-    """Return a native state to load, and the values of the parts by group. Nothing is changed.
+    """Check a checkpoint. Return the state for the native class to load, and for each group the
+    values in which its parts differ. Nothing is loaded yet.
 
-    torch matches parameters by their places, and compares nothing else.
+    torch matches parameters by position and compares only their number, so a state of another rank
+    would be loaded.
 
     Raises:
-        CheckpointError: it is not of these parameters.
+        CheckpointError: the checkpoint does not fit these parameters, or a step could not use it.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     values = [dict(group.pop(KEY, {})) for group in groups]
     state = dict(state_dict["state"])
     _check_keys(state, groups)
-    # torch itself compares the numbers of groups and of parameters
+    # torch itself compares how many groups and parameters there are.
     for split, group, of_parts in zip(splits, groups, values, strict=False):
         _check_group(split, group, of_parts.pop("shapes", {}))
         if _is_torchs(native):
@@ -111,8 +113,8 @@ def read_checkpoint(
 
 
 def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
-    """Raise if the numbers of the parameters became strings in the state, as in JSON. torch would
-    keep such entries beside the parameters, which would start without moments.
+    """Raise an error if the parameters' numbers became strings in the state, as they do in JSON.
+    torch would not match such entries with parameters, which would then train on without moments.
     """
     numbers = {key for group in groups for key in group["params"]}
     for key in state:
@@ -129,8 +131,8 @@ def _check_keys(state: Mapping[Any, Any], groups: Iterable[Group]) -> None:
 def _check_group(
     split: SplitGroup, group: Group, shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raise if a group's rate is multiplied already, or if its parameters have other shapes or
-    names. Names are compared where both sides have them.
+    """Raise an error if a group's learning rate is multiplied already, or if its parameters have
+    other shapes or other names. Names are compared if both sides have them.
     """
     if MULTIPLIED in group:
         raise CheckpointError(
@@ -144,7 +146,7 @@ def _check_group(
             raise _of_another_shape(name, saved, here)
     theirs = group.get("param_names")
     ours = split.group.get("param_names")
-    # torch.distributed.checkpoint has names as keys, in the optimizer's order
+    # torch.distributed.checkpoint uses names as keys, and has brought them into our order.
     if not theirs or not ours or all(isinstance(key, str) for key in group["params"]):
         return
     for saved, here in zip(theirs, ours, strict=False):
@@ -156,16 +158,18 @@ def _check_group(
 
 
 def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
-    """Let a group's state fit its parameters, or raise where a step could not take it."""
-    # flattened, parameters are fewer than names
+    """Bring the state of a group's parameters into the memory layout that a step needs. Raise an
+    error if an entry is missing or has another shape.
+    """
+    # A flattened group has fewer parameters than names.
     every = zip(split.names, group["params"], split.group["params"], strict=False)
     rows = [row for row in every if row[1] in state]
-    kept = set().union(*(_kept(state[number]) for _, number, _ in rows))
+    kept = set().union(*(_filled_keys(state[number]) for _, number, _ in rows))
     for name, number, param in rows:
         saved = state[number]
         impossible = {_OF_VECTORS} if param.dim() > 1 else {_BY_ROW, _BY_COLUMN}
-        missing = kept - _kept(saved) - impossible
-        # classes that count steps start again where there is nothing
+        missing = kept - _filled_keys(saved) - impossible
+        # A class that counts steps starts a parameter without any state from zero.
         if missing and (saved or "step" not in kept):
             raise CheckpointError(
                 f"The checkpoint's state of {name} lacks {', '.join(sorted(missing))}, which other"
@@ -175,13 +179,13 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
         state[number] = _fitting(name, param, saved)
 
 
-def _kept(saved: State) -> set[Any]:
+def _filled_keys(saved: State) -> set[Any]:
     return {key for key, value in saved.items() if value is not None}
 
 
 def _check_values(states: Iterable[State]) -> None:
-    """Raise if the moments are not finite, or if numbers are negative that no run makes negative.
-    Training on from either would give NaN.
+    """Raise an error if a moment is not finite, or if a mean of squares or a number of steps is
+    negative. The next step would give NaN.
     """
     moments = []
     is_sound = True
@@ -193,7 +197,8 @@ def _check_values(states: Iterable[State]) -> None:
         elif isinstance(value, torch.Tensor) and value.numel():
             moments.append(value)
             is_sound &= key not in _NEVER_NEGATIVE or not bool((value < 0).any())
-    largest = get_total_norm(moments, math.inf)  # one call for all groups
+    # One call for all groups, because each call waits for the device.
+    largest = get_total_norm(moments, math.inf)
     if not (is_sound and largest.isfinite()):
         raise CheckpointError(
             "The checkpoint has moments that are not finite, or negative ones where no run makes"
@@ -203,14 +208,15 @@ def _check_values(states: Iterable[State]) -> None:
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    """Return a saved tensor as a plain one: of a sharded tensor the part of this process."""
+    """Return a saved tensor as a plain tensor; for a sharded one, the shard of this process."""
     value = value.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
-    """Return the state that a class of torch keeps of a parameter, laid out in memory as it is.
-    Fused kernels check neither shapes nor strides, and would read and write out of bounds.
+    """Return a parameter's state with the strides of the parameter.
+
+    Fused kernels check neither shapes nor strides. They would read and write out of bounds.
     """
     fitting = dict(saved)
     for key, value in saved.items():
@@ -228,7 +234,7 @@ def _fitting(name: str, param: torch.Tensor, saved: State) -> State:
 
 
 def _shape_in_state(key: str, param: torch.Tensor) -> torch.Size:
-    """Return the shape that an entry of a parameter's state has."""
+    """Return the shape that a class of torch gives to an entry of a parameter's state."""
     shape = list(param.shape)
     if key == _BY_ROW:
         shape[-1:] = [1]
@@ -251,9 +257,12 @@ def _of_another_shape(
 
 
 def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
-    """Return a split group at a loaded state: with the options of its group, and with what differs
-    between its parts. What is of another split is left out, and where a plain optimizer went on,
-    whose group has another value than the first part.
+    """Return a split group after a load: with the options of the loaded group, and with the values
+    in which its parts differ.
+
+    Such a value is left out if the checkpoint's group was split into another number of parts. It is
+    also left out if a plain optimizer trained on from the checkpoint and changed the option: the
+    group then has another value than the first part.
     """
     parts = [replace(part, group=dict(part.group)) for part in split.parts]
     made = replace(split, group=user, parts=parts, snapshot={})
@@ -270,19 +279,19 @@ def restored(split: SplitGroup, user: Group, values: Group) -> SplitGroup:
     return made
 
 
-def warn_of_rates(built: Iterable[float], groups: Iterable[Group]) -> None:
-    """Warn once where a loaded base rate is not that with which this optimizer was built.
+def warn_of_rates(peaks: Iterable[float], groups: Iterable[Group]) -> None:
+    """Warn once if a loaded base learning rate differs from the one that this optimizer had.
 
-    built, groups: `peak_lr` each group before the load, and the groups after it.
+    peaks: `peak_lr` of each group before the load. groups: the groups after it.
     """
-    for number, (given, group) in enumerate(zip(built, groups, strict=True)):
+    for number, (given, group) in enumerate(zip(peaks, groups, strict=True)):
         saved = peak_lr(group)
         if given and saved and abs(saved / given - 1) > 1e-6:
             warn(
-                f"The checkpoint's base rate trains on in group {number}, as natively: {saved:.3g},"
-                f" times this optimizer's multipliers, and not the {given:.3g} with which it was"
-                " built. If a plain optimizer wrote the checkpoint, its rate was not multiplied"
-                " before. For the other rate, set group['lr'] of opt.param_groups after the load,"
-                " and group['initial_lr'] before a scheduler is built."
+                f"The checkpoint's base learning rate {saved:.3g} replaces {given:.3g} in group"
+                f" {number}, as in torch, and this optimizer's multipliers apply to it. If a plain"
+                " optimizer saved the checkpoint, its learning rate was not multiplied before. To"
+                f" train at {given:.3g}, set group['lr'] in opt.param_groups after the load, and"
+                " group['initial_lr'] before you build a scheduler."
             )
             return

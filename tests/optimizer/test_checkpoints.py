@@ -359,7 +359,7 @@ SAVED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
+@pytest.mark.filterwarnings("ignore:The checkpoint's base learning rate")
 @pytest.mark.parametrize(("options", "where"), PINNED.values(), ids=list(PINNED))
 @pytest.mark.parametrize("source", SAVED)
 def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, source):

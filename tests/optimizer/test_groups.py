@@ -318,7 +318,7 @@ def ends(scenario, groups, kind, given):
 
 # by hand a scheduler sees an optimizer that never steps
 @pytest.mark.filterwarnings("ignore:Detected call of")
-@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
+@pytest.mark.filterwarnings("ignore:The checkpoint's base learning rate")
 @pytest.mark.parametrize(
     ("scenario", "groups", "kind", "given"),
     [pytest.param(*row, id=name) for name, *row in SCENARIOS],
@@ -392,7 +392,7 @@ def stepped(model, opt):
     return copy.deepcopy(opt.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint's base rate")
+@pytest.mark.filterwarnings("ignore:The checkpoint's base learning rate")
 @pytest.mark.parametrize("groups", [one, two, three])
 def test_plain_checkpoints_load_both_ways(groups):
     """A plain AdamW's state goes on here, its rates as base rates, and a state of here in a plain AdamW."""
