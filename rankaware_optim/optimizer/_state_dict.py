@@ -72,7 +72,7 @@ def with_rank_parts(
 
 
 def _unshared(parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """Return the options in which the parts of a group differ, each with its value for every part."""
+    """Return the options in which the parts of a group differ, with a value for every part."""
     values = {}
     for key in parts[0].group.keys() - {"params", "lr"}:
         each = [part.group.get(key) for part in parts]
