@@ -24,19 +24,19 @@ from ..laws import Law, checked_multiplier, from_full, to_full
 from ._source import Settings, Source
 
 
-def reason_of_other(kind: str | None, rate: str = "the base rate") -> str:
+def reason_of_other(kind: str | None, rate: str = "base learning rate") -> str:
     """Return why a parameter that is no LoRA matrix has its learning rate.
 
     kind: the kind of its adapter, if that has no law. rate: the learning rate in words.
     """
-    return f"{kind}: no law, {rate}" if kind else f"no LoRA factor: {rate}"
+    return f"{kind}: no law covers it, {rate}" if kind else f"no LoRA matrix: {rate}"
 
 
 def reason_without_law(factor: Factor) -> str:
     """Return why a LoRA matrix that no law covers keeps the base learning rate."""
     if kind := LAWLESS.get(factor.kind):
         return reason_of_other(kind)
-    return "neither factor started at zero, so no law covers it: the base rate"
+    return "neither A nor B started at zero: no law covers it, base learning rate"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Assigner:
         if of_recipe is not None:
             why = reason_of_other(kind, of_recipe.reason)
             return replace(known, given=of_recipe.lr * by_run, why=why)
-        words = "the base rate (other_lr= or rates= sets another)"
+        words = "base learning rate (other_lr= or rates= sets another)"
         return replace(known, multiplier=by_run, why=reason_of_other(kind, words))
 
     def _known(self, factor: Factor | None) -> Assigned:
@@ -171,13 +171,13 @@ class Assigner:
         if factor.init == "other":
             return reason_without_law(factor)
         if self.source.reference is None and by_law == 1.0:
-            return "tuned_at not given: nothing is moved"
+            return "without tuned_at= nothing is converted"
         words = self.source.title.removeprefix("law ")
         if self.source.recipe is not None:
             words = "recipe"
         family = "" if self.family == "sign-like" else f", {self.family}"
-        to_full = "full finetuning, " if factor.role == "full" else ""
-        return f"{words}{family}: {to_full}from {self.reference}"
+        full = "to full finetuning " if factor.role == "full" else ""
+        return f"{words}{family}: converted {full}from {self.reference}"
 
     def multiplier(self, factor: Factor) -> float:
         """Return the law's number for a LoRA matrix or a whole weight, at the model's width.

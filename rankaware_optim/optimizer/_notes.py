@@ -26,13 +26,18 @@ from ..laws import (
 from ._assign import Assigned, Assigner
 
 _NO_ZERO = (
-    "pairs with neither factor zero at the start (PiSSA, OLoRA, LoRA-GA, or trained ones of"
-    " undeclared init: init='A' says that B of a pair started at zero, init='B' that A did)"
+    "pairs in which neither A nor B started at zero (PiSSA, OLoRA, LoRA-GA, or trained pairs whose"
+    " init is unknown: pass init='A' if B started at zero, or init='B' if A did)"
 )
 _UNREAD = (
-    "LoRA in no pair that inspection can read (register_convention() adds a layout)"
+    "LoRA parameters that form no pair which inspection can read (describe their layout with"
+    " register_convention())"
 )
 
+_SETTLE = (
+    "A search on the full model settles it: ra.calibrate(trainer, 'adamw'), or full_trials=3 if a"
+    " function builds the model of each trial."
+)
 _NOT_ADAM = (
     " That is for Adam and its variants: optimizers of another family were not tried."
 )
@@ -75,7 +80,7 @@ def _without_law(assigner: Assigner, survey: Survey) -> str:
     words = " and ".join(sorted(set(kinds.values())))
     return (
         f"No law covers {words}: {len(kinds)} parameters, such as {next(iter(kinds))}, train at"
-        " the base rate, whatever tuned_at= says. rates= gives them another."
+        " the base learning rate, whatever tuned_at= says. Set another by rates=."
     )
 
 
@@ -111,20 +116,21 @@ def _on_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
     configurations = {(f.rank, f.scaling, f.init) for f in survey.factors}
     if assigner.source.reference is None and len(configurations) > 1:
         yield (
-            f"tuned_at not given: lr counts as tuned at {tuned}, the most common of this model."
+            f"No tuned_at= was passed, so lr counts as tuned at {tuned}, the most common"
+            " configuration of this model."
         )
     if any(f.init == "unknown" for f in survey.factors):
         yield (
-            "The init of some adapters could not be read. It is assumed that they started at B ="
-            " 0."
+            "The init of some adapters could not be read. They are scaled as if B had started at"
+            " zero, as in PEFT."
         )
     if assigner.method != "lora" or tuned.method != "lora":
         return
     other_init = "B" if tuned.init == "A" else "A"
     if any(f.init == other_init for f in without_embeddings(survey.factors)):
         yield (
-            f"Adapters at init {other_init} are scaled within their own init, though the rate"
-            f" was tuned at init {tuned.init}: tune or calibrate there."
+            f"Some adapters have init {other_init}, but lr was tuned at init {tuned.init}. They are"
+            f" scaled by the law of their own init. Tune or calibrate at init {other_init}."
         )
 
 
@@ -134,13 +140,12 @@ def _on_full_finetuning(assigner: Assigner, survey: Survey) -> Iterator[str]:
         return
     if assigner.law.name == "constant":
         yield (
-            "No law moves this LoRA rate to full finetuning, whose best rate may be several times"
-            " as high or as low: calibrate with full runs."
+            "No law converts this LoRA learning rate to full finetuning, whose best one may be"
+            f" several times higher or lower. {_SETTLE}"
         )
     elif assigner.law.name != "power":
-        settle = "Three full runs settle it: calibrate with full_trials=3."
         others = "" if assigner.family == "sign-like" else _NOT_ADAM
-        yield f"{FULL_TRUST}{others} {settle}{_on_dtype(assigner, survey)}"
+        yield f"{FULL_TRUST}{others} {_SETTLE}{_on_dtype(assigner, survey)}"
 
 
 def _on_dtype(assigner: Assigner, survey: Survey) -> str:
@@ -154,7 +159,7 @@ def _on_dtype(assigner: Assigner, survey: Survey) -> str:
             " your trainer keeps float32 masters of them, as DeepSpeed does, divide it by that."
         )
     return (
-        f" It is for float32 weights or float32 masters. If the weights themselves train in"
+        " It is for float32 weights or float32 masters. If the weights themselves train in"
         f" bfloat16, multiply it by {BFLOAT16:g}."
     )
 
@@ -167,15 +172,15 @@ def _on_batch(assigner: Assigner) -> Iterator[str]:
         return
     if tuned is None:
         yield (
-            "The reference has no batch, so batch= moves no rate: give it in tuned_at=, as in"
-            " 'r=16,alpha=32,batch=16'."
+            "batch= has no effect, because tuned_at= has no batch. Add it, as in"
+            " tuned_at='r=16,alpha=32,batch=16'."
         )
         return
     ratio = batch / tuned
     by_batch = checked_batch_multiplier(assigner.law, ratio)
     yield (
-        f"From batch {tuned:g} to {batch:g} every rate is multiplied by"
-        f" {by_batch:.3g}{beyond_batches(ratio)}: a rule of thumb."
+        f"From batch {tuned:g} to {batch:g}, every learning rate is multiplied by"
+        f" {by_batch:.3g}{beyond_batches(ratio)}. This is a rule of thumb."
     )
 
 

@@ -220,7 +220,7 @@ def make_report(opt: Any) -> Report:
     survey = wrapper.survey
     title = f"RankAwareOptimizer({type(opt).__name__}), {assigner.source.title}"
     if assigner.source.reference is not None:
-        title += f": moved from {assigner.reference}"
+        title += f": lr tuned at {assigner.reference}"
     rows = [row for group in groups for row in _by_training(group)]
     audit = [*survey.audit(), *_left_out(rows, survey)]
     # With a recipe, the recipe decides the learning rate of a head.

@@ -106,9 +106,9 @@ class Source:
         """
         for pattern, given in self.rates.items():
             if fnmatchcase(name, pattern):
-                return Rated(plain_lr(given), "given by rates=")
+                return Rated(plain_lr(given), "set by rates=")
         if other and self.other_lr is not None:
-            return Rated(plain_lr(self.other_lr), "given by other_lr=")
+            return Rated(plain_lr(self.other_lr), "set by other_lr=")
         return None
 
     def check_given(self, names: Sequence[str]) -> None:
@@ -139,11 +139,13 @@ class Source:
             return None
         tried = self.recipe.other_rates.get(name_pattern(name))
         if tried == BASE:
-            return Rated(self.recipe.lr, "the base rate, as in the recipe's trials")
+            return Rated(
+                self.recipe.lr, "base learning rate, as in the recipe's trials"
+            )
         if tried is not None:
-            return Rated(float(tried), "its rate in the recipe's trials")
+            return Rated(float(tried), "its learning rate in the recipe's trials")
         if self.full_lr is not None:
-            return Rated(self.full_lr, "the recipe's rate for full finetuning")
+            return Rated(self.full_lr, "the recipe's learning rate for full finetuning")
         if trains:
             raise RecipeError(
                 f"Recipe {self.recipe.name!r} has no learning rate for {name}: its trials trained"

@@ -92,7 +92,9 @@ def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
     families = {name: part.family for name, part in opt.rates.items()}
     assert families["layer0.lora_A"] == "sign-like"
     assert families["layer1.lora_A"] == "spectral"
-    assert ", spectral: from rank 16" in str(opt.report()).replace("\n  ", " ")
+    assert ", spectral: converted from rank 16" in str(opt.report()).replace(
+        "\n  ", " "
+    )
 
 
 def test_muon_that_marks_parameters_in_its_state_is_read_there():

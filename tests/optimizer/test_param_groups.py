@@ -180,7 +180,7 @@ def test_inits_are_not_crossed(init, other):
     value = expected(4, 1.0, replace(reference, init=init), init=init)
     assert found["layer0.lora_A"] == pytest.approx(value)
     (said,) = notes_of(mlp(init=init), tuned_at=reference)
-    assert "are scaled within their own init" in said
+    assert "scaled by the law of their own init" in said
     assert not notes_of(mlp(init=init))
 
 
@@ -188,7 +188,7 @@ def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
     """PiSSA and similar inits keep the base rate, with a warning that says why; by a named init they are scaled."""
     model = mlp((4, 8), init="other")
     with pytest.warns(
-        RankAwareWarning, match=r"neither factor zero .* init='A' .*='B'"
+        RankAwareWarning, match=r"neither A nor B .* init='A' .*='B'"
     ) as caught:
         groups = rank_aware_param_groups(model, lr=LR, tuned_at=AT_16)
     assert caught[0].filename == __file__
@@ -205,7 +205,7 @@ def test_unknown_inits_count_as_a():
     model = nn.Sequential(adapted(device="meta"))
     found = multipliers(model, tuned_at=AT_16)
     assert found["0.lora_A"] == pytest.approx(expected(4, 2.0, AT_16, width=12))
-    assert "started at B = 0" in notes_of(model)[0]
+    assert "as if B had started at zero" in notes_of(model)[0]
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
@@ -287,7 +287,7 @@ def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
     assert len(said) == 1
     assert "init=" not in str(said[0].message)
     (pair,) = {p.why for p in opt.rates.groups if p.role in "AB" and p.rank == 4}
-    assert pair == f"{name}: no law, the base rate"
+    assert pair == f"{name}: no law covers it, base learning rate"
     assert any(name in check for check in opt.report().survey.audit())
     (plain,) = {p.multiplier for p in opt.rates.groups if p.rank == 8}
     assert (plain != 1.0) == ("tuned_at" in options)
@@ -317,7 +317,7 @@ def test_lora_that_was_not_read_is_warned_of(name, options):
     """What LoRA's by its name and in no pair keeps its rate, which a warning says until it is given one."""
     odd, count = UNREAD[name]
     model = nn.ModuleDict({name: odd, "plain": adapted()})
-    message = rf"^No law covers LoRA in no pair .*: {count} .* such as {name}\."
+    message = rf"^No law covers LoRA parameters .*: {count} .* such as {name}\."
     with pytest.warns(RankAwareWarning, match=message) as said:
         notes = notes_of(model, **options)
     assert len(said) == 1
@@ -393,7 +393,7 @@ def notes_of(model, optimizer=AdamW, **options):
 
 IN_SMALL_RUNS = "in small runs of {} the best rate followed µA's form with alpha but"
 NO_FORM = "no form of µA is known to hold"
-NO_LAW = "No law moves this LoRA rate to full"
+NO_LAW = "No law converts this LoRA learning rate"
 LORA, WHOLE = mlp((4,)), nn.Linear(4, 4)
 AT_4 = Reference(rank=4, alpha=4, batch=16)
 SAID = [

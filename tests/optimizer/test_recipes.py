@@ -209,18 +209,18 @@ PLAIN = replace(RECIPE, settings={}, ranks=(4, 16))
 UNSEEN = replace(PLAIN, other_rates={})
 FULL = replace(UNSEEN, full_seen=True)
 FULL_LR = FULL.at(method="full").lr
-BASE = "no LoRA factor: the base rate, as in the recipe's trials"
-TRIED = "no LoRA factor: its rate in the recipe's trials"
-IN_FULL = "no LoRA factor: the recipe's rate for full finetuning"
+BASE = "no LoRA matrix: base learning rate, as in the recipe's trials"
+TRIED = "no LoRA matrix: its learning rate in the recipe's trials"
+IN_FULL = "no LoRA matrix: the recipe's learning rate for full finetuning"
 SEEN = replace(PLAIN, other_rates={"head.weight": 3e-3, "head.bias": 3e-3})
 OTHERS = [
     (PLAIN, {}, PLAIN.lr, BASE),
     (replace(PLAIN, full_seen=True), {}, PLAIN.lr, BASE),
     (SEEN, {}, 3e-3, TRIED),
     (FULL, {}, FULL_LR, IN_FULL),
-    (UNSEEN, {"other_lr": 1e-3}, 1e-3, "given by other_lr="),
-    (FULL, {"other_lr": 1e-3}, 1e-3, "given by other_lr="),
-    (PLAIN, {"rates": {"head.*": 2e-3}}, 2e-3, "given by rates="),
+    (UNSEEN, {"other_lr": 1e-3}, 1e-3, "set by other_lr="),
+    (FULL, {"other_lr": 1e-3}, 1e-3, "set by other_lr="),
+    (PLAIN, {"rates": {"head.*": 2e-3}}, 2e-3, "set by rates="),
 ]
 
 

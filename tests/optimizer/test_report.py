@@ -44,9 +44,9 @@ def test_the_report_lists_every_group():
     assert rows == opt.rates.groups
     assert {row.base_lr for row in rows} == {0.125}
     reasons = [
-        *["default law: from rank 16, alpha 16, init A"] * 4,
-        "no LoRA factor: the base rate (other_lr= or rates= sets another)",
-        "given by rates=",
+        *["default law: converted from rank 16, alpha 16, init A"] * 4,
+        "no LoRA matrix: base learning rate (other_lr= or rates= sets another)",
+        "set by rates=",
     ]
     assert [row.why for row in rows] == reasons
 
@@ -54,12 +54,12 @@ def test_the_report_lists_every_group():
 def test_without_a_reference_a_mixed_model_moves_about_its_own():
     """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
     report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
-    assert "default law: from rank 4, alpha 4, init A" in {
+    assert "default law: converted from rank 4, alpha 4, init A" in {
         row.why for row in report.rows
     }
     (note,) = [note for note in report.notes if "tuned_at" in note]
     assert note.startswith(
-        "tuned_at not given: lr counts as tuned at rank 4, alpha 4, init A"
+        "No tuned_at= was passed, so lr counts as tuned at rank 4, alpha 4, init A"
     )
 
 
