@@ -185,14 +185,14 @@ def _cells(row: RateGroup, factors: Mapping[str, Factor]) -> tuple[str, ...]:
 
 
 def _role_in_words(row: RateGroup) -> str:
-    """Return a row's role. For "other" it also says which parts of the model these are, as in
-    "other: norms, biases", so that two such rows can be told apart.
+    """Return a row's role. Instead of "other" it names the parts of the model in the row, such as
+    "biases, norms", so that two such rows can be told apart.
     """
     if row.role != "other":
         return row.role
     pairs = zip(row.names, row.params, strict=False)
     kinds = sorted({_part_of_model(name, param) for name, param in pairs})
-    return f"other: {', '.join(kinds)}" if kinds else "other"
+    return ", ".join(kinds) or "other"
 
 
 def _part_of_model(name: str, param: torch.Tensor) -> str:

@@ -106,9 +106,9 @@ def test_rows_of_other_parameters_can_be_told_apart():
     ]
     opt = RankAwareOptimizer(groups, AdamW, model=model, lr=LR, tuned_at=AT_16)
     printed = " ".join(str(opt.rates).split())
-    assert "other: embeddings, weights: 2 tensors" in printed
-    assert "other: head: 1 tensor," in printed
-    assert "other: biases, norms, vectors: 4 tensors" in printed
+    assert "embeddings, weights: 2 tensors" in printed
+    assert "head: 1 tensor," in printed
+    assert "biases, norms, vectors: 4 tensors" in printed
     table = str(opt.report())
     for part in ("embeddings", "head", "weights", "biases", "norms", "vectors"):
         assert part in table
