@@ -16,14 +16,13 @@ from typing import Any
 
 import click
 
-from .. import calibration, sweeps
+from .. import calibration
 from ..errors import (
     CalibrationError,
     RankAwareWarning,
 )
 from ..laws import PRIOR_LAW
 from ._options import (
-    FILE,
     INTERRUPTED,
     OPTIMIZER,
     echo,
@@ -243,33 +242,3 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
             worker.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             stop()
-
-
-# --- a sweep of one's own -------------------------------------------------------------------------
-
-
-@click.command()
-@click.argument("sweep", type=FILE)
-@out_option("Write the recipe to a .toml file.")
-@option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
-@OPTIMIZER
-@law_option("Law that moves rates between ranks.", PRIOR_LAW)
-@option("--full-fan-in", float, "Largest fan-in, for full finetuning.")
-def fit(
-    sweep: Path,
-    out: Path | None,
-    name: str | None,
-    law: str,
-    **options: Any,
-) -> None:
-    """Fit a recipe to a sweep of learning rates from any tool.
-
-    SWEEP is a .csv file with one row per run. The columns rank, lr (per step) and loss are
-    required, and alpha for LoRA. The columns rslora, init, fan_in, seed, model, batch, steps and
-    start (the loss before training) are optional. Write full as the rank of a full finetuning, and
-    diverged as the loss of a run that diverged.
-    """
-    recipe = sweeps.fit_sweep(sweep, name=name or sweep.stem, law=law, **options)
-    if out is not None:
-        recipe.save(out)
-    echo(recipe)

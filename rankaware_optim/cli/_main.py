@@ -14,8 +14,9 @@ import click
 
 from ..errors import CalibrationInterrupted, RankAwareError
 from ._adapters import inspect, suggest
-from ._calibrate import calibrate, fit
+from ._calibrate import calibrate
 from ._convert import convert
+from ._fit import fit
 from ._options import INTERRUPTED, echo, echo_note
 from ._recipes import lr, plot, report, show
 

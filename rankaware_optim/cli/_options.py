@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from .._printing import printable
 from .._rate import Rate
+
+if TYPE_CHECKING:
+    from ..laws import Law
 
 Decorator = Callable[[Any], Any]
 INTERRUPTED = 130  # exit code of shells for SIGINT
@@ -85,6 +88,21 @@ def may_name_module(_: click.Context, __: Any, value: Any) -> Any:
     return value
 
 
+def typed_law(text: str) -> Law | str:
+    """Return the law that a user typed. One of a module, as "module:Class", is registered for this
+    command, so that a recipe can record it and be read.
+
+    Only a law that was typed is imported, never one that a recipe names.
+    """
+    if ":" not in text:
+        return text
+    from ..laws import get_law, register_law
+
+    law = get_law(text)
+    register_law(law)
+    return law
+
+
 # --- options --------------------------------------------------------------------------------------
 
 
@@ -122,9 +140,24 @@ FILE = click.Path(path_type=Path)
 INIT_HELP = "A: B starts at zero, as in PEFT. B: A starts at zero."
 
 
+def _law(context: click.Context, parameter: Any, text: str | None) -> Law | str | None:
+    """Return the law of an option. A click callback."""
+    return (
+        None if text is None else typed_law(may_name_module(context, parameter, text))
+    )
+
+
+OWN_LAW = click.option(
+    "--law",
+    callback=_law,
+    metavar="MODULE:CLASS",
+    help="The recipe's law, if it is your own: package.module:Class, which is imported.",
+)
+
+
 def law_option(text: str, default: str) -> Decorator:
     text = f"{text} A registered name, or package.module:Class."
-    return option("--law", str, text, callback=may_name_module, default=default)
+    return option("--law", str, text, callback=_law, default=default)
 
 
 OPTIMIZER = option(

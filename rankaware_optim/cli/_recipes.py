@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ from ..errors import RankAwareWarning
 from ._options import (
     FILE,
     INIT_HELP,
+    OWN_LAW,
     RATE_FIELDS,
     RSLORA,
     echo,
@@ -26,7 +27,34 @@ from ._options import (
     rate_document,
 )
 
+if TYPE_CHECKING:
+    from ..laws import Law
+
 _RECIPE = click.argument("recipe", type=FILE)
+
+
+def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
+    """Read a recipe. law: its law, if the user typed it.
+
+    Raises:
+        click.UsageError: the recipe has another law.
+    """
+    recipe = recipes.Recipe.load(path)
+    if law is None:
+        return recipe
+    typed = law if isinstance(law, str) else law.name
+    names = []
+    recorded: Any = recipe.law
+    while (
+        recorded is not None
+    ):  # the correction that was fitted, and the laws inside it
+        names.append(recorded.name)
+        recorded = getattr(recorded, "law", None)
+    if typed in names:
+        return recipe
+    raise click.UsageError(
+        f"--law gives the law {typed!r}, but the recipe's law is {names[-1]!r}. Remove --law."
+    )
 
 
 @click.command()
@@ -51,13 +79,16 @@ _RECIPE = click.argument("recipe", type=FILE)
     float,
     "Batch size in the recipe's unit, if it differs. This extrapolates.",
 )
+@OWN_LAW
 @flag("--json as_json", f"Print JSON: an object. Fields: {RATE_FIELDS}.")
-def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
+def lr(
+    recipe: Path, law: Law | str | None, full: bool, as_json: bool, **options: Any
+) -> None:
     """Print a recipe's rate at a rank or for full finetuning.
 
     The 90 % band, the ceiling and what the rate holds for are printed with it.
     """
-    loaded = recipes.Recipe.load(recipe)
+    loaded = _load(recipe, law)
     if options["alpha"] == "rank":
         options["alpha"] = options["rank"] or loaded.reference.rank
     with warnings.catch_warnings():
@@ -69,17 +100,20 @@ def lr(recipe: Path, full: bool, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @_RECIPE
-def show(recipe: Path) -> None:
-    """Print a recipe: its rate, band, law and provenance."""
-    echo(recipes.Recipe.load(recipe))
+@OWN_LAW
+def show(recipe: Path, law: Law | str | None) -> None:
+    """Print a recipe: its learning rate, interval, law and provenance."""
+    echo(_load(recipe, law))
 
 
 @click.command()
 @_RECIPE
 @out_option("Figure to write, a .png, .svg or .pdf file.", required=True)
-def plot(recipe: Path, out: Path) -> None:
-    """Draw a recipe's trials, and its rates by rank."""
-    figure = recipes.Recipe.load(recipe).plot()
+@option("--judge", float, "Draw this learning rate too, such as the one you used.")
+@OWN_LAW
+def plot(recipe: Path, out: Path, judge: float | None, law: Law | str | None) -> None:
+    """Draw a recipe's trials, and its learning rates by rank."""
+    figure = _load(recipe, law).plot(judge)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(out, format=out.suffix[1:], dpi=130)
@@ -91,12 +125,13 @@ def plot(recipe: Path, out: Path) -> None:
 @click.command()
 @_RECIPE
 @out_option("HTML page to write.", required=True)
-def report(recipe: Path, out: Path) -> None:
+@OWN_LAW
+def report(recipe: Path, out: Path, law: Law | str | None) -> None:
     """Write a recipe as an HTML page.
 
-    The page has the recipe's rates by rank, its figure, its trials and its provenance.
+    The page has the recipe's learning rates by rank, its figure, its trials and its provenance.
     """
-    page = reports.report_html(recipes.Recipe.load(recipe))
+    page = reports.report_html(_load(recipe, law))
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(out, page.encode())
     echo(out)

@@ -80,8 +80,9 @@ def registered_law(name: str) -> Law:
     if name not in list(points):
         raise LawError(
             f"Unknown law {shown(name)}.",
-            f"Known are {', '.join(sorted([*laws, *points]))}. Add one by register_law(), where a"
-            " recipe is made and where it is read, or a package by the entry point group"
+            f"The known laws are {', '.join(sorted([*laws, *points]))}. To add your own, call"
+            " ra.register_law(law) where a recipe is made and where it is read (in a shell, pass"
+            " --law package.module:Class), or give your package an entry point in the group"
             f" {_LAWS.group!r}.",
         )
     return _LAWS.load(points[name])

@@ -18,10 +18,18 @@ import numpy.typing as npt
 
 from .._printing import printable
 from .._rate import Rate
-from .._types import Reference
+from .._types import Method, Reference
 from ..errors import PlotError, RankAwareError
 from ..fitting import LossCurve
-from ..laws import DEFAULT_LAW, checked_multiplier, get_law
+from ..laws import (
+    SIGN_LIKE,
+    Falling,
+    Law,
+    MuA,
+    checked_multiplier,
+    from_full,
+    to_full,
+)
 from ..recipe import (
     ANY_WIDTH,
     Recipe,
@@ -126,24 +134,27 @@ def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     """Return the learning rate that the default law alone predicts at a rank from the recipe's at
     its reference, None for full finetuning.
 
-    It is None at the reference, where nothing is predicted, and for optimizers outside torch, whose
-    module a recipe must not import.
+    It is None at the reference, where nothing is predicted, and for a recipe with another law than
+    µA, whose form for the optimizer is then unknown.
     """
-    import torch
-
     own = recipe.reference
-    optimizer = getattr(torch.optim, recipe.optimizer.rpartition(".")[2], None)
-    if optimizer is None or (rank, own.method) in ((own.rank, "lora"), (None, "full")):
+    mua = recipe.law.law
+    if (rank, own.method) in ((own.rank, "lora"), (None, "full")):
         return None
+    if not isinstance(mua, MuA):
+        return None
+    law: Law = Falling(law=mua) if mua.family in SIGN_LIKE else mua
+    reference = _with_width(own)
+    method: Method = "lora" if rank else "full"
     try:
-        method = "lora" if rank else "full"
-        at = configuration(recipe, rank, method=method)  # type: ignore[arg-type]
-        law = get_law(DEFAULT_LAW).bind(optimizer, recipe.settings)
-        reference = _with_width(own)
-        ratio = checked_multiplier(law, _with_width(at).as_factor(), reference)
+        at = _with_width(configuration(recipe, rank, method=method)).as_factor()
+        if own.method == "full":
+            return recipe.lr * from_full(law, at, reference)
+        if method == "full":
+            return recipe.lr * to_full(law, at, reference)
+        return recipe.lr * checked_multiplier(law, at, reference)
     except RankAwareError:
         return None
-    return recipe.lr * ratio
 
 
 def _with_width(at: Reference) -> Reference:

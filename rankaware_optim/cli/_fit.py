@@ -1,0 +1,114 @@
+"""The command that reads a sweep: `rankaware fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import sweeps
+from ..laws import PRIOR_LAW
+from ._options import (
+    FILE,
+    OPTIMIZER,
+    echo,
+    law_option,
+    may_name_module,
+    option,
+    out_option,
+    typed_law,
+)
+
+if TYPE_CHECKING:
+    from ..laws import Law
+
+
+@click.command()
+@click.argument("sweep", type=FILE)
+@out_option("Write the recipe to a .toml file.")
+@option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
+@option(
+    "--columns",
+    str,
+    "Which column holds which field, as in lr=config.lr,loss=eval/loss. Fields that are not listed"
+    " are found by their own name or a usual one. Can be repeated.",
+    multiple=True,
+    metavar="FIELD=COLUMN,...",
+)
+@option(
+    "--where",
+    str,
+    "Use only rows with this value, as in State=finished. Can be repeated.",
+    multiple=True,
+    metavar="COLUMN=VALUE",
+)
+@option(
+    "--compare",
+    str,
+    "Print how well these laws predict the best learning rates of the sweep: names, or"
+    " package.module:Class, separated by commas. A recipe is fitted too if -o is given.",
+    callback=may_name_module,
+    metavar="LAW,...",
+)
+@OPTIMIZER
+@law_option("Scaling law between ranks.", PRIOR_LAW)
+@option("--full-fan-in", float, "Largest fan-in, for full finetuning.")
+def fit(
+    sweep: Path,
+    out: Path | None,
+    name: str | None,
+    columns: tuple[str, ...],
+    where: tuple[str, ...],
+    compare: str | None,
+    law: str | Law,
+    optimizer: str,
+    full_fan_in: float | None,
+) -> None:
+    """Fit a recipe to a sweep of learning rates from any tool.
+
+    SWEEP is a .csv file with one row per run, such as the export of wandb or MLflow. It needs the
+    columns rank, lr (per step) and loss, and alpha for LoRA. The columns rslora, init, fan_in,
+    seed, model, batch, steps and start (the loss before training) are optional. Usual names of
+    columns, such as learning_rate, lora_alpha, r or eval_loss, are recognised.
+
+    The rank of full finetuning is written full. The loss of a run that diverged is written
+    diverged. Runs without a loss are left out.
+    """
+    reading: dict[str, Any] = {
+        "optimizer": optimizer,
+        "columns": _columns(columns),
+        "where": dict(_pair(text, "--where") for text in where),
+    }
+    if compare is not None:
+        laws = [typed_law(text) for text in compare.split(",")]
+        echo(sweeps.compare_laws(sweep, laws, **reading))
+        if out is None:
+            return
+    recipe = sweeps.fit_sweep(
+        sweep,
+        name=name or sweep.stem,
+        law=law,
+        full_fan_in=full_fan_in,
+        **reading,
+    )
+    if out is not None:
+        recipe.save(out)
+    echo(recipe)
+
+
+def _columns(texts: tuple[str, ...]) -> dict[str, str]:
+    """Return the column of each field from texts such as "lr=config.lr,loss=eval/loss"."""
+    parts = [part for text in texts for part in text.split(",")]
+    return dict(_pair(part, "--columns") for part in parts)
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    """Return the name and the value of "name=value"."""
+    name, equals, value = text.partition("=")
+    if not name.strip() or not equals:
+        example = "loss=eval/loss" if flag == "--columns" else "State=finished"
+        raise click.UsageError(
+            f"{flag} is {text!r}. Write a name, = and a value, such as {flag} {example}."
+        )
+    return name.strip(), value.strip()

@@ -1,0 +1,127 @@
+"""`rankaware fit` reads the export of a tracker, compares laws, and takes a law of one's own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+import rankaware_optim as ra
+from rankaware_optim.cli import main
+
+WANDB = "Name,State,config.learning_rate,lora_r,lora_alpha,eval/loss,train/loss\n"
+CHEN = """\
+from dataclasses import dataclass
+from typing import ClassVar
+from rankaware_optim.laws import Law
+
+@dataclass(frozen=True)
+class Chen(Law):
+    name: ClassVar[str] = "chen"
+    def multiplier(self, factor, reference):
+        return ((reference.rank or 1) / (factor.rank or 1)) ** 0.5
+
+class NoLaw:
+    pass
+"""
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with a tracker's export, whose crashed runs have a loss or none, and a module with a law."""
+    rows = [
+        f"r{rank}{x},finished,{2.0**x},{rank},{rank},{1 + (x + 9) ** 2 / 20},9\n"
+        for rank in (4, 64)
+        for x in range(-12, -6)
+    ]
+    rows += [f"c,crashed,{2.0**-6},4,4,0.1,9\n", f"d,crashed,{2.0**-5},4,4,,9\n"]
+    (tmp_path / "runs.csv").write_text(WANDB + "".join(rows))
+    (tmp_path / "chenlaw.py").write_text(CHEN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("chenlaw", None)
+    if "chen" in ra.laws._text._LAWS.registered:
+        ra.register_law(ra.laws._text._LAWS.registered["chen"], remove=True)
+
+
+def test_a_trackers_export_is_fitted_in_one_command(folder):
+    """Usual names are recognised, crashed runs are left out, and the recipe says what was read."""
+    done = run("fit", "runs.csv", "--where", "State=finished", "-o", "r.toml")
+    assert done.exit_code == 0, done.output
+    assert "lr from config.learning_rate" in " ".join(done.output.split())
+    recipe = ra.Recipe.load("r.toml")
+    assert 2**-9.5 < recipe.fitted_lr < 2**-8.5
+    assert len(recipe.tensors["lr"]) == 12
+
+
+def test_columns_may_be_named(folder):
+    """--columns decides which column is read."""
+    done = run("fit", "runs.csv", "--columns", "rank=lora_r,loss=train/loss")
+    assert "loss from train/loss" in " ".join(done.output.split())
+
+
+WRONG = [
+    (("--columns", "loss=eval/los"), "mean 'eval/loss'"),
+    (("--columns", "loss"), "--columns is 'loss'"),
+    (("--where", "State=done"), "finished (12), crashed (2)"),
+    (("--where", "State"), "--where is 'State'"),
+    (("--law", "nowhere:Law"), "nowhere"),
+    (("--law", "chenlaw:NoLaw"), "is not a Law"),
+    (("--law", "chen"), "--law package.module:Class"),
+    (("--compare", "falling,nobody"), "nobody"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG)
+def test_a_wrong_option_is_one_sentence_and_no_file(words, message, folder):
+    """What does not fit ends the command with a sentence that names it, and writes nothing."""
+    before = sorted(folder.iterdir())
+    done = run("fit", "runs.csv", "-o", "r.toml", *words)
+    assert done.exit_code != 0
+    assert message in " ".join(done.output.split())
+    assert not (folder / "r.toml").exists()
+    assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
+
+
+def test_laws_are_compared_without_a_recipe(folder):
+    """--compare prints one row a law, ours and one of a module, and writes only with -o."""
+    where = ("--where", "State=finished")
+    done = run("fit", "runs.csv", *where, "--compare", "falling,chenlaw:Chen")
+    assert done.exit_code == 0, done.output
+    for word in ("falling", "chen", "octaves off", "excess loss"):
+        assert word in done.output
+    assert "base rate" not in done.output
+    both = run("fit", "runs.csv", *where, "--compare", "mua", "-o", "r.toml")
+    assert "octaves off" in both.output
+    assert Path("r.toml").exists()
+
+
+def test_a_law_of_ones_own_works_in_every_command(folder):
+    """With --law module:Class a recipe of that law is fitted and read; without it the error names the option."""
+    law = ("--law", "chenlaw:Chen")
+    where = ("--where", "State=finished")
+    assert run("fit", "runs.csv", *where, *law, "-o", "r.toml").exit_code == 0
+    readers = [("lr", "--rank", 8), ("show",), ("report", "-o", "r.html")]
+    for name, *words in readers:
+        done = run(name, "r.toml", *words, *law)
+        assert done.exit_code == 0, done.output
+    ra.register_law(ra.laws.get_law("chenlaw:Chen"), remove=True)
+    for name, *words in readers:
+        done = run(name, "r.toml", *words, *(["--force"] if "-o" in words else []))
+        assert done.exit_code == 1
+        assert "--law package.module:Class" in done.output
+
+
+def test_a_law_that_is_not_the_recipes_is_refused(folder):
+    """A typed law must be the recipe's."""
+    run("fit", "runs.csv", "--where", "State=finished", "-o", "r.toml")
+    done = run("lr", "r.toml", "--law", "chenlaw:Chen")
+    assert done.exit_code != 0
+    assert "'chen', but the recipe's law is 'mua'" in " ".join(done.output.split())
