@@ -48,7 +48,7 @@ STRIDE = 2.0
 FAR = 2.5
 # At most so many trials at one rank are read by a parabola, without a margin, and with an interval
 # of at most so many octaves to either side: search.md
-FEW = 4
+FEW_TRIALS = 4
 CAP = 1.75
 HALF_RANGE = 4.0  # octaves on either side of the first guess: by hand
 EDGE = 1.0  # octaves from an edge of the range that count as being there: by hand

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..fitting import Fit, Observation
 from ..recipe import Z90
-from ._constants import CAP, FAR, FEW
+from ._constants import CAP, FAR, FEW_TRIALS
 from ._schedule import Options
 
 
@@ -27,7 +27,7 @@ def is_few(options: Options) -> bool:
     """
     return (
         len(options.ranks) == 1
-        and options.searches <= FEW
+        and options.searches <= FEW_TRIALS
         and not options.full_trials
         and not options.noisy
         and options.octaves_to_target < FAR
