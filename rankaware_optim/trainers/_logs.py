@@ -5,33 +5,63 @@ Importing this module imports no trainer. Its functions do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from ..errors import OptimizerError
-from ..optimizer import RankAwareOptimizer
+from ..optimizer import RankAwareOptimizer, RateGroup
 
 
 def group_rates(opt: Any) -> dict[str, float]:
-    """Return the rates at which an optimizer trains, each once: "lr/r8" for both factors of a rank,
-    and "lr/B/r8" where B's differs, and "lr/other".
+    """Return the learning rates at which an optimizer trains, by names that say of what.
+
+    Each is the shortest name whose parameters all train at one learning rate: "lr/r8" for the LoRA
+    matrices of rank 8, "lr/B/r8" for the matrices B among them, "lr/group1/r8" for those in
+    `param_groups[1]`. "lr/other" is for parameters that are no LoRA matrix, and "lr/full" for full
+    finetuning. Parameters that do not train are left out.
 
     Args:
-        opt: a `RankAwareOptimizer`, in a framework's wrapper or not. Another optimizer has none.
+        opt: a `RankAwareOptimizer`, in a framework's wrapper or not. For another optimizer the
+            result is empty.
     """
     ours = _inside(opt)
-    initial: dict[str, float] = {}
-    rates: dict[str, float] = {}
-    for group in ours.rates.groups if isinstance(ours, RankAwareOptimizer) else []:
-        if not group.names:  # as Trainer's second one, where no norm trains
-            continue
-        name = group.role if group.rank is None else f"r{group.rank}"
-        # by where they start, so that a warm-up from zero has the same names
-        if initial.setdefault(name, group.initial_lr) != group.initial_lr:
-            name = f"{group.role}/{name}"
-        rates[f"lr/{name}"] = group.lr
+    if not isinstance(ours, RankAwareOptimizer):
+        return {}
+    parts = [
+        part
+        for part in ours.rates.groups
+        if any(param.requires_grad for param in part.params)
+    ]
+    # The start of the schedule counts too, so that a warm-up from zero has the same names.
+    rates_of: dict[str, set[tuple[float, float]]] = {}
+    for part in parts:
+        for name in _names_of(part):
+            rates_of.setdefault(name, set()).add((part.initial_lr, part.lr))
+    rates = {}
+    for part in parts:
+        name = next(name for name in _names_of(part) if len(rates_of[name]) == 1)
+        rates[f"lr/{name}"] = part.lr
     return rates
+
+
+def _names_of(part: RateGroup) -> Iterator[str]:
+    """Yield names of a part, from the most general to its own: by rank, LoRA matrix, scaling (s)
+    and group.
+    """
+    group = f"group{part.user_group}"
+    if part.rank is None:
+        yield part.role
+        yield f"{group}/{part.role}"
+    else:
+        yield f"r{part.rank}"
+        yield f"{part.role}/r{part.rank}"
+        yield f"r{part.rank}/s{part.scaling:g}"
+        yield f"{group}/r{part.rank}"
+        yield f"{group}/{part.role}/r{part.rank}"
+        yield f"{group}/{part.role}/r{part.rank}/s{part.scaling:g}"
+    yield f"{group}/{part.names[0]}"
 
 
 def _inside(opt: Any) -> Any:

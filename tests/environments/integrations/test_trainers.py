@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import optuna
 import pytest
@@ -562,14 +563,63 @@ def test_the_trained_rates_are_logged(tmp_path, monkeypatch):
         assert rates == pytest.approx(moved)  # Trainer's second group is empty
 
 
-def test_a_rate_has_one_name():
-    """Factors of a rank share one, also in a warm-up from zero, unless they differ."""
-    model = mlp((4,), head=False)
-    factors = [{"params": [param]} for param in trained(model)]
-    own = {"lr": LR, "rates": {"*lora_A": 1.0}}
-    found = group_rates(RankAwareOptimizer(factors, AdamW, model=model, **own))
-    assert found == {"lr/r4": 1.0, "lr/B/r4": LR}
-    opt = RankAwareOptimizer(model, AdamW, **own)
-    for group in opt.param_groups:
-        group |= {"initial_lr": group["lr"], "lr": 0.0}
-    assert group_rates(opt) == {"lr/r4": 0.0, "lr/B/r4": 0.0}
+def by_rate(*rates):
+    """A group for each learning rate, with a layer of rank 4 each."""
+    model = mlp((4,) * len(rates), head=False)
+    layers = [layer for layer in model if trained(layer)]
+    groups = []
+    for layer, rate in zip(layers, rates, strict=True):
+        groups.append({"params": trained(layer), "lr": rate})
+    return RankAwareOptimizer(groups, AdamW, model=model, lr=LR)
+
+
+def of_one_rank(**options):
+    return RankAwareOptimizer(mlp((4,), head=False), AdamW, lr=LR, **options)
+
+
+def of_two_scalings():
+    model = mlp((4, 4), scalings=(1.0, 2.0), head=False)
+    return RankAwareOptimizer(model, AdamW, lr=LR)
+
+
+def with_a_resting_layer():
+    model = mlp((4, 8))
+    model.layer1.requires_grad_(False)
+    return RankAwareOptimizer(model, AdamW, lr=LR)
+
+
+NAMED_RATES = [
+    (of_one_rank, {"lr/r4": LR}),
+    (partial(of_one_rank, rates={"*lora_A": 1.0}), {"lr/A/r4": 1.0, "lr/B/r4": LR}),
+    (partial(by_rate, LR, LR), {"lr/r4": LR}),
+    (
+        partial(by_rate, 1e-3, 5e-4, 2.5e-4),
+        {"lr/group0/r4": 1e-3, "lr/group1/r4": 5e-4, "lr/group2/r4": 2.5e-4},
+    ),
+    (with_a_resting_layer, {"lr/r4": LR, "lr/other": LR}),
+]
+
+
+@pytest.mark.parametrize(("build", "rates"), NAMED_RATES)
+@pytest.mark.parametrize("warming_up", [False, True])
+def test_every_learning_rate_has_a_name(build, rates, warming_up):
+    """A name is of all parameters at one learning rate, no rate is missing, and a warm-up from zero has the same names."""
+    opt = build()
+    if warming_up:
+        for group in opt.param_groups:
+            group |= {"initial_lr": group["lr"], "lr": 0.0}
+        rates = dict.fromkeys(rates, 0.0)
+    assert group_rates(opt) == rates
+
+
+def test_rates_that_differ_by_scaling_or_name_have_names():
+    """Matrices of one rank are told apart by their scaling, and others of one role and group by a parameter's name."""
+    assert group_rates(of_two_scalings()).keys() == {"lr/r4/s1", "lr/r4/s2"}
+    model = mlp((4, 4), head=False)
+    own = {"layer0.lora_A": 1.0, "layer1.lora_A": 2.0}
+    rates = group_rates(RankAwareOptimizer(model, AdamW, lr=LR, rates=own))
+    assert rates == {
+        "lr/group0/layer0.lora_A": 1.0,
+        "lr/group0/layer1.lora_A": 2.0,
+        "lr/B/r4": LR,
+    }
