@@ -39,7 +39,7 @@ from .calibration import (
 from .errors import CalibrationError, InspectionError, LawError, OptimizerError
 from .inspection import as_one_model, inspect_model
 from .laws import PRIOR_LAW, Law
-from .recipe import Recipe
+from .recipe import Recipe, Score
 from .trainers import BATCHES, NAMES, Touched, Trainer, TrialRun, trainer_of
 from .transfer import suggest_lr
 
@@ -348,6 +348,7 @@ class _Runs:
         place: what is calibrated.
         batch: the examples per step of the last trainer.
         rewarded: whether its values are rewards.
+        by_trainer: whether a trainer runs the trials.
     """
 
     native: type[Optimizer]
@@ -356,6 +357,7 @@ class _Runs:
     place: _Place
     batch: float | None = None
     rewarded: bool = False
+    by_trainer: bool = False
 
     def by_reward(self, trainer: Trainer | None) -> bool:
         """Return whether a trainer's values are minus its rewards."""
@@ -384,6 +386,7 @@ class _Runs:
     def _by_trainer(self, trainer: Trainer, trial: Trial) -> CallbackRun:
         """Return the run of a trial by a trainer."""
         self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
+        self.by_trainer = True
         refuse_warmup(trainer.warmup(trial.steps), trial.steps)
         existing = self.place.trainer is not None
 
@@ -394,9 +397,23 @@ class _Runs:
         return CallbackRun(run)
 
     def completed(self, recipe: Recipe) -> Recipe:
-        """Return a recipe with the batch of the trainers, and a note if values are rewards."""
+        """Return a recipe with the batch of the trainers and the kind of its scores, and a note if
+        they are rewards.
+        """
         notes = [*recipe.notes]
         if self.rewarded:
             notes = [*(note for note in notes if note != BY_TRAINING), BY_REWARD]
         at = replace(recipe.reference, batch=recipe.batch or self.batch)
-        return replace(recipe, reference=at, notes=tuple(notes))
+        score = self._kind_of_score(recipe)
+        return replace(recipe, reference=at, notes=tuple(notes), score=score)
+
+    def _kind_of_score(self, recipe: Recipe) -> Score:
+        """Return what scored the trials. Only of a loss a recipe can say what share is lost."""
+        if self.rewarded:
+            return "reward"
+        if self.score is not None:
+            return "own"
+        # A score that a trainer returns is its own loss on held-out data.
+        if self.by_trainer or self.place.trainer is not None:
+            return "loss"
+        return recipe.score

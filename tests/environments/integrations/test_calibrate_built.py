@@ -347,6 +347,7 @@ def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
     assert recipe.lr == pytest.approx(suggested.lr)
     assert any("no more than chance" in note for note in recipe.notes)
     assert "minus the reward" in recipe.notes[-1]
+    assert recipe.score == "reward"
 
 
 # --- every end ------------------------------------------------------------------------------------------------------

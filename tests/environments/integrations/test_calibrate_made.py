@@ -166,6 +166,7 @@ def test_an_evaluation_may_be_the_score(tmp_path, score):
     """By default the loss of its data, or a function of the trainer, is what is minimised."""
     make = maker(tmp_path)
     recipe = calibrate(make, score=score)
+    assert recipe.score == ("loss" if score is None else "own")
     evaluated = [trainer.evaluate()["eval_loss"] for trainer in make.trainers]
     assert recipe.tensors["value"].tolist() == pytest.approx(evaluated, rel=1e-6)
 
