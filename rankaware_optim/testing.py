@@ -91,7 +91,7 @@ def check_convention(
             rows = {f.convention for f in survey.factors}
             names = rows if convention is None else {convention.name}
             if ranks != {rank}:
-                read = " and ".join(map(str, sorted(ranks)))
+                read = " and ".join(sorted(map(str, ranks)))
                 raise InspectionError(
                     f"make({rank}, {alpha:g}) returned a module whose rank was read as {read}, by"
                     f" the convention {' and '.join(sorted(rows))!r}.",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from .._checks import check_init
 from .._registry import Registry
@@ -22,7 +22,11 @@ from ..errors import InspectionError
 
 INITS = (*get_args(Init), None)
 Shape = tuple[int, ...]
-Halves = dict[tuple[str, str], Any]  # A and B by attribute and adapter
+# A module of any library, or a `StoredLayer` that stands in for one. Its attributes are read, and
+# its class is not known.
+Owner = Any
+T = TypeVar("T")  # of tensors, in a model or in a file
+Halves = dict[tuple[str, str], T]  # A and B by attribute and adapter
 
 
 class StoredLayer:
@@ -34,7 +38,7 @@ class StoredLayer:
 
     def __init__(self, name: str, where: str) -> None:
         self.name, self.where = name, where
-        self.halves: Halves = {}
+        self.halves: Halves[Any] = {}
 
 
 class Reading(NamedTuple):
@@ -57,7 +61,7 @@ class Reading(NamedTuple):
     kind: str = ""
 
 
-Layout = Callable[[Any, Shape, Shape], Reading]
+Layout = Callable[[Owner, Shape, Shape], Reading]
 """A function from the module that owns a pair, the shape of A and the shape of B to a `Reading`.
 
 If it raises a LookupError, AttributeError, TypeError, ValueError or ArithmeticError, the layout
@@ -65,7 +69,7 @@ does not fit and the next one is tried. An InspectionError reaches the user.
 """
 
 
-def rows(owner: Any, a: Shape, b: Shape) -> Reading:
+def rows(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r, in, k…), B (out, r, 1…): the usual layout. In a grouped convolution B may have r /
     groups columns.
     """
@@ -82,7 +86,7 @@ def rows(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(a[0], rank_b, fan_in, b[0], inner=1 / groups)
 
 
-def blocks(owner: Any, a: Shape, b: Shape) -> Reading:
+def blocks(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r, in), B (out, r / n): PEFT's `use_bdlora` with a block-diagonal B of n blocks. n is
     `nblocks` of B's module.
     """
@@ -91,18 +95,18 @@ def blocks(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(a[0], b[1] * n, a[1], b[0], inner=1 / n)
 
 
-def columns(owner: Any, a: Shape, b: Shape) -> Reading:
+def columns(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (…, in, r), B (…, r, out): transposed, optionally with a leading axis of experts."""
     kind = "experts" if len(a) > 2 else ""
     return Reading(a[-1], b[-2], a[-2], b[-1], kind=kind)
 
 
-def experts(owner: Any, a: Shape, b: Shape) -> Reading:
+def experts(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (E, r, in), B (E, out, r): one pair for each of E experts."""
     return Reading(a[-2], b[-1], a[-1], b[-2], kind="experts")
 
 
-def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
+def stacked(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r·E, in), B (out, r·E): PEFT's `target_parameters`, with E = `num_experts`."""
     base = getattr(owner, "get_base_layer", lambda: owner)()
     # transformers sets it. Older versions do not, and store (experts, in, out).
@@ -122,7 +126,7 @@ def stacked(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(rank_a, rank_b, a[1], b[0], kind="experts")
 
 
-def merged(owner: Any, a: Shape, b: Shape) -> Reading:
+def merged(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r·m, in), B (out, r): a fused layer, such as one of queries, keys and values.
     `enable_lora` selects m of its matrices, and each of these has an A of its own.
     """
@@ -131,7 +135,7 @@ def merged(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(rank_a, b[1], a[1], b[0])
 
 
-def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
+def kernel(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r·k, in·k), B (out/groups·k, r·k): loralib's convolutions, which reshape B·A to the kernel
     of size k.
     """
@@ -142,7 +146,7 @@ def kernel(owner: Any, a: Shape, b: Shape) -> Reading:
     return Reading(a[0] / k, b[1] / k, fan_in, fan_out, inner=k, kind="conv")
 
 
-def tucker(owner: Any, a: Shape, b: Shape) -> Reading:
+def tucker(owner: Owner, a: Shape, b: Shape) -> Reading:
     """A (r, in, 1…), a core (r, r, k…), B (out, r, 1…): Tucker's decomposition of a convolution.
     The core has the kernel, and keeps the base learning rate.
     """
@@ -203,7 +207,7 @@ class Convention:
     alpha: tuple[str, ...] = ("lora_alpha", "alpha")
     init: Init | None = None
 
-    def fits(self, owner: Any) -> bool:
+    def fits(self, owner: Owner) -> bool:
         """Return whether a module, or a layer of a file, has the attributes of this library."""
         if any(hasattr(owner, name) for name in self.without):
             return False
@@ -211,7 +215,7 @@ class Convention:
             return re.fullmatch(self.file, owner.name) is not None
         return all(hasattr(owner, name) for name in self.where)
 
-    def pairs_in(self, owner: Any, halves: Halves) -> Iterator[tuple[str, Any, Any]]:
+    def pairs_in(self, owner: Owner, halves: Halves[T]) -> Iterator[tuple[str, T, T]]:
         """Yield the adapter's name, A and B of every pair that the owner has by this convention."""
         for (attribute, adapter), a in halves.items():
             b = halves.get((self.b, adapter))

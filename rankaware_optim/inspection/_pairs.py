@@ -16,7 +16,9 @@ from ..errors import InspectionError
 from ._conventions import (
     LAYOUTS,
     Convention,
+    Halves,
     Layout,
+    Owner,
     Reading,
     Shape,
     StoredLayer,
@@ -75,7 +77,7 @@ class Pair(NamedTuple):
     the table that describes the module.
     """
 
-    owner: Any
+    owner: Owner
     layer: str
     adapter: str
     convention: Convention
@@ -183,7 +185,7 @@ def _pairs_of(modules: Modules) -> Iterator[Pair]:
     names = {name for row in rows for name in (row.a, row.b)}
     for layer, module in modules:
         halves = _halves(module, names)
-        pairs: dict[tuple[Any, Any], Pair] = {}
+        pairs: dict[tuple[object, object], Pair] = {}
         for row in rows if halves else ():
             for adapter, a, b in row.pairs_in(module, halves):
                 pair = Pair(module, layer, adapter, row, a, b)
@@ -191,7 +193,7 @@ def _pairs_of(modules: Modules) -> Iterator[Pair]:
         yield from pairs.values()
 
 
-def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
+def _halves(module: Owner, names: set[str]) -> Halves[Half]:
     """Return those attributes of a module that may be A or B, by attribute and adapter.
 
     An attribute is a parameter, a module with a weight, or a dict of these by adapter. names: the
@@ -200,7 +202,7 @@ def _halves(module: Any, names: set[str]) -> dict[tuple[str, str], Half]:
     if isinstance(module, StoredLayer):
         return module.halves
     members = {**module._modules, **module._parameters}
-    halves: dict[tuple[str, str], Half] = {}
+    halves: Halves[Half] = {}
     for attribute in names.intersection(members):
         member = members[attribute]
         is_dict = hasattr(member, "items")
@@ -307,7 +309,7 @@ def _refuse_either_way(pair: Pair, reading: Reading) -> None:
 
 
 def _layout_reading(
-    layout: str | Layout, owner: Any, a: Shape, b: Shape
+    layout: str | Layout, owner: Owner, a: Shape, b: Shape
 ) -> Reading | None:
     """Return what a layout reads. None if it does not fit: A and B must have one whole rank."""
     if min(len(a), len(b)) < 2 or 0 in (*a, *b):
@@ -325,7 +327,7 @@ def _layout_reading(
         return None
 
 
-def is_embedding(module: Any) -> bool:
+def is_embedding(module: Owner) -> bool:
     """Return whether a module, or the module that it adapts, is one of torch's embeddings. It looks
     at class names, because files are read without importing torch.
     """

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -26,6 +26,8 @@ _LORA_TYPES = (None, "LORA", "ADALORA")
 # The module by which X-LoRA scales the LoRA pairs inside it, with another number for each token.
 XLORA = "internal_xlora_classifier"
 _OF_PEFT = re.compile("lora_(embedding_)?[AB]")
+
+T = TypeVar("T")
 
 _Rank = Annotated[int, Meta(ge=1, lt=2**31)]
 # The bounds keep alpha / rank finite.
@@ -85,7 +87,7 @@ def declare(layer: StoredLayer, configs: Iterable[AdapterConfig]) -> None:
     vars(layer).update({**declared, **vars(layer)})
 
 
-def _by_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+def _by_pattern(name: str, patterns: Mapping[str, T] | None, default: T) -> T:
     """Return the value of the first pattern that matches the layer as in PEFT, else the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):

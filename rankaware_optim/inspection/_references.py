@@ -113,33 +113,34 @@ def parse_reference(text: str, *, like: Reference | None = None) -> Reference:
     >>> str(parse_reference("r=64", like=Reference(rank=16, alpha=32)))
     'rank 64, alpha 32, init A'
     """
+    values = _values_in(text)
+    is_full = values.get("method") == "full"
+    if is_full and (extra := values.keys() - _OF_FULL):
+        raise _unreadable(text, f"full finetuning has no {min(extra)}")
+    stands_alone = not {"alpha", "method"}.isdisjoint(values)
+    if like is not None and like.method == "lora" and not stands_alone:
+        return replace(like, **values)
+    if not is_full and (missing := {"rank", "alpha"} - values.keys()):
+        raise _unreadable(text, f"it has no {max(missing)}")
+    return Reference(**values)
+
+
+def _values_in(text: str) -> dict[str, Any]:
+    """Return the values in a string by the names of `Reference`, in the types that it has."""
     values: dict[str, Any] = {}
-    problem = ""
     for part in filter(None, map(str.strip, text.split(","))):
-        key, _, given = map(str.strip, _FLAGS.get(part, part).partition("="))
+        key, _, value = map(str.strip, _FLAGS.get(part, part).partition("="))
         name = _SHORT.get(key, key)
         if name in values:
-            problem = f"it has {name} twice"
+            raise _unreadable(text, f"it has {name} twice")
         try:
-            values[name] = msgspec.convert(given, _TYPES[name], strict=False)
+            values[name] = msgspec.convert(value, _TYPES[name], strict=False)
         except (KeyError, msgspec.ValidationError):
-            problem = f"{shown(part)} is no part of one"
-    if not values and not problem:
-        problem = "it is empty"
-    is_full = values.get("method") == "full"
-    extra = values.keys() - _OF_FULL
-    if is_full and extra:
-        problem = f"full finetuning has no {min(extra)}"
-    stands_alone = {"alpha", "method"} & values.keys()
-    if like is None or like.method == "full":
-        stands_alone = set(values)
-    missing = {"rank", "alpha"} - values.keys()
-    if stands_alone and not is_full and missing and not problem:
-        problem = f"it has no {max(missing)}"
-    if problem:
-        raise InvalidReferenceError(
-            f"{shown(text)} is not a reference: {problem}.", _HOW
-        )
-    if stands_alone or like is None:
-        return Reference(**values)
-    return replace(like, **values)
+            raise _unreadable(text, f"{shown(part)} is no part of one") from None
+    if not values:
+        raise _unreadable(text, "it is empty")
+    return values
+
+
+def _unreadable(text: str, why: str) -> InvalidReferenceError:
+    return InvalidReferenceError(f"{shown(text)} is not a reference: {why}.", _HOW)

@@ -79,7 +79,7 @@ def survey_of(
     *,
     method: Method = "lora",
     init: Init | None = None,
-    also: Container[Any] = (),
+    also: Container[object] = (),
 ) -> Survey:
     """Inspect a model as `inspect_model` does, from its walk.
 
@@ -132,7 +132,7 @@ def read_survey(
     *,
     method: Method = "lora",
     init: Init | None = None,
-    also: Container[Any] = (),
+    also: Container[object] = (),
 ) -> Survey:
     """Return the survey of a model or a file. It may be empty."""
     trainable = {
@@ -158,7 +158,9 @@ def read_survey(
     return Survey(factors, tuple(other), tuple(notes), tuple(frozen))
 
 
-def _full_factors(walked: Walk, trainable: Mapping[Any, str]) -> Iterator[Factor]:
+def _full_factors(
+    walked: Walk, trainable: Mapping[nn.Parameter, str]
+) -> Iterator[Factor]:
     """Yield the weights that full finetuning trains, without embeddings, biases and norms."""
     left = dict(trainable)
     for prefix, module in walked.modules:
@@ -196,7 +198,10 @@ def _full_fans(module: nn.Module, param: torch.Tensor) -> tuple[float, float]:
 
 
 def _lora_factors(
-    walked: Walk, trainable: Mapping[Any, str], init: Init | None, notes: list[str]
+    walked: Walk,
+    trainable: Mapping[nn.Parameter, str],
+    init: Init | None,
+    notes: list[str],
 ) -> Iterator[Factor]:
     """Yield both matrices of every LoRA pair that trains. Assumptions are added to `notes`."""
     declared = declared_around(walked.modules)

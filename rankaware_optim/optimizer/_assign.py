@@ -182,45 +182,50 @@ class Assigner:
     def multiplier(self, factor: Factor) -> float:
         """Return the law's number for a LoRA matrix or a whole weight, at the model's width.
 
-        The law is asked within the init of the pair, because the laws for B = 0 and A = 0 have no
-        common scale. Pairs in which neither matrix starts at zero keep the base learning rate.
-
-        The input of an embedding is one-hot, so its width is 1. Its learning rate is only converted
-        between embeddings of one init, and not from full finetuning, which has no init.
+        A pair in which neither matrix starts at zero keeps the base learning rate.
         """
-        is_embedding = factor.kind == "embedding"
         number = _model_number(factor)
         reference, width = self.endpoints.get(number, self.endpoints[""])
         if factor.role == "full":
-            here = replace(factor, fan_in=width)
-            if reference.method == "full" or self._has_full_runs:
-                return checked_multiplier(self.law, here, reference)
-            return to_full(self.law, here, reference, self._rounds_in(factor))
-        if factor.init == "other" or (is_embedding and reference.method == "full"):
+            return self._full_multiplier(replace(factor, fan_in=width), reference)
+        if factor.init == "other":
             return 1.0
-        # A pair whose init is unknown is taken for PEFT's: B started at zero.
+        # The laws for B = 0 and A = 0 have no common scale, so the reference gets the pair's init.
+        # A pair whose init is unknown is taken for PEFT's, in which B starts at zero.
         init: Literal["A", "B"] = "B" if factor.init == "B" else "A"
-        if is_embedding:
-            width = 1.0
-            reference = replace(reference, init=init, fan_in=1.0)
-        elif reference.method == "lora":
-            reference = replace(reference, init=init)
         here = replace(factor, fan_in=width, init=init)
-        if reference.method == "full" and not self._has_full_runs:
+        if factor.kind == "embedding":
+            return self._embedding_multiplier(here, reference, init)
+        if reference.method == "lora":
+            reference = replace(reference, init=init)
+        elif not self._has_full_runs:
             return from_full(self.law, here, reference)
         return checked_multiplier(self.law, here, reference)
+
+    def _full_multiplier(self, weight: Factor, reference: Reference) -> float:
+        """Return the number for a whole weight in full finetuning."""
+        if reference.method == "full" or self._has_full_runs:
+            return checked_multiplier(self.law, weight, reference)
+        # An optimizer that keeps the bits which a dtype rounds away trains as in float32.
+        dtype = "" if weight.dtype in self.kept else weight.dtype
+        return to_full(self.law, weight, reference, dtype)
+
+    def _embedding_multiplier(
+        self, here: Factor, reference: Reference, init: Literal["A", "B"]
+    ) -> float:
+        """Return the number for a LoRA matrix of an embedding, whose input is one-hot: its width
+        is 1. It is converted between ranks of one init, and not from full finetuning.
+        """
+        if reference.method == "full":
+            return 1.0
+        at_width_1 = replace(reference, init=init, fan_in=1.0)
+        return checked_multiplier(self.law, replace(here, fan_in=1.0), at_width_1)
 
     @property
     def _has_full_runs(self) -> bool:
         """Whether a recipe's own trials settled the step between LoRA and full finetuning."""
         recipe = self.source.recipe
         return recipe is not None and recipe.full_seen
-
-    def _rounds_in(self, factor: Factor) -> str:
-        """Return the dtype in which a weight trains. It is "" if the optimizer keeps the bits that
-        the dtype rounds away, since its best learning rate is then that of float32.
-        """
-        return "" if factor.dtype in self.kept else factor.dtype
 
 
 def _model_number(factor: Factor) -> str:

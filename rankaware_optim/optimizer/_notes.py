@@ -58,7 +58,8 @@ def notes_of(
     if without_law := _without_law(assigner, survey):
         warn(without_law)
         notes.append(without_law)
-    notes += _on_adapters(assigner, survey)
+    notes += _on_reference(assigner, survey)
+    notes += _on_inits(assigner, survey)
     notes += _on_full_finetuning(assigner, survey)
     notes += _on_batch(assigner)
     # Parameters that are no LoRA matrix have the base learning rate in every family.
@@ -110,27 +111,31 @@ def _kinds_without_law(assigner: Assigner, survey: Survey) -> dict[str, str]:
     return kinds
 
 
-def _on_adapters(assigner: Assigner, survey: Survey) -> Iterator[str]:
-    """Yield what is assumed about the ranks and inits of the adapters."""
-    tuned = assigner.reference
+def _on_reference(assigner: Assigner, survey: Survey) -> Iterator[str]:
+    """Yield what is assumed if the user did not say where lr was tuned."""
     configurations = {(f.rank, f.scaling, f.init) for f in survey.factors}
     if assigner.source.reference is None and len(configurations) > 1:
         yield (
-            f"No tuned_at= was passed, so lr counts as tuned at {tuned}, the most common"
-            " configuration of this model."
+            f"No tuned_at= was passed, so lr counts as tuned at {assigner.reference}, the most"
+            " common configuration of this model."
         )
+
+
+def _on_inits(assigner: Assigner, survey: Survey) -> Iterator[str]:
+    """Yield what is assumed about inits that could not be read or differ from the reference's."""
     if any(f.init == "unknown" for f in survey.factors):
         yield (
             "The init of some adapters could not be read. They are scaled as if B had started at"
             " zero, as in PEFT."
         )
-    if assigner.method != "lora" or tuned.method != "lora":
+    tuned = assigner.reference
+    if assigner.method == "full" or tuned.method == "full":
         return
-    other_init = "B" if tuned.init == "A" else "A"
-    if any(f.init == other_init for f in without_embeddings(survey.factors)):
+    other = "B" if tuned.init == "A" else "A"
+    if any(f.init == other for f in without_embeddings(survey.factors)):
         yield (
-            f"Some adapters have init {other_init}, but lr was tuned at init {tuned.init}. They are"
-            f" scaled by the law of their own init. Tune or calibrate at init {other_init}."
+            f"Some adapters have init {other}, but lr was tuned at init {tuned.init}. They are"
+            f" scaled by the law of their own init. Tune or calibrate at init {other}."
         )
 
 

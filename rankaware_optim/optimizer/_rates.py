@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,9 @@ from ..inspection import Survey, other_kind
 from ._assign import Assigned
 from ._parts import peak_lr, split_groups
 from ._unmoved import SameRate, epsilon, rounding
+
+if TYPE_CHECKING:
+    from ._wrapper import RankAwareOptimizer
 
 _HEADINGS = (
     *("role", "rank", "scaling", "init", "fan-in", "fan-out", "tensors"),
@@ -72,7 +75,7 @@ class Rates(Mapping[str, RateGroup]):
     It shows the present state. After a scheduler's step it has the new learning rates.
     """
 
-    def __init__(self, opt: Any) -> None:
+    def __init__(self, opt: RankAwareOptimizer) -> None:
         self._opt = opt
 
     @property
@@ -212,7 +215,7 @@ def _range(values: Iterable[float]) -> str:
     return "–".join(f"{end:g}" for end in dict.fromkeys((*ordered[:1], *ordered[-1:])))
 
 
-def make_report(opt: Any) -> Report:
+def make_report(opt: RankAwareOptimizer) -> Report:
     """Return the report on an optimizer at its current learning rates."""
     wrapper = opt._rankaware
     groups = opt.rates.groups
@@ -274,7 +277,7 @@ def _heads_at_base_rate(rows: Iterable[RateGroup]) -> Iterator[str]:
         )
 
 
-def trained_parts(opt: Any) -> list[SameRate]:
+def trained_parts(opt: RankAwareOptimizer) -> list[SameRate]:
     """Return the parameters that train at a sign-like family's learning rate, by learning rate.
 
     The highest known learning rate counts, because the first steps of a warm-up are small. A
@@ -304,7 +307,7 @@ def trained_parts(opt: Any) -> list[SameRate]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def warn_of_unmoved(opt: Any) -> None:
+def warn_of_unmoved(opt: RankAwareOptimizer) -> None:
     """Warn about weights that the first step leaves unchanged, and later about Adam's epsilon."""
     wrapper = opt._rankaware
     text = ""

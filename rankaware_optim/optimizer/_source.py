@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .._checks import check_lr, check_range, plain_lr, shown
 from .._rate import Rate
 from .._types import Reference, width_for
@@ -68,7 +70,7 @@ class Source:
     """
 
     law: Law
-    lr: Any = None
+    lr: float | Tensor | None = None
     reference: Reference | None = None
     batch: float | None = None
     steps: int | None = None
@@ -170,7 +172,7 @@ def read_source(
     recipe: Recipe | str | os.PathLike[str] | None,
     law: str | Law | None,
     tuned_at: ReferenceLike | None,
-    lr: Any,
+    lr: float | Tensor | None,
     batch: float | None,
     steps: int | None,
     rates: Mapping[str, float | Rate],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._warn import warn
 from ..errors import OptimizerError
 from ..inspection import Walk, factor_tensors, walk
+from ._parts import RankAware, split_groups
 
 # A report and a warning mention a group if more than this share of its weights, or of its steps, is
 # lost.
@@ -240,7 +241,11 @@ def _sample(tensor: Tensor) -> Tensor:
 # --- parameters that were replaced ----------------------------------------------------------------
 
 
-def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -> bool:
+def check_parameters(
+    opt: RankAware,
+    model: nn.Module | None,
+    others: Iterable[RankAware],
+) -> bool:
     """Raise an error if the model's gradients reach other parameters than those of this optimizer,
     which would then train nothing without a word. Return whether the next step must check again.
 
@@ -270,14 +275,16 @@ def check_parameters(opt: Any, model: nn.Module | None, others: Iterable[Any]) -
     return not graded
 
 
-def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> None:
+def _refuse_lost(
+    opt: RankAware, walked: Walk, lost: Mapping[str, nn.Parameter]
+) -> None:
     """Raise an error if parameters that no optimizer holds train in place of those of `opt`. Warn
     if they belong to an adapter that trains beside them.
 
     lost: the parameters with a gradient that no optimizer holds, by name.
     """
     held = _params_of(opt)
-    names = set(opt.rates)
+    names = {name for group in split_groups(opt) for name in group.names}
     factors = factor_tensors(walked)
     adapters = [name for name, param in lost.items() if param in factors]
     replaced = [name for name in lost if name in names]
@@ -300,7 +307,7 @@ def _refuse_lost(opt: Any, walked: Walk, lost: Mapping[str, nn.Parameter]) -> No
         )
 
 
-def _params_of(opt: Any) -> list[Any]:
+def _params_of(opt: RankAware) -> list[nn.Parameter]:
     return [param for group in opt.param_groups for param in group["params"]]
 
 
