@@ -1,4 +1,6 @@
-"""Files: read regular files completely, and replace a file atomically."""
+"""Read regular files completely, and replace a file atomically. (A recipe's own files are in
+`recipe/_files.py`.)
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The commands that make a recipe: `rankaware calibrate`, which can be resumed and has one or more
-workers, and `rankaware fit`.
+"""The command that makes a recipe by trials: `rankaware calibrate`, with one or more workers.
+
+The function behind it is in `rankaware_optim/_calibrate.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..errors import (
 )
 from ..laws import PRIOR_LAW
 from ._options import (
+    FORCE,
     INTERRUPTED,
     OPTIMIZER,
     echo,
@@ -32,6 +34,7 @@ from ._options import (
     may_name_module,
     option,
     out_option,
+    refuse_existing,
     several,
 )
 
@@ -50,6 +53,7 @@ _GRACE_S = 10.0  # for a worker to end by itself
 @option("--steps", int, "Training steps per trial, such as 500.", required=True)
 @option("--target-steps", int, "Training steps of the target run. By default --steps.")
 @out_option("Recipe to write, a .toml file.", required=True)
+@FORCE
 @OPTIMIZER
 @law_option("Law that moves rates between ranks.", PRIOR_LAW)
 @option(
@@ -99,6 +103,7 @@ def calibrate(
     /,
     spec: str,
     out: Path,
+    force: bool,
     workers: int,
     name: str | None,
     dry_run: bool,
@@ -114,6 +119,7 @@ def calibrate(
     The same command continues a calibration that stopped or was killed. On another machine that can
     reach --storage, it joins the running calibration.
     """
+    refuse_existing(out, force)
     name = name or out.stem
     storage = options["storage"] or str(out.with_suffix(".journal"))
     options["storage"] = f"{storage}#{name}" if "://" in storage else storage

@@ -1,6 +1,7 @@
-"""`rankaware convert`: convert a rate to another rank, alpha, width, batch or method.
+"""`rankaware convert`: convert a learning rate to another rank, alpha, width, batch or method.
 
-It is printed as numbers, or as lines for a trainer's configuration.
+The function behind it is in `transfer/_convert.py`. The result is printed as a table, as JSON or as
+lines for a trainer's configuration.
 """
 
 from __future__ import annotations

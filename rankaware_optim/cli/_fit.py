@@ -1,4 +1,4 @@
-"""The command that reads a sweep: `rankaware fit`."""
+"""The command that reads a sweep: `rankaware fit`. The function behind it is in `sweeps/_fit.py`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from .. import sweeps
 from ..laws import PRIOR_LAW
 from ._options import (
     FILE,
+    FORCE,
     OPTIMIZER,
     echo,
     law_option,
     may_name_module,
     option,
     out_option,
+    refuse_existing,
     typed_law,
 )
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("sweep", type=FILE)
 @out_option("Write the recipe to a .toml file.")
+@FORCE
 @option("--name", str, "Name of the recipe. By default the name of SWEEP's file.")
 @option(
     "--columns",
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 def fit(
     sweep: Path,
     out: Path | None,
+    force: bool,
     name: str | None,
     columns: tuple[str, ...],
     where: tuple[str, ...],
@@ -75,6 +79,7 @@ def fit(
     The rank of full finetuning is written full. The loss of a run that diverged is written
     diverged. Runs without a loss are left out.
     """
+    refuse_existing(out, force)
     reading: dict[str, Any] = {
         "optimizer": optimizer,
         "columns": _columns(columns),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,22 +115,18 @@ def flag(names: str, text: str) -> Decorator:
 
 
 def out_option(text: str, **settings: Any) -> Decorator:
-    """Return the options -o FILE, as `out`, and --force, without which the command refuses a file
-    that exists.
-    """
+    """Return the option -o FILE, as `out`. Commands with it call `refuse_existing` first."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    return option("-o --out", file, text, **settings)
 
-    def decorate(command: Any) -> Any:
-        @wraps(command)
-        def checked(*args: Any, out: Path | None, force: bool, **options: Any) -> Any:
-            if out is not None and os.path.lexists(out) and not force:
-                raise click.ClickException(f"{out} exists. --force overwrites it.")
-            return command(*args, out=out, **options)
 
-        file = click.Path(dir_okay=False, path_type=Path)
-        with_force = flag("--force", "Overwrite it.")(checked)
-        return option("-o --out", file, text, **settings)(with_force)
+FORCE = flag("--force", "Overwrite the file of -o if it exists.")
 
-    return decorate
+
+def refuse_existing(out: Path | None, force: bool) -> None:
+    """Raise an error if the file to write exists, before any work is done for it."""
+    if out is not None and os.path.lexists(out) and not force:
+        raise click.ClickException(f"{out} exists. --force overwrites it.")
 
 
 FILE = click.Path(path_type=Path)

@@ -12,8 +12,10 @@ from .. import recipe as recipes
 from .. import reports
 from .._files import replace_bytes
 from ..errors import RankAwareWarning
+from ..laws import layers_of
 from ._options import (
     FILE,
+    FORCE,
     INIT_HELP,
     OWN_LAW,
     RATE_FIELDS,
@@ -25,6 +27,7 @@ from ._options import (
     option,
     out_option,
     rate_document,
+    refuse_existing,
 )
 
 if TYPE_CHECKING:
@@ -43,13 +46,7 @@ def _load(path: Path, law: Law | str | None) -> recipes.Recipe:
     if law is None:
         return recipe
     typed = law if isinstance(law, str) else law.name
-    names = []
-    recorded: Any = recipe.law
-    while (
-        recorded is not None
-    ):  # the correction that was fitted, and the laws inside it
-        names.append(recorded.name)
-        recorded = getattr(recorded, "law", None)
+    names = [each.name for each in layers_of(recipe.law)]
     if typed in names:
         return recipe
     raise click.UsageError(
@@ -109,10 +106,14 @@ def show(recipe: Path, law: Law | str | None) -> None:
 @click.command()
 @_RECIPE
 @out_option("Figure to write, a .png, .svg or .pdf file.", required=True)
+@FORCE
 @option("--judge", float, "Draw this learning rate too, such as the one you used.")
 @OWN_LAW
-def plot(recipe: Path, out: Path, judge: float | None, law: Law | str | None) -> None:
+def plot(
+    recipe: Path, out: Path, force: bool, judge: float | None, law: Law | str | None
+) -> None:
     """Draw a recipe's trials, and its learning rates by rank."""
+    refuse_existing(out, force)
     figure = _load(recipe, law).plot(judge)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -125,12 +126,14 @@ def plot(recipe: Path, out: Path, judge: float | None, law: Law | str | None) ->
 @click.command()
 @_RECIPE
 @out_option("HTML page to write.", required=True)
+@FORCE
 @OWN_LAW
-def report(recipe: Path, out: Path, law: Law | str | None) -> None:
+def report(recipe: Path, out: Path, force: bool, law: Law | str | None) -> None:
     """Write a recipe as an HTML page.
 
     The page has the recipe's learning rates by rank, its figure, its trials and its provenance.
     """
+    refuse_existing(out, force)
     page = reports.report_html(_load(recipe, law))
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_bytes(out, page.encode())

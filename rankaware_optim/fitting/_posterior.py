@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .._types import Reference
-from ..laws import Law, Power
+from ..laws import Falling, Law, Power, layers_of
 from ._constants import (
     BASE_SD,
     CERTAIN,
@@ -109,7 +109,10 @@ def centred_law(
     """
     if reference.method == "full":
         return Power(law=law)
-    mean = 0.0 if law.falls_with_rank else DRIFT[reference.init][0]
+    falls = any(isinstance(each, Falling) for each in layers_of(law))
+    mean = (
+        0.0 if falls else DRIFT[reference.init][0]
+    )  # no fall is expected beyond its own
     return Power(
         exponent=mean + drift,
         full_factor=2.0**factor,

@@ -12,6 +12,7 @@ from ._mua import Falling as Falling
 from ._mua import MuA as MuA
 from ._mua import Power as Power
 from ._mua import kappa as kappa
+from ._mua import layers_of as layers_of
 from ._text import DEFAULT_LAW as DEFAULT_LAW
 from ._text import LAWS as LAWS
 from ._text import PRIOR_LAW as PRIOR_LAW

@@ -18,9 +18,11 @@ from .._checks import check_range, is_positive, shown
 from .._types import Factor, Reference
 from ..errors import LawError, RankAwareError
 
-_FAR = 1e4  # multipliers beyond it, or below its inverse, are cautioned: by hand
-# The largest change of the batch that moves the rate: four tasks at a quarter and four times their
-# own, a fifth at a sixteenth (benchmarks/answers.md: one_constant.md, lengths.md)
+# A multiplier above this, or below its inverse, gets a warning: chosen by judgement.
+_FAR = 1e4
+# The rule for the batch was tested on four tasks at a quarter and at four times their own batch,
+# and on a fifth task at a sixteenth (benchmarks/answers.md, "Steps, batch and precision"). A larger
+# change counts as this one.
 BATCH_REACH = 4.0
 
 
@@ -45,11 +47,11 @@ class Law(ABC):
     name: ClassVar[str] = ""
 
     @property
-    def falls_with_rank(self) -> bool:
-        """Whether the law lowers the rates of A = 0 with the rank. A calibration then expects no
-        further fall.
+    def family(self) -> str | None:
+        """The family of optimizers in whose form the law is evaluated, None for a law that has the
+        same form for all optimizers.
         """
-        return False
+        return None
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         """Return the law for an optimizer; by default the law itself.

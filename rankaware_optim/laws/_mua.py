@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -363,13 +363,8 @@ class Correction(Law):
             )
 
     @property
-    def family(self) -> str:
-        """The family whose form the inner law has, if it has one."""
-        return self.law.family  # type: ignore[attr-defined, no-any-return]
-
-    @property
-    def falls_with_rank(self) -> bool:
-        return self.law.falls_with_rank
+    def family(self) -> str | None:
+        return self.law.family
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         law = self.law.bind(optimizer_class, settings)
@@ -385,6 +380,14 @@ class Correction(Law):
     @abstractmethod
     def term(self, at: Factor) -> float:
         """Return the correction of the rate at a configuration, up to a constant."""
+
+
+def layers_of(law: Law) -> Iterator[Law]:
+    """Yield a law, then the law that it corrects, and so on to the innermost one."""
+    yield law
+    while isinstance(law, Correction):
+        law = law.law
+        yield law
 
 
 @dataclass(frozen=True)
@@ -462,10 +465,6 @@ class Falling(Correction):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, "knee", "power")
-
-    @property
-    def falls_with_rank(self) -> bool:
-        return True
 
     def bind(self, optimizer_class: type, settings: Mapping[str, Any]) -> Law:
         if optimizer_family(optimizer_class, settings) in SIGN_LIKE:

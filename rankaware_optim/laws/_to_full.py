@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from .._types import Factor, Reference
 from ._law import Law, checked_multiplier
-from ._mua import SIGN_LIKE
+from ._mua import SIGN_LIKE, MuA, Power, layers_of
 
 # LoRA's best learning rate at rank 16 and alpha 32 over full finetuning's in float32: the geometric
 # mean over five sources.
@@ -38,13 +38,16 @@ def is_measured(law: Law, lora: Reference) -> bool:
     It was measured with Adam, with B = 0 and at large widths. The paper's own law stays as its
     authors state it, and so do a law of another kind and a `Power` with a factor of its own.
     """
-    of_mua = getattr(law, "family", "") in SIGN_LIKE
-    finite = getattr(getattr(law, "law", law), "tokens", None) is not None
-    own_factor = getattr(law, "full_factor", 1.0) != 1.0
+    *corrections, inner = layers_of(law)
+    of_adam = isinstance(inner, MuA) and inner.family in SIGN_LIKE
+    finite = isinstance(inner, MuA) and inner.tokens is not None
+    own_factor = any(
+        isinstance(each, Power) and each.full_factor != 1.0 for each in corrections
+    )
     of_wide_lora = (
         lora.method == "lora" and lora.init == "A" and (lora.fan_in or 0.0) >= WIDE
     )
-    return of_mua and finite and of_wide_lora and not own_factor
+    return of_adam and finite and of_wide_lora and not own_factor
 
 
 def to_full(law: Law, full: Factor, lora: Reference, dtype: str = "") -> float:

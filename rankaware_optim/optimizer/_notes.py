@@ -197,6 +197,6 @@ def _on_family(assigner: Assigner, family: str) -> str:
     if assigner.optimizer is None or family == "sign-like" or law.name == "constant":
         return ""
     words = FORMS[family].words if family in FORMS else ONE_RATE[family]
-    if family != "unknown" and not hasattr(law, "family"):
+    if family != "unknown" and law.family is None:
         words = f"{family}, for which the law {law.name!r} has no form"
     return f"{assigner.optimizer.__name__} is {words}."

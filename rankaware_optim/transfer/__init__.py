@@ -1,4 +1,4 @@
-"""Rates for another configuration: conversion, suggestion and checks."""
+"""Learning rates for another configuration: conversion, and suggestion without any run."""
 
 import lazy_loader
 

@@ -1,4 +1,7 @@
-"""Conversion of a rate tuned at one rank, alpha, width, batch or method to another, by a law."""
+"""`convert_lr`: a learning rate tuned at one rank, alpha, width, batch or method, for another one.
+
+The command of the same name is in `cli/_convert.py`.
+"""
 
 from __future__ import annotations
 
