@@ -1,4 +1,4 @@
-"""The command that reads a sweep: `rankaware fit`. The function behind it is in `sweeps/_fit.py`."""
+"""The command that reads a sweep: `rankaware fit`. The function behind it is `sweeps/_fit.py`."""
 
 from __future__ import annotations
 

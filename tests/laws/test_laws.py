@@ -229,7 +229,7 @@ def test_a_registered_law_is_known_by_its_name(registered):
     assert law_from_dict(law_to_dict(Power(law=law))) == Power(law=law)
     ra.register_law(Halving())  # once more
     ra.register_law(Halving(), remove=True)
-    with pytest.raises(LawError, match=r"Unknown law 'halving'.* register_law\(\)"):
+    with pytest.raises(LawError, match=r"Unknown law 'halving'.*register_law\("):
         get_law("halving")
 
 
@@ -255,7 +255,7 @@ def never(trial):
 )
 def test_a_law_that_no_recipe_can_record_is_refused_first(record):
     """Before the first trial, and before a file is read, with the way to register it."""
-    with pytest.raises(LawError, match=r"Unknown law 'halving'.* register_law\(\)"):
+    with pytest.raises(LawError, match=r"Unknown law 'halving'.*register_law\("):
         record(Halving())
 
 
