@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from .._checks import plain_lr
 from .._near_misses import explain_near_misses
 from .._rate import Rate
-from .._types import Init, Method, Reference
+from .._types import Init, Method
 from ..errors import CheckpointError, OptimizerError
 from ..inspection import ReferenceLike, as_one_model, as_reference
 from ..laws import Law
@@ -200,8 +200,9 @@ class RankAwareOptimizer(_Base, metaclass=_Meta):
             opt.param_groups = [split.group for split in splits]
         else:
             fill_user_groups(splits)
+            lr = opt.defaults.get("lr") if lr is None else lr
             if lr is not None:
-                opt.defaults["lr"] = lr
+                opt.defaults["lr"] = plain_lr(lr)
             opt.__class__ = _subclass(native)
             opt._patch_step_function()  # torch adds its hooks to `step` once per class
         opt._rankaware = wrapper
@@ -337,7 +338,7 @@ def _reference_of(lr: object, tuned_at: ReferenceLike | None) -> ReferenceLike |
     Raises:
         OptimizerError: `tuned_at` is another configuration than that of the `Rate`.
     """
-    own: Reference | None = getattr(lr, "reference", None)
+    own = lr.reference if isinstance(lr, Rate) else None
     if own is None or tuned_at is None:
         return own if tuned_at is None else tuned_at
     given = as_reference(tuned_at)

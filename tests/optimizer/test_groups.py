@@ -410,6 +410,19 @@ def test_plain_checkpoints_load_both_ways(groups):
             assert torch.equal(value, back.state[param][key])
 
 
+def test_a_plain_optimizer_continues_at_the_base_learning_rate():
+    """After this package is removed, each LoRA matrix trains on at the base rate 0.01, where rank 4 trained at 0.022 before."""
+    model = mlp((4, 8))
+    opt = ours(model, one, lr=1e-2)
+    state = stepped(model, opt)
+    before = {name: group.lr for name, group in opt.rates.items()}
+    assert before["layer0.lora_A"] == pytest.approx(0.0223, rel=0.01)
+    assert before["layer1.lora_A"] == pytest.approx(0.0154, rel=0.01)
+    plain = AdamW(trained(model), lr=1.0)
+    plain.load_state_dict(state)
+    assert [group["lr"] for group in plain.param_groups] == [1e-2]
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 

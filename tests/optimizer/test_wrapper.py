@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +183,66 @@ def test_a_part_of_the_model_is_named_by_the_whole():
     opt = RankAwareOptimizer(model.layer2, AdamW, model=model, lr=LR)
     assert names_of(opt) == [["layer2.lora_A"], ["layer2.lora_B"]]
     assert all(part.multiplier < 1 for part in opt.rates.groups)
+
+
+# --- a learning rate that says where it was tuned -------------------------------------------------------------------
+
+AT_8 = Reference(rank=8, alpha=8)
+RATE = ra.Rate(LR, reference=AT_8)
+
+
+@each_form
+def test_a_rate_says_where_it_was_tuned(form):
+    """A Rate with a configuration needs no tuned_at=, and a plain number at the same place gives the same."""
+    model = mlp((4, 8))
+    given = {"lr": RATE} if form is not by_instance else {}
+    if form is by_instance:
+        opt = RankAwareOptimizer(AdamW(trained(model), lr=RATE), model=model)
+    else:
+        opt = RankAwareOptimizer(model, AdamW, **given)
+    same = RankAwareOptimizer(mlp((4, 8)), AdamW, lr=LR, tuned_at=AT_8)
+    assert rates_of(opt) == rates_of(same)
+    assert opt.report().title == same.report().title
+
+
+def test_a_suggestion_is_right_for_a_model_of_several_ranks():
+    """A suggested learning rate trains the most common rank unchanged, and converts to the others."""
+    model = mlp((4, 4, 16))
+    rate = ra.suggest_lr(model)
+    rates = rates_of(RankAwareOptimizer(model, AdamW, lr=rate))
+    assert rates["layer0.lora_A"] == float(rate) > rates["layer2.lora_A"]
+
+
+AT_ANOTHER = ["r=16,alpha=16", "r=8,alpha=16", "full", replace(AT_8, init="B")]
+
+
+@pytest.mark.parametrize("tuned_at", AT_ANOTHER)
+def test_another_place_than_the_rates_own_is_refused(tuned_at):
+    """A tuned_at= that contradicts the Rate raises an error with both, and a plain number is accepted there."""
+    with pytest.raises(OptimizerError, match=r"tuned_at is .*rank 8, alpha 8.*float"):
+        RankAwareOptimizer(mlp(), AdamW, lr=RATE, tuned_at=tuned_at)
+    RankAwareOptimizer(mlp(), AdamW, lr=float(RATE), tuned_at=tuned_at)
+    RankAwareOptimizer(mlp(), AdamW, lr=RATE, tuned_at="r=8,alpha=8")
+
+
+@each_form
+def test_groups_and_checkpoints_hold_plain_numbers(form):
+    """Wherever a Rate was given, the groups hold floats, so that a checkpoint loads with weights_only=True."""
+    model = mlp((4, 8))
+    params = [{"params": trained(model.layer0), "lr": RATE}, {"params": trained(model.layer1)}]  # fmt: skip
+    own = {"rates": {"*lora_B": RATE}, "other_lr": RATE, "model": model}
+    if form is by_instance:
+        opt = RankAwareOptimizer(AdamW(params, lr=RATE), **own)
+    else:
+        opt = RankAwareOptimizer(params, AdamW, lr=RATE, **own)
+    opt.add_param_group({"params": [model.head.weight], "lr": RATE})
+    opt.add_param_group({"params": [model.head.bias]})
+    train(model, opt, steps=1)
+    assert {type(group["lr"]) for group in opt.param_groups} == {float}
+    assert {type(part.lr) for part in opt.rates.groups} == {float}
+    torch.save(opt.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["param_groups"][0]["lr"] == LR
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
