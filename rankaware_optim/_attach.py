@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from ._checks import shown
 from ._near_misses import explain_near_misses
+from ._warn import warn
 from .errors import OptimizerError
 from .recipe import Recipe
 from .trainers import NAMES, trainer_of
@@ -103,9 +105,25 @@ def attach(
     }
     given = {**ours, **settings}
     given = {name: value for name, value in given.items() if value is not None}
-    if recipe is not None:
-        given = _with_recipe(given)
-    return found.attach(optimizer, given)
+    if recipe is None:
+        return found.attach(optimizer, given)
+    given = _with_recipe(given)
+    report = found.attach(optimizer, given)
+    other = "" if batch is not None else _other_batch(given["recipe"], found.batch)
+    if not other:
+        return report
+    warn(other)
+    return replace(report, notes=(*report.notes, other))
+
+
+def _other_batch(recipe: Recipe, batch: float | None) -> str:
+    """Return that a trainer's batch is not the recipe's, "" if it is or one is unknown."""
+    if batch is None or recipe.batch in (None, batch):
+        return ""
+    return (
+        f"Recipe {recipe.name!r} was made with batch {recipe.batch:g}, but this trainer's batch is"
+        f" {batch:g}. Its learning rate is less certain here. Pass batch={batch:g} to convert it."
+    )
 
 
 def _with_recipe(given: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Snapshot:
         self._gradients = [(p, p.requires_grad, p.grad) for p in every]
         self._values: dict[torch.Tensor, torch.Tensor] = {}
         self._watched: list[_Watched] = []
+        self._was_refused = False  # an error has said that a watched tensor changed
         self._keep_trained()
         self._keep_others(tensors)
         self.size = sum(t.numel() * t.element_size() for t in self._values)
@@ -177,13 +178,13 @@ class Snapshot:
 
     def _keep_others(self, tensors: Iterable[torch.Tensor]) -> None:
         """Copy the buffers, and the smallest of the other tensors. Watch the rest."""
+        budget = max(_LEAST_COPIED, sum(map(_bytes_of, self._values)))
         for module in self._modules.values():
             for buffer in module._buffers.values():
                 if buffer is None:
                     continue
                 if buffer.is_floating_point() or buffer.numel() <= _PACKED:
                     self._keep(buffer)
-        budget = max(_LEAST_COPIED, sum(map(_bytes_of, self._values)))
         own = {id(param) for param, _, _ in self._gradients}
         others = {id(t): t for t in tensors if t not in self._values}
 
@@ -219,6 +220,7 @@ class Snapshot:
     def _refuse_changed(self) -> None:
         """Raise a `CalibrationError` if a tensor was changed that is not copied."""
         if changed := self._changed():
+            self._was_refused = True
             raise CalibrationError(changed, f"Load the model again. {_CURE}")
 
     # --- putting back -----------------------------------------------------------------------------
@@ -251,7 +253,7 @@ class Snapshot:
     def _end(self) -> None:
         with held_back(math.inf):
             self._put_back()
-            is_failing = sys.exc_info()[0] is not None
+            is_failing = sys.exc_info()[0] is not None and not self._was_refused
             if is_failing and (changed := self._changed()):
                 warn(changed)
 

@@ -40,6 +40,10 @@ class LightningTrainer(Trainer):
         self.trainer, self.model, *self.data = trainer
         kind: Any = type(self.model)
         self.source = kind.training_step
+        rows = getattr(self.data[0], "batch_size", None) if self.data else None
+        if isinstance(rows, int):
+            batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            self.batch = rows * batches
 
     @staticmethod
     def is_one(value: Any) -> bool:
@@ -275,7 +279,7 @@ def _configure(trainer: Any, module: Any, run: TrialRun) -> None:
     elif run.settings:
         raise CalibrationError(
             f"settings= was given, but {type(module).__name__} configures its optimizer itself.",
-            "Give them there.",
+            "Set them there, and remove settings=.",
         )
     elif run.existing:
         module.configure_optimizers = lambda: _at_trials_rate(
@@ -304,15 +308,21 @@ def _set_rate(trainer: Any, module: Any, lr: float) -> None:
 def _at_trials_rate(
     trainer: Any, module: Any, configure: Callable[[], Any], run: TrialRun
 ) -> Any:
-    """Return what a module configures at the trial's rate."""
-    _set_rate(trainer, module, 1.0)
-    defaults = _only_optimizer(trainer, module, configure(), run.native).defaults
-    settings = constructor_settings({**defaults, "lr": None}, run.native)
+    """Return what a module configures at the trial's learning rate."""
+
+    def configured_at(lr: float) -> tuple[Any, Any]:
+        _set_rate(trainer, module, lr)
+        configured = configure()
+        return configured, _only_optimizer(trainer, module, configured, run.native)
+
+    at_one, at_two = (configured_at(lr)[1] for lr in (1.0, 2.0))
+    own = _own_rates(module, _peaks(module, at_one), _peaks(module, at_two))
+    settings = constructor_settings({**at_one.defaults, "lr": None}, run.native)
+    if own:
+        settings["rates"] = own
     like = run.trial.optimizer(module, **settings)
-    _set_rate(trainer, module, run.trial.lr or 0.0)
-    configured = configure()
-    opt = _only_optimizer(trainer, module, configured, run.native)
-    if _moved(opt) != _moved(like):
+    configured, opt = configured_at(run.trial.lr or 0.0)
+    if _multipliers(opt) != _multipliers(like):
         raise OptimizerError(
             f"{type(module).__name__} configures an optimizer that does not train at the trial's"
             " rates.",
@@ -321,6 +331,52 @@ def _at_trials_rate(
         )
     run.follow(opt, like)
     return configured
+
+
+def _own_rates(
+    module: Any, at_one: Mapping[str, float], at_two: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the learning rates of parameters that do not follow the module's rate.
+
+    Args:
+        module: the module.
+        at_one: the learning rate of each parameter if the module's rate is 1.
+        at_two: the same if it is 2.
+
+    Raises:
+        OptimizerError: a parameter trains at a multiple of the module's rate.
+    """
+    own = {}
+    for name, lr in at_one.items():
+        if at_two[name] == lr:
+            own[name] = lr
+        elif (lr, at_two[name]) != (1.0, 2.0):
+            raise OptimizerError(
+                f"{type(module).__name__} configures {name} at {lr:g} times its learning rate. A"
+                " recipe could not tell, because it has one base learning rate.",
+                "Configure each group at self.lr, or at a number that does not depend on it. Or"
+                " remove configure_optimizers and pass settings=.",
+            )
+    return own
+
+
+def _peaks(module: Any, opt: Any) -> dict[str, float]:
+    """Return the highest learning rate of each trainable parameter's group, by name. Schedulers
+    note it in the group, and may begin below it.
+    """
+    names = {id(param): name for name, param in module.named_parameters()}
+    peaks = {}
+    for group in opt.param_groups:
+        start = group.get("initial_lr", group["lr"])
+        lr = float(group.get("max_lr", start))
+        for param in group["params"]:
+            if param.requires_grad and id(param) in names:
+                peaks[names[id(param)]] = lr
+    if isinstance(opt, RankAwareOptimizer):
+        for part in opt.rates.groups:
+            if part.given is not None:
+                peaks |= dict.fromkeys(part.names, float(part.given))
+    return peaks
 
 
 def _only_optimizer(
@@ -342,10 +398,10 @@ def _only_optimizer(
     return optimizers[0]
 
 
-def _moved(opt: Any) -> set[float]:
-    """Return by what rates are moved, which an optimizer without ranks does not do."""
+def _multipliers(opt: Any) -> set[float]:
+    """Return by what an optimizer multiplies learning rates: nothing if it is a plain one."""
     groups = opt.rates.groups if isinstance(opt, RankAwareOptimizer) else []
-    return {group.multiplier for group in groups} - {1.0}
+    return {group.multiplier for group in groups if group.given is None} - {1.0}
 
 
 # --- what Lightning does besides ------------------------------------------------------------------

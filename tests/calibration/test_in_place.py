@@ -14,6 +14,8 @@ from torch import nn
 
 import rankaware_optim as ra
 from rankaware_optim import CalibrationError, CalibrationInterrupted
+from rankaware_optim.calibration import Snapshot, seeded
+from rankaware_optim.trainers import Touched
 
 from ..helpers.calibrations import DIM, STEPS, Net
 
@@ -217,6 +219,229 @@ def test_further_ctrl_cs_wait_until_the_model_is_back(monkeypatch, presses):
     monkeypatch.undo()
     assert state(model) == before
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+# --- what else a trial may change -----------------------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """A model with tensors that an optimizer does not train: a registered buffer of whole numbers, and a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net(4)
+        self.base = nn.Parameter(torch.ones(DIM), requires_grad=False)
+        for name in ("counts", "more", "most"):  # together more than a mebibyte
+            self.register_buffer(name, torch.zeros(65_536, dtype=torch.int64))
+        self.plain = torch.zeros(3)
+        self.state = np.random.RandomState(3)
+        self.averages = {name: p.clone() for name, p in self.net.named_parameters()}
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(x) * self.base
+
+
+def beside() -> Beside:
+    torch.manual_seed(0)
+    return Beside()
+
+
+def counts(model):
+    for buffer in model.buffers():
+        buffer += 1
+
+
+def plain(model):
+    model.plain.add_(1.0)
+
+
+def draws(model):
+    model.state.random()
+
+
+def dict_of_averages(model):
+    for value in model.averages.values():
+        value.lerp_(torch.ones_like(value), 0.5)
+
+
+def module_of_averages(model):
+    with torch.no_grad():
+        for param in model.teacher.parameters():
+            param.add_(1.0)
+
+
+def merges(model):
+    model.base.data += 1e-3
+
+
+def all_of(model) -> list[object]:
+    tensors = [*model.parameters(), *model.buffers(), model.plain]
+    values = [
+        t.numpy(force=True).tobytes() for t in (*tensors, *model.averages.values())
+    ]
+    return [values, model.state.get_state()[1].tolist()]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [counts, plain, draws, dict_of_averages, module_of_averages, merges],
+)
+def test_what_a_loop_changes_beside_the_weights_is_put_back(change):
+    """Buffers of whole numbers, plain tensors, numpy's RandomState, averages as a dict and as a module, and small frozen
+    weights: every trial starts from them, and they are as before in the end.
+    """
+    model = beside()
+    before, starts = all_of(model), []
+
+    def train(trial):
+        starts.append(all_of(model))
+        opt = trial.optimizer(model)
+        for _ in range(trial.steps):
+            loss = model(torch.randn(8, DIM)).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            change(model)
+            yield loss.detach()
+
+    calibrate(train, model, trials=2)
+    assert starts == [before, before]
+    assert all_of(model) == before
+
+
+class Large(Beside):
+    """Frozen weights that are too large to copy."""
+
+    def __init__(self, kind: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        large = torch.zeros(1 << 20).to(kind)
+        if kind == torch.float32:
+            self.large = nn.Parameter(large, requires_grad=False)
+        else:
+            self.register_buffer("large", large)
+
+
+def by_data(large):
+    large.data += 1
+
+
+def one_entry(large):
+    with torch.no_grad():
+        large[5] = 3
+
+
+@pytest.mark.parametrize("write", [by_data, one_entry])
+@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
+def test_large_weights_that_do_not_train_are_watched(kind, write):
+    """They are not copied, so a trial that writes into them is an error that names them, as in a loop that merges."""
+    model = Large(kind)
+
+    def train(trial):
+        for loss in sloping_steps(trial, model):
+            write(model.large)
+            yield loss
+
+    with pytest.raises(
+        CalibrationError, match=r"changed 1 tensors .*large.*function of the trial"
+    ):
+        calibrate(train, model)
+
+
+def sloping_steps(trial, model):
+    opt = trial.optimizer(model)
+    for _ in range(trial.steps):
+        loss = model(torch.randn(8, DIM)).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        yield loss.detach()
+
+
+def test_memory_of_the_copies_is_bounded():
+    """A search copies no more than twice what trains, or a mebibyte, whatever else the model holds."""
+    model = Large()
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    size = Snapshot(Touched([model])).size
+    counts = sum(buffer.numel() * 8 for buffer in model.buffers())
+    assert trained < size - counts < trained + 2**20
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """Rows that every pass shuffles, by Python's random numbers."""
+
+    def __init__(self):
+        self.rows = [*range(50)]
+
+    def __iter__(self):
+        random.shuffle(self.rows)
+        return iter(self.rows)
+
+
+class Transforms(torch.utils.data.Dataset):
+    """Generators several attributes deep."""
+
+    def __init__(self):
+        self.steps = [Flip(random.Random(1)), Flip(np.random.default_rng(2))]
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return [step.source.random() for step in self.steps]
+
+
+class Flip:
+    def __init__(self, source):
+        self.source = source
+
+
+def test_data_are_put_back():
+    """The order of rows, Python's random state, and generators in a list of transforms are as before a look and a trial."""
+    rows, transforms = Rows(), Transforms()
+    state = random.getstate()
+    with seeded(0):
+        snapshot = Snapshot(Touched([], (), [rows, transforms]))
+    assert (rows.rows, random.getstate()) == ([*range(50)], state)
+    first = transforms[0]
+    snapshot.begin()
+    assert len([*rows]) == 50
+    assert transforms[0] == first
+    snapshot.begin()
+    assert rows.rows == [*range(50)]
+
+
+def test_an_open_file_is_read_from_the_same_line(tmp_path):
+    """A data set that reads an open file goes on where it was."""
+    path = tmp_path / "rows.txt"
+    path.write_text("a\nb\nc\n")
+    with path.open() as file:
+        file.readline()
+        holder = Flip(file)
+        snapshot = Snapshot(Touched([], (), [holder]))
+        assert file.readline() == "b\n"
+        snapshot.begin()
+        assert file.readline() == "b\n"
+
+
+class Strict(dict):
+    """A container that can be emptied, but not filled again."""
+
+    def update(self, *_, **__):
+        raise TypeError("frozen")
+
+
+def test_a_container_that_cannot_be_filled_again_is_never_emptied():
+    """One that did not change is left alone; one that changed stays as it is, with a warning."""
+    model = beside()
+    model.strict = Strict(a=1)
+    snapshot = Snapshot(Touched([model]))
+    snapshot.begin()
+    assert model.strict == {"a": 1}
+    model.strict["b"] = 2
+    with pytest.warns(ra.RankAwareWarning, match="Strict.*frozen"):
+        snapshot.begin()
+    assert model.strict == {"a": 1, "b": 2}
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

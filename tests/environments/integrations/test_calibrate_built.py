@@ -338,6 +338,15 @@ def test_an_evaluation_of_several_parts_is_the_score(tmp_path):
     assert not any("training losses" in note for note in recipe.notes)
 
 
+def test_an_evaluation_of_streams_is_the_score(tmp_path):
+    """A dict of streams scores a trial too, on the first rows of each."""
+    made = trainer(tmp_path, per_device_eval_batch_size=1)
+    made.eval_dataset = {"one": Stream(), "two": sayings().to_iterable_dataset()}
+    assert [len([*part]) for part in _hold_out(made)] == [8, 8]
+    recipe = ra.calibrate(made, "adamw", trials=1, **SHORT)
+    assert not any("training losses" in note for note in recipe.notes)
+
+
 def test_rewards_that_say_nothing_give_the_suggestion(tmp_path):
     """Where no rate earns more, GRPO has the suggested rate for reinforcement learning, and says so."""
     made = grpo(tmp_path, lambda completions, **_: [1.0] * len(completions))

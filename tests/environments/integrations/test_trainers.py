@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -403,6 +404,56 @@ def test_a_rate_written_after_attach_is_refused_beside_a_recipe(tmp_path):
     trainer.args.learning_rate = 1e-3
     with pytest.raises(OptimizerError, match="written into the trainer's arguments"):
         trainer.train()
+
+
+def test_a_rate_beside_a_recipe_is_an_error(tmp_path):
+    """A recipe has its own learning rate, so attach refuses another one, and the trainer is unchanged."""
+    trainer = at_a_rate(tmp_path)
+    for name, value in {"lr": 1e-4, "tuned_at": AT_16, "law": "mua"}.items():
+        with pytest.raises(OptimizerError, match=rf"{name}=.*together with recipe="):
+            attach(trainer, **OF_RECIPE, **{name: value})
+    assert trainer.optimizer_cls_and_kwargs is None
+
+
+@pytest.mark.filterwarnings("ignore:Recipe .* extrapolates")
+def test_another_batch_than_the_recipes_is_said(tmp_path):
+    """The report and a warning name both batches and the argument that converts, unless the batch is passed."""
+    recipe = OF_RECIPE["recipe"]
+    of_8 = replace(recipe, reference=replace(recipe.reference, batch=8))
+    own = {"other_lr": 1e-3}
+    with pytest.warns(RankAwareWarning, match=r"batch 8, .* batch is 2.*batch=2"):
+        report = attach(at_a_rate(tmp_path), recipe=of_8, **own)
+    assert "batch=2" in report.notes[-1]
+    of_2 = replace(recipe, reference=replace(recipe.reference, batch=2))
+    assert "batch=" not in str(attach(at_a_rate(tmp_path), recipe=of_2, **own).notes)
+
+
+def test_attach_shows_its_arguments(tmp_path):
+    """An editor shows the arguments of RankAwareOptimizer, and a near miss is answered by name."""
+    ours = {*inspect.signature(RankAwareOptimizer.__new__).parameters}
+    ours -= {"cls", "params", "model"}
+    assert ours <= {*inspect.signature(attach).parameters} | {"settings"}
+    with pytest.raises(TypeError, match=r"no argument tuned=.*Use tuned_at="):
+        attach(at_a_rate(tmp_path), AdamW, lr=LR, tuned="r=16,alpha=16")
+
+
+class Axolotl(transformers.Trainer):
+    """A trainer that calls a factory as axolotl's does: with the model, its arguments and settings."""
+
+    def create_optimizer(self, model=None):
+        kind, settings = self.optimizer_cls_and_kwargs
+        trained = self.model if model is None else model
+        self.optimizer = kind()(trained, self.args, **settings)
+        return self.optimizer
+
+
+def test_axolotls_call_of_a_factory_trains(tmp_path):
+    """It gives the weights that Trainer's own call gives, bit for bit."""
+    ours = Axolotl(llama(), arguments(tmp_path / "ours"), train_dataset=tokens())
+    attached(ours).train()
+    plainly = attached(plain(llama(), tmp_path / "plain"))
+    plainly.train()
+    assert same(weights(ours), weights(plainly))
 
 
 # --- a run without attach -------------------------------------------------------------------------------------------
