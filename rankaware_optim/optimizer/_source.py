@@ -6,9 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._checks import check_lr, check_range, plain_lr, shown
 from .._rate import Rate
@@ -37,6 +35,9 @@ from ..recipe import (
     warn_of,
     widened_for,
 )
+
+if TYPE_CHECKING:  # the commands convert a rate without importing torch
+    from torch import Tensor
 
 Settings = Mapping[str, Any]
 
