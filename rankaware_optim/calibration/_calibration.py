@@ -1,8 +1,9 @@
-"""What the trials of a calibration tell: its fit, its best rate so far, and its recipe. It writes
-nothing.
+"""What the trials of a calibration say: their fit, and the recipe that follows from it. This module
+runs no trial, and writes nothing to the storage.
 
-The only parameter is log2 of the base rate in *reference coordinates*. A rate at any rank is mapped
-back by the law at its prior means, so that trials at several ranks enter one fit.
+A trial has one parameter, x: log2 of its base learning rate at the *reference configuration*. At
+another rank the trial trains at that rate times the law's multiplier, with the law's parameters at
+their prior means. So trials at several ranks have one axis, and enter one fit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from ..recipe import Z90, Recipe, constructor_settings, infer_scaling, recipe_of
 from ._constants import (
     FEWEST_STEPS,
     LONG_WARMUP,
-    OPPOSED,
     STRIDE,
     UNDETERMINED,
     USUAL_AT,
@@ -50,30 +50,33 @@ from ._few import capped, is_few, read_few
 from ._schedule import Options
 from ._trials import Build, Trials, rank_words
 
+# Notes of a recipe that mean that the trials may say nothing, so that they are warnings too.
 ALIKE = (
-    "every run of a rank and seed has the same value at every rate: nothing was trained, or no rate"
-    " moved a weight; see that train takes the steps of the optimizer of trial.optimizer"
+    "every run of a rank and seed has the same value at every learning rate, so nothing was"
+    " trained, or no learning rate changed a weight; check that train steps the optimizer that"
+    " trial.optimizer returned"
 )
 RISING = (
-    "at the lowest rates the value only rose over the run, and it is minimised: where it is an"
-    " accuracy or a reward, yield minus it; where it is a loss, give lower rates by lr_range="
+    "at the lowest learning rates the value only rose over the run, but calibrate minimises it: if"
+    " it is an accuracy or a reward, yield minus the value; if it is a loss, pass lower learning"
+    " rates as lr_range="
 )
 NONE_FELL = (
-    "no run lowered the value over its steps beyond its noise, and one raised it: no rate tried"
-    " trains, or the value is to be maximised, and minus it should be yielded"
+    "no run lowered the value by more than its noise, and one raised it: no learning rate that was"
+    " tried trains the model, or the value should be maximised; in that case yield minus the value"
 )
 AGAINST = (
-    "the scores that train returned are higher where the values that it yielded are lower, and a"
-    " score is minimised: where it is an accuracy or a reward, return minus it"
+    "the runs with the best scores are those whose training losses are worst, and calibrate"
+    " minimises the score: if it is an accuracy or a reward, return minus the score"
 )
-DOUBTS = (ALIKE, RISING, AGAINST)  # notes that are warned of
+DOUBTS = (ALIKE, RISING, AGAINST)
 BY_TRAINING = (
-    "the scores are the mean of the last training losses: a loss on data held out, which train"
-    " returns, is more certain"
+    "a trial's score is the mean of its last training losses; a loss on held-out data, which train"
+    " can return, is more certain"
 )
 BY_CHANCE = (
-    "the values of the trials differ by no more than chance between rates, so they say nothing of"
-    " it: the rate is the suggested one"
+    "between learning rates the values of the trials differ by no more than chance, so they say"
+    " nothing about the learning rate, and the recipe has the suggested one"
 )
 _PACKAGES = ("rankaware-optim", "torch", "optuna")
 _IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
@@ -81,11 +84,11 @@ _ENDS = {"memory": "ran out of memory", "pruned": "was pruned"}
 
 
 class Calibration:
-    """One calibration, as far as its trials have come.
+    """What the trials of one calibration say so far.
 
     Args:
-        options: what it tries.
-        settled: what its first model build.
+        options: what the calibration tries.
+        build: what its first trial has built. That model is the reference configuration.
         trials: returns the trials so far.
     """
 
@@ -101,14 +104,14 @@ class Calibration:
         self._fit: tuple[int, Fit | None] = (-1, None)
 
     def law(self, settings: Mapping[str, Any]) -> Power:
-        """Return the law at its prior means, for an optimizer of these settings."""
+        """Return the scaling law at its prior means, for an optimizer with these settings."""
         law = self.options.law.bind(self.options.optimizer, settings)
         return centred_law(law, self.build.reference, self.prior.pivot)
 
     def fit(self) -> Fit | None:
         """Return the fit of the trials so far, at their steps, or None if every run diverged.
 
-        It is computed once for each number of observations, since a study only adds to them.
+        A study only adds trials. So the fit is computed once for each number of observations.
         """
         evidence = self.trials().evidence()
         if len(evidence) != self._fit[0]:
@@ -117,8 +120,10 @@ class Calibration:
 
 
 def first_rate(options: Options, reference: Reference) -> float:
-    """Return log2 of the first rate: the middle of the range that is given, else the suggested one,
-    else the upper end of the family's usual rates.
+    """Return log2 of the first learning rate that the search tries.
+
+    It is the middle of `lr_range` if that was passed, else the suggested learning rate, else the
+    upper end of the learning rates that are usual for the optimizer's family.
     """
     if options.octaves is not None:
         return fmean(options.octaves)
@@ -137,12 +142,12 @@ def first_rate(options: Options, reference: Reference) -> float:
 def calibrated_recipe(
     calibration: Calibration, source: Mapping[str, str] | None = None
 ) -> Recipe:
-    """Return the recipe of the trials so far.
+    """Return the recipe that follows from the trials so far.
 
-    source: see `source_of`.
+    source: the code that was trained, by what a recipe calls it: {"train": its name}.
 
     Raises:
-        CalibrationError: no run tells of the rate.
+        CalibrationError: every run diverged, was stopped early or ran out of memory.
     """
     options = calibration.options
     build = calibration.build
@@ -187,8 +192,8 @@ def calibrated_recipe(
 
 
 def versions_used() -> dict[str, str]:
-    """Return the versions of Python, this package, its main dependencies, and those libraries that
-    are loaded.
+    """Return the versions of Python, of this package and its main dependencies, and of the training
+    libraries that are loaded.
     """
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     loaded = [name for name in _IF_LOADED if name in sys.modules]
@@ -199,19 +204,20 @@ def versions_used() -> dict[str, str]:
 
 
 def _why_suggested(options: Options, trials: Trials, best: float) -> str:
-    """Return why the recipe has the suggested rate, "" if it has the best one of the trials."""
+    """Return why the recipe keeps the suggested learning rate, or "" if the trials decide."""
     if options.noisy and trials.differ_by_chance():
         return BY_CHANCE
     if best >= options.floor:
         return ""
     return (
-        f"the best rate of the trials is {2.0**best:.3g}, below the suggested one, which is kept:"
-        f" trials of {options.steps} steps for a run of {options.target} make low rates look best"
+        f"the trials were best at {2.0**best:.3g}, which is below the suggested learning rate; the"
+        f" recipe has the suggested one, because trials of {options.steps} steps for a run of"
+        f" {options.target} make low rates look best"
     )
 
 
 def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
-    """Return a fit that says no more than a rate and its band."""
+    """Return a fit that says only what a suggested learning rate and its interval say."""
     assert rate.low is not None  # a suggestion has both ends
     assert rate.high is not None
     sd = math.log2(rate.high / rate.low) / (2 * Z90)
@@ -225,87 +231,94 @@ def _fit_of_rate(fit: Fit, rate: Rate) -> Fit:
 
 
 def refuse_ends(trials: Trials) -> NoReturn:
-    """Raise a `CalibrationError` on trials of which none tells of the rate."""
+    """Raise a `CalibrationError` that says how all of these trials ended without a result."""
     ends = sorted({_ENDS.get(run.end, "diverged") for run in trials})
     raise CalibrationError(
-        f"Every one of {len(trials)} runs {' or '.join(ends)}.",
-        "Lower the rates, the ranks or the batch, or check the loss (of an accuracy or a reward"
-        " yield minus it), the data and the pruner. Runs that are stored are not made again: give"
-        " another name or storage too.",
+        f"Every one of {len(trials)} runs {' or '.join(ends)}, so there is no learning rate to"
+        " recommend.",
+        "Pass lower learning rates (lr_range=), lower ranks or a smaller batch, and check the loss"
+        " and the data: if the value is an accuracy or a reward, yield minus the value. Stored runs"
+        " are not repeated, so choose another name= or storage= too.",
     )
 
 
-# --- what it says of them -------------------------------------------------------------------------
+# --- notes on the trials --------------------------------------------------------------------------
 
 
 def what_is_unknown(
     fit: Fit, observations: Sequence[Observation], *bracketed: int | None
 ) -> Iterator[str]:
-    """Yield sentences on what runs do not show: the rate of a rank that always diverged, or whose
-    best one is at an end of those tried, and that of all where the loss hardly depends on it.
+    """Yield a sentence for each thing that the runs leave open.
 
-    bracketed: the ranks that were tried on both sides of their best rate.
+    These are: a rank at which every run diverged; a rank whose best learning rate is the lowest or
+    the highest that was tried; and a loss that hardly depends on the learning rate.
+
+    Args:
+        fit: the fit of the runs.
+        observations: the runs.
+        bracketed: the ranks that should have been tried on both sides of their best learning rate.
     """
     lost = diverged(observations)
     ended = {run.rank for run in observations if run not in lost}
     for rank in dict.fromkeys(run.rank for run in lost if run.rank not in ended):
         yield (
-            f"{rank_words(rank)}: every run diverged, so its rate is no measurement, and may"
-            " diverge too"
+            f"{rank_words(rank)}: every run diverged, so its learning rate was not measured, and"
+            " may diverge too"
         )
     for rank in bracketed:
         if end := end_of(observations, rank):
             yield (
-                f"{rank_words(rank)}: the best rate is the {end} that was tried, so the optimum may"
-                f" be {'lower' if end == 'lowest' else 'higher'}"
+                f"{rank_words(rank)}: the best learning rate is the {end} that was tried, so a"
+                f" {'lower' if end == 'lowest' else 'higher'} one may be better still"
             )
     if math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
         yield (
-            "the data do not determine the rate: the loss hardly depends on it. Longer trials, a"
-            " larger batch or a held-out score may"
+            "the data do not determine the learning rate, because the loss hardly depends on it;"
+            " longer trials, a larger batch or a score on held-out data may"
         )
 
 
 def _doubts(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield sentences on why the trials may say nothing of the rate."""
+    """Yield a sentence for each reason why the trials may say nothing about the learning rate."""
     if trials.spread() == 0.0 and not options.noisy:
         yield ALIKE
-    turns = trials.turns()
-    lowest = turns[: max(2, len(turns) // 4)]
+    changes = trials.changes()
+    lowest = changes[: max(2, len(changes) // 4)]
     if 1 in lowest and -1 not in lowest:
         yield RISING
-    elif 1 in turns and -1 not in turns:
+    elif 1 in changes and -1 not in changes:
         yield NONE_FELL
-    if trials.score_agreement() <= OPPOSED:
+    if trials.scores_oppose_losses() or trials.best_score_learned_nothing():
         yield AGAINST
 
 
 def _training_notes(options: Options, trials: Trials) -> Iterator[str]:
-    """Yield sentences on what was not tried, and on what makes short trials mislead."""
+    """Yield a sentence for each way in which the trials differ from the run that they stand for."""
     if options.target > options.steps:
         sd = math.sqrt(steps_variance(options.octaves_to_target))
         yield (
-            f"{options.target} steps were not tried: the rate is that of"
-            f" {options.steps}, {give_or_take(sd)}"
+            f"no trial had the run's {options.target} steps: the learning rate was measured at"
+            f" {options.steps} steps, {give_or_take(sd)}"
         )
     if options.steps < FEWEST_STEPS:
         yield (
-            f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} low rates look best"
+            f"trials of {options.steps} steps may mislead: below {FEWEST_STEPS} steps low learning"
+            " rates look best"
         )
     if not any(run.returned for run in trials.observations()):
         yield BY_TRAINING
     warmup = trials.warmup
     if warmup > LONG_WARMUP:
         yield (
-            f"the rate rose over {warmup:.0%} of a trial's steps: it belongs to runs that warm up"
-            " for as large a share of theirs"
+            f"the learning rate rose over {warmup:.0%} of a trial's steps, so the recipe is for"
+            " runs that warm up over as large a share of their steps"
         )
     if unsteady := trials.unsteady():
         rank, seed = unsteady
         yield (
-            f"train is not reproducible: two runs of {rank_words(rank)}, seed {seed}, began with"
-            " different values, which adds noise; draw everything from trial.seed, and yield the"
-            " loss before the step"
+            f"train is not reproducible: two runs of {rank_words(rank)} with seed {seed} began with"
+            " different values, which adds noise; draw all random numbers from trial.seed, and"
+            " yield the loss from before the step"
         )
 
 
@@ -314,10 +327,10 @@ def tensors_of(
     trials: Trials,
     steps: int,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return `Recipe.tensors`: each trial's rank (0: full finetuning), seed, rate, score, end,
-    steps and curve.
+    """Return the trials as `Recipe.tensors` keeps them, one entry a trial.
 
-    Curves are padded with NaN, to the steps of a whole run. A pruned run has the score NaN.
+    A rank of 0 is full finetuning. Curves are padded with NaN to the steps of a whole run. A run
+    that was stopped early has the score NaN.
     """
     lost = diverged(trials.observations())
     rows = []

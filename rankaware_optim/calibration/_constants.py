@@ -88,10 +88,13 @@ SAME_PEAK = 1.1
 UNDETERMINED = 0.75
 SAME = 1e-3  # relative tolerance for the first values of two runs of one seed: by hand
 
-# Runs with a returned score, and the rank correlation with their curves' ends at which it is taken
-# for one to be maximised: by hand
-LEAST_RANKED = 6
-OPPOSED = -0.8
+# A returned score looks like one that should be maximised if its rank correlation with the final
+# losses is at most OPPOSED in RANKED runs or more, or -1 in LEAST_RANKED or more: by judgement
+RANKED, OPPOSED = 6, -0.8
+LEAST_RANKED = 4
+# It does, too, if the loss of the run with the best score fell by less than this share of the
+# largest fall: by judgement
+LITTLE = 0.25
 
 # --- processes: all by hand -----------------------------------------------------------------------
 

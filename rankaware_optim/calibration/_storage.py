@@ -1,5 +1,5 @@
-"""Storage of a study, and its workers' signs of life: a journal file by default, or any Optuna
-storage by URL.
+"""Where a study is stored: a journal file, or any Optuna storage by URL. And how its workers notice
+that one of them has died.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ except ImportError:  # Windows, whose file systems have locks
     fcntl = None  # type: ignore[assignment]
 
 _OPERATION = b'{"op_code":'  # the beginning of every line of a journal
-# of a storage that was open; KeyError where a trial or study is gone
+# Failures of a storage after it was opened. A KeyError means that a trial or the study is gone.
 _FAILURES = (
     OSError,
     StorageInternalError,
@@ -56,7 +56,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
             for memory.
 
     Raises:
-        CalibrationError: the storage cannot be reached or read, or is a file of something else.
+        CalibrationError: the storage cannot be reached or read, or the file is no journal.
     """
     if storage is None or isinstance(storage, BaseStorage):
         return get_storage(storage)
@@ -67,7 +67,7 @@ def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseSt
 
 
 def _database(url: str) -> BaseStorage:
-    """Open the database at a URL. Try again if another process creates its tables meanwhile."""
+    """Open the database at a URL. Try again while another process creates its tables."""
     for _ in range(ATTEMPTS):
         try:
             return get_storage(url)
@@ -136,8 +136,10 @@ def _check_locks(lock: Path) -> None:
 
 
 class _JournalFile(JournalFileBackend):
-    """A journal's file, whose last line may have been cut short by a full disk or a power failure.
-    Optuna reads past such a line, but what it appends would become a part of it.
+    """A journal file that repairs itself before it is appended to.
+
+    A full disk or a power failure may have cut its last line short. Optuna ignores such a line when
+    it reads, but would append to it, and so lose the next entry too.
     """
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -157,7 +159,7 @@ class _JournalFile(JournalFileBackend):
 def storage_errors(
     storage: Any, failures: tuple[type[Exception], ...] = _FAILURES
 ) -> Iterator[None]:
-    """Turn a storage's failures into a `CalibrationError`."""
+    """Turn failures of a storage into a `CalibrationError` that names the storage."""
     try:
         yield
     except CalibrationError:
@@ -167,15 +169,17 @@ def storage_errors(
         place = str(storage) if is_named else type(storage).__name__
         raise CalibrationError(
             f"The study's storage {_failure(error, place)}",
-            "Check that it is there, can be written, and is not locked by a process that was"
-            " stopped. If it was changed or damaged, restore it from a copy or name a new one. Then"
-            " the same call continues where it stopped.",
+            "Check that it exists, that it can be written, and that no stopped process locks it. If"
+            " it was damaged, restore it from a copy or choose a new storage=. Then the same call"
+            " continues where it stopped.",
         ) from error
 
 
 def _failure(error: BaseException, place: str) -> str:
-    """Return what failed, and the first line of the root error, since sqlalchemy wraps a driver's
-    in paragraphs. A URL is shown without its user, password and query.
+    """Return which storage failed, and the first line of the error at the root of the failure.
+
+    Sqlalchemy wraps the error of a database driver in paragraphs. A URL is shown without user,
+    password and query.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -188,52 +192,66 @@ def _failure(error: BaseException, place: str) -> str:
     return f"{scheme}{mark}{host.partition('?')[0]} failed: {line}."
 
 
-# --- a worker's life ------------------------------------------------------------------------------
-# A worker writes heartbeats into its running trial, and fails the trials whose heartbeats have
-# stopped. A trial whose process was killed stays RUNNING in Optuna's storage, and that of a stopped
-# process goes on when it is woken. Only the storage is asked who lives, so that one rule holds for
-# every host, system and storage.
+# --- which workers are alive ----------------------------------------------------------------------
+# A trial whose process was killed stays RUNNING in Optuna's storage for ever, and nobody can ask
+# the process: it may be on another machine. So each worker shows that it is alive, and watches the
+# others, through the storage alone. That is one rule for every host, system and storage:
+#   - While it has a trial, a worker counts up the trial's attribute "heartbeat", every 10 seconds.
+#   - As often it polls all running trials. If it sees the same heartbeat of a trial again in four
+#     polls in a row, the trial's worker counts as dead, and the trial is marked FAIL. Its rank and
+#     seed are then due again.
+#   - Two workers may mark the same trial at once. The second one gets an UpdateFinishedTrialError,
+#     and ignores it.
+#   - A worker that was only suspended may wake up after its trial was marked. Its next write raises
+#     the same error, and it drops the trial (`TrialRunner.run`).
+# Polls, not seconds: if the machine or the storage was suspended for an hour, then every worker's
+# heartbeat is an hour old, but none was polled meanwhile. Elapsed time proves nothing.
 
 
 class Heartbeat(threading.Thread):
-    """A worker's signs of life, and its look at those of others. In a thread, since a step may take
-    long.
+    """Writes the heartbeats of this worker's trial, and declares silent trials of others dead.
 
-    Silence is counted in looks, and not by a clock: a storage or a machine that stood still proves
-    nothing.
+    It is a thread, because one training step may take longer than the time between heartbeats. Only
+    this thread writes "heartbeat". The main thread sets `trial`: to the new trial after the storage
+    has it, and to None after the storage has its end. In both moments this thread may still hold
+    the value from before. That does no harm: a heartbeat more or less changes nothing, and a
+    heartbeat for an ended trial raises an error that is ignored.
+
+    Attributes:
+        trial: the trial that this worker runs, or None.
     """
 
     def __init__(self, study: Study) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.trial: Trial | None = None  # that this worker runs
+        self.trial: Trial | None = None
         self._study = study
-        # by trial of others: the last heartbeat, and looks without a new one
-        self._seen: dict[int, tuple[object, int]] = {}
+        # by trial of another worker: its last heartbeat, and the polls since that found no new one
+        self._last: dict[int, tuple[object, int]] = {}
         self._ended = threading.Event()
 
     def run(self) -> None:
         for beat in count(1):
-            # where the storage fails, other reads and writes raise
+            # if the storage fails, the main thread gets the error from its own reads and writes
             with suppress(Exception):
-                self.look()
+                self.poll()
             if self._ended.wait(BEAT_S):
                 return
-            with suppress(Exception):  # also where another worker has failed the trial
+            with suppress(Exception):  # another worker may have declared the trial dead
                 if self.trial is not None:
                     self.trial.set_user_attr("heartbeat", beat)
 
-    def look(self) -> None:
-        """Fail the trials of other workers that have been silent for too long."""
+    def poll(self) -> None:
+        """Read the heartbeats of other workers, and mark the trials of dead workers as failed."""
         own = self.trial
         for trial in self._study.get_trials(False, (TrialState.RUNNING,)):
             if own is not None and trial.number == own.number:
                 continue
             beat = trial.user_attrs.get("heartbeat")
-            last, missed = self._seen.get(trial.number, (self, 0))
+            last, missed = self._last.get(trial.number, (self, 0))
             missed = missed + 1 if beat == last else 0
-            self._seen[trial.number] = beat, missed
+            self._last[trial.number] = beat, missed
             if missed >= MISSED:
-                with suppress(UpdateFinishedTrialError):  # another worker was first
+                with suppress(UpdateFinishedTrialError):  # another worker was faster
                     self._study.tell(
                         trial.number, state=TrialState.FAIL, skip_if_finished=True
                     )
@@ -247,13 +265,14 @@ class Heartbeat(threading.Thread):
 
 @contextmanager
 def held_back(most: float = 1) -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the end of the context, unless an interruption is being
-    raised then.
+    """Hold Ctrl-C and SIGTERM back until the end of the context.
 
-    most: so many are held back. By default a second one raises at once, since the code inside may
-        wait for another process.
+    Nothing is raised at the end if a KeyboardInterrupt is already on its way out. Signals are only
+    held back in the main thread, and if they have a Python handler.
 
-    It works in the main thread, for a signal that has a Python handler.
+    Args:
+        most: how many signals are held back. By default a second one raises at once, because the
+            code inside may wait for another process.
     """
     before: dict[int, Any] = {}
     held: list[int] = []
@@ -277,23 +296,24 @@ def held_back(most: float = 1) -> Iterator[None]:
 
 
 # --- private names of Optuna ----------------------------------------------------------------------
-# All that this package uses, where the public API is not enough. A running trial must have its
-# setting from its creation, since other processes read it at any time, and `Study.ask` sets
-# attributes later. Database connections and journal locks are released, which Optuna's wrappers
-# hide. tests/calibration/test_optuna.py fails if one of these names changes.
+# These are all the private names that this package uses, because the public ones are not enough:
+# `Study.ask` creates a trial first and sets its attributes later, but other workers may read the
+# trial in between, and must find its setting. And Optuna's wrappers hide the database connections
+# and the journal's lock, which must be released at the end. tests/calibration/test_optuna.py fails
+# if one of these names changes.
 
 
 def begin_trial(
     study: Study,
     attributes: Mapping[str, Any],
 ) -> Trial:
-    """Create a running trial that has `attributes` from the start."""
+    """Create a running trial whose user attributes are set from the start."""
     template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
     return Trial(study, study._storage.create_new_trial(study._study_id, template))
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Release a database's connections, or a journal's lock that an interrupt left held."""
+    """Release a database's connections, or a journal's lock that an interrupt has left behind."""
     backend = getattr(storage, "_backend", storage)
     if isinstance(backend, RDBStorage):
         backend.remove_session()
@@ -304,7 +324,7 @@ def close_storage(storage: BaseStorage) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Optuna below warnings, and restore its level afterwards."""
+    """Let Optuna log nothing but warnings inside the context."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
     try:

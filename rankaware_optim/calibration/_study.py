@@ -1,5 +1,7 @@
-"""A calibration's study: hands out what to try, on one worker of several and one process of many,
-and keeps what the runs tell.
+"""The study of a calibration: it hands out what to try next, and stores how the runs ended.
+
+Several workers may share a study through its storage. Each worker may consist of several processes,
+of which one leads.
 """
 
 from __future__ import annotations
@@ -40,14 +42,18 @@ from ._storage import (
 from ._trials import Run, Setting, Trials, rank_words
 
 T = TypeVar("T")
-_SCHEMA = 4  # of a stored study, raised if another version would misread it
+# Of a stored study. Raise it when another version of this package would misread what is stored.
+_SCHEMA = 4
 
 
 class Replicas:
-    """The processes of this training, or only this one if torch.distributed was not started.
+    """The processes of one training, or only this one if torch.distributed was not started.
 
-    Messages use a separate gloo group. They need no device and cannot mix with those of the
-    training.
+    One process leads: it alone uses the storage, draws what to try, and prints. The others wait for
+    its decisions. So every process must call `agree` and `mean` in the same order: whatever a
+    process does only by itself, such as catching an error of its own, must not change that order.
+    The messages use a gloo group of their own. They need no device, and cannot be mistaken for
+    those of the training.
     """
 
     def __init__(self) -> None:
@@ -58,12 +64,12 @@ class Replicas:
 
     @property
     def leads(self) -> bool:
-        """Whether this process decides. Only this one uses the study's storage and the terminal."""
+        """Whether this process decides. Only it uses the study's storage and prints."""
         return self._group is None or dist.get_rank() == 0
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """Call `decide` on the leading process. Return its result, or raise its error, on every
-        process.
+        """Call `decide` on the leading process, and return its result on every process. If it
+        raises an error, every process raises it.
         """
         if self._group is None:
             return decide()
@@ -93,15 +99,15 @@ class Replicas:
 
 
 class Study:
-    """The runs of a calibration, of all its workers. They share nothing but the storage.
+    """The runs of a calibration, of all its workers. The workers share nothing but the storage.
 
     Under DDP or FSDP only the leading process of `replicas` has Optuna's study. The others get its
     decisions.
 
     Args:
-        options: what is tried.
-        source: see `source_of`.
-        progress: whether to say how far it is, on standard error.
+        options: what the calibration tries.
+        source: the code that is trained, see `source_of`.
+        progress: whether to say on standard error how far the calibration is.
     """
 
     def __init__(
@@ -111,7 +117,7 @@ class Study:
         self.replicas = Replicas()
         self._source, self._progress = source, progress
         self._made_with = made_with(options)
-        # of which another one is warned of
+        # a stored study of other code is continued with a warning
         self._code = {**source, "rankaware-optim": version("rankaware-optim")}
         self._place: Any = None
         self._to_close: optuna.storages.BaseStorage | None = None
@@ -124,9 +130,9 @@ class Study:
     # --- the storage ------------------------------------------------------------------------------
 
     def lead(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Return on every process what the leading one makes of the storage.
+        """Do work that uses the storage in the leading process, and return its result in all.
 
-        The storage's errors become a `CalibrationError`, and Ctrl-C raises afterwards.
+        Errors of the storage become a `CalibrationError`. Ctrl-C waits until the work is done.
         """
 
         def guarded() -> T:
@@ -141,7 +147,7 @@ class Study:
             yield
 
     def wait(self, is_ready: Callable[..., bool], *arguments: Any) -> None:
-        """Wait for other workers until the leading process is ready."""
+        """Wait for other workers until `is_ready` returns True in the leading process."""
         pause = POLL_S
         while not self.lead(is_ready, *arguments):
             time.sleep(pause)
@@ -203,8 +209,9 @@ class Study:
         return all(silent.get(run.number, -1) != run.heartbeat for run in running)
 
     def check_options(self, trials: Trials) -> None:
-        """Raise unless the study is of these options: those of its first trial. Of two workers that
-        start together only the storage knows which was first.
+        """Raise a `CalibrationError` if the study's first trial was made with other options.
+
+        If two workers start together, only the storage knows which of them was first.
         """
         for first in trials[:1]:
             self.check_comparable(first.made_with, self._made_with)
@@ -212,17 +219,17 @@ class Study:
     def check_comparable(
         self, stored: Mapping[str, Any], now: Mapping[str, Any]
     ) -> None:
-        """Raise if what stored runs were made with differs from what new ones are."""
+        """Raise a `CalibrationError` if stored runs were made with other values than new ones."""
         if difference := differences(stored, now):
             raise CalibrationError(
                 f"The stored study {self.options.name!r} was made with {difference}.",
-                "Give this calibration another name, or another storage.",
+                "Choose another name= or storage= for this calibration.",
             )
 
     def close(self) -> None:
-        """Fail the unfinished trial, and leave the storage and the other processes.
+        """Mark the unfinished trial as failed, and close the storage and the group of processes.
 
-        A signal waits until the trial is failed, and the next one raises at once. If the storage
+        Ctrl-C waits until the trial is marked, and a second Ctrl-C raises at once. If the storage
         itself failed, other workers and the next call notice that the heartbeats have stopped.
         """
         try:
@@ -239,8 +246,8 @@ class Study:
     # --- its runs ---------------------------------------------------------------------------------
 
     def runs(self) -> Trials:
-        """Return every run so far, of all workers. Finished ones do not change, so they are read
-        once.
+        """Return every run so far, of all workers. A finished run no longer changes, so it is read
+        only once.
         """
         if self._study is None:
             return Trials()
@@ -253,7 +260,7 @@ class Study:
         return Trials(runs)
 
     def calibration(self) -> Calibration | None:
-        """Return what the runs tell, once a first one was built: its model is the reference."""
+        """Return what the runs say, or None until a first trial has built its model."""
         if self._calibration is None:
             builds = [run.build for run in self.runs() if run.build]
             if builds:
@@ -261,8 +268,10 @@ class Study:
         return self._calibration
 
     def next(self) -> Setting | None:
-        """Return what to try next, or None once the schedule is complete. It waits for the last
-        trials of other workers, which may die and be run again here.
+        """Return what to try next, or None once the schedule is complete.
+
+        It waits for the last trials of other workers, because one of them may die, and its trial
+        is then run again here.
         """
         self.wait(self._may_go_on)
         return self.lead(self._due)
@@ -274,14 +283,14 @@ class Study:
         return next_setting(self.options, self.runs())
 
     def begin_trial(self, setting: Setting) -> Any:
-        """Create a running trial of Optuna's that has its setting from the start."""
+        """Create a running trial in Optuna's storage, which has its setting from the start."""
         made_with = {**self._made_with, **self._code}
         attributes = {**setting._asdict(), "heartbeat": 0, "made_with": made_with}
         self._heartbeat.trial = begin_trial(self._study, attributes)
         return self._heartbeat.trial
 
     def end_trial(self, state: TrialState, value: float | None = None) -> None:
-        """End this worker's trial, unless another one has failed it."""
+        """End this worker's trial, unless another worker has declared it dead."""
         trial = self._heartbeat.trial
         if trial is None:
             return
@@ -305,7 +314,7 @@ class Study:
     # --- the result -------------------------------------------------------------------------------
 
     def recipe(self) -> Recipe:
-        """Return the recipe of the runs so far."""
+        """Return the recipe that follows from the runs so far."""
         recipe = self.lead(self._recipe)
         if self.replicas.leads:
             for doubt in filter(recipe.notes.__contains__, DOUBTS):
@@ -317,31 +326,33 @@ class Study:
         calibration = self.calibration()
         if calibration is None:
             refuse_ends(self.runs().counted())
-        return calibrated_recipe(calibration, self._source)
+        return calibrated_recipe(calibration, {"train": self._source["train"]})
 
     def interrupted(self) -> CalibrationInterrupted:
-        """Return the error of Ctrl-C, with the progress and the recipe so far."""
+        """Return the error that Ctrl-C becomes, with the recipe of the finished trials."""
         with self._guard():
             ended = self.runs().counted()
-            fit = "Their fit is this error's .recipe."
+            fit = "The recipe of these trials is this error's attribute recipe."
             if not ended:
-                fit = "There is no fit yet."
+                fit = "There is no recipe yet."
             error = CalibrationInterrupted(
                 f"The calibration was interrupted after {len(ended)} of"
                 f" {self.options.runs} trials.",
-                f"{fit} With a storage the same call continues where it stopped.",
+                f"{fit} If storage= was passed, the same call continues where it stopped.",
             )
             with suppress(CalibrationError):
                 error.recipe = self._recipe()
             return error
 
 
-# --- what the runs are made with ------------------------------------------------------------------
+# --- what runs are made with ----------------------------------------------------------------------
 
 
 def source_of(train: Any) -> dict[str, str]:
-    """Return what a recipe says of a training loop, without its partials and decorators: the
-    function's name, and the first twelve digits of its source's hash if it can be read.
+    """Return the name of a training loop, and the first twelve digits of its source's hash if the
+    source can be read. Partials and decorators around the function are ignored.
+
+    A recipe keeps the name. The hash is for a stored study, which warns if the code has changed.
     """
     function = inspect.unwrap(train)
     while isinstance(function, partial):
@@ -349,7 +360,7 @@ def source_of(train: Any) -> dict[str, str]:
     if not hasattr(function, "__qualname__"):
         function = type(function)
     source = {"train": function.__qualname__}
-    # the last two: the file was edited since, and other text stands at the function's line
+    # the last two: the file was edited meanwhile, and other text stands at the function's line
     with suppress(OSError, TypeError, SyntaxError, TokenError):
         text = inspect.getsource(function)
         source["hash"] = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -357,7 +368,7 @@ def source_of(train: Any) -> dict[str, str]:
 
 
 def made_with(options: Options) -> dict[str, Any]:
-    """Return what the trials of a calibration are made with, without which they do not compare."""
+    """Return the options that all trials of a study must share, so that they can be compared."""
     return {
         "schema": _SCHEMA,
         "steps": options.steps,

@@ -1,4 +1,4 @@
-"""The runs of a study as typed records. All reads of Optuna's trials are here."""
+"""The stored runs of a study, as typed records. Only this module reads Optuna's trials."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .._checks import limits
 from .._types import Reference
 from ..fitting import (
+    CLEAR,
     TAIL,
     Observation,
     impute,
@@ -26,16 +27,27 @@ from ..fitting import (
     usual_noise,
 )
 from ..recipe import without_conflicts
-from ._constants import ALIKE_ERRORS, LEAST_RANKED, MOST_OCTAVES, SAME
+from ._constants import (
+    ALIKE_ERRORS,
+    LEAST_RANKED,
+    LITTLE,
+    MOST_OCTAVES,
+    OPPOSED,
+    RANKED,
+    SAME,
+)
 
 # Optuna's name of a trial's parameter: log2 of the base rate in reference coordinates
 PARAMETER = "log2_lr"
-# How a run ended before its last step. "memory": it ran out of memory.
+# How a run ended before its last step: "" if it took all its steps, "pruned" if it was stopped
+# because it was far behind another run, "memory" if it ran out of memory.
 End = Literal["", "diverged", "pruned", "memory"]
 
 
 class Setting(NamedTuple):
-    """What runs share that differ only in their rate: rank (None for full finetuning) and seed."""
+    """The rank (None for full finetuning) and the seed of a run. Runs with the same setting differ
+    only in their learning rate.
+    """
 
     rank: int | None
     seed: int
@@ -62,20 +74,22 @@ class Build:
 class Run:
     """One run of the training loop, as an Optuna trial keeps it.
 
-    Its fields are the trial's number, state and rate, and its user attributes. Stored studies have
-    their names, so do not rename them. A value is None until it is known.
+    The fields are the trial's number, state and parameter, and its user attributes. Stored studies
+    contain the fields' names: whoever renames one raises the schema in `_study.py`. A value is None
+    until it is known.
 
     Args:
         rank, seed: see `Setting`.
-        x: log2 of the base rate.
-        own_lr: the rate of the model's most common A factors, or of its whole weights.
+        x: log2 of the base learning rate.
+        own_lr: the learning rate of the model's most common A matrices, or of its whole weights in
+            full finetuning.
         curve: the values that the loop yielded.
-        score: the value that it returned, None if it returned none.
-        end: how it ended before its last step.
-        warmup: the share of the steps over which its rate rose.
-        peak_lr: the highest base learning rate that its optimizer used, if it took all steps.
-        heartbeat: counts up while its worker lives.
-        made_with: see this function.
+        score: the value that the loop returned, None if it returned none.
+        end: how the run ended before its last step.
+        warmup: the share of the steps over which the learning rate rose.
+        peak_lr: the highest base learning rate that the optimizer used, if the run took all steps.
+        heartbeat: a number that grows while the run's worker lives.
+        made_with: see the function of this name.
         build: what it has built.
     """
 
@@ -131,12 +145,12 @@ class Run:
 
     @property
     def value(self) -> float:
-        """The score, which is infinite for a run that diverged or has none."""
+        """The score; infinite for a run that diverged or has no score."""
         return math.inf if self.observation is None else self.observation.value
 
     @cached_property
     def observation(self) -> Observation | None:
-        """What the fit is given. None of a run that was pruned or ran out of memory."""
+        """The run as the fit takes it, or None if it was stopped early or ran out of memory."""
         if self.x is None or not self.curve or self.end in ("pruned", "memory"):
             return None
         score = recent_mean(self.curve) if self.score is None else self.score
@@ -170,13 +184,16 @@ class Trials(tuple[Run, ...]):
         return Trials(run for run in self if run.rank in ranks)
 
     def observations(self) -> list[Observation]:
-        """Return the observations of runs that came to their end or diverged."""
+        """Return the observations of the runs that took all their steps or diverged."""
         seen = (run.observation for run in self.counted())
         return [each for each in seen if each is not None]
 
     def evidence(self) -> list[Observation]:
-        """Return the input of the fit: observations, and final scores of pruned runs, imputed from
-        their gap to the best paired run.
+        """Return the input of the fit: the observations, and an estimated final score for each run
+        that was stopped early.
+
+        The estimate adds the run's gap to the best run of its rank and seed, when it was stopped,
+        to the score of that run.
         """
         evidence = self.observations()
         for run in self.counted():
@@ -190,12 +207,14 @@ class Trials(tuple[Run, ...]):
         return evidence
 
     def rates(self) -> list[float]:
-        """Return log2 of the rates. A run that ran out of memory tells nothing of its rate."""
+        """Return log2 of the learning rates, without runs that ran out of memory, because they say
+        nothing about their learning rate.
+        """
         fits = (run for run in self if run.end != "memory")
         return [run.x for run in fits if run.x is not None]
 
     def pruned(self) -> list[float]:
-        """Return log2 of the rates of the pruned runs."""
+        """Return log2 of the learning rates of the runs that were stopped early."""
         return Trials(run for run in self.counted() if run.observation is None).rates()
 
     def best_of(self, setting: Setting) -> Run | None:
@@ -212,11 +231,11 @@ class Trials(tuple[Run, ...]):
     # --- what they were built with ----------------------------------------------------------------
 
     def settings_in_force(self) -> dict[str, Any]:
-        """Return the settings of all trials, defaults included, of the factors' groups."""
+        """Return the optimizer settings that all trials share, defaults included."""
         return without_conflicts(run.settings for run in self)
 
     def other_rates(self) -> dict[str, Any]:
-        """Return the rates of what trained beside the factors in all trials."""
+        """Return the learning rates that parameters beside the LoRA matrices had in all trials."""
         return without_conflicts(run.settings.get("other rates", {}) for run in self)
 
     def models(self) -> list[Reference]:
@@ -226,8 +245,9 @@ class Trials(tuple[Run, ...]):
     # --- what may be wrong with them --------------------------------------------------------------
 
     def spread(self) -> float:
-        """Return by how much the scores of a rank and seed differ at most; infinity where one run
-        has none, or each rank and seed has one run.
+        """Return the largest difference between two scores of the same rank and seed.
+
+        It is infinite if a run has no score, or if no two runs share their rank and seed.
         """
         scores: dict[Setting, list[float]] = {}
         for run in self:
@@ -237,37 +257,61 @@ class Trials(tuple[Run, ...]):
         return max(spreads) if spreads and is_whole else math.inf
 
     def differ_by_chance(self) -> bool:
-        """Return whether the scores differ by no more than the noise of the curves explains. Each
-        is the mean of a tenth of its curve.
+        """Return whether the noise of the curves explains how much the scores differ.
+
+        Each score is taken as the mean of a tenth of its curve.
         """
         count = max(TAIL, len(self[0].curve) // 10)
         error = usual_noise(self.observations()) / math.sqrt(count)
         return self.spread() <= ALIKE_ERRORS * error
 
-    def turns(self) -> list[int]:
-        """Return whether each curve fell (-1), rose (1) or neither, from the lowest rate on. None
-        where scores were returned, since the curves are not minimised.
+    def changes(self) -> list[int]:
+        """Return whether each curve fell (-1), rose (1) or stayed (0), by increasing learning rate.
+
+        The list is empty if scores were returned, because the curves are not minimised then.
         """
         if any(run.returned for run in self.observations()):
             return []
-        turns = [(run.x, turn_of(run.curve)) for run in self if run.x and run.curve]
-        return [turn for _, turn in sorted(turns)]
+        changes = [(run.x, turn_of(run.curve)) for run in self if run.x and run.curve]
+        return [change for _, change in sorted(changes)]
 
-    def score_agreement(self) -> float:
-        """Return the rank correlation of the returned scores and the ends of the curves; 1 if there
-        are too few.
+    def scores_oppose_losses(self) -> bool:
+        """Return whether the returned scores order the runs against their final losses.
+
+        With four or five runs the order must be exactly reversed: chance alone often reverses most
+        of so short an order.
         """
+        scored = self._scored()
+        if len(scored) < LEAST_RANKED:
+            return False
+        by_score = np.argsort(np.argsort([run.value for run in scored]))
+        by_curve = np.argsort(np.argsort([run.tail for run in scored]))
+        correlation = float(np.corrcoef(by_score, by_curve)[0, 1])
+        enough = OPPOSED if len(scored) >= RANKED else -1.0
+        return correlation <= enough + 1e-9
+
+    def best_score_learned_nothing(self) -> bool:
+        """Return whether the lowest score belongs to a run whose loss rose or hardly fell, while
+        the loss of another run fell.
+        """
+        scored = self._scored()
+        if len(scored) < 2:
+            return False
+        best = min(scored, key=lambda run: run.value)
+        most = max(run.start - run.tail for run in scored)
+        has_learned = most > CLEAR * usual_noise(scored)
+        return has_learned and best.start - best.tail < LITTLE * most
+
+    def _scored(self) -> list[Observation]:
+        """Return the observations with a returned score that is finite."""
         returned = [run for run in self.observations() if run.returned]
-        runs = [run for run in returned if math.isfinite(run.value)]
-        if len(runs) < LEAST_RANKED:
-            return 1.0
-        by_score = np.argsort(np.argsort([run.value for run in runs]))
-        by_curve = np.argsort(np.argsort([run.tail for run in runs]))
-        return float(np.corrcoef(by_score, by_curve)[0, 1])
+        return [run for run in returned if math.isfinite(run.value)]
 
     def unsteady(self) -> Setting | None:
-        """Return a rank and seed with two runs whose first values differ, although these do not
-        depend on the rate.
+        """Return a rank and seed of which two runs begin with different values, or None.
+
+        A first value does not depend on the learning rate. So if two differ, the loop draws random
+        numbers that do not come from the seed.
         """
         first: dict[Setting, float] = {}
         for run in self:

@@ -95,7 +95,7 @@ LEAST = [
 def test_whatever_moves_a_factor_is_training(how, steps):
     """A rate too low for the other factor, a warm-up from zero and too few steps are not refused."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Recipe .* same value at every rate")
+        warnings.filterwarnings("ignore", "Recipe .* same value at every learning rate")
         assert len(trials_of(calibrate(untrained(**how), trials=2, steps=steps))) == 2
 
 
@@ -347,7 +347,17 @@ BAD_LOOPS = [
     (without_model, "is not a model"),
     (of_rank(5), "has rank 5, but trial.rank is 16"),
     (of_rank(None), "No trainable LoRA"),
-    (of_rank(16, recipe="r.toml"), "recipe"),
+    (of_rank(16, recipe="r.toml"), "got recipe='r.toml'.*Remove recipe="),
+    (of_rank(16, lr=1e-3), "got lr=0.001.*Remove lr="),
+    (of_rank(16, method="full"), "got method='full'"),
+    (yields({"loss": 1.0}), r"step 1 train yielded a dict with the keys 'loss'"),
+    (yields(1.0, None), "step 2 train yielded None instead of a number"),
+    (yields("1.0"), "yielded '1.0' instead of a number"),
+    (yields(torch.ones(8)), r"yielded a Tensor of shape \(8,\).*losses\.mean\(\)"),
+    (yields(np.ones((2, 2))), r"yielded a ndarray of shape \(2, 2\)"),
+    (yields([1.0, 2.0]), r"yielded \[1\.0, 2\.0\] instead of a number"),
+    (yields(*ONES, returned=lambda number: {"acc": 1}), "The score is a dict"),
+    (lambda trial: None, "train returned None instead of a generator.*yield"),
     (yields(), f"ended after 0 of {STEPS} steps"),
     (yields(*ONES[1:]), f"ended after {STEPS - 1} of {STEPS} steps"),
     (yields(*ONES, later=ONES[1:]), f"ended after {STEPS - 1} of {STEPS} steps"),
@@ -394,6 +404,109 @@ def test_bad_arguments_are_refused_before_anything_runs(options):
     assert not called
     of_a_name = {"law", "optimizer"} & options.keys()
     assert of_a_name or str(caught.value).startswith(tuple(options))
+
+
+# --- at which learning rate a trial trains ----
+
+
+def scheduled(make, where=lambda net: net):
+    """A loop with a schedule that `make(optimizer, trial)` builds, and the parameters `where(net)`."""
+
+    def train(trial):
+        net = Net(trial.rank)
+        opt = trial.optimizer(where(net), model=net)
+        schedule = make(opt, trial)
+        for value in losses(net, opt, trial.seed):
+            schedule.step()
+            yield value
+
+    return train
+
+
+def one_cycle(peak):
+    """A warm-up to `peak(trial)` over a quarter of the steps, then a decay."""
+
+    def make(opt, trial):
+        return torch.optim.lr_scheduler.OneCycleLR(
+            opt, max_lr=peak(trial), total_steps=STEPS + 1, pct_start=0.25
+        )
+
+    return make
+
+
+def constant(opt, trial):
+    return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
+
+
+def test_a_schedule_that_sets_its_own_peak_is_refused():
+    """After the second trial an error names both trials' learning rates and the one at which they trained."""
+    loop = scheduled(one_cycle(lambda trial: 1e-3))
+    with pytest.raises(CalibrationError, match=r"Trials 0 and 1.*max_lr=trial\.lr"):
+        calibrate(loop, trials=6)
+
+
+def of_own_rate(lr):
+    """One group with the LoRA matrices at a learning rate of its own."""
+    return lambda net: [{"params": [*net.parameters()], "lr": lr}]
+
+
+SHARED = [{"params": [], "lr": 1e-3}]
+
+
+def shared(net):
+    """The same list of groups in every trial, whose learning rate stays."""
+    SHARED[0]["params"] = [p for p in net.parameters() if p.requires_grad]
+    return SHARED
+
+
+@pytest.mark.parametrize("where", [of_own_rate(1e-3), shared])
+def test_lora_matrices_in_a_group_with_its_own_rate_are_refused(where):
+    """The first trial is refused when its optimizer is built, with the group's number and both learning rates."""
+    with pytest.raises(
+        CalibrationError, match=r"group 0 was passed with lr=0\.001.*Remove 'lr'"
+    ):
+        calibrate(scheduled(constant, where), trials=2)
+
+
+def test_lora_matrices_that_are_all_pinned_are_refused():
+    """If rates= sets every LoRA matrix's learning rate, the trials would all train alike."""
+    with pytest.raises(CalibrationError, match="none is left that the trials"):
+        calibrate(made_up(rates={"*": 1e-3}), trials=2)
+
+
+BY_THE_TRIAL = [
+    (one_cycle(lambda trial: trial.lr), lambda net: net),
+    (
+        constant,
+        lambda net: [{"params": p} for p in net.parameters() if p.requires_grad],
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "where"), BY_THE_TRIAL)
+def test_schedules_that_follow_the_trial_are_taken(make, where):
+    """A peak at trial.lr, and groups without a learning rate, pass both checks."""
+    assert len(trials_of(calibrate(scheduled(make, where), trials=6))) == 6
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**40])
+def test_every_random_generator_begins_at_the_trials_seed(seed):
+    """torch, random and numpy draw in each trial what they draw after being seeded with trial.seed."""
+    drawn = []
+
+    def train(trial):
+        drawn.append((np.random.random(), random.random(), torch.rand(()).item()))
+        yield from made_up()(trial)
+
+    calibrate(train, trials=2, seeds=(seed,))
+    np_state = np.random.RandomState(seed % 2**32)
+    generator = torch.Generator().manual_seed(seed)
+    expected = (
+        np_state.random_sample(),
+        random.Random(seed).random(),
+        torch.rand((), generator=generator).item(),
+    )
+    assert drawn == [expected, expected]
 
 
 # --- the cliff ------------------------------------------------------------------------------------------------------
@@ -476,7 +589,7 @@ def drawn(step, *seeds):
 
 
 # without a gain
-@pytest.mark.filterwarnings("ignore:.* same value at every rate")
+@pytest.mark.filterwarnings("ignore:.* same value at every learning rate")
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
 def test_noisy_batches_are_no_divergence(gain, returned):
@@ -698,6 +811,7 @@ CHANGED = [
     {"law": "loraplus"},
     {"ranks": (4, 64)},
     {"seeds": (0, 2)},
+    {"warmup": 0.1},
 ]
 
 
@@ -715,9 +829,9 @@ def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
 def test_a_loss_that_ignores_the_rate_is_said(levels):
     """Where nothing depends on the rate, a note says so, whichever seed has the higher loss."""
     train = valued(lambda u, step, trial: levels[trial.seed])
-    with pytest.warns(ra.RankAwareWarning, match="same value at every rate"):
+    with pytest.warns(ra.RankAwareWarning, match="same value at every learning rate"):
         recipe = calibrate(train, ranks=(4, 64))
-    assert any("same value at every rate" in note for note in recipe.notes)
+    assert any("same value at every learning rate" in note for note in recipe.notes)
 
 
 def turned(how):
@@ -748,9 +862,9 @@ def turned(how):
     return valued(value, score)
 
 
-RISING = "at the lowest rates the value only rose"
+RISING = "at the lowest learning rates the value only rose"
 NONE_FELL = "no run lowered the value"
-AGAINST = "are higher where the values"
+AGAINST = "the runs with the best scores are those whose training losses are worst"
 WHERE = [BEST - 4, BEST, BEST + 4]
 TURNED = [
     ("yield -loss", WHERE[2], RISING),
@@ -768,7 +882,7 @@ def searched(how, centre):
 @pytest.mark.parametrize(("how", "centre", "said"), TURNED)
 def test_a_value_that_should_be_maximised_is_warned_of(how, centre, said):
     """A negated loss or an accuracy that gives far too high a rate is, with what to yield or return."""
-    with pytest.warns(ra.RankAwareWarning, match=f"{said}.* minus it") as seen:
+    with pytest.warns(ra.RankAwareWarning, match=f"{said}.* minus the") as seen:
         recipe = searched(how, centre)
     assert len(seen) == 1
     assert any(said in note for note in recipe.notes)
@@ -781,11 +895,43 @@ def test_a_value_that_should_be_maximised_and_leads_down_is_noted(centre, how):
     assert any(NONE_FELL in note for note in searched(how, centre).notes)
 
 
+def scored(scores, gains):
+    """A loop whose trials, in their order, return these scores and let the loss fall by these gains."""
+
+    def train(trial):
+        trial.optimizer(Net(trial.rank))
+        for step in range(trial.steps):
+            yield 2.0 - gains[trial.number] * step / trial.steps
+        return scores[trial.number]
+
+    return train
+
+
+SCORES = [
+    # the scores, how far the losses fell, and whether a warning says to return minus the score
+    ([0.1, 0.6, 0.7, 0.65], [0.0, 0.9, 1.0, 0.95], True),
+    ([0.1, 0.6, 0.7, 0.65], [-3.0, 0.9, 1.0, 0.95], True),
+    ([0.6, 0.7, 0.5, 0.65], [0.9, 1.0, 0.8, 0.95], True),
+    ([0.6, 0.5, 0.7, 0.65], [0.9, 1.0, 0.8, 0.95], False),
+    ([0.6, 0.7, 0.5, 0.65], [0.9, 0.95, 0.8, 1.0], False),
+    ([0.1, 0.6, 0.7, 0.65], [0.0, 0.0, 0.0, 0.0], False),
+]
+
+
+@pytest.mark.parametrize(("scores", "gains", "is_warned"), SCORES)
+def test_a_score_to_maximise_is_noticed_from_four_trials(scores, gains, is_warned):
+    """A warning comes if the best score is a run's that learned nothing, or if all four are in reversed order."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        calibrate(scored(scores, gains), trials=4, ranks=(16,), seeds=(0,), steps=50)
+    assert any(AGAINST in str(each.message) for each in seen) == is_warned
+
+
 @pytest.mark.parametrize("centre", WHERE)
 def test_a_value_that_is_minimised_is_not_said(centre):
     """The same loop with its loss has no such note, wherever the search begins."""
     notes = searched("yield loss", centre).notes
-    assert not any("minus it" in note for note in notes)
+    assert not any("minus the" in note for note in notes)
     assert not any(NONE_FELL in note for note in notes)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -39,12 +37,11 @@ def loop_in(folder: Path):
 
 
 def test_a_recipe_names_the_code_that_made_it(tmp_path):
-    """Function and its source's hash survive the files."""
+    """The recipe and its file name the function that was trained, and nothing else of its code."""
     train = loop_in(tmp_path)
-    digits = hashlib.sha256(inspect.getsource(train).encode()).hexdigest()[:12]
     recipe = calibrate(train, trials=2)
     loaded = ra.Recipe.load(recipe.save(tmp_path / "r.toml"))
-    assert loaded.source == recipe.source == {"train": "train", "hash": digits}
+    assert loaded.source == recipe.source == {"train": "train"}
 
 
 @pytest.mark.parametrize("now", ["", "'" * 9, "  a\n b\n" * 9])

@@ -111,7 +111,7 @@ def worker():
 
 def test_a_stopped_worker_has_ended(study, monkeypatch):
     """Its last look has come back, so nothing reads or writes the storage any more."""
-    monkeypatch.setattr(Heartbeat, "look", lambda self: time.sleep(0.5))
+    monkeypatch.setattr(Heartbeat, "poll", lambda self: time.sleep(0.5))
     beating = Heartbeat(study)
     beating.start()
     beating.stop()
@@ -149,12 +149,12 @@ def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
     """After an hour in which nobody could beat, a worker still looks as often as always before it fails a trial."""
     monkeypatch.setattr(_storage, "BEAT_S", 3600.0)
     begin_trial(study, {})
-    looker = worker(study)
+    watcher = worker(study)
     for _ in range(_storage.MISSED - 1):
-        looker.look()
+        watcher.poll()
     assert state_of(study) == "RUNNING"
-    looker.look()
-    looker.look()
+    watcher.poll()
+    watcher.poll()
     assert state_of(study) == "FAIL"
 
 

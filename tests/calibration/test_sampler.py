@@ -144,6 +144,20 @@ def test_the_search_outwards_ends_where_the_optimum_is_bracketed(runs, expected)
     assert next_bracket(runs, START - 10, START + 10) == expected
 
 
+PRUNED = [
+    # the runs, the rate of a run that was stopped early, and the next rate of the search outwards
+    ([run(START, 0.5), run(START + 2, 0.9)], START - 2, None),
+    ([run(START, 0.5)], START + 2, START - 2),
+    ([run(START, 0.5), run(START - 2, 0.6)], START + 2, None),
+]
+
+
+@pytest.mark.parametrize(("runs", "pruned", "expected"), PRUNED)
+def test_a_run_that_was_stopped_early_counts_as_tried(runs, pruned, expected):
+    """Its rate brackets the optimum from its side, above as a cliff and below as a rate that was seen."""
+    assert next_bracket(runs, START - 10, START + 10, [pruned]) == expected
+
+
 @pytest.mark.parametrize("full_trials", [0, 3])
 def test_a_rank_is_refined_whether_or_not_full_runs_come_later(full_trials):
     """With an optimum bracketed, a rank's next rate is the one near the fitted optimum that is farthest from its others."""

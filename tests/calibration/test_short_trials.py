@@ -17,10 +17,10 @@ from ..helpers.calibrations import BEST, DIM, Net, calibrate, made_up, train
 AdamW = torch.optim.AdamW
 NOTES = {
     "steps": "trials of 99 steps may mislead",
-    "score": "mean of the last training losses",
-    "warm-up": "the rate rose over 50% of a trial's steps",
-    "low": "the best rate is the lowest that was tried",
-    "high": "the best rate is the highest that was tried",
+    "score": "mean of its last training losses",
+    "warm-up": "the learning rate rose over 50% of a trial's steps",
+    "low": "the best learning rate is the lowest that was tried",
+    "high": "the best learning rate is the highest that was tried",
 }
 
 

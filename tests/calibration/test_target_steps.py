@@ -61,9 +61,9 @@ def test_the_rate_stays_and_its_band_widens(ranks, init):
     )
     assert at_far == pytest.approx(at_near)
     assert sd_far == pytest.approx(math.hypot(sd_near, EIGHT_TIMES), abs=1e-3)
-    note = f"{TARGET} steps were not tried: the rate is that of {STEPS}, give or take a factor of {2.0**EIGHT_TIMES:.3g}"
+    note = f"no trial had the run's {TARGET} steps: the learning rate was measured at {STEPS} steps, give or take a factor of {2.0**EIGHT_TIMES:.3g}"
     assert note in far.notes
-    assert not any("not tried" in note for note in near.notes)
+    assert not any("no trial had" in note for note in near.notes)
 
 
 @pytest.mark.filterwarnings("ignore:Recipe 'calibration' extrapolates")
