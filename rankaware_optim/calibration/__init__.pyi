@@ -8,6 +8,7 @@ from ._loop import CallbackRun as CallbackRun
 from ._loop import refuse_warmup as refuse_warmup
 from ._loop import release_memory as release_memory
 from ._loop import seeded as seeded
+from ._progress import Progress as Progress
 from ._runner import Train as Train
 from ._runner import TrialRunner as TrialRunner
 from ._runner import search as search

@@ -38,7 +38,7 @@ from ._build import (
     trained_groups,
 )
 from ._calibration import Calibration
-from ._constants import FEW
+from ._constants import FIRST_STEPS
 from ._loop import (
     CallbackRun,
     has_moved,
@@ -51,6 +51,7 @@ from ._loop import (
     rising_steps,
     seeded,
 )
+from ._progress import Progress
 from ._schedule import Options
 from ._search import divergence_limits, interval, is_behind, next_rate, search_range
 from ._study import Study, source_of
@@ -65,8 +66,8 @@ def search(
     options: Options,
     *,
     storage: Any = None,
-    progress: bool = True,
-    price: str = "",
+    progress: Progress | None = None,
+    beside: str = "",
 ) -> Recipe:
     """Run the trials of a calibration, and return the recipe that follows from them.
 
@@ -74,8 +75,8 @@ def search(
         train: the training loop, see `calibrate`.
         options: what is tried.
         storage: where the study is kept, see `calibrate`.
-        progress: whether to print how far the search is.
-        price: what the trials cost beside their steps, in words.
+        progress: what shows how far the search is, by default nothing.
+        beside: what the trials cost beside their steps, in words.
 
     Raises:
         CalibrationError: `train` or the storage cannot be used, or every run diverged.
@@ -83,9 +84,10 @@ def search(
     """
     state = random.getstate()  # using a database may draw from it
     gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
-    study = Study(options, source_of(train), progress)
+    shown = Progress(is_shown=False) if progress is None else progress
+    study = Study(options, source_of(train), shown)
     try:
-        study.open(storage, price)
+        study.open(storage, beside)
         while (setting := study.next()) is not None:
             TrialRunner(study, setting).run(train)
         return study.recipe()
@@ -121,6 +123,7 @@ class TrialRunner:
         self._study = study
         self._curve: list[float] = []  # the values that the loop yielded
         self._end: End = ""
+        self._why = ""  # why the run was stopped early, in words
         self._warmup = 0  # steps over which the learning rate rose
         self._limits: list[float] = []  # by step: a mean above it has diverged
         self._rates: list[float] = []  # the base learning rate after each step
@@ -264,11 +267,11 @@ class TrialRunner:
         try:
             score = self._run_to_end(train(Trial(self)))
         except TrialPruned:
-            self._end = "pruned"
+            self._end, self._why = "pruned", "train raised TrialPruned"
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._end = "memory"
+            self._end, self._why = "memory", "out of memory"
         if self._end == "memory":
             release_memory()
         if self._end:
@@ -321,10 +324,10 @@ class TrialRunner:
         if self._has_diverged():
             self._end = "diverged"
         elif self._is_pruned():
-            self._end = "pruned"
+            self._end, self._why = "pruned", "far behind the best trial"
         elif len(self._curve) == self.steps:
             self._check_trained()
-        elif len(self._values_before) == FEW + 1:
+        elif len(self._values_before) == FIRST_STEPS + 1:
             refuse_micro_batches(self._values_before, len(self._curve))
         return self._is_over()
 
@@ -376,7 +379,7 @@ class TrialRunner:
                 LoRA matrix that was zero at the start is still zero, and any gradient and learning
                 rate would have moved some; or its learning rate rose until the end.
         """
-        if self.steps <= FEW:
+        if self.steps <= FIRST_STEPS:
             return
         refuse_micro_batches(self._values_before, self.steps)
         moved = self._study.replicas.mean(float(has_moved(self._optimizer())))
@@ -420,6 +423,7 @@ class TrialRunner:
             "curve": self._curve,
             "score": score,
             "end": self._end,
+            "why": self._why,
             "warmup": self._warmup / self.steps,
         }
         if not self._end and self._rates:

@@ -140,10 +140,16 @@ class Options:
         return self.searches + self.full_trials
 
     @property
+    def tried(self) -> tuple[int | None, ...]:
+        """The ranks that some run has, full finetuning last."""
+        return (*self.lora, None) if self.full_trials else tuple(self.ranks)
+
+    @property
     def price(self) -> str:
         """What all trials cost, in words."""
-        total = f"at most {self.runs * self.steps:,} steps"
-        return f"{self.runs} trials × {self.steps:,} steps = {total}"
+        whole = f" (the run has {self.target:,})" if self.target > self.steps else ""
+        total = f"at most {self.runs * self.steps:,} steps in all"
+        return f"{self.runs} trials of {self.steps:,} steps{whole}, {total}"
 
 
 # --- checks of the arguments ----------------------------------------------------------------------

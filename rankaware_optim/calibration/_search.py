@@ -1,5 +1,8 @@
-"""How a calibration searches: it brackets the optimum of one rank, and then measures around it at
-all ranks. When it stops a run.
+"""Which learning rate to try next, and when to stop a run early.
+
+The search brackets the optimum of one rank first, and then measures around the fitted optimum at
+all ranks. It keeps no state: everything is read from the stored trials. So a study that is resumed,
+or that several workers share, continues in the same way.
 """
 
 from __future__ import annotations
@@ -49,16 +52,19 @@ from ._trials import Run, Setting, Trials
 def next_rate(
     calibration: Calibration, rank: int | None, within: tuple[float, float]
 ) -> float:
-    """Return log2 of the rate to try next at a rank.
+    """Return log2 of the base learning rate to try next at a rank.
 
-    The search moves outwards from the first rate until it has seen the cliff above and a rate below
-    the best, at the rank of the first run, since losses of different ranks cannot be compared. Then
-    it refines: it takes that of eight offsets from the fitted optimum which is farthest from the
-    rates tried at the rank. Full finetuning after a search goes around its predicted rate. A rate
-    that another worker is running counts as tried. All state is read from the trials, so that a
-    resumed study continues in the same way.
+    First the search moves outwards from its first learning rate, until it has seen the cliff above
+    the best one, and one learning rate below it. It does so at the rank of the first run only,
+    because losses of different ranks cannot be compared. Then it refines: of eight offsets from the
+    fitted optimum it takes the one that is farthest from all that were tried at the rank. Full
+    finetuning after a search goes around its predicted learning rate. What another worker is
+    running counts as tried.
 
-    within: log2 of the lowest and the highest rate.
+    Args:
+        calibration: what the trials say so far.
+        rank: the rank, None for full finetuning.
+        within: log2 of the lowest and the highest learning rate.
     """
     low, high = within
     trials = calibration.trials()
@@ -73,7 +79,7 @@ def next_rate(
     if rank is None and calibration.options.full_trials:
         x = _next_full(trials.observations(), tried, fit.best(rank))
     else:
-        # below what diverged, between what was pruned
+        # below the runs that diverged, and between those that were stopped early
         of_rank = trials.at(rank)
         bottom, top = between(of_rank.observations(), of_rank.pruned())
         under = math.inf if fit.ceiling is None else fit.ceiling - CLEARANCE
@@ -88,8 +94,10 @@ def _outwards(
     rank: int | None,
     within: tuple[float, float],
 ) -> float | None:
-    """Return where the search outwards goes next. None where there is a fit, and the optimum of the
-    first run's rank is bracketed or this is another rank.
+    """Return log2 of the next learning rate of the outward search, or None if it is not due.
+
+    It is not due once there is a fit, if the optimum of the first run's rank is bracketed, or if
+    this is another rank.
     """
     observations = trials.observations()
     if not observations:
@@ -103,12 +111,11 @@ def _outwards(
 
 
 def search_range(calibration: Calibration) -> tuple[float, float]:
-    """Return the range of log2 rates: as given or around the first guess, widened while a best rate
-    is at an edge.
+    """Return log2 of the lowest and the highest learning rate to try.
 
-    It is computed from the trials each time, so that a resumed study has the same one. Best rates
-    are those of each rank, below the rates that diverged there. Where all runs rose, the lowest
-    rate counts as the best.
+    The range is `lr_range`, or eight octaves around the first guess. It is widened whenever the
+    best learning rate so far is at an edge. The best one is searched at each rank, below the runs
+    that diverged there. If all runs rose, the lowest learning rate counts as the best.
     """
     start = calibration.start
     around = (start - HALF_RANGE, start + HALF_RANGE)
@@ -126,7 +133,14 @@ def _widened(
     ran: Sequence[Observation],
     lost: Collection[Observation],
 ) -> tuple[float, float]:
-    """Return the range after the last one of the runs so far, of which some diverged."""
+    """Return the range, widened if the last of these runs requires it.
+
+    Args:
+        low: log2 of the lowest learning rate before that run.
+        high: log2 of the highest one.
+        ran: the runs so far.
+        lost: the runs that diverged, of the whole study.
+    """
     tried = [run.x for run in ran]
     below = below_cliff([run for run in ran if run.rank == ran[-1].rank], lost)
     best = min(below, key=lambda run: run.value).x if below else -math.inf
@@ -143,8 +157,8 @@ def _beside(
     low: float,
     high: float,
 ) -> float:
-    """Return `proposed`, or the middle of the widest gap between taken rates if another worker has
-    it.
+    """Return `proposed`, or the middle of the widest gap between the taken learning rates if it is
+    one of them.
     """
     if _distance(proposed, taken) > TAKEN:
         return proposed
@@ -160,12 +174,18 @@ def _distance(x: float, rates: Sequence[float]) -> float:
 def next_bracket(
     runs: Sequence[Observation], low: float, high: float, pruned: Sequence[float] = ()
 ) -> float | None:
-    """Return the next rate of the outward search, which some runs have begun.
+    """Return log2 of the next learning rate of the outward search, or None if it has ended.
 
-    None means that the optimum is bracketed: a clearly worse rate was seen above the best, and any
-    rate below it. The search continues upwards until the cliff is seen, since the loss is flat
-    below it. If three runs show no learning beyond their noise, it continues downwards, to the end
-    of the range.
+    It has ended when the optimum is bracketed: a clearly worse learning rate was seen above the
+    best one, and any other below it. The search goes upwards first, until it sees the cliff,
+    because the loss is flat below the cliff. If three runs learned nothing beyond their noise, it
+    goes downwards, to the end of the range.
+
+    Args:
+        runs: the runs so far, at least one.
+        low: log2 of the lowest learning rate of the range.
+        high: log2 of the highest one.
+        pruned: log2 of the learning rates of runs that were stopped early.
     """
     tried = [run.x for run in runs]
     good = below_cliff(runs, diverged(runs))
@@ -187,7 +207,9 @@ def _has_cliff(
     good: Sequence[Observation],
     pruned: Sequence[float],
 ) -> bool:
-    """Return whether a run above the best rate diverged, was pruned or scored clearly worse."""
+    """Return whether a run above the best learning rate diverged, was stopped early, or has a
+    clearly worse score.
+    """
     if len(good) < len(runs):
         return True
     limit = best.value + CLEARLY * gain_of(good)
@@ -198,7 +220,7 @@ def _has_cliff(
 def between(
     runs: Sequence[Observation], others: Sequence[float]
 ) -> tuple[float, float]:
-    """Return the nearest rates of others below and above a rank's best run."""
+    """Return which of the other learning rates are next to a rank's best run, below and above."""
     if not runs:
         return -math.inf, math.inf
     best = min(runs, key=lambda run: run.value).x
@@ -210,8 +232,12 @@ def between(
 def next_refinement(
     tried: Sequence[float], centre: float, within: tuple[float, float]
 ) -> float:
-    """Return the offset rate, clipped to `within`, that is farthest from the rates tried at the
-    rank.
+    """Return the offset from the centre, clipped to `within`, that is farthest from all tried.
+
+    Args:
+        tried: log2 of the learning rates tried at the rank.
+        centre: log2 of the fitted optimum.
+        within: log2 of the lowest and the highest learning rate.
     """
     low, high = within
     centre = max(min(centre, high), low)
@@ -228,16 +254,16 @@ def _next_full(
     tried: Sequence[float],
     centre: float,
 ) -> float:
-    """Return the predicted rate of full finetuning first, then an octave below the best run, then
-    above it, then between its neighbours.
+    """Return log2 of the next learning rate of full finetuning.
 
-    Lower rates come first, since too high costs more. Three runs bracket an optimum predicted
-    within an octave.
+    It is the predicted one first, then an octave below the best run, then an octave above it, then
+    between its neighbours. Lower ones come first, because too high a learning rate costs more than
+    too low. Three runs bracket an optimum that was predicted to within an octave.
 
     Args:
-        observations: of all trials.
-        tried: log2 of all rates tried in full finetuning.
-        centre: log2 of the predicted rate.
+        observations: the observations of all trials.
+        tried: log2 of all learning rates tried in full finetuning.
+        centre: log2 of the predicted learning rate.
     """
     lost = diverged(observations)
     good = [run for run in observations if run.rank is None and run not in lost]
@@ -260,17 +286,18 @@ def divergence_limits(
     setting: Setting,
     steps: int,
 ) -> list[float]:
-    """Return, for each step, the mean of recent values above which a run is stopped as diverged.
+    """Return, for each step, the mean of recent values above which a run counts as diverged.
 
-    The limit is a margin above the usual start of the runs: half the best gain, or what the noise
-    of the curves explains. Batches may be hard, so it is at least that margin above the loss of a
-    run that learns nothing, which is at most one gain above the best run on the same batches. The
-    usual start is a mean of first values, since a single one may be low by chance.
+    The limit is the usual start of the runs plus a margin: half the best gain, or what the noise of
+    the curves explains. A batch may be hard for every model. So the limit is also at least that
+    margin above the loss of a run that learns nothing, which on the same batches is at most one
+    gain above the best run. The usual start is a median over runs, because a single first value may
+    be low by chance.
 
     Args:
-        trials: those that count.
+        trials: the trials that count.
         setting: rank and seed of the run.
-        steps: those of a whole run.
+        steps: the steps of a whole run.
     """
     observations = trials.observations()
     gain = best_fall(observations) or math.inf
@@ -294,13 +321,13 @@ def interval(steps: int) -> int:
 
 
 def is_behind(calibration: Calibration, run: Run) -> bool:
-    """Return whether to stop a run: at its last reports it lags the best run of its rank and seed
-    by half of the gain of that run at the same step.
+    """Return whether to stop a run early, because it lags behind the best run of its rank and seed.
 
-    Runs whose rate is within an octave of the best run's or of the estimated optimum are never
-    stopped. Differences that noise explains are ignored. So is a best run that gained no more than
-    its noise, since its curve shows no learning. Nothing is stopped before the end of the warm-up,
-    nor in the first 30 % of the steps.
+    At its last reports it must be worse than the best run was at the same step, by more than half
+    of what the best run had gained by then. Differences that noise explains do not count, nor does
+    a best run that gained no more than its noise. A run is never stopped if its learning rate is
+    within an octave of the best run's or of the estimated optimum, nor before the end of the
+    warm-up, nor in the first 30 % of its steps.
     """
     options = calibration.options
     best = calibration.trials().best_of(run.setting)
@@ -312,7 +339,7 @@ def is_behind(calibration: Calibration, run: Run) -> bool:
     marks = [best.observation.x]
     if fit is not None:
         marks.append(fit.best(run.rank))
-    # rates lie whole octaves apart, up to rounding
+    # trials often lie whole octaves apart, so rounding must not decide
     if any(round(abs((run.x or 0.0) - mark), 6) < NEAR for mark in marks):
         return False
     return _lags(run.curve, best.curve, best.observation, interval(options.steps))
@@ -324,8 +351,14 @@ def _lags(
     best: Observation,
     every: int,
 ) -> bool:
-    """Return whether each of the last reports lags the best run's by more than the margin, and
-    their mean by more than the noise.
+    """Return whether a curve lags behind a better one: in each of the last reports by more than the
+    margin, and in their mean by more than the noise.
+
+    Args:
+        curve: the values of the run so far.
+        beside: the values of the best run.
+        best: the best run.
+        every: the number of steps between two reports.
     """
     window = max(TAIL, every)
     gaps = []

@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from tokenize import TokenError
@@ -29,6 +27,7 @@ from ..errors import CalibrationError, CalibrationInterrupted
 from ..recipe import Recipe, differences, plain_value
 from ._calibration import DOUBTS, Calibration, calibrated_recipe, refuse_ends
 from ._constants import POLL_S, SLOW_POLL_S
+from ._progress import Progress
 from ._schedule import Options, next_setting
 from ._storage import (
     Heartbeat,
@@ -39,7 +38,7 @@ from ._storage import (
     quiet,
     storage_errors,
 )
-from ._trials import Run, Setting, Trials, rank_words
+from ._trials import Run, Setting, Trials
 
 T = TypeVar("T")
 # Of a stored study. Raise it when another version of this package would misread what is stored.
@@ -107,15 +106,17 @@ class Study:
     Args:
         options: what the calibration tries.
         source: the code that is trained, see `source_of`.
-        progress: whether to say on standard error how far the calibration is.
+        progress: what shows how far the calibration is.
     """
 
     def __init__(
-        self, options: Options, source: Mapping[str, str], progress: bool
+        self, options: Options, source: Mapping[str, str], progress: Progress
     ) -> None:
         self.options = options
         self.replicas = Replicas()
         self._source, self._progress = source, progress
+        if not self.replicas.leads:
+            progress.mute()
         self._made_with = made_with(options)
         # a stored study of other code is continued with a warning
         self._code = {**source, "rankaware-optim": version("rankaware-optim")}
@@ -153,16 +154,16 @@ class Study:
             time.sleep(pause)
             pause = min(2 * pause, SLOW_POLL_S)
 
-    def open(self, storage: Any, price: str) -> None:
+    def open(self, storage: Any, beside: str) -> None:
         """Create the Optuna study, or continue the stored one of the same name.
 
         Args:
             storage: see `calibrate`.
-            price: what the trials cost beside their steps, which a new study prints.
+            beside: what the trials cost beside their steps, which a new study shows.
         """
         self._place = storage
         self.lead(self._open)
-        self.lead(self._announce, price)
+        self.lead(self._announce, beside)
         silent = self.lead(self._begin_heartbeat)
         # A killed worker leaves a running trial, and so does a worker that is still alive. Wait
         # until each of them has shown a new heartbeat or was declared dead: then the same call
@@ -181,8 +182,8 @@ class Study:
             )
         self.check_options(self.runs())
 
-    def _announce(self, price: str) -> None:
-        """Say what a new study costs, or warn if a stored one was made with other code."""
+    def _announce(self, beside: str) -> None:
+        """Show what a new study costs, or warn if a stored one was made with other code."""
         trials = self.runs()
         ended = trials.counted()
         for last in (*ended, *trials.running())[-1:]:
@@ -192,9 +193,7 @@ class Study:
                     " can be compared with new ones only if the training is the same. If it is"
                     " not, choose another name= for this calibration."
                 )
-        self._before, self._began = len(ended), time.monotonic()
-        if not ended:
-            self._say(f"{self.options.price}{price}")
+        self._progress.begin(self.options, trials, beside)
 
     def _begin_heartbeat(self) -> dict[int, int | None]:
         """Start this worker's heartbeat. Return the last heartbeat of every running trial."""
@@ -297,19 +296,7 @@ class Study:
         self._study.tell(trial, value, state=state, skip_if_finished=True)
         self._heartbeat.trial = None
         if state != TrialState.FAIL:
-            self._show(trial.user_attrs["rank"])
-
-    def _show(self, rank: int | None) -> None:
-        """Say how far the calibration is."""
-        done = len(self.runs().counted())
-        total = max(self.options.runs, done)
-        each = (time.monotonic() - self._began) / (done - self._before)
-        left = timedelta(seconds=round(each * (total - done)))
-        self._say(f"trial {done}/{total}, {rank_words(rank)}, {left} left")
-
-    def _say(self, words: str) -> None:
-        if self._progress:
-            print(f"calibrate: {words}", file=sys.stderr, flush=True)
+            self._progress.trial_ended(trial.number, self.runs(), self.options)
 
     # --- the result -------------------------------------------------------------------------------
 

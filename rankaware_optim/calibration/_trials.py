@@ -86,6 +86,7 @@ class Run:
         curve: the values that the loop yielded.
         score: the value that the loop returned, None if it returned none.
         end: how the run ended before its last step.
+        why: why the run was stopped early, in words.
         warmup: the share of the steps over which the learning rate rose.
         peak_lr: the highest base learning rate that the optimizer used, if the run took all steps.
         heartbeat: a number that grows while the run's worker lives.
@@ -102,6 +103,7 @@ class Run:
     curve: list[float] = field(default_factory=list)
     score: float | None = None
     end: End = ""
+    why: str = ""
     warmup: Annotated[float, limits("share")] = 0.0
     peak_lr: Annotated[float, Meta(ge=0.0)] | None = None
     heartbeat: int | None = None

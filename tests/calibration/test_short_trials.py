@@ -95,7 +95,7 @@ def around(loop, *, steps=100, target=800, noisy=False, **own):
     usual["noisy"] = noisy
     lengths = {"steps": steps, "target_steps": target}
     options = Options(AdamW, get_law(PRIOR_LAW), **lengths, **{**usual, **own})
-    return search(loop, options, progress=False)
+    return search(loop, options)
 
 
 @pytest.mark.parametrize("low", [-9.0, -12.0])

@@ -333,7 +333,7 @@ def test_a_dry_run_prints_the_price_alone(folder):
     before = sorted(Path().iterdir())
     arguments = ["loops:train", "--ranks", "2,4", "--steps", "8", "-o", "r.toml"]
     done = call(*arguments, "--trials", "6", "--dry-run")
-    price = "loops:train: 6 trials × 8 steps = at most 48 steps\n"
+    price = "loops:train: 6 trials of 8 steps, at most 48 steps in all\n"
     assert (done.exit_code, done.stdout) == (0, price)
     assert call(*arguments, "--trials", "0", "--dry-run").exit_code == 1
     assert sorted(p for p in Path().iterdir() if p.name != "__pycache__") == before

@@ -1,0 +1,246 @@
+"""What a search prints while it runs: a line for each trial, and the result at the end.
+
+On a terminal and in a pipe these are lines on standard error. In a notebook it is one table, which
+grows with each trial.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from .._printing import Table, printable
+from ..recipe import Recipe, known_rate
+from ._schedule import Options
+from ._trials import Run, Trials, rank_words
+
+_HEADINGS = ("trial", "rank", "learning rate", "value", "", "time left")
+
+
+class Progress:
+    """Shows how far a search is, and its result.
+
+    Args:
+        is_shown: False prints nothing.
+        value: what the value of a trial is called. "reward" means that trials minimise minus a
+            reward. By default a returned score is a "score", and the mean of the last yielded
+            values a "loss".
+    """
+
+    def __init__(self, is_shown: bool = True, value: str = "") -> None:
+        self._is_shown = is_shown
+        self._value = value
+        self._table: _NotebookTable | None = None
+        self._began = 0.0
+        self._ended_before = 0
+
+    def mute(self) -> None:
+        """Print nothing from here on, as in the processes of DDP that do not lead."""
+        self._is_shown = False
+
+    def begin(self, options: Options, trials: Trials, beside: str) -> None:
+        """Show what the search tries, and what it costs. A search that is continued shows neither.
+
+        Args:
+            options: what the search tries.
+            trials: the trials of earlier calls, if the study was stored.
+            beside: what the trials cost beside their steps, in words.
+        """
+        self._began = time.monotonic()
+        self._ended_before = len(trials.counted())
+        if not self._is_shown:
+            return
+        if _is_notebook():
+            self._table = _NotebookTable()
+        if self._ended_before:
+            return
+        self._say(f"calibrate: {options.price}{_start(options)}")
+        if beside:
+            self._say(f"Beside the steps: {beside}.")
+
+    def trial_ended(self, number: int, trials: Trials, options: Options) -> None:
+        """Show how a trial ended.
+
+        Args:
+            number: the trial's number in the study.
+            trials: the trials so far, this one included.
+            options: what the search tries.
+        """
+        if not self._is_shown:
+            return
+        run = trials[number]
+        done = len(trials.counted())
+        total = max(options.runs, done)
+        one = (time.monotonic() - self._began) / (done - self._ended_before)
+        rank = rank_words(run.rank) if len(options.tried) > 1 else ""
+        name = self._name_of(run)
+        value = self._value_of(run)
+        remark = _remark(run, trials, options.steps)
+        left = _clock(one * (total - done))
+        if self._table is not None:
+            cells = (
+                f"{done}/{total}",
+                rank,
+                _lr(run.lr),
+                f"{name} {value}",
+                remark,
+                left,
+            )
+            self._table.add_row(cells if value else (*cells[:3], "", *cells[4:]))
+            return
+        columns = [
+            f"trial {done}/{total}".ljust(len(f"trial {total}/{total}")),
+            rank.ljust(max(len(rank_words(each)) for each in options.tried)),
+            f"lr {_lr(run.lr)}",
+            f"{name} {value}".ljust(len(name) + 7) if value else "",
+            remark.ljust(11),
+            f"{left} left",
+        ]
+        if not rank:
+            del columns[1]
+        self._say("   ".join(filter(None, columns)))
+
+    def result(self, recipe: Recipe, verdict: str = "", full: str = "") -> None:
+        """Show the best learning rate, and what follows from it.
+
+        Args:
+            recipe: the search's recipe.
+            verdict: what the recipe says of the learning rate that the user already has, a
+                sentence of `recipe.judge`.
+            full: the call that measures full finetuning's learning rate, if only LoRA was tried.
+        """
+        if not self._is_shown:
+            return
+        at = recipe.reference
+        best = known_rate(recipe, at.rank)
+        interval = "unknown"
+        if best is not None and best.low is not None and best.high is not None:
+            interval = f"{_lr(best.low)} to {_lr(best.high)}"
+        where = "for full finetuning"
+        if at.method == "lora":
+            where = f"at rank {at.rank}, alpha {at.alpha:g}"
+        self._say(
+            f"Best learning rate {_lr(recipe.lr)} (90 % interval {interval}) {where}."
+        )
+        if verdict:
+            self._say(verdict)
+        guess = None
+        if at.method == "lora" and not recipe.full_seen:
+            guess = known_rate(recipe, None)
+        if guess is not None and full:
+            self._say(f"Full finetuning: {_lr(guess.lr)}, a guess; {full} measures it.")
+
+    def _name_of(self, run: Run) -> str:
+        """Return what the value of a run is called."""
+        return self._value or ("loss" if run.score is None else "score")
+
+    def _value_of(self, run: Run) -> str:
+        """Return the value of a run as text, or "" if the run has none."""
+        seen = run.observation
+        if seen is None or run.end:
+            return ""
+        sign = -1.0 if self._value == "reward" else 1.0
+        return f"{sign * seen.value:.4g}"
+
+    def _say(self, line: str) -> None:
+        if self._table is not None:
+            self._table.add_line(line)
+        else:
+            print(printable(line), file=sys.stderr, flush=True)
+
+
+def _start(options: Options) -> str:
+    """Return from which learning rate the search starts, in words, as far as it is known."""
+    if options.lr_range is not None:
+        low, high = sorted(options.lr_range)
+        return f", from the middle of {_lr(low)} to {_lr(high)}"
+    if options.suggested is not None:
+        return f", from the suggested {_lr(options.suggested.lr)}"
+    return ""
+
+
+def _remark(run: Run, trials: Trials, steps: int) -> str:
+    """Return what is special about a run: it is the best so far, or it ended early, and why."""
+    taken = len(run.curve)
+    if run.end == "diverged":
+        return f"diverged at step {taken} of {steps}"
+    if run.end:
+        return f"stopped at step {taken} of {steps}: {run.why}"
+    others = [each.value for each in trials.counted().at(run.rank) if each is not run]
+    is_best = bool(others) and run.value < min(others)
+    return "best so far" if is_best else ""
+
+
+def _lr(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1e}"
+
+
+def _clock(seconds: float) -> str:
+    """Return a time as minutes and seconds, with hours if there are any.
+
+    >>> _clock(2), _clock(754), _clock(7325)
+    ('0:02', '12:34', '2:02:05')
+    """
+    text = str(timedelta(seconds=round(seconds)))
+    return text.removeprefix("0:").removeprefix("0") if seconds < 3600 else text
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def _is_notebook() -> bool:
+    """Return whether this is a notebook, which has IPython with a kernel."""
+    ipython = sys.modules.get("IPython")
+    shell: Any = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+class _NotebookTable:
+    """A table in the output of a notebook's cell. It is drawn again whenever something is added."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, ...]] = []
+        self._above: list[str] = []
+        self._below: list[str] = []
+        self._handle: Any = None
+
+    def add_row(self, cells: tuple[str, ...]) -> None:
+        self._rows.append(cells)
+        self._draw()
+
+    def add_line(self, line: str) -> None:
+        """Add a line above the table, or below it if there are rows."""
+        lines = self._below if self._rows else self._above
+        lines.append(line)
+        self._draw()
+
+    def _draw(self) -> None:
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(self, display_id=True)
+        else:
+            self._handle.update(self)
+
+    def _as_table(self) -> Table:
+        # the column of ranks is empty if there is only one
+        kept = [
+            i
+            for i, _ in enumerate(_HEADINGS)
+            if i != 1 or any(r[1] for r in self._rows)
+        ]
+        return Table(
+            [_HEADINGS[i] for i in kept] if self._rows else (),
+            [[row[i] for i in kept] for row in self._rows],
+            self._below,
+            title=" ".join(self._above),
+            left=("", "rank", "value"),
+        )
+
+    def __repr__(self) -> str:
+        return self._as_table().text()
+
+    def _repr_html_(self) -> str:
+        return self._as_table().html()
