@@ -80,7 +80,7 @@ BY_CHANCE = (
 )
 _PACKAGES = ("rankaware-optim", "torch", "optuna")
 _IF_LOADED = ("peft", "transformers", "trl", "accelerate", "lightning", "diffusers")
-_ENDS = {"memory": "ran out of memory", "pruned": "was pruned"}
+_ENDS = {"memory": "ran out of memory", "pruned": "was stopped early"}
 
 
 class Calibration:

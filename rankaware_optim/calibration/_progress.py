@@ -40,13 +40,13 @@ class Progress:
         """Print nothing from here on, as in the processes of DDP that do not lead."""
         self._is_shown = False
 
-    def begin(self, options: Options, trials: Trials, beside: str) -> None:
+    def begin(self, options: Options, trials: Trials, price: str) -> None:
         """Show what the search tries, and what it costs. A search that is continued shows neither.
 
         Args:
             options: what the search tries.
             trials: the trials of earlier calls, if the study was stored.
-            beside: what the trials cost beside their steps, in words.
+            price: what the trials cost beside their steps, in words.
         """
         self._began = time.monotonic()
         self._ended_before = len(trials.counted())
@@ -57,8 +57,8 @@ class Progress:
         if self._ended_before:
             return
         self._say(f"calibrate: {options.price}{_start(options)}")
-        if beside:
-            self._say(f"Beside the steps: {beside}.")
+        if price:
+            self._say(f"Beside the steps: {price}.")
 
     def trial_ended(self, number: int, trials: Trials, options: Options) -> None:
         """Show how a trial ended.

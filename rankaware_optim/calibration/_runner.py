@@ -66,8 +66,8 @@ def search(
     options: Options,
     *,
     storage: Any = None,
-    progress: Progress | None = None,
-    beside: str = "",
+    progress: Progress | bool = False,
+    price: str = "",
 ) -> Recipe:
     """Run the trials of a calibration, and return the recipe that follows from them.
 
@@ -75,8 +75,8 @@ def search(
         train: the training loop, see `calibrate`.
         options: what is tried.
         storage: where the study is kept, see `calibrate`.
-        progress: what shows how far the search is, by default nothing.
-        beside: what the trials cost beside their steps, in words.
+        progress: what shows how far the search is, or whether to show it.
+        price: what the trials cost beside their steps, in words.
 
     Raises:
         CalibrationError: `train` or the storage cannot be used, or every run diverged.
@@ -84,13 +84,16 @@ def search(
     """
     state = random.getstate()  # using a database may draw from it
     gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
-    shown = Progress(is_shown=False) if progress is None else progress
-    study = Study(options, source_of(train), shown)
+    if isinstance(progress, bool):
+        progress = Progress(progress)
+    study = Study(options, source_of(train), progress)
     try:
-        study.open(storage, beside)
+        study.open(storage, price)
         while (setting := study.next()) is not None:
             TrialRunner(study, setting).run(train)
-        return study.recipe()
+        recipe = study.recipe()
+        progress.result(recipe, full="full_trials=3")
+        return recipe
     except KeyboardInterrupt as interrupt:
         if not study.replicas.leads:
             raise

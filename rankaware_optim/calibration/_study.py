@@ -154,16 +154,16 @@ class Study:
             time.sleep(pause)
             pause = min(2 * pause, SLOW_POLL_S)
 
-    def open(self, storage: Any, beside: str) -> None:
+    def open(self, storage: Any, price: str) -> None:
         """Create the Optuna study, or continue the stored one of the same name.
 
         Args:
             storage: see `calibrate`.
-            beside: what the trials cost beside their steps, which a new study shows.
+            price: what the trials cost beside their steps, which a new study shows.
         """
         self._place = storage
         self.lead(self._open)
-        self.lead(self._announce, beside)
+        self.lead(self._announce, price)
         silent = self.lead(self._begin_heartbeat)
         # A killed worker leaves a running trial, and so does a worker that is still alive. Wait
         # until each of them has shown a new heartbeat or was declared dead: then the same call
@@ -182,7 +182,7 @@ class Study:
             )
         self.check_options(self.runs())
 
-    def _announce(self, beside: str) -> None:
+    def _announce(self, price: str) -> None:
         """Show what a new study costs, or warn if a stored one was made with other code."""
         trials = self.runs()
         ended = trials.counted()
@@ -193,7 +193,7 @@ class Study:
                     " can be compared with new ones only if the training is the same. If it is"
                     " not, choose another name= for this calibration."
                 )
-        self._progress.begin(self.options, trials, beside)
+        self._progress.begin(self.options, trials, price)
 
     def _begin_heartbeat(self) -> dict[int, int | None]:
         """Start this worker's heartbeat. Return the last heartbeat of every running trial."""

@@ -685,7 +685,7 @@ def test_out_of_memory_says_nothing_of_a_rate():
 EVERYWHERE = (4, 16)
 USELESS = [
     (yields(1.0, math.nan), "diverged"),
-    (giving_up(optuna.TrialPruned(), made_up(), ranks=EVERYWHERE), "was pruned"),
+    (giving_up(optuna.TrialPruned(), made_up(), ranks=EVERYWHERE), "was stopped early"),
     (
         giving_up(MemoryError(), made_up(), ranks=EVERYWHERE, before=True),
         "ran out of memory",

@@ -99,7 +99,7 @@ def early(trial):
 
 def test_a_trial_that_ended_early_says_why(capfd):
     """Its line has the step at which it ended, the reason, and no loss."""
-    assert remarks(early, capfd)[:3] == [
+    assert remarks(early, capfd, trials=8)[:3] == [
         f"diverged at step 4 of {STEPS}",
         f"stopped at step 3 of {STEPS}: out of memory",
         f"stopped at step 3 of {STEPS}: train raised TrialPruned",
@@ -170,7 +170,7 @@ def test_the_first_line_says_where_the_search_starts(own, said, capfd):
 
 def test_a_reward_is_shown_with_its_own_sign(capfd):
     """Trials minimise minus a reward; the line shows the reward."""
-    loop = valued(lambda u, step, trial: -0.01 * step)
+    loop = valued(lambda u, step, trial: -0.01 * step * (1 + trial.number))
     search(loop, options(), progress=Progress(value="reward"))
     first = shown(capfd.readouterr().err)[0]
     assert first["name"] == "reward"

@@ -249,14 +249,14 @@ def test_a_warm_up_in_steps_is_scaled_with_the_trial(tmp_path):
 
 
 def test_the_price_is_said_before_the_first_trial(tmp_path, capfd):
-    """Steps, evaluation and the copy of what trains; nothing else is printed but a line a trial."""
+    """First come the steps, then evaluation and the copy of the weights, and then a line for each trial."""
     ra.calibrate(trainer(tmp_path), "adamw", steps=TRIAL, trials=2)
-    said = [line for line in capfd.readouterr().err.splitlines() if "trial" in line]
-    assert said[0].startswith(
-        "calibrate: 2 trials × 6 steps = at most 12 steps of train"
+    steps, beside, *trials = capfd.readouterr().err.splitlines()[:4]
+    assert steps.startswith(
+        "calibrate: 2 trials of 6 steps (the run has 24), at most 12 steps in all"
     )
-    assert "the run takes 24; 2 × 16 batches of evaluation; a copy" in said[0]
-    assert len({*said}) == 3
+    assert beside.startswith("Beside the steps: 2 × 16 batches of evaluation; a copy")
+    assert [line[:9] for line in trials] == ["trial 1/2", "trial 2/2"]
 
 
 def test_the_readmes_three_lines_train(tmp_path):
