@@ -27,6 +27,7 @@ from .calibration import (
     SEEDS,
     CallbackRun,
     Options,
+    Progress,
     Snapshot,
     Train,
     Trial,
@@ -135,7 +136,8 @@ def calibrate(  # noqa: PLR0913
     native = get_optimizer_class(optimizer)
     storage, name = _study_of(storage)
     place = _place(what, model)
-    runs = _Runs(native, settings or {}, score, place)
+    shown = Progress(progress)
+    runs = _Runs(native, settings or {}, score, place, shown)
     _check_arguments(settings, score)
     at = _configuration(place, runs.settings, ranks, full_trials)
     if at is not None:
@@ -165,10 +167,12 @@ def calibrate(  # noqa: PLR0913
                 runs.loop(snapshot, options.target),
                 options,
                 storage=storage,
-                progress=progress,
+                progress=shown,
                 price=_price(options, runs, snapshot),
             )
-    return runs.completed(recipe)
+    recipe = runs.completed(recipe)
+    shown.result(recipe, full=_call_for_full(place, optimizer))
+    return recipe
 
 
 def _check_arguments(settings: object, score: object) -> None:
@@ -327,11 +331,22 @@ def _price(options: Options, runs: _Runs, snapshot: Snapshot) -> str:
     place = runs.place
     if place.model is None:
         return ""
-    words = f" of training, where the run takes {options.target:,}"
+    words = f"a copy of the weights that train, {snapshot.size / 2**20:,.3g} MiB"
     if place.trainer is not None and not runs.by_reward(place.trainer):
-        words += f"; {options.runs} × {BATCHES} batches of evaluation"
-    mebibytes = f"{snapshot.size / 2**20:,.3g} MiB"
-    return f"{words}; a copy of the weights that train, {mebibytes}"
+        words = f"{options.runs} × {BATCHES} batches of evaluation; {words}"
+    return words
+
+
+def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
+    """Return the call that measures full finetuning's learning rate, which a search at LoRA ranks
+    can only guess.
+    """
+    if place.model is None:
+        return "full_trials=3"
+    name = f'"{optimizer}"' if isinstance(optimizer, str) else optimizer.__name__
+    if place.trainer is None:
+        return f"ra.calibrate(train, {name}, model=model_without_adapters)"
+    return f"ra.calibrate(trainer_of_the_full_model, {name})"
 
 
 # --- the trials -----------------------------------------------------------------------------------
@@ -346,6 +361,7 @@ class _Runs:
         settings: the settings of a trainer's optimizer.
         score: the user's function of the trained trainer.
         place: what is calibrated.
+        shown: shows how far the search is.
         batch: the examples per step of the last trainer.
         rewarded: whether its values are rewards.
         by_trainer: whether a trainer runs the trials.
@@ -355,6 +371,7 @@ class _Runs:
     settings: Mapping[str, Any]
     score: Callable[[Any], Any] | None
     place: _Place
+    shown: Progress
     batch: float | None = None
     rewarded: bool = False
     by_trainer: bool = False
@@ -387,6 +404,8 @@ class _Runs:
         """Return the run of a trial by a trainer."""
         self.batch, self.rewarded = trainer.batch, self.by_reward(trainer)
         self.by_trainer = True
+        if self.score is None:  # otherwise it is the user's score
+            self.shown.value = "reward" if self.rewarded else "loss"
         refuse_warmup(trainer.warmup(trial.steps), trial.steps)
         existing = self.place.trainer is not None
 

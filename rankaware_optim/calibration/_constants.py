@@ -55,7 +55,7 @@ STRIDE = 2.0
 FAR = 2.5
 # A search of at most so many trials at one rank is read by a parabola, without a margin, and with an
 # interval of at most so many octaves to either side: search.md
-FEW = 4
+FEW_TRIALS = 4
 CAP = 1.75
 HALF_RANGE = 4.0  # octaves on either side of the first guess: chosen by judgement
 EDGE = 1.0  # a best run within so many octaves of an edge widens the range: chosen by judgement

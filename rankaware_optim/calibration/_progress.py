@@ -24,14 +24,16 @@ class Progress:
 
     Args:
         is_shown: False prints nothing.
+
+    Attributes:
         value: what the value of a trial is called. "reward" means that trials minimise minus a
             reward. By default a returned score is a "score", and the mean of the last yielded
             values a "loss".
     """
 
     def __init__(self, is_shown: bool = True, value: str = "") -> None:
+        self.value = value
         self._is_shown = is_shown
-        self._value = value
         self._table: _NotebookTable | None = None
         self._began = 0.0
         self._ended_before = 0
@@ -134,14 +136,14 @@ class Progress:
 
     def _name_of(self, run: Run) -> str:
         """Return what the value of a run is called."""
-        return self._value or ("loss" if run.score is None else "score")
+        return self.value or ("loss" if run.score is None else "score")
 
     def _value_of(self, run: Run) -> str:
         """Return the value of a run as text, or "" if the run has none."""
         seen = run.observation
         if seen is None or run.end:
             return ""
-        sign = -1.0 if self._value == "reward" else 1.0
+        sign = -1.0 if self.value == "reward" else 1.0
         return f"{sign * seen.value:.4g}"
 
     def _say(self, line: str) -> None:

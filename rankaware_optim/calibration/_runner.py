@@ -66,7 +66,7 @@ def search(
     options: Options,
     *,
     storage: Any = None,
-    progress: Progress | bool = False,
+    progress: Progress | None = None,
     price: str = "",
 ) -> Recipe:
     """Run the trials of a calibration, and return the recipe that follows from them.
@@ -75,7 +75,7 @@ def search(
         train: the training loop, see `calibrate`.
         options: what is tried.
         storage: where the study is kept, see `calibrate`.
-        progress: what shows how far the search is, or whether to show it.
+        progress: what shows how far the search is, by default nothing.
         price: what the trials cost beside their steps, in words.
 
     Raises:
@@ -84,16 +84,13 @@ def search(
     """
     state = random.getstate()  # using a database may draw from it
     gradients = torch.is_grad_enabled()  # Ctrl-C inside no_grad() may leave them off
-    if isinstance(progress, bool):
-        progress = Progress(progress)
-    study = Study(options, source_of(train), progress)
+    shown = Progress(is_shown=False) if progress is None else progress
+    study = Study(options, source_of(train), shown)
     try:
         study.open(storage, price)
         while (setting := study.next()) is not None:
             TrialRunner(study, setting).run(train)
-        recipe = study.recipe()
-        progress.result(recipe, full="full_trials=3")
-        return recipe
+        return study.recipe()
     except KeyboardInterrupt as interrupt:
         if not study.replicas.leads:
             raise
