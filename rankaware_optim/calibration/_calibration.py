@@ -238,7 +238,7 @@ def refuse_ends(trials: Trials) -> NoReturn:
         " recommend.",
         "Pass lower learning rates (lr_range=), lower ranks or a smaller batch, and check the loss"
         " and the data: if the value is an accuracy or a reward, yield minus the value. Stored runs"
-        " are not repeated, so choose another name= or storage= too.",
+        " are not repeated, so choose another storage= too.",
     )
 
 

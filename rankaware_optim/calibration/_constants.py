@@ -21,7 +21,8 @@ PER_SEED = 4
 # compared. As many runs that learned nothing turn the search downwards. It was chosen on the
 # simulated surfaces, after they had been seen: simulated.md
 BRACKET = 3
-# The same, as long as all of these runs rise. In simulation 4 and 16 do no worse: benchmarks/answers.md
+# The same, as long as all of these runs rise. In simulation 4 and 16 do no worse:
+# benchmarks/answers.md
 MOST_BRACKET = 8
 # Steps of a trial below which low learning rates look best, because noise hides what they lose:
 # chosen by judgement
@@ -53,8 +54,8 @@ STRIDE = 2.0
 # suggested learning rate or above. Trials of an eighth of the run are 3 octaves shorter, and of a
 # quarter 2: chosen by judgement
 FAR = 2.5
-# A search of at most so many trials at one rank is read by a parabola, without a margin, and with an
-# interval of at most so many octaves to either side: search.md
+# A search of at most so many trials at one rank is read by a parabola, without a margin, and with
+# an interval of at most so many octaves to either side: search.md
 FEW_TRIALS = 4
 CAP = 1.75
 HALF_RANGE = 4.0  # octaves on either side of the first guess: chosen by judgement

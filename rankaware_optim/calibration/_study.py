@@ -191,7 +191,7 @@ class Study:
                 warn(
                     f"The stored study {self.options.name!r} was made with {changed}. Its trials"
                     " can be compared with new ones only if the training is the same. If it is"
-                    " not, choose another name= for this calibration."
+                    " not, choose another storage= for this calibration."
                 )
         self._progress.begin(self.options, trials, price)
 
@@ -222,7 +222,7 @@ class Study:
         if difference := differences(stored, now):
             raise CalibrationError(
                 f"The stored study {self.options.name!r} was made with {difference}.",
-                "Choose another name= or storage= for this calibration.",
+                "Choose another storage= for this calibration.",
             )
 
     def close(self) -> None:

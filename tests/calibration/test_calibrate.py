@@ -811,7 +811,6 @@ CHANGED = [
     {"law": "loraplus"},
     {"ranks": (4, 64)},
     {"seeds": (0, 2)},
-    {"warmup": 0.1},
 ]
 
 

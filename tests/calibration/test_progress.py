@@ -81,7 +81,7 @@ def test_the_best_trial_so_far_is_marked(capfd):
     lower = valued(lambda u, step, trial: 2.0 - (trial.number + 1) * step / 100)
     assert remarks(lower, capfd) == ["", *["best so far"] * 3]
     higher = valued(lambda u, step, trial: 2.0 - (9 - trial.number) * step / 100)
-    assert remarks(higher, capfd, name="other") == [""] * 4
+    assert remarks(higher, capfd) == [""] * 4
 
 
 def early(trial):
