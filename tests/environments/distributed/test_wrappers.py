@@ -283,10 +283,10 @@ def class_of_ours() -> str:
 
 TOO_LATE = "Shard or wrap the model first (fully_shard"
 REFUSALS = [
-    (flat_shares, ("init", None), "Give init='A'"),
+    (flat_shares, ("init", None), "Pass init='A'"),
     (flat_shares, ("rank", "A"), "declares no rank"),
     (flat_shares, ("any rank", "A"), "declares rank 0"),
-    (flat_shares, ("fans", "A"), "has its fan-in"),
+    (flat_shares, ("fans", "A"), "says its fan-in"),
     *((sharded_too_late, (form,), TOO_LATE) for form in FORMS),
     (class_of_ours, (), "cannot be called"),
 ]

@@ -179,7 +179,7 @@ def test_instances_that_keep_rates_by_group_are_refused(key):
     """An instance that snapshots its groups is refused with the way out, and left as it was."""
     case = CASES[key]
     built = case.kind(case.own(model := case.model()), lr=LR)
-    with pytest.raises(OptimizerError, match="Give the class and its settings instead"):
+    with pytest.raises(OptimizerError, match="Pass the class and its settings instead"):
         RankAwareOptimizer(built, model=model)
     assert type(built) is case.kind
     assert len(built.param_groups) == 1
