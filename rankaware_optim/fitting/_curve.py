@@ -1,8 +1,13 @@
 """The fitted curve of one rank: its loss against the learning rate, with a 90 % interval.
 
 A fit gives each rank a posterior over bowls: a shape (σ, h, a, k), an optimum v and a plateau. A
-curve keeps `_DRAWS` of them, drawn in proportion to their probability, and evaluates all of them
-wherever it is asked. So an interval needs no formula: it is the range in which 90 % of them lie.
+curve keeps `_DRAWS` bowls, drawn in proportion to their probability, and evaluates all of them
+wherever it is asked. So an interval needs no formula: 90 % of the bowls lie in it.
+
+How good it is: the lowest learning rate of 47 ranks of the study's recipes was left out, and its
+loss estimated from the others, 0.5 to 2 octaves away. The estimates were off by 4 % of the gain on
+average, and 97 % of the 90 % intervals contained the truth. Above the highest learning rate tried,
+where a cliff may come, only 78 % did, so there a curve gives no estimate.
 """
 
 from __future__ import annotations

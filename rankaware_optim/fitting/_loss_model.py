@@ -1,27 +1,31 @@
-"""Model of a rank's loss against x = log2 of the rate: a bowl of unknown shape and noise. Its
-minimum is estimated.
+"""The loss model: a rank's loss against x = log2 of the learning rate is a bowl of unknown shape.
 
-Around its optimum v the loss, in units of the gain, is
+The loss is in units of the *gain*, which is what training improved at best: 0 is the best score and
+1 is no better than untrained. Around the optimum v, at u = x − v octaves from it,
 
-    loss(x) = level + min(k·above(u), p)    for u = x − v ≥ 0
+    loss(x) = level + min(k·above(u), p)    for u ≥ 0
     loss(x) = level + min(k·below(u), 1)    for u < 0
 
-    above(u) = (exp(a·u) − a·u − 1)/a², u²/2 for a = 0
+    above(u) = (exp(a·u) − a·u − 1)/a²,  or u²/2 for a = 0
     below(u) = h²·(√(1 + (u/h)²) − 1)
 
-p is the plateau at rates that are too high. It is 1 (no better than untrained), or the largest gap
-among the rank's runs if all of them learn the easy part and stall. Both values are kept and
-weighted, as the shapes are.
+Both sides are the parabola k·u²/2 near the optimum. Above it the loss may rise as steeply as a
+cliff. Below it the loss rises more slowly, as a straight line.
 
-k is the curvature at v (per octave²). a is the steepness of the cliff above v (per octave). h is
-the distance below v at which the parabola becomes a straight line (octaves).
+    k    curvature at the optimum, per octave²
+    a    steepness of the cliff above it, per octave. 0 is a parabola without a cliff
+    h    octaves below the optimum at which the parabola becomes a straight line
+    p    plateau of learning rates that are too high. It is 1 (untrained), or the largest gap of the
+         rank's runs if all of them learn the easy part and then stall. Both are kept and weighted
+    σ    standard deviation of the noise, in units of the gain
 
-The noise has four parts. One is a level common to all runs of a seed. A smooth part and a white
-part have standard deviation σ together. The last is the error of the shape itself, a share of the
-gap to the best.
+The noise has four parts: a level that all runs of a seed share; a part that is smooth in x and a
+white part, which have the standard deviation σ together; and the error of the shape itself, which
+is a share of the gap to the best.
 
-The posterior is over a grid of shapes (σ, h, a, k), weighted by prior and evidence. Ranks nearly
-share a shape: each has its own, within `OF_RANK_SDS` of the shared one.
+The posterior is computed on a grid of shapes (σ, h, a, k) and of optima v. A shape's weight is its
+prior times its evidence, which is how well it explains the losses. Ranks nearly share a shape: a
+rank has its own, which is within `OF_RANK_SDS` of the shared one.
 """
 
 from __future__ import annotations
@@ -59,10 +63,10 @@ LOG_PRIOR = -0.5 * (np.log(_NOISE_OF_SHAPE / USUAL_NOISE) / NOISE_SD) ** 2
 
 
 class Arm(NamedTuple):
-    """The trials of one rank, or of full finetuning, arrays of shape (trials,).
+    """The trials of one rank, or of full finetuning, as arrays of shape (trials,).
 
-    x: log2 of the rate. y: gap to the rank's best score, in units of the gain, at most
-    `UNTRAINED_GAP`.
+    x: log2 of the learning rate.
+    y: gap to the rank's best score, in units of the gain, at most `UNTRAINED_GAP`.
     seeds: whole numbers.
     """
 
@@ -74,8 +78,9 @@ class Arm(NamedTuple):
 class Bowls(NamedTuple):
     """The optimum of every arm under every shape on the grid, and the weight of the shape.
 
-    log_weight: (shapes,), log of prior times evidence. mean, sd: of the optima, (shapes, arms),
-    octaves. steepness: the shape's a, (shapes,).
+    log_weight: log of prior times evidence, (shapes,).
+    mean, sd: mean and standard deviation of the optima, (shapes, arms), octaves.
+    steepness: the shape's a, (shapes,).
     """
 
     log_weight: Array
@@ -88,8 +93,10 @@ Arms = Mapping[int | None, Arm]  # by rank, None for full finetuning
 
 
 def bowls_of(arms: Arms) -> Bowls:
-    """Fit a bowl to every arm. A run at too high a rate ends untrained, or on a plateau if no run
-    was that bad.
+    """Fit a bowl to every arm.
+
+    A learning rate that is too high leaves a run untrained. If no run was that bad, the worst run
+    may lie on a plateau instead, so both are fitted and their shapes weighted together.
     """
     choices = [_bowls_where(arms, [UNTRAINED_GAP] * len(arms))]
     highest = [float(arm.y.max()) for arm in arms.values()]
@@ -130,23 +137,23 @@ def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
 
 
 def _gaps(u: Array, plateau: float) -> Array:
-    """Return the loss above its minimum under every shape, at octaves u from the optimum: (h, a, k,
-    *u.shape).
+    """Return the loss above its minimum under every shape, at u octaves from the optimum. The
+    result has the shape (h, a, k, *u.shape).
     """
     h = SHOULDERS.reshape(-1, 1, *[1] * u.ndim)
     a = STEEPNESS[1:].reshape(-1, *[1] * u.ndim)
     k = CURVATURE.reshape(-1, *[1] * u.ndim)
     below = h**2 * (np.sqrt(1.0 + (u / h) ** 2) - 1.0)
     cliffs = (np.exp(np.clip(a * u, 0.0, 20.0)) - a * u - 1.0) / a**2
-    above = np.stack([u**2 / 2, *cliffs])
+    above = np.stack([u**2 / 2, *cliffs])  # the first steepness is 0
     bowls = np.where(u < 0, below, above)  # of curvature 1: (h, a, *u.shape)
     highest = np.where(u < 0, UNTRAINED_GAP, plateau)
     return np.asarray(np.minimum(k * bowls[:, :, None], highest))
 
 
 def _covariances(arm: Arm) -> tuple[Array, Array]:
-    """Return two covariances of the losses, (trials, trials): the noise in units of σ², and the
-    error of the shape.
+    """Return two covariances of the losses, each (trials, trials): of the noise, in units of σ²,
+    and of the error of the shape.
     """
     white = np.eye(len(arm.x))
     paired = arm.seeds[:, None] == arm.seeds[None, :]
@@ -175,8 +182,11 @@ def error_of_shape(arm: Arm) -> Array:
 def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     """Return log p(losses | shape, optimum), (σ, h, a, k, optima).
 
-    The level has a flat prior and is integrated out. One basis diagonalizes both covariances for
-    every σ at once.
+    The losses are normal about level + gap, with the covariance σ²·noise + shape. A basis in which
+    the noise is the identity and the shape's error is diagonal makes this covariance diagonal for
+    every σ at once, so no matrix is inverted per shape. The level has a flat prior and is
+    integrated out: its best value is subtracted from the misfit, and the log of its precision is
+    added to the log determinant.
     """
     gaps = _gaps(arm.x[None, :] - optima[:, None], plateau)
     noise, shape = _covariances(arm)
@@ -184,8 +194,8 @@ def log_likelihood(arm: Arm, optima: Array, plateau: float) -> Array:
     variances, basis = np.linalg.eigh(whiten @ shape @ whiten.T)
     basis = whiten.T @ basis
     precision = 1.0 / (NOISE**2 + np.maximum(variances, 0.0)[:, None])  # (trials, σ)
-    ones = basis.sum(axis=0)[:, None]
-    miss = arm.y @ basis - gaps @ basis
+    ones = basis.sum(axis=0)[:, None]  # the level, which is the same for every trial
+    miss = arm.y @ basis - gaps @ basis  # (h, a, k, optima, trials)
     level_precision = (ones**2 * precision).sum(axis=0)
     projection = miss @ (ones * precision)
     misfit = np.square(miss) @ precision - projection**2 / level_precision
@@ -203,17 +213,21 @@ def evidence_of(likelihoods: Array) -> Array:
 
 
 def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
-    """Return an arm's log evidence and its optimum's mean and sd, given the shared shape: each of
-    shape (shapes,).
+    """Return an arm's log evidence and the mean and standard deviation of its optimum, given the
+    shared shape: each (shapes,).
+
+    The arm's own shape and the optimum are integrated out. The moments of the optimum are taken
+    about the middle of the grid, which keeps the subtraction of large squares exact enough.
     """
     top = likelihoods.max()
     middle = optima.mean()
-    # every logarithm below is finite
+    # The smallest float keeps every logarithm below finite.
     likelihood = np.exp(likelihoods - top) + np.finfo(np.float64).tiny
     u = optima - middle
     moments = likelihood @ np.stack([u**0, u, u**2], axis=1)
     total, first, second = (own_given_shared() @ moments.reshape(-1, 3)).T
     mean = first / total
+    # A grid cannot show a standard deviation below a fraction of its spacing.
     variance = np.maximum(second / total - mean**2, (GRID / 4) ** 2)
     return np.log(total / len(optima)) + top, mean + middle, np.sqrt(variance)
 
@@ -221,7 +235,7 @@ def _optimum(likelihoods: Array, optima: Array) -> tuple[Array, Array, Array]:
 @cache
 def own_given_shared() -> Array:
     """Return the probability of each shape as a rank's own, given the shared shape: (shapes,
-    shapes), rows sum to 1.
+    shapes), where rows sum to 1. It is a product over the four axes of the grid.
     """
     axes = np.log(NOISE), np.log(SHOULDERS), STEEPNESS, np.log(CURVATURE)
     kernel = np.ones((1, 1))

@@ -1,5 +1,5 @@
-"""Trials as input of the fit: scores, starts and ends of loss curves, which runs diverged, and arms
-of the loss model.
+"""From trials to the input of the loss model: what a loss curve shows, which runs diverged or
+learned nothing, and the gaps of each rank in units of the gain.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy.typing as npt
 from ._constants import CLEAR, DIVERGED, EARLY, ROSE, TAIL, UNTRAINED_GAP
 from ._loss_model import Arm
 
-# Median absolute value of second differences, if a value's standard deviation is 1.
+# The median absolute second difference of white noise of standard deviation 1. Second differences
+# have the standard deviation √(1 + 4 + 1), and half of all normal values lie within 0.6745 of 0.
 _BEND = 0.6745 * math.sqrt(6.0)
 
 Curve = Sequence[float] | npt.NDArray[np.float64]
@@ -26,15 +27,15 @@ class Observation:
     """One finished trial.
 
     Args:
-        rank: None for full finetuning.
+        rank: the LoRA rank, None for full finetuning.
         seed: the trial's random seed.
-        x: log2 of the base rate.
-        value: the score, minimised; infinite if the trial diverged.
+        x: log2 of the base learning rate.
+        value: the score, which is minimised; infinite if the trial diverged.
         start: where the loss curve began, see `loss_at_start`.
         tail: the mean of the last tenth of the curve.
-        returned: whether the training function returned the score. Otherwise the score is `tail`.
-        first: the first value of the curve; infinite if it is unknown.
-        noise: standard deviation of a value of the curve, see `noise_of`.
+        returned: whether the training function returned the score. If not, the score is `tail`.
+        first: the first value of the curve, infinite if it is unknown.
+        noise: standard deviation of a single value of the curve, see `noise_of`.
     """
 
     rank: int | None
@@ -49,23 +50,25 @@ class Observation:
 
 
 def loss_at_start(curve: Curve) -> float:
-    """Return where a loss curve begins: its first value, or the median of the first few if that is
-    higher.
+    """Return where a loss curve begins: its first value, or the median of the first few values if
+    that is higher. A single first value may be low by chance.
     """
     return float(max(curve[0], statistics.median(curve[:TAIL])))
 
 
 def recent_mean(curve: Curve, count: int | None = None) -> float:
-    """Return the mean of the last `count` values, by default a tenth of them and at least 5."""
+    """Return the mean of the last `count` values, by default a tenth of the curve and at least 5
+    values.
+    """
     last = curve[-(count or max(TAIL, len(curve) // 10)) :]
     return float(sum(last) / len(last))
 
 
 def noise_of(curve: Curve) -> float:
-    """Return the standard deviation of a value of the curve about its trend, as batches differ; 0
-    if it is too short.
+    """Return the standard deviation of a single value of a curve about its trend, which comes from
+    the differences between batches. It is 0 for a curve of fewer than three values.
 
-    Second differences remove the trend, and their median absolute value ignores jumps.
+    Second differences remove the trend. Their median absolute value ignores single jumps.
     """
     values = np.asarray(curve, dtype=np.float64)
     values = values[np.isfinite(values)]
@@ -77,8 +80,8 @@ def noise_of(curve: Curve) -> float:
 
 
 def turn_of(curve: Curve) -> int:
-    """Return -1 if a curve fell from its first values to its last, 1 if it rose, and 0 if its noise
-    explains the change.
+    """Return -1 if a curve fell from its first values to its last ones, 1 if it rose, and 0 if its
+    noise explains the change.
     """
     change = recent_mean(curve) - recent_mean(curve[:TAIL])
     doubt = ROSE * noise_of(curve)
@@ -88,19 +91,20 @@ def turn_of(curve: Curve) -> int:
 def impute(
     x: float, curve: Curve, best: Observation, beside: Curve
 ) -> Observation | None:
-    """Impute the final score of a pruned run from its gap to the best paired run.
+    """Estimate the final score of a run that was stopped early, from the best run of the same rank
+    and seed.
 
-    The gap when it was stopped is taken as the gap at the end. Without imputation the fit would not
-    see that a rate too high was tried.
+    The gap between the two when the run was stopped is taken as their gap at the end. Without this
+    estimate the fit would not see that a learning rate that is too high was tried.
 
     Args:
-        x: log2 of the pruned run's base rate.
+        x: log2 of the stopped run's base learning rate.
         curve: its losses until it was stopped.
         best: the best run of the same rank and seed.
-        beside: that run's losses.
+        beside: the losses of that run.
 
     Returns:
-        The run with its imputed score, or None if it was stopped in the first 30 % of its steps.
+        The run with its estimated score, or None if it was stopped in the first 30 % of its steps.
     """
     if len(curve) < max(1.0, EARLY * len(beside)):
         return None
@@ -121,14 +125,14 @@ def arms_of(
 
     Args:
         observations: the trials.
-        lost: those that count as untrained. Their gap is `UNTRAINED_GAP`.
-        gain: what training gains.
+        lost: the trials that diverged. They count as untrained, so their gap is `UNTRAINED_GAP`.
+        gain: how far training improved the loss, see `gain_of`.
     """
     arms = {}
     for rank in dict.fromkeys(o.rank for o in observations):
         of_rank = [o for o in observations if o.rank == rank]
         values = np.array([math.inf if o in lost else o.value for o in of_rank])
-        # where all of a rank were lost the quotient is NaN, which fmin leaves out
+        # If all trials of a rank diverged, inf − inf is NaN, which fmin replaces.
         gaps = np.fmin((values - values.min()) / gain, UNTRAINED_GAP)
         x = np.array([o.x for o in of_rank])
         seeds = np.array([o.seed for o in of_rank])
@@ -137,11 +141,14 @@ def arms_of(
 
 
 def gain_of(good: Sequence[Observation]) -> float:
-    """Return what training can gain, the unit of curvature and noise: the best fall of a curve from
-    the usual start.
+    """Return the gain, the unit of the loss model: how far the best curve fell from the usual
+    start.
 
-    If the scores were returned and are not comparable with the curve, it is the best score against
-    a poor one.
+    Scores that the user's code returned may not be comparable with the curves, such as an accuracy
+    beside a loss. They count as such if they are typically farther from the ends of the curves than
+    half of that fall. Then the gain is the distance from the best score to the upper quartile.
+
+    good: the trials that did not diverge.
     """
     scores = np.array([o.value for o in good])
     best = float(scores.min())
@@ -149,26 +156,27 @@ def gain_of(good: Sequence[Observation]) -> float:
     distance = float(np.median([abs(o.value - o.tail) for o in good]))
     if fall <= 0 or distance > fall / 2:
         fall = float(np.quantile(scores, 0.75)) - best
+    # Never zero, so that scores that are all equal can be divided by it.
     return max(fall, 1e-6 * (1.0 + abs(best)))
 
 
 def best_fall(observations: Sequence[Observation]) -> float:
-    """Return how far the best curve fell from the usual start; 0 if none fell.
+    """Return how far the best curve fell from the usual start, 0 if no curve fell.
 
-    All runs start from the same model, so the median of their starts replaces a first value that is
-    low by chance.
+    All runs start from the same model, so the median of their starts is more certain than the start
+    of one run, which may be low by chance.
     """
     ends = [o.tail for o in observations if math.isfinite(o.tail) and o.tail < o.start]
     return max(0.0, usual_start(observations) - min(ends, default=math.inf))
 
 
 def usual_start(observations: Sequence[Observation]) -> float:
-    """Return the median start of the runs; 0 if there are none."""
+    """Return the median start of the runs, 0 if there are no runs."""
     return _median(o.start for o in observations)
 
 
 def usual_noise(observations: Sequence[Observation]) -> float:
-    """Return the median noise of the runs' curves; 0 if there are none."""
+    """Return the median noise of the runs' curves, 0 if there are no runs."""
     return _median(o.noise for o in observations)
 
 
@@ -180,12 +188,12 @@ def _median(values: Iterable[float]) -> float:
 
 
 def diverged(observations: Sequence[Observation]) -> set[Observation]:
-    """Return the runs that diverged: stopped as such, non-finite, or far above their start at the
-    end.
+    """Return the runs that diverged: they were stopped for it, have a value that is not finite, or
+    ended far above their start.
 
-    Far means a quarter of the best gain, and more than the noise of the curves explains. If no run
-    gained anything, ending above the start by more than the noise is enough. This does not apply if
-    scores were returned, because these may not be comparable with the curve.
+    "Far" is a quarter of the best gain, and more than the noise of the curves explains. If no run
+    gained anything, "far" is more than the noise. The last rule does not apply if the user's code
+    returned the scores, because they may not be comparable with the curve.
     """
     start = usual_start(observations)
     gain = best_fall(observations)
@@ -203,8 +211,8 @@ def diverged(observations: Sequence[Observation]) -> set[Observation]:
 def below_cliff(
     observations: Sequence[Observation], lost: Collection[Observation]
 ) -> list[Observation]:
-    """Return the observations below every one that is among those lost. A run above such a rate was
-    lucky.
+    """Return the observations below the lowest learning rate that diverged. A run above it that
+    stayed finite was lucky.
     """
     cliff = min((o.x for o in observations if o in lost), default=math.inf)
     return [o for o in observations if o.x < cliff]
@@ -230,8 +238,8 @@ def end_of(observations: Sequence[Observation], rank: int | None) -> str:
 
 
 def end_note(observations: Sequence[Observation], rank: int | None) -> str:
-    """Return a sentence on a rank's best learning rate that is the lowest or highest one tried, ""
-    if it lies between others.
+    """Return a sentence if a rank's best learning rate is the lowest or the highest one tried, and
+    "" if it lies between others.
     """
     end = end_of(observations, rank)
     if not end:
@@ -244,17 +252,17 @@ def end_note(observations: Sequence[Observation], rank: int | None) -> str:
 
 
 def all_rose(observations: Iterable[Observation]) -> bool:
-    """Return whether every run's curve ended clearly above its first value, so that all rates may
-    be too high.
+    """Return whether every run's curve ended clearly above its first value. Then all learning rates
+    may be too high.
     """
     return all(o.tail > o.first + ROSE * o.noise for o in observations)
 
 
 def none_learned(observations: Sequence[Observation]) -> bool:
-    """Return whether no run shows that it learned, beyond the noise of the curves.
+    """Return whether no run learned more than the noise of the curves explains.
 
-    A run shows it if its curve ended clearly below its first value, or clearly below another's end
-    without a rise.
+    A run learned if its curve ended clearly below its first value. It also learned if it ended
+    clearly below the end of another curve and did not rise.
     """
     noise = usual_noise(observations)
     rise = ROSE * noise

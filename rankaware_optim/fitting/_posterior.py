@@ -1,20 +1,24 @@
-"""The fit: from scored trials to a base rate, a drift in rank, a factor of full finetuning, and
-their covariance.
+"""The fit: from scored trials to a base learning rate, a drift with rank, a factor of full
+finetuning, and their covariance.
 
-There are two steps. First, `bowls_of` finds each rank's optimum v for every shape of the bowl and
-size of the noise. Second, for each shape the optima are shrunk towards the law:
+There are two steps. First, `bowls_of` finds the optimum v of each rank, for every shape of the bowl
+and size of the noise. Second, for each shape, the optima are shrunk towards the law:
 
-    v(r) = base + drift·log2(r / pivot),   v(full) = base + drift·full_reach + factor
+    v(r) = base + drift·log2(r / pivot)
+    v(full) = base + drift·full_reach + factor
 
-The drift and the factor have prior mean zero, since x is measured along the prior-centred law. The
-posterior is a mixture over shapes, weighted by how well each explains the losses and how well its
-optima agree.
+The drift and the factor have the prior mean zero, because x is measured along a law at its prior
+means (`centred_law`): each trial's learning rate is converted to the reference by that law, so only
+the departure from the law is left to fit. The posterior is a mixture over shapes. The weight of a
+shape is how well it explains the losses and how well its optima agree with one line.
 
-How they move from the steps of the trials to those of a longer target no trial shows, and other
-tasks do not tell: rates rise in some and fall in others (longer.md, benchmarks/answers.md). So the
-rate stays, and its band grows. Let u = |log2(target / steps)|, and σ the standard deviation of the
-slope on other tasks, in octaves of rate per octave of steps. The slope is a stationary Gaussian
-process with the correlation exp(−u/λ), so over u octaves the best rate has the variance
+**Another number of steps.** The trials do not show how the optimum changes from their steps to a
+longer target, and other tasks do not tell: best learning rates rise on some and fall on others
+(longer.md, benchmarks/answers.md). So the learning rate stays, and its interval widens. Let u be
+|log2(target / steps)|, and σ the standard deviation of the slope on other tasks, in octaves of
+learning rate per octave of steps. The slope is modelled as a stationary Gaussian process in
+log2(steps) with the correlation exp(−u/λ). The optimum is its integral, so over u octaves it has
+the variance
 
     2·σ²·λ²·(u/λ + exp(−u/λ) − 1)
 
@@ -51,9 +55,9 @@ class Prior:
 
     Args:
         drift_sd: standard deviation of the drift, octaves per octave of rank.
-        full_sd: standard deviation of log2 of the full-finetuning factor, octaves.
-        pivot: the rank at which the base rate is defined.
-        full_reach: log2(n / pivot) if the drift continues to full finetuning, else 0.
+        full_sd: standard deviation of log2 of the factor of full finetuning, octaves.
+        pivot: the rank at which the base learning rate is defined.
+        full_reach: log2(n / pivot) if the drift continues up to full finetuning at r = n, else 0.
         scatter: standard deviation of a rank's own optimum about the law, octaves.
     """
 
@@ -64,8 +68,8 @@ class Prior:
     scatter: float = MODEL_ERROR
 
     def row(self, rank: int | None) -> Array:
-        """Return the design vector of a rank: the gradient of its optimum with respect to (base,
-        drift, factor).
+        """Return the design vector of a rank, None for full finetuning: the gradient of its optimum
+        with respect to (base, drift, factor).
         """
         if rank is None:
             return np.array([1.0, self.full_reach, 1.0])
@@ -78,14 +82,16 @@ def prior_of(
     """Return the prior of a fit.
 
     Args:
-        reference: the configuration of the base rate.
-        ranks: those of the trials, None for full finetuning.
-        full_fan_in: the width on which the rate of full finetuning depends.
+        reference: the configuration of the base learning rate.
+        ranks: the ranks of the trials, None for full finetuning.
+        full_fan_in: the width on which full finetuning's learning rate depends.
     """
+    # At the geometric mean of the ranks the errors of base and drift hardly correlate.
     logs = [math.log(rank) for rank in ranks if rank is not None]
     pivot = round(math.exp(sum(logs) / len(logs)), 9) if logs else USUAL_PIVOT
     drift_sd = DRIFT[reference.init][1]
-    if reference.method == "full":  # the base rate is that of full finetuning
+    if reference.method == "full":
+        # The base learning rate belongs to full finetuning itself, so there is no factor to fit.
         return Prior(drift_sd, CERTAIN, pivot)
     to_full = (full_fan_in or pivot) if reference.init == "B" else pivot
     return Prior(drift_sd, FULL_SD[reference.init], pivot, math.log2(to_full / pivot))
@@ -98,14 +104,15 @@ def centred_law(
     drift: float = 0.0,
     factor: float = 0.0,
 ) -> Power:
-    """Return a law at the prior means, plus a fitted drift and log2 of a full-finetuning factor.
+    """Return a law at the means of the prior, with a fitted drift and factor added.
 
     Args:
         law: the law, bound to the optimizer.
-        reference: the configuration of the base rate. At full finetuning nothing is added.
-        pivot: the rank at which the base rate is defined.
-        drift: octaves per octave of rank.
-        factor: octaves.
+        reference: the configuration of the base learning rate. If it is full finetuning, nothing is
+            added.
+        pivot: the rank at which the base learning rate is defined.
+        drift: the fitted drift, octaves per octave of rank.
+        factor: log2 of the fitted factor of full finetuning, octaves.
     """
     if reference.method == "full":
         return Power(law=law)
@@ -124,15 +131,15 @@ def centred_law(
 
 @dataclass(frozen=True)
 class Fit:
-    """The posterior of the fit, relative to the prior-centred law.
+    """The posterior of the fit, relative to the law at its prior means.
 
     Args:
         prior: the prior of the fit.
         mean: posterior mean of (base, drift, log2 full_factor), octaves.
         covariance: their covariance, octaves².
         steepness: steepness of the loss above the optimum, per octave.
-        ceiling: x of the smallest rate that diverged, or None.
-        vertices: (mean, sd) of each rank's optimum before shrinking, octaves.
+        ceiling: x of the smallest learning rate that diverged, None if no trial did.
+        vertices: mean and standard deviation of each rank's optimum before it is shrunk, octaves.
     """
 
     prior: Prior
@@ -143,13 +150,15 @@ class Fit:
     vertices: dict[int | None, tuple[float, float]]
 
     def best(self, rank: int | None) -> float:
-        """Return log2 of the base rate that is best at a rank, None for full finetuning."""
+        """Return log2 of the base learning rate that is best at a rank, None for full
+        finetuning.
+        """
         return float(self.prior.row(rank) @ self.mean)
 
 
 @np.errstate(all="ignore")
 def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit | None:
-    """Fit all trials together. Return None if no run stayed finite."""
+    """Fit all trials together. Return None if every trial diverged."""
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
     if not ended:
@@ -163,6 +172,8 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
 
+    # Mean and covariance of a mixture: the mean of the shapes' covariances, and the covariance of
+    # their means.
     mean = weights @ means
     deviation = means - mean
     between_shapes = np.einsum("s,si,sj->ij", weights, deviation, deviation)
@@ -182,11 +193,21 @@ def fit_observations(observations: Sequence[Observation], prior: Prior) -> Fit |
 def _shrunk(
     rows: Array, means: Array, sds: Array, prior: Prior
 ) -> tuple[Array, Array, Array]:
-    """Return mean (s, u), covariance (s, u, u) and log evidence (s,). means, sds: (s, arms), for
-    each shape s.
+    """Return the posterior mean (shapes, 3), covariance (shapes, 3, 3) and log evidence (shapes,)
+    of (base, drift, factor).
+
+    It is the linear regression of the arms' optima on their design vectors, with normal errors and
+    a normal prior, once for each shape.
+
+    Args:
+        rows: design vectors, (arms, 3).
+        means: means of the arms' optima, (shapes, arms).
+        sds: their standard deviations, (shapes, arms).
+        prior: the prior.
     """
     prior_sd = np.array([BASE_SD, prior.drift_sd, prior.full_sd])
     weights = 1.0 / (sds**2 + prior.scatter**2)
+    # The prior of the base learning rate is centred on the middle of the optima.
     middle = means.mean()
     residuals = means - middle
     score = (weights * residuals) @ rows
@@ -206,12 +227,12 @@ def _shrunk(
 
 
 def steps_variance(octaves: float, slope_sd: float = SLOPE_SD) -> float:
-    """Return the variance of log2 of a best rate over octaves of steps, up or down."""
+    """Return the variance of log2 of the best learning rate over octaves of steps, up or down."""
     u = abs(octaves) / SLOPE_LENGTH
     return 2.0 * (slope_sd * SLOPE_LENGTH) ** 2 * (u + math.expm1(-u))
 
 
 def at_target(fit: Fit, octaves: float) -> Fit:
-    """Return a fit at the target's steps, log2(target / steps) octaves from those of its trials."""
+    """Return a fit at the steps of the target run. octaves: log2(target / steps of the trials)."""
     added = np.diag([steps_variance(octaves), 0.0, 0.0])
     return replace(fit, covariance=fit.covariance + added)

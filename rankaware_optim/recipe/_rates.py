@@ -37,13 +37,13 @@ from ..laws import (
 if TYPE_CHECKING:
     from ._recipe import Recipe
 
-# Each comment ends with the constant's evidence: a page of benchmarks/results, a question of the
-# benchmarks/answers.md, or "chosen by judgement".
+# Each comment ends with the constant's evidence: a page of benchmarks/results, a question of
+# benchmarks/answers.md, or "judgement" if it was chosen without a measurement.
 Z90 = 1.645  # standard deviations from the middle of a normal 90 % interval to its end
 # Uncertainty for what the trials did not try, as standard deviations: octaves of learning rate per
 # octave of rank, of width and of batch, and octaves from one init to the other. They are rules of
 # thumb from how published sweeps scatter about the law. For the batch, small sweeps had 0.3 to
-# 0.67 octaves: chosen by judgement
+# 0.67 octaves: judgement
 RANK_SD = 0.1
 WIDTH_SD = 0.25
 BATCH_SD = 0.15
@@ -52,11 +52,11 @@ INIT_SD = 1.0
 # with rank than the trials say: benchmarks/answers.md
 LOWER_RANK_SD = 0.2
 # When full finetuning was not tried after trials with B = 0: the drift with rank, continued up to
-# r = n, widens the interval by this share of itself: chosen by judgement
+# r = n, widens the interval by this share of itself: judgement
 DRIFT_SHARE = 0.5
 # Octaves. Larger margins gave no lower loss: benchmarks/answers.md
 MOST_MARGIN = 0.25
-# The width if none is known. Between ranks of one init it nearly cancels: chosen by judgement
+# The width if none is known. Between ranks of one init it nearly cancels: judgement
 ANY_WIDTH = 4096.0
 # The scaling s follows the rank as s = c·r^(−γ). This is γ for every scaling rule.
 _GAMMA: dict[Scaling, float] = {"fixed": 0.0, "rslora": 0.5, "alpha": 1.0}
@@ -138,10 +138,11 @@ def margin(recipe: Recipe, sd: float) -> float:
 
 
 def law_multiplier(recipe: Recipe, at: Reference, reference: Reference) -> float:
-    """Return the factor of the rate from the recipe's reference to a configuration, by its law.
+    """Return the ratio of a configuration's learning rate to that at the reference, by the recipe's
+    law.
 
-    Between LoRA and full finetuning it is `to_full` or `from_full`, unless the recipe's trials
-    included full runs: then the fit has measured this step itself.
+    Between LoRA and full finetuning it is `to_full` or `from_full`. If the trials included full
+    finetuning, the law itself holds the ratio that was fitted.
 
     Args:
         recipe: the recipe.
