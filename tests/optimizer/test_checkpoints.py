@@ -1,4 +1,4 @@
-"""Checkpoints: where one may come from, what is refused with nothing changed, and what a save inside a step holds."""
+"""Checkpoints: which ones load, which raise an error and change nothing, and what a save during a step contains."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def loaded(opt, state):
 
 
 def alike(a, b) -> bool:
-    """Whether two nested states hold the same bits, in whatever order of keys."""
+    """Return whether two nested states hold the same bits. The order of keys does not matter."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -83,7 +83,7 @@ def plain(model, kind=AdamW, **own):
 
 
 def matrices(model):
-    """The trained parameters with two axes: torch's Muon takes no others."""
+    """Return the trained parameters that have two axes, because torch's Muon takes no others."""
     return [param for param in trained(model) if param.dim() > 1]
 
 
@@ -120,7 +120,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("given", "message"), OTHERS)
 def test_a_checkpoint_of_another_model_is_refused(given, message):
-    """Other ranks, shapes or groups raise an error that names both shapes, and nothing is loaded."""
+    """A checkpoint of other ranks, shapes or groups raises an error that names both shapes, and nothing is loaded."""
     kind = given.get("kind", AdamW)
     make = ours if kind is not Muon else ours_of_matrices
     opt = make(mlp((4, 8)), kind)
@@ -169,7 +169,9 @@ def test_moments_that_give_nan_are_refused(kind, own, key, value, wrap):
 
 
 def test_rates_that_are_multiplied_already_are_refused():
-    """A checkpoint of native groups would be multiplied twice."""
+    """A checkpoint of an optimizer on rank_aware_param_groups raises an error, because its learning rates would be
+    multiplied twice.
+    """
     state = on_groups(mlp((4,), head=False)).state_dict()
     model = mlp((4,), head=False)
     opt = ours(model, groups=[{"params": [p]} for p in trained(model)])
@@ -195,7 +197,9 @@ KEPT = [
 @pytest.mark.parametrize(("kind", "settings", "key"), KEPT)
 @pytest.mark.parametrize("misfit", MISFITS.values(), ids=list(MISFITS))
 def test_a_moment_of_another_shape_is_refused(misfit, kind, settings, key):
-    """A fused kernel would read and write beyond a moment that has not its parameter's shape."""
+    """A moment whose shape is not that of its parameter raises an error, because a fused kernel would read and write
+    out of bounds.
+    """
 
     def make(model, kind):
         return ours(model, kind, fused=True, **settings)
@@ -214,7 +218,7 @@ VALUES += [torch.tensor(math.nan), torch.ones(3), torch.ones(1, 1), torch.ones(0
 
 
 def damage(state, draw):
-    """One change to a checkpoint, anywhere in it: a value, a key or an entry of a list."""
+    """Change one value, key or list entry, anywhere in a checkpoint."""
     moments = [each for each in state["state"].values() if isinstance(each, dict)]
     parts = [state, state["state"], *moments, *state["param_groups"]]
     parts += [group["params"] for group in state["param_groups"]]
@@ -242,8 +246,8 @@ def damage(state, draw):
     make=st.sampled_from([ours, plain]),
 )
 def test_a_damaged_checkpoint_is_refused_or_right(fused, data, kind, make):
-    """However it is damaged, it is one error of ours that changes nothing, or every parameter has a usable rate and steps
-    to a finite value.
+    """A damaged checkpoint raises a CheckpointError and changes nothing, or it loads, and the next step gives finite
+    weights.
     """
     own = {AdamW: {"amsgrad": True}, torch.optim.SGD: {"momentum": 0.9}}.get(kind, {})
     if own:
@@ -272,7 +276,9 @@ def test_a_damaged_checkpoint_is_refused_or_right(fused, data, kind, make):
 
 
 def test_a_group_put_in_by_hand_is_refused():
-    """A group that was appended to param_groups has no rate, so no step is made."""
+    """If a group was appended to param_groups, the step raises an error, because the group has no learning rate by
+    rank.
+    """
     model, lone = mlp((4, 8)), nn.Parameter(torch.zeros(1))
     opt = ours(model, torch.optim.SGD)
     opt.param_groups.append(torch.optim.SGD([lone], lr=LR).param_groups[0])
@@ -301,7 +307,9 @@ def reversed_of_matrices(model, kind):
 def test_a_distributed_checkpoint_of_a_class_of_torch_loads(
     saves, loads, kind, options, tmp_path
 ):
-    """Muon's and Adafactor's moments go through files to another optimizer, ours or plain, and in another order."""
+    """Moments of Muon and Adafactor pass through files to another optimizer: ours or plain, and with the parameters in
+    another order.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as states
 
@@ -332,8 +340,9 @@ PLAIN = 7.8e-5  # a rate that was moved by hand
 
 @pytest.mark.parametrize("given", [LR, PLAIN])
 def test_a_plain_runs_rate_trains_on_and_is_said_where_it_is_another(given):
-    """A checkpoint's base rate trains on, times the multipliers. Where another was given, one warning has both rates,
-    which one trains, that a plain one was not multiplied, and the cure."""
+    """A checkpoint's base learning rate is used, times the multipliers. If this optimizer had another one, a warning
+    names both numbers and how to set the other.
+    """
     model = mlp((4, 8))
     state = AdamW(trained(model), lr=PLAIN).state_dict()
     opt = ours(model, lr=given)
@@ -363,7 +372,7 @@ SAVED = {
 @pytest.mark.parametrize(("options", "where"), PINNED.values(), ids=list(PINNED))
 @pytest.mark.parametrize("source", SAVED)
 def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, source):
-    """After a load of another base rate, what the user pinned still trains at its rate, and no law is blamed."""
+    """An explicit learning rate stays the same after loading a checkpoint with another base learning rate."""
     model = mlp((4, 8))
     opt = loaded(ours(model, **{"lr": 2 * LR} | options), SAVED[source](model, options))
     pinned = [rate for name, rate in rates_of(opt).items() if where in name]
@@ -372,7 +381,7 @@ def test_a_pinned_rate_does_not_follow_the_checkpoints_base(options, where, sour
 
 
 def test_a_pinned_rate_is_scheduled_from_a_cycles_peak():
-    """Where a plain run's OneCycleLR starts at a 25th of its peak, a pinned rate starts at a 25th of itself."""
+    """If a plain run's OneCycleLR starts at 1/25 of its peak, an explicit learning rate starts at 1/25 of itself."""
     model = mlp((4, 8))
     native = plain(model)
     lr_scheduler.OneCycleLR(native, LR, total_steps=9)
@@ -390,7 +399,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_moment_is_read_by_its_numbers_however_it_lies_in_memory(layout, fused):
-    """Strides of a saved tensor, which a fused kernel does not look at, do not change what is trained."""
+    """The strides of a saved moment do not change the result, although a fused kernel ignores them."""
     ends = []
     for dense in (False, True):
         state = stepped()
@@ -424,7 +433,9 @@ def through_a_process(both):
     ("copied", "steps"), [(copy.deepcopy, 0), (through_a_process, 1)]
 )
 def test_a_copy_goes_on_reports_and_refuses_as_its_original(copied, steps):
-    """A copy of model and optimizer trains on bit for bit, and reports, loads and refuses as they do."""
+    """A copy of model and optimizer trains bit for bit like the original, and gives the same report and the same
+    errors.
+    """
     model = mlp((4, 8))
     opt = ours(model)
     train(model, opt, steps=steps)
@@ -459,7 +470,7 @@ TAKEN = {
 @pytest.mark.parametrize("take", TAKEN.values(), ids=list(TAKEN))
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 def test_what_is_saved_inside_a_step_holds_base_rates(take, rate, monkeypatch):
-    """A state or a copy that the native step takes of itself holds the base rates."""
+    """A state or a copy that the native step takes of itself contains base learning rates."""
     monkeypatch.setattr(Saving, "save", staticmethod(take))
     model = mlp((4, 64))
     opt = ours(model, Saving, lr=rate)
@@ -470,7 +481,7 @@ def test_what_is_saved_inside_a_step_holds_base_rates(take, rate, monkeypatch):
 
 @contextmanager
 def by_a_thread(save):
-    """Calls `save` all the time from another thread."""
+    """Call `save` again and again in another thread."""
     done = threading.Event()
 
     def run():
@@ -485,7 +496,7 @@ def by_a_thread(save):
 
 
 def test_whoever_saves_while_it_steps_sees_base_rates():
-    """Whenever another thread saves, or a signal's handler in the middle of a step, the state holds base rates."""
+    """A state that another thread saves during steps contains base learning rates."""
     model, found = mlp((4, 64)), []
     opt = ours(model)
     train(model, opt, steps=1)
@@ -506,7 +517,7 @@ SWAPS = {"show_parts", "hide_parts", "read_outside_a_step"}
 
 
 class Stops:
-    """Runs a function in a thread, which stops at some of the lines of `SWAPS` until it is told to go on."""
+    """Runs a function in a thread. It waits at some lines of the functions in `SWAPS` until `proceed` is called."""
 
     def __init__(self, run, *lines):
         self.lines, self.count = lines, 0
@@ -532,13 +543,13 @@ class Stops:
         return self.trace
 
     def proceed(self):
-        """Go on to the next line at which it stops, or to the end."""
+        """Let it run to the next line at which it stops, or to its end."""
         self.go.release()
         self.here.acquire(timeout=10)
 
 
 def test_every_order_of_a_save_and_a_step_sees_base_rates():
-    """A step stops before any two of its lines, and a save in between before any of its own: it holds base rates."""
+    """A save contains base learning rates, wherever a step stops before and during it."""
     opt = ours(mlp((4,), head=False))
     opt.step()
     states = []
@@ -561,7 +572,7 @@ def test_every_order_of_a_save_and_a_step_sees_base_rates():
 
 
 def schedule_free():
-    """A model and its optimizer, which has stepped."""
+    """Return a model and a schedule-free optimizer that has made one step."""
     kind = pytest.importorskip("schedulefree").AdamWScheduleFree
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 4))
     opt = RankAwareOptimizer(model, kind, lr=1e-3, method="full")
@@ -580,7 +591,9 @@ def evaluate(model):
 
 @pytest.mark.parametrize("way", ["a save", "an evaluation"])
 def test_a_schedule_free_optimizer_in_train_mode_is_warned_of(way):
-    """A save or an evaluation after a step warns in train mode, where the weights are not the averaged ones, and not in eval mode."""
+    """Saving or evaluating a model in train mode, where it does not hold the averaged weights, gives a warning. In
+    eval mode it does not.
+    """
     model, opt = schedule_free()
     act = opt.state_dict if way == "a save" else partial(evaluate, model)
     with pytest.warns(RankAwareWarning, match=r"opt\.eval\(\) before you save"):
@@ -591,7 +604,9 @@ def test_a_schedule_free_optimizer_in_train_mode_is_warned_of(way):
 
 
 def test_the_watch_for_evaluations_is_not_in_the_way():
-    """Training, a copy and a compiled model are quiet, a pickled model loads, and no hook outlives the optimizer."""
+    """Training, a copy and a compiled model give no warning, a pickled model loads, and the hook is removed with the
+    optimizer.
+    """
     model, opt = schedule_free()
     with torch.no_grad():
         model(torch.ones(2, 4))

@@ -1,4 +1,4 @@
-"""The user's groups stay the user's: in every loop, parameters are those of groups that were split by hand, bit for bit."""
+"""Groups as the user passed them: in every loop, parameters train bit for bit as in groups that were split by hand."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def scheduled(run, schedule):
 
 
 def resumed_schedule(run, schedule):
-    """Torch's order: the scheduler is made, then both states are loaded."""
+    """In torch's order: build the scheduler, then load both states."""
     made = [SCHEDULES[schedule](run.opt)]
     run.train(6, made[0].step)
     state = made[0].state_dict()
@@ -169,7 +169,7 @@ def frozen_and_thawed(run):
 
 
 def parameters_replaced_in_place(run):
-    """As accelerate does for FSDP2: other tensors in the same places."""
+    """Put other tensors in the places of the parameters, as accelerate does for FSDP2."""
     run.train(1)
     if not run.is_ours:
         run.train(11)
@@ -227,7 +227,7 @@ def pickled(run):
 
 
 def wrapped_in_the_middle(run):
-    """A plain run goes on with multipliers, and with its state."""
+    """Wrap the optimizer of a plain run, which goes on with multipliers and with its state."""
     if run.is_ours:
         native = AdamW(three(run.side.model), lr=LR)
         run.side.opt = native
@@ -246,7 +246,7 @@ def wrapped_in_the_middle(run):
 
 
 class Counting(SGD):
-    """Keeps in each group what depends on its parameters, as schedule-free optimizers do."""
+    """Keeps values in each group that depend on its parameters, as schedule-free optimizers do."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -306,7 +306,7 @@ KINDS = [
 
 
 def ends(scenario, groups, kind, given):
-    """The logs of the run with split groups, and of ours."""
+    """Return the logs of the run with groups split by hand, and of ours."""
     logs = []
     for side in (ByHand, Ours):
         torch.manual_seed(0)
@@ -324,13 +324,15 @@ def ends(scenario, groups, kind, given):
     [pytest.param(*row, id=name) for name, *row in SCENARIOS],
 )
 def test_it_trains_as_groups_split_by_hand(scenario, groups, kind, given):
-    """Whatever schedulers, loops, frameworks and checkpoints do to the groups, parameters move as split groups' do."""
+    """Whatever schedulers, loops, frameworks and checkpoints do to the groups, parameters move as in groups that were
+    split by hand.
+    """
     assert first_difference(*ends(scenario, groups, kind, given)) is None
 
 
 @pytest.mark.parametrize(("kind", "given"), KINDS)
 def test_classes_and_kernels_of_torch_train_as_split_groups(kind, given):
-    """They train the parts, whatever their state holds, as they train groups that were split by hand."""
+    """torch's classes and kernels train the parts as they train groups that were split by hand."""
     assert first_difference(*ends(resumed, three, kind, given)) is None
 
 
@@ -360,7 +362,9 @@ NAMED = {
 @pytest.mark.parametrize("groups", NAMED.values(), ids=list(NAMED))
 @pytest.mark.parametrize("stepped", [False, True])
 def test_groups_and_state_are_those_of_the_native_class(groups, stepped):
-    """param_groups has what a plain optimizer would show, parameters in their order; state_dict its very layout."""
+    """param_groups shows the groups of a plain optimizer, with the parameters in the same order, and state_dict has
+    the same layout.
+    """
     model, twin = mlp((4, 8)), mlp((4, 8))
     opt, native = ours(model, groups), AdamW(groups(twin), lr=LR)
     for each, optimizer in ((model, opt), (twin, native)):
@@ -395,7 +399,9 @@ def stepped(model, opt):
 @pytest.mark.filterwarnings("ignore:The checkpoint's base learning rate")
 @pytest.mark.parametrize("groups", [one, two, three])
 def test_plain_checkpoints_load_both_ways(groups):
-    """A plain AdamW's state goes on here, its rates as base rates, and a state of here in a plain AdamW."""
+    """A checkpoint of a plain AdamW loads into ours, which reads its learning rates as base rates, and a checkpoint of
+    ours loads into a plain AdamW.
+    """
     plain_model, model = mlp((4, 8)), mlp((4, 8))
     native, opt = AdamW(groups(plain_model), lr=LR / 2), ours(model, groups)
     theirs = stepped(plain_model, native)
@@ -411,7 +417,9 @@ def test_plain_checkpoints_load_both_ways(groups):
 
 
 def test_a_plain_optimizer_continues_at_the_base_learning_rate():
-    """After this package is removed, each LoRA matrix trains on at the base rate 0.01, where rank 4 trained at 0.022 before."""
+    """After this package is removed, every LoRA matrix trains on at the base learning rate 0.01; with it, rank 4
+    trained at 0.022.
+    """
     model = mlp((4, 8))
     opt = ours(model, one, lr=1e-2)
     state = stepped(model, opt)
@@ -448,7 +456,7 @@ def two_swapped(opt, model):
 
 @pytest.mark.parametrize("change", [appended, flattened, reordered, two_swapped])
 def test_a_group_that_no_longer_fits_its_parts_is_refused(change):
-    """Parameters that were added, flattened or replaced in another order are refused at the step, and nothing moves."""
+    """If parameters were added, flattened or replaced in another order, the step raises an error and moves nothing."""
     model = mlp((4, 8))
     opt = ours(model)
     change(opt, model)
@@ -461,7 +469,7 @@ def test_a_group_that_no_longer_fits_its_parts_is_refused(change):
 
 
 def test_parameters_are_not_kept_alive():
-    """Parameters that a framework replaced are freed: between steps the parts hold none."""
+    """Parameters that a framework replaced are freed, because the parts hold none between steps."""
     import gc
     import weakref
 
@@ -478,7 +486,9 @@ def test_parameters_are_not_kept_alive():
 
 
 def test_names_that_differ_are_refused():
-    """Where both sides have names, a state in another order is refused; without them the order decides, as natively."""
+    """If both sides have names, a state in another order raises an error. Without names the order decides, as in
+    torch.
+    """
 
     def named(model):
         return [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""The step multiplies: whether rates are set by a scheduler or by hand, parameters move at base rate × the law's."""
+"""The step multiplies: parameters move at the base learning rate times their multiplier, whoever sets the base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WANTED = {"small": 1.0, "large": 0.25, "head": 1.0}
 
 
 class Model(nn.Module):
-    """Pairs of rank 4 and 64 and a head, in float64. All gradients will be one."""
+    """LoRA pairs of rank 4 and 64 and a head, in float64. The tests set all gradients to one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Model(nn.Module):
 
 
 def named(model):
-    """The names and parameters that train."""
+    """Return the names and parameters that train."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def moved(model, opt, closure=None):
-    """How far each parameter moved in one step with gradients of one: SGD's rate."""
+    """Return how far each parameter moved in one step with gradients of one. With SGD this is its learning rate."""
     before = {name: p.detach().clone() for name, p in named(model)}
     backward(model)
     opt.step() if closure is None else opt.step(closure)
@@ -67,7 +67,7 @@ def moved(model, opt, closure=None):
 
 
 def assert_at(model, rates, base):
-    """Every parameter moved by the base rate times what the law says of its rank."""
+    """Check that every parameter moved by the base learning rate times the law's number for its rank."""
     wanted = {name: base * WANTED[name.partition(".")[0]] for name, _ in named(model)}
     assert rates == pytest.approx(wanted, rel=1e-9)
 
@@ -88,7 +88,7 @@ each_form = pytest.mark.parametrize("form", [by_class, by_instance])
 
 
 class Decays(torch.optim.SGD):
-    """Writes each group's rate itself."""
+    """Halves the learning rate of each group after its step."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -97,7 +97,9 @@ class Decays(torch.optim.SGD):
 
 
 def test_a_rate_that_the_optimizer_writes_is_shown_as_a_base_rate():
-    """What it wrote for its parts is the user's group's, once, and trains on times the multipliers."""
+    """A learning rate that the optimizer writes to its groups is shown as a base rate, and multiplied at the next
+    step.
+    """
     model = Model()
     params = trained(model)[::-1][1:] + trained(model.head)  # the first one is moved
     opt = RankAwareOptimizer(params, Decays, model=model, lr=LR, **LAW)
@@ -110,7 +112,7 @@ def test_a_rate_that_the_optimizer_writes_is_shown_as_a_base_rate():
 
 
 def test_a_closure_runs_at_base_rates_and_may_set_them():
-    """A closure sees the base rates, what it sets is trained at, and the base rates are there afterwards."""
+    """A closure sees base learning rates, and may set them for the step that called it."""
     model, seen = Model(), []
     opt = by_class(model)
 
@@ -127,7 +129,9 @@ def test_a_closure_runs_at_base_rates_and_may_set_them():
 
 @pytest.mark.parametrize("where", ["step", "closure"])
 def test_an_exception_leaves_the_base_rates(where):
-    """After an error inside the step or its closure the groups hold what they held, and the next step is right."""
+    """After an error inside the step or its closure, the groups are at base learning rates, and the next step is
+    right.
+    """
     model = Model()
     opt = by_class(model, Failing)
 
@@ -152,7 +156,9 @@ class Failing(torch.optim.SGD):
 
 
 def interrupted(act, number):
-    """Whether `act` was interrupted, as by Ctrl-C, at one of the calls and lines of the wrapper."""
+    """Return whether `act` was interrupted. KeyboardInterrupt is raised at the `number`-th call or line of the
+    wrapper.
+    """
     left = number
 
     def trace(frame, event, _):
@@ -176,7 +182,9 @@ def interrupted(act, number):
 
 @pytest.mark.parametrize("by", ["gradients", "a closure"])
 def test_an_interrupt_at_any_moment_leaves_the_next_step_right(by):
-    """Wherever Ctrl-C falls into a step, the groups are the user's at base rates, and the next step multiplies."""
+    """Wherever Ctrl-C interrupts a step, the groups are the user's at base learning rates, and the next step
+    multiplies.
+    """
     model = Model()
     opt = by_class(model)
     groups = opt.param_groups
@@ -192,7 +200,7 @@ def test_an_interrupt_at_any_moment_leaves_the_next_step_right(by):
 
 
 class Twice(torch.optim.SGD):
-    """Its step calls self.step once more for half of the way, as some line searches do."""
+    """Its step calls self.step once more, as some line searches do."""
 
     inner = False
 
@@ -207,7 +215,7 @@ class Twice(torch.optim.SGD):
 
 
 def test_a_step_inside_a_step_multiplies_once():
-    """A step that calls itself moves at the multiplier."""
+    """A step that calls itself multiplies once."""
     model = Model()
     opt = by_class(model, Twice)
     groups = opt.param_groups
@@ -225,7 +233,7 @@ class CountsInPlace(torch.optim.SGD):
 
 
 def test_what_a_step_counts_in_a_tensor_is_counted_once():
-    """However many rates a group's parameters have, its tensor is the user's, and counts once a step."""
+    """A step that counts in a group's tensor counts once, even if the group has several parts."""
     model, count = Model(), torch.zeros(())
     groups = [{"params": trained(model), "count": count}]
     opt = RankAwareOptimizer(groups, CountsInPlace, model=model, lr=LR, **LAW)
@@ -237,7 +245,7 @@ def test_what_a_step_counts_in_a_tensor_is_counted_once():
 
 
 class TensorRates(torch.optim.SGD):
-    """Makes a tensor of each group's rate when it is built, as torchao's classes do."""
+    """Turns each group's learning rate into a tensor when it is built, as torchao's classes do."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
@@ -246,7 +254,7 @@ class TensorRates(torch.optim.SGD):
 
 
 def test_a_rate_that_the_class_makes_a_tensor_is_one_for_all_parts():
-    """Where a scheduler fills the shown tensor, every parameter follows."""
+    """If a scheduler fills the tensor in which a class keeps its learning rate, all parameters follow."""
     model = Model()
     opt = by_class(model, TensorRates)
     opt.param_groups[0]["lr"].fill_(LR / 4)
@@ -256,7 +264,7 @@ def test_a_rate_that_the_class_makes_a_tensor_is_one_for_all_parts():
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 @pytest.mark.filterwarnings("ignore")
 def test_compiling_the_step_makes_no_more_graphs(rate):
-    """torch.compile(opt.step) makes as many graphs as for native groups, and trains the same."""
+    """torch.compile(opt.step) makes no more graphs than with native groups, and trains the same."""
 
     def graphs(build):
         torch.manual_seed(0)
@@ -294,7 +302,7 @@ def test_compiling_the_step_makes_no_more_graphs(rate):
 @pytest.mark.parametrize("rate", [LR, torch.tensor(LR)], ids=["float", "tensor"])
 @pytest.mark.parametrize("emptied", ["one", "all", "cleared"])
 def test_emptied_groups_step_as_native_ones_do(rate, emptied):
-    """Where the user takes the parameters of a group, or all groups, away, a step does nothing there."""
+    """If the user empties one group or all, a step moves nothing there."""
     model = mlp((4, 8))
     opt = RankAwareOptimizer(model, "adamw", lr=copy.deepcopy(rate), **LAW)
     train(model, opt, steps=1)
@@ -317,7 +325,7 @@ RATE = 0.0625
 
 
 def by_hand(model, kind, lr, **settings):
-    """torch's own class, with the law's multipliers written into its groups."""
+    """Return torch's own class with the law's multipliers written into its groups."""
     groups = [
         {"params": [p], "lr": lr * WANTED[name.partition(".")[0]]}
         for name, p in named(model)
@@ -326,7 +334,7 @@ def by_hand(model, kind, lr, **settings):
 
 
 def passes(model, opt, count=6):
-    """A backward pass a step, whose number is given."""
+    """Yield the number of each step and its loss."""
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
         opt.zero_grad()
@@ -364,7 +372,7 @@ KERNELS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("loop", AROUND)
 def test_what_is_put_around_it_gives_the_same_numbers(loop, kernel):
-    """Scaled, and clipped, training is that of groups by hand, bit for bit."""
+    """With GradScaler and clipping, training is bit for bit that of groups split by hand."""
     kind, rate, settings = KERNELS[kernel]
     ends = []
     for make in (by_class, by_hand):
@@ -394,7 +402,7 @@ HOOKS = {
 @each_form
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_fire_once_with_the_object_held(form, name):
-    """Every kind of hook fires once at its event, at no other, with the object that the user holds."""
+    """Every kind of hook is called once at its event, and gets the object that the user holds."""
     opt, seen = form(model := Model()), []
     where = torch_optim if name.startswith("register_optimizer") else opt
     backward(model)
@@ -420,14 +428,14 @@ def backward(model):
 
 
 def replaced(rank):
-    """An adapter made again, whose tensors no optimizer holds."""
+    """Return an adapter that was created again, so that no optimizer holds its tensors."""
     return PlainLoRA(nn.Linear(8, 8), rank).double()
 
 
 @pytest.mark.parametrize("first", ["a step without gradients", "nothing"])
 @pytest.mark.parametrize("by", ["gradients", "a closure"])
 def test_a_replaced_adapter_is_refused_though_a_head_trains_before_it(first, by):
-    """A tensor that gets no gradient is said by the first step that has gradients, wherever they come from."""
+    """If an adapter was replaced, the first step with gradients raises an error, although a head still trains."""
     model = Model()
     factors = [*trained(model.small), *trained(model.large)]
     groups = [{"params": [model.head.weight]}, {"params": factors}]
@@ -444,7 +452,7 @@ def test_a_replaced_adapter_is_refused_though_a_head_trains_before_it(first, by)
 
 
 def test_gradients_from_before_a_closure_say_nothing():
-    """A step with a closure looks at the gradients that the closure makes, not at what a phase before it left."""
+    """A step with a closure checks the gradients that the closure computes, and ignores those from before."""
     model = Model()
     opt = RankAwareOptimizer(trained(model.small), "sgd", model=model, lr=LR)
     for param in trained(model.large):
@@ -460,7 +468,7 @@ def test_gradients_from_before_a_closure_say_nothing():
 
 
 def test_an_adapter_made_active_later_is_said():
-    """Where another adapter trains in place of those held, beside a head, one warning names it."""
+    """If an adapter that the optimizer does not hold trains beside a head, one warning names it."""
     model = Model()
     opt = by_class(model)
     for layer in (model.small, model.large):
@@ -476,7 +484,7 @@ def test_an_adapter_made_active_later_is_said():
 
 
 def activate(model, layer):
-    """Let one adapter train and all others rest, as PEFT's set_adapter does."""
+    """Let one adapter train and freeze all others, as PEFT's set_adapter does."""
     for each in (model.small, model.large):
         for factor in each.pair():
             factor.requires_grad_(each is layer)
@@ -484,7 +492,7 @@ def activate(model, layer):
 
 @pytest.mark.parametrize("given", ["a model", "its parameters"])
 def test_an_adapter_that_is_activated_in_mid_run_trains_at_its_ranks_rate(given):
-    """Its rate is that of its own rank, though it rested when the optimizer was built, and the other one rests now."""
+    """An adapter that is activated in the middle of a run trains at the learning rate of its own rank."""
     model = Model()
     activate(model, model.small)
     params = model if given == "a model" else model.parameters()
@@ -497,7 +505,9 @@ def test_an_adapter_that_is_activated_in_mid_run_trains_at_its_ranks_rate(given)
 
 @pytest.mark.parametrize("head", [True, False])
 def test_an_activated_adapter_that_is_not_held_is_noticed(head):
-    """Where only the trained parameters were listed, the first step with another adapter is an error, beside a head a warning."""
+    """If only the trained parameters were listed, the first step with another adapter raises an error, or warns if a
+    head trains too.
+    """
     model = Model()
     activate(model, model.small)
     model.head.requires_grad_(head)
@@ -517,7 +527,7 @@ def test_an_activated_adapter_that_is_not_held_is_noticed(head):
 
 
 def test_a_later_groups_parameters_are_checked():
-    """A group that was added after the first step, and whose tensors get no gradients, is an error at the next step."""
+    """If the parameters of a group that was added later get no gradients, the next step raises an error."""
     model = Model()
     for factor in model.large.pair():
         factor.requires_grad_(False)
@@ -534,7 +544,7 @@ def test_a_later_groups_parameters_are_checked():
 
 
 def test_groups_by_rank_list_what_trains():
-    """Groups for a plain optimizer leave out adapters that rest, so that no group is of frozen parameters alone."""
+    """rank_aware_param_groups leaves out inactive adapters, so that no group has only frozen parameters."""
     model = Model()
     activate(model, model.small)
     groups = rank_aware_param_groups(model, lr=LR, **LAW)
@@ -544,7 +554,7 @@ def test_groups_by_rank_list_what_trains():
 
 @pytest.mark.filterwarnings("error")
 def test_two_optimizers_with_an_adapter_each_are_fine():
-    """An optimizer whose adapter rests while another's trains is not warned of."""
+    """Two optimizers with an adapter each give no warning while only one adapter trains."""
     model = Model()
     opts = [
         RankAwareOptimizer(trained(layer), "sgd", model=model, lr=LR)
@@ -559,7 +569,7 @@ def test_two_optimizers_with_an_adapter_each_are_fine():
 
 
 def test_a_warning_reaches_a_person(tmp_path):
-    """Other people's filters do not hide it, it is said once, and it points at the user's line."""
+    """A warning is shown once despite other filters, and points at the user's line."""
     script = tmp_path / "mine.py"
     script.write_text(
         "import warnings, torch\n"
@@ -578,7 +588,7 @@ def test_a_warning_reaches_a_person(tmp_path):
 
 
 def test_a_filter_that_names_it_holds():
-    """Who silences RankAwareWarning by name has silence."""
+    """A filter that ignores RankAwareWarning by name is respected."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore", RankAwareWarning)
         warn("not to be seen")

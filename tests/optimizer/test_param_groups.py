@@ -1,4 +1,4 @@
-"""Groups: which parameter gets which multiplier, how groups are cut and ordered, and what the report says of them."""
+"""Parameter groups: which multiplier each parameter gets, how groups are split and ordered, and the report's notes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ AdamW, SGD = torch.optim.AdamW, torch.optim.SGD
 
 
 def values_of(groups: list[dict], key: str) -> dict[str, float]:
-    """A value of the groups, by the names of their parameters."""
+    """Return a value of the groups, by parameter name."""
     return {name: group[key] for group in groups for name, _ in group["params"]}
 
 
 def multipliers(model: nn.Module, **options) -> dict[str, float]:
-    """The multiplier of every parameter, by name."""
+    """Return the multiplier of every parameter, by name."""
     groups = rank_aware_param_groups(model, lr=LR, **options)
     return values_of(groups, "rank_multiplier")
 
 
 def rates(model: nn.Module, **options) -> dict[str, float]:
-    """The rate of every parameter, by name."""
+    """Return the learning rate of every parameter, by name."""
     return values_of(rank_aware_param_groups(model, lr=LR, **options), "lr")
 
 
@@ -51,7 +51,7 @@ def expected(
     width: float = 16,
     init: str = "A",
 ) -> float:
-    """The default law's multiplier at a width that both sides share."""
+    """Return the default law's multiplier at a width that both sides share."""
     factor = Factor("w", "A", rank, width, width, scaling, init)
     at = replace(reference, fan_in=reference.fan_in or width)
     return Falling().multiplier(factor, at)
@@ -70,7 +70,9 @@ def expected(
 )
 @settings(max_examples=50)
 def test_groups_hold_everything_once_at_their_rate(ranks, scaling, init, lr, reference):
-    """Every trainable parameter is in one group, none is empty, and a native group's lr is base × multiplier."""
+    """Every trainable parameter is in exactly one group, no group is empty, and lr is the base learning rate times the
+    multiplier.
+    """
     model = mlp(ranks, scalings=scaling, init=init)
     groups = rank_aware_param_groups(model, lr=lr, tuned_at=reference)
     listed = [name for group in groups for name, _ in group["params"]]
@@ -92,7 +94,9 @@ REFERENCES = [
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("scalings", [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0)])
 def test_multipliers_are_the_laws(scalings, reference):
-    """A factor's multiplier is the law's at the model's width; by default from the model's dominant configuration."""
+    """A LoRA matrix gets the law's multiplier at the model's width, by default from the most common configuration of
+    the model.
+    """
     ranks = (4, 8, 4)
     model = mlp(ranks, scalings=scalings)
     found = multipliers(model, tuned_at=reference)
@@ -104,7 +108,7 @@ def test_multipliers_are_the_laws(scalings, reference):
 
 
 def test_the_users_groups_are_not_changed():
-    """The dicts and lists that the user passes are left as they were."""
+    """The dicts and lists that the user passes are not changed."""
     model = mlp()
     params = trained(model)
     users = [{"params": params, "lr": LR}]
@@ -127,7 +131,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_parameters_is_taken(form):
-    """A model, parameters, named parameters and dicts of them give the same groups."""
+    """Parameters, named parameters and dicts of them give the same groups as the model."""
     model = mlp((4, 8))
     groups = rank_aware_param_groups(FORMS[form](model), model=model, lr=LR)
     assert str(groups) == str(rank_aware_param_groups(model, lr=LR))
@@ -135,14 +139,16 @@ def test_every_form_of_parameters_is_taken(form):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_names_can_be_left_out(named):
-    """With named=False groups hold bare tensors; either kind is accepted by a torch optimizer."""
+    """With named=False the groups contain bare tensors. A torch optimizer accepts both kinds."""
     groups = rank_aware_param_groups(mlp(), lr=LR, named=named)
     assert isinstance(groups[0]["params"][0], tuple) is named
     assert len(AdamW(groups).param_groups) == 3
 
 
 def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
-    """A wrapper keeps the rate from which a scheduler starts; a native group has none, so that it starts at its own."""
+    """The wrapper keeps a group's initial_lr. Groups for a plain optimizer have none, so that a scheduler starts at
+    their own lr.
+    """
     model = mlp()
     options = {"lr": 1.0, "model": model, "tuned_at": AT_16}
     group = {"params": trained(model), "lr": LR, "initial_lr": 2 * LR}
@@ -158,7 +164,7 @@ def test_a_groups_scheduled_rates_are_multiplied_with_its_rate():
 
 
 def test_a_tensor_outside_the_model_takes_no_name_of_it():
-    """It is numbered in its group, whatever it is called; the model's tensors have the model's names."""
+    """A parameter outside the model is named by its group and position, even if the user gave it a name of the model."""
     model = mlp((4,))
     stranger = [("head.bias", nn.Parameter(torch.ones(2)))]
     groups = [{"params": named(model)}, {"params": stranger, "lr": 0.5}]
@@ -174,7 +180,9 @@ def test_a_tensor_outside_the_model_takes_no_name_of_it():
 
 @pytest.mark.parametrize(("init", "other"), ["AB", "BA"])
 def test_inits_are_not_crossed(init, other):
-    """A factor of another init than the reference's is scaled along its own init's law, and the report says so."""
+    """A LoRA matrix whose init differs from the reference's is converted within its own init, and the report has a
+    note.
+    """
     reference = replace(AT_16, init=other, fan_in=16)
     found = multipliers(mlp(init=init), tuned_at=reference)
     value = expected(4, 1.0, replace(reference, init=init), init=init)
@@ -185,7 +193,7 @@ def test_inits_are_not_crossed(init, other):
 
 
 def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
-    """PiSSA and similar inits keep the base rate, with a warning that says why; by a named init they are scaled."""
+    """PiSSA and similar inits keep the base learning rate, with a warning. With init= they are converted."""
     model = mlp((4, 8), init="other")
     with pytest.warns(
         RankAwareWarning, match=r"neither A nor B .* init='A' .*='B'"
@@ -201,7 +209,7 @@ def test_adapters_without_a_zero_factor_stay_at_the_base_rate():
 
 
 def test_unknown_inits_count_as_a():
-    """On the meta device adapters count as B = 0, with a note."""
+    """Adapters on the meta device are treated as if B started at zero, with a note."""
     model = nn.Sequential(adapted(device="meta"))
     found = multipliers(model, tuned_at=AT_16)
     assert found["0.lora_A"] == pytest.approx(expected(4, 2.0, AT_16, width=12))
@@ -210,7 +218,7 @@ def test_unknown_inits_count_as_a():
 
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_embeddings_are_scaled_along_their_own_law_at_width_one(init):
-    """An embedding is scaled from its own init at width 1: by rank and scaling, never by the vocabulary."""
+    """An embedding is converted within its own init and at width 1, so the vocabulary does not matter."""
     embedding = adapted(kind="embedding", scaling=1.0, init=init)
     model = nn.ModuleDict({"lin": adapted(scaling=1.0), "emb": embedding})
     value = expected(4, 1.0, replace(AT_16, init=init, fan_in=1), width=1, init=init)
@@ -221,7 +229,7 @@ def test_embeddings_are_scaled_along_their_own_law_at_width_one(init):
 
 
 def test_pinned_weights_do_not_count_for_the_width():
-    """A weight with its own rate has no say in the width that the others are read at."""
+    """A LoRA matrix with an explicit learning rate does not count for the width of the model."""
     model = nn.Sequential(adapted(scaling=1.0), adapted(kind="conv", scaling=1.0))
     at = replace(AT_16, fan_in=64)
     found = multipliers(model, tuned_at=at, rates={"1.*": 1.0})
@@ -239,13 +247,17 @@ AS_TUNED = [
 
 @pytest.mark.parametrize("options", AS_TUNED)
 def test_a_rate_used_as_it_was_tuned_does_not_move(options):
-    """A rate used where it was tuned, given by name, or for other parameters stays, and no note speaks of a move."""
+    """A learning rate does not change if it is used where it was tuned, or is explicit, and no note mentions a
+    conversion.
+    """
     assert set(multipliers(mlp((4,)), **options).values()) == {1.0}
     assert notes_of(mlp((4,)), **options) == ()
 
 
 def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
-    """With tuned_at= a warning says that LoKr's parameters stay at the base rate; without it the report says so alone."""
+    """With tuned_at= a warning says that LoKr's parameters keep the base learning rate. Without it only the report
+    does.
+    """
     model = mlp((4,))
     model.lokr_w1 = nn.Parameter(torch.ones(2, 2))
     with pytest.warns(RankAwareWarning, match=r"No law covers LoKr: 1 .*lokr_w1"):
@@ -256,7 +268,7 @@ def test_adapters_without_a_law_are_said_where_a_rate_was_moved():
 
 
 def adalora() -> nn.Module:
-    """As PEFT builds it: a singular value for every unit of rank, between A and B."""
+    """Return a layer as PEFT's AdaLoRA builds it, with a singular value for every unit of rank between A and B."""
     layer = adapted("container", init="other")
     layer.lora_A, layer.lora_B, layer.lora_E = (
         nn.ParameterDict({"default": torch.ones(shape)})
@@ -266,7 +278,7 @@ def adalora() -> nn.Module:
 
 
 def kasa() -> nn.Module:
-    """As PEFT builds it: a diagonal between A and B."""
+    """Return a layer as PEFT's KaSA builds it, with a diagonal between A and B."""
     layer = adapted("container")
     layer.lora_diag = nn.ParameterDict({"default": torch.ones(4)})
     return layer
@@ -280,7 +292,9 @@ LAWLESS = {"AdaLoRA": adalora, "KaSA": kasa}
 def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
     name, options
 ):
-    """They are warned of by name, and no init moves them; a plain pair beside them moves."""
+    """AdaLoRA and KaSA are named in a warning and keep the base learning rate with any init=, but a plain pair beside
+    them is converted.
+    """
     model = nn.ModuleDict({"odd": LAWLESS[name](), "plain": adapted(rank=8)})
     with pytest.warns(RankAwareWarning, match=rf"^No law covers {name}: 2 ") as said:
         opt = RankAwareOptimizer(model, AdamW, lr=LR, **options)
@@ -294,7 +308,7 @@ def test_pairs_that_are_more_than_a_and_b_are_named_and_stay_at_the_base_rate(
 
 
 def split() -> nn.Module:
-    """As kohya's scripts build a fused layer with `split_qkv`: a list of pairs."""
+    """Return a fused layer as kohya's scripts build it with `split_qkv`: a list of pairs."""
     layer = nn.Module()
     layer.lora_down = nn.ModuleList([nn.Linear(12, 4), nn.Linear(12, 4)])
     layer.lora_up = nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 14)])
@@ -314,7 +328,9 @@ UNREAD = {
 @pytest.mark.parametrize("options", [{}, {"tuned_at": AT_16}])
 @pytest.mark.parametrize("name", UNREAD)
 def test_lora_that_was_not_read_is_warned_of(name, options):
-    """What LoRA's by its name and in no pair keeps its rate, which a warning says until it is given one."""
+    """Parameters that are named after LoRA but belong to no pair keep the base learning rate, with a warning unless
+    rates= covers them.
+    """
     odd, count = UNREAD[name]
     model = nn.ModuleDict({name: odd, "plain": adapted()})
     message = rf"^No law covers LoRA parameters .*: {count} .* such as {name}\."
@@ -326,7 +342,7 @@ def test_lora_that_was_not_read_is_warned_of(name, options):
 
 
 def in_lora(*names: str) -> nn.Module:
-    """A pair inside a model that is called after LoRA, with other parameters of these names."""
+    """Return a pair inside a model that is named after LoRA, with other parameters of these names."""
     model = nn.ModuleDict({"q": adapted(), "head": nn.Linear(3, 3)})
     for name in names:
         model["q"].register_parameter(name, nn.Parameter(torch.ones(3)))
@@ -342,14 +358,14 @@ READ = [
 
 @pytest.mark.parametrize("model", READ)
 def test_parts_of_a_pair_and_what_stands_beside_it_are_no_unread_lora(model):
-    """DoRA's magnitudes, biases of factors and a head of a model that is called after LoRA give no warning."""
+    """DoRA's magnitudes, biases of LoRA matrices, and a head of a model that is named after LoRA give no warning."""
     if isinstance(model, TuneLoRA):
         model.lora_b.bias = nn.Parameter(torch.zeros(20))
     rank_aware_param_groups(model, lr=LR, tuned_at=replace(AT_16, fan_in=12))
 
 
 def test_full_finetuning_has_no_unread_lora():
-    """Layers of a base model that are called after LoRA, such as those of latent attention, are weights as others."""
+    """In full finetuning, layers that are named after LoRA, such as those of latent attention, are ordinary weights."""
     model = nn.ModuleDict({"q_lora": nn.Linear(8, 4), "q_lora_norm": nn.LayerNorm(4)})
     rank_aware_param_groups(model, lr=LR, method="full", tuned_at="full")
 
@@ -375,7 +391,9 @@ LARGEST, MEAN = 32.0, (8 * 8 * 32 + 32 * 32 * 3) / (8 * 32 + 32 * 3)
     [("A", LARGEST, None), ("A", LARGEST, 32), ("B", MEAN, 32)],
 )
 def test_full_finetuning_moves_everything_by_one_multiplier(init, width, fan_in):
-    """From the mean width to the largest one, from init A, or the mean one, from A = 0; without a reference nothing moves."""
+    """Full finetuning converts all parameters by one multiplier: to the largest width from init A, and to the mean
+    width if A started at zero.
+    """
     at = replace(AT_16, init=init, fan_in=fan_in or MEAN)
     moved = Falling().multiplier(Factor("w", "full", None, width, width), at)
     given = replace(at, fan_in=fan_in)
@@ -421,7 +439,7 @@ SAID = [
 @pytest.mark.filterwarnings("ignore:.* is of an unknown family")
 @pytest.mark.parametrize(("model", "kind", "options", "words"), SAID)
 def test_what_is_uncertain_is_noted(model, kind, options, words):
-    """A family without Adam's form, a move to full finetuning and another batch have a note each, and nothing else."""
+    """An optimizer family without Adam's form, a conversion to full finetuning and another batch each add one note."""
     method = "lora" if model is LORA else "full"
     notes = notes_of(model, kind, method=method, **options)
     assert len(notes) == len(words), notes
@@ -442,7 +460,9 @@ BATCHES = [
 def test_the_batch_moves_every_rate_where_both_sides_name_one(
     kind, tuned, batch, moved
 ):
-    """Rates go as √batch for Adam and as batch for SGD, heads too, but not rates of their own or without both batches."""
+    """If both sides have a batch, learning rates change as √batch with Adam and as batch with SGD, except explicit
+    ones.
+    """
     at = Reference(rank=4, alpha=4, batch=tuned)
     options = {"tuned_at": at, "optimizer": kind, "batch": batch}
     assert set(multipliers(mlp((4,)), **options).values()) == {moved}

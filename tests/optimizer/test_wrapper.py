@@ -1,4 +1,4 @@
-"""The optimizer: what it leaves alone, what it scales, what it saves, and what it refuses."""
+"""The optimizer: what it leaves unchanged, which learning rates it sets, and which arguments raise an error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ each_form = pytest.mark.parametrize("form", [by_class, by_instance, by_groups])
 
 @each_form
 def test_it_is_an_instance_of_both(form):
-    """It is an instance of both classes, by the name of the user's, and its step is the native one."""
+    """The object is an instance of both classes, has the name of the user's class, and uses its step."""
     kind, options = AdamW, {}
     opt = form(mlp(), kind, options)
     assert isinstance(opt, kind)
@@ -69,7 +69,7 @@ def test_it_is_an_instance_of_both(form):
 
 
 def test_the_optimizers_own_default_rate():
-    """Without lr= the base rate is the optimizer's own default, with a warning that nobody tuned it."""
+    """Without lr= the base learning rate is the optimizer's own default, and a warning says that nobody tuned it."""
     with pytest.warns(RankAwareWarning, match=r"learning rate of AdamW, 0\.001, which"):
         opt = RankAwareOptimizer(mlp(), AdamW)
     assert opt.defaults["lr"] == 1e-3
@@ -83,7 +83,7 @@ def distance(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
 
 
 def products(kind, scaling, lr, init, law) -> list[torch.Tensor]:
-    """s·B·A of both layers after each of 30 steps at a scaling and rate, the head's rate being LR."""
+    """Return s·B·A of both layers after each of 30 steps. The head trains at LR."""
     model = mlp(scalings=scaling, init=init, dtype=torch.float64)
     options = {"weight_decay": 0.0, "rates": {"head*": LR}}
     if kind is not torch.optim.SGD:
@@ -104,8 +104,9 @@ def products(kind, scaling, lr, init, law) -> list[torch.Tensor]:
 @pytest.mark.parametrize("ratio", [0.25, 16.0])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, AdamW])
 def test_loraplus_is_another_alpha(kind, ratio, init):
-    """By Adam LoRA+ trains s·B·A as one rate does at ratio × alpha, and, where A starts at zero, as ratio × the rate
-    does at alpha / ratio, at every step to rounding."""
+    """With Adam, LoRA+ trains s·B·A as a single learning rate does at ratio × alpha. If A starts at zero, it does so
+    at alpha / ratio and ratio × the learning rate.
+    """
     scaling, lr = {"A": (2.0 * ratio, LR), "B": (2.0 / ratio, LR * ratio)}[init]
     plus = products(kind, 2.0, LR, init, ra.LoRAPlus(ratio))
     other = products(kind, scaling, lr, init, "constant")
@@ -118,7 +119,9 @@ def test_loraplus_is_another_alpha(kind, ratio, init):
 
 @each_form
 def test_rates_are_merged_named_and_ordered(form):
-    """Parts are one a role, rank and scaling, never empty and named, in the user's one group at the base rate."""
+    """The user's one group has one part for each role, rank and scaling, in the model's order and with parameter
+    names.
+    """
     opt = form(mlp((4, 8, 4, 8)), AdamW, {})
     parts = opt.rates.groups
     lora = [(role, rank, 1.0) for rank in (4, 8) for role in "AB"]
@@ -144,7 +147,7 @@ def test_rates_are_merged_named_and_ordered(form):
 
 @pytest.mark.parametrize("built", [False, True])
 def test_the_dict_that_was_given_is_the_group(built):
-    """What the user or torch writes into the dict that was given trains."""
+    """The dict that was passed is the group: a value that the user writes into it is used by the next step."""
     model = mlp((4, 8))
     given = {"params": trained(model)}
     native = AdamW([given], lr=LR)
@@ -162,7 +165,7 @@ def test_the_dict_that_was_given_is_the_group(built):
 
 @each_form
 def test_exceptions_of_the_user(form):
-    """rates=, of which the first that matches wins, other_lr= and law= are taken by every form."""
+    """Every form of the call accepts rates=, other_lr= and law=. The first pattern of rates= that matches is used."""
     patterns = {"head.bias": 0.5, "layer0.lora_B": 0.75, "layer0.*": 0.125}
     options = {"rates": patterns, "other_lr": 0.25, "law": "loraplus"}
     assert rates_of(form(mlp(), AdamW, {}, **options)) == pytest.approx(
@@ -178,7 +181,9 @@ def test_exceptions_of_the_user(form):
 
 
 def test_a_part_of_the_model_is_named_by_the_whole():
-    """A module given beside model= trains alone, under its names in the model and from the model's own reference."""
+    """If a submodule is passed beside model=, only its parameters train, under their names in the model and at the
+    model's reference.
+    """
     model = mlp((4, 4, 8))
     opt = RankAwareOptimizer(model.layer2, AdamW, model=model, lr=LR)
     assert names_of(opt) == [["layer2.lora_A"], ["layer2.lora_B"]]
@@ -193,7 +198,7 @@ RATE = ra.Rate(LR, reference=AT_8)
 
 @each_form
 def test_a_rate_says_where_it_was_tuned(form):
-    """A Rate with a configuration needs no tuned_at=, and a plain number at the same place gives the same."""
+    """A Rate with a configuration needs no tuned_at=, and gives the same learning rates as a plain number with it."""
     model = mlp((4, 8))
     given = {"lr": RATE} if form is not by_instance else {}
     if form is by_instance:
@@ -218,7 +223,7 @@ AT_ANOTHER = ["r=16,alpha=16", "r=8,alpha=16", "full", replace(AT_8, init="B")]
 
 @pytest.mark.parametrize("tuned_at", AT_ANOTHER)
 def test_another_place_than_the_rates_own_is_refused(tuned_at):
-    """A tuned_at= that contradicts the Rate raises an error with both, and a plain number is accepted there."""
+    """A tuned_at= that contradicts the Rate raises an error that names both. A plain number is accepted with any."""
     with pytest.raises(OptimizerError, match=r"tuned_at is .*rank 8, alpha 8.*float"):
         RankAwareOptimizer(mlp(), AdamW, lr=RATE, tuned_at=tuned_at)
     RankAwareOptimizer(mlp(), AdamW, lr=float(RATE), tuned_at=tuned_at)
@@ -227,7 +232,7 @@ def test_another_place_than_the_rates_own_is_refused(tuned_at):
 
 @each_form
 def test_groups_and_checkpoints_hold_plain_numbers(form):
-    """Wherever a Rate was given, the groups hold floats, so that a checkpoint loads with weights_only=True."""
+    """Groups contain plain floats wherever a Rate was passed, so that a checkpoint loads with weights_only=True."""
     model = mlp((4, 8))
     params = [{"params": trained(model.layer0), "lr": RATE}, {"params": trained(model.layer1)}]  # fmt: skip
     own = {"rates": {"*lora_B": RATE}, "other_lr": RATE, "model": model}
@@ -250,7 +255,7 @@ def test_groups_and_checkpoints_hold_plain_numbers(form):
 
 @each_form
 def test_a_multiplier_out_of_all_range_is_warned_of(form):
-    """An alpha of 1e-12 makes a rate that nobody meant: it is said with the number, and a usual one is not."""
+    """An alpha of 1e-12 gives a multiplier that nobody can mean: a warning names it. A usual alpha gives no warning."""
     with pytest.warns(
         ra.RankAwareWarning,
         match=r"by [0-9.]+e\+06, beyond 0.0001 to 10000: .*alpha",
@@ -264,7 +269,7 @@ def test_a_multiplier_out_of_all_range_is_warned_of(form):
 
 @each_form
 def test_a_later_group_is_split_and_scaled(form):
-    """A new adapter is one group, split, named and scaled as at construction, at its own or the base rate."""
+    """A new adapter is added as one group, and is split, named and converted as at construction."""
     model = mlp((4,), head=False)
     opt = form(model, AdamW, {}, tuned_at=AT_16)
     for own, lr in (({"lr": 0.5, "weight_decay": 0.2}, 0.5), ({}, LR)):
@@ -289,7 +294,7 @@ def test_a_later_group_is_split_and_scaled(form):
     "lose", [lambda model, opt: copy.deepcopy(opt), lambda model, opt: opt]
 )
 def test_a_later_group_needs_the_model(lose):
-    """A copy, or an optimizer whose model is gone, cannot scale a new group and refuses it."""
+    """A copy, or an optimizer whose model is gone, raises an error for a new group, because the rank cannot be read."""
     model = mlp()
     opt = lose(model, by_class(model, AdamW, {}))
     del model
@@ -306,7 +311,9 @@ def test_a_later_group_needs_the_model(lose):
 
 @pytest.mark.parametrize("built", [True, False])
 def test_frozen_factors_that_were_listed_have_their_rate_when_thawed(built):
-    """A frozen adapter among the user's parameters waits in a group with its own rate."""
+    """A frozen adapter among the listed parameters has the learning rate of its own rank, and trains at it once it is
+    unfrozen.
+    """
     model = mlp((4, 8))
     model.layer0.requires_grad_(False)
     listed = list(model.parameters())

@@ -1,4 +1,6 @@
-"""Two gloo processes for every test module, with the environment and the third-party warnings that it names."""
+"""Two gloo processes for every test module. A module may set their environment, and third-party warnings that they
+ignore.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,8 @@ AFTER_A_FAILURE_S = 5
 
 
 class Pair:
-    """Sends a function to both processes and gathers what they return; a hang or an error fails the test.
-
-    ignored: (message, category, module) of warnings by third parties that the processes let pass.
+    """Sends a function to both processes and collects the results. If one hangs or raises an error, the test fails.
+    ignored: (message, category, module) of third-party warnings to ignore.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Pair:
         self.connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returned, by rank. It must be a module's own function, its answers picklable."""
+        """Return the results of `function(*args)` by rank. It must be a function of a module, and its results must be
+        picklable.
+        """
         if not self.processes:
             self._start()
         message = pickle.dumps((function, args, self.ignored))
@@ -76,7 +79,9 @@ class Pair:
         self.connections = [by_rank[rank] for rank in range(WORLD)]
 
     def _answers(self) -> list[Any]:
-        """What both returned, by rank. After a failure the other has few seconds: it may hang for want of its peer."""
+        """Return the results of both by rank. If one failed, the other gets only a few seconds, because it may be
+        waiting for the first.
+        """
         answers: dict[int, Any] = {}
         failures: list[str] = []
         waiting = {connection: rank for rank, connection in enumerate(self.connections)}
@@ -97,7 +102,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Two processes. The module may set IGNORED, warnings let pass, and the function `environment`."""
+    """Start two processes. The module may set IGNORED, a list of warnings to ignore, and the function `environment`."""
     environment = getattr(request.module, "environment", dict)
     made = Pair(getattr(request.module, "IGNORED", ()), **environment())
     yield made

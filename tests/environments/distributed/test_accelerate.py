@@ -1,4 +1,4 @@
-"""accelerate's `prepare` in two processes: DDP, and FSDP2, where it swaps the optimizer's parameters."""
+"""accelerate's `prepare` in two processes: DDP, and FSDP2, where accelerate replaces the optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytest.importorskip("accelerate")
 
 
 def accelerator(kind: str, accumulate: int = 1) -> Any:
-    """accelerate takes FSDP for accelerators alone: on CPU its own state must be set to it."""
+    """Return an Accelerator. accelerate allows FSDP on accelerators only, so on a CPU its state is set by hand."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import (
         AcceleratorState,
@@ -71,7 +71,9 @@ def trained(kind: str, form: str, accumulate: int) -> dict[str, Any]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_prepared_trains_as_by_hand(pair, kind, accumulate):
-    """Prepared by accelerate, clipped, scheduled and accumulated, every weight is the native one bit for bit."""
+    """Prepared by accelerate, with clipping, a schedule and accumulation, every weight is bit for bit that of the
+    native optimizer.
+    """
     wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSequential"}[kind]
     hand = pair.run(trained, kind, "hand", accumulate)
     answers = pair.run(trained, kind, "class", accumulate)
@@ -84,7 +86,7 @@ def test_prepared_trains_as_by_hand(pair, kind, accumulate):
 def resumed(
     kind: str, folder: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:
-    """Six steps, and three with three more by newly prepared objects that loaded what the first saved."""
+    """Train six steps, and three and three more with new objects that loaded the state of the first."""
     straight, opt = accelerator(kind).prepare(*built())
     train(straight, opt, 0, 6)
     acc = accelerator(kind)
@@ -106,7 +108,9 @@ def built() -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_state_of_accelerate_resumes(pair, kind, tmp_path):
-    """save_state and load_state go on bit for bit, with rates and ranks by name."""
+    """A run that is resumed by save_state and load_state continues bit for bit, with the same learning rates and
+    ranks.
+    """
     for straight, again, tags in pair.run(resumed, kind, str(tmp_path)):
         assert same(straight, again)
         assert tags

@@ -1,4 +1,4 @@
-"""A calibration under DDP and FSDP: one process decides, and both see its rates, prunings, errors and recipe."""
+"""A calibration under DDP and FSDP: one process decides, and both get its learning rates, prunings, errors and recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def wrapped(form: str, rank: int) -> nn.Module:
 
 
 def seen_by_all(form: str, storage: str | None, trials: int) -> dict[str, Any]:
-    """What this process saw of a real training on its own half of the data, and the recipe it was given."""
+    """Return what this process saw of a real training on its half of the data, and the recipe that it got."""
     seen: list[tuple[Any, ...]] = []
 
     def train(trial):
@@ -68,7 +68,7 @@ def seen_by_all(form: str, storage: str | None, trials: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["ddp", "fsdp"])
 def test_all_see_one_study(pair, form):
-    """Rank, seed, rate and steps of every trial, and the recipe to the bit, are the same on both processes."""
+    """Both processes get the same rank, seed, learning rate and steps for every trial, and the same recipe."""
     first, second = pair.run(seen_by_all, form, None, 5)
     assert first["seen"] == second["seen"]
     assert len(first["seen"]) == 5
@@ -76,7 +76,7 @@ def test_all_see_one_study(pair, form):
 
 
 def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
-    """Only one process writes the storage; the same call later runs the rest alone."""
+    """Only one process writes to the storage, and the same call later runs only the remaining trials."""
     path = str(tmp_path / "study.journal")
     pair.run(seen_by_all, "ddp", path, 2)
     again = pair.run(seen_by_all, "ddp", path, 4)
@@ -87,14 +87,16 @@ def test_a_joint_study_is_stored_once_and_resumed(pair, tmp_path):
 
 
 def parting(trial: ra.Trial, step: int) -> float:
-    """Values that differ by process: only their mean, by the first's pruner, says when to stop."""
+    """Report values that differ by process. Only their mean, judged by the first process's pruner, decides when to
+    stop.
+    """
     level = 9.0 if trial.number > 2 else 2.0
     own = 0.5 * (dist.get_rank() - 0.5)
     return own + level + 0.01 * trial.number - 0.05 * step
 
 
 def lost_on_one(trial: ra.Trial, step: int) -> float:
-    """At rates that are too high the second process has no finite value from the fourth step on."""
+    """If the learning rate is too high, report no finite value from the second process after the third step."""
     u = math.log2(trial.lr) - BEST
     if u > 1 and step > 3 and dist.get_rank() == 1:
         return math.nan
@@ -102,7 +104,7 @@ def lost_on_one(trial: ra.Trial, step: int) -> float:
 
 
 def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
-    """The steps of each trial, and the first value of the first."""
+    """Return the steps of each trial, and the first value of the first."""
     steps: list[int] = []
 
     def train(trial):
@@ -123,7 +125,7 @@ def steps_with(value: Callable[[ra.Trial, int], float], trials: int) -> Any:
 
 
 def test_all_stop_at_the_same_step(pair):
-    """By the mean of their values both processes prune a run, and both leave one whose value is lost on one of them."""
+    """Both processes prune a run by the mean of their values, and both end a run whose value is lost on one of them."""
     first, second = pair.run(steps_with, parting, 5)
     assert first == second
     steps, value = first
@@ -145,7 +147,7 @@ def refused(storage: str, steps: int) -> str:
 
 
 def test_what_one_cannot_decide_all_are_told(pair, tmp_path):
-    """A storage that is away, or of another configuration, is the same error on both; nobody waits for ever."""
+    """A storage that cannot be reached, or that has another configuration, raises the same error on both processes."""
     first, second = pair.run(refused, "/proc/nowhere/study.journal", STEPS)
     assert first == second
     assert "/proc/nowhere" in first
@@ -160,7 +162,7 @@ def test_what_one_cannot_decide_all_are_told(pair, tmp_path):
 
 
 def in_place(form: str) -> dict[str, Any]:
-    """The weights before and after a calibration in place, and its recipe."""
+    """Return the weights before and after a calibration in place, and its recipe."""
     torch.manual_seed(0)
     model = wrapped(form, 4)
     before = [p.detach().clone() for p in model.parameters()]
@@ -182,7 +184,7 @@ def in_place(form: str) -> dict[str, Any]:
 
 
 def test_a_model_under_ddp_is_put_back_on_every_process(pair):
-    """Both have one recipe, and the weights that they had."""
+    """Both processes get one recipe, and the weights that they had before."""
     first, second = pair.run(in_place, "ddp")
     assert first["recipe"] == second["recipe"]
     assert first["same"]
@@ -196,14 +198,16 @@ def sharded_in_place() -> str:
 
 
 def test_a_model_under_fsdp_is_refused_in_place(pair):
-    """Its parameters are shards, which is said on both."""
+    """A calibration in place of a model under FSDP raises an error on both processes, because its parameters are
+    shards.
+    """
     first, second = pair.run(sharded_in_place)
     assert first == second
     assert "FSDP or DeepSpeed shards it" in first
 
 
 def through_trainer(folder: str, recipe: ra.Recipe | None) -> dict[str, Any]:
-    """The weights of a Trainer's run on two processes, after a calibration or at a recipe that is given."""
+    """Return the weights of a Trainer's run on two processes, after a calibration or with a given recipe."""
     warnings.simplefilter("ignore")  # of transformers and accelerate
     import peft
     import transformers
@@ -236,7 +240,7 @@ def through_trainer(folder: str, recipe: ra.Recipe | None) -> dict[str, Any]:
 def test_a_trainer_under_ddp_is_calibrated_by_all_and_trains_as_a_fresh_one(
     pair, tmp_path
 ):
-    """One recipe, saved once, and a run that is, to the bit, that of trainers that were not calibrated."""
+    """A calibrated Trainer on two processes trains bit for bit like a fresh one with the same recipe."""
     pytest.importorskip("peft")
     first, second = pair.run(through_trainer, str(tmp_path), None)
     assert first["recipe"] == second["recipe"]

@@ -52,7 +52,7 @@ def new(wrapper: str) -> nn.Module:
 def resumed(
     wrapper: str, options: str, kind: str, folder: str, reverse: bool
 ) -> dict[str, Any]:
-    """Six steps, and three with three more after a checkpoint; with a folder the state goes through files."""
+    """Train six steps, and three and three more after a checkpoint, which goes through files if a folder is given."""
     straight, broken = new(wrapper), new(wrapper)
     train(straight, by_class(straight, kind), 0, 6)
     opt = by_class(broken, kind)
@@ -86,7 +86,7 @@ def from_parameters(model: nn.Module, kind: str, reverse: bool) -> Any:
 @each_wrapper
 @pytest.mark.parametrize("how", ["AdamW", "SGD", "through files", "reversed"])
 def test_a_state_resumes(pair, how, wrapper, options, tmp_path):
-    """A state set again goes on bit for bit with rates and tags: in memory, through files, listed in another order."""
+    """A resumed run continues bit for bit, in memory, through files, and with the parameters in another order."""
     folder = str(tmp_path / "saved") if how == "through files" else ""
     kind = "SGD" if how == "SGD" else "AdamW"
     reverse = how == "reversed"
@@ -111,8 +111,8 @@ MADE = {"plain": (plain, plain), "ours": (partial(by_class, init="A"), by_hand)}
 def handed_over(
     wrapper: str, options: str, saved: str, loads: str
 ) -> list[dict[str, torch.Tensor]]:
-    """The weights after steps at twice the rate by one kind of optimizer, then steps by the other: it loaded the first's
-    state, or is a native one that was given its moments and rates by hand.
+    """Return the weights after steps of one optimizer and steps of another, which loaded the state of the first, or is
+    a native one that got the same moments and learning rates by hand.
     """
     how, ends = StateDictOptions(**OPTIONS[options]), []
     for by_state in (True, False):
@@ -140,7 +140,9 @@ def handed_over(
 @each_option
 @each_wrapper
 def test_a_plain_state_is_ours_and_ours_is_plain(pair, wrapper, options, saved, loads):
-    """A state of a plain optimizer goes on in ours at base rates, and ours in a plain one, as it is."""
+    """A checkpoint of a plain optimizer continues in ours at base learning rates, and one of ours continues in a plain
+    optimizer.
+    """
     for loaded, by_hand_ in pair.run(handed_over, wrapper, options, saved, loads):
         assert same(loaded, by_hand_)
 
@@ -149,7 +151,7 @@ def test_a_plain_state_is_ours_and_ours_is_plain(pair, wrapper, options, saved, 
 
 
 def said(wrapper: str, options: str) -> str:
-    """What is said of a checkpoint of other ranks."""
+    """Return the error for a checkpoint of other ranks."""
     model = WRAPPERS[wrapper](mlp(RANKS[::-1], width=WIDTH, seed=3))
     opt = by_class(model)
     train(model, opt, 0, 1)
@@ -164,7 +166,7 @@ def said(wrapper: str, options: str) -> str:
 @pytest.mark.parametrize("options", ["nested", "flattened"])
 @each_wrapper
 def test_a_checkpoint_of_other_ranks_is_refused(pair, wrapper, options):
-    """It is refused with both shapes of the first factor that differs."""
+    """A checkpoint of other ranks raises an error with both shapes of the first LoRA matrix that differs."""
     for sentence in pair.run(said, wrapper, options):
         assert (
             "layer0.lora_A has shape (1, 16) in the checkpoint, but (4, 16)" in sentence

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on CPU over gloo: it flattens every group and hands each process a share."""
+"""DeepSpeed's ZeRO on a CPU: it flattens every group, and each process holds a share of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ environment = on_cpu
 
 
 def by_part(form: str) -> Callable[..., Any]:
-    """What builds an optimizer of this form on groups that are split beforehand."""
+    """Return a function that builds an optimizer of this form on groups that were split beforehand."""
 
     def built(model: nn.Module) -> Any:
         parts = FORMS[form](model).rates.groups
@@ -52,7 +52,7 @@ BUILT = {**{form: by_part(form) for form in FORMS}, "whole": by_class, "hand": b
 
 
 def engine_of(form: str, stage: int) -> Any:
-    """An engine around the form named, or what DeepSpeed builds from groups of ours ("groups")."""
+    """Return a DeepSpeed engine around an optimizer of this form, or with groups of ours ("groups")."""
     import deepspeed
 
     model, groups, optimizer = new_model(), None, None
@@ -88,7 +88,9 @@ def in_one_group(stage: int) -> str:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_group_of_several_rates_is_refused(pair, stage):
-    """ZeRO flattens a group, so one of several parts is refused at the first step, in words, and nothing has moved."""
+    """A group of several learning rates raises an error at the first step, because ZeRO flattens it, and nothing
+    moves.
+    """
     for sentence in pair.run(in_one_group, stage):
         assert "those of opt.rates.groups" in sentence
 
@@ -100,7 +102,7 @@ def run(engine: Any, first: int = 0, last: int = 4) -> None:
 
 
 def gathered(engine: Any) -> dict[str, torch.Tensor]:
-    """The trained parameters, whole: ZeRO-3 leaves a share in each process."""
+    """Return the trained parameters, whole. With ZeRO-3 each process holds a share."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(engine.parameters())):
@@ -119,7 +121,7 @@ def trained(form: str, stage: int) -> dict[str, Any]:
 @pytest.mark.parametrize("form", [*FORMS, "groups"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_trains_as_by_hand(pair, stage, form):
-    """Under ZeRO every weight and rate is, bit for bit, that of the native optimizer with groups by hand."""
+    """Under ZeRO every weight and learning rate is bit for bit that of the native optimizer with groups split by hand."""
     hand = pair.run(trained, "hand", stage)
     for got, expected in zip(pair.run(trained, form, stage), hand, strict=True):
         assert got["lrs"] == expected["lrs"]
@@ -139,6 +141,6 @@ def resumed(stage: int, folder: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_checkpoint_of_zero_resumes(pair, stage, tmp_path):
-    """DeepSpeed's own checkpoint goes on bit for bit."""
+    """A run that is resumed from DeepSpeed's own checkpoint continues bit for bit."""
     for straight, again in pair.run(resumed, stage, str(tmp_path)):
         assert same(straight, again)

@@ -1,7 +1,6 @@
-"""DDP, FSDP1, FSDP2 and ZeroRedundancyOptimizer in two processes: rates, surveys, states, and what is refused.
+"""DDP, FSDP1, FSDP2 and ZeroRedundancyOptimizer in two processes: learning rates, surveys, states and errors.
 
-FSDP2's parameters are DTensors whose local shapes say nothing of the rank; FSDP1's are flat shares, so that what is
-declared must be believed.
+FSDP2's parameters are DTensors, whose local shapes do not show the rank. FSDP1's are flat shares, so the declared ranks are used unchecked.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ each_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
 def own(wrapper: str) -> dict[str, str]:
-    """What a user must add: flat shares do not show how an adapter started."""
+    """Return the arguments that a user must add, because flat shares do not show how an adapter started."""
     return {"init": "A"} if wrapper.startswith("fsdp1") else {}
 
 
@@ -97,7 +96,9 @@ ORDERS = [*((wrapper, "wrapper") for wrapper in WRAPPERS), ("ddp", "optimizer")]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_wrapped_model_trains_as_by_hand(pair, form, kind, wrapper, first):
-    """Every weight is the native optimizer's bit for bit, at the rate of its rank, under the bare model's names."""
+    """Every weight is bit for bit that of the native optimizer, at the learning rate of its rank and under the name in
+    the bare model.
+    """
     expected = pair.run(native, kind, wrapper)
     answers = pair.run(ours, form, kind, wrapper, first)
     for got, hand in zip(answers, expected, strict=True):
@@ -106,7 +107,7 @@ def test_a_wrapped_model_trains_as_by_hand(pair, form, kind, wrapper, first):
 
 
 def zero(model: nn.Module, kind: str, form: str) -> Any:
-    """ZeroRedundancyOptimizer around ours, or a native one on groups of ours."""
+    """Return a ZeroRedundancyOptimizer around ours, or a native one on groups of ours."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     native_class, settings = KINDS[kind]
@@ -121,7 +122,7 @@ def zero(model: nn.Module, kind: str, form: str) -> Any:
 
 
 def halved(kind: str, form: str) -> dict[str, torch.Tensor]:
-    """The weights after steps at the rates, and at half of them."""
+    """Return the weights after steps at the learning rates, and then at half of them."""
     model = DistributedDataParallel(new_model())
     opt = by_hand(model, kind) if form == "hand" else zero(model, kind, form)
     train(model, opt, 0, 3)
@@ -134,7 +135,9 @@ def halved(kind: str, form: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", ["class", "groups"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_redundancy_trains_as_by_hand(pair, kind, form):
-    """ZeroRedundancyOptimizer around ours, or on groups of ours, is plain DDP on groups by hand, bit for bit."""
+    """ZeroRedundancyOptimizer around ours, or on groups of ours, trains bit for bit as plain DDP with groups split by
+    hand.
+    """
     hand = pair.run(halved, kind, "hand")
     for got, expected in zip(pair.run(halved, kind, form), hand, strict=True):
         assert same(got, expected)
@@ -157,7 +160,7 @@ def zero_resumed(kind: str) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_redundancy_around_ours_resumes(pair, kind):
-    """Its consolidated state goes on bit for bit."""
+    """A run that is resumed from its consolidated state continues bit for bit."""
     for straight, broken in pair.run(zero_resumed, kind):
         assert same(straight, broken)
 
@@ -166,7 +169,7 @@ def test_zero_redundancy_around_ours_resumes(pair, kind):
 
 
 def pieces(style: str, kind: str, init: str = "A") -> nn.Module:
-    """Single layers of rank 4 and 1: of the latter one process holds nothing."""
+    """Return single layers of rank 4 and 1. One process holds nothing of the latter."""
     torch.manual_seed(0)
     layers = (adapted(style, kind, rank=rank, init=init) for rank in (4, 1))
     return nn.Sequential(*layers)
@@ -200,14 +203,14 @@ def factors_of_peft() -> list[Any]:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("wrapper", ["fsdp1, layers", "fsdp2"])
 def test_a_survey_of_shards(pair, wrapper, style, kind, init):
-    """A sharded model is surveyed as the whole one is, on a process that holds no row of a factor too."""
+    """The survey of a sharded model is that of the whole model, even on a process that holds no row of a LoRA matrix."""
     expected = factors(pieces(style, kind, init))
     answers = pair.run(factors_of_pieces, wrapper, style, kind, init)
     assert answers == [expected, expected]
 
 
 def test_a_survey_of_peft_in_flat_shares(pair):
-    """PEFT declares rank, fans and init, so its adapters need no help under FSDP1."""
+    """PEFT declares rank, fans and init, so its adapters need no further arguments under FSDP1."""
     pytest.importorskip("peft")
     expected = factors(peft_model())
     assert pair.run(factors_of_peft) == [expected, expected]
@@ -217,7 +220,7 @@ def test_a_survey_of_peft_in_flat_shares(pair):
 
 
 def resumed(wrapper: str, through: str, kind: str) -> list[dict[str, torch.Tensor]]:
-    """The weights of six steps, and of three with three more by a new optimizer."""
+    """Return the weights after six steps, and after three and three more with a new optimizer."""
     straight, broken = (WRAPPERS[wrapper](new_model()) for _ in range(2))
     train(straight, by_class(straight, kind, **own(wrapper)), 0, 6)
     opt = by_class(broken, kind, **own(wrapper))
@@ -243,7 +246,9 @@ def resumed(wrapper: str, through: str, kind: str) -> list[dict[str, torch.Tenso
     ],
 )
 def test_a_sharded_optimizer_resumes(pair, wrapper, through, kind):
-    """Its own state_dict, or one that FSDP1 gathered and cut again, goes on bit for bit in a new optimizer."""
+    """A run continues bit for bit in a new optimizer, from its own state_dict or from one that FSDP1 gathered and
+    sharded again.
+    """
     for straight, broken in pair.run(resumed, wrapper, through, kind):
         assert same(straight, broken)
 
@@ -294,6 +299,8 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("attempt", "how", "sentence"), REFUSALS)
 def test_what_cannot_be_known_or_held_is_refused(pair, attempt, how, sentence):
-    """Flat shares without declarations, sharding after the optimizer, and our class called: a sentence on both processes."""
+    """Flat shares without declarations, sharding after the optimizer was built, and a call of our class raise an error
+    on both processes.
+    """
     for said in pair.run(attempt, *how):
         assert sentence in said

@@ -1,4 +1,6 @@
-"""What both processes do: the same small model, half of every batch each, and the native optimizer by hand."""
+"""Code of both processes: one small model, half of every batch for each, and the native optimizer with groups split by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def by_instance(
 
 
 def by_hand(model: nn.Module, kind: str = "AdamW") -> torch.optim.Optimizer:
-    """The native class; its groups are A and B of every rank at what the law gives it, and the head."""
+    """Return the native class, with groups for A and B of every rank at the law's learning rates, and for the head."""
     native, settings = KINDS[kind]
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
@@ -70,7 +72,7 @@ FORMS: dict[str, Callable[..., Any]] = {"class": by_class, "instance": by_instan
 
 
 def train(model: nn.Module, opt: Any, first: int = 0, last: int = 4) -> None:
-    """Steps `first` to `last` of one task, on this process's half of every batch."""
+    """Train steps `first` to `last` of one task, on this process's half of every batch."""
     for x in list(batches(last, width=WIDTH))[first:]:
         loss(model, half(x)).backward()
         opt.step()
@@ -87,7 +89,7 @@ def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters, whole, under the names of the bare model; under FSDP1 what this process holds."""
+    """Return the trained parameters, whole, by their names in the bare model. Under FSDP1 return this process's share."""
     return {
         canonical_name(name): whole(p)
         for name, p in model.named_parameters()
@@ -101,13 +103,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tagged(opt: Any) -> dict[str, tuple[float, int | None]]:
-    """Every parameter's rate and declared rank, by name."""
+    """Return every parameter's learning rate and declared rank, by name."""
     rates = inner(opt).rates
     return {name: (rate.lr, rate.rank) for name, rate in rates.items()}
 
 
 def lrs(opt: Any) -> list[float]:
-    """The rates at which an optimizer trains, ours or a native one."""
+    """Return the learning rates at which an optimizer trains, ours or a native one."""
     opt = inner(opt)
     if isinstance(opt, RankAwareOptimizer):
         return sorted({group.lr for group in opt.rates.groups})
@@ -115,7 +117,7 @@ def lrs(opt: Any) -> list[float]:
 
 
 def inner(opt: Any) -> Any:
-    """The optimizer inside a framework's wrappers."""
+    """Return the optimizer inside a framework's wrappers."""
     while hasattr(opt, "optimizer"):
         opt = opt.optimizer
     return opt

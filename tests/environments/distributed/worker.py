@@ -56,7 +56,7 @@ def _serve(test: Connection) -> None:
 
 
 def _answer(message: bytes) -> tuple[bool, object]:
-    """(True, what the function returned) or (False, the traceback). Warnings are errors but for those it ignores."""
+    """Return (True, the function's result) or (False, the traceback). Warnings are errors, except those to ignore."""
     try:
         function, args, ignored = pickle.loads(message)
         with warnings.catch_warnings():
