@@ -31,7 +31,7 @@ from ..fitting import (
     at_target,
     centred_law,
     diverged,
-    end_of,
+    end_note,
     fit_observations,
     prior_of,
     steps_variance,
@@ -266,11 +266,8 @@ def what_is_unknown(
             " may diverge too"
         )
     for rank in bracketed:
-        if end := end_of(observations, rank):
-            yield (
-                f"{rank_words(rank)}: the best learning rate is the {end} that was tried, so a"
-                f" {'lower' if end == 'lowest' else 'higher'} one may be better still"
-            )
+        if note := end_note(observations, rank):
+            yield note
     if math.sqrt(float(fit.covariance[0, 0])) > UNDETERMINED:
         yield (
             "the data do not determine the learning rate, because the loss hardly depends on it;"
