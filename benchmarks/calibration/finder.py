@@ -150,7 +150,7 @@ def in_loop(ask: Ask, known: Known) -> ra.Recipe:
     at: dict[str, Any] = {"model": in_place}
     if ask.way == WIDE:  # a function of the trial has no suggested rate
         at = {"ranks": (ask.tuned or None,), "trials": 4}
-    options = {"steps": ask.steps, "target_steps": ask.target, "warmup": WARMUP}
+    options = {"steps": ask.steps, "target_steps": ask.target}
     options |= {"seeds": seeds_of(ask.seed), "batch": domain.batch}
     return ra.calibrate(train, "adamw", **at, **options, progress=False)
 

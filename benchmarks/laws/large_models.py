@@ -1,20 +1,25 @@
-"""Does it hold on large models? Sweeps that others published, of .6 to 1,000 thousand million parameters.
+"""Does it hold on large models? Sweeps that others published, of 0.6 to 1,000 billion parameters.
 
     python benchmarks/laws/large_models.py FILE...   # results/large_models.md, its picture, and README's table
 
-The files are those of `laws/others.py`, in any order. No run is ours, and none of the files is in the repository.
+The files are those of `laws/others.py`, in any order. No run is ours, and none of the files is in the repository. Full
+finetuning has [a page of its own](full_finetuning.md).
 
-**How it is read.** A rank's best rate, and full finetuning's, is moved to every other rank and to full finetuning: by the
-default law, by µA of 8 tokens (that of `suggest_lr`), by the paper's law, by × √(16 / rank), and kept. The law counts the
-mean fan-in of the adapted layers, for full finetuning the largest. `suggest_lr` counts the most common one. A way without
-a run is one rate for every rank: 2e-4, 1e-4, or the formula of Tinker's cookbook, `get_lr`.
+**How to read it.** The best learning rate of a rank, and full finetuning's, is converted to every other rank and to full
+finetuning in several ways: by the default law as the package does it, by µA of 8 tokens (that of `suggest_lr`), by the paper's law, by
+× √(16 / rank), and not at all. Between LoRA and full finetuning the package uses a ratio that was measured on three of these models
+among others, in bfloat16; the law alone, and a tenth of LoRA's rate, stand beside it. The law counts the mean fan-in of the
+adapted layers, and the largest for full finetuning. `suggest_lr` counts the most common one. A way without a run is one
+rate for every rank: 2e-4, 1e-4, or the formula of Tinker's cookbook, `get_lr`.
 
 * *A best rate* is read in two ways: as it was *tried*, and as the *vertex* of the parabola through the three lowest losses.
-  Where it lies at an end of the grid it is not known. Then nothing is moved from there, and a loss there is too low.
+  Where it lies at an end of the grid it is not known. Then nothing is converted from there, and a loss there is too low.
 * *The loss of a rate* lies on straight lines between the rates tried, so that a best rate between two of them loses
-  something: .7 % at rank 16 of the 7B. Beyond the grid it is that of its end, marked by ≥. Losses are in % of the lowest
-  one tried. In reinforcement learning they are points of accuracy, in octaves where only best rates are known.
+  something: 0.7 % at rank 16 of the 7B. Beyond the grid it is that of its end, marked by ≥. Losses are in % of the lowest
+  one tried. In reinforcement learning they are points of accuracy, and in octaves where only best rates are known.
 * *Nearly all cells have one seed*, so a difference of some tenths of a percent says nothing.
+* *The lowest loss need not be the best model.* On a public 8B model LoRA's loss was lowest at 1e-3, where its knowledge of the
+  field had fallen from 27 % to between 0 and 4 %. All losses here are of the finetuning data.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -37,10 +42,20 @@ from recording import RESULTS, block, draw, machine, made_on, number, table_of
 from study.grids import FULL
 from study.suite import README, publish
 
-from rankaware_optim import Constant, Falling, Law, MuA, Power, Rate, suggest_lr
-from rankaware_optim.laws import checked_multiplier
+from rankaware_optim import (
+    Constant,
+    Falling,
+    Law,
+    MuA,
+    Power,
+    Rate,
+    Reference,
+    suggest_lr,
+)
+from rankaware_optim.laws import checked_multiplier, to_full
 
 RESTS_ON = ("laws", "transfer", "fitting")
+SCRIPT = "benchmarks/laws/large_models.py"
 PAGE, PICTURE = RESULTS / "large_models.md", RESULTS / "large_models.png"
 TUNED = 16  # rank at which most people have a rate
 DEFAULT, KEPT = "the default law", "kept"
@@ -66,15 +81,37 @@ def by_root(sweep: Sweep, a: int, b: int) -> float | None:
     return None if FULL in (a, b) else math.log2(a / b) / 2
 
 
+def by_conversion(sweep: Sweep, a: int, b: int) -> float:
+    """As the package converts: by the default law, and between LoRA and full finetuning by the measured ratio."""
+    if FULL not in (a, b) or a == b:
+        return by_law(Falling())(sweep, a, b)
+    lora = sweep.at(a if b == FULL else b)
+    bound = Falling().bind(get_optimizer_class("AdamW"), {})
+    there = to_full(bound, sweep.at(FULL).as_factor(), lora, "bfloat16")
+    return math.log2(there) if b == FULL else -math.log2(there)
+
+
+def by_a_tenth(sweep: Sweep, a: int, b: int) -> float | None:
+    """Full finetuning at a tenth of LoRA's rate, as people use it."""
+    if (a == FULL) == (b == FULL):
+        return 0.0
+    return -math.log2(10) if b == FULL else math.log2(10)
+
+
+TENTH, ALONE = "kept, a tenth in full finetuning", "the default law alone"
 WAYS: dict[str, Way] = {
-    DEFAULT: by_law(Falling()),
+    DEFAULT: by_conversion,
+    ALONE: by_law(Falling()),
     "µA of 8 tokens": by_law(MuA(tokens=8.0)),
     "the paper's law": by_law(MuA(tokens=None)),
     ROOT: by_root,
     KEPT: lambda sweep, a, b: 0.0,
+    TENTH: by_a_tenth,
 }
 CONSTANTS = (2e-4, 1e-4)
 FORMULA = "Tinker's formula"
+FORMULA_CONVERTED = "Tinker's formula × √(32 / rank)"
+CONVERTED = "2e-4 of rank 16 and alpha 32, converted,"
 
 
 @click.command()
@@ -89,7 +126,7 @@ def main(paths: Sequence[Path]) -> None:
     at_end = others.qwen_grpo(of["qwen3-1.7b-grpo.csv"])
     at_best = others.qwen_grpo(of["qwen3-1.7b-grpo.csv"], "accuracy_best")
     broken = others.olmo_dpo(of["olmo2-1b-dpo.csv"])
-    published = of["sft_sweep.md"]
+    names = [path.name for path in paths]
     explanation = (__doc__ or "").partition("\n\n")[2].strip("\n")
     looked = (others.__doc__ or "").partition("**Looked for**")
     parts = [
@@ -103,15 +140,25 @@ def main(paths: Sequence[Path]) -> None:
         of_4b(four),
         of_grpo(at_end, at_best),
         of_dpo(broken),
-        of_published(published),
+        of_published(of["sft_sweep.md"]) if "sft_sweep.md" in of else kept_section(),
         of_gemma(),
         sources(),
         looked[1] + looked[2].rstrip(),
-        made_on(machine(1)),
+        made_on(machine(1) | {"command": f"python {SCRIPT} {' '.join(names)}"}),
     ]
     PAGE.write_text("\n\n".join(parts) + "\n")
     draw(draw_moved(seven, WAYS[DEFAULT]), PICTURE, dpi=125)
     publish(README, "tables", readme_table(seven))
+
+
+KEPT_SECTION = "## 35 language models"
+
+
+def kept_section() -> str:
+    """The page's own section on 35 models, made when their file was given. No number in it depends on full finetuning."""
+    text = PAGE.read_text()
+    begin = text.index(KEPT_SECTION)
+    return text[begin : text.index("\n## ", begin)].rstrip("\n")
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
@@ -152,8 +199,8 @@ def all_moves(sweep: Sweep) -> str:
     rows = []
     for reading, (name, way) in itertools.product(READINGS, WAYS.items()):
         row = [name, NAMES[sweep.unit][reading]]
-        for to_full in (False, True):
-            found = moves(sweep, way, reading, to_full)
+        for into_full in (False, True):
+            found = moves(sweep, way, reading, into_full)
             off = [each.octaves for each in found if each.octaves is not None]
             lost = [each.lost for each in found]
             squares = [value * value for value in off]
@@ -229,7 +276,21 @@ def constants(sweep: Sweep, rank: int) -> dict[str, float]:
     """The rates of those who do not look at the rank."""
     found = {f"{rate:g}": rate for rate in CONSTANTS}
     formula = tinker.get_lr(sweep.model, sweep.widths.hidden, rank != FULL)
-    return found | ({} if formula is None else {FORMULA: formula})
+    if formula is not None:
+        found[FORMULA] = formula
+    if sweep.alpha(TUNED) == tinker.ALPHA:
+        return found
+    if formula is not None:
+        root = 1.0 if rank == FULL else math.sqrt(tinker.ALPHA / rank)
+        found[FORMULA_CONVERTED] = formula * root
+    at = Reference(TUNED, tinker.ALPHA, fan_in=sweep.widths.mean)
+    law = Falling().bind(get_optimizer_class("AdamW"), {})
+    there = sweep.at(rank)
+    if rank == FULL:
+        found[CONVERTED] = 2e-4 * to_full(law, there.as_factor(), at, "bfloat16")
+    else:
+        found[CONVERTED] = 2e-4 * checked_multiplier(law, there.as_factor(), at)
+    return found
 
 
 def best_in_words(sweep: Sweep, rank: int) -> Iterator[str]:
@@ -292,10 +353,21 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
         for way in (DEFAULT, KEPT)
     )
     best = seven.best["vertex"]
-    to_full = [
-        shortfall(sweep, reading)
-        for sweep, reading in ((seven, "vertex"), (four, "tried"), (at_end, "vertex"))
-    ]
+    to_full, alone, tenth = (
+        [
+            above(sweep, way, reading)
+            for sweep, reading in (
+                (seven, "vertex"),
+                (four, "tried"),
+                (at_end, "vertex"),
+            )
+        ]
+        for way in (DEFAULT, ALONE, TENTH)
+    )
+    formula, converted, given = (
+        [seven.lost(rank, math.log2(constants(seven, rank)[name])) for rank in JUDGED]
+        for name in (FORMULA, FORMULA_CONVERTED, CONVERTED)
+    )
     lines = [
         "**What it says.**",
         "",
@@ -305,8 +377,14 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
         f"from rank 16 to 256. {ROOT} does as well.",
         "* *alpha kept* (4B, 35 models): best rates rise with the rank by a little. A law that follows them gains hundredths "
         f"of a percent over one rate for all. {ROOT} is wrong there.",
-        "* *To full finetuning* the law gives too low a rate: from rank 16 by a factor of "
-        f"{', '.join(f'{factor:.1f}' for factor in to_full)} (7B, 4B, GRPO).",
+        "* *To full finetuning*, from rank 16's best rate, the package's rate is "
+        f"{', '.join(f'{2**each:.1f}' for each in to_full)} times the best one (7B, 4B, GRPO, all in bfloat16). The law alone gives "
+        f"{', '.join(f'{2**each:.1f}' for each in alone)} times, and a tenth of LoRA's rate "
+        f"{', '.join(f'{2**each:.1f}' for each in tenth)} times.",
+        "* *Rates without a run on the 7B*: Tinker's formula is for alpha 32. Used as it is, it loses up to "
+        f"{max(formula):.0f} %; converted to alpha = rank by × √(32 / rank), as its users would, {min(converted):.0f} to "
+        f"{max(converted):.0f} %. 2e-4, read as tuned at rank 16 and alpha 32 and converted by the law, loses {min(given):.1f} to "
+        f"{max(given):.1f} %.",
         '* *Reinforcement learning* (GRPO): a suggestion for other tasks lies where runs collapse, by `task="rl"` where they '
         "learn.",
         "* *A ceiling* (DPO): from rank 8 to 128 the highest rate that leaves stories whole falls as "
@@ -317,12 +395,12 @@ def summary(seven: Sweep, four: Sweep, at_end: Sweep, broken: Broken) -> str:
     return "\n".join(lines)
 
 
-def shortfall(sweep: Sweep, reading: Reading) -> float:
-    """The factor by which the default law's rate of full finetuning is too low, from rank 16."""
-    move = moved(sweep, WAYS[DEFAULT], reading, TUNED, FULL)
+def above(sweep: Sweep, way: str, reading: Reading) -> float:
+    """Octaves by which a way's rate of full finetuning is above the best one, from rank 16."""
+    move = moved(sweep, WAYS[way], reading, TUNED, FULL)
     if move is None or move.octaves is None:
         raise ValueError(f"{sweep.model} has no best rate of full finetuning.")
-    return 2.0**-move.octaves
+    return move.octaves
 
 
 JUDGED = (8, 16, 32, 64, 128, 256)  # ranks of the 7B whose best rate is known
@@ -337,7 +415,8 @@ def of_7b(sweep: Sweep) -> str:
             f"Rates are {grids} apart. At ranks 2 and 4 the highest rate tried is the best one. At rank 8 it is so too, and "
             "the vertex lies below it. Full finetuning was pure bfloat16, where steps of a small rate are rounded away, and "
             "its lowest loss is far above LoRA's. Below 1e-5 it was not tried.",
-            "What a rate without a run loses, % of the loss. Tinker's formula is for alpha 32, and used as it is here:",
+            "What a rate without a run loses, % of the loss. Tinker's formula is for alpha 32. It stands as it is, and converted to "
+            "alpha = rank by × √(32 / rank). 2e-4 too is read as tuned at rank 16 and alpha 32, and converted by the law:",
             without_a_run(sweep),
             "What rank 16's best rate (vertex) loses, %:",
             from_rank(sweep, "vertex", TUNED),
@@ -395,7 +474,7 @@ def of_grpo(at_end: Sweep, at_best: Sweep) -> str:
             f"Rates are {grids} apart, one seed. Accuracy at the end of a run is judged; a collapse shows there. Between "
             'a rate that learns and one that collapses, straight lines mean little. `task="rl"` was set on this file '
             "and on the study's task of reinforcement learning (`suggestion.md`), so nothing here judges it. Full "
-            "finetuning has the same rate by either task.",
+            "finetuning has the lowest best rate of five sources (`full_finetuning.md`), which is too slow for this model.",
             table_of(heads, rows),
             "What a rate without a run loses, points of accuracy at the end:",
             without_a_run(at_end),
@@ -506,9 +585,18 @@ def of_published(path: Path) -> str:
             "bowl which all ranks of a model share. Grids are 1 to 2 octaves apart. There is no full finetuning. The "
             "default law was chosen after a look at 18 of the models, and `suggest_lr` is fitted to all.",
             table_of(heads, rows),
+            from_16(tinker.of_models(path)),
             published_without_a_run(path),
         ]
     )
+
+
+def from_16(runs: Sequence[dict[str, Any]]) -> str:
+    """What is lost from rank 16 on, by the first reading of a best rate."""
+    higher = [run for run in runs if run["rank"] >= TUNED]
+    law, _, unchanged, _ = bench_law(higher, LAWS, best="parabola")
+    lost = [100 * statistics.fmean(score.lost) for score in (unchanged, law)]
+    return f"From rank 16 on, the models lose {lost[0]:.3f} % with an unchanged learning rate and {lost[1]:.3f} % by the default law."
 
 
 def published_without_a_run(path: Path) -> str:
@@ -563,6 +651,9 @@ def readme_table(seven: Sweep) -> str:
         ),
         f"the same, {ROOT}": lambda rank: at_rank(seven, ROOT, rank),
         "the same, unchanged": lambda rank: at_rank(seven, KEPT, rank),
+        "2e-4, tuned at rank 16 and alpha 32, converted by the law": lambda rank: (
+            math.log2(constants(seven, rank)[CONVERTED])
+        ),
         "2e-4 at every rank": lambda rank: math.log2(2e-4),
     }
     rows = [

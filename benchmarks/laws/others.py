@@ -88,6 +88,10 @@ SOURCES = {
 }
 
 
+# A page keeps its section on this file where the file is not given.
+OPTIONAL = ("sft_sweep.md",)
+
+
 def files_by_name(paths: Iterable[Path]) -> dict[str, Path]:
     """The files by the names that this module knows them by, whatever they are called.
 
@@ -103,7 +107,7 @@ def files_by_name(paths: Iterable[Path]) -> dict[str, Path]:
                 f"{path} is none of the files that were read. large_models.md names their sources and hashes."
             )
         given[name] = path
-    missing = [name for name in SOURCES if name not in given]
+    missing = [name for name in SOURCES if name not in given and name not in OPTIONAL]
     if missing:
         raise click.ClickException(f"Missing: {', '.join(missing)}. Give all files.")
     return given

@@ -1,6 +1,6 @@
 """Are the rate that `suggest_lr` gives and its band honest? Tests with models left out in turn, and on our own tasks.
 
-    python benchmarks/laws/suggestion.py sft_sweep.md    # results/suggestion.md
+    python benchmarks/laws/suggestion.py sft_sweep.md    # results/suggestion.md; without the file its rows stay
 
 `tinker.py` reads the file. Alpha was 32. The best rate of a cell (model, rank) is the vertex of the
 parabola through the best three log2 rates. Where the best lies at an edge of the grid, we know only that the vertex
@@ -14,20 +14,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from internals import LOG2_RATE, PUBLISHED, SPREAD, TASK_SD, Z90
 from laws import suggested, tinker
-from recording import machine, record
+from recording import RESULTS, machine, record
 from study.loss_curves import vertex_of
 
 from rankaware_optim import MuA, Reference
 from rankaware_optim.laws import checked_multiplier
 
 RESTS_ON = ("laws", "transfer", "recipe")
+PAGE = RESULTS / "suggestion.md"
 
 
 class Cell(NamedTuple):
@@ -39,24 +40,43 @@ class Cell(NamedTuple):
 
 
 @click.command()
-@click.argument("sweep", type=click.Path(exists=True, path_type=Path))
-def main(sweep: Path) -> None:
-    """Write results/suggestion.md."""
+@click.argument("sweep", type=click.Path(exists=True, path_type=Path), required=False)
+def main(sweep: Path | None) -> None:
+    """Write results/suggestion.md. Without the file the page keeps what was made of it."""
     on = machine(1)
+    if sweep is None:
+        write([*kept_rows()], [kept_note()], on)
+        return
     cells = read(tinker.checked(sweep))
     middle, spread = fit(cells)
     if (middle, spread) != (LOG2_RATE, SPREAD):
         raise SystemExit(
             f"The package holds {LOG2_RATE}, {SPREAD}; the sweep gives {middle}, {spread}."
         )
+    write(left_out(cells), notes(cells), on)
+
+
+def write(
+    published: Sequence[dict[str, Any]], notes: Sequence[str], on: dict[str, Any]
+) -> None:
     title = "Suggested rates: does the 90 % band hold what it says?"
-    said = [
-        *notes(cells),
-        tinker.WORDS,
-        suggested.losses(),
-        suggested.reinforcement(),
-    ]
-    record("suggestion", title, [*left_out(cells), *own_tasks()], on, said)
+    said = [*notes, tinker.WORDS, suggested.losses(), suggested.reinforcement()]
+    record("suggestion", title, [*published, *own_tasks()], on, said)
+
+
+def kept_rows() -> Iterator[dict[str, Any]]:
+    """The page's own rows of published models. They depend on the law and on nothing of full finetuning."""
+    lines = PAGE.read_text().splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    for cells in table:
+        if cells[0].startswith("published"):
+            yield dict(zip(table[0], cells, strict=True))
+
+
+def kept_note() -> str:
+    """The page's own note on the published models."""
+    lines = PAGE.read_text().splitlines()
+    return next(line for line in lines if line.startswith("Published: "))
 
 
 def read(sweep: Path) -> list[Cell]:

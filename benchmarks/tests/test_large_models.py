@@ -108,7 +108,8 @@ def followed(csv_of: Callable[[str, Lines], Path]) -> others.Sweep:
 
 def test_a_sweep_that_follows_the_law_is_moved_by_it(followed: others.Sweep) -> None:
     """Its best rates are met at every rank and in full finetuning, and a kept one is off by what they differ."""
-    law, kept = (large_models.WAYS[name] for name in ("the default law", "kept"))
+    names = (large_models.ALONE, large_models.KEPT)
+    law, kept = (large_models.WAYS[name] for name in names)
     for to_full in (False, True):
         found = large_models.moves(followed, law, "vertex", to_full)
         assert len(found) == (len(RANKS) if to_full else 6)
@@ -118,6 +119,22 @@ def test_a_sweep_that_follows_the_law_is_moved_by_it(followed: others.Sweep) -> 
     move = large_models.moved(followed, kept, "vertex", 4, 64)
     assert move.octaves == pytest.approx(best[4] - best[64])
     assert move.lost > 3
+
+
+def test_the_packages_way_to_full_finetuning_is_its_ratio(
+    followed: others.Sweep,
+) -> None:
+    """Between ranks the package's way is the law, and to full finetuning and back it is one ratio, in bfloat16."""
+    way, law = (
+        large_models.WAYS[name] for name in ("the default law", large_models.ALONE)
+    )
+    assert way(followed, 4, 64) == law(followed, 4, 64)
+    there, back = way(followed, 16, FULL), way(followed, FULL, 16)
+    assert there == pytest.approx(-back)
+    to_32 = Falling().multiplier(
+        Reference(16, 32, fan_in=followed.widths.mean).as_factor(), followed.at(16)
+    )
+    assert there == pytest.approx(math.log2(to_32 * 2.8 / 26))
 
 
 def test_what_is_not_known_is_not_moved(followed: others.Sweep) -> None:
