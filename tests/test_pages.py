@@ -25,7 +25,7 @@ from .test_examples import batches, build
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ("index", "quickstart", "which-rate", "notebooks", "loops", "inspect", "calibrate", "short-long", "recipes",
-         "full-finetuning", "extend/convention")  # fmt: skip
+         "full-finetuning", "extend/convention", "extend/law")  # fmt: skip
 
 
 SHOWN = runpy.run_path(str(DOCS / "shown.py"))
