@@ -1,6 +1,6 @@
-"""Adapters built by the libraries themselves, a case each: what inspection must read, and a builder for the oracle.
+"""Adapters that the libraries themselves build: a table with what inspection must read of each.
 
-Libraries are imported inside the builders, so the table can be read where none is installed.
+Libraries are imported inside the builders, so that the table can be read where none is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankaware_optim.testing import check_convention
 
 from .oracle import check_initialize, oracle, output_of
 
-# of layers whose factors are both drawn, or that have an init of their own
+# the error for layers that draw both A and B, or that have an init of their own
 NO_START = "needs an init of its own|with A and B drawn"
 MODULES = {
     "lycoris-lora": "lycoris.modules",
@@ -42,10 +42,11 @@ def rslora(rank: int, alpha: float) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of `package` at (rank, alpha), and what the survey must say of it.
+    """A layer of a library, and what the survey must say about it.
 
-    `fans` are fan-in and fan-out of each pair, in the model's order. `probed` is False where
-    several layers are adapted. `other` is the kind of what else trains, beside which there is no probe.
+    package: the package that must be installed. make: builds the layer from rank and alpha. fans: fan-in and fan-out
+    of each pair, in the model's order. probed: whether check_convention can probe it, which it cannot if several
+    layers are adapted. other: the kind of the other parameters that train, if there are any.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Case:
     other: str | None = None
 
     def expected(self, rank: int, alpha: float) -> dict[str, Any]:
-        """What `read` must give of a layer built at (rank, alpha)."""
+        """Return what `read` must return for the layer of this rank and alpha."""
         return {
             "convention": {self.convention},
             "rank": {rank},
@@ -74,7 +75,7 @@ class Case:
 
 
 def rows(package: str, title: str, convention: str) -> Callable[..., Case]:
-    """What makes cases of a package: of linear layers of one convention, unless they say something else."""
+    """Return a function that makes the cases of one package. By default they are linear layers of one convention."""
 
     def case(
         name: str, make: Any, inputs: Any = None, fans: Any = DENSE, **own: Any
@@ -87,7 +88,7 @@ def rows(package: str, title: str, convention: str) -> Callable[..., Case]:
 
 
 def check_layer(case: Case) -> None:
-    """A library's layer is read as declared, computes and trains as read, and starts at another init unchanged."""
+    """Check that a library's layer is read as declared, computes and trains as read, and can be initialised."""
     module = MODULES.get(case.package, case.package)
     pytest.importorskip(module, exc_type=ImportError)
     for rank, alpha in ((2, 3.0), (4, 8.0)):
@@ -105,8 +106,8 @@ def check_layer(case: Case) -> None:
 
 
 def read(model: nn.Module) -> dict[str, Any]:
-    """A survey in short, of factors that come as pairs of A and B: what they are said to be, the fans of each A, and
-    the kinds of what else trains.
+    """Return a survey in short: the values that A and B have in common, the fans of each pair, and the kinds of other
+    parameters.
     """
     survey = inspect_model(model)
     roles = [f.role for f in survey.factors]
@@ -119,7 +120,7 @@ def read(model: nn.Module) -> dict[str, Any]:
 
 
 def drawn(*shape: int) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """One input of this shape, the same at every call."""
+    """Return a function that returns one random input of this shape, the same at every call."""
     return lambda: (torch.randn(*shape, generator=torch.Generator().manual_seed(1)),)
 
 
@@ -131,7 +132,7 @@ def tokens() -> tuple[torch.Tensor, ...]:
 
 
 class One(nn.Module):
-    """A model of one layer `q`, and a trainable-by-request `head` that does not touch the answer."""
+    """A model with one layer `q`, and a `head` that does not change the output."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of matrices, (experts, in, out) where `is_transposed`, else (experts, out, in)."""
+    """A stack of matrices, (experts, in, out) if `transposed`, else (experts, out, in)."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class Experts(nn.Module):
 def peft(
     layer: Callable[[], nn.Module], **options: Any
 ) -> Callable[[int, float], nn.Module]:
-    """PEFT's adapter on layer `q`; options may be functions of rank and alpha."""
+    """Return a builder of PEFT's adapter on layer `q`. Options may be functions of rank and alpha."""
 
     def make(rank: int, alpha: float) -> nn.Module:
         from peft import LoraConfig, get_peft_model
@@ -218,7 +219,7 @@ def dense() -> nn.Module:
 
 
 def legacy(rank: int, alpha: float) -> nn.Module:
-    """Deprecated, and still in old checkpoints' loaders."""
+    """Return diffusers' deprecated LoRA layer, which loaders of old checkpoints still use."""
     from diffusers.models.lora import LoRALinearLayer
 
     return LoRALinearLayer(IN, OUT, rank=rank, network_alpha=alpha)
@@ -230,7 +231,7 @@ CONV1, CONV2, CONV3 = ((12, 8),), ((36, 8),), ((108, 8),)  # fans
 
 
 def conv(dimensions: int, **options: Any) -> Callable[[], nn.Module]:
-    """A convolution from 4 to 8 channels, of kernel 3."""
+    """Return a builder of a convolution from 4 to 8 channels with kernel size 3."""
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
     return lambda: kind(4, 8, 3, **options)
 
@@ -329,7 +330,7 @@ def _loralib_cases() -> list[Case]:
 
 
 class Beside(nn.Module):
-    """A frozen layer whose forward LyCORIS's module has taken over, and that module."""
+    """A frozen layer whose forward is replaced by LyCORIS's module, and that module."""
 
     def __init__(
         self, base: nn.Module, module: str, rank: int, alpha: float, **options: Any
@@ -439,7 +440,8 @@ def _other_cases() -> list[Case]:
 
 # --- adapters that are no LoRA pair ---------------------------------------------------------------------------------
 
-# PEFT's method: the kind its parameters are named, and what it needs on a layer of 64 × 64.
+# By PEFT's name of a method: the kind that its parameters have, and the settings that it needs for
+# a layer of 64 × 64.
 OTHER_TUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LOHA": ("LoHa", {}),
     "LOKR": ("LoKr", {}),
@@ -486,7 +488,7 @@ OTHER_MODULES = {
 
 
 def other_tuner(name: str) -> nn.Module:
-    """A layer under PEFT's method of this name."""
+    """Return a layer under the PEFT method of this name."""
     from peft import get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 
@@ -504,6 +506,6 @@ CASES = [
 
 
 def each_case(packages: Collection[str]) -> pytest.MarkDecorator:
-    """The layers of these packages, as rows of a test."""
+    """Return the layers of these packages as rows of a test."""
     cases = [case for case in CASES if case.package in packages]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)

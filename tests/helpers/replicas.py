@@ -1,7 +1,7 @@
-"""Adapters of libraries that no test environment has, or that only copied code shows: replicas in plain torch.
+"""Replicas in plain torch of adapters whose libraries no test environment has, or that exist only as copied code.
 
-Written from the attributes and shapes that the libraries document, to hold a row of the table against something that
-computes and trains; they are not the libraries.
+They are written from the attributes and shapes that the libraries document. So a row of the table of conventions can
+be tested against a module that computes and trains.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def direct(rank, alpha):
 
 
 class Replica(nn.Module):
-    """A frozen base, the factors and attributes given, and `by` times what the factors make of an input."""
+    """A frozen base layer with a LoRA pair beside it. `by` is the scaling, and `moved` names A and B."""
 
     def __init__(self, base, by, moved, members):
         super().__init__()
@@ -54,7 +54,7 @@ class Replica(nn.Module):
 
 
 class Columns(nn.Module):
-    """A matrix stored (in, out), or a stack of three of them."""
+    """A matrix that is stored as (in, out), or a stack of three."""
 
     def __init__(self, *stack):
         super().__init__()
@@ -65,7 +65,7 @@ class Columns(nn.Module):
 
 
 def of_modules(*names: str, declares: Declared, by=per_rank, stack=()) -> Make:
-    """Two modules of these names with a weight (rank, in) and (out, rank)."""
+    """Return a builder with A and B as modules of these names, with weights (rank, in) and (out, rank)."""
 
     def make(rank, alpha):
         pair = Weight(drawn(*stack, rank, IN)), Weight(zeros(*stack, OUT, rank))
@@ -76,7 +76,7 @@ def of_modules(*names: str, declares: Declared, by=per_rank, stack=()) -> Make:
 
 
 def of_parameters(*names: str, declares: Declared, stack=()) -> Make:
-    """Two parameters of these names, stored (in, rank) and (rank, out)."""
+    """Return a builder with A and B as parameters of these names, stored (in, rank) and (rank, out)."""
 
     def make(rank, alpha):
         pair = drawn(*stack, IN, rank), zeros(*stack, rank, OUT)
@@ -87,7 +87,7 @@ def of_parameters(*names: str, declares: Declared, stack=()) -> Make:
 
 
 class Parametrization(nn.Module):
-    """minLoRA's: W + scaling · B · A, or both transposed for a weight stored (in, out)."""
+    """minLoRA's: W + scaling · B · A, or both transposed for a weight that is stored (in, out)."""
 
     def __init__(self, rank, alpha, swapped):
         super().__init__()
@@ -160,7 +160,7 @@ x, stacks, images = seeded(5, IN), seeded(3, 5, IN), seeded(2, 4, 6, 6)
 
 
 def written(name: str, convention: str, make: Make, inputs=x, **own) -> Case:
-    """The case of a replica."""
+    """Return the case of a replica."""
     return Case(name, "row only", convention, make, lambda: (inputs,), DENSE, **own)
 
 

@@ -1,4 +1,6 @@
-"""The table of conventions: replicas of libraries that no test environment has, third-party rows, what is no pair."""
+"""The table of conventions: replicas of libraries that no test environment has, conventions of third parties, and
+modules that are no adapter.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ from ..helpers.replicas import (
 
 @pytest.fixture
 def registered():
-    """Registers conventions for one test."""
+    """Register conventions for the duration of one test."""
     rows = []
 
     def register(row):
@@ -57,14 +59,14 @@ def registered():
 
 @pytest.mark.parametrize("case", REPLICAS, ids=lambda case: case.name)
 def test_a_replica_is_read_and_trains_as_read(case):
-    """A replica's row gives rank, fans, scaling, kind and init, and passes the ones-probe and the oracle."""
+    """A replica is read with the right rank, fans, scaling, kind and init, and computes and trains accordingly."""
     assert read(case.make(4, 8.0)) == case.expected(4, 8.0)
     assert check_convention(case.make, *case.inputs()) < 1e-9
     assert oracle(case.make, *case.inputs()) < 1e-12
 
 
 def test_a_rank_declared_in_a_configuration_is_compared():
-    """DeepSpeed's layer declares its rank in `lora_config`, and another than the shapes' is an error."""
+    """DeepSpeed's layer declares its rank in `lora_config`. It is an error if the shapes have another rank."""
     layer = deepspeed_linear(4, 8.0)
     layer.lora_config.lora_r = 16
     with pytest.raises(InspectionError, match="declares rank 16"):
@@ -72,7 +74,7 @@ def test_a_rank_declared_in_a_configuration_is_compared():
 
 
 def test_the_check_leaves_the_random_state_alone():
-    """The global generator is where it was."""
+    """check_convention does not change the global random state."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     check_convention(megatron, x)
@@ -81,7 +83,7 @@ def test_the_check_leaves_the_random_state_alone():
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
 def test_a_frozen_factor_stays_as_it_is(frozen):
-    """Where only one of the two factors trains, as in LoRA-FA, that one takes the whole change of scaling."""
+    """If only A or only B trains, as in LoRA-FA, a change of scaling is compensated by that matrix alone."""
 
     def make(rank, alpha):
         layer = adapted(rank=rank, scaling=alpha / rank, init="other")
@@ -105,7 +107,7 @@ def honest(rank, alpha):
 
 
 def lying(rank, alpha):
-    """A layer that says alpha where it multiplies by alpha / rank."""
+    """Return a layer that declares alpha as its scaling but multiplies by alpha / rank."""
     layer = honest(rank, alpha)
     layer.held, layer.scaling = layer.multiplier, alpha
     return layer
@@ -136,7 +138,7 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_the_check_names_what_fails(lie):
-    """A convention that is read wrongly is an error that names what was read."""
+    """check_convention raises an error that says what was read wrongly."""
     make, row, sentence = LIES[lie]
     with pytest.raises(InspectionError, match=sentence):
         check_convention(make, x, convention=row)
@@ -144,7 +146,7 @@ def test_the_check_names_what_fails(lie):
 
 
 def test_the_oracle_of_these_tests_tells_a_wrong_scaling():
-    """Behind a nonlinearity too, two trainings tell a scaling that is not alpha's."""
+    """The oracle of these tests notices a wrong scaling, also behind a nonlinearity."""
 
     def squared(rank, alpha):
         layer = honest(rank, alpha)
@@ -163,7 +165,7 @@ STRANGER = Convention(
 
 
 def test_a_registered_row_goes_before_built_in_ones(registered):
-    """Where a registered row and a built-in one fit the same attributes, the registered one reads them."""
+    """A registered convention is tried before a built-in one that fits the same attributes."""
     registered(Convention("mine", "lora_A", "lora_B", kind="mine"))
     factors = inspect_model(adapted()).factors
     assert {(f.convention, f.kind) for f in factors} == {("mine", "mine")}
@@ -178,7 +180,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("row", "sentence"), BAD_ROWS)
 def test_rows_that_make_no_sense_are_refused(row, sentence):
-    """What is no row is an error at registration, and nothing is registered."""
+    """An impossible convention is an error when it is registered, and is not added."""
     before = conventions()
     with pytest.raises(InspectionError, match=re.escape(sentence)):
         register_convention(row)
@@ -186,7 +188,9 @@ def test_rows_that_make_no_sense_are_refused(row, sentence):
 
 
 def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registered):
-    """Registering is idempotent; a second row of the name is an error, and fine after the first is removed."""
+    """Registering an equal convention again changes nothing. Another one of the same name is an error until the first
+    is removed.
+    """
     registered(STRANGER)
     register_convention(STRANGER)
     with pytest.raises(InspectionError, match="Another Convention is called 'gain'"):
@@ -197,7 +201,7 @@ def test_the_same_row_may_be_registered_again_but_no_other_of_its_name(registere
 
 
 def test_broken_rows_of_other_packages_are_left_out(monkeypatch):
-    """What an entry point cannot give warns once, and all other rows stay."""
+    """An entry point that cannot be loaded gives one warning, and all other conventions stay."""
     points = [
         EntryPoint("broken", "not_there_at_all:ROW", "g"),
         EntryPoint("none", "builtins:dict", "g"),
@@ -229,7 +233,7 @@ junk = st.none() | numbers | st.text(max_size=2) | lists | st.builds(dict)
     values=st.lists(junk, min_size=12, max_size=12),
 )
 def test_any_shapes_and_declarations_give_a_reading_or_our_error(row, shapes, values):
-    """Whatever a module declares, its pair has positive rank, fans and scaling, or inspection raises its own error."""
+    """Whatever a module declares, its pair is read with positive rank, fans and scaling, or the error is ours."""
     owner, left = nn.Module(), iter(values)
     for name in (*row.where, *row.rank, *row.scaling, *row.alpha):
         setattr(owner, name.partition(".")[0], next(left))
@@ -253,7 +257,7 @@ def refusing(owner, a, b):
 
 
 def test_a_layouts_own_error_reaches_the_user(registered):
-    """An InspectionError that a layout raises is not taken for a reading that does not fit."""
+    """An InspectionError that a layout raises reaches the user."""
     registered(Convention("refusing", "lora_A", "lora_B", layouts=(refusing, "rows")))
     with pytest.raises(InspectionError, match=r"This layout knows why\. Ask it\."):
         inspect_model(adapted())
@@ -268,7 +272,7 @@ BAD_LAYOUTS = [
 
 @pytest.mark.parametrize("layout", BAD_LAYOUTS)
 def test_a_layout_that_gives_no_reading_does_not_fit(layout):
-    """A third-party layout that returns something else, or raises, is an error that names the layer and the shapes."""
+    """A third-party layout that raises or returns something else is an error that names the layer and the shapes."""
     row = Convention("bad layout", "lora_A", "lora_B", layouts=(layout,))
     message = r"declares rank 2 but lora_A has shape \(2, 12\)"
     with pytest.raises(InspectionError, match=message):
@@ -279,7 +283,7 @@ def test_a_layout_that_gives_no_reading_does_not_fit(layout):
 
 
 def of_layers(first, second):
-    """Two linear layers by these names, between which there is little room."""
+    """Return two linear layers with these names, with a small width between them."""
     return nn.ModuleDict({first: nn.Linear(IN, 4), second: nn.Linear(4, OUT)})
 
 
@@ -288,7 +292,7 @@ def gate():
 
 
 def half(name):
-    """A module that owns only one of two factors."""
+    """Return a module that has only A or only B."""
     lone = nn.Module()
     lone.register_parameter(name, nn.Parameter(torch.ones(4, 4)))
     return lone
@@ -306,7 +310,7 @@ NO_PAIRS = {
 
 @pytest.mark.parametrize("model", NO_PAIRS.values(), ids=list(NO_PAIRS))
 def test_ordinary_layers_are_no_adapter(model):
-    """Layers and gates of a base model with common names, and half a pair, are not taken for an adapter."""
+    """Layers of a base model with common names, gates, and half a pair are not taken for an adapter."""
     with pytest.raises(InspectionError, match="No trainable LoRA pair"):
         inspect_model(model)
     survey = inspect_model(nn.ModuleDict({"base": model, "up": adapted()}))
@@ -316,7 +320,7 @@ def test_ordinary_layers_are_no_adapter(model):
 
 
 def test_a_peft_method_that_inspection_does_not_know_is_named():
-    """A model under such a method is not told to call get_peft_model, which it did."""
+    """The error for an unknown PEFT method names it, and does not advise to call get_peft_model, which was called."""
     model = nn.Linear(3, 3)
     model.peft_config = {"default": SimpleNamespace(peft_type="NEWFT")}
     with pytest.raises(InspectionError, match="PEFT method is NEWFT") as caught:
@@ -326,7 +330,9 @@ def test_a_peft_method_that_inspection_does_not_know_is_named():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_new_tokens_alone_are_an_adapter(frozen):
-    """PEFT can train new tokens and nothing else. Beside frozen LoRA matrices they do not hide that these are frozen."""
+    """PEFT can train new tokens and nothing else. Beside frozen LoRA matrices the error still says that these are
+    frozen.
+    """
     model = nn.ModuleDict({"embed": nn.Module()})
     model["embed"].trainable_tokens_delta = nn.ParameterDict({"x": torch.ones(2, 3)})
     if frozen:
@@ -363,12 +369,12 @@ KINDS = [
 
 @pytest.mark.parametrize(("name", "kind", "adapter"), KINDS)
 def test_other_kinds_are_named(name, kind, adapter):
-    """A parameter's name tells the kind of adapter it belongs to, and whether that is a separate method."""
+    """The name of a parameter tells the kind of its adapter, and whether that is a method of its own."""
     assert other_kind(name) == kind
     assert is_other_adapter(name) is adapter
 
 
 def test_every_row_has_a_case():
-    """Every row is held against a real library or a replica."""
+    """Every row of the table is tested against a real library or a replica."""
     held = {case.convention for case in (*CASES, *REPLICAS)}
     assert {row.name for row in CONVENTIONS} == held

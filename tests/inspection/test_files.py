@@ -1,4 +1,4 @@
-"""Adapter files: what is read from their headers, and that no file, however damaged, raises an error but ours."""
+"""Adapter files: what is read from their headers. No file, however damaged, raises an error that is not ours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = {
 def pair(
     layer: str = LAYER, rank: int = RANK, *, fan_in=32, fan_out=48, kernel=()
 ) -> dict[str, torch.Tensor]:
-    """One adapted layer as PEFT saves it."""
+    """Return the tensors of one adapted layer as PEFT saves it."""
     a = torch.zeros(rank, fan_in, *kernel)
     return {
         f"{layer}.lora_A.weight": a,
@@ -48,7 +48,7 @@ def pair(
 
 
 def kohya(layer: str, rank: int, alpha: float | None) -> dict[str, torch.Tensor]:
-    """One adapted layer as kohya's scripts save it."""
+    """Return the tensors of one adapted layer as kohya's scripts save it."""
     made = {
         f"{layer}.lora_down.weight": torch.zeros(rank, 32),
         f"{layer}.lora_up.weight": torch.zeros(48, rank),
@@ -58,7 +58,7 @@ def kohya(layer: str, rank: int, alpha: float | None) -> dict[str, torch.Tensor]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a PEFT folder of these tensors, with `changes` to its configuration; None drops a key."""
+    """Return a function that makes a PEFT folder. `changes` replace entries of its configuration; None removes one."""
 
     def make(tensors=None, **changes):
         save_file(pair() if tensors is None else tensors, tmp_path / WEIGHTS)
@@ -72,7 +72,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def file_of(tmp_path):
-    """Makes a file of these tensors and metadata."""
+    """Return a function that makes a file of these tensors and metadata."""
 
     def make(tensors, metadata=None):
         save_file(tensors, tmp_path / "x.safetensors", metadata)
@@ -82,7 +82,7 @@ def file_of(tmp_path):
 
 
 def scalings(survey) -> dict[str, float]:
-    """The scaling of every layer."""
+    """Return the scaling of every layer."""
     return {factor.layer: factor.scaling for factor in survey.factors}
 
 
@@ -108,7 +108,7 @@ def only_our_errors(path) -> None:
 
 
 def test_an_init_that_the_files_cannot_declare_is_given(folder):
-    """init= replaces the declared init of every pair, as after `initialize`, and another value is refused."""
+    """init= replaces the declared init of every pair, and impossible values are errors."""
     path = folder()
     assert {factor.init for factor in inspect_file(path).factors} == {"A"}
     assert {factor.init for factor in inspect_file(path, init="B").factors} == {"B"}
@@ -117,7 +117,7 @@ def test_an_init_that_the_files_cannot_declare_is_given(folder):
 
 
 def test_a_peft_folder_is_surveyed(folder):
-    """Beside the factors the survey has their layer, and what else trains."""
+    """The survey of a PEFT folder has the LoRA matrices with their layers, and the other tensors."""
     survey = inspect_file(
         folder({**pair(), "base_model.model.score.weight": torch.zeros(2, 2)})
     )
@@ -147,7 +147,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("changes", "scaling", "init"), CONFIGS)
 def test_the_configuration_decides_scaling_and_init(changes, scaling, init, folder):
-    """alpha, its patterns, rsLoRA and the declared init are PEFT's."""
+    """Scaling and init follow the configuration's alpha, patterns, rsLoRA and declared init, as in PEFT."""
     for factor in inspect_file(folder(**changes)).factors:
         assert (factor.scaling, factor.init) == (pytest.approx(scaling), init)
 
@@ -188,7 +188,7 @@ SECOND = {"lora_A": "lora_B", "embedding_A": "embedding_B", "down": "up"}
 
 @pytest.mark.parametrize(("first", "a", "b", "changes", "expected"), READINGS)
 def test_every_layout_is_read(first, a, b, changes, expected, folder):
-    """Rank, fans, scaling, init, kind and convention of each dialect's keys and shapes, with a configuration or alone."""
+    """Every library's names and shapes are read, with a configuration and without."""
     second = first
     for one, other in SECOND.items():
         second = second.replace(one, other)
@@ -203,7 +203,9 @@ def test_every_layout_is_read(first, a, b, changes, expected, folder):
 
 
 def test_a_square_pair_of_bare_tensors_may_be_stored_either_way(folder):
-    """A file of lora_A (64, 4) and lora_B (4, 64) is refused; a configuration, or modules' weights, say the rank."""
+    """A file with lora_A (64, 4) and lora_B (4, 64) is ambiguous. A configuration, or names of modules, decide the
+    rank.
+    """
     tensors = {"x.lora_A": torch.zeros(64, 4), "x.lora_B": torch.zeros(4, 64)}
     with pytest.raises(InspectionError, match=r"declares no rank.* may be 64 or 4"):
         inspect_file(folder(tensors) / WEIGHTS)
@@ -222,7 +224,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("keys", "changes"), OTHERS)
 def test_an_adapter_without_a_law_is_a_survey_without_factors(keys, changes, folder):
-    """LoHa, LoKr, VeRA and what only the configuration names are listed, not refused; their alpha is no tensor."""
+    """Adapters without a law, such as LoHa, are listed by kind and have no LoRA matrices."""
     others = [key for key in keys if key != "x.alpha"]
     tensors = {key: torch.zeros((4, 4) if key in others else ()) for key in keys}
     survey = inspect_file(folder(tensors, **changes))
@@ -244,28 +246,30 @@ ALPHAS = [
 
 @pytest.mark.parametrize(("alphas", "expected"), ALPHAS)
 def test_a_layers_alpha_is_a_number_of_any_dtype(alphas, expected, file_of):
-    """It gives the layer's scaling and is no other tensor; any other `alpha` is one."""
+    """A layer's `alpha` of one element is read as a number, in any dtype. A larger tensor of that name is a
+    parameter.
+    """
     survey = inspect_file(file_of({**kohya("x", 8, None), **alphas}))
     assert scalings(survey) == expected
     assert set(survey.other) == (set() if expected["x"] == 0.5 else set(alphas))
 
 
 def test_a_files_own_alpha_is_divided_by_the_rank(folder):
-    """The `use_rslora` of the configuration is for its own alpha, not for one that the file has."""
+    """An alpha in the file is divided by the rank, even if the configuration has `use_rslora`."""
     tensors = {**pair(), f"{LAYER}.alpha": torch.tensor(4.0)}
     survey = inspect_file(folder(tensors, use_rslora=True))
     assert {f.scaling for f in survey.factors} == {4 / RANK}
 
 
 def test_a_pair_at_the_top_of_a_file_has_its_alpha(file_of):
-    """The state_dict of a single layer has names without a layer, its alpha too."""
+    """The state_dict of a single layer has no layer names, and its alpha is found too."""
     tensors = kohya("x", 8, 4.0).items()
     survey = inspect_file(file_of({n.removeprefix("x."): t for n, t in tensors}))
     assert (scalings(survey), survey.other) == ({"": 0.5}, ())
 
 
 def test_a_diffusers_file_carries_its_configurations(file_of):
-    """Each part of the pipeline has its own entries in the metadata; the part's name is no part of a pattern's."""
+    """Each part of a diffusers pipeline has its own configuration in the metadata."""
     entries = {
         "unet.r": 8,
         "unet.lora_alpha": 16,
@@ -293,7 +297,9 @@ def test_a_diffusers_file_carries_its_configurations(file_of):
 
 
 def test_peft_s_own_file_is_taken_among_several(folder):
-    """Beside a configuration adapter_model.safetensors is the one, and without it none; else the only one is."""
+    """Of several files in a folder, adapter_model.safetensors beside a configuration is read. Without it several are
+    an error.
+    """
     made = folder()
     save_file({"w": torch.zeros(1)}, made / "another.safetensors")
     assert len(inspect_file(made).factors) == 2
@@ -308,7 +314,7 @@ def test_peft_s_own_file_is_taken_among_several(folder):
 
 
 def test_a_hundred_gigabytes_are_surveyed_in_a_second(tmp_path):
-    """Only the header is read, of a sparse file of 100 GB in 4,000 tensors."""
+    """Only the header is read: a sparse file of 100 GB with 4,000 tensors takes less than a second."""
     header: dict[str, dict] = {}
     end = 0
     for i in range(2000):
@@ -348,7 +354,7 @@ RAW = [
 
 @pytest.mark.parametrize(("header", "data"), RAW)
 def test_damaged_files_are_refused(header, data, tmp_path):
-    """A file cut short, of another format, or with a header that lies is an error naming the file."""
+    """A truncated file, another format, or a wrong header is an error that names the file."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = write_raw(tmp_path / "x.safetensors", encoded, data)
     with pytest.raises(InspectionError, match=re.escape(str(path))):
@@ -356,7 +362,7 @@ def test_damaged_files_are_refused(header, data, tmp_path):
 
 
 class Bomb:
-    """Runs code where it is unpickled."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return pytest.fail, ("unpickled",)
@@ -364,7 +370,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "lora.pt", "x.safetensors"])
 def test_a_pickle_is_refused_unread(name, folder):
-    """A pickle, alone or as all that a folder holds, is refused, by another name too; nothing in it is run."""
+    """A pickle is an error under any name, and no code in it runs."""
     made = folder()
     (made / WEIGHTS).unlink()
     (made / name).write_bytes(pickle.dumps(Bomb()))
@@ -376,7 +382,7 @@ def test_a_pickle_is_refused_unread(name, folder):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 @pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "x\0y", "pipe.safetensors"])
 def test_what_is_no_file_is_refused_at_once(name, tmp_path):
-    """Missing, too long or with a zero in it, or a pipe, which nobody may ever write to: an error of ours."""
+    """A missing file, an impossible path and a named pipe are errors at once, without waiting."""
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(InspectionError, match="there is no such file"):
         inspect_file(f"{tmp_path}/{name}")
@@ -397,7 +403,7 @@ MISFITS = [
 
 @pytest.mark.parametrize(("a", "b"), MISFITS)
 def test_shapes_that_fit_no_pair_are_refused(a, b, folder):
-    """Two halves whose shapes make no pair are an error that names both."""
+    """A and B whose shapes do not fit are an error that names both."""
     tensors = {"x.lora_A.weight": torch.zeros(a), "x.lora_B.weight": torch.zeros(b)}
     with pytest.raises(InspectionError, match=r"lora_A\.weight.* \(.*lora_B\.weight"):
         inspect_file(folder(tensors))
@@ -408,14 +414,14 @@ NO_PAIRS = [["x.weight"], ["x.up.weight", "x.down.weight", "x.alpha"], []]
 
 @pytest.mark.parametrize("keys", NO_PAIRS)
 def test_a_file_without_a_pair_is_refused(keys, file_of):
-    """A base model, whose blocks may have `up`, `down` and `alpha`, or nothing at all is an error."""
+    """A base model, whose blocks may have `up`, `down` and `alpha`, and an empty file are errors."""
     path = file_of({key: torch.zeros(8, 8) for key in keys})
     with pytest.raises(InspectionError, match=f"no LoRA pair among its {len(keys)}"):
         inspect_file(path)
 
 
 def test_mlx_pairs_are_refused(file_of):
-    """They have torchtune's names and are transposed."""
+    """MLX uses torchtune's names but transposes the matrices, so its files are errors."""
     path = file_of({"x.lora_a": torch.zeros(32, 8), "x.lora_b": torch.zeros(8, 48)})
     with pytest.raises(InspectionError, match="declares no rank but"):
         inspect_file(path)
@@ -426,7 +432,7 @@ HALVES = ["x.lora_A.weight", "x.lora_B", "y.lora_up.weight", "x.lora.down.weight
 
 @pytest.mark.parametrize("key", HALVES)
 def test_half_a_pair_is_refused(key, folder):
-    """A factor whose other half is missing is named, though other pairs are whole."""
+    """A matrix without its counterpart is named, even if other pairs are complete."""
     with pytest.raises(InspectionError, match=f"{key} has no counterpart"):
         inspect_file(folder({**pair("z"), key: torch.zeros(8, 8)}))
 
@@ -435,7 +441,7 @@ def test_half_a_pair_is_refused(key, folder):
 
 
 class Gain(torch.nn.Module):
-    """A third-party layer: reduce (in, r), expand (r, out), and the multiplier as a buffer."""
+    """A third-party layer: reduce (in, r), expand (r, out), and the scaling as a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -445,7 +451,7 @@ class Gain(torch.nn.Module):
 
 
 class Gated(Gain):
-    """A block of a base model that calls its weights so, and has a gate."""
+    """A block of a base model that uses the same names but has a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,7 +469,9 @@ ROW = Convention(
 
 
 def test_one_row_reads_models_and_files(file_of):
-    """A registered convention reads a pair of a model and of its file alike, and no block that has what it excludes."""
+    """A registered convention reads the pair of a model and of its file, and skips a block with an excluded
+    attribute.
+    """
     model = torch.nn.ModuleDict({"x": Gain(), "mlp": Gated()})
     path = file_of(model.state_dict())
     register_convention(ROW)
@@ -490,14 +498,14 @@ COLLISIONS = [
 
 @pytest.mark.parametrize(("first", "second"), COLLISIONS)
 def test_keys_that_collide_are_refused(first, second, folder):
-    """One layer's pair given twice, with and without an adapter's name, a prefix or another marker, is an error."""
+    """A layer whose pair is stored twice, for example with and without an adapter's name, is an error."""
     again = {first: torch.zeros(8, 32), second: torch.zeros(48, 8)}
     with pytest.raises(InspectionError, match="another tensor has its place"):
         inspect_file(folder(pair("x") | again))
 
 
 def test_two_adapters_of_one_layer_do_not_collide(file_of):
-    """A model's whole state may hold several adapters by name."""
+    """A model's whole state may have several adapters with names."""
     two = {
         key.replace("weight", f"{name}.weight"): value
         for name in ("a", "b")
@@ -507,7 +515,7 @@ def test_two_adapters_of_one_layer_do_not_collide(file_of):
 
 
 def test_a_declared_rank_at_odds_with_the_shapes_is_refused(folder):
-    """The error names both files, the key and both numbers."""
+    """If the declared rank and the shapes differ, the error names both files, the key and both numbers."""
     made = folder(r=16, rank_pattern={"k_proj": 8})
     with pytest.raises(InspectionError) as caught:
         inspect_file(made)
@@ -539,7 +547,7 @@ BAD_CONFIGS = [
 
 @pytest.mark.parametrize(("name", "value"), BAD_CONFIGS, ids=range(len(BAD_CONFIGS)))
 def test_an_unusable_configuration_is_refused(name, value, folder, file_of):
-    """A rank, alpha or pattern that cannot be is an error with the file, in a folder and in diffusers' copy."""
+    """An impossible rank, alpha or pattern is an error that names the file, in a folder and in a diffusers file."""
     with pytest.raises(InspectionError, match=r"adapter_config\.json cannot be used"):
         inspect_file(folder(**{name: value}))
     if value is not None:
@@ -559,7 +567,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:9]))
 def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
-    """adapter_config.json must be one JSON object in UTF-8, of ten megabytes at most."""
+    """adapter_config.json must be one JSON object in UTF-8 of at most ten megabytes."""
     made = folder()
     (made / "adapter_config.json").write_bytes(text)
     with pytest.raises(InspectionError, match=r"adapter_config\.json"):
@@ -568,7 +576,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_an_alpha_that_cannot_be_is_refused(alpha, file_of):
-    """A layer's own must be a positive number."""
+    """A layer's own alpha must be a positive number."""
     with pytest.raises(InspectionError, match=": x has the scaling"):
         inspect_file(file_of(kohya("x", 8, alpha)))
 
@@ -598,7 +606,7 @@ fuzz = settings(
 @given(header=st.dictionaries(keys, entries, max_size=5), data=st.binary(max_size=64))
 @example(header=OVERLAP, data=bytes(16))
 def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
-    """Any JSON where a header belongs, before any bytes, is surveyed or refused by an error of ours."""
+    """Any JSON as a header, followed by any bytes, is read or raises one of our errors."""
     path = tmp_path / "x.safetensors"
     only_our_errors(write_raw(path, json.dumps(header).encode(), data))
 
@@ -610,7 +618,7 @@ def test_no_header_raises_an_error_but_ours(header, data, tmp_path):
     )
 )
 def test_no_configuration_raises_an_error_but_ours(changes, tmp_path):
-    """Any JSON in a configuration's values is used or refused by an error of ours."""
+    """Any JSON as a value of the configuration is used or raises one of our errors."""
     save_file(pair(), tmp_path / WEIGHTS)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **changes}))
     only_our_errors(tmp_path)

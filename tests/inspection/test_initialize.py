@@ -1,4 +1,4 @@
-"""Initialisation: what is drawn, what is declared, what is kept to the last bit, and what is refused."""
+"""Initialisation: what is drawn and noted, what stays the same to the last bit, and which pairs are errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def owner(
     names: tuple[str, str] = ("lora_A", "lora_B"),
     **others,
 ) -> nn.Module:
-    """A module that owns two zero factors of these shapes and has some attributes."""
+    """Return a module with A and B of these shapes, all zero, and with these attributes."""
     module = nn.Module()
     for name, shape in zip(names, (a, b), strict=True):
         setattr(module, name, nn.Parameter(torch.zeros(shape)))
@@ -54,7 +54,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_variance_of_every_layout(layout, init):
-    """The drawn factor is normal of variance 1/fan_in, or one over the inner features that an output sums."""
+    """The drawn matrix is normal with variance 1/fan_in for A, and for B one over the inner features that are summed."""
     make, of_a, of_b = LAYOUTS[layout]
     model = nn.ModuleDict({"up": make()})
     factors = initialize(model, init).factors
@@ -74,7 +74,7 @@ def drawn(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_the_seed_decides_the_draw():
-    """The same seed gives the same factors whatever the random state and wrappers around, another seed others."""
+    """The same seed gives the same values, whatever the random state and wrappers are. Another seed gives others."""
     models = [mlp(seed=seed) for seed in (0, 1, 2)]
     wrapped = nn.ModuleDict({"module": mlp()})  # a prefix as DDP's
     initialize(wrapped, "B", seed=3)
@@ -87,7 +87,7 @@ def test_the_seed_decides_the_draw():
 
 
 def test_torch_s_defaults_do_not_reach_the_draw():
-    """A default device or dtype of the user's changes no number."""
+    """The user's default device and dtype change no value."""
     first, second = mlp(), mlp()
     initialize(first, "B")
     before = torch.get_default_dtype()
@@ -104,7 +104,7 @@ def test_torch_s_defaults_do_not_reach_the_draw():
 
 
 def test_nothing_else_changes():
-    """The random state, gradients, modes, requires_grad, the head and frozen pairs are left as found."""
+    """The random state, gradients, modes, requires_grad, the head and frozen pairs stay unchanged."""
     model = mlp((4, 4, 4), scalings=3.0).eval()
     model.act0.train()
     model.layer1.requires_grad_(False)
@@ -128,7 +128,7 @@ def test_nothing_else_changes():
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize("style", STYLES)
 def test_the_init_is_known_after_training(style, init):
-    """After some steps both factors are drawn over, and inspection still says how they started."""
+    """After some steps neither A nor B is zero, and inspection still knows how they started."""
     model = mlp(style=style, init="A" if init == "B" else "B")
     initialize(model, init)
     train(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
@@ -141,7 +141,7 @@ def test_the_init_is_known_after_training(style, init):
 
 
 def test_tied_factors_are_drawn_once():
-    """A shared factor keeps the draw of its first name, and the pairs that share it are all noted."""
+    """A matrix that several pairs share is drawn once, by its first name, and the init is noted for all of them."""
     model = mlp()
     model.layer1.lora_B = model.layer0.lora_B
     alone = mlp((4,))
@@ -170,7 +170,7 @@ def without(half: str):
 
 
 def holding(**values):
-    """Gives the layer other attributes."""
+    """Return a function that sets other attributes on the layer."""
 
     def spoil(model: nn.Module) -> None:
         for name, value in values.items():
@@ -200,7 +200,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("spoil", "options"), REFUSED)
 def test_what_is_refused_before_anything_changes(spoil, options):
-    """Each impossible start is an error of ours, and leaves factors and notes as they were."""
+    """An impossible initialisation is one of our errors, and changes neither matrices nor notes."""
     model = nn.ModuleDict({"first": adapted(init="A"), "up": adapted(init="A")})
     spoil(model)
     before = snapshot(model)
@@ -211,7 +211,7 @@ def test_what_is_refused_before_anything_changes(spoil, options):
 
 
 def test_a_bias_behind_a_zero_factor_adds_something():
-    """At A = 0 a bias of A still reaches the output through B, so the pair is no untrained one."""
+    """With A = 0 a bias of A still reaches the output through B, so such a pair counts as trained."""
     model = nn.Module()
     model.lora_a, model.lora_b = nn.Linear(8, 4), nn.Linear(4, 8, bias=False)
     nn.init.zeros_(model.lora_a.weight)
@@ -220,7 +220,7 @@ def test_a_bias_behind_a_zero_factor_adds_something():
 
 
 def test_a_frozen_drawn_factor_is_drawn():
-    """A pair of which only the zero factor trains (LoRA-FA) can start there."""
+    """A pair of which only the zero matrix trains (LoRA-FA) can be initialised."""
     model = mlp()
     for layer in (model.layer0, model.layer1):
         layer.lora_A.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""References by name: an adapter on disk, PEFT's configuration, words; and what kohya's files say of their training."""
+"""References from strings, from PEFT's configuration and from adapters on disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OWN = Reference(rank=16, alpha=32, fan_in=32)
 
 @dataclass
 class LoraConfig:
-    """PEFT's own, in the fields that are read."""
+    """PEFT's LoraConfig, with the entries that are read."""
 
     r: int = 16
     lora_alpha: int = 32
@@ -42,12 +42,12 @@ class LoraConfig:
 
 
 def folder(path: Path, **config) -> Path:
-    """PEFT's folder of one layer of fan-in 32."""
+    """Make PEFT's folder of one layer of fan-in 32."""
     return peft_folder(path, rank=16, init_lora_weights=True, **config)
 
 
 def kohya_file(path: Path) -> Path:
-    """kohya's file of one layer of fan-in 32."""
+    """Make kohya's file of one layer of fan-in 32."""
     tensors = {
         "lora_unet_q.lora_down.weight": torch.zeros(16, 32),
         "lora_unet_q.lora_up.weight": torch.zeros(32, 16),
@@ -58,7 +58,9 @@ def kohya_file(path: Path) -> Path:
 
 
 def test_an_assumed_scaling_is_said(tmp_path):
-    """A file without alpha has s = 1, with a warning where it is a reference, and a note in a suggestion."""
+    """For a file without alpha, scaling 1 is assumed. There is a warning if it is a reference, and a note in a
+    suggestion.
+    """
     tensors = {
         "q.lora_A.weight": torch.zeros(16, 32),
         "q.lora_B.weight": torch.zeros(32, 16),
@@ -101,13 +103,13 @@ ADAPTERS = [
 
 @pytest.mark.parametrize(("value", "reference"), NAMED, ids=lambda v: str(v)[:40])
 def test_what_names_a_reference(value, reference):
-    """Words and a LoraConfig name a reference."""
+    """Strings and a LoraConfig describe a reference."""
     assert as_reference(value) == reference
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_an_adapter_names_a_reference(adapter, tmp_path):
-    """Its folder or file, however they are called, names its configuration and knows its width."""
+    """The folder or file of an adapter describes its configuration and its fan-in, whatever it is called."""
     assert as_reference(adapter(tmp_path)) == OWN
 
 
@@ -122,7 +124,7 @@ CHANGED = [
 
 @pytest.mark.parametrize(("value", "reference"), CHANGED)
 def test_words_without_an_alpha_change_what_they_name(value, reference):
-    """to="r=64" keeps alpha, rsLoRA, init and width; with an alpha it stands alone."""
+    """to="r=64" keeps alpha, rsLoRA, init and fan-in of the other reference. With an alpha it keeps nothing."""
     assert as_reference(value, like=LIKE) == reference
 
 
@@ -144,7 +146,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("text", ["", " ", ","])
 def test_an_empty_text_changes_nothing_silently(text):
-    """An empty shell variable as `to` is an error, and not the rate that it should have changed."""
+    """An empty string as `to`, such as an empty shell variable, is an error."""
     with pytest.raises(InvalidReferenceError, match="it is empty"):
         as_reference(text, like=LIKE)
 
@@ -154,7 +156,7 @@ IMPOSSIBLE = [{"method": "Full"}, {"rslora": "false"}, {"rslora": 1}, {"rslora":
 
 @pytest.mark.parametrize("values", IMPOSSIBLE, ids=str)
 def test_a_reference_takes_no_value_for_another(values):
-    """A method in capitals and a string for a yes or no are errors that name the argument and the value."""
+    """A method in capitals, and a string in place of True or False, are errors that name the argument and the value."""
     [(name, value)] = values.items()
     with pytest.raises(InvalidReferenceError, match=name) as caught:
         Reference(16, 32, **values)
@@ -163,7 +165,7 @@ def test_a_reference_takes_no_value_for_another(values):
 
 @pytest.mark.parametrize("value", REFUSED, ids=lambda v: str(v)[:40])
 def test_what_names_none_is_refused(value, tmp_path, monkeypatch):
-    """Another thing, a path that is not there, and a configuration without a law are errors with cause and cure."""
+    """Anything else, a missing path, and a configuration without a law are errors."""
     monkeypatch.chdir(tmp_path)
     for ask in (as_reference, lambda v: convert_lr(LR, from_=v, to="r=16,alpha=32")):
         with pytest.raises((InvalidReferenceError, InspectionError)):
@@ -176,6 +178,6 @@ letters = st.text(alphabet="ralphinkutoc_=,.0123456789eAB ", max_size=40)
 @given(letters | st.text(max_size=12))
 @settings(max_examples=500)
 def test_any_text_is_a_reference_or_our_error(text):
-    """No text raises anything but an error of ours."""
+    """No string raises anything but one of our errors."""
     with contextlib.suppress(InvalidReferenceError):
         assert isinstance(parse_reference(text), Reference)

@@ -1,4 +1,4 @@
-"""Inspection: what is found in a model, under which convention, and what is refused."""
+"""Inspection of models: what is found, by which convention, and which models are errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MATERIALS = {
 @pytest.mark.parametrize("kind", FANS)
 @pytest.mark.parametrize("style", STYLES)
 def test_every_convention_and_layer_kind_is_read(style, kind, material):
-    """A pair gives an A and a B factor with the layer's fans, rank, scaling and kind, at any dtype and on meta."""
+    """A and B are found with the layer's fans, rank, scaling and kind, in any dtype and on the meta device."""
     layer = adapted(style, kind, **MATERIALS[material])
     survey = inspect_model(nn.ModuleDict({"up": layer}))
     convention = CONVENTION[style]
@@ -77,7 +77,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("style", "values", "message"), REFUSED)
 def test_what_a_layer_cannot_declare_is_refused(style, values, message):
-    """Ranks and shapes at odds, a scaling that cannot be, and a merged pair are errors that name the layer."""
+    """A rank that contradicts the shapes, an impossible scaling and a merged adapter are errors that name the layer."""
     layer = adapted(style)
     for name, value in values.items():
         setattr(layer, name, value)
@@ -86,7 +86,7 @@ def test_what_a_layer_cannot_declare_is_refused(style, values, message):
         inspect_model(model)
 
 
-SQUARE = [  # the shapes of A and B, the declared rank, and the one that is read
+SQUARE = [  # the shapes of A and B, the declared rank, the rank that is read
     ((64, 4), (4, 64), None, None),
     ((3, 64, 4), (3, 4, 64), None, None),
     ((64, 4), (4, 64), 64, 64),
@@ -97,7 +97,7 @@ SQUARE = [  # the shapes of A and B, the declared rank, and the one that is read
 
 @pytest.mark.parametrize(("a", "b", "declared", "rank"), SQUARE)
 def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
-    """A of (64, 4) and B of (4, 64) may have rank 64 or 4, so without a declared rank they are refused."""
+    """A of (64, 4) and B of (4, 64) may have rank 64 or 4, so an undeclared rank is an error."""
     layer = nn.Module()
     layer.linear_in, layer.linear_out = Weight(torch.ones(a)), Weight(torch.zeros(b))
     layer.dim = declared
@@ -110,7 +110,7 @@ def test_a_square_pair_may_be_stored_either_way(a, b, declared, rank):
 
 
 def test_undeclared_rank_and_scaling():
-    """An undeclared rank is the shape's, an undeclared scaling is 1 with a note."""
+    """Without a declared rank the shapes decide. Without a declared scaling 1 is assumed, with a note."""
     layer = adapted()
     del layer.r, layer.scaling
     survey = inspect_model(nn.ModuleDict({"up": layer}))
@@ -123,7 +123,7 @@ def test_undeclared_rank_and_scaling():
 @pytest.mark.parametrize("kind", FANS)
 @pytest.mark.parametrize("style", STYLES)
 def test_empty_shards_are_read_by_their_modules(style, kind, hidden):
-    """Where a process holds nothing of a factor, as under ZeRO-3, rank and fans are those of the whole layer."""
+    """If a process has an empty shard, as under ZeRO-3, rank and fans are those that the modules declare."""
     layer = adapted(style, kind)
     whole = inspect_model(layer, init="A")
     for name, half in zip("ab", layer.pair(), strict=True):
@@ -133,7 +133,7 @@ def test_empty_shards_are_read_by_their_modules(style, kind, hidden):
 
 
 def test_a_shards_fans_may_be_those_of_its_own_module():
-    """Beside a base that is elsewhere, as kohya's, the factors' modules have the fans of an empty shard."""
+    """If the base layer is elsewhere, as in kohya's modules, the fans come from the modules of A and B."""
     layer = nn.Module()
     layer.lora_down, layer.lora_up = nn.Linear(12, 4), nn.Linear(4, 20)
     layer.lora_dim = 4
@@ -145,7 +145,7 @@ def test_a_shards_fans_may_be_those_of_its_own_module():
 
 @pytest.mark.parametrize("head_trains", [False, True])
 def test_frozen_pairs_are_refused(head_trains):
-    """Pairs that are all frozen, as PEFT loads them, are an error that says how to load them for training."""
+    """If all pairs are frozen, as PEFT loads them, the error says how to load them for training."""
     model = mlp((4, 4)).requires_grad_(False)
     model.head.requires_grad_(head_trains)
     with pytest.raises(InspectionError, match=r"4 LoRA matrices, all frozen") as caught:
@@ -155,7 +155,7 @@ def test_frozen_pairs_are_refused(head_trains):
 
 @pytest.mark.parametrize(("frozen", "left"), [("lora_A", ["B"]), ("lora_B", ["A"])])
 def test_frozen_factors_are_skipped(frozen, left):
-    """Only what requires a gradient is a factor; the other half of its pair still informs it."""
+    """Only matrices that require a gradient are in the survey. The other matrix of the pair still helps to read it."""
     model = nn.ModuleDict({"up": adapted(), "down": adapted()})
     model["down"].requires_grad_(False)
     getattr(model["up"], frozen).requires_grad_(False)
@@ -164,7 +164,7 @@ def test_frozen_factors_are_skipped(frozen, left):
 
 
 def test_tied_factors_count_once():
-    """A factor that two layers share is one factor, by its first name; both layers' own halves remain."""
+    """A matrix that two layers share is in the survey once, by its first name."""
     model = nn.ModuleDict({"up": adapted(), "down": adapted()})
     model["down"].lora_A = model["up"].lora_A
     names = [f.name for f in inspect_model(model).factors]
@@ -175,7 +175,7 @@ def test_tied_factors_count_once():
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", FANS)
 def test_init_is_read_from_the_zeros_or_named(style, kind, init):
-    """The init is the zero pattern, B zero, A zero, neither or both, unless `init=` names another."""
+    """The init follows from which matrix is zero, unless `init=` says otherwise."""
     layer = adapted(style, kind, init=init if init in "AB" else "other")
     if init == "unknown":
         for factor in layer.pair():
@@ -187,7 +187,7 @@ def test_init_is_read_from_the_zeros_or_named(style, kind, init):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_model_is_left_as_found(style):
-    """Inspection changes no bit of parameters, gradients, mode or random state."""
+    """Inspection changes no parameter, gradient, mode or random state."""
     model = mlp((4, 8), style=style).eval()
     model.head.weight.grad = gradient = torch.ones(3, 16)
     before, random = snapshot(model), torch.get_rng_state()
@@ -205,20 +205,20 @@ def test_the_model_is_left_as_found(style):
 
 
 def conv1d() -> nn.Module:
-    """transformers' Conv1D, which stores (in, out)."""
+    """Return the Conv1D of transformers, which stores (in, out)."""
     layer = type("Conv1D", (nn.Module,), {})()
     layer.nf, layer.weight = 24, nn.Parameter(torch.ones(8, 24))
     return layer
 
 
 def stack() -> nn.Module:
-    """A bare parameter of three dimensions: a stack of matrices (…, out, in)."""
+    """Return a module with a parameter of three dimensions: a stack of matrices (…, out, in)."""
     layer = nn.Module()
     layer.experts = nn.Parameter(torch.ones(4, 24, 8))
     return layer
 
 
-# layers, and the weights of them that are factors: their name, kind and fans
+# layers, with those weights that full finetuning counts: name, kind, fan-in and fan-out
 FULL = {
     "emb": (nn.Embedding(50, 8), []),
     "conv": (nn.Conv2d(4, 6, 3), [("weight", "conv", 36, 6)]),
@@ -236,7 +236,9 @@ FULL = {
 
 
 def test_full_finetuning_takes_every_weight():
-    """Every weight of two or more dimensions is a factor of role full; embeddings, biases and norms are other."""
+    """In full finetuning every weight of two or more dimensions has the role full. Embeddings, biases and norms are
+    other.
+    """
     model = nn.ModuleDict({name: layer for name, (layer, _) in FULL.items()})
     survey = inspect_model(model, method="full")
     expected = [
@@ -262,7 +264,7 @@ NO_FULL = [
 
 @pytest.mark.parametrize(("model", "method", "message"), NO_FULL)
 def test_what_cannot_be_finetuned_in_full_is_refused(model, method, message):
-    """A frozen model, one with adapters to train, and a method that is none are an error."""
+    """For full finetuning a frozen model and one with trainable adapters are errors, and so is an unknown method."""
     with pytest.raises(InspectionError, match=message):
         inspect_model(model, method=method)
 
@@ -282,12 +284,12 @@ NAMES = [
 
 @pytest.mark.parametrize(("name", "plain"), NAMES)
 def test_canonical_name(name, plain):
-    """Wrappers' prefixes are dropped wherever they come, "module." at the front only."""
+    """The prefixes of wrappers are removed anywhere in a name, but "module." only at the start."""
     assert canonical_name(name) == plain
 
 
 def test_names_stay_apart():
-    """Where dropping a prefix would give two parameters one name, all keep the names that the model gives them."""
+    """If two parameters would get the same canonical name, all keep their own names."""
     inner = nn.ModuleDict({"up": adapted(rank=4)})
     survey = inspect_model(nn.ModuleDict({"module": inner, "up": adapted(rank=8)}))
     ranks = {f.name: f.rank for f in survey.factors if f.role == "A"}
@@ -299,7 +301,7 @@ def test_names_stay_apart():
     "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
 )
 def test_wrapped_models_give_the_same_survey(wrap):
-    """A wrapped model is surveyed under the names of the plain one."""
+    """A wrapped model has the survey of the plain model."""
     assert inspect_model(wrap(mlp())) == inspect_model(mlp())
 
 
@@ -307,7 +309,7 @@ def test_wrapped_models_give_the_same_survey(wrap):
 
 
 def pairs(*rows: tuple[str, float, float], **options) -> list[Factor]:
-    """Both factors of layers, given by name and fans."""
+    """Return A and B of layers with these names and fans."""
     given = {"rank": 4, "init": "A", "kind": "linear", **options}
     return [
         Factor(f"{layer}.{role}", role, fan_in=n, fan_out=out, layer=layer, **given)
@@ -317,7 +319,7 @@ def pairs(*rows: tuple[str, float, float], **options) -> list[Factor]:
 
 
 def test_width_is_weighted_by_weight_size():
-    """The width is the mean fan-in weighted by the adapted weights' size, each layer once, embeddings left out."""
+    """The width is the mean fan-in, weighted by the size of the weights. Each layer counts once, embeddings do not."""
     adapted = pairs(("a", 10, 10), ("b", 40, 20))
     survey = Survey((*adapted, *pairs(("emb", 9999, 9999), kind="embedding")))
     assert survey.width == pytest.approx((10 * 100 + 40 * 800) / 900)
@@ -326,7 +328,9 @@ def test_width_is_weighted_by_weight_size():
 
 
 def test_dominant_is_the_most_common_by_pairs():
-    """The dominant reference is the most common (rank, scaling, init), embeddings asked last."""
+    """The most common configuration is counted by pairs. Embeddings and pairs without a law count only if there are
+    no others.
+    """
     one = pairs(("a", 8, 8))
     two = pairs(("b", 8, 8), ("c", 8, 8), rank=16, init="B")
     dominant = Survey((*one, *two)).dominant()
@@ -340,7 +344,7 @@ def test_dominant_is_the_most_common_by_pairs():
 
 
 def test_several_models_are_inspected_as_one():
-    """A list gives one survey, in which a name begins with the number of its model; what is no model is refused."""
+    """A list of models has one survey, in which names begin with the model's number. Other lists are errors."""
     models = [TuneLoRA(nn.Linear(12, 20), rank) for rank in (4, 8)]
     both = inspect_model(models).factors
     assert [f.name.partition(".")[0] for f in both] == ["0", "0", "1", "1"]
@@ -351,6 +355,6 @@ def test_several_models_are_inspected_as_one():
 
 
 def test_an_empty_survey_has_no_dominant_reference():
-    """A survey without pairs cannot say what is most common."""
+    """A survey without LoRA pairs has no most common configuration."""
     with pytest.raises(InspectionError, match="no LoRA pair"):
         Survey().dominant()

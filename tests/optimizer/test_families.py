@@ -1,4 +1,4 @@
-"""The family belongs to the group: the law of a group is that of the update which its parameters really get."""
+"""Optimizer families: each group is scaled by the law for the update that its parameters really get."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LR = 1e-3
 
 
 def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
-    """The default law's multiplier for a factor of this rank at alpha 16, in a family."""
+    """Return the default law's multiplier for a LoRA matrix of this rank at alpha 16, for an optimizer family."""
     law = MuA(tokens=2.0 if family == "sign-like" else 8.0, family=family)
     scaled = ra.Falling(law=law) if family == "sign-like" else law
     factor = Factor("f", "A", rank, 16, 16, alpha / rank)
@@ -30,7 +30,7 @@ def law_of(family: str, rank: int, alpha: float = 16.0) -> float:
 
 
 def moved(model: nn.Module, opt: Optimizer) -> dict[str, float]:
-    """How far each parameter moves in a step."""
+    """Return how far each parameter moves in one step."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     opt.step()
     return {
@@ -40,13 +40,13 @@ def moved(model: nn.Module, opt: Optimizer) -> dict[str, float]:
 
 
 def kept_alpha(*ranks: int) -> nn.Module:
-    """A model whose layers have these ranks, all at alpha 16, in float64: small moves are exact."""
+    """Return a model whose layers have these ranks, all at alpha 16. In float64 small steps are exact."""
     scalings = tuple(16 / rank for rank in ranks)
     return mlp(ranks, scalings=scalings, dtype=torch.float64)
 
 
 def two_groups(model: nn.Module, to_muon: dict, to_adam: dict) -> list[dict]:
-    """The first layer and the head in one group, the second layer in the other."""
+    """Return the first layer and the head as one group, and the second layer as the other."""
     first = [*trained(model.layer0), *model.head.parameters()]
     return [
         {"params": first, **to_adam},
@@ -67,7 +67,7 @@ SPELLINGS = [
 
 
 def assert_by_family(by_name: dict[str, float]) -> None:
-    """The first layer moved as by Adam, the second as by Muon, and the head at the base rate."""
+    """Check that the first layer moved by Adam's law, the second by Muon's, and the head at the base learning rate."""
     wanted = {
         "layer0.lora_A": law_of("sign-like", 64),
         "layer1.lora_A": law_of("spectral", 64),
@@ -81,7 +81,9 @@ def assert_by_family(by_name: dict[str, float]) -> None:
 @pytest.mark.parametrize(("name", "to_muon", "to_adam"), SPELLINGS)
 @pytest.mark.parametrize("form", ["class", "instance"])
 def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
-    """In every spelling of Muon with an auxiliary Adam, a factor moves by its own group's law, and the report says it."""
+    """For every way to write Muon with an auxiliary Adam, each group is scaled by its own law, and the report says
+    so.
+    """
     model, kind = kept_alpha(64, 64), called(name)
     groups = two_groups(model, to_muon, to_adam)
     if form == "class":
@@ -98,7 +100,9 @@ def test_an_adam_group_of_muon_has_adams_law(name, to_muon, to_adam, form):
 
 
 def test_muon_that_marks_parameters_in_its_state_is_read_there():
-    """Moonlight's Muon, which ms-swift uses, has one group and marks in the state which parameters Adam gets."""
+    """Moonlight's Muon (as in ms-swift) has one group and marks in its state which parameters Adam trains. The marks
+    decide the law.
+    """
     model, kind = kept_alpha(64, 64), called("Muon")
     built = kind(trained(model), lr=LR)
     for layer, to_muon in (
@@ -130,7 +134,7 @@ GROUPS_OF_ONE_CLASS = [
 
 @pytest.mark.parametrize(("name", "package", "settings", "family"), GROUPS_OF_ONE_CLASS)
 def test_settings_of_a_group_choose_its_family(name, package, settings, family):
-    """A group's settings put it into another family, while the group beside it stays in the class's."""
+    """A group's own settings can put it into another family than the group beside it."""
     model, kind = kept_alpha(4, 4), called(name, package)
     groups = two_groups(model, {}, settings)
     opt = RankAwareOptimizer(groups, kind, model=model, lr=LR, tuned_at=AT_16)
@@ -158,7 +162,7 @@ THIN = [
 @pytest.mark.parametrize(("rank", "width", "name", "settings", "family"), THIN)
 @pytest.mark.parametrize("form", ["class", "instance"])
 def test_a_thin_factor_is_of_what_trains_it(rank, width, name, settings, family, form):
-    """A Muon that hands thin matrices to its Adam: such a factor has Adam's law, the others Muon's."""
+    """If a Muon passes thin matrices to its Adam, those are scaled by Adam's law and all others by Muon's."""
     model = mlp((rank,), width=width, head=False, dtype=torch.float64)
     package, kind = name.split(".")
     kind = called(kind, package)
@@ -179,7 +183,7 @@ def test_a_thin_factor_is_of_what_trains_it(rank, width, name, settings, family,
 
 
 def test_a_vector_of_a_spectral_optimizer_is_adams():
-    """In full finetuning Muon's biases move as under Adam, its matrices as under Muon."""
+    """In full finetuning with Muon, biases are scaled as with Adam and matrices as with Muon."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).double()
     at = Reference(rank=16, alpha=16, fan_in=64)
     given = {"lr": LR, "tuned_at": at, "method": "full", "law": "mua"}
@@ -195,7 +199,7 @@ def test_a_vector_of_a_spectral_optimizer_is_adams():
 
 
 def test_a_class_derived_from_adamw_that_changes_gradients_is_unknown():
-    """PEFT's Riemannian optimizer derives from AdamW, and is not taken for it."""
+    """PEFT's Riemannian optimizer inherits from AdamW but makes other updates, so it counts as an unknown family."""
     kind = type("RiemannianPreconditionedOptimizer", (torch.optim.AdamW,), {})
     with pytest.warns(ra.RankAwareWarning, match="unknown family"):
         RankAwareOptimizer(mlp((4,)), kind, lr=LR, tuned_at=AT_16)
@@ -249,7 +253,9 @@ def in_a_later_group(model, kind, settings, safe):
     "give", [in_settings, in_a_group, in_an_instance, in_a_later_group]
 )
 def test_what_makes_its_own_rates_is_refused(name, package, settings, message, give):
-    """Where lr, multipliers and rates= would train nothing, a sentence says what to give, and given so it trains."""
+    """An optimizer that computes its own learning rates raises an error that names the setting. With that setting
+    changed it trains.
+    """
     model, kind = kept_alpha(4, 16), called(name, package)
     safe = {key: not value for key, value in settings.items()}
     with pytest.raises(ra.OptimizerError, match=message):
@@ -262,7 +268,9 @@ def test_what_makes_its_own_rates_is_refused(name, package, settings, message, g
 def test_a_default_that_makes_its_own_rates_is_refused(
     name, package, settings, message
 ):
-    """What was not given is as the class's signature has it, before the class asks for anything else, such as lr."""
+    """The defaults in the class's signature count too, and are checked before the class complains about anything
+    else.
+    """
     kind = with_defaults(name, package, **{"lr": None, **settings})
     with pytest.raises(ra.OptimizerError, match=message):
         RankAwareOptimizer(kept_alpha(4), kind)
@@ -284,14 +292,16 @@ WAYS = [
 
 
 def step_one(self: Optimizer, p: nn.Parameter, group: dict, i: int | None = None):
-    """What such a method does."""
+    """Step one parameter, as such methods of real optimizers do."""
     p.data.sub_(p.grad, alpha=float(group["lr"]))
 
 
 @pytest.mark.parametrize("by_keyword", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_another_way_to_step_is_at_the_multiplied_rate(way, by_keyword):
-    """A method that steps a parameter trains it at base rate × multiplier, and puts the base rate back."""
+    """A method that steps a single parameter trains it at base learning rate × multiplier, and the base learning rate
+    is shown again afterwards.
+    """
     model = kept_alpha(4, 64)
     kind = type("ByParameter", (torch.optim.SGD,), {way: step_one})
     opt = RankAwareOptimizer(model, kind, lr=LR, rates={"layer0.*": LR / 4})
@@ -315,7 +325,9 @@ def test_another_way_to_step_is_at_the_multiplied_rate(way, by_keyword):
 
 @pytest.mark.parametrize("form", ["models", "parameters", "instance"])
 def test_each_of_several_models_moves_by_its_ranks(form):
-    """Factors move by their own rank in every form, their names begin with the model's number, and a state loads."""
+    """With several models every LoRA matrix is scaled by its own rank. Names begin with the model's number, and a
+    state can be loaded.
+    """
     both = nn.ModuleList([kept_alpha(4, 16), kept_alpha(64)])
     kind, given = called("Adam"), {"lr": LR, "tuned_at": AT_16}
     if form == "models":
@@ -341,7 +353,7 @@ def test_each_of_several_models_moves_by_its_ranks(form):
 
 @pytest.mark.parametrize("tuned_at", [AT_16, replace(AT_16, fan_in=512)])
 def test_each_of_several_models_has_its_own_width(tuned_at):
-    """Its factors get the rates that they get without the other models, wherever the rate was tuned."""
+    """Each of several models gets the learning rates that it would get alone."""
     both = [mlp((4,), width=16), mlp((4,), width=512)]
     together = RankAwareOptimizer(both, "adamw", lr=LR, tuned_at=tuned_at)
     for number, model in enumerate(both):
@@ -351,7 +363,7 @@ def test_each_of_several_models_has_its_own_width(tuned_at):
 
 
 def test_a_later_group_is_of_any_of_several_models():
-    """Its names and ranks are those of the model that holds it; once one model is gone, no group is added."""
+    """A group that is added later may belong to any of the models. Once one model is gone, no group can be added."""
     unet, encoder = kept_alpha(4), kept_alpha(64)
     first = trained(unet)
     both = [unet, encoder]

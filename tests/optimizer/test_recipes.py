@@ -1,4 +1,6 @@
-"""A recipe in an optimizer: what is said where the run is another than its own, and the rates beside the adapters."""
+"""A recipe in an optimizer: warnings if the run differs from the recipe's trials, and learning rates of other
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,13 @@ def built(
 
 
 def values(opt, role: str = "other") -> list[float]:
-    """The different rates of a role, to nine digits."""
+    """Return the different learning rates of a role, to nine digits."""
     groups = [group for group in opt.rates.groups if group.role == role]
     return sorted({float(f"{group.lr:.9g}") for group in groups})
 
 
 def heads(opt) -> dict[str, float]:
-    """The rates of the head's parameters, by name."""
+    """Return the learning rates of the head's parameters by name."""
     return {name: lr for name, lr in rates_of(opt).items() if "head" in name}
 
 
@@ -86,7 +88,9 @@ OTHER = [
 
 @pytest.mark.parametrize(("changes", "options", "words", "cure"), OTHER)
 def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, cure):
-    """Optimizer, family, settings in force, batch, steps and warm-up that differ make one warning and a note."""
+    """If optimizer, settings, batch or steps differ from the recipe's, one warning lists all differences, and so does
+    a note.
+    """
     with pytest.warns(RankAwareWarning) as caught:
         opt = built(replace(RECIPE, **changes), **options)
     (said,) = (str(warning.message) for warning in caught)
@@ -101,13 +105,13 @@ def test_what_is_another_than_the_recipes_is_said_once(changes, options, words, 
 )
 @pytest.mark.filterwarnings("ignore:Recipe 'digits' was made with")
 def test_the_band_is_of_the_recipes_own_optimizer(optimizer, shown):
-    """Beside another optimizer's rates the recipe's band is not printed."""
+    """The recipe's interval is printed only for the optimizer that the recipe was made with."""
     report = str(built(optimizer=optimizer).report())
     assert ("the best learning rate lies between" in report) == shown
 
 
 class Eight(AdamW):
-    """A class of one's own around AdamW."""
+    """A user's own class that inherits from AdamW."""
 
 
 ALIKE = [
@@ -132,7 +136,7 @@ ALIKE = [
 
 @pytest.mark.parametrize(("recipe", "options"), ALIKE)
 def test_what_agrees_or_is_not_known_is_not_said(recipe, options):
-    """Nothing is said where values agree, where one side does not say, or of how the same is computed."""
+    """There is no warning if values agree, if one side does not know a value, or if only the implementation differs."""
     opt = built(recipe, **options)  # a warning is an error here
     assert not any("was made with" in note for note in opt.report().notes)
 
@@ -147,7 +151,9 @@ def grouped(model: nn.Module, pairs: dict, rest: dict) -> list[dict]:
 
 @pytest.mark.parametrize("given", ["groups", "instance"])
 def test_settings_in_force_are_those_of_the_adapters_groups(given):
-    """A group's own setting counts for its adapters, built or not, and what other parameters have does not."""
+    """The settings that are compared with the recipe's are those of the groups with LoRA matrices, not of other
+    groups.
+    """
 
     def wrap(pairs, rest, **defaults):
         model = mlp((16, 16))
@@ -172,7 +178,9 @@ def test_settings_in_force_are_those_of_the_adapters_groups(given):
     ids=str,
 )
 def test_rates_are_moved_to_the_runs_steps_and_batch(run, method):
-    """Every rate is the recipe's at these steps and batch, and so is the band in the report."""
+    """For another number of steps or another batch, every learning rate and the interval in the report are as
+    `recipe.at` gives them.
+    """
     # with a steepness the margin, and so the learning rate, depends on the steps
     recipe = replace(RECIPE, full_seen=True, ranks=(4, 16), steepness=0.3)
     model, role, asked = mlp((16, 16)), "A", {"rank": 16}
@@ -197,7 +205,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipes_settings_are_its_optimizers(path):
-    """Every setting is one that its optimizer's constructor takes, with a value that it accepts."""
+    """The optimizer of every shipped recipe accepts the recipe's settings."""
     recipe = Recipe.load(path)
     native = get_optimizer_class(recipe.optimizer)
     native([nn.Parameter(torch.zeros(2, 2))], lr=recipe.lr, **recipe.settings)
@@ -226,7 +234,9 @@ OTHERS = [
 
 @pytest.mark.parametrize(("recipe", "options", "lr", "why"), OTHERS)
 def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
-    """A head has what is given, else its rate in the trials, else full finetuning's; the report says which."""
+    """A head gets an explicit learning rate, else its learning rate in the trials, else that for full finetuning. The
+    report says which.
+    """
     opt = built(recipe, **options)
     assert heads(opt) == pytest.approx({"head.weight": lr, "head.bias": lr}, rel=1e-9)
     report = opt.report()
@@ -236,7 +246,7 @@ def test_a_head_has_the_rate_that_is_known_for_it(recipe, options, lr, why):
 
 @pytest.mark.parametrize("is_built", [False, True])
 def test_a_head_that_nothing_is_known_of_asks_for_its_rate(is_built):
-    """Where neither the head nor full finetuning was seen, an error asks for other_lr, before anything is changed."""
+    """If the trials trained neither the head nor the full model, an error asks for other_lr=. Nothing was changed."""
     model = mlp((16, 16))
     native = AdamW(model.parameters())
     given = (native,) if is_built else (model, AdamW)
@@ -248,7 +258,7 @@ def test_a_head_that_nothing_is_known_of_asks_for_its_rate(is_built):
 
 
 def test_only_what_trains_asks_for_a_rate():
-    """Adapters alone, and frozen parameters that are listed beside them, ask for nothing."""
+    """Frozen parameters that are listed beside the adapters need no learning rate."""
     built(UNSEEN, model=mlp((16, 16), head=False))
     model = mlp((16, 16))
     model.head.requires_grad_(False)
@@ -257,7 +267,7 @@ def test_only_what_trains_asks_for_a_rate():
 
 @pytest.mark.parametrize("added", [False, True], ids=["built", "added"])
 def test_a_group_with_a_rate_of_its_own_keeps_it(added):
-    """The rate that the user's group names is the head's, whatever the recipe knows, and nothing is asked for."""
+    """A learning rate in the user's own group takes precedence over the recipe, and no other_lr= is needed."""
     model = mlp((16, 16))
     pairs, head = grouped(model, {}, {"lr": 5e-4})
     opt = RankAwareOptimizer(
@@ -269,7 +279,9 @@ def test_a_group_with_a_rate_of_its_own_keeps_it(added):
 
 
 def test_a_head_added_later_is_treated_alike():
-    """A group that is added has the rates that the recipe gives, scheduled with the others, also in a copy."""
+    """A head that is added later gets the recipe's learning rate and follows the schedule, also in a copy of the
+    optimizer.
+    """
     model = mlp((16, 16))
     pairs, head = grouped(model, {}, {})
     opt = RankAwareOptimizer([dict(pairs)], AdamW, model=model, recipe=FULL)
@@ -287,7 +299,7 @@ def test_a_head_added_later_is_treated_alike():
 
 
 def test_a_built_optimizers_rates_are_the_recipes():
-    """Wrapping a built optimizer with a recipe sets the head's rate too, not only the adapters'."""
+    """Wrapping an existing optimizer with a recipe replaces the learning rates of the adapters and of the head."""
     model = mlp((16, 16))
     opt = RankAwareOptimizer(
         AdamW(model.parameters(), lr=1.0), model=model, recipe=FULL
@@ -299,7 +311,7 @@ def test_a_built_optimizers_rates_are_the_recipes():
 
 
 def test_a_recipe_of_full_finetuning_gives_a_head_its_rate():
-    """Where full finetuning is the reference, a head beside adapters has its rate, and the pairs the law's."""
+    """With a recipe for full finetuning a head gets the recipe's learning rate, and LoRA pairs the converted one."""
     recipe = replace(
         FULL,
         reference=Reference(method="full", fan_in=WIDTH),

@@ -1,4 +1,4 @@
-"""What cannot be meant is an error of ours that names its field, and nothing was changed."""
+"""Impossible arguments: each is one of our errors, names the argument, and leaves everything unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ AT_16 = Reference(rank=16, alpha=16)
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 NO_RATES = (0, -1.0, math.nan, math.inf, "1e-3", True)
-# by the field that the error names: arguments that it cannot have
+# impossible arguments, by the name that the error must have
 BAD = {
     "lr": [
         *({"lr": value} for value in (*NO_RATES, 10**400, torch.ones(2))),
@@ -85,7 +85,7 @@ ROWS = [
 @pytest.mark.filterwarnings("ignore:Recipe 'digits'")
 @pytest.mark.parametrize(("field", "given"), ROWS)
 def test_every_bad_value_is_our_error_and_names_its_field(field, given):
-    """With cause and cure, and the model is as it was."""
+    """The error has a cause and a cure, is short, and leaves the model unchanged."""
     model = mlp((4, 64), scalings=2.0, width=64)
     before = snapshot(model)
     with pytest.raises(RankAwareError) as caught:
@@ -102,19 +102,19 @@ def native_groups(model):
 
 
 def read_before(model):
-    """An iterator that is exhausted, as after its parameters were counted."""
+    """Return an iterator that is exhausted, as after its parameters were counted."""
     params = filter(lambda param: param.requires_grad, model.parameters())
     assert len(list(params)) == 6
     return params
 
 
 def parallel_lists(model):
-    """A group whose option has a value for each parameter."""
+    """Return a group with an option that has one value for each parameter."""
     return [{"params": trained(model), "lr_scales": [1.0] * 6}]
 
 
 FIRST = [
-    # what stands in the place of the model's parameters, the model, what is said
+    # the first argument, model=, and a pattern of the error
     (trained, None, r"^A list of Parameter is not a model.*as model="),
     (lambda m: [m, 1], None, r"^A list of Sequential and int is not a model"),
     (lambda m: m.parameters(), None, r"^A generator is not a model|<generator"),
@@ -137,7 +137,7 @@ FIRST = [
 
 @pytest.mark.parametrize(("first", "model", "words"), FIRST)
 def test_what_is_no_model_or_not_its_parameters_is_refused(first, model, words):
-    """What is given in their place is said, with what to give."""
+    """If something else than a model or its parameters is passed, the error says what it is and what to pass."""
     of = mlp()
     given = {} if model is None else {"model": model(of)}
     with pytest.raises(RankAwareError, match=words):
@@ -148,7 +148,7 @@ def test_what_is_no_model_or_not_its_parameters_is_refused(first, model, words):
     ("own", "given"), [({}, {"other_lr": 2e-3}), ({"lr": 2e-3}, {})]
 )
 def test_a_parameter_outside_the_model_may_have_a_rate(own, given):
-    """A parameter that is not the model's, such as a loss's own, has the rate given for it."""
+    """A parameter outside the model, such as one of the loss, may train at an explicit learning rate."""
     model, stranger = mlp(), nn.Parameter(torch.ones(()))
     groups = [{"params": trained(model)}, {"params": [stranger], **own}]
     options = {"model": model, "lr": LR, "tuned_at": AT_16, **given}
@@ -180,7 +180,7 @@ def test_options_of_the_optimizer_may_be_as_long_as_its_parameters():
 
 
 class TakesAnything(SGD):
-    """Drops what it does not know, as many optimizers of other packages do."""
+    """Ignores unknown arguments, as many optimizers of other packages do."""
 
     def __init__(self, params, lr=LR, **unused):
         super().__init__(params, lr)
@@ -189,14 +189,14 @@ class TakesAnything(SGD):
 @pytest.mark.parametrize("kind", [AdamW, TakesAnything])
 @pytest.mark.parametrize("near", ["tuned_att", "recipes", "other_lrs"])
 def test_a_keyword_that_is_nearly_ours_is_refused_by_name(kind, near):
-    """A typo is not dropped in silence; a class's own argument is its own."""
+    """A typing mistake in one of our arguments is an error, but an argument of the class itself is accepted."""
     with pytest.raises(RankAwareError, match=rf"{near}=.* Use {near[:-1]}="):
         RankAwareOptimizer(mlp(), kind, lr=LR, **{near: 1.0})
     RankAwareOptimizer(mlp(), TakesAnything, lr=LR, unheard=1, nesterov=True)
 
 
 def test_plain_groups_refuse_what_the_optimizer_does_not_take():
-    """An unknown argument is refused where no optimizer is built, since its rates would be those without it."""
+    """rank_aware_param_groups rejects unknown arguments too, although it builds no optimizer that would."""
     with pytest.raises(OptimizerError, match=r"keyword argument .optimizer_class"):
         rank_aware_param_groups(mlp(), lr=LR, optimizer_class=SGD)
 
@@ -205,28 +205,28 @@ def test_plain_groups_refuse_what_the_optimizer_does_not_take():
 
 
 class NoDefault(SGD):
-    """An optimizer whose rate has no default."""
+    """An optimizer whose learning rate has no default."""
 
     def __init__(self, params, lr):
         super().__init__(params, lr)
 
 
 class Whole(SGD):
-    """Takes the model, and makes its groups itself."""
+    """Takes the model and makes its groups itself."""
 
     def __init__(self, model, lr=LR):
         super().__init__(trained(model), lr=lr)
 
 
 class ByConfig(SGD):
-    """Takes its rate in an object, as nadir's classes do."""
+    """Takes its learning rate in an object, as nadir's classes do."""
 
     def __init__(self, params, config=None):
         super().__init__(params, lr=LR)
 
 
 class HasAdam(SGD):
-    """Gives vectors to an Adam of its own, at three times the rate, as Kronos does."""
+    """Trains vectors by an Adam of its own at three times the learning rate, as Kronos does."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr=lr)
@@ -235,7 +235,7 @@ class HasAdam(SGD):
 
 
 class Dealt(SGD):
-    """An optimizer whose constructor deals its parameters out among its groups again."""
+    """Its constructor exchanges the parameters between its groups."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
@@ -262,7 +262,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "message"), KINDS)
 def test_a_class_that_cannot_have_a_rate_per_rank_is_refused(kind, message):
-    """Where rates would go to the wrong groups, or train nothing, it is an error and not a wrong rate."""
+    """A class that would train parameters at the wrong learning rates, or not at all, is an error."""
     model = mlp((4, 64))
     before = snapshot(model)
     with pytest.raises(OptimizerError, match=message):
@@ -271,7 +271,9 @@ def test_a_class_that_cannot_have_a_rate_per_rank_is_refused(kind, message):
 
 
 def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was():
-    """A class's default rate is not the one tuned at a reference; one without a default asks for it."""
+    """tuned_at= without lr= is an error, because the class's default was not tuned there. A class without a default
+    needs lr=.
+    """
     with pytest.raises(OptimizerError, match=r"AdamW, 0\.001, is not a tuned one"):
         RankAwareOptimizer(mlp(), AdamW, tuned_at=AT_16)
     with pytest.raises(OptimizerError, match="NoDefault, None, is not a tuned one"):
@@ -280,7 +282,9 @@ def test_a_rate_that_nobody_tuned_is_refused_where_a_reference_says_that_it_was(
 
 @pytest.mark.parametrize("kind", [Whole, ByConfig])
 def test_what_cannot_be_built_on_groups_is_wrapped_as_an_instance(kind):
-    """A class that takes the model, or no rate, keeps its groups, and each factor has the rate of its rank."""
+    """A class that takes the model or a configuration can be wrapped as an instance, with the learning rate of each
+    rank.
+    """
     model = mlp((4, 64))
     built = kind(model if kind is Whole else trained(model))
     opt = RankAwareOptimizer(built, model=model, tuned_at=AT_16)
@@ -292,7 +296,7 @@ def test_what_cannot_be_built_on_groups_is_wrapped_as_an_instance(kind):
 
 
 class KeepsRates(SGD):
-    """Snapshots its groups' rates when it is built, as AdaBound does."""
+    """Copies the learning rates of its groups when it is built, as AdaBound does."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr)
@@ -331,7 +335,7 @@ BUILT = [
     (plain, {"eps": 1.0}, "eps= was passed"),
     (plain, {"model": None}, "is not a model"),
     (plain, {"rates": {"x": 1.0}}, "matches none"),
-    # its groups have rates, as all of a built optimizer, which nobody chose for the stranger
+    # all groups of an existing optimizer have a learning rate, which nobody chose for this parameter
     (lambda m: AdamW([*trained(m), nn.Parameter(torch.ones(1))]), {}, "other_lr="),
     (lambda m: plain(mlp()), {}, "belongs to none of the models"),
     (lambda m: plain(m, torch.optim.LBFGS), {}, "takes one parameter group"),
@@ -347,7 +351,7 @@ BUILT = [
 
 @pytest.mark.parametrize(("make", "options", "message"), BUILT)
 def test_a_refused_instance_is_left_as_it_was(make, options, message):
-    """A built optimizer that is refused keeps its class, its defaults and its very groups."""
+    """An existing optimizer that cannot be wrapped keeps its class, its defaults and its groups."""
     model = mlp()
     opt = make(model)
     before = type(opt), dict(opt.defaults), [dict(g) for g in opt.param_groups]
@@ -358,14 +362,18 @@ def test_a_refused_instance_is_left_as_it_was(make, options, message):
 
 
 def test_what_has_a_rate_by_another_name_for_other_ends_is_wrapped():
-    """The rate of a schedule, a preconditioner or a thermostat trains no parameter, and lists by group count for the instance."""
+    """Learning rates of a schedule, a preconditioner or a thermostat train no parameter, so they are no reason for an
+    error.
+    """
     given = {"precond_lr": 0.1, "final_lr": 0.1, "thermostat_lr": 0.1}
     RankAwareOptimizer(mlp(), called("Muon", "omnimuon"), lr=LR, **given)
     RankAwareOptimizer(mlp((4, 8)), KeepsRates, lr=LR)
 
 
 def test_the_class_of_an_instance_cannot_build_another():
-    """A framework that calls type(opt) on parameters is refused, for they would have no rates; its signature stays."""
+    """Calling type(opt) on parameters is an error, because the new optimizer would have no multipliers. The signature
+    stays.
+    """
     opt = ours(mlp())
     with pytest.raises(OptimizerError, match=r"Build RankAwareOptimizer\(model, AdamW"):
         type(opt)(trained(mlp()), lr=LR)
@@ -373,7 +381,7 @@ def test_the_class_of_an_instance_cannot_build_another():
 
 
 def test_a_refused_optimizer_leaves_the_given_dicts():
-    """Where building fails, the user's groups are what they were."""
+    """If building fails, the user's groups are unchanged."""
     model = mlp((4, 8))
     mine = {"params": trained(model), "lr": 1e308}
     with pytest.raises(OptimizerError, match="times the multiplier"):
@@ -385,7 +393,7 @@ def test_a_refused_optimizer_leaves_the_given_dicts():
 
 
 class RatesInGroups(SGD):
-    """Has no default rate, as pytorch_optimizer's Muon, which gives one to the groups of its `__init__`."""
+    """Has no default learning rate but sets one in the groups of its `__init__`, as pytorch_optimizer's Muon does."""
 
     def __init__(self, params, lr=LR):
         super().__init__(params, lr=lr)
@@ -393,14 +401,14 @@ class RatesInGroups(SGD):
 
 
 def out_of_range(model):
-    """A further parameter, and a further adapter whose rate is out of range: neither may be added."""
+    """Return a group with one more parameter and one more adapter, whose learning rate is out of range."""
     model.layer9 = PlainLoRA(nn.Linear(16, 16), 1, 1e-3)
     params = [nn.Parameter(torch.ones(2)), *trained(model.layer9)]
     return {"params": params, "lr": 1e308}
 
 
 def parallel(model):
-    """A further adapter of two ranks, with an option that has a value for each parameter."""
+    """Return a group with one more adapter of two ranks and an option that has a value for each parameter."""
     model.layer8, model.layer9 = (PlainLoRA(nn.Linear(16, 16), r) for r in (2, 4))
     params = [model.layer8.lora_A, model.layer9.lora_A]
     return {"params": params, "lr_scales": [1.0, 2.0]}
@@ -420,7 +428,7 @@ LATER = [
 
 @pytest.mark.parametrize(("kind", "group", "message"), LATER)
 def test_bad_later_groups_are_refused(kind, group, message):
-    """A parameter that is there already, or an impossible rate, is refused, and the groups stay."""
+    """A group that cannot be added is an error, and the optimizer's groups and learning rates stay."""
     model = mlp()
     opt = RankAwareOptimizer(model, kind, lr=LR)
     before = [dict(g) for g in opt.param_groups]

@@ -1,4 +1,4 @@
-"""The report and the survey's explanation: what is shown, why, and which accidents are pointed out."""
+"""The report and the survey: their rows, the reasons for learning rates, and the sentences on likely mistakes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 
 
 def report_of(model: nn.Module, **options) -> Report:
-    """The report of the groups that `options` make of `model`."""
+    """Return the report of an AdamW on `model` with these options."""
     return RankAwareOptimizer(model, AdamW, lr=LR, **options).report()
 
 
 def test_the_report_lists_every_group():
-    """A report has one row a group with role, rank, scaling, init, count, multiplier, present rate and reason."""
+    """A report has one row for each learning rate, with role, rank, scaling, init, present learning rate and reason."""
     options = {"tuned_at": AT_16, "rates": {"head.bias": 0.5}}
     opt = RankAwareOptimizer(mlp((4, 8)), AdamW, lr=LR, **options)
     for group in opt.param_groups:  # as a schedule sets them
@@ -52,7 +52,7 @@ def test_the_report_lists_every_group():
 
 
 def test_without_a_reference_a_mixed_model_moves_about_its_own():
-    """Where tuned_at was forgotten on a model of several ranks, a note names the one that counts as the reference."""
+    """If tuned_at= is missing and the model has several ranks, a note names the most common one as the reference."""
     report = RankAwareOptimizer(mlp((4, 4, 8), head=False), "adamw", lr=LR).report()
     assert "default law: converted from rank 4, alpha 4, init A" in {
         row.why for row in report.rows
@@ -64,7 +64,7 @@ def test_without_a_reference_a_mixed_model_moves_about_its_own():
 
 
 def test_the_report_is_at_most_100_columns_wide():
-    """Wide fans, several groups of one's own, long names, notes and checks: no line is longer than 100 characters."""
+    """No line is longer than 100 characters, even with wide fans, long names and several groups."""
     wide = mlp((4, 16), width=64, scalings=1 / 3)
     model = nn.ModuleDict({"a" * 60: adapted(rank=4), "wide": wide})
     model["scores"] = nn.Linear(14336, 3)
@@ -83,7 +83,7 @@ def test_the_report_is_at_most_100_columns_wide():
 
 
 class Language(nn.Module):
-    """A model with every part that trains beside adapters, as PEFT's modules_to_save names a head."""
+    """A model in which every kind of parameter trains beside an adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Language(nn.Module):
 
 
 def test_rows_of_other_parameters_can_be_told_apart():
-    """The rows of two groups, with and without weight decay, say which parts of the model are in them."""
+    """Rows of parameters outside LoRA say which parts of the model they are, also with two groups by weight decay."""
     model = Language()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -121,7 +121,7 @@ PAIR = Factor("up.lora_A", "A", 4, 64, 64, layer="up")
 
 
 def of_one(**changes) -> Survey:
-    """A survey of one factor with changes."""
+    """Return a survey of one LoRA matrix with changes."""
     return Survey((replace(PAIR, **changes),))
 
 
@@ -142,7 +142,7 @@ AUDIT = [
 
 @pytest.mark.parametrize(("survey", "sentence"), AUDIT)
 def test_the_audit_points_out_accidents(survey, sentence):
-    """Each known accident has its sentence, in audit() and under the table, and a sound survey has none."""
+    """Each likely mistake has a sentence in audit() and under the printed table. A sound survey has none."""
     found = survey.audit()
     assert len(found) == (sentence is not None)
     if sentence is not None:
@@ -151,7 +151,7 @@ def test_the_audit_points_out_accidents(survey, sentence):
 
 
 def test_a_head_at_the_adapters_rate_is_pointed_out():
-    """A whole weight at the base rate is an accident until it is given its own rate."""
+    """A head at the adapters' base learning rate is pointed out until it gets a learning rate of its own."""
     model = mlp((4,))
     (line,) = report_of(model).audit
     assert line.startswith("head.weight trains at the adapters' base learning rate")
@@ -160,7 +160,7 @@ def test_a_head_at_the_adapters_rate_is_pointed_out():
 
 @pytest.mark.parametrize("built", [False, True])
 def test_frozen_weights_are_no_heads(built):
-    """Frozen weights among the parameters given, as in AdamW(model.parameters()), train at no rate: no alarm."""
+    """Frozen weights, as in AdamW(model.parameters()), are not pointed out, because they do not train."""
     model = mlp((4,), head=False)
     listed = list(model.parameters())
     given = (SGD(listed, lr=LR),) if built else (listed, SGD)
@@ -175,7 +175,7 @@ def test_frozen_weights_are_no_heads(built):
 
 
 def test_an_adapter_outside_the_optimizer_is_pointed_out():
-    """An adapter that trains in the model and of which no factor is in the optimizer is named."""
+    """An adapter that trains in the model but is not in the optimizer is named."""
     model = nn.ModuleDict({"one": adapted("container"), "two": adapted("container")})
     for attribute in ("lora_A", "lora_B", "r", "scaling"):
         held = getattr(model["two"], attribute)

@@ -1,4 +1,4 @@
-"""Where a step moves nothing: the share against exact fractions, who says it, when, and who is silent."""
+"""Steps that change nothing: the share of such weights is right, and those who must know are told, once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def stays(bits: int, step: Fraction, dtype: torch.dtype) -> list[bool]:
-    """Whether the non-negative number of these bits stays, a step up and a step down."""
+    """Return whether the non-negative number with these bits stays unchanged by a step up, and by a step down."""
     kind = BITS[dtype.itemsize]
 
     def value(number: int) -> Fraction:
@@ -43,7 +43,7 @@ def stays(bits: int, step: Fraction, dtype: torch.dtype) -> list[bool]:
 
 
 def by_fractions(values: torch.Tensor, step: float) -> float:
-    """The share that stays, each entry compared with the numbers beside it, without rounding."""
+    """Return the share of unchanged entries, computed in exact fractions from the neighbouring numbers."""
     positive = values.double().abs().to(values.dtype)
     bits = positive.view(BITS[values.dtype.itemsize]).tolist()
     of_each = [stays(number, Fraction(step), values.dtype) for number in bits]
@@ -68,7 +68,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", VALUES)
 def test_the_share_is_that_of_exact_fractions(kind, dtype):
-    """An entry stays where the step is below half of the distance to its neighbour, ties go to the even one."""
+    """An entry stays if the step is below half the distance to its neighbour. Ties go to the even number."""
     values = VALUES[kind].to(getattr(torch, dtype))
     # 2^-9 is half of the distance below 1 in bfloat16, 2^-8 that above
     for step in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 2.0**-9, 2.0**-8, 0.1):
@@ -81,7 +81,7 @@ def test_the_share_is_that_of_exact_fractions(kind, dtype):
 
 
 def network(dtype: torch.dtype = BF16) -> nn.Sequential:
-    """Two layers of standard deviation .02 with a norm between them."""
+    """Return two layers of standard deviation 0.02 with a norm between them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
     for layer in (model[0], model[2]):
@@ -94,7 +94,7 @@ def full(params, lr: float, kind=AdamW, **settings):
 
 
 def steps(opt, model: nn.Module, count: int = 3, scheduler=None) -> list[str]:
-    """What this many steps warn of."""
+    """Run so many steps and return their warnings."""
     dtype = next(model.parameters()).dtype
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     with warnings.catch_warnings(record=True) as caught:
@@ -109,7 +109,9 @@ def steps(opt, model: nn.Module, count: int = 3, scheduler=None) -> list[str]:
 
 
 def test_a_bfloat16_model_that_learns_nothing_is_said_once():
-    """Report and first step say the rate, the share, where, and the three cures; later steps say nothing."""
+    """The report and the first step say the learning rate, the share, the weights and three cures. Later steps are
+    silent.
+    """
     model = network()
     opt = full(model, 1e-5)
     (line,) = opt.report().unmoved
@@ -131,7 +133,7 @@ def adapters(dtype: torch.dtype) -> nn.Module:
 
 
 def frozen_by_rate():
-    """An optimizer of a bfloat16 layer, whose rate was set to zero, beside one in float32."""
+    """Return an optimizer of a bfloat16 layer at learning rate zero, beside one in float32."""
     still, moving = network(), network(torch.float32)
     groups = [{"params": [model[0].weight]} for model in (still, moving)]
     opt = full(groups, 1e-5, model=[still, moving])
@@ -153,7 +155,7 @@ SILENT = {
 
 @pytest.mark.parametrize("case", SILENT)
 def test_what_moves_is_silent(case):
-    """Neither report nor a step says anything where the values move, or where a step is not the rate."""
+    """There is no sentence if the weights move, or if the optimizer's step is not about the learning rate."""
     opt = SILENT[case]()
     assert opt.report().unmoved == ()
     for group in opt.param_groups:
@@ -163,9 +165,7 @@ def test_what_moves_is_silent(case):
 
 
 def test_the_rate_is_the_groups_own():
-    """The sentence has the rate that the law gives a group, where it is another than the base rate; frozen weights do
-    not count.
-    """
+    """The sentence has the multiplied learning rate of the group, and frozen weights do not count."""
     model = adapters(BF16)
     model.layer1.lora_A.requires_grad_(False)
     params = [model.layer0.lora_A, model.layer1.lora_A]
@@ -180,7 +180,9 @@ def test_the_rate_is_the_groups_own():
 
 
 def test_norms_do_not_count_beside_matrices():
-    """A norm's ones stay in bfloat16 at 1e-3 and nobody says so, unless norms are all that trains."""
+    """The weights of a norm (ones) stay at 1e-3 in bfloat16. That is worth a sentence only if nothing but norms
+    trains.
+    """
     model = network()
     assert full(model, 1e-3).report().unmoved == ()
     norms = {"norm.weight": torch.ones(8, dtype=BF16)}
@@ -192,7 +194,7 @@ def test_norms_do_not_count_beside_matrices():
 
 
 def test_the_reading_is_a_sample_of_all():
-    """Of a large group some entries of every tensor are read, and the share is that of all within the noise."""
+    """Only a sample of a large tensor is read, and its share agrees with that of all entries."""
     wide = STD * torch.randn(
         257, 64 * ENTRIES // 257, generator=torch.Generator().manual_seed(3)
     )
@@ -208,7 +210,7 @@ def test_the_reading_is_a_sample_of_all():
 
 
 class Stored(torch.Tensor):
-    """A parameter that keeps its values in a form of its own."""
+    """A parameter that stores its values in a form of its own."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Stored:
@@ -232,7 +234,7 @@ class Sharded(Stored):
 
 
 def test_what_cannot_be_read_is_left_out():
-    """Quantized, integer, empty and meta tensors are left out; of a sharded one the local values are read."""
+    """Quantized, integer, empty and meta tensors are skipped. Of a sharded tensor the local values are read."""
     weight = torch.ones(4, 4, dtype=BF16)
     unread = {
         "stored": Stored(weight),
@@ -257,7 +259,7 @@ def one_cycle(peak):
 
 
 def by_hand(opt):
-    """A loop's own warm-up, without a scheduler."""
+    """Start a loop's own warm-up, without a scheduler."""
     for group in opt.param_groups:
         group["lr"] = group["lr"] / 1000
 
@@ -268,7 +270,7 @@ def by_hand_from_zero(opt):
 
 
 WARM_UPS = [
-    # the rate that it was built with, the warm-up, whether it is said
+    # the learning rate it was built with, the warm-up, whether there is a sentence
     (1e-3, linear, False),
     (1e-5, one_cycle(1e-3), False),
     (1e-3, by_hand, False),
@@ -282,7 +284,7 @@ WARM_UPS = [
 
 @pytest.mark.parametrize(("lr", "warm_up", "is_said"), WARM_UPS)
 def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
-    """The first steps of a warm-up are small, or zero: what counts is the rate that they lead to."""
+    """During a warm-up the learning rate that it leads to counts, not the first small ones."""
     model = network()
     opt = full(model, lr)
     scheduler = warm_up(opt)
@@ -294,7 +296,7 @@ def test_a_warm_up_is_judged_by_its_peak(lr, warm_up, is_said):
 # --- cures ----------------------------------------------------------------------------------------------------------
 
 CURES = [
-    # a setting, its value, the weights' dtype, whether it is said
+    # a setting, its value, the weights' dtype, whether there is a sentence
     ("kahan_sum", None, BF16, False),
     ("kahan_sum", None, torch.float16, False),
     ("kahan_sum", False, BF16, True),
@@ -310,7 +312,9 @@ CURES = [
 def test_an_optimizer_that_keeps_small_steps_is_not_warned_of(
     setting, value, dtype, is_said, holder
 ):
-    """Kahan summation, stochastic rounding and masters are read off the group, or off the optimizer."""
+    """Kahan summation, stochastic rounding and float32 masters prevent the warning, set in a group or on the
+    optimizer.
+    """
     model = network(dtype)
     kind = type("AdamW", (AdamW,), {setting: value} if holder == "optimizer" else {})
     own = {setting: value} if holder == "group" else {}
@@ -322,7 +326,9 @@ def test_an_optimizer_that_keeps_small_steps_is_not_warned_of(
 
 @pytest.mark.parametrize(("name", "is_said"), [("Lion", True), ("Lamb", False)])
 def test_other_sign_like_optimizers_are_read_too(name, is_said):
-    """Lion's step is the rate. Lamb's is a share of the weights, which no dtype rounds away."""
+    """Lion's step is its learning rate, so it is checked. Lamb's is a share of the weights, which no dtype rounds
+    away.
+    """
     opt = full(network(), 1e-5, called(name))
     assert len(opt.report().unmoved) == is_said
 
@@ -332,7 +338,7 @@ def test_other_sign_like_optimizers_are_read_too(name, is_said):
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_gradients_as_small_as_epsilon_are_said(amsgrad):
-    """After a first step on gradients of 1e-8 epsilon takes half of it; the report says it, one warning comes later."""
+    """With gradients of 1e-8, epsilon halves the step. The report says so at once, and one warning comes at step 100."""
     model = network(torch.float32)
     opt = full(model, 1e-3, amsgrad=amsgrad)
     assert opt.report().unmoved == ()
@@ -356,7 +362,7 @@ def test_gradients_as_small_as_epsilon_are_said(amsgrad):
 
 
 def test_epsilon_of_another_rule_is_not_read():
-    """CAME has two, and Adopt's stands elsewhere in its step."""
+    """Optimizers that use epsilon in another way, such as CAME, are not checked."""
     model = network(torch.float32)
     kind = type("CAME", (AdamW,), {"__module__": "came_pytorch"})
     opt = full(model, 1e-3, kind, eps=1.0)
@@ -365,7 +371,7 @@ def test_epsilon_of_another_rule_is_not_read():
 
 
 def test_usual_gradients_are_no_matter_of_epsilon():
-    """Nothing is said of usual gradients, of a smaller epsilon, or of A, whose first gradients are zero."""
+    """There is no sentence for usual gradients, nor for A, whose first gradients are zero."""
     model = network(torch.float32)
     opt = full(model, 1e-3)
     assert steps(opt, model, EPSILON_AT) == []
