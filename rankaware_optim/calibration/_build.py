@@ -17,7 +17,7 @@ from .._types import Method, width_for
 from ..errors import CalibrationError
 from ..inspection import Survey, as_one_model, inspect_model
 from ..laws import Law, checked_multiplier
-from ..optimizer import RankAwareOptimizer
+from ..optimizer import RankAwareOptimizer, RateGroup
 from ..recipe import (
     BASE,
     SAME_UPDATES,
@@ -46,7 +46,7 @@ _LEFT_OUT = {
 }
 
 
-def refuse_settings(settings: Mapping[str, Any]) -> None:
+def refuse_settings(settings: Mapping[str, object]) -> None:
     """Raise a `CalibrationError` for an argument of `trial.optimizer` that the trial sets."""
     for name in _SET_BY_THE_TRIAL:
         if name in settings:
@@ -109,13 +109,13 @@ def groups_of(params: Any) -> Any:
     return params if isinstance(as_one_model(params), nn.Module) else [*params]
 
 
-def groups_with_lr(params: Any) -> set[int]:
+def groups_with_lr(params: object) -> set[int]:
     """Return the numbers of the parameter groups that were passed with an "lr" of their own."""
     groups = params if isinstance(params, list) else []
     return {i for i, g in enumerate(groups) if isinstance(g, Mapping) and "lr" in g}
 
 
-def trained_groups(opt: Any) -> list[int]:
+def trained_groups(opt: Optimizer) -> list[int]:
     """Return the numbers of the parameter groups whose learning rate the trial sets: those with
     LoRA matrices, or with whole weights in full finetuning. An optimizer of another class has one.
     """
@@ -149,7 +149,7 @@ def refuse_own_rates(opt: RankAwareOptimizer, lr: float) -> None:
 def settings_in_force(
     opt: RankAwareOptimizer,
     native: type[Optimizer],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     at_own_lr: Collection[int],
 ) -> dict[str, Any]:
     """Return the optimizer's settings as JSON values that are equal in every process.
@@ -170,8 +170,8 @@ def settings_in_force(
     names = opt.defaults.keys() - _LEFT_OUT
     rates = opt.rates.groups
     trained = {group.user_group for group in rates if group.role != "other"}
-    others: list[Any] = []
-    factors: list[Any] = []
+    others: list[dict[str, Any]] = []
+    factors: list[dict[str, Any]] = []
     for number, group in enumerate(opt.param_groups):
         (factors if number in trained else others).append(group)
     made |= settings_of(factors or others, names)
@@ -182,7 +182,9 @@ def settings_in_force(
     return made
 
 
-def _other_rates(rates: Iterable[Any], at_own_lr: Collection[int]) -> dict[str, Any]:
+def _other_rates(
+    rates: Iterable[RateGroup], at_own_lr: Collection[int]
+) -> dict[str, Any]:
     """Return the learning rates of parameters that are no LoRA matrices, by name pattern.
 
     A pattern with two different rates is left out.

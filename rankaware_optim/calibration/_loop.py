@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from .._checks import shown
 from ..errors import CalibrationError
+from ..optimizer import RankAwareOptimizer
 from ._constants import SAME_PEAK
 from ._trials import Run
 
@@ -43,13 +44,13 @@ class CallbackRun(NamedTuple):
             soon after that returns True. It returns the score, or None.
     """
 
-    run: Callable[[TrialRunner], Any]
+    run: Callable[[TrialRunner], object]
 
 
 # --- what a run is checked for --------------------------------------------------------------------
 
 
-def one_number(value: Any, what: str) -> float:
+def one_number(value: object, what: str) -> float:
     """Return a number, or a tensor of one element, as a float.
 
     Args:
@@ -150,7 +151,7 @@ def refuse_micro_batches(stepped: Sequence[int], taken: int) -> None:
         )
 
 
-def has_moved(opt: Any) -> bool:
+def has_moved(opt: RankAwareOptimizer | None) -> bool:
     """Return whether a LoRA matrix that was zero at the start has changed, or none was zero."""
     seen = False
     for group in [] if opt is None else opt.rates.groups:

@@ -59,6 +59,11 @@ class Progress:
         if self._ended_before:
             return
         self._say(f"calibrate: {options.price}{_start(options)}")
+        if len(options.tried) > 1 and options.anchor is not None:
+            self._say(
+                f"lr is the base learning rate, that of rank {options.anchor}. The scaling law"
+                " converts it to each trial's rank."
+            )
         if price:
             self._say(f"Beside the steps: {price}.")
 

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
+import optuna
 import torch
 from optuna import TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
@@ -54,18 +55,19 @@ from ._loop import (
 from ._progress import Progress
 from ._schedule import Options
 from ._search import divergence_limits, interval, is_behind, next_rate, search_range
+from ._storage import StorageLike
 from ._study import Study, source_of
 from ._trial import Trial
 from ._trials import PARAMETER, Build, End, Setting
 
-Train = Callable[[Trial], Generator[Any, None, Any] | CallbackRun]
+Train = Callable[[Trial], Generator[object, None, object] | CallbackRun]
 
 
 def search(
     train: Train,
     options: Options,
     *,
-    storage: Any = None,
+    storage: StorageLike = None,
     progress: Progress | None = None,
     price: str = "",
 ) -> Recipe:
@@ -130,17 +132,17 @@ class TrialRunner:
         # for each step of the optimizer, how many values came before it
         self._values_before: list[int] = []
         # returns the optimizer while it lives: the loop owns it
-        self._optimizer: Callable[[], Any] = _no_optimizer
+        self._optimizer: Callable[[], RankAwareOptimizer | None] = _no_optimizer
         # the optimizer whose learning rates a schedule sets, and the group to look at
-        self._scheduled: Callable[[], Any] = _no_optimizer
+        self._scheduled: Callable[[], Optimizer | None] = _no_optimizer
         self._scheduled_group = 0
-        self._stored: Any = None  # Optuna's trial, in the leading process
+        self._stored: optuna.trial.Trial  # only in the leading process
         self.number = study.lead(self._begin)
 
     def _begin(self) -> int:
         self._stored = self._study.begin_trial(self.setting)
         self._study.check_options(self._study.runs())
-        return int(self._stored.number)
+        return self._stored.number
 
     def run(self, train: Train) -> None:
         """Run `train`, and store the outcome. If it raises an error, `Study.close` fails the trial.
@@ -281,7 +283,7 @@ class TrialRunner:
             return None
         return self._study.replicas.mean(one_number(score, "The score is"))
 
-    def _run_to_end(self, loop: Any) -> Any:
+    def _run_to_end(self, loop: object) -> object:
         """Report the values of a loop, and return what it returns after its steps.
 
         A generator is closed, so that its `finally` blocks run.
@@ -305,10 +307,10 @@ class TrialRunner:
         return None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _note_step(self, *hooked: Any) -> None:
+    def _note_step(self, *hooked: object) -> None:
         self._values_before.append(len(self._curve))
 
-    def report(self, value: Any) -> bool:
+    def report(self, value: object) -> bool:
         """Take the value of a step, and return whether the run ends here.
 
         It ends because it diverged, is stopped early, or has run all its steps.
@@ -419,7 +421,7 @@ class TrialRunner:
             CalibrationError: only some trials return a score, or the trials did not train at the
                 learning rates that they were meant to try.
         """
-        outcome: dict[str, Any] = {
+        outcome: dict[str, object] = {
             "curve": self._curve,
             "score": score,
             "end": self._end,

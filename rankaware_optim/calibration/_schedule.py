@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch.optim import Optimizer
 
@@ -156,11 +156,11 @@ class Options:
 # Each returns the value as it is kept, or raises a `CalibrationError` that names the argument.
 
 
-def _optional(check: Callable[[str, Any], T], name: str, value: Any) -> T | None:
+def _optional(check: Callable[[str, object], T], name: str, value: object) -> T | None:
     return None if value is None else check(name, value)
 
 
-def _count(name: str, value: Any, least: int = 1) -> int:
+def _count(name: str, value: object, least: int = 1) -> int:
     number = plain(value)
     if value is None:
         raise CalibrationError(
@@ -174,7 +174,7 @@ def _count(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def _positive(name: str, value: Any) -> float:
+def _positive(name: str, value: object) -> float:
     number = plain(value)
     if not is_positive(number):
         raise CalibrationError(
@@ -183,7 +183,7 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _lr_range(name: str, value: Any) -> tuple[float, float]:
+def _lr_range(name: str, value: object) -> tuple[float, float]:
     ends = plain(value)
     is_pair = isinstance(ends, (list, tuple)) and len(ends) == 2
     if not is_pair or not all(map(is_positive, ends)):
@@ -196,7 +196,7 @@ def _lr_range(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _ranks(value: Any) -> tuple[int | None, ...]:
+def _ranks(value: object) -> tuple[int | None, ...]:
     """Return the ranks in order, full finetuning last."""
     ranks = plain(value)
     if value is None or isinstance(value, (str, bytes)) or not _is_listed(ranks):
@@ -220,7 +220,7 @@ def _ranks(value: Any) -> tuple[int | None, ...]:
     return tuple(in_order)
 
 
-def _seeds(value: Any) -> tuple[int, ...]:
+def _seeds(value: object) -> tuple[int, ...]:
     seeds = plain(value)
     if not _is_listed(seeds):
         raise CalibrationError(
@@ -232,17 +232,17 @@ def _seeds(value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(seeds))
 
 
-def _is_listed(value: Any) -> bool:
+def _is_listed(value: object) -> bool:
     return isinstance(value, (list, tuple, range)) and len(value) > 0
 
 
-def _whole(name: str, value: Any, what: str) -> None:
+def _whole(name: str, value: object, what: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise CalibrationError(f"{what} is no whole number.", "Pass whole numbers.")
     check_range(name, value, what, CalibrationError)
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
         raise CalibrationError(
             f"name is {shown(value)}.",

@@ -48,7 +48,10 @@ _FAILURES = (
 )
 
 
-def open_storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
+StorageLike = str | os.PathLike[str] | BaseStorage | None  # `storage=` of `calibrate`
+
+
+def open_storage(storage: StorageLike) -> BaseStorage:
     """Open an Optuna storage.
 
     Args:
@@ -157,7 +160,7 @@ class _JournalFile(JournalFileBackend):
 
 @contextmanager
 def storage_errors(
-    storage: Any, failures: tuple[type[Exception], ...] = _FAILURES
+    storage: StorageLike, failures: tuple[type[Exception], ...] = _FAILURES
 ) -> Iterator[None]:
     """Turn failures of a storage into a `CalibrationError` that names the storage."""
     try:
@@ -305,7 +308,7 @@ def held_back(most: float = 1) -> Iterator[None]:
 
 def begin_trial(
     study: Study,
-    attributes: Mapping[str, Any],
+    attributes: Mapping[str, object],
 ) -> Trial:
     """Create a running trial whose user attributes are set from the start."""
     template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))

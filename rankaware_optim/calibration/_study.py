@@ -31,6 +31,7 @@ from ._progress import Progress
 from ._schedule import Options, next_setting
 from ._storage import (
     Heartbeat,
+    StorageLike,
     begin_trial,
     close_storage,
     held_back,
@@ -120,17 +121,17 @@ class Study:
         self._made_with = made_with(options)
         # a stored study of other code is continued with a warning
         self._code = {**source, "rankaware-optim": version("rankaware-optim")}
-        self._place: Any = None
+        self._place: StorageLike = None
         self._to_close: optuna.storages.BaseStorage | None = None
         # from `open` on, in the leading process
-        self._study: Any = None
-        self._heartbeat: Any = None
+        self._study: optuna.Study | None = None
+        self._heartbeat: Heartbeat | None = None
         self._calibration: Calibration | None = None
         self._ended: dict[int, Run] = {}
 
     # --- the storage ------------------------------------------------------------------------------
 
-    def lead(self, work: Callable[..., T], *arguments: Any) -> T:
+    def lead(self, work: Callable[..., T], *arguments: object) -> T:
         """Do work that uses the storage in the leading process, and return its result in all.
 
         Errors of the storage become a `CalibrationError`. Ctrl-C waits until the work is done.
@@ -147,14 +148,14 @@ class Study:
         with held_back(), storage_errors(self._place):
             yield
 
-    def wait(self, is_ready: Callable[..., bool], *arguments: Any) -> None:
+    def wait(self, is_ready: Callable[..., bool], *arguments: object) -> None:
         """Wait for other workers until `is_ready` returns True in the leading process."""
         pause = POLL_S
         while not self.lead(is_ready, *arguments):
             time.sleep(pause)
             pause = min(2 * pause, SLOW_POLL_S)
 
-    def open(self, storage: Any, price: str) -> None:
+    def open(self, storage: StorageLike, price: str) -> None:
         """Create the Optuna study, or continue the stored one of the same name.
 
         Args:
@@ -198,6 +199,7 @@ class Study:
     def _begin_heartbeat(self) -> dict[int, int | None]:
         """Start this worker's heartbeat. Return the last heartbeat of every running trial."""
         running = self.runs().running()
+        assert self._study is not None
         self._heartbeat = Heartbeat(self._study)
         self._heartbeat.start()
         return {run.number: run.heartbeat for run in running}
@@ -216,7 +218,7 @@ class Study:
             self.check_comparable(first.made_with, self._made_with)
 
     def check_comparable(
-        self, stored: Mapping[str, Any], now: Mapping[str, Any]
+        self, stored: Mapping[str, object], now: Mapping[str, object]
     ) -> None:
         """Raise a `CalibrationError` if stored runs were made with other values than new ones."""
         if difference := differences(stored, now):
@@ -281,15 +283,20 @@ class Study:
     def _due(self) -> Setting | None:
         return next_setting(self.options, self.runs())
 
-    def begin_trial(self, setting: Setting) -> Any:
+    def begin_trial(self, setting: Setting) -> optuna.trial.Trial:
         """Create a running trial in Optuna's storage, which has its setting from the start."""
         made_with = {**self._made_with, **self._code}
         attributes = {**setting._asdict(), "heartbeat": 0, "made_with": made_with}
-        self._heartbeat.trial = begin_trial(self._study, attributes)
-        return self._heartbeat.trial
+        assert self._study is not None
+        assert self._heartbeat is not None
+        trial = begin_trial(self._study, attributes)
+        self._heartbeat.trial = trial
+        return trial
 
     def end_trial(self, state: TrialState, value: float | None = None) -> None:
         """End this worker's trial, unless another worker has declared it dead."""
+        if self._study is None or self._heartbeat is None:
+            return
         trial = self._heartbeat.trial
         if trial is None:
             return
@@ -335,7 +342,7 @@ class Study:
 # --- what runs are made with ----------------------------------------------------------------------
 
 
-def source_of(train: Any) -> dict[str, str]:
+def source_of(train: Callable[..., object]) -> dict[str, str]:
     """Return the name of a training loop, and the first twelve digits of its source's hash if the
     source can be read. Partials and decorators around the function are ignored.
 
