@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from ._checks import shown
 from ._near_misses import explain_near_misses
 from ._warn import warn
-from .errors import OptimizerError
-from .recipe import Recipe
-from .trainers import NAMES, trainer_of
+from .errors import OptimizerError, RankAwareError
+from .recipe import Judgement, Recipe
+from .trainers import NAMES, Trainer, trainer_of
+from .transfer import suggest_lr
 
 if TYPE_CHECKING:
     from ._rate import Rate
@@ -106,14 +107,49 @@ def attach(
     given = {**ours, **settings}
     given = {name: value for name, value in given.items() if value is not None}
     if recipe is None:
-        return found.attach(optimizer, given)
+        report = found.attach(optimizer, given)
+        place = "" if tuned_at is not None else _in_suggestion(found, optimizer, given)
+        return _with_note(report, place)
     given = _with_recipe(given)
     report = found.attach(optimizer, given)
     other = "" if batch is not None else _other_batch(given["recipe"], found.batch)
-    if not other:
-        return report
-    warn(other)
-    return replace(report, notes=(*report.notes, other))
+    if other:
+        warn(other)
+    return _with_note(report, other)
+
+
+def _with_note(report: Report, note: str) -> Report:
+    """Return a report with a note after its own, unless the note is empty."""
+    return replace(report, notes=(*report.notes, note)) if note else report
+
+
+def _in_suggestion(
+    trainer: Trainer, optimizer: type[Optimizer] | str | None, given: dict[str, Any]
+) -> str:
+    """Return where a learning rate lies that was not tuned elsewhere: in the interval that is
+    suggested for this model, or outside. Return "" if nothing is suggested.
+    """
+    own = trainer.own_rate()
+    lr = given.get("lr", own and own.lr)
+    if lr is None:
+        return ""
+    try:
+        suggested = suggest_lr(
+            trainer.model,
+            optimizer or trainer.own_class() or "AdamW",
+            method=given.get("method", "lora"),
+            init=given.get("init"),
+            task=trainer.task,
+            steps=trainer.known_steps(),
+        )
+    except RankAwareError:
+        return ""
+    where = "inside" if Judgement(float(lr), suggested).inside else "outside"
+    return (
+        f"The learning rate {float(lr):.3g} is {where} the 90 % interval that"
+        f" ra.suggest_lr(trainer) gives for this model: {suggested.band}, best estimate"
+        f" {suggested.lr:.3g}."
+    )
 
 
 def _other_batch(recipe: Recipe, batch: float | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
@@ -16,7 +17,7 @@ import optuna
 from torch import nn
 from torch.optim import Optimizer
 
-from ._checks import shown
+from ._checks import check_lr, shown
 from ._near_misses import explain_near_misses
 from ._optimizers import get_optimizer_class
 from ._rate import Rate
@@ -37,11 +38,17 @@ from .calibration import (
     search,
     seeded,
 )
-from .errors import CalibrationError, InspectionError, LawError, OptimizerError
+from .errors import (
+    CalibrationError,
+    InspectionError,
+    LawError,
+    OptimizerError,
+    RankAwareError,
+)
 from .inspection import as_one_model, inspect_model
 from .laws import PRIOR_LAW, Law
 from .recipe import Recipe, Score
-from .trainers import BATCHES, NAMES, Touched, Trainer, TrialRun, trainer_of
+from .trainers import BATCHES, NAMES, OwnRate, Touched, Trainer, TrialRun, trainer_of
 from .transfer import suggest_lr
 
 # An existing model is tried four times for a quarter of the run. Together that is as many training
@@ -71,6 +78,7 @@ def calibrate(  # noqa: PLR0913
     lr_range: tuple[float, float] | None = None,
     storage: str | os.PathLike[str] | optuna.storages.BaseStorage | None = None,
     batch: float | None = None,
+    lr: float | None = None,
     progress: bool = True,
 ) -> Recipe:
     """Find the base learning rate, how it changes with rank, and how certain both are, by short
@@ -120,7 +128,9 @@ def calibrate(  # noqa: PLR0913
             end its URL with "#" and the study's name. By default the study is kept in memory.
         batch: examples per step of the run that the recipe is for, by default those of the
             trainer's arguments. The recipe records it.
-        progress: whether to print on standard error how far the search is.
+        lr: the learning rate that you have used so far. At the end of the search a sentence says
+            how far it is from the best one. By default it is that of an existing trainer.
+        progress: whether to print on standard error how far the search is, and its result.
 
     Returns:
         The recipe for the run of `target_steps` steps.
@@ -139,6 +149,7 @@ def calibrate(  # noqa: PLR0913
     shown = Progress(progress)
     runs = _Runs(native, settings or {}, score, place, shown)
     _check_arguments(settings, score)
+    own = _own_rate(place, lr)
     at = _configuration(place, runs.settings, ranks, full_trials)
     if at is not None:
         ranks = (at.rank,)
@@ -160,7 +171,7 @@ def calibrate(  # noqa: PLR0913
                 lr_range=lr_range,
                 batch=batch,
                 name=name,
-                suggested=_suggested(place, at, runs),
+                suggested=_suggested(place, at, runs, whole),
                 noisy=runs.by_reward(place.trainer),
             )
             recipe = search(
@@ -171,7 +182,8 @@ def calibrate(  # noqa: PLR0913
                 price=_price(options, runs, snapshot),
             )
     recipe = runs.completed(recipe)
-    shown.result(recipe, full=_call_for_full(place, optimizer))
+    full = _call_for_full(place, optimizer)
+    shown.result(recipe, _verdict(recipe, own), full)
     return recipe
 
 
@@ -307,8 +319,12 @@ def _configuration(
         return Reference(method="full")
 
 
-def _suggested(place: _Place, at: Reference | None, runs: _Runs) -> Rate | None:
-    """Return the suggested learning rate of an existing model, None if none is known."""
+def _suggested(
+    place: _Place, at: Reference | None, runs: _Runs, whole: int | None
+) -> Rate | None:
+    """Return the learning rate that is suggested for an existing model and a run of `whole` steps,
+    None if none is known.
+    """
     if at is None:
         return None
     task = None if place.trainer is None else place.trainer.task
@@ -321,6 +337,7 @@ def _suggested(place: _Place, at: Reference | None, runs: _Runs) -> Rate | None:
             method=at.method,
             init=settings.get("init"),
             task=task,
+            steps=whole,
         )
     except (OptimizerError, LawError):
         return None
@@ -347,6 +364,29 @@ def _call_for_full(place: _Place, optimizer: type[Optimizer] | str) -> str:
     if place.trainer is None:
         return f"ra.calibrate(train, {name}, model=model_without_adapters)"
     return f"ra.calibrate(trainer_of_the_full_model, {name})"
+
+
+# --- the learning rate that the user already has --------------------------------------------------
+
+
+def _own_rate(place: _Place, lr: float | None) -> OwnRate | None:
+    """Return the learning rate to judge: the one that was passed, else an existing trainer's.
+
+    Raises:
+        OptimizerError: the one that was passed is not a positive finite number.
+    """
+    if lr is not None:
+        return OwnRate("lr", check_lr(lr))
+    return None if place.trainer is None else place.trainer.own_rate()
+
+
+def _verdict(recipe: Recipe, own: OwnRate | None) -> str:
+    """Return how far a learning rate is from a recipe's best one, "" without one."""
+    if own is None:
+        return ""
+    with suppress(RankAwareError):  # the search must not be lost
+        return recipe.judge(own.lr).verdict(str(own))
+    return ""
 
 
 # --- the trials -----------------------------------------------------------------------------------

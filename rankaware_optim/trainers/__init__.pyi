@@ -5,6 +5,7 @@ from ._table import NAMES as NAMES
 from ._table import TRAINERS as TRAINERS
 from ._table import trainer_of as trainer_of
 from ._trainer import BATCHES as BATCHES
+from ._trainer import OwnRate as OwnRate
 from ._trainer import Touched as Touched
 from ._trainer import Trainer as Trainer
 from ._trainer import TrialRun as TrialRun

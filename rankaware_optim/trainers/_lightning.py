@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -23,10 +23,11 @@ from ..errors import CalibrationError, OptimizerError
 from ..optimizer import RankAwareOptimizer, Report
 from ..recipe import constructor_settings
 from ._data import held_out
-from ._trainer import BATCHES, Touched, Trainer, TrialRun
+from ._trainer import BATCHES, OwnRate, Touched, Trainer, TrialRun
 from ._transformers import refuse_without_rate
 
 _PACKAGES = ("lightning", "pytorch_lightning")
+_RATES = ("lr", "learning_rate")  # of a module, as Lightning's finder looks for them
 _SAMPLERS = (RandomSampler, SequentialSampler)
 _LOADER = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "generator")
 
@@ -75,6 +76,34 @@ class LightningTrainer(Trainer):
                 "Set max_steps, or pass steps= and target_steps=.",
             )
         return int(steps)
+
+    def known_steps(self) -> int | None:
+        """Return the steps of the run by its limits and the length of its data, without Lightning,
+        which would begin a run to count them.
+        """
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+        epochs = trainer.max_epochs
+        with suppress(TypeError, IndexError):  # a stream, or a datamodule
+            batches = len(self.data[0])
+            limit = trainer.limit_train_batches
+            if isinstance(limit, int):
+                batches = min(batches, limit)
+            else:
+                batches = int(batches * (limit or 1.0))
+            each = math.ceil(batches / trainer.accumulate_grad_batches)
+            if epochs is not None and epochs > 0:
+                limits.append(each * epochs)
+        return min(limits, default=None)
+
+    def own_rate(self) -> OwnRate | None:
+        parsing = _part_of(self.trainer, "utilities.parsing")
+        for name in _RATES:
+            if parsing.lightning_hasattr(self.model, name):
+                lr = parsing.lightning_getattr(self.model, name)
+                if isinstance(lr, (int, float)) and lr > 0:
+                    return OwnRate(name, float(lr))
+        return None
 
     # --- a real run -------------------------------------------------------------------------------
 
@@ -295,7 +324,7 @@ def _set_rate(trainer: Any, module: Any, lr: float) -> None:
         OptimizerError: there is none.
     """
     parsing = _part_of(trainer, "utilities.parsing")
-    for name in ("lr", "learning_rate"):
+    for name in _RATES:
         if parsing.lightning_hasattr(module, name):
             parsing.lightning_setattr(module, name, lr)
             return

@@ -5,6 +5,7 @@ Importing this module imports no trainer. Its functions do.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -98,7 +99,9 @@ def log_rates(trainer: Any) -> None:
         step to the training logs, as Trainer does for group 0.
         """
 
-        def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, **kwargs: Any
+        ) -> None:
             wrapper = kwargs["optimizer"]
             opt = _inside(wrapper)
             if not isinstance(opt, RankAwareOptimizer):
@@ -109,6 +112,8 @@ def log_rates(trainer: Any) -> None:
                 )
             if wrapper is not opt:
                 wrapper.report, wrapper.rates = opt.report, opt.rates
+            if state.is_world_process_zero:
+                _explain_names(opt)
 
         def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             self.rates = group_rates(kwargs["optimizer"])
@@ -122,6 +127,15 @@ def log_rates(trainer: Any) -> None:
 
     # Trainer calls its reporters before the callbacks that it is given
     trainer.callback_handler.callbacks.insert(0, LogRates())
+
+
+def _explain_names(opt: Any) -> None:
+    """Print which of the logged learning rates train, if they differ from the base rate."""
+    if {group.multiplier for group in opt.rates.groups} == {1.0}:
+        return
+    names = ", ".join(group_rates(opt))
+    words = "learning_rate is the base learning rate, and these train"
+    print(f"rankaware: in the logs, {words}: {names}", file=sys.stderr, flush=True)
 
 
 def lightning_rates() -> Any:

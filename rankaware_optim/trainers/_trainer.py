@@ -6,10 +6,13 @@ Importing this module imports no such library.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -94,6 +97,25 @@ class TrialRun:
         return loss() if self.score is None else self.score(trainer)
 
 
+class OwnRate(NamedTuple):
+    """The learning rate that a trainer has by itself.
+
+    Attributes:
+        name: its name in the trainer's arguments, or in the module.
+        lr: the learning rate.
+        is_default: whether it is the default of the class of arguments, which nobody tuned.
+    """
+
+    name: str
+    lr: float
+    is_default: bool = False
+
+    def __str__(self) -> str:
+        if self.is_default:
+            return f"The default {self.name}={self.lr:.3g}, which nobody tuned,"
+        return f"Your {self.name}={self.lr:.3g}"
+
+
 class Touched(NamedTuple):
     """What a run may change, so that it must be put back after each trial.
 
@@ -147,6 +169,31 @@ class Trainer(ABC):
         trainer does not know them.
         """
         return 0.0
+
+    def known_steps(self) -> int | None:
+        """Return the number of optimizer steps of the run, None if it cannot be known beforehand,
+        such as for a stream. The trainer is left as it is.
+        """
+        with suppress(Exception):  # a loader of the user's own
+            return self.steps()
+        return None
+
+    def own_class(self) -> type[Optimizer] | None:
+        """Return the optimizer class that the trainer would build, None if it is unknown."""
+        return None
+
+    def own_rate(self) -> OwnRate | None:
+        """Return the learning rate at which the trainer would train, None if it has none."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of most of the weights that train, None if none do."""
+        counts: Counter[torch.dtype] = Counter()
+        for param in self.model.parameters():
+            if param.requires_grad:
+                counts[param.dtype] += param.numel()
+        return counts.most_common(1)[0][0] if counts else None
 
     # --- a real run -------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -25,7 +26,7 @@ from ..errors import CalibrationError, OptimizerError, RankAwareWarning
 from ..optimizer import RankAwareOptimizer, Report
 from ._data import divided, held_out
 from ._logs import log_rates
-from ._trainer import BATCHES, Touched, Trainer, TrialRun
+from ._trainer import BATCHES, OwnRate, Touched, Trainer, TrialRun
 
 Groups = list[dict[str, Any]]
 
@@ -54,9 +55,26 @@ class TransformersTrainer(Trainer):
         args = self.trainer.args
         if args.max_steps > 0:
             return int(args.max_steps)
-        batches = len(self.trainer.get_train_dataloader())
+        loaders = getattr(self.trainer.accelerator, "_dataloaders", [])
+        before = [*loaders]
+        with torch.random.fork_rng(devices=[]):
+            batches = len(self.trainer.get_train_dataloader())
+        loaders[:] = before  # without the loader that was only counted
         each: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         return math.ceil(float(args.num_train_epochs) * each)
+
+    def own_class(self) -> type[Optimizer] | None:
+        with suppress(OptimizerError):
+            return self._choice(None, {})[0]
+        return None
+
+    def own_rate(self) -> OwnRate | None:
+        passed = self.trainer.optimizer_cls_and_kwargs
+        if passed is not None and "lr" in passed[1]:
+            return OwnRate("lr", float(passed[1]["lr"]))
+        args = self.trainer.args
+        is_default = args.learning_rate == type(args).learning_rate
+        return OwnRate("learning_rate", float(args.learning_rate), is_default)
 
     def warmup(self, steps: int) -> float:
         return float(self.trainer.args.get_warmup_steps(steps))

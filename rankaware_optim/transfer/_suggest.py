@@ -29,7 +29,7 @@ from ..inspection import (
     without_embeddings,
 )
 from ..laws import FULL_TRUST, MuA, checked_multiplier
-from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90
+from ..recipe import ANY_WIDTH, INIT_SD, RANK_SD, WIDTH_SD, Z90, Judgement
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -162,7 +162,7 @@ FACTORS = {
 @explain_near_misses
 def suggest_lr(
     model: Any,
-    optimizer: type[Optimizer] | str = "AdamW",
+    optimizer: type[Optimizer] | str | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     method: Method = "lora",
@@ -186,11 +186,13 @@ def suggest_lr(
     is below about 5,700 has LoRA's rate by the law if that is higher.
 
     Args:
-        model: the model, its survey, a `Reference`, or a built trainer, which gives its model and
-            task. Its hidden size is its most common fan-in, or the largest for full finetuning.
+        model: the model, its survey, a `Reference`, or an existing trainer. Of a trainer the model,
+            task, steps and optimizer class are read, and a note judges its own learning rate. The
+            model's hidden size is its most common fan-in, or the largest for full finetuning.
             If the model has several ranks, the learning rate is for the most common one, and
             `RankAwareOptimizer(model, AdamW, lr=suggest_lr(model))` converts it to the others.
-        optimizer: a torch optimizer class or its name.
+        optimizer: a torch optimizer class or its name. By default the class that a trainer would
+            build, else AdamW.
         settings: its settings. Muon's `adjust_lr_fn` changes the rate.
         method: "lora" or "full".
         init: "A" (B starts at zero, as in PEFT), "B" (A starts at zero), or a value of PEFT's
@@ -199,7 +201,8 @@ def suggest_lr(
         task: "chat" if the task is like that of the published sweeps, "rl" for reinforcement
             learning (GRPO, RLOO), "dpo" for direct preference optimization, else "other". By
             default "rl" for a trainer with `reward_funcs`, "dpo" for a `DPOTrainer`, else "other".
-        steps: optimizer steps of the run. By default the rate is that of about 780. It lowers the
+        steps: optimizer steps of the run, by default those of a trainer's run. If they are unknown
+            the rate is that of about 780. It lowers the
             rate of longer runs, which is right where the batch is smaller or data are repeated.
             Leave it out if the run has more fresh data at the same batch.
 
@@ -213,7 +216,8 @@ def suggest_lr(
     >>> print(f"{suggest_lr(Reference(rank=16, alpha=32, fan_in=4096)).lr:.1e}")
     2.5e-04
     """
-    model, task = _of_trainer(model, task)
+    asked = _Asked.of(model, optimizer, task, steps)
+    model, optimizer, task, steps, _ = asked
     check_choice(task, TASKS, "The task is", InvalidReferenceError)
     check_choice(method, get_args(Method), "The method is", InvalidReferenceError)
     name, relation = _relation(optimizer, settings)
@@ -223,14 +227,17 @@ def suggest_lr(
     middle = anchor.log2_rate + sum(move.octaves for move in moves)
     width = at.fan_in or ANY_WIDTH
     reach = Z90 * math.hypot(anchor.sd, *(move.sd for move in moves))
+    lr, low, high = middle - anchor.margin, middle - reach, middle + reach
+    bare = Rate(2.0**lr, low=2.0**low, high=2.0**high)
     return Rate(
-        2.0 ** (middle - anchor.margin),
-        low=2.0 ** (middle - reach),
-        high=2.0 ** (middle + reach),
+        bare.lr,
+        low=bare.low,
+        high=bare.high,
         extrapolated=any(move.outside for move in moves),
         reference=replace(at, fan_in=None),
         configuration=f"{name}, {at}, fan-in {width:g}",
         notes=(
+            *asked.notes(bare),
             f"{anchor.source}.",
             f"It is {times(-anchor.margin)} the middle of its interval, since too high costs more.",
             *(move.why for move in moves if move.why),
@@ -239,14 +246,53 @@ def suggest_lr(
     )
 
 
-def _of_trainer(model: Any, task: Task | None) -> tuple[Any, Task]:
-    """Return the model and the task of a trainer. Of anything else they are as given."""
-    is_light = isinstance(model, (Reference, Survey))  # which need no torch
-    trainer = None if is_light else trainers.trainer_of(model)
-    known = None
-    if trainer is not None:
-        model, known = trainer.model, trainer.task
-    return model, known or "other" if task is None else task
+class _Asked(NamedTuple):
+    """What a rate is asked for: a model with its task, optimizer and steps, as passed or as a
+    trainer knows them.
+    """
+
+    model: Any
+    optimizer: Any
+    task: Task
+    steps: int | None
+    trainer: Any = None
+
+    @classmethod
+    def of(
+        cls, model: Any, optimizer: Any, task: Task | None, steps: int | None
+    ) -> _Asked:
+        """Return what was passed, completed by what a trainer knows."""
+        is_light = isinstance(model, (Reference, Survey))  # which need no torch
+        trainer = None if is_light else trainers.trainer_of(model)
+        if trainer is None:
+            other: Task = "other" if task is None else task
+            return cls(model, optimizer or "AdamW", other, steps)
+        return cls(
+            trainer.model,
+            optimizer or trainer.own_class() or "AdamW",
+            trainer.task or "other" if task is None else task,
+            trainer.known_steps() if steps is None else steps,
+            trainer,
+        )
+
+    def notes(self, rate: Rate) -> Iterator[str]:
+        """Yield how good the trainer's own learning rate is, and what the trainer knows."""
+        trainer = self.trainer
+        if trainer is None:
+            return
+        own = trainer.own_rate()
+        if own is not None:
+            yield Judgement(own.lr, rate).verdict(str(own))
+        steps = "an unknown number of" if self.steps is None else f"{self.steps:,}"
+        facts = [f"{steps} steps"]
+        if trainer.batch is not None:
+            facts.append(f"batch {trainer.batch:g}")
+        if trainer.dtype is not None:
+            facts.append(f"weights in {str(trainer.dtype).removeprefix('torch.')}")
+        text = f"From the trainer: {', '.join(facts)}."
+        if self.steps is None:
+            text += " Its data have no length. Pass steps= if you know them."
+        yield text
 
 
 # --- what is asked --------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_a_pruned_trainer_stops(tmp_path, monkeypatch):
     """The pruner's word ends the run at that step, and no evaluation is made of it."""
     make = maker(tmp_path)
     pruned(monkeypatch, 3)
-    with pytest.raises(CalibrationError, match="pruned"):
+    with pytest.raises(CalibrationError, match="stopped early"):
         calibrate(make, score=fail, trials=2)
     assert [trainer.state.global_step for trainer in make.trainers] == [3, 3]
 
@@ -349,7 +349,7 @@ def test_lightning_is_pruned(tmp_path, monkeypatch):
     """The pruner stops `fit` at its step."""
     make = lit(tmp_path)
     pruned(monkeypatch, 3)
-    with pytest.raises(CalibrationError, match="pruned"):
+    with pytest.raises(CalibrationError, match="stopped early"):
         calibrate(make, trials=2)
     assert [module.trainer.global_step for module in make.modules] == [3, 3]
 
