@@ -98,11 +98,9 @@ FIGURES: dict[str, Figure] = {
     "fall_small_least": lambda: falls_on_small_tasks()[0],
     "fall_small_most": lambda: falls_on_small_tasks()[-1],
     "models_kept": partial(
-        cell, "large_models", MODELS, "kept (as by the paper's law)", "lost, mean, %"
+        said, "large_models", "lose <> % with an unchanged learning rate"
     ),
-    "models_law": partial(
-        cell, "large_models", MODELS, "the default law", "lost, mean, %"
-    ),
+    "models_law": partial(said, "large_models", "and <> % by the default law"),
     "full_trust": lambda: FULL_TRUST_FACTOR,
     "suggest_7b_least": lambda: lost_on_7b()[0],
     "suggest_7b_most": lambda: lost_on_7b()[-1],
@@ -188,8 +186,8 @@ README = (
     "from rank 16 to 256 by a factor of <fall_7b> on this 7B model, from 4 to 256 by a "
     "factor of <fall_1b> on a 1B model, and by <fall_small_least> to <fall_small_most> on "
     "[three small tasks]",
-    "an unchanged learning rate ends <models_kept> % above the lowest loss, and the "
-    "scaling law <models_law> %.",
+    "an unchanged learning rate ends <models_kept> % above the lowest loss from rank 16 on, "
+    "and the scaling law <models_law> %.",
 )
 PAGES = {
     "README.md": README,
