@@ -8,6 +8,7 @@ benchmarks/laws/full_finetuning.py (results/full_finetuning.md), by a rule that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from .._types import Factor, Reference
@@ -41,9 +42,9 @@ def is_measured(law: Law, lora: Reference) -> bool:
     *corrections, inner = layers_of(law)
     of_adam = isinstance(inner, MuA) and inner.family in SIGN_LIKE
     finite = isinstance(inner, MuA) and inner.tokens is not None
-    own_factor = any(
-        isinstance(each, Power) and each.full_factor != 1.0 for each in corrections
-    )
+    factors = [each.full_factor for each in corrections if isinstance(each, Power)]
+    # The fit of a calibration without full runs has a factor of 1, up to rounding.
+    own_factor = any(not math.isclose(each, 1.0, rel_tol=1e-6) for each in factors)
     of_wide_lora = (
         lora.method == "lora" and lora.init == "A" and (lora.fan_in or 0.0) >= WIDE
     )

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rankaware_optim as ra
 from rankaware_optim import (
     Constant,
     MuA,
@@ -313,3 +314,31 @@ def test_the_optimizer_uses_the_rate_that_is_quoted(
     assert used == pytest.approx([rate.lr] * len(used), rel=1e-9)
     assert (used[0] < 0.99 * math.sqrt(rate.low * rate.high)) == bool(steepness)
     assert f"between {rate.low:.3g} and {rate.high:.3g}" in str(opt.report())
+
+
+@pytest.mark.parametrize(("fan_in", "is_wide"), [(4096.0, True), (512.0, False)])
+def test_a_wide_models_recipe_has_the_measured_ratio_to_full_finetuning(
+    fan_in, is_wide
+):
+    """A recipe from LoRA runs only goes to full finetuning as convert_lr does, and says what bfloat16 changes."""
+    rows = [
+        {
+            "rank": rank,
+            "alpha": 32,
+            "fan_in": fan_in,
+            "lr": 2.0**x,
+            "loss": (x + 12) ** 2,
+        }
+        for rank in (4, 16)
+        for x in range(-15, -8)
+    ]
+    recipe = ra.sweeps.fit_sweep(rows, full_fan_in=3 * fan_in)
+    lora = recipe.at(16, alpha=32)
+    with pytest.warns(ra.RankAwareWarning, match="full finetuning was not tried"):
+        full = recipe.at(method="full")
+    at = ra.Reference(16, 32, fan_in=fan_in)
+    middle = math.sqrt(lora.low * lora.high)
+    wanted = ra.convert_lr(middle, at, f"full,fan_in={3 * fan_in:g}").lr
+    assert math.sqrt(full.low * full.high) == pytest.approx(wanted, rel=0.05)
+    assert ("bfloat16" in str(full)) == is_wide
+    assert "factor of 2.7" in str(full)
