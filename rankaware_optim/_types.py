@@ -84,7 +84,9 @@ class Reference:
         alpha: LoRA's alpha.
         rslora: whether alpha is divided by √rank instead of rank.
         init: "A" (B starts at zero, as in PEFT) or "B" (A starts at zero).
-        fan_in: the model's width. By default that of the model on which the rate is used.
+        fan_in: the width on which the learning rate depends, in inputs of a layer: for LoRA the
+            mean fan-in of the adapted layers, for full finetuning the largest fan-in. By default it
+            is read from the model on which the learning rate is used.
         method: "lora" or "full".
         batch: examples or tokens per step, for the law's rule for the batch.
 

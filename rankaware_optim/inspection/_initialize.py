@@ -52,16 +52,17 @@ def initialize(
     Raises:
         InspectionError: the init is impossible, no LoRA pair trains, or a pair cannot be
             initialised: it was trained already, started with A and B drawn, has a bias, is sharded,
-            needs an init of its own (AdaLoRA), or could not learn from this one. Nothing was
+            needs an init of its own (AdaLoRA, MiCA), or could not learn from this one. Nothing was
             changed.
     """
     check_init(init, "The init must be")
     walked = walk(model)
     survey = survey_of(walked, init=init)
     pairs = [pair for pair in walked.pairs if pair.trains]
+    mica = {f.layer for f in survey.factors if f.kind == "mica"}
     with torch.no_grad():
         for pair in pairs:
-            _check(pair, init)
+            _check(pair, init, has_own_init=pair.layer in mica)
         for pair in reversed(
             pairs
         ):  # so that a tied matrix keeps the draw of its first name
@@ -69,12 +70,11 @@ def initialize(
     return survey
 
 
-def _check(pair: Pair, init: DrawnInit) -> None:
+def _check(pair: Pair, init: DrawnInit, *, has_own_init: bool) -> None:
     """Raise an error if a pair cannot have this init."""
-    if pair.convention.init is not None:
+    if has_own_init or pair.convention.init is not None:
         raise InspectionError(
-            f"{pair.where} needs an init of its own, because its convention is"
-            f" {pair.convention.name!r}.",
+            f"{pair.where} needs an init of its own, as AdaLoRA and MiCA do.",
             "Freeze its adapter, and call initialize() for the others.",
         )
     if pair.is_sharded or hasattr(pair.a.tensor, "full_tensor"):

@@ -29,7 +29,7 @@ from rankaware_optim.inspection import (
     is_other_adapter,
     other_kind,
 )
-from rankaware_optim.inspection._conventions import CONVENTIONS
+from rankaware_optim.inspection._conventions import CONVENTIONS, LAYOUTS
 from rankaware_optim.testing import check_convention
 
 from ..helpers.models import adapted
@@ -63,6 +63,44 @@ def test_a_replica_is_read_and_trains_as_read(case):
     assert read(case.make(4, 8.0)) == case.expected(4, 8.0)
     assert check_convention(case.make, *case.inputs()) < 1e-9
     assert oracle(case.make, *case.inputs()) < 1e-12
+
+
+CONV = SimpleNamespace(
+    kernel_size=(3, 3), weight=torch.empty(8, 4, 3, 3), out_channels=8
+)
+CORE = SimpleNamespace(weight=torch.empty(4, 4, 3, 3))
+BLOCKS = SimpleNamespace(values=lambda: [SimpleNamespace(nblocks=2)])
+LAYOUT_READS = [
+    # the layout, attributes of the owner, the shapes of A and B, and the reading
+    ("rows", {}, (4, 12), (20, 4), Reading(4, 4, 12, 20)),
+    ("rows", {"groups": 2}, (4, 6, 3), (8, 2, 1), Reading(4, 4, 18, 8, inner=0.5)),
+    ("blocks", {"lora_B": BLOCKS}, (4, 12), (20, 2), Reading(4, 4, 12, 20, inner=0.5)),
+    ("columns", {}, (12, 4), (4, 20), Reading(4, 4, 12, 20)),
+    ("columns", {}, (3, 12, 4), (3, 4, 20), Reading(4, 4, 12, 20, kind="experts")),
+    ("experts", {}, (3, 4, 12), (3, 20, 4), Reading(4, 4, 12, 20, kind="experts")),
+    (
+        *("stacked", {"num_experts": 3}, (12, 10), (20, 12)),
+        Reading(4, 4, 10, 20, kind="experts"),
+    ),
+    (
+        *("merged", {"enable_lora": [True, False, True]}, (8, 12), (20, 4)),
+        Reading(4, 4, 12, 20),
+    ),
+    (
+        *("kernel", {"conv": CONV}, (12, 12), (24, 12)),
+        Reading(4, 4, 36, 8, inner=3, kind="conv"),
+    ),
+    (
+        *("tucker", {"lora_mid": CORE}, (4, 6, 1, 1), (8, 4, 1, 1)),
+        Reading(4, 4, 54, 8, kind="conv"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "owner", "a", "b", "reading"), LAYOUT_READS)
+def test_every_layout_reads_rank_and_fans(layout, owner, a, b, reading):
+    """Each layout of the table reads rank, fan-in, fan-out and inner features from the two shapes."""
+    assert LAYOUTS[layout](SimpleNamespace(**owner), a, b) == reading
 
 
 def test_a_rank_declared_in_a_configuration_is_compared():

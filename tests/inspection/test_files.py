@@ -574,6 +574,15 @@ def test_a_configuration_that_is_no_json_object_is_refused(text, folder):
         inspect_file(made)
 
 
+@pytest.mark.parametrize("text", ["[]", "7", "null"])
+def test_a_copy_of_the_configuration_that_is_no_object_is_refused(text, file_of):
+    """The configuration in a diffusers file must be one JSON object, and the error says so."""
+    with pytest.raises(
+        InspectionError, match=r"lora_adapter_metadata.*Expected `object`"
+    ):
+        inspect_file(file_of(pair("q"), {"lora_adapter_metadata": text}))
+
+
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_an_alpha_that_cannot_be_is_refused(alpha, file_of):
     """A layer's own alpha must be a positive number."""

@@ -113,6 +113,22 @@ def test_an_adapter_names_a_reference(adapter, tmp_path):
     assert as_reference(adapter(tmp_path)) == OWN
 
 
+def test_an_adapters_fan_in_is_the_mean_of_its_layers(tmp_path):
+    """The fan-in of an adapter is the mean over its layers, weighted by their size, as the law uses it for LoRA."""
+    tensors = {}
+    for name, fan_in, fan_out in (("up", 16, 64), ("down", 64, 32)):
+        tensors[f"{name}.lora_A.weight"] = torch.zeros(4, fan_in)
+        tensors[f"{name}.lora_B.weight"] = torch.zeros(fan_out, 4)
+    path = tmp_path / "two.safetensors"
+    save_file(tensors, path)
+    mean = (16 * 16 * 64 + 64 * 64 * 32) / (16 * 64 + 64 * 32)
+    with pytest.warns(RankAwareWarning, match="1 is assumed"):
+        assert as_reference(path).fan_in == pytest.approx(mean)
+    survey = inspect_file(path)
+    of_full = Reference(method="full").resolve(survey)
+    assert (survey.width, of_full.fan_in) == (pytest.approx(mean), 64)
+
+
 LIKE = Reference(16, 32, rslora=True, init="B", fan_in=64)
 CHANGED = [
     ("r=64", replace(LIKE, rank=64)),

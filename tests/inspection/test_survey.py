@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -117,6 +118,20 @@ def test_undeclared_rank_and_scaling():
     assert {(f.rank, f.scaling) for f in survey.factors} == {(4, 1.0)}
     (note,) = survey.notes
     assert "1 is assumed" in note
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(3), torch.ones((), device="meta"), "2", True], ids=str
+)
+def test_a_declared_value_that_is_no_number_does_not_count(value):
+    """Only a number, or a tensor of one element, declares a scaling."""
+    layer = adapted()
+    layer.scaling = value
+    survey = inspect_model(layer)
+    assert {f.scaling for f in survey.factors} == {1.0}
+    assert "1 is assumed" in survey.notes[0]
+    layer.scaling = torch.tensor([2.0])
+    assert {f.scaling for f in inspect_model(layer).factors} == {2.0}
 
 
 @pytest.mark.parametrize("hidden", ["a", "b", "ab"])
@@ -352,6 +367,14 @@ def test_several_models_are_inspected_as_one():
     for wrong in (16, [], [models[0], 16], {"unet": models[0]}):
         with pytest.raises(InspectionError, match="is not a model"):
             inspect_model(wrong)
+
+
+def test_a_survey_cannot_be_changed():
+    """A survey is a value: its fields cannot be set, and equal surveys have one hash."""
+    survey = Survey(tuple(pairs(("a", 8, 8))))
+    with pytest.raises(FrozenInstanceError):
+        survey.factors = ()
+    assert hash(survey) == hash(Survey(tuple(pairs(("a", 8, 8)))))
 
 
 def test_an_empty_survey_has_no_dominant_reference():

@@ -147,6 +147,8 @@ def test_mica_keeps_the_base_rate(lora):
         assert (row.init, row.multiplier) == ("other", 1.0)
         model(*drawn(2, IN)()).square().mean().backward()
         opt.step()
+    with pytest.raises(InspectionError, match="needs an init of its own"):
+        initialize(model, "B")
 
 
 @pytest.mark.parametrize("part", ["a", "b"])
