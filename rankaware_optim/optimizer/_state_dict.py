@@ -167,8 +167,7 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
     kept = set().union(*(_filled_keys(state[number]) for _, number, _ in rows))
     for name, number, param in rows:
         saved = state[number]
-        impossible = {_OF_VECTORS} if param.dim() > 1 else {_BY_ROW, _BY_COLUMN}
-        missing = kept - _filled_keys(saved) - impossible
+        missing = _needed_keys(kept, param) - _filled_keys(saved)
         # A class that counts steps starts a parameter without any state from zero.
         if missing and (saved or "step" not in kept):
             raise CheckpointError(
@@ -179,8 +178,19 @@ def _fit_group(split: SplitGroup, group: Group, state: dict[Any, Any]) -> None:
         state[number] = _fitting(name, param, saved)
 
 
-def _filled_keys(saved: State) -> set[Any]:
+def _filled_keys(saved: State) -> set[str]:
     return {key for key, value in saved.items() if value is not None}
+
+
+def _needed_keys(kept: set[str], param: torch.Tensor) -> set[str]:
+    """Return the entries that a parameter's state needs, given those of its whole group. Adafactor
+    keeps other entries of matrices than of vectors.
+    """
+    of_matrices = {_BY_ROW, _BY_COLUMN}
+    if kept.isdisjoint({*of_matrices, _OF_VECTORS}):
+        return kept
+    common = kept - of_matrices - {_OF_VECTORS}
+    return common | (of_matrices if param.dim() > 1 else {_OF_VECTORS})
 
 
 def _check_values(states: Iterable[State]) -> None:
