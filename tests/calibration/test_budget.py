@@ -1,4 +1,4 @@
-"""How a calibration spends its steps: its schedule, a few full runs at last, and what is pruned."""
+"""How a calibration spends its steps: the order of its trials, the full trials at the end, and which runs are stopped."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def planned(**options):
 
 
 def records(trials):
-    """Optuna's trials as a calibration reads them."""
+    """Return runs as a calibration reads them from Optuna's trials."""
     return Trials(map(Run.read, trials))
 
 
 @given(trials=st.none() | st.integers(1, 30), full=st.integers(0, 6))
 def test_a_schedule_keeps_to_its_counts(trials, full):
-    """The search has so many runs, all before the full ones, and each rank four at a seed before the next."""
+    """The search has the number of runs asked for, full runs come last, and each rank has four runs a seed in turn."""
     options = planned(trials=trials, full_trials=full)
     done = []
     while (setting := next_setting(options, Trials(done))) is not None:
@@ -67,7 +67,7 @@ def finished(setting, number):
 @pytest.mark.parametrize("factor", [-0.8, 0.0, 0.8])
 @pytest.mark.parametrize("full_trials", [1, 3])
 def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
-    """They follow the LoRA trials, share one seed, and bracket an optimum that is off the prediction."""
+    """Full trials follow the LoRA trials, share one seed, and bracket an optimum that differs from the prediction."""
     best = {4: BEST, 64: BEST, None: BEST + factor}
     recipe = calibrate(
         made_up(best.get), ranks=(4, 64), trials=10, full_trials=full_trials
@@ -88,7 +88,7 @@ def test_full_trials_come_last_around_the_predicted_rate(factor, full_trials):
 
 
 def run(x, curve, *, rank=4, seed=0, state="RUNNING", noise=0.0, warmup=0.0):
-    """A run at log2 rate x whose curve has `curve` as means of ten steps each."""
+    """A run at x, log2 of its learning rate, whose curve has ten steps at each value of `curve`."""
     means = [mean for mean in curve for _ in range(10)]
     wave = [noise * (-1) ** step for step in range(len(means))]
     # a wave of this height has second differences as white noise has them
@@ -122,7 +122,7 @@ JUDGED = {
 
 @pytest.mark.parametrize(("of", "expected"), JUDGED.values(), ids=JUDGED)
 def test_what_is_stopped(of, expected):
-    """A run is stopped that clearly lags the best of its rank and seed at the same step, and no other."""
+    """A run is stopped only if it clearly lags behind the best run of its rank and seed at the same step."""
     given = {"x": -11.0, **of}
     estimate, noise = given.pop("estimate", None), given.pop("best", 0.0)
     warmup = given.pop("warmup", 0.0)
@@ -150,7 +150,7 @@ WIDE = 2.0 ** OCTAVES[0], 2.0 ** OCTAVES[1]
 
 
 def unsteady(trial):
-    """Draws its first loss from nowhere in particular."""
+    """A loop whose first loss does not come from the seed."""
     trial.optimizer(Net(trial.rank))
     start = 2.3 + 0.1 * trial.number
     for step in range(trial.steps):
@@ -158,7 +158,7 @@ def unsteady(trial):
 
 
 def scored(trial):
-    """Its score is a loss on data held out."""
+    """A loop that returns a loss on held-out data."""
     yield from islice(made_up()(trial), trial.steps)
     return bowl(math.log2(trial.lr) - BEST)
 
@@ -172,13 +172,13 @@ SAID = [
 
 @pytest.mark.parametrize(("loop", "ranks", "note"), SAID, ids=lambda v: str(v)[:20])
 def test_doubts_are_said(loop, ranks, note):
-    """A loop that its seed does not determine is a note of the recipe; else there is none."""
+    """The recipe of a loop that its seed does not determine has a note, and other recipes have none."""
     notes = calibrate(loop, ranks=ranks, trials=12, steps=100).notes
     assert (notes == ()) if note is None else any(note in said for said in notes)
 
 
 def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
-    """It counts as ending above the best run of its rank and seed by as much as when it was stopped; others do not."""
+    """A stopped run enters the fit as far above the best run of its rank and seed as it was when it was stopped."""
     state = optuna.trial.TrialState
     falling = [1.0 - 0.07 * step for step in range(10)]
     higher = [value + 0.2 for value in falling]
@@ -197,7 +197,7 @@ def test_a_pruned_run_tells_the_fit_how_far_behind_it_was():
 
 
 def test_the_recipe_is_the_fit_of_every_trial():
-    """However often the sampler has fitted on the way, the recipe's fit is of all that ran, pruned runs among it."""
+    """The recipe's fit includes every run, those that were stopped early too, even if the search had fitted before."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(
         falling(0.01),

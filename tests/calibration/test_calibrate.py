@@ -1,4 +1,4 @@
-"""Calibration on a tiny teacher and on made-up bowls: what it finds, what it asks of `train`, how it resumes."""
+"""Calibration on a tiny teacher and on made-up losses: what it finds, what it asks of `train`, and how it resumes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from ..helpers.calibrations import (
 
 
 def trials_of(recipe) -> list[tuple]:
-    """(rank, seed, rate, value) of every trial; -1 for a pruned one's value."""
+    """Return rank, seed, learning rate and value of every trial; the value is -1 for a run that was stopped early."""
     held = [recipe.tensors[name] for name in ("rank", "seed", "lr", "value")]
     return list(zip(*(np.nan_to_num(each, nan=-1.0) for each in held), strict=True))
 
 
 def untrained(broken: str = "zeroed first", build=Net):
-    """A loop that trains nothing; one that is "late" begins to, and a "tiny" rate moves what was zero."""
+    """A loop that trains nothing; a "late" one starts to train, and with a "tiny" learning rate zero matrices move."""
 
     def train(trial):
         model = build(trial.rank)
@@ -75,7 +75,7 @@ def untrained(broken: str = "zeroed first", build=Net):
 @pytest.mark.parametrize("broken", ["zeroed first", "no step", "no rate"])
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_a_loop_that_trains_nothing_is_refused_after_its_first_trial(broken, init):
-    """Gradients zeroed before the step, no step, a rate of zero: one trial is run, and the error says what to call."""
+    """A loop that zeroes its gradients, takes no step or has no learning rate is an error after one trial."""
     storage = optuna.storages.InMemoryStorage()
     loop = untrained(broken, partial(Net, init=init))
     with pytest.raises(CalibrationError, match=r"Nothing was trained: after 20 steps"):
@@ -93,7 +93,7 @@ LEAST = [
 
 @pytest.mark.parametrize(("how", "steps"), LEAST)
 def test_whatever_moves_a_factor_is_training(how, steps):
-    """A rate too low for the other factor, a warm-up from zero and too few steps are not refused."""
+    """A tiny learning rate, a warm-up from zero and a run of two steps are accepted."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Recipe .* same value at every learning rate")
         assert len(trials_of(calibrate(untrained(**how), trials=2, steps=steps))) == 2
@@ -105,7 +105,7 @@ def test_whatever_moves_a_factor_is_training(how, steps):
 @pytest.mark.parametrize("drift", [-0.15, 0.0, 0.15])
 @pytest.mark.parametrize("factor", [-0.4, 0.4])
 def test_a_known_optimum_is_found(drift, factor):
-    """Base rate, drift in rank and the factor of full finetuning that the losses were made from are recovered."""
+    """The search recovers the base learning rate, the drift with rank and the ratio of full finetuning."""
     best = {4: BEST - 2 * drift, 64: BEST + 2 * drift, None: BEST + factor}
     recipe = calibrate(made_up(best.get), ranks=(64, None, 4))
     law = Power(
@@ -122,12 +122,12 @@ def test_a_known_optimum_is_found(drift, factor):
 
 
 def recipe_like(recipe, law, fitted_lr):
-    """The recipe with another law and rate, without a margin."""
+    """Return the recipe with another law and learning rate, and without a margin."""
     return replace(recipe, law=law, fitted_lr=fitted_lr, margin=0.0, steepness=0.0)
 
 
 def test_everything_told_is_recorded(tmp_path):
-    """Name, ranks, steps, batch, warm-up, settings and versions are in the recipe and survive its files."""
+    """Name, ranks, steps, batch, warm-up, settings and versions are in the recipe, and survive saving it."""
     recipe = calibrate(
         made_up(weight_decay=0.01, betas=(0.9, 0.95), other_lr=1e-3),
         trials=4, batch=16, law="loraplus",
@@ -147,7 +147,7 @@ def test_everything_told_is_recorded(tmp_path):
 
 
 def pairs_of(rank):
-    """Two networks of different sizes, as a U-Net and a text encoder, and their parameters."""
+    """Return two networks of different sizes, like a U-Net and a text encoder, and their parameters."""
     unet, encoder = Net(rank), Net(rank)
     encoder.layers = encoder.layers[:1]
     params = [*unet.parameters(), *encoder.parameters()]
@@ -163,7 +163,7 @@ SEVERAL = {
 
 @pytest.mark.parametrize("build", SEVERAL.values(), ids=SEVERAL)
 def test_several_networks_are_calibrated_together(build):
-    """A list of models, or their parameters with it, trains all of them at the law's rates, as the recipe then does."""
+    """A list of models, or their parameters with model=, trains each model at the law's learning rates."""
     seen = []
 
     def train(trial):
@@ -188,7 +188,7 @@ def to_bowl(trial):
 
 
 def test_an_init_that_cannot_be_read_is_the_one_given():
-    """With `trial.optimizer(model, init=)` the recipe is for that init, whatever the weights show."""
+    """With trial.optimizer(model, init=...) the recipe is for that init, whatever the weights look like."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank, init="other"), init="B")
@@ -198,7 +198,7 @@ def test_an_init_that_cannot_be_read_is_the_one_given():
 
 
 def test_numpy_may_be_told_to_raise(tmp_path):
-    """In a process in which numpy raises where it usually underflows, a calibration ends, and its recipe is read."""
+    """A calibration works in a process in which numpy raises on underflow."""
     with np.errstate(all="raise"):
         recipe = calibrate(made_up(), trials=8)
         recipe.save(tmp_path / "r.toml")
@@ -225,7 +225,7 @@ def interrupt():
 
 
 def test_the_global_generators_are_left_alone():
-    """The state of torch's, random's and numpy's generators is the same after a calibration, also an interrupted one."""
+    """A calibration, finished or interrupted, leaves the random states of torch, random and numpy as they were."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     with pytest.raises(CalibrationInterrupted):
         calibrate(interrupted, trials=3)
@@ -236,7 +236,7 @@ def test_the_global_generators_are_left_alone():
 
 
 def test_every_trial_is_seeded():
-    """A trial's seed seeds torch, random and numpy, so trials of one seed see the same draws."""
+    """Trials with the same seed draw the same random numbers from torch, random and numpy."""
     draws = {}
 
     def train(trial):
@@ -254,7 +254,7 @@ def test_every_trial_is_seeded():
 
 
 def logged(log, *, length=None, returned=None):
-    """A `train` that logs how many values it computed, endless or ended after `length`, and that it was closed."""
+    """A loop that logs how many values it computed, and that it was closed; it is endless unless `length` is passed."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -275,7 +275,7 @@ LENGTHS = [(None, STEPS + 1), (STEPS + 5, STEPS + 1), (STEPS, STEPS)]
 
 @pytest.mark.parametrize(("length", "taken"), LENGTHS)
 def test_the_steps_are_taken_and_the_generator_is_closed(length, taken, monkeypatch):
-    """Endless or ending, a loop gives `steps` values and its `finally` runs before the next trial begins."""
+    """An endless loop gives `steps` values, and its `finally` block runs before the next trial begins."""
     log = []
     monkeypatch.setattr(_runner, "is_behind", lambda *_: False)
     recipe = calibrate(logged(log, length=length), trials=4)
@@ -285,13 +285,13 @@ def test_the_steps_are_taken_and_the_generator_is_closed(length, taken, monkeypa
 
 @pytest.mark.parametrize("returned", [-3.0, 4, torch.tensor(0.25), torch.tensor([2.0])])
 def test_a_returned_score_is_taken(returned):
-    """A loop that ends at its steps with a value is scored by it, number or tensor, positive or not."""
+    """A value that the loop returns is the score, be it a number or a tensor, positive or negative."""
     recipe = calibrate(logged([], length=STEPS, returned=returned), trials=2)
     assert recipe.tensors["value"].tolist() == [float(returned)] * 2
 
 
 def test_the_optimizer_is_the_users_at_the_trials_rate():
-    """trial.optimizer gives a RankAwareOptimizer of the class asked for, whose A rate is the law's from trial.lr."""
+    """trial.optimizer returns a RankAwareOptimizer of the class asked for, at the law's multiple of trial.lr."""
     seen = []
 
     def train(trial):
@@ -330,7 +330,7 @@ def without_model(trial):
 
 
 def yields(*values, later=None, returned=None):
-    """A loop of these values, and `later` ones in its other trials."""
+    """A loop that yields these values in its first trial, and the values of `later` in the others."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -372,7 +372,7 @@ BAD_LOOPS = [
 
 @pytest.mark.parametrize(("loop", "message"), BAD_LOOPS)
 def test_a_loop_that_breaks_the_contract_is_refused(loop, message):
-    """Every breach of the contract is an error that says what `train` did; its trial is recorded as failed."""
+    """Each breach of the contract is an error that says what train did, and its trial is stored as failed."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(ra.RankAwareError, match=message):
         calibrate(loop, trials=4, storage=storage)
@@ -397,7 +397,7 @@ BAD_ARGUMENTS = [
 
 @pytest.mark.parametrize("options", BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_are_refused_before_anything_runs(options):
-    """An impossible argument is an error of ours that begins with its name, and `train` was never called."""
+    """An impossible argument is an error that begins with the argument's name, and train is never called."""
     called = []
     with pytest.raises(ra.RankAwareError) as caught:
         calibrate(called.append, **options)
@@ -461,7 +461,7 @@ def shared(net):
 
 @pytest.mark.parametrize("where", [of_own_rate(1e-3), shared])
 def test_lora_matrices_in_a_group_with_its_own_rate_are_refused(where):
-    """The first trial is refused when its optimizer is built, with the group's number and both learning rates."""
+    """An lr in the LoRA matrices' group is an error of the first trial, with the group's number and both learning rates."""
     with pytest.raises(
         CalibrationError, match=r"group 0 was passed with lr=0\.001.*Remove 'lr'"
     ):
@@ -469,7 +469,7 @@ def test_lora_matrices_in_a_group_with_its_own_rate_are_refused(where):
 
 
 def test_lora_matrices_that_are_all_pinned_are_refused():
-    """If rates= sets every LoRA matrix's learning rate, the trials would all train alike."""
+    """If rates= sets the learning rate of every LoRA matrix, the first trial is an error."""
     with pytest.raises(CalibrationError, match="none is left that the trials"):
         calibrate(made_up(rates={"*": 1e-3}), trials=2)
 
@@ -513,7 +513,7 @@ def test_every_random_generator_begins_at_the_trials_seed(seed):
 
 
 def with_cliff(how, taken):
-    """A bowl whose runs yield `how(step)` once the base rate is an octave above the best."""
+    """A bowl whose runs yield `how(step)` if the base learning rate is more than an octave above the best one."""
 
     def value(u, step, trial):
         taken[trial.number] = step + 1
@@ -535,7 +535,7 @@ CLIFFS = [
 
 @pytest.mark.parametrize(("how", "most"), CLIFFS)
 def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
-    """A run that diverges is stopped early, and the lowest such rate is the recipe's ceiling."""
+    """A run that diverges is stopped, and the lowest learning rate that diverged is the recipe's ceiling."""
     taken = {}
     recipe = calibrate(with_cliff(how, taken), ranks=(16,), trials=10)
     rates, lost = recipe.tensors["lr"], recipe.tensors["diverged"]
@@ -549,7 +549,7 @@ def test_diverging_runs_are_cut_short_and_are_the_ceiling(how, most):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_return_value_that_is_not_finite_is_divergence(value):
-    """A loop whose returned score is not finite is remembered as diverged."""
+    """A run that returns NaN or infinity counts as diverged."""
     loop = valued(
         lambda u, step, trial: 1.0 + (step == 0),
         lambda u, trial: value if u > 0 else bowl(u),
@@ -559,7 +559,7 @@ def test_a_return_value_that_is_not_finite_is_divergence(value):
 
 
 def test_a_first_value_low_by_chance_stops_no_run():
-    """A seed whose first batch is an easy one does not make its slow runs look as if they rose."""
+    """If a seed's first batch is an easy one, its slow runs do not count as diverged."""
 
     def value(u, step, trial):
         easy = 0.15 if step == 0 and trial.seed == 0 else 0.0
@@ -571,7 +571,7 @@ def test_a_first_value_low_by_chance_stops_no_run():
 
 
 def test_hard_batches_are_no_divergence():
-    """Where later batches are harder for every rate, a rate that learns slowly is not said to have diverged."""
+    """If later batches are harder for every model, a run that learns slowly does not count as diverged."""
 
     def loop(trial):
         for step, value in enumerate(made_up()(trial)):
@@ -584,7 +584,7 @@ def test_hard_batches_are_no_divergence():
 
 
 def drawn(step, *seeds):
-    """The normal draw of a step, the same in all runs of these seeds."""
+    """Return the random number of a step, which is the same in all runs with these seeds."""
     return np.random.default_rng(seeds).standard_normal(step + 1)[-1]
 
 
@@ -593,7 +593,7 @@ def drawn(step, *seeds):
 @pytest.mark.parametrize("returned", [True, False])
 @pytest.mark.parametrize("gain", [0.0, 0.1, 0.5])
 def test_noisy_batches_are_no_divergence(gain, returned):
-    """Where a curve rises by what differs between batches, as in reinforcement learning, no run is stopped for it."""
+    """If batches differ as much as in reinforcement learning, no run is stopped because its curve rises by chance."""
 
     def value(u, step, trial):
         learned = gain * max(0.0, 1.0 - 0.02 * u * u) * step / trial.steps
@@ -609,7 +609,7 @@ def test_noisy_batches_are_no_divergence(gain, returned):
 
 @pytest.mark.parametrize("octaves", [1.0, 5.0])
 def test_a_collapse_is_left_below_though_the_curve_hides_it(octaves):
-    """Where rates too high end a policy at once and quietly, the search goes down until a run learns."""
+    """If high learning rates collapse at once and quietly, the search goes down until a run learns."""
 
     def value(u, step, trial):
         value = 0.05 * drawn(step, trial.seed) - 0.2 - 0.02 * step / trial.steps
@@ -643,7 +643,7 @@ OUT_OF_MEMORY = [
 
 
 def giving_up(error, loop, *, ranks=(16,), before=False):
-    """The loop, which raises `error` at some ranks: before its optimizer is built, or at its second step."""
+    """A loop that raises `error` at some ranks, before its optimizer is built or at its second step."""
 
     def train(trial):
         if before and trial.rank in ranks:
@@ -664,7 +664,7 @@ def giving_up(error, loop, *, ranks=(16,), before=False):
     ids=lambda error: type(error).__name__,
 )
 def test_a_run_may_give_up(error, before):
-    """A run that is out of memory or raises Optuna's TrialPruned is pruned; the others make the recipe."""
+    """A run that runs out of memory or raises TrialPruned is stored as stopped, and the others make the recipe."""
     storage = optuna.storages.InMemoryStorage()
     recipe = calibrate(
         giving_up(error, made_up(), before=before), trials=16, storage=storage
@@ -676,7 +676,7 @@ def test_a_run_may_give_up(error, before):
 
 
 def test_out_of_memory_says_nothing_of_a_rate():
-    """A rank that never fits moves nothing of what another rank finds, where a pruned rate would count as too high."""
+    """A rank that never fits into memory does not change what is found at another rank."""
     alone = calibrate(made_up(), ranks=(4,), trials=6)
     beside = calibrate(giving_up(MemoryError(), made_up(), before=True), trials=12)
     assert abs(math.log2(beside.fitted_lr / alone.fitted_lr)) < 0.1
@@ -695,7 +695,7 @@ USELESS = [
 
 @pytest.mark.parametrize(("loop", "end"), USELESS)
 def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
-    """It names how all of them ended. Rates that diverge are tried ever lower."""
+    """If no run has a result, the error says how the runs ended, and diverged ones were tried ever lower."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match=f"Every one of 5 runs {end}"):
         calibrate(loop, trials=5, storage=storage)
@@ -709,14 +709,14 @@ def test_where_no_run_tells_of_the_rate_the_error_says_why(loop, end):
     "error", [RuntimeError("shapes do not match"), ValueError("out of memory")]
 )
 def test_other_errors_are_not_taken_for_memory(error):
-    """An error that is no shortage of memory comes out as it is."""
+    """An error that does not mean a lack of memory reaches the caller unchanged."""
     with pytest.raises(type(error)) as caught:
         calibrate(giving_up(error, made_up(), ranks=(4, 16)), trials=3)
     assert caught.value is error
 
 
 def pushed(loop, *, ends=None, score=False):
-    """The loop as a run that pushes its values, and goes on for two steps after it was asked to stop."""
+    """The loop as a CallbackRun, which goes on for two steps after it was asked to stop."""
 
     def train(trial):
         def run(runner):
@@ -733,7 +733,7 @@ def pushed(loop, *, ends=None, score=False):
 
 
 def test_values_may_be_pushed():
-    """A run that pushes its values to a callback calibrates as a generator that yields them."""
+    """A run that reports its values by callback gives the same recipe as a generator that yields them."""
     loops = made_up(), pushed(made_up())
     pulled, pushed_result = (calibrate(loop, trials=8) for loop in loops)
     assert trials_of(pulled) == trials_of(pushed_result)
@@ -744,7 +744,7 @@ def test_values_may_be_pushed():
 
 
 def stopping_at(number: int, loop=train):
-    """The loop, interrupted in the middle of trial `number`."""
+    """The loop, with Ctrl-C in the middle of trial `number`."""
 
     def stopped(trial):
         for step, value in enumerate(loop(trial)):
@@ -762,7 +762,7 @@ def storage():
 
 @pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_an_interrupted_study_goes_on_where_it_stopped(storage):
-    """Ctrl-C keeps the finished trials; the same call runs the rest alone, and ends as an uninterrupted one would."""
+    """After Ctrl-C the same call runs only the remaining trials, and gives the recipe of an uninterrupted call."""
     with pytest.raises(CalibrationInterrupted, match="after 3 of 8 trials") as caught:
         calibrate(stopping_at(3), trials=8, storage=storage)
     assert len(caught.value.recipe.tensors["lr"]) == 3
@@ -781,7 +781,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(storage):
 
 @pytest.mark.parametrize("number", [0, 2])
 def test_ctrl_c_is_still_ctrl_c(number):
-    """The interruption is a KeyboardInterrupt with the fit of what was done, or None if that was nothing."""
+    """The error is a KeyboardInterrupt with the recipe so far, or None if no trial has ended."""
     with pytest.raises(KeyboardInterrupt) as caught:
         calibrate(stopping_at(number, made_up()))
     assert isinstance(caught.value, CalibrationInterrupted)
@@ -791,7 +791,7 @@ def test_ctrl_c_is_still_ctrl_c(number):
 
 @pytest.mark.filterwarnings("ignore:The stored study .* was made with train=")
 def test_a_finished_study_is_read_and_not_run_again(storage):
-    """With nothing left to run, the same call gives the same recipe, settings included, without a trial."""
+    """The same call on a finished study runs no trial and returns the same recipe."""
     first = calibrate(made_up(weight_decay=0.25), trials=4, storage=storage)
     called = []
     again = calibrate(called.append, trials=4, storage=storage)
@@ -816,7 +816,7 @@ CHANGED = [
 
 @pytest.mark.parametrize("changed", CHANGED, ids=str)
 def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
-    """A stored study of this name with other steps, ranks, law or optimizer is refused: its trials do not compare."""
+    """A stored study with other steps, ranks, seeds, law or optimizer is an error that names what differs."""
     calibrate(made_up(), trials=2, storage=storage)
     with pytest.raises(CalibrationError, match=next(iter(changed))):
         calibrate(made_up(), trials=4, storage=storage, **changed)
@@ -826,7 +826,7 @@ def test_another_calibration_does_not_go_on_with_a_stored_one(changed, storage):
 
 @pytest.mark.parametrize("levels", [(1.0, 3.0), (3.0, 1.0)])
 def test_a_loss_that_ignores_the_rate_is_said(levels):
-    """Where nothing depends on the rate, a note says so, whichever seed has the higher loss."""
+    """If the loss does not depend on the learning rate, a warning and a note say so."""
     train = valued(lambda u, step, trial: levels[trial.seed])
     with pytest.warns(ra.RankAwareWarning, match="same value at every learning rate"):
         recipe = calibrate(train, ranks=(4, 64))
@@ -834,9 +834,9 @@ def test_a_loss_that_ignores_the_rate_is_said(levels):
 
 
 def turned(how):
-    """Losses that fall the faster the higher the rate and explode far above the best, or what is made of them.
+    """A loop whose loss falls faster at higher learning rates and explodes far above the best one.
 
-    A negated loss or an accuracy is yielded, or returned as a score beside the loss.
+    `how` says whether it yields or returns the loss, its negative or an accuracy made from it.
     """
 
     def loss(u, step, trial):
@@ -880,7 +880,7 @@ def searched(how, centre):
 
 @pytest.mark.parametrize(("how", "centre", "said"), TURNED)
 def test_a_value_that_should_be_maximised_is_warned_of(how, centre, said):
-    """A negated loss or an accuracy that gives far too high a rate is, with what to yield or return."""
+    """A negated loss or an accuracy that leads the search too high is a warning that says what to yield or return."""
     with pytest.warns(ra.RankAwareWarning, match=f"{said}.* minus the") as seen:
         recipe = searched(how, centre)
     assert len(seen) == 1
@@ -890,12 +890,12 @@ def test_a_value_that_should_be_maximised_is_warned_of(how, centre, said):
 @pytest.mark.parametrize("how", ["yield -loss", "yield accuracy"])
 @pytest.mark.parametrize("centre", WHERE[:2])
 def test_a_value_that_should_be_maximised_and_leads_down_is_noted(centre, how):
-    """Where the search ends at rates that train nothing, a note says that no run lowered the value."""
+    """If such a value leads to learning rates that train nothing, a note says that no run lowered it."""
     assert any(NONE_FELL in note for note in searched(how, centre).notes)
 
 
 def scored(scores, gains):
-    """A loop whose trials, in their order, return these scores and let the loss fall by these gains."""
+    """A loop whose n-th trial returns the n-th score, and whose loss falls by the n-th gain."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -919,7 +919,7 @@ SCORES = [
 
 @pytest.mark.parametrize(("scores", "gains", "is_warned"), SCORES)
 def test_a_score_to_maximise_is_noticed_from_four_trials(scores, gains, is_warned):
-    """A warning comes if the best score is a run's that learned nothing, or if all four are in reversed order."""
+    """A warning comes if the run with the best score learned nothing, or if the scores reverse the order of the losses."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         calibrate(scored(scores, gains), trials=4, ranks=(16,), seeds=(0,), steps=50)
@@ -928,14 +928,14 @@ def test_a_score_to_maximise_is_noticed_from_four_trials(scores, gains, is_warne
 
 @pytest.mark.parametrize("centre", WHERE)
 def test_a_value_that_is_minimised_is_not_said(centre):
-    """The same loop with its loss has no such note, wherever the search begins."""
+    """The same loop with its loss gets no such note, wherever the search begins."""
     notes = searched("yield loss", centre).notes
     assert not any("minus the" in note for note in notes)
     assert not any(NONE_FELL in note for note in notes)
 
 
 def accumulating(batches: int, *, first: bool = False):
-    """Trains a step in so many micro-batches and yields the loss of each, before the step where `first`."""
+    """A loop that trains each step on several micro-batches, and yields a loss for each of them."""
 
     def train(trial):
         model = Net(trial.rank)
@@ -959,7 +959,7 @@ def accumulating(batches: int, *, first: bool = False):
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize(("batches", "steps"), [(2, 20), (16, 20), (2, 4)])
 def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
-    """The optimizer's steps are counted: a loop that yields more often is refused after three of them, or its first run."""
+    """A loop that yields more often than its optimizer steps is an error after three steps, or after a run of fewer."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(CalibrationError, match=r"while its optimizer took \d+ step"):
         calibrate(accumulating(batches, first=first), steps=steps, storage=storage)
@@ -969,7 +969,7 @@ def test_a_yield_for_every_micro_batch_is_refused(batches, steps, first):
 
 
 def skipping(trial):
-    """Skips its first twelve steps, as a GradScaler does."""
+    """A loop that skips its first twelve steps, as a GradScaler may."""
     model = Net(trial.rank)
     opt = trial.optimizer(model)
     asked = count()
@@ -983,12 +983,12 @@ def skipping(trial):
     "loop", [accumulating(1), accumulating(1, first=True), skipping]
 )
 def test_a_yield_for_every_step_is_not_refused(loop):
-    """Before the step or after it, and where a scaler skipped the first steps."""
+    """A loop may yield before or after the step, and a scaler may skip the first steps."""
     assert len(trials_of(calibrate(loop, trials=2))) == 2
 
 
 def test_numbers_of_numpy_are_numbers():
-    """Losses, ranks, seeds and steps may be NumPy's, and the recipe is that of Python's."""
+    """NumPy's numbers as losses, ranks, seeds and steps give the same recipe as Python's."""
 
     def train(trial):
         return (np.float32(loss) for loss in made_up(noise=0.0)(trial))

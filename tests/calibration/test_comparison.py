@@ -1,4 +1,4 @@
-"""Trials of one study compare: what changes the answer is refused and named, what may change it is a warning."""
+"""Trials of one study must be comparable: what changes the result is an error, and what may change it a warning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def study_in(journal: Path) -> optuna.Study:
 
 
 def grouped(*decays):
-    """A `train` whose groups, one a layer, have their own weight decays."""
+    """A loop with one parameter group for each layer, each with its own weight decay."""
 
     def train(trial):
         model = Net(trial.rank)
@@ -62,7 +62,7 @@ OTHER = [
     ("first", "then", "message"), OTHER, ids=[row[2] for row in OTHER]
 )
 def test_other_settings_or_models_are_refused(first, then, message, journal):
-    """A model or settings other than those of a rank's stored trials end the call before the run; both are named."""
+    """A model or settings that differ from a rank's stored trials are an error that names both values."""
     recipe = calibrate(first, trials=2, storage=journal)
     with pytest.raises(CalibrationError) as caught:
         calibrate(then, trials=3, storage=journal)
@@ -86,7 +86,7 @@ ALIKE = [
 
 @pytest.mark.parametrize(("first", "then"), ALIKE)
 def test_the_same_settings_go_on(first, then, journal):
-    """Defaults that are given, tuples read as lists, tensors of a number and ways to compute the same are no change."""
+    """Passing defaults, lists for tuples, tensors of one element or another implementation changes nothing."""
     calibrate(first, trials=2, storage=journal)
     assert runs(calibrate(then, trials=3, storage=journal)) == 3
 
@@ -110,7 +110,7 @@ def stepping(trial):
     ("then", "said"), [(stepping, "hash="), (grouped(0.01, 0.01), "train='stepping'")]
 )
 def test_another_loop_is_a_warning(then, said, journal):
-    """A loop of another name or source goes on with the stored trials, and a warning says so, once."""
+    """A loop with another name or source continues the study, with one warning."""
     calibrate(named, trials=2, storage=journal)
     with pytest.warns(RankAwareWarning, match=said):
         calibrate(then, trials=3, storage=journal)
@@ -122,13 +122,13 @@ WRAPPED = [functools.partial(named), functools.wraps(named)(lambda trial: named(
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
 def test_a_wrapped_loop_is_known_by_what_it_wraps(wrapped, journal):
-    """functools.partial and decorated functions are the function within."""
+    """functools.partial and decorators do not change a loop's name and hash."""
     calibrate(named, trials=2, storage=journal)
     assert runs(calibrate(wrapped, trials=3, storage=journal)) == 3
 
 
 def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
-    """Where no trial counts yet, there is nothing that might not compare."""
+    """If no trial counts yet, another loop is no reason for a warning."""
 
     def broken(trial):
         raise ZeroDivisionError
@@ -139,7 +139,7 @@ def test_a_loop_that_was_mended_before_any_run_is_no_other_loop(journal):
 
 
 def made_with(journal: Path, **changed) -> None:
-    """Let a stored study be one of another version."""
+    """Change what a stored study was made with."""
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     for line in lines:
         if "made_with" in line.get("user_attrs", {}):
@@ -150,7 +150,7 @@ def made_with(journal: Path, **changed) -> None:
 
 
 def test_another_version_is_a_warning(journal):
-    """A study of another version of the package goes on, with a warning that names both."""
+    """A study made with another version of the package continues, with a warning that names both versions."""
     calibrate(named, trials=2, storage=journal)
     made_with(journal, **{"rankaware-optim": "0.0.1"})
     with pytest.warns(RankAwareWarning, match=r"rankaware-optim='0\.0\.1', not"):
@@ -158,7 +158,7 @@ def test_another_version_is_a_warning(journal):
 
 
 def test_another_schema_is_refused(journal):
-    """A study that is stored in a way that this version does not know is left alone."""
+    """A study stored with another schema is an error, and is left unchanged."""
     calibrate(named, trials=2, storage=journal)
     made_with(journal, schema=99)
     with pytest.raises(CalibrationError, match="schema=99, not 4"):

@@ -1,4 +1,4 @@
-"""What `_storage.py` uses of Optuna's private names: it is still there, does what we need, and is used nowhere else."""
+"""The private names of Optuna that `_storage.py` uses exist, do what we need, and are used nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRIVATE = {"_storage", "_study_id", "_backend", "_lock", "_file_path"}
 
 @pytest.mark.parametrize("url", [None, "sqlite://"])
 def test_a_trial_begins_with_its_attributes(url):
-    """It runs, and holds from its first moment what it was given."""
+    """A trial that `begin_trial` creates is running, and has its attributes from the start."""
     storage = InMemoryStorage() if url is None else optuna.storages.get_storage(url)
     study = optuna.create_study(storage=storage)
     trial = begin_trial(study, {"rank": 4})
@@ -32,7 +32,7 @@ def test_a_trial_begins_with_its_attributes(url):
 
 
 def test_optunas_private_names_are_used_in_one_file():
-    """No other file of the package reads an attribute of one of these names."""
+    """No other file of the package uses a private name of Optuna."""
     package = Path(rankaware_optim.__file__).parent
     uses = {
         path.relative_to(package).as_posix()

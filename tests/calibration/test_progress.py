@@ -25,7 +25,7 @@ LINE = re.compile(
 
 
 def shown(written: str) -> list[dict[str, str]]:
-    """The lines of trials in what was written, each by its parts."""
+    """Return the lines of trials in what was written, each split into its parts."""
     lines = [line for line in written.splitlines() if line.startswith("trial ")]
     matches = [LINE.fullmatch(line) for line in lines]
     assert all(matches), lines
@@ -71,7 +71,7 @@ def test_the_search_ends_with_the_best_learning_rate(capfd):
 
 
 def remarks(loop, capfd, **options) -> list[str]:
-    """The remarks of the lines of one rank's trials."""
+    """Calibrate at one rank, and return the remarks of the trials' lines."""
     calibrate(loop, ranks=(16,), seeds=(0,), **{"trials": 4, **options})
     return [each["remark"] for each in shown(capfd.readouterr().err)]
 
@@ -124,7 +124,7 @@ def test_a_trial_that_lags_says_so(capfd):
 
 
 def test_a_returned_score_is_called_so(capfd):
-    """What train returns is a score, what it yields a loss."""
+    """A value that train returns is shown as a score, and one that it yields as a loss."""
     scored = valued(
         lambda u, step, trial: 2.0 - step / 100, lambda u, trial: 0.5 + u * u
     )
@@ -144,7 +144,7 @@ def test_a_continued_calibration_shows_the_rest(tmp_path, capfd):
 
 
 def test_nothing_is_shown_against_a_wish(capfd):
-    """With progress=False there is no line."""
+    """With progress=False nothing is printed."""
     calibrate(made_up(), trials=2, progress=False)
     assert capfd.readouterr() == ("", "")
 
@@ -163,13 +163,13 @@ def options(**own) -> Options:
     ],
 )
 def test_the_first_line_says_where_the_search_starts(own, said, capfd):
-    """It has the run's steps if the trials are shorter, and the suggested learning rate or the range."""
+    """The first line has the run's steps if the trials are shorter, and the suggested learning rate or the range."""
     Progress().begin(options(**own), ra.calibration._trials.Trials(), "")
     assert re.search(said, capfd.readouterr().err.strip())
 
 
 def test_a_reward_is_shown_with_its_own_sign(capfd):
-    """Trials minimise minus a reward; the line shows the reward."""
+    """Trials minimise minus a reward, but the line shows the reward."""
     loop = valued(lambda u, step, trial: -0.01 * step * (1 + trial.number))
     search(loop, options(), progress=Progress(value="reward"))
     first = shown(capfd.readouterr().err)[0]
@@ -218,6 +218,6 @@ def test_a_notebook_of_several_ranks_has_a_column_of_ranks(drawn):
 
 
 def test_a_notebook_is_silent_against_a_wish(drawn):
-    """With progress=False nothing is drawn."""
+    """With progress=False a notebook shows nothing."""
     calibrate(made_up(), trials=2, progress=False)
     assert not drawn

@@ -1,4 +1,4 @@
-"""Killed at any moment, a calibration goes on as if it had not been; what lives elsewhere is left alone."""
+"""A calibration that is killed at any moment continues as if it had not been, and leaves living workers alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
     quick, tmp_path
 ):
-    """Cut after any write of a trial that is pruned, a journal gives, resumed, the recipe of one that was never cut."""
+    """A journal that is cut after any write of a stopped trial gives, once resumed, the recipe of an uncut journal."""
 
     whole = tmp_path / "whole.journal"
     options = {"ranks": (4, 64), "steps": 10, "trials": 7}
@@ -70,7 +70,7 @@ def test_a_pruned_trial_counts_once_whatever_it_wrote_before_it_was_killed(
 
 
 def test_a_finished_calibration_is_read_by_the_settings_of_its_loop(tmp_path):
-    """A start that makes no run reads the law as the runs had it: Adafactor's rates move without scaled steps alone."""
+    """A call that runs no trial uses the law with the settings of the stored trials."""
     loop = made_up(scale_parameter=False)
     options = {"trials": 4, "storage": tmp_path / "study.journal"}
     options["optimizer"] = called("Adafactor")
@@ -85,7 +85,7 @@ def test_a_finished_calibration_is_read_by_the_settings_of_its_loop(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Heartbeats that come often and are soon missed."""
+    """Let heartbeats come often, and let silence be noticed soon."""
     monkeypatch.setattr(_storage, "BEAT_S", 0.1)
 
 
@@ -96,7 +96,7 @@ def study():
 
 @pytest.fixture
 def worker():
-    """Makes workers that look at a study, and stops them."""
+    """Return a function that starts the heartbeat of a worker; all are stopped at the end."""
     made = []
 
     def start(study) -> Heartbeat:
@@ -110,7 +110,7 @@ def worker():
 
 
 def test_a_stopped_worker_has_ended(study, monkeypatch):
-    """Its last look has come back, so nothing reads or writes the storage any more."""
+    """After `stop` a worker's last poll has ended, so nothing uses the storage any more."""
     monkeypatch.setattr(Heartbeat, "poll", lambda self: time.sleep(0.5))
     beating = Heartbeat(study)
     beating.start()
@@ -131,14 +131,14 @@ def failed_in_time(study) -> bool:
 
 @pytest.mark.parametrize("attributes", [{}, {"heartbeat": 3}], ids=str)
 def test_a_silent_trial_is_failed(attributes, quick, study, worker):
-    """It is silent whether it was written by a worker that died, or by one that wrote no heartbeats at all."""
+    """A trial without a new heartbeat is marked as failed, whether it once had heartbeats or never."""
     begin_trial(study, attributes)
     worker(study)
     assert failed_in_time(study)
 
 
 def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
-    """Each of two workers beats for its own trial, and looks at that of the other."""
+    """Two workers that each write heartbeats for their own trial do not mark each other's as failed."""
     for each in [worker(study), worker(study)]:
         each.trial = begin_trial(study, {"heartbeat": 0})
     time.sleep(2 * _storage.BEAT_S * _storage.MISSED)
@@ -146,7 +146,7 @@ def test_a_trial_with_heartbeats_is_left_alone(quick, study, worker):
 
 
 def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
-    """After an hour in which nobody could beat, a worker still looks as often as always before it fails a trial."""
+    """After an hour in which the machine was suspended, a worker still polls four times before it marks a trial as failed."""
     monkeypatch.setattr(_storage, "BEAT_S", 3600.0)
     begin_trial(study, {})
     watcher = worker(study)
@@ -159,7 +159,7 @@ def test_a_machine_that_stood_still_proves_nothing(study, worker, monkeypatch):
 
 
 def test_a_dead_trial_is_run_again(quick):
-    """It holds its place until it is failed. Then its rank and seed are run again."""
+    """The rank and seed of a trial whose worker died are run again once the trial is marked as failed."""
     storage = optuna.storages.InMemoryStorage()
     calibrate(made_up(), trials=2, storage=storage)
     study = optuna.load_study(study_name="calibration", storage=storage)
@@ -203,7 +203,7 @@ SQL = (
     ids=str,
 )
 def interrupted(request, tmp_path):
-    """Where a study is stored, and the moment at which it is interrupted."""
+    """Return where a study is stored, and the moment at which it is interrupted."""
     kind, moment = request.param
     return (
         tmp_path / "s.journal" if kind == "journal" else f"sqlite:///{tmp_path}/s.db"
@@ -217,7 +217,7 @@ def small(storage, trials=3):
 
 
 def opened_in(folder: Path) -> set[str]:
-    """The files in a folder that this process holds open, where the kernel says it."""
+    """Return the files in a folder that this process holds open, if the system tells."""
     links = [link for link in Path("/proc/self/fd").glob("*") if link.exists()]
     return {
         link.readlink().name for link in links if link.readlink().is_relative_to(folder)
@@ -225,7 +225,7 @@ def opened_in(folder: Path) -> set[str]:
 
 
 def in_time(call, seconds=30):
-    """What `call` returns; a failure where it waits for ever."""
+    """Return what `call` returns, or fail if it waits for ever."""
     guard = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     guard.start()
     try:
@@ -240,7 +240,7 @@ def in_time(call, seconds=30):
 def test_interrupted_at_any_moment_the_same_call_goes_on(
     times, interrupted, quick, tmp_path
 ):
-    """In the same process, the error kept, it ends as if uninterrupted; level, locks and files are as they were."""
+    """After Ctrl-C at any moment the same call ends like an uninterrupted one, and no lock, file or log level is left over."""
     storage, moment = interrupted
     expected, level = small(None), logging.getLogger("optuna").level
     with pytest.raises(KeyboardInterrupt) as kept, CtrlC(*moment, times=times):
@@ -254,7 +254,7 @@ def test_interrupted_at_any_moment_the_same_call_goes_on(
 
 
 def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
-    """A worker that gets two signals, the second one while its heartbeat ends, gives its trial back."""
+    """A worker that gets a second signal while its heartbeat stops still marks its trial as failed."""
     storage, stop = tmp_path / "s.journal", Heartbeat.stop
 
     def stop_and_interrupt(heartbeat: Heartbeat) -> None:
@@ -276,7 +276,7 @@ def test_a_second_signal_leaves_no_trial_running(tmp_path, monkeypatch):
 
 @pytest.mark.processes
 def test_a_second_ctrl_c_ends_a_wait_for_the_lock(tmp_path):
-    """Where another process holds the journal's lock and does not go on, one waits; pressed again, it raises."""
+    """If another process holds the journal's lock for ever, the first Ctrl-C waits and the second one raises."""
     path = tmp_path / "s.journal"
     small(path, trials=1)
     program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
@@ -310,7 +310,7 @@ def stored(journal: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_a_run_that_was_taken_over_does_not_count():
-    """A worker whose trial another one has failed says so, and runs its rank and seed again."""
+    """A worker whose trial was declared dead warns, drops its result, and runs the rank and seed again."""
     storage = optuna.storages.InMemoryStorage()
 
     def train(trial):
@@ -328,7 +328,7 @@ def test_a_run_that_was_taken_over_does_not_count():
 
 
 def test_a_trial_waits_for_the_optimizers_of_those_begun_before(quick):
-    """A worker that begins later takes its rate later, whoever has its model first."""
+    """A trial that begins later gets its learning rate later, even if its model is ready first."""
     storage, built = optuna.storages.InMemoryStorage(), []
 
     def train(trial):

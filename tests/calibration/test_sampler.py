@@ -1,4 +1,4 @@
-"""Where the sampler sends the next trial, given what a study holds: finished runs and those of other workers."""
+"""Which learning rate the search tries next, given finished runs and the runs of other workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RANGE = {PARAMETER: FloatDistribution(LOW, HIGH)}
 def trial_of(
     rank: int | None, x: float, value: float | None = None
 ) -> optuna.trial.FrozenTrial:
-    """A finished run from a loss of 1, or without a value one that another worker has under way."""
+    """A finished run that started at a loss of 1, or, without a value, a run of another worker that goes on."""
     attributes: dict[str, object] = {"rank": rank, "seed": 0}
     if value is None:
         return create_trial(
@@ -54,19 +54,19 @@ def trial_of(
 
 
 def numbered(*trials: optuna.trial.FrozenTrial) -> Trials:
-    """The trials as a study has them, one after another."""
+    """Return the trials as a study has them, numbered in their order."""
     for number, trial in enumerate(trials):
         trial.number = number
     return Trials(map(Run.read, trials))
 
 
 def proposed(*trials: optuna.trial.FrozenTrial, rank: int | None = 2) -> float:
-    """The rate that a trial at `rank` gets."""
+    """Return log2 of the learning rate that a trial at `rank` gets."""
     return next_after(trials, None, rank)
 
 
 def next_after(trials, fit, rank=2, *, within=(LOW, HIGH), full_trials=0) -> float:
-    """The rate that a trial at `rank` gets, with a fit of those before."""
+    """Return log2 of the learning rate that a trial at `rank` gets, with a fit of the trials before."""
     options = SimpleNamespace(full_trials=full_trials)
     seen = numbered(*trials)
     calibration = SimpleNamespace(
@@ -96,12 +96,12 @@ def next_after(trials, fit, rank=2, *, within=(LOW, HIGH), full_trials=0) -> flo
     ],
 )
 def test_no_rank_tries_a_rate_twice_while_others_work(trials, rank, expected):
-    """The search outwards skips what others run, and what this rank itself has run."""
+    """The outward search skips learning rates that other workers run, or that this rank has tried."""
     assert proposed(*trials, rank=rank) == pytest.approx(expected)
 
 
 def test_many_workers_begin_at_as_many_rates():
-    """Forty that start before any run has ended are spread over the range, each at its own rate."""
+    """Forty workers that start at once are spread over the range, each at its own learning rate."""
     begun: list[float] = []
     for _ in range(40):
         begun.append(proposed(*(trial_of(2, x) for x in begun)))
@@ -111,7 +111,7 @@ def test_many_workers_begin_at_as_many_rates():
 
 
 def test_a_run_above_one_that_diverged_is_no_best():
-    """A lucky run between two rates that diverged brackets nothing: the search goes on below them."""
+    """A good run between two that diverged does not bracket the optimum: the search goes on below both."""
     lost = Observation(2, 0, START + 2, math.inf, 1.0, math.inf)
     seen = [Observation(2, 0, START, 0.5, 1.0, 0.5), lost, replace(lost, x=START - 2)]
     assert next_bracket(seen, START - 10, START + 10) == START - 4
@@ -140,7 +140,7 @@ BRACKETS = [
 
 @pytest.mark.parametrize(("runs", "expected"), BRACKETS)
 def test_the_search_outwards_ends_where_the_optimum_is_bracketed(runs, expected):
-    """Upwards until a rate is clearly worse, then to a rate below; downwards after three runs that learned nothing."""
+    """The search goes up to a clearly worse run, then once below the best one, and down after three runs that learned nothing."""
     assert next_bracket(runs, START - 10, START + 10) == expected
 
 
@@ -154,20 +154,20 @@ PRUNED = [
 
 @pytest.mark.parametrize(("runs", "pruned", "expected"), PRUNED)
 def test_a_run_that_was_stopped_early_counts_as_tried(runs, pruned, expected):
-    """Its rate brackets the optimum from its side, above as a cliff and below as a rate that was seen."""
+    """A stopped run brackets the optimum: above the best run it counts as the cliff, below it as tried."""
     assert next_bracket(runs, START - 10, START + 10, [pruned]) == expected
 
 
 @pytest.mark.parametrize("full_trials", [0, 3])
 def test_a_rank_is_refined_whether_or_not_full_runs_come_later(full_trials):
-    """With an optimum bracketed, a rank's next rate is the one near the fitted optimum that is farthest from its others."""
+    """Once the optimum is bracketed, the next trial is the offset from it that is farthest from the rank's others."""
     runs = [trial_of(2, x, v) for x, v in ((-6.0, 0.5), (-4.0, 0.9), (-8.0, 0.6))]
     fit = SimpleNamespace(best=lambda rank: -6.5, ceiling=None)
     assert next_after(runs, fit, full_trials=full_trials) == -5.25
 
 
 def test_a_rank_stays_below_what_diverged():
-    """No rate within half an octave of the lowest that diverged is tried, wherever the optimum is thought to be."""
+    """No trial comes within half an octave of the lowest run that diverged, wherever the fitted optimum is."""
     runs = [trial_of(2, x, v) for x, v in ((-8.5, 0.5), (-7.5, 0.9), (-10.0, 0.6))]
     fit = SimpleNamespace(best=lambda rank: -6.0, ceiling=-6.0)
     assert next_after(runs, fit) == -6.5
@@ -183,7 +183,7 @@ FIRST = [
 
 @pytest.mark.parametrize(("optimizer", "usual"), FIRST)
 def test_the_first_rate_is_two_octaves_above_the_familys_usual_one(optimizer, usual):
-    """At rank 16, alpha 32 and width 4096 the usual rate is a constant of the optimizer's family."""
+    """At rank 16, alpha 32 and width 4096 the usual learning rate is a constant of the optimizer's family."""
     options = Options(optimizer, MuA(), (16,), (0,), 10)
     reference = Reference(16, 32, fan_in=4096)
     assert first_rate(options, reference) == pytest.approx(usual + STRIDE)
@@ -191,7 +191,7 @@ def test_the_first_rate_is_two_octaves_above_the_familys_usual_one(optimizer, us
 
 @pytest.mark.parametrize("centre", [-9.5, -6.0, -3.0])
 def test_refinement_goes_to_no_rate_twice(centre):
-    """Near an edge of the range too, five refinements of a rank are five new rates, all in the range."""
+    """Five refinements of a rank are five new learning rates in the range, even near its edge."""
     rates = [centre]
     for _ in range(5):
         rates.append(next_refinement(rates, centre, (LOW, HIGH)))
@@ -200,7 +200,7 @@ def test_refinement_goes_to_no_rate_twice(centre):
 
 
 def test_refinement_stays_between_rates_that_were_pruned():
-    """Wherever the law puts its optimum, a rank tries nothing beyond a rate pruned on that side of its best."""
+    """A rank tries nothing beyond a run that was stopped on that side of its best run."""
     seen, pruned = [Observation(2, 0, -5.0, 0.5, 1.0, 0.5)], [-3.7, -1.1]
     for _ in range(3):
         tried = [*pruned, *(run.x for run in seen)]
@@ -227,7 +227,7 @@ FULL = [
 
 @pytest.mark.parametrize(("runs", "expected"), FULL)
 def test_full_runs_go_around_the_predicted_rate(runs, expected):
-    """At it, an octave below the best, above it, and then into the wider gap beside the best."""
+    """Full trials are at the prediction, an octave below the best, above it, and then in the wider gap beside the best."""
     seen = [OF_LORA, *(trial_of(None, x, value) for x, value in runs)]
     fit = SimpleNamespace(best=lambda rank: PREDICTED, ceiling=None)
     at = next_after(seen, fit, None, within=(-20.0, 0.0), full_trials=3)
@@ -254,7 +254,7 @@ RANGES = [
 
 @pytest.mark.parametrize(("runs", "moved"), RANGES)
 def test_the_range_widens_at_the_edge_of_the_best(runs, moved):
-    """Where the best rate so far is the last one at an edge, that end moves, and the other stays."""
+    """If the best run so far is the last one at an edge, that edge moves, and the other one stays."""
     seen = numbered(*(trial_of(2, x, value) for x, value in runs))
     options = SimpleNamespace(octaves=(LOW, HIGH), floor=-math.inf)
     calibration = SimpleNamespace(start=START, options=options, trials=lambda: seen)
@@ -266,7 +266,7 @@ def test_the_range_widens_at_the_edge_of_the_best(runs, moved):
 
 
 def test_a_run_may_rise_by_half_the_gain_or_one_gain_above_a_run_beside_it():
-    """Its limit is the usual start and half the best gain, or a run on the same batches, the gain and half of it."""
+    """The limit is the usual start plus half the best gain, or a run on the same batches plus one and a half gains."""
     curve = [1.0] * 5 + [3.0] * 5 + [0.2] * 5  # hard batches in the middle
     run = trial_of(2, START, 0.2)
     run.set_user_attr("curve", curve)

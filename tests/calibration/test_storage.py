@@ -1,4 +1,4 @@
-"""What is given as storage: a study goes on in it, or it is refused in a sentence and stays as it was."""
+"""What can be passed as storage=: a study continues in it, or it is an error and stays as it was."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_a_file_of_something_else_is_refused(make, tmp_path):
-    """It is left to the byte, nothing is put beside it, and the error names it."""
+    """A file that is no journal stays unchanged, nothing is written beside it, and the error names it."""
     path = tmp_path / "given"
     make(path)
     before = path.read_bytes(), sorted(tmp_path.iterdir())
@@ -58,7 +58,7 @@ def test_a_file_of_something_else_is_refused(make, tmp_path):
 
 
 def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
-    """A study named like a project does not empty that project's lock file."""
+    """A study named like a project does not erase that project's lock file."""
     (tmp_path / "poetry.lock").write_text("content")
     calibrate(made_up(), trials=2, storage=tmp_path / "poetry")
     assert (tmp_path / "poetry.lock").read_text() == "content"
@@ -66,7 +66,7 @@ def test_a_lock_file_of_another_program_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("make", [os.link, os.symlink, shutil.copy])
 def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
-    """A journal's lock that is a link to another file, or has content, is refused and left as it is."""
+    """A journal's lock file that has content, or is a link to such a file, is an error and stays unchanged."""
     (tmp_path / "thesis.tex").write_text("content")
     make(tmp_path / "thesis.tex", tmp_path / "study.rankaware.lock")
     with pytest.raises(CalibrationError, match=r"study\.rankaware\.lock. exists"):
@@ -79,7 +79,7 @@ def test_a_lock_is_no_way_to_empty_a_file(make, tmp_path):
     "make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)]
 )
 def test_what_is_no_file_is_refused(make, tmp_path):
-    """A folder, a pipe that nobody writes to, and a device are not opened."""
+    """A folder, a pipe without a writer and a device are errors, and are not opened."""
     make(tmp_path / "given")
     with pytest.raises(CalibrationError, match="does not belong to a study"):
         calibrate(made_up(), trials=2, storage=tmp_path / "given")
@@ -89,7 +89,7 @@ def test_what_is_no_file_is_refused(make, tmp_path):
     "storage", [3, b"study.journal", "\0", ["study.journal"], "", "://"]
 )
 def test_what_names_nothing_is_refused(storage):
-    """Values of other types and impossible names are an error of ours."""
+    """A storage of another type and an impossible name are a CalibrationError."""
     with pytest.raises(CalibrationError):
         calibrate(made_up(), trials=2, storage=storage)
 
@@ -107,7 +107,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_a_journal_goes_on_where_it_is_whole(when, end, journal):
-    """What a full disk, a power failure or a kill cut is dropped, whenever it is; whole lines are kept."""
+    """A last line that was cut short is dropped, and the study continues from the whole lines."""
     whole = journal.read_bytes()
 
     def tear() -> None:
@@ -128,7 +128,7 @@ def test_a_journal_goes_on_where_it_is_whole(when, end, journal):
 
 @pytest.mark.parametrize("begun", [b"", b'{"op_code":0,"worker_id":"5f'])
 def test_a_journal_of_which_nothing_is_whole_begins_again(begun, tmp_path):
-    """Empty, as `mktemp` makes one, or cut in its first line, it holds nothing to lose."""
+    """An empty journal, or one that was cut in its first line, begins a new study."""
     path = tmp_path / "study.journal"
     path.write_bytes(begun)
     recipe = calibrate(made_up(), trials=TRIALS, storage=path)
@@ -136,7 +136,7 @@ def test_a_journal_of_which_nothing_is_whole_begins_again(begun, tmp_path):
 
 
 def line(**changed):
-    """The trial's line of a journal with other values; None takes one out."""
+    """Return a trial's line of a journal with other values; None removes one."""
 
     def change(data: bytes) -> bytes:
         lines = data.splitlines(keepends=True)
@@ -166,7 +166,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_journal_is_refused(damage, journal):
-    """It is one error with a cure, and every line of it stays."""
+    """A damaged journal is one error that says what to do, and every line of it stays."""
     journal.write_bytes(damage(journal.read_bytes()))
     before = journal.read_bytes()
     with pytest.raises(CalibrationError, match=r"study\.journal failed: .* restore it"):
@@ -175,7 +175,7 @@ def test_a_damaged_journal_is_refused(damage, journal):
 
 
 def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
-    """Reached by a link, it is locked where it lies, so that all its users exclude each other."""
+    """A journal that is reached by a link is locked at its real path, so that all its users exclude each other."""
     link = tmp_path / "elsewhere" / "link"
     link.parent.mkdir()
     link.symlink_to(journal)
@@ -188,7 +188,7 @@ def test_a_journal_has_one_lock_by_whatever_name(journal, tmp_path):
 
 
 def meanwhile(change, at: int = 3):
-    """A loop whose third trial, in the middle, has something done to the storage."""
+    """A loop in whose third trial something is done to the storage."""
     ran = []
 
     def loop(trial):
@@ -203,7 +203,7 @@ def meanwhile(change, at: int = 3):
 
 @pytest.mark.parametrize("place", [JOURNAL, SQLITE])
 def test_a_study_that_is_deleted_during_the_run_is_said(place, tmp_path):
-    """Whatever reads it first, its loss is an error with its cause and a cure."""
+    """Whatever reads a deleted study first, the error says what happened and what to do."""
     url = place.format(tmp_path)
 
     def delete() -> None:
@@ -217,7 +217,7 @@ def test_a_study_that_is_deleted_during_the_run_is_said(place, tmp_path):
 
 
 def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
-    """A process that was stopped while it held the journal's lock is not waited for without end."""
+    """If a stopped process holds the journal's lock, the wait ends with an error."""
     monkeypatch.setattr(_storage, "LOCK_S", 0.3)
     with (
         FileLock(f"{journal}.rankaware.lock"),
@@ -227,7 +227,7 @@ def test_a_lock_that_is_held_for_ever_is_said(journal, monkeypatch):
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    """Where files cannot be locked, as on some network mounts, nothing runs and no journal is made."""
+    """If files cannot be locked, as on some network mounts, nothing runs and no journal is created."""
     fcntl = pytest.importorskip("fcntl")
 
     def missing(file, operation) -> None:
@@ -252,7 +252,7 @@ READS = [1, 2]
 
 @pytest.mark.parametrize("nth", READS)
 def test_a_worker_may_start_between_two_reads_of_another(nth, tmp_path, monkeypatch):
-    """Another worker runs its trials after a read that a starting one makes. The one that started has its recipe."""
+    """A worker gets its recipe even if another one runs its trials between any two of its reads."""
     storage, reads, made = a_journal(tmp_path), [], []
     original = type(storage).get_all_trials
 
@@ -280,7 +280,7 @@ OTHER = [{"law": "loraplus"}, {"ranks": (4, 64)}, {"steps": STEPS + 5}]
 def test_a_worker_of_other_options_may_start_after_the_first_read(
     other, count, tmp_path, monkeypatch
 ):
-    """The one that read is refused by name of what differs, and its runs do not count."""
+    """Of two workers with different options the later one is an error that names the difference, and its runs do not count."""
     storage = a_journal(tmp_path)
     original = type(storage).get_all_trials
 
@@ -322,7 +322,7 @@ TOGETHER = [
 def test_workers_with_other_options_that_start_together_do_not_mix(
     make, one, other, difference, tmp_path
 ):
-    """One of two processes is refused by name of what differs, and every run that counts is of the other."""
+    """Of two processes with different options that start together, one is an error, and only the other's runs count."""
     url = make.format(tmp_path)
     close_storage(open_storage(url))  # imports what it needs, in both alike
     fork = multiprocessing.get_context("fork")
@@ -358,7 +358,7 @@ def test_workers_with_other_options_that_start_together_do_not_mix(
 
 
 def in_time(loop):
-    """The loop, slow enough that the trials of two processes overlap."""
+    """The loop, slowed down so that the trials of two processes overlap."""
 
     @functools.wraps(loop)
     def train(trial):
@@ -401,7 +401,7 @@ def open_together(url: str, barrier, ends) -> None:
 
 @pytest.mark.processes
 def test_workers_that_start_together_create_one_database(tmp_path):
-    """Of many processes that open a fresh database at the same moment, all succeed."""
+    """Of many processes that open a new database at once, all succeed."""
     fork, count = multiprocessing.get_context("fork"), 12
     # imports what a storage needs, so that the processes differ by nothing
     open_storage("sqlite://")

@@ -1,4 +1,4 @@
-"""Calibrating short to train long: runs of one length, a recipe for a target that no trial had."""
+"""Calibrating with short runs for a long one: a recipe for a number of steps that no trial had."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EIGHT_TIMES = 0.904  # octaves: the standard deviation over eight times the step
 
 
 def whole(best=lambda rank: BEST, init="A", seen=None):
-    """A loop of whole runs: its loss reaches a bowl about log2 of the best rate, as `best` of the rank says."""
+    """A loop of whole runs: its loss reaches a bowl around log2 of the best learning rate, `best(rank)`."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank, init=init))
@@ -36,7 +36,7 @@ def whole(best=lambda rank: BEST, init="A", seen=None):
 
 
 def band(rate):
-    """The middle of a band and its standard deviation, octaves."""
+    """Return log2 of the middle of an interval, and its standard deviation in octaves."""
     low, high = math.log2(rate.low), math.log2(rate.high)
     return (low + high) / 2, (high - low) / (2 * Z90)
 
@@ -48,7 +48,7 @@ def band(rate):
     ("ranks", "init"), [((4, 16), "A"), ((4, 16), "B"), ((None,), "A")], ids=str
 )
 def test_the_rate_stays_and_its_band_widens(ranks, init):
-    """The trials are those of the same call without a target, and so is the middle of the band."""
+    """target_steps= changes neither the trials nor the middle of the interval, but widens the interval."""
     near, far = (
         calibrate(whole(init=init), ranks=ranks, trials=12, target_steps=to)
         for to in (None, TARGET)
@@ -68,7 +68,7 @@ def test_the_rate_stays_and_its_band_widens(ranks, init):
 
 @pytest.mark.filterwarnings("ignore:Recipe 'calibration' extrapolates")
 def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
-    """A calibration for more steps, and a recipe that is asked for them, have one rate and one band."""
+    """A calibration for more steps and a recipe asked for more steps have the same learning rate and interval."""
     short, long = (
         calibrate(whole(), trials=8, target_steps=to) for to in (None, TARGET)
     )
@@ -84,7 +84,7 @@ def test_a_longer_target_is_the_same_in_a_search_and_in_a_recipe():
 
 
 def test_trials_are_whole_runs():
-    """Every run has `steps` steps, whatever the target's are."""
+    """Every trial has `steps` steps, whatever target_steps= is."""
     seen = []
     calibrate(whole(seen=seen), target_steps=TARGET, trials=7, full_trials=3)
     assert {steps for _, steps, _ in seen} == {STEPS}
@@ -92,7 +92,7 @@ def test_trials_are_whole_runs():
 
 
 def test_the_target_may_change_when_a_study_goes_on(tmp_path):
-    """The same trials serve another target, or none, since their runs do not depend on it."""
+    """The same trials serve another target, because they do not depend on it."""
     journal, trained = tmp_path / "study.journal", []
     targets = (TARGET, 2 * TARGET, None)
     made = [
@@ -108,7 +108,7 @@ def test_the_target_may_change_when_a_study_goes_on(tmp_path):
 
 
 def test_a_loop_that_ignores_its_steps_is_found_by_its_first_run():
-    """Endless and without a look at trial.steps, it cannot span a schedule over them; its first run is not counted."""
+    """An endless loop that never reads trial.steps is an error after its first trial, which does not count."""
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(ra.CalibrationError, match=r"never read trial\.steps"):
         calibrate(made_up(), target_steps=TARGET, storage=storage)

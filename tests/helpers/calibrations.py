@@ -1,4 +1,4 @@
-"""What calibration's tests train: a tiny net, and made-up losses whose best rate is known."""
+"""What the tests of calibration train: a tiny net, and made-up losses whose best learning rate is known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AdamW = torch.optim.AdamW
 
 
 class Net(nn.Module):
-    """Two layers, adapted at `rank`, or trained whole where it is None."""
+    """Two layers, adapted at `rank`, or trained whole if it is None."""
 
     def __init__(self, rank: int | None, scaling: float = 2.0, init: str = "A") -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def losses(model, optimizer, seed):
-    """Train on a random teacher's outputs, for ever."""
+    """Train on the outputs of a random teacher for ever, and yield the losses."""
     source = torch.Generator().manual_seed(seed)
     teacher = torch.randn(DIM, DIM, generator=source) / 6
     while True:
@@ -58,7 +58,7 @@ BEST = -7.0  # log2 of a bowl's best base rate
 
 
 def bowl(u: float) -> float:
-    """A loss u octaves above its optimum: a gentle side, a cliff, and no better than untrained at most."""
+    """Return a loss u octaves above its optimum: it rises slowly below, fast above, and to 9 at most."""
     return min(0.3 + 0.06 * (math.exp(min(2 * u, 20)) - 2 * u - 1), 9.0)
 
 
@@ -70,7 +70,7 @@ def made_up(
     noise=0.01,
     **settings,
 ):
-    """A `train` whose loss falls from 2.3 to a bowl about log2 of the best base rate, with little noise."""
+    """A loop whose loss falls from 2.3 into a bowl around log2 of the best base learning rate, with little noise."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank, scaling(trial.rank), init), **settings)
@@ -82,7 +82,7 @@ def made_up(
 
 
 def valued(value, returned=lambda u, trial: None):
-    """A `train` that yields `value(u, step, trial)` at each step, u octaves above the best rate, and returns a score."""
+    """A loop that yields `value(u, step, trial)` at u octaves above the best learning rate, and returns a score."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -95,7 +95,7 @@ def valued(value, returned=lambda u, trial: None):
 
 
 def falling(noise=0.0):
-    """A `train` whose loss falls as fast as the rate lets it, and rises an octave above the best."""
+    """A loop whose loss falls as fast as the learning rate allows, and rises from an octave above the best one."""
 
     def train(trial):
         trial.optimizer(Net(trial.rank))
@@ -110,23 +110,23 @@ def falling(noise=0.0):
 
 
 def sloping(trial, params=None, **settings):
-    """A `train` whose loss falls by a line, the steeper the higher the rate."""
+    """A loop whose loss falls along a line, which is steeper at a higher learning rate."""
     trial.optimizer(Net(trial.rank) if params is None else params, **settings)
     yield from (2.0 - (0.05 + 0.1 * trial.lr) * step for step in range(trial.steps))
 
 
 def runs(recipe) -> int:
-    """How many trials a recipe has."""
+    """Return how many trials a recipe has."""
     return len(recipe.tensors["lr"])
 
 
 def counted(trials):
-    """Optuna's trials that completed, diverged or were pruned."""
+    """Return Optuna's trials that completed, diverged or were stopped early."""
     return [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
 def states(trials):
-    """The names of the states of Optuna's trials."""
+    """Return the names of the states of Optuna's trials."""
     return [trial.state.name for trial in trials]
 
 
