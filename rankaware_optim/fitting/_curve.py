@@ -53,7 +53,7 @@ class LossCurve:
 
     The bowls are arrays of shape (draws,): `levels` (the loss at the optimum), `optima` (x),
     `shoulders`, `steepness`, `curvature` and `plateaus`, see `_loss_model`. Their unit of loss is
-    `gain`, what training improved at best; loss 0 of that unit is `lowest`.
+    `gain`, and their zero is `lowest`.
 
     Args:
         lowest: the lowest score of the rank.
@@ -120,8 +120,8 @@ def curves_of(observations: Sequence[Observation]) -> dict[int | None, LossCurve
     """Return the fitted curve of every rank, None for full finetuning. It is empty if no run stayed
     finite.
 
-    The x of a rank may be log2 of any learning rate that is proportional to the base rate, such as
-    that of its own A matrices: shapes do not depend on it.
+    The x of a rank may be log2 of any learning rate that is proportional to the base learning rate,
+    such as the learning rate of its A matrices. The shapes are the same.
     """
     lost = diverged(observations)
     ended = [o for o in observations if o not in lost]
@@ -155,7 +155,7 @@ def _lowest_scores(ended: Collection[Observation]) -> dict[int | None, float]:
 
 
 def _own_shape_priors(arms: Arms) -> Mapping[int | None, Array]:
-    """Return the log prior of each arm's own shape: what the other arms say of the shared shape,
+    """Return the log prior of each arm's own shape: how the other arms constrain the shared shape,
     and how far an arm's own shape may be from it.
     """
     evidence = {}
@@ -215,8 +215,8 @@ def _levels(arm: Arm, residuals: Array, noise: Array) -> Array:
     """Return the level of each draw, from residuals of shape (draws, trials): their mean weighted
     by the inverse covariance of the noise, plus a draw of its error.
 
-    The level common to all runs of a seed is left out of the noise here, so that the curve runs
-    through the runs that were made and not through those of all possible seeds.
+    The level common to all runs of a seed is left out of the noise here. So the curve passes
+    through the runs that were made, and its interval does not include the spread between seeds.
     """
     generator = np.random.default_rng(0)  # of this curve alone, and the same each time
     levels = np.zeros(len(noise))

@@ -1,7 +1,7 @@
 """The loss model: a rank's loss against x = log2 of the learning rate is a bowl of unknown shape.
 
-The loss is in units of the *gain*, which is what training improved at best: 0 is the best score and
-1 is no better than untrained. Around the optimum v, at u = x − v octaves from it,
+The loss is in units of the *gain*, the improvement of the best run over an untrained model: 0 is
+the best score and 1 is no better than untrained. At u = x − v octaves from the optimum v,
 
     loss(x) = level + min(k·above(u), p)    for u ≥ 0
     loss(x) = level + min(k·below(u), 1)    for u < 0
@@ -106,8 +106,8 @@ def bowls_of(arms: Arms) -> Bowls:
 
 
 def plateaus_of(arm: Arm) -> list[float]:
-    """Return the plateaus that a single arm may have: that of untrained runs, and the gap of its
-    worst run if all of its runs are better than untrained.
+    """Return the plateaus that a single arm may have: the gap of an untrained run, and the gap of
+    its own worst run if all of its runs are better than untrained.
     """
     highest = float(arm.y.max())
     if 0.0 < highest < UNTRAINED_GAP:
@@ -126,7 +126,7 @@ def optima_of(arms: Arms) -> Array:
 
 
 def _bowls_where(arms: Arms, plateaus: Sequence[float]) -> Bowls:
-    """Fit a bowl to every arm, whose runs at too high a rate end on these plateaus."""
+    """Fit a bowl to every arm. plateaus: the plateau of each arm."""
     optima = optima_of(arms)
     fits = []
     for arm, plateau in zip(arms.values(), plateaus, strict=True):

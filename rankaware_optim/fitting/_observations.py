@@ -1,5 +1,5 @@
-"""From trials to the input of the loss model: what a loss curve shows, which runs diverged or
-learned nothing, and the gaps of each rank in units of the gain.
+"""From trials to the input of the loss model: start, end and noise of loss curves, the runs that
+diverged or learned nothing, and the gaps of each rank in units of the gain.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A recipe in words: `facts`, which `explain`, notebooks and the report show."""
+"""A recipe in words: `facts`, for `explain`, notebooks and the report."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def facts(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _notes_on_ends(recipe: Recipe) -> Iterator[str]:
-    """Yield a note for each rank tried whose best learning rate is the lowest or highest one."""
+    """Yield a note on each rank where the lowest or the highest learning rate tried was best."""
     tried = observations_of(recipe)
     for rank in (*recipe.ranks, None):
         if note := end_note(tried, rank):
@@ -99,7 +99,7 @@ def _tried(recipe: Recipe) -> str:
 
 
 def _other_rates(recipe: Recipe) -> str:
-    """Return the learning rates of what trained beside the LoRA matrices."""
+    """Return the learning rates of the parameters that trained beside the LoRA matrices."""
     rest = "must be given, because full finetuning was not tried"
     if recipe.full_seen:
         rest = "full finetuning's learning rate"

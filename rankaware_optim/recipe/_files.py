@@ -259,7 +259,7 @@ def _path(path: str | os.PathLike[str]) -> Path:
 
 
 def _read_trials(path: Path, digest: str) -> Trials:
-    """Return the arrays in a file of trials whose SHA-256 is `digest`."""
+    """Return the arrays in a file of trials. Its SHA-256 must be `digest`."""
     data = read_bytes(path, _MOST_TRIALS)
     if _sha256(data) != digest:
         raise ValueError("they were saved with another recipe")

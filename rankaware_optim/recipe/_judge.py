@@ -1,4 +1,4 @@
-"""Is a learning rate any good? `Judgement` compares it with the best one, and says so."""
+"""Is a learning rate any good? A `Judgement` compares it with the best estimate."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from ._recipe import Recipe
 
 _SAME = 1.15  # factor within which two learning rates count as the same
-# Share of the possible improvement. If the curve says that even the recipe's own learning rate
-# loses more, then the recipe follows something else than its trials, such as the suggested learning
-# rate after trials that were too short: chosen by judgement
+# Share of the possible improvement. If even the recipe's own learning rate loses more by the curve,
+# the recipe does not follow its trials: it may have the suggested learning rate, because the trials
+# were too short. Then the curve cannot judge other learning rates either: judgement
 _MOST_AT_BEST = 0.1
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a learning rate compares with the best one. `str()` says it in a sentence.
+    """How a learning rate compares with the best estimate. `print` shows it as a sentence.
 
     Args:
         lr: the learning rate that was judged.
@@ -36,8 +36,8 @@ class Judgement:
             is unknown.
         lost: the estimated share of the possible improvement that is lost at lr, from 0 to 1. The
             possible improvement is how far the best trial's loss fell below the loss before
-            training. None if the trials do not say: lr is far outside those tried, or the score is
-            a reward or the user's own.
+            training. None if the trials cannot tell, because lr is far outside the learning rates
+            tried, or because the trials were scored by rewards or by the user's own code.
 
     >>> print(Judgement(2e-5, Rate(1e-3), lost=0.6))
     A learning rate of 2e-05 is about 50 times too low: an estimated 60 % of the possible \
@@ -129,8 +129,9 @@ def judge(recipe: Recipe, lr: float, at: Reference, steps: int | None) -> Judgem
 def _lost(recipe: Recipe, lr: float, best: Rate, at: Reference) -> float | None:
     """Return the estimated share of the possible improvement that is lost at `lr`.
 
-    The curve that is read belongs to the nearest rank that was tried. It has its own best learning
-    rate, so what counts is how many octaves `lr` is from the best one.
+    It is read off the fitted curve of the nearest rank that was tried. That rank has another best
+    learning rate, so the curve is read as many octaves from its own best one as `lr` is from the
+    best one of the configuration.
     """
     if not knows_improvement(recipe):
         return None

@@ -1,8 +1,8 @@
 """`Recipe`: a calibrated learning rate with everything needed to use it again.
 
 The class holds values and the methods that users call. The work is in the modules beside it:
-`_rates` computes a learning rate, `_files` reads and writes, `_facts` says a recipe in words,
-`_from_fit` makes one from a fit.
+`_rates` computes a learning rate, `_judge` compares one with it, `_files` reads and writes,
+`_facts` describes a recipe in words, and `_from_fit` makes one from a fit.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Recipe:
             more than one that is too low.
         ceiling: the smallest learning rate at which a trial diverged, converted to `reference` by
             the law. The law describes best learning rates, and a ceiling need not follow it. None
-            if no trial diverged, or if one diverged below `fitted_lr`, as a note then says.
+            if no trial diverged, or if one diverged below `fitted_lr` (a note then says so).
         scaling_rule: how the scaling s = alpha / rank followed the ranks r of the trials: "fixed"
             (alpha is proportional to rank), "rslora" (s·√r constant), "alpha" (s·r constant, so
             alpha is fixed), or "unknown".
@@ -87,7 +87,7 @@ class Recipe:
             configuration follows from the steepness and the uncertainty there. With a steepness of
             0 the margin is `margin` everywhere.
         scatter: standard deviation of one rank's own best learning rate about the law, octaves.
-        score: what the trials were scored by: "loss" (of training, or the trainer's own on held-out
+        score: the kind of the trials' scores: "loss" (of training, or the trainer's own on held-out
             data), "reward", or "own" (a value that the user's code returned).
         missing: the name of the trials' file, if it was not beside the recipe when the recipe was
             read. Learning rates do not need it.

@@ -31,7 +31,7 @@ _PEFT = ".base_model.model."  # the path under which PEFT puts a model
 
 
 def layers_of(survey: Survey) -> dict[str, float]:
-    """Return the mean fan-in of the layers whose LoRA matrices or weights train, by name pattern.
+    """Return the mean fan-in of the layers that train, by name pattern.
 
     A layer counts once, although both its A and its B train.
     """
@@ -58,12 +58,12 @@ def check_width(recipe: Recipe, at: Reference) -> None:
 def widened_for(recipe: Recipe, survey: Survey) -> tuple[Recipe, str]:
     """Return the recipe as it applies to a model, and a sentence if that is not its own model.
 
-    A recipe belongs to the model whose adapted layers have the names that it lists. On a model with
+    A recipe lists the names of its model's adapted layers. On a model with
     other layers the best learning rate is less certain, so the interval is wider. A recipe that
     lists no layers can only compare the width.
 
     Raises:
-        RecipeError: the model's width is that of another model.
+        RecipeError: the model is more than twice as wide or as narrow as the recipe's.
     """
     here = layers_of(survey)
     own = recipe.reference

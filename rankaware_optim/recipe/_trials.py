@@ -1,5 +1,5 @@
-"""The trials that a recipe keeps, as the fit saw them. (`calibration/_trials.py` has those of a
-study that still runs.)
+"""The trials in a recipe, as the fit saw them. (`calibration/_trials.py` reads the trials of a
+study.)
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def knows_improvement(recipe: Recipe) -> bool:
 
 
 def end_of_tried(recipe: Recipe, rank: int | None) -> str:
-    """Return "lowest" or "highest" if the best learning rate of a rank is that one of those tried
-    there, None for full finetuning, else "".
+    """Return "lowest" or "highest" if a rank's best learning rate is the lowest or highest one that
+    was tried there, else "". rank: None for full finetuning.
     """
     return end_of(observations_of(recipe), rank)
 

@@ -1,8 +1,8 @@
 """The picture of a recipe: one panel for each rank that was tried, and one of all ranks.
 
-A panel of a rank shows its trials, the fitted loss, the recipe's learning rate and what else there
-is to compare with. If one rank was tried, its panel fills the figure. matplotlib (the extra
-`plots`) is imported when a figure is drawn.
+A panel of a rank shows its trials, the fitted loss, and the recipe's learning rate beside the
+prediction of the default law and the user's own. If only one rank was tried, its panel fills the
+figure. matplotlib (the extra `plots`) is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ MARKS = {"finished": "o", "diverged": "x", "stopped early": "D"}
 # The frame of a panel: chosen by judgement.
 _FAR = 4.0  # times the median score above the best. Scores farther off are drawn at the upper edge
 _LEAST = 1e-3  # of the best score: a frame's least height, so that noise does not look like a bowl
-_MOST_DECADES = 2.7  # of learning rates in a narrow panel whose ticks are at 1 and 3
+_MOST_DECADES = (
+    2.7  # a panel of more decades has ticks at 1 only, since those at 3 would overlap
+)
 _RANKS = {
     2**power for power in range(11)
 }  # ranks at which the panel of all ranks is drawn
@@ -102,7 +104,7 @@ def recipe_figure(recipe: Recipe, lr: float | None = None) -> Figure:
     return figure
 
 
-# --- what is drawn --------------------------------------------------------------------------------
+# --- values to draw -------------------------------------------------------------------------------
 
 
 def trials_of(recipe: Recipe) -> Trials:
@@ -134,8 +136,8 @@ def default_prediction(recipe: Recipe, rank: int | None) -> float | None:
     """Return the learning rate that the default law alone predicts at a rank from the recipe's at
     its reference, None for full finetuning.
 
-    It is None at the reference, where nothing is predicted, and for a recipe with another law than
-    µA, whose form for the optimizer is then unknown.
+    It is None at the reference, where there is nothing to predict. It is also None for a recipe
+    with another law than µA, because such a recipe does not record the optimizer's family.
     """
     own = recipe.reference
     mua = recipe.law.law

@@ -66,7 +66,9 @@ def report_html(recipe: Recipe) -> str:
 
 
 def _known_from(recipe: Recipe, rank: int | None, is_extrapolated: bool) -> str:
-    """Return what a learning rate rests on, in a word or two. rank: None for full finetuning."""
+    """Return how the learning rate at a rank is known, in a few words. rank: None for full
+    finetuning.
+    """
     if recipe.full_seen if rank is None else rank in recipe.ranks:
         end = end_of_tried(recipe, rank)
         return f"tried; the best was the {end} one" if end else "tried"

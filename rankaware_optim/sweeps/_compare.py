@@ -39,7 +39,7 @@ _HEADINGS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A configuration of a sweep, with what its own runs show.
+    """A configuration of a sweep, and the result of its own runs.
 
     Args:
         at: the configuration.
@@ -143,9 +143,10 @@ def compare_laws(
 ) -> LawComparison:
     """Compare how well scaling laws predict the best learning rates of a sweep.
 
-    The best learning rate of each rank is predicted from those of the other ranks, and that of full
-    finetuning from those of all ranks. A rank whose best learning rate is the lowest or highest one
-    tried is left out. Rows of different models, batches, steps and inits are not compared.
+    The best learning rate of each rank is predicted from the best ones of the other ranks. The best
+    one of full finetuning is predicted from the best ones of all ranks. A rank is left out if its
+    best learning rate is the lowest or the highest one tried, because the true optimum may then be
+    anywhere beyond. Rows of different models, batches, steps and inits are not compared.
 
     Args:
         sweep: the runs, as for `fit_sweep`.
@@ -217,8 +218,8 @@ def _comparable(runs: Sequence[SweepRun]) -> list[list[SweepRun]]:
 
 
 def _cells(runs: Sequence[SweepRun], notes: list[str]) -> Iterator[Cell]:
-    """Yield the cells of comparable runs whose best learning rate lies between others. Add a note
-    on each other one.
+    """Yield the cells of comparable runs. A cell needs a best learning rate between others that
+    were tried. The other cells are left out, with a note on each.
     """
     by_reference: dict[Reference, list[SweepRun]] = {}
     for run in runs:

@@ -30,8 +30,8 @@ from ..recipe import ANY_WIDTH, Recipe, infer_scaling, recipe_of
 from ._read import Source, Sweep, SweepRun, read_sweep
 
 DEMO_SWEEP = Path(__file__).with_name("demo_sweep.csv")  # EfficientNet-lite0 on digits
-# Octaves: standard deviation of an optimum whose best learning rate is at an end of its grid:
-# chosen by judgement
+# Octaves: standard deviation of the optimum if the best learning rate is the lowest or highest one
+# that was tried: judgement
 _END_SD = 1.0
 
 
@@ -69,7 +69,7 @@ def fit_sweep(
         law: the scaling law between ranks, by default µA. The fit's prior adds how much best
             learning rates fall with rank when A starts at zero.
         full_fan_in: the largest fan-in of the adapted layers, on which full finetuning's learning
-            rate depends. By default that of its rows, else `fan_in`.
+            rate depends. By default the fan_in of the rows of full finetuning, else of LoRA's.
         columns: which column holds which field, such as {"lr": "config.lr", "loss": "eval/loss"}.
             Fields that are not listed are found by their own name or a usual one, such as
             learning_rate, lora_alpha, r or eval_loss. `recipe.source` lists the columns read.
@@ -139,8 +139,8 @@ def fit_sweep(
 
 
 def _source(sweep: Source, read: Sweep) -> dict[str, str]:
-    """Return what a recipe records of where its runs came from: the file, and which columns with
-    other names were read as which fields.
+    """Return the file of a sweep, and the fields that were read from columns with other names, as
+    a recipe records them.
     """
     source = {}
     if isinstance(sweep, (str, Path)):
@@ -218,7 +218,8 @@ def _middle(runs: Sequence[SweepRun], ranks: Sequence[int]) -> Reference:
 def _at_reference(
     runs: Sequence[SweepRun], reference: Reference, law: Law
 ) -> Iterator[Observation]:
-    """Yield the runs as observations whose learning rates the law has converted to the reference.
+    """Yield the runs as observations, with their learning rates converted to the reference by the
+    law.
 
     If no width is known, a usual one is assumed. It nearly cancels between ranks, but not between
     LoRA and full finetuning.

@@ -145,7 +145,7 @@ class Sweep:
     Args:
         runs: the runs with a result, each once.
         columns: the column that each field was read from.
-        notes: sentences on what the reading left out or could not know.
+        notes: sentences on runs that were left out, and on runs that may not have finished.
     """
 
     runs: tuple[SweepRun, ...]
@@ -324,7 +324,7 @@ def _columns(header: Sequence[str], asked: Mapping[str, str] | None) -> dict[str
                 f"The fields are {', '.join(names)}.",
             )
         if column not in header:
-            raise _no_such_column(f"columns says {field}={column}", column, header)
+            raise _no_such_column(f"columns has {field}={column}", column, header)
     found = {}
     for field in names:
         found_column = (asked or {}).get(field) or _column_of(field, header)
@@ -441,7 +441,7 @@ def _left_out(rows: int, runs: int) -> Iterator[str]:
 def _unfinished(
     rows: Sequence[Row], header: Sequence[str], where: Mapping[str, Any] | None
 ) -> Iterator[str]:
-    """Yield how many runs have a loss although a tracker says that they did not finish."""
+    """Yield a note on the runs that have a loss but did not finish, by the tracker's own column."""
     for name in header:
         if _usual_form(name) not in _STATES or name in (where or {}):
             continue

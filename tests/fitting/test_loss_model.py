@@ -1,4 +1,4 @@
-"""The loss model: the optimum under every shape of the grid, and the shape's weight."""
+"""The loss model: the optimum under every shape of the grid, and the weight of the shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankaware_optim.fitting import _loss_model as model
 
 
 def bowl(u, a=3.0, k=0.1, h=1.0):
-    """The loss of one shape, in units of the gain."""
+    """Return the loss of one shape, in units of the gain."""
     above = (np.exp(np.minimum(a * u, 20.0)) - a * u - 1) / a**2
     return np.minimum(
         k * np.where(u < 0, h**2 * (np.sqrt(1 + (u / h) ** 2) - 1), above), 1.0
@@ -20,13 +20,13 @@ def bowl(u, a=3.0, k=0.1, h=1.0):
 
 
 def arm(u, **shape):
-    """Trials along a bowl of optimum 0, as gaps to the best of them."""
+    """Return trials along a bowl with its optimum at 0, as gaps to the best trial."""
     y = bowl(u, **shape)
     return model.Arm(u, y - y.min(), np.zeros(len(u), dtype=np.int64))
 
 
 def covariances(arm):
-    """The noise of two trials in units of σ², and the error of the shape, trial by trial."""
+    """Return the covariance of the noise in units of σ², and of the error of the shape, entry by entry."""
     noise, error = np.zeros((2, len(arm.x), len(arm.x)))
     for i, j in product(range(len(arm.x)), repeat=2):
         near = math.exp(-((arm.x[i] - arm.x[j]) ** 2) / 2)
@@ -39,7 +39,7 @@ def covariances(arm):
 
 @pytest.mark.parametrize("seeds", [(0, 0, 0), (0, 1, 0), (2, 1, 0)])
 def test_trials_of_a_seed_share_its_level_and_near_ones_their_smooth_noise(seeds):
-    """Half of the noise, and of a gap's fifth, is smooth over an octave; noise is shared within a seed alone."""
+    """Runs of a seed share a level and smooth noise. Half of the noise and of the shape's error is smooth over an octave."""
     seen = model.Arm(
         np.array([-2.0, 0.0, 0.5]), np.array([0.7, 0.0, 0.2]), np.array(seeds)
     )
@@ -63,7 +63,7 @@ PRIOR = np.exp(-0.5 * (np.log(SHAPES[:, 0] / 0.015) / 1.2) ** 2)
 
 
 def of_shapes(arm, plateau, optima):
-    """log density of an arm's gaps about every shape + a level of flat prior, by a dense formula: (shapes, optima)."""
+    """Return the log density of an arm's gaps for every shape and optimum, with the level integrated out, by a dense formula: (shapes, optima)."""
     noise, error = covariances(arm)
     u = arm.x - optima[:, None]
     miss = arm.y - np.array([shape(u, *bowl, plateau) for bowl in BOWLS])
@@ -82,7 +82,7 @@ def of_shapes(arm, plateau, optima):
 
 
 def given_shared():
-    """Probability of each shape as a rank's own (columns), given the shared one (rows)."""
+    """Return the probability of each shape as a rank's own (columns), given the shared one (rows)."""
     sigma, h, a, k = SHAPES.T
     unknowns = np.log(sigma) / 0.5, np.log(h) / 0.7, a / 1.0, np.log(k) / 0.7
     far = sum((value[:, None] - value[None, :]) ** 2 for value in unknowns)
@@ -114,7 +114,7 @@ STUDIES = [
 
 @pytest.mark.parametrize(("arms", "choices"), STUDIES)
 def test_the_optimum_under_each_shape_is_the_mean_over_its_candidates(arms, choices):
-    """Candidates lie an eighth of an octave apart, to three octaves beyond the rates; ranks have shapes near one."""
+    """The optimum is the posterior mean over candidates an eighth of an octave apart, up to three octaves beyond the learning rates."""
     xs = np.concatenate([arm.x for arm in arms.values()])
     optima = np.arange(xs.min() - 3.0, xs.max() + 3.0, 0.125)
     log_weight, mean, sd = [], [], []
@@ -139,7 +139,7 @@ def test_the_optimum_under_each_shape_is_the_mean_over_its_candidates(arms, choi
 
 
 def test_many_trials_overflow_no_weight():
-    """Of 200 exact trials the log density is in the hundreds; the optimum is found, within a candidate's distance."""
+    """With 200 exact trials the log density is in the hundreds, and the optimum is still found."""
     bowls = model.bowls_of({4: arm(np.linspace(-3.0, 1.0, 200))})
     best = bowls.mean[bowls.log_weight.argmax(), 0]
     assert np.isfinite(bowls.log_weight).all()

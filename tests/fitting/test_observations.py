@@ -1,4 +1,4 @@
-"""What the fit reads off loss curves: their starts, ends and noise, which runs diverged, and which learned."""
+"""What the fit reads off loss curves: start, end and noise, which runs diverged, and which learned."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CURVES = [
 
 @pytest.mark.parametrize(("curve", "start", "end"), CURVES)
 def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, end):
-    """The start is the first value or the median of five, the end the mean of the last five or last tenth."""
+    """The start is the first value or the median of five, and the end is the mean of the last five or the last tenth."""
     assert loss_at_start(curve) == start
     assert recent_mean(curve) == pytest.approx(end)
     assert recent_mean(curve, 1) == curve[-1]
@@ -47,7 +47,7 @@ def test_a_curve_starts_at_its_first_values_and_ends_at_its_last(curve, start, e
 
 @pytest.mark.parametrize("trend", [0.0, -0.01])
 def test_noise_is_measured_about_the_trend(trend):
-    """The standard deviation of a value is found within a tenth, whatever the trend, a jump or a NaN."""
+    """The standard deviation of a value is found within a tenth, whatever the trend, and despite a jump or a NaN."""
     curve = np.random.default_rng(0).normal(0, 0.3, 2000) + trend * np.arange(2000)
     curve[700:] += 40.0
     curve[900] = math.nan
@@ -59,7 +59,7 @@ def test_noise_is_measured_about_the_trend(trend):
 
 
 def test_a_pruned_run_keeps_its_gap_to_the_best():
-    """A run stopped 0.5 above the best at that step is scored 0.5 above it, and one stopped early is not scored."""
+    """A run that was stopped 0.5 above the best one at that step is scored 0.5 above it. A run that was stopped very early is not scored."""
     beside = [2.25 - step / 4 for step in range(10)]
     best = run(value=0.25, tail=0.5, first=2.25)
     worse = [value + 0.5 for value in beside]
@@ -77,7 +77,7 @@ LOST_AT_3 = [run(-10, 1.0), run(-9, 0.5), run(-3, 9.0), run(-2, 0.8)]
 
 
 def test_runs_are_split_at_divergence_and_kept_below_the_lowest_of_it():
-    """What diverged is apart, and a run above a rate that diverged was lucky."""
+    """Diverged runs are set apart, and so is a run above a learning rate that diverged."""
     assert diverged(LOST_AT_3) == {LOST_AT_3[2]}
     assert below_cliff(LOST_AT_3, {LOST_AT_3[2]}) == LOST_AT_3[:2]
     assert below_cliff(LOST_AT_3[:2], {LOST_AT_3[2]}) == LOST_AT_3[:2]
@@ -90,7 +90,7 @@ RISES = [(0.0, 2.3, False), (0.0, 2.5, True), (0.4, 2.5, False), (0.4, 2.7, True
 def test_a_rise_counts_beyond_a_quarter_of_the_gain_and_beyond_the_noise(
     noise, end, lost
 ):
-    """With a gain of 1.6, an end 0.4 above the start is divergence, unless a value's noise times 1.5 explains it."""
+    """With a gain of 1.6, a run that ended 0.4 above its start diverged, unless 1.5 times its noise explains the rise."""
     ends = {-9: 0.4, -8: 0.6, -5: end}
     seen = [run(x, value, noise=noise) for x, value in ends.items()]
     assert diverged(seen) == ({seen[2]} if lost else set())
@@ -111,13 +111,13 @@ ENDS = [
 
 @pytest.mark.parametrize(("ends", "rose", "learned"), ENDS)
 def test_curves_rose_or_learned_beyond_their_noise_alone(ends, rose, learned):
-    """All rose if each ended above its first value, one learned if it fell below it or below another's end."""
+    """All runs rose if each ended above its first value. One learned if it ended below its first value or below another's end."""
     seen = [run(tail=end, first=2.0, noise=0.1) for end in ends]
     assert (all_rose(seen), not none_learned(seen)) == (rose, learned)
 
 
 def test_a_level_curve_neither_rose_nor_learned():
-    """Without noise too, to end where one began is no rise and no fall."""
+    """A curve without noise that ends where it began neither rose nor learned."""
     level = run(tail=2.0, first=2.0)
     assert not all_rose([level])
     assert none_learned([level])
@@ -136,13 +136,13 @@ FALLS = [
 
 @pytest.mark.parametrize(("seen", "fall"), FALLS)
 def test_the_best_fall_is_from_the_usual_start(seen, fall):
-    """It is the median start less the lowest end."""
+    """The best fall is the median start minus the lowest end."""
     assert best_fall(seen) == pytest.approx(fall)
     assert not fall > 1 or gain_of(seen) == pytest.approx(fall)
 
 
 def test_the_gain_of_other_scores_is_of_their_own():
-    """Where scores are another thing than the curve, it is a poor score less the best; it is never zero."""
+    """If scores are not comparable with the curves, the gain is a poor score minus the best one. It is never zero."""
     scores = (-90.0, -80.0, -70.0, -60.0, -50.0)
     assert gain_of([run(value=score, tail=1.0) for score in scores]) == 30.0
     assert gain_of([run(value=5.0, start=5.0)]) == pytest.approx(6e-6)
@@ -151,7 +151,7 @@ def test_the_gain_of_other_scores_is_of_their_own():
 
 @pytest.mark.parametrize(("off", "gain"), [(0.25, 1.0), (0.75, 0.5625)])
 def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
-    """By a quarter of the fall they are still comparable: else three quarters of their range count."""
+    """Scores a quarter of the fall away from their curves are still comparable. Farther away, the scores' own range counts."""
     ends = (1.0, 1.25, 1.5, 1.75)
     seen = [run(value=end + off, tail=end) for end in ends]
     assert gain_of(seen) == gain
@@ -159,7 +159,7 @@ def test_scores_half_a_fall_off_their_curve_are_another_thing(off, gain):
 
 
 def test_arms_are_gaps_to_the_ranks_best_in_units_of_the_gain():
-    """A rank's best has the gap 0. Nothing has a gap above 1, and what diverged has 1."""
+    """The best run of a rank has the gap 0, no gap is above 1, and a diverged run has the gap 1."""
     ended = [run(-9, 1.0), run(-8, 1.5, seed=1), run(-7, 4.0), run(-6, 2.0, rank=None)]
     lost = run(-5, math.inf, seed=2)
     arms = arms_of([*ended, lost], [lost], gain=2.0)

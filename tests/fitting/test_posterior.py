@@ -1,4 +1,4 @@
-"""The posterior by dense formulas: given each shape a Gaussian, and over the shapes their mixture."""
+"""The posterior equals dense formulas: a Gaussian for each shape, and their mixture over the shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOSSES = {-11.0: 1.5, -10.0: 0.9, -9.0: 0.5, -8.5: 0.6, -7.5: 1.8}
 
 
 def study(ranks):
-    """Five trials of each rank, the later ranks' optima half an octave up, each with a start of 2.5."""
+    """Return five trials of each rank, with starts of 2.5 and optima half an octave higher for each later rank."""
     return [
         Observation(rank, 0, x + i / 2, loss, 2.5, loss)
         for i, rank in enumerate(ranks)
@@ -31,7 +31,7 @@ def row(rank):
 
 
 def conditioned(rows, vertices, sds):
-    """Mean and covariance of (base, drift, factor) given the optima, and the optima's log density."""
+    """Return mean and covariance of (base, drift, factor) given the optima, and the log density of the optima."""
     prior = np.diag([1e6, 0.15**2, 0.8**2])
     spread = rows @ prior @ rows.T + np.diag(sds**2 + 0.25**2)
     gain = prior @ rows.T @ np.linalg.inv(spread)
@@ -42,7 +42,7 @@ def conditioned(rows, vertices, sds):
 
 @pytest.mark.parametrize("ranks", [(16,), (4, 64), (4, None), (4, 64, None)])
 def test_the_fit_is_the_mixture_over_shapes_of_a_gaussian_each(ranks):
-    """Each shape weighs by its losses and by how well its optima agree; the spread between shapes adds to theirs."""
+    """A shape's weight is how well it explains the losses and how well its optima agree, and the spread between shapes adds to the covariance."""
     trials = study(ranks)
     arms = arms_of(trials, [], gain=2.0)
     bowls, rows = bowls_of(arms), np.array([row(rank) for rank in arms])

@@ -1,4 +1,4 @@
-"""What the fit assumes before any trial, by the init: its prior, the law at the prior's means, the move to the target."""
+"""What the fit assumes before any trial: its prior, and the law at the means of the prior."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AT = {
     [("A", 0.15, 0.8, 0.0), ("B", 0.2, 0.6, 7.0), ("full", 0.15, 1e-3, 0.0)],
 )
 def test_the_prior_is_that_of_the_init(at, drift_sd, full_sd, full_reach):
-    """Ranks 4 and 64 meet at 16. At A = 0 the drift goes on to r = n, seven octaves up at a width of 2048."""
+    """The pivot of ranks 4 and 64 is 16. At A = 0 the drift continues up to r = n, seven octaves higher at a width of 2048."""
     prior = prior_of(AT[at], (4, 64, None), 2048.0)
     assert (prior.drift_sd, prior.full_sd, prior.pivot) == (drift_sd, full_sd, 16.0)
     assert prior.full_reach == pytest.approx(full_reach)
@@ -34,7 +34,7 @@ def test_what_is_unknown_leaves_the_prior_at_the_usual():
 
 
 def test_the_pivot_is_the_ranks_geometric_mean_to_nine_decimals():
-    """4 and 64 meet at 16 exactly, 4 and 8 at √32."""
+    """The pivot of ranks 4 and 64 is exactly 16, and of 4 and 8 √32."""
     assert prior_of(AT["A"], (4, 64), None).pivot == 16.0
     assert prior_of(AT["A"], (4, 8, None), None).pivot == 5.656854249
 
@@ -44,7 +44,7 @@ def test_the_pivot_is_the_ranks_geometric_mean_to_nine_decimals():
     [("A", "mua", 0.1, False), ("B", "mua", -0.35, True), ("B", "falling", 0.1, True)],
 )
 def test_the_law_is_centred_on_the_prior(at, law, exponent, to_full):
-    """At A = 0 rates fall with rank by 0.45, unless the law itself says so; what was fitted is added."""
+    """At A = 0 learning rates fall with rank by 0.45, unless the law itself falls. The fitted drift is added."""
     centred = centred_law(get_law(law), AT[at], 8.0, drift=0.1, factor=-1.0)
     assert centred.exponent == pytest.approx(exponent)
     assert (centred.full_factor, centred.pivot, centred.to_full) == (0.5, 8.0, to_full)
@@ -52,7 +52,7 @@ def test_the_law_is_centred_on_the_prior(at, law, exponent, to_full):
 
 
 def test_full_finetuning_takes_the_law_as_it_is():
-    """Where the base rate is full finetuning's own, no drift and no factor are added."""
+    """If the base learning rate belongs to full finetuning, no drift and no factor are added."""
     law = MuA(tokens=4.0)
     centred = centred_law(law, AT["full"], 8.0, drift=0.1, factor=-1.0)
     assert centred == Power(law=law)

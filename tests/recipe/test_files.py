@@ -1,4 +1,4 @@
-"""A recipe's two files: what survives them, what is refused when read, and what is there after a kill."""
+"""A recipe's two files: what survives a round trip, what raises an error on reading, and what a killed save leaves."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ recipes = st.builds(
 )
 @given(made=recipes)
 def test_a_saved_recipe_loads_as_it_was(made, tmp_path):
-    """Every value and array survives the files bit for bit, and so does the hash of what decides the rates.
+    """Saving and loading keeps every value and array bit for bit, and the tag too.
 
-    Without trials there is one file, and nothing is missing.
+    A recipe without trials has one file, and nothing counts as missing.
     """
     path = made.save(tmp_path / "r.toml")
     found = Recipe.load(path)
@@ -144,7 +144,7 @@ def test_the_toml_introduces_itself(target):
 
 
 def test_a_link_stays_a_link(tmp_path):
-    """Saving through a symlink writes the recipe that it points to, and reading through it finds the trials there."""
+    """Saving through a symbolic link writes the recipe that it points to, and loading through it finds the trials there."""
     (tmp_path / "store").mkdir()
     link, made = tmp_path / "r.toml", tmp_path / "store" / "v1.toml"
     link.symlink_to(made)
@@ -156,7 +156,7 @@ def test_a_link_stays_a_link(tmp_path):
 
 
 def test_linked_files_of_a_cache_belong_together(target, tmp_path):
-    """Where both files are links to blobs elsewhere, as in the Hub's cache, the trials beside the link are read."""
+    """If both files are links to blobs elsewhere, as in the Hub's cache, the trials beside the link are read."""
     (tmp_path / "blobs").mkdir()
     for number, path in enumerate((target, trials_of(target))):
         blob = tmp_path / "blobs" / str(number)
@@ -169,7 +169,7 @@ def test_linked_files_of_a_cache_belong_together(target, tmp_path):
 
 
 def flat(table: dict, path: str = "") -> Iterator[tuple[str, object]]:
-    """The values of a document, by their paths."""
+    """Yield the values of a document with their paths."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from flat(value, f"{path}{key}/")
@@ -183,7 +183,7 @@ OF_TRIALS = "rank seed lr own_lr value start diverged pruned steps curve"
 
 
 def test_the_page_lists_every_field(target):
-    """Its rows are the fields of the TOML and the arrays of the trials, and its first table the ranges that are checked."""
+    """SCHEMA.md has a row for every field of the TOML, every array of the trials and every range that is checked."""
     page = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \|", page, re.M)
     paths = dict(flat(tomli.loads(target.read_text())))
@@ -197,7 +197,7 @@ def test_the_page_lists_every_field(target):
 
 
 def with_value(target: Path, path: str, value: object) -> None:
-    """Change one value of the TOML, by its path. `...` removes it."""
+    """Change one value of the TOML by its path. `...` removes it."""
     document = tomli.loads(target.read_text())
     *tables, key = path.split("/")
     table = document
@@ -245,7 +245,7 @@ BAD = [
 
 
 def refused(target: Path, path: str, value: object) -> None:
-    """Check that a value of the TOML is refused by an error that names it or its table."""
+    """Check that loading a TOML with this value raises an error that names the value or its table."""
     with_value(target, path, value)
     with pytest.raises(RecipeError, match="cannot be read") as caught:
         Recipe.load(target)
@@ -253,7 +253,7 @@ def refused(target: Path, path: str, value: object) -> None:
 
 
 def test_every_bad_value_is_our_error_and_names_its_field(target):
-    """So is a value that no recipe has, one of another kind, one that is missing, and a misspelt name."""
+    """An impossible value, one of another type, a missing one and a misspelt name raise an error that names the field."""
     document = dict(flat(tomli.loads(target.read_text())))
     assert len(document) > 40
     tables = {path.rpartition("/")[0] for path in document} - {""}
@@ -271,7 +271,7 @@ def test_every_bad_value_is_our_error_and_names_its_field(target):
 
 
 def test_a_value_that_is_unknown_stands_as_none(target):
-    """What a recipe does not know is written as "none" and is read as None."""
+    """An unknown value is written as "none" and read as None."""
     unknown = {"ceiling": None, "full_fan_in": None, "steps": None, "warmup": None}
     made = replace(RECIPE, **unknown, reference=Reference(4, 8), tensors={})
     made.save(target)
@@ -280,7 +280,7 @@ def test_a_value_that_is_unknown_stands_as_none(target):
 
 
 def test_a_covariance_may_be_rounded(target):
-    """Up to a millionth of its largest entry it may be off."""
+    """A covariance may be off by a millionth of its largest entry."""
     made = replace(FULL, covariance=np.diag([1.0, 0, -1e-7]))
     assert Recipe.load(made.save(target)) == made
 
@@ -301,7 +301,7 @@ UNWRITABLE = [
 
 @pytest.mark.parametrize("change", UNWRITABLE)
 def test_what_could_not_be_read_again_is_not_saved(change, target):
-    """A value that `load` would refuse is refused by `save`, and the recipe that was there stays."""
+    """`save` raises an error for a value that `load` would reject, and the recipe that was on the disk stays."""
     with pytest.raises(RecipeError, match="cannot be written"):
         replace(FULL, **change).save(target)
     assert Recipe.load(target) == FULL
@@ -311,7 +311,7 @@ def test_what_could_not_be_read_again_is_not_saved(change, target):
 
 
 def test_the_toml_alone_gives_every_rate(target):
-    """Without the file of its trials a recipe is as it was but for them, and says which file is missing."""
+    """Without the file of its trials a recipe is otherwise complete, and names the missing file."""
     beside = trials_of(target)
     beside.unlink()
     found = Recipe.load(target)
@@ -333,7 +333,7 @@ class Unpicklable:
 
 
 def names_of_arrays(count: int) -> bytes:
-    """A safetensors file of very many empty arrays."""
+    """Return a safetensors file of very many empty arrays."""
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"t{i}": empty for i in range(count)}).encode()
     return len(header).to_bytes(8, "little") + header
@@ -354,7 +354,7 @@ TRIALS = [
 
 @pytest.mark.parametrize(("data", "is_hashed", "why"), TRIALS)
 def test_trials_that_do_not_fit_leave_the_rates(data, is_hashed, why, target):
-    """Whatever lies in the place of the trials, the TOML answers, a warning says why, and nothing is unpickled."""
+    """Whatever is in the place of the trials, the learning rates can be read, a warning says why the trials cannot, and nothing is unpickled."""
     beside = trials_of(target)
     beside.write_bytes(data(beside.read_bytes()) if callable(data) else data)
     if is_hashed:
@@ -383,7 +383,7 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("kind", "damage", "message"), DAMAGE)
 def test_a_damaged_toml_is_refused(kind, damage, message, target):
-    """A missing, cut, altered or foreign file is an error at once that says which file."""
+    """A missing, truncated, altered or foreign file raises an error at once that names the file."""
     damage(target)
     with pytest.raises(RecipeError, match=message):
         Recipe.load(target)
@@ -391,7 +391,7 @@ def test_a_damaged_toml_is_refused(kind, damage, message, target):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
 def test_what_is_no_file_is_left_alone(tmp_path):
-    """Over a pipe or a folder, or below a file, nothing is saved."""
+    """A recipe is not saved over a pipe or a folder, or below a file."""
     os.mkfifo(tmp_path / "pipe.toml")
     (tmp_path / "folder.toml").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -406,9 +406,9 @@ def test_what_is_no_file_is_left_alone(tmp_path):
 @pytest.mark.processes
 @pytest.mark.xdist_group("torn saves")
 def test_a_torn_save_leaves_a_recipe(tmp_path):
-    """Killed before any of its file operations, a save leaves the old rates or the new ones, and never mixed trials.
+    """If a save is killed before any of its file operations, the old or the new learning rates remain, and never the trials of the other recipe.
 
-    A reader that a save comes between finds the same. Another save then leaves the new recipe whole.
+    A reader that comes in between finds the same. The next save leaves the whole new recipe.
     """
     command = [sys.executable, "-m", "tests.helpers.torn_saves", str(tmp_path)]
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
@@ -430,7 +430,7 @@ def test_a_torn_save_leaves_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 3, {"name": "r"}], ids=str)
 def test_what_is_no_path_is_said(path):
-    """Loading or saving with something else than a path is an error that says to pass one."""
+    """Loading or saving with something other than a path raises an error that asks for a path."""
     for call in (Recipe.load, FULL.save):
         with pytest.raises(RecipeError, match="Pass the path"):
             call(path)
@@ -444,7 +444,7 @@ class OwnLaw(Constant):
 
 
 def test_a_recipe_whose_law_is_not_registered_says_the_true_cause(tmp_path):
-    """Where the law is not registered, the error names it and register_law, and does not blame the file."""
+    """If the recipe's law is not registered, the error names the law and register_law, and does not blame the file."""
     ra.register_law(OwnLaw())
     try:
         path = replace(FULL, law=Power(law=OwnLaw())).save(tmp_path / "r.toml")
@@ -468,7 +468,7 @@ SWEEP = "rank,alpha,fan_in,lr,loss\n" + "".join(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A recipe's two files, and a sweep's."""
+    """A recipe's two files, and the file of a sweep."""
     folder = tmp_path_factory.mktemp("files")
     for path in SHIPPED.parent.glob(f"{SHIPPED.stem}.*"):
         shutil.copy(path, folder)
@@ -487,7 +487,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("name", "given_name", "read"), DAMAGED)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_gives_rates(files, name, given_name, read, data):
-    """Whatever happens to one of the files, there is an error of ours, or a rate in a finite band."""
+    """However a file is damaged, reading it raises an error of this package, or gives a learning rate in a finite interval."""
     path, whole = files / name, (files / name).read_bytes()
     path.write_bytes(data.draw(damaged(whole)))
     try:
@@ -506,7 +506,7 @@ def test_a_damaged_file_is_refused_or_gives_rates(files, name, given_name, read,
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Recipe)])
 def test_every_value_is_compared(name):
-    """Recipes that differ in one value differ, but not those of which one lacks its file of trials."""
+    """Two recipes that differ in any value are unequal, unless only the file of one's trials was missing."""
     made = KINDS["two ranks"]
     is_table = isinstance(getattr(made, name), dict)
     other = replace(made, **{name: {"another": 1} if is_table else "another"})
@@ -515,14 +515,14 @@ def test_every_value_is_compared(name):
 
 
 def test_nan_equals_nan():
-    """Trials with the same NaN are alike."""
+    """Recipes whose trials have the same NaN are equal."""
     damaged = KINDS["damaged curves"]
     copies = {name: array.copy() for name, array in damaged.tensors.items()}
     assert replace(damaged, tensors=copies) == damaged
 
 
 def test_the_hashes_stay():
-    """Shipped recipes keep the tags that states made with them carry: else they would be taken for others."""
+    """Shipped recipes keep their tags, because optimizer states that were saved with them carry these tags."""
     paths = sorted(SHIPPED.parent.glob("*.toml"))
     tags = [Recipe.load(path).tag for path in paths]
     assert [tag.split()[1] for tag in tags] == [path.stem for path in paths]

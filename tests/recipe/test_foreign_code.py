@@ -1,4 +1,4 @@
-"""A recipe is data: no text of its file is ever imported or run, whichever reader gets it."""
+"""A recipe is data: nothing that its file names is imported or run, whichever function reads it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def payload(tmp_path, monkeypatch) -> Path:
-    """A folder that modules are found in, with a module that leaves a mark where it is run."""
+    """Return a folder on the import path with a module that leaves a file behind when it is run."""
     (tmp_path / "foreign_payload.py").write_text("open('ran', 'w')\nclass Adam: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def payload(tmp_path, monkeypatch) -> Path:
 
 
 def read_by_all(path: Path) -> list[str]:
-    """What every reader says of a recipe. It may refuse it, and runs nothing."""
+    """Return what every reader answers for a recipe. A reader may raise an error, but must not run anything."""
     said = []
     for read in READERS.values():
         try:
@@ -76,7 +76,7 @@ def read_by_all(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_reader_runs_what_a_recipe_names(module, payload):
-    """Of a recipe whose texts name a module no reader imports one."""
+    """If strings of a recipe name a module, no reader imports it."""
     texts = {
         "name": module,
         "optimizer": module,
@@ -99,7 +99,7 @@ LAWS = [
 
 @pytest.mark.parametrize("law", LAWS)
 def test_a_law_that_is_a_module_is_refused_by_every_reader(law, payload):
-    """A recipe whose law is "module:Law" is an error that names the law."""
+    """For a recipe with the law "module:Law" every reader raises an error that names the law."""
     path = RECIPE.save(payload / "r.toml")
     document = {**tomli.loads(path.read_text()), "law": law}
     path.write_text(tomli_w.dumps(document))
@@ -109,7 +109,7 @@ def test_a_law_that_is_a_module_is_refused_by_every_reader(law, payload):
 
 
 def test_the_law_of_the_user_may_be_a_module(tmp_path, monkeypatch):
-    """law="module:Law" that the user types is imported."""
+    """The law "module:Law" is imported if the user passes it."""
     (tmp_path / "mine.py").write_text("from rankaware_optim import Constant as Law\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert get_law("mine:Law").name == "constant"

@@ -56,7 +56,7 @@ def test_the_share_that_is_lost_is_read_off_the_curve(octaves):
 
 @pytest.mark.parametrize("octaves", [-9, 4])
 def test_beyond_the_curve_there_is_a_factor_and_no_share(octaves):
-    """Far below the trials, and above the highest of them, only the factor is said."""
+    """Far below the learning rates tried, and above the highest of them, only the factor is known."""
     judged = RECIPE.judge(2.0 ** (BEST + octaves))
     assert judged.lost is None
     assert "%" not in judged.verdict("It")
@@ -73,7 +73,7 @@ OTHER_SCORES = [
 
 @pytest.mark.parametrize("recipe", OTHER_SCORES, ids=["reward", "own", "sweep", "none"])
 def test_without_losses_before_and_after_there_is_no_share(recipe):
-    """Rewards, scores of one's own, a sweep without start, and a recipe without trials give the factor alone."""
+    """With rewards, scores of the user's own, a sweep without start, or no trials, only the factor is known."""
     judged = recipe.judge(2.0 ** (BEST - 2))
     assert judged.lost is None
     assert 3 < 1 / judged.factor < 5
@@ -92,7 +92,7 @@ def test_another_configuration_is_judged_by_its_own_best():
 
 
 def test_a_recipe_that_follows_no_curve_gives_no_share():
-    """Where the recipe's learning rate is far from the best of its trials, their curve says nothing of it."""
+    """If the recipe's learning rate is far from the best one of its trials, their curve is not used."""
     suggested = replace(RECIPE, fitted_lr=RECIPE.fitted_lr * 8)
     assert suggested.judge(2.0**BEST).lost is None
 
@@ -116,7 +116,7 @@ def test_a_sentence_says_factor_share_and_interval():
 
 
 def test_full_finetuning_alone_is_judged_as_such():
-    """A recipe that knows full finetuning only judges at full finetuning."""
+    """A recipe of full finetuning alone judges learning rates of full finetuning."""
     rows = sweep(rank="full", alpha="", fan_in=64)
     recipe = fit_sweep(rows)
     assert recipe.judge(recipe.lr / 4).factor == pytest.approx(0.25)
@@ -158,6 +158,6 @@ def test_judging_leaves_random_states_alone():
 
 
 def test_errors_are_ours():
-    """An impossible configuration raises an error of ours, as at() does."""
+    """An impossible configuration raises an error of this package, as `at` does."""
     with pytest.raises(RankAwareError):
         RECIPE.judge(1e-3, rank=0, alpha=1)

@@ -1,4 +1,4 @@
-"""The rates of a recipe, what is extrapolated, and the hash of what decides them."""
+"""The learning rates of a recipe, when they are extrapolated, and the tag that identifies them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RECIPE = replace(
 
 
 def recipe(**changes) -> Recipe:
-    """A recipe as a calibration at ranks 4 and 64 would leave it, with `changes`."""
+    """Return a recipe as a calibration at ranks 4 and 64 would make it, with changes."""
     return replace(RECIPE, **changes)
 
 
@@ -59,7 +59,7 @@ def recipe(**changes) -> Recipe:
 
 
 def test_the_reference_gets_the_base_rate():
-    """At its own reference the recipe quotes its own rate and ceiling, exactly."""
+    """At its own reference a recipe gives exactly its own learning rate and ceiling."""
     assert RECIPE.at() == RECIPE.at(rank=16) == RECIPE.at(rank=16, alpha=32)
     assert (RECIPE.at().lr, RECIPE.at().ceiling) == (RECIPE.lr, RECIPE.ceiling)
     assert RECIPE.lr == RECIPE.fitted_lr * 2**-0.25
@@ -69,7 +69,7 @@ def test_the_reference_gets_the_base_rate():
     "beside", [{"rank": 8}, {"alpha": 8}, {"init": "A"}, {"rslora": True}], ids=str
 )
 def test_full_finetuning_has_no_rank(beside):
-    """A rank, alpha, init or rsLoRA beside method="full" is refused."""
+    """A rank, alpha, init or rslora beside method="full" raises an error."""
     with pytest.raises(RecipeError, match="has no rank"):
         RECIPE.at(method="full", **beside)
 
@@ -112,7 +112,7 @@ def hashed(made: Recipe) -> str:
 
 
 def test_the_hash_is_of_what_decides_the_rates():
-    """Each of rate, reference, law and rule makes another hash; name, trials and provenance do not."""
+    """Learning rate, reference, law and scaling rule each change the tag's hash. Name, trials and provenance do not."""
     others = {hashed(recipe(**change)) for change in DECISIVE}
     assert len(others - {hashed(RECIPE)}) == len(DECISIVE)
     assert {hashed(recipe(**change)) for change in BESIDE} == {hashed(RECIPE)}
@@ -121,7 +121,7 @@ def test_the_hash_is_of_what_decides_the_rates():
 
 @pytest.mark.parametrize(("inside", "outside"), [(4, 2), (4, 1), (64, 128), (64, 4096)])
 def test_outside_the_band_is_wider_and_flagged(inside, outside):
-    """A rank beyond those seen is flagged, noted and warned about, and its band is wider than the fit's alone."""
+    """A rank outside those tried is marked as extrapolated, has a note and a warning, and a wider interval than the fit's."""
     made = recipe(law=Power(), covariance=np.diag([0.04, 0.0, 0.0]))
     near = made.at(rank=inside)
     with pytest.warns(RankAwareWarning, match=f"rank {outside} is outside"):
@@ -142,7 +142,7 @@ def test_the_ceiling_moves_with_the_best_rate(target):
 
 @extrapolates
 def test_a_recipe_without_full_runs_says_what_they_would_settle():
-    """The first note names full_trials=3. A rate at which LoRA diverged is no ceiling there."""
+    """If full finetuning was not tried, the first note names full_trials=3, and LoRA's ceiling does not apply."""
     rate = RECIPE.at(method="full")
     assert rate.ceiling is None
     assert "full_trials=3" in rate.notes[0]
@@ -160,7 +160,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_alpha_left_out_follows_the_rule(rule):
-    """Without alpha the multiplier follows the ranks seen, as if alpha had been given accordingly."""
+    """Without alpha the scaling follows the rule of the trials, as if the corresponding alpha had been passed."""
     made = recipe(scaling_rule=rule)
     for rank, scaling in RULES[rule].items():
         given = made.at(rank=rank, alpha=scaling * rank)
@@ -207,7 +207,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("target", IMPOSSIBLE, ids=str)
 def test_impossible_targets_are_refused(target):
-    """A rank, alpha, init, width or method that cannot be is an error of ours, never a rate."""
+    """An impossible rank, alpha, init, width or method raises an error of this package."""
     with pytest.raises(RankAwareError):
         recipe(full_seen=True).at(**target)
 
@@ -216,7 +216,7 @@ FULL = Reference(method="full", fan_in=WIDTH)
 
 
 def test_a_recipe_of_full_finetuning_alone_asks_for_rank_and_alpha():
-    """Without LoRA trials there is no rank to fall back on, and no rule for alpha."""
+    """A recipe without LoRA trials has no rank of its own and no rule for alpha, so both must be passed."""
     made = recipe(reference=FULL, ranks=(), full_seen=True, scaling_rule="unknown")
     assert made.at(method="full").lr == made.lr
     with pytest.raises(RecipeError, match=r"at\(method='full'\)"):
@@ -253,7 +253,7 @@ full = st.fixed_dictionaries({"method": st.just("full")}, optional=widths)
 def test_a_rate_is_positive_and_finite_or_an_error(
     exponent, lr, variance, fan_in, target
 ):
-    """At the ends of every range a rate, its band and its ceiling are positive finite numbers, or our error says so."""
+    """At the ends of every range a learning rate, its interval and its ceiling are positive and finite, or an error says that they would not be."""
     made = recipe(
         fitted_lr=lr,
         margin=0.0,
@@ -304,7 +304,7 @@ LAWS = [
 def test_the_optimizer_uses_the_rate_that_is_quoted(
     steepness, reference, model, asked, law
 ):
-    """A uniform model trains at `Recipe.at` of its configuration, with its margin, and the report names its band."""
+    """A model of one configuration trains at `Recipe.at` of that configuration, and the report names the interval."""
     own = {"law": law, "reference": reference, "steepness": steepness}
     made = recipe(full_seen=True, margin=0.0, **own)
     method = asked.get("method", "lora")

@@ -1,4 +1,4 @@
-"""A recipe's own ground: which model is another one, and what is said there first."""
+"""When a model counts as another one than the recipe's, and what the user is told first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FULL_ALONE = replace(
 
 
 class Block(nn.Module):
-    """A layer of a language model, adapted where it is asked for. Trained whole, it is adapted nowhere."""
+    """A layer of a language model with adapters on the chosen projections, or without adapters in full finetuning."""
 
     def __init__(self, adapted: str, rank: int | None, width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def model(
     width: int = WIDTH,
     names: str = "model.layers",
 ) -> nn.Module:
-    """Two blocks under a path of names."""
+    """Return two blocks under a path of names."""
     made: nn.Module = nn.ModuleList(Block(adapted, rank, width) for _ in range(2))
     for name in reversed(names.split(".")):
         made = Nested(name, made)
@@ -94,7 +94,7 @@ AT_HOME = [
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 @pytest.mark.parametrize(("recipe", "trained", "options"), AT_HOME)
 def test_the_same_model_is_no_stranger(recipe, trained, options, prefix):
-    """Another rank, full finetuning, up to twice the width and the prefixes of wrappers make no other model of it."""
+    """Another rank, full finetuning, up to twice the width and the prefixes of wrappers do not make it another model."""
     layers = {f"{prefix}{name}": width for name, width in recipe.layers.items()}
     recipe = replace(recipe, layers=layers)
     opt = RankAwareOptimizer(trained, AdamW, recipe=recipe, **options)
@@ -114,7 +114,7 @@ STRANGERS = [
 @pytest.mark.parametrize("init", "AB")
 @pytest.mark.parametrize(("trained", "options", "words"), STRANGERS)
 def test_a_stranger_is_told_first(trained, options, words, init):
-    """Of other layers a warning says what is better, the report's first note is the same, and the band is wider."""
+    """On a model with other layers a warning recommends something better, the report's first note is the same, and the interval is wider."""
     recipe = replace(RECIPE, reference=replace(RECIPE.reference, init=init))
     home, options = replace(recipe, layers={}), {"init": init, **options}
     sure = RankAwareOptimizer(trained, AdamW, recipe=home, **options).report()
@@ -130,7 +130,7 @@ def test_a_stranger_is_told_first(trained, options, words, init):
 
 
 def band_in(notes) -> float:
-    """Half of the band that a report names, octaves."""
+    """Return half the width of the interval that a report names, in octaves."""
     (words,) = (note for note in notes if "best learning rate lies between" in note)
     low, high = words.split("between ")[1].split(" with ")[0].split(" and ")
     return math.log2(float(high) / float(low)) / 2
@@ -151,7 +151,7 @@ WIDTHS = [
 @pytest.mark.parametrize(("recipe", "asked"), WIDTHS)
 @pytest.mark.parametrize("fan_in", [NARROW, WIDE])
 def test_another_models_width_is_refused(recipe, asked, fan_in):
-    """At up to twice or half the width a rate is given; beyond it an error says what is better."""
+    """Up to twice or half the width a recipe gives a learning rate. Beyond that an error says what to do instead."""
     farther = fan_in * (1.01 if fan_in > WIDTH else 0.99)
     assert recipe.at(**asked, fan_in=fan_in).lr > 0
     with pytest.raises(RecipeError, match=r"fan-in .* is another model.*suggest_lr"):
@@ -162,7 +162,7 @@ def test_another_models_width_is_refused(recipe, asked, fan_in):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("is_built", [False, True])
 def test_a_model_of_another_width_is_refused(layers, method, is_built):
-    """The optimizer refuses a model more than twice as wide before anything is changed, whatever its layers' names."""
+    """The optimizer raises an error for a model more than twice as wide, whatever its layers are called, before anything is changed."""
     trained = model(rank=8 if method == "lora" else None, width=3 * WIDTH)
     native = AdamW(trained.parameters())
     given = (native,) if is_built else (trained, AdamW)
@@ -174,7 +174,7 @@ def test_a_model_of_another_width_is_refused(layers, method, is_built):
 
 @pytest.mark.filterwarnings("ignore:.* extrapolates. the fan-in")
 def test_what_lora_adapts_may_be_narrower_than_the_model():
-    """In full finetuning of the whole model, with layers many times as wide, a recipe of narrow ones is at home."""
+    """A recipe of narrow adapted layers applies to full finetuning of the whole model, which has much wider layers."""
     trained = model(rank=None)
     for block in trained.model.layers:
         block.down_proj = nn.Linear(8 * WIDTH, 4 * WIDTH, bias=False)
@@ -191,7 +191,7 @@ OF_FULL = ra.Reference(method="full", fan_in=360)
 @pytest.mark.filterwarnings("ignore:.* extrapolates. the fan-in")
 @pytest.mark.parametrize("reference", [OF_LORA, OF_FULL])
 def test_without_names_the_width_is_of_the_recipes_own_kind(reference):
-    """A LoRA rate's mean fan-in is compared with the model's mean of 174, a full rate's largest with its largest, 256."""
+    """LoRA's mean fan-in is compared with the model's mean (174), and full finetuning's largest fan-in with its largest (256)."""
     trained = model(rank=None)
     for block in trained.model.layers:
         block.down_proj = nn.Linear(4 * WIDTH, WIDTH, bias=False)
@@ -201,7 +201,7 @@ def test_without_names_the_width_is_of_the_recipes_own_kind(reference):
 
 @pytest.mark.filterwarnings("ignore:.* extrapolates. the fan-in")
 def test_other_layers_of_the_same_model_are_no_other_model():
-    """Where the layers that both have are as wide, a much wider one beside them makes a stranger, not an error."""
+    """If the common layers have the same width, an additional wide layer gives a warning and not an error."""
     trained = model()
     for block in trained.model.layers:
         block.down_proj = PlainLoRA(nn.Linear(8 * WIDTH, 4 * WIDTH, bias=False), 8, 2.0)

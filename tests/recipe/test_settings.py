@@ -1,4 +1,4 @@
-"""Settings as plain values, and what differs between two tables of them."""
+"""Settings as plain values, and the differences between two tables of settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rankaware_optim.recipe import (
 
 
 class Thing:
-    """An object that neither JSON nor TOML holds."""
+    """An object that neither JSON nor TOML can hold."""
 
 
 GROUPS = [{"lr": 1e-3, "betas": (0.9, 0.99)}, {"lr": 2e-3, "betas": (0.9, 0.99)}]
 
 
 def test_a_setting_in_which_groups_differ_is_a_list():
-    """Each value stands once, in the order of the groups; what they share is a value."""
+    """A setting in which groups differ becomes a list with each value once, in the order of the groups."""
     settings = settings_of([*GROUPS, GROUPS[0]], ["lr", "betas"])
     assert settings == {"lr": [1e-3, 2e-3], "betas": [0.9, 0.99]}
     assert settings_of(GROUPS[:1], ["lr"]) == {"lr": 1e-3}
@@ -40,20 +40,20 @@ PLAIN = [
 
 @pytest.mark.parametrize(("value", "plain"), PLAIN)
 def test_a_plain_value_is_one_of_json(value, plain):
-    """Tuples become lists, keys texts, tensors and arrays numbers."""
+    """Tuples become lists, keys become strings, and tensors and arrays become numbers."""
     given = plain_value(value)
     assert given == plain
     assert type(given) is type(plain)
 
 
 def test_an_object_is_named_without_its_address():
-    """So that two runs, and two objects of a class, have the same value."""
+    """Two objects of a class have the same plain value, because the memory address is left out."""
     assert plain_value(Thing()) == plain_value(Thing())
     assert plain_value(Thing()).endswith(".Thing object>")
 
 
 def test_settings_are_those_that_the_constructor_takes():
-    """What groups differ in, an object's text and another optimizer's settings are left out; lists are tuples."""
+    """Settings in which groups differ, strings of objects and settings of another optimizer are left out; lists become tuples."""
     held = {"betas": [0.9, 0.99], "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
     others = {"weight_decay": [0.1, 0.2], "foreach": "<object>", "nesterov": True}
     assert constructor_settings({**held, "foreach": "<object>"}, torch.optim.AdamW) == {
@@ -64,7 +64,7 @@ def test_settings_are_those_that_the_constructor_takes():
 
 
 def test_tables_agree_on_what_no_two_say_differently():
-    """A key of one table counts, a key with two values does not."""
+    """A key of a single table is kept, and a key with two different values is dropped."""
     tables = [{"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1}]
     assert without_conflicts(tables) == {"a": 1, "c": 4}
     assert without_conflicts([]) == {}

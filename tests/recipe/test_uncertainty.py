@@ -1,4 +1,4 @@
-"""How sure a rate is: the fit's own deviation, and what is added for whatever was not tried."""
+"""How uncertain a learning rate is: the fit's own standard deviation, and additions for what was not tried."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES = [
 
 @pytest.mark.parametrize(("recipe", "target", "row", "added"), CASES)
 def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, added):
-    """A tenth for each octave of rank beyond, a fifth below at A = 0, a quarter of width, one for the init."""
+    """An octave of rank outside those tried adds 0.1 octaves (0.2 below them at A = 0), an octave of width 0.25, and another init 1."""
     variance = np.array(row) @ COVARIANCE @ row + sum(sd**2 for sd in added)
     sd, notes = spread(recipe, target)
     assert sd == pytest.approx(math.sqrt(variance))
@@ -78,12 +78,12 @@ def test_the_spread_is_the_fits_and_what_was_not_tried(recipe, target, row, adde
 
 @pytest.mark.parametrize(("sd", "octaves"), [(0.0, 0.0), (0.2, 0.06), (1.0, 0.25)])
 def test_the_margin_is_of_an_exponential_cliff_and_bounded(sd, octaves):
-    """a·sd²/2 for a steepness a of 3, a quarter of an octave at most."""
+    """The margin is a·sd²/2, here with a steepness a of 3, and at most a quarter of an octave."""
     assert margin(replace(RECIPE, steepness=3.0), sd) == pytest.approx(octaves)
 
 
 def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
-    """Between ranks of one init the width nearly cancels, so none is asked for."""
+    """Between ranks of one init the width nearly cancels, so a recipe without a width does not need one."""
     lost = replace(RECIPE, reference=replace(AT_16, fan_in=None))
     wide = replace(RECIPE, reference=replace(AT_16, fan_in=4096.0))
     assert ANY_WIDTH == 4096.0
@@ -93,7 +93,7 @@ def test_a_recipe_of_unknown_width_answers_as_one_of_4096():
 
 
 def test_a_recipe_is_made_of_a_fit():
-    """Its optimum, ceiling and spread are the fit's at the reference's rank, its margin follows from them."""
+    """Optimum, ceiling and spread are those of the fit at the reference's rank, and the margin follows from them."""
     mean = np.array([-9.0, 0.5, 0.25])
     fit = Fit(Prior(pivot=16.0, scatter=0.3), mean, COVARIANCE, 2.0, -6.0, {})
     made = recipe_of(
@@ -134,7 +134,7 @@ def sd_of(rate) -> float:
 
 
 def test_a_batch_moves_the_rate_by_the_laws_rule():
-    """Four times the batch double an Adam recipe's rate, with 0.15 octaves of doubt for each octave."""
+    """With Adam, four times the batch doubles the learning rate and adds 0.15 octaves of uncertainty per octave."""
     own, far = SURE.at(), SURE.at(batch=4 * BATCH)
     assert far.lr == pytest.approx(2 * own.lr)
     assert far.notes[0].startswith("batch 64 instead of 16: ")
@@ -143,7 +143,7 @@ def test_a_batch_moves_the_rate_by_the_laws_rule():
 
 @pytest.mark.parametrize("times", [16, 1 / 16])
 def test_beyond_four_times_the_batch_the_rate_stays_and_the_band_grows(times):
-    """The rule was tried within a factor of 4: the rate moves as far, the doubt grows on, and the note says so."""
+    """The rule was tried within a factor of 4. Beyond it the learning rate changes no further, the interval widens on, and a note says so."""
     tried = SURE.at(batch=BATCH * (4 if times > 1 else 1 / 4))
     far = SURE.at(batch=BATCH * times)
     assert far.lr == pytest.approx(tried.lr)
@@ -162,14 +162,14 @@ REFUSED = [
 
 @pytest.mark.parametrize("where", REFUSED, ids=str)
 def test_impossible_horizons_are_refused(where):
-    """Steps are positive whole numbers and a batch is a positive number."""
+    """Steps must be positive whole numbers, and a batch a positive number."""
     with pytest.raises(RankAwareError, match=next(iter(where))):
         SURE.at(**where)
 
 
 @pytest.mark.parametrize("what", ["steps", "batch"])
 def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
-    """From unknown steps or an unknown batch nothing is extrapolated; the sentence says which is missing."""
+    """If the recipe's own steps or batch are unknown, asking for others raises an error that names which is missing."""
     lost = {
         "steps": {"steps": None},
         "batch": {"reference": replace(OF_16, batch=None)},
@@ -183,7 +183,7 @@ def test_a_recipe_that_does_not_know_its_own_horizon_refuses_another(what):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("octaves", [2, -2])
 def test_steps_widen_the_band(octaves, method):
-    """At other steps the rate and its ceiling stay, and the band is as wide as the prior of the fit says."""
+    """At other steps the learning rate and its ceiling stay, and the interval widens as the fit's prior says."""
     steps = int(STEPS * 2**octaves)
     own, far = (SURE.at(method=method, **where) for where in ({}, {"steps": steps}))
     # two octaves: 2·σ²·λ²·(2/λ + exp(−2/λ) − 1) at σ = .4 and λ = 1.5

@@ -1,4 +1,4 @@
-"""Figures: every kind of recipe can be drawn, each trial where it ran, and what cannot be written is said."""
+"""Figures: every kind of recipe can be drawn, each trial is where it ran, and errors say what cannot be written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytest.importorskip("matplotlib")
 
 
 def calibrated(init, ranks, drift):
-    """A recipe of made-up bowls whose best rate drifts with rank, and the rates that its optimizers really had."""
+    """Return a recipe of synthetic bowls whose best learning rate drifts with rank, and the learning rates that its optimizers had."""
     used = []
 
     def train(trial):
@@ -49,10 +49,7 @@ def calibrated(init, ranks, drift):
 
 @pytest.mark.parametrize("init", ["A", "B"])
 def test_trials_stand_at_the_rates_they_ran_at(init):
-    """A trial's rate is that of the optimizer's A factors or whole weights: the fitted drift does not move it.
-
-    Rates by rank are those of `Recipe.at`, at powers of two.
-    """
+    """A trial is drawn at the learning rate of its A matrices or whole weights, and the panel of all ranks has the values of `Recipe.at`."""
     made, used = calibrated(init, (32, None, 2), 1.0)
     trials = trials_of(made)
     drawn = zip(trials["rank"], trials["seed"], trials["lr"], strict=True)
@@ -64,7 +61,7 @@ def test_trials_stand_at_the_rates_they_ran_at(init):
 
 
 def test_a_sweeps_runs_stand_at_their_own_rates():
-    """The trials of a recipe made of a sweep are the sweep's rows."""
+    """The trials of a recipe from a sweep are the rows of the sweep."""
     place = {"alpha": 16, "fan_in": 64}
     rows = [
         {"rank": r, "lr": 2.0**-x, "loss": (x - 8) ** 2 / 20 + 1, **place}
@@ -78,7 +75,7 @@ def test_a_sweeps_runs_stand_at_their_own_rates():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_recipe_can_be_drawn(kind):
-    """Each panel holds something, every trial is a mark within its panel, and a tick of a rate stands where it says."""
+    """Each panel has content, every trial is a mark within its panel, and the ticks are where their labels say."""
     figure = recipe_figure(KINDS[kind])
     figure.draw_without_rendering()
     marks = 0
@@ -102,7 +99,7 @@ def test_every_recipe_can_be_drawn(kind):
 
 
 def lines_of(axis) -> dict[str, list[float]]:
-    """The x of each line of a panel, by its label."""
+    """Return the x of each line of a panel by its label."""
     return {line.get_label(): [*line.get_xdata()] for line in axis.get_lines()}
 
 
@@ -121,13 +118,13 @@ def test_one_rank_fills_the_figure():
 
 @pytest.mark.parametrize("lr", [0, -1.0, math.nan, "fast"])
 def test_an_impossible_rate_is_not_drawn(lr):
-    """A learning rate to compare with that cannot be raises an error before anything is drawn."""
+    """An impossible learning rate to compare with raises an error before anything is drawn."""
     with pytest.raises(ra.RecipeError, match="learning rate to judge is"):
         RECIPE.plot(lr)
 
 
 def test_the_default_law_stands_beside_the_fit():
-    """At every rank but the reference's a line shows what the default law predicts from there."""
+    """At every rank except the reference's, a line shows the prediction of the default law."""
     first, second, *_ = recipe_figure(RECIPE).axes
     at = replace(RECIPE.reference, rank=64, alpha=128)
     law = ra.laws.get_law("falling").bind(torch.optim.AdamW, {})
@@ -138,7 +135,7 @@ def test_the_default_law_stands_beside_the_fit():
 
 
 def test_a_best_rate_at_an_end_is_marked():
-    """A best learning rate that is the lowest or highest one tried has an arrow outwards, and page and text say so."""
+    """A best learning rate that is the lowest or highest one tried is marked in the figure, the page and the text."""
     recipe = ra.Recipe.load(Path(__file__).parents[2] / "recipes" / "language-a.toml")
     titles = [axis.get_title() for axis in recipe_figure(recipe).axes]
     assert "Full finetuning: best at the highest one tried" in titles
@@ -149,7 +146,7 @@ def test_a_best_rate_at_an_end_is_marked():
 
 
 def test_the_command_draws_a_figure(tmp_path):
-    """plot draws the recipe and prints where."""
+    """`rankaware plot` draws the recipe and prints the path."""
     recipe, out = RECIPE.save(tmp_path / "r.toml"), tmp_path / "figures" / "out.png"
     done = CliRunner().invoke(main, ["plot", str(recipe), "-o", str(out)])
     assert (done.exit_code, done.output) == (0, f"{out}\n")
@@ -158,7 +155,7 @@ def test_the_command_draws_a_figure(tmp_path):
 
 @pytest.mark.parametrize("name", ["out.unheard-of", "file/out.png", "out"])
 def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
-    """For an unknown format, none, or a place that is no folder, the command ends with a line and no file."""
+    """For an unknown format, a missing one or an impossible place the command prints one line and writes no file."""
     (tmp_path / "file").write_text("")
     recipe = RECIPE.save(tmp_path / "r.toml")
     before = sorted(tmp_path.iterdir())
@@ -168,14 +165,14 @@ def test_a_figure_that_cannot_be_written_is_said(name, tmp_path):
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch):
-    """The error names the extra."""
+    """Without matplotlib the error names the extra to install."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(PlotError, match=r"matplotlib.*\[plots\]"):
         RECIPE.plot()
 
 
 def test_a_notebook_shows_a_plot_without_pyplot():
-    """`recipe.plot()` returns a figure of matplotlib that is a picture by itself, and leaves no state of pyplot."""
+    """A notebook shows the figure of `recipe.plot()`, and pyplot is not imported."""
     code = (
         "import sys, matplotlib.figure\nfrom tests.helpers.recipes import RECIPE\n"
         "figure = RECIPE.plot()\nassert isinstance(figure, matplotlib.figure.Figure)\n"

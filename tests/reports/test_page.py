@@ -1,4 +1,4 @@
-"""The page of a recipe: self-contained, escaped, and its table of rates is `Recipe.at`'s."""
+"""The page of a recipe: self-contained, escaped, and with the learning rates of `Recipe.at`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOID = {"meta", "link", "input", "img"}
 
 
 class Page(HTMLParser):
-    """Tags with their attributes in order, and what was left open."""
+    """The tags of a page with their attributes in order, and the tags that were left open."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_recipe_has_a_page(kind):
-    """Whatever was calibrated, there is a well-formed page that loads and runs nothing, the same each time."""
+    """Every kind of recipe has a well-formed page that loads and runs nothing and is the same each time."""
     text = report_html(KINDS[kind])
     page = Page(text)
     assert page.open == []
@@ -78,7 +78,7 @@ def test_every_recipe_has_a_page(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_says_what_printing_says(kind):
-    """Every recipe has facts, none of them empty or None, and the page has all of them."""
+    """Every recipe has facts, none of them empty or None, and the page shows all of them."""
     made = KINDS[kind]
     page = html.unescape(report_html(made))
     assert "None" not in str(made)
@@ -88,7 +88,7 @@ def test_the_page_says_what_printing_says(kind):
 
 
 def test_pictures_are_in_the_page_or_it_says_what_they_need():
-    """With matplotlib the figure is an SVG in the page's colours; else a sentence says what it needs."""
+    """With matplotlib the page has the figure as SVG in its own colours. Without it a sentence says what to install."""
     page = report_html(RECIPE)
     assert page.count("<svg") == page.count('role="img"') == DRAWS
     assert ("The page has no figure. Plots need matplotlib." in page) == (not DRAWS)
@@ -96,7 +96,7 @@ def test_pictures_are_in_the_page_or_it_says_what_they_need():
 
 
 def test_whatever_a_recipe_says_is_escaped():
-    """Names, settings, versions and notes cannot open a tag, or run as a template."""
+    """Names, settings, versions and notes cannot open a tag or run as a template."""
     clean = report_html(
         replace(
             RECIPE,
@@ -122,7 +122,7 @@ def test_whatever_a_recipe_says_is_escaped():
 
 
 def test_the_command_writes_the_page(tmp_path):
-    """report prints where it wrote; a place that cannot be written is one sentence, and nothing stays behind."""
+    """`rankaware report` prints the path. If the place cannot be written, it prints one sentence and leaves no file."""
     path, page = RECIPE.save(tmp_path / "r.toml"), tmp_path / "pages" / "r.html"
     done = CliRunner().invoke(main, ["report", str(path), "-o", str(page)])
     assert (done.exit_code, done.output.strip()) == (0, str(page))
@@ -138,7 +138,7 @@ def table_of_rates(text: str) -> str:
 
 
 def cells(text: str, label: str) -> list[str]:
-    """The cells of the table of rates beside a label."""
+    """Return the cells of the table of learning rates beside a label."""
     (row,) = re.findall(
         rf'<tr[^>]*><th scope="row">{label}</th>(.*?)</tr>', table_of_rates(text)
     )
@@ -151,7 +151,7 @@ MARGIN = margin(STEEP, spread(STEEP, STEEP.reference)[0])
 
 
 def shown(*arguments: str, line: str) -> str:
-    """The number behind the first word of a line that a command prints."""
+    """Return the number behind the first word of a line that a command prints."""
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     (number,) = re.findall(rf"^{line} +(\S+?)(?: at .*)?$", done.output, re.M)
@@ -162,7 +162,7 @@ def shown(*arguments: str, line: str) -> str:
 @pytest.mark.parametrize("rank", [1, 4, 8, 256])
 @pytest.mark.parametrize("recipe", [RECIPE, replace(STEEP, margin=MARGIN)])
 def test_one_rate_everywhere(recipe, rank, tmp_path):
-    """The page, `rankaware lr`, `rankaware show` and the optimizer's report show one rate in the same digits."""
+    """The page, `rankaware lr`, `rankaware show` and the optimizer's report show the same learning rate in the same digits."""
     path = str(recipe.save(tmp_path / "r.toml"))
     (on_page, *_) = cells(report_html(recipe), f"rank {rank}")
     assert shown("lr", path, "--rank", str(rank), line="lr") == on_page

@@ -1,4 +1,4 @@
-"""Laws are compared on a sweep by how well each predicts the best learning rates of cells left out."""
+"""Laws are compared by how well each predicts the best learning rates of cells that were left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OFFSETS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Chen(Law):
-    """A law of one's own: the learning rate falls with the root of the rank."""
+    """A law of the user's own: the learning rate falls with the root of the rank."""
 
     name: ClassVar[str] = "chen"
 
@@ -27,19 +27,19 @@ class Chen(Law):
 
 
 def sweep(law: Law = PRIOR, ranks=(4, 16, 64, 0), **others) -> list[dict]:
-    """A sweep without noise whose best learning rates follow a law."""
+    """Return a sweep without noise whose best learning rates follow a law."""
     return drawn(law, ranks=ranks, noise=0.0, offsets=OFFSETS, seeds=1, **others)
 
 
 def off(score) -> float:
-    """Mean octaves between predicted and best learning rates of ranks."""
+    """Return the mean octaves between predicted and best learning rates of ranks."""
     octaves = [abs(p.octaves) for p in score.between_ranks]
     return sum(octaves) / len(octaves)
 
 
 @pytest.mark.parametrize("true", [PRIOR, Chen(), Constant()], ids=lambda law: law.name)
 def test_the_law_that_made_a_sweep_predicts_it_best(true):
-    """It is nearly exact between ranks and to full finetuning, and costs nearly nothing."""
+    """The law that made a sweep is nearly exact between ranks and to full finetuning, at nearly no excess loss."""
     laws = [PRIOR, Chen(), Constant()]
     table = compare_laws(sweep(true), laws)
     scores = dict(zip(laws, table.scores, strict=True))
@@ -53,7 +53,7 @@ def test_the_law_that_made_a_sweep_predicts_it_best(true):
 
 
 def test_the_cell_that_is_predicted_is_left_out():
-    """A rank's prediction comes from the other ranks alone, so its own runs do not pull it."""
+    """A rank is predicted from the other ranks alone, so its own runs do not pull the prediction."""
     rows = sweep(Constant(), ranks=(4, 16, 64))
     moved = [{**row, "lr": row["lr"] * (4 if row["rank"] == 4 else 1)} for row in rows]
     (score,) = compare_laws(moved, ["constant"]).scores
@@ -63,7 +63,7 @@ def test_the_cell_that_is_predicted_is_left_out():
 
 
 def test_models_and_inits_are_not_mixed():
-    """Each model's ranks are predicted from its own, and full finetuning from those of each init."""
+    """The ranks of a model are predicted from ranks of the same model and init."""
     first = [{**row, "model": "a"} for row in sweep()]
     other = [{**row, "model": "b", "lr": row["lr"] * 16} for row in sweep()]
     (alone,) = compare_laws(first, ["mua"]).scores
@@ -73,7 +73,7 @@ def test_models_and_inits_are_not_mixed():
 
 
 def test_what_cannot_be_compared_is_left_out_and_said():
-    """A rank with its best at an end, and one whose runs all diverged, are left out with a note."""
+    """A rank with its best learning rate at an end, and a rank whose runs all diverged, are left out with a note."""
     ends = [r for r in sweep(ranks=(4,)) if r["lr"] <= sweep(ranks=(4,))[3]["lr"]]
     lost = [{**row, "loss": "diverged"} for row in sweep(ranks=(256,))]
     table = compare_laws([*sweep(ranks=(16, 64)), *ends, *lost], ["mua"])
@@ -84,7 +84,7 @@ def test_what_cannot_be_compared_is_left_out_and_said():
 
 
 def test_a_prediction_where_runs_diverged_is_said():
-    """A law that predicts a learning rate at which the runs diverged has no finite excess loss."""
+    """If a law predicts a learning rate at which runs diverged, the table says so."""
     rows = [
         {**row, "loss": "diverged" if row["rank"] == 64 and i % 6 == 5 else row["loss"]}
         for i, row in enumerate(sweep(Chen(), ranks=(4, 64)))
@@ -93,7 +93,7 @@ def test_a_prediction_where_runs_diverged_is_said():
 
 
 def test_the_table_names_each_law_as_it_was_given():
-    """A name stands as it was typed, an instance by its own name, and a single law needs no list."""
+    """A law is listed by the name that was passed, an instance by its own name, and a single law needs no list."""
     table = compare_laws(sweep(), ["mua-paper", Chen()])
     assert [score.law for score in table.scores] == ["mua-paper", "chen"]
     assert "mua-paper" in str(table)
@@ -111,7 +111,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("rows", "laws", "error", "message"), WRONG)
 def test_what_cannot_be_compared_is_an_error(rows, laws, error, message):
-    """Fewer than two ranks, an unknown law and no sweep are errors before anything is fitted."""
+    """Fewer than two ranks, an unknown law and a missing sweep raise errors."""
     with pytest.raises(error, match=message):
         compare_laws(rows, laws)
 

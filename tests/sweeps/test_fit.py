@@ -1,4 +1,4 @@
-"""Sweeps of one's own: rows from any tool are read and checked, and fitted to a recipe."""
+"""A recipe is fitted to the user's own sweep."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ REFERENCE = Reference(16, 16.0, fan_in=WIDTH)
 
 
 def alpha_of(rank: int, custom: str) -> float:
-    """alpha by a custom, all of them 16 at rank 16."""
+    """Return alpha by a convention: equal to the rank, or 16 for every rank."""
     return float(rank if custom == "rank" else 16)
 
 
 def best_of(law: Law, rank: int, custom: str = "rank") -> float:
-    """log2 of the true best rate, rank 0 for full finetuning."""
+    """Return log2 of the true best learning rate, where rank 0 is full finetuning."""
     there = Reference(method="full", fan_in=WIDTH)
     if rank:
         there = Reference(rank, alpha_of(rank, custom), fan_in=WIDTH)
@@ -53,7 +53,7 @@ def drawn(
     draw: int = 0,
     fan_in: float | str = WIDTH,
 ) -> list[dict]:
-    """A sweep drawn from a law: at every rank a bowl about its true best rate, diverged from `cliff` octaves above."""
+    """Return a sweep drawn from a law: at every rank a bowl about its true best learning rate, diverged from `cliff` octaves above it."""
     rng = np.random.default_rng(draw)
     rows = []
     for rank, u, seed in itertools.product(ranks, offsets, range(seeds)):
@@ -73,7 +73,7 @@ def drawn(
 
 
 def log2_at(recipe: Recipe, rank: int, **target) -> float:
-    """log2 of the recipe's best rate at a rank: its quoted rate without the margin."""
+    """Return log2 of the recipe's best learning rate at a rank, without the margin."""
     rate = recipe.at(**target) if not rank else recipe.at(rank, **target)
     return math.log2(rate.lr) + recipe.margin
 
@@ -93,7 +93,7 @@ TRUE_LAWS = [
 @pytest.mark.parametrize("custom", ["rank", "kept"])
 @pytest.mark.parametrize(("law", "drift"), TRUE_LAWS, ids=lambda v: repr(v)[:44])
 def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
-    """At every rank swept, and at one between, the recipe is within a quarter of an octave of the truth."""
+    """At every rank swept, and at one in between, the recipe is within a quarter of an octave of the truth."""
     recipe = fit_sweep(drawn(law, custom=custom))
     for rank in (4, 8, 16, 64):
         at = log2_at(recipe, rank, alpha=alpha_of(rank, custom))
@@ -103,7 +103,7 @@ def test_a_sweep_drawn_from_a_law_gives_its_rates_back(law, drift, custom):
 
 
 def test_full_rows_settle_full_finetuning():
-    """Rows of rank "full" are full finetuning; its rate is then no extrapolation."""
+    """Rows of rank "full" are full finetuning, which is then not an extrapolation."""
     law = Power(full_factor=0.7)
     recipe = fit_sweep(drawn(law, ranks=(4, 64, 0)))
     assert recipe.full_seen
@@ -112,7 +112,7 @@ def test_full_rows_settle_full_finetuning():
 
 
 def test_the_ceiling_is_the_smallest_rate_that_diverged():
-    """Diverged cells set the ceiling, at every rank by the law, and the recipe stays below it."""
+    """Diverged runs set the ceiling, the law converts it to every rank, and the recipe stays below it."""
     recipe = fit_sweep(drawn(cliff=1.5))
     ceiling = math.log2(recipe.at(16).ceiling)
     assert ceiling == pytest.approx(best_of(PRIOR, 16) + 1.7, abs=0.01)
@@ -121,7 +121,7 @@ def test_the_ceiling_is_the_smallest_rate_that_diverged():
 
 
 def test_a_rank_that_always_diverged_is_noted():
-    """Where no run of a rank ended, a note says that its rate is no measurement."""
+    """If every run of a rank diverged, a note says that its learning rate was not measured."""
     lost = [{**row, "loss": math.inf} for row in drawn(ranks=(64,))]
     notes = fit_sweep([*drawn(ranks=(4, 16)), *lost]).notes
     assert any("rank 64: every run diverged" in note for note in notes)
@@ -133,7 +133,7 @@ def test_a_rank_that_always_diverged_is_noted():
     [((-4.0, -3.0, -2.0, -1.0), "highest"), ((0.7, 1.5, 2.3), "lowest")],
 )
 def test_a_best_rate_at_an_end_of_the_grid_is_a_bound(offsets, end, ranks):
-    """Where every rank's best is an end of its grid the band widens until it holds the truth, and a note says so."""
+    """If the best learning rate of every rank is at the end of its grid, the interval widens until it contains the truth, and a note says so."""
     inside = fit_sweep(drawn(ranks=ranks))
     recipe = fit_sweep(drawn(ranks=ranks, offsets=offsets))
     rate, own = recipe.at(), inside.at()
@@ -159,7 +159,7 @@ def test_the_mean_over_seeds_decides_whether_the_best_rate_is_at_an_end():
 
 
 def test_full_finetuning_has_the_width_of_its_own_rows():
-    """The width that full finetuning depends on is that of its rows, and not LoRA's mean."""
+    """Full finetuning has the fan-in of its own rows, and not LoRA's mean."""
     lora, full = drawn(ranks=(4, 64)), drawn(ranks=(0,), fan_in=4 * WIDTH)
     recipe = fit_sweep([*lora, *full])
     assert recipe.full_fan_in == 4 * WIDTH
@@ -171,7 +171,7 @@ def test_full_finetuning_has_the_width_of_its_own_rows():
 
 
 def test_a_loss_that_hardly_moves_is_said():
-    """Pure noise gives a wide band and a note."""
+    """Pure noise gives a wide interval and a note."""
     rng = np.random.default_rng(0)
     cells = itertools.product((4, 64), range(8, 14))
     rows = [
@@ -179,13 +179,13 @@ def test_a_loss_that_hardly_moves_is_said():
         for r, x in cells
     ]
     recipe = fit_sweep(rows)
-    assert any("do not determine the rate" in note for note in recipe.notes)
+    assert any("do not determine the" in note for note in recipe.notes)
     assert recipe.at(16).high / recipe.at(16).low > 8
 
 
 @extrapolates
 def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
-    """Without a fan-in ranks are served as with one; full finetuning and another init need it, and take it."""
+    """Without a fan-in other ranks are as with one, but full finetuning and another init need one."""
     known = fit_sweep(drawn(fan_in=4096.0))
     recipe = Recipe.load(fit_sweep(drawn(fan_in="")).save(tmp_path / "r.toml"))
     assert recipe.reference.fan_in is None
@@ -201,7 +201,7 @@ def test_without_fan_in_only_what_depends_on_it_is_refused(tmp_path):
 
 
 def test_repeated_rows_and_names_of_seeds_do_not_matter():
-    """Rows count once however often they come, and seeds may be called anything."""
+    """Repeated rows count once, and seeds may have any numbers."""
     renamed = [{**row, "seed": 100 + 7 * row["seed"]} for row in drawn()]
     recipe, other = fit_sweep(drawn()), fit_sweep([*renamed, *renamed])
     assert other.fitted_lr == recipe.fitted_lr
@@ -209,7 +209,7 @@ def test_repeated_rows_and_names_of_seeds_do_not_matter():
 
 
 def test_the_order_of_rows_decides_nothing():
-    """Where a rank was swept at several alphas, no rule says which alpha another rank has, in whatever order."""
+    """If a rank was swept at several alphas, no rule gives the alpha of another rank, in whatever order the rows come."""
     cells = itertools.product((4, 64), (8, 64))
     blocks = [
         [{**row, "alpha": alpha} for row in drawn(ranks=(rank,))]
@@ -231,7 +231,7 @@ def one(**changes) -> list[dict]:
 
 
 def of_both(**values) -> list[dict]:
-    """Rows with one and with another of two values."""
+    """Return the rows once with one value and once with another."""
     ((name, (first, second)),) = values.items()
     return [*one(**{name: first}), *one(**{name: second})]
 
@@ -260,6 +260,6 @@ def test_a_sweep_that_says_nothing_is_refused(rows, message):
 
 @pytest.mark.parametrize("width", [-5.0, 0.0, math.nan, "wide"])
 def test_a_width_that_cannot_be_is_refused(width):
-    """Full finetuning's width is checked as that of a row is."""
+    """An impossible full_fan_in raises an error, as an impossible fan_in of a row does."""
     with pytest.raises(CalibrationError, match="full_fan_in is"):
         fit_sweep(drawn(), full_fan_in=width)

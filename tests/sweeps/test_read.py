@@ -1,4 +1,4 @@
-"""A sweep is read from the export of any tool, what was left out is said, and an error names its line."""
+"""A sweep is read from the export of any tool, notes list the runs that were left out, and an error names its line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_sweep_reads_alike_from_rows_and_files(name, tmp_path):
 
 
 def test_the_scalars_of_numpy_are_read():
-    """NumPy's numbers and bools count as Python's, and NaN as an empty cell."""
+    """NumPy's numbers and bools are read as Python's, and NaN as an empty cell."""
     numbers = {"rank": np.int64(4), "lr": np.float32(0.25), "loss": np.float64("inf")}
     others = {"alpha": np.int64(8), "rslora": np.bool_(True), "steps": math.nan}
     runs = read_sweep([numbers | others]).runs
@@ -52,7 +52,7 @@ CRASHED = "rank,alpha,lr,loss\n4,8,1e-4,0.75\n4,8,2e-4,\n4,8,9e-4,{}\n4,8,3e-4,0
 
 @pytest.mark.parametrize("empty", ["", "NaN", "nan", "None"])
 def test_a_run_without_a_loss_is_left_out_and_counted(empty, tmp_path):
-    """An empty or NaN loss is no divergence: the run is left out, and a note counts it."""
+    """A run with an empty or NaN loss is left out and counted in a note. It does not count as diverged."""
     path = tmp_path / "s.csv"
     path.write_text(CRASHED.format(empty))
     sweep = read_sweep(path)
@@ -61,7 +61,7 @@ def test_a_run_without_a_loss_is_left_out_and_counted(empty, tmp_path):
 
 
 def test_a_crashed_run_sets_no_ceiling_and_a_diverged_one_does():
-    """A run without a result changes nothing in the recipe but its note."""
+    """A run without a result changes nothing in the recipe except a note, and a diverged run sets the ceiling."""
     ended = [
         {"rank": 4, "alpha": 8, "lr": 2.0**x, "loss": 1 + (x + 9) ** 2 / 20}
         for x in range(-12, -6)
@@ -89,14 +89,14 @@ FINISHED = (RUNS[0], RUNS[2])
 
 @pytest.fixture
 def export(tmp_path):
-    """The export of a tracker, with crashed runs of which one has a loss."""
+    """The export of a tracker with two crashed runs, one of them with a loss."""
     path = tmp_path / "wandb.csv"
     path.write_text(WANDB)
     return path
 
 
 def test_usual_names_of_columns_are_recognised(export):
-    """The columns of a tracker are found by their usual names, and the recipe says which were read."""
+    """Columns are found by their usual names, and the recipe lists the columns that were read."""
     sweep = read_sweep(export, where={"State": "FINISHED"})
     assert sweep.runs == FINISHED
     assert sweep.notes == ()
@@ -107,7 +107,7 @@ def test_usual_names_of_columns_are_recognised(export):
 
 
 def test_a_column_that_is_asked_for_comes_first(export):
-    """columns= decides also where a usual name would be found."""
+    """columns= decides even if another column has a usual name."""
     sweep = read_sweep(
         export, columns={"loss": "train/loss"}, where={"State": "finished"}
     )
@@ -115,7 +115,7 @@ def test_a_column_that_is_asked_for_comes_first(export):
 
 
 def test_runs_that_did_not_finish_are_counted_and_said(export):
-    """Without where=, a crashed run with a loss counts, and a note says so and how to leave it out."""
+    """Without where=, a crashed run with a loss counts, and a note says how to leave it out."""
     sweep = read_sweep(export)
     assert len(sweep.runs) == 3
     assert any(
@@ -143,7 +143,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("text", "options", "message"), WRONG)
 def test_an_export_that_does_not_fit_is_said(text, options, message, tmp_path):
-    """A column, a condition or a result that is not there is an error that lists what is there."""
+    """A missing column, a condition that no row meets and a sweep without results raise errors that list what exists."""
     path = tmp_path / "s.csv"
     path.write_text(text)
     with pytest.raises(CalibrationError, match=message):
@@ -155,7 +155,7 @@ NO_SWEEP = [None, 3, {"rank": [4], "lr": [1e-4], "loss": [1.0]}, [1, 2], []]
 
 @pytest.mark.parametrize("source", NO_SWEEP, ids=str)
 def test_what_is_no_sweep_is_said(source):
-    """None, a dict of columns, a list of numbers and an empty list are errors that show what a sweep looks like."""
+    """None, a dict of columns, a list of numbers and an empty list raise errors that show what a sweep looks like."""
     with pytest.raises(CalibrationError, match=r"(S|s)weep.*rank"):
         fit_sweep(source)
 
@@ -180,7 +180,7 @@ GOOD = {"rank": "4", "lr": "1e-4", "loss": "0.5", "alpha": "8"}
 
 @pytest.mark.parametrize("name", BAD_CELLS)
 def test_every_bad_cell_is_our_error_and_names_line_and_column(name, tmp_path):
-    """An impossible cell, or a missing one that is needed, is an error that names its row or line and its column."""
+    """An impossible cell, and a missing one that is needed, raise an error that names the line and the column."""
     path = tmp_path / "s.csv"
     for text in BAD_CELLS[name]:
         rows = [{name: "", **GOOD}, {**GOOD, name: text}]
@@ -204,14 +204,14 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("data", "message"), BAD_FILES)
 def test_a_broken_line_is_named(data, message, tmp_path):
-    """A file that is no text, and a line with too many, too few or broken cells, are errors that say where."""
+    """A binary file, and a line with too many, too few or broken cells, raise an error that says where."""
     (tmp_path / "s.csv").write_bytes(data)
     with pytest.raises(CalibrationError, match=message):
         read_sweep(tmp_path / "s.csv")
 
 
 def test_what_is_no_file_is_said_at_once(tmp_path):
-    """A pipe, a missing file and an impossible name are errors, and nothing waits for the pipe."""
+    """A pipe, a missing file and an impossible name raise errors at once."""
     os.mkfifo(tmp_path / "pipe.csv")
     for name in ("pipe.csv", "nowhere.csv", "s\0.csv"):
         with pytest.raises(CalibrationError, match=r"\.csv cannot be read: "):
